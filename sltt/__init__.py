@@ -1,0 +1,37 @@
+"""Train spiking neural networks at a memory cost that does not grow with the number of time steps."""
+
+from importlib.metadata import version
+
+from sltt import analysis, data, losses, models, schedules, surrogates
+from sltt.dropout import Dropout
+from sltt.neurons import IF, LIF, PLIF, lif_step
+from sltt.rules import BPTT, SLTT, TBPTT, Output, Rule, unroll
+from sltt.state import Stateful, detach, reset
+from sltt.train import evaluate, fit
+
+__version__ = version("sltt")
+
+__all__ = [
+    "BPTT",
+    "IF",
+    "LIF",
+    "PLIF",
+    "SLTT",
+    "TBPTT",
+    "Dropout",
+    "Output",
+    "Rule",
+    "Stateful",
+    "analysis",
+    "data",
+    "detach",
+    "evaluate",
+    "fit",
+    "lif_step",
+    "losses",
+    "models",
+    "reset",
+    "schedules",
+    "surrogates",
+    "unroll",
+]

@@ -1,0 +1,7 @@
+"""`python -m sltt` is `sltt`."""
+
+import sys
+
+from sltt.cli import main
+
+sys.exit(main())

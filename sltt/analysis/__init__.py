@@ -1,0 +1,6 @@
+"""Measurements of a network and a rule: memory and firing rates."""
+
+from sltt.analysis.firing import FiringRates
+from sltt.analysis.memory import peak_memory, process_peak, reset_process_peak
+
+__all__ = ["FiringRates", "peak_memory", "process_peak", "reset_process_peak"]

@@ -1,0 +1,62 @@
+"""Firing rates: the share of neurons that spike in a time step."""
+
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sltt.neurons import Neuron
+
+
+class FiringRates:
+    """Counts the spikes of every neuron layer of a model while it is open, without waiting for the device.
+
+        with FiringRates(model) as rates:
+            rule(model, x, y, loss)
+        rates.by_layer()      # {"features.2": 0.18, ...}
+
+    A layer's rate is its spikes over its neurons times time steps times samples.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, Neuron)}
+        self._spikes: dict[str, Tensor | float] = dict.fromkeys(self._layers, 0.0)
+        self._count = dict.fromkeys(self._layers, 0)
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for name, module in self._layers.items():
+            self._hooks.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _hook(self, name: str) -> Any:
+        def count(module: nn.Module, inputs: Any, spikes: Tensor) -> None:
+            self._spikes[name] += spikes.detach().sum(dtype=torch.float32).double()
+            self._count[name] += spikes.numel()
+
+        return count
+
+    def by_layer(self) -> dict[str, float]:
+        """The firing rate of each layer that has run, by its name in the model."""
+        return {name: float(self._spikes[name]) / count for name, count in self._count.items() if count}
+
+    def mean(self) -> float:
+        """The firing rate of all neurons together; 0 where there is none."""
+        total = sum(self._count.values())
+        return sum(float(spikes) for spikes in self._spikes.values()) / total if total else 0.0
+
+    def state_dict(self) -> dict[str, tuple[float, int]]:
+        """What was counted so far, to continue with `load_state_dict`."""
+        return {name: (float(self._spikes[name]), self._count[name]) for name in self._layers}
+
+    def load_state_dict(self, state: dict[str, tuple[float, int]]) -> None:
+        """Continue from what another run of the same model counted."""
+        for name, (spikes, count) in state.items():
+            self._spikes[name] = spikes
+            self._count[name] = count

@@ -1,0 +1,101 @@
+"""Checkpoints and other files of a run: written whole or not at all, read without running code from them."""
+
+import csv
+import io
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+FORMAT = "sltt-checkpoint-1"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, with the reason."""
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file by `write(file)` such that `path` holds either the old content or the whole new one.
+
+    Raises OSError, with the path and the state of the old file, when the disk is full or the folder not writable.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when a write fails
+        part.unlink(missing_ok=True)
+        kept = "the one written before is intact" if path.exists() else "nothing was written"
+        raise OSError(f"could not write {path}: {error}; {kept}. Free some space or choose another folder.") from error
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Save a dictionary of tensors and plain values."""
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Load what `save_checkpoint` wrote, on the CPU, with `weights_only=True`: nothing in the file is executed.
+
+    Raises FileNotFoundError, or CheckpointError for a file that is truncated or not a checkpoint of sltt.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler and the zip reader raise almost anything on a damaged file
+        raise CheckpointError(f"{path} is truncated or not a checkpoint: {_first_line(error)}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} was not written by this version of sltt: expected the format {FORMAT}")
+    return content
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
+    """Load a checkpoint's weights into a model; raises CheckpointError where they do not fit it."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"the weights in {path} do not fit the model: {error}") from error
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of equal keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def random_states() -> dict[str, Any]:
+    """The states of every global random generator, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Continue the random numbers where `random_states` was taken; CUDA's only with the same number of devices."""
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,304 @@
+"""The command line: `sltt train`, `sltt eval`, `sltt recipes`, `sltt doctor`."""
+
+import argparse
+import difflib
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sltt.progress import Report, megabytes
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+    from torch import nn
+
+USAGE = """usage: sltt COMMAND ...
+
+  sltt train [RECIPE] [OPTION ...]   train a recipe (default: digits), or a YAML file of your own
+  sltt eval RUN [OPTION ...]         measure a trained run on its test samples
+  sltt recipes [NAME]                list the recipes, or print one
+  sltt doctor                        what works on this machine, and what would make it faster
+
+`sltt train RECIPE --help` explains every option, with the recipe's values.
+"""
+
+
+class UsageError(Exception):
+    """The command line cannot be understood; the message says why."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for a run that failed, 2 for wrong usage, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    command, *rest = words
+    try:
+        if command not in COMMANDS:
+            raise UsageError(f"unknown command {command!r}{_nearest(command, COMMANDS)}")
+        COMMANDS[command](rest)
+    except KeyboardInterrupt as stop:
+        print(f"sltt: {stop or 'stopped by Ctrl-C'}", file=sys.stderr)
+        return 130
+    except UsageError as error:
+        print(f"sltt: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("SLTT_TRACEBACK"):
+            raise
+        for line in (error, *getattr(error, "__notes__", ())):
+            print(f"sltt: {line}", file=sys.stderr)
+        print("sltt: set SLTT_TRACEBACK=1 to see where this happened", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(words: Sequence[str]) -> None:
+    """`sltt train [RECIPE] [OPTION ...]`: train, then measure the selected weights on the test samples."""
+    from sltt.checkpoints import write_atomically
+    from sltt.runs import find_checkpoint, new_run
+    from sltt.train import evaluate, fit
+
+    named = bool(words) and not words[0].startswith("-")
+    resumed = _resumed(words)
+    if resumed and named:
+        raise UsageError(f"--resume continues {resumed} with its own recipe: leave out {words[0]!r}")
+    source = run_config(resumed) if resumed else find_recipe(words[0] if named else "digits")
+    parser = _parser(f"sltt train {words[0] if named else '[RECIPE]'}")
+    config = _parse(parser, source, words[named:])
+    folder = config.pop("run")
+    config.pop("resume")
+    built = _build(parser, config)
+    splits = built.data.splits(built.steps)  # before a folder is made: it fails where there is no data
+    name = f"{source.stem}-{type(built.rule).__name__.lower()}"
+    run = resumed or new_run(folder, name)
+
+    report = Report()
+    report.line(f"{'continuing' if resumed else 'run'} {run}")
+    report.line(f"{_summary(built.model)}, {built.rule}, T = {built.steps}")
+    counts = ", ".join(f"{_count(getattr(splits, n))} {n}" for n in ("train", "validation", "test"))
+    report.line(f"samples: {counts} (split {splits.fingerprint})")
+    result = fit(
+        **vars(built), run=run, resume=bool(resumed), config=yaml.safe_load(parser.dump(config)), report=report
+    )
+    selected = evaluate(built.model, built.data, **_evaluation(built))
+    _load(built.model, find_checkpoint(run, "last"))
+    last = evaluate(built.model, built.data, **_evaluation(built))
+    summary = {"epoch": result.epoch, "test_accuracy": selected.accuracy, "last_epoch_test_accuracy": last.accuracy}
+    write_atomically(run / "result.json", lambda file: file.write(json.dumps(summary).encode()))
+    report.line(
+        f"test accuracy {selected.accuracy:.2%} with the weights of epoch {result.epoch}, the best by validation; "
+        f"{last.accuracy:.2%} after the last"
+        if splits.validation
+        else f"test accuracy {last.accuracy:.2%} after the last epoch"
+    )
+    report.line(f"written to {run}")
+
+
+def evaluate_run(words: Sequence[str]) -> None:
+    """`sltt eval RUN [OPTION ...]`."""
+    from sltt.runs import find_checkpoint
+    from sltt.train import evaluate
+
+    options = argparse.ArgumentParser("sltt eval", description=EVAL_HELP, allow_abbrev=False)
+    options.add_argument("run", type=Path, help="folder of a trained run")
+    options.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
+    options.add_argument("--split", choices=("test", "validation", "train"), default="test")
+    options.add_argument("--json", action="store_true", help="print JSON")
+    known, overrides = options.parse_known_args(words)
+    for word in overrides:
+        key = re.split("[.=]", word.removeprefix("--"))[0]
+        if word.startswith("--") and key not in EVAL_KEYS:
+            raise UsageError(f"sltt eval does not take {word}: it takes {', '.join(f'--{k}' for k in EVAL_KEYS)}")
+    parser = _parser("sltt eval")
+    config = _parse(parser, run_config(known.run), overrides)
+    built = _build(parser, config)
+    path = find_checkpoint(known.run, known.checkpoint)
+    _load(built.model, path)
+    metrics = evaluate(built.model, built.data, known.split, **_evaluation(built))
+    if known.json:
+        print(json.dumps({"checkpoint": str(path), "split": known.split, **vars(metrics)}))
+        return
+    report = Report()
+    report.line(f"{path}, T = {built.steps}, {known.split} samples")
+    report.line(f"accuracy     {metrics.accuracy:.2%}")
+    report.line(f"loss         {metrics.loss:.4f}")
+    report.line(f"firing rate  {metrics.firing_rate:.4f}")
+    report.line(f"seconds      {metrics.seconds:.1f}")
+    report.line(f"peak memory  {megabytes(metrics.peak_memory)}")
+
+
+def recipes(words: Sequence[str]) -> None:
+    """`sltt recipes [NAME]`."""
+    if words:
+        print(find_recipe(words[0]).read_text(), end="")
+        return
+    report = Report()
+    for name, path in shipped_recipes().items():
+        report.line(f"{name:15} {path.read_text().splitlines()[0].removeprefix('# ')}")
+
+
+def doctor(words: Sequence[str]) -> None:
+    """`sltt doctor`."""
+    from sltt.doctor import print_findings
+
+    print_findings()
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "eval": evaluate_run,
+    "recipes": recipes,
+    "doctor": doctor,
+}
+EVAL_KEYS = ("model", "data", "loss", "steps", "batch_size", "precision", "workers", "device")
+EVAL_HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in EVAL_KEYS)} override the run's configuration."
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes in the package, by name."""
+    folder = Path(str(files("sltt") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a shipped recipe, or a YAML file of the user's own."""
+    known = shipped_recipes()
+    if name in known:
+        return known[name]
+    if name.endswith((".yaml", ".yml")):
+        if Path(name).is_file():
+            return Path(name)
+        raise UsageError(f"no file {name}")
+    raise UsageError(f"unknown recipe {name!r}{_nearest(name, known)}; `sltt recipes` lists them")
+
+
+def run_config(run: Path) -> Path:
+    """The configuration of a run."""
+    from sltt.runs import CONFIG
+
+    if not (run / CONFIG).is_file():
+        raise UsageError(f"{run} is not the folder of a run: there is no {CONFIG}")
+    return run / CONFIG
+
+
+def _parser(prog: str) -> "ArgumentParser":
+    """A parser whose options are the arguments of `sltt.fit`."""
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    import sltt
+
+    class Help(DefaultHelpFormatter):
+        """Leaves out the hundreds of modules of PyTorch where any module fits."""
+
+        def _expand_help(self, action: argparse.Action) -> str:
+            return re.sub(r", known subclasses: torch\.nn\.Module,[^)]*", "", super()._expand_help(action))
+
+    parser = ArgumentParser(
+        prog=prog,
+        description="Options override the recipe's values, which are shown as defaults. A class is given by its name "
+        "or import path, its arguments after a dot: --rule SLTT --rule.k 2; --rule.help SLTT explains them.",
+        exit_on_error=False,
+        formatter_class=Help,
+    )
+    parser.add_argument("--config", action="config", help="YAML file whose values override the recipe's")
+    parser.add_function_arguments(sltt.fit, skip={"run", "resume", "config", "report"}, fail_untyped=False)
+    parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")
+    parser.add_argument("--resume", type=str | None, metavar="RUN", help="continue the run in this folder")
+    return parser
+
+
+def _parse(parser: "ArgumentParser", source: Path, words: Sequence[str]) -> "Namespace":
+    """The configuration in `source` with the options in `words` over it; raises UsageError with the nearest name."""
+    try:
+        if {"-h", "--help"} & set(words):
+            parser.set_defaults(yaml.safe_load(source.read_text()))  # so that the help shows the recipe's values
+        config = parser.parse_args(["--config", str(source), *words])
+    except argparse.ArgumentError as error:
+        raise UsageError(_explain(str(error))) from None
+    config.pop("config")
+    return config
+
+
+def _build(parser: "ArgumentParser", config: "Namespace") -> "Namespace":
+    """Make the objects that a configuration names, seeded so that the same configuration gives the same weights."""
+    from sltt.train import seed_everything
+
+    seed_everything(config.seed)
+    return parser.instantiate(config)
+
+
+def _load(model: "nn.Module", path: Path) -> None:
+    from sltt.checkpoints import load_checkpoint, load_weights
+
+    load_weights(model, load_checkpoint(path), path)
+
+
+def _evaluation(built: "Namespace") -> dict[str, Any]:
+    """The arguments that `sltt.fit` and `sltt.evaluate` share."""
+    return {key: built[key] for key in EVAL_KEYS if key not in ("model", "data")}
+
+
+def _resumed(words: Sequence[str]) -> Path | None:
+    """The value of --resume: it names the configuration that the other options are read on top of."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    return parser.parse_known_args(words)[0].resume
+
+
+def _explain(message: str) -> str:
+    """An error of the parser, with the nearest valid name where one is not known."""
+    if option := re.search(r"unrecognized arguments: --([^\s.=]+)", message):
+        return f"unknown option --{option[1]}{_nearest(option[1], _fit_arguments(), '--')}"
+    if key := re.search(r"Option '([^']+)' is not accepted", message):
+        owners = re.findall(r"class_path[ =]'([\w.]+)'", message)
+        owner = _locate(owners[-1]) if owners else None
+        names = list(inspect.signature(owner).parameters) if owner else _fit_arguments()
+        return f"unknown key {key[1]!r}{f' of {owners[-1]}' if owners else ''}{_nearest(key[1], names)}"
+    if name := re.search(r"Expected a dot import path string: (\S+)", message):
+        paths = {path.rpartition(".")[2]: path for path in _class_paths()}
+        near = difflib.get_close_matches(name[1], paths, 1)
+        return f"unknown class {name[1]!r}" + (f"; did you mean {paths[near[0]]}?" if near else "")
+    return message
+
+
+def _fit_arguments() -> list[str]:
+    import sltt
+
+    return [*inspect.signature(sltt.fit).parameters, "run", "resume", "config"]
+
+
+def _class_paths() -> list[str]:
+    """The import paths of what this package offers to recipes."""
+    import sltt
+
+    modules = (sltt.models, sltt.data, sltt.losses, sltt.schedules, sltt.surrogates, sltt)
+    return [f"{m.__name__}.{name}" for m in modules for name, value in vars(m).items() if callable(value)]
+
+
+def _locate(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _summary(model: "nn.Module") -> str:
+    return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
+
+
+def _count(samples: Any) -> int:
+    return 0 if samples is None else len(samples)

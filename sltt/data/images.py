@@ -1,0 +1,210 @@
+"""Image data sets through torchvision: CIFAR-10, CIFAR-100 and any folder of images."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from sltt.data.base import Data, Splits, fingerprint, hold_out
+
+Transform = Callable[[Any], Tensor]
+
+
+class Cutout:
+    """Set a square of an image [C, H, W] to zero; its centre is anywhere in the image, so its sides may be cut off.
+
+    Args:
+        length: side of the square in pixels.
+
+    Source: DeVries & Taylor 2017 (arXiv 1708.04552).
+    """
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, image: Tensor) -> Tensor:
+        spans = []
+        for size in image.shape[-2:]:
+            start = int(torch.randint(size, ())) - self.length // 2
+            spans.append(slice(max(start, 0), start + self.length))
+        image = image.clone()
+        image[..., spans[0], spans[1]] = 0
+        return image
+
+
+class _Images(Data):
+    """Training and test images that torchvision reads, and the transforms they go through."""
+
+    @abstractmethod
+    def open(self, train: bool, transform: Transform) -> tuple[Dataset[Any], Sequence[int], int]:
+        """The training or test images, their labels, and the number of classes."""
+
+    @abstractmethod
+    def transform(self, train: bool) -> Transform:
+        """From a PIL image to a normalised tensor [C, H, W]; augmented if `train`."""
+
+    def load(self, steps: int) -> Splits:
+        augmented, labels, classes = self.open(True, self.transform(True))
+        plain, _, _ = self.open(True, self.transform(False))
+        test, test_labels, test_classes = self.open(False, self.transform(False))
+        if test_classes != classes:
+            raise ValueError(f"{self}: {classes} classes to train on, but {test_classes} in the test images")
+        train, validation = hold_out(labels, self.validation, self.split_seed)
+        return Splits(
+            train=Subset(augmented, train),
+            validation=Subset(plain, validation) if validation else None,
+            test=test,
+            static=True,
+            classes=classes,
+            fingerprint=fingerprint([*labels, *test_labels], train, validation),
+        )
+
+
+class _CIFAR(_Images):
+    """What CIFAR-10 and CIFAR-100 share."""
+
+    name: str
+    folder: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __init__(
+        self,
+        root: str = "data",
+        validation: float = 0.1,
+        split_seed: int = 0,
+        augment: bool = True,
+        cutout: int = 16,
+        download: bool = False,
+    ):
+        """Arguments of both data sets.
+
+        Args:
+            root: folder of the data.
+            validation: share of the training images held out to select the best epoch; 0 trains on everything.
+            split_seed: which training images are held out.
+            augment: random crop of 32 pixels out of a margin of 4, horizontal flip and Cutout, as in the paper.
+            cutout: side of the Cutout square in pixels; 0 is no Cutout.
+            download: fetch the data into `root` where it is not there.
+        """
+        super().__init__(validation, split_seed)
+        self.root = root
+        self.augment = augment
+        self.cutout = cutout
+        self.download = download
+
+    def open(self, train: bool, transform: Transform) -> tuple[Dataset[Any], Sequence[int], int]:
+        from torchvision import datasets
+
+        dataset = getattr(datasets, type(self).__name__)
+        try:
+            images = dataset(self.root, train=train, transform=transform, download=self.download)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"{self.name} not found, or not whole: looked in {Path(self.root).resolve()}, expected the folder "
+                f"{self.folder} of the Python version there. Get it with --data.download true, or set --data.root."
+            ) from error
+        return images, images.targets, len(images.classes)
+
+    def transform(self, train: bool) -> Transform:
+        from torchvision.transforms import v2
+
+        augmentation = []
+        if train and self.augment:
+            augmentation = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+        cutout = [Cutout(self.cutout)] if train and self.augment and self.cutout else []
+        return v2.Compose([v2.ToImage(), *augmentation, *_to_normalised(self.mean, self.std), *cutout])
+
+
+class CIFAR10(_CIFAR):
+    """CIFAR-10 (Krizhevsky 2009): static images [3, 32, 32], normalised; the official test images."""
+
+    name = "CIFAR-10"
+    folder = "cifar-10-batches-py"
+    mean = (0.4914, 0.4822, 0.4465)
+    std = (0.2470, 0.2435, 0.2616)
+
+
+class CIFAR100(_CIFAR):
+    """CIFAR-100 (Krizhevsky 2009): static images [3, 32, 32], normalised; the official test images."""
+
+    name = "CIFAR-100"
+    folder = "cifar-100-python"
+    mean = (0.5071, 0.4865, 0.4409)
+    std = (0.2673, 0.2564, 0.2762)
+
+
+class ImageFolder(_Images):
+    """Any folder of images, `root/{train,test}/CLASS/*`: static images [3, size, size], normalised.
+
+    Where there is no `test`, `val` is taken, as in ImageNet. Training images are a random resized crop and flipped; the
+    others are resized to 8/7 of `size` and cropped in the centre. Images up to 64 pixels that already have this size
+    are better cropped out of a margin: `crop_padding`.
+
+    Args:
+        root: folder of the data.
+        size: height and width of the images that the network sees, in pixels.
+        validation: share of the training images held out to select the best epoch; 0 trains on everything.
+        split_seed: which training images are held out.
+        augment: augment training images as said above.
+        crop_padding: instead of the random resized crop, crop out of a margin of so many pixels, as for CIFAR.
+        cutout: side of the Cutout square in pixels; 0 is no Cutout.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        size: int = 224,
+        validation: float = 0.1,
+        split_seed: int = 0,
+        augment: bool = True,
+        crop_padding: int | None = None,
+        cutout: int = 0,
+    ):
+        super().__init__(validation, split_seed)
+        self.root = root
+        self.size = size
+        self.augment = augment
+        self.crop_padding = crop_padding
+        self.cutout = cutout
+
+    def open(self, train: bool, transform: Transform) -> tuple[Dataset[Any], Sequence[int], int]:
+        from torchvision import datasets
+
+        root = Path(self.root)
+        folder = root / "train" if train else next((root / n for n in ("test", "val") if (root / n).is_dir()), None)
+        if folder is None or not folder.is_dir():
+            raise FileNotFoundError(
+                f"no images found: looked in {root.resolve()}, expected the folders train and test (or val), each with "
+                "a folder of images for every class. Set --data.root."
+            )
+        images = datasets.ImageFolder(str(folder), transform=transform)
+        return images, images.targets, len(images.classes)
+
+    def transform(self, train: bool) -> Transform:
+        from torchvision.transforms import v2
+
+        if train and self.augment:
+            crop: list[Any] = (
+                [v2.RandomResizedCrop(self.size, antialias=True)]
+                if self.crop_padding is None
+                else [v2.Resize((self.size, self.size)), v2.RandomCrop(self.size, padding=self.crop_padding)]
+            )
+            crop.append(v2.RandomHorizontalFlip())
+        elif self.crop_padding is None:
+            crop = [v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)]
+        else:
+            crop = [v2.Resize((self.size, self.size))]
+        cutout = [Cutout(self.cutout)] if train and self.augment and self.cutout else []
+        imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        return v2.Compose([v2.ToImage(), *crop, *_to_normalised(*imagenet), *cutout])
+
+
+def _to_normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
+    from torchvision.transforms import v2
+
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]

@@ -1,0 +1,41 @@
+"""Dropout for sequences: one mask for all time steps."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sltt.state import Stateful
+
+
+class Dropout(Stateful):
+    """Dropout whose mask is drawn at the first time step and kept until `sltt.reset`.
+
+    y[t] = m ⊙ x[t] / (1 − p), m ~ Bernoulli(1 − p) once per sequence; the identity in evaluation mode. A mask that
+    changed at every step would average out over time.
+
+    Args:
+        p: probability that an element is dropped, in [0, 1).
+    """
+
+    states: ClassVar[tuple[str, ...]] = ("mask",)
+    mask: Tensor | None
+
+    def __init__(self, p: float = 0.5):
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"p must be in [0, 1), got {p}")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, ...] of one time step to the same shape."""
+        if not self.training or self.p == 0:
+            return x
+        if self.mask is None:
+            self.mask = torch.full_like(x, 1 - self.p).bernoulli_().div_(1 - self.p)
+        else:
+            self.check_state("mask", x)
+        return x * self.mask
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"

@@ -1,0 +1,91 @@
+"""Pre-activation ResNets with spiking neurons, for small images.
+
+After He et al. 2016 (identity mappings), as used in the SLTT paper (Meng et al. 2023): every convolution but the first
+and the shortcuts reads spikes. ResNet-18 with 3 input channels has 11,176,906 parameters for 10 classes.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sltt.dropout import Dropout
+from sltt.models.base import NeuronFactory, check_frame
+from sltt.neurons import LIF
+
+
+class Block(nn.Module):
+    """BatchNorm, neuron, 3×3 convolution, twice, plus the shortcut.
+
+    Where the shape changes, the shortcut is a 1×1 convolution of the block's first spikes; elsewhere it is the identity
+    of the block's input.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, neuron: NeuronFactory, dropout: float):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.neuron1 = neuron()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.neuron2 = neuron()
+        self.dropout = Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        changes = stride != 1 or in_channels != out_channels
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = self.neuron1(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(spikes)
+        y = self.conv1(spikes)
+        y = self.conv2(self.dropout(self.neuron2(self.norm2(y))))
+        return y + shortcut
+
+
+class ResNet(nn.Module):
+    """3×3 stem, four stages of pre-activation blocks with 64, 128, 256 and 512 channels, pooling, one linear layer.
+
+    Args:
+        blocks: number of blocks in each of the four stages.
+        in_channels: channels of the input.
+        classes: number of logits.
+        neuron: makes a neuron; called twice for each block and once at the end.
+        dropout: probability of the dropout before each block's second convolution.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        in_channels: int = 3,
+        classes: int = 10,
+        neuron: NeuronFactory = LIF,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.in_channels = in_channels
+        self.stem = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+        stages: list[nn.Module] = []
+        channels = 64
+        for width, stride, count in zip((64, 128, 256, 512), (1, 2, 2, 2), blocks, strict=True):
+            for i in range(count):
+                stages.append(Block(channels, width, stride if i == 0 else 1, neuron, dropout))
+                channels = width
+        self.blocks = nn.Sequential(*stages)
+        self.norm = nn.BatchNorm2d(channels)
+        self.neuron = neuron()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One time step [B, in_channels, H, W] to logits [B, classes]."""
+        check_frame(x, self.in_channels)
+        spikes = self.neuron(self.norm(self.blocks(self.stem(x))))
+        return self.head(self.pool(spikes).flatten(1))
+
+
+def resnet18(in_channels: int = 3, classes: int = 10, neuron: NeuronFactory = LIF, dropout: float = 0.0) -> ResNet:
+    """Pre-activation ResNet-18. See `ResNet` for the arguments."""
+    return ResNet((2, 2, 2, 2), in_channels, classes, neuron, dropout)
+
+
+def resnet34(in_channels: int = 3, classes: int = 10, neuron: NeuronFactory = LIF, dropout: float = 0.0) -> ResNet:
+    """Pre-activation ResNet-34. See `ResNet` for the arguments."""
+    return ResNet((3, 4, 6, 3), in_channels, classes, neuron, dropout)

@@ -1,0 +1,77 @@
+"""VGG with BatchNorm and spiking neurons, one linear layer as the head.
+
+Widths per block between average poolings; after Simonyan & Zisserman 2015, as used in the SLTT paper (Meng et al.
+2023). VGG-11 with 2 input channels and 10 classes has 9,476,298 parameters.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sltt.dropout import Dropout
+from sltt.models.base import NeuronFactory, check_frame
+from sltt.neurons import LIF
+
+
+class VGG(nn.Module):
+    """Blocks of (3×3 convolution, BatchNorm, neuron, dropout), average pooling between blocks, one linear layer.
+
+    Args:
+        blocks: the widths of each block's convolutions.
+        in_channels: channels of the input.
+        classes: number of logits.
+        neuron: makes a neuron; called once for each convolution.
+        dropout: probability of the dropout after each neuron.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[int]],
+        in_channels: int = 3,
+        classes: int = 10,
+        neuron: NeuronFactory = LIF,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.in_channels = in_channels
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for i, widths in enumerate(blocks):
+            if i:
+                layers.append(nn.AvgPool2d(2))
+            for width in widths:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), neuron()]
+                if dropout:
+                    layers.append(Dropout(dropout))
+                channels = width
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(7)
+        self.head = nn.Linear(channels * 7 * 7, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 16."""
+        check_frame(x, self.in_channels)
+        return self.head(self.pool(self.features(x)).flatten(1))
+
+
+def vgg11(in_channels: int = 3, classes: int = 10, neuron: NeuronFactory = LIF, dropout: float = 0.0) -> VGG:
+    """VGG-11: 8 convolutions. See `VGG` for the arguments."""
+    return VGG(((64,), (128,), (256, 256), (512, 512), (512, 512)), in_channels, classes, neuron, dropout)
+
+
+def vgg13(in_channels: int = 3, classes: int = 10, neuron: NeuronFactory = LIF, dropout: float = 0.0) -> VGG:
+    """VGG-13: 10 convolutions. See `VGG` for the arguments."""
+    blocks = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
+    return VGG(blocks, in_channels, classes, neuron, dropout)
+
+
+def vgg16(in_channels: int = 3, classes: int = 10, neuron: NeuronFactory = LIF, dropout: float = 0.0) -> VGG:
+    """VGG-16: 13 convolutions. See `VGG` for the arguments."""
+    blocks = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+    return VGG(blocks, in_channels, classes, neuron, dropout)
+
+
+def vgg19(in_channels: int = 3, classes: int = 10, neuron: NeuronFactory = LIF, dropout: float = 0.0) -> VGG:
+    """VGG-19: 16 convolutions. See `VGG` for the arguments."""
+    blocks = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
+    return VGG(blocks, in_channels, classes, neuron, dropout)

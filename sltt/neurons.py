@@ -1,0 +1,213 @@
+"""Spiking neurons: the pure step function first, thin modules that keep the membrane potential on top of it.
+
+Shapes: a neuron takes any shape [B, ...] and works elementwise. u is the membrane potential after the charge, s the
+spike, v the membrane potential after the reset, which is what is kept between time steps.
+"""
+
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from sltt.state import Stateful
+from sltt.surrogates import Surrogate, Triangle
+
+
+def lif_step(
+    v: Tensor,
+    x: Tensor,
+    *,
+    decay: float | Tensor,
+    v_threshold: float = 1.0,
+    v_reset: float | None = None,
+    decay_input: bool = False,
+    detach_reset: bool = False,
+    surrogate: Surrogate = Triangle(),
+) -> tuple[Tensor, Tensor]:
+    """One time step of leaky integrate-and-fire neurons.
+
+        u = λ v + x                      charge (soft reset; with `decay_input`, (1 − λ) x instead of x)
+        u = v_r + λ (v − v_r) + x        charge (hard reset to v_r)
+        s = H(u − V_th)                  fire; backward through the surrogate
+        v = u − V_th s                   soft reset
+        v = u − (u − v_r) s              hard reset
+
+    Args:
+        v: membrane potential after the step before, [B, ...].
+        x: input current of this step, [B, ...].
+        decay: λ = 1 − 1/τ, between 0 (no memory) and 1 (no leak).
+        v_threshold: V_th.
+        v_reset: v_r of a hard reset; None is a soft reset.
+        decay_input: scale the input by 1 − λ.
+        detach_reset: no gradient through the spike in the reset.
+        surrogate: stands in for the derivative of H.
+
+    Returns:
+        The spikes s and the membrane potential v, both [B, ...].
+
+    Source: Meng et al., ICCV 2023 (arXiv 2302.14311), with v[t] = u[t] − V_th s[t].
+    """
+    rest = 0.0 if v_reset is None else v_reset
+    current = (1 - decay) * x if decay_input else x
+    u = decay * v + current if rest == 0 else rest + decay * (v - rest) + current
+    s = surrogate(u - v_threshold)
+    reset_s = s.detach() if detach_reset else s
+    v = u - v_threshold * reset_s if v_reset is None else u - (u - v_reset) * reset_s
+    return s, v
+
+
+class Neuron(Stateful):
+    """What the neurons here share: threshold, reset, surrogate and the membrane potential `.v` [B, ...].
+
+    `.v` is None before the first step, and then starts from the reset potential (0 for a soft reset) with the input's
+    shape, device and dtype.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ("v",)
+    v: Tensor | None
+
+    def __init__(
+        self,
+        v_threshold: float = 1.0,
+        v_reset: float | None = None,
+        detach_reset: bool = False,
+        surrogate: Surrogate = Triangle(),
+    ):
+        super().__init__()
+        if v_reset is not None and not v_reset < v_threshold:
+            raise ValueError(f"v_reset must be below v_threshold = {v_threshold}, got {v_reset}")
+        self.v_threshold = v_threshold
+        self.v_reset = v_reset
+        self.detach_reset = detach_reset
+        self.surrogate = surrogate
+
+    def decay(self) -> float | Tensor:
+        """λ: the share of the membrane potential that stays from one step to the next."""
+        raise NotImplementedError
+
+    decay_input = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input current x [B, ...] of one time step to spikes [B, ...]."""
+        if self.v is None:
+            self.v = torch.full_like(x, self.v_reset or 0.0)
+        else:
+            self.check_state("v", x)
+        spikes, self.v = lif_step(
+            self.v,
+            x,
+            decay=self.decay(),
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            decay_input=self.decay_input,
+            detach_reset=self.detach_reset,
+            surrogate=self.surrogate,
+        )
+        return spikes
+
+    def extra_repr(self) -> str:
+        return (
+            f"v_threshold={self.v_threshold}, v_reset={self.v_reset}, decay_input={self.decay_input}, "
+            f"detach_reset={self.detach_reset}, surrogate={self.surrogate}"
+        )
+
+
+class LIF(Neuron):
+    """Leaky integrate-and-fire neuron, λ = 1 − 1/τ: `lif_step` with the membrane potential kept in `.v`.
+
+    Args:
+        tau: membrane time constant τ in time steps, greater than 1.
+        v_threshold: V_th.
+        v_reset: potential after a spike; None subtracts V_th instead (soft reset).
+        decay_input: scale the input by 1/τ.
+        detach_reset: no gradient through the spike in the reset.
+        surrogate: stands in for the derivative of the spike.
+
+    Defaults are those of the SLTT paper (Meng et al. 2023).
+    """
+
+    def __init__(
+        self,
+        tau: float = 1.1,
+        v_threshold: float = 1.0,
+        v_reset: float | None = None,
+        decay_input: bool = False,
+        detach_reset: bool = False,
+        surrogate: Surrogate = Triangle(),
+    ):
+        super().__init__(v_threshold, v_reset, detach_reset, surrogate)
+        self.tau = _valid_tau(tau)
+        self.decay_input = decay_input
+
+    @classmethod
+    def from_beta(cls, beta: float, **kwargs: Any) -> Self:
+        """A LIF with decay β = λ = 1 − 1/τ, the parameter of snnTorch. β is in (0, 1)."""
+        if not 0 < beta < 1:
+            raise ValueError(f"beta must be between 0 and 1, got {beta}; for no leak use sltt.IF")
+        return cls(tau=1 / (1 - beta), **kwargs)
+
+    def decay(self) -> float:
+        return 1 - 1 / self.tau
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, {super().extra_repr()}"
+
+
+class IF(Neuron):
+    """Integrate-and-fire neuron: `lif_step` with λ = 1, no leak.
+
+    Args:
+        v_threshold: V_th.
+        v_reset: potential after a spike; None subtracts V_th instead (soft reset).
+        detach_reset: no gradient through the spike in the reset.
+        surrogate: stands in for the derivative of the spike.
+    """
+
+    def decay(self) -> float:
+        return 1.0
+
+
+class PLIF(Neuron):
+    """LIF with a learnable time constant, shared by the layer: 1/τ = σ(w), so τ > 1 whatever w is.
+
+    Args:
+        tau: τ at the start, in time steps, greater than 1.
+        v_threshold: V_th.
+        v_reset: potential after a spike; None subtracts V_th instead (soft reset).
+        decay_input: scale the input by 1/τ.
+        detach_reset: no gradient through the spike in the reset.
+        surrogate: stands in for the derivative of the spike.
+
+    Source: Fang et al., ICCV 2021 (arXiv 2007.05785).
+    """
+
+    def __init__(
+        self,
+        tau: float = 1.1,
+        v_threshold: float = 1.0,
+        v_reset: float | None = None,
+        decay_input: bool = False,
+        detach_reset: bool = False,
+        surrogate: Surrogate = Triangle(),
+    ):
+        super().__init__(v_threshold, v_reset, detach_reset, surrogate)
+        # σ(w) = 1/τ, so w = −ln(τ − 1)
+        self.w = nn.Parameter(-torch.log(torch.tensor(_valid_tau(tau) - 1)))
+        self.decay_input = decay_input
+
+    @property
+    def tau(self) -> float:
+        """The time constant as it is now, in time steps."""
+        return 1 / torch.sigmoid(self.w.detach()).item()
+
+    def decay(self) -> Tensor:
+        return 1 - torch.sigmoid(self.w)
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau:.4g}, {super().extra_repr()}"
+
+
+def _valid_tau(tau: float) -> float:
+    if not tau > 1:
+        raise ValueError(f"tau must be greater than 1 time step (λ = 1 − 1/τ must be positive), got {tau}")
+    return tau

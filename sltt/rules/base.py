@@ -1,0 +1,134 @@
+"""What every rule shares: the contract, the checks of its arguments, the sequence of time steps.
+
+Shapes: T time steps, B samples, C classes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sltt.state import reset
+
+Loss = Callable[[Tensor, Any], Tensor]
+Backward = Callable[[Tensor], Any]
+
+
+class Output(NamedTuple):
+    """What a rule returns, without a graph: the loss of the sequence, a scalar, and the logits [T, B, C]."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class Sequence(NamedTuple):
+    """T time steps of input: one view per step of x [T, B, ...], or the same image [B, ...] T times."""
+
+    x: Tensor
+    steps: int
+    static: bool
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        return iter(self.x.expand(self.steps, *self.x.shape) if self.static else self.x)
+
+
+class Rule(ABC):
+    """Turns a batch into gradients: owns the time loop, cuts the graph, runs backward, and leaves the sum in `.grad`.
+
+    Calling a rule resets the model, runs T steps and backpropagates L = 1/T Σ_t loss(model(x[t]), target). It adds to
+    `.grad`, so call `optimizer.zero_grad()` before. The model is reset afterwards too, also after an exception: no
+    state and no graph outlive the call.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Any,
+        loss: Loss,
+        *,
+        steps: int | None = None,
+        backward: Backward | None = None,
+    ) -> Output:
+        """Run one batch.
+
+        Args:
+            model: maps the input of one time step [B, ...] to logits [B, C], and keeps its own state.
+            x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
+            target: what `loss` compares the logits with, usually class indices [B].
+            loss: `loss(logits [B, C], target) -> scalar`, of one time step.
+            steps: T for a static input.
+            backward: called instead of `Tensor.backward` with each scalar to backpropagate, e.g. `fabric.backward`.
+
+        Raises:
+            ValueError: no time step, too few dimensions, NaN or infinite input, a target of another batch size, or a
+                model that does not return logits.
+        """
+        sequence = time_steps(x, steps, target)
+        reset(model)
+        try:
+            return self.run(model, sequence, target, loss, backward or Tensor.backward)
+        finally:
+            reset(model)
+
+    @abstractmethod
+    def run(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
+        """The time loop: forward, loss and backward over a checked sequence, on a model that was just reset."""
+
+    def __repr__(self) -> str:
+        settings = {k: v for k, v in vars(self).items() if v not in (None, False)}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+
+
+@torch.no_grad()
+def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
+    """Run T time steps without a graph and return the logits [T, B, C]; the prediction is their mean over time.
+
+    Args:
+        model: maps the input of one time step [B, ...] to logits [B, C]; its mode, training or not, stays as it is.
+        x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
+        steps: T for a static input.
+    """
+    sequence = time_steps(x, steps)
+    reset(model)
+    try:
+        return torch.stack([model(x_t) for x_t in sequence])
+    finally:
+        reset(model)
+
+
+def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
+    """Check an input, and its batch size against the target's; return it as a sequence of time steps."""
+    static = steps is not None
+    form = "[B, ...] with steps=T" if static else "[T, B, ...], time first"
+    if x.ndim < 2:
+        raise ValueError(f"expected input {form}, got shape {list(x.shape)}")
+    length = steps if steps is not None else x.shape[0]
+    if length < 1:
+        where = f"steps={steps}" if static else f"an input of shape {list(x.shape)}"
+        raise ValueError(f"expected at least one time step, got {where}")
+    if isinstance(target, Tensor) and target.ndim and target.shape[0] != (batch := x.shape[0 if static else 1]):
+        raise ValueError(
+            f"expected a target for each of the {batch} samples of an input {form}, "
+            f"got input {list(x.shape)} and target {list(target.shape)}"
+        )
+    # A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and the loss finite.
+    if x.is_floating_point() and not x.isfinite().all():
+        bad = x.numel() - int(x.isfinite().sum())
+        raise ValueError(f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values")
+    return Sequence(x, length, static)
+
+
+def step_loss(loss: Loss, logits: Any, target: Any) -> Tensor:
+    """The loss of one time step, with what the model and the loss returned checked."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"expected the model to return the logits [B, C] of one time step, got {type(logits).__name__}; "
+            "keep the state in the modules and return the output only"
+        )
+    value = loss(logits, target)
+    if value.ndim:
+        raise ValueError(f"expected a loss that returns a scalar, got shape {list(value.shape)}; use reduction='mean'")
+    return value

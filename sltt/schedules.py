@@ -1,0 +1,64 @@
+"""Learning-rate schedules: pure functions of how far the training is, so that there is nothing to save or restore."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+
+class Schedule(ABC):
+    """The factor on the optimizer's learning rate: 0 to 1 over the warm-up, then what the subclass says.
+
+    Args:
+        warmup: epochs over which the learning rate rises linearly from 0; may be a fraction.
+    """
+
+    def __init__(self, warmup: float = 0.0):
+        if warmup < 0:
+            raise ValueError(f"warmup must be at least 0 epochs, got {warmup}")
+        self.warmup = warmup
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """The factor at `epoch` (a fraction in the middle of one) of `epochs`."""
+        if epoch < self.warmup:
+            return epoch / self.warmup
+        return self.decay(epoch - self.warmup, epochs - self.warmup)
+
+    @abstractmethod
+    def decay(self, epoch: float, epochs: float) -> float:
+        """The factor `epoch` epochs after the warm-up, `epochs` of which there are."""
+
+
+class Constant(Schedule):
+    """Always 1, after the warm-up."""
+
+    def decay(self, epoch: float, epochs: float) -> float:
+        return 1.0
+
+
+class Cosine(Schedule):
+    """(1 + cos(π e / E)) / 2: from 1 to 0 along half a cosine (Loshchilov & Hutter 2017), updated at every batch.
+
+    Args:
+        warmup: epochs over which the learning rate rises linearly from 0; may be a fraction.
+    """
+
+    def decay(self, epoch: float, epochs: float) -> float:
+        return (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2
+
+
+class Step(Schedule):
+    """gamma to the power of the number of milestones passed.
+
+    Args:
+        milestones: epochs, counted from the end of the warm-up, at which the learning rate is multiplied by gamma.
+        gamma: the factor.
+        warmup: epochs over which the learning rate rises linearly from 0; may be a fraction.
+    """
+
+    def __init__(self, milestones: Sequence[float], gamma: float = 0.1, warmup: float = 0.0):
+        super().__init__(warmup)
+        self.milestones = list(milestones)
+        self.gamma = gamma
+
+    def decay(self, epoch: float, epochs: float) -> float:
+        return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)

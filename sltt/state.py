@@ -1,0 +1,58 @@
+"""State that a network keeps between time steps: what holds it, how to reset it, how to cut its graph."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+
+class Stateful(nn.Module):
+    """A module that keeps tensors between time steps.
+
+    A subclass lists the attributes that hold them in `states`. Each is None before the first step of a sequence, takes
+    the shape, device and dtype of the input there, and is no part of the state dict: it belongs to one sequence.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the sequence: every state becomes None."""
+        for name in self.states:
+            setattr(self, name, None)
+
+    def detach(self) -> None:
+        """Keep the values and drop the graph behind them: no gradient flows to earlier time steps."""
+        for name in self.states:
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.detach())
+
+    def check_state(self, name: str, x: Tensor) -> None:
+        """Raise ValueError if the state `name` does not fit the input x of this time step."""
+        state: Tensor = getattr(self, name)
+        if state.shape != x.shape or state.device != x.device or state.dtype != x.dtype:
+            raise ValueError(
+                f"{type(self).__name__} keeps a state of an earlier input {_describe(state)}, but got input "
+                f"{_describe(x)}. Call sltt.reset(model) before a new sequence."
+            )
+
+
+def reset(model: nn.Module) -> None:
+    """Reset the state of every stateful module in `model`, before a new sequence."""
+    for module in model.modules():
+        if isinstance(module, Stateful):
+            module.reset()
+
+
+def detach(model: nn.Module) -> None:
+    """Cut the graph behind the state of every stateful module in `model`: v[t] becomes a constant of step t + 1."""
+    for module in model.modules():
+        if isinstance(module, Stateful):
+            module.detach()
+
+
+def _describe(x: Tensor) -> str:
+    return f"{list(x.shape)} ({str(x.dtype).removeprefix('torch.')}, {x.device})"

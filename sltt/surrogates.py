@@ -1,0 +1,119 @@
+"""Surrogate gradients: the spike is a step function, its derivative is replaced by a smooth one.
+
+One's own in three lines:
+
+    class Gaussian(sltt.surrogates.Surrogate):
+        def derivative(self, x):
+            return torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Surrogate(ABC):
+    """Spike s = H(x) with x = u − V_th and H(0) = 1; backward ∂s/∂x = `derivative(x)`.
+
+    A subclass defines `derivative`. It must be elementwise, and keep the shape and dtype of its argument.
+    """
+
+    @abstractmethod
+    def derivative(self, x: Tensor) -> Tensor:
+        """∂s/∂x at x = u − V_th, of x's shape."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Spike.apply(x, self)  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *sorted(vars(self).items())))
+
+
+class Triangle(Surrogate):
+    """∂s/∂x = max(0, 1 − |x|/γ) / γ; with γ = 1 the surrogate of the SLTT paper (Meng et al. 2023).
+
+    Args:
+        gamma: half the width of the triangle, in units of the membrane potential.
+    """
+
+    def __init__(self, gamma: float = 1.0):
+        self.gamma = _positive("gamma", gamma)
+
+    def derivative(self, x: Tensor) -> Tensor:
+        return (1 - x.abs() / self.gamma).clamp(min=0) / self.gamma
+
+
+class Rectangle(Surrogate):
+    """∂s/∂x = 1[|x| < γ/2] / γ (Wu et al. 2018).
+
+    Args:
+        gamma: width of the rectangle, in units of the membrane potential.
+    """
+
+    def __init__(self, gamma: float = 1.0):
+        self.gamma = _positive("gamma", gamma)
+
+    def derivative(self, x: Tensor) -> Tensor:
+        return (x.abs() < self.gamma / 2).to(x.dtype) / self.gamma
+
+
+class Sigmoid(Surrogate):
+    """∂s/∂x = α σ(αx) (1 − σ(αx)), the derivative of a sigmoid.
+
+    Args:
+        alpha: slope of the sigmoid.
+    """
+
+    def __init__(self, alpha: float = 4.0):
+        self.alpha = _positive("alpha", alpha)
+
+    def derivative(self, x: Tensor) -> Tensor:
+        sigma = torch.sigmoid(self.alpha * x)
+        return self.alpha * sigma * (1 - sigma)
+
+
+class ArcTan(Surrogate):
+    """∂s/∂x = α/2 / (1 + (π α x / 2)²), the derivative of arctan(π α x / 2) / π (Fang et al. 2021).
+
+    Args:
+        alpha: slope of the arctan.
+    """
+
+    def __init__(self, alpha: float = 2.0):
+        self.alpha = _positive("alpha", alpha)
+
+    def derivative(self, x: Tensor) -> Tensor:
+        return self.alpha / 2 / (1 + (math.pi * self.alpha / 2 * x) ** 2)
+
+
+class _Spike(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, surrogate: Surrogate) -> Tensor:
+        return (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Surrogate], output: Tensor) -> None:
+        x, ctx.surrogate = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad * ctx.surrogate.derivative(x), None
+
+
+def _positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise ValueError(f"{name} must be greater than 0, got {value}")
+    return value

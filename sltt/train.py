@@ -1,0 +1,441 @@
+"""Training and evaluation: one loop on Lightning Fabric, without a branch on data set or rule."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sltt.analysis import FiringRates, process_peak, reset_process_peak
+from sltt.checkpoints import (
+    CheckpointError,
+    load_checkpoint,
+    load_weights,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+    write_atomically,
+    write_table,
+)
+from sltt.data import Data, Splits
+from sltt.loading import EpochSampler, eval_loader, train_loader
+from sltt.losses import CrossEntropyMSE
+from sltt.progress import Report
+from sltt.rules import SLTT, Rule, unroll
+from sltt.rules.base import step_loss
+from sltt.runs import BEST, CONFIG, LAST, METRICS, find_checkpoint, new_run
+from sltt.schedules import Cosine, Schedule
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Precision = Literal[32, 64, "bf16-mixed", "16-mixed"]
+Device = Literal["auto", "cpu", "cuda"]
+OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+@dataclass
+class Metrics:
+    """What an epoch or an evaluation measured.
+
+    Attributes:
+        loss: mean over samples of the sequence's loss.
+        accuracy: share of samples whose mean logits over time are largest for the right class.
+        firing_rate: mean over all neurons and time steps.
+        seconds: wall-clock time.
+        peak_memory: bytes, allocated on the CUDA device or resident in the process.
+        layers: firing rate of each layer of neurons.
+    """
+
+    loss: float
+    accuracy: float
+    firing_rate: float
+    seconds: float
+    peak_memory: int
+    layers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Fit:
+    """A finished training: its folder, a row of metrics for each epoch, and the epoch whose weights the model has."""
+
+    run: Path
+    history: list[dict[str, Any]]
+    epoch: int
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    rule: Rule = SLTT(),
+    loss: nn.Module = CrossEntropyMSE(),
+    optimizer: OptimizerFactory = partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    schedule: Schedule = Cosine(),
+    steps: int = 4,
+    epochs: int = 10,
+    batch_size: int = 128,
+    clip_norm: float | None = None,
+    precision: Precision = 32,
+    seed: int = 0,
+    workers: int = 0,
+    device: Device = "auto",
+    checkpoint_minutes: float = 10.0,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    config: dict[str, Any] | None = None,
+    report: Report | None = None,
+) -> Fit:
+    """Train a spiking network; afterwards it has the weights of the best epoch by validation accuracy.
+
+    Without validation samples (`validation: 0`) the last epoch counts. The test samples are not touched.
+
+    Args:
+        model: maps the input of one time step [B, ...] to logits [B, C]; its neurons keep their state.
+        data: the data set and its splits.
+        rule: the learning rule: SLTT, SLTT with k, BPTT, TBPTT.
+        loss: loss of one time step, of logits [B, C] and labels [B].
+        optimizer: makes the optimizer from the parameters.
+        schedule: how the learning rate changes.
+        steps: T, the number of time steps.
+        epochs: passes over the training samples.
+        batch_size: samples in a batch.
+        clip_norm: scale gradients down to this norm where theirs is larger.
+        precision: 32 or 64 bits, or mixed with bfloat16 or float16.
+        seed: of the order of samples, augmentation, dropout, and the steps that SLTT draws.
+        workers: processes that load data; 0 loads in this one.
+        device: auto takes CUDA where there is a GPU.
+        checkpoint_minutes: save within an epoch too, when the last checkpoint is older than this.
+        run: folder for checkpoints and metrics; must be new, unless `resume`. None makes one under `runs`.
+        resume: continue the run in `run`; the weights end as if it had never stopped.
+        config: configuration to keep in the run folder and in the checkpoints.
+        report: where to print.
+
+    Raises:
+        ValueError: an argument or a batch that does not fit; the message says which and what to do.
+        FloatingPointError: the loss is not finite.
+        KeyboardInterrupt: on Ctrl-C, after the batch is finished and a checkpoint saved.
+        OSError: the run folder cannot be written.
+    """
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"expected at least 1 epoch and 1 sample in a batch, got {epochs=} and {batch_size=}")
+    report = report or Report()
+    splits = data.splits(steps)
+    checkpoint = _resume_point(run) if resume else None
+    folder = Path(run) if resume and run is not None else new_run(run)
+    fabric = make_fabric(device, precision)
+    seed_everything(seed)
+
+    net, optim = fabric.setup(model, optimizer(model.parameters()))
+    rates = [group["lr"] for group in optim.param_groups]
+    sampler = EpochSampler(len(splits.train), seed)  # type: ignore[arg-type]
+    loader = train_loader(splits, batch_size, sampler, workers)
+    batches = math.ceil(sampler.length / batch_size)
+    state = _State()
+    if checkpoint is not None:
+        load_weights(model, checkpoint, folder / LAST)
+        optim.load_state_dict(checkpoint["optimizer"])
+        fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
+        state = _State(**checkpoint["progress"])
+        _check_fingerprint(splits, checkpoint, folder)
+
+    def save(name: str) -> None:
+        save_checkpoint(
+            folder / name,
+            {
+                "model": model.state_dict(),
+                "optimizer": optim.state_dict(),
+                "scaler": fabric.strategy.precision.state_dict(),
+                "progress": vars(state),
+                "random": random_states(),
+                "fingerprint": splits.fingerprint,
+                "config": config or {},
+            },
+        )
+
+    if config is not None:
+        write_atomically(folder / CONFIG, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+    log = _scalar_log(folder, state.epoch)
+    saved = time.monotonic()
+    if checkpoint is not None:
+        set_random_states(checkpoint["random"])
+    with _Interrupt() as interrupt:
+        while state.epoch < epochs:
+            sampler.set_epoch(state.epoch, min(state.batch * batch_size, sampler.length))
+            began = time.monotonic() - state.seconds
+            reset_process_peak(fabric.device)
+            net.train()
+            bar = report.bar(f"epoch {state.epoch + 1}/{epochs}", batches, done=state.batch)
+            with FiringRates(model) as firing, bar as advance:
+                firing.load_state_dict(state.firing)
+                for x, y in loader:
+                    _set_learning_rate(optim, rates, schedule.factor(state.epoch + state.batch / batches, epochs))
+                    optim.zero_grad()
+                    x, y = fabric.to_device(x), fabric.to_device(y)
+                    try:
+                        repeat = steps if splits.static else None
+                        out = rule(net, x, y, loss, steps=repeat, backward=fabric.backward)
+                        _check_finite(out.loss, model, optim)
+                    except (ValueError, FloatingPointError) as error:
+                        error.add_note(f"at epoch {state.epoch + 1}, batch {state.batch + 1} of {batches}")
+                        if (folder / LAST).exists():
+                            error.add_note(f"the last good checkpoint is {folder / LAST}")
+                        raise
+                    if clip_norm is not None:
+                        fabric.clip_gradients(net, optim, max_norm=clip_norm)
+                    optim.step()
+                    state.count(out.loss, out.logits, y)
+                    advance()
+                    if interrupt.requested or time.monotonic() - saved > 60 * checkpoint_minutes:
+                        state.seconds = time.monotonic() - began
+                        state.firing = firing.state_dict()
+                        save(LAST)
+                        saved = time.monotonic()
+                        interrupt.stop(folder)
+            measured = state.metrics(firing, time.monotonic() - began, fabric.device)
+            validation = _validate(fabric, net, splits, loss, steps, batch_size, workers)
+            row = _row(state.epoch + 1, optim, measured, validation)
+            best = state.end_epoch(row, validation)
+            save(LAST)
+            saved = time.monotonic()
+            if best:
+                save(BEST)
+            write_table(folder / METRICS, state.history)
+            for key, value in row.items():
+                if value is not None:
+                    log.add_scalar(key, value, row["epoch"])
+            log.flush()
+            report.row(row)
+            for warning in _extreme_layers(measured.layers):
+                report.warn(warning)
+            interrupt.stop(folder)
+    log.close()
+    path = find_checkpoint(folder)
+    load_weights(model, load_checkpoint(path), path)
+    return Fit(folder, state.history, state.best_epoch or state.epoch)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    split: Literal["train", "validation", "test"] = "test",
+    *,
+    loss: nn.Module = CrossEntropyMSE(),
+    steps: int = 4,
+    batch_size: int = 128,
+    precision: Precision = 32,
+    workers: int = 0,
+    device: Device = "auto",
+) -> Metrics:
+    """Measure a network on one of the splits, in evaluation mode and without a graph.
+
+    Arguments are those of `fit`. Raises ValueError if the split is empty.
+    """
+    splits = data.splits(steps)
+    dataset = getattr(splits, split)
+    if dataset is None:
+        raise ValueError("there are no validation samples: the data was loaded with validation: 0")
+    fabric = make_fabric(device, precision)
+    net = fabric.setup_module(model)
+    return _measure(fabric, net, eval_loader(dataset, splits, batch_size, workers), splits, loss, steps)
+
+
+def make_fabric(device: Device, precision: Precision) -> "Fabric":
+    """Fabric for one device; with `16-mixed`, gradients are scaled on the CPU as they are on CUDA."""
+    from lightning_fabric import Fabric  # takes seconds to import
+    from lightning_fabric.plugins import MixedPrecision
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but PyTorch sees no CUDA device; `sltt doctor` says what it sees")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "16-mixed":
+        scaler = torch.amp.GradScaler(device)
+        return Fabric(accelerator=device, devices=1, plugins=[MixedPrecision("16-mixed", device, scaler)])
+    return Fabric(accelerator=device, devices=1, precision=precision)
+
+
+@dataclass
+class _State:
+    """How far the training is; saved and restored as a whole."""
+
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the epoch in progress, and what they sum to
+    loss: float = 0.0
+    correct: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    firing: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int | None = None
+    best: list[float] = field(default_factory=list)
+
+    def count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self.batch += 1
+        self.loss += loss.item() * len(labels)
+        self.correct += _correct(logits, labels)
+        self.samples += len(labels)
+
+    def metrics(self, firing: FiringRates, seconds: float, device: torch.device) -> Metrics:
+        samples = max(self.samples, 1)
+        return Metrics(
+            self.loss / samples,
+            self.correct / samples,
+            firing.mean(),
+            seconds,
+            process_peak(device),
+            firing.by_layer(),
+        )
+
+    def end_epoch(self, row: dict[str, Any], validation: Metrics | None) -> bool:
+        """Start the next epoch; true if this one is the best so far by validation."""
+        self.history = [*self.history, row]
+        self.epoch += 1
+        self.batch, self.loss, self.correct, self.samples, self.seconds, self.firing = 0, 0.0, 0, 0, 0.0, {}
+        if validation is None:
+            return False
+        score = [validation.accuracy, -validation.loss]
+        if self.best and score <= self.best:
+            return False
+        self.best, self.best_epoch = score, self.epoch
+        return True
+
+
+def _measure(
+    fabric: "Fabric", net: nn.Module, loader: DataLoader[Any], splits: Splits, loss: nn.Module, steps: int
+) -> Metrics:
+    state = _State()
+    began = time.monotonic()
+    reset_process_peak(fabric.device)
+    training = net.training
+    net.eval()
+    try:
+        with FiringRates(net) as firing, torch.no_grad():
+            for x, y in loader:
+                x, y = fabric.to_device(x), fabric.to_device(y)
+                logits = unroll(net, x, steps=steps if splits.static else None)
+                value = torch.stack([step_loss(loss, o, y) for o in logits]).mean()
+                state.count(value, logits, y)
+    finally:
+        net.train(training)
+    return state.metrics(firing, time.monotonic() - began, fabric.device)
+
+
+def _validate(
+    fabric: "Fabric", net: nn.Module, splits: Splits, loss: nn.Module, steps: int, batch_size: int, workers: int
+) -> Metrics | None:
+    if splits.validation is None:
+        return None
+    return _measure(fabric, net, eval_loader(splits.validation, splits, batch_size, workers), splits, loss, steps)
+
+
+def _correct(logits: Tensor, labels: Tensor) -> int:
+    return int((logits.mean(0).argmax(1) == labels).sum())
+
+
+def _row(epoch: int, optim: Any, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
+    return {
+        "epoch": epoch,
+        "learning_rate": optim.param_groups[0]["lr"],
+        "train_loss": training.loss,
+        "train_accuracy": training.accuracy,
+        "validation_loss": validation.loss if validation else None,
+        "validation_accuracy": validation.accuracy if validation else None,
+        "firing_rate": training.firing_rate,
+        "seconds": training.seconds,
+        "peak_memory": training.peak_memory,
+    }
+
+
+def _extreme_layers(rates: dict[str, float]) -> list[str]:
+    """A warning for each layer that never fired, or always, in a whole epoch."""
+    cause = {0.0: "never", 1.0: "always"}
+    remedy = {0.0: "lower v_threshold, or check the normalisation before it", 1.0: "raise v_threshold"}
+    return [
+        f"layer {name} {cause[rate]} fired in this epoch, so nothing passes it: {remedy[rate]}"
+        for name, rate in rates.items()
+        if rate in cause
+    ]
+
+
+def _check_finite(loss: Tensor, model: nn.Module, optim: Any) -> None:
+    if math.isfinite(loss.item()):
+        return
+    if all(p.isfinite().all() for p in model.parameters()):
+        cause = "the logits overflow; with 16-mixed use bf16-mixed, else lower the learning rate or set clip_norm"
+    else:
+        rate = optim.param_groups[0]["lr"]
+        cause = f"the weights are not finite any more: lower the learning rate (it is {rate:.3g}) or set clip_norm"
+    raise FloatingPointError(f"the loss is {loss.item()}: {cause}")
+
+
+def _set_learning_rate(optim: Any, rates: list[float], factor: float) -> None:
+    for group, rate in zip(optim.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global random generator."""
+    from lightning_fabric import seed_everything as seed_generators
+
+    seed_generators(seed, verbose=False)
+
+
+def _resume_point(run: str | Path | None) -> dict[str, Any] | None:
+    """The last checkpoint of a run; None if it stopped before the first, and so starts again."""
+    if run is None:
+        raise ValueError("resume=True needs the folder of the run to continue: run=...")
+    path = Path(run) / LAST
+    return load_checkpoint(path) if path.exists() else None
+
+
+def _check_fingerprint(splits: Splits, checkpoint: dict[str, Any], run: Path) -> None:
+    if checkpoint["fingerprint"] != splits.fingerprint:
+        raise CheckpointError(
+            f"the run {run} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
+            f"{splits.fingerprint}: the samples or the settings of the data have changed"
+        )
+
+
+def _scalar_log(run: Path, epoch: int) -> Any:
+    """TensorBoard's writer; what a killed run logged after its last checkpoint is left out."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"), purge_step=epoch + 1 if epoch else None)
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C into a request to stop after the batch; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def stop(self, run: Path) -> None:
+        """Raise KeyboardInterrupt if a stop was requested; call it after a checkpoint was saved."""
+        if self.requested:
+            raise KeyboardInterrupt(f"stopped by Ctrl-C; continue with: sltt train --resume {run}")

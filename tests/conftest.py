@@ -1,0 +1,71 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+
+torch.set_num_threads(1)  # the tests run in two processes on two cores
+
+SURROGATES = [
+    sltt.surrogates.Triangle(),
+    sltt.surrogates.Triangle(gamma=0.7),
+    sltt.surrogates.Rectangle(),
+    sltt.surrogates.Sigmoid(),
+    sltt.surrogates.ArcTan(),
+]
+NEURONS = {
+    "LIF": sltt.LIF,
+    "LIF(tau=2)": lambda **kwargs: sltt.LIF(tau=2.0, **kwargs),
+    "IF": sltt.IF,
+    "PLIF": lambda **kwargs: sltt.PLIF(tau=2.0, **kwargs),
+}
+RULES = {
+    "BPTT": sltt.BPTT(),
+    "TBPTT(2)": sltt.TBPTT(2),
+    "SLTT": sltt.SLTT(),
+    "SLTT(k=1)": sltt.SLTT(k=1),
+    "SLTT(k=2, rescale)": sltt.SLTT(k=2, rescale=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=NEURONS.values(), ids=NEURONS.keys())
+def neuron(request):
+    return request.param
+
+
+@pytest.fixture(params=RULES.values(), ids=RULES.keys())
+def rule(request):
+    return request.param
+
+
+def small_network(neuron=sltt.LIF, norm=False, dropout=0.0):
+    """Two layers of neurons on inputs [B, 6]; in float64."""
+    layers = [
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8) if norm else nn.Identity(),
+        neuron(),
+        sltt.Dropout(dropout),
+        nn.Linear(8, 7),
+        neuron(),
+        nn.Linear(7, 3),
+    ]
+    return nn.Sequential(*layers).double()
+
+
+def batch(steps=4, size=5):
+    """A sequence [T, B, 6] strong enough to make neurons spike, and labels [B]."""
+    return 2 * torch.randn(steps, size, 6, dtype=torch.float64), torch.randint(3, (size,))
+
+
+def gradients(model, rule, x, y, loss=None, **kwargs):
+    """The gradients that a rule leaves in a copy of the model, as one vector, and what it returned."""
+    model = copy.deepcopy(model)
+    out = rule(model, x, y, loss or sltt.losses.CrossEntropyMSE(), **kwargs)
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), out

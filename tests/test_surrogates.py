@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sltt import surrogates
+from sltt.surrogates import ArcTan, Rectangle, Sigmoid, Surrogate, Triangle
+from tests.conftest import SURROGATES
+
+FORMULAS = [
+    (Triangle(), lambda x: max(0.0, 1 - abs(x))),
+    (Triangle(gamma=0.5), lambda x: max(0.0, 1 - abs(x) / 0.5) / 0.5),
+    (Rectangle(), lambda x: float(abs(x) < 0.5)),
+    (Rectangle(gamma=2.0), lambda x: float(abs(x) < 1) / 2),
+    (Sigmoid(), lambda x: 4 / (1 + math.exp(-4 * x)) * (1 - 1 / (1 + math.exp(-4 * x)))),
+    (ArcTan(), lambda x: 1 / (1 + (math.pi * x) ** 2)),
+    (ArcTan(alpha=3.0), lambda x: 1.5 / (1 + (math.pi * 3 * x / 2) ** 2)),
+]
+
+
+@pytest.mark.parametrize(("surrogate", "formula"), FORMULAS, ids=[repr(s) for s, _ in FORMULAS])
+@given(x=st.floats(-5, 5))
+def test_spike_and_derivative_equal_the_formulas(surrogate, formula, x):
+    point = torch.tensor([x], dtype=torch.float64, requires_grad=True)
+    spike = surrogate(point)
+    (slope,) = torch.autograd.grad(spike, point)
+    assert spike.item() == float(x >= 0)
+    assert slope.item() == pytest.approx(formula(x), abs=1e-12)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
+def test_derivative_integrates_to_one(surrogate):
+    x = torch.linspace(-2000, 2000, 4_000_001, dtype=torch.float64)
+    assert torch.trapezoid(surrogate.derivative(x), x).item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
+def test_the_type_is_kept(surrogate, dtype):
+    x = torch.randn(9, dtype=dtype, requires_grad=True)
+    spike = surrogate(x)
+    spike.sum().backward()
+    assert spike.dtype == x.grad.dtype == dtype
+
+
+def test_ones_own_surrogate_needs_only_a_derivative():
+    class Gaussian(Surrogate):
+        def derivative(self, x):
+            return torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+
+    x = torch.tensor([0.0, 1.0], requires_grad=True)
+    Gaussian()(x).sum().backward()
+    assert x.grad.tolist() == pytest.approx([0.39894, 0.24197], abs=1e-4)
+
+
+def test_gradients_under_torch_func():
+    x = torch.randn(7)
+    slope = torch.func.vmap(torch.func.grad(lambda v: surrogates.Triangle()(v)))(x)
+    assert torch.equal(slope, surrogates.Triangle().derivative(x))
+
+
+@pytest.mark.parametrize("make", [Triangle, Rectangle, Sigmoid, ArcTan])
+def test_a_width_or_slope_of_zero_is_refused(make):
+    with pytest.raises(ValueError, match="greater than 0, got 0"):
+        make(0.0)
+
+
+def test_equal_by_their_values():
+    assert Triangle() == Triangle(1.0) != Triangle(2.0)
+    assert hash(Triangle()) == hash(Triangle(1.0))
+    assert Triangle() != Rectangle()
+    assert repr(Triangle(2.0)) == "Triangle(gamma=2.0)"
