@@ -194,9 +194,11 @@ def run_config(run: Path) -> Path:
 
 def _parser(prog: str) -> "ArgumentParser":
     """A parser whose options are the arguments of `sltt.fit`."""
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
     import sltt
+
+    set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
 
     class Help(DefaultHelpFormatter):
         """Leaves out the hundreds of modules of PyTorch where any module fits."""
@@ -269,7 +271,12 @@ def _explain(message: str) -> str:
         paths = {path.rpartition(".")[2]: path for path in _class_paths()}
         near = difflib.get_close_matches(name[1], paths, 1)
         return f"unknown class {name[1]!r}" + (f"; did you mean {paths[near[0]]}?" if near else "")
-    return message
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    kinds = re.findall(
+        r"Expected an? (?:<class '|typing\.Literal)?(.+?)(?:'>)?(?:\. Got value|$)", message, re.MULTILINE
+    )
+    value = re.search(r"(?:Given|Got) value: (.*)\Z", message)
+    return f"{key}: expected {' or '.join(kinds)}, got {value[1]}" if key and kinds and value else message
 
 
 def _fit_arguments() -> list[str]:

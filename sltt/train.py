@@ -312,7 +312,7 @@ class _State:
 
 
 def _measure(
-    fabric: "Fabric", net: nn.Module, loader: DataLoader[Any], splits: Splits, loss: nn.Module, steps: int
+    fabric: "Fabric", net: Any, loader: DataLoader[Any], splits: Splits, loss: nn.Module, steps: int
 ) -> Metrics:
     state = _State()
     began = time.monotonic()
@@ -320,7 +320,7 @@ def _measure(
     training = net.training
     net.eval()
     try:
-        with FiringRates(net) as firing, torch.no_grad():
+        with FiringRates(net.module) as firing, torch.no_grad():
             for x, y in loader:
                 x, y = fabric.to_device(x), fabric.to_device(y)
                 logits = unroll(net, x, steps=steps if splits.static else None)
@@ -332,7 +332,7 @@ def _measure(
 
 
 def _validate(
-    fabric: "Fabric", net: nn.Module, splits: Splits, loss: nn.Module, steps: int, batch_size: int, workers: int
+    fabric: "Fabric", net: Any, splits: Splits, loss: nn.Module, steps: int, batch_size: int, workers: int
 ) -> Metrics | None:
     if splits.validation is None:
         return None

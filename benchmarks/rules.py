@@ -1,0 +1,96 @@
+"""Time and peak memory of the rules over T, on the digits network and on resnet18.
+
+    python benchmarks/rules.py [--networks digits,resnet18] [--steps 1,4,16] [--repeats 5] [--json FILE]
+
+One training iteration is zero_grad and the rule, without an optimizer step. Time is the median over the repeats, after
+one that is not counted, with the smallest and the largest. Memory is what PyTorch's allocator holds at the peak above its
+level before the iteration; the gradients exist before, so they are not in it. The rules take turns within a repeat, so
+that a drift of the machine's speed meets them alike. First the logits of all rules are checked to be equal.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import sltt
+from sltt.analysis import peak_memory
+from sltt.progress import megabytes
+
+NETWORKS = {
+    "digits": (sltt.models.DigitsNet, (128, 1, 8, 8)),
+    "resnet18": (sltt.models.resnet18, (32, 3, 32, 32)),
+}
+RULES: list[sltt.Rule] = [sltt.BPTT(), sltt.SLTT(), sltt.SLTT(k=1)]
+LOSS = sltt.losses.CrossEntropyMSE()
+
+
+def iteration(rule: sltt.Rule, model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int) -> sltt.Output:
+    model.zero_grad(set_to_none=False)
+    return rule(model, x, y, LOSS, steps=steps)
+
+
+def measure(network: str, steps: int, repeats: int, device: torch.device) -> list[dict]:
+    make, shape = NETWORKS[network]
+    torch.manual_seed(0)
+    model = make().to(device)
+    x, y = torch.randn(shape, device=device), torch.randint(10, shape[:1], device=device)
+    logits = [iteration(rule, model, x, y, steps).logits for rule in RULES]
+    assert all(torch.allclose(o, logits[0], rtol=1e-4, atol=1e-5) for o in logits), "the rules' outputs differ"
+    seconds: list[list[float]] = [[] for _ in RULES]
+    for _ in range(repeats):
+        for rule, times in zip(RULES, seconds, strict=True):
+            began = time.perf_counter()
+            iteration(rule, model, x, y, steps)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    return [
+        {
+            "network": network,
+            "steps": steps,
+            "rule": repr(rule),
+            "seconds": statistics.median(times),
+            "seconds_min": min(times),
+            "seconds_max": max(times),
+            "peak_memory": peak_memory(lambda rule=rule: iteration(rule, model, x, y, steps), device),
+        }
+        for rule, times in zip(RULES, seconds, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default="digits,resnet18")
+    parser.add_argument("--steps", default="1,4,16")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console = Console(highlight=False)
+    console.print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+    rows = []
+    for network in options.networks.split(","):
+        table = Table(title=f"{network}, input {list(NETWORKS[network][1])}", title_justify="left")
+        for heading in ("T", "rule", "seconds", "min – max", "peak memory"):
+            table.add_column(heading, justify="left" if heading == "rule" else "right")
+        for steps in map(int, options.steps.split(",")):
+            for row in measure(network, steps, options.repeats, device):
+                rows.append(row)
+                span = f"{row['seconds_min']:.3f} – {row['seconds_max']:.3f}"
+                memory = megabytes(row["peak_memory"])
+                table.add_row(str(steps), row["rule"], f"{row['seconds']:.3f}", span, memory)
+            table.add_section()
+        console.print(table)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

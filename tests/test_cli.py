@@ -1,0 +1,282 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import sltt
+from sltt.checkpoints import load_checkpoint
+from sltt.cli import main, shipped_recipes
+
+TINY = ["--model.width", "2", "--epochs", "2", "--steps", "2", "--batch_size", "256", "--device", "cpu"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *words):
+    code = main([str(w) for w in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_train_then_eval(here, capsys):
+    code, out, _ = run(capsys, "train", *TINY)
+    assert code == 0
+    (folder,) = (here / "runs").iterdir()
+    assert folder.name.startswith("digits-sltt-")
+    assert "samples: 1295 train, 143 validation, 359 test (split 5012bf79b0e0)" in out
+    assert "epoch     loss  train acc  val acc  firing rate  seconds  peak memory" in out
+    assert max(map(len, out.splitlines())) <= 110
+    assert f"written to runs/{folder.name}" in out
+    result = json.loads((folder / "result.json").read_text())
+    assert f"test accuracy {result['test_accuracy']:.2%}" in out
+
+    code, out, _ = run(capsys, "eval", folder, "--json")
+    assert code == 0
+    measured = json.loads(out)
+    assert measured["accuracy"] == result["test_accuracy"]
+    assert set(measured["layers"]) == {"features.2", "features.5", "features.9"}
+    code, out, _ = run(capsys, "eval", folder, "--checkpoint", "last", "--steps", "3", "--split", "validation")
+    assert code == 0
+    assert "last.ckpt, T = 3, validation samples" in out
+
+
+def test_any_value_can_be_overridden_and_is_kept(here, capsys):
+    words = [
+        "--rule",
+        "SLTT",
+        "--rule.k",
+        "2",
+        "--optimizer.lr",
+        "0.05",
+        "--model.neuron.tau",
+        "1.5",
+        "--data.validation",
+        "0",
+    ]
+    assert (
+        run(capsys, "train", "digits-events", *TINY, "--epochs", "1", "--data.size", "12", *words, "--run", "a")[0] == 0
+    )
+    config = yaml.safe_load(Path("a/config.yaml").read_text())
+    assert config["rule"] == {"class_path": "sltt.SLTT", "init_args": {"k": 2, "rescale": False}}
+    assert config["optimizer"]["init_args"]["lr"] == 0.05
+    assert config["model"]["init_args"]["neuron"]["init_args"]["tau"] == 1.5
+    assert load_checkpoint(Path("a/last.ckpt"))["config"] == config
+    code, out, _ = run(capsys, "eval", "a")
+    assert code == 0
+    assert "last.ckpt" in out
+
+
+def test_a_recipe_of_ones_own(here, capsys):
+    assert run(capsys, "recipes", "digits")[0] == 0
+    Path("mine.yaml").write_text(run(capsys, "recipes", "digits")[1])
+    assert run(capsys, "train", "mine.yaml", *TINY, "--epochs", "1", "--rule", "TBPTT", "--rule.window", "2")[0] == 0
+    assert [p.name[:10] for p in Path("runs").iterdir()] == ["mine-tbptt"]
+
+
+def test_resume_takes_the_runs_configuration(here, capsys):
+    assert run(capsys, "train", *TINY, "--run", "a")[0] == 0
+    code, out, _ = run(capsys, "train", "--resume", "a", "--epochs", "3")
+    assert code == 0
+    assert "continuing a" in out
+    assert len(Path("a/metrics.csv").read_text().splitlines()) == 4
+    assert yaml.safe_load(Path("a/config.yaml").read_text())["epochs"] == 3
+
+
+@pytest.mark.parametrize("recipe", shipped_recipes())
+def test_every_recipe_parses_and_builds(recipe):
+    from sltt.cli import _build, _parse, _parser, find_recipe
+
+    parser = _parser("test")
+    built = _build(parser, _parse(parser, find_recipe(recipe), []))
+    assert isinstance(built.data, sltt.data.Data)
+    assert isinstance(built.rule, sltt.Rule)
+    optimizer = built.optimizer(built.model.parameters())
+    assert optimizer.param_groups[0]["lr"] > 0
+    shape = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "digits": (1, 8, 8), "digits-events": (2, 16, 16)}[recipe]
+    logits = sltt.unroll(built.model, torch.randn(2, *shape), steps=2)
+    assert logits.shape == (2, 2, {"cifar100": 100}.get(recipe, 10))
+
+
+def test_cifar_recipes_are_those_of_the_paper():
+    for name, decay in (("cifar10", 5e-5), ("cifar100", 5e-4)):
+        recipe = yaml.safe_load(shipped_recipes()[name].read_text())
+        assert recipe["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": decay}
+        assert (recipe["steps"], recipe["epochs"], recipe["batch_size"]) == (6, 200, 128)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean train?"),
+        (["train", "digit"], "unknown recipe 'digit'; did you mean digits?"),
+        (["train", "none.yaml"], "no file none.yaml"),
+        (["train", "--epohcs", "3"], "unknown option --epohcs; did you mean --epochs?"),
+        (["train", "--rule.q", "3"], "unknown key 'q' of sltt.SLTT"),
+        (["train", "--model.widht", "3"], "unknown key 'widht' of sltt.models.DigitsNet; did you mean width?"),
+        (["train", "--model.neuron.tua", "3"], "unknown key 'tua' of sltt.LIF; did you mean tau?"),
+        (["train", "--rule", "SLT"], "unknown class 'SLT'; did you mean sltt.SLTT?"),
+        (["train", "--model", "resnet18"], "unknown class 'resnet18'; did you mean sltt.models.resnet18?"),
+        (["train", "--rule", "os.system"], "'os.system' is not allowed"),
+        (["train", "--rule", "torch.nn.Linear"], "torch.nn.Linear does not correspond to a subclass of Rule"),
+        (["train", "--data", "sltt.SLTT"], "sltt.SLTT does not correspond to a subclass of Data"),
+        (["train", "--optimizer", "torch.nn.Linear"], "to be a subclass of <class 'Optimizer'>"),
+        (["train", "--rule", "TBPTT"], "window"),
+        (["train", "--epochs", "x"], "epochs: expected int, got x"),
+        (["train", "--rule.k", "1.5"], "rule.k: expected int or NoneType, got 1.5"),
+        (["train", "--device", "tpu"], "device: expected ['auto', 'cpu', 'cuda'], got tpu"),
+        (["train", "digits", "--resume", "a"], "leave out 'digits'"),
+        (["train", "--resume", "nowhere"], "nowhere is not the folder of a run"),
+        (["eval", "nowhere"], "nowhere is not the folder of a run"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_explained_and_leaves_nothing(here, capsys, words, message):
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert message in err
+    assert list(here.iterdir()) == []
+
+
+def test_an_unknown_key_in_a_file_is_explained(here, capsys):
+    recipe = yaml.safe_load(shipped_recipes()["digits"].read_text())
+    Path("a.yaml").write_text(yaml.safe_dump({**recipe, "epohcs": 3}))
+    assert "unknown key 'epohcs'; did you mean epochs?" in run(capsys, "train", "a.yaml")[2]
+    recipe["data"]["init_args"]["validaton"] = 0.5
+    Path("a.yaml").write_text(yaml.safe_dump(recipe))
+    assert "unknown key 'validaton' of sltt.data.Digits; did you mean validation?" in run(capsys, "train", "a.yaml")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rule", "SLTT", "--rule.k", "9"], "SLTT(k=9) trains 9 steps, but the sequence has T = 2; use k ≤ T"),
+        (["--rule", "TBPTT", "--rule.window", "0"], "window must be at least 1"),
+        (["--steps", "0"], "at least one time step"),
+        (["--model.neuron.tau", "1"], "tau must be greater than 1"),
+        (["--model.in_channels", "3"], "expected one time step [B, 3, H, W], got shape [256, 1, 8, 8]"),
+        (["--model.classes", "4"], "labels must be in 0 … 3 (the model has 4 outputs)"),
+        (["--data.validation", "1.5"], "validation must be in [0, 1)"),
+        (["--data", "sltt.data.CIFAR10"], "CIFAR-10 not found"),
+        (["--data", "sltt.data.ImageFolder", "--data.root", "nowhere"], "no images found: looked in"),
+        (["--run", "/proc/nowhere/run"], "cannot make the run folder"),
+    ],
+)
+def test_bad_input_gets_a_clear_error(here, capsys, words, message):
+    code, _, err = run(capsys, "train", *TINY, *words)
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_eval_refuses_options_that_would_do_nothing_and_damaged_checkpoints(here, capsys):
+    run(capsys, "train", *TINY, "--epochs", "1", "--run", "a")
+    code, _, err = run(capsys, "eval", "a", "--epochs", "3")
+    assert code == 2
+    assert "sltt eval does not take --epochs" in err
+    Path("a/best.ckpt").write_bytes(Path("a/best.ckpt").read_bytes()[:5000])
+    code, _, err = run(capsys, "eval", "a")
+    assert code == 1
+    assert "a/best.ckpt is truncated or not a checkpoint" in err
+    Path("a/best.ckpt").unlink()
+    Path("a/last.ckpt").unlink()
+    code, _, err = run(capsys, "eval", "a")
+    assert code == 1
+    assert "no checkpoint in a" in err
+
+
+def test_recipes_lists_each_with_a_line(capsys):
+    code, out, _ = run(capsys, "recipes")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(shipped_recipes())
+
+
+def test_doctor_tells_versions_device_compiler_and_threads(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for word in (sltt.__version__, torch.__version__, "device", "C++ compiler", "threads", "bf16-mixed"):
+        assert word in out
+
+
+def test_help_explains_every_option(capsys):
+    assert run(capsys)[0] == 2
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert "sltt train [RECIPE]" in out
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "T, the number of time steps. (type: int, default: 4)" in " ".join(out.split())
+    assert len(out.splitlines()) < 200
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_weights(here):
+    words = [sys.executable, "-m", "sltt", "train"]
+    settings = ["digits", *TINY, "--epochs", "25", "--rule.k", "1", "--model.dropout", "0.2"]
+    subprocess.run([*words, *settings, "--run", "whole"], check=True, env=environment(), capture_output=True)
+    process = subprocess.Popen([*words, *settings, "--run", "part"], env=environment(), stdout=subprocess.DEVNULL)
+    while not Path("part/config.yaml").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(random.SystemRandom().uniform(0, 4))
+    process.kill()
+    process.wait()
+    finished = Path("part/result.json").exists()
+    resumed = subprocess.run(
+        [*words, "--resume", "part"], check=True, env=environment(), capture_output=True, text=True
+    )
+    assert finished or "continuing part" in resumed.stdout
+    a, b = (load_checkpoint(Path(run) / "last.ckpt") for run in ("whole", "part"))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    assert Path("part/metrics.csv").read_text().count("\n") == 26
+    assert not list(Path("part").glob(".*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_terminal_ends_with_a_clear_line(here):
+    words = [sys.executable, "-m", "sltt", "train", *TINY, "--epochs", "1000", "--run", "a"]
+    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not Path("a/last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "sltt: stopped by Ctrl-C; continue with: sltt train --resume a"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_recipes_and_works_elsewhere(here):
+    project = Path(sltt.__file__).parents[1]
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(here), str(project)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = here.glob("sltt-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"sltt/recipes/{name}.yaml" for name in shipped_recipes()} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", "site", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    code = "import sltt, sys; from sltt.cli import main; print(sltt.__file__); sys.exit(main(['recipes']))"
+    elsewhere = {**environment(), "PYTHONPATH": str(here / "site")}
+    result = subprocess.run([sys.executable, "-c", code], env=elsewhere, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    first, *lines = result.stdout.splitlines()
+    assert first.startswith(str(here / "site"))
+    assert [line.split()[0] for line in lines] == list(shipped_recipes())

@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+import sltt
+from sltt import models
+from sltt.neurons import Neuron
+
+BUILDERS = [
+    models.vgg11,
+    models.vgg13,
+    models.vgg16,
+    models.vgg19,
+    models.resnet18,
+    models.resnet34,
+    models.DigitsNet,
+]
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (lambda: models.resnet18(classes=10), 11_176_906),
+        (lambda: models.resnet18(classes=100), 11_223_076),
+        (lambda: models.vgg11(in_channels=2, classes=10), 9_476_298),
+    ],
+    ids=["resnet18, 10 classes", "resnet18, 100 classes", "vgg11"],
+)
+def test_parameter_counts_are_those_of_the_paper(model, expected):
+    assert parameters(model()) == expected
+
+
+@pytest.mark.parametrize(
+    ("build", "count"),
+    list(zip(BUILDERS, [8, 10, 13, 16, 17, 33, 3], strict=True)),
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
+def test_every_neuron_fires_and_every_weight_gets_a_gradient(build, count):
+    model = build(in_channels=2, classes=7, neuron=lambda: sltt.LIF(tau=1.5), dropout=0.2)
+    neurons = [m for m in model.modules() if isinstance(m, Neuron)]
+    assert len(neurons) == count
+    assert all(n.tau == 1.5 for n in neurons)
+    x, y = torch.randn(2, 3, 2, 16, 16), torch.randint(7, (3,))
+    with sltt.analysis.FiringRates(model) as rates:
+        out = sltt.SLTT()(model, x, y, sltt.losses.CrossEntropyMSE())
+    assert out.logits.shape == (2, 3, 7)
+    assert all(0 < rate < 1 for rate in rates.by_layer().values())
+    assert len(rates.by_layer()) == count
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("build", BUILDERS, ids=lambda b: b.__name__)
+def test_dropout_is_in_the_model_and_keeps_its_mask(build):
+    model = build(dropout=0.5)
+    dropouts = [m for m in model.modules() if isinstance(m, sltt.Dropout) and m.p == 0.5]
+    assert dropouts
+    model(torch.randn(2, model.in_channels, 16, 16))
+    masks = [d.mask for d in dropouts]
+    model(torch.randn(2, model.in_channels, 16, 16))
+    assert all(d.mask is mask for d, mask in zip(dropouts, masks, strict=True))
+
+
+@pytest.mark.parametrize("build", BUILDERS, ids=lambda b: b.__name__)
+@pytest.mark.parametrize("shape", [(2, 5, 16, 16), (2, 16, 16), (4, 2, 3, 16, 16)])
+def test_wrong_rank_or_channels_are_named(build, shape):
+    with pytest.raises(ValueError, match=r"expected one time step \[B, 3, H, W\], got shape"):
+        build(in_channels=3)(torch.randn(shape))
+
+
+def test_the_shortcut_of_a_block_that_changes_shape_reads_spikes():
+    block = models.resnet.Block(4, 8, 2, sltt.LIF, 0.0)
+    seen = []
+    block.shortcut.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0]))
+    block(torch.randn(2, 4, 6, 6))
+    assert set(seen[0].unique().tolist()) <= {0.0, 1.0}

@@ -1,0 +1,43 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import sltt
+from sltt.cli import main
+
+README = Path(sltt.__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_python_runs_as_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(text for kind, text in BLOCKS if kind == "python")
+    assert "sltt.fit" in code
+    exec(compile(code, "README.md", "exec"), {})
+    accuracy = float(capsys.readouterr().out.split()[-1])
+    assert accuracy > 0.5
+
+
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.startswith("sltt ")]
+
+
+@pytest.mark.slow
+def test_the_commands_run_as_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len(COMMANDS) >= 6
+    for command in COMMANDS:
+        words = shlex.split(command)[1:]
+        if words[0] == "train" and "--resume" not in words:
+            words += ["--epochs", "1", "--model.width", "4", "--device", "cpu"]  # as written, but short
+        run = next(iter(Path("runs").glob("*")), None)
+        assert main([word.replace("runs/RUN", str(run)) for word in words]) == 0, command
+
+
+def test_the_make_targets_exist():
+    makefile = (README.parent / "Makefile").read_text()
+    targets = {line.split()[1] for kind, text in BLOCKS for line in text.splitlines() if line.startswith("make ")}
+    assert targets == {"demo", "test"}
+    assert all(f"\n{target}:" in makefile for target in targets)

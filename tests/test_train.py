@@ -1,0 +1,374 @@
+import csv
+import math
+import signal
+import threading
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt import checkpoints
+from sltt.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from sltt.data import Data, Splits
+from sltt.progress import Report
+from sltt.train import make_fabric
+
+
+class Blobs(Data):
+    """Three clouds of points [4], static; 60 to train on, 12 held out, 12 to test."""
+
+    def __init__(self, validation=0.2, static=True, spoil=None):
+        super().__init__(validation)
+        self.static = static
+        self.spoil = spoil
+
+    def load(self, steps):
+        generator = torch.Generator().manual_seed(0)
+        centres = 3 * torch.randn(3, 4, generator=generator)
+
+        def samples(count):
+            labels = torch.arange(count) % 3
+            x = centres[labels] + 0.3 * torch.randn(count, 4, generator=generator)
+            if self.spoil:
+                self.spoil(x, labels)
+            return [(v if self.static else v.expand(steps, 4), int(label)) for v, label in zip(x, labels, strict=True)]
+
+        validation = samples(12) if self.validation else None
+        return Splits(samples(60), validation, samples(12), self.static, 3, "blobs")
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), sltt.LIF(), sltt.Dropout(0.1), nn.Linear(16, 3))
+
+
+QUIET = Report(quiet=True)
+ADAM = partial(torch.optim.AdamW, lr=0.02)
+
+
+def train(run, model=None, data=None, **kwargs):
+    model = model if model is not None else network()
+    settings = {"optimizer": ADAM, "epochs": 4, "batch_size": 16, "report": QUIET, "device": "cpu", **kwargs}
+    return model, sltt.fit(model, data or Blobs(), run=run, **settings)
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "sequence"])
+def test_every_rule_learns(rule, static, tmp_path):
+    data = Blobs(static=static)
+    model, result = train(tmp_path / "run", data=data, rule=rule, epochs=8)
+    assert sltt.evaluate(model, data, device="cpu").accuracy > 0.9
+    assert [row["epoch"] for row in result.history] == list(range(1, 9))
+
+
+def test_the_run_folder_holds_metrics_and_checkpoints(tmp_path):
+    model, result = train(tmp_path / "run", config={"a": 1})
+    assert {p.name for p in result.run.iterdir()} == {
+        "best.ckpt",
+        "config.yaml",
+        "last.ckpt",
+        "metrics.csv",
+        "tensorboard",
+    }
+    rows = list(csv.DictReader((result.run / "metrics.csv").read_text().splitlines()))
+    assert len(rows) == 4
+    assert float(rows[-1]["train_loss"]) == result.history[-1]["train_loss"]
+    assert 0 < result.history[-1]["firing_rate"] < 1
+    best = max(result.history, key=lambda r: (r["validation_accuracy"], -r["validation_loss"]))
+    assert result.epoch == best["epoch"]
+    assert equal(model.state_dict(), weights(result.run / "best.ckpt"))
+    assert load_checkpoint(result.run / "last.ckpt")["config"] == {"a": 1}
+    assert (result.run / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_without_validation_the_last_epoch_counts(tmp_path):
+    model, result = train(tmp_path / "run", data=Blobs(validation=0))
+    assert result.epoch == 4
+    assert not (result.run / "best.ckpt").exists()
+    assert equal(model.state_dict(), weights(result.run / "last.ckpt"))
+    with pytest.raises(ValueError, match="no validation samples"):
+        sltt.evaluate(model, Blobs(validation=0), "validation")
+
+
+class StopAt(sltt.SLTT):
+    """SLTT-K that presses Ctrl-C in its nth batch."""
+
+    def __init__(self, batch):
+        super().__init__(k=2)
+        self.batch = batch
+
+    def run(self, *args):
+        self.batch -= 1
+        if self.batch == 0:
+            signal.raise_signal(signal.SIGINT)
+        return super().run(*args)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6, 8, 16])
+def test_ctrl_c_saves_and_a_resumed_run_ends_with_the_same_weights(batch, tmp_path):
+    whole, result = train(tmp_path / "whole", rule=sltt.SLTT(k=2))
+    with pytest.raises(KeyboardInterrupt, match=r"stopped by Ctrl-C; continue with: sltt train --resume"):
+        train(tmp_path / "part", rule=StopAt(batch))
+    progress = load_checkpoint(tmp_path / "part" / "last.ckpt")["progress"]
+    assert 4 * progress["epoch"] + progress["batch"] == batch
+    torch.rand(7)  # random numbers in between do not matter
+    resumed, again = train(tmp_path / "part", rule=sltt.SLTT(k=2), resume=True)
+    assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
+    assert equal(resumed.state_dict(), whole.state_dict())
+    measured = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in history]
+        for history in (result.history, again.history)
+    ]
+    assert measured[0] == measured[1]
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    class Twice(sltt.SLTT):
+        def run(self, *args):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", rule=Twice())
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_training_works_outside_the_main_thread(tmp_path):
+    thread = threading.Thread(target=train, args=(tmp_path / "run",), kwargs={"epochs": 1})
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_resuming_a_finished_run_trains_no_more(tmp_path):
+    _, first = train(tmp_path / "run")
+    saved = (tmp_path / "run" / "last.ckpt").stat().st_mtime_ns
+    _, second = train(tmp_path / "run", resume=True)
+    assert second.history == first.history
+    assert (tmp_path / "run" / "last.ckpt").stat().st_mtime_ns == saved
+
+
+def test_resuming_before_the_first_checkpoint_starts_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    train(tmp_path / "run", resume=True)
+    train(tmp_path / "whole")
+    assert equal(weights(tmp_path / "run" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
+
+
+def test_a_run_never_overwrites_another(tmp_path):
+    train(tmp_path / "run", epochs=1)
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(tmp_path / "run", epochs=1)
+
+
+def test_two_runs_without_a_folder_get_two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b = (train(None, epochs=1)[1].run for _ in range(2))
+    assert a != b
+    assert a.parent == b.parent
+
+
+def test_a_checkpoint_within_an_epoch_by_time(tmp_path, monkeypatch):
+    names = []
+    real = sltt.train.save_checkpoint
+    monkeypatch.setattr(
+        sltt.train, "save_checkpoint", lambda path, content: (names.append(path.name), real(path, content))
+    )
+    train(tmp_path / "run", epochs=1, checkpoint_minutes=0)
+    assert names == ["last.ckpt"] * 5 + ["best.ckpt"]
+
+
+@pytest.mark.parametrize("precision", [32, 64, "bf16-mixed", "16-mixed"])
+def test_every_precision_learns(precision, tmp_path, rule):
+    model = network()
+    data = Blobs()
+    result = sltt.fit(
+        model, data, rule, optimizer=ADAM, epochs=8, batch_size=16, precision=precision, device="cpu",
+        run=tmp_path / "run", report=QUIET,
+    )  # fmt: skip
+    assert result.history[-1]["train_loss"] < 0.8 * result.history[0]["train_loss"]
+    assert sltt.evaluate(model, data, precision=precision, device="cpu").accuracy > 0.8
+
+
+def test_gradients_are_scaled_in_16_mixed_and_the_scale_is_saved(tmp_path):
+    assert make_fabric("cpu", "16-mixed").strategy.precision.scaler is not None
+    train(tmp_path / "run", precision="16-mixed")
+    scaler = load_checkpoint(tmp_path / "run" / "last.ckpt")["scaler"]
+    assert scaler["scale"] > 1
+
+
+def test_scaled_gradients_equal_unscaled_ones(rule):
+    model = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
+    fabric = make_fabric("cpu", "16-mixed")
+    net, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    x, y = torch.randn(4, 5, 4), torch.randint(3, (5,))
+    loss = sltt.losses.CrossEntropyMSE()
+    torch.manual_seed(0)
+    rule(net, x, y, loss, backward=fabric.backward)
+    scale = fabric.strategy.precision.scaler.get_scale()
+    scaled = [p.grad / scale for p in model.parameters()]
+    optimizer.zero_grad()
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        rule(model, x, y, loss)
+    for a, p in zip(scaled, model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=2e-2, atol=2e-4)
+
+
+def test_clipping_bounds_the_step(tmp_path):
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    train(
+        tmp_path / "run", model, Blobs(validation=0), epochs=1, batch_size=60, clip_norm=1e-3,
+        optimizer=partial(torch.optim.SGD, lr=1.0), schedule=sltt.schedules.Constant(),
+    )  # fmt: skip
+    moved = math.sqrt(sum((p - q).square().sum().item() for p, q in zip(model.parameters(), before, strict=True)))
+    assert moved == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_schedule_sets_the_learning_rate(tmp_path):
+    _, result = train(
+        tmp_path / "run", optimizer=partial(torch.optim.SGD, lr=0.5), schedule=sltt.schedules.Step([2], gamma=0.1)
+    )
+    assert [row["learning_rate"] for row in result.history] == pytest.approx([0.5, 0.5, 0.05, 0.05])
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
+    class Explodes(sltt.SLTT):
+        def run(self, model, *args):
+            if load := (tmp_path / "run" / "last.ckpt").exists():
+                with torch.no_grad():
+                    model.module[0].weight.fill_(float("nan"))
+                    model.module[4].weight.fill_(float("nan"))
+            assert load in (True, False)
+            return super().run(model, *args)
+
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan: the weights are not finite.*learning rate"
+    ) as caught:
+        train(tmp_path / "run", rule=Explodes())
+    assert caught.value.__notes__[0] == "at epoch 2, batch 1 of 4"
+    assert "last good checkpoint" in caught.value.__notes__[1]
+    saved = weights(tmp_path / "run" / "last.ckpt")
+    assert all(v.isfinite().all() for v in saved.values())
+
+
+def spoil_input(x, labels):
+    x[7, 1] = float("nan")
+
+
+def spoil_label(x, labels):
+    labels[3] = 5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(spoil_input, "expected a finite input"), (spoil_label, "labels must be in 0 … 2")]
+)
+def test_bad_data_is_named_with_its_batch(spoil, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        train(tmp_path / "run", data=Blobs(spoil=spoil))
+    assert "at epoch 1, batch" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("arguments", [{"epochs": 0}, {"batch_size": 0}, {"steps": 0}])
+def test_nothing_to_do_is_refused_before_a_folder_is_made(arguments, tmp_path):
+    with pytest.raises(ValueError, match="at least"):
+        train(tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cuda_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match="no CUDA device"):
+        make_fabric("cuda", 32)
+
+
+@pytest.mark.parametrize(("bias", "message"), [(-1e3, "never fired"), (1e3, "always fired")])
+def test_a_dead_layer_is_warned_about_by_name(bias, message, tmp_path, capsys):
+    model = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
+    nn.init.constant_(model[0].bias, bias)
+    train(tmp_path / "run", model, epochs=1, report=Report())
+    out = capsys.readouterr().out
+    assert f"layer 1 {message} in this epoch" in out
+    assert "layer 0" not in out
+
+
+def test_a_healthy_layer_is_not(tmp_path, capsys):
+    train(tmp_path / "run", epochs=1, report=Report())
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_other_data_than_the_runs_is_refused(tmp_path, monkeypatch):
+    train(tmp_path / "run", epochs=1)
+    other = Blobs()
+    monkeypatch.setattr(other, "load", lambda steps: Splits(*list(vars(Blobs().load(steps)).values())[:-1], "other"))
+    with pytest.raises(CheckpointError, match="was trained on the split blobs, but the data now gives other"):
+        train(tmp_path / "run", data=other, resume=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(tmp_path / "run", epochs=1)
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        train(tmp_path / "run", nn.Sequential(nn.Linear(4, 5), sltt.LIF(), nn.Linear(5, 3)), resume=True)
+
+
+def truncated(path):
+    save_checkpoint(path, {"model": {"w": torch.zeros(1000)}})
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def foreign(path):
+    torch.save({"state_dict": {}}, path)
+
+
+def pickled(path):
+    torch.save({"format": checkpoints.FORMAT, "model": Blobs()}, path)
+
+
+@pytest.mark.parametrize("write", [truncated, foreign, pickled, lambda p: p.write_text("hello"), lambda p: p.touch()])
+def test_a_damaged_or_foreign_checkpoint_is_named(write, tmp_path):
+    path = tmp_path / "last.ckpt"
+    write(path)
+    with pytest.raises(CheckpointError, match=str(path)):
+        load_checkpoint(path)
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    save_checkpoint(path, {"a": 1})
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(OSError, match=r"could not write .*last\.ckpt.*No space left.*written before is intact"):
+        save_checkpoint(path, {"a": 2})
+    assert load_checkpoint(path)["a"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OSError, match="cannot make the run folder"):
+            train(folder)
+
+
+def test_random_states_are_restored():
+    states = checkpoints.random_states()
+    draws = [checkpoints.np.random.rand(), checkpoints.random.random(), torch.rand(1).item()]
+    checkpoints.set_random_states(states)
+    assert draws == [checkpoints.np.random.rand(), checkpoints.random.random(), torch.rand(1).item()]
