@@ -3,9 +3,9 @@
     python benchmarks/rules.py [--networks digits,resnet18] [--steps 1,4,16] [--repeats 5] [--json FILE]
 
 One training iteration is zero_grad and the rule, without an optimizer step. Time is the median over the repeats, after
-one that is not counted, with the smallest and the largest. Memory is what PyTorch's allocator holds at the peak above its
-level before the iteration; the gradients exist before, so they are not in it. The rules take turns within a repeat, so
-that a drift of the machine's speed meets them alike. First the logits of all rules are checked to be equal.
+one that is not counted, with the smallest and the largest. Memory is what PyTorch's allocator holds at the peak above
+its level before the iteration; the gradients exist before, so they are not in it. The rules take turns within a repeat,
+so that a drift of the machine's speed meets them alike. First the logits of all rules are checked to be equal.
 """
 
 import argparse
