@@ -21,7 +21,7 @@ class Schedule(ABC):
         """The factor at `epoch` (a fraction in the middle of one) of `epochs`."""
         if epoch < self.warmup:
             return epoch / self.warmup
-        return self.decay(epoch - self.warmup, epochs - self.warmup)
+        return self.decay(epoch - self.warmup, max(epochs - self.warmup, 1e-9))
 
     @abstractmethod
     def decay(self, epoch: float, epochs: float) -> float:
