@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 FORMAT = "sltt-checkpoint-1"
+KEYS = {"model", "optimizer", "scaler", "rule", "progress", "random", "fingerprint", "config"}
 
 
 class CheckpointError(ValueError):
@@ -55,6 +56,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is truncated or not a checkpoint: {_first_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by this version of sltt: expected the format {FORMAT}")
+    if missing := KEYS - content.keys():
+        raise CheckpointError(f"{path} is not whole: it lacks {', '.join(sorted(missing))}")
     return content
 
 

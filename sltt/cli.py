@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"sltt: {error}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("SLTT_TRACEBACK"):
             raise
         for line in (error, *getattr(error, "__notes__", ())):
@@ -74,6 +74,8 @@ def train(words: Sequence[str]) -> None:
     if resumed and named:
         raise UsageError(f"--resume continues {resumed} with its own recipe: leave out {words[0]!r}")
     source = run_config(resumed) if resumed else find_recipe(words[0] if named else "digits")
+    if resumed:
+        _only(words, RESUME_KEYS, "sltt train --resume", "a run continues with its own settings")
     parser = _parser(f"sltt train {words[0] if named else '[RECIPE]'}")
     config = _parse(parser, source, words[named:])
     folder = config.pop("run")
@@ -88,9 +90,8 @@ def train(words: Sequence[str]) -> None:
     report.line(f"{_summary(built.model)}, {built.rule}, T = {built.steps}")
     counts = ", ".join(f"{_count(getattr(splits, n))} {n}" for n in ("train", "validation", "test"))
     report.line(f"samples: {counts} (split {splits.fingerprint})")
-    result = fit(
-        **vars(built), run=run, resume=bool(resumed), config=yaml.safe_load(parser.dump(config)), report=report
-    )
+    resolved = yaml.safe_load(parser.dump(config))
+    result = fit(**vars(built), run=run, resume=True, config=resolved, report=report)  # its folder is there already
     selected = evaluate(built.model, built.data, **_evaluation(built))
     _load(built.model, find_checkpoint(run, "last"))
     last = evaluate(built.model, built.data, **_evaluation(built))
@@ -116,10 +117,7 @@ def evaluate_run(words: Sequence[str]) -> None:
     options.add_argument("--split", choices=("test", "validation", "train"), default="test")
     options.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = options.parse_known_args(words)
-    for word in overrides:
-        key = re.split("[.=]", word.removeprefix("--"))[0]
-        if word.startswith("--") and key not in EVAL_KEYS:
-            raise UsageError(f"sltt eval does not take {word}: it takes {', '.join(f'--{k}' for k in EVAL_KEYS)}")
+    _only(overrides, EVAL_KEYS, "sltt eval", "the others belong to the training")
     parser = _parser("sltt eval")
     config = _parse(parser, run_config(known.run), overrides)
     built = _build(parser, config)
@@ -140,8 +138,10 @@ def evaluate_run(words: Sequence[str]) -> None:
 
 def recipes(words: Sequence[str]) -> None:
     """`sltt recipes [NAME]`."""
-    if words:
-        print(find_recipe(words[0]).read_text(), end="")
+    options = argparse.ArgumentParser("sltt recipes", description="List the recipes, or print one.")
+    options.add_argument("name", nargs="?", help="recipe to print")
+    if name := options.parse_args(words).name:
+        print(find_recipe(name).read_text(), end="")
         return
     report = Report()
     for name, path in shipped_recipes().items():
@@ -152,6 +152,8 @@ def doctor(words: Sequence[str]) -> None:
     """`sltt doctor`."""
     from sltt.doctor import print_findings
 
+    description = "What works on this machine, and what would make it faster."
+    argparse.ArgumentParser("sltt doctor", description=description).parse_args(words)
     print_findings()
 
 
@@ -161,7 +163,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "recipes": recipes,
     "doctor": doctor,
 }
-EVAL_KEYS = ("model", "data", "loss", "steps", "batch_size", "precision", "workers", "device")
+EVAL_KEYS = ("model", "data", "loss", "steps", "batch_size", "precision", "workers", "device", "compile")
+RESUME_KEYS = ("resume", "epochs", "data", "workers", "device", "compile", "checkpoint_minutes")
 EVAL_HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in EVAL_KEYS)} override the run's configuration."
 
 
@@ -249,6 +252,13 @@ def _load(model: "nn.Module", path: Path) -> None:
 def _evaluation(built: "Namespace") -> dict[str, Any]:
     """The arguments that `sltt.fit` and `sltt.evaluate` share."""
     return {key: built[key] for key in EVAL_KEYS if key not in ("model", "data")}
+
+
+def _only(words: Sequence[str], keys: Sequence[str], command: str, why: str) -> None:
+    """Raise UsageError for an option that would do nothing, or harm."""
+    for word in words:
+        if word.startswith("--") and re.split("[.=]", word.removeprefix("--"))[0] not in (*keys, "help"):
+            raise UsageError(f"{command} does not take {word}: {why}; it takes {', '.join(f'--{k}' for k in keys)}")
 
 
 def _resumed(words: Sequence[str]) -> Path | None:

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sltt import kernels
 from sltt.state import Stateful
 
 
@@ -34,8 +35,11 @@ class Dropout(Stateful):
         if self.mask is None:
             self.mask = torch.empty_like(x).bernoulli_(1 - self.p).div_(1 - self.p)
         else:
-            self.check_state("mask", x)
-        return x * self.mask
+            self.check_state("mask", x, x.dtype)
+        y = x * self.mask
+        if torch.is_grad_enabled():
+            kernels.tag_dropped(y, x, 1 / (1 - self.p))
+        return y
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

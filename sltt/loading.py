@@ -59,18 +59,20 @@ class _Seeded(Dataset[Any]):
             torch.default_generator.set_state(state)
 
 
-def train_loader(splits: Splits, batch_size: int, sampler: EpochSampler, workers: int) -> DataLoader[Any]:
-    """Training batches in the sampler's order."""
-    return _loader(_Seeded(splits.train), splits, batch_size, workers, sampler)
+def train_loader(
+    splits: Splits, batch_size: int, sampler: EpochSampler, workers: int, pin: bool = False
+) -> DataLoader[Any]:
+    """Training batches in the sampler's order; `pin` their memory to copy them to a GPU."""
+    return _loader(_Seeded(splits.train), splits, batch_size, workers, sampler, pin)
 
 
 def eval_loader(dataset: Dataset[Any], splits: Splits, batch_size: int, workers: int) -> DataLoader[Any]:
     """Every sample of a validation or test set once, in order."""
-    return _loader(dataset, splits, batch_size, workers, None)
+    return _loader(dataset, splits, batch_size, workers, None, False)
 
 
 def _loader(
-    dataset: Dataset[Any], splits: Splits, batch_size: int, workers: int, sampler: EpochSampler | None
+    dataset: Dataset[Any], splits: Splits, batch_size: int, workers: int, sampler: EpochSampler | None, pin: bool
 ) -> DataLoader[Any]:
     return DataLoader(
         dataset,
@@ -78,7 +80,7 @@ def _loader(
         sampler=sampler,
         num_workers=workers,
         collate_fn=splits.collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin,
         persistent_workers=workers > 0,
         # a generator of its own: the loader draws from it, and so leaves the run's random numbers alone
         generator=torch.Generator().manual_seed(0),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from sltt.kernels import Step, neuron_step
 from sltt.state import Stateful
 from sltt.surrogates import Surrogate, Triangle
 
@@ -60,7 +61,7 @@ class Neuron(Stateful):
     """What the neurons here share: threshold, reset, surrogate and the membrane potential `.v` [B, ...].
 
     `.v` is None before the first step, and then starts from the reset potential (0 for a soft reset) with the input's
-    shape, device and dtype.
+    shape and device, in float32 or the input's type if that is wider.
     """
 
     states: ClassVar[tuple[str, ...]] = ("v",)
@@ -72,6 +73,7 @@ class Neuron(Stateful):
         v_reset: float | None = None,
         detach_reset: bool = False,
         surrogate: Surrogate = Triangle(),
+        half_state: bool = False,
     ):
         super().__init__()
         if v_reset is not None and not v_reset < v_threshold:
@@ -80,6 +82,7 @@ class Neuron(Stateful):
         self.v_reset = v_reset
         self.detach_reset = detach_reset
         self.surrogate = surrogate
+        self.half_state = half_state
 
     def decay(self) -> float | Tensor:
         """λ: the share of the membrane potential that stays from one step to the next."""
@@ -89,21 +92,34 @@ class Neuron(Stateful):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input current x [B, ...] of one time step to spikes [B, ...]."""
+        dtype = x.dtype if self.half_state else torch.promote_types(x.dtype, torch.float32)
         if self.v is None:
-            self.v = torch.full_like(x, self.v_reset or 0.0)
+            self.v = torch.full_like(x, self.v_reset or 0.0, dtype=dtype)
         else:
-            self.check_state("v", x)
-        spikes, self.v = lif_step(
-            self.v,
-            x,
-            decay=self.decay(),
-            v_threshold=self.v_threshold,
-            v_reset=self.v_reset,
-            decay_input=self.decay_input,
-            detach_reset=self.detach_reset,
-            surrogate=self.surrogate,
-        )
+            self.check_state("v", x, dtype)
+        decay = self.decay()
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            # one graph with the layers around it: the plain step, which they differentiate and fuse themselves
+            spikes, self.v = lif_step(self.v, x.to(dtype), decay=decay, **self._constants())
+            return spikes.to(x.dtype)
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"{type(self).__name__} ran inside a backward pass: torch.utils.checkpoint repeats a forward whose "
+                "state has moved on, and would give wrong gradients. Leave the neurons out of what is checkpointed."
+            )
+        learnable = isinstance(decay, Tensor)
+        step = Step(decay=None if learnable else decay, **self._constants())
+        spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None)
         return spikes
+
+    def _constants(self) -> dict[str, Any]:
+        return {
+            "v_threshold": self.v_threshold,
+            "v_reset": self.v_reset,
+            "decay_input": self.decay_input,
+            "detach_reset": self.detach_reset,
+            "surrogate": self.surrogate,
+        }
 
     def extra_repr(self) -> str:
         return (
@@ -122,6 +138,7 @@ class LIF(Neuron):
         decay_input: scale the input by 1/τ.
         detach_reset: no gradient through the spike in the reset.
         surrogate: stands in for the derivative of the spike.
+        half_state: keep the membrane potential in the input's type also where that has 16 bits.
 
     Defaults are those of the SLTT paper (Meng et al. 2023).
     """
@@ -134,8 +151,9 @@ class LIF(Neuron):
         decay_input: bool = False,
         detach_reset: bool = False,
         surrogate: Surrogate = Triangle(),
+        half_state: bool = False,
     ):
-        super().__init__(v_threshold, v_reset, detach_reset, surrogate)
+        super().__init__(v_threshold, v_reset, detach_reset, surrogate, half_state)
         self.tau = _valid_tau(tau)
         self.decay_input = decay_input
 
@@ -161,6 +179,7 @@ class IF(Neuron):
         v_reset: potential after a spike; None subtracts V_th instead (soft reset).
         detach_reset: no gradient through the spike in the reset.
         surrogate: stands in for the derivative of the spike.
+        half_state: keep the membrane potential in the input's type also where that has 16 bits.
     """
 
     def decay(self) -> float:
@@ -168,7 +187,7 @@ class IF(Neuron):
 
 
 class PLIF(Neuron):
-    """LIF with a learnable time constant, shared by the layer: 1/τ = σ(w), so τ > 1 whatever w is.
+    """LIF with a learnable time constant, shared by the layer: 1/τ = σ(w), so τ is at least 1 whatever w is.
 
     Args:
         tau: τ at the start, in time steps, greater than 1.
@@ -177,6 +196,7 @@ class PLIF(Neuron):
         decay_input: scale the input by 1/τ.
         detach_reset: no gradient through the spike in the reset.
         surrogate: stands in for the derivative of the spike.
+        half_state: keep the membrane potential in the input's type also where that has 16 bits.
 
     Source: Fang et al., ICCV 2021 (arXiv 2007.05785).
     """
@@ -189,8 +209,9 @@ class PLIF(Neuron):
         decay_input: bool = False,
         detach_reset: bool = False,
         surrogate: Surrogate = Triangle(),
+        half_state: bool = False,
     ):
-        super().__init__(v_threshold, v_reset, detach_reset, surrogate)
+        super().__init__(v_threshold, v_reset, detach_reset, surrogate, half_state)
         # σ(w) = 1/τ, so w = −ln(τ − 1)
         self.w = nn.Parameter(-torch.log(torch.tensor(_valid_tau(tau) - 1)))
         self.decay_input = decay_input
@@ -198,7 +219,7 @@ class PLIF(Neuron):
     @property
     def tau(self) -> float:
         """The time constant as it is now, in time steps."""
-        return 1 / torch.sigmoid(self.w.detach()).item()
+        return 1 / torch.sigmoid(self.w.detach().double()).item()
 
     def decay(self) -> Tensor:
         return 1 - torch.sigmoid(self.w)

@@ -9,20 +9,20 @@ CONFIG, METRICS, LAST, BEST = "config.yaml", "metrics.csv", "last.ckpt", "best.c
 def new_run(folder: str | Path | None = None, name: str = "run") -> Path:
     """Make the folder of a new run: `folder`, or else `runs/NAME-DATE-TIME`, with a number added if that exists.
 
-    Raises FileExistsError if `folder` exists and is not empty, OSError if it cannot be made.
+    Raises FileExistsError if `folder` exists, OSError if it cannot be made.
     """
     if folder is not None:
-        path = Path(folder)
-        if path.is_dir() and any(path.iterdir()):
+        try:
+            return _make(Path(folder))
+        except FileExistsError:
             raise FileExistsError(
-                f"{path} is not empty: a run never overwrites another. Continue it with --resume {path}, "
+                f"{folder} exists: a run never overwrites another. Continue it with --resume {folder}, "
                 "or choose another folder."
-            )
-        return _make(path, exist_ok=True)
+            ) from None
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):
         try:
-            return _make(Path("runs") / (stem if number == 1 else f"{stem}-{number}"), exist_ok=False)
+            return _make(Path("runs") / (stem if number == 1 else f"{stem}-{number}"))
         except FileExistsError:
             continue
     raise FileExistsError(f"runs/{stem} and 998 more like it exist")
@@ -40,13 +40,11 @@ def find_checkpoint(run: Path, which: str | None = None) -> Path:
     return found
 
 
-def _make(path: Path, exist_ok: bool) -> Path:
+def _make(path: Path) -> Path:
     try:
-        path.mkdir(parents=True, exist_ok=exist_ok)
+        path.mkdir(parents=True)
     except FileExistsError:
-        if not exist_ok:
-            raise
-        raise NotADirectoryError(f"cannot make the run folder {path}: a file of this name exists") from None
+        raise
     except OSError as error:
         raise OSError(f"cannot make the run folder {path}: {error.strerror}. Choose another with --run.") from error
     return path

@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -30,12 +31,12 @@ class Stateful(nn.Module):
             if value is not None:
                 setattr(self, name, value.detach())
 
-    def check_state(self, name: str, x: Tensor) -> None:
-        """Raise ValueError if the state `name` does not fit the input x of this time step."""
+    def check_state(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
+        """Raise ValueError if the state `name` does not fit this time step's input x, or is not of `dtype`."""
         state: Tensor = getattr(self, name)
-        if state.shape != x.shape or state.device != x.device or state.dtype != x.dtype:
+        if state.shape != x.shape or state.device != x.device or state.dtype != dtype:
             raise ValueError(
-                f"{type(self).__name__} keeps a state of an earlier input {_describe(state)}, but got input "
+                f"{type(self).__name__} keeps a state {_describe(state)} of an earlier input, but got input "
                 f"{_describe(x)}. Call sltt.reset(model) before a new sequence."
             )
 

@@ -28,8 +28,9 @@ from sltt.checkpoints import (
     write_table,
 )
 from sltt.data import Data, Splits
+from sltt.kernels import Compile, using
 from sltt.loading import EpochSampler, eval_loader, train_loader
-from sltt.losses import CrossEntropyMSE
+from sltt.losses import CrossEntropyMSE, Loss
 from sltt.progress import Report
 from sltt.rules import SLTT, Rule, unroll
 from sltt.rules.base import step_loss
@@ -39,7 +40,7 @@ from sltt.schedules import Cosine, Schedule
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-Precision = Literal[32, 64, "bf16-mixed", "16-mixed"]
+Precision = Literal[32, "bf16-mixed", "16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -78,7 +79,7 @@ def fit(
     model: nn.Module,
     data: Data,
     rule: Rule = SLTT(),
-    loss: nn.Module = CrossEntropyMSE(),
+    loss: Loss = CrossEntropyMSE(),
     optimizer: OptimizerFactory = partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     schedule: Schedule = Cosine(),
     steps: int = 4,
@@ -89,6 +90,7 @@ def fit(
     seed: int = 0,
     workers: int = 0,
     device: Device = "auto",
+    compile: Compile = "auto",
     checkpoint_minutes: float = 10.0,
     *,
     run: str | Path | None = None,
@@ -111,51 +113,59 @@ def fit(
         epochs: passes over the training samples.
         batch_size: samples in a batch.
         clip_norm: scale gradients down to this norm where theirs is larger.
-        precision: 32 or 64 bits, or mixed with bfloat16 or float16.
+        precision: float32, or mixed with bfloat16 or float16.
         seed: of the order of samples, augmentation, dropout, and the steps that SLTT draws.
         workers: processes that load data; 0 loads in this one.
         device: auto takes CUDA where there is a GPU.
+        compile: compile the neuron step: where it can be and pays (auto), always (on), never (off).
         checkpoint_minutes: save within an epoch too, when the last checkpoint is older than this.
-        run: folder for checkpoints and metrics; must be new, unless `resume`. None makes one under `runs`.
-        resume: continue the run in `run`; the weights end as if it had never stopped.
+        run: folder for checkpoints and metrics; must not exist, unless `resume`. None makes one under `runs`.
+        resume: continue the run in `run`, with the same arguments; the weights end as if it had never stopped. A folder
+            without a checkpoint starts from the beginning.
         config: configuration to keep in the run folder and in the checkpoints.
         report: where to print.
 
     Raises:
         ValueError: an argument or a batch that does not fit; the message says which and what to do.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss, a gradient or a weight is not finite.
         KeyboardInterrupt: on Ctrl-C, after the batch is finished and a checkpoint saved.
         OSError: the run folder cannot be written.
     """
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"expected at least 1 epoch and 1 sample in a batch, got {epochs=} and {batch_size=}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be greater than 0, got {clip_norm}")
     report = report or Report()
-    splits = data.splits(steps)
+    splits = _checked(data.splits(steps))
     checkpoint = _resume_point(run) if resume else None
     folder = Path(run) if resume and run is not None else new_run(run)
     fabric = make_fabric(device, precision)
     seed_everything(seed)
 
+    loss = loss.to(fabric.device)
     net, optim = fabric.setup(model, optimizer(model.parameters()))
     rates = [group["lr"] for group in optim.param_groups]
     sampler = EpochSampler(len(splits.train), seed)  # type: ignore[arg-type]
-    loader = train_loader(splits, batch_size, sampler, workers)
+    loader = train_loader(splits, batch_size, sampler, workers, pin=fabric.device.type == "cuda")
     batches = math.ceil(sampler.length / batch_size)
     state = _State()
     if checkpoint is not None:
         load_weights(model, checkpoint, folder / LAST)
         optim.load_state_dict(checkpoint["optimizer"])
         fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
+        rule.load_state_dict(checkpoint["rule"])
         state = _State(**checkpoint["progress"])
         _check_fingerprint(splits, checkpoint, folder)
 
     def save(name: str) -> None:
+        _check_weights(model)
         save_checkpoint(
             folder / name,
             {
                 "model": model.state_dict(),
                 "optimizer": optim.state_dict(),
                 "scaler": fabric.strategy.precision.state_dict(),
+                "rule": rule.state_dict(),
                 "progress": vars(state),
                 "random": random_states(),
                 "fingerprint": splits.fingerprint,
@@ -163,15 +173,17 @@ def fit(
             },
         )
 
+    for part in folder.glob(".*.part"):  # of a file that a killed run was writing
+        part.unlink()
     if config is not None:
         write_atomically(folder / CONFIG, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
-    log = _scalar_log(folder, state.epoch)
+    log = _scalar_log(folder, state.history)
     saved = time.monotonic()
     if checkpoint is not None:
         set_random_states(checkpoint["random"])
-    with _Interrupt() as interrupt:
+    with _Interrupt() as interrupt, using(compile=compile):
         while state.epoch < epochs:
-            sampler.set_epoch(state.epoch, min(state.batch * batch_size, sampler.length))
+            sampler.set_epoch(state.epoch, state.samples)
             began = time.monotonic() - state.seconds
             reset_process_peak(fabric.device)
             net.train()
@@ -181,11 +193,12 @@ def fit(
                 for x, y in loader:
                     _set_learning_rate(optim, rates, schedule.factor(state.epoch + state.batch / batches, epochs))
                     optim.zero_grad()
-                    x, y = fabric.to_device(x), fabric.to_device(y)
                     try:
+                        _check_labels(y, splits.classes)
+                        x, y = fabric.to_device(x), fabric.to_device(y)
                         repeat = steps if splits.static else None
                         out = rule(net, x, y, loss, steps=repeat, backward=fabric.backward)
-                        _check_finite(out.loss, model, optim)
+                        _check_finite(out.loss, model, optim, scaled=precision == "16-mixed")
                     except (ValueError, FloatingPointError) as error:
                         error.add_note(f"at epoch {state.epoch + 1}, batch {state.batch + 1} of {batches}")
                         if (folder / LAST).exists():
@@ -205,21 +218,18 @@ def fit(
             measured = state.metrics(firing, time.monotonic() - began, fabric.device)
             validation = _validate(fabric, net, splits, loss, steps, batch_size, workers)
             row = _row(state.epoch + 1, optim, measured, validation)
-            best = state.end_epoch(row, validation)
+            if state.end_epoch(row, validation):
+                save(BEST)  # before the last: that one says that there is a best
             save(LAST)
             saved = time.monotonic()
-            if best:
-                save(BEST)
             write_table(folder / METRICS, state.history)
-            for key, value in row.items():
-                if value is not None:
-                    log.add_scalar(key, value, row["epoch"])
-            log.flush()
+            _log(log, row)
             report.row(row)
             for warning in _extreme_layers(measured.layers):
                 report.warn(warning)
             interrupt.stop(folder)
     log.close()
+    write_table(folder / METRICS, state.history)  # also after a resume that had nothing left to train
     path = find_checkpoint(folder)
     load_weights(model, load_checkpoint(path), path)
     return Fit(folder, state.history, state.best_epoch or state.epoch)
@@ -230,12 +240,13 @@ def evaluate(
     data: Data,
     split: Literal["train", "validation", "test"] = "test",
     *,
-    loss: nn.Module = CrossEntropyMSE(),
+    loss: Loss = CrossEntropyMSE(),
     steps: int = 4,
     batch_size: int = 128,
     precision: Precision = 32,
     workers: int = 0,
     device: Device = "auto",
+    compile: Compile = "auto",
 ) -> Metrics:
     """Measure a network on one of the splits, in evaluation mode and without a graph.
 
@@ -245,9 +256,13 @@ def evaluate(
     dataset = getattr(splits, split)
     if dataset is None:
         raise ValueError("there are no validation samples: the data was loaded with validation: 0")
+    if not len(dataset):
+        raise ValueError(f"there are no {split} samples")
     fabric = make_fabric(device, precision)
     net = fabric.setup_module(model)
-    return _measure(fabric, net, eval_loader(dataset, splits, batch_size, workers), splits, loss, steps)
+    loss = loss.to(fabric.device)
+    with using(compile=compile):
+        return _measure(fabric, net, eval_loader(dataset, splits, batch_size, workers), splits, loss, steps)
 
 
 def make_fabric(device: Device, precision: Precision) -> "Fabric":
@@ -311,9 +326,7 @@ class _State:
         return True
 
 
-def _measure(
-    fabric: "Fabric", net: Any, loader: DataLoader[Any], splits: Splits, loss: nn.Module, steps: int
-) -> Metrics:
+def _measure(fabric: "Fabric", net: Any, loader: DataLoader[Any], splits: Splits, loss: Loss, steps: int) -> Metrics:
     state = _State()
     began = time.monotonic()
     reset_process_peak(fabric.device)
@@ -332,7 +345,7 @@ def _measure(
 
 
 def _validate(
-    fabric: "Fabric", net: Any, splits: Splits, loss: nn.Module, steps: int, batch_size: int, workers: int
+    fabric: "Fabric", net: Any, splits: Splits, loss: Loss, steps: int, batch_size: int, workers: int
 ) -> Metrics | None:
     if splits.validation is None:
         return None
@@ -368,15 +381,40 @@ def _extreme_layers(rates: dict[str, float]) -> list[str]:
     ]
 
 
-def _check_finite(loss: Tensor, model: nn.Module, optim: Any) -> None:
-    if math.isfinite(loss.item()):
+def _check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> None:
+    """Raise FloatingPointError unless loss and gradients are finite; scaled gradients may overflow, and are skipped.
+
+    The loss alone would not tell: a neuron that gets NaN is silent, and the loss behind it finite.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if math.isfinite(loss.item()) and (scaled or math.isfinite(norm.item())):
         return
-    if all(p.isfinite().all() for p in model.parameters()):
-        cause = "the logits overflow; with 16-mixed use bf16-mixed, else lower the learning rate or set clip_norm"
-    else:
-        rate = optim.param_groups[0]["lr"]
-        cause = f"the weights are not finite any more: lower the learning rate (it is {rate:.3g}) or set clip_norm"
-    raise FloatingPointError(f"the loss is {loss.item()}: {cause}")
+    rate = optim.param_groups[0]["lr"]
+    remedy = f"lower the learning rate (it is {rate:.3g}) or set clip_norm"
+    _check_weights(model, remedy)
+    cause = f"with 16-mixed use bf16-mixed, else {remedy}" if scaled else remedy
+    raise FloatingPointError(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}: {cause}")
+
+
+def _check_weights(model: nn.Module, remedy: str = "lower the learning rate or set clip_norm") -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"the weights of {name} are not finite any more: {remedy}")
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    """Before they go to a GPU, where an assertion would end the process without saying which."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"labels must be in 0 … {classes - 1}, got {int(labels.min())} … {int(labels.max())}: the data is damaged"
+        )
+
+
+def _checked(splits: Splits) -> Splits:
+    for name in ("train", "test"):
+        if not len(getattr(splits, name)):
+            raise ValueError(f"there are no {name} samples")
+    return splits
 
 
 def _set_learning_rate(optim: Any, rates: list[float], factor: float) -> None:
@@ -407,11 +445,21 @@ def _check_fingerprint(splits: Splits, checkpoint: dict[str, Any], run: Path) ->
         )
 
 
-def _scalar_log(run: Path, epoch: int) -> Any:
-    """TensorBoard's writer; what a killed run logged after its last checkpoint is left out."""
+def _scalar_log(run: Path, history: list[dict[str, Any]]) -> Any:
+    """TensorBoard's writer; a resumed run logs anew what its checkpoint says was trained."""
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run / "tensorboard"), purge_step=epoch + 1 if epoch else None)
+    log = SummaryWriter(str(run / "tensorboard"), purge_step=0)
+    for row in history:
+        _log(log, row)
+    return log
+
+
+def _log(log: Any, row: dict[str, Any]) -> None:
+    for key, value in row.items():
+        if value is not None:
+            log.add_scalar(key, value, row["epoch"])
+    log.flush()
 
 
 class _Interrupt:
@@ -438,4 +486,4 @@ class _Interrupt:
     def stop(self, run: Path) -> None:
         """Raise KeyboardInterrupt if a stop was requested; call it after a checkpoint was saved."""
         if self.requested:
-            raise KeyboardInterrupt(f"stopped by Ctrl-C; continue with: sltt train --resume {run}")
+            raise KeyboardInterrupt(f"stopped by Ctrl-C; continue with --resume {run}")

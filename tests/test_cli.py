@@ -91,6 +91,9 @@ def test_resume_takes_the_runs_configuration(here, capsys):
     code, out, _ = run(capsys, "train", "--resume", "a", "--epochs", "3")
     assert code == 0
     assert "continuing a" in out
+    code, _, err = run(capsys, "train", "--resume", "a", "--optimizer.lr", "3")
+    assert code == 2
+    assert "sltt train --resume does not take --optimizer.lr: a run continues with its own settings" in err
     assert len(Path("a/metrics.csv").read_text().splitlines()) == 4
     assert yaml.safe_load(Path("a/config.yaml").read_text())["epochs"] == 3
 
@@ -138,6 +141,7 @@ def test_cifar_recipes_are_those_of_the_paper():
         (["train", "--rule.k", "1.5"], "rule.k: expected int or NoneType, got 1.5"),
         (["train", "--device", "tpu"], "device: expected ['auto', 'cpu', 'cuda'], got tpu"),
         (["train", "digits", "--resume", "a"], "leave out 'digits'"),
+        (["train", "--resume", "nowhere", "--batch_size", "3"], "nowhere is not the folder of a run"),
         (["train", "--resume", "nowhere"], "nowhere is not the folder of a run"),
         (["eval", "nowhere"], "nowhere is not the folder of a run"),
     ],
@@ -209,6 +213,14 @@ def test_doctor_tells_versions_device_compiler_and_threads(capsys):
         assert word in out
 
 
+@pytest.mark.parametrize("words", [["doctor", "--nonsense"], ["recipes", "digits", "extra"], ["eval"]])
+def test_words_too_many_or_too_few_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert f"usage: sltt {words[0]}" in capsys.readouterr().err
+
+
 def test_help_explains_every_option(capsys):
     assert run(capsys)[0] == 2
     code, out, _ = run(capsys, "--help")
@@ -243,8 +255,9 @@ def test_a_killed_run_resumes_to_the_same_weights(here):
         [*words, "--resume", "part"], check=True, env=environment(), capture_output=True, text=True
     )
     assert finished or "continuing part" in resumed.stdout
-    a, b = (load_checkpoint(Path(run) / "last.ckpt") for run in ("whole", "part"))
-    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    for name in ("best.ckpt", "last.ckpt"):
+        a, b = (load_checkpoint(Path(run) / name) for run in ("whole", "part"))
+        assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
     assert Path("part/metrics.csv").read_text().count("\n") == 26
     assert not list(Path("part").glob(".*"))
 
@@ -259,7 +272,7 @@ def test_ctrl_c_in_the_terminal_ends_with_a_clear_line(here):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip() == "sltt: stopped by Ctrl-C; continue with: sltt train --resume a"
+    assert err.strip() == "sltt: stopped by Ctrl-C; continue with --resume a"
 
 
 @pytest.mark.slow
@@ -273,10 +286,11 @@ def test_the_wheel_holds_the_recipes_and_works_elsewhere(here):
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", "site", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
-    code = "import sltt, sys; from sltt.cli import main; print(sltt.__file__); sys.exit(main(['recipes']))"
     elsewhere = {**environment(), "PYTHONPATH": str(here / "site")}
-    result = subprocess.run([sys.executable, "-c", code], env=elsewhere, capture_output=True, text=True)
+    result = subprocess.run([here / "site/bin/sltt", "recipes"], env=elsewhere, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    first, *lines = result.stdout.splitlines()
-    assert first.startswith(str(here / "site"))
-    assert [line.split()[0] for line in lines] == list(shipped_recipes())
+    assert [line.split()[0] for line in result.stdout.splitlines()] == list(shipped_recipes())
+    heavy = "{'sklearn', 'lightning_fabric', 'torchvision', 'tensorboard'}"
+    code = f"import sltt, sys; print(sltt.__file__); print({heavy} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], env=elsewhere, capture_output=True, text=True)
+    assert result.stdout.splitlines() == [str(here / "site/sltt/__init__.py"), "set()"]

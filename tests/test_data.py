@@ -228,6 +228,16 @@ def test_image_folder(tmp_path, test_folder):
     assert padded.train[0][0].shape == (3, 40, 40)
 
 
+def test_image_folders_of_other_classes_or_files_are_told_apart(tmp_path):
+    write_images(tmp_path)
+    before = ImageFolder(str(tmp_path), size=32).splits(1).fingerprint
+    (tmp_path / "train/cat/0.png").rename(tmp_path / "train/cat/9.png")
+    assert ImageFolder(str(tmp_path), size=32).splits(1).fingerprint != before
+    (tmp_path / "test/cat").rename(tmp_path / "test/ant")
+    with pytest.raises(ValueError, match="classes of the training and the test images differ: ant, cat"):
+        ImageFolder(str(tmp_path)).splits(1)
+
+
 def test_missing_images_say_what_was_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected the folders train and test"):
         ImageFolder(str(tmp_path)).splits(1)

@@ -91,8 +91,17 @@ def test_state_takes_shape_device_and_type_of_the_first_input(neuron):
         sltt.reset(neuron)
         neuron(x)
         assert neuron.v.shape == x.shape
-        assert neuron.v.dtype == x.dtype
+        assert neuron.v.dtype == torch.float32
         assert neuron.v.device == x.device
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_half_state_takes_the_inputs_type(neuron, dtype):
+    for half_state in (False, True):
+        module = neuron(half_state=half_state).to(dtype)
+        x = torch.randn(2, 3, dtype=dtype)
+        assert module(x).dtype == dtype
+        assert module.v.dtype == (dtype if half_state or dtype == torch.float64 else torch.float32)
 
 
 def test_hard_reset_starts_from_the_reset_potential(neuron):
@@ -158,7 +167,11 @@ def test_plif_keeps_tau_valid_and_learns_it():
     assert [name for name, _ in neuron.named_parameters()] == ["w"]
     with torch.no_grad():
         neuron.w.fill_(20.0)
-    assert neuron.tau >= 1
+    assert neuron.tau == pytest.approx(1)
+    with torch.no_grad():
+        neuron.w.fill_(-200.0)
+    assert neuron.tau > 1e80
+    assert "tau=" in repr(neuron)
 
 
 def test_reset_and_detach_reach_every_stateful_module():

@@ -21,7 +21,7 @@ class FiringRates:
 
     def __init__(self, model: nn.Module):
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, Neuron)}
-        self._spikes: dict[str, Tensor | float] = dict.fromkeys(self._layers, 0.0)
+        self._spikes: dict[str, Tensor | int] = dict.fromkeys(self._layers, 0)
         self._count = dict.fromkeys(self._layers, 0)
         self._hooks: list[Any] = []
 
@@ -37,25 +37,25 @@ class FiringRates:
 
     def _hook(self, name: str) -> Any:
         def count(module: nn.Module, inputs: Any, spikes: Tensor) -> None:
-            self._spikes[name] += spikes.detach().sum(dtype=torch.float32).double()
+            self._spikes[name] += torch.count_nonzero(spikes.detach())
             self._count[name] += spikes.numel()
 
         return count
 
     def by_layer(self) -> dict[str, float]:
         """The firing rate of each layer that has run, by its name in the model."""
-        return {name: float(self._spikes[name]) / count for name, count in self._count.items() if count}
+        return {name: int(self._spikes[name]) / count for name, count in self._count.items() if count}
 
     def mean(self) -> float:
         """The firing rate of all neurons together; 0 where there is none."""
         total = sum(self._count.values())
-        return sum(float(spikes) for spikes in self._spikes.values()) / total if total else 0.0
+        return sum(int(spikes) for spikes in self._spikes.values()) / total if total else 0.0
 
-    def state_dict(self) -> dict[str, tuple[float, int]]:
+    def state_dict(self) -> dict[str, tuple[int, int]]:
         """What was counted so far, to continue with `load_state_dict`."""
-        return {name: (float(self._spikes[name]), self._count[name]) for name in self._layers}
+        return {name: (int(self._spikes[name]), self._count[name]) for name in self._layers}
 
-    def load_state_dict(self, state: dict[str, tuple[float, int]]) -> None:
+    def load_state_dict(self, state: dict[str, tuple[int, int]]) -> None:
         """Continue from what another run of the same model counted."""
         for name, (spikes, count) in state.items():
             self._spikes[name] = spikes

@@ -18,7 +18,7 @@ class Splits:
     Attributes:
         train: samples to train on, augmented.
         validation: samples to select the epoch by; None if everything is trained on.
-        test: samples that are looked at once, after the selection.
+        test: samples that are looked at only after the selection.
         static: samples are images [C, H, W], shown at every time step; else sequences [T, C, H, W].
         classes: number of classes; labels are 0 … classes − 1.
         fingerprint: twelve hexadecimal digits of a hash of which sample is in which split.
@@ -87,7 +87,7 @@ def hold_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int],
     return sorted(kept), sorted(held)
 
 
-def fingerprint(labels: Sequence[int], *splits: Sequence[int]) -> str:
-    """Twelve hexadecimal digits that change with any label and with any sample's split."""
-    digest = hashlib.sha256(repr([list(labels), *map(list, splits)]).encode())
+def fingerprint(samples: Sequence[Any], *splits: Sequence[int]) -> str:
+    """Twelve hexadecimal digits of a hash of the samples' names or labels, and of which is in which split."""
+    digest = hashlib.sha256(repr([list(samples), *map(list, splits)]).encode())
     return digest.hexdigest()[:12]

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from sltt.data.base import Data, Splits, fingerprint, hold_out
 
-TEST_SHARE, TEST_SEED = 0.2, 0  # 360 test images, always the same
+TEST_SHARE, TEST_SEED = 0.2, 0  # 359 test images, always the same
 
 
 class Digits(Data):
@@ -124,7 +124,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 class _Shifted(Dataset[Any]):
-    """Samples [..., H, W] moved by −1, 0 or 1 pixels in each direction; what leaves one side is lost, zeros enter."""
+    """Samples [..., H, W] moved by −1, 0 or 1 pixels in each direction; what leaves one side is lost, `fill` enters."""
 
     def __init__(self, data: Dataset[Any], fill: float):
         self.data = data

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from sltt.data.base import Data, Splits, fingerprint, hold_out
 
@@ -40,27 +40,33 @@ class _Images(Data):
     """Training and test images that torchvision reads, and the transforms they go through."""
 
     @abstractmethod
-    def open(self, train: bool, transform: Transform) -> tuple[Dataset[Any], Sequence[int], int]:
-        """The training or test images, their labels, and the number of classes."""
+    def open(self, train: bool, transform: Transform) -> Any:
+        """The training or test images: a dataset of torchvision with `classes` and `targets`."""
+
+    def names(self, images: Any) -> Sequence[Any]:
+        """What tells the samples apart in the split's fingerprint, in their order."""
+        return images.targets
 
     @abstractmethod
     def transform(self, train: bool) -> Transform:
         """From a PIL image to a normalised tensor [C, H, W]; augmented if `train`."""
 
     def load(self, steps: int) -> Splits:
-        augmented, labels, classes = self.open(True, self.transform(True))
-        plain, _, _ = self.open(True, self.transform(False))
-        test, test_labels, test_classes = self.open(False, self.transform(False))
-        if test_classes != classes:
-            raise ValueError(f"{self}: {classes} classes to train on, but {test_classes} in the test images")
+        augmented = self.open(True, self.transform(True))
+        plain = self.open(True, self.transform(False))
+        test = self.open(False, self.transform(False))
+        if test.classes != augmented.classes:
+            differ = sorted(set(test.classes) ^ set(augmented.classes))
+            raise ValueError(f"the classes of the training and the test images differ: {', '.join(differ[:5])}")
+        labels = augmented.targets
         train, validation = hold_out(labels, self.validation, self.split_seed)
         return Splits(
             train=Subset(augmented, train),
             validation=Subset(plain, validation) if validation else None,
             test=test,
             static=True,
-            classes=classes,
-            fingerprint=fingerprint([*labels, *test_labels], train, validation),
+            classes=len(augmented.classes),
+            fingerprint=fingerprint([*self.names(augmented), *self.names(test)], train, validation),
         )
 
 
@@ -97,18 +103,17 @@ class _CIFAR(_Images):
         self.cutout = cutout
         self.download = download
 
-    def open(self, train: bool, transform: Transform) -> tuple[Dataset[Any], Sequence[int], int]:
+    def open(self, train: bool, transform: Transform) -> Any:
         from torchvision import datasets
 
         dataset = getattr(datasets, type(self).__name__)
         try:
-            images = dataset(self.root, train=train, transform=transform, download=self.download)
+            return dataset(self.root, train=train, transform=transform, download=self.download)
         except RuntimeError as error:
             raise FileNotFoundError(
                 f"{self.name} not found, or not whole: looked in {Path(self.root).resolve()}, expected the folder "
                 f"{self.folder} of the Python version there. Get it with --data.download true, or set --data.root."
             ) from error
-        return images, images.targets, len(images.classes)
 
     def transform(self, train: bool) -> Transform:
         from torchvision.transforms import v2
@@ -172,7 +177,7 @@ class ImageFolder(_Images):
         self.crop_padding = crop_padding
         self.cutout = cutout
 
-    def open(self, train: bool, transform: Transform) -> tuple[Dataset[Any], Sequence[int], int]:
+    def open(self, train: bool, transform: Transform) -> Any:
         from torchvision import datasets
 
         root = Path(self.root)
@@ -182,8 +187,10 @@ class ImageFolder(_Images):
                 f"no images found: looked in {root.resolve()}, expected the folders train and test (or val), each with "
                 "a folder of images for every class. Set --data.root."
             )
-        images = datasets.ImageFolder(str(folder), transform=transform)
-        return images, images.targets, len(images.classes)
+        return datasets.ImageFolder(str(folder), transform=transform)
+
+    def names(self, images: Any) -> Sequence[Any]:
+        return [Path(path).relative_to(images.root).as_posix() for path, _ in images.samples]
 
     def transform(self, train: bool) -> Transform:
         from torchvision.transforms import v2

@@ -40,9 +40,7 @@ class VGG(nn.Module):
             if i:
                 layers.append(nn.AvgPool2d(2))
             for width in widths:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), neuron()]
-                if dropout:
-                    layers.append(Dropout(dropout))
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), neuron(), Dropout(dropout)]
                 channels = width
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(7)

@@ -77,6 +77,15 @@ class Rule(ABC):
     def run(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
         """The time loop: forward, loss and backward over a checked sequence, on a model that was just reset."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a rule carries from one batch to the next; nothing, for most."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave; raises ValueError if another rule gave it."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(f"the state {sorted(state)} is not of the rule {self}")
+
     def __repr__(self) -> str:
         settings = {k: v for k, v in vars(self).items() if v not in (None, False)}
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"

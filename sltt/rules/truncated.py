@@ -1,11 +1,13 @@
 """Truncated backpropagation through time: BPTT, TBPTT and SLTT are one rule with windows of T, n and one steps."""
 
 from collections.abc import Container
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from sltt import kernels
 from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
 from sltt.state import detach
 
@@ -33,7 +35,8 @@ class _Truncated(Rule):
         outputs = []
         for t, x in enumerate(sequence):
             with torch.set_grad_enabled(t in trained):
-                logits = model(x)
+                with kernels.saving_bits() if t in trained else nullcontext():
+                    logits = model(x)
                 value = step_loss(loss, logits, target)
                 if t in trained:
                     window_loss = value * scale if window_loss is None else window_loss + value * scale
@@ -110,6 +113,14 @@ class SLTT(_Truncated):
         self.k = k
         self.rescale = rescale
         self.generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": None if self.generator is None else self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.generator is not None and state["generator"] is not None:
+            self.generator.set_state(state["generator"])
 
     def window_length(self, steps: int) -> int:
         return 1

@@ -1,0 +1,167 @@
+"""Spikes that autograd saves for the backward take one bit an element instead of two or four bytes.
+
+A neuron tags the memory of its spikes with their bits. While `saving_bits` is open, what an operation saves of tagged
+memory is saved as the tag, and restored when its backward asks for it. A tensor is recognised by its memory and by the
+version of that memory, never by its values: a tensor that was changed in place after it was tagged is saved as it is.
+
+Bits are in planes: of n elements, byte i holds elements i, i + n/8, i + 2n/8, …, so that packing and unpacking are
+elementwise on eight contiguous parts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
+from torch.overrides import TorchFunctionMode
+
+from sltt.kernels.options import Kernel, options
+
+# Fewer elements than this are saved as they are: packing them costs more time than it is worth in memory.
+PACK_FROM = 4096
+_TAG = "_sltt_tag"
+
+
+def pack(flat: Tensor) -> Tensor:
+    """Bits [n/8] of a flat tensor [n] whose elements are zero or not; n must be a multiple of 8."""
+    bits = torch.empty(len(flat) // 8, dtype=torch.uint8, device=flat.device)
+    _PACK(bits, flat)
+    return bits
+
+
+def unpack(bits: Tensor, one: float, dtype: torch.dtype) -> Tensor:
+    """Flat tensor [n] with `one` where a bit is set, and 0 elsewhere."""
+    flat = torch.empty(8 * len(bits), dtype=dtype, device=bits.device)
+    _UNPACK(flat, bits, one)
+    return flat
+
+
+def planes(bits: Tensor) -> Tensor:
+    """The bits as ones and zeros [8, n/8], of which the flat tensor is the eight rows one after the other."""
+    return torch.stack([(bits >> i) & 1 for i in range(8)])
+
+
+def _pack(bits: Tensor, flat: Tensor) -> None:
+    set_ = (flat.view(8, -1) != 0).to(torch.float32)  # sums of powers of two are exact in float32, and fast
+    total = set_[0]
+    for i in range(1, 8):
+        total = total + set_[i] * 2**i
+    bits.copy_(total.to(torch.uint8))
+
+
+def _unpack(flat: Tensor, bits: Tensor, one: float) -> None:
+    flat.view(8, -1).copy_(planes(bits).to(flat.dtype) * one)
+
+
+_PACK, _UNPACK = Kernel(_pack), Kernel(_unpack)
+
+
+class Tag:
+    """How to restore tagged memory: `restore()` gives a flat tensor of all of it."""
+
+    def __init__(self, tensor: Tensor, restore: Callable[[], Tensor]):
+        self.version = tensor._version
+        self.restore = restore
+        setattr(tensor.untyped_storage(), _TAG, self)
+
+
+def tag_of(tensor: Tensor) -> Tag | None:
+    """The tag of a tensor's memory, if there is one and the memory is as it was then."""
+    if tensor.layout != torch.strided or tensor.is_meta or is_functorch_wrapped_tensor(tensor):
+        return None
+    tag = getattr(tensor.untyped_storage(), _TAG, None)
+    return tag if tag is not None and tag.version == tensor._version else None
+
+
+def packable(tensor: Tensor) -> bool:
+    """Whether a tensor is of a kind and size that pays to be packed; it must own the whole of its memory."""
+    n = tensor.numel()
+    return (
+        options().bits
+        and n >= PACK_FROM
+        and n % 8 == 0
+        and tensor.storage_offset() == 0
+        and tensor.untyped_storage().nbytes() == n * tensor.element_size()
+    )
+
+
+def tag_spikes(spikes: Tensor, bits: Tensor) -> None:
+    """Tag spikes, which own their memory, with their bits."""
+    dtype = spikes.dtype
+    Tag(spikes, lambda: unpack(bits, 1.0, dtype))
+
+
+def tag_dropped(y: Tensor, spikes: Tensor, one: float) -> None:
+    """Tag y = spikes times a mask of 0 and `one`, if the spikes are tagged: what is left is 0 or `one` too."""
+    if tag_of(spikes) is not None and packable(y):
+        bits, one, dtype = pack(y.detach().as_strided((y.numel(),), (1,))), float(y.new_tensor(one)), y.dtype
+        Tag(y, lambda: unpack(bits, one, dtype))
+
+
+@contextmanager
+def saving_bits() -> Iterator[None]:
+    """Inside this block autograd saves tagged tensors as bits; gradients are the same to the last bit."""
+    if not options().bits:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(_save, _restore), _Levels():
+        yield
+
+
+def _save(tensor: Tensor) -> Any:
+    tag = tag_of(tensor)
+    if tag is None:
+        # autograd does not watch a hook's tensors for changes in place, so remember the version
+        return tensor, tensor._version
+    return tag, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _restore(saved: Any) -> Tensor:
+    if isinstance(saved[0], Tag):
+        tag, shape, stride, offset = saved
+        return tag.restore().as_strided(shape, stride, offset)
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a tensor {list(tensor.shape)} that the backward needs was changed by an in-place operation "
+            f"(version {tensor._version}, expected {version})"
+        )
+    return tensor
+
+
+class _Levels(TorchFunctionMode):
+    """Tags what stays a few levels: spikes times a number, and average-pooled spikes, which are pooled again."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _SCALING:
+            self._scaled(args, result)
+        elif func in _POOLING and (tag := tag_of(args[0])) is not None and packable(result):
+            self._pooled(func, args, kwargs or {}, tag, result)
+        return result
+
+    @staticmethod
+    def _scaled(args: Any, result: Any) -> None:
+        spikes, factor = args if isinstance(args[0], Tensor) else reversed(args)
+        if not isinstance(factor, int | float) or (tag := tag_of(spikes)) is None or spikes.stride() != result.stride():
+            return
+        if spikes._base is None and result.dtype == spikes.dtype and packable(result):
+            Tag(result, lambda: tag.restore() * factor)
+
+    @staticmethod
+    def _pooled(func: Any, args: Any, kwargs: Any, tag: Tag, result: Tensor) -> None:
+        shape, stride, offset = args[0].shape, args[0].stride(), args[0].storage_offset()
+
+        def restore() -> Tensor:
+            with torch.no_grad():
+                pooled = func(tag.restore().as_strided(shape, stride, offset), *args[1:], **kwargs)
+            return pooled.as_strided((pooled.numel(),), (1,))
+
+        Tag(result, restore)
+
+
+_SCALING = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
+_POOLING = {F.avg_pool2d, F.adaptive_avg_pool2d, F.avg_pool1d, F.adaptive_avg_pool1d}

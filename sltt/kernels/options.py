@@ -1,0 +1,97 @@
+"""Whether kernels are compiled, and whether spikes are saved as bits."""
+
+import functools
+import importlib.util
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+Compile = Literal["auto", "on", "off"]
+
+# A layer from which compiling pays: below, the few seconds that it takes are more than it saves in a short training.
+COMPILE_FROM = 2**18
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the kernels run.
+
+    Attributes:
+        compile: auto compiles where a compiler is there and a layer is large enough; on, always; off, never.
+        bits: save spikes for the backward as one bit an element.
+    """
+
+    compile: Compile = "auto"
+    bits: bool = True
+
+
+_options = Options()
+
+
+def options() -> Options:
+    """The options in force."""
+    return _options
+
+
+@contextmanager
+def using(**changes: Any) -> Iterator[None]:
+    """Change options inside a `with` block: `compile` ("auto", "on" or "off") and `bits` (True or False)."""
+    global _options
+    before = _options
+    _options = replace(before, **changes)
+    if _options.compile == "on" and (problem := compiler_problem(torch.device("cpu"))):
+        _options = before
+        raise ValueError(f"compile='on', but {problem}; use 'auto'")
+    try:
+        yield
+    finally:
+        _options = before
+
+
+@functools.cache
+def compiler_problem(device: torch.device) -> str | None:
+    """Why TorchInductor cannot compile for a device; None if it can."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return None if any(name and shutil.which(name) for name in names) else "there is no C++ compiler (apt install g++)"
+
+
+class Kernel:
+    """A function that writes flat tensors: compiled for any length once a long one comes, run as it is until then."""
+
+    def __init__(self, function: Callable[..., None]):
+        self.function = function
+        self._compiled: Callable[..., None] | None = None
+        self._failed = False
+
+    def __call__(self, out: torch.Tensor, *arguments: Any) -> None:
+        """Run on `arguments`, writing `out`; if compiling fails and is not demanded, warn and run the plain form."""
+        with torch._C.DisableTorchFunction():  # what a mode does to the user's operations is not for these
+            if not self._wanted(out):
+                self.function(out, *arguments)
+                return
+            from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+            if self._compiled is None:
+                self._compiled = torch.compile(self.function, dynamic=True, fullgraph=True)
+            try:
+                self._compiled(out, *arguments)
+            except TorchDynamoException as error:
+                if _options.compile == "on":
+                    raise
+                self._failed = True
+                warnings.warn(f"compiling a kernel failed, running it eagerly: {error}", stacklevel=3)
+                self.function(out, *arguments)
+
+    def _wanted(self, out: torch.Tensor) -> bool:
+        if _options.compile != "auto" or self._failed or out.numel() < 2:
+            return _options.compile == "on" and out.numel() >= 2
+        from_ = COMPILE_FROM if self._compiled is None else COMPILE_FROM // 16
+        return out.numel() >= from_ and compiler_problem(out.device) is None
