@@ -4,10 +4,11 @@ A neuron tags the memory of its spikes with their bits. While `saving_bits` is o
 memory is saved as the tag, and restored when its backward asks for it. A tensor is recognised by its memory and by the
 version of that memory, never by its values: a tensor that was changed in place after it was tagged is saved as it is.
 
-Bits are in planes: of n elements, byte i holds elements i, i + n/8, i + 2n/8, …, so that packing and unpacking are
-elementwise on eight contiguous parts.
+Bit i of byte j is element 8 j + i of the memory. Packing is a sum of powers of two, unpacking looks up eight elements
+at a time in a table of 256 rows.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,44 +29,74 @@ _TAG = "_sltt_tag"
 def pack(flat: Tensor) -> Tensor:
     """Bits [n/8] of a flat tensor [n] whose elements are zero or not; n must be a multiple of 8."""
     bits = torch.empty(len(flat) // 8, dtype=torch.uint8, device=flat.device)
-    _PACK(bits, flat)
+    _PACK(bits, flat.detach(), _powers(flat.device))
     return bits
 
 
 def unpack(bits: Tensor, one: float, dtype: torch.dtype) -> Tensor:
     """Flat tensor [n] with `one` where a bit is set, and 0 elsewhere."""
-    flat = torch.empty(8 * len(bits), dtype=dtype, device=bits.device)
-    _UNPACK(flat, bits, one)
-    return flat
+    return torch.index_select(_table(one, dtype, bits.device), 0, bits.int()).view(-1)
 
 
-def planes(bits: Tensor) -> Tensor:
-    """The bits as ones and zeros [8, n/8], of which the flat tensor is the eight rows one after the other."""
-    return torch.stack([(bits >> i) & 1 for i in range(8)])
+def _pack(bits: Tensor, flat: Tensor, powers: Tensor) -> None:
+    bits.copy_(((flat.view(-1, 8) != 0) * powers).sum(1).to(torch.uint8))  # exact: sums below 256
 
 
-def _pack(bits: Tensor, flat: Tensor) -> None:
-    set_ = (flat.view(8, -1) != 0).to(torch.float32)  # sums of powers of two are exact in float32, and fast
-    total = set_[0]
-    for i in range(1, 8):
-        total = total + set_[i] * 2**i
-    bits.copy_(total.to(torch.uint8))
+_PACK = Kernel(_pack)
 
 
-def _unpack(flat: Tensor, bits: Tensor, one: float) -> None:
-    flat.view(8, -1).copy_(planes(bits).to(flat.dtype) * one)
+@functools.cache
+def _powers(device: torch.device) -> Tensor:
+    return 2.0 ** torch.arange(8, device=device)
 
 
-_PACK, _UNPACK = Kernel(_pack), Kernel(_unpack)
+@functools.cache
+def _table(one: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Row b [8] is what the byte b unpacks to."""
+    rows = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return rows.to(dtype) * one
 
 
 class Tag:
-    """How to restore tagged memory: `restore()` gives a flat tensor of all of it."""
+    """How to restore tagged memory.
 
-    def __init__(self, tensor: Tensor, restore: Callable[[], Tensor]):
+    Args:
+        tensor: whose memory is tagged.
+        make: gives a flat tensor of all of that memory.
+    """
+
+    def __init__(self, tensor: Tensor, make: Callable[[], Tensor]):
         self.version = tensor._version
-        self.restore = restore
+        self.make = make
         setattr(tensor.untyped_storage(), _TAG, self)
+
+    def restore(self) -> Tensor:
+        """All of the memory, flat."""
+        return self.make()
+
+
+class SpikeTag(Tag):
+    """The tag of a neuron's spikes. What a layer's backward restores is kept for the neuron's own, which comes next."""
+
+    def __init__(self, spikes: Tensor):
+        bits, dtype = pack(flatten(spikes)), spikes.dtype
+        super().__init__(spikes, lambda: unpack(bits, 1.0, dtype))
+        self._restored: Tensor | None = None
+
+    def restore(self) -> Tensor:
+        if self._restored is None:
+            self._restored = self.make()
+        return self._restored
+
+    def take(self) -> Tensor:
+        """What `restore` gives, for the last time."""
+        restored, self._restored = self.restore(), None
+        return restored
+
+
+def flatten(x: Tensor) -> Tensor:
+    """A dense tensor as its memory, [numel]."""
+    return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,), x.storage_offset())
 
 
 def tag_of(tensor: Tensor) -> Tag | None:
@@ -88,16 +119,10 @@ def packable(tensor: Tensor) -> bool:
     )
 
 
-def tag_spikes(spikes: Tensor, bits: Tensor) -> None:
-    """Tag spikes, which own their memory, with their bits."""
-    dtype = spikes.dtype
-    Tag(spikes, lambda: unpack(bits, 1.0, dtype))
-
-
 def tag_dropped(y: Tensor, spikes: Tensor, one: float) -> None:
     """Tag y = spikes times a mask of 0 and `one`, if the spikes are tagged: what is left is 0 or `one` too."""
     if tag_of(spikes) is not None and packable(y):
-        bits, one, dtype = pack(y.detach().as_strided((y.numel(),), (1,))), float(y.new_tensor(one)), y.dtype
+        bits, dtype = pack(flatten(y)), y.dtype
         Tag(y, lambda: unpack(bits, one, dtype))
 
 
@@ -158,7 +183,7 @@ class _Levels(TorchFunctionMode):
         def restore() -> Tensor:
             with torch.no_grad():
                 pooled = func(tag.restore().as_strided(shape, stride, offset), *args[1:], **kwargs)
-            return pooled.as_strided((pooled.numel(),), (1,))
+            return flatten(pooled)
 
         Tag(result, restore)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.bits import pack, packable, planes, tag_spikes
+from sltt.kernels.bits import SpikeTag, flatten, packable
 from sltt.kernels.options import Kernel
 from sltt.surrogates import Surrogate
 
@@ -77,6 +77,7 @@ def neuron_step(step: Step, v: Tensor, x: Tensor, decay: Tensor | None = None) -
 
 def _run(step: Step, v: Tensor, x: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Spikes, v, and for a hard reset u; without a graph."""
+    v, x, decay = v.detach(), x.detach(), None if decay is None else decay.detach()
     if not _dense(x):
         x = x.contiguous()
     if v.stride() != x.stride():
@@ -84,7 +85,7 @@ def _run(step: Step, v: Tensor, x: Tensor, decay: Tensor | None) -> tuple[Tensor
     s, v_next = torch.empty_like(x), torch.empty_like(v)
     u = None if step.v_reset is None else torch.empty_like(v)
     forward, _ = _kernels(step)
-    forward(_flat(s), _flat(v_next), None if u is None else _flat(u), _flat(v), _flat(x), decay)
+    forward(flatten(s), flatten(v_next), None if u is None else flatten(u), flatten(v), flatten(x), decay)
     return s, v_next, u
 
 
@@ -102,10 +103,7 @@ def _kernels(step: Step) -> tuple[Kernel, Kernel]:
         if u_out is not None:
             u_out.copy_(u)
 
-    def backward(
-        out: Tensor, grad_s: Tensor | None, grad_v: Tensor | None, kept: Tensor, spikes: Tensor, packed: bool
-    ) -> None:
-        s = planes(spikes).view(kept.shape) if packed else spikes
+    def backward(out: Tensor, grad_s: Tensor | None, grad_v: Tensor | None, kept: Tensor, s: Tensor) -> None:
         out.copy_(step.gradient(grad_s, grad_v, kept, s.to(kept.dtype)))
 
     return Kernel(forward), Kernel(backward)
@@ -116,17 +114,12 @@ class _NeuronStep(torch.autograd.Function):
     def forward(ctx: Any, v: Tensor, x: Tensor, decay: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         s, v_next, u = _run(step, v, x, decay)
         kept = v_next if u is None else u
-        ctx.packed = packable(s)
-        if ctx.packed:
-            spikes = pack(_flat(s))
-            tag_spikes(s, spikes)
-        else:
-            spikes = s
+        ctx.tag = SpikeTag(s) if packable(s) else None
         learnable = decay is not None and ctx.needs_input_grad[2]
-        ctx.step, ctx.x_dtype, ctx.strides = step, x.dtype, s.stride()
+        ctx.step, ctx.x_dtype = step, x.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            kept, spikes, decay, v if learnable else None, x if learnable and step.decay_input else None
+            kept, None if ctx.tag else s, decay, v if learnable else None, x if learnable and step.decay_input else None
         )
         return s, v_next
 
@@ -136,7 +129,8 @@ class _NeuronStep(torch.autograd.Function):
         if grad_s is None and grad_v is None:
             return None, None, None, None
         step: Step = ctx.step
-        kept, spikes, decay, v, x = ctx.saved_tensors
+        kept, s, decay, v, x = ctx.saved_tensors
+        s = flatten(s) if ctx.tag is None else ctx.tag.take()
         grad_s, grad_v = _like(grad_s, kept), _like(grad_v, kept)
         rate: Any = step.decay if decay is None else decay
         gain = 1 - rate if step.decay_input else 1.0
@@ -145,8 +139,8 @@ class _NeuronStep(torch.autograd.Function):
         plain = not (needs_v or needs_decay or step.decay_input)
         grad_u = torch.empty_like(kept, dtype=ctx.x_dtype if plain else kept.dtype)
         _, backward = _kernels(step)
-        flat = [None if g is None else _flat(g) for g in (grad_s, grad_v)]
-        backward(_flat(grad_u), *flat, _flat(kept), spikes if ctx.packed else _flat(spikes), ctx.packed)
+        flat = [None if g is None else flatten(g) for g in (grad_s, grad_v)]
+        backward(flatten(grad_u), *flat, flatten(kept), s)
         grad_x = (grad_u if plain else (grad_u * gain).to(ctx.x_dtype)) if needs_x else None
         grad_decay = None
         if needs_decay and decay is not None:
@@ -160,11 +154,6 @@ class _NeuronStep(torch.autograd.Function):
 def _dense(x: Tensor) -> bool:
     """Whether x's elements fill a stretch of memory without gaps or overlaps, in any order."""
     return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
-
-
-def _flat(x: Tensor) -> Tensor:
-    """A dense tensor as its memory, [numel]."""
-    return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,), x.storage_offset())
 
 
 def _like(grad: Tensor | None, kept: Tensor) -> Tensor | None:
