@@ -19,17 +19,17 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
 from torch.overrides import TorchFunctionMode
 
-from sltt.kernels.options import Kernel, options
+from sltt.kernels.options import Kernel, memory, options
 
 # Fewer elements than this are saved as they are: packing them costs more time than it is worth in memory.
 PACK_FROM = 4096
 _TAG = "_sltt_tag"
 
 
-def pack(flat: Tensor) -> Tensor:
-    """Bits [n/8] of a flat tensor [n] whose elements are zero or not; n must be a multiple of 8."""
-    bits = torch.empty(len(flat) // 8, dtype=torch.uint8, device=flat.device)
-    _PACK(bits, flat.detach(), _powers(flat.device))
+def pack(x: Tensor) -> Tensor:
+    """Bits [n/8] of the memory [n] of a dense tensor, whose elements are zero or not; n must be a multiple of 8."""
+    bits = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
+    _PACK(bits, x, _powers(x.device))
     return bits
 
 
@@ -38,8 +38,8 @@ def unpack(bits: Tensor, one: float, dtype: torch.dtype) -> Tensor:
     return torch.index_select(_table(one, dtype, bits.device), 0, bits.int()).view(-1)
 
 
-def _pack(bits: Tensor, flat: Tensor, powers: Tensor) -> None:
-    bits.copy_(((flat.view(-1, 8) != 0) * powers).sum(1).to(torch.uint8))  # exact: sums below 256
+def _pack(bits: Tensor, x: Tensor, powers: Tensor) -> None:
+    bits.copy_(((x.view(-1, 8) != 0) * powers).sum(1).to(torch.uint8))  # exact: sums below 256
 
 
 _PACK = Kernel(_pack)
@@ -79,7 +79,7 @@ class SpikeTag(Tag):
     """The tag of a neuron's spikes. What a layer's backward restores is kept for the neuron's own, which comes next."""
 
     def __init__(self, spikes: Tensor):
-        bits, dtype = pack(flatten(spikes)), spikes.dtype
+        bits, dtype = pack(spikes), spikes.dtype
         super().__init__(spikes, lambda: unpack(bits, 1.0, dtype))
         self._restored: Tensor | None = None
 
@@ -92,11 +92,6 @@ class SpikeTag(Tag):
         """What `restore` gives, for the last time."""
         restored, self._restored = self.restore(), None
         return restored
-
-
-def flatten(x: Tensor) -> Tensor:
-    """A dense tensor as its memory, [numel]."""
-    return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,), x.storage_offset())
 
 
 def tag_of(tensor: Tensor) -> Tag | None:
@@ -122,7 +117,7 @@ def packable(tensor: Tensor) -> bool:
 def tag_dropped(y: Tensor, spikes: Tensor, one: float) -> None:
     """Tag y = spikes times a mask of 0 and `one`, if the spikes are tagged: what is left is 0 or `one` too."""
     if tag_of(spikes) is not None and packable(y):
-        bits, dtype = pack(flatten(y)), y.dtype
+        bits, dtype = pack(y), y.dtype
         Tag(y, lambda: unpack(bits, one, dtype))
 
 
@@ -162,6 +157,8 @@ class _Levels(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():  # inside torch.compile(model), which decides itself what to save
+            return result
         if func in _SCALING:
             self._scaled(args, result)
         elif func in _POOLING and (tag := tag_of(args[0])) is not None and packable(result):
@@ -178,12 +175,14 @@ class _Levels(TorchFunctionMode):
 
     @staticmethod
     def _pooled(func: Any, args: Any, kwargs: Any, tag: Tag, result: Tensor) -> None:
+        # nothing here may hold args[0]: the spikes themselves are to go
         shape, stride, offset = args[0].shape, args[0].stride(), args[0].storage_offset()
+        rest = args[1:]
 
         def restore() -> Tensor:
             with torch.no_grad():
-                pooled = func(tag.restore().as_strided(shape, stride, offset), *args[1:], **kwargs)
-            return flatten(pooled)
+                pooled = func(tag.restore().as_strided(shape, stride, offset), *rest, **kwargs)
+            return memory(pooled)
 
         Tag(result, restore)
 

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch.overrides import _pop_mode, _push_mode
 
 Compile = Literal["auto", "on", "off"]
 
@@ -64,7 +66,10 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 class Kernel:
-    """A function that writes flat tensors: compiled for any length once a long one comes, run as it is until then."""
+    """A function that writes its first argument: compiled for any length once a long one comes, run as it is till then.
+
+    It is called with dense tensors of any memory format, and sees each as its memory, [n].
+    """
 
     def __init__(self, function: Callable[..., None]):
         self.function = function
@@ -73,17 +78,17 @@ class Kernel:
 
     def __call__(self, out: torch.Tensor, *arguments: Any) -> None:
         """Run on `arguments`, writing `out`; if compiling fails and is not demanded, warn and run the plain form."""
-        with torch._C.DisableTorchFunction():  # what a mode does to the user's operations is not for these
+        with torch.no_grad(), _without_modes():
+            out = memory(out)
+            arguments = tuple(memory(a) if isinstance(a, torch.Tensor) else a for a in arguments)
             if not self._wanted(out):
                 self.function(out, *arguments)
                 return
-            from torch._dynamo.exc import TorchDynamoException  # takes a second to import
-
             if self._compiled is None:
-                self._compiled = torch.compile(self.function, dynamic=True, fullgraph=True)
+                self._compiled = torch.compile(_of_its_own(self.function), dynamic=True, fullgraph=True)
             try:
                 self._compiled(out, *arguments)
-            except TorchDynamoException as error:
+            except Exception as error:  # whatever the compiler raises: the plain form is right without it
                 if _options.compile == "on":
                     raise
                 self._failed = True
@@ -95,3 +100,27 @@ class Kernel:
             return _options.compile == "on" and out.numel() >= 2
         from_ = COMPILE_FROM if self._compiled is None else COMPILE_FROM // 16
         return out.numel() >= from_ and compiler_problem(out.device) is None
+
+
+def memory(x: torch.Tensor) -> torch.Tensor:
+    """A dense tensor's memory [n]; not as a view, since the compiler would compile anew for each form of its base."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    """Set function modes aside: they are for the user's operations, and a kernel would be compiled anew under each."""
+    modes = []
+    try:
+        while torch._C._len_torch_function_stack():
+            modes.append(_pop_mode())
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
+
+def _of_its_own(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with code of its own: the compiler counts its versions by the code, which closures share."""
+    code, names = function.__code__.replace(), function.__globals__
+    return types.FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.bits import SpikeTag, flatten, packable
+from sltt.kernels.bits import SpikeTag, packable
 from sltt.kernels.options import Kernel
 from sltt.surrogates import Surrogate
 
@@ -77,7 +77,6 @@ def neuron_step(step: Step, v: Tensor, x: Tensor, decay: Tensor | None = None) -
 
 def _run(step: Step, v: Tensor, x: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Spikes, v, and for a hard reset u; without a graph."""
-    v, x, decay = v.detach(), x.detach(), None if decay is None else decay.detach()
     if not _dense(x):
         x = x.contiguous()
     if v.stride() != x.stride():
@@ -85,7 +84,7 @@ def _run(step: Step, v: Tensor, x: Tensor, decay: Tensor | None) -> tuple[Tensor
     s, v_next = torch.empty_like(x), torch.empty_like(v)
     u = None if step.v_reset is None else torch.empty_like(v)
     forward, _ = _kernels(step)
-    forward(flatten(s), flatten(v_next), None if u is None else flatten(u), flatten(v), flatten(x), decay)
+    forward(s, v_next, u, v, x, decay)
     return s, v_next, u
 
 
@@ -130,7 +129,7 @@ class _NeuronStep(torch.autograd.Function):
             return None, None, None, None
         step: Step = ctx.step
         kept, s, decay, v, x = ctx.saved_tensors
-        s = flatten(s) if ctx.tag is None else ctx.tag.take()
+        s = s if ctx.tag is None else ctx.tag.take()
         grad_s, grad_v = _like(grad_s, kept), _like(grad_v, kept)
         rate: Any = step.decay if decay is None else decay
         gain = 1 - rate if step.decay_input else 1.0
@@ -139,8 +138,7 @@ class _NeuronStep(torch.autograd.Function):
         plain = not (needs_v or needs_decay or step.decay_input)
         grad_u = torch.empty_like(kept, dtype=ctx.x_dtype if plain else kept.dtype)
         _, backward = _kernels(step)
-        flat = [None if g is None else flatten(g) for g in (grad_s, grad_v)]
-        backward(flatten(grad_u), *flat, flatten(kept), s)
+        backward(grad_u, grad_s, grad_v, kept, s)
         grad_x = (grad_u if plain else (grad_u * gain).to(ctx.x_dtype)) if needs_x else None
         grad_decay = None
         if needs_decay and decay is not None:

@@ -1,0 +1,348 @@
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sltt
+from sltt import kernels
+from sltt.analysis import peak_memory
+from sltt.kernels import bits as bits_module
+from sltt.kernels.bits import PACK_FROM, pack, tag_of, unpack
+from sltt.neurons import lif_step
+from tests.conftest import SURROGATES, gradients
+
+SIZES = [0, 1, 7, 8, 9, 1023, 4096, 5000]
+CONSTANTS = [
+    dict(zip(("v_reset", "decay_input", "detach_reset"), values, strict=True))
+    for values in itertools.product([None, 0.0, -0.3], [False, True], [False, True])
+]
+LOSS = sltt.losses.CrossEntropyMSE()
+
+
+@pytest.fixture(params=["off", "on"])
+def compile_mode(request):
+    if request.param == "on" and (problem := kernels.compiler_problem(torch.device("cpu"))):
+        pytest.skip(problem)
+    with kernels.using(compile=request.param):
+        yield request.param
+
+
+def both(v, x, constants, decay, learnable=False, late=True):
+    """Spikes, v and the gradients of a few fused steps, and of the plain ones."""
+    results = []
+    for fused in (True, False):
+        leaves = [t.detach().clone().requires_grad_() for t in (v, x)]
+        rate = torch.tensor(decay, dtype=v.dtype, requires_grad=True) if learnable else decay
+        state, total, spikes = leaves[0], 0, []
+        for t in range(3):
+            if fused:
+                step = kernels.Step(decay=None if learnable else decay, **constants)
+                s, state = kernels.neuron_step(step, state, leaves[1] * (1 - 0.3 * t), rate if learnable else None)
+            else:
+                s, state = lif_step(state, (leaves[1] * (1 - 0.3 * t)).to(v.dtype), decay=rate, **constants)
+                s = s.to(x.dtype)
+            spikes.append(s)
+            total = (
+                total + (s.double() * torch.linspace(-1, 2, s.numel()).view(s.shape)).sum() + 0.1 * state.double().sum()
+            )
+        total.backward()
+        grads = [leaf.grad for leaf in leaves] + ([rate.grad] if learnable else [])
+        results.append((spikes, state, grads))
+    return results
+
+
+@pytest.mark.parametrize("constants", CONSTANTS, ids=str)
+@pytest.mark.parametrize("learnable", [False, True], ids=["constant", "learnable"])
+def test_the_eager_step_equals_the_equations(constants, learnable):
+    with kernels.using(compile="off"):
+        check_step(constants, SURROGATES[0], learnable, 1023)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
+@pytest.mark.parametrize("n", SIZES)
+def test_every_surrogate_at_odd_sizes(surrogate, n):
+    with kernels.using(compile="off"):
+        check_step(CONSTANTS[0], surrogate, False, n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("constants", "learnable"), [(CONSTANTS[0], False), (CONSTANTS[7], False), (CONSTANTS[2], True)], ids=str
+)
+def test_the_compiled_step_equals_the_equations(constants, learnable):
+    if problem := kernels.compiler_problem(torch.device("cpu")):
+        pytest.skip(problem)
+    with kernels.using(compile="on"):
+        for n in SIZES:
+            check_step(constants, SURROGATES[0], learnable, n)
+
+
+def check_step(constants, surrogate, learnable, n):
+    v, x = torch.randn(n, dtype=torch.float64), 1.5 * torch.randn(n, dtype=torch.float64)
+    constants = {"v_threshold": 0.8, "surrogate": surrogate, **constants}
+    (spikes, state, grads), (expected_spikes, expected_state, expected_grads) = both(v, x, constants, 0.6, learnable)
+    for a, b in zip([*spikes, state, *grads], [*expected_spikes, expected_state, *expected_grads], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_types(dtype, compile_mode):
+    x = (1.5 * torch.randn(4, 2048)).to(dtype)
+    constants = {"v_threshold": 1.0, "surrogate": SURROGATES[0], **CONSTANTS[0]}
+    (spikes, state, grads), (expected_spikes, expected_state, expected_grads) = both(
+        torch.zeros(4, 2048), x, constants, 0.5
+    )
+    assert all(s.dtype == dtype for s in spikes)
+    assert state.dtype == torch.float32
+    assert grads[1].dtype == dtype
+    for a, b in zip(spikes, expected_spikes, strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(state, expected_state)
+    torch.testing.assert_close(grads[1], expected_grads[1], rtol=3e-2, atol=3e-2 if dtype != torch.float32 else 1e-5)
+
+
+def layouts():
+    x = 1.5 * torch.randn(4, 8, 6, 5)
+    return {
+        "contiguous": x,
+        "channels-last": x.to(memory_format=torch.channels_last),
+        "permuted": x.permute(3, 1, 0, 2),
+        "gaps": (1.5 * torch.randn(4, 8, 6, 10))[..., ::2],
+        "expanded": x[:, :1].expand(4, 8, 6, 5),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_any_memory_format(layout, compile_mode):
+    x = layouts()[layout]
+    spikes, grads = [], []
+    for data in (x, x.contiguous()):
+        leaf = data.detach().requires_grad_()
+        neuron = sltt.LIF(tau=2.0)
+        s = [neuron(leaf) for _ in range(3)]
+        (torch.stack(s) * torch.linspace(0, 1, x.numel()).view(x.shape)).sum().backward()
+        spikes.append(torch.stack(s))
+        grads.append(leaf.grad)
+    assert torch.equal(spikes[0], spikes[1])
+    assert torch.equal(grads[0], grads[1])
+    if layout in ("channels-last", "permuted"):
+        assert s[0].is_contiguous()
+        neuron = sltt.LIF()
+        assert neuron(x).stride() == x.stride() == neuron.v.stride()
+
+
+def test_without_a_graph_nothing_is_saved_or_packed():
+    neuron = sltt.LIF()
+    x = torch.randn(4, 4096, requires_grad=True)
+    with torch.no_grad():
+        s = neuron(x)
+    assert s.grad_fn is None
+    assert tag_of(s) is None
+    assert tag_of(sltt.LIF()(x.detach())) is None
+    assert tag_of(sltt.LIF()(x)) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("n", [8, 16, 1024, 8 * 999])
+def test_unpacking_gives_back_what_was_packed(n, dtype):
+    x = (torch.rand(n) < 0.3).to(dtype) * 2.5
+    packed = pack(x)
+    assert packed.numel() == n // 8
+    assert torch.equal(unpack(packed, 2.5, dtype), x)
+
+
+def saved(call):
+    """Bytes that autograd saves of activations during call(), and the distinct types."""
+    seen = {}
+    real = bits_module._save
+
+    def save(tensor):
+        kept = real(tensor)
+        seen[tensor.untyped_storage().data_ptr()] = kept
+        return kept
+
+    bits_module._save, before = save, bits_module._save
+    try:
+        call()
+    finally:
+        bits_module._save = before
+    return list(seen.values())
+
+
+class Pooled(nn.Module):
+    """Spikes read by a convolution, a linear layer, after dropout, scaled, and average-pooled."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.lif1 = nn.Conv2d(2, 16, 3, padding=1), sltt.LIF(tau=1.5)
+        self.dropout, self.conv2, self.lif2 = sltt.Dropout(0.3), nn.Conv2d(16, 16, 3, padding=1), sltt.LIF(tau=1.5)
+        self.conv3, self.lif3 = nn.Conv2d(16, 16, 3, padding=1), sltt.LIF(tau=1.5)
+        self.head = nn.Linear(16 * 16 * 16, 5)
+
+    def forward(self, x):
+        x = self.dropout(self.lif1(self.conv1(x)))
+        x = F.avg_pool2d(2.74 * self.lif2(self.conv2(x)), 2) * 0.5
+        return self.head(self.lif3(self.conv3(x)).flatten(1))
+
+
+@pytest.fixture(params=["pooled", "resnet", "vgg", "plif+hard"])
+def model(request):
+    torch.manual_seed(0)
+    return {
+        "pooled": Pooled,
+        "resnet": lambda: sltt.models.resnet18(in_channels=2, classes=5, dropout=0.2),
+        "vgg": lambda: sltt.models.vgg11(in_channels=2, classes=5, dropout=0.2),
+        "plif+hard": lambda: sltt.models.DigitsNet(2, 5, neuron=lambda: sltt.PLIF(v_reset=0.0)),
+    }[request.param]()
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(), sltt.SLTT(k=1)], ids=repr)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_gradients_are_bit_identical_with_bits_and_without(model, rule, memory_format):
+    model = model.to(memory_format=memory_format)
+    x, y = torch.randn(4, 2, 32, 32).to(memory_format=memory_format), torch.randint(5, (4,))
+    results = []
+    for on in (True, False):
+        torch.manual_seed(1)
+        with kernels.using(bits=on):
+            results.append(gradients(model, rule, x, y, steps=3)[0])
+    assert torch.equal(results[0], results[1])
+    assert results[0].abs().max() > 0
+
+
+def test_what_layers_read_is_saved_as_bits():
+    model = Pooled()
+    x = torch.randn(4, 2, 32, 32)
+
+    def call():
+        with kernels.saving_bits():
+            model(x)
+
+    kept = saved(call)
+    tags = [k for k in kept if isinstance(k[0], bits_module.Tag)]
+    floats = [k[0] for k in kept if not isinstance(k[0], bits_module.Tag)]
+    assert len(tags) >= 4  # dropped spikes, 2.74 spikes, pooled, pooled and scaled or spikes of the head
+    states = [m.v for m in model.modules() if isinstance(m, sltt.LIF)]
+    allowed = [x, model.dropout.mask, *states, *model.parameters()]
+    pointers = {t.untyped_storage().data_ptr() for t in allowed}
+    assert not [t.shape for t in floats if t.untyped_storage().data_ptr() not in pointers and t.numel() >= PACK_FROM]
+
+
+def test_bits_save_memory():
+    model = sltt.models.DigitsNet()
+    x, y = torch.randn(64, 1, 16, 16), torch.randint(10, (64,))
+
+    def measured(on):
+        with kernels.using(bits=on, compile="off"):
+            sltt.BPTT()(model, x, y, LOSS, steps=12)
+            return peak_memory(lambda: sltt.BPTT()(model, x, y, LOSS, steps=12))
+
+    spikes = 12 * 4 * 64 * (32 * 256 + 64 * 256 + 64 * 64)  # T × 4 bytes × B × neurons
+    assert measured(True) < measured(False) - 0.9 * spikes
+
+
+def test_a_tensor_changed_in_place_is_saved_as_it_is():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    grads = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        with kernels.saving_bits():
+            s = sltt.LIF()(torch.randn(2, 4, 32, 32, requires_grad=True))
+            conv(s.mul_(3) if in_place else 3 * s).square().sum().backward()
+        grads.append(conv.weight.grad)
+        conv.weight.grad = None
+    assert torch.equal(*grads)
+
+
+def test_a_saved_tensor_changed_in_place_is_still_noticed():
+    x = torch.randn(3, 3, requires_grad=True)
+    with kernels.saving_bits():
+        y = x.exp()
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="changed by an in-place operation"):
+        y.sum().backward()
+
+
+def test_memory_that_is_reused_is_not_taken_for_spikes():
+    x = torch.randn(4, 4096, requires_grad=True)
+    for _ in range(20):
+        s = sltt.LIF()(x)
+        del s
+        assert tag_of(torch.empty(4, 4096)) is None
+
+
+def test_small_or_odd_tensors_are_left_alone():
+    for shape in [(PACK_FROM - 8,), (PACK_FROM + 1,)]:
+        assert tag_of(sltt.LIF()(torch.randn(shape, requires_grad=True))) is None
+
+
+def test_options_are_restored():
+    with pytest.raises(RuntimeError, match="planted"), kernels.using(compile="off", bits=False):
+        raise RuntimeError("planted")
+    from sltt.kernels.options import options
+
+    assert options().bits
+    assert options().compile == "auto"
+
+
+def test_a_kernel_that_does_not_compile_runs_eagerly_with_a_warning():
+    class Breaks(sltt.surrogates.Surrogate):
+        def derivative(self, x):
+            torch._dynamo.graph_break()
+            return torch.ones_like(x)
+
+    x = torch.randn(2**18, requires_grad=True)
+    neuron = sltt.LIF(surrogate=Breaks())
+    spikes = neuron(x)
+    with pytest.warns(UserWarning, match="compiling a kernel failed"):
+        spikes.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    sltt.reset(neuron)
+    neuron(x).sum().backward()  # silently from now on
+
+
+def test_checkpoint_around_a_neuron_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), sltt.LIF())
+    y = torch.utils.checkpoint.checkpoint(model, torch.randn(2, 4, requires_grad=True), use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"torch\.utils\.checkpoint repeats a forward whose state has moved on"):
+        y.sum().backward()
+
+
+def test_torch_func_through_a_neuron(neuron):
+    layer = neuron()
+    layer = layer.double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    def total(x):
+        sltt.reset(layer)
+        return (layer(x) + 2 * layer(0.5 * x)).sum()
+
+    expected = torch.autograd.grad(total(leaf := x.clone().requires_grad_()), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(total)(x), expected)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(total))(x), expected)
+    sltt.reset(layer)
+
+
+@pytest.mark.slow
+def test_inside_a_compiled_model_without_a_graph_break():
+    model = nn.Sequential(nn.Linear(6, 32), sltt.LIF(tau=1.7), nn.Linear(32, 3))
+    x, y = 2 * torch.randn(3, 4, 6), torch.randint(3, (4,))
+    expected, out = gradients(model, sltt.SLTT(), x, y)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    got = sltt.SLTT()(compiled, x, y, LOSS)
+    torch.testing.assert_close(got.logits, out.logits)
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in compiled.parameters()]), expected)
+
+
+def test_a_model_that_has_run_can_be_copied_and_pickled(neuron, compile_mode):
+    model = nn.Sequential(nn.Linear(6, 5000), neuron(), nn.Linear(5000, 3))
+    x, y = torch.randn(2, 4, 6), torch.randint(3, (4,))
+    expected, _ = gradients(model, sltt.SLTT(), x, y)
+    sltt.SLTT()(model, x, y, LOSS)
+    model.zero_grad()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(gradients(other, sltt.SLTT(), x, y)[0], expected)
