@@ -1,0 +1,347 @@
+"""One training iteration here and in other libraries: the same network, data and loss, side by side.
+
+    pip install '.[bench]'
+    python benchmarks/peers.py [--network resnet18|vgg11] [--steps 6] [--cases NAME;…] [--repeats 7] [--json FILE]
+                               [--figure FILE]
+
+Every case runs in a process of its own; the processes take turns, one iteration each, so that a drift of the machine's
+speed meets all alike. An iteration is zero_grad and the gradients of one batch, without an optimizer step. Time is the
+median after one iteration that is not counted; ratios are medians of the ratios within a turn. Memory is what PyTorch's
+allocator holds at the peak above its level before the iteration, gradients included, and beside it the peak of the
+resident set, read in another process whose malloc returns large blocks at once.
+
+Before anything is timed, the gradient of each case is compared with that of SLTT or BPTT by the plain equations: in
+float64, since in float32 a rounding error flips spikes, and with fixed statistics in BatchNorm, since SpikingJelly's
+layer-by-layer BPTT takes them over all time steps together. The cosine is printed: 1 means the same gradient. Where the
+dynamics differ by design, so does the cosine: snnTorch has no gradient through the reset, Norse scales its input.
+
+The neurons: τ = 1.1, threshold 1, soft reset, no input scaling, triangle surrogate. `relu` is the same network with
+ReLU instead of neurons, step by step: the floor.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import sltt
+from sltt import kernels
+from sltt.analysis import peak_memory, process_peak, reset_process_peak
+from sltt.progress import megabytes
+
+NETWORKS = {"resnet18": (sltt.models.resnet18, (32, 3, 32, 32)), "vgg11": (sltt.models.vgg11, (16, 2, 48, 48))}
+LOSS = sltt.losses.CrossEntropyMSE()
+TAU = 1.1
+Iteration = Callable[[nn.Module, Tensor, Tensor, int], Any]
+
+
+def by_rule(rule: sltt.Rule, **options: Any) -> Iteration:
+    def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+        with kernels.using(**options):
+            rule(model, x, y, LOSS, steps=steps)
+
+    return run
+
+
+def relu(steps_model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    """The floor: T times forward and backward of a network without state."""
+    for _ in range(steps):
+        (LOSS(steps_model(x), y) / steps).backward()
+
+
+def jelly_neuron(kind: str, **kwargs: Any) -> nn.Module:
+    from spikingjelly.activation_based import neuron, surrogate
+
+    return getattr(neuron, kind)(
+        tau=TAU,
+        decay_input=False,
+        v_reset=None,
+        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
+        detach_reset=False,
+        **kwargs,
+    )
+
+
+class Folded(nn.Module):
+    """SpikingJelly's multi-step neuron in a network whose other layers have time folded into the batch."""
+
+    steps = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node = jelly_neuron("LIFNode", step_mode="m")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.node(x.unflatten(0, (Folded.steps, -1))).flatten(0, 1)
+
+
+def jelly_bptt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    from spikingjelly.activation_based import functional
+
+    functional.reset_net(model)
+    Folded.steps = steps
+    logits = model(x.repeat(steps, 1, 1, 1))
+    LOSS(logits, y.repeat(steps)).backward()
+
+
+def jelly_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    from spikingjelly.activation_based import functional
+
+    functional.reset_net(model)
+    for _ in range(steps):
+        (LOSS(model(x), y) / steps).backward()
+
+
+def snntorch_neuron() -> nn.Module:
+    import snntorch
+
+    surrogate = sltt.surrogates.Triangle()
+    return snntorch.Leaky(beta=1 - 1 / TAU, spike_grad=surrogate, init_hidden=True, reset_delay=False)
+
+
+def snntorch_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    nodes: list[Any] = [m for m in model.modules() if type(m).__name__ == "Leaky"]
+    for node in nodes:
+        node.mem = torch.zeros(0)
+    for _ in range(steps):
+        (LOSS(model(x), y) / steps).backward()
+        for node in nodes:
+            node.mem = node.mem.detach()
+
+
+class NorseNeuron(nn.Module):
+    """Norse's feed-forward cell with its state kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from norse.torch import LIFBoxCell, LIFBoxParameters
+
+        self.cell = LIFBoxCell(LIFBoxParameters(tau_mem_inv=torch.tensor(1 / TAU)), dt=1.0)
+        self.state: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes, self.state = self.cell(x, self.state)
+        return spikes
+
+
+def norse_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    nodes = [m for m in model.modules() if isinstance(m, NorseNeuron)]
+    for node in nodes:
+        node.state = None
+    for _ in range(steps):
+        (LOSS(model(x), y) / steps).backward()
+        for node in nodes:
+            node.state = node.state._replace(v=node.state.v.detach())
+
+
+LIF = sltt.LIF
+# name: neuron, iteration, memory format, the rule whose gradient it should have
+CASES: dict[str, tuple[Callable[[], nn.Module], Iteration, torch.memory_format, str]] = {
+    "relu": (nn.ReLU, relu, torch.channels_last, ""),
+    "relu, default format": (nn.ReLU, relu, torch.contiguous_format, ""),
+    "SLTT": (LIF, by_rule(sltt.SLTT()), torch.channels_last, "SLTT"),
+    "SLTT, default format": (LIF, by_rule(sltt.SLTT()), torch.contiguous_format, "SLTT"),
+    "SLTT, not compiled": (LIF, by_rule(sltt.SLTT(), compile="off"), torch.channels_last, "SLTT"),
+    "SLTT, k = 1": (LIF, by_rule(sltt.SLTT(k=1)), torch.channels_last, ""),
+    "BPTT": (LIF, by_rule(sltt.BPTT()), torch.channels_last, "BPTT"),
+    "SpikingJelly SLTT": (lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt, torch.contiguous_format, "SLTT"),
+    "SpikingJelly BPTT": (Folded, jelly_bptt, torch.contiguous_format, "BPTT"),
+    "snnTorch, detached": (snntorch_neuron, snntorch_sltt, torch.contiguous_format, "SLTT"),
+    "Norse, detached": (NorseNeuron, norse_sltt, torch.contiguous_format, "SLTT"),
+}
+
+
+def build(network: str, case: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """The case's network with the weights that all cases share, and the batch."""
+    make, shape = NETWORKS[network]
+    neuron, _, memory_format, _ = CASES[case]
+    torch.manual_seed(0)
+    weights = make(in_channels=shape[1]).state_dict()
+    model = make(in_channels=shape[1], neuron=neuron)
+    model.load_state_dict(weights, strict=False)  # other libraries keep constants of their neurons there
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=generator)
+    y = torch.randint(10, shape[:1], generator=generator)
+    return model.to(memory_format=memory_format), x.to(memory_format=memory_format), y
+
+
+def cosine(network: str, case: str, steps: int) -> float | None:
+    """Cosine between the case's gradient and that of its rule, by the plain equations."""
+    rule = CASES[case][3]
+    if not rule:
+        return None
+    grads = []
+    for name, iteration in ((case, CASES[case][1]), (rule, by_rule(getattr(sltt, rule)(), compile="off", bits=False))):
+        model, x, y = build(network, name)
+        model.double()
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.eval().get_buffer("running_var").fill_(0.02)  # small enough for every layer to spike
+        iteration(model, x[:2].double(), y[:2], steps)
+        layers = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear))
+        grads.append(torch.cat([p.grad.flatten() for m in layers for p in m.parameters() if p.grad is not None]))
+    return torch.cosine_similarity(*grads, dim=0).item()
+
+
+def work(network: str, case: str, steps: int) -> None:
+    """A worker: answers each line of its input with a line of JSON."""
+    model, x, y = build(network, case)
+    iteration = CASES[case][1]
+
+    def run() -> float:
+        model.zero_grad(set_to_none=True)
+        began = time.perf_counter()
+        iteration(model, x, y, steps)
+        return time.perf_counter() - began
+
+    def resident() -> int:
+        run()
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        device = torch.device("cpu")
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        reset_process_peak(device)
+        run()
+        return process_peak(device) - before
+
+    actions: dict[str, Callable[[], Any]] = {
+        "time": run,
+        "cosine": lambda: cosine(network, case, steps),
+        "memory": lambda: peak_memory(run),  # in a new process: no state of an earlier iteration to free
+        "resident": resident,
+    }
+    for line in sys.stdin:
+        print(json.dumps(actions[line.strip()]()), flush=True)
+
+
+class Worker:
+    """A process that runs one case."""
+
+    def __init__(self, network: str, case: str, steps: int, **environment: str):
+        command = [sys.executable, __file__, "--network", network, "--steps", str(steps), "--work", case]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+        )
+
+    def ask(self, what: str) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(what, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"a worker ended: {self.process.args}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(network: str, steps: int, names: list[str], repeats: int, console: Console) -> list[dict[str, Any]]:
+    rows = []
+    for name in names:  # malloc gives back every block above 64 kB: the resident set is then what is in use
+        worker = Worker(network, name, steps, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+        row = {"network": network, "steps": steps, "case": name}
+        row |= {what: worker.ask(what) for what in ("memory", "resident", "cosine")}
+        worker.close()
+        console.print(f"{name}: {megabytes(row['memory'])}, resident {megabytes(row['resident'])}", style="dim")
+        rows.append(row)
+    workers = [Worker(network, name, steps) for name in names]
+    for worker in workers:
+        worker.ask("time")
+    turns = [[worker.ask("time") for worker in workers] for _ in range(repeats)]
+    for worker in workers:
+        worker.close()
+    for row, times in zip(rows, zip(*turns, strict=True), strict=True):
+        row |= {"seconds": statistics.median(times), "min": min(times), "max": max(times), "times": list(times)}
+    return rows
+
+
+def ratio(rows: list[dict[str, Any]], row: dict[str, Any], to: str) -> float | None:
+    """Median over the turns of the ratio of times."""
+    other = next((r for r in rows if r["case"] == to), None)
+    if other is None:
+        return None
+    return statistics.median(a / b for a, b in zip(row["times"], other["times"], strict=True))
+
+
+def print_table(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title=f"{rows[0]['network']}, T = {rows[0]['steps']}", title_justify="left")
+    for heading in ("case", "seconds", "min – max", "/ relu", "/ SJ SLTT", "memory", "resident", "cosine"):
+        table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
+    for row in rows:
+        ratios = [ratio(rows, row, to) for to in ("relu", "SpikingJelly SLTT")]
+        table.add_row(
+            row["case"],
+            f"{row['seconds']:.2f}",
+            f"{row['min']:.2f} – {row['max']:.2f}",
+            *("" if r is None else f"{r:.2f}" for r in ratios),
+            megabytes(row["memory"]),
+            megabytes(row["resident"]),
+            "" if row["cosine"] is None else f"{row['cosine']:.6f}",
+        )
+    console.print(table)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    names = [row["case"] for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(rows) + 1.2), sharey=True, layout="constrained")
+    title = f"{rows[0]['network']}, T = {rows[0]['steps']}"
+    values = ([row["seconds"] for row in rows], [row["memory"] / 1e6 for row in rows])
+    for axis, value, label in zip(axes, values, ("seconds per iteration", "peak memory, MB"), strict=True):
+        colours = ["#9aa0a6" if n.startswith("relu") else "#c2703d" if " " in n[:13] else "#2f6f9f" for n in names]
+        axis.bar_label(axis.barh(names, value, color=colours), fmt="%.3g", padding=3)
+        axis.set_xlabel(label)
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="resnet18")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--cases", help="names separated by semicolons; default: all")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.network, options.work, options.steps)
+        return
+    console = Console(highlight=False, width=max(Console().width, 110))
+    console.print(
+        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
+    names = options.cases.split(";") if options.cases else list(CASES)
+    rows = measure(options.network, options.steps, names, options.repeats, console)
+    print_table(rows, console)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    if options.figure:
+        draw(rows, options.figure)
+
+
+if __name__ == "__main__":
+    main()
