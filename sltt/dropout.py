@@ -33,7 +33,7 @@ class Dropout(Stateful):
         if not self.training or self.p == 0:
             return x
         if self.mask is None:
-            self.mask = torch.empty_like(x).bernoulli_(1 - self.p).div_(1 - self.p)
+            self.mask = torch.empty_like(x).bernoulli_(1 - self.p).mul_(1 / (1 - self.p))
         else:
             self.check_state("mask", x, x.dtype)
         y = x * self.mask

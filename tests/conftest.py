@@ -23,6 +23,7 @@ NEURONS = {
 }
 RULES = {
     "BPTT": sltt.BPTT(),
+    "BPTT(recompute=2)": sltt.BPTT(recompute=2),
     "TBPTT(2)": sltt.TBPTT(2),
     "SLTT": sltt.SLTT(),
     "SLTT(k=1)": sltt.SLTT(k=1),

@@ -62,19 +62,33 @@ def test_sltt_equals_the_loop_detached_by_hand(model):
     ("rule", "twin"),
     [
         (sltt.TBPTT(4), sltt.BPTT()),
+        (sltt.BPTT(recompute=1), sltt.BPTT()),
+        (sltt.BPTT(recompute=3), sltt.BPTT()),
+        (sltt.BPTT(recompute=9), sltt.BPTT()),
         (sltt.TBPTT(9), sltt.BPTT()),
         (sltt.TBPTT(1), sltt.SLTT()),
         (sltt.SLTT(k=4, generator=torch.Generator()), sltt.SLTT()),
         (sltt.SLTT(k=4, rescale=True, generator=torch.Generator()), sltt.SLTT()),
     ],
-    ids=["TBPTT(4)", "TBPTT(9)", "TBPTT(1)", "SLTT(k=4)", "SLTT(k=4, rescale)"],
+    ids=[
+        "TBPTT(4)",
+        "BPTT(recompute=1)",
+        "BPTT(recompute=3)",
+        "BPTT(recompute=9)",
+        "TBPTT(9)",
+        "TBPTT(1)",
+        "SLTT(k=4)",
+        "SLTT(k=4, rescale)",
+    ],
 )
 def test_members_of_the_family_that_are_the_same(model, rule, twin):
     x, y = batch(steps=4)
     torch.testing.assert_close(seeded(gradients, model, rule, x, y)[0], seeded(gradients, model, twin, x, y)[0])
 
 
-@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.TBPTT(1), sltt.TBPTT(3), sltt.SLTT(k=1)], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [sltt.SLTT(), sltt.TBPTT(1), sltt.TBPTT(3), sltt.SLTT(k=1), sltt.BPTT(recompute=1)], ids=repr
+)
 def test_with_one_step_all_rules_are_the_same(model, rule):
     x, y = batch(steps=1)
     assert torch.equal(seeded(gradients, model, rule, x, y)[0], seeded(gradients, model, sltt.BPTT(), x, y)[0])
@@ -167,7 +181,8 @@ def test_backward_hook_gets_every_scalar(rule):
     scaled, _ = seeded(gradients, model, rule, x, y, backward=backward)
     plain, _ = seeded(gradients, model, rule, x, y)
     torch.testing.assert_close(scaled / scale, plain)
-    assert len(calls) == {"BPTT": 1, "TBPTT": 2, "SLTT": rule.k or 4 if hasattr(rule, "k") else 4}[type(rule).__name__]
+    expected = {"BPTT()": 1, "BPTT(recompute=2)": 2, "TBPTT(window=2)": 2, "SLTT()": 4, "SLTT(k=1)": 1}
+    assert len(calls) == expected.get(repr(rule), 2)
 
 
 def test_gradients_add_up_until_they_are_zeroed(rule):
@@ -231,6 +246,33 @@ def test_memory_does_not_grow_with_time(rule):
     assert measured(rule, 64) <= 1.05 * measured(rule, 4)
 
 
+def test_recomputing_bptt_takes_the_memory_of_its_segments():
+    assert measured(sltt.BPTT(recompute=4), 32) < 0.35 * measured(sltt.BPTT(), 32)
+
+
+def test_a_replay_repeats_statistics_masks_and_random_numbers():
+    """BatchNorm's statistics, dropout of both kinds and the generator end as if each step had run once."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.plain = small_network(norm=True, dropout=0.4), nn.Dropout(0.3)
+
+        def forward(self, x):
+            return self.net(self.plain(x))
+
+    x, y = batch(steps=7)
+    results = []
+    for rule in (sltt.BPTT(), sltt.BPTT(recompute=3)):
+        torch.manual_seed(2)
+        model = Noisy()
+        out = rule(model, x, y, LOSS)
+        grads = [p.grad for p in model.parameters()]
+        results.append([out.loss, out.logits, *grads, *model.buffers(), torch.get_rng_state()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_memory_of_bptt_grows_with_time():
     assert measured(sltt.BPTT(), 16) > 3 * measured(sltt.BPTT(), 4)
 
@@ -267,7 +309,10 @@ def test_k_above_t_is_refused():
         sltt.SLTT(k=5)(small_network(), x, y, LOSS)
 
 
-@pytest.mark.parametrize("make", [lambda: sltt.TBPTT(0), lambda: sltt.SLTT(k=0), lambda: sltt.SLTT(rescale=True)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: sltt.TBPTT(0), lambda: sltt.BPTT(recompute=0), lambda: sltt.SLTT(k=0), lambda: sltt.SLTT(rescale=True)],
+)
 def test_arguments_out_of_range_are_refused(make):
     with pytest.raises(ValueError, match=r"at least 1|needs k"):
         make()

@@ -161,8 +161,8 @@ class _Levels(TorchFunctionMode):
             return result
         if func in _SCALING:
             self._scaled(args, result)
-        elif func in _POOLING and (tag := tag_of(args[0])) is not None and packable(result):
-            self._pooled(func, args, kwargs or {}, tag, result)
+        elif func in _POOLING:
+            self._pooled(func, args, kwargs or {}, result)
         return result
 
     @staticmethod
@@ -174,7 +174,10 @@ class _Levels(TorchFunctionMode):
             Tag(result, lambda: tag.restore() * factor)
 
     @staticmethod
-    def _pooled(func: Any, args: Any, kwargs: Any, tag: Tag, result: Tensor) -> None:
+    def _pooled(func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
+        tag = tag_of(args[0])
+        if tag is None or result.dtype != args[0].dtype or not packable(result):  # autocast may change the type
+            return
         # nothing here may hold args[0]: the spikes themselves are to go
         shape, stride, offset = args[0].shape, args[0].stride(), args[0].storage_offset()
         rest = args[1:]

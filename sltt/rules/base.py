@@ -5,6 +5,7 @@ Shapes: T time steps, B samples, C classes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,14 +24,15 @@ class Output(NamedTuple):
     logits: Tensor
 
 
-class Sequence(NamedTuple):
+@dataclass(frozen=True)
+class Sequence:
     """T time steps of input: one view per step of x [T, B, ...], or the same image [B, ...] T times."""
 
     x: Tensor
     steps: int
     static: bool
 
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Tensor]:
         return iter(self.x.expand(self.steps, *self.x.shape) if self.static else self.x)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from sltt import kernels
 from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
+from sltt.rules.replay import run_in_segments
 from sltt.state import detach
 
 
@@ -60,10 +61,28 @@ class BPTT(_Truncated):
 
     ∂L/∂v[t] = ∂L/∂u[t+1] ∂u[t+1]/∂v[t] + …: one backward after the last step, through space and time. Memory and time
     grow with T.
+
+    Args:
+        recompute: keep the graph of at most so many time steps at once, and of the others the states in between, from
+            which they are run again for their backward. The gradient is the same, memory that of `recompute` steps and
+            T / `recompute` states, so about √T steps are best; the forward runs almost twice.
+
+    Raises:
+        ValueError: recompute < 1.
     """
+
+    def __init__(self, recompute: int | None = None):
+        if recompute is not None and recompute < 1:
+            raise ValueError(f"recompute must be at least 1 time step, got {recompute}")
+        self.recompute = recompute
 
     def window_length(self, steps: int) -> int:
         return steps
+
+    def run(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
+        if self.recompute is None:
+            return super().run(model, sequence, target, loss, backward)
+        return run_in_segments(model, list(sequence), target, loss, backward, self.recompute)
 
 
 class TBPTT(_Truncated):

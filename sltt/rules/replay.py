@@ -1,0 +1,126 @@
+"""Exact BPTT in less memory: keep the states every n steps, and replay the steps between them for their backward.
+
+The sequence is cut into segments of n steps. All but the last run without a graph first, and only what the model was
+like at their start is kept. Then, from the last segment to the first: run it with a graph, backward, and hand the
+gradient of the states at its start to the segment before. Memory is that of n steps and of T/n states; the price is one
+more forward of all segments but the last (Chen et al. 2016, arXiv 1604.06174).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltt import kernels
+from sltt.rules.base import Backward, Loss, Output, step_loss
+from sltt.state import Stateful
+
+
+def run_in_segments(
+    model: nn.Module, xs: Sequence[Tensor], target: Any, loss: Loss, backward: Backward, length: int
+) -> Output:
+    """Forward and backward of BPTT over the time steps xs, `length` of them at a time."""
+    segments = [xs[start : start + length] for start in range(0, len(xs), length)]
+    starts, totals, outputs = [], [], []
+
+    def run(segment: Sequence[Tensor], keep: bool) -> Tensor:
+        """The sum of the segment's losses over T; `keep` what the rule returns."""
+        total = torch.zeros((), device=xs[0].device)
+        for x in segment:
+            logits = model(x)
+            value = step_loss(loss, logits, target) / len(xs)
+            total = total + value
+            if keep:
+                outputs.append(logits.detach())
+                totals.append(value.detach())
+        return total
+
+    for segment in segments[:-1]:
+        starts.append(_Snapshot(model))
+        with torch.no_grad():
+            run(segment, keep=True)
+        torch.clear_autocast_cache()  # casts of weights without a graph would cut the weights off below
+    starts.append(_Snapshot(model))
+    end: _Snapshot | None = None
+    leaves: list[Tensor | None] = []
+    try:
+        for i in reversed(range(len(segments))):
+            last = end is None
+            gradients = [None if leaf is None else leaf.grad for leaf in leaves]
+            # a state that stayed the same object over a segment, such as a dropout mask, has no gradient to carry
+            before = starts[i - 1].states if i else starts[0].states
+            moved = [a is not b for a, b in zip(starts[i].states, before, strict=True)]
+            leaves = starts[i].restore(moved)
+            with kernels.saving_bits():
+                total = run(segments[i], keep=last)
+            if end is None:
+                end = _Snapshot(model)
+            else:
+                total = _hand_over(total, _states(model), gradients)
+            backward(total)
+            starts.pop()
+    finally:
+        if end is not None:
+            end.restore_surroundings()
+    return Output(torch.stack(totals).sum(), torch.stack(outputs))
+
+
+def _states(model: nn.Module) -> list[Tensor | None]:
+    return [getattr(m, name) for m in model.modules() if isinstance(m, Stateful) for name in m.states]
+
+
+class _Snapshot:
+    """States, buffers and random generators, so that a segment's second run is its first: masks, statistics and all."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.states = _states(model)
+        self.buffers = [buffer.clone() for buffer in model.buffers()]
+        self.generator = torch.get_rng_state()
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def restore(self, moved: Sequence[bool]) -> list[Tensor | None]:
+        """Set everything back; returns the states that moved, as leaves that collect their gradient."""
+        leaves = [
+            state.detach().requires_grad_() if state is not None and moves and state.is_floating_point() else None
+            for state, moves in zip(self.states, moved, strict=True)
+        ]
+        values = iter(state if leaf is None else leaf for state, leaf in zip(self.states, leaves, strict=True))
+        for module in self.model.modules():
+            if isinstance(module, Stateful):
+                for name in module.states:
+                    setattr(module, name, next(values))
+        self.restore_surroundings()
+        return leaves
+
+    def restore_surroundings(self) -> None:
+        """Set buffers and random generators back."""
+        with torch.no_grad():
+            for buffer, value in zip(self.model.buffers(), self.buffers, strict=True):
+                buffer.copy_(value)
+        torch.set_rng_state(self.generator)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+
+def _hand_over(total: Tensor, states: list[Tensor | None], gradients: list[Tensor | None]) -> Tensor:
+    """The scalar `total`, whose backward also gives the states the gradients that the next segment found."""
+    pairs = [(s, g) for s, g in zip(states, gradients, strict=True) if s is not None and g is not None]
+    carried = [(s, g) for s, g in pairs if s.requires_grad]
+    if not carried:
+        return total
+    return _HandOver.apply([g for _, g in carried], total, *(s for s, _ in carried))  # type: ignore[return-value]
+
+
+class _HandOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], total: Tensor, *states: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.gradients = gradients
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        # the gradients of the states carry the scale of the loss already: the next segment's backward had it
+        return None, grad, *ctx.gradients
