@@ -20,6 +20,7 @@ class Dropout(Stateful):
     """
 
     states: ClassVar[tuple[str, ...]] = ("mask",)
+    differentiable = False
     mask: Tensor | None
 
     def __init__(self, p: float = 0.5):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from sltt.kernels import Step, neuron_step
 from sltt.state import Stateful
@@ -76,6 +77,9 @@ class Neuron(Stateful):
         half_state: bool = False,
     ):
         super().__init__()
+        for name, value in (("v_threshold", v_threshold), ("v_reset", v_reset)):
+            if isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a number, got a tensor: a learnable {name} would get no gradient")
         if v_reset is not None and not v_reset < v_threshold:
             raise ValueError(f"v_reset must be below v_threshold = {v_threshold}, got {v_reset}")
         self.v_threshold = v_threshold
@@ -98,7 +102,16 @@ class Neuron(Stateful):
         else:
             self.check_state("v", x, dtype)
         decay = self.decay()
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel runs each step on a new copy of the model, which would forget the state: use "
+                "DistributedDataParallel"
+            )
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):
             # one graph with the layers around it: the plain step, which they differentiate and fuse themselves
             spikes, self.v = lif_step(self.v, x.to(dtype), decay=decay, **self._constants())
             return spikes.to(x.dtype)

@@ -14,6 +14,7 @@ class Stateful(nn.Module):
     """
 
     states: ClassVar[tuple[str, ...]] = ()
+    differentiable: ClassVar[bool] = True  # a gradient flows through the states; not through a mask that was drawn
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ def rule(request):
 
 
 def small_network(neuron=sltt.LIF, norm=False, dropout=0.0):
-    """Two layers of neurons on inputs [B, 6]; in float64."""
+    """Two layers of neurons on inputs [B, 6], with weights large enough for both to spike; in float64."""
     layers = [
         nn.Linear(6, 8),
         nn.BatchNorm1d(8) if norm else nn.Identity(),
@@ -57,11 +57,14 @@ def small_network(neuron=sltt.LIF, norm=False, dropout=0.0):
         neuron(),
         nn.Linear(7, 3),
     ]
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            layer.weight.data.mul_(3)
     return nn.Sequential(*layers).double()
 
 
 def batch(steps=4, size=5):
-    """A sequence [T, B, 6] strong enough to make neurons spike, and labels [B]."""
+    """A sequence [T, B, 6], and labels [B]."""
     return 2 * torch.randn(steps, size, 6, dtype=torch.float64), torch.randint(3, (size,))
 
 

@@ -214,6 +214,76 @@ def test_gradients_are_bit_identical_with_bits_and_without(model, rule, memory_f
     assert results[0].abs().max() > 0
 
 
+def leaf_gradient(tail, on):
+    """The gradient behind spikes [4, 8, 16, 16] that go through `tail` and a layer."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 16, 16, requires_grad=True)
+    with kernels.using(bits=on, compile="off"), kernels.saving_bits():
+        s = sltt.LIF()(x)
+        y = tail(s)
+        weight = torch.randn(y.shape, requires_grad=True)
+        (y * weight).square().sum().backward()
+    return torch.cat([x.grad.flatten(), weight.grad.flatten()])
+
+
+TAILS = {
+    "dropout after pooling": lambda s: sltt.Dropout(0.3)(F.avg_pool2d(s, 2)),
+    "dropout after a factor": lambda s: sltt.Dropout(0.3)(0.3 * s),
+    "dropout twice": lambda s: sltt.Dropout(0.3)(sltt.Dropout(0.5)(s)),
+    "pooling after dropout": lambda s: F.avg_pool2d(sltt.Dropout(0.3)(s), 2),
+    "pooled twice and scaled": lambda s: 2 * F.adaptive_avg_pool2d(F.avg_pool2d(s, 2) * 0.5, 4),
+    "a slice, scaled": lambda s: s[2:].detach() * 0.5 + s[2:] * 0.25,
+    "permuted and scaled": lambda s: s.permute(1, 0, 3, 2) * 0.5,
+    "concatenated": lambda s: torch.cat([s, 2 * s]),
+    "expanded": lambda s: s[:, :1].expand(4, 8, 16, 16) * 2,
+    "keywords": lambda s: torch.mul(F.avg_pool2d(input=s, kernel_size=2), other=2.0),
+    "another type": lambda s: torch.view_as_real(torch.view_as_complex(s.view(4, 8, 16, 8, 2)) * (1 + 2j)),
+    "negated": lambda s: -s * s.abs(),
+}
+
+
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
+def test_whatever_is_done_with_spikes_the_gradient_stays(tail):
+    assert torch.equal(leaf_gradient(tail, True), leaf_gradient(tail, False))
+
+
+@pytest.mark.parametrize("lesion", [lambda s: s.data, lambda s: s.detach().numpy()], ids=["data", "numpy"])
+def test_changes_that_have_no_version_are_seen(lesion):
+    def tail(s, out_of_place):
+        if out_of_place:
+            return s * torch.cat([torch.zeros(4, 4, 16, 16), torch.ones(4, 4, 16, 16)], 1)
+        s = 1.0 * s  # spikes of which the neuron saved its own copy
+        lesion(s)[:, :4] = 0
+        return s
+
+    results = []
+    for out_of_place in (True, False):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(8, 4, 3)
+        with kernels.saving_bits():
+            spikes = sltt.LIF()(torch.randn(4, 8, 16, 16, requires_grad=True))
+            conv(tail(spikes, out_of_place)).square().sum().backward()
+        results.append(conv.weight.grad)
+    torch.testing.assert_close(*results)
+
+
+def test_hooks_of_the_user_stay_in_force():
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append(t.shape), t)[1], lambda t: t):
+        sltt.SLTT()(sltt.models.DigitsNet(), torch.randn(8, 1, 8, 8), torch.randint(10, (8,)), LOSS, steps=1)
+    assert (8, 32, 8, 8) in [tuple(shape) for shape in seen]
+
+
+def test_retained_graphs_give_the_same_gradient_twice():
+    x = torch.randn(4, 8, 16, 16, requires_grad=True)
+    conv = nn.Conv2d(8, 4, 3)
+    with kernels.saving_bits():
+        loss = conv(sltt.LIF()(x)).square().sum()
+    first = torch.autograd.grad(loss, [x, conv.weight], retain_graph=True)
+    second = torch.autograd.grad(loss, [x, conv.weight])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_what_layers_read_is_saved_as_bits():
     model = Pooled()
     x = torch.randn(4, 2, 32, 32)

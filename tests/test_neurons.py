@@ -143,6 +143,16 @@ def test_tau_must_be_above_one(make, tau):
         make(tau=tau)
 
 
+def test_a_threshold_that_would_get_no_gradient_is_refused(neuron):
+    with pytest.raises(ValueError, match="v_threshold must be a number"):
+        neuron(v_threshold=nn.Parameter(torch.ones(())))
+
+
+def test_a_replica_of_data_parallel_is_refused():
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        sltt.LIF()._replicate_for_data_parallel()(torch.randn(2, 3))
+
+
 def test_reset_must_be_below_the_threshold(neuron):
     with pytest.raises(ValueError, match="v_reset must be below"):
         neuron(v_reset=1.0)

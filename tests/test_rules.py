@@ -273,6 +273,40 @@ def test_a_replay_repeats_statistics_masks_and_random_numbers():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_a_replay_carries_the_gradient_through_a_state_that_rests():
+    class EverySecond(nn.Module):
+        """Its hidden neurons run on even steps only."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=4.0)), nn.Linear(14, 3)
+
+        def forward(self, x):
+            hidden = self.inner(x) if x[0, 0] > 0 else x.new_zeros(len(x), 8)
+            return self.outer(torch.cat([hidden, x], 1))
+
+    x, y = batch(steps=6)
+    x[:, 0, 0] = torch.tensor([1.0, -1.0] * 3)
+    model = EverySecond().double()
+    expected, _ = gradients(model, sltt.BPTT(), x, y)
+    for length in (1, 2, 3):
+        torch.testing.assert_close(gradients(model, sltt.BPTT(recompute=length), x, y)[0], expected)
+    assert not torch.allclose(gradients(model, sltt.SLTT(), x, y)[0], expected)
+
+
+def test_a_replay_that_is_not_the_first_run_is_noticed():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.generator = small_network(), torch.Generator()
+
+        def forward(self, x):
+            return self.net(x + torch.randn(x.shape, generator=self.generator, dtype=x.dtype))
+
+    with pytest.raises(RuntimeError, match="time step 0 gave other logits when it was run again"):
+        sltt.BPTT(recompute=2)(Noisy(), *batch(), LOSS)
+
+
 def test_memory_of_bptt_grows_with_time():
     assert measured(sltt.BPTT(), 16) > 3 * measured(sltt.BPTT(), 4)
 
@@ -330,6 +364,13 @@ def test_a_model_that_returns_its_state_is_refused(rule):
 def test_a_loss_without_a_mean_is_refused(rule):
     with pytest.raises(ValueError, match="returns a scalar"):
         rule(small_network(), *batch(), nn.CrossEntropyLoss(reduction="none"))
+
+
+def test_every_layer_of_the_test_network_spikes(neuron):
+    model = small_network(neuron)
+    with sltt.analysis.FiringRates(model) as rates:
+        sltt.unroll(model, batch()[0])
+    assert all(0.02 < rate < 0.98 for rate in rates.by_layer().values())
 
 
 def test_fixtures_cover_every_rule_and_neuron():

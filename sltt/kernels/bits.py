@@ -2,7 +2,8 @@
 
 A neuron tags the memory of its spikes with their bits. While `saving_bits` is open, what an operation saves of tagged
 memory is saved as the tag, and restored when its backward asks for it. A tensor is recognised by its memory and by the
-version of that memory, never by its values: a tensor that was changed in place after it was tagged is saved as it is.
+version of that memory, never by its values: a tensor that was changed in place after it was tagged is saved as it is. A
+tensor loses its tag when `.data` or a NumPy array of it is asked for, since changes through these have no version.
 
 Bit i of byte j is element 8 j + i of the memory. Packing is a sum of powers of two, unpacking looks up eight elements
 at a time in a table of 256 rows.
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore
 from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
 from torch.overrides import TorchFunctionMode
 
@@ -50,7 +52,7 @@ def _powers(device: torch.device) -> Tensor:
     return 2.0 ** torch.arange(8, device=device)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _table(one: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Row b [8] is what the byte b unpacks to."""
     rows = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
@@ -67,6 +69,7 @@ class Tag:
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor]):
         self.version = tensor._version
+        self.dtype = tensor.dtype
         self.make = make
         setattr(tensor.untyped_storage(), _TAG, self)
 
@@ -99,7 +102,9 @@ def tag_of(tensor: Tensor) -> Tag | None:
     if tensor.layout != torch.strided or tensor.is_meta or is_functorch_wrapped_tensor(tensor):
         return None
     tag = getattr(tensor.untyped_storage(), _TAG, None)
-    return tag if tag is not None and tag.version == tensor._version else None
+    if tag is None or tag.version != tensor._version or tag.dtype != tensor.dtype or tensor.is_neg():
+        return None
+    return tag
 
 
 def packable(tensor: Tensor) -> bool:
@@ -115,16 +120,19 @@ def packable(tensor: Tensor) -> bool:
 
 
 def tag_dropped(y: Tensor, spikes: Tensor, one: float) -> None:
-    """Tag y = spikes times a mask of 0 and `one`, if the spikes are tagged: what is left is 0 or `one` too."""
-    if tag_of(spikes) is not None and packable(y):
+    """Tag y = spikes times a mask of 0 and `one`, if they are a neuron's: what is left is 0 or `one` too."""
+    if isinstance(tag_of(spikes), SpikeTag) and packable(y):  # not of pooled or scaled spikes: those have other levels
         bits, dtype = pack(y), y.dtype
         Tag(y, lambda: unpack(bits, one, dtype))
 
 
 @contextmanager
 def saving_bits() -> Iterator[None]:
-    """Inside this block autograd saves tagged tensors as bits; gradients are the same to the last bit."""
-    if not options().bits:
+    """Inside this block autograd saves tagged tensors as bits; gradients are the same to the last bit.
+
+    Where saved-tensor hooks are active already, such as `save_on_cpu`, they are left in force and nothing is packed.
+    """
+    if not options().bits or _top_saved_tensors_default_hooks(True) is not None:
         yield
         return
     with torch.autograd.graph.saved_tensors_hooks(_save, _restore), _Levels():
@@ -159,18 +167,21 @@ class _Levels(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if torch.compiler.is_compiling():  # inside torch.compile(model), which decides itself what to save
             return result
-        if func in _SCALING:
+        if func in _SCALING and len(args) == 2:
             self._scaled(args, result)
-        elif func in _POOLING:
+        elif func in _POOLING and args:
             self._pooled(func, args, kwargs or {}, result)
+        elif func in _ALIASING and tag_of(args[0]) is not None:
+            delattr(args[0].untyped_storage(), _TAG)
         return result
 
     @staticmethod
     def _scaled(args: Any, result: Any) -> None:
         spikes, factor = args if isinstance(args[0], Tensor) else reversed(args)
-        if not isinstance(factor, int | float) or (tag := tag_of(spikes)) is None or spikes.stride() != result.stride():
+        if not isinstance(factor, int | float) or (tag := tag_of(spikes)) is None:
             return
-        if spikes._base is None and result.dtype == spikes.dtype and packable(result):
+        alike = spikes.stride() == result.stride() and spikes.dtype == result.dtype
+        if alike and packable(spikes) and packable(result):  # both own all of their memory
             Tag(result, lambda: tag.restore() * factor)
 
     @staticmethod
@@ -190,5 +201,11 @@ class _Levels(TorchFunctionMode):
         Tag(result, restore)
 
 
+_ALIASING = {
+    vars(torch._C.TensorBase)["data"].__get__,
+    torch.Tensor.numpy,
+    torch.Tensor.__array__,
+    torch.Tensor.__dlpack__,
+}
 _SCALING = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
 _POOLING = {F.avg_pool2d, F.adaptive_avg_pool2d, F.avg_pool1d, F.adaptive_avg_pool1d}

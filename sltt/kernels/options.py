@@ -80,7 +80,10 @@ class Kernel:
         """Run on `arguments`, writing `out`; if compiling fails and is not demanded, warn and run the plain form."""
         with torch.no_grad(), _without_modes():
             out = memory(out)
-            arguments = tuple(memory(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+            # a number stays a number of no dimension: as a vector it would decide the type of the result
+            arguments = tuple(
+                a if not isinstance(a, torch.Tensor) else memory(a) if a.ndim else a.detach() for a in arguments
+            )
             if not self._wanted(out):
                 self.function(out, *arguments)
                 return

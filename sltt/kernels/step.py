@@ -88,7 +88,7 @@ def _run(step: Step, v: Tensor, x: Tensor, decay: Tensor | None) -> tuple[Tensor
     return s, v_next, u
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _kernels(step: Step) -> tuple[Kernel, Kernel]:
     """Forward and backward of a step; each set of constants is compiled on its own, since they are built in."""
 

@@ -24,22 +24,24 @@ def run_in_segments(
     segments = [xs[start : start + length] for start in range(0, len(xs), length)]
     starts, totals, outputs = [], [], []
 
-    def run(segment: Sequence[Tensor], keep: bool) -> Tensor:
-        """The sum of the segment's losses over T; `keep` what the rule returns."""
+    def run(segment: Sequence[Tensor], start: int, keep: bool) -> Tensor:
+        """The sum of the segment's losses over T; at the first run, `keep` what the rule returns."""
         total = torch.zeros((), device=xs[0].device)
-        for x in segment:
+        for t, x in enumerate(segment, start):
             logits = model(x)
             value = step_loss(loss, logits, target) / len(xs)
             total = total + value
             if keep:
                 outputs.append(logits.detach())
                 totals.append(value.detach())
+            else:
+                _check_same(logits.detach(), outputs[t], t)
         return total
 
     for segment in segments[:-1]:
         starts.append(_Snapshot(model))
         with torch.no_grad():
-            run(segment, keep=True)
+            run(segment, 0, keep=True)
         torch.clear_autocast_cache()  # casts of weights without a graph would cut the weights off below
     starts.append(_Snapshot(model))
     end: _Snapshot | None = None
@@ -48,12 +50,9 @@ def run_in_segments(
         for i in reversed(range(len(segments))):
             last = end is None
             gradients = [None if leaf is None else leaf.grad for leaf in leaves]
-            # a state that stayed the same object over a segment, such as a dropout mask, has no gradient to carry
-            before = starts[i - 1].states if i else starts[0].states
-            moved = [a is not b for a, b in zip(starts[i].states, before, strict=True)]
-            leaves = starts[i].restore(moved)
+            leaves = starts[i].restore()
             with kernels.saving_bits():
-                total = run(segments[i], keep=last)
+                total = run(segments[i], i * length, keep=last)
             if end is None:
                 end = _Snapshot(model)
             else:
@@ -66,8 +65,20 @@ def run_in_segments(
     return Output(torch.stack(totals).sum(), torch.stack(outputs))
 
 
+def _check_same(logits: Tensor, first: Tensor, step: int) -> None:
+    if not torch.allclose(logits, first, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise RuntimeError(
+            f"time step {step} gave other logits when it was run again for its backward: the model draws random "
+            "numbers from a generator of its own, or keeps a state outside sltt.Stateful. Use BPTT without recompute."
+        )
+
+
+def _stateful(model: nn.Module) -> list[tuple[Stateful, str]]:
+    return [(m, name) for m in model.modules() if isinstance(m, Stateful) for name in m.states]
+
+
 def _states(model: nn.Module) -> list[Tensor | None]:
-    return [getattr(m, name) for m in model.modules() if isinstance(m, Stateful) for name in m.states]
+    return [getattr(module, name) for module, name in _stateful(model)]
 
 
 class _Snapshot:
@@ -81,17 +92,13 @@ class _Snapshot:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
-    def restore(self, moved: Sequence[bool]) -> list[Tensor | None]:
-        """Set everything back; returns the states that moved, as leaves that collect their gradient."""
-        leaves = [
-            state.detach().requires_grad_() if state is not None and moves and state.is_floating_point() else None
-            for state, moves in zip(self.states, moved, strict=True)
-        ]
-        values = iter(state if leaf is None else leaf for state, leaf in zip(self.states, leaves, strict=True))
-        for module in self.model.modules():
-            if isinstance(module, Stateful):
-                for name in module.states:
-                    setattr(module, name, next(values))
+    def restore(self) -> list[Tensor | None]:
+        """Set everything back; returns the states as leaves that collect their gradient, None for those without one."""
+        leaves: list[Tensor | None] = []
+        for (module, name), state in zip(_stateful(self.model), self.states, strict=True):
+            carries = state is not None and module.differentiable and state.is_floating_point()
+            leaves.append(state.detach().requires_grad_() if state is not None and carries else None)
+            setattr(module, name, leaves[-1] if carries else state)
         self.restore_surroundings()
         return leaves
 
