@@ -1,15 +1,12 @@
 """Training and evaluation: one loop on Lightning Fabric, without a branch on data set or rule."""
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -28,6 +25,8 @@ from sltt.checkpoints import (
     write_table,
 )
 from sltt.data import Data, Splits
+from sltt.health import check_finite, check_labels, check_weights, checked, extreme_layers
+from sltt.interrupt import Interrupt
 from sltt.kernels import Compile, using
 from sltt.loading import EpochSampler, eval_loader, train_loader
 from sltt.losses import CrossEntropyMSE, Loss
@@ -136,7 +135,7 @@ def fit(
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be greater than 0, got {clip_norm}")
     report = report or Report()
-    splits = _checked(data.splits(steps))
+    splits = checked(data.splits(steps))
     checkpoint = _resume_point(run) if resume else None
     folder = Path(run) if resume and run is not None else new_run(run)
     fabric = make_fabric(device, precision)
@@ -158,7 +157,7 @@ def fit(
         _check_fingerprint(splits, checkpoint, folder)
 
     def save(name: str) -> None:
-        _check_weights(model)
+        check_weights(model)
         save_checkpoint(
             folder / name,
             {
@@ -181,7 +180,7 @@ def fit(
     saved = time.monotonic()
     if checkpoint is not None:
         set_random_states(checkpoint["random"])
-    with _Interrupt() as interrupt, using(compile=compile):
+    with Interrupt() as interrupt, using(compile=compile):
         while state.epoch < epochs:
             sampler.set_epoch(state.epoch, state.samples)
             began = time.monotonic() - state.seconds
@@ -194,11 +193,11 @@ def fit(
                     _set_learning_rate(optim, rates, schedule.factor(state.epoch + state.batch / batches, epochs))
                     optim.zero_grad()
                     try:
-                        _check_labels(y, splits.classes)
+                        check_labels(y, splits.classes)
                         x, y = fabric.to_device(x), fabric.to_device(y)
                         repeat = steps if splits.static else None
                         out = rule(net, x, y, loss, steps=repeat, backward=fabric.backward)
-                        _check_finite(out.loss, model, optim, scaled=precision == "16-mixed")
+                        check_finite(out.loss, model, optim, scaled=precision == "16-mixed")
                     except (ValueError, FloatingPointError) as error:
                         error.add_note(f"at epoch {state.epoch + 1}, batch {state.batch + 1} of {batches}")
                         if (folder / LAST).exists():
@@ -225,7 +224,7 @@ def fit(
             write_table(folder / METRICS, state.history)
             _log(log, row)
             report.row(row)
-            for warning in _extreme_layers(measured.layers):
+            for warning in extreme_layers(measured.layers):
                 report.warn(warning)
             interrupt.stop(folder)
     log.close()
@@ -370,53 +369,6 @@ def _row(epoch: int, optim: Any, training: Metrics, validation: Metrics | None) 
     }
 
 
-def _extreme_layers(rates: dict[str, float]) -> list[str]:
-    """A warning for each layer that never fired, or always, in a whole epoch."""
-    cause = {0.0: "never", 1.0: "always"}
-    remedy = {0.0: "lower v_threshold, or check the normalisation before it", 1.0: "raise v_threshold"}
-    return [
-        f"layer {name} {cause[rate]} fired in this epoch, so nothing passes it: {remedy[rate]}"
-        for name, rate in rates.items()
-        if rate in cause
-    ]
-
-
-def _check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> None:
-    """Raise FloatingPointError unless loss and gradients are finite; scaled gradients may overflow, and are skipped.
-
-    The loss alone would not tell: a neuron that gets NaN is silent, and the loss behind it finite.
-    """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if math.isfinite(loss.item()) and (scaled or math.isfinite(norm.item())):
-        return
-    rate = optim.param_groups[0]["lr"]
-    remedy = f"lower the learning rate (it is {rate:.3g}) or set clip_norm"
-    _check_weights(model, remedy)
-    cause = f"with 16-mixed use bf16-mixed, else {remedy}" if scaled else remedy
-    raise FloatingPointError(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}: {cause}")
-
-
-def _check_weights(model: nn.Module, remedy: str = "lower the learning rate or set clip_norm") -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise FloatingPointError(f"the weights of {name} are not finite any more: {remedy}")
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    """Before they go to a GPU, where an assertion would end the process without saying which."""
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(
-            f"labels must be in 0 … {classes - 1}, got {int(labels.min())} … {int(labels.max())}: the data is damaged"
-        )
-
-
-def _checked(splits: Splits) -> Splits:
-    for name in ("train", "test"):
-        if not len(getattr(splits, name)):
-            raise ValueError(f"there are no {name} samples")
-    return splits
-
-
 def _set_learning_rate(optim: Any, rates: list[float], factor: float) -> None:
     for group, rate in zip(optim.param_groups, rates, strict=True):
         group["lr"] = rate * factor
@@ -460,30 +412,3 @@ def _log(log: Any, row: dict[str, Any]) -> None:
         if value is not None:
             log.add_scalar(key, value, row["epoch"])
     log.flush()
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C into a request to stop after the batch; the second stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._request)
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def stop(self, run: Path) -> None:
-        """Raise KeyboardInterrupt if a stop was requested; call it after a checkpoint was saved."""
-        if self.requested:
-            raise KeyboardInterrupt(f"stopped by Ctrl-C; continue with --resume {run}")
