@@ -9,6 +9,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+# package, what it is for
+OPTIONAL = (
+    ("triton", "compiling the neuron step on CUDA"),
+    ("matplotlib", "the figure of benchmarks/peers.py"),
+    ("spikingjelly", "benchmarks/peers.py"),
+    ("snntorch", "benchmarks/peers.py"),
+    ("norse", "benchmarks/peers.py"),
+)
+
 
 def findings() -> list[tuple[str, str, str]]:
     """Rows of (subject, what is there, what to do about it)."""
@@ -19,6 +28,7 @@ def findings() -> list[tuple[str, str, str]]:
         _compiler(),
         _threads(),
         _half_precision(),
+        *((name, _version(name) or "not installed", f"optional: for {use}") for name, use in OPTIONAL),
     ]
 
 
@@ -43,8 +53,8 @@ def _device() -> tuple[str, str, str]:
 def _compiler() -> tuple[str, str, str]:
     compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
     if compiler is None:
-        return "C++ compiler", "none", "torch.compile on a CPU needs one, e.g. apt install g++"
-    return "C++ compiler", compiler, ""
+        return "C++ compiler", "none", "to compile the neuron step: apt install g++"
+    return "C++ compiler", compiler, "compiles the neuron step"
 
 
 def _threads() -> tuple[str, str, str]:
