@@ -19,6 +19,7 @@ The neurons: τ = 1.1, threshold 1, soft reset, no input scaling, triangle surro
 ReLU instead of neurons, step by step: the floor.
 """
 
+# pyright: reportMissingImports=false
 import argparse
 import gc
 import json

@@ -12,6 +12,7 @@ from sltt import kernels
 from sltt.analysis import peak_memory
 from sltt.kernels import bits as bits_module
 from sltt.kernels.bits import PACK_FROM, pack, tag_of, unpack
+from sltt.kernels.options import COMPILE_FROM
 from sltt.neurons import lif_step
 from tests.conftest import SURROGATES, gradients
 
@@ -365,7 +366,7 @@ def test_a_kernel_that_does_not_compile_runs_eagerly_with_a_warning():
             torch._dynamo.graph_break()
             return torch.ones_like(x)
 
-    x = torch.randn(2**18, requires_grad=True)
+    x = torch.randn(COMPILE_FROM, requires_grad=True)
     neuron = sltt.LIF(surrogate=Breaks())
     spikes = neuron(x)
     with pytest.warns(UserWarning, match="compiling a kernel failed"):

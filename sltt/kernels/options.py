@@ -17,7 +17,7 @@ from torch.overrides import _pop_mode, _push_mode
 Compile = Literal["auto", "on", "off"]
 
 # A layer from which compiling pays: below, the few seconds that it takes are more than it saves in a short training.
-COMPILE_FROM = 2**18
+COMPILE_FROM = 2**20
 
 
 @dataclass(frozen=True)
