@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sltt
+from sltt import kernels
 from sltt.analysis import peak_memory
 from tests.conftest import NEURONS, RULES, batch, gradients, small_network
 
@@ -308,14 +309,15 @@ def test_a_replay_that_is_not_the_first_run_is_noticed():
 
 
 def test_memory_of_bptt_grows_with_time():
-    assert measured(sltt.BPTT(), 16) > 3 * measured(sltt.BPTT(), 4)
+    assert measured(sltt.BPTT(), 32) > 1.7 * measured(sltt.BPTT(), 16)
 
 
 def measured(rule, steps):
     model = sltt.models.DigitsNet()
     x, y = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
-    rule(model, x, y, LOSS, steps=2)  # gradients exist from here on
-    return peak_memory(lambda: rule(model, x, y, LOSS, steps=steps))
+    with kernels.using(compile="off"):  # the same whatever other tests have compiled before
+        rule(model, x, y, LOSS, steps=2)  # gradients exist from here on
+        return peak_memory(lambda: rule(model, x, y, LOSS, steps=steps))
 
 
 @pytest.mark.parametrize(
