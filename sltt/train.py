@@ -141,7 +141,7 @@ def fit(
     fabric = make_fabric(device, precision)
     seed_everything(seed)
 
-    loss = loss.to(fabric.device)
+    loss = _on_device(loss, fabric)
     net, optim = fabric.setup(model, optimizer(model.parameters()))
     rates = [group["lr"] for group in optim.param_groups]
     sampler = EpochSampler(len(splits.train), seed)  # type: ignore[arg-type]
@@ -259,7 +259,7 @@ def evaluate(
         raise ValueError(f"there are no {split} samples")
     fabric = make_fabric(device, precision)
     net = fabric.setup_module(model)
-    loss = loss.to(fabric.device)
+    loss = _on_device(loss, fabric)
     with using(compile=compile):
         return _measure(fabric, net, eval_loader(dataset, splits, batch_size, workers), splits, loss, steps)
 
@@ -341,6 +341,11 @@ def _measure(fabric: "Fabric", net: Any, loader: DataLoader[Any], splits: Splits
     finally:
         net.train(training)
     return state.metrics(firing, time.monotonic() - began, fabric.device)
+
+
+def _on_device(loss: Any, fabric: "Fabric") -> Any:
+    """A loss may be a plain function, without weights to move."""
+    return loss.to(fabric.device) if isinstance(loss, nn.Module) else loss
 
 
 def _validate(

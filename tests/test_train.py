@@ -70,6 +70,12 @@ def test_every_rule_learns(rule, static, tmp_path):
     assert [row["epoch"] for row in result.history] == list(range(1, 9))
 
 
+def test_a_loss_may_be_a_plain_function(tmp_path):
+    model, _ = train(tmp_path / "run", loss=torch.nn.functional.cross_entropy, epochs=8)
+    metrics = sltt.evaluate(model, Blobs(), loss=torch.nn.functional.cross_entropy, device="cpu")
+    assert metrics.accuracy > 0.9
+
+
 def test_the_run_folder_holds_metrics_and_checkpoints(tmp_path):
     model, result = train(tmp_path / "run", config={"a": 1})
     assert {p.name for p in result.run.iterdir()} == {
