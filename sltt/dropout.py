@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sltt import kernels
-from sltt.state import Stateful
+from sltt.hoisting import each_step
+from sltt.state import Stateful, current_fold
 
 
 class Dropout(Stateful):
@@ -21,6 +22,7 @@ class Dropout(Stateful):
 
     states: ClassVar[tuple[str, ...]] = ("mask",)
     differentiable = False
+    foldable = True
     mask: Tensor | None
 
     def __init__(self, p: float = 0.5):
@@ -30,14 +32,16 @@ class Dropout(Stateful):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, ...] of one time step to the same shape."""
+        """x [B, ...] of one time step to the same shape; of the steps that are folded, [n·B, ...]."""
         if not self.training or self.p == 0:
             return x
+        steps, x = current_fold().steps, each_step(x)
+        first = x[: len(x) // steps] if steps > 1 else x
         if self.mask is None:
-            self.mask = torch.empty_like(x).bernoulli_(1 - self.p).mul_(1 / (1 - self.p))
+            self.mask = torch.empty_like(first).bernoulli_(1 - self.p).mul_(1 / (1 - self.p))
         else:
-            self.check_state("mask", x, x.dtype)
-        y = x * self.mask
+            self.check_state("mask", first, x.dtype)
+        y = x * self.mask if steps == 1 else (x.unflatten(0, (steps, -1)) * self.mask).flatten(0, 1)
         if torch.is_grad_enabled():
             kernels.tag_dropped(y, x, 1 / (1 - self.p))
         return y

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sltt.hoisting import each_step
 from sltt.kernels import Step, neuron_step
-from sltt.state import Stateful
+from sltt.state import Fold, Stateful, current_fold
 from sltt.surrogates import Surrogate, Triangle
 
 
@@ -66,6 +67,7 @@ class Neuron(Stateful):
     """
 
     states: ClassVar[tuple[str, ...]] = ("v",)
+    foldable = True
     v: Tensor | None
 
     def __init__(
@@ -95,12 +97,15 @@ class Neuron(Stateful):
     decay_input = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Input current x [B, ...] of one time step to spikes [B, ...]."""
+        """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
+        fold = current_fold()
+        x = each_step(x)
+        first = x[: len(x) // fold.steps] if fold.steps > 1 else x
         dtype = x.dtype if self.half_state else torch.promote_types(x.dtype, torch.float32)
         if self.v is None:
-            self.v = torch.full_like(x, self.v_reset or 0.0, dtype=dtype)
+            self.v = torch.full_like(first, self.v_reset or 0.0, dtype=dtype)
         else:
-            self.check_state("v", x, dtype)
+            self.check_state("v", first, dtype)
         decay = self.decay()
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
@@ -112,9 +117,7 @@ class Neuron(Stateful):
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
         ):
-            # one graph with the layers around it: the plain step, which they differentiate and fuse themselves
-            spikes, self.v = lif_step(self.v, x.to(dtype), decay=decay, **self._constants())
-            return spikes.to(x.dtype)
+            return self._plain_steps(x, dtype, decay, fold)
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"{type(self).__name__} ran inside a backward pass: torch.utils.checkpoint repeats a forward whose "
@@ -122,8 +125,18 @@ class Neuron(Stateful):
             )
         learnable = isinstance(decay, Tensor)
         step = Step(decay=None if learnable else decay, **self._constants())
-        spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None)
+        spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, fold.steps, fold.cut)
         return spikes
+
+    def _plain_steps(self, x: Tensor, dtype: torch.dtype, decay: float | Tensor, fold: Fold) -> Tensor:
+        """In one graph with the layers around: the plain step, which they differentiate and fuse themselves."""
+        spikes = []
+        for x_t in x.chunk(fold.steps):
+            assert self.v is not None
+            v = self.v.detach() if fold.cut and spikes else self.v
+            s, self.v = lif_step(v, x_t.to(dtype), decay=decay, **self._constants())
+            spikes.append(s.to(x.dtype))
+        return spikes[0] if fold.steps == 1 else torch.cat(spikes)
 
     def _constants(self) -> dict[str, Any]:
         return {

@@ -1,9 +1,44 @@
-"""State that a network keeps between time steps: what holds it, how to reset it, how to cut its graph."""
+"""Time steps: what a call of the network takes of them, and the state that it keeps between calls."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How a call of the network folds time.
+
+    Attributes:
+        steps: n, the number of time steps in the batch dimension, the first step first.
+        cut: no gradient flows from one step to the step before.
+    """
+
+    steps: int = 1
+    cut: bool = False
+
+
+_fold = Fold()
+
+
+def current_fold() -> Fold:
+    """The fold of the call of the network that is in progress."""
+    return _fold
+
+
+@contextmanager
+def folding(fold: Fold) -> Iterator[None]:
+    """Inside this block, `current_fold` is `fold`."""
+    global _fold
+    before, _fold = _fold, fold
+    try:
+        yield
+    finally:
+        _fold = before
 
 
 class Stateful(nn.Module):
@@ -15,6 +50,7 @@ class Stateful(nn.Module):
 
     states: ClassVar[tuple[str, ...]] = ()
     differentiable: ClassVar[bool] = True  # a gradient flows through the states; not through a mask that was drawn
+    foldable: ClassVar[bool] = False  # unfolds the time steps that `sltt.folding` puts into the batch dimension
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,9 +10,10 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory
-from sltt.kernels import bits as bits_module
-from sltt.kernels.bits import PACK_FROM, pack, tag_of, unpack
+from sltt.kernels import tags
+from sltt.kernels.bits import pack, unpack
 from sltt.kernels.options import COMPILE_FROM
+from sltt.kernels.tags import PACK_FROM, tag_of
 from sltt.neurons import lif_step
 from tests.conftest import SURROGATES, gradients
 
@@ -158,20 +159,19 @@ def test_unpacking_gives_back_what_was_packed(n, dtype):
 
 def saved(call):
     """Bytes that autograd saves of activations during call(), and the distinct types."""
-    seen = {}
-    real = bits_module._save
+    seen = []
+    real = tags._save
 
     def save(tensor):
-        kept = real(tensor)
-        seen[tensor.untyped_storage().data_ptr()] = kept
-        return kept
+        seen.append(real(tensor))
+        return seen[-1]
 
-    bits_module._save, before = save, bits_module._save
+    tags._save, before = save, tags._save
     try:
         call()
     finally:
-        bits_module._save = before
-    return list(seen.values())
+        tags._save = before
+    return seen
 
 
 class Pooled(nn.Module):
@@ -215,11 +215,70 @@ def test_gradients_are_bit_identical_with_bits_and_without(model, rule, memory_f
     assert results[0].abs().max() > 0
 
 
+@pytest.mark.parametrize(
+    ("rule", "again"),
+    [(sltt.SLTT(), sltt.SLTT(recompute=True)), (sltt.BPTT(), sltt.BPTT(recompute=True))],
+    ids=["SLTT", "BPTT"],
+)
+@pytest.mark.parametrize("form", ["NCHW", "NHWC", "bfloat16"])
+def test_gradients_are_bit_identical_with_layers_recomputed(model, rule, again, form):
+    model = model.to(memory_format=torch.channels_last if form == "NHWC" else torch.contiguous_format)
+    x, y = torch.randn(4, 2, 32, 32), torch.randint(5, (4,))
+    x = x.contiguous(memory_format=torch.channels_last) if form == "NHWC" else x
+    results = []
+    for r in (rule, again):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=form == "bfloat16"):
+            results.append(gradients(model, r, x, y, steps=3))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1].logits, results[1][1].logits)
+
+
+def residual_network(blocks=6):
+    class Block(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + x
+
+    layers = [Block(nn.BatchNorm2d(8), sltt.LIF(), nn.Conv2d(8, 8, 3, padding=1)) for _ in range(blocks)]
+    return nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), *layers, sltt.LIF(), nn.Flatten(), nn.Linear(8 * 256, 3))
+
+
+def test_recomputing_saves_the_inputs_of_normalisation():
+    model = residual_network()
+    x, y = torch.randn(32, 2, 16, 16), torch.randint(3, (32,))
+    layer = 32 * 8 * 256 * 4  # bytes of a float for each neuron and sample
+
+    def measured(rule):
+        with kernels.using(compile="off"):
+            rule(model, x, y, LOSS, steps=2)
+            return peak_memory(lambda: rule(model, x, y, LOSS, steps=2, backward=lambda loss: None))
+
+    # a sum of residual blocks is saved once in a few blocks
+    assert measured(sltt.SLTT()) - measured(sltt.SLTT(recompute=True)) >= 3.9 * layer
+
+
+def test_a_weight_that_changed_before_it_is_used_again_is_noticed():
+    conv = nn.Conv2d(4, 4, 3)
+    with kernels.saving(recompute=True):
+        y = nn.BatchNorm2d(4)(conv(sltt.LIF()(torch.randn(2, 4, 32, 34, requires_grad=True))))
+    with torch.no_grad():
+        conv.weight.add_(1)
+    with pytest.raises(RuntimeError, match=r"changed by an in-place operation|modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_recomputing_without_bits_is_refused():
+    with kernels.using(bits=False), pytest.raises(ValueError, match="recompute starts from spikes saved as bits"):
+        sltt.SLTT(recompute=True)(
+            sltt.models.DigitsNet(), torch.randn(2, 1, 8, 8), torch.zeros(2).long(), LOSS, steps=1
+        )
+
+
 def leaf_gradient(tail, on):
     """The gradient behind spikes [4, 8, 16, 16] that go through `tail` and a layer."""
     torch.manual_seed(0)
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
-    with kernels.using(bits=on, compile="off"), kernels.saving_bits():
+    with kernels.using(bits=on, compile="off"), kernels.saving():
         s = sltt.LIF()(x)
         y = tail(s)
         weight = torch.randn(y.shape, requires_grad=True)
@@ -261,7 +320,7 @@ def test_changes_that_have_no_version_are_seen(lesion):
     for out_of_place in (True, False):
         torch.manual_seed(0)
         conv = nn.Conv2d(8, 4, 3)
-        with kernels.saving_bits():
+        with kernels.saving():
             spikes = sltt.LIF()(torch.randn(4, 8, 16, 16, requires_grad=True))
             conv(tail(spikes, out_of_place)).square().sum().backward()
         results.append(conv.weight.grad)
@@ -278,7 +337,7 @@ def test_hooks_of_the_user_stay_in_force():
 def test_retained_graphs_give_the_same_gradient_twice():
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
     conv = nn.Conv2d(8, 4, 3)
-    with kernels.saving_bits():
+    with kernels.saving():
         loss = conv(sltt.LIF()(x)).square().sum()
     first = torch.autograd.grad(loss, [x, conv.weight], retain_graph=True)
     second = torch.autograd.grad(loss, [x, conv.weight])
@@ -290,13 +349,12 @@ def test_what_layers_read_is_saved_as_bits():
     x = torch.randn(4, 2, 32, 32)
 
     def call():
-        with kernels.saving_bits():
+        with kernels.saving():
             model(x)
 
     kept = saved(call)
-    tags = [k for k in kept if isinstance(k[0], bits_module.Tag)]
-    floats = [k[0] for k in kept if not isinstance(k[0], bits_module.Tag)]
-    assert len(tags) >= 4  # dropped spikes, 2.74 spikes, pooled, pooled and scaled or spikes of the head
+    floats = [k[0] for k in kept if not isinstance(k[0], tags.Tag)]
+    assert len(kept) - len(floats) >= 4  # dropped spikes, 2.74 spikes, pooled, pooled and scaled or spikes of the head
     states = [m.v for m in model.modules() if isinstance(m, sltt.LIF)]
     allowed = [x, model.dropout.mask, *states, *model.parameters()]
     pointers = {t.untyped_storage().data_ptr() for t in allowed}
@@ -321,7 +379,7 @@ def test_a_tensor_changed_in_place_is_saved_as_it_is():
     grads = []
     for in_place in (True, False):
         torch.manual_seed(0)
-        with kernels.saving_bits():
+        with kernels.saving():
             s = sltt.LIF()(torch.randn(2, 4, 32, 32, requires_grad=True))
             conv(s.mul_(3) if in_place else 3 * s).square().sum().backward()
         grads.append(conv.weight.grad)
@@ -331,7 +389,7 @@ def test_a_tensor_changed_in_place_is_saved_as_it_is():
 
 def test_a_saved_tensor_changed_in_place_is_still_noticed():
     x = torch.randn(3, 3, requires_grad=True)
-    with kernels.saving_bits():
+    with kernels.saving():
         y = x.exp()
     y.add_(1)
     with pytest.raises(RuntimeError, match="changed by an in-place operation"):

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,28 @@ def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> 
     events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+def available_memory(device: str | torch.device = "cpu") -> int:
+    """Bytes that PyTorch could still allocate: free on a CUDA device, and held unused; on the CPU, free RAM."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes in "8GB", "500 MB" or a number; raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kMGT]?)i?B?\s*", str(size))
+    try:
+        value = float(match[1]) if match else 0.0
+    except ValueError:
+        value = 0.0
+    if not match or value <= 0:
+        raise ValueError(f"expected a memory size such as 8GB or 500MB, got {size!r}")
+    return int(value * 1000 ** " kMGT".index(match[2] or " "))
 
 
 def reset_process_peak(device: torch.device) -> None:

@@ -6,8 +6,19 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
     rule(model, x, y, loss)
 """
 
-from sltt.kernels.bits import saving_bits, tag_dropped
-from sltt.kernels.options import Compile, compiler_problem, using
+from sltt.kernels.norm import stepwise_batch_norm
+from sltt.kernels.options import Compile, compiler_problem, using, without_modes
 from sltt.kernels.step import Step, neuron_step
+from sltt.kernels.tags import saving, tag_dropped
 
-__all__ = ["Compile", "Step", "compiler_problem", "neuron_step", "saving_bits", "tag_dropped", "using"]
+__all__ = [
+    "Compile",
+    "Step",
+    "compiler_problem",
+    "neuron_step",
+    "saving",
+    "stepwise_batch_norm",
+    "tag_dropped",
+    "using",
+    "without_modes",
+]

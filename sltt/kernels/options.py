@@ -78,13 +78,13 @@ class Kernel:
 
     def __call__(self, out: torch.Tensor, *arguments: Any) -> None:
         """Run on `arguments`, writing `out`; if compiling fails and is not demanded, warn and run the plain form."""
-        with torch.no_grad(), _without_modes():
+        with torch.no_grad(), without_modes():
             out = memory(out)
             # a number stays a number of no dimension: as a vector it would decide the type of the result
             arguments = tuple(
                 a if not isinstance(a, torch.Tensor) else memory(a) if a.ndim else a.detach() for a in arguments
             )
-            if not self._wanted(out):
+            if not self._wanted(out.device, max(a.numel() for a in (out, *arguments) if isinstance(a, torch.Tensor))):
                 self.function(out, *arguments)
                 return
             if self._compiled is None:
@@ -98,11 +98,11 @@ class Kernel:
                 warnings.warn(f"compiling a kernel failed, running it eagerly: {error}", stacklevel=3)
                 self.function(out, *arguments)
 
-    def _wanted(self, out: torch.Tensor) -> bool:
-        if _options.compile != "auto" or self._failed or out.numel() < 2:
-            return _options.compile == "on" and out.numel() >= 2
+    def _wanted(self, device: torch.device, elements: int) -> bool:
+        if _options.compile != "auto" or self._failed or elements < 2:
+            return _options.compile == "on" and elements >= 2
         from_ = COMPILE_FROM if self._compiled is None else COMPILE_FROM // 16
-        return out.numel() >= from_ and compiler_problem(out.device) is None
+        return elements >= from_ and compiler_problem(device) is None
 
 
 def memory(x: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def memory(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _without_modes() -> Iterator[None]:
+def without_modes() -> Iterator[None]:
     """Set function modes aside: they are for the user's operations, and a kernel would be compiled anew under each."""
     modes = []
     try:

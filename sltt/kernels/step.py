@@ -5,6 +5,9 @@ membrane potential after the reset and the spikes: u − V_th = v + V_th (s − 
 nothing about the u of a neuron that fired, so u is saved too. A learnable decay (PLIF) saves the membrane potential of
 the step before, and with `decay_input` the input, since its gradient is a sum over them.
 
+Several time steps can be run in one call. The membrane potentials in between are then kept for the backward, or, where
+the input can be restored from what is saved anyway, replayed from it.
+
 All is elementwise on memory: tensors of any dense memory format are taken as flat, without a copy.
 """
 
@@ -15,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.bits import SpikeTag, packable
 from sltt.kernels.options import Kernel
+from sltt.kernels.tags import SpikeTag, packable, tag_of
 from sltt.surrogates import Surrogate
 
 
@@ -60,32 +63,55 @@ class Step:
         return through_v + total * slope
 
 
-def neuron_step(step: Step, v: Tensor, x: Tensor, decay: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Spikes in x's type, and the membrane potential in v's type, after one time step.
+def neuron_step(
+    step: Step, v: Tensor, x: Tensor, decay: Tensor | None = None, steps: int = 1, cut: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Spikes in x's type, and the membrane potential in v's type, after the time steps in x.
 
     Args:
         step: the constants.
-        v: membrane potential after the step before, of x's shape.
-        x: input current.
+        v: membrane potential after the step before, [B, ...].
+        x: input current of n time steps, one after the other, [n·B, ...].
         decay: λ where it is a tensor.
+        steps: n.
+        cut: no gradient flows from one time step to the step before.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (v, x, decay)):
-        return _NeuronStep.apply(v, x, decay, step)  # type: ignore[return-value]
-    s, v, _ = _run(step, v, x, decay)
+        return _NeuronStep.apply(v, x, decay, step, steps, cut)  # type: ignore[return-value]
+    s, v, _ = _run(step, v, x, decay, steps, keep=False)
     return s, v
 
 
-def _run(step: Step, v: Tensor, x: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Spikes, v, and for a hard reset u; without a graph."""
-    if not _dense(x):
+def _run(
+    step: Step, v: Tensor, x: Tensor, decay: Tensor | None, steps: int, keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Spikes, the last v, and if asked to `keep` it what the backward needs of each step: v, or u for a hard reset."""
+    if not _dense(_unfold(x, steps)[0]):
         x = x.contiguous()
-    if v.stride() != x.stride():
-        v = torch.empty_like(x, dtype=v.dtype).copy_(v)
-    s, v_next = torch.empty_like(x), torch.empty_like(v)
-    u = None if step.v_reset is None else torch.empty_like(v)
+    xs = _unfold(x, steps)
+    if v.stride() != xs[0].stride():
+        v = torch.empty_like(xs[0], dtype=v.dtype).copy_(v)
+    s = torch.empty_like(x)
+    kept = []
+    for s_t, x_t in zip(_unfold(s, steps), xs, strict=True):
+        v, kept_t = _run_step(step, s_t, v, x_t, decay, keep)
+        kept.append(kept_t)
+    return s, v, kept
+
+
+def _run_step(step: Step, s: Tensor, v: Tensor, x: Tensor, decay: Tensor | None, keep: bool) -> tuple[Tensor, Any]:
+    """Write the spikes s of one step; v after it, and what the backward needs if asked to `keep` it."""
+    v_next = torch.empty_like(v)
+    soft = step.v_reset is None
+    u = torch.empty_like(v) if keep and not soft else None
     forward, _ = _kernels(step)
     forward(s, v_next, u, v, x, decay)
-    return s, v_next, u
+    return v_next, (v_next if soft else u) if keep else None
+
+
+def _unfold(x: Tensor, steps: int) -> tuple[Tensor, ...]:
+    """The time steps in x [n·B, ...], each [B, ...]."""
+    return (x,) if steps == 1 else x.chunk(steps) if len(x) else (x,) * steps
 
 
 @functools.lru_cache(maxsize=64)
@@ -102,23 +128,44 @@ def _kernels(step: Step) -> tuple[Kernel, Kernel]:
         if u_out is not None:
             u_out.copy_(u)
 
-    def backward(out: Tensor, grad_s: Tensor | None, grad_v: Tensor | None, kept: Tensor, s: Tensor) -> None:
-        out.copy_(step.gradient(grad_s, grad_v, kept, s.to(kept.dtype)))
+    def backward(
+        out: Tensor,
+        out_v: Tensor | None,
+        grad_s: Tensor | None,
+        grad_v: Tensor | None,
+        kept: Tensor,
+        s: Tensor,
+        decay: Tensor | None,
+    ) -> None:
+        grad_u = step.gradient(grad_s, grad_v, kept, s.to(kept.dtype))
+        out.copy_(grad_u)
+        if out_v is not None:
+            rate = step.decay if decay is None else decay
+            assert rate is not None
+            out_v.copy_(grad_u * rate)
 
     return Kernel(forward), Kernel(backward)
 
 
 class _NeuronStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, x: Tensor, decay: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        s, v_next, u = _run(step, v, x, decay)
-        kept = v_next if u is None else u
+    def forward(  # type: ignore[override]
+        ctx: Any, v: Tensor, x: Tensor, decay: Tensor | None, step: Step, steps: int, cut: bool
+    ) -> tuple[Tensor, Tensor]:
+        # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it.
+        ctx.replays = steps > 1 and tag_of(x) is not None
+        s, v_next, kept = _run(step, v, x, decay, steps, keep=not ctx.replays)
         ctx.tag = SpikeTag(s) if packable(s) else None
-        learnable = decay is not None and ctx.needs_input_grad[2]
-        ctx.step, ctx.x_dtype = step, x.dtype
+        ctx.step, ctx.steps, ctx.cut, ctx.x_dtype = step, steps, cut, x.dtype
+        ctx.layout = s.shape, s.stride()
         ctx.set_materialize_grads(False)
+        learnable = decay is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(
-            kept, None if ctx.tag else s, decay, v if learnable else None, x if learnable and step.decay_input else None
+            None if ctx.tag else s,
+            decay,
+            v if learnable or ctx.replays else None,
+            x if (learnable and step.decay_input) or ctx.replays else None,
+            *kept,
         )
         return s, v_next
 
@@ -126,27 +173,50 @@ class _NeuronStep(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_s is None and grad_v is None:
-            return None, None, None, None
+            return None, None, None, None, None, None
         step: Step = ctx.step
-        kept, s, decay, v, x = ctx.saved_tensors
-        s = s if ctx.tag is None else ctx.tag.take()
-        grad_s, grad_v = _like(grad_s, kept), _like(grad_v, kept)
-        rate: Any = step.decay if decay is None else decay
-        gain = 1 - rate if step.decay_input else 1.0
+        s, decay, v, x, *kept = ctx.saved_tensors
+        if ctx.replays:
+            _, _, kept = _run(step, v, x, decay, ctx.steps, keep=True)
+        s = ctx.tag.take().as_strided(*ctx.layout) if s is None else s
         needs_v, needs_x, needs_decay = ctx.needs_input_grad[:3]
         # ∂L/∂x = ∂L/∂u unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled
-        plain = not (needs_v or needs_decay or step.decay_input)
-        grad_u = torch.empty_like(kept, dtype=ctx.x_dtype if plain else kept.dtype)
+        plain = not (needs_decay or step.decay_input)
+        state = kept[0].dtype
+        grad_u = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype if plain else state, device=s.device)
+        of_u, spikes = _unfold(grad_u, ctx.steps), _unfold(s, ctx.steps)
+        of_s = (None,) * ctx.steps if grad_s is None else _unfold(_like(grad_s, grad_u), ctx.steps)
+        grad_v = None if grad_v is None else _like(grad_v, kept[0])
         _, backward = _kernels(step)
-        backward(grad_u, grad_s, grad_v, kept, s)
-        grad_x = (grad_u if plain else (grad_u * gain).to(ctx.x_dtype)) if needs_x else None
-        grad_decay = None
-        if needs_decay and decay is not None:
-            moved = v - (step.v_reset or 0.0)
-            if step.decay_input:
-                moved = moved - x
-            grad_decay = (grad_u * moved).sum().to(decay.dtype).reshape(decay.shape)
-        return (grad_u * rate if needs_v else None), grad_x, grad_decay, None
+        for t in reversed(range(ctx.steps)):
+            if of_s[t] is None and grad_v is None:
+                of_u[t].zero_()
+                continue
+            goes_on = needs_v if t == 0 else not ctx.cut
+            before = torch.empty_like(kept[t]) if goes_on else None
+            backward(of_u[t], before, of_s[t], grad_v, kept[t], spikes[t], decay)
+            grad_v = before
+        grad_decay = _decay_gradient(step, decay, of_u, v, x, kept, spikes) if needs_decay else None
+        if needs_x and not plain:
+            rate: Any = step.decay if decay is None else decay
+            gain = 1 - rate if step.decay_input else 1.0
+            grad_u = (grad_u * gain).to(ctx.x_dtype)
+        return grad_v, grad_u if needs_x else None, grad_decay, None, None, None
+
+
+def _decay_gradient(
+    step: Step, decay: Tensor, grad_u: Any, v: Tensor, x: Tensor | None, kept: list[Tensor], s: Any
+) -> Tensor:
+    """∂L/∂λ = Σ_t ∂L/∂u[t] (v[t−1] − v_r − x[t]), the last term with `decay_input` only."""
+    total = torch.zeros((), dtype=v.dtype, device=v.device)
+    for t, grad_u_t in enumerate(grad_u):
+        if t:
+            v = kept[t - 1] if step.v_reset is None else step.reset(kept[t - 1], s[t - 1])
+        moved = v - (step.v_reset or 0.0)
+        if step.decay_input and x is not None:
+            moved = moved - _unfold(x, len(grad_u))[t]
+        total = total + (grad_u_t * moved).sum()
+    return total.to(decay.dtype).reshape(decay.shape)
 
 
 def _dense(x: Tensor) -> bool:
@@ -154,8 +224,8 @@ def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
-def _like(grad: Tensor | None, kept: Tensor) -> Tensor | None:
-    """A gradient in the memory format of what was kept."""
-    if grad is None or grad.stride() == kept.stride():
+def _like(grad: Tensor, other: Tensor) -> Tensor:
+    """A gradient in the memory format of another tensor."""
+    if grad.stride() == other.stride():
         return grad
-    return torch.empty_like(kept, dtype=grad.dtype).copy_(grad)
+    return torch.empty_like(other, dtype=grad.dtype).copy_(grad)

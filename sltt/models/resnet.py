@@ -33,10 +33,12 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        spikes = self.neuron1(self.norm1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(spikes)
-        y = self.conv1(spikes)
-        y = self.conv2(self.dropout(self.neuron2(self.norm2(y))))
+        y = self.neuron1(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        y = self.conv1(y)  # one name, so that each tensor goes when the next is there
+        y = self.norm2(y)
+        y = self.neuron2(y)
+        y = self.conv2(self.dropout(y))
         return y + shortcut
 
 

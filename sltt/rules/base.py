@@ -3,14 +3,17 @@
 Shapes: T time steps, B samples, C classes.
 """
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sltt.folding import folded
+from sltt.hoisting import hoisting, same_each_step
 from sltt.state import reset
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -26,14 +29,36 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Sequence:
-    """T time steps of input: one view per step of x [T, B, ...], or the same image [B, ...] T times."""
+    """T time steps of input: x [T, B, ...], or the same image [B, ...] T times."""
 
     x: Tensor
     steps: int
     static: bool
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.x.expand(self.steps, *self.x.shape) if self.static else self.x)
+    def run(self, model: nn.Module, steps: range, cut: bool = False) -> Tensor:
+        """Run time steps in one call of the model, folded into the batch: their logits [n, B, C].
+
+        With `cut`, no gradient flows from one of them to the step before.
+        """
+        n = len(steps)
+        if n == 1:
+            x = self.x if self.static else self.x[steps.start]
+            return checked_logits(model(x)).unsqueeze(0)
+        with folded(model, n, cut):
+            if not self.static:
+                x = self.x[steps.start : steps.stop].flatten(0, 1)
+            elif same_each_step(self.x):
+                x = self.x  # the layers before the first neuron take it once
+            else:
+                x = self.x.repeat(n, *[1] * (self.x.ndim - 1))
+            logits = checked_logits(model(x))
+            batch = self.x.shape[0 if self.static else 1]
+            if logits.shape[:1] != (n * batch,):
+                raise ValueError(
+                    f"expected logits of {batch} samples in each of {n} folded time steps, [{n * batch}, C], got "
+                    f"{list(logits.shape)}; a layer does not take the steps as samples: use fold=1"
+                )
+            return logits.unflatten(0, (n, batch))
 
 
 class Rule(ABC):
@@ -42,7 +67,14 @@ class Rule(ABC):
     Calling a rule resets the model, runs T steps and backpropagates L = 1/T Σ_t loss(model(x[t]), target). It adds to
     `.grad`, so call `optimizer.zero_grad()` before. The model is reset afterwards too, also after an exception: no
     state and no graph outlive the call.
+
+    What a network computes from its weights alone, such as weight standardisation, is computed once a sequence.
+
+    Attributes:
+        hoist: compute once a sequence, too, what a network makes of a static input before its first neuron.
     """
+
+    hoist = False
 
     def __call__(
         self,
@@ -69,9 +101,13 @@ class Rule(ABC):
                 model that does not return logits.
         """
         sequence = time_steps(x, steps, target)
+        backward = backward or Tensor.backward
         reset(model)
         try:
-            return self.run(model, sequence, target, loss, backward or Tensor.backward)
+            with hoisting(sequence.x if sequence.static and self.hoist else None) as hoisted:
+                out = self.run(model, sequence, target, loss, backward)
+            hoisted.finish(backward)
+            return out
         finally:
             reset(model)
 
@@ -89,7 +125,8 @@ class Rule(ABC):
             raise ValueError(f"the state {sorted(state)} is not of the rule {self}")
 
     def __repr__(self) -> str:
-        settings = {k: v for k, v in vars(self).items() if v not in (None, False)}
+        defaults = {k: p.default for k, p in inspect.signature(type(self).__init__).parameters.items()}
+        settings = {k: v for k, v in vars(self).items() if k in defaults and v != defaults[k]}
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
 
 
@@ -105,7 +142,8 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     sequence = time_steps(x, steps)
     reset(model)
     try:
-        return torch.stack([model(x_t) for x_t in sequence])
+        with hoisting(None):
+            return torch.cat([sequence.run(model, range(t, t + 1)) for t in range(sequence.steps)])
     finally:
         reset(model)
 
@@ -132,13 +170,18 @@ def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
     return Sequence(x, length, static)
 
 
-def step_loss(loss: Loss, logits: Any, target: Any) -> Tensor:
-    """The loss of one time step, with what the model and the loss returned checked."""
+def checked_logits(logits: Any) -> Tensor:
+    """What a model returned, if it is a tensor."""
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"expected the model to return the logits [B, C] of one time step, got {type(logits).__name__}; "
             "keep the state in the modules and return the output only"
         )
+    return logits
+
+
+def step_loss(loss: Loss, logits: Tensor, target: Any) -> Tensor:
+    """The loss of one time step, checked to be a scalar."""
     value = loss(logits, target)
     if value.ndim:
         raise ValueError(f"expected a loss that returns a scalar, got shape {list(value.shape)}; use reduction='mean'")

@@ -6,42 +6,43 @@ gradient of the states at its start to the segment before. Memory is that of n s
 more forward of all segments but the last (Chen et al. 2016, arXiv 1604.06174).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sltt import kernels
-from sltt.rules.base import Backward, Loss, Output, step_loss
+from sltt.hoisting import hand_over
+from sltt.rules.base import Backward, Loss, Output, Sequence, step_loss
 from sltt.state import Stateful
 
 
 def run_in_segments(
-    model: nn.Module, xs: Sequence[Tensor], target: Any, loss: Loss, backward: Backward, length: int
+    model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward, length: int, fold: int = 1
 ) -> Output:
-    """Forward and backward of BPTT over the time steps xs, `length` of them at a time."""
-    segments = [xs[start : start + length] for start in range(0, len(xs), length)]
+    """Forward and backward of BPTT, `length` time steps at a time, `fold` of them in one call of the network."""
+    segments = list(_cut(range(sequence.steps), length))
     starts, totals, outputs = [], [], []
 
-    def run(segment: Sequence[Tensor], start: int, keep: bool) -> Tensor:
+    def run(segment: range, keep: bool) -> Tensor:
         """The sum of the segment's losses over T; at the first run, `keep` what the rule returns."""
-        total = torch.zeros((), device=xs[0].device)
-        for t, x in enumerate(segment, start):
-            logits = model(x)
-            value = step_loss(loss, logits, target) / len(xs)
-            total = total + value
-            if keep:
-                outputs.append(logits.detach())
-                totals.append(value.detach())
-            else:
-                _check_same(logits.detach(), outputs[t], t)
+        total = torch.zeros((), device=sequence.x.device)
+        for call in _cut(segment, fold):
+            for t, logits in zip(call, sequence.run(model, call), strict=True):
+                value = step_loss(loss, logits, target) / sequence.steps
+                total = total + value
+                if keep:
+                    outputs.append(logits.detach())
+                    totals.append(value.detach())
+                else:
+                    _check_same(logits.detach(), outputs[t], t)
         return total
 
     for segment in segments[:-1]:
         starts.append(_Snapshot(model))
         with torch.no_grad():
-            run(segment, 0, keep=True)
+            run(segment, keep=True)
         torch.clear_autocast_cache()  # casts of weights without a graph would cut the weights off below
     starts.append(_Snapshot(model))
     end: _Snapshot | None = None
@@ -51,8 +52,8 @@ def run_in_segments(
             last = end is None
             gradients = [None if leaf is None else leaf.grad for leaf in leaves]
             leaves = starts[i].restore()
-            with kernels.saving_bits():
-                total = run(segments[i], i * length, keep=last)
+            with kernels.saving():
+                total = run(segments[i], keep=last)
             if end is None:
                 end = _Snapshot(model)
             else:
@@ -63,6 +64,10 @@ def run_in_segments(
         if end is not None:
             end.restore_surroundings()
     return Output(torch.stack(totals).sum(), torch.stack(outputs))
+
+
+def _cut(steps: range, length: int) -> Iterator[range]:
+    return (steps[i : i + length] for i in range(0, len(steps), length))
 
 
 def _check_same(logits: Tensor, first: Tensor, step: int) -> None:
@@ -116,18 +121,4 @@ def _hand_over(total: Tensor, states: list[Tensor | None], gradients: list[Tenso
     """The scalar `total`, whose backward also gives the states the gradients that the next segment found."""
     pairs = [(s, g) for s, g in zip(states, gradients, strict=True) if s is not None and g is not None]
     carried = [(s, g) for s, g in pairs if s.requires_grad]
-    if not carried:
-        return total
-    return _HandOver.apply([g for _, g in carried], total, *(s for s, _ in carried))  # type: ignore[return-value]
-
-
-class _HandOver(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], total: Tensor, *states: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.gradients = gradients
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        # the gradients of the states carry the scale of the loss already: the next segment's backward had it
-        return None, grad, *ctx.gradients
+    return hand_over(total, *zip(*carried, strict=True)) if carried else total

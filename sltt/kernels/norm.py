@@ -1,0 +1,92 @@
+"""Batch normalisation of several time steps in one tensor, each with the statistics of its own batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltt.kernels.tags import tag_normalised
+
+
+def stepwise_batch_norm(
+    x: Tensor,
+    steps: int,
+    running: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momenta: list[float],
+    eps: float,
+) -> Tensor:
+    """Batch normalisation in training mode of x [T·B, C, ...], as if called for each of T time steps in turn.
+
+    Args:
+        x: the time steps, one after the other.
+        steps: T.
+        running: running mean [C] and variance [C], updated T times.
+        weight: [C], or None.
+        bias: [C], or None.
+        momenta: the weight of the new statistics in each of the T updates.
+        eps: added to the variance.
+    """
+    y: Any = _StepwiseBatchNorm.apply(x, steps, running, weight, bias, momenta, eps)
+    tag_normalised(y, x, lambda again: _normalise(again, steps, None, weight, bias, momenta, eps)[0])
+    return y
+
+
+def _normalise(
+    x: Tensor,
+    steps: int,
+    running: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momenta: list[float],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised tensor, and the mean and inverse deviation [T, C] of each step; without a graph."""
+    statistics = torch.promote_types(x.dtype, torch.float32)
+    mean, invstd = (torch.empty(steps, x.shape[1], dtype=statistics, device=x.device) for _ in range(2))
+    y = torch.empty_like(x)
+    running_mean, running_var = running or (None, None)
+    for t, (x_t, y_t) in enumerate(zip(x.chunk(steps), y.chunk(steps), strict=True)):
+        torch.ops.aten.native_batch_norm.out(
+            x_t, weight, bias, running_mean, running_var, True, momenta[t], eps,
+            out=y_t, save_mean=mean[t], save_invstd=invstd[t],
+        )  # fmt: skip
+    return y, mean, invstd
+
+
+class _StepwiseBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        steps: int,
+        running: tuple[Tensor, Tensor] | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        momenta: list[float],
+        eps: float,
+    ) -> Tensor:
+        y, mean, invstd = _normalise(x, steps, running, weight, bias, momenta, eps)
+        ctx.steps, ctx.eps = steps, eps
+        ctx.save_for_backward(x, weight, mean, invstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, invstd = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+        grad_x = torch.empty_like(x) if needs[0] else None
+        totals: list[Tensor | None] = [None, None]
+        for t in range(ctx.steps):
+            x_t, grad_t = (part.chunk(ctx.steps)[t] for part in (x, grad))
+            of_x, *of_affine = torch.ops.aten.native_batch_norm_backward(
+                grad_t, x_t, weight, None, None, mean[t], invstd[t], True, ctx.eps, needs
+            )
+            if grad_x is not None:
+                grad_x.chunk(ctx.steps)[t].copy_(of_x)
+            for i, g in enumerate(of_affine):
+                if needs[i + 1]:
+                    totals[i] = g if totals[i] is None else totals[i] + g
+        return grad_x, None, None, totals[0], totals[1], None, None

@@ -1,0 +1,211 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sltt
+from sltt import kernels
+from sltt.analysis import peak_memory
+from sltt.folding import folded
+from tests.conftest import gradients
+
+LOSS = sltt.losses.CrossEntropyMSE()
+
+
+class Net(nn.Module):
+    """Layers large enough to be packed, with BatchNorm, dropout, a residual sum, and neurons without BatchNorm."""
+
+    def __init__(self, neuron=sltt.LIF):
+        super().__init__()
+        self.conv1, self.norm1, self.lif1 = nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16), neuron()
+        self.conv2, self.norm2, self.lif2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), neuron()
+        self.dropout, self.conv3, self.lif3 = sltt.Dropout(0.3), nn.Conv2d(16, 16, 3, padding=1), neuron()
+        self.head = nn.Linear(16 * 8 * 8, 5)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.conv2(self.lif1(self.norm1(x))) + x
+        y = self.lif3(self.conv3(self.dropout(F.avg_pool2d(self.lif2(self.norm2(y)), 2))))
+        return self.head(y.flatten(1))
+
+
+def data(static, steps=5):
+    x = torch.randn(4, 2, 16, 16, dtype=torch.float64) if static else torch.randn(steps, 4, 2, 16, 16).double()
+    return x, torch.randint(5, (4,)), {"steps": steps} if static else {}
+
+
+def results(model, rule, x, y, kwargs):
+    """Gradients, logits, loss and buffers after a rule."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(model)
+    out = rule(model, x, y, LOSS, **kwargs)
+    return [*(p.grad for p in model.parameters()), out.logits, out.loss, *model.buffers()]
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("static", [False, True], ids=["sequence", "static"])
+@pytest.mark.parametrize(
+    ("rule", "plain"),
+    [
+        (sltt.BPTT(fold=5), sltt.BPTT()),
+        (sltt.BPTT(fold=2), sltt.BPTT()),
+        (sltt.BPTT(fold=5, recompute=True, hoist=True), sltt.BPTT()),
+        (sltt.BPTT(fold=2, recompute=4), sltt.BPTT()),
+        (sltt.TBPTT(3, fold=2), sltt.TBPTT(3)),
+        (sltt.SLTT(fold=3), sltt.SLTT()),
+        (sltt.SLTT(fold=5, recompute=True), sltt.SLTT()),
+        (sltt.SLTT(fold=2, hoist=True), sltt.SLTT()),
+        (sltt.SLTT(k=3, fold=5, hoist=True), sltt.SLTT(k=3)),
+    ],
+    ids=lambda rule: repr(rule),
+)
+def test_folding_changes_nothing_but_the_number_of_calls(rule, plain, static, memory_format):
+    model = Net().double().to(memory_format=memory_format)
+    x, y, kwargs = data(static)
+    assert_same(results(model, rule, x, y, kwargs), results(model, plain, x, y, kwargs))
+
+
+@pytest.mark.parametrize("constants", [{}, {"v_reset": 0.0}, {"decay_input": True, "v_reset": -0.2}], ids=str)
+@pytest.mark.parametrize("kind", [sltt.LIF, sltt.PLIF])
+def test_folding_every_neuron(kind, constants):
+    model = Net(lambda: kind(tau=2.0, **constants)).double()
+    x, y, kwargs = data(static=False)
+    for rule, plain in ((sltt.BPTT(fold=5), sltt.BPTT()), (sltt.SLTT(fold=2), sltt.SLTT())):
+        assert_same(results(model, rule, x, y, kwargs), results(model, plain, x, y, kwargs))
+
+
+def test_the_network_is_called_once_for_each_fold():
+    model, sizes = Net().double(), []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    x, y, _ = data(static=False)
+    sltt.BPTT(fold=5)(model, x, y, LOSS)
+    sltt.SLTT(fold=2)(model, x, y, LOSS)
+    sltt.TBPTT(3, fold=4)(model, x, y, LOSS)
+    assert sizes == [20, 8, 8, 4, 12, 8]
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm1d(6),
+        nn.BatchNorm1d(6, momentum=None),
+        nn.BatchNorm1d(6, affine=False),
+        nn.BatchNorm1d(6, track_running_stats=False),
+        nn.BatchNorm1d(6, momentum=0.3).eval(),
+    ],
+    ids=str,
+)
+def test_batch_norm_takes_the_statistics_of_each_step(norm):
+    norm, twin = norm.double(), copy.deepcopy(norm).double()
+    x = torch.randn(3, 8, 6, dtype=torch.float64)
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        with folded(norm, 3, cut=False):
+            found = norm(leaves[0].flatten(0, 1)).unflatten(0, (3, 8))
+        expected = torch.stack([twin(x_t) for x_t in leaves[1]])
+        torch.testing.assert_close(found, expected)
+        for y in (found, expected):
+            y.square().mul(x).sum().backward()
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    for a, b in zip([*norm.parameters(), *norm.buffers()], [*twin.parameters(), *twin.buffers()], strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(norm.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert "forward" not in vars(norm)
+
+
+def test_folded_bptt_keeps_no_membrane_potentials_behind_a_norm():
+    blocks = [[nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), sltt.LIF()] for _ in range(4)]
+    model = nn.Sequential(*(layer for block in blocks for layer in block), nn.Flatten(), nn.Linear(16 * 64, 3))
+    x, y = torch.randn(16, 8, 16, 8, 8), torch.randint(3, (8,))
+    layer = 16 * 8 * 16 * 64 * 4  # bytes of a float for each neuron, sample and time step
+
+    def measured(rule):
+        with kernels.using(compile="off"):
+            rule(model, x, y, LOSS)
+            return peak_memory(lambda: rule(model, x, y, LOSS, backward=lambda loss: None))
+
+    assert measured(sltt.BPTT()) > 8 * layer  # inputs of the norms, and membrane potentials
+    assert measured(sltt.BPTT(fold=4)) < 6.5 * layer
+
+
+def test_auto_takes_the_largest_fold_within_the_budget():
+    model = sltt.models.DigitsNet()
+    x, y = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
+    sizes = []
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]) // 64))
+
+    def run(rule):
+        sizes.clear()
+        return peak_memory(lambda: rule(model, x, y, LOSS, steps=8))
+
+    with kernels.using(compile="off"):
+        peaks = {fold: run(sltt.SLTT(fold=fold)) for fold in (1, 2, 4, 8)}
+        for budget, allowed in ((peaks[1], [1]), (peaks[4], [2, 3, 4]), ("1GB", [8])):
+            rule = sltt.SLTT(fold="auto", budget=budget)
+            for _ in range(2):
+                run(rule)
+            assert run(rule) <= rule._auto.budget
+            assert max(sizes) in allowed
+
+
+def test_auto_without_a_budget_takes_what_is_free():
+    model = sltt.models.DigitsNet()
+    x, y = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
+    expected, _ = gradients(model, sltt.BPTT(), x, y, steps=3)
+    rule = sltt.BPTT(fold="auto")
+    for _ in range(3):
+        torch.testing.assert_close(gradients(model, rule, x, y, steps=3)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sltt.SLTT(fold=0), "fold must be 'auto' or at least 1 time step, got 0"),
+        (lambda: sltt.SLTT(fold="auto", budget="many"), "expected a memory size such as 8GB or 500MB, got 'many'"),
+        (lambda: sltt.BPTT(fold=2, budget="8GB"), "budget is the memory for fold='auto', and fold is a number"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+class Counting(sltt.state.Stateful):
+    states = ("seen",)
+
+    def forward(self, x):
+        self.seen = (self.seen or 0) + 1
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Counting(), r"1 \(Counting\) keeps a state and does not say foldable = True; use fold=1"),
+        (nn.SyncBatchNorm(3), r"1 \(SyncBatchNorm\) normalises over the batch in a way of its own"),
+        (nn.GRU(3, 3), r"1 \(GRU\) is recurrent"),
+    ],
+    ids=["stateful", "norm", "recurrent"],
+)
+def test_layers_that_cannot_be_folded_are_named(layer, message):
+    model = nn.Sequential(nn.Linear(6, 3), layer)
+    for rule in (sltt.SLTT(fold=2), sltt.BPTT(recompute=2, fold=2)):
+        with pytest.raises(ValueError, match=message):
+            rule(model, torch.randn(4, 2, 6), torch.randint(3, (2,)), LOSS)
+
+
+def test_a_network_that_mixes_samples_is_noticed():
+    class Mixing(nn.Module):
+        def forward(self, x):
+            return x.unflatten(0, (-1, 2)).mean(1)
+
+    with pytest.raises(ValueError, match="expected logits of 4 samples in each of 2 folded time steps"):
+        sltt.SLTT(fold=2)(Mixing(), torch.randn(4, 4, 3), torch.randint(3, (4,)), LOSS)
