@@ -1,8 +1,10 @@
 """One training iteration here and in other libraries: the same network, data and loss, side by side.
 
     pip install '.[bench]'
-    python benchmarks/peers.py [--network resnet18|vgg11] [--steps 6] [--cases NAME;…] [--repeats 7] [--json FILE]
+    python benchmarks/peers.py [--network resnet18|vgg11] [--steps 6] [--cases "NAME;…"] [--repeats 7] [--json FILE]
                                [--figure FILE]
+    python benchmarks/peers.py --steps 4,16,64 --cases "SLTT;BPTT;SpikingJelly SLTT;SpikingJelly BPTT"
+    python benchmarks/peers.py --draw FILE --figure FILE   # the figure of an earlier run
 
 Every case runs in a process of its own; the processes take turns, one iteration each, so that a drift of the machine's
 speed meets all alike. An iteration is zero_grad and the gradients of one batch, without an optimizer step. Time is the
@@ -54,6 +56,10 @@ def by_rule(rule: sltt.Rule, **options: Any) -> Iteration:
             rule(model, x, y, LOSS, steps=steps)
 
     return run
+
+
+def folded_bptt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    sltt.BPTT(fold=steps)(model, x, y, LOSS, steps=steps)
 
 
 def relu(steps_model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
@@ -157,9 +163,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Iteration, torch.memory_format, 
     "SLTT, not compiled": (LIF, by_rule(sltt.SLTT(), compile="off"), torch.channels_last, "SLTT"),
     "SLTT, k = 1": (LIF, by_rule(sltt.SLTT(k=1)), torch.channels_last, ""),
     "SLTT, recompute": (LIF, by_rule(sltt.SLTT(recompute=True)), torch.channels_last, "SLTT"),
+    "SLTT, hoist": (LIF, by_rule(sltt.SLTT(hoist=True)), torch.channels_last, "SLTT"),
     "BPTT": (LIF, by_rule(sltt.BPTT()), torch.channels_last, "BPTT"),
-    "BPTT, fold = T": (LIF, lambda m, x, y, t: by_rule(sltt.BPTT(fold=t))(m, x, y, t), torch.channels_last, "BPTT"),
-    "BPTT, fold = T, recompute": (LIF, lambda m, x, y, t: by_rule(sltt.BPTT(recompute=True, fold=t))(m, x, y, t), torch.channels_last, "BPTT"),
+    "BPTT, fold = T": (LIF, folded_bptt, torch.channels_last, "BPTT"),
     "BPTT, recompute": (LIF, by_rule(sltt.BPTT(recompute=True)), torch.channels_last, "BPTT"),
     "BPTT, recompute = 2": (LIF, by_rule(sltt.BPTT(recompute=2)), torch.channels_last, "BPTT"),
     "SpikingJelly SLTT": (lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt, torch.contiguous_format, "SLTT"),
@@ -306,46 +312,84 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def colour(case: str) -> str:
+    if case.startswith("relu"):
+        return "#9aa0a6"
+    return "#c2703d" if case.startswith(("SpikingJelly", "snnTorch", "Norse")) else "#2f6f9f"
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars for one T, lines over T for several."""
+    if len({row["steps"] for row in rows}) > 1:
+        draw_over_steps(rows, path)
+        return
     import matplotlib.pyplot as plt
 
     names = [row["case"] for row in rows]
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(rows) + 1.2), sharey=True, layout="constrained")
-    title = f"{rows[0]['network']}, T = {rows[0]['steps']}"
-    values = ([row["seconds"] for row in rows], [row["memory"] / 1e6 for row in rows])
+    values = ([row["seconds"] for row in rows], [row["resident"] / 1e6 for row in rows])
     for axis, value, label in zip(axes, values, ("seconds per iteration", "peak memory, MB"), strict=True):
-        colours = ["#9aa0a6" if n.startswith("relu") else "#c2703d" if " " in n[:13] else "#2f6f9f" for n in names]
-        axis.bar_label(axis.barh(names, value, color=colours), fmt="%.3g", padding=3)
+        axis.bar_label(axis.barh(names, value, color=[colour(name) for name in names]), fmt="%.3g", padding=3)
         axis.set_xlabel(label)
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
-    figure.suptitle(title)
+    figure.suptitle(f"{rows[0]['network']}, T = {rows[0]['steps']}")
+    figure.savefig(path, dpi=150)
+
+
+def draw_over_steps(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for case, marker in zip(dict.fromkeys(row["case"] for row in rows), "osD^vPX*<>" * 2, strict=False):
+        mine = [row for row in rows if row["case"] == case]
+        steps = [row["steps"] for row in mine]
+        style = {"marker": marker, "color": colour(case), "linestyle": "--" if "BPTT" in case else "-", "label": case}
+        axes[0].plot(steps, [row["seconds"] for row in mine], **style)
+        axes[1].plot(steps, [row["resident"] / 1e6 for row in mine], **style)
+    for axis, label in zip(axes, ("seconds per iteration", "peak memory, MB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="T, time steps", ylabel=label)
+        ticks = sorted({row["steps"] for row in rows})
+        axis.set_xticks(ticks, ticks, minor=False)
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].legend(frameon=False)
+    figure.suptitle(rows[0]["network"])
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, default="resnet18")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", default="6", help="one T, or several separated by commas")
     parser.add_argument("--cases", help="names separated by semicolons; default: all")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.network, options.work, options.steps)
+        work(options.network, options.work, int(options.steps))
+        return
+    if options.draw:
+        draw(json.loads(options.draw.read_text()), options.figure)
         return
     console = Console(highlight=False, width=max(Console().width, 110))
     console.print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
     names = options.cases.split(";") if options.cases else list(CASES)
-    rows = measure(options.network, options.steps, names, options.repeats, console)
-    print_table(rows, console)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    if unknown := [name for name in names if name not in CASES]:
+        raise SystemExit(f"unknown cases {unknown}; known: {'; '.join(CASES)}")
+    rows = []
+    for steps in map(int, options.steps.split(",")):
+        found = measure(options.network, steps, names, options.repeats, console)
+        print_table(found, console)
+        rows += found
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
     if options.figure:
         draw(rows, options.figure)
 

@@ -1,7 +1,24 @@
 """Data sets with fixed, seeded splits: each yields samples of static images [C, H, W] or sequences [T, C, H, W]."""
 
+from sltt.data.augment import EventAugmentation
 from sltt.data.base import Data, Splits
 from sltt.data.digits import Digits, DigitsEvents
-from sltt.data.images import CIFAR10, CIFAR100, ImageFolder
+from sltt.data.events import CIFAR10DVS, NMNIST, SHD, DVSGesture, EventFolder
+from sltt.data.images import CIFAR10, CIFAR100, Cutout, ImageFolder
 
-__all__ = ["CIFAR10", "CIFAR100", "Data", "Digits", "DigitsEvents", "ImageFolder", "Splits"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR10DVS",
+    "CIFAR100",
+    "NMNIST",
+    "SHD",
+    "Cutout",
+    "DVSGesture",
+    "Data",
+    "Digits",
+    "DigitsEvents",
+    "EventAugmentation",
+    "EventFolder",
+    "ImageFolder",
+    "Splits",
+]

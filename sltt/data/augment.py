@@ -1,0 +1,117 @@
+"""Augmentations for sequences of event frames [T, 2, H, W]: what is drawn is drawn once for all frames."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Frames = Callable[[Tensor], Tensor]
+
+
+def flip(x: Tensor) -> Tensor:
+    """Mirror left and right with probability one half."""
+    return x.flip(-1) if torch.rand(()) < 0.5 else x
+
+
+def roll(x: Tensor, pixels: int) -> Tensor:
+    """Shift by up to `pixels` in each direction; what leaves one side enters on the other."""
+    dy, dx = torch.randint(-pixels, pixels + 1, (2,)).tolist()
+    return x.roll((dy, dx), (-2, -1))
+
+
+def rotate(x: Tensor, degrees: float) -> Tensor:
+    """Rotate by up to `degrees` to either side, to the nearest pixel."""
+    return _affine(x, angle=_uniform(degrees))
+
+
+def shear(x: Tensor, degrees: float) -> Tensor:
+    """Shear along x by up to `degrees`, to the nearest pixel."""
+    return _affine(x, shear=_uniform(degrees))
+
+
+def cutout(x: Tensor, length: int) -> Tensor:
+    """Remove the events of a square whose side is 1 to `length` pixels and whose centre is anywhere."""
+    side = int(torch.randint(1, length + 1, ()))
+    spans = []
+    for size in x.shape[-2:]:
+        start = int(torch.randint(size, ())) - side // 2
+        spans.append(slice(max(start, 0), max(start + side, 0)))
+    x = x.clone()
+    x[..., spans[0], spans[1]] = 0
+    return x
+
+
+def drop_events(x: Tensor, most: float = 0.5) -> Tensor:
+    """Remove each event with a probability that is drawn up to `most`."""
+    share = float(torch.rand(())) * most
+    return torch.binomial(x, torch.full_like(x, 1 - share))
+
+
+def drop_time(x: Tensor, most: float = 0.3) -> Tensor:
+    """Remove the events of a run of frames, a share of T up to `most`."""
+    steps = len(x)
+    length = int(torch.randint(1, max(int(most * steps), 1) + 1, ()))
+    start = int(torch.randint(steps - length + 1, ()))
+    x = x.clone()
+    x[start : start + length] = 0
+    return x
+
+
+class EventAugmentation:
+    """Random changes to a training sample; 0 switches one off.
+
+    After an optional flip, one of roll, rotation, shear and cutout, as in NDA (Li et al. 2022, arXiv 2203.06145). Then,
+    with probability `drop`, one of dropping events, a stretch of time, or an area, as in EventDrop (Gu et al. 2021,
+    arXiv 2106.05836).
+
+    Args:
+        flip: mirror left and right with probability one half.
+        roll: shift in pixels, at most.
+        rotate: degrees to either side, at most.
+        shear: degrees to either side, at most.
+        cutout: side of the square in pixels, at most.
+        drop: probability that events are dropped.
+    """
+
+    def __init__(
+        self,
+        flip: bool = True,
+        roll: int = 5,
+        rotate: float = 15.0,
+        shear: float = 8.6,
+        cutout: int = 8,
+        drop: float = 0.0,
+    ):
+        if not 0 <= drop <= 1:
+            raise ValueError(f"drop must be a probability, got {drop}")
+        self.flip, self.roll, self.rotate, self.shear, self.cutout, self.drop = flip, roll, rotate, shear, cutout, drop
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A sample [T, 2, H, W] to another of the same shape."""
+        if self.flip:
+            x = flip(x)
+        moves: list[Frames] = []
+        if self.roll:
+            moves.append(lambda x: roll(x, self.roll))
+        if self.rotate:
+            moves.append(lambda x: rotate(x, self.rotate))
+        if self.shear:
+            moves.append(lambda x: shear(x, self.shear))
+        if self.cutout:
+            moves.append(lambda x: cutout(x, self.cutout))
+        if moves:
+            x = moves[int(torch.randint(len(moves), ()))](x)
+        if torch.rand(()) < self.drop:
+            drops: list[Frames] = [drop_events, drop_time, lambda x: cutout(x, max(x.shape[-2:]) // 3)]
+            x = drops[int(torch.randint(3, ()))](x)
+        return x
+
+
+def _uniform(most: float) -> float:
+    return (2 * float(torch.rand(())) - 1) * most
+
+
+def _affine(x: Tensor, angle: float = 0.0, shear: float = 0.0) -> Tensor:
+    from torchvision.transforms.v2 import functional
+
+    return functional.affine(x, angle=angle, translate=[0, 0], scale=1.0, shear=[shear, 0.0])

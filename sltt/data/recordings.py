@@ -1,0 +1,162 @@
+"""Recordings of event cameras: reading a file, checking it, and summing its events into frames.
+
+A recording is four arrays of equal length: x and y in pixels, p (polarity, 0 or 1) and t in microseconds.
+"""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Slicing = Literal["count", "time"]
+
+
+class RecordingError(ValueError):
+    """A recording that cannot be used; the message names the file and what is wrong."""
+
+
+class Recording(NamedTuple):
+    """Events in the order of time."""
+
+    x: NDArray[Any]
+    y: NDArray[Any]
+    t: NDArray[Any]
+    p: NDArray[Any]
+
+
+def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> Recording:
+    """Read and check a recording.
+
+    Args:
+        path: `.bin` as in N-MNIST, `.aedat` of version 2 or 3.1, `.aedat4`, or `.npy` with columns x, y, p, t in
+            milliseconds, as in tonic's DVS128 Gesture, or with fields x, y, t, p in microseconds.
+        sensor: height and width of the camera.
+        slicing: how the recording will be cut into frames.
+        steps: into how many.
+
+    Raises:
+        RecordingError: not readable, empty, fewer events than frames, time that runs backwards, or events outside the
+            sensor.
+    """
+    readers: dict[str, Callable[[Path], Recording]] = {
+        ".bin": _read_bin,
+        ".aedat": _read_aedat,
+        ".aedat4": _read_aedat4,
+        ".npy": _read_npy,
+    }
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise RecordingError(f"{path}: not a recording in a known format ({', '.join(readers)})")
+    try:
+        recording = reader(path)
+    except ImportError:
+        raise
+    except RecordingError as error:
+        raise RecordingError(f"{path}: {error}") from None
+    except Exception as error:  # whatever a library raises on a file that is not what its name says
+        raise RecordingError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+    if problem := _problem(recording, sensor, slicing, steps):
+        raise RecordingError(f"{path}: {problem}")
+    return recording
+
+
+def frames(
+    recording: Recording, steps: int, sensor: tuple[int, int], size: int | None = None, slicing: Slicing = "count"
+) -> NDArray[Any]:
+    """Sum events into T frames [T, 2, H, W] of counts, polarity 0 first.
+
+    By count, the recording's N events are cut into T runs of ⌊N/T⌋, the last with the remainder (the paper's); by time,
+    into T runs of equal duration.
+
+    Args:
+        recording: events in the order of time.
+        steps: T.
+        sensor: height and width of the camera.
+        size: height and width of the frames, to whose pixels the camera's are mapped and summed; None keeps the sensor.
+        slicing: by count or by time.
+    """
+    count = len(recording.t)
+    if slicing == "count":
+        step = np.minimum(np.arange(count) // max(count // steps, 1), steps - 1)
+    else:
+        t = recording.t.astype(np.int64) - int(recording.t[0])
+        step = np.minimum(t * steps // (int(t[-1]) + 1), steps - 1)
+    height, width = sensor
+    x, y = recording.x.astype(np.int64), recording.y.astype(np.int64)
+    if size is not None:
+        x, y = x * size // width, y * size // height
+        height = width = size
+    index = ((step * 2 + recording.p.astype(np.int64)) * height + y) * width + x
+    counts = np.bincount(index, minlength=steps * 2 * height * width)
+    return counts.reshape(steps, 2, height, width)
+
+
+def _problem(recording: Recording, sensor: tuple[int, int], slicing: Slicing, steps: int) -> str | None:
+    count = len(recording.t)
+    if count == 0:
+        return "no events"
+    if slicing == "count" and count < steps:
+        return f"{count} events are fewer than the {steps} frames"
+    back = int(np.argmax(np.diff(recording.t.astype(np.int64)) < 0)) if count > 1 else 0
+    if count > 1 and recording.t[back + 1] < recording.t[back]:
+        return f"time runs backwards at event {back + 1}: {recording.t[back + 1]} after {recording.t[back]} µs"
+    height, width = sensor
+    outside = np.flatnonzero((recording.x < 0) | (recording.x >= width) | (recording.y < 0) | (recording.y >= height))
+    if len(outside):
+        i = int(outside[0])
+        return (
+            f"{len(outside)} events outside the sensor of {height} × {width} pixels, the first, {i}, at "
+            f"x = {recording.x[i]}, y = {recording.y[i]}"
+        )
+    if not np.isin(recording.p, (0, 1)).all():
+        return "polarities other than 0 and 1"
+    return None
+
+
+def _read_bin(path: Path) -> Recording:
+    from tonic.io import read_mnist_file
+
+    if (size := path.stat().st_size) % 5:
+        raise RecordingError(f"truncated: {size} bytes are no multiple of the 5 bytes of an event")
+    events = read_mnist_file(str(path), np.dtype([(name, np.int64) for name in "xytp"]))
+    return Recording(*(events[name] for name in "xytp"))
+
+
+def _read_aedat(path: Path) -> Recording:
+    from tonic.io import get_aer_events_from_file, read_aedat_header_from_file
+
+    with path.open("rb") as file:
+        if not file.read(6) == b"#!AER-":
+            raise RecordingError("not an AEDAT file: it does not begin with #!AER-")
+    version, start = read_aedat_header_from_file(str(path))[:2]
+    if version < 3 and (path.stat().st_size - start) % 8:
+        raise RecordingError("truncated: the data is no multiple of the 8 bytes of an event")
+    events = get_aer_events_from_file(str(path), version, start)
+    address = events["address"].astype(np.int64)
+    # tonic's own decoders of whole files (1.7) fail on the header that its reader of headers gives
+    if version < 3:  # DVS128: 7 bits of x, 7 of y, polarity
+        x, y, p = address >> 8 & 0x7F, address >> 1 & 0x7F, address & 1
+    else:  # polarity events of AEDAT 3.1: 15 bits of x, 15 of y, polarity, valid
+        x, y, p = address >> 17 & 0x7FFF, address >> 2 & 0x7FFF, address >> 1 & 1
+    return Recording(x, y, events["timeStamp"].astype(np.int64), p)
+
+
+def _read_aedat4(path: Path) -> Recording:
+    from tonic.io import read_aedat4
+
+    events = read_aedat4(str(path))
+    names = dict(itertools.zip_longest(("t", "x", "y", "p"), events.dtype.names))
+    return Recording(*(events[names[name]].astype(np.int64) for name in "xytp"))
+
+
+def _read_npy(path: Path) -> Recording:
+    events = np.load(path, allow_pickle=False)
+    if events.dtype.names is not None:
+        return Recording(*(events[name].astype(np.int64) for name in "xytp"))
+    if events.ndim != 2 or events.shape[1] != 4:
+        raise RecordingError(f"expected events [N, 4] or fields x, y, t, p, got an array {list(events.shape)}")
+    x, y, p, t = events.T
+    return Recording(x.astype(np.int64), y.astype(np.int64), (t * 1000).astype(np.int64), p.astype(np.int64))
