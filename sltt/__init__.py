@@ -5,6 +5,7 @@ from importlib.metadata import version
 from sltt import analysis, data, losses, models, schedules, surrogates
 from sltt.dropout import Dropout
 from sltt.neurons import IF, LIF, PLIF, lif_step
+from sltt.phases import Phase
 from sltt.rules import BPTT, SLTT, TBPTT, Output, Rule, unroll
 from sltt.state import Stateful, detach, reset
 from sltt.train import evaluate, fit
@@ -20,6 +21,7 @@ __all__ = [
     "TBPTT",
     "Dropout",
     "Output",
+    "Phase",
     "Rule",
     "Stateful",
     "analysis",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 FORMAT = "sltt-checkpoint-1"
-KEYS = {"model", "optimizer", "scaler", "rule", "progress", "random", "fingerprint", "config"}
+KEYS = {"model", "optimizer", "scaler", "rules", "progress", "random", "fingerprint", "config"}
 
 
 class CheckpointError(ValueError):

@@ -1,4 +1,4 @@
-"""The command line: `sltt train`, `sltt eval`, `sltt recipes`, `sltt doctor`."""
+"""The command line: `sltt train`, `sltt eval`, `sltt recipes`, `sltt data`, `sltt doctor`."""
 
 import argparse
 import difflib
@@ -26,6 +26,7 @@ USAGE = """usage: sltt COMMAND ...
   sltt train [RECIPE] [OPTION ...]   train a recipe (default: digits), or a YAML file of your own
   sltt eval RUN [OPTION ...]         measure a trained run on its test samples
   sltt recipes [NAME]                list the recipes, or print one
+  sltt data check RECIPE [OPTION …]  whether a recipe's data is whole: --data.root DIR
   sltt doctor                        what works on this machine, and what would make it faster
 
 `sltt train RECIPE --help` explains every option, with the recipe's values.
@@ -148,6 +149,25 @@ def recipes(words: Sequence[str]) -> None:
         report.line(f"{name:15} {path.read_text().splitlines()[0].removeprefix('# ')}")
 
 
+def data(words: Sequence[str]) -> None:
+    """`sltt data check RECIPE [OPTION ...]`: read every sample's file; an error unless the data set is whole."""
+    if list(words[:1]) != ["check"] or len(words) < 2 or words[1].startswith("-"):
+        raise UsageError("usage: sltt data check RECIPE [--data.root DIR] [--steps T]")
+    _only(words[2:], ("data", "steps"), "sltt data check", "the others do not change the data")
+    parser = _parser(f"sltt data check {words[1]}")
+    built = _build(parser, _parse(parser, find_recipe(words[1]), words[2:]))
+    splits = built.data.splits(built.steps)
+    report = Report()
+    for name in ("train", "validation", "test"):
+        report.line(f"{name:12} {_count(getattr(splits, name)):8,} samples")
+    report.line(f"{'classes':12} {splits.classes:8,}")
+    report.line(f"{'split':12} {splits.fingerprint}")
+    if missing := built.data.missing():
+        lost = " and ".join(f"{count:,} {name} recordings" for name, count in missing.items())
+        raise ValueError(f"the data set is partial: {lost} are not there; a training would use what is")
+    report.line("nothing is missing")
+
+
 def doctor(words: Sequence[str]) -> None:
     """`sltt doctor`."""
     from sltt.doctor import print_findings
@@ -161,6 +181,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": evaluate_run,
     "recipes": recipes,
+    "data": data,
     "doctor": doctor,
 }
 EVAL_KEYS = ("model", "data", "loss", "steps", "batch_size", "precision", "workers", "device", "compile")

@@ -30,6 +30,7 @@ from sltt.interrupt import Interrupt
 from sltt.kernels import Compile, using
 from sltt.loading import EpochSampler, eval_loader, train_loader
 from sltt.losses import CrossEntropyMSE, Loss
+from sltt.phases import Phase, Stage, plan, stage_at
 from sltt.progress import Report
 from sltt.rules import SLTT, Rule, unroll
 from sltt.rules.base import step_loss
@@ -83,6 +84,7 @@ def fit(
     schedule: Schedule = Cosine(),
     steps: int = 4,
     epochs: int = 10,
+    phases: list[Phase] | None = None,
     batch_size: int = 128,
     clip_norm: float | None = None,
     precision: Precision = 32,
@@ -91,6 +93,7 @@ def fit(
     device: Device = "auto",
     compile: Compile = "auto",
     checkpoint_minutes: float = 10.0,
+    weights: str | None = None,
     *,
     run: str | Path | None = None,
     resume: bool = False,
@@ -110,6 +113,8 @@ def fit(
         schedule: how the learning rate changes.
         steps: T, the number of time steps.
         epochs: passes over the training samples.
+        phases: parts of the training with a T, a rule or a learning rate of their own; `steps` and `rule` hold where a
+            phase says nothing, and `steps` is the T of evaluation. The best epoch is one of those with the last T.
         batch_size: samples in a batch.
         clip_norm: scale gradients down to this norm where theirs is larger.
         precision: float32, or mixed with bfloat16 or float16.
@@ -118,6 +123,7 @@ def fit(
         device: auto takes CUDA where there is a GPU.
         compile: compile the neuron step: where it can be and pays (auto), always (on), never (off).
         checkpoint_minutes: save within an epoch too, when the last checkpoint is older than this.
+        weights: start from the weights of this run, or of this checkpoint, instead of random ones.
         run: folder for checkpoints and metrics; must not exist, unless `resume`. None makes one under `runs`.
         resume: continue the run in `run`, with the same arguments; the weights end as if it had never stopped. A folder
             without a checkpoint starts from the beginning.
@@ -135,24 +141,31 @@ def fit(
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be greater than 0, got {clip_norm}")
     report = report or Report()
-    splits = checked(data.splits(steps))
+    stages = plan(phases, epochs, steps, rule)
+    if stages[-1].steps != steps and phases and sum(phase.epochs for phase in phases) <= epochs:
+        raise ValueError(f"steps={steps} is the T of evaluation, but the last phase trains T = {stages[-1].steps}")
+    splits = checked(data.splits(stages[0].steps))
     checkpoint = _resume_point(run) if resume else None
     folder = Path(run) if resume and run is not None else new_run(run)
     fabric = make_fabric(device, precision)
     seed_everything(seed)
 
+    if weights is not None and checkpoint is None:
+        source = find_checkpoint(Path(weights)) if Path(weights).is_dir() else Path(weights)
+        load_weights(model, load_checkpoint(source), source)
     loss = _on_device(loss, fabric)
     net, optim = fabric.setup(model, optimizer(model.parameters()))
-    rates = [group["lr"] for group in optim.param_groups]
+    first = [(group["lr"], group.get("weight_decay", 0.0)) for group in optim.param_groups]
     sampler = EpochSampler(len(splits.train), seed)  # type: ignore[arg-type]
-    loader = train_loader(splits, batch_size, sampler, workers, pin=fabric.device.type == "cuda")
+    loader = None
     batches = math.ceil(sampler.length / batch_size)
     state = _State()
     if checkpoint is not None:
         load_weights(model, checkpoint, folder / LAST)
         optim.load_state_dict(checkpoint["optimizer"])
         fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
-        rule.load_state_dict(checkpoint["rule"])
+        for stage, rule_state in zip(stages, checkpoint["rules"], strict=False):
+            stage.rule.load_state_dict(rule_state)
         state = _State(**checkpoint["progress"])
         _check_fingerprint(splits, checkpoint, folder)
 
@@ -164,7 +177,7 @@ def fit(
                 "model": model.state_dict(),
                 "optimizer": optim.state_dict(),
                 "scaler": fabric.strategy.precision.state_dict(),
-                "rule": rule.state_dict(),
+                "rules": [stage.rule.state_dict() for stage in stages],
                 "progress": vars(state),
                 "random": random_states(),
                 "fingerprint": splits.fingerprint,
@@ -182,6 +195,18 @@ def fit(
         set_random_states(checkpoint["random"])
     with Interrupt() as interrupt, using(compile=compile):
         while state.epoch < epochs:
+            stage = stage_at(stages, state.epoch)
+            if loader is None or stage.start == state.epoch:
+                if phases:
+                    report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}")
+                splits = checked(data.splits(stage.steps))
+                loader = train_loader(splits, batch_size, sampler, workers, pin=fabric.device.type == "cuda")
+                if (
+                    state.batch == 0
+                    and stage is not stages[0]
+                    and stage_at(stages, state.epoch - 1).steps != stage.steps
+                ):
+                    state.best, state.best_epoch = [], None  # accuracies at another T do not compare
             sampler.set_epoch(state.epoch, state.samples)
             began = time.monotonic() - state.seconds
             reset_process_peak(fabric.device)
@@ -190,13 +215,13 @@ def fit(
             with FiringRates(model) as firing, bar as advance:
                 firing.load_state_dict(state.firing)
                 for x, y in loader:
-                    _set_learning_rate(optim, rates, schedule.factor(state.epoch + state.batch / batches, epochs))
+                    _set_rates(optim, first, stage, schedule, state.epoch + state.batch / batches)
                     optim.zero_grad()
                     try:
                         check_labels(y, splits.classes)
                         x, y = fabric.to_device(x), fabric.to_device(y)
-                        repeat = steps if splits.static else None
-                        out = rule(net, x, y, loss, steps=repeat, backward=fabric.backward)
+                        repeat = stage.steps if splits.static else None
+                        out = stage.rule(net, x, y, loss, steps=repeat, backward=fabric.backward)
                         check_finite(out.loss, model, optim, scaled=precision == "16-mixed")
                     except (ValueError, FloatingPointError) as error:
                         error.add_note(f"at epoch {state.epoch + 1}, batch {state.batch + 1} of {batches}")
@@ -215,7 +240,7 @@ def fit(
                         saved = time.monotonic()
                         interrupt.stop(folder)
             measured = state.metrics(firing, time.monotonic() - began, fabric.device)
-            validation = _validate(fabric, net, splits, loss, steps, batch_size, workers)
+            validation = _validate(fabric, net, splits, loss, stage.steps, batch_size, workers)
             row = _row(state.epoch + 1, optim, measured, validation)
             if state.end_epoch(row, validation):
                 save(BEST)  # before the last: that one says that there is a best
@@ -374,9 +399,16 @@ def _row(epoch: int, optim: Any, training: Metrics, validation: Metrics | None) 
     }
 
 
-def _set_learning_rate(optim: Any, rates: list[float], factor: float) -> None:
-    for group, rate in zip(optim.param_groups, rates, strict=True):
-        group["lr"] = rate * factor
+def _set_rates(
+    optim: torch.optim.Optimizer, first: list[tuple[float, float]], stage: Stage, schedule: Schedule, epoch: float
+) -> None:
+    """Set learning rate and weight decay at `epoch`, a fraction in the middle of one; `first` are the optimizer's."""
+    start, stop = stage.span
+    factor = schedule.factor(epoch - start, stop - start)
+    for group, (lr, weight_decay) in zip(optim.param_groups, first, strict=True):
+        group["lr"] = factor * (lr if stage.lr is None else stage.lr)
+        if "weight_decay" in group:
+            group["weight_decay"] = weight_decay if stage.weight_decay is None else stage.weight_decay
 
 
 def seed_everything(seed: int) -> None:

@@ -26,8 +26,11 @@ def parameters(model):
         (lambda: models.resnet18(classes=10), 11_176_906),
         (lambda: models.resnet18(classes=100), 11_223_076),
         (lambda: models.vgg11(in_channels=2, classes=10), 9_476_298),
+        (models.nfresnet34, 21_797_688),
+        (models.nfresnet50, 25_557_048),
+        (models.nfresnet101, 44_549_193),
     ],
-    ids=["resnet18, 10 classes", "resnet18, 100 classes", "vgg11"],
+    ids=["resnet18, 10 classes", "resnet18, 100 classes", "vgg11", "nfresnet34", "nfresnet50", "nfresnet101"],
 )
 def test_parameter_counts_are_those_of_the_paper(model, expected):
     assert parameters(model()) == expected
@@ -76,3 +79,47 @@ def test_the_shortcut_of_a_block_that_changes_shape_reads_spikes():
     block.shortcut.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0]))
     block(torch.randn(2, 4, 6, 6))
     assert set(seen[0].unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("blocks", "bottleneck"), [((1, 2, 1, 1), False), ((2, 1, 1, 1), True)])
+def test_nf_resnets_train_every_weight_once_their_skip_gains_have_moved(blocks, bottleneck):
+    model = models.NFResNet(blocks, bottleneck, in_channels=2, classes=5, neuron=lambda: sltt.LIF(v_threshold=0.3))
+    x, y = 3 * torch.randn(2, 2, 32, 32), torch.randint(5, (2,))
+    for block in model.blocks:
+        block.skip_gain.data.fill_(0.5)
+    sltt.SLTT()(model, x, y, sltt.losses.CrossEntropyMSE(), steps=2)
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "bias" not in name)
+
+
+def test_standardised_weights_have_the_variance_of_one_over_the_inputs():
+    conv = models.nfresnet.ScaledWSConv2d(6, 8, 3)
+    conv.weight.data.mul_(7).add_(3)
+    weight = conv.standardised()
+    torch.testing.assert_close(weight.mean((1, 2, 3)), torch.zeros(8), atol=1e-6, rtol=0)
+    torch.testing.assert_close(weight.var((1, 2, 3), unbiased=False), torch.full((8,), 1 / 54))
+    conv.weight.data.fill_(1.0)
+    assert conv.standardised().isfinite().all()
+
+
+def test_a_block_expects_the_variance_that_the_blocks_before_add():
+    betas = [block.beta**2 for block in models.nfresnet34(classes=2).blocks]
+    assert betas[:5] == pytest.approx([1.0, 1.04, 1.08, 1.12, 1.04])
+
+
+def test_weights_of_one_step_load_for_six():
+    one, six = models.NFResNet((1, 1, 1, 1), False, classes=3), models.NFResNet((1, 1, 1, 1), False, classes=3)
+    sltt.SLTT()(one, torch.randn(1, 3, 32, 32), torch.tensor([1]), sltt.losses.CrossEntropyMSE(), steps=1)
+    six.load_state_dict(one.state_dict())
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(sltt.unroll(six, x, steps=6)[0], sltt.unroll(one, x, steps=1)[0])
+
+
+def test_mlp():
+    model = models.MLP([12, 8, 7, 3], dropout=0.1)
+    out = sltt.SLTT()(model, torch.randn(4, 5, 3, 4), torch.randint(3, (5,)), sltt.losses.CrossEntropyMSE())
+    assert out.logits.shape == (4, 5, 3)
+    with pytest.raises(ValueError, match="expected 12 values for each sample of a time step, got 13"):
+        model(torch.randn(5, 13))
+    with pytest.raises(ValueError, match="features needs the sizes of input and logits"):
+        models.MLP([3])

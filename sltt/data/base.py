@@ -61,6 +61,10 @@ class Data(ABC):
             self._loaded[steps] = self.load(steps)
         return self._loaded[steps]
 
+    def missing(self) -> dict[str, int]:
+        """How many samples of the whole data set are not there, by split; empty if none or if that is not known."""
+        return {}
+
     @abstractmethod
     def load(self, steps: int) -> Splits:
         """Read the data; raises FileNotFoundError that says where it looked and what it expected there."""

@@ -1,11 +1,13 @@
 """Networks of the paper, and a small one for the digits: each call is one time step, [B, C, H, W] to [B, classes]."""
 
 from sltt.models.digits import DigitsNet
+from sltt.models.mlp import MLP
 from sltt.models.nfresnet import NFResNet, nfresnet34, nfresnet50, nfresnet101
 from sltt.models.resnet import ResNet, resnet18, resnet34
 from sltt.models.vgg import VGG, vgg11, vgg13, vgg16, vgg19
 
 __all__ = [
+    "MLP",
     "VGG",
     "DigitsNet",
     "NFResNet",

@@ -1,0 +1,38 @@
+"""A fully connected network, for inputs without an image plane."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from sltt.dropout import Dropout
+from sltt.models.base import NeuronFactory
+from sltt.neurons import LIF
+
+
+class MLP(nn.Module):
+    """Layers of (linear, BatchNorm, neuron, dropout), and a linear layer without a neuron.
+
+    Args:
+        features: sizes of the input, of each hidden layer, and of the logits.
+        neuron: makes a neuron; called once for each hidden layer.
+        dropout: probability of the dropout after each neuron.
+    """
+
+    def __init__(self, features: Sequence[int], neuron: NeuronFactory = LIF, dropout: float = 0.0):
+        super().__init__()
+        if len(features) < 2:
+            raise ValueError(f"features needs the sizes of input and logits at least, got {list(features)}")
+        self.features = list(features)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(features[:-1]):
+            layers += [nn.Linear(before, after), nn.BatchNorm1d(after), neuron(), Dropout(dropout)]
+        self.hidden = nn.Sequential(*layers)
+        self.head = nn.Linear(features[-2], features[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One time step [B, ...], flattened to [B, features[0]], to logits [B, features[-1]]."""
+        x = x.flatten(1)
+        if x.shape[1] != self.features[0]:
+            raise ValueError(f"expected {self.features[0]} values for each sample of a time step, got {x.shape[1]}")
+        return self.head(self.hidden(x))

@@ -1,0 +1,72 @@
+"""Phases of a training: T, the rule and the learning rate may change on the way, and the weights go on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sltt.rules import Rule
+
+
+@dataclass
+class Phase:
+    """A part of a training; what is None is as in the whole training.
+
+    Attributes:
+        epochs: its length. The last phase is cut or goes on where the training's `epochs` are others.
+        steps: T.
+        rule: the learning rule.
+        lr: learning rate. The schedule starts anew with a phase that has one; without, it runs on.
+        weight_decay: of the optimizer.
+    """
+
+    epochs: int
+    steps: int | None = None
+    rule: Rule | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A phase with its place in the training: epochs `start` to `stop`, and the span of epochs of the schedule."""
+
+    start: int
+    stop: int
+    steps: int
+    rule: Rule
+    lr: float | None
+    weight_decay: float | None
+    span: tuple[int, int]
+
+
+def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) -> list[Stage]:
+    """The stages of a training of `epochs` epochs; raises ValueError for a phase without epochs or time steps."""
+    phases = list(phases) if phases else [Phase(epochs)]
+    starts = [0]
+    for i, phase in enumerate(phases):
+        if phase.epochs < 1 or (phase.steps is not None and phase.steps < 1):
+            raise ValueError(f"phase {i + 1} needs at least 1 epoch and 1 time step, got {phase}")
+        starts.append(starts[-1] + phase.epochs)
+    starts[-1] = epochs
+    new = [i for i, phase in enumerate(phases) if i == 0 or phase.lr is not None] + [len(phases)]
+    stages = []
+    for i, phase in enumerate(phases):
+        first = max(j for j in new if j <= i)
+        last = min(j for j in new if j > i)
+        lr = phases[first].lr
+        stages.append(
+            Stage(
+                start=min(starts[i], epochs),
+                stop=min(starts[i + 1], epochs),
+                steps=phase.steps or steps,
+                rule=phase.rule or rule,
+                lr=lr,
+                weight_decay=phase.weight_decay,
+                span=(min(starts[first], epochs), min(starts[last], epochs)),
+            )
+        )
+    return [stage for stage in stages if stage.start < stage.stop]
+
+
+def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
+    """The stage of an epoch, counted from 0; after the end, the last."""
+    return next((stage for stage in stages if epoch < stage.stop), stages[-1])

@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+import sltt
+from sltt.data import Data
+from sltt.phases import Phase, plan, stage_at
+from tests.test_train import Blobs, StopAt, equal, network, train, weights
+
+SLTT, BPTT = sltt.SLTT(), sltt.BPTT()
+
+
+def test_what_a_phase_leaves_out_is_that_of_the_training():
+    stages = plan([Phase(2, steps=1), Phase(3, rule=BPTT), Phase(1, lr=0.01, weight_decay=0.0)], 6, 4, SLTT)
+    assert [(s.start, s.stop, s.steps, s.rule) for s in stages] == [(0, 2, 1, SLTT), (2, 5, 4, BPTT), (5, 6, 4, SLTT)]
+    assert [s.span for s in stages] == [(0, 5), (0, 5), (5, 6)]  # the schedule starts anew where a phase has an lr
+    assert [s.lr for s in stages] == [None, None, 0.01]
+    assert [stage_at(stages, epoch).start for epoch in (0, 1, 2, 4, 5, 9)] == [0, 0, 2, 2, 5, 5]
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1, [(0, 1)]), (3, [(0, 2), (2, 3)]), (9, [(0, 2), (2, 9)])])
+def test_fewer_epochs_cut_the_phases_and_more_go_to_the_last(epochs, expected):
+    stages = plan([Phase(2), Phase(3)], epochs, 4, SLTT)
+    assert [(s.start, s.stop) for s in stages] == expected
+    assert stages[0].span == (0, epochs)
+
+
+@pytest.mark.parametrize("phase", [Phase(0), Phase(1, steps=0)], ids=repr)
+def test_empty_phases_are_refused(phase):
+    with pytest.raises(ValueError, match="phase 2 needs at least 1 epoch and 1 time step"):
+        plan([Phase(1), phase], 4, 4, SLTT)
+
+
+class Recorder(sltt.SLTT):
+    """Notes T, learning rate, weight decay and the optimizer's momentum of every batch."""
+
+    def __init__(self, log, optimizers):
+        super().__init__()
+        self.log, self.optimizers = log, optimizers
+
+    def run(self, model, sequence, *args):
+        group = self.optimizers[0].param_groups[0]
+        moving = bool(self.optimizers[0].state)
+        self.log.append((sequence.steps, round(group["lr"], 6), group["weight_decay"], moving))
+        return super().run(model, sequence, *args)
+
+
+def recorded(tmp_path, static, **kwargs):
+    log, optimizers = [], []
+
+    def optimizer(parameters):
+        optimizers.append(torch.optim.SGD(parameters, lr=0.2, momentum=0.9, weight_decay=0.1))
+        return optimizers[0]
+
+    schedule = sltt.schedules.Step([1], 0.5)
+    _, result = train(
+        tmp_path / "run", data=Blobs(static=static), rule=Recorder(log, optimizers), optimizer=optimizer, batch_size=60,
+        schedule=schedule, **kwargs,
+    )  # fmt: skip
+    return log, result
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "sequence"])
+def test_phases_switch_t_and_rates_and_carry_the_optimizer_on(tmp_path, static):
+    phases = [Phase(2, steps=1), Phase(1), Phase(2, steps=4, lr=0.1, weight_decay=0.0)]
+    log, result = recorded(tmp_path, static, steps=4, epochs=5, phases=phases)
+    assert log == [
+        (1, 0.2, 0.1, False),
+        (1, 0.1, 0.1, True),
+        (4, 0.1, 0.1, True),
+        (4, 0.1, 0.0, True),
+        (4, 0.05, 0.0, True),
+    ]
+    assert result.epoch > 2  # the best with the last T
+
+
+def test_a_run_that_stopped_between_phases_goes_on_as_if_it_had_not(tmp_path):
+    def phases(first=None):
+        return [Phase(2, steps=1, rule=first), Phase(2, rule=sltt.BPTT(), lr=0.01)]
+
+    _, whole = train(tmp_path / "whole", phases=phases())
+    stopping = StopAt(7)
+    stopping.k = None
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", phases=phases(stopping))
+    _, resumed = train(tmp_path / "stopped", phases=phases(), resume=True)
+    assert equal(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "stopped" / "last.ckpt"))
+    assert [row["validation_accuracy"] for row in whole.history] == [row["validation_accuracy"] for row in resumed.history]
+
+
+def test_evaluation_with_another_t_than_the_last_phase_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="steps=4 is the T of evaluation, but the last phase trains T = 2"):
+        train(tmp_path / "run", phases=[Phase(4, steps=2)])
+
+
+def test_training_starts_from_the_weights_of_another_run(tmp_path):
+    train(tmp_path / "one", steps=1)
+    model, _ = train(tmp_path / "six", model=network(), steps=6, epochs=1, weights=str(tmp_path / "one"),
+                     optimizer=lambda p: torch.optim.SGD(p, lr=0.0))  # fmt: skip
+    trained = weights(tmp_path / "one" / "best.ckpt")
+    assert torch.equal(model[0].weight, trained["0.weight"])
+
+
+def test_nothing_is_known_to_be_missing_by_default():
+    assert Data.missing(Blobs()) == {}
