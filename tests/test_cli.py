@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import sltt
+from sltt import cli
 from sltt.checkpoints import load_checkpoint
 from sltt.cli import main, shipped_recipes
 
@@ -295,3 +296,51 @@ def test_the_wheel_holds_the_recipes_and_works_elsewhere(here):
     code = f"import sltt, sys; print(sltt.__file__); print({heavy} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], env=elsewhere, capture_output=True, text=True)
     assert result.stdout.splitlines() == [str(here / "site/sltt/__init__.py"), "set()"]
+
+
+FRAMES = {
+    "digits": (1, 8, 8),
+    "digits-events": (2, 16, 16),
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+    "dvs-cifar10": (2, 48, 48),
+    "dvs-gesture": (2, 128, 128),
+    "imagenet": (3, 64, 64),  # of any size
+    "imagenet-stage1": (3, 64, 64),
+    "imagenet-stage2": (3, 64, 64),
+    "nmnist": (2, 34, 34),
+    "shd": (700,),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cli.shipped_recipes())
+def test_every_recipe_runs_a_batch_of_its_shape(name):
+    parser = cli._parser("sltt train")
+    built = cli._build(parser, cli._parse(parser, cli.find_recipe(name), []))
+    rules = [phase.rule for phase in built.phases or [] if phase.rule] or [built.rule]
+    for rule in rules:
+        k = getattr(rule, "k", None) or 1
+        x = 3 * torch.rand(2, *FRAMES[name])
+        model = built.model
+        out = rule(model, x, torch.tensor([0, 1]), built.loss, steps=min(k + 1, built.steps))
+        assert out.loss.isfinite()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+        optimizer = built.optimizer(model.parameters())
+        assert optimizer.param_groups[0]["lr"] > 0
+
+
+def test_data_check_says_whether_the_data_is_whole(tmp_path, capsys):
+    assert cli.main(["data", "check", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "train" in out
+    assert "nothing is missing" in out
+    assert cli.main(["data", "check", "cifar10", "--data.root", str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+    for words in (
+        ["data"],
+        ["data", "check"],
+        ["data", "look", "digits"],
+        ["data", "check", "digits", "--epochs", "3"],
+    ):
+        assert cli.main(words) == 2

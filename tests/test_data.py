@@ -228,6 +228,36 @@ def test_image_folder(tmp_path, test_folder):
     assert padded.train[0][0].shape == (3, 40, 40)
 
 
+def test_an_image_that_does_not_decode_is_named(tmp_path):
+    write_images(tmp_path)
+    bad = tmp_path / "test" / "cat" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"test/cat/1\.png does not decode as an image"):
+        ImageFolder(str(tmp_path), size=32).splits(1).test[1]
+
+
+def test_a_class_without_images_is_named(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train" / "fox").mkdir()
+    with pytest.raises(FileNotFoundError, match="fox"):
+        ImageFolder(str(tmp_path)).splits(1)
+
+
+@pytest.mark.parametrize("kwargs", [{"size": 32}, {"size": 40, "crop_padding": 4}], ids=["ImageNet", "CIFAR-10"])
+def test_autoaugment_changes_training_images_only(tmp_path, kwargs):
+    rng = np.random.default_rng(0)
+    write_images(tmp_path)
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "train" / "cat" / "0.png")
+    changed = []
+    for autoaugment in (False, True):
+        splits = ImageFolder(str(tmp_path), validation=0.25, autoaugment=autoaugment, **kwargs).splits(1)
+        torch.manual_seed(3)
+        changed.append(torch.stack([splits.train[i][0] for i in range(6)]))
+        assert torch.equal(splits.validation[0][0], splits.validation[0][0])
+    assert changed[0].shape == changed[1].shape
+    assert not torch.equal(*changed)
+
+
 def test_image_folders_of_other_classes_or_files_are_told_apart(tmp_path):
     write_images(tmp_path)
     before = ImageFolder(str(tmp_path), size=32).splits(1).fingerprint

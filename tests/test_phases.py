@@ -84,7 +84,9 @@ def test_a_run_that_stopped_between_phases_goes_on_as_if_it_had_not(tmp_path):
         train(tmp_path / "stopped", phases=phases(stopping))
     _, resumed = train(tmp_path / "stopped", phases=phases(), resume=True)
     assert equal(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "stopped" / "last.ckpt"))
-    assert [row["validation_accuracy"] for row in whole.history] == [row["validation_accuracy"] for row in resumed.history]
+    assert [row["validation_accuracy"] for row in whole.history] == [
+        row["validation_accuracy"] for row in resumed.history
+    ]
 
 
 def test_evaluation_with_another_t_than_the_last_phase_is_refused(tmp_path):

@@ -85,6 +85,7 @@ class _CIFAR(_Images):
         split_seed: int = 0,
         augment: bool = True,
         cutout: int = 16,
+        autoaugment: bool = False,
         download: bool = False,
     ):
         """Arguments of both data sets.
@@ -95,12 +96,14 @@ class _CIFAR(_Images):
             split_seed: which training images are held out.
             augment: random crop of 32 pixels out of a margin of 4, horizontal flip and Cutout, as in the paper.
             cutout: side of the Cutout square in pixels; 0 is no Cutout.
+            autoaugment: the policy that AutoAugment found for CIFAR-10 (Cubuk et al. 2019), after the flip.
             download: fetch the data into `root` where it is not there.
         """
         super().__init__(validation, split_seed)
         self.root = root
         self.augment = augment
         self.cutout = cutout
+        self.autoaugment = autoaugment
         self.download = download
 
     def open(self, train: bool, transform: Transform) -> Any:
@@ -121,6 +124,8 @@ class _CIFAR(_Images):
         augmentation = []
         if train and self.augment:
             augmentation = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+            if self.autoaugment:
+                augmentation.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
         cutout = [Cutout(self.cutout)] if train and self.augment and self.cutout else []
         return v2.Compose([v2.ToImage(), *augmentation, *_to_normalised(self.mean, self.std), *cutout])
 
@@ -158,6 +163,8 @@ class ImageFolder(_Images):
         augment: augment training images as said above.
         crop_padding: instead of the random resized crop, crop out of a margin of so many pixels, as for CIFAR.
         cutout: side of the Cutout square in pixels; 0 is no Cutout.
+        autoaugment: the policy that AutoAugment found for ImageNet, or with `crop_padding` that for CIFAR-10 (Cubuk et
+            al. 2019), after the flip.
     """
 
     def __init__(
@@ -169,6 +176,7 @@ class ImageFolder(_Images):
         augment: bool = True,
         crop_padding: int | None = None,
         cutout: int = 0,
+        autoaugment: bool = False,
     ):
         super().__init__(validation, split_seed)
         self.root = root
@@ -176,6 +184,7 @@ class ImageFolder(_Images):
         self.augment = augment
         self.crop_padding = crop_padding
         self.cutout = cutout
+        self.autoaugment = autoaugment
 
     def open(self, train: bool, transform: Transform) -> Any:
         from torchvision import datasets
@@ -187,7 +196,7 @@ class ImageFolder(_Images):
                 f"no images found: looked in {root.resolve()}, expected the folders train and test (or val), each with "
                 "a folder of images for every class. Set --data.root."
             )
-        return datasets.ImageFolder(str(folder), transform=transform)
+        return datasets.ImageFolder(str(folder), transform=transform, loader=_decode)
 
     def names(self, images: Any) -> Sequence[Any]:
         return [Path(path).relative_to(images.root).as_posix() for path, _ in images.samples]
@@ -202,6 +211,9 @@ class ImageFolder(_Images):
                 else [v2.Resize((self.size, self.size)), v2.RandomCrop(self.size, padding=self.crop_padding)]
             )
             crop.append(v2.RandomHorizontalFlip())
+            if self.autoaugment:
+                policy = "IMAGENET" if self.crop_padding is None else "CIFAR10"
+                crop.append(v2.AutoAugment(v2.AutoAugmentPolicy[policy]))
         elif self.crop_padding is None:
             crop = [v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)]
         else:
@@ -209,6 +221,16 @@ class ImageFolder(_Images):
         cutout = [Cutout(self.cutout)] if train and self.augment and self.cutout else []
         imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         return v2.Compose([v2.ToImage(), *crop, *_to_normalised(*imagenet), *cutout])
+
+
+def _decode(path: str) -> Tensor:
+    """The RGB image [3, H, W] in a file, straight to a tensor."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    try:
+        return decode_image(path, ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not decode as an image: {error}") from error
 
 
 def _to_normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
