@@ -4,6 +4,8 @@ The time steps are folded into the batch dimension, [n, B, ...] to [n·B, ...], 
 alike takes as it is: convolutions, linear layers, pooling. What depends on the time step unfolds it: neurons run their
 recurrence, BatchNorm in training mode takes the statistics of each step by itself, so that the outputs and gradients
 are those of n calls. Fewer and larger operations, for the memory of n steps.
+
+A network that mixes the samples of a batch in another way (`x.mean(0)`) would mix time steps, and is not noticed.
 """
 
 from collections.abc import Iterator
@@ -48,6 +50,8 @@ def _stepwise(norm: _BatchNorm, steps: int) -> Iterator[None]:
     """Inside this block, `norm` takes the statistics of each step, and counts each as a batch."""
 
     def forward(input: Tensor) -> Tensor:
+        if not norm.training:  # the model may have switched it after this was set up
+            return _BatchNorm.forward(norm, input)
         if same_each_step(input):  # one batch, as many times
             return [_BatchNorm.forward(norm, input) for _ in range(steps)][-1]
         norm._check_input_dim(input)

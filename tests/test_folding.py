@@ -121,6 +121,50 @@ def test_batch_norm_takes_the_statistics_of_each_step(norm):
     assert "forward" not in vars(norm)
 
 
+@pytest.mark.parametrize("form", ["channels last", "transposed", "sliced", "three dimensions"])
+def test_batch_norm_takes_any_memory_format(form):
+    x = torch.randn(6, 8, 5, 4, dtype=torch.float64)
+    x = {
+        "channels last": lambda: x.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda: x.transpose(2, 3),
+        "sliced": lambda: x[:, ::2],
+        "three dimensions": lambda: x.flatten(2),
+    }[form]()
+    norm = (nn.BatchNorm1d if x.ndim == 3 else nn.BatchNorm2d)(x.shape[1]).double()
+    weight, grads = torch.randn(x.shape, dtype=torch.float64), []
+    for steps in (3, 1):  # all in one call, and one call for each
+        leaf = x.detach().requires_grad_()
+        with folded(norm, steps, cut=False):
+            parts = leaf.chunk(1 if steps == 3 else 3)
+            y = torch.cat([norm(part) for part in parts])
+        (y * weight).sum().backward()
+        grads.append((y.detach(), leaf.grad))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_norm_that_the_model_switches_to_evaluation_stays_there():
+    class Frozen(Net):
+        def forward(self, x):
+            self.norm1.eval()
+            return super().forward(x)
+
+    model = Frozen().double()
+    x, y, kwargs = data(static=True)
+    assert_same(results(model, sltt.SLTT(fold=3), x, y, kwargs), results(model, sltt.SLTT(), x, y, kwargs))
+
+
+def test_nothing_stays_patched_after_an_exception():
+    model = Net().double()
+    model.lif2.register_forward_hook(lambda *args: 1 / 0)
+    x, y, kwargs = data(static=True)
+    with pytest.raises(ZeroDivisionError):
+        sltt.SLTT(fold=3, hoist=True)(model, x, y, LOSS, **kwargs)
+    assert "forward" not in vars(model.norm1)
+    assert sltt.state.current_fold().steps == 1
+    assert torch._C._len_torch_function_stack() == 0
+
+
 def test_folded_bptt_keeps_no_membrane_potentials_behind_a_norm():
     blocks = [[nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), sltt.LIF()] for _ in range(4)]
     model = nn.Sequential(*(layer for block in blocks for layer in block), nn.Flatten(), nn.Linear(16 * 64, 3))

@@ -139,6 +139,19 @@ def test_a_change_in_place_of_what_is_hoisted_is_refused():
         sltt.SLTT(hoist=True)(Changing(), torch.randn(4, 2, 4, 4), torch.randint(3, (4,)), LOSS, steps=2)
 
 
+def test_a_batch_size_taken_before_the_first_neuron_is_explained_with_fold():
+    class Sized(Stem):
+        def forward(self, x):
+            x = self.conv(x)
+            return super().forward(torch.zeros(x.shape[0], 4, 4, 4)[:, :2] + x[:, :2])
+
+    x, y = torch.randn(4, 2, 4, 4), torch.randint(3, (4,))
+    sltt.SLTT(hoist=True)(Sized(), x, y, LOSS, steps=2)
+    with pytest.raises(RuntimeError) as caught:
+        sltt.SLTT(hoist=True, fold=2)(Sized(), x, y, LOSS, steps=2)
+    assert "with fold and hoist" in caught.value.__notes__[0]
+
+
 def test_a_region_without_a_graph_stays_one():
     class Scaled(nn.Module):
         def __init__(self):

@@ -28,9 +28,15 @@ def stepwise_batch_norm(
         momenta: the weight of the new statistics in each of the T updates.
         eps: added to the variance.
     """
+    # the operator writes plain and channels-last tensors only
+    x = x.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
     y: Any = _StepwiseBatchNorm.apply(x, steps, running, weight, bias, momenta, eps)
     tag_normalised(y, x, lambda again: _normalise(again, steps, None, weight, bias, momenta, eps)[0])
     return y
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _normalise(

@@ -51,7 +51,12 @@ class Sequence:
                 x = self.x  # the layers before the first neuron take it once
             else:
                 x = self.x.repeat(n, *[1] * (self.x.ndim - 1))
-            logits = checked_logits(model(x))
+            try:
+                logits = checked_logits(model(x))
+            except RuntimeError as error:
+                if x is self.x:
+                    error.add_note("with fold and hoist, layers before the first neuron see a batch of one time step")
+                raise
             batch = self.x.shape[0 if self.static else 1]
             if logits.shape[:1] != (n * batch,):
                 raise ValueError(
