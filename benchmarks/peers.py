@@ -58,6 +58,16 @@ def by_rule(rule: sltt.Rule, **options: Any) -> Iteration:
     return run
 
 
+def in_bf16(iteration: Iteration) -> Iteration:
+    """Under autocast to bfloat16, with float32 weights and membrane potentials."""
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            iteration(model, x, y, steps)
+
+    return run
+
+
 def folded_bptt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
     sltt.BPTT(fold=steps)(model, x, y, LOSS, steps=steps)
 
@@ -158,7 +168,9 @@ LIF = sltt.LIF
 CASES: dict[str, tuple[Callable[[], nn.Module], Iteration, torch.memory_format, str]] = {
     "relu": (nn.ReLU, relu, torch.channels_last, ""),
     "relu, default format": (nn.ReLU, relu, torch.contiguous_format, ""),
+    "relu, bf16": (nn.ReLU, in_bf16(relu), torch.channels_last, ""),
     "SLTT": (LIF, by_rule(sltt.SLTT()), torch.channels_last, "SLTT"),
+    "SLTT, bf16": (LIF, in_bf16(by_rule(sltt.SLTT())), torch.channels_last, ""),
     "SLTT, default format": (LIF, by_rule(sltt.SLTT()), torch.contiguous_format, "SLTT"),
     "SLTT, not compiled": (LIF, by_rule(sltt.SLTT(), compile="off"), torch.channels_last, "SLTT"),
     "SLTT, k = 1": (LIF, by_rule(sltt.SLTT(k=1)), torch.channels_last, ""),

@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from sltt import analysis, data, losses, models, schedules, surrogates
 from sltt.dropout import Dropout
+from sltt.hoisting import once
 from sltt.neurons import IF, LIF, PLIF, lif_step
 from sltt.phases import Phase
 from sltt.rules import BPTT, SLTT, TBPTT, Output, Rule, unroll
@@ -32,6 +33,7 @@ __all__ = [
     "lif_step",
     "losses",
     "models",
+    "once",
     "reset",
     "schedules",
     "surrogates",

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from sltt.hoisting import each_step
 from sltt.kernels import Step, neuron_step
 from sltt.state import Fold, Stateful, current_fold
 from sltt.surrogates import Surrogate, Triangle
@@ -99,7 +98,6 @@ class Neuron(Stateful):
     def forward(self, x: Tensor) -> Tensor:
         """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
         fold = current_fold()
-        x = each_step(x)
         first = x[: len(x) // fold.steps] if fold.steps > 1 else x
         dtype = x.dtype if self.half_state else torch.promote_types(x.dtype, torch.float32)
         if self.v is None:

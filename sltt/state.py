@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fold:
-    """How a call of the network folds time.
+    """How a call of the network folds time into the batch dimension.
 
     Attributes:
         steps: n, the number of time steps in the batch dimension, the first step first.

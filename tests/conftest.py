@@ -26,18 +26,18 @@ RULES = {
     "BPTT(recompute=2)": sltt.BPTT(recompute=2),
     "BPTT(recompute=True)": sltt.BPTT(recompute=True),
     "BPTT(fold=4)": sltt.BPTT(fold=4),
-    "BPTT(recompute=2, fold=2)": sltt.BPTT(recompute=2, fold=2, hoist=True),
+    "BPTT(recompute=2, fold=2)": sltt.BPTT(recompute=2, fold=2),
     "TBPTT(2)": sltt.TBPTT(2),
     "TBPTT(3, fold=2)": sltt.TBPTT(3, fold=2),
     "SLTT": sltt.SLTT(),
     "SLTT(recompute)": sltt.SLTT(recompute=True),
     "SLTT(fold=3)": sltt.SLTT(fold=3),
     "SLTT(hoist)": sltt.SLTT(hoist=True),
-    "BPTT(fold=4, hoist)": sltt.BPTT(fold=4, hoist=True),
+    "BPTT(hoist)": sltt.BPTT(hoist=True),
     "SLTT(k=1)": sltt.SLTT(k=1),
     "SLTT(k=2, rescale)": sltt.SLTT(k=2, rescale=True),
     "SLTT(k=2, fold=4)": sltt.SLTT(k=2, fold=4),
-    "SLTT(k=2, fold=2, hoist)": sltt.SLTT(k=2, fold=2, hoist=True),
+    "SLTT(k=2, hoist)": sltt.SLTT(k=2, hoist=True),
 }
 
 

@@ -100,26 +100,36 @@ def test_resume_takes_the_runs_configuration(here, capsys):
     assert yaml.safe_load(Path("a/config.yaml").read_text())["epochs"] == 3
 
 
-@pytest.mark.parametrize("recipe", shipped_recipes())
-def test_every_recipe_parses_and_builds(recipe):
-    from sltt.cli import _build, _parse, _parser, find_recipe
-
-    parser = _parser("test")
-    built = _build(parser, _parse(parser, find_recipe(recipe), []))
-    assert isinstance(built.data, sltt.data.Data)
-    assert isinstance(built.rule, sltt.Rule)
-    optimizer = built.optimizer(built.model.parameters())
-    assert optimizer.param_groups[0]["lr"] > 0
-    shape = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "digits": (1, 8, 8), "digits-events": (2, 16, 16)}[recipe]
-    logits = sltt.unroll(built.model, torch.randn(2, *shape), steps=2)
-    assert logits.shape == (2, 2, {"cifar100": 100}.get(recipe, 10))
+PAPER = {  # T, K, batch, epochs, learning rate, weight decay, α
+    "cifar10": (6, None, 128, 200, 0.1, 5e-5, 0.05),
+    "cifar100": (6, None, 128, 200, 0.1, 5e-4, 0.05),
+    "dvs-cifar10": (10, 2, 128, 300, 0.05, 5e-4, 0.05),
+    "dvs-gesture": (20, 4, 16, 300, 0.1, 5e-4, 0.05),
+    "imagenet-stage1": (1, None, 256, 100, 0.1, 1e-5, 0.0),
+    "imagenet-stage2": (6, 1, 256, 30, 0.001, 0.0, 0.0),
+}
 
 
-def test_cifar_recipes_are_those_of_the_paper():
-    for name, decay in (("cifar10", 5e-5), ("cifar100", 5e-4)):
-        recipe = yaml.safe_load(shipped_recipes()[name].read_text())
-        assert recipe["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": decay}
-        assert (recipe["steps"], recipe["epochs"], recipe["batch_size"]) == (6, 200, 128)
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_have_the_values_of_the_paper(name):
+    recipe = yaml.safe_load(shipped_recipes()[name].read_text())
+    optimizer, k = recipe["optimizer"]["init_args"], recipe["rule"].get("init_args", {}).get("k")
+    assert (
+        *(recipe["steps"], k, recipe["batch_size"], recipe["epochs"], optimizer["lr"], optimizer["weight_decay"]),
+        recipe["loss"]["init_args"]["alpha"],
+    ) == PAPER[name]
+    assert optimizer["momentum"] == 0.9
+    assert recipe["model"]["init_args"]["neuron"]["init_args"]["tau"] == 1.1
+
+
+def test_imagenet_is_its_two_stages():
+    whole, *stages = (
+        yaml.safe_load(shipped_recipes()[f"imagenet{end}"].read_text()) for end in ("", "-stage1", "-stage2")
+    )
+    assert [phase["epochs"] for phase in whole["phases"]] == [stage["epochs"] for stage in stages]
+    assert [phase["steps"] for phase in whole["phases"]] == [stage["steps"] for stage in stages]
+    assert [phase["lr"] for phase in whole["phases"]] == [stage["optimizer"]["init_args"]["lr"] for stage in stages]
+    assert whole["model"] == stages[0]["model"] == stages[1]["model"]
 
 
 @pytest.mark.parametrize(
@@ -311,6 +321,12 @@ FRAMES = {
     "nmnist": (2, 34, 34),
     "shd": (700,),
 }
+CLASSES = {
+    "cifar100": 100,
+    "dvs-gesture": 11,
+    "shd": 20,
+    **{f"imagenet{end}": 1000 for end in ("", "-stage1", "-stage2")},
+}
 
 
 @pytest.mark.slow
@@ -318,16 +334,13 @@ FRAMES = {
 def test_every_recipe_runs_a_batch_of_its_shape(name):
     parser = cli._parser("sltt train")
     built = cli._build(parser, cli._parse(parser, cli.find_recipe(name), []))
-    rules = [phase.rule for phase in built.phases or [] if phase.rule] or [built.rule]
-    for rule in rules:
-        k = getattr(rule, "k", None) or 1
-        x = 3 * torch.rand(2, *FRAMES[name])
-        model = built.model
-        out = rule(model, x, torch.tensor([0, 1]), built.loss, steps=min(k + 1, built.steps))
-        assert out.loss.isfinite()
-        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-        optimizer = built.optimizer(model.parameters())
-        assert optimizer.param_groups[0]["lr"] > 0
+    assert isinstance(built.data, sltt.data.Data)
+    x, steps = 3 * torch.rand(2, *FRAMES[name]), min((getattr(built.rule, "k", None) or 1) + 1, built.steps)
+    out = built.rule(built.model, x, torch.tensor([0, 1]), built.loss, steps=steps)
+    assert out.loss.isfinite()
+    assert out.logits.shape == (steps, 2, CLASSES.get(name, 10))
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in built.model.parameters())
+    assert built.optimizer(built.model.parameters()).param_groups[0]["lr"] > 0
 
 
 def test_data_check_says_whether_the_data_is_whole(tmp_path, capsys):

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,6 +259,35 @@ def test_a_file_of_another_format_is_named(tmp_path, name, content, message):
 def test_data_that_is_not_there_says_where_it_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"N-MNIST not found: looked in .*NMNIST/Train/LABEL/\*\.bin"):
         sltt.data.NMNIST(str(tmp_path)).splits(4)
+
+
+class Fetched:
+    """Stands in for a data set of tonic: "downloads" one recording of each class, or fails on the way."""
+
+    fails = False
+
+    def __init__(self, save_to, train):
+        split = "Train" if train else "Test"
+        for label in range(10):
+            write_bin(Path(save_to) / "NMNIST" / split / str(label) / "0.bin", events())
+            if self.fails and label == 5:
+                raise ConnectionError("planted")
+
+
+def test_nothing_is_fetched_unless_asked_and_half_a_download_is_nothing(tmp_path, monkeypatch):
+    import tonic.datasets
+
+    monkeypatch.setattr(tonic.datasets, "NMNIST", Fetched)
+    with pytest.raises(FileNotFoundError, match=r"--data\.download true"):
+        sltt.data.NMNIST(str(tmp_path)).splits(2)
+    assert not list(tmp_path.glob("NMNIST*"))
+    monkeypatch.setattr(Fetched, "fails", True)
+    with pytest.raises(ConnectionError, match="planted"):
+        sltt.data.NMNIST(str(tmp_path), download=True).splits(2)
+    assert not list(tmp_path.rglob("*.bin"))
+    monkeypatch.setattr(Fetched, "fails", False)
+    splits = sltt.data.NMNIST(str(tmp_path), download=True, validation=0).splits(2)
+    assert (len(splits.train), len(splits.test)) == (10, 10)
 
 
 def make_cache(folder, log):

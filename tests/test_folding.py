@@ -4,14 +4,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory
-from sltt.folding import folded
+from sltt.folding import foldable
+from sltt.state import Fold, folding
 from tests.conftest import gradients
 
 LOSS = sltt.losses.CrossEntropyMSE()
+
+
+def changed(module, **attributes):
+    vars(module).update(attributes)
+    return module
 
 
 class Net(nn.Module):
@@ -56,13 +63,13 @@ def assert_same(found, expected):
     [
         (sltt.BPTT(fold=5), sltt.BPTT()),
         (sltt.BPTT(fold=2), sltt.BPTT()),
-        (sltt.BPTT(fold=5, recompute=True, hoist=True), sltt.BPTT()),
+        (sltt.BPTT(fold=5, recompute=True), sltt.BPTT()),
         (sltt.BPTT(fold=2, recompute=4), sltt.BPTT()),
         (sltt.TBPTT(3, fold=2), sltt.TBPTT(3)),
         (sltt.SLTT(fold=3), sltt.SLTT()),
         (sltt.SLTT(fold=5, recompute=True), sltt.SLTT()),
-        (sltt.SLTT(fold=2, hoist=True), sltt.SLTT()),
-        (sltt.SLTT(k=3, fold=5, hoist=True), sltt.SLTT(k=3)),
+        (sltt.SLTT(fold=2), sltt.SLTT()),
+        (sltt.SLTT(k=3, fold=5), sltt.SLTT(k=3)),
     ],
     ids=lambda rule: repr(rule),
 )
@@ -99,6 +106,8 @@ def test_the_network_is_called_once_for_each_fold():
         nn.BatchNorm1d(6, affine=False),
         nn.BatchNorm1d(6, track_running_stats=False),
         nn.BatchNorm1d(6, momentum=0.3).eval(),
+        nn.BatchNorm1d(6, track_running_stats=False).eval(),
+        changed(nn.BatchNorm1d(6), track_running_stats=False),
     ],
     ids=str,
 )
@@ -107,7 +116,7 @@ def test_batch_norm_takes_the_statistics_of_each_step(norm):
     x = torch.randn(3, 8, 6, dtype=torch.float64)
     for _ in range(2):
         leaves = [x.clone().requires_grad_() for _ in range(2)]
-        with folded(norm, 3, cut=False):
+        with foldable(norm), folding(Fold(3)):
             found = norm(leaves[0].flatten(0, 1)).unflatten(0, (3, 8))
         expected = torch.stack([twin(x_t) for x_t in leaves[1]])
         torch.testing.assert_close(found, expected)
@@ -134,9 +143,12 @@ def test_batch_norm_takes_any_memory_format(form):
     weight, grads = torch.randn(x.shape, dtype=torch.float64), []
     for steps in (3, 1):  # all in one call, and one call for each
         leaf = x.detach().requires_grad_()
-        with folded(norm, steps, cut=False):
-            parts = leaf.chunk(1 if steps == 3 else 3)
-            y = torch.cat([norm(part) for part in parts])
+        ys = []
+        with foldable(norm):
+            for part in leaf.chunk(3 // steps):
+                with folding(Fold(steps)):
+                    ys.append(norm(part))
+        y = torch.cat(ys)
         (y * weight).sum().backward()
         grads.append((y.detach(), leaf.grad))
     for a, b in zip(*grads, strict=True):
@@ -159,7 +171,7 @@ def test_nothing_stays_patched_after_an_exception():
     model.lif2.register_forward_hook(lambda *args: 1 / 0)
     x, y, kwargs = data(static=True)
     with pytest.raises(ZeroDivisionError):
-        sltt.SLTT(fold=3, hoist=True)(model, x, y, LOSS, **kwargs)
+        sltt.SLTT(fold=3)(model, x, y, LOSS, **kwargs)
     assert "forward" not in vars(model.norm1)
     assert sltt.state.current_fold().steps == 1
     assert torch._C._len_torch_function_stack() == 0
@@ -215,6 +227,10 @@ def test_auto_without_a_budget_takes_what_is_free():
         (lambda: sltt.SLTT(fold=0), "fold must be 'auto' or at least 1 time step, got 0"),
         (lambda: sltt.SLTT(fold="auto", budget="many"), "expected a memory size such as 8GB or 500MB, got 'many'"),
         (lambda: sltt.BPTT(fold=2, budget="8GB"), "budget is the memory for fold='auto', and fold is a number"),
+        (
+            lambda: sltt.SLTT(fold=2, hoist=True),
+            "hoist computes the first layers for one time step, and fold for several",
+        ),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):
@@ -236,14 +252,58 @@ class Counting(sltt.state.Stateful):
         (Counting(), r"1 \(Counting\) keeps a state and does not say foldable = True; use fold=1"),
         (nn.SyncBatchNorm(3), r"1 \(SyncBatchNorm\) normalises over the batch in a way of its own"),
         (nn.GRU(3, 3), r"1 \(GRU\) is recurrent"),
+        (nn.InstanceNorm1d(3, track_running_stats=True), r"1 \(InstanceNorm1d\) keeps running statistics"),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), "changes its estimate in every call"),
+        (
+            changed(nn.BatchNorm1d(3), forward=lambda x: x),
+            r"1 \(BatchNorm1d\) normalises over the batch in a way of its",
+        ),
+        (torch.jit.script(nn.BatchNorm1d(3)), "is scripted"),
     ],
-    ids=["stateful", "norm", "recurrent"],
+    ids=["stateful", "norm", "recurrent", "instance", "spectral", "own forward", "scripted"],
 )
 def test_layers_that_cannot_be_folded_are_named(layer, message):
     model = nn.Sequential(nn.Linear(6, 3), layer)
     for rule in (sltt.SLTT(fold=2), sltt.BPTT(recompute=2, fold=2)):
         with pytest.raises(ValueError, match=message):
             rule(model, torch.randn(4, 2, 6), torch.randint(3, (2,)), LOSS)
+
+
+@pytest.mark.parametrize("kind", ["norm", "neuron", "checkpoint", "one value"])
+def test_what_would_not_be_the_same_folded_is_refused(kind):
+    class Odd(Net):
+        def forward(self, x):
+            y = self.lif1(self.norm1(self.conv1(x)))
+            if kind == "norm":
+                y = self.lif2(self.norm1(self.conv2(y)))
+            elif kind == "neuron":
+                y = self.lif1(self.norm2(self.conv2(y)))
+            elif kind == "checkpoint":
+                y = self.lif2(checkpoint(lambda y: self.norm2(self.conv2(y)), y, use_reentrant=True))
+            else:
+                y = nn.functional.pad(self.norm2(self.conv2(y)[:1, :, :1, :1].expand(3, 16, 1, 1)), [0, 15, 0, 15])
+            return self.head(F.avg_pool2d(y, 2).flatten(1))
+
+    model = Odd().double()
+    x, y, kwargs = data(static=True)
+    message = "more than one value" if kind == "one value" else "runs twice in a call of the network: use fold=1"
+    with pytest.raises(ValueError, match=message):
+        sltt.SLTT(fold=3)(model, x, y, LOSS, **kwargs)
+    assert "forward" not in vars(model.norm1)
+
+
+def test_a_network_within_a_folded_network_is_not_folded():
+    class Outer(Net):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Flatten(), nn.Linear(512, 3), sltt.LIF())
+
+        def forward(self, x):
+            return super().forward(x) + F.pad(sltt.unroll(self.inner, x, steps=2).mean(0), [0, 2])
+
+    model = Outer().double()
+    x, y, kwargs = data(static=True)
+    assert_same(results(model, sltt.SLTT(fold=3), x, y, kwargs), results(model, sltt.SLTT(), x, y, kwargs))
 
 
 def test_a_network_that_mixes_samples_is_noticed():

@@ -7,7 +7,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 """
 
 from sltt.kernels.norm import stepwise_batch_norm
-from sltt.kernels.options import Compile, compiler_problem, using, without_modes
+from sltt.kernels.options import Compile, compiler_problem, using
 from sltt.kernels.step import Step, neuron_step
 from sltt.kernels.tags import saving, tag_dropped
 
@@ -20,5 +20,4 @@ __all__ = [
     "stepwise_batch_norm",
     "tag_dropped",
     "using",
-    "without_modes",
 ]

@@ -49,7 +49,10 @@ def _normalise(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised tensor, and the mean and inverse deviation [T, C] of each step; without a graph."""
+    # the types that the operator gives its statistics
     statistics = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type == "cpu" and weight is None:
+        statistics = x.dtype
     mean, invstd = (torch.empty(steps, x.shape[1], dtype=statistics, device=x.device) for _ in range(2))
     y = torch.empty_like(x)
     running_mean, running_var = running or (None, None)

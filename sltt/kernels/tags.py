@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _to_dlpack  # pyright: ignore
 from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore
 from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from sltt.kernels.bits import pack, unpack
@@ -168,8 +170,10 @@ class _Tagging(TorchFunctionMode):
             _tag_layer(func, args, kwargs, result)
         elif self.recompute and func in _ADDING and len(args) == 2 and not kwargs:
             _tag_sum(args, result)
-        elif func in _ALIASING and tag_of(args[0]) is not None:
-            delattr(args[0].untyped_storage(), _TAG)
+        elif func in _ALIASING:
+            for tensor in args:
+                if isinstance(tensor, Tensor) and not is_lazy(tensor) and tag_of(tensor) is not None:
+                    delattr(tensor.untyped_storage(), _TAG)
         return result
 
 
@@ -245,6 +249,8 @@ _ALIASING = {
     torch.Tensor.numpy,
     torch.Tensor.__array__,
     torch.Tensor.__dlpack__,
+    torch.Tensor.set_,
+    _to_dlpack,
 }
 _SCALING = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
 _POOLING = {F.avg_pool2d, F.adaptive_avg_pool2d, F.avg_pool1d, F.adaptive_avg_pool1d}

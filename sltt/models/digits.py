@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from sltt.dropout import Dropout
-from sltt.models.base import NeuronFactory, check_frame
+from sltt.models.base import NeuronFactory, check_frame, run_features
 from sltt.neurons import LIF
 
 
@@ -47,4 +47,4 @@ class DigitsNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 4."""
         check_frame(x, self.in_channels)
-        return self.head(self.dropout(self.pool(self.features(x)).flatten(1)))
+        return self.head(self.dropout(self.pool(run_features(self.features, x)).flatten(1)))

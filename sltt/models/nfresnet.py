@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sltt.hoisting import once
 from sltt.models.base import NeuronFactory, check_frame
 from sltt.neurons import LIF
 
@@ -51,7 +52,7 @@ class ScaledWSConv2d(nn.Conv2d):
         return (self.weight - mean) * scale
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.conv2d(input, self.standardised(), self.bias, self.stride, self.padding)
+        return F.conv2d(input, once(self.standardised), self.bias, self.stride, self.padding)
 
 
 class NFBlock(nn.Module):
@@ -137,7 +138,7 @@ class NFResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]."""
         check_frame(x, self.in_channels)
-        x = self.blocks(self.stem_pool(self.stem(x)))
+        x = self.blocks(once(self.stem_pool, once(self.stem, x)))
         return self.head(self.pool(SPIKE_SCALE * self.neuron(x)).flatten(1))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sltt.dropout import Dropout
+from sltt.hoisting import once
 from sltt.models.base import NeuronFactory, check_frame
 from sltt.neurons import LIF
 
@@ -33,7 +34,7 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.neuron1(self.norm1(x))
+        y = self.neuron1(once(self.norm1, x))
         shortcut = x if self.shortcut is None else self.shortcut(y)
         y = self.conv1(y)  # one name, so that each tensor goes when the next is there
         y = self.norm2(y)
@@ -79,7 +80,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]."""
         check_frame(x, self.in_channels)
-        spikes = self.neuron(self.norm(self.blocks(self.stem(x))))
+        spikes = self.neuron(self.norm(self.blocks(once(self.stem, x))))
         return self.head(self.pool(spikes).flatten(1))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sltt.dropout import Dropout
-from sltt.models.base import NeuronFactory, check_frame
+from sltt.models.base import NeuronFactory, check_frame, run_features
 from sltt.neurons import LIF
 
 
@@ -49,7 +49,7 @@ class VGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 16."""
         check_frame(x, self.in_channels)
-        return self.head(self.pool(self.features(x)).flatten(1))
+        return self.head(self.pool(run_features(self.features, x)).flatten(1))
 
 
 def vgg11(in_channels: int = 3, classes: int = 10, neuron: NeuronFactory = LIF, dropout: float = 0.0) -> VGG:

@@ -1,5 +1,6 @@
 """`fold="auto"`: the largest number of time steps in a call of the network that fits a memory budget."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,13 +26,27 @@ class AutoFold:
 
     def __init__(self, budget: str | int | None):
         self.budget = None if budget is None else parse_bytes(budget)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._model: weakref.ref[nn.Module] | None = None
         self._peaks: dict[Any, list[int]] = {}
         self._limits: dict[Any, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"budget": self.budget}  # another process, or another model, measures anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.budget = state["budget"]
+        self._forget()
 
     def run(self, model: nn.Module, sequence: Sequence, most: int, run: Callable[[int], Output]) -> Output:
         """Call `run` with the fold, at most `most` time steps."""
         x, results = sequence.x, []
-        key = id(model), x.shape, x.dtype, x.device, sequence.steps
+        if self._model is None or self._model() is not model:
+            self._forget()
+            self._model = weakref.ref(model)
+        key = x.shape, x.dtype, x.device, sequence.steps, model.training
         if key not in self._peaks:
             self._limits[key] = self.budget or int(SHARE_OF_FREE * available_memory(x.device))
         peaks = self._peaks.setdefault(key, [])

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sltt.folding import folded
-from sltt.hoisting import hoisting, same_each_step
-from sltt.state import reset
+from sltt.hoisting import hoisting
+from sltt.state import Fold, folding, reset
 
 Loss = Callable[[Tensor, Any], Tensor]
 Backward = Callable[[Tensor], Any]
@@ -43,27 +42,22 @@ class Sequence:
         n = len(steps)
         if n == 1:
             x = self.x if self.static else self.x[steps.start]
-            return checked_logits(model(x)).unsqueeze(0)
-        with folded(model, n, cut):
-            if not self.static:
-                x = self.x[steps.start : steps.stop].flatten(0, 1)
-            elif same_each_step(self.x):
-                x = self.x  # the layers before the first neuron take it once
-            else:
-                x = self.x.repeat(n, *[1] * (self.x.ndim - 1))
-            try:
-                logits = checked_logits(model(x))
-            except RuntimeError as error:
-                if x is self.x:
-                    error.add_note("with fold and hoist, layers before the first neuron see a batch of one time step")
-                raise
-            batch = self.x.shape[0 if self.static else 1]
-            if logits.shape[:1] != (n * batch,):
-                raise ValueError(
-                    f"expected logits of {batch} samples in each of {n} folded time steps, [{n * batch}, C], got "
-                    f"{list(logits.shape)}; a layer does not take the steps as samples: use fold=1"
-                )
-            return logits.unflatten(0, (n, batch))
+            with folding(Fold(cut=cut)):  # also inside a call that is folded: a network in a network
+                return checked_logits(model(x)).unsqueeze(0)
+        x = (
+            self.x.repeat(n, *[1] * (self.x.ndim - 1))
+            if self.static
+            else self.x[steps.start : steps.stop].flatten(0, 1)
+        )
+        with folding(Fold(n, cut)):
+            logits = checked_logits(model(x))
+        batch = self.x.shape[0 if self.static else 1]
+        if logits.shape[:1] != (n * batch,):
+            raise ValueError(
+                f"expected logits of {batch} samples in each of {n} folded time steps, [{n * batch}, C], got "
+                f"{list(logits.shape)}; a layer does not take the steps as samples: use fold=1"
+            )
+        return logits.unflatten(0, (n, batch))
 
 
 class Rule(ABC):
@@ -73,10 +67,10 @@ class Rule(ABC):
     `.grad`, so call `optimizer.zero_grad()` before. The model is reset afterwards too, also after an exception: no
     state and no graph outlive the call.
 
-    What a network computes from its weights alone, such as weight standardisation, is computed once a sequence.
+    What a network marks by `sltt.once` is computed once a sequence, if it depends on weights alone.
 
     Attributes:
-        hoist: compute once a sequence, too, what a network makes of a static input before its first neuron.
+        hoist: compute once a sequence, too, what a network marks and depends on a static input.
     """
 
     hoist = False
@@ -109,7 +103,7 @@ class Rule(ABC):
         backward = backward or Tensor.backward
         reset(model)
         try:
-            with hoisting(sequence.x if sequence.static and self.hoist else None) as hoisted:
+            with hoisting(sequence.x if sequence.static and self.hoist else None, grad=True) as hoisted:
                 out = self.run(model, sequence, target, loss, backward)
             hoisted.finish(backward)
             return out
@@ -147,7 +141,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     sequence = time_steps(x, steps)
     reset(model)
     try:
-        with hoisting(None):
+        with hoisting(sequence.x if sequence.static else None, grad=False):
             return torch.cat([sequence.run(model, range(t, t + 1)) for t in range(sequence.steps)])
     finally:
         reset(model)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sltt import kernels
-from sltt.folding import check_foldable
+from sltt.folding import foldable
 from sltt.rules.autofold import AutoFold
 from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
 from sltt.rules.replay import run_in_segments
@@ -26,6 +26,8 @@ class _Truncated(Rule):
             raise ValueError(f"fold must be 'auto' or at least 1 time step, got {fold}")
         if budget is not None and fold != "auto":
             raise ValueError("budget is the memory for fold='auto', and fold is a number")
+        if hoist and fold != 1:
+            raise ValueError("hoist computes the first layers for one time step, and fold for several: choose one")
         self.recompute = recompute
         self.fold = fold
         self.budget = budget
@@ -44,12 +46,13 @@ class _Truncated(Rule):
         return 1 / steps
 
     def run(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
-        if self.fold != 1:
-            check_foldable(model)
         run = partial(self.run_folded, model, sequence, target, loss, backward)
-        if not isinstance(self.fold, int):
+        if self.fold == 1:
+            return run(1)
+        with foldable(model):
+            if isinstance(self.fold, int):
+                return run(self.fold)
             return self._auto.run(model, sequence, sequence.steps, run)
-        return run(self.fold)
 
     def run_folded(
         self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward, fold: int
@@ -112,8 +115,8 @@ class BPTT(_Truncated):
             membrane potentials behind a BatchNorm are computed again from its input instead of kept.
         budget: for fold="auto", which measures the first two batches and then takes the largest fold that fits: the
             memory for a batch, such as "8GB"; None is 70% of what is free at the first batch.
-        hoist: with a static input, run the network before its first neuron once a sequence. Saves the time of these
-            layers in all steps but one, for the memory of their outputs and of these outputs' gradients.
+        hoist: with a static input, compute what the network marks by `sltt.once` once a sequence. Saves the time of
+            these layers in all steps but one, for the memory of their outputs and of these outputs' gradients.
 
     Raises:
         ValueError: recompute or fold < 1, or a layer that cannot be folded.
@@ -124,6 +127,10 @@ class BPTT(_Truncated):
     ):
         if recompute is not False and recompute < 1:
             raise ValueError(f"recompute must be True or at least 1 time step, got {recompute}")
+        if hoist and not isinstance(recompute, bool):
+            raise ValueError(
+                "hoist keeps what the replay of recompute=n would run again: choose one, or recompute=True"
+            )
         super().__init__(recompute, fold, budget, hoist)
 
     def window_length(self, steps: int) -> int:
@@ -148,8 +155,8 @@ class TBPTT(_Truncated):
         fold: time steps in one call of the network; windows are not joined.
         budget: for fold="auto", which measures the first two batches and then takes the largest fold that fits: the
             memory for a batch, such as "8GB"; None is 70% of what is free at the first batch.
-        hoist: with a static input, run the network before its first neuron once a sequence. Saves the time of these
-            layers in all steps but one, for the memory of their outputs and of these outputs' gradients.
+        hoist: with a static input, compute what the network marks by `sltt.once` once a sequence. Saves the time of
+            these layers in all steps but one, for the memory of their outputs and of these outputs' gradients.
 
     Raises:
         ValueError: window or fold < 1, or a layer that cannot be folded.
@@ -187,8 +194,8 @@ class SLTT(_Truncated):
             which pays on a GPU that waits for launches.
         budget: for fold="auto", which measures the first two batches and then takes the largest fold that fits: the
             memory for a batch, such as "8GB"; None is 70% of what is free at the first batch.
-        hoist: with a static input, run the network before its first neuron once a sequence. Saves the time of these
-            layers in all steps but one, for the memory of their outputs and of these outputs' gradients.
+        hoist: with a static input, compute what the network marks by `sltt.once` once a sequence. Saves the time of
+            these layers in all steps but one, for the memory of their outputs and of these outputs' gradients.
 
     Raises:
         ValueError: k or fold < 1, `rescale` without k, a layer that cannot be folded, or, when called, k > T.
