@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import hashlib
 import importlib
 import inspect
 import json
@@ -25,6 +26,8 @@ USAGE = """usage: sltt COMMAND ...
 
   sltt train [RECIPE] [OPTION ...]   train a recipe (default: digits), or a YAML file of your own
   sltt eval RUN [OPTION ...]         measure a trained run on its test samples
+  sltt agreement [RECIPE] [OPTION …] how near SLTT's gradient is to that of BPTT: --taus --steps --at-epochs
+  sltt compare [RECIPE] [OPTION …]   train several rules under the same budget: --rules BPTT,SLTT,SLTT:k=1
   sltt recipes [NAME]                list the recipes, or print one
   sltt data check RECIPE [OPTION …]  whether a recipe's data is whole: --data.root DIR
   sltt doctor                        what works on this machine, and what would make it faster
@@ -137,6 +140,87 @@ def evaluate_run(words: Sequence[str]) -> None:
     report.line(f"peak memory  {megabytes(metrics.peak_memory)}")
 
 
+def agreement(words: Sequence[str]) -> None:
+    """`sltt agreement [RECIPE] [OPTION ...]`: the gradients of SLTT and truncated BPTT beside that of exact BPTT."""
+    import torch
+
+    from sltt.evidence import agreement_json, measure_agreement, print_agreement
+
+    options = argparse.ArgumentParser("sltt agreement", description=AGREEMENT_HELP, allow_abbrev=False)
+    options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
+    options.add_argument(
+        "--taus", type=_numbers(float), help="time constants of the LIF neurons; default: the recipe's"
+    )
+    options.add_argument("--steps", type=_numbers(int), help="numbers of time steps; default: the recipe's")
+    options.add_argument("--at-epochs", type=_numbers(int), default=[0], help="after so many epochs of training each")
+    options.add_argument("--samples", type=int, default=128, help="training samples in the batch that is measured")
+    options.add_argument("--float64", action="store_true", help="compute in float64, where no spike flips by rounding")
+    options.add_argument("--json", action="store_true", help="print JSON")
+    known, overrides = options.parse_known_args(words)
+    parser = _parser("sltt agreement")
+    source = find_recipe(known.recipe)
+    config = _parse(parser, source, overrides)
+    for key in ("run", "resume", "weights"):
+        config.pop(key)
+    built = _build(parser, config)
+
+    def make_model() -> "nn.Module":
+        return _build(parser, _parse(parser, source, overrides)).model
+
+    rows = measure_agreement(
+        built,
+        make_model,
+        known.taus or [None],
+        known.steps or [built.steps],
+        known.at_epochs,
+        known.samples,
+        torch.float64 if known.float64 else None,
+        Report(quiet=known.json),
+    )
+    if known.json:
+        print(agreement_json(rows))
+    else:
+        print_agreement(rows, Report())
+
+
+def compare(words: Sequence[str]) -> None:
+    """`sltt compare [RECIPE] [OPTION ...]`: train every rule with every seed, and print one table."""
+    from sltt.checkpoints import write_atomically
+    from sltt.evidence import compare, compared_json, print_compared
+
+    options = argparse.ArgumentParser("sltt compare", description=COMPARE_HELP, allow_abbrev=False)
+    options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
+    options.add_argument("--rules", type=_numbers(str), default=["BPTT", "SLTT", "SLTT:k=1"], help="BPTT,SLTT,SLTT:k=1")
+    options.add_argument("--seeds", type=int, default=1, help="number of seeds; default: 1")
+    options.add_argument(
+        "--folder", type=Path, help="of the runs; default: runs/compare-RECIPE, and a mark of the options"
+    )
+    options.add_argument("--json", action="store_true", help="print JSON")
+    known, overrides = options.parse_known_args(words)
+    parser, source = _parser("sltt compare"), find_recipe(known.recipe)
+    # other options are another comparison
+    mark = f"-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}" if overrides else ""
+    folder = known.folder or Path("runs") / f"compare-{source.stem}{mark}"
+
+    def build(more: list[str]) -> "Namespace":
+        config = _parse(parser, source, [*overrides, *more])
+        config.pop("run")
+        config.pop("resume")
+        return _build(parser, config)
+
+    build([])  # an option that is wrong ends this before a training begins
+    report = Report(quiet=known.json)
+    found = compare(known.rules, known.seeds, folder, build, report)
+    write_atomically(folder / "compare.json", lambda file: file.write(compared_json(found).encode()))
+    if known.json:
+        print(compared_json(found))
+    else:
+        print_compared(found, report)
+        report.line(f"written to {folder}")
+    if died := [f"{one.rule}, {error}" for one in found for error in one.errors]:
+        raise RuntimeError(f"{len(died)} runs died; the same command tries them again: {'; '.join(died)}")
+
+
 def recipes(words: Sequence[str]) -> None:
     """`sltt recipes [NAME]`."""
     options = argparse.ArgumentParser("sltt recipes", description="List the recipes, or print one.")
@@ -180,6 +264,8 @@ def doctor(words: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": evaluate_run,
+    "agreement": agreement,
+    "compare": compare,
     "recipes": recipes,
     "data": data,
     "doctor": doctor,
@@ -187,6 +273,17 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 EVAL_KEYS = ("model", "data", "loss", "steps", "batch_size", "precision", "workers", "device", "compile")
 RESUME_KEYS = ("resume", "epochs", "data", "workers", "device", "compile", "checkpoint_minutes")
 EVAL_HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in EVAL_KEYS)} override the run's configuration."
+
+AGREEMENT_HELP = (
+    "Cosine and norm of the gradients of SLTT and of truncated BPTT beside that of exact BPTT, and which rule to take. "
+    "Other options are those of sltt train: --model.…, --data.…"
+)
+
+COMPARE_HELP = (
+    "Train every rule with every seed under the recipe's budget, and print test accuracy (mean ± standard deviation), "
+    "seconds for an epoch, and of one batch peak memory, multiplications, and the cosine of the gradient with BPTT's. "
+    "Run again, it continues where it stopped. Other options are those of sltt train."
+)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -273,6 +370,15 @@ def _load(model: "nn.Module", path: Path) -> None:
 def _evaluation(built: "Namespace") -> dict[str, Any]:
     """The arguments that `sltt.fit` and `sltt.evaluate` share."""
     return {key: built[key] for key in EVAL_KEYS if key not in ("model", "data")}
+
+
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A parser of numbers separated by commas."""
+
+    def numbers(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    return numbers
 
 
 def _only(words: Sequence[str], keys: Sequence[str], command: str, why: str) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 # package, what it is for
 OPTIONAL = (
     ("triton", "compiling the neuron step on CUDA"),
+    ("tonic", "event data: pip install 'sltt[events]'"),
     ("matplotlib", "the figure of benchmarks/peers.py"),
     ("spikingjelly", "benchmarks/peers.py"),
     ("snntorch", "benchmarks/peers.py"),

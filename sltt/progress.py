@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 # column in the metrics of an epoch, heading, format; as wide as the heading or the value, whichever is wider
 COLUMNS = (
@@ -33,6 +34,10 @@ class Report:
     def line(self, text: str) -> None:
         """Print one line."""
         self.console.print(text, markup=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """Print a table."""
+        self.console.print(table)
 
     def warn(self, text: str) -> None:
         """Print a warning."""

@@ -1,0 +1,47 @@
+"""Multiplications of one batch under a rule, counted from the operations that run."""
+
+import copy
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sltt import kernels
+from sltt.rules import Rule
+from sltt.rules.base import Loss
+
+
+class Operations(NamedTuple):
+    """Multiplications in convolutions and linear layers: of all forward passes of a batch, and of its backward."""
+
+    forward: int
+    backward: int
+
+
+def count_operations(
+    model: nn.Module, x: Tensor, target: Any, loss: Loss, rule: Rule, *, steps: int | None = None
+) -> Operations:
+    """Count the multiplications of one batch; the model is left as it was.
+
+        count_operations(model, x, y, loss, SLTT(k=1), steps=6).backward
+
+    A layer n → m of one sample and time step has n·m forward, n·m for the gradient of its weights and, but for the
+    first, n·m for that of its input. Work on single elements, such as the neurons', is of another order, and left out.
+
+    Args:
+        model: maps one time step to logits.
+        x: sequence [T, B, ...], or with `steps` a static input [B, ...].
+        target: what `loss` compares with.
+        loss: of one time step.
+        rule: whose passes are counted; what it recomputes counts to the backward.
+        steps: T for a static input.
+    """
+
+    def count(**kwargs: Any) -> int:
+        twin = copy.deepcopy(model)
+        with kernels.using(compile="off"), FlopCounterMode(display=False) as counter:
+            rule(twin, x, target, loss, steps=steps, **kwargs)
+        return counter.get_total_flops() // 2  # a multiplication and an addition
+
+    forward = count(backward=lambda total: None)
+    return Operations(forward, count() - forward)

@@ -1,0 +1,210 @@
+"""What the commands that measure do: `sltt agreement` and `sltt compare`."""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from sltt.analysis import Operations, count_operations, peak_memory
+from sltt.analysis.agreement import Agreement, advice, agreement, windows
+from sltt.loading import EpochSampler, train_loader
+from sltt.neurons import LIF
+from sltt.progress import Report, megabytes
+from sltt.train import evaluate, fit
+
+
+def set_tau(model: nn.Module, tau: float) -> None:
+    """Give every LIF neuron another time constant; raises ValueError if there is none."""
+    neurons = [m for m in model.modules() if isinstance(m, LIF)]
+    if not neurons:
+        raise ValueError("--taus changes LIF neurons, and the model has none")
+    for neuron in neurons:
+        neuron.tau = LIF(tau=tau).tau  # checked
+
+
+def measure_agreement(
+    built: Any,
+    make_model: Any,
+    taus: Sequence[float | None],
+    steps: Sequence[int],
+    at_epochs: Sequence[int],
+    samples: int,
+    dtype: torch.dtype | None,
+    report: Report,
+) -> list[dict[str, Any]]:
+    """Rows of agreement over τ, T and training epochs, and over the windows of truncated BPTT.
+
+    Args:
+        built: a recipe's objects.
+        make_model: makes the recipe's untrained model.
+        taus: time constants; None is the recipe's.
+        steps: numbers of time steps.
+        at_epochs: measure after so many epochs of training with the recipe's rule.
+        samples: size of the batch that is measured.
+        dtype: for the gradients.
+        report: shows the progress of trainings.
+    """
+    rows = []
+    for tau, time_steps, epochs in itertools.product(taus, steps, at_epochs):
+        model = make_model()
+        if tau is not None:
+            set_tau(model, tau)
+        if epochs:
+            settings = {k: v for k, v in vars(built).items() if k not in ("model", "epochs", "steps", "phases")}
+            with TemporaryDirectory() as folder:
+                fit(model, **settings, epochs=epochs, steps=time_steps, run=f"{folder}/run", report=report)
+        splits = built.data.splits(time_steps)
+        batches = train_loader(splits, samples, EpochSampler(len(splits.train), built.seed), 0)
+        x, y = next(iter(batches))
+        repeat = time_steps if splits.static else None
+        found = agreement(model.train(), x, y, built.loss, windows(time_steps), steps=repeat, dtype=dtype)
+        rows.append({"tau": tau, "steps": time_steps, "epochs": epochs, "agreement": found})
+    return rows
+
+
+def print_agreement(rows: Sequence[dict[str, Any]], report: Report) -> None:
+    """A table of all rows, one of the layers of the last, and the advice for each."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("τ", "T", "epochs", "rule", "cosine", "norm / BPTT", "dropped"):
+        table.add_column(heading, justify="left" if heading == "rule" else "right")
+    for row in rows:
+        for a in row["agreement"]:
+            tau = "recipe's" if row["tau"] is None else f"{row['tau']:g}"
+            values = f"{a.cosine:.4f}", f"{a.norm_ratio:.3f}", f"{a.dropped:.1%}"
+            table.add_row(tau, str(row["steps"]), str(row["epochs"]), a.rule, *values)
+    report.table(table)
+    last: Agreement = rows[-1]["agreement"][0]
+    layers = Table(box=None, pad_edge=False, title="SLTT by layer, last row", title_justify="left")
+    for heading in ("layer", "cosine", "norm / BPTT"):
+        layers.add_column(heading, justify="left" if heading == "layer" else "right")
+    for name, (cosine, ratio) in last.layers.items():
+        if not math.isnan(cosine):
+            layers.add_row(name or "(model)", f"{cosine:.4f}", f"{ratio:.3f}")
+    report.table(layers)
+    for row in rows:
+        tau = "" if row["tau"] is None else f"τ = {row['tau']:g}, "
+        report.line(f"{tau}T = {row['steps']}, after {row['epochs']} epochs: {advice(row['agreement'])}")
+
+
+def agreement_json(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows, for scripts."""
+    return json.dumps([{**row, "agreement": [vars(a) for a in row["agreement"]]} for row in rows])
+
+
+@dataclass
+class Compared:
+    """One rule over its seeds.
+
+    Attributes:
+        rule: as it was asked for.
+        accuracies: test accuracy of each seed.
+        seconds: of a training epoch, median over epochs and seeds.
+        peak_memory: bytes of one batch above what is allocated before.
+        operations: multiplications of one batch.
+        cosine: of the rule's gradient with BPTT's, on the first seed's trained weights.
+        errors: of the seeds that died.
+    """
+
+    rule: str
+    accuracies: list[float] = field(default_factory=list)
+    seconds: float = math.nan
+    peak_memory: int = 0
+    operations: Operations | None = None
+    cosine: float = math.nan
+    errors: list[str] = field(default_factory=list)
+
+
+def rule_options(text: str) -> list[str]:
+    """The options of `sltt train` for a rule written as SLTT, SLTT:k=1 or TBPTT:window=4."""
+    name, *settings = text.split(":")
+    if not name or any("=" not in setting for setting in settings):
+        raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
+    pairs = [setting.split("=", 1) for setting in settings]
+    return ["--rule", name, *itertools.chain.from_iterable((f"--rule.{key}", value) for key, value in pairs)]
+
+
+def compare(
+    rules: Sequence[str], seeds: int, folder: Path, build: Callable[[list[str]], Any], report: Report
+) -> list[Compared]:
+    """Train every rule with every seed, and measure; what `folder` has from a run before is not run again.
+
+    Args:
+        rules: as for `rule_options`.
+        seeds: number of seeds, from 0.
+        folder: of all runs.
+        build: makes a recipe's objects with options over it.
+        report: shows the progress.
+    """
+    found = []
+    for text in rules:
+        compared, seconds, measured = Compared(text), [], False
+        for seed in range(seeds):
+            run = folder / f"{text.replace(':', '-').replace('=', '')}-seed{seed}"
+            report.line(f"{text}, seed {seed}: {run}")
+            try:
+                built = build([*rule_options(text), "--seed", str(seed)])
+                result = fit(**vars(built), run=run, resume=run.exists(), report=report)
+                settings = {k: vars(built)[k] for k in ("loss", "steps", "batch_size", "precision", "device")}
+                accuracy = evaluate(built.model, built.data, **settings).accuracy
+                if not measured:
+                    _measure(compared, built)
+                    measured = True
+            except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+                report.warn(f"{text}, seed {seed} died: {error}")
+                compared.errors.append(f"seed {seed}: {error}")
+                continue
+            compared.accuracies.append(accuracy)
+            seconds += [row["seconds"] for row in result.history]
+        if seconds:
+            compared.seconds = statistics.median(seconds)
+        found.append(compared)
+    return found
+
+
+def print_compared(found: Sequence[Compared], report: Report) -> None:
+    """A table with a row for each rule."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("rule", "accuracy", "s/epoch", "memory", "mult. fwd", "mult. bwd", "cosine"):
+        table.add_column(heading, justify="left" if heading == "rule" else "right")
+    for one in found:
+        if not one.accuracies:
+            table.add_row(one.rule, "died")
+            continue
+        assert one.operations is not None
+        spread = f" ± {statistics.stdev(one.accuracies):.1%}" if len(one.accuracies) > 1 else ""
+        table.add_row(
+            one.rule,
+            f"{statistics.mean(one.accuracies):.1%}{spread}",
+            f"{one.seconds:.2f}",
+            megabytes(one.peak_memory),
+            f"{one.operations.forward:.2e}",
+            f"{one.operations.backward:.2e}",
+            f"{one.cosine:.3f}",
+        )
+    report.table(table)
+
+
+def compared_json(found: Sequence[Compared]) -> str:
+    """The rows, for scripts."""
+    return json.dumps([{**vars(one), "operations": one.operations and one.operations._asdict()} for one in found])
+
+
+def _measure(compared: Compared, built: Any) -> None:
+    """Memory, multiplications and agreement of one training batch, on the trained weights."""
+    splits = built.data.splits(built.steps)
+    x, y = next(iter(train_loader(splits, built.batch_size, EpochSampler(len(splits.train), built.seed), 0)))
+    model, steps = built.model.train().cpu(), built.steps if splits.static else None
+    arguments = model, x, y, built.loss.cpu() if isinstance(built.loss, nn.Module) else built.loss
+    built.rule(*arguments, steps=steps)  # makes the gradients, which all rules have
+    compared.peak_memory = peak_memory(lambda: built.rule(*arguments, steps=steps))
+    compared.operations = count_operations(*arguments, built.rule, steps=steps)
+    compared.cosine = agreement(*arguments, [built.rule], steps=steps)[0].cosine

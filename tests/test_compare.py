@@ -1,0 +1,99 @@
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt import evidence
+from sltt.analysis import count_operations
+from sltt.cli import main
+from sltt.evidence import rule_options
+
+LOSS = sltt.losses.CrossEntropyMSE()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6])
+@pytest.mark.parametrize("k", [None, 1, 3])
+def test_multiplications_are_those_of_the_closed_form(steps, k):
+    if k is not None and k > steps:
+        return
+    sizes, batch = [6, 8, 7, 3], 5
+    layers = [
+        nn.Linear(sizes[0], sizes[1]),
+        sltt.LIF(),
+        nn.Linear(sizes[1], sizes[2]),
+        sltt.LIF(),
+        nn.Linear(*sizes[2:]),
+    ]
+    model = nn.Sequential(*layers)
+    x, y = torch.randn(steps, batch, 6), torch.randint(3, (batch,))
+    products = [n * m for n, m in pairwise(sizes)]
+    found = count_operations(model, x, y, LOSS, sltt.SLTT(k=k))
+    assert found.forward == steps * batch * sum(products)
+    assert found.backward == (k or steps) * batch * (2 * sum(products) - products[0])  # the input needs no gradient
+    if k is None:
+        assert count_operations(model, x, y, LOSS, sltt.BPTT()) == found  # its temporal path is elementwise
+
+
+def test_what_is_recomputed_counts_to_the_backward():
+    model = nn.Sequential(nn.Linear(8, 4096), sltt.LIF(), nn.Linear(4096, 512), nn.BatchNorm1d(512), sltt.LIF(),
+                          nn.Linear(512, 3))  # fmt: skip
+    x, y = torch.randn(2, 8, 8), torch.randint(3, (8,))
+    plain, again = (count_operations(model, x, y, LOSS, sltt.SLTT(recompute=r)) for r in (False, True))
+    assert plain.forward == again.forward
+    assert again.backward - plain.backward == 2 * 8 * 4096 * 512
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("BPTT", ["--rule", "BPTT"]),
+        ("SLTT:k=2:rescale=true", ["--rule", "SLTT", "--rule.k", "2", "--rule.rescale", "true"]),
+    ],
+)
+def test_rules_are_written_with_their_settings(text, options):
+    assert rule_options(text) == options
+
+
+@pytest.mark.parametrize("text", ["", "SLTT:k", ":k=1"])
+def test_a_rule_that_is_not_understood_is_named(text):
+    with pytest.raises(ValueError, match="expected a rule such as BPTT, SLTT:k=1"):
+        rule_options(text)
+
+
+WORDS = ["compare", "digits", "--epochs", "1", "--model.width", "4", "--steps", "3", "--device", "cpu"]
+
+
+def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*WORDS, "--rules", "BPTT,SLTT:k=5,SLTT:k=1", "--seeds", "2"]
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert "2 runs died; the same command tries them again: SLTT:k=5, seed 0: SLTT(k=5) trains 5 steps" in captured.err
+    table = captured.out[captured.out.index("rule  ") :].splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["BPTT", "SLTT:k=5", "SLTT:k=1"]
+    assert all(len(line) <= 80 for line in table[:4])
+    (folder,) = tmp_path.glob("runs/compare-digits-*")
+    rows = json.loads((folder / "compare.json").read_text())
+    assert [len(row["accuracies"]) for row in rows] == [2, 0, 2]
+    assert rows[0]["cosine"] == pytest.approx(1, abs=1e-4)
+    assert rows[0]["peak_memory"] > rows[2]["peak_memory"] > 0
+    assert rows[0]["operations"]["backward"] == 3 * rows[2]["operations"]["backward"]
+
+    trained = []
+    real = sltt.SLTT.__call__
+    monkeypatch.setattr(
+        sltt.SLTT, "__call__", lambda self, *args, **kw: (trained.append(1), real(self, *args, **kw))[1]
+    )
+    assert main([*WORDS, "--rules", "SLTT:k=1", "--seeds", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["accuracies"] == rows[2]["accuracies"]
+    assert len(trained) < 10  # measured again, not trained again
+
+
+def test_a_wrong_option_ends_it_before_a_training_begins(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evidence, "fit", None)
+    assert main(["compare", "digits", "--epohcs", "1"]) == 2
+    assert not list(tmp_path.iterdir())
