@@ -236,6 +236,18 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
         ImageFolder(str(tmp_path), size=32).splits(1).test[1]
 
 
+def test_images_that_do_not_decode_can_be_skipped(tmp_path, caplog):
+    write_images(tmp_path)
+    bad = tmp_path / "train" / "cat" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    for _ in range(2):  # found once, said every time
+        caplog.clear()
+        splits = ImageFolder(str(tmp_path), size=32, validation=0, on_error="skip").splits(1)
+        assert f"1 of 8 images skipped, which do not decode: {bad}" in caplog.text
+        assert [splits.train[i][1] for i in range(len(splits.train))] == [0, 0, 0, 1, 1, 1, 1]
+    assert len(list(tmp_path.glob(".sltt-cache/undecodable-*.json"))) == 2
+
+
 def test_a_class_without_images_is_named(tmp_path):
     write_images(tmp_path)
     (tmp_path / "train" / "fox").mkdir()

@@ -4,11 +4,13 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+OnError = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sltt.data.augment import EventAugmentation
-from sltt.data.base import Data, Splits, fingerprint, hold_out
+from sltt.data.base import Data, OnError, Splits, fingerprint, hold_out
 from sltt.data.cache import cached
 from sltt.data.recordings import RecordingError, Slicing, frames, read
 
-OnError = Literal["stop", "skip"]
 Resize = Literal["sum", "interpolate"]
 Recordings = list[tuple[Path, int]]
 

@@ -1,7 +1,12 @@
 """Image data sets through torchvision: CIFAR-10, CIFAR-100 and any folder of images."""
 
+import hashlib
+import json
+import logging
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from sltt.data.base import Data, Splits, fingerprint, hold_out
+from sltt.data.base import Data, OnError, Splits, fingerprint, hold_out
 
 Transform = Callable[[Any], Tensor]
+
+log = logging.getLogger("sltt")
 
 
 class Cutout:
@@ -165,6 +172,8 @@ class ImageFolder(_Images):
         cutout: side of the Cutout square in pixels; 0 is no Cutout.
         autoaugment: the policy that AutoAugment found for ImageNet, or with `crop_padding` that for CIFAR-10 (Cubuk et
             al. 2019), after the flip.
+        on_error: stop at an image that does not decode when it comes, or decode all once before, skip those that do
+            not, and warn which they are; the list is kept in `.sltt-cache` under `root`.
     """
 
     def __init__(
@@ -177,9 +186,11 @@ class ImageFolder(_Images):
         crop_padding: int | None = None,
         cutout: int = 0,
         autoaugment: bool = False,
+        on_error: OnError = "stop",
     ):
         super().__init__(validation, split_seed)
         self.root = root
+        self.on_error = on_error
         self.size = size
         self.augment = augment
         self.crop_padding = crop_padding
@@ -196,7 +207,11 @@ class ImageFolder(_Images):
                 f"no images found: looked in {root.resolve()}, expected the folders train and test (or val), each with "
                 "a folder of images for every class. Set --data.root."
             )
-        return datasets.ImageFolder(str(folder), transform=transform, loader=_decode)
+        images = datasets.ImageFolder(str(folder), transform=transform, loader=_decode)
+        if self.on_error == "skip" and (bad := set(_undecodable([path for path, _ in images.samples], root))):
+            images.samples = images.imgs = [sample for sample in images.samples if sample[0] not in bad]
+            images.targets = [label for _, label in images.samples]
+        return images
 
     def names(self, images: Any) -> Sequence[Any]:
         return [Path(path).relative_to(images.root).as_posix() for path, _ in images.samples]
@@ -231,6 +246,32 @@ def _decode(path: str) -> Tensor:
         return decode_image(path, ImageReadMode.RGB)
     except RuntimeError as error:
         raise ValueError(f"{path} does not decode as an image: {error}") from error
+
+
+def _undecodable(paths: Sequence[str], root: Path) -> list[str]:
+    """Which of the images do not decode; found once for the same files, and warned about every time."""
+    stamps = [(path, os.stat(path).st_size) for path in paths]
+    key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+    found = root / ".sltt-cache" / f"undecodable-{key}.json"
+    if not found.exists():
+        found.parent.mkdir(exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            bad = [path for path, good in zip(paths, pool.map(_decodes, paths), strict=True) if not good]
+        part = found.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(bad))
+        os.replace(part, found)
+    bad = json.loads(found.read_text())
+    if bad:
+        log.warning("%d of %d images skipped, which do not decode: %s", len(bad), len(paths), ", ".join(bad[:5]))
+    return bad
+
+
+def _decodes(path: str) -> bool:
+    try:
+        _decode(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _to_normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
