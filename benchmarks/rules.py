@@ -27,7 +27,7 @@ NETWORKS = {
     "digits": (sltt.models.DigitsNet, (128, 1, 8, 8)),
     "resnet18": (sltt.models.resnet18, (32, 3, 32, 32)),
 }
-RULES: list[sltt.Rule] = [sltt.BPTT(), sltt.SLTT(), sltt.SLTT(k=1)]
+RULES: list[sltt.Rule] = [sltt.BPTT(), sltt.SLTT(), sltt.SLTT(k=1), sltt.OTTT()]
 LOSS = sltt.losses.CrossEntropyMSE()
 
 

@@ -7,7 +7,7 @@ from sltt.dropout import Dropout
 from sltt.hoisting import once
 from sltt.neurons import IF, LIF, PLIF, lif_step
 from sltt.phases import Phase
-from sltt.rules import BPTT, SLTT, TBPTT, Output, Rule, unroll
+from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Output, Rule, unroll
 from sltt.state import Stateful, detach, reset
 from sltt.train import evaluate, fit
 
@@ -17,6 +17,7 @@ __all__ = [
     "BPTT",
     "IF",
     "LIF",
+    "OTTT",
     "PLIF",
     "SLTT",
     "TBPTT",

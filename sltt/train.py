@@ -185,6 +185,12 @@ def fit(
             },
         )
 
+    def update() -> None:
+        if clip_norm is not None:
+            fabric.clip_gradients(net, optim, max_norm=clip_norm)
+        optim.step()
+        optim.zero_grad()
+
     for part in folder.glob(".*.part"):  # of a file that a killed run was writing
         part.unlink()
     if config is not None:
@@ -221,16 +227,15 @@ def fit(
                         check_labels(y, splits.classes)
                         x, y = fabric.to_device(x), fabric.to_device(y)
                         repeat = stage.steps if splits.static else None
-                        out = stage.rule(net, x, y, loss, steps=repeat, backward=fabric.backward)
+                        out = stage.rule(net, x, y, loss, steps=repeat, backward=fabric.backward, update=update)
                         check_finite(out.loss, model, optim, scaled=precision == "16-mixed")
                     except (ValueError, FloatingPointError) as error:
                         error.add_note(f"at epoch {state.epoch + 1}, batch {state.batch + 1} of {batches}")
                         if (folder / LAST).exists():
                             error.add_note(f"the last good checkpoint is {folder / LAST}")
                         raise
-                    if clip_norm is not None:
-                        fabric.clip_gradients(net, optim, max_norm=clip_norm)
-                    optim.step()
+                    if not stage.rule.online:
+                        update()
                     state.count(out.loss, out.logits, y)
                     advance()
                     if interrupt.requested or time.monotonic() - saved > 60 * checkpoint_minutes:

@@ -35,6 +35,7 @@ RULES = {
     "SLTT(hoist)": sltt.SLTT(hoist=True),
     "BPTT(hoist)": sltt.BPTT(hoist=True),
     "SLTT(k=1)": sltt.SLTT(k=1),
+    "OTTT": sltt.OTTT(decay=0.5),
     "SLTT(k=2, rescale)": sltt.SLTT(k=2, rescale=True),
     "SLTT(k=2, fold=4)": sltt.SLTT(k=2, fold=4),
     "SLTT(k=2, hoist)": sltt.SLTT(k=2, hoist=True),

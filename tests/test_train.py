@@ -70,6 +70,22 @@ def test_every_rule_learns(rule, static, tmp_path):
     assert [row["epoch"] for row in result.history] == list(range(1, 9))
 
 
+def test_a_rule_that_updates_at_every_step_learns_and_the_optimizer_steps_no_more_than_that(tmp_path):
+    steps = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            steps.append(1)
+            return super().step(closure)
+
+    rule = sltt.OTTT(online=True)
+    model, _ = train(
+        tmp_path / "run", rule=rule, optimizer=partial(Counting, lr=0.05), epochs=8, steps=3, clip_norm=1.0
+    )
+    assert len(steps) == 8 * 4 * 3  # epochs, batches, time steps
+    assert sltt.evaluate(model, Blobs(), steps=3, device="cpu").accuracy > 0.9
+
+
 def test_a_loss_may_be_a_plain_function(tmp_path):
     model, _ = train(tmp_path / "run", loss=torch.nn.functional.cross_entropy, epochs=8)
     metrics = sltt.evaluate(model, Blobs(), loss=torch.nn.functional.cross_entropy, device="cpu")

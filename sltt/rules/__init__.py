@@ -1,6 +1,7 @@
 """Learning rules: each turns a batch into gradients, and differs only in which of them it keeps."""
 
 from sltt.rules.base import Output, Rule, unroll
+from sltt.rules.ottt import OTTT
 from sltt.rules.truncated import BPTT, SLTT, TBPTT
 
-__all__ = ["BPTT", "SLTT", "TBPTT", "Output", "Rule", "unroll"]
+__all__ = ["BPTT", "OTTT", "SLTT", "TBPTT", "Output", "Rule", "unroll"]

@@ -71,9 +71,11 @@ class Rule(ABC):
 
     Attributes:
         hoist: compute once a sequence, too, what a network marks and depends on a static input.
+        online: the rule updates the weights itself, at every time step.
     """
 
     hoist = False
+    online = False
 
     def __call__(
         self,
@@ -84,6 +86,7 @@ class Rule(ABC):
         *,
         steps: int | None = None,
         backward: Backward | None = None,
+        update: Callable[[], Any] | None = None,
     ) -> Output:
         """Run one batch.
 
@@ -94,6 +97,7 @@ class Rule(ABC):
             loss: `loss(logits [B, C], target) -> scalar`, of one time step.
             steps: T for a static input.
             backward: called instead of `Tensor.backward` with each scalar to backpropagate, e.g. `fabric.backward`.
+            update: step and zero the optimizer; called by a rule that is `online`, after every time step.
 
         Raises:
             ValueError: no time step, too few dimensions, NaN or infinite input, a target of another batch size, or a
@@ -104,7 +108,8 @@ class Rule(ABC):
         reset(model)
         try:
             with hoisting(sequence.x if sequence.static and self.hoist else None, grad=True) as hoisted:
-                out = self.run(model, sequence, target, loss, backward)
+                extra = {"update": update} if self.online else {}
+                out = self.run(model, sequence, target, loss, backward, **extra)
             hoisted.finish(backward)
             return out
         finally:
