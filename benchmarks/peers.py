@@ -340,8 +340,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = [row["case"] for row in rows]
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(rows) + 1.2), sharey=True, layout="constrained")
     values = ([row["seconds"] for row in rows], [row["resident"] / 1e6 for row in rows])
-    for axis, value, label in zip(axes, values, ("seconds per iteration", "peak memory, MB"), strict=True):
-        axis.bar_label(axis.barh(names, value, color=[colour(name) for name in names]), fmt="%.3g", padding=3)
+    labels = ("seconds per iteration", "peak memory, MB")
+    for axis, value, label, form in zip(axes, values, labels, ("%.2f", "%.0f"), strict=True):
+        axis.bar_label(axis.barh(names, value, color=[colour(name) for name in names]), fmt=form, padding=3)
         axis.set_xlabel(label)
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
