@@ -137,6 +137,35 @@ def test_any_memory_format(layout, compile_mode):
         assert neuron(x).stride() == x.stride() == neuron.v.stride()
 
 
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 1023])
+@pytest.mark.parametrize("learnable", [False, True], ids=["constant", "learnable"])
+@pytest.mark.parametrize("constants", [CONSTANTS[0], CONSTANTS[-2]], ids=str)
+@pytest.mark.parametrize("cut", [False, True], ids=["through time", "cut"])
+def test_several_steps_in_a_call_equal_single_ones(size, learnable, constants, cut, compile_mode):
+    step = kernels.Step(None if learnable else 0.6, 1.0, surrogate=SURROGATES[0], **constants)
+    results = []
+    for together in (True, False):
+        torch.manual_seed(0)
+        v, x = torch.randn(size, 3, requires_grad=True), (2 * torch.randn(4 * size, 3)).requires_grad_()
+        rate = torch.tensor(0.6, requires_grad=True)
+        decay = rate if learnable else None
+        if together:
+            s, last = kernels.neuron_step(step, v, x, decay, steps=4, cut=cut)
+        else:
+            last, spikes = v, []
+            for t in range(4):
+                before = last.detach() if cut and t else last
+                s_t, last = kernels.neuron_step(step, before, x[t * size : (t + 1) * size], decay)
+                spikes.append(s_t)
+            s = torch.cat(spikes)
+        weight = torch.randn(s.shape)
+        (s * weight).sum().backward(retain_graph=True)
+        last.sum().backward()
+        results.append([s, last, x.grad, v.grad, rate.grad])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_without_a_graph_nothing_is_saved_or_packed():
     neuron = sltt.LIF()
     x = torch.randn(4, 4096, requires_grad=True)

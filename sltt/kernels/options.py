@@ -73,7 +73,7 @@ class Kernel:
 
     def __init__(self, function: Callable[..., None]):
         self.function = function
-        self._compiled: Callable[..., None] | None = None
+        self._compiled: dict[Any, Callable[..., None]] = {}
         self._failed = False
 
     def __call__(self, out: torch.Tensor, *arguments: Any) -> None:
@@ -87,10 +87,12 @@ class Kernel:
             if not self._wanted(out.device, max(a.numel() for a in (out, *arguments) if isinstance(a, torch.Tensor))):
                 self.function(out, *arguments)
                 return
-            if self._compiled is None:
-                self._compiled = torch.compile(_of_its_own(self.function), dynamic=True, fullgraph=True)
+            # for each set of types, since the compiler gives up on a function after eight versions of it
+            types = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in (out, *arguments))
+            if types not in self._compiled:
+                self._compiled[types] = torch.compile(_of_its_own(self.function), dynamic=True, fullgraph=True)
             try:
-                self._compiled(out, *arguments)
+                self._compiled[types](out, *arguments)
             except Exception as error:  # whatever the compiler raises: the plain form is right without it
                 if _options.compile == "on":
                     raise
@@ -101,7 +103,7 @@ class Kernel:
     def _wanted(self, device: torch.device, elements: int) -> bool:
         if _options.compile != "auto" or self._failed or elements < 2:
             return _options.compile == "on" and elements >= 2
-        from_ = COMPILE_FROM if self._compiled is None else COMPILE_FROM // 16
+        from_ = COMPILE_FROM // 16 if self._compiled else COMPILE_FROM
         return elements >= from_ and compiler_problem(device) is None
 
 
