@@ -10,7 +10,8 @@ Every case runs in a process of its own; the processes take turns, one iteration
 speed meets all alike. An iteration is zero_grad and the gradients of one batch, without an optimizer step. Time is the
 median after one iteration that is not counted; ratios are medians of the ratios within a turn. Memory is what PyTorch's
 allocator holds at the peak above its level before the iteration, gradients included, and beside it the peak of the
-resident set, read in another process whose malloc returns large blocks at once.
+resident set, read in another process whose malloc returns large blocks at once. The first is exact; the second is the
+kernel's high-water mark, which counts in batches for each core and is off by tens of megabytes at times.
 
 Before anything is timed, the gradient of each case is compared with that of SLTT or BPTT by the plain equations: in
 float64, since in float32 a rounding error flips spikes, and with fixed statistics in BatchNorm, since SpikingJelly's
@@ -339,7 +340,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     names = [row["case"] for row in rows]
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(rows) + 1.2), sharey=True, layout="constrained")
-    values = ([row["seconds"] for row in rows], [row["resident"] / 1e6 for row in rows])
+    values = ([row["seconds"] for row in rows], [row["memory"] / 1e6 for row in rows])
     labels = ("seconds per iteration", "peak memory, MB")
     for axis, value, label, form in zip(axes, values, labels, ("%.2f", "%.0f"), strict=True):
         axis.bar_label(axis.barh(names, value, color=[colour(name) for name in names]), fmt=form, padding=3)
@@ -353,6 +354,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def draw_over_steps(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for case, marker in zip(dict.fromkeys(row["case"] for row in rows), "osD^vPX*<>" * 2, strict=False):
@@ -360,11 +362,13 @@ def draw_over_steps(rows: list[dict[str, Any]], path: Path) -> None:
         steps = [row["steps"] for row in mine]
         style = {"marker": marker, "color": colour(case), "linestyle": "--" if "BPTT" in case else "-", "label": case}
         axes[0].plot(steps, [row["seconds"] for row in mine], **style)
-        axes[1].plot(steps, [row["resident"] / 1e6 for row in mine], **style)
+        axes[1].plot(steps, [row["memory"] / 1e6 for row in mine], **style)
     for axis, label in zip(axes, ("seconds per iteration", "peak memory, MB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="T, time steps", ylabel=label)
         ticks = sorted({row["steps"] for row in rows})
         axis.set_xticks(ticks, ticks, minor=False)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].legend(frameon=False)
