@@ -47,7 +47,7 @@ def main() -> None:
     runs = [rows(run) for run in options.runs]
     if options.csv:
         with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(sorted((row for run in runs for row in run), key=lambda r: (r["rule"], r["seed"])))
     print("| rule | seeds | test accuracy | after the last epoch | seconds for an epoch |")

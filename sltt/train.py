@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -199,7 +200,7 @@ def fit(
     saved = time.monotonic()
     if checkpoint is not None:
         set_random_states(checkpoint["random"])
-    with Interrupt() as interrupt, using(compile=compile):
+    with closing(log), Interrupt() as interrupt, using(compile=compile):
         while state.epoch < epochs:
             stage = stage_at(stages, state.epoch)
             if loader is None or stage.start == state.epoch:
@@ -257,7 +258,6 @@ def fit(
             for warning in extreme_layers(measured.layers):
                 report.warn(warning)
             interrupt.stop(folder)
-    log.close()
     write_table(folder / METRICS, state.history)  # also after a resume that had nothing left to train
     path = find_checkpoint(folder)
     load_weights(model, load_checkpoint(path), path)
