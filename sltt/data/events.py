@@ -277,25 +277,13 @@ class EventFolder(_Events):
     Args:
         root: folder of the data.
         sensor: height and width of the camera in pixels.
-        kwargs: as for the other data sets of recordings.
+        kwargs: as for the other data sets of recordings; there is nothing to download.
     """
 
     title = "the folder of recordings"
 
-    def __init__(
-        self,
-        root: str,
-        sensor: tuple[int, int],
-        validation: float = 0.1,
-        split_seed: int = 0,
-        size: int | None = None,
-        resize: Resize = "sum",
-        slicing: Slicing = "count",
-        augment: EventAugmentation | None = None,
-        on_error: OnError = "stop",
-        cache: str | None = None,
-    ):
-        super().__init__(root, validation, split_seed, size, resize, slicing, augment, on_error, cache)
+    def __init__(self, root: str, sensor: tuple[int, int], **kwargs: Any):
+        super().__init__(root, **kwargs)
         self.sensor = (sensor[0], sensor[1])
         self.classes = sorted(p.name for p in (self.root / "train").glob("*") if p.is_dir())
         self.expected = (0, 0)
