@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from sltt.runs import find_checkpoint
+
 FORMAT = "sltt-checkpoint-1"
 KEYS = {"model", "optimizer", "scaler", "rules", "progress", "random", "fingerprint", "config"}
 
@@ -69,6 +71,13 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> No
         raise CheckpointError(f"the weights in {path} do not fit the model: {error}") from error
 
 
+def start_from(model: nn.Module, weights: str | None) -> None:
+    """Load the weights of a run's folder, or of a checkpoint, into the model; None leaves it as it is."""
+    if weights is not None:
+        path = find_checkpoint(Path(weights)) if Path(weights).is_dir() else Path(weights)
+        load_weights(model, load_checkpoint(path), path)
+
+
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows of equal keys as CSV."""
     text = io.StringIO()
@@ -76,6 +85,12 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows that `write_table` wrote, with numbers, and None where a cell is empty."""
+    with path.open(newline="") as file:
+        return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def random_states() -> dict[str, Any]:

@@ -1,25 +1,34 @@
-"""The command line: `sltt train`, `sltt eval`, `sltt recipes`, `sltt data`, `sltt doctor`."""
+"""The commands: `sltt train`, `sltt profile`, `sltt report` and the others."""
 
 import argparse
-import difflib
 import hashlib
-import importlib
-import inspect
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from importlib.resources import files
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sltt.options import (
+    Recipe,
+    UsageError,
+    build,
+    find_recipe,
+    make_parser,
+    nearest,
+    numbers,
+    only,
+    parse,
+    resumed,
+    run_config,
+    shipped_recipes,
+)
 from sltt.progress import Report, megabytes
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import Namespace
     from torch import nn
 
 USAGE = """usage: sltt COMMAND ...
@@ -28,16 +37,14 @@ USAGE = """usage: sltt COMMAND ...
   sltt eval RUN [OPTION ...]         measure a trained run on its test samples
   sltt agreement [RECIPE] [OPTION …] how near SLTT's gradient is to that of BPTT: --taus --steps --at-epochs
   sltt compare [RECIPE] [OPTION …]   train several rules under the same budget: --rules BPTT,SLTT,SLTT:k=1
+  sltt profile [RECIPE] [OPTION …]   memory, time, operations and energy: --rules --steps --budget 8GB
+  sltt report FOLDER ...             one page of all that: comparison, costs, agreement, spikes
   sltt recipes [NAME]                list the recipes, or print one
   sltt data check RECIPE [OPTION …]  whether a recipe's data is whole: --data.root DIR
   sltt doctor                        what works on this machine, and what would make it faster
 
 `sltt train RECIPE --help` explains every option, with the recipe's values.
 """
-
-
-class UsageError(Exception):
-    """The command line cannot be understood; the message says why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, *rest = words
     try:
         if command not in COMMANDS:
-            raise UsageError(f"unknown command {command!r}{_nearest(command, COMMANDS)}")
+            raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
         COMMANDS[command](rest)
     except KeyboardInterrupt as stop:
         print(f"sltt: {stop or 'stopped by Ctrl-C'}", file=sys.stderr)
@@ -74,23 +81,23 @@ def train(words: Sequence[str]) -> None:
     from sltt.train import evaluate, fit
 
     named = bool(words) and not words[0].startswith("-")
-    resumed = _resumed(words)
-    if resumed and named:
-        raise UsageError(f"--resume continues {resumed} with its own recipe: leave out {words[0]!r}")
-    source = run_config(resumed) if resumed else find_recipe(words[0] if named else "digits")
-    if resumed:
-        _only(words, RESUME_KEYS, "sltt train --resume", "a run continues with its own settings")
-    parser = _parser(f"sltt train {words[0] if named else '[RECIPE]'}")
-    config = _parse(parser, source, words[named:])
+    continued = resumed(words)
+    if continued and named:
+        raise UsageError(f"--resume continues {continued} with its own recipe: leave out {words[0]!r}")
+    source = run_config(continued) if continued else find_recipe(words[0] if named else "digits")
+    if continued:
+        only(words, RESUME_KEYS, "sltt train --resume", "a run continues with its own settings")
+    parser = make_parser(f"sltt train {words[0] if named else '[RECIPE]'}")
+    config = parse(parser, source, words[named:])
     folder = config.pop("run")
     config.pop("resume")
-    built = _build(parser, config)
+    built = build(parser, config)
     splits = built.data.splits(built.steps)  # before a folder is made: it fails where there is no data
     name = f"{source.stem}-{type(built.rule).__name__.lower()}"
-    run = resumed or new_run(folder, name)
+    run = continued or new_run(folder, name)
 
     report = Report()
-    report.line(f"{'continuing' if resumed else 'run'} {run}")
+    report.line(f"{'continuing' if continued else 'run'} {run}")
     report.line(f"{_summary(built.model)}, {built.rule}, T = {built.steps}")
     counts = ", ".join(f"{_count(getattr(splits, n))} {n}" for n in ("train", "validation", "test"))
     report.line(f"samples: {counts} (split {splits.fingerprint})")
@@ -121,10 +128,10 @@ def evaluate_run(words: Sequence[str]) -> None:
     options.add_argument("--split", choices=("test", "validation", "train"), default="test")
     options.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = options.parse_known_args(words)
-    _only(overrides, EVAL_KEYS, "sltt eval", "the others belong to the training")
-    parser = _parser("sltt eval")
-    config = _parse(parser, run_config(known.run), overrides)
-    built = _build(parser, config)
+    only(overrides, EVAL_KEYS, "sltt eval", "the others belong to the training")
+    parser = make_parser("sltt eval")
+    config = parse(parser, run_config(known.run), overrides)
+    built = build(parser, config)
     path = find_checkpoint(known.run, known.checkpoint)
     _load(built.model, path)
     metrics = evaluate(built.model, built.data, known.split, **_evaluation(built))
@@ -148,28 +155,19 @@ def agreement(words: Sequence[str]) -> None:
 
     options = argparse.ArgumentParser("sltt agreement", description=AGREEMENT_HELP, allow_abbrev=False)
     options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
-    options.add_argument(
-        "--taus", type=_numbers(float), help="time constants of the LIF neurons; default: the recipe's"
-    )
-    options.add_argument("--steps", type=_numbers(int), help="numbers of time steps; default: the recipe's")
-    options.add_argument("--at-epochs", type=_numbers(int), default=[0], help="after so many epochs of training each")
+    options.add_argument("--taus", type=numbers(float), help="time constants of the LIF neurons; default: the recipe's")
+    options.add_argument("--steps", type=numbers(int), help="numbers of time steps; default: the recipe's")
+    options.add_argument("--at-epochs", type=numbers(int), default=[0], help="after so many epochs of training each")
     options.add_argument("--samples", type=int, default=128, help="training samples in the batch that is measured")
     options.add_argument("--float64", action="store_true", help="compute in float64, where no spike flips by rounding")
     options.add_argument("--json", action="store_true", help="print JSON")
+    options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
     known, overrides = options.parse_known_args(words)
-    parser = _parser("sltt agreement")
-    source = find_recipe(known.recipe)
-    config = _parse(parser, source, overrides)
-    for key in ("run", "resume", "weights"):
-        config.pop(key)
-    built = _build(parser, config)
-
-    def make_model() -> "nn.Module":
-        return _build(parser, _parse(parser, source, overrides)).model
-
+    recipe = Recipe("sltt agreement", known.recipe, overrides)
+    built = recipe.build()
     rows = measure_agreement(
         built,
-        make_model,
+        lambda: recipe.build().model,
         known.taus or [None],
         known.steps or [built.steps],
         known.at_epochs,
@@ -177,48 +175,97 @@ def agreement(words: Sequence[str]) -> None:
         torch.float64 if known.float64 else None,
         Report(quiet=known.json),
     )
-    if known.json:
-        print(agreement_json(rows))
-    else:
-        print_agreement(rows, Report())
+    _give(agreement_json(recipe.name, rows), known, "agreement.json", lambda report: print_agreement(rows, report))
 
 
 def compare(words: Sequence[str]) -> None:
     """`sltt compare [RECIPE] [OPTION ...]`: train every rule with every seed, and print one table."""
-    from sltt.checkpoints import write_atomically
     from sltt.evidence import compare, compared_json, print_compared
 
     options = argparse.ArgumentParser("sltt compare", description=COMPARE_HELP, allow_abbrev=False)
     options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
-    options.add_argument("--rules", type=_numbers(str), default=["BPTT", "SLTT", "SLTT:k=1"], help="BPTT,SLTT,SLTT:k=1")
+    options.add_argument("--rules", type=numbers(str), default=RULES, help=RULES_HELP)
     options.add_argument("--seeds", type=int, default=1, help="number of seeds; default: 1")
     options.add_argument(
-        "--folder", type=Path, help="of the runs; default: runs/compare-RECIPE, and a mark of the options"
+        "--save",
+        type=Path,
+        metavar="FOLDER",
+        help="default: runs/compare-RECIPE, and a mark of the options",
     )
     options.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = options.parse_known_args(words)
-    parser, source = _parser("sltt compare"), find_recipe(known.recipe)
+    recipe = Recipe("sltt compare", known.recipe, overrides)
     # other options are another comparison
     mark = f"-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}" if overrides else ""
-    folder = known.folder or Path("runs") / f"compare-{source.stem}{mark}"
-
-    def build(more: list[str]) -> "Namespace":
-        config = _parse(parser, source, [*overrides, *more])
-        config.pop("run")
-        config.pop("resume")
-        return _build(parser, config)
-
-    build([])  # an option that is wrong ends this before a training begins
-    report = Report(quiet=known.json)
-    found = compare(known.rules, known.seeds, folder, build, report)
-    write_atomically(folder / "compare.json", lambda file: file.write(compared_json(found).encode()))
-    if known.json:
-        print(compared_json(found))
-    else:
-        print_compared(found, report)
-        report.line(f"written to {folder}")
+    known.save = known.save or Path("runs") / f"compare-{recipe.name}{mark}"
+    recipe.build()  # an option that is wrong ends this before a training begins
+    found = compare(known.rules, known.seeds, known.save, recipe, Report(quiet=known.json))
+    _give(compared_json(recipe.name, found), known, "compare.json", lambda report: print_compared(found, report))
     if died := [f"{one.rule}, {error}" for one in found for error in one.errors]:
         raise RuntimeError(f"{len(died)} runs died; the same command tries them again: {'; '.join(died)}")
+
+
+def profile(words: Sequence[str]) -> None:
+    """`sltt profile [RECIPE] [OPTION ...]`: memory, seconds, operations and energy, and what fits a budget."""
+    from sltt.analysis import parse_bytes
+    from sltt.profiling import print_profile, profile
+
+    options = argparse.ArgumentParser("sltt profile", description=PROFILE_HELP, allow_abbrev=False)
+    options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
+    options.add_argument("--rules", type=numbers(str), default=RULES, help=RULES_HELP)
+    options.add_argument("--steps", type=numbers(int), default=[], help="numbers of time steps; default: the recipe's")
+    options.add_argument("--repeats", type=int, default=5, help="iterations that are timed; default: 5")
+    options.add_argument("--budget", help="a memory such as 8GB: the largest batch, T and fold that fit it")
+    options.add_argument("--json", action="store_true", help="print JSON")
+    options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
+    known, overrides = options.parse_known_args(words)
+    recipe = Recipe("sltt profile", known.recipe, overrides)
+    budget = parse_bytes(known.budget) if known.budget else None
+    if known.repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, got {known.repeats}")
+    report = Report(quiet=known.json)
+    found = profile(recipe, known.rules, known.steps, known.repeats, budget, report)
+    _give(found.as_dict(), known, "profile.json", lambda report: print_profile(found, report))
+
+
+def report(words: Sequence[str]) -> None:
+    """`sltt report FOLDER ...`: one page of what the commands measured and of runs."""
+    from sltt.report import gather, write
+
+    options = argparse.ArgumentParser("sltt report", description=REPORT_HELP, allow_abbrev=False)
+    options.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
+    options.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the first folder")
+    options.add_argument("--json", action="store_true", help="print the path of the page and the notes as JSON")
+    known = options.parse_args(words)
+    found = gather(known.folders)
+    try:
+        page = write(found, known.out or known.folders[0] / "report")
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"the report needs {error.name}: pip install 'sltt[report]'") from error
+    if known.json:
+        print(json.dumps({"page": str(page), "notes": found.notes}))
+        return
+    shown = Report()
+    for note in found.notes:
+        shown.warn(note)
+    shown.line(f"report: {page}")
+
+
+def _give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Report], None]) -> None:
+    """Print what a command found, as JSON or for people, and keep it where --save says."""
+    from sltt.checkpoints import write_atomically
+
+    text = json.dumps(found)
+    if known.save:
+        known.save.mkdir(parents=True, exist_ok=True)
+        write_atomically(known.save / name, lambda file: file.write(text.encode()))
+    if known.json:
+        print(text)
+        return
+    report = Report()
+    show(report)
+    if known.save:
+        report.line(f"written to {known.save / name}")
 
 
 def recipes(words: Sequence[str]) -> None:
@@ -237,9 +284,9 @@ def data(words: Sequence[str]) -> None:
     """`sltt data check RECIPE [OPTION ...]`: read every sample's file; an error unless the data set is whole."""
     if list(words[:1]) != ["check"] or len(words) < 2 or words[1].startswith("-"):
         raise UsageError("usage: sltt data check RECIPE [--data.root DIR] [--steps T]")
-    _only(words[2:], ("data", "steps"), "sltt data check", "the others do not change the data")
-    parser = _parser(f"sltt data check {words[1]}")
-    built = _build(parser, _parse(parser, find_recipe(words[1]), words[2:]))
+    only(words[2:], ("data", "steps"), "sltt data check", "the others do not change the data")
+    parser = make_parser(f"sltt data check {words[1]}")
+    built = build(parser, parse(parser, find_recipe(words[1]), words[2:]))
     splits = built.data.splits(built.steps)
     report = Report()
     for name in ("train", "validation", "test"):
@@ -266,6 +313,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": evaluate_run,
     "agreement": agreement,
     "compare": compare,
+    "profile": profile,
+    "report": report,
     "recipes": recipes,
     "data": data,
     "doctor": doctor,
@@ -274,9 +323,24 @@ EVAL_KEYS = ("model", "data", "loss", "steps", "batch_size", "precision", "worke
 RESUME_KEYS = ("resume", "epochs", "data", "workers", "device", "compile", "checkpoint_minutes")
 EVAL_HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in EVAL_KEYS)} override the run's configuration."
 
+RULES = ["BPTT", "SLTT", "SLTT:k=1"]
+RULES_HELP = f"default: {','.join(RULES)}"
+SAVE_HELP = "keep the result in this folder, for sltt report"
+
 AGREEMENT_HELP = (
     "Cosine and norm of the gradients of SLTT and of truncated BPTT beside that of exact BPTT, and which rule to take. "
     "Other options are those of sltt train: --model.…, --data.…"
+)
+
+REPORT_HELP = (
+    "Write one HTML page, which needs no network, with tables and figures of what sltt compare, profile and agreement "
+    "kept with --save, and of training runs; beside it the figures as PNG and SVG, and the tables as CSV."
+)
+
+PROFILE_HELP = (
+    "What a training iteration takes under each rule and T: memory at the peak by its parts, seconds by theirs, "
+    "multiplications; and what the inference of one sample takes: synaptic operations by layer and an estimate of the "
+    "energy. With --budget, what fits a memory. Other options are those of sltt train."
 )
 
 COMPARE_HELP = (
@@ -284,81 +348,6 @@ COMPARE_HELP = (
     "seconds for an epoch, and of one batch peak memory, multiplications, and the cosine of the gradient with BPTT's. "
     "Run again, it continues where it stopped. Other options are those of sltt train."
 )
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes in the package, by name."""
-    folder = Path(str(files("sltt") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a shipped recipe, or a YAML file of the user's own."""
-    known = shipped_recipes()
-    if name in known:
-        return known[name]
-    if name.endswith((".yaml", ".yml")):
-        if Path(name).is_file():
-            return Path(name)
-        raise UsageError(f"no file {name}")
-    raise UsageError(f"unknown recipe {name!r}{_nearest(name, known)}; `sltt recipes` lists them")
-
-
-def run_config(run: Path) -> Path:
-    """The configuration of a run."""
-    from sltt.runs import CONFIG
-
-    if not (run / CONFIG).is_file():
-        raise UsageError(f"{run} is not the folder of a run: there is no {CONFIG}")
-    return run / CONFIG
-
-
-def _parser(prog: str) -> "ArgumentParser":
-    """A parser whose options are the arguments of `sltt.fit`."""
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
-
-    import sltt
-
-    set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
-
-    class Help(DefaultHelpFormatter):
-        """Leaves out the hundreds of modules of PyTorch where any module fits."""
-
-        def _expand_help(self, action: argparse.Action) -> str:
-            return re.sub(r", known subclasses: torch\.nn\.Module,[^)]*", "", super()._expand_help(action))
-
-    parser = ArgumentParser(
-        prog=prog,
-        description="Options override the recipe's values, which are shown as defaults. A class is given by its name "
-        "or import path, its arguments after a dot: --rule SLTT --rule.k 2; --rule.help SLTT explains them.",
-        exit_on_error=False,
-        formatter_class=Help,
-    )
-    parser.add_argument("--config", action="config", help="YAML file whose values override the recipe's")
-    parser.add_function_arguments(sltt.fit, skip={"run", "resume", "config", "report"}, fail_untyped=False)
-    parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")
-    parser.add_argument("--resume", type=str | None, metavar="RUN", help="continue the run in this folder")
-    return parser
-
-
-def _parse(parser: "ArgumentParser", source: Path, words: Sequence[str]) -> "Namespace":
-    """The configuration in `source` with the options in `words` over it; raises UsageError with the nearest name."""
-    try:
-        if {"-h", "--help"} & set(words):
-            parser.set_defaults(yaml.safe_load(source.read_text()))  # so that the help shows the recipe's values
-        config = parser.parse_args(["--config", str(source), *words])
-    except argparse.ArgumentError as error:
-        raise UsageError(_explain(str(error))) from None
-    config.pop("config")
-    return config
-
-
-def _build(parser: "ArgumentParser", config: "Namespace") -> "Namespace":
-    """Make the objects that a configuration names, seeded so that the same configuration gives the same weights."""
-    from sltt.train import seed_everything
-
-    seed_everything(config.seed)
-    return parser.instantiate(config)
 
 
 def _load(model: "nn.Module", path: Path) -> None:
@@ -370,74 +359,6 @@ def _load(model: "nn.Module", path: Path) -> None:
 def _evaluation(built: "Namespace") -> dict[str, Any]:
     """The arguments that `sltt.fit` and `sltt.evaluate` share."""
     return {key: built[key] for key in EVAL_KEYS if key not in ("model", "data")}
-
-
-def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A parser of numbers separated by commas."""
-
-    def numbers(text: str) -> list[Any]:
-        return [kind(part) for part in text.split(",")]
-
-    return numbers
-
-
-def _only(words: Sequence[str], keys: Sequence[str], command: str, why: str) -> None:
-    """Raise UsageError for an option that would do nothing, or harm."""
-    for word in words:
-        if word.startswith("--") and re.split("[.=]", word.removeprefix("--"))[0] not in (*keys, "help"):
-            raise UsageError(f"{command} does not take {word}: {why}; it takes {', '.join(f'--{k}' for k in keys)}")
-
-
-def _resumed(words: Sequence[str]) -> Path | None:
-    """The value of --resume: it names the configuration that the other options are read on top of."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path)
-    return parser.parse_known_args(words)[0].resume
-
-
-def _explain(message: str) -> str:
-    """An error of the parser, with the nearest valid name where one is not known."""
-    if option := re.search(r"unrecognized arguments: --([^\s.=]+)", message):
-        return f"unknown option --{option[1]}{_nearest(option[1], _fit_arguments(), '--')}"
-    if key := re.search(r"Option '([^']+)' is not accepted", message):
-        owners = re.findall(r"class_path[ =]'([\w.]+)'", message)
-        owner = _locate(owners[-1]) if owners else None
-        names = list(inspect.signature(owner).parameters) if owner else _fit_arguments()
-        return f"unknown key {key[1]!r}{f' of {owners[-1]}' if owners else ''}{_nearest(key[1], names)}"
-    if name := re.search(r"Expected a dot import path string: (\S+)", message):
-        paths = {path.rpartition(".")[2]: path for path in _class_paths()}
-        near = difflib.get_close_matches(name[1], paths, 1)
-        return f"unknown class {name[1]!r}" + (f"; did you mean {paths[near[0]]}?" if near else "")
-    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    kinds = re.findall(
-        r"Expected an? (?:<class '|typing\.Literal)?(.+?)(?:'>)?(?:\. Got value|$)", message, re.MULTILINE
-    )
-    value = re.search(r"(?:Given|Got) value: (.*)\Z", message)
-    return f"{key}: expected {' or '.join(kinds)}, got {value[1]}" if key and kinds and value else message
-
-
-def _fit_arguments() -> list[str]:
-    import sltt
-
-    return [*inspect.signature(sltt.fit).parameters, "run", "resume", "config"]
-
-
-def _class_paths() -> list[str]:
-    """The import paths of what this package offers to recipes."""
-    import sltt
-
-    modules = (sltt.models, sltt.data, sltt.losses, sltt.schedules, sltt.surrogates, sltt)
-    return [f"{m.__name__}.{name}" for m in modules for name, value in vars(m).items() if callable(value)]
-
-
-def _locate(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _summary(model: "nn.Module") -> str:

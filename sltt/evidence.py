@@ -1,10 +1,9 @@
 """What the commands that measure do: `sltt agreement` and `sltt compare`."""
 
 import itertools
-import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +15,10 @@ from torch import nn
 
 from sltt.analysis import Operations, count_operations, peak_memory
 from sltt.analysis.agreement import Agreement, advice, agreement, windows
+from sltt.checkpoints import start_from
 from sltt.loading import EpochSampler, train_loader
 from sltt.neurons import LIF
+from sltt.options import Recipe
 from sltt.progress import Report, megabytes
 from sltt.train import evaluate, fit
 
@@ -56,6 +57,7 @@ def measure_agreement(
     rows = []
     for tau, time_steps, epochs in itertools.product(taus, steps, at_epochs):
         model = make_model()
+        start_from(model, built.weights)
         if tau is not None:
             set_tau(model, tau)
         if epochs:
@@ -95,9 +97,12 @@ def print_agreement(rows: Sequence[dict[str, Any]], report: Report) -> None:
         report.line(f"{tau}T = {row['steps']}, after {row['epochs']} epochs: {advice(row['agreement'])}")
 
 
-def agreement_json(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows, for scripts."""
-    return json.dumps([{**row, "agreement": [vars(a) for a in row["agreement"]]} for row in rows])
+def agreement_json(recipe: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows and their advice, for scripts."""
+    found = [
+        {**row, "agreement": [vars(a) for a in row["agreement"]], "advice": advice(row["agreement"])} for row in rows
+    ]
+    return {"recipe": recipe, "rows": found}
 
 
 @dataclass
@@ -132,16 +137,14 @@ def rule_options(text: str) -> list[str]:
     return ["--rule", name, *itertools.chain.from_iterable((f"--rule.{key}", value) for key, value in pairs)]
 
 
-def compare(
-    rules: Sequence[str], seeds: int, folder: Path, build: Callable[[list[str]], Any], report: Report
-) -> list[Compared]:
+def compare(rules: Sequence[str], seeds: int, folder: Path, recipe: Recipe, report: Report) -> list[Compared]:
     """Train every rule with every seed, and measure; what `folder` has from a run before is not run again.
 
     Args:
         rules: as for `rule_options`.
         seeds: number of seeds, from 0.
         folder: of all runs.
-        build: makes a recipe's objects with options over it.
+        recipe: what is trained.
         report: shows the progress.
     """
     found = []
@@ -151,8 +154,11 @@ def compare(
             run = folder / f"{text.replace(':', '-').replace('=', '')}-seed{seed}"
             report.line(f"{text}, seed {seed}: {run}")
             try:
-                built = build([*rule_options(text), "--seed", str(seed)])
-                result = fit(**vars(built), run=run, resume=run.exists(), report=report)
+                options = [*rule_options(text), "--seed", str(seed)]
+                built = recipe.build(options)
+                result = fit(
+                    **vars(built), run=run, resume=run.exists(), config=recipe.resolved(options), report=report
+                )
                 settings = {k: vars(built)[k] for k in ("loss", "steps", "batch_size", "precision", "device")}
                 accuracy = evaluate(built.model, built.data, **settings).accuracy
                 if not measured:
@@ -193,9 +199,10 @@ def print_compared(found: Sequence[Compared], report: Report) -> None:
     report.table(table)
 
 
-def compared_json(found: Sequence[Compared]) -> str:
+def compared_json(recipe: str, found: Sequence[Compared]) -> dict[str, Any]:
     """The rows, for scripts."""
-    return json.dumps([{**vars(one), "operations": one.operations and one.operations._asdict()} for one in found])
+    rows = [{**vars(one), "operations": one.operations and one.operations._asdict()} for one in found]
+    return {"recipe": recipe, "rows": rows}
 
 
 def _measure(compared: Compared, built: Any) -> None:

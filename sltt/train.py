@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sltt.analysis import FiringRates, process_peak, reset_process_peak
+from sltt.analysis import FiringRates, firing_rates, process_peak, reset_process_peak
 from sltt.checkpoints import (
     CheckpointError,
     load_checkpoint,
@@ -22,6 +22,7 @@ from sltt.checkpoints import (
     random_states,
     save_checkpoint,
     set_random_states,
+    start_from,
     write_atomically,
     write_table,
 )
@@ -151,9 +152,8 @@ def fit(
     fabric = make_fabric(device, precision)
     seed_everything(seed)
 
-    if weights is not None and checkpoint is None:
-        source = find_checkpoint(Path(weights)) if Path(weights).is_dir() else Path(weights)
-        load_weights(model, load_checkpoint(source), source)
+    if checkpoint is None:
+        start_from(model, weights)
     loss = _on_device(loss, fabric)
     net, optim = fabric.setup(model, optimizer(model.parameters()))
     first = [(group["lr"], group.get("weight_decay", 0.0)) for group in optim.param_groups]
@@ -219,7 +219,7 @@ def fit(
             reset_process_peak(fabric.device)
             net.train()
             bar = report.bar(f"epoch {state.epoch + 1}/{epochs}", batches, done=state.batch)
-            with FiringRates(model) as firing, bar as advance:
+            with firing_rates(model) as firing, bar as advance:
                 firing.load_state_dict(state.firing)
                 for x, y in loader:
                     _set_rates(optim, first, stage, schedule, state.epoch + state.batch / batches)
@@ -362,7 +362,7 @@ def _measure(fabric: "Fabric", net: Any, loader: DataLoader[Any], splits: Splits
     training = net.training
     net.eval()
     try:
-        with FiringRates(net.module) as firing, torch.no_grad():
+        with firing_rates(net.module) as firing, torch.no_grad():
             for x, y in loader:
                 x, y = fabric.to_device(x), fabric.to_device(y)
                 logits = unroll(net, x, steps=steps if splits.static else None)

@@ -82,9 +82,10 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert out.splitlines()[-1].startswith("τ = 4, T = 3, after 1 epochs: SLTT drops")
     assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith("τ"))
     assert main([*words, "--float64", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["tau"], row["steps"], row["epochs"]) for row in rows] == [(1.1, 3, 0), (4.0, 3, 0)]
     assert rows[0]["agreement"][0]["cosine"] > rows[1]["agreement"][0]["cosine"]
+    assert all("SLTT drops" in row["advice"] for row in rows)
     assert not list(tmp_path.glob("runs/*"))
     assert main(["agreement", "digits", "--taus", "0.5"]) == 1
     assert "tau must be greater than 1" in capsys.readouterr().err

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 import sltt
-from sltt import cli
 from sltt.checkpoints import load_checkpoint
-from sltt.cli import main, shipped_recipes
+from sltt.cli import main
+from sltt.options import Recipe, shipped_recipes
 
 TINY = ["--model.width", "2", "--epochs", "2", "--steps", "2", "--batch_size", "256", "--device", "cpu"]
 
@@ -330,10 +330,9 @@ CLASSES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", cli.shipped_recipes())
+@pytest.mark.parametrize("name", shipped_recipes())
 def test_every_recipe_runs_a_batch_of_its_shape(name):
-    parser = cli._parser("sltt train")
-    built = cli._build(parser, cli._parse(parser, cli.find_recipe(name), []))
+    built = Recipe("sltt train", name, []).build()
     assert isinstance(built.data, sltt.data.Data)
     x, steps = 3 * torch.rand(2, *FRAMES[name]), min((getattr(built.rule, "k", None) or 1) + 1, built.steps)
     out = built.rule(built.model, x, torch.tensor([0, 1]), built.loss, steps=steps)
@@ -344,11 +343,11 @@ def test_every_recipe_runs_a_batch_of_its_shape(name):
 
 
 def test_data_check_says_whether_the_data_is_whole(tmp_path, capsys):
-    assert cli.main(["data", "check", "digits"]) == 0
+    assert main(["data", "check", "digits"]) == 0
     out = capsys.readouterr().out
     assert "train" in out
     assert "nothing is missing" in out
-    assert cli.main(["data", "check", "cifar10", "--data.root", str(tmp_path)]) == 1
+    assert main(["data", "check", "cifar10", "--data.root", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
     for words in (
         ["data"],
@@ -356,4 +355,4 @@ def test_data_check_says_whether_the_data_is_whole(tmp_path, capsys):
         ["data", "look", "digits"],
         ["data", "check", "digits", "--epochs", "3"],
     ):
-        assert cli.main(words) == 2
+        assert main(words) == 2

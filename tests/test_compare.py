@@ -76,7 +76,7 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp
     assert [line.split()[0] for line in table[1:4]] == ["BPTT", "SLTT:k=5", "SLTT:k=1"]
     assert all(len(line) <= 80 for line in table[:4])
     (folder,) = tmp_path.glob("runs/compare-digits-*")
-    rows = json.loads((folder / "compare.json").read_text())
+    rows = json.loads((folder / "compare.json").read_text())["rows"]
     assert [len(row["accuracies"]) for row in rows] == [2, 0, 2]
     assert rows[0]["cosine"] == pytest.approx(1, abs=1e-4)
     assert rows[0]["peak_memory"] > rows[2]["peak_memory"] > 0
@@ -88,7 +88,7 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp
         sltt.SLTT, "__call__", lambda self, *args, **kw: (trained.append(1), real(self, *args, **kw))[1]
     )
     assert main([*WORDS, "--rules", "SLTT:k=1", "--seeds", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["accuracies"] == rows[2]["accuracies"]
+    assert json.loads(capsys.readouterr().out)["rows"][0]["accuracies"] == rows[2]["accuracies"]
     assert len(trained) < 10  # measured again, not trained again
 
 

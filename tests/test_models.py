@@ -47,7 +47,7 @@ def test_every_neuron_fires_and_every_weight_gets_a_gradient(build, count):
     assert len(neurons) == count
     assert all(n.tau == 1.5 for n in neurons)
     x, y = torch.randn(2, 3, 2, 16, 16), torch.randint(7, (3,))
-    with sltt.analysis.FiringRates(model) as rates:
+    with sltt.analysis.firing_rates(model) as rates:
         out = sltt.SLTT()(model, x, y, sltt.losses.CrossEntropyMSE())
     assert out.logits.shape == (2, 3, 7)
     assert all(0 < rate < 1 for rate in rates.by_layer().values())

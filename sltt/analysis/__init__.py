@@ -1,20 +1,32 @@
-"""Measurements of a network and a rule: memory, multiplications, firing rates, and agreement with exact BPTT."""
+"""Measurements of a network and a rule: memory, time, operations, energy, firing rates, agreement with exact BPTT."""
 
 from sltt.analysis.agreement import Agreement, advice, agreement
-from sltt.analysis.firing import FiringRates
+from sltt.analysis.budget import PeakModel, fit_peak
+from sltt.analysis.energy import LayerOperations, synaptic_operations
+from sltt.analysis.firing import FiringRates, firing_rates
 from sltt.analysis.memory import available_memory, parse_bytes, peak_memory, process_peak, reset_process_peak
 from sltt.analysis.operations import Operations, count_operations
+from sltt.analysis.profiles import Memory, Seconds, iteration_seconds, memory_parts
 
 __all__ = [
     "Agreement",
     "FiringRates",
+    "LayerOperations",
+    "Memory",
     "Operations",
+    "PeakModel",
+    "Seconds",
     "advice",
     "agreement",
     "available_memory",
     "count_operations",
+    "firing_rates",
+    "fit_peak",
+    "iteration_seconds",
+    "memory_parts",
     "parse_bytes",
     "peak_memory",
     "process_peak",
     "reset_process_peak",
+    "synaptic_operations",
 ]

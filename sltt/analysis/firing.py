@@ -9,15 +9,20 @@ from torch import Tensor, nn
 from sltt.neurons import Neuron
 
 
-class FiringRates:
-    """Counts the spikes of every neuron layer of a model while it is open, without waiting for the device.
+def firing_rates(model: nn.Module) -> "FiringRates":
+    """Count the spikes of every neuron layer of a model inside a block, in a loop of any kind.
 
-        with FiringRates(model) as rates:
+        with firing_rates(model) as rates:
             rule(model, x, y, loss)
         rates.by_layer()      # {"features.2": 0.18, ...}
 
     A layer's rate is its spikes over its neurons times time steps times samples.
     """
+    return FiringRates(model)
+
+
+class FiringRates:
+    """What `firing_rates` counts, without waiting for the device."""
 
     def __init__(self, model: nn.Module):
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, Neuron)}

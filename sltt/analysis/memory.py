@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 
 def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> int:
     """Bytes alive at the peak of `call()` above those alive before it.
+
+        peak_memory(lambda: rule(model, x, y, loss))
 
     On the CPU every allocation that PyTorch makes is counted, so the figure is exact and the same in every run; what
     libraries allocate by themselves (scratch space of oneDNN) is not in it. On CUDA it is the caching allocator's
@@ -24,23 +26,39 @@ def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> 
         call: what to measure, for example `lambda: rule(model, x, y, loss, steps=6)`.
         device: where it allocates.
     """
+    return trace_memory(lambda mark: call(), device)[0]
+
+
+def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.device) -> tuple[int, list[int]]:
+    """As `peak_memory`, of `call(mark)`, and the bytes alive at each `mark()` above those alive before the call."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call()
+        levels: list[int] = []
+        call(lambda: levels.append(torch.cuda.memory_allocated(device) - before))
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - before, levels
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to the terminal at each start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        call()
+        call(_mark)
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
-    events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
+    events: list[Any] = [event for event in results.events() if event.name() in ("[memory]", MARK)]
     events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+    sizes = [event.nbytes() if event.name() == "[memory]" else 0 for event in events]
+    alive = list(itertools.accumulate(sizes, initial=0))
+    return max(alive), [level for level, event in zip(alive, events, strict=False) if event.name() == MARK]
+
+
+MARK = "sltt.mark"
+
+
+def _mark() -> None:
+    with record_function(MARK):
+        pass
 
 
 def available_memory(device: str | torch.device = "cpu") -> int:

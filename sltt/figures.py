@@ -1,0 +1,170 @@
+"""Figures of the report, drawn by matplotlib: each as SVG for the page, and as PNG and SVG in files.
+
+The SVG in a page takes the colour of its text from the page, so that it fits a light and a dark one.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+# Okabe & Ito 2008: told apart by colour-blind people, and on white as on black
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#8A8A8A")
+INK = "#010203"  # stands for the colour of the page's text
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sltt",  # the same file from the same data
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+Points = tuple[Sequence[float], Sequence[float]]
+
+
+def palette(labels: Iterable[str]) -> dict[str, str]:
+    """A colour for each label, so that a rule has the same in every figure."""
+    return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(dict.fromkeys(labels))}
+
+
+@rc_context(STYLE)
+def lines(
+    series: Mapping[str, Sequence[Points]], colours: Mapping[str, str], x: str, y: str, *, percent: bool = False
+) -> Figure:
+    """Lines over whole numbers x; a label may have several, such as one for each seed.
+
+    Args:
+        series: for each label the lines (x values, y values).
+        colours: of the labels.
+        x: label of the axis.
+        y: label of the axis.
+        percent: y is a share.
+    """
+    figure, axes = _figure(4.2)
+    for label, several in series.items():
+        for i, (xs, ys) in enumerate(several):
+            marker = "o" if len(xs) < 20 else ""
+            axes.plot(xs, ys, color=colours[label], marker=marker, markersize=4, label=None if i else label, alpha=0.85)
+    axes.set(xlabel=x, ylabel=y)
+    if percent:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    else:
+        axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(axes, len(series))
+    return figure
+
+
+@rc_context(STYLE)
+def stacked_bars(parts: Mapping[str, Sequence[float]], rows: Sequence[str], x: str) -> Figure:
+    """A horizontal bar for each row, of several parts.
+
+    Args:
+        parts: for each part its length in every row.
+        rows: labels of the rows.
+        x: label of the axis.
+    """
+    figure, axes = _figure(1.4 + 0.35 * len(rows))
+    left = np.zeros(len(rows))
+    colours = palette(parts)
+    for label, lengths in parts.items():
+        axes.barh(range(len(rows)), lengths, left=left, color=colours[label], label=label, height=0.7)
+        left += np.asarray(lengths)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set(xlabel=x)
+    _legend(axes, len(parts))
+    return figure
+
+
+@rc_context(STYLE)
+def bars(values: Mapping[str, float], x: str) -> Figure:
+    """A horizontal bar for each label."""
+    figure, axes = _figure(0.9 + 0.32 * len(values))
+    axes.barh(range(len(values)), list(values.values()), color=COLOURS[0], height=0.7)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set(xlabel=x)
+    return figure
+
+
+@rc_context(STYLE)
+def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], x: str) -> Figure:
+    """A field for each row and column, with its value; from 0 to 1."""
+    figure, axes = _figure(1.3 + 0.36 * len(rows))
+    mesh = axes.pcolormesh(np.asarray(values, dtype=float), vmin=0, vmax=1, cmap="viridis", edgecolors="face")
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            ink = "#000000" if value > 0.6 else "#ffffff"
+            axes.text(j + 0.5, i + 0.5, f"{value:.3f}", ha="center", va="center", color=ink, fontsize=9)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
+    axes.invert_yaxis()
+    axes.set(xlabel=x)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
+@rc_context(STYLE)
+def raster(spikes: Mapping[str, np.ndarray]) -> Figure:
+    """The spikes of one sample: a field for each layer, in it a row for each neuron and a column for each time step.
+
+    Args:
+        spikes: of each layer, [T, neurons].
+    """
+    figure = Figure(figsize=(7.2, 0.8 + 1.1 * len(spikes)), layout="constrained")
+    several: Any = figure.subplots(len(spikes), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (layer, fired) in zip(several, spikes.items(), strict=True):
+        steps, neurons = fired.shape
+        t, n = np.nonzero(fired)
+        axes.scatter(t + 1, n, marker="|", s=max(4, 900 / max(neurons, 1)), color=COLOURS[0], linewidths=1.5)
+        axes.set(xlim=(0.5, steps + 0.5), ylim=(-1, neurons), yticks=[0, neurons - 1])
+        axes.set_ylabel(layer, rotation=0, ha="right", va="center")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    several[-1].set_xlabel("time step")
+    return figure
+
+
+def svg(figure: Figure, title: str) -> str:
+    """The figure as an SVG element for a page, with the page's colour for text and `title` for screen readers."""
+    buffer = io.StringIO()
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """Write `stem`.png and `stem`.svg, on white."""
+    with rc_context({**STYLE, "savefig.facecolor": "white"}):
+        for ending in (".png", ".svg"):
+            metadata = {"Date": None} if ending == ".svg" else None
+            figure.savefig(stem.with_suffix(ending), dpi=150, metadata=metadata)
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _legend(axes: Axes, entries: int) -> None:
+    if entries > 1:
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(entries, 4))

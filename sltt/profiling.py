@@ -1,0 +1,319 @@
+"""What `sltt profile` does: memory, time, operations and energy of a recipe under several rules, and what fits."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from sltt.analysis import (
+    LayerOperations,
+    Memory,
+    Operations,
+    PeakModel,
+    Seconds,
+    available_memory,
+    count_operations,
+    firing_rates,
+    fit_peak,
+    iteration_seconds,
+    memory_parts,
+    synaptic_operations,
+)
+from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
+from sltt.checkpoints import start_from
+from sltt.data import Splits
+from sltt.evidence import rule_options
+from sltt.kernels import using
+from sltt.loading import EpochSampler, train_loader
+from sltt.options import Recipe
+from sltt.progress import Report, megabytes
+from sltt.rules import Rule
+from sltt.rules.autofold import AutoFold
+from sltt.train import make_fabric
+
+WARMUP = 2
+TOLERANCE = 0.03  # of the peak model, before it is fitted again
+
+
+@dataclass
+class Cost:
+    """One rule with one T: the iteration's memory and seconds, and the multiplications of its batch."""
+
+    rule: str
+    steps: int
+    memory: Memory
+    seconds: Seconds
+    operations: Operations
+
+
+@dataclass
+class Layer:
+    """A layer in the inference of one sample: a convolution or linear layer, or a layer of neurons.
+
+    Attributes:
+        name: of the layer in the model.
+        operations: of a convolution or linear layer.
+        firing_rate: of a layer of neurons.
+        spikes: of a layer of neurons, in all time steps of a sample.
+    """
+
+    name: str
+    operations: LayerOperations | None = None
+    firing_rate: float | None = None
+    spikes: float | None = None
+
+
+@dataclass
+class Fits:
+    """What fits a budget under a rule; None where there is no limit.
+
+    Attributes:
+        rule: as it was asked for.
+        budget: bytes, with parameters and the optimizer's state.
+        batch: the largest with the recipe's T.
+        steps: the largest T with the recipe's batch.
+        fold: the most time steps in one call of the network, with the recipe's batch and T; None for a rule without.
+        predicted: bytes of the checked run, by the fitted model.
+        measured: bytes of the checked run; None if it was not made, since it needs more than is free.
+    """
+
+    rule: str
+    budget: int
+    batch: int | None
+    steps: int | None
+    fold: int | None
+    predicted: int = 0
+    measured: int | None = None
+
+
+@dataclass
+class Profile:
+    """All that was measured.
+
+    Attributes:
+        recipe: its name.
+        device: where.
+        batch: samples in an iteration.
+        trained: the layers are measured with weights of a run, in evaluation mode; else with random weights, in
+            training mode, since the statistics of a BatchNorm are not there yet.
+        costs: a row for each rule and T.
+        layers: of the largest T, in the order of the model.
+        fits: a row for each rule, if there is a budget.
+    """
+
+    recipe: str
+    device: str
+    batch: int
+    trained: bool
+    costs: list[Cost] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    fits: list[Fits] = field(default_factory=list)
+
+    def picojoules(self) -> tuple[float, float]:
+        """The estimated energy of one sample's inference, and that of the same network as an ANN."""
+        layers = [layer.operations for layer in self.layers if layer.operations is not None]
+        return sum(one.picojoules for one in layers), sum(one.picojoules_as_ann for one in layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        spiking, ann = self.picojoules()
+        costs = [{**asdict(one), "operations": one.operations._asdict()} for one in self.costs]
+        for row, one in zip(costs, self.costs, strict=True):
+            row["memory"]["total"], row["seconds"]["total"] = one.memory.total, one.seconds.total
+        return {**asdict(self), "costs": costs, "picojoules": spiking, "picojoules_as_ann": ann}
+
+
+class Setup:
+    """A recipe's network, optimizer and data on the device; built anew for each measurement."""
+
+    def __init__(self, built: Any, steps: int):
+        start_from(built.model, built.weights)
+        self.fabric = make_fabric(built.device, built.precision)
+        self.net: Any = self.fabric.setup_module(built.model).train()
+        self.optimizer = built.optimizer(self.net.parameters())
+        self.loss = built.loss.to(self.fabric.device) if isinstance(built.loss, nn.Module) else built.loss
+        self.rule: Rule = built.rule
+        self.splits: Splits = built.data.splits(steps)
+        self.repeat = steps if self.splits.static else None
+        self.seed, self.workers = built.seed, built.workers
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """A training batch of `size` samples; where the data has fewer, they come again."""
+        count = min(size, len(self.splits.train))  # type: ignore[arg-type]
+        x, y = next(iter(self._loader(count, workers=0)))
+        again = torch.arange(size) % count
+        return self.fabric.to_device((x.index_select(0 if self.splits.static else 1, again), y[again]))
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches without an end, loaded as in a training."""
+        while True:
+            for batch in self._loader(size, self.workers):
+                yield self.fabric.to_device(batch)
+
+    def _loader(self, size: int, workers: int) -> Any:
+        return train_loader(self.splits, size, EpochSampler(len(self.splits.train), self.seed), workers)  # type: ignore[arg-type]
+
+    def memory(self, size: int) -> Memory:
+        """Memory of an iteration with `size` samples, after one step of the optimizer."""
+        x, y = self.batch(size)
+        arguments = self.net, x, y, self.loss, self.rule
+        memory_parts(*arguments, steps=self.repeat)  # makes gradients, and what is allocated once
+        self.optimizer.step()
+        return memory_parts(*arguments, self.optimizer, steps=self.repeat)
+
+
+def profile(
+    recipe: Recipe,
+    rules: Sequence[str],
+    steps: Sequence[int],
+    repeats: int,
+    budget: int | None,
+    report: Report,
+) -> Profile:
+    """Measure a recipe.
+
+    Args:
+        recipe: what is measured.
+        rules: as for `rule_options`.
+        steps: numbers of time steps; none is the recipe's.
+        repeats: iterations that are timed, for each rule and T.
+        budget: bytes; None asks for nothing.
+        report: shows the progress.
+    """
+    own = recipe.build()
+    found = Profile(
+        recipe.name, str(make_fabric(own.device, own.precision).device), own.batch_size, own.weights is not None
+    )
+    steps = steps or [own.steps]
+    with using(compile=own.compile):
+        for time_steps, rule in itertools.product(steps, rules):
+            report.line(f"{rule}, T = {time_steps}")
+            found.costs.append(_cost(recipe, rule, time_steps, found.batch, repeats))
+        found.layers = _layers(recipe.build(), steps[-1], found.batch)
+        for rule in rules if budget else ():
+            report.line(f"{rule}: what fits")
+            found.fits.append(_fits(recipe, rule, own.steps, found.batch, budget or 0))
+    return found
+
+
+def print_profile(found: Profile, report: Report) -> None:
+    """Tables of all that was measured."""
+    memory = _table("rule", "T", "total", "weights", "grads", "optim", "input", "states", "saved", "rest")
+    seconds = _table("rule", "T", "total", "data", "forward", "backward", "step", "mult. fwd", "mult. bwd")
+    for one in found.costs:
+        parts = one.memory.total, *vars(one.memory).values()
+        memory.add_row(one.rule, str(one.steps), *(f"{part / 1e6:.4g}" for part in parts))
+        times = one.seconds.total, *vars(one.seconds).values()
+        seconds.add_row(one.rule, str(one.steps), *(f"{t:.3f}" for t in times), *(f"{n:.2e}" for n in one.operations))
+    layers = _table("layer", "MAC a step", "inputs ≠ 0", "synaptic op.", "firing rate", "spikes")
+    for layer in found.layers:
+        if one := layer.operations:
+            kind = "" if one.spiking else " MAC"
+            cells = f"{one.macs:,}", f"{one.density:.1%}", f"{one.synaptic_operations:,.0f}{kind}", "", ""
+        else:
+            cells = "", "", "", f"{layer.firing_rate:.3f}", f"{layer.spikes:,.0f}"
+        layers.add_row(layer.name, *cells)
+    network = "with the weights given" if found.trained else "untrained; --weights RUN takes those of a run"
+    for title, table in (
+        (f"memory at the peak of an iteration in MB, batch {found.batch}, {found.device}", memory),
+        ("seconds of an iteration, and multiplications of its batch", seconds),
+        (f"one sample, T = {found.costs[-1].steps}, {network}", layers),
+    ):
+        report.line(title)
+        report.table(table)
+        report.line("")
+    spiking, ann = found.picojoules()
+    report.line(
+        f"energy of one sample, estimated: {spiking / 1e6:.3g} µJ; the same network as an ANN: {ann / 1e6:.3g} µJ\n"
+        f"(45 nm, 32 bits: {PICOJOULES_MULTIPLY_ACCUMULATE} pJ a multiply-accumulate, {PICOJOULES_ACCUMULATE} pJ an "
+        "accumulate)"
+    )
+    if found.fits:
+        report.line("")
+        _print_fits(found.fits, report)
+
+
+def _print_fits(fits: Sequence[Fits], report: Report) -> None:
+    table = _table("rule", "batch", "T", "fold", "predicted", "measured", "error")
+    for one in fits:
+        batch, steps = ("no limit" if most is None else f"{most:,}" for most in (one.batch, one.steps))
+        checked = "not run", ""
+        if one.measured is not None:
+            checked = megabytes(one.measured), f"{one.predicted / one.measured - 1:+.1%}"
+        table.add_row(
+            one.rule, batch, steps, "–" if one.fold is None else str(one.fold), megabytes(one.predicted), *checked
+        )
+    report.line(f"what fits {megabytes(fits[0].budget)}, the rest as in the recipe; and a run with that batch")
+    report.table(table)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("rule", "layer") else "right")
+    return table
+
+
+def _cost(recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> Cost:
+    setup = Setup(recipe.build(rule_options(rule)), steps)
+    memory = setup.memory(batch)
+    timed = itertools.islice(setup.batches(batch), repeats + WARMUP)
+    seconds = iteration_seconds(
+        setup.net, timed, setup.loss, setup.rule, setup.optimizer, steps=setup.repeat, warmup=WARMUP
+    )
+    x, y = setup.batch(batch)
+    return Cost(
+        rule, steps, memory, seconds, count_operations(setup.net, x, y, setup.loss, setup.rule, steps=setup.repeat)
+    )
+
+
+def _layers(built: Any, steps: int, batch: int) -> list[Layer]:
+    setup = Setup(built, steps)
+    x, _ = setup.batch(batch)
+    model = setup.net.module.train(built.weights is None)
+    with firing_rates(model) as rates:
+        operations = {one.name: one for one in synaptic_operations(model, x, steps=setup.repeat)}
+    spikes = {name: spikes / batch for name, (spikes, _) in rates.state_dict().items()}
+    by_layer = rates.by_layer()
+    names = [name for name, _ in model.named_modules() if name in operations or name in by_layer]
+    return [Layer(name, operations.get(name), by_layer.get(name), spikes.get(name)) for name in names]
+
+
+def _fits(recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> Fits:
+    def measure(samples: int, time_steps: int) -> int:
+        return Setup(recipe.build(rule_options(rule)), time_steps).memory(samples).total
+
+    least = max(getattr(recipe.build(rule_options(rule)).rule, "k", None) or 1, 2)
+    device = make_fabric(recipe.build().device, 32).device
+    found = Fits(rule, budget, None, None, _fold(recipe, rule, steps, batch, budget))
+    batches = batch, 2 * batch
+    for _ in range(2):
+        model: PeakModel = fit_peak(measure, batches, (least, 2 * least))
+        found.batch, found.steps = model.largest_batch(budget, steps), model.largest_steps(budget, batch)
+        if not found.batch:
+            break
+        found.predicted = int(model.peak(found.batch, steps))
+        if found.predicted > available_memory(device):
+            break
+        found.measured = measure(found.batch, steps)
+        if abs(found.predicted / found.measured - 1) <= TOLERANCE:
+            break
+        # Large layers run other kernels than small ones: fit again nearer to the budget.
+        batches = max(found.batch // 4, 1), max(found.batch // 2, 2)
+    return found
+
+
+def _fold(recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int | None:
+    """The largest fold; None for a rule that has none."""
+    if not hasattr(recipe.build(rule_options(rule)).rule, "fold"):
+        return None
+    peaks = [
+        Setup(recipe.build([*rule_options(rule), "--rule.fold", str(fold)]), steps).memory(batch).total
+        for fold in (1, 2)
+        if fold <= steps
+    ]
+    return AutoFold.fold(peaks, budget, steps)
