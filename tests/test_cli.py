@@ -319,11 +319,13 @@ FRAMES = {
     "imagenet-stage1": (3, 64, 64),
     "imagenet-stage2": (3, 64, 64),
     "nmnist": (2, 34, 34),
+    "recall": (200,),
     "shd": (700,),
 }
 CLASSES = {
     "cifar100": 100,
     "dvs-gesture": 11,
+    "recall": 4,
     "shd": 20,
     **{f"imagenet{end}": 1000 for end in ("", "-stage1", "-stage2")},
 }

@@ -123,3 +123,14 @@ def test_mlp():
         model(torch.randn(5, 13))
     with pytest.raises(ValueError, match="features needs the sizes of input and logits"):
         models.MLP([3])
+
+
+def test_mlp_without_norm_is_linear_layers_and_neurons():
+    model = models.MLP([6, 5, 3], norm=False)
+    assert parameters(model) == 6 * 5 + 5 + 5 * 3 + 3
+    assert parameters(models.MLP([6, 5, 3])) == parameters(model) + 2 * 5
+    x = torch.randn(2, 4, 6)
+    linear, head = model.hidden[0], model.head
+    s, v = sltt.neurons.lif_step(torch.zeros(4, 5), linear(x[0]), decay=1 - 1 / 1.1)
+    s, _ = sltt.neurons.lif_step(v, linear(x[1]), decay=1 - 1 / 1.1)
+    torch.testing.assert_close(sltt.unroll(model, x)[1], head(s))

@@ -5,6 +5,7 @@ from sltt.data.base import Data, Splits
 from sltt.data.digits import Digits, DigitsEvents
 from sltt.data.events import CIFAR10DVS, NMNIST, SHD, DVSGesture, EventFolder
 from sltt.data.images import CIFAR10, CIFAR100, Cutout, ImageFolder
+from sltt.data.recall import Recall
 
 __all__ = [
     "CIFAR10",
@@ -20,5 +21,6 @@ __all__ = [
     "EventAugmentation",
     "EventFolder",
     "ImageFolder",
+    "Recall",
     "Splits",
 ]

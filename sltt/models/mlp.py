@@ -17,16 +17,18 @@ class MLP(nn.Module):
         features: sizes of the input, of each hidden layer, and of the logits.
         neuron: makes a neuron; called once for each hidden layer.
         dropout: probability of the dropout after each neuron.
+        norm: with BatchNorm. Its running statistics are those of all time steps together; leave it out where the steps
+            differ, such as a silent one.
     """
 
-    def __init__(self, features: Sequence[int], neuron: NeuronFactory = LIF, dropout: float = 0.0):
+    def __init__(self, features: Sequence[int], neuron: NeuronFactory = LIF, dropout: float = 0.0, norm: bool = True):
         super().__init__()
         if len(features) < 2:
             raise ValueError(f"features needs the sizes of input and logits at least, got {list(features)}")
         self.features = list(features)
         layers: list[nn.Module] = []
         for before, after in pairwise(features[:-1]):
-            layers += [nn.Linear(before, after), nn.BatchNorm1d(after), neuron(), Dropout(dropout)]
+            layers += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if norm else []), neuron(), Dropout(dropout)]
         self.hidden = nn.Sequential(*layers)
         self.head = nn.Linear(features[-2], features[-1])
 

@@ -1,0 +1,123 @@
+"""Delayed recall, a synthetic task that cannot be learned without the gradient through time; nothing to download.
+
+Shapes: N samples, T time steps, C classes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from sltt.data.base import Data, Splits, fingerprint, hold_out
+
+TEST_SAMPLES = 2000
+
+
+class Recall(Data):
+    """A cue in noise, a silent delay, then a probe; the label takes both: sequences [T, channels].
+
+        x[0] = (P[a] + noise ξ) / √(1 + noise²)     the cue a in 0 … C − 1, with ξ normal
+        x[t] = 0                                    for 0 < t ≤ delay
+        x[t] = Q[b] / n                             the probe b in 0 … C − 1, in each of the n steps that remain
+        y = (a + b) mod C
+
+    The patterns P and Q are normal numbers, C of each, and all pairs (a, b) are equally frequent. So the label depends
+    neither on the cue nor on the probe alone, and at the cue's step nothing says which of its directions matters: the
+    weights that have to find P in the noise learn it only from the loss of the probe's steps, through the state that
+    the neurons kept. A gradient without that path tells them nothing about P.
+
+    Args:
+        validation: share of the training samples held out to select the best epoch; 0 trains on everything.
+        split_seed: which training samples are held out.
+        classes: C, at least 2; chance is 1/C.
+        delay: silent time steps between cue and probe.
+        noise: standard deviation of the cue's noise, where that of its pattern is 1.
+        channels: values in a time step. The best decision about the cue gets better with √channels / noise; what a
+            single random direction sees of it is 1 / noise, whatever their number.
+        samples: training samples, those held out included, at least C²; the test samples are 2,000 more.
+        seed: of patterns, noise and order. The same seed gives the same data.
+
+    Raises:
+        ValueError: an argument out of range; when loaded, fewer time steps than cue, delay and one step of the probe.
+    """
+
+    def __init__(
+        self,
+        validation: float = 0.1,
+        split_seed: int = 0,
+        classes: int = 4,
+        delay: int = 7,
+        noise: float = 2.0,
+        channels: int = 200,
+        samples: int = 8000,
+        seed: int = 0,
+    ):
+        super().__init__(validation, split_seed)
+        for name, value, least in (("classes", classes, 2), ("delay", delay, 0), ("channels", channels, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not noise >= 0:
+            raise ValueError(f"noise must be at least 0, got {noise}")
+        if samples < classes**2:
+            raise ValueError(f"samples must be at least classes² = {classes**2}, one of each pair, got {samples}")
+        self.classes = classes
+        self.delay = delay
+        self.noise = noise
+        self.channels = channels
+        self.samples = samples
+        self.seed = seed
+
+    def load(self, steps: int) -> Splits:
+        if steps < self.delay + 2:
+            raise ValueError(
+                f"a cue, a delay of {self.delay} and a probe take {self.delay + 2} time steps or more, got "
+                f"steps={steps}: use more steps or a shorter delay"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        cues, probes = torch.randn(2, self.classes, self.channels, generator=generator)
+        count = self.samples + TEST_SAMPLES
+        train = _pairs(self.samples, self.classes, generator)
+        a, b = torch.cat([train, _pairs(TEST_SAMPLES, self.classes, generator)]).T
+        noise = self.noise * torch.randn(count, self.channels, generator=generator)
+        cue = (cues[a] + noise) / (1 + self.noise**2) ** 0.5
+        samples = _Sequences(cue, probes, b, (a + b) % self.classes, self.delay, steps)
+        labels = samples.labels.tolist()
+        kept, held = hold_out(labels[: self.samples], self.validation, self.split_seed)
+        test = range(self.samples, count)
+        settings = self.classes, self.delay, self.noise, self.channels, self.seed
+        return Splits(
+            train=Subset(samples, kept),
+            validation=Subset(samples, held) if held else None,
+            test=Subset(samples, test),
+            static=False,
+            classes=self.classes,
+            fingerprint=fingerprint([settings, *labels], kept, held, test),
+        )
+
+
+class _Sequences(Dataset[Any]):
+    """Sequences [T, channels], put together when they are read: most of their values are 0 or repeated."""
+
+    def __init__(self, cue: Tensor, probes: Tensor, probe: Tensor, labels: Tensor, delay: int, steps: int):
+        self.cue = cue
+        self.probes = probes
+        self.probe = probe
+        self.labels = labels
+        self.delay = delay
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x = torch.zeros(self.steps, self.cue.shape[1])
+        x[0] = self.cue[index]
+        x[self.delay + 1 :] = self.probes[self.probe[index]] / (self.steps - self.delay - 1)
+        return x, int(self.labels[index])
+
+
+def _pairs(count: int, classes: int, generator: torch.Generator) -> Tensor:
+    """Cues and probes [count, 2] in random order, each pair as often as every other, to within one."""
+    pair = torch.randperm(count, generator=generator) % classes**2
+    return torch.stack([pair // classes, pair % classes], dim=1)
