@@ -1,13 +1,17 @@
-# make demo   train the digits with SLTT
+# make demo   compare rules on the digits, and write a report
 # make test   run the test suite
 # make check  lint, format and types
+# make docs   build the documentation site
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo test check docs benchmark clean
 
 demo: .venv/installed
-	$(BIN)/sltt train digits
+	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --save runs/demo
+	$(BIN)/sltt profile digits --rules BPTT,SLTT,SLTT:k=1 --steps 1,4,16 --save runs/demo
+	$(BIN)/sltt agreement digits --taus 1.1,2,10 --save runs/demo
+	$(BIN)/sltt report runs/demo
 
 test: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -16,6 +20,9 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/rules.py
@@ -26,11 +33,15 @@ benchmark: .venv/installed
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[report]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 clean:

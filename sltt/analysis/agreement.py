@@ -46,7 +46,7 @@ def agreement(
 ) -> list[Agreement]:
     """Compare the gradients of `rules` on one batch with that of BPTT; the model is left as it was.
 
-        for found in agreement(model, x, y, loss, [SLTT(), TBPTT(4)], steps=6):
+        for found in agreement(model, x, y, loss, [SLTT(), TBPTT(2)]):
             print(found.rule, found.cosine)
 
     Args:

@@ -23,7 +23,7 @@ def count_operations(
 ) -> Operations:
     """Count the multiplications of one batch; the model is left as it was.
 
-        count_operations(model, x, y, loss, SLTT(k=1), steps=6).backward
+        count_operations(model, x, y, loss, SLTT(k=1)).backward
 
     A layer n → m of one sample and time step has n·m forward, n·m for the gradient of its weights and, but for the
     first, n·m for that of its input. Work on single elements, such as the neurons', is of another order, and left out.

@@ -133,6 +133,8 @@ def iteration_seconds(
 ) -> Seconds:
     """Train on `batches`, and return the medians of the seconds of each part; the weights change.
 
+        iteration_seconds(model, batches, loss, SLTT(), optimizer).backward
+
     Args:
         model: maps one time step to logits.
         batches: (x, target) of each iteration, at least one more than `warmup`; loading them is timed too.
