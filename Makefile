@@ -9,7 +9,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --save runs/demo
-	$(BIN)/sltt profile digits --rules BPTT,SLTT,SLTT:k=1 --steps 1,4,16 --save runs/demo
+	$(BIN)/sltt profile digits --rules BPTT,SLTT,SLTT:k=1 --steps 1,4,16 --weights runs/demo/SLTT-seed0 --save runs/demo
 	$(BIN)/sltt agreement digits --taus 1.1,2,10 --save runs/demo
 	$(BIN)/sltt report runs/demo
 
