@@ -7,7 +7,7 @@ from sltt.dropout import Dropout
 from sltt.hoisting import once
 from sltt.neurons import IF, LIF, PLIF, lif_step
 from sltt.phases import Phase
-from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Output, Rule, unroll
+from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Output, RateBased, Rule, unroll
 from sltt.state import Stateful, detach, reset
 from sltt.train import evaluate, fit
 
@@ -24,6 +24,7 @@ __all__ = [
     "Dropout",
     "Output",
     "Phase",
+    "RateBased",
     "Rule",
     "Stateful",
     "analysis",

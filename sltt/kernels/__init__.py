@@ -10,10 +10,12 @@ from sltt.kernels.norm import stepwise_batch_norm
 from sltt.kernels.options import Compile, compiler_problem, using
 from sltt.kernels.step import Step, neuron_step
 from sltt.kernels.tags import saving, tag_dropped
+from sltt.kernels.trace import Trace
 
 __all__ = [
     "Compile",
     "Step",
+    "Trace",
     "compiler_problem",
     "neuron_step",
     "saving",

@@ -2,6 +2,7 @@
 
 from sltt.rules.base import Output, Rule, unroll
 from sltt.rules.ottt import OTTT
+from sltt.rules.rate import RateBased
 from sltt.rules.truncated import BPTT, SLTT, TBPTT
 
-__all__ = ["BPTT", "OTTT", "SLTT", "TBPTT", "Output", "Rule", "unroll"]
+__all__ = ["BPTT", "OTTT", "SLTT", "TBPTT", "Output", "RateBased", "Rule", "unroll"]

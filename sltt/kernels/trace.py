@@ -1,0 +1,53 @@
+"""The derivative of a neuron's firing rate with respect to a constant added to its input, gathered step by step."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from sltt.kernels.options import Kernel
+from sltt.kernels.step import Step
+
+
+class Trace:
+    """∂(Σ_t s[t])/∂c for a change of u by `source` ∂c at every step: forward differentiation, elementwise, in place.
+
+        f[t] = source[t] + λ g[t−1],   g[t] = ∂v[t]/∂u[t] f[t],   total = Σ_t ∂s[t]/∂u[t] f[t]
+
+    Args:
+        step: the neuron's constants.
+    """
+
+    def __init__(self, step: Step):
+        self._add = _kernel(step)
+        self.total: Tensor | None = None
+        self._carried: Tensor | None = None
+
+    def add(self, kept: Tensor, s: Tensor, decay: Tensor | None, source: Tensor | None = None) -> None:
+        """Add a time step.
+
+        Args:
+            kept: v[t] for a soft reset, u[t] for a hard one.
+            s: spikes, in the same memory format.
+            decay: λ where it is a tensor.
+            source: ∂u/∂c; None for c that is added to the input.
+        """
+        if self.total is None or self._carried is None:
+            self.total, self._carried = torch.zeros_like(kept), torch.zeros_like(kept)
+        elif self.total.stride() != kept.stride():
+            self.total, self._carried = (torch.empty_like(kept).copy_(t) for t in (self.total, self._carried))
+        self._add(self.total, self._carried, kept, s, decay, source)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(step: Step) -> Kernel:
+    def add(total: Tensor, carried: Tensor, kept: Tensor, s: Tensor, decay: Tensor | None, source: Tensor | None) -> None:
+        rate = step.decay if decay is None else decay
+        assert rate is not None
+        gain = (1 - rate if step.decay_input else 1.0) if source is None else source
+        s = s.to(kept.dtype)
+        f = rate * carried + gain
+        total.add_(step.gradient(f, None, kept, s))
+        carried.copy_(step.gradient(None, f, kept, s))
+
+    return Kernel(add)

@@ -1,0 +1,234 @@
+"""Rate-based backpropagation: T steps without a graph, then one pass over firing rates with one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from sltt.dropout import Dropout
+from sltt.kernels import Step, Trace
+from sltt.neurons import Neuron
+from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
+from sltt.state import Stateful
+
+
+class RateBased(Rule):
+    """Rate-based backpropagation: one backward a sequence, through mean firing rates instead of spikes.
+
+        c = W r^{l−1},   r = 1/T Σ_t s[t]                               rate pass              (1)
+        ∂r/∂c = 1/T Σ_t ∂s[t]/∂u[t] f[t]                                gathered on the way    (2)
+        f[t] = 1 + λ ∂v[t−1]/∂u[t−1] f[t−1],   f[1] = 1                 through leak and reset (3)
+        ∂v/∂u = 1 − V_th ∂s/∂u     soft reset;  1 with `detach_reset`                          (4)
+        ∂v/∂u = 1 − s − (u − v_r) ∂s/∂u     hard reset;  1 − s with `detach_reset`             (5)
+
+    The T steps run without a graph, and gather (2) in each neuron layer. Then the network runs once, with a graph, on
+    the mean input over time (a static image is its own); each neuron layer puts out the rate that was recorded, and
+    (2) as its derivative. Temporal gradient within a neuron is kept for an input that is constant in time; correlations
+    in time between presynaptic spikes and derivatives are dropped. Layers between neurons act on means: exact for
+    linear ones, an approximation for the others, such as max pooling. Memory is that of one step's graph and about
+    three tensors for each neuron layer, and time that of the T steps without a graph, and one step with.
+
+    The loss is ℓ(ō, y) of the mean logits ō = 1/T Σ_t o[t], not the mean of the steps' losses. It is what is
+    backpropagated and what `Output.loss` is; `Output.logits` are those of the T steps. The authors' code divides the
+    gradient by T on top; here it has the size of BPTT's. With T = 1 it is SLTT and BPTT.
+
+    BatchNorm on batch statistics: the T steps normalise as ever, and update the running statistics, which the rate pass
+    leaves alone. The rate pass normalises with what the steps were normalised with, the means over time of their mean
+    and of their inverse standard deviation, and differentiates both as functions of the mean input: the deviation of
+    the mean input itself is smaller, since time averages, and would make the gradient too large. `sltt.Dropout` has
+    the mask of the T steps. A learnable λ (PLIF) gets ∂r/∂λ by the same recursion, with v[t−1] − v_r for the 1.
+    Hooks on neurons see the T steps only.
+
+    Raises:
+        ValueError: when called, a module with a state that is not of `sltt.neurons`, a neuron or BatchNorm that is
+            not used exactly once in every step, a neuron or BatchNorm with a forward of its own (SyncBatchNorm), or
+            PyTorch's own dropout, whose mask changes at every step.
+
+    Source: Yu et al., NeurIPS 2024 (arXiv 2410.11488); (3) to (5) as in the authors' code
+    (github.com/Tab-ct/rate-based-backpropagation, model/layer.py), where V_th = 1 and v_r = 0.
+    """
+
+    def run(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
+        with _recording(model) as layers:
+            outputs = []
+            with torch.no_grad():
+                for t in range(sequence.steps):
+                    outputs.append(sequence.run(model, range(t, t + 1)))
+                    for layer in layers:
+                        layer.check(t + 1)
+            # Casts of weights that autocast caches without a graph would cut the weights off in the rate pass.
+            torch.clear_autocast_cache()
+            logits = torch.cat(outputs)
+            buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+            try:
+                with _rate_pass(layers):
+                    rates = _mean_input(sequence).run(model, range(1))[0]
+                value = step_loss(loss, _with_value(logits.mean(0), rates), target)
+                backward(value)
+            finally:
+                with torch.no_grad():  # after the backward, which may have saved them
+                    for buffer, before in buffers:
+                        buffer.copy_(before)
+        return Output(value.detach(), logits)
+
+
+def _mean_input(sequence: Sequence) -> Sequence:
+    if sequence.static:
+        return Sequence(sequence.x, 1, True)
+    x = sequence.x
+    return Sequence(x.mean(0) if x.is_floating_point() else x.mean(0, dtype=torch.get_default_dtype()), 1, True)
+
+
+def _with_value(value: Tensor, x: Tensor) -> Tensor:
+    """The numbers of `value`, with the gradient of x: x − x is 0 to the last bit."""
+    return value + (x - x.detach()).to(value.dtype)
+
+
+class _Layer:
+    """What a layer gathers in the T steps for the rate pass."""
+
+    def __init__(self, name: str, module: Any):
+        self.name, self.module = name, module
+        self.calls = 0
+
+    def step(self, x: Tensor) -> Tensor:
+        """The layer in one of the T steps."""
+        raise NotImplementedError
+
+    def rate(self, x: Tensor) -> Tensor:
+        """The layer in the rate pass."""
+        raise NotImplementedError
+
+    def check(self, steps: int) -> None:
+        """Raise ValueError unless the layer ran once in each of the steps so far, or never."""
+        if self.calls not in (0, steps):
+            raise ValueError(
+                f"{self.name} ({type(self.module).__name__}) ran {self.calls} times in {steps} time steps, and RateBased "
+                "keeps one rate for it: use a module of its own at each place of the network, in every step, or SLTT"
+            )
+
+
+class _NeuronLayer(_Layer):
+    def __init__(self, name: str, module: Neuron):
+        super().__init__(name, module)
+        decay = module.decay()
+        self.learnable = isinstance(decay, Tensor)
+        self.constants = Step(decay=None if isinstance(decay, Tensor) else decay, **module._constants())
+        self.spikes: Tensor | None = None
+        self.by_input, self.by_decay = Trace(self.constants), Trace(self.constants)
+
+    def step(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        neuron, constants = self.module, self.constants
+        before, s = neuron.v, Neuron.forward(neuron, x)
+        after: Tensor = neuron.v
+        before = torch.full_like(after, constants.v_reset or 0.0) if before is None else before
+        decay = neuron.decay() if self.learnable else None
+        kept, current = after, x.to(after.dtype)
+        if constants.v_reset is not None:
+            kept = torch.empty_like(after).copy_(
+                constants.charge(before, current, constants.decay if decay is None else decay)
+            )
+        self.by_input.add(kept, s, decay)
+        if decay is not None:
+            moved = before - (constants.v_reset or 0.0) - (current if constants.decay_input else 0.0)
+            self.by_decay.add(kept, s, decay, torch.empty_like(after).copy_(moved))
+        self.spikes = s.to(after.dtype, copy=True) if self.spikes is None else self.spikes.add_(s)
+        return s
+
+    def rate(self, x: Tensor) -> Tensor:
+        if self.spikes is None or self.by_input.total is None:
+            raise ValueError(f"{self.name} runs on the mean input only, not in the time steps: use SLTT")
+        n = self.calls
+        drive = x * (self.by_input.total / n)
+        if self.by_decay.total is not None:
+            drive = drive + self.module.decay() * (self.by_decay.total / n)
+        return _with_value((self.spikes / n).to(x.dtype), drive)
+
+
+class _NormLayer(_Layer):
+    mean: Tensor | float = 0.0
+    inverse: Tensor | float = 0.0
+
+    def step(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        var, mean = _statistics(x)
+        self.mean = self.mean + mean
+        self.inverse = self.inverse + torch.rsqrt(var + self.module.eps)
+        return _BatchNorm.forward(self.module, x)
+
+    def rate(self, x: Tensor) -> Tensor:
+        norm, n = self.module, self.calls
+        if not isinstance(self.inverse, Tensor):
+            raise ValueError(f"{self.name} runs on the mean input only, not in the time steps: use SLTT")
+        var, mean = _statistics(x)
+        mean = _with_value(self.mean / n, mean)
+        scale = torch.rsqrt(_with_value((self.inverse / n) ** -2, var))
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
+        form = (-1, *[1] * (x.ndim - 2))
+        return (x * scale.view(form) + shift.view(form)).to(x.dtype)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean [C] of x [B, C, ...], at least in float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+
+
+def _layers(model: nn.Module) -> list[_Layer]:
+    """The layers that gather; raises ValueError naming a module that the rate pass cannot run."""
+    layers: list[_Layer] = []
+    for name, module in model.named_modules():
+        own = "forward" in vars(module)
+        if isinstance(module, Neuron) and type(module).forward is Neuron.forward and not own:
+            layers.append(_NeuronLayer(name, module))
+        elif isinstance(module, Stateful) and not isinstance(module, Dropout) and module.differentiable:
+            raise ValueError(
+                f"RateBased knows the derivative of the neurons in sltt.neurons, not of {name} "
+                f"({type(module).__name__}), which keeps a state in a way of its own: use SLTT"
+            )
+        elif isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            if type(module).forward is not _BatchNorm.forward or own:
+                raise ValueError(
+                    f"RateBased knows PyTorch's plain BatchNorm, not {name} ({type(module).__name__}): use that, or SLTT"
+                )
+            layers.append(_NormLayer(name, module))
+        elif isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"{name} ({type(module).__name__}) draws another mask at every step, and the rate pass has one only: use "
+                "sltt.Dropout, or SLTT"
+            )
+    return layers
+
+
+@contextmanager
+def _recording(model: nn.Module) -> Iterator[list[_Layer]]:
+    """Inside this block, layers gather what the rate pass needs."""
+    layers = _layers(model)
+    for layer in layers:
+        layer.module.forward = layer.step  # an attribute of the instance, in front of the method
+    try:
+        yield layers
+    finally:
+        for layer in layers:
+            vars(layer.module).pop("forward", None)
+
+
+@contextmanager
+def _rate_pass(layers: list[_Layer]) -> Iterator[None]:
+    """Inside this block, layers run the rate pass, without the hooks of neurons: those are there for spikes."""
+    hooks = [(m, m._forward_hooks.copy()) for m in (layer.module for layer in layers) if isinstance(m, Neuron)]
+    try:
+        for layer in layers:
+            layer.module.forward = layer.rate
+        for module, _ in hooks:
+            module._forward_hooks.clear()
+        yield
+    finally:
+        for module, before in hooks:
+            module._forward_hooks.update(before)
