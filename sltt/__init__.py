@@ -7,7 +7,7 @@ from sltt.dropout import Dropout
 from sltt.hoisting import once
 from sltt.neurons import IF, LIF, PLIF, lif_step
 from sltt.phases import Phase
-from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Output, RateBased, Rule, unroll
+from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
 from sltt.state import Stateful, detach, reset
 from sltt.train import evaluate, fit
 
@@ -22,6 +22,7 @@ __all__ = [
     "SLTT",
     "TBPTT",
     "Dropout",
+    "Mixed",
     "Output",
     "Phase",
     "RateBased",

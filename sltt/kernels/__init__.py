@@ -9,7 +9,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 from sltt.kernels.norm import stepwise_batch_norm
 from sltt.kernels.options import Compile, compiler_problem, using
 from sltt.kernels.step import Step, neuron_step
-from sltt.kernels.tags import saving, tag_dropped
+from sltt.kernels.tags import release, saving, tag_dropped
 from sltt.kernels.trace import Trace
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Trace",
     "compiler_problem",
     "neuron_step",
+    "release",
     "saving",
     "stepwise_batch_norm",
     "tag_dropped",

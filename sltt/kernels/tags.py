@@ -74,6 +74,10 @@ class SpikeTag(Tag):
         restored, self._restored = self.restore(), None
         return restored
 
+    def release(self) -> None:
+        """Drop what was restored."""
+        self._restored = None
+
 
 def tag_of(tensor: Tensor) -> Tag | None:
     """The tag of a tensor's memory, if there is one and the memory is as it was then."""
@@ -83,6 +87,12 @@ def tag_of(tensor: Tensor) -> Tag | None:
     if tag is None or tag.version != tensor._version or tag.dtype != tensor.dtype or tensor.is_neg():
         return None
     return tag
+
+
+def release(spikes: Tensor) -> None:
+    """Drop what the layers behind have restored of `spikes`, where the neuron's own backward is not to come soon."""
+    if isinstance(tag := tag_of(spikes), SpikeTag):
+        tag.release()
 
 
 def packable(tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ class Trace:
 
     def __init__(self, step: Step):
         self._add = _kernel(step)
-        self.total: Tensor | None = None
+        self._total: Tensor | None = None
         self._carried: Tensor | None = None
 
     def add(self, kept: Tensor, s: Tensor, decay: Tensor | None, source: Tensor | None = None) -> None:
@@ -32,16 +32,24 @@ class Trace:
             decay: λ where it is a tensor.
             source: ∂u/∂c; None for c that is added to the input.
         """
-        if self.total is None or self._carried is None:
-            self.total, self._carried = torch.zeros_like(kept), torch.zeros_like(kept)
-        elif self.total.stride() != kept.stride():
-            self.total, self._carried = (torch.empty_like(kept).copy_(t) for t in (self.total, self._carried))
-        self._add(self.total, self._carried, kept, s, decay, source)
+        if self._total is None or self._carried is None:
+            self._total, self._carried = torch.zeros_like(kept), torch.zeros_like(kept)
+        elif self._total.stride() != kept.stride():
+            self._total, self._carried = (torch.empty_like(kept).copy_(t) for t in (self._total, self._carried))
+        self._add(self._total, self._carried, kept, s, decay, source)
+
+    def mean(self, steps: int) -> Tensor:
+        """The total over a number of time steps; no step is added after."""
+        assert self._total is not None
+        self._carried = None
+        return self._total.div_(steps)
 
 
 @functools.lru_cache(maxsize=64)
 def _kernel(step: Step) -> Kernel:
-    def add(total: Tensor, carried: Tensor, kept: Tensor, s: Tensor, decay: Tensor | None, source: Tensor | None) -> None:
+    def add(
+        total: Tensor, carried: Tensor, kept: Tensor, s: Tensor, decay: Tensor | None, source: Tensor | None
+    ) -> None:
         rate = step.decay if decay is None else decay
         assert rate is not None
         gain = (1 - rate if step.decay_input else 1.0) if source is None else source

@@ -1,8 +1,9 @@
 """Learning rules: each turns a batch into gradients, and differs only in which of them it keeps."""
 
 from sltt.rules.base import Output, Rule, unroll
+from sltt.rules.mixed import Mixed
 from sltt.rules.ottt import OTTT
 from sltt.rules.rate import RateBased
 from sltt.rules.truncated import BPTT, SLTT, TBPTT
 
-__all__ = ["BPTT", "OTTT", "SLTT", "TBPTT", "Output", "RateBased", "Rule", "unroll"]
+__all__ = ["BPTT", "OTTT", "SLTT", "TBPTT", "Mixed", "Output", "RateBased", "Rule", "unroll"]

@@ -141,13 +141,14 @@ class _NeuronLayer(_Layer):
         return s
 
     def rate(self, x: Tensor) -> Tensor:
-        if self.spikes is None or self.by_input.total is None:
-            raise ValueError(f"{self.name} runs on the mean input only, not in the time steps: use SLTT")
-        n = self.calls
-        drive = x * (self.by_input.total / n)
-        if self.by_decay.total is not None:
-            drive = drive + self.module.decay() * (self.by_decay.total / n)
-        return _with_value((self.spikes / n).to(x.dtype), drive)
+        if self.spikes is None:
+            raise ValueError(f"{self.name} does not run in the time steps as it does on their mean input: use SLTT")
+        self.module.reset()  # what the T steps left goes, layer by layer
+        drive = x * self.by_input.mean(self.calls)
+        if self.learnable:
+            drive = drive + self.module.decay() * self.by_decay.mean(self.calls)
+        rate, self.spikes = self.spikes.div_(self.calls), None
+        return _with_value(rate.to(x.dtype), drive)
 
 
 class _NormLayer(_Layer):
@@ -164,7 +165,7 @@ class _NormLayer(_Layer):
     def rate(self, x: Tensor) -> Tensor:
         norm, n = self.module, self.calls
         if not isinstance(self.inverse, Tensor):
-            raise ValueError(f"{self.name} runs on the mean input only, not in the time steps: use SLTT")
+            raise ValueError(f"{self.name} does not run in the time steps as it does on their mean input: use SLTT")
         var, mean = _statistics(x)
         mean = _with_value(self.mean / n, mean)
         scale = torch.rsqrt(_with_value((self.inverse / n) ** -2, var))

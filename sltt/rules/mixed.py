@@ -1,0 +1,193 @@
+"""A window for each layer: where in the network the gradient through time is kept, and for how long."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sltt import kernels
+from sltt.hoisting import hand_over
+from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
+from sltt.rules.replay import _Snapshot
+from sltt.state import Stateful
+
+Window = int | Literal["all"]
+_WRAPPERS = re.compile(r"^((_forward_module|_orig_mod|module)\.)+")
+
+
+class Mixed(Rule):
+    """BPTT in some layers, truncated BPTT or SLTT in others: a window of time steps for each layer of neurons.
+
+        rule = sltt.Mixed({"features.2": "all", "features.5": 4})      # SLTT in the other layers
+
+    The gradient is the exact one of the graph in which each layer's states are constants at the ends of its own windows
+    of steps 1 … n, n+1 … 2n, and so on. With the same window n in all layers it is `TBPTT(n)`, with "all" `BPTT`, with 1
+    `SLTT`.
+
+    Memory grows with the windows only up to the last layer that has one, in the order of the network: what is above it
+    is backpropagated and freed at every step. What stays, until a step where the windows of all layers end, is the graph
+    of the layers up to there, and the gradient of that layer's output for each step: the nearer to the input, the less.
+    Where the graph goes around that output, as it does within a residual block, or where that layer runs twice in a
+    step, the graph of the whole network stays instead; the gradient is the same.
+
+    Args:
+        windows: window of each layer of neurons, a number of time steps or "all", by its name in the model or a pattern
+            with * and ? (`fnmatch`); where several match, the first counts.
+        default: window of the other layers.
+
+    Raises:
+        ValueError: a window below 1; when called, a pattern that matches no module with a state.
+    """
+
+    def __init__(self, windows: Mapping[str, Window], default: Window = 1):
+        for name, window in [*windows.items(), ("default", default)]:
+            if window != "all" and (not isinstance(window, int) or window < 1):
+                raise ValueError(f"the window of {name} must be 'all' or at least 1 time step, got {window!r}")
+        self.windows = dict(windows)
+        self.default = default
+
+    def run(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
+        windows = self.window_lengths(model, sequence.steps)
+        kept = [module for module, window in windows.items() if window > 1]
+        outputs, total, waiting = [], torch.zeros((), device=sequence.x.device), None
+        with _Cut(kept) as cut:
+            for t in range(sequence.steps):
+                logits = cut.run(model, sequence, t)
+                value = step_loss(loss, logits, target) / sequence.steps
+                outputs.append(logits.detach())
+                total = total + value.detach()
+                if cut.module is None and kept:
+                    waiting = value if waiting is None else waiting + value
+                else:
+                    backward(value)
+                    waiting = cut.below(waiting)
+                del logits, value  # so that the graph of this step is gone before the next forward
+                for module, window in windows.items():
+                    if (t + 1) % window == 0:
+                        module.detach()
+                if t + 1 == sequence.steps or all((t + 1) % windows[module] == 0 for module in kept):
+                    if waiting is not None:
+                        backward(waiting)
+                    waiting = None
+        return Output(total, torch.stack(outputs))
+
+    def window_lengths(self, model: nn.Module, steps: int) -> dict[Stateful, int]:
+        """The window of each module with a state, in time steps; T or more is that of the whole sequence."""
+        names = {
+            _WRAPPERS.sub("", name): module
+            for name, module in model.named_modules()
+            if isinstance(module, Stateful) and module.differentiable
+        }
+        unused = [p for p in self.windows if not any(fnmatchcase(name, p) for name in names)]
+        if unused:
+            near = difflib.get_close_matches(unused[0], list(names), 3, 0.3) or list(names)[:3]
+            raise ValueError(
+                f"no layer of neurons is called {unused[0]!r}; the nearest names are {', '.join(near) or '(none)'}"
+            )
+
+        def length(name: str) -> int:
+            window = next((w for p, w in self.windows.items() if fnmatchcase(name, p)), self.default)
+            return steps if window == "all" else window
+
+        return {module: length(name) for name, module in names.items()}
+
+
+class _Cut:
+    """Runs time steps whose graph is cut at the output of the last of the `kept` modules.
+
+    Attributes:
+        module: where the graph is cut; None if it is whole.
+    """
+
+    def __init__(self, kept: list[Stateful]):
+        self.kept = kept
+        self.module = kept[-1] if kept else None
+        self._outputs: list[tuple[Tensor, Tensor]] = []  # of that module, and the leaf that stands for it above
+        self._last: nn.Module | None = None
+        self._calls = 0
+
+    def __enter__(self) -> "_Cut":
+        self._hooks = [module.register_forward_hook(self._hook) for module in self.kept]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        self._last = module
+        if module is not self.module:
+            return output
+        self._calls += 1
+        if not output.requires_grad:  # nothing below it is trained
+            return output
+        leaf = output.detach().requires_grad_()
+        self._outputs.append((output, leaf))
+        return leaf
+
+    def run(self, model: nn.Module, sequence: Sequence, t: int) -> Tensor:
+        """The logits [B, C] of time step t, in a graph that is cut. The first step of a sequence finds out where."""
+        start = _Snapshot(model) if t == 0 and self.module is not None else None
+        while True:
+            before = _graph_of_states(self.kept)
+            self._outputs, self._calls = [], 0
+            with kernels.saving():
+                logits = sequence.run(model, range(t, t + 1))[0]
+            if self.module is None or self._separates(logits, before):
+                return logits
+            if start is None:
+                raise RuntimeError(
+                    f"time step {t} has another graph than the first, and goes around what it was cut at: use BPTT"
+                )
+            # the module that ran last, which need not be the last by name; if it was that one, no cut
+            self.module = None if self._last is self.module else self._last
+            del logits
+            start.restore()
+
+    def below(self, waiting: Tensor | None) -> Tensor | None:
+        """The scalar `waiting`, whose backward also sends what the step's backward left at the cut through the graph below.
+
+        The output itself is forgotten: its spikes are saved as bits in the graph.
+        """
+        found = [(output, leaf.grad) for output, leaf in self._outputs if leaf.grad is not None]
+        self._outputs.clear()
+        for output, _ in found:
+            kernels.release(output)
+        if not found:
+            return waiting
+        outputs, gradients = zip(*found, strict=True)
+        return hand_over(outputs[0].new_zeros(()) if waiting is None else waiting, outputs, gradients)
+
+    def _separates(self, logits: Tensor, before: set[Any]) -> bool:
+        """Whether what is above the cut, and goes now, shares nothing with what is below it, and waits."""
+        above = set(_walk([logits.grad_fn]))
+        roots = [output.grad_fn for output, _ in self._outputs]
+        below = set(_walk([*roots, *_graph_of_states(self.kept)], stop=before))
+        shared = (node for node in above & below if node.name() != _ACCUMULATE)
+        return self._calls == 1 and not any(True for _ in shared)
+
+
+_ACCUMULATE = "torch::autograd::AccumulateGrad"
+
+
+def _graph_of_states(modules: Iterable[Stateful]) -> set[Any]:
+    states = (getattr(module, name) for module in modules for name in module.states)
+    return {state.grad_fn for state in states if isinstance(state, Tensor) and state.grad_fn is not None}
+
+
+def _walk(roots: Iterable[Any], stop: Iterable[Any] = ()) -> Iterator[Any]:
+    """The nodes of the graph behind `roots`, not further than `stop`."""
+    seen: set[Any] = set()
+    stop, todo = set(stop), [root for root in roots if root is not None]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if node not in stop:
+            todo += [behind for behind, _ in node.next_functions if behind is not None]
