@@ -36,6 +36,9 @@ RULES = {
     "BPTT(hoist)": sltt.BPTT(hoist=True),
     "SLTT(k=1)": sltt.SLTT(k=1),
     "OTTT": sltt.OTTT(decay=0.5),
+    "RateBased": sltt.RateBased(),
+    "Mixed": sltt.Mixed({"*[12]": "all"}),  # the first neurons of the networks in the tests
+    "Mixed(default=2)": sltt.Mixed({"*[12]": 3}, default=2),
     "SLTT(k=2, rescale)": sltt.SLTT(k=2, rescale=True),
     "SLTT(k=2, fold=4)": sltt.SLTT(k=2, fold=4),
     "SLTT(k=2, hoist)": sltt.SLTT(k=2, hoist=True),

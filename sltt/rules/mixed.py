@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from sltt import kernels
 from sltt.hoisting import hand_over
 from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
-from sltt.rules.replay import _Snapshot
+from sltt.rules.replay import Snapshot
 from sltt.state import Stateful
 
 Window = int | Literal["all"]
+# what Fabric, torch.compile and DistributedDataParallel put before a name
 _WRAPPERS = re.compile(r"^((_forward_module|_orig_mod|module)\.)+")
 
 
@@ -24,15 +25,15 @@ class Mixed(Rule):
 
         rule = sltt.Mixed({"features.2": "all", "features.5": 4})      # SLTT in the other layers
 
-    The gradient is the exact one of the graph in which each layer's states are constants at the ends of its own windows
-    of steps 1 … n, n+1 … 2n, and so on. With the same window n in all layers it is `TBPTT(n)`, with "all" `BPTT`, with 1
-    `SLTT`.
+    The gradient is the exact one of the graph in which each layer's states become constants at the end of each of its
+    windows: steps 1 … n, n+1 … 2n, and so on. With "all" in every layer it is `BPTT`, with n `TBPTT(n)`, with 1 `SLTT`.
 
     Memory grows with the windows only up to the last layer that has one, in the order of the network: what is above it
-    is backpropagated and freed at every step. What stays, until a step where the windows of all layers end, is the graph
-    of the layers up to there, and the gradient of that layer's output for each step: the nearer to the input, the less.
-    Where the graph goes around that output, as it does within a residual block, or where that layer runs twice in a
-    step, the graph of the whole network stays instead; the gradient is the same.
+    is backpropagated and freed at every step. What stays, until the windows of all layers end at the same step, is the
+    graph of the layers up to there, and for each step the gradient of that layer's output. So the nearer to the input
+    it is the less there is; where little is above it, BPTT takes no more. Where the graph goes around that output, as
+    it does within a residual block, or where that layer runs twice in a step, the graph of the whole network stays
+    instead, for the same gradient, and the first step is run once more to find that out.
 
     Args:
         windows: window of each layer of neurons, a number of time steps or "all", by its name in the model or a pattern
@@ -77,23 +78,28 @@ class Mixed(Rule):
 
     def window_lengths(self, model: nn.Module, steps: int) -> dict[Stateful, int]:
         """The window of each module with a state, in time steps; T or more is that of the whole sequence."""
-        names = {
-            _WRAPPERS.sub("", name): module
+        layers = {
+            name: module
             for name, module in model.named_modules()
             if isinstance(module, Stateful) and module.differentiable
         }
-        unused = [p for p in self.windows if not any(fnmatchcase(name, p) for name in names)]
-        if unused:
-            near = difflib.get_close_matches(unused[0], list(names), 3, 0.3) or list(names)[:3]
-            raise ValueError(
-                f"no layer of neurons is called {unused[0]!r}; the nearest names are {', '.join(near) or '(none)'}"
-            )
+
+        def matches(name: str, pattern: str) -> bool:
+            return fnmatchcase(name, pattern) or fnmatchcase(_WRAPPERS.sub("", name), pattern)
+
+        for pattern in self.windows:
+            if not any(matches(name, pattern) for name in layers):
+                names = [_WRAPPERS.sub("", name) for name in layers]
+                near = difflib.get_close_matches(pattern, names, 3, 0.3) or names[:3]
+                raise ValueError(
+                    f"no layer of neurons is called {pattern!r}; the nearest names are {', '.join(near) or '(none)'}"
+                )
 
         def length(name: str) -> int:
-            window = next((w for p, w in self.windows.items() if fnmatchcase(name, p)), self.default)
-            return steps if window == "all" else window
+            window = next((w for pattern, w in self.windows.items() if matches(name, pattern)), self.default)
+            return window if isinstance(window, int) else steps
 
-        return {module: length(name) for name, module in names.items()}
+        return {module: length(name) for name, module in layers.items()}
 
 
 class _Cut:
@@ -131,7 +137,7 @@ class _Cut:
 
     def run(self, model: nn.Module, sequence: Sequence, t: int) -> Tensor:
         """The logits [B, C] of time step t, in a graph that is cut. The first step of a sequence finds out where."""
-        start = _Snapshot(model) if t == 0 and self.module is not None else None
+        start = Snapshot(model) if t == 0 and self.module is not None else None
         while True:
             before = _graph_of_states(self.kept)
             self._outputs, self._calls = [], 0
@@ -149,7 +155,7 @@ class _Cut:
             start.restore()
 
     def below(self, waiting: Tensor | None) -> Tensor | None:
-        """The scalar `waiting`, whose backward also sends what the step's backward left at the cut through the graph below.
+        """The scalar `waiting`, whose backward also sends what this step's left at the cut through the graph below.
 
         The output itself is forgotten: its spikes are saved as bits in the graph.
         """

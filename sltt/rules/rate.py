@@ -41,7 +41,7 @@ class RateBased(Rule):
     and of their inverse standard deviation, and differentiates both as functions of the mean input: the deviation of
     the mean input itself is smaller, since time averages, and would make the gradient too large. `sltt.Dropout` has
     the mask of the T steps. A learnable λ (PLIF) gets ∂r/∂λ by the same recursion, with v[t−1] − v_r for the 1.
-    Hooks on neurons see the T steps only.
+    Forward hooks on neurons see the T steps only.
 
     Raises:
         ValueError: when called, a module with a state that is not of `sltt.neurons`, a neuron or BatchNorm that is
@@ -107,8 +107,8 @@ class _Layer:
         """Raise ValueError unless the layer ran once in each of the steps so far, or never."""
         if self.calls not in (0, steps):
             raise ValueError(
-                f"{self.name} ({type(self.module).__name__}) ran {self.calls} times in {steps} time steps, and RateBased "
-                "keeps one rate for it: use a module of its own at each place of the network, in every step, or SLTT"
+                f"{self.name} ({type(self.module).__name__}) ran {self.calls} times in {steps} time steps, and "
+                "RateBased keeps one rate for it: use a module for each place, in every step, or the rule SLTT"
             )
 
 
@@ -127,16 +127,15 @@ class _NeuronLayer(_Layer):
         before, s = neuron.v, Neuron.forward(neuron, x)
         after: Tensor = neuron.v
         before = torch.full_like(after, constants.v_reset or 0.0) if before is None else before
-        decay = neuron.decay() if self.learnable else None
+        decay = neuron.decay()
         kept, current = after, x.to(after.dtype)
         if constants.v_reset is not None:
-            kept = torch.empty_like(after).copy_(
-                constants.charge(before, current, constants.decay if decay is None else decay)
-            )
-        self.by_input.add(kept, s, decay)
-        if decay is not None:
+            kept = torch.empty_like(after).copy_(constants.charge(before, current, decay))
+        tensor = decay if self.learnable else None
+        self.by_input.add(kept, s, tensor)
+        if self.learnable:
             moved = before - (constants.v_reset or 0.0) - (current if constants.decay_input else 0.0)
-            self.by_decay.add(kept, s, decay, torch.empty_like(after).copy_(moved))
+            self.by_decay.add(kept, s, tensor, torch.empty_like(after).copy_(moved))
         self.spikes = s.to(after.dtype, copy=True) if self.spikes is None else self.spikes.add_(s)
         return s
 
@@ -196,13 +195,14 @@ def _layers(model: nn.Module) -> list[_Layer]:
         elif isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             if type(module).forward is not _BatchNorm.forward or own:
                 raise ValueError(
-                    f"RateBased knows PyTorch's plain BatchNorm, not {name} ({type(module).__name__}): use that, or SLTT"
+                    f"RateBased knows PyTorch's plain BatchNorm, not {name} ({type(module).__name__}): use "
+                    "that, or SLTT"
                 )
             layers.append(_NormLayer(name, module))
         elif isinstance(module, _DropoutNd) and module.training and module.p > 0:
             raise ValueError(
-                f"{name} ({type(module).__name__}) draws another mask at every step, and the rate pass has one only: use "
-                "sltt.Dropout, or SLTT"
+                f"{name} ({type(module).__name__}) draws another mask at every step, and the rate pass has one "
+                "only: use sltt.Dropout, or SLTT"
             )
     return layers
 

@@ -40,12 +40,12 @@ def run_in_segments(
         return total
 
     for segment in segments[:-1]:
-        starts.append(_Snapshot(model))
+        starts.append(Snapshot(model))
         with torch.no_grad():
             run(segment, keep=True)
         torch.clear_autocast_cache()  # casts of weights without a graph would cut the weights off below
-    starts.append(_Snapshot(model))
-    end: _Snapshot | None = None
+    starts.append(Snapshot(model))
+    end: Snapshot | None = None
     leaves: list[Tensor | None] = []
     try:
         for i in reversed(range(len(segments))):
@@ -55,7 +55,7 @@ def run_in_segments(
             with kernels.saving():
                 total = run(segments[i], keep=last)
             if end is None:
-                end = _Snapshot(model)
+                end = Snapshot(model)
             else:
                 total = _hand_over(total, _states(model), gradients)
             backward(total)
@@ -86,7 +86,7 @@ def _states(model: nn.Module) -> list[Tensor | None]:
     return [getattr(module, name) for module, name in _stateful(model)]
 
 
-class _Snapshot:
+class Snapshot:
     """States, buffers and random generators, so that a segment's second run is its first: masks, statistics and all."""
 
     def __init__(self, model: nn.Module):

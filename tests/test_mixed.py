@@ -1,0 +1,244 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt import kernels
+from sltt.analysis import peak_memory
+from sltt.rules.mixed import _Cut
+from tests.conftest import batch, gradients, small_network
+
+LOSS = sltt.losses.CrossEntropyMSE()
+
+
+def by_hand(model, x, y, windows):
+    """One graph over all steps, in which the state of each layer is detached at the ends of its windows."""
+    model = copy.deepcopy(model)
+    sltt.reset(model)
+    total = 0
+    for t, x_t in enumerate(x, 1):
+        total = total + LOSS(model(x_t), y) / len(x)
+        for name, window in windows.items():
+            if window != "all" and t % window == 0:
+                model.get_submodule(name).detach()
+    total.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), total.detach()
+
+
+def deep(neuron=lambda: sltt.LIF(tau=2.0), layers=4, width=7, norm=True):
+    """`layers` times Linear, BatchNorm, neuron; neurons are called 2, 5, 8, …"""
+    sizes = [6, *[width] * layers]
+    blocks = [
+        [nn.Linear(a, b), nn.BatchNorm1d(b) if norm else nn.Identity(), neuron()]
+        for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+    ]
+    return nn.Sequential(*sum(blocks, []), nn.Linear(width, 3)).double()
+
+
+WINDOWS = [
+    {"2": "all"},
+    {"5": "all"},
+    {"11": "all"},
+    {"2": 3},
+    {"2": "all", "8": 2},
+    {"2": 2, "5": 3, "8": 1},
+    {"5": 4, "11": "all"},
+    {"2": 2, "5": 2, "8": 2, "11": 2},
+]
+
+
+@pytest.mark.parametrize("windows", WINDOWS, ids=str)
+@pytest.mark.parametrize("steps", [1, 5, 7])
+def test_the_gradient_is_that_of_the_graph_detached_by_hand(windows, steps, neuron):
+    model = deep(neuron)
+    x, y = batch(steps)
+    found, out = gradients(model, sltt.Mixed(windows), x, y)
+    expected, loss = by_hand(model, x, y, dict.fromkeys(["2", "5", "8", "11"], 1) | windows)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(out.loss, loss)
+    if steps > 1 and neuron is not sltt.LIF:  # τ = 1.1 hardly remembers
+        assert not torch.allclose(found, gradients(model, sltt.SLTT(), x, y)[0])
+
+
+@pytest.mark.parametrize(
+    ("mixed", "twin"),
+    [
+        (sltt.Mixed({}), sltt.SLTT()),
+        (sltt.Mixed({"2": 1, "5": 1}), sltt.SLTT()),
+        (sltt.Mixed({"*": "all"}), sltt.BPTT()),
+        (sltt.Mixed({}, default="all"), sltt.BPTT()),
+        (sltt.Mixed({"2": 9}, default=8), sltt.BPTT()),
+        (sltt.Mixed({"*": 2}), sltt.TBPTT(2)),
+        (sltt.Mixed({"2": 3}, default=3), sltt.TBPTT(3)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("norm", [False, True])
+def test_with_one_window_for_all_it_is_its_relatives(mixed, twin, neuron, norm):
+    model = small_network(neuron, norm=norm, dropout=0.3 * norm)
+    x, y = batch(steps=5)
+    results = []
+    for rule in (mixed, twin):
+        torch.manual_seed(1)
+        results.append(gradients(model, rule, x, y))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-11, atol=1e-14)
+    assert torch.equal(results[0][1].logits, results[1][1].logits)
+
+
+class Residual(nn.Module):
+    """Its inner neurons do not part the network in two: a shortcut goes around them. Its last do."""
+
+    def __init__(self, inside="add"):
+        super().__init__()
+        self.stem, self.lif1 = nn.Linear(6, 6), sltt.LIF(tau=2.0)
+        self.inner, self.lif2 = nn.Linear(6, 6), sltt.LIF(tau=2.0)
+        self.lif3, self.head, self.norm = sltt.LIF(tau=2.0), nn.Linear(6, 3), nn.BatchNorm1d(6)
+        self.dropout, self.noise = sltt.Dropout(0.3), nn.Dropout(0.2)
+
+    def forward(self, x):
+        y = self.lif1(self.noise(self.stem(x)))
+        return self.head(self.lif3(self.norm(self.dropout(self.lif2(self.inner(y))) + y)))
+
+
+@pytest.mark.parametrize(
+    ("windows", "whole"), [({"lif1": "all"}, False), ({"lif2": "all"}, True), ({"lif3": 2}, False)]
+)
+def test_where_a_shortcut_goes_around_the_graph_stays_whole(windows, whole, monkeypatch):
+    cuts = []
+    real = _Cut.run
+    monkeypatch.setattr(_Cut, "run", lambda self, *args: (real(self, *args), cuts.append(self.module))[0])
+    model = Residual().double()
+    x, y = batch(steps=5)
+    results = []
+    for run in (gradients, by_hand):
+        torch.manual_seed(1)
+        rule = sltt.Mixed(windows) if run is gradients else None
+        twin = copy.deepcopy(model)
+        args = (rule, x, y) if rule else (x, y, dict.fromkeys(["lif1", "lif2", "lif3"], 1) | windows)
+        results.append((run(twin, *args)[0], torch.get_rng_state()))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])  # also where the first step ran twice
+    assert len(cuts) == 5
+    assert all((cut is None) == whole for cut in cuts)
+    twin = copy.deepcopy(model)
+    sltt.Mixed(windows)(twin, x, y, LOSS)
+    assert twin.norm.num_batches_tracked == 5
+
+
+def test_the_last_layer_is_the_one_that_runs_last_whatever_its_name():
+    class Reversed(nn.Sequential):
+        def forward(self, x):
+            for layer in reversed(self):
+                x = layer(x)
+            return x
+
+    model = Reversed(*reversed(deep(layers=3)))
+    names = [name for name, m in model.named_modules() if isinstance(m, sltt.LIF)]
+    x, y = batch(steps=6)
+    windows = {names[2]: "all", names[1]: 3, names[0]: 1}
+    found, _ = gradients(model, sltt.Mixed(windows), x, y)
+    torch.testing.assert_close(found, by_hand(model, x, y, windows)[0])
+
+
+def test_a_layer_that_runs_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.layer, self.lif, self.head = (
+                nn.Linear(6, 6), nn.Linear(6, 6), sltt.LIF(tau=2.0), nn.Linear(6, 3),
+            )  # fmt: skip
+
+        def forward(self, x):
+            return self.head(self.lif(self.layer(self.lif(self.stem(x)))))
+
+    model = Twice().double()
+    x, y = batch(steps=5)
+    found, _ = gradients(model, sltt.Mixed({"lif": 2}), x, y)
+    torch.testing.assert_close(found, by_hand(model, x, y, {"lif": 2})[0])
+
+
+def test_a_graph_that_changes_in_the_middle_is_noticed():
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.steps = deep(layers=2), 0
+
+        def forward(self, x):
+            self.steps += 1
+            y = self.net[:3](x)
+            return self.net[3:](y) + (y[:, :3] * 0 if self.steps < 3 else self.net[0](x)[:, :3])
+
+    x, y = batch(steps=5)
+    with pytest.raises(RuntimeError, match="time step 2 has another graph than the first"):
+        sltt.Mixed({"net.2": "all"})(Changing(), x, y, LOSS)
+
+
+def test_frozen_layers_below():
+    model = deep()
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    x, y = batch(steps=5)
+    model[2].detach_reset = True
+    twin = copy.deepcopy(model)
+    sltt.Mixed({"2": "all"})(twin, x, y, LOSS)
+    found = torch.cat([p.grad.flatten() for p in twin.parameters() if p.grad is not None])
+    torch.testing.assert_close(found, by_hand(model, x, y, {"2": "all", "5": 1, "8": 1, "11": 1})[0])
+
+
+def measured(rule, steps):
+    model = deep(layers=8, width=64).float()
+    x, y = torch.randn(64, 6), torch.randint(3, (64,))
+    with kernels.using(compile="off"):
+        rule(model, x, y, LOSS, steps=2)  # gradients exist from here on
+        return peak_memory(lambda: rule(model, x, y, LOSS, steps=steps))
+
+
+def growth(rule):
+    return (measured(rule, 24) - measured(rule, 8)) / 16
+
+
+def test_memory_grows_with_the_layers_below_the_last_window_only():
+    bptt = growth(sltt.BPTT())
+    assert growth(sltt.Mixed({"2": "all"})) < 0.25 * bptt
+    assert growth(sltt.Mixed({"11": "all"})) < 0.65 * bptt
+    assert growth(sltt.Mixed({"2": 4})) < 0.01 * bptt
+    assert measured(sltt.Mixed({"2": 4}), 24) < 0.5 * measured(sltt.TBPTT(4), 24)
+    assert growth(sltt.Mixed({})) < 0.01 * bptt
+
+
+def test_names_and_windows_that_are_wrong():
+    x, y = batch()
+    with pytest.raises(ValueError, match=r"no layer of neurons is called '3'; the nearest names are 2, 5"):
+        sltt.Mixed({"3": "all"})(small_network(), x, y, LOSS)
+    with pytest.raises(ValueError, match="nearest names are features.2, "):
+        sltt.Mixed({"featurs.2": "all"})(sltt.models.DigitsNet(), torch.randn(2, 1, 8, 8), y[:2], LOSS, steps=2)
+    for window in (0, -1, "some", 2.0, None):
+        with pytest.raises(ValueError, match="must be 'all' or at least 1 time step"):
+            sltt.Mixed({"2": window})
+    with pytest.raises(ValueError, match="window of default"):
+        sltt.Mixed({}, default=0)
+
+
+def test_the_first_pattern_that_matches_counts_and_wrappers_have_no_name():
+    model = small_network()
+    first, second = model[2], model[5]
+    lengths = sltt.Mixed({"5": 2, "?": "all"}).window_lengths
+    assert lengths(model, 9) == {first: 9, second: 2}
+    wrapped = nn.Module()
+    wrapped.module = nn.Module()
+    wrapped.module._orig_mod = model
+    assert lengths(wrapped, 9) == {first: 9, second: 2}
+    assert sltt.Mixed({"module._orig_mod.5": 3}).window_lengths(wrapped, 9) == {first: 1, second: 3}
+
+
+def test_autocast_and_spikes_saved_as_bits():
+    model = deep(width=128, layers=3).float()
+    x, y = torch.randn(4, 64, 6), torch.randint(3, (64,))
+    rule = sltt.Mixed({"2": "all", "5": 2})
+    found, _ = gradients(model, rule, x, y)
+    with kernels.using(bits=False):
+        assert torch.equal(gradients(model, rule, x, y)[0], found)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.cosine_similarity(gradients(model, rule, x, y)[0], found, dim=0) > 0.9

@@ -1,0 +1,335 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt import kernels
+from sltt.analysis import count_operations, peak_memory
+from tests.conftest import batch, gradients, small_network
+
+LOSS = sltt.losses.CrossEntropyMSE()
+RULE = sltt.RateBased()
+SETTINGS = {
+    "soft": {},
+    "soft, detached": {"detach_reset": True},
+    "hard": {"v_reset": 0.1},
+    "hard, detached": {"v_reset": 0.0, "detach_reset": True},
+    "scaled input": {"decay_input": True},
+    "hard, scaled input": {"v_reset": -0.2, "decay_input": True},
+    "another threshold": {"v_threshold": 0.6, "surrogate": sltt.surrogates.Sigmoid()},
+}
+
+
+def network(make, norm=False):
+    layers = [
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8) if norm else nn.Identity(),
+        make(),
+        nn.Linear(8, 7),
+        make(),
+        nn.Linear(7, 3),
+    ]
+    for layer in layers[::3] + layers[-1:]:
+        layer.weight.data.mul_(3)
+    return nn.Sequential(*layers).double()
+
+
+def by_equations(neuron, inputs):
+    """Rates r and ∂r/∂c of a layer, by equations (2) to (5) of the docstring, with the inputs [T, B, C] of its steps."""
+    decay = float(neuron.decay())
+    gain = 1 - decay if neuron.decay_input else 1
+    rest = neuron.v_reset or 0.0
+    v = torch.full_like(inputs[0], rest)
+    f = through = spikes = slope = 0
+    for x in inputs:
+        u = rest + decay * (v - rest) + gain * x
+        s = (u >= neuron.v_threshold).double()
+        ds = neuron.surrogate.derivative(u - neuron.v_threshold)
+        f = gain + decay * through * f
+        spikes, slope = spikes + s, slope + ds * f
+        jump = 0 if neuron.detach_reset else 1
+        if neuron.v_reset is None:
+            v, through = u - neuron.v_threshold * s, 1 - jump * neuron.v_threshold * ds
+        else:
+            v, through = u - (u - rest) * s, 1 - s - jump * (u - rest) * ds
+    return spikes / len(inputs), slope / len(inputs)
+
+
+def by_autograd(neuron, inputs, decay=None):
+    """∂r/∂c by differentiating T steps by a constant added to the inputs; or ∂r/∂λ at a given λ for each neuron."""
+    c = torch.zeros_like(inputs[0]).requires_grad_()
+    lam = torch.full_like(inputs[0], float(neuron.decay()) if decay is None else float(decay)).requires_grad_()
+    v = torch.full_like(inputs[0], neuron.v_reset or 0.0)
+    total = 0
+    for x in inputs:
+        s, v = sltt.lif_step(v, x + c, decay=lam, **neuron._constants())
+        total = total + s / len(inputs)
+    return torch.autograd.grad(total.sum(), c if decay is None else lam)[0]
+
+
+@torch.no_grad()
+def inputs_of(model, x):
+    """What each neuron layer gets in each time step, [T, B, C]."""
+    found, hooks = {}, []
+    for module in model:
+        if isinstance(module, sltt.neurons.Neuron):
+            found[module] = []
+            hooks.append(module.register_forward_hook(lambda m, inputs, out: found[m].append(inputs[0])))
+    logits = sltt.unroll(model, x)
+    for hook in hooks:
+        hook.remove()
+    return {m: torch.stack(steps) for m, steps in found.items()}, logits
+
+
+def by_hand(model, x, y):
+    """The gradients of Linear, LIF, Linear, LIF, Linear, from the last weight to the first, and the loss."""
+    first, _, lif1, second, lif2, third = model
+    inputs, logits = inputs_of(model, x)
+    mean = logits.mean(0).requires_grad_()
+    loss = LOSS(mean, y)
+    (error,) = torch.autograd.grad(loss, mean)
+    layers = [(third, lif2), (second, lif1), (first, None)]
+    grads = []
+    for linear, below in layers:
+        rate, slope = (x.mean(0), None) if below is None else by_equations(below, inputs[below])
+        grads = [(error.T @ rate).flatten(), error.sum(0), *grads]
+        error = error @ linear.weight if slope is None else (error @ linear.weight) * slope
+    return torch.cat(grads), loss.detach()
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("tau", [1.1, 2.5])
+def test_it_is_the_equations(settings, tau):
+    model = network(lambda: sltt.LIF(tau=tau, **settings))
+    x, y = batch(steps=6)
+    found, out = gradients(model, RULE, x, y)
+    expected, loss = by_hand(model, x, y)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(out.loss, loss)
+    assert torch.equal(out.logits, sltt.unroll(model, x))
+    assert not torch.allclose(found, gradients(model, sltt.SLTT(), x, y)[0])
+    for neuron, inputs in inputs_of(model, x)[0].items():
+        torch.testing.assert_close(by_equations(neuron, inputs)[1], by_autograd(neuron, inputs))
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_learnable_time_constant(settings):
+    model = nn.Sequential(nn.Linear(6, 8), sltt.PLIF(tau=2.0, **settings), nn.Linear(8, 3)).double()
+    model[0].weight.data.mul_(3)
+    x, y = batch(steps=5)
+    found = copy.deepcopy(model)
+    RULE(found, x, y, LOSS)
+    (inputs,), logits = (list(inputs_of(model, x)[0].values()), inputs_of(model, x)[1])
+    mean = logits.mean(0).requires_grad_()
+    (error,) = torch.autograd.grad(LOSS(mean, y), mean)
+    neuron = model[1]
+    of_decay = (error @ model[2].weight * by_autograd(neuron, inputs, decay=neuron.decay())).sum()
+    (of_w,) = torch.autograd.grad(neuron.decay(), neuron.w, of_decay.detach())
+    torch.testing.assert_close(found[1].w.grad, of_w)
+    assert of_w != 0
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_with_one_step_it_is_bptt(neuron, norm):
+    model = small_network(neuron, norm=norm)
+    x, y = batch(steps=1)
+    torch.testing.assert_close(gradients(model, RULE, x, y)[0], gradients(model, sltt.BPTT(), x, y)[0])
+
+
+def test_with_dropout_the_rate_pass_has_the_mask_of_the_steps():
+    model = network(sltt.LIF)
+    model.insert(3, sltt.Dropout(0.5))
+    x, y = batch()
+    torch.manual_seed(1)
+    found, _ = gradients(model, RULE, x, y)
+    torch.manual_seed(1)
+    mask = torch.empty(5, 8, dtype=torch.float64).bernoulli_(0.5).mul_(2)
+    fixed = copy.deepcopy(model)
+
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x * mask
+
+    fixed[3] = Fixed()
+    torch.testing.assert_close(found, gradients(fixed, RULE, x, y)[0])
+
+
+def test_batch_norm_of_a_constant_input_is_differentiated_exactly():
+    model = network(sltt.LIF, norm=True)
+    x, y = batch(steps=1)
+    found, _ = gradients(model, RULE, x[0], y, steps=4)
+    twin = copy.deepcopy(model)
+    inputs, logits = inputs_of(model, x.expand(4, 5, 6))
+    first, norm, lif1, second, lif2, third = twin
+    (r1, e1), (r2, e2) = (by_equations(m, i) for m, i in inputs.items())
+    r = r1 + e1 * ((z := norm(first(x[0]))) - z.detach())
+    r = r2 + e2 * ((z := second(r)) - z.detach())
+    torch.testing.assert_close(third(r), logits.mean(0))
+    LOSS(third(r), y).backward()
+    expected = torch.cat([p.grad.flatten() for p in twin.parameters()])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_of_a_sequence_has_the_statistics_of_its_steps(affine):
+    model = nn.Sequential(nn.BatchNorm1d(6, affine=affine), sltt.LIF(tau=2.0), nn.Linear(6, 3)).double()
+    x, y = batch(steps=6, size=8)
+    seen = []
+    handle = model[0].register_forward_hook(lambda m, inputs, output: seen.append(output.detach()))
+    x.requires_grad_()
+    RULE(model, x, y, LOSS)
+    handle.remove()
+    *steps, rates = seen
+    mean, inverse = (
+        torch.stack([f(x_t.detach()) for x_t in x]).mean(0)
+        for f in (lambda x_t: x_t.mean(0), lambda x_t: (x_t.var(0, correction=0) + 1e-5).rsqrt())
+    )
+    torch.testing.assert_close(rates, (x.detach().mean(0) - mean) * inverse)
+    goal = torch.stack(steps).mean(0)
+    again = nn.functional.batch_norm(x.detach().mean(0), None, None, training=True)
+    assert (rates - goal).norm() < 0.2 * (again - goal).norm()
+
+
+def test_statistics_are_those_of_the_steps_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.instance = nn.BatchNorm1d(4), nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+            self.lif, self.head = sltt.LIF(), nn.Linear(4 * 5, 3)
+
+        def forward(self, x):
+            return self.head(self.lif(self.instance(self.norm(x))).flatten(1))
+
+    model = Net()
+    x, y = torch.randn(3, 6, 4, 5), torch.randint(3, (6,))
+    twin = copy.deepcopy(model)
+    sltt.unroll(twin, x)
+    RULE(model, x, y, LOSS)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+    assert model.norm.num_batches_tracked == 3
+    model.eval()  # by the running statistics, which are constants
+    RULE(model, x, y, LOSS)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+def test_one_backward_whatever_t_is():
+    model, y = small_network(norm=True), torch.randint(3, (5,))
+    found = [count_operations(model, batch(steps)[0], y, LOSS, RULE) for steps in (2, 8)]
+    assert found[0].backward == found[1].backward > 0
+    assert found[1].forward == 3 * found[0].forward  # T steps and one
+    calls = []
+    RULE(model, *batch(8), LOSS, backward=lambda loss: (calls.append(1), loss.backward()))
+    assert len(calls) == 1
+
+
+def test_memory_does_not_grow_with_time_and_nothing_is_left_behind():
+    model = sltt.models.DigitsNet()
+    x, y = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
+
+    def measured(steps):
+        with kernels.using(compile="off"):
+            return peak_memory(lambda: RULE(model, x, y, LOSS, steps=steps))
+
+    measured(2)
+    assert measured(32) <= 1.05 * measured(4)
+    with pytest.raises(ZeroDivisionError):
+        RULE(model, x, y, lambda logits, target: 1 / 0, steps=2)
+    assert all("forward" not in vars(m) and not m._forward_hooks for m in model.modules())
+    assert all(m.v is None for m in model.modules() if isinstance(m, sltt.LIF))
+
+
+@pytest.mark.parametrize("settings", [{}, {"v_reset": 0.0}, {"decay_input": True}], ids=["soft", "hard", "scaled"])
+def test_compiled_and_eager_kernels_agree_in_any_memory_format(settings):
+    def make(kind):
+        return nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), kind(tau=2.0, **settings), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
+            kind(tau=2.0, **settings), nn.Flatten(), nn.Linear(144, 3),
+        )  # fmt: skip
+
+    x, y = 3 * torch.randn(4, 3, 2, 8, 8), torch.randint(3, (3,))
+    model = nn.Sequential(make(sltt.LIF)[:2], make(sltt.PLIF)[2:])
+    with kernels.using(compile="off"):
+        expected, _ = gradients(model, RULE, x, y)
+    with kernels.using(compile="on"):
+        torch.testing.assert_close(gradients(model, RULE, x, y)[0], expected)
+    last = model.to(memory_format=torch.channels_last)
+    with kernels.using(compile="off"):
+        torch.testing.assert_close(gradients(last, RULE, x, y)[0], expected)
+
+
+def test_autocast_gives_every_weight_its_gradient():
+    model = network(sltt.LIF, norm=True).float()
+    x, y = batch()
+    expected, _ = gradients(model, RULE, x.float(), y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = gradients(model, RULE, x.float(), y)
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.9
+
+
+def test_hooks_on_neurons_see_spikes_only():
+    model = network(sltt.LIF)
+    x, y = batch()
+    with sltt.analysis.FiringRates(model) as rates:
+        RULE(model, x, y, LOSS)
+    with sltt.analysis.FiringRates(model) as expected:
+        sltt.unroll(model, x)
+    assert rates.by_layer() == expected.by_layer()
+
+
+def test_frames_of_whole_numbers():
+    class Scaled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.double() / 255)
+
+    model = Scaled(*network(sltt.LIF))
+    x, y = torch.randint(256, (4, 5, 6), dtype=torch.uint8), torch.randint(3, (5,))
+    torch.testing.assert_close(
+        gradients(model, RULE, x, y)[0], gradients(nn.Sequential(*model), RULE, x.double() / 255, y)[0], rtol=1e-5,
+        atol=1e-7,
+    )  # fmt: skip
+
+
+class Twice(nn.Module):
+    def __init__(self, resting=False):
+        super().__init__()
+        self.lif, self.layer, self.head, self.resting = sltt.LIF(), nn.Linear(6, 6), nn.Linear(6, 3), resting
+
+    def forward(self, x):
+        if self.resting:
+            return self.head(self.lif(x) if x[0, 0] > 0 else x)
+        return self.head(self.lif(self.layer(self.lif(x))))
+
+
+class Own(sltt.Stateful):
+    def forward(self, x):
+        return x
+
+
+class OwnForward(sltt.LIF):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Twice(), r"lif \(LIF\) ran 2 times in 1 time steps"),
+        (Twice(resting=True), r"lif \(LIF\) ran 1 times in 2 time steps"),
+        (nn.Sequential(Own(), nn.Linear(6, 3)), r"not of 0 \(Own\), which keeps a state in a way of its own: use SLTT"),
+        (nn.Sequential(OwnForward(), nn.Linear(6, 3)), r"not of 0 \(OwnForward\)"),
+        (nn.Sequential(nn.SyncBatchNorm(6), sltt.LIF(), nn.Linear(6, 3)), r"plain BatchNorm, not 0 \(SyncBatchNorm\)"),
+        (
+            nn.Sequential(nn.Dropout(0.1), sltt.LIF(), nn.Linear(6, 3)),
+            r"0 \(Dropout\) draws another mask .* sltt.Dropout",
+        ),
+    ],
+    ids=["twice", "resting", "foreign state", "own forward", "SyncBatchNorm", "dropout"],
+)
+def test_networks_that_it_does_not_know_are_refused(model, message):
+    x, y = torch.randn(2, 4, 6), torch.randint(3, (4,))
+    x[:, 0, 0] = torch.tensor([1.0, -1.0])
+    with pytest.raises(ValueError, match=message):
+        RULE(model, x, y, LOSS)
+    assert all("forward" not in vars(m) for m in model.modules())
