@@ -60,7 +60,7 @@ def by_equations(neuron, inputs):
 def by_autograd(neuron, inputs, decay=None):
     """∂r/∂c by differentiating T steps by a constant added to the inputs; or ∂r/∂λ at a given λ for each neuron."""
     c = torch.zeros_like(inputs[0]).requires_grad_()
-    lam = torch.full_like(inputs[0], float(neuron.decay()) if decay is None else float(decay)).requires_grad_()
+    lam = torch.full_like(inputs[0], float(neuron.decay() if decay is None else decay)).requires_grad_()
     v = torch.full_like(inputs[0], neuron.v_reset or 0.0)
     total = 0
     for x in inputs:
@@ -125,7 +125,7 @@ def test_a_learnable_time_constant(settings):
     mean = logits.mean(0).requires_grad_()
     (error,) = torch.autograd.grad(LOSS(mean, y), mean)
     neuron = model[1]
-    of_decay = (error @ model[2].weight * by_autograd(neuron, inputs, decay=neuron.decay())).sum()
+    of_decay = (error @ model[2].weight * by_autograd(neuron, inputs, decay=neuron.decay().detach())).sum()
     (of_w,) = torch.autograd.grad(neuron.decay(), neuron.w, of_decay.detach())
     torch.testing.assert_close(found[1].w.grad, of_w)
     assert of_w != 0
