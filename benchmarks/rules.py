@@ -23,11 +23,12 @@ import sltt
 from sltt.analysis import peak_memory
 from sltt.progress import megabytes
 
+# what makes the network, its input, and the layer of neurons whose gradient through time `Mixed` keeps
 NETWORKS = {
-    "digits": (sltt.models.DigitsNet, (128, 1, 8, 8)),
-    "resnet18": (sltt.models.resnet18, (32, 3, 32, 32)),
+    "digits": (sltt.models.DigitsNet, (128, 1, 8, 8), "features.2"),
+    "resnet18": (sltt.models.resnet18, (32, 3, 32, 32), "blocks.2.neuron1"),
 }
-RULES: list[sltt.Rule] = [sltt.BPTT(), sltt.SLTT(), sltt.SLTT(k=1), sltt.OTTT()]
+RULES: list[sltt.Rule] = [sltt.BPTT(), sltt.SLTT(), sltt.SLTT(k=1), sltt.OTTT(), sltt.RateBased()]
 LOSS = sltt.losses.CrossEntropyMSE()
 
 
@@ -37,15 +38,16 @@ def iteration(rule: sltt.Rule, model: nn.Module, x: torch.Tensor, y: torch.Tenso
 
 
 def measure(network: str, steps: int, repeats: int, device: torch.device) -> list[dict]:
-    make, shape = NETWORKS[network]
+    make, shape, layer = NETWORKS[network]
+    rules = [*RULES, sltt.Mixed({layer: "all"})]
     torch.manual_seed(0)
     model = make().to(device)
     x, y = torch.randn(shape, device=device), torch.randint(10, shape[:1], device=device)
-    logits = [iteration(rule, model, x, y, steps).logits for rule in RULES]
+    logits = [iteration(rule, model, x, y, steps).logits for rule in rules]
     assert all(torch.allclose(o, logits[0], rtol=1e-4, atol=1e-5) for o in logits), "the rules' outputs differ"
-    seconds: list[list[float]] = [[] for _ in RULES]
+    seconds: list[list[float]] = [[] for _ in rules]
     for _ in range(repeats):
-        for rule, times in zip(RULES, seconds, strict=True):
+        for rule, times in zip(rules, seconds, strict=True):
             began = time.perf_counter()
             iteration(rule, model, x, y, steps)
             if device.type == "cuda":
@@ -61,7 +63,7 @@ def measure(network: str, steps: int, repeats: int, device: torch.device) -> lis
             "seconds_max": max(times),
             "peak_memory": peak_memory(lambda rule=rule: iteration(rule, model, x, y, steps), device),
         }
-        for rule, times in zip(RULES, seconds, strict=True)
+        for rule, times in zip(rules, seconds, strict=True)
     ]
 
 

@@ -16,7 +16,14 @@ def load(name):
 
 def test_the_benchmark_of_the_rules_measures_each():
     rows = load("rules").measure("digits", steps=2, repeats=1, device=torch.device("cpu"))
-    assert [row["rule"] for row in rows] == ["BPTT()", "SLTT()", "SLTT(k=1)", "OTTT()"]
+    assert [row["rule"] for row in rows] == [
+        "BPTT()",
+        "SLTT()",
+        "SLTT(k=1)",
+        "OTTT()",
+        "RateBased()",
+        "Mixed(windows={'features.2': 'all'})",
+    ]
     memory = [row["peak_memory"] for row in rows]
     assert memory[0] > memory[1] > 0
 

@@ -1,4 +1,5 @@
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,11 +31,10 @@ def by_hand(model, x, y, windows):
 def deep(neuron=lambda: sltt.LIF(tau=2.0), layers=4, width=7, norm=True):
     """`layers` times Linear, BatchNorm, neuron; neurons are called 2, 5, 8, …"""
     sizes = [6, *[width] * layers]
-    blocks = [
-        [nn.Linear(a, b), nn.BatchNorm1d(b) if norm else nn.Identity(), neuron()]
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-    ]
-    return nn.Sequential(*sum(blocks, []), nn.Linear(width, 3)).double()
+    modules = []
+    for before, after in pairwise(sizes):
+        modules += [nn.Linear(before, after), nn.BatchNorm1d(after) if norm else nn.Identity(), neuron()]
+    return nn.Sequential(*modules, nn.Linear(width, 3)).double()
 
 
 WINDOWS = [
@@ -90,7 +90,7 @@ def test_with_one_window_for_all_it_is_its_relatives(mixed, twin, neuron, norm):
 class Residual(nn.Module):
     """Its inner neurons do not part the network in two: a shortcut goes around them. Its last do."""
 
-    def __init__(self, inside="add"):
+    def __init__(self):
         super().__init__()
         self.stem, self.lif1 = nn.Linear(6, 6), sltt.LIF(tau=2.0)
         self.inner, self.lif2 = nn.Linear(6, 6), sltt.LIF(tau=2.0)
@@ -213,7 +213,7 @@ def test_names_and_windows_that_are_wrong():
     x, y = batch()
     with pytest.raises(ValueError, match=r"no layer of neurons is called '3'; the nearest names are 2, 5"):
         sltt.Mixed({"3": "all"})(small_network(), x, y, LOSS)
-    with pytest.raises(ValueError, match="nearest names are features.2, "):
+    with pytest.raises(ValueError, match=r"nearest names are features\.2, "):
         sltt.Mixed({"featurs.2": "all"})(sltt.models.DigitsNet(), torch.randn(2, 1, 8, 8), y[:2], LOSS, steps=2)
     for window in (0, -1, "some", 2.0, None):
         with pytest.raises(ValueError, match="must be 'all' or at least 1 time step"):

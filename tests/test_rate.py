@@ -37,7 +37,7 @@ def network(make, norm=False):
 
 
 def by_equations(neuron, inputs):
-    """Rates r and ∂r/∂c of a layer, by equations (2) to (5) of the docstring, with the inputs [T, B, C] of its steps."""
+    """Rates r and ∂r/∂c of a layer with the inputs [T, B, C], by equations (2) to (5) of the docstring."""
     decay = float(neuron.decay())
     gain = 1 - decay if neuron.decay_input else 1
     rest = neuron.v_reset or 0.0
@@ -162,7 +162,7 @@ def test_batch_norm_of_a_constant_input_is_differentiated_exactly():
     found, _ = gradients(model, RULE, x[0], y, steps=4)
     twin = copy.deepcopy(model)
     inputs, logits = inputs_of(model, x.expand(4, 5, 6))
-    first, norm, lif1, second, lif2, third = twin
+    first, norm, _, second, _, third = twin
     (r1, e1), (r2, e2) = (by_equations(m, i) for m, i in inputs.items())
     r = r1 + e1 * ((z := norm(first(x[0]))) - z.detach())
     r = r2 + e2 * ((z := second(r)) - z.detach())

@@ -32,7 +32,7 @@ class Mixed(Rule):
     is backpropagated and freed at every step. What stays, until the windows of all layers end at the same step, is the
     graph of the layers up to there, and for each step the gradient of that layer's output. So the nearer to the input
     it is the less there is; where little is above it, BPTT takes no more. Where the graph goes around that output, as
-    it does within a residual block, or where that layer runs twice in a step, the graph of the whole network stays
+    it does within residual blocks, or where that layer runs twice in a step, the graph of the whole network stays
     instead, for the same gradient, and the first step is run once more to find that out.
 
     Args:
