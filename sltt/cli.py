@@ -22,6 +22,7 @@ from sltt.options import (
     only,
     parse,
     resumed,
+    rules,
     run_config,
     shipped_recipes,
 )
@@ -184,7 +185,7 @@ def compare(words: Sequence[str]) -> None:
 
     options = argparse.ArgumentParser("sltt compare", description=COMPARE_HELP, allow_abbrev=False)
     options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
-    options.add_argument("--rules", type=numbers(str), default=RULES, help=RULES_HELP)
+    options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
     options.add_argument("--seeds", type=int, default=1, help="number of seeds; default: 1")
     options.add_argument(
         "--save",
@@ -212,7 +213,7 @@ def profile(words: Sequence[str]) -> None:
 
     options = argparse.ArgumentParser("sltt profile", description=PROFILE_HELP, allow_abbrev=False)
     options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
-    options.add_argument("--rules", type=numbers(str), default=RULES, help=RULES_HELP)
+    options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
     options.add_argument("--steps", type=numbers(int), default=[], help="numbers of time steps; default: the recipe's")
     options.add_argument("--repeats", type=int, default=5, help="iterations that are timed; default: 5")
     options.add_argument("--budget", help="a memory such as 8GB: the largest batch, T and fold that fit it")

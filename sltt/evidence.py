@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from sltt.analysis.agreement import Agreement, advice, agreement, windows
 from sltt.checkpoints import start_from
 from sltt.loading import EpochSampler, train_loader
 from sltt.neurons import LIF
-from sltt.options import Recipe
+from sltt.options import Recipe, rule_options
 from sltt.progress import Report, megabytes
 from sltt.train import evaluate, fit
 
@@ -128,15 +129,6 @@ class Compared:
     errors: list[str] = field(default_factory=list)
 
 
-def rule_options(text: str) -> list[str]:
-    """The options of `sltt train` for a rule written as SLTT, SLTT:k=1 or TBPTT:window=4."""
-    name, *settings = text.split(":")
-    if not name or any("=" not in setting for setting in settings):
-        raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
-    pairs = [setting.split("=", 1) for setting in settings]
-    return ["--rule", name, *itertools.chain.from_iterable((f"--rule.{key}", value) for key, value in pairs)]
-
-
 def compare(rules: Sequence[str], seeds: int, folder: Path, recipe: Recipe, report: Report) -> list[Compared]:
     """Train every rule with every seed, and measure; what `folder` has from a run before is not run again.
 
@@ -151,7 +143,7 @@ def compare(rules: Sequence[str], seeds: int, folder: Path, recipe: Recipe, repo
     for text in rules:
         compared, seconds, measured = Compared(text), [], False
         for seed in range(seeds):
-            run = folder / f"{text.replace(':', '-').replace('=', '')}-seed{seed}"
+            run = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', text).strip('-')}-seed{seed}"
             report.line(f"{text}, seed {seed}: {run}")
             try:
                 options = [*rule_options(text), "--seed", str(seed)]

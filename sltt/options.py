@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
@@ -139,6 +140,25 @@ def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return [kind(part) for part in text.split(",")]
 
     return parsed
+
+
+def rules(text: str) -> list[str]:
+    """Rules separated by commas, such as SLTT:k=1 or Mixed:windows={features.2: all, features.5: 4}."""
+    return _split(text, ",")
+
+
+def rule_options(text: str) -> list[str]:
+    """The options of `sltt train` for one of `rules`; raises ValueError if it is not understood."""
+    name, *settings = _split(text, ":")
+    if not name or any("=" not in setting for setting in settings):
+        raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
+    pairs = [setting.split("=", 1) for setting in settings]
+    return ["--rule", name, *itertools.chain.from_iterable((f"--rule.{key}", value) for key, value in pairs)]
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split, but not within braces."""
+    return re.split(rf"{separator}(?![^{{]*}})", text)
 
 
 def resumed(words: Sequence[str]) -> Path | None:

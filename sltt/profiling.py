@@ -26,10 +26,9 @@ from sltt.analysis import (
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
 from sltt.checkpoints import start_from
 from sltt.data import Splits
-from sltt.evidence import rule_options
 from sltt.kernels import using
 from sltt.loading import EpochSampler, train_loader
-from sltt.options import Recipe
+from sltt.options import Recipe, rule_options
 from sltt.progress import Report, megabytes
 from sltt.rules import Rule
 from sltt.rules.autofold import AutoFold

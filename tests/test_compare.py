@@ -9,7 +9,7 @@ import sltt
 from sltt import evidence
 from sltt.analysis import count_operations
 from sltt.cli import main
-from sltt.evidence import rule_options
+from sltt.options import rule_options, rules
 
 LOSS = sltt.losses.CrossEntropyMSE()
 
@@ -50,11 +50,13 @@ def test_what_is_recomputed_counts_to_the_backward():
     ("text", "options"),
     [
         ("BPTT", ["--rule", "BPTT"]),
+        ("Mixed:windows={a.*: all, b: 4}", ["--rule", "Mixed", "--rule.windows", "{a.*: all, b: 4}"]),
         ("SLTT:k=2:rescale=true", ["--rule", "SLTT", "--rule.k", "2", "--rule.rescale", "true"]),
     ],
 )
 def test_rules_are_written_with_their_settings(text, options):
     assert rule_options(text) == options
+    assert rules(f"BPTT,{text},SLTT") == ["BPTT", text, "SLTT"]
 
 
 @pytest.mark.parametrize("text", ["", "SLTT:k", ":k=1"])
