@@ -87,6 +87,14 @@ def test_with_one_window_for_all_it_is_its_relatives(mixed, twin, neuron, norm):
     assert torch.equal(results[0][1].logits, results[1][1].logits)
 
 
+def cuts_of(monkeypatch):
+    """Where each time step that runs from now on was cut."""
+    cuts = []
+    real = _Cut.run
+    monkeypatch.setattr(_Cut, "run", lambda self, *args: (real(self, *args), cuts.append(self.module))[0])
+    return cuts
+
+
 class Residual(nn.Module):
     """Its inner neurons do not part the network in two: a shortcut goes around them. Its last do."""
 
@@ -106,9 +114,7 @@ class Residual(nn.Module):
     ("windows", "whole"), [({"lif1": "all"}, False), ({"lif2": "all"}, True), ({"lif3": 2}, False)]
 )
 def test_where_a_shortcut_goes_around_the_graph_stays_whole(windows, whole, monkeypatch):
-    cuts = []
-    real = _Cut.run
-    monkeypatch.setattr(_Cut, "run", lambda self, *args: (real(self, *args), cuts.append(self.module))[0])
+    cuts = cuts_of(monkeypatch)
     model = Residual().double()
     x, y = batch(steps=5)
     results = []
@@ -127,7 +133,7 @@ def test_where_a_shortcut_goes_around_the_graph_stays_whole(windows, whole, monk
     assert twin.norm.num_batches_tracked == 5
 
 
-def test_the_last_layer_is_the_one_that_runs_last_whatever_its_name():
+def test_the_last_layer_is_the_one_that_runs_last_whatever_its_name(monkeypatch):
     class Reversed(nn.Sequential):
         def forward(self, x):
             for layer in reversed(self):
@@ -138,8 +144,12 @@ def test_the_last_layer_is_the_one_that_runs_last_whatever_its_name():
     names = [name for name, m in model.named_modules() if isinstance(m, sltt.LIF)]
     x, y = batch(steps=6)
     windows = {names[2]: "all", names[1]: 3, names[0]: 1}
-    found, _ = gradients(model, sltt.Mixed(windows), x, y)
+    cuts = cuts_of(monkeypatch)
+    sltt.Mixed(windows)(model, x, y, LOSS)
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
     torch.testing.assert_close(found, by_hand(model, x, y, windows)[0])
+    assert cuts == [model.get_submodule(names[1])] * 6
 
 
 def test_a_layer_that_runs_twice():
@@ -203,7 +213,7 @@ def growth(rule):
 
 def test_memory_grows_with_the_layers_below_the_last_window_only():
     bptt = growth(sltt.BPTT())
-    assert growth(sltt.Mixed({"2": "all"})) < 0.35 * bptt
+    assert growth(sltt.Mixed({"2": "all"})) < 0.3 * bptt
     assert growth(sltt.Mixed({"8": "all"})) < 0.75 * bptt
     assert growth(sltt.Mixed({"2": 4})) < 0.01 * bptt
     assert measured(sltt.Mixed({"2": 4}), 12) < 0.6 * measured(sltt.TBPTT(4), 12)

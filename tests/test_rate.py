@@ -192,11 +192,13 @@ def test_batch_norm_of_a_sequence_has_the_statistics_of_its_steps(affine):
     assert (rates - goal).norm() < 0.2 * (again - goal).norm()
 
 
-def test_statistics_are_those_of_the_steps_alone():
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_are_those_of_the_steps_alone(momentum):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm, self.instance = nn.BatchNorm1d(4), nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+            self.norm = nn.BatchNorm1d(4, momentum=momentum)
+            self.instance = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
             self.lif, self.head = sltt.LIF(), nn.Linear(4 * 5, 3)
 
         def forward(self, x):
@@ -278,6 +280,24 @@ def test_hooks_on_neurons_see_spikes_only():
     assert rates.by_layer() == expected.by_layer()
 
 
+def test_the_loss_is_that_of_the_mean_logits_also_where_rates_give_others():
+    class Squared(nn.Module):
+        def forward(self, x):
+            return x**2
+
+    model = nn.Sequential(*network(sltt.LIF), Squared())
+    x, y = batch()
+    seen = []
+
+    def loss(logits, target):
+        seen.append(logits.detach())
+        return LOSS(logits, target)
+
+    out = RULE(model, x, y, loss)
+    torch.testing.assert_close(seen, [out.logits.mean(0)])
+    torch.testing.assert_close(out.loss, LOSS(out.logits.mean(0), y))
+
+
 def test_frames_of_whole_numbers():
     class Scaled(nn.Sequential):
         def forward(self, x):
@@ -289,6 +309,12 @@ def test_frames_of_whole_numbers():
         gradients(model, RULE, x, y)[0], gradients(nn.Sequential(*model), RULE, x.double() / 255, y)[0], rtol=1e-5,
         atol=1e-7,
     )  # fmt: skip
+
+
+def test_batch_norm_of_a_single_value_is_refused():
+    model = nn.Sequential(nn.BatchNorm1d(6), sltt.LIF(), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match="more than one value for each channel"):
+        RULE(model, torch.randn(2, 1, 6), torch.tensor([0]), LOSS)
 
 
 class Twice(nn.Module):

@@ -55,7 +55,12 @@ def _kernel(step: Step) -> Kernel:
         gain = (1 - rate if step.decay_input else 1.0) if source is None else source
         s = s.to(kept.dtype)
         f = rate * carried + gain
-        total.add_(step.gradient(f, None, kept, s))
-        carried.copy_(step.gradient(None, f, kept, s))
+        soft = step.v_reset is None
+        fires = f * step.surrogate.derivative(kept - step.v_threshold * (1 - s) if soft else kept - step.v_threshold)
+        total.add_(fires)
+        stays = f if soft else f * (1 - s)
+        if not step.detach_reset:
+            stays = stays - fires * (step.v_threshold if step.v_reset is None else kept - step.v_reset)
+        carried.copy_(stays)
 
     return Kernel(add)

@@ -30,7 +30,8 @@ class RateBased(Rule):
     (2) as its derivative. Temporal gradient within a neuron is kept for an input that is constant in time; correlations
     in time between presynaptic spikes and derivatives are dropped. Layers between neurons act on means: exact for
     linear ones, an approximation for the others, such as max pooling. Memory is that of one step's graph and about
-    three tensors for each neuron layer, and time that of the T steps without a graph, and one step with.
+    three tensors for each neuron layer. Time is that of the T steps without a graph, in which the gathering is a second
+    pass over each neuron layer, and of one step with a graph.
 
     The loss is ℓ(ō, y) of the mean logits ō = 1/T Σ_t o[t], not the mean of the steps' losses. It is what is
     backpropagated and what `Output.loss` is; `Output.logits` are those of the T steps. The authors' code divides the
@@ -155,11 +156,22 @@ class _NormLayer(_Layer):
     inverse: Tensor | float = 0.0
 
     def step(self, x: Tensor) -> Tensor:
+        """As `_BatchNorm.forward`, by the operator that gives the statistics too."""
         self.calls += 1
-        var, mean = _statistics(x)
-        self.mean = self.mean + mean
-        self.inverse = self.inverse + torch.rsqrt(var + self.module.eps)
-        return _BatchNorm.forward(self.module, x)
+        norm = self.module
+        norm._check_input_dim(x)
+        if x.numel() == x.shape[1]:
+            raise ValueError(f"BatchNorm needs more than one value for each channel, got {list(x.shape)}")
+        momentum, running = norm.momentum or 0.0, (None, None)
+        if norm.training and norm.track_running_stats:
+            running = norm.running_mean, norm.running_var
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                if norm.momentum is None:  # the average of all batches
+                    momentum = 1 / int(norm.num_batches_tracked)
+        y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, *running, True, momentum, norm.eps)
+        self.mean, self.inverse = self.mean + mean, self.inverse + inverse
+        return y
 
     def rate(self, x: Tensor) -> Tensor:
         norm, n = self.module, self.calls
