@@ -8,7 +8,7 @@ from sltt.hoisting import once
 from sltt.neurons import IF, LIF, PLIF, lif_step
 from sltt.phases import Phase
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
-from sltt.state import Stateful, detach, reset
+from sltt.state import Stateful, detach, register, reset
 from sltt.train import evaluate, fit
 
 __version__ = version("sltt")
@@ -37,6 +37,7 @@ __all__ = [
     "losses",
     "models",
     "once",
+    "register",
     "reset",
     "schedules",
     "surrogates",

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from sltt.kernels import stepwise_batch_norm
-from sltt.state import Fold, Stateful, current_fold
+from sltt.state import Fold, Stateful, current_fold, state_names
 
 
 @contextmanager
@@ -47,6 +47,8 @@ def check_foldable(model: nn.Module) -> None:
             why = "is scripted, so that it cannot be looked into"
         elif isinstance(module, Stateful) and not module.foldable:
             why = "keeps a state and does not say foldable = True"
+        elif not isinstance(module, Stateful) and state_names(module):
+            why = "keeps a state of its own (sltt.interop.convert makes ours of many neurons)"
         elif isinstance(module, _BatchNorm) and (
             type(module).forward is not _BatchNorm.forward or "forward" in vars(module)
         ):

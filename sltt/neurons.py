@@ -66,6 +66,7 @@ class Neuron(Stateful):
     """
 
     states: ClassVar[tuple[str, ...]] = ("v",)
+    spikes = True
     foldable = True
     v: Tensor | None
 

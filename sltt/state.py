@@ -1,9 +1,12 @@
 """Time steps: what a call of the network takes of them, and the state that it keeps between calls."""
 
-from collections.abc import Iterator
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from importlib import import_module
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +47,13 @@ def folding(fold: Fold) -> Iterator[None]:
 class Stateful(nn.Module):
     """A module that keeps tensors between time steps.
 
-    A subclass lists the attributes that hold them in `states`. Each is None before the first step of a sequence, takes
-    the shape, device and dtype of the input there, and is no part of the state dict: it belongs to one sequence.
+    A subclass lists the attributes that hold them in `states`: tensors, or tuples and lists of tensors. Each is None
+    before the first step of a sequence, takes the shape, device and dtype of the input there, and is no part of the
+    state dict: it belongs to one sequence.
     """
 
     states: ClassVar[tuple[str, ...]] = ()
+    spikes: ClassVar[bool] = False  # what it gives are spikes
     differentiable: ClassVar[bool] = True  # a gradient flows through the states; not through a mask that was drawn
     foldable: ClassVar[bool] = False  # unfolds the time steps that `sltt.folding` puts into the batch dimension
 
@@ -64,9 +69,7 @@ class Stateful(nn.Module):
     def detach(self) -> None:
         """Keep the values and drop the graph behind them: no gradient flows to earlier time steps."""
         for name in self.states:
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, value.detach())
+            setattr(self, name, map_tensors(Tensor.detach, getattr(self, name)))
 
     def check_state(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
         """Raise ValueError if the state `name` does not fit this time step's input x, or is not of `dtype`."""
@@ -78,11 +81,108 @@ class Stateful(nn.Module):
             )
 
 
+@dataclass(frozen=True)
+class Kind:
+    """How the modules of a type keep their state; see `register` for its fields."""
+
+    states: Callable[[Any], Iterable[str]]
+    reset: Callable[[Any], Any] | None
+    spikes: Callable[[Any], bool]
+    check: Callable[[Any, int, bool], str | None]
+
+
+# Known without `register`: sltt.interop.<library> is imported when a network has a module of the library.
+_LIBRARIES = {"norse", "sinabs", "snntorch", "spikingjelly"}
+_kinds: dict[type, Kind] = {}
+
+
+def register(
+    kind: type,
+    states: Iterable[str] | Callable[[Any], Iterable[str]],
+    *,
+    reset: Callable[[Any], Any] | None = None,
+    spikes: bool | Callable[[Any], bool] = False,
+    check: Callable[[Any, int, bool], str | None] | None = None,
+) -> None:
+    """Tell the rules how modules that are no `Stateful` keep their state between time steps.
+
+        sltt.register(TheirNeuron, states=["v"], reset=TheirNeuron.reset, spikes=True)
+
+    Args:
+        kind: their class; subclasses are included, unless they are registered themselves.
+        states: names of the attributes that hold tensors, or tuples and lists of tensors; or a function of the module
+            that gives the names. A rule detaches these, and `BPTT(recompute=n)` keeps them.
+        reset: called with the module before a sequence; None sets every state to None.
+        spikes: what the module gives are spikes, for `FiringRates` to count and `OTTT` to trace; or a function of the
+            module that says so.
+        check: `check(module, batch, kept)` says why the module cannot run one time step of `batch` samples, or None.
+            `kept` says that it is inside a `Stateful`, which may keep its state for it.
+    """
+    names = states if callable(states) else lambda _, names=tuple(states): names
+    emits = spikes if callable(spikes) else lambda _: spikes
+    _kinds[kind] = Kind(names, reset, emits, check or (lambda *_: None))
+    _kind.cache_clear()
+
+
+@functools.cache
+def _kind(cls: type) -> Kind | None:
+    for library in {c.__module__.partition(".")[0] for c in cls.__mro__} & _LIBRARIES:
+        import_module(f"sltt.interop.{library}")
+    found = [c for c in cls.__mro__ if c in _kinds]
+    for other in found[1:]:
+        if not issubclass(found[0], other):
+            raise ValueError(
+                f"{cls.__name__} is a {found[0].__name__} and a {other.__name__}, which keep their states in different "
+                f"ways: say how {cls.__name__} does, by sltt.register({cls.__name__}, states=…)"
+            )
+    return _kinds[found[0]] if found else None
+
+
+def state_names(module: nn.Module) -> tuple[str, ...]:
+    """The attributes of a module that hold tensors between time steps; none for a module that keeps no state."""
+    kind = _kind(type(module))
+    return tuple(kind.states(module)) if kind else ()
+
+
+def emits_spikes(module: nn.Module) -> bool:
+    """Whether a module is a layer of spiking neurons, ours or another library's."""
+    kind = _kind(type(module))
+    return kind is not None and kind.spikes(module)
+
+
+def check_steps(model: nn.Module, batch: int) -> None:
+    """Check that a rule can run the model one time step at a time; warn if it keeps no state at all.
+
+    Raises:
+        ValueError: naming every module that takes several time steps in a call, or whose state a rule cannot reach.
+    """
+    kept = {id(m) for keeper in model.modules() if isinstance(keeper, Stateful) for m in keeper.children()}
+    kept = {id(m) for child in model.modules() if id(child) in kept for m in child.modules()}
+    problems = []
+    for name, module in model.named_modules():
+        kind = _kind(type(module))
+        if kind and (problem := kind.check(module, batch, id(module) in kept)):
+            problems.append(f"{name or 'the model'} ({type(module).__name__}) {problem}")
+    if problems:
+        raise ValueError("a rule runs one time step in a call of the model, but " + "; ".join(problems))
+    if not any(state_names(module) for module in model.modules()):
+        warnings.warn(
+            "no module of the model keeps a state between time steps, so that all rules are the same. A rule knows "
+            "sltt's neurons and every sltt.Stateful, the neurons of SpikingJelly, snnTorch, sinabs and Norse, and what "
+            "sltt.register is given",
+            stacklevel=3,
+        )
+
+
 def reset(model: nn.Module) -> None:
-    """Reset the state of every stateful module in `model`, before a new sequence."""
+    """Reset the state of every stateful module in `model`, ours or another library's, before a new sequence."""
     for module in model.modules():
-        if isinstance(module, Stateful):
-            module.reset()
+        kind = _kind(type(module))
+        if kind and kind.reset:
+            kind.reset(module)
+        elif kind:
+            for name in kind.states(module):
+                setattr(module, name, None)
 
 
 def detach(model: nn.Module) -> None:
@@ -90,6 +190,31 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Stateful):
             module.detach()
+            continue
+        for name in state_names(module):
+            setattr(module, name, map_tensors(Tensor.detach, getattr(module, name)))
+
+
+def map_tensors(function: Callable[[Tensor], Any], state: Any) -> Any:
+    """A state with `function` applied to its tensors, in new tuples, named tuples, lists and dictionaries."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        return type(state)(*(map_tensors(function, s) for s in state))
+    if isinstance(state, list | tuple):
+        return type(state)(map_tensors(function, s) for s in state)
+    if isinstance(state, dict):
+        return {key: map_tensors(function, s) for key, s in state.items()}
+    return state
+
+
+def _explicit(module: nn.Module, batch: int, kept: bool) -> str | None:
+    return None if kept else "is recurrent and keeps no state itself: put it into a sltt.Stateful that keeps its state"
+
+
+register(Stateful, lambda m: m.states, reset=lambda m: m.reset(), spikes=lambda m: m.spikes)
+register(nn.RNNBase, (), check=_explicit)
+register(nn.RNNCellBase, (), check=_explicit)
 
 
 def _describe(x: Tensor) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sltt.neurons import Neuron
+from sltt.state import emits_spikes
 
 
 def firing_rates(model: nn.Module) -> "FiringRates":
@@ -16,7 +16,8 @@ def firing_rates(model: nn.Module) -> "FiringRates":
             rule(model, x, y, loss)
         rates.by_layer()      # {"features.2": 0.18, ...}
 
-    A layer's rate is its spikes over its neurons times time steps times samples.
+    A layer's rate is its spikes over its neurons times time steps times samples. Layers of other libraries count too;
+    a neuron that emits several spikes in a time step counts as one that emits one.
     """
     return FiringRates(model)
 
@@ -25,7 +26,7 @@ class FiringRates:
     """What `firing_rates` counts, without waiting for the device."""
 
     def __init__(self, model: nn.Module):
-        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, Neuron)}
+        self._layers = {name: m for name, m in model.named_modules() if emits_spikes(m)}
         self._spikes: dict[str, Tensor | int] = dict.fromkeys(self._layers, 0)
         self._count = dict.fromkeys(self._layers, 0)
         self._hooks: list[Any] = []
@@ -41,7 +42,8 @@ class FiringRates:
         self._hooks.clear()
 
     def _hook(self, name: str) -> Any:
-        def count(module: nn.Module, inputs: Any, spikes: Tensor) -> None:
+        def count(module: nn.Module, inputs: Any, output: Any) -> None:
+            spikes: Tensor = output[0] if isinstance(output, tuple) else output  # other libraries give the state too
             self._spikes[name] += torch.count_nonzero(spikes.detach())
             self._count[name] += spikes.numel()
 

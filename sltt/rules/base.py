@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.hoisting import hoisting
-from sltt.state import Fold, folding, reset
+from sltt.state import Fold, check_steps, folding, reset
 
 Loss = Callable[[Tensor, Any], Tensor]
 Backward = Callable[[Tensor], Any]
@@ -100,10 +100,12 @@ class Rule(ABC):
             update: step and zero the optimizer; called by a rule that is `online`, after every time step.
 
         Raises:
-            ValueError: no time step, too few dimensions, NaN or infinite input, a target of another batch size, or a
-                model that does not return logits.
+            ValueError: no time step, too few dimensions, NaN or infinite input, a target of another batch size, a
+                model that does not return logits, or a module that does not run step by step or whose state a rule
+                cannot reach.
         """
         sequence = time_steps(x, steps, target)
+        check_steps(model, x.shape[0 if sequence.static else 1])
         backward = backward or Tensor.backward
         reset(model)
         try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sltt.neurons import Neuron
 from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
-from sltt.state import detach
+from sltt.state import detach, emits_spikes
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _PLAIN = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -74,9 +74,12 @@ class OTTT(Rule):
 
 
 def _common_decay(model: nn.Module) -> float:
-    decays = {round(float(m.decay()), 12) for m in model.modules() if isinstance(m, Neuron)}
-    if len(decays) != 1:
-        raise ValueError(f"the network's neurons have λ = {sorted(decays)}: choose one for the traces, OTTT(decay=…)")
+    neurons = [m for m in model.modules() if emits_spikes(m)]
+    decays = {round(float(m.decay()), 12) for m in neurons if isinstance(m, Neuron)}
+    others = {type(m).__name__ for m in neurons if not isinstance(m, Neuron)}
+    if len(decays) != 1 or others:
+        known = f"λ = {sorted(decays)}" + "".join(f" and that of {name}" for name in sorted(others))
+        raise ValueError(f"the network's neurons have {known}: choose one for the traces, OTTT(decay=…)")
     return decays.pop()
 
 
@@ -116,7 +119,11 @@ def _traced(model: nn.Module, decay: float) -> Iterator[Callable[[], None]]:
         plain = type(layer).forward in _PLAIN and "forward" not in vars(layer)
         if not plain or getattr(layer, "padding_mode", "zeros") != "zeros":
             raise ValueError(f"OTTT knows PyTorch's own linear layers and convolutions padded by zeros, not {layer}")
-    hooks = [m.register_forward_hook(mark) for m in model.modules() if isinstance(m, Neuron)]
+    neurons = [m for m in model.modules() if emits_spikes(m)]
+    for neuron in neurons:
+        if any(p.ndim > 1 for p in neuron.parameters()):
+            raise ValueError(f"OTTT has no traces for the weights inside of {type(neuron).__name__}; use SLTT")
+    hooks = [m.register_forward_hook(mark) for m in neurons]
     for layer in layers:
         layer.forward = traced(layer)  # an attribute of the instance, in front of the method
     try:

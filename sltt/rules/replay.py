@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sltt import kernels
 from sltt.hoisting import hand_over
 from sltt.rules.base import Backward, Loss, Output, Sequence, step_loss
-from sltt.state import Stateful
+from sltt.state import Stateful, map_tensors, state_names
 
 
 def run_in_segments(
@@ -57,7 +57,7 @@ def run_in_segments(
             if end is None:
                 end = Snapshot(model)
             else:
-                total = _hand_over(total, _states(model), gradients)
+                total = _hand_over(total, _tensors(model), gradients)
             backward(total)
             starts.pop()
     finally:
@@ -78,12 +78,22 @@ def _check_same(logits: Tensor, first: Tensor, step: int) -> None:
         )
 
 
-def _stateful(model: nn.Module) -> list[tuple[Stateful, str]]:
-    return [(m, name) for m in model.modules() if isinstance(m, Stateful) for name in m.states]
+def _states(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    return [(m, name, getattr(m, name)) for m in model.modules() for name in state_names(m)]
 
 
-def _states(model: nn.Module) -> list[Tensor | None]:
-    return [getattr(module, name) for module, name in _stateful(model)]
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """The tensors in the states, in an order that is the same wherever a time step ends."""
+    tensors: list[Tensor] = []
+    for _, _, state in _states(model):
+        map_tensors(tensors.append, state)
+    return tensors
+
+
+def _buffers(model: nn.Module) -> list[Tensor]:
+    """The buffers that are no state; some libraries keep states as buffers."""
+    states = set(map(id, _tensors(model)))
+    return [buffer for buffer in model.buffers() if id(buffer) not in states]
 
 
 class Snapshot:
@@ -92,7 +102,7 @@ class Snapshot:
     def __init__(self, model: nn.Module):
         self.model = model
         self.states = _states(model)
-        self.buffers = [buffer.clone() for buffer in model.buffers()]
+        self.buffers = [buffer.clone() for buffer in _buffers(model)]
         self.generator = torch.get_rng_state()
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
@@ -100,25 +110,32 @@ class Snapshot:
     def restore(self) -> list[Tensor | None]:
         """Set everything back; returns the states as leaves that collect their gradient, None for those without one."""
         leaves: list[Tensor | None] = []
-        for (module, name), state in zip(_stateful(self.model), self.states, strict=True):
-            carries = state is not None and module.differentiable and state.is_floating_point()
-            leaves.append(state.detach().requires_grad_() if state is not None and carries else None)
-            setattr(module, name, leaves[-1] if carries else state)
+
+        def leaf(state: Tensor) -> Tensor:
+            leaves.append(state.detach().requires_grad_() if state.is_floating_point() else None)
+            return state if leaves[-1] is None else leaves[-1]
+
+        for module, name, state in self.states:
+            if isinstance(module, Stateful) and not module.differentiable:
+                map_tensors(lambda _: leaves.append(None), state)
+            else:
+                state = map_tensors(leaf, state)
+            setattr(module, name, state)
         self.restore_surroundings()
         return leaves
 
     def restore_surroundings(self) -> None:
         """Set buffers and random generators back."""
         with torch.no_grad():
-            for buffer, value in zip(self.model.buffers(), self.buffers, strict=True):
+            for buffer, value in zip(_buffers(self.model), self.buffers, strict=True):
                 buffer.copy_(value)
         torch.set_rng_state(self.generator)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
 
 
-def _hand_over(total: Tensor, states: list[Tensor | None], gradients: list[Tensor | None]) -> Tensor:
+def _hand_over(total: Tensor, states: list[Tensor], gradients: list[Tensor | None]) -> Tensor:
     """The scalar `total`, whose backward also gives the states the gradients that the next segment found."""
-    pairs = [(s, g) for s, g in zip(states, gradients, strict=True) if s is not None and g is not None]
-    carried = [(s, g) for s, g in pairs if s.requires_grad]
+    pairs = zip(states, gradients, strict=True)
+    carried = [(s, g) for s, g in pairs if g is not None and s.requires_grad]
     return hand_over(total, *zip(*carried, strict=True)) if carried else total
