@@ -89,6 +89,7 @@ class Kind:
     reset: Callable[[Any], Any] | None
     spikes: Callable[[Any], bool]
     check: Callable[[Any, int, bool], str | None]
+    translate: Callable[[Any], nn.Module] | None
 
 
 # Known without `register`: sltt.interop.<library> is imported when a network has a module of the library.
@@ -103,6 +104,7 @@ def register(
     reset: Callable[[Any], Any] | None = None,
     spikes: bool | Callable[[Any], bool] = False,
     check: Callable[[Any, int, bool], str | None] | None = None,
+    translate: Callable[[Any], nn.Module] | None = None,
 ) -> None:
     """Tell the rules how modules that are no `Stateful` keep their state between time steps.
 
@@ -117,15 +119,18 @@ def register(
             module that says so.
         check: `check(module, batch, kept)` says why the module cannot run one time step of `batch` samples, or None.
             `kept` says that it is inside a `Stateful`, which may keep its state for it.
+        translate: for `sltt.interop.convert`, gives the module of ours in place of the module, or raises
+            `sltt.interop.ConversionError` with the reason.
     """
     names = states if callable(states) else lambda _, names=tuple(states): names
     emits = spikes if callable(spikes) else lambda _: spikes
-    _kinds[kind] = Kind(names, reset, emits, check or (lambda *_: None))
-    _kind.cache_clear()
+    _kinds[kind] = Kind(names, reset, emits, check or (lambda *_: None), translate)
+    kind_of.cache_clear()
 
 
 @functools.cache
-def _kind(cls: type) -> Kind | None:
+def kind_of(cls: type) -> Kind | None:
+    """How the modules of a class keep their state; None for a class that nothing is known of."""
     for library in {c.__module__.partition(".")[0] for c in cls.__mro__} & _LIBRARIES:
         import_module(f"sltt.interop.{library}")
     found = [c for c in cls.__mro__ if c in _kinds]
@@ -140,13 +145,13 @@ def _kind(cls: type) -> Kind | None:
 
 def state_names(module: nn.Module) -> tuple[str, ...]:
     """The attributes of a module that hold tensors between time steps; none for a module that keeps no state."""
-    kind = _kind(type(module))
+    kind = kind_of(type(module))
     return tuple(kind.states(module)) if kind else ()
 
 
 def emits_spikes(module: nn.Module) -> bool:
     """Whether a module is a layer of spiking neurons, ours or another library's."""
-    kind = _kind(type(module))
+    kind = kind_of(type(module))
     return kind is not None and kind.spikes(module)
 
 
@@ -160,7 +165,7 @@ def check_steps(model: nn.Module, batch: int) -> None:
     kept = {id(m) for child in model.modules() if id(child) in kept for m in child.modules()}
     problems = []
     for name, module in model.named_modules():
-        kind = _kind(type(module))
+        kind = kind_of(type(module))
         if kind and (problem := kind.check(module, batch, id(module) in kept)):
             problems.append(f"{name or 'the model'} ({type(module).__name__}) {problem}")
     if problems:
@@ -177,7 +182,7 @@ def check_steps(model: nn.Module, batch: int) -> None:
 def reset(model: nn.Module) -> None:
     """Reset the state of every stateful module in `model`, ours or another library's, before a new sequence."""
     for module in model.modules():
-        kind = _kind(type(module))
+        kind = kind_of(type(module))
         if kind and kind.reset:
             kind.reset(module)
         elif kind:

@@ -2,9 +2,9 @@
 
 One's own in three lines:
 
-    class Gaussian(sltt.surrogates.Surrogate):
+    class Cauchy(sltt.surrogates.Surrogate):
         def derivative(self, x):
-            return torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+            return 1 / (math.pi * (1 + x**2))
 """
 
 import math
@@ -20,6 +20,10 @@ class Surrogate(ABC):
 
     A subclass defines `derivative`. It must be elementwise, and keep the shape and dtype of its argument.
     """
+
+    def fires(self, x: Tensor) -> Tensor:
+        """Where a neuron fires, at x = u − V_th: True or False."""
+        return x >= 0
 
     @abstractmethod
     def derivative(self, x: Tensor) -> Tensor:
@@ -95,12 +99,77 @@ class ArcTan(Surrogate):
         return self.alpha / 2 / (1 + (math.pi * self.alpha / 2 * x) ** 2)
 
 
+class FastSigmoid(Surrogate):
+    """∂s/∂x = c α/2 / (1 + α|x|)², the derivative of a fast sigmoid (Zenke & Ganguli 2018).
+
+    Args:
+        alpha: slope of the fast sigmoid.
+        scale: c, the integral of the derivative.
+    """
+
+    def __init__(self, alpha: float = 25.0, scale: float = 1.0):
+        self.alpha = _positive("alpha", alpha)
+        self.scale = _positive("scale", scale)
+
+    def derivative(self, x: Tensor) -> Tensor:
+        return self.scale * self.alpha / 2 / (1 + self.alpha * x.abs()) ** 2
+
+
+class Exponential(Surrogate):
+    """∂s/∂x = c α/2 exp(−α|x|) (Shrestha & Orchard 2018).
+
+    Args:
+        alpha: how fast the derivative falls, in units of one over the membrane potential.
+        scale: c, the integral of the derivative.
+    """
+
+    def __init__(self, alpha: float = 2.0, scale: float = 1.0):
+        self.alpha = _positive("alpha", alpha)
+        self.scale = _positive("scale", scale)
+
+    def derivative(self, x: Tensor) -> Tensor:
+        return self.scale * self.alpha / 2 * torch.exp(-self.alpha * x.abs())
+
+
+class Gaussian(Surrogate):
+    """∂s/∂x = c exp(−x²/(2σ²)) / (σ √(2π)) (Yin et al. 2021).
+
+    Args:
+        sigma: standard deviation, in units of the membrane potential.
+        scale: c, the integral of the derivative.
+    """
+
+    def __init__(self, sigma: float = 0.5, scale: float = 1.0):
+        self.sigma = _positive("sigma", sigma)
+        self.scale = _positive("scale", scale)
+
+    def derivative(self, x: Tensor) -> Tensor:
+        return self.scale / (self.sigma * math.sqrt(2 * math.pi)) * torch.exp(-0.5 * (x / self.sigma) ** 2)
+
+
+class Above(Surrogate):
+    """Another surrogate with H(0) = 0: a neuron fires above its threshold, not at it, as in snnTorch and Norse.
+
+    Args:
+        surrogate: gives the derivative.
+    """
+
+    def __init__(self, surrogate: Surrogate):
+        self.surrogate = surrogate
+
+    def fires(self, x: Tensor) -> Tensor:
+        return x > 0
+
+    def derivative(self, x: Tensor) -> Tensor:
+        return self.surrogate.derivative(x)
+
+
 class _Spike(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, surrogate: Surrogate) -> Tensor:
-        return (x >= 0).to(x.dtype)
+        return surrogate.fires(x).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Surrogate], output: Tensor) -> None:

@@ -14,6 +14,10 @@ SURROGATES = [
     sltt.surrogates.Rectangle(),
     sltt.surrogates.Sigmoid(),
     sltt.surrogates.ArcTan(),
+    sltt.surrogates.FastSigmoid(),
+    sltt.surrogates.Exponential(),
+    sltt.surrogates.Gaussian(),
+    sltt.surrogates.Above(sltt.surrogates.Triangle()),
 ]
 NEURONS = {
     "LIF": sltt.LIF,

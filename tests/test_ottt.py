@@ -148,7 +148,7 @@ def twice():
             lambda: nn.Sequential(sltt.LIF(tau=2.0), nn.Linear(6, 6), sltt.LIF(tau=4.0), nn.Linear(6, 3)),
             "choose one for",
         ),
-        (lambda: nn.Sequential(nn.Linear(6, 3)), "neurons have λ = \\[\\]"),
+        (lambda: nn.Sequential(sltt.Dropout(0.5), nn.Linear(6, 3)), "neurons have λ = \\[\\]"),
         (twice, "Linear is used twice in a time step, and has one trace only"),
         (lambda: nn.Sequential(sltt.LIF(), ScaledWSConv2d(6, 3, 1)), "knows PyTorch's own linear layers"),
         (lambda: nn.Sequential(sltt.LIF(), nn.Conv1d(6, 3, 3, padding=1, padding_mode="circular")), "padded by zeros"),

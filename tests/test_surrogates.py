@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sltt import surrogates
-from sltt.surrogates import ArcTan, Rectangle, Sigmoid, Surrogate, Triangle
+from sltt.surrogates import (
+    Above,
+    ArcTan,
+    Exponential,
+    FastSigmoid,
+    Gaussian,
+    Rectangle,
+    Sigmoid,
+    Surrogate,
+    Triangle,
+)
 from tests.conftest import SURROGATES
 
 FORMULAS = [
@@ -17,6 +27,12 @@ FORMULAS = [
     (Sigmoid(), lambda x: 4 / (1 + math.exp(-4 * x)) * (1 - 1 / (1 + math.exp(-4 * x)))),
     (ArcTan(), lambda x: 1 / (1 + (math.pi * x) ** 2)),
     (ArcTan(alpha=3.0), lambda x: 1.5 / (1 + (math.pi * 3 * x / 2) ** 2)),
+    (FastSigmoid(), lambda x: 12.5 / (1 + 25 * abs(x)) ** 2),
+    (FastSigmoid(alpha=1.0, scale=2.0), lambda x: 1 / (1 + abs(x)) ** 2),
+    (Exponential(), lambda x: math.exp(-2 * abs(x))),
+    (Exponential(alpha=3.0, scale=2.0), lambda x: 3 * math.exp(-3 * abs(x))),
+    (Gaussian(), lambda x: 2 * math.exp(-2 * x * x) / math.sqrt(2 * math.pi)),
+    (Gaussian(sigma=2.0, scale=3.0), lambda x: 1.5 * math.exp(-x * x / 8) / math.sqrt(2 * math.pi)),
 ]
 
 
@@ -45,14 +61,23 @@ def test_the_type_is_kept(surrogate, dtype):
     assert spike.dtype == x.grad.dtype == dtype
 
 
+def test_above_fires_above_the_threshold_and_not_at_it():
+    x = torch.tensor([-1e-7, 0.0, 1e-7], requires_grad=True)
+    for surrogate, spikes in ((Sigmoid(), [0, 1, 1]), (Above(Sigmoid()), [0, 0, 1])):
+        spike = surrogate(x)
+        assert spike.tolist() == spikes
+        (slope,) = torch.autograd.grad(spike.sum(), x)
+        assert torch.equal(slope, Sigmoid().derivative(x.detach()))
+
+
 def test_ones_own_surrogate_needs_only_a_derivative():
-    class Gaussian(Surrogate):
+    class Cauchy(Surrogate):
         def derivative(self, x):
-            return torch.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+            return 1 / (math.pi * (1 + x**2))
 
     x = torch.tensor([0.0, 1.0], requires_grad=True)
-    Gaussian()(x).sum().backward()
-    assert x.grad.tolist() == pytest.approx([0.39894, 0.24197], abs=1e-4)
+    Cauchy()(x).sum().backward()
+    assert x.grad.tolist() == pytest.approx([0.31831, 0.15915], abs=1e-4)
 
 
 def test_gradients_under_torch_func():
@@ -61,7 +86,7 @@ def test_gradients_under_torch_func():
     assert torch.equal(slope, surrogates.Triangle().derivative(x))
 
 
-@pytest.mark.parametrize("make", [Triangle, Rectangle, Sigmoid, ArcTan])
+@pytest.mark.parametrize("make", [Triangle, Rectangle, Sigmoid, ArcTan, FastSigmoid, Exponential, Gaussian])
 def test_a_width_or_slope_of_zero_is_refused(make):
     with pytest.raises(ValueError, match="greater than 0, got 0"):
         make(0.0)

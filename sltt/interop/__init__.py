@@ -3,3 +3,19 @@
 A network with neurons of SpikingJelly, snnTorch, sinabs or Norse is given to a rule as it is; Norse's, which pass their
 state through their calls, are wrapped in `sltt.interop.norse.KeepState`. No library is imported before it is used.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sltt.interop.conversion import ConversionError, convert
+
+_HOMES = {"ConversionError": "conversion", "convert": "conversion"}
+
+__all__ = ["ConversionError", "convert"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"sltt.interop.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,9 +4,12 @@ import inspect
 from typing import Any, ClassVar
 
 import norse.torch as norse
+from norse.torch.functional.reset import reset_subtract, reset_value
 from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 from torch import Tensor, nn
 
+from sltt import surrogates
+from sltt.interop.conversion import ConversionError, constant, leaky, require
 from sltt.state import Stateful, map_tensors, register
 
 
@@ -60,6 +63,49 @@ def _spikes(module: Any) -> bool:
     return isinstance(module, SNNCell | SNNRecurrentCell) and not isinstance(module, norse.LICell)
 
 
+def _translate(keeper: KeepState) -> nn.Module:
+    module: Any = keeper.module
+    if type(module) is norse.SequentialState:
+        require(not module.return_hidden, "gives what its hidden layers give: use return_hidden=False")
+        return nn.Sequential(*(KeepState(m) if _passes_state(type(m)) else m for m in module))
+    if not _spikes(module):
+        return keeper
+    p = module.p
+    reset: dict[str, Any] = {"v_threshold": constant("v_th", p.v_th), "surrogate": _surrogate(p)}
+    if type(module) is norse.IAFCell:
+        return leaky(1.0, v_reset=_unlearned(p.v_reset), **reset)
+    require(type(module) is norse.LIFBoxCell, f"holds a {type(module).__name__}, of other dynamics than LIFBoxCell")
+    rest = constant("v_leak", p.v_leak)
+    if p.reset_method is reset_value:
+        reset["v_reset"] = constant("v_reset", p.v_reset)
+        require(rest == reset["v_reset"], "has a v_leak that is not v_reset")
+    else:
+        require(p.reset_method is reset_subtract, "has a reset that ours have not")
+        require(rest == 0, "has a v_leak that is not 0")
+    return leaky(1 - constant("tau_mem_inv", module.dt * p.tau_mem_inv), decay_input=True, **reset)
+
+
+def _unlearned(value: Tensor) -> float:
+    # IAFCell itself marks its v_reset, which is its first membrane potential, to require a gradient
+    return constant("v_reset", value.detach())
+
+
+def _surrogate(p: Any) -> surrogates.Surrogate:
+    if p.method == "super":  # Norse does not use alpha here
+        return surrogates.Above(surrogates.FastSigmoid(1.0, scale=2.0))
+    if p.method == "triangle" and p.alpha == 1:
+        return surrogates.Above(surrogates.Triangle())
+    raise ConversionError(
+        f"has the surrogate {p.method} with alpha = {float(p.alpha):g}, which sltt.surrogates has not"
+    )
+
+
+def _unkept(module: Any) -> nn.Module:
+    require(not _spikes(module), "passes its state through its calls: wrap it in sltt.interop.norse.KeepState")
+    return module
+
+
+register(KeepState, KeepState.states, reset=KeepState.reset, translate=_translate)
 for _cls in (SNN, SNNCell, SNNRecurrent, SNNRecurrentCell, *vars(norse).values()):
     if isinstance(_cls, type) and issubclass(_cls, nn.Module) and _passes_state(_cls):
-        register(_cls, (), spikes=_spikes, check=_check)
+        register(_cls, (), spikes=_spikes, check=_check, translate=_unkept)

@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sinabs.layers import SqueezeMixin, StatefulLayer
+from sinabs.activation import Gaussian, MembraneReset, MembraneSubtract, SingleExponential, SingleSpike
+from sinabs.layers import IAFSqueeze, LIFSqueeze, SqueezeMixin, StatefulLayer
+from torch import nn
 
+from sltt import surrogates
+from sltt.interop.conversion import ConversionError, constant, leaky, require
 from sltt.state import register
 
 
@@ -33,4 +37,48 @@ def _check(module: Any, batch: int, kept: bool) -> str | None:
     return None
 
 
-register(StatefulLayer, _states, reset=_reset, spikes=lambda module: module.does_spike, check=_check)
+def _translate(module: Any) -> nn.Module:
+    if not module.does_spike:
+        return module
+    require(type(module) in (LIFSqueeze, IAFSqueeze), "has other dynamics than LIFSqueeze and IAFSqueeze")
+    require(module.num_timesteps == 1, "may take several time steps in a call: give it num_timesteps=1")
+    require(module.spike_fn is SingleSpike, "may fire several times in a time step: give it spike_fn=SingleSpike")
+    require(not module.train_alphas, "learns its decay (train_alphas=True)")
+    require(module.tau_syn is None, "has a synaptic current (tau_syn)")
+    require(module.min_v_mem is None, "keeps its membrane potential above min_v_mem")
+    require(not module.record_states, "records its states: set record_states = False")
+    if module.tau_mem is not None:
+        constant("tau_mem", module.tau_mem)
+    threshold = constant("spike_threshold", module.spike_threshold)
+    reset: dict[str, Any] = {}
+    if isinstance(module.reset_fn, MembraneReset):
+        require(module.reset_fn.reset_value == 0, "adds the reset value to neurons that did not fire, too")
+        reset = {"v_reset": 0.0, "detach_reset": True}
+    else:
+        subtracts = isinstance(module.reset_fn, MembraneSubtract)
+        require(subtracts and module.reset_fn.subtract_value in (None, threshold), "has a reset that ours have not")
+    return leaky(
+        constant("tau_mem", module.alpha_mem_calculated.detach()),
+        v_threshold=threshold,
+        decay_input=module.norm_input,
+        surrogate=_surrogate(module.surrogate_grad_fn, threshold),
+        **reset,
+    )
+
+
+def _surrogate(function: Any, threshold: float) -> surrogates.Surrogate:
+    if isinstance(function, SingleExponential):
+        return surrogates.Exponential(1 / (function.grad_width * threshold), scale=2 * function.grad_scale)
+    if isinstance(function, Gaussian) and function.mu == 0:
+        return surrogates.Gaussian(function.sigma, scale=function.grad_scale)
+    raise ConversionError(f"has the surrogate {function}, which sltt.surrogates has not")
+
+
+register(
+    StatefulLayer,
+    _states,
+    reset=_reset,
+    spikes=lambda module: module.does_spike,
+    check=_check,
+    translate=_translate,
+)

@@ -4,12 +4,15 @@ snnTorch's own reset and detach reach the neurons that its constructors saw, not
 reach the neurons that the network has.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from snntorch import DeltaLeaky, SpikingNeuron
+from snntorch import DeltaLeaky, Leaky, SpikingNeuron
+from torch import nn
 
+from sltt import surrogates
+from sltt.interop.conversion import ConversionError, constant, leaky, require
 from sltt.state import register
 
 
@@ -33,4 +36,46 @@ def _check(module: Any, batch: int, kept: bool) -> str | None:
     return None
 
 
-register(SpikingNeuron, _states, reset=_reset, spikes=True, check=_check)
+def _translate(module: Any) -> nn.Module:
+    require(type(module) is Leaky, "has other dynamics than Leaky")
+    require(module.init_hidden and not module.output, "gives its state with its spikes: use init_hidden=True")
+    require(not module.inhibition, "lets one neuron of the layer fire only (inhibition=True)")
+    require(not module.state_quant, "rounds its membrane potential (state_quant)")
+    require(constant("graded_spikes_factor", module.graded_spikes_factor) == 1, "has spikes that are not 0 or 1")
+    decay, threshold = constant("beta", module.beta), constant("threshold", module.threshold)
+    arguments = {"v_threshold": threshold, "surrogate": _surrogate(module.spike_grad)}
+    if module.reset_mechanism == "zero" and threshold > 0:
+        # the reset of a step before is that of a spike that has no gradient any more
+        return leaky(decay, v_reset=0.0, detach_reset=module.reset_delay, **arguments)
+    require(module.reset_mechanism == "subtract", f"has no reset that ours have ({module.reset_mechanism})")
+    require(
+        module.reset_delay,
+        "fires once more, without a spike, if it is above the threshold after its reset (reset_delay=False)",
+    )
+    require(
+        decay == 1,
+        "subtracts the threshold after the decay of the next time step, ours at once: use reset_mechanism='zero'",
+    )
+    return leaky(decay, detach_reset=True, **arguments)
+
+
+def _surrogate(function: Any) -> surrogates.Surrogate:
+    if isinstance(function, surrogates.Surrogate):
+        return function
+    # what atan(alpha=2) gives is a function with alpha in its closure, and fires above the threshold only
+    maker = getattr(function, "__qualname__", "").removesuffix(".<locals>.inner")
+    make = _SURROGATES.get(maker) if getattr(function, "__module__", "") == "snntorch.surrogate" else None
+    if make is None:
+        raise ConversionError(f"has the surrogate {maker or function!r}, which sltt.surrogates has not")
+    (slope,) = (cell.cell_contents for cell in function.__closure__)
+    return surrogates.Above(make(slope))
+
+
+_SURROGATES: dict[str, Callable[[float], surrogates.Surrogate]] = {
+    "atan": surrogates.ArcTan,
+    "sigmoid": surrogates.Sigmoid,
+    "fast_sigmoid": lambda slope: surrogates.FastSigmoid(slope, scale=2 / slope),
+}
+
+
+register(SpikingNeuron, _states, reset=_reset, spikes=True, check=_check, translate=_translate)

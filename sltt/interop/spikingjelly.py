@@ -1,11 +1,15 @@
 """SpikingJelly's modules in single-step mode: their memories are the state."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from spikingjelly.activation_based import base, neuron
-from torch import Tensor
+from spikingjelly.activation_based import base, neuron, surrogate
+from torch import Tensor, nn
 
+from sltt import surrogates
+from sltt.interop.conversion import ConversionError, require
+from sltt.neurons import IF, LIF, PLIF
 from sltt.state import register
 
 _SPIKING = neuron.BaseNode | neuron.SimpleBaseNode
@@ -28,6 +32,49 @@ def _check(module: Any, batch: int, kept: bool) -> str | None:
     return None
 
 
+def _translate(module: Any) -> nn.Module:
+    return _neuron(module) if isinstance(module, _SPIKING) else module
+
+
+def _neuron(module: Any) -> nn.Module:
+    kind = {neuron.LIFNode: LIF, neuron.IFNode: IF, neuron.ParametricLIFNode: PLIF}.get(type(module))
+    require(kind is not None, "has other dynamics than LIFNode, IFNode and ParametricLIFNode")
+    require(module.step_mode == "s", "is in multi-step mode: call functional.set_step_mode(model, 's')")
+    require(not module.store_v_seq, "stores its membrane potentials: set store_v_seq = False")
+    arguments: dict[str, Any] = {
+        "v_threshold": module.v_threshold,
+        "v_reset": module.v_reset,
+        "detach_reset": module.detach_reset,
+        "surrogate": _surrogate(module.surrogate_function),
+    }
+    if kind is IF:
+        return IF(**arguments)
+    if kind is LIF:
+        return LIF(module.tau, decay_input=module.decay_input, **arguments)
+    plif = PLIF(decay_input=module.decay_input, **arguments)
+    plif.w = module.w  # 1/τ = σ(w) in both
+    return plif
+
+
+def _surrogate(function: Any) -> surrogates.Surrogate:
+    make = _SURROGATES.get(type(function))
+    if make is None or not function.spiking:
+        raise ConversionError(f"has the surrogate {function}, which sltt.surrogates has not")
+    return make(function.alpha)
+
+
+_SURROGATES: dict[type, Callable[[float], surrogates.Surrogate]] = {
+    surrogate.PiecewiseQuadratic: lambda alpha: surrogates.Triangle(1 / alpha),
+    surrogate.Rect: lambda alpha: surrogates.Rectangle(1 / alpha),
+    surrogate.Sigmoid: surrogates.Sigmoid,
+    surrogate.ATan: surrogates.ArcTan,
+    surrogate.PiecewiseExp: surrogates.Exponential,
+    surrogate.SoftSign: surrogates.FastSigmoid,
+    surrogate.SuperSpike: lambda alpha: surrogates.FastSigmoid(1.0, scale=2 * alpha),
+    surrogate.Erf: lambda alpha: surrogates.Gaussian(1 / (alpha * math.sqrt(2))),
+}
+
+
 register(base.StepModule, (), check=_check)
 register(
     base.MemoryModule,
@@ -35,4 +82,5 @@ register(
     reset=lambda module: module.reset(),
     spikes=lambda module: isinstance(module, _SPIKING),
     check=_check,
+    translate=_translate,
 )

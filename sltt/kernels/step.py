@@ -122,7 +122,7 @@ def _kernels(step: Step) -> tuple[Kernel, Kernel]:
         rate = step.decay if decay is None else decay
         assert rate is not None
         u = step.charge(v, x.to(v.dtype), rate)
-        s = (u - step.v_threshold >= 0).to(v.dtype)
+        s = step.surrogate.fires(u - step.v_threshold).to(v.dtype)
         s_out.copy_(s)
         v_out.copy_(step.reset(u, s))
         if u_out is not None:

@@ -1,0 +1,89 @@
+"""Conversion: neurons of other libraries replaced by ours, where the dynamics are the same.
+
+Each library's file translates its neurons; the table of what becomes of each parameter is in docs/interop.md.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from sltt.neurons import IF, LIF
+from sltt.state import Stateful, emits_spikes, kind_of, reset
+
+
+class ConversionError(ValueError):
+    """Why a neuron has no exact counterpart here."""
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """A copy of a network with its neurons replaced by ours; outputs and gradients are the same.
+
+    Neurons of SpikingJelly, snnTorch, sinabs and, in `KeepState`, Norse then run in the fused step, and can be folded.
+    A `SequentialState` of Norse becomes a `nn.Sequential`. Weights are copied, and learnable time constants too. Other
+    layers stay as they are, leaky integrators that do not spike among them.
+
+    Args:
+        model: the network; its state is reset.
+
+    Raises:
+        ValueError: naming every neuron that has no exact counterpart here, and why.
+    """
+    reset(model)
+    refused: dict[nn.Module, str] = {}
+    copies: dict[int, Any] = {}
+    _translate(model, "", copies, refused)
+    if refused:
+        names = "; ".join(refused.values())
+        raise ValueError(f"no exact counterpart here for {names}. The rules take these neurons as they are")
+    return copy.deepcopy(model, copies)
+
+
+def _translate(module: nn.Module, path: str, copies: dict[int, Any], refused: dict[nn.Module, str]) -> None:
+    """Put what replaces the modules into `copies`, the memory of `copy.deepcopy`; one that is used twice stays one."""
+    if id(module) in copies:
+        return
+    try:
+        new = _translated(module)
+    except ConversionError as reason:
+        refused[module] = f"{path or 'the model'} ({type(module).__name__}), which {reason}"
+        return
+    for name, child in new.named_children():
+        _translate(child, f"{path}.{name}".lstrip("."), copies, refused)
+    if new is not module:
+        copies[id(module)] = copy.deepcopy(new, copies)
+
+
+def _translated(module: nn.Module) -> nn.Module:
+    kind = kind_of(type(module))
+    if kind and kind.translate:
+        return kind.translate(module)
+    if emits_spikes(module) and not isinstance(module, Stateful):
+        raise ConversionError("is of a type that is registered without translate=…")
+    return module
+
+
+def leaky(decay: float, **arguments: Any) -> nn.Module:
+    """`LIF` with λ = decay, or `IF` for λ = 1, which has no input to scale."""
+    if decay == 1 and not arguments.pop("decay_input", False):
+        return IF(**arguments)
+    if not 0 < decay < 1:
+        raise ConversionError(f"keeps {decay:g} of its membrane potential in a time step; ours keep between 0 and 1")
+    return LIF.from_beta(decay, **arguments)
+
+
+def constant(name: str, value: Any) -> float:
+    """A parameter that is the same number for all neurons of a layer, and is not learned."""
+    value = torch.as_tensor(value)
+    if value.requires_grad:
+        raise ConversionError(f"learns {name}: set requires_grad_(False) if it is to stay as it is")
+    if not (value == value.flatten()[0]).all():
+        raise ConversionError(f"has another {name} for each neuron")
+    return float(value.flatten()[0])
+
+
+def require(condition: bool, otherwise: str) -> None:
+    """Raise ConversionError with a reason unless a condition holds."""
+    if not condition:
+        raise ConversionError(otherwise)
