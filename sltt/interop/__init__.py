@@ -1,4 +1,4 @@
-"""Networks of other libraries: their neurons under the rules here, conversion, NIR and ONNX.
+"""Networks of other libraries: their neurons under the rules here, conversion and NIR.
 
 A network with neurons of SpikingJelly, snnTorch, sinabs or Norse is given to a rule as it is; Norse's, which pass their
 state through their calls, are wrapped in `sltt.interop.norse.KeepState`. No library is imported before it is used.
@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sltt.interop.conversion import ConversionError, convert
+    from sltt.interop.nir import from_nir, to_nir
 
-_HOMES = {"ConversionError": "conversion", "convert": "conversion"}
+_HOMES = {
+    "ConversionError": "conversion",
+    "convert": "conversion",
+    "from_nir": "nir",
+    "to_nir": "nir",
+}
 
-__all__ = ["ConversionError", "convert"]
+__all__ = ["ConversionError", "convert", "from_nir", "to_nir"]
 
 
 def __getattr__(name: str) -> Any:

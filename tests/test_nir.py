@@ -1,0 +1,228 @@
+"""Networks as NIR graphs, and back."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.surrogates import Above, Triangle
+
+nir = pytest.importorskip("nir")
+
+from sltt.interop import from_nir, to_nir  # noqa: E402
+
+DT = 1e-3
+NEURONS = {
+    "LIF": lambda: sltt.LIF(tau=3.0),
+    "LIF, hard": lambda: sltt.LIF(tau=2.0, v_reset=-0.2, v_threshold=0.7, decay_input=True),
+    "IF": lambda: sltt.IF(v_threshold=0.6),
+    "IF, hard, above": lambda: sltt.IF(v_reset=0.1, surrogate=Above(Triangle())),
+    "PLIF": lambda: sltt.PLIF(tau=2.5),
+}
+
+
+class Residual(nn.Module):
+    def __init__(self, neuron):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), neuron())
+        self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding="same"), nn.BatchNorm2d(4))
+        self.neuron, self.pool = neuron(), nn.AvgPool2d(2)
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * 9, 5, bias=False), nn.BatchNorm1d(5), neuron()
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.pool(self.neuron(self.branch(x) + x)))
+
+
+def trained(model):
+    """With statistics and weights of BatchNorm that are not those of the start, in evaluation mode."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.3)
+            m.running_var.uniform_(0.3, 0.6)
+            m.weight.data.uniform_(2, 4)
+            m.bias.data.normal_(0.6, 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("neuron", NEURONS.values(), ids=NEURONS.keys())
+@pytest.mark.parametrize("file", [False, True], ids=["graph", "file"])
+def test_a_network_read_back_gives_the_same_outputs(neuron, file, tmp_path):
+    model = trained(Residual(neuron)).double()
+    x = torch.randn(7, 3, 2, 6, 6, dtype=torch.float64)
+    graph = to_nir(model, x[0], dt=DT)
+    if file:
+        nir.write(tmp_path / "model.nir", graph)
+        graph = tmp_path / "model.nir"
+    back = from_nir(graph, dt=DT).double()
+    expected = sltt.unroll(model, x)
+    assert 0 < expected.mean() < 1
+    torch.testing.assert_close(sltt.unroll(back, x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_networks_of_the_package_are_exported():
+    model, x = trained(sltt.models.DigitsNet()), torch.rand(4, 2, 1, 8, 8)
+    back = from_nir(to_nir(model, x[0]))
+    torch.testing.assert_close(sltt.unroll(back, x), sltt.unroll(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_read_back_is_trained_by_a_rule():
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=2.0), nn.Linear(8, 3)).double()
+    x, y = torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(3, (5,))
+    back = from_nir(to_nir(model, x[0])).double()
+    for network in (model, back):
+        sltt.BPTT()(network, x, y, sltt.losses.CrossEntropyMSE())
+    for p, q in zip(model.parameters(), back.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_the_units_are_those_of_nir():
+    """One step of forward Euler of τ v̇ = (v_leak − v) + R I, and of v̇ = R I, is one of ours."""
+    x, dt = torch.randn(1, 4, dtype=torch.float64), 2e-3
+    for neuron in (sltt.LIF(tau=3.0), sltt.LIF(tau=3.0, v_reset=-0.5, decay_input=True), sltt.IF()):
+        node = to_nir(nn.Sequential(neuron), x, dt=dt).nodes["0"]
+        v, current = np.full(4, neuron.v_reset or 0.0), x[0].numpy()
+        if isinstance(neuron, sltt.IF):
+            v = v + dt * node.r * current
+        else:
+            v = v + dt / node.tau * (node.v_leak - v + node.r * current)
+        silent = copy.copy(neuron)
+        silent.v_threshold = 100.0
+        silent(x)
+        np.testing.assert_allclose(v, silent.v[0].numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("surrogate", "fires"), [(Triangle(), 1.0), (Above(Triangle()), 0.0)], ids=["at", "above"])
+def test_a_neuron_at_its_threshold_does_what_it_did(surrogate, fires):
+    x = torch.ones(1, 2)
+    graph = to_nir(nn.Sequential(sltt.IF(surrogate=surrogate)), x)
+    assert from_nir(graph)(x).tolist() == [[fires, fires]]
+    graph.nodes["0"].metadata.clear()  # what another library wrote: NIR fires above the threshold
+    assert from_nir(graph)(x).tolist() == [[0.0, 0.0]]
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.pool, self.lif = nn.BatchNorm2d(2), nn.MaxPool2d(2), sltt.LIF()
+        self.conv = nn.Conv2d(2, 2, 1, groups=2)
+
+    def forward(self, x):
+        x = self.conv(self.pool(self.norm(x)))
+        return self.lif(x * 2) + self.lif(torch.relu(x))
+
+
+def test_all_that_nir_has_not_is_named_at_once():
+    message = (
+        r"NIR has no counterpart for norm \(BatchNorm2d\), which is not behind a layer.*; pool \(MaxPool2d\); "
+        r"conv \(Conv2d\), which has several groups.*; "
+        r"the operation mul.*; the operation relu.*; lif \(LIF\), which is used twice"
+    )
+    model = Odd()
+    with pytest.raises(ValueError, match=message):
+        to_nir(model, torch.randn(2, 2, 4, 4))
+    assert model.training
+    assert model.lif.v is None
+
+
+def test_a_time_step_without_length_is_refused():
+    with pytest.raises(ValueError, match="dt must be greater than 0 seconds, got 0"):
+        to_nir(nn.Linear(2, 2), torch.randn(1, 2), dt=0)
+
+
+def graph_of(*nodes):
+    return nir.NIRGraph.from_list(nir.Input({"input": np.array([3])}), *nodes, nir.Output({"output": np.array([3])}))
+
+
+def lif(**kwargs):
+    ones = {name: np.ones(3) for name in ("tau", "r", "v_leak", "v_threshold")}
+    return nir.LIF(**{**ones, "tau": np.full(3, 3e-4), "v_leak": np.zeros(3), **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        (
+            lambda: graph_of(nir.Threshold(np.ones(3)), nir.Delay(np.ones(3))),
+            r"threshold \(Threshold\); delay \(Delay\)",
+        ),
+        (lambda: graph_of(lif(tau=np.array([3e-4, 3e-4, 4e-4]))), "tau is not the same for all neurons"),
+        (lambda: graph_of(lif(tau=np.full(3, 1e-5))), "tau is not longer than a time step"),
+        (lambda: graph_of(lif(r=np.full(3, 2.0))), "r = 2 is neither 1 nor tau/dt = 3"),
+        (lambda: graph_of(lif(v_leak=np.full(3, 0.5))), "v_leak = 0.5 is not the potential of its reset"),
+        (lambda: graph_of(lif(metadata={"dt": 1e-3})), "written for time steps of 0.001 s: give dt=0.001"),
+        (lambda: graph_of(nir.IF(np.ones(3), np.ones(3))), "r = 1 is not 1/dt"),
+        (lambda: graph_of(nir.Linear(np.ones((4, 5)))), r"the input of linear has shape \[\[3\]\]|-> linear.input"),
+        (
+            lambda: graph_of(nir.Linear(np.ones((4, 3))), lif()),
+            r"the input of lif has shape \[\[4\]\].*expected \[3\]|-> lif.input",
+        ),
+        (
+            lambda: nir.NIRGraph({"a": lif(), "b": lif()}, [("a", "b"), ("b", "a")]),
+            "expected one input and one output|No input nodes",
+        ),
+    ],
+)
+def test_graphs_that_do_not_fit_are_refused(graph, message):
+    with pytest.raises(ValueError, match=message):
+        from_nir(graph())
+
+
+def test_a_recurrent_graph_is_refused():
+    graph = graph_of(lif(), nir.Linear(np.ones((3, 3))))
+    graph.edges.append(("linear", "lif"))
+    with pytest.raises(ValueError, match="the graph is recurrent, around"):
+        from_nir(graph)
+
+
+def linear_network(**kwargs):
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=3.0, **kwargs), nn.Linear(8, 7), sltt.LIF(tau=2.0, **kwargs))
+    for layer in (model[0], model[2]):
+        layer.weight.data.mul_(4)
+    return model, torch.randn(12, 5, 6)
+
+
+@pytest.mark.filterwarnings("ignore:nirtorch.load is being deprecated:DeprecationWarning")
+def test_norse_reads_equal_spikes():
+    norse = pytest.importorskip("norse.torch")
+    model, x = linear_network(v_reset=0.0, decay_input=True)  # Norse takes R = 1, and resets to 0
+    theirs = norse.from_nir(to_nir(model, x[0], dt=DT), dt=DT)
+    expected, state = sltt.unroll(model, x), None
+    assert 0.02 < expected.mean() < 0.9
+    for x_t, spikes in zip(x, expected, strict=True):
+        out, state = theirs(x_t, state)
+        assert torch.equal(out, spikes)
+
+
+def test_snntorch_reads_equal_spikes():
+    pytest.importorskip("snntorch")
+    read = pytest.importorskip("snntorch.import_nir").import_from_nir
+    model, x = linear_network(v_reset=0.0)  # snnTorch takes R = tau/dt, with dt = 1e-4, and resets to 0
+    theirs = read(to_nir(model, x[0], dt=1e-4))
+    expected = sltt.unroll(model, x)
+    assert 0.02 < expected.mean() < 0.9
+    state = None
+    for x_t, spikes in zip(x, expected, strict=True):
+        out = theirs(x_t, state)
+        out, state = out if isinstance(out, tuple) else (out, None)
+        assert torch.equal(out, spikes)
+
+
+def test_spikingjelly_reads_equal_spikes():
+    exchange = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
+    functional = pytest.importorskip("spikingjelly.activation_based.functional")
+    if "v_reset" not in nir.LIF.__dataclass_fields__:
+        pytest.skip("SpikingJelly needs nir 1.0.7 or newer")
+    model, x = linear_network(v_reset=-0.1, decay_input=True)
+    theirs = exchange.import_from_nir(to_nir(model, x[0], dt=DT), dt=DT)
+    functional.reset_net(theirs)
+    state = None
+    for x_t, spikes in zip(x, sltt.unroll(model, x), strict=True):
+        out = theirs(x_t, state)
+        out, state = out if isinstance(out, tuple) else (out, None)
+        assert torch.equal(out, spikes)
