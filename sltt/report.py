@@ -426,8 +426,8 @@ def sample_spikes(run: Path) -> "dict[str, np.ndarray]":
     """The spikes [T, neurons] of each layer for the first test sample, with the weights that the run selected."""
     import torch
 
-    from sltt.neurons import Neuron
     from sltt.rules import unroll
+    from sltt.state import emits_spikes
 
     built = Recipe("sltt report", str(run / CONFIG), []).build()
     path = find_checkpoint(run)
@@ -437,13 +437,13 @@ def sample_spikes(run: Path) -> "dict[str, np.ndarray]":
     fired: dict[str, list[torch.Tensor]] = {}
 
     def keep(name: str) -> Any:
-        def hook(module: Any, inputs: Any, spikes: torch.Tensor) -> None:
-            fired.setdefault(name, []).append(spikes)
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            fired.setdefault(name, []).append(output[0] if isinstance(output, tuple) else output)
 
         return hook
 
     for name, module in built.model.eval().named_modules():
-        if isinstance(module, Neuron):
+        if emits_spikes(module):
             module.register_forward_hook(keep(name))
     unroll(built.model, x, steps=built.steps if splits.static else None)
     return {name: torch.stack(steps).flatten(1).ne(0).numpy() for name, steps in fired.items()}

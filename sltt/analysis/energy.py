@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt.neurons import Neuron
 from sltt.rules import unroll
+from sltt.state import emits_spikes
 
 # Energy of a 32-bit floating-point operation in a 45 nm process; Horowitz, ISSCC 2014.
 PICOJOULES_MULTIPLY_ACCUMULATE = 4.6
@@ -89,7 +89,7 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]
     handles = [model.register_forward_pre_hook(start)]
-    handles += [m.register_forward_hook(fire) for m in model.modules() if isinstance(m, Neuron)]
+    handles += [m.register_forward_hook(fire) for m in model.modules() if emits_spikes(m)]
     handles += [m.register_forward_hook(count(name)) for name, m in layers]
     try:
         unroll(model, x, steps=steps)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sltt.analysis.memory import trace_memory
 from sltt.rules import Rule
 from sltt.rules.base import Loss
-from sltt.state import Stateful
+from sltt.state import map_tensors, state_names
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,11 @@ def _update(rule: Rule, optimizer: torch.optim.Optimizer | None = None) -> dict[
 
 
 def _states(model: nn.Module) -> list[Tensor]:
-    kept = [getattr(m, name) for m in model.modules() if isinstance(m, Stateful) for name in m.states]
-    return [state for state in kept if isinstance(state, Tensor)]
+    found: list[Tensor] = []
+    for module in model.modules():
+        for name in state_names(module):
+            map_tensors(found.append, getattr(module, name))
+    return found
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:

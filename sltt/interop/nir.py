@@ -9,6 +9,8 @@ so that τ = dt times our τ, R = 1 with `decay_input` and our τ without, and R
 the threshold, and its versions differ in the reset; what ours do is written into the nodes' metadata.
 """
 
+# pyright: reportMissingImports=false
+
 import operator
 from collections.abc import Callable
 from dataclasses import fields

@@ -1,5 +1,7 @@
 """Norse's modules, which pass their state through their calls, with the state kept: `KeepState`."""
 
+# pyright: reportMissingImports=false
+
 import inspect
 from typing import Any, ClassVar
 

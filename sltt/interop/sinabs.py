@@ -3,6 +3,8 @@
 The others take [B, T, ...], and would take the channels of a time step for its time.
 """
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Iterator
 from typing import Any
 

@@ -4,6 +4,8 @@ snnTorch's own reset and detach reach the neurons that its constructors saw, not
 reach the neurons that the network has.
 """
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Callable, Iterator
 from typing import Any
 

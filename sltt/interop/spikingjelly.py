@@ -1,5 +1,7 @@
 """SpikingJelly's modules in single-step mode: their memories are the state."""
 
+# pyright: reportMissingImports=false
+
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
