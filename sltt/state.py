@@ -193,11 +193,24 @@ def reset(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Cut the graph behind the state of every stateful module in `model`: v[t] becomes a constant of step t + 1."""
     for module in model.modules():
-        if isinstance(module, Stateful):
-            module.detach()
-            continue
-        for name in state_names(module):
-            setattr(module, name, map_tensors(Tensor.detach, getattr(module, name)))
+        detach_module(module)
+
+
+def detach_module(module: nn.Module) -> None:
+    """As `detach`, of one module without those in it."""
+    if isinstance(module, Stateful):
+        module.detach()
+        return
+    for name in state_names(module):
+        setattr(module, name, map_tensors(Tensor.detach, getattr(module, name)))
+
+
+def state_tensors(module: nn.Module) -> list[Tensor]:
+    """The tensors in the states of one module."""
+    found: list[Tensor] = []
+    for name in state_names(module):
+        map_tensors(found.append, getattr(module, name))
+    return found
 
 
 def map_tensors(function: Callable[[Tensor], Any], state: Any) -> Any:

@@ -263,7 +263,7 @@ class Counting(sltt.state.Stateful):
     ids=["stateful", "norm", "recurrent", "instance", "spectral", "own forward", "scripted"],
 )
 def test_layers_that_cannot_be_folded_are_named(layer, message):
-    model = nn.Sequential(nn.Linear(6, 3), layer)
+    model = nn.Sequential(nn.Linear(6, 3), layer, sltt.LIF())
     for rule in (sltt.SLTT(fold=2), sltt.BPTT(recompute=2, fold=2)):
         with pytest.raises(ValueError, match=message):
             rule(model, torch.randn(4, 2, 6), torch.randint(3, (2,)), LOSS)
@@ -307,9 +307,9 @@ def test_a_network_within_a_folded_network_is_not_folded():
 
 
 def test_a_network_that_mixes_samples_is_noticed():
-    class Mixing(nn.Module):
+    class Mixing(sltt.LIF):
         def forward(self, x):
-            return x.unflatten(0, (-1, 2)).mean(1)
+            return super().forward(x).unflatten(0, (-1, 2)).mean(1)
 
     with pytest.raises(ValueError, match="expected logits of 4 samples in each of 2 folded time steps"):
         sltt.SLTT(fold=2)(Mixing(), torch.randn(4, 4, 3), torch.randint(3, (4,)), LOSS)

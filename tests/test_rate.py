@@ -329,6 +329,8 @@ class Twice(nn.Module):
 
 
 class Own(sltt.Stateful):
+    states = ("seen",)
+
     def forward(self, x):
         return x
 

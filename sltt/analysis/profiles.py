@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sltt.analysis.memory import trace_memory
 from sltt.rules import Rule
 from sltt.rules.base import Loss
-from sltt.state import map_tensors, state_names
+from sltt.state import state_tensors
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def memory_parts(
     def run(mark: Any) -> None:
         def backward(total: Tensor) -> None:
             mark()
-            states.append(_nbytes(_states(model)))
+            states.append(_nbytes(state for module in model.modules() for state in state_tensors(module)))
             total.backward()
 
         rule(model, x, target, loss, steps=steps, backward=backward, **_update(rule))
@@ -185,14 +185,6 @@ def _update(rule: Rule, optimizer: torch.optim.Optimizer | None = None) -> dict[
     if not rule.online:
         return {}
     return {"update": lambda: None if optimizer is None else (optimizer.step(), optimizer.zero_grad())}
-
-
-def _states(model: nn.Module) -> list[Tensor]:
-    found: list[Tensor] = []
-    for module in model.modules():
-        for name in state_names(module):
-            map_tensors(found.append, getattr(module, name))
-    return found
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:

@@ -13,7 +13,7 @@ from sltt import kernels
 from sltt.hoisting import hand_over
 from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
 from sltt.rules.replay import Snapshot
-from sltt.state import Stateful
+from sltt.state import detach_module, state_names, state_tensors
 
 Window = int | Literal["all"]
 # what Fabric, torch.compile and DistributedDataParallel put before a name
@@ -69,19 +69,19 @@ class Mixed(Rule):
                 del logits, value  # so that the graph of this step is gone before the next forward
                 for module, window in windows.items():
                     if (t + 1) % window == 0:
-                        module.detach()
+                        detach_module(module)
                 if t + 1 == sequence.steps or all((t + 1) % windows[module] == 0 for module in kept):
                     if waiting is not None:
                         backward(waiting)
                     waiting = None
         return Output(total, torch.stack(outputs))
 
-    def window_lengths(self, model: nn.Module, steps: int) -> dict[Stateful, int]:
+    def window_lengths(self, model: nn.Module, steps: int) -> dict[nn.Module, int]:
         """The window of each module with a state, in time steps; T or more is that of the whole sequence."""
         layers = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, Stateful) and module.differentiable
+            if state_names(module) and getattr(module, "differentiable", True)
         }
 
         def matches(name: str, pattern: str) -> bool:
@@ -109,7 +109,7 @@ class _Cut:
         module: where the graph is cut; None if it is whole.
     """
 
-    def __init__(self, kept: list[Stateful]):
+    def __init__(self, kept: list[nn.Module]):
         self.kept = kept
         self.module = kept[-1] if kept else None
         self._outputs: list[tuple[Tensor, Tensor]] = []  # of that module, and the leaf that stands for it above
@@ -124,9 +124,9 @@ class _Cut:
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def _hook(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         self._last = module
-        if module is not self.module:
+        if module is not self.module or not isinstance(output, Tensor):  # a tuple is not cut: the graph stays whole
             return output
         self._calls += 1
         if not output.requires_grad:  # nothing below it is trained
@@ -180,9 +180,9 @@ class _Cut:
 _ACCUMULATE = "torch::autograd::AccumulateGrad"
 
 
-def _graph_of_states(modules: Iterable[Stateful]) -> set[Any]:
-    states = (getattr(module, name) for module in modules for name in module.states)
-    return {state.grad_fn for state in states if isinstance(state, Tensor) and state.grad_fn is not None}
+def _graph_of_states(modules: Iterable[nn.Module]) -> set[Any]:
+    states = (state for module in modules for state in state_tensors(module))
+    return {state.grad_fn for state in states if state.grad_fn is not None}
 
 
 def _walk(roots: Iterable[Any], stop: Iterable[Any] = ()) -> Iterator[Any]:

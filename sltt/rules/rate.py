@@ -13,7 +13,7 @@ from sltt.dropout import Dropout
 from sltt.kernels import Step, Trace
 from sltt.neurons import Neuron
 from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
-from sltt.state import Stateful
+from sltt.state import Stateful, state_names
 
 
 class RateBased(Rule):
@@ -199,7 +199,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
         own = "forward" in vars(module)
         if isinstance(module, Neuron) and type(module).forward is Neuron.forward and not own:
             layers.append(_NeuronLayer(name, module))
-        elif isinstance(module, Stateful) and not isinstance(module, Dropout) and module.differentiable:
+        elif _keeps_state(module):
             raise ValueError(
                 f"RateBased knows the derivative of the neurons in sltt.neurons, not of {name} "
                 f"({type(module).__name__}), which keeps a state in a way of its own: use SLTT"
@@ -217,6 +217,13 @@ def _layers(model: nn.Module) -> list[_Layer]:
                 "only: use sltt.Dropout, or SLTT"
             )
     return layers
+
+
+def _keeps_state(module: nn.Module) -> bool:
+    """Whether a gradient might flow through a state that the module keeps, in a way that is not known here."""
+    if isinstance(module, Stateful):
+        return module.differentiable and not isinstance(module, Dropout)
+    return bool(state_names(module))
 
 
 @contextmanager

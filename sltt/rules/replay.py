@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sltt import kernels
 from sltt.hoisting import hand_over
 from sltt.rules.base import Backward, Loss, Output, Sequence, step_loss
-from sltt.state import Stateful, map_tensors, state_names
+from sltt.state import Stateful, map_tensors, state_names, state_tensors
 
 
 def run_in_segments(
@@ -84,10 +84,7 @@ def _states(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     """The tensors in the states, in an order that is the same wherever a time step ends."""
-    tensors: list[Tensor] = []
-    for _, _, state in _states(model):
-        map_tensors(tensors.append, state)
-    return tensors
+    return [tensor for module in model.modules() for tensor in state_tensors(module)]
 
 
 def _buffers(model: nn.Module) -> list[Tensor]:
