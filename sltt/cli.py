@@ -40,6 +40,7 @@ USAGE = """usage: sltt COMMAND ...
   sltt compare [RECIPE] [OPTION …]   train several rules under the same budget: --rules BPTT,SLTT,SLTT:k=1
   sltt profile [RECIPE] [OPTION …]   memory, time, operations and energy: --rules --steps --budget 8GB
   sltt report FOLDER ...             one page of all that: comparison, costs, agreement, spikes
+  sltt export RUN --to nir|onnx      write a trained network for other tools
   sltt recipes [NAME]                list the recipes, or print one
   sltt data check RECIPE [OPTION …]  whether a recipe's data is whole: --data.root DIR
   sltt doctor                        what works on this machine, and what would make it faster
@@ -269,6 +270,43 @@ def _give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Repo
         report.line(f"written to {known.save / name}")
 
 
+def export(words: Sequence[str]) -> None:
+    """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
+    from sltt.runs import find_checkpoint
+
+    options = argparse.ArgumentParser("sltt export", description=EXPORT_HELP, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("run", type=Path, help="folder of a trained run")
+    options.add_argument("--to", required=True, choices=("nir", "onnx"))
+    options.add_argument("--out", type=Path, metavar="FILE", help="default: graph.nir or step.onnx in the run")
+    options.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")
+    try:
+        known = options.parse_args(words)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
+    built = Recipe("sltt export", str(run_config(known.run)), []).build()
+    _load(built.model, find_checkpoint(known.run))
+    splits = built.data.splits(built.steps)
+    x, _ = splits.collate([splits.test[0]])
+    frame = x if splits.static else x[0]
+    out = known.out or known.run / {"nir": "graph.nir", "onnx": "step.onnx"}[known.to]
+    report = Report()
+    try:
+        if known.to == "nir":
+            import nir  # pyright: ignore[reportMissingImports]
+
+            from sltt.interop import to_nir
+
+            nir.write(out, to_nir(built.model, frame, dt=known.dt))
+            report.line(f"written to {out}; a time step is {known.dt:g} seconds")
+        else:
+            from sltt.interop import to_onnx
+
+            first = to_onnx(built.model, frame, out)
+            report.line(f"written to {out}: one time step, with the states {', '.join(first)}")
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"the export needs {error.name}: pip install 'sltt[interop]'") from error
+
+
 def recipes(words: Sequence[str]) -> None:
     """`sltt recipes [NAME]`."""
     options = argparse.ArgumentParser("sltt recipes", description="List the recipes, or print one.")
@@ -316,6 +354,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": compare,
     "profile": profile,
     "report": report,
+    "export": export,
     "recipes": recipes,
     "data": data,
     "doctor": doctor,
@@ -331,6 +370,11 @@ SAVE_HELP = "keep the result in this folder, for sltt report"
 AGREEMENT_HELP = (
     "Cosine and norm of the gradients of SLTT and of truncated BPTT beside that of exact BPTT, and which rule to take. "
     "Other options are those of sltt train: --model.…, --data.…"
+)
+
+EXPORT_HELP = (
+    "Write the selected weights of a run as a NIR graph, or as an ONNX model of one time step with the states as inputs "
+    "and outputs."
 )
 
 REPORT_HELP = (

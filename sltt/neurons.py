@@ -130,7 +130,7 @@ class Neuron(Stateful):
     def _plain_steps(self, x: Tensor, dtype: torch.dtype, decay: float | Tensor, fold: Fold) -> Tensor:
         """In one graph with the layers around: the plain step, which they differentiate and fuse themselves."""
         spikes = []
-        for x_t in x.chunk(fold.steps):
+        for x_t in x.chunk(fold.steps) if fold.steps > 1 else (x,):  # exporters have no split into one
             assert self.v is not None
             v = self.v.detach() if fold.cut and spikes else self.v
             s, self.v = lif_step(v, x_t.to(dtype), decay=decay, **self._constants())

@@ -1,4 +1,4 @@
-"""Networks of other libraries: their neurons under the rules here, conversion and NIR.
+"""Networks of other libraries: their neurons under the rules here, conversion, NIR and ONNX.
 
 A network with neurons of SpikingJelly, snnTorch, sinabs or Norse is given to a rule as it is; Norse's, which pass their
 state through their calls, are wrapped in `sltt.interop.norse.KeepState`. No library is imported before it is used.
@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sltt.interop.conversion import ConversionError, convert
     from sltt.interop.nir import from_nir, to_nir
+    from sltt.interop.onnx import to_onnx
 
 _HOMES = {
     "ConversionError": "conversion",
     "convert": "conversion",
     "from_nir": "nir",
     "to_nir": "nir",
+    "to_onnx": "onnx",
 }
 
-__all__ = ["ConversionError", "convert", "from_nir", "to_nir"]
+__all__ = ["ConversionError", "convert", "from_nir", "to_nir", "to_onnx"]
 
 
 def __getattr__(name: str) -> Any:

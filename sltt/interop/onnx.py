@@ -1,0 +1,90 @@
+"""ONNX: one time step of a network, with the neurons' states as inputs and outputs, for runtimes without PyTorch."""
+
+# pyright: reportMissingImports=false
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltt.kernels import using
+from sltt.neurons import Neuron
+from sltt.state import Stateful, reset, state_names
+
+
+def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
+    """Write one time step of a network as an ONNX model, and return its states: their names and first values.
+
+        logits, v' = step(x, v)
+
+    The inputs are `x` and a state for each layer of neurons, called by its name in the network; the outputs `logits`
+    and `next.NAME` for each state. Begin a sequence with states filled with their first value, 0 or the neuron's
+    v_reset, and give a step's states to the next. The network is exported in evaluation mode, for any batch size.
+
+        first = to_onnx(model, x[0], "step.onnx")      # {"1": 0.0}
+
+    Args:
+        model: maps one time step to logits; its neurons are those of this library.
+        x: the input of one time step [B, ...], for the shapes.
+        path: of the file.
+
+    Raises:
+        ValueError: a module keeps a state in a way of its own; the message names all of them.
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+    """
+    step = _Step(copy.deepcopy(model).eval(), x)
+    names = [name for name, _ in step.layers]
+    batch = {0: torch.export.Dim.DYNAMIC}
+    with torch.no_grad(), using(compile="off"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        torch.onnx.export(
+            step,
+            (x, step.states),
+            str(path),
+            input_names=["x", *names],
+            output_names=["logits", *(f"next.{name}" for name in names)],
+            dynamic_shapes=(batch, tuple(batch for _ in names)),
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+    return {name: layer.v_reset or 0.0 for name, layer in step.layers}
+
+
+class _Step(nn.Module):
+    """One time step as a function of input and states."""
+
+    def __init__(self, model: nn.Module, x: Tensor):
+        super().__init__()
+        self.model = model
+        unknown = [
+            f"{name or 'the model'} ({type(m).__name__})"
+            for name, m in model.named_modules()
+            if (state_names(m) and not isinstance(m, Stateful)) or (isinstance(m, Stateful) and not _known(m))
+        ]
+        if unknown:
+            raise ValueError(
+                f"ONNX export knows the states of sltt's neurons, not of {', '.join(unknown)}; sltt.interop.convert "
+                "makes ours of many"
+            )
+        self.layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, Neuron)]
+        reset(model)
+        with torch.no_grad(), using(compile="off"):
+            model(x)
+        self.states = tuple(layer.v for _, layer in self.layers)
+        reset(model)
+
+    def forward(self, x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for (_, layer), state in zip(self.layers, states, strict=True):
+            layer.v = state
+        logits = self.model(x)
+        after = tuple(layer.v for _, layer in self.layers)
+        reset(self.model)
+        return logits, *after
+
+
+def _known(module: Stateful) -> bool:
+    return isinstance(module, Neuron) or not module.differentiable  # a mask is not drawn in evaluation mode
