@@ -373,8 +373,8 @@ AGREEMENT_HELP = (
 )
 
 EXPORT_HELP = (
-    "Write the selected weights of a run as a NIR graph, or as an ONNX model of one time step with the states as inputs "
-    "and outputs."
+    "Write the selected weights of a run as a NIR graph, or as an ONNX model of one time step with the states as "
+    "inputs and outputs."
 )
 
 REPORT_HELP = (
