@@ -207,7 +207,7 @@ def test_auto_takes_the_largest_fold_within_the_budget():
         for budget, allowed in ((peaks[1], [1]), (peaks[4], [2, 3, 4]), ("1GB", [8])):
             rule = sltt.SLTT(fold="auto", budget=budget)
             for _ in range(2):
-                run(rule)
+                rule(model, x, y, LOSS, steps=8)
             assert run(rule) <= rule._auto.budget
             assert max(sizes) in allowed
 

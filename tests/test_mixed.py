@@ -253,3 +253,59 @@ def test_autocast_and_spikes_saved_as_bits():
         assert torch.equal(gradients(model, rule, x, y)[0], found)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.cosine_similarity(gradients(model, rule, x, y)[0], found, dim=0) > 0.9
+
+
+class Delayed(sltt.Stateful):
+    """Spikes arrive a step later: a state holds what is above the cut."""
+
+    states = ("buffer",)
+
+    def __init__(self):
+        super().__init__()
+        self.neuron = sltt.LIF(tau=2.0)
+
+    def forward(self, x):
+        spikes = self.neuron(x)
+        out = torch.zeros_like(spikes) if self.buffer is None else self.buffer
+        self.buffer = spikes
+        return out
+
+
+class Listed(nn.Module):
+    """A state that grows in place, and around which the graph goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.past = []
+
+    def forward(self, x):
+        self.past.append(x)
+        return torch.tanh(sum(h * 0.5**k for k, h in enumerate(reversed(self.past)))) + 0.5 * x
+
+
+class Learned(nn.Module):
+    """A learnable first membrane potential, with a path around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.v = nn.Parameter(torch.full((8,), 0.4)), None
+
+    def forward(self, x):
+        u = 0.5 * self.v + x
+        spikes = sltt.surrogates.Triangle()(u - 1)
+        self.v = u - spikes
+        return spikes + 0.5 * x
+
+
+sltt.register(Listed, ["past"], reset=lambda m: setattr(m, "past", []))
+sltt.register(Learned, ["v"], reset=lambda m: setattr(m, "v", m.first * 1.0))
+
+
+@pytest.mark.parametrize("rule", [sltt.Mixed({"1*": "all"}), sltt.Mixed({}, "all"), sltt.BPTT(recompute=2)], ids=repr)
+@pytest.mark.parametrize("layer", [Delayed, Listed, Learned])
+def test_states_of_other_forms_keep_the_exact_gradient(layer, rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), layer(), nn.Linear(8, 3)).double()
+    x, y = batch(steps=6)
+    expected = gradients(model, sltt.BPTT(), x, y)[0]
+    torch.testing.assert_close(gradients(model, rule, x, y)[0], expected)

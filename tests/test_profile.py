@@ -78,6 +78,18 @@ def test_the_peak_is_that_of_peak_memory(rule):
     assert found.states + found.saved + found.rest == pytest.approx(peak, abs=4096)
 
 
+def test_a_view_counts_for_itself_and_automatic_folds_settle_before():
+    model, x = network(), torch.randn(4, 100, 64)
+    y = torch.randint(10, (8,))
+    rule = sltt.SLTT(fold="auto", budget="1GB")
+    found = memory_parts(model, x[:, :8], y, LOSS, rule)
+    assert found.input == 4 * 8 * 64 * 4
+    assert found.saved > 0
+    with pytest.raises(RuntimeError, match="memory is being measured already"):
+        peak_memory(lambda: sltt.SLTT(fold="auto")(model, x[:, :8], y, LOSS))
+    assert peak_memory(lambda: rule(model, x[:, :8], y, LOSS)) > 0
+
+
 def test_seconds_are_split_and_the_optimizer_steps(monkeypatch):
     now = [0.0]
 

@@ -17,7 +17,8 @@ def firing_rates(model: nn.Module) -> "FiringRates":
         rates.by_layer()      # {"features.2": 0.18, ...}
 
     A layer's rate is its spikes over its neurons times time steps times samples. Layers of other libraries count too;
-    a neuron that emits several spikes in a time step counts as one that emits one.
+    a neuron that emits several spikes in a time step counts as one that emits one, and steps that a rule runs again
+    (`recompute=n`) count again.
     """
     return FiringRates(model)
 

@@ -30,8 +30,25 @@ def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> 
 
 
 def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.device) -> tuple[int, list[int]]:
-    """As `peak_memory`, of `call(mark)`, and the bytes alive at each `mark()` above those alive before the call."""
-    device = torch.device(device)
+    """As `peak_memory`, of `call(mark)`, and the bytes alive at each `mark()` above those alive before the call.
+
+    Raises RuntimeError inside another measurement, since the inner one would end the outer: fold="auto" measures its
+    first two batches, so run these before.
+    """
+    global _tracing
+    if _tracing:
+        raise RuntimeError("memory is being measured already; a rule with fold='auto' measures its first two batches")
+    _tracing = True
+    try:
+        return _trace(call, torch.device(device))
+    finally:
+        _tracing = False
+
+
+_tracing = False
+
+
+def _trace(call: Callable[[Callable[[], None]], Any], device: torch.device) -> tuple[int, list[int]]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -83,8 +83,8 @@ def memory_parts(
 
         memory_parts(model, x, y, loss, SLTT()).total
 
-    It runs the rule twice and changes gradients, the statistics of BatchNorm, and no weight; without an optimizer's
-    step before, its state counts as 0.
+    It runs the rule three times and changes gradients and the statistics of BatchNorm, but no weight. Without a step of
+    the optimizer before, the optimizer's state counts as 0.
 
     Args:
         model: maps one time step to logits; in the mode that it is in.
@@ -105,7 +105,8 @@ def memory_parts(
 
         rule(model, x, target, loss, steps=steps, backward=backward, **_update(rule))
 
-    run(lambda: None)  # makes the gradients
+    for _ in range(2):  # makes the gradients; and fold="auto" settles
+        run(lambda: None)
     states.clear()
     peak, levels = trace_memory(run, x.device)
     begin, held = max(zip(levels, states, strict=True), default=(0, 0))
@@ -114,7 +115,7 @@ def memory_parts(
         parameters=_nbytes([*model.parameters(), *model.buffers()]),
         gradients=_nbytes(p.grad for p in model.parameters() if p.grad is not None),
         optimizer=_nbytes(_optimizer_state(optimizer)),
-        input=_nbytes([x]),
+        input=min(x.untyped_storage().nbytes(), x.numel() * x.element_size()),  # a view counts for itself
         states=held,
         saved=begin - held,
         rest=peak - begin,

@@ -87,4 +87,5 @@ class _Step(nn.Module):
 
 
 def _known(module: Stateful) -> bool:
-    return isinstance(module, Neuron) or not module.differentiable  # a mask is not drawn in evaluation mode
+    own = isinstance(module, Neuron) and tuple(module.states) == Neuron.states
+    return own or not module.differentiable  # a mask is not drawn in evaluation mode

@@ -146,6 +146,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
         steps: T for a static input.
     """
     sequence = time_steps(x, steps)
+    check_steps(model, x.shape[0 if sequence.static else 1])
     reset(model)
     try:
         with hoisting(sequence.x if sequence.static else None, grad=False):

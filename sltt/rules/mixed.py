@@ -152,7 +152,7 @@ class _Cut:
             # the module that ran last, which need not be the last by name; if it was that one, no cut
             self.module = None if self._last is self.module else self._last
             del logits
-            start.restore()
+            start.restore(leaves=False)
 
     def below(self, waiting: Tensor | None) -> Tensor | None:
         """The scalar `waiting`, whose backward also sends what this step's left at the cut through the graph below.
@@ -169,12 +169,20 @@ class _Cut:
         return hand_over(outputs[0].new_zeros(()) if waiting is None else waiting, outputs, gradients)
 
     def _separates(self, logits: Tensor, before: set[Any]) -> bool:
-        """Whether what is above the cut, and goes now, shares nothing with what is below it, and waits."""
+        """Whether what is above the cut, and goes now, shares nothing with what is below it, and waits.
+
+        Nor may a kept state hold what stands above for the cut output: its gradient would come steps later.
+        """
         above = set(_walk([logits.grad_fn]))
         roots = [output.grad_fn for output, _ in self._outputs]
         below = set(_walk([*roots, *_graph_of_states(self.kept)], stop=before))
         shared = (node for node in above & below if node.name() != _ACCUMULATE)
-        return self._calls == 1 and not any(True for _ in shared)
+        leaves = {id(leaf) for _, leaf in self._outputs}
+        states = (state for module in self.kept for state in state_tensors(module))
+        crosses = any(id(state) in leaves for state in states) or any(
+            node.name() == _ACCUMULATE and id(node.variable) in leaves for node in below
+        )
+        return self._calls == 1 and not crosses and not any(True for _ in shared)
 
 
 _ACCUMULATE = "torch::autograd::AccumulateGrad"

@@ -51,7 +51,7 @@ def run_in_segments(
         for i in reversed(range(len(segments))):
             last = end is None
             gradients = [None if leaf is None else leaf.grad for leaf in leaves]
-            leaves = starts[i].restore()
+            leaves = starts[i].restore(leaves=i > 0)
             with kernels.saving():
                 total = run(segments[i], keep=last)
             if end is None:
@@ -79,7 +79,8 @@ def _check_same(logits: Tensor, first: Tensor, step: int) -> None:
 
 
 def _states(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    return [(m, name, getattr(m, name)) for m in model.modules() for name in state_names(m)]
+    """The states in containers of their own: a module may change a list in place."""
+    return [(m, name, map_tensors(lambda s: s, getattr(m, name))) for m in model.modules() for name in state_names(m)]
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -104,22 +105,25 @@ class Snapshot:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
-    def restore(self) -> list[Tensor | None]:
-        """Set everything back; returns the states as leaves that collect their gradient, None for those without one."""
-        leaves: list[Tensor | None] = []
+    def restore(self, leaves: bool = True) -> list[Tensor | None]:
+        """Set everything back; returns the states as leaves that collect their gradient, None for those without one.
+
+        With leaves=False states are as they were, with the graph behind them, as a learnable first state has one.
+        """
+        collected: list[Tensor | None] = []
 
         def leaf(state: Tensor) -> Tensor:
-            leaves.append(state.detach().requires_grad_() if state.is_floating_point() else None)
-            return state if leaves[-1] is None else leaves[-1]
+            collected.append(state.detach().requires_grad_() if state.is_floating_point() else None)
+            return state if collected[-1] is None else collected[-1]
 
         for module, name, state in self.states:
             if isinstance(module, Stateful) and not module.differentiable:
-                map_tensors(lambda _: leaves.append(None), state)
-            else:
+                map_tensors(lambda _: collected.append(None), state)
+            elif leaves:
                 state = map_tensors(leaf, state)
             setattr(module, name, state)
         self.restore_surroundings()
-        return leaves
+        return collected
 
     def restore_surroundings(self) -> None:
         """Set buffers and random generators back."""
