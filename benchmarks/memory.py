@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--steps 4] [--batch 32]
 
 One training iteration of resnet18 under each rule, gradients kept from one iteration to the next. The resident set is
-the kernel's high-water mark above its level before the iteration, the median of three, in a process whose malloc returns
-blocks to the system at once; else it shows what malloc holds for later as well.
+the kernel's high-water mark above its level before the iteration, the median of three, in a process whose malloc gives
+blocks back to the system at once; else it shows what malloc holds for later as well.
 """
 
 import argparse
