@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from sltt.checkpoints import load_checkpoint, load_weights, read_table, write_atomically
+from sltt.checkpoints import read_table, start_from, write_atomically
 from sltt.evidence import Compared
 from sltt.options import Recipe, locate
 from sltt.progress import megabytes
-from sltt.runs import CONFIG, METRICS, find_checkpoint
+from sltt.runs import CONFIG, METRICS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,11 +87,6 @@ class Section:
     text: list[str] = field(default_factory=list)
     tables: list[TableOfCells] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
-
-    @property
-    def figures(self) -> list[Chart]:
-        """The charts, as the template calls them."""
-        return self.charts
 
 
 @dataclass
@@ -430,8 +425,7 @@ def sample_spikes(run: Path) -> "dict[str, np.ndarray]":
     from sltt.state import emits_spikes
 
     built = Recipe("sltt report", str(run / CONFIG), []).build()
-    path = find_checkpoint(run)
-    load_weights(built.model, load_checkpoint(path), path)
+    start_from(built.model, str(run))
     splits = built.data.splits(built.steps)
     x, _ = splits.collate([splits.test[0]])
     fired: dict[str, list[torch.Tensor]] = {}

@@ -223,7 +223,7 @@ def test_an_exception_resets_the_model(library):
 
 def test_firing_rates_count_the_library_s_neurons(library):
     model, x, y = network_of(library)
-    with sltt.analysis.FiringRates(model) as rates:
+    with sltt.analysis.firing_rates(model) as rates:
         spikes = []
         hook = model[1].register_forward_hook(lambda m, i, o: spikes.append(torch.count_nonzero(o)))
         sltt.SLTT()(model, x, y, LOSS)
@@ -236,7 +236,7 @@ def test_firing_rates_count_the_library_s_neurons(library):
 
 def test_the_networks_of_the_tests_spike(library):
     model, x, _ = network_of(library)
-    with sltt.analysis.FiringRates(model) as rates:
+    with sltt.analysis.firing_rates(model) as rates:
         sltt.unroll(model, x)
     assert all(0.01 < rate < 0.99 for rate in rates.by_layer().values())
 
@@ -514,3 +514,10 @@ def test_importing_sltt_imports_no_other_library():
     libraries = "spikingjelly snntorch norse sinabs nir nirtorch onnx onnxruntime"
     code = f"import sys, sltt, sltt.interop; print({{*'{libraries}'.split()}} & {{*sys.modules}})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_what_a_rule_refuses_is_not_evaluated_either():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    model = nn.Sequential(nn.Linear(6, 8), neuron.LIFNode(step_mode="m"), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"1 \(LIFNode\)"):
+        sltt.unroll(model, torch.randn(4, 5, 6))

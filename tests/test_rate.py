@@ -273,9 +273,9 @@ def test_autocast_gives_every_weight_its_gradient():
 def test_hooks_on_neurons_see_spikes_only():
     model = network(sltt.LIF)
     x, y = batch()
-    with sltt.analysis.FiringRates(model) as rates:
+    with sltt.analysis.firing_rates(model) as rates:
         RULE(model, x, y, LOSS)
-    with sltt.analysis.FiringRates(model) as expected:
+    with sltt.analysis.firing_rates(model) as expected:
         sltt.unroll(model, x)
     assert rates.by_layer() == expected.by_layer()
 
