@@ -3,19 +3,18 @@
 import csv
 import io
 import os
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from sltt.distributed import as_sharded
 from sltt.runs import find_checkpoint
 
 FORMAT = "sltt-checkpoint-1"
-KEYS = {"model", "optimizer", "scaler", "rules", "progress", "random", "fingerprint", "config"}
+KEYS = {"model", "optimizer", "scaler", "rules", "progress", "fingerprint", "config"}
 
 
 class CheckpointError(ValueError):
@@ -65,10 +64,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
     """Load a checkpoint's weights into a model; raises CheckpointError where they do not fit it."""
+    held = model.state_dict(keep_vars=True)
     try:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict({k: as_sharded(v, held[k]) if k in held else v for k, v in checkpoint["model"].items()})
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"the weights in {path} do not fit the model: {error}") from error
+
+
+def load_optimizer(optim: Any, state: dict[str, Any]) -> None:
+    """Load an optimizer's state that was saved whole, also where this process has a part of the parameters."""
+    parameters = [p for group in optim.param_groups for p in group["params"]]
+    parts = {
+        i: {key: as_sharded(value, parameters[i]) for key, value in values.items()}
+        for i, values in state["state"].items()
+    }
+    optim.load_state_dict({**state, "state": parts})
 
 
 def start_from(model: nn.Module, weights: str | None) -> None:
@@ -91,28 +101,6 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     """Rows that `write_table` wrote, with numbers, and None where a cell is empty."""
     with path.open(newline="") as file:
         return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def random_states() -> dict[str, Any]:
-    """The states of every global random generator, as tensors and plain values."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "python": random.getstate(),
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Continue the random numbers where `random_states` was taken; CUDA's only with the same number of devices."""
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
 
 
 def _first_line(error: Exception) -> str:

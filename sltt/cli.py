@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sltt.interrupt import PREEMPTED, Preempted
 from sltt.options import (
     Recipe,
     UsageError,
@@ -30,7 +31,10 @@ from sltt.progress import Report, megabytes
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
+    from lightning_fabric import Fabric
     from torch import nn
+
+    from sltt.distributed import Processes
 
 USAGE = """usage: sltt COMMAND ...
 
@@ -50,7 +54,10 @@ USAGE = """usage: sltt COMMAND ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for a run that failed, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run the command line.
+
+    Returns the exit code: 0, 1 for a run that failed, 2 for wrong usage, 75 for SIGTERM, 130 for Ctrl-C.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -61,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
         COMMANDS[command](rest)
     except KeyboardInterrupt as stop:
-        print(f"sltt: {stop or 'stopped by Ctrl-C'}", file=sys.stderr)
-        return 130
+        return _stopped(stop, 130)
+    except Preempted as stop:
+        return _stopped(stop, PREEMPTED)
     except UsageError as error:
         print(f"sltt: {error}", file=sys.stderr)
         return 2
@@ -76,11 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _stopped(stop: BaseException, code: int) -> int:
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:  # once, not from every process
+        print(f"sltt: {stop or 'stopped by Ctrl-C'}", file=sys.stderr)
+    return code
+
+
 def train(words: Sequence[str]) -> None:
     """`sltt train [RECIPE] [OPTION ...]`: train, then measure the selected weights on the test samples."""
-    from sltt.checkpoints import write_atomically
-    from sltt.runs import find_checkpoint, new_run
-    from sltt.train import evaluate, fit
+    from sltt.devices import make_fabric
+    from sltt.lifeline import Lifeline
 
     named = bool(words) and not words[0].startswith("-")
     continued = resumed(words)
@@ -94,20 +107,42 @@ def train(words: Sequence[str]) -> None:
     folder = config.pop("run")
     config.pop("resume")
     built = build(parser, config)
-    splits = built.data.splits(built.steps)  # before a folder is made: it fails where there is no data
-    name = f"{source.stem}-{type(built.rule).__name__.lower()}"
-    run = continued or new_run(folder, name)
+    resolved = yaml.safe_load(parser.dump(config))
+    fabric = make_fabric(built.device, built.precision, built.devices, built.num_nodes, built.strategy)
+    with Lifeline(fabric):
+        _train(built, fabric, continued, folder, source.stem, resolved)
 
-    report = Report()
+
+def _train(
+    built: "Namespace",
+    fabric: "Fabric",
+    continued: Path | None,
+    folder: str | None,
+    name: str,
+    resolved: dict[str, Any],
+) -> None:
+    """`sltt train` in each of its processes."""
+    from sltt.checkpoints import write_atomically
+    from sltt.distributed import Processes
+    from sltt.runs import new_run
+    from sltt.train import evaluate, fit
+
+    processes = Processes(fabric)
+    splits = processes.one_by_one(lambda: built.data.splits(built.steps))  # fails where there is no data, without a run
+    run = continued or processes.first(lambda: new_run(folder, f"{name}-{type(built.rule).__name__.lower()}"))
+
+    report = Report(quiet=processes.rank > 0)
     report.line(f"{'continuing' if continued else 'run'} {run}")
-    report.line(f"{_summary(built.model)}, {built.rule}, T = {built.steps}")
+    several = f", {processes.count} processes" if processes.count > 1 else ""
+    report.line(f"{_summary(built.model)}, {built.rule}, T = {built.steps}{several}")
     counts = ", ".join(f"{_count(getattr(splits, n))} {n}" for n in ("train", "validation", "test"))
     report.line(f"samples: {counts} (split {splits.fingerprint})")
-    resolved = yaml.safe_load(parser.dump(config))
     result = fit(**vars(built), run=run, resume=True, config=resolved, report=report)  # its folder is there already
     selected = evaluate(built.model, built.data, **_evaluation(built))
-    _load(built.model, find_checkpoint(run, "last"))
+    _load(built.model, run, "last", processes)
     last = evaluate(built.model, built.data, **_evaluation(built))
+    if processes.rank > 0:
+        return
     summary = {"epoch": result.epoch, "test_accuracy": selected.accuracy, "last_epoch_test_accuracy": last.accuracy}
     write_atomically(run / "result.json", lambda file: file.write(json.dumps(summary).encode()))
     report.line(
@@ -133,9 +168,10 @@ def evaluate_run(words: Sequence[str]) -> None:
     only(overrides, EVAL_KEYS, "sltt eval", "the others belong to the training")
     parser = make_parser("sltt eval")
     config = parse(parser, run_config(known.run), overrides)
+    config.devices = config.num_nodes = None  # of the training
     built = build(parser, config)
     path = find_checkpoint(known.run, known.checkpoint)
-    _load(built.model, path)
+    _load(built.model, known.run, known.checkpoint)
     metrics = evaluate(built.model, built.data, known.split, **_evaluation(built))
     if known.json:
         print(json.dumps({"checkpoint": str(path), "split": known.split, **vars(metrics)}))
@@ -272,7 +308,6 @@ def _give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Repo
 
 def export(words: Sequence[str]) -> None:
     """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
-    from sltt.runs import find_checkpoint
 
     options = argparse.ArgumentParser("sltt export", description=EXPORT_HELP, allow_abbrev=False, exit_on_error=False)
     options.add_argument("run", type=Path, help="folder of a trained run")
@@ -284,7 +319,7 @@ def export(words: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
     built = Recipe("sltt export", str(run_config(known.run)), []).build()
-    _load(built.model, find_checkpoint(known.run))
+    _load(built.model, known.run)
     splits = built.data.splits(built.steps)
     x, _ = splits.collate([splits.test[0]])
     frame = x if splits.static else x[0]
@@ -359,8 +394,20 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "data": data,
     "doctor": doctor,
 }
-EVAL_KEYS = ("model", "data", "loss", "steps", "batch_size", "precision", "workers", "device", "compile")
-RESUME_KEYS = ("resume", "epochs", "data", "workers", "device", "compile", "checkpoint_minutes")
+EVAL_KEYS = (
+    "model",
+    "data",
+    "loss",
+    "steps",
+    "batch_size",
+    "precision",
+    "channels_last",
+    "workers",
+    "device",
+    "compile",
+)
+PROCESSES = ("devices", "num_nodes", "strategy")
+RESUME_KEYS = ("resume", "epochs", "data", "workers", "device", *PROCESSES, "compile", "checkpoint_minutes")
 EVAL_HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in EVAL_KEYS)} override the run's configuration."
 
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
@@ -395,15 +442,22 @@ COMPARE_HELP = (
 )
 
 
-def _load(model: "nn.Module", path: Path) -> None:
+def _load(model: "nn.Module", run: Path, which: str | None = None, processes: "Processes | None" = None) -> None:
+    """Load the weights of a run's checkpoint, which the first of several processes reads."""
     from sltt.checkpoints import load_checkpoint, load_weights
+    from sltt.runs import find_checkpoint
 
-    load_weights(model, load_checkpoint(path), path)
+    def read() -> tuple[Path, dict[str, Any]]:
+        path = find_checkpoint(run, which)
+        return path, load_checkpoint(path)
+
+    path, checkpoint = processes.first(read) if processes else read()
+    load_weights(model, checkpoint, path)
 
 
 def _evaluation(built: "Namespace") -> dict[str, Any]:
     """The arguments that `sltt.fit` and `sltt.evaluate` share."""
-    return {key: built[key] for key in EVAL_KEYS if key not in ("model", "data")}
+    return {key: built[key] for key in (*EVAL_KEYS, *PROCESSES) if key not in ("model", "data")}
 
 
 def _summary(model: "nn.Module") -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.data import Splits
+from sltt.distributed import local, whole
 
 
 def extreme_layers(rates: dict[str, float]) -> list[str]:
@@ -25,7 +26,7 @@ def check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> No
 
     The loss alone would not tell: a neuron that gets NaN is silent, and the loss behind it finite.
     """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     if math.isfinite(loss.item()) and (scaled or math.isfinite(norm.item())):
         return
     rate = optim.param_groups[0]["lr"]
@@ -38,7 +39,7 @@ def check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> No
 def check_weights(model: nn.Module, remedy: str = "lower the learning rate or set clip_norm") -> None:
     """Raise FloatingPointError, with the name of the parameter, if a weight is not finite."""
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not local(parameter).isfinite().all():
             raise FloatingPointError(f"the weights of {name} are not finite any more: {remedy}")
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C that loses nothing."""
+"""Ctrl-C and SIGTERM that lose nothing."""
 
 import signal
 import threading
@@ -6,29 +6,50 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+# EX_TEMPFAIL of sysexits.h: run the same again. Slurm can be told to requeue on it.
+PREEMPTED = 75
+STOPPED = (PREEMPTED, 130)  # exit codes of a training that was stopped and can go on
+
+
+class Preempted(SystemExit):
+    """SIGTERM, after a checkpoint was saved; ends the process with the code 75."""
+
+    def __init__(self, message: str):
+        super().__init__(PREEMPTED)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
 
 class Interrupt:
-    """Turns the first Ctrl-C into a request to stop after the batch; the second stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the batch; a second Ctrl-C stops at once.
+
+    Attributes:
+        requested: the signal, or 0.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+        self.requested = 0
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._request)
+            self._previous = {n: signal.signal(n, self._request) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = number
 
-    def stop(self, run: Path) -> None:
-        """Raise KeyboardInterrupt if a stop was requested; call it after a checkpoint was saved."""
-        if self.requested:
+    def stop(self, requested: int, run: Path) -> None:
+        """Raise what belongs to the signal `requested`, if any; call it after a checkpoint was saved."""
+        if requested == signal.SIGTERM:
+            raise Preempted(f"stopped by SIGTERM; continue with --resume {run}")
+        if requested:
             raise KeyboardInterrupt(f"stopped by Ctrl-C; continue with --resume {run}")

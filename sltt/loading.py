@@ -1,14 +1,18 @@
 """Batches in an order, and with augmentations, that depend on the seed and the epoch only.
 
-Whatever the number of workers is, and wherever in an epoch a run stopped: a sample's random numbers come with its
-index.
+Whatever the number of workers and of processes is, and wherever in an epoch a run stopped: a sample's random numbers
+come with its index.
 """
 
-from collections.abc import Iterator
+import hashlib
+import math
+import random
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from sltt.data import Splits
 
@@ -59,25 +63,66 @@ class _Seeded(Dataset[Any]):
             torch.default_generator.set_state(state)
 
 
+class Shares(Sampler[list[Any]]):
+    """The batches of a sampler's order, and of each what falls to one of the processes.
+
+    A process whose share is empty is given a sample of the others, to count for nothing (`share` is 0): processes that
+    run together cannot leave a batch out.
+
+    Args:
+        sampler: yields the samples.
+        batch_size: samples in a batch of all processes.
+        rank: number of the process.
+        processes: how many there are.
+    """
+
+    def __init__(self, sampler: Iterable[Any], batch_size: int, rank: int = 0, processes: int = 1):
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.rank = rank
+        self.processes = processes
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sampler) / self.batch_size)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in BatchSampler(self.sampler, self.batch_size, drop_last=False):
+            yield batch[self.rank :: self.processes] or batch[:1]
+
+
+def share(samples: int, rank: int, processes: int) -> int:
+    """How many of a batch's samples fall to a process."""
+    return len(range(rank, samples, processes))
+
+
 def train_loader(
-    splits: Splits, batch_size: int, sampler: EpochSampler, workers: int, pin: bool = False
+    splits: Splits,
+    batch_size: int,
+    sampler: EpochSampler,
+    workers: int,
+    pin: bool = False,
+    rank: int = 0,
+    processes: int = 1,
 ) -> DataLoader[Any]:
-    """Training batches in the sampler's order; `pin` their memory to copy them to a GPU."""
-    return _loader(_Seeded(splits.train), splits, batch_size, workers, sampler, pin)
+    """Training batches in the sampler's order, or a process's share of each; `pin` their memory to copy them to a GPU.
+
+    For the arguments see `Shares`.
+    """
+    return _loader(_Seeded(splits.train), splits, Shares(sampler, batch_size, rank, processes), workers, pin)
 
 
-def eval_loader(dataset: Dataset[Any], splits: Splits, batch_size: int, workers: int) -> DataLoader[Any]:
-    """Every sample of a validation or test set once, in order."""
-    return _loader(dataset, splits, batch_size, workers, None, False)
-
-
-def _loader(
-    dataset: Dataset[Any], splits: Splits, batch_size: int, workers: int, sampler: EpochSampler | None, pin: bool
+def eval_loader(
+    dataset: Dataset[Any], splits: Splits, batch_size: int, workers: int, rank: int = 0, processes: int = 1
 ) -> DataLoader[Any]:
+    """Every sample of a validation or test set once, in order, or a process's share of each batch."""
+    order = range(len(dataset))  # type: ignore[arg-type]
+    return _loader(dataset, splits, Shares(order, batch_size, rank, processes), workers, False)
+
+
+def _loader(dataset: Dataset[Any], splits: Splits, batches: Shares, workers: int, pin: bool) -> DataLoader[Any]:
     return DataLoader(
         dataset,
-        batch_size,
-        sampler=sampler,
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=splits.collate,
         pin_memory=pin,
@@ -85,3 +130,16 @@ def _loader(
         # a generator of its own: the loader draws from it, and so leaves the run's random numbers alone
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def seed_batch(*numbers: int) -> int:
+    """Seed every global random generator by the numbers, such as seed, epoch and batch; returns that seed.
+
+    So the random numbers of a batch, as of dropout, do not depend on what was drawn before, and there is nothing to
+    save or restore of them.
+    """
+    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8]) >> 1
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return seed

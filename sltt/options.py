@@ -64,8 +64,11 @@ class Recipe:
         self._parser = make_parser(command)
 
     def build(self, more: Sequence[str] = ()) -> "Namespace":
-        """Make the objects, with further options: the arguments of `sltt.fit`."""
-        return build(self._parser, self._parse(more))
+        """Make the objects, with further options: the arguments of `sltt.fit`, in one process."""
+        built = build(self._parser, self._parse(more))
+        if (built.devices or 1) * (built.num_nodes or 1) > 1:
+            raise UsageError(f"{self._parser.prog} runs in one process: leave out --devices and --num_nodes")
+        return built
 
     def resolved(self, more: Sequence[str] = ()) -> dict[str, Any]:
         """The configuration that `build` builds, as a run keeps it."""

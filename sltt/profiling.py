@@ -26,13 +26,13 @@ from sltt.analysis import (
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
 from sltt.checkpoints import start_from
 from sltt.data import Splits
+from sltt.devices import make_fabric
 from sltt.kernels import using
 from sltt.loading import EpochSampler, train_loader
 from sltt.options import Recipe, rule_options
 from sltt.progress import Report, megabytes
 from sltt.rules import Rule
 from sltt.rules.autofold import AutoFold
-from sltt.train import make_fabric
 
 WARMUP = 2
 TOLERANCE = 0.03  # of the peak model, before it is fitted again

@@ -12,8 +12,8 @@ import sltt
 from sltt import checkpoints
 from sltt.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from sltt.data import Data, Splits
+from sltt.devices import make_fabric
 from sltt.progress import Report
-from sltt.train import make_fabric
 
 
 class Blobs(Data):
@@ -453,10 +453,3 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot make the run folder"):
         train(tmp_path / "file" / "run")
-
-
-def test_random_states_are_restored():
-    states = checkpoints.random_states()
-    draws = [checkpoints.np.random.rand(), checkpoints.random.random(), torch.rand(1).item()]
-    checkpoints.set_random_states(states)
-    assert draws == [checkpoints.np.random.rand(), checkpoints.random.random(), torch.rand(1).item()]

@@ -1,9 +1,10 @@
-"""Networks of the paper, and a small one for the digits: each call is one time step, [B, C, H, W] to [B, classes]."""
+"""Networks of the paper, and small ones for CPUs: each call is one time step, [B, C, H, W] to [B, classes]."""
 
 from sltt.models.digits import DigitsNet
 from sltt.models.mlp import MLP
 from sltt.models.nfresnet import NFResNet, nfresnet34, nfresnet50, nfresnet101
 from sltt.models.resnet import ResNet, resnet18, resnet34
+from sltt.models.shallow import ShallowResNet
 from sltt.models.vgg import VGG, vgg11, vgg13, vgg16, vgg19
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DigitsNet",
     "NFResNet",
     "ResNet",
+    "ShallowResNet",
     "nfresnet34",
     "nfresnet50",
     "nfresnet101",

@@ -121,6 +121,12 @@ class Rule(ABC):
     def run(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
         """The time loop: forward, loss and backward over a checked sequence, on a model that was just reset."""
 
+    def seed(self, seed: int) -> None:  # noqa: B027 most rules draw nothing
+        """Fix what the rule draws in its next batch, whatever the global generators give.
+
+        The processes of a data-parallel training give it the same seed, so that all train the same time steps.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """What a rule carries from one batch to the next; nothing, for most."""
         return {}

@@ -221,6 +221,10 @@ class SLTT(_Truncated):
         self.k = k
         self.rescale = rescale
         self.generator = generator
+        self._seed: int | None = None
+
+    def seed(self, seed: int) -> None:
+        self._seed = seed
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": None if self.generator is None else self.generator.get_state()}
@@ -238,7 +242,10 @@ class SLTT(_Truncated):
             return range(steps)
         if self.k > steps:
             raise ValueError(f"SLTT(k={self.k}) trains {self.k} steps, but the sequence has T = {steps}; use k ≤ T")
-        return set(torch.randperm(steps, generator=self.generator)[: self.k].tolist())
+        generator, seed = self.generator, self._seed
+        if generator is None and seed is not None:
+            generator, self._seed = torch.Generator().manual_seed(seed), None
+        return set(torch.randperm(steps, generator=generator)[: self.k].tolist())
 
     def loss_scale(self, steps: int) -> float:
         return 1 / self.k if self.rescale and self.k is not None else 1 / steps

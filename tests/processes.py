@@ -1,0 +1,120 @@
+"""What each of two processes runs for test_distributed.py: trainings, whose weights it leaves in a folder.
+
+torchrun --standalone --nproc_per_node 2 -m tests.processes FOLDER
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+import sltt.devices
+from sltt import distributed
+from sltt.data import Data, Splits
+from sltt.progress import Report
+from tests.conftest import RULES, small_network
+
+sltt.devices.SHARD_FROM = 40  # so that each linear layer of the small networks is sharded by itself
+SHARDED = {name: RULES[name] for name in ("SLTT", "BPTT", "BPTT(recompute=2)", "SLTT(k=2, fold=4)", "Mixed")}
+TRAININGS = {
+    **{name: {"rule": rule} for name, rule in RULES.items()},
+    "OTTT(online)": {"rule": sltt.OTTT(decay=0.5, online=True)},
+    "SLTT(k=1), clipped": {"rule": sltt.SLTT(k=1), "clip_norm": 1e-2},
+    "an empty share": {"rule": sltt.SLTT(), "batch_size": 59},
+}
+NORMED = {"SLTT": sltt.SLTT(), "BPTT": sltt.BPTT(), "SLTT(k=2)": sltt.SLTT(k=2)}
+
+
+class Sequences(Data):
+    """Three classes of sequences [T, 6], in float64; 60 to train on, 13 held out, 12 to test."""
+
+    def load(self, steps: int) -> Splits:
+        generator = torch.Generator().manual_seed(0)
+        centres = 2 * torch.randn(3, steps, 6, generator=generator, dtype=torch.float64)
+
+        def samples(count: int) -> list:
+            noise = torch.randn(count, steps, 6, generator=generator, dtype=torch.float64)
+            return [(centres[i % 3] + 0.5 * noise[i], i % 3) for i in range(count)]
+
+        return Splits(samples(60), samples(13), samples(12), False, 3, "sequences")
+
+
+def network(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return small_network(**kwargs)
+
+
+def train(run: Path, model: nn.Module, **settings) -> sltt.train.Fit:
+    defaults = {
+        "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3),
+        "schedule": sltt.schedules.Constant(),
+        "steps": 4,
+        "epochs": 2,
+        "batch_size": 13,
+        "device": "cpu",
+        "report": Report(quiet=True),
+    }
+    return sltt.fit(model, Sequences(), run=run, **{**defaults, **settings})
+
+
+COLLECTIVES = ("all_reduce", "broadcast", "barrier", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """How many collectives ran inside the block: those that reduced gradients, and the others."""
+    found = {"gradients": 0, "others": 0}
+    kind = "others"
+
+    def reduce_gradients(self, parameters, real=distributed.Processes.reduce_gradients):
+        nonlocal kind
+        kind = "gradients"
+        real(self, parameters)
+        kind = "others"
+
+    def count(real):
+        def collective(*args, **kwargs):
+            found[kind] += 1
+            return real(*args, **kwargs)
+
+        return collective
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed.Processes, "reduce_gradients", reduce_gradients)
+        for name in COLLECTIVES:
+            patch.setattr(torch.distributed, name, count(getattr(torch.distributed, name)))
+        yield found
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    messages, measured = {}, {}
+    for name, settings in TRAININGS.items():
+        with counted(pytest.MonkeyPatch()) as messages[name]:
+            result = train(folder / "ddp" / name, network(), **settings)
+        measured[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
+    for name, rule in SHARDED.items():
+        model = network(neuron=lambda **kwargs: sltt.PLIF(tau=2.0, **kwargs))
+        train(folder / "fsdp" / name, model, rule=rule, strategy="fsdp", clip_norm=1.0)
+        accuracy = sltt.evaluate(model, Sequences(), "validation", strategy="fsdp", device="cpu").accuracy
+        measured[f"fsdp {name}"] = accuracy
+    train(folder / "fsdp-from-one", network(), strategy="fsdp", resume=True)
+    for name, rule in NORMED.items():
+        train(folder / "norm" / name, network(norm=True), rule=rule, sync_batchnorm=True)
+    for name in ("plain", "k"):
+        rule = sltt.SLTT(k=2 if name == "k" else None)
+        train(folder / f"one-two-{name}", network(dropout=0.2), rule=rule, resume=True)
+        train(folder / f"two-one-{name}", network(dropout=0.2), rule=rule, epochs=1)
+    if torch.distributed.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps({"messages": messages, "measured": measured}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
