@@ -1,10 +1,14 @@
 """One training iteration here and in other libraries: the same network, data and loss, side by side.
 
     pip install '.[bench]'
-    python benchmarks/peers.py [--network resnet18|vgg11] [--steps 6] [--cases "NAME;…"] [--repeats 7] [--json FILE]
-                               [--figure FILE]
-    python benchmarks/peers.py --steps 4,16,64 --cases "SLTT;BPTT;SpikingJelly SLTT;SpikingJelly BPTT"
-    python benchmarks/peers.py --draw FILE --figure FILE   # the figure of an earlier run
+    python benchmarks/peers.py [--network resnet18|vgg11|digits] [--steps 6] [--cases "NAME;…"] [--repeats 7]
+                               [--limit 1800] [--json FILE] [--figure FILE]
+    python benchmarks/peers.py --steps 4,16,64 --cases "SLTT;BPTT;SpikingJelly SLTT;SpikingJelly BPTT" \
+                               --json FILE --figure FILE
+    python benchmarks/figure.py JSON FIGURE   # of what a run has written so far
+
+The JSON is written after each T, and the same command goes on where it stopped. A case that runs out of memory, or
+needs more than `--limit` seconds for one answer, is left out of the rest, and the others go on.
 
 Every case runs in a process of its own; the processes take turns, one iteration each, so that a drift of the machine's
 speed meets all alike. An iteration is zero_grad and the gradients of one batch, without an optimizer step. Time is the
@@ -24,9 +28,13 @@ ReLU instead of neurons, step by step: the floor.
 
 # pyright: reportMissingImports=false
 import argparse
+import contextlib
+import ctypes
 import gc
 import json
 import os
+import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -45,7 +53,14 @@ from sltt import kernels
 from sltt.analysis import peak_memory, process_peak, reset_process_peak
 from sltt.progress import megabytes
 
-NETWORKS = {"resnet18": (sltt.models.resnet18, (32, 3, 32, 32)), "vgg11": (sltt.models.vgg11, (16, 2, 48, 48))}
+NETWORKS = {
+    "resnet18": (sltt.models.resnet18, (32, 3, 32, 32)),
+    "vgg11": (sltt.models.vgg11, (16, 2, 48, 48)),
+    "digits": (sltt.models.DigitsNet, (128, 1, 8, 8)),  # a case in seconds
+}
+# What a worker may hold between its turns, in bytes: beyond, it gives memory back, since all workers are alive at once.
+# It pays with new pages in its next turn, a few percent of the time.
+HELD_AT_MOST = 4e9
 LOSS = sltt.losses.CrossEntropyMSE()
 TAU = 1.1
 Iteration = Callable[[nn.Module, Tensor, Tensor, int], Any]
@@ -221,6 +236,8 @@ def cosine(network: str, case: str, steps: int) -> float | None:
 
 def work(network: str, case: str, steps: int) -> None:
     """A worker: answers each line of its input with a line of JSON."""
+    with contextlib.suppress(OSError):  # where memory runs out, it is this process that ends
+        Path("/proc/self/oom_score_adj").write_text("1000")
     model, x, y = build(network, case)
     iteration = CASES[case][1]
 
@@ -230,19 +247,25 @@ def work(network: str, case: str, steps: int) -> None:
         iteration(model, x, y, steps)
         return time.perf_counter() - began
 
+    def timed() -> float:
+        seconds = run()
+        if resident_set() > HELD_AT_MOST:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return seconds
+
     def resident() -> int:
         nonlocal model
         run()
         model = build(network, case)[0]  # without the states that other libraries keep after an iteration
         gc.collect()
         device = torch.device("cpu")
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        before = resident_set()
         reset_process_peak(device)
         run()
         return process_peak(device) - before
 
     actions: dict[str, Callable[[], Any]] = {
-        "time": run,
+        "time": timed,
         "cosine": lambda: cosine(network, case, steps),
         "memory": lambda: peak_memory(run),  # in a new process: no state of an earlier iteration to free
         "resident": resident,
@@ -251,11 +274,26 @@ def work(network: str, case: str, steps: int) -> None:
         print(json.dumps(actions[line.strip()]()), flush=True)
 
 
-class Worker:
-    """A process that runs one case."""
+def resident_set() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
-    def __init__(self, network: str, case: str, steps: int, **environment: str):
-        command = [sys.executable, __file__, "--network", network, "--steps", str(steps), "--work", case]
+
+class EndedError(Exception):
+    """A worker gives no answer; says why."""
+
+
+class Worker:
+    """A process that answers each line of its input with a line of JSON.
+
+    Args:
+        command: the process.
+        limit: seconds that an answer may take.
+        environment: on top of this process's.
+    """
+
+    def __init__(self, command: list[str], limit: float, **environment: str):
+        self.limit = limit
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -265,38 +303,80 @@ class Worker:
         )
 
     def ask(self, what: str) -> Any:
+        """The answer; raises EndedError if there is none."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(what, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"a worker ended: {self.process.args}")
-        return json.loads(answer)
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and there is no answer to read
+            print(what, file=self.process.stdin, flush=True)
+        if not select.select([self.process.stdout], [], [], self.limit)[0]:
+            self.process.kill()
+            raise EndedError(f"more than {self.limit:g} s")
+        if answer := self.process.stdout.readline():
+            return json.loads(answer)
+        code = self.process.wait()
+        raise EndedError("killed, out of memory" if code == -signal.SIGKILL else f"ended with code {code}")
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        with contextlib.suppress(BrokenPipeError), self.process:
+            pass  # closes its input, at which it ends
 
 
-def measure(network: str, steps: int, names: list[str], repeats: int, console: Console) -> list[dict[str, Any]]:
-    rows = []
-    for name in names:  # malloc gives back every block above 64 kB: the resident set is then what is in use
-        worker = Worker(network, name, steps, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
-        row = {"network": network, "steps": steps, "case": name}
-        row |= {what: worker.ask(what) for what in ("memory", "resident", "cosine")}
-        worker.close()
-        console.print(f"{name}: {megabytes(row['memory'])}, resident {megabytes(row['resident'])}", style="dim")
-        rows.append(row)
-    workers = [Worker(network, name, steps) for name in names]
-    for worker in workers:
-        worker.ask("time")
-    turns = [[worker.ask("time") for worker in workers] for _ in range(repeats)]
-    for worker in workers:
-        worker.close()
-    for row, times in zip(rows, zip(*turns, strict=True), strict=True):
-        row |= {"seconds": statistics.median(times), "min": min(times), "max": max(times), "times": list(times)}
+def start(row: dict[str, Any], limit: float, **environment: str) -> Worker:
+    """A worker for the case of a row."""
+    options = ["--network", row["network"], "--steps", str(row["steps"]), "--work", row["case"]]
+    return Worker([sys.executable, __file__, *options], limit, **environment)
+
+
+def measure(
+    network: str, steps: int, names: list[str], repeats: int, limit: float, console: Console
+) -> list[dict[str, Any]]:
+    """A row for each case; one that ended has an "error" and lacks what was not measured."""
+    shared = {"network": network, "input": NETWORKS[network][1], "hardware": hardware(), "steps": steps}
+    rows = [{**shared, "case": name} for name in names]
+    for row in rows:
+        measure_memory(row, limit)
+        line = row["error"] if "error" in row else f"{megabytes(row['memory'])}, resident {megabytes(row['resident'])}"
+        console.print(f"{row['case']}: {line}", style="dim")
+    measure_times([row for row in rows if "error" not in row], repeats, limit)
     return rows
+
+
+def measure_memory(row: dict[str, Any], limit: float) -> None:
+    # malloc gives back every block above 64 kB: the resident set is then what is in use
+    worker = start(row, limit, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    try:
+        for what in ("memory", "resident", "cosine"):
+            row[what] = worker.ask(what)
+    except EndedError as error:
+        row["error"] = str(error)
+    finally:
+        worker.close()
+
+
+def measure_times(rows: list[dict[str, Any]], repeats: int, limit: float) -> None:
+    """All cases take turns."""
+    workers = [start(row, limit) for row in rows]
+    turns: list[list[float]] = [[] for _ in rows]
+    for _ in range(1 + repeats):
+        for row, worker, times in zip(rows, workers, turns, strict=True):
+            if "error" not in row:
+                try:
+                    times.append(worker.ask("time"))
+                except EndedError as error:
+                    row["error"] = str(error)
+    for row, worker, times in zip(rows, workers, turns, strict=True):
+        worker.close()
+        del times[:1]  # the first turn
+        if "error" not in row:
+            row |= {"seconds": statistics.median(times), "min": min(times), "max": max(times), "times": times}
+
+
+def hardware() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    instructions = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)} on {model} ({instructions}), PyTorch {torch.__version__}"
 
 
 def ratio(rows: list[dict[str, Any]], row: dict[str, Any], to: str) -> float | None:
@@ -311,8 +391,12 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title=f"{rows[0]['network']}, T = {rows[0]['steps']}", title_justify="left")
     for heading in ("case", "seconds", "min – max", "/ relu", "/ SJ SLTT", "memory", "resident", "cosine"):
         table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
+    measured = [row for row in rows if "error" not in row]
     for row in rows:
-        ratios = [ratio(rows, row, to) for to in ("relu", "SpikingJelly SLTT")]
+        if "error" in row:
+            table.add_row(row["case"], "", row["error"])
+            continue
+        ratios = [ratio(measured, row, to) for to in ("relu", "SpikingJelly SLTT")]
         table.add_row(
             row["case"],
             f"{row['seconds']:.2f}",
@@ -325,55 +409,32 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def colour(case: str) -> str:
-    if case.startswith("relu"):
-        return "#9aa0a6"
-    return "#c2703d" if case.startswith(("SpikingJelly", "snnTorch", "Norse")) else "#2f6f9f"
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars for one T, lines over T for several."""
-    if len({row["steps"] for row in rows}) > 1:
-        draw_over_steps(rows, path)
-        return
-    import matplotlib.pyplot as plt
-
-    names = [row["case"] for row in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(rows) + 1.2), sharey=True, layout="constrained")
-    values = ([row["seconds"] for row in rows], [row["memory"] / 1e6 for row in rows])
-    labels = ("seconds per iteration", "peak memory, MB")
-    for axis, value, label, form in zip(axes, values, labels, ("%.2f", "%.0f"), strict=True):
-        axis.bar_label(axis.barh(names, value, color=[colour(name) for name in names]), fmt=form, padding=3)
-        axis.set_xlabel(label)
-        axis.margins(x=0.12)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    figure.suptitle(f"{rows[0]['network']}, T = {rows[0]['steps']}")
-    figure.savefig(path, dpi=150)
-
-
-def draw_over_steps(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for case, marker in zip(dict.fromkeys(row["case"] for row in rows), "osD^vPX*<>" * 2, strict=False):
-        mine = [row for row in rows if row["case"] == case]
-        steps = [row["steps"] for row in mine]
-        style = {"marker": marker, "color": colour(case), "linestyle": "--" if "BPTT" in case else "-", "label": case}
-        axes[0].plot(steps, [row["seconds"] for row in mine], **style)
-        axes[1].plot(steps, [row["memory"] / 1e6 for row in mine], **style)
-    for axis, label in zip(axes, ("seconds per iteration", "peak memory, MB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="T, time steps", ylabel=label)
-        ticks = sorted({row["steps"] for row in rows})
-        axis.set_xticks(ticks, ticks, minor=False)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False)
-    figure.suptitle(rows[0]["network"])
-    figure.savefig(path, dpi=150)
+def sweep(
+    network: str,
+    all_steps: list[int],
+    names: list[str],
+    repeats: int,
+    limit: float,
+    file: Path | None,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """The rows of every T, written to the file after each; what the file has already is not measured again."""
+    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file and file.exists() else []
+    failed: dict[str, str] = {}
+    for steps in all_steps:
+        mine = [row for row in rows if (row["network"], row["steps"]) == (network, steps) and row["case"] in names]
+        if len(mine) == len(names):
+            console.print(f"T = {steps} is in {file} already", style="dim")
+        else:
+            rows = [row for row in rows if row not in mine]
+            mine = measure(network, steps, [name for name in names if name not in failed], repeats, limit, console)
+            mine += [{"network": network, "steps": steps, "case": name, "error": why} for name, why in failed.items()]
+            rows += mine
+            if file:
+                file.write_text(json.dumps(rows, indent=1))
+        print_table(mine, console)
+        failed |= {row["case"]: f"not run, since T = {steps} failed" for row in mine if "error" in row} | failed
+    return rows
 
 
 def main() -> None:
@@ -382,32 +443,24 @@ def main() -> None:
     parser.add_argument("--steps", default="6", help="one T, or several separated by commas")
     parser.add_argument("--cases", help="names separated by semicolons; default: all")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for one answer of a case")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options.network, options.work, int(options.steps))
         return
-    if options.draw:
-        draw(json.loads(options.draw.read_text()), options.figure)
-        return
     console = Console(highlight=False, width=max(Console().width, 110))
-    console.print(
-        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    )
+    console.print(hardware())
     names = options.cases.split(";") if options.cases else list(CASES)
     if unknown := [name for name in names if name not in CASES]:
         raise SystemExit(f"unknown cases {unknown}; known: {'; '.join(CASES)}")
-    rows = []
-    for steps in map(int, options.steps.split(",")):
-        found = measure(options.network, steps, names, options.repeats, console)
-        print_table(found, console)
-        rows += found
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=1))
+    steps = [int(n) for n in options.steps.split(",")]
+    rows = sweep(options.network, steps, names, options.repeats, options.limit, options.json, console)
     if options.figure:
+        from figure import draw
+
         draw(rows, options.figure)
 
 

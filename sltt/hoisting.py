@@ -6,7 +6,7 @@ off from its graph, is given again at every later time step. The gradients of al
 go through the function's graph once, at the end: the same gradient, up to the order of a sum.
 
 Work on an input is the same at every step only if the input is: the sequence's static image, or the result of such
-work. Elsewhere `once` calls the function and does nothing else.
+work. Elsewhere, and inside `torch.compile`, `once` calls the function and does nothing else.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,8 @@ def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
             draws no random numbers.
         inputs: tensors; none for work on weights.
     """
-    sequence = _current.get()
+    # a compiler breaks its graph at a context variable
+    sequence = None if torch.compiler.is_compiling() else _current.get()
     return function(*inputs) if sequence is None else sequence.once(function, inputs)
 
 
@@ -65,7 +66,7 @@ class Hoisted:
 
     def once(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         """See `once` of this module."""
-        if torch.compiler.is_compiling() or not all(any(x is fixed for fixed in self._fixed) for x in inputs):
+        if not all(any(x is fixed for fixed in self._fixed) for x in inputs):
             return function(*inputs)
         owner = getattr(function, "__self__", function)
         weights = list(owner.parameters()) if isinstance(owner, nn.Module) else []

@@ -38,7 +38,7 @@ from sltt.metrics import Metrics, Progress, epoch_row
 from sltt.phases import Phase, Stage, plan, stage_at
 from sltt.progress import Report
 from sltt.rules import SLTT, Rule, unroll
-from sltt.rules.base import step_loss
+from sltt.rules.base import check_input, step_loss
 from sltt.runs import BEST, CONFIG, LAST, METRICS, find_checkpoint, new_run
 from sltt.schedules import Cosine, Schedule
 from sltt.syncnorm import synchronise
@@ -238,6 +238,8 @@ def fit(
                         seed_batch(seed, state.epoch, state.batch, processes.rank)
                         try:
                             check_labels(y, splits.classes)
+                            if fabric.device.type != "cpu":  # where the rule does not look, since that would wait
+                                check_input(x)
                             x, y = _on(fabric, x, channels_last), fabric.to_device(y)
                             repeat = stage.steps if splits.static else None
                             with _counting(firing, count):

@@ -1,7 +1,12 @@
 import importlib.util
+import io
+import json
+import sys
 from pathlib import Path
 
+import pytest
 import torch
+from rich.console import Console
 
 import sltt
 
@@ -35,6 +40,113 @@ def test_the_benchmark_of_peers_builds_the_same_network_for_every_case():
         assert torch.equal(model.head.weight, peers.build("vgg11", "SLTT")[0].head.weight)
         assert x.shape == (16, 2, 48, 48)
         assert len(y) == 16
+
+
+@pytest.fixture
+def peers():
+    return load("peers")
+
+
+class Answers:
+    """A worker that answers at once; `ends` are the cases that end, by what they are asked."""
+
+    ends: dict
+
+    def __init__(self, row, peers):
+        self.row, self.peers = row, peers
+
+    def ask(self, what):
+        if self.ends.get((self.row["case"], self.row["steps"])) == what:
+            raise self.peers.EndedError("killed, out of memory")
+        return {"memory": 2e8, "resident": 2e8, "cosine": 1.0, "time": 0.5 * self.row["steps"]}[what]
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def run(peers, monkeypatch, tmp_path):
+    """Runs the benchmark of peers on workers that answer at once; gives what it printed, and the rows in its file."""
+    started = []
+
+    def start(row, limit, **environment):
+        started.append((row["case"], row["steps"]))
+        return Answers(row, peers)
+
+    def run(steps, ends, cases="SLTT;BPTT;SpikingJelly BPTT"):
+        monkeypatch.setattr(Answers, "ends", ends, raising=False)
+        monkeypatch.setattr(peers, "start", start)
+        started.clear()
+        console, file = Console(file=io.StringIO(), width=200), tmp_path / "rows.json"
+        rows = peers.sweep("digits", steps, cases.split(";"), 3, 60, file, console)
+        assert json.loads(file.read_text()) == json.loads(json.dumps(rows))
+        return console.file.getvalue(), rows, set(started)
+
+    return run
+
+
+@pytest.mark.parametrize("what", ["memory", "time"])
+def test_a_case_that_ends_leaves_the_others_and_is_not_run_at_a_larger_t(run, what):
+    out, rows, started = run([4, 16], {("BPTT", 4): what})
+    measured = {(row["case"], row["steps"]) for row in rows if "error" not in row}
+    assert measured == {(case, steps) for case in ("SLTT", "SpikingJelly BPTT") for steps in (4, 16)}
+    assert {row["seconds"] for row in rows if "error" not in row} == {2.0, 8.0}
+    assert ("BPTT", 16) not in started
+    errors = {row["steps"]: row["error"] for row in rows if "error" in row}
+    assert errors == {4: "killed, out of memory", 16: "not run, since T = 4 failed"}
+    assert "killed, out of memory" in out
+
+
+def test_a_sweep_goes_on_where_it_stopped(run):
+    _, rows, _ = run([4], {})
+    out, again, started = run([4, 16], {})
+    assert again[: len(rows)] == json.loads(json.dumps(rows))
+    assert {steps for _, steps in started} == {16}
+    assert "T = 4 is in" in out
+    _, rows, started = run([4], {}, cases="SLTT;BPTT;relu")  # a case more: this T is run again, for the ratios
+    assert started == {("SLTT", 4), ("BPTT", 4), ("relu", 4)}
+    assert len(rows) == 2 + 3 + 2  # SpikingJelly stays
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("import time; time.sleep(60)", "more than 0.5 s"),
+        ("import sys; sys.exit(3)", "ended with code 3"),
+        ("import os; os.kill(os.getpid(), 9)", "killed, out of memory"),
+    ],
+)
+def test_a_worker_that_gives_no_answer_says_why(peers, code, why):
+    worker = peers.Worker([sys.executable, "-c", code], 0.5 if "sleep" in code else 60)
+    with pytest.raises(peers.EndedError, match=why):
+        worker.ask("time")
+    worker.close()
+
+
+def test_a_worker_answers_each_question(peers):
+    code = "import sys\nfor line in sys.stdin: print(len(line), flush=True)"
+    worker = peers.Worker([sys.executable, "-c", code], 60)
+    assert [worker.ask(what) for what in ("time", "memory")] == [5, 7]
+    worker.close()
+
+
+@pytest.mark.parametrize("steps", [[4], [4, 16]], ids=["bars", "lines"])
+@pytest.mark.parametrize("ends", [{}, {("BPTT", 4): "memory"}], ids=["whole", "with a gap"])
+def test_the_figure_of_peers_names_what_was_measured_on_what(run, tmp_path, steps, ends):
+    _, rows, _ = run(steps, ends)
+    figure = load("figure")
+    first, hardware, *gaps = figure.title(rows).splitlines()
+    assert first == "digits, batch 128 × 1×8×8, " + ("T = 4, " if steps == [4] else "") + "float32"
+    assert "PyTorch" in hardware
+    assert gaps[:1] == (["BPTT at T = 4: killed, out of memory"] if ends else [])
+    figure.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["resnet18-t6", "resnet18-over-t"])
+def test_results_in_the_documentation_can_be_drawn(tmp_path, name):
+    rows = json.loads((Path(sltt.__file__).parents[1] / "docs" / "results" / f"{name}.json").read_text())
+    load("figure").draw(rows, tmp_path / "figure.svg")
 
 
 def test_the_table_of_results_is_made_from_runs(tmp_path, monkeypatch, capsys):

@@ -69,6 +69,14 @@ def test_what_is_marked_runs_once_with_the_same_gradient(make):
     assert count(model, "conv2", sltt.SLTT(hoist=True), x, y, steps=5) == 5
 
 
+def test_a_compiled_network_is_one_graph_in_which_every_step_computes_all():
+    x, y = images()
+    model = nn.Sequential(ScaledWSConv2d(2, 2, 3), Stem()).double()
+    expected = results(model, sltt.SLTT(), x, y, {"steps": 3})
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same(results(compiled, sltt.SLTT(), x, y, {"steps": 3}), expected)
+
+
 def test_running_statistics_see_one_batch_a_sequence():
     model, twin = Stem().double(), Stem(each_step).double()
     twin.load_state_dict(model.state_dict())

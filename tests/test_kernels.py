@@ -38,7 +38,7 @@ def both(v, x, constants, decay, learnable=False, late=True):
     results = []
     for fused in (True, False):
         leaves = [t.detach().clone().requires_grad_() for t in (v, x)]
-        rate = torch.tensor(decay, dtype=v.dtype, requires_grad=True) if learnable else decay
+        rate = torch.tensor(decay, dtype=v.dtype, device=v.device, requires_grad=True) if learnable else decay
         state, total, spikes = leaves[0], 0, []
         for t in range(3):
             if fused:
@@ -48,9 +48,8 @@ def both(v, x, constants, decay, learnable=False, late=True):
                 s, state = lif_step(state, (leaves[1] * (1 - 0.3 * t)).to(v.dtype), decay=rate, **constants)
                 s = s.to(x.dtype)
             spikes.append(s)
-            total = (
-                total + (s.double() * torch.linspace(-1, 2, s.numel()).view(s.shape)).sum() + 0.1 * state.double().sum()
-            )
+            weight = torch.linspace(-1, 2, s.numel()).view(s.shape).to(s.device)
+            total = total + (s.double() * weight).sum() + 0.1 * state.double().sum()
         total.backward()
         grads = [leaf.grad for leaf in leaves] + ([rate.grad] if learnable else [])
         results.append((spikes, state, grads))

@@ -4,6 +4,7 @@ Shapes: T time steps, B samples, C classes.
 """
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,11 +29,24 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Sequence:
-    """T time steps of input: x [T, B, ...], or the same image [B, ...] T times."""
+    """T time steps of input: x [T, B, ...], or the same image [B, ...] T times.
+
+    Attributes:
+        x: the input.
+        steps: T.
+        static: x is shown at every step.
+        damaged: whether a value of x is NaN or infinite, not looked at yet since that waits for the device; None if it
+            is finite.
+    """
 
     x: Tensor
     steps: int
     static: bool
+    damaged: Tensor | None = None
+
+    def result(self, value: Tensor) -> Tensor:
+        """What is computed from the input: NaN in place of `value` if the input is damaged."""
+        return value if self.damaged is None else value.masked_fill(self.damaged, math.nan)
 
     def run(self, model: nn.Module, steps: range, cut: bool = False) -> Tensor:
         """Run time steps in one call of the model, folded into the batch: their logits [n, B, C].
@@ -90,6 +104,9 @@ class Rule(ABC):
     ) -> Output:
         """Run one batch.
 
+        An input that is NaN or infinite raises on the CPU. On another device nothing is looked at, since that would
+        wait for the device: the loss is NaN then.
+
         Args:
             model: maps the input of one time step [B, ...] to logits [B, C], and keeps its own state.
             x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
@@ -113,7 +130,7 @@ class Rule(ABC):
                 extra = {"update": update} if self.online else {}
                 out = self.run(model, sequence, target, loss, backward, **extra)
             hoisted.finish(backward)
-            return out
+            return Output(sequence.result(out.loss), out.logits)
         finally:
             reset(model)
 
@@ -146,6 +163,8 @@ class Rule(ABC):
 def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     """Run T time steps without a graph and return the logits [T, B, C]; the prediction is their mean over time.
 
+    An input that is NaN or infinite raises ValueError on the CPU, and gives logits that are NaN on another device.
+
     Args:
         model: maps the input of one time step [B, ...] to logits [B, C]; its mode, training or not, stays as it is.
         x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
@@ -156,7 +175,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     reset(model)
     try:
         with hoisting(sequence.x if sequence.static else None, grad=False):
-            return torch.cat([sequence.run(model, range(t, t + 1)) for t in range(sequence.steps)])
+            return sequence.result(torch.cat([sequence.run(model, range(t, t + 1)) for t in range(sequence.steps)]))
     finally:
         reset(model)
 
@@ -176,11 +195,22 @@ def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
             f"expected a target for each of the {batch} samples of an input {form}, "
             f"got input {list(x.shape)} and target {list(target.shape)}"
         )
-    # A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and the loss finite.
+    damaged = None
+    if x.device.type == "cpu":
+        check_input(x)
+    elif x.is_floating_point():
+        damaged = ~x.isfinite().all()
+    return Sequence(x, length, static, damaged)
+
+
+def check_input(x: Tensor) -> None:
+    """Raise ValueError for a value that is NaN or infinite; waits for the device of x.
+
+    A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and the loss finite.
+    """
     if x.is_floating_point() and not x.isfinite().all():
         bad = x.numel() - int(x.isfinite().sum())
         raise ValueError(f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values")
-    return Sequence(x, length, static)
 
 
 def checked_logits(logits: Any) -> Tensor:

@@ -242,6 +242,11 @@ class SLTT(_Truncated):
             return range(steps)
         if self.k > steps:
             raise ValueError(f"SLTT(k={self.k}) trains {self.k} steps, but the sequence has T = {steps}; use k ≤ T")
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"SLTT(k={self.k}) draws its steps anew for each batch, and a CUDA graph would repeat one draw: "
+                "capture SLTT(), or run SLTT-K without a graph"
+            )
         generator, seed = self.generator, self._seed
         if generator is None and seed is not None:
             generator, self._seed = torch.Generator().manual_seed(seed), None
