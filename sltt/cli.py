@@ -415,7 +415,8 @@ RULES_HELP = f"default: {','.join(RULES)}"
 SAVE_HELP = "keep the result in this folder, for sltt report"
 
 AGREEMENT_HELP = (
-    "Cosine and norm of the gradients of SLTT and of truncated BPTT beside that of exact BPTT, and which rule to take. "
+    "Cosine and norm of the gradients of SLTT and of truncated BPTT beside that of exact BPTT, and which rule to take; "
+    "where it is not SLTT, a Mixed that takes less memory, if there is one. "
     "Other options are those of sltt train: --model.…, --data.…"
 )
 

@@ -15,11 +15,11 @@ from rich.table import Table
 from torch import nn
 
 from sltt.analysis import Operations, count_operations, peak_memory
-from sltt.analysis.agreement import Agreement, advice, agreement, windows
+from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, advice, agreement, propose, windows
 from sltt.checkpoints import start_from
 from sltt.loading import EpochSampler, train_loader
 from sltt.neurons import LIF
-from sltt.options import Recipe, rule_options
+from sltt.options import Recipe, mixed_options, rule_options
 from sltt.progress import Report, megabytes
 from sltt.train import evaluate, fit
 
@@ -43,7 +43,7 @@ def measure_agreement(
     dtype: torch.dtype | None,
     report: Report,
 ) -> list[dict[str, Any]]:
-    """Rows of agreement over τ, T and training epochs, and over the windows of truncated BPTT.
+    """Rows of agreement over τ, T and training epochs, and over the windows of truncated BPTT, each with a proposal.
 
     Args:
         built: a recipe's objects.
@@ -69,8 +69,10 @@ def measure_agreement(
         batches = train_loader(splits, samples, EpochSampler(len(splits.train), built.seed), 0)
         x, y = next(iter(batches))
         repeat = time_steps if splits.static else None
-        found = agreement(model.train(), x, y, built.loss, windows(time_steps), steps=repeat, dtype=dtype)
-        rows.append({"tau": tau, "steps": time_steps, "epochs": epochs, "agreement": found})
+        arguments = model.train(), x, y, built.loss
+        found = agreement(*arguments, windows(time_steps), steps=repeat, dtype=dtype)
+        proposal = propose(*arguments, found, steps=repeat, dtype=dtype)
+        rows.append({"tau": tau, "steps": time_steps, "epochs": epochs, "agreement": found, "proposal": proposal})
     return rows
 
 
@@ -95,15 +97,40 @@ def print_agreement(rows: Sequence[dict[str, Any]], report: Report) -> None:
     report.table(layers)
     for row in rows:
         tau = "" if row["tau"] is None else f"τ = {row['tau']:g}, "
-        report.line(f"{tau}T = {row['steps']}, after {row['epochs']} epochs: {advice(row['agreement'])}")
+        report.line(f"{tau}T = {row['steps']}, after {row['epochs']} epochs: {_advice(row)}")
 
 
 def agreement_json(recipe: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The rows and their advice, for scripts."""
     found = [
-        {**row, "agreement": [vars(a) for a in row["agreement"]], "advice": advice(row["agreement"])} for row in rows
+        {
+            **row,
+            "agreement": [vars(a) for a in row["agreement"]],
+            "advice": _advice(row),
+            "proposal": row["proposal"] and _proposal_json(row["proposal"]),
+        }
+        for row in rows
     ]
     return {"recipe": recipe, "rows": found}
+
+
+def _proposal_json(proposal: Proposal) -> dict[str, Any]:
+    return {**vars(proposal), "agreement": vars(proposal.agreement), "options": mixed_options(proposal.windows)}
+
+
+def _advice(row: dict[str, Any]) -> str:
+    """Which rule to take, and where it is not SLTT, the `Mixed` that takes less memory."""
+    found: list[Agreement] = row["agreement"]
+    proposal: Proposal | None = row["proposal"]
+    if found[0].cosine >= AGREES:
+        return advice(found)
+    if proposal is None:
+        return f"{advice(found)} No Mixed with a cosine of {AGREES} takes {1 - SAVES:.0%} less memory."
+    others = ", ".join(f"{rule} {megabytes(nbytes)}" for rule, nbytes in proposal.others.items())
+    return (
+        f"{advice(found)} Or {mixed_options(proposal.windows)} (cosine {proposal.agreement.cosine:.3f}), which "
+        f"takes {megabytes(proposal.memory)} for this batch; {others}."
+    )
 
 
 @dataclass

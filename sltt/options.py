@@ -5,8 +5,10 @@ import difflib
 import importlib
 import inspect
 import itertools
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,6 +159,14 @@ def rule_options(text: str) -> list[str]:
         raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
     pairs = [setting.split("=", 1) for setting in settings]
     return ["--rule", name, *itertools.chain.from_iterable((f"--rule.{key}", value) for key, value in pairs)]
+
+
+def mixed_options(windows: Mapping[str, int | str]) -> str:
+    """What to write after `sltt train` for a `Mixed`: --rule Mixed --rule.windows '{features.2: all}'."""
+    # unquoted, YAML reads names such as 2 or on as something else than text
+    names = [name if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", name) else json.dumps(name) for name in windows]
+    listed = ", ".join(f"{name}: {window}" for name, window in zip(names, windows.values(), strict=True))
+    return f"--rule Mixed --rule.windows {shlex.quote(f'{{{listed}}}')}"
 
 
 def _split(text: str, separator: str) -> list[str]:

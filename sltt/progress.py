@@ -60,8 +60,10 @@ class Report:
 
 
 def megabytes(nbytes: int) -> str:
-    """A number of bytes for people: 1.2 GB, 340 MB."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+    """A number of bytes for people: 1.20 GB, 340 MB, 5.2 MB."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.0f} MB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2g} MB"
 
 
 def _cell(value: Any, heading: str, form: str) -> str:

@@ -1,13 +1,17 @@
 import copy
 import json
+import shlex
 
 import pytest
 import torch
+from torch import nn
 
 import sltt
-from sltt.analysis import Agreement, advice, agreement
-from sltt.analysis.agreement import windows
+from sltt.analysis import Agreement, advice, agreement, propose
+from sltt.analysis.agreement import AGREES, SAVES, windows
 from sltt.cli import main
+from sltt.options import Recipe, mixed_options
+from sltt.report import gather, sections
 from tests.conftest import batch, gradients, small_network
 
 LOSS = sltt.losses.CrossEntropyMSE()
@@ -90,3 +94,122 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert main(["agreement", "digits", "--taus", "0.5"]) == 1
     assert "tau must be greater than 1" in capsys.readouterr().err
     assert main(["agreement", "digits", "--epohcs", "3"]) == 2
+
+
+FAST = 1.01  # forgets within a step
+
+
+def layered(taus, inputs=6, width=16, outputs=3):
+    """Linear and LIF for each τ; the neurons are called 1, 3, 5, …. The first weights alone are trained."""
+    layers = []
+    for before, tau in zip([inputs, *[width] * len(taus)], taus, strict=False):
+        layers += [nn.Linear(before, width), sltt.LIF(tau=tau, detach_reset=True)]
+        layers[-2].weight.data.mul_(2)
+    model = nn.Sequential(*layers, nn.Linear(width, outputs))
+    model[1:].requires_grad_(False)
+    return model
+
+
+def proposed(model, steps=8):
+    """What is proposed for a batch, and the batch, in float64."""
+    x, y = batch(steps, size=32)
+    found = agreement(model.double(), x, y, LOSS, windows(steps))
+    return propose(model, x, y, LOSS, found), found, (x, y)
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+def test_the_one_layer_that_needs_time_is_proposed_and_agrees_as_it_says(slow):
+    model = layered([20.0 if i == slow else FAST for i in range(4)])
+    proposal, found, (x, y) = proposed(model)
+    assert found[0].cosine < AGREES
+    assert proposal.windows == {str(2 * slow + 1): "all"}
+    assert proposal.agreement.cosine > 0.99
+    words = shlex.split(mixed_options(proposal.windows))
+    rule = Recipe("sltt train", "digits", words).build().rule
+    assert agreement(model, x, y, LOSS, [rule]) == [proposal.agreement]
+    assert list(proposal.others) == ["BPTT()", "SLTT()"]
+    assert proposal.others["SLTT()"] < proposal.memory < SAVES * proposal.others["BPTT()"]
+
+
+def test_layers_below_have_a_window_where_that_changes_the_cosine():
+    assert proposed(layered([20.0, 20.0, FAST, FAST]))[0].windows == {"1": "all", "3": "all"}
+
+
+def test_the_window_is_the_shortest_that_agrees():
+    proposal, found, _ = proposed(layered([2.0, FAST, FAST, FAST]))
+    shortest = next(a.rule for a in found if a.cosine >= AGREES)
+    assert shortest == f"TBPTT(window={proposal.windows['1']})"
+    assert list(proposal.others) == [shortest, "BPTT()", "SLTT()"]
+    assert proposal.memory < SAVES * proposal.others[shortest]
+
+
+@pytest.mark.parametrize("taus", [[20.0], [FAST, FAST, 20.0]], ids=str)
+def test_nothing_is_proposed_where_the_last_layer_needs_time(taus):
+    proposal, found, _ = proposed(layered(taus))
+    assert found[0].cosine < AGREES
+    assert proposal is None
+
+
+def test_nothing_is_run_where_sltt_agrees():
+    x, y = batch()
+    agreed = [Agreement("SLTT()", AGREES, 1.0, 0.3, {})]
+    assert propose(layered([20.0] * 3).double(), x, y, None, agreed) is None
+
+
+def test_deep_networks_take_few_measurements():
+    calls, (x, y) = [], batch(steps=4)
+
+    def loss(logits, target):
+        calls.append(target)
+        return LOSS(logits, target)
+
+    unknown = [Agreement("SLTT()", 0.1, 1.0, 0.3, {})]
+    assert propose(layered([20.0, *[FAST] * 16]).double(), x, y, loss, unknown) is not None
+    assert len(calls) / 4 <= 1 + 5 + 1 + 4  # BPTT, the bisection of 16 layers, the last of them alone, memory
+
+
+def test_the_model_and_the_random_numbers_are_left_as_they_were():
+    model = layered([20.0, FAST, FAST])
+    model.insert(2, sltt.Dropout(0.3))
+    before = copy.deepcopy(model.double().state_dict())
+    x, y = batch(steps=8, size=32)
+    state = torch.get_rng_state()
+    propose(model, x, y, LOSS, agreement(model, x, y, LOSS))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model[1].v is None
+
+
+@pytest.mark.parametrize("name", ["2", "on", "a b", "features.2", "it's", "x: {y}", "1e3.5"])
+def test_names_of_layers_reach_the_rule_as_they_are(name):
+    windows = {name: "all", "features.5": 4}
+    rule = Recipe("sltt train", "digits", shlex.split(mixed_options(windows))).build().rule
+    assert rule.windows == windows
+
+
+class Remembers(nn.Module):
+    """A network for the recipe `recall` that has to remember in its first layer only."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = layered([20.0, FAST, FAST], inputs=20, width=64, outputs=4)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_the_command_proposes_it_and_the_report_reads_it(capsys, tmp_path):
+    words = ["agreement", "recall", "--model", "tests.test_agreement.Remembers", "--data.channels", "20"]
+    words += ["--data.samples", "500", "--samples", "64"]
+    assert main([*words, "--device", "cpu", "--float64", "--save", str(tmp_path)]) == 0
+    line = capsys.readouterr().out.splitlines()[-2]
+    (row,) = json.loads((tmp_path / "agreement.json").read_text())["rows"]
+    proposal = row["proposal"]
+    assert line.endswith(row["advice"])
+    assert list(proposal["windows"]) == ["net.1"]
+    assert f"Or {proposal['options']} (cosine {proposal['agreement']['cosine']:.3f}), which takes " in line
+    assert proposal["agreement"]["cosine"] >= AGREES
+    assert proposal["memory"] < proposal["others"]["BPTT()"]
+    (section,) = sections(gather([tmp_path]))
+    assert row["advice"] in section.text[0]

@@ -19,6 +19,7 @@ MEASURES = [
     "iteration_seconds",
     "memory_parts",
     "peak_memory",
+    "propose",
     "synaptic_operations",
 ]
 

@@ -8,7 +8,8 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory
-from sltt.rules.mixed import _Cut
+from sltt.rules.base import time_steps
+from sltt.rules.mixed import _Cut, layer_order
 from tests.conftest import batch, gradients, small_network
 
 LOSS = sltt.losses.CrossEntropyMSE()
@@ -134,12 +135,6 @@ def test_where_a_shortcut_goes_around_the_graph_stays_whole(windows, whole, monk
 
 
 def test_the_last_layer_is_the_one_that_runs_last_whatever_its_name(monkeypatch):
-    class Reversed(nn.Sequential):
-        def forward(self, x):
-            for layer in reversed(self):
-                x = layer(x)
-            return x
-
     model = Reversed(*reversed(deep(layers=3)))
     names = [name for name, m in model.named_modules() if isinstance(m, sltt.LIF)]
     x, y = batch(steps=6)
@@ -152,21 +147,50 @@ def test_the_last_layer_is_the_one_that_runs_last_whatever_its_name(monkeypatch)
     assert cuts == [model.get_submodule(names[1])] * 6
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layer, self.lif, self.head = (
+            nn.Linear(6, 6), nn.Linear(6, 6), sltt.LIF(tau=2.0), nn.Linear(6, 3),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.head(self.lif(self.layer(self.lif(self.stem(x)))))
+
+
 def test_a_layer_that_runs_twice():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.layer, self.lif, self.head = (
-                nn.Linear(6, 6), nn.Linear(6, 6), sltt.LIF(tau=2.0), nn.Linear(6, 3),
-            )  # fmt: skip
-
-        def forward(self, x):
-            return self.head(self.lif(self.layer(self.lif(self.stem(x)))))
-
     model = Twice().double()
     x, y = batch(steps=5)
     found, _ = gradients(model, sltt.Mixed({"lif": 2}), x, y)
     torch.testing.assert_close(found, by_hand(model, x, y, {"lif": 2})[0])
+
+
+class Reversed(nn.Sequential):
+    def forward(self, x):
+        for layer in reversed(self):
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (deep(), ["2", "5", "8", "11"]),
+        (Residual().double(), ["lif1", "lif2", "lif3"]),
+        (Twice().double(), ["lif"]),
+        (Reversed(*reversed(deep(layers=2))), ["4", "1"]),
+    ],
+    ids=["deep", "residual", "twice", "reversed"],
+)
+def test_the_layers_in_the_order_in_which_they_run_and_where_the_network_is_cut(model, names, monkeypatch):
+    x, y = batch(steps=2)
+    found = layer_order(model, time_steps(x, None))
+    assert list(found) == names
+    for name, parts in found.items():
+        cuts = cuts_of(monkeypatch)
+        sltt.Mixed({name: "all"})(model, x, y, LOSS)
+        assert cuts == [model.get_submodule(name) if parts else None] * 2
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_a_graph_that_changes_in_the_middle_is_noticed():

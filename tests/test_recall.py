@@ -138,6 +138,7 @@ def test_agreement_advises_bptt(seed, batches):
 
 def test_the_recipe_at_the_command_line(capsys):
     assert main(["agreement", "recall", "--data.samples", "500", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.endswith("take BPTT.\n")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith("take BPTT. No Mixed with a cosine of 0.95 takes 10% less memory.")  # it has one layer
     assert main(["agreement", "recall", "--steps", "8"]) == 1
     assert "take 9 time steps or more" in capsys.readouterr().err

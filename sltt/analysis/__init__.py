@@ -1,6 +1,6 @@
 """Measurements of a network and a rule: memory, time, operations, energy, firing rates, agreement with exact BPTT."""
 
-from sltt.analysis.agreement import Agreement, advice, agreement
+from sltt.analysis.agreement import Agreement, Proposal, advice, agreement, propose
 from sltt.analysis.budget import PeakModel, fit_peak
 from sltt.analysis.energy import LayerOperations, synaptic_operations
 from sltt.analysis.firing import FiringRates, firing_rates
@@ -15,6 +15,7 @@ __all__ = [
     "Memory",
     "Operations",
     "PeakModel",
+    "Proposal",
     "Seconds",
     "advice",
     "agreement",
@@ -27,6 +28,7 @@ __all__ = [
     "parse_bytes",
     "peak_memory",
     "process_peak",
+    "propose",
     "reset_process_peak",
     "synaptic_operations",
 ]

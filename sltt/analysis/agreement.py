@@ -1,18 +1,28 @@
 """How far a rule's gradient agrees with that of exact BPTT: the paper's Fig. 3, for any network and data."""
 
 import copy
+import functools
+import glob
+from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sltt.rules import BPTT, SLTT, TBPTT, Rule
-from sltt.rules.base import Loss
+from sltt.analysis.memory import peak_memory
+from sltt.rules import BPTT, SLTT, TBPTT, Mixed, Rule
+from sltt.rules.base import Loss, time_steps
+from sltt.rules.mixed import Window, layer_order
 
 # Below this cosine the direction of a step is more than 18° off.
 AGREES = 0.95
+# A `Mixed` that takes more than this share of the memory is not worth its windows.
+SAVES = 0.9
+# A difference of two cosines that nobody would choose by.
+SAME = 0.01
 
 
 @dataclass(frozen=True)
@@ -58,17 +68,8 @@ def agreement(
         steps: T for a static input.
         dtype: compute in this type, such as float64, where spikes do not flip by rounding; None keeps the model's.
     """
-    x = x if dtype is None or not x.is_floating_point() else x.to(dtype)
-
-    def gradient(rule: Rule) -> dict[str, Tensor]:
-        twin = copy.deepcopy(model).to(dtype) if dtype else copy.deepcopy(model)
-        twin.zero_grad(set_to_none=True)
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            rule(twin, x, target, loss, steps=steps)
-        return {name: p.grad.flatten() for name, p in twin.named_parameters() if p.grad is not None}
-
-    exact = gradient(BPTT())
-    return [_compare(repr(rule), gradient(rule), exact) for rule in rules]
+    exact = _Exact(model, x, target, loss, steps, dtype)
+    return [exact.compare(rule) for rule in rules]
 
 
 def windows(steps: int) -> list[Rule]:
@@ -86,6 +87,143 @@ def advice(found: Sequence[Agreement]) -> str:
     if best is not None:
         return f"{share}: take {best.rule}, the shortest window with a cosine of {AGREES} or more ({best.cosine:.3f})."
     return f"{share}, and no window below T reaches {AGREES}: take BPTT."
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A `Mixed` that agrees with exact BPTT and takes less memory than the rule that `advice` names.
+
+    Attributes:
+        windows: of the layers of neurons by name, for `Mixed(windows)`; the other layers have SLTT.
+        agreement: of its gradient with that of exact BPTT.
+        memory: bytes of the batch at the peak, above those before it.
+        others: the same of the rule that `advice` names, of BPTT and of SLTT.
+    """
+
+    windows: dict[str, Window]
+    agreement: Agreement
+    memory: int
+    others: dict[str, int]
+
+
+def propose(
+    model: nn.Module,
+    x: Tensor,
+    target: Any,
+    loss: Loss,
+    found: Sequence[Agreement],
+    *,
+    steps: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Proposal | None:
+    """The `Mixed` of least memory with a cosine of 0.95; None where SLTT has that, or where none saves a tenth of it.
+
+        found = agreement(model, x, y, loss, [SLTT(), TBPTT(2)])
+        if proposal := propose(model, x, y, loss, found):
+            rule = Mixed(proposal.windows)
+
+    All layers below the last one with a window keep their graph, so they have one too, unless that hardly changes the
+    cosine. Which is the last is found by bisection: for the shortest window with which truncated BPTT agrees, and for
+    the next longer one, "all" after the longest, in fewer layers. Where the network does not part in two, and in the
+    last layer, windows save nothing and are not tried.
+
+    Args:
+        model: maps one time step to logits; in the mode that it is in. It is left as it was.
+        x: sequence [T, B, ...], or with `steps` a static input [B, ...].
+        target: what `loss` compares with.
+        loss: of one time step.
+        found: what `agreement` found on this batch for SLTT and windows of 2, 4, 8, …
+        steps: T for a static input.
+        dtype: compute gradients in this type; memory is that of the model's own.
+    """
+    cosines = {a.rule: a.cosine for a in found}
+    lengths = windows(time_steps(x, steps, target).steps)
+    agreeing = [rule for rule in lengths if cosines.get(repr(rule), 0.0) >= AGREES]
+    bptt = BPTT()
+    advised = agreeing[0] if agreeing else bptt
+    if isinstance(advised, SLTT):
+        return None
+    tried: list[Window] = [*(rule.window for rule in agreeing if isinstance(rule, TBPTT)), "all"]
+    candidates = _candidates(_Exact(model, x, target, loss, steps, dtype), tried[:2])
+    if not candidates:
+        return None
+
+    twin = copy.deepcopy(model)
+
+    @functools.cache
+    def memory(rule: Rule) -> int:
+        return peak_memory(lambda: rule(twin, x, target, loss, steps=steps), x.device)
+
+    with _fork(x):
+        SLTT()(twin, x, target, loss, steps=steps)  # makes the gradients, which all rules have
+        best = min(candidates, key=memory)
+        if memory(best) > SAVES * memory(advised):
+            return None
+        others = {repr(rule): memory(rule) for rule in (advised, bptt, SLTT())}
+    return Proposal(best.windows, candidates[best], memory(best), others)
+
+
+class _Exact:
+    """The gradient of exact BPTT on one batch, and how far others agree with it."""
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, target: Any, loss: Loss, steps: int | None, dtype: torch.dtype | None
+    ):
+        self.model = model if dtype is None else copy.deepcopy(model).to(dtype)
+        self.x = x if dtype is None or not x.is_floating_point() else x.to(dtype)
+        self.target = target
+        self.loss = loss
+        self.steps = steps
+
+    @functools.cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        return self._gradients(BPTT())
+
+    def compare(self, rule: Rule) -> Agreement:
+        return _compare(repr(rule), self._gradients(rule), self.gradients)
+
+    def layers(self) -> dict[str, bool]:
+        """The layers of neurons in the order in which they run, and whether the network parts at each."""
+        with _fork(self.x):
+            return layer_order(copy.deepcopy(self.model), time_steps(self.x, self.steps))
+
+    def _gradients(self, rule: Rule) -> dict[str, Tensor]:
+        twin = copy.deepcopy(self.model)
+        twin.zero_grad(set_to_none=True)
+        with _fork(self.x):
+            rule(twin, self.x, self.target, self.loss, steps=self.steps)
+        return {name: p.grad.flatten() for name, p in twin.named_parameters() if p.grad is not None}
+
+
+def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreement]:
+    """For each window the `Mixed` that agrees and ends nearest to the input, if nearer than with the window before."""
+    layers = exact.layers()
+    names = [glob.escape(name) for name in layers]  # Mixed takes patterns
+    ends = [i for i, parts in enumerate(layers.values()) if parts and i + 1 < len(layers)]
+    found: dict[Mixed, Agreement] = {}
+
+    @functools.cache
+    def measured(first: int, last: int, window: Window) -> tuple[Mixed, Agreement]:
+        rule = Mixed(dict.fromkeys(names[first : last + 1], window))
+        return rule, exact.compare(rule)
+
+    def agrees(last: int, window: Window) -> bool:
+        return measured(0, last, window)[1].cosine >= AGREES
+
+    for window in lengths:
+        fewest = bisect_left(ends, True, key=functools.partial(agrees, window=window))
+        if fewest < len(ends):
+            last, ends = ends[fewest], ends[:fewest]
+            rule, whole = measured(0, last, window)
+            alone, part = measured(last, last, window)
+            enough = part.cosine >= max(AGREES, whole.cosine - SAME)
+            found[alone if enough else rule] = part if enough else whole
+    return found
+
+
+def _fork(x: Tensor) -> AbstractContextManager[None]:
+    """Inside, random numbers are drawn that do not count."""
+    return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
 
 
 def _compare(rule: str, found: dict[str, Tensor], exact: dict[str, Tensor]) -> Agreement:

@@ -13,7 +13,7 @@ from sltt import kernels
 from sltt.hoisting import hand_over
 from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
 from sltt.rules.replay import Snapshot
-from sltt.state import detach_module, state_names, state_tensors
+from sltt.state import detach_module, reset, state_names, state_tensors
 
 Window = int | Literal["all"]
 # what Fabric, torch.compile and DistributedDataParallel put before a name
@@ -78,11 +78,7 @@ class Mixed(Rule):
 
     def window_lengths(self, model: nn.Module, steps: int) -> dict[nn.Module, int]:
         """The window of each module with a state, in time steps; T or more is that of the whole sequence."""
-        layers = {
-            name: module
-            for name, module in model.named_modules()
-            if state_names(module) and getattr(module, "differentiable", True)
-        }
+        layers = neuron_layers(model)
 
         def matches(name: str, pattern: str) -> bool:
             return fnmatchcase(name, pattern) or fnmatchcase(_WRAPPERS.sub("", name), pattern)
@@ -100,6 +96,44 @@ class Mixed(Rule):
             return window if isinstance(window, int) else steps
 
         return {module: length(name) for name, module in layers.items()}
+
+
+def neuron_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can have a window, by name: the modules with a state that a gradient flows through."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if state_names(module) and getattr(module, "differentiable", True)
+    }
+
+
+def layer_order(model: nn.Module, sequence: Sequence) -> dict[str, bool]:
+    """The layers of neurons in the order in which a time step runs them, and whether the network parts at each.
+
+    Where it does not, since something goes around the layer's output, `Mixed` cannot free what is above it.
+    """
+    outputs: dict[str, list[Any]] = {}
+    hooks = [
+        module.register_forward_hook(lambda *call, name=name: outputs.setdefault(name, []).append(call[-1]))
+        for name, module in neuron_layers(model).items()
+    ]
+    reset(model)
+    try:
+        logits = sequence.run(model, range(1))[0]
+        return {name: len(found) == 1 and _parts(logits, found[0]) for name, found in outputs.items()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+        reset(model)
+
+
+def _parts(logits: Tensor, output: Any) -> bool:
+    """Whether the graph of `logits` meets what is behind a layer's output in that output only."""
+    if not isinstance(output, Tensor) or output.grad_fn is None:
+        return False
+    node = output.grad_fn
+    shared = set(_walk([logits.grad_fn], stop=[node])) & set(_walk([node]))
+    return {found for found in shared if found.name() != _ACCUMULATE} == {node}
 
 
 class _Cut:
