@@ -105,7 +105,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def show_measured(rows: dict[str, Any], options: argparse.Namespace, console: Console) -> None:
     title = f"measured: {options.network}, T = {options.steps}, {options.batch} samples a process, CPU, gloo"
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    console.print(f"\n{title}")
+    table = Table(box=None, pad_edge=False)
     for heading in ("rule", "processes", "samples/s", "ratio", "reduction", "of a batch", "memory"):
         table.add_column(heading, justify="left" if heading == "rule" else "right")
     for name, (alone, *others) in rows.items():
@@ -160,7 +161,8 @@ def model_rows(network: str, options: argparse.Namespace) -> list[dict[str, Any]
 def show_modelled(network: str, rows: list[dict[str, Any]], console: Console) -> None:
     _, _, steps, batch, _ = MODELLED[network]
     title = f"modelled: {network}, T = {steps}, {batch} samples a GPU, {megabytes(rows[0]['bytes'])} of gradients"
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    console.print(f"\n{title}")
+    table = Table(box=None, pad_edge=False)
     for heading in ("rule", "GPUs", "a batch", "reduction", "after", "overlap", "each"):
         table.add_column(heading, justify="left" if heading == "rule" else "right")
     for row in rows:

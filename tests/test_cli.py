@@ -312,6 +312,7 @@ FRAMES = {
     "digits": (1, 8, 8),
     "digits-events": (2, 16, 16),
     "cifar10": (3, 32, 32),
+    "cifar10-small": (3, 32, 32),
     "cifar100": (3, 32, 32),
     "dvs-cifar10": (2, 48, 48),
     "dvs-gesture": (2, 128, 128),

@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 LONG = [sys.executable, "-m", "sltt", "train", "digits", "--devices", "2", "--device", "cpu", "--epochs", "500"]
 
 
-def start(words, **kwargs):
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+def start(words, environment=(), **kwargs):
+    others = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in others} | dict(environment)
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **kwargs
@@ -186,6 +187,21 @@ def test_sigterm_saves_and_ends_with_the_code_for_a_requeue(of_all, long_trainin
     assert out.count(f"sltt: stopped by SIGTERM; continue with --resume {run}") == 1
     progress = load_checkpoint(run / "last.ckpt")["progress"]
     assert progress["epoch"] + progress["batch"] > 0
+
+
+@pytest.mark.slow
+def test_what_slurm_starts_trains_together_and_one_process_speaks(tmp_path):
+    words = [*LONG[:5], "--device", "cpu", "--epochs", "1", "--model.width", "4", "--run", str(tmp_path / "run")]
+    job = {"SLURM_JOB_ID": str(20000 + os.getpid() % 10000), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    ranks = [{"SLURM_PROCID": r, "SLURM_LOCALID": r} for r in ("0", "1")]
+    processes = [start(words, cwd=tmp_path, environment={**job, **rank}) for rank in ranks]
+    outs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outs
+    assert "2 processes" in outs[0]
+    assert "test accuracy" in outs[0]
+    assert outs[1] == ""
+    assert load_checkpoint(tmp_path / "run" / "last.ckpt")["progress"]["epoch"] == 1
 
 
 FAILS = """
