@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import yaml
 from torch import nn
 
 from sltt.distributed import as_sharded
-from sltt.runs import find_checkpoint
+from sltt.runs import CONFIG, find_checkpoint
 
 FORMAT = "sltt-checkpoint-1"
 KEYS = {"model", "optimizer", "scaler", "rules", "progress", "fingerprint", "config"}
@@ -86,6 +87,11 @@ def start_from(model: nn.Module, weights: str | None) -> None:
     if weights is not None:
         path = find_checkpoint(Path(weights)) if Path(weights).is_dir() else Path(weights)
         load_weights(model, load_checkpoint(path), path)
+
+
+def write_config(run: Path, config: dict[str, Any]) -> None:
+    """Write the configuration of a run into its folder."""
+    write_atomically(run / CONFIG, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _stopped(stop: BaseException, code: int) -> int:
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:  # once, not from every process
+    rank = next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), "0")
+    if rank == "0":  # once, not from every process
         print(f"sltt: {stop or 'stopped by Ctrl-C'}", file=sys.stderr)
     return code
 
@@ -122,14 +123,20 @@ def _train(
     resolved: dict[str, Any],
 ) -> None:
     """`sltt train` in each of its processes."""
-    from sltt.checkpoints import write_atomically
+    from sltt.checkpoints import write_atomically, write_config
     from sltt.distributed import Processes
     from sltt.runs import new_run
     from sltt.train import evaluate, fit
 
     processes = Processes(fabric)
     splits = processes.one_by_one(lambda: built.data.splits(built.steps))  # fails where there is no data, without a run
-    run = continued or processes.first(lambda: new_run(folder, f"{name}-{type(built.rule).__name__.lower()}"))
+
+    def make() -> Path:
+        run = new_run(folder, f"{name}-{type(built.rule).__name__.lower()}")
+        write_config(run, resolved)  # so that --resume can start it, should it be stopped before it trains
+        return run
+
+    run = continued or processes.first(make)
 
     report = Report(quiet=processes.rank > 0)
     report.line(f"{'continuing' if continued else 'run'} {run}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from sltt.distributed import control
 from sltt.interrupt import STOPPED
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ Strategy = Literal["ddp", "fsdp"]
 
 # FSDP gathers and frees the weights of a module as one; below this many, the messages cost more than the memory.
 SHARD_FROM = 2**20
-# A lost process is noticed by `sltt.lifeline`, so a collective may wait for the one that makes the cache of a data set.
-TIMEOUT = timedelta(hours=12)
+# For all processes to meet at the start, and for the reductions of a batch.
+TIMEOUT = timedelta(minutes=10)
 
 
 def make_fabric(
@@ -56,9 +57,9 @@ def make_fabric(
         raise ValueError("device cuda was asked for, but PyTorch sees no CUDA device; `sltt doctor` says what it sees")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    started = _started()
-    devices, num_nodes = devices or started[0], num_nodes or started[1]
-    _check(device, precision, devices, num_nodes, strategy, started)
+    found = started()
+    devices, num_nodes = devices or found[0], num_nodes or found[1]
+    _check(device, precision, devices, num_nodes, strategy, found)
     options: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":
         options = {"plugins": [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))]}
@@ -71,29 +72,32 @@ def make_fabric(
     return fabric
 
 
-def _started() -> tuple[int, int]:
+def started() -> tuple[int, int]:
     """The processes on this machine, and the machines, that torchrun or Slurm started; 1 and 1 where neither did."""
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return local, int(os.environ["WORLD_SIZE"]) // local
-    if "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         nodes = int(os.environ.get("SLURM_NNODES", 1))
         return int(os.environ.get("SLURM_NTASKS", 1)) // nodes, nodes
     return 1, 1
 
 
 def _check(
-    device: str, precision: Precision, devices: int, num_nodes: int, strategy: Strategy, started: tuple[int, int]
+    device: str, precision: Precision, devices: int, num_nodes: int, strategy: Strategy, found: tuple[int, int]
 ) -> None:
     if devices < 1 or num_nodes < 1:
         raise ValueError(f"expected at least 1 device and 1 node, got {devices=} and {num_nodes=}")
-    if started != (1, 1) and started != (devices, num_nodes):
+    if found != (1, 1) and found != (devices, num_nodes):
         raise ValueError(
-            f"{started[0]} processes on {started[1]} machines were started, but {devices=} and {num_nodes=} were asked "
+            f"{found[0]} processes on {found[1]} machines were started, but {devices=} and {num_nodes=} were asked "
             "for: leave both out, and they are taken from torchrun or Slurm"
         )
     if device == "cuda" and devices > torch.cuda.device_count():
-        raise ValueError(f"{devices=} were asked for, but this machine has {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(
+            f"{devices} processes on this machine need a GPU each, but this process sees {torch.cuda.device_count()}; "
+            "under Slurm, ask for --gpus-per-node rather than --gpus-per-task"
+        )
     if strategy == "fsdp" and precision == "16-mixed":
         raise ValueError("fsdp does not scale gradients for 16-mixed: use bf16-mixed")
 
@@ -127,8 +131,7 @@ def _strategy(name: Strategy, processes: int) -> Any:
         """The model as it is, not wrapped: the training reduces the gradients, once a batch (`sltt.distributed`)."""
 
         def setup_module(self, module: nn.Module) -> Any:
-            for tensor in (*module.parameters(), *module.buffers()):  # all begin with the weights of the first process
-                torch.distributed.broadcast(tensor.detach(), 0)
+            _begin_alike(module)
             return module
 
     class FullyShard(Launched, ModelParallelStrategy):
@@ -149,6 +152,12 @@ def _watch_start(process: "subprocess.Popen[bytes]") -> None:
         os._exit(1)
 
 
+def _begin_alike(model: nn.Module) -> None:
+    """Give all processes the weights and buffers of the first."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.distributed.broadcast(tensor.detach(), 0, group=control() if tensor.device.type == "cpu" else None)
+
+
 def _shard(model: nn.Module, mesh: Any) -> nn.Module:
     """Shard the parameters over the processes: each layer of SHARD_FROM or more by itself, the others as one.
 
@@ -158,6 +167,7 @@ def _shard(model: nn.Module, mesh: Any) -> nn.Module:
 
     if isinstance(model, FSDPModule):  # after a training
         return model
+    _begin_alike(model)
     mesh, scalars = mesh["data_parallel"], {p for p in model.parameters() if p.ndim == 0}
     # layers, not the containers around them: a container may be indexed instead of called, and would never be gathered
     for module in list(model.modules()):

@@ -6,6 +6,7 @@ however many backward passes it takes, their sum is reduced once, after the last
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,19 +35,27 @@ class Processes:
 
     def __init__(self, fabric: "Fabric"):
         self.rank, self.count = fabric.global_rank, fabric.world_size
-        self._fabric = fabric
+        self._local_rank = fabric.local_rank
 
     def first(self, function: Callable[[], A]) -> A:
         """What `function` gives in the first process, which alone calls it, in all of them."""
-        result: Any = function() if self.rank == 0 else None
-        return self._fabric.broadcast(result) if self.count > 1 else result
+        result: list[Any] = [function() if self.rank == 0 else None]
+        if self.count > 1:
+            dist.broadcast_object_list(result, 0, group=control())
+        return result[0]
 
     def one_by_one(self, function: Callable[[], A]) -> A:
         """What `function` gives here: the first process of each machine calls it before the others do."""
-        if self.count == 1:
+        if self._local_rank > 0:
+            self.wait()
             return function()
-        with self._fabric.rank_zero_first(local=True):
-            return function()
+        result = function()
+        self.wait()
+        return result
+
+    def wait(self) -> None:
+        """Wait until all processes have come here, however long it takes."""
+        self.highest(0)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sums over the processes."""
@@ -95,14 +104,18 @@ class Processes:
         if self.count == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, operation, group=_control())
+        dist.all_reduce(tensor, operation, group=control())
         return tensor.tolist()
 
 
 @cache
-def _control() -> Any:
-    """A group for numbers on the host, beside the one for tensors on GPUs, so that a decision waits for no kernel."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+def control() -> Any:
+    """A group for what is on the host, beside the one for tensors on GPUs, so that a decision waits for no kernel.
+
+    It waits for the process that makes the cache of a data set or writes a checkpoint, as a lost one is noticed by
+    `sltt.lifeline`.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -120,11 +133,24 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(value: Any) -> Any:
-    """A tensor, or a nest of dictionaries and lists of them, with the parts of all processes put together."""
+    """A tensor, or a nest of dictionaries and lists of them, with the parts of all processes put together.
+
+    What was sharded is on the host, of the first process only: it may be too large for a device.
+    """
     if isinstance(value, dict):
         return {key: whole(v) for key, v in value.items()}
     if isinstance(value, list):
         return [whole(v) for v in value]
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()  # all processes take part
+    return full.cpu() if dist.get_rank() == 0 else None
+
+
+def total(value: Tensor) -> Tensor:
+    """What all processes know of a number that was computed from sharded tensors."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.data import Splits
-from sltt.distributed import local, whole
+from sltt.distributed import local, total
 
 
 def extreme_layers(rates: dict[str, float]) -> list[str]:
@@ -26,7 +26,7 @@ def check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> No
 
     The loss alone would not tell: a neuron that gets NaN is silent, and the loss behind it finite.
     """
-    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    norm = total(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     if math.isfinite(loss.item()) and (scaled or math.isfinite(norm.item())):
         return
     rate = optim.param_groups[0]["lr"]

@@ -9,6 +9,7 @@ Work on an input is the same at every step only if the input is: the sequence's 
 work. Elsewhere, and inside `torch.compile`, `once` calls the function and does nothing else.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,9 +35,12 @@ def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def hoisting(x: Tensor | None, grad: bool) -> "Iterator[Hoisted]":
-    """Inside this block, a sequence, `once` keeps its results. For the arguments see `Hoisted`."""
-    hoisted = Hoisted(x, grad)
+def hoisting(model: nn.Module, x: Tensor | None, grad: bool) -> "Iterator[Hoisted]":
+    """Inside this block, a sequence of `model`, `once` keeps its results. For the other arguments see `Hoisted`.
+
+    Not of a model whose weights are sharded: those that a graph was made with are gone when its backward comes.
+    """
+    hoisted = Hoisted(x, grad, keep=not _is_sharded(model))
     token = _current.set(hoisted)
     try:
         yield hoisted
@@ -57,16 +61,18 @@ class Hoisted:
     Args:
         x: the sequence's input if it is the same at every time step, or None.
         grad: build graphs for a backward, also in a step that has none itself.
+        keep: keep results; else every call computes.
     """
 
-    def __init__(self, x: Tensor | None, grad: bool):
+    def __init__(self, x: Tensor | None, grad: bool, keep: bool = True):
         self._grad = grad
+        self._keep = keep
         self._fixed = [] if x is None else [x]  # what time does not change
         self._results: dict[Any, _Result] = {}
 
     def once(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         """See `once` of this module."""
-        if not all(any(x is fixed for fixed in self._fixed) for x in inputs):
+        if not self._keep or not all(any(x is fixed for fixed in self._fixed) for x in inputs):
             return function(*inputs)
         owner = getattr(function, "__self__", function)
         weights = list(owner.parameters()) if isinstance(owner, nn.Module) else []
@@ -105,6 +111,11 @@ class _HandOver(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         # the gradients carry the scale of the loss already: the backward that found them had it
         return None, grad, *ctx.gradients
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    module = sys.modules.get("torch.distributed.fsdp")  # not imported where nothing is sharded
+    return module is not None and any(isinstance(m, module.FSDPModule) for m in model.modules())
 
 
 def _version(x: Tensor) -> int:

@@ -40,7 +40,9 @@ class Interrupt:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, previous in self._previous.items():
-            signal.signal(number, previous)
+            # once it has stopped this process, which is ending in order, another SIGTERM is not to kill it
+            stopped = number == signal.SIGTERM and isinstance(error, Preempted)
+            signal.signal(number, signal.SIG_IGN if stopped else previous)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

@@ -16,6 +16,8 @@ from secrets import token_hex
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from sltt.interrupt import Preempted
+
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
@@ -43,8 +45,9 @@ class Lifeline:
     def __enter__(self) -> Self:
         self.active = self.fabric.world_size > 1 and not Lifeline._held
         if self.active:
-            Lifeline._held = True
             self._connect()
+            Lifeline._held = True
+            os.register_at_fork(after_in_child=self._release)  # a data worker would keep the connections of the dead
             self._untold = [*self._links.values()]
             for link in self._links.values():
                 threading.Thread(target=self._watch, args=(link,), daemon=True, name="lifeline").start()
@@ -54,8 +57,8 @@ class Lifeline:
         if not self.active:
             return
         Lifeline._held = False
-        if isinstance(error, Exception) or (isinstance(error, KeyboardInterrupt) and not error.args):
-            # not a stop that all processes have agreed on, after a checkpoint
+        agreed = isinstance(error, Preempted) or (isinstance(error, KeyboardInterrupt) and bool(error.args))
+        if error is not None and not agreed:
             # a collective fails when another process has gone: that one's end is the cause, and is known at once
             time.sleep(GRACE if isinstance(error, RuntimeError) else 0)
             self._tell(f"{self._me()} failed: {type(error).__name__}: {error}")
@@ -68,6 +71,10 @@ class Lifeline:
                     link.over.wait(max(until - time.monotonic(), 0))
         for link in self._links.values():
             link.close()
+
+    def _release(self) -> None:
+        for link in self._links.values():
+            link.release()
 
     def _me(self) -> str:
         place = f"pid {os.getpid()} on {socket.gethostname()}"
@@ -150,4 +157,12 @@ class _Link:
 
     def close(self) -> None:
         self.closed = True
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)  # also ends the watcher, which reads from it
         self.connection.close()
+
+    def release(self) -> None:
+        """Give the connection up in a forked process, without an end for the others."""
+        descriptor = self.connection.detach()
+        if descriptor >= 0:
+            os.close(descriptor)

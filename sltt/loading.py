@@ -7,6 +7,7 @@ come with its index.
 import hashlib
 import math
 import random
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -66,8 +67,8 @@ class _Seeded(Dataset[Any]):
 class Shares(Sampler[list[Any]]):
     """The batches of a sampler's order, and of each what falls to one of the processes.
 
-    A process whose share is empty is given a sample of the others, to count for nothing (`share` is 0): processes that
-    run together cannot leave a batch out.
+    A batch with fewer than two samples for each process goes to all of them as a whole, and counts once (`share`): they
+    cannot leave a batch out, and BatchNorm needs two.
 
     Args:
         sampler: yields the samples.
@@ -87,12 +88,15 @@ class Shares(Sampler[list[Any]]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         for batch in BatchSampler(self.sampler, self.batch_size, drop_last=False):
-            yield batch[self.rank :: self.processes] or batch[:1]
+            yield batch if len(batch) < 2 * self.processes else batch[self.rank :: self.processes]
 
 
-def share(samples: int, rank: int, processes: int) -> int:
-    """How many of a batch's samples fall to a process."""
-    return len(range(rank, samples, processes))
+def share(samples: int, rank: int, processes: int) -> tuple[float, int]:
+    """The weight in a batch's loss of the mean over a process's part of it, and how many samples count as its own."""
+    if samples < 2 * processes:
+        return 1 / processes, samples if rank == 0 else 0
+    own = len(range(rank, samples, processes))
+    return own / samples, own
 
 
 def train_loader(
@@ -127,9 +131,15 @@ def _loader(dataset: Dataset[Any], splits: Splits, batches: Shares, workers: int
         collate_fn=splits.collate,
         pin_memory=pin,
         persistent_workers=workers > 0,
+        worker_init_fn=_outlive_sigterm,
         # a generator of its own: the loader draws from it, and so leaves the run's random numbers alone
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A SIGTERM to all processes of a job is for the one that trains, which still needs batches to end in order."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def seed_batch(*numbers: int) -> int:

@@ -47,7 +47,7 @@ class Progress:
     best: list[float] = field(default_factory=list)
 
     def count(self, loss: Tensor, logits: Tensor, labels: Tensor, samples: int) -> None:
-        """Add a batch with so many samples; 0 where another process has them all."""
+        """Add a batch with so many samples; 0 where another process counts them."""
         self.batch += 1
         if samples:
             self.loss += loss.item() * samples

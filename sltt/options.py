@@ -67,9 +67,11 @@ class Recipe:
 
     def build(self, more: Sequence[str] = ()) -> "Namespace":
         """Make the objects, with further options: the arguments of `sltt.fit`, in one process."""
+        from sltt.devices import started
+
         built = build(self._parser, self._parse(more))
-        if (built.devices or 1) * (built.num_nodes or 1) > 1:
-            raise UsageError(f"{self._parser.prog} runs in one process: leave out --devices and --num_nodes")
+        if (built.devices or 1) * (built.num_nodes or 1) > 1 or started() != (1, 1):
+            raise UsageError(f"{self._parser.prog} runs in one process: start one, without --devices and --num_nodes")
         return built
 
     def resolved(self, more: Sequence[str] = ()) -> dict[str, Any]:

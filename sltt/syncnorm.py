@@ -79,8 +79,12 @@ def synchronise(model: nn.Module) -> None:
     """Replace the BatchNorms inside a model by SyncBatchNorm, with their weights and statistics; names stay."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
+            if not isinstance(child, _BatchNorm) or isinstance(child, SyncBatchNorm | nn.SyncBatchNorm):
+                continue
+            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
                 setattr(module, name, _synchronised(child))
+            else:
+                raise ValueError(f"sync_batchnorm knows PyTorch's BatchNorm, and {name} is a {type(child).__name__}")
 
 
 def _synchronised(norm: _BatchNorm) -> SyncBatchNorm:

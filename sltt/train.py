@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,7 +21,7 @@ from sltt.checkpoints import (
     load_weights,
     save_checkpoint,
     start_from,
-    write_atomically,
+    write_config,
     write_table,
 )
 from sltt.data import Data, Splits
@@ -39,7 +38,7 @@ from sltt.phases import Phase, Stage, plan, stage_at
 from sltt.progress import Report
 from sltt.rules import SLTT, Rule, unroll
 from sltt.rules.base import check_input, step_loss
-from sltt.runs import BEST, CONFIG, LAST, METRICS, find_checkpoint, new_run
+from sltt.runs import BEST, LAST, METRICS, find_checkpoint, new_run
 from sltt.schedules import Cosine, Schedule
 from sltt.syncnorm import synchronise
 
@@ -142,6 +141,9 @@ def fit(
     if stages[-1].steps != steps and phases and sum(phase.epochs for phase in phases) <= epochs:
         raise ValueError(f"steps={steps} is the T of evaluation, but the last phase trains T = {stages[-1].steps}")
     fabric = make_fabric(device, precision, devices, num_nodes, strategy)
+    if fabric.world_size > 1 and strategy == "fsdp":
+        for stage in stages:
+            _check_shardable(stage.rule)
     if batch_size < fabric.world_size:
         raise ValueError(f"{batch_size=} is shared by {fabric.world_size} processes: expected a sample for each")
     report = (report or Report()) if fabric.is_global_zero else Report(quiet=True)
@@ -188,10 +190,12 @@ def fit(
             }
             for name in names if processes.rank == 0 else ():
                 save_checkpoint(folder / name, content)
+            processes.wait()  # a process that went on might end, and its launcher the first one while it writes
 
         def update() -> None:
             if clip_norm is not None:
-                fabric.clip_gradients(net, optim, max_norm=clip_norm)
+                # a scaler finds what is not finite by itself, and leaves the step out
+                fabric.clip_gradients(net, optim, max_norm=clip_norm, error_if_nonfinite=precision != "16-mixed")
             optim.step()
             optim.zero_grad()
 
@@ -232,8 +236,8 @@ def fit(
                         _set_rates(optim, first, stage, schedule, state.epoch + state.batch / batches)
                         optim.zero_grad()
                         size = min(batch_size, sampler.length - state.batch * batch_size)
-                        count = share(size, processes.rank, processes.count)
-                        backward = _weighted(fabric, count / size)
+                        weight, count = share(size, processes.rank, processes.count)
+                        backward = _weighted(fabric, weight)
                         stage.rule.seed(seed_batch(seed, state.epoch, state.batch))
                         seed_batch(seed, state.epoch, state.batch, processes.rank)
                         try:
@@ -340,7 +344,7 @@ def _measure(
             for x, y in loader:
                 x, y = _on(fabric, x, channels_last), fabric.to_device(y)
                 size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
-                count = share(size, processes.rank, processes.count)
+                _, count = share(size, processes.rank, processes.count)
                 with _counting(firing, count):
                     logits = unroll(net, x, steps=steps if splits.static else None)
                 value = torch.stack([step_loss(loss, o, y) for o in logits]).mean()
@@ -353,7 +357,7 @@ def _measure(
 
 @contextmanager
 def _counting(firing: FiringRates, samples: int) -> Iterator[None]:
-    """Let the spikes in this block count, unless they are of a sample that another process has."""
+    """Let the spikes in this block count, unless another process counts those samples."""
     before = None if samples else firing.state_dict()
     yield
     if before is not None:
@@ -389,10 +393,22 @@ def _on_device(loss: Any, fabric: "Fabric") -> Any:
     return loss.to(fabric.device) if isinstance(loss, nn.Module) else loss
 
 
+def _check_shardable(rule: Rule) -> None:
+    """Raise ValueError for a rule that fsdp cannot run: weights are there only while their layer runs."""
+    problems = {
+        "recompute=True runs layers again in the backward of others": getattr(rule, "recompute", None) is True,
+        "hoist=True runs the backward of the first layers after the others": rule.hoist,
+        "fold='auto' would choose another fold in each process": getattr(rule, "fold", None) == "auto",
+    }
+    for why, found in problems.items():
+        if found:
+            raise ValueError(f"{rule} does not run under fsdp, since {why}: use ddp")
+
+
 def _weighted(fabric: "Fabric", weight: float) -> Callable[[Tensor], None]:
     """Backward of a process's mean loss, such that the gradients of all processes add up to that of the batch.
 
-    `weight` is the process's share of the batch.
+    `weight` is that of `share`.
     """
     return lambda value: fabric.backward(value * weight)
 
@@ -437,12 +453,12 @@ def _tidy(run: Path, config: dict[str, Any] | None) -> None:
     for part in run.glob(".*.part"):
         part.unlink()
     if config is not None:
-        write_atomically(run / CONFIG, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+        write_config(run, config)
 
 
 def _selected(run: Path) -> tuple[Path, dict[str, Any]]:
     path = find_checkpoint(run)
-    return path, load_checkpoint(path)
+    return path, {"model": load_checkpoint(path)["model"]}
 
 
 class _ScalarLog:

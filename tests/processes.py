@@ -18,6 +18,7 @@ import sltt
 import sltt.devices
 from sltt import distributed
 from sltt.data import Data, Splits
+from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.progress import Report
 from tests.conftest import RULES, small_network
 
@@ -27,7 +28,7 @@ TRAININGS = {
     **{name: {"rule": rule} for name, rule in RULES.items()},
     "OTTT(online)": {"rule": sltt.OTTT(decay=0.5, online=True)},
     "SLTT(k=1), clipped": {"rule": sltt.SLTT(k=1), "clip_norm": 1e-2},
-    "an empty share": {"rule": sltt.SLTT(), "batch_size": 59},
+    "a batch of one sample": {"rule": sltt.SLTT(), "batch_size": 59},
 }
 NORMED = {"SLTT": sltt.SLTT(), "BPTT": sltt.BPTT(), "SLTT(k=2)": sltt.SLTT(k=2)}
 
@@ -49,6 +50,13 @@ class Sequences(Data):
 def network(**kwargs) -> nn.Module:
     torch.manual_seed(0)
     return small_network(**kwargs)
+
+
+def standardised() -> nn.Module:
+    """A network with weight standardisation, which is done once a sequence where weights are not sharded."""
+    torch.manual_seed(0)
+    layers = nn.Unflatten(1, (1, 2, 3)), ScaledWSConv2d(1, 8, 3, 1), sltt.LIF(), nn.Flatten(), nn.Linear(48, 3)
+    return nn.Sequential(*layers).double()
 
 
 def train(run: Path, model: nn.Module, **settings) -> sltt.train.Fit:
@@ -105,6 +113,7 @@ def main(folder: Path) -> None:
         train(folder / "fsdp" / name, model, rule=rule, strategy="fsdp", clip_norm=1.0)
         accuracy = sltt.evaluate(model, Sequences(), "validation", strategy="fsdp", device="cpu").accuracy
         measured[f"fsdp {name}"] = accuracy
+    train(folder / "fsdp-standardised", standardised(), strategy="fsdp")
     train(folder / "fsdp-from-one", network(), strategy="fsdp", resume=True)
     for name, rule in NORMED.items():
         train(folder / "norm" / name, network(norm=True), rule=rule, sync_batchnorm=True)

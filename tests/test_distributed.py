@@ -17,7 +17,7 @@ from sltt.devices import make_fabric
 from sltt.interrupt import PREEMPTED
 from sltt.loading import Shares, share
 from sltt.syncnorm import SyncBatchNorm, synchronise
-from tests.processes import NORMED, SHARDED, TRAININGS, Sequences, network, train
+from tests.processes import NORMED, SHARDED, TRAININGS, Sequences, network, standardised, train
 
 ROOT = Path(__file__).parent.parent
 LONG = [sys.executable, "-m", "sltt", "train", "digits", "--devices", "2", "--device", "cpu", "--epochs", "500"]
@@ -86,6 +86,12 @@ def test_sharded_weights_train_to_the_weights_of_one_process(name, two, tmp_path
     train(tmp_path / "run", model, rule=SHARDED[name], clip_norm=1.0)
     assert_same_weights(weights(two[0] / "fsdp" / name), weights(tmp_path / "run"))
     assert two[1]["measured"][f"fsdp {name}"] == sltt.evaluate(model, Sequences(), "validation").accuracy
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_standardised_at_every_step(two, tmp_path):
+    train(tmp_path / "run", standardised())
+    assert_same_weights(weights(two[0] / "fsdp-standardised"), weights(tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -193,7 +199,13 @@ def test_sigterm_saves_and_ends_with_the_code_for_a_requeue(of_all, long_trainin
 def test_what_slurm_starts_trains_together_and_one_process_speaks(tmp_path):
     words = [*LONG[:5], "--device", "cpu", "--epochs", "1", "--model.width", "4", "--run", str(tmp_path / "run")]
     job = {"SLURM_JOB_ID": str(20000 + os.getpid() % 10000), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1"}
-    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    job |= {
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_ID": "0",
+    }
     ranks = [{"SLURM_PROCID": r, "SLURM_LOCALID": r} for r in ("0", "1")]
     processes = [start(words, cwd=tmp_path, environment={**job, **rank}) for rank in ranks]
     outs = [process.communicate(timeout=120)[0] for process in processes]
@@ -234,11 +246,14 @@ def test_shares_are_every_sample_once(samples, processes):
     batches = [list(Shares(range(samples), 8, rank, processes)) for rank in range(processes)]
     seen = []
     for b in range(math.ceil(samples / 8)):
-        size = min(8, samples - 8 * b)
+        size, weights = min(8, samples - 8 * b), 0.0
         for rank in range(processes):
-            count = share(size, rank, processes)
-            assert len(batches[rank][b]) == max(count, 1)
+            weight, count = share(size, rank, processes)
             seen += batches[rank][b][:count]
+            weights += weight
+            if size >= 2:
+                assert len(batches[rank][b]) >= 2  # for BatchNorm
+        assert weights == pytest.approx(1)
     assert sorted(seen) == list(range(samples))
 
 
@@ -254,8 +269,23 @@ def test_devices_that_make_no_sense_are_refused(arguments, message):
         make_fabric("cpu", arguments.pop("precision", 32), **arguments)
 
 
+@pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT(hoist=True), sltt.TBPTT(2, fold="auto")])
+def test_rules_that_sharded_weights_cannot_serve_are_refused(rule):
+    with pytest.raises(ValueError, match="does not run under fsdp"):
+        sltt.train._check_shardable(rule)
+    sltt.train._check_shardable(sltt.SLTT(k=2, fold=2))
+
+
+def test_a_batchnorm_of_ones_own_is_not_replaced():
+    class Own(torch.nn.BatchNorm1d):
+        pass
+
+    with pytest.raises(ValueError, match="Own"):
+        synchronise(torch.nn.Sequential(Own(3)))
+
+
 def test_numbers_that_differ_from_what_was_started_are_refused(monkeypatch):
-    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_NNODES", "2")
     with pytest.raises(ValueError, match="2 processes on 2 machines were started, but devices=3 and num_nodes=2"):

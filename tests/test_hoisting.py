@@ -145,7 +145,7 @@ def test_weights_that_a_rule_changes_in_the_middle_are_computed_anew():
     conv = ScaledWSConv2d(2, 3, 3)
     from sltt.hoisting import hoisting
 
-    with hoisting(None, grad=False):
+    with hoisting(nn.Identity(), None, grad=False):
         first = sltt.once(conv.standardised)
         assert sltt.once(conv.standardised) is first
         with torch.no_grad():

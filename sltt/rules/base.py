@@ -126,7 +126,7 @@ class Rule(ABC):
         backward = backward or Tensor.backward
         reset(model)
         try:
-            with hoisting(sequence.x if sequence.static and self.hoist else None, grad=True) as hoisted:
+            with hoisting(model, sequence.x if sequence.static and self.hoist else None, grad=True) as hoisted:
                 extra = {"update": update} if self.online else {}
                 out = self.run(model, sequence, target, loss, backward, **extra)
             hoisted.finish(backward)
@@ -174,7 +174,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     check_steps(model, x.shape[0 if sequence.static else 1])
     reset(model)
     try:
-        with hoisting(sequence.x if sequence.static else None, grad=False):
+        with hoisting(model, sequence.x if sequence.static else None, grad=False):
             return sequence.result(torch.cat([sequence.run(model, range(t, t + 1)) for t in range(sequence.steps)]))
     finally:
         reset(model)
