@@ -58,7 +58,8 @@ def make_fabric(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = started()
-    devices, num_nodes = devices or found[0], num_nodes or found[1]
+    devices = found[0] if devices is None else devices
+    num_nodes = found[1] if num_nodes is None else num_nodes
     _check(device, precision, devices, num_nodes, strategy, found)
     options: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":
