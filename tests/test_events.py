@@ -3,6 +3,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -64,6 +65,37 @@ def write_aedat3(path, recording):
     path.write_bytes(b"#!AER-DAT3.1\r\n#!END-HEADER\r\n" + packets)
 
 
+def write_aedat4(path, recording):
+    """AEDAT 4.0 without compression: a header that describes stream 0 in XML, then packets of 16 bytes an event."""
+    outline = (
+        b'<dv version="2.0"><node name="outInfo" path="/outInfo/"><node name="0" path="/outInfo/0/">'
+        b'<attr key="compression" type="string">NONE</attr><attr key="typeIdentifier" type="string">EVTS</attr>'
+        b'<node name="info" path="/outInfo/0/info/"><attr key="sizeX" type="int">128</attr>'
+        b'<attr key="sizeY" type="int">128</attr></node></node></node></dv>'
+    )
+    # flatbuffers: offset of the root, kind, table of the fields' places; then the root: compression, outline, no index
+    header = struct.pack("<I4s6x5H", 24, b"IOHE", 10, 24, 4, 12, 8) + struct.pack("<iiIq4x", 10, 0, 16, -1)
+    header += struct.pack("<I", len(outline)) + outline + b"\0"
+    content = b"#!AER-DAT4.0\r\n" + struct.pack("<I", len(header)) + header
+    fields = {"names": ["t", "x", "y", "p"], "formats": ["<i8", "<i2", "<i2", "?"], "itemsize": 16}
+    raw = np.zeros(len(recording.t), fields)
+    for name in "xytp":
+        raw[name] = getattr(recording, name)
+    for part in np.array_split(raw, 3):
+        table = struct.pack("<I4s2x3H", 16, b"EVTS", 6, 8, 4) + struct.pack("<iII", 6, 4, len(part))
+        packet = struct.pack("<I", len(table) + part.nbytes) + table + part.tobytes()
+        content += struct.pack("<II", 0, len(packet)) + packet
+    path.write_bytes(content)
+
+
+def write_dat(path, recording):
+    """Prophesee's DAT: lines of text, the type and the size of an event, then time, and x, y and polarity in bits."""
+    raw = np.empty((len(recording.t), 2), "<u4")
+    raw[:, 0] = recording.t
+    raw[:, 1] = recording.x | recording.y << 14 | recording.p << 28
+    path.write_bytes(b"% Data file containing CD events.\n% Version 2\n" + bytes([12, 8]) + raw.tobytes())
+
+
 def write_npy(path, recording):
     """tonic's DVS128 Gesture: x, y, p, and t in milliseconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,11 +133,15 @@ def cifar10dvs(root):
         (write_bin, ".bin", (34, 34), lambda p: tonic_io.read_mnist_file(str(p), np.dtype([(n, int) for n in "xytp"]))),
         (write_aedat2, ".aedat", (128, 128), None),
         (write_aedat3, ".aedat", (128, 128), None),
+        (write_aedat4, ".aedat4", (128, 128), None),
+        (write_dat, ".dat", (128, 128), None),
         (write_npy, ".npy", (128, 128), None),
     ],
-    ids=["bin", "aedat 2", "aedat 3.1", "npy"],
+    ids=["bin", "aedat 2", "aedat 3.1", "aedat 4", "dat", "npy"],
 )
 def test_recordings_are_read_as_tonic_reads_them(tmp_path, write, suffix, sensor, reference):
+    if suffix == ".aedat4":
+        pytest.importorskip("aedat", reason="tonic reads AEDAT 4 through aedat")
     expected = events(200, sensor)
     write(tmp_path / f"one{suffix}", expected)
     found = read(tmp_path / f"one{suffix}", sensor, "count", 4)
@@ -247,6 +283,9 @@ def test_a_bad_recording_is_named_and_can_be_skipped(tmp_path, plant, message, c
         ("a.npy", b"x", "cannot be read"),
         ("a.aedat", b"PK\x03\x04", "it does not begin with #!AER-"),
         ("a.aedat", b"#!AER-DAT2.0\r\n\x01\x02\x03", "truncated: the data is no multiple of the 8 bytes"),
+        ("a.dat", b"PK\x03\x04", "not a DAT file: it does not begin with"),
+        ("a.dat", b"% Version 2\n\x0c\x08\x01\x02\x03", "truncated: the data is no multiple of the 8 bytes"),
+        ("a.dat", b"% Version 2\n\x0c\x08", "no events"),
     ],
 )
 def test_a_file_of_another_format_is_named(tmp_path, name, content, message):

@@ -3,7 +3,7 @@
 A recording is four arrays of equal length: x and y in pixels, p (polarity, 0 or 1) and t in microseconds.
 """
 
-import itertools
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,8 +31,9 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
     """Read and check a recording.
 
     Args:
-        path: `.bin` as in N-MNIST, `.aedat` of version 2 or 3.1, `.aedat4`, or `.npy` with columns x, y, p, t in
-            milliseconds, as in tonic's DVS128 Gesture, or with fields x, y, t, p in microseconds.
+        path: `.bin` as in N-MNIST, `.aedat` of version 2 or 3.1, `.aedat4` (with the package aedat), `.dat` of
+            Prophesee's cameras, as in N-CARS, or `.npy` with columns x, y, p, t in milliseconds, as in tonic's DVS128
+            Gesture, or with fields x, y, t, p in microseconds.
         sensor: height and width of the camera.
         slicing: how the recording will be cut into frames.
         steps: into how many.
@@ -40,11 +41,13 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
     Raises:
         RecordingError: not readable, empty, fewer events than frames, time that runs backwards, or events outside the
             sensor.
+        ImportError: `.aedat4` without the package aedat.
     """
     readers: dict[str, Callable[[Path], Recording]] = {
         ".bin": _read_bin,
         ".aedat": _read_aedat,
         ".aedat4": _read_aedat4,
+        ".dat": _read_dat,
         ".npy": _read_npy,
     }
     reader = readers.get(path.suffix)
@@ -147,9 +150,32 @@ def _read_aedat(path: Path) -> Recording:
 def _read_aedat4(path: Path) -> Recording:
     from tonic.io import read_aedat4
 
+    if importlib.util.find_spec("aedat") is None:
+        raise ImportError(f"{path}: tonic reads AEDAT 4 through the package aedat: pip install aedat")
     events = read_aedat4(str(path))
-    names = dict(itertools.zip_longest(("t", "x", "y", "p"), events.dtype.names))
+    names = dict(zip("txyp", events.dtype.names, strict=True))  # polarity is called `on`
     return Recording(*(events[names[name]].astype(np.int64) for name in "xytp"))
+
+
+def _read_dat(path: Path) -> Recording:
+    from expelliarmus import Wizard  # tonic comes with it
+
+    with path.open("rb") as file:
+        if file.read(1) != b"%":
+            raise RecordingError("not a DAT file: it does not begin with a line of text after %")
+        file.seek(0)
+        while (line := file.readline()).startswith(b"%"):
+            pass
+        start = file.tell() - len(line) + 2  # the type of the events and their size
+    size = path.stat().st_size - start
+    if size <= 0:  # Wizard would take it for a broken file
+        return Recording(*np.zeros((4, 0), np.int64))
+    if size % 8:
+        raise RecordingError("truncated: the data is no multiple of the 8 bytes of an event")
+    events = Wizard(encoding="dat").read(str(path))
+    if events is None:
+        raise RecordingError("expelliarmus finds no events in it")
+    return Recording(*(events[name].astype(np.int64) for name in "xytp"))
 
 
 def _read_npy(path: Path) -> Recording:
