@@ -204,9 +204,9 @@ def test_two_runs_without_a_folder_get_two(tmp_path, monkeypatch):
 
 def test_a_checkpoint_within_an_epoch_by_time(tmp_path, monkeypatch):
     names = []
-    real = sltt.train.save_checkpoint
+    real = sltt.loop.save_checkpoint
     monkeypatch.setattr(
-        sltt.train, "save_checkpoint", lambda path, content: (names.append(path.name), real(path, content))
+        sltt.loop, "save_checkpoint", lambda path, content: (names.append(path.name), real(path, content))
     )
     train(tmp_path / "run", epochs=1, checkpoint_minutes=0)
     assert names == [*["last.ckpt"] * 4, "best.ckpt", "last.ckpt"]
@@ -388,7 +388,7 @@ def test_a_rules_own_generator_continues(tmp_path):
 
 def test_a_run_killed_between_its_two_checkpoints_still_knows_the_best(tmp_path, monkeypatch):
     train(tmp_path / "whole")
-    real, written = sltt.train.save_checkpoint, []
+    real, written = sltt.loop.save_checkpoint, []
 
     def dies(path, content):
         if len(written) == 1:
@@ -396,7 +396,7 @@ def test_a_run_killed_between_its_two_checkpoints_still_knows_the_best(tmp_path,
         written.append(path.name)
         real(path, content)
 
-    monkeypatch.setattr(sltt.train, "save_checkpoint", dies)
+    monkeypatch.setattr(sltt.loop, "save_checkpoint", dies)
     with pytest.raises(SystemExit):
         train(tmp_path / "part")
     monkeypatch.undo()

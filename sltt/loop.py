@@ -1,0 +1,302 @@
+"""The loop of a training: its stages, epochs, batches and checkpoints; and how a split is measured."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sltt.analysis import FiringRates, firing_rates, reset_process_peak
+from sltt.checkpoints import save_checkpoint, write_table
+from sltt.data import Splits
+from sltt.distributed import Processes, whole
+from sltt.health import check_finite, check_labels, check_weights, extreme_layers
+from sltt.interrupt import Interrupt
+from sltt.loading import EpochSampler, eval_loader, seed_batch, share, train_loader
+from sltt.losses import Loss
+from sltt.metrics import Metrics, Progress, epoch_row
+from sltt.phases import Stage, stage_at
+from sltt.progress import Report
+from sltt.rules import unroll
+from sltt.rules.base import check_input, step_loss
+from sltt.runs import BEST, LAST, METRICS
+from sltt.schedules import Schedule
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """A training in one process: what `fit` has set up, and how far it is. Arguments not said here are those of `fit`.
+
+    Args:
+        net: the model for calls under the precision of the training.
+        rates: learning rate and weight decay of each group of the optimizer at its start.
+        phased: whether the training was given in phases, whose beginnings are then printed.
+        load: gives the splits at T.
+        state: how far the training is.
+        scaled: whether a scaler of float16 finds and leaves out steps that are not finite.
+        folder: of the run.
+    """
+
+    fabric: "Fabric"
+    processes: Processes
+    model: nn.Module
+    net: Any
+    loss: Loss
+    optim: Any
+    rates: list[tuple[float, float]]
+    schedule: Schedule
+    stages: list[Stage]
+    phased: bool
+    load: Callable[[int], Splits]
+    splits: Splits
+    sampler: EpochSampler
+    state: Progress
+    epochs: int
+    batch_size: int
+    clip_norm: float | None
+    scaled: bool
+    channels_last: bool
+    seed: int
+    workers: int
+    checkpoint_minutes: float
+    folder: Path
+    config: dict[str, Any]
+    report: Report
+    loader: DataLoader[Any] | None = field(init=False, default=None)
+    saved: float = field(init=False, default_factory=time.monotonic)
+
+    def run(self) -> None:
+        """Train the epochs that are left."""
+        log = _ScalarLog(self.folder, self.state.history, self.processes)
+        with closing(log), Interrupt() as interrupt:
+            while self.state.epoch < self.epochs:
+                stage = stage_at(self.stages, self.state.epoch)
+                if self.loader is None or stage.start == self.state.epoch:
+                    self.loader = self._begin(stage)
+                training = self._epoch(stage, self.loader, interrupt)
+                self.processes.average_statistics(self.model)
+                row = self._end_epoch(training, self._validate(stage))
+                log(row)
+                self.report.row(row)
+                for warning in extreme_layers(training.layers):
+                    self.report.warn(warning)
+                interrupt.stop(int(self.processes.highest(interrupt.requested)), self.folder)
+        if self.processes.rank == 0:
+            write_table(self.folder / METRICS, self.state.history)  # also after a resume that had nothing left to train
+
+    def _begin(self, stage: Stage) -> DataLoader[Any]:
+        """The training batches of a stage, which may be in its middle."""
+        if self.phased:
+            self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}")
+        self.splits = self.load(stage.steps)
+        new = self.state.batch == 0 and self.state.epoch > 0
+        if new and stage_at(self.stages, self.state.epoch - 1).steps != stage.steps:
+            self.state.best, self.state.best_epoch = [], None  # accuracies at another T do not compare
+        pin = self.fabric.device.type == "cuda"
+        ranks = self.processes.rank, self.processes.count
+        return train_loader(self.splits, self.batch_size, self.sampler, self.workers, pin, *ranks)
+
+    def _epoch(self, stage: Stage, loader: DataLoader[Any], interrupt: Interrupt) -> Metrics:
+        """Train what is left of an epoch."""
+        state, batches = self.state, math.ceil(self.sampler.length / self.batch_size)
+        self.sampler.set_epoch(state.epoch, min(state.batch * self.batch_size, self.sampler.length))
+        began = time.monotonic() - state.seconds
+        reset_process_peak(self.fabric.device)
+        self.net.train()
+        bar = self.report.bar(f"epoch {state.epoch + 1}/{self.epochs}", batches, done=state.batch)
+        with firing_rates(self.model) as firing, bar as advance:
+            firing.load_state_dict(state.firing)
+            for x, y in loader:
+                _set_rates(self.optim, self.rates, stage, self.schedule, state.epoch + state.batch / batches)
+                try:
+                    self._batch(stage, x, y, firing)
+                except (ValueError, FloatingPointError) as error:
+                    error.add_note(f"at epoch {state.epoch + 1}, batch {state.batch + 1} of {batches}")
+                    if (self.folder / LAST).exists():
+                        error.add_note(f"the last good checkpoint is {self.folder / LAST}")
+                    raise
+                advance()
+                due = time.monotonic() - self.saved > 60 * self.checkpoint_minutes
+                if wanted := self.processes.highest(interrupt.requested or due / 2):  # a signal, or a checkpoint
+                    state.seconds = time.monotonic() - began
+                    state.firing = firing.state_dict()
+                    self._save(LAST)
+                    interrupt.stop(int(wanted), self.folder)
+        state.firing = firing.state_dict()
+        return state.metrics(self.processes, time.monotonic() - began, self.fabric.device)
+
+    def _batch(self, stage: Stage, x: Tensor, y: Tensor, firing: FiringRates) -> None:
+        """Train a batch, or this process's share of it."""
+        state, rank = self.state, self.processes.rank
+        self.optim.zero_grad()
+        size = min(self.batch_size, self.sampler.length - state.batch * self.batch_size)
+        weight, count = share(size, rank, self.processes.count)
+        stage.rule.seed(seed_batch(self.seed, state.epoch, state.batch))
+        seed_batch(self.seed, state.epoch, state.batch, rank)
+        check_labels(y, self.splits.classes)
+        if self.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
+            check_input(x)
+        x, y = _on(self.fabric, x, self.channels_last), self.fabric.to_device(y)
+        with _counting(firing, count):
+            out = stage.rule(
+                self.net,
+                x,
+                y,
+                self.loss,
+                steps=stage.steps if self.splits.static else None,
+                backward=_weighted(self.fabric, weight),
+                update=self._reduce_and_update,
+            )
+        if not stage.rule.online:
+            self._reduce()
+        check_finite(out.loss, self.model, self.optim, scaled=self.scaled)
+        if not stage.rule.online:
+            self._update()
+        state.count(out.loss, out.logits, y, count)
+
+    def _reduce(self) -> None:
+        self.processes.reduce_gradients(self.model.parameters())
+
+    def _update(self) -> None:
+        if self.clip_norm is not None:
+            # a scaler finds what is not finite by itself, and leaves the step out
+            self.fabric.clip_gradients(
+                self.net, self.optim, max_norm=self.clip_norm, error_if_nonfinite=not self.scaled
+            )
+        self.optim.step()
+        self.optim.zero_grad()
+
+    def _reduce_and_update(self) -> None:
+        self._reduce()
+        self._update()
+
+    def _validate(self, stage: Stage) -> Metrics | None:
+        if self.splits.validation is None:
+            return None
+        ranks = self.processes.rank, self.processes.count
+        loader = eval_loader(self.splits.validation, self.splits, self.batch_size, self.workers, *ranks)
+        return measure(self.fabric, self.net, loader, self.splits, self.loss, stage.steps, self.channels_last)
+
+    def _end_epoch(self, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
+        """Save an epoch; returns its row in the table of metrics."""
+        row = epoch_row(self.state.epoch + 1, self.optim, training, validation)
+        # the best before the last: that one says that there is a best
+        self._save(*[BEST] * self.state.end_epoch(row, validation), LAST)
+        if self.processes.rank == 0:
+            write_table(self.folder / METRICS, self.state.history)
+        return row
+
+    def _save(self, *names: str) -> None:
+        check_weights(self.model)
+        self.processes.average_statistics(self.model)
+        content = {
+            "model": whole(self.model.state_dict()),
+            "optimizer": whole(self.optim.state_dict()),
+            "scaler": self.fabric.strategy.precision.state_dict(),
+            "rules": [stage.rule.state_dict() for stage in self.stages],
+            "progress": vars(self.state.summed(self.processes)),
+            "fingerprint": self.splits.fingerprint,
+            "config": self.config,
+        }
+        for name in names if self.processes.rank == 0 else ():
+            save_checkpoint(self.folder / name, content)
+        self.processes.wait()  # a process that went on might end, and its launcher the first one while it writes
+        self.saved = time.monotonic()
+
+
+def measure(
+    fabric: "Fabric", net: Any, loader: DataLoader[Any], splits: Splits, loss: Loss, steps: int, channels_last: bool
+) -> Metrics:
+    """Run a network over the batches of a split, in evaluation mode and without a graph."""
+    processes = Processes(fabric)
+    batches: Any = loader.batch_sampler
+    state = Progress()
+    began = time.monotonic()
+    reset_process_peak(fabric.device)
+    training = net.training
+    net.eval()
+    try:
+        with firing_rates(net.module) as firing, torch.no_grad():
+            for x, y in loader:
+                x, y = _on(fabric, x, channels_last), fabric.to_device(y)
+                size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
+                _, count = share(size, processes.rank, processes.count)
+                with _counting(firing, count):
+                    logits = unroll(net, x, steps=steps if splits.static else None)
+                value = torch.stack([step_loss(loss, o, y) for o in logits]).mean()
+                state.count(value, logits, y, count)
+    finally:
+        net.train(training)
+    state.firing = firing.state_dict()
+    return state.metrics(processes, time.monotonic() - began, fabric.device)
+
+
+@contextmanager
+def _counting(firing: FiringRates, samples: int) -> Iterator[None]:
+    """Let the spikes in this block count, unless another process counts those samples."""
+    before = None if samples else firing.state_dict()
+    yield
+    if before is not None:
+        firing.load_state_dict(before)
+
+
+def _on(fabric: "Fabric", x: Tensor, channels_last: bool) -> Tensor:
+    """An input on the device; images channels-last if asked for: [B, C, H, W], or [T, B, C, H, W] step by step."""
+    x = fabric.to_device(x)
+    if channels_last and x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if channels_last and x.ndim == 5:
+        return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+    return x
+
+
+def _weighted(fabric: "Fabric", weight: float) -> Callable[[Tensor], None]:
+    """Backward of a process's mean loss, such that the gradients of all processes add up to that of the batch.
+
+    `weight` is that of `share`.
+    """
+    return lambda value: fabric.backward(value * weight)
+
+
+def _set_rates(
+    optim: torch.optim.Optimizer, first: list[tuple[float, float]], stage: Stage, schedule: Schedule, epoch: float
+) -> None:
+    """Set learning rate and weight decay at `epoch`, a fraction in the middle of one; `first` are the optimizer's."""
+    start, stop = stage.span
+    factor = schedule.factor(epoch - start, stop - start)
+    for group, (lr, weight_decay) in zip(optim.param_groups, first, strict=True):
+        group["lr"] = factor * (lr if stage.lr is None else stage.lr)
+        if "weight_decay" in group:
+            group["weight_decay"] = weight_decay if stage.weight_decay is None else stage.weight_decay
+
+
+class _ScalarLog:
+    """TensorBoard's writer, in the first process; a resumed run logs anew what its checkpoint says was trained."""
+
+    def __init__(self, run: Path, history: list[dict[str, Any]], processes: Processes):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=0) if processes.rank == 0 else None
+        for row in history:
+            self(row)
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        for key, value in row.items():
+            if value is not None:
+                self._writer.add_scalar(key, value, row["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
