@@ -41,6 +41,7 @@ RULES = {
     "SLTT(k=1)": sltt.SLTT(k=1),
     "OTTT": sltt.OTTT(decay=0.5),
     "RateBased": sltt.RateBased(),
+    "RateBased(steady)": sltt.RateBased(steady=True),
     "Mixed": sltt.Mixed({"*[12]": "all"}),  # the first neurons of the networks in the tests
     "Mixed(default=2)": sltt.Mixed({"*[12]": 3}, default=2),
     "SLTT(k=2, rescale)": sltt.SLTT(k=2, rescale=True),

@@ -11,6 +11,7 @@ from tests.conftest import batch, gradients, small_network
 
 LOSS = sltt.losses.CrossEntropyMSE()
 RULE = sltt.RateBased()
+STEADY = sltt.RateBased(steady=True)
 SETTINGS = {
     "soft": {},
     "soft, detached": {"detach_reset": True},
@@ -361,3 +362,77 @@ def test_networks_that_it_does_not_know_are_refused(model, message):
     with pytest.raises(ValueError, match=message):
         RULE(model, x, y, LOSS)
     assert all("forward" not in vars(m) for m in model.modules())
+
+
+def steady_by_hand(model, x, y):
+    """As `by_hand`, with the mean current in every step: layer by layer, without the steps of the network."""
+    first, _, lif1, second, lif2, third = model
+    with torch.no_grad():
+        rates, slopes = [x.mean(0)], []
+        for linear, lif in ((first, lif1), (second, lif2)):
+            rate, slope = by_equations(lif, [linear(rates[-1])] * len(x))
+            rates.append(rate)
+            slopes.append(slope)
+    logits = third(rates[-1]).detach().requires_grad_()
+    loss = LOSS(logits, y)
+    (error,) = torch.autograd.grad(loss, logits)
+    grads = []
+    for linear, rate, slope in zip((third, second, first), rates[::-1], [*slopes[::-1], None], strict=True):
+        grads = [(error.T @ rate).flatten(), error.sum(0), *grads]
+        error = error @ linear.weight if slope is None else (error @ linear.weight) * slope
+    return torch.cat(grads), loss.detach()
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_steady_is_the_equations_under_the_mean_current(settings):
+    model = network(lambda: sltt.LIF(tau=2.0, **settings))
+    x, y = batch(steps=6)
+    found, out = gradients(model, STEADY, x, y)
+    expected, loss = steady_by_hand(model, x, y)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(out.loss, loss)
+    assert out.logits.shape == (6, 5, 3)
+    assert not torch.allclose(found, gradients(model, RULE, x, y)[0])
+
+
+@pytest.mark.parametrize("make", [sltt.IF, sltt.LIF, sltt.PLIF])
+def test_steady_is_exact_where_the_current_is(make):
+    model = nn.Sequential(nn.Linear(6, 8), make(), nn.Linear(8, 3)).double()
+    model[0].weight.data.mul_(3)
+    x, y = batch(steps=1)
+    found, expected = copy.deepcopy(model), copy.deepcopy(model)
+    a = STEADY(found, x[0], y, LOSS, steps=5)
+    b = RULE(expected, x[0], y, LOSS, steps=5)
+    torch.testing.assert_close(a.loss, b.loss)
+    for p, q in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_steady_with_one_step_is_bptt_with_batch_norm(neuron):
+    model = small_network(neuron, norm=True)
+    x, y = batch(steps=1)
+    torch.testing.assert_close(gradients(model, STEADY, x, y)[0], gradients(model, sltt.BPTT(), x, y)[0])
+
+
+def test_steady_runs_the_layers_once_and_hooks_see_the_spikes_of_all_steps():
+    model, seen, calls = network(sltt.LIF), [], []
+    model[2].register_forward_hook(lambda module, inputs, s: seen.append(s.clone()))
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    x, y = batch(steps=6)
+    STEADY(model, x, y, LOSS)
+    assert len(calls) == 1
+    assert len(seen) == 6
+    assert set(torch.stack(seen).unique().tolist()) == {0.0, 1.0}
+    assert len(model[2]._forward_hooks) == 1
+    assert "forward" not in vars(model[2])
+
+
+def test_steady_with_a_neuron_module_in_two_places():
+    neuron = sltt.LIF(tau=2.0)
+    shared = nn.Sequential(nn.Linear(6, 6), neuron, nn.Linear(6, 6), neuron, nn.Linear(6, 3)).double()
+    apart = copy.deepcopy(shared)
+    apart[3] = copy.deepcopy(neuron)
+    x, y = batch(steps=4)
+    torch.testing.assert_close(gradients(shared, STEADY, x, y)[0], gradients(apart, STEADY, x, y)[0])
+    with pytest.raises(ValueError, match="ran 2 times in 1 time steps"):
+        RULE(shared, x, y, LOSS)

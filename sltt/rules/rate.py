@@ -1,7 +1,8 @@
-"""Rate-based backpropagation: T steps without a graph, then one pass over firing rates with one."""
+"""Rate-based backpropagation: one pass over firing rates, recorded in T steps without a graph or made on the way."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,16 +45,43 @@ class RateBased(Rule):
     the mask of the T steps. A learnable λ (PLIF) gets ∂r/∂λ by the same recursion, with v[t−1] − v_r for the 1.
     Forward hooks on neurons see the T steps only.
 
+    With `steady`, the T steps of the network are left out. In the rate pass each neuron layer runs its own T steps
+    under the mean current c, as if that were the current of every step, and r and (2) are of those: exact for the first
+    neurons under a static image, while further up spikes really come unevenly. Convolutions run once however large T
+    is, so a batch costs about what a ReLU network does, and the rates have T + 1 levels to learn from. `Output.logits`
+    are those of the rate pass, T times; BatchNorm is that of the mean currents, which vary less than those of a step.
+    Weights learned so are a start for another rule in a later phase of the training, as those of an analog network are
+    in hybrid training (Rathi et al. 2020, arXiv 2005.01807).
+
+    Args:
+        steady: take the current of each neuron as the same in all steps.
+
     Raises:
-        ValueError: when called, a module with a state that is not of `sltt.neurons`, a neuron or BatchNorm that is
-            not used exactly once in every step, a neuron or BatchNorm with a forward of its own (SyncBatchNorm), or
-            PyTorch's own dropout, whose mask changes at every step.
+        ValueError: when called, a module with a state that is not of `sltt.neurons`. Without `steady` also a neuron or
+            BatchNorm that is not used exactly once in every step, BatchNorm with a forward of its own (SyncBatchNorm),
+            or PyTorch's own dropout, whose mask changes at every step.
 
     Source: Yu et al., NeurIPS 2024 (arXiv 2410.11488); (3) to (5) as in the authors' code
     (github.com/Tab-ct/rate-based-backpropagation, model/layer.py), where V_th = 1 and v_r = 0.
     """
 
+    def __init__(self, steady: bool = False):
+        super().__init__()
+        self.steady = steady
+
     def run(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
+        return (self._run_steady if self.steady else self._run_recorded)(model, sequence, target, loss, backward)
+
+    def _run_steady(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
+        with _rate_pass(_neuron_layers(model), sequence.steps):
+            logits = _mean_input(sequence).run(model, range(1))[0]
+        value = step_loss(loss, logits, target)
+        backward(value)
+        return Output(value.detach(), logits.detach().expand(sequence.steps, *logits.shape))
+
+    def _run_recorded(
+        self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward
+    ) -> Output:
         with _recording(model) as layers:
             outputs = []
             with torch.no_grad():
@@ -121,6 +149,20 @@ class _NeuronLayer(_Layer):
         self.constants = Step(decay=None if isinstance(decay, Tensor) else decay, **module._constants())
         self.spikes: Tensor | None = None
         self.by_input, self.by_decay = Trace(self.constants), Trace(self.constants)
+
+    def steady(self, x: Tensor, steps: int, hooks: dict[int, Any]) -> Tensor:
+        """The layer in a rate pass without steps before: so many under x itself, which the hooks see, then the rate."""
+        self.calls = 0
+        self.by_input, self.by_decay = Trace(self.constants), Trace(self.constants)  # of this call of the module
+        module, forward = self.module, self.module.forward
+        module._forward_hooks.update(hooks)
+        module.forward = self.step
+        with torch.no_grad():
+            for _ in range(steps):
+                module(x)
+        module.forward = forward
+        module._forward_hooks.clear()
+        return self.rate(x)
 
     def step(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -192,20 +234,26 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
 
 
-def _layers(model: nn.Module) -> list[_Layer]:
-    """The layers that gather; raises ValueError naming a module that the rate pass cannot run."""
-    layers: list[_Layer] = []
+def _neuron_layers(model: nn.Module) -> list[_NeuronLayer]:
+    """The layers of neurons; raises ValueError naming a module with a state that the rate pass cannot run."""
+    layers: list[_NeuronLayer] = []
     for name, module in model.named_modules():
-        own = "forward" in vars(module)
-        if isinstance(module, Neuron) and type(module).forward is Neuron.forward and not own:
+        if isinstance(module, Neuron) and type(module).forward is Neuron.forward and "forward" not in vars(module):
             layers.append(_NeuronLayer(name, module))
         elif _keeps_state(module):
             raise ValueError(
                 f"RateBased knows the derivative of the neurons in sltt.neurons, not of {name} "
                 f"({type(module).__name__}), which keeps a state in a way of its own: use SLTT"
             )
-        elif isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            if type(module).forward is not _BatchNorm.forward or own:
+    return layers
+
+
+def _norm_layers(model: nn.Module) -> list[_NormLayer]:
+    """BatchNorm on batch statistics; raises ValueError naming a module that changes over T steps in another way."""
+    layers: list[_NormLayer] = []
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            if type(module).forward is not _BatchNorm.forward or "forward" in vars(module):
                 raise ValueError(
                     f"RateBased knows PyTorch's plain BatchNorm, not {name} ({type(module).__name__}): use "
                     "that, or SLTT"
@@ -229,7 +277,7 @@ def _keeps_state(module: nn.Module) -> bool:
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[list[_Layer]]:
     """Inside this block, layers gather what the rate pass needs."""
-    layers = _layers(model)
+    layers = [*_neuron_layers(model), *_norm_layers(model)]
     for layer in layers:
         layer.module.forward = layer.step  # an attribute of the instance, in front of the method
     try:
@@ -240,15 +288,22 @@ def _recording(model: nn.Module) -> Iterator[list[_Layer]]:
 
 
 @contextmanager
-def _rate_pass(layers: list[_Layer]) -> Iterator[None]:
-    """Inside this block, layers run the rate pass, without the hooks of neurons: those are there for spikes."""
-    hooks = [(m, m._forward_hooks.copy()) for m in (layer.module for layer in layers) if isinstance(m, Neuron)]
+def _rate_pass(layers: Collection[_Layer], steady: int = 0) -> Iterator[None]:
+    """Inside this block, layers run the rate pass, without the hooks of neurons: those are there for spikes.
+
+    With `steady` time steps, neurons make those spikes in it.
+    """
+    hooks = [(layer, layer.module._forward_hooks.copy()) for layer in layers if isinstance(layer, _NeuronLayer)]
     try:
         for layer in layers:
             layer.module.forward = layer.rate
-        for module, _ in hooks:
-            module._forward_hooks.clear()
+        for layer, of_spikes in hooks:
+            layer.module._forward_hooks.clear()
+            if steady:
+                layer.module.forward = partial(layer.steady, steps=steady, hooks=of_spikes)
         yield
     finally:
-        for module, before in hooks:
-            module._forward_hooks.update(before)
+        for layer in layers:
+            vars(layer.module).pop("forward", None)
+        for layer, of_spikes in hooks:
+            layer.module._forward_hooks.update(of_spikes)
