@@ -38,7 +38,7 @@ class Loop:
 
     Args:
         net: the model for calls under the precision of the training.
-        rates: learning rate and weight decay of each group of the optimizer at its start.
+        initial: learning rate and weight decay of each group of the optimizer at its start.
         phased: whether the training was given in phases, whose beginnings are then printed.
         load: gives the splits at T.
         state: how far the training is.
@@ -52,7 +52,7 @@ class Loop:
     net: Any
     loss: Loss
     optim: Any
-    rates: list[tuple[float, float]]
+    initial: list[tuple[float, float]]
     schedule: Schedule
     stages: list[Stage]
     phased: bool
@@ -94,7 +94,7 @@ class Loop:
             write_table(self.folder / METRICS, self.state.history)  # also after a resume that had nothing left to train
 
     def _begin(self, stage: Stage) -> DataLoader[Any]:
-        """The training batches of a stage, which may be in its middle."""
+        """The training batches of a stage, which may be in its middle; at another T, the best epoch is sought anew."""
         if self.phased:
             self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}")
         self.splits = self.load(stage.steps)
@@ -116,7 +116,7 @@ class Loop:
         with firing_rates(self.model) as firing, bar as advance:
             firing.load_state_dict(state.firing)
             for x, y in loader:
-                _set_rates(self.optim, self.rates, stage, self.schedule, state.epoch + state.batch / batches)
+                _set_rates(self.optim, self.initial, stage, self.schedule, state.epoch + state.batch / batches)
                 try:
                     self._batch(stage, x, y, firing)
                 except (ValueError, FloatingPointError) as error:
@@ -268,12 +268,12 @@ def _weighted(fabric: "Fabric", weight: float) -> Callable[[Tensor], None]:
 
 
 def _set_rates(
-    optim: torch.optim.Optimizer, first: list[tuple[float, float]], stage: Stage, schedule: Schedule, epoch: float
+    optim: torch.optim.Optimizer, initial: list[tuple[float, float]], stage: Stage, schedule: Schedule, epoch: float
 ) -> None:
-    """Set learning rate and weight decay at `epoch`, a fraction in the middle of one; `first` are the optimizer's."""
+    """Set learning rate and weight decay at `epoch`, a fraction in the middle of one; `initial` are the optimizer's."""
     start, stop = stage.span
     factor = schedule.factor(epoch - start, stop - start)
-    for group, (lr, weight_decay) in zip(optim.param_groups, first, strict=True):
+    for group, (lr, weight_decay) in zip(optim.param_groups, initial, strict=True):
         group["lr"] = factor * (lr if stage.lr is None else stage.lr)
         if "weight_decay" in group:
             group["weight_decay"] = weight_decay if stage.weight_decay is None else stage.weight_decay

@@ -100,7 +100,7 @@ class Neuron(Stateful):
         """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
         fold = current_fold()
         first = x[: len(x) // fold.steps] if fold.steps > 1 else x
-        dtype = x.dtype if self.half_state else torch.promote_types(x.dtype, torch.float32)
+        dtype = self.state_type(x)
         if self.v is None:
             self.v = torch.full_like(first, self.v_reset or 0.0, dtype=dtype)
         else:
@@ -126,6 +126,10 @@ class Neuron(Stateful):
         step = Step(decay=None if learnable else decay, **self._constants())
         spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, fold.steps, fold.cut)
         return spikes
+
+    def state_type(self, x: Tensor) -> torch.dtype:
+        """The type of the membrane potential for an input x."""
+        return x.dtype if self.half_state else torch.promote_types(x.dtype, torch.float32)
 
     def _plain_steps(self, x: Tensor, dtype: torch.dtype, decay: float | Tensor, fold: Fold) -> Tensor:
         """In one graph with the layers around: the plain step, which they differentiate and fuse themselves."""

@@ -159,7 +159,7 @@ def fit(
             net=net,
             loss=_on_device(loss, fabric),
             optim=optim,
-            rates=[(group["lr"], group.get("weight_decay", 0.0)) for group in optim.param_groups],
+            initial=[(group["lr"], group.get("weight_decay", 0.0)) for group in optim.param_groups],
             schedule=schedule,
             stages=stages,
             phased=bool(phases),

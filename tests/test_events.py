@@ -286,6 +286,7 @@ def test_a_bad_recording_is_named_and_can_be_skipped(tmp_path, plant, message, c
         ("a.dat", b"PK\x03\x04", "not a DAT file: it does not begin with"),
         ("a.dat", b"% Version 2\n\x0c\x08\x01\x02\x03", "truncated: the data is no multiple of the 8 bytes"),
         ("a.dat", b"% Version 2\n\x0c\x08", "no events"),
+        ("a.dat", b"% Version 2\n\x0e\x08" + bytes(16), "events of type 14 in 8 bytes, expected type 0 or 12"),
     ],
 )
 def test_a_file_of_another_format_is_named(tmp_path, name, content, message):

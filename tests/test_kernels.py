@@ -165,6 +165,60 @@ def test_several_steps_in_a_call_equal_single_ones(size, learnable, constants, c
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 4, 11])
+@pytest.mark.parametrize("learnable", [False, True], ids=["constant", "learnable"])
+@pytest.mark.parametrize("constants", CONSTANTS, ids=str)
+def test_steps_under_a_steady_current_equal_the_plain_ones(constants, learnable, steps):
+    with kernels.using(compile="off"):
+        check_steady(constants, learnable, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("constants", "learnable"), [(CONSTANTS[0], True), (CONSTANTS[1], False), (CONSTANTS[7], False)], ids=str
+)
+def test_compiled_steps_under_a_steady_current_equal_the_plain_ones(constants, learnable):
+    if problem := kernels.compiler_problem(torch.device("cpu")):
+        pytest.skip(problem)
+    with kernels.using(compile="on"):
+        check_steady(constants, learnable, 9)
+
+
+def check_steady(constants, learnable, steps):
+    """Each neuron's derivative of its count of spikes is the gradient, through time, of their sum."""
+    constants = {"v_threshold": 0.8, "surrogate": SURROGATES[0], **constants}
+    for n in SIZES:
+        x = (1.5 * torch.randn(n, dtype=torch.float64)).requires_grad_()
+        decay = torch.full_like(x, 0.6).requires_grad_()
+        v, spikes = torch.full_like(x, constants["v_reset"] or 0.0), []
+        for _ in range(steps):
+            s, v = lif_step(v, x, decay=decay, **constants)
+            spikes.append(s)
+        count = sum(spikes)
+        by_input, by_decay = torch.autograd.grad(count.sum(), (x, decay))
+        step = kernels.Step(decay=None if learnable else 0.6, **constants)
+        rate = torch.tensor(0.6, dtype=torch.float64) if learnable else None
+        seen = []
+        found = kernels.steady_steps(step, x.detach(), steps, torch.float64, rate, seen.append)
+        assert torch.equal(found.count, count)
+        assert torch.equal(torch.cat(seen), torch.cat(spikes))
+        torch.testing.assert_close(found.by_input, by_input, rtol=1e-10, atol=1e-12)
+        assert (found.by_decay is None) != learnable
+        if learnable:
+            torch.testing.assert_close(found.by_decay, by_decay, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_steps_under_a_steady_current_in_any_memory_format(layout, compile_mode):
+    step = kernels.Step(decay=0.5, v_threshold=1.0, surrogate=SURROGATES[0], **CONSTANTS[0])
+    x = layouts()[layout]
+    seen = []
+    found, expected = (kernels.steady_steps(step, c, 3, torch.float32, see=seen.append) for c in (x, x.contiguous()))
+    torch.testing.assert_close(found.count, expected.count)
+    torch.testing.assert_close(found.by_input, expected.by_input)
+    assert torch.equal(*seen)
+
+
 def test_without_a_graph_nothing_is_saved_or_packed():
     neuron = sltt.LIF()
     x = torch.randn(4, 4096, requires_grad=True)

@@ -415,16 +415,66 @@ def test_steady_with_one_step_is_bptt_with_batch_norm(neuron):
 
 
 def test_steady_runs_the_layers_once_and_hooks_see_the_spikes_of_all_steps():
-    model, seen, calls = network(sltt.LIF), [], []
-    model[2].register_forward_hook(lambda module, inputs, s: seen.append(s.clone()))
+    model, seen, calls, inputs = network(sltt.LIF), [], [], []
+    model[2].register_forward_hook(lambda module, inputs, s: seen.append(s))
+    model[2].register_forward_pre_hook(lambda module, args: inputs.append(args))
     model[0].register_forward_hook(lambda *_: calls.append(1))
-    x, y = batch(steps=6)
-    STEADY(model, x, y, LOSS)
-    assert len(calls) == 1
-    assert len(seen) == 6
-    assert set(torch.stack(seen).unique().tolist()) == {0.0, 1.0}
-    assert len(model[2]._forward_hooks) == 1
+    x, y = batch(steps=11)
+    with sltt.analysis.firing_rates(model) as rates:
+        STEADY(model, x, y, LOSS)
+    assert len(calls) == len(inputs) == 1
+    assert [s.shape for s in seen] == [(4 * 5, 8), (4 * 5, 8), (3 * 5, 8)]
+    spikes = torch.cat(seen)
+    assert set(spikes.unique().tolist()) == {0.0, 1.0}
+    assert rates.by_layer()["2"] == pytest.approx(spikes.mean().item())
+    assert len(model[2]._forward_hooks) == len(model[2]._forward_pre_hooks) == 1
     assert "forward" not in vars(model[2])
+
+
+def test_a_hook_that_removes_itself_stays_away_from_steady():
+    model, seen = network(sltt.LIF), []
+
+    def once(module, inputs, s):
+        seen.append(s)
+        handle.remove()
+
+    handle = model[2].register_forward_hook(once)
+    x, y = batch(steps=3)
+    for _ in range(2):
+        STEADY(model, x, y, LOSS)
+    assert len(seen) == 1
+
+
+def test_steady_refuses_a_hook_that_changes_the_spikes():
+    model = network(sltt.LIF)
+    model[2].register_forward_hook(lambda module, inputs, s: s * 0)
+    x, y = batch(steps=3)
+    with pytest.raises(ValueError, match="no spikes from a forward hook"):
+        STEADY(model, x, y, LOSS)
+    assert len(model[2]._forward_hooks) == 1
+    assert all("forward" not in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("rule", [RULE, STEADY], ids=repr)
+def test_sums_over_many_steps_do_not_stand_still_in_16_bits(rule):
+    model = nn.Sequential(sltt.IF(half_state=True), nn.Linear(4, 2)).to(torch.bfloat16)
+    x = torch.full((3, 4), 1.5, dtype=torch.bfloat16)  # a spike in every step
+    seen = []
+    model[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    rule(model, x, torch.tensor([0, 1, 0]), lambda logits, y: LOSS(logits.float(), y), steps=400)
+    assert torch.equal(seen[-1], torch.ones(3, 4, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("rule", [RULE, STEADY], ids=repr)
+def test_a_decay_of_one_element(rule):
+    class Own(sltt.PLIF):
+        def decay(self):
+            return super().decay().reshape(1)
+
+    x, y = batch(steps=3)
+    own, plain = network(lambda: Own(tau=2.0)), network(lambda: sltt.PLIF(tau=2.0))
+    plain.load_state_dict(own.state_dict())
+    torch.testing.assert_close(gradients(own, rule, x, y)[0], gradients(plain, rule, x, y)[0])
 
 
 def test_steady_with_a_neuron_module_in_two_places():

@@ -45,7 +45,8 @@ class FiringRates:
     def _hook(self, name: str) -> Any:
         def count(module: nn.Module, inputs: Any, output: Any) -> None:
             spikes: Tensor = output[0] if isinstance(output, tuple) else output  # other libraries give the state too
-            self._spikes[name] += torch.count_nonzero(spikes.detach())
+            # as booleans, since PyTorch counts floating-point numbers one by one
+            self._spikes[name] += torch.count_nonzero(spikes.detach().bool())
             self._count[name] += spikes.numel()
 
         return count

@@ -166,7 +166,9 @@ def _read_dat(path: Path) -> Recording:
         file.seek(0)
         while (line := file.readline()).startswith(b"%"):
             pass
-        start = file.tell() - len(line) + 2  # the type of the events and their size
+        kind, start = line[:2], file.tell() - len(line) + 2
+    if kind and kind not in (b"\x00\x08", b"\x0c\x08"):  # two kinds of change in brightness, in 8 bytes each
+        raise RecordingError(f"holds events of type {kind[0]} in {kind[-1]} bytes, expected type 0 or 12 in 8")
     size = path.stat().st_size - start
     if size <= 0:  # Wizard would take it for a broken file
         return Recording(*np.zeros((4, 0), np.int64))

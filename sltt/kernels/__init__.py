@@ -8,6 +8,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 
 from sltt.kernels.norm import stepwise_batch_norm
 from sltt.kernels.options import Compile, compiler_problem, using
+from sltt.kernels.steady import steady_steps
 from sltt.kernels.step import Step, neuron_step
 from sltt.kernels.tags import release, saving, tag_dropped
 from sltt.kernels.trace import Trace
@@ -20,6 +21,7 @@ __all__ = [
     "neuron_step",
     "release",
     "saving",
+    "steady_steps",
     "stepwise_batch_norm",
     "tag_dropped",
     "using",

@@ -86,7 +86,7 @@ def _run(
     step: Step, v: Tensor, x: Tensor, decay: Tensor | None, steps: int, keep: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Spikes, the last v, and if asked to `keep` it what the backward needs of each step: v, or u for a hard reset."""
-    if not _dense(_unfold(x, steps)[0]):
+    if not dense(_unfold(x, steps)[0]):
         x = x.contiguous()
     xs = _unfold(x, steps)
     if v.stride() != xs[0].stride():
@@ -219,7 +219,7 @@ def _decay_gradient(
     return total.to(decay.dtype).reshape(decay.shape)
 
 
-def _dense(x: Tensor) -> bool:
+def dense(x: Tensor) -> bool:
     """Whether x's elements fill a stretch of memory without gaps or overlaps, in any order."""
     return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 

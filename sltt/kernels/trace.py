@@ -1,6 +1,7 @@
 """The derivative of a neuron's firing rate with respect to a constant added to its input, gathered step by step."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,16 +34,28 @@ class Trace:
             source: ∂u/∂c; None for c that is added to the input.
         """
         if self._total is None or self._carried is None:
-            self._total, self._carried = torch.zeros_like(kept), torch.zeros_like(kept)
+            sums = torch.promote_types(kept.dtype, torch.float32)  # in 16 bits, a long sum would stand still
+            self._total, self._carried = torch.zeros_like(kept, dtype=sums), torch.zeros_like(kept)
         elif self._total.stride() != kept.stride():
-            self._total, self._carried = (torch.empty_like(kept).copy_(t) for t in (self._total, self._carried))
+            of_memory = (torch.empty_like(kept, dtype=t.dtype).copy_(t) for t in (self._total, self._carried))
+            self._total, self._carried = of_memory
         self._add(self._total, self._carried, kept, s, decay, source)
 
-    def mean(self, steps: int) -> Tensor:
-        """The total over a number of time steps; no step is added after."""
+    def take(self) -> Tensor:
+        """The total; no step is added after."""
         assert self._total is not None
-        self._carried = None
-        return self._total.div_(steps)
+        total, self._total, self._carried = self._total, None, None
+        return total
+
+
+def follow(step: Step, f: Any, kept: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """∂s/∂u f and g = ∂v/∂u f of a step."""
+    soft = step.v_reset is None
+    fires = f * step.surrogate.derivative(kept - step.v_threshold * (1 - s) if soft else kept - step.v_threshold)
+    stays = f if soft else f * (1 - s)
+    if not step.detach_reset:
+        stays = stays - fires * (step.v_threshold if step.v_reset is None else kept - step.v_reset)
+    return fires, stays
 
 
 @functools.lru_cache(maxsize=64)
@@ -53,14 +66,8 @@ def _kernel(step: Step) -> Kernel:
         rate = step.decay if decay is None else decay
         assert rate is not None
         gain = (1 - rate if step.decay_input else 1.0) if source is None else source
-        s = s.to(kept.dtype)
-        f = rate * carried + gain
-        soft = step.v_reset is None
-        fires = f * step.surrogate.derivative(kept - step.v_threshold * (1 - s) if soft else kept - step.v_threshold)
+        fires, stays = follow(step, rate * carried + gain, kept, s.to(kept.dtype))
         total.add_(fires)
-        stays = f if soft else f * (1 - s)
-        if not step.detach_reset:
-            stays = stays - fires * (step.v_threshold if step.v_reset is None else kept - step.v_reset)
         carried.copy_(stays)
 
     return Kernel(add)

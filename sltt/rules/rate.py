@@ -1,5 +1,6 @@
 """Rate-based backpropagation: one pass over firing rates, recorded in T steps without a graph or made on the way."""
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from sltt.dropout import Dropout
-from sltt.kernels import Step, Trace
+from sltt.kernels import Step, Trace, steady_steps
 from sltt.neurons import Neuron
 from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
 from sltt.state import Stateful, state_names
@@ -50,6 +51,7 @@ class RateBased(Rule):
     neurons under a static image, while further up spikes really come unevenly. Convolutions run once however large T
     is, so a batch costs about what a ReLU network does, and the rates have T + 1 levels to learn from. `Output.logits`
     are those of the rate pass, T times; BatchNorm is that of the mean currents, which vary less than those of a step.
+    Forward hooks on neurons see the spikes of up to 4 steps in a call, [n·B, ...], and cannot change them.
     Weights learned so are a start for another rule in a later phase of the training, as those of an analog network are
     in hybrid training (Rathi et al. 2020, arXiv 2005.01807).
 
@@ -151,18 +153,13 @@ class _NeuronLayer(_Layer):
         self.by_input, self.by_decay = Trace(self.constants), Trace(self.constants)
 
     def steady(self, x: Tensor, steps: int, hooks: dict[int, Any]) -> Tensor:
-        """The layer in a rate pass without steps before: so many under x itself, which the hooks see, then the rate."""
-        self.calls = 0
-        self.by_input, self.by_decay = Trace(self.constants), Trace(self.constants)  # of this call of the module
-        module, forward = self.module, self.module.forward
-        module._forward_hooks.update(hooks)
-        module.forward = self.step
+        """The layer in a rate pass without steps before: so many under x itself, whose spikes the hooks see."""
+        module, decay = self.module, self.module.decay()
+        dtype, rate = module.state_type(x), decay.detach() if self.learnable else None
+        see = (lambda spikes: _show(module, x, spikes, hooks)) if hooks else None
         with torch.no_grad():
-            for _ in range(steps):
-                module(x)
-        module.forward = forward
-        module._forward_hooks.clear()
-        return self.rate(x)
+            found = steady_steps(self.constants, x, steps, dtype, rate, see)
+        return _rate(x, decay, found.count, found.by_input, found.by_decay, steps)
 
     def step(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -179,18 +176,62 @@ class _NeuronLayer(_Layer):
         if self.learnable:
             moved = before - (constants.v_reset or 0.0) - (current if constants.decay_input else 0.0)
             self.by_decay.add(kept, s, tensor, torch.empty_like(after).copy_(moved))
-        self.spikes = s.to(after.dtype, copy=True) if self.spikes is None else self.spikes.add_(s)
+        sums = torch.promote_types(after.dtype, torch.float32)
+        self.spikes = s.to(sums, copy=True) if self.spikes is None else self.spikes.add_(s)
         return s
 
     def rate(self, x: Tensor) -> Tensor:
         if self.spikes is None:
             raise ValueError(f"{self.name} does not run in the time steps as it does on their mean input: use SLTT")
         self.module.reset()  # what the T steps left goes, layer by layer
-        drive = x * self.by_input.mean(self.calls)
-        if self.learnable:
-            drive = drive + self.module.decay() * self.by_decay.mean(self.calls)
-        rate, self.spikes = self.spikes.div_(self.calls), None
-        return _with_value(rate.to(x.dtype), drive)
+        count, self.spikes = self.spikes, None
+        by_decay = self.by_decay.take() if self.learnable else None
+        return _rate(x, self.module.decay(), count, self.by_input.take(), by_decay, self.calls)
+
+
+def _show(module: nn.Module, x: Tensor, spikes: Tensor, hooks: dict[int, Any]) -> None:
+    """Call the forward hooks of a neuron layer, which may remove themselves, on spikes that it made in another way."""
+    forward, before = module.forward, module._forward_pre_hooks
+    module._forward_hooks.update(hooks)
+    module._forward_pre_hooks = OrderedDict()  # they have run
+    module.forward = lambda _: spikes
+    try:
+        changed = module(x) is not spikes
+        hooks.clear()
+        hooks.update(module._forward_hooks)
+    finally:
+        module.forward, module._forward_pre_hooks = forward, before
+        module._forward_hooks.clear()
+    if changed:
+        raise ValueError("RateBased(steady=True) takes no spikes from a forward hook of a neuron: use RateBased()")
+
+
+def _rate(
+    x: Tensor, decay: float | Tensor, count: Tensor, by_input: Tensor, by_decay: Tensor | None, steps: int
+) -> Tensor:
+    """The rate [B, ...] of `count` spikes, with the sums of their derivatives over the steps as its own."""
+    by_input = by_input.div_(steps).to(x.dtype)
+    by_decay = None if by_decay is None else by_decay.div_(steps)
+    return _Rate.apply(x, decay, count.div_(steps), by_input, by_decay)  # type: ignore[return-value]
+
+
+class _Rate(torch.autograd.Function):
+    """The rate, with the derivatives that were gathered."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, decay: float | Tensor, rate: Tensor, by_input: Tensor, by_decay: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(by_input, by_decay)
+        ctx.decay_shape = decay.shape if isinstance(decay, Tensor) else None
+        return rate.to(x.dtype, copy=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        by_input, by_decay = ctx.saved_tensors
+        of_decay = None if by_decay is None else (grad * by_decay).sum().reshape(ctx.decay_shape)
+        return grad * by_input, of_decay, None, None, None
 
 
 class _NormLayer(_Layer):
