@@ -61,8 +61,8 @@ def lif_step(
 class Neuron(Stateful):
     """What the neurons here share: threshold, reset, surrogate and the membrane potential `.v` [B, ...].
 
-    `.v` is None before the first step, and then starts from the reset potential (0 for a soft reset) with the input's
-    shape and device, in float32 or the input's type if that is wider.
+    `.v` is None before the first step, and then starts from `.start` with the input's shape and device, in float32 or
+    the input's type if that is wider.
     """
 
     states: ClassVar[tuple[str, ...]] = ("v",)
@@ -77,15 +77,19 @@ class Neuron(Stateful):
         detach_reset: bool = False,
         surrogate: Surrogate = Triangle(),
         half_state: bool = False,
+        v_init: float | None = None,
     ):
         super().__init__()
-        for name, value in (("v_threshold", v_threshold), ("v_reset", v_reset)):
+        for name, value in (("v_threshold", v_threshold), ("v_reset", v_reset), ("v_init", v_init)):
             if isinstance(value, Tensor):
                 raise ValueError(f"{name} must be a number, got a tensor: a learnable {name} would get no gradient")
         if v_reset is not None and not v_reset < v_threshold:
             raise ValueError(f"v_reset must be below v_threshold = {v_threshold}, got {v_reset}")
+        if v_init is not None and not v_init < v_threshold:
+            raise ValueError(f"v_init must be below v_threshold = {v_threshold}, got {v_init}")
         self.v_threshold = v_threshold
         self.v_reset = v_reset
+        self.v_init = v_init
         self.detach_reset = detach_reset
         self.surrogate = surrogate
         self.half_state = half_state
@@ -96,13 +100,18 @@ class Neuron(Stateful):
 
     decay_input = False
 
+    @property
+    def start(self) -> float:
+        """The membrane potential before the first step."""
+        return (self.v_reset or 0.0) if self.v_init is None else self.v_init
+
     def forward(self, x: Tensor) -> Tensor:
         """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
         fold = current_fold()
         first = x[: len(x) // fold.steps] if fold.steps > 1 else x
         dtype = self.state_type(x)
         if self.v is None:
-            self.v = torch.full_like(first, self.v_reset or 0.0, dtype=dtype)
+            self.v = torch.full_like(first, self.start, dtype=dtype)
         else:
             self.check_state("v", first, dtype)
         decay = self.decay()
@@ -151,8 +160,9 @@ class Neuron(Stateful):
         }
 
     def extra_repr(self) -> str:
+        start = "" if self.v_init is None else f"v_init={self.v_init}, "
         return (
-            f"v_threshold={self.v_threshold}, v_reset={self.v_reset}, decay_input={self.decay_input}, "
+            f"v_threshold={self.v_threshold}, v_reset={self.v_reset}, {start}decay_input={self.decay_input}, "
             f"detach_reset={self.detach_reset}, surrogate={self.surrogate}"
         )
 
@@ -168,6 +178,8 @@ class LIF(Neuron):
         detach_reset: no gradient through the spike in the reset.
         surrogate: stands in for the derivative of the spike.
         half_state: keep the membrane potential in the input's type also where that has 16 bits.
+        v_init: membrane potential before the first step; None is v_r, 0 for a soft reset. Half the threshold brings the
+            first spikes forward, and rounds the rate instead of rounding it down (Bu et al. 2022, arXiv 2202.01440).
 
     Defaults are those of the SLTT paper (Meng et al. 2023).
     """
@@ -181,8 +193,9 @@ class LIF(Neuron):
         detach_reset: bool = False,
         surrogate: Surrogate = Triangle(),
         half_state: bool = False,
+        v_init: float | None = None,
     ):
-        super().__init__(v_threshold, v_reset, detach_reset, surrogate, half_state)
+        super().__init__(v_threshold, v_reset, detach_reset, surrogate, half_state, v_init)
         self.tau = _valid_tau(tau)
         self.decay_input = decay_input
 
@@ -209,6 +222,8 @@ class IF(Neuron):
         detach_reset: no gradient through the spike in the reset.
         surrogate: stands in for the derivative of the spike.
         half_state: keep the membrane potential in the input's type also where that has 16 bits.
+        v_init: membrane potential before the first step; None is v_r, 0 for a soft reset. Half the threshold brings the
+            first spikes forward, and rounds the rate instead of rounding it down (Bu et al. 2022, arXiv 2202.01440).
     """
 
     def decay(self) -> float:
@@ -226,6 +241,8 @@ class PLIF(Neuron):
         detach_reset: no gradient through the spike in the reset.
         surrogate: stands in for the derivative of the spike.
         half_state: keep the membrane potential in the input's type also where that has 16 bits.
+        v_init: membrane potential before the first step; None is v_r, 0 for a soft reset. Half the threshold brings the
+            first spikes forward, and rounds the rate instead of rounding it down (Bu et al. 2022, arXiv 2202.01440).
 
     Source: Fang et al., ICCV 2021 (arXiv 2007.05785).
     """
@@ -239,8 +256,9 @@ class PLIF(Neuron):
         detach_reset: bool = False,
         surrogate: Surrogate = Triangle(),
         half_state: bool = False,
+        v_init: float | None = None,
     ):
-        super().__init__(v_threshold, v_reset, detach_reset, surrogate, half_state)
+        super().__init__(v_threshold, v_reset, detach_reset, surrogate, half_state, v_init)
         # σ(w) = 1/τ, so w = −ln(τ − 1)
         self.w = nn.Parameter(-torch.log(torch.tensor(_valid_tau(tau) - 1)))
         self.decay_input = decay_input

@@ -190,7 +190,7 @@ def check_steady(constants, learnable, steps):
     for n in SIZES:
         x = (1.5 * torch.randn(n, dtype=torch.float64)).requires_grad_()
         decay = torch.full_like(x, 0.6).requires_grad_()
-        v, spikes = torch.full_like(x, constants["v_reset"] or 0.0), []
+        v, spikes = torch.full_like(x, 0.3), []
         for _ in range(steps):
             s, v = lif_step(v, x, decay=decay, **constants)
             spikes.append(s)
@@ -199,7 +199,7 @@ def check_steady(constants, learnable, steps):
         step = kernels.Step(decay=None if learnable else 0.6, **constants)
         rate = torch.tensor(0.6, dtype=torch.float64) if learnable else None
         seen = []
-        found = kernels.steady_steps(step, x.detach(), steps, torch.float64, rate, seen.append)
+        found = kernels.steady_steps(step, x.detach(), steps, torch.float64, 0.3, rate, seen.append)
         assert torch.equal(found.count, count)
         assert torch.equal(torch.cat(seen), torch.cat(spikes))
         torch.testing.assert_close(found.by_input, by_input, rtol=1e-10, atol=1e-12)
@@ -213,7 +213,9 @@ def test_steps_under_a_steady_current_in_any_memory_format(layout, compile_mode)
     step = kernels.Step(decay=0.5, v_threshold=1.0, surrogate=SURROGATES[0], **CONSTANTS[0])
     x = layouts()[layout]
     seen = []
-    found, expected = (kernels.steady_steps(step, c, 3, torch.float32, see=seen.append) for c in (x, x.contiguous()))
+    found, expected = (
+        kernels.steady_steps(step, c, 3, torch.float32, 0.0, see=seen.append) for c in (x, x.contiguous())
+    )
     torch.testing.assert_close(found.count, expected.count)
     torch.testing.assert_close(found.by_input, expected.by_input)
     assert torch.equal(*seen)

@@ -95,6 +95,24 @@ def test_state_takes_shape_device_and_type_of_the_first_input(neuron):
         assert neuron.v.device == x.device
 
 
+def test_every_sequence_starts_from_v_init(neuron):
+    plain, started = neuron(v_reset=-0.5), neuron(v_reset=-0.5, v_init=0.6)
+    x = torch.randn(5, 7, dtype=torch.float64)
+    plain.v = torch.full_like(x, 0.6)
+    for _ in range(2):
+        assert torch.equal(started(x), plain(x))
+        assert torch.equal(started.v, plain.v)
+    sltt.reset(started)
+    assert started.v is None
+    assert torch.equal(started(x), neuron(v_reset=-0.5, v_init=0.6)(x))
+    assert "v_init=0.6" in repr(started)
+    assert "v_init" not in repr(plain)
+    with pytest.raises(ValueError, match="v_init must be below v_threshold = 1"):
+        neuron(v_init=1.0)
+    with pytest.raises(ValueError, match="v_init must be a number"):
+        neuron(v_init=torch.tensor(0.5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_half_state_takes_the_inputs_type(neuron, dtype):
     for half_state in (False, True):

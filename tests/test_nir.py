@@ -130,6 +130,11 @@ def test_all_that_nir_has_not_is_named_at_once():
     assert model.lif.v is None
 
 
+def test_a_start_that_nir_cannot_say_is_refused():
+    with pytest.raises(ValueError, match="with v_init, for which NIR has no parameter"):
+        to_nir(nn.Sequential(nn.Linear(2, 2), sltt.IF(v_init=0.5)), torch.randn(2, 1, 2))
+
+
 def test_a_time_step_without_length_is_refused():
     with pytest.raises(ValueError, match="dt must be greater than 0 seconds, got 0"):
         to_nir(nn.Linear(2, 2), torch.randn(1, 2), dt=0)

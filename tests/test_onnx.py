@@ -15,6 +15,7 @@ def networks():
     neurons = {
         "LIF": sltt.LIF(tau=2.0),
         "hard reset": sltt.LIF(tau=2.0, v_reset=0.1, decay_input=True, v_threshold=0.5),
+        "another start": sltt.IF(v_init=0.5),
         "IF": sltt.IF(v_threshold=0.5),
         "PLIF": sltt.PLIF(tau=3.0),
     }

@@ -19,6 +19,8 @@ SETTINGS = {
     "hard, detached": {"v_reset": 0.0, "detach_reset": True},
     "scaled input": {"decay_input": True},
     "hard, scaled input": {"v_reset": -0.2, "decay_input": True},
+    "another start": {"v_init": 0.4},
+    "hard, another start": {"v_init": 0.4, "v_reset": -0.1},
     "another threshold": {"v_threshold": 0.6, "surrogate": sltt.surrogates.Sigmoid()},
 }
 
@@ -42,7 +44,7 @@ def by_equations(neuron, inputs):
     decay = float(neuron.decay())
     gain = 1 - decay if neuron.decay_input else 1
     rest = neuron.v_reset or 0.0
-    v = torch.full_like(inputs[0], rest)
+    v = torch.full_like(inputs[0], neuron.start)
     f = through = spikes = slope = 0
     for x in inputs:
         u = rest + decay * (v - rest) + gain * x
@@ -62,7 +64,7 @@ def by_autograd(neuron, inputs, decay=None):
     """∂r/∂c by differentiating T steps by a constant added to the inputs; or ∂r/∂λ at a given λ for each neuron."""
     c = torch.zeros_like(inputs[0]).requires_grad_()
     lam = torch.full_like(inputs[0], float(neuron.decay() if decay is None else decay)).requires_grad_()
-    v = torch.full_like(inputs[0], neuron.v_reset or 0.0)
+    v = torch.full_like(inputs[0], neuron.start)
     total = 0
     for x in inputs:
         s, v = sltt.lif_step(v, x + c, decay=lam, **neuron._constants())

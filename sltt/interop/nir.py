@@ -193,6 +193,7 @@ class _Export(fx.Interpreter):
         kinds: dict[type, type] = {IF: nir.IF, LIF: nir.LIF, PLIF: nir.LIF}
         kind = kinds.get(type(neuron))
         _require(kind is not None, "")
+        _require(neuron.v_init is None, " with v_init, for which NIR has no parameter")
         values: dict[str, Any] = {"v_threshold": full(neuron.v_threshold)}
         if kind is not None and _HAS_RESET[kind]:
             values["v_reset"] = full(rest)

@@ -51,7 +51,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
             dynamo=True,
             verbose=False,
         )
-    return {name: layer.v_reset or 0.0 for name, layer in step.layers}
+    return {name: layer.start for name, layer in step.layers}
 
 
 class _Step(nn.Module):

@@ -29,16 +29,18 @@ def steady_steps(
     x: Tensor,
     steps: int,
     dtype: torch.dtype,
+    start: float,
     decay: Tensor | None = None,
     see: Callable[[Tensor], None] | None = None,
 ) -> Steady:
-    """Run T time steps under the current x from the reset potential on, without a graph.
+    """Run T time steps under the current x, without a graph.
 
     Args:
         step: the neuron's constants.
         x: input current of every step, [B, ...].
         steps: T.
         dtype: of the membrane potential.
+        start: membrane potential before the first step.
         decay: λ where it is a tensor; then with the derivative with respect to it.
         see: is called with the spikes of n ≤ 4 steps, one after the other, [n·B, ...] in x's type, until all were seen.
     """
@@ -52,10 +54,10 @@ def steady_steps(
     count, by_input = torch.empty_like(x, dtype=sums), torch.empty_like(x, dtype=sums)
     by_decay = torch.empty_like(x, dtype=sums) if learnable else None
     v, carried, carried_decay = buffer(several), buffer(several), buffer(several and learnable)
-    for start in range(0, steps, UNROLLED):
-        n = min(UNROLLED, steps - start)
+    for done in range(0, steps, UNROLLED):
+        n = min(UNROLLED, steps - done)
         spikes = x.new_empty(n if see else 0, x.numel())
-        run = _kernel(step, n, start == 0, dtype)
+        run = _kernel(step, n, dtype, None if done else start)
         run(count, by_input, by_decay, v, carried, carried_decay, x, decay, *spikes)
         if see:
             see(spikes.as_strided((n, *x.shape), (x.numel(), *x.stride())).flatten(0, 1))
@@ -63,8 +65,9 @@ def steady_steps(
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(step: Step, steps: int, first: bool, dtype: torch.dtype) -> Kernel:
-    """Some of the time steps; the first of a sequence start from the reset potential, the others from the buffers."""
+def _kernel(step: Step, steps: int, dtype: torch.dtype, start: float | None) -> Kernel:
+    """Some of the time steps: the first ones of a sequence, from the membrane potential `start`, or further ones."""
+    first = start is not None
     rest = step.v_reset or 0.0
 
     def run(
@@ -83,7 +86,7 @@ def _kernel(step: Step, steps: int, first: bool, dtype: torch.dtype) -> Kernel:
         current = x.to(dtype)
         gain = 1 - rate if step.decay_input else 1.0
         # tensors: the compiler would make a guard of a number that is computed from constants, and the guard fails
-        v: Any = torch.full_like(current, rest) if first else v_kept
+        v: Any = v_kept if start is None else torch.full_like(current, start)
         g: Any = torch.zeros_like(current) if first else carried
         g_decay: Any = torch.zeros_like(current) if first else carried_decay
         total: Any = 0.0 if first else count

@@ -158,7 +158,7 @@ class _NeuronLayer(_Layer):
         dtype, rate = module.state_type(x), decay.detach() if self.learnable else None
         see = (lambda spikes: _show(module, x, spikes, hooks)) if hooks else None
         with torch.no_grad():
-            found = steady_steps(self.constants, x, steps, dtype, rate, see)
+            found = steady_steps(self.constants, x, steps, dtype, module.start, rate, see)
         return _rate(x, decay, found.count, found.by_input, found.by_decay, steps)
 
     def step(self, x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class _NeuronLayer(_Layer):
         neuron, constants = self.module, self.constants
         before, s = neuron.v, Neuron.forward(neuron, x)
         after: Tensor = neuron.v
-        before = torch.full_like(after, constants.v_reset or 0.0) if before is None else before
+        before = torch.full_like(after, neuron.start) if before is None else before
         decay = neuron.decay()
         kept, current = after, x.to(after.dtype)
         if constants.v_reset is not None:
