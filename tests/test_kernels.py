@@ -1,6 +1,7 @@
 import copy
 import itertools
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -25,11 +26,17 @@ CONSTANTS = [
 LOSS = sltt.losses.CrossEntropyMSE()
 
 
+@contextmanager
+def compiling(mode):
+    if mode == "on" and (problem := kernels.compiler_problem(torch.device("cpu"))):
+        pytest.skip(problem)
+    with kernels.using(compile=mode):
+        yield
+
+
 @pytest.fixture(params=["off", "on"])
 def compile_mode(request):
-    if request.param == "on" and (problem := kernels.compiler_problem(torch.device("cpu"))):
-        pytest.skip(problem)
-    with kernels.using(compile=request.param):
+    with compiling(request.param):
         yield request.param
 
 
@@ -75,9 +82,7 @@ def test_every_surrogate_at_odd_sizes(surrogate, n):
     ("constants", "learnable"), [(CONSTANTS[0], False), (CONSTANTS[7], False), (CONSTANTS[2], True)], ids=str
 )
 def test_the_compiled_step_equals_the_equations(constants, learnable):
-    if problem := kernels.compiler_problem(torch.device("cpu")):
-        pytest.skip(problem)
-    with kernels.using(compile="on"):
+    with compiling("on"):
         for n in SIZES:
             check_step(constants, SURROGATES[0], learnable, n)
 
@@ -178,9 +183,7 @@ def test_steps_under_a_steady_current_equal_the_plain_ones(constants, learnable,
     ("constants", "learnable"), [(CONSTANTS[0], True), (CONSTANTS[1], False), (CONSTANTS[7], False)], ids=str
 )
 def test_compiled_steps_under_a_steady_current_equal_the_plain_ones(constants, learnable):
-    if problem := kernels.compiler_problem(torch.device("cpu")):
-        pytest.skip(problem)
-    with kernels.using(compile="on"):
+    with compiling("on"):
         check_steady(constants, learnable, 9)
 
 
