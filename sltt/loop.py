@@ -21,7 +21,7 @@ from sltt.interrupt import Interrupt
 from sltt.loading import EpochSampler, eval_loader, seed_batch, share, train_loader
 from sltt.losses import Loss
 from sltt.metrics import Metrics, Progress, epoch_row
-from sltt.phases import Stage, stage_at
+from sltt.phases import Stage, freeze_norm, stage_at
 from sltt.progress import Report
 from sltt.rules import unroll
 from sltt.rules.base import check_input, step_loss
@@ -112,6 +112,8 @@ class Loop:
         began = time.monotonic() - state.seconds
         reset_process_peak(self.fabric.device)
         self.net.train()
+        if stage.freeze_norm:
+            freeze_norm(self.model)
         bar = self.report.bar(f"epoch {state.epoch + 1}/{self.epochs}", batches, done=state.batch)
         with firing_rates(self.model) as firing, bar as advance:
             firing.load_state_dict(state.firing)

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
 from sltt.rules import Rule
 
 
@@ -16,6 +19,9 @@ class Phase:
         rule: the learning rule.
         lr: learning rate. The schedule starts anew with a phase that has one; without, it runs on.
         weight_decay: of the optimizer.
+        freeze_norm: BatchNorm normalises with its running statistics from here on, and leaves them as they are; its
+            weights go on learning. Between phases that see other statistics, such as those of firing rates and those
+            of single time steps, the network goes on as it was, where new ones would make it another.
     """
 
     epochs: int
@@ -23,6 +29,7 @@ class Phase:
     rule: Rule | None = None
     lr: float | None = None
     weight_decay: float | None = None
+    freeze_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Stage:
     rule: Rule
     lr: float | None
     weight_decay: float | None
+    freeze_norm: bool
     span: tuple[int, int]
 
 
@@ -61,6 +69,7 @@ def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) ->
                 rule=phase.rule or rule,
                 lr=lr,
                 weight_decay=phase.weight_decay,
+                freeze_norm=phase.freeze_norm,
                 span=(min(starts[first], epochs), min(starts[last], epochs)),
             )
         )
@@ -70,3 +79,10 @@ def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) ->
 def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
     """The stage of an epoch, counted from 0; after the end, the last."""
     return next((stage for stage in stages if epoch < stage.stop), stages[-1])
+
+
+def freeze_norm(model: nn.Module) -> None:
+    """Let BatchNorm, and InstanceNorm with running statistics, run as in evaluation until the next `model.train()`."""
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            module.eval()

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -87,6 +89,33 @@ def test_a_run_that_stopped_between_phases_goes_on_as_if_it_had_not(tmp_path):
     assert [row["validation_accuracy"] for row in whole.history] == [
         row["validation_accuracy"] for row in resumed.history
     ]
+
+
+class Statistics(Recorder):
+    """Notes BatchNorm's running mean and weights after every batch's backward."""
+
+    def run(self, model, *args):
+        output = sltt.SLTT.run(self, model, *args)
+        norm = model.module[1]
+        self.log.append((norm.training, norm.running_mean.clone(), norm.weight.detach().clone()))
+        return output
+
+
+def test_a_phase_that_freezes_batchnorm_keeps_its_statistics_and_trains_its_weights(tmp_path):
+    log = []
+    rule = Statistics(log, [])
+    phases = [Phase(2), Phase(2, freeze_norm=True), Phase(1)]
+    train(tmp_path / "run", rule=rule, phases=phases, epochs=5, batch_size=60)
+    modes, means, weights = zip(*log, strict=True)
+    assert modes == (True, True, False, False, True)
+    assert [torch.equal(a, b) for a, b in pairwise(means)] == [False, True, True, False]
+    assert not any(torch.equal(a, b) for a, b in pairwise(weights))
+
+
+def test_every_rule_learns_with_batchnorm_frozen(rule, tmp_path):
+    data = Blobs()
+    model, _ = train(tmp_path / "run", data=data, rule=rule, phases=[Phase(2), Phase(6, freeze_norm=True)], epochs=8)
+    assert sltt.evaluate(model, data, device="cpu").accuracy > 0.9
 
 
 def test_evaluation_with_another_t_than_the_last_phase_is_refused(tmp_path):
