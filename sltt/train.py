@@ -1,13 +1,14 @@
 """Training and evaluation on Lightning Fabric, without a branch on data set or rule; the loop itself is in loop.py."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim.optimizer import ParamsT
 
 from sltt.checkpoints import (
     CheckpointError,
@@ -20,6 +21,7 @@ from sltt.checkpoints import (
 from sltt.data import Data, Splits
 from sltt.devices import Device, Precision, Strategy, make_fabric
 from sltt.distributed import Processes
+from sltt.groups import parameter_groups
 from sltt.health import checked
 from sltt.kernels import Compile, using
 from sltt.lifeline import Lifeline
@@ -37,7 +39,7 @@ from sltt.syncnorm import synchronise
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
 
 
 @dataclass
@@ -61,6 +63,7 @@ def fit(
     phases: list[Phase] | None = None,
     batch_size: int = 128,
     clip_norm: float | None = None,
+    norm_weight_decay: float | None = None,
     precision: Precision = 32,
     channels_last: bool = False,
     seed: int = 0,
@@ -96,6 +99,8 @@ def fit(
             phase says nothing, and `steps` is the T of evaluation. The best epoch is one of those with the last T.
         batch_size: samples in a batch, of all processes together: their number changes the result by rounding only.
         clip_norm: scale gradients down to this norm where theirs is larger.
+        norm_weight_decay: weight decay of the parameters of BatchNorm and other normalisation, in all phases; None is
+            that of the others. Decay makes the currents of spiking neurons smaller, which no normalisation makes up.
         precision: float32, or mixed with bfloat16 or float16.
         channels_last: keep images and the weights of convolutions channels-last, which is faster on many devices.
         seed: of the order of samples, augmentation, dropout, and the steps that SLTT draws.
@@ -151,7 +156,7 @@ def fit(
         if sync_batchnorm:
             synchronise(model)
         net = _set_up(fabric, model, channels_last)
-        optim: Any = fabric.setup_optimizers(optimizer(model.parameters()))
+        optim: Any = fabric.setup_optimizers(optimizer(parameter_groups(model, norm_weight_decay)))
         loop = Loop(
             fabric=fabric,
             processes=processes,

@@ -115,6 +115,19 @@ def test_weights_of_one_step_load_for_six():
     torch.testing.assert_close(sltt.unroll(six, x, steps=6)[0], sltt.unroll(one, x, steps=1)[0])
 
 
+@pytest.mark.parametrize(("stem", "expected"), [(0, 2_580_394), (16, 2_592_090)])
+def test_a_shallow_residual_network_has_neurons_at_full_resolution_where_it_has_a_stem(stem, expected):
+    model = models.ShallowResNet(stem=stem)
+    assert parameters(model) == expected
+    shapes = []
+    for module in model.modules():
+        if isinstance(module, Neuron):
+            module.register_forward_hook(lambda module, args, spikes: shapes.append(tuple(spikes.shape[1:])))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    full = [(16, 32, 32)] if stem else []
+    assert shapes == full + [(96, 16, 16)] * 2 + [(192, 8, 8)] * 2 + [(384, 4, 4)] * 2
+
+
 def test_mlp():
     model = models.MLP([12, 8, 7, 3], dropout=0.1)
     out = sltt.SLTT()(model, torch.randn(4, 5, 3, 4), torch.randint(3, (5,)), sltt.losses.CrossEntropyMSE())

@@ -91,6 +91,38 @@ def test_a_run_that_stopped_between_phases_goes_on_as_if_it_had_not(tmp_path):
     ]
 
 
+def test_normalisation_has_its_own_weight_decay_in_all_phases(tmp_path):
+    log = []
+
+    def optimizer(groups):
+        optimizers.append(torch.optim.SGD(groups, lr=0.1, weight_decay=0.1))
+        return optimizers[0]
+
+    class Groups(sltt.SLTT):
+        def run(self, *args):
+            log.append([(len(group["params"]), group["weight_decay"]) for group in optimizers[0].param_groups])
+            return super().run(*args)
+
+    optimizers = []
+    settings = {"rule": Groups(), "norm_weight_decay": 0.02, "phases": [Phase(1), Phase(1, weight_decay=0.3)]}
+    train(tmp_path / "run", optimizer=optimizer, epochs=2, batch_size=60, **settings)
+    assert log == [[(4, 0.1), (2, 0.02)], [(4, 0.3), (2, 0.02)]]
+    norm = optimizers[0].param_groups[1]["params"]
+    assert [tuple(p.shape) for p in norm] == [(16,), (16,)]
+    optimizers.clear()
+    result = train(tmp_path / "run", optimizer=optimizer, epochs=3, batch_size=60, resume=True, **settings)[1]
+    assert len(result.history) == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "decay", "message"),
+    [(network, -1.0, "must not be negative"), (lambda: torch.nn.Linear(4, 3), 0.0, "no normalisation layer")],
+)
+def test_a_weight_decay_of_normalisation_that_does_not_fit_is_refused(tmp_path, model, decay, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", model=model(), norm_weight_decay=decay)
+
+
 class Statistics(Recorder):
     """Notes BatchNorm's running mean and weights after every batch's backward."""
 

@@ -36,6 +36,7 @@ class ShallowResNet(nn.Module):
 
     Args:
         widths: channels after each pooling.
+        stem: channels of a 3×3 convolution with BatchNorm and neurons before the first pooling, 0 for none.
         blocks: residual blocks of one convolution at each width.
         in_channels: channels of the input.
         classes: number of logits.
@@ -46,6 +47,7 @@ class ShallowResNet(nn.Module):
     def __init__(
         self,
         widths: Sequence[int] = (96, 192, 384),
+        stem: int = 0,
         blocks: int = 1,
         in_channels: int = 3,
         classes: int = 10,
@@ -56,6 +58,10 @@ class ShallowResNet(nn.Module):
         self.in_channels = in_channels
         channels = in_channels
         currents, stages = [], []
+        if stem:
+            currents.append(nn.Sequential(nn.Conv2d(channels, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem)))
+            stages.append(nn.Sequential(neuron()))
+            channels = stem
         for width in widths:
             conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
             currents.append(nn.Sequential(conv, nn.MaxPool2d(2), nn.BatchNorm2d(width)))
