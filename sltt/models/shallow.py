@@ -60,7 +60,7 @@ class ShallowResNet(nn.Module):
         currents, stages = [], []
         if stem:
             currents.append(nn.Sequential(nn.Conv2d(channels, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem)))
-            stages.append(nn.Sequential(neuron()))
+            stages.append(neuron())
             channels = stem
         for width in widths:
             conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
