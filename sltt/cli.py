@@ -145,9 +145,10 @@ def _train(
     counts = ", ".join(f"{_count(getattr(splits, n))} {n}" for n in ("train", "validation", "test"))
     report.line(f"samples: {counts} (split {splits.fingerprint})")
     result = fit(**vars(built), run=run, resume=True, config=resolved, report=report)  # its folder is there already
-    selected = evaluate(built.model, built.data, **_evaluation(built))
-    _load(built.model, run, "last", processes)
-    last = evaluate(built.model, built.data, **_evaluation(built))
+    last = selected = evaluate(built.model, built.data, **_evaluation(built))
+    if splits.validation:
+        _load(built.model, run, "last", processes)
+        last = evaluate(built.model, built.data, **_evaluation(built))
     if processes.rank > 0:
         return
     summary = {"epoch": result.epoch, "test_accuracy": selected.accuracy, "last_epoch_test_accuracy": last.accuracy}
@@ -170,6 +171,7 @@ def evaluate_run(words: Sequence[str]) -> None:
     options.add_argument("run", type=Path, help="folder of a trained run")
     options.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
     options.add_argument("--split", choices=("test", "validation", "train"), default="test")
+    options.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
     options.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = options.parse_known_args(words)
     only(overrides, EVAL_KEYS, "sltt eval", "the others belong to the training")
@@ -179,12 +181,13 @@ def evaluate_run(words: Sequence[str]) -> None:
     built = build(parser, config)
     path = find_checkpoint(known.run, known.checkpoint)
     _load(built.model, known.run, known.checkpoint)
-    metrics = evaluate(built.model, built.data, known.split, **_evaluation(built))
+    metrics = evaluate(built.model, built.data, known.split, mirror=known.mirror, **_evaluation(built))
     if known.json:
-        print(json.dumps({"checkpoint": str(path), "split": known.split, **vars(metrics)}))
+        print(json.dumps({"checkpoint": str(path), "split": known.split, "mirror": known.mirror, **vars(metrics)}))
         return
     report = Report()
-    report.line(f"{path}, T = {built.steps}, {known.split} samples")
+    mirrored = " and their mirror images" if known.mirror else ""
+    report.line(f"{path}, T = {built.steps}, {known.split} samples{mirrored}")
     report.line(f"accuracy     {metrics.accuracy:.2%}")
     report.line(f"loss         {metrics.loss:.4f}")
     report.line(f"firing rate  {metrics.firing_rate:.4f}")

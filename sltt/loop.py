@@ -216,9 +216,19 @@ class Loop:
 
 
 def measure(
-    fabric: "Fabric", net: Any, loader: DataLoader[Any], splits: Splits, loss: Loss, steps: int, channels_last: bool
+    fabric: "Fabric",
+    net: Any,
+    loader: DataLoader[Any],
+    splits: Splits,
+    loss: Loss,
+    steps: int,
+    channels_last: bool,
+    mirror: bool = False,
 ) -> Metrics:
-    """Run a network over the batches of a split, in evaluation mode and without a graph."""
+    """Run a network over the batches of a split, in evaluation mode and without a graph.
+
+    With `mirror`, logits are the mean of those of each image and of its mirror image.
+    """
     processes = Processes(fabric)
     batches: Any = loader.batch_sampler
     state = Progress()
@@ -232,14 +242,23 @@ def measure(
                 x, y = _on(fabric, x, channels_last), fabric.to_device(y)
                 size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
                 _, count = share(size, processes.rank, processes.count)
+                views = [x, _mirrored(x, splits.static)] if mirror else [x]
                 with _counting(firing, count):
-                    logits = unroll(net, x, steps=steps if splits.static else None)
+                    runs = [unroll(net, view, steps=steps if splits.static else None) for view in views]
+                logits = torch.stack(runs).mean(0)
                 value = torch.stack([step_loss(loss, o, y) for o in logits]).mean()
                 state.count(value, logits, y, count)
     finally:
         net.train(training)
     state.firing = firing.state_dict()
     return state.metrics(processes, time.monotonic() - began, fabric.device)
+
+
+def _mirrored(x: Tensor, static: bool) -> Tensor:
+    """Images [B, C, H, W], or with time [T, B, C, H, W], with left and right exchanged."""
+    if x.ndim != (4 if static else 5):
+        raise ValueError(f"mirror=True needs images [C, H, W] as samples of a time step, got a batch {list(x.shape)}")
+    return x.flip(-1)
 
 
 @contextmanager

@@ -210,10 +210,19 @@ def evaluate(
     num_nodes: int | None = None,
     strategy: Strategy = "ddp",
     compile: Compile = "auto",
+    mirror: bool = False,
 ) -> Metrics:
     """Measure a network on one of the splits, in evaluation mode and without a graph.
 
-    Arguments are those of `fit`. Raises ValueError if the split is empty.
+    Other arguments are those of `fit`.
+
+    Args:
+        split: which samples.
+        mirror: take the mean logits of each image and of its mirror image, left to right (as in Krizhevsky et al.
+            2012), in twice the time.
+
+    Raises:
+        ValueError: the split is empty, or `mirror` is given and the samples are no images.
     """
     fabric = make_fabric(device, precision, devices, num_nodes, strategy)
     with Lifeline(fabric), using(compile=compile):
@@ -226,7 +235,7 @@ def evaluate(
             raise ValueError(f"there are no {split} samples")
         net = _set_up(fabric, model, channels_last)
         loader = eval_loader(dataset, splits, batch_size, workers, processes.rank, processes.count)
-        return measure(fabric, net, loader, splits, _on_device(loss, fabric), steps, channels_last)
+        return measure(fabric, net, loader, splits, _on_device(loss, fabric), steps, channels_last, mirror)
 
 
 def _splits(data: Data, processes: Processes, steps: int) -> Splits:

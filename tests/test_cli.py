@@ -52,6 +52,10 @@ def test_train_then_eval(here, capsys):
     code, out, _ = run(capsys, "eval", folder, "--checkpoint", "last", "--steps", "3", "--split", "validation")
     assert code == 0
     assert "last.ckpt, T = 3, validation samples" in out
+    code, out, _ = run(capsys, "eval", folder, "--mirror")
+    assert code == 0
+    assert "test samples and their mirror images" in out
+    assert f"loss         {measured['loss']:.4f}" not in out
 
 
 def test_any_value_can_be_overridden_and_is_kept(here, capsys):
