@@ -55,6 +55,25 @@ def test_train_then_eval(here, capsys):
     code, out, _ = run(capsys, "eval", folder, "--mirror")
     assert code == 0
     assert "test samples and their mirror images" in out
+    code, out, _ = run(capsys, "eval", folder, "--mirror", "--json")
+    assert code == 0
+    mirrored = json.loads(out)
+    assert mirrored["mirror"]
+    assert not measured["mirror"]
+    assert mirrored["firing_rate"] != measured["firing_rate"]  # the logits of this network are constant
+
+
+def test_the_weights_of_the_best_and_of_the_last_epoch_are_both_tested(here, capsys):
+    spoiling = ["--optimizer.lr", "3", "--schedule", "sltt.schedules.Constant"]  # the second epoch undoes the first
+    words = ["--model.width", "4", "--epochs", "2", "--steps", "2", "--batch_size", "128", "--device", "cpu", *spoiling]
+    assert run(capsys, "train", "digits", *words, "--run", "a")[0] == 0
+    result = json.loads(Path("a/result.json").read_text())
+    assert result["epoch"] == 1
+    assert result["test_accuracy"] > result["last_epoch_test_accuracy"]
+    for checkpoint, name in [("best", "test_accuracy"), ("last", "last_epoch_test_accuracy")]:
+        code, out, _ = run(capsys, "eval", "a", "--checkpoint", checkpoint, "--json")
+        assert code == 0
+        assert json.loads(out)["accuracy"] == result[name]
 
 
 def test_any_value_can_be_overridden_and_is_kept(here, capsys):
