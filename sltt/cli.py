@@ -93,9 +93,10 @@ def _stopped(stop: BaseException, code: int) -> int:
 
 def train(words: Sequence[str]) -> None:
     """`sltt train [RECIPE] [OPTION ...]`: train, then measure the selected weights on the test samples."""
-    from sltt.devices import make_fabric
+    from sltt.devices import keep_freed_memory, make_fabric
     from sltt.lifeline import Lifeline
 
+    keep_freed_memory()
     named = bool(words) and not words[0].startswith("-")
     continued = resumed(words)
     if continued and named:

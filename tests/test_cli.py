@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -253,6 +254,31 @@ def test_words_too_many_or_too_few_are_refused(words, capsys):
         main(words)
     assert stop.value.code == 2
     assert f"usage: sltt {words[0]}" in capsys.readouterr().err
+
+
+def test_a_class_of_a_package_that_is_missing_is_named(capsys):
+    code, _, err = run(capsys, "train", *TINY, "--optimizer", "no_such_package.optim.Muon")
+    assert code == 2
+    assert err == "sltt: optimizer needs the package no_such_package: pip install no_such_package\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_train_keeps_freed_memory():
+    code = """
+import resource, sys, torch
+from sltt.cli import main
+main(["train", *sys.argv[1:]])
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+    words = [sys.executable, "-c", code, "--nonsense"]
+    result = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    first, *again = (int(word) for word in result.stdout.split())
+    assert max(again) < first / 10
 
 
 def test_help_explains_every_option(capsys):
