@@ -8,7 +8,6 @@ blocks back to the system at once; else it shows what malloc holds for later as 
 """
 
 import argparse
-import ctypes
 import gc
 import os
 import statistics
@@ -20,6 +19,7 @@ import torch
 
 import sltt
 from sltt.analysis import peak_memory, process_peak, reset_process_peak
+from sltt.devices import return_freed_memory
 
 RULES = {"SLTT": sltt.SLTT(), "SLTT(recompute=True)": sltt.SLTT(recompute=True), "BPTT": sltt.BPTT()}
 RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
@@ -41,7 +41,7 @@ def measure(rule: sltt.Rule, steps: int, batch: int) -> tuple[int, int]:
     resident = []
     for _ in range(3):
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return_freed_memory()
         before = _resident()
         reset_process_peak(CPU)
         run()

@@ -74,16 +74,29 @@ def make_fabric(
     return fabric
 
 
-def keep_freed_memory() -> bool:
-    """Have this process keep what tensors on the CPU free for the next ones, until it ends; whether it will.
+def keep_freed_memory() -> None:
+    """Have this process keep what tensors on the CPU free for the next ones, until it ends.
 
     The C library hands large blocks back to the system, which gives them anew, page by page and filled with zeros, in
-    each batch: about a tenth of the time of a small network. Only glibc is asked; others, as of macOS, stay as they
-    are, and so does another allocator that was preloaded.
+    each batch: about a tenth of the time of a small network. What is kept stays in the resident set, until
+    `return_freed_memory`. Only glibc is asked; others, as of macOS, stay as they are, and so does another allocator
+    that was preloaded.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+    if mallopt := _glibc("mallopt"):
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> None:
+    """Hand back to the system what this process has kept, so that its peak from here on is not that of before."""
+    if trim := _glibc("malloc_trim"):
+        trim(0)
+
+
+def _glibc(name: str) -> Any:
+    """A function of the C library, None where that is another one."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def started() -> tuple[int, int]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from sltt.analysis import FiringRates, firing_rates, reset_process_peak
 from sltt.checkpoints import save_checkpoint, write_table
 from sltt.data import Splits
+from sltt.devices import return_freed_memory
 from sltt.distributed import Processes, whole
 from sltt.health import check_finite, check_labels, check_weights, extreme_layers
 from sltt.interrupt import Interrupt
@@ -110,6 +111,7 @@ class Loop:
         state, batches = self.state, math.ceil(self.sampler.length / self.batch_size)
         self.sampler.set_epoch(state.epoch, min(state.batch * self.batch_size, self.sampler.length))
         began = time.monotonic() - state.seconds
+        return_freed_memory()
         reset_process_peak(self.fabric.device)
         self.net.train()
         if stage.freeze_norm:

@@ -197,8 +197,8 @@ def _explain(message: str) -> str:
         near = difflib.get_close_matches(name[1], paths, 1)
         return f"unknown class {name[1]!r}" + (f"; did you mean {paths[near[0]]}?" if near else "")
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    if package := re.search(r"No module named '(\w+)", message):
-        return f"{key} needs the package {package[1]}: pip install {package[1]}"
+    if package := re.search(r"No module named '(\w+)'", message):
+        return f"{key}: no package {package[1]} is installed; if the name is right: pip install {package[1]}"
     kinds = re.findall(
         r"Expected an? (?:<class '|typing\.Literal)?(.+?)(?:'>)?(?:\. Got value|$)", message, re.MULTILINE
     )
