@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from sltt.data import Splits
@@ -49,19 +50,33 @@ class EpochSampler(Sampler[Key]):
 
 
 class _Seeded(Dataset[Any]):
-    """Takes (index, seed) and reads the sample under that seed, leaving the global generator as it was."""
+    """Takes (index, seed); reads and crops the sample under that seed, leaving the global generator as it was."""
 
-    def __init__(self, data: Dataset[Any]):
+    def __init__(self, data: Dataset[Any], crop: int | None = None):
         self.data = data
+        self.crop = crop
 
     def __getitem__(self, key: Key) -> Any:
         index, seed = key
         state = torch.default_generator.get_state()
         torch.default_generator.manual_seed(seed)
         try:
-            return self.data[index]
+            x, y = self.data[index]
+            return (x if self.crop is None else random_crop(x, self.crop)), y
         finally:
             torch.default_generator.set_state(state)
+
+
+def random_crop(x: Tensor, size: int) -> Tensor:
+    """A square of an image or of frames [..., H, W], at the same random place in all of them: [..., size, size].
+
+    Raises:
+        ValueError: the sample is no image, or one that is smaller than `size`.
+    """
+    if x.ndim < 3 or min(x.shape[-2:]) < size:
+        raise ValueError(f"a phase crops {size} pixels out of samples [..., C, H, W], got one of shape {list(x.shape)}")
+    top, left = (int(torch.randint(side - size + 1, ())) for side in x.shape[-2:])
+    return x[..., top : top + size, left : left + size]
 
 
 class Shares(Sampler[list[Any]]):
@@ -107,12 +122,13 @@ def train_loader(
     pin: bool = False,
     rank: int = 0,
     processes: int = 1,
+    crop: int | None = None,
 ) -> DataLoader[Any]:
     """Training batches in the sampler's order, or a process's share of each; `pin` their memory to copy them to a GPU.
 
-    For the arguments see `Shares`.
+    For the other arguments see `Shares` and `Phase`.
     """
-    return _loader(_Seeded(splits.train), splits, Shares(sampler, batch_size, rank, processes), workers, pin)
+    return _loader(_Seeded(splits.train, crop), splits, Shares(sampler, batch_size, rank, processes), workers, pin)
 
 
 def eval_loader(

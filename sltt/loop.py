@@ -104,7 +104,7 @@ class Loop:
             self.state.best, self.state.best_epoch = [], None  # accuracies at another T do not compare
         pin = self.fabric.device.type == "cuda"
         ranks = self.processes.rank, self.processes.count
-        return train_loader(self.splits, self.batch_size, self.sampler, self.workers, pin, *ranks)
+        return train_loader(self.splits, self.batch_size, self.sampler, self.workers, pin, *ranks, stage.crop)
 
     def _epoch(self, stage: Stage, loader: DataLoader[Any], interrupt: Interrupt) -> Metrics:
         """Train what is left of an epoch."""

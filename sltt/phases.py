@@ -22,6 +22,9 @@ class Phase:
         freeze_norm: BatchNorm normalises with its running statistics from here on, and leaves them as they are; its
             weights go on learning. Between phases that see other statistics, such as those of firing rates and those
             of single time steps, the network goes on as it was, where new ones would make it another.
+        crop: side, in pixels, of a square taken at a random place out of each training sample, after its other
+            augmentation; None is the whole sample. For networks that take images of any size: epochs on parts of the
+            images cost by their area.
     """
 
     epochs: int
@@ -30,6 +33,7 @@ class Phase:
     lr: float | None = None
     weight_decay: float | None = None
     freeze_norm: bool = False
+    crop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,17 @@ class Stage:
     lr: float | None
     weight_decay: float | None
     freeze_norm: bool
+    crop: int | None
     span: tuple[int, int]
 
 
 def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) -> list[Stage]:
-    """The stages of a training of `epochs` epochs; raises ValueError for a phase without epochs or time steps."""
+    """The stages of a training of `epochs` epochs; raises ValueError for a phase without epochs, steps or pixels."""
     phases = list(phases) if phases else [Phase(epochs)]
     starts = [0]
     for i, phase in enumerate(phases):
-        if phase.epochs < 1 or (phase.steps is not None and phase.steps < 1):
-            raise ValueError(f"phase {i + 1} needs at least 1 epoch and 1 time step, got {phase}")
+        if any(least is not None and least < 1 for least in (phase.epochs, phase.steps, phase.crop)):
+            raise ValueError(f"phase {i + 1} needs at least 1 epoch, 1 time step and a crop of 1 pixel, got {phase}")
         starts.append(starts[-1] + phase.epochs)
     starts[-1] = epochs
     new = [i for i, phase in enumerate(phases) if i == 0 or phase.lr is not None] + [len(phases)]
@@ -70,6 +75,7 @@ def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) ->
                 lr=lr,
                 weight_decay=phase.weight_decay,
                 freeze_norm=phase.freeze_norm,
+                crop=phase.crop,
                 span=(min(starts[first], epochs), min(starts[last], epochs)),
             )
         )

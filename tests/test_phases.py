@@ -2,9 +2,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
 import sltt
-from sltt.data import Data
+from sltt.data import Data, Splits
+from sltt.loading import EpochSampler, train_loader
 from sltt.phases import Phase, plan, stage_at
 from tests.test_train import Blobs, StopAt, equal, network, train, weights
 
@@ -26,9 +29,9 @@ def test_fewer_epochs_cut_the_phases_and_more_go_to_the_last(epochs, expected):
     assert stages[0].span == (0, epochs)
 
 
-@pytest.mark.parametrize("phase", [Phase(0), Phase(1, steps=0)], ids=repr)
+@pytest.mark.parametrize("phase", [Phase(0), Phase(1, steps=0), Phase(1, crop=0)], ids=repr)
 def test_empty_phases_are_refused(phase):
-    with pytest.raises(ValueError, match="phase 2 needs at least 1 epoch and 1 time step"):
+    with pytest.raises(ValueError, match="phase 2 needs at least 1 epoch, 1 time step and a crop of 1 pixel"):
         plan([Phase(1), phase], 4, 4, SLTT)
 
 
@@ -148,6 +151,67 @@ def test_every_rule_learns_with_batchnorm_frozen(rule, tmp_path):
     data = Blobs()
     model, _ = train(tmp_path / "run", data=data, rule=rule, phases=[Phase(2), Phase(6, freeze_norm=True)], epochs=8)
     assert sltt.evaluate(model, data, device="cpu").accuracy > 0.9
+
+
+class Pictures(Data):
+    """Images [C, H, W], or frames [T, C, H, W], whose pixels are numbered from one that says which sample it is."""
+
+    def __init__(self, static=True):
+        super().__init__(validation=0.0)
+        self.static = static
+
+    def load(self, steps):
+        x = torch.arange(30 * 12.0 * 10).reshape(30, 1, 12, 10)
+        x = x if self.static else x.unsqueeze(1).expand(-1, steps, -1, -1, -1)
+        samples = TensorDataset(x, torch.arange(30) % 3)
+        return Splits(samples, None, samples, static=self.static, classes=3, fingerprint="pictures")
+
+
+class Inputs(sltt.SLTT):
+    """Notes the first time step of every batch, and checks that all are the same."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+
+    def run(self, model, sequence, *args):
+        x = sequence.x if sequence.static else sequence.x[0]
+        assert sequence.static or (sequence.x == x).all()
+        self.log.append(x.clone())
+        return super().run(model, sequence, *args)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_a_phase_crops_its_samples_at_random_places_and_the_next_sees_them_whole(tmp_path, static):
+    log = []
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), sltt.IF(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    phases = [Phase(2, crop=7), Phase(1)]
+    kwargs = {"data": Pictures(static), "rule": Inputs(log), "phases": phases, "epochs": 3, "batch_size": 15}
+    train(tmp_path / "run", model=model, **kwargs)
+    assert [list(x.shape[1:]) for x in log] == [[1, 7, 7]] * 4 + [[1, 12, 10]] * 2
+    square = 10 * torch.arange(7.0)[:, None] + torch.arange(7.0)
+    corners = torch.cat([x[:, 0, 0, 0] for x in log[:4]])
+    assert torch.equal(torch.cat(log[:4])[:, 0], corners[:, None, None] + square)
+    assert sorted((corners // 120).tolist()) == sorted([*range(30)] * 2)  # every sample once in an epoch
+    places = corners.remainder(120)
+    assert set((places // 10).tolist()) == set(range(6))
+    assert set(places.remainder(10).tolist()) == set(range(4))
+
+
+def test_crops_do_not_depend_on_the_number_of_processes():
+    splits = Pictures().load(1)
+    loaders = [train_loader(splits, 10, EpochSampler(30, 0), 0, rank=r, processes=n, crop=5) for n, r in
+               [(1, 0), (2, 0), (2, 1)]]  # fmt: skip
+    whole, *halves = ([x for x, _ in loader] for loader in loaders)
+    for x, even, odd in zip(whole, *halves, strict=True):
+        assert torch.equal(x[::2], even)
+        assert torch.equal(x[1::2], odd)
+
+
+@pytest.mark.parametrize(("data", "size"), [(Pictures(), 11), (Blobs(), 2)], ids=["too large", "no images"])
+def test_a_crop_that_does_not_fit_the_samples_is_refused(tmp_path, data, size):
+    with pytest.raises(ValueError, match=f"a phase crops {size} pixels out of samples"):
+        train(tmp_path / "run", data=data, phases=[Phase(1, crop=size)], epochs=1)
 
 
 def test_evaluation_with_another_t_than_the_last_phase_is_refused(tmp_path):
