@@ -97,7 +97,8 @@ class Loop:
     def _begin(self, stage: Stage) -> DataLoader[Any]:
         """The training batches of a stage, which may be in its middle; at another T, the best epoch is sought anew."""
         if self.phased:
-            self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}")
+            crop = f", crops of {stage.crop} pixels" if stage.crop else ""
+            self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}{crop}")
         self.splits = self.load(stage.steps)
         new = self.state.batch == 0 and self.state.epoch > 0
         if new and stage_at(self.stages, self.state.epoch - 1).steps != stage.steps:

@@ -9,6 +9,7 @@ import sltt
 from sltt.data import Data, Splits
 from sltt.loading import EpochSampler, train_loader
 from sltt.phases import Phase, plan, stage_at
+from sltt.progress import Report
 from tests.test_train import Blobs, StopAt, equal, network, train, weights
 
 SLTT, BPTT = sltt.SLTT(), sltt.BPTT()
@@ -182,12 +183,15 @@ class Inputs(sltt.SLTT):
 
 
 @pytest.mark.parametrize("static", [True, False])
-def test_a_phase_crops_its_samples_at_random_places_and_the_next_sees_them_whole(tmp_path, static):
+def test_a_phase_crops_its_samples_at_random_places_and_the_next_sees_them_whole(tmp_path, static, capsys):
     log = []
     model = nn.Sequential(nn.Conv2d(1, 4, 3), sltt.IF(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     phases = [Phase(2, crop=7), Phase(1)]
     kwargs = {"data": Pictures(static), "rule": Inputs(log), "phases": phases, "epochs": 3, "batch_size": 15}
-    train(tmp_path / "run", model=model, **kwargs)
+    train(tmp_path / "run", model=model, report=Report(), **kwargs)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("epochs "))
+    assert first.endswith(", crops of 7 pixels")
+    assert "crop" not in second
     assert [list(x.shape[1:]) for x in log] == [[1, 7, 7]] * 4 + [[1, 12, 10]] * 2
     square = 10 * torch.arange(7.0)[:, None] + torch.arange(7.0)
     corners = torch.cat([x[:, 0, 0, 0] for x in log[:4]])
