@@ -1,0 +1,113 @@
+"""Checks of arguments: each returns the value, or raises ValueError that says what was expected and what was given."""
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    remedy: str = "",
+) -> float:
+    """A finite real number in a range, as a float.
+
+        self.gamma = number("gamma", gamma, above=0)
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+        above: the number is greater than this.
+        least: the number is at least this.
+        below: the number is smaller than this.
+        most: the number is at most this.
+        remedy: what to do instead, the end of the message.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(_message(name, "a number", value, remedy))
+    if not math.isfinite(value):
+        raise ValueError(_message(name, "a finite number", value, remedy))
+    _check_range(name, value, above, least, below, most, remedy)
+    return float(value)
+
+
+def whole_number(name: str, value: Any, *, least: int | None = None, most: int | None = None, remedy: str = "") -> int:
+    """A whole number in a range, as an int; 2.0 is none, and neither is True.
+
+    self.window = whole_number("window", window, least=1)
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(_message(name, "a whole number", value, remedy))
+    _check_range(name, value, None, least, None, most, remedy)
+    return operator.index(value)
+
+
+def whole_numbers(name: str, values: Any, *, least: int | None = None, fewest: int = 1) -> tuple[int, ...]:
+    """A sequence of at least `fewest` whole numbers.
+
+    self.features = whole_numbers("features", features, least=1, fewest=2)
+    """
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(_message(name, "a sequence of whole numbers", values))
+    if len(values) < fewest:
+        raise ValueError(_message(name, f"a sequence of {fewest} or more whole numbers", values))
+    return tuple(whole_number(f"{name}[{i}]", value, least=least) for i, value in enumerate(values))
+
+
+def flag(name: str, value: Any, remedy: str = "") -> bool:
+    """True or False, and nothing that Python takes for it."""
+    if not isinstance(value, bool):
+        raise ValueError(_message(name, "True or False", value, remedy))
+    return value
+
+
+def choice(name: str, value: T, options: Iterable[T], remedy: str = "") -> T:
+    """One of the options, of the same type."""
+    options = list(options)
+    if not any(type(value) is type(option) and value == option for option in options):
+        raise ValueError(_message(name, f"one of {', '.join(map(repr, options))}", value, remedy))
+    return value
+
+
+def instance(name: str, value: Any, kind: type[T], remedy: str = "") -> T:
+    """An object of a class; where its class itself is given, the message says to call it."""
+    if not isinstance(value, kind):
+        if isinstance(value, type) and issubclass(value, kind):
+            remedy = f"call it: {value.__name__}()"
+        raise ValueError(_message(name, f"a {kind.__name__}", value, remedy))
+    return value
+
+
+def _check_range(
+    name: str,
+    value: Any,
+    above: float | None,
+    least: float | None,
+    below: float | None,
+    most: float | None,
+    remedy: str,
+) -> None:
+    bounds = (
+        ("greater than", above, lambda bound: value > bound),
+        ("at least", least, lambda bound: value >= bound),
+        ("less than", below, lambda bound: value < bound),
+        ("at most", most, lambda bound: value <= bound),
+    )
+    given = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
+    if not all(holds(bound) for _, bound, holds in given):
+        raise ValueError(_message(name, " and ".join(f"{words} {bound}" for words, bound, _ in given), value, remedy))
+
+
+def _message(name: str, expected: str, value: Any, remedy: str = "") -> str:
+    got = repr(value)
+    got = got if len(got) <= 80 else f"{got[:77]}..."
+    return f"{name} must be {expected}, got {got}{f'; {remedy}' if remedy else ''}"

@@ -1,0 +1,70 @@
+"""Checks of arguments."""
+
+import numpy as np
+import pytest
+import torch
+
+from sltt.checks import choice, flag, instance, number, whole_number, whole_numbers
+from sltt.surrogates import Surrogate, Triangle
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-1, "x must be greater than 0 and at most 2, got -1$"),
+        (3, "x must be greater than 0 and at most 2, got 3$"),
+        (float("nan"), "x must be a finite number, got nan$"),
+        (float("-inf"), "x must be a finite number, got -inf$"),
+        ("1", "x must be a number, got '1'$"),
+        (True, "x must be a number, got True$"),
+        (None, "x must be a number, got None$"),
+        (torch.tensor(1.0), r"x must be a number, got tensor\(1.\)$"),
+        (1j, "x must be a number, got 1j$"),
+    ],
+)
+def test_number_says_what_it_expected(value, message):
+    with pytest.raises(ValueError, match=message):
+        number("x", value, above=0, most=2)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert type(number("x", np.float32(0.5), least=0.5, below=1)) is float
+    assert type(whole_number("x", np.int64(3), least=3)) is int
+
+
+@pytest.mark.parametrize("value", [2.0, "2", True, None, [2], torch.tensor(2), np.float64(2)])
+def test_whole_number_takes_no_other_type(value):
+    with pytest.raises(ValueError, match="x must be a whole number, got"):
+        whole_number("x", value, least=1)
+
+
+def test_ranges_and_remedies_are_in_the_message():
+    with pytest.raises(ValueError, match=r"x must be at least 1 and at most 9, got 0; use 1$"):
+        whole_number("x", 0, least=1, most=9, remedy="use 1")
+    with pytest.raises(ValueError, match=r"x\[1\] must be at least 1, got 0"):
+        whole_numbers("x", [3, 0], least=1)
+    with pytest.raises(ValueError, match="x must be a sequence of 2 or more whole numbers"):
+        whole_numbers("x", [3], fewest=2)
+    with pytest.raises(ValueError, match="x must be a sequence of whole numbers, got '34'"):
+        whole_numbers("x", "34")
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", None, torch.tensor(True)])
+def test_a_flag_is_a_bool(value):
+    with pytest.raises(ValueError, match="x must be True or False, got"):
+        flag("x", value)
+
+
+@pytest.mark.parametrize("value", ["Time", True, None, 1.0, np.ones(2), ["time"]])
+def test_a_choice_is_one_of_the_options(value):
+    with pytest.raises(ValueError, match="x must be one of 'time', 1, got"):
+        choice("x", value, ["time", 1])
+
+
+def test_an_instance_is_not_its_class():
+    with pytest.raises(ValueError, match=r"x must be a Surrogate, got .*; call it: Triangle\(\)"):
+        instance("x", Triangle, Surrogate)
+    with pytest.raises(ValueError, match="x must be a Surrogate, got 'triangle'"):
+        instance("x", "triangle", Surrogate)
+    assert choice("x", 1, ["time", 1]) == 1
+    assert flag("x", False) is False
