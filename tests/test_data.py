@@ -50,6 +50,12 @@ def test_digits_splits_share_no_sample(data):
     assert data.splits(3) is splits
 
 
+def test_images_are_loaded_once_for_every_number_of_steps():
+    images, events = Digits(), DigitsEvents(size=12)
+    assert images.splits(2) is images.splits(4)
+    assert events.splits(2) is not events.splits(4)
+
+
 def test_without_validation_everything_is_trained():
     splits = Digits(validation=0).splits(1)
     assert splits.validation is None

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sltt.checks import number, whole_number
+
 OnError = Literal["stop", "skip"]
 
 
@@ -49,18 +51,16 @@ class Data(ABC):
     """
 
     def __init__(self, validation: float = 0.1, split_seed: int = 0):
-        if not 0 <= validation < 1:
-            raise ValueError(f"validation must be in [0, 1), got {validation}")
-        self.validation = validation
-        self.split_seed = split_seed
+        self.validation = number("validation", validation, least=0, below=1)
+        self.split_seed = whole_number("split_seed", split_seed)
         self._loaded: dict[int, Splits] = {}
 
     def splits(self, steps: int) -> Splits:
-        """The splits, loaded once; `steps` is the T of sequences."""
-        if steps < 1:
-            raise ValueError(f"expected at least one time step, got steps={steps}")
+        """The splits, loaded once; `steps` is the T of sequences. Images are the same at every T."""
+        steps = whole_number("steps", steps, least=1)
         if steps not in self._loaded:
-            self._loaded[steps] = self.load(steps)
+            static = next((splits for splits in self._loaded.values() if splits.static), None)
+            self._loaded[steps] = static or self.load(steps)
         return self._loaded[steps]
 
     def missing(self) -> dict[str, int]:
