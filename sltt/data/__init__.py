@@ -1,11 +1,13 @@
 """Data sets with fixed, seeded splits: each yields samples of static images [C, H, W] or sequences [T, C, H, W]."""
 
+from sltt.data.adding import Adding
 from sltt.data.augment import EventAugmentation
 from sltt.data.base import Data, Splits
 from sltt.data.digits import Digits, DigitsEvents
 from sltt.data.events import CIFAR10DVS, NMNIST, SHD, DVSGesture, EventFolder
 from sltt.data.images import CIFAR10, CIFAR100, Cutout, ImageFolder
 from sltt.data.recall import Recall
+from sltt.data.sequential import SequentialDigits, SequentialMNIST
 
 __all__ = [
     "CIFAR10",
@@ -13,6 +15,7 @@ __all__ = [
     "CIFAR100",
     "NMNIST",
     "SHD",
+    "Adding",
     "Cutout",
     "DVSGesture",
     "Data",
@@ -22,5 +25,7 @@ __all__ = [
     "EventFolder",
     "ImageFolder",
     "Recall",
+    "SequentialDigits",
+    "SequentialMNIST",
     "Splits",
 ]

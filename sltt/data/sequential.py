@@ -1,0 +1,131 @@
+"""Images read a few pixels at a time: sequential digits and sequential MNIST, with their pixels permuted or in order.
+
+Shapes: P pixels of an image, T time steps.
+"""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sltt.checks import flag
+from sltt.data.base import Splits, fingerprint
+from sltt.data.digits import Digits
+from sltt.data.images import Transform, _Images
+
+
+class SequentialDigits(Digits):
+    """scikit-learn's digits, P/T of their 64 pixels in each time step: sequences [T, 64/T].
+
+    T = 64 reads pixel by pixel, T = 8 row by row. One fixed permutation of the pixels makes every part of the sequence
+    matter: without it the image's margins are silent steps.
+
+    Args:
+        validation: share of the training images held out to select the best epoch; 0 trains on everything.
+        split_seed: which training images are held out.
+        augment: shift training images by up to one pixel in each direction.
+        permute: put the pixels in a fixed random order, the same on every machine.
+
+    Raises:
+        ValueError: when loaded, a T that does not divide 64.
+    """
+
+    def __init__(self, validation: float = 0.1, split_seed: int = 0, augment: bool = True, permute: bool = True):
+        super().__init__(validation, split_seed, augment)
+        self.permute = flag("permute", permute)
+
+    def load(self, steps: int) -> Splits:
+        return _sequential(super().load(steps), steps, 64, self.permute)
+
+
+class SequentialMNIST(_Images):
+    """MNIST (LeCun et al. 1998), P/T of its 784 pixels in each time step: sequences [T, 784/T], normalised.
+
+    T = 784 reads pixel by pixel, T = 28 row by row. `permute` makes it permuted sequential MNIST (Le et al. 2015, arXiv
+    1504.00941).
+
+    Args:
+        root: folder of the data, in the layout of torchvision: `root/MNIST/raw/train-images-idx3-ubyte` and so on.
+        validation: share of the training images held out to select the best epoch; 0 trains on everything.
+        split_seed: which training images are held out.
+        permute: put the pixels in a fixed random order, the same on every machine.
+        download: fetch the data into `root` where it is not there.
+
+    Raises:
+        ValueError: when loaded, a T that does not divide 784.
+        FileNotFoundError: when loaded, no MNIST in `root`.
+    """
+
+    def __init__(
+        self,
+        root: str = "data",
+        validation: float = 0.1,
+        split_seed: int = 0,
+        permute: bool = True,
+        download: bool = False,
+    ):
+        super().__init__(validation, split_seed)
+        self.root = root
+        self.permute = flag("permute", permute)
+        self.download = flag("download", download)
+
+    def open(self, train: bool, transform: Transform) -> Any:
+        from torchvision.datasets import MNIST
+
+        try:
+            images = MNIST(self.root, train=train, transform=transform, download=self.download)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"MNIST not found: looked in {Path(self.root).resolve()}, expected the folder MNIST/raw of its four "
+                "files there. Get it with --data.download true, or set --data.root."
+            ) from error
+        images.targets = images.targets.tolist()
+        return images
+
+    def transform(self, train: bool) -> Transform:
+        from torchvision.transforms import v2
+
+        return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.1307], [0.3081])])
+
+    def load(self, steps: int) -> Splits:
+        return _sequential(super().load(steps), steps, 784, self.permute)
+
+
+def _sequential(splits: Splits, steps: int, pixels: int, permute: bool) -> Splits:
+    """The splits of static images with P `pixels`, as sequences."""
+    if pixels % steps:
+        parts = ", ".join(str(n) for n in range(1, pixels + 1) if pixels % n == 0)
+        raise ValueError(f"{pixels} pixels do not part into steps={steps} equal time steps: choose one of {parts}")
+    order = torch.tensor(_permutation(pixels) if permute else range(pixels)).view(steps, -1)
+    return replace(
+        splits,
+        train=_Pixels(splits.train, order),
+        validation=None if splits.validation is None else _Pixels(splits.validation, order),
+        test=_Pixels(splits.test, order),
+        static=False,
+        fingerprint=fingerprint([splits.fingerprint, *order.flatten().tolist()]),
+    )
+
+
+def _permutation(pixels: int) -> list[int]:
+    """An order of the pixels that depends on no random generator's version."""
+    return sorted(range(pixels), key=lambda i: hashlib.sha256(f"pixel {i}".encode()).digest())
+
+
+class _Pixels(Dataset[Any]):
+    """Images as sequences [T, P/T]: pixel `order[t, i]` is value i of step t."""
+
+    def __init__(self, images: Dataset[Any], order: Tensor):
+        self.images = images
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.images[index]
+        return image.flatten()[self.order], label

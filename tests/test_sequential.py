@@ -1,0 +1,119 @@
+import struct
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from sltt.data import Adding, Digits, SequentialDigits, SequentialMNIST
+
+
+def read(dataset):
+    """Sequences [N, T, ...] and labels [N]."""
+    xs, labels = zip(*dataset, strict=True)
+    return torch.stack(xs), torch.tensor([int(y) for y in labels])
+
+
+@pytest.mark.parametrize("steps", [1, 8, 64])
+def test_digits_are_read_a_few_pixels_at_a_time(steps):
+    plain, permuted = (SequentialDigits(permute=permute).splits(steps) for permute in (False, True))
+    images, labels = read(Digits().splits(1).test)
+    x, y = read(plain.test)
+    assert torch.equal(x, images.view(-1, steps, 64 // steps))
+    assert torch.equal(y, labels)
+    assert not plain.static
+    shuffled, y = read(permuted.test)
+    assert torch.equal(shuffled.flatten(1).sort(1).values, images.flatten(1).sort(1).values)
+    assert not torch.equal(shuffled, x)
+    assert torch.equal(y, labels)
+    assert plain.fingerprint != permuted.fingerprint
+    batch, _ = plain.collate([plain.train[i] for i in range(5)])
+    assert batch.shape == (steps, 5, 64 // steps)
+
+
+def test_a_permutation_is_one_of_pixels_and_the_same_for_every_t():
+    (rows, _), (pixels, _) = (read(SequentialDigits().splits(steps).test) for steps in (8, 64))
+    assert torch.equal(rows.flatten(1), pixels.flatten(1))
+
+
+def test_training_images_are_shifted_before_their_pixels_are_permuted():
+    splits = SequentialDigits().splits(8)
+    assert len({tuple(splits.train[0][0].flatten().tolist()) for _ in range(20)}) > 1
+    fixed = SequentialDigits(augment=False).splits(8)
+    assert torch.equal(fixed.train[0][0], fixed.train[0][0])
+
+
+def test_steps_that_do_not_divide_the_image_are_refused():
+    with pytest.raises(ValueError, match=r"64 pixels do not part into steps=7 equal time steps: choose one of 1, 2, 4"):
+        SequentialDigits().splits(7)
+
+
+def write_mnist(root, train=20, test=10):
+    """A few images in MNIST's own files, which torchvision reads."""
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    pixels = {}
+    for name, count in (("train", train), ("t10k", test)):
+        pixels[name] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        header = struct.pack(">4i", 0x803, count, 28, 28)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + pixels[name].tobytes())
+        labels = np.arange(count, dtype=np.uint8) % 2
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + labels.tobytes())
+    return pixels
+
+
+def test_mnist_is_read_in_its_own_layout(tmp_path):
+    pixels = write_mnist(tmp_path)
+    splits = SequentialMNIST(str(tmp_path), validation=0.2, permute=False).splits(28)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [16, 4, 10]
+    assert (splits.static, splits.classes) == (False, 10)
+    x, labels = read(splits.test)
+    assert labels.tolist() == [0, 1] * 5
+    torch.testing.assert_close(x * 0.3081 + 0.1307, torch.tensor(pixels["t10k"]) / 255, atol=1e-6, rtol=1e-5)
+    permuted, _ = read(SequentialMNIST(str(tmp_path)).splits(784).test)
+    assert permuted.shape == (10, 784, 1)
+    assert torch.equal(permuted.flatten(1).sort(1).values, x.flatten(1).sort(1).values)
+
+
+def test_missing_mnist_says_where_it_looked(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"looked in {tmp_path}, expected the folder MNIST/raw"):
+        SequentialMNIST(str(tmp_path)).splits(28)
+
+
+@pytest.mark.parametrize(("marked", "steps"), [(1, 1), (4, 20), (9, 9)])
+def test_labels_count_the_marked_ones_in_equal_shares(marked, steps):
+    splits = Adding(marked=marked, samples=1000).splits(steps)
+    x, labels = read(splits.test)
+    assert x.shape == (2000, steps, 2)
+    assert set(x.unique().tolist()) <= {0.0, 1.0}
+    assert (x[..., 1].sum(1) == marked).all()
+    assert torch.equal(x.prod(2).sum(1), labels.float())
+    counts = Counter(labels.tolist())
+    assert len(counts) == splits.classes == marked + 1
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert [len(part) for part in (splits.train, splits.validation)] == [900, 100]
+
+
+def test_bits_and_marks_are_at_random_steps():
+    x, _ = read(Adding(samples=1000).splits(30).test)
+    bits, marks = x.unbind(2)
+    assert (marks.mean(0) - 0.3).abs().max() < 0.05
+    assert bits[marks == 0].mean() == pytest.approx(0.5, abs=0.01)
+    again, _ = read(Adding(samples=1000).splits(30).test)
+    other, _ = read(Adding(samples=1000, seed=1).splits(30).test)
+    assert torch.equal(x, again)
+    assert not torch.equal(x, other)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Adding(marked=0), "marked must be at least 1, got 0"),
+        (lambda: Adding(samples=9), "samples must be at least 10, got 9; give one of each class"),
+        (lambda: Adding().splits(8), "9 marks take as many time steps or more, got steps=8"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
