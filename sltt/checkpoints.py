@@ -1,8 +1,13 @@
-"""Checkpoints and other files of a run: written whole or not at all, read without running code from them."""
+"""Checkpoints and other files of a run: written whole or not at all, read without running code from them.
+
+A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of what is before.
+"""
 
 import csv
+import hashlib
 import io
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +20,8 @@ from sltt.distributed import as_sharded
 from sltt.runs import CONFIG, find_checkpoint
 
 FORMAT = "sltt-checkpoint-1"
+MARK = b"sltt-sha256:"
+TRAILER = len(MARK) + 64
 KEYS = {"model", "optimizer", "scaler", "rules", "progress", "fingerprint", "config"}
 
 
@@ -27,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
     Raises OSError, with the path and the state of the old file, when the disk is full or the folder not writable.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as file:
             write(file)
@@ -41,26 +48,71 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Save a dictionary of tensors and plain values."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+    """Save a dictionary of tensors and plain values, with a checksum behind it."""
+
+    def write(file: IO[bytes]) -> None:
+        hashed = _Hashed(file)
+        torch.save({"format": FORMAT, **content}, hashed)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        file.write(MARK + hashed.digest.hexdigest().encode())
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load what `save_checkpoint` wrote, on the CPU, with `weights_only=True`: nothing in the file is executed.
 
-    Raises FileNotFoundError, or CheckpointError for a file that is truncated or not a checkpoint of sltt.
+    A checkpoint of an earlier version, without a checksum, loads too.
+
+    Raises FileNotFoundError, or CheckpointError for a file that is damaged or not a checkpoint of sltt.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler and the zip reader raise almost anything on a damaged file
-        raise CheckpointError(f"{path} is truncated or not a checkpoint: {_first_line(error)}") from error
+    with path.open("rb") as file:
+        if not _intact(file):
+            raise CheckpointError(f"{path} is damaged, since its checksum does not match. {REMEDY}")
+        file.seek(0)
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # the unpickler and the zip reader raise almost anything on a damaged file
+            raise CheckpointError(f"{path} is truncated or not a checkpoint of sltt. {REMEDY}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by this version of sltt: expected the format {FORMAT}")
     if missing := KEYS - content.keys():
         raise CheckpointError(f"{path} is not whole: it lacks {', '.join(sorted(missing))}")
     return content
+
+
+REMEDY = "Restore it from a copy, or start a new run, with --weights from another checkpoint."
+
+
+class _Hashed:
+    """A file to write to, and the hash of what was written."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _intact(file: IO[bytes]) -> bool:
+    """Whether the checksum at the end of a file is right, or there is none."""
+    left = file.seek(0, os.SEEK_END) - TRAILER
+    file.seek(max(left, 0))
+    mark, _, expected = file.read().partition(MARK)
+    if mark or not expected:
+        return True
+    file.seek(0)
+    digest = hashlib.sha256()
+    while left > 0:
+        digest.update(block := file.read(min(left, 2**20)))
+        left -= len(block)
+    return digest.hexdigest().encode() == expected
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
@@ -72,14 +124,27 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> No
         raise CheckpointError(f"the weights in {path} do not fit the model: {error}") from error
 
 
-def load_optimizer(optim: Any, state: dict[str, Any]) -> None:
-    """Load an optimizer's state that was saved whole, also where this process has a part of the parameters."""
+def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
+    """Load an optimizer's state that was saved whole, also where this process has a part of the parameters.
+
+    Raises CheckpointError where it is of another optimizer, or of other parameters.
+    """
     parameters = [p for group in optim.param_groups for p in group["params"]]
-    parts = {
-        i: {key: as_sharded(value, parameters[i]) for key, value in values.items()}
-        for i, values in state["state"].items()
-    }
-    optim.load_state_dict({**state, "state": parts})
+    options = [set(group) for group in optim.param_groups]
+    try:
+        parts = {
+            i: {key: as_sharded(value, parameters[i]) for key, value in values.items()}
+            for i, values in state["state"].items()
+        }
+        optim.load_state_dict({**state, "state": parts})
+        lost = {key for known, group in zip(options, optim.param_groups, strict=True) for key in known - set(group)}
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"the optimizer's state in {path} is of other parameters: {error}") from error
+    if lost:  # it would end in a KeyError at the first step
+        raise CheckpointError(
+            f"the optimizer's state in {path} is of another optimizer, without {', '.join(sorted(lost))}. Resume with "
+            "the run's own optimizer, or start a new run with --weights."
+        )
 
 
 def start_from(model: nn.Module, weights: str | None) -> None:
@@ -107,7 +172,3 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     """Rows that `write_table` wrote, with numbers, and None where a cell is empty."""
     with path.open(newline="") as file:
         return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -292,7 +292,7 @@ def _restore(loop: Loop, checkpoint: dict[str, Any]) -> None:
             f"{loop.splits.fingerprint}: the samples or the settings of the data have changed"
         )
     load_weights(loop.model, checkpoint, loop.folder / LAST)
-    load_optimizer(loop.optim, checkpoint["optimizer"])
+    load_optimizer(loop.optim, checkpoint["optimizer"], loop.folder / LAST)
     loop.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
     for stage, rule_state in zip(loop.stages, checkpoint["rules"], strict=False):
         stage.rule.load_state_dict(rule_state)

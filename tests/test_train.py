@@ -1,5 +1,6 @@
 import csv
 import math
+import random
 import signal
 import threading
 from functools import partial
@@ -468,6 +469,47 @@ def test_a_damaged_or_foreign_checkpoint_is_named(write, tmp_path):
     write(path)
     with pytest.raises(CheckpointError, match=str(path)):
         load_checkpoint(path)
+
+
+def test_a_flipped_bit_never_loads_as_another_value(tmp_path):
+    path = tmp_path / "last.ckpt"
+    saved = {"w": torch.randn(500, generator=torch.Generator().manual_seed(0))}
+    save_checkpoint(path, {**dict.fromkeys(checkpoints.KEYS), "model": saved})
+    whole, refused = path.read_bytes(), 0
+    for place in random.Random(0).sample(range(8 * len(whole)), 300):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            assert equal(load_checkpoint(path)["model"], saved)
+        except CheckpointError as error:
+            assert "Restore it from a copy" in str(error)  # noqa: PT017 a bit of the padding may not matter
+            refused += 1
+    assert refused > 200
+
+
+def test_a_checkpoint_without_a_checksum_loads(tmp_path):
+    content = {"format": checkpoints.FORMAT, **dict.fromkeys(checkpoints.KEYS)}
+    torch.save(content, tmp_path / "last.ckpt")
+    assert load_checkpoint(tmp_path / "last.ckpt") == content
+
+
+def test_a_checkpoint_is_read_by_torch_alone(tmp_path):
+    save_checkpoint(tmp_path / "last.ckpt", {"model": 1})
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["model"] == 1
+
+
+def test_the_message_about_a_checkpoint_with_objects_does_not_advise_to_execute_them(tmp_path):
+    pickled(tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path / "last.ckpt")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    train(tmp_path / "run", epochs=1)
+    with pytest.raises(CheckpointError, match=r"of another optimizer, without .*momentum.*--weights"):
+        train(tmp_path / "run", optimizer=partial(torch.optim.SGD, lr=0.1), resume=True)
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
