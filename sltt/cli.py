@@ -193,7 +193,7 @@ def evaluate_run(words: Sequence[str]) -> None:
     report.line(f"loss         {metrics.loss:.4f}")
     report.line(f"firing rate  {metrics.firing_rate:.4f}")
     report.line(f"seconds      {metrics.seconds:.1f}")
-    report.line(f"peak memory  {megabytes(metrics.peak_memory)}")
+    report.line(f"peak memory  {megabytes(metrics.peak_memory or 0)}")
 
 
 def agreement(words: Sequence[str]) -> None:

@@ -153,6 +153,19 @@ def _loader(dataset: Dataset[Any], splits: Splits, batches: Shares, workers: int
     )
 
 
+def whole_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader; raises RuntimeError where they end early, as if by a StopIteration of the data set."""
+    count = 0
+    for batch in loader:
+        yield batch
+        count += 1
+    if count < (expected := len(loader)):
+        raise RuntimeError(
+            f"the data ended after {count} of {expected} batches: let its samples raise IndexError or ValueError, "
+            "not StopIteration"
+        )
+
+
 def _outlive_sigterm(worker: int) -> None:
     """A SIGTERM to all processes of a job is for the one that trains, which still needs batches to end in order."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

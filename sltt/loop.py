@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sltt.analysis import FiringRates, firing_rates, reset_process_peak
+from sltt.analysis import FiringRates, firing_rates
 from sltt.checkpoints import save_checkpoint, write_table
 from sltt.data import Splits
-from sltt.devices import return_freed_memory
 from sltt.distributed import Processes, whole
-from sltt.health import check_finite, check_labels, check_weights, extreme_layers
+from sltt.health import check_finite, check_labels, check_length, check_weights, extreme_layers
 from sltt.interrupt import Interrupt
-from sltt.loading import EpochSampler, eval_loader, seed_batch, share, train_loader
+from sltt.loading import EpochSampler, eval_loader, seed_batch, share, train_loader, whole_epoch
 from sltt.losses import Loss
-from sltt.metrics import Metrics, Progress, epoch_row
+from sltt.metrics import BatchMemory, Metrics, Progress, epoch_row
 from sltt.phases import Stage, freeze_norm, stage_at
 from sltt.progress import Report
 from sltt.rules import unroll
@@ -72,7 +72,8 @@ class Loop:
     folder: Path
     config: dict[str, Any]
     report: Report
-    loader: DataLoader[Any] | None = field(init=False, default=None)
+    loaders: tuple[DataLoader[Any], DataLoader[Any] | None] | None = field(init=False, default=None)
+    memory: BatchMemory = field(init=False)
     saved: float = field(init=False, default_factory=time.monotonic)
 
     def run(self) -> None:
@@ -81,11 +82,12 @@ class Loop:
         with closing(log), Interrupt() as interrupt:
             while self.state.epoch < self.epochs:
                 stage = stage_at(self.stages, self.state.epoch)
-                if self.loader is None or stage.start == self.state.epoch:
-                    self.loader = self._begin(stage)
-                training = self._epoch(stage, self.loader, interrupt)
+                if self.loaders is None or stage.start == self.state.epoch:
+                    self.loaders = self._begin(stage)
+                batches, validation = self.loaders
+                training = self._epoch(stage, batches, interrupt)
                 self.processes.average_statistics(self.model)
-                row = self._end_epoch(training, self._validate(stage))
+                row = self._end_epoch(training, self._validate(stage, validation))
                 log(row)
                 self.report.row(row)
                 for warning in extreme_layers(training.layers):
@@ -94,8 +96,11 @@ class Loop:
         if self.processes.rank == 0:
             write_table(self.folder / METRICS, self.state.history)  # also after a resume that had nothing left to train
 
-    def _begin(self, stage: Stage) -> DataLoader[Any]:
-        """The training batches of a stage, which may be in its middle; at another T, the best epoch is sought anew."""
+    def _begin(self, stage: Stage) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
+        """Batches to train on and to validate by, in a stage, which may be in its middle.
+
+        At another T, the best epoch is sought anew.
+        """
         if self.phased:
             crop = f", crops of {stage.crop} pixels" if stage.crop else ""
             self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}{crop}")
@@ -103,32 +108,29 @@ class Loop:
         new = self.state.batch == 0 and self.state.epoch > 0
         if new and stage_at(self.stages, self.state.epoch - 1).steps != stage.steps:
             self.state.best, self.state.best_epoch = [], None  # accuracies at another T do not compare
+        self.memory = BatchMemory(self.fabric.device, stage.rule)
         pin = self.fabric.device.type == "cuda"
         ranks = self.processes.rank, self.processes.count
-        return train_loader(self.splits, self.batch_size, self.sampler, self.workers, pin, *ranks, stage.crop)
+        training = train_loader(self.splits, self.batch_size, self.sampler, self.workers, pin, *ranks, stage.crop)
+        held_out = self.splits.validation
+        if held_out is None:
+            return training, None
+        return training, eval_loader(held_out, self.splits, self.batch_size, self.workers, *ranks)
 
     def _epoch(self, stage: Stage, loader: DataLoader[Any], interrupt: Interrupt) -> Metrics:
         """Train what is left of an epoch."""
         state, batches = self.state, math.ceil(self.sampler.length / self.batch_size)
         self.sampler.set_epoch(state.epoch, min(state.batch * self.batch_size, self.sampler.length))
         began = time.monotonic() - state.seconds
-        return_freed_memory()
-        reset_process_peak(self.fabric.device)
         self.net.train()
         if stage.freeze_norm:
             freeze_norm(self.model)
         bar = self.report.bar(f"epoch {state.epoch + 1}/{self.epochs}", batches, done=state.batch)
-        with firing_rates(self.model) as firing, bar as advance:
+        with firing_rates(self.model) as firing, bar as advance, self._located(batches):
             firing.load_state_dict(state.firing)
-            for x, y in loader:
+            for x, y in whole_epoch(loader):
                 _set_rates(self.optim, self.initial, stage, self.schedule, state.epoch + state.batch / batches)
-                try:
-                    self._batch(stage, x, y, firing)
-                except (ValueError, FloatingPointError) as error:
-                    error.add_note(f"at epoch {state.epoch + 1}, batch {state.batch + 1} of {batches}")
-                    if (self.folder / LAST).exists():
-                        error.add_note(f"the last good checkpoint is {self.folder / LAST}")
-                    raise
+                self._batch(stage, x, y, firing)
                 advance()
                 due = time.monotonic() - self.saved > 60 * self.checkpoint_minutes
                 if wanted := self.processes.highest(interrupt.requested or due / 2):  # a signal, or a checkpoint
@@ -137,7 +139,19 @@ class Loop:
                     self._save(LAST)
                     interrupt.stop(int(wanted), self.folder)
         state.firing = firing.state_dict()
-        return state.metrics(self.processes, time.monotonic() - began, self.fabric.device)
+        return state.metrics(self.processes, time.monotonic() - began, self.memory.peak)
+
+    @contextmanager
+    def _located(self, batches: int | None = None) -> Iterator[None]:
+        """Say of an exception where the training was, in an epoch of so many batches or in validation, and is saved."""
+        try:
+            yield
+        except Exception as error:
+            place = "validation" if batches is None else f"batch {self.state.batch + 1} of {batches}"
+            error.add_note(f"at epoch {self.state.epoch + 1}, {place}")
+            if (self.folder / LAST).exists():
+                error.add_note(f"the last good checkpoint is {self.folder / LAST}")
+            raise
 
     def _batch(self, stage: Stage, x: Tensor, y: Tensor, firing: FiringRates) -> None:
         """Train a batch, or this process's share of it."""
@@ -148,18 +162,22 @@ class Loop:
         stage.rule.seed(seed_batch(self.seed, state.epoch, state.batch))
         seed_batch(self.seed, state.epoch, state.batch, rank)
         check_labels(y, self.splits.classes)
+        check_length(x, self.splits, stage.steps)
         if self.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
             check_input(x)
         x, y = _on(self.fabric, x, self.channels_last), self.fabric.to_device(y)
         with _counting(firing, count):
-            out = stage.rule(
-                self.net,
-                x,
-                y,
-                self.loss,
-                steps=stage.steps if self.splits.static else None,
-                backward=_weighted(self.fabric, weight),
-                update=self._reduce_and_update,
+            out = self.memory(
+                lambda: stage.rule(
+                    self.net,
+                    x,
+                    y,
+                    self.loss,
+                    steps=stage.steps if self.splits.static else None,
+                    backward=_weighted(self.fabric, weight),
+                    update=self._reduce_and_update,
+                ),
+                full=size == min(self.batch_size, self.sampler.length),
             )
         if not stage.rule.online:
             self._reduce()
@@ -184,12 +202,11 @@ class Loop:
         self._reduce()
         self._update()
 
-    def _validate(self, stage: Stage) -> Metrics | None:
-        if self.splits.validation is None:
+    def _validate(self, stage: Stage, loader: DataLoader[Any] | None) -> Metrics | None:
+        if loader is None:
             return None
-        ranks = self.processes.rank, self.processes.count
-        loader = eval_loader(self.splits.validation, self.splits, self.batch_size, self.workers, *ranks)
-        return measure(self.fabric, self.net, loader, self.splits, self.loss, stage.steps, self.channels_last)
+        with self._located():
+            return measure(self.fabric, self.net, loader, self.splits, self.loss, stage.steps, self.channels_last)
 
     def _end_epoch(self, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
         """Save an epoch; returns its row in the table of metrics."""
@@ -227,34 +244,41 @@ def measure(
     steps: int,
     channels_last: bool,
     mirror: bool = False,
+    memory: BatchMemory | None = None,
 ) -> Metrics:
     """Run a network over the batches of a split, in evaluation mode and without a graph.
 
-    With `mirror`, logits are the mean of those of each image and of its mirror image.
+    With `mirror`, logits are the mean of those of each image and of its mirror image. With `memory`, the first batch is
+    measured.
     """
     processes = Processes(fabric)
     batches: Any = loader.batch_sampler
     state = Progress()
     began = time.monotonic()
-    reset_process_peak(fabric.device)
     training = net.training
     net.eval()
     try:
         with firing_rates(net.module) as firing, torch.no_grad():
-            for x, y in loader:
+            for x, y in whole_epoch(loader):
+                check_length(x, splits, steps)
                 x, y = _on(fabric, x, channels_last), fabric.to_device(y)
                 size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
                 _, count = share(size, processes.rank, processes.count)
                 views = [x, _mirrored(x, splits.static)] if mirror else [x]
                 with _counting(firing, count):
-                    runs = [unroll(net, view, steps=steps if splits.static else None) for view in views]
+                    run = partial(_logits, net, views, steps if splits.static else None)
+                    runs = memory(run) if memory else run()
                 logits = torch.stack(runs).mean(0)
                 value = torch.stack([step_loss(loss, o, y) for o in logits]).mean()
                 state.count(value, logits, y, count)
     finally:
         net.train(training)
     state.firing = firing.state_dict()
-    return state.metrics(processes, time.monotonic() - began, fabric.device)
+    return state.metrics(processes, time.monotonic() - began, memory.peak if memory else None)
+
+
+def _logits(net: Any, views: list[Tensor], steps: int | None) -> list[Tensor]:
+    return [unroll(net, view, steps=steps) for view in views]
 
 
 def _mirrored(x: Tensor, static: bool) -> Tensor:

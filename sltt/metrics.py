@@ -1,13 +1,17 @@
 """What a training measures, and how far it is."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from sltt.analysis import process_peak
+from sltt.analysis import peak_memory
 from sltt.distributed import Processes
+from sltt.rules import Rule
+
+A = TypeVar("A")
 
 
 @dataclass
@@ -19,7 +23,8 @@ class Metrics:
         accuracy: share of samples whose mean logits over time are largest for the right class.
         firing_rate: mean over all neurons and time steps.
         seconds: wall-clock time.
-        peak_memory: bytes, allocated on the CUDA device or resident in the process; the most of any process.
+        peak_memory: bytes of one batch at its peak, above those before it; the most of any process, None if no batch
+            was measured.
         layers: firing rate of each layer of neurons.
     """
 
@@ -27,7 +32,7 @@ class Metrics:
     accuracy: float
     firing_rate: float
     seconds: float
-    peak_memory: int
+    peak_memory: int | None
     layers: dict[str, float] = field(default_factory=dict)
 
 
@@ -70,7 +75,7 @@ class Progress:
             self.loss, self.correct, self.samples, self.firing = 0.0, 0, 0, {}
         return self
 
-    def metrics(self, processes: Processes, seconds: float, device: torch.device) -> Metrics:
+    def metrics(self, processes: Processes, seconds: float, peak_memory: int | None) -> Metrics:
         """What all processes measured."""
         total = self.summed(processes)
         samples = max(total.samples, 1)
@@ -80,7 +85,7 @@ class Progress:
             total.correct / samples,
             spikes / neurons if neurons else 0.0,
             seconds,
-            int(processes.highest(process_peak(device))),
+            int(processes.highest(peak_memory or 0)) or None,
             {name: spikes / count for name, (spikes, count) in total.firing.items() if count},
         )
 
@@ -96,6 +101,32 @@ class Progress:
             return False
         self.best, self.best_epoch = score, self.epoch
         return True
+
+
+class BatchMemory:
+    """Measures the peak memory of the first full batch, as `sltt.analysis.peak_memory` does.
+
+    Args:
+        device: of the batch.
+        rule: of the training. With fold="auto" it measures its first two batches itself, and the third is taken.
+
+    Attributes:
+        peak: bytes above those before the batch; None until one was measured.
+    """
+
+    def __init__(self, device: torch.device, rule: Rule | None = None):
+        self.device = device
+        self.peak: int | None = None
+        self._left = 3 if getattr(rule, "fold", None) == "auto" else 1
+
+    def __call__(self, batch: Callable[[], A], full: bool = True) -> A:
+        """What `batch` returns; it is measured if it is the one to measure, and `full`."""
+        self._left -= full
+        if self._left or self.peak is not None or not full:
+            return batch()
+        results: list[A] = []
+        self.peak = peak_memory(lambda: results.append(batch()), self.device)
+        return results[0]
 
 
 def epoch_row(epoch: int, optim: Any, training: Metrics, validation: Metrics | None) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from sltt.checks import flag, instance, number, whole_number
 from sltt.rules import Rule
 
 
-@dataclass
+@dataclass(frozen=True)
 class Phase:
     """A part of a training; what is None is as in the whole training.
 
@@ -25,6 +26,9 @@ class Phase:
         crop: side, in pixels, of a square taken at a random place out of each training sample, after its other
             augmentation; None is the whole sample. For networks that take images of any size: epochs on parts of the
             images cost by their area.
+
+    Raises:
+        ValueError: a value that makes no sense; the message names it.
     """
 
     epochs: int
@@ -34,6 +38,17 @@ class Phase:
     weight_decay: float | None = None
     freeze_norm: bool = False
     crop: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps", "crop"):
+            if name == "epochs" or getattr(self, name) is not None:
+                whole_number(f"{name} of a phase", getattr(self, name), least=1)
+        for name in ("lr", "weight_decay"):
+            if getattr(self, name) is not None:
+                number(f"{name} of a phase", getattr(self, name), least=0)
+        if self.rule is not None:
+            instance("rule of a phase", self.rule, Rule)
+        flag("freeze_norm of a phase", self.freeze_norm)
 
 
 @dataclass(frozen=True)
@@ -52,12 +67,10 @@ class Stage:
 
 
 def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) -> list[Stage]:
-    """The stages of a training of `epochs` epochs; raises ValueError for a phase without epochs, steps or pixels."""
+    """The stages of a training of `epochs` epochs."""
     phases = list(phases) if phases else [Phase(epochs)]
     starts = [0]
-    for i, phase in enumerate(phases):
-        if any(least is not None and least < 1 for least in (phase.epochs, phase.steps, phase.crop)):
-            raise ValueError(f"phase {i + 1} needs at least 1 epoch, 1 time step and a crop of 1 pixel, got {phase}")
+    for phase in phases:
         starts.append(starts[-1] + phase.epochs)
     starts[-1] = epochs
     new = [i for i, phase in enumerate(phases) if i == 0 or phase.lr is not None] + [len(phases)]

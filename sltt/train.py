@@ -22,13 +22,13 @@ from sltt.data import Data, Splits
 from sltt.devices import Device, Precision, Strategy, make_fabric
 from sltt.distributed import Processes
 from sltt.groups import parameter_groups
-from sltt.health import checked
+from sltt.health import check_last_batch, checked
 from sltt.kernels import Compile, using
 from sltt.lifeline import Lifeline
 from sltt.loading import EpochSampler, eval_loader
 from sltt.loop import Loop, measure
 from sltt.losses import CrossEntropyMSE, Loss
-from sltt.metrics import Metrics, Progress
+from sltt.metrics import BatchMemory, Metrics, Progress
 from sltt.phases import Phase, plan
 from sltt.progress import Report
 from sltt.rules import SLTT, Rule
@@ -148,6 +148,7 @@ def fit(
         processes = Processes(fabric)
         load = partial(_splits, data, processes)
         splits = load(stages[0].steps)
+        check_last_batch(model, splits, batch_size, stages)
         checkpoint = processes.first(lambda: _resume_point(run)) if resume else None
         folder = Path(run) if resume and run is not None else processes.first(lambda: new_run(run))
         seed_everything(seed)
@@ -235,12 +236,13 @@ def evaluate(
             raise ValueError(f"there are no {split} samples")
         net = _set_up(fabric, model, channels_last)
         loader = eval_loader(dataset, splits, batch_size, workers, processes.rank, processes.count)
-        return measure(fabric, net, loader, splits, _on_device(loss, fabric), steps, channels_last, mirror)
+        memory = BatchMemory(fabric.device)
+        return measure(fabric, net, loader, splits, _on_device(loss, fabric), steps, channels_last, mirror, memory)
 
 
 def _splits(data: Data, processes: Processes, steps: int) -> Splits:
     """The splits at T = `steps`, which all processes have to find the same."""
-    splits = checked(processes.one_by_one(lambda: data.splits(steps)))
+    splits = checked(processes.one_by_one(lambda: data.splits(steps)), steps)
     processes.check_same(splits.fingerprint, "the split of the data")
     return splits
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import sltt
-from sltt.checkpoints import load_checkpoint, read_table
+from sltt.checkpoints import load_checkpoint
 from sltt.cli import main
 from sltt.options import Recipe, shipped_recipes
 
@@ -287,17 +287,6 @@ print(*faults)
     result = subprocess.run(words, env=environment(), capture_output=True, text=True)
     first, second, third, returned = (int(word) for word in result.stdout.split())
     assert max(second, third) < first / 10 < returned / 5
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be started anew")
-def test_the_peak_of_an_epoch_is_not_that_of_the_phase_before(here):
-    phases = [{"epochs": 1, "steps": 32, "rule": {"class_path": "sltt.BPTT"}}, {"epochs": 1}]
-    words = [*TINY, "--model.width", "16", "--phases", json.dumps(phases), "--run", "a"]
-    command = [sys.executable, "-m", "sltt", "train", "digits", *words]
-    subprocess.run(command, check=True, env=environment(), capture_output=True)
-    bptt, sltt_ = (row["peak_memory"] for row in read_table(Path("a/metrics.csv")))
-    assert sltt_ < bptt - 50e6
 
 
 def test_help_explains_every_option(capsys):

@@ -1,3 +1,4 @@
+import math
 from itertools import pairwise
 
 import pytest
@@ -30,10 +31,22 @@ def test_fewer_epochs_cut_the_phases_and_more_go_to_the_last(epochs, expected):
     assert stages[0].span == (0, epochs)
 
 
-@pytest.mark.parametrize("phase", [Phase(0), Phase(1, steps=0), Phase(1, crop=0)], ids=repr)
-def test_empty_phases_are_refused(phase):
-    with pytest.raises(ValueError, match="phase 2 needs at least 1 epoch, 1 time step and a crop of 1 pixel"):
-        plan([Phase(1), phase], 4, 4, SLTT)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("epochs", value) for value in (0, 1.5, True, "2", None)),
+        *(("steps", value) for value in (0, 2.5, True)),
+        *(("crop", value) for value in (0, -3, 8.0)),
+        *(("lr", value) for value in (-1.0, math.nan, math.inf, "0.1")),
+        *(("weight_decay", value) for value in (-0.1, math.nan)),
+        ("rule", "SLTT"),
+        ("rule", sltt.SLTT),
+        ("freeze_norm", 1),
+    ],
+)
+def test_phases_that_make_no_sense_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} of a phase must be .*, got "):
+        Phase(**{"epochs": 1, name: value})
 
 
 class Recorder(sltt.SLTT):

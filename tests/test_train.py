@@ -1,8 +1,11 @@
 import csv
 import math
+import os
 import random
+import re
 import signal
 import threading
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -371,6 +374,133 @@ def test_cuda_that_is_not_there_is_refused():
         pytest.skip("there is a CUDA device")
     with pytest.raises(ValueError, match="no CUDA device"):
         make_fabric("cuda", 32)
+
+
+@pytest.mark.parametrize("measured", [False, True], ids=["fit", "evaluate"])
+def test_sequences_of_another_length_than_steps_are_refused(measured, tmp_path):
+    data = Blobs(static=False)
+    load = data.load
+    data.load = lambda steps: load(10)
+    with pytest.raises(ValueError, match=r"expected sequences of steps=4 time steps, but the data gives 10: set steps"):
+        sltt.evaluate(network(), data, steps=4, device="cpu") if measured else train(tmp_path / "run", data=data)
+    assert not (tmp_path / "run").exists()
+
+
+class Ends(torch.utils.data.Dataset):
+    """Samples that raise at the given place."""
+
+    def __init__(self, samples, error, place=20):
+        self.samples, self.error, self.place = samples, error, place
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        if index == self.place:
+            raise self.error
+        return self.samples[index]
+
+
+def ending(error, split="train"):
+    data = Blobs()
+    splits = data.load(4)
+    samples = getattr(splits, split)
+    place = len(samples) - 1
+    data.load = lambda steps: replace(splits, **{split: Ends(samples, error, place)})
+    return data
+
+
+def test_data_that_ends_early_is_no_whole_epoch(tmp_path):
+    with pytest.raises(RuntimeError, match=r"the data ended after \d of 4 batches"):
+        train(tmp_path / "run", data=ending(StopIteration()))
+    with pytest.raises(RuntimeError, match="the data ended after 0 of 1 batches"):
+        sltt.evaluate(network(), ending(StopIteration(), "test"), device="cpu")
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), RuntimeError("x"), MemoryError(), AssertionError()])
+def test_every_error_of_an_epoch_tells_its_batch_and_the_checkpoint(error, tmp_path):
+    train(tmp_path / "run", epochs=1)
+    with pytest.raises(type(error)) as caught:
+        train(tmp_path / "run", data=ending(error), epochs=2, resume=True)
+    place, checkpoint = caught.value.__notes__
+    assert re.fullmatch("at epoch 2, batch [1-4] of 4", place)
+    assert checkpoint == f"the last good checkpoint is {tmp_path / 'run' / 'last.ckpt'}"
+
+
+def test_an_error_of_the_validation_tells_where_it_is(tmp_path):
+    with pytest.raises(KeyError) as caught:
+        train(tmp_path / "run", data=ending(KeyError(), "validation"))
+    assert caught.value.__notes__ == ["at epoch 1, validation"]
+
+
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+def test_statistics_that_are_not_finite_are_never_saved(statistic, tmp_path):
+    class Spoils(sltt.SLTT):
+        def run(self, model, *args):
+            out = super().run(model, *args)
+            getattr(model.module[1], statistic)[3] = float("nan")
+            return out
+
+    with pytest.raises(FloatingPointError, match=f"the statistics 1.{statistic} of BatchNorm are not finite"):
+        train(tmp_path / "run", rule=Spoils())
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("size", [59, 1])
+def test_a_batch_of_one_sample_is_refused_before_the_training(size, tmp_path):
+    with pytest.raises(ValueError, match=f"with batch_size={size}, and BatchNorm needs two: set batch_size=") as caught:
+        train(tmp_path / "run", batch_size=size)
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "run", batch_size=int(str(caught.value).rpartition("=")[2]), epochs=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))},
+        {"phases": [sltt.Phase(1, freeze_norm=True)]},
+    ],
+    ids=["no BatchNorm", "frozen"],
+)
+def test_a_batch_of_one_sample_trains_where_it_can(settings, tmp_path):
+    train(tmp_path / "run", batch_size=59, epochs=1, **settings)
+
+
+def test_peak_memory_is_that_of_a_batch_under_its_rule(tmp_path):
+    def run(name, **settings):
+        model = nn.Sequential(nn.Linear(4, 512), sltt.LIF(), nn.Linear(512, 3))
+        return [row["peak_memory"] for row in train(tmp_path / name, model, batch_size=59, **settings)[1].history]
+
+    phases = [sltt.Phase(1, steps=32, rule=sltt.BPTT()), sltt.Phase(1, steps=4)]
+    bptt, sltt_ = run("phases", phases=phases, epochs=2)
+    state = 4 * 59 * 512
+    assert 32 * state < bptt
+    assert state < sltt_ < 10 * state
+    assert run("alone", epochs=2) == [sltt_] * 2
+    assert 0 < sltt.evaluate(network(), Blobs(), device="cpu").peak_memory < state
+
+
+def test_a_rule_that_measures_its_first_batches_is_measured_after_them(tmp_path):
+    _, result = train(tmp_path / "run", rule=sltt.SLTT(fold="auto"), batch_size=16, epochs=2)
+    assert result.history[0]["peak_memory"] > 0  # of the third of four batches, the last of which is smaller
+    _, result = train(tmp_path / "few", rule=sltt.SLTT(fold="auto"), batch_size=30, epochs=2)
+    assert [row["peak_memory"] is None for row in result.history] == [True, False]
+
+
+def test_workers_that_validate_stay_from_epoch_to_epoch(tmp_path):
+    class Noted(Ends):
+        def __getitem__(self, index):
+            with (tmp_path / "pids").open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            return self.samples[index]
+
+    data = Blobs()
+    splits = data.load(4)
+    data.load = lambda steps: replace(splits, validation=Noted(splits.validation, None))
+    train(tmp_path / "run", data=data, epochs=3, workers=1)
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 3 * 12
+    assert len(set(pids)) == 1
 
 
 @pytest.mark.parametrize(("bias", "message"), [(-1e3, "never fired"), (1e3, "always fired")])

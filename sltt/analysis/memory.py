@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,20 @@ def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.
     """As `peak_memory`, of `call(mark)`, and the bytes alive at each `mark()` above those alive before the call.
 
     Raises RuntimeError inside another measurement, since the inner one would end the outer: fold="auto" measures its
-    first two batches, so run these before.
+    first two batches, so run these before. Another thread's measurement is waited for.
     """
-    global _tracing
-    if _tracing:
+    if getattr(_this_thread, "measures", False):
         raise RuntimeError("memory is being measured already; a rule with fold='auto' measures its first two batches")
-    _tracing = True
-    try:
-        return _trace(call, torch.device(device))
-    finally:
-        _tracing = False
+    with _profiler:
+        _this_thread.measures = True
+        try:
+            return _trace(call, torch.device(device))
+        finally:
+            _this_thread.measures = False
 
 
-_tracing = False
+_profiler = threading.Lock()  # PyTorch has one for all threads
+_this_thread = threading.local()
 
 
 def _trace(call: Callable[[Callable[[], None]], Any], device: torch.device) -> tuple[int, list[int]]:
