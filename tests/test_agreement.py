@@ -19,11 +19,15 @@ LOSS = sltt.losses.CrossEntropyMSE()
 
 def test_with_one_step_every_rule_agrees(rule, neuron):
     x, y = batch(steps=1)
-    if getattr(rule, "k", None) != 2:
-        (found,) = agreement(small_network(neuron, dropout=0.3), x, y, LOSS, [rule])
-        assert found.cosine == pytest.approx(1)
-        assert found.norm_ratio == pytest.approx(1)
-        assert found.dropped == pytest.approx(0, abs=1e-6)
+    model = small_network(neuron, dropout=0.3)
+    if getattr(rule, "k", None) == 2:
+        with pytest.raises(ValueError, match=r"trains 2 steps, but the sequence has T = 1; use k ≤ T"):
+            agreement(model, x, y, LOSS, [rule])
+        return
+    (found,) = agreement(model, x, y, LOSS, [rule])
+    assert found.cosine == pytest.approx(1)
+    assert found.norm_ratio == pytest.approx(1)
+    assert found.dropped == pytest.approx(0, abs=1e-6)
 
 
 def test_agreement_is_that_of_the_gradients_and_falls_with_tau():

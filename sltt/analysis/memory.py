@@ -6,8 +6,9 @@ import os
 import re
 import resource
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -81,25 +82,63 @@ def _mark() -> None:
 
 
 def available_memory(device: str | torch.device = "cpu") -> int:
-    """Bytes that PyTorch could still allocate: free on a CUDA device, and held unused; on the CPU, free RAM."""
+    """Bytes that PyTorch could still allocate: free on a CUDA device, and held unused; on the CPU, free RAM.
+
+    Free RAM is that of the machine, or that of the container or job where its limit leaves less.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return free_memory(Path("/"))
+
+
+def free_memory(root: Path) -> int:
+    """Bytes of RAM that are free by the files `proc` and `sys` under `root`."""
+    machine = 1024 * _field(root / "proc/meminfo", "MemAvailable:")
+    return max(0, min([machine, *_left_in_control_groups(root)]))
+
+
+# of version 2 and 1: folder, limit, bytes in use, and those of them that are files which can be dropped
+CONTROL_GROUPS = (
+    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _left_in_control_groups(root: Path) -> Iterator[int]:
+    """Bytes left in each control group with a limit that this process is in: its own and those around it."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder, limit, usage, files = CONTROL_GROUPS[1 if controllers else 0]
+        group = PurePosixPath(os.path.normpath(path).lstrip("/"))
+        for inner in (group, *group.parents):  # a container may see its own group only, as the outermost
+            home = root / folder / inner
+            with contextlib.suppress(OSError, ValueError, StopIteration):  # no such group, no limit ("max"), no field
+                used = int((home / usage).read_text()) - _field(home / "memory.stat", files)
+                yield int((home / limit).read_text()) - used
+
+
+def _field(path: Path, name: str) -> int:
+    """The number after a name, in a file of lines `name number`."""
+    lines = map(str.split, path.read_text().splitlines())
+    return next(int(line[1]) for line in lines if line and line[0] == name)
 
 
 def parse_bytes(size: str | int) -> int:
-    """Bytes in "8GB", "500 MB" or a number; raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kMGT]?)i?B?\s*", str(size))
-    try:
-        value = float(match[1]) if match else 0.0
-    except ValueError:
-        value = 0.0
-    if not match or value <= 0:
+    """Bytes in "8GB" (8·10⁹), "8GiB" (8·2³⁰), "500 MB" or a whole number; raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+|\d+\.\d+(?=\s*[kKMGT]))\s*(?:([kKMGT])(i?))?B?\s*", str(size))
+    power = " KMGT".index((match[2] or " ").upper()) if match else 0
+    value = Fraction(match[1]) * (1024 if match[3] else 1000) ** power if match else 0
+    if value < 1 or not isinstance(size, str | int):
         raise ValueError(f"expected a memory size such as 8GB or 500MB, got {size!r}")
-    return int(value * 1000 ** " kMGT".index(match[2] or " "))
+    return int(value)
 
 
 def reset_process_peak(device: torch.device) -> None:
