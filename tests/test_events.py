@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import sltt
 from sltt.data import augment
-from sltt.data.cache import cached
+from sltt.data.cache import CacheError, cached
 from sltt.data.recordings import Recording, RecordingError, frames, read
 from sltt.loading import EpochSampler, train_loader
 
@@ -354,8 +354,8 @@ def test_two_processes_make_a_cache_once(tmp_path):
     makers = log.read_text().split()
     assert len(makers) == 20
     assert len(set(makers)) == 1
-    array, mark = make_cache(tmp_path, log)
-    assert array[:, 0, 0].tolist() == list(range(20)) == mark["kept"]
+    arrays, mark = make_cache(tmp_path, log)
+    assert [int(array[0, 0]) for array in arrays] == list(range(20)) == mark["kept"]
 
 
 def test_a_cache_that_was_killed_is_made_again(tmp_path):
@@ -367,8 +367,65 @@ def test_a_cache_that_was_killed_is_made_again(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert not list(tmp_path.glob("*/complete.json"))
-    array, _ = make_cache(tmp_path, log)
-    assert array[:, 1, 2].tolist() == list(range(20))
+    arrays, _ = make_cache(tmp_path, log)
+    assert [int(array[1, 2]) for array in arrays] == list(range(20))
+
+
+def flip_bit(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[at % len(raw)] ^= 4
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda home: flip_bit(home / "frames.npy", -1), "array 19 has another checksum"),
+        (lambda home: flip_bit(home / "frames.npy", 128), "array 0 has another checksum"),
+        (lambda home: flip_bit(home / "frames.npy", 1), r"frames\.npy cannot be read"),
+        (lambda home: os.truncate(home / "frames.npy", 200), r"frames\.npy cannot be read \(mmap length"),
+        (lambda home: os.truncate(home / "frames.npy", 0), r"frames\.npy cannot be read"),
+        (lambda home: (home / "frames.npy").unlink(), r"frames\.npy cannot be read"),
+        (lambda home: np.save(home / "frames.npy", np.zeros((20, 3, 2), np.uint16)), r"\(20, 3, 2\), expected"),
+        (lambda home: np.save(home / "frames.npy", np.zeros((20, 2, 3), np.int16)), "holds int16"),
+        (lambda home: (home / "complete.json").write_text(""), r"complete\.json cannot be read"),
+        (lambda home: (home / "complete.json").write_text("[]"), r"complete\.json cannot be read"),
+        (lambda home: (home / "complete.json").write_text('{"kept": [0]}'), r"complete\.json cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_damaged_cache_says_which_folder_to_delete(tmp_path, damage, problem):
+    make_cache(tmp_path, tmp_path / "log")
+    (home,) = (path.parent for path in tmp_path.glob("*/complete.json"))
+    damage(home)
+    with pytest.raises(CacheError, match=f"{home} is damaged: .*{problem}.*Delete this folder"):
+        list(make_cache(tmp_path, tmp_path / "log")[0])
+
+
+def test_no_flipped_bit_of_a_cache_is_taken(tmp_path):
+    make_cache(tmp_path, tmp_path / "log")
+    (home,) = (path.parent for path in tmp_path.glob("*/complete.json"))
+    for path in (home / "frames.npy", home / "complete.json"):
+        whole = path.read_bytes()
+        for at in range(0, len(whole), 3):
+            flip_bit(path, at)
+            try:
+                arrays, mark = make_cache(tmp_path, tmp_path / "log")
+                read = [int(array[0, 0]) for array in arrays]
+            except CacheError:
+                pass
+            else:  # the padding of the header
+                assert read == list(range(20)) == mark["kept"]
+            path.write_bytes(whole)
+
+
+def test_a_damaged_frame_stops_a_training_and_says_what_to_delete(tmp_path):
+    root = nmnist(tmp_path)
+    sltt.data.NMNIST(str(root)).splits(4)
+    for frames_file in root.glob(".sltt-cache/*/frames.npy"):
+        flip_bit(frames_file, -1)
+    splits = sltt.data.NMNIST(str(root)).splits(4)
+    with pytest.raises(CacheError, match="Delete this folder"):
+        [splits.test[i] for i in range(len(splits.test))]
 
 
 def test_the_cache_is_keyed_by_what_changes_the_frames(tmp_path):

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +15,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Part of every key: a change in what the frames are makes the caches of before unused.
-VERSION = 1
+VERSION = 2
+
+
+class CacheError(ValueError):
+    """A damaged cache; the message says which folder to delete."""
+
+    def __init__(self, folder: Path, problem: str):
+        super().__init__(f"the cache of frames {folder} is damaged: {problem}. Delete this folder; it is made again.")
+
+
+class CachedArrays:
+    """Arrays on disk, mapped read-only; each is compared with its checksum when a process reads it first.
+
+    Args:
+        folder: of the cache.
+        arrays: [N, ...].
+        checksums: CRC-32 of the bytes of each.
+    """
+
+    def __init__(self, folder: Path, arrays: NDArray[Any], checksums: Sequence[int]):
+        self.folder, self.arrays, self.checksums = folder, arrays, checksums
+        self._right = bytearray(len(checksums))
+
+    def __len__(self) -> int:
+        return len(self.checksums)
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        array = self.arrays[index]
+        if not self._right[index]:
+            if zlib.crc32(array) != self.checksums[index]:
+                raise CacheError(self.folder, f"array {index} has another checksum than when it was written")
+            self._right[index] = True
+        return array
 
 
 def cached(
@@ -24,8 +57,8 @@ def cached(
     shape: tuple[int, ...],
     make: Callable[[int], NDArray[Any] | None],
     title: str,
-) -> tuple[NDArray[Any], dict[str, Any]]:
-    """Arrays [N, *shape], made once and kept in `folder`; and the mark of the finished cache.
+) -> tuple[CachedArrays, dict[str, Any]]:
+    """N arrays of a shape, made once and kept in `folder`; and the mark of the finished cache.
 
     The cache is keyed by `settings` and by the sources' names, sizes and times of change. It is written under another
     name, moved into place as a whole, and counts only with the mark that is written last. One process makes it, others
@@ -40,7 +73,10 @@ def cached(
         title: shown while the cache is made.
 
     Returns:
-        The arrays, mapped read-only; and the mark, whose "kept" lists the sources that they are of.
+        The arrays; and the mark, whose "kept" lists the sources that they are of.
+
+    Raises:
+        CacheError: what is on disk is not what was written.
     """
     stamps = [(name, (stat := os.stat(name)).st_size, stat.st_mtime_ns) for name in sources]
     key = hashlib.sha256(repr((VERSION, sorted(settings.items()), shape, stamps)).encode()).hexdigest()[:16]
@@ -50,7 +86,30 @@ def cached(
     with _lock(home / "lock"):
         if not mark.exists():
             _build(array, mark, settings, sources, shape, make, title)
-    return np.load(array, mmap_mode="r"), json.loads(mark.read_text())
+    written = _read_mark(mark)
+    try:
+        arrays = np.load(array, mmap_mode="r")
+    except Exception as error:  # whatever NumPy raises on a header that is not its own
+        raise CacheError(home, f"{array.name} cannot be read ({error})") from error
+    expected = (len(sources), *shape)
+    if arrays.dtype != np.uint16 or arrays.shape != expected or not arrays.flags.c_contiguous:
+        raise CacheError(home, f"{array.name} holds {arrays.dtype} {arrays.shape}, expected uint16 {expected}")
+    return CachedArrays(home, arrays, written["checksums"]), written
+
+
+def _read_mark(mark: Path) -> dict[str, Any]:
+    try:
+        written = json.loads(mark.read_text())
+        checksum = written.pop("checksum")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CacheError(mark.parent, f"{mark.name} cannot be read ({error})") from error
+    if checksum != _checksum(written):
+        raise CacheError(mark.parent, f"{mark.name} has another checksum than when it was written")
+    return written
+
+
+def _checksum(mark: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(mark, sort_keys=True).encode())
 
 
 def _build(
@@ -68,18 +127,20 @@ def _build(
     part = array.with_name(".frames.part.npy")
     frames = np.lib.format.open_memmap(part, "w+", np.uint16, (len(sources), *shape))
     kept: list[int] = []
+    checksums: list[int] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = pool.map(make, range(len(sources)))
         console = Console(stderr=True)
         for i, one in enumerate(track(made, title, len(sources), console=console, disable=not console.is_terminal)):
             if one is not None:
                 frames[len(kept)] = np.minimum(one, 2**16 - 1)
+                checksums.append(zlib.crc32(frames[len(kept)]))
                 kept.append(i)
     frames.flush()
     del frames
     os.replace(part, array)
-    text = json.dumps({"kept": kept, "settings": settings, "version": VERSION})
-    mark.with_suffix(".part").write_text(text)
+    written = json.loads(json.dumps({"kept": kept, "checksums": checksums, "settings": settings, "version": VERSION}))
+    mark.with_suffix(".part").write_text(json.dumps({**written, "checksum": _checksum(written)}))
     os.replace(mark.with_suffix(".part"), mark)
 
 

@@ -141,13 +141,13 @@ class _Events(Data):
         settings = {"steps": steps, "size": size, "slicing": self.slicing, "sensor": self.sensor, "skip": self.on_error}
         paths = [str(path) for path, _ in recordings]
         shape = (steps, 2, height, width)
-        array, mark = cached(self.cache, settings, paths, shape, make, f"{self.title}, {which} frames")
+        arrays, mark = cached(self.cache, settings, paths, shape, make, f"{self.title}, {which} frames")
         kept = mark["kept"]
         if lost := sorted(set(range(len(paths))) - set(kept)):
             listed = "; ".join(sorted(skipped)[:5]) or ", ".join(paths[i] for i in lost[:5])
             log.warning("%d of %d %s recordings skipped: %s", len(lost), len(paths), which, listed)
         names = [recordings[i][0].relative_to(self.root).as_posix() for i in kept]
-        return array[: len(kept)], [recordings[i][1] for i in kept], names
+        return arrays, [recordings[i][1] for i in kept], names
 
     def _ready(self, counts: Any) -> Tensor:
         """Counts [T, 2, h, w] to what the network sees."""
