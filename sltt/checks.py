@@ -4,6 +4,8 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -56,11 +58,15 @@ def whole_numbers(name: str, values: Any, *, least: int | None = None, fewest: i
 
     self.features = whole_numbers("features", features, least=1, fewest=2)
     """
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise ValueError(_message(name, "a sequence of whole numbers", values))
-    if len(values) < fewest:
-        raise ValueError(_message(name, f"a sequence of {fewest} or more whole numbers", values))
+    values = sequence(name, values, "whole numbers", fewest=fewest)
     return tuple(whole_number(f"{name}[{i}]", value, least=least) for i, value in enumerate(values))
+
+
+def sequence(name: str, values: Any, of: str, *, fewest: int = 0) -> Sequence[Any]:
+    """A list, a tuple or another sequence, but no string."""
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) < fewest:
+        raise ValueError(_message(name, f"a sequence of {f'{fewest} or more ' if fewest else ''}{of}", values))
+    return values
 
 
 def flag(name: str, value: Any, remedy: str = "") -> bool:
@@ -85,6 +91,13 @@ def instance(name: str, value: Any, kind: type[T], remedy: str = "") -> T:
             remedy = f"call it: {value.__name__}()"
         raise ValueError(_message(name, f"a {kind.__name__}", value, remedy))
     return value
+
+
+def folder(name: str, value: Any) -> Path:
+    """A path, of a string or a `Path`."""
+    if not isinstance(value, str | PathLike):
+        raise ValueError(_message(name, "the path of a folder", value))
+    return Path(value)
 
 
 def _check_range(

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sltt.checks import flag, instance, number
+
 
 class Loss(nn.Module):
     """What a recipe may name as its loss; in Python any callable of the same form serves."""
@@ -22,13 +24,9 @@ class CrossEntropyMSE(Loss):
 
     def __init__(self, alpha: float = 0.05, one_hot: bool = False, label_smoothing: float = 0.0):
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        self.alpha = alpha
-        self.one_hot = one_hot
-        self.label_smoothing = label_smoothing
+        self.alpha = number("alpha", alpha, least=0, most=1)
+        self.one_hot = flag("one_hot", one_hot)
+        self.label_smoothing = number("label_smoothing", label_smoothing, least=0, below=1)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Logits o [B, C] and class indices y [B] to a scalar.
@@ -48,11 +46,15 @@ class CrossEntropyMSE(Loss):
 
 
 def _check_labels(logits: Tensor, target: Tensor) -> None:
+    instance("logits", logits, Tensor)
+    instance("target", target, Tensor)
     if logits.ndim != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
             f"expected logits [B, C] and labels [B], got {list(logits.shape)} and {list(target.shape)}; "
             "end the model with nn.Flatten() and a linear layer"
         )
+    if target.dtype != torch.int64:
+        raise ValueError(f"labels must be class indices in int64, got {target.dtype}; use target.long()")
     if (
         target.device.type == "cpu"
         and len(target)

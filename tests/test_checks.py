@@ -45,7 +45,7 @@ def test_ranges_and_remedies_are_in_the_message():
         whole_numbers("x", [3, 0], least=1)
     with pytest.raises(ValueError, match="x must be a sequence of 2 or more whole numbers"):
         whole_numbers("x", [3], fewest=2)
-    with pytest.raises(ValueError, match="x must be a sequence of whole numbers, got '34'"):
+    with pytest.raises(ValueError, match="x must be a sequence of 1 or more whole numbers, got '34'"):
         whole_numbers("x", "34")
 
 

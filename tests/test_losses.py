@@ -37,5 +37,5 @@ def test_logits_of_another_rank_are_refused():
 
 @pytest.mark.parametrize("arguments", [{"alpha": 1.5}, {"alpha": -0.1}, {"label_smoothing": 1.0}])
 def test_arguments_out_of_range_are_refused(arguments):
-    with pytest.raises(ValueError, match="must be in"):
+    with pytest.raises(ValueError, match="must be at least 0 and"):
         CrossEntropyMSE(**arguments)

@@ -134,7 +134,7 @@ def test_mlp():
     assert out.logits.shape == (4, 5, 3)
     with pytest.raises(ValueError, match="expected 12 values for each sample of a time step, got 13"):
         model(torch.randn(5, 13))
-    with pytest.raises(ValueError, match="features needs the sizes of input and logits"):
+    with pytest.raises(ValueError, match=r"features must be a sequence of 2 or more whole numbers, got \[3\]"):
         models.MLP([3])
 
 

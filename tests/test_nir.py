@@ -136,7 +136,7 @@ def test_a_start_that_nir_cannot_say_is_refused():
 
 
 def test_a_time_step_without_length_is_refused():
-    with pytest.raises(ValueError, match="dt must be greater than 0 seconds, got 0"):
+    with pytest.raises(ValueError, match="dt must be greater than 0, got 0"):
         to_nir(nn.Linear(2, 2), torch.randn(1, 2), dt=0)
 
 

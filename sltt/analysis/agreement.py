@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.analysis.memory import peak_memory
+from sltt.checks import instance, sequence
 from sltt.rules import BPTT, SLTT, TBPTT, Mixed, Rule
 from sltt.rules.base import Loss, time_steps
 from sltt.rules.mixed import Window, layer_order
@@ -68,6 +69,8 @@ def agreement(
         steps: T for a static input.
         dtype: compute in this type, such as float64, where spikes do not flip by rounding; None keeps the model's.
     """
+    for rule in sequence("rules", rules, "rules, such as [sltt.SLTT()]"):
+        instance("a rule", rule, Rule)
     exact = _Exact(model, x, target, loss, steps, dtype)
     return [exact.compare(rule) for rule in rules]
 
@@ -169,6 +172,10 @@ class _Exact:
     def __init__(
         self, model: nn.Module, x: Tensor, target: Any, loss: Loss, steps: int | None, dtype: torch.dtype | None
     ):
+        instance("model", model, nn.Module)
+        instance("x", x, Tensor)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating-point type, such as torch.float64, got {dtype}")
         self.model = model if dtype is None else copy.deepcopy(model).to(dtype)
         self.x = x if dtype is None or not x.is_floating_point() else x.to(dtype)
         self.target = target

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sltt.checks import instance
 from sltt.rules import unroll
 from sltt.state import emits_spikes
 
@@ -66,6 +67,7 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
         x: sequence [T, B, ...], or with `steps` a static input [B, ...].
         steps: T for a static input.
     """
+    instance("model", model, nn.Module)
     counts: dict[str, _Count] = {}
     fired = False
 

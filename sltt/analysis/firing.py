@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sltt.checks import instance
 from sltt.state import emits_spikes
 
 
@@ -27,6 +28,7 @@ class FiringRates:
     """What `firing_rates` counts, without waiting for the device."""
 
     def __init__(self, model: nn.Module):
+        instance("model", model, nn.Module)
         self._layers = {name: m for name, m in model.named_modules() if emits_spikes(m)}
         self._spikes: dict[str, Tensor | int] = dict.fromkeys(self._layers, 0)
         self._count = dict.fromkeys(self._layers, 0)

@@ -28,6 +28,8 @@ def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> 
         call: what to measure, for example `lambda: rule(model, x, y, loss, steps=6)`.
         device: where it allocates.
     """
+    if not callable(call):
+        raise ValueError(f"call must be a function without arguments, such as lambda: rule(…), got {call!r}")
     return trace_memory(lambda mark: call(), device)[0]
 
 

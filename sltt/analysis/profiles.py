@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.analysis.memory import trace_memory
+from sltt.checks import instance, whole_number
 from sltt.rules import Rule
 from sltt.rules.base import Loss
 from sltt.state import state_tensors
@@ -95,6 +96,7 @@ def memory_parts(
         optimizer: whose state is counted.
         steps: T for a static input.
     """
+    instance("x", x, Tensor)
     states: list[int] = []
 
     def run(mark: Any) -> None:
@@ -148,6 +150,7 @@ def iteration_seconds(
     Raises:
         ValueError: there are not more batches than `warmup`.
     """
+    warmup = whole_number("warmup", warmup, least=0)
     rows: list[Seconds] = []
     spent = 0.0
 

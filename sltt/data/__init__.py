@@ -4,10 +4,11 @@ from sltt.data.adding import Adding
 from sltt.data.augment import EventAugmentation
 from sltt.data.base import Data, Splits
 from sltt.data.digits import Digits, DigitsEvents
-from sltt.data.events import CIFAR10DVS, NMNIST, SHD, DVSGesture, EventFolder
+from sltt.data.events import CIFAR10DVS, NMNIST, DVSGesture, EventFolder
 from sltt.data.images import CIFAR10, CIFAR100, Cutout, ImageFolder
 from sltt.data.recall import Recall
 from sltt.data.sequential import SequentialDigits, SequentialMNIST
+from sltt.data.shd import SHD
 
 __all__ = [
     "CIFAR10",

@@ -40,7 +40,7 @@ class Adding(Data):
     ):
         super().__init__(validation, split_seed)
         self.marked = whole_number("marked", marked, least=1)
-        self.samples = whole_number("samples", samples, least=marked + 1, remedy="give one of each class or more")
+        self.samples = whole_number("samples", samples, least=self.marked + 1, remedy="give one of each class or more")
         self.seed = whole_number("seed", seed)
 
     def load(self, steps: int) -> Splits:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sltt.checks import flag, number, whole_number
+
 Frames = Callable[[Tensor], Tensor]
 
 
@@ -82,9 +84,12 @@ class EventAugmentation:
         cutout: int = 8,
         drop: float = 0.0,
     ):
-        if not 0 <= drop <= 1:
-            raise ValueError(f"drop must be a probability, got {drop}")
-        self.flip, self.roll, self.rotate, self.shear, self.cutout, self.drop = flip, roll, rotate, shear, cutout, drop
+        self.flip = flag("flip", flip)
+        self.roll = whole_number("roll", roll, least=0)
+        self.rotate = number("rotate", rotate, least=0)
+        self.shear = number("shear", shear, least=0)
+        self.cutout = whole_number("cutout", cutout, least=0)
+        self.drop = number("drop", drop, least=0, most=1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """A sample [T, 2, H, W] to another of the same shape."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from sltt.checks import flag, number, whole_number
 from sltt.data.base import Data, Splits, fingerprint, hold_out
 
 TEST_SHARE, TEST_SEED = 0.2, 0  # 359 test images, always the same
@@ -27,7 +28,7 @@ class Digits(Data):
 
     def __init__(self, validation: float = 0.1, split_seed: int = 0, augment: bool = True):
         super().__init__(validation, split_seed)
-        self.augment = augment
+        self.augment = flag("augment", augment)
 
     def load(self, steps: int) -> Splits:
         images, labels = _digits()
@@ -59,13 +60,9 @@ class DigitsEvents(Data):
         threshold: float = 0.2,
     ):
         super().__init__(validation, split_seed)
-        if size < 12:
-            raise ValueError(f"size must be at least 12 pixels, got {size}")
-        if not threshold > 0:
-            raise ValueError(f"threshold must be greater than 0, got {threshold}")
-        self.augment = augment
-        self.size = size
-        self.threshold = threshold
+        self.augment = flag("augment", augment)
+        self.size = whole_number("size", size, least=12)
+        self.threshold = number("threshold", threshold, above=0)
 
     def load(self, steps: int) -> Splits:
         images, labels = _digits()

@@ -10,7 +10,7 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sltt.checks import choice, flag, folder, whole_number, whole_numbers
 from sltt.data.augment import EventAugmentation
 from sltt.data.base import Data, OnError, Splits, fingerprint, hold_out
 from sltt.data.cache import cached
@@ -66,16 +67,20 @@ class _Events(Data):
             download: fetch the data into `root` where it is not there.
         """
         super().__init__(validation, split_seed)
-        if size is not None and size < 1:
-            raise ValueError(f"size must be at least 1 pixel, got {size}")
-        self.root = Path(root)
-        self.size = size
-        self.resize = resize
-        self.slicing: Slicing = slicing
+        self.root = folder("root", root)
+        self.size = None if size is None else whole_number("size", size, least=1)
+        self.resize = choice("resize", resize, get_args(Resize))
+        if resize == "interpolate" and size is None:
+            raise ValueError("resize='interpolate' changes the size of the frames, but size=None: give a size")
+        self.slicing: Slicing = choice("slicing", slicing, get_args(Slicing))
+        if augment is not None and not callable(augment):
+            raise ValueError(
+                f"augment must be a function of a sample, such as EventAugmentation(), or None, got {augment!r}"
+            )
         self.augment = augment
-        self.on_error = on_error
-        self.cache = Path(cache) if cache else self.root / ".sltt-cache"
-        self.download = download
+        self.on_error = choice("on_error", on_error, get_args(OnError))
+        self.cache = self.root / ".sltt-cache" if cache is None else folder("cache", cache)
+        self.download = flag("download", download)
 
     @abstractmethod
     def recordings(self, train: bool) -> Recordings:
@@ -203,14 +208,14 @@ class NMNIST(_Events):
         return "NMNIST/Train/LABEL/*.bin and NMNIST/Test/LABEL/*.bin there"
 
     def recordings(self, train: bool) -> Recordings:
-        folder = self.root / "NMNIST" / ("Train" if train else "Test")
-        return [(path, int(path.parent.name)) for path in sorted(folder.glob("[0-9]/*.bin"))]
+        home = self.root / "NMNIST" / ("Train" if train else "Test")
+        return [(path, int(path.parent.name)) for path in sorted(home.glob("[0-9]/*.bin"))]
 
     def fetch(self) -> None:
         from tonic import datasets
 
         for train in (True, False):
-            _download(self.root, "NMNIST", lambda part, train=train: datasets.NMNIST(part, train=train))
+            download(self.root, "NMNIST", lambda part, train=train: datasets.NMNIST(part, train=train))
 
 
 class DVSGesture(_Events):
@@ -231,15 +236,15 @@ class DVSGesture(_Events):
         return "DVSGesture/ibmGestureTrain/USER_LIGHT/LABEL.npy and DVSGesture/ibmGestureTest/… there"
 
     def recordings(self, train: bool) -> Recordings:
-        folder = self.root / "DVSGesture" / ("ibmGestureTrain" if train else "ibmGestureTest")
-        files = sorted(folder.glob("*/*.npy"))
+        home = self.root / "DVSGesture" / ("ibmGestureTrain" if train else "ibmGestureTest")
+        files = sorted(home.glob("*/*.npy"))
         return [(path, int(path.stem)) for path in files if path.stem.isdigit() and int(path.stem) < 11]
 
     def fetch(self) -> None:
         from tonic import datasets
 
         for train in (True, False):
-            _download(self.root, "DVSGesture", lambda part, train=train: datasets.DVSGesture(part, train=train))
+            download(self.root, "DVSGesture", lambda part, train=train: datasets.DVSGesture(part, train=train))
 
 
 class CIFAR10DVS(_Events):
@@ -268,7 +273,7 @@ class CIFAR10DVS(_Events):
     def fetch(self) -> None:
         from tonic import datasets
 
-        _download(self.root, "CIFAR10DVS", datasets.CIFAR10DVS)
+        download(self.root, "CIFAR10DVS", datasets.CIFAR10DVS)
 
 
 class EventFolder(_Events):
@@ -284,7 +289,8 @@ class EventFolder(_Events):
 
     def __init__(self, root: str, sensor: tuple[int, int], **kwargs: Any):
         super().__init__(root, **kwargs)
-        self.sensor = (sensor[0], sensor[1])
+        height, width = whole_numbers("sensor", sensor, least=1, fewest=2)
+        self.sensor = (height, width)
         self.classes = sorted(p.name for p in (self.root / "train").glob("*") if p.is_dir())
         self.expected = (0, 0)
 
@@ -293,92 +299,15 @@ class EventFolder(_Events):
 
     def recordings(self, train: bool) -> Recordings:
         found: Recordings = []
-        folder = self.root / ("train" if train else "test")
+        home = self.root / ("train" if train else "test")
         for label, name in enumerate(self.classes):
-            files = sorted(p for p in (folder / name).glob("*") if p.is_file() and not p.name.startswith("."))
+            files = sorted(p for p in (home / name).glob("*") if p.is_file() and not p.name.startswith("."))
             if train and not files:
-                raise FileNotFoundError(f"the class folder {folder / name} has no recordings")
+                raise FileNotFoundError(f"the class folder {home / name} has no recordings")
             found += [(path, label) for path in files]
-        if unknown := sorted({p.name for p in folder.glob("*") if p.is_dir()} - set(self.classes)):
-            raise ValueError(f"{folder} has classes that train has not: {', '.join(unknown[:5])}")
+        if unknown := sorted({p.name for p in home.glob("*") if p.is_dir()} - set(self.classes)):
+            raise ValueError(f"{home} has classes that train has not: {', '.join(unknown[:5])}")
         return found
-
-
-class SHD(Data):
-    """Spiking Heidelberg Digits (Cramer et al. 2020): spoken digits as spikes of 700 cochlear channels, 20 classes.
-
-    `root/SHD/shd_train.h5` and `shd_test.h5`. Samples are counts [T, 700] of T runs of equal time over `duration`.
-
-    Args:
-        root: folder of the data.
-        validation: share of the training samples held out to select the best epoch; 0 trains on everything.
-        split_seed: which training samples are held out.
-        duration: seconds of a sample; later spikes count to the last time step.
-        download: fetch the data into `root` where it is not there.
-    """
-
-    def __init__(
-        self,
-        root: str = "data",
-        validation: float = 0.1,
-        split_seed: int = 0,
-        duration: float = 1.4,
-        download: bool = False,
-    ):
-        super().__init__(validation, split_seed)
-        self.root = Path(root)
-        self.duration = duration
-        self.download = download
-
-    def missing(self) -> dict[str, int]:
-        """1 for each file that is not there, by split; empty if the data set is whole."""
-        return {name: 1 for name in ("train", "test") if not self._file(name).is_file()}
-
-    def load(self, steps: int) -> Splits:
-        if self.download and self.missing():
-            from tonic import datasets
-
-            for train in (True, False):
-                _download(self.root, "SHD", lambda part, train=train: datasets.SHD(part, train=train))
-        if self.missing():
-            raise FileNotFoundError(
-                f"SHD not found: looked in {self.root.resolve()}, expected SHD/shd_train.h5 and SHD/shd_test.h5 there. "
-                "Set --data.root, or get it with --data.download true."
-            )
-        (x, labels), (test_x, test_labels) = (self._read(name, steps) for name in ("train", "test"))
-        kept, held = hold_out(labels, self.validation, self.split_seed)
-        return Splits(
-            train=FrameDataset(x, labels, kept, _floats),
-            validation=FrameDataset(x, labels, held, _floats) if held else None,
-            test=FrameDataset(test_x, test_labels, range(len(test_labels)), _floats),
-            static=False,
-            classes=20,
-            fingerprint=fingerprint([*labels, *test_labels], kept, held),
-        )
-
-    def _file(self, name: str) -> Path:
-        return self.root / "SHD" / f"shd_{name}.h5"
-
-    def _read(self, name: str, steps: int) -> tuple[Any, list[int]]:
-        import h5py
-
-        path = self._file(name)
-        try:
-            with h5py.File(path, "r") as file:
-                data: Any = file
-                labels = [int(label) for label in data["labels"]]
-                spikes = list(zip(data["spikes"]["times"], data["spikes"]["units"], strict=True))
-        except (OSError, KeyError) as error:
-            raise RecordingError(f"{path}: not a file of SHD ({error})") from error
-        counts = np.zeros((len(spikes), steps, 700), np.uint8)
-        for i, (times, units) in enumerate(spikes):
-            step = np.minimum((times.astype(np.float64) * steps / self.duration).astype(np.int64), steps - 1)
-            np.add.at(counts[i], (step, units.astype(np.int64)), 1)
-        return counts, labels
-
-
-def _floats(counts: Any) -> Tensor:
-    return torch.from_numpy(counts.astype(np.float32))
 
 
 def _number(path: Path) -> int | None:
@@ -387,7 +316,7 @@ def _number(path: Path) -> int | None:
     return int(digits) if digits.isdigit() else None
 
 
-def _download(root: Path, name: str, fetch: Callable[[str], Any]) -> None:
+def download(root: Path, name: str, fetch: Callable[[str], Any]) -> None:
     """Let tonic download a data set beside `root/name`, and move it there when it is whole."""
     if importlib.util.find_spec("tonic") is None:
         raise ImportError("downloading event data needs tonic: pip install 'sltt[events]'")

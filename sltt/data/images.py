@@ -8,12 +8,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from sltt.checks import choice, flag, folder, whole_number
 from sltt.data.base import Data, OnError, Splits, fingerprint, hold_out
 
 Transform = Callable[[Any], Tensor]
@@ -31,7 +32,7 @@ class Cutout:
     """
 
     def __init__(self, length: int):
-        self.length = length
+        self.length = whole_number("length", length, least=1)
 
     def __call__(self, image: Tensor) -> Tensor:
         spans = []
@@ -107,11 +108,11 @@ class _CIFAR(_Images):
             download: fetch the data into `root` where it is not there.
         """
         super().__init__(validation, split_seed)
-        self.root = root
-        self.augment = augment
-        self.cutout = cutout
-        self.autoaugment = autoaugment
-        self.download = download
+        self.root = folder("root", root)
+        self.augment = flag("augment", augment)
+        self.cutout = whole_number("cutout", cutout, least=0)
+        self.autoaugment = _autoaugment(autoaugment, augment)
+        self.download = flag("download", download)
 
     def open(self, train: bool, transform: Transform) -> Any:
         from torchvision import datasets
@@ -121,7 +122,7 @@ class _CIFAR(_Images):
             return dataset(self.root, train=train, transform=transform, download=self.download)
         except RuntimeError as error:
             raise FileNotFoundError(
-                f"{self.name} not found, or not whole: looked in {Path(self.root).resolve()}, expected the folder "
+                f"{self.name} not found, or not whole: looked in {self.root.resolve()}, expected the folder "
                 f"{self.folder} of the Python version there. Get it with --data.download true, or set --data.root."
             ) from error
 
@@ -189,26 +190,26 @@ class ImageFolder(_Images):
         on_error: OnError = "stop",
     ):
         super().__init__(validation, split_seed)
-        self.root = root
-        self.on_error = on_error
-        self.size = size
-        self.augment = augment
-        self.crop_padding = crop_padding
-        self.cutout = cutout
-        self.autoaugment = autoaugment
+        self.root = folder("root", root)
+        self.on_error = choice("on_error", on_error, get_args(OnError))
+        self.size = whole_number("size", size, least=1)
+        self.augment = flag("augment", augment)
+        self.crop_padding = None if crop_padding is None else whole_number("crop_padding", crop_padding, least=0)
+        self.cutout = whole_number("cutout", cutout, least=0)
+        self.autoaugment = _autoaugment(autoaugment, augment)
 
     def open(self, train: bool, transform: Transform) -> Any:
         from torchvision import datasets
 
-        root = Path(self.root)
-        folder = root / "train" if train else next((root / n for n in ("test", "val") if (root / n).is_dir()), None)
-        if folder is None or not folder.is_dir():
+        names = ("train",) if train else ("test", "val")
+        home = next((self.root / name for name in names if (self.root / name).is_dir()), None)
+        if home is None:
             raise FileNotFoundError(
-                f"no images found: looked in {root.resolve()}, expected the folders train and test (or val), each with "
-                "a folder of images for every class. Set --data.root."
+                f"no images found: looked in {self.root.resolve()}, expected the folders train and test (or val), "
+                "each with a folder of images for every class. Set --data.root."
             )
-        images = datasets.ImageFolder(str(folder), transform=transform, loader=_decode)
-        if self.on_error == "skip" and (bad := set(_undecodable([path for path, _ in images.samples], root))):
+        images = datasets.ImageFolder(str(home), transform=transform, loader=_decode)
+        if self.on_error == "skip" and (bad := set(_undecodable([path for path, _ in images.samples], self.root))):
             images.samples = images.imgs = [sample for sample in images.samples if sample[0] not in bad]
             images.targets = [label for _, label in images.samples]
         return images
@@ -236,6 +237,12 @@ class ImageFolder(_Images):
         cutout = [Cutout(self.cutout)] if train and self.augment and self.cutout else []
         imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         return v2.Compose([v2.ToImage(), *crop, *_to_normalised(*imagenet), *cutout])
+
+
+def _autoaugment(autoaugment: bool, augment: bool) -> bool:
+    if flag("autoaugment", autoaugment) and not augment:
+        raise ValueError("autoaugment=True is an augmentation, but augment=False: set augment=True, or leave it out")
+    return autoaugment
 
 
 def _decode(path: str) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from sltt.checks import number, whole_number
 from sltt.data.base import Data, Splits, fingerprint, hold_out
 
 TEST_SAMPLES = 2000
@@ -54,19 +55,12 @@ class Recall(Data):
         seed: int = 0,
     ):
         super().__init__(validation, split_seed)
-        for name, value, least in (("classes", classes, 2), ("delay", delay, 0), ("channels", channels, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not noise >= 0:
-            raise ValueError(f"noise must be at least 0, got {noise}")
-        if samples < classes**2:
-            raise ValueError(f"samples must be at least classes² = {classes**2}, one of each pair, got {samples}")
-        self.classes = classes
-        self.delay = delay
-        self.noise = noise
-        self.channels = channels
-        self.samples = samples
-        self.seed = seed
+        self.classes = whole_number("classes", classes, least=2)
+        self.delay = whole_number("delay", delay, least=0)
+        self.noise = number("noise", noise, least=0)
+        self.channels = whole_number("channels", channels, least=1)
+        self.samples = whole_number("samples", samples, least=self.classes**2, remedy="each pair of classes takes one")
+        self.seed = whole_number("seed", seed)
 
     def load(self, steps: int) -> Splits:
         if steps < self.delay + 2:

@@ -5,14 +5,13 @@ Shapes: P pixels of an image, T time steps.
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sltt.checks import flag
+from sltt.checks import flag, folder
 from sltt.data.base import Splits, fingerprint
 from sltt.data.digits import Digits
 from sltt.data.images import Transform, _Images
@@ -69,7 +68,7 @@ class SequentialMNIST(_Images):
         download: bool = False,
     ):
         super().__init__(validation, split_seed)
-        self.root = root
+        self.root = folder("root", root)
         self.permute = flag("permute", permute)
         self.download = flag("download", download)
 
@@ -80,7 +79,7 @@ class SequentialMNIST(_Images):
             images = MNIST(self.root, train=train, transform=transform, download=self.download)
         except RuntimeError as error:
             raise FileNotFoundError(
-                f"MNIST not found: looked in {Path(self.root).resolve()}, expected the folder MNIST/raw of its four "
+                f"MNIST not found: looked in {self.root.resolve()}, expected the folder MNIST/raw of its four "
                 "files there. Get it with --data.download true, or set --data.root."
             ) from error
         images.targets = images.targets.tolist()

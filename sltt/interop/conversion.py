@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sltt.checks import instance
 from sltt.neurons import IF, LIF
 from sltt.state import Stateful, emits_spikes, kind_of, reset
 
@@ -30,7 +31,7 @@ def convert(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: naming every neuron that has no exact counterpart here, and why.
     """
-    reset(model)
+    reset(instance("model", model, nn.Module))
     refused: dict[nn.Module, str] = {}
     copies: dict[int, Any] = {}
     _translate(model, "", copies, refused)

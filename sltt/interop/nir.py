@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from sltt.checks import instance, number
 from sltt.dropout import Dropout
 from sltt.neurons import IF, LIF, PLIF, Neuron
 from sltt.state import Stateful, reset
@@ -47,9 +48,8 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     Raises:
         ValueError: naming every layer and operation that NIR has no counterpart for.
     """
-    if not dt > 0:
-        raise ValueError(f"dt must be greater than 0 seconds, got {dt}")
-    return _Export(model, dt).export(x)
+    instance("x", x, Tensor)
+    return _Export(instance("model", model, nn.Module), number("dt", dt, above=0)).export(x)
 
 
 class _Tracer(fx.Tracer):
@@ -256,9 +256,10 @@ def from_nir(graph: nir.NIRGraph | str | Path, *, dt: float = 1e-4, surrogate: S
         ValueError: naming every node that has no counterpart here, a recurrent graph, shapes that do not fit, neurons
             with other parameters for each, or a graph that was written for another dt.
     """
+    dt = number("dt", dt, above=0)
+    instance("surrogate", surrogate, Surrogate)
     if not isinstance(graph, nir.NIRGraph):
-        graph = nir.read(graph)  # type: ignore[assignment]
-    assert isinstance(graph, nir.NIRGraph)
+        graph = _read(graph)
     modules, problems = {}, []
     for name, node in graph.nodes.items():
         try:
@@ -270,6 +271,19 @@ def from_nir(graph: nir.NIRGraph | str | Path, *, dt: float = 1e-4, surrogate: S
     network = Network(graph, modules)
     network.check()
     return network
+
+
+def _read(path: Any) -> nir.NIRGraph:
+    if not isinstance(path, str | Path):
+        raise ValueError(f"graph must be a nir.NIRGraph or the file of one, got {path!r}")
+    try:
+        graph = nir.read(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever h5py and nir raise on a file of something else
+        raise ValueError(f"{path} is not the file of a NIR graph ({type(error).__name__}: {error})") from error
+    assert isinstance(graph, nir.NIRGraph)
+    return graph
 
 
 class Network(nn.Module):

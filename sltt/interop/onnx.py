@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sltt.checks import instance
 from sltt.kernels import using
 from sltt.neurons import Neuron
 from sltt.state import Stateful, reset, state_names
@@ -35,6 +36,8 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
         ValueError: a module keeps a state in a way of its own; the message names all of them.
         ModuleNotFoundError: onnx or onnxscript is not installed.
     """
+    instance("model", model, nn.Module)
+    instance("x", x, Tensor)
     step = _Step(copy.deepcopy(model).eval(), x)
     names = [name for name, _ in step.layers]
     batch = {0: torch.export.Dim.DYNAMIC}

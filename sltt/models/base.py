@@ -1,21 +1,54 @@
 """What the networks share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx, nn
 
+from sltt.checks import instance, whole_numbers
 from sltt.hoisting import once
 
 NeuronFactory = Callable[[], nn.Module]
 
 
-def check_frame(x: Tensor, channels: int) -> None:
-    """Raise ValueError unless x is the input of one time step, [B, channels, H, W]."""
+def neuron_maker(neuron: NeuronFactory) -> NeuronFactory:
+    """The factory, checked to be one, whose neurons are checked when they are made."""
+
+    def make() -> nn.Module:
+        return instance("what neuron() makes", neuron(), nn.Module)
+
+    if not callable(neuron) or isinstance(neuron, nn.Module):
+        raise ValueError(
+            f"neuron must be a class or a function that makes a neuron, got {neuron!r}; "
+            "such as sltt.LIF or functools.partial(sltt.LIF, tau=2.0)"
+        )
+    return make
+
+
+def stage_blocks(blocks: Sequence[int]) -> tuple[int, ...]:
+    """The number of blocks in each of the four stages of a ResNet."""
+    blocks = whole_numbers("blocks", blocks, least=1)
+    if len(blocks) != 4:
+        raise ValueError(f"blocks must be the number of blocks in each of 4 stages, got {blocks}")
+    return blocks
+
+
+def check_frame(x: Tensor, channels: int, least: int = 1) -> None:
+    """Raise ValueError unless x is the input of one time step, [B, channels, H, W], with H and W at least `least`."""
     if isinstance(x, fx.Proxy):  # the network is being traced, and has no shapes yet
         return
+    instance("the input", x, Tensor)
     if x.ndim != 4 or x.shape[1] != channels:
         hint = "; a sequence [T, B, C, H, W] goes through a rule or sltt.unroll" if x.ndim == 5 else ""
         raise ValueError(f"expected one time step [B, {channels}, H, W], got shape {list(x.shape)}{hint}")
+    if x.shape[2] < least or x.shape[3] < least:
+        raise ValueError(f"expected a height and a width of at least {least} pixels, got shape {list(x.shape)}")
+    check_floating(x)
+
+
+def check_floating(x: Tensor) -> None:
+    """Raise ValueError for an input of whole numbers."""
+    if not x.is_floating_point():
+        raise ValueError(f"expected an input of floating-point numbers, got {x.dtype}; use x.float()")
 
 
 def run_features(layers: nn.Sequential, x: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
+from sltt.checks import whole_number
 from sltt.dropout import Dropout
-from sltt.models.base import NeuronFactory, check_frame, run_features
+from sltt.models.base import NeuronFactory, check_frame, neuron_maker, run_features
 from sltt.neurons import LIF
 
 
@@ -27,7 +28,9 @@ class DigitsNet(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels = whole_number("in_channels", in_channels, least=1)
+        width = whole_number("width", width, least=1)
+        neuron = neuron_maker(neuron)
         self.features = nn.Sequential(
             nn.Conv2d(in_channels, width, 3, padding=1),
             nn.BatchNorm2d(width),
@@ -42,9 +45,9 @@ class DigitsNet(nn.Module):
         )
         self.pool = nn.AdaptiveAvgPool2d(2)
         self.dropout = Dropout(dropout)
-        self.head = nn.Linear(2 * width * 2 * 2, classes)
+        self.head = nn.Linear(2 * width * 2 * 2, whole_number("classes", classes, least=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 4."""
-        check_frame(x, self.in_channels)
+        check_frame(x, self.in_channels, least=4)
         return self.head(self.dropout(self.pool(run_features(self.features, x)).flatten(1)))

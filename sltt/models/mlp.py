@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from sltt.checks import flag, whole_numbers
 from sltt.dropout import Dropout
-from sltt.models.base import NeuronFactory
+from sltt.models.base import NeuronFactory, check_floating, neuron_maker
 from sltt.neurons import LIF
 
 
@@ -23,9 +24,9 @@ class MLP(nn.Module):
 
     def __init__(self, features: Sequence[int], neuron: NeuronFactory = LIF, dropout: float = 0.0, norm: bool = True):
         super().__init__()
-        if len(features) < 2:
-            raise ValueError(f"features needs the sizes of input and logits at least, got {list(features)}")
-        self.features = list(features)
+        self.features = list(whole_numbers("features", features, least=1, fewest=2))
+        norm = flag("norm", norm)
+        neuron = neuron_maker(neuron)
         layers: list[nn.Module] = []
         for before, after in pairwise(features[:-1]):
             layers += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if norm else []), neuron(), Dropout(dropout)]
@@ -35,6 +36,11 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, ...], flattened to [B, features[0]], to logits [B, features[-1]]."""
         x = x.flatten(1)
+        if not isinstance(x, fx.Proxy):  # the network is being traced, and has no shapes yet
+            self._check(x)
+        return self.head(self.hidden(x))
+
+    def _check(self, x: Tensor) -> None:
         if x.shape[1] != self.features[0]:
             raise ValueError(f"expected {self.features[0]} values for each sample of a time step, got {x.shape[1]}")
-        return self.head(self.hidden(x))
+        check_floating(x)

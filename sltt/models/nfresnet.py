@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sltt.checks import flag, whole_number
 from sltt.hoisting import once
-from sltt.models.base import NeuronFactory, check_frame
+from sltt.models.base import NeuronFactory, check_frame, neuron_maker, stage_blocks
 from sltt.neurons import LIF
 
 SPIKE_SCALE = 2.74  # spikes times this have about the variance of a unit normal input
@@ -117,7 +118,10 @@ class NFResNet(nn.Module):
         neuron: NeuronFactory = LIF,
     ):
         super().__init__()
-        self.in_channels = in_channels
+        blocks = stage_blocks(blocks)
+        bottleneck = flag("bottleneck", bottleneck)
+        neuron = neuron_maker(neuron)
+        self.in_channels = whole_number("in_channels", in_channels, least=1)
         self.stem = ScaledWSConv2d(in_channels, 64, 7, stride=2)
         self.stem_pool = nn.AvgPool2d(3, 2, padding=1)
         stages: list[nn.Module] = []
@@ -133,7 +137,7 @@ class NFResNet(nn.Module):
         self.blocks = nn.Sequential(*stages)
         self.neuron = neuron()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(channels, classes)
+        self.head = nn.Linear(channels, whole_number("classes", classes, least=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]."""

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from sltt.checks import whole_number
 from sltt.dropout import Dropout
 from sltt.hoisting import once
-from sltt.models.base import NeuronFactory, check_frame
+from sltt.models.base import NeuronFactory, check_frame, neuron_maker, stage_blocks
 from sltt.neurons import LIF
 
 
@@ -63,7 +64,9 @@ class ResNet(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.in_channels = in_channels
+        blocks = stage_blocks(blocks)
+        neuron = neuron_maker(neuron)
+        self.in_channels = whole_number("in_channels", in_channels, least=1)
         self.stem = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
         stages: list[nn.Module] = []
         channels = 64
@@ -75,7 +78,7 @@ class ResNet(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
         self.neuron = neuron()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(channels, classes)
+        self.head = nn.Linear(channels, whole_number("classes", classes, least=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]."""

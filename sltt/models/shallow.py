@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sltt.checks import whole_number, whole_numbers
 from sltt.dropout import Dropout
 from sltt.hoisting import once
-from sltt.models.base import NeuronFactory, check_frame
+from sltt.models.base import NeuronFactory, check_frame, neuron_maker
 from sltt.neurons import LIF
 
 
@@ -55,8 +56,10 @@ class ShallowResNet(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.in_channels = in_channels
-        channels = in_channels
+        widths, stem = whole_numbers("widths", widths, least=1), whole_number("stem", stem, least=0)
+        blocks = whole_number("blocks", blocks, least=0)
+        neuron = neuron_maker(neuron)
+        channels = self.in_channels = whole_number("in_channels", in_channels, least=1)
         currents, stages = [], []
         if stem:
             currents.append(nn.Sequential(nn.Conv2d(channels, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem)))
@@ -67,14 +70,15 @@ class ShallowResNet(nn.Module):
             currents.append(nn.Sequential(conv, nn.MaxPool2d(2), nn.BatchNorm2d(width)))
             stages.append(nn.Sequential(neuron(), *(_Residual(width, neuron) for _ in range(blocks))))
             channels = width
+        self.poolings = len(widths)
         self.currents = nn.ModuleList(currents)
         self.stages = nn.ModuleList(stages)
         self.dropout = Dropout(dropout)
-        self.head = nn.Linear(channels, classes)
+        self.head = nn.Linear(channels, whole_number("classes", classes, least=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 2 to the number of widths."""
-        check_frame(x, self.in_channels)
+        check_frame(x, self.in_channels, least=2**self.poolings)
         for current, stage in zip(self.currents, self.stages, strict=True):
             x = stage(once(current, x))
         return self.head(self.dropout(F.adaptive_avg_pool2d(x, 1).flatten(1)))

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from sltt.checks import sequence, whole_number, whole_numbers
 from sltt.dropout import Dropout
-from sltt.models.base import NeuronFactory, check_frame, run_features
+from sltt.models.base import NeuronFactory, check_frame, neuron_maker, run_features
 from sltt.neurons import LIF
 
 
@@ -33,10 +34,12 @@ class VGG(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.in_channels = in_channels
+        neuron = neuron_maker(neuron)
         layers: list[nn.Module] = []
-        channels = in_channels
+        channels = self.in_channels = whole_number("in_channels", in_channels, least=1)
+        self.poolings = len(sequence("blocks", blocks, "widths", fewest=1)) - 1
         for i, widths in enumerate(blocks):
+            widths = whole_numbers(f"blocks[{i}]", widths, least=1)
             if i:
                 layers.append(nn.AvgPool2d(2))
             for width in widths:
@@ -44,11 +47,11 @@ class VGG(nn.Module):
                 channels = width
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(7)
-        self.head = nn.Linear(channels * 7 * 7, classes)
+        self.head = nn.Linear(channels * 7 * 7, whole_number("classes", classes, least=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 16."""
-        check_frame(x, self.in_channels)
+        """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 2 to the number of poolings."""
+        check_frame(x, self.in_channels, least=2**self.poolings)
         return self.head(self.pool(run_features(self.features, x)).flatten(1))
 
 

@@ -1,0 +1,90 @@
+"""Spiking Heidelberg Digits: recordings of spikes in an artificial cochlea, without an image plane."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sltt.checks import flag, folder, number
+from sltt.data.base import Data, Splits, fingerprint, hold_out
+from sltt.data.events import FrameDataset, download
+from sltt.data.recordings import RecordingError
+
+
+class SHD(Data):
+    """Spiking Heidelberg Digits (Cramer et al. 2020): spoken digits as spikes of 700 cochlear channels, 20 classes.
+
+    `root/SHD/shd_train.h5` and `shd_test.h5`. Samples are counts [T, 700] of T runs of equal time over `duration`.
+
+    Args:
+        root: folder of the data.
+        validation: share of the training samples held out to select the best epoch; 0 trains on everything.
+        split_seed: which training samples are held out.
+        duration: seconds of a sample; later spikes count to the last time step.
+        download: fetch the data into `root` where it is not there.
+    """
+
+    def __init__(
+        self,
+        root: str = "data",
+        validation: float = 0.1,
+        split_seed: int = 0,
+        duration: float = 1.4,
+        download: bool = False,
+    ):
+        super().__init__(validation, split_seed)
+        self.root = folder("root", root)
+        self.duration = number("duration", duration, above=0)
+        self.download = flag("download", download)
+
+    def missing(self) -> dict[str, int]:
+        """1 for each file that is not there, by split; empty if the data set is whole."""
+        return {name: 1 for name in ("train", "test") if not self._file(name).is_file()}
+
+    def load(self, steps: int) -> Splits:
+        if self.download and self.missing():
+            from tonic import datasets
+
+            for train in (True, False):
+                download(self.root, "SHD", lambda part, train=train: datasets.SHD(part, train=train))
+        if self.missing():
+            raise FileNotFoundError(
+                f"SHD not found: looked in {self.root.resolve()}, expected SHD/shd_train.h5 and SHD/shd_test.h5 there. "
+                "Set --data.root, or get it with --data.download true."
+            )
+        (x, labels), (test_x, test_labels) = (self._read(name, steps) for name in ("train", "test"))
+        kept, held = hold_out(labels, self.validation, self.split_seed)
+        return Splits(
+            train=FrameDataset(x, labels, kept, _floats),
+            validation=FrameDataset(x, labels, held, _floats) if held else None,
+            test=FrameDataset(test_x, test_labels, range(len(test_labels)), _floats),
+            static=False,
+            classes=20,
+            fingerprint=fingerprint([*labels, *test_labels], kept, held),
+        )
+
+    def _file(self, name: str) -> Path:
+        return self.root / "SHD" / f"shd_{name}.h5"
+
+    def _read(self, name: str, steps: int) -> tuple[Any, list[int]]:
+        import h5py
+
+        path = self._file(name)
+        try:
+            with h5py.File(path, "r") as file:
+                data: Any = file
+                labels = [int(label) for label in data["labels"]]
+                spikes = list(zip(data["spikes"]["times"], data["spikes"]["units"], strict=True))
+        except (OSError, KeyError) as error:
+            raise RecordingError(f"{path}: not a file of SHD ({error})") from error
+        counts = np.zeros((len(spikes), steps, 700), np.uint8)
+        for i, (times, units) in enumerate(spikes):
+            step = np.minimum((times.astype(np.float64) * steps / self.duration).astype(np.int64), steps - 1)
+            np.add.at(counts[i], (step, units.astype(np.int64)), 1)
+        return counts, labels
+
+
+def _floats(counts: Any) -> Tensor:
+    return torch.from_numpy(counts.astype(np.float32))
