@@ -1,0 +1,105 @@
+"""Layers on spikes: milliseconds of the dense layer (oneDNN) and of the sparse one, forward and weight gradient.
+
+    python benchmarks/sparse.py [--batch 32] [--threads 1] [--repeats 15] [--dtypes float32 bfloat16]
+
+Dense and sparse runs alternate; a figure is the median, with the fastest in brackets. With one thread the time is the
+thread's processor time, which other processes hardly disturb. Results are compared before they are timed.
+`even` is the density up to which the sparse layer is taken.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.ops import aten  # pyright: ignore[reportMissingImports]
+
+from sltt.kernels import costs, native, sparse
+from sltt.kernels.bits import pack
+
+LAYERS = {  # name: channels, pixels a side, outputs, kernel, stride
+    "64→64, 32×32": (64, 32, 64, 3, 1),
+    "128→128, 16×16": (128, 16, 128, 3, 1),
+    "256→256, 8×8": (256, 8, 256, 3, 1),
+    "512→512, 4×4": (512, 4, 512, 3, 1),
+    "64→128, 32×32, stride 2": (64, 32, 128, 3, 2),
+    "256→512, 8×8, 1×1, stride 2": (256, 8, 512, 1, 2),
+    "16→32, 32×32": (16, 32, 32, 3, 1),
+}
+DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3)
+Run = Callable[[], Tensor]
+
+
+def runs_of(name: str, batch: int, dtype: torch.dtype) -> tuple[sparse.Layer, list[Run], list[Run]]:
+    """The layer, and its runs forward and for the weight gradient: dense first, then for each density."""
+    channels, side, outputs, kernel, stride = LAYERS[name]
+    pad, axes, one, none = kernel // 2, [stride] * 2, [1, 1], [0, 0]
+    weight = channels_last(torch.randn(outputs, channels, kernel, kernel) / 8, dtype)
+    inputs = [channels_last((torch.rand(batch, channels, side, side) < d).float(), dtype) for d in DENSITIES]
+    layer = sparse.conv_layer(inputs[0].shape, weight.shape, (stride, stride), ((pad, pad), (pad, pad)))
+    bits, packed = [pack(x) for x in inputs], sparse.pack_weight(layer, weight)
+    grad = channels_last(torch.randn(layer.y_shape), dtype)
+
+    def dense_gradient(x: Tensor = inputs[2]) -> Tensor:
+        mask = [False, True, False]
+        return aten.convolution_backward(grad, x, weight, None, axes, [pad] * 2, one, False, none, 1, mask)[1]
+
+    forward: list[Run] = [lambda: F.conv2d(inputs[2], weight, None, stride, pad)]
+    forward += [lambda b=b: sparse.forward(layer, b, packed, None, dtype) for b in bits]
+    backward: list[Run] = [dense_gradient]
+    backward += [lambda b=b: sparse.weight_gradient(layer, b, grad)[0] for b in bits]
+    for run in (forward, backward):  # at the third density
+        expected = run[0]()
+        error = (run[3]() - expected).abs().max() / expected.abs().max()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2), f"{name}: {error:.1e}"
+    return layer, forward, backward
+
+
+def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the type and memory format of the layers."""
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def milliseconds(runs: list[Run], repeats: int) -> list[str]:
+    """Median and fastest of each run, all in turn."""
+    clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats + 1):
+        for run, found in zip(runs, times, strict=True):
+            start = clock()
+            run()
+            found.append((clock() - start) / 1e6)
+    return [f"{statistics.median(t[1:]):.2f} ({min(t[1:]):.2f})" for t in times]
+
+
+def main() -> None:
+    """Print a table for each type."""
+    parser = argparse.ArgumentParser(description="Layers on spikes, dense and sparse.")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    arguments = parser.parse_args()
+    if problem := native.problem():
+        raise SystemExit(f"no sparse layers: {problem}")
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.dtypes:
+        dtype = getattr(torch, name)
+        table = Table("layer", "pass", "dense", *(f"at {d}" for d in DENSITIES), "even", title=f"milliseconds, {name}")
+        for case in LAYERS:
+            layer, forward, backward = runs_of(case, arguments.batch, dtype)
+            even = costs.break_even(layer, dtype)
+            with torch.no_grad():
+                table.add_row(case, "forward", *milliseconds(forward, arguments.repeats), f"{even[0]:.2f}")
+                table.add_row("", "weight gradient", *milliseconds(backward, arguments.repeats), f"{even[1]:.2f}")
+        Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""When a sparse layer is faster than the dense one: a model of the time, measured once per machine.
+
+A dense layer takes a time for each of its products, a sparse one a time for each product with a spike, and one for each
+element that it reads and writes:
+
+    t_dense = d · products,    t_sparse = s · density · products + e · elements
+
+Both are equal at one density, the layer's break-even. d, s and e are measured on one layer for each type and kind of
+layer, in a fraction of a second: the processor time of one thread, which other processes hardly disturb. They are kept
+beside the compiled kernels. So every run on a machine decides alike, with any number of threads.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.ops import aten  # pyright: ignore[reportMissingImports]
+
+from sltt.kernels import native
+from sltt.kernels.bits import pack
+from sltt.kernels.sparse import Layer, conv_layer, forward, linear_layer, pack_weight, weight_gradient
+
+# Layers of fewer products run dense: they take less than the calls around them.
+PRODUCTS_FROM = 2**22
+_DENSITIES = (0.05, 0.3)
+_REPEATS = 5
+
+
+class BreakEven(NamedTuple):
+    """Densities of spikes below which the sparse layer is faster; 0 where it never is."""
+
+    forward: float
+    weight_gradient: float
+
+
+class Costs(NamedTuple):
+    """Nanoseconds: of a product of the dense layer, of a product with a spike, and of an element read or written."""
+
+    dense: float
+    spike: float
+    element: float
+
+
+@functools.lru_cache(maxsize=1024)
+def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
+    """The densities below which `layer` is faster sparse, forward and weight gradient.
+
+    A fixed function of its arguments on a machine; the first call for a type and kind of layer may measure.
+    """
+    if layer.products < PRODUCTS_FROM:
+        return BreakEven(0.0, 0.0)
+    return BreakEven(*(_even(layer, Costs(*costs)) for costs in _costs(layer.linear, dtype)))
+
+
+def _even(layer: Layer, costs: Costs) -> float:
+    left = costs.dense * layer.products - costs.element * layer.elements
+    return min(1.0, max(0.0, left / (costs.spike * layer.products)))
+
+
+@functools.cache
+def _costs(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
+    """Of forward and weight gradient: from this machine's file, or measured and written to it."""
+    kind = "linear" if linear else "conv"
+    name = f"costs-{native.key()}-torch{torch.__version__}-{kind}-{str(dtype).removeprefix('torch.')}.json"
+    path = native.cache_folder() / name
+    if (found := _read(path)) is None:
+        found = _measure(linear, dtype)
+        path.unlink(missing_ok=True)  # a damaged one
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent, prefix="costs-") as folder:
+            new = Path(folder) / name
+            new.write_text(json.dumps(found), encoding="utf-8")
+            os.link(new, path)  # fails where another process was first: its costs are everyone's
+        found = _read(path) or found
+    return found
+
+
+def _read(path: Path) -> tuple[Costs, Costs] | None:
+    try:
+        first, second = (Costs(*(float(c) for c in costs)) for costs in json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return (first, second) if all(0 <= c < math.inf for c in first + second) and first.spike * second.spike else None
+
+
+def _measure(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
+    """Time one layer, dense and at two densities of spikes, in turn; of each the fastest run counts."""
+    if linear:
+        weight, x_shape = torch.ones(512, 512), (256, 512)
+        layer = linear_layer(x_shape, weight.shape)
+    else:
+        weight, x_shape = torch.ones(64, 64, 3, 3), (8, 64, 16, 16)
+        layer = conv_layer(x_shape, weight.shape, (1, 1), ((1, 1), (1, 1)))
+    generator = torch.Generator().manual_seed(0)  # the user's stays as it is
+    inputs = [_format(torch.rand(x_shape, generator=generator) < d, dtype) for d in _DENSITIES]
+    bits = [pack(x) for x in inputs]
+    packed, cast, grad = pack_weight(layer, weight), _format(weight, dtype), _format(torch.ones(layer.y_shape), dtype)
+    runs: list[Callable[[], object]] = [
+        lambda: F.linear(inputs[0], cast) if linear else F.conv2d(inputs[0], cast, padding=1),
+        lambda: forward(layer, bits[0], packed, None, dtype),
+        lambda: forward(layer, bits[1], packed, None, dtype),
+        lambda: grad.t() @ inputs[0] if linear else _conv_weight_gradient(grad, inputs[0], cast),
+        lambda: weight_gradient(layer, bits[0], grad),
+        lambda: weight_gradient(layer, bits[1], grad),
+    ]
+    with torch.no_grad(), _one_thread():
+        times = [min(t) for t in zip(*([_nanoseconds(run) for run in runs] for _ in range(_REPEATS)), strict=True)]
+    return _fit(layer, *times[:3]), _fit(layer, *times[3:])
+
+
+def _fit(layer: Layer, dense: float, sparse: float, denser: float) -> Costs:
+    low, high = _DENSITIES
+    spike = max((denser - sparse) / (high - low), dense * 1e-3) / layer.products
+    return Costs(dense / layer.products, spike, max(0.0, sparse - low * spike * layer.products) / layer.elements)
+
+
+def _nanoseconds(run: Callable[[], object]) -> float:
+    start = time.thread_time_ns()
+    run()
+    return time.thread_time_ns() - start
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _conv_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    one, none = [1, 1], [0, 0]
+    mask = [False, True, False]
+    return aten.convolution_backward(grad, x, weight, None, one, one, one, False, none, 1, mask)[1]
+
+
+def _format(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)

@@ -1,0 +1,145 @@
+"""The C++ kernels: compiled on the user's machine at first use, and kept in a cache.
+
+The cache is `$XDG_CACHE_HOME/sltt`, by default `~/.cache/sltt`. The name of a library is a digest of what it was
+compiled from and for: source, compiler, flags, processor, and the instruction set that PyTorch is limited to. Its last
+bytes are a digest of the rest, so a damaged file is found and replaced. Without a library layers run dense; `problem`
+says why.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("spikes.cpp")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions")
+_PROCESSORS = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
+_DIGEST = hashlib.sha256().digest_size
+_P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_FUNCTIONS = {
+    "sltt_count": (_N, [_P, _N]),
+    "sltt_pack": (None, [_P, _P, _P, _F, _P, _I]),
+    "sltt_forward": (_I, [_P, _P, _P, _P, _P, _I, _I]),
+    "sltt_weight_gradient": (_I, [_P, _P, _P, _I, _F, _P, _P, _I]),
+}
+
+
+class _AbsentError(Exception):
+    """What the machine lacks: layers run dense, without a warning."""
+
+
+class _FailedError(Exception):
+    """What should have worked and did not: layers run dense, after one warning."""
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None if there are none. The first call may compile, which takes a few seconds."""
+    return _library()[0]
+
+
+def problem() -> str | None:
+    """Why there is no library, in one line; None if there is one."""
+    return _library()[1]
+
+
+def cache_folder() -> Path:
+    """The folder of what was compiled or measured on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sltt"
+
+
+@functools.cache
+def key() -> str:
+    """Digest of all that the library depends on. Call it where `library()` is not None."""
+    compiler = _compiler()
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _FailedError(f"the C++ compiler does not run: {error}") from None
+    parts = (SOURCE.read_bytes(), compiler.encode(), version, " ".join(_flags()).encode(), _processor())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        path = cache_folder() / f"spikes-{key()}.so"
+        if not _intact(path):
+            _compile(path)
+        return _open(path), None
+    except _AbsentError as absent:
+        return None, str(absent)
+    except _FailedError as failed:
+        warnings.warn(f"layers compute on spikes as on any input, since {failed}", stacklevel=3)
+        return None, str(failed)
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise _FailedError(f"the compiled kernels cannot be loaded: {error}") from None
+    return library
+
+
+def _compile(path: Path) -> None:
+    """Compile into a file beside `path`, and give it its name when it is whole."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
+            new = Path(folder) / path.name
+            command = [_compiler(), *_flags(), str(SOURCE), "-o", str(new)]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+            if done.returncode or not new.exists():
+                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                raise _FailedError(f"compiling the kernels failed: {lines[0]}")
+            with new.open("ab") as file:
+                file.write(hashlib.sha256(new.read_bytes()).digest())
+            new.replace(path)
+    except subprocess.TimeoutExpired:
+        raise _FailedError("compiling the kernels took more than five minutes") from None
+    except OSError as error:
+        raise _FailedError(f"the cache {path.parent} cannot be written: {error.strerror or error}") from None
+
+
+def _intact(path: Path) -> bool:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(data[:-_DIGEST]).digest() == data[-_DIGEST:]
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise _AbsentError("there is no C++ compiler (apt install g++)")
+
+
+def _flags() -> tuple[str, ...]:
+    """Compiler flags for this processor, and for no more of it than PyTorch uses (ATEN_CPU_CAPABILITY)."""
+    machine = platform.machine()
+    if machine not in _PROCESSORS or sys.byteorder != "little" or sys.platform != "linux":
+        raise _AbsentError(f"the kernels are not made for {sys.platform} on {machine}")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if machine == "aarch64" or "AVX512" in capability:
+        return *FLAGS, _PROCESSORS[machine]
+    return *FLAGS, *((_PROCESSORS[machine], "-mno-avx512f") if capability == "AVX2" else ())
+
+
+def _processor() -> bytes:
+    """Model and features of the processor, which decide what `native` means to the compiler."""
+    lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
+    return b"\n".join(line for line in lines if line.startswith((b"model", b"flags", b"CPU ", b"Features")))

@@ -1,0 +1,229 @@
+"""Convolutions and linear layers on spikes: only active inputs are touched.
+
+A spike is 0 or `one`, so a product with it is a sum: y = one · Σ_active w + bias, and ∂L/∂w = one · Σ_active ∂L/∂y.
+Spikes come as bits (`bits.pack`) of memory with the channels last: [B, H, W, C], [B, L, C] or [..., C]. All sums are
+float32. Results do not depend on the number of threads, to the last bit.
+
+    layer = conv_layer(x.shape, weight.shape, stride=(1, 1), padding=((1, 1), (1, 1)))
+    if unsupported(x, layer) is None and density(bits) < costs.break_even(layer, x.dtype).forward:
+        y = forward(layer, bits, pack_weight(layer, weight), bias, x.dtype)
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltt.kernels import native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The widest row that the pixels of a layer with one kernel element are laid out in: as good as any, and fits the cache.
+_ROW = 128
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer applied to an input of one shape; make it by `conv_layer` or `linear_layer`.
+
+    Attributes:
+        x_shape: [B, C, H, W], [B, C, L] or, of a linear layer, [..., C].
+        weight_shape: [C_out, C, KH, KW], [C_out, C, K] or [C_out, C].
+        y_shape: like `x_shape`.
+        sizes: of the equivalent convolution of images: n, h, w, ci, co, kh, kw, sh, sw, ph, pw, oh, ow.
+        problem: why only the dense layer can do it; None if it can be sparse.
+    """
+
+    x_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    y_shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    problem: str | None
+
+    @property
+    def linear(self) -> bool:
+        """Whether this is a linear layer."""
+        return len(self.weight_shape) == 2
+
+    @property
+    def products(self) -> int:
+        """Multiplications of the dense layer."""
+        return math.prod(self.y_shape) * math.prod(self.weight_shape[1:])
+
+    @property
+    def elements(self) -> int:
+        """Of input and output."""
+        return math.prod(self.x_shape) + math.prod(self.y_shape)
+
+    @functools.cached_property
+    def pointer(self) -> Any:
+        """`sizes` for the native kernels."""
+        return (ctypes.c_int64 * len(self.sizes))(*self.sizes)
+
+    @property
+    def packed_size(self) -> int:
+        """Elements of the packed weight: channels in whole blocks, 16 of the output and up to 64 of the input."""
+        _, _, _, ci, co, kh, kw, *_ = self.sizes
+        return -(-co // 16) * 16 * -(-ci // 64) * min(ci, 64) * kh * kw
+
+
+@functools.lru_cache(maxsize=1024)
+def conv_layer(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Layer:
+    """A convolution of [B, C, L] or [B, C, H, W]; `padding` has a pair (before, after) for each axis."""
+    x_shape, weight_shape = tuple(x_shape), tuple(weight_shape)
+    axes = [
+        (size, kernel, step, before, (size + before + after - spread * (kernel - 1) - 1) // step + 1)
+        for size, kernel, step, (before, after), spread in zip(
+            x_shape[2:], weight_shape[2:], stride, padding, dilation, strict=False
+        )
+    ]
+    y_shape = (x_shape[0], weight_shape[0], *(out for *_, out in axes))
+    problem = None
+    if len(axes) not in (1, 2):
+        problem = f"it has {len(axes)} spatial axes"
+    elif groups > 1 or any(d > 1 for d in dilation):
+        problem = f"it has groups={groups} and dilation={tuple(dilation)}"
+    h, w = ((1, 1, 1, 0, 1), *axes)[-2:]
+    sizes = _sizes(x_shape[0], x_shape[1], weight_shape[0], h, w)
+    return Layer(x_shape, weight_shape, y_shape, sizes, problem or _problem(sizes))
+
+
+@functools.lru_cache(maxsize=1024)
+def linear_layer(x_shape: Sequence[int], weight_shape: Sequence[int]) -> Layer:
+    """A linear layer of [..., C]."""
+    x_shape, weight_shape = tuple(x_shape), tuple(weight_shape)
+    point = (1, 1, 1, 0, 1)
+    sizes = _sizes(math.prod(x_shape[:-1]), x_shape[-1], weight_shape[0], point, point)
+    return Layer(x_shape, weight_shape, (*x_shape[:-1], weight_shape[0]), sizes, _problem(sizes))
+
+
+def unsupported(x: Tensor, layer: Layer) -> str | None:
+    """Why `layer` cannot be sparse on x; None if it can."""
+    if x.device.type != "cpu":
+        return f"its input is on {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"its input is {x.dtype}"
+    if not layer.linear and not _channels_last(x):
+        return "its input has not the channels last in memory"
+    return layer.problem or native.problem()
+
+
+def density(bits: Tensor) -> float:
+    """Share of the bits that are set."""
+    return _library().sltt_count(bits.data_ptr(), bits.numel()) / max(1, 8 * bits.numel())
+
+
+def pack_weight(layer: Layer, weight: Tensor, one: float = 1.0) -> Tensor:
+    """The weight times `one` in the order that `forward` reads, in float32; of use until the weight changes."""
+    weight = weight.detach().float()
+    packed = torch.empty(layer.packed_size)
+    _library().sltt_pack(
+        weight.data_ptr(), _strides(weight), layer.pointer, one, packed.data_ptr(), torch.get_num_threads()
+    )
+    return packed
+
+
+def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y = layer(spikes) in `dtype`, with the channels last in memory.
+
+    Args:
+        layer: which has no `problem`.
+        bits: of the spikes, [numel/8].
+        packed: what `pack_weight` gives.
+        bias: [C_out].
+        dtype: float32, bfloat16 or float16.
+    """
+    assert 8 * bits.numel() == math.prod(layer.x_shape)
+    assert packed.numel() == layer.packed_size
+    kept = torch.float32 if dtype == torch.float16 else dtype
+    batch, channels, *pixels = layer.y_shape
+    y = torch.empty(layer.y_shape if layer.linear else (batch, *pixels, channels), dtype=kept)
+    bias = None if bias is None else bias.detach().float().contiguous()
+    short = _library().sltt_forward(
+        bits.data_ptr(),
+        layer.pointer,
+        packed.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        kept == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    _check(short)
+    return (y if layer.linear else y.movedim(-1, 1)).to(dtype)
+
+
+def weight_gradient(
+    layer: Layer, bits: Tensor, grad_y: Tensor, one: float = 1.0, needs_bias: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """∂L/∂weight, with the channels last in memory, and ∂L/∂bias if asked for, in the type of ∂L/∂y."""
+    assert 8 * bits.numel() == math.prod(layer.x_shape)
+    assert grad_y.shape == layer.y_shape
+    g = grad_y if layer.linear else grad_y.movedim(1, -1)
+    g = g.to(torch.float32 if g.dtype == torch.float16 else g.dtype).contiguous()
+    grad = torch.empty((layer.weight_shape[0], *layer.weight_shape[2:], layer.weight_shape[1]))
+    grad = grad.movedim(-1, 1)
+    short = _library().sltt_weight_gradient(
+        bits.data_ptr(),
+        layer.pointer,
+        g.data_ptr(),
+        g.dtype == torch.bfloat16,
+        one,
+        grad.data_ptr(),
+        _strides(grad),
+        torch.get_num_threads(),
+    )
+    _check(short)
+    grad_bias = g.flatten(0, -2).sum(0, dtype=torch.float32).to(grad_y.dtype) if needs_bias else None
+    return grad.to(grad_y.dtype), grad_bias
+
+
+def _sizes(n: int, ci: int, co: int, h: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:
+    """Of each axis: size, kernel, stride, padding before and output size."""
+    if (
+        h[1:4] == w[1:4] == (1, 1, 0) and h[0] == h[4] and w[0] == w[4]
+    ):  # pixels are independent: in rows of equal length
+        pixels = n * h[0] * w[0]
+        row = next(r for r in range(min(_ROW, max(1, pixels)), 0, -1) if pixels % r == 0)
+        n, h, w = pixels // row, (1, 1, 1, 0, 1), (row, 1, 1, 0, row)
+    return (n, h[0], w[0], ci, co, h[1], w[1], h[2], w[2], h[3], w[3], h[4], w[4])
+
+
+def _problem(sizes: tuple[int, ...]) -> str | None:
+    n, h, w, ci, co, *_, oh, ow = sizes
+    if ci % 8 or co % 8 or min(ci, co) < 16:
+        return f"it has {ci} input and {co} output channels, not multiples of 8 from 16 on"
+    if min(n, h, w, oh, ow) < 1:
+        return "it has no output"
+    return "its input has 2^32 elements or more" if n * h * w * ci >= 2**32 else None
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
+
+
+def _strides(weight: Tensor) -> Any:
+    """Strides as of [C_out, C, KH, KW]."""
+    out, channel, *kernel = weight.stride()
+    return (ctypes.c_int64 * 4)(out, channel, *((0, 0, *kernel)[-2:]))
+
+
+def _library() -> ctypes.CDLL:
+    library = native.library()
+    assert library is not None, "ask `unsupported` before"
+    return library
+
+
+def _check(short_of_memory: int) -> None:
+    if short_of_memory:
+        raise MemoryError("a sparse layer has no memory for its lists of spikes")
