@@ -1,23 +1,19 @@
-"""Checkpoints and other files of a run: written whole or not at all, read without running code from them.
+"""Checkpoints: written whole or not at all, read without running code from them.
 
 A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of what is before.
 """
 
-import csv
 import hashlib
-import io
 import os
-import secrets
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 from torch import nn
 
 from sltt.distributed import as_sharded
-from sltt.runs import CONFIG, find_checkpoint
+from sltt.files import write_atomically
+from sltt.runs import find_checkpoint
 
 FORMAT = "sltt-checkpoint-1"
 MARK = b"sltt-sha256:"
@@ -27,24 +23,6 @@ KEYS = {"model", "optimizer", "scaler", "rules", "progress", "fingerprint", "con
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason."""
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file by `write(file)` such that `path` holds either the old content or the whole new one.
-
-    Raises OSError, with the path and the state of the old file, when the disk is full or the folder not writable.
-    """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when a write fails
-        part.unlink(missing_ok=True)
-        kept = "the one written before is intact" if path.exists() else "nothing was written"
-        raise OSError(f"could not write {path}: {error}; {kept}. Free some space or choose another folder.") from error
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -152,23 +130,3 @@ def start_from(model: nn.Module, weights: str | None) -> None:
     if weights is not None:
         path = find_checkpoint(Path(weights)) if Path(weights).is_dir() else Path(weights)
         load_weights(model, load_checkpoint(path), path)
-
-
-def write_config(run: Path, config: dict[str, Any]) -> None:
-    """Write the configuration of a run into its folder."""
-    write_atomically(run / CONFIG, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
-
-
-def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of equal keys as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows that `write_table` wrote, with numbers, and None where a cell is empty."""
-    with path.open(newline="") as file:
-        return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]

@@ -28,6 +28,7 @@ from sltt.options import (
     shipped_recipes,
 )
 from sltt.progress import Report, megabytes
+from sltt.runs import RESUMABLE
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -124,8 +125,8 @@ def _train(
     resolved: dict[str, Any],
 ) -> None:
     """`sltt train` in each of its processes."""
-    from sltt.checkpoints import write_atomically, write_config
     from sltt.distributed import Processes
+    from sltt.files import write_atomically
     from sltt.runs import new_run
     from sltt.train import evaluate, fit
 
@@ -133,9 +134,8 @@ def _train(
     splits = processes.one_by_one(lambda: built.data.splits(built.steps))  # fails where there is no data, without a run
 
     def make() -> Path:
-        run = new_run(folder, f"{name}-{type(built.rule).__name__.lower()}")
-        write_config(run, resolved)  # so that --resume can start it, should it be stopped before it trains
-        return run
+        # with its settings, so that --resume can start it, should it be stopped before it trains
+        return new_run(folder, f"{name}-{type(built.rule).__name__.lower()}", resolved)
 
     run = continued or processes.first(make)
 
@@ -302,7 +302,7 @@ def report(words: Sequence[str]) -> None:
 
 def _give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Report], None]) -> None:
     """Print what a command found, as JSON or for people, and keep it where --save says."""
-    from sltt.checkpoints import write_atomically
+    from sltt.files import write_atomically
 
     text = json.dumps(found)
     if known.save:
@@ -418,7 +418,7 @@ EVAL_KEYS = (
     "compile",
 )
 PROCESSES = ("devices", "num_nodes", "strategy")
-RESUME_KEYS = ("resume", "epochs", "data", "workers", "device", *PROCESSES, "compile", "checkpoint_minutes")
+RESUME_KEYS = ("resume", *RESUMABLE)
 EVAL_HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in EVAL_KEYS)} override the run's configuration."
 
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]

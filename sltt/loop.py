@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sltt.analysis import FiringRates, firing_rates
-from sltt.checkpoints import save_checkpoint, write_table
+from sltt.checkpoints import save_checkpoint
 from sltt.data import Splits
 from sltt.distributed import Processes, whole
+from sltt.files import write_table
 from sltt.health import check_finite, check_labels, check_length, check_weights, extreme_layers
 from sltt.interrupt import Interrupt
 from sltt.loading import EpochSampler, eval_loader, seed_batch, share, train_loader, whole_epoch

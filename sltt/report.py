@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from sltt.checkpoints import read_table, start_from, write_atomically
+from sltt.checkpoints import start_from
 from sltt.evidence import Compared
+from sltt.files import read_table, write_atomically
 from sltt.options import Recipe, locate
 from sltt.progress import megabytes
 from sltt.runs import CONFIG, METRICS

@@ -1,6 +1,7 @@
 """Training and evaluation on Lightning Fabric, without a branch on data set or rule; the loop itself is in loop.py."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,6 @@ from sltt.checkpoints import (
     load_optimizer,
     load_weights,
     start_from,
-    write_config,
 )
 from sltt.data import Data, Splits
 from sltt.devices import Device, Precision, Strategy, make_fabric
@@ -32,7 +32,7 @@ from sltt.metrics import BatchMemory, Metrics, Progress
 from sltt.phases import Phase, plan
 from sltt.progress import Report
 from sltt.rules import SLTT, Rule
-from sltt.runs import LAST, find_checkpoint, new_run
+from sltt.runs import LAST, check_config, find_checkpoint, held, new_run, old_run, write_config
 from sltt.schedules import Cosine, Schedule
 from sltt.syncnorm import synchronise
 
@@ -144,13 +144,15 @@ def fit(
     if batch_size < fabric.world_size:
         raise ValueError(f"{batch_size=} is shared by {fabric.world_size} processes: expected a sample for each")
     report = (report or Report()) if fabric.is_global_zero else Report(quiet=True)
-    with Lifeline(fabric), using(compile=compile):
+    with Lifeline(fabric), using(compile=compile), ExitStack() as stack:
         processes = Processes(fabric)
         load = partial(_splits, data, processes)
         splits = load(stages[0].steps)
         check_last_batch(model, splits, batch_size, stages)
-        checkpoint = processes.first(lambda: _resume_point(run)) if resume else None
-        folder = Path(run) if resume and run is not None else processes.first(lambda: new_run(run))
+        folder = processes.first(lambda: old_run(run) if resume else new_run(run, config=config))
+        if processes.rank == 0:
+            stack.enter_context(held(folder))
+        checkpoint = processes.first(lambda: _last(folder, config)) if resume else None
         seed_everything(seed)
         if checkpoint is None:
             start_from(model, weights)
@@ -182,13 +184,13 @@ def fit(
             workers=workers,
             checkpoint_minutes=checkpoint_minutes,
             folder=folder,
-            config=config or {},
+            config=config or (checkpoint or {}).get("config", {}),
             report=report,
         )
         if checkpoint is not None:
             _restore(loop, checkpoint)
-        if processes.rank == 0:
-            _tidy(folder, config)
+        if config is not None and processes.rank == 0:
+            write_config(folder, config)
         loop.run()
         path, selected = processes.first(lambda: _selected(folder))
         load_weights(model, selected, path)
@@ -278,12 +280,13 @@ def seed_everything(seed: int) -> None:
     seed_generators(seed, verbose=False)
 
 
-def _resume_point(run: str | Path | None) -> dict[str, Any] | None:
-    """The last checkpoint of a run; None if it stopped before the first, and so starts again."""
-    if run is None:
-        raise ValueError("resume=True needs the folder of the run to continue: run=...")
-    path = Path(run) / LAST
-    return load_checkpoint(path) if path.exists() else None
+def _last(run: Path, config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The last checkpoint of a run, of the same settings; None if it stopped before the first, and so starts again."""
+    if not (run / LAST).exists():
+        return None
+    checkpoint = load_checkpoint(run / LAST)
+    check_config(run, checkpoint["config"], config)
+    return checkpoint
 
 
 def _restore(loop: Loop, checkpoint: dict[str, Any]) -> None:
@@ -299,14 +302,6 @@ def _restore(loop: Loop, checkpoint: dict[str, Any]) -> None:
     for stage, rule_state in zip(loop.stages, checkpoint["rules"], strict=False):
         stage.rule.load_state_dict(rule_state)
     loop.state = Progress(**checkpoint["progress"]).of_process(loop.processes.rank)
-
-
-def _tidy(run: Path, config: dict[str, Any] | None) -> None:
-    """Remove what a killed run was writing, and write the configuration."""
-    for part in run.glob(".*.part"):
-        part.unlink()
-    if config is not None:
-        write_config(run, config)
 
 
 def _selected(run: Path) -> tuple[Path, dict[str, Any]]:

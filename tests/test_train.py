@@ -10,10 +10,11 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import sltt
-from sltt import checkpoints
+from sltt import checkpoints, files, runs
 from sltt.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from sltt.data import Data, Splits
 from sltt.devices import make_fabric
@@ -98,7 +99,7 @@ def test_a_loss_may_be_a_plain_function(tmp_path):
 
 def test_the_run_folder_holds_metrics_and_checkpoints(tmp_path):
     model, result = train(tmp_path / "run", config={"a": 1})
-    assert {p.name for p in result.run.iterdir()} == {
+    assert {p.name for p in result.run.iterdir() if not p.name.startswith(".")} == {
         "best.ckpt",
         "config.yaml",
         "last.ckpt",
@@ -227,6 +228,117 @@ def test_resuming_before_the_first_checkpoint_starts_again(tmp_path):
     train(tmp_path / "run", resume=True)
     train(tmp_path / "whole")
     assert equal(weights(tmp_path / "run" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
+
+
+SETTINGS = {"optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.1, "eps": 1e-8}}, "epochs": 1, "seed": 0}
+
+
+def changed(**kwargs):
+    init = {"lr": kwargs.pop("lr", 0.1), "eps": 1e-8}
+    return {**SETTINGS, "optimizer": {"class_path": "AdamW", "init_args": init}, **kwargs}
+
+
+def test_a_run_resumes_with_the_settings_in_its_checkpoint_only(tmp_path):
+    train(tmp_path / "run", epochs=1, config=SETTINGS)
+    with pytest.raises(ValueError, match=r"optimizer.init_args.lr was 0.1 and is 0.2; seed was 0 and is 3. Restore"):
+        train(tmp_path / "run", resume=True, config=changed(lr=0.2, seed=3))
+    newer = changed(epochs=2, workers=0)  # an option that the checkpoint does not know, and one that may change
+    train(tmp_path / "run", epochs=2, resume=True, config=newer)
+    train(tmp_path / "run", epochs=2, resume=True)
+    assert load_checkpoint(tmp_path / "run" / "last.ckpt")["config"] == newer
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (yaml.safe_dump(changed(lr=0.2)), "optimizer.init_args.lr was 0.1 and is 0.2"),
+        (yaml.safe_dump(SETTINGS).replace("seed: 0\n", ""), "seed is missing"),
+        (yaml.safe_dump(SETTINGS)[:30], "seed is missing"),
+        (yaml.safe_dump(SETTINGS) + "rule: SLTT", "rule is new"),
+        ("a: [", "epochs is missing; optimizer is missing; seed is missing"),
+        ("", "optimizer is missing; seed is missing"),
+    ],
+)
+def test_a_file_of_settings_that_is_not_that_of_the_checkpoint_is_refused(text, message, tmp_path):
+    train(tmp_path / "run", epochs=1, config=SETTINGS)
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", resume=True, config=SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["typo", "empty", None])
+def test_what_is_no_run_is_not_resumed(name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="resume=True"):
+        train(name and tmp_path / name, resume=True)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_an_empty_folder_is_taken_by_a_new_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    train(tmp_path / "run", epochs=1)
+
+
+def test_a_run_killed_while_its_settings_are_written_leaves_no_folder_of_its_name(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def dies(descriptor):
+        raise Killed
+
+    monkeypatch.setattr(files.os, "fsync", dies)
+    with pytest.raises(Killed):
+        train(tmp_path / "run", epochs=1, config=SETTINGS)
+    monkeypatch.undo()
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "run", epochs=1, config=SETTINGS)
+
+
+class Meanwhile(sltt.SLTT):
+    """Does something in its first batch."""
+
+    def __init__(self, action):
+        super().__init__()
+        self.actions = [action]
+
+    def run(self, *args):
+        if self.actions:
+            self.actions.pop()()
+        return super().run(*args)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
+    train(tmp_path / "run", epochs=1)
+    refused = []
+
+    def resume():
+        try:
+            train(tmp_path / "run", epochs=2, resume=True)
+        except ValueError as error:
+            refused.append(str(error))
+
+    def elsewhere():
+        resume()
+        if (child := os.fork()) == 0:  # a copy of this process, which holds nothing
+            runs._held.clear()
+            resume()
+            os._exit(len(refused) == 2 and refused[1].startswith(f"{tmp_path / 'run'} is being trained by {me} on "))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+    me = f"process {os.getpid()}"
+    train(tmp_path / "run", rule=Meanwhile(elsewhere), epochs=2, resume=True)
+    assert refused == [f"{tmp_path / 'run'} is being trained by this process, in another thread: wait for it to end"]
+    train(tmp_path / "run", epochs=3, resume=True)
+
+
+def test_two_writers_of_a_file_do_not_share_its_part(tmp_path):
+    def outer(file):
+        file.write(b"outer")
+        files.write_atomically(tmp_path / "a", lambda file: file.write(b"inner"))
+
+    files.write_atomically(tmp_path / "a", outer)
+    assert (tmp_path / "a").read_bytes() == b"outer"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_run_never_overwrites_another(tmp_path):
@@ -650,7 +762,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match=r"could not write .*last\.ckpt.*No space left.*written before is intact"):
         save_checkpoint(path, {**whole, "model": 2})
     assert load_checkpoint(path)["model"] == 1

@@ -1,0 +1,47 @@
+"""Files that are written whole or not at all."""
+
+import csv
+import io
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file by `write(file)` such that `path` holds either the old content or the whole new one.
+
+    Raises OSError, with the path and the state of the old file, when the disk is full or the folder not writable.
+    """
+    part = part_of(path)
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when a write fails
+        part.unlink(missing_ok=True)
+        kept = "the one written before is intact" if path.exists() else "nothing was written"
+        raise OSError(f"could not write {path}: {error}; {kept}. Free some space or choose another folder.") from error
+
+
+def part_of(path: Path) -> Path:
+    """A name beside `path`, of its own in each process and thread, for what is not whole yet."""
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of equal keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows that `write_table` wrote, with numbers, and None where a cell is empty."""
+    with path.open(newline="") as file:
+        return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
