@@ -202,11 +202,11 @@ def test_an_unknown_key_in_a_file_is_explained(here, capsys):
     [
         (["--rule", "SLTT", "--rule.k", "9"], "SLTT(k=9) trains 9 steps, but the sequence has T = 2; use k ≤ T"),
         (["--rule", "TBPTT", "--rule.window", "0"], "window must be at least 1"),
-        (["--steps", "0"], "at least one time step"),
+        (["--steps", "0"], "steps must be at least 1"),
         (["--model.neuron.tau", "1"], "tau must be greater than 1"),
         (["--model.in_channels", "3"], "expected one time step [B, 3, H, W], got shape [256, 1, 8, 8]"),
         (["--model.classes", "4"], "labels must be in 0 … 3 (the model has 4 outputs)"),
-        (["--data.validation", "1.5"], "validation must be in [0, 1)"),
+        (["--data.validation", "1.5"], "validation must be at least 0 and less than 1"),
         (["--data", "sltt.data.CIFAR10"], "CIFAR-10 not found"),
         (["--data", "sltt.data.ImageFolder", "--data.root", "nowhere"], "no images found: looked in"),
         (["--run", "/proc/nowhere/run"], "cannot make the run folder"),
