@@ -13,7 +13,7 @@ from sltt import kernels
 from sltt.analysis import peak_memory
 from sltt.kernels import tags
 from sltt.kernels.bits import pack, unpack
-from sltt.kernels.options import COMPILE_FROM
+from sltt.kernels.options import COMPILE_FROM, Kernel
 from sltt.kernels.tags import PACK_FROM, tag_of
 from sltt.neurons import lif_step
 from tests.conftest import SURROGATES, gradients
@@ -519,6 +519,24 @@ def test_a_kernel_that_does_not_compile_runs_eagerly_with_a_warning():
     assert torch.equal(x.grad, torch.ones_like(x))
     sltt.reset(neuron)
     neuron(x).sum().backward()  # silently from now on
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs two widths of vectors")
+def test_code_for_other_vectors_is_not_taken_from_the_compilers_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.randn(4096)
+
+    def add(out, x):
+        out.copy_(x + 1)
+
+    for name in ("AVX512", "AVX2"):  # as in processes with these limits, one after the other
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", name.lower())
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=name: name)
+        out = torch.full_like(x, torch.nan)
+        with kernels.using(compile="on"):
+            Kernel(add)(out, x)
+        assert torch.equal(out, x + 1)
 
 
 def test_checkpoint_around_a_neuron_is_refused():
