@@ -127,8 +127,10 @@ def _without_modes() -> Iterator[None]:
 
 
 def _vector_bits() -> int | None:
-    """The vector width to compile for. It is a part of the key of TorchInductor's cache, and the instruction set is not:
-    without it, a process limited by ATEN_CPU_CAPABILITY takes code made for other vectors, which computes wrong values.
+    """The vector width to compile for.
+
+    It is a part of the key of TorchInductor's cache, and the instruction set is not. Without it, a process limited by
+    ATEN_CPU_CAPABILITY takes code that was made for other vectors, and computes wrong values.
     """
     return {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
 
