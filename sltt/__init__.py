@@ -4,11 +4,11 @@ from importlib.metadata import version
 
 from sltt import analysis, data, losses, models, schedules, surrogates
 from sltt.dropout import Dropout
-from sltt.hoisting import once
 from sltt.neurons import IF, LIF, PLIF, lif_step
 from sltt.phases import Phase
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
-from sltt.state import Stateful, detach, register, reset
+from sltt.sequence.once import once
+from sltt.sequence.state import Stateful, detach, register, reset
 from sltt.train import evaluate, fit
 
 __version__ = version("sltt")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sltt import kernels
-from sltt.state import Stateful, current_fold
+from sltt.sequence.state import Stateful
 
 
 class Dropout(Stateful):
@@ -34,7 +34,7 @@ class Dropout(Stateful):
         """x [B, ...] of one time step to the same shape; of the steps that are folded, [n·B, ...]."""
         if not self.training or self.p == 0:
             return x
-        steps = current_fold().steps
+        steps = self.fold.steps
         first = x[: len(x) // steps] if steps > 1 else x
         if self.mask is None:
             self.mask = torch.empty_like(first).bernoulli_(1 - self.p).mul_(1 / (1 - self.p))

@@ -26,9 +26,10 @@ from sltt.metrics import BatchMemory, Metrics, Progress, epoch_row
 from sltt.phases import Stage, freeze_norm, stage_at
 from sltt.progress import Report
 from sltt.rules import unroll
-from sltt.rules.base import check_input, step_loss
+from sltt.rules.base import step_loss
 from sltt.runs import BEST, LAST, METRICS
 from sltt.schedules import Schedule
+from sltt.sequence.steps import check_input
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -160,7 +161,7 @@ class Loop:
         self.optim.zero_grad()
         size = min(self.batch_size, self.sampler.length - state.batch * self.batch_size)
         weight, count = share(size, rank, self.processes.count)
-        stage.rule.seed(seed_batch(self.seed, state.epoch, state.batch))
+        seed = seed_batch(self.seed, state.epoch, state.batch)
         seed_batch(self.seed, state.epoch, state.batch, rank)
         check_labels(y, self.splits.classes)
         check_length(x, self.splits, stage.steps)
@@ -176,7 +177,8 @@ class Loop:
                     self.loss,
                     steps=stage.steps if self.splits.static else None,
                     backward=_weighted(self.fabric, weight),
-                    update=self._reduce_and_update,
+                    update=self._reduce_and_update if stage.rule.online else None,
+                    seed=seed,
                 ),
                 full=size == min(self.batch_size, self.sampler.length),
             )

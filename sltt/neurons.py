@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sltt.kernels import Step, neuron_step
-from sltt.state import Fold, Stateful, current_fold
+from sltt.sequence.fold import Fold
+from sltt.sequence.state import Stateful
+from sltt.sequence.steps import in_backward
 from sltt.surrogates import Surrogate, Triangle
 
 
@@ -107,7 +109,7 @@ class Neuron(Stateful):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
-        fold = current_fold()
+        fold = self.fold
         first = x[: len(x) // fold.steps] if fold.steps > 1 else x
         dtype = self.state_type(x)
         if self.v is None:
@@ -126,7 +128,7 @@ class Neuron(Stateful):
             or forward_ad._current_level >= 0
         ):
             return self._plain_steps(x, dtype, decay, fold)
-        if torch._C._current_graph_task_id() != -1:
+        if in_backward():
             raise RuntimeError(
                 f"{type(self).__name__} ran inside a backward pass: torch.utils.checkpoint repeats a forward whose "
                 "state has moved on, and would give wrong gradients. Leave the neurons out of what is checkpointed."

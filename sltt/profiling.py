@@ -32,7 +32,7 @@ from sltt.loading import EpochSampler, train_loader
 from sltt.options import Recipe, rule_options
 from sltt.progress import Report, megabytes
 from sltt.rules import Rule
-from sltt.rules.autofold import AutoFold
+from sltt.rules.fold import largest_fold
 
 WARMUP = 2
 TOLERANCE = 0.03  # of the peak model, before it is fitted again
@@ -315,4 +315,4 @@ def _fold(recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int
         for fold in (1, 2)
         if fold <= steps
     ]
-    return AutoFold.fold(peaks, budget, steps)
+    return largest_fold(peaks, budget, steps)

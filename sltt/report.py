@@ -423,7 +423,7 @@ def sample_spikes(run: Path) -> "dict[str, np.ndarray]":
     import torch
 
     from sltt.rules import unroll
-    from sltt.state import emits_spikes
+    from sltt.sequence.state import emits_spikes
 
     built = Recipe("sltt report", str(run / CONFIG), []).build()
     start_from(built.model, str(run))

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sltt.checks import instance, number
+from sltt.frozen import Frozen
 
-class Surrogate(ABC):
+
+class Surrogate(Frozen, ABC):
     """Spike s = H(x) with x = u − V_th and H(0) = 1; backward ∂s/∂x = `derivative(x)`.
 
     A subclass defines `derivative`. It must be elementwise, and keep the shape and dtype of its argument.
@@ -50,7 +53,7 @@ class Triangle(Surrogate):
     """
 
     def __init__(self, gamma: float = 1.0):
-        self.gamma = _positive("gamma", gamma)
+        self.gamma = number("gamma", gamma, above=0)
 
     def derivative(self, x: Tensor) -> Tensor:
         return (1 - x.abs() / self.gamma).clamp(min=0) / self.gamma
@@ -64,7 +67,7 @@ class Rectangle(Surrogate):
     """
 
     def __init__(self, gamma: float = 1.0):
-        self.gamma = _positive("gamma", gamma)
+        self.gamma = number("gamma", gamma, above=0)
 
     def derivative(self, x: Tensor) -> Tensor:
         return (x.abs() < self.gamma / 2).to(x.dtype) / self.gamma
@@ -78,7 +81,7 @@ class Sigmoid(Surrogate):
     """
 
     def __init__(self, alpha: float = 4.0):
-        self.alpha = _positive("alpha", alpha)
+        self.alpha = number("alpha", alpha, above=0)
 
     def derivative(self, x: Tensor) -> Tensor:
         sigma = torch.sigmoid(self.alpha * x)
@@ -93,7 +96,7 @@ class ArcTan(Surrogate):
     """
 
     def __init__(self, alpha: float = 2.0):
-        self.alpha = _positive("alpha", alpha)
+        self.alpha = number("alpha", alpha, above=0)
 
     def derivative(self, x: Tensor) -> Tensor:
         return self.alpha / 2 / (1 + (math.pi * self.alpha / 2 * x) ** 2)
@@ -108,8 +111,8 @@ class FastSigmoid(Surrogate):
     """
 
     def __init__(self, alpha: float = 25.0, scale: float = 1.0):
-        self.alpha = _positive("alpha", alpha)
-        self.scale = _positive("scale", scale)
+        self.alpha = number("alpha", alpha, above=0)
+        self.scale = number("scale", scale, above=0)
 
     def derivative(self, x: Tensor) -> Tensor:
         return self.scale * self.alpha / 2 / (1 + self.alpha * x.abs()) ** 2
@@ -124,8 +127,8 @@ class Exponential(Surrogate):
     """
 
     def __init__(self, alpha: float = 2.0, scale: float = 1.0):
-        self.alpha = _positive("alpha", alpha)
-        self.scale = _positive("scale", scale)
+        self.alpha = number("alpha", alpha, above=0)
+        self.scale = number("scale", scale, above=0)
 
     def derivative(self, x: Tensor) -> Tensor:
         return self.scale * self.alpha / 2 * torch.exp(-self.alpha * x.abs())
@@ -140,8 +143,8 @@ class Gaussian(Surrogate):
     """
 
     def __init__(self, sigma: float = 0.5, scale: float = 1.0):
-        self.sigma = _positive("sigma", sigma)
-        self.scale = _positive("scale", scale)
+        self.sigma = number("sigma", sigma, above=0)
+        self.scale = number("scale", scale, above=0)
 
     def derivative(self, x: Tensor) -> Tensor:
         return self.scale / (self.sigma * math.sqrt(2 * math.pi)) * torch.exp(-0.5 * (x / self.sigma) ** 2)
@@ -155,7 +158,7 @@ class Above(Surrogate):
     """
 
     def __init__(self, surrogate: Surrogate):
-        self.surrogate = surrogate
+        self.surrogate = instance("surrogate", surrogate, Surrogate)
 
     def fires(self, x: Tensor) -> Tensor:
         return x > 0
@@ -180,9 +183,3 @@ class _Spike(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         return grad * ctx.surrogate.derivative(x), None
-
-
-def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise ValueError(f"{name} must be greater than 0, got {value}")
-    return value

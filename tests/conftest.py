@@ -27,10 +27,10 @@ NEURONS = {
 }
 RULES = {
     "BPTT": sltt.BPTT(),
-    "BPTT(recompute=2)": sltt.BPTT(recompute=2),
+    "BPTT(segment=2)": sltt.BPTT(segment=2),
     "BPTT(recompute=True)": sltt.BPTT(recompute=True),
     "BPTT(fold=4)": sltt.BPTT(fold=4),
-    "BPTT(recompute=2, fold=2)": sltt.BPTT(recompute=2, fold=2),
+    "BPTT(segment=2, fold=2)": sltt.BPTT(segment=2, fold=2),
     "TBPTT(2)": sltt.TBPTT(2),
     "TBPTT(3, fold=2)": sltt.TBPTT(3, fold=2),
     "SLTT": sltt.SLTT(),

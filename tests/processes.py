@@ -23,7 +23,7 @@ from sltt.progress import Report
 from tests.conftest import RULES, small_network
 
 sltt.devices.SHARD_FROM = 40  # so that each linear layer of the small networks is sharded by itself
-SHARDED = {name: RULES[name] for name in ("SLTT", "BPTT", "BPTT(recompute=2)", "SLTT(k=2, fold=4)", "Mixed")}
+SHARDED = {name: RULES[name] for name in ("SLTT", "BPTT", "BPTT(segment=2)", "SLTT(k=2, fold=4)", "Mixed")}
 TRAININGS = {
     **{name: {"rule": rule} for name, rule in RULES.items()},
     "OTTT(online)": {"rule": sltt.OTTT(decay=0.5, online=True)},

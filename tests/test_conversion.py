@@ -25,7 +25,9 @@ def check_equal(model, x, y, tolerance):
         expected = gradients_of(rule, model, x, y)
         assert expected.abs().max() > 0
         torch.testing.assert_close(gradients_of(rule, converted, x, y), expected, **tolerance)
-    assert not [m for m in converted.modules() if sltt.state.emits_spikes(m) and not isinstance(m, sltt.Stateful)]
+    assert not [
+        m for m in converted.modules() if sltt.sequence.state.emits_spikes(m) and not isinstance(m, sltt.Stateful)
+    ]
     return converted
 
 

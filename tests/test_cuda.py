@@ -23,7 +23,7 @@ from sltt.analysis import firing_rates
 from sltt.kernels.bits import pack, unpack
 from sltt.kernels.tags import PACK_FROM
 from sltt.rules import replay
-from sltt.rules.base import Sequence, time_steps
+from sltt.sequence.steps import Sequence, time_steps
 from tests.conftest import batch, small_network
 from tests.test_kernels import CONSTANTS, SIZES, SURROGATES, both
 
@@ -101,7 +101,7 @@ def waits_of(rule, model, x, y, loss, steps):
 
 def reads_of(rule):
     """How often a rule looks at what it computed: not at all, or once a sequence whether a replay was the same."""
-    return ["aten._local_scalar_dense"] * ("recompute=2" in repr(rule))
+    return ["aten._local_scalar_dense"] * ("segment=2" in repr(rule))
 
 
 @pytest.mark.parametrize("neuron", [sltt.LIF, sltt.PLIF])

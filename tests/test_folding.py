@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 import sltt
 from sltt import kernels
-from sltt.analysis import peak_memory
-from sltt.folding import foldable
-from sltt.state import Fold, folding
+from sltt.analysis import parse_bytes, peak_memory
+from sltt.kernels import stepwise_norms
+from sltt.sequence.fold import Fold, fold_of, folding
 from tests.conftest import gradients
 
 LOSS = sltt.losses.CrossEntropyMSE()
@@ -64,7 +64,7 @@ def assert_same(found, expected):
         (sltt.BPTT(fold=5), sltt.BPTT()),
         (sltt.BPTT(fold=2), sltt.BPTT()),
         (sltt.BPTT(fold=5, recompute=True), sltt.BPTT()),
-        (sltt.BPTT(fold=2, recompute=4), sltt.BPTT()),
+        (sltt.BPTT(fold=2, segment=4), sltt.BPTT()),
         (sltt.TBPTT(3, fold=2), sltt.TBPTT(3)),
         (sltt.SLTT(fold=3), sltt.SLTT()),
         (sltt.SLTT(fold=5, recompute=True), sltt.SLTT()),
@@ -116,7 +116,7 @@ def test_batch_norm_takes_the_statistics_of_each_step(norm):
     x = torch.randn(3, 8, 6, dtype=torch.float64)
     for _ in range(2):
         leaves = [x.clone().requires_grad_() for _ in range(2)]
-        with foldable(norm), folding(Fold(3)):
+        with stepwise_norms([norm]), folding([norm], Fold(3)):
             found = norm(leaves[0].flatten(0, 1)).unflatten(0, (3, 8))
         expected = torch.stack([twin(x_t) for x_t in leaves[1]])
         torch.testing.assert_close(found, expected)
@@ -144,9 +144,9 @@ def test_batch_norm_takes_any_memory_format(form):
     for steps in (3, 1):  # all in one call, and one call for each
         leaf = x.detach().requires_grad_()
         ys = []
-        with foldable(norm):
+        with stepwise_norms([norm]):
             for part in leaf.chunk(3 // steps):
-                with folding(Fold(steps)):
+                with folding([norm], Fold(steps)):
                     ys.append(norm(part))
         y = torch.cat(ys)
         (y * weight).sum().backward()
@@ -173,7 +173,8 @@ def test_nothing_stays_patched_after_an_exception():
     with pytest.raises(ZeroDivisionError):
         sltt.SLTT(fold=3)(model, x, y, LOSS, **kwargs)
     assert "forward" not in vars(model.norm1)
-    assert sltt.state.current_fold().steps == 1
+    assert fold_of(model.lif1).steps == fold_of(model.norm1).steps == 1
+    assert not any(m._forward_pre_hooks for m in model.modules())
     assert torch._C._len_torch_function_stack() == 0
 
 
@@ -208,7 +209,7 @@ def test_auto_takes_the_largest_fold_within_the_budget():
             rule = sltt.SLTT(fold="auto", budget=budget)
             for _ in range(2):
                 rule(model, x, y, LOSS, steps=8)
-            assert run(rule) <= rule._auto.budget
+            assert run(rule) <= parse_bytes(budget)
             assert max(sizes) in allowed
 
 
@@ -224,7 +225,7 @@ def test_auto_without_a_budget_takes_what_is_free():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sltt.SLTT(fold=0), "fold must be 'auto' or at least 1 time step, got 0"),
+        (lambda: sltt.SLTT(fold=0), "fold must be at least 1, got 0; or use 'auto'"),
         (lambda: sltt.SLTT(fold="auto", budget="many"), "expected a memory size such as 8GB or 500MB, got 'many'"),
         (lambda: sltt.BPTT(fold=2, budget="8GB"), "budget is the memory for fold='auto', and fold is a number"),
         (
@@ -238,7 +239,7 @@ def test_arguments_out_of_range_are_refused(make, message):
         make()
 
 
-class Counting(sltt.state.Stateful):
+class Counting(sltt.Stateful):
     states = ("seen",)
 
     def forward(self, x):
@@ -264,7 +265,7 @@ class Counting(sltt.state.Stateful):
 )
 def test_layers_that_cannot_be_folded_are_named(layer, message):
     model = nn.Sequential(nn.Linear(6, 3), layer, sltt.LIF())
-    for rule in (sltt.SLTT(fold=2), sltt.BPTT(recompute=2, fold=2)):
+    for rule in (sltt.SLTT(fold=2), sltt.BPTT(segment=2, fold=2)):
         with pytest.raises(ValueError, match=message):
             rule(model, torch.randn(4, 2, 6), torch.randint(3, (2,)), LOSS)
 
@@ -286,7 +287,10 @@ def test_what_would_not_be_the_same_folded_is_refused(kind):
 
     model = Odd().double()
     x, y, kwargs = data(static=True)
-    message = "more than one value" if kind == "one value" else "runs twice in a call of the network: use fold=1"
+    message = {
+        "neuron": r"lif1 \(LIF\) runs twice in a time step, .*: use a neuron of its own for each place",
+        "one value": "more than one value",
+    }.get(kind, "runs twice in a call of the network: use fold=1")
     with pytest.raises(ValueError, match=message):
         sltt.SLTT(fold=3)(model, x, y, LOSS, **kwargs)
     assert "forward" not in vars(model.norm1)

@@ -108,7 +108,7 @@ def test_evaluation_of_a_static_image_computes_once_too():
 
 
 @pytest.mark.parametrize(
-    "rule", [sltt.SLTT(), sltt.BPTT(), sltt.SLTT(k=2), sltt.BPTT(recompute=2), sltt.SLTT(fold=2)], ids=repr
+    "rule", [sltt.SLTT(), sltt.BPTT(), sltt.SLTT(k=2), sltt.BPTT(segment=2), sltt.SLTT(fold=2)], ids=repr
 )
 def test_weights_are_standardised_once_with_the_same_gradient(rule, monkeypatch):
     model = nn.Sequential(
@@ -143,7 +143,7 @@ def test_a_change_in_place_of_what_is_kept_is_refused():
 
 def test_weights_that_a_rule_changes_in_the_middle_are_computed_anew():
     conv = ScaledWSConv2d(2, 3, 3)
-    from sltt.hoisting import hoisting
+    from sltt.sequence.once import hoisting
 
     with hoisting(nn.Identity(), None, grad=False):
         first = sltt.once(conv.standardised)
@@ -174,7 +174,8 @@ def test_the_networks_mark_their_layers_before_the_first_neuron(make):
     first.register_forward_hook(lambda *args: calls.append(1))
     x, y = torch.randn(2, 2, 16, 16, dtype=torch.float64), torch.tensor([0, 1])
     grads = [
-        results(model, sltt.SLTT(hoist=hoist), x, y, {"steps": 3})[: len(list(model.parameters()))] for hoist in (0, 1)
+        results(model, sltt.SLTT(hoist=hoist), x, y, {"steps": 3})[: len(list(model.parameters()))]
+        for hoist in (False, True)
     ]
     assert len(calls) == 3 + 1
     assert_same(*grads)

@@ -151,12 +151,12 @@ def by_hand(model, x, y, reset, detach, window):
     ("rule", "window"),
     [
         (sltt.BPTT(), 9),
-        (sltt.BPTT(recompute=2), 9),
+        (sltt.BPTT(segment=2), 9),
         (sltt.TBPTT(2), 2),
         (sltt.SLTT(), 1),
         (sltt.SLTT(recompute=True), 1),
     ],
-    ids=["BPTT", "BPTT(recompute=2)", "TBPTT(2)", "SLTT", "SLTT(recompute)"],
+    ids=["BPTT", "BPTT(segment=2)", "TBPTT(2)", "SLTT", "SLTT(recompute)"],
 )
 def test_gradients_equal_the_library_s_own_loop(library, rule, window):
     model, x, y = network_of(library)
@@ -279,7 +279,7 @@ def test_neurons_of_several_libraries_and_ours_in_one_module():
         second.detach(model)
         model[1].v = model[1].v.detach()
 
-    for rule, window in ((sltt.BPTT(), 9), (sltt.BPTT(recompute=2), 9), (sltt.SLTT(), 1)):
+    for rule, window in ((sltt.BPTT(), 9), (sltt.BPTT(segment=2), 9), (sltt.SLTT(), 1)):
         expected = by_hand(model, x, y, reset, detach, window)
         torch.testing.assert_close(gradients_of(rule, model, x, y), expected, rtol=1e-10, atol=1e-13)
 
@@ -291,7 +291,7 @@ class TestNorse:
         net = network(torch_.LIFBoxCell(p), torch_.LIFCell(torch_.LIFParameters(v_th=torch.tensor(0.1))))
         return torch_.SequentialState(*net).double()
 
-    @pytest.mark.parametrize("rule", [sltt.BPTT(), sltt.BPTT(recompute=2), sltt.SLTT()], ids=repr)
+    @pytest.mark.parametrize("rule", [sltt.BPTT(), sltt.BPTT(segment=2), sltt.SLTT()], ids=repr)
     def test_a_sequential_state_equals_its_own_loop(self, rule):
         model = self.sequential()
         x, y = batch(steps=5)
@@ -452,7 +452,7 @@ class Recurrent(sltt.Stateful):
 
 
 @pytest.mark.parametrize("cell", [nn.GRUCell, nn.LSTMCell])
-@pytest.mark.parametrize("rule", [sltt.BPTT(), sltt.BPTT(recompute=2), sltt.SLTT()], ids=repr)
+@pytest.mark.parametrize("rule", [sltt.BPTT(), sltt.BPTT(segment=2), sltt.SLTT()], ids=repr)
 def test_a_recurrent_cell_in_a_stateful_module_is_a_state_like_any_other(cell, rule):
     model = Recurrent(cell(6, 8)).double()
     x, y = batch()
@@ -489,7 +489,7 @@ def test_a_registered_type_is_a_neuron_like_ours():
     model, ours = network(Unknown(), Unknown()).double(), network(sltt.LIF(tau=2.0), sltt.LIF(tau=2.0)).double()
     ours.load_state_dict(model.state_dict())
     x, y = batch()
-    for rule in (sltt.BPTT(), sltt.BPTT(recompute=2), sltt.SLTT(), sltt.OTTT(decay=0.5)):
+    for rule in (sltt.BPTT(), sltt.BPTT(segment=2), sltt.SLTT(), sltt.OTTT(decay=0.5)):
         torch.testing.assert_close(gradients(model, rule, x, y)[0], gradients(ours, rule, x, y)[0])
     rule(model, x, y, LOSS)
     assert model[1].potential is None

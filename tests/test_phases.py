@@ -56,11 +56,11 @@ class Recorder(sltt.SLTT):
         super().__init__()
         self.log, self.optimizers = log, optimizers
 
-    def run(self, model, sequence, *args):
+    def run(self, batch):
         group = self.optimizers[0].param_groups[0]
         moving = bool(self.optimizers[0].state)
-        self.log.append((sequence.steps, round(group["lr"], 6), group["weight_decay"], moving))
-        return super().run(model, sequence, *args)
+        self.log.append((batch.steps, round(group["lr"], 6), group["weight_decay"], moving))
+        return super().run(batch)
 
 
 def recorded(tmp_path, static, **kwargs):
@@ -143,9 +143,9 @@ def test_a_weight_decay_of_normalisation_that_does_not_fit_is_refused(tmp_path, 
 class Statistics(Recorder):
     """Notes BatchNorm's running mean and weights after every batch's backward."""
 
-    def run(self, model, *args):
-        output = sltt.SLTT.run(self, model, *args)
-        norm = model.module[1]
+    def run(self, batch):
+        output = sltt.SLTT.run(self, batch)
+        norm = batch.model.module[1]
         self.log.append((norm.training, norm.running_mean.clone(), norm.weight.detach().clone()))
         return output
 
@@ -188,11 +188,12 @@ class Inputs(sltt.SLTT):
         super().__init__()
         self.log = log
 
-    def run(self, model, sequence, *args):
+    def run(self, batch):
+        sequence = batch.sequence
         x = sequence.x if sequence.static else sequence.x[0]
         assert sequence.static or (sequence.x == x).all()
         self.log.append(x.clone())
-        return super().run(model, sequence, *args)
+        return super().run(batch)
 
 
 @pytest.mark.parametrize("static", [True, False])

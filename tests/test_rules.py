@@ -63,9 +63,9 @@ def test_sltt_equals_the_loop_detached_by_hand(model):
     ("rule", "twin"),
     [
         (sltt.TBPTT(4), sltt.BPTT()),
-        (sltt.BPTT(recompute=1), sltt.BPTT()),
-        (sltt.BPTT(recompute=3), sltt.BPTT()),
-        (sltt.BPTT(recompute=9), sltt.BPTT()),
+        (sltt.BPTT(segment=1), sltt.BPTT()),
+        (sltt.BPTT(segment=3), sltt.BPTT()),
+        (sltt.BPTT(segment=9), sltt.BPTT()),
         (sltt.TBPTT(9), sltt.BPTT()),
         (sltt.TBPTT(1), sltt.SLTT()),
         (sltt.SLTT(k=4, generator=torch.Generator()), sltt.SLTT()),
@@ -73,9 +73,9 @@ def test_sltt_equals_the_loop_detached_by_hand(model):
     ],
     ids=[
         "TBPTT(4)",
-        "BPTT(recompute=1)",
-        "BPTT(recompute=3)",
-        "BPTT(recompute=9)",
+        "BPTT(segment=1)",
+        "BPTT(segment=3)",
+        "BPTT(segment=9)",
         "TBPTT(9)",
         "TBPTT(1)",
         "SLTT(k=4)",
@@ -88,7 +88,7 @@ def test_members_of_the_family_that_are_the_same(model, rule, twin):
 
 
 @pytest.mark.parametrize(
-    "rule", [sltt.SLTT(), sltt.TBPTT(1), sltt.TBPTT(3), sltt.SLTT(k=1), sltt.BPTT(recompute=1)], ids=repr
+    "rule", [sltt.SLTT(), sltt.TBPTT(1), sltt.TBPTT(3), sltt.SLTT(k=1), sltt.BPTT(segment=1)], ids=repr
 )
 def test_with_one_step_all_rules_are_the_same(model, rule):
     x, y = batch(steps=1)
@@ -186,7 +186,7 @@ def test_backward_hook_gets_every_scalar(rule):
     scaled, _ = seeded(gradients, model, rule, x, y, backward=backward)
     plain, _ = seeded(gradients, model, rule, x, y)
     torch.testing.assert_close(scaled / scale, plain)
-    expected = {"BPTT()": 1, "BPTT(recompute=2)": 2, "TBPTT(window=2)": 2, "SLTT()": 4, "SLTT(k=1)": 1}
+    expected = {"BPTT()": 1, "BPTT(segment=2)": 2, "TBPTT(window=2)": 2, "SLTT()": 4, "SLTT(k=1)": 1}
     assert len(calls) == expected.get(repr(rule), len(calls)) > 0
 
 
@@ -254,7 +254,7 @@ def test_memory_does_not_grow_with_time(rule):
 
 
 def test_recomputing_bptt_takes_the_memory_of_its_segments():
-    assert measured(sltt.BPTT(recompute=4), 32) < 0.35 * measured(sltt.BPTT(), 32)
+    assert measured(sltt.BPTT(segment=4), 32) < 0.35 * measured(sltt.BPTT(), 32)
 
 
 def test_a_replay_repeats_statistics_masks_and_random_numbers():
@@ -270,7 +270,7 @@ def test_a_replay_repeats_statistics_masks_and_random_numbers():
 
     x, y = batch(steps=7)
     results = []
-    for rule in (sltt.BPTT(), sltt.BPTT(recompute=3)):
+    for rule in (sltt.BPTT(), sltt.BPTT(segment=3)):
         torch.manual_seed(2)
         model = Noisy()
         out = rule(model, x, y, LOSS)
@@ -297,7 +297,7 @@ def test_a_replay_carries_the_gradient_through_a_state_that_rests():
     model = EverySecond().double()
     expected, _ = gradients(model, sltt.BPTT(), x, y)
     for length in (1, 2, 3):
-        torch.testing.assert_close(gradients(model, sltt.BPTT(recompute=length), x, y)[0], expected)
+        torch.testing.assert_close(gradients(model, sltt.BPTT(segment=length), x, y)[0], expected)
     assert not torch.allclose(gradients(model, sltt.SLTT(), x, y)[0], expected)
 
 
@@ -311,7 +311,7 @@ def test_a_replay_that_is_not_the_first_run_is_noticed():
             return self.net(x + torch.randn(x.shape, generator=self.generator, dtype=x.dtype))
 
     with pytest.raises(RuntimeError, match="time step 0 gave other logits when it was run again"):
-        sltt.BPTT(recompute=2)(Noisy(), *batch(), LOSS)
+        sltt.BPTT(segment=2)(Noisy(), *batch(), LOSS)
 
 
 def test_memory_of_bptt_grows_with_time():
@@ -353,7 +353,7 @@ def test_k_above_t_is_refused():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: sltt.TBPTT(0), lambda: sltt.BPTT(recompute=0), lambda: sltt.SLTT(k=0), lambda: sltt.SLTT(rescale=True)],
+    [lambda: sltt.TBPTT(0), lambda: sltt.BPTT(segment=0), lambda: sltt.SLTT(k=0), lambda: sltt.SLTT(rescale=True)],
 )
 def test_arguments_out_of_range_are_refused(make):
     with pytest.raises(ValueError, match=r"at least 1|needs k"):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from sltt.analysis.memory import peak_memory
 from sltt.checks import instance, sequence
 from sltt.rules import BPTT, SLTT, TBPTT, Mixed, Rule
-from sltt.rules.base import Loss, time_steps
+from sltt.rules.base import StepLoss as Loss
 from sltt.rules.mixed import Window, layer_order
+from sltt.sequence.steps import time_steps
 
 # Below this cosine the direction of a step is more than 18° off.
 AGREES = 0.95

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sltt.checks import instance
 from sltt.rules import unroll
-from sltt.state import emits_spikes
+from sltt.sequence.state import emits_spikes
 
 # Energy of a 32-bit floating-point operation in a 45 nm process; Horowitz, ISSCC 2014.
 PICOJOULES_MULTIPLY_ACCUMULATE = 4.6

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance
-from sltt.state import emits_spikes
+from sltt.sequence.state import emits_spikes
 
 
 def firing_rates(model: nn.Module) -> "FiringRates":
@@ -19,7 +19,7 @@ def firing_rates(model: nn.Module) -> "FiringRates":
 
     A layer's rate is its spikes over its neurons times time steps times samples. Layers of other libraries count too;
     a neuron that emits several spikes in a time step counts as one that emits one, and steps that a rule runs again
-    (`recompute=n`) count again.
+    (`segment=n`) count again.
     """
     return FiringRates(model)
 

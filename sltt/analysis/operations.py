@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sltt import kernels
 from sltt.rules import Rule
-from sltt.rules.base import Loss
+from sltt.rules.base import StepLoss as Loss
 
 
 class Operations(NamedTuple):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sltt.analysis.memory import trace_memory
 from sltt.checks import instance, whole_number
 from sltt.rules import Rule
-from sltt.rules.base import Loss
-from sltt.state import state_tensors
+from sltt.rules.base import StepLoss as Loss
+from sltt.sequence.state import state_tensors
 
 
 @dataclass(frozen=True)

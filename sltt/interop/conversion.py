@@ -11,7 +11,7 @@ from torch import nn
 
 from sltt.checks import instance
 from sltt.neurons import IF, LIF
-from sltt.state import Stateful, emits_spikes, kind_of, reset
+from sltt.sequence.state import Stateful, emits_spikes, kind_of, reset
 
 
 class ConversionError(ValueError):

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from sltt.checks import instance, number
 from sltt.dropout import Dropout
 from sltt.neurons import IF, LIF, PLIF, Neuron
-from sltt.state import Stateful, reset
+from sltt.sequence.state import Stateful, reset
 from sltt.surrogates import Above, Surrogate, Triangle
 
 _HAS_RESET = {kind: "v_reset" in {f.name for f in fields(kind)} for kind in (nir.IF, nir.LIF)}

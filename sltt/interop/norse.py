@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sltt import surrogates
 from sltt.interop.conversion import ConversionError, constant, leaky, require
-from sltt.state import Stateful, map_tensors, register
+from sltt.sequence.state import Stateful, map_tensors, register
 
 
 class KeepState(Stateful):

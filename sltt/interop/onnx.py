@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sltt.checks import instance
 from sltt.kernels import using
 from sltt.neurons import Neuron
-from sltt.state import Stateful, reset, state_names
+from sltt.sequence.state import Stateful, reset, state_names
 
 
 def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:

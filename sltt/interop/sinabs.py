@@ -15,7 +15,7 @@ from torch import nn
 
 from sltt import surrogates
 from sltt.interop.conversion import ConversionError, constant, leaky, require
-from sltt.state import register
+from sltt.sequence.state import register
 
 
 def _states(module: Any) -> Iterator[str]:

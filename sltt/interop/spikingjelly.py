@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sltt import surrogates
 from sltt.interop.conversion import ConversionError, require
 from sltt.neurons import IF, LIF, PLIF
-from sltt.state import register
+from sltt.sequence.state import register
 
 _SPIKING = neuron.BaseNode | neuron.SimpleBaseNode
 _RULES = tuple(getattr(neuron, name) for name in ("SLTTLIFNode", "OTTTLIFNode") if hasattr(neuron, name))

@@ -6,7 +6,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
     rule(model, x, y, loss)
 """
 
-from sltt.kernels.norm import stepwise_batch_norm
+from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, compiler_problem, using
 from sltt.kernels.steady import steady_steps
 from sltt.kernels.step import Step, neuron_step
@@ -17,12 +17,13 @@ __all__ = [
     "Compile",
     "Step",
     "Trace",
+    "batch_statistics",
     "compiler_problem",
     "neuron_step",
     "release",
     "saving",
     "steady_steps",
-    "stepwise_batch_norm",
+    "stepwise_norms",
     "tag_dropped",
     "using",
 ]

@@ -1,11 +1,51 @@
 """Batch normalisation of several time steps in one tensor, each with the statistics of its own batch."""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sltt.kernels.tags import tag_normalised
+from sltt.sequence.fold import fold_of
+from sltt.sequence.replace import replaced
+
+
+def stepwise_norms(norms: Iterable[_BatchNorm]) -> AbstractContextManager[None]:
+    """Inside this block, each BatchNorm takes the statistics of each folded time step, and counts each as a batch."""
+    return replaced({norm: _stepwise(norm) for norm in norms})
+
+
+def _stepwise(norm: _BatchNorm) -> Any:
+    def forward(input: Tensor) -> Tensor:
+        steps = fold_of(norm).steps
+        tracked = norm.running_mean is not None and norm.running_var is not None
+        if steps == 1 or not (norm.training or not tracked):
+            return _BatchNorm.forward(norm, input)
+        norm._check_input_dim(input)
+        if input.numel() == steps * input.shape[1]:
+            raise ValueError(
+                f"BatchNorm needs more than one value for each channel, got {list(input.shape)} of {steps} steps"
+            )
+        running, momenta = batch_statistics(norm, steps)
+        return stepwise_batch_norm(input, steps, running, norm.weight, norm.bias, momenta, norm.eps)
+
+    return forward
+
+
+def batch_statistics(norm: _BatchNorm, steps: int) -> tuple[tuple[Tensor, Tensor] | None, list[float]]:
+    """Count so many batches of a norm in training mode: the running statistics to update, and the weight of each."""
+    if not norm.training or not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
+        return None, [0.0] * steps
+    momenta = [0.0 if norm.momentum is None else norm.momentum] * steps
+    if norm.num_batches_tracked is not None:
+        if norm.momentum is None:  # the average of all batches
+            seen = int(norm.num_batches_tracked)
+            momenta = [1 / (seen + t) for t in range(1, steps + 1)]
+        norm.num_batches_tracked.add_(steps)
+    return (norm.running_mean, norm.running_var), momenta
 
 
 def stepwise_batch_norm(

@@ -8,11 +8,14 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
-from torch.overrides import _pop_mode, _push_mode
+
+from sltt._torch import _pop_mode, _push_mode, compile_errors
+from sltt.checks import choice, flag
 
 Compile = Literal["auto", "on", "off"]
 
@@ -32,28 +35,43 @@ class Options:
     compile: Compile = "auto"
     bits: bool = True
 
+    def __post_init__(self) -> None:
+        choice("compile", self.compile, get_args(Compile))
+        flag("bits", self.bits)
 
-_options = Options()
+
+DEFAULT = Options()
+_options = ContextVar("options", default=DEFAULT)  # each thread has its own
 
 
 def options() -> Options:
-    """The options in force."""
-    return _options
+    """The options in force in this thread."""
+    return _options.get()
 
 
 @contextmanager
 def using(**changes: Any) -> Iterator[None]:
-    """Change options inside a `with` block: `compile` ("auto", "on" or "off") and `bits` (True or False)."""
-    global _options
-    before = _options
-    _options = replace(before, **changes)
-    if _options.compile == "on" and (problem := compiler_problem(torch.device("cpu"))):
-        _options = before
+    """Change options inside a `with` block: `compile` ("auto", "on" or "off") and `bits` (True or False).
+
+    They hold in the thread that runs the block.
+    """
+    if unknown := changes.keys() - {field.name for field in fields(Options)}:
+        raise ValueError(f"unknown options {', '.join(sorted(unknown))}: expected compile or bits")
+    wanted = replace(options(), **changes)
+    if wanted.compile == "on" and (problem := compiler_problem(torch.device("cpu"))):
         raise ValueError(f"compile='on', but {problem}; use 'auto'")
+    with in_force(wanted):
+        yield
+
+
+@contextmanager
+def in_force(wanted: Options) -> Iterator[None]:
+    """Inside this block, these options hold: in a backward, which runs in threads of its own, those of the forward."""
+    token = _options.set(wanted)
     try:
         yield
     finally:
-        _options = before
+        _options.reset(token)
 
 
 @functools.cache
@@ -94,22 +112,24 @@ class Kernel:
                 self._compiled[types] = torch.compile(function, dynamic=True, fullgraph=True, options=isa)
             try:
                 self._compiled[types](out, *arguments)
-            except Exception as error:  # whatever the compiler raises: the plain form is right without it
-                if _options.compile == "on":
+            except compile_errors() as error:  # raised before anything has run: the plain form is right without it
+                if options().compile == "on":
                     raise
                 self._failed = True
                 warnings.warn(f"compiling a kernel failed, running it eagerly: {error}", stacklevel=3)
                 self.function(out, *arguments)
 
     def _wanted(self, device: torch.device, elements: int) -> bool:
-        if _options.compile != "auto" or self._failed or elements < 2:
-            return _options.compile == "on" and elements >= 2
+        mode = options().compile
+        if mode != "auto" or self._failed or elements < 2:
+            return mode == "on" and elements >= 2
         from_ = COMPILE_FROM // 16 if self._compiled else COMPILE_FROM
         return elements >= from_ and compiler_problem(device) is None
 
 
 def memory(x: torch.Tensor) -> torch.Tensor:
     """A dense tensor's memory [n]; not as a view, since the compiler would compile anew for each form of its base."""
+    x = x.resolve_neg()  # a negated view has the memory of what it negates
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sltt.kernels.options import Kernel
 from sltt.kernels.step import Step, dense
-from sltt.kernels.trace import follow
 
 UNROLLED = 4  # time steps in one pass, so that a long sequence does not compile for minutes
 
@@ -97,12 +96,15 @@ def _kernel(step: Step, steps: int, dtype: torch.dtype, start: float | None) -> 
             s = step.surrogate.fires(u - step.v_threshold).to(u.dtype)
             before, v = v, step.reset(u, s)
             kept = v if step.v_reset is None else u
-            fires, g = follow(step, rate * g + gain, kept, s)
-            total, slope = total + s.to(count.dtype), slope + fires.to(count.dtype)
+            fires, stays = step.derivatives(kept, s)
+            f = rate * g + gain
+            g = f * stays
+            total, slope = total + s.to(count.dtype), slope + (f * fires).to(count.dtype)
             if by_decay is not None:
                 moved = before - rest - (current if step.decay_input else 0.0)
-                fires, g_decay = follow(step, rate * g_decay + moved, kept, s)
-                slope_decay = slope_decay + fires.to(count.dtype)
+                f = rate * g_decay + moved
+                g_decay = f * stays
+                slope_decay = slope_decay + (f * fires).to(count.dtype)
             if spikes:
                 spikes[t].copy_(s)
         sums = (count, total), (by_input, slope), (by_decay, slope_decay)

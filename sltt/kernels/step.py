@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.options import Kernel
+from sltt.kernels.options import Kernel, in_force, options
 from sltt.kernels.tags import SpikeTag, packable, tag_of
 from sltt.surrogates import Surrogate
 
@@ -47,20 +47,20 @@ class Step:
             return u - self.v_threshold * s
         return u - (u - self.v_reset) * s
 
-    def gradient(self, grad_s: Tensor | None, grad_v: Tensor | None, kept: Tensor, s: Tensor) -> Tensor:
-        """∂L/∂u from ∂L/∂s and ∂L/∂v; `kept` is v for a soft reset and u for a hard one."""
+    def derivatives(self, kept: Tensor, s: Tensor) -> tuple[Tensor, Any]:
+        """∂s/∂u and ∂v/∂u; `kept` is v for a soft reset and u for a hard one."""
         soft = self.v_reset is None
-        x = kept - self.v_threshold * (1 - s) if soft else kept - self.v_threshold
-        slope = self.surrogate.derivative(x)
-        if grad_v is None:
-            assert grad_s is not None
-            return grad_s * slope
-        through_v = grad_v if soft else grad_v * (1 - s)
-        total = torch.zeros_like(kept) if grad_s is None else grad_s.to(kept.dtype)
+        fires = self.surrogate.derivative(kept - self.v_threshold * (1 - s) if soft else kept - self.v_threshold)
+        stays: Any = 1.0 if soft else 1 - s
         if not self.detach_reset:
-            jump = self.v_threshold if self.v_reset is None else kept - self.v_reset
-            total = total - grad_v * jump
-        return through_v + total * slope
+            stays = stays - fires * (self.v_threshold if self.v_reset is None else kept - self.v_reset)
+        return fires, stays
+
+    def gradient(self, grad_s: Tensor | None, grad_v: Tensor | None, kept: Tensor, s: Tensor) -> Any:
+        """∂L/∂u from ∂L/∂s and ∂L/∂v."""
+        fires, stays = self.derivatives(kept, s)
+        from_s = 0.0 if grad_s is None else grad_s * fires
+        return from_s if grad_v is None else from_s + grad_v * stays
 
 
 def neuron_step(
@@ -156,6 +156,7 @@ class _NeuronStep(torch.autograd.Function):
         ctx.replays = steps > 1 and tag_of(x) is not None
         s, v_next, kept = _run(step, v, x, decay, steps, keep=not ctx.replays)
         ctx.tag = SpikeTag(s) if packable(s) else None
+        ctx.options = options()
         ctx.step, ctx.steps, ctx.cut, ctx.x_dtype = step, steps, cut, x.dtype
         ctx.layout = s.shape, s.stride()
         ctx.set_materialize_grads(False)
@@ -174,6 +175,11 @@ class _NeuronStep(torch.autograd.Function):
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_s is None and grad_v is None:
             return None, None, None, None, None, None
+        with in_force(ctx.options):
+            return _NeuronStep._backward(ctx, grad_s, grad_v)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
         step: Step = ctx.step
         s, decay, v, x, *kept = ctx.saved_tensors
         if ctx.replays:

@@ -18,12 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _to_dlpack  # pyright: ignore
-from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore
-from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from sltt._torch import _to_dlpack, _top_saved_tensors_default_hooks, is_functorch_wrapped_tensor
 from sltt.kernels.bits import pack, unpack
 from sltt.kernels.options import memory, options
 
@@ -142,8 +140,9 @@ def saving(recompute: bool = False) -> Iterator[None]:
 def _save(tensor: Tensor) -> Any:
     tag = tag_of(tensor)
     if tag is None:
-        # autograd does not watch a hook's tensors for changes in place, so remember the version
-        return tensor, tensor._version
+        # Detached: an operation's own output would hold the operation, which holds what is saved, for ever. Autograd
+        # does not watch a hook's tensors for changes in place, so remember the version, which the two share.
+        return tensor.detach(), tensor._version
     return tag, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 

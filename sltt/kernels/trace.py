@@ -1,7 +1,6 @@
 """The derivative of a neuron's firing rate with respect to a constant added to its input, gathered step by step."""
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,16 +47,6 @@ class Trace:
         return total
 
 
-def follow(step: Step, f: Any, kept: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """∂s/∂u f and g = ∂v/∂u f of a step."""
-    soft = step.v_reset is None
-    fires = f * step.surrogate.derivative(kept - step.v_threshold * (1 - s) if soft else kept - step.v_threshold)
-    stays = f if soft else f * (1 - s)
-    if not step.detach_reset:
-        stays = stays - fires * (step.v_threshold if step.v_reset is None else kept - step.v_reset)
-    return fires, stays
-
-
 @functools.lru_cache(maxsize=64)
 def _kernel(step: Step) -> Kernel:
     def add(
@@ -66,8 +55,9 @@ def _kernel(step: Step) -> Kernel:
         rate = step.decay if decay is None else decay
         assert rate is not None
         gain = (1 - rate if step.decay_input else 1.0) if source is None else source
-        fires, stays = follow(step, rate * carried + gain, kept, s.to(kept.dtype))
-        total.add_(fires)
-        carried.copy_(stays)
+        f = rate * carried + gain
+        fires, stays = step.derivatives(kept, s.to(kept.dtype))
+        total.add_(f * fires)
+        carried.copy_(f * stays)
 
     return Kernel(add)

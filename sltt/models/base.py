@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, fx, nn
 
 from sltt.checks import instance, whole_numbers
-from sltt.hoisting import once
+from sltt.sequence.once import once
 
 NeuronFactory = Callable[[], nn.Module]
 

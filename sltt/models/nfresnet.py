@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt.checks import flag, whole_number
-from sltt.hoisting import once
 from sltt.models.base import NeuronFactory, check_frame, neuron_maker, stage_blocks
 from sltt.neurons import LIF
+from sltt.sequence.once import once
 
 SPIKE_SCALE = 2.74  # spikes times this have about the variance of a unit normal input
 ALPHA = 0.2  # share of a block's output in the sum

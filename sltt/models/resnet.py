@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sltt.checks import whole_number
 from sltt.dropout import Dropout
-from sltt.hoisting import once
 from sltt.models.base import NeuronFactory, check_frame, neuron_maker, stage_blocks
 from sltt.neurons import LIF
+from sltt.sequence.once import once
 
 
 class Block(nn.Module):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sltt.checks import whole_number, whole_numbers
 from sltt.dropout import Dropout
-from sltt.hoisting import once
 from sltt.models.base import NeuronFactory, check_frame, neuron_maker
 from sltt.neurons import LIF
+from sltt.sequence.once import once
 
 
 class _Residual(nn.Module):

@@ -1,22 +1,26 @@
-"""What every rule shares: the contract, the checks of its arguments, the sequence of time steps.
+"""What every rule shares: the contract, the time loop's step, and running a network without a rule.
 
 Shapes: T time steps, B samples, C classes.
 """
 
 import inspect
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sltt.hoisting import hoisting
-from sltt.state import Fold, check_steps, folding, reset
+from sltt import kernels
+from sltt.frozen import Frozen
+from sltt.rules.diagnosis import explained, leftovers_noticed
+from sltt.sequence.fold import Fold
+from sltt.sequence.once import hoisting
+from sltt.sequence.steps import Network, Sequence, running, time_steps
 
-Loss = Callable[[Tensor, Any], Tensor]
+StepLoss = Callable[[Tensor, Any], Tensor]
 Backward = Callable[[Tensor], Any]
 
 
@@ -27,80 +31,108 @@ class Output(NamedTuple):
     logits: Tensor
 
 
-@dataclass(frozen=True)
-class Sequence:
-    """T time steps of input: x [T, B, ...], or the same image [B, ...] T times.
+@dataclass
+class Batch:
+    """A batch in the hands of a rule, on a model that was just reset.
 
     Attributes:
-        x: the input.
-        steps: T.
-        static: x is shown at every step.
-        damaged: whether a value of x is NaN or infinite, not looked at yet since that waits for the device; None if it
-            is finite.
+        model: the network.
+        network: the same, for calls that are no time steps of the batch.
+        sequence: the input.
+        target: what `loss` compares with.
+        loss: of one time step.
+        backward: of a scalar; call it in place of `Tensor.backward`.
+        update: steps and zeroes the optimizer, for a rule that is `online`.
+        seed: of what the rule draws in this batch; None draws from the global generator.
     """
 
-    x: Tensor
-    steps: int
-    static: bool
-    damaged: Tensor | None = None
+    network: Network
+    sequence: Sequence
+    target: Any
+    loss: StepLoss
+    backward: Backward = Tensor.backward
+    update: Callable[[], Any] | None = None
+    seed: int | None = None
+    _outputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # logits and loss of each step
 
-    def result(self, value: Tensor) -> Tensor:
-        """What is computed from the input: NaN in place of `value` if the input is damaged."""
-        return value if self.damaged is None else value.masked_fill(self.damaged, math.nan)
+    @property
+    def model(self) -> nn.Module:
+        return self.network.model
 
-    def run(self, model: nn.Module, steps: range, cut: bool = False) -> Tensor:
-        """Run time steps in one call of the model, folded into the batch: their logits [n, B, C].
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.sequence.steps
 
-        With `cut`, no gradient flows from one of them to the step before.
+    def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
+        """Run time steps in one call of the model: the sum of their losses over T, to backpropagate.
+
+        Args:
+            steps: one or several time steps in a row; several are folded into the batch dimension.
+            graph: build a graph for a backward.
+            cut: no gradient flows from one of the steps to the step before.
+            recompute: convolutions and linear layers run again in the backward, instead of keeping their outputs.
         """
-        n = len(steps)
-        if n == 1:
-            x = self.x if self.static else self.x[steps.start]
-            with folding(Fold(cut=cut)):  # also inside a call that is folded: a network in a network
-                return checked_logits(model(x)).unsqueeze(0)
-        x = (
-            self.x.repeat(n, *[1] * (self.x.ndim - 1))
-            if self.static
-            else self.x[steps.start : steps.stop].flatten(0, 1)
-        )
-        with folding(Fold(n, cut)):
-            logits = checked_logits(model(x))
-        batch = self.x.shape[0 if self.static else 1]
-        if logits.shape[:1] != (n * batch,):
-            raise ValueError(
-                f"expected logits of {batch} samples in each of {n} folded time steps, [{n * batch}, C], got "
-                f"{list(logits.shape)}; a layer does not take the steps as samples: use fold=1"
-            )
-        return logits.unflatten(0, (n, batch))
+        with torch.set_grad_enabled(graph):
+            with kernels.saving(recompute) if graph else nullcontext():
+                logits = self.network(self.sequence.input(steps), Fold(len(steps), cut))
+            values = [step_loss(self.loss, o, self.target) / self.steps for o in logits]
+        for t, o, value in zip(steps, logits.detach(), values, strict=True):
+            self._outputs[t] = o, value.detach()
+        if not graph:
+            # Casts of weights that autocast caches without a graph would cut the weights off in later steps.
+            torch.clear_autocast_cache()
+        return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+    def detach(self) -> None:
+        """Make the states constants of the steps to come."""
+        self.network.detach()
+
+    def logits(self, step: int) -> Tensor:
+        """The logits [B, C] of a time step that has run, without a graph."""
+        return self._outputs[step][0]
+
+    def output(self) -> Output:
+        """What the time steps gave."""
+        logits, values = zip(*(self._outputs[t] for t in sorted(self._outputs)), strict=True)
+        return Output(torch.stack(values).sum(), torch.stack(logits))
 
 
-class Rule(ABC):
+class Rule(Frozen, ABC):
     """Turns a batch into gradients: owns the time loop, cuts the graph, runs backward, and leaves the sum in `.grad`.
 
     Calling a rule resets the model, runs T steps and backpropagates L = 1/T Σ_t loss(model(x[t]), target). It adds to
     `.grad`, so call `optimizer.zero_grad()` before. The model is reset afterwards too, also after an exception: no
-    state and no graph outlive the call.
+    state and no graph outlive the call. A rule is a value, which never changes: two trainings, or two threads, may
+    share one.
 
     What a network marks by `sltt.once` is computed once a sequence, if it depends on weights alone.
 
+    A rule of your own defines `run`.
+
     Attributes:
         hoist: compute once a sequence, too, what a network marks and depends on a static input.
+        recompute: run convolutions and linear layers again in the backward.
+        fold: time steps in one call of the network.
         online: the rule updates the weights itself, at every time step.
     """
 
-    hoist = False
-    online = False
+    hoist: bool = False
+    recompute: bool = False
+    fold: int | Literal["auto"] = 1
+    online: bool = False
 
     def __call__(
         self,
         model: nn.Module,
         x: Tensor,
         target: Any,
-        loss: Loss,
+        loss: StepLoss,
         *,
         steps: int | None = None,
         backward: Backward | None = None,
         update: Callable[[], Any] | None = None,
+        seed: int | None = None,
     ) -> Output:
         """Run one batch.
 
@@ -115,33 +147,33 @@ class Rule(ABC):
             steps: T for a static input.
             backward: called instead of `Tensor.backward` with each scalar to backpropagate, e.g. `fabric.backward`.
             update: step and zero the optimizer; called by a rule that is `online`, after every time step.
+            seed: of what the rule draws in this batch, such as the steps that SLTT-K trains; None draws from
+                PyTorch's global generator. The processes of a data-parallel training give the same seed.
 
         Raises:
             ValueError: no time step, too few dimensions, NaN or infinite input, a target of another batch size, a
-                model that does not return logits, or a module that does not run step by step or whose state a rule
-                cannot reach.
+                model that does not return logits, a module that does not run step by step or whose state a rule
+                cannot reach, or a neuron that stands in two places of the network.
         """
         sequence = time_steps(x, steps, target)
-        check_steps(model, x.shape[0 if sequence.static else 1])
         backward = backward or Tensor.backward
-        reset(model)
-        try:
-            with hoisting(model, sequence.x if sequence.static and self.hoist else None, grad=True) as hoisted:
-                extra = {"update": update} if self.online else {}
-                out = self.run(model, sequence, target, loss, backward, **extra)
+        if self.online and update is None:
+            raise ValueError(f"{self} updates the weights at every time step: call it with update=…")
+        with _unrolling(model, sequence, self.hoist, grad=True) as (network, hoisted):
+            out = self.run(Batch(network, sequence, target, loss, backward, update, seed))
             hoisted.finish(backward)
-            return Output(sequence.result(out.loss), out.logits)
-        finally:
-            reset(model)
+        return Output(sequence.result(out.loss), out.logits)
 
     @abstractmethod
-    def run(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
-        """The time loop: forward, loss and backward over a checked sequence, on a model that was just reset."""
+    def run(self, batch: Batch) -> Output:
+        """Forward, loss and backward of a batch.
 
-    def seed(self, seed: int) -> None:  # noqa: B027 most rules draw nothing
-        """Fix what the rule draws in its next batch, whatever the global generators give.
+        SLTT is:
 
-        The processes of a data-parallel training give it the same seed, so that all train the same time steps.
+            for t in range(batch.steps):
+                batch.backward(batch.forward(range(t, t + 1)))
+                batch.detach()
+            return batch.output()
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,9 +186,8 @@ class Rule(ABC):
             raise ValueError(f"the state {sorted(state)} is not of the rule {self}")
 
     def __repr__(self) -> str:
-        defaults = {k: p.default for k, p in inspect.signature(type(self).__init__).parameters.items()}
-        settings = {k: v for k, v in vars(self).items() if k in defaults and v != defaults[k]}
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+        settings = ", ".join(f"{k}={v}" for k, v in vars(self).items() if v != _defaults(type(self)).get(k, v))
+        return f"{type(self).__name__}({settings})"
 
 
 @torch.no_grad()
@@ -171,61 +202,36 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
         steps: T for a static input.
     """
     sequence = time_steps(x, steps)
-    check_steps(model, x.shape[0 if sequence.static else 1])
-    reset(model)
-    try:
-        with hoisting(model, sequence.x if sequence.static else None, grad=False):
-            return sequence.result(torch.cat([sequence.run(model, range(t, t + 1)) for t in range(sequence.steps)]))
-    finally:
-        reset(model)
+    with _unrolling(model, sequence, hoist=True, grad=False) as (network, _):
+        logits = [network(sequence.input(range(t, t + 1))) for t in range(sequence.steps)]
+        return sequence.result(torch.cat(logits))
 
 
-def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
-    """Check an input, and its batch size against the target's; return it as a sequence of time steps."""
-    static = steps is not None
-    form = "[B, ...] with steps=T" if static else "[T, B, ...], time first"
-    if x.ndim < 2:
-        raise ValueError(f"expected input {form}, got shape {list(x.shape)}")
-    length = steps if steps is not None else x.shape[0]
-    if length < 1:
-        where = f"steps={steps}" if static else f"an input of shape {list(x.shape)}"
-        raise ValueError(f"expected at least one time step, got {where}")
-    if isinstance(target, Tensor) and target.ndim and target.shape[0] != (batch := x.shape[0 if static else 1]):
-        raise ValueError(
-            f"expected a target for each of the {batch} samples of an input {form}, "
-            f"got input {list(x.shape)} and target {list(target.shape)}"
-        )
-    damaged = None
-    if x.device.type == "cpu":
-        check_input(x)
-    elif x.is_floating_point():
-        damaged = ~x.isfinite().all()
-    return Sequence(x, length, static, damaged)
+@contextmanager
+def _unrolling(model: nn.Module, sequence: Sequence, hoist: bool, grad: bool) -> Iterator[Any]:
+    """A model for the steps of a sequence, and the results of `sltt.once` in it; errors say more about their cause."""
+    fixed = sequence.x if sequence.static and hoist else None
+    with (
+        leftovers_noticed(model, sequence.batch),
+        explained(model, sequence),
+        running(model, sequence.batch) as network,
+        hoisting(model, fixed, grad) as hoisted,
+    ):
+        yield network, hoisted
 
 
-def check_input(x: Tensor) -> None:
-    """Raise ValueError for a value that is NaN or infinite; waits for the device of x.
-
-    A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and the loss finite.
-    """
-    if x.is_floating_point() and not x.isfinite().all():
-        bad = x.numel() - int(x.isfinite().sum())
-        raise ValueError(f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values")
-
-
-def checked_logits(logits: Any) -> Tensor:
-    """What a model returned, if it is a tensor."""
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"expected the model to return the logits [B, C] of one time step, got {type(logits).__name__}; "
-            "keep the state in the modules and return the output only"
-        )
-    return logits
-
-
-def step_loss(loss: Loss, logits: Tensor, target: Any) -> Tensor:
+def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
     """The loss of one time step, checked to be a scalar."""
     value = loss(logits, target)
     if value.ndim:
         raise ValueError(f"expected a loss that returns a scalar, got shape {list(value.shape)}; use reduction='mean'")
     return value
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """The defaults of a class's arguments, with those that it passes on to its base class."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        parameters = inspect.signature(base.__init__).parameters.values()
+        found |= {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    return found

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from sltt import kernels
-from sltt.hoisting import hand_over
-from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
+from sltt.rules.base import Batch, Output, Rule
 from sltt.rules.replay import Snapshot
-from sltt.state import detach_module, reset, state_names, state_tensors
+from sltt.sequence.once import hand_over
+from sltt.sequence.state import detach_module, state_names, state_tensors
+from sltt.sequence.steps import Sequence, running
 
 Window = int | Literal["all"]
 # what Fabric, torch.compile and DistributedDataParallel put before a name
@@ -51,30 +51,27 @@ class Mixed(Rule):
         self.windows = dict(windows)
         self.default = default
 
-    def run(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
-        windows = self.window_lengths(model, sequence.steps)
+    def run(self, batch: Batch) -> Output:
+        windows = self.window_lengths(batch.model, batch.steps)
         kept = [module for module, window in windows.items() if window > 1]
-        outputs, total, waiting = [], torch.zeros((), device=sequence.x.device), None
+        waiting = None
         with _Cut(kept) as cut:
-            for t in range(sequence.steps):
-                logits = cut.run(model, sequence, t)
-                value = step_loss(loss, logits, target) / sequence.steps
-                outputs.append(logits.detach())
-                total = total + value.detach()
+            for t in range(batch.steps):
+                value = cut.run(batch, t)
                 if cut.module is None and kept:
                     waiting = value if waiting is None else waiting + value
                 else:
-                    backward(value)
+                    batch.backward(value)
                     waiting = cut.below(waiting)
-                del logits, value  # so that the graph of this step is gone before the next forward
+                del value  # so that the graph of this step is gone before the next forward
                 for module, window in windows.items():
                     if (t + 1) % window == 0:
                         detach_module(module)
-                if t + 1 == sequence.steps or all((t + 1) % windows[module] == 0 for module in kept):
+                if t + 1 == batch.steps or all((t + 1) % windows[module] == 0 for module in kept):
                     if waiting is not None:
-                        backward(waiting)
+                        batch.backward(waiting)
                     waiting = None
-        return Output(total, torch.stack(outputs))
+        return batch.output()
 
     def window_lengths(self, model: nn.Module, steps: int) -> dict[nn.Module, int]:
         """The window of each module with a state, in time steps; T or more is that of the whole sequence."""
@@ -117,14 +114,13 @@ def layer_order(model: nn.Module, sequence: Sequence) -> dict[str, bool]:
         module.register_forward_hook(lambda *call, name=name: outputs.setdefault(name, []).append(call[-1]))
         for name, module in neuron_layers(model).items()
     ]
-    reset(model)
     try:
-        logits = sequence.run(model, range(1))[0]
-        return {name: len(found) == 1 and _parts(logits, found[0]) for name, found in outputs.items()}
+        with running(model, sequence.batch) as network:
+            logits = network(sequence.input(range(1)))
+            return {name: len(found) == 1 and _parts(logits, found[0]) for name, found in outputs.items()}
     finally:
         for hook in hooks:
             hook.remove()
-        reset(model)
 
 
 def _parts(logits: Tensor, output: Any) -> bool:
@@ -169,23 +165,22 @@ class _Cut:
         self._outputs.append((output, leaf))
         return leaf
 
-    def run(self, model: nn.Module, sequence: Sequence, t: int) -> Tensor:
-        """The logits [B, C] of time step t, in a graph that is cut. The first step of a sequence finds out where."""
-        start = Snapshot(model) if t == 0 and self.module is not None else None
+    def run(self, batch: Batch, t: int) -> Tensor:
+        """The loss of time step t, in a graph that is cut. The first step of a sequence finds out where."""
+        start = Snapshot(batch.model) if t == 0 and self.module is not None else None
         while True:
             before = _graph_of_states(self.kept)
             self._outputs, self._calls = [], 0
-            with kernels.saving():
-                logits = sequence.run(model, range(t, t + 1))[0]
-            if self.module is None or self._separates(logits, before):
-                return logits
+            value = batch.forward(range(t, t + 1))
+            if self.module is None or self._separates(value, before):
+                return value
             if start is None:
                 raise RuntimeError(
                     f"time step {t} has another graph than the first, and goes around what it was cut at: use BPTT"
                 )
             # the module that ran last, which need not be the last by name; if it was that one, no cut
             self.module = None if self._last is self.module else self._last
-            del logits
+            del value
             start.restore(leaves=False)
 
     def below(self, waiting: Tensor | None) -> Tensor | None:
@@ -202,12 +197,12 @@ class _Cut:
         outputs, gradients = zip(*found, strict=True)
         return hand_over(outputs[0].new_zeros(()) if waiting is None else waiting, outputs, gradients)
 
-    def _separates(self, logits: Tensor, before: set[Any]) -> bool:
+    def _separates(self, value: Tensor, before: set[Any]) -> bool:
         """Whether what is above the cut, and goes now, shares nothing with what is below it, and waits.
 
         Nor may a kept state hold what stands above for the cut output: its gradient would come steps later.
         """
-        above = set(_walk([logits.grad_fn]))
+        above = set(_walk([value.grad_fn]))
         roots = [output.grad_fn for output, _ in self._outputs]
         below = set(_walk([*roots, *_graph_of_states(self.kept)], stop=before))
         shared = (node for node in above & below if node.name() != _ACCUMULATE)

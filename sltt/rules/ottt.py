@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt.neurons import Neuron
-from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
-from sltt.state import detach, emits_spikes
+from sltt.rules.base import Batch, Output, Rule
+from sltt.sequence.replace import replaced
+from sltt.sequence.state import emits_spikes
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _PLAIN = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -44,33 +45,16 @@ class OTTT(Rule):
         self.decay = decay
         self.online = online
 
-    def run(
-        self,
-        model: nn.Module,
-        sequence: Sequence,
-        target: Any,
-        loss: Loss,
-        backward: Backward,
-        update: Callable[[], Any] | None = None,
-    ) -> Output:
-        if self.online and update is None:
-            raise ValueError("OTTT(online=True) updates the weights at every time step: call it with update=…")
-        outputs, total = [], None
-        with _traced(model, _common_decay(model) if self.decay is None else self.decay) as new_step:
-            for t in range(sequence.steps):
+    def run(self, batch: Batch) -> Output:
+        decay = _common_decay(batch.model) if self.decay is None else self.decay
+        with _traced(batch.model, decay) as new_step:
+            for t in range(batch.steps):
                 new_step()
-                logits = sequence.run(model, range(t, t + 1))
-                value = step_loss(loss, logits[0], target) / sequence.steps
-                outputs.append(logits.detach())
-                total = value.detach() if total is None else total + value.detach()
-                del logits
-                backward(value)
-                del value
-                detach(model)
-                if self.online and update is not None:
-                    update()
-        assert total is not None
-        return Output(total, torch.cat(outputs))
+                batch.backward(batch.forward(range(t, t + 1)))
+                batch.detach()
+                if self.online and batch.update is not None:
+                    batch.update()
+        return batch.output()
 
 
 def _common_decay(model: nn.Module) -> float:
@@ -124,13 +108,10 @@ def _traced(model: nn.Module, decay: float) -> Iterator[Callable[[], None]]:
         if any(p.ndim > 1 for p in neuron.parameters()):
             raise ValueError(f"OTTT has no traces for the weights inside of {type(neuron).__name__}; use SLTT")
     hooks = [m.register_forward_hook(mark) for m in neurons]
-    for layer in layers:
-        layer.forward = traced(layer)  # an attribute of the instance, in front of the method
     try:
-        yield new_step
+        with replaced({layer: traced(layer) for layer in layers}):
+            yield new_step
     finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
         for hook in hooks:
             hook.remove()
 

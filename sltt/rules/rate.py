@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from sltt.checks import flag
 from sltt.dropout import Dropout
-from sltt.kernels import Step, Trace, steady_steps
+from sltt.kernels import Step, Trace, batch_statistics, steady_steps
 from sltt.neurons import Neuron
-from sltt.rules.base import Backward, Loss, Output, Rule, Sequence, step_loss
-from sltt.state import Stateful, state_names
+from sltt.rules.base import Batch, Output, Rule, step_loss
+from sltt.sequence.replace import own_forward, replaced
+from sltt.sequence.state import Stateful, state_names
 
 
 class RateBased(Rule):
@@ -68,50 +70,36 @@ class RateBased(Rule):
     """
 
     def __init__(self, steady: bool = False):
-        super().__init__()
-        self.steady = steady
+        self.steady = flag("steady", steady)
 
-    def run(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
-        return (self._run_steady if self.steady else self._run_recorded)(model, sequence, target, loss, backward)
+    def run(self, batch: Batch) -> Output:
+        return self._run_steady(batch) if self.steady else self._run_recorded(batch)
 
-    def _run_steady(self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward) -> Output:
-        with _rate_pass(_neuron_layers(model), sequence.steps):
-            logits = _mean_input(sequence).run(model, range(1))[0]
-        value = step_loss(loss, logits, target)
-        backward(value)
-        return Output(value.detach(), logits.detach().expand(sequence.steps, *logits.shape))
+    def _run_steady(self, batch: Batch) -> Output:
+        with _rate_pass(_neuron_layers(batch.model), batch.steps):
+            logits = batch.network(batch.sequence.mean())[0]
+        value = step_loss(batch.loss, logits, batch.target)
+        batch.backward(value)
+        return Output(value.detach(), logits.detach().expand(batch.steps, *logits.shape))
 
-    def _run_recorded(
-        self, model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward
-    ) -> Output:
-        with _recording(model) as layers:
-            outputs = []
-            with torch.no_grad():
-                for t in range(sequence.steps):
-                    outputs.append(sequence.run(model, range(t, t + 1)))
-                    for layer in layers:
-                        layer.check(t + 1)
-            # Casts of weights that autocast caches without a graph would cut the weights off in the rate pass.
-            torch.clear_autocast_cache()
-            logits = torch.cat(outputs)
-            buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    def _run_recorded(self, batch: Batch) -> Output:
+        with _recording(batch.model) as layers:
+            for t in range(batch.steps):
+                batch.forward(range(t, t + 1), graph=False)
+                for layer in layers:
+                    layer.check(t + 1)
+            logits = batch.output().logits
+            buffers = [(buffer, buffer.clone()) for buffer in batch.model.buffers()]
             try:
                 with _rate_pass(layers):
-                    rates = _mean_input(sequence).run(model, range(1))[0]
-                value = step_loss(loss, _with_value(logits.mean(0), rates), target)
-                backward(value)
+                    rates = batch.network(batch.sequence.mean())[0]
+                value = step_loss(batch.loss, _with_value(logits.mean(0), rates), batch.target)
+                batch.backward(value)
             finally:
                 with torch.no_grad():  # after the backward, which may have saved them
                     for buffer, before in buffers:
                         buffer.copy_(before)
         return Output(value.detach(), logits)
-
-
-def _mean_input(sequence: Sequence) -> Sequence:
-    if sequence.static:
-        return Sequence(sequence.x, 1, True)
-    x = sequence.x
-    return Sequence(x.mean(0) if x.is_floating_point() else x.mean(0, dtype=torch.get_default_dtype()), 1, True)
 
 
 def _with_value(value: Tensor, x: Tensor) -> Tensor:
@@ -191,16 +179,16 @@ class _NeuronLayer(_Layer):
 
 def _show(module: nn.Module, x: Tensor, spikes: Tensor, hooks: dict[int, Any]) -> None:
     """Call the forward hooks of a neuron layer, which may remove themselves, on spikes that it made in another way."""
-    forward, before = module.forward, module._forward_pre_hooks
+    before = module._forward_pre_hooks
     module._forward_hooks.update(hooks)
     module._forward_pre_hooks = OrderedDict()  # they have run
-    module.forward = lambda _: spikes
     try:
-        changed = module(x) is not spikes
+        with replaced({module: lambda _: spikes}):
+            changed = module(x) is not spikes
         hooks.clear()
         hooks.update(module._forward_hooks)
     finally:
-        module.forward, module._forward_pre_hooks = forward, before
+        module._forward_pre_hooks = before
         module._forward_hooks.clear()
     if changed:
         raise ValueError("RateBased(steady=True) takes no spikes from a forward hook of a neuron: use RateBased()")
@@ -245,14 +233,10 @@ class _NormLayer(_Layer):
         norm._check_input_dim(x)
         if x.numel() == x.shape[1]:
             raise ValueError(f"BatchNorm needs more than one value for each channel, got {list(x.shape)}")
-        momentum, running = norm.momentum or 0.0, (None, None)
-        if norm.training and norm.track_running_stats:
-            running = norm.running_mean, norm.running_var
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-                if norm.momentum is None:  # the average of all batches
-                    momentum = 1 / int(norm.num_batches_tracked)
-        y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, *running, True, momentum, norm.eps)
+        running, (momentum,) = batch_statistics(norm, 1)
+        y, mean, inverse = torch.native_batch_norm(
+            x, norm.weight, norm.bias, *(running or (None, None)), True, momentum, norm.eps
+        )
         self.mean, self.inverse = self.mean + mean, self.inverse + inverse
         return y
 
@@ -279,7 +263,7 @@ def _neuron_layers(model: nn.Module) -> list[_NeuronLayer]:
     """The layers of neurons; raises ValueError naming a module with a state that the rate pass cannot run."""
     layers: list[_NeuronLayer] = []
     for name, module in model.named_modules():
-        if isinstance(module, Neuron) and type(module).forward is Neuron.forward and "forward" not in vars(module):
+        if isinstance(module, Neuron) and not own_forward(module, Neuron):
             layers.append(_NeuronLayer(name, module))
         elif _keeps_state(module):
             raise ValueError(
@@ -294,7 +278,7 @@ def _norm_layers(model: nn.Module) -> list[_NormLayer]:
     layers: list[_NormLayer] = []
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            if type(module).forward is not _BatchNorm.forward or "forward" in vars(module):
+            if own_forward(module, _BatchNorm):
                 raise ValueError(
                     f"RateBased knows PyTorch's plain BatchNorm, not {name} ({type(module).__name__}): use "
                     "that, or SLTT"
@@ -319,13 +303,8 @@ def _keeps_state(module: nn.Module) -> bool:
 def _recording(model: nn.Module) -> Iterator[list[_Layer]]:
     """Inside this block, layers gather what the rate pass needs."""
     layers = [*_neuron_layers(model), *_norm_layers(model)]
-    for layer in layers:
-        layer.module.forward = layer.step  # an attribute of the instance, in front of the method
-    try:
+    with replaced({layer.module: layer.step for layer in layers}):
         yield layers
-    finally:
-        for layer in layers:
-            vars(layer.module).pop("forward", None)
 
 
 @contextmanager
@@ -334,17 +313,15 @@ def _rate_pass(layers: Collection[_Layer], steady: int = 0) -> Iterator[None]:
 
     With `steady` time steps, neurons make those spikes in it.
     """
-    hooks = [(layer, layer.module._forward_hooks.copy()) for layer in layers if isinstance(layer, _NeuronLayer)]
+    hooks = {layer: layer.module._forward_hooks.copy() for layer in layers if isinstance(layer, _NeuronLayer)}
+    forwards: dict[nn.Module, Any] = {layer.module: layer.rate for layer in layers}
+    if steady:
+        forwards |= {layer.module: partial(layer.steady, steps=steady, hooks=seen) for layer, seen in hooks.items()}
     try:
-        for layer in layers:
-            layer.module.forward = layer.rate
-        for layer, of_spikes in hooks:
+        for layer in hooks:
             layer.module._forward_hooks.clear()
-            if steady:
-                layer.module.forward = partial(layer.steady, steps=steady, hooks=of_spikes)
-        yield
+        with replaced(forwards):
+            yield
     finally:
-        for layer in layers:
-            vars(layer.module).pop("forward", None)
-        for layer, of_spikes in hooks:
+        for layer, of_spikes in hooks.items():
             layer.module._forward_hooks.update(of_spikes)

@@ -12,60 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt import kernels
-from sltt.hoisting import hand_over
-from sltt.rules.base import Backward, Loss, Output, Sequence, step_loss
-from sltt.state import Stateful, map_tensors, state_names, state_tensors
+from sltt.rules.base import Batch, Output
+from sltt.sequence.once import hand_over
+from sltt.sequence.state import Stateful, map_tensors, state_names, state_tensors
 
 
-def run_in_segments(
-    model: nn.Module, sequence: Sequence, target: Any, loss: Loss, backward: Backward, length: int, fold: int = 1
-) -> Output:
+def run_in_segments(batch: Batch, length: int, fold: int = 1) -> Output:
     """Forward and backward of BPTT, `length` time steps at a time, `fold` of them in one call of the network."""
-    segments = list(_cut(range(sequence.steps), length))
-    starts, totals, outputs = [], [], []
-    same: dict[int, Tensor] = {}
-
-    def run(segment: range, keep: bool) -> Tensor:
-        """The sum of the segment's losses over T; at the first run, `keep` what the rule returns."""
-        total = torch.zeros((), device=sequence.x.device)
-        for call in _cut(segment, fold):
-            for t, logits in zip(call, sequence.run(model, call), strict=True):
-                value = step_loss(loss, logits, target) / sequence.steps
-                total = total + value
-                if keep:
-                    outputs.append(logits.detach())
-                    totals.append(value.detach())
-                else:
-                    same[t] = torch.isclose(logits.detach(), outputs[t], rtol=1e-3, atol=1e-5, equal_nan=True).all()
-        return total
-
+    model = batch.model
+    segments = list(_cut(range(batch.steps), length))
+    starts: list[Snapshot] = []
     for segment in segments[:-1]:
         starts.append(Snapshot(model))
-        with torch.no_grad():
-            run(segment, keep=True)
-        torch.clear_autocast_cache()  # casts of weights without a graph would cut the weights off below
+        for call in _cut(segment, fold):
+            batch.forward(call, graph=False)
     starts.append(Snapshot(model))
     end: Snapshot | None = None
     leaves: list[Tensor | None] = []
+    same: dict[int, Tensor] = {}
     try:
         for i in reversed(range(len(segments))):
-            last = end is None
             gradients = [None if leaf is None else leaf.grad for leaf in leaves]
             leaves = starts[i].restore(leaves=i > 0)
-            with kernels.saving():
-                total = run(segments[i], keep=last)
+            total = torch.zeros((), device=batch.sequence.x.device)
+            for call in _cut(segments[i], fold):
+                before = [] if end is None else [(t, batch.logits(t)) for t in call]
+                total = total + batch.forward(call)
+                same |= {t: torch.isclose(batch.logits(t), o, 1e-3, 1e-5, equal_nan=True).all() for t, o in before}
             if end is None:
                 end = Snapshot(model)
             else:
                 total = _hand_over(total, _tensors(model), gradients)
-            backward(total)
+            batch.backward(total)
             starts.pop()
     finally:
         if end is not None:
             end.restore_surroundings()
     _check_same(same)
-    return Output(torch.stack(totals).sum(), torch.stack(outputs))
+    return batch.output()
 
 
 def _cut(steps: range, length: int) -> Iterator[range]:
@@ -78,7 +62,7 @@ def _check_same(same: dict[int, Tensor]) -> None:
         step = next(t for t in sorted(same) if not same[t])
         raise RuntimeError(
             f"time step {step} gave other logits when it was run again for its backward: the model draws random "
-            "numbers from a generator of its own, or keeps a state outside sltt.Stateful. Use BPTT without recompute."
+            "numbers from a generator of its own, or keeps a state outside sltt.Stateful. Use BPTT without segment."
         )
 
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sltt.sequence.state import state_names
+
 
 def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """function(*inputs), computed once a sequence if time does not change it.
@@ -69,12 +71,14 @@ class Hoisted:
         self._keep = keep
         self._fixed = [] if x is None else [x]  # what time does not change
         self._results: dict[Any, _Result] = {}
+        self._checked: set[nn.Module] = set()
 
     def once(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         """See `once` of this module."""
+        owner = getattr(function, "__self__", function)
+        self._check(owner)
         if not self._keep or not all(any(x is fixed for fixed in self._fixed) for x in inputs):
             return function(*inputs)
-        owner = getattr(function, "__self__", function)
         weights = list(owner.parameters()) if isinstance(owner, nn.Module) else []
         versions = tuple(map(_version, weights))  # a rule may change weights in the middle
         key = id(owner), getattr(function, "__name__", ""), tuple(map(id, inputs)), versions
@@ -88,6 +92,18 @@ class Hoisted:
         if _version(result.leaf) != result.version:
             raise RuntimeError(f"what {function} gave was changed in place, but it is to serve every time step")
         return result.leaf
+
+    def _check(self, owner: Any) -> None:
+        """Raise ValueError for a module that time changes."""
+        if not isinstance(owner, nn.Module) or owner in self._checked:
+            return
+        for name, module in owner.named_modules():
+            if state_names(module):
+                raise ValueError(
+                    f"sltt.once runs {type(owner).__name__} once a sequence, but {name or 'it'} "
+                    f"({type(module).__name__}) keeps a state from step to step: call it without sltt.once"
+                )
+        self._checked.add(owner)
 
     def finish(self, backward: Callable[[Tensor], Any]) -> None:
         """Send the gradients that the time steps left in the results through the graphs behind them."""

@@ -1,9 +1,8 @@
-"""Time steps: what a call of the network takes of them, and the state that it keeps between calls."""
+"""Modules that keep a state between time steps: the protocol, and how other libraries' modules are made known."""
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
@@ -11,37 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True, eq=False)
-class Fold:
-    """How a call of the network folds time into the batch dimension.
-
-    Attributes:
-        steps: n, the number of time steps in the batch dimension, the first step first.
-        cut: no gradient flows from one step to the step before.
-    """
-
-    steps: int = 1
-    cut: bool = False
-
-
-_fold = Fold()
-
-
-def current_fold() -> Fold:
-    """The fold of the call of the network that is in progress."""
-    return _fold
-
-
-@contextmanager
-def folding(fold: Fold) -> Iterator[None]:
-    """Inside this block, `current_fold` is `fold`."""
-    global _fold
-    before, _fold = _fold, fold
-    try:
-        yield
-    finally:
-        _fold = before
+from sltt.sequence.fold import CLOCK, Fold, fold_of
 
 
 class Stateful(nn.Module):
@@ -49,13 +18,21 @@ class Stateful(nn.Module):
 
     A subclass lists the attributes that hold them in `states`: tensors, or tuples and lists of tensors. Each is None
     before the first step of a sequence, takes the shape, device and dtype of the input there, and is no part of the
-    state dict: it belongs to one sequence.
+    state dict: it belongs to one sequence. A copy has the values of the states, without the graph behind them.
+
+    A rule may run several time steps in one call: `fold` says how many. A subclass that takes them apart says
+    `foldable = True`.
     """
 
     states: ClassVar[tuple[str, ...]] = ()
     spikes: ClassVar[bool] = False  # what it gives are spikes
     differentiable: ClassVar[bool] = True  # a gradient flows through the states; not through a mask that was drawn
-    foldable: ClassVar[bool] = False  # unfolds the time steps that `sltt.folding` puts into the batch dimension
+    foldable: ClassVar[bool] = False  # takes apart the time steps that `fold` says are in the batch dimension
+
+    @property
+    def fold(self) -> Fold:
+        """How the call of the network that is in progress folds time into the batch dimension."""
+        return fold_of(self)
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +47,10 @@ class Stateful(nn.Module):
         """Keep the values and drop the graph behind them: no gradient flows to earlier time steps."""
         for name in self.states:
             setattr(self, name, map_tensors(Tensor.detach, getattr(self, name)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: map_tensors(Tensor.detach, getattr(self, name)) for name in self.states}
+        return {key: value for key, value in {**vars(self), **kept}.items() if key != CLOCK}
 
     def check_state(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
         """Raise ValueError if the state `name` does not fit this time step's input x, or is not of `dtype`."""
@@ -113,7 +94,7 @@ def register(
     Args:
         kind: their class; subclasses are included, unless they are registered themselves.
         states: names of the attributes that hold tensors, or tuples and lists of tensors; or a function of the module
-            that gives the names. A rule detaches these, and `BPTT(recompute=n)` keeps them.
+            that gives the names. A rule detaches these, and `BPTT(segment=n)` keeps them.
         reset: called with the module before a sequence; None sets every state to None.
         spikes: what the module gives are spikes, for `FiringRates` to count and `OTTT` to trace; or a function of the
             module that says so.

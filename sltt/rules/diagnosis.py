@@ -1,0 +1,94 @@
+"""What an error in the middle of a sequence comes from, said of the user's network."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltt.sequence.state import emits_spikes, kind_of, reset
+from sltt.sequence.steps import Sequence
+
+_SECOND_TIME = "backward through the graph a second time"
+_IN_PLACE = ("modified by an inplace operation", "changed by an in-place operation")
+
+
+@contextmanager
+def explained(model: nn.Module, sequence: Sequence) -> Iterator[None]:
+    """Inside this block, an error that PyTorch raises about a graph becomes a ValueError that names a module.
+
+    Others get a note where the input may have been meant as a static one.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = [one for one in _plain_tensors(model) if one[-1].grad_fn is not None]
+        if _SECOND_TIME in str(error) and found:
+            name, module, attribute, _ = found[0]
+            kind = type(module).__name__
+            raise ValueError(
+                f"{name or 'the model'} ({kind}) keeps a tensor in `.{attribute}` from step to step, which no rule "
+                f"knows of: make it a sltt.Stateful with states = ('{attribute}',), or call "
+                f"sltt.register({kind}, states=['{attribute}'])"
+            ) from error
+        if any(words in str(error) for words in _IN_PLACE) and (where := _changed_in_place(model, sequence)):
+            raise ValueError(
+                f"the spikes of {where} are changed in place, and its backward needs them: use an operation that is "
+                "not in place, such as `x = x * 2` for `x *= 2`, or nn.ReLU(inplace=False)"
+            ) from error
+        if not sequence.static and sequence.x.ndim in (2, 4):
+            shape = list(sequence.x.shape)
+            error.add_note(
+                f"the input {shape} was taken as T = {shape[0]} time steps of {shape[1]} samples; "
+                "for a static input [B, ...] say steps=T"
+            )
+        raise
+
+
+@contextmanager
+def leftovers_noticed(model: nn.Module, batch: int) -> Iterator[None]:
+    """Warn of a tensor of the batch that a module keeps after the sequence: a state that nobody resets."""
+    before = {id(value) for *_, value in _plain_tensors(model)}
+    yield
+    for name, module, attribute, value in _plain_tensors(model):
+        if value.ndim > 1 and len(value) == batch and id(value) not in before:
+            kind = type(module).__name__
+            warnings.warn(
+                f"{name or 'the model'} ({kind}) keeps a tensor of the batch in `.{attribute}` after the sequence. "
+                f"If it is a state, say so: sltt.register({kind}, states=['{attribute}']). If it is not: "
+                f"sltt.register({kind}, states=[])",
+                stacklevel=6,
+            )
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Tensors in plain attributes of modules: the module's name, the module, the attribute's name, the tensor."""
+    for name, module in model.named_modules():
+        if kind_of(type(module)) is None and not type(module).__module__.startswith("torch."):
+            yield from ((name, module, key, value) for key, value in vars(module).items() if isinstance(value, Tensor))
+
+
+@torch.no_grad()
+def _changed_in_place(model: nn.Module, sequence: Sequence) -> str | None:
+    """The first layer of neurons whose spikes are changed in place after it, found by running a time step."""
+    seen: list[tuple[str, Tensor, int]] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen.append((f"{name or 'the model'} ({type(module).__name__})", output, output._version))
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if emits_spikes(m)]
+    try:
+        model(sequence.input(range(1)))
+    except Exception:
+        return None  # the error that is to be explained says more
+    finally:
+        reset(model)
+        for hook in hooks:
+            hook.remove()
+    return next((name for name, output, version in seen if output._version != version), None)

@@ -1,0 +1,180 @@
+"""The T time steps of a sequence, and a model that runs them.
+
+Shapes: T time steps, B samples, C classes; a call of the network takes n time steps.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltt._torch import _current_graph_task_id
+from sltt.sequence.fold import Clock, Fold, clock_of, clocked
+from sltt.sequence.state import Stateful, check_steps, detach_module, emits_spikes, reset, state_names
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """T time steps of input: x [T, B, ...], or the same image [B, ...] T times.
+
+    Attributes:
+        x: the input.
+        steps: T.
+        static: x is shown at every step.
+        damaged: whether a value of x is NaN or infinite, not looked at yet since that waits for the device; None if it
+            is finite.
+    """
+
+    x: Tensor
+    steps: int
+    static: bool
+    damaged: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.x.shape[0 if self.static else 1]
+
+    def input(self, steps: range) -> Tensor:
+        """The input of time steps, folded into the batch dimension: [n·B, ...]."""
+        if self.static:
+            return self.x if len(steps) == 1 else self.x.repeat(len(steps), *[1] * (self.x.ndim - 1))
+        return self.x[steps.start] if len(steps) == 1 else self.x[steps.start : steps.stop].flatten(0, 1)
+
+    def mean(self) -> Tensor:
+        """The mean input over time, [B, ...]."""
+        if self.static:
+            return self.x
+        return self.x.mean(0) if self.x.is_floating_point() else self.x.mean(0, dtype=torch.get_default_dtype())
+
+    def result(self, value: Tensor) -> Tensor:
+        """What is computed from the input: NaN in place of `value` if the input is damaged."""
+        return value if self.damaged is None else value.masked_fill(self.damaged, math.nan)
+
+
+class Network:
+    """A model in the middle of a sequence.
+
+    Args:
+        model: maps the input of one time step [B, ...] to logits [B, C].
+        batch: B.
+    """
+
+    def __init__(self, model: nn.Module, batch: int):
+        self.model = model
+        self.batch = batch
+        self.clock = Clock()
+        self.keepers = [m for m in model.modules() if state_names(m)]
+
+    def __call__(self, x: Tensor, fold: Fold = Fold()) -> Tensor:
+        """Run time steps in one call of the model: [n·B, ...] to logits [n, B, C]."""
+        self.clock.calls += 1
+        self.clock.fold = fold
+        logits = checked_logits(self.model(x))
+        if fold.steps == 1:
+            return logits.unsqueeze(0)
+        if logits.shape[:1] != (fold.steps * self.batch,):
+            raise ValueError(
+                f"expected logits of {self.batch} samples in each of {fold.steps} folded time steps, "
+                f"[{fold.steps * self.batch}, C], got {list(logits.shape)}; a layer does not take the steps as "
+                "samples: use fold=1"
+            )
+        return logits.unflatten(0, (fold.steps, self.batch))
+
+    def detach(self) -> None:
+        """Cut the graph behind the states: v[t] becomes a constant of step t + 1."""
+        for module in self.keepers:
+            detach_module(module)
+
+
+@contextmanager
+def running(model: nn.Module, batch: int) -> Iterator[Network]:
+    """A model, checked and reset, for the steps of one sequence; it is reset afterwards, also after an exception."""
+    check_steps(model, batch)
+    network = Network(model, batch)
+    modules = [m for m in model.modules() if isinstance(m, Stateful)]
+    neurons = [(name, m) for name, m in model.named_modules() if emits_spikes(m)]
+    hooks = []
+    reset(model)
+    try:
+        with clocked({*modules, *(m for _, m in neurons)}, network.clock):
+            hooks += [m.register_forward_pre_hook(OncePerCall(name, network.clock, NEURON)) for name, m in neurons]
+            yield network
+    finally:
+        for hook in hooks:
+            hook.remove()
+        reset(model)
+
+
+NEURON = "runs twice in a time step, and has one membrane potential: use a neuron of its own for each place"
+
+
+class OncePerCall:
+    """A forward pre-hook: raises ValueError with `problem` where a module runs twice in a call of the network."""
+
+    def __init__(self, name: str, clock: Clock, problem: str):
+        self.name = name
+        self.clock = clock
+        self.problem = problem
+        self.seen = 0
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        # a sequence within the sequence has a clock of its own; in a backward, the neuron itself says what is wrong
+        if clock_of(module) is not self.clock or torch.compiler.is_compiling() or in_backward():
+            return
+        if self.seen == self.clock.calls:
+            raise ValueError(f"{self.name or 'the model'} ({type(module).__name__}) {self.problem}")
+        self.seen = self.clock.calls
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward in this thread, in which a checkpoint may run a forward again."""
+    return _current_graph_task_id() != -1
+
+
+def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
+    """Check an input, and its batch size against the target's; return it as a sequence of time steps."""
+    static = steps is not None
+    form = "[B, ...] with steps=T" if static else "[T, B, ...], time first"
+    if x.ndim < 2:
+        raise ValueError(f"expected input {form}, got shape {list(x.shape)}")
+    length = x.shape[0] if steps is None else steps
+    if length < 1:
+        where = f"steps={steps}" if static else f"an input of shape {list(x.shape)}"
+        raise ValueError(f"expected at least one time step, got {where}")
+    sequence = Sequence(x, length, static)
+    if isinstance(target, Tensor) and target.ndim and target.shape[0] != sequence.batch:
+        raise ValueError(
+            f"expected a target for each of the {sequence.batch} samples of an input {form}, "
+            f"got input {list(x.shape)} and target {list(target.shape)}"
+            + ("; for a static input [B, ...] say steps=T" if not static and len(target) == len(x) else "")
+        )
+    if x.device.type == "cpu":
+        check_input(x)
+    elif x.is_floating_point():
+        return Sequence(x, length, static, ~x.isfinite().all())
+    return sequence
+
+
+def check_input(x: Tensor) -> None:
+    """Raise ValueError for a value that is NaN or infinite; waits for the device of x.
+
+    A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and the loss finite.
+    """
+    if x.is_floating_point() and not x.isfinite().all():
+        bad = x.numel() - int(x.isfinite().sum())
+        raise ValueError(f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values")
+
+
+def checked_logits(logits: Any) -> Tensor:
+    """What a model returned, if it is a tensor."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"expected the model to return the logits [B, C] of one time step, got {type(logits).__name__}; "
+            "keep the state in the modules and return the output only"
+        )
+    return logits
