@@ -31,7 +31,7 @@ from sltt.kernels import using
 from sltt.loading import EpochSampler, train_loader
 from sltt.options import Recipe, rule_options
 from sltt.progress import Report, megabytes
-from sltt.rules import Rule
+from sltt.rules import Rule, Truncated
 from sltt.rules.fold import largest_fold
 
 WARMUP = 2
@@ -308,7 +308,7 @@ def _fits(recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> Fit
 
 def _fold(recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int | None:
     """The largest fold; None for a rule that has none."""
-    if not hasattr(recipe.build(rule_options(rule)).rule, "fold"):
+    if not isinstance(recipe.build(rule_options(rule)).rule, Truncated):
         return None
     peaks = [
         Setup(recipe.build([*rule_options(rule), "--rule.fold", str(fold)]), steps).memory(batch).total

@@ -97,10 +97,8 @@ def test_a_run_that_stopped_between_phases_goes_on_as_if_it_had_not(tmp_path):
         return [Phase(2, steps=1, rule=first), Phase(2, rule=sltt.BPTT(), lr=0.01)]
 
     _, whole = train(tmp_path / "whole", phases=phases())
-    stopping = StopAt(7)
-    stopping.k = None
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", phases=phases(stopping))
+        train(tmp_path / "stopped", phases=phases(StopAt(7, k=None)))
     _, resumed = train(tmp_path / "stopped", phases=phases(), resume=True)
     assert equal(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "stopped" / "last.ckpt"))
     assert [row["validation_accuracy"] for row in whole.history] == [

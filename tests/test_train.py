@@ -165,13 +165,13 @@ def test_samples_that_are_no_images_have_no_mirror_image(static):
 class StopAt(sltt.SLTT):
     """SLTT-K that presses Ctrl-C in its nth batch."""
 
-    def __init__(self, batch):
-        super().__init__(k=2)
-        self.batch = batch
+    def __init__(self, batch, k=2):
+        super().__init__(k=k)
+        self.left = [batch]
 
     def run(self, *args):
-        self.batch -= 1
-        if self.batch == 0:
+        self.left[0] -= 1
+        if self.left[0] == 0:
             signal.raise_signal(signal.SIGINT)
         return super().run(*args)
 
@@ -438,10 +438,10 @@ def nan_weight(model):
 )
 def test_what_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(spoil, message, tmp_path):
     class Explodes(sltt.SLTT):
-        def run(self, model, *args):
-            out = super().run(model, *args)
+        def run(self, batch):
+            out = super().run(batch)
             if (tmp_path / "run" / "last.ckpt").exists():
-                spoil(model.module)
+                spoil(batch.model.module)
             return out
 
     with pytest.raises(FloatingPointError, match=message) as caught:
@@ -548,9 +548,9 @@ def test_an_error_of_the_validation_tells_where_it_is(tmp_path):
 @pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
 def test_statistics_that_are_not_finite_are_never_saved(statistic, tmp_path):
     class Spoils(sltt.SLTT):
-        def run(self, model, *args):
-            out = super().run(model, *args)
-            getattr(model.module[1], statistic)[3] = float("nan")
+        def run(self, batch):
+            out = super().run(batch)
+            getattr(batch.model.module[1], statistic)[3] = float("nan")
             return out
 
     with pytest.raises(FloatingPointError, match=f"the statistics 1.{statistic} of BatchNorm are not finite"):
@@ -646,9 +646,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     class Explodes(sltt.SLTT):
-        def run(self, model, *args):
-            model.module[0].weight.data[0, 0] = float("inf")  # an infinite charge: silent or not, the loss is finite
-            return sltt.Output(torch.zeros(()), torch.zeros(2, len(args[1]), 3))
+        def run(self, batch):
+            weight = batch.model.module[0].weight
+            weight.data[0, 0] = float("inf")  # an infinite charge: silent or not, the loss is finite
+            return sltt.Output(torch.zeros(()), torch.zeros(2, len(batch.target), 3))
 
     with pytest.raises(FloatingPointError, match=r"the weights of 0.weight are not finite"):
         train(tmp_path / "run", rule=Explodes())

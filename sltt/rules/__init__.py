@@ -4,6 +4,6 @@ from sltt.rules.base import Output, Rule, unroll
 from sltt.rules.mixed import Mixed
 from sltt.rules.ottt import OTTT
 from sltt.rules.rate import RateBased
-from sltt.rules.truncated import BPTT, SLTT, TBPTT
+from sltt.rules.truncated import BPTT, SLTT, TBPTT, Truncated
 
-__all__ = ["BPTT", "OTTT", "SLTT", "TBPTT", "Mixed", "Output", "RateBased", "Rule", "unroll"]
+__all__ = ["BPTT", "OTTT", "SLTT", "TBPTT", "Mixed", "Output", "RateBased", "Rule", "Truncated", "unroll"]

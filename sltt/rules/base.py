@@ -53,7 +53,8 @@ class Batch:
     backward: Backward = Tensor.backward
     update: Callable[[], Any] | None = None
     seed: int | None = None
-    _outputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # logits and loss of each step
+    _logits: dict[int, Tensor] = field(default_factory=dict)
+    _total: Tensor | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -77,12 +78,14 @@ class Batch:
             with kernels.saving(recompute) if graph else nullcontext():
                 logits = self.network(self.sequence.input(steps), Fold(len(steps), cut))
             values = [step_loss(self.loss, o, self.target) / self.steps for o in logits]
-        for t, o, value in zip(steps, logits.detach(), values, strict=True):
-            self._outputs[t] = o, value.detach()
+            total = values[0] if len(values) == 1 else torch.stack(values).sum()
+        if steps.start not in self._logits:  # else they run again, for a backward
+            self._total = total.detach() if self._total is None else self._total + total.detach()
+        self._logits |= dict(zip(steps, logits.detach(), strict=True))
         if not graph:
             # Casts of weights that autocast caches without a graph would cut the weights off in later steps.
             torch.clear_autocast_cache()
-        return values[0] if len(values) == 1 else torch.stack(values).sum()
+        return total
 
     def detach(self) -> None:
         """Make the states constants of the steps to come."""
@@ -90,12 +93,12 @@ class Batch:
 
     def logits(self, step: int) -> Tensor:
         """The logits [B, C] of a time step that has run, without a graph."""
-        return self._outputs[step][0]
+        return self._logits[step]
 
     def output(self) -> Output:
         """What the time steps gave."""
-        logits, values = zip(*(self._outputs[t] for t in sorted(self._outputs)), strict=True)
-        return Output(torch.stack(values).sum(), torch.stack(logits))
+        assert self._total is not None
+        return Output(self._total, torch.stack([self._logits[t] for t in range(self.steps)]))
 
 
 class Rule(Frozen, ABC):

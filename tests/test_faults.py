@@ -1,0 +1,277 @@
+"""What would give wrong gradients, or keep memory, without a word."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt import kernels
+from sltt.analysis import peak_memory
+from sltt.kernels.options import options
+from sltt.sequence.fold import fold_of
+from tests.conftest import RULES, SURROGATES, batch, gradients, small_network
+
+LOSS = sltt.losses.CrossEntropyMSE()
+
+
+class Shared(nn.Module):
+    """One neuron in two places, as torchvision's blocks use their ReLU."""
+
+    def __init__(self, neuron):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.relu = neuron()
+
+    def forward(self, x):
+        return self.head(self.relu(self.second(self.relu(self.first(x)))))
+
+
+class TheirNeuron(nn.Module):
+    """A neuron of another library, made known by `register`."""
+
+    v = None
+
+    def forward(self, x):
+        self.v = x if self.v is None else 0.5 * self.v + x
+        return sltt.surrogates.Triangle()(self.v - 1)
+
+
+sltt.register(TheirNeuron, states=["v"], spikes=True)
+
+
+@pytest.mark.parametrize("own", [sltt.LIF, TheirNeuron])
+def test_a_neuron_in_two_places_is_refused_by_every_rule(rule, own):
+    x, y = batch()
+    model = Shared(own).double()
+    known = isinstance(rule, sltt.RateBased) and own is TheirNeuron  # which has no derivative of it
+    fold = rule.fold != 1 and own is TheirNeuron
+    message = "relu" if known or fold else rf"relu \({own.__name__}\) runs twice in a time step.* for each place"
+    if isinstance(rule, sltt.Mixed):
+        rule = sltt.Mixed({"relu": "all"})
+    if isinstance(rule, sltt.OTTT):
+        rule = sltt.OTTT(decay=0.5)
+    with pytest.raises(ValueError, match=message):
+        rule(model, x, y, LOSS)
+    assert not model.relu._forward_pre_hooks
+
+
+def test_a_neuron_in_two_places_is_refused_without_a_graph(tmp_path):
+    model = Shared(sltt.LIF).double()
+    with pytest.raises(ValueError, match="runs twice in a time step"):
+        sltt.unroll(model, batch()[0])
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), Shared(sltt.LIF), nn.Linear(3, 10))
+    with pytest.raises(ValueError, match="runs twice in a time step"):
+        sltt.evaluate(flat, sltt.data.Digits(), device="cpu", steps=2)
+
+
+def test_a_neuron_of_a_network_within_the_network_may_run_in_every_inner_step():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.net = nn.Sequential(nn.Linear(6, 6), sltt.LIF()), small_network()
+
+        def forward(self, x):
+            return self.net(x + sltt.unroll(self.inner, x, steps=3).mean(0))
+
+    sltt.SLTT()(Outer().double(), *batch(), LOSS)
+
+
+def test_two_threads_get_the_gradients_of_each_alone():
+    """One folds and saves no bits, the other does neither; each has a network and a rule of its own."""
+    settings = [(sltt.SLTT(fold=2), {"bits": False}), (sltt.BPTT(), {"bits": True})]
+    x, y = batch(steps=4)
+    models = [small_network(norm=True), small_network(norm=True)]
+    expected = [gradients(m, rule, x, y)[0] for m, (rule, _) in zip(models, settings, strict=True)]
+    found = [[], []]
+    start = threading.Barrier(2)
+
+    def work(i):
+        rule, options = settings[i]
+        with kernels.using(**options):
+            start.wait()
+            for _ in range(20):
+                found[i].append(gradients(models[i], rule, x, y)[0])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for several, alone in zip(found, expected, strict=True):
+        assert len(several) == 20
+        assert all(torch.equal(one, alone) for one in several)
+    for model in models:
+        assert model(x[0]).shape == (5, 3)  # nothing of a fold is left
+        assert fold_of(model[2]).steps == 1
+    assert options() == kernels.options.DEFAULT
+
+
+@pytest.mark.parametrize("value", [*SURROGATES, *RULES.values()], ids=repr)
+def test_surrogates_and_rules_are_values(value):
+    for name, setting in vars(value).items():
+        with pytest.raises(AttributeError, match="never changes: make another one"):
+            setattr(value, name, setting)
+        with pytest.raises(AttributeError, match="cannot be deleted"):
+            delattr(value, name)
+    assert repr(copy.deepcopy(value)) == repr(value)
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(), sltt.SLTT(recompute=True), sltt.BPTT(fold=2)], ids=repr)
+def test_a_batch_that_fails_before_its_backward_keeps_no_graph(rule):
+    model = nn.Sequential(
+        nn.Linear(8, 512), nn.BatchNorm1d(512), sltt.LIF(), nn.Linear(512, 512), nn.BatchNorm1d(512), sltt.LIF(),
+        nn.ReLU(), nn.Linear(512, 3), nn.Sigmoid(),
+    )  # fmt: skip
+    x, y = torch.randn(4, 64, 8), torch.randint(3, (64,))
+
+    def fails(logits, target):
+        raise RuntimeError("planted")
+
+    def run():
+        with pytest.raises(RuntimeError, match="planted"):
+            rule(model, x, y, fails)
+        rule(model, x, y, LOSS, backward=lambda total: None)  # as a count of forward operations does
+
+    def several():
+        for _ in range(4):
+            run()
+
+    with kernels.using(compile="off"):
+        run()
+        assert peak_memory(several) < 1.3 * peak_memory(run)
+
+
+def test_an_error_that_is_not_the_compilers_comes_through(monkeypatch):
+    def forgets(out, x):
+        raise MemoryError("planted")
+
+    kernel = kernels.options.Kernel(forgets)
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+    monkeypatch.setattr("sltt.kernels.options.compiler_problem", lambda device: None)
+    with kernels.using(compile="on"), pytest.raises(MemoryError, match="planted"):
+        kernel(torch.zeros(8), torch.zeros(8))
+    assert not kernel._failed
+
+
+def test_a_negated_view_is_what_it_shows():
+    x = 2 * torch.randn(3, 64)
+    assert torch.equal(sltt.LIF()(torch._neg_view(x)), sltt.LIF()(-x))
+    results = []
+    for negate in (torch._neg_view, torch.neg):
+        leaf = x.clone().requires_grad_()
+        sltt.LIF()(leaf).backward(negate(torch.ones_like(x)))
+        results.append(leaf.grad)
+    assert torch.equal(*results)
+
+
+def test_once_around_a_neuron_is_refused():
+    class Stem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Sequential(nn.Linear(6, 6), sltt.LIF()), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(sltt.once(self.stem, x))
+
+    x, y = batch()
+    for rule, kwargs in ((sltt.SLTT(hoist=True), {"steps": 2}), (sltt.BPTT(), {})):
+        with pytest.raises(ValueError, match=r"once runs Sequential once a sequence, but 1 \(LIF\) keeps a state"):
+            rule(Stem().double(), x[0] if kwargs else x, y, LOSS, **kwargs)
+
+
+class Plain(nn.Module):
+    """Keeps its state in an attribute that no rule knows of."""
+
+    def __init__(self):
+        super().__init__()
+        self.v = None
+
+    def forward(self, x):
+        self.v = x if self.v is None else 0.5 * self.v + x
+        return torch.tanh(self.v)
+
+
+def test_a_state_that_no_rule_knows_is_named():
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), Plain(), nn.Linear(6, 3)).double()
+    with pytest.raises(ValueError, match=r"2 \(Plain\) keeps a tensor in `.v`.*sltt.register\(Plain, states=\['v'\]\)"):
+        sltt.SLTT()(model, *batch(), LOSS)
+    generator = torch.Generator().manual_seed(0)
+    model[2].v = None
+    with pytest.warns(UserWarning, match=r"2 \(Plain\) keeps a tensor of the batch in `.v` after the sequence"):
+        sltt.SLTT(k=1, generator=generator)(model, *batch(), LOSS)
+
+
+class Logged(Plain):
+    pass
+
+
+def test_a_tensor_that_is_no_state_can_be_said_to_be_none():
+    sltt.register(Logged, states=[])
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), Logged(), nn.Linear(6, 3)).double()
+    sltt.unroll(model, batch()[0])
+
+
+@pytest.mark.parametrize("width", [6, 5000])
+def test_spikes_changed_in_place_are_named(width):
+    class Doubles(nn.Module):
+        def forward(self, x):
+            return x.mul_(2)
+
+    model = nn.Sequential(nn.Linear(6, width), sltt.LIF(v_reset=0.0), Doubles(), nn.Linear(width, 3))
+    x, y = torch.randn(3, 8, 6), torch.randint(3, (8,))
+    if width * 8 >= 4096:  # saved as bits, before they were changed
+        sltt.SLTT()(model, x, y, LOSS)
+    else:
+        with pytest.raises(ValueError, match=r"the spikes of 1 \(LIF\) are changed in place.*inplace=False"):
+            sltt.SLTT()(model, x, y, LOSS)
+
+
+def test_a_static_image_without_steps_is_explained():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), sltt.LIF(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    x, y = torch.randn(5, 3, 8, 8), torch.randint(3, (5,))
+    with pytest.raises(RuntimeError) as caught:
+        sltt.unroll(model, x)
+    assert "T = 5 time steps of 3 samples; for a static input [B, ...] say steps=T" in caught.value.__notes__[0]
+    with pytest.raises(ValueError, match=r"say steps=T"):
+        sltt.SLTT()(model, x, y, LOSS)
+
+
+def test_a_copy_in_the_middle_of_a_sequence_has_the_values():
+    model = small_network()
+    x, _ = batch()
+    model(x[0])
+    assert model[2].v.grad_fn is not None
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin[2].v, model[2].v)
+    assert twin[2].v.grad_fn is None
+    assert torch.equal(twin(x[1]), model(x[1]))
+    seen = []
+    model[5].register_forward_hook(lambda *call: seen.append(copy.deepcopy(model)))
+    sltt.BPTT()(model, *batch(), LOSS)
+    assert torch.isfinite(seen[-1](x[0])).all()
+
+
+def test_automatic_folds_stay_within_the_budget_whether_gradients_are_there_or_not():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2000), sltt.LIF(), nn.Linear(2000, 200))
+    x, y = torch.randn(64, 1, 8, 8), torch.randint(200, (64,))
+
+    def peak(model, rule, gradients):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if gradients else None
+        return peak_memory(lambda: rule(model, x, y, LOSS, steps=16))
+
+    def run(model, rule, gradients):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if gradients else None
+        rule(model, x, y, LOSS, steps=16)
+
+    with kernels.using(compile="off"):
+        budget = peak(model, sltt.SLTT(fold=4), gradients=False)
+        for first in (True, False):
+            rule, twin = sltt.SLTT(fold="auto", budget=budget), copy.deepcopy(model)
+            run(twin, rule, gradients=first)
+            run(twin, rule, gradients=not first)
+            assert max(peak(twin, rule, gradients) for gradients in (True, False)) <= budget
