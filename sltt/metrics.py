@@ -108,7 +108,7 @@ class BatchMemory:
 
     Args:
         device: of the batch.
-        rule: of the training. With fold="auto" it measures its first two batches itself, and the third is taken.
+        rule: of the training. With fold="auto" it measures its first three batches itself, and the fourth is taken.
 
     Attributes:
         peak: bytes above those before the batch; None until one was measured.
@@ -117,7 +117,7 @@ class BatchMemory:
     def __init__(self, device: torch.device, rule: Rule | None = None):
         self.device = device
         self.peak: int | None = None
-        self._left = 3 if getattr(rule, "fold", None) == "auto" else 1
+        self._left = 4 if rule is not None and rule.fold == "auto" else 1
 
     def __call__(self, batch: Callable[[], A], full: bool = True) -> A:
         """What `batch` returns; it is measured if it is the one to measure, and `full`."""

@@ -312,7 +312,7 @@ def _fold(recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int
         return None
     peaks = [
         Setup(recipe.build([*rule_options(rule), "--rule.fold", str(fold)]), steps).memory(batch).total
-        for fold in (1, 2)
+        for fold in (1, 2, 3)
         if fold <= steps
     ]
     return largest_fold(peaks, budget, steps)

@@ -593,9 +593,9 @@ def test_peak_memory_is_that_of_a_batch_under_its_rule(tmp_path):
 
 
 def test_a_rule_that_measures_its_first_batches_is_measured_after_them(tmp_path):
-    _, result = train(tmp_path / "run", rule=sltt.SLTT(fold="auto"), batch_size=16, epochs=2)
-    assert result.history[0]["peak_memory"] > 0  # of the third of four batches, the last of which is smaller
-    _, result = train(tmp_path / "few", rule=sltt.SLTT(fold="auto"), batch_size=30, epochs=2)
+    _, result = train(tmp_path / "run", rule=sltt.SLTT(fold="auto"), batch_size=12, epochs=2)
+    assert result.history[0]["peak_memory"] > 0  # of the fourth of five batches
+    _, result = train(tmp_path / "few", rule=sltt.SLTT(fold="auto"), batch_size=20, epochs=2)
     assert [row["peak_memory"] is None for row in result.history] == [True, False]
 
 

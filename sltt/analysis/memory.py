@@ -37,10 +37,10 @@ def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.
     """As `peak_memory`, of `call(mark)`, and the bytes alive at each `mark()` above those alive before the call.
 
     Raises RuntimeError inside another measurement, since the inner one would end the outer: fold="auto" measures its
-    first two batches, so run these before. Another thread's measurement is waited for.
+    first three batches, so run these before. Another thread's measurement is waited for.
     """
     if getattr(_this_thread, "measures", False):
-        raise RuntimeError("memory is being measured already; a rule with fold='auto' measures its first two batches")
+        raise RuntimeError("memory is being measured already; a rule with fold='auto' measures its first three batches")
     with _profiler:
         _this_thread.measures = True
         try:

@@ -107,7 +107,7 @@ def memory_parts(
 
         rule(model, x, target, loss, steps=steps, backward=backward, **_update(rule))
 
-    for _ in range(2):  # makes the gradients; and fold="auto" settles
+    for _ in range(3):  # makes the gradients; and fold="auto" settles
         run(lambda: None)
     states.clear()
     peak, levels = trace_memory(run, x.device)

@@ -108,7 +108,8 @@ class Kernel:
             # for each set of types, since the compiler gives up on a function after eight versions of it
             types = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in (out, *arguments))
             if types not in self._compiled:
-                function, isa = _of_its_own(self.function), {"cpp.simdlen": _vector_bits()}
+                function = _of_its_own(self.function)
+                isa: Any = {"cpp.simdlen": _vector_bits()}
                 self._compiled[types] = torch.compile(function, dynamic=True, fullgraph=True, options=isa)
             try:
                 self._compiled[types](out, *arguments)

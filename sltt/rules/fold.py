@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from sltt.sequence.steps import Network, OncePerCall, in_backward
 
 # Of the memory that is free when the first batch comes; the rest is for the optimizer's state and fragmentation.
 SHARE_OF_FREE = 0.7
+MEASURED = 3  # so many batches, with 1, 2 and 3 steps in a call
 TWICE = "runs twice in a call of the network: use fold=1"
 
 
@@ -80,9 +82,8 @@ def run_within(
 ) -> Any:
     """Call `run` with the largest fold, at most T = `steps`, whose memory is within the budget.
 
-    The first two batches of each shape are measured, with one and two steps in a call. Peak memory grows by a constant
-    for each further step, from the second on by a little less than from one to two, so that the extrapolation errs on
-    the safe side. Results depend on the fold by rounding only.
+    The first three batches of each shape are measured, with one, two and three steps in a call. Peak memory grows by a
+    constant for each further step; that from one to two may be another. Results depend on the fold by rounding only.
 
     Args:
         budget: bytes that a batch may take above what is allocated before it, such as "8GB"; None is 70% of what is
@@ -100,9 +101,9 @@ def run_within(
         free = int(SHARE_OF_FREE * available_memory(x.device)) if budget is None else parse_bytes(budget)
         found[key] = free, []
     limit, peaks = found[key]
-    if len(peaks) >= min(2, steps) or (peaks and 2 * peaks[0] > limit):
-        return run(largest_fold(peaks, limit, steps))
     fold, results = 1 + len(peaks), []
+    if fold > min(MEASURED, steps) or (peaks and peaks[-1] + peaks[0] > limit):
+        return run(largest_fold(peaks, limit, steps))
     # gradients that are there already would be a part of the peak in a batch that makes them
     held = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     peaks.append(held + peak_memory(lambda: results.append(run(fold)), x.device))
@@ -113,11 +114,11 @@ def largest_fold(peaks: list[int], limit: int, most: int) -> int:
     """The largest fold whose peak is within the limit; at least 1.
 
     Args:
-        peaks: bytes at the peak with one step in a call, and with two if they were measured.
+        peaks: bytes at the peak with one step in a call, and with two and three if they were measured.
         limit: bytes.
         most: the largest fold that there is a use for.
     """
     if len(peaks) < 2:
         return 1
-    slope = max(peaks[1] - peaks[0], 1)
+    slope = max(1, *(after - before for before, after in pairwise(peaks)))
     return int(min(most, max(1, 1 + (limit - peaks[0]) // slope)))

@@ -23,7 +23,7 @@ class Truncated(Rule):
         recompute: run convolutions and linear layers again for the backward, from their spikes, instead of keeping
             their outputs: less memory, one more forward of these layers.
         fold: time steps in one call of the network: fewer and larger operations, for the memory of so many steps. It
-            pays on a GPU that waits for launches. "auto" measures the first two batches and then takes the largest
+            pays on a GPU that waits for launches. "auto" measures the first three batches and then takes the largest
             fold that fits `budget`.
         budget: for fold="auto": the memory for a batch, such as "8GB"; None is 70% of what is free at the first batch.
         hoist: with a static input, compute what the network marks by `sltt.once` once a sequence. Saves the time of
