@@ -6,6 +6,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
     rule(model, x, y, loss)
 """
 
+from sltt.kernels.layers import Weights
 from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, compiler_problem, using
 from sltt.kernels.steady import steady_steps
@@ -17,6 +18,7 @@ __all__ = [
     "Compile",
     "Step",
     "Trace",
+    "Weights",
     "batch_statistics",
     "compiler_problem",
     "neuron_step",

@@ -18,6 +18,7 @@ from sltt._torch import _pop_mode, _push_mode, compile_errors
 from sltt.checks import choice, flag
 
 Compile = Literal["auto", "on", "off"]
+Sparse = Literal["auto", "on", "off"]
 
 # A layer from which compiling pays: below, the few seconds that it takes are more than it saves in a short training.
 COMPILE_FROM = 2**20
@@ -30,14 +31,18 @@ class Options:
     Attributes:
         compile: auto compiles where a compiler is there and a layer is large enough; on, always; off, never.
         bits: save spikes for the backward as one bit an element.
+        sparse: layers that read spikes touch active inputs only: where that is faster (auto), wherever they can (on),
+            never (off). Without bits they do not.
     """
 
     compile: Compile = "auto"
     bits: bool = True
+    sparse: Sparse = "auto"
 
     def __post_init__(self) -> None:
         choice("compile", self.compile, get_args(Compile))
         flag("bits", self.bits)
+        choice("sparse", self.sparse, get_args(Sparse))
 
 
 DEFAULT = Options()
@@ -51,12 +56,12 @@ def options() -> Options:
 
 @contextmanager
 def using(**changes: Any) -> Iterator[None]:
-    """Change options inside a `with` block: `compile` ("auto", "on" or "off") and `bits` (True or False).
+    """Change options inside a `with` block: `compile` and `sparse` ("auto", "on" or "off"), `bits` (True or False).
 
     They hold in the thread that runs the block.
     """
     if unknown := changes.keys() - {field.name for field in fields(Options)}:
-        raise ValueError(f"unknown options {', '.join(sorted(unknown))}: expected compile or bits")
+        raise ValueError(f"unknown options {', '.join(sorted(unknown))}: expected compile, sparse or bits")
     wanted = replace(options(), **changes)
     if wanted.compile == "on" and (problem := compiler_problem(torch.device("cpu"))):
         raise ValueError(f"compile='on', but {problem}; use 'auto'")

@@ -166,7 +166,7 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
 def weight_gradient(
     layer: Layer, bits: Tensor, grad_y: Tensor, one: float = 1.0, needs_bias: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """∂L/∂weight, with the channels last in memory, and ∂L/∂bias if asked for, in the type of ∂L/∂y."""
+    """∂L/∂weight, with the channels last in memory, and ∂L/∂bias if asked for, both in float32."""
     assert 8 * bits.numel() == math.prod(layer.x_shape)
     assert grad_y.shape == layer.y_shape
     g = grad_y if layer.linear else grad_y.movedim(1, -1)
@@ -184,8 +184,7 @@ def weight_gradient(
         torch.get_num_threads(),
     )
     _check(short)
-    grad_bias = g.flatten(0, -2).sum(0, dtype=torch.float32).to(grad_y.dtype) if needs_bias else None
-    return grad.to(grad_y.dtype), grad_bias
+    return grad, g.flatten(0, -2).sum(0, dtype=torch.float32) if needs_bias else None
 
 
 def _sizes(n: int, ci: int, co: int, h: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:

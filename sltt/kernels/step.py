@@ -79,6 +79,8 @@ def neuron_step(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (v, x, decay)):
         return _NeuronStep.apply(v, x, decay, step, steps, cut)  # type: ignore[return-value]
     s, v, _ = _run(step, v, x, decay, steps, keep=False)
+    if options().sparse != "off" and packable(s):
+        SpikeTag(s)  # for a sparse layer, which packs them if it reads them
     return s, v
 
 
@@ -156,6 +158,8 @@ class _NeuronStep(torch.autograd.Function):
         ctx.replays = steps > 1 and tag_of(x) is not None
         s, v_next, kept = _run(step, v, x, decay, steps, keep=not ctx.replays)
         ctx.tag = SpikeTag(s) if packable(s) else None
+        if ctx.tag:
+            ctx.tag.bits(s)
         ctx.options = options()
         ctx.step, ctx.steps, ctx.cut, ctx.x_dtype = step, steps, cut, x.dtype
         ctx.layout = s.shape, s.stride()

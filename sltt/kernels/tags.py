@@ -11,8 +11,9 @@ in place after it was tagged is saved as it is. A tensor loses its tag when `.da
 since changes through these have no version.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from sltt._torch import _to_dlpack, _top_saved_tensors_default_hooks, is_functorch_wrapped_tensor
 from sltt.kernels.bits import pack, unpack
+from sltt.kernels.layers import LAYERS, Call, Weights, arguments_of, call_on_spikes, run
 from sltt.kernels.options import memory, options
+from sltt.kernels.sparse import density
 
 # Fewer elements than this are saved as they are: packing them costs more time than it is worth in memory.
 PACK_FROM = 4096
@@ -42,12 +45,17 @@ class Tag:
         layers: number of convolutions and linear layers that `make` runs.
     """
 
-    def __init__(self, tensor: Tensor, make: Callable[[], Tensor], layers: int = 0):
+    def __init__(self, tensor: Tensor, make: Callable[[], Tensor] | None = None, layers: int = 0):
         self.version = tensor._version
         self.dtype = tensor.dtype
-        self.make = make
+        self._make = make
         self.layers = layers
         setattr(tensor.untyped_storage(), _TAG, self)
+
+    def make(self) -> Tensor:
+        """All of the memory, flat, and nobody else's."""
+        assert self._make is not None
+        return self._make()
 
     def restore(self) -> Tensor:
         """All of the memory, flat."""
@@ -55,12 +63,38 @@ class Tag:
 
 
 class SpikeTag(Tag):
-    """The tag of a neuron's spikes. What a layer's backward restores is kept for the neuron's own, which comes next."""
+    """The tag of spikes, whose elements are 0 or `one`: they are packed at the first use of their bits.
 
-    def __init__(self, spikes: Tensor):
-        bits, dtype = pack(spikes), spikes.dtype
-        super().__init__(spikes, lambda: unpack(bits, 1.0, dtype))
+    What a layer's backward restores is kept for the neuron's own, which comes next.
+    """
+
+    def __init__(self, spikes: Tensor, one: float = 1.0, bits: Tensor | None = None):
+        super().__init__(spikes)
+        self.one = one
+        self._bits = bits
+        self._density: float | None = None
         self._restored: Tensor | None = None
+
+    def bits(self, spikes: Tensor) -> Tensor:
+        """One bit for each element of the memory of `spikes`, the tagged tensor."""
+        if self._bits is None:
+            self._bits = pack(spikes)
+        return self._bits
+
+    @property
+    def packed(self) -> Tensor:
+        """The bits, which were asked for before."""
+        assert self._bits is not None
+        return self._bits
+
+    def density(self, spikes: Tensor) -> float:
+        """Share of the elements that are not 0."""
+        if self._density is None:
+            self._density = density(self.bits(spikes))
+        return self._density
+
+    def make(self) -> Tensor:
+        return unpack(self.packed, self.one, self.dtype)
 
     def restore(self) -> Tensor:
         if self._restored is None:
@@ -107,9 +141,9 @@ def packable(tensor: Tensor) -> bool:
 
 def tag_dropped(y: Tensor, spikes: Tensor, one: float) -> None:
     """Tag y = spikes times a mask of 0 and `one`, if they are a neuron's: what is left is 0 or `one` too."""
-    if isinstance(tag_of(spikes), SpikeTag) and packable(y):  # not of pooled or scaled spikes: those have other levels
-        bits, dtype = pack(y), y.dtype
-        Tag(y, lambda: unpack(bits, one, dtype))
+    tag = tag_of(spikes)
+    if isinstance(tag, SpikeTag) and tag.one == 1.0 and packable(y):
+        SpikeTag(y, one)
 
 
 def tag_normalised(y: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
@@ -120,20 +154,23 @@ def tag_normalised(y: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> N
 
 
 @contextmanager
-def saving(recompute: bool = False) -> Iterator[None]:
-    """Inside this block autograd saves tags for tagged tensors; gradients are the same to the last bit.
+def saving(recompute: bool = False, graph: bool = True, weights: Weights | None = None) -> Iterator[None]:
+    """Inside this block layers that read spikes may be sparse, and autograd saves tags for tagged tensors.
 
     Where saved-tensor hooks are active already, such as `save_on_cpu`, they are left in force and nothing is tagged.
 
     Args:
         recompute: tag the outputs of convolutions and linear layers too: the backward runs them once more.
+        graph: a graph is built, for which autograd saves tensors.
+        weights: the forms of weights that this sequence has used so far.
     """
     if recompute and not options().bits:
         raise ValueError("recompute starts from spikes saved as bits, and kernels.using(bits=False) is in force")
     if not options().bits or _top_saved_tensors_default_hooks(True) is not None:
         yield
         return
-    with torch.autograd.graph.saved_tensors_hooks(_save, _restore), _Tagging(recompute):
+    hooks = torch.autograd.graph.saved_tensors_hooks(_save, _restore) if graph else nullcontext()
+    with hooks, _Tagging(recompute, weights or Weights()):
         yield
 
 
@@ -143,6 +180,8 @@ def _save(tensor: Tensor) -> Any:
         # Detached: an operation's own output would hold the operation, which holds what is saved, for ever. Autograd
         # does not watch a hook's tensors for changes in place, so remember the version, which the two share.
         return tensor.detach(), tensor._version
+    if isinstance(tag, SpikeTag):
+        tag.bits(tensor)
     return tag, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
@@ -160,21 +199,26 @@ def _restore(saved: Any, keep: bool = True) -> Tensor:
 
 
 class _Tagging(TorchFunctionMode):
-    """Tags what operations compute from tagged memory."""
+    """Runs layers on spikes, and tags what operations compute from tagged memory."""
 
-    def __init__(self, recompute: bool):
+    def __init__(self, recompute: bool, weights: Weights):
         super().__init__()
         self.recompute = recompute
+        self.weights = weights
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         if torch.compiler.is_compiling():  # inside torch.compile(model), which decides itself what to save
-            return result
+            return func(*args, **kwargs)
+        if func in LAYERS and (found := layer_call(func, args, kwargs, self.weights)):
+            return self._run(*found)
+        result = func(*args, **kwargs)
         if func in _SCALING and len(args) == 2:
             _tag_scaled(args, result)
         elif func in _POOLING and args:
             _tag_pooled(func, args, kwargs, result)
+        elif func in _MAX_POOLING and args and isinstance(result, Tensor):  # not with its indices
+            _tag_maximum(args[0], result)
         elif self.recompute and func in _LAYERS and args:
             _tag_layer(func, args, kwargs, result)
         elif self.recompute and func in _ADDING and len(args) == 2 and not kwargs:
@@ -186,12 +230,49 @@ class _Tagging(TorchFunctionMode):
         return result
 
 
+    def _run(self, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        result = run(call, x, weight, bias)
+        if self.recompute and packable(result):
+            held, held_bias = _held(weight), _held(bias)
+
+            def again() -> Tensor:
+                with torch.no_grad():
+                    return memory(call.forward(None, held(), held_bias()))
+
+            Tag(result, again, layers=1)
+        return result
+
+
+def layer_call(
+    func: Any, args: Any, kwargs: Any, weights: Weights
+) -> tuple[Call, Tensor, Tensor, Tensor | None] | None:
+    """How a call of a layer's function runs on spikes, with its input, weight and bias; None where it is PyTorch's."""
+    named = arguments_of(func, args, kwargs)
+    x = named.get("input")
+    if options().sparse == "off" or not isinstance(x, Tensor) or not isinstance(tag := tag_of(x), SpikeTag):
+        return None
+    if not packable(x) or (call := call_on_spikes(func, x, named, tag, weights)) is None:
+        return None
+    return call, x, named["weight"], named["bias"]
+
+
 def _tag_scaled(args: Any, result: Any) -> None:
     spikes, factor = args if isinstance(args[0], Tensor) else reversed(args)
-    if not isinstance(factor, int | float) or (tag := tag_of(spikes)) is None:
+    if not isinstance(factor, int | float) or not math.isfinite(factor) or (tag := tag_of(spikes)) is None:
         return
-    if _alike(spikes, result) and packable(spikes) and packable(result):  # both own all of their memory
+    if not (_alike(spikes, result) and packable(spikes) and packable(result)):  # both own all of their memory
+        return
+    if isinstance(tag, SpikeTag):
+        one = torch.tensor(tag.one, dtype=tag.dtype) * factor  # rounded as the product is
+        SpikeTag(result, one.item(), tag.bits(spikes))
+    else:
         Tag(result, lambda: tag.make() * factor, tag.layers)
+
+
+def _tag_maximum(spikes: Tensor, result: Tensor) -> None:
+    """The maximum of spikes is a spike."""
+    if isinstance(tag := tag_of(spikes), SpikeTag) and packable(result):
+        SpikeTag(result, tag.one)
 
 
 def _tag_pooled(func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
@@ -263,5 +344,6 @@ _ALIASING = {
 }
 _SCALING = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
 _POOLING = {F.avg_pool2d, F.adaptive_avg_pool2d, F.avg_pool1d, F.adaptive_avg_pool1d}
+_MAX_POOLING = {F.max_pool1d, F.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d}
 _LAYERS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear}
 _ADDING = {torch.add, torch.Tensor.add, torch.Tensor.__add__}

@@ -6,7 +6,7 @@ Shapes: T time steps, B samples, C classes.
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -55,6 +55,7 @@ class Batch:
     seed: int | None = None
     _logits: dict[int, Tensor] = field(default_factory=dict)
     _total: Tensor | None = None
+    _weights: kernels.Weights = field(default_factory=kernels.Weights)
 
     @property
     def model(self) -> nn.Module:
@@ -75,7 +76,7 @@ class Batch:
             recompute: convolutions and linear layers run again in the backward, instead of keeping their outputs.
         """
         with torch.set_grad_enabled(graph):
-            with kernels.saving(recompute) if graph else nullcontext():
+            with kernels.saving(recompute, graph, self._weights):
                 logits = self.network(self.sequence.input(steps), Fold(len(steps), cut))
             values = [step_loss(self.loss, o, self.target) / self.steps for o in logits]
             total = values[0] if len(values) == 1 else torch.stack(values).sum()
@@ -205,7 +206,8 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
         steps: T for a static input.
     """
     sequence = time_steps(x, steps)
-    with _unrolling(model, sequence, hoist=True, grad=False) as (network, _):
+    weights = kernels.Weights()
+    with _unrolling(model, sequence, hoist=True, grad=False) as (network, _), kernels.saving(False, False, weights):
         logits = [network(sequence.input(range(t, t + 1))) for t in range(sequence.steps)]
         return sequence.result(torch.cat(logits))
 

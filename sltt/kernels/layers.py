@@ -1,0 +1,196 @@
+"""Convolutions and linear layers of a network that read spikes: each runs sparse or dense, whichever is faster.
+
+The user's layers stay as they are. While `tags.saving` is open, a call of `F.conv2d` or `F.linear` on tagged spikes
+comes here. The share of active inputs and the layer's shape decide, for the forward and for the weight gradient; the
+input gradient is dense. On one machine the same spikes give the same decision, and so the same bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sltt.kernels import costs, native, sparse
+from sltt.kernels.options import options
+from sltt.kernels.sparse import Layer
+
+if TYPE_CHECKING:
+    from sltt.kernels.tags import SpikeTag
+
+CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2}
+LAYERS = {*CONVOLUTIONS, F.linear}
+_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+class Weights:
+    """Weights in the forms that layers read, kept for one sequence, in which they seldom change."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def packed(self, layer: Layer, weight: Tensor, one: float) -> Tensor:
+        """What `sparse.forward` reads."""
+        return self._get(weight, one, lambda: sparse.pack_weight(layer, weight, one))
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in another type."""
+        return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
+
+    def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor]) -> Tensor:
+        key = id(weight), weight._version, form
+        if key not in self._kept:
+            self._kept[key] = weight, make()  # with the weight, which has its id as long as it lives
+        return self._kept[key][1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a layer on spikes.
+
+    Attributes:
+        layer: its shapes.
+        tag: of the spikes, which were packed.
+        dtype: of the output.
+        sparse_forward: the forward touches active inputs only.
+        sparse_gradient: the weight gradient does.
+        axes: stride, padding and dilation of a convolution.
+        weights: where the forms of the weight are kept.
+    """
+
+    layer: Layer
+    tag: "SpikeTag"
+    dtype: torch.dtype
+    sparse_forward: bool
+    sparse_gradient: bool
+    axes: tuple[list[int], list[int], list[int]]
+    weights: Weights
+
+    def forward(self, x: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output; x, the spikes, is needed where the forward is dense, or else unpacked."""
+        if self.sparse_forward:
+            packed = self.weights.packed(self.layer, weight, self.tag.one)
+            return sparse.forward(self.layer, self.tag.packed, packed, bias, self.dtype)
+        x = self.spikes() if x is None else x.to(self.dtype)
+        weight, bias = self.weights.cast(weight, self.dtype), None if bias is None else bias.to(self.dtype)
+        if self.layer.linear:
+            return F.linear(x, weight, bias)
+        return torch.convolution(x, weight, bias, *self.axes, False, [0] * len(self.axes[0]), 1)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """∂L/∂x, dense."""
+        weight = self.weights.cast(weight, grad.dtype)
+        if self.layer.linear:
+            return grad @ weight
+        # of the input, only shape and memory format are looked at
+        x = grad if grad.shape == self.layer.x_shape else grad.new_empty(self._channels_last_shape()).movedim(-1, 1)
+        return self._convolution_backward(grad, x, weight, [True, False, False])[0]
+
+    def weight_gradient(self, grad: Tensor, weight: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """∂L/∂weight and ∂L/∂bias."""
+        if self.sparse_gradient:
+            return sparse.weight_gradient(self.layer, self.tag.packed, grad, self.tag.one, needs_bias)
+        x = self.spikes().to(grad.dtype)
+        rows = grad.flatten(0, -2) if self.layer.linear else grad
+        bias = rows.sum([0, *range(2, rows.ndim)], dtype=torch.float32) if needs_bias else None
+        if self.layer.linear:
+            return rows.T @ x.flatten(0, -2), bias
+        return self._convolution_backward(grad, x, weight.to(grad.dtype), [False, True, False])[1], bias
+
+    def spikes(self) -> Tensor:
+        """The spikes, with the channels last in memory."""
+        flat = self.tag.make().to(self.dtype)
+        return flat.view(self.layer.x_shape) if self.layer.linear else flat.view(self._channels_last_shape()).movedim(-1, 1)
+
+    def _channels_last_shape(self) -> tuple[int, ...]:
+        batch, channels, *pixels = self.layer.x_shape
+        return batch, *pixels, channels
+
+    def _convolution_backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> Any:
+        zeros = [0] * len(self.axes[0])
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *self.axes, False, zeros, 1, mask)
+
+
+class _OnSpikes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:  # type: ignore[override]
+        ctx.call, ctx.x_dtype = call, x.dtype
+        ctx.save_for_backward(weight)
+        return call.forward(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        call: Call = ctx.call
+        (weight,) = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad = grad.contiguous() if call.layer.linear else grad.movedim(1, -1).contiguous().movedim(-1, 1)
+        of_x = call.input_gradient(grad, weight).to(ctx.x_dtype) if needs_x else None
+        of_weight = of_bias = None
+        if needs_weight or needs_bias:
+            of_weight, of_bias = call.weight_gradient(grad, weight, needs_bias)
+            of_weight = of_weight.to(weight.dtype)
+            of_bias = None if of_bias is None else of_bias.to(weight.dtype)
+        return of_x, of_weight if needs_weight else None, of_bias, None
+
+
+def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's output, with a graph where one is wanted."""
+    return _OnSpikes.apply(x, weight, bias, call)  # type: ignore[return-value]
+
+
+def arguments_of(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a layer's function, by name."""
+    return {**_DEFAULTS, **dict(zip(_NAMES, args, strict=False)), **kwargs}
+
+
+def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeTag", weights: Weights) -> Call | None:
+    """How a layer runs on spikes; None where it runs as PyTorch would.
+
+    Args:
+        func: the layer's function.
+        x: the spikes, which fill their memory.
+        arguments: of the function, by name.
+        tag: of the spikes.
+        weights: forms of weights in this sequence.
+    """
+    weight = arguments["weight"]
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    plain = isinstance(weight, Tensor) and weight.layout == torch.strided and weight.device.type == "cpu"
+    if not plain or x.device.type != "cpu" or dtype not in sparse.DTYPES or weight.dtype not in (dtype, torch.float32):
+        return None
+    axes: tuple[list[int], list[int], list[int]] = [], [], []
+    if func is F.linear:
+        layer = sparse.linear_layer(tuple(x.shape), tuple(weight.shape))
+        ordered = x.is_contiguous()
+    else:
+        dims = CONVOLUTIONS[func]
+        stride, padding, dilation = (_axes(arguments[name], dims) for name in ("stride", "padding", "dilation"))
+        if x.ndim != dims + 2 or stride is None or padding is None or dilation is None:
+            return None
+        axes = stride, padding, dilation
+        pairs = tuple((p, p) for p in padding)
+        layer = sparse.conv_layer(
+            tuple(x.shape), tuple(weight.shape), tuple(stride), pairs, tuple(dilation), arguments["groups"]
+        )
+        ordered = x.movedim(1, -1).is_contiguous()
+    always = options().sparse == "on"
+    if not ordered or layer.problem or not (always or layer.products >= costs.PRODUCTS_FROM) or native.problem():
+        return None
+    even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype)
+    density = tag.density(x)  # packs them
+    forward, gradient = density < even.forward, density < even.weight_gradient
+    if not forward and not (gradient and torch.is_grad_enabled()):
+        return None
+    return Call(layer, tag, dtype, forward, gradient, axes, weights)
+
+
+def _axes(value: Any, dims: int) -> list[int] | None:
+    """A number for each axis; None for padding by name, which may differ between the sides."""
+    if isinstance(value, str):
+        return [0] * dims if value == "valid" else None
+    values = [value] * dims if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
