@@ -1,7 +1,7 @@
 """When a sparse layer is faster than the dense one: a model of the time, measured once per machine.
 
 A dense layer takes a time for each of its products, a sparse one a time for each product with a spike, and one for each
-element that it reads and writes:
+element that it reads and writes, whatever the spikes:
 
     t_dense = d · products,    t_sparse = s · density · products + e · elements
 
@@ -59,12 +59,22 @@ def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
     """
     if layer.products < PRODUCTS_FROM:
         return BreakEven(0.0, 0.0)
-    return BreakEven(*(_even(layer, Costs(*costs)) for costs in _costs(layer.linear, dtype)))
+    pairs = zip(_costs(layer.linear, dtype), _elements(layer), strict=True)
+    return BreakEven(*(_even(layer.products, elements, costs) for costs, elements in pairs))
 
 
-def _even(layer: Layer, costs: Costs) -> float:
-    left = costs.dense * layer.products - costs.element * layer.elements
-    return min(1.0, max(0.0, left / (costs.spike * layer.products)))
+def _even(products: int, elements: int, costs: Costs) -> float:
+    return min(1.0, max(0.0, (costs.dense * products - costs.element * elements) / (costs.spike * products)))
+
+
+def _elements(layer: Layer) -> tuple[int, int]:
+    """Read and written forward, and for the weight gradient.
+
+    Forward, sums are read and written for each kernel row and 64 input channels.
+    """
+    inputs, outputs = math.prod(layer.x_shape), math.prod(layer.y_shape)
+    ci, kernel_rows = layer.sizes[3], layer.sizes[5]
+    return inputs + outputs * kernel_rows * -(-ci // 64), inputs + outputs
 
 
 @functools.cache
@@ -114,13 +124,14 @@ def _measure(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
     ]
     with torch.no_grad(), _one_thread():
         times = [min(t) for t in zip(*([_nanoseconds(run) for run in runs] for _ in range(_REPEATS)), strict=True)]
-    return _fit(layer, *times[:3]), _fit(layer, *times[3:])
+    forward_elements, gradient_elements = _elements(layer)
+    return _fit(layer.products, forward_elements, *times[:3]), _fit(layer.products, gradient_elements, *times[3:])
 
 
-def _fit(layer: Layer, dense: float, sparse: float, denser: float) -> Costs:
+def _fit(products: int, elements: int, dense: float, sparse: float, denser: float) -> Costs:
     low, high = _DENSITIES
-    spike = max((denser - sparse) / (high - low), dense * 1e-3) / layer.products
-    return Costs(dense / layer.products, spike, max(0.0, sparse - low * spike * layer.products) / layer.elements)
+    spike = max((denser - sparse) / (high - low), dense * 1e-3) / products
+    return Costs(dense / products, spike, max(0.0, sparse - low * spike * products) / elements)
 
 
 def _nanoseconds(run: Callable[[], object]) -> float:
