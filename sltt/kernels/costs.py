@@ -32,7 +32,7 @@ from sltt.kernels.sparse import Layer, conv_layer, forward, linear_layer, pack_w
 
 # Layers of fewer products run dense: they take less than the calls around them.
 PRODUCTS_FROM = 2**22
-_DENSITIES = (0.05, 0.3)
+_DENSITIES = (0.05, 0.4)
 _REPEATS = 5
 
 
@@ -70,11 +70,12 @@ def _even(products: int, elements: int, costs: Costs) -> float:
 def _elements(layer: Layer) -> tuple[int, int]:
     """Read and written forward, and for the weight gradient.
 
-    Forward, sums are read and written for each kernel row and 64 input channels.
+    Forward, the sums of up to 64 outputs are read and written for each kernel row and 64 inputs; fewer take as long.
     """
     inputs, outputs = math.prod(layer.x_shape), math.prod(layer.y_shape)
-    ci, kernel_rows = layer.sizes[3], layer.sizes[5]
-    return inputs + outputs * kernel_rows * -(-ci // 64), inputs + outputs
+    ci, co, kernel_rows = layer.sizes[3:6]
+    blocks = -(-ci // 64) * -(-co // 64)
+    return inputs + outputs // co * 64 * blocks * kernel_rows, inputs + outputs
 
 
 @functools.cache
@@ -108,7 +109,7 @@ def _measure(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
         weight, x_shape = torch.ones(512, 512), (256, 512)
         layer = linear_layer(x_shape, weight.shape)
     else:
-        weight, x_shape = torch.ones(64, 64, 3, 3), (8, 64, 16, 16)
+        weight, x_shape = torch.ones(64, 64, 3, 3), (16, 64, 16, 16)
         layer = conv_layer(x_shape, weight.shape, (1, 1), ((1, 1), (1, 1)))
     generator = torch.Generator().manual_seed(0)  # the user's stays as it is
     inputs = [_format(torch.rand(x_shape, generator=generator) < d, dtype) for d in _DENSITIES]
