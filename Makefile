@@ -1,11 +1,12 @@
 # make demo   compare rules on the digits, and write a report
 # make test   run the test suite
+# make soak   long checks: kills, constant memory, damaged checkpoints
 # make check  lint, format and types
 # make docs   build the documentation site
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs benchmark clean
+.PHONY: demo test soak check docs benchmark clean
 
 demo: .venv/installed
 	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --save runs/demo
@@ -15,6 +16,9 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal
+
+soak: .venv/installed-dev
+	$(BIN)/pytest -p no:xdist --timeout 0 tests/soak.py
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sltt.failures import UsageError, tell
 from sltt.interrupt import PREEMPTED, Preempted
 from sltt.options import (
+    Options,
     Recipe,
-    UsageError,
+    begin,
     build,
+    count,
     find_recipe,
     make_parser,
     nearest,
@@ -23,11 +26,13 @@ from sltt.options import (
     only,
     parse,
     resumed,
+    rule_options,
     rules,
     run_config,
     shipped_recipes,
+    time_steps,
 )
-from sltt.progress import Report, megabytes
+from sltt.progress import Report, as_json, megabytes
 from sltt.runs import RESUMABLE
 
 if TYPE_CHECKING:
@@ -64,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if words else 2
     command, *rest = words
+    _find_own_modules()
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
@@ -72,23 +78,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _stopped(stop, 130)
     except Preempted as stop:
         return _stopped(stop, PREEMPTED)
-    except UsageError as error:
-        print(f"sltt: {error}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # of the user's own classes too
         if os.environ.get("SLTT_TRACEBACK"):
             raise
-        for line in (error, *getattr(error, "__notes__", ())):
-            print(f"sltt: {line}", file=sys.stderr)
-        print("sltt: set SLTT_TRACEBACK=1 to see where this happened", file=sys.stderr)
-        return 1
+        return tell(error)
     return 0
+
+
+def _find_own_modules() -> None:
+    """Import from the working directory, as `python -m` does, so that a recipe may name classes beside it."""
+    if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
 
 
 def _stopped(stop: BaseException, code: int) -> int:
     rank = next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), "0")
     if rank == "0":  # once, not from every process
-        print(f"sltt: {stop or 'stopped by Ctrl-C'}", file=sys.stderr)
+        print(f"sltt: {str(stop) or 'stopped by Ctrl-C'}", file=sys.stderr)
     return code
 
 
@@ -168,23 +174,24 @@ def evaluate_run(words: Sequence[str]) -> None:
     from sltt.runs import find_checkpoint
     from sltt.train import evaluate
 
-    options = argparse.ArgumentParser("sltt eval", description=EVAL_HELP, allow_abbrev=False)
-    options.add_argument("run", type=Path, help="folder of a trained run")
+    folder, words = begin(words)
+    options = Options("sltt eval RUN", EVAL_HELP)
     options.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
     options.add_argument("--split", choices=("test", "validation", "train"), default="test")
     options.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
     options.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = options.parse_known_args(words)
     only(overrides, EVAL_KEYS, "sltt eval", "the others belong to the training")
+    run = Path(folder)
     parser = make_parser("sltt eval")
-    config = parse(parser, run_config(known.run), overrides)
+    config = parse(parser, run_config(run), overrides)
     config.devices = config.num_nodes = None  # of the training
     built = build(parser, config)
-    path = find_checkpoint(known.run, known.checkpoint)
-    _load(built.model, known.run, known.checkpoint)
+    path = find_checkpoint(run, known.checkpoint)
+    _load(built.model, run, known.checkpoint)
     metrics = evaluate(built.model, built.data, known.split, mirror=known.mirror, **_evaluation(built))
     if known.json:
-        print(json.dumps({"checkpoint": str(path), "split": known.split, "mirror": known.mirror, **vars(metrics)}))
+        print(as_json({"checkpoint": str(path), "split": known.split, "mirror": known.mirror, **vars(metrics)}))
         return
     report = Report()
     mirrored = " and their mirror images" if known.mirror else ""
@@ -202,17 +209,17 @@ def agreement(words: Sequence[str]) -> None:
 
     from sltt.evidence import agreement_json, measure_agreement, print_agreement
 
-    options = argparse.ArgumentParser("sltt agreement", description=AGREEMENT_HELP, allow_abbrev=False)
-    options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
+    name, words = begin(words, "digits")
+    options = Options("sltt agreement [RECIPE]", AGREEMENT_HELP)
     options.add_argument("--taus", type=numbers(float), help="time constants of the LIF neurons; default: the recipe's")
-    options.add_argument("--steps", type=numbers(int), help="numbers of time steps; default: the recipe's")
+    options.add_argument("--steps", type=numbers(time_steps), help="several T; default: the recipe's")
     options.add_argument("--at-epochs", type=numbers(int), default=[0], help="after so many epochs of training each")
-    options.add_argument("--samples", type=int, default=128, help="training samples in the batch that is measured")
+    options.add_argument("--samples", type=count, default=128, help="training samples in the batch that is measured")
     options.add_argument("--float64", action="store_true", help="compute in float64, where no spike flips by rounding")
     options.add_argument("--json", action="store_true", help="print JSON")
     options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
     known, overrides = options.parse_known_args(words)
-    recipe = Recipe("sltt agreement", known.recipe, overrides)
+    recipe = Recipe("sltt agreement", name, overrides)
     built = recipe.build()
     rows = measure_agreement(
         built,
@@ -231,10 +238,10 @@ def compare(words: Sequence[str]) -> None:
     """`sltt compare [RECIPE] [OPTION ...]`: train every rule with every seed, and print one table."""
     from sltt.evidence import compare, compared_json, print_compared
 
-    options = argparse.ArgumentParser("sltt compare", description=COMPARE_HELP, allow_abbrev=False)
-    options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
+    name, words = begin(words, "digits")
+    options = Options("sltt compare [RECIPE]", COMPARE_HELP)
     options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
-    options.add_argument("--seeds", type=int, default=1, help="number of seeds; default: 1")
+    options.add_argument("--seeds", type=count, default=1, help="number of seeds; default: 1")
     options.add_argument(
         "--save",
         type=Path,
@@ -243,11 +250,12 @@ def compare(words: Sequence[str]) -> None:
     )
     options.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = options.parse_known_args(words)
-    recipe = Recipe("sltt compare", known.recipe, overrides)
+    recipe = Recipe("sltt compare", name, overrides)
     # other options are another comparison
     mark = f"-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}" if overrides else ""
     known.save = known.save or Path("runs") / f"compare-{recipe.name}{mark}"
-    recipe.build()  # an option that is wrong ends this before a training begins
+    for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
+        recipe.build(rule_options(rule))
     found = compare(known.rules, known.seeds, known.save, recipe, Report(quiet=known.json))
     _give(compared_json(recipe.name, found), known, "compare.json", lambda report: print_compared(found, report))
     if died := [f"{one.rule}, {error}" for one in found for error in one.errors]:
@@ -259,21 +267,22 @@ def profile(words: Sequence[str]) -> None:
     from sltt.analysis import parse_bytes
     from sltt.profiling import print_profile, profile
 
-    options = argparse.ArgumentParser("sltt profile", description=PROFILE_HELP, allow_abbrev=False)
-    options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
+    name, words = begin(words, "digits")
+    options = Options("sltt profile [RECIPE]", PROFILE_HELP)
     options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
-    options.add_argument("--steps", type=numbers(int), default=[], help="numbers of time steps; default: the recipe's")
-    options.add_argument("--repeats", type=int, default=5, help="iterations that are timed; default: 5")
-    options.add_argument("--budget", help="a memory such as 8GB: the largest batch, T and fold that fit it")
+    options.add_argument(
+        "--steps", type=numbers(time_steps), default=[], help="numbers of time steps; default: the recipe's"
+    )
+    options.add_argument("--repeats", type=count, default=5, help="iterations that are timed; default: 5")
+    options.add_argument(
+        "--budget", type=parse_bytes, help="a memory such as 8GB: the largest batch, T and fold that fit it"
+    )
     options.add_argument("--json", action="store_true", help="print JSON")
     options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
     known, overrides = options.parse_known_args(words)
-    recipe = Recipe("sltt profile", known.recipe, overrides)
-    budget = parse_bytes(known.budget) if known.budget else None
-    if known.repeats < 1:
-        raise UsageError(f"--repeats must be at least 1, got {known.repeats}")
+    recipe = Recipe("sltt profile", name, overrides)
     report = Report(quiet=known.json)
-    found = profile(recipe, known.rules, known.steps, known.repeats, budget, report)
+    found = profile(recipe, known.rules, known.steps, known.repeats, known.budget, report)
     _give(found.as_dict(), known, "profile.json", lambda report: print_profile(found, report))
 
 
@@ -281,7 +290,7 @@ def report(words: Sequence[str]) -> None:
     """`sltt report FOLDER ...`: one page of what the commands measured and of runs."""
     from sltt.report import gather, write
 
-    options = argparse.ArgumentParser("sltt report", description=REPORT_HELP, allow_abbrev=False)
+    options = Options("sltt report", REPORT_HELP)
     options.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
     options.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the first folder")
     options.add_argument("--json", action="store_true", help="print the path of the page and the notes as JSON")
@@ -304,7 +313,7 @@ def _give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Repo
     """Print what a command found, as JSON or for people, and keep it where --save says."""
     from sltt.files import write_atomically
 
-    text = json.dumps(found)
+    text = as_json(found)
     if known.save:
         known.save.mkdir(parents=True, exist_ok=True)
         write_atomically(known.save / name, lambda file: file.write(text.encode()))
@@ -319,22 +328,18 @@ def _give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Repo
 
 def export(words: Sequence[str]) -> None:
     """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
-
-    options = argparse.ArgumentParser("sltt export", description=EXPORT_HELP, allow_abbrev=False, exit_on_error=False)
-    options.add_argument("run", type=Path, help="folder of a trained run")
+    folder, words = begin(words)
+    options = Options("sltt export RUN", EXPORT_HELP)
     options.add_argument("--to", required=True, choices=("nir", "onnx"))
     options.add_argument("--out", type=Path, metavar="FILE", help="default: graph.nir or step.onnx in the run")
     options.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")
-    try:
-        known = options.parse_args(words)
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from None
-    built = Recipe("sltt export", str(run_config(known.run)), []).build()
-    _load(built.model, known.run)
+    known, run = options.parse_args(words), Path(folder)
+    built = Recipe("sltt export", str(run_config(run)), []).build()
+    _load(built.model, run)
     splits = built.data.splits(built.steps)
     x, _ = splits.collate([splits.test[0]])
     frame = x if splits.static else x[0]
-    out = known.out or known.run / {"nir": "graph.nir", "onnx": "step.onnx"}[known.to]
+    out = known.out or run / {"nir": "graph.nir", "onnx": "step.onnx"}[known.to]
     report = Report()
     try:
         if known.to == "nir":
@@ -355,7 +360,7 @@ def export(words: Sequence[str]) -> None:
 
 def recipes(words: Sequence[str]) -> None:
     """`sltt recipes [NAME]`."""
-    options = argparse.ArgumentParser("sltt recipes", description="List the recipes, or print one.")
+    options = Options("sltt recipes", "List the recipes, or print one.")
     options.add_argument("name", nargs="?", help="recipe to print")
     if name := options.parse_args(words).name:
         print(find_recipe(name).read_text(), end="")
@@ -388,8 +393,7 @@ def doctor(words: Sequence[str]) -> None:
     """`sltt doctor`."""
     from sltt.doctor import print_findings
 
-    description = "What works on this machine, and what would make it faster."
-    argparse.ArgumentParser("sltt doctor", description=description).parse_args(words)
+    Options("sltt doctor", "What works on this machine, and what would make it faster.").parse_args(words)
     print_findings()
 
 

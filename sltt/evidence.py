@@ -17,6 +17,7 @@ from torch import nn
 from sltt.analysis import Operations, count_operations, peak_memory
 from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, advice, agreement, propose, windows
 from sltt.checkpoints import start_from
+from sltt.failures import cause
 from sltt.loading import EpochSampler, train_loader
 from sltt.neurons import LIF
 from sltt.options import Recipe, mixed_options, rule_options
@@ -183,9 +184,9 @@ def compare(rules: Sequence[str], seeds: int, folder: Path, recipe: Recipe, repo
                 if not measured:
                     _measure(compared, built)
                     measured = True
-            except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-                report.warn(f"{text}, seed {seed} died: {error}")
-                compared.errors.append(f"seed {seed}: {error}")
+            except Exception as error:  # the others still run
+                report.warn(f"{text}, seed {seed} died: {cause(error)}")
+                compared.errors.append(f"seed {seed}: {cause(error)}")
                 continue
             compared.accuracies.append(accuracy)
             seconds += [row["seconds"] for row in result.history]

@@ -7,7 +7,7 @@ import base64
 import csv
 import io
 import json
-import math
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,8 +21,9 @@ import yaml
 
 from sltt.checkpoints import start_from
 from sltt.evidence import Compared
+from sltt.failures import cause
 from sltt.files import read_table, write_atomically
-from sltt.options import Recipe, locate
+from sltt.options import Recipe, locate, rule_options
 from sltt.progress import megabytes
 from sltt.runs import CONFIG, METRICS
 
@@ -128,7 +129,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
             )
         for path, into in there:
             try:
-                into.append(json.loads(path.read_text()))
+                into.append(_read(path))
             except ValueError as error:
                 raise ValueError(f"{path} is damaged: {error}; run the command that wrote it again") from error
         for run in runs:
@@ -136,6 +137,15 @@ def gather(folders: Sequence[Path]) -> Gathered:
                 found.runs.append(run)
             else:
                 found.notes.append(f"The run {run} is left out: it has not finished an epoch.")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a command kept; a number that is not finite is None, and each rule has the name that runs have."""
+    found = json.loads(path.read_text(), parse_constant=lambda name: None)
+    for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:
+        if "rule" in row:
+            row["rule"] = _asked_label(row["rule"])
     return found
 
 
@@ -207,11 +217,11 @@ def _comparison(found: dict[str, Any]) -> Section:
                 Cell(one.rule, one.rule),
                 Cell(f"{mean:.1%}{spread}", mean),
                 Cell(str(len(one.accuracies)), len(one.accuracies)),
-                Cell(f"{one.seconds:.2f}", one.seconds),
+                _number(one.seconds, ".2f"),
                 Cell(megabytes(one.peak_memory), one.peak_memory),
                 Cell(f"{forward:.2e}", forward),
                 Cell(f"{backward:.2e}", backward),
-                Cell(f"{one.cosine:.3f}", one.cosine),
+                _number(one.cosine, ".3f"),
             ]
         )
     text = [
@@ -245,7 +255,7 @@ def _training(runs: Sequence[Path], colours: dict[str, str]) -> Section:
                 Cell(label, label),
                 Cell(str(len(epochs)), len(epochs)),
                 Cell(f"{best[key]:.2%}", best[key]),
-                Cell(f"{history[-1]['train_loss']:.4f}", history[-1]["train_loss"]),
+                _number(history[-1]["train_loss"], ".4f"),
                 Cell(f"{history[-1]['firing_rate']:.3f}", history[-1]["firing_rate"]),
                 Cell(f"{seconds:.2f}", seconds),
             ]
@@ -376,15 +386,13 @@ def _agreement(found: dict[str, Any]) -> Section:
                     Cell(str(row["steps"]), row["steps"]),
                     Cell(str(row["epochs"]), row["epochs"]),
                     Cell(one["rule"], one["rule"]),
-                    *(Cell(f"{one[key]:.3f}", one[key]) for key in ("cosine", "norm_ratio", "dropped")),
+                    *(_number(one[key], ".3f") for key in ("cosine", "norm_ratio", "dropped")),
                 ]
             )
-    layers = [
-        name for name, (cosine, _) in found["rows"][0]["agreement"][0]["layers"].items() if not math.isnan(cosine)
-    ]
+    layers = [name for name, (cosine, _) in found["rows"][0]["agreement"][0]["layers"].items() if cosine is not None]
     columns = [f"{_tau(row['tau'])}T={row['steps']}, {row['epochs']} ep." for row in found["rows"]]
     spatial = [row["agreement"][0]["layers"] for row in found["rows"]]
-    values = [[max(column[layer][0], 0.0) for column in spatial] for layer in layers]
+    values = [[max(column[layer][0] or 0.0, 0.0) for column in spatial] for layer in layers]
     chart = Chart(
         "agreement",
         "Cosine of SLTT's gradient with that of exact BPTT, by layer",
@@ -396,17 +404,16 @@ def _agreement(found: dict[str, Any]) -> Section:
 
 
 def _spikes(found: Gathered) -> Section:
-    """Firing rates and the raster of one test sample, of the first run that can be loaded; a note for each other."""
+    """Firing rates and the raster of one test sample, of the first run that loads; a note for each before it."""
     from sltt import figures
 
     section = Section("Spikes of a trained network")
     preferred = sorted(found.runs, key=lambda run: not _rule_label(run).startswith("SLTT"))
-    for run in preferred[:1]:
+    for run in preferred:
         try:
             spikes = sample_spikes(run)
-        except (ValueError, OSError, RuntimeError) as error:
-            found.notes.append(f"The spikes of {run} are left out: {error}")
-            section.text.append("Left out: see the note at the top.")
+        except Exception as error:  # of the user's own classes too
+            found.notes.append(f"The spikes of {run} are left out: {cause(error)}")
             continue
         rates = {layer: float(fired.mean()) for layer, fired in spikes.items()}
         shown = {layer: fired[:, :: max(1, fired.shape[1] // RASTER_NEURONS)] for layer, fired in spikes.items()}
@@ -415,6 +422,8 @@ def _spikes(found: Gathered) -> Section:
             Chart("firing-rates", "Firing rates by layer, of this sample", figures.bars(rates, RATE)),
             Chart("raster", f"Spikes of about {RASTER_NEURONS} neurons of each layer", figures.raster(shown)),
         ]
+        return section
+    section.text.append("Left out: see the notes at the top.")
     return section
 
 
@@ -447,8 +456,28 @@ def sample_spikes(run: Path) -> "dict[str, np.ndarray]":
 def _rule_label(run: Path) -> str:
     """The rule of a run as it is written for `sltt compare`: SLTT:k=1."""
     rule = yaml.safe_load((run / CONFIG).read_text())["rule"]
-    name, settings = repr(locate(rule["class_path"])(**rule.get("init_args") or {})).removesuffix(")").split("(", 1)
-    return ":".join([name, *settings.split(", ")]) if settings else name
+    return _label(rule["class_path"], rule.get("init_args") or {})
+
+
+def _asked_label(rule: str) -> str:
+    """The same for a rule as it was asked for: settings that are defaults, or in another order, make no other rule."""
+    _, name, *settings = rule_options(rule)
+    values = {
+        key.removeprefix("--rule."): yaml.safe_load(text) for key, text in zip(*[iter(settings)] * 2, strict=True)
+    }
+    try:
+        return _label(name if "." in name else f"sltt.{name}", values)
+    except (ValueError, TypeError, AttributeError, ImportError):  # a rule that died
+        return rule
+
+
+def _label(path: str, settings: dict[str, Any]) -> str:
+    name, shown = repr(locate(path)(**settings)).removesuffix(")").split("(", 1)
+    return ":".join([name, *re.split(r", (?![^{]*})", shown)]) if shown else name
+
+
+def _number(value: float | None, form: str) -> Cell:
+    return Cell("–" if value is None else format(value, form), value)
 
 
 def _bytes_cell(value: int) -> Cell:

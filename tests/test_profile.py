@@ -185,8 +185,9 @@ def test_the_command(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--repeats", "0"], 2, "--repeats must be at least 1"),
-        (["--budget", "much"], 1, "expected a memory size such as 8GB"),
+        (["--repeats", "0"], 2, "--repeats: expected a whole number of at least 1, got '0'"),
+        (["--budget", "much"], 2, "expected a memory size such as 8GB"),
+        (["--budget", "0.5"], 2, "0.5"),
         (["--rules", "SLTT:q=1"], 2, "unknown key 'q'"),
         (["--weights", "nowhere.ckpt"], 1, "nowhere.ckpt"),
     ],

@@ -108,9 +108,8 @@ class Kernel:
             # for each set of types, since the compiler gives up on a function after eight versions of it
             types = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in (out, *arguments))
             if types not in self._compiled:
-                function = _of_its_own(self.function)
-                isa: Any = {"cpp.simdlen": _vector_bits()}
-                self._compiled[types] = torch.compile(function, dynamic=True, fullgraph=True, options=isa)
+                function, width = _of_its_own(self.function), _vector_width()
+                self._compiled[types] = torch.compile(function, dynamic=True, fullgraph=True, options=width)
             try:
                 self._compiled[types](out, *arguments)
             except compile_errors() as error:  # raised before anything has run: the plain form is right without it
@@ -147,13 +146,13 @@ def _without_modes() -> Iterator[None]:
             _push_mode(mode)
 
 
-def _vector_bits() -> int | None:
-    """The vector width to compile for.
+def _vector_width() -> dict[str, Any]:
+    """TorchInductor's option for the vector width to compile for.
 
     It is a part of the key of TorchInductor's cache, and the instruction set is not. Without it, a process limited by
     ATEN_CPU_CAPABILITY takes code that was made for other vectors, and computes wrong values.
     """
-    return {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
+    return {"cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())}
 
 
 def _of_its_own(function: Callable[..., None]) -> Callable[..., None]:
