@@ -54,7 +54,7 @@ class Batch:
     update: Callable[[], Any] | None = None
     seed: int | None = None
     _logits: dict[int, Tensor] = field(default_factory=dict)
-    _total: Tensor | None = None
+    _total: Tensor | float = 0.0
 
     @property
     def model(self) -> nn.Module:
@@ -65,8 +65,8 @@ class Batch:
         """T."""
         return self.sequence.steps
 
-    def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
-        """Run time steps in one call of the model: the sum of their losses over T, to backpropagate.
+    def run(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
+        """Run time steps in one call of the model: their logits [n, B, C].
 
         Args:
             steps: one or several time steps in a row; several are folded into the batch dimension.
@@ -74,17 +74,23 @@ class Batch:
             cut: no gradient flows from one of the steps to the step before.
             recompute: convolutions and linear layers run again in the backward, instead of keeping their outputs.
         """
-        with torch.set_grad_enabled(graph):
-            with kernels.saving(recompute) if graph else nullcontext():
-                logits = self.network(self.sequence.input(steps), Fold(len(steps), cut))
-            values = [step_loss(self.loss, o, self.target) / self.steps for o in logits]
-            total = values[0] if len(values) == 1 else torch.stack(values).sum()
-        if steps.start not in self._logits:  # else they run again, for a backward
-            self._total = total.detach() if self._total is None else self._total + total.detach()
+        with torch.set_grad_enabled(graph), kernels.saving(recompute) if graph else nullcontext():
+            logits = self.network(self.sequence.input(steps), Fold(len(steps), cut))
         self._logits |= dict(zip(steps, logits.detach(), strict=True))
         if not graph:
             # Casts of weights that autocast caches without a graph would cut the weights off in later steps.
             torch.clear_autocast_cache()
+        return logits
+
+    def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
+        """As `run`: the sum of the steps' losses over T, to backpropagate."""
+        again = steps.start in self._logits
+        logits = self.run(steps, graph=graph, cut=cut, recompute=recompute)
+        with torch.set_grad_enabled(graph):
+            values = [step_loss(self.loss, o, self.target) / self.steps for o in logits]
+            total = values[0] if len(values) == 1 else torch.stack(values).sum()
+        if not again:
+            self._total = self._total + total.detach()
         return total
 
     def detach(self) -> None:
@@ -97,8 +103,7 @@ class Batch:
 
     def output(self) -> Output:
         """What the time steps gave."""
-        assert self._total is not None
-        return Output(self._total, torch.stack([self._logits[t] for t in range(self.steps)]))
+        return Output(torch.as_tensor(self._total), torch.stack([self._logits[t] for t in range(self.steps)]))
 
 
 class Rule(Frozen, ABC):
