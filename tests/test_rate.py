@@ -346,7 +346,7 @@ class OwnForward(sltt.LIF):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Twice(), r"lif \(LIF\) ran 2 times in 1 time steps"),
+        (Twice(), r"lif \(LIF\) runs twice in a time step"),
         (Twice(resting=True), r"lif \(LIF\) ran 1 times in 2 time steps"),
         (nn.Sequential(Own(), nn.Linear(6, 3)), r"not of 0 \(Own\), which keeps a state in a way of its own: use SLTT"),
         (nn.Sequential(OwnForward(), nn.Linear(6, 3)), r"not of 0 \(OwnForward\)"),
