@@ -381,12 +381,15 @@ FRAMES = {
     "imagenet-stage2": (3, 64, 64),
     "nmnist": (2, 34, 34),
     "recall": (200,),
+    "recall-marked": (21,),
+    "sequential-digits": (8,),
     "shd": (700,),
 }
 CLASSES = {
     "cifar100": 100,
     "dvs-gesture": 11,
     "recall": 4,
+    "recall-marked": 2,
     "shd": 20,
     **{f"imagenet{end}": 1000 for end in ("", "-stage1", "-stage2")},
 }
