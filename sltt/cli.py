@@ -26,7 +26,6 @@ from sltt.options import (
     only,
     parse,
     resumed,
-    rule_options,
     rules,
     run_config,
     shipped_recipes,
@@ -220,12 +219,10 @@ def agreement(words: Sequence[str]) -> None:
     options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
     known, overrides = options.parse_known_args(words)
     recipe = Recipe("sltt agreement", name, overrides)
-    built = recipe.build()
     rows = measure_agreement(
-        built,
-        lambda: recipe.build().model,
+        recipe,
         known.taus or [None],
-        known.steps or [built.steps],
+        known.steps,
         known.at_epochs,
         known.samples,
         torch.float64 if known.float64 else None,
@@ -255,7 +252,7 @@ def compare(words: Sequence[str]) -> None:
     mark = f"-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}" if overrides else ""
     known.save = known.save or Path("runs") / f"compare-{recipe.name}{mark}"
     for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
-        recipe.build(rule_options(rule))
+        recipe.build(rule=rule)
     found = compare(known.rules, known.seeds, known.save, recipe, Report(quiet=known.json))
     _give(compared_json(recipe.name, found), known, "compare.json", lambda report: print_compared(found, report))
     if died := [f"{one.rule}, {error}" for one in found for error in one.errors]:
@@ -452,9 +449,9 @@ PROFILE_HELP = (
 )
 
 COMPARE_HELP = (
-    "Train every rule with every seed under the recipe's budget, and print test accuracy (mean ± standard deviation), "
-    "seconds for an epoch, and of one batch peak memory, multiplications, and the cosine of the gradient with BPTT's. "
-    "Run again, it continues where it stopped. Other options are those of sltt train."
+    "Train every rule with every seed, in all phases, under the recipe's budget. Print test accuracy (mean ± standard "
+    "deviation), seconds for an epoch, and of one batch peak memory, multiplications and the gradient's cosine with "
+    "BPTT's. Run again, it continues where it stopped. Other options are those of sltt train."
 )
 
 

@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from sltt.checks import choice, whole_number
 from sltt.distributed import control
 from sltt.interrupt import STOPPED
 
@@ -51,6 +52,12 @@ def make_fabric(
 
     Raises ValueError for a device that is not there, or numbers that differ from what was started.
     """
+    choice("device", device, get_args(Device))
+    choice("precision", precision, get_args(Precision))
+    choice("strategy", strategy, get_args(Strategy))
+    for name, count in (("devices", devices), ("num_nodes", num_nodes)):
+        if count is not None:
+            whole_number(name, count, least=1)
     from lightning_fabric import Fabric  # takes seconds to import
     from lightning_fabric.plugins import MixedPrecision
 
@@ -113,8 +120,6 @@ def started() -> tuple[int, int]:
 def _check(
     device: str, precision: Precision, devices: int, num_nodes: int, strategy: Strategy, found: tuple[int, int]
 ) -> None:
-    if devices < 1 or num_nodes < 1:
-        raise ValueError(f"expected at least 1 device and 1 node, got {devices=} and {num_nodes=}")
     if found != (1, 1) and found != (devices, num_nodes):
         raise ValueError(
             f"{found[0]} processes on {found[1]} machines were started, but {devices=} and {num_nodes=} were asked "

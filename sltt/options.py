@@ -108,21 +108,29 @@ class Recipe:
         self.overrides = overrides
         self._parser = make_parser(command)
 
-    def build(self, more: Sequence[str] = ()) -> "Namespace":
-        """Make the objects, with further options: the arguments of `sltt.fit`, in one process."""
+    def build(self, *more: str, rule: str | None = None) -> "Namespace":
+        """Make the objects: the arguments of `sltt.fit`, in one process.
+
+        Args:
+            more: further options.
+            rule: as for `rule_options`, instead of the recipe's; the phases of a training have it too.
+        """
         from sltt.devices import started
 
-        built = build(self._parser, self._parse(more))
+        built = build(self._parser, self._parse(more, rule))
         if (built.devices or 1) * (built.num_nodes or 1) > 1 or started() != (1, 1):
             raise UsageError(f"{self._parser.prog} runs in one process: start one, without --devices and --num_nodes")
         return built
 
-    def resolved(self, more: Sequence[str] = ()) -> dict[str, Any]:
+    def resolved(self, *more: str, rule: str | None = None) -> dict[str, Any]:
         """The configuration that `build` builds, as a run keeps it."""
-        return yaml.safe_load(self._parser.dump(self._parse(more)))
+        return yaml.safe_load(self._parser.dump(self._parse(more, rule)))
 
-    def _parse(self, more: Sequence[str]) -> "Namespace":
-        config = parse(self._parser, self.source, [*self.overrides, *more])
+    def _parse(self, more: Sequence[str], rule: str | None) -> "Namespace":
+        asked = rule_options(rule) if rule else []
+        config = parse(self._parser, self.source, [*self.overrides, *asked, *more])
+        for phase in config.phases or () if rule else ():
+            phase.rule = None
         config.pop("run")
         config.pop("resume")
         return config

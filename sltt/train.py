@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
+from sltt.arguments import check_evaluation, check_training
 from sltt.checkpoints import (
     CheckpointError,
     load_checkpoint,
@@ -18,6 +19,7 @@ from sltt.checkpoints import (
     load_weights,
     start_from,
 )
+from sltt.checks import choice, flag
 from sltt.data import Data, Splits
 from sltt.devices import Device, Precision, Strategy, make_fabric
 from sltt.distributed import Processes
@@ -130,10 +132,11 @@ def fit(
 
     When another process of the training fails or dies, this one ends too, with the exit code 1.
     """
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"expected at least 1 epoch and 1 sample in a batch, got {epochs=} and {batch_size=}")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be greater than 0, got {clip_norm}")
+    check_evaluation(model, data, loss, steps, batch_size, workers, channels_last, compile)
+    check_training(
+        rule, optimizer, schedule, epochs, phases, clip_norm, norm_weight_decay, seed, sync_batchnorm,
+        checkpoint_minutes, resume,
+    )  # fmt: skip
     stages = plan(phases, epochs, steps, rule)
     if stages[-1].steps != steps and phases and sum(phase.epochs for phase in phases) <= epochs:
         raise ValueError(f"steps={steps} is the T of evaluation, but the last phase trains T = {stages[-1].steps}")
@@ -227,6 +230,9 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or `mirror` is given and the samples are no images.
     """
+    check_evaluation(model, data, loss, steps, batch_size, workers, channels_last, compile)
+    choice("split", split, ("train", "validation", "test"))
+    flag("mirror", mirror)
     fabric = make_fabric(device, precision, devices, num_nodes, strategy)
     with Lifeline(fabric), using(compile=compile):
         processes = Processes(fabric)

@@ -128,10 +128,10 @@ CASES = f"""
 2 | optimizer: TypeError | train --optimizer.lr null
 # values out of their range
 1 | steps must be at least 1 | train {TINY} --steps 0
-1 | epochs=0 | train {TINY} --epochs 0
-1 | batch_size=0 | train {TINY} --batch_size 0
+1 | epochs must be at least 1, got 0 | train {TINY} --epochs 0
+1 | batch_size must be at least 1, got 0 | train {TINY} --batch_size 0
 1 | clip_norm must be greater than 0 | train {TINY} --clip_norm 0
-1 | devices=0 | train {TINY} --devices 0
+1 | devices must be at least 1, got 0 | train {TINY} --devices 0
 1 | gamma must be greater than 0 | train {TINY} --model.neuron.surrogate.gamma 0
 1 | alpha | train {TINY} --loss.alpha 7
 1 | warmup | train {TINY} --schedule.warmup -1

@@ -1,7 +1,6 @@
 import json
 import os
 import platform
-import random
 import signal
 import subprocess
 import sys
@@ -335,32 +334,6 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def _lines(path):
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_weights(here):
-    words = [sys.executable, "-m", "sltt", "train"]
-    settings = ["digits", *TINY, "--epochs", "25", "--rule.k", "1", "--model.dropout", "0.2"]
-    subprocess.run([*words, *settings, "--run", "whole"], check=True, env=environment(), capture_output=True)
-    process = subprocess.Popen([*words, *settings, "--run", "part"], env=environment(), stdout=subprocess.DEVNULL)
-    epochs = random.SystemRandom().randint(0, 20)
-    while not Path("part/config.yaml").exists() or _lines(Path("part/metrics.csv")) < epochs:
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    resumed = subprocess.run(
-        [*words, "--resume", "part"], check=True, env=environment(), capture_output=True, text=True
-    )
-    assert "continuing part" in resumed.stdout
-    for name in ("best.ckpt", "last.ckpt"):
-        a, b = (load_checkpoint(Path(run) / name) for run in ("whole", "part"))
-        assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
-    assert Path("part/metrics.csv").read_text().count("\n") == 26
-    assert not list(Path("part").glob(".*"))
-
-
 @pytest.mark.slow
 def test_ctrl_c_in_the_terminal_ends_with_a_clear_line(here):
     words = [sys.executable, "-m", "sltt", "train", *TINY, "--epochs", "1000", "--run", "a"]
@@ -408,12 +381,15 @@ FRAMES = {
     "imagenet-stage2": (3, 64, 64),
     "nmnist": (2, 34, 34),
     "recall": (200,),
+    "recall-marked": (21,),
+    "sequential-digits": (8,),
     "shd": (700,),
 }
 CLASSES = {
     "cifar100": 100,
     "dvs-gesture": 11,
     "recall": 4,
+    "recall-marked": 2,
     "shd": 20,
     **{f"imagenet{end}": 1000 for end in ("", "-stage1", "-stage2")},
 }

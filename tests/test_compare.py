@@ -1,5 +1,7 @@
+import inspect
 import json
 import math
+import types
 from itertools import pairwise
 
 import pytest
@@ -8,7 +10,7 @@ from rich.table import Table
 from torch import nn
 
 import sltt
-from sltt import evidence
+from sltt import evidence, prepared
 from sltt.analysis import count_operations
 from sltt.cli import main
 from sltt.options import rule_options, rules
@@ -92,6 +94,38 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp
     assert main([*WORDS, "--rules", "SLTT:k=1", "--seeds", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["accuracies"] == rows[2]["accuracies"]
     assert len(trained) < 10  # measured again, not trained again
+
+
+def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen, dtypes = [], set()
+
+    def fit(model, rule, phases, run, **settings):
+        seen.append([str(phase.rule or rule) for phase in phases])
+        return types.SimpleNamespace(history=[])
+
+    def evaluate(model, data, **settings):
+        seen.append(settings)
+        model.features[0].register_forward_hook(lambda module, x, out: dtypes.add((out.dtype, _channels_last(x[0]))))
+        return types.SimpleNamespace(accuracy=1.0)
+
+    evaluate.__signature__ = inspect.signature(sltt.evaluate)
+    monkeypatch.setattr(evidence, "fit", fit)
+    monkeypatch.setattr(prepared, "evaluate", evaluate)
+    phases = "[{epochs: 1, rule: {class_path: sltt.RateBased}}, {epochs: 1}]"
+    words = [*WORDS, "--phases", phases, "--precision", "bf16-mixed", "--channels_last", "true", "--compile", "off"]
+    assert main([*words, "--rules", "SLTT:k=1", "--json"]) == 0
+    assert seen[0] == ["SLTT(k=1)", "SLTT(k=1)"]
+    assert seen[1]["channels_last"]
+    assert seen[1]["precision"] == "bf16-mixed"
+    assert seen[1]["compile"] == "off"
+    assert dtypes == {(torch.bfloat16, True)}
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert 0 < row["cosine"] < 1
+
+
+def _channels_last(x):
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_wrong_rule_ends_it_before_another_trains(capsys, tmp_path, monkeypatch):

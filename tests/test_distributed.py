@@ -260,8 +260,8 @@ def test_shares_are_every_sample_once(samples, processes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"devices": 0}, "at least 1 device"),
-        ({"num_nodes": 0}, "at least 1 device and 1 node"),
+        ({"devices": 0}, "devices must be at least 1, got 0"),
+        ({"num_nodes": 0}, "num_nodes must be at least 1, got 0"),
         ({"devices": 2, "strategy": "fsdp", "precision": "16-mixed"}, "use bf16-mixed"),
     ],
 )
