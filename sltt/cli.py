@@ -285,7 +285,8 @@ def profile(words: Sequence[str]) -> None:
 
 def report(words: Sequence[str]) -> None:
     """`sltt report FOLDER ...`: one page of what the commands measured and of runs."""
-    from sltt.report import gather, write
+    from sltt.gather import gather
+    from sltt.report import write
 
     options = Options("sltt report", REPORT_HELP)
     options.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
