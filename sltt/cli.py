@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sltt.failures import UsageError, tell
+from sltt.hints import nearest
 from sltt.interrupt import PREEMPTED, Preempted
 from sltt.options import (
     Options,
@@ -21,7 +22,6 @@ from sltt.options import (
     count,
     find_recipe,
     make_parser,
-    nearest,
     numbers,
     only,
     parse,

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from sltt.files import read_table
-from sltt.options import locate, rule_options
+from sltt.hints import locate
+from sltt.options import rule_options
 from sltt.runs import CONFIG, METRICS
 
 
