@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sltt.failures import UsageError, tell
+from sltt.hints import nearest
 from sltt.interrupt import PREEMPTED, Preempted
 from sltt.options import (
     Options,
@@ -21,7 +22,6 @@ from sltt.options import (
     count,
     find_recipe,
     make_parser,
-    nearest,
     numbers,
     only,
     parse,
@@ -36,10 +36,9 @@ from sltt.runs import RESUMABLE
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
-    from lightning_fabric import Fabric
     from torch import nn
 
-    from sltt.distributed import Processes
+    from sltt.session import Session
 
 USAGE = """usage: sltt COMMAND ...
 
@@ -99,8 +98,9 @@ def _stopped(stop: BaseException, code: int) -> int:
 
 def train(words: Sequence[str]) -> None:
     """`sltt train [RECIPE] [OPTION ...]`: train, then measure the selected weights on the test samples."""
-    from sltt.devices import keep_freed_memory, make_fabric
-    from sltt.lifeline import Lifeline
+    from sltt.devices import keep_freed_memory
+    from sltt.session import session
+    from sltt.settings import Execution
 
     keep_freed_memory()
     named = bool(words) and not words[0].startswith("-")
@@ -116,46 +116,48 @@ def train(words: Sequence[str]) -> None:
     config.pop("resume")
     built = build(parser, config)
     resolved = yaml.safe_load(parser.dump(config))
-    fabric = make_fabric(built.device, built.precision, built.devices, built.num_nodes, built.strategy)
-    with Lifeline(fabric):
-        _train(built, fabric, continued, folder, source.stem, resolved)
+    with session(Execution.of(vars(built))) as here:
+        _train(here, built, continued, folder, source.stem, resolved)
 
 
 def _train(
+    here: "Session",
     built: "Namespace",
-    fabric: "Fabric",
     continued: Path | None,
     folder: str | None,
     name: str,
     resolved: dict[str, Any],
 ) -> None:
     """`sltt train` in each of its processes."""
-    from sltt.distributed import Processes
+    from sltt.checkpoints import load_selected
+    from sltt.evaluation import measure_split
     from sltt.files import write_atomically
-    from sltt.runs import new_run
-    from sltt.train import evaluate, fit
+    from sltt.settings import Training
+    from sltt.train import run_training
 
-    processes = Processes(fabric)
-    splits = processes.one_by_one(lambda: built.data.splits(built.steps))  # fails where there is no data, without a run
-
-    def make() -> Path:
-        # with its settings, so that --resume can start it, should it be stopped before it trains
-        return new_run(folder, f"{name}-{type(built.rule).__name__.lower()}", resolved)
-
-    run = continued or processes.first(make)
-
-    report = Report(quiet=processes.rank > 0)
-    report.line(f"{'continuing' if continued else 'run'} {run}")
-    several = f", {processes.count} processes" if processes.count > 1 else ""
+    splits = here.splits(built.data, built.steps)
+    report = Report(quiet=here.processes.rank > 0)
+    several = f", {here.processes.count} processes" if here.processes.count > 1 else ""
     report.line(f"{_summary(built.model)}, {built.rule}, T = {built.steps}{several}")
     counts = ", ".join(f"{_count(getattr(splits, n))} {n}" for n in ("train", "validation", "test"))
     report.line(f"samples: {counts} (split {splits.fingerprint})")
-    result = fit(**vars(built), run=run, resume=True, config=resolved, report=report)  # its folder is there already
-    last = selected = evaluate(built.model, built.data, **_evaluation(built))
+    result = run_training(
+        here,
+        built.model,
+        built.data,
+        Training.of(vars(built)),
+        run=continued or folder,
+        name=f"{name}-{type(built.rule).__name__.lower()}",
+        resume=continued is not None,
+        config=resolved,
+        report=report,
+    )
+    run, sizes = result.run, {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
+    last = selected = measure_split(here, built.model, built.data, "test", **sizes)
     if splits.validation:
-        _load(built.model, run, "last", processes)
-        last = evaluate(built.model, built.data, **_evaluation(built))
-    if processes.rank > 0:
+        load_selected(built.model, run, "last", here.processes)
+        last = measure_split(here, built.model, built.data, "test", **sizes)
+    if here.processes.rank > 0:
         return
     summary = {"epoch": result.epoch, "test_accuracy": selected.accuracy, "last_epoch_test_accuracy": last.accuracy}
     write_atomically(run / "result.json", lambda file: file.write(json.dumps(summary).encode()))
@@ -170,8 +172,10 @@ def _train(
 
 def evaluate_run(words: Sequence[str]) -> None:
     """`sltt eval RUN [OPTION ...]`."""
-    from sltt.runs import find_checkpoint
-    from sltt.train import evaluate
+    from sltt.checkpoints import load_selected
+    from sltt.evaluation import measure_split
+    from sltt.session import session
+    from sltt.settings import Execution
 
     folder, words = begin(words)
     options = Options("sltt eval RUN", EVAL_HELP)
@@ -186,9 +190,10 @@ def evaluate_run(words: Sequence[str]) -> None:
     config = parse(parser, run_config(run), overrides)
     config.devices = config.num_nodes = None  # of the training
     built = build(parser, config)
-    path = find_checkpoint(run, known.checkpoint)
-    _load(built.model, run, known.checkpoint)
-    metrics = evaluate(built.model, built.data, known.split, mirror=known.mirror, **_evaluation(built))
+    path = load_selected(built.model, run, known.checkpoint)
+    sizes = {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
+    with session(Execution.of(vars(built))) as here:
+        metrics = measure_split(here, built.model, built.data, known.split, **sizes, mirror=known.mirror)
     if known.json:
         print(as_json({"checkpoint": str(path), "split": known.split, "mirror": known.mirror, **vars(metrics)}))
         return
@@ -285,7 +290,8 @@ def profile(words: Sequence[str]) -> None:
 
 def report(words: Sequence[str]) -> None:
     """`sltt report FOLDER ...`: one page of what the commands measured and of runs."""
-    from sltt.report import gather, write
+    from sltt.gather import gather
+    from sltt.report import write
 
     options = Options("sltt report", REPORT_HELP)
     options.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
@@ -325,6 +331,8 @@ def _give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Repo
 
 def export(words: Sequence[str]) -> None:
     """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
+    from sltt.checkpoints import load_selected
+
     folder, words = begin(words)
     options = Options("sltt export RUN", EXPORT_HELP)
     options.add_argument("--to", required=True, choices=("nir", "onnx"))
@@ -332,7 +340,7 @@ def export(words: Sequence[str]) -> None:
     options.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")
     known, run = options.parse_args(words), Path(folder)
     built = Recipe("sltt export", str(run_config(run)), []).build()
-    _load(built.model, run)
+    load_selected(built.model, run)
     splits = built.data.splits(built.steps)
     x, _ = splits.collate([splits.test[0]])
     frame = x if splits.static else x[0]
@@ -453,24 +461,6 @@ COMPARE_HELP = (
     "deviation), seconds for an epoch, and of one batch peak memory, multiplications and the gradient's cosine with "
     "BPTT's. Run again, it continues where it stopped. Other options are those of sltt train."
 )
-
-
-def _load(model: "nn.Module", run: Path, which: str | None = None, processes: "Processes | None" = None) -> None:
-    """Load the weights of a run's checkpoint, which the first of several processes reads."""
-    from sltt.checkpoints import load_checkpoint, load_weights
-    from sltt.runs import find_checkpoint
-
-    def read() -> tuple[Path, dict[str, Any]]:
-        path = find_checkpoint(run, which)
-        return path, load_checkpoint(path)
-
-    path, checkpoint = processes.first(read) if processes else read()
-    load_weights(model, checkpoint, path)
-
-
-def _evaluation(built: "Namespace") -> dict[str, Any]:
-    """The arguments that `sltt.fit` and `sltt.evaluate` share."""
-    return {key: built[key] for key in (*EVAL_KEYS, *PROCESSES) if key not in ("model", "data")}
 
 
 def _summary(model: "nn.Module") -> str:

@@ -2,21 +2,21 @@
 
 import argparse
 import difflib
-import importlib
 import inspect
 import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 from sltt import yamltext
 from sltt.failures import UsageError, cause
+from sltt.hints import explain, fit_arguments, locate, nearest
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -41,7 +41,7 @@ class Options(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The command's own options, and the words that are left over; none of these is one that is cut short."""
         known, rest = super().parse_known_args(args, namespace)
-        trains = [f"--{name}" for name in _fit_arguments()]
+        trains = [f"--{name}" for name in fit_arguments()]
         for name in (re.split("[.=]", word)[0] for word in rest if word.startswith("--")):
             longer = [option for option in self.own if option.startswith(name)]
             near = longer or difflib.get_close_matches(name, [*trains, *self.own], 1)
@@ -181,7 +181,7 @@ def parse(parser: "ArgumentParser", source: Path, words: Sequence[str]) -> "Name
             parser.set_defaults(values)  # so that the help shows the recipe's values
         config = parser.parse_args(["--config", str(source), *words])
     except argparse.ArgumentError as error:
-        raise UsageError(re.sub(r"\bNone(Type)?\b", "null", _explain(str(error), values))) from None
+        raise UsageError(re.sub(r"\bNone(Type)?\b", "null", explain(str(error), values))) from None
     config.pop("config")
     return config
 
@@ -326,94 +326,3 @@ def resumed(words: Sequence[str]) -> Path | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
     return parser.parse_known_args(words)[0].resume
-
-
-def _explain(message: str, values: Mapping[str, Any]) -> str:
-    """An error of the parser in a line, with the nearest valid name where one is not known.
-
-    Args:
-        message: of the parser.
-        values: of the recipe.
-    """
-    if option := re.search(r"unrecognized arguments: --([^\s=]+)", message):
-        return f"unknown option --{option[1]}{_nearest_option(option[1], values)}"
-    if word := re.search(r"unrecognized arguments: (\S+)", message):
-        return f"unexpected word {word[1]!r}: expected one recipe or run, then options such as --epochs 3"
-    if key := re.search(r"Option '([^']+)' is not accepted", message):
-        owners = re.findall(r"class_path[ =]'([\w.]+)'", message)
-        owner = locate(owners[-1]) if owners else None
-        names = list(inspect.signature(owner).parameters) if owner else _fit_arguments()
-        return f"unknown key {key[1]!r}{f' of {owners[-1]}' if owners else ''}{nearest(key[1], names)}"
-    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    if wrong := re.search(r"Key must be a string, got: (\S+?)\.?$", message, re.MULTILINE):
-        return f"{key}: expected layers' names as keys, got the number {wrong[1]}; quote it: '{{\"{wrong[1]}\": all}}'"
-    kinds = re.findall(
-        r"Expected an? (?:<class '|typing\.Literal)?(.+?)(?:'>)?(?:\. Got value.*|$)", message, re.MULTILINE
-    )
-    if "Expected a dot import path string" in message:
-        kinds = [kind for kind in kinds if not kind.startswith("dot import path")]
-        if not kinds:
-            return _unknown_class(
-                re.findall(r"Expected a dot import path string: (.*?)(?:\. Got value.*)?$", message)[-1]
-            )
-    if package := re.search(r"No module named '(\w+)'", message):
-        name = package[1]
-        return f"{key}: there is no module {name}; expected {name}.py in this folder or a package that is installed"
-    if kind := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*)", message):
-        return f"{key}: expected a class of the kind {kind[1]}, got {kind[2]}"
-    if key == "precision":  # the parser names the type of the first choice only
-        kinds = [str(list(get_args(_fit_signature()[key].annotation)))]
-    value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?\Z", message)
-    if key and kinds and value:
-        return f"{key}: expected {' or '.join(dict.fromkeys(kinds))}, got {value[1]}"
-    return " ".join(message.split())
-
-
-def _nearest_option(option: str, values: Mapping[str, Any]) -> str:
-    """The option of that name of one of the recipe's classes, or else the one that is spelt alike."""
-    owned = [
-        f"; did you mean --{key}.{option}?"
-        for key, value in values.items()
-        if isinstance(value, dict)
-        and "class_path" in value
-        and option in inspect.signature(locate(value["class_path"])).parameters
-    ]
-    return owned[0] if owned else nearest(option.split(".")[0], _fit_arguments(), "--")
-
-
-def _unknown_class(name: str) -> str:
-    paths = {path.rpartition(".")[2]: path for path in _class_paths()}
-    near = difflib.get_close_matches(name, paths, 1)
-    hint = f"did you mean {paths[near[0]]}?" if near else "expected a path to import such as sltt.SLTT"
-    return f"unknown class {name!r}; {hint}"
-
-
-def _fit_signature() -> Mapping[str, inspect.Parameter]:
-    import sltt
-
-    return inspect.signature(sltt.fit).parameters
-
-
-def _fit_arguments() -> list[str]:
-    return [name for name in _fit_signature() if name != "report"]
-
-
-def _class_paths() -> list[str]:
-    """The import paths of what recipes name."""
-    import torch
-
-    import sltt
-
-    modules = (torch.optim, sltt.models, sltt.data, sltt.losses, sltt.schedules, sltt.surrogates, sltt)
-    return [f"{m.__name__}.{name}" for m in modules for name, value in vars(m).items() if callable(value)]
-
-
-def locate(path: str) -> Any:
-    """What an import path names."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""

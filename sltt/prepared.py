@@ -1,6 +1,5 @@
 """From a recipe's settings to a network that is measured: on the device and in the precision of its training."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from sltt.data import Splits
-from sltt.devices import make_fabric
-from sltt.kernels import using
+from sltt.evaluation import measure_split
 from sltt.loading import EpochSampler, train_loader
-from sltt.loop import _on
 from sltt.rules import Rule
-from sltt.train import evaluate
+from sltt.session import Session, session
+from sltt.settings import Execution
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -33,17 +31,15 @@ class Prepared:
         device: where it runs.
     """
 
-    def __init__(self, built: Any, steps: int):
-        self._fabric = make_fabric(built.device, built.precision)
-        self._channels_last, self._seed, self._workers = built.channels_last, built.seed, built.workers
-        self.device = self._fabric.device
-        self.model: nn.Module = built.model.to(self.device).train()
-        if built.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    def __init__(self, built: Any, session: Session, steps: int):
+        self._session, self._seed = session, built.seed
+        self.device = session.fabric.device
+        session.set_up(built.model)
+        self.model: nn.Module = built.model.train()
         self.optimizer = built.optimizer(self.model.parameters())
-        self.loss = built.loss.to(self.device) if isinstance(built.loss, nn.Module) else built.loss
+        self.loss = session.set_up_loss(built.loss)
         self.rule: Rule = built.rule
-        self.splits: Splits = built.data.splits(steps)
+        self.splits: Splits = session.splits(built.data, steps)
         self.repeat = steps if self.splits.static else None
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
@@ -51,16 +47,13 @@ class Prepared:
         count = min(size, len(self.splits.train))  # type: ignore[arg-type]
         x, y = next(iter(self._loader(count, workers=0)))
         again = torch.arange(size) % count
-        return self._placed(x.index_select(0 if self.splits.static else 1, again), y[again])
+        return self._session.batch(x.index_select(0 if self.splits.static else 1, again), y[again])
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches without an end, loaded as in a training."""
         while True:
-            for x, y in self._loader(size, self._workers):
-                yield self._placed(x, y)
-
-    def _placed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return _on(self._fabric, x, self._channels_last), self._fabric.to_device(y)
+            for x, y in self._loader(size, self._session.execution.workers):
+                yield self._session.batch(x, y)
 
     def _loader(self, size: int, workers: int) -> Any:
         return train_loader(self.splits, size, EpochSampler(len(self.splits.train), self._seed), workers)  # type: ignore[arg-type]
@@ -69,21 +62,21 @@ class Prepared:
 @contextmanager
 def prepared(built: Any, steps: int) -> Iterator[Prepared]:
     """Put on the device what a recipe built, for measurements at T = `steps` inside the block."""
-    found = Prepared(built, steps)
-    hooks = _run_in_precision(found.model, found._fabric) if built.precision != 32 else ()
-    try:
-        with using(compile=built.compile):
+    with session(Execution.of(vars(built))) as here:
+        found = Prepared(built, here, steps)
+        hooks = _run_in_precision(found.model, here.fabric) if built.precision != 32 else ()
+        try:
             yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def test_accuracy(built: Any) -> float:
     """Of a trained network, measured as its training is set up."""
-    names = set(inspect.signature(evaluate).parameters) - {"model", "data"}
-    settings = {name: value for name, value in vars(built).items() if name in names}
-    return evaluate(built.model, built.data, **settings).accuracy
+    sizes = {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
+    with session(Execution.of(vars(built))) as here:
+        return measure_split(here, built.model, built.data, "test", **sizes).accuracy
 
 
 def _run_in_precision(model: nn.Module, fabric: "Fabric") -> tuple[Any, Any]:

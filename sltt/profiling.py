@@ -30,6 +30,7 @@ from sltt.prepared import Prepared, prepared
 from sltt.progress import Report, megabytes
 from sltt.rules import Truncated
 from sltt.rules.fold import largest_fold
+from sltt.settings import Execution
 
 WARMUP = 2
 TOLERANCE = 0.03  # of the peak model, before it is fitted again
@@ -142,7 +143,7 @@ def profile(
         report: shows the progress.
     """
     own = recipe.build()
-    device = make_fabric(own.device, own.precision).device
+    device = make_fabric(Execution.of(vars(own))).device
     found = Profile(recipe.name, str(device), own.batch_size, own.weights is not None)
     steps = steps or [own.steps]
     for time_steps, rule in itertools.product(steps, rules):

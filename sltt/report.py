@@ -1,13 +1,11 @@
 """`sltt report`: one page, without a network, of what the commands measured and of runs.
 
-`gather` reads folders, `sections` makes tables and figures of what is there, `write` renders them.
+`sltt.gather` reads folders, `sections` makes tables and figures of what is there, `write` renders them.
 """
 
 import base64
 import csv
 import io
-import json
-import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,13 +15,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
-
 from sltt.checkpoints import start_from
 from sltt.evidence import Compared
 from sltt.failures import cause
 from sltt.files import read_table, write_atomically
-from sltt.options import Recipe, locate, rule_options
+from sltt.gather import Gathered, rule_label
+from sltt.options import Recipe
 from sltt.progress import megabytes
 from sltt.runs import CONFIG, METRICS
 
@@ -91,71 +88,13 @@ class Section:
     charts: list[Chart] = field(default_factory=list)
 
 
-@dataclass
-class Gathered:
-    """What folders hold.
-
-    Attributes:
-        comparisons: of `sltt compare`.
-        profiles: of `sltt profile`.
-        agreements: of `sltt agreement`.
-        runs: folders of trainings with at least one epoch.
-        notes: what was left out, and why.
-    """
-
-    comparisons: list[dict[str, Any]] = field(default_factory=list)
-    profiles: list[dict[str, Any]] = field(default_factory=list)
-    agreements: list[dict[str, Any]] = field(default_factory=list)
-    runs: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def gather(folders: Sequence[Path]) -> Gathered:
-    """Read the folders of runs, and those that the commands' --save named, with the runs in them.
-
-    Raises ValueError for a folder that is not there or holds nothing of the kind, or a file that is damaged.
-    """
-    found = Gathered()
-    kinds = (("compare", found.comparisons), ("profile", found.profiles), ("agreement", found.agreements))
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}")
-        runs = [path.parent for path in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")])]
-        there = [(folder / f"{kind}.json", into) for kind, into in kinds if (folder / f"{kind}.json").is_file()]
-        if not runs and not there:
-            raise ValueError(
-                f"{folder} has nothing to report: expected the folder of a run, or one that sltt compare, profile or "
-                "agreement wrote with --save"
-            )
-        for path, into in there:
-            try:
-                into.append(_read(path))
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged: {error}; run the command that wrote it again") from error
-        for run in runs:
-            if (run / METRICS).is_file() and read_table(run / METRICS):
-                found.runs.append(run)
-            else:
-                found.notes.append(f"The run {run} is left out: it has not finished an epoch.")
-    return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What a command kept; a number that is not finite is None, and each rule has the name that runs have."""
-    found = json.loads(path.read_text(), parse_constant=lambda name: None)
-    for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:
-        if "rule" in row:
-            row["rule"] = _asked_label(row["rule"])
-    return found
-
-
 def sections(found: Gathered) -> list[Section]:
     """Tables and figures of what was gathered, in the order in which a reader asks."""
     from sltt.figures import palette
 
     asked = [row["rule"] for one in found.comparisons for row in one["rows"]]
     asked += [row["rule"] for one in found.profiles for row in one["costs"]]
-    colours = palette([*asked, *map(_rule_label, found.runs)])
+    colours = palette([*asked, *map(rule_label, found.runs)])
     made = [_comparison(one) for one in found.comparisons]
     if found.runs:
         made.append(_training(found.runs, colours))
@@ -242,7 +181,7 @@ def _training(runs: Sequence[Path], colours: dict[str, str]) -> Section:
     rows = []
     for run in runs:
         history = read_table(run / METRICS)
-        label = _rule_label(run)
+        label = rule_label(run)
         epochs = [row["epoch"] for row in history]
         key = "train_accuracy" if history[0]["validation_accuracy"] is None else "validation_accuracy"
         accuracy.setdefault(label, []).append((epochs, [row[key] for row in history]))
@@ -408,7 +347,7 @@ def _spikes(found: Gathered) -> Section:
     from sltt import figures
 
     section = Section("Spikes of a trained network")
-    preferred = sorted(found.runs, key=lambda run: not _rule_label(run).startswith("SLTT"))
+    preferred = sorted(found.runs, key=lambda run: not rule_label(run).startswith("SLTT"))
     for run in preferred:
         try:
             spikes = sample_spikes(run)
@@ -451,29 +390,6 @@ def sample_spikes(run: Path) -> "dict[str, np.ndarray]":
             module.register_forward_hook(keep(name))
     unroll(built.model, x, steps=built.steps if splits.static else None)
     return {name: torch.stack(steps).flatten(1).ne(0).numpy() for name, steps in fired.items()}
-
-
-def _rule_label(run: Path) -> str:
-    """The rule of a run as it is written for `sltt compare`: SLTT:k=1."""
-    rule = yaml.safe_load((run / CONFIG).read_text())["rule"]
-    return _label(rule["class_path"], rule.get("init_args") or {})
-
-
-def _asked_label(rule: str) -> str:
-    """The same for a rule as it was asked for: settings that are defaults, or in another order, make no other rule."""
-    _, name, *settings = rule_options(rule)
-    values = {
-        key.removeprefix("--rule."): yaml.safe_load(text) for key, text in zip(*[iter(settings)] * 2, strict=True)
-    }
-    try:
-        return _label(name if "." in name else f"sltt.{name}", values)
-    except (ValueError, TypeError, AttributeError, ImportError):  # a rule that died
-        return rule
-
-
-def _label(path: str, settings: dict[str, Any]) -> str:
-    name, shown = repr(locate(path)(**settings)).removesuffix(")").split("(", 1)
-    return ":".join([name, *re.split(r", (?![^{]*})", shown)]) if shown else name
 
 
 def _number(value: float | None, form: str) -> Cell:

@@ -119,8 +119,12 @@ CASES = f"""
 # classes that are not there, or do not fit
 2 | unknown class 'SLT'; did you mean sltt.SLTT? | train --rule SLT
 2 | unknown class 'Foo'; expected a path to import | train --model.neuron.surrogate Foo
+2 | unknown class 'FOO' | train --phases '[{{epochs: 1, rule: FOO}}]'
+2 | phases.lr: expected float or null, got abc | train --phases '[{{epochs: 1, lr: abc}}]'
+2 | unknown class 'sltt.data.Digit'; did you mean sltt.data.Digits? | train --data sltt.data.Digit
+2 | model: the following arguments are required: features | train --model '{{class_path: sltt.models.MLP}}'
 2 | there is no module nomod; expected nomod.py in this folder | train --model nomod.Net
-2 | module 'mine' has no attribute 'Nothing' | train --model mine.Nothing
+2 | unknown class 'mine.Nothing' | train --model mine.Nothing
 2 | does not correspond to a subclass of Data | train --data sltt.SLTT
 2 | LBFGS computes the loss several times a step | train --optimizer torch.optim.LBFGS
 2 | optimizer: KeyError: 'momentums' | train --optimizer mine.Greedy
@@ -132,6 +136,7 @@ CASES = f"""
 1 | batch_size must be at least 1, got 0 | train {TINY} --batch_size 0
 1 | clip_norm must be greater than 0 | train {TINY} --clip_norm 0
 1 | devices must be at least 1, got 0 | train {TINY} --devices 0
+1 | the keys of windows must be layers' names, got the number 2 | train {TINY} --rule Mixed --rule.windows '{{2: all}}'
 1 | gamma must be greater than 0 | train {TINY} --model.neuron.surrogate.gamma 0
 1 | alpha | train {TINY} --loss.alpha 7
 1 | warmup | train {TINY} --schedule.warmup -1

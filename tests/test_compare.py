@@ -1,4 +1,3 @@
-import inspect
 import json
 import math
 import types
@@ -15,6 +14,7 @@ from sltt.analysis import count_operations
 from sltt.cli import main
 from sltt.options import rule_options, rules
 from sltt.progress import Report, as_json
+from sltt.settings import Execution
 
 LOSS = sltt.losses.CrossEntropyMSE()
 
@@ -104,21 +104,18 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
         seen.append([str(phase.rule or rule) for phase in phases])
         return types.SimpleNamespace(history=[])
 
-    def evaluate(model, data, **settings):
-        seen.append(settings)
+    def measure_split(session, model, data, split, **settings):
+        seen.append(session.execution)
         model.features[0].register_forward_hook(lambda module, x, out: dtypes.add((out.dtype, _channels_last(x[0]))))
         return types.SimpleNamespace(accuracy=1.0)
 
-    evaluate.__signature__ = inspect.signature(sltt.evaluate)
     monkeypatch.setattr(evidence, "fit", fit)
-    monkeypatch.setattr(prepared, "evaluate", evaluate)
+    monkeypatch.setattr(prepared, "measure_split", measure_split)
     phases = "[{epochs: 1, rule: {class_path: sltt.RateBased}}, {epochs: 1}]"
     words = [*WORDS, "--phases", phases, "--precision", "bf16-mixed", "--channels_last", "true", "--compile", "off"]
     assert main([*words, "--rules", "SLTT:k=1", "--json"]) == 0
     assert seen[0] == ["SLTT(k=1)", "SLTT(k=1)"]
-    assert seen[1]["channels_last"]
-    assert seen[1]["precision"] == "bf16-mixed"
-    assert seen[1]["compile"] == "off"
+    assert seen[1] == Execution(device="cpu", channels_last=True, precision="bf16-mixed", compile="off")
     assert dtypes == {(torch.bfloat16, True)}
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert 0 < row["cosine"] < 1

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sltt.cli import main
-from sltt.report import gather, sections
+from sltt.gather import gather
+from sltt.report import sections
 
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 SMALL = ["--model.width", "2", "--device", "cpu"]
