@@ -182,7 +182,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
         assert fits["measured"] == pytest.approx(fits["predicted"], rel=0.03)
         assert fits["measured"] <= 1.03 * 40 * MB
     most = [fits["steps"] or 10_000 for fits in found["fits"]]  # only the logits of SLTT's steps take memory
-    assert most[0] < 300 < 3000 < min(most[1:])
+    assert 5 * most[0] < min(most[1:])
     assert [fits["fold"] is None for fits in found["fits"]] == [False, False, True]
 
 
