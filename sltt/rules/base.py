@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
+from sltt.checks import function, instance
 from sltt.frozen import Frozen
 from sltt.rules.diagnosis import explained, leftovers_noticed
 from sltt.sequence.fold import Fold
@@ -163,6 +164,8 @@ class Rule(Frozen, ABC):
                 model that does not return logits, a module that does not run step by step or whose state a rule
                 cannot reach, or a neuron that stands in two places of the network.
         """
+        instance("model", model, nn.Module)
+        function("loss", loss, "the logits and the target")
         sequence = time_steps(x, steps, target)
         backward = backward or Tensor.backward
         if self.online and update is None:
@@ -209,6 +212,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
         x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
         steps: T for a static input.
     """
+    instance("model", model, nn.Module)
     sequence = time_steps(x, steps)
     with _unrolling(model, sequence, hoist=True, grad=False) as (network, _):
         logits = [network(sequence.input(range(t, t + 1))) for t in range(sequence.steps)]
@@ -231,6 +235,8 @@ def _unrolling(model: nn.Module, sequence: Sequence, hoist: bool, grad: bool) ->
 def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
     """The loss of one time step, checked to be a scalar."""
     value = loss(logits, target)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"expected a loss that returns a scalar tensor, got {value!r}")
     if value.ndim:
         raise ValueError(f"expected a loss that returns a scalar, got shape {list(value.shape)}; use reduction='mean'")
     return value
