@@ -5,15 +5,21 @@ A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of w
 
 import hashlib
 import os
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
 
-from sltt.distributed import as_sharded
+from sltt.distributed import Processes, as_sharded, whole
 from sltt.files import write_atomically
-from sltt.runs import find_checkpoint
+from sltt.health import check_weights
+from sltt.metrics import Progress
+from sltt.rules import Rule
+from sltt.runs import LAST, find_checkpoint
+from sltt.session import Session
 
 FORMAT = "sltt-checkpoint-1"
 MARK = b"sltt-sha256:"
@@ -23,6 +29,68 @@ KEYS = {"model", "optimizer", "scaler", "rules", "progress", "fingerprint", "con
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason."""
+
+
+@dataclass(kw_only=True)
+class Checkpoints:
+    """The checkpoints of a run: what a training needs to go on as if it had never stopped.
+
+    Args:
+        folder: of the run.
+        session: whose first process writes.
+        model: the network.
+        optim: its optimizer.
+        rules: of all stages.
+        fingerprint: of the split of the data.
+        config: settings of the run, to keep.
+    """
+
+    folder: Path
+    session: Session
+    model: nn.Module
+    optim: Any
+    rules: list[Rule]
+    fingerprint: str
+    config: dict[str, Any]
+    saved: float = field(init=False, default_factory=time.monotonic)
+
+    def age(self) -> float:
+        """Seconds since the last was saved."""
+        return time.monotonic() - self.saved
+
+    def save(self, progress: Progress, *names: str) -> None:
+        """Save under these names, in the first process; weights that are not finite raise FloatingPointError."""
+        processes = self.session.processes
+        check_weights(self.model)
+        processes.average_statistics(self.model)
+        content = {
+            "model": whole(self.model.state_dict()),
+            "optimizer": whole(self.optim.state_dict()),
+            "scaler": self.session.fabric.strategy.precision.state_dict(),
+            "rules": [rule.state_dict() for rule in self.rules],
+            "progress": vars(progress.summed(processes)),
+            "fingerprint": self.fingerprint,
+            "config": self.config,
+        }
+        for name in names if processes.rank == 0 else ():
+            save_checkpoint(self.folder / name, content)
+        processes.wait()  # a process that went on might end, and its launcher the first one while it writes
+        self.saved = time.monotonic()
+
+    def restore(self, checkpoint: dict[str, Any]) -> Progress:
+        """Take over all that a checkpoint holds; returns how far the training was."""
+        path = self.folder / LAST
+        if checkpoint["fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                f"the run {self.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
+                f"{self.fingerprint}: the samples or the settings of the data have changed"
+            )
+        load_weights(self.model, checkpoint, path)
+        load_optimizer(self.optim, checkpoint["optimizer"], path)
+        self.session.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
+        for rule, state in zip(self.rules, checkpoint["rules"], strict=False):
+            rule.load_state_dict(state)
+        return Progress(**checkpoint["progress"]).of_process(self.session.processes.rank)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -123,6 +191,21 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
             f"the optimizer's state in {path} is of another optimizer, without {', '.join(sorted(lost))}. Resume with "
             "the run's own optimizer, or start a new run with --weights."
         )
+
+
+def load_selected(model: nn.Module, run: Path, which: str | None = None, processes: Processes | None = None) -> Path:
+    """Load the weights of a run's checkpoint, `best` or `last`; returns its path.
+
+    None is the best, or the last where nothing was held out. The first of several processes reads it.
+    """
+
+    def read() -> tuple[Path, dict[str, Any]]:
+        path = find_checkpoint(run, which)
+        return path, {"model": load_checkpoint(path)["model"]}
+
+    path, checkpoint = processes.first(read) if processes else read()
+    load_weights(model, checkpoint, path)
+    return path
 
 
 def start_from(model: nn.Module, weights: str | None) -> None:

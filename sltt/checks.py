@@ -93,6 +93,14 @@ def instance(name: str, value: Any, kind: type[T], remedy: str = "") -> T:
     return value
 
 
+def function(name: str, value: Any, of: str) -> Any:
+    """A function, or an object that is called as one; where a class is given, the message says to call it."""
+    if not callable(value) or isinstance(value, type):
+        remedy = f"call it: {value.__name__}()" if isinstance(value, type) else ""
+        raise ValueError(_message(name, f"a function of {of}", value, remedy))
+    return value
+
+
 def folder(name: str, value: Any) -> Path:
     """A path, of a string or a `Path`."""
     if not isinstance(value, str | PathLike):

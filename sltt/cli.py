@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sltt.failures import UsageError, tell
+from sltt.hints import nearest
 from sltt.interrupt import PREEMPTED, Preempted
 from sltt.options import (
+    Options,
     Recipe,
-    UsageError,
+    begin,
     build,
+    count,
     find_recipe,
     make_parser,
-    nearest,
     numbers,
     only,
     parse,
@@ -26,16 +29,16 @@ from sltt.options import (
     rules,
     run_config,
     shipped_recipes,
+    time_steps,
 )
-from sltt.progress import Report, megabytes
+from sltt.progress import Report, as_json, megabytes
 from sltt.runs import RESUMABLE
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
-    from lightning_fabric import Fabric
     from torch import nn
 
-    from sltt.distributed import Processes
+    from sltt.session import Session
 
 USAGE = """usage: sltt COMMAND ...
 
@@ -64,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if words else 2
     command, *rest = words
+    _find_own_modules()
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
@@ -72,30 +76,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _stopped(stop, 130)
     except Preempted as stop:
         return _stopped(stop, PREEMPTED)
-    except UsageError as error:
-        print(f"sltt: {error}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # of the user's own classes too
         if os.environ.get("SLTT_TRACEBACK"):
             raise
-        for line in (error, *getattr(error, "__notes__", ())):
-            print(f"sltt: {line}", file=sys.stderr)
-        print("sltt: set SLTT_TRACEBACK=1 to see where this happened", file=sys.stderr)
-        return 1
+        return tell(error)
     return 0
+
+
+def _find_own_modules() -> None:
+    """Import from the working directory, as `python -m` does, so that a recipe may name classes beside it."""
+    if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
 
 
 def _stopped(stop: BaseException, code: int) -> int:
     rank = next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), "0")
     if rank == "0":  # once, not from every process
-        print(f"sltt: {stop or 'stopped by Ctrl-C'}", file=sys.stderr)
+        print(f"sltt: {str(stop) or 'stopped by Ctrl-C'}", file=sys.stderr)
     return code
 
 
 def train(words: Sequence[str]) -> None:
     """`sltt train [RECIPE] [OPTION ...]`: train, then measure the selected weights on the test samples."""
-    from sltt.devices import keep_freed_memory, make_fabric
-    from sltt.lifeline import Lifeline
+    from sltt.devices import keep_freed_memory
+    from sltt.session import session
+    from sltt.settings import Execution
 
     keep_freed_memory()
     named = bool(words) and not words[0].startswith("-")
@@ -111,46 +116,48 @@ def train(words: Sequence[str]) -> None:
     config.pop("resume")
     built = build(parser, config)
     resolved = yaml.safe_load(parser.dump(config))
-    fabric = make_fabric(built.device, built.precision, built.devices, built.num_nodes, built.strategy)
-    with Lifeline(fabric):
-        _train(built, fabric, continued, folder, source.stem, resolved)
+    with session(Execution.of(vars(built))) as here:
+        _train(here, built, continued, folder, source.stem, resolved)
 
 
 def _train(
+    here: "Session",
     built: "Namespace",
-    fabric: "Fabric",
     continued: Path | None,
     folder: str | None,
     name: str,
     resolved: dict[str, Any],
 ) -> None:
     """`sltt train` in each of its processes."""
-    from sltt.distributed import Processes
+    from sltt.checkpoints import load_selected
+    from sltt.evaluation import measure_split
     from sltt.files import write_atomically
-    from sltt.runs import new_run
-    from sltt.train import evaluate, fit
+    from sltt.settings import Training
+    from sltt.train import run_training
 
-    processes = Processes(fabric)
-    splits = processes.one_by_one(lambda: built.data.splits(built.steps))  # fails where there is no data, without a run
-
-    def make() -> Path:
-        # with its settings, so that --resume can start it, should it be stopped before it trains
-        return new_run(folder, f"{name}-{type(built.rule).__name__.lower()}", resolved)
-
-    run = continued or processes.first(make)
-
-    report = Report(quiet=processes.rank > 0)
-    report.line(f"{'continuing' if continued else 'run'} {run}")
-    several = f", {processes.count} processes" if processes.count > 1 else ""
+    splits = here.splits(built.data, built.steps)
+    report = Report(quiet=here.processes.rank > 0)
+    several = f", {here.processes.count} processes" if here.processes.count > 1 else ""
     report.line(f"{_summary(built.model)}, {built.rule}, T = {built.steps}{several}")
     counts = ", ".join(f"{_count(getattr(splits, n))} {n}" for n in ("train", "validation", "test"))
     report.line(f"samples: {counts} (split {splits.fingerprint})")
-    result = fit(**vars(built), run=run, resume=True, config=resolved, report=report)  # its folder is there already
-    last = selected = evaluate(built.model, built.data, **_evaluation(built))
+    result = run_training(
+        here,
+        built.model,
+        built.data,
+        Training.of(vars(built)),
+        run=continued or folder,
+        name=f"{name}-{type(built.rule).__name__.lower()}",
+        resume=continued is not None,
+        config=resolved,
+        report=report,
+    )
+    run, sizes = result.run, {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
+    last = selected = measure_split(here, built.model, built.data, "test", **sizes)
     if splits.validation:
-        _load(built.model, run, "last", processes)
-        last = evaluate(built.model, built.data, **_evaluation(built))
-    if processes.rank > 0:
+        load_selected(built.model, run, "last", here.processes)
+        last = measure_split(here, built.model, built.data, "test", **sizes)
+    if here.processes.rank > 0:
         return
     summary = {"epoch": result.epoch, "test_accuracy": selected.accuracy, "last_epoch_test_accuracy": last.accuracy}
     write_atomically(run / "result.json", lambda file: file.write(json.dumps(summary).encode()))
@@ -165,26 +172,30 @@ def _train(
 
 def evaluate_run(words: Sequence[str]) -> None:
     """`sltt eval RUN [OPTION ...]`."""
-    from sltt.runs import find_checkpoint
-    from sltt.train import evaluate
+    from sltt.checkpoints import load_selected
+    from sltt.evaluation import measure_split
+    from sltt.session import session
+    from sltt.settings import Execution
 
-    options = argparse.ArgumentParser("sltt eval", description=EVAL_HELP, allow_abbrev=False)
-    options.add_argument("run", type=Path, help="folder of a trained run")
+    folder, words = begin(words)
+    options = Options("sltt eval RUN", EVAL_HELP)
     options.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
     options.add_argument("--split", choices=("test", "validation", "train"), default="test")
     options.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
     options.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = options.parse_known_args(words)
     only(overrides, EVAL_KEYS, "sltt eval", "the others belong to the training")
+    run = Path(folder)
     parser = make_parser("sltt eval")
-    config = parse(parser, run_config(known.run), overrides)
+    config = parse(parser, run_config(run), overrides)
     config.devices = config.num_nodes = None  # of the training
     built = build(parser, config)
-    path = find_checkpoint(known.run, known.checkpoint)
-    _load(built.model, known.run, known.checkpoint)
-    metrics = evaluate(built.model, built.data, known.split, mirror=known.mirror, **_evaluation(built))
+    path = load_selected(built.model, run, known.checkpoint)
+    sizes = {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
+    with session(Execution.of(vars(built))) as here:
+        metrics = measure_split(here, built.model, built.data, known.split, **sizes, mirror=known.mirror)
     if known.json:
-        print(json.dumps({"checkpoint": str(path), "split": known.split, "mirror": known.mirror, **vars(metrics)}))
+        print(as_json({"checkpoint": str(path), "split": known.split, "mirror": known.mirror, **vars(metrics)}))
         return
     report = Report()
     mirrored = " and their mirror images" if known.mirror else ""
@@ -202,23 +213,21 @@ def agreement(words: Sequence[str]) -> None:
 
     from sltt.evidence import agreement_json, measure_agreement, print_agreement
 
-    options = argparse.ArgumentParser("sltt agreement", description=AGREEMENT_HELP, allow_abbrev=False)
-    options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
+    name, words = begin(words, "digits")
+    options = Options("sltt agreement [RECIPE]", AGREEMENT_HELP)
     options.add_argument("--taus", type=numbers(float), help="time constants of the LIF neurons; default: the recipe's")
-    options.add_argument("--steps", type=numbers(int), help="numbers of time steps; default: the recipe's")
+    options.add_argument("--steps", type=numbers(time_steps), help="several T; default: the recipe's")
     options.add_argument("--at-epochs", type=numbers(int), default=[0], help="after so many epochs of training each")
-    options.add_argument("--samples", type=int, default=128, help="training samples in the batch that is measured")
+    options.add_argument("--samples", type=count, default=128, help="training samples in the batch that is measured")
     options.add_argument("--float64", action="store_true", help="compute in float64, where no spike flips by rounding")
     options.add_argument("--json", action="store_true", help="print JSON")
     options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
     known, overrides = options.parse_known_args(words)
-    recipe = Recipe("sltt agreement", known.recipe, overrides)
-    built = recipe.build()
+    recipe = Recipe("sltt agreement", name, overrides)
     rows = measure_agreement(
-        built,
-        lambda: recipe.build().model,
+        recipe,
         known.taus or [None],
-        known.steps or [built.steps],
+        known.steps,
         known.at_epochs,
         known.samples,
         torch.float64 if known.float64 else None,
@@ -231,10 +240,10 @@ def compare(words: Sequence[str]) -> None:
     """`sltt compare [RECIPE] [OPTION ...]`: train every rule with every seed, and print one table."""
     from sltt.evidence import compare, compared_json, print_compared
 
-    options = argparse.ArgumentParser("sltt compare", description=COMPARE_HELP, allow_abbrev=False)
-    options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
+    name, words = begin(words, "digits")
+    options = Options("sltt compare [RECIPE]", COMPARE_HELP)
     options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
-    options.add_argument("--seeds", type=int, default=1, help="number of seeds; default: 1")
+    options.add_argument("--seeds", type=count, default=1, help="number of seeds; default: 1")
     options.add_argument(
         "--save",
         type=Path,
@@ -243,11 +252,12 @@ def compare(words: Sequence[str]) -> None:
     )
     options.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = options.parse_known_args(words)
-    recipe = Recipe("sltt compare", known.recipe, overrides)
+    recipe = Recipe("sltt compare", name, overrides)
     # other options are another comparison
     mark = f"-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}" if overrides else ""
     known.save = known.save or Path("runs") / f"compare-{recipe.name}{mark}"
-    recipe.build()  # an option that is wrong ends this before a training begins
+    for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
+        recipe.build(rule=rule)
     found = compare(known.rules, known.seeds, known.save, recipe, Report(quiet=known.json))
     _give(compared_json(recipe.name, found), known, "compare.json", lambda report: print_compared(found, report))
     if died := [f"{one.rule}, {error}" for one in found for error in one.errors]:
@@ -259,29 +269,31 @@ def profile(words: Sequence[str]) -> None:
     from sltt.analysis import parse_bytes
     from sltt.profiling import print_profile, profile
 
-    options = argparse.ArgumentParser("sltt profile", description=PROFILE_HELP, allow_abbrev=False)
-    options.add_argument("recipe", nargs="?", default="digits", help="default: digits")
+    name, words = begin(words, "digits")
+    options = Options("sltt profile [RECIPE]", PROFILE_HELP)
     options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
-    options.add_argument("--steps", type=numbers(int), default=[], help="numbers of time steps; default: the recipe's")
-    options.add_argument("--repeats", type=int, default=5, help="iterations that are timed; default: 5")
-    options.add_argument("--budget", help="a memory such as 8GB: the largest batch, T and fold that fit it")
+    options.add_argument(
+        "--steps", type=numbers(time_steps), default=[], help="numbers of time steps; default: the recipe's"
+    )
+    options.add_argument("--repeats", type=count, default=5, help="iterations that are timed; default: 5")
+    options.add_argument(
+        "--budget", type=parse_bytes, help="a memory such as 8GB: the largest batch, T and fold that fit it"
+    )
     options.add_argument("--json", action="store_true", help="print JSON")
     options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
     known, overrides = options.parse_known_args(words)
-    recipe = Recipe("sltt profile", known.recipe, overrides)
-    budget = parse_bytes(known.budget) if known.budget else None
-    if known.repeats < 1:
-        raise UsageError(f"--repeats must be at least 1, got {known.repeats}")
+    recipe = Recipe("sltt profile", name, overrides)
     report = Report(quiet=known.json)
-    found = profile(recipe, known.rules, known.steps, known.repeats, budget, report)
+    found = profile(recipe, known.rules, known.steps, known.repeats, known.budget, report)
     _give(found.as_dict(), known, "profile.json", lambda report: print_profile(found, report))
 
 
 def report(words: Sequence[str]) -> None:
     """`sltt report FOLDER ...`: one page of what the commands measured and of runs."""
-    from sltt.report import gather, write
+    from sltt.gather import gather
+    from sltt.report import write
 
-    options = argparse.ArgumentParser("sltt report", description=REPORT_HELP, allow_abbrev=False)
+    options = Options("sltt report", REPORT_HELP)
     options.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
     options.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the first folder")
     options.add_argument("--json", action="store_true", help="print the path of the page and the notes as JSON")
@@ -304,7 +316,7 @@ def _give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Repo
     """Print what a command found, as JSON or for people, and keep it where --save says."""
     from sltt.files import write_atomically
 
-    text = json.dumps(found)
+    text = as_json(found)
     if known.save:
         known.save.mkdir(parents=True, exist_ok=True)
         write_atomically(known.save / name, lambda file: file.write(text.encode()))
@@ -319,22 +331,20 @@ def _give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Repo
 
 def export(words: Sequence[str]) -> None:
     """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
+    from sltt.checkpoints import load_selected
 
-    options = argparse.ArgumentParser("sltt export", description=EXPORT_HELP, allow_abbrev=False, exit_on_error=False)
-    options.add_argument("run", type=Path, help="folder of a trained run")
+    folder, words = begin(words)
+    options = Options("sltt export RUN", EXPORT_HELP)
     options.add_argument("--to", required=True, choices=("nir", "onnx"))
     options.add_argument("--out", type=Path, metavar="FILE", help="default: graph.nir or step.onnx in the run")
     options.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")
-    try:
-        known = options.parse_args(words)
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from None
-    built = Recipe("sltt export", str(run_config(known.run)), []).build()
-    _load(built.model, known.run)
+    known, run = options.parse_args(words), Path(folder)
+    built = Recipe("sltt export", str(run_config(run)), []).build()
+    load_selected(built.model, run)
     splits = built.data.splits(built.steps)
     x, _ = splits.collate([splits.test[0]])
     frame = x if splits.static else x[0]
-    out = known.out or known.run / {"nir": "graph.nir", "onnx": "step.onnx"}[known.to]
+    out = known.out or run / {"nir": "graph.nir", "onnx": "step.onnx"}[known.to]
     report = Report()
     try:
         if known.to == "nir":
@@ -355,7 +365,7 @@ def export(words: Sequence[str]) -> None:
 
 def recipes(words: Sequence[str]) -> None:
     """`sltt recipes [NAME]`."""
-    options = argparse.ArgumentParser("sltt recipes", description="List the recipes, or print one.")
+    options = Options("sltt recipes", "List the recipes, or print one.")
     options.add_argument("name", nargs="?", help="recipe to print")
     if name := options.parse_args(words).name:
         print(find_recipe(name).read_text(), end="")
@@ -388,8 +398,7 @@ def doctor(words: Sequence[str]) -> None:
     """`sltt doctor`."""
     from sltt.doctor import print_findings
 
-    description = "What works on this machine, and what would make it faster."
-    argparse.ArgumentParser("sltt doctor", description=description).parse_args(words)
+    Options("sltt doctor", "What works on this machine, and what would make it faster.").parse_args(words)
     print_findings()
 
 
@@ -448,28 +457,10 @@ PROFILE_HELP = (
 )
 
 COMPARE_HELP = (
-    "Train every rule with every seed under the recipe's budget, and print test accuracy (mean ± standard deviation), "
-    "seconds for an epoch, and of one batch peak memory, multiplications, and the cosine of the gradient with BPTT's. "
-    "Run again, it continues where it stopped. Other options are those of sltt train."
+    "Train every rule with every seed, in all phases, under the recipe's budget. Print test accuracy (mean ± standard "
+    "deviation), seconds for an epoch, and of one batch peak memory, multiplications and the gradient's cosine with "
+    "BPTT's. Run again, it continues where it stopped. Other options are those of sltt train."
 )
-
-
-def _load(model: "nn.Module", run: Path, which: str | None = None, processes: "Processes | None" = None) -> None:
-    """Load the weights of a run's checkpoint, which the first of several processes reads."""
-    from sltt.checkpoints import load_checkpoint, load_weights
-    from sltt.runs import find_checkpoint
-
-    def read() -> tuple[Path, dict[str, Any]]:
-        path = find_checkpoint(run, which)
-        return path, load_checkpoint(path)
-
-    path, checkpoint = processes.first(read) if processes else read()
-    load_weights(model, checkpoint, path)
-
-
-def _evaluation(built: "Namespace") -> dict[str, Any]:
-    """The arguments that `sltt.fit` and `sltt.evaluate` share."""
-    return {key: built[key] for key in (*EVAL_KEYS, *PROCESSES) if key not in ("model", "data")}
 
 
 def _summary(model: "nn.Module") -> str:

@@ -12,20 +12,17 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sltt.distributed import control
 from sltt.interrupt import STOPPED
+from sltt.settings import Execution, Strategy
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-Precision = Literal[32, "bf16-mixed", "16-mixed"]
-Device = Literal["auto", "cpu", "cuda"]
-Strategy = Literal["ddp", "fsdp"]
 
 # FSDP gathers and frees the weights of a module as one; below this many, the messages cost more than the memory.
 SHARD_FROM = 2**20
@@ -33,40 +30,28 @@ SHARD_FROM = 2**20
 TIMEOUT = timedelta(minutes=10)
 
 
-def make_fabric(
-    device: Device,
-    precision: Precision,
-    devices: int | None = None,
-    num_nodes: int | None = None,
-    strategy: Strategy = "ddp",
-) -> "Fabric":
+def make_fabric(execution: Execution) -> "Fabric":
     """Fabric, with its processes started; with `16-mixed`, gradients are scaled on the CPU as they are on CUDA.
-
-    Args:
-        device: auto takes CUDA where there is a GPU.
-        precision: float32, or mixed.
-        devices: processes on this machine, one for each device; None is what torchrun or Slurm started, or else 1.
-        num_nodes: machines; None is what torchrun or Slurm started, or else 1.
-        strategy: ddp keeps the weights whole in every process, fsdp a part of them.
 
     Raises ValueError for a device that is not there, or numbers that differ from what was started.
     """
     from lightning_fabric import Fabric  # takes seconds to import
     from lightning_fabric.plugins import MixedPrecision
 
+    device, precision = execution.device, execution.precision
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but PyTorch sees no CUDA device; `sltt doctor` says what it sees")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = started()
-    devices = found[0] if devices is None else devices
-    num_nodes = found[1] if num_nodes is None else num_nodes
-    _check(device, precision, devices, num_nodes, strategy, found)
+    devices = found[0] if execution.devices is None else execution.devices
+    num_nodes = found[1] if execution.num_nodes is None else execution.num_nodes
+    _check(device, devices, num_nodes, found)
     options: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":
         options = {"plugins": [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))]}
     if devices * num_nodes > 1:
-        options["strategy"] = _strategy(strategy, devices * num_nodes)
+        options["strategy"] = _strategy(execution.strategy, devices * num_nodes)
     fabric = Fabric(accelerator=device, devices=devices, num_nodes=num_nodes, **options)
     if fabric.world_size > 1:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else each process reports for duty
@@ -110,11 +95,7 @@ def started() -> tuple[int, int]:
     return 1, 1
 
 
-def _check(
-    device: str, precision: Precision, devices: int, num_nodes: int, strategy: Strategy, found: tuple[int, int]
-) -> None:
-    if devices < 1 or num_nodes < 1:
-        raise ValueError(f"expected at least 1 device and 1 node, got {devices=} and {num_nodes=}")
+def _check(device: str, devices: int, num_nodes: int, found: tuple[int, int]) -> None:
     if found != (1, 1) and found != (devices, num_nodes):
         raise ValueError(
             f"{found[0]} processes on {found[1]} machines were started, but {devices=} and {num_nodes=} were asked "
@@ -125,8 +106,6 @@ def _check(
             f"{devices} processes on this machine need a GPU each, but this process sees {torch.cuda.device_count()}; "
             "under Slurm, ask for --gpus-per-node rather than --gpus-per-task"
         )
-    if strategy == "fsdp" and precision == "16-mixed":
-        raise ValueError("fsdp does not scale gradients for 16-mixed: use bf16-mixed")
 
 
 def _strategy(name: Strategy, processes: int) -> Any:

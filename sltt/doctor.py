@@ -13,10 +13,10 @@ from rich.table import Table
 OPTIONAL = (
     ("triton", "compiling the neuron step on CUDA"),
     ("tonic", "event data: pip install 'sltt[events]'"),
-    ("matplotlib", "the figure of benchmarks/peers.py"),
-    ("spikingjelly", "benchmarks/peers.py"),
-    ("snntorch", "benchmarks/peers.py"),
-    ("norse", "benchmarks/peers.py"),
+    ("matplotlib", "sltt report: pip install 'sltt[report]'"),
+    ("jinja2", "sltt report: pip install 'sltt[report]'"),
+    ("nir", "sltt export: pip install 'sltt[interop]'"),
+    *((name, "its networks: pip install 'sltt[interop]'") for name in ("spikingjelly", "snntorch", "norse", "sinabs")),
 )
 
 
@@ -40,7 +40,7 @@ def print_findings() -> None:
         table.add_column(heading, overflow="fold")
     for row in findings():
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)  # [events] is no style
 
 
 def _device() -> tuple[str, str, str]:

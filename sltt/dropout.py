@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sltt import kernels
+from sltt.checks import number
 from sltt.sequence.state import Stateful
 
 
@@ -26,9 +27,7 @@ class Dropout(Stateful):
 
     def __init__(self, p: float = 0.5):
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"p must be in [0, 1), got {p}")
-        self.p = p
+        self.p = number("p", p, least=0, below=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ...] of one time step to the same shape; of the steps that are folded, [n·B, ...]."""

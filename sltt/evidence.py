@@ -17,11 +17,12 @@ from torch import nn
 from sltt.analysis import Operations, count_operations, peak_memory
 from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, advice, agreement, propose, windows
 from sltt.checkpoints import start_from
-from sltt.loading import EpochSampler, train_loader
+from sltt.failures import cause
 from sltt.neurons import LIF
-from sltt.options import Recipe, mixed_options, rule_options
+from sltt.options import Recipe, mixed_options
+from sltt.prepared import prepared, test_accuracy
 from sltt.progress import Report, megabytes
-from sltt.train import evaluate, fit
+from sltt.train import fit
 
 
 def set_tau(model: nn.Module, tau: float) -> None:
@@ -34,10 +35,9 @@ def set_tau(model: nn.Module, tau: float) -> None:
 
 
 def measure_agreement(
-    built: Any,
-    make_model: Any,
+    recipe: Recipe,
     taus: Sequence[float | None],
-    steps: Sequence[int],
+    steps: Sequence[int] | None,
     at_epochs: Sequence[int],
     samples: int,
     dtype: torch.dtype | None,
@@ -46,32 +46,31 @@ def measure_agreement(
     """Rows of agreement over τ, T and training epochs, and over the windows of truncated BPTT, each with a proposal.
 
     Args:
-        built: a recipe's objects.
-        make_model: makes the recipe's untrained model.
+        recipe: what is measured.
         taus: time constants; None is the recipe's.
-        steps: numbers of time steps.
+        steps: numbers of time steps; None is the recipe's.
         at_epochs: measure after so many epochs of training with the recipe's rule.
         samples: size of the batch that is measured.
-        dtype: for the gradients.
+        dtype: for the gradients; None is the recipe's precision.
         report: shows the progress of trainings.
     """
-    rows = []
-    for tau, time_steps, epochs in itertools.product(taus, steps, at_epochs):
-        model = make_model()
-        start_from(model, built.weights)
+    rows, data = [], recipe.build().data
+    for tau, time_steps, epochs in itertools.product(taus, steps or [recipe.build().steps], at_epochs):
+        built = recipe.build()
+        built.data = data  # read once
+        start_from(built.model, built.weights)
         if tau is not None:
-            set_tau(model, tau)
+            set_tau(built.model, tau)
         if epochs:
-            settings = {k: v for k, v in vars(built).items() if k not in ("model", "epochs", "steps", "phases")}
+            settings = {**vars(built), "epochs": epochs, "steps": time_steps, "phases": None, "weights": None}
             with TemporaryDirectory() as folder:
-                fit(model, **settings, epochs=epochs, steps=time_steps, run=f"{folder}/run", report=report)
-        splits = built.data.splits(time_steps)
-        batches = train_loader(splits, samples, EpochSampler(len(splits.train), built.seed), 0)
-        x, y = next(iter(batches))
-        repeat = time_steps if splits.static else None
-        arguments = model.train(), x, y, built.loss
-        found = agreement(*arguments, windows(time_steps), steps=repeat, dtype=dtype)
-        proposal = propose(*arguments, found, steps=repeat, dtype=dtype)
+                fit(**settings, run=f"{folder}/run", report=report)
+        if dtype is not None:
+            built.precision = 32
+        with prepared(built, time_steps) as here:
+            arguments = here.model, *here.batch(samples), here.loss
+            found = agreement(*arguments, windows(time_steps), steps=here.repeat, dtype=dtype)
+            proposal = propose(*arguments, found, steps=here.repeat, dtype=dtype)
         rows.append({"tau": tau, "steps": time_steps, "epochs": epochs, "agreement": found, "proposal": proposal})
     return rows
 
@@ -157,7 +156,7 @@ class Compared:
 
 
 def compare(rules: Sequence[str], seeds: int, folder: Path, recipe: Recipe, report: Report) -> list[Compared]:
-    """Train every rule with every seed, and measure; what `folder` has from a run before is not run again.
+    """Train every rule with every seed, in all phases, and measure; what `folder` has of a run before is not run again.
 
     Args:
         rules: as for `rule_options`.
@@ -173,19 +172,16 @@ def compare(rules: Sequence[str], seeds: int, folder: Path, recipe: Recipe, repo
             run = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', text).strip('-')}-seed{seed}"
             report.line(f"{text}, seed {seed}: {run}")
             try:
-                options = [*rule_options(text), "--seed", str(seed)]
-                built = recipe.build(options)
-                result = fit(
-                    **vars(built), run=run, resume=run.exists(), config=recipe.resolved(options), report=report
-                )
-                settings = {k: vars(built)[k] for k in ("loss", "steps", "batch_size", "precision", "device")}
-                accuracy = evaluate(built.model, built.data, **settings).accuracy
+                built = recipe.build("--seed", str(seed), rule=text)
+                config = recipe.resolved("--seed", str(seed), rule=text)
+                result = fit(**vars(built), run=run, resume=run.exists(), config=config, report=report)
+                accuracy = test_accuracy(built)
                 if not measured:
                     _measure(compared, built)
                     measured = True
-            except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-                report.warn(f"{text}, seed {seed} died: {error}")
-                compared.errors.append(f"seed {seed}: {error}")
+            except Exception as error:  # the others still run
+                report.warn(f"{text}, seed {seed} died: {cause(error)}")
+                compared.errors.append(f"seed {seed}: {cause(error)}")
                 continue
             compared.accuracies.append(accuracy)
             seconds += [row["seconds"] for row in result.history]
@@ -226,11 +222,13 @@ def compared_json(recipe: str, found: Sequence[Compared]) -> dict[str, Any]:
 
 def _measure(compared: Compared, built: Any) -> None:
     """Memory, multiplications and agreement of one training batch, on the trained weights."""
-    splits = built.data.splits(built.steps)
-    x, y = next(iter(train_loader(splits, built.batch_size, EpochSampler(len(splits.train), built.seed), 0)))
-    model, steps = built.model.train().cpu(), built.steps if splits.static else None
-    arguments = model, x, y, built.loss.cpu() if isinstance(built.loss, nn.Module) else built.loss
-    built.rule(*arguments, steps=steps)  # makes the gradients, which all rules have
-    compared.peak_memory = peak_memory(lambda: built.rule(*arguments, steps=steps))
-    compared.operations = count_operations(*arguments, built.rule, steps=steps)
-    compared.cosine = agreement(*arguments, [built.rule], steps=steps)[0].cosine
+    with prepared(built, built.steps) as here:
+        arguments = here.model, *here.batch(built.batch_size), here.loss
+
+        def iteration() -> None:
+            built.rule(*arguments, steps=here.repeat)
+
+        iteration()  # makes the gradients, which all rules have
+        compared.peak_memory = peak_memory(iteration, here.device)
+        compared.operations = count_operations(*arguments, built.rule, steps=here.repeat)
+        compared.cosine = agreement(*arguments, [built.rule], steps=here.repeat)[0].cosine

@@ -13,12 +13,10 @@ def parameter_groups(model: nn.Module, norm_weight_decay: float | None) -> Param
     The second one has the key `norm`, by which the training knows that its weight decay is not that of a phase.
 
     Raises:
-        ValueError: there is no normalisation layer with parameters, or the weight decay is negative.
+        ValueError: there is no normalisation layer with parameters.
     """
     if norm_weight_decay is None:
         return model.parameters()
-    if norm_weight_decay < 0:
-        raise ValueError(f"norm_weight_decay must not be negative, got {norm_weight_decay}")
     norms = [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]
     if not norms:
         raise ValueError("norm_weight_decay is given, but no normalisation layer of the model has parameters")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sltt.checks import flag, instance, number
 from sltt.kernels import Step, neuron_step
 from sltt.sequence.fold import Fold
 from sltt.sequence.state import Stateful
@@ -60,6 +61,9 @@ def lif_step(
     return s, v
 
 
+BELOW = "it must be below v_threshold"
+
+
 class Neuron(Stateful):
     """What the neurons here share: threshold, reset, surrogate and the membrane potential `.v` [B, ...].
 
@@ -82,19 +86,13 @@ class Neuron(Stateful):
         v_init: float | None = None,
     ):
         super().__init__()
-        for name, value in (("v_threshold", v_threshold), ("v_reset", v_reset), ("v_init", v_init)):
-            if isinstance(value, Tensor):
-                raise ValueError(f"{name} must be a number, got a tensor: a learnable {name} would get no gradient")
-        if v_reset is not None and not v_reset < v_threshold:
-            raise ValueError(f"v_reset must be below v_threshold = {v_threshold}, got {v_reset}")
-        if v_init is not None and not v_init < v_threshold:
-            raise ValueError(f"v_init must be below v_threshold = {v_threshold}, got {v_init}")
-        self.v_threshold = v_threshold
-        self.v_reset = v_reset
-        self.v_init = v_init
-        self.detach_reset = detach_reset
-        self.surrogate = surrogate
-        self.half_state = half_state
+        # a soft reset subtracts the threshold; one that is not positive would leave the neuron above it for ever
+        self.v_threshold = number("v_threshold", v_threshold, above=0 if v_reset is None else None)
+        self.v_reset = v_reset if v_reset is None else number("v_reset", v_reset, below=v_threshold, remedy=BELOW)
+        self.v_init = v_init if v_init is None else number("v_init", v_init, below=v_threshold, remedy=BELOW)
+        self.detach_reset = flag("detach_reset", detach_reset)
+        self.surrogate = instance("surrogate", surrogate, Surrogate, "such as sltt.surrogates.Triangle()")
+        self.half_state = flag("half_state", half_state)
 
     def decay(self) -> float | Tensor:
         """λ: the share of the membrane potential that stays from one step to the next."""
@@ -199,13 +197,12 @@ class LIF(Neuron):
     ):
         super().__init__(v_threshold, v_reset, detach_reset, surrogate, half_state, v_init)
         self.tau = _valid_tau(tau)
-        self.decay_input = decay_input
+        self.decay_input = flag("decay_input", decay_input)
 
     @classmethod
     def from_beta(cls, beta: float, **kwargs: Any) -> Self:
         """A LIF with decay β = λ = 1 − 1/τ, the parameter of snnTorch. β is in (0, 1)."""
-        if not 0 < beta < 1:
-            raise ValueError(f"beta must be between 0 and 1, got {beta}; for no leak use sltt.IF")
+        beta = number("beta", beta, above=0, below=1, remedy="for no leak use sltt.IF")
         return cls(tau=1 / (1 - beta), **kwargs)
 
     def decay(self) -> float:
@@ -263,7 +260,7 @@ class PLIF(Neuron):
         super().__init__(v_threshold, v_reset, detach_reset, surrogate, half_state, v_init)
         # σ(w) = 1/τ, so w = −ln(τ − 1)
         self.w = nn.Parameter(-torch.log(torch.tensor(_valid_tau(tau) - 1)))
-        self.decay_input = decay_input
+        self.decay_input = flag("decay_input", decay_input)
 
     @property
     def tau(self) -> float:
@@ -278,6 +275,4 @@ class PLIF(Neuron):
 
 
 def _valid_tau(tau: float) -> float:
-    if not tau > 1:
-        raise ValueError(f"tau must be greater than 1 time step (λ = 1 − 1/τ must be positive), got {tau}")
-    return tau
+    return number("tau", tau, above=1, remedy="τ is in time steps, and λ = 1 − 1/τ must be positive")

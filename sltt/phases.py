@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from sltt.checks import flag, instance, number, whole_number
 from sltt.rules import Rule
+from sltt.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,18 @@ def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) ->
 def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
     """The stage of an epoch, counted from 0; after the end, the last."""
     return next((stage for stage in stages if epoch < stage.stop), stages[-1])
+
+
+def set_rates(
+    optim: torch.optim.Optimizer, initial: list[tuple[float, float]], stage: Stage, schedule: Schedule, epoch: float
+) -> None:
+    """Set learning rate and weight decay at `epoch`, a fraction in the middle of one; `initial` are the optimizer's."""
+    start, stop = stage.span
+    factor = schedule.factor(epoch - start, stop - start)
+    for group, (lr, weight_decay) in zip(optim.param_groups, initial, strict=True):
+        group["lr"] = factor * (lr if stage.lr is None else stage.lr)
+        if "weight_decay" in group and "norm" not in group:
+            group["weight_decay"] = weight_decay if stage.weight_decay is None else stage.weight_decay
 
 
 def freeze_norm(model: nn.Module) -> None:

@@ -1,13 +1,12 @@
 """What `sltt profile` does: memory, time, operations and energy of a recipe under several rules, and what fits."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
 
 from sltt.analysis import (
     LayerOperations,
@@ -25,14 +24,13 @@ from sltt.analysis import (
 )
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
 from sltt.checkpoints import start_from
-from sltt.data import Splits
 from sltt.devices import make_fabric
-from sltt.kernels import using
-from sltt.loading import EpochSampler, train_loader
-from sltt.options import Recipe, rule_options
+from sltt.options import Recipe
+from sltt.prepared import Prepared, prepared
 from sltt.progress import Report, megabytes
-from sltt.rules import Rule, Truncated
+from sltt.rules import Truncated
 from sltt.rules.fold import largest_fold
+from sltt.settings import Execution
 
 WARMUP = 2
 TOLERANCE = 0.03  # of the peak model, before it is fitted again
@@ -126,45 +124,6 @@ class Profile:
         return {**asdict(self), "costs": costs, "picojoules": spiking, "picojoules_as_ann": ann}
 
 
-class Setup:
-    """A recipe's network, optimizer and data on the device; built anew for each measurement."""
-
-    def __init__(self, built: Any, steps: int):
-        start_from(built.model, built.weights)
-        self.fabric = make_fabric(built.device, built.precision)
-        self.net: Any = self.fabric.setup_module(built.model).train()
-        self.optimizer = built.optimizer(self.net.parameters())
-        self.loss = built.loss.to(self.fabric.device) if isinstance(built.loss, nn.Module) else built.loss
-        self.rule: Rule = built.rule
-        self.splits: Splits = built.data.splits(steps)
-        self.repeat = steps if self.splits.static else None
-        self.seed, self.workers = built.seed, built.workers
-
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """A training batch of `size` samples; where the data has fewer, they come again."""
-        count = min(size, len(self.splits.train))  # type: ignore[arg-type]
-        x, y = next(iter(self._loader(count, workers=0)))
-        again = torch.arange(size) % count
-        return self.fabric.to_device((x.index_select(0 if self.splits.static else 1, again), y[again]))
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches without an end, loaded as in a training."""
-        while True:
-            for batch in self._loader(size, self.workers):
-                yield self.fabric.to_device(batch)
-
-    def _loader(self, size: int, workers: int) -> Any:
-        return train_loader(self.splits, size, EpochSampler(len(self.splits.train), self.seed), workers)  # type: ignore[arg-type]
-
-    def memory(self, size: int) -> Memory:
-        """Memory of an iteration with `size` samples, after one step of the optimizer."""
-        x, y = self.batch(size)
-        arguments = self.net, x, y, self.loss, self.rule
-        memory_parts(*arguments, steps=self.repeat)  # makes gradients, and what is allocated once
-        self.optimizer.step()
-        return memory_parts(*arguments, self.optimizer, steps=self.repeat)
-
-
 def profile(
     recipe: Recipe,
     rules: Sequence[str],
@@ -184,18 +143,16 @@ def profile(
         report: shows the progress.
     """
     own = recipe.build()
-    found = Profile(
-        recipe.name, str(make_fabric(own.device, own.precision).device), own.batch_size, own.weights is not None
-    )
+    device = make_fabric(Execution.of(vars(own))).device
+    found = Profile(recipe.name, str(device), own.batch_size, own.weights is not None)
     steps = steps or [own.steps]
-    with using(compile=own.compile):
-        for time_steps, rule in itertools.product(steps, rules):
-            report.line(f"{rule}, T = {time_steps}")
-            found.costs.append(_cost(recipe, rule, time_steps, found.batch, repeats))
-        found.layers = _layers(recipe.build(), steps[-1], found.batch)
-        for rule in rules if budget else ():
-            report.line(f"{rule}: what fits")
-            found.fits.append(_fits(recipe, rule, own.steps, found.batch, budget or 0))
+    for time_steps, rule in itertools.product(steps, rules):
+        report.line(f"{rule}, T = {time_steps}")
+        found.costs.append(_cost(recipe, rule, time_steps, found.batch, repeats))
+    found.layers = _layers(own, steps[-1], found.batch)
+    for rule in rules if budget else ():
+        report.line(f"{rule}: what fits")
+        found.fits.append(_fits(recipe, rule, own.steps, found.batch, budget or 0, device))
     return found
 
 
@@ -257,37 +214,50 @@ def _table(*headings: str) -> Table:
     return table
 
 
+def _built(recipe: Recipe, rule: str, *options: str) -> Any:
+    built = recipe.build(*options, rule=rule)
+    start_from(built.model, built.weights)
+    return built
+
+
+def _memory(here: Prepared, size: int) -> Memory:
+    """Memory of an iteration with `size` samples, after one step of the optimizer."""
+    arguments = here.model, *here.batch(size), here.loss, here.rule
+    memory_parts(*arguments, steps=here.repeat)  # makes gradients, and what is allocated once
+    here.optimizer.step()
+    return memory_parts(*arguments, here.optimizer, steps=here.repeat)
+
+
 def _cost(recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> Cost:
-    setup = Setup(recipe.build(rule_options(rule)), steps)
-    memory = setup.memory(batch)
-    timed = itertools.islice(setup.batches(batch), repeats + WARMUP)
-    seconds = iteration_seconds(
-        setup.net, timed, setup.loss, setup.rule, setup.optimizer, steps=setup.repeat, warmup=WARMUP
-    )
-    x, y = setup.batch(batch)
-    return Cost(
-        rule, steps, memory, seconds, count_operations(setup.net, x, y, setup.loss, setup.rule, steps=setup.repeat)
-    )
+    with prepared(_built(recipe, rule), steps) as here:
+        memory = _memory(here, batch)
+        timed = itertools.islice(here.batches(batch), repeats + WARMUP)
+        seconds = iteration_seconds(
+            here.model, timed, here.loss, here.rule, here.optimizer, steps=here.repeat, warmup=WARMUP
+        )
+        operations = count_operations(here.model, *here.batch(batch), here.loss, here.rule, steps=here.repeat)
+    return Cost(rule, steps, memory, seconds, operations)
 
 
 def _layers(built: Any, steps: int, batch: int) -> list[Layer]:
-    setup = Setup(built, steps)
-    x, _ = setup.batch(batch)
-    model = setup.net.module.train(built.weights is None)
-    with firing_rates(model) as rates:
-        operations = {one.name: one for one in synaptic_operations(model, x, steps=setup.repeat)}
+    start_from(built.model, built.weights)
+    with prepared(built, steps) as here:
+        x, _ = here.batch(batch)
+        model = here.model.train(built.weights is None)
+        with firing_rates(model) as rates:
+            operations = {one.name: one for one in synaptic_operations(model, x, steps=here.repeat)}
     spikes = {name: spikes / batch for name, (spikes, _) in rates.state_dict().items()}
     by_layer = rates.by_layer()
     names = [name for name, _ in model.named_modules() if name in operations or name in by_layer]
     return [Layer(name, operations.get(name), by_layer.get(name), spikes.get(name)) for name in names]
 
 
-def _fits(recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> Fits:
+def _fits(recipe: Recipe, rule: str, steps: int, batch: int, budget: int, device: torch.device) -> Fits:
     def measure(samples: int, time_steps: int) -> int:
-        return Setup(recipe.build(rule_options(rule)), time_steps).memory(samples).total
+        with prepared(_built(recipe, rule), time_steps) as here:
+            return _memory(here, samples).total
 
-    least = max(getattr(recipe.build(rule_options(rule)).rule, "k", None) or 1, 2)
-    device = make_fabric(recipe.build().device, 32).device
+    least = max(getattr(recipe.build(rule=rule).rule, "k", None) or 1, 2)
     found = Fits(rule, budget, None, None, _fold(recipe, rule, steps, batch, budget))
     batches = batch, 2 * batch
     for _ in range(2):
@@ -308,11 +278,10 @@ def _fits(recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> Fit
 
 def _fold(recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int | None:
     """The largest fold; None for a rule that has none."""
-    if not isinstance(recipe.build(rule_options(rule)).rule, Truncated):
+    if not isinstance(recipe.build(rule=rule).rule, Truncated):
         return None
-    peaks = [
-        Setup(recipe.build([*rule_options(rule), "--rule.fold", str(fold)]), steps).memory(batch).total
-        for fold in (1, 2, 3)
-        if fold <= steps
-    ]
+    peaks = []
+    for fold in range(1, min(steps, 3) + 1):
+        with prepared(_built(recipe, rule, "--rule.fold", str(fold)), steps) as here:
+            peaks.append(_memory(here, batch).total)
     return largest_fold(peaks, budget, steps)

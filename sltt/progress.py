@@ -1,5 +1,7 @@
 """What a run shows in the terminal: a bar while it works, a row for each epoch, warnings in between."""
 
+import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,12 +30,12 @@ class Report:
     """
 
     def __init__(self, quiet: bool = False):
-        self.console = Console(quiet=quiet, highlight=False)
+        self.console = Console(quiet=quiet, highlight=False, markup=False)
         self._headed = False
 
     def line(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def table(self, table: Table) -> None:
         """Print a table."""
@@ -41,7 +43,7 @@ class Report:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+        self.console.print(f"warning: {text}", style="yellow", soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
@@ -64,6 +66,19 @@ def megabytes(nbytes: int) -> str:
     if nbytes >= 1e9:
         return f"{nbytes / 1e9:.2f} GB"
     return f"{nbytes / 1e6:.0f} MB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2g} MB"
+
+
+def as_json(value: Any) -> str:
+    """JSON text; a number that is not finite is null, as JSON has none."""
+    return json.dumps(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _cell(value: Any, heading: str, form: str) -> str:

@@ -1,13 +1,11 @@
 """`sltt report`: one page, without a network, of what the commands measured and of runs.
 
-`gather` reads folders, `sections` makes tables and figures of what is there, `write` renders them.
+`sltt.gather` reads folders, `sections` makes tables and figures of what is there, `write` renders them.
 """
 
 import base64
 import csv
 import io
-import json
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,12 +15,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
-
 from sltt.checkpoints import start_from
 from sltt.evidence import Compared
+from sltt.failures import cause
 from sltt.files import read_table, write_atomically
-from sltt.options import Recipe, locate
+from sltt.gather import Gathered, rule_label
+from sltt.options import Recipe
 from sltt.progress import megabytes
 from sltt.runs import CONFIG, METRICS
 
@@ -90,62 +88,13 @@ class Section:
     charts: list[Chart] = field(default_factory=list)
 
 
-@dataclass
-class Gathered:
-    """What folders hold.
-
-    Attributes:
-        comparisons: of `sltt compare`.
-        profiles: of `sltt profile`.
-        agreements: of `sltt agreement`.
-        runs: folders of trainings with at least one epoch.
-        notes: what was left out, and why.
-    """
-
-    comparisons: list[dict[str, Any]] = field(default_factory=list)
-    profiles: list[dict[str, Any]] = field(default_factory=list)
-    agreements: list[dict[str, Any]] = field(default_factory=list)
-    runs: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def gather(folders: Sequence[Path]) -> Gathered:
-    """Read the folders of runs, and those that the commands' --save named, with the runs in them.
-
-    Raises ValueError for a folder that is not there or holds nothing of the kind, or a file that is damaged.
-    """
-    found = Gathered()
-    kinds = (("compare", found.comparisons), ("profile", found.profiles), ("agreement", found.agreements))
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}")
-        runs = [path.parent for path in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")])]
-        there = [(folder / f"{kind}.json", into) for kind, into in kinds if (folder / f"{kind}.json").is_file()]
-        if not runs and not there:
-            raise ValueError(
-                f"{folder} has nothing to report: expected the folder of a run, or one that sltt compare, profile or "
-                "agreement wrote with --save"
-            )
-        for path, into in there:
-            try:
-                into.append(json.loads(path.read_text()))
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged: {error}; run the command that wrote it again") from error
-        for run in runs:
-            if (run / METRICS).is_file() and read_table(run / METRICS):
-                found.runs.append(run)
-            else:
-                found.notes.append(f"The run {run} is left out: it has not finished an epoch.")
-    return found
-
-
 def sections(found: Gathered) -> list[Section]:
     """Tables and figures of what was gathered, in the order in which a reader asks."""
     from sltt.figures import palette
 
     asked = [row["rule"] for one in found.comparisons for row in one["rows"]]
     asked += [row["rule"] for one in found.profiles for row in one["costs"]]
-    colours = palette([*asked, *map(_rule_label, found.runs)])
+    colours = palette([*asked, *map(rule_label, found.runs)])
     made = [_comparison(one) for one in found.comparisons]
     if found.runs:
         made.append(_training(found.runs, colours))
@@ -207,11 +156,11 @@ def _comparison(found: dict[str, Any]) -> Section:
                 Cell(one.rule, one.rule),
                 Cell(f"{mean:.1%}{spread}", mean),
                 Cell(str(len(one.accuracies)), len(one.accuracies)),
-                Cell(f"{one.seconds:.2f}", one.seconds),
+                _number(one.seconds, ".2f"),
                 Cell(megabytes(one.peak_memory), one.peak_memory),
                 Cell(f"{forward:.2e}", forward),
                 Cell(f"{backward:.2e}", backward),
-                Cell(f"{one.cosine:.3f}", one.cosine),
+                _number(one.cosine, ".3f"),
             ]
         )
     text = [
@@ -232,7 +181,7 @@ def _training(runs: Sequence[Path], colours: dict[str, str]) -> Section:
     rows = []
     for run in runs:
         history = read_table(run / METRICS)
-        label = _rule_label(run)
+        label = rule_label(run)
         epochs = [row["epoch"] for row in history]
         key = "train_accuracy" if history[0]["validation_accuracy"] is None else "validation_accuracy"
         accuracy.setdefault(label, []).append((epochs, [row[key] for row in history]))
@@ -245,7 +194,7 @@ def _training(runs: Sequence[Path], colours: dict[str, str]) -> Section:
                 Cell(label, label),
                 Cell(str(len(epochs)), len(epochs)),
                 Cell(f"{best[key]:.2%}", best[key]),
-                Cell(f"{history[-1]['train_loss']:.4f}", history[-1]["train_loss"]),
+                _number(history[-1]["train_loss"], ".4f"),
                 Cell(f"{history[-1]['firing_rate']:.3f}", history[-1]["firing_rate"]),
                 Cell(f"{seconds:.2f}", seconds),
             ]
@@ -376,15 +325,13 @@ def _agreement(found: dict[str, Any]) -> Section:
                     Cell(str(row["steps"]), row["steps"]),
                     Cell(str(row["epochs"]), row["epochs"]),
                     Cell(one["rule"], one["rule"]),
-                    *(Cell(f"{one[key]:.3f}", one[key]) for key in ("cosine", "norm_ratio", "dropped")),
+                    *(_number(one[key], ".3f") for key in ("cosine", "norm_ratio", "dropped")),
                 ]
             )
-    layers = [
-        name for name, (cosine, _) in found["rows"][0]["agreement"][0]["layers"].items() if not math.isnan(cosine)
-    ]
+    layers = [name for name, (cosine, _) in found["rows"][0]["agreement"][0]["layers"].items() if cosine is not None]
     columns = [f"{_tau(row['tau'])}T={row['steps']}, {row['epochs']} ep." for row in found["rows"]]
     spatial = [row["agreement"][0]["layers"] for row in found["rows"]]
-    values = [[max(column[layer][0], 0.0) for column in spatial] for layer in layers]
+    values = [[max(column[layer][0] or 0.0, 0.0) for column in spatial] for layer in layers]
     chart = Chart(
         "agreement",
         "Cosine of SLTT's gradient with that of exact BPTT, by layer",
@@ -396,17 +343,16 @@ def _agreement(found: dict[str, Any]) -> Section:
 
 
 def _spikes(found: Gathered) -> Section:
-    """Firing rates and the raster of one test sample, of the first run that can be loaded; a note for each other."""
+    """Firing rates and the raster of one test sample, of the first run that loads; a note for each before it."""
     from sltt import figures
 
     section = Section("Spikes of a trained network")
-    preferred = sorted(found.runs, key=lambda run: not _rule_label(run).startswith("SLTT"))
-    for run in preferred[:1]:
+    preferred = sorted(found.runs, key=lambda run: not rule_label(run).startswith("SLTT"))
+    for run in preferred:
         try:
             spikes = sample_spikes(run)
-        except (ValueError, OSError, RuntimeError) as error:
-            found.notes.append(f"The spikes of {run} are left out: {error}")
-            section.text.append("Left out: see the note at the top.")
+        except Exception as error:  # of the user's own classes too
+            found.notes.append(f"The spikes of {run} are left out: {cause(error)}")
             continue
         rates = {layer: float(fired.mean()) for layer, fired in spikes.items()}
         shown = {layer: fired[:, :: max(1, fired.shape[1] // RASTER_NEURONS)] for layer, fired in spikes.items()}
@@ -415,6 +361,8 @@ def _spikes(found: Gathered) -> Section:
             Chart("firing-rates", "Firing rates by layer, of this sample", figures.bars(rates, RATE)),
             Chart("raster", f"Spikes of about {RASTER_NEURONS} neurons of each layer", figures.raster(shown)),
         ]
+        return section
+    section.text.append("Left out: see the notes at the top.")
     return section
 
 
@@ -444,11 +392,8 @@ def sample_spikes(run: Path) -> "dict[str, np.ndarray]":
     return {name: torch.stack(steps).flatten(1).ne(0).numpy() for name, steps in fired.items()}
 
 
-def _rule_label(run: Path) -> str:
-    """The rule of a run as it is written for `sltt compare`: SLTT:k=1."""
-    rule = yaml.safe_load((run / CONFIG).read_text())["rule"]
-    name, settings = repr(locate(rule["class_path"])(**rule.get("init_args") or {})).removesuffix(")").split("(", 1)
-    return ":".join([name, *settings.split(", ")]) if settings else name
+def _number(value: float | None, form: str) -> Cell:
+    return Cell("–" if value is None else format(value, form), value)
 
 
 def _bytes_cell(value: int) -> Cell:

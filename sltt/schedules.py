@@ -4,6 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from sltt.checks import number, sequence
+
 
 class Schedule(ABC):
     """The factor on the optimizer's learning rate: 0 to 1 over the warm-up, then what the subclass says.
@@ -13,9 +15,7 @@ class Schedule(ABC):
     """
 
     def __init__(self, warmup: float = 0.0):
-        if warmup < 0:
-            raise ValueError(f"warmup must be at least 0 epochs, got {warmup}")
-        self.warmup = warmup
+        self.warmup = number("warmup", warmup, least=0)
 
     def factor(self, epoch: float, epochs: int) -> float:
         """The factor at `epoch` (a fraction in the middle of one) of `epochs`."""
@@ -57,8 +57,9 @@ class Step(Schedule):
 
     def __init__(self, milestones: Sequence[float], gamma: float = 0.1, warmup: float = 0.0):
         super().__init__(warmup)
-        self.milestones = list(milestones)
-        self.gamma = gamma
+        milestones = sequence("milestones", milestones, "epochs")
+        self.milestones = [number(f"milestones[{i}]", epoch, least=0) for i, epoch in enumerate(milestones)]
+        self.gamma = number("gamma", gamma, above=0)
 
     def decay(self, epoch: float, epochs: float) -> float:
         return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)

@@ -1,45 +1,32 @@
 """Training and evaluation on Lightning Fabric, without a branch on data set or rule; the loop itself is in loop.py."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import ParamsT
 
-from sltt.checkpoints import (
-    CheckpointError,
-    load_checkpoint,
-    load_optimizer,
-    load_weights,
-    start_from,
-)
+from sltt.checkpoints import Checkpoints, load_checkpoint, load_selected, start_from
+from sltt.checks import flag, instance
 from sltt.data import Data, Splits
-from sltt.devices import Device, Precision, Strategy, make_fabric
-from sltt.distributed import Processes
+from sltt.evaluation import Split, measure_split
 from sltt.groups import parameter_groups
 from sltt.health import check_last_batch, checked
-from sltt.kernels import Compile, using
-from sltt.lifeline import Lifeline
-from sltt.loading import EpochSampler, eval_loader
-from sltt.loop import Loop, measure
+from sltt.kernels import Compile
+from sltt.loop import Loop
 from sltt.losses import CrossEntropyMSE, Loss
-from sltt.metrics import BatchMemory, Metrics, Progress
-from sltt.phases import Phase, plan
+from sltt.metrics import Metrics
+from sltt.phases import Phase
 from sltt.progress import Report
 from sltt.rules import SLTT, Rule
-from sltt.runs import LAST, check_config, find_checkpoint, held, new_run, old_run, write_config
+from sltt.runs import LAST, check_config, held, new_run, old_run, write_config
 from sltt.schedules import Cosine, Schedule
+from sltt.session import Session, session
+from sltt.settings import Device, Execution, OptimizerFactory, Precision, Strategy, Training
 from sltt.syncnorm import synchronise
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
-OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
 
 
 @dataclass
@@ -130,77 +117,17 @@ def fit(
 
     When another process of the training fails or dies, this one ends too, with the exit code 1.
     """
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"expected at least 1 epoch and 1 sample in a batch, got {epochs=} and {batch_size=}")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be greater than 0, got {clip_norm}")
-    stages = plan(phases, epochs, steps, rule)
-    if stages[-1].steps != steps and phases and sum(phase.epochs for phase in phases) <= epochs:
-        raise ValueError(f"steps={steps} is the T of evaluation, but the last phase trains T = {stages[-1].steps}")
-    fabric = make_fabric(device, precision, devices, num_nodes, strategy)
-    if fabric.world_size > 1 and strategy == "fsdp":
-        for stage in stages:
-            _check_shardable(stage.rule)
-    if batch_size < fabric.world_size:
-        raise ValueError(f"{batch_size=} is shared by {fabric.world_size} processes: expected a sample for each")
-    report = (report or Report()) if fabric.is_global_zero else Report(quiet=True)
-    with Lifeline(fabric), using(compile=compile), ExitStack() as stack:
-        processes = Processes(fabric)
-        load = partial(_splits, data, processes)
-        splits = load(stages[0].steps)
-        check_last_batch(model, splits, batch_size, stages)
-        folder = processes.first(lambda: old_run(run) if resume else new_run(run, config=config))
-        if processes.rank == 0:
-            stack.enter_context(held(folder))
-        checkpoint = processes.first(lambda: _last(folder, config)) if resume else None
-        seed_everything(seed)
-        if checkpoint is None:
-            start_from(model, weights)
-        if sync_batchnorm:
-            synchronise(model)
-        net = _set_up(fabric, model, channels_last)
-        optim: Any = fabric.setup_optimizers(optimizer(parameter_groups(model, norm_weight_decay)))
-        loop = Loop(
-            fabric=fabric,
-            processes=processes,
-            model=model,
-            net=net,
-            loss=_on_device(loss, fabric),
-            optim=optim,
-            initial=[(group["lr"], group.get("weight_decay", 0.0)) for group in optim.param_groups],
-            schedule=schedule,
-            stages=stages,
-            phased=bool(phases),
-            load=load,
-            splits=splits,
-            sampler=EpochSampler(len(splits.train), seed),  # type: ignore[arg-type]
-            state=Progress(),
-            epochs=epochs,
-            batch_size=batch_size,
-            clip_norm=clip_norm,
-            scaled=precision == "16-mixed",
-            channels_last=channels_last,
-            seed=seed,
-            workers=workers,
-            checkpoint_minutes=checkpoint_minutes,
-            folder=folder,
-            config=config or (checkpoint or {}).get("config", {}),
-            report=report,
-        )
-        if checkpoint is not None:
-            _restore(loop, checkpoint)
-        if config is not None and processes.rank == 0:
-            write_config(folder, config)
-        loop.run()
-        path, selected = processes.first(lambda: _selected(folder))
-        load_weights(model, selected, path)
-        return Fit(folder, loop.state.history, loop.state.best_epoch or loop.state.epoch)
+    given = locals()
+    training = Training.of(given)
+    flag("resume", resume)
+    with session(Execution.of(given)) as here:
+        return run_training(here, model, data, training, run=run, resume=resume, config=config, report=report)
 
 
 def evaluate(
     model: nn.Module,
     data: Data,
-    split: Literal["train", "validation", "test"] = "test",
+    split: Split = "test",
     *,
     loss: Loss = CrossEntropyMSE(),
     steps: int = 4,
@@ -227,38 +154,107 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or `mirror` is given and the samples are no images.
     """
-    fabric = make_fabric(device, precision, devices, num_nodes, strategy)
-    with Lifeline(fabric), using(compile=compile):
-        processes = Processes(fabric)
-        splits = processes.one_by_one(lambda: data.splits(steps))
-        dataset = getattr(splits, split)
-        if dataset is None:
-            raise ValueError("there are no validation samples: the data was loaded with validation: 0")
-        if not len(dataset):
-            raise ValueError(f"there are no {split} samples")
-        net = _set_up(fabric, model, channels_last)
-        loader = eval_loader(dataset, splits, batch_size, workers, processes.rank, processes.count)
-        memory = BatchMemory(fabric.device)
-        return measure(fabric, net, loader, splits, _on_device(loss, fabric), steps, channels_last, mirror, memory)
+    with session(Execution.of(locals())) as here:
+        return measure_split(here, model, data, split, loss=loss, steps=steps, batch_size=batch_size, mirror=mirror)
 
 
-def _splits(data: Data, processes: Processes, steps: int) -> Splits:
-    """The splits at T = `steps`, which all processes have to find the same."""
-    splits = checked(processes.one_by_one(lambda: data.splits(steps)), steps)
-    processes.check_same(splits.fingerprint, "the split of the data")
+def run_training(
+    here: Session,
+    model: nn.Module,
+    data: Data,
+    training: Training,
+    *,
+    run: str | Path | None = None,
+    name: str = "run",
+    resume: bool = False,
+    config: dict[str, Any] | None = None,
+    report: Report | None = None,
+) -> Fit:
+    """What `fit` does, where a session is there. Without `run`, `name` begins that of the folder under `runs`."""
+    first = here.processes.first
+    report = (report or Report()) if here.processes.rank == 0 else Report(quiet=True)
+    splits = _checked(here, model, data, training)
+    folder = first(lambda: old_run(run) if resume else new_run(run, name, config))
+    report.line(f"{'continuing' if resume else 'run'} {folder}")
+    with held(folder) if here.processes.rank == 0 else nullcontext():
+        checkpoint = first(lambda: _last_checkpoint(folder, config)) if resume else None
+        if config is None and checkpoint is not None:
+            config = checkpoint["config"]
+        loop = _loop(here, model, data, splits, training, folder, config or {}, report)
+        if checkpoint is None:
+            start_from(model, training.weights)
+        else:
+            loop.state = loop.checkpoints.restore(checkpoint)
+        if resume and config and here.processes.rank == 0:
+            write_config(folder, config)
+        loop.run()
+        load_selected(model, folder, processes=here.processes)
+    return Fit(folder, loop.state.history, loop.state.best_epoch or loop.state.epoch)
+
+
+def _checked(here: Session, model: nn.Module, data: Data, training: Training) -> Splits:
+    """The splits of the first stage; raises ValueError for what cannot be trained, before there is a folder."""
+    instance("model", model, nn.Module)
+    instance("data", data, Data)
+    stages, count = training.stages, here.processes.count
+    if count > 1 and here.execution.strategy == "fsdp":
+        for stage in stages:
+            _check_shardable(stage.rule)
+    if training.batch_size < count:
+        raise ValueError(f"batch_size={training.batch_size} is shared by {count} processes: expected a sample for each")
+    splits = checked(here.splits(data, stages[0].steps), stages[0].steps)
+    check_last_batch(model, splits, training.batch_size, stages)
     return splits
 
 
-def _set_up(fabric: "Fabric", model: nn.Module, channels_last: bool) -> Any:
-    """The model on its device, for calls under the precision of the training."""
-    if channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
-    return fabric.setup_module(model)
+def _loop(
+    here: Session,
+    model: nn.Module,
+    data: Data,
+    splits: Splits,
+    training: Training,
+    folder: Path,
+    config: dict[str, Any],
+    report: Report,
+) -> Loop:
+    """A training at its beginning, with the network and the optimizer on the device."""
+    seed_everything(training.seed)
+    if here.execution.sync_batchnorm:
+        synchronise(model)
+    net = here.set_up(model)
+    groups = parameter_groups(model, training.norm_weight_decay)
+    optim: Any = here.fabric.setup_optimizers(training.optimizer(groups))
+    checkpoints = Checkpoints(
+        folder=folder,
+        session=here,
+        model=model,
+        optim=optim,
+        rules=[stage.rule for stage in training.stages],
+        fingerprint=splits.fingerprint,
+        config=config,
+    )
+    return Loop(
+        session=here,
+        training=training,
+        model=model,
+        net=net,
+        loss=here.set_up_loss(training.loss),
+        optim=optim,
+        data=data,
+        splits=splits,
+        checkpoints=checkpoints,
+        folder=folder,
+        report=report,
+    )
 
 
-def _on_device(loss: Any, fabric: "Fabric") -> Any:
-    """A loss may be a plain function, without weights to move."""
-    return loss.to(fabric.device) if isinstance(loss, nn.Module) else loss
+def _last_checkpoint(run: Path, config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The last checkpoint of a run, of the same settings; None if it stopped before the first, and so starts again."""
+    if not (run / LAST).exists():
+        return None
+    checkpoint = load_checkpoint(run / LAST)
+    check_config(run, checkpoint["config"], config)
+    return checkpoint
 
 
 def _check_shardable(rule: Rule) -> None:
@@ -278,32 +274,3 @@ def seed_everything(seed: int) -> None:
     from lightning_fabric import seed_everything as seed_generators
 
     seed_generators(seed, verbose=False)
-
-
-def _last(run: Path, config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The last checkpoint of a run, of the same settings; None if it stopped before the first, and so starts again."""
-    if not (run / LAST).exists():
-        return None
-    checkpoint = load_checkpoint(run / LAST)
-    check_config(run, checkpoint["config"], config)
-    return checkpoint
-
-
-def _restore(loop: Loop, checkpoint: dict[str, Any]) -> None:
-    """Go on from a checkpoint."""
-    if checkpoint["fingerprint"] != loop.splits.fingerprint:
-        raise CheckpointError(
-            f"the run {loop.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
-            f"{loop.splits.fingerprint}: the samples or the settings of the data have changed"
-        )
-    load_weights(loop.model, checkpoint, loop.folder / LAST)
-    load_optimizer(loop.optim, checkpoint["optimizer"], loop.folder / LAST)
-    loop.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
-    for stage, rule_state in zip(loop.stages, checkpoint["rules"], strict=False):
-        stage.rule.load_state_dict(rule_state)
-    loop.state = Progress(**checkpoint["progress"]).of_process(loop.processes.rank)
-
-
-def _selected(run: Path) -> tuple[Path, dict[str, Any]]:
-    path = find_checkpoint(run)
-    return path, {"model": load_checkpoint(path)["model"]}

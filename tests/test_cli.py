@@ -1,7 +1,6 @@
 import json
 import os
 import platform
-import random
 import signal
 import subprocess
 import sys
@@ -15,7 +14,8 @@ import yaml
 
 import sltt
 from sltt.checkpoints import load_checkpoint
-from sltt.cli import main
+from sltt.cli import COMMANDS, main
+from sltt.failures import cause
 from sltt.options import Recipe, shipped_recipes
 
 TINY = ["--model.width", "2", "--epochs", "2", "--steps", "2", "--batch_size", "256", "--device", "cpu"]
@@ -173,7 +173,7 @@ def test_imagenet_is_its_two_stages():
         (["train", "--optimizer", "torch.nn.Linear"], "to be a subclass of <class 'Optimizer'>"),
         (["train", "--rule", "TBPTT"], "window"),
         (["train", "--epochs", "x"], "epochs: expected int, got x"),
-        (["train", "--rule.k", "1.5"], "rule.k: expected int or NoneType, got 1.5"),
+        (["train", "--rule.k", "1.5"], "rule.k: expected int or null, got 1.5"),
         (["train", "--device", "tpu"], "device: expected ['auto', 'cpu', 'cuda'], got tpu"),
         (["train", "digits", "--resume", "a"], "leave out 'digits'"),
         (["train", "--resume", "nowhere", "--batch_size", "3"], "nowhere is not the folder of a run"),
@@ -248,30 +248,58 @@ def test_doctor_tells_versions_device_compiler_and_threads(capsys):
         assert word in out
 
 
-@pytest.mark.parametrize("words", [["doctor", "--nonsense"], ["recipes", "digits", "extra"], ["eval"]])
-def test_words_too_many_or_too_few_are_refused(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 2
-    assert f"usage: sltt {words[0]}" in capsys.readouterr().err
+def test_doctor_shows_brackets_and_what_each_package_is_for(capsys):
+    _, out, _ = run(capsys, "doctor")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert "pip install 'sltt[events]'" in " ".join(out.split())
+    assert "sltt report" in lines["matplotlib"]
 
 
-def test_a_class_of_a_package_that_is_missing_is_named(capsys):
+def test_a_module_in_the_working_directory_is_found(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(here))])
+    Path("beside.py").write_text("import sltt\n\nclass Net(sltt.models.DigitsNet):\n    pass\n")
+    assert run(capsys, "train", "--model", "beside.Net", *TINY, "--epochs", "1", "--run", "a")[0] == 0
+    assert yaml.safe_load(Path("a/config.yaml").read_text())["model"]["class_path"] == "beside.Net"
+
+
+def test_a_module_that_is_missing_is_named_and_not_installed(capsys):
     code, _, err = run(capsys, "train", *TINY, "--optimizer", "no_such_package.optim.Muon")
     assert code == 2
-    assert err.startswith("sltt: optimizer: no package no_such_package is installed")
-    assert err.endswith("pip install no_such_package\n")
+    assert err.startswith(
+        "sltt: optimizer: there is no module no_such_package; expected no_such_package.py in this folder"
+    )
     code, _, err = run(capsys, "train", *TINY, "--optimizer", "torch.no_such_module.Muon")
     assert code == 2
     assert "torch.no_such_module" in err
-    assert "pip install" not in err  # torch is there
+    assert "pip install" not in err
+
+
+def test_a_second_ctrl_c_has_a_line_too(capsys, monkeypatch):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "doctor", interrupted)
+    assert run(capsys, "doctor") == (130, "", "sltt: stopped by Ctrl-C\n")
+
+
+def test_the_traceback_is_shown_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setenv("SLTT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="there is no folder nowhere"):
+        main(["report", "nowhere"])
+
+
+def test_a_failed_worker_of_the_data_loader_is_told_in_a_line():
+    trace = 'Original Traceback (most recent call last):\n  File "mine.py", line 3\nKeyError: 7\n'
+    error = RuntimeError(f"Caught KeyError in DataLoader worker process 0.\n{trace}")
+    assert cause(error) == "Caught KeyError in DataLoader worker process 0: KeyError: 7"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 def test_train_keeps_freed_memory_until_it_is_returned():
     code = """
 import resource, sys, torch
-from sltt.cli import main
+from sltt.cli import COMMANDS, main
+from sltt.failures import cause
 from sltt.devices import return_freed_memory
 main(["train", *sys.argv[1:]])
 faults = []
@@ -304,30 +332,6 @@ def test_help_explains_every_option(capsys):
 
 def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_weights(here):
-    words = [sys.executable, "-m", "sltt", "train"]
-    settings = ["digits", *TINY, "--epochs", "25", "--rule.k", "1", "--model.dropout", "0.2"]
-    subprocess.run([*words, *settings, "--run", "whole"], check=True, env=environment(), capture_output=True)
-    process = subprocess.Popen([*words, *settings, "--run", "part"], env=environment(), stdout=subprocess.DEVNULL)
-    while not Path("part/config.yaml").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    time.sleep(random.SystemRandom().uniform(0, 4))
-    process.kill()
-    process.wait()
-    finished = Path("part/result.json").exists()
-    resumed = subprocess.run(
-        [*words, "--resume", "part"], check=True, env=environment(), capture_output=True, text=True
-    )
-    assert finished or "continuing part" in resumed.stdout
-    for name in ("best.ckpt", "last.ckpt"):
-        a, b = (load_checkpoint(Path(run) / name) for run in ("whole", "part"))
-        assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
-    assert Path("part/metrics.csv").read_text().count("\n") == 26
-    assert not list(Path("part").glob(".*"))
 
 
 @pytest.mark.slow
@@ -377,12 +381,15 @@ FRAMES = {
     "imagenet-stage2": (3, 64, 64),
     "nmnist": (2, 34, 34),
     "recall": (200,),
+    "recall-marked": (21,),
+    "sequential-digits": (8,),
     "shd": (700,),
 }
 CLASSES = {
     "cifar100": 100,
     "dvs-gesture": 11,
     "recall": 4,
+    "recall-marked": 2,
     "shd": 20,
     **{f"imagenet{end}": 1000 for end in ("", "-stage1", "-stage2")},
 }

@@ -1,24 +1,26 @@
 import json
+import math
+import types
 from itertools import pairwise
 
 import pytest
 import torch
+from rich.table import Table
 from torch import nn
 
 import sltt
-from sltt import evidence
+from sltt import evidence, prepared
 from sltt.analysis import count_operations
 from sltt.cli import main
 from sltt.options import rule_options, rules
+from sltt.progress import Report, as_json
+from sltt.settings import Execution
 
 LOSS = sltt.losses.CrossEntropyMSE()
 
 
-@pytest.mark.parametrize("steps", [1, 4, 6])
-@pytest.mark.parametrize("k", [None, 1, 3])
+@pytest.mark.parametrize(("steps", "k"), [(1, None), (4, None), (6, None), (1, 1), (4, 1), (6, 1), (4, 3), (6, 3)])
 def test_multiplications_are_those_of_the_closed_form(steps, k):
-    if k is not None and k > steps:
-        return
     sizes, batch = [6, 8, 7, 3], 5
     layers = [
         nn.Linear(sizes[0], sizes[1]),
@@ -56,7 +58,7 @@ def test_what_is_recomputed_counts_to_the_backward():
 )
 def test_rules_are_written_with_their_settings(text, options):
     assert rule_options(text) == options
-    assert rules(f"BPTT,{text},SLTT") == ["BPTT", text, "SLTT"]
+    assert rules(f"OTTT,{text},SLTT") == ["OTTT", text, "SLTT"]
 
 
 @pytest.mark.parametrize("text", ["", "SLTT:k", ":k=1"])
@@ -92,6 +94,56 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp
     assert main([*WORDS, "--rules", "SLTT:k=1", "--seeds", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["accuracies"] == rows[2]["accuracies"]
     assert len(trained) < 10  # measured again, not trained again
+
+
+def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen, dtypes = [], set()
+
+    def fit(model, rule, phases, run, **settings):
+        seen.append([str(phase.rule or rule) for phase in phases])
+        return types.SimpleNamespace(history=[])
+
+    def measure_split(session, model, data, split, **settings):
+        seen.append(session.execution)
+        model.features[0].register_forward_hook(lambda module, x, out: dtypes.add((out.dtype, _channels_last(x[0]))))
+        return types.SimpleNamespace(accuracy=1.0)
+
+    monkeypatch.setattr(evidence, "fit", fit)
+    monkeypatch.setattr(prepared, "measure_split", measure_split)
+    phases = "[{epochs: 1, rule: {class_path: sltt.RateBased}}, {epochs: 1}]"
+    words = [*WORDS, "--phases", phases, "--precision", "bf16-mixed", "--channels_last", "true", "--compile", "off"]
+    assert main([*words, "--rules", "SLTT:k=1", "--json"]) == 0
+    assert seen[0] == ["SLTT(k=1)", "SLTT(k=1)"]
+    assert seen[1] == Execution(device="cpu", channels_last=True, precision="bf16-mixed", compile="off")
+    assert dtypes == {(torch.bfloat16, True)}
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert 0 < row["cosine"] < 1
+
+
+def _channels_last(x):
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_wrong_rule_ends_it_before_another_trains(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evidence, "fit", None)
+    assert main([*WORDS, "--rules", "SLTT,FOO"]) == 2
+    assert main([*WORDS, "--rules", "SLTT,TBPTT:window=0"]) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_not_finite_are_null_in_json():
+    found = as_json({"cosine": math.nan, "layers": {"a": (math.inf, 0.5)}, "steps": 4, "rule": None})
+    expected = {"cosine": None, "layers": {"a": [None, 0.5]}, "steps": 4, "rule": None}
+    assert json.loads(found, parse_constant=pytest.fail) == expected
+
+
+def test_the_brackets_of_a_rule_are_shown(capsys):
+    table = Table("rule")
+    table.add_row("Mixed:windows={[12]: all}")
+    Report().table(table)
+    assert "Mixed:windows={[12]: all}" in capsys.readouterr().out
 
 
 def test_a_wrong_option_ends_it_before_a_training_begins(capsys, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from sltt.checkpoints import load_checkpoint
 from sltt.devices import make_fabric
 from sltt.interrupt import PREEMPTED
 from sltt.loading import Shares, share
+from sltt.settings import Execution
 from sltt.syncnorm import SyncBatchNorm, synchronise
 from tests.processes import NORMED, SHARDED, TRAININGS, Sequences, network, standardised, train
 
@@ -260,14 +261,14 @@ def test_shares_are_every_sample_once(samples, processes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"devices": 0}, "at least 1 device"),
-        ({"num_nodes": 0}, "at least 1 device and 1 node"),
-        ({"devices": 2, "strategy": "fsdp", "precision": "16-mixed"}, "use bf16-mixed"),
+        ({"devices": 0}, "devices must be at least 1, got 0"),
+        ({"num_nodes": 0}, "num_nodes must be at least 1, got 0"),
+        ({"devices": 2, "strategy": "fsdp", "precision": "16-mixed"}, "use 'bf16-mixed'"),
     ],
 )
 def test_devices_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_fabric("cpu", arguments.pop("precision", 32), **arguments)
+        make_fabric(Execution(device="cpu", **arguments))
 
 
 @pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT(hoist=True), sltt.TBPTT(2, fold="auto")])
@@ -290,7 +291,7 @@ def test_numbers_that_differ_from_what_was_started_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_NNODES", "2")
     with pytest.raises(ValueError, match="2 processes on 2 machines were started, but devices=3 and num_nodes=2"):
-        make_fabric("cpu", 32, devices=3)
+        make_fabric(Execution(device="cpu", devices=3))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -36,5 +36,5 @@ def test_a_changed_batch_without_a_reset_is_refused():
 
 @pytest.mark.parametrize("p", [-0.1, 1.0])
 def test_p_must_be_a_probability(p):
-    with pytest.raises(ValueError, match="p must be in"):
+    with pytest.raises(ValueError, match="p must be at least 0 and less than 1"):
         sltt.Dropout(p)

@@ -159,5 +159,5 @@ def test_networks_that_ottt_does_not_know_are_refused(model, message):
     x, y = torch.randn(2, 4, 6), torch.randint(3, (4,))
     with pytest.raises(ValueError, match=message):
         sltt.OTTT()(model(), x, y, LOSS)
-    with pytest.raises(ValueError, match="decay must be between 0 and 1"):
+    with pytest.raises(ValueError, match="decay must be at least 0 and at most 1"):
         sltt.OTTT(1.5)

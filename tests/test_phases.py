@@ -131,7 +131,10 @@ def test_normalisation_has_its_own_weight_decay_in_all_phases(tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "decay", "message"),
-    [(network, -1.0, "must not be negative"), (lambda: torch.nn.Linear(4, 3), 0.0, "no normalisation layer")],
+    [
+        (network, -1.0, "norm_weight_decay must be at least 0"),
+        (lambda: torch.nn.Linear(4, 3), 0.0, "no normalisation layer"),
+    ],
 )
 def test_a_weight_decay_of_normalisation_that_does_not_fit_is_refused(tmp_path, model, decay, message):
     with pytest.raises(ValueError, match=message):

@@ -6,6 +6,7 @@ from torch import nn
 
 import sltt
 from sltt.analysis import (
+    agreement,
     fit_peak,
     iteration_seconds,
     memory_parts,
@@ -14,6 +15,8 @@ from sltt.analysis import (
 )
 from sltt.analysis.memory import trace_memory
 from sltt.cli import main
+from sltt.options import Recipe
+from sltt.prepared import prepared
 from tests.conftest import batch, small_network
 
 LOSS = sltt.losses.CrossEntropyMSE()
@@ -178,15 +181,33 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     for fits in found["fits"]:
         assert fits["measured"] == pytest.approx(fits["predicted"], rel=0.03)
         assert fits["measured"] <= 1.03 * 40 * MB
-    assert [fits["steps"] is None for fits in found["fits"]] == [False, True, True]
+    most = [fits["steps"] or 10_000 for fits in found["fits"]]  # only the logits of SLTT's steps take memory
+    assert 5 * most[0] < min(most[1:])
     assert [fits["fold"] is None for fits in found["fits"]] == [False, False, True]
+
+
+def test_a_network_is_measured_as_it_trains():
+    recipe = Recipe("test", "digits", ["--precision", "bf16-mixed", "--channels_last", "true", "--device", "cpu"])
+    with prepared(recipe.build(), 3) as here:
+        x, y = here.batch(8)
+        seen = []
+        here.model.features[2].register_forward_hook(lambda module, args, out: seen.append(args[0].dtype))
+        logits = here.rule(here.model, x, y, here.loss, steps=here.repeat).logits
+        (single,) = agreement(here.model, x, y, here.loss, steps=here.repeat)
+    assert here.model.features[3].weight.is_contiguous(memory_format=torch.channels_last)
+    assert logits.dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+    assert "features.0" in single.layers
+    here.model(x)
+    assert seen[-1] == torch.float32  # outside of the block the model is as before
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--repeats", "0"], 2, "--repeats must be at least 1"),
-        (["--budget", "much"], 1, "expected a memory size such as 8GB"),
+        (["--repeats", "0"], 2, "--repeats: expected a whole number of at least 1, got '0'"),
+        (["--budget", "much"], 2, "expected a memory size such as 8GB"),
+        (["--budget", "0.5"], 2, "0.5"),
         (["--rules", "SLTT:q=1"], 2, "unknown key 'q'"),
         (["--weights", "nowhere.ckpt"], 1, "nowhere.ckpt"),
     ],

@@ -89,8 +89,27 @@ def test_the_label_depends_on_cue_and_probe_together_and_on_neither_alone():
     assert len(pairs) == 9
 
 
+def test_one_of_several_cues_is_marked_and_the_label_takes_it():
+    splits = small(cues=3, noise=0.0, validation=0).splits(7)
+    x, labels = read(splits.train)
+    assert x.shape == (900, 7, 21)
+    marks = x[..., -1]
+    assert torch.equal(marks.unique(), torch.tensor([0.0, 20**0.5]))
+    assert ((marks > 0).sum(1) == 1).all()
+    step = marks.argmax(1)
+    assert torch.bincount(step, minlength=7)[3:].sum() == 0
+    assert torch.bincount(step, minlength=3)[:3].min() > 250
+    marked = x[torch.arange(900), step, :-1].unique(dim=0, return_inverse=True)[1]
+    probe = x[:, -1].unique(dim=0, return_inverse=True)[1]
+    pairs = {(c, p, y) for c, p, y in zip(marked.tolist(), probe.tolist(), labels.tolist(), strict=True)}
+    assert len(pairs) == 9
+    assert (x[:, 3:5] == 0).all()
+    assert len(x[:, 0, :-1].unique(dim=0)) == 3  # what is not marked is a cue too
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"classes": 1}, {"delay": -1}, {"noise": -0.1}, {"channels": 0}, {"samples": 8}, {"validation": 1.0}]
+    "wrong",
+    [{"classes": 1}, {"delay": -1}, {"noise": -0.1}, {"channels": 0}, {"cues": 0}, {"samples": 8}, {"validation": 1.0}],
 )
 def test_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sltt.cli import main
-from sltt.report import gather, sections
+from sltt.gather import gather
+from sltt.report import sections
 
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 SMALL = ["--model.width", "2", "--device", "cpu"]
@@ -85,6 +86,29 @@ def test_a_run_by_itself_and_what_is_left_out(measured, tmp_path, capsys):
     assert main(["report", str(run)]) == 0
     assert "The spikes of" in capsys.readouterr().out
     assert "truncated or not a checkpoint" in (run / "report" / "report.html").read_text()
+
+
+def test_the_spikes_are_those_of_the_next_run_where_one_has_no_weights(measured, tmp_path):
+    for name in ("BPTT-seed0", "SLTT-k-1-seed0"):
+        shutil.copytree(measured / name, tmp_path / "all" / name)
+    for checkpoint in (tmp_path / "all" / "SLTT-k-1-seed0").glob("*.ckpt"):
+        checkpoint.unlink()
+    found = gather([tmp_path / "all"])
+    spikes = sections(found)[-1]
+    assert spikes.text == ["The first test sample, through the network of BPTT-seed0."]
+    assert len(spikes.charts) == 2
+    assert [note for note in found.notes if "SLTT-k-1-seed0 are left out: no checkpoint" in note]
+
+
+def test_one_rule_written_in_two_ways_has_one_name_and_one_colour(measured, tmp_path):
+    folder = shutil.copytree(measured, tmp_path / "all")
+    found = json.loads((folder / "compare.json").read_text())
+    found["rows"][1]["rule"] = "SLTT:rescale=false:k=1"
+    found["rows"][0]["cosine"] = None
+    (folder / "compare.json").write_text(json.dumps(found))
+    table = sections(gather([folder]))[0].tables[0]
+    assert [row[0].text for row in table.rows] == ["BPTT", "SLTT:k=1"]
+    assert table.rows[0][-1].text == "–"
 
 
 def test_a_comparison_with_a_rule_that_died(tmp_path, monkeypatch, capsys):

@@ -332,7 +332,7 @@ def measured(rule, steps):
         (torch.randn(5), None, r"expected input \[T, B, ...\], time first, got shape \[5\]"),
         (torch.randn(5), 3, r"expected input \[B, ...\] with steps=T"),
         (torch.randn(0, 5, 6), None, "at least one time step"),
-        (torch.randn(5, 6), 0, "at least one time step, got steps=0"),
+        (torch.randn(5, 6), 0, "steps must be at least 1, got 0"),
         (torch.randn(4, 3, 6), None, "a target for each of the 3 samples"),
         (torch.full((4, 5, 6), float("nan")), None, "expected a finite input, got 120 NaN or infinite of 120 values"),
     ],

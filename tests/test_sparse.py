@@ -328,7 +328,7 @@ def test_break_even_is_read_from_the_cache(cache, monkeypatch):
     assert native.library() is not None
     layer = sparse.conv_layer((8, 64, 16, 16), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)))
     even = costs.break_even(layer, torch.float32)
-    share = 1 / (64 * 9 / 2)  # elements for each product
+    share = 2 / (64 * 9)  # elements for each product
     assert even == pytest.approx((1.0, (0.02 - share) / 0.1))
     for damage in (None, "[[1, 2, 3]", "[[1, 2], [3, 4]]", "[[1, NaN, 3], [1, 2, 3]]"):
         if damage:

@@ -19,6 +19,7 @@ from sltt.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from sltt.data import Data, Splits
 from sltt.devices import make_fabric
 from sltt.progress import Report
+from sltt.settings import Execution
 
 
 class Blobs(Data):
@@ -356,9 +357,9 @@ def test_two_runs_without_a_folder_get_two(tmp_path, monkeypatch):
 
 def test_a_checkpoint_within_an_epoch_by_time(tmp_path, monkeypatch):
     names = []
-    real = sltt.loop.save_checkpoint
+    real = checkpoints.save_checkpoint
     monkeypatch.setattr(
-        sltt.loop, "save_checkpoint", lambda path, content: (names.append(path.name), real(path, content))
+        checkpoints, "save_checkpoint", lambda path, content: (names.append(path.name), real(path, content))
     )
     train(tmp_path / "run", epochs=1, checkpoint_minutes=0)
     assert names == [*["last.ckpt"] * 4, "best.ckpt", "last.ckpt"]
@@ -377,7 +378,7 @@ def test_every_precision_learns(precision, tmp_path, rule):
 
 
 def test_gradients_are_scaled_in_16_mixed_and_the_scale_is_saved(tmp_path):
-    assert make_fabric("cpu", "16-mixed").strategy.precision.scaler is not None
+    assert make_fabric(Execution(device="cpu", precision="16-mixed")).strategy.precision.scaler is not None
     train(tmp_path / "run", precision="16-mixed")
     scaler = load_checkpoint(tmp_path / "run" / "last.ckpt")["scaler"]
     assert scaler["scale"] > 1
@@ -385,7 +386,7 @@ def test_gradients_are_scaled_in_16_mixed_and_the_scale_is_saved(tmp_path):
 
 def test_scaled_gradients_equal_unscaled_ones(rule):
     model = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
-    fabric = make_fabric("cpu", "16-mixed")
+    fabric = make_fabric(Execution(device="cpu", precision="16-mixed"))
     net, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
     x, y = torch.randn(4, 5, 4), torch.randint(3, (5,))
     loss = sltt.losses.CrossEntropyMSE()
@@ -485,7 +486,7 @@ def test_cuda_that_is_not_there_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     with pytest.raises(ValueError, match="no CUDA device"):
-        make_fabric("cuda", 32)
+        make_fabric(Execution(device="cuda"))
 
 
 @pytest.mark.parametrize("measured", [False, True], ids=["fit", "evaluate"])
@@ -668,7 +669,7 @@ def test_a_rules_own_generator_continues(tmp_path):
 
 def test_a_run_killed_between_its_two_checkpoints_still_knows_the_best(tmp_path, monkeypatch):
     train(tmp_path / "whole")
-    real, written = sltt.loop.save_checkpoint, []
+    real, written = checkpoints.save_checkpoint, []
 
     def dies(path, content):
         if len(written) == 1:
@@ -676,7 +677,7 @@ def test_a_run_killed_between_its_two_checkpoints_still_knows_the_best(tmp_path,
         written.append(path.name)
         real(path, content)
 
-    monkeypatch.setattr(sltt.loop, "save_checkpoint", dies)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", dies)
     with pytest.raises(SystemExit):
         train(tmp_path / "part")
     monkeypatch.undo()

@@ -68,6 +68,7 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
         steps: T for a static input.
     """
     instance("model", model, nn.Module)
+    instance("x", x, Tensor)
     counts: dict[str, _Count] = {}
     fired = False
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sltt import kernels
+from sltt.checks import instance
 from sltt.rules import Rule
 from sltt.rules.base import StepLoss as Loss
 
@@ -36,6 +37,9 @@ def count_operations(
         rule: whose passes are counted; what it recomputes counts to the backward.
         steps: T for a static input.
     """
+
+    instance("model", model, nn.Module)
+    instance("rule", rule, Rule)
 
     def count(**kwargs: Any) -> int:
         twin = copy.deepcopy(model)

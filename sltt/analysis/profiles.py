@@ -97,6 +97,7 @@ def memory_parts(
         steps: T for a static input.
     """
     instance("x", x, Tensor)
+    instance("rule", rule, Rule)
     states: list[int] = []
 
     def run(mark: Any) -> None:
@@ -150,6 +151,7 @@ def iteration_seconds(
     Raises:
         ValueError: there are not more batches than `warmup`.
     """
+    instance("rule", rule, Rule)
     warmup = whole_number("warmup", warmup, least=0)
     rows: list[Seconds] = []
     spent = 0.0

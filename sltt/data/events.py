@@ -289,8 +289,10 @@ class EventFolder(_Events):
 
     def __init__(self, root: str, sensor: tuple[int, int], **kwargs: Any):
         super().__init__(root, **kwargs)
-        height, width = whole_numbers("sensor", sensor, least=1, fewest=2)
-        self.sensor = (height, width)
+        sides = whole_numbers("sensor", sensor, least=1)
+        if len(sides) != 2:
+            raise ValueError(f"sensor must be the height and the width of the camera, got {sensor}")
+        self.sensor = (sides[0], sides[1])
         self.classes = sorted(p.name for p in (self.root / "train").glob("*") if p.is_dir())
         self.expected = (0, 0)
 

@@ -6,6 +6,7 @@ Shapes: N samples, T time steps, C classes.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -28,6 +29,11 @@ class Recall(Data):
     weights that have to find P in the noise learn it only from the loss of the probe's steps, through the state that
     the neurons kept. A gradient without that path tells them nothing about P.
 
+    With several cues, patterns in noise as above stand in the first n steps, and one more value of a random one of
+    these steps is √channels: this marks the cue that counts. A layer that adds up its inputs loses which it was.
+    So one layer of neurons has to tell, step by step, and a second has to remember: the gradient has to cross the
+    second layer on its way back through time.
+
     Args:
         validation: share of the training samples held out to select the best epoch; 0 trains on everything.
         split_seed: which training samples are held out.
@@ -38,6 +44,7 @@ class Recall(Data):
             single random direction sees of it is 1 / noise, whatever their number.
         samples: training samples, those held out included, at least C²; the test samples are 2,000 more.
         seed: of patterns, noise and order. The same seed gives the same data.
+        cues: n, number of cues, at least 1; with 2 or more a sequence is [T, channels + 1].
 
     Raises:
         ValueError: an argument out of range; when loaded, fewer time steps than cue, delay and one step of the probe.
@@ -53,6 +60,7 @@ class Recall(Data):
         channels: int = 200,
         samples: int = 8000,
         seed: int = 0,
+        cues: int = 1,
     ):
         super().__init__(validation, split_seed)
         self.classes = whole_number("classes", classes, least=2)
@@ -61,25 +69,34 @@ class Recall(Data):
         self.channels = whole_number("channels", channels, least=1)
         self.samples = whole_number("samples", samples, least=self.classes**2, remedy="each pair of classes takes one")
         self.seed = whole_number("seed", seed)
+        self.cues = whole_number("cues", cues, least=1)
 
     def load(self, steps: int) -> Splits:
-        if steps < self.delay + 2:
+        least = self.cues + self.delay + 1
+        if steps < least:
             raise ValueError(
-                f"a cue, a delay of {self.delay} and a probe take {self.delay + 2} time steps or more, got "
+                f"{self.cues} of cue, a delay of {self.delay} and a probe take {least} time steps or more, got "
                 f"steps={steps}: use more steps or a shorter delay"
             )
         generator = torch.Generator().manual_seed(self.seed)
-        cues, probes = torch.randn(2, self.classes, self.channels, generator=generator)
+        patterns, probes = torch.randn(2, self.classes, self.channels, generator=generator)
         count = self.samples + TEST_SAMPLES
         train = _pairs(self.samples, self.classes, generator)
         a, b = torch.cat([train, _pairs(TEST_SAMPLES, self.classes, generator)]).T
-        noise = self.noise * torch.randn(count, self.channels, generator=generator)
-        cue = (cues[a] + noise) / (1 + self.noise**2) ** 0.5
-        samples = _Sequences(cue, probes, b, (a + b) % self.classes, self.delay, steps)
+        noise = self.noise * torch.randn(count, self.cues, self.channels, generator=generator)
+        shown = torch.randint(self.classes, (count, self.cues), generator=generator)
+        marked = torch.randint(self.cues, (count, 1), generator=generator)
+        shown = shown.scatter(1, marked, a[:, None])
+        cues = (patterns[shown] + noise) / (1 + self.noise**2) ** 0.5
+        if self.cues > 1:
+            marks = torch.zeros(count, self.cues, 1).scatter(1, marked[..., None], self.channels**0.5)
+            cues, probes = torch.cat([cues, marks], dim=2), F.pad(probes, (0, 1))
+        samples = _Sequences(cues, probes, b, (a + b) % self.classes, self.cues + self.delay, steps)
         labels = samples.labels.tolist()
         kept, held = hold_out(labels[: self.samples], self.validation, self.split_seed)
         test = range(self.samples, count)
         settings = self.classes, self.delay, self.noise, self.channels, self.seed
+        settings += (self.cues,) * (self.cues > 1)
         return Splits(
             train=Subset(samples, kept),
             validation=Subset(samples, held) if held else None,
@@ -93,21 +110,21 @@ class Recall(Data):
 class _Sequences(Dataset[Any]):
     """Sequences [T, channels], put together when they are read: most of their values are 0 or repeated."""
 
-    def __init__(self, cue: Tensor, probes: Tensor, probe: Tensor, labels: Tensor, delay: int, steps: int):
-        self.cue = cue
+    def __init__(self, cues: Tensor, probes: Tensor, probe: Tensor, labels: Tensor, start: int, steps: int):
+        self.cues = cues
         self.probes = probes
         self.probe = probe
         self.labels = labels
-        self.delay = delay
+        self.start = start  # of the probe
         self.steps = steps
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        x = torch.zeros(self.steps, self.cue.shape[1])
-        x[0] = self.cue[index]
-        x[self.delay + 1 :] = self.probes[self.probe[index]] / (self.steps - self.delay - 1)
+        x = torch.zeros(self.steps, self.cues.shape[2])
+        x[: self.cues.shape[1]] = self.cues[index]
+        x[self.start :] = self.probes[self.probe[index]] / (self.steps - self.start)
         return x, int(self.labels[index])
 
 

@@ -1,7 +1,7 @@
 """When a sparse layer is faster than the dense one: a model of the time, measured once per machine.
 
 A dense layer takes a time for each of its products, a sparse one a time for each product with a spike, and one for each
-element that it reads and writes:
+element that it reads and writes, whatever the spikes:
 
     t_dense = d · products,    t_sparse = s · density · products + e · elements
 
@@ -32,7 +32,7 @@ from sltt.kernels.sparse import Layer, conv_layer, forward, linear_layer, pack_w
 
 # Layers of fewer products run dense: they take less than the calls around them.
 PRODUCTS_FROM = 2**22
-_DENSITIES = (0.05, 0.3)
+_DENSITIES = (0.05, 0.4)
 _REPEATS = 5
 
 
@@ -59,12 +59,23 @@ def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
     """
     if layer.products < PRODUCTS_FROM:
         return BreakEven(0.0, 0.0)
-    return BreakEven(*(_even(layer, Costs(*costs)) for costs in _costs(layer.linear, dtype)))
+    pairs = zip(_costs(layer.linear, dtype), _elements(layer), strict=True)
+    return BreakEven(*(_even(layer.products, elements, costs) for costs, elements in pairs))
 
 
-def _even(layer: Layer, costs: Costs) -> float:
-    left = costs.dense * layer.products - costs.element * layer.elements
-    return min(1.0, max(0.0, left / (costs.spike * layer.products)))
+def _even(products: int, elements: int, costs: Costs) -> float:
+    return min(1.0, max(0.0, (costs.dense * products - costs.element * elements) / (costs.spike * products)))
+
+
+def _elements(layer: Layer) -> tuple[int, int]:
+    """Read and written forward, and for the weight gradient.
+
+    Forward, the sums of up to 64 outputs are read and written for each kernel row and 64 inputs; fewer take as long.
+    """
+    inputs, outputs = math.prod(layer.x_shape), math.prod(layer.y_shape)
+    ci, co, kernel_rows = layer.sizes[3:6]
+    blocks = -(-ci // 64) * -(-co // 64)
+    return inputs + outputs // co * 64 * blocks * kernel_rows, inputs + outputs
 
 
 @functools.cache
@@ -98,7 +109,7 @@ def _measure(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
         weight, x_shape = torch.ones(512, 512), (256, 512)
         layer = linear_layer(x_shape, weight.shape)
     else:
-        weight, x_shape = torch.ones(64, 64, 3, 3), (8, 64, 16, 16)
+        weight, x_shape = torch.ones(64, 64, 3, 3), (16, 64, 16, 16)
         layer = conv_layer(x_shape, weight.shape, (1, 1), ((1, 1), (1, 1)))
     generator = torch.Generator().manual_seed(0)  # the user's stays as it is
     inputs = [_format(torch.rand(x_shape, generator=generator) < d, dtype) for d in _DENSITIES]
@@ -114,13 +125,14 @@ def _measure(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
     ]
     with torch.no_grad(), _one_thread():
         times = [min(t) for t in zip(*([_nanoseconds(run) for run in runs] for _ in range(_REPEATS)), strict=True)]
-    return _fit(layer, *times[:3]), _fit(layer, *times[3:])
+    forward_elements, gradient_elements = _elements(layer)
+    return _fit(layer.products, forward_elements, *times[:3]), _fit(layer.products, gradient_elements, *times[3:])
 
 
-def _fit(layer: Layer, dense: float, sparse: float, denser: float) -> Costs:
+def _fit(products: int, elements: int, dense: float, sparse: float, denser: float) -> Costs:
     low, high = _DENSITIES
-    spike = max((denser - sparse) / (high - low), dense * 1e-3) / layer.products
-    return Costs(dense / layer.products, spike, max(0.0, sparse - low * spike * layer.products) / layer.elements)
+    spike = max((denser - sparse) / (high - low), dense * 1e-3) / products
+    return Costs(dense / products, spike, max(0.0, sparse - low * spike * products) / elements)
 
 
 def _nanoseconds(run: Callable[[], object]) -> float:

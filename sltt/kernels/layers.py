@@ -103,7 +103,11 @@ class Call:
     def spikes(self) -> Tensor:
         """The spikes, with the channels last in memory."""
         flat = self.tag.make().to(self.dtype)
-        return flat.view(self.layer.x_shape) if self.layer.linear else flat.view(self._channels_last_shape()).movedim(-1, 1)
+        return (
+            flat.view(self.layer.x_shape)
+            if self.layer.linear
+            else flat.view(self._channels_last_shape()).movedim(-1, 1)
+        )
 
     def _channels_last_shape(self) -> tuple[int, ...]:
         batch, channels, *pixels = self.layer.x_shape

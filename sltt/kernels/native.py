@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("spikes.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("spikes.h", "spikes_forward.cpp", "spikes_gradient.cpp")]
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions")
 _PROCESSORS = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
 _DIGEST = hashlib.sha256().digest_size
@@ -64,7 +64,7 @@ def key() -> str:
         version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise _FailedError(f"the C++ compiler does not run: {error}") from None
-    parts = (SOURCE.read_bytes(), compiler.encode(), version, " ".join(_flags()).encode(), _processor())
+    parts = (*(s.read_bytes() for s in SOURCES), compiler.encode(), version, " ".join(_flags()).encode(), _processor())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -99,7 +99,7 @@ def _compile(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
             new = Path(folder) / path.name
-            command = [_compiler(), *_flags(), str(SOURCE), "-o", str(new)]
+            command = [_compiler(), *_flags(), *map(str, SOURCES[1:]), "-o", str(new)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
             if done.returncode or not new.exists():
                 lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

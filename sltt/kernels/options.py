@@ -113,9 +113,8 @@ class Kernel:
             # for each set of types, since the compiler gives up on a function after eight versions of it
             types = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in (out, *arguments))
             if types not in self._compiled:
-                function = _of_its_own(self.function)
-                isa: Any = {"cpp.simdlen": _vector_bits()}
-                self._compiled[types] = torch.compile(function, dynamic=True, fullgraph=True, options=isa)
+                function, width = _of_its_own(self.function), _vector_width()
+                self._compiled[types] = torch.compile(function, dynamic=True, fullgraph=True, options=width)
             try:
                 self._compiled[types](out, *arguments)
             except compile_errors() as error:  # raised before anything has run: the plain form is right without it

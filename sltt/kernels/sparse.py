@@ -54,11 +54,6 @@ class Layer:
         """Multiplications of the dense layer."""
         return math.prod(self.y_shape) * math.prod(self.weight_shape[1:])
 
-    @property
-    def elements(self) -> int:
-        """Of input and output."""
-        return math.prod(self.x_shape) + math.prod(self.y_shape)
-
     @functools.cached_property
     def pointer(self) -> Any:
         """`sizes` for the native kernels."""

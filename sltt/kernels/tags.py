@@ -229,7 +229,6 @@ class _Tagging(TorchFunctionMode):
                     delattr(tensor.untyped_storage(), _TAG)
         return result
 
-
     def _run(self, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = run(call, x, weight, bias)
         if self.recompute and packable(result):

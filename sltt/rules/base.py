@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
+from sltt.checks import function, instance
 from sltt.frozen import Frozen
 from sltt.rules.diagnosis import explained, leftovers_noticed
 from sltt.sequence.fold import Fold
@@ -54,7 +55,7 @@ class Batch:
     update: Callable[[], Any] | None = None
     seed: int | None = None
     _logits: dict[int, Tensor] = field(default_factory=dict)
-    _total: Tensor | None = None
+    _total: Tensor | float = 0.0
     _weights: kernels.Weights = field(default_factory=kernels.Weights)
 
     @property
@@ -66,8 +67,8 @@ class Batch:
         """T."""
         return self.sequence.steps
 
-    def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
-        """Run time steps in one call of the model: the sum of their losses over T, to backpropagate.
+    def run(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
+        """Run time steps in one call of the model: their logits [n, B, C].
 
         Args:
             steps: one or several time steps in a row; several are folded into the batch dimension.
@@ -75,17 +76,23 @@ class Batch:
             cut: no gradient flows from one of the steps to the step before.
             recompute: convolutions and linear layers run again in the backward, instead of keeping their outputs.
         """
-        with torch.set_grad_enabled(graph):
-            with kernels.saving(recompute, graph, self._weights):
-                logits = self.network(self.sequence.input(steps), Fold(len(steps), cut))
-            values = [step_loss(self.loss, o, self.target) / self.steps for o in logits]
-            total = values[0] if len(values) == 1 else torch.stack(values).sum()
-        if steps.start not in self._logits:  # else they run again, for a backward
-            self._total = total.detach() if self._total is None else self._total + total.detach()
+        with torch.set_grad_enabled(graph), kernels.saving(recompute, graph, self._weights):
+            logits = self.network(self.sequence.input(steps), Fold(len(steps), cut))
         self._logits |= dict(zip(steps, logits.detach(), strict=True))
         if not graph:
             # Casts of weights that autocast caches without a graph would cut the weights off in later steps.
             torch.clear_autocast_cache()
+        return logits
+
+    def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
+        """As `run`: the sum of the steps' losses over T, to backpropagate."""
+        again = steps.start in self._logits
+        logits = self.run(steps, graph=graph, cut=cut, recompute=recompute)
+        with torch.set_grad_enabled(graph):
+            values = [step_loss(self.loss, o, self.target) / self.steps for o in logits]
+            total = values[0] if len(values) == 1 else torch.stack(values).sum()
+        if not again:
+            self._total = self._total + total.detach()
         return total
 
     def detach(self) -> None:
@@ -98,8 +105,7 @@ class Batch:
 
     def output(self) -> Output:
         """What the time steps gave."""
-        assert self._total is not None
-        return Output(self._total, torch.stack([self._logits[t] for t in range(self.steps)]))
+        return Output(torch.as_tensor(self._total), torch.stack([self._logits[t] for t in range(self.steps)]))
 
 
 class Rule(Frozen, ABC):
@@ -159,6 +165,8 @@ class Rule(Frozen, ABC):
                 model that does not return logits, a module that does not run step by step or whose state a rule
                 cannot reach, or a neuron that stands in two places of the network.
         """
+        instance("model", model, nn.Module)
+        function("loss", loss, "the logits and the target")
         sequence = time_steps(x, steps, target)
         backward = backward or Tensor.backward
         if self.online and update is None:
@@ -205,6 +213,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
         x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
         steps: T for a static input.
     """
+    instance("model", model, nn.Module)
     sequence = time_steps(x, steps)
     weights = kernels.Weights()
     with _unrolling(model, sequence, hoist=True, grad=False) as (network, _), kernels.saving(False, False, weights):
@@ -228,6 +237,8 @@ def _unrolling(model: nn.Module, sequence: Sequence, hoist: bool, grad: bool) ->
 def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
     """The loss of one time step, checked to be a scalar."""
     value = loss(logits, target)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"expected a loss that returns a scalar tensor, got {value!r}")
     if value.ndim:
         raise ValueError(f"expected a loss that returns a scalar, got shape {list(value.shape)}; use reduction='mean'")
     return value

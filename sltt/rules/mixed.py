@@ -45,8 +45,14 @@ class Mixed(Rule):
     """
 
     def __init__(self, windows: Mapping[str, Window], default: Window = 1):
+        if not isinstance(windows, Mapping):
+            raise ValueError(f"windows must be a window for each name of a layer, got {windows!r}")
         for name, window in [*windows.items(), ("default", default)]:
-            if window != "all" and (not isinstance(window, int) or window < 1):
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"the keys of windows must be layers' names, got the number {name}; quote it: '{name}'"
+                )
+            if window != "all" and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
                 raise ValueError(f"the window of {name} must be 'all' or at least 1 time step, got {window!r}")
         self.windows = dict(windows)
         self.default = default

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sltt.checks import flag, number
 from sltt.neurons import Neuron
 from sltt.rules.base import Batch, Output, Rule
 from sltt.sequence.replace import replaced
@@ -40,10 +41,8 @@ class OTTT(Rule):
     """
 
     def __init__(self, decay: float | None = None, online: bool = False):
-        if decay is not None and not 0 <= decay <= 1:
-            raise ValueError(f"decay must be between 0 and 1, got {decay}")
-        self.decay = decay
-        self.online = online
+        self.decay = None if decay is None else number("decay", decay, least=0, most=1)
+        self.online = flag("online", online)
 
     def run(self, batch: Batch) -> Output:
         decay = _common_decay(batch.model) if self.decay is None else self.decay

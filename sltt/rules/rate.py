@@ -85,7 +85,7 @@ class RateBased(Rule):
     def _run_recorded(self, batch: Batch) -> Output:
         with _recording(batch.model) as layers:
             for t in range(batch.steps):
-                batch.forward(range(t, t + 1), graph=False)
+                batch.run(range(t, t + 1), graph=False)
                 for layer in layers:
                     layer.check(t + 1)
             logits = batch.output().logits

@@ -31,6 +31,8 @@ def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
             draws no random numbers.
         inputs: tensors; none for work on weights.
     """
+    if not callable(function):
+        raise ValueError(f"once takes a module or a function, and then its inputs, got {type(function).__name__}")
     # a compiler breaks its graph at a context variable
     sequence = None if torch.compiler.is_compiling() else _current.get()
     return function(*inputs) if sequence is None else sequence.once(function, inputs)

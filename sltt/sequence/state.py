@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sltt.checks import flag, function, instance
 from sltt.sequence.fold import CLOCK, Fold, fold_of
 
 
@@ -102,7 +103,19 @@ def register(
             `kept` says that it is inside a `Stateful`, which may keep its state for it.
         translate: for `sltt.interop.convert`, gives the module of ours in place of the module, or raises
             `sltt.interop.ConversionError` with the reason.
+
+    Raises:
+        ValueError: an argument of another type; the message names it.
     """
+    if not isinstance(kind, type):
+        raise ValueError(f"kind must be a class of modules, got {kind!r}")
+    if not callable(states) and (isinstance(states, str) or not all(isinstance(name, str) for name in states)):
+        raise ValueError(f"states must be names of attributes, such as ['v'], or a function, got {states!r}")
+    for name, value in (("reset", reset), ("check", check), ("translate", translate)):
+        if value is not None:
+            function(name, value, "the module")
+    if not callable(spikes):
+        flag("spikes", spikes, "or a function of the module")
     names = states if callable(states) else lambda _, names=tuple(states): names
     emits = spikes if callable(spikes) else lambda _: spikes
     _kinds[kind] = Kind(names, reset, emits, check or (lambda *_: None), translate)
@@ -162,7 +175,7 @@ def check_steps(model: nn.Module, batch: int) -> None:
 
 def reset(model: nn.Module) -> None:
     """Reset the state of every stateful module in `model`, ours or another library's, before a new sequence."""
-    for module in model.modules():
+    for module in instance("model", model, nn.Module).modules():
         kind = kind_of(type(module))
         if kind and kind.reset:
             kind.reset(module)
@@ -173,7 +186,7 @@ def reset(model: nn.Module) -> None:
 
 def detach(model: nn.Module) -> None:
     """Cut the graph behind the state of every stateful module in `model`: v[t] becomes a constant of step t + 1."""
-    for module in model.modules():
+    for module in instance("model", model, nn.Module).modules():
         detach_module(module)
 
 

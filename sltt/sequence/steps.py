@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt._torch import _current_graph_task_id
+from sltt.checks import instance, whole_number
 from sltt.sequence.fold import Clock, Fold, clock_of, clocked
 from sltt.sequence.state import Stateful, check_steps, detach_module, emits_spikes, reset, state_names
 
@@ -140,12 +141,12 @@ def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
     """Check an input, and its batch size against the target's; return it as a sequence of time steps."""
     static = steps is not None
     form = "[B, ...] with steps=T" if static else "[T, B, ...], time first"
+    instance("x", x, Tensor)
     if x.ndim < 2:
         raise ValueError(f"expected input {form}, got shape {list(x.shape)}")
-    length = x.shape[0] if steps is None else steps
+    length = x.shape[0] if steps is None else whole_number("steps", steps, least=1)
     if length < 1:
-        where = f"steps={steps}" if static else f"an input of shape {list(x.shape)}"
-        raise ValueError(f"expected at least one time step, got {where}")
+        raise ValueError(f"expected at least one time step, got an input of shape {list(x.shape)}")
     sequence = Sequence(x, length, static)
     if isinstance(target, Tensor) and target.ndim and target.shape[0] != sequence.batch:
         raise ValueError(

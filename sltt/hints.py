@@ -1,0 +1,101 @@
+"""What the parser of options says, in a line, with the word that was meant."""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+PATH = re.compile(r"Expected a dot import path string: (.*?)(?:\. Got value.*)?$", re.MULTILINE)
+
+
+def explain(message: str, values: Mapping[str, Any]) -> str:
+    """An error of the parser in a line, with the nearest valid name where one is not known.
+
+    Args:
+        message: of the parser.
+        values: of the recipe.
+    """
+    if option := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+        return f"unknown option --{option[1]}{_nearest_option(option[1], values)}"
+    if word := re.search(r"unrecognized arguments: (\S+)", message):
+        return f"unexpected word {word[1]!r}: expected one recipe or run, then options such as --epochs 3"
+    if key := re.search(r"Option '([^']+)' is not accepted", message):
+        owners = re.findall(r"class_path[ =]'([\w.]+)'", message)
+        owner = locate(owners[-1]) if owners else None
+        names = list(inspect.signature(owner).parameters) if owner else fit_arguments()
+        return f"unknown key {key[1]!r}{f' of {owners[-1]}' if owners else ''}{nearest(key[1], names)}"
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    if wrong := re.search(r"Key must be a string, got: (\S+?)\.?$", message, re.MULTILINE):
+        return f"{key}: expected layers' names as keys, got the number {wrong[1]}; quote it: '{{\"{wrong[1]}\": all}}'"
+    kinds = re.findall(
+        r"Expected an? (?:<class '|typing\.Literal)?(.+?)(?:'>)?(?:\. Got value.*|$)", message, re.MULTILINE
+    )
+    kinds = [kind for kind in dict.fromkeys(kinds) if not kind.startswith("dot import path")]
+    if (names := PATH.findall(message)) and set(kinds) <= {"NoneType"}:
+        return _unknown_class(names[-1])
+    if name := re.search(r"given class_path '([\w.]+)':\s+module '[\w.]+' has no attribute", message):
+        return _unknown_class(name[1])
+    if package := re.search(r"No module named '(\w+)'", message):
+        name = package[1]
+        return f"{key}: there is no module {name}; expected {name}.py in this folder or a package that is installed"
+    if kind := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*)", message):
+        return f"{key}: expected a class of the kind {kind[1]}, got {kind[2]}"
+    if key == "precision":  # the parser names the type of the first choice only
+        kinds = [str(list(get_args(_fit_signature()[key].annotation)))]
+    value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", message, re.MULTILINE)
+    if key and kinds and value:
+        return f"{key}: expected {' or '.join(kinds)}, got {value[1]}"
+    reason = re.sub(r"Parser key \"[^\"]+\":|Problem with given class_path '[\w.]+':", "", message)
+    return f"{key}: {' '.join(reason.split())}" if key else " ".join(message.split())
+
+
+def _nearest_option(option: str, values: Mapping[str, Any]) -> str:
+    """The option of that name of one of the recipe's classes, or else the one that is spelt alike."""
+    owned = [
+        f"; did you mean --{key}.{option}?"
+        for key, value in values.items()
+        if isinstance(value, dict)
+        and "class_path" in value
+        and option in inspect.signature(locate(value["class_path"])).parameters
+    ]
+    return owned[0] if owned else nearest(option.split(".")[0], fit_arguments(), "--")
+
+
+def _unknown_class(name: str) -> str:
+    paths = {path.rpartition(".")[2]: path for path in _class_paths()}
+    near = difflib.get_close_matches(name.rpartition(".")[2], paths, 1)
+    hint = f"did you mean {paths[near[0]]}?" if near else "expected a path to import such as sltt.SLTT"
+    return f"unknown class {name!r}; {hint}"
+
+
+def _fit_signature() -> Mapping[str, inspect.Parameter]:
+    import sltt
+
+    return inspect.signature(sltt.fit).parameters
+
+
+def fit_arguments() -> list[str]:
+    return [name for name in _fit_signature() if name != "report"]
+
+
+def _class_paths() -> list[str]:
+    """The import paths of what recipes name."""
+    import torch
+
+    import sltt
+
+    modules = (torch.optim, sltt.models, sltt.data, sltt.losses, sltt.schedules, sltt.surrogates, sltt)
+    return [f"{m.__name__}.{name}" for m in modules for name, value in vars(m).items() if callable(value)]
+
+
+def locate(path: str) -> Any:
+    """What an import path names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

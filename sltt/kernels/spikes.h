@@ -1,0 +1,114 @@
+// Convolutions whose input is spikes, packed as bits: only active inputs are touched, and a product is a sum.
+//
+// Bit i of byte j is element 8 j + i of the channels-last memory [n, h, w, ci]; ci is a multiple of 8. Gradients and
+// results are channels-last, float or bfloat16; all sums are float. Portable C++17 with the vectors of GCC and Clang.
+//
+// Every sum has a fixed order: how work is split depends on the shape, never on the number of threads.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+// PyTorch's OpenMP, found in the process: linking one, or any pragma, could start a second pool of threads. The OpenMP
+// libraries of GCC, LLVM and Intel all have these two functions.
+extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+extern "C" int omp_get_thread_num(void);
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float V __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t U __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t H __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+// The compiler must take this pointer as it is: else it splits off invariant parts, and runs out of registers.
+#define OPAQUE(pointer) __asm__("" : "+r"(pointer))
+
+constexpr int64_t TILE = 128;   // output pixels of a forward task: their sums stay in the cache
+constexpr int64_t CHUNK = 256;  // pixels of the gradient that are summed at a time, in the cache
+constexpr int64_t TASKS = 16;   // of a weight gradient, at least: what more threads can share
+constexpr int64_t WORD = 64;    // channels in a block of the input
+
+struct Conv {  // shared with sparse.py
+  int64_t n, h, w, ci, co, kh, kw, sh, sw, ph, pw, oh, ow;
+  int64_t words() const { return (ci + WORD - 1) / WORD; }          // blocks of input channels
+  int64_t block() const { return std::min(ci, WORD); }              // channels of a block, the last one may have fewer
+  int64_t padded() const { return (co + 15) / 16 * 16; }            // output channels in whole vectors
+};
+
+struct Outputs {  // a block of output channels
+  int64_t from, width;
+};
+// The i-th of as few blocks as there are: of `widest`, then of 32 and of 16.
+int64_t count_blocks(const Conv& z, int64_t widest) {
+  const int64_t rest = z.padded() % widest;
+  return z.padded() / widest + (rest & 32 ? 1 : 0) + (rest & 16 ? 1 : 0);
+}
+Outputs block_of(const Conv& z, int64_t widest, int64_t i) {
+  const int64_t whole = z.padded() / widest * widest;
+  if (i * widest < whole) return {i * widest, widest};
+  const int64_t rest = z.padded() - whole;
+  if (i * widest == whole && rest & 32) return {whole, 32};
+  return {z.padded() - 16, 16};
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+struct Scratch : std::unique_ptr<T[], Free> {  // not cleared; null if there is no memory
+  explicit Scratch(int64_t n)
+      : std::unique_ptr<T[], Free>(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {}
+};
+
+// Call function(task, thread) for each task below n; a thread takes `grain` tasks at a time.
+template <class F>
+void for_each(int threads, int64_t n, int64_t grain, const F& function) {
+  std::atomic<int64_t> next{0};
+  auto work = [&](int64_t thread) {
+    for (int64_t from; (from = next.fetch_add(grain, std::memory_order_relaxed)) < n;)
+      for (int64_t task = from; task < std::min(from + grain, n); task++) function(task, thread);
+  };
+  if (threads == 1 || n <= grain) return work(0);
+  GOMP_parallel([](void* p) { (*static_cast<decltype(work)*>(p))(omp_get_thread_num()); }, &work, unsigned(threads), 0);
+}
+
+INLINE V load(const float* p) { return *reinterpret_cast<const V*>(p); }
+INLINE V load(const uint16_t* p) {
+  return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const H*>(p), U) << 16);
+}
+INLINE void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
+INLINE void store(uint16_t* p, V v) {  // rounded to the nearest, ties to even; NaN stays NaN
+  U u = reinterpret_cast<U>(v);
+  U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  *reinterpret_cast<H*>(p) = __builtin_convertvector(v == v ? rounded : (u >> 16 | 0x40u), H);
+}
+INLINE float widen(float v) { return v; }
+INLINE float widen(uint16_t v) {
+  const uint32_t u = uint32_t(v) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+// Bits of the q-th block of channels at a pixel.
+INLINE uint64_t word_at(const uint8_t* bits, const Conv& z, int64_t pixel, int64_t q) {
+  const uint8_t* p = bits + (pixel * z.ci + q * WORD) / 8;
+  uint64_t word = 0;
+  if (z.ci - q * WORD >= WORD)
+    std::memcpy(&word, p, 8);
+  else
+    for (int64_t i = 0; i < (z.ci - q * WORD) / 8; i++) word |= uint64_t(p[i]) << 8 * i;
+  return word;
+}
+
+}  // namespace

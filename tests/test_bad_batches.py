@@ -1,0 +1,167 @@
+"""Bad input to rules and surrogates: each case ends in the error that says what is wrong."""
+
+import math
+from fractions import Fraction
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt import kernels, losses, surrogates
+from sltt.analysis import agreement
+from tests.bad_values import FLAG, OBJECT, Kind, constructions, number, whole
+
+HOW = {
+    "recompute": FLAG, "fold": whole(0, -1), "hoist": FLAG,
+    "budget": Kind({"text": "many", "part": "0.5", "zero": 0, "float": 1.5}, "expected a memory size|budget is"),
+}  # fmt: skip
+CONSTRUCTORS = [
+    (surrogates.Triangle, {}, {"gamma": number(0, -1)}),
+    (surrogates.Rectangle, {}, {"gamma": number(0, -1)}),
+    (surrogates.Sigmoid, {}, {"alpha": number(0, -1)}),
+    (surrogates.ArcTan, {}, {"alpha": number(0, -1)}),
+    (surrogates.FastSigmoid, {}, {"alpha": number(0, -1), "scale": number(0, -1)}),
+    (surrogates.Exponential, {}, {"alpha": number(0, -1), "scale": number(0, -1)}),
+    (surrogates.Gaussian, {}, {"sigma": number(0, -1), "scale": number(0, -1)}),
+    (surrogates.Above, {}, {"surrogate": OBJECT}),
+    (sltt.BPTT, {}, HOW | {"segment": whole(0, -1).but("none")}),
+    (sltt.TBPTT, {"window": 2}, HOW | {"window": whole(0, -1)}),
+    (sltt.SLTT, {}, HOW | {"k": whole(0, -1).but("none"), "rescale": FLAG, "generator": OBJECT}),
+    (sltt.OTTT, {}, {"decay": number(-0.1, 1.1).but("none"), "online": FLAG}),
+    (sltt.RateBased, {}, {"steady": FLAG}),
+]
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+X, Y, LOSS = torch.randn(4, 5, 6), torch.randint(3, (5,)), losses.CrossEntropyMSE()
+DAMAGED = X.masked_fill(X.max() == X, math.nan)
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3))
+
+
+def train(rule=sltt.SLTT(), model=None, x=X, target=Y, loss=LOSS, **kwargs):
+    return rule(network() if model is None else model, x, target, loss, **kwargs)
+
+
+def register(**kwargs):
+    return sltt.register(**{"kind": Pair, "states": ["v"], **kwargs})
+
+
+def using(**kwargs):
+    with kernels.using(**kwargs):
+        pass
+
+
+SEQUENCE_CALLS = [
+    ("x of one dimension", {"x": torch.randn(5), "target": 0}, r"expected input \[T, B, ...\], time first, got"),
+    ("x of a list", {"x": [1.0]}, "x must be a Tensor, got"),
+    ("x of NumPy", {"x": np.zeros((4, 5, 6))}, "x must be a Tensor, got"),
+    ("x of none", {"x": None}, "x must be a Tensor, got None"),
+    ("x with NaN", {"x": DAMAGED}, "expected a finite input, got 1 NaN or infinite of 120 values"),
+    ("x with inf", {"x": X / 0}, "expected a finite input"),
+    ("no time step", {"x": X[:0]}, "expected at least one time step"),
+    ("steps of zero", {"x": X[0], "steps": 0}, "steps must be at least 1, got 0"),
+    ("steps below zero", {"x": X[0], "steps": -1}, "steps must be at least 1, got -1"),
+    ("steps of a fraction", {"x": X[0], "steps": 2.5}, "steps must be a whole number, got 2.5"),
+    ("steps of text", {"x": X[0], "steps": "4"}, "steps must be a whole number, got '4'"),
+    ("steps of a bool", {"x": X[0], "steps": True}, "steps must be a whole number, got True"),
+    ("steps of a tensor", {"x": X[0], "steps": torch.tensor(4)}, "steps must be a whole number, got tensor"),
+    ("a model of a class", {"model": sltt.LIF}, "model must be a Module, got"),
+    ("a model of text", {"model": "vgg11"}, "model must be a Module, got 'vgg11'"),
+    ("a model that gives two", {"model": nn.Sequential(nn.Identity(), sltt.LIF(), Pair())}, "to return the logits"),
+]  # fmt: skip
+BATCH_CALLS = [
+    ("target of another batch", {"target": Y[:3]}, r"expected a target for each of the 5 samples"),
+    ("labels above the classes", {"target": Y + 3}, r"labels must be in 0 … 2 \(the model has 3 outputs\)"),
+    ("labels below 0", {"target": Y - 3}, r"labels must be in 0 … 2"),
+    ("labels of floats", {"target": Y.float()}, r"labels must be class indices in int64, got torch.float32"),
+    ("labels of two dimensions", {"target": Y[:, None]}, r"expected logits \[B, C\] and labels \[B\], got"),
+    ("labels of a list", {"target": Y.tolist()}, "target must be a Tensor, got"),
+    ("no labels", {"target": None}, "target must be a Tensor, got None"),
+    ("a loss for each sample", {"loss": nn.CrossEntropyLoss(reduction="none")}, "a loss that returns a scalar"),
+    ("a loss of a float", {"loss": lambda o, y: 0.5}, "expected a loss that returns a scalar tensor, got 0.5"),
+    ("a loss of text", {"loss": "mse"}, "loss must be a function of the logits and the target, got 'mse'"),
+    ("a loss of a class", {"loss": losses.CrossEntropyMSE}, r"loss must be .*call it: CrossEntropyMSE\(\)"),
+]  # fmt: skip
+RULES = {
+    "BPTT": sltt.BPTT(), "SLTT": sltt.SLTT(), "SLTT(fold=2)": sltt.SLTT(fold=2), "OTTT": sltt.OTTT(),
+    "RateBased": sltt.RateBased(), "Mixed": sltt.Mixed({"1": 2}),
+}  # fmt: skip
+OTHER_CALLS = [
+    ("Mixed(windows: 0)", partial(sltt.Mixed, {"1": 0}), ValueError, "window of 1 must be"),
+    ("Mixed(windows: 2.5)", partial(sltt.Mixed, {"1": 2.5}), ValueError, "window of 1 must be"),
+    ("Mixed(windows: True)", partial(sltt.Mixed, {"1": True}), ValueError, "window of 1 must be"),
+    ("Mixed(windows: text)", partial(sltt.Mixed, {"1": "every"}), ValueError, "window of 1 must be"),
+    ("Mixed(windows: list)", partial(sltt.Mixed, ["1"]), ValueError, "windows must be"),
+    ("Mixed(windows: name of a number)", partial(sltt.Mixed, {1: 2}), ValueError, "windows must be"),
+    ("Mixed(default: 0)", partial(sltt.Mixed, {}, default=0), ValueError, "window of default must be"),
+    ("agreement(steps)", partial(agreement, network(), X[0], Y, LOSS, steps=2.5), ValueError, "steps must be"),
+    ("Mixed(unknown layer)", partial(train, sltt.Mixed({"none": 2})), ValueError, "none"),
+    ("SLTT(rescale without k)", partial(sltt.SLTT, rescale=True), ValueError, "rescale=True needs k"),
+    ("SLTT(budget without auto)", partial(sltt.SLTT, budget="8GB"), ValueError, "budget is the memory for fold='auto'"),
+    ("SLTT(hoist and fold)", partial(sltt.SLTT, hoist=True, fold=2), ValueError, "choose one"),
+    ("SLTT(k > T)", partial(train, sltt.SLTT(k=9)), ValueError, "use k ≤ T"),
+    ("BPTT(recompute: number)", partial(sltt.BPTT, recompute=3), ValueError, r"BPTT\(segment=n\)"),
+    ("BPTT(segment and hoist)", partial(sltt.BPTT, segment=2, hoist=True), ValueError, "choose one"),
+    ("OTTT(online without update)", partial(train, sltt.OTTT(online=True)), ValueError, "call it with update=…"),
+    ("register(kind: instance)", partial(register, kind=Pair()), ValueError, "kind must be a class"),
+    ("register(states: text)", partial(register, states="mem"), ValueError, "states must be names of attributes"),
+    ("register(states: numbers)", partial(register, states=[1]), ValueError, "states must be"),
+    ("register(reset: text)", partial(register, reset="reset"), ValueError, "reset must be a function"),
+    ("register(spikes: text)", partial(register, spikes="yes"), ValueError, "spikes must be"),
+    ("register(check: flag)", partial(register, check=True), ValueError, "check must be a function"),
+    ("register(translate: text)", partial(register, translate="no"), ValueError, "translate must be a function"),
+    ("once(tensor)", partial(sltt.once, X), ValueError, "once takes a module or a function"),
+    ("reset(list)", partial(sltt.reset, [network()]), ValueError, "model must be a Module, got"),
+    ("detach(none)", partial(sltt.detach, None), ValueError, "model must be a Module, got None"),
+    ("using(compile)", partial(using, compile="maybe"), ValueError, "compile must be one of"),
+    ("using(bits)", partial(using, bits="no"), ValueError, "bits must be True or False"),
+    ("using(typo)", partial(using, typo=1), ValueError, "typo"),
+]  # fmt: skip
+
+
+def batches():
+    """Bad arguments of the call of each rule, and of `unroll`."""
+    for label, arguments, message in SEQUENCE_CALLS + BATCH_CALLS:
+        for title, rule in RULES.items():
+            yield pytest.param(partial(train, rule, **arguments), ValueError, message, id=f"{title}: {label}")
+    for label, arguments, message in SEQUENCE_CALLS:
+        arguments = {name: value for name, value in arguments.items() if name != "target"}
+        call = partial(sltt.unroll, **{"model": network(), "x": X, **arguments})
+        yield pytest.param(call, ValueError, message, id=f"unroll: {label}")
+
+
+CASES = [*constructions(CONSTRUCTORS), *batches(), *(pytest.param(*case, id=label) for label, *case in OTHER_CALLS)]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES)
+def test_bad_input_is_refused(call, error, message):
+    with pytest.raises(error, match=message) as found:
+        call()
+    assert type(found.value) is error
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value", "expected"),
+    [
+        (surrogates.Triangle, "gamma", Fraction(1, 2), 0.5),
+        (surrogates.Triangle, "gamma", np.float32(0.5), 0.5),
+        (partial(sltt.TBPTT, window=1), "fold", "auto", "auto"),
+        (sltt.TBPTT, "window", np.int64(3), 3),
+        (sltt.SLTT, "k", 1, 1),
+        (sltt.OTTT, "decay", 0, 0.0),
+    ],
+)
+def test_what_is_at_the_edge_is_taken(make, name, value, expected):
+    found = getattr(make(**{name: value}), name)
+    assert found == expected
+    assert type(found) is type(expected)

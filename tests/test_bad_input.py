@@ -1,0 +1,218 @@
+"""Bad input to neurons, models, data, training and analysis: each case ends in the error that says what is wrong."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt import analysis, data, losses, models, schedules
+from tests.bad_values import CHOICE, FLAG, OBJECT, PATH, SIZES, Kind, constructions, number, whole
+
+NEURON = {
+    "v_threshold": number(0, -1.0), "v_reset": number(1.0, 2.0).but("none"), "v_init": number(1.0, 2.0).but("none"),
+    "detach_reset": FLAG, "half_state": FLAG, "surrogate": OBJECT,
+}  # fmt: skip
+LEAKY = NEURON | {"tau": number(1, 0.5, 0, -2), "decay_input": FLAG}
+SPLIT = {"validation": number(-0.1, 1.0), "split_seed": whole()}
+EVENTS = SPLIT | {
+    "root": PATH, "size": whole(0, -1).but("none"), "resize": CHOICE, "slicing": CHOICE, "augment": OBJECT,
+    "on_error": CHOICE, "cache": PATH.but("none"), "download": FLAG,
+}  # fmt: skip
+IMAGES = SPLIT | {
+    "root": PATH, "augment": FLAG, "cutout": whole(-1), "autoaugment": FLAG, "download": FLAG,
+}  # fmt: skip
+NETWORK = {"in_channels": whole(0, -1), "classes": whole(0, -1), "neuron": OBJECT}
+DROPOUT = {"dropout": Kind(number(-0.1, 1.0).values, "p must be ")}
+
+
+def of_phase(kind):
+    return Kind(kind.values, kind.message.replace("{name}", "{name} of a phase"))
+
+
+CONSTRUCTORS = [
+    (sltt.IF, {}, NEURON),
+    (sltt.LIF, {}, LEAKY),
+    (sltt.PLIF, {}, LEAKY),
+    (sltt.LIF.from_beta, {"beta": 0.5}, {"beta": number(0, 1, -0.5, 1.5)}),
+    (sltt.Dropout, {}, {"p": number(-0.1, 1.0, 2)}),
+    (losses.CrossEntropyMSE, {}, {"alpha": number(-0.1, 1.1), "one_hot": FLAG, "label_smoothing": number(-0.1, 1)}),
+    (schedules.Constant, {}, {"warmup": number(-1)}),
+    (schedules.Cosine, {}, {"warmup": number(-1)}),
+    (schedules.Step, {"milestones": [1]}, {"warmup": number(-1), "gamma": number(0, -1)}),
+    (schedules.Step, {}, {"milestones": Kind({"number": 7, "text": "34", "negative": [-1]}, "{name}")}),
+    (sltt.Phase, {"epochs": 1}, {
+        "epochs": of_phase(whole(0, -1)), "steps": of_phase(whole(0, -1).but("none")), "rule": of_phase(OBJECT),
+        "lr": of_phase(number(-1).but("none")), "weight_decay": of_phase(number(-1).but("none")),
+        "freeze_norm": of_phase(FLAG), "crop": of_phase(whole(0, -1).but("none")),
+    }),
+    (models.DigitsNet, {}, NETWORK | DROPOUT | {"width": whole(0, -1)}),
+    (models.MLP, {"features": [2, 2, 2]}, DROPOUT | {"features": SIZES, "norm": FLAG, "neuron": OBJECT}),
+    (models.ShallowResNet, {}, NETWORK | DROPOUT | {"widths": SIZES, "stem": whole(-1), "blocks": whole(-1)}),
+    (models.VGG, {"blocks": [[2]]}, NETWORK | DROPOUT),
+    (models.VGG, {}, {"blocks": Kind(SIZES.values | {"flat": [2, 2]}, SIZES.message)}),
+    (models.ResNet, {"blocks": [1, 1, 1, 1]}, NETWORK | DROPOUT | {"blocks": SIZES}),
+    (models.NFResNet, {"blocks": [1, 1, 1, 1], "bottleneck": False}, NETWORK | {"blocks": SIZES, "bottleneck": FLAG}),
+    (data.Digits, {}, SPLIT | {"augment": FLAG}),
+    (data.DigitsEvents, {}, SPLIT | {"augment": FLAG, "size": whole(11, -1), "threshold": number(0, -1)}),
+    (data.SequentialDigits, {}, SPLIT | {"augment": FLAG, "permute": FLAG}),
+    (data.SequentialMNIST, {}, SPLIT | {"root": PATH, "permute": FLAG, "download": FLAG}),
+    (data.Adding, {}, SPLIT | {"marked": whole(0, -1), "samples": whole(0, 9), "seed": whole()}),
+    (data.Recall, {}, SPLIT | {
+        "classes": whole(1, -1), "delay": whole(-1), "noise": number(-1), "channels": whole(0), "samples": whole(0, 15),
+        "seed": whole(),
+    }),
+    (data.NMNIST, {}, EVENTS),
+    (data.DVSGesture, {}, EVENTS),
+    (data.CIFAR10DVS, {}, EVENTS),
+    (data.EventFolder, {"root": "x", "sensor": (2, 2)}, EVENTS | {"sensor": Kind(SIZES.values, SIZES.message)}),
+    (data.SHD, {}, SPLIT | {"root": PATH, "duration": number(0, -1), "download": FLAG}),
+    (data.CIFAR10, {}, IMAGES),
+    (data.CIFAR100, {}, IMAGES),
+    (data.ImageFolder, {"root": "x"}, {
+        **SPLIT, "root": PATH, "augment": FLAG, "cutout": whole(-1), "autoaugment": FLAG, "size": whole(0, -1),
+        "crop_padding": whole(-1).but("none"), "on_error": CHOICE,
+    }),
+    (data.Cutout, {}, {"length": whole(0, -1)}),
+    (data.EventAugmentation, {}, {
+        "flip": FLAG, "roll": whole(-1), "rotate": number(-1), "shear": number(-1), "cutout": whole(-1),
+        "drop": number(-0.1, 1.1),
+    }),
+]  # fmt: skip
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3))
+
+
+X, Y, LOSS = torch.randn(4, 5, 6), torch.randint(3, (5,)), losses.CrossEntropyMSE()
+IMAGES_8 = torch.rand(2, 3, 8, 8)
+
+
+def fit(**kwargs):
+    return sltt.fit(**{"model": network(), "data": data.Digits(), "device": "cpu", "run": "never-made", **kwargs})
+
+
+def evaluate(**kwargs):
+    return sltt.evaluate(**{"model": network(), "data": data.Digits(), "device": "cpu", **kwargs})
+
+
+TRAINING = {
+    "model": OBJECT, "data": OBJECT, "rule": OBJECT, "schedule": OBJECT,
+    "loss": Kind({"text": "mse", "class": losses.CrossEntropyMSE}, "loss must be a function of"),
+    "optimizer": Kind({"text": "sgd", "number": 0.1}, "optimizer must be a function of the parameters"),
+    "steps": whole(0, -1), "epochs": whole(0, -1), "batch_size": whole(0, -1), "clip_norm": number(0, -1).but("none"),
+    "norm_weight_decay": number(-1).but("none"), "precision": CHOICE, "channels_last": FLAG, "seed": whole(-1),
+    "workers": whole(-1), "device": CHOICE, "devices": whole(0, -1).but("none"),
+    "num_nodes": whole(0, -1).but("none"), "strategy": CHOICE, "sync_batchnorm": FLAG, "compile": CHOICE,
+    "checkpoint_minutes": number(-1), "resume": FLAG,
+    "phases": Kind({"number": 7, "of a number": [3], "text": "ab"}, "phase"),
+}  # fmt: skip
+EVALUATION = (
+    "model", "data", "loss", "steps", "batch_size", "precision", "channels_last", "workers", "device", "devices",
+    "num_nodes", "strategy", "compile",
+)  # fmt: skip
+
+OTHER_CALLS = [
+    ("fit(resume without run)", partial(fit, resume=True, run=None), ValueError, "resume=True needs the folder"),
+    ("fit(resume of no run)", partial(fit, resume=True, run="typo"), ValueError, "typo"),
+    ("evaluate(split)", partial(evaluate, split="valid"), ValueError, "split must be one of"),
+    ("evaluate(mirror)", partial(evaluate, mirror="yes"), ValueError, "mirror must be True or False"),
+    ("splits(steps: 0)", partial(data.Digits().splits, 0), ValueError, "steps must be at least 1"),
+    ("splits(steps: text)", partial(data.Digits().splits, "4"), ValueError, "steps must be a whole number"),
+    ("splits(steps: fraction)", partial(data.Digits().splits, 2.5), ValueError, "steps must be a whole number"),
+    ("DigitsEvents(too many steps)", partial(data.DigitsEvents().splits, 97), ValueError, "steps must be in 1 … 96"),
+    ("Recall(too few steps)", partial(data.Recall().splits, 3), ValueError, "use more steps or a shorter delay"),
+    ("NMNIST(nothing there)", partial(data.NMNIST("nowhere").splits, 4), FileNotFoundError, "looked in .*nowhere"),
+    ("CIFAR10(nothing there)", partial(data.CIFAR10("nowhere").splits, 4), FileNotFoundError, "looked in .*nowhere"),
+    ("NMNIST(interpolate)", partial(data.NMNIST, resize="interpolate"), ValueError, "give a size"),
+    ("CIFAR10(autoaugment)", partial(data.CIFAR10, augment=False, autoaugment=True), ValueError, "set augment=True"),
+    ("EventFolder(sensor: 3)", partial(data.EventFolder, "x", (1, 2, 3)), ValueError, "sensor must be"),
+    ("ResNet(blocks: 3)", partial(models.ResNet, (1, 1, 1)), ValueError, "blocks must be"),
+    ("DigitsNet(neuron: instance)", partial(models.DigitsNet, neuron=sltt.LIF()), ValueError, "neuron must be a class"),
+    ("DigitsNet(neuron: maker)", partial(models.DigitsNet, neuron=lambda: 3), ValueError, "what neuron"),
+    ("DigitsNet of a sequence", lambda: models.DigitsNet(3)(IMAGES_8[None]), ValueError, "goes through a rule"),
+    ("DigitsNet of few channels", lambda: models.DigitsNet(1)(IMAGES_8), ValueError, r"expected one time step \[B, 1"),
+    ("DigitsNet of 2 pixels", lambda: models.DigitsNet(3)(IMAGES_8[..., :2]), ValueError, "at least 4 pixels"),
+    ("DigitsNet of bytes", lambda: models.DigitsNet(3)(IMAGES_8.byte()), ValueError, r"use x\.float\(\)"),
+    ("DigitsNet of a list", lambda: models.DigitsNet(3)([1.0]), ValueError, "the input must be a Tensor"),
+    ("MLP of bytes", lambda: models.MLP([192, 2])(IMAGES_8.byte()), ValueError, r"use x\.float\(\)"),
+    ("MLP of another size", lambda: models.MLP([5, 2])(IMAGES_8), ValueError, "expected 5 values for each sample"),
+    ("VGG of 8 pixels", lambda: models.VGG([[2]] * 5)(IMAGES_8), ValueError, "at least 16 pixels"),
+    ("loss of one dimension", lambda: LOSS(torch.randn(3), Y), ValueError, r"expected logits \[B, C\]"),
+    ("agreement(rules: one)", lambda: analysis.agreement(network(), X, Y, LOSS, sltt.SLTT()), ValueError, "rules must"),
+    ("agreement(rules: text)", lambda: analysis.agreement(network(), X, Y, LOSS, ["SLTT"]), ValueError, "a rule must"),
+    ("agreement(dtype)", lambda: analysis.agreement(network(), X, Y, LOSS, dtype=torch.int8), ValueError, "dtype must"),
+    ("count_operations(model)", lambda: analysis.count_operations(3, X, Y, LOSS, sltt.SLTT()), ValueError, "model"),
+    ("count_operations(rule)", lambda: analysis.count_operations(network(), X, Y, LOSS, "SLTT"), ValueError, "rule"),
+    ("memory_parts(x)", lambda: analysis.memory_parts(network(), [1], Y, LOSS, sltt.SLTT()), ValueError, "x must be"),
+    ("memory_parts(rule)", lambda: analysis.memory_parts(network(), X, Y, LOSS, "SLTT"), ValueError, "rule must be"),
+    ("synaptic_operations(model)", lambda: analysis.synaptic_operations(3, X), ValueError, "model must be a Module"),
+    ("synaptic_operations(x)", lambda: analysis.synaptic_operations(network(), 3), ValueError, "x must be a Tensor"),
+    ("firing_rates(model)", lambda: analysis.firing_rates([network()]), ValueError, "model must be a Module"),
+    ("peak_memory(call)", lambda: analysis.peak_memory(3), ValueError, "call must be a function"),
+    ("peak(batch)", lambda: analysis.PeakModel(1, 1, 1, 1).peak(0, 1), ValueError, "batch must be at least 1"),
+    ("peak(steps)", lambda: analysis.PeakModel(1, 1, 1, 1).peak(1, 2.5), ValueError, "steps must be a whole number"),
+    ("largest_batch", lambda: analysis.PeakModel(1, 1, 1, 1).largest_batch("8GB", 1), ValueError, "budget must be"),
+    ("largest_steps", lambda: analysis.PeakModel(1, 1, 1, 1).largest_steps(9, -1), ValueError, "batch must be"),
+    ("fit_peak(equal)", lambda: analysis.fit_peak(lambda b, t: 1, (2, 2), (1, 2)), ValueError, "the smaller first"),
+    ("fit_peak(three)", lambda: analysis.fit_peak(lambda b, t: 1, (1, 2), (1, 2, 3)), ValueError, "the smaller first"),
+]  # fmt: skip
+
+
+def trainings():
+    """Each argument of `fit` and `evaluate` with each value of its kind."""
+    for title, function, names in (("fit", fit, TRAINING), ("evaluate", evaluate, EVALUATION)):
+        for name in names:
+            kind = TRAINING[name]
+            for label, value in kind.values.items():
+                call = partial(function, **{name: value})
+                yield pytest.param(call, ValueError, kind.message.format(name=name), id=f"{title}({name}: {label})")
+
+
+CASES = [*constructions(CONSTRUCTORS), *trainings(), *(pytest.param(*case, id=label) for label, *case in OTHER_CALLS)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def folder(tmp_path_factory):
+    """What is refused writes nothing."""
+    folder = tmp_path_factory.mktemp("empty")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES)
+def test_bad_input_is_refused(call, error, message):
+    with pytest.raises(error, match=message) as found:
+        call()
+    assert type(found.value) is error
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value", "expected"),
+    [
+        (sltt.LIF, "tau", 2, 2.0),
+        (sltt.LIF, "v_reset", None, None),
+        (sltt.LIF, "v_reset", -70, -70.0),
+        (sltt.Dropout, "p", 0, 0.0),
+        (losses.CrossEntropyMSE, "alpha", 1, 1.0),
+        (partial(models.MLP, dropout=0), "features", (3, 2), [3, 2]),
+        (models.ShallowResNet, "widths", (2,), None),
+        (data.Digits, "validation", 0, 0.0),
+        (data.Digits, "split_seed", -1, -1),
+        (partial(data.Recall, classes=3), "samples", 9, 9),
+        (partial(data.NMNIST, "x"), "size", None, None),
+        (data.EventAugmentation, "roll", 0, 0),
+    ],
+)
+def test_what_is_at_the_edge_is_taken(make, name, value, expected):
+    made = make(**{name: value})
+    assert expected is None or getattr(made, name) == expected
+    assert expected is None or type(getattr(made, name)) is type(expected)
+
+
+def test_the_table_is_long():
+    assert len(CASES) >= 300
