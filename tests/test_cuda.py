@@ -220,7 +220,7 @@ def test_on_cuda_saving_spikes_as_bits_does_not_wait_and_changes_nothing(errors_
         torch.manual_seed(0)
         model = sltt.models.DigitsNet(width=16).double().cuda()
         x, y = torch.randn(8, 1, 8, 8).double().cuda(), torch.randint(10, (8,)).cuda()
-        with kernels.using(bits=on):
+        with kernels.using(bits=on, sparse="off"):
             sltt.SLTT()(model, x, y, LOSS, steps=2)
             errors_of_waiting()
             sltt.SLTT()(model, x, y, LOSS, steps=2)

@@ -46,7 +46,7 @@ def check_conv(x, channels, kernel, stride, padding, dtype=torch.float32, one=1.
     grad_y = torch.randn(expected.shape).to(dtype)
     grads = sparse.weight_gradient(layer, bits, grad_y, one, needs_bias=True)
     for grad, reference in zip(grads, torch.autograd.grad(expected, exact, grad_y.double()), strict=True):
-        near(grad, reference, dtype)
+        near(grad.to(dtype), reference, dtype)
 
 
 @NATIVE
@@ -99,7 +99,7 @@ def test_linear(shape, dtype):
     grad_y = torch.randn_like(y)
     grads = sparse.weight_gradient(layer, pack(x), grad_y, one, needs_bias=True)
     for grad, reference in zip(grads, torch.autograd.grad(expected, exact, grad_y.double()), strict=True):
-        near(grad, reference, dtype)
+        near(grad.to(dtype), reference, dtype)
 
 
 @NATIVE

@@ -151,13 +151,13 @@ def _without_modes() -> Iterator[None]:
             _push_mode(mode)
 
 
-def _vector_bits() -> int | None:
-    """The vector width to compile for.
+def _vector_width() -> dict[str, Any]:
+    """An option of the compiler that says for which vectors it compiles.
 
     It is a part of the key of TorchInductor's cache, and the instruction set is not. Without it, a process limited by
     ATEN_CPU_CAPABILITY takes code that was made for other vectors, and computes wrong values.
     """
-    return {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
+    return {"cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())}
 
 
 def _of_its_own(function: Callable[..., None]) -> Callable[..., None]:

@@ -1,0 +1,250 @@
+"""Networks whose layers run sparse on spikes: the same gradients as dense, from the same spikes."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sltt
+from sltt import kernels
+from sltt.analysis import peak_memory
+from sltt.kernels import layers, native
+from tests.conftest import RULES
+
+LOSS = sltt.losses.CrossEntropyMSE()
+pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+
+
+class Net(nn.Module):
+    """Spikes read by convolutions with stride, max-pooled, scaled, dropped and by linear layers."""
+
+    def __init__(self, neuron=lambda: sltt.LIF(tau=1.5), norm=True):
+        super().__init__()
+        widths = [2, 16, 24, 32, 32]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2 if b == 24 else 1, padding=1) for a, b in pairwise(widths)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) if norm else nn.Identity() for b in widths[1:])
+        self.neurons = nn.ModuleList(neuron() for _ in range(5))
+        self.dropout, self.hidden, self.head = sltt.Dropout(0.3), nn.Linear(32 * 16, 64), nn.Linear(64, 5)
+
+    def block(self, i, x):
+        return self.neurons[i](self.norms[i](self.convs[i](x)))
+
+    def forward(self, x):
+        x = self.block(1, self.block(0, x))
+        x = F.max_pool2d(self.block(2, 2.74 * x), 2)
+        x = self.block(3, self.dropout(x))
+        x = x.permute(0, 2, 3, 1).reshape(len(x), -1)
+        return self.head(self.neurons[4](self.hidden(x)))
+
+
+def data(steps=3, batch=8, dtype=torch.float32):
+    x = torch.randn(steps, batch, 2, 16, 16, dtype=dtype)
+    return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (steps, batch)), torch.randint(
+        5, (batch,)
+    )
+
+
+@pytest.fixture
+def sparse_calls(monkeypatch):
+    """The calls of layers that ran sparse from here on: which layer, forward or gradient."""
+    seen = []
+    forward, gradient = layers.sparse.forward, layers.sparse.weight_gradient
+    monkeypatch.setattr(layers.sparse, "forward", lambda *a: (seen.append(("forward", a[0])), forward(*a))[1])
+    monkeypatch.setattr(layers.sparse, "weight_gradient", lambda *a: (seen.append(("grad", a[0])), gradient(*a))[1])
+    return seen
+
+
+def run(model, rule, x, y, mode, **kwargs):
+    torch.manual_seed(1)
+    model = copy.deepcopy(model)
+    extra = {"update": lambda: None} if rule.online else {}
+    with kernels.using(sparse=mode, compile="off"):
+        out = rule(model, x, y, LOSS, seed=3, **extra, **kwargs)
+    return {name: p.grad for name, p in model.named_parameters()}, out
+
+
+def assert_close(found, expected, tolerance):
+    for name, grad in expected.items():
+        # that of a bias before a normalisation is 0 but for rounding
+        torch.testing.assert_close(found[name], grad, rtol=tolerance, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_gradients_are_those_of_dense_layers(rule, sparse_calls):
+    if isinstance(rule, sltt.Mixed):
+        rule = sltt.Mixed({"neurons.0": "all"})
+    model = Net().to(memory_format=torch.channels_last)
+    x, y = data()
+    dense, out = run(model, rule, x, y, "off")
+    assert not sparse_calls
+    sparse, other = run(model, rule, x, y, "on")
+    torch.testing.assert_close(other.logits, out.logits, rtol=1e-4, atol=1e-4)
+    assert_close(sparse, dense, 2e-4)
+    kinds = {kind for kind, _ in sparse_calls}
+    if isinstance(rule, sltt.RateBased):  # its pass with a graph runs on rates
+        assert kinds == (set() if rule.steady else {"forward"})
+    else:
+        assert kinds == {"forward", "grad"} or isinstance(rule, sltt.OTTT)  # which has traces in place of spikes
+
+
+def test_every_layer_behind_a_neuron_is_sparse(sparse_calls):
+    model = Net().to(memory_format=torch.channels_last)
+    x, y = data()
+    run(model, sltt.SLTT(), x, y, "on")
+    shapes = {(kind, layer.weight_shape) for kind, layer in sparse_calls}
+    expected = [tuple(m.weight.shape) for m in [*model.convs[1:], model.hidden]]
+    assert shapes == {(kind, shape) for kind in ("forward", "grad") for shape in expected}
+
+
+def test_small_layers_and_other_memory_formats_run_dense(sparse_calls):
+    x, y = data()
+    run(Net().to(memory_format=torch.channels_last), sltt.SLTT(), x[:, :1], y[:1], "auto")
+    run(Net(), sltt.SLTT(), x.contiguous(), y, "on")
+    run(Net().double().to(memory_format=torch.channels_last), sltt.SLTT(), x.double(), y, "on")
+    assert not sparse_calls
+
+
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_inference_is_sparse_too(mode, sparse_calls, monkeypatch):
+    monkeypatch.setattr(layers.costs, "break_even", lambda *args: layers.costs.BreakEven(1.1, 1.1))
+    monkeypatch.setattr(layers.costs, "PRODUCTS_FROM", 0)
+    model = Net().to(memory_format=torch.channels_last).eval()
+    x, _ = data()
+    with kernels.using(sparse="off", compile="off"):
+        expected = sltt.unroll(model, x)
+    assert not sparse_calls
+    with kernels.using(sparse=mode, compile="off"):
+        torch.testing.assert_close(sltt.unroll(model, x), expected, rtol=1e-4, atol=1e-4)
+    assert {kind for kind, _ in sparse_calls} == {"forward"}
+    assert len(sparse_calls) == 3 * 4
+
+
+@pytest.mark.parametrize("change", ["in place", "optimizer", "data", "load", "ema", "shared", "copied"])
+def test_weights_that_change_between_batches_are_read_anew(change):
+    model = Net().to(memory_format=torch.channels_last)
+    x, y = data()
+    with kernels.using(sparse="on", compile="off"):
+        sltt.SLTT()(model, x, y, LOSS)
+        weight = model.convs[1].weight
+        with torch.no_grad():
+            if change == "in place":
+                weight.mul_(-0.5)
+            elif change == "optimizer":
+                torch.optim.SGD(model.parameters(), lr=1.0).step()
+            elif change == "data":
+                weight.data.mul_(-0.5)
+            elif change == "load":
+                model.load_state_dict(
+                    {k: 0.7 * v if v.is_floating_point() else v for k, v in model.state_dict().items()}
+                )
+            elif change == "ema":
+                weight.lerp_(torch.ones_like(weight), 0.3)
+            elif change == "shared":
+                model.convs[3].weight = nn.Parameter(torch.randn_like(model.convs[3].weight))
+            else:
+                model = copy.deepcopy(model)
+        model.eval()
+        found = sltt.unroll(model, x)
+    with kernels.using(sparse="off", compile="off"):
+        torch.testing.assert_close(found, sltt.unroll(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_updated_in_every_step_are_read_anew():
+    x, y = data()
+    results = []
+    for mode in ("off", "on"):
+        torch.manual_seed(1)
+        model = Net(norm=False).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with kernels.using(sparse=mode, compile="off"):
+            sltt.OTTT(decay=0.3, online=True)(model, x, y, LOSS, update=lambda o=optimizer: (o.step(), o.zero_grad()))
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_sums_in_float32(dtype, sparse_calls):
+    model = Net().to(memory_format=torch.channels_last)
+    x, y = data()
+    with torch.autocast("cpu", dtype=dtype):
+        dense, _ = run(model, sltt.SLTT(), x, y, "off")
+        sparse, _ = run(model, sltt.SLTT(), x, y, "on")
+    assert sparse_calls
+    for name in ("convs.2.weight", "convs.3.weight"):
+        assert sparse[name].dtype == torch.float32
+        assert torch.cosine_similarity(sparse[name].flatten(), dense[name].flatten(), dim=0) > 0.9
+
+
+def test_frozen_weights_and_inputs():
+    model = Net().to(memory_format=torch.channels_last)
+    model.convs[2].requires_grad_(False)
+    model.convs[1].bias.requires_grad_(False)
+    x, y = data()
+    dense, sparse = (run(model, sltt.SLTT(), x, y, mode)[0] for mode in ("off", "on"))
+    assert sparse["convs.2.weight"] is None
+    assert sparse["convs.1.bias"] is None
+    assert_close(*({k: v for k, v in grads.items() if v is not None} for grads in (sparse, dense)), 2e-4)
+
+
+def test_a_second_derivative_is_refused():
+    conv, x = nn.Conv2d(16, 16, 3).to(memory_format=torch.channels_last), torch.randn(8, 16, 16, 16)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with kernels.using(sparse="on"), kernels.saving():
+        y = conv(sltt.LIF()(x))
+    (grad,) = torch.autograd.grad(y.sum(), conv.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
+
+
+def test_a_weight_changed_before_its_backward_is_noticed():
+    conv, x = nn.Conv2d(16, 16, 3).to(memory_format=torch.channels_last), torch.randn(8, 16, 16, 16)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with kernels.using(sparse="on"), kernels.saving():
+        y = conv(sltt.LIF()(x))
+    with torch.no_grad():
+        conv.weight.add_(1)
+    with pytest.raises(RuntimeError, match="in-place"):
+        y.sum().backward()
+
+
+def test_memory_is_not_above_that_of_dense_layers():
+    model = Net().to(memory_format=torch.channels_last)
+    x, y = data(batch=64)
+
+    def peak(mode):
+        with kernels.using(sparse=mode, compile="off"):
+            sltt.SLTT()(model, x, y, LOSS)
+            return peak_memory(lambda: sltt.SLTT()(model, x, y, LOSS))
+
+    weights = sum(p.nbytes for p in model.parameters())
+    assert peak("on") <= peak("off") + 1.1 * weights  # which are packed
+
+
+def test_recomputed_layers_are_sparse_and_change_nothing(sparse_calls):
+    model = Net().to(memory_format=torch.channels_last)
+    x, y = data()
+    plain, again = (run(model, sltt.SLTT(recompute=r), x, y, "on")[0] for r in (False, True))
+    assert all(torch.equal(again[name], grad) for name, grad in plain.items())
+    forwards = [layer.weight_shape for kind, layer in sparse_calls if kind == "forward"]
+    assert len(forwards) > 2 * 3 * 3
+
+
+def test_threads_change_nothing():
+    model = Net().to(memory_format=torch.channels_last)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            with kernels.using(sparse="on"), torch.no_grad():
+                spikes = F.relu(torch.randn(8, 16, 16, 16, generator=torch.Generator().manual_seed(0))).sign()
+                spikes = spikes.contiguous(memory_format=torch.channels_last)
+                with kernels.saving(graph=False):
+                    results.append(model.convs[1](sltt.LIF(v_threshold=0.5)(spikes)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, results[0]) for one in results)
