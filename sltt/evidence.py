@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from sltt.analysis import Operations, count_operations, peak_memory
-from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, advice, agreement, propose, windows
+from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, advice, agreement, cheaper, propose
 from sltt.checkpoints import start_from
 from sltt.failures import cause
 from sltt.neurons import LIF
@@ -69,7 +69,7 @@ def measure_agreement(
             built.precision = 32
         with prepared(built, time_steps) as here:
             arguments = here.model, *here.batch(samples), here.loss
-            found = agreement(*arguments, windows(time_steps), steps=here.repeat, dtype=dtype)
+            found = agreement(*arguments, cheaper(here.model, time_steps), steps=here.repeat, dtype=dtype)
             proposal = propose(*arguments, found, steps=here.repeat, dtype=dtype)
         rows.append({"tau": tau, "steps": time_steps, "epochs": epochs, "agreement": found, "proposal": proposal})
     return rows
@@ -78,12 +78,12 @@ def measure_agreement(
 def print_agreement(rows: Sequence[dict[str, Any]], report: Report) -> None:
     """A table of all rows, one of the layers of the last, and the advice for each."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("τ", "T", "epochs", "rule", "cosine", "norm / BPTT", "dropped"):
+    for heading in ("τ", "T", "epochs", "rule", "cosine", "worst", "norm / BPTT", "dropped"):
         table.add_column(heading, justify="left" if heading == "rule" else "right")
     for row in rows:
         for a in row["agreement"]:
             tau = "recipe's" if row["tau"] is None else f"{row['tau']:g}"
-            values = f"{a.cosine:.4f}", f"{a.norm_ratio:.3f}", f"{a.dropped:.1%}"
+            values = f"{a.cosine:.4f}", f"{a.least:.4f}", f"{a.norm_ratio:.3f}", f"{a.dropped:.1%}"
             table.add_row(tau, str(row["steps"]), str(row["epochs"]), a.rule, *values)
     report.table(table)
     last: Agreement = rows[-1]["agreement"][0]
@@ -121,14 +121,15 @@ def _advice(row: dict[str, Any]) -> str:
     """Which rule to take, and where it is not SLTT, the `Mixed` that takes less memory."""
     found: list[Agreement] = row["agreement"]
     proposal: Proposal | None = row["proposal"]
-    if found[0].cosine >= AGREES:
-        return advice(found)
+    untrained = " An untrained network says little: measure again with --at-epochs 1." * (row["epochs"] == 0)
+    if any(a.least >= AGREES for a in found if a.rule in ("SLTT()", "OTTT()")):
+        return advice(found) + untrained
     if proposal is None:
-        return f"{advice(found)} No Mixed with a cosine of {AGREES} takes {1 - SAVES:.0%} less memory."
+        return f"{advice(found)}{untrained} No Mixed with a cosine of {AGREES} takes {1 - SAVES:.0%} less memory."
     others = ", ".join(f"{rule} {megabytes(nbytes)}" for rule, nbytes in proposal.others.items())
     return (
-        f"{advice(found)} Or {mixed_options(proposal.windows)} (cosine {proposal.agreement.cosine:.3f}), which "
-        f"takes {megabytes(proposal.memory)} for this batch; {others}."
+        f"{advice(found)}{untrained} Or {mixed_options(proposal.windows)} (cosine {proposal.agreement.cosine:.3f}), "
+        f"which takes {megabytes(proposal.memory)} for this batch; {others}."
     )
 
 

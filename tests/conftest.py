@@ -40,6 +40,7 @@ RULES = {
     "BPTT(hoist)": sltt.BPTT(hoist=True),
     "SLTT(k=1)": sltt.SLTT(k=1),
     "OTTT": sltt.OTTT(decay=0.5),
+    "OTTT(inputs=False)": sltt.OTTT(decay=0.5, inputs=False),
     "RateBased": sltt.RateBased(),
     "RateBased(steady)": sltt.RateBased(steady=True),
     "Mixed": sltt.Mixed({"*[12]": "all"}),  # the first neurons of the networks in the tests

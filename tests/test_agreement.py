@@ -8,10 +8,11 @@ from torch import nn
 
 import sltt
 from sltt.analysis import Agreement, advice, agreement, propose
-from sltt.analysis.agreement import AGREES, SAVES, windows
+from sltt.analysis.agreement import AGREES, SAVES, cheaper, windows
 from sltt.cli import main
+from sltt.gather import gather
 from sltt.options import Recipe, mixed_options
-from sltt.report import gather, sections
+from sltt.report import sections
 from tests.conftest import batch, gradients, small_network
 
 LOSS = sltt.losses.CrossEntropyMSE()
@@ -69,15 +70,15 @@ def test_the_model_is_left_as_it_was_and_the_type_can_be_wider():
 @pytest.mark.parametrize(
     ("cosines", "sentence"),
     [
-        ([0.97, 0.99], "SLTT drops 30% of the gradient here (cosine 0.970): take SLTT."),
-        ([0.80, 0.96], "take TBPTT(window=2), the shortest window with a cosine of 0.95 or more (0.960)."),
-        ([0.30, 0.60], "no window below T reaches 0.95: take BPTT."),
+        ([0.97, 0.99], "SLTT drops 30% of the gradient here (cosine 0.990, at its worst 0.970): take SLTT."),
+        ([0.80, 0.96], "take TBPTT(window=2), the rule of least memory with a cosine of 0.95 at its worst (0.960)."),
+        ([0.30, 0.60], "no rule of less memory than BPTT reaches 0.95 at its worst: take BPTT."),
         ([float("nan"), 0.60], "take BPTT."),
     ],
 )
 def test_advice(cosines, sentence):
     rules = ["SLTT()", "TBPTT(window=2)"]
-    found = [Agreement(rule, cosine, 1.0, 0.3, {}) for rule, cosine in zip(rules, cosines, strict=True)]
+    found = [Agreement(rule, 0.99, 1.0, 0.3, {}, cosine) for rule, cosine in zip(rules, cosines, strict=True)]
     assert advice(found).endswith(sentence)
 
 
@@ -156,7 +157,7 @@ def test_nothing_is_proposed_where_the_last_layer_needs_time(taus):
 
 def test_nothing_is_run_where_sltt_agrees():
     x, y = batch()
-    agreed = [Agreement("SLTT()", AGREES, 1.0, 0.3, {})]
+    agreed = [Agreement("SLTT()", AGREES, 1.0, 0.3, {}, AGREES)]
     assert propose(layered([20.0] * 3).double(), x, y, None, agreed) is None
 
 
@@ -167,7 +168,7 @@ def test_deep_networks_take_few_measurements():
         calls.append(target)
         return LOSS(logits, target)
 
-    unknown = [Agreement("SLTT()", 0.1, 1.0, 0.3, {})]
+    unknown = [Agreement("SLTT()", 0.1, 1.0, 0.3, {}, 0.1)]
     assert propose(layered([20.0, *[FAST] * 16]).double(), x, y, loss, unknown) is not None
     assert len(calls) / 4 <= 1 + 5 + 1 + 4  # BPTT, the bisection of 16 layers, the last of them alone, memory
 
@@ -193,11 +194,13 @@ def test_names_of_layers_reach_the_rule_as_they_are(name):
 
 
 class Remembers(nn.Module):
-    """A network for the recipe `recall` that has to remember in its first layer only."""
+    """A network for the recipe `recall` that has to remember in its first layer only, and that OTTT does not know."""
 
     def __init__(self):
         super().__init__()
         self.net = layered([20.0, FAST, FAST], inputs=20, width=64, outputs=4)
+        for neuron in self.net[1::2]:
+            neuron.v_reset = 0.0  # which OTTT does not follow
 
     def forward(self, x):
         return self.net(x)
@@ -217,3 +220,30 @@ def test_the_command_proposes_it_and_the_report_reads_it(capsys, tmp_path):
     assert proposal["memory"] < proposal["others"]["BPTT()"]
     (section,) = sections(gather([tmp_path]))
     assert row["advice"] in section.text[0]
+
+
+def test_ottt_is_measured_where_it_knows_the_network():
+    soft, hard = (small_network(lambda reset=reset: sltt.LIF(v_reset=reset)) for reset in (None, 0.0))
+    assert [repr(rule) for rule in cheaper(soft, 4)] == ["SLTT()", "OTTT()", "TBPTT(window=2)"]
+    assert [repr(rule) for rule in cheaper(hard, 4)] == ["SLTT()", "TBPTT(window=2)"]
+
+
+def test_the_worst_layer_tells_what_all_parameters_hide():
+    model = small_network(lambda: sltt.LIF(tau=20.0, detach_reset=True))
+    x, y = batch(steps=8)
+    (found,) = agreement(model, x, y, LOSS)
+    assert found.least == min(found.cosine, *(found.layers[name][0] for name in ("0", "4", "6")))
+    assert found.layers["6"][0] == pytest.approx(1)  # the readout
+    model[4].requires_grad_(False)
+    assert agreement(model, x, y, LOSS)[0].least == pytest.approx(found.layers["0"][0])
+
+
+def test_the_surrogate_of_resets_does_not_hide_what_neurons_remember():
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=20.0), nn.Linear(8, 3)).double()
+    x, y = batch(steps=8)
+    found = agreement(model, 3 * x, y, LOSS, [sltt.SLTT(), sltt.OTTT()])
+    assert found[1].cosine < 0.99
+    assert found[1].least == pytest.approx(1)
+    assert not model[1].detach_reset
+    model[1].detach_reset = True
+    assert agreement(model, 3 * x, y, LOSS)[0].least == pytest.approx(found[0].least)

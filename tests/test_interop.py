@@ -417,12 +417,12 @@ def test_folding_names_what_it_cannot_fold(library):
         sltt.SLTT(fold=2)(model, x, y, LOSS)
 
 
-def test_ottt_asks_for_a_decay_and_refuses_weights_inside_of_neurons():
+def test_ottt_refuses_hard_resets_and_weights_inside_of_neurons():
     model, x, y = network_of(jelly("LIFNode", tau=2.0))
-    with pytest.raises(ValueError, match=r"λ = \[\] and that of LIFNode: choose one for the traces"):
+    with pytest.raises(ValueError, match=r"1 \(LIFNode\) resets to v_reset = 0.0"):
         sltt.OTTT()(model, x, y, LOSS)
     model, x, y = network_of(snn("RLeaky", recurrent=True))
-    with pytest.raises(ValueError, match="no traces for the weights inside of RLeaky"):
+    with pytest.raises(ValueError, match=r"no traces for the weights of 1 \(RLeaky\)"):
         sltt.OTTT(decay=0.5)(model, x, y, LOSS)
 
 

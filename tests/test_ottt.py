@@ -8,13 +8,14 @@ import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory
 from sltt.models.nfresnet import ScaledWSConv2d
+from sltt.rules.traces import traced
 from tests.conftest import batch, gradients, small_network
 
 LOSS = sltt.losses.CrossEntropyMSE()
 
 
 def by_hand(model, x, y, decay, update=None):
-    """OTTT's equations for Linear, LIF, Linear, LIF, Linear: e from SLTT's graph of one step, and the traces."""
+    """The published equations for Linear, LIF, Linear, LIF, Linear: e from SLTT's graph of one step, and the traces."""
     first, lif1, second, lif2, third = model
     sltt.reset(model)
     traces = {second: 0, third: 0}
@@ -47,10 +48,10 @@ def network(tau=2.0):
 
 
 @pytest.mark.parametrize("decay", [None, 0.3])
-def test_ottt_is_its_equations(decay):
+def test_without_inputs_it_is_the_published_equations(decay):
     model = network()
     x, y = batch(steps=5)
-    found, out = gradients(model, sltt.OTTT(decay), x, y)
+    found, out = gradients(model, sltt.OTTT(decay, inputs=False), x, y)
     expected = by_hand(copy.deepcopy(model), x, y, 0.5 if decay is None else decay)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(out.logits, sltt.unroll(model, x))
@@ -66,7 +67,7 @@ def test_an_update_at_every_step():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         return lambda: (optimizer.step(), optimizer.zero_grad())
 
-    sltt.OTTT(online=True)(model, x, y, LOSS, update=updating(model))
+    sltt.OTTT(online=True, inputs=False)(model, x, y, LOSS, update=updating(model))
     by_hand(twin, x, y, 0.5, updating(twin))
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b)
@@ -83,25 +84,17 @@ def test_without_a_trace_or_with_one_step_it_is_sltt(neuron, norm):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("form", ["plain", "strided", "grouped", "dilated", "without bias"])
-def test_convolutions(form):
-    settings = {
-        "strided": {"stride": 2},
-        "grouped": {"groups": 2},
-        "dilated": {"dilation": 2},
-        "without bias": {"bias": False},
-    }
-    conv = nn.Conv2d(4, 4, 3, padding=2, **settings.get(form, {}))
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), sltt.LIF(), nn.AvgPool2d(2), conv, nn.BatchNorm2d(4), sltt.LIF(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3),
-    ).double()  # fmt: skip
-    x, y = 3 * torch.randn(4, 3, 2, 8, 8, dtype=torch.float64), torch.randint(3, (3,))
-    torch.testing.assert_close(gradients(model, sltt.OTTT(0.0), x, y)[0], gradients(model, sltt.SLTT(), x, y)[0])
-    traced, plain = (gradients(model, rule, x, y)[0] for rule in (sltt.OTTT(0.5), sltt.SLTT()))
-    first = sum(p.numel() for p in model[0].parameters())
-    torch.testing.assert_close(traced[:first], plain[:first])  # before the first neuron
-    assert not torch.allclose(traced, plain)
+@pytest.mark.parametrize("rule", [sltt.OTTT(), sltt.OTTT(inputs=False)], ids=repr)
+def test_layers_before_the_first_neurons_have_a_trace_with_inputs_only(rule):
+    model, (x, y) = network(), batch()
+    traced, plain = (gradients(model, r, x, y)[0][:56] for r in (rule, sltt.SLTT()))
+    assert torch.allclose(traced, plain) != rule.inputs
+
+
+def test_a_readout_needs_no_trace():
+    model, (x, y) = network(), batch()
+    found, expected = (gradients(model, rule, x, y)[0][-24:] for rule in (sltt.OTTT(), sltt.BPTT()))
+    torch.testing.assert_close(found, expected)
 
 
 def test_autocast_and_the_sign_of_the_gradient():
@@ -113,51 +106,207 @@ def test_autocast_and_the_sign_of_the_gradient():
     assert torch.cosine_similarity(found, expected, dim=0) > 0.9
 
 
-def test_memory_does_not_grow_with_time_and_nothing_is_left_behind():
-    model = sltt.models.DigitsNet()
-    x, y = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 256), (torch.float16, 2048)])
+def test_a_trace_adds_up_in_float32(dtype, largest):
+    """The largest number that a one is not lost in, and ones after it."""
+    surrogate = sltt.surrogates.Rectangle(gamma=1e5)  # a constant
+    model = nn.Sequential(nn.Linear(1, 1), sltt.IF(v_threshold=1e4, surrogate=surrogate), nn.Linear(1, 2)).to(dtype)
+    gradients = []
+    with traced(model, None, True) as new_step:
+        for t in range(100):
+            new_step()
+            x = torch.full((2, 1), 1 if t else largest, dtype=dtype)
+            model.zero_grad()
+            model(x).sum().backward()
+            sltt.detach(model)
+            gradients.append(model[0].weight.grad.item())
+    assert gradients[-1] / gradients[0] == pytest.approx(1 + 99 / largest, rel=0.01)
 
-    def measured(steps):
-        with kernels.using(compile="off"):
-            return peak_memory(lambda: sltt.OTTT()(model, x, y, LOSS, steps=steps))
 
-    measured(2)
-    assert measured(32) <= 1.05 * measured(4)
-    assert all("forward" not in vars(m) and not m._forward_hooks for m in model.modules())
+def measured(model, rule, x, y, steps):
+    with kernels.using(compile="off"):
+        return peak_memory(lambda: rule(model, x, y, LOSS, steps=steps))
+
+
+def test_memory_is_one_number_for_each_input_of_a_weight_layer_and_does_not_grow_with_time():
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        sltt.LIF(),
+        nn.Flatten(),
+        nn.Linear(32 * 64, 2),
+    )
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(2, (16,))
+    rules = sltt.OTTT(), sltt.SLTT()
+    for rule in rules:
+        measured(model, rule, x, y, 4)
+    short, plain = (measured(model, rule, x, y, 4) for rule in rules)
+    logits = 4 * 16 * 2
+    assert measured(model, rules[0], x, y, 256) <= 1.01 * short + 252 * logits
+    assert short - plain <= 4 * (x.numel() + 16 * 32 * 64)
+
+
+def test_nothing_is_left_behind():
+    model, (x, y) = network(), batch()
+    forward = model[2].forward = lambda input, plain=model[2].forward: plain(input)
+    sltt.OTTT()(model, x, y, LOSS)
     with pytest.raises(ZeroDivisionError):
-        sltt.OTTT()(model, x, y, lambda logits, target: 1 / 0, steps=2)
-    assert all("forward" not in vars(m) for m in model.modules())
+        sltt.OTTT()(model, x, y, lambda logits, target: 1 / 0)
+    assert [m for m in model.modules() if "forward" in vars(m)] == [model[2]]
+    assert model[2].forward is forward
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def twice():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lif, self.layer, self.head = sltt.LIF(), nn.Linear(6, 6), nn.Linear(6, 3)
+class Twice(nn.Module):
+    """One layer in two places of a time step, or two layers of the same weights."""
 
-        def forward(self, x):
-            return self.head(self.layer(self.layer(self.lif(x))))
+    def __init__(self):
+        super().__init__()
+        self.first, self.lif, self.again, self.out, self.head = (
+            nn.Linear(6, 6), sltt.LIF(tau=2.0), nn.Linear(6, 6), sltt.LIF(tau=3.0), nn.Linear(6, 3)
+        )  # fmt: skip
+        self.again.load_state_dict(self.first.state_dict())
 
-    return Twice()
+    def forward(self, x):
+        return self.head(self.out(self.again(self.lif(self.first(x)))))
+
+
+def test_a_layer_used_twice_in_a_step_has_a_trace_for_each_use():
+    apart = Twice().double()
+    apart.first.weight.data.mul_(3)
+    apart.again.load_state_dict(apart.first.state_dict())
+    shared = copy.deepcopy(apart)
+    shared.again = shared.first
+    x, y = batch(steps=8)
+    sltt.OTTT()(apart, x, y, LOSS)
+    sltt.OTTT()(shared, x, y, LOSS)
+    torch.testing.assert_close(shared.first.weight.grad, apart.first.weight.grad + apart.again.weight.grad)
+    torch.testing.assert_close(shared.first.bias.grad, apart.first.bias.grad + apart.again.bias.grad)
+
+
+class Branches(nn.Module):
+    """A sum that feeds neurons of two τ."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fast, self.slow, self.head = (
+            nn.Linear(6, 8),
+            sltt.LIF(tau=2.0),
+            sltt.LIF(tau=4.0),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x):
+        x = self.stem(3 * x)
+        return self.head(self.fast(x) + self.slow(x))
+
+
+def test_a_layer_that_feeds_neurons_of_several_decays_has_their_mean():
+    model = Branches().double()
+    x, y = batch(steps=8)
+    found, expected = (gradients(model, rule, x, y)[0] for rule in (sltt.OTTT(), sltt.OTTT(decay=0.625)))
+    torch.testing.assert_close(found, expected)
+
+
+class Recurrent(sltt.Stateful):
+    """LIF that read their own spikes of the step before."""
+
+    states = ("s",)
+
+    def __init__(self):
+        super().__init__()
+        self.again, self.lif = nn.Linear(8, 8), sltt.LIF(tau=4.0)
+
+    def forward(self, x):
+        self.s = self.lif(x if self.s is None else x + self.again(self.s))
+        return self.s
+
+
+def test_recurrent_weights_trace_the_spikes_that_they_read():
+    """e-prop: Σ_t e[t] ŝ[t−1]^T with ŝ[t] = λ ŝ[t−1] + s[t]."""
+    model = nn.Sequential(nn.Linear(6, 8), Recurrent(), nn.Linear(8, 3)).double()
+    x, y = batch(steps=6)
+    first, recurrent, head = copy.deepcopy(model)
+    trace = expected = 0
+    for x_t in 3 * x:
+        z = first(x_t).detach().requires_grad_()
+        before = recurrent.s
+        LOSS(head(recurrent(z)), y).div(len(x)).backward()
+        if before is not None:
+            trace = 0.75 * trace + before
+            expected = expected + z.grad.T @ trace
+        sltt.detach(recurrent)
+    sltt.OTTT()(model, 3 * x, y, LOSS)
+    torch.testing.assert_close(model[1].again.weight.grad, expected)
+
+
+def test_standardised_weights():
+    conv = ScaledWSConv2d(2, 4, 3)
+    model = nn.Sequential(conv, sltt.LIF(tau=3.0, detach_reset=True), nn.Flatten(), nn.Linear(64, 3)).double()
+    x, y = 2 * torch.randn(6, 3, 2, 4, 4, dtype=torch.float64), torch.randint(3, (3,))
+    found, expected = (gradients(model, rule, x, y)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
+    torch.testing.assert_close(found, expected)
+
+
+def test_frozen_layers_have_no_trace():
+    model, (x, y) = network(), batch()
+    expected = copy.deepcopy(model)
+    sltt.OTTT()(expected, x, y, LOSS)
+    model[0].requires_grad_(False)
+    sltt.OTTT()(model, x, y, LOSS)
+    assert model[0].weight.grad is None
+    torch.testing.assert_close(model[2].weight.grad, expected[2].weight.grad)
+
+
+def test_neurons_of_another_library():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")
+    model = network()
+    theirs = copy.deepcopy(model)
+    for i, tau in ((1, 2.0), (3, 4.0)):
+        model[i] = sltt.LIF(tau=tau, decay_input=True, detach_reset=True)
+        kind = surrogate.PiecewiseQuadratic(alpha=1.0)
+        theirs[i] = neuron.LIFNode(tau=tau, v_reset=None, detach_reset=True, surrogate_function=kind)
+    x, y = batch()
+    found, expected = (gradients(m, sltt.OTTT(), 2 * x, y)[0] for m in (theirs, model))
+    torch.testing.assert_close(found, expected)
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(6, 6))
+
+    def forward(self, x):
+        return x @ self.matrix
+
+
+class Neurons(sltt.Stateful):
+    states = ("v",)
+    spikes = True
+
+    def forward(self, x):
+        self.v = x if self.v is None else self.v / 2 + x
+        return (self.v > 1).to(x.dtype)
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (
-            lambda: nn.Sequential(sltt.LIF(tau=2.0), nn.Linear(6, 6), sltt.LIF(tau=4.0), nn.Linear(6, 3)),
-            "choose one for",
+            lambda: nn.Sequential(nn.Linear(6, 6), sltt.LIF(v_reset=0.0), nn.Linear(6, 3)),
+            r"1 \(LIF\) resets to v_reset = 0.0.* use the soft reset, v_reset=None, or an estimate, OTTT\(decay=…\)",
         ),
-        (lambda: nn.Sequential(sltt.Dropout(0.5), nn.Linear(6, 3)), "neurons have λ = \\[\\]"),
-        (twice, "Linear is used twice in a time step, and has one trace only"),
-        (lambda: nn.Sequential(sltt.LIF(), ScaledWSConv2d(6, 3, 1)), "knows PyTorch's own linear layers"),
-        (lambda: nn.Sequential(sltt.LIF(), nn.Conv1d(6, 3, 3, padding=1, padding_mode="circular")), "padded by zeros"),
+        (lambda: nn.Sequential(nn.Linear(6, 6), Neurons(), nn.Linear(6, 3)), r"the λ of 1 \(Neurons\) is not known"),
+        (lambda: nn.Sequential(Scale(), sltt.LIF(), nn.Linear(6, 3)), r"no traces for the weights of 0 \(Scale\)"),
     ],
-    ids=["two decays", "no neuron", "twice", "standardised", "circular"],
+    ids=["hard reset", "unknown", "weights of another kind"],
 )
 def test_networks_that_ottt_does_not_know_are_refused(model, message):
     x, y = torch.randn(2, 4, 6), torch.randint(3, (4,))
     with pytest.raises(ValueError, match=message):
         sltt.OTTT()(model(), x, y, LOSS)
-    with pytest.raises(ValueError, match="decay must be at least 0 and at most 1"):
+
+
+def test_arguments_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"decay must be at least 0 and at most 1, got 1\.5"):
         sltt.OTTT(1.5)

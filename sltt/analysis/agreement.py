@@ -4,7 +4,7 @@ import copy
 import functools
 import glob
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from sltt.analysis.memory import peak_memory
 from sltt.checks import instance, sequence
-from sltt.rules import BPTT, SLTT, TBPTT, Mixed, Rule
+from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
 from sltt.rules.base import StepLoss as Loss
 from sltt.rules.mixed import Window, layer_order
+from sltt.rules.traces import traced
 from sltt.sequence.steps import time_steps
 
 # Below this cosine the direction of a step is more than 18° off.
@@ -37,6 +38,9 @@ class Agreement:
         norm_ratio: |g| / |g*|.
         dropped: |g − g*| / |g*|, the share of the gradient that the rule does not have.
         layers: (cosine, norm ratio) of the parameters of each module, by its name.
+        least: the smallest cosine, of all parameters or of a module with a weight matrix, where neither gradient goes
+            through resets (`detach_reset`). A readout that every rule trains exactly holds the cosine of all parameters
+            up while the first layer learns nothing; and the surrogate of a reset hides what a neuron remembers.
     """
 
     rule: str
@@ -44,6 +48,7 @@ class Agreement:
     norm_ratio: float
     dropped: float
     layers: dict[str, tuple[float, float]]
+    least: float
 
 
 def agreement(
@@ -81,16 +86,30 @@ def windows(steps: int) -> list[Rule]:
     return [SLTT(), *(TBPTT(2**i) for i in range(1, max(steps - 1, 1).bit_length()) if 2**i < steps)]
 
 
+def cheaper(model: nn.Module, steps: int) -> list[Rule]:
+    """Rules of less memory than BPTT, in its order: SLTT, OTTT where it knows the network, and `windows`."""
+    spatial, *truncated = windows(steps)
+    try:
+        with traced(model, None, inputs=True):
+            return [spatial, OTTT(), *truncated]
+    except ValueError:
+        return [spatial, *truncated]
+
+
 def advice(found: Sequence[Agreement]) -> str:
-    """Which of the rules to take, given their agreement in the order of their windows, shortest first."""
+    """Which of the rules to take, given their agreement in the order of their memory, least first."""
     spatial = found[0]
-    share = f"SLTT drops {spatial.dropped:.0%} of the gradient here (cosine {spatial.cosine:.3f})"
-    best = next((a for a in found if a.cosine >= AGREES), None)
+    share = (
+        f"SLTT drops {spatial.dropped:.0%} of the gradient here (cosine {spatial.cosine:.3f}, at its worst "
+        f"{spatial.least:.3f})"
+    )
+    best = next((a for a in found if a.least >= AGREES), None)
     if best is spatial:
         return f"{share}: take SLTT."
     if best is not None:
-        return f"{share}: take {best.rule}, the shortest window with a cosine of {AGREES} or more ({best.cosine:.3f})."
-    return f"{share}, and no window below T reaches {AGREES}: take BPTT."
+        worst = f"a cosine of {AGREES} at its worst ({best.least:.3f})"
+        return f"{share}: take {best.rule}, the rule of least memory with {worst}."
+    return f"{share}, and no rule of less memory than BPTT reaches {AGREES} at its worst: take BPTT."
 
 
 @dataclass(frozen=True)
@@ -120,7 +139,7 @@ def propose(
     steps: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Proposal | None:
-    """The `Mixed` of least memory with a cosine of 0.95; None where SLTT has that, or where none saves a tenth of it.
+    """The `Mixed` of least memory with a cosine of 0.95; None where SLTT or OTTT has that, or where none saves a tenth.
 
         found = agreement(model, x, y, loss, [SLTT(), TBPTT(2)])
         if proposal := propose(model, x, y, loss, found):
@@ -136,11 +155,13 @@ def propose(
         x: sequence [T, B, ...], or with `steps` a static input [B, ...].
         target: what `loss` compares with.
         loss: of one time step.
-        found: what `agreement` found on this batch for SLTT and windows of 2, 4, 8, …
+        found: what `agreement` found on this batch for SLTT and windows of 2, 4, 8, …, and maybe for OTTT.
         steps: T for a static input.
         dtype: compute gradients in this type; memory is that of the model's own.
     """
-    cosines = {a.rule: a.cosine for a in found}
+    cosines = {a.rule: a.least for a in found}
+    if cosines.get(repr(OTTT()), 0.0) >= AGREES:
+        return None
     lengths = windows(time_steps(x, steps, target).steps)
     agreeing = [rule for rule in lengths if cosines.get(repr(rule), 0.0) >= AGREES]
     bptt = BPTT()
@@ -187,8 +208,21 @@ class _Exact:
     def gradients(self) -> dict[str, Tensor]:
         return self._gradients(BPTT())
 
+    @functools.cached_property
+    def without_resets(self) -> "_Exact":
+        """The same, where no gradient goes through the neurons' resets."""
+        model = copy.deepcopy(self.model)
+        attached: list[Any] = [m for m in model.modules() if getattr(m, "detach_reset", True) is False]
+        for neuron in attached:
+            neuron.detach_reset = True
+        return _Exact(model, self.x, self.target, self.loss, self.steps, None) if attached else self
+
     def compare(self, rule: Rule) -> Agreement:
-        return _compare(repr(rule), self._gradients(rule), self.gradients)
+        found, exact = self._gradients(rule), self.gradients
+        layers = {module: _measure(found, exact, names)[:2] for module, names in _modules(exact).items()}
+        other = self.without_resets
+        least = _least(found if other is self else other._gradients(rule), other.gradients)
+        return Agreement(repr(rule), *_measure(found, exact, list(exact)), layers, least)
 
     def layers(self) -> dict[str, bool]:
         """The layers of neurons in the order in which they run, and whether the network parts at each."""
@@ -200,7 +234,7 @@ class _Exact:
         twin.zero_grad(set_to_none=True)
         with _fork(self.x):
             rule(twin, self.x, self.target, self.loss, steps=self.steps)
-        return {name: p.grad.flatten() for name, p in twin.named_parameters() if p.grad is not None}
+        return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
 
 
 def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreement]:
@@ -216,7 +250,7 @@ def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreeme
         return rule, exact.compare(rule)
 
     def agrees(last: int, window: Window) -> bool:
-        return measured(0, last, window)[1].cosine >= AGREES
+        return measured(0, last, window)[1].least >= AGREES
 
     for window in lengths:
         fewest = bisect_left(ends, True, key=functools.partial(agrees, window=window))
@@ -224,7 +258,7 @@ def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreeme
             last, ends = ends[fewest], ends[:fewest]
             rule, whole = measured(0, last, window)
             alone, part = measured(last, last, window)
-            enough = part.cosine >= max(AGREES, whole.cosine - SAME)
+            enough = part.least >= max(AGREES, whole.least - SAME)
             found[alone if enough else rule] = part if enough else whole
     return found
 
@@ -234,17 +268,26 @@ def _fork(x: Tensor) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
 
 
-def _compare(rule: str, found: dict[str, Tensor], exact: dict[str, Tensor]) -> Agreement:
+def _modules(parameters: Iterable[str]) -> dict[str, list[str]]:
+    """The names of parameters by the module that has them."""
     modules: dict[str, list[str]] = {}
-    for name in exact:
+    for name in parameters:
         modules.setdefault(name.rpartition(".")[0], []).append(name)
-    cosine, ratio, dropped = _measure(found, exact, list(exact))
-    layers = {module: _measure(found, exact, names)[:2] for module, names in modules.items()}
-    return Agreement(rule, cosine, ratio, dropped, layers)
+    return modules
+
+
+def _least(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """The smallest cosine, of all parameters or of a module with a weight matrix; 0 of one without a gradient."""
+    cosines = [_measure(found, exact, list(exact))[0]]
+    for names in _modules(exact).values():
+        if any(exact[name].ndim > 1 and exact[name].any() for name in names):
+            cosine, ratio, _ = _measure(found, exact, names)
+            cosines.append(cosine if ratio else 0.0)
+    return min(cosines)
 
 
 def _measure(found: dict[str, Tensor], exact: dict[str, Tensor], names: list[str]) -> tuple[float, float, float]:
-    b = torch.cat([exact[name] for name in names]).double()
-    a = torch.cat([found[name] if name in found else torch.zeros_like(exact[name]) for name in names]).double()
+    b = torch.cat([exact[name].flatten() for name in names]).double()
+    a = torch.cat([found.get(name, torch.zeros_like(exact[name])).flatten() for name in names]).double()
     norm = b.norm()
     return float(a @ b / (a.norm() * norm)), float(a.norm() / norm), float((a - b).norm() / norm)

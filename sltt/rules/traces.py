@@ -1,0 +1,357 @@
+"""Traces of what weight layers read: the gradient along the membrane potential, without a graph through time.
+
+A layer W reads x[t] and feeds neurons of decay λ. With the reset a constant, ∂u[t]/∂W = Σ_{k≤t} λ^{t−k} x[k] for every
+neuron that it feeds. So the weights' gradient of step t is that of the step alone, with the trace
+x̂[t] = λ x̂[t−1] + x[t] in place of x[t]. A bias reads the constant 1.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
+
+from sltt.neurons import Neuron
+from sltt.sequence.replace import replaced
+from sltt.sequence.state import emits_spikes, kind_of, map_tensors
+
+Decay = float | Tensor
+
+_WEIGHTS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+_NORMS = _NormBase | nn.LayerNorm | nn.GroupNorm
+
+
+@contextmanager
+def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator[Callable[[], None]]:
+    """Inside this block, weights have the gradient of their traces; gives what to call before every time step.
+
+    Args:
+        model: the network, in its initial state.
+        decay: λ of all traces; None takes that of the neurons that a layer feeds.
+        inputs: trace every layer; else those that read spikes, and no biases.
+    """
+    neurons = _neurons(model)
+    _check_weights(model, neurons)
+    traces = _Traces({m: _decay_of(m, name, decay) for m, name in neurons.items()}, inputs)
+    layers: dict[nn.Module, Callable[..., Any]] = {
+        m: _forward_of(m, traces) for m in model.modules() if isinstance(m, _WEIGHTS | _NORMS)
+    }
+    with ExitStack() as stack:
+        for neuron in neurons:
+            stack.callback(neuron.register_forward_pre_hook(traces.arrive).remove)
+            stack.callback(neuron.register_forward_hook(traces.leave).remove)
+        stack.enter_context(replaced(layers))
+        yield traces.new_step
+
+
+def _forward_of(layer: nn.Module, traces: "_Traces") -> Callable[..., Any]:
+    plain, operations = layer.forward, _Operations(layer, traces)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with operations:
+            return plain(*args, **kwargs)
+
+    return forward
+
+
+def _neurons(model: nn.Module) -> dict[nn.Module, str]:
+    """The layers of neurons and their names; of a neuron made of neurons, the inner ones."""
+    spiking = {m: name for name, m in model.named_modules() if emits_spikes(m)}
+    return {m: name for m, name in spiking.items() if not any(c in spiking for c in m.modules() if c is not m)}
+
+
+def _check_weights(model: nn.Module, neurons: dict[nn.Module, str]) -> None:
+    """Raise ValueError naming a module with weights that no trace is known for."""
+    for name, module in model.named_modules():
+        if isinstance(module, _WEIGHTS | _NORMS | ParametrizationList):
+            continue
+        if any(p.ndim > 1 and p.requires_grad for p in module.parameters(recurse=module in neurons)):
+            raise ValueError(
+                f"OTTT has no traces for the weights of {name or 'the model'} ({type(module).__name__}): it knows "
+                "linear layers and convolutions outside of the neurons; use SLTT or BPTT"
+            )
+
+
+def _decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], Decay]:
+    """What gives the λ of a layer of neurons, as it is now; raises ValueError where no trace follows the neuron."""
+    if decay is not None:
+        return lambda: decay
+    kind = kind_of(type(neuron))
+    try:
+        ours = neuron if isinstance(neuron, Neuron) or not kind or not kind.translate else kind.translate(neuron)
+    except ValueError:  # it has another reset, say
+        ours = neuron
+    if not isinstance(ours, Neuron):
+        raise ValueError(f"the λ of {name} ({type(neuron).__name__}) is not known; give it, OTTT(decay=…)")
+    if ours.v_reset is not None:
+        raise ValueError(
+            f"{name} ({type(neuron).__name__}) resets to v_reset = {ours.v_reset}, and a trace does not forget what a "
+            "spike makes the neuron forget; use the soft reset, v_reset=None, or an estimate, OTTT(decay=…)"
+        )
+
+    def current() -> Decay:
+        value = ours.decay()
+        return value.detach() if isinstance(value, Tensor) else value
+
+    return current
+
+
+class _Trace:
+    """What one use of a layer has read until now.
+
+    Attributes:
+        ones: the trace of the constant 1, which a bias reads.
+        value: the trace of the layer's input, in float32 at least; None for a layer without a trace.
+        decays: give λ of each layer of neurons that the layer feeds. Their mean is taken.
+    """
+
+    def __init__(self, x: Tensor | None):
+        self.ones: Decay = 1.0
+        self.value = None if x is None else x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        self.decays: list[Callable[[], Decay]] = []
+
+    def read(self, x: Tensor | None) -> None:
+        """Go one time step on."""
+        decay = sum(decay() for decay in self.decays) / len(self.decays)
+        self.ones = decay * self.ones + 1
+        if x is not None and self.value is not None:
+            if self.value.shape != x.shape:
+                raise ValueError(
+                    f"OTTT needs layers that read the same shape in every time step, got {list(x.shape)} after "
+                    f"{list(self.value.shape)}; use SLTT or BPTT"
+                )
+            self.value.mul_(decay).add_(x.detach())
+
+
+class _Traces:
+    """The traces of a sequence, by layer and by the number of its use in a time step."""
+
+    def __init__(self, decays: dict[nn.Module, Callable[[], Decay]], inputs: bool):
+        self.decays = decays
+        self.inputs = inputs
+        self.traces: dict[tuple[nn.Module, int], _Trace] = {}
+        self.through_decay: dict[nn.Module, Tensor] = {}  # ∂v/∂λ of neurons with a learnable λ
+        self.started: dict[Any, _Trace] = {}  # those of this time step, by the graph's node of the layer's output
+        self.new_step()
+
+    def new_step(self) -> None:
+        """Before every time step."""
+        for trace in self.started.values():
+            if not trace.decays:  # a readout: it feeds no neurons
+                trace.value = None
+        self.started.clear()
+        self.uses: Counter[nn.Module] = Counter()
+        self.spikes: set[Any] = set()  # the graph's nodes of the neurons' outputs
+        self.last: nn.Module | None = None  # the neurons that ran last
+
+    def read(self, layer: nn.Module, x: Tensor | None) -> _Trace | None:
+        """The trace of this use of a layer, which reads x, one time step on; None for a layer without one."""
+        if not self.inputs and self.last is None:
+            return None
+        key = layer, self.uses[layer]
+        self.uses[layer] += 1
+        if (trace := self.traces.get(key)) is None:
+            trace = self.traces[key] = _Trace(x)
+            if not self.inputs and self.last is not None:
+                trace.decays.append(self.decays[self.last])
+        elif trace.decays:
+            trace.read(x)
+        else:
+            return None
+        return trace
+
+    def wrote(self, trace: _Trace, y: Tensor) -> None:
+        """Note what a layer gave, to find the neurons that it feeds."""
+        if not trace.decays:
+            self.started[y.grad_fn] = trace
+
+    def arrive(self, neuron: nn.Module, inputs: Any) -> Any:
+        """Before a layer of neurons runs."""
+        x = inputs[0]
+        if self.started and x.grad_fn is not None:
+            self._feed(neuron, x.grad_fn)
+        if self.inputs and isinstance(neuron, Neuron) and neuron.v_reset is None:
+            decay = neuron.decay()
+            if isinstance(decay, Tensor) and decay.requires_grad:
+                return self._with_decay(neuron, decay, x), *inputs[1:]
+        return None
+
+    def _feed(self, neuron: nn.Module, node: Any) -> None:
+        """Find the layers whose outputs reach a node of the graph without passing other neurons."""
+        waiting, seen = [node], {None, *self.spikes}
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in self.started:
+                self.started[node].decays.append(self.decays[neuron])
+            waiting += [behind for behind, _ in node.next_functions]
+
+    def _with_decay(self, neuron: Neuron, decay: Tensor, x: Tensor) -> Tensor:
+        """The input x of neurons, with the gradient of their λ through earlier time steps; the value is the same.
+
+        ∂u[t]/∂λ = v[t−1] + λ ∂v[t−1]/∂λ, and the neuron itself has the first term.
+        """
+        before = neuron.start if neuron.v is None else neuron.v.detach()
+        step = before - x.detach() if neuron.decay_input else before + torch.zeros_like(x)
+        if neuron not in self.through_decay:
+            self.through_decay[neuron] = step
+            return x
+        carried = self.decays[neuron]() * self.through_decay[neuron]
+        self.through_decay[neuron] = step + carried
+        now = decay.detach()
+        return x + ((decay - now) * (carried / (1 - now) if neuron.decay_input else carried)).to(x.dtype)
+
+    def leave(self, neuron: nn.Module, inputs: Any, output: Any) -> None:
+        """After a layer of neurons ran."""
+        self.last = neuron
+        map_tensors(lambda spikes: self.spikes.add(spikes.grad_fn), output)
+
+
+class _Operations(TorchFunctionMode):
+    """Gives what a layer computes from its weights the gradient of their traces."""
+
+    def __init__(self, layer: nn.Module, traces: _Traces):
+        super().__init__()
+        self.layer = layer
+        self.traces = traces
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled():
+            if func in _FUNCTIONS:
+                return self._weigh(func, *args, **kwargs)
+            if func in _NORMALISATIONS and self.traces.inputs:
+                return self._normalise(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _weigh(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any) -> Tensor:
+        if not weight.requires_grad:
+            return func(x, weight, bias, *settings)
+        if settings and settings[1] == "same":
+            sides: Any = self.layer._reversed_padding_repeated_twice
+            x, settings = F.pad(x, sides), (settings[0], 0, *settings[2:])
+        plain = _FUNCTIONS[func](*settings)
+        y = self._traced(plain, x, weight, bias)
+        return func(x, weight, bias, *settings) if y is None else y
+
+    def _normalise(self, func: Any, *args: Any, weight: Tensor | None, bias: Tensor | None, **settings: Any) -> Tensor:
+        if weight is None or not weight.requires_grad:
+            return func(*args, weight=weight, bias=bias, **settings)
+        x = func(*args, weight=None, bias=None, **settings)
+        affine = _Affine([1, -1] + [1] * (x.ndim - 2) if func is not F.layer_norm else [*weight.shape])
+        y = self._traced(affine, x, weight, bias)
+        return affine.forward(x, weight, bias) if y is None else y
+
+    def _traced(self, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        trace = self.traces.read(self.layer, x)
+        if trace is None:
+            return None
+        if bias is not None and self.traces.inputs:
+            bias = _Scaled.apply(bias, trace.ones)  # type: ignore[assignment]
+        y: Tensor = _Traced.apply(x, trace.value, weight, bias, function)  # type: ignore[assignment]
+        self.traces.wrote(trace, y)
+        return y
+
+
+class _Linear:
+    """y = x Wᵀ + b, and its backward from an input that may be another than that of the forward."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
+        rows = grad.flatten(0, -2)
+        return (
+            grad @ weight if needs[0] else None,
+            rows.T @ x.flatten(0, -2) if needs[1] else None,
+            rows.sum(0) if needs[2] else None,
+        )
+
+
+class _Convolution:
+    """A convolution, and its backward from an input that may be another than that of the forward."""
+
+    def __init__(self, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1):
+        stride, padding, dilation = ([size] if isinstance(size, int) else size for size in (stride, padding, dilation))
+        self.settings = stride, [0] if padding == "valid" else padding, dilation, False, [0], groups
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.convolution(x, weight, bias, *self.settings)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
+        return torch.ops.aten.convolution_backward(grad, x, weight, [weight.shape[0]], *self.settings, needs)
+
+
+class _Affine:
+    """y = γ x + β by channel or by feature; its backward from an input that may be another than that of the forward."""
+
+    def __init__(self, shape: list[int]):
+        self.shape = shape
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = x * weight.view(self.shape)
+        return (y if bias is None else y + bias.view(self.shape)).to(x.dtype)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
+        return (
+            grad * weight.view(self.shape) if needs[0] else None,
+            (grad * x).sum_to_size(self._full(grad)).view_as(weight) if needs[1] else None,
+            grad.sum_to_size(self._full(grad)).view_as(weight) if needs[2] else None,
+        )
+
+    def _full(self, x: Tensor) -> list[int]:
+        shape = [1] * (x.ndim - len(self.shape)) + self.shape
+        return [n if size == -1 else size for n, size in zip(x.shape, shape, strict=True)]
+
+
+_NORMALISATIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
+_FUNCTIONS: dict[Any, Any] = {F.linear: _Linear, **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _Convolution)}
+
+
+class _Traced(torch.autograd.Function):
+    """A layer's output, with the trace in place of the input in the gradient of its weights."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, trace: Tensor, weight: Tensor, bias: Tensor | None, function: Any
+    ) -> Tensor:
+        ctx.function, ctx.x_dtype, ctx.bias_dtype = function, x.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(trace, weight)
+        return function.forward(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        trace, weight = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        # under autocast the forward was in another type than weights and traces
+        of_x, of_weight, of_bias = ctx.function.backward(grad, trace.to(grad.dtype), weight.to(grad.dtype), needs)
+        return (
+            of_x.to(ctx.x_dtype) if needs[0] else None,
+            None,
+            of_weight.to(weight.dtype) if needs[1] else None,
+            of_bias.to(ctx.bias_dtype) if needs[2] else None,
+            None,
+        )
+
+
+class _Scaled(torch.autograd.Function):
+    """The same tensor, and its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Decay) -> Tensor:  # type: ignore[override]
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad * ctx.factor, None

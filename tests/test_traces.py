@@ -1,0 +1,148 @@
+"""OTTT beside a literal transcription of its recursion: ∂u/∂θ is carried forward in time, and no graph is."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from tests.conftest import batch, gradients
+
+LOSS = sltt.losses.CrossEntropyMSE()
+
+
+def blocks_of(model):
+    """The layers before each neuron, with the neuron; at the end the readout, with None."""
+    blocks, layers = [], []
+    for module in model:
+        if isinstance(module, sltt.LIF | sltt.IF | sltt.PLIF):
+            blocks.append((nn.Sequential(*layers), module))
+            layers = []
+        else:
+            layers.append(module)
+    return [*blocks, (nn.Sequential(*layers), None)]
+
+
+def jacobian(block, h):
+    """∂block(h)/∂θ [B·n, θ] of all parameters of a block."""
+    parameters = {name: p.detach() for name, p in block.named_parameters()}
+    found = torch.func.jacrev(lambda p: torch.func.functional_call(block, p, (h,)).flatten())(parameters)
+    return torch.cat([found[name].flatten(1) for name in parameters], dim=1) if parameters else None
+
+
+def forward_mode(model, x, y):
+    """u[t] = λ v[t−1] + c z[t]; ∂u[t]/∂θ = λ ∂u[t−1]/∂θ + c ∂z[t]/∂θ; ∇θ = Σ_t ∂ℓ[t]/∂u[t] ∂u[t]/∂θ."""
+    blocks = blocks_of(model)
+    v, influence, of_decay = {}, {}, {}
+    total = {block: 0 for block, _ in blocks} | {neuron: 0 for _, neuron in blocks}
+    for x_t in x:
+        h, us = x_t, []
+        for block, neuron in blocks:
+            z, dz = block(h), jacobian(block, h.detach())
+            if neuron is None:
+                us.append(z)
+                influence[block] = dz
+                continue
+            decay = neuron.decay()
+            decay = decay.detach() if isinstance(decay, torch.Tensor) else decay
+            share = 1 - decay if neuron.decay_input else 1.0
+            before = v.get(neuron, torch.zeros_like(z))
+            us.append(u := decay * before + share * z)
+            influence[block] = decay * influence.get(block, 0) + share * dz
+            of_decay[neuron] = decay * of_decay.get(neuron, 0) + (before - (z.detach() if neuron.decay_input else 0))
+            h = neuron.surrogate(u - neuron.v_threshold)
+            v[neuron] = (u - neuron.v_threshold * h).detach()
+        errors = torch.autograd.grad(LOSS(z, y) / len(x), us)
+        for (block, neuron), e in zip(blocks, errors, strict=True):
+            total[block] = total[block] + e.flatten() @ influence[block]
+            if isinstance(neuron, sltt.PLIF):
+                inner = torch.func.grad(lambda w: 1 - torch.sigmoid(w))(neuron.w.detach())
+                total[neuron] = total[neuron] + (e * of_decay[neuron]).sum().view(1) * inner
+    return torch.cat([part for pair in blocks for part in (total[m] for m in pair) if isinstance(part, torch.Tensor)])
+
+
+def linear(*neurons, sizes=(6, 8, 7, 3)):
+    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+    for layer in layers:
+        layer.weight.data.mul_(3)
+    return nn.Sequential(*(m for pair in zip(layers, [*neurons, None], strict=True) for m in pair if m)).double()
+
+
+def convolutional(size=3, **settings):
+    conv = nn.Conv2d(4, 4, size, **{"padding": 1, **settings})
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), sltt.LIF(tau=3.0), nn.AvgPool2d(2), conv, sltt.LIF(tau=1.5),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3),
+    ).double()  # fmt: skip
+    for layer in (model[0], conv):
+        layer.weight.data.mul_(3)
+    return model
+
+
+NETWORKS = {
+    "two decays": lambda: linear(sltt.LIF(tau=2.0), sltt.LIF(tau=10.0)),
+    "no leak": lambda: linear(sltt.IF(), sltt.LIF(detach_reset=True)),
+    "decay_input": lambda: linear(sltt.LIF(tau=2.0, decay_input=True), sltt.LIF(tau=3.0, decay_input=True)),
+    "PLIF": lambda: linear(sltt.PLIF(tau=2.0), sltt.PLIF(tau=4.0, decay_input=True)),
+    "three layers": lambda: linear(sltt.LIF(2.0), sltt.LIF(3.0), sltt.LIF(4.0), sizes=(6, 8, 8, 8, 3)),
+    "convolutions": convolutional,
+    "strided": lambda: convolutional(stride=2),
+    "grouped": lambda: convolutional(groups=2),
+    "dilated": lambda: convolutional(dilation=2, padding=2),
+    "circular": lambda: convolutional(padding_mode="circular"),
+    "reflected": lambda: convolutional(padding_mode="reflect"),
+    "same": lambda: convolutional(size=4, padding="same"),
+    "valid": lambda: convolutional(padding="valid"),
+    "normalised": lambda: (
+        nn.Sequential(
+            nn.Linear(6, 8),
+            nn.BatchNorm1d(8),
+            sltt.LIF(tau=2.0),
+            nn.Linear(8, 8),
+            nn.BatchNorm1d(8),
+            sltt.LIF(tau=4.0),
+            nn.Linear(8, 3),
+        )
+        .double()
+        .eval()
+    ),  # with statistics that time does not change
+    "without bias": lambda: convolutional(bias=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("steps", [1, 12])
+def test_ottt_is_its_recursion(network, steps):
+    model = network()
+    x, y = batch(steps=steps)
+    if isinstance(model[0], nn.Conv2d):
+        x = 3 * torch.randn(steps, 5, 1, 8, 8, dtype=torch.float64)
+    found, out = gradients(model, sltt.OTTT(), x, y)
+    torch.testing.assert_close(found, forward_mode(copy.deepcopy(model), x, y), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out.logits, sltt.unroll(model, x))
+    assert (steps > 1) != torch.allclose(found, gradients(model, sltt.SLTT(), x, y)[0])
+
+
+@pytest.mark.parametrize("neuron", [sltt.LIF, sltt.IF, sltt.PLIF])
+@pytest.mark.parametrize("static", [False, True], ids=["sequence", "static"])
+def test_ottt_is_bptt_for_one_layer_of_neurons(neuron, static):
+    readout = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 3))
+    model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 8), neuron(detach_reset=True), readout).double()
+    x, y = batch(steps=12)
+    x, steps = (3 * x[0], {"steps": 12}) if static else (3 * x, {})
+    found, expected = (gradients(model, rule, x, y, **steps)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(8), nn.LayerNorm(8), nn.GroupNorm(2, 8)], ids=lambda m: type(m).__name__
+)
+def test_the_affine_part_of_a_normalisation_has_traces(norm):
+    model = nn.Sequential(nn.Linear(6, 8), norm, sltt.LIF(tau=4.0, detach_reset=True), nn.Linear(8, 3)).double()
+    x, y = batch(steps=12)
+    found, expected = (gradients(model, rule, 3 * x, y)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
+    found, expected = (part.split([56, 16, 27])[1:] for part in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
