@@ -425,6 +425,7 @@ EVAL_KEYS = (
     "workers",
     "device",
     "compile",
+    "sparse",
 )
 PROCESSES = ("devices", "num_nodes", "strategy")
 RESUME_KEYS = ("resume", *RESUMABLE)

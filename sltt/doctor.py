@@ -27,6 +27,7 @@ def findings() -> list[tuple[str, str, str]]:
         *((name, _version(name) or "missing", "") for name in ("sltt", "torch", "torchvision", "lightning-fabric")),
         _device(),
         _compiler(),
+        _sparse(),
         _threads(),
         _half_precision(),
         *((name, _version(name) or "not installed", f"optional: for {use}") for name, use in OPTIONAL),
@@ -56,6 +57,13 @@ def _compiler() -> tuple[str, str, str]:
     if compiler is None:
         return "C++ compiler", "none", "to compile the neuron step: apt install g++"
     return "C++ compiler", compiler, "compiles the neuron step"
+
+
+def _sparse() -> tuple[str, str, str]:
+    from sltt.kernels import native
+
+    problem = native.problem()
+    return "spike-sparse layers", "dense" if problem else "compiled", problem or "compute on active inputs only"
 
 
 def _threads() -> tuple[str, str, str]:

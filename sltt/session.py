@@ -67,5 +67,5 @@ def session(execution: Execution) -> Iterator[Session]:
     Raises ValueError for a device that is not there.
     """
     fabric = make_fabric(execution)
-    with Lifeline(fabric), using(compile=execution.compile):
+    with Lifeline(fabric), using(compile=execution.compile, sparse=execution.sparse):
         yield Session(execution, fabric, Processes(fabric))

@@ -8,7 +8,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from sltt.checks import choice, flag, function, instance, number, sequence, whole_number
-from sltt.kernels import Compile
+from sltt.kernels import Compile, Sparse
 from sltt.losses import Loss
 from sltt.phases import Phase, Stage, plan
 from sltt.rules import Rule
@@ -44,12 +44,14 @@ class Execution(_Settings):
     strategy: Strategy = "ddp"
     sync_batchnorm: bool = False
     compile: Compile = "auto"
+    sparse: Sparse = "auto"
 
     def __post_init__(self) -> None:
         choice("precision", self.precision, get_args(Precision))
         choice("device", self.device, get_args(Device))
         choice("strategy", self.strategy, get_args(Strategy))
         choice("compile", self.compile, get_args(Compile))
+        choice("sparse", self.sparse, get_args(Sparse))
         whole_number("workers", self.workers, least=0)
         for name in ("devices", "num_nodes"):
             if getattr(self, name) is not None:

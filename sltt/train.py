@@ -15,7 +15,7 @@ from sltt.data import Data, Splits
 from sltt.evaluation import Split, measure_split
 from sltt.groups import parameter_groups
 from sltt.health import check_last_batch, checked
-from sltt.kernels import Compile
+from sltt.kernels import Compile, Sparse
 from sltt.loop import Loop
 from sltt.losses import CrossEntropyMSE, Loss
 from sltt.metrics import Metrics
@@ -61,6 +61,7 @@ def fit(
     strategy: Strategy = "ddp",
     sync_batchnorm: bool = False,
     compile: Compile = "auto",
+    sparse: Sparse = "auto",
     checkpoint_minutes: float = 10.0,
     weights: str | None = None,
     *,
@@ -100,6 +101,8 @@ def fit(
             in every backward.
         sync_batchnorm: take the statistics of BatchNorm over all processes, not over each one's share of the batch.
         compile: compile the neuron step: where it can be and pays (auto), always (on), never (off).
+        sparse: layers that read spikes compute on active inputs only: where that is faster (auto), wherever they can
+            (on), never (off).
         checkpoint_minutes: save within an epoch too, when the last checkpoint is older than this.
         weights: start from the weights of this run, or of this checkpoint, instead of random ones.
         run: folder for checkpoints and metrics; must not exist, unless `resume`. None makes one under `runs`.
@@ -140,6 +143,7 @@ def evaluate(
     num_nodes: int | None = None,
     strategy: Strategy = "ddp",
     compile: Compile = "auto",
+    sparse: Sparse = "auto",
     mirror: bool = False,
 ) -> Metrics:
     """Measure a network on one of the splits, in evaluation mode and without a graph.

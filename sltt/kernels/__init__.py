@@ -8,7 +8,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 
 from sltt.kernels.layers import Weights
 from sltt.kernels.norm import batch_statistics, stepwise_norms
-from sltt.kernels.options import Compile, compiler_problem, using
+from sltt.kernels.options import Compile, Sparse, compiler_problem, using
 from sltt.kernels.steady import steady_steps
 from sltt.kernels.step import Step, neuron_step
 from sltt.kernels.tags import release, saving, tag_dropped
@@ -16,6 +16,7 @@ from sltt.kernels.trace import Trace
 
 __all__ = [
     "Compile",
+    "Sparse",
     "Step",
     "Trace",
     "Weights",
