@@ -1,7 +1,7 @@
 # make demo   compare rules on the digits, and write a report
 # make test   run the test suite
 # make soak   long checks: kills, constant memory, damaged checkpoints
-# make check  lint, format and types
+# make check  lint, format, types and layers
 # make docs   build the documentation site
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,6 +24,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

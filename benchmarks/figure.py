@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from sltt.progress import megabytes
+from sltt.training.console import megabytes
 
 
 def colour(case: str) -> str:

@@ -19,7 +19,7 @@ import torch
 
 import sltt
 from sltt.analysis import peak_memory, process_peak, reset_process_peak
-from sltt.devices import return_freed_memory
+from sltt.parallel.devices import return_freed_memory
 
 RULES = {"SLTT": sltt.SLTT(), "SLTT(recompute=True)": sltt.SLTT(recompute=True), "BPTT": sltt.BPTT()}
 RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory, process_peak, reset_process_peak
-from sltt.progress import megabytes
+from sltt.training.console import megabytes
 
 NETWORKS = {
     "resnet18": (sltt.models.resnet18, (32, 3, 32, 32)),

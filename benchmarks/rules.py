@@ -21,7 +21,7 @@ from torch import nn
 
 import sltt
 from sltt.analysis import peak_memory
-from sltt.progress import megabytes
+from sltt.training.console import megabytes
 
 # what makes the network, its input, and the layer of neurons whose gradient through time `Mixed` keeps
 NETWORKS = {

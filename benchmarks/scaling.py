@@ -32,10 +32,9 @@ from rich.table import Table
 
 import sltt
 from sltt.analysis import count_operations, peak_memory
-from sltt.devices import make_fabric
-from sltt.distributed import Processes
-from sltt.progress import megabytes
-from sltt.settings import Execution
+from sltt.parallel.devices import make_fabric
+from sltt.parallel.processes import Processes
+from sltt.training.console import megabytes
 
 NETWORKS = {"digits": (sltt.models.DigitsNet, (1, 8, 8)), "resnet18": (sltt.models.resnet18, (3, 32, 32))}
 RULES = {"BPTT": sltt.BPTT(), "SLTT": sltt.SLTT(), "SLTT(k=1)": sltt.SLTT(k=1)}
@@ -53,7 +52,7 @@ def worker(network: str, batch: int, steps: int, repeats: int) -> None:
     """One of the processes: print what it measured, in the first."""
     torch.set_num_threads(1)
     make, shape = NETWORKS[network]
-    processes = Processes(make_fabric(Execution(device="cpu")))
+    processes = Processes(make_fabric("cpu"))
     torch.manual_seed(0)
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -5,11 +5,12 @@ from importlib.metadata import version
 from sltt import analysis, data, losses, models, schedules, surrogates
 from sltt.dropout import Dropout
 from sltt.neurons import IF, LIF, PLIF, lif_step
-from sltt.phases import Phase
+from sltt.parallel import devices
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
 from sltt.sequence.once import once
 from sltt.sequence.state import Stateful, detach, register, reset
-from sltt.train import evaluate, fit
+from sltt.training.fit import evaluate, fit
+from sltt.training.phases import Phase
 
 __version__ = version("sltt")
 
@@ -31,6 +32,7 @@ __all__ = [
     "analysis",
     "data",
     "detach",
+    "devices",
     "evaluate",
     "fit",
     "lif_step",

@@ -2,6 +2,6 @@
 
 import sys
 
-from sltt.cli import main
+from sltt.commands import main
 
 sys.exit(main())

@@ -1,4 +1,4 @@
-"""What each of two processes runs for test_distributed.py: trainings, whose weights it leaves in a folder.
+"""What each of two processes runs for parallel/test_distributed.py: trainings, whose weights it leaves in a folder.
 
 torchrun --standalone --nproc_per_node 2 -m tests.processes FOLDER
 """
@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 import sltt
-import sltt.devices
-from sltt import distributed
+import sltt.parallel.devices
 from sltt.data import Data, Splits
 from sltt.models.nfresnet import ScaledWSConv2d
-from sltt.progress import Report
+from sltt.parallel.processes import Processes
+from sltt.training.console import Console
 from tests.conftest import RULES, small_network
 
-sltt.devices.SHARD_FROM = 40  # so that each linear layer of the small networks is sharded by itself
+sltt.parallel.devices.SHARD_FROM = 40  # so that each linear layer of the small networks is sharded by itself
 SHARDED = {name: RULES[name] for name in ("SLTT", "BPTT", "BPTT(segment=2)", "SLTT(k=2, fold=4)", "Mixed")}
 TRAININGS = {
     **{name: {"rule": rule} for name, rule in RULES.items()},
@@ -59,7 +59,7 @@ def standardised() -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-def train(run: Path, model: nn.Module, **settings) -> sltt.train.Fit:
+def train(run: Path, model: nn.Module, **settings) -> sltt.training.fit.Fit:
     defaults = {
         "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3),
         "schedule": sltt.schedules.Constant(),
@@ -67,7 +67,7 @@ def train(run: Path, model: nn.Module, **settings) -> sltt.train.Fit:
         "epochs": 2,
         "batch_size": 13,
         "device": "cpu",
-        "report": Report(quiet=True),
+        "report": Console(quiet=True),
     }
     return sltt.fit(model, Sequences(), run=run, **{**defaults, **settings})
 
@@ -81,7 +81,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     found = {"gradients": 0, "others": 0}
     kind = "others"
 
-    def reduce_gradients(self, parameters, real=distributed.Processes.reduce_gradients):
+    def reduce_gradients(self, parameters, real=Processes.reduce_gradients):
         nonlocal kind
         kind = "gradients"
         real(self, parameters)
@@ -95,7 +95,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         return collective
 
     with monkeypatch.context() as patch:
-        patch.setattr(distributed.Processes, "reduce_gradients", reduce_gradients)
+        patch.setattr(Processes, "reduce_gradients", reduce_gradients)
         for name in COLLECTIVES:
             patch.setattr(torch.distributed, name, count(getattr(torch.distributed, name)))
         yield found

@@ -22,10 +22,10 @@ from sltt import kernels
 from sltt.analysis import firing_rates
 from sltt.kernels.bits import pack, unpack
 from sltt.kernels.tags import PACK_FROM
-from sltt.rules import replay
+from sltt.rules import segments
 from sltt.sequence.steps import Sequence, time_steps
 from tests.conftest import batch, small_network
-from tests.test_kernels import CONSTANTS, SIZES, SURROGATES, both
+from tests.kernels.test_kernels import CONSTANTS, SIZES, SURROGATES, both
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
 DOCS = (Path(sltt.__file__).parents[1] / "docs" / "gpu.md").read_text()
@@ -193,7 +193,7 @@ def errors_of_waiting():
 
 @needs_cuda
 def test_on_cuda_rules_do_not_wait_and_give_the_gradient_of_the_cpu(rule, neuron, errors_of_waiting, monkeypatch):
-    monkeypatch.setattr(replay, "_check_same", lambda same: None)  # after the time loop it waits, once
+    monkeypatch.setattr(segments, "_check_same", lambda same: None)  # after the time loop it waits, once
     x, y = batch(steps=6)
     results = []
     for device in ("cpu", "cuda"):

@@ -9,7 +9,7 @@ from torch import nn
 
 import sltt
 from sltt import analysis
-from sltt.options import shipped_recipes
+from sltt.commands.parsing import shipped_recipes
 
 DOCS = Path(sltt.__file__).parents[1] / "docs"
 MEASURES = [

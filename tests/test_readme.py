@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import sltt
-from sltt.cli import main
+from sltt.commands import main
 
 README = Path(sltt.__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text(), re.DOTALL)

@@ -4,9 +4,9 @@ from sltt.analysis.agreement import Agreement, Proposal, advice, agreement, prop
 from sltt.analysis.budget import PeakModel, fit_peak
 from sltt.analysis.energy import LayerOperations, synaptic_operations
 from sltt.analysis.firing import FiringRates, firing_rates
-from sltt.analysis.memory import available_memory, parse_bytes, peak_memory, process_peak, reset_process_peak
+from sltt.analysis.iteration import Memory, Seconds, iteration_seconds, memory_parts
 from sltt.analysis.operations import Operations, count_operations
-from sltt.analysis.profiles import Memory, Seconds, iteration_seconds, memory_parts
+from sltt.memory import available_memory, parse_bytes, peak_memory, process_peak, reset_process_peak
 
 __all__ = [
     "Agreement",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt.analysis.memory import peak_memory
 from sltt.checks import instance, sequence
+from sltt.memory import peak_memory
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
 from sltt.rules.base import StepLoss as Loss
 from sltt.rules.mixed import Window, layer_order

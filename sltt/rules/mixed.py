@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sltt import kernels
 from sltt.rules.base import Batch, Output, Rule
-from sltt.rules.replay import Snapshot
+from sltt.rules.segments import Snapshot
 from sltt.sequence.once import hand_over
 from sltt.sequence.state import detach_module, state_names, state_tensors
 from sltt.sequence.steps import Sequence, running

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 
-from sltt.analysis.memory import parse_bytes
 from sltt.checks import flag, instance, whole_number
+from sltt.memory import parse_bytes
 from sltt.rules.base import Batch, Output, Rule
-from sltt.rules.fold import foldable, run_within
-from sltt.rules.replay import run_in_segments
+from sltt.rules.folding import foldable, run_within
+from sltt.rules.segments import run_in_segments
 
 
 class Truncated(Rule):

@@ -1,0 +1,204 @@
+"""What one training iteration takes: its memory by parts, and its seconds by parts."""
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltt.checks import instance, whole_number
+from sltt.memory import trace_memory
+from sltt.rules import Rule
+from sltt.rules.base import StepLoss as Loss
+from sltt.sequence.state import state_tensors
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a training iteration.
+
+    The peak is counted with the gradients of all parameters there from the beginning, as they are from the second time
+    step of SLTT on, and in every loop that does not free them between iterations. `saved` is what the graph keeps when
+    a backward begins, at the backward that has most before it.
+
+    Attributes:
+        parameters: and buffers.
+        gradients: of the parameters.
+        optimizer: its state, such as momentum.
+        input: of a batch.
+        states: of the neurons between two time steps.
+        saved: activations kept for a backward, with the logits so far.
+        rest: what is alive besides at the peak: mostly temporaries of the backward.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    input: int
+    states: int
+    saved: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts: the peak of the iteration."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall-clock seconds of a training iteration, medians.
+
+    Attributes:
+        data: loading a batch; 0 where no loader was given.
+        forward: everything of the rule that is not backward.
+        backward: and what it recomputes.
+        step: of the optimizer.
+    """
+
+    data: float
+    forward: float
+    backward: float
+    step: float
+
+    @property
+    def total(self) -> float:
+        """The sum of the parts."""
+        return sum(vars(self).values())
+
+
+def memory_parts(
+    model: nn.Module,
+    x: Tensor,
+    target: Any,
+    loss: Loss,
+    rule: Rule,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    steps: int | None = None,
+) -> Memory:
+    """Measure the memory of one training iteration; as exact as `peak_memory`.
+
+        memory_parts(model, x, y, loss, SLTT()).total
+
+    It runs the rule three times and changes gradients and the statistics of BatchNorm, but no weight. Without a step of
+    the optimizer before, the optimizer's state counts as 0.
+
+    Args:
+        model: maps one time step to logits; in the mode that it is in.
+        x: sequence [T, B, ...], or with `steps` a static input [B, ...].
+        target: what `loss` compares with.
+        loss: of one time step.
+        rule: whose iteration is measured.
+        optimizer: whose state is counted.
+        steps: T for a static input.
+    """
+    instance("x", x, Tensor)
+    instance("rule", rule, Rule)
+    states: list[int] = []
+
+    def run(mark: Any) -> None:
+        def backward(total: Tensor) -> None:
+            mark()
+            states.append(_nbytes(state for module in model.modules() for state in state_tensors(module)))
+            total.backward()
+
+        rule(model, x, target, loss, steps=steps, backward=backward, **_update(rule))
+
+    for _ in range(3):  # makes the gradients; and fold="auto" settles
+        run(lambda: None)
+    states.clear()
+    peak, levels = trace_memory(run, x.device)
+    begin, held = max(zip(levels, states, strict=True), default=(0, 0))
+    held = min(held, begin)  # a state may be the input itself, which is alive before
+    return Memory(
+        parameters=_nbytes([*model.parameters(), *model.buffers()]),
+        gradients=_nbytes(p.grad for p in model.parameters() if p.grad is not None),
+        optimizer=_nbytes(_optimizer_state(optimizer)),
+        input=min(x.untyped_storage().nbytes(), x.numel() * x.element_size()),  # a view counts for itself
+        states=held,
+        saved=begin - held,
+        rest=peak - begin,
+    )
+
+
+def iteration_seconds(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Any]],
+    loss: Loss,
+    rule: Rule,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int | None = None,
+    warmup: int = 2,
+) -> Seconds:
+    """Train on `batches`, and return the medians of the seconds of each part; the weights change.
+
+        iteration_seconds(model, batches, loss, SLTT(), optimizer).backward
+
+    Args:
+        model: maps one time step to logits.
+        batches: (x, target) of each iteration, at least one more than `warmup`; loading them is timed too.
+        loss: of one time step.
+        rule: whose iterations are timed.
+        optimizer: steps after each.
+        steps: T for a static input.
+        warmup: iterations at the beginning that do not count, in which kernels are compiled.
+
+    Raises:
+        ValueError: there are not more batches than `warmup`.
+    """
+    instance("rule", rule, Rule)
+    warmup = whole_number("warmup", warmup, least=0)
+    rows: list[Seconds] = []
+    spent = 0.0
+
+    def backward(total: Tensor) -> None:
+        nonlocal spent
+        before = _now(total.device)
+        total.backward()
+        spent += _now(total.device) - before
+
+    began = time.perf_counter()
+    for x, target in batches:
+        loaded = _now(x.device)
+        optimizer.zero_grad()
+        spent = 0.0
+        rule(model, x, target, loss, steps=steps, backward=backward, **_update(rule, optimizer))
+        ran = _now(x.device)
+        optimizer.step()
+        ended = _now(x.device)
+        rows.append(Seconds(loaded - began, ran - loaded - spent, spent, ended - ran))
+        began = ended
+    if len(rows) <= warmup:
+        raise ValueError(f"expected more than {warmup} batches, of which {warmup} do not count, got {len(rows)}")
+    parts = zip(*(vars(row).values() for row in rows[warmup:]), strict=True)
+    return Seconds(*(statistics.median(part) for part in parts))
+
+
+def _now(device: torch.device) -> float:
+    """The time when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _update(rule: Rule, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """The argument that a rule which updates the weights itself needs."""
+    if not rule.online:
+        return {}
+    return {"update": lambda: None if optimizer is None else (optimizer.step(), optimizer.zero_grad())}
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    states = optimizer.state.values() if optimizer is not None else ()
+    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory behind tensors; what several share counts once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -1,0 +1,154 @@
+"""`sltt compare`: train several rules under the same budget, and print one table."""
+
+import hashlib
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sltt.analysis import Operations, agreement, count_operations, peak_memory
+from sltt.commands.failures import cause
+from sltt.commands.parsing import RULES, RULES_HELP, Options, Recipe, begin, count, rules
+from sltt.commands.prepared import prepared, test_accuracy
+from sltt.commands.results import give
+from sltt.training.console import Console, megabytes
+from sltt.training.fit import fit
+
+COMPARE_HELP = (
+    "Train every rule with every seed, in all phases, under the recipe's budget. Print test accuracy (mean ± standard "
+    "deviation), seconds for an epoch, and of one batch peak memory, multiplications and the gradient's cosine with "
+    "BPTT's. Run again, it continues where it stopped. Other options are those of sltt train."
+)
+
+
+def run(words: Sequence[str]) -> None:
+    """`sltt compare [RECIPE] [OPTION ...]`: train every rule with every seed, and print one table."""
+    name, words = begin(words, "digits")
+    options = Options("sltt compare [RECIPE]", COMPARE_HELP)
+    options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
+    options.add_argument("--seeds", type=count, default=1, help="number of seeds; default: 1")
+    options.add_argument(
+        "--save",
+        type=Path,
+        metavar="FOLDER",
+        help="default: runs/compare-RECIPE, and a mark of the options",
+    )
+    options.add_argument("--json", action="store_true", help="print JSON")
+    known, overrides = options.parse_known_args(words)
+    recipe = Recipe("sltt compare", name, overrides)
+    # other options are another comparison
+    mark = f"-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}" if overrides else ""
+    known.save = known.save or Path("runs") / f"compare-{recipe.name}{mark}"
+    for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
+        recipe.build(rule=rule)
+    found = compare(known.rules, known.seeds, known.save, recipe, Console(quiet=known.json))
+    give(compared_json(recipe.name, found), known, "compare.json", lambda report: print_compared(found, report))
+    if died := [f"{one.rule}, {error}" for one in found for error in one.errors]:
+        raise RuntimeError(f"{len(died)} runs died; the same command tries them again: {'; '.join(died)}")
+
+
+@dataclass
+class Compared:
+    """One rule over its seeds.
+
+    Attributes:
+        rule: as it was asked for.
+        accuracies: test accuracy of each seed.
+        seconds: of a training epoch, median over epochs and seeds.
+        peak_memory: bytes of one batch above what is allocated before.
+        operations: multiplications of one batch.
+        cosine: of the rule's gradient with BPTT's, on the first seed's trained weights.
+        errors: of the seeds that died.
+    """
+
+    rule: str
+    accuracies: list[float] = field(default_factory=list)
+    seconds: float = math.nan
+    peak_memory: int = 0
+    operations: Operations | None = None
+    cosine: float = math.nan
+    errors: list[str] = field(default_factory=list)
+
+
+def compare(rules: Sequence[str], seeds: int, folder: Path, recipe: Recipe, report: Console) -> list[Compared]:
+    """Train every rule with every seed, in all phases, and measure; what `folder` has of a run before is not run again.
+
+    Args:
+        rules: as for `rule_options`.
+        seeds: number of seeds, from 0.
+        folder: of all runs.
+        recipe: what is trained.
+        report: shows the progress.
+    """
+    found = []
+    for text in rules:
+        compared, seconds, measured = Compared(text), [], False
+        for seed in range(seeds):
+            run = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', text).strip('-')}-seed{seed}"
+            report.line(f"{text}, seed {seed}: {run}")
+            try:
+                built = recipe.build("--seed", str(seed), rule=text)
+                config = recipe.resolved("--seed", str(seed), rule=text)
+                result = fit(**vars(built), run=run, resume=run.exists(), config=config, report=report)
+                accuracy = test_accuracy(built)
+                if not measured:
+                    _measure(compared, built)
+                    measured = True
+            except Exception as error:  # the others still run
+                report.warn(f"{text}, seed {seed} died: {cause(error)}")
+                compared.errors.append(f"seed {seed}: {cause(error)}")
+                continue
+            compared.accuracies.append(accuracy)
+            seconds += [row["seconds"] for row in result.history]
+        if seconds:
+            compared.seconds = statistics.median(seconds)
+        found.append(compared)
+    return found
+
+
+def print_compared(found: Sequence[Compared], report: Console) -> None:
+    """A table with a row for each rule."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("rule", "accuracy", "s/epoch", "memory", "mult. fwd", "mult. bwd", "cosine"):
+        table.add_column(heading, justify="left" if heading == "rule" else "right")
+    for one in found:
+        if not one.accuracies:
+            table.add_row(one.rule, "died")
+            continue
+        assert one.operations is not None
+        spread = f" ± {statistics.stdev(one.accuracies):.1%}" if len(one.accuracies) > 1 else ""
+        table.add_row(
+            one.rule,
+            f"{statistics.mean(one.accuracies):.1%}{spread}",
+            f"{one.seconds:.2f}",
+            megabytes(one.peak_memory),
+            f"{one.operations.forward:.2e}",
+            f"{one.operations.backward:.2e}",
+            f"{one.cosine:.3f}",
+        )
+    report.table(table)
+
+
+def compared_json(recipe: str, found: Sequence[Compared]) -> dict[str, Any]:
+    """The rows, for scripts."""
+    rows = [{**vars(one), "operations": one.operations and one.operations._asdict()} for one in found]
+    return {"recipe": recipe, "rows": rows}
+
+
+def _measure(compared: Compared, built: Any) -> None:
+    """Memory, multiplications and agreement of one training batch, on the trained weights."""
+    with prepared(built, built.steps) as here:
+        arguments = here.model, *here.batch(built.batch_size), here.loss
+
+        def iteration() -> None:
+            built.rule(*arguments, steps=here.repeat)
+
+        iteration()  # makes the gradients, which all rules have
+        compared.peak_memory = peak_memory(iteration, here.device)
+        compared.operations = count_operations(*arguments, built.rule, steps=here.repeat)
+        compared.cosine = agreement(*arguments, [built.rule], steps=here.repeat)[0].cosine

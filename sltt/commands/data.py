@@ -1,0 +1,26 @@
+"""`sltt data check`: whether a recipe's data is whole."""
+
+from collections.abc import Sequence
+
+from sltt.commands.failures import UsageError
+from sltt.commands.parsing import build, find_recipe, make_parser, only, parse
+from sltt.training.console import Console
+
+
+def run(words: Sequence[str]) -> None:
+    """`sltt data check RECIPE [OPTION ...]`: read every sample's file; an error unless the data set is whole."""
+    if list(words[:1]) != ["check"] or len(words) < 2 or words[1].startswith("-"):
+        raise UsageError("usage: sltt data check RECIPE [--data.root DIR] [--steps T]")
+    only(words[2:], ("data", "steps"), "sltt data check", "the others do not change the data")
+    parser = make_parser(f"sltt data check {words[1]}")
+    built = build(parser, parse(parser, find_recipe(words[1]), words[2:]))
+    splits = built.data.splits(built.steps)
+    report = Console()
+    for name in ("train", "validation", "test"):
+        report.line(f"{name:12} {len(getattr(splits, name) or ()):8,} samples")
+    report.line(f"{'classes':12} {splits.classes:8,}")
+    report.line(f"{'split':12} {splits.fingerprint}")
+    if missing := built.data.missing():
+        lost = " and ".join(f"{count:,} {name} recordings" for name, count in missing.items())
+        raise ValueError(f"the data set is partial: {lost} are not there; a training would use what is")
+    report.line("nothing is missing")

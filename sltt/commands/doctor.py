@@ -1,0 +1,96 @@
+"""`sltt doctor`: what works on this machine, and what would make it faster."""
+
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sltt.commands.parsing import Options
+
+# package, what it is for
+OPTIONAL = (
+    ("triton", "compiling the neuron step on CUDA"),
+    ("tonic", "event data: pip install 'sltt[events]'"),
+    ("matplotlib", "sltt report: pip install 'sltt[report]'"),
+    ("jinja2", "sltt report: pip install 'sltt[report]'"),
+    ("nir", "sltt export: pip install 'sltt[interop]'"),
+    *((name, "its networks: pip install 'sltt[interop]'") for name in ("spikingjelly", "snntorch", "norse", "sinabs")),
+)
+
+
+def run(words: Sequence[str]) -> None:
+    """`sltt doctor`."""
+    Options("sltt doctor", "What works on this machine, and what would make it faster.").parse_args(words)
+    print_findings()
+
+
+def findings() -> list[tuple[str, str, str]]:
+    """Rows of (subject, what is there, what to do about it)."""
+    return [
+        ("python", platform.python_version(), ""),
+        *((name, _version(name) or "missing", "") for name in ("sltt", "torch", "torchvision", "lightning-fabric")),
+        _device(),
+        _compiler(),
+        _sparse(),
+        _threads(),
+        _half_precision(),
+        *((name, _version(name) or "not installed", f"optional: for {use}") for name, use in OPTIONAL),
+    ]
+
+
+def print_findings() -> None:
+    """Print the findings as a table."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("what", "here", "remark"):
+        table.add_column(heading, overflow="fold")
+    for row in findings():
+        table.add_row(*row)
+    Console(highlight=False, markup=False).print(table)  # [events] is no style
+
+
+def _device() -> tuple[str, str, str]:
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(0)
+        return "device", f"{torch.cuda.device_count()} × {name}, CUDA {torch.version.cuda}", ""
+    remark = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no GPU"
+    return "device", f"CPU ({torch.backends.cpu.get_cpu_capability()})", remark
+
+
+def _compiler() -> tuple[str, str, str]:
+    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+    if compiler is None:
+        return "C++ compiler", "none", "to compile the neuron step: apt install g++"
+    return "C++ compiler", compiler, "compiles the neuron step"
+
+
+def _sparse() -> tuple[str, str, str]:
+    from sltt.kernels import native
+
+    problem = native.problem()
+    return "spike-sparse layers", "dense" if problem else "compiled", problem or "compute on active inputs only"
+
+
+def _threads() -> tuple[str, str, str]:
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    return "threads", f"{threads} on {cores} cores", "set OMP_NUM_THREADS to the cores" if threads < cores else ""
+
+
+def _half_precision() -> tuple[str, str, str]:
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed", "fast" if fast else "emulated", "" if fast else "take --precision 16-mixed"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch >= 2.7
+    fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("sve_bf16"))
+    return "bf16-mixed", "fast" if fast else "emulated", "" if fast else "slower than --precision 32 on this CPU"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,58 @@
+"""`sltt eval`: measure a trained run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sltt.commands.parsing import Options, begin, build, make_parser, only, parse, run_config
+from sltt.training.checkpoints import load_selected
+from sltt.training.console import Console, as_json, megabytes
+from sltt.training.evaluation import measure_split
+from sltt.training.session import session
+from sltt.training.settings import Execution
+
+EVAL_KEYS = (
+    "model",
+    "data",
+    "loss",
+    "steps",
+    "batch_size",
+    "precision",
+    "channels_last",
+    "workers",
+    "device",
+    "compile",
+    "sparse",
+)
+EVAL_HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in EVAL_KEYS)} override the run's configuration."
+
+
+def run(words: Sequence[str]) -> None:
+    """`sltt eval RUN [OPTION ...]`."""
+    folder, words = begin(words)
+    options = Options("sltt eval RUN", EVAL_HELP)
+    options.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
+    options.add_argument("--split", choices=("test", "validation", "train"), default="test")
+    options.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
+    options.add_argument("--json", action="store_true", help="print JSON")
+    known, overrides = options.parse_known_args(words)
+    only(overrides, EVAL_KEYS, "sltt eval", "the others belong to the training")
+    run = Path(folder)
+    parser = make_parser("sltt eval")
+    config = parse(parser, run_config(run), overrides)
+    config.devices = config.num_nodes = None  # of the training
+    built = build(parser, config)
+    path = load_selected(built.model, run, known.checkpoint)
+    sizes = {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
+    with session(Execution.of(vars(built))) as here:
+        metrics = measure_split(here, built.model, built.data, known.split, **sizes, mirror=known.mirror)
+    if known.json:
+        print(as_json({"checkpoint": str(path), "split": known.split, "mirror": known.mirror, **vars(metrics)}))
+        return
+    report = Console()
+    mirrored = " and their mirror images" if known.mirror else ""
+    report.line(f"{path}, T = {built.steps}, {known.split} samples{mirrored}")
+    report.line(f"accuracy     {metrics.accuracy:.2%}")
+    report.line(f"loss         {metrics.loss:.4f}")
+    report.line(f"firing rate  {metrics.firing_rate:.4f}")
+    report.line(f"seconds      {metrics.seconds:.1f}")
+    report.line(f"peak memory  {megabytes(metrics.peak_memory or 0)}")

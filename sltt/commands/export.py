@@ -1,0 +1,45 @@
+"""`sltt export`: write a trained network for other tools."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sltt.commands.parsing import Options, Recipe, begin, run_config
+from sltt.training.checkpoints import load_selected
+from sltt.training.console import Console
+
+EXPORT_HELP = (
+    "Write the selected weights of a run as a NIR graph, or as an ONNX model of one time step with the states as "
+    "inputs and outputs."
+)
+
+
+def run(words: Sequence[str]) -> None:
+    """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
+    folder, words = begin(words)
+    options = Options("sltt export RUN", EXPORT_HELP)
+    options.add_argument("--to", required=True, choices=("nir", "onnx"))
+    options.add_argument("--out", type=Path, metavar="FILE", help="default: graph.nir or step.onnx in the run")
+    options.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")
+    known, run = options.parse_args(words), Path(folder)
+    built = Recipe("sltt export", str(run_config(run)), []).build()
+    load_selected(built.model, run)
+    splits = built.data.splits(built.steps)
+    x, _ = splits.collate([splits.test[0]])
+    frame = x if splits.static else x[0]
+    out = known.out or run / {"nir": "graph.nir", "onnx": "step.onnx"}[known.to]
+    report = Console()
+    try:
+        if known.to == "nir":
+            import nir  # pyright: ignore[reportMissingImports]
+
+            from sltt.interop import to_nir
+
+            nir.write(out, to_nir(built.model, frame, dt=known.dt))
+            report.line(f"written to {out}; a time step is {known.dt:g} seconds")
+        else:
+            from sltt.interop import to_onnx
+
+            first = to_onnx(built.model, frame, out)
+            report.line(f"written to {out}: one time step, with the states {', '.join(first)}")
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"the export needs {error.name}: pip install 'sltt[interop]'") from error

@@ -1,0 +1,330 @@
+"""Options of the command line: recipes, what overrides their values, and errors that name the nearest word."""
+
+import argparse
+import difflib
+import inspect
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+
+from sltt.commands import yamltext
+from sltt.commands.failures import UsageError, cause
+from sltt.commands.hints import explain, fit_arguments, locate, nearest
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+RULES = ["BPTT", "SLTT", "SLTT:k=1"]
+RULES_HELP = f"default: {','.join(RULES)}"
+MOST_STEPS = 1_000_000  # a training with more would not end
+
+
+class Options(argparse.ArgumentParser):
+    """The options that a command has by itself. Raises UsageError, with what a type's ValueError says."""
+
+    def __init__(self, prog: str, description: str):
+        self.own: list[str] = []
+        super().__init__(prog, description=description, allow_abbrev=False)
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Take an option."""
+        self.own += names
+        if kind := settings.get("type"):
+            settings["type"] = _saying(kind)
+        return super().add_argument(*names, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The command's own options, and the words that are left over; none of these is one that is cut short."""
+        known, rest = super().parse_known_args(args, namespace)
+        trains = [f"--{name}" for name in fit_arguments()]
+        for name in (re.split("[.=]", word)[0] for word in rest if word.startswith("--")):
+            longer = [option for option in self.own if option.startswith(name)]
+            near = longer or difflib.get_close_matches(name, [*trains, *self.own], 1)
+            if name not in trains and near and near[0] in self.own:
+                raise UsageError(f"unknown option {name}; did you mean {near[0]}?")
+        return known, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the options."""
+        raise UsageError(f"{message}; `{' '.join(self.prog.split()[:2])} --help` explains the options")
+
+
+def _saying(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an option, whose ValueError is shown as it is."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes in the package, by name."""
+    folder = Path(str(files("sltt") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a shipped recipe, or a YAML file of the user's own."""
+    known = shipped_recipes()
+    if name in known:
+        return known[name]
+    if name.endswith((".yaml", ".yml")):
+        if Path(name).is_file():
+            return Path(name)
+        raise UsageError(f"no file {name}")
+    raise UsageError(f"unknown recipe {name!r}{nearest(name, known)}; `sltt recipes` lists them")
+
+
+def run_config(run: Path) -> Path:
+    """The configuration of a run."""
+    from sltt.training.runs import CONFIG
+
+    if not (run / CONFIG).is_file():
+        raise UsageError(f"{run} is not the folder of a run: there is no {CONFIG}")
+    return run / CONFIG
+
+
+class Recipe:
+    """A recipe with options over it.
+
+    Args:
+        command: the command that takes the options, for its help.
+        name: of the recipe, or of a YAML file.
+        overrides: options.
+    """
+
+    def __init__(self, command: str, name: str, overrides: Sequence[str]):
+        self.source = find_recipe(name)
+        self.name = self.source.stem
+        self.overrides = overrides
+        self._parser = make_parser(command)
+
+    def build(self, *more: str, rule: str | None = None) -> "Namespace":
+        """Make the objects: the arguments of `sltt.fit`, in one process.
+
+        Args:
+            more: further options.
+            rule: as for `rule_options`, instead of the recipe's; the phases of a training have it too.
+        """
+        from sltt.parallel.devices import started
+
+        built = build(self._parser, self._parse(more, rule))
+        if (built.devices or 1) * (built.num_nodes or 1) > 1 or started() != (1, 1):
+            raise UsageError(f"{self._parser.prog} runs in one process: start one, without --devices and --num_nodes")
+        return built
+
+    def resolved(self, *more: str, rule: str | None = None) -> dict[str, Any]:
+        """The configuration that `build` builds, as a run keeps it."""
+        return yaml.safe_load(self._parser.dump(self._parse(more, rule)))
+
+    def _parse(self, more: Sequence[str], rule: str | None) -> "Namespace":
+        asked = rule_options(rule) if rule else []
+        config = parse(self._parser, self.source, [*self.overrides, *asked, *more])
+        for phase in config.phases or () if rule else ():
+            phase.rule = None
+        config.pop("run")
+        config.pop("resume")
+        return config
+
+
+def make_parser(prog: str) -> "ArgumentParser":
+    """A parser whose options are the arguments of `sltt.fit`."""
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
+
+    import sltt
+
+    set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
+    set_loader("sltt", yamltext.load, exceptions=(yaml.YAMLError,))
+
+    class Help(DefaultHelpFormatter):
+        """Leaves out the hundreds of modules of PyTorch where any module fits."""
+
+        def _expand_help(self, action: argparse.Action) -> str:
+            return re.sub(r", known subclasses: torch\.nn\.Module,[^)]*", "", super()._expand_help(action))
+
+    parser = ArgumentParser(
+        prog=prog,
+        description="Options override the recipe's values, which are shown as defaults. A class is given by its name "
+        "or import path, its arguments after a dot: --rule SLTT --rule.k 2; --rule.help SLTT explains them.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=Help,
+        parser_mode="sltt",
+    )
+    parser.add_argument("--config", action="config", help="YAML file whose values override the recipe's")
+    parser.add_function_arguments(sltt.fit, skip={"run", "resume", "config", "report"}, fail_untyped=False)
+    parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")
+    parser.add_argument("--resume", type=str | None, metavar="RUN", help="continue the run in this folder")
+    return parser
+
+
+def parse(parser: "ArgumentParser", source: Path, words: Sequence[str]) -> "Namespace":
+    """The configuration in `source` with the options in `words` over it; raises UsageError with the nearest name."""
+    values = _read(source)
+    for word in (word.split("=", 1)[-1] if word.startswith("--") else word for word in words):
+        if word.startswith(("{", "[", "&")):
+            try:
+                yamltext.check(word)
+            except yaml.YAMLError as error:
+                raise _not_yaml(word, error) from None
+    try:
+        if {"-h", "--help"} & set(words):
+            parser.set_defaults(values)  # so that the help shows the recipe's values
+        config = parser.parse_args(["--config", str(source), *words])
+    except argparse.ArgumentError as error:
+        raise UsageError(re.sub(r"\bNone(Type)?\b", "null", explain(str(error), values))) from None
+    config.pop("config")
+    return config
+
+
+def _read(source: Path) -> dict[str, Any]:
+    """The values of a recipe or of a run's configuration."""
+    try:
+        values = yamltext.load(source.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _not_yaml(source, error) from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{source} holds no options: expected lines such as `epochs: 20`; `sltt recipes digits`")
+    return values
+
+
+def _not_yaml(what: Any, error: Exception) -> UsageError:
+    return UsageError(f"{what} is no YAML that can be read: {' '.join(str(error).split())}")
+
+
+def build(parser: "ArgumentParser", config: "Namespace") -> "Namespace":
+    """Make the objects that a configuration names, seeded so that the same configuration gives the same weights."""
+    from sltt.training.fit import seed_everything
+
+    _refuse_null(config)
+    for steps in (config.steps, *(phase.steps for phase in config.phases or ())):
+        time_steps(steps or 1)
+    seed_everything(config.seed)
+    try:
+        built = parser.instantiate(config)
+    except ValueError as error:  # of a phase, the parser tells what it tried instead
+        if reasons := re.findall(r"^  - (?!Expected)(.*)$", str(error), re.MULTILINE):
+            raise ValueError(reasons[0]) from error
+        raise
+    _try_optimizer(built.optimizer)
+    return built
+
+
+def _refuse_null(config: "Namespace") -> None:
+    """Raise UsageError for a null where an argument of a class takes none: the parser lets it through."""
+    for key, value in config.items():
+        path, _, name = key.rpartition(".init_args.")
+        if value is None and path:
+            taken = inspect.signature(locate(config[f"{path}.class_path"])).parameters.get(name)
+            if taken and isinstance(taken.annotation, type) and taken.annotation is not type(None):
+                raise UsageError(
+                    f"{path.replace('.init_args', '')}.{name}: expected {taken.annotation.__name__}, got null"
+                )
+
+
+def _try_optimizer(optimizer: Callable[..., Any]) -> None:
+    """Raise UsageError where the optimizer refuses its options, or needs what a training does not give."""
+    import torch
+
+    try:
+        made = optimizer([torch.zeros(2, 2, requires_grad=True)])
+    except Exception as error:
+        raise UsageError(f"optimizer: {cause(error)}") from error
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure and closure.default is inspect.Parameter.empty:
+        raise UsageError(
+            f"optimizer: {type(made).__name__} computes the loss several times a step, which a rule does once: "
+            "take one such as SGD or AdamW"
+        )
+
+
+def time_steps(value: int | str) -> int:
+    """A number of time steps; raises UsageError for one that a computer cannot train."""
+    if int(value) > MOST_STEPS:
+        raise UsageError(f"steps: expected at most {MOST_STEPS:,} time steps, got {int(value):,}")
+    return int(value)
+
+
+def only(words: Sequence[str], keys: Sequence[str], command: str, why: str) -> None:
+    """Raise UsageError for an option that would do nothing, or harm."""
+    for word in words:
+        if word.startswith("--") and re.split("[.=]", word.removeprefix("--"))[0] not in (*keys, "help"):
+            raise UsageError(f"{command} does not take {word}: {why}; it takes {', '.join(f'--{k}' for k in keys)}")
+
+
+def begin(words: Sequence[str], default: str | None = None) -> tuple[str, Sequence[str]]:
+    """The recipe or the run that options begin with, and the options after it."""
+    if words and not words[0].startswith("-"):
+        return words[0], words[1:]
+    if default is None and not {"-h", "--help"} & set(words):
+        raise UsageError("expected the folder of a run before the options, such as runs/RUN")
+    return default or "", words
+
+
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A parser of numbers separated by commas."""
+
+    def parsed(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise ValueError(f"expected numbers separated by commas, got {text!r}") from None
+
+    return parsed
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def rules(text: str) -> list[str]:
+    """Rules separated by commas, such as SLTT:k=1 or Mixed:windows={features.2: all, features.5: 4}."""
+    found = _split(text, ",")
+    for rule in found:
+        rule_options(rule)
+        if found.count(rule) > 1:
+            raise ValueError(f"{rule} stands twice in {text}: name each rule once")
+    return found
+
+
+def rule_options(text: str) -> list[str]:
+    """The options of `sltt train` for one of `rules`; raises ValueError if it is not understood."""
+    name, *settings = _split(text, ":")
+    if not name or any("=" not in setting for setting in settings):
+        raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
+    pairs = [setting.split("=", 1) for setting in settings]
+    return ["--rule", name, *itertools.chain.from_iterable((f"--rule.{key}", value) for key, value in pairs)]
+
+
+def mixed_options(windows: Mapping[str, int | str]) -> str:
+    """What to write after `sltt train` for a `Mixed`: --rule Mixed --rule.windows '{features.2: all}'."""
+    # unquoted, YAML reads names such as 2 or on as something else than text
+    names = [name if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", name) else json.dumps(name) for name in windows]
+    listed = ", ".join(f"{name}: {window}" for name, window in zip(names, windows.values(), strict=True))
+    return f"--rule Mixed --rule.windows {shlex.quote(f'{{{listed}}}')}"
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split, but not within braces."""
+    return re.split(rf"{separator}(?![^{{]*}})", text)
+
+
+def resumed(words: Sequence[str]) -> Path | None:
+    """The value of --resume: it names the configuration that the other options are read on top of."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    return parser.parse_known_args(words)[0].resume

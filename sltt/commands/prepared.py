@@ -1,0 +1,97 @@
+"""From a recipe's settings to a network that is measured: on the device and in the precision of its training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sltt.data import Splits
+from sltt.rules import Rule
+from sltt.training.batches import EpochSampler, train_loader
+from sltt.training.evaluation import measure_split
+from sltt.training.session import Session, session
+from sltt.training.settings import Execution
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+class Prepared:
+    """A recipe's network, optimizer and data as its training has them; `prepared` makes it.
+
+    Attributes:
+        model: on the device, in training mode. Each call runs in the recipe's precision.
+        optimizer: of its parameters.
+        loss: on the device.
+        rule: of the recipe.
+        splits: of the data at T.
+        repeat: T for static data, else None: the argument `steps` of rules and measurements.
+        device: where it runs.
+    """
+
+    def __init__(self, built: Any, session: Session, steps: int):
+        self._session, self._seed = session, built.seed
+        self.device = session.fabric.device
+        session.set_up(built.model)
+        self.model: nn.Module = built.model.train()
+        self.optimizer = built.optimizer(self.model.parameters())
+        self.loss = session.set_up_loss(built.loss)
+        self.rule: Rule = built.rule
+        self.splits: Splits = session.splits(built.data, steps)
+        self.repeat = steps if self.splits.static else None
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """A training batch of `size` samples; where the data has fewer, they come again."""
+        count = min(size, len(self.splits.train))  # type: ignore[arg-type]
+        x, y = next(iter(self._loader(count, workers=0)))
+        again = torch.arange(size) % count
+        return self._session.batch(x.index_select(0 if self.splits.static else 1, again), y[again])
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches without an end, loaded as in a training."""
+        while True:
+            for x, y in self._loader(size, self._session.execution.workers):
+                yield self._session.batch(x, y)
+
+    def _loader(self, size: int, workers: int) -> Any:
+        return train_loader(self.splits, size, EpochSampler(len(self.splits.train), self._seed), workers)  # type: ignore[arg-type]
+
+
+@contextmanager
+def prepared(built: Any, steps: int) -> Iterator[Prepared]:
+    """Put on the device what a recipe built, for measurements at T = `steps` inside the block."""
+    with session(Execution.of(vars(built))) as here:
+        found = Prepared(built, here, steps)
+        hooks = _run_in_precision(found.model, here.fabric) if built.precision != 32 else ()
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def test_accuracy(built: Any) -> float:
+    """Of a trained network, measured as its training is set up."""
+    sizes = {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
+    with session(Execution.of(vars(built))) as here:
+        return measure_split(here, built.model, built.data, "test", **sizes).accuracy
+
+
+def _run_in_precision(model: nn.Module, fabric: "Fabric") -> tuple[Any, Any]:
+    """Have each call of the model run under autocast, and give float32.
+
+    By hooks, not Fabric's wrapper: a copy keeps them, layers keep their names, and a backward needs no Fabric.
+    """
+    entered: list[Any] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        entered.append(fabric.autocast())
+        entered[-1].__enter__()
+
+    def leave(module: nn.Module, inputs: Any, logits: Any) -> Any:
+        entered.pop().__exit__(None, None, None)
+        return logits.float() if isinstance(logits, Tensor) else None
+
+    return model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)

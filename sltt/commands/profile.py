@@ -1,0 +1,318 @@
+"""What `sltt profile` does: memory, time, operations and energy of a recipe under several rules, and what fits."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from sltt.analysis import (
+    LayerOperations,
+    Memory,
+    Operations,
+    PeakModel,
+    Seconds,
+    available_memory,
+    count_operations,
+    firing_rates,
+    fit_peak,
+    iteration_seconds,
+    memory_parts,
+    parse_bytes,
+    synaptic_operations,
+)
+from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
+from sltt.commands.parsing import RULES, RULES_HELP, Options, Recipe, begin, count, numbers, rules, time_steps
+from sltt.commands.prepared import Prepared, prepared
+from sltt.commands.results import SAVE_HELP, give
+from sltt.rules import Truncated
+from sltt.rules.folding import largest_fold
+from sltt.training.checkpoints import start_from
+from sltt.training.console import Console, megabytes
+from sltt.training.session import session
+from sltt.training.settings import Execution
+
+WARMUP = 2
+TOLERANCE = 0.03  # of the peak model, before it is fitted again
+
+PROFILE_HELP = (
+    "What a training iteration takes under each rule and T: memory at the peak by its parts, seconds by theirs, "
+    "multiplications; and what the inference of one sample takes: synaptic operations by layer and an estimate of the "
+    "energy. With --budget, what fits a memory. Other options are those of sltt train."
+)
+
+
+def run(words: Sequence[str]) -> None:
+    """`sltt profile [RECIPE] [OPTION ...]`: memory, seconds, operations and energy, and what fits a budget."""
+    name, words = begin(words, "digits")
+    options = Options("sltt profile [RECIPE]", PROFILE_HELP)
+    options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
+    options.add_argument(
+        "--steps", type=numbers(time_steps), default=[], help="numbers of time steps; default: the recipe's"
+    )
+    options.add_argument("--repeats", type=count, default=5, help="iterations that are timed; default: 5")
+    options.add_argument(
+        "--budget", type=parse_bytes, help="a memory such as 8GB: the largest batch, T and fold that fit it"
+    )
+    options.add_argument("--json", action="store_true", help="print JSON")
+    options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
+    known, overrides = options.parse_known_args(words)
+    recipe = Recipe("sltt profile", name, overrides)
+    report = Console(quiet=known.json)
+    found = profile(recipe, known.rules, known.steps, known.repeats, known.budget, report)
+    give(found.as_dict(), known, "profile.json", lambda report: print_profile(found, report))
+
+
+@dataclass
+class Cost:
+    """One rule with one T: the iteration's memory and seconds, and the multiplications of its batch."""
+
+    rule: str
+    steps: int
+    memory: Memory
+    seconds: Seconds
+    operations: Operations
+
+
+@dataclass
+class Layer:
+    """A layer in the inference of one sample: a convolution or linear layer, or a layer of neurons.
+
+    Attributes:
+        name: of the layer in the model.
+        operations: of a convolution or linear layer.
+        firing_rate: of a layer of neurons.
+        spikes: of a layer of neurons, in all time steps of a sample.
+    """
+
+    name: str
+    operations: LayerOperations | None = None
+    firing_rate: float | None = None
+    spikes: float | None = None
+
+
+@dataclass
+class Fits:
+    """What fits a budget under a rule; None where there is no limit.
+
+    Attributes:
+        rule: as it was asked for.
+        budget: bytes, with parameters and the optimizer's state.
+        batch: the largest with the recipe's T.
+        steps: the largest T with the recipe's batch.
+        fold: the most time steps in one call of the network, with the recipe's batch and T; None for a rule without.
+        predicted: bytes of the checked run, by the fitted model.
+        measured: bytes of the checked run; None if it was not made, since it needs more than is free.
+    """
+
+    rule: str
+    budget: int
+    batch: int | None
+    steps: int | None
+    fold: int | None
+    predicted: int = 0
+    measured: int | None = None
+
+
+@dataclass
+class Profile:
+    """All that was measured.
+
+    Attributes:
+        recipe: its name.
+        device: where.
+        batch: samples in an iteration.
+        trained: the layers are measured with weights of a run, in evaluation mode; else with random weights, in
+            training mode, since the statistics of a BatchNorm are not there yet.
+        costs: a row for each rule and T.
+        layers: of the largest T, in the order of the model.
+        fits: a row for each rule, if there is a budget.
+    """
+
+    recipe: str
+    device: str
+    batch: int
+    trained: bool
+    costs: list[Cost] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    fits: list[Fits] = field(default_factory=list)
+
+    def picojoules(self) -> tuple[float, float]:
+        """The estimated energy of one sample's inference, and that of the same network as an ANN."""
+        layers = [layer.operations for layer in self.layers if layer.operations is not None]
+        return sum(one.picojoules for one in layers), sum(one.picojoules_as_ann for one in layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        spiking, ann = self.picojoules()
+        costs = [{**asdict(one), "operations": one.operations._asdict()} for one in self.costs]
+        for row, one in zip(costs, self.costs, strict=True):
+            row["memory"]["total"], row["seconds"]["total"] = one.memory.total, one.seconds.total
+        return {**asdict(self), "costs": costs, "picojoules": spiking, "picojoules_as_ann": ann}
+
+
+def profile(
+    recipe: Recipe,
+    rules: Sequence[str],
+    steps: Sequence[int],
+    repeats: int,
+    budget: int | None,
+    report: Console,
+) -> Profile:
+    """Measure a recipe.
+
+    Args:
+        recipe: what is measured.
+        rules: as for `rule_options`.
+        steps: numbers of time steps; none is the recipe's.
+        repeats: iterations that are timed, for each rule and T.
+        budget: bytes; None asks for nothing.
+        report: shows the progress.
+    """
+    own = recipe.build()
+    with session(Execution.of(vars(own))) as here:
+        device = here.fabric.device
+    found = Profile(recipe.name, str(device), own.batch_size, own.weights is not None)
+    steps = steps or [own.steps]
+    for T, rule in itertools.product(steps, rules):
+        report.line(f"{rule}, T = {T}")
+        found.costs.append(_cost(recipe, rule, T, found.batch, repeats))
+    found.layers = _layers(own, steps[-1], found.batch)
+    for rule in rules if budget else ():
+        report.line(f"{rule}: what fits")
+        found.fits.append(_fits(recipe, rule, own.steps, found.batch, budget or 0, device))
+    return found
+
+
+def print_profile(found: Profile, report: Console) -> None:
+    """Tables of all that was measured."""
+    memory = _table("rule", "T", "total", "weights", "grads", "optim", "input", "states", "saved", "rest")
+    seconds = _table("rule", "T", "total", "data", "forward", "backward", "step", "mult. fwd", "mult. bwd")
+    for one in found.costs:
+        parts = one.memory.total, *vars(one.memory).values()
+        memory.add_row(one.rule, str(one.steps), *(f"{part / 1e6:.4g}" for part in parts))
+        times = one.seconds.total, *vars(one.seconds).values()
+        seconds.add_row(one.rule, str(one.steps), *(f"{t:.3f}" for t in times), *(f"{n:.2e}" for n in one.operations))
+    layers = _table("layer", "MAC a step", "inputs ≠ 0", "synaptic op.", "firing rate", "spikes")
+    for layer in found.layers:
+        if one := layer.operations:
+            kind = "" if one.spiking else " MAC"
+            cells = f"{one.macs:,}", f"{one.density:.1%}", f"{one.synaptic_operations:,.0f}{kind}", "", ""
+        else:
+            cells = "", "", "", f"{layer.firing_rate:.3f}", f"{layer.spikes:,.0f}"
+        layers.add_row(layer.name, *cells)
+    network = "with the weights given" if found.trained else "untrained; --weights RUN takes those of a run"
+    for title, table in (
+        (f"memory at the peak of an iteration in MB, batch {found.batch}, {found.device}", memory),
+        ("seconds of an iteration, and multiplications of its batch", seconds),
+        (f"one sample, T = {found.costs[-1].steps}, {network}", layers),
+    ):
+        report.line(title)
+        report.table(table)
+        report.line("")
+    spiking, ann = found.picojoules()
+    report.line(
+        f"energy of one sample, estimated: {spiking / 1e6:.3g} µJ; the same network as an ANN: {ann / 1e6:.3g} µJ\n"
+        f"(45 nm, 32 bits: {PICOJOULES_MULTIPLY_ACCUMULATE} pJ a multiply-accumulate, {PICOJOULES_ACCUMULATE} pJ an "
+        "accumulate)"
+    )
+    if found.fits:
+        report.line("")
+        _print_fits(found.fits, report)
+
+
+def _print_fits(fits: Sequence[Fits], report: Console) -> None:
+    table = _table("rule", "batch", "T", "fold", "predicted", "measured", "error")
+    for one in fits:
+        batch, steps = ("no limit" if most is None else f"{most:,}" for most in (one.batch, one.steps))
+        checked = "not run", ""
+        if one.measured is not None:
+            checked = megabytes(one.measured), f"{one.predicted / one.measured - 1:+.1%}"
+        table.add_row(
+            one.rule, batch, steps, "–" if one.fold is None else str(one.fold), megabytes(one.predicted), *checked
+        )
+    report.line(f"what fits {megabytes(fits[0].budget)}, the rest as in the recipe; and a run with that batch")
+    report.table(table)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("rule", "layer") else "right")
+    return table
+
+
+def _built(recipe: Recipe, rule: str, *options: str) -> Any:
+    built = recipe.build(*options, rule=rule)
+    start_from(built.model, built.weights)
+    return built
+
+
+def _memory(here: Prepared, size: int) -> Memory:
+    """Memory of an iteration with `size` samples, after one step of the optimizer."""
+    arguments = here.model, *here.batch(size), here.loss, here.rule
+    memory_parts(*arguments, steps=here.repeat)  # makes gradients, and what is allocated once
+    here.optimizer.step()
+    return memory_parts(*arguments, here.optimizer, steps=here.repeat)
+
+
+def _cost(recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> Cost:
+    with prepared(_built(recipe, rule), steps) as here:
+        memory = _memory(here, batch)
+        timed = itertools.islice(here.batches(batch), repeats + WARMUP)
+        seconds = iteration_seconds(
+            here.model, timed, here.loss, here.rule, here.optimizer, steps=here.repeat, warmup=WARMUP
+        )
+        operations = count_operations(here.model, *here.batch(batch), here.loss, here.rule, steps=here.repeat)
+    return Cost(rule, steps, memory, seconds, operations)
+
+
+def _layers(built: Any, steps: int, batch: int) -> list[Layer]:
+    start_from(built.model, built.weights)
+    with prepared(built, steps) as here:
+        x, _ = here.batch(batch)
+        model = here.model.train(built.weights is None)
+        with firing_rates(model) as rates:
+            operations = {one.name: one for one in synaptic_operations(model, x, steps=here.repeat)}
+    spikes = {name: spikes / batch for name, (spikes, _) in rates.state_dict().items()}
+    by_layer = rates.by_layer()
+    names = [name for name, _ in model.named_modules() if name in operations or name in by_layer]
+    return [Layer(name, operations.get(name), by_layer.get(name), spikes.get(name)) for name in names]
+
+
+def _fits(recipe: Recipe, rule: str, steps: int, batch: int, budget: int, device: torch.device) -> Fits:
+    def measure(samples: int, time_steps: int) -> int:
+        with prepared(_built(recipe, rule), time_steps) as here:
+            return _memory(here, samples).total
+
+    least = max(getattr(recipe.build(rule=rule).rule, "k", None) or 1, 2)
+    found = Fits(rule, budget, None, None, _fold(recipe, rule, steps, batch, budget))
+    batches = batch, 2 * batch
+    for _ in range(2):
+        model: PeakModel = fit_peak(measure, batches, (least, 2 * least))
+        found.batch, found.steps = model.largest_batch(budget, steps), model.largest_steps(budget, batch)
+        if not found.batch:
+            break
+        found.predicted = int(model.peak(found.batch, steps))
+        if found.predicted > available_memory(device):
+            break
+        found.measured = measure(found.batch, steps)
+        if abs(found.predicted / found.measured - 1) <= TOLERANCE:
+            break
+        # Large layers run other kernels than small ones: fit again nearer to the budget.
+        batches = max(found.batch // 4, 1), max(found.batch // 2, 2)
+    return found
+
+
+def _fold(recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int | None:
+    """The largest fold; None for a rule that has none."""
+    if not isinstance(recipe.build(rule=rule).rule, Truncated):
+        return None
+    peaks = []
+    for fold in range(1, min(steps, 3) + 1):
+        with prepared(_built(recipe, rule, "--rule.fold", str(fold)), steps) as here:
+            peaks.append(_memory(here, batch).total)
+    return largest_fold(peaks, budget, steps)

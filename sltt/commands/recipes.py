@@ -1,0 +1,18 @@
+"""`sltt recipes`: list the recipes, or print one."""
+
+from collections.abc import Sequence
+
+from sltt.commands.parsing import Options, find_recipe, shipped_recipes
+from sltt.training.console import Console
+
+
+def run(words: Sequence[str]) -> None:
+    """`sltt recipes [NAME]`."""
+    options = Options("sltt recipes", "List the recipes, or print one.")
+    options.add_argument("name", nargs="?", help="recipe to print")
+    if name := options.parse_args(words).name:
+        print(find_recipe(name).read_text(), end="")
+        return
+    report = Console()
+    for name, path in shipped_recipes().items():
+        report.line(f"{name:15} {path.read_text().splitlines()[0].removeprefix('# ')}")

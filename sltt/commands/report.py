@@ -1,0 +1,37 @@
+"""`sltt report`: one page of what the commands measured and of runs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from sltt.commands.parsing import Options
+from sltt.commands.results import gather
+from sltt.training.console import Console
+
+REPORT_HELP = (
+    "Write one HTML page, which needs no network, with tables and figures of what sltt compare, profile and agreement "
+    "kept with --save, and of training runs; beside it the figures as PNG and SVG, and the tables as CSV."
+)
+
+
+def run(words: Sequence[str]) -> None:
+    """`sltt report FOLDER ...`: one page of what the commands measured and of runs."""
+    from sltt.commands.page import write
+
+    options = Options("sltt report", REPORT_HELP)
+    options.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
+    options.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the first folder")
+    options.add_argument("--json", action="store_true", help="print the path of the page and the notes as JSON")
+    known = options.parse_args(words)
+    found = gather(known.folders)
+    try:
+        page = write(found, known.out or known.folders[0] / "report")
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"the report needs {error.name}: pip install 'sltt[report]'") from error
+    if known.json:
+        print(json.dumps({"page": str(page), "notes": found.notes}))
+        return
+    shown = Console()
+    for note in found.notes:
+        shown.warn(note)
+    shown.line(f"report: {page}")

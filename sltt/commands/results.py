@@ -1,0 +1,115 @@
+"""What the commands kept in folders, and the runs in them: what the report shows."""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sltt.commands.hints import locate
+from sltt.commands.parsing import rule_options
+from sltt.training.console import Console, as_json
+from sltt.training.files import read_table, write_atomically
+from sltt.training.runs import CONFIG, METRICS
+
+SAVE_HELP = "keep the result in this folder, for sltt report"
+
+
+def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Console], None]) -> None:
+    """Print what a command found, as JSON or for people, and keep it where --save says."""
+    text = as_json(found)
+    if known.save:
+        known.save.mkdir(parents=True, exist_ok=True)
+        write_atomically(known.save / name, lambda file: file.write(text.encode()))
+    if known.json:
+        print(text)
+        return
+    report = Console()
+    show(report)
+    if known.save:
+        report.line(f"written to {known.save / name}")
+
+
+@dataclass
+class Gathered:
+    """What folders hold.
+
+    Attributes:
+        comparisons: of `sltt compare`.
+        profiles: of `sltt profile`.
+        agreements: of `sltt agreement`.
+        runs: folders of trainings with at least one epoch.
+        notes: what was left out, and why.
+    """
+
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+    profiles: list[dict[str, Any]] = field(default_factory=list)
+    agreements: list[dict[str, Any]] = field(default_factory=list)
+    runs: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def gather(folders: Sequence[Path]) -> Gathered:
+    """Read the folders of runs, and those that the commands' --save named, with the runs in them.
+
+    Raises ValueError for a folder that is not there or holds nothing of the kind, or a file that is damaged.
+    """
+    found = Gathered()
+    kinds = (("compare", found.comparisons), ("profile", found.profiles), ("agreement", found.agreements))
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}")
+        runs = [path.parent for path in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")])]
+        there = [(folder / f"{kind}.json", into) for kind, into in kinds if (folder / f"{kind}.json").is_file()]
+        if not runs and not there:
+            raise ValueError(
+                f"{folder} has nothing to report: expected the folder of a run, or one that sltt compare, profile or "
+                "agreement wrote with --save"
+            )
+        for path, into in there:
+            try:
+                into.append(_read(path))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {error}; run the command that wrote it again") from error
+        for run in runs:
+            if (run / METRICS).is_file() and read_table(run / METRICS):
+                found.runs.append(run)
+            else:
+                found.notes.append(f"The run {run} is left out: it has not finished an epoch.")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a command kept; a number that is not finite is None, and each rule has the name that runs have."""
+    found = json.loads(path.read_text(), parse_constant=lambda name: None)
+    for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:
+        if "rule" in row:
+            row["rule"] = _asked_label(row["rule"])
+    return found
+
+
+def rule_label(run: Path) -> str:
+    """The rule of a run as it is written for `sltt compare`: SLTT:k=1."""
+    rule = yaml.safe_load((run / CONFIG).read_text())["rule"]
+    return _label(rule["class_path"], rule.get("init_args") or {})
+
+
+def _asked_label(rule: str) -> str:
+    """The same for a rule as it was asked for: settings that are defaults, or in another order, make no other rule."""
+    _, name, *settings = rule_options(rule)
+    values = {
+        key.removeprefix("--rule."): yaml.safe_load(text) for key, text in zip(*[iter(settings)] * 2, strict=True)
+    }
+    try:
+        return _label(name if "." in name else f"sltt.{name}", values)
+    except (ValueError, TypeError, AttributeError, ImportError):  # a rule that died
+        return rule
+
+
+def _label(path: str, settings: dict[str, Any]) -> str:
+    name, shown = repr(locate(path)(**settings)).removesuffix(")").split("(", 1)
+    return ":".join([name, *re.split(r", (?![^{]*})", shown)]) if shown else name

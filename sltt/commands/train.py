@@ -1,0 +1,98 @@
+"""`sltt train`: train a recipe, then measure the selected weights on the test samples."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from torch import nn
+
+from sltt.commands.failures import UsageError
+from sltt.commands.parsing import build, find_recipe, make_parser, only, parse, resumed, run_config
+from sltt.parallel.devices import keep_freed_memory
+from sltt.training.checkpoints import load_selected
+from sltt.training.console import Console
+from sltt.training.evaluation import measure_split
+from sltt.training.files import write_atomically
+from sltt.training.fit import run_training
+from sltt.training.runs import RESUMABLE
+from sltt.training.session import Session, session
+from sltt.training.settings import Execution, Training
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+RESUME_KEYS = ("resume", *RESUMABLE)
+
+
+def run(words: Sequence[str]) -> None:
+    """`sltt train [RECIPE] [OPTION ...]`: train, then measure the selected weights on the test samples."""
+    keep_freed_memory()
+    named = bool(words) and not words[0].startswith("-")
+    continued = resumed(words)
+    if continued and named:
+        raise UsageError(f"--resume continues {continued} with its own recipe: leave out {words[0]!r}")
+    source = run_config(continued) if continued else find_recipe(words[0] if named else "digits")
+    if continued:
+        only(words, RESUME_KEYS, "sltt train --resume", "a run continues with its own settings")
+    parser = make_parser(f"sltt train {words[0] if named else '[RECIPE]'}")
+    config = parse(parser, source, words[named:])
+    folder = config.pop("run")
+    config.pop("resume")
+    built = build(parser, config)
+    resolved = yaml.safe_load(parser.dump(config))
+    with session(Execution.of(vars(built))) as here:
+        _train(here, built, continued, folder, source.stem, resolved)
+
+
+def _train(
+    here: "Session",
+    built: "Namespace",
+    continued: Path | None,
+    folder: str | None,
+    name: str,
+    resolved: dict[str, Any],
+) -> None:
+    """`sltt train` in each of its processes."""
+    splits = here.splits(built.data, built.steps)
+    report = Console(quiet=here.processes.rank > 0)
+    several = f", {here.processes.count} processes" if here.processes.count > 1 else ""
+    report.line(f"{_summary(built.model)}, {built.rule}, T = {built.steps}{several}")
+    counts = ", ".join(f"{_count(getattr(splits, n))} {n}" for n in ("train", "validation", "test"))
+    report.line(f"samples: {counts} (split {splits.fingerprint})")
+    result = run_training(
+        here,
+        built.model,
+        built.data,
+        Training.of(vars(built)),
+        run=continued or folder,
+        name=f"{name}-{type(built.rule).__name__.lower()}",
+        resume=continued is not None,
+        config=resolved,
+        report=report,
+    )
+    run, sizes = result.run, {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
+    last = selected = measure_split(here, built.model, built.data, "test", **sizes)
+    if splits.validation:
+        load_selected(built.model, run, "last", here.processes)
+        last = measure_split(here, built.model, built.data, "test", **sizes)
+    if here.processes.rank > 0:
+        return
+    summary = {"epoch": result.epoch, "test_accuracy": selected.accuracy, "last_epoch_test_accuracy": last.accuracy}
+    write_atomically(run / "result.json", lambda file: file.write(json.dumps(summary).encode()))
+    report.line(
+        f"test accuracy {selected.accuracy:.2%} with the weights of epoch {result.epoch}, the best by validation; "
+        f"{last.accuracy:.2%} after the last"
+        if splits.validation
+        else f"test accuracy {last.accuracy:.2%} after the last epoch"
+    )
+    report.line(f"written to {run}")
+
+
+def _summary(model: "nn.Module") -> str:
+    return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
+
+
+def _count(samples: Any) -> int:
+    return 0 if samples is None else len(samples)

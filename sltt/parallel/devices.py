@@ -1,0 +1,197 @@
+"""Where a training runs: one device, several, or several machines, through Lightning Fabric.
+
+Processes are started by `torchrun` or Slurm, or, with `devices` above 1, by the training itself, which runs its own
+command again for each further process.
+"""
+
+import ctypes
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from sltt.parallel.processes import control
+from sltt.parallel.signals import STOPPED
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal[32, "bf16-mixed", "16-mixed"]
+Strategy = Literal["ddp", "fsdp"]
+
+# FSDP gathers and frees the weights of a module as one; below this many, the messages cost more than the memory.
+SHARD_FROM = 2**20
+# For all processes to meet at the start, and for the reductions of a batch.
+TIMEOUT = timedelta(minutes=10)
+
+
+def make_fabric(
+    device: Device = "auto",
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    strategy: Strategy = "ddp",
+    precision: Precision = 32,
+) -> "Fabric":
+    """Fabric, with its processes started; with `16-mixed`, gradients are scaled on the CPU as they are on CUDA.
+
+    Raises ValueError for a device that is not there, or numbers that differ from what was started.
+    """
+    from lightning_fabric import Fabric  # takes seconds to import
+    from lightning_fabric.plugins import MixedPrecision
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but PyTorch sees no CUDA device; `sltt doctor` says what it sees")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = started()
+    devices = found[0] if devices is None else devices
+    num_nodes = found[1] if num_nodes is None else num_nodes
+    _check(device, devices, num_nodes, found)
+    options: dict[str, Any] = {"precision": precision}
+    if precision == "16-mixed":
+        options = {"plugins": [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))]}
+    if devices * num_nodes > 1:
+        options["strategy"] = _strategy(strategy, devices * num_nodes)
+    fabric = Fabric(accelerator=device, devices=devices, num_nodes=num_nodes, **options)
+    if fabric.world_size > 1:
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else each process reports for duty
+        fabric.launch()
+    return fabric
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep what tensors on the CPU free for the next ones, until it ends.
+
+    The C library hands large blocks back to the system, which gives them anew, page by page and filled with zeros, in
+    each batch: about a tenth of the time of a small network. What is kept stays in the resident set, until
+    `return_freed_memory`. Only glibc is asked; others, as of macOS, stay as they are, and so does another allocator
+    that was preloaded.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    if mallopt := _glibc("mallopt"):
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> None:
+    """Hand back to the system what this process has kept, so that its peak from here on is not that of before."""
+    if trim := _glibc("malloc_trim"):
+        trim(0)
+
+
+def _glibc(name: str) -> Any:
+    """A function of the C library, None where that is another one."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
+def started() -> tuple[int, int]:
+    """The processes on this machine, and the machines, that torchrun or Slurm started; 1 and 1 where neither did."""
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ.get("SLURM_NTASKS", 1)) // nodes, nodes
+    return 1, 1
+
+
+def _check(device: str, devices: int, num_nodes: int, found: tuple[int, int]) -> None:
+    if found != (1, 1) and found != (devices, num_nodes):
+        raise ValueError(
+            f"{found[0]} processes on {found[1]} machines were started, but {devices=} and {num_nodes=} were asked "
+            "for: leave both out, and they are taken from torchrun or Slurm"
+        )
+    if device == "cuda" and devices > torch.cuda.device_count():
+        raise ValueError(
+            f"{devices} processes on this machine need a GPU each, but this process sees {torch.cuda.device_count()}; "
+            "under Slurm, ask for --gpus-per-node rather than --gpus-per-task"
+        )
+
+
+def _strategy(name: Strategy, processes: int) -> Any:
+    from lightning_fabric.strategies.ddp import DDPStrategy
+    from lightning_fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+    from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+    from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
+
+    class Launcher(_SubprocessScriptLauncher):
+        """Starts the other processes, and leaves it to `sltt.parallel.watchdog` to watch them.
+
+        Fabric's own watcher kills this process when another ends with an exit code, as all do when they are preempted.
+        """
+
+        def launch(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+            self.cluster_environment.validate_settings(self.num_processes, self.num_nodes)
+            if not self.cluster_environment.creates_processes_externally:
+                self._call_children_scripts()
+                for process in self.procs:
+                    threading.Thread(target=_watch_start, args=(process,), daemon=True).start()
+            _set_num_threads_if_needed(self.num_processes)
+            return function(*args, **kwargs)
+
+    class Launched:
+        def _configure_launcher(self: Any) -> None:
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    class DataParallel(Launched, DDPStrategy):
+        """The model as it is, not wrapped: `Processes.reduce_gradients` is called once a batch."""
+
+        def setup_module(self, module: nn.Module) -> Any:
+            _begin_alike(module)
+            return module
+
+    class FullyShard(Launched, ModelParallelStrategy):
+        """The weights in parts: gathered for a module while it runs, and its gradients reduced in each backward."""
+
+        def __init__(self) -> None:
+            super().__init__(_shard, data_parallel_size=processes, tensor_parallel_size=1, timeout=TIMEOUT)
+
+    return DataParallel(timeout=TIMEOUT) if name == "ddp" else FullyShard()
+
+
+def _watch_start(process: "subprocess.Popen[bytes]") -> None:
+    """End this process if one that it started fails before the watchdog sees it: nothing else would tell."""
+    code = process.wait()
+    if code not in (0, *STOPPED):
+        time.sleep(2)  # what failed later has been told, and this process is ending
+        print(f"sltt: the process {process.pid} ended with code {code}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _begin_alike(model: nn.Module) -> None:
+    """Give all processes the weights and buffers of the first."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.distributed.broadcast(tensor.detach(), 0, group=control() if tensor.device.type == "cpu" else None)
+
+
+def _shard(model: nn.Module, mesh: Any) -> nn.Module:
+    """Shard the parameters over the processes: each layer of SHARD_FROM or more by itself, the others as one.
+
+    A parameter without dimensions, as a neuron's time constant, stays whole in every process.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(model, FSDPModule):  # after a training
+        return model
+    _begin_alike(model)
+    mesh, scalars = mesh["data_parallel"], {p for p in model.parameters() if p.ndim == 0}
+    # layers, not the containers around them: a container may be indexed instead of called, and would never be gathered
+    for module in list(model.modules()):
+        if module is not model and sum(p.numel() for p in module.parameters(recurse=False)) >= SHARD_FROM:
+            fully_shard(module, mesh=mesh, ignored_params=scalars)
+    # Also the outermost: a time step without a backward would leave its weights gathered, and without their gradients.
+    sharded: Any = fully_shard(model, mesh=mesh, ignored_params=scalars, reshard_after_forward=True)
+    for module in sharded.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # the sum, as each process weights its loss by its share
+    for parameter in scalars:
+        parameter.data = parameter.data.to(mesh.device_type)
+    return sharded

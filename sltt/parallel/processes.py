@@ -1,0 +1,180 @@
+"""What the processes of a training do together: one reduction of the gradients a batch, sums of metrics, decisions.
+
+Each process takes its share of every batch, and weights its loss by that share, so that the sum over the processes is
+the gradient of the whole batch: the number of processes changes nothing but rounding. The rule runs on the bare model:
+however many backward passes it takes, their sum is reduced once, after the last.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+A = TypeVar("A")
+BUCKET = 2**25  # bytes of gradients in one message: enough to fill a network, little beside the gradients
+
+
+class Processes:
+    """The processes of a training; one alone waits for nobody.
+
+    Args:
+        fabric: launched.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: how many there are.
+    """
+
+    def __init__(self, fabric: "Fabric"):
+        self.rank, self.count = fabric.global_rank, fabric.world_size
+        self._local_rank = fabric.local_rank
+
+    def first(self, function: Callable[[], A]) -> A:
+        """What `function` gives in the first process, which alone calls it, in all of them."""
+        result: list[Any] = [function() if self.rank == 0 else None]
+        if self.count > 1:
+            dist.broadcast_object_list(result, 0, group=control())
+        return result[0]
+
+    def one_by_one(self, function: Callable[[], A]) -> A:
+        """What `function` gives here: the first process of each machine calls it before the others do."""
+        if self._local_rank > 0:
+            self.wait()
+            return function()
+        result = function()
+        self.wait()
+        return result
+
+    def wait(self) -> None:
+        """Wait until all processes have come here, however long it takes."""
+        self.highest(0)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over the processes."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def highest(self, value: float) -> float:
+        """The largest value of a process."""
+        return self._reduce([value], dist.ReduceOp.MAX)[0]
+
+    def check_same(self, text: str, what: str) -> None:
+        """Raise ValueError unless the text is the same in all processes."""
+        first = self.first(lambda: text)
+        if text != first:
+            raise ValueError(f"{what} differs between processes: {text} in process {self.rank}, {first} in the first")
+
+    def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the gradients of all processes, in few messages. Sharded ones were reduced in the backward."""
+        if self.count == 1:
+            return
+        held = [p for p in parameters if p.requires_grad and not is_sharded(p)]
+        for bucket in _buckets(held):
+            # Messages have to match, and a parameter may be without a gradient in one process alone. One that has none
+            # in any stays without, or weight decay would move it.
+            there = [float(p.grad is not None) for p in bucket]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = torch.cat([bucket[0].new_tensor(there), *(g.flatten() for g in gradients)])
+            dist.all_reduce(flat)
+            there, *parts = flat.split([len(bucket), *(p.numel() for p in bucket)])
+            for p, gradient, part, count in zip(bucket, gradients, parts, there.tolist(), strict=True):
+                p.grad = gradient.copy_(part.view_as(p)) if count else None
+
+    def average_statistics(self, model: nn.Module) -> None:
+        """Give all processes the mean of their BatchNorms' running statistics."""
+        if self.count == 1:
+            return
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        running = [s for m in norms for s in (m.running_mean, m.running_var) if s is not None]
+        for dtype in {s.dtype for s in running}:
+            same = [s for s in running if s.dtype == dtype]
+            flat = torch.cat(same) / self.count
+            dist.all_reduce(flat)
+            for s, mean in zip(same, flat.split([s.numel() for s in same]), strict=True):
+                s.copy_(mean)
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self.count == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, operation, group=control())
+        return tensor.tolist()
+
+
+@cache
+def control() -> Any:
+    """A group for what is on the host, beside the one for tensors on GPUs, so that a decision waits for no kernel.
+
+    It waits for the process that makes the cache of a data set or writes a checkpoint, as a lost one is noticed by
+    `sltt.parallel.watchdog`.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has only a part of a parameter."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has; all of it where it is not sharded."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(value: Any) -> Any:
+    """A tensor, or a nest of dictionaries and lists of them, with the parts of all processes put together.
+
+    What was sharded is on the host, of the first process only: it may be too large for a device.
+    """
+    if isinstance(value, dict):
+        return {key: whole(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [whole(v) for v in value]
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()  # all processes take part
+    return full.cpu() if dist.get_rank() == 0 else None
+
+
+def total(value: Tensor) -> Tensor:
+    """What all processes know of a number that was computed from sharded tensors."""
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def as_sharded(value: Any, like: Tensor) -> Any:
+    """The part of a whole tensor that this process has of `like`; unchanged where that is not sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in groups of one type and of BUCKET bytes at most, or of one parameter."""
+    by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_type.setdefault(parameter.dtype, []).append(parameter)
+    for same in by_type.values():
+        bucket: list[nn.Parameter] = []
+        for parameter in same:
+            if bucket and sum(p.nbytes for p in (*bucket, parameter)) > BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(parameter)
+        yield bucket

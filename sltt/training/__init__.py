@@ -1,0 +1,1 @@
+"""Training: the loop, its checkpoints and its run folders, and the settings that all commands share."""

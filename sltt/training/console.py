@@ -1,0 +1,88 @@
+"""What a run shows in the terminal: a bar while it works, a row for each epoch, warnings in between."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+# column in the metrics of an epoch, heading, format; as wide as the heading or the value, whichever is wider
+COLUMNS = (
+    ("epoch", "epoch", "{:d}"),
+    ("train_loss", "loss", "{:.4f}"),
+    ("train_accuracy", "train acc", "{:.2%}"),
+    ("validation_accuracy", "val acc", "{:.2%}"),
+    ("firing_rate", "firing rate", "{:.4f}"),
+    ("seconds", "seconds", "{:.1f}"),
+    ("peak_memory", "peak memory", "{}"),
+)
+
+
+class Console:
+    """Prints the progress of a run; the bar only where the output is a terminal.
+
+    Args:
+        quiet: print nothing.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self.console = Terminal(quiet=quiet, highlight=False, markup=False)
+        self._headed = False
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """Print a table."""
+        self.console.print(table)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.console.print(f"warning: {text}", style="yellow", soft_wrap=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+        """Show a progress bar, and give a function that moves it on by one; it vanishes at the end."""
+        columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(title, total=total, completed=done)
+            yield lambda: bar.advance(task)
+
+    def row(self, metrics: dict[str, Any]) -> None:
+        """Print the metrics of an epoch as a row of a table, with the headings above the first."""
+        if not self._headed:
+            self.line("  ".join(f"{heading:>7}" for _, heading, _ in COLUMNS))
+            self._headed = True
+        self.line("  ".join(_cell(metrics.get(key), heading, form) for key, heading, form in COLUMNS))
+
+
+def megabytes(nbytes: int) -> str:
+    """A number of bytes for people: 1.20 GB, 340 MB, 5.2 MB."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.0f} MB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2g} MB"
+
+
+def as_json(value: Any) -> str:
+    """JSON text; a number that is not finite is null, as JSON has none."""
+    return json.dumps(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _cell(value: Any, heading: str, form: str) -> str:
+    if heading == "peak memory" and value is not None:
+        value = megabytes(value)
+    text = "–" if value is None else form.format(value)
+    return f"{text:>{max(7, len(heading))}}"

@@ -1,0 +1,114 @@
+"""How a network is measured on the samples of a split."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sltt.analysis import FiringRates, firing_rates
+from sltt.checks import choice, flag, function, instance, whole_number
+from sltt.data import Data, Splits
+from sltt.losses import Loss
+from sltt.rules import unroll
+from sltt.rules.base import step_loss
+from sltt.training.batches import share, whole_epoch
+from sltt.training.metrics import BatchMemory, Metrics, Progress
+from sltt.training.safeguards import check_length
+from sltt.training.session import Session
+
+Split = Literal["train", "validation", "test"]
+
+
+def measure_split(
+    session: Session,
+    model: nn.Module,
+    data: Data,
+    split: Split,
+    *,
+    loss: Loss,
+    steps: int,
+    batch_size: int,
+    mirror: bool = False,
+) -> Metrics:
+    """What `sltt.evaluate` does, where a session is there."""
+    instance("model", model, nn.Module)
+    instance("data", data, Data)
+    choice("split", split, get_args(Split))
+    function("loss", loss, "the logits and the target")
+    whole_number("batch_size", batch_size, least=1)
+    flag("mirror", mirror)
+    splits = session.splits(data, steps)
+    dataset = getattr(splits, split)
+    if dataset is None:
+        raise ValueError("there are no validation samples: the data was loaded with validation: 0")
+    if not len(dataset):
+        raise ValueError(f"there are no {split} samples")
+    loader = session.eval_loader(dataset, splits, batch_size)
+    net, loss = session.set_up(model), session.set_up_loss(loss)
+    return measure(session, net, loader, splits, loss, steps, mirror, BatchMemory(session.fabric.device))
+
+
+def measure(
+    session: Session,
+    net: Any,
+    loader: DataLoader[Any],
+    splits: Splits,
+    loss: Loss,
+    steps: int,
+    mirror: bool = False,
+    memory: BatchMemory | None = None,
+) -> Metrics:
+    """Run a network over the batches of a split, in evaluation mode and without a graph.
+
+    With `mirror`, logits are the mean of those of each image and of its mirror image. With `memory`, the first batch is
+    measured.
+    """
+    processes = session.processes
+    batches: Any = loader.batch_sampler
+    state = Progress()
+    began = time.monotonic()
+    training = net.training
+    net.eval()
+    try:
+        with firing_rates(net.module) as firing, torch.no_grad():
+            for x, y in whole_epoch(loader):
+                check_length(x, splits, steps)
+                x, y = session.batch(x, y)
+                size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
+                _, count = share(size, processes.rank, processes.count)
+                views = [x, _mirrored(x, splits.static)] if mirror else [x]
+                run = partial(_logits, net, views, steps if splits.static else None)
+                with counting(firing, count):
+                    logits = memory(run) if memory else run()
+                value = torch.stack([step_loss(loss, o, y) for o in logits]).mean()
+                state.count(value, logits, y, count)
+    finally:
+        net.train(training)
+    state.firing = firing.state_dict()
+    return state.metrics(processes, time.monotonic() - began, memory.peak if memory else None)
+
+
+@contextmanager
+def counting(firing: FiringRates, samples: int) -> Iterator[None]:
+    """Let the spikes in this block count, unless another process counts those samples."""
+    before = None if samples else firing.state_dict()
+    yield
+    if before is not None:
+        firing.load_state_dict(before)
+
+
+def _logits(net: Any, views: list[Tensor], steps: int | None) -> Tensor:
+    """The mean over the views [B, ...] or [T, B, ...] of the logits [T, B, C]."""
+    return torch.stack([unroll(net, view, steps=steps) for view in views]).mean(0)
+
+
+def _mirrored(x: Tensor, static: bool) -> Tensor:
+    """Images [B, C, H, W], or with time [T, B, C, H, W], with left and right exchanged."""
+    if x.ndim != (4 if static else 5):
+        raise ValueError(f"mirror=True needs images [C, H, W] as samples of a time step, got a batch {list(x.shape)}")
+    return x.flip(-1)

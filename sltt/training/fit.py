@@ -1,0 +1,281 @@
+"""Training and evaluation on Lightning Fabric, without a branch on data set or rule; the loop itself is in loop.py."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sltt.checks import flag, instance
+from sltt.data import Data, Splits
+from sltt.kernels import Compile, Sparse
+from sltt.losses import CrossEntropyMSE, Loss
+from sltt.parallel.batchnorm import synchronise
+from sltt.parallel.devices import Device, Precision, Strategy
+from sltt.rules import SLTT, Rule
+from sltt.schedules import Cosine, Schedule
+from sltt.training.checkpoints import Checkpoints, load_checkpoint, load_selected, start_from
+from sltt.training.console import Console
+from sltt.training.evaluation import Split, measure_split
+from sltt.training.loop import Loop
+from sltt.training.metrics import Metrics
+from sltt.training.parameters import parameter_groups
+from sltt.training.phases import Phase
+from sltt.training.runs import LAST, check_config, held, new_run, old_run, write_config
+from sltt.training.safeguards import check_last_batch, checked
+from sltt.training.session import Session, session
+from sltt.training.settings import Execution, OptimizerFactory, Training
+
+
+@dataclass
+class Fit:
+    """A finished training: its folder, a row of metrics for each epoch, and the epoch whose weights the model has."""
+
+    run: Path
+    history: list[dict[str, Any]]
+    epoch: int
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    rule: Rule = SLTT(),
+    loss: Loss = CrossEntropyMSE(),
+    optimizer: OptimizerFactory = partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    schedule: Schedule = Cosine(),
+    steps: int = 4,
+    epochs: int = 10,
+    phases: list[Phase] | None = None,
+    batch_size: int = 128,
+    clip_norm: float | None = None,
+    norm_weight_decay: float | None = None,
+    precision: Precision = 32,
+    channels_last: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    device: Device = "auto",
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    strategy: Strategy = "ddp",
+    sync_batchnorm: bool = False,
+    compile: Compile = "auto",
+    sparse: Sparse = "auto",
+    checkpoint_minutes: float = 10.0,
+    weights: str | None = None,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    config: dict[str, Any] | None = None,
+    report: Console | None = None,
+) -> Fit:
+    """Train a spiking network; afterwards it has the weights of the best epoch by validation accuracy.
+
+    Without validation samples (`validation: 0`) the last epoch counts. The test samples are not touched.
+
+    Args:
+        model: maps the input of one time step [B, ...] to logits [B, C]; its neurons keep their state.
+        data: the data set and its splits.
+        rule: the learning rule: SLTT, SLTT with k, BPTT, TBPTT.
+        loss: loss of one time step, of logits [B, C] and labels [B].
+        optimizer: makes the optimizer from the parameters.
+        schedule: how the learning rate changes.
+        steps: T, the number of time steps.
+        epochs: passes over the training samples.
+        phases: parts of the training with a T, a rule or a learning rate of their own; `steps` and `rule` hold where a
+            phase says nothing, and `steps` is the T of evaluation. The best epoch is one of those with the last T.
+        batch_size: samples in a batch, of all processes together: their number changes the result by rounding only.
+        clip_norm: scale gradients down to this norm where theirs is larger.
+        norm_weight_decay: weight decay of the parameters of BatchNorm and other normalisation, in all phases; None is
+            that of the others. Decay makes the currents of spiking neurons smaller, which no normalisation makes up.
+        precision: float32, or mixed with bfloat16 or float16.
+        channels_last: keep images and the weights of convolutions channels-last, which is faster on many devices.
+        seed: of the order of samples, augmentation, dropout, and the steps that SLTT draws.
+        workers: processes that load data, for each that trains; 0 loads in that one.
+        device: auto takes CUDA where there is a GPU.
+        devices: processes on this machine, one for each device; None is what torchrun or Slurm started, or else 1.
+        num_nodes: machines; None is what torchrun or Slurm started, or else 1.
+        strategy: of several processes. ddp keeps the weights whole in each and reduces the gradients once a batch;
+            fsdp keeps a part of them in each, for networks that are too large for a device, and reduces the gradients
+            in every backward.
+        sync_batchnorm: take the statistics of BatchNorm over all processes, not over each one's share of the batch.
+        compile: compile the neuron step: where it can be and pays (auto), always (on), never (off).
+        sparse: layers that read spikes compute on active inputs only: where that is faster (auto), wherever they can
+            (on), never (off).
+        checkpoint_minutes: save within an epoch too, when the last checkpoint is older than this.
+        weights: start from the weights of this run, or of this checkpoint, instead of random ones.
+        run: folder for checkpoints and metrics; must not exist, unless `resume`. None makes one under `runs`.
+        resume: continue the run in `run`, with the same arguments; the weights end as if it had never stopped. A folder
+            without a checkpoint starts from the beginning.
+        config: configuration to keep in the run folder and in the checkpoints.
+        report: where to print.
+
+    Raises:
+        ValueError: an argument or a batch that does not fit; the message says which and what to do.
+        FloatingPointError: the loss, a gradient or a weight is not finite.
+        KeyboardInterrupt: on Ctrl-C, after the batch is finished and a checkpoint saved.
+        SystemExit: on SIGTERM, after the same, with the code 75.
+        OSError: the run folder cannot be written.
+
+    When another process of the training fails or dies, this one ends too, with the exit code 1.
+    """
+    given = locals()
+    training = Training.of(given)
+    flag("resume", resume)
+    with session(Execution.of(given)) as here:
+        return run_training(here, model, data, training, run=run, resume=resume, config=config, report=report)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    split: Split = "test",
+    *,
+    loss: Loss = CrossEntropyMSE(),
+    steps: int = 4,
+    batch_size: int = 128,
+    precision: Precision = 32,
+    channels_last: bool = False,
+    workers: int = 0,
+    device: Device = "auto",
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    strategy: Strategy = "ddp",
+    compile: Compile = "auto",
+    sparse: Sparse = "auto",
+    mirror: bool = False,
+) -> Metrics:
+    """Measure a network on one of the splits, in evaluation mode and without a graph.
+
+    Other arguments are those of `fit`.
+
+    Args:
+        split: which samples.
+        mirror: take the mean logits of each image and of its mirror image, left to right (as in Krizhevsky et al.
+            2012), in twice the time.
+
+    Raises:
+        ValueError: the split is empty, or `mirror` is given and the samples are no images.
+    """
+    with session(Execution.of(locals())) as here:
+        return measure_split(here, model, data, split, loss=loss, steps=steps, batch_size=batch_size, mirror=mirror)
+
+
+def run_training(
+    here: Session,
+    model: nn.Module,
+    data: Data,
+    training: Training,
+    *,
+    run: str | Path | None = None,
+    name: str = "run",
+    resume: bool = False,
+    config: dict[str, Any] | None = None,
+    report: Console | None = None,
+) -> Fit:
+    """What `fit` does, where a session is there. Without `run`, `name` begins that of the folder under `runs`."""
+    first = here.processes.first
+    report = (report or Console()) if here.processes.rank == 0 else Console(quiet=True)
+    splits = _checked(here, model, data, training)
+    folder = first(lambda: old_run(run) if resume else new_run(run, name, config))
+    report.line(f"{'continuing' if resume else 'run'} {folder}")
+    with held(folder) if here.processes.rank == 0 else nullcontext():
+        checkpoint = first(lambda: _last_checkpoint(folder, config)) if resume else None
+        if config is None and checkpoint is not None:
+            config = checkpoint["config"]
+        loop = _loop(here, model, data, splits, training, folder, config or {}, report)
+        if checkpoint is None:
+            start_from(model, training.weights)
+        else:
+            loop.state = loop.checkpoints.restore(checkpoint)
+        if resume and config and here.processes.rank == 0:
+            write_config(folder, config)
+        loop.run()
+        load_selected(model, folder, processes=here.processes)
+    return Fit(folder, loop.state.history, loop.state.best_epoch or loop.state.epoch)
+
+
+def _checked(here: Session, model: nn.Module, data: Data, training: Training) -> Splits:
+    """The splits of the first stage; raises ValueError for what cannot be trained, before there is a folder."""
+    instance("model", model, nn.Module)
+    instance("data", data, Data)
+    stages, count = training.stages, here.processes.count
+    if count > 1 and here.execution.strategy == "fsdp":
+        for stage in stages:
+            _check_shardable(stage.rule)
+    if training.batch_size < count:
+        raise ValueError(f"batch_size={training.batch_size} is shared by {count} processes: expected a sample for each")
+    splits = checked(here.splits(data, stages[0].steps), stages[0].steps)
+    check_last_batch(model, splits, training.batch_size, stages)
+    return splits
+
+
+def _loop(
+    here: Session,
+    model: nn.Module,
+    data: Data,
+    splits: Splits,
+    training: Training,
+    folder: Path,
+    config: dict[str, Any],
+    report: Console,
+) -> Loop:
+    """A training at its beginning, with the network and the optimizer on the device."""
+    seed_everything(training.seed)
+    if here.execution.sync_batchnorm:
+        synchronise(model)
+    net = here.set_up(model)
+    groups = parameter_groups(model, training.norm_weight_decay)
+    optim: Any = here.fabric.setup_optimizers(training.optimizer(groups))
+    checkpoints = Checkpoints(
+        folder=folder,
+        session=here,
+        model=model,
+        optim=optim,
+        rules=[stage.rule for stage in training.stages],
+        fingerprint=splits.fingerprint,
+        config=config,
+    )
+    return Loop(
+        session=here,
+        training=training,
+        model=model,
+        net=net,
+        loss=here.set_up_loss(training.loss),
+        optim=optim,
+        data=data,
+        splits=splits,
+        checkpoints=checkpoints,
+        folder=folder,
+        report=report,
+    )
+
+
+def _last_checkpoint(run: Path, config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The last checkpoint of a run, of the same settings; None if it stopped before the first, and so starts again."""
+    if not (run / LAST).exists():
+        return None
+    checkpoint = load_checkpoint(run / LAST)
+    check_config(run, checkpoint["config"], config)
+    return checkpoint
+
+
+def _check_shardable(rule: Rule) -> None:
+    """Raise ValueError for a rule that fsdp cannot run: weights are there only while their layer runs."""
+    problems = {
+        "recompute=True runs layers again in the backward of others": getattr(rule, "recompute", None) is True,
+        "hoist=True runs the backward of the first layers after the others": rule.hoist,
+        "fold='auto' would choose another fold in each process": getattr(rule, "fold", None) == "auto",
+    }
+    for why, found in problems.items():
+        if found:
+            raise ValueError(f"{rule} does not run under fsdp, since {why}: use ddp")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global random generator."""
+    from lightning_fabric import seed_everything as seed_generators
+
+    seed_generators(seed, verbose=False)

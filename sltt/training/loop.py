@@ -1,0 +1,217 @@
+"""The loop of a training: stages, epochs, batches."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sltt.analysis import FiringRates, firing_rates
+from sltt.data import Data, Splits
+from sltt.parallel.signals import Interrupt
+from sltt.sequence.steps import check_input
+from sltt.training.batches import EpochSampler, seed_batch, share, train_loader, whole_epoch
+from sltt.training.checkpoints import Checkpoints
+from sltt.training.console import Console
+from sltt.training.evaluation import counting, measure
+from sltt.training.files import write_table
+from sltt.training.metrics import BatchMemory, Metrics, Progress, ScalarLog, epoch_row
+from sltt.training.phases import Stage, freeze_norm, set_rates, stage_at
+from sltt.training.runs import BEST, LAST, METRICS
+from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers
+from sltt.training.session import Session
+from sltt.training.settings import Training
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """A training in one process: what was set up for it, and how far it is.
+
+    Args:
+        training: what is trained.
+        model: the network.
+        net: the network for calls under the precision of the session.
+        loss: on the device.
+        optim: the optimizer.
+        splits: of the first stage.
+        checkpoints: of the run.
+        folder: of the run.
+        state: how far the training is.
+    """
+
+    session: Session
+    training: Training
+    model: nn.Module
+    net: Any
+    loss: Any
+    optim: Any
+    data: Data
+    splits: Splits
+    checkpoints: Checkpoints
+    folder: Path
+    report: Console
+    state: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.processes = self.session.processes
+        self.stages = self.training.stages
+        self.sampler = EpochSampler(len(self.splits.train), self.training.seed)  # type: ignore[arg-type]
+        self.batches = math.ceil(self.sampler.length / self.training.batch_size)
+        self.scaled = self.session.execution.precision == "16-mixed"  # a scaler leaves out steps that are not finite
+        self.initial = [(group["lr"], group.get("weight_decay", 0.0)) for group in self.optim.param_groups]
+
+    def run(self) -> None:
+        """Train the epochs that are left."""
+        log = ScalarLog(self.folder, self.state.history, self.processes.rank == 0)
+        with closing(log), Interrupt() as interrupt:
+            for stage in self.stages:
+                if self.state.epoch < stage.stop:
+                    self._stage(stage, log, interrupt)
+        self._write_table()  # also after a resume that had nothing left to train
+
+    def _stage(self, stage: Stage, log: ScalarLog, interrupt: Interrupt) -> None:
+        """Train the epochs of a stage that are left."""
+        batches, validation = self._begin(stage)
+        while self.state.epoch < stage.stop:
+            training = self._epoch(stage, batches, interrupt)
+            self.processes.average_statistics(self.model)
+            row = self._end_epoch(training, self._validate(stage, validation))
+            log(row)
+            self.report.row(row)
+            for warning in extreme_layers(training.layers):
+                self.report.warn(warning)
+            interrupt.stop(int(self.processes.highest(interrupt.requested)), self.folder)
+
+    def _begin(self, stage: Stage) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
+        """Batches to train on and to validate by, in a stage, which may be in its middle.
+
+        At another T, the best epoch is sought anew.
+        """
+        if self.training.phases:
+            crop = f", crops of {stage.crop} pixels" if stage.crop else ""
+            self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}{crop}")
+        self.splits = self.session.splits(self.data, stage.steps)
+        new = self.state.batch == 0 and self.state.epoch > 0
+        if new and stage_at(self.stages, self.state.epoch - 1).steps != stage.steps:
+            self.state.best, self.state.best_epoch = [], None  # accuracies at another T do not compare
+        self.memory = BatchMemory(self.session.fabric.device, stage.rule)
+        size, held_out = self.training.batch_size, self.splits.validation
+        return (
+            train_loader(
+                self.splits,
+                size,
+                self.sampler,
+                self.session.execution.workers,
+                pin=self.session.fabric.device.type == "cuda",
+                rank=self.processes.rank,
+                processes=self.processes.count,
+                crop=stage.crop,
+            ),
+            None if held_out is None else self.session.eval_loader(held_out, self.splits, size),
+        )
+
+    def _epoch(self, stage: Stage, loader: DataLoader[Any], interrupt: Interrupt) -> Metrics:
+        """Train what is left of an epoch."""
+        state = self.state
+        self.sampler.set_epoch(state.epoch, min(state.batch * self.training.batch_size, self.sampler.length))
+        began = time.monotonic() - state.seconds
+        self.net.train()
+        if stage.freeze_norm:
+            freeze_norm(self.model)
+        bar = self.report.bar(f"epoch {state.epoch + 1}/{self.training.epochs}", self.batches, done=state.batch)
+        with firing_rates(self.model) as firing, bar as advance, self._located():
+            firing.load_state_dict(state.firing)
+            for x, y in whole_epoch(loader):
+                epoch = state.epoch + state.batch / self.batches
+                set_rates(self.optim, self.initial, stage, self.training.schedule, epoch)
+                self._batch(stage, x, y, firing)
+                advance()
+                due = self.checkpoints.age() > 60 * self.training.checkpoint_minutes
+                if wanted := self.processes.highest(interrupt.requested or due / 2):  # a signal, or a checkpoint
+                    state.seconds = time.monotonic() - began
+                    state.firing = firing.state_dict()
+                    self.checkpoints.save(state, LAST)
+                    interrupt.stop(int(wanted), self.folder)
+        state.firing = firing.state_dict()
+        return state.metrics(self.processes, time.monotonic() - began, self.memory.peak)
+
+    def _batch(self, stage: Stage, x: Tensor, y: Tensor, firing: FiringRates) -> None:
+        """Train a batch, or this process's share of it."""
+        state, rank, seed = self.state, self.processes.rank, self.training.seed
+        self.optim.zero_grad()
+        size = min(self.training.batch_size, self.sampler.length - state.batch * self.training.batch_size)
+        weight, count = share(size, rank, self.processes.count)
+        drawn = seed_batch(seed, state.epoch, state.batch)  # of the rule, in all processes alike
+        seed_batch(seed, state.epoch, state.batch, rank)
+        check_labels(y, self.splits.classes)
+        check_length(x, self.splits, stage.steps)
+        if self.session.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
+            check_input(x)
+        x, y = self.session.batch(x, y)
+        run = partial(
+            stage.rule,
+            *(self.net, x, y, self.loss),
+            steps=stage.steps if self.splits.static else None,
+            # weighted, such that the gradients of all processes add up to that of the batch
+            backward=lambda loss: self.session.fabric.backward(loss * weight),
+            update=self._reduce_and_update if stage.rule.online else None,
+            seed=drawn,
+        )
+        with counting(firing, count):
+            out = self.memory(run, full=size == min(self.training.batch_size, self.sampler.length))
+        if not stage.rule.online:
+            self._reduce()
+        check_finite(out.loss, self.model, self.optim, scaled=self.scaled)
+        if not stage.rule.online:
+            self._update()
+        state.count(out.loss, out.logits, y, count)
+
+    def _reduce(self) -> None:
+        self.processes.reduce_gradients(self.model.parameters())
+
+    def _update(self) -> None:
+        if (most := self.training.clip_norm) is not None:
+            # a scaler finds what is not finite by itself, and leaves the step out
+            self.session.fabric.clip_gradients(self.net, self.optim, max_norm=most, error_if_nonfinite=not self.scaled)
+        self.optim.step()
+        self.optim.zero_grad()
+
+    def _reduce_and_update(self) -> None:
+        self._reduce()
+        self._update()
+
+    def _validate(self, stage: Stage, loader: DataLoader[Any] | None) -> Metrics | None:
+        if loader is None:
+            return None
+        with self._located("validation"):
+            return measure(self.session, self.net, loader, self.splits, self.loss, stage.steps)
+
+    def _end_epoch(self, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
+        """Save an epoch; returns its row in the table of metrics."""
+        row = epoch_row(self.state.epoch + 1, self.optim, training, validation)
+        # the best before the last: that one says that there is a best
+        self.checkpoints.save(self.state, *[BEST] * self.state.end_epoch(row, validation), LAST)
+        self._write_table()
+        return row
+
+    def _write_table(self) -> None:
+        if self.processes.rank == 0:
+            write_table(self.folder / METRICS, self.state.history)
+
+    @contextmanager
+    def _located(self, place: str | None = None) -> Iterator[None]:
+        """Say of an exception in which batch, or at which `place` of the epoch, it was, and what is saved."""
+        try:
+            yield
+        except Exception as error:
+            place = place or f"batch {self.state.batch + 1} of {self.batches}"
+            error.add_note(f"at epoch {self.state.epoch + 1}, {place}")
+            if (self.folder / LAST).exists():
+                error.add_note(f"the last good checkpoint is {self.folder / LAST}")
+            raise

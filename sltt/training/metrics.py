@@ -1,0 +1,168 @@
+"""What a training measures, and how far it is."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from sltt.analysis import peak_memory
+from sltt.parallel.processes import Processes
+from sltt.rules import Rule
+
+A = TypeVar("A")
+
+
+@dataclass
+class Metrics:
+    """What an epoch or an evaluation measured.
+
+    Attributes:
+        loss: mean over samples of the sequence's loss.
+        accuracy: share of samples whose mean logits over time are largest for the right class.
+        firing_rate: mean over all neurons and time steps.
+        seconds: wall-clock time.
+        peak_memory: bytes of one batch at its peak, above those before it; the most of any process, None if no batch
+            was measured.
+        layers: firing rate of each layer of neurons.
+    """
+
+    loss: float
+    accuracy: float
+    firing_rate: float
+    seconds: float
+    peak_memory: int | None
+    layers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """How far a training is; saved and restored as a whole. What is summed is of this process, until `summed`."""
+
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the epoch in progress, and what they sum to
+    loss: float = 0.0
+    correct: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    firing: dict[str, tuple[int, int]] = field(default_factory=dict)  # spikes, and neurons times steps, by layer
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int | None = None
+    best: list[float] = field(default_factory=list)
+
+    def count(self, loss: Tensor, logits: Tensor, labels: Tensor, samples: int) -> None:
+        """Add a batch with so many samples; 0 where another process counts them."""
+        self.batch += 1
+        if samples:
+            self.loss += loss.item() * samples
+            self.correct += int((logits.mean(0).argmax(1) == labels).sum())
+            self.samples += samples
+
+    def summed(self, processes: Processes) -> Self:
+        """A copy, with the sums over all processes."""
+        mine = asdict(self)
+        mine["loss"], correct, samples = processes.sum([self.loss, self.correct, self.samples])
+        counts = processes.sum([number for pair in self.firing.values() for number in pair])
+        mine["correct"], mine["samples"] = int(correct), int(samples)
+        pairs = zip(map(int, counts[::2]), map(int, counts[1::2]), strict=True)
+        mine["firing"] = dict(zip(self.firing, pairs, strict=True))
+        return type(self)(**mine)
+
+    def of_process(self, rank: int) -> Self:
+        """The part of a process in sums over all of them: the first takes them over, the others begin with nothing."""
+        if rank:
+            self.loss, self.correct, self.samples, self.firing = 0.0, 0, 0, {}
+        return self
+
+    def metrics(self, processes: Processes, seconds: float, peak_memory: int | None) -> Metrics:
+        """What all processes measured."""
+        total = self.summed(processes)
+        samples = max(total.samples, 1)
+        spikes, neurons = (sum(pair[i] for pair in total.firing.values()) for i in (0, 1))
+        return Metrics(
+            total.loss / samples,
+            total.correct / samples,
+            spikes / neurons if neurons else 0.0,
+            seconds,
+            int(processes.highest(peak_memory or 0)) or None,
+            {name: spikes / count for name, (spikes, count) in total.firing.items() if count},
+        )
+
+    def end_epoch(self, row: dict[str, Any], validation: Metrics | None) -> bool:
+        """Start the next epoch; true if this one is the best so far by validation."""
+        self.history = [*self.history, row]
+        self.epoch += 1
+        self.batch, self.loss, self.correct, self.samples, self.seconds, self.firing = 0, 0.0, 0, 0, 0.0, {}
+        if validation is None:
+            return False
+        score = [validation.accuracy, -validation.loss]
+        if self.best and score <= self.best:
+            return False
+        self.best, self.best_epoch = score, self.epoch
+        return True
+
+
+class BatchMemory:
+    """Measures the peak memory of the first full batch, as `sltt.analysis.peak_memory` does.
+
+    Args:
+        device: of the batch.
+        rule: of the training. With fold="auto" it measures its first three batches itself, and the fourth is taken.
+
+    Attributes:
+        peak: bytes above those before the batch; None until one was measured.
+    """
+
+    def __init__(self, device: torch.device, rule: Rule | None = None):
+        self.device = device
+        self.peak: int | None = None
+        self._left = 4 if rule is not None and rule.fold == "auto" else 1
+
+    def __call__(self, batch: Callable[[], A], full: bool = True) -> A:
+        """What `batch` returns; it is measured if it is the one to measure, and `full`."""
+        self._left -= full
+        if self._left or self.peak is not None or not full:
+            return batch()
+        results: list[A] = []
+        self.peak = peak_memory(lambda: results.append(batch()), self.device)
+        return results[0]
+
+
+def epoch_row(epoch: int, optim: Any, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
+    """An epoch in the table of metrics."""
+    return {
+        "epoch": epoch,
+        "learning_rate": optim.param_groups[0]["lr"],
+        "train_loss": training.loss,
+        "train_accuracy": training.accuracy,
+        "validation_loss": validation.loss if validation else None,
+        "validation_accuracy": validation.accuracy if validation else None,
+        "firing_rate": training.firing_rate,
+        "seconds": training.seconds,
+        "peak_memory": training.peak_memory,
+    }
+
+
+class ScalarLog:
+    """TensorBoard's writer, in the first process; a resumed run logs anew what its checkpoint says was trained."""
+
+    def __init__(self, run: Path, history: list[dict[str, Any]], first: bool):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=0) if first else None
+        for row in history:
+            self(row)
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        for key, value in row.items():
+            if value is not None:
+                self._writer.add_scalar(key, value, row["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

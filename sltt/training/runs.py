@@ -1,0 +1,190 @@
+"""Run folders: one for each training run, never overwritten, trained by one process at a time."""
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sltt.training.files import part_of, write_atomically
+
+CONFIG, METRICS, LAST, BEST, LOCK = "config.yaml", "metrics.csv", "last.ckpt", "best.ckpt", ".lock"
+
+# Settings that a resumed run may change: they say where it runs, where its data is and when it ends.
+RESUMABLE = (
+    "epochs",
+    "data",
+    "workers",
+    "device",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "compile",
+    "sparse",
+    "checkpoint_minutes",
+)
+
+
+def new_run(folder: str | Path | None = None, name: str = "run", config: dict[str, Any] | None = None) -> Path:
+    """Make the folder of a new run: `folder`, or else `runs/NAME-DATE-TIME`, with a number added if that exists.
+
+    It is there with its configuration, or not at all. An empty folder is taken.
+
+    Raises FileExistsError if `folder` exists, OSError if it cannot be made.
+    """
+    if folder is not None:
+        try:
+            return _make(Path(folder), config)
+        except FileExistsError:
+            raise FileExistsError(
+                f"{folder} exists: a run never overwrites another. Continue it with --resume {folder}, "
+                "or choose another folder."
+            ) from None
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1, 1000):
+        try:
+            return _make(Path("runs") / (stem if number == 1 else f"{stem}-{number}"), config)
+        except FileExistsError:
+            continue
+    raise FileExistsError(f"runs/{stem} and 998 more like it exist")
+
+
+def old_run(folder: str | Path | None) -> Path:
+    """The folder of a run to resume; raises ValueError where it is none."""
+    if folder is None:
+        raise ValueError("resume=True needs the folder of the run to continue: run=...")
+    run = Path(folder)
+    if not any((run / name).exists() for name in (CONFIG, LAST, LOCK)):
+        raise ValueError(f"resume=True continues a run, and {run} is not the folder of one: leave it out for a new run")
+    return run
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Inside this block no other process or thread trains the run; raises ValueError that says which one does.
+
+    The system releases what a killed process held. Parts of files that such a process left are removed.
+    """
+    path = run / LOCK
+    path.touch()
+    # before the file is opened: the system's lock does not tell threads apart, and would go as a second one closes it
+    if (here := path.stat().st_ino) in _held:
+        raise ValueError(f"{run} is being trained by this process, in another thread: wait for it to end")
+    _held.add(here)
+    try:
+        with path.open("r+") as file:
+            if not _lock(file.fileno()):
+                raise ValueError(f"{run} is being trained by {file.read()}: wait for it to end, or end it")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            file.flush()
+            for part in run.glob(".*.part"):
+                part.unlink()
+            yield
+    finally:
+        _held.remove(here)
+
+
+_held: set[int] = set()  # files of locks, by their number, that this process has
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the system's lock of a file, which a data worker does not inherit; False where another process has it."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # some network file systems have no locks
+    return True
+
+
+def find_checkpoint(run: Path, which: str | None = None) -> Path:
+    """The `best` or `last` checkpoint of a run; by default the best, or the last where nothing was held out.
+
+    Raises FileNotFoundError where there is none.
+    """
+    names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
+    found = next((run / name for name in names if (run / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"no checkpoint in {run}: looked for {' and '.join(names)}; has it trained an epoch?")
+    return found
+
+
+def write_config(run: Path, config: dict[str, Any]) -> None:
+    """Write the configuration of a run into its folder."""
+    write_atomically(run / CONFIG, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+
+
+def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any] | None) -> None:
+    """Raise ValueError where a run would continue with other settings than those in its checkpoint.
+
+    Args:
+        run: whose file of settings is compared.
+        saved: the settings in the checkpoint.
+        given: those of this call; None and settings that one of them does not know are not compared.
+    """
+    if not saved:
+        return
+    saved = _plain(saved)
+    found = list(_differences(saved, {**saved, **_known(saved, _plain(given or {}))}))
+    if (run / CONFIG).exists():
+        try:
+            kept = yaml.safe_load((run / CONFIG).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            kept = None
+        found += _differences(saved, kept if isinstance(kept, dict) else {})
+    if found:
+        raise ValueError(
+            f"the settings of {run} are not those that it was trained with: {'; '.join(dict.fromkeys(found))}. Restore "
+            f"{run / CONFIG}, or start a new run with --weights {run}."
+        )
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as its file gives it back."""
+    return yaml.safe_load(yaml.safe_dump(config))
+
+
+def _known(saved: Any, given: Any) -> Any:
+    """What is given, without keys that are not saved: options of another version; with the saved ones that it lacks."""
+    if not isinstance(saved, dict) or not isinstance(given, dict):
+        return given
+    return {key: _known(value, given[key]) if key in given else value for key, value in saved.items()}
+
+
+def _differences(saved: dict[str, Any], found: dict[str, Any], path: str = "") -> Iterator[str]:
+    for key in [*saved, *(key for key in found if key not in saved)]:
+        name = f"{path}{key}"
+        if key not in found:
+            yield f"{name} is missing"
+        elif key not in saved:
+            yield f"{name} is new"
+        elif name in RESUMABLE or saved[key] == found[key]:
+            continue
+        elif isinstance(saved[key], dict) and isinstance(found[key], dict):
+            yield from _differences(saved[key], found[key], f"{name}.")
+        else:
+            yield f"{name} was {saved[key]!r} and is {found[key]!r}"
+
+
+def _make(path: Path, config: dict[str, Any] | None) -> Path:
+    part = part_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+        (part / LOCK).touch()  # so that it is not empty, and no other run takes it
+        if config is not None:
+            write_config(part, config)
+        os.rename(part, path)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if path.exists():
+            raise FileExistsError(f"{path} exists") from None
+        raise OSError(f"cannot make the run folder {path}: {error.strerror}. Choose another with --run.") from error
+    return path

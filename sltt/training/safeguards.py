@@ -1,0 +1,111 @@
+"""Checks of a training: samples, labels, losses, gradients and weights, and layers that pass nothing on."""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from sltt.data import Splits
+from sltt.parallel.processes import local, total
+from sltt.rules import unroll
+from sltt.training.phases import Stage
+
+
+def extreme_layers(rates: dict[str, float]) -> list[str]:
+    """A warning for each layer that never fired, or always, in a whole epoch."""
+    cause = {0.0: "never", 1.0: "always"}
+    remedy = {0.0: "lower v_threshold, or check the normalisation before it", 1.0: "raise v_threshold"}
+    return [
+        f"layer {name} {cause[rate]} fired in this epoch, so nothing passes it: {remedy[rate]}"
+        for name, rate in rates.items()
+        if rate in cause
+    ]
+
+
+def check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> None:
+    """Raise FloatingPointError unless loss and gradients are finite; scaled gradients may overflow, and are skipped.
+
+    The loss alone would not tell: a neuron that gets NaN is silent, and the loss behind it finite.
+    """
+    norm = total(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    if math.isfinite(loss.item()) and (scaled or math.isfinite(norm.item())):
+        return
+    rate = optim.param_groups[0]["lr"]
+    remedy = f"lower the learning rate (it is {rate:.3g}) or set clip_norm"
+    check_weights(model, remedy)
+    cause = f"with 16-mixed use bf16-mixed, else {remedy}" if scaled else remedy
+    raise FloatingPointError(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}: {cause}")
+
+
+def check_weights(model: nn.Module, remedy: str = "lower the learning rate or set clip_norm") -> None:
+    """Raise FloatingPointError, with the name of the parameter, if a weight or a statistic is not finite."""
+    for name, parameter in model.named_parameters():
+        if not local(parameter).isfinite().all():
+            raise FloatingPointError(f"the weights of {name} are not finite any more: {remedy}")
+    for name, statistics in running_statistics(model):
+        if not statistics.isfinite().all():  # training does not read them, and its loss stays finite
+            raise FloatingPointError(f"the statistics {name} of BatchNorm are not finite any more: {remedy}")
+
+
+def running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The running mean and variance of all normalisation layers, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase):
+            for key in ("running_mean", "running_var"):
+                if (statistics := getattr(module, key)) is not None:
+                    yield f"{name}.{key}", statistics
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Before they go to a GPU, where an assertion would end the process without saying which."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"labels must be in 0 … {classes - 1}, got {int(labels.min())} … {int(labels.max())}: the data is damaged"
+        )
+
+
+def checked(splits: Splits, steps: int) -> Splits:
+    """The splits; raises ValueError if there is nothing to train on or to test, or if T is not that of the data."""
+    for name in ("train", "test"):
+        if not len(getattr(splits, name)):
+            raise ValueError(f"there are no {name} samples")
+        check_length(splits.collate([getattr(splits, name)[0]])[0], splits, steps)
+    return splits
+
+
+def check_length(x: Tensor, splits: Splits, steps: int) -> None:
+    """Raise ValueError for a batch of sequences [T, B, ...] whose T is not `steps`."""
+    if not splits.static and len(x) != steps:
+        raise ValueError(
+            f"expected sequences of steps={steps} time steps, but the data gives {len(x)}: set steps={len(x)}, "
+            f"or let the data load sequences of {steps}"
+        )
+
+
+def check_last_batch(model: nn.Module, splits: Splits, batch_size: int, stages: Sequence[Stage]) -> None:
+    """Raise ValueError where a batch of one sample is too few for BatchNorm, before the end of an epoch shows it."""
+    samples: Any = splits.train
+    size = len(samples) % batch_size if batch_size > 1 else 1
+    if (
+        size != 1
+        or all(stage.freeze_norm for stage in stages)
+        or not any(isinstance(module, _BatchNorm) for module in model.modules())
+    ):
+        return
+    x, _ = splits.collate([samples[0]])
+    x = x.to(next((p.device for p in model.parameters()), "cpu"))
+    try:
+        unroll(copy.deepcopy(model).train(), x if splits.static else x[:1], steps=1 if splits.static else None)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        other = next((n for n in range(max(batch_size, 2), len(samples) + 2) if len(samples) % n != 1), None)
+        remedy = f"set batch_size={other}" if other and len(samples) > 1 else "add samples"
+        raise ValueError(
+            f"the last of {len(samples)} training samples is a batch by itself, with batch_size={batch_size}, and "
+            f"BatchNorm needs two: {remedy}"
+        ) from error

@@ -1,0 +1,73 @@
+"""Where networks are trained and measured: the processes are started and Fabric is built once for all of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from sltt.data import Data, Splits
+from sltt.kernels import using
+from sltt.parallel.devices import make_fabric
+from sltt.parallel.processes import Processes
+from sltt.parallel.watchdog import Watchdog
+from sltt.training.batches import eval_loader
+from sltt.training.settings import Execution
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True)
+class Session:
+    """The device and the processes that are there, and what is put on them. `session` makes it."""
+
+    execution: Execution
+    fabric: "Fabric"
+    processes: Processes
+
+    def splits(self, data: Data, steps: int) -> Splits:
+        """The splits at T = `steps`, which all processes have to find the same."""
+        splits = self.processes.one_by_one(lambda: data.splits(steps))
+        self.processes.check_same(splits.fingerprint, "the split of the data")
+        return splits
+
+    def set_up(self, model: nn.Module) -> Any:
+        """The model on its device, for calls under the precision of the session."""
+        if self.execution.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+        return self.fabric.setup_module(model)
+
+    def set_up_loss(self, loss: Any) -> Any:
+        """The loss on the device; one that is a plain function has no weights to move."""
+        return loss.to(self.fabric.device) if isinstance(loss, nn.Module) else loss
+
+    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch on the device; images channels-last if asked for: [B, C, H, W], or [T, B, C, H, W] step by step."""
+        x, y = self.fabric.to_device((x, y))
+        if self.execution.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        elif self.execution.channels_last and x.ndim == 5:
+            x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+        return x, y
+
+    def eval_loader(self, dataset: Dataset[Any], splits: Splits, batch_size: int) -> DataLoader[Any]:
+        """Every sample of a validation or test set once, in order, or this process's share of each batch."""
+        ranks = self.processes.rank, self.processes.count
+        return eval_loader(dataset, splits, batch_size, self.execution.workers, *ranks)
+
+
+@contextmanager
+def session(execution: Execution) -> Iterator[Session]:
+    """Start the processes; inside the block, the end of one ends all, and the kernels are compiled as asked for.
+
+    Raises ValueError for a device that is not there.
+    """
+    fabric = make_fabric(
+        execution.device, execution.devices, execution.num_nodes, execution.strategy, execution.precision
+    )
+    with Watchdog(fabric), using(compile=execution.compile, sparse=execution.sparse):
+        yield Session(execution, fabric, Processes(fabric))

@@ -1,0 +1,80 @@
+"""Sizes of memory, and the memory that is free."""
+
+import pytest
+
+from sltt.analysis import available_memory, parse_bytes
+from sltt.memory import free_memory
+
+MB = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("8GiB", 8 * 2**30), ("8GB", 8 * 10**9), ("8G", 8 * 10**9), (" 500 MB ", 500 * 10**6), ("500Mi", 500 * 2**20),
+        ("1.5kB", 1500), ("0.5KiB", 512), ("2TB", 2 * 10**12), ("12", 12), ("12B", 12), (12, 12),
+    ],
+)  # fmt: skip
+def test_sizes(size, expected):
+    assert parse_bytes(size) == expected
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["0.5", "2.5B", "0", "-1", "", "GB", "8iB", "1e9", "1.2.3GB", "8GBB", "8gb", 0, -5, 2.5, 8.0, True, None, 1e999],
+)
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(ValueError, match="expected a memory size such as 8GB or 500MB, got"):
+        parse_bytes(size)
+
+
+def write(root, files=()):
+    """Files under `root` by their path, beside a machine with 8000 KiB free."""
+    (root / "proc/self").mkdir(parents=True, exist_ok=True)
+    (root / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    for path, text in dict(files).items():
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def group(root, folder, limit, used, files=0):
+    """A control group of version 2, or below `memory` of version 1."""
+    first = "memory" in folder.split("/")[0]
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
+    home = root / "sys/fs/cgroup" / folder
+    home.mkdir(parents=True, exist_ok=True)
+    (home / names[0]).write_text(f"{limit}\n")
+    (home / names[1]).write_text(f"{used}\n")
+    (home / "memory.stat").write_text(f"anon 1\n{'total_' if first else ''}inactive_file {files}\n")
+
+
+def test_without_control_groups_the_machine_counts(tmp_path):
+    write(tmp_path)
+    assert free_memory(tmp_path) == 8000 * 1024
+
+
+@pytest.mark.parametrize(("line", "top"), [("0::", ""), ("4:cpu,memory:", "memory")])
+def test_the_smallest_limit_on_the_path_counts(tmp_path, line, top):
+    unlimited = "max" if not top else 2**63 - 4096
+    write(tmp_path, {"proc/self/cgroup": f"9:cpuset:/elsewhere\n{line}/job/step\n"})
+    group(tmp_path, f"{top}/job/step".strip("/"), unlimited, MB)
+    assert free_memory(tmp_path) == 8000 * 1024
+    group(tmp_path, f"{top}/job".strip("/"), 5 * MB, 4 * MB, files=MB)
+    assert free_memory(tmp_path) == 2 * MB  # files in the cache can be dropped
+    group(tmp_path, f"{top}/job/step".strip("/"), 3 * MB, 2 * MB)
+    assert free_memory(tmp_path) == MB
+    group(tmp_path, f"{top}/job/step".strip("/"), 3 * MB, 4 * MB)
+    assert free_memory(tmp_path) == 0
+
+
+@pytest.mark.parametrize(("line", "top"), [("0::", "."), ("4:memory:", "memory")])
+@pytest.mark.parametrize("path", ["/docker/0123", "/../../other"])
+def test_a_container_that_sees_its_own_group_as_the_outermost(tmp_path, line, top, path):
+    write(tmp_path, {"proc/self/cgroup": f"{line}{path}\n"})
+    group(tmp_path, top, 5 * MB, MB)
+    assert free_memory(tmp_path) == 4 * MB
+
+
+def test_this_machine_has_memory():
+    assert available_memory() > 0

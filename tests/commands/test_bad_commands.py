@@ -1,0 +1,204 @@
+"""Command lines with bad input, all in one process: the exit code, and what the message says."""
+
+import shlex
+import sys
+
+import pytest
+
+from sltt.commands import main
+
+TINY = "--model.width 2 --epochs 1 --steps 2 --batch_size 512 --device cpu"
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+FILES = {
+    "alias.yaml": "model: &a {x: *a}\n",
+    "bomb.yaml": BOMB,
+    "twice.yaml": "epochs: 1\nsteps: 2\nepochs: 3\n",
+    "deep.yaml": "[" * 5000,
+    "nothing.yaml": "epochs: null\n",
+    "list.yaml": "- 1\n",
+    "empty.yaml": "",
+    "tab.yaml": "a:\n\t- b\n",
+    "binary.yaml": "\udcff\udcfe\0",
+    "mine.py": """
+import builtins
+import torch
+import sltt
+
+class Data(sltt.data.Data):
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def splits(self, steps):
+        raise getattr(builtins, self.kind)("thrown")
+
+    load = splits
+
+class Net(torch.nn.Module):
+    def __init__(self, kind: str = "", late: str = ""):
+        super().__init__()
+        self.late = late
+        if kind:
+            raise getattr(builtins, kind)("thrown")
+
+    def forward(self, x):
+        raise getattr(builtins, self.late)("thrown")
+
+class Greedy(torch.optim.SGD):
+    def __init__(self, params, beta: float = 0.9):
+        super().__init__(params)
+        self.defaults["momentums"]
+""",
+}
+CASES = f"""
+# commands and words
+2 | unknown command 'trian'; did you mean train? | trian
+2 | unknown recipe 'digit'; did you mean digits? | train digit
+2 | unknown recipe '' | train ''
+2 | no file none.yaml | train none.yaml
+2 | unexpected word 'digits' | train digits digits
+2 | unexpected word '-x' | train -x
+2 | unexpected word 'digits' | compare --epochs 1 digits
+2 | unknown recipe 'foo' | recipes foo
+2 | unrecognized arguments: --foo; `sltt recipes --help` | recipes --foo
+2 | unrecognized arguments: x; `sltt doctor --help` | doctor x
+2 | usage: sltt data check RECIPE | data check
+2 | does not take --foo | data check digits --foo 3
+2 | unknown key 'foo' of sltt.data.Digits | data check digits --data.foo 3
+1 | CIFAR-10 not found | data check cifar10 --data.root nowhere
+# options that are cut short, or misspelt
+2 | unknown option --resum; did you mean --resume? | train --resum a
+2 | unknown option --epoch; did you mean --epochs? | train --epoch 3
+2 | unknown option --epoch; did you mean --epochs? | compare --epoch 3
+2 | unknown option --rep; did you mean --repeats? | profile --rep 2
+2 | unknown option --bugdet; did you mean --budget? | profile --bugdet 8GB
+2 | unknown option --lr; did you mean --optimizer.lr? | train --lr 3
+2 | unknown option --lr; did you mean --optimizer.lr? | profile --lr=3
+2 | unknown option --tau | train --tau 3
+2 | unknown key 'q' of sltt.SLTT | train --rule.q 3
+2 | argument --run: expected one argument | train --run
+# YAML that says something else than it seems, or nothing
+2 | a value contains itself, by an alias (line 1) | train alias.yaml
+2 | a value contains itself, by an alias (line 1) | train --config alias.yaml
+2 | a value contains itself | train --model '&a {{x: *a}}'
+2 | the key 'epochs' stands twice | train --phases '[{{epochs: 1, epochs: 2}}]'
+2 | [1 is no YAML that can be read | train --rule.k=[1
+2 | the aliases stand for more than 10,000 values | train bomb.yaml
+2 | the key 'epochs' stands twice, in lines 1 and 3 | train twice.yaml
+2 | the key 'epochs' stands twice | train --config twice.yaml
+2 | maximum nesting depth | train deep.yaml
+2 | required: model, data | train nothing.yaml
+2 | list.yaml holds no options | train list.yaml
+2 | empty.yaml holds no options | train empty.yaml
+2 | tab.yaml is no YAML that can be read | train tab.yaml
+2 | binary.yaml is no YAML that can be read | train binary.yaml
+2 | File does not exist | train --config nowhere.yaml
+# values of the wrong kind
+2 | optimizer.lr: expected float, got abc | train --optimizer.lr abc
+2 | optimizer.betas: expected tuple, got 3 | train --optimizer.betas 3
+2 | epochs: expected int, got x | train --epochs x
+2 | epochs: expected int, got null | train --epochs null
+2 | model.width: expected int, got null | train --model.width null
+2 | model.neuron.tau: expected float, got null | train --model.neuron.tau null
+2 | rule.k: expected int or null, got 1.5 | train --rule.k 1.5
+2 | rule.fold: expected int | train --rule.fold 1.5
+2 | rule.window: expected int, got 2.5 | train --rule TBPTT --rule.window 2.5
+2 | rule: expected a class of the kind Rule, got [] | train --rule []
+2 | precision: expected [32, 'bf16-mixed', '16-mixed'], got bf16 | train --precision bf16
+2 | compile: expected ['auto', 'on', 'off'], got maybe | train --compile maybe
+2 | device: expected ['auto', 'cpu', 'cuda'], got gpu | train --device gpu
+2 | strategy: expected ['ddp', 'fsdp'], got foo | train --strategy foo
+2 | checkpoint_minutes: expected float, got x | train --checkpoint_minutes x
+2 | phases: expected list or null, got 3 | train --phases 3
+2 | unknown key 'epoch' of sltt.Phase; did you mean epochs? | train --phases '[{{epoch: 1}}]'
+2 | expected layers' names as keys, got the number 2; quote it | train --rule.windows '{{2: all}}'
+2 | steps: expected at most 1,000,000 time steps, got 1,000,000,000 | train --steps 1000000000
+2 | steps: expected at most 1,000,000 time steps | train --phases '[{{epochs: 1, steps: 1000000000}}]'
+2 | steps: expected at most 1,000,000 time steps | agreement --steps 1000000000
+# classes that are not there, or do not fit
+2 | unknown class 'SLT'; did you mean sltt.SLTT? | train --rule SLT
+2 | unknown class 'Foo'; expected a path to import | train --model.neuron.surrogate Foo
+2 | unknown class 'FOO' | train --phases '[{{epochs: 1, rule: FOO}}]'
+2 | phases.lr: expected float or null, got abc | train --phases '[{{epochs: 1, lr: abc}}]'
+2 | unknown class 'sltt.data.Digit'; did you mean sltt.data.Digits? | train --data sltt.data.Digit
+2 | model: the following arguments are required: features | train --model '{{class_path: sltt.models.MLP}}'
+2 | there is no module nomod; expected nomod.py in this folder | train --model nomod.Net
+2 | unknown class 'mine.Nothing' | train --model mine.Nothing
+2 | does not correspond to a subclass of Data | train --data sltt.SLTT
+2 | LBFGS computes the loss several times a step | train --optimizer torch.optim.LBFGS
+2 | optimizer: KeyError: 'momentums' | train --optimizer mine.Greedy
+2 | optimizer: Invalid learning rate: -1.0 | train --optimizer.lr -1
+2 | optimizer: TypeError | train --optimizer.lr null
+# values out of their range
+1 | steps must be at least 1 | train {TINY} --steps 0
+1 | epochs must be at least 1, got 0 | train {TINY} --epochs 0
+1 | batch_size must be at least 1, got 0 | train {TINY} --batch_size 0
+1 | clip_norm must be greater than 0 | train {TINY} --clip_norm 0
+1 | devices must be at least 1, got 0 | train {TINY} --devices 0
+1 | the keys of windows must be layers' names, got the number 2 | train {TINY} --rule Mixed --rule.windows '{{2: all}}'
+1 | gamma must be greater than 0 | train {TINY} --model.neuron.surrogate.gamma 0
+1 | alpha | train {TINY} --loss.alpha 7
+1 | warmup | train {TINY} --schedule.warmup -1
+1 | sltt: epochs of a phase must be at least 1, got 0 | train {TINY} --phases '[{{epochs: 0}}]'
+1 | no checkpoint at nowhere | train {TINY} --weights nowhere
+1 | lr | train {TINY} --phases '[{{epochs: 1, lr: -1}}]'
+# exceptions of a user's data set and network
+1 | KeyError: 'thrown' (HERE/mine.py, line 11, in splits) | train {TINY} --data mine.Data --data.kind KeyError
+1 | IndexError: thrown | train {TINY} --data mine.Data --data.kind IndexError
+1 | AssertionError: thrown | train {TINY} --data mine.Data --data.kind AssertionError
+1 | ImportError: thrown | train {TINY} --data mine.Data --data.kind ImportError
+1 | AttributeError: thrown | train {TINY} --data mine.Data --data.kind AttributeError
+1 | StopIteration: thrown | train {TINY} --data mine.Data --data.kind StopIteration
+1 | out of memory: thrown | train {TINY} --data mine.Data --data.kind MemoryError
+1 | sltt: use a smaller --batch_size | train {TINY} --data mine.Data --data.kind MemoryError
+1 | TypeError: thrown (HERE/mine.py, line 20, in __init__) | train --model mine.Net --model.kind TypeError
+1 | Problem with given class_path 'mine.Net': thrown | agreement --model mine.Net --model.kind AttributeError
+# the other commands
+2 | --seeds: expected a whole number of at least 1, got '0' | compare --seeds 0
+2 | --seeds: expected a whole number of at least 1, got 'x' | compare --seeds x
+2 | unknown class 'FOO' | compare --rules SLTT,FOO
+2 | unknown key 'q' of sltt.SLTT | compare --rules BPTT,SLTT:q=1
+2 | SLTT stands twice in SLTT,SLTT | compare --rules SLTT,SLTT
+2 | expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got '' | compare --rules ''
+1 | window must be at least 1 | compare --rules BPTT,TBPTT:window=0
+2 | runs in one process | compare --devices 2
+2 | --repeats: expected a whole number of at least 1 | profile --repeats 0
+2 | --budget: expected a memory size such as 8GB | profile --budget much
+2 | --steps: expected numbers separated by commas, got '1,x' | profile --steps 1,x
+2 | --samples: expected a whole number of at least 1 | agreement --samples 0
+2 | --taus: expected numbers separated by commas | agreement --taus ,
+1 | tau must be greater than 1 | agreement --device cpu --taus 0
+2 | expected the folder of a run before the options | eval
+2 | nowhere is not the folder of a run | eval nowhere
+2 | unknown option --mirr; did you mean --mirror? | eval nowhere --mirr
+2 | invalid choice: 'foo' | eval nowhere --split foo
+2 | nowhere is not the folder of a run | train --resume nowhere
+2 | leave out 'digits' | train digits --resume nowhere
+2 | expected the folder of a run before the options | export --to nir
+2 | required: --to | export nowhere
+2 | invalid choice: 'foo' | export nowhere --to foo
+2 | required: FOLDER | report
+1 | there is no folder nowhere | report nowhere
+"""
+TABLE = [line.split(" | ", 2) for line in CASES.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name, text in FILES.items():
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize(("code", "message", "words"), TABLE, ids=[words for *_, words in TABLE])
+def test_a_bad_command_ends_with_its_code_and_a_clear_line(here, capsys, code, message, words):
+    assert main(shlex.split(words)) == int(code)
+    _, err = capsys.readouterr()
+    assert message.replace("HERE", str(here)) in err
+    assert "Traceback" not in err
+    assert all(line.startswith("sltt: ") for line in err.splitlines())
+    assert code == "1" or not list(here.glob("runs"))

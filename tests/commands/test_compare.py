@@ -1,0 +1,152 @@
+import json
+import math
+import types
+from itertools import pairwise
+
+import pytest
+import torch
+from rich.table import Table
+from torch import nn
+
+import sltt
+from sltt.analysis import count_operations
+from sltt.commands import compare, main, prepared
+from sltt.commands.parsing import rule_options, rules
+from sltt.training.console import Console, as_json
+from sltt.training.settings import Execution
+
+LOSS = sltt.losses.CrossEntropyMSE()
+
+
+@pytest.mark.parametrize(("steps", "k"), [(1, None), (4, None), (6, None), (1, 1), (4, 1), (6, 1), (4, 3), (6, 3)])
+def test_multiplications_are_those_of_the_closed_form(steps, k):
+    sizes, batch = [6, 8, 7, 3], 5
+    layers = [
+        nn.Linear(sizes[0], sizes[1]),
+        sltt.LIF(),
+        nn.Linear(sizes[1], sizes[2]),
+        sltt.LIF(),
+        nn.Linear(*sizes[2:]),
+    ]
+    model = nn.Sequential(*layers)
+    x, y = torch.randn(steps, batch, 6), torch.randint(3, (batch,))
+    products = [n * m for n, m in pairwise(sizes)]
+    found = count_operations(model, x, y, LOSS, sltt.SLTT(k=k))
+    assert found.forward == steps * batch * sum(products)
+    assert found.backward == (k or steps) * batch * (2 * sum(products) - products[0])  # the input needs no gradient
+    if k is None:
+        assert count_operations(model, x, y, LOSS, sltt.BPTT()) == found  # its temporal path is elementwise
+
+
+def test_what_is_recomputed_counts_to_the_backward():
+    model = nn.Sequential(nn.Linear(8, 4096), sltt.LIF(), nn.Linear(4096, 512), nn.BatchNorm1d(512), sltt.LIF(),
+                          nn.Linear(512, 3))  # fmt: skip
+    x, y = torch.randn(2, 8, 8), torch.randint(3, (8,))
+    plain, again = (count_operations(model, x, y, LOSS, sltt.SLTT(recompute=r)) for r in (False, True))
+    assert plain.forward == again.forward
+    assert again.backward - plain.backward == 2 * 8 * 4096 * 512
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("BPTT", ["--rule", "BPTT"]),
+        ("Mixed:windows={a.*: all, b: 4}", ["--rule", "Mixed", "--rule.windows", "{a.*: all, b: 4}"]),
+        ("SLTT:k=2:rescale=true", ["--rule", "SLTT", "--rule.k", "2", "--rule.rescale", "true"]),
+    ],
+)
+def test_rules_are_written_with_their_settings(text, options):
+    assert rule_options(text) == options
+    assert rules(f"OTTT,{text},SLTT") == ["OTTT", text, "SLTT"]
+
+
+@pytest.mark.parametrize("text", ["", "SLTT:k", ":k=1"])
+def test_a_rule_that_is_not_understood_is_named(text):
+    with pytest.raises(ValueError, match="expected a rule such as BPTT, SLTT:k=1"):
+        rule_options(text)
+
+
+WORDS = ["compare", "digits", "--epochs", "1", "--model.width", "4", "--steps", "3", "--device", "cpu"]
+
+
+def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*WORDS, "--rules", "BPTT,SLTT:k=5,SLTT:k=1", "--seeds", "2"]
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert "2 runs died; the same command tries them again: SLTT:k=5, seed 0: SLTT(k=5) trains 5 steps" in captured.err
+    table = captured.out[captured.out.index("rule  ") :].splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["BPTT", "SLTT:k=5", "SLTT:k=1"]
+    assert all(len(line) <= 80 for line in table[:4])
+    (folder,) = tmp_path.glob("runs/compare-digits-*")
+    rows = json.loads((folder / "compare.json").read_text())["rows"]
+    assert [len(row["accuracies"]) for row in rows] == [2, 0, 2]
+    assert rows[0]["cosine"] == pytest.approx(1, abs=1e-4)
+    assert rows[0]["peak_memory"] > rows[2]["peak_memory"] > 0
+    assert rows[0]["operations"]["backward"] == 3 * rows[2]["operations"]["backward"]
+
+    trained = []
+    real = sltt.SLTT.__call__
+    monkeypatch.setattr(
+        sltt.SLTT, "__call__", lambda self, *args, **kw: (trained.append(1), real(self, *args, **kw))[1]
+    )
+    assert main([*WORDS, "--rules", "SLTT:k=1", "--seeds", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["accuracies"] == rows[2]["accuracies"]
+    assert len(trained) < 10  # measured again, not trained again
+
+
+def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen, dtypes = [], set()
+
+    def fit(model, rule, phases, run, **settings):
+        seen.append([str(phase.rule or rule) for phase in phases])
+        return types.SimpleNamespace(history=[])
+
+    def measure_split(session, model, data, split, **settings):
+        seen.append(session.execution)
+        model.features[0].register_forward_hook(lambda module, x, out: dtypes.add((out.dtype, _channels_last(x[0]))))
+        return types.SimpleNamespace(accuracy=1.0)
+
+    monkeypatch.setattr(compare, "fit", fit)
+    monkeypatch.setattr(prepared, "measure_split", measure_split)
+    phases = "[{epochs: 1, rule: {class_path: sltt.RateBased}}, {epochs: 1}]"
+    words = [*WORDS, "--phases", phases, "--precision", "bf16-mixed", "--channels_last", "true", "--compile", "off"]
+    assert main([*words, "--rules", "SLTT:k=1", "--json"]) == 0
+    assert seen[0] == ["SLTT(k=1)", "SLTT(k=1)"]
+    assert seen[1] == Execution(device="cpu", channels_last=True, precision="bf16-mixed", compile="off")
+    assert dtypes == {(torch.bfloat16, True)}
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert 0 < row["cosine"] < 1
+
+
+def _channels_last(x):
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_wrong_rule_ends_it_before_another_trains(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "fit", None)
+    assert main([*WORDS, "--rules", "SLTT,FOO"]) == 2
+    assert main([*WORDS, "--rules", "SLTT,TBPTT:window=0"]) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_not_finite_are_null_in_json():
+    found = as_json({"cosine": math.nan, "layers": {"a": (math.inf, 0.5)}, "steps": 4, "rule": None})
+    expected = {"cosine": None, "layers": {"a": [None, 0.5]}, "steps": 4, "rule": None}
+    assert json.loads(found, parse_constant=pytest.fail) == expected
+
+
+def test_the_brackets_of_a_rule_are_shown(capsys):
+    table = Table("rule")
+    table.add_row("Mixed:windows={[12]: all}")
+    Console().table(table)
+    assert "Mixed:windows={[12]: all}" in capsys.readouterr().out
+
+
+def test_a_wrong_option_ends_it_before_a_training_begins(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "fit", None)
+    assert main(["compare", "digits", "--epohcs", "1"]) == 2
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,218 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.analysis import (
+    agreement,
+    fit_peak,
+    iteration_seconds,
+    memory_parts,
+    peak_memory,
+    synaptic_operations,
+)
+from sltt.commands import main
+from sltt.commands.parsing import Recipe
+from sltt.commands.prepared import prepared
+from sltt.memory import trace_memory
+from tests.conftest import batch, small_network
+
+LOSS = sltt.losses.CrossEntropyMSE()
+MB = 1_000_000
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 512), sltt.LIF(), nn.Linear(512, 512), sltt.LIF(), nn.Linear(512, 10))
+
+
+def test_a_trace_has_the_peak_and_the_level_at_each_mark():
+    kept = []
+
+    def call(mark):
+        mark()
+        kept.append(torch.empty(MB, dtype=torch.uint8))
+        mark()
+        torch.empty(3 * MB, dtype=torch.uint8)
+        kept.clear()
+        mark()
+
+    peak, levels = trace_memory(call, "cpu")
+    assert peak == 4 * MB
+    assert levels == [0, MB, 0]
+
+
+def test_the_parts_of_the_memory_are_what_they_are_called():
+    model, (x, y) = network(), (torch.randn(4, 32, 64), torch.randint(10, (32,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    memory_parts(model, x, y, LOSS, sltt.SLTT())
+    optimizer.step()
+    found = memory_parts(model, x, y, LOSS, sltt.SLTT(), optimizer)
+    weights = sum(4 * p.numel() for p in model.parameters())
+    assert found.parameters == found.gradients == found.optimizer == weights
+    assert found.input == 4 * x.numel()
+    assert found.states == 2 * 4 * 32 * 512
+    assert found.saved > 0
+    assert found.rest >= 0
+    assert found.total == sum(vars(found).values())
+    assert memory_parts(model, x, y, LOSS, sltt.SLTT(), optimizer) == found
+
+
+def test_what_is_saved_grows_with_t_under_bptt_and_not_under_sltt():
+    model, y = network(), torch.randint(10, (32,))
+    saved = {
+        (rule, steps): memory_parts(model, torch.randn(steps, 32, 64), y, LOSS, rule).saved
+        for rule in (sltt.BPTT(), sltt.SLTT())
+        for steps in (4, 16)
+    }
+    (bptt_4, bptt_16, sltt_4, sltt_16) = saved.values()
+    assert bptt_16 > 3 * bptt_4
+    assert sltt_16 - sltt_4 == 12 * 32 * 10 * 4  # the logits of 12 more steps
+
+
+def test_the_peak_is_that_of_peak_memory(rule):
+    model, (x, y) = small_network().float(), batch(steps=4)
+    x = x.float()
+    extra = {"update": lambda: None} if rule.online else {}
+    found = memory_parts(model, x, y, LOSS, rule)
+    torch.manual_seed(0)
+    peak = peak_memory(lambda: rule(model, x, y, LOSS, **extra))
+    assert found.states + found.saved + found.rest == pytest.approx(peak, abs=4096)
+
+
+def test_a_view_counts_for_itself_and_automatic_folds_settle_before():
+    model, x = network(), torch.randn(4, 100, 64)
+    y = torch.randint(10, (8,))
+    rule = sltt.SLTT(fold="auto", budget="1GB")
+    found = memory_parts(model, x[:, :8], y, LOSS, rule)
+    assert found.input == 4 * 8 * 64 * 4
+    assert found.saved > 0
+    with pytest.raises(RuntimeError, match="memory is being measured already"):
+        peak_memory(lambda: sltt.SLTT(fold="auto")(model, x[:, :8], y, LOSS))
+    assert peak_memory(lambda: rule(model, x[:, :8], y, LOSS)) > 0
+
+
+def test_seconds_are_split_and_the_optimizer_steps(monkeypatch):
+    now = [0.0]
+
+    class Slow(nn.Linear):
+        def forward(self, x):
+            now[0] += 1
+            return super().forward(x)
+
+    class Late(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+            now[0] += 10
+            return grad
+
+    def loss(logits, target):
+        return LOSS(Late.apply(logits), target)
+
+    def batches():
+        for _ in range(3):
+            now[0] += 100
+            yield torch.randn(2, 5, 4), torch.randint(3, (5,))
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    model = nn.Sequential(Slow(4, 3), sltt.LIF(), nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model[0].weight.clone()
+    found = iteration_seconds(model, batches(), loss, sltt.SLTT(), optimizer, warmup=1)
+    assert (found.data, found.forward, found.backward, found.step) == (100, 2, 20, 0)
+    assert not torch.equal(model[0].weight, before)
+    with pytest.raises(ValueError, match="expected more than 3 batches"):
+        iteration_seconds(model, batches(), loss, sltt.SLTT(), optimizer, warmup=3)
+
+
+def test_synaptic_operations_are_those_of_the_spikes():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), sltt.LIF(), nn.AvgPool2d(2), nn.Conv2d(4, 6, 3, stride=2, groups=2), sltt.LIF(),
+        nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+    x = 3 * torch.randn(5, 7, 2, 8, 8)
+    spikes = []
+    model[1].register_forward_hook(lambda m, a, out: spikes.append(nn.functional.avg_pool2d(out, 2)))
+    first, second, last = synaptic_operations(model, x)
+    density = torch.stack(spikes).count_nonzero() / torch.stack(spikes).numel()
+    assert (first.name, first.macs, first.spiking) == ("0", 8 * 8 * 4 * 2 * 9, False)
+    assert first.synaptic_operations == 5 * first.macs
+    assert first.picojoules == pytest.approx(4.6 * 5 * first.macs)
+    assert (second.name, second.macs, second.spiking) == ("3", 1 * 1 * 6 * 2 * 9, True)
+    assert second.density == pytest.approx(float(density))
+    assert second.picojoules == pytest.approx(0.9 * 5 * second.macs * float(density))
+    assert second.picojoules_as_ann == pytest.approx(4.6 * second.macs)
+    assert (last.macs, last.steps) == (18, 5)
+    assert not any(m._forward_hooks for m in (model[0], model[3], model[4]))
+
+
+def test_the_peak_model_is_exact_where_the_peak_is_linear():
+    peak = fit_peak(lambda batch, steps: 1000 + 7 * batch + 11 * steps + 3 * batch * steps, (4, 8), (2, 6))
+    assert peak.peak(100, 50) == 1000 + 700 + 550 + 15000
+    assert peak.largest_batch(17250, 50) == 100
+    assert peak.largest_steps(17250, 100) == 50
+    assert peak.largest_batch(900, 1) == 0
+    flat = fit_peak(lambda batch, steps: 1000 + 7 * batch, (4, 8), (2, 6))
+    assert flat.largest_steps(1100, 10) is None
+    assert flat.largest_batch(1100, 1000) == 14
+
+
+WORDS = ["profile", "digits", "--steps", "2,4", "--repeats", "1", "--model.width", "4", "--device", "cpu"]
+
+
+def test_the_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*WORDS, "--rules", "BPTT,SLTT:k=1,OTTT", "--budget", "40MB", "--save", "a"]) == 0
+    out = capsys.readouterr().out
+    assert "energy of one sample, estimated" in out
+    assert all(len(line) <= 80 for line in out[out.index("memory at the peak") :].splitlines())
+    found = json.loads((tmp_path / "a" / "profile.json").read_text())
+    bptt, sltt_1 = (next(c for c in found["costs"] if c["rule"] == r and c["steps"] == 4) for r in ("BPTT", "SLTT:k=1"))
+    assert bptt["operations"]["backward"] == 4 * sltt_1["operations"]["backward"]
+    assert bptt["memory"]["saved"] > 2 * sltt_1["memory"]["saved"]
+    assert [layer["name"] for layer in found["layers"]][:3] == ["features.0", "features.2", "features.3"]
+    assert found["picojoules"] < found["picojoules_as_ann"] * 4
+    for fits in found["fits"]:
+        assert fits["measured"] == pytest.approx(fits["predicted"], rel=0.03)
+        assert fits["measured"] <= 1.03 * 40 * MB
+    most = [fits["steps"] or 10_000 for fits in found["fits"]]  # only the logits of SLTT's steps take memory
+    assert 5 * most[0] < min(most[1:])
+    assert [fits["fold"] is None for fits in found["fits"]] == [False, False, True]
+
+
+def test_a_network_is_measured_as_it_trains():
+    recipe = Recipe("test", "digits", ["--precision", "bf16-mixed", "--channels_last", "true", "--device", "cpu"])
+    with prepared(recipe.build(), 3) as here:
+        x, y = here.batch(8)
+        seen = []
+        here.model.features[2].register_forward_hook(lambda module, args, out: seen.append(args[0].dtype))
+        logits = here.rule(here.model, x, y, here.loss, steps=here.repeat).logits
+        (single,) = agreement(here.model, x, y, here.loss, steps=here.repeat)
+    assert here.model.features[3].weight.is_contiguous(memory_format=torch.channels_last)
+    assert logits.dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+    assert "features.0" in single.layers
+    here.model(x)
+    assert seen[-1] == torch.float32  # outside of the block the model is as before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--repeats", "0"], 2, "--repeats: expected a whole number of at least 1, got '0'"),
+        (["--budget", "much"], 2, "expected a memory size such as 8GB"),
+        (["--budget", "0.5"], 2, "0.5"),
+        (["--rules", "SLTT:q=1"], 2, "unknown key 'q'"),
+        (["--weights", "nowhere.ckpt"], 1, "nowhere.ckpt"),
+    ],
+)
+def test_wrong_options_are_explained(words, code, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*WORDS, *words]) == code
+    assert message in capsys.readouterr().err

@@ -1,0 +1,198 @@
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sltt.commands import main
+from sltt.commands.page import sections
+from sltt.commands.results import gather
+
+pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+SMALL = ["--model.width", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A folder with all that a report can show, of the digits."""
+    folder = tmp_path_factory.mktemp("measured") / "all"
+    commands = (
+        ["compare", "digits", "--epochs", "2", "--rules", "BPTT,SLTT:k=1", "--seeds", "2"],
+        ["profile", "digits", "--steps", "2,4", "--rules", "BPTT,SLTT", "--repeats", "1", "--budget", "50MB"],
+        ["agreement", "digits", "--taus", "1.1,4", "--steps", "3", "--samples", "32"],
+    )
+    for words in commands:
+        assert main([*words, *SMALL, "--save", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(measured):
+    assert main(["report", str(measured)]) == 0
+    return measured / "report" / "report.html"
+
+
+def test_the_page_has_every_part_and_needs_no_network(page):
+    text = page.read_text()
+    for title in (
+        "Rules compared on digits",
+        "Training",
+        "What a rule costs",
+        "Spikes and energy",
+        "Is it safe: digits",
+        "Spikes of a trained network",
+    ):
+        assert f"<h2>{title}</h2>" in text
+    # the names of XML's own vocabularies are no addresses that a browser opens
+    links = re.findall(r'(?:href|src)="([^"#][^"]*)"', re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
+    assert links
+    assert all(link.startswith("data:") for link in links)
+    assert text.count("<svg") == 9
+    assert "#010203" not in text
+
+
+def test_figures_and_tables_are_files_too(page):
+    figures = {path.name for path in (page.parent / "figures").iterdir()}
+    assert {name.removesuffix(".png") for name in figures if name.endswith(".png")} == {
+        name.removesuffix(".svg") for name in figures if name.endswith(".svg")
+    }
+    assert len(figures) == 18
+    with (page.parent / "data" / "1-comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    saved = json.loads((page.parents[1] / "compare.json").read_text())["rows"]
+    assert [row["rule"] for row in rows] == ["BPTT", "SLTT:k=1"]
+    assert [float(row["peak memory"]) for row in rows] == [row["peak_memory"] for row in saved]
+
+
+def test_a_rule_has_one_colour_and_one_name(measured):
+    made = sections(gather([measured]))
+    colours = {}
+    for chart in (chart for section in made for chart in section.charts if chart.name[2:] in ("accuracy", "memory")):
+        for line in chart.figure.axes[0].get_lines():
+            if not line.get_label().startswith("_"):
+                colours.setdefault(line.get_label(), set()).add(line.get_color())
+    assert colours.keys() == {"BPTT", "SLTT", "SLTT:k=1"}
+    assert all(len(several) == 1 for several in colours.values())
+
+
+def test_a_run_by_itself_and_what_is_left_out(measured, tmp_path, capsys):
+    run = shutil.copytree(measured / "BPTT-seed0", tmp_path / "run")
+    assert main(["report", str(run), "--out", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"page": str(tmp_path / "out" / "report.html"), "notes": []}
+    (run / "best.ckpt").write_bytes(b"")
+    assert main(["report", str(run)]) == 0
+    assert "The spikes of" in capsys.readouterr().out
+    assert "truncated or not a checkpoint" in (run / "report" / "report.html").read_text()
+
+
+def test_the_spikes_are_those_of_the_next_run_where_one_has_no_weights(measured, tmp_path):
+    for name in ("BPTT-seed0", "SLTT-k-1-seed0"):
+        shutil.copytree(measured / name, tmp_path / "all" / name)
+    for checkpoint in (tmp_path / "all" / "SLTT-k-1-seed0").glob("*.ckpt"):
+        checkpoint.unlink()
+    found = gather([tmp_path / "all"])
+    spikes = sections(found)[-1]
+    assert spikes.text == ["The first test sample, through the network of BPTT-seed0."]
+    assert len(spikes.charts) == 2
+    assert [note for note in found.notes if "SLTT-k-1-seed0 are left out: no checkpoint" in note]
+
+
+def test_one_rule_written_in_two_ways_has_one_name_and_one_colour(measured, tmp_path):
+    folder = shutil.copytree(measured, tmp_path / "all")
+    found = json.loads((folder / "compare.json").read_text())
+    found["rows"][1]["rule"] = "SLTT:rescale=false:k=1"
+    found["rows"][0]["cosine"] = None
+    (folder / "compare.json").write_text(json.dumps(found))
+    table = sections(gather([folder]))[0].tables[0]
+    assert [row[0].text for row in table.rows] == ["BPTT", "SLTT:k=1"]
+    assert table.rows[0][-1].text == "–"
+
+
+def test_a_comparison_with_a_rule_that_died(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", "digits", "--epochs", "1", "--rules", "SLTT:k=9", *SMALL, "--save", "a"]
+    assert main(words) == 1
+    assert main(["report", "a"]) == 0
+    text = Path("a/report/report.html").read_text()
+    assert ">died<" in text
+    assert "has not finished an epoch" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no folder a"),
+        ({}, "a has nothing to report"),
+        ({"compare.json": "{"}, "a/compare.json is damaged"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_named(content, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("a").mkdir()
+        for name, text in content.items():
+            Path("a", name).write_text(text)
+    assert main(["report", "a"]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.skip("Chromium and its driver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
+@pytest.mark.slow
+def test_in_a_browser(browser, page):
+    browser.get(page.as_uri())
+    figures = browser.find_elements("css selector", "figure svg")
+    assert len(figures) == 9
+    for figure in figures:
+        assert figure.is_displayed()
+        assert figure.size["width"] > 200
+        assert figure.size["height"] > 50
+
+    def column(number):
+        return [
+            float(cell.get_attribute("data-value"))
+            for cell in browser.find_elements(
+                "css selector", f"section:nth-of-type(3) .wide:first-of-type td:nth-child({number})"
+            )
+            if cell.is_displayed()
+        ]
+
+    heading = browser.find_elements("css selector", "section:nth-of-type(3) th button")[2]
+    assert heading.text == "peak memory"
+    unsorted = column(3)[:4]
+    heading.click()
+    assert column(3)[:4] == sorted(unsorted)
+    heading.click()
+    assert column(3)[:4] == sorted(unsorted, reverse=True)
+
+    browser.set_window_size(390, 800)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 500
+    backgrounds = []
+    for scheme in ("light", "dark"):
+        browser.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
+        backgrounds.append(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert backgrounds[0] != backgrounds[1]
+
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    requests = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert [url for url in requests if not url.startswith(("file:", "data:", "chrome", "about"))] == []

@@ -1,0 +1,302 @@
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sltt.data import CIFAR10, CIFAR100, Digits, DigitsEvents, ImageFolder
+from sltt.data.base import fingerprint, hold_out
+from sltt.data.digits import POSITIONS, record
+from sltt.data.images import Cutout
+from sltt.training.batches import EpochSampler, eval_loader, train_loader
+
+
+@given(labels=st.lists(st.integers(0, 4), max_size=60), share=st.floats(0, 0.9), seed=st.integers(0, 9))
+def test_hold_out_splits_every_class(labels, share, seed):
+    kept, held = hold_out(labels, share, seed)
+    assert sorted(kept + held) == list(range(len(labels)))
+    assert hold_out(labels, share, seed) == (kept, held)
+    for label in set(labels):
+        total, out = labels.count(label), sum(labels[i] == label for i in held)
+        if share > 0 and total > 1:
+            assert 1 <= out <= total - 1
+            assert abs(out - share * total) <= 1
+    if share == 0:
+        assert held == []
+
+
+def test_splits_are_the_same_on_every_machine():
+    assert hold_out([0] * 10, 0.3, 0)[1] == [4, 7, 9]
+    assert hold_out([0] * 10, 0.3, 1)[1] != [4, 7, 9]
+    assert Digits().splits(1).fingerprint == DigitsEvents(size=12).splits(1).fingerprint == "5012bf79b0e0"
+
+
+def test_fingerprint_changes_with_any_label_and_split():
+    prints = {fingerprint([0, 1], [0], [1]), fingerprint([1, 1], [0], [1]), fingerprint([0, 1], [1], [0])}
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize("data", [Digits(), DigitsEvents(size=12)], ids=["images", "events"])
+def test_digits_splits_share_no_sample(data):
+    splits = data.splits(3)
+    parts = [splits.train.data, splits.validation, splits.test]
+    indices = [set(part.indices) for part in parts]
+    assert sum(map(len, indices)) == len(set.union(*indices)) == 1797
+    assert [len(i) for i in indices] == [1295, 143, 359]
+    assert data.splits(3) is splits
+
+
+def test_images_are_loaded_once_for_every_number_of_steps():
+    images, events = Digits(), DigitsEvents(size=12)
+    assert images.splits(2) is images.splits(4)
+    assert events.splits(2) is not events.splits(4)
+
+
+def test_without_validation_everything_is_trained():
+    splits = Digits(validation=0).splits(1)
+    assert splits.validation is None
+    assert len(splits.train) + len(splits.test) == 1797
+
+
+def test_the_test_split_does_not_depend_on_the_validation_split():
+    a, b = Digits(validation=0.3, split_seed=5).splits(1), Digits().splits(1)
+    assert a.test.indices == b.test.indices
+    assert a.fingerprint != b.fingerprint
+
+
+def test_images_are_normalised():
+    x = torch.stack([x for x, _ in Digits(augment=False, validation=0).splits(1).train])
+    assert x.shape[1:] == (1, 8, 8)
+    assert x.mean().abs() < 0.05
+    assert abs(x.std() - 1) < 0.05
+
+
+def test_events_are_counts_of_both_polarities_and_deterministic():
+    a = DigitsEvents(augment=False, size=14).splits(6)
+    b = DigitsEvents(augment=False, size=14).splits(6)
+    x, label = a.test[0]
+    assert x.shape == (6, 2, 14, 14)
+    assert 0 <= int(label) <= 9
+    assert torch.equal(x, b.test[0][0])
+    assert torch.equal(x, x.round())
+    assert x.min() == 0
+    assert (x.sum((0, 2, 3)) > 50).all()
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7, POSITIONS])
+def test_frames_of_any_number_hold_the_same_events(steps):
+    images = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    frames = record(images, steps, 16, 0.2)
+    assert frames.shape == (2, steps, 2, 16, 16)
+    assert torch.equal(frames.sum(1), record(images, 3, 16, 0.2).sum(1))
+    assert steps > 10 or (frames.sum((2, 3, 4)) > 0).all()
+
+
+def test_event_counts_follow_the_log_intensity():
+    """The camera ends where it began, so what is counted up is counted down, to less than one event a pixel."""
+    frames = record(torch.rand(3, 8, 8), 4, 16, 0.2)
+    net = (frames[:, :, 0] - frames[:, :, 1]).sum(1)
+    assert net.abs().max() <= 1
+    assert record(torch.zeros(1, 8, 8), 4, 16, 0.2).sum() == 0
+
+
+@pytest.mark.parametrize("steps", [0, POSITIONS + 1])
+def test_frames_out_of_range_are_refused(steps):
+    with pytest.raises(ValueError, match="steps"):
+        DigitsEvents().splits(steps)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Digits(validation=1.0), lambda: DigitsEvents(size=8), lambda: DigitsEvents(threshold=0)]
+)
+def test_arguments_out_of_range_are_refused(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()
+
+
+def test_batches_are_stacked_time_first():
+    splits = DigitsEvents(size=12).splits(3)
+    x, y = next(iter(eval_loader(splits.test, splits, 4, workers=0)))
+    assert x.shape == (3, 4, 2, 12, 12)
+    assert torch.equal(x[:, 1], splits.test[1][0])
+    assert y.shape == (4,)
+    splits = Digits().splits(3)
+    assert next(iter(eval_loader(splits.test, splits, 4, workers=0)))[0].shape == (4, 1, 8, 8)
+
+
+def epoch_of(splits, seed, epoch, start=0, workers=0):
+    sampler = EpochSampler(len(splits.train), seed)
+    sampler.set_epoch(epoch, start)
+    return [(x, y) for x, y in train_loader(splits, 100, sampler, workers)]
+
+
+def test_order_and_augmentation_depend_on_seed_and_epoch_only():
+    splits = Digits().splits(1)
+    torch.manual_seed(1)
+    first = epoch_of(splits, seed=3, epoch=2)
+    state = torch.get_rng_state()
+    again = epoch_of(splits, seed=3, epoch=2, workers=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0][0], epoch_of(splits, seed=3, epoch=3)[0][0])
+    assert not torch.equal(first[0][0], epoch_of(splits, seed=4, epoch=2)[0][0])
+    resumed = epoch_of(splits, seed=3, epoch=2, start=300)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first[3:], resumed, strict=True))
+
+
+def test_an_epoch_shows_every_sample_once():
+    splits = Digits(augment=False).splits(1)
+    labels = torch.cat([y for _, y in epoch_of(splits, seed=0, epoch=0)])
+    assert len(labels) == 1295
+    assert sorted(labels.tolist()) == sorted(int(y) for _, y in splits.train)
+
+
+def write_cifar(root, name, monkeypatch, train=20, test=10):
+    """A few images in the layout of the Python version of CIFAR, with the checksums that torchvision compares."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, name)
+    folder = root / kind.base_folder
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    fine, classes = ("labels", 10) if name == "CIFAR10" else ("fine_labels", 100)
+
+    def write(file, content):
+        data = pickle.dumps(content)
+        (folder / file).write_bytes(data)
+        return [file, hashlib.md5(data).hexdigest()]
+
+    def images(count):
+        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        return {"data": pixels, fine: [i % 2 for i in range(count)]}
+
+    names = [file for file, _ in kind.train_list]
+    monkeypatch.setattr(kind, "train_list", [write(file, images(train // len(names))) for file in names])
+    monkeypatch.setattr(kind, "test_list", [write(file, images(test)) for file, _ in kind.test_list])
+    meta = write(kind.meta["filename"], {kind.meta["key"]: [f"class {i}" for i in range(classes)]})
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": meta[1]})
+    return classes
+
+
+@pytest.mark.parametrize("make", [CIFAR10, CIFAR100])
+def test_cifar_is_read_in_its_own_layout(make, tmp_path, monkeypatch):
+    classes = write_cifar(tmp_path, make.__name__, monkeypatch)
+    splits = make(root=str(tmp_path), validation=0.2).splits(4)
+    assert splits.static
+    assert splits.classes == classes
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (16, 4, 10)
+    x, label = splits.train[0]
+    assert x.shape == (3, 32, 32)
+    assert x.dtype == torch.float32
+    assert label in (0, 1)
+    plain = splits.test[0][0]
+    assert torch.equal(plain, splits.test[0][0])
+    mean, std = (torch.tensor(v)[:, None, None] for v in (make.mean, make.std))
+    pixels = torch.from_numpy(splits.test.data[0]).permute(2, 0, 1) / 255
+    torch.testing.assert_close(plain * std + mean, pixels, atol=1e-6, rtol=1e-5)
+
+
+def test_cifar_augments_training_images_only(tmp_path, monkeypatch):
+    write_cifar(tmp_path, "CIFAR10", monkeypatch)
+    splits = CIFAR10(root=str(tmp_path), validation=0.2, cutout=16).splits(1)
+    a, b = splits.train[0][0], splits.train[0][0]
+    assert not torch.equal(a, b)
+    assert (a == 0).all(0).sum() >= 64  # a quarter of the square at the least
+    assert torch.equal(splits.validation[0][0], splits.validation[0][0])
+
+
+@pytest.mark.parametrize("data", [CIFAR10(root="nowhere"), CIFAR100(root="nowhere")])
+def test_missing_cifar_says_where_it_looked_and_how_to_get_it(data):
+    with pytest.raises(FileNotFoundError, match=r"looked in .*nowhere.*expected the folder cifar-10.*download true"):
+        data.splits(1)
+
+
+def write_images(root, folders=("train", "test"), size=40):
+    for folder in folders:
+        for label in ("cat", "dog"):
+            (root / folder / label).mkdir(parents=True)
+            for i in range(4):
+                pixels = np.full((size, size, 3), 60 * i, dtype=np.uint8)
+                Image.fromarray(pixels).save(root / folder / label / f"{i}.png")
+
+
+@pytest.mark.parametrize("test_folder", ["test", "val"])
+def test_image_folder(tmp_path, test_folder):
+    write_images(tmp_path, ("train", test_folder))
+    splits = ImageFolder(str(tmp_path), size=32, validation=0.25).splits(1)
+    assert (len(splits.train), len(splits.validation), len(splits.test), splits.classes) == (6, 2, 8, 2)
+    assert splits.train[0][0].shape == splits.test[0][0].shape == (3, 32, 32)
+    padded = ImageFolder(str(tmp_path), size=40, crop_padding=4, cutout=8).splits(1)
+    assert padded.train[0][0].shape == (3, 40, 40)
+
+
+def test_an_image_that_does_not_decode_is_named(tmp_path):
+    write_images(tmp_path)
+    bad = tmp_path / "test" / "cat" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"test/cat/1\.png does not decode as an image"):
+        ImageFolder(str(tmp_path), size=32).splits(1).test[1]
+
+
+def test_images_that_do_not_decode_can_be_skipped(tmp_path, caplog):
+    write_images(tmp_path)
+    bad = tmp_path / "train" / "cat" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    for _ in range(2):  # found once, said every time
+        caplog.clear()
+        splits = ImageFolder(str(tmp_path), size=32, validation=0, on_error="skip").splits(1)
+        assert f"1 of 8 images skipped, which do not decode: {bad}" in caplog.text
+        assert [splits.train[i][1] for i in range(len(splits.train))] == [0, 0, 0, 1, 1, 1, 1]
+    assert len(list(tmp_path.glob(".sltt-cache/undecodable-*.json"))) == 2
+
+
+def test_a_class_without_images_is_named(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train" / "fox").mkdir()
+    with pytest.raises(FileNotFoundError, match="fox"):
+        ImageFolder(str(tmp_path)).splits(1)
+
+
+@pytest.mark.parametrize("kwargs", [{"size": 32}, {"size": 40, "crop_padding": 4}], ids=["ImageNet", "CIFAR-10"])
+def test_autoaugment_changes_training_images_only(tmp_path, kwargs):
+    rng = np.random.default_rng(0)
+    write_images(tmp_path)
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "train" / "cat" / "0.png")
+    changed = []
+    for autoaugment in (False, True):
+        splits = ImageFolder(str(tmp_path), validation=0.25, autoaugment=autoaugment, **kwargs).splits(1)
+        torch.manual_seed(3)
+        changed.append(torch.stack([splits.train[i][0] for i in range(6)]))
+        assert torch.equal(splits.validation[0][0], splits.validation[0][0])
+    assert changed[0].shape == changed[1].shape
+    assert not torch.equal(*changed)
+
+
+def test_image_folders_of_other_classes_or_files_are_told_apart(tmp_path):
+    write_images(tmp_path)
+    before = ImageFolder(str(tmp_path), size=32).splits(1).fingerprint
+    (tmp_path / "train/cat/0.png").rename(tmp_path / "train/cat/9.png")
+    assert ImageFolder(str(tmp_path), size=32).splits(1).fingerprint != before
+    (tmp_path / "test/cat").rename(tmp_path / "test/ant")
+    with pytest.raises(ValueError, match="classes of the training and the test images differ: ant, cat"):
+        ImageFolder(str(tmp_path)).splits(1)
+
+
+def test_missing_images_say_what_was_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected the folders train and test"):
+        ImageFolder(str(tmp_path)).splits(1)
+
+
+def test_cutout_clears_one_square():
+    x = torch.ones(3, 20, 20)
+    cleared = torch.stack([Cutout(6)(x) for _ in range(200)]) == 0
+    counts = cleared[:, 0].sum((1, 2))
+    assert counts.max() == 36
+    assert counts.min() >= 9
+    assert torch.equal(cleared[:, 0], cleared[:, 2])
+    assert cleared.any(0).all()
+    assert x.min() == 1

@@ -1,0 +1,292 @@
+"""Neurons of other libraries, and ours in their place."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.interop import convert
+from tests.conftest import batch
+from tests.interop.test_interop import gradients_of, network
+
+EXACT = {"rtol": 1e-10, "atol": 1e-13}
+
+
+def check_equal(model, x, y, tolerance):
+    """Outputs, and gradients of BPTT, which pass every path through time, before and after the conversion."""
+    converted = convert(model)
+    if x.dtype == torch.float64:
+        assert torch.equal(sltt.unroll(model, x) > 0.5, sltt.unroll(converted, x) > 0.5)
+    torch.testing.assert_close(sltt.unroll(converted, x), sltt.unroll(model, x), **tolerance)
+    assert sltt.unroll(model, x).any()
+    for rule in (sltt.BPTT(), sltt.SLTT()):
+        expected = gradients_of(rule, model, x, y)
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(gradients_of(rule, converted, x, y), expected, **tolerance)
+    assert not [
+        m for m in converted.modules() if sltt.sequence.state.emits_spikes(m) and not isinstance(m, sltt.Stateful)
+    ]
+    return converted
+
+
+@pytest.mark.parametrize("name", ["LIFNode", "IFNode", "ParametricLIFNode"])
+@pytest.mark.parametrize("v_reset", [None, 0.0, -0.3])
+@pytest.mark.parametrize("decay_input", [False, True])
+@pytest.mark.parametrize("detach_reset", [False, True])
+def test_neurons_of_spikingjelly(name, v_reset, decay_input, detach_reset):
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    kwargs = {"v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
+    if name != "IFNode":
+        kwargs["decay_input"] = decay_input
+        kwargs["tau" if name == "LIFNode" else "init_tau"] = 3.0
+    model = network(*(getattr(neuron, name)(**kwargs) for _ in range(2))).double()
+    check_equal(model, *batch(steps=6), EXACT)
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha"),
+    [
+        ("PiecewiseQuadratic", 0.7),
+        ("Rect", 0.5),
+        ("Sigmoid", 4.0),
+        ("ATan", 2.0),
+        ("PiecewiseExp", 3.0),
+        ("SoftSign", 2.0),
+        ("SuperSpike", 0.8),
+        ("Erf", 2.0),
+    ],
+)
+def test_surrogates_of_spikingjelly(name, alpha):
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    theirs = getattr(pytest.importorskip("spikingjelly.activation_based.surrogate"), name)(alpha)
+    ours = convert(neuron.IFNode(surrogate_function=theirs)).surrogate
+    x = torch.linspace(-3, 3, 601, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(theirs(x), ours(x))
+    (expected,) = torch.autograd.grad(theirs(x).sum(), x)
+    torch.testing.assert_close(ours.derivative(x.detach()), expected, rtol=1e-10, atol=1e-14)
+
+
+SNNTORCH = {
+    "zero": {"beta": 0.7, "reset_mechanism": "zero"},
+    "zero, at once": {"beta": 0.7, "reset_mechanism": "zero", "reset_delay": False},
+    "no leak, subtract": {"beta": 1.0},
+    "no leak, zero": {"beta": 1.0, "reset_mechanism": "zero", "threshold": 0.6},
+}
+
+
+@pytest.mark.parametrize("kwargs", SNNTORCH.values(), ids=SNNTORCH.keys())
+def test_neurons_of_snntorch(kwargs):
+    snntorch = pytest.importorskip("snntorch")
+    x, y = batch(steps=6)
+    neurons = [snntorch.Leaky(init_hidden=True, spike_grad=sltt.surrogates.ArcTan(), **kwargs) for _ in range(2)]
+    check_equal(network(*neurons).double(), x, y, EXACT)
+    neurons = [snntorch.Leaky(init_hidden=True, **kwargs) for _ in range(2)]
+    converted = check_equal(network(*neurons), x.float(), y, {"rtol": 1e-4, "atol": 1e-6})
+    assert converted[1].surrogate == sltt.surrogates.Above(sltt.surrogates.ArcTan())
+
+
+@pytest.mark.parametrize(("name", "slope"), [("atan", 3.0), ("sigmoid", 5.0), ("fast_sigmoid", 25)])
+def test_surrogates_of_snntorch(name, slope):
+    snntorch = pytest.importorskip("snntorch")
+    theirs = getattr(pytest.importorskip("snntorch.surrogate"), name)(slope)
+    ours = convert(snntorch.Leaky(1.0, init_hidden=True, spike_grad=theirs)).surrogate
+    x = torch.linspace(-3, 3, 601, requires_grad=True)
+    assert torch.equal(theirs(x), ours(x))
+    assert ours(torch.zeros(1)) == 0
+    (expected,) = torch.autograd.grad(theirs(x).sum(), x)
+    torch.testing.assert_close(ours.derivative(x.detach()), expected)
+
+
+@pytest.mark.parametrize("name", ["LIFSqueeze", "IAFSqueeze"])
+@pytest.mark.parametrize("norm_input", [False, True])
+@pytest.mark.parametrize("reset", ["MembraneSubtract", "MembraneReset"])
+@pytest.mark.parametrize("surrogate", ["SingleExponential", "Gaussian"])
+def test_neurons_of_sinabs(name, norm_input, reset, surrogate):
+    layers, activation = pytest.importorskip("sinabs.layers"), pytest.importorskip("sinabs.activation")
+
+    def make():
+        kwargs = {} if name == "IAFSqueeze" else {"tau_mem": 3.0, "norm_input": norm_input}
+        neuron = getattr(layers, name)(
+            num_timesteps=1,
+            spike_fn=activation.SingleSpike,
+            reset_fn=getattr(activation, reset)(),
+            surrogate_grad_fn=getattr(activation, surrogate)(),
+            spike_threshold=torch.tensor(0.4),
+            **kwargs,
+        )
+        if neuron.tau_mem is not None:
+            neuron.tau_mem.requires_grad_(False)
+        return neuron
+
+    x, y = batch(steps=6)
+    check_equal(network(make(), make()), x.float(), y, {"rtol": 1e-4, "atol": 1e-6})
+
+
+class TestNorse:
+    @pytest.fixture
+    def norse(self):
+        return pytest.importorskip("norse.torch")
+
+    @pytest.fixture
+    def keep(self):
+        return pytest.importorskip("sltt.interop.norse").KeepState
+
+    def box(self, norse, **kwargs):
+        p = norse.LIFBoxParameters(
+            tau_mem_inv=torch.tensor(300.0, dtype=torch.float64), v_th=torch.tensor(0.2), **kwargs
+        )
+        return norse.LIFBoxCell(p)
+
+    @pytest.mark.parametrize("rest", [0.0, -0.25])
+    def test_boxes_with_a_hard_reset(self, norse, keep, rest):
+        cells = [self.box(norse, v_leak=torch.tensor(rest), v_reset=torch.tensor(rest)) for _ in range(2)]
+        check_equal(network(*map(keep, cells)).double(), *batch(steps=6), EXACT)
+
+    @pytest.mark.parametrize("method", ["super", "triangle"])
+    def test_boxes_with_a_soft_reset(self, norse, keep, method):
+        reset = pytest.importorskip("norse.torch.functional.reset").reset_subtract
+        kwargs = {"alpha": 1.0} if method == "triangle" else {}
+        cells = [self.box(norse, reset_method=reset, method=method, **kwargs) for _ in range(2)]
+        check_equal(network(*map(keep, cells)).double(), *batch(steps=6), EXACT)
+
+    def test_integrators(self, norse, keep):
+        cells = [norse.IAFCell(norse.IAFParameters(v_reset=torch.tensor(0.1))) for _ in range(2)]
+        check_equal(network(*map(keep, cells)).double(), *batch(steps=6), EXACT)
+
+    def test_a_sequential_state_becomes_a_sequential(self, norse, keep):
+        model = keep(norse.SequentialState(*network(self.box(norse), norse.IAFCell()), norse.LICell())).double()
+        converted = check_equal(model, *batch(steps=6), EXACT)
+        assert [type(m).__name__ for m in converted] == ["Linear", "LIF", "Linear", "IF", "Linear", "KeepState"]
+
+
+def test_a_learnable_time_constant_goes_on_learning():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    model = network(neuron.ParametricLIFNode(), neuron.ParametricLIFNode()).double()
+    converted = convert(model)
+    assert converted[1].w.item() == model[1].w.item()
+    assert converted[1].w.dtype == torch.float64
+    sltt.BPTT()(converted, *batch(), sltt.losses.CrossEntropyMSE())
+    assert converted[1].w.grad.abs() > 0
+    assert model[1].w.grad is None  # a copy
+
+
+def test_a_converted_network_folds():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    model = convert(network(neuron.LIFNode(), neuron.LIFNode()).double())
+    x, y = batch()
+    torch.testing.assert_close(gradients_of(sltt.SLTT(fold=2), model, x, y), gradients_of(sltt.SLTT(), model, x, y))
+
+
+def test_a_neuron_that_is_used_twice_stays_one():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    shared = neuron.LIFNode()
+    converted = convert(nn.ModuleDict({"a": nn.Sequential(shared), "b": shared}))
+    assert converted["a"][0] is converted["b"]
+
+
+def test_ours_and_layers_without_a_state_stay():
+    model = network(sltt.LIF(), sltt.Dropout(0.5))
+    assert [type(m) for m in convert(model)] == [type(m) for m in model]
+    assert isinstance(convert(sltt.IF()), sltt.IF)
+
+
+def test_all_that_cannot_be_translated_is_named_at_once():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    snntorch = pytest.importorskip("snntorch")
+    model = nn.Sequential(
+        neuron.LIFNode(step_mode="m"), nn.Sequential(neuron.KLIFNode()), snntorch.Leaky(0.5, init_hidden=True)
+    )
+    message = (
+        r"no exact counterpart here for 0 \(LIFNode\), which is in multi-step mode.*; "
+        r"1.0 \(KLIFNode\), which has other dynamics than LIFNode.*; "
+        r"2 \(Leaky\), which subtracts the threshold after the decay of the next time step"
+    )
+    with pytest.raises(ValueError, match=message):
+        convert(model)
+    assert type(model[0]) is neuron.LIFNode
+
+
+def refusals():
+    yield "spikingjelly.activation_based.neuron", lambda n: n.LIFNode(store_v_seq=True), "store_v_seq = False"
+    yield "spikingjelly.activation_based.neuron", lambda n: type("Own", (n.LIFNode,), {})(), "other dynamics"
+    yield (
+        "spikingjelly.activation_based",
+        lambda a: a.neuron.LIFNode(surrogate_function=a.surrogate.S2NN()),
+        "the surrogate S2NN",
+    )
+    for kwargs, message in (
+        ({"learn_beta": True}, "learns beta"),
+        ({"learn_threshold": True}, "learns threshold"),
+        ({"beta": torch.tensor([0.1, 0.2])}, "another beta for each neuron"),
+        ({"beta": 0.0}, "keeps 0 of its membrane potential"),
+        ({"output": True}, "gives its state with its spikes"),
+        ({"init_hidden": False}, "gives its state with its spikes"),
+        ({"graded_spikes_factor": 2.0}, "spikes that are not 0 or 1"),
+        ({"state_quant": lambda mem: mem}, "rounds its membrane potential"),
+        ({"reset_mechanism": "none"}, "has no reset that ours have"),
+        ({"reset_mechanism": "subtract", "reset_delay": False}, "fires once more, without a spike"),
+        ({"spike_grad": lambda x: x}, "has the surrogate"),
+        ({"surrogate_disable": True}, "has the surrogate"),
+    ):
+        arguments = {"beta": 0.5, "init_hidden": True, "reset_mechanism": "zero", **kwargs}
+        yield "snntorch", lambda s, arguments=arguments: s.Leaky(**arguments), message
+    yield "snntorch", lambda s: s.Synaptic(0.5, 0.5, init_hidden=True), "other dynamics than Leaky"
+    for kwargs, message in (
+        ({"num_timesteps": None, "batch_size": 4}, "num_timesteps=1"),
+        ({"tau_syn": 2.0}, "synaptic current"),
+        ({"train_alphas": True}, "learns its decay"),
+        ({"min_v_mem": -1.0}, "min_v_mem"),
+        ({"record_states": True}, "records its states"),
+        ({}, "learns tau_mem"),
+    ):
+        arguments = {"tau_mem": 3.0, "num_timesteps": 1, **kwargs}
+        yield (
+            "sinabs",
+            lambda s, arguments=arguments: s.layers.LIFSqueeze(spike_fn=s.activation.SingleSpike, **arguments),
+            message,
+        )
+    yield "sinabs.layers", lambda s: s.IAFSqueeze(num_timesteps=1), "fire several times in a time step"
+    for reset, message in (
+        ("MembraneReset", "neurons that did not fire"),
+        ("MembraneSubtract", "a reset that ours have"),
+    ):
+        yield (
+            "sinabs",
+            lambda s, reset=reset: s.layers.IAFSqueeze(
+                num_timesteps=1, spike_fn=s.activation.SingleSpike, reset_fn=getattr(s.activation, reset)(0.3)
+            ),
+            message,
+        )
+    yield "norse.torch", lambda n: n.LIFBoxCell(), "passes its state through its calls: wrap it"
+    for make, message in (
+        (lambda n: n.LIFCell(), "holds a LIFCell, of other dynamics"),
+        (lambda n: n.LIFBoxCell(n.LIFBoxParameters(v_leak=torch.tensor(0.1))), "v_leak that is not v_reset"),
+        (lambda n: n.LIFBoxCell(n.LIFBoxParameters(method="tanh")), "the surrogate tanh with alpha = 100"),
+        (lambda n: n.LIFBoxCell(dt=0.02), "keeps -1 of its membrane potential"),
+        (lambda n: n.SequentialState(n.LIFBoxCell(), return_hidden=True), "return_hidden=False"),
+    ):
+        yield "norse.torch", lambda n, make=make: kept(make(n)), message
+
+
+def kept(module):
+    return pytest.importorskip("sltt.interop.norse").KeepState(module)
+
+
+@pytest.mark.parametrize(("library", "make", "message"), list(refusals()))
+def test_what_is_not_the_same_is_refused_with_the_reason(library, make, message):
+    module = make(pytest.importorskip(library))
+    with pytest.raises(ValueError, match=message):
+        convert(module)
+
+
+def test_a_registered_type_says_how_it_is_translated():
+    class Plain(nn.Module):
+        pass
+
+    sltt.register(Plain, states=["v"], spikes=True)
+    with pytest.raises(ValueError, match="registered without translate"):
+        convert(nn.Sequential(Plain()))
+    sltt.register(Plain, states=["v"], spikes=True, translate=lambda module: sltt.LIF(tau=math.pi))
+    assert convert(nn.Sequential(Plain()))[0].tau == math.pi

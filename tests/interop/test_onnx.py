@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.commands import main
+from sltt.interop import to_onnx
+
+pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
+runtime = pytest.importorskip("onnxruntime", reason="the exported network runs in ONNX Runtime")
+
+
+def networks():
+    torch.manual_seed(0)
+    neurons = {
+        "LIF": sltt.LIF(tau=2.0),
+        "hard reset": sltt.LIF(tau=2.0, v_reset=0.1, decay_input=True, v_threshold=0.5),
+        "another start": sltt.IF(v_init=0.5),
+        "IF": sltt.IF(v_threshold=0.5),
+        "PLIF": sltt.PLIF(tau=3.0),
+    }
+    for name, neuron in neurons.items():
+        layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), neuron, sltt.Dropout(0.3), nn.Linear(8, 3)]
+        yield pytest.param(nn.Sequential(*layers), (5, 4, 6), id=name)
+    yield pytest.param(sltt.models.DigitsNet(width=4), (3, 2, 1, 8, 8), id="DigitsNet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "shape"), list(networks()))
+def test_steps_in_onnx_runtime_are_those_of_the_network(model, shape, tmp_path):
+    x = 2 * torch.randn(shape)
+    for _ in range(3):
+        sltt.unroll(model.train(), x)  # statistics of BatchNorm with which neurons fire
+    path = tmp_path / "step.onnx"
+    first = to_onnx(model, x[0], path)
+    assert model.training
+    with sltt.analysis.firing_rates(model.eval()) as rates:
+        expected = sltt.unroll(model, x[:, :1])
+    assert rates.mean() > 0.02
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    inputs = {i.name: [1, *i.shape[1:]] for i in session.get_inputs()}
+    states = {name: torch.full(inputs[name], value).numpy() for name, value in first.items()}
+    assert list(inputs) == ["x", *first]
+    for t, frame in enumerate(x[:, :1]):
+        logits, *after = session.run(None, {"x": frame.numpy(), **states})
+        torch.testing.assert_close(torch.from_numpy(logits), expected[t], rtol=1e-4, atol=1e-5)
+        states = dict(zip(first, after, strict=True))
+
+
+def test_states_that_it_does_not_know_are_named(tmp_path):
+    class Own(sltt.Stateful):
+        states = ("seen",)
+
+        def forward(self, x):
+            return x
+
+    class More(sltt.LIF):
+        states = ("v", "adaptation")
+
+    with pytest.raises(ValueError, match=r"not of 0 \(Own\), 1 \(More\)"):
+        to_onnx(nn.Sequential(Own(), More(), sltt.LIF()), torch.randn(2, 3), tmp_path / "a.onnx")
+    assert not (tmp_path / "a.onnx").exists()
+
+
+@pytest.mark.slow
+def test_the_command_exports_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--model.width", "2", "--epochs", "1", "--steps", "2", "--device", "cpu"]
+    assert main(["train", "digits", *small, "--run", "a"]) == 0
+    assert main(["export", "a", "--to", "onnx"]) == 0
+    assert "a/step.onnx" in capsys.readouterr().out
+    session = runtime.InferenceSession("a/step.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["x", "features.2", "features.5", "features.9"]
+    assert main(["export", "a", "--to", "elsewhere"]) == 2
+    assert main(["export", "nowhere", "--to", "onnx"]) == 2

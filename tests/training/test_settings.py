@@ -1,0 +1,105 @@
+import inspect
+from dataclasses import MISSING, FrozenInstanceError, fields
+
+import pytest
+
+import sltt
+import sltt.training.session
+from sltt.commands import main
+from sltt.parallel.devices import make_fabric
+from sltt.training.settings import Execution, Training
+from tests.training.test_train import Blobs, network, train
+
+
+def parameters(function):
+    return {name: p.default for name, p in inspect.signature(function).parameters.items()}
+
+
+def settings(*kinds):
+    return {field.name: field.default for kind in kinds for field in fields(kind)}
+
+
+def test_the_arguments_of_fit_are_the_settings_with_their_defaults():
+    given, expected = parameters(sltt.fit), settings(Training, Execution)
+    for name in ("model", "data", "run", "resume", "config", "report"):
+        given.pop(name)
+    assert given.keys() == expected.keys()
+    assert all(default in (MISSING, given[name]) for name, default in expected.items())
+
+
+def test_the_arguments_of_evaluate_are_settings_with_their_defaults():
+    given, expected = parameters(sltt.evaluate), settings(Training, Execution)
+    for name in ("model", "data", "split", "mirror"):
+        given.pop(name)
+    assert all(expected[name] in (MISSING, default) for name, default in given.items())
+    assert settings(Execution).keys() - given.keys() == {"sync_batchnorm"}  # evaluation takes no statistics
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("precision", "64"),
+        ("precision", 16),
+        ("precision", 32.0),
+        ("device", "gpu"),
+        ("device", None),
+        ("strategy", "dp"),
+        ("compile", "maybe"),
+        ("compile", True),
+        ("workers", -1),
+        ("workers", 1.5),
+        ("devices", 0),
+        ("devices", True),
+        ("num_nodes", -1),
+        ("channels_last", 1),
+        ("sync_batchnorm", "yes"),
+        ("rule", "SLTT"),
+        ("rule", sltt.SLTT),
+        ("schedule", sltt.schedules.Cosine),
+        ("steps", 0),
+        ("steps", 2.5),
+        ("steps", True),
+        ("epochs", 0),
+        ("epochs", None),
+        ("epochs", "3"),
+        ("batch_size", -1),
+        ("batch_size", 16.0),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("seed", 0.5),
+        ("checkpoint_minutes", -1),
+        ("checkpoint_minutes", float("nan")),
+        ("clip_norm", 0),
+        ("clip_norm", float("nan")),
+        ("norm_weight_decay", -0.1),
+        ("norm_weight_decay", float("inf")),
+        ("phases", [{"epochs": 1}]),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_name_before_there_is_a_run(name, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"^{name}(\[0\])? must be .*, got "):
+        train(tmp_path / "run", **{name: value})
+    assert not (tmp_path / "run").exists()
+    if name in parameters(sltt.evaluate) and name in settings(Execution):
+        with pytest.raises(ValueError, match=rf"^{name} must be .*, got "):
+            sltt.evaluate(network(), Blobs(), **{"device": "cpu", name: value})
+
+
+def test_settings_do_not_change():
+    with pytest.raises(FrozenInstanceError):
+        Execution().device = "cpu"  # type: ignore[misc]
+
+
+def test_a_command_builds_fabric_once(tmp_path, monkeypatch, capsys):
+    built = []
+
+    def counted(*execution):
+        built.append(execution)
+        return make_fabric(*execution)
+
+    monkeypatch.setattr(sltt.training.session, "make_fabric", counted)
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.width", "2", "--epochs", "1", "--steps", "1", "--batch_size", "512", "--device", "cpu"]
+    assert main(["train", "digits", *words, "--run", "a"]) == 0
+    assert built == [("cpu", None, None, "ddp", 32)]
+    assert "run a\n" in capsys.readouterr().out
