@@ -5,7 +5,6 @@ comes here. The share of active inputs and the layer's shape decide, for the for
 input gradient is dense. On one machine the same spikes give the same decision, and so the same bits.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,23 +26,24 @@ _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1
 
 
 class Weights:
-    """Weights in the forms that layers read, kept for one sequence, in which they seldom change."""
+    """Weights in the type of the activations, kept for one sequence, in which they seldom change.
+
+    Weights packed for a sparse forward are not kept: a copy of all would take more memory than it saves time.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def packed(self, layer: Layer, weight: Tensor, one: float) -> Tensor:
-        """What `sparse.forward` reads."""
-        return self._get(weight, one, lambda: sparse.pack_weight(layer, weight, one))
-
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in another type."""
-        return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
-
-    def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor]) -> Tensor:
-        key = id(weight), weight._version, form
+        if weight.dtype == dtype:
+            return weight
+        key = weight.data_ptr(), weight._version, weight.shape, dtype
         if key not in self._kept:
-            self._kept[key] = weight, make()  # with the weight, which has its id as long as it lives
+            self._kept[key] = (
+                weight,
+                weight.detach().to(dtype),
+            )  # with the weight, which has its place as long as it lives
         return self._kept[key][1]
 
 
@@ -72,7 +72,7 @@ class Call:
     def forward(self, x: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output; x, the spikes, is needed where the forward is dense, or else unpacked."""
         if self.sparse_forward:
-            packed = self.weights.packed(self.layer, weight, self.tag.one)
+            packed = sparse.pack_weight(self.layer, weight, self.tag.one)
             return sparse.forward(self.layer, self.tag.packed, packed, bias, self.dtype)
         x = self.spikes() if x is None else x.to(self.dtype)
         weight, bias = self.weights.cast(weight, self.dtype), None if bias is None else bias.to(self.dtype)
