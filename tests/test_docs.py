@@ -1,5 +1,6 @@
 import ast
 import inspect
+import pkgutil
 import re
 import textwrap
 from pathlib import Path
@@ -48,7 +49,9 @@ def test_the_landing_page_has_the_code_of_the_readme():
         re.search(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
         for path in (DOCS / "index.md", DOCS.parent / "README.md")
     )
-    assert ours and readme and ours[1] == readme[1]
+    assert ours
+    assert readme
+    assert ours[1] == readme[1]
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -72,6 +75,21 @@ def test_the_example_of_a_measurement_runs(name):
         **{measure: getattr(analysis, measure) for measure in MEASURES},
     }
     exec(textwrap.dedent(example[1]), given)
+
+
+def test_every_name_on_the_pages_exists():
+    pages = [DOCS.parent / "README.md", *DOCS.glob("*.md")]
+    names = {name for page in pages for name in re.findall(r"(?<!/)\bsltt\.[\w.]*\w", page.read_text())}
+    assert len(names) > 50
+    assert [name for name in sorted(names) if not _exists(name)] == []
+
+
+def _exists(name):
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_every_message_on_the_page_of_errors_is_in_the_code():
