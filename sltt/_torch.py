@@ -1,10 +1,25 @@
-"""Names of PyTorch that are not public, as read from 2.6 to 2.13; tests/test_private.py says which of them is gone."""
+"""Names of PyTorch that are not public, as read from 2.6 to 2.13; no other file has any."""
 
 # ruff: noqa: F401
-from torch._C import _current_graph_task_id, _to_dlpack  # pyright: ignore
-from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore
-from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
-from torch.overrides import _pop_mode, _push_mode
+import torch
+
+try:
+    from torch._C import (  # pyright: ignore
+        TensorBase,
+        _are_functorch_transforms_active,
+        _current_graph_task_id,
+        _len_torch_function_stack,
+        _to_dlpack,
+    )
+    from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore
+    from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore
+    from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+    from torch.nn.modules.dropout import _DropoutNd
+    from torch.nn.modules.instancenorm import _InstanceNorm
+    from torch.nn.utils.parametrizations import _SpectralNorm
+    from torch.overrides import _pop_mode, _push_mode
+except ImportError as error:
+    raise ImportError(f"PyTorch {torch.__version__} lacks what PyTorch 2.6 to 2.13 have: {error}") from error
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

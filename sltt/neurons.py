@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sltt._torch import _are_functorch_transforms_active
 from sltt.checks import flag, instance, number
 from sltt.kernels import Step, neuron_step
 from sltt.sequence.fold import Fold
@@ -120,11 +121,7 @@ class Neuron(Stateful):
                 "nn.DataParallel runs each step on a new copy of the model, which would forget the state: use "
                 "DistributedDataParallel"
             )
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-        ):
+        if torch.compiler.is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return self._plain_steps(x, dtype, decay, fold)
         if in_backward():
             raise RuntimeError(

@@ -1,4 +1,6 @@
+import ast
 import inspect
+import pkgutil
 import re
 import textwrap
 from pathlib import Path
@@ -24,14 +26,32 @@ MEASURES = [
 ]
 
 
+PAGES = ["quickstart", "own-network", "own-data", "own-loop", "own-rule", "rules"]
+
+
 @pytest.mark.slow
-def test_the_tutorial_runs_as_written(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", PAGES)
+def test_the_code_of_a_page_runs_as_written(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "index.md").read_text(), re.DOTALL)
-    exec(compile("\n".join(blocks), "index.md", "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)
+    exec(compile("\n".join(blocks), f"{name}.md", "exec"), {"__name__": name})
     out = capsys.readouterr().out
-    bptt, slt = (float(re.search(rf"{rule}\(\) ([\d.]+) MB", out)[1]) for rule in ("BPTT", "SLTT"))
-    assert slt < bptt / 2
+    if name == "quickstart":
+        bptt, slt = (float(re.search(rf"{rule}\(\) ([\d.]+) MB", out)[1]) for rule in ("BPTT", "SLTT"))
+        assert slt < bptt / 2
+    if name == "own-rule":
+        mine, every, fourth = (float(cosine) for cosine in re.findall(r"cosine ([\d.]+)", out))
+        assert mine == every > fourth > 0.5
+
+
+def test_the_landing_page_has_the_code_of_the_readme():
+    ours, readme = (
+        re.search(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+        for path in (DOCS / "index.md", DOCS.parent / "README.md")
+    )
+    assert ours
+    assert readme
+    assert ours[1] == readme[1]
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -55,6 +75,39 @@ def test_the_example_of_a_measurement_runs(name):
         **{measure: getattr(analysis, measure) for measure in MEASURES},
     }
     exec(textwrap.dedent(example[1]), given)
+
+
+def test_every_name_on_the_pages_exists():
+    pages = [DOCS.parent / "README.md", *DOCS.glob("*.md")]
+    names = {name for page in pages for name in re.findall(r"(?<!/)\bsltt\.[\w.]*\w", page.read_text())}
+    assert len(names) > 50
+    assert [name for name in sorted(names) if not _exists(name)] == []
+
+
+def _exists(name):
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_every_message_on_the_page_of_errors_is_in_the_code():
+    """Messages on the page are those of the code, with … for what varies."""
+    package = Path(sltt.__file__).parent
+    trees = [ast.parse(path.read_text()) for path in package.rglob("*.py")]
+    messages = [
+        _text(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.JoinedStr)
+    ]
+    quoted = re.findall(r"^\| `([^`]+)` \|", (DOCS / "errors.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 10
+    patterns = {text: ".*".join(map(re.escape, text.split("…"))) for text in quoted}
+    assert [text for text, wanted in patterns.items() if not any(re.search(wanted, m) for m in messages)] == []
+
+
+def _text(node):
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
 
 
 def test_every_recipe_is_in_the_table():

@@ -4,7 +4,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NEEDS = {"plain_pytorch": "torch", "lightning_trainer": "lightning", "accelerate_loop": "accelerate"}
+NEEDS = {
+    "plain_pytorch": "torch",
+    "lightning_trainer": "lightning",
+    "accelerate_loop": "accelerate",
+    "snntorch_network": "snntorch",
+}
 
 
 def test_every_example_is_tested():

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from sltt._torch import _BatchNorm
 from sltt.kernels.tags import tag_normalised
 from sltt.sequence.fold import fold_of
 from sltt.sequence.replace import replaced

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from sltt._torch import _pop_mode, _push_mode, compile_errors
+from sltt._torch import _len_torch_function_stack, _pop_mode, _push_mode, compile_errors
 from sltt.checks import choice, flag
 
 Compile = Literal["auto", "on", "off"]
@@ -143,7 +143,7 @@ def _without_modes() -> Iterator[None]:
     """Set function modes aside: they are for the user's operations, and a kernel would be compiled anew under each."""
     modes = []
     try:
-        while torch._C._len_torch_function_stack():
+        while _len_torch_function_stack():
             modes.append(_pop_mode())
         yield
     finally:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from sltt._torch import _to_dlpack, _top_saved_tensors_default_hooks, is_functorch_wrapped_tensor
+from sltt._torch import TensorBase, _to_dlpack, _top_saved_tensors_default_hooks, is_functorch_wrapped_tensor
 from sltt.kernels.bits import pack, unpack
 from sltt.kernels.layers import LAYERS, Call, Weights, arguments_of, call_on_spikes, run
 from sltt.kernels.options import memory, options
@@ -334,7 +334,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 _ALIASING = {
-    vars(torch._C.TensorBase)["data"].__get__,
+    vars(TensorBase)["data"].__get__,
     torch.Tensor.numpy,
     torch.Tensor.__array__,
     torch.Tensor.__dlpack__,

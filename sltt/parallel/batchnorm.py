@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from sltt._torch import _BatchNorm
 
 
 class SyncBatchNorm(_BatchNorm):

@@ -60,6 +60,8 @@ def make_fabric(
         options = {"plugins": [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))]}
     if devices * num_nodes > 1:
         options["strategy"] = _strategy(strategy, devices * num_nodes)
+        if found == (1, 1) and "LOCAL_RANK" not in os.environ:
+            _start_others(devices, num_nodes)
     fabric = Fabric(accelerator=device, devices=devices, num_nodes=num_nodes, **options)
     if fabric.world_size > 1:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else each process reports for duty
@@ -118,43 +120,44 @@ def _check(device: str, devices: int, num_nodes: int, found: tuple[int, int]) ->
 
 def _strategy(name: Strategy, processes: int) -> Any:
     from lightning_fabric.strategies.ddp import DDPStrategy
-    from lightning_fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
     from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
-    from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 
-    class Launcher(_SubprocessScriptLauncher):
-        """Starts the other processes, and leaves it to `sltt.parallel.watchdog` to watch them.
-
-        Fabric's own watcher kills this process when another ends with an exit code, as all do when they are preempted.
-        """
-
-        def launch(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-            self.cluster_environment.validate_settings(self.num_processes, self.num_nodes)
-            if not self.cluster_environment.creates_processes_externally:
-                self._call_children_scripts()
-                for process in self.procs:
-                    threading.Thread(target=_watch_start, args=(process,), daemon=True).start()
-            _set_num_threads_if_needed(self.num_processes)
-            return function(*args, **kwargs)
-
-    class Launched:
-        def _configure_launcher(self: Any) -> None:
-            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
-
-    class DataParallel(Launched, DDPStrategy):
+    class DataParallel(DDPStrategy):
         """The model as it is, not wrapped: `Processes.reduce_gradients` is called once a batch."""
 
         def setup_module(self, module: nn.Module) -> Any:
             _begin_alike(module)
             return module
 
-    class FullyShard(Launched, ModelParallelStrategy):
+    class FullyShard(ModelParallelStrategy):
         """The weights in parts: gathered for a module while it runs, and its gradients reduced in each backward."""
 
         def __init__(self) -> None:
             super().__init__(_shard, data_parallel_size=processes, tensor_parallel_size=1, timeout=TIMEOUT)
 
     return DataParallel(timeout=TIMEOUT) if name == "ddp" else FullyShard()
+
+
+def _start_others(devices: int, num_nodes: int) -> None:
+    """Run this program again for each further process of this machine, by the variables that torchrun sets too.
+
+    Fabric then finds them started. If it started them, it would also kill this process when another one ends with an
+    exit code, as all do that are preempted; here the watchdog looks after them.
+    """
+    from lightning_fabric.plugins.environments.lightning import find_free_network_port
+
+    import __main__
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(find_free_network_port()))
+    os.environ |= {"LOCAL_RANK": "0", "WORLD_SIZE": str(devices * num_nodes)}
+    spec = __main__.__spec__
+    program = [os.path.abspath(sys.argv[0])] if spec is None else ["-m", spec.name]
+    for rank in range(1, devices):
+        process = subprocess.Popen(
+            [sys.executable, *program, *sys.argv[1:]], env={**os.environ, "LOCAL_RANK": str(rank)}
+        )
+        threading.Thread(target=_watch_start, args=(process,), daemon=True).start()
 
 
 def _watch_start(process: "subprocess.Popen[bytes]") -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from sltt._torch import _BatchNorm
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

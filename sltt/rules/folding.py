@@ -8,9 +8,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.parametrizations import _SpectralNorm
 
+from sltt._torch import _BatchNorm, _InstanceNorm, _SpectralNorm
 from sltt.kernels import stepwise_norms
 from sltt.memory import available_memory, parse_bytes, peak_memory
 from sltt.sequence.fold import clocked
@@ -58,9 +57,7 @@ def check_foldable(model: nn.Module) -> None:
             why = "keeps a state of its own (sltt.interop.convert makes ours of many neurons)"
         elif isinstance(module, _BatchNorm) and own_forward(module, _BatchNorm):
             why = "normalises over the batch in a way of its own"
-        elif (
-            isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.training and module.track_running_stats
-        ):
+        elif isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
             why = "keeps running statistics"
         elif isinstance(module, _SpectralNorm) and module.training:
             why = "changes its estimate in every call"

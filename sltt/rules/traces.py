@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
+from sltt._torch import _NormBase
 from sltt.neurons import Neuron
 from sltt.sequence.replace import replaced
 from sltt.sequence.state import emits_spikes, kind_of, map_tensors

@@ -157,7 +157,7 @@ def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
     if x.device.type == "cpu":
         check_input(x)
     elif x.is_floating_point():
-        return Sequence(x, length, static, ~x.isfinite().all())
+        return Sequence(x, length, static, ~_finite(x))
     return sequence
 
 
@@ -166,9 +166,17 @@ def check_input(x: Tensor) -> None:
 
     A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and the loss finite.
     """
-    if x.is_floating_point() and not x.isfinite().all():
+    if x.is_floating_point() and not _finite(x):
         bad = x.numel() - int(x.isfinite().sum())
         raise ValueError(f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values")
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Whether all values are finite; `x.isfinite()` would take more memory than x, at the peak of a small network."""
+    if not x.numel():
+        return torch.ones((), dtype=torch.bool, device=x.device)
+    low, high = x.detach().aminmax()  # NaN if a value is
+    return low.isfinite() & high.isfinite()
 
 
 def checked_logits(logits: Any) -> Tensor:

@@ -1,8 +1,9 @@
 """Groups of parameters for the optimizer: those of normalisation may have a weight decay of their own."""
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import ParamsT
+
+from sltt._torch import _NormBase
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from sltt._torch import _NormBase
 from sltt.checks import flag, instance, number, whole_number
 from sltt.rules import Rule
 from sltt.schedules import Schedule

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from sltt._torch import _BatchNorm, _NormBase
 from sltt.data import Splits
 from sltt.parallel.processes import local, total
 from sltt.rules import unroll
