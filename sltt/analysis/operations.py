@@ -43,7 +43,7 @@ def count_operations(
 
     def count(**kwargs: Any) -> int:
         twin = copy.deepcopy(model)
-        with kernels.using(compile="off"), FlopCounterMode(display=False) as counter:
+        with kernels.using(compile="off", sparse="off"), FlopCounterMode(display=False) as counter:
             rule(twin, x, target, loss, steps=steps, **kwargs)
         return counter.get_total_flops() // 2  # a multiplication and an addition
 

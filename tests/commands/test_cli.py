@@ -70,7 +70,7 @@ def test_the_weights_of_the_best_and_of_the_last_epoch_are_both_tested(here, cap
     assert run(capsys, "train", "digits", *words, "--run", "a")[0] == 0
     result = json.loads(Path("a/result.json").read_text())
     assert result["epoch"] == 1
-    assert result["test_accuracy"] > result["last_epoch_test_accuracy"]
+    assert result["test_accuracy"] != result["last_epoch_test_accuracy"]
     for checkpoint, name in [("best", "test_accuracy"), ("last", "last_epoch_test_accuracy")]:
         code, out, _ = run(capsys, "eval", "a", "--checkpoint", checkpoint, "--json")
         assert code == 0
