@@ -19,6 +19,7 @@ MEASURES = [
     "count_operations",
     "firing_rates",
     "iteration_seconds",
+    "layer_paths",
     "memory_parts",
     "peak_memory",
     "propose",
