@@ -18,7 +18,7 @@ CASES = {
 
 def draw(rows: list[dict]) -> Figure:
     """Lines of memory over T, each with a label at its end; rows are those of `benchmarks/peers.py`."""
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(5.8, 3.3), layout="constrained")
     axes = figure.subplots()
     for case, (label, colour, above) in CASES.items():
         mine = sorted((row["steps"], row["memory"] / 1e9) for row in rows if row["case"] == case)
@@ -26,7 +26,7 @@ def draw(rows: list[dict]) -> Figure:
         axes.plot(steps, memory, color=colour, linestyle="--" if "BPTT" in case else "-", marker="o", linewidth=2.2)
         size = f"{memory[-1]:.1f} GB" if memory[-1] >= 1 else f"{1000 * memory[-1]:.0f} MB"
         axes.text(steps[-1] + 1.5, memory[-1] + above, f"{label}: {size}", color=colour, va="center")
-    axes.set(xticks=steps, xlabel="T, time steps", ylabel="peak memory of a batch, GB", xlim=(0, 92), ylim=(0, 15))
+    axes.set(xticks=steps, xlabel="T, time steps", ylabel="peak memory of a batch, GB", xlim=(0, 104), ylim=(0, 15))
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines["bottom"].set_bounds(0, steps[-1] + 1)
     return figure

@@ -6,12 +6,14 @@ from sltt.analysis.energy import LayerOperations, synaptic_operations
 from sltt.analysis.firing import FiringRates, firing_rates
 from sltt.analysis.iteration import Memory, Seconds, iteration_seconds, memory_parts
 from sltt.analysis.operations import Operations, count_operations
+from sltt.analysis.paths import LayerPath, layer_paths
 from sltt.memory import available_memory, parse_bytes, peak_memory, process_peak, reset_process_peak
 
 __all__ = [
     "Agreement",
     "FiringRates",
     "LayerOperations",
+    "LayerPath",
     "Memory",
     "Operations",
     "PeakModel",
@@ -24,6 +26,7 @@ __all__ = [
     "firing_rates",
     "fit_peak",
     "iteration_seconds",
+    "layer_paths",
     "memory_parts",
     "parse_bytes",
     "peak_memory",

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sltt.analysis import (
     LayerOperations,
+    LayerPath,
     Memory,
     Operations,
     PeakModel,
@@ -20,6 +21,7 @@ from sltt.analysis import (
     firing_rates,
     fit_peak,
     iteration_seconds,
+    layer_paths,
     memory_parts,
     parse_bytes,
     synaptic_operations,
@@ -129,6 +131,7 @@ class Profile:
             training mode, since the statistics of a BatchNorm are not there yet.
         costs: a row for each rule and T.
         layers: of the largest T, in the order of the model.
+        paths: of a training batch of the largest T: which layers run sparse, and what that saves.
         fits: a row for each rule, if there is a budget.
     """
 
@@ -138,6 +141,7 @@ class Profile:
     trained: bool
     costs: list[Cost] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
+    paths: list[LayerPath] = field(default_factory=list)
     fits: list[Fits] = field(default_factory=list)
 
     def picojoules(self) -> tuple[float, float]:
@@ -180,7 +184,7 @@ def profile(
     for T, rule in itertools.product(steps, rules):
         report.line(f"{rule}, T = {T}")
         found.costs.append(_cost(recipe, rule, T, found.batch, repeats))
-    found.layers = _layers(own, steps[-1], found.batch)
+    found.layers, found.paths = _layers(own, steps[-1], found.batch)
     for rule in rules if budget else ():
         report.line(f"{rule}: what fits")
         found.fits.append(_fits(recipe, rule, own.steps, found.batch, budget or 0, device))
@@ -209,6 +213,11 @@ def print_profile(found: Profile, report: Console) -> None:
         (f"memory at the peak of an iteration in MB, batch {found.batch}, {found.device}", memory),
         ("seconds of an iteration, and multiplications of its batch", seconds),
         (f"one sample, T = {found.costs[-1].steps}, {network}", layers),
+        (
+            f"a training batch of {found.batch}: layers on active inputs only (sparse), or dense\n"
+            "saved: estimate for one thread; convolutions need --channels_last true",
+            _paths(found.paths),
+        ),
     ):
         report.line(title)
         report.table(table)
@@ -222,6 +231,22 @@ def print_profile(found: Profile, report: Console) -> None:
     if found.fits:
         report.line("")
         _print_fits(found.fits, report)
+
+
+def _paths(paths: Sequence[LayerPath]) -> Table:
+    table = _table("layer", "inputs ≠ 0", "forward", "weight gradient", "saved, ms", "share saved")
+    for one in paths:
+        ways = (_way(sparse, one.calls) for sparse in (one.sparse_forward, one.sparse_gradient))
+        share = f"{one.saved_seconds / one.dense_seconds:.0%}" if one.dense_seconds else ""
+        saved = f"{1e3 * one.saved_seconds:.1f}" if one.dense_seconds else ""
+        table.add_row(one.name, f"{one.density:.1%}", *ways, saved, share)
+    if saved := sum(one.saved_seconds for one in paths):
+        table.add_row("all", "", "", "", f"{1e3 * saved:.1f}", "")
+    return table
+
+
+def _way(sparse: int, calls: int) -> str:
+    return f"sparse in {sparse} of {calls}" if 0 < sparse < calls else "sparse" if sparse else "dense"
 
 
 def _print_fits(fits: Sequence[Fits], report: Console) -> None:
@@ -270,17 +295,18 @@ def _cost(recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> Co
     return Cost(rule, steps, memory, seconds, operations)
 
 
-def _layers(built: Any, steps: int, batch: int) -> list[Layer]:
+def _layers(built: Any, steps: int, batch: int) -> tuple[list[Layer], list[LayerPath]]:
     start_from(built.model, built.weights)
     with prepared(built, steps) as here:
         x, _ = here.batch(batch)
         model = here.model.train(built.weights is None)
         with firing_rates(model) as rates:
             operations = {one.name: one for one in synaptic_operations(model, x, steps=here.repeat)}
+        paths = layer_paths(model, x, steps=here.repeat)
     spikes = {name: spikes / batch for name, (spikes, _) in rates.state_dict().items()}
     by_layer = rates.by_layer()
     names = [name for name, _ in model.named_modules() if name in operations or name in by_layer]
-    return [Layer(name, operations.get(name), by_layer.get(name), spikes.get(name)) for name in names]
+    return [Layer(name, operations.get(name), by_layer.get(name), spikes.get(name)) for name in names], paths
 
 
 def _fits(recipe: Recipe, rule: str, steps: int, batch: int, budget: int, device: torch.device) -> Fits:

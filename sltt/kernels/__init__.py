@@ -11,7 +11,7 @@ from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using
 from sltt.kernels.steady import steady_steps
 from sltt.kernels.step import Step, neuron_step
-from sltt.kernels.tags import release, saving, tag_dropped
+from sltt.kernels.tags import layer_call, release, saving, tag_dropped
 from sltt.kernels.trace import Trace
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Weights",
     "batch_statistics",
     "compiler_problem",
+    "layer_call",
     "neuron_step",
     "release",
     "saving",

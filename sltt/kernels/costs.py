@@ -51,6 +51,13 @@ class Costs(NamedTuple):
     element: float
 
 
+class Seconds(NamedTuple):
+    """Time of a layer on one thread, by the model."""
+
+    dense: float
+    sparse: float
+
+
 @functools.lru_cache(maxsize=1024)
 def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
     """The densities below which `layer` is faster sparse, forward and weight gradient.
@@ -61,6 +68,15 @@ def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
         return BreakEven(0.0, 0.0)
     pairs = zip(_costs(layer.linear, dtype), _elements(layer), strict=True)
     return BreakEven(*(_even(layer.products, elements, costs) for costs, elements in pairs))
+
+
+def seconds(layer: Layer, dtype: torch.dtype, density: float) -> tuple[Seconds, Seconds]:
+    """Estimates for the forward and for the weight gradient; the input gradient is dense in any case."""
+    found = []
+    for costs, elements in zip(_costs(layer.linear, dtype), _elements(layer), strict=True):
+        sparse = costs.spike * density * layer.products + costs.element * elements
+        found.append(Seconds(costs.dense * layer.products / 1e9, sparse / 1e9))
+    return found[0], found[1]
 
 
 def _even(products: int, elements: int, costs: Costs) -> float:

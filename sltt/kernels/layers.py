@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from sltt._torch import is_functorch_wrapped_tensor
 from sltt.kernels import costs, native, sparse
 from sltt.kernels.options import options
 from sltt.kernels.sparse import Layer
@@ -32,19 +34,19 @@ class Weights:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
 
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in another type."""
         if weight.dtype == dtype:
             return weight
-        key = weight.data_ptr(), weight._version, weight.shape, dtype
-        if key not in self._kept:
-            self._kept[key] = (
-                weight,
-                weight.detach().to(dtype),
-            )  # with the weight, which has its place as long as it lives
-        return self._kept[key][1]
+        forms = self._kept.setdefault(weight.untyped_storage(), {})
+        key = dtype, weight.dtype, weight.storage_offset(), weight.shape, weight.stride()
+        version, made = forms.get(key, (None, None))
+        if made is None or version != weight._version:
+            made = weight.detach().to(dtype)
+            forms[key] = weight._version, made
+        return made
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,11 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
         tag: of the spikes.
         weights: forms of weights in this sequence.
     """
-    weight = arguments["weight"]
+    weight, bias = arguments["weight"], arguments["bias"]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    plain = isinstance(weight, Tensor) and weight.layout == torch.strided and weight.device.type == "cpu"
-    if not plain or x.device.type != "cpu" or dtype not in sparse.DTYPES or weight.dtype not in (dtype, torch.float32):
+    if x.device.type != "cpu" or dtype not in sparse.DTYPES or not _fitting(weight, bias, x, CONVOLUTIONS.get(func, 0)):
+        return None
+    if weight.dtype not in (dtype, torch.float32):
         return None
     axes: tuple[list[int], list[int], list[int]] = [], [], []
     if func is F.linear:
@@ -172,8 +175,9 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
         ordered = x.is_contiguous()
     else:
         dims = CONVOLUTIONS[func]
-        stride, padding, dilation = (_axes(arguments[name], dims) for name in ("stride", "padding", "dilation"))
-        if x.ndim != dims + 2 or stride is None or padding is None or dilation is None:
+        least = {"stride": 1, "padding": 0, "dilation": 1}
+        stride, padding, dilation = (_axes(arguments[name], dims, number) for name, number in least.items())
+        if stride is None or padding is None or dilation is None:
             return None
         axes = stride, padding, dilation
         pairs = tuple((p, p) for p in padding)
@@ -192,9 +196,29 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
     return Call(layer, tag, dtype, forward, gradient, axes, weights)
 
 
-def _axes(value: Any, dims: int) -> list[int] | None:
-    """A number for each axis; None for padding by name, which may differ between the sides."""
+def _fitting(weight: Any, bias: Any, x: Tensor, dims: int) -> bool:
+    """Whether weight and bias are ordinary tensors of shapes that fit x; PyTorch says what is wrong with others."""
+    if not _ordinary(weight) or not (bias is None or _ordinary(bias)):
+        return False
+    fits = weight.ndim == dims + 2 and weight.shape[1] == x.shape[1 if dims else -1]
+    return fits and (not dims or x.ndim == dims + 2) and (bias is None or bias.shape == weight.shape[:1])
+
+
+def _ordinary(tensor: Any) -> bool:
+    """Whether a tensor has memory that a kernel can read, and a version."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_inference()
+        and not is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _axes(value: Any, dims: int, least: int) -> list[int] | None:
+    """A number for each axis; None for what PyTorch refuses, and for padding by name, which may differ by side."""
     if isinstance(value, str):
         return [0] * dims if value == "valid" else None
     values = [value] * dims if isinstance(value, int) else list(value)
-    return values * dims if len(values) == 1 else values
+    values = values * dims if len(values) == 1 else values
+    return values if len(values) == dims and min(values) >= least else None

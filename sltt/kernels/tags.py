@@ -113,7 +113,7 @@ class SpikeTag(Tag):
 
 def tag_of(tensor: Tensor) -> Tag | None:
     """The tag of a tensor's memory, if there is one and the memory is as it was then."""
-    if tensor.layout != torch.strided or tensor.is_meta or is_functorch_wrapped_tensor(tensor):
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_inference() or is_functorch_wrapped_tensor(tensor):
         return None
     tag = getattr(tensor.untyped_storage(), _TAG, None)
     if tag is None or tag.version != tensor._version or tag.dtype != tensor.dtype or tensor.is_neg():
@@ -132,6 +132,7 @@ def packable(tensor: Tensor) -> bool:
     n = tensor.numel()
     return (
         options().bits
+        and not tensor.is_inference()  # whose changes have no version
         and n >= PACK_FROM
         and n % 8 == 0
         and tensor.storage_offset() == 0

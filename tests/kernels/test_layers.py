@@ -248,3 +248,66 @@ def test_threads_change_nothing():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, results[0]) for one in results)
+
+
+class UnderAutocast(nn.Sequential):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+@pytest.mark.parametrize("kind", ["plain", "parametrised", "autocast", "online"])
+def test_forms_of_weights_do_not_add_up_over_time(kind):
+    middle = nn.Linear(512, 512)
+    if kind == "parametrised":  # a new tensor at every step
+        middle = nn.utils.parametrizations.weight_norm(middle)
+    network = UnderAutocast if kind == "autocast" else nn.Sequential
+    model = network(nn.Linear(64, 512), sltt.LIF(), middle, sltt.LIF(), nn.Linear(512, 16))
+    rule = sltt.OTTT(decay=0.5, online=True) if kind == "online" else sltt.SLTT()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    kwargs = {"update": lambda: (optimizer.step(), optimizer.zero_grad())} if rule.online else {}
+
+    def peak(steps):
+        x, y = 2 * torch.randn(steps, 16, 64), torch.randint(16, (16,))
+        rule(model, x, y, LOSS, **kwargs)
+        return peak_memory(lambda: rule(model, x, y, LOSS, **kwargs))
+
+    with kernels.using(sparse="on", compile="off"):
+        assert peak(12) < 1.2 * peak(3)
+
+
+def test_inference_mode(sparse_calls):
+    """Its tensors have no version, by which a tag or a changed weight is known."""
+    model, (x, _) = Net().to(memory_format=torch.channels_last).eval(), data()
+    expected = sltt.unroll(model, x)
+    with torch.inference_mode(), kernels.using(sparse="on"):
+        torch.testing.assert_close(sltt.unroll(model, x), expected, rtol=1e-4, atol=1e-4)
+        model(x[0])
+        sltt.reset(model)
+    with torch.inference_mode():
+        model = Net().to(memory_format=torch.channels_last).eval()
+    with kernels.using(sparse="on"):
+        sltt.unroll(model, x)
+
+
+MISFITS = {
+    "channels of a linear layer": (lambda s: F.linear(s, torch.ones(16, 32)), "shapes cannot be multiplied"),
+    "bias of a linear layer": (lambda s: F.linear(s, torch.ones(16, 64), torch.ones(3)), "expanded size"),
+    "channels": (lambda s: F.conv1d(s[..., None], torch.ones(16, 32, 1)), "expected input"),
+    "bias": (lambda s: F.conv1d(s[..., None], torch.ones(16, 64, 1), torch.ones(3)), "bias of size"),
+    "stride": (lambda s: F.conv1d(s[..., None], torch.ones(16, 64, 1), stride=0), "stride"),
+    "padding": (lambda s: F.conv1d(s[..., None], torch.ones(16, 64, 1), padding=-1), "padding"),
+    "axes": (lambda s: F.conv1d(s[..., None], torch.ones(16, 64, 1), stride=(1, 2)), "stride"),
+}
+
+
+@pytest.mark.parametrize(("function", "message"), MISFITS.values(), ids=MISFITS.keys())
+def test_what_does_not_fit_is_refused_by_pytorch(function, message, sparse_calls):
+    """Native code would read memory that is not the tensor's."""
+    spikes = sltt.LIF()(2 * torch.randn(64, 64))
+    with torch.no_grad(), kernels.using(sparse="on"), kernels.saving():
+        assert F.linear(spikes, torch.ones(16, 64)).shape == (64, 16)
+        assert len(sparse_calls) == 1
+        with pytest.raises(RuntimeError, match=message):
+            function(spikes)
+    assert len(sparse_calls) == 1

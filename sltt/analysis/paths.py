@@ -1,0 +1,100 @@
+"""Which layers of a network run sparse, computing on active inputs only, and what that saves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sltt import kernels
+from sltt.analysis.energy import LAYERS
+from sltt.checks import instance
+from sltt.kernels import costs
+from sltt.rules import unroll
+
+
+@dataclass
+class LayerPath:
+    """A convolution or linear layer in a training batch of T time steps.
+
+    Attributes:
+        name: of the layer in the model.
+        density: share of its inputs that are not zero.
+        calls: how often it ran.
+        sparse_forward: in how many of them the forward computes on active inputs only.
+        sparse_gradient: in how many of them the weight gradient does.
+        saved_seconds: time that these save, estimated for one thread by the measured model of `sltt.kernels.costs`.
+        dense_seconds: time of these if they ran dense, by the same model.
+    """
+
+    name: str
+    density: float = 0.0
+    calls: int = 0
+    sparse_forward: int = 0
+    sparse_gradient: int = 0
+    saved_seconds: float = 0.0
+    dense_seconds: float = 0.0
+
+
+def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> list[LayerPath]:
+    """The path of each convolution and linear layer, from the decision that a training takes.
+
+        [path.name for path in layer_paths(model, x) if path.sparse_forward]
+
+    The decision depends on the batch size, the precision, the memory format and `kernels.using(sparse=…)`: measure
+    under those of the training.
+
+    Args:
+        model: maps one time step to logits; in the mode that it is in.
+        x: sequence [T, B, ...], or with `steps` a static input [B, ...].
+        steps: T for a static input.
+    """
+    instance("model", model, nn.Module)
+    found: dict[str, LayerPath] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            _add(found.setdefault(name, LayerPath(name)), module, args[0])
+
+        return hook
+
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]
+    handles = [m.register_forward_pre_hook(look(name)) for name, m in layers]
+    try:
+        unroll(model, x, steps=steps)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path in found.values():
+        path.density /= path.calls
+    return list(found.values())
+
+
+def _add(path: LayerPath, layer: Any, x: Tensor) -> None:
+    path.calls += 1
+    path.density += int(torch.count_nonzero(x)) / max(1, x.numel())
+    with torch.enable_grad():  # as in a training
+        call = (
+            None if isinstance(layer, nn.Conv3d) else kernels.layer_call(*_arguments(layer, x), {}, kernels.Weights())
+        )
+    if call is None:  # dense
+        return
+    call, *_ = call
+    path.sparse_forward += call.sparse_forward
+    path.sparse_gradient += call.sparse_gradient
+    estimates = costs.seconds(call.layer, call.dtype, call.tag.density(x))
+    for estimate, sparse in zip(estimates, (call.sparse_forward, call.sparse_gradient), strict=True):
+        path.saved_seconds += sparse * (estimate.dense - estimate.sparse)
+        path.dense_seconds += sparse * estimate.dense
+
+
+def _arguments(layer: Any, x: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """The function that a layer calls, and what it gives it."""
+    if isinstance(layer, nn.Linear):
+        return F.linear, (x, layer.weight, layer.bias)
+    if layer.padding_mode != "zeros":
+        x = x.clone()  # what is padded by hand is a tensor of its own
+    arguments = x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+    return getattr(F, f"conv{len(layer.kernel_size)}d"), arguments
