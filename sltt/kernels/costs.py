@@ -1,11 +1,11 @@
 """When a sparse layer is faster than the dense one: a model of the time, measured once per machine.
 
-A dense layer takes a time for each of its products, a sparse one a time for each product with a spike, and one for each
-element that it reads and writes, whatever the spikes:
+A dense layer takes a time for each of its products, a sparse one a time for each product with a spike. Whatever the
+spikes, it takes one for each element that it reads and writes, and one for each weight, which it puts in another order:
 
-    t_dense = d · products,    t_sparse = s · density · products + e · elements
+    t_dense = d · products,    t_sparse = s · density · products + e · elements + w · weights
 
-Both are equal at one density, the layer's break-even. d, s and e are measured on one layer for each type and kind of
+Both are equal at one density, the layer's break-even. d, s, e and w are measured on one layer for each type and kind of
 layer, in a fraction of a second: the processor time of one thread, which other processes hardly disturb. They are kept
 beside the compiled kernels. So every run on a machine decides alike, with any number of threads.
 """
@@ -44,11 +44,16 @@ class BreakEven(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Nanoseconds: of a product of the dense layer, of a product with a spike, and of an element read or written."""
+    """Nanoseconds: of a product of the dense layer, of one with a spike, of an element, of a weight."""
 
     dense: float
     spike: float
     element: float
+    weight: float
+
+    def overhead(self, elements: int, weights: int) -> float:
+        """Of a sparse layer without a spike."""
+        return self.element * elements + self.weight * weights
 
 
 class Seconds(NamedTuple):
@@ -67,20 +72,22 @@ def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
     if layer.products < PRODUCTS_FROM:
         return BreakEven(0.0, 0.0)
     pairs = zip(_costs(layer.linear, dtype), _elements(layer), strict=True)
-    return BreakEven(*(_even(layer.products, elements, costs) for costs, elements in pairs))
+    weights = math.prod(layer.weight_shape)
+    return BreakEven(*(_even(layer.products, costs.overhead(elements, weights), costs) for costs, elements in pairs))
 
 
 def seconds(layer: Layer, dtype: torch.dtype, density: float) -> tuple[Seconds, Seconds]:
     """Estimates for the forward and for the weight gradient; the input gradient is dense in any case."""
     found = []
     for costs, elements in zip(_costs(layer.linear, dtype), _elements(layer), strict=True):
-        sparse = costs.spike * density * layer.products + costs.element * elements
+        overhead = costs.overhead(elements, math.prod(layer.weight_shape))
+        sparse = costs.spike * density * layer.products + overhead
         found.append(Seconds(costs.dense * layer.products / 1e9, sparse / 1e9))
     return found[0], found[1]
 
 
-def _even(products: int, elements: int, costs: Costs) -> float:
-    return min(1.0, max(0.0, (costs.dense * products - costs.element * elements) / (costs.spike * products)))
+def _even(products: int, overhead: float, costs: Costs) -> float:
+    return min(1.0, max(0.0, (costs.dense * products - overhead) / (costs.spike * products)))
 
 
 def _elements(layer: Layer) -> tuple[int, int]:
@@ -138,17 +145,19 @@ def _measure(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
         lambda: grad.t() @ inputs[0] if linear else _conv_weight_gradient(grad, inputs[0], cast),
         lambda: weight_gradient(layer, bits[0], grad),
         lambda: weight_gradient(layer, bits[1], grad),
+        lambda: pack_weight(layer, weight),
     ]
     with torch.no_grad(), _one_thread():
         times = [min(t) for t in zip(*([_nanoseconds(run) for run in runs] for _ in range(_REPEATS)), strict=True)]
-    forward_elements, gradient_elements = _elements(layer)
-    return _fit(layer.products, forward_elements, *times[:3]), _fit(layer.products, gradient_elements, *times[3:])
+    each = times[6] / weight.numel()
+    first, second = _elements(layer)
+    return _fit(layer.products, first, each, *times[:3]), _fit(layer.products, second, each, *times[3:6])
 
 
-def _fit(products: int, elements: int, dense: float, sparse: float, denser: float) -> Costs:
+def _fit(products: int, elements: int, weight: float, dense: float, sparse: float, denser: float) -> Costs:
     low, high = _DENSITIES
     spike = max((denser - sparse) / (high - low), dense * 1e-3) / products
-    return Costs(dense / products, spike, max(0.0, sparse - low * spike * products) / elements)
+    return Costs(dense / products, spike, max(0.0, sparse - low * spike * products) / elements, weight)
 
 
 def _nanoseconds(run: Callable[[], object]) -> float:

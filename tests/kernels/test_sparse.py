@@ -322,15 +322,15 @@ def test_break_even_is_read_from_the_cache(cache, monkeypatch):
 
     def measure(linear, dtype):
         measured.append((linear, dtype))
-        return costs.Costs(0.02, 0.01, 1.0), costs.Costs(0.02, 0.1, 1.0)
+        return costs.Costs(0.02, 0.01, 1.0, 0.5), costs.Costs(0.02, 0.1, 1.0, 0.5)
 
     monkeypatch.setattr(costs, "_measure", measure)
     assert native.library() is not None
     layer = sparse.conv_layer((8, 64, 16, 16), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)))
     even = costs.break_even(layer, torch.float32)
-    share = 2 / (64 * 9)  # elements for each product
+    share = 2 / (64 * 9) + 0.5 / (8 * 256)  # elements, and weights, for each product
     assert even == pytest.approx((1.0, (0.02 - share) / 0.1))
-    for damage in (None, "[[1, 2, 3]", "[[1, 2], [3, 4]]", "[[1, NaN, 3], [1, 2, 3]]"):
+    for damage in (None, "[[1, 2, 3, 4]", "[[1, 2, 3], [3, 4, 5]]", "[[1, NaN, 3, 4], [1, 2, 3, 4]]"):
         if damage:
             (path,) = cache.glob("costs-*")
             path.write_text(damage)
