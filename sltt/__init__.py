@@ -9,7 +9,8 @@ from sltt.parallel import devices
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
 from sltt.sequence.once import once
 from sltt.sequence.state import Stateful, detach, register, reset
-from sltt.training.fit import evaluate, fit
+from sltt.training.evaluation import evaluate
+from sltt.training.fit import fit
 from sltt.training.phases import Phase
 
 __version__ = version("sltt")

@@ -12,15 +12,17 @@ from rich.table import Table
 from torch import nn
 
 from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, advice, agreement, cheaper, propose
-from sltt.commands.parsing import Options, Recipe, begin, count, mixed_options, numbers, time_steps
+from sltt.commands.parsing import CommandOptions, Recipe, begin, count, mixed_options, numbers, time_steps
 from sltt.commands.prepared import prepared
 from sltt.commands.results import SAVE_HELP, give
 from sltt.neurons import LIF
 from sltt.training.checkpoints import start_from
 from sltt.training.console import Console, megabytes
-from sltt.training.fit import fit
+from sltt.training.fit import start_run
+from sltt.training.session import session
+from sltt.training.settings import Execution, Training
 
-AGREEMENT_HELP = (
+HELP = (
     "Cosine and norm of the gradients of SLTT and of truncated BPTT beside that of exact BPTT, and which rule to take; "
     "where it is not SLTT, a Mixed that takes less memory, if there is one. "
     "Other options are those of sltt train: --model.…, --data.…"
@@ -30,7 +32,7 @@ AGREEMENT_HELP = (
 def run(words: Sequence[str]) -> None:
     """`sltt agreement [RECIPE] [OPTION ...]`: the gradients of SLTT and truncated BPTT beside that of exact BPTT."""
     name, words = begin(words, "digits")
-    options = Options("sltt agreement [RECIPE]", AGREEMENT_HELP)
+    options = CommandOptions("sltt agreement [RECIPE]", HELP)
     options.add_argument("--taus", type=numbers(float), help="time constants of the LIF neurons; default: the recipe's")
     options.add_argument("--steps", type=numbers(time_steps), help="several T; default: the recipe's")
     options.add_argument("--at-epochs", type=numbers(int), default=[0], help="after so many epochs of training each")
@@ -88,16 +90,15 @@ def measure_agreement(
         start_from(built.model, built.weights)
         if tau is not None:
             set_tau(built.model, tau)
-        if epochs:
-            settings = {**vars(built), "epochs": epochs, "steps": T, "phases": None, "weights": None}
-            with TemporaryDirectory() as folder:
-                fit(**settings, run=f"{folder}/run", report=report)
-        if dtype is not None:
-            built.precision = 32
-        with prepared(built, T) as here:
-            arguments = here.model, *here.batch(samples), here.loss
-            found = agreement(*arguments, cheaper(here.model, T), steps=here.repeat, dtype=dtype)
-            proposal = propose(*arguments, found, steps=here.repeat, dtype=dtype)
+        with session(Execution.of(vars(built))) as here:
+            if epochs:
+                settings = {**vars(built), "epochs": epochs, "steps": T, "phases": None, "weights": None}
+                with TemporaryDirectory() as folder:
+                    start_run(here, built.model, data, Training.of(settings), f"{folder}/run", report=report)
+            with prepared(here, built, T, full_precision=dtype is not None) as ready:
+                arguments = ready.model, *ready.batch(samples), ready.loss
+                found = agreement(*arguments, cheaper(ready.model, T), steps=ready.repeat, dtype=dtype)
+                proposal = propose(*arguments, found, steps=ready.repeat, dtype=dtype)
         rows.append({"tau": tau, "steps": T, "epochs": epochs, "agreement": found, "proposal": proposal})
     return rows
 

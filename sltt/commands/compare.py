@@ -13,13 +13,15 @@ from rich.table import Table
 
 from sltt.analysis import Operations, agreement, count_operations, peak_memory
 from sltt.commands.failures import cause
-from sltt.commands.parsing import RULES, RULES_HELP, Options, Recipe, begin, count, rules
+from sltt.commands.parsing import RULES, RULES_HELP, CommandOptions, Recipe, begin, count, rules
 from sltt.commands.prepared import prepared, test_accuracy
 from sltt.commands.results import give
 from sltt.training.console import Console, megabytes
-from sltt.training.fit import fit
+from sltt.training.fit import resume_run, start_run
+from sltt.training.session import Session, session
+from sltt.training.settings import Execution, Training
 
-COMPARE_HELP = (
+HELP = (
     "Train every rule with every seed, in all phases, under the recipe's budget. Print test accuracy (mean ± standard "
     "deviation), seconds for an epoch, and of one batch peak memory, multiplications and the gradient's cosine with "
     "BPTT's. Run again, it continues where it stopped. Other options are those of sltt train."
@@ -29,7 +31,7 @@ COMPARE_HELP = (
 def run(words: Sequence[str]) -> None:
     """`sltt compare [RECIPE] [OPTION ...]`: train every rule with every seed, and print one table."""
     name, words = begin(words, "digits")
-    options = Options("sltt compare [RECIPE]", COMPARE_HELP)
+    options = CommandOptions("sltt compare [RECIPE]", HELP)
     options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
     options.add_argument("--seeds", type=count, default=1, help="number of seeds; default: 1")
     options.add_argument(
@@ -94,11 +96,14 @@ def compare(rules: Sequence[str], seeds: int, folder: Path, recipe: Recipe, repo
             try:
                 built = recipe.build("--seed", str(seed), rule=text)
                 config = recipe.resolved("--seed", str(seed), rule=text)
-                result = fit(**vars(built), run=run, resume=run.exists(), config=config, report=report)
-                accuracy = test_accuracy(built)
-                if not measured:
-                    _measure(compared, built)
-                    measured = True
+                train = resume_run if run.exists() else start_run
+                with session(Execution.of(vars(built))) as here:
+                    training = Training.of(vars(built))
+                    result = train(here, built.model, built.data, training, run, config=config, report=report)
+                    accuracy = test_accuracy(here, built)
+                    if not measured:
+                        _measure(compared, here, built)
+                        measured = True
             except Exception as error:  # the others still run
                 report.warn(f"{text}, seed {seed} died: {cause(error)}")
                 compared.errors.append(f"seed {seed}: {cause(error)}")
@@ -140,9 +145,9 @@ def compared_json(recipe: str, found: Sequence[Compared]) -> dict[str, Any]:
     return {"recipe": recipe, "rows": rows}
 
 
-def _measure(compared: Compared, built: Any) -> None:
+def _measure(compared: Compared, session: Session, built: Any) -> None:
     """Memory, multiplications and agreement of one training batch, on the trained weights."""
-    with prepared(built, built.steps) as here:
+    with prepared(session, built, built.steps) as here:
         arguments = here.model, *here.batch(built.batch_size), here.loss
 
         def iteration() -> None:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sltt.commands.parsing import Options
+from sltt.commands.parsing import CommandOptions
 
 # package, what it is for
 OPTIONAL = (
@@ -25,7 +25,7 @@ OPTIONAL = (
 
 def run(words: Sequence[str]) -> None:
     """`sltt doctor`."""
-    Options("sltt doctor", "What works on this machine, and what would make it faster.").parse_args(words)
+    CommandOptions("sltt doctor", "What works on this machine, and what would make it faster.").parse_args(words)
     print_findings()
 
 

@@ -1,41 +1,31 @@
 """`sltt eval`: measure a trained run."""
 
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 
-from sltt.commands.parsing import Options, begin, build, make_parser, only, parse, run_config
+from sltt.commands.parsing import CommandOptions, begin, build, make_parser, only, parse, run_config
 from sltt.training.checkpoints import load_selected
 from sltt.training.console import Console, as_json, megabytes
-from sltt.training.evaluation import measure_split
+from sltt.training.evaluation import evaluate, measure_split
 from sltt.training.session import session
-from sltt.training.settings import Execution
+from sltt.training.settings import PROCESSES, Execution
 
-EVAL_KEYS = (
-    "model",
-    "data",
-    "loss",
-    "steps",
-    "batch_size",
-    "precision",
-    "channels_last",
-    "workers",
-    "device",
-    "compile",
-    "sparse",
-)
-EVAL_HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in EVAL_KEYS)} override the run's configuration."
+# what a split is measured with; the processes are those that were started
+KEYS = [name for name in signature(evaluate).parameters if name not in ("split", "mirror", *PROCESSES)]
+HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in KEYS)} override the run's configuration."
 
 
 def run(words: Sequence[str]) -> None:
     """`sltt eval RUN [OPTION ...]`."""
     folder, words = begin(words)
-    options = Options("sltt eval RUN", EVAL_HELP)
+    options = CommandOptions("sltt eval RUN", HELP)
     options.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
     options.add_argument("--split", choices=("test", "validation", "train"), default="test")
     options.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
     options.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = options.parse_known_args(words)
-    only(overrides, EVAL_KEYS, "sltt eval", "the others belong to the training")
+    only(overrides, KEYS, "sltt eval", "the others belong to the training")
     run = Path(folder)
     parser = make_parser("sltt eval")
     config = parse(parser, run_config(run), overrides)

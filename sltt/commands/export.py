@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sltt.commands.parsing import Options, Recipe, begin, run_config
+from sltt.commands.parsing import CommandOptions, Recipe, begin, run_config
 from sltt.training.checkpoints import load_selected
 from sltt.training.console import Console
 
-EXPORT_HELP = (
+HELP = (
     "Write the selected weights of a run as a NIR graph, or as an ONNX model of one time step with the states as "
     "inputs and outputs."
 )
@@ -16,7 +16,7 @@ EXPORT_HELP = (
 def run(words: Sequence[str]) -> None:
     """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
     folder, words = begin(words)
-    options = Options("sltt export RUN", EXPORT_HELP)
+    options = CommandOptions("sltt export RUN", HELP)
     options.add_argument("--to", required=True, choices=("nir", "onnx"))
     options.add_argument("--out", type=Path, metavar="FILE", help="default: graph.nir or step.onnx in the run")
     options.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")

@@ -26,7 +26,7 @@ RULES_HELP = f"default: {','.join(RULES)}"
 MOST_STEPS = 1_000_000  # a training with more would not end
 
 
-class Options(argparse.ArgumentParser):
+class CommandOptions(argparse.ArgumentParser):
     """The options that a command has by itself. Raises UsageError, with what a type's ValueError says."""
 
     def __init__(self, prog: str, description: str):

@@ -11,8 +11,7 @@ from sltt.data import Splits
 from sltt.rules import Rule
 from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.evaluation import measure_split
-from sltt.training.session import Session, session
-from sltt.training.settings import Execution
+from sltt.training.session import Session
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -60,23 +59,25 @@ class Prepared:
 
 
 @contextmanager
-def prepared(built: Any, steps: int) -> Iterator[Prepared]:
-    """Put on the device what a recipe built, for measurements at T = `steps` inside the block."""
-    with session(Execution.of(vars(built))) as here:
-        found = Prepared(built, here, steps)
-        hooks = _run_in_precision(found.model, here.fabric) if built.precision != 32 else ()
-        try:
-            yield found
-        finally:
-            for hook in hooks:
-                hook.remove()
+def prepared(here: Session, built: Any, steps: int, *, full_precision: bool = False) -> Iterator[Prepared]:
+    """Put on the device what a recipe built, for measurements at T = `steps` inside the block.
+
+    With `full_precision`, calls of the network run in its own type, also where its training has autocast.
+    """
+    found = Prepared(built, here, steps)
+    autocast = here.execution.precision != 32 and not full_precision
+    hooks = _run_in_precision(found.model, here.fabric) if autocast else ()
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def test_accuracy(built: Any) -> float:
+def test_accuracy(here: Session, built: Any) -> float:
     """Of a trained network, measured as its training is set up."""
     sizes = {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
-    with session(Execution.of(vars(built))) as here:
-        return measure_split(here, built.model, built.data, "test", **sizes).accuracy
+    return measure_split(here, built.model, built.data, "test", **sizes).accuracy
 
 
 def _run_in_precision(model: nn.Module, fabric: "Fabric") -> tuple[Any, Any]:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from sltt.analysis import (
@@ -27,20 +26,20 @@ from sltt.analysis import (
     synaptic_operations,
 )
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
-from sltt.commands.parsing import RULES, RULES_HELP, Options, Recipe, begin, count, numbers, rules, time_steps
+from sltt.commands.parsing import RULES, RULES_HELP, CommandOptions, Recipe, begin, count, numbers, rules, time_steps
 from sltt.commands.prepared import Prepared, prepared
 from sltt.commands.results import SAVE_HELP, give
 from sltt.rules import Truncated
 from sltt.rules.folding import largest_fold
 from sltt.training.checkpoints import start_from
 from sltt.training.console import Console, megabytes
-from sltt.training.session import session
+from sltt.training.session import Session, session
 from sltt.training.settings import Execution
 
 WARMUP = 2
 TOLERANCE = 0.03  # of the peak model, before it is fitted again
 
-PROFILE_HELP = (
+HELP = (
     "What a training iteration takes under each rule and T: memory at the peak by its parts, seconds by theirs, "
     "multiplications; and what the inference of one sample takes: synaptic operations by layer and an estimate of the "
     "energy. With --budget, what fits a memory. Other options are those of sltt train."
@@ -50,7 +49,7 @@ PROFILE_HELP = (
 def run(words: Sequence[str]) -> None:
     """`sltt profile [RECIPE] [OPTION ...]`: memory, seconds, operations and energy, and what fits a budget."""
     name, words = begin(words, "digits")
-    options = Options("sltt profile [RECIPE]", PROFILE_HELP)
+    options = CommandOptions("sltt profile [RECIPE]", HELP)
     options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
     options.add_argument(
         "--steps", type=numbers(time_steps), default=[], help="numbers of time steps; default: the recipe's"
@@ -80,7 +79,7 @@ class Cost:
 
 
 @dataclass
-class Layer:
+class LayerCost:
     """A layer in the inference of one sample: a convolution or linear layer, or a layer of neurons.
 
     Attributes:
@@ -140,7 +139,7 @@ class Profile:
     batch: int
     trained: bool
     costs: list[Cost] = field(default_factory=list)
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[LayerCost] = field(default_factory=list)
     paths: list[LayerPath] = field(default_factory=list)
     fits: list[Fits] = field(default_factory=list)
 
@@ -177,17 +176,16 @@ def profile(
         report: shows the progress.
     """
     own = recipe.build()
-    with session(Execution.of(vars(own))) as here:
-        device = here.fabric.device
-    found = Profile(recipe.name, str(device), own.batch_size, own.weights is not None)
     steps = steps or [own.steps]
-    for T, rule in itertools.product(steps, rules):
-        report.line(f"{rule}, T = {T}")
-        found.costs.append(_cost(recipe, rule, T, found.batch, repeats))
-    found.layers, found.paths = _layers(own, steps[-1], found.batch)
-    for rule in rules if budget else ():
-        report.line(f"{rule}: what fits")
-        found.fits.append(_fits(recipe, rule, own.steps, found.batch, budget or 0, device))
+    with session(Execution.of(vars(own))) as here:
+        found = Profile(recipe.name, str(here.fabric.device), own.batch_size, own.weights is not None)
+        for T, rule in itertools.product(steps, rules):
+            report.line(f"{rule}, T = {T}")
+            found.costs.append(_cost(here, recipe, rule, T, found.batch, repeats))
+        found.layers, found.paths = _layers(here, own, steps[-1], found.batch)
+        for rule in rules if budget else ():
+            report.line(f"{rule}: what fits")
+            found.fits.append(_fits(here, recipe, rule, own.steps, found.batch, budget or 0))
     return found
 
 
@@ -276,46 +274,46 @@ def _built(recipe: Recipe, rule: str, *options: str) -> Any:
     return built
 
 
-def _memory(here: Prepared, size: int) -> Memory:
+def _memory(ready: Prepared, size: int) -> Memory:
     """Memory of an iteration with `size` samples, after one step of the optimizer."""
-    arguments = here.model, *here.batch(size), here.loss, here.rule
-    memory_parts(*arguments, steps=here.repeat)  # makes gradients, and what is allocated once
-    here.optimizer.step()
-    return memory_parts(*arguments, here.optimizer, steps=here.repeat)
+    arguments = ready.model, *ready.batch(size), ready.loss, ready.rule
+    memory_parts(*arguments, steps=ready.repeat)  # makes gradients, and what is allocated once
+    ready.optimizer.step()
+    return memory_parts(*arguments, ready.optimizer, steps=ready.repeat)
 
 
-def _cost(recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> Cost:
-    with prepared(_built(recipe, rule), steps) as here:
-        memory = _memory(here, batch)
-        timed = itertools.islice(here.batches(batch), repeats + WARMUP)
+def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> Cost:
+    with prepared(here, _built(recipe, rule), steps) as ready:
+        memory = _memory(ready, batch)
+        timed = itertools.islice(ready.batches(batch), repeats + WARMUP)
         seconds = iteration_seconds(
-            here.model, timed, here.loss, here.rule, here.optimizer, steps=here.repeat, warmup=WARMUP
+            ready.model, timed, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat, warmup=WARMUP
         )
-        operations = count_operations(here.model, *here.batch(batch), here.loss, here.rule, steps=here.repeat)
+        operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
     return Cost(rule, steps, memory, seconds, operations)
 
 
-def _layers(built: Any, steps: int, batch: int) -> tuple[list[Layer], list[LayerPath]]:
+def _layers(here: Session, built: Any, steps: int, batch: int) -> tuple[list[LayerCost], list[LayerPath]]:
     start_from(built.model, built.weights)
-    with prepared(built, steps) as here:
-        x, _ = here.batch(batch)
-        model = here.model.train(built.weights is None)
+    with prepared(here, built, steps) as ready:
+        x, _ = ready.batch(batch)
+        model = ready.model.train(built.weights is None)
         with firing_rates(model) as rates:
-            operations = {one.name: one for one in synaptic_operations(model, x, steps=here.repeat)}
-        paths = layer_paths(model, x, steps=here.repeat)
+            operations = {one.name: one for one in synaptic_operations(model, x, steps=ready.repeat)}
+        paths = layer_paths(model, x, steps=ready.repeat)
     spikes = {name: spikes / batch for name, (spikes, _) in rates.state_dict().items()}
     by_layer = rates.by_layer()
     names = [name for name, _ in model.named_modules() if name in operations or name in by_layer]
-    return [Layer(name, operations.get(name), by_layer.get(name), spikes.get(name)) for name in names], paths
+    return [LayerCost(name, operations.get(name), by_layer.get(name), spikes.get(name)) for name in names], paths
 
 
-def _fits(recipe: Recipe, rule: str, steps: int, batch: int, budget: int, device: torch.device) -> Fits:
+def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> Fits:
     def measure(samples: int, time_steps: int) -> int:
-        with prepared(_built(recipe, rule), time_steps) as here:
-            return _memory(here, samples).total
+        with prepared(here, _built(recipe, rule), time_steps) as ready:
+            return _memory(ready, samples).total
 
     least = max(getattr(recipe.build(rule=rule).rule, "k", None) or 1, 2)
-    found = Fits(rule, budget, None, None, _fold(recipe, rule, steps, batch, budget))
+    found = Fits(rule, budget, None, None, _fold(here, recipe, rule, steps, batch, budget))
     batches = batch, 2 * batch
     for _ in range(2):
         model: PeakModel = fit_peak(measure, batches, (least, 2 * least))
@@ -323,7 +321,7 @@ def _fits(recipe: Recipe, rule: str, steps: int, batch: int, budget: int, device
         if not found.batch:
             break
         found.predicted = int(model.peak(found.batch, steps))
-        if found.predicted > available_memory(device):
+        if found.predicted > available_memory(here.fabric.device):
             break
         found.measured = measure(found.batch, steps)
         if abs(found.predicted / found.measured - 1) <= TOLERANCE:
@@ -333,12 +331,12 @@ def _fits(recipe: Recipe, rule: str, steps: int, batch: int, budget: int, device
     return found
 
 
-def _fold(recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int | None:
+def _fold(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int | None:
     """The largest fold; None for a rule that has none."""
     if not isinstance(recipe.build(rule=rule).rule, Truncated):
         return None
     peaks = []
     for fold in range(1, min(steps, 3) + 1):
-        with prepared(_built(recipe, rule, "--rule.fold", str(fold)), steps) as here:
-            peaks.append(_memory(here, batch).total)
+        with prepared(here, _built(recipe, rule, "--rule.fold", str(fold)), steps) as ready:
+            peaks.append(_memory(ready, batch).total)
     return largest_fold(peaks, budget, steps)

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from sltt.commands.parsing import Options, find_recipe, shipped_recipes
+from sltt.commands.parsing import CommandOptions, find_recipe, shipped_recipes
 from sltt.training.console import Console
 
 
 def run(words: Sequence[str]) -> None:
     """`sltt recipes [NAME]`."""
-    options = Options("sltt recipes", "List the recipes, or print one.")
+    options = CommandOptions("sltt recipes", "List the recipes, or print one.")
     options.add_argument("name", nargs="?", help="recipe to print")
     if name := options.parse_args(words).name:
         print(find_recipe(name).read_text(), end="")

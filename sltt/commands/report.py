@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from sltt.commands.parsing import Options
+from sltt.commands.parsing import CommandOptions
 from sltt.commands.results import gather
 from sltt.training.console import Console
 
-REPORT_HELP = (
+HELP = (
     "Write one HTML page, which needs no network, with tables and figures of what sltt compare, profile and agreement "
     "kept with --save, and of training runs; beside it the figures as PNG and SVG, and the tables as CSV."
 )
@@ -18,7 +18,7 @@ def run(words: Sequence[str]) -> None:
     """`sltt report FOLDER ...`: one page of what the commands measured and of runs."""
     from sltt.commands.page import write
 
-    options = Options("sltt report", REPORT_HELP)
+    options = CommandOptions("sltt report", HELP)
     options.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
     options.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the first folder")
     options.add_argument("--json", action="store_true", help="print the path of the page and the notes as JSON")

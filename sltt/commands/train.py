@@ -12,10 +12,9 @@ from sltt.commands.failures import UsageError
 from sltt.commands.parsing import build, find_recipe, make_parser, only, parse, resumed, run_config
 from sltt.parallel.devices import keep_freed_memory
 from sltt.training.checkpoints import load_selected
-from sltt.training.console import Console
 from sltt.training.evaluation import measure_split
 from sltt.training.files import write_atomically
-from sltt.training.fit import run_training
+from sltt.training.fit import resume_run, start_run
 from sltt.training.runs import RESUMABLE
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
@@ -56,22 +55,17 @@ def _train(
 ) -> None:
     """`sltt train` in each of its processes."""
     splits = here.splits(built.data, built.steps)
-    report = Console(quiet=here.processes.rank > 0)
+    report = here.console(None)
     several = f", {here.processes.count} processes" if here.processes.count > 1 else ""
     report.line(f"{_summary(built.model)}, {built.rule}, T = {built.steps}{several}")
     counts = ", ".join(f"{_count(getattr(splits, n))} {n}" for n in ("train", "validation", "test"))
     report.line(f"samples: {counts} (split {splits.fingerprint})")
-    result = run_training(
-        here,
-        built.model,
-        built.data,
-        Training.of(vars(built)),
-        run=continued or folder,
-        name=f"{name}-{type(built.rule).__name__.lower()}",
-        resume=continued is not None,
-        config=resolved,
-        report=report,
-    )
+    training = Training.of(vars(built))
+    if continued:
+        result = resume_run(here, built.model, built.data, training, continued, config=resolved, report=report)
+    else:
+        name = f"{name}-{type(built.rule).__name__.lower()}"
+        result = start_run(here, built.model, built.data, training, folder, name=name, config=resolved, report=report)
     run, sizes = result.run, {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
     last = selected = measure_split(here, built.model, built.data, "test", **sizes)
     if splits.validation:

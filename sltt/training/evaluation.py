@@ -13,19 +13,57 @@ from torch.utils.data import DataLoader
 from sltt.analysis import FiringRates, firing_rates
 from sltt.checks import choice, flag, function, instance, whole_number
 from sltt.data import Data, Splits
-from sltt.losses import Loss
+from sltt.kernels import Compile, Sparse
+from sltt.losses import CrossEntropyMSE, Loss
+from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
 from sltt.rules.base import step_loss
 from sltt.training.batches import share, whole_epoch
 from sltt.training.metrics import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
-from sltt.training.session import Session
+from sltt.training.session import Session, session
+from sltt.training.settings import Execution
 
 Split = Literal["train", "validation", "test"]
 
 
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    split: Split = "test",
+    *,
+    loss: Loss = CrossEntropyMSE(),
+    steps: int = 4,
+    batch_size: int = 128,
+    precision: Precision = 32,
+    channels_last: bool = False,
+    workers: int = 0,
+    device: Device = "auto",
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    strategy: Strategy = "ddp",
+    compile: Compile = "auto",
+    sparse: Sparse = "auto",
+    mirror: bool = False,
+) -> Metrics:
+    """Measure a network on one of the splits, in evaluation mode and without a graph.
+
+    Other arguments are those of `fit`.
+
+    Args:
+        split: which samples.
+        mirror: take the mean logits of each image and of its mirror image, left to right (as in Krizhevsky et al.
+            2012), in twice the time.
+
+    Raises:
+        ValueError: the split is empty, or `mirror` is given and the samples are no images.
+    """
+    with session(Execution.of(locals())) as here:
+        return measure_split(here, model, data, split, loss=loss, steps=steps, batch_size=batch_size, mirror=mirror)
+
+
 def measure_split(
-    session: Session,
+    here: Session,
     model: nn.Module,
     data: Data,
     split: Split,
@@ -42,19 +80,19 @@ def measure_split(
     function("loss", loss, "the logits and the target")
     whole_number("batch_size", batch_size, least=1)
     flag("mirror", mirror)
-    splits = session.splits(data, steps)
+    splits = here.splits(data, steps)
     dataset = getattr(splits, split)
     if dataset is None:
         raise ValueError("there are no validation samples: the data was loaded with validation: 0")
     if not len(dataset):
         raise ValueError(f"there are no {split} samples")
-    loader = session.eval_loader(dataset, splits, batch_size)
-    net, loss = session.set_up(model), session.set_up_loss(loss)
-    return measure(session, net, loader, splits, loss, steps, mirror, BatchMemory(session.fabric.device))
+    loader = here.eval_loader(dataset, splits, batch_size)
+    net, loss = here.set_up(model), here.set_up_loss(loss)
+    return measure(here, net, loader, splits, loss, steps, mirror, BatchMemory(here.fabric.device))
 
 
 def measure(
-    session: Session,
+    here: Session,
     net: Any,
     loader: DataLoader[Any],
     splits: Splits,
@@ -68,7 +106,7 @@ def measure(
     With `mirror`, logits are the mean of those of each image and of its mirror image. With `memory`, the first batch is
     measured.
     """
-    processes = session.processes
+    processes = here.processes
     batches: Any = loader.batch_sampler
     state = Progress()
     began = time.monotonic()
@@ -78,7 +116,7 @@ def measure(
         with firing_rates(net.module) as firing, torch.no_grad():
             for x, y in whole_epoch(loader):
                 check_length(x, splits, steps)
-                x, y = session.batch(x, y)
+                x, y = here.batch(x, y)
                 size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
                 _, count = share(size, processes.rank, processes.count)
                 views = [x, _mirrored(x, splits.static)] if mirror else [x]

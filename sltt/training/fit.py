@@ -1,6 +1,5 @@
 """Training and evaluation on Lightning Fabric, without a branch on data set or rule; the loop itself is in loop.py."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,10 @@ from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
 from sltt.training.checkpoints import Checkpoints, load_checkpoint, load_selected, start_from
 from sltt.training.console import Console
-from sltt.training.evaluation import Split, measure_split
 from sltt.training.loop import Loop
-from sltt.training.metrics import Metrics
 from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Phase
-from sltt.training.runs import LAST, check_config, held, new_run, old_run, write_config
+from sltt.training.runs import LAST, check_config, new_run, old_run, write_config
 from sltt.training.safeguards import check_last_batch, checked
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, OptimizerFactory, Training
@@ -124,77 +121,66 @@ def fit(
     given = locals()
     training = Training.of(given)
     flag("resume", resume)
+    train = resume_run if resume else start_run
     with session(Execution.of(given)) as here:
-        return run_training(here, model, data, training, run=run, resume=resume, config=config, report=report)
+        return train(here, model, data, training, run, config=config, report=report)
 
 
-def evaluate(
-    model: nn.Module,
-    data: Data,
-    split: Split = "test",
-    *,
-    loss: Loss = CrossEntropyMSE(),
-    steps: int = 4,
-    batch_size: int = 128,
-    precision: Precision = 32,
-    channels_last: bool = False,
-    workers: int = 0,
-    device: Device = "auto",
-    devices: int | None = None,
-    num_nodes: int | None = None,
-    strategy: Strategy = "ddp",
-    compile: Compile = "auto",
-    sparse: Sparse = "auto",
-    mirror: bool = False,
-) -> Metrics:
-    """Measure a network on one of the splits, in evaluation mode and without a graph.
-
-    Other arguments are those of `fit`.
-
-    Args:
-        split: which samples.
-        mirror: take the mean logits of each image and of its mirror image, left to right (as in Krizhevsky et al.
-            2012), in twice the time.
-
-    Raises:
-        ValueError: the split is empty, or `mirror` is given and the samples are no images.
-    """
-    with session(Execution.of(locals())) as here:
-        return measure_split(here, model, data, split, loss=loss, steps=steps, batch_size=batch_size, mirror=mirror)
-
-
-def run_training(
+def start_run(
     here: Session,
     model: nn.Module,
     data: Data,
     training: Training,
-    *,
     run: str | Path | None = None,
+    *,
     name: str = "run",
-    resume: bool = False,
     config: dict[str, Any] | None = None,
     report: Console | None = None,
 ) -> Fit:
-    """What `fit` does, where a session is there. Without `run`, `name` begins that of the folder under `runs`."""
-    first = here.processes.first
-    report = (report or Console()) if here.processes.rank == 0 else Console(quiet=True)
+    """Train in a new folder: `run`, or one under `runs` whose name begins with `name`."""
     splits = _checked(here, model, data, training)
-    folder = first(lambda: old_run(run) if resume else new_run(run, name, config))
-    report.line(f"{'continuing' if resume else 'run'} {folder}")
-    with held(folder) if here.processes.rank == 0 else nullcontext():
-        checkpoint = first(lambda: _last_checkpoint(folder, config)) if resume else None
-        if config is None and checkpoint is not None:
-            config = checkpoint["config"]
+    report = here.console(report)
+    folder = here.processes.first(lambda: new_run(run, name, config))
+    report.line(f"run {folder}")
+    with here.held(folder):
         loop = _loop(here, model, data, splits, training, folder, config or {}, report)
+        start_from(model, training.weights)
+        return _finish(loop)
+
+
+def resume_run(
+    here: Session,
+    model: nn.Module,
+    data: Data,
+    training: Training,
+    run: str | Path | None,
+    *,
+    config: dict[str, Any] | None = None,
+    report: Console | None = None,
+) -> Fit:
+    """Continue the run in a folder; without a checkpoint, it starts from the beginning."""
+    splits = _checked(here, model, data, training)
+    report = here.console(report)
+    folder = here.processes.first(lambda: old_run(run))
+    report.line(f"continuing {folder}")
+    with here.held(folder):
+        checkpoint = here.processes.first(lambda: _last_checkpoint(folder, config))
+        settings = config or (checkpoint["config"] if checkpoint else {})
+        loop = _loop(here, model, data, splits, training, folder, settings, report)
         if checkpoint is None:
             start_from(model, training.weights)
         else:
             loop.state = loop.checkpoints.restore(checkpoint)
-        if resume and config and here.processes.rank == 0:
-            write_config(folder, config)
-        loop.run()
-        load_selected(model, folder, processes=here.processes)
-    return Fit(folder, loop.state.history, loop.state.best_epoch or loop.state.epoch)
+        if settings and here.processes.rank == 0:
+            write_config(folder, settings)
+        return _finish(loop)
+
+
+def _finish(loop: Loop) -> Fit:
+    """Train what is left, and give the model the weights of the best epoch."""
+    loop.run()
+    load_selected(loop.model, loop.folder, processes=loop.processes)
+    return Fit(loop.folder, loop.state.history, loop.state.best_epoch or loop.state.epoch)
 
 
 def _checked(here: Session, model: nn.Module, data: Data, training: Training) -> Splits:

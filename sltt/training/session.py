@@ -1,8 +1,9 @@
 """Where networks are trained and measured: the processes are started and Fabric is built once for all of it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ from sltt.parallel.devices import make_fabric
 from sltt.parallel.processes import Processes
 from sltt.parallel.watchdog import Watchdog
 from sltt.training.batches import eval_loader
+from sltt.training.console import Console
+from sltt.training.runs import held
 from sltt.training.settings import Execution
 
 if TYPE_CHECKING:
@@ -53,6 +56,14 @@ class Session:
         elif self.execution.channels_last and x.ndim == 5:
             x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
         return x, y
+
+    def console(self, console: Console | None) -> Console:
+        """Where this process prints: the first one to `console`, the others nowhere."""
+        return (console or Console()) if self.processes.rank == 0 else Console(quiet=True)
+
+    def held(self, run: Path) -> AbstractContextManager[None]:
+        """Inside this block, nobody but these processes trains the run."""
+        return held(run) if self.processes.rank == 0 else nullcontext()
 
     def eval_loader(self, dataset: Dataset[Any], splits: Splits, batch_size: int) -> DataLoader[Any]:
         """Every sample of a validation or test set once, in order, or this process's share of each batch."""

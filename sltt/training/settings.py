@@ -17,6 +17,8 @@ from sltt.training.phases import Phase, Stage, plan
 
 OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
 
+PROCESSES = ("devices", "num_nodes", "strategy")  # settings of the processes, not of what each of them does
+
 
 class _Settings:
     @classmethod

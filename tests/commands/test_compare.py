@@ -99,8 +99,8 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
     monkeypatch.chdir(tmp_path)
     seen, dtypes = [], set()
 
-    def fit(model, rule, phases, run, **settings):
-        seen.append([str(phase.rule or rule) for phase in phases])
+    def start_run(session, model, data, training, run, **settings):
+        seen.append([str(phase.rule or training.rule) for phase in training.phases])
         return types.SimpleNamespace(history=[])
 
     def measure_split(session, model, data, split, **settings):
@@ -108,7 +108,7 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
         model.features[0].register_forward_hook(lambda module, x, out: dtypes.add((out.dtype, _channels_last(x[0]))))
         return types.SimpleNamespace(accuracy=1.0)
 
-    monkeypatch.setattr(compare, "fit", fit)
+    monkeypatch.setattr(compare, "start_run", start_run)
     monkeypatch.setattr(prepared, "measure_split", measure_split)
     phases = "[{epochs: 1, rule: {class_path: sltt.RateBased}}, {epochs: 1}]"
     words = [*WORDS, "--phases", phases, "--precision", "bf16-mixed", "--channels_last", "true", "--compile", "off"]
@@ -126,7 +126,7 @@ def _channels_last(x):
 
 def test_a_wrong_rule_ends_it_before_another_trains(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "fit", None)
+    monkeypatch.setattr(compare, "start_run", None)
     assert main([*WORDS, "--rules", "SLTT,FOO"]) == 2
     assert main([*WORDS, "--rules", "SLTT,TBPTT:window=0"]) == 1
     assert not list(tmp_path.iterdir())
@@ -147,6 +147,6 @@ def test_the_brackets_of_a_rule_are_shown(capsys):
 
 def test_a_wrong_option_ends_it_before_a_training_begins(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "fit", None)
+    monkeypatch.setattr(compare, "start_run", None)
     assert main(["compare", "digits", "--epohcs", "1"]) == 2
     assert not list(tmp_path.iterdir())

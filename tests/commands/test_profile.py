@@ -17,6 +17,8 @@ from sltt.commands import main
 from sltt.commands.parsing import Recipe
 from sltt.commands.prepared import prepared
 from sltt.memory import trace_memory
+from sltt.training.session import session
+from sltt.training.settings import Execution
 from tests.conftest import batch, small_network
 
 LOSS = sltt.losses.CrossEntropyMSE()
@@ -189,7 +191,8 @@ def test_the_command(capsys, tmp_path, monkeypatch):
 
 def test_a_network_is_measured_as_it_trains():
     recipe = Recipe("test", "digits", ["--precision", "bf16-mixed", "--channels_last", "true", "--device", "cpu"])
-    with prepared(recipe.build(), 3) as here:
+    built = recipe.build()
+    with session(Execution.of(vars(built))) as started, prepared(started, built, 3) as here:
         x, y = here.batch(8)
         seen = []
         here.model.features[2].register_forward_hook(lambda module, args, out: seen.append(args[0].dtype))
