@@ -67,7 +67,9 @@ def spikes_of(model: nn.Sequential, x: torch.Tensor) -> float:
 
 def test_what_is_saved_follows_from_the_measured_costs(monkeypatch):
     monkeypatch.setattr(costs, "PRODUCTS_FROM", 0)
-    monkeypatch.setattr(costs, "_costs", lambda *args: (costs.Costs(0.02, 0.01, 0.0, 0.0), costs.Costs(0.03, 0.01, 0.0, 0.0)))
+    monkeypatch.setattr(
+        costs, "_costs", lambda *args: (costs.Costs(0.02, 0.01, 0.0, 0.0), costs.Costs(0.03, 0.01, 0.0, 0.0))
+    )
     costs.break_even.cache_clear()
     (path,) = (path for path in layer_paths(network(), images()) if path.sparse_forward)
     costs.break_even.cache_clear()
