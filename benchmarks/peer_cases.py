@@ -23,7 +23,7 @@ Neuron = Callable[[], nn.Module]
 
 def vgg11_max(**arguments: Any) -> nn.Module:
     """VGG-11 with the maximum where it has the average: what is pooled stays a spike."""
-    model = sltt.models.vgg11(**arguments)
+    model: Any = sltt.models.vgg11(**arguments)
     for i, layer in enumerate(model.features):
         if isinstance(layer, nn.AvgPool2d):
             model.features[i] = nn.MaxPool2d(2)
