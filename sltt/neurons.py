@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from sltt._torch import _are_functorch_transforms_active
 from sltt.checks import flag, instance, number
-from sltt.kernels import Step, neuron_step
+from sltt.kernels import NeuronStep, neuron_step
 from sltt.sequence.fold import Fold
 from sltt.sequence.state import Stateful
 from sltt.sequence.steps import in_backward
@@ -129,7 +129,7 @@ class Neuron(Stateful):
                 "state has moved on, and would give wrong gradients. Leave the neurons out of what is checkpointed."
             )
         learnable = isinstance(decay, Tensor)
-        step = Step(decay=None if learnable else decay, **self._constants())
+        step = NeuronStep(decay=None if learnable else decay, **self._constants())
         spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, fold.steps, fold.cut)
         return spikes
 

@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import io
 import json
 import sys
@@ -7,16 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 import sltt
 
+BENCHMARKS = Path(sltt.__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_the_path(monkeypatch):
+    """As Python has it for a script there."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
 
 def load(name):
-    path = Path(sltt.__file__).parents[1] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 def test_the_benchmark_of_the_rules_measures_each():
@@ -33,13 +38,45 @@ def test_the_benchmark_of_the_rules_measures_each():
     assert memory[0] > memory[1] > 0
 
 
-def test_the_benchmark_of_peers_builds_the_same_network_for_every_case():
-    peers = load("peers")
-    for case in ("relu", "SLTT", "BPTT"):
-        model, x, y = peers.build("vgg11", case)
-        assert torch.equal(model.head.weight, peers.build("vgg11", "SLTT")[0].head.weight)
-        assert x.shape == (16, 2, 48, 48)
-        assert len(y) == 16
+@pytest.mark.parametrize("network", ["vgg11", "vgg11-max", "shd"])
+def test_the_benchmark_of_peers_builds_the_same_network_for_every_case(network):
+    cases = load("peer_cases")
+    expected, x, _ = cases.build(network, "SLTT", 2)
+    for name, case in cases.CASES.items():
+        if case.neuron in (nn.ReLU, sltt.LIF):
+            model, same, y = cases.build(network, name, 2)
+            assert torch.equal(model.head.weight, expected.head.weight)
+            assert torch.equal(same, x)
+            assert len(y) == 2
+            assert model.training is not case.evaluates
+            case.run(model, same, y, 2)
+    assert load("peer_cases").build(network, "relu")[1].shape == cases.NETWORKS[network][1]
+
+
+def test_floors_and_peers_are_cases():
+    cases = load("peer_cases").CASES
+    assert {case.floor for case in cases.values()} <= set(cases)
+    assert {case.peer for case in cases.values()} <= {*cases, None}
+
+
+def test_a_network_that_evaluates_spikes_as_after_a_training():
+    cases = load("peer_cases")
+    model, x, _ = cases.build("vgg11", "evaluation", 4)
+    with sltt.analysis.firing_rates(model) as rates:
+        sltt.unroll(model, x, steps=2)
+    assert all(0.08 < rate < 0.25 for rate in rates.by_layer().values()), rates.by_layer()
+
+
+def test_processor_time_is_of_one_thread(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["peers.py", "--clock", "process", "--threads", "2"])
+    with pytest.raises(SystemExit, match="add --threads 1"):
+        load("peers").main()
+
+
+def test_ratios_are_taken_within_a_turn(peers):
+    rows = [{"case": "relu", "times": [1.0, 2.0, 4.0]}, {"case": "SLTT", "times": [0.5, 1.5, 2.4]}]
+    assert peers.ratio(rows, rows[1], "relu") == (0.6, 0.5, 0.75)
+    assert peers.ratio(rows, rows[1], "SpikingJelly SLTT") is None
 
 
 @pytest.fixture
@@ -52,13 +89,13 @@ class Answers:
 
     ends: dict
 
-    def __init__(self, row, peers):
-        self.row, self.peers = row, peers
+    def __init__(self, setting, case, peers):
+        self.setting, self.case, self.peers = setting, case, peers
 
     def ask(self, what):
-        if self.ends.get((self.row["case"], self.row["steps"])) == what:
+        if self.ends.get((self.case, self.setting.steps)) == what:
             raise self.peers.EndedError("killed, out of memory")
-        return {"memory": 2e8, "resident": 2e8, "cosine": 1.0, "time": 0.5 * self.row["steps"]}[what]
+        return {"memory": 2e8, "resident": 2e8, "cosine": 1.0, "time": 0.5 * self.setting.steps}[what]
 
     def close(self):
         pass
@@ -69,16 +106,17 @@ def run(peers, monkeypatch, tmp_path):
     """Runs the benchmark of peers on workers that answer at once; gives what it printed, and the rows in its file."""
     started = []
 
-    def start(row, limit, **environment):
-        started.append((row["case"], row["steps"]))
-        return Answers(row, peers)
+    def start(setting, case, limit, **environment):
+        started.append((case, setting.steps))
+        return Answers(setting, case, peers)
 
-    def run(steps, ends, cases="SLTT;BPTT;SpikingJelly BPTT"):
+    def run(steps, ends, cases="SLTT;BPTT;SpikingJelly BPTT", times=False, **settings):
         monkeypatch.setattr(Answers, "ends", ends, raising=False)
         monkeypatch.setattr(peers, "start", start)
         started.clear()
         console, file = Console(file=io.StringIO(), width=200), tmp_path / "rows.json"
-        rows = peers.sweep("digits", steps, cases.split(";"), 3, 60, file, console)
+        setting = peers.Setting("digits", steps[0], **settings)
+        rows = peers.sweep(setting, steps, cases.split(";"), 3, 60, times, file, console)
         assert json.loads(file.read_text()) == json.loads(json.dumps(rows))
         return console.file.getvalue(), rows, set(started)
 
@@ -106,6 +144,16 @@ def test_a_sweep_goes_on_where_it_stopped(run):
     _, rows, started = run([4], {}, cases="SLTT;BPTT;relu")  # a case more: this T is run again, for the ratios
     assert started == {("SLTT", 4), ("BPTT", 4), ("relu", 4)}
     assert len(rows) == 2 + 3 + 2  # SpikingJelly stays
+    _, rows, started = run([4], {}, batch=8, avx2=True, threads=1, clock="process")
+    assert len(started) == 3  # in another setting nothing was measured
+    assert len(rows) == 2 + 3 + 2 + 3
+    assert "AVX2" in rows[-1]["hardware"]
+
+
+def test_times_alone_are_a_table_too(run):
+    out, rows, _ = run([4], {}, cases="relu;SLTT", times=True)
+    assert "1.00 (1.00 – 1.00)" in out
+    assert all("memory" not in row for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -117,15 +165,15 @@ def test_a_sweep_goes_on_where_it_stopped(run):
     ],
 )
 def test_a_worker_that_gives_no_answer_says_why(peers, code, why):
-    worker = peers.Worker([sys.executable, "-c", code], 0.5 if "sleep" in code else 60)
+    worker = load("peer_workers").Worker([sys.executable, "-c", code], 0.5 if "sleep" in code else 60)
     with pytest.raises(peers.EndedError, match=why):
         worker.ask("time")
     worker.close()
 
 
-def test_a_worker_answers_each_question(peers):
+def test_a_worker_answers_each_question():
     code = "import sys\nfor line in sys.stdin: print(len(line), flush=True)"
-    worker = peers.Worker([sys.executable, "-c", code], 60)
+    worker = load("peer_workers").Worker([sys.executable, "-c", code], 60)
     assert [worker.ask(what) for what in ("time", "memory")] == [5, 7]
     worker.close()
 

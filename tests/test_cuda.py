@@ -21,7 +21,7 @@ import sltt
 from sltt import kernels
 from sltt.analysis import firing_rates
 from sltt.kernels.bits import pack, unpack
-from sltt.kernels.tags import PACK_FROM
+from sltt.kernels.saved import PACK_FROM
 from sltt.rules import segments
 from sltt.sequence.steps import Sequence, time_steps
 from tests.conftest import batch, small_network

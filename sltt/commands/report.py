@@ -17,6 +17,7 @@ HELP = (
 def run(words: Sequence[str]) -> None:
     """`sltt report FOLDER ...`: one page of what the commands measured and of runs."""
     from sltt.commands.page import write
+    from sltt.commands.sections import sections
 
     options = CommandOptions("sltt report", HELP)
     options.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
@@ -25,7 +26,7 @@ def run(words: Sequence[str]) -> None:
     known = options.parse_args(words)
     found = gather(known.folders)
     try:
-        page = write(found, known.out or known.folders[0] / "report")
+        page = write(sections(found), found, known.out or known.folders[0] / "report")
     except ModuleNotFoundError as error:
         raise RuntimeError(f"the report needs {error.name}: pip install 'sltt[report]'") from error
     if known.json:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sltt.interop.conversion import ConversionError, convert
-    from sltt.interop.nir import from_nir, to_nir
+    from sltt.interop.nir_export import to_nir
+    from sltt.interop.nir_import import from_nir
     from sltt.interop.onnx import to_onnx
 
 _HOMES = {
     "ConversionError": "conversion",
     "convert": "conversion",
-    "from_nir": "nir",
-    "to_nir": "nir",
+    "from_nir": "nir_import",
+    "to_nir": "nir_export",
     "to_onnx": "onnx",
 }
 

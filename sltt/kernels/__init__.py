@@ -9,16 +9,16 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 from sltt.kernels.layers import Weights
 from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using
+from sltt.kernels.saved import layer_call, release, saving, tag_dropped
+from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import steady_steps
-from sltt.kernels.step import Step, neuron_step
-from sltt.kernels.tags import layer_call, release, saving, tag_dropped
-from sltt.kernels.trace import Trace
+from sltt.kernels.step import NeuronStep, neuron_step
 
 __all__ = [
     "Compile",
+    "NeuronStep",
+    "Sensitivity",
     "Sparse",
-    "Step",
-    "Trace",
     "Weights",
     "batch_statistics",
     "compiler_problem",

@@ -1,6 +1,6 @@
 """Convolutions and linear layers of a network that read spikes: each runs sparse or dense, whichever is faster.
 
-The user's layers stay as they are. While `tags.saving` is open, a call of `F.conv2d` or `F.linear` on tagged spikes
+The user's layers stay as they are. While `saved.saving` is open, a call of `F.conv2d` or `F.linear` on tagged spikes
 comes here. The share of active inputs and the layer's shape decide, for the forward and for the weight gradient; the
 input gradient is dense. On one machine the same spikes give the same decision, and so the same bits.
 """
@@ -19,7 +19,7 @@ from sltt.kernels.options import options
 from sltt.kernels.sparse import Layer
 
 if TYPE_CHECKING:
-    from sltt.kernels.tags import SpikeTag
+    from sltt.kernels.saved import SpikeTag
 
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2}
 LAYERS = {*CONVOLUTIONS, F.linear}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.options import Kernel
-from sltt.kernels.step import Step, dense
+from sltt.kernels.step import NeuronStep, dense
 
 UNROLLED = 4  # time steps in one pass, so that a long sequence does not compile for minutes
 
@@ -24,7 +24,7 @@ class Steady:
 
 
 def steady_steps(
-    step: Step,
+    step: NeuronStep,
     x: Tensor,
     steps: int,
     dtype: torch.dtype,
@@ -64,7 +64,7 @@ def steady_steps(
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(step: Step, steps: int, dtype: torch.dtype, start: float | None) -> Kernel:
+def _kernel(step: NeuronStep, steps: int, dtype: torch.dtype, start: float | None) -> Kernel:
     """Some of the time steps: the first ones of a sequence, from the membrane potential `start`, or further ones."""
     first = start is not None
     rest = step.v_reset or 0.0

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.options import Kernel, in_force, options
-from sltt.kernels.tags import SpikeTag, packable, tag_of
+from sltt.kernels.saved import SpikeTag, packable, tag_of
 from sltt.surrogates import Surrogate
 
 
 @dataclass(frozen=True)
-class Step:
+class NeuronStep:
     """The constants of a neuron's step; `decay` is None where it is a tensor. The equations are those of `lif_step`."""
 
     decay: float | None
@@ -64,7 +64,7 @@ class Step:
 
 
 def neuron_step(
-    step: Step, v: Tensor, x: Tensor, decay: Tensor | None = None, steps: int = 1, cut: bool = False
+    step: NeuronStep, v: Tensor, x: Tensor, decay: Tensor | None = None, steps: int = 1, cut: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Spikes in x's type, and the membrane potential in v's type, after the time steps in x.
 
@@ -85,7 +85,7 @@ def neuron_step(
 
 
 def _run(
-    step: Step, v: Tensor, x: Tensor, decay: Tensor | None, steps: int, keep: bool
+    step: NeuronStep, v: Tensor, x: Tensor, decay: Tensor | None, steps: int, keep: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Spikes, the last v, and if asked to `keep` it what the backward needs of each step: v, or u for a hard reset."""
     if not dense(_unfold(x, steps)[0]):
@@ -101,7 +101,9 @@ def _run(
     return s, v, kept
 
 
-def _run_step(step: Step, s: Tensor, v: Tensor, x: Tensor, decay: Tensor | None, keep: bool) -> tuple[Tensor, Any]:
+def _run_step(
+    step: NeuronStep, s: Tensor, v: Tensor, x: Tensor, decay: Tensor | None, keep: bool
+) -> tuple[Tensor, Any]:
     """Write the spikes s of one step; v after it, and what the backward needs if asked to `keep` it."""
     v_next = torch.empty_like(v)
     soft = step.v_reset is None
@@ -117,7 +119,7 @@ def _unfold(x: Tensor, steps: int) -> tuple[Tensor, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernels(step: Step) -> tuple[Kernel, Kernel]:
+def _kernels(step: NeuronStep) -> tuple[Kernel, Kernel]:
     """Forward and backward of a step; each set of constants is compiled on its own, since they are built in."""
 
     def forward(s_out: Tensor, v_out: Tensor, u_out: Tensor | None, v: Tensor, x: Tensor, decay: Tensor | None) -> None:
@@ -152,7 +154,7 @@ def _kernels(step: Step) -> tuple[Kernel, Kernel]:
 class _NeuronStep(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, v: Tensor, x: Tensor, decay: Tensor | None, step: Step, steps: int, cut: bool
+        ctx: Any, v: Tensor, x: Tensor, decay: Tensor | None, step: NeuronStep, steps: int, cut: bool
     ) -> tuple[Tensor, Tensor]:
         # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it.
         ctx.replays = steps > 1 and tag_of(x) is not None
@@ -184,7 +186,7 @@ class _NeuronStep(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
-        step: Step = ctx.step
+        step: NeuronStep = ctx.step
         s, decay, v, x, *kept = ctx.saved_tensors
         if ctx.replays:
             _, _, kept = _run(step, v, x, decay, ctx.steps, keep=True)
@@ -215,7 +217,7 @@ class _NeuronStep(torch.autograd.Function):
 
 
 def _decay_gradient(
-    step: Step, decay: Tensor, grad_u: Any, v: Tensor, x: Tensor | None, kept: list[Tensor], s: Any
+    step: NeuronStep, decay: Tensor, grad_u: Any, v: Tensor, x: Tensor | None, kept: list[Tensor], s: Any
 ) -> Tensor:
     """∂L/∂λ = Σ_t ∂L/∂u[t] (v[t−1] − v_r − x[t]), the last term with `decay_input` only."""
     total = torch.zeros((), dtype=v.dtype, device=v.device)

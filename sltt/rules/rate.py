@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
 from sltt.dropout import Dropout
-from sltt.kernels import Step, Trace, batch_statistics, steady_steps
+from sltt.kernels import NeuronStep, Sensitivity, batch_statistics, steady_steps
 from sltt.neurons import Neuron
 from sltt.rules.base import Batch, Output, Rule, step_loss
 from sltt.sequence.replace import own_forward, replaced
@@ -135,9 +135,9 @@ class _NeuronLayer(_Layer):
         super().__init__(name, module)
         decay = module.decay()
         self.learnable = isinstance(decay, Tensor)
-        self.constants = Step(decay=None if isinstance(decay, Tensor) else decay, **module._constants())
+        self.constants = NeuronStep(decay=None if isinstance(decay, Tensor) else decay, **module._constants())
         self.spikes: Tensor | None = None
-        self.by_input, self.by_decay = Trace(self.constants), Trace(self.constants)
+        self.by_input, self.by_decay = Sensitivity(self.constants), Sensitivity(self.constants)
 
     def steady(self, x: Tensor, steps: int, hooks: dict[int, Any]) -> Tensor:
         """The layer in a rate pass without steps before: so many under x itself, whose spikes the hooks see."""

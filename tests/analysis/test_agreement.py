@@ -10,9 +10,9 @@ import sltt
 from sltt.analysis import Agreement, advice, agreement, propose
 from sltt.analysis.agreement import AGREES, SAVES, cheaper, windows
 from sltt.commands import main
-from sltt.commands.page import sections
 from sltt.commands.parsing import Recipe, mixed_options
 from sltt.commands.results import gather
+from sltt.commands.sections import sections
 from tests.conftest import batch, gradients, small_network
 
 LOSS = sltt.losses.CrossEntropyMSE()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sltt.commands import main
-from sltt.commands.page import sections
 from sltt.commands.results import gather
+from sltt.commands.sections import sections
 
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 SMALL = ["--model.width", "2", "--device", "cpu"]

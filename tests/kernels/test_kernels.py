@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import sltt
+import sltt.kernels.saved
 from sltt import kernels
 from sltt.analysis import peak_memory
-from sltt.kernels import tags
 from sltt.kernels.bits import pack, unpack
 from sltt.kernels.options import COMPILE_FROM, Kernel
-from sltt.kernels.tags import PACK_FROM, tag_of
+from sltt.kernels.saved import PACK_FROM, tag_of
 from sltt.neurons import lif_step
 from tests.conftest import SURROGATES, gradients
 
@@ -49,7 +49,7 @@ def both(v, x, constants, decay, learnable=False, late=True):
         state, total, spikes = leaves[0], 0, []
         for t in range(3):
             if fused:
-                step = kernels.Step(decay=None if learnable else decay, **constants)
+                step = kernels.NeuronStep(decay=None if learnable else decay, **constants)
                 s, state = kernels.neuron_step(step, state, leaves[1] * (1 - 0.3 * t), rate if learnable else None)
             else:
                 s, state = lif_step(state, (leaves[1] * (1 - 0.3 * t)).to(v.dtype), decay=rate, **constants)
@@ -146,7 +146,7 @@ def test_any_memory_format(layout, compile_mode):
 @pytest.mark.parametrize("constants", [CONSTANTS[0], CONSTANTS[-2]], ids=str)
 @pytest.mark.parametrize("cut", [False, True], ids=["through time", "cut"])
 def test_several_steps_in_a_call_equal_single_ones(size, learnable, constants, cut, compile_mode):
-    step = kernels.Step(None if learnable else 0.6, 1.0, surrogate=SURROGATES[0], **constants)
+    step = kernels.NeuronStep(None if learnable else 0.6, 1.0, surrogate=SURROGATES[0], **constants)
     results = []
     for together in (True, False):
         torch.manual_seed(0)
@@ -199,7 +199,7 @@ def check_steady(constants, learnable, steps):
             spikes.append(s)
         count = sum(spikes)
         by_input, by_decay = torch.autograd.grad(count.sum(), (x, decay))
-        step = kernels.Step(decay=None if learnable else 0.6, **constants)
+        step = kernels.NeuronStep(decay=None if learnable else 0.6, **constants)
         rate = torch.tensor(0.6, dtype=torch.float64) if learnable else None
         seen = []
         found = kernels.steady_steps(step, x.detach(), steps, torch.float64, 0.3, rate, seen.append)
@@ -213,7 +213,7 @@ def check_steady(constants, learnable, steps):
 
 @pytest.mark.parametrize("layout", layouts())
 def test_steps_under_a_steady_current_in_any_memory_format(layout, compile_mode):
-    step = kernels.Step(decay=0.5, v_threshold=1.0, surrogate=SURROGATES[0], **CONSTANTS[0])
+    step = kernels.NeuronStep(decay=0.5, v_threshold=1.0, surrogate=SURROGATES[0], **CONSTANTS[0])
     x = layouts()[layout]
     seen = []
     found, expected = (
@@ -247,17 +247,17 @@ def test_unpacking_gives_back_what_was_packed(n, dtype):
 def saved(call):
     """Bytes that autograd saves of activations during call(), and the distinct types."""
     seen = []
-    real = tags._save
+    real = sltt.kernels.saved._save
 
     def save(tensor):
         seen.append(real(tensor))
         return seen[-1]
 
-    tags._save, before = save, tags._save
+    sltt.kernels.saved._save, before = save, sltt.kernels.saved._save
     try:
         call()
     finally:
-        tags._save = before
+        sltt.kernels.saved._save = before
     return seen
 
 
@@ -440,7 +440,7 @@ def test_what_layers_read_is_saved_as_bits():
             model(x)
 
     kept = saved(call)
-    floats = [k[0] for k in kept if not isinstance(k[0], tags.Tag)]
+    floats = [k[0] for k in kept if not isinstance(k[0], sltt.kernels.saved.Tag)]
     assert len(kept) - len(floats) >= 4  # dropped spikes, 2.74 spikes, pooled, pooled and scaled or spikes of the head
     states = [m.v for m in model.modules() if isinstance(m, sltt.LIF)]
     allowed = [x, model.dropout.mask, *states, *model.parameters()]

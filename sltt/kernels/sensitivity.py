@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.options import Kernel
-from sltt.kernels.step import Step
+from sltt.kernels.step import NeuronStep
 
 
-class Trace:
+class Sensitivity:
     """∂(Σ_t s[t])/∂c for a change of u by `source` ∂c at every step: forward differentiation, elementwise, in place.
 
         f[t] = source[t] + λ g[t−1],   g[t] = ∂v[t]/∂u[t] f[t],   total = Σ_t ∂s[t]/∂u[t] f[t]
@@ -18,7 +18,7 @@ class Trace:
         step: the neuron's constants.
     """
 
-    def __init__(self, step: Step):
+    def __init__(self, step: NeuronStep):
         self._add = _kernel(step)
         self._total: Tensor | None = None
         self._carried: Tensor | None = None
@@ -48,7 +48,7 @@ class Trace:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(step: Step) -> Kernel:
+def _kernel(step: NeuronStep) -> Kernel:
     def add(
         total: Tensor, carried: Tensor, kept: Tensor, s: Tensor, decay: Tensor | None, source: Tensor | None
     ) -> None:

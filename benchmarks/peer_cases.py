@@ -1,0 +1,283 @@
+"""What benchmarks/peers.py measures: networks, and an iteration of each rule here and of the other libraries.
+
+The neurons: τ = 1.1, threshold 1, soft reset, no input scaling, triangle surrogate.
+"""
+
+# pyright: reportMissingImports=false
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import sltt
+from sltt import kernels
+
+LOSS = sltt.losses.CrossEntropyMSE()
+TAU = 1.1
+Iteration = Callable[[nn.Module, Tensor, Tensor, int], Any]
+Neuron = Callable[[], nn.Module]
+
+
+def vgg11_max(**arguments: Any) -> nn.Module:
+    """VGG-11 with the maximum where it has the average: what is pooled stays a spike."""
+    model: Any = sltt.models.vgg11(**arguments)
+    for i, layer in enumerate(model.features):
+        if isinstance(layer, nn.AvgPool2d):
+            model.features[i] = nn.MaxPool2d(2)
+    model.pool = nn.AdaptiveMaxPool2d(7)
+    return model
+
+
+def shd_mlp(neuron: Neuron) -> nn.Module:
+    """The sizes of the recipe for the Spiking Heidelberg Digits."""
+    return sltt.models.MLP([700, 256, 256, 20], neuron=neuron)
+
+
+# what makes the network, and its input
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "resnet18": (sltt.models.resnet18, (32, 3, 32, 32)),
+    "vgg11": (lambda **a: sltt.models.vgg11(in_channels=2, **a), (16, 2, 48, 48)),
+    "vgg11-max": (lambda **a: vgg11_max(in_channels=2, **a), (16, 2, 48, 48)),
+    "shd": (shd_mlp, (64, 700)),
+    "digits": (sltt.models.DigitsNet, (128, 1, 8, 8)),  # a case in seconds
+}
+
+
+def by_rule(rule: sltt.Rule, **options: Any) -> Iteration:
+    def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+        with kernels.using(**options):
+            rule(model, x, y, LOSS, steps=steps)
+
+    return run
+
+
+def in_bf16(iteration: Iteration) -> Iteration:
+    """Under autocast to bfloat16, with float32 weights and membrane potentials."""
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            iteration(model, x, y, steps)
+
+    return run
+
+
+def folded_bptt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    sltt.BPTT(fold=steps)(model, x, y, LOSS, steps=steps)
+
+
+def relu(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    """The floor: T times forward and backward of a network without state."""
+    for _ in range(steps):
+        (LOSS(model(x), y) / steps).backward()
+
+
+def evaluation(**options: Any) -> Iteration:
+    def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+        with kernels.using(**options):
+            sltt.unroll(model, x, steps=steps)
+
+    return run
+
+
+@torch.no_grad()
+def relu_evaluation(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    for _ in range(steps):
+        model(x)
+
+
+def jelly_neuron(kind: str, **kwargs: Any) -> nn.Module:
+    from spikingjelly.activation_based import neuron, surrogate
+
+    return getattr(neuron, kind)(
+        tau=TAU,
+        decay_input=False,
+        v_reset=None,
+        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
+        detach_reset=False,
+        **kwargs,
+    )
+
+
+class Folded(nn.Module):
+    """SpikingJelly's multi-step neuron in a network whose other layers have time folded into the batch."""
+
+    steps = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node = jelly_neuron("LIFNode", step_mode="m")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.node(x.unflatten(0, (Folded.steps, -1))).flatten(0, 1)
+
+
+def jelly_bptt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    from spikingjelly.activation_based import functional
+
+    functional.reset_net(model)
+    Folded.steps = steps
+    logits = model(x.repeat(steps, *[1] * (x.ndim - 1)))
+    LOSS(logits, y.repeat(steps)).backward()
+
+
+def jelly_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    from spikingjelly.activation_based import functional
+
+    functional.reset_net(model)
+    for _ in range(steps):
+        (LOSS(model(x), y) / steps).backward()
+
+
+def snntorch_neuron() -> nn.Module:
+    import snntorch
+
+    surrogate = sltt.surrogates.Triangle()
+    return snntorch.Leaky(beta=1 - 1 / TAU, spike_grad=surrogate, init_hidden=True, reset_delay=False)
+
+
+def snntorch_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    nodes: list[Any] = [m for m in model.modules() if type(m).__name__ == "Leaky"]
+    for node in nodes:
+        node.mem = torch.zeros(0)
+    for _ in range(steps):
+        (LOSS(model(x), y) / steps).backward()
+        for node in nodes:
+            node.mem = node.mem.detach()
+
+
+class NorseNeuron(nn.Module):
+    """Norse's feed-forward cell with its state kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from norse.torch import LIFBoxCell, LIFBoxParameters
+
+        self.cell = LIFBoxCell(LIFBoxParameters(tau_mem_inv=torch.tensor(1 / TAU)), dt=1.0)
+        self.state: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes, self.state = self.cell(x, self.state)
+        return spikes
+
+
+def norse_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    nodes = [m for m in model.modules() if isinstance(m, NorseNeuron)]
+    for node in nodes:
+        node.state = None
+    for _ in range(steps):
+        (LOSS(model(x), y) / steps).backward()
+        for node in nodes:
+            node.state = node.state._replace(v=node.state.v.detach())
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured under a name.
+
+    Attributes:
+        neuron: makes the neurons of the network.
+        run: one iteration.
+        floor: the case with ReLU that its time is divided by.
+        peer: the case of SpikingJelly that its time is divided by.
+        rule: whose gradient it should have; none is not compared.
+        channels_last: the memory format of images and weights; else PyTorch's default.
+        evaluates: in evaluation mode, with the statistics of BatchNorm that one pass over the batch leaves.
+    """
+
+    neuron: Neuron
+    run: Iteration
+    floor: str = "relu"
+    peer: str | None = None
+    rule: str | None = None
+    channels_last: bool = True
+    evaluates: bool = False
+
+
+def sltt_case(rule: sltt.Rule, exact: str | None = None, **options: Any) -> Case:
+    """A rule of ours; `exact` is the name of the rule whose gradient it should have."""
+    backward = "BPTT" if isinstance(rule, sltt.BPTT) else "SLTT"
+    return Case(sltt.LIF, by_rule(rule, **options), peer=f"SpikingJelly {backward}", rule=exact)
+
+
+def bf16_case(**options: Any) -> Case:
+    return Case(sltt.LIF, in_bf16(by_rule(sltt.SLTT(), **options)), floor="relu, bf16")
+
+
+def peer_case(neuron: Neuron, run: Iteration, rule: str) -> Case:
+    return Case(neuron, run, peer=f"SpikingJelly {rule}", rule=rule, channels_last=False)
+
+
+CASES: dict[str, Case] = {
+    "relu": Case(nn.ReLU, relu),
+    "relu, default format": Case(nn.ReLU, relu, channels_last=False),
+    "relu, bf16": Case(nn.ReLU, in_bf16(relu), floor="relu, bf16"),
+    "relu, evaluation": Case(nn.ReLU, relu_evaluation, floor="relu, evaluation", evaluates=True),
+    "SLTT": sltt_case(sltt.SLTT(), "SLTT"),
+    "SLTT, dense": sltt_case(sltt.SLTT(), "SLTT", sparse="off"),
+    "SLTT, bf16": bf16_case(),
+    "SLTT, bf16, dense": bf16_case(sparse="off"),
+    "SLTT, default format": Case(sltt.LIF, by_rule(sltt.SLTT()), rule="SLTT", channels_last=False),
+    "SLTT, not compiled": sltt_case(sltt.SLTT(), "SLTT", compile="off"),
+    "SLTT, k = 1": sltt_case(sltt.SLTT(k=1)),
+    "SLTT, k = 1, dense": sltt_case(sltt.SLTT(k=1), sparse="off"),
+    "SLTT, recompute": sltt_case(sltt.SLTT(recompute=True), "SLTT"),
+    "SLTT, hoist": sltt_case(sltt.SLTT(hoist=True), "SLTT"),
+    "OTTT": sltt_case(sltt.OTTT()),
+    "BPTT": sltt_case(sltt.BPTT(), "BPTT"),
+    "BPTT, dense": sltt_case(sltt.BPTT(), "BPTT", sparse="off"),
+    "BPTT, fold = T": Case(sltt.LIF, folded_bptt, peer="SpikingJelly BPTT", rule="BPTT"),
+    "BPTT, recompute": sltt_case(sltt.BPTT(recompute=True), "BPTT"),
+    "BPTT, recompute = 2": sltt_case(sltt.BPTT(segment=2), "BPTT"),
+    "evaluation": Case(sltt.LIF, evaluation(), floor="relu, evaluation", evaluates=True),
+    "evaluation, dense": Case(sltt.LIF, evaluation(sparse="off"), floor="relu, evaluation", evaluates=True),
+    "SpikingJelly SLTT": peer_case(lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt, "SLTT"),
+    "SpikingJelly BPTT": peer_case(Folded, jelly_bptt, "BPTT"),
+    "snnTorch, detached": peer_case(snntorch_neuron, snntorch_sltt, "SLTT"),
+    "Norse, detached": peer_case(NorseNeuron, norse_sltt, "SLTT"),
+}
+
+
+def build(network: str, case: str, batch: int | None = None) -> tuple[nn.Module, Tensor, Tensor]:
+    """The case's network with the weights that all cases share, and the batch; None is the network's own size."""
+    make, (size, *shape) = NETWORKS[network]
+    torch.manual_seed(0)
+    weights = make(neuron=nn.ReLU).state_dict()
+    model = make(neuron=CASES[case].neuron)
+    model.load_state_dict(weights, strict=False)  # other libraries keep constants of their neurons there
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((batch or size, *shape), generator=generator)
+    y = torch.randint(10, x.shape[:1], generator=generator)
+    if CASES[case].channels_last and x.ndim == 4:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if CASES[case].evaluates:
+        settle(model, x)
+    return model, x, y
+
+
+def settle(model: nn.Module, x: Tensor) -> None:
+    """Give BatchNorm the statistics of a batch and switch to evaluation: firing rates are then as after a training."""
+    for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
+        norm.momentum = None  # their mean over the steps
+    sltt.unroll(model, x, steps=2) if any(isinstance(m, sltt.LIF) for m in model.modules()) else model(x)
+    model.eval()
+
+
+def cosine(network: str, case: str, steps: int) -> float | None:
+    """Cosine between the case's gradient and that of its rule, by the plain equations."""
+    rule = CASES[case].rule
+    if not rule:
+        return None
+    grads = []
+    exact = by_rule(getattr(sltt, rule)(), compile="off", bits=False)
+    for name, iteration in ((case, CASES[case].run), (rule, exact)):
+        model, x, y = build(network, name, 2)
+        model.double()
+        for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
+            norm.eval().get_buffer("running_var").fill_(0.02)  # small enough for every layer to spike
+        iteration(model, x.double(), y, steps)
+        layers = (m for m in model.modules() if isinstance(m, nn.Conv2d | _BatchNorm | nn.Linear))
+        grads.append(torch.cat([p.grad.flatten() for m in layers for p in m.parameters() if p.grad is not None]))
+    return torch.cosine_similarity(*grads, dim=0).item()

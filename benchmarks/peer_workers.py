@@ -1,0 +1,162 @@
+"""Processes that run the cases of benchmarks/peers.py: each answers a line of its input with a line of JSON."""
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peer_cases import CASES, NETWORKS, build, cosine
+
+from sltt.analysis import peak_memory, process_peak, reset_process_peak
+
+# What a worker may hold between its turns, in bytes: beyond, it gives memory back, since all workers are alive at once.
+# It pays with new pages in its next turn, a few percent of the time.
+HELD_AT_MOST = 4e9
+# PyTorch's own kernels and ours, oneDNN's, and MKL's
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cases of a run share.
+
+    Attributes:
+        network: its name.
+        steps: T.
+        batch: samples; None is the network's own.
+        threads: of PyTorch.
+        avx2: without AVX-512.
+        clock: wall, seconds that pass; or process, seconds that the process computes: with one thread these are hardly
+            disturbed by other processes.
+    """
+
+    network: str
+    steps: int
+    batch: int | None = None
+    threads: int = torch.get_num_threads()
+    avx2: bool = False
+    clock: Literal["wall", "process"] = "wall"
+
+    def described(self) -> dict[str, Any]:
+        """For a row of the results."""
+        size, *shape = NETWORKS[self.network][1]
+        capability = "AVX2" if self.avx2 else torch.backends.cpu.get_cpu_capability()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        hardware = f"{threads} on {model} ({capability}), PyTorch {torch.__version__}"
+        return {
+            **asdict(self),
+            "batch": self.batch or size,
+            "input": [self.batch or size, *shape],
+            "hardware": hardware,
+        }
+
+
+def work(setting: Setting, case: str) -> None:
+    """A worker."""
+    with contextlib.suppress(OSError):  # where memory runs out, it is this process that ends
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    torch.set_num_threads(setting.threads)
+    model, x, y = build(setting.network, case, setting.batch)
+    clock = time.perf_counter if setting.clock == "wall" else time.process_time
+
+    def run() -> float:
+        model.zero_grad(set_to_none=True)
+        began = clock()
+        CASES[case].run(model, x, y, setting.steps)
+        return clock() - began
+
+    def timed() -> float:
+        seconds = run()
+        if resident_set() > HELD_AT_MOST:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return seconds
+
+    def resident() -> int:
+        nonlocal model
+        run()
+        model = build(setting.network, case, setting.batch)[0]  # without states that other libraries keep
+        gc.collect()
+        device = torch.device("cpu")
+        before = resident_set()
+        reset_process_peak(device)
+        run()
+        return process_peak(device) - before
+
+    actions: dict[str, Callable[[], Any]] = {
+        "time": timed,
+        "cosine": lambda: cosine(setting.network, case, setting.steps),
+        "memory": lambda: peak_memory(run),  # in a new process: no state of an earlier iteration to free
+        "resident": resident,
+    }
+    for line in sys.stdin:
+        print(json.dumps(actions[line.strip()]()), flush=True)
+
+
+def resident_set() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+class EndedError(Exception):
+    """A worker gives no answer; says why."""
+
+
+class Worker:
+    """A process that answers each line of its input with a line of JSON.
+
+    Args:
+        command: the process.
+        limit: seconds that an answer may take.
+        environment: on top of this process's.
+    """
+
+    def __init__(self, command: list[str], limit: float, **environment: str):
+        self.limit = limit
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+        )
+
+    def ask(self, what: str) -> Any:
+        """The answer; raises EndedError if there is none."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and there is no answer to read
+            print(what, file=self.process.stdin, flush=True)
+        if not select.select([self.process.stdout], [], [], self.limit)[0]:
+            self.process.kill()
+            raise EndedError(f"more than {self.limit:g} s")
+        if answer := self.process.stdout.readline():
+            return json.loads(answer)
+        code = self.process.wait()
+        raise EndedError("killed, out of memory" if code == -signal.SIGKILL else f"ended with code {code}")
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError), self.process:
+            pass  # closes its input, at which it ends
+
+
+def start(setting: Setting, case: str, limit: float, **environment: str) -> Worker:
+    """A worker for a case."""
+    environment |= {"OMP_NUM_THREADS": str(setting.threads), **(AVX2 if setting.avx2 else {})}
+    return Worker([sys.executable, __file__, json.dumps(asdict(setting)), case], limit, **environment)
+
+
+if __name__ == "__main__":
+    work(Setting(**json.loads(sys.argv[1])), sys.argv[2])

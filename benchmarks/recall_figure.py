@@ -1,0 +1,107 @@
+"""Accuracy against memory on delayed recall, one dot for each rule, at T = 16, 64 and 256.
+
+    python benchmarks/recall_figure.py [--steps 16 64 256] [--epochs 6] [--seeds 1] [--json FILE] [--figure FILE]
+
+The recipe `recall` with a longer delay: the cue, T − 9 silent steps, 8 steps of the probe. τ grows with the delay, so
+that 70% of the membrane potential is left after it at every T. Accuracy is that of 2,000 test samples after the last
+epoch. Memory is the peak of a training batch above the memory before it.
+
+Each training is written to the JSON when it ends, and the same command goes on where it stopped.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+
+import sltt
+from sltt.training.console import Console
+
+DOCS = Path(__file__).parents[1] / "docs"
+RULES = {
+    "BPTT": sltt.BPTT(),
+    "TBPTT(8)": sltt.TBPTT(window=8),
+    "OTTT": sltt.OTTT(),
+    "SLTT": sltt.SLTT(),
+    "SLTT-1": sltt.SLTT(k=1),
+}
+CLASSES, PROBE, LEFT = 4, 8, 0.7
+
+
+def train(name: str, steps: int, seed: int, epochs: int, samples: int) -> dict[str, Any]:
+    """One training, and what it reached."""
+    torch.manual_seed(seed)
+    delay = steps - 1 - PROBE
+    data = sltt.data.Recall(validation=0, delay=delay, samples=samples)
+    neuron = partial(sltt.LIF, tau=1 / (1 - LEFT ** (1 / delay)), detach_reset=True)
+    model = sltt.models.MLP([data.channels, 64, CLASSES], neuron=neuron, norm=False)
+    loss = sltt.losses.CrossEntropyMSE(alpha=0.0)
+    optimizer = partial(torch.optim.AdamW, lr=0.005, weight_decay=0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        found = sltt.fit(
+            model, data, RULES[name], loss, optimizer, steps=steps, epochs=epochs, batch_size=128, seed=seed,
+            device="cpu", run=Path(folder) / "run", report=Console(quiet=True),
+        )  # fmt: skip
+    accuracy = sltt.evaluate(model, data, "test", loss=loss, steps=steps, device="cpu").accuracy
+    shared = {"rule": name, "steps": steps, "seed": seed, "epochs": epochs, "samples": samples}
+    return {**shared, "accuracy": accuracy, "memory": found.history[-1]["peak_memory"]}
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each T: the mean over the seeds, with the smallest and the largest."""
+    all_steps = sorted({row["steps"] for row in rows})
+    figure, axes = plt.subplots(
+        1, len(all_steps), figsize=(3.4 * len(all_steps), 3.6), sharey=True, layout="constrained"
+    )
+    for axis, steps in zip(axes, all_steps, strict=True):
+        for name, marker, colour in zip(
+            RULES, "osD^v", ("#9aa0a6", "#c2703d", "#3c8d5a", "#2f6f9f", "#7fb2d6"), strict=True
+        ):
+            mine = [row for row in rows if (row["rule"], row["steps"]) == (name, steps)]
+            if not mine:
+                continue
+            reached = [100 * row["accuracy"] for row in mine]
+            mean = statistics.mean(reached)
+            spread = [[mean - min(reached)], [max(reached) - mean]]
+            memory = statistics.mean(row["memory"] for row in mine) / 1e6
+            axis.errorbar(memory, mean, spread, marker=marker, color=colour, markersize=9, capsize=3, ls="", label=name)
+        axis.axhline(100 / CLASSES, color="#9aa0a6", linestyle=":", linewidth=1)
+        axis.set(title=f"T = {steps}", xlabel="memory of a training batch, MB", xscale="log", ylim=(15, 105))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#e4e6e8")
+        axis.set_axisbelow(True)
+    axes[0].set_ylabel("test accuracy, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(RULES), frameon=False)
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=8000, help="training samples")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=DOCS / "results" / "recall-memory.json")
+    parser.add_argument("--figure", type=Path, default=DOCS / "figures" / "recall-memory.png")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json.exists() else []
+    for steps, seed, name in itertools.product(options.steps, range(options.seeds), RULES):
+        if not any((row["rule"], row["steps"], row["seed"]) == (name, steps, seed) for row in rows):
+            rows.append(train(name, steps, seed, options.epochs, options.samples))
+            print(rows[-1], flush=True)
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    draw(rows, options.figure)
+
+
+if __name__ == "__main__":
+    main()

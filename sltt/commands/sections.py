@@ -1,0 +1,308 @@
+"""What `sltt report` shows: tables and figures of what the commands measured and of runs."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sltt.commands.compare import Compared
+from sltt.commands.failures import cause
+from sltt.commands.page import Cell, Chart, Section, TableOfCells
+from sltt.commands.parsing import Recipe
+from sltt.commands.results import Gathered, rule_label
+from sltt.training.checkpoints import start_from
+from sltt.training.console import megabytes
+from sltt.training.files import read_table
+from sltt.training.runs import CONFIG, METRICS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RASTER_NEURONS = 60  # of each layer
+RATE = "share of neurons that spike in a step"
+
+
+def sections(found: Gathered) -> list[Section]:
+    """Tables and figures of what was gathered, in the order in which a reader asks."""
+    from sltt.commands.figures import palette
+
+    asked = [row["rule"] for one in found.comparisons for row in one["rows"]]
+    asked += [row["rule"] for one in found.profiles for row in one["costs"]]
+    colours = palette([*asked, *map(rule_label, found.runs)])
+    made = [_comparison(one) for one in found.comparisons]
+    if found.runs:
+        made.append(_training(found.runs, colours))
+    for one in found.profiles:
+        made += [_costs(one, colours), _energy(one)]
+    made += [_agreement(one) for one in found.agreements]
+    if found.runs:
+        made.append(_spikes(found))
+    for number, section in enumerate(made, 1):  # two profiles do not write to the same file
+        for part in [*section.tables, *section.charts]:
+            part.name = f"{number}-{part.name}"
+    return made
+
+
+def _comparison(found: dict[str, Any]) -> Section:
+    headings = ("rule", "test accuracy", "seeds", "s / epoch", "peak memory", "mult. forward", "mult. backward",
+                "cosine with BPTT")  # fmt: skip
+    rows = []
+    for row in found["rows"]:
+        one = Compared(**row)
+        if not one.accuracies or row["operations"] is None:
+            rows.append([Cell(one.rule, one.rule), Cell("died", ""), *[Cell("", "")] * 6])
+            continue
+        mean = statistics.mean(one.accuracies)
+        spread = f" ± {statistics.stdev(one.accuracies):.1%}" if len(one.accuracies) > 1 else ""
+        forward, backward = row["operations"]["forward"], row["operations"]["backward"]
+        rows.append(
+            [
+                Cell(one.rule, one.rule),
+                Cell(f"{mean:.1%}{spread}", mean),
+                Cell(str(len(one.accuracies)), len(one.accuracies)),
+                _number(one.seconds, ".2f"),
+                Cell(megabytes(one.peak_memory), one.peak_memory),
+                Cell(f"{forward:.2e}", forward),
+                Cell(f"{backward:.2e}", backward),
+                _number(one.cosine, ".3f"),
+            ]
+        )
+    text = [
+        "Each rule trained with the same network, data, budget and seeds. Memory is what a batch takes above what is "
+        "there before it; multiplications are those of one batch; the cosine is that of the rule's gradient with the "
+        "gradient of exact backpropagation through time, after the training."
+    ]
+    return Section(
+        f"Rules compared on {found['recipe']}", text, [TableOfCells("comparison", "one row a rule", headings, rows)]
+    )
+
+
+def _training(runs: Sequence[Path], colours: dict[str, str]) -> Section:
+    from sltt.commands import figures
+
+    accuracy: dict[str, list[figures.Points]] = {}
+    loss: dict[str, list[figures.Points]] = {}
+    rows = []
+    for run in runs:
+        history = read_table(run / METRICS)
+        label = rule_label(run)
+        epochs = [row["epoch"] for row in history]
+        key = "train_accuracy" if history[0]["validation_accuracy"] is None else "validation_accuracy"
+        accuracy.setdefault(label, []).append((epochs, [row[key] for row in history]))
+        loss.setdefault(label, []).append((epochs, [row["train_loss"] for row in history]))
+        best = max(history, key=lambda row: row[key])
+        seconds = statistics.median(row["seconds"] for row in history)
+        rows.append(
+            [
+                Cell(run.name, run.name),
+                Cell(label, label),
+                Cell(str(len(epochs)), len(epochs)),
+                Cell(f"{best[key]:.2%}", best[key]),
+                _number(history[-1]["train_loss"], ".4f"),
+                Cell(f"{history[-1]['firing_rate']:.3f}", history[-1]["firing_rate"]),
+                Cell(f"{seconds:.2f}", seconds),
+            ]
+        )
+    curves = figures.lines(accuracy, colours, "epoch", "accuracy", percent=True)
+    headings = "run", "rule", "epochs", "best accuracy", "last loss", "firing rate", "s / epoch"
+    return Section(
+        "Training",
+        ["Accuracy on the samples that were held out of the training set, or on that set where none were."],
+        [TableOfCells("runs", "one row a run", headings, rows)],
+        [
+            Chart("accuracy", "Accuracy over epochs; a line for each seed", curves),
+            Chart("loss", "Training loss over epochs", figures.lines(loss, colours, "epoch", "loss")),
+        ],
+    )
+
+
+def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
+    from sltt.commands import figures
+
+    costs = found["costs"]
+    parts = [key for key in costs[0]["memory"] if key != "total"]
+    headings = ("rule", "T", "peak memory", *parts, "seconds", "data", "forward", "backward", "step", "mult. forward",
+                "mult. backward")  # fmt: skip
+    rows = [
+        [
+            Cell(one["rule"], one["rule"]),
+            Cell(str(one["steps"]), one["steps"]),
+            *(_bytes_cell(one["memory"][key]) for key in ("total", *parts)),
+            *(
+                Cell(f"{one['seconds'][key]:.3f}", one["seconds"][key])
+                for key in ("total", "data", "forward", "backward", "step")
+            ),
+            *(Cell(f"{one['operations'][key]:.2e}", one["operations"][key]) for key in ("forward", "backward")),
+        ]
+        for one in costs
+    ]
+    memory: dict[str, list[figures.Points]] = {}
+    seconds: dict[str, list[figures.Points]] = {}
+    for rule in dict.fromkeys(one["rule"] for one in costs):
+        own = [one for one in costs if one["rule"] == rule]
+        steps = [one["steps"] for one in own]
+        memory[rule] = [(steps, [one["memory"]["total"] / 1e6 for one in own])]
+        seconds[rule] = [(steps, [one["seconds"]["total"] for one in own])]
+    most = max(one["steps"] for one in costs)
+    last = [one for one in costs if one["steps"] == most]
+    bars = {key: [one["memory"][key] / 1e6 for one in last] for key in parts}
+    stacked = figures.stacked_bars(bars, [one["rule"] for one in last], "MB")
+    charts = [
+        Chart("memory", "Memory at the peak of a training iteration over T", figures.lines(memory, colours, "T", "MB")),
+        Chart("time", "Seconds of a training iteration over T", figures.lines(seconds, colours, "T", "seconds")),
+        Chart("parts", f"What the memory is at T = {most}", stacked),
+    ]
+    tables = [TableOfCells("costs", "one row a rule and T", headings, rows)]
+    if found["fits"]:
+        tables.append(_fits_table(found["fits"]))
+    text = [f"A training iteration of {found['recipe']} with {found['batch']} samples, on {found['device']}."]
+    return Section("What a rule costs", text, tables, charts)
+
+
+def _fits_table(fits: Sequence[dict[str, Any]]) -> TableOfCells:
+    def most(value: int | None, none: str) -> Cell:
+        return Cell(none, "") if value is None else Cell(f"{value:,}", value)
+
+    rows = [
+        [
+            Cell(one["rule"], one["rule"]),
+            most(one["batch"], "no limit"),
+            most(one["steps"], "no limit"),
+            most(one["fold"], "–"),
+            _bytes_cell(one["predicted"]),
+            Cell("not run", "") if one["measured"] is None else _bytes_cell(one["measured"]),
+        ]
+        for one in fits
+    ]
+    title = f"What fits {megabytes(fits[0]['budget'])}: each the largest, the rest as in the recipe"
+    return TableOfCells("fits", title, ("rule", "batch", "T", "fold", "predicted", "measured"), rows)
+
+
+def _energy(found: dict[str, Any]) -> Section:
+    from sltt.analysis import LayerOperations
+    from sltt.commands import figures
+
+    rows, rates = [], {}
+    for layer in found["layers"]:
+        if layer["operations"] is None:
+            rates[layer["name"]] = layer["firing_rate"]
+            rate, spikes = layer["firing_rate"], layer["spikes"]
+            cells = [Cell("", "")] * 4 + [Cell(f"{rate:.3f}", rate), Cell(f"{spikes:,.0f}", spikes)]
+        else:
+            one = LayerOperations(**layer["operations"])
+            cells = [
+                Cell(f"{one.macs:,}", one.macs),
+                Cell(f"{one.density:.1%}", one.density),
+                Cell(f"{one.synaptic_operations:,.0f}{'' if one.spiking else ' MAC'}", one.synaptic_operations),
+                Cell(f"{one.picojoules / 1e3:,.1f}", one.picojoules / 1e3),
+                Cell("", ""),
+                Cell("", ""),
+            ]
+        rows.append([Cell(layer["name"], layer["name"]), *cells])
+    headings = ("layer", "MAC a step", "inputs ≠ 0", "synaptic operations", "energy, nJ", "firing rate", "spikes")
+    state = "with trained weights" if found["trained"] else "with random weights"
+    text = [
+        f"The inference of one sample, {state}. Estimated energy: {found['picojoules'] / 1e6:.3g} µJ, and "
+        f"{found['picojoules_as_ann'] / 1e6:.3g} µJ for the same network without time and spikes (32-bit floating "
+        "point in 45 nm: 4.6 pJ a multiply-accumulate, 0.9 pJ an accumulate). Memory accesses and the neurons "
+        "themselves are not in it: compare networks by it, do not plan a chip."
+    ]
+    chart = Chart(
+        "firing-rates-random",
+        f"Firing rates by layer, {state}",
+        figures.bars(rates, RATE),
+    )
+    return Section("Spikes and energy", text, [TableOfCells("layers", "one row a layer", headings, rows)], [chart])
+
+
+def _agreement(found: dict[str, Any]) -> Section:
+    from sltt.commands import figures
+
+    rows, text = [], []
+    for row in found["rows"]:
+        where = f"{_tau(row['tau'])}T = {row['steps']}, after {row['epochs']} epochs"
+        text.append(f"{where[0].upper()}{where[1:]}: {row['advice']}")
+        for one in row["agreement"]:
+            rows.append(
+                [
+                    Cell("recipe's" if row["tau"] is None else f"{row['tau']:g}", row["tau"]),
+                    Cell(str(row["steps"]), row["steps"]),
+                    Cell(str(row["epochs"]), row["epochs"]),
+                    Cell(one["rule"], one["rule"]),
+                    *(_number(one[key], ".3f") for key in ("cosine", "norm_ratio", "dropped")),
+                ]
+            )
+    layers = [name for name, (cosine, _) in found["rows"][0]["agreement"][0]["layers"].items() if cosine is not None]
+    columns = [f"{_tau(row['tau'])}T={row['steps']}, {row['epochs']} ep." for row in found["rows"]]
+    spatial = [row["agreement"][0]["layers"] for row in found["rows"]]
+    values = [[max(column[layer][0] or 0.0, 0.0) for column in spatial] for layer in layers]
+    chart = Chart(
+        "agreement",
+        "Cosine of SLTT's gradient with that of exact BPTT, by layer",
+        figures.heat_map(values, layers, [column.replace(", ", "\n") for column in columns], ""),
+    )
+    headings = "τ", "T", "epochs", "rule", "cosine", "norm / BPTT", "dropped"
+    title = "Gradients beside that of exact BPTT"
+    return Section(f"Is it safe: {found['recipe']}", text, [TableOfCells("agreement", title, headings, rows)], [chart])
+
+
+def _spikes(found: Gathered) -> Section:
+    """Firing rates and the raster of one test sample, of the first run that loads; a note for each before it."""
+    from sltt.commands import figures
+
+    section = Section("Spikes of a trained network")
+    preferred = sorted(found.runs, key=lambda run: not rule_label(run).startswith("SLTT"))
+    for run in preferred:
+        try:
+            spikes = sample_spikes(run)
+        except Exception as error:  # of the user's own classes too
+            found.notes.append(f"The spikes of {run} are left out: {cause(error)}")
+            continue
+        rates = {layer: float(fired.mean()) for layer, fired in spikes.items()}
+        shown = {layer: fired[:, :: max(1, fired.shape[1] // RASTER_NEURONS)] for layer, fired in spikes.items()}
+        section.text.append(f"The first test sample, through the network of {run.name}.")
+        section.charts = [
+            Chart("firing-rates", "Firing rates by layer, of this sample", figures.bars(rates, RATE)),
+            Chart("raster", f"Spikes of about {RASTER_NEURONS} neurons of each layer", figures.raster(shown)),
+        ]
+        return section
+    section.text.append("Left out: see the notes at the top.")
+    return section
+
+
+def sample_spikes(run: Path) -> "dict[str, np.ndarray]":
+    """The spikes [T, neurons] of each layer for the first test sample, with the weights that the run selected."""
+    import torch
+
+    from sltt.rules import unroll
+    from sltt.sequence.state import emits_spikes
+
+    built = Recipe("sltt report", str(run / CONFIG), []).build()
+    start_from(built.model, str(run))
+    splits = built.data.splits(built.steps)
+    x, _ = splits.collate([splits.test[0]])
+    fired: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            fired.setdefault(name, []).append(output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    for name, module in built.model.eval().named_modules():
+        if emits_spikes(module):
+            module.register_forward_hook(keep(name))
+    unroll(built.model, x, steps=built.steps if splits.static else None)
+    return {name: torch.stack(steps).flatten(1).ne(0).numpy() for name, steps in fired.items()}
+
+
+def _number(value: float | None, form: str) -> Cell:
+    return Cell("–" if value is None else format(value, form), value)
+
+
+def _bytes_cell(value: int) -> Cell:
+    return Cell(f"{value / 1e6:.3g} MB" if value < 1e9 else megabytes(value), value)
+
+
+def _tau(tau: float | None) -> str:
+    return "" if tau is None else f"τ = {tau:g}, "

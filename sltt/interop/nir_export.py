@@ -1,0 +1,240 @@
+"""NIR, the neuromorphic intermediate representation: networks to graphs; `sltt.interop.nir_import` reads them.
+
+A time step of `dt` seconds of NIR's equations is one step of forward Euler:
+
+    LIF: τ v̇ = (v_leak − v) + R I     u = λ v + (1 − λ)(v_leak + R x),   λ = 1 − dt/τ
+    IF:  v̇ = R I                      u = v + dt R x
+
+so that τ = dt times our τ, R = 1 with `decay_input` and our τ without, and R = 1/dt for `IF`. NIR's neurons fire above
+the threshold, and its versions differ in the reset; what ours do is written into the nodes' metadata.
+"""
+
+# pyright: reportMissingImports=false
+
+import operator
+from dataclasses import fields
+from typing import Any
+
+import nir
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from sltt.checks import instance, number
+from sltt.dropout import Dropout
+from sltt.neurons import IF, LIF, PLIF, Neuron
+from sltt.sequence.state import Stateful, reset
+from sltt.surrogates import Above
+
+_HAS_RESET = {kind: "v_reset" in {f.name for f in fields(kind)} for kind in (nir.IF, nir.LIF)}
+_NORMS = nn.BatchNorm1d | nn.BatchNorm2d
+_NOTHING = nn.Identity | nn.Dropout | nn.Dropout2d | Dropout  # in evaluation
+_ADD = (operator.add, operator.iadd, torch.add)
+
+
+def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
+    """The graph of a network in evaluation mode: `nir.write(path, to_nir(model, x))`.
+
+    `IF`, `LIF` and `PLIF`; linear layers and convolutions, with the BatchNorm behind them folded into their weights;
+    average pooling, flatten, and sums, which are several edges into a node.
+
+    Args:
+        model: the network of one time step; its state is reset.
+        x: an input of one time step [B, ...], for its shape.
+        dt: length of a time step in seconds.
+
+    Raises:
+        ValueError: naming every layer and operation that NIR has no counterpart for.
+    """
+    instance("x", x, Tensor)
+    return _Export(instance("model", model, nn.Module), number("dt", dt, above=0)).export(x)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Stateful) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Export(fx.Interpreter):
+    """Runs the network once, layer by layer, for the shapes, and notes nodes and edges."""
+
+    def __init__(self, model: nn.Module, dt: float):
+        self.dt = dt
+        self.model = model
+        self.nodes: dict[str, nir.NIRNode] = {}
+        self.edges: list[tuple[str, str]] = []
+        self.sources: dict[fx.Node, list[str]] = {}  # the nodes of the graph whose sum is the value
+        self.used: set[str] = set()
+        self.problems: list[str] = []
+        super().__init__(fx.GraphModule(model, _Tracer().trace(model)))
+
+    def export(self, x: Tensor) -> nir.NIRGraph:
+        training = {m: m.training for m in self.model.modules()}
+        self.model.eval()
+        reset(self.model)
+        try:
+            with torch.no_grad():
+                self.run(x)
+        finally:
+            reset(self.model)
+            for module, mode in training.items():
+                module.training = mode
+        if self.problems:
+            raise ValueError(f"NIR has no counterpart for {'; '.join(self.problems)}")
+        return nir.NIRGraph(self.nodes, self.edges)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "placeholder":
+            self._add(n, "input", nir.Input({"input": np.array(value.shape[1:])}), [])
+        elif n.op == "output":
+            arg: Any = n.args[0]
+            shape = np.array(value.shape[1:])
+            self._add(n, "output", nir.Output({"output": shape}), self.sources[arg])
+        elif n.op == "call_module":
+            module = self.fetch_attr(str(n.target))
+            (arg,) = n.all_input_nodes
+            self._layer(n, module, arg, self.env[arg])
+        elif n.op == "get_attr":
+            self.problems.append(f"the weight {n.target} outside of a layer")
+            self.sources[n] = []
+        else:
+            self._operation(n, value)
+        return value
+
+    def _operation(self, n: fx.Node, value: Any) -> None:
+        inputs = n.all_input_nodes
+        sources = [name for node in inputs for name in self.sources[node]]
+        flattens = n.target in (torch.flatten, "flatten")
+        self.sources[n] = sources
+        if flattens:
+            dims = [*n.args[1:], *n.kwargs.values()]
+            start, end = (*dims, *(0, -1)[len(dims) :])
+            self._layer(n, nn.Flatten(start, end), inputs[0], self.env[inputs[0]])  # type: ignore[arg-type]
+        elif n.target not in _ADD or len(inputs) != 2 or len(set(sources)) != len(sources):
+            self.problems.append(f"the operation {n.name}")
+
+    def _layer(self, n: fx.Node, module: Any, arg: fx.Node, x: Tensor) -> None:
+        name = str(n.target) if n.op == "call_module" else n.name
+        sources = self.sources[arg]
+        if isinstance(module, _NOTHING):
+            self.sources[n] = sources
+            return
+        if isinstance(module, _NORMS):
+            self._fold(n, name, module, arg)
+            return
+        if name in self.used:
+            self.problems.append(f"{name} ({type(module).__name__}), which is used twice in a time step")
+        try:
+            node = self._node(module, x)
+        except ValueError as reason:
+            self.problems.append(f"{name} ({type(module).__name__}){reason}")
+            self.sources[n] = []
+            return
+        self.used.add(name)
+        self._add(n, name, node, sources)
+
+    def _add(self, n: fx.Node, name: str, node: nir.NIRNode, sources: list[str]) -> None:
+        self.nodes[name] = node
+        self.edges += [(source, name) for source in sources]
+        self.sources[n] = [name]
+
+    def _fold(self, n: fx.Node, name: str, norm: Any, arg: fx.Node) -> None:
+        """Fold a BatchNorm into the weights before it: w (u − μ) / √(σ² + ε) + b."""
+        sources = self.sources[arg]
+        self.sources[n] = sources
+        before = self.nodes.get(sources[0]) if len(sources) == 1 else None
+        if norm.running_mean is None or len(arg.users) > 1 or not isinstance(before, _NIR_WEIGHTS):
+            self.problems.append(f"{name} ({type(norm).__name__}), which is not behind a layer with weights of its own")
+            return
+        gain = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+        shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * gain
+        scale, bias = _array(gain), getattr(before, "bias", 0.0)
+        before.weight = before.weight * scale.reshape(-1, *[1] * (before.weight.ndim - 1))
+        if isinstance(before, nir.Linear):
+            before = nir.Affine(before.weight, np.zeros(len(scale)))
+            self.nodes[sources[0]] = before
+        before.bias = bias * scale + _array(shift)
+
+    def _node(self, module: Any, x: Tensor) -> nir.NIRNode:
+        shape = tuple(x.shape[1:])
+        if isinstance(module, Neuron):
+            return self._neuron(module, shape)
+        if isinstance(module, nn.Linear):
+            require(x.ndim == 2, ", whose input is not [B, features]")
+            weight = _array(module.weight)
+            return nir.Linear(weight) if module.bias is None else nir.Affine(weight, _array(module.bias))
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            return _convolution(module, shape)
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            out = [n or size for n, size in zip(pair(module.output_size), shape[-2:], strict=True)]
+            require(all(size % n == 0 for size, n in zip(shape[-2:], out, strict=True)), " of windows of several sizes")
+            window = np.array([size // n for size, n in zip(shape[-2:], out, strict=True)])
+            return nir.AvgPool2d(window, window, np.zeros(2, dtype=int))
+        if isinstance(module, nn.AvgPool2d):
+            plain = not module.ceil_mode and module.divisor_override is None
+            require(plain and (module.count_include_pad or not np.any(module.padding)), " with these options")
+            return nir.AvgPool2d(*(np.array(pair(v)) for v in (module.kernel_size, module.stride, module.padding)))
+        if isinstance(module, nn.Flatten):
+            start, end = (d % x.ndim - 1 for d in (module.start_dim, module.end_dim))
+            require(start >= 0, ", which flattens the samples")
+            return nir.Flatten({"input": np.array(shape)}, start, end)
+        raise ValueError("")
+
+    def _neuron(self, neuron: Any, shape: tuple[int, ...]) -> nir.NIRNode:
+        def full(value: float) -> np.ndarray:
+            return np.full(shape, value, dtype=np.float64)
+
+        soft, rest = neuron.v_reset is None, neuron.v_reset or 0.0
+        kinds: dict[type, type] = {IF: nir.IF, LIF: nir.LIF, PLIF: nir.LIF}
+        kind = kinds.get(type(neuron))
+        require(kind is not None, "")
+        require(neuron.v_init is None, " with v_init, for which NIR has no parameter")
+        values: dict[str, Any] = {"v_threshold": full(neuron.v_threshold)}
+        if kind is not None and _HAS_RESET[kind]:
+            values["v_reset"] = full(rest)
+        metadata = {
+            "dt": self.dt,
+            "reset": "subtract" if soft else "value",
+            "v_reset": rest,
+            "fires": "above" if isinstance(neuron.surrogate, Above) else "at",
+        }
+        if kind is nir.IF:
+            return nir.IF(r=full(1 / self.dt), metadata=metadata, **values)
+        tau: float = neuron.tau
+        r = 1.0 if neuron.decay_input else tau
+        return nir.LIF(tau=full(tau * self.dt), r=full(r), v_leak=full(rest), metadata=metadata, **values)
+
+
+def require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy().copy()
+
+
+def pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+_NIR_WEIGHTS = nir.Affine | nir.Linear | nir.Conv1d | nir.Conv2d
+
+
+def _convolution(module: Any, shape: tuple[int, ...]) -> nir.NIRNode:
+    require(module.padding_mode == "zeros", ", which pads by other than zeros")
+    require(module.groups == 1, ", which has several groups: NIR's types count the channels of one")
+    weight = _array(module.weight)
+    bias = np.zeros(len(weight), weight.dtype) if module.bias is None else _array(module.bias)
+    padding: Any = module.padding
+    if isinstance(padding, str):  # in numbers, since readers differ in what they make of words
+        widths = [
+            d * (k - 1) if padding == "same" else 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)
+        ]
+        require(not any(w % 2 for w in widths), ", which pads one side more than the other")
+        padding = tuple(w // 2 for w in widths)
+    size: Any = shape[1:]
+    if isinstance(module, nn.Conv1d):
+        return nir.Conv1d(size[0], weight, module.stride[0], padding[0], module.dilation[0], module.groups, bias)
+    return nir.Conv2d(size, weight, module.stride, padding, module.dilation, module.groups, bias)

@@ -1,0 +1,223 @@
+"""NIR graphs to networks; the equations are in `sltt.interop.nir_export`."""
+
+# pyright: reportMissingImports=false
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nir
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sltt.checks import instance, number
+from sltt.interop.nir_export import pair, require
+from sltt.neurons import IF, LIF
+from sltt.sequence.state import reset
+from sltt.surrogates import Above, Surrogate, Triangle
+
+
+def from_nir(graph: nir.NIRGraph | str | Path, *, dt: float = 1e-4, surrogate: Surrogate = Triangle()) -> nn.Module:
+    """The network of a graph, of one time step; several edges into a node are summed.
+
+    Args:
+        graph: of the nodes that `to_nir` gives, and SumPool2d; or the file of one.
+        dt: length of a time step in seconds.
+        surrogate: of the neurons, since a graph has none.
+
+    Raises:
+        ValueError: naming every node that has no counterpart here, a recurrent graph, shapes that do not fit, neurons
+            with other parameters for each, or a graph that was written for another dt.
+    """
+    dt = number("dt", dt, above=0)
+    instance("surrogate", surrogate, Surrogate)
+    if not isinstance(graph, nir.NIRGraph):
+        graph = _read(graph)
+    modules, problems = {}, []
+    for name, node in graph.nodes.items():
+        try:
+            modules[name] = _module(node, dt, surrogate)
+        except ValueError as reason:
+            problems.append(f"{name} ({type(node).__name__}){reason}")
+    if problems:
+        raise ValueError(f"no counterpart here for {'; '.join(problems)}")
+    network = GraphNetwork(graph, modules)
+    network.check()
+    return network
+
+
+def _read(path: Any) -> nir.NIRGraph:
+    if not isinstance(path, str | Path):
+        raise ValueError(f"graph must be a nir.NIRGraph or the file of one, got {path!r}")
+    try:
+        graph = nir.read(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever h5py and nir raise on a file of something else
+        raise ValueError(f"{path} is not the file of a NIR graph ({type(error).__name__}: {error})") from error
+    assert isinstance(graph, nir.NIRGraph)
+    return graph
+
+
+class GraphNetwork(nn.Module):
+    """The layers of a graph, run in an order in which each comes after those it reads; see `from_nir`."""
+
+    def __init__(self, graph: nir.NIRGraph, modules: dict[str, nn.Module]):
+        super().__init__()
+        kinds = {kind: [k for k, n in graph.nodes.items() if isinstance(n, kind)] for kind in (nir.Input, nir.Output)}
+        if [len(names) for names in kinds.values()] != [1, 1]:
+            raise ValueError(f"expected one input and one output, got {[*kinds.values()]}")
+        self.shapes = {name: _shape(node) for name, node in graph.nodes.items()}
+        self.reads: dict[str, list[str]] = {}
+        while len(self.reads) < len(graph.nodes):
+            ready = [
+                name
+                for name in graph.nodes
+                if name not in self.reads and all(a in self.reads for a, b in graph.edges if b == name)
+            ]
+            if not ready:
+                raise ValueError(f"the graph is recurrent, around {sorted({*graph.nodes} - {*self.reads})}")
+            self.reads |= {name: [a for a, b in graph.edges if b == name] for name in ready}
+        if unread := [name for name, reads in self.reads.items() if not reads and name not in kinds[nir.Input]]:
+            raise ValueError(f"nothing leads to {unread}")
+        (self.input,), (self.output,) = kinds.values()
+        self.layers = nn.ModuleDict({_key(name): modules[name] for name in self.reads})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One time step x [B, ...]."""
+        values = {self.input: x}
+        for name, reads in self.reads.items():
+            if reads:
+                values[name] = self._run(name, sum((values[r] for r in reads[1:]), values[reads[0]]))
+        return values[self.output]
+
+    def _run(self, name: str, x: Tensor) -> Tensor:
+        return self.layers[_key(name)](x)
+
+    def check(self) -> None:
+        """Run the graph once on zeros; raises ValueError naming the node that its input does not fit."""
+        values = {self.input: torch.zeros(1, *self.shapes[self.input] or ())}
+        with torch.no_grad():
+            for name, reads in self.reads.items():
+                if not reads:
+                    continue
+                got = [list(values[r].shape[1:]) for r in reads]
+                expected = self.shapes[name]
+                fits = all(shape == got[0] for shape in got) and expected in (None, got[0])
+                try:
+                    require(fits, f"expected {expected}")
+                    dtype = next((p.dtype for p in self.layers[_key(name)].parameters()), torch.float32)
+                    values[name] = self._run(name, sum(values[r].to(dtype) for r in reads))  # type: ignore[arg-type]
+                except (ValueError, RuntimeError) as reason:
+                    raise ValueError(f"the input of {name} has shape {got} without the batch: {reason}") from None
+        reset(self)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _shape(node: Any) -> list[int] | None:
+    """The shape of a node's input, where it says one."""
+    shape = (node.input_type or {}).get("input")
+    if shape is None or any(n is None for n in np.ravel(shape)):
+        return None
+    return [int(n) for n in shape]
+
+
+def _module(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:
+    if isinstance(node, nir.IF | nir.LIF):
+        return _neuron(node, dt, surrogate)
+    for kind, make in _MODULES.items():
+        if type(node) is kind:
+            return make(node)
+    raise ValueError("")
+
+
+def _affine(node: Any) -> nn.Module:
+    bias = getattr(node, "bias", None)
+    require(node.weight.ndim == 2, ", whose weight is not a matrix")
+    module = nn.Linear(node.weight.shape[1], node.weight.shape[0], bias=bias is not None)
+    return _filled(module, node.weight, bias)
+
+
+def _conv(node: Any) -> nn.Module:
+    kind = nn.Conv1d if isinstance(node, nir.Conv1d) else nn.Conv2d
+    require(int(node.groups) == 1, ", which has several groups")
+    options = {name: _plain(getattr(node, name)) for name in ("stride", "padding", "dilation")}
+    weight = node.weight
+    module = kind(weight.shape[1], weight.shape[0], weight.shape[2:], **options)
+    return _filled(module, weight, node.bias)
+
+
+def _filled(module: Any, weight: np.ndarray, bias: np.ndarray | None) -> nn.Module:
+    module.weight = nn.Parameter(torch.from_numpy(np.array(weight)))
+    if bias is not None:
+        module.bias = nn.Parameter(torch.from_numpy(np.array(bias)).to(module.weight.dtype))
+    return module
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | bytes):
+        return value if isinstance(value, str) else value.decode()
+    array = np.asarray(value)
+    return int(array) if array.ndim == 0 else tuple(int(v) for v in array)
+
+
+class _SumPool2d(nn.AvgPool2d):
+    def forward(self, input: Tensor) -> Tensor:
+        height, width = pair(self.kernel_size)
+        return super().forward(input) * (height * width)
+
+
+def _pool(kind: Callable[..., nn.Module]) -> Callable[[Any], nn.Module]:
+    return lambda node: kind(*(pair(_plain(v)) for v in (node.kernel_size, node.stride, node.padding)))
+
+
+def _flatten(node: Any) -> nn.Module:
+    start, end = (int(d) for d in (node.start_dim, node.end_dim))
+    return nn.Flatten(*(d + 1 if d >= 0 else d for d in (start, end)))
+
+
+_MODULES: dict[type, Callable[[Any], nn.Module]] = {
+    nir.Input: lambda node: nn.Identity(),
+    nir.Output: lambda node: nn.Identity(),
+    nir.Linear: _affine,
+    nir.Affine: _affine,
+    nir.Conv1d: _conv,
+    nir.Conv2d: _conv,
+    nir.AvgPool2d: _pool(nn.AvgPool2d),
+    nir.SumPool2d: _pool(_SumPool2d),
+    nir.Flatten: _flatten,
+}
+
+
+def _neuron(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:
+    """`LIF` or `IF`; without the metadata of `to_nir`, reset and threshold are those of NIR's equations."""
+    own = {k: v.decode() if isinstance(v, bytes) else v for k, v in node.metadata.items()}
+    if "dt" in own and not np.isclose(own["dt"], dt):
+        raise ValueError(f", which was written for time steps of {own['dt']:g} s: give dt={own['dt']:g}")
+    rest = float(own["v_reset"]) if "v_reset" in own else _uniform(node, "v_reset") if hasattr(node, "v_reset") else 0.0
+    soft = own.get("reset", "value" if hasattr(node, "v_reset") else "subtract") == "subtract"
+    arguments: dict[str, Any] = {
+        "v_threshold": _uniform(node, "v_threshold"),
+        "v_reset": None if soft else rest,
+        "surrogate": surrogate if own.get("fires") == "at" else Above(surrogate),
+    }
+    r = _uniform(node, "r")
+    if isinstance(node, nir.IF):
+        require(bool(np.isclose(r * dt, 1)), f", whose r = {r:g} is not 1/dt = {1 / dt:g}")
+        return IF(**arguments)
+    tau, leak = _uniform(node, "tau") / dt, _uniform(node, "v_leak")
+    require(tau > 1, f", whose tau is not longer than a time step: tau/dt = {tau:g}")
+    require(leak == (0.0 if soft else rest), f", whose v_leak = {leak:g} is not the potential of its reset")
+    decays = bool(np.isclose(r, 1))
+    require(decays or bool(np.isclose(r, tau)), f", whose r = {r:g} is neither 1 nor tau/dt = {tau:g}")
+    return LIF(tau, decay_input=decays, **arguments)
+
+
+def _uniform(node: Any, name: str) -> float:
+    values = np.unique(getattr(node, name))
+    require(len(values) == 1, f", whose {name} is not the same for all neurons")
+    return float(values[0])
