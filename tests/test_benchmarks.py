@@ -209,3 +209,24 @@ def test_the_table_of_results_is_made_from_runs(tmp_path, monkeypatch, capsys):
     load("results").main()
     assert capsys.readouterr().out.splitlines()[-1] == "| SLTT(k=2) | 2 | 85.0% ± 7.1% | 70.0% ± 0.0% | 2.5 |"
     assert len((tmp_path / "all.csv").read_text().splitlines()) == 5
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results():
+    tables = load("tables")
+    page = tables.PAGE.read_text()
+    assert tables.filled(page) == page
+    names = {block[2] for block in tables.BLOCK.finditer(page)}
+    assert {"resnet18-t6", "resnet18-over-t"} <= names
+
+
+def test_a_table_is_made_for_each_setting_of_a_file(run, tmp_path):
+    run([4], {}, cases="relu;SLTT", times=True)
+    _, rows, _ = run([4], {("SLTT", 4): "time"}, cases="relu;SLTT", batch=8)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    page = "before\n<!-- table rows -->\nold\n<!-- end -->\nafter <!-- table none -->\n<!-- end -->\n"
+    lines = load("tables").filled(page, tmp_path).splitlines()
+    assert [line.split(", ")[1] for line in lines if "DigitsNet" in line] == ["batch 128 × 1×8×8", "batch 8 × 1×8×8"]
+    assert lines.count("| SLTT | 2 s | 1 |") == 1  # with another batch it failed
+    assert lines.count("| ReLU | 2 s | 1 | 200 MB | 200 MB |") == 1
+    assert "old" not in lines
+    assert "Not measured yet." in lines

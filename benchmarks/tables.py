@@ -1,0 +1,109 @@
+"""Fill the tables of docs/performance.md from docs/results/*.json, which benchmarks/peers.py wrote.
+
+    python benchmarks/tables.py
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`: the cases of NAME.json, a table for each setting.
+`<!-- table NAME over T -->` has a column for each T. What a file does not have is left out.
+"""
+
+import json
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from peer_cases import CASES
+from peers import ratio
+
+from sltt.training.console import megabytes
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "performance.md"
+BLOCK = re.compile(r"(<!-- table (\S+)( over T)? -->\n).*?(<!-- end -->)", re.DOTALL)
+LABELS = {
+    "SpikingJelly SLTT": "SpikingJelly 2.0, `SLTTLIFNode`",
+    "SpikingJelly BPTT": "SpikingJelly 2.0, `LIFNode`, layer by layer",
+}
+NETWORKS = {
+    "resnet18": "ResNet-18",
+    "vgg11": "VGG-11",
+    "vgg11-max": "VGG-11 with max pooling",
+    "shd": "MLP 700-256-256-20",
+    "digits": "DigitsNet",
+}
+Rows = list[dict[str, Any]]
+
+
+def filled(page: str, results: Path = DOCS / "results") -> str:
+    """The page with its tables."""
+
+    def table(block: re.Match[str]) -> str:
+        start, name, over_steps, end = block.groups()
+        path = results / f"{name}.json"
+        if not path.exists():
+            return f"{start}\nNot measured yet.\n\n{end}"
+        rows: Rows = [row for row in json.loads(path.read_text()) if "error" not in row]
+        tables = [steps_table(rows)] if over_steps else [cases_table(list(g)) for _, g in groupby(rows, setting)]
+        return f"{start}\n" + "\n".join(tables) + f"\n[All values](results/{name}.json)\n\n{end}"
+
+    return BLOCK.sub(table, page)
+
+
+def setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What rows of one table have in common."""
+    return row["network"], row["steps"], str(row.get("input")), row.get("hardware"), row.get("clock")
+
+
+def cases_table(rows: Rows) -> str:
+    """Cases of one setting."""
+    columns = {
+        "time": [f"{row['seconds']:.3g} s" for row in rows],
+        "ratio to ReLU": [spread(ratio(rows, row, CASES[row["case"]].floor)) for row in rows],
+        "ratio to SpikingJelly": [spread(ratio(rows, row, CASES[row["case"]].peer)) for row in rows],
+        "memory": [megabytes(row["memory"]) if "memory" in row else "" for row in rows],
+        "resident set": [megabytes(row["resident"]) if "resident" in row else "" for row in rows],
+    }
+    return conditions(rows, steps=True) + lines(rows, {name: cells for name, cells in columns.items() if any(cells)})
+
+
+def steps_table(rows: Rows) -> str:
+    """Time and memory of each case, a pair of columns for each T."""
+    cases = {row["case"]: row for row in reversed(rows)}
+    first = [cases[name] for name in dict.fromkeys(row["case"] for row in rows)]
+    found = {(row["case"], row["steps"]): row for row in rows}
+    columns: dict[str, list[str]] = {}
+    for steps in sorted({row["steps"] for row in rows}):
+        mine = [found.get((row["case"], steps)) for row in first]
+        columns[f"T = {steps}: time"] = [f"{row['seconds']:.3g} s" if row else "" for row in mine]
+        columns["memory" + " " * len(columns)] = [megabytes(row["memory"]) if row else "" for row in mine]
+    return conditions(rows, steps=False) + lines(first, columns)
+
+
+def lines(rows: Rows, columns: dict[str, list[str]]) -> str:
+    """Markdown: a line for each row, with the name of its case."""
+    names = [LABELS.get(row["case"], row["case"].replace("relu", "ReLU")) for row in rows]
+    table = [["", *(name.strip() for name in columns)], ["---"] * (1 + len(columns))]
+    table += [[name, *cells] for name, *cells in zip(names, *columns.values(), strict=True)]
+    return "".join(f"| {' | '.join(cells)} |\n".replace("|  |", "| |").replace("|  |", "| |") for cells in table)
+
+
+def conditions(rows: Rows, steps: bool) -> str:
+    """A line over the table: what was measured, and on what."""
+    words = [NETWORKS[rows[0]["network"]]]
+    if "input" in rows[0]:  # files of an earlier version do not say
+        batch, *shape = rows[0]["input"]
+        words += [f"batch {batch} × {'×'.join(map(str, shape))}"]
+    words += [f"T = {rows[0]['steps']}"] * steps
+    words += [rows[0]["hardware"]] if "hardware" in rows[0] else []
+    words += ["processor time" if rows[0].get("clock") == "process" else "wall-clock time"]
+    counts = sorted({len(row["times"]) for row in rows})
+    words += [f"medians of {counts[0]}" if len(counts) == 1 else f"medians of {counts[0]} to {counts[-1]}"]
+    return f"{', '.join(words)}:\n\n"
+
+
+def spread(found: tuple[float, float, float] | None) -> str:
+    return "" if found is None else "1" if found == (1, 1, 1) else f"{found[0]:.2f} ({found[1]:.2f} – {found[2]:.2f})"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text()))
