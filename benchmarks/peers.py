@@ -34,6 +34,7 @@ import argparse
 import json
 import statistics
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ Row = dict[str, Any]
 
 def measure(setting: Setting, names: list[str], repeats: int, limit: float, times: bool, console: Console) -> list[Row]:
     """A row for each case; one that ended has an "error" and lacks what was not measured."""
-    rows: list[Row] = [{**setting.described(), "case": name} for name in names]
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    rows: list[Row] = [{**setting.described(), "began": began, "case": name} for name in names]
     for row in rows if not times else ():
         measure_memory(setting, row, limit)
         line = row["error"] if "error" in row else f"{megabytes(row['memory'])}, resident {megabytes(row['resident'])}"
@@ -89,9 +91,9 @@ def measure_times(setting: Setting, rows: list[Row], repeats: int, limit: float)
 
 
 def ratio(rows: list[Row], row: Row, to: str | None) -> tuple[float, float, float] | None:
-    """Of times within a turn: median, smallest and largest; None where the other case was not measured."""
+    """Of times within a turn: median, smallest and largest; None where the other case was not in this run."""
     other = next((r for r in rows if r["case"] == to and "error" not in r), None)
-    if other is None:
+    if other is None or other.get("began") != row.get("began"):
         return None
     ratios = [a / b for a, b in zip(row["times"], other["times"], strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)

@@ -77,6 +77,8 @@ def test_ratios_are_taken_within_a_turn(peers):
     rows = [{"case": "relu", "times": [1.0, 2.0, 4.0]}, {"case": "SLTT", "times": [0.5, 1.5, 2.4]}]
     assert peers.ratio(rows, rows[1], "relu") == (0.6, 0.5, 0.75)
     assert peers.ratio(rows, rows[1], "SpikingJelly SLTT") is None
+    rows[0]["began"] = "on another day"
+    assert peers.ratio(rows, rows[1], "relu") is None
 
 
 @pytest.fixture
