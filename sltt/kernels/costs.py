@@ -105,7 +105,9 @@ def _elements(layer: Layer) -> tuple[int, int]:
 def _costs(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
     """Of forward and weight gradient: from this machine's file, or measured and written to it."""
     kind = "linear" if linear else "conv"
-    name = f"costs-{native.key()}-torch{torch.__version__}-{kind}-{str(dtype).removeprefix('torch.')}.json"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")  # of the dense layers; the key has that of ours
+    what = (native.key(), f"torch{torch.__version__}", kind, str(dtype).removeprefix("torch."), *limit.split())
+    name = f"costs-{'-'.join(what)}.json"
     path = native.cache_folder() / name
     if (found := _read(path)) is None:
         found = _measure(linear, dtype)

@@ -343,6 +343,16 @@ def test_break_even_is_read_from_the_cache(cache, monkeypatch):
 
 
 @NATIVE
+def test_dense_layers_limited_to_other_instructions_have_costs_of_their_own(cache, monkeypatch):
+    layer = sparse.linear_layer((1024, 512), (512, 512))
+    for dense in (0.02, 0.01):
+        monkeypatch.setattr(costs, "_measure", lambda *args, d=dense: (costs.Costs(d, 0.1, 0.0, 0.0),) * 2)
+        forget()
+        assert costs.break_even(layer, torch.float32).forward == pytest.approx(dense / 0.1)
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+
+@NATIVE
 def test_costs_are_measured(cache):
     for linear in (False, True):
         for found in costs._measure(linear, torch.float32):
