@@ -344,6 +344,7 @@ def test_break_even_is_read_from_the_cache(cache, monkeypatch):
 
 @NATIVE
 def test_dense_layers_limited_to_other_instructions_have_costs_of_their_own(cache, monkeypatch):
+    assert native.library() is not None  # makes the folder
     layer = sparse.linear_layer((1024, 512), (512, 512))
     for dense in (0.02, 0.01):
         monkeypatch.setattr(costs, "_measure", lambda *args, d=dense: (costs.Costs(d, 0.1, 0.0, 0.0),) * 2)
