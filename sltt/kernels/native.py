@@ -20,13 +20,15 @@ from pathlib import Path
 
 import torch
 
-SOURCES = [Path(__file__).with_name(name) for name in ("spikes.h", "spikes_forward.cpp", "spikes_gradient.cpp")]
+_NAMES = ("spikes.h", "spikes_bits.cpp", "spikes_forward.cpp", "spikes_gradient.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions")
 _PROCESSORS = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
 _DIGEST = hashlib.sha256().digest_size
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _FUNCTIONS = {
     "sltt_count": (_N, [_P, _N]),
+    "sltt_pack_bits": (None, [_P, _I, _P, _N, _I]),
     "sltt_pack": (None, [_P, _P, _P, _F, _P, _I]),
     "sltt_forward": (_I, [_P, _P, _P, _P, _P, _I, _I]),
     "sltt_weight_gradient": (_I, [_P, _P, _P, _I, _F, _P, _P, _I]),
@@ -44,6 +46,11 @@ class _FailedError(Exception):
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None if there are none. The first call may compile, which takes a few seconds."""
     return _library()[0]
+
+
+def loaded() -> ctypes.CDLL | None:
+    """The compiled kernels if an earlier call has loaded them."""
+    return _library()[0] if _library.cache_info().currsize else None
 
 
 def problem() -> str | None:

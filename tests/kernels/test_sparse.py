@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sltt.kernels import costs, native, sparse
+from sltt.kernels import bits, costs, native, sparse
 from sltt.kernels.bits import pack
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}  # of the largest value
@@ -360,3 +360,15 @@ def test_costs_are_measured(cache):
             assert found.dense > 0
             assert found.spike > 0
             assert found.element >= 0
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
+@pytest.mark.parametrize("n", [8, 8 * 8191, 8 * 8192, 8 * 8193])
+def test_the_native_loop_packs_as_the_plain_form_does(n, dtype):
+    assert native.library() is not None
+    x = (torch.rand(n) < 0.3).to(dtype) * 2.5
+    x[1], x[2], x[3] = -0.0, float("nan"), -1.0
+    expected = torch.empty(n // 8, dtype=torch.uint8)
+    bits._pack(expected, x)
+    assert torch.equal(pack(x), expected)
