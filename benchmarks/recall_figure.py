@@ -1,10 +1,11 @@
 """Accuracy against memory on delayed recall, one dot for each rule, at T = 16, 64 and 256.
 
-    python benchmarks/recall_figure.py [--steps 16 64 256] [--epochs 6] [--seeds 1] [--json FILE] [--figure FILE]
+    python benchmarks/recall_figure.py [--steps 16 64 256] [--rules …] [--epochs 6] [--seeds 1] [--json FILE]
 
-The recipe `recall` with a longer delay: the cue, T − 9 silent steps, 8 steps of the probe. τ grows with the delay, so
-that 70% of the membrane potential is left after it at every T. Accuracy is that of 2,000 test samples after the last
-epoch. Memory is the peak of a training batch above the memory before it.
+The recipe `recall` with a longer delay: the cue, T/2 − 1 silent steps, T/2 steps of the probe. τ grows with the delay,
+so that 70% of the membrane potential is left after it at every T. The number of spikes is about the same at every T, so
+their mean over time shrinks as 1/T, and the gradient with it: the learning rate is 0.005 · T/16. Accuracy is that of
+2,000 test samples after the last epoch. Memory is the peak of a training batch above the memory before it.
 
 Each training is written to the JSON when it ends, and the same command goes on where it stopped.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 
 import sltt
 from sltt.training.console import Console
@@ -32,18 +34,18 @@ RULES = {
     "SLTT": sltt.SLTT(),
     "SLTT-1": sltt.SLTT(k=1),
 }
-CLASSES, PROBE, LEFT = 4, 8, 0.7
+CLASSES, LEFT = 4, 0.7
 
 
 def train(name: str, steps: int, seed: int, epochs: int, samples: int) -> dict[str, Any]:
     """One training, and what it reached."""
     torch.manual_seed(seed)
-    delay = steps - 1 - PROBE
+    delay = steps // 2 - 1
     data = sltt.data.Recall(validation=0, delay=delay, samples=samples)
     neuron = partial(sltt.LIF, tau=1 / (1 - LEFT ** (1 / delay)), detach_reset=True)
     model = sltt.models.MLP([data.channels, 64, CLASSES], neuron=neuron, norm=False)
     loss = sltt.losses.CrossEntropyMSE(alpha=0.0)
-    optimizer = partial(torch.optim.AdamW, lr=0.005, weight_decay=0.0)
+    optimizer = partial(torch.optim.AdamW, lr=0.005 * steps / 16, weight_decay=0.0)
     with tempfile.TemporaryDirectory() as folder:
         found = sltt.fit(
             model, data, RULES[name], loss, optimizer, steps=steps, epochs=epochs, batch_size=128, seed=seed,
@@ -58,9 +60,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A panel for each T: the mean over the seeds, with the smallest and the largest."""
     all_steps = sorted({row["steps"] for row in rows})
     figure, axes = plt.subplots(
-        1, len(all_steps), figsize=(3.4 * len(all_steps), 3.6), sharey=True, layout="constrained"
+        1,
+        len(all_steps),
+        figsize=(1 + 3 * len(all_steps), 3.6),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, steps in zip(axes, all_steps, strict=True):
+    for axis, steps in zip(axes[0], all_steps, strict=True):
         for name, marker, colour in zip(
             RULES, "osD^v", ("#9aa0a6", "#c2703d", "#3c8d5a", "#2f6f9f", "#7fb2d6"), strict=True
         ):
@@ -77,8 +85,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#e4e6e8")
         axis.set_axisbelow(True)
-    axes[0].set_ylabel("test accuracy, %")
-    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0, 0].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes[0, 0].xaxis.set_major_formatter("{x:g}")
+    axes[0, 0].xaxis.set_minor_locator(NullLocator())
+    axes[0, 0].set_ylabel("test accuracy, %")
+    axes[0, 0].text(0.02, 100 / CLASSES, "chance", transform=axes[0, 0].get_yaxis_transform(), va="bottom", fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(RULES), frameon=False)
     figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)
@@ -87,6 +99,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--samples", type=int, default=8000, help="training samples")
     parser.add_argument("--seeds", type=int, default=1)
@@ -95,7 +108,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json.exists() else []
-    for steps, seed, name in itertools.product(options.steps, range(options.seeds), RULES):
+    for steps, seed, name in itertools.product(options.steps, range(options.seeds), options.rules):
         if not any((row["rule"], row["steps"], row["seed"]) == (name, steps, seed) for row in rows):
             rows.append(train(name, steps, seed, options.epochs, options.samples))
             print(rows[-1], flush=True)

@@ -199,6 +199,14 @@ def test_results_in_the_documentation_can_be_drawn(tmp_path, name):
     load("figure").draw(rows, tmp_path / "figure.svg")
 
 
+def test_the_figure_of_recall_is_drawn_from_the_recorded_trainings(tmp_path):
+    rows = json.loads((BENCHMARKS.parent / "docs" / "results" / "recall-memory.json").read_text())
+    figure = load("recall_figure")
+    assert {row["rule"] for row in rows} == set(figure.RULES)
+    figure.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
 def test_the_table_of_results_is_made_from_runs(tmp_path, monkeypatch, capsys):
     for seed, accuracy in ((1, 0.9), (2, 0.8)):
         run = tmp_path / f"run{seed}"

@@ -1,178 +1,23 @@
-"""What CUDA needs of the rules: shown without a device as far as that goes, and on one where there is one.
+"""What runs on a CUDA device only."""
 
-`Waits` records the operations at which a host waits for a device. On the meta device, whose tensors have no values,
-nothing can be read in another way either; but spikes are not saved as bits there. On the CPU they are, and there an
-input is looked at. What CUDA's own kernels wait for is seen on a CUDA device only.
-"""
-
-import contextlib
 import itertools
-import re
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.analysis import firing_rates
 from sltt.kernels.bits import pack, unpack
-from sltt.kernels.saved import PACK_FROM
 from sltt.rules import segments
-from sltt.sequence.steps import Sequence, time_steps
 from tests.conftest import batch, small_network
 from tests.kernels.test_kernels import CONSTANTS, SIZES, SURROGATES, both
+from tests.test_waits import CAPTURE, LOSS, assert_same_weights_and_gradients, example, train
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
-DOCS = (Path(sltt.__file__).parents[1] / "docs" / "gpu.md").read_text()
-CAPTURE, COMPILE = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
-LOSS = sltt.losses.CrossEntropyMSE()
-aten = torch.ops.aten
-
-VALUES = {aten._local_scalar_dense, aten.equal, aten.allclose}
-# of a size that hangs on values
-SIZED = {aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.repeat_interleave}
-HOST_DATA = {aten.lift_fresh}  # torch.tensor(…): made on the host, and copied from there
-INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
-COPIES = {aten._to_copy, aten.copy_}
+if not torch.cuda.is_available():
+    pytest.skip("PyTorch sees no CUDA device", allow_module_level=True)
 
 
-class Waits(TorchDispatchMode):
-    """Records the operations at which the host waits for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, kind = kwargs or {}, func.overloadpacket
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        devices = {t.device for t in tensors} | {kwargs.get("device") or tensors[0].device} if kind in COPIES else ()
-        if (
-            kind in VALUES | SIZED | HOST_DATA
-            or len(devices) > 1
-            or (kind in INDEXING and any(t.dtype == torch.bool for t in tree_leaves(args[1]) if t is not None))
-        ):
-            self.seen.append(str(kind))
-        if kind is aten._local_scalar_dense and args[0].is_meta:
-            return True  # so that the rule goes on
-        return func(*args, **kwargs)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize(
-    "lesion",
-    [
-        lambda x: x.sum().item(),
-        lambda x: bool(x.sum() > 0),
-        lambda x: torch.equal(x, x),
-        lambda x: torch.allclose(x, x),
-        lambda x: x.nonzero(),
-        lambda x: x[x > 0],
-        lambda x: x.new_zeros(3).masked_select(x > 0),
-    ],
-    ids=["item", "bool", "equal", "allclose", "nonzero", "mask", "select"],
-)
-def test_what_waits_is_seen(lesion, device):
-    # on meta some operations have no form without values
-    with Waits() as waits, contextlib.suppress(*[NotImplementedError, RuntimeError] * (device == "meta")):
-        lesion(torch.ones(3, device=device))
-    assert waits.seen
-
-
-def test_data_of_the_host_is_seen():
-    with Waits() as waits:
-        torch.ones(3).to("meta")
-        torch.ones(3, device="meta").copy_(torch.ones(3))
-        torch.tensor([1.0, 2.0])  # here on the CPU, where it is made in any case
-        torch.ones(3).to(torch.float64).copy_(torch.ones(3))
-    assert waits.seen == ["aten._to_copy", "aten.copy_", "aten.lift_fresh"]
-
-
-def waits_of(rule, model, x, y, loss, steps):
-    with Waits() as waits, firing_rates(model):
-        rule(model, x, y, loss, steps=steps)
-    return waits.seen
-
-
-def reads_of(rule):
-    """How often a rule looks at what it computed: not at all, or once a sequence whether a replay was the same."""
-    return ["aten._local_scalar_dense"] * ("segment=2" in repr(rule))
-
-
-@pytest.mark.parametrize("neuron", [sltt.LIF, sltt.PLIF])
-def test_no_time_step_waits_for_the_device(rule, neuron):
-    model = sltt.models.DigitsNet(width=4, neuron=neuron, dropout=0.2).to("meta")
-    x, y = torch.empty(4, 1, 8, 8, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
-    for steps in (3, 7):
-        assert waits_of(rule, model, x, y, sltt.losses.CrossEntropyMSE(one_hot=True), steps) == reads_of(rule)
-
-
-def test_no_time_step_waits_where_spikes_are_saved_as_bits(rule):
-    model = sltt.models.DigitsNet(width=16, dropout=0.2)
-    x, y = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
-    assert PACK_FROM <= 4 * 16 * 64
-    for steps in (3, 7):
-        # the loss without its look at labels on the CPU; the one read more is the look at the input
-        assert waits_of(rule, model, x, y, F.cross_entropy, steps) == ["aten._local_scalar_dense", *reads_of(rule)]
-
-
-def test_an_input_that_nobody_looks_at_gives_nan_where_it_is_damaged():
-    sequence = time_steps(torch.empty(3, 2, 4, device="meta"), None)
-    assert sequence.damaged.shape == ()
-    assert time_steps(torch.zeros(3, 2, 4), None).damaged is None
-    assert time_steps(torch.empty(3, 2, 4, dtype=torch.uint8, device="meta"), None).damaged is None
-    for damaged in (False, True):
-        result = Sequence(torch.ones(1), 1, True, torch.tensor(damaged)).result(torch.ones(2))
-        assert result.isnan().tolist() == [damaged] * 2
-
-
-def test_a_graph_of_one_draw_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(ValueError, match=r"SLTT\(k=2\) draws its steps anew .* capture SLTT\(\)"):
-        sltt.SLTT(k=2)(small_network(), *batch(), LOSS)
-    sltt.SLTT()(small_network(), *batch(), LOSS)
-
-
-def example(device, rule=sltt.SLTT()):
-    """What the examples of the documentation take for granted; in float64, so that no spike flips."""
-    torch.manual_seed(0)
-    model = sltt.models.DigitsNet(width=8).double().to(device)
-    loader = [(torch.randn(3, 16, 1, 8, 8, dtype=torch.float64), torch.randint(10, (16,))) for _ in range(3)]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    known = {"torch": torch, "device": device, "loss": LOSS, "rule": rule}
-    return {**known, "model": model, "loader": loader, "optimizer": optimizer}
-
-
-def train(model, optimizer, loader, loss, rule, device, **_):
-    """What the examples do, without graphs."""
-    for x, y in loader:
-        optimizer.zero_grad()
-        rule(model, x.to(device), y.to(device), loss)
-        optimizer.step()
-    return model
-
-
-def assert_same_weights_and_gradients(model, expected):
-    for got, want in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(got.grad, want.grad)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-def test_a_model_compiled_to_graphs_of_each_call_trains_as_without(device):
-    names = example(device)
-    exec(compile(COMPILE, "gpu.md", "exec"), names)
-    assert_same_weights_and_gradients(names["model"], train(**example(device)))
-
-
-@needs_cuda
 @pytest.mark.parametrize("mode", ["off", "on"])
 @pytest.mark.parametrize("captured", [sltt.SLTT(), sltt.SLTT(fold=2), sltt.BPTT(), sltt.RateBased()], ids=repr)
 def test_a_captured_iteration_trains_as_without(captured, mode):
@@ -191,7 +36,6 @@ def errors_of_waiting():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@needs_cuda
 def test_on_cuda_rules_do_not_wait_and_give_the_gradient_of_the_cpu(rule, neuron, errors_of_waiting, monkeypatch):
     monkeypatch.setattr(segments, "_check_same", lambda same: None)  # after the time loop it waits, once
     x, y = batch(steps=6)
@@ -213,7 +57,6 @@ def test_on_cuda_rules_do_not_wait_and_give_the_gradient_of_the_cpu(rule, neuron
         torch.testing.assert_close(got, expected)
 
 
-@needs_cuda
 def test_on_cuda_saving_spikes_as_bits_does_not_wait_and_changes_nothing(errors_of_waiting):
     results = []
     for on in (True, False):
@@ -230,7 +73,6 @@ def test_on_cuda_saving_spikes_as_bits_does_not_wait_and_changes_nothing(errors_
         torch.testing.assert_close(got, expected)
 
 
-@needs_cuda
 def test_on_cuda_a_damaged_input_gives_a_loss_that_is_nan():
     model, (x, y) = small_network().cuda(), batch()
     x[0, 0, 0] = float("inf")
@@ -238,7 +80,6 @@ def test_on_cuda_a_damaged_input_gives_a_loss_that_is_nan():
     assert sltt.unroll(model, x.cuda()).isnan().all()
 
 
-@needs_cuda
 @pytest.mark.parametrize("mode", ["off", "on"])
 @pytest.mark.parametrize("constants", CONSTANTS, ids=str)
 def test_the_fused_step_on_cuda_equals_the_equations_on_the_cpu(constants, mode):
@@ -261,7 +102,6 @@ def test_the_fused_step_on_cuda_equals_the_equations_on_the_cpu(constants, mode)
             torch.testing.assert_close(got.cpu(), expected, rtol=rtol, atol=atol)
 
 
-@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("n", [8, 16, 1024, 8 * 999])
 def test_bits_on_cuda(n, dtype):
@@ -271,7 +111,6 @@ def test_bits_on_cuda(n, dtype):
     assert torch.equal(unpack(packed, 2.5, dtype).cpu(), x)
 
 
-@needs_cuda
 def test_mixed_precision_on_cuda():
     model = nn.Sequential(nn.Linear(6, 4096), sltt.LIF(), nn.Linear(4096, 3)).cuda()
     x, y = torch.randn(3, 4, 6).cuda(), torch.randint(3, (4,)).cuda()

@@ -87,7 +87,7 @@ class RateBased(Rule):
                 batch.run(range(t, t + 1), graph=False)
                 for layer in layers:
                     layer.check(t + 1)
-            logits = batch.output().logits
+            logits = torch.stack([batch.logits(t) for t in range(batch.steps)])
             buffers = [(buffer, buffer.clone()) for buffer in batch.model.buffers()]
             try:
                 with _rate_pass(layers):

@@ -8,6 +8,7 @@ import signal
 import threading
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from sltt.parallel.devices import make_fabric
 from sltt.training import checkpoints, files, runs
 from sltt.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from sltt.training.console import Console
+from tests.conftest import RULES
 
 
 class Blobs(Data):
@@ -69,11 +71,16 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("static", [True, False], ids=["static", "sequence"])
-def test_every_rule_learns(rule, static, tmp_path):
-    data = Blobs(static=static)
-    model, result = train(tmp_path / "run", data=data, rule=rule, epochs=8)
-    assert sltt.evaluate(model, data, device="cpu").accuracy > 0.9
+# every rule once, and with each precision several rules, on static data and on sequences
+SAMPLE = [*zip(RULES, cycle(["static", "sequence"]), cycle([32, "bf16-mixed", "16-mixed"]))]
+
+
+@pytest.mark.parametrize(("name", "kind", "precision"), SAMPLE)
+def test_every_rule_and_precision_learns(name, kind, precision, tmp_path):
+    data = Blobs(static=kind == "static")
+    model, result = train(tmp_path / "run", data=data, rule=RULES[name], epochs=8, precision=precision)
+    assert result.history[-1]["train_loss"] < 0.8 * result.history[0]["train_loss"]
+    assert sltt.evaluate(model, data, precision=precision, device="cpu").accuracy > 0.8
     assert [row["epoch"] for row in result.history] == list(range(1, 9))
 
 
@@ -364,18 +371,6 @@ def test_a_checkpoint_within_an_epoch_by_time(tmp_path, monkeypatch):
     )
     train(tmp_path / "run", epochs=1, checkpoint_minutes=0)
     assert names == [*["last.ckpt"] * 4, "best.ckpt", "last.ckpt"]
-
-
-@pytest.mark.parametrize("precision", [32, "bf16-mixed", "16-mixed"])
-def test_every_precision_learns(precision, tmp_path, rule):
-    model = network()
-    data = Blobs()
-    result = sltt.fit(
-        model, data, rule, optimizer=ADAM, epochs=8, batch_size=16, precision=precision, device="cpu",
-        run=tmp_path / "run", report=QUIET,
-    )  # fmt: skip
-    assert result.history[-1]["train_loss"] < 0.8 * result.history[0]["train_loss"]
-    assert sltt.evaluate(model, data, precision=precision, device="cpu").accuracy > 0.8
 
 
 def test_gradients_are_scaled_in_16_mixed_and_the_scale_is_saved(tmp_path):
