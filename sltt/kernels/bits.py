@@ -1,7 +1,7 @@
 """Spikes as bits: one bit an element instead of two or four bytes.
 
-Bit i of byte j is element 8 j + i of the memory. Packing is a sum of powers of two, on a CPU with a C++ compiler a native
-loop, ten times as fast. Unpacking looks up eight elements at a time in a table of 256 rows.
+Bit i of byte j is element 8 j + i of the memory. Packing is a sum of powers of two; on a CPU with a C++ compiler, a
+native loop, ten times as fast. Unpacking looks up eight elements at a time in a table of 256 rows.
 """
 
 import ctypes
