@@ -201,4 +201,4 @@ def test_a_bad_command_ends_with_its_code_and_a_clear_line(here, capsys, code, m
     assert message.replace("HERE", str(here)) in err
     assert "Traceback" not in err
     assert all(line.startswith("sltt: ") for line in err.splitlines())
-    assert code == "1" or not list(here.glob("runs"))
+    assert not list(here.glob("runs"))
