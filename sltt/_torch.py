@@ -28,3 +28,10 @@ def compile_errors() -> tuple[type[Exception], ...]:
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     return TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, InvalidCxxCompiler
+
+
+def end_workers(loader: torch.utils.data.DataLoader) -> None:
+    """End the processes that load a loader's data."""
+    iterator, loader._iterator = loader._iterator, None
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()  # type: ignore[union-attr]  # pyright: ignore

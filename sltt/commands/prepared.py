@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sltt.data import Splits
 from sltt.rules import Rule
-from sltt.training.batches import EpochSampler, train_loader
+from sltt.training.batches import EpochSampler, ending, train_loader
 from sltt.training.evaluation import measure_split
 from sltt.training.session import Session
 
@@ -50,9 +50,11 @@ class Prepared:
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches without an end, loaded as in a training."""
-        while True:
-            for x, y in self._loader(size, self._session.execution.workers):
-                yield self._session.batch(x, y)
+        loader = self._loader(size, self._session.execution.workers)
+        with ending(loader):
+            while True:
+                for x, y in loader:
+                    yield self._session.batch(x, y)
 
     def _loader(self, size: int, workers: int) -> Any:
         return train_loader(self.splits, size, EpochSampler(len(self.splits.train), self._seed), workers)  # type: ignore[arg-type]

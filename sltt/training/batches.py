@@ -9,6 +9,7 @@ import math
 import random
 import signal
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from sltt._torch import end_workers
 from sltt.data import Splits
 
 Key = tuple[int, int]
@@ -164,6 +166,21 @@ def whole_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
             f"the data ended after {count} of {expected} batches: let its samples raise IndexError or ValueError, "
             "not StopIteration"
         )
+
+
+@contextmanager
+def ending(*loaders: DataLoader[Any] | None) -> Iterator[None]:
+    """End the loaders' workers at the end of this block.
+
+    After an exception, whose traceback keeps the loaders, Python would wait for the workers for ever: it ends them by
+    SIGTERM, which they ignore.
+    """
+    try:
+        yield
+    finally:
+        for loader in loaders:
+            if loader is not None:
+                end_workers(loader)
 
 
 def _outlive_sigterm(worker: int) -> None:

@@ -18,7 +18,7 @@ from sltt.losses import CrossEntropyMSE, Loss
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
 from sltt.rules.base import step_loss
-from sltt.training.batches import share, whole_epoch
+from sltt.training.batches import ending, share, whole_epoch
 from sltt.training.metrics import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
 from sltt.training.session import Session, session
@@ -88,7 +88,8 @@ def measure_split(
         raise ValueError(f"there are no {split} samples")
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
-    return measure(here, net, loader, splits, loss, steps, mirror, BatchMemory(here.fabric.device))
+    with ending(loader):
+        return measure(here, net, loader, splits, loss, steps, mirror, BatchMemory(here.fabric.device))
 
 
 def measure(

@@ -139,13 +139,12 @@ def start_run(
 ) -> Fit:
     """Train in a new folder: `run`, or one under `runs` whose name begins with `name`."""
     splits = _checked(here, model, data, training)
+    start_from(model, training.weights)
     report = here.console(report)
     folder = here.processes.first(lambda: new_run(run, name, config))
     report.line(f"run {folder}")
     with here.held(folder):
-        loop = _loop(here, model, data, splits, training, folder, config or {}, report)
-        start_from(model, training.weights)
-        return _finish(loop)
+        return _finish(_loop(here, model, data, splits, training, folder, config or {}, report))
 
 
 def resume_run(

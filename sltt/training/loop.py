@@ -16,7 +16,7 @@ from sltt.analysis import FiringRates, firing_rates
 from sltt.data import Data, Splits
 from sltt.parallel.signals import Interrupt
 from sltt.sequence.steps import check_input
-from sltt.training.batches import EpochSampler, seed_batch, share, train_loader, whole_epoch
+from sltt.training.batches import EpochSampler, ending, seed_batch, share, train_loader, whole_epoch
 from sltt.training.checkpoints import Checkpoints
 from sltt.training.console import Console
 from sltt.training.evaluation import counting, measure
@@ -78,15 +78,16 @@ class Loop:
     def _stage(self, stage: Stage, log: ScalarLog, interrupt: Interrupt) -> None:
         """Train the epochs of a stage that are left."""
         batches, validation = self._begin(stage)
-        while self.state.epoch < stage.stop:
-            training = self._epoch(stage, batches, interrupt)
-            self.processes.average_statistics(self.model)
-            row = self._end_epoch(training, self._validate(stage, validation))
-            log(row)
-            self.report.row(row)
-            for warning in extreme_layers(training.layers):
-                self.report.warn(warning)
-            interrupt.stop(int(self.processes.highest(interrupt.requested)), self.folder)
+        with ending(batches, validation):
+            while self.state.epoch < stage.stop:
+                training = self._epoch(stage, batches, interrupt)
+                self.processes.average_statistics(self.model)
+                row = self._end_epoch(training, self._validate(stage, validation))
+                log(row)
+                self.report.row(row)
+                for warning in extreme_layers(training.layers):
+                    self.report.warn(warning)
+                interrupt.stop(int(self.processes.highest(interrupt.requested)), self.folder)
 
     def _begin(self, stage: Stage) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
         """Batches to train on and to validate by, in a stage, which may be in its middle.

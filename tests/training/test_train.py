@@ -1,6 +1,7 @@
 import csv
 import gzip
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -524,6 +525,17 @@ def test_data_that_ends_early_is_no_whole_epoch(tmp_path):
         train(tmp_path / "run", data=ending(StopIteration()))
     with pytest.raises(RuntimeError, match="the data ended after 0 of 1 batches"):
         sltt.evaluate(network(), ending(StopIteration(), "test"), device="cpu")
+
+
+def test_no_worker_is_left_after_an_error(tmp_path):
+    """Python would wait for it for ever when it ends, while the traceback keeps the loader."""
+    with pytest.raises(KeyError) as caught:
+        train(tmp_path / "run", data=ending(KeyError("x")), workers=1)
+    assert caught.traceback
+    assert not multiprocessing.active_children()
+    with pytest.raises(KeyError) as caught:
+        sltt.evaluate(network(), ending(KeyError("x"), "test"), device="cpu", workers=1)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), RuntimeError("x"), MemoryError(), AssertionError()])
