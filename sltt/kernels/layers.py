@@ -5,6 +5,7 @@ comes here. The share of active inputs and the layer's shape decide, for the for
 input gradient is dense. On one machine the same spikes give the same decision, and so the same bits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,23 +29,33 @@ _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1
 
 
 class Weights:
-    """Weights in the type of the activations, kept for one sequence, in which they seldom change.
+    """Weights in the forms that layers read, kept for one sequence, in which they seldom change.
 
-    Weights packed for a sparse forward are not kept: a copy of all would take more memory than it saves time.
+    Args:
+        packed: keep those packed for a sparse forward too. In a training their copies would take more memory than they
+            save time; in an evaluation there is room, where gradients would be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, packed: bool = False) -> None:
+        self._keep_packed = packed
         self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
+
+    def packed(self, layer: Layer, weight: Tensor, one: float) -> Tensor:
+        """What `sparse.forward` reads."""
+        if not self._keep_packed:
+            return sparse.pack_weight(layer, weight, one)
+        return self._get(weight, one, lambda: sparse.pack_weight(layer, weight, one))
 
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in another type."""
-        if weight.dtype == dtype:
-            return weight
+        return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
+
+    def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor]) -> Tensor:
         forms = self._kept.setdefault(weight.untyped_storage(), {})
-        key = dtype, weight.dtype, weight.storage_offset(), weight.shape, weight.stride()
+        key = form, weight.dtype, weight.storage_offset(), weight.shape, weight.stride()
         version, made = forms.get(key, (None, None))
         if made is None or version != weight._version:
-            made = weight.detach().to(dtype)
+            made = make()
             forms[key] = weight._version, made
         return made
 
@@ -74,7 +85,7 @@ class Call:
     def forward(self, x: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output; x, the spikes, is needed where the forward is dense, or else unpacked."""
         if self.sparse_forward:
-            packed = sparse.pack_weight(self.layer, weight, self.tag.one)
+            packed = self.weights.packed(self.layer, weight, self.tag.one)
             return sparse.forward(self.layer, self.tag.packed, packed, bias, self.dtype)
         x = self.spikes() if x is None else x.to(self.dtype)
         weight, bias = self.weights.cast(weight, self.dtype), None if bias is None else bias.to(self.dtype)

@@ -215,7 +215,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     """
     instance("model", model, nn.Module)
     sequence = time_steps(x, steps)
-    weights = kernels.Weights()
+    weights = kernels.Weights(packed=True)
     with _unrolling(model, sequence, hoist=True, grad=False) as (network, _), kernels.saving(False, False, weights):
         logits = [network(sequence.input(range(t, t + 1))) for t in range(sequence.steps)]
         return sequence.result(torch.cat(logits))

@@ -124,6 +124,19 @@ def test_inference_is_sparse_too(mode, sparse_calls, monkeypatch):
     assert len(sparse_calls) == 3 * 4
 
 
+def test_an_evaluation_packs_each_weight_once_and_a_training_at_every_step(monkeypatch):
+    packed = []
+    pack_weight = layers.sparse.pack_weight
+    monkeypatch.setattr(layers.sparse, "pack_weight", lambda *args: (packed.append(args[1]), pack_weight(*args))[1])
+    model = Net().to(memory_format=torch.channels_last)
+    x, y = data()
+    with kernels.using(sparse="on", compile="off"):
+        sltt.unroll(model, x)
+        assert len(packed) == 4
+        sltt.SLTT()(model, x, y, LOSS)
+        assert len(packed) == 4 + 3 * 4
+
+
 @pytest.mark.parametrize("change", ["in place", "optimizer", "data", "load", "ema", "shared", "copied"])
 def test_weights_that_change_between_batches_are_read_anew(change):
     model = Net().to(memory_format=torch.channels_last)
