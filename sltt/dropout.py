@@ -40,8 +40,7 @@ class Dropout(Stateful):
         else:
             self.check_state("mask", first, x.dtype)
         y = x * self.mask if steps == 1 else (x.unflatten(0, (steps, -1)) * self.mask).flatten(0, 1)
-        if torch.is_grad_enabled():
-            kernels.tag_dropped(y, x, 1 / (1 - self.p))
+        kernels.tag_dropped(y, x, 1 / (1 - self.p))
         return y
 
     def extra_repr(self) -> str:
