@@ -182,6 +182,20 @@ def test_once_around_a_neuron_is_refused():
             rule(Stem().double(), x[0] if kwargs else x, y, LOSS, **kwargs)
 
 
+def test_once_around_a_function_is_refused():
+    class Stem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neuron, self.head = sltt.LIF(), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(sltt.once(lambda z: self.neuron(z), x))
+
+    x, _ = batch()
+    with pytest.raises(ValueError, match="once takes a module or a method of one, got <function"):
+        sltt.unroll(Stem().double(), x[0], steps=2)
+
+
 class Plain(nn.Module):
     """Keeps its state in an attribute that no rule knows of."""
 

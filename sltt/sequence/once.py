@@ -96,8 +96,10 @@ class Hoisted:
         return result.leaf
 
     def _check(self, owner: Any) -> None:
-        """Raise ValueError for a module that time changes."""
-        if not isinstance(owner, nn.Module) or owner in self._checked:
+        """Raise ValueError for a module that time changes, and for a function, of which that cannot be known."""
+        if not isinstance(owner, nn.Module):
+            raise ValueError(f"sltt.once takes a module or a method of one, got {owner!r}: call it without sltt.once")
+        if owner in self._checked:
             return
         for name, module in owner.named_modules():
             if state_names(module):
