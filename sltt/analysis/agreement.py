@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sltt.checks import instance, sequence
 from sltt.memory import peak_memory
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
-from sltt.rules.base import StepLoss as Loss
+from sltt.rules.base import StepLoss
 from sltt.rules.mixed import Window, layer_order
 from sltt.rules.traces import traced
 from sltt.sequence.steps import time_steps
@@ -55,7 +55,7 @@ def agreement(
     model: nn.Module,
     x: Tensor,
     target: Any,
-    loss: Loss,
+    loss: StepLoss,
     rules: Sequence[Rule] = (SLTT(),),
     *,
     steps: int | None = None,
@@ -133,7 +133,7 @@ def propose(
     model: nn.Module,
     x: Tensor,
     target: Any,
-    loss: Loss,
+    loss: StepLoss,
     found: Sequence[Agreement],
     *,
     steps: int | None = None,
@@ -192,7 +192,7 @@ class _Exact:
     """The gradient of exact BPTT on one batch, and how far others agree with it."""
 
     def __init__(
-        self, model: nn.Module, x: Tensor, target: Any, loss: Loss, steps: int | None, dtype: torch.dtype | None
+        self, model: nn.Module, x: Tensor, target: Any, loss: StepLoss, steps: int | None, dtype: torch.dtype | None
     ):
         instance("model", model, nn.Module)
         instance("x", x, Tensor)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sltt.checks import instance, whole_number
 from sltt.memory import trace_memory
 from sltt.rules import Rule
-from sltt.rules.base import StepLoss as Loss
+from sltt.rules.base import StepLoss
 from sltt.sequence.state import state_tensors
 
 
@@ -74,7 +74,7 @@ def memory_parts(
     model: nn.Module,
     x: Tensor,
     target: Any,
-    loss: Loss,
+    loss: StepLoss,
     rule: Rule,
     optimizer: torch.optim.Optimizer | None = None,
     *,
@@ -128,7 +128,7 @@ def memory_parts(
 def iteration_seconds(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Any]],
-    loss: Loss,
+    loss: StepLoss,
     rule: Rule,
     optimizer: torch.optim.Optimizer,
     *,

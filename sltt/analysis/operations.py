@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sltt import kernels
 from sltt.checks import instance
 from sltt.rules import Rule
-from sltt.rules.base import StepLoss as Loss
+from sltt.rules.base import StepLoss
 
 
 class Operations(NamedTuple):
@@ -20,7 +20,7 @@ class Operations(NamedTuple):
 
 
 def count_operations(
-    model: nn.Module, x: Tensor, target: Any, loss: Loss, rule: Rule, *, steps: int | None = None
+    model: nn.Module, x: Tensor, target: Any, loss: StepLoss, rule: Rule, *, steps: int | None = None
 ) -> Operations:
     """Count the multiplications of one batch; the model is left as it was.
 

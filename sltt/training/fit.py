@@ -250,9 +250,9 @@ def _last_checkpoint(run: Path, config: dict[str, Any] | None) -> dict[str, Any]
 def _check_shardable(rule: Rule) -> None:
     """Raise ValueError for a rule that fsdp cannot run: weights are there only while their layer runs."""
     problems = {
-        "recompute=True runs layers again in the backward of others": getattr(rule, "recompute", None) is True,
+        "recompute=True runs layers again in the backward of others": rule.recompute,
         "hoist=True runs the backward of the first layers after the others": rule.hoist,
-        "fold='auto' would choose another fold in each process": getattr(rule, "fold", None) == "auto",
+        "fold='auto' would choose another fold in each process": rule.fold == "auto",
     }
     for why, found in problems.items():
         if found:
