@@ -3,10 +3,11 @@
 # make soak   long checks: kills, constant memory, damaged checkpoints
 # make check  lint, format, types and layers
 # make docs   build the documentation site
+# make package   build the wheel and the source archive, and check them
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak check docs benchmark clean
+.PHONY: demo test soak check docs package benchmark clean
 
 demo: .venv/installed
 	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --save runs/demo
@@ -28,6 +29,11 @@ check: .venv/installed-dev
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+package: .venv/installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/rules.py

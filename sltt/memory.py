@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import re
-import resource
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -96,7 +96,11 @@ def available_memory(device: str | torch.device = "cpu") -> int:
 
 
 def free_memory(root: Path) -> int:
-    """Bytes of RAM that are free by the files `proc` and `sys` under `root`."""
+    """Bytes of RAM that are free: on Linux by the files `proc` and `sys` under `root`."""
+    if sys.platform != "linux":
+        import psutil
+
+        return psutil.virtual_memory().available
     machine = 1024 * _field(root / "proc/meminfo", "MemAvailable:")
     return max(0, min([machine, *_left_in_control_groups(root)]))
 
@@ -156,8 +160,13 @@ def process_peak(device: torch.device) -> int:
     """Bytes at the peak since `reset_process_peak`: allocated on a CUDA device, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    with contextlib.suppress(OSError, StopIteration):  # there on Linux only, and not in every container
+        return 1024 * _field(Path("/proc/self/status"), "VmHWM:")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -76,8 +77,13 @@ def _sparse() -> tuple[str, str, str]:
 
 
 def _threads() -> tuple[str, str, str]:
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    threads, cores = torch.get_num_threads(), _cores()
     return "threads", f"{threads} on {cores} cores", "set OMP_NUM_THREADS to the cores" if threads < cores else ""
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _half_precision() -> tuple[str, str, str]:

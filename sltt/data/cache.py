@@ -1,17 +1,16 @@
 """Frames on disk: made once, by one process, and then mapped into the memory of all."""
 
-import fcntl
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 # Part of every key: a change in what the frames are makes the caches of before unused.
@@ -83,7 +82,7 @@ def cached(
     home = folder / key
     home.mkdir(parents=True, exist_ok=True)
     array, mark = home / "frames.npy", home / "complete.json"
-    with _lock(home / "lock"):
+    with FileLock(home / "lock"):
         if not mark.exists():
             _build(array, mark, settings, sources, shape, make, title)
     written = _read_mark(mark)
@@ -142,11 +141,3 @@ def _build(
     written = json.loads(json.dumps({"kept": kept, "checksums": checksums, "settings": settings, "version": VERSION}))
     mark.with_suffix(".part").write_text(json.dumps({**written, "checksum": _checksum(written)}))
     os.replace(mark.with_suffix(".part"), mark)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; freed by the system when the process ends, however it does."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

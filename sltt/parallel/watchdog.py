@@ -47,7 +47,8 @@ class Watchdog:
         if self.active:
             self._connect()
             Watchdog._held = True
-            os.register_at_fork(after_in_child=self._release)  # a data worker would keep the connections of the dead
+            if hasattr(os, "register_at_fork"):  # a forked data worker would keep the connections of the dead
+                os.register_at_fork(after_in_child=self._release)
             self._untold = [*self._links.values()]
             for link in self._links.values():
                 threading.Thread(target=self._watch, args=(link,), daemon=True, name="watchdog").start()

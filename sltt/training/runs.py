@@ -1,10 +1,10 @@
 """Run folders: one for each training run, never overwritten, trained by one process at a time."""
 
 import errno
-import fcntl
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +98,16 @@ _held: set[int] = set()  # files of locks, by their number, that this process ha
 def _lock(descriptor: int) -> bool:
     """Take the system's lock of a file, which a data worker does not inherit; False where another process has it."""
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(descriptor, 2**30, os.SEEK_SET)  # a byte beyond the text, which others may then still read
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)  # some network file systems have no locks
     return True
