@@ -24,7 +24,7 @@ def run(words: Sequence[str]) -> None:
     built = Recipe("sltt export", str(run_config(run)), []).build()
     load_selected(built.model, run)
     splits = built.data.splits(built.steps)
-    x, _ = splits.collate([splits.test[0]])
+    x = splits.one()
     frame = x if splits.static else x[0]
     out = known.out or run / {"nir": "graph.nir", "onnx": "step.onnx"}[known.to]
     report = Console()

@@ -163,7 +163,8 @@ def make_parser(prog: str) -> "ArgumentParser":
         parser_mode="sltt",
     )
     parser.add_argument("--config", action="config", help="YAML file whose values override the recipe's")
-    parser.add_function_arguments(sltt.fit, skip={"run", "resume", "config", "report"}, fail_untyped=False)
+    parser.add_function_arguments(sltt.fit, skip={"data", "run", "resume", "config", "report"}, fail_untyped=False)
+    parser.add_argument("--data", type=sltt.data.Data, required=True, help="the data set and its splits")
     parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")
     parser.add_argument("--resume", type=str | None, metavar="RUN", help="continue the run in this folder")
     return parser

@@ -280,7 +280,7 @@ def sample_spikes(run: Path) -> "dict[str, np.ndarray]":
     built = Recipe("sltt report", str(run / CONFIG), []).build()
     start_from(built.model, str(run))
     splits = built.data.splits(built.steps)
-    x, _ = splits.collate([splits.test[0]])
+    x = splits.one()
     fired: dict[str, list[torch.Tensor]] = {}
 
     def keep(name: str) -> Any:

@@ -66,6 +66,9 @@ def _train(
     else:
         name = f"{name}-{type(built.rule).__name__.lower()}"
         result = start_run(here, built.model, built.data, training, folder, name=name, config=resolved, report=report)
+    if splits.test is None:
+        report.line(f"written to {result.run}; there are no test samples to measure it on")
+        return
     run, sizes = result.run, {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
     last = selected = measure_split(here, built.model, built.data, "test", **sizes)
     if splits.validation:

@@ -6,6 +6,7 @@ from sltt.data.base import Data, Splits
 from sltt.data.digits import Digits, DigitsEvents
 from sltt.data.events import CIFAR10DVS, NMNIST, DVSGesture, EventFolder
 from sltt.data.images import CIFAR10, CIFAR100, Cutout, ImageFolder
+from sltt.data.own import from_datasets
 from sltt.data.recall import Recall
 from sltt.data.sequential import SequentialDigits, SequentialMNIST
 from sltt.data.shd import SHD
@@ -29,4 +30,5 @@ __all__ = [
     "SequentialDigits",
     "SequentialMNIST",
     "Splits",
+    "from_datasets",
 ]

@@ -17,28 +17,48 @@ OnError = Literal["stop", "skip"]
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set, split. Samples are pairs (x, label).
+    """A data set, split. Samples are pairs (x, target).
 
     Attributes:
         train: samples to train on, augmented.
         validation: samples to select the epoch by; None if everything is trained on.
-        test: samples that are looked at only after the selection.
+        test: samples that are looked at only after the selection; None if there are none.
         static: samples are images [C, H, W], shown at every time step; else sequences [T, C, H, W].
-        classes: number of classes; labels are 0 … classes − 1.
+        classes: number of classes; targets are class indices 0 … classes − 1. None for targets of another kind.
         fingerprint: twelve hexadecimal digits of a hash of which sample is in which split.
+        per_step: targets are sequences too, [T, ...]: one target for each time step.
     """
 
     train: Dataset[Any]
     validation: Dataset[Any] | None
-    test: Dataset[Any]
+    test: Dataset[Any] | None
     static: bool
-    classes: int
+    classes: int | None
     fingerprint: str
+    per_step: bool = False
 
-    def collate(self, samples: list[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
-        """Stack samples to a batch: images [B, C, H, W], sequences [T, B, C, H, W]; and labels [B]."""
-        xs, labels = zip(*samples, strict=True)
-        return torch.stack([torch.as_tensor(x) for x in xs], dim=0 if self.static else 1), torch.tensor(labels)
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+        """Stack samples to a batch: images [B, C, H, W], sequences [T, B, C, H, W]; and targets [B, ...].
+
+        Targets of each time step are stacked like sequences: [T, B, ...].
+        """
+        xs, targets = zip(*samples, strict=True)
+        return _stack("samples", xs, not self.static), _stack("targets", targets, self.per_step)
+
+    def one(self) -> Tensor:
+        """A batch of one sample, of the test set if there is one: [1, C, H, W] or [T, 1, C, H, W]."""
+        samples: Any = self.train if self.test is None else self.test
+        return self.collate([samples[0]])[0]
+
+
+def _stack(name: str, values: Sequence[Any], time_first: bool) -> Tensor:
+    """Stack along the batch dimension, the second one behind the time."""
+    tensors = [torch.as_tensor(value) for value in values]
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        first, second = (list(shape) for shape in sorted(shapes)[:2])
+        raise ValueError(f"expected {name} of one shape in a batch, got {first} and {second}: resize, cut or pad them")
+    return torch.stack(tensors, dim=1 if time_first else 0)
 
 
 class Data(ABC):

@@ -104,7 +104,7 @@ def _sequential(splits: Splits, steps: int, pixels: int, permute: bool) -> Split
         splits,
         train=_Pixels(splits.train, order),
         validation=None if splits.validation is None else _Pixels(splits.validation, order),
-        test=_Pixels(splits.test, order),
+        test=None if splits.test is None else _Pixels(splits.test, order),
         static=False,
         fingerprint=fingerprint([splits.fingerprint, *order.flatten().tolist()]),
     )

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from sltt.analysis import FiringRates, firing_rates
 from sltt.checks import choice, flag, function, instance, whole_number
 from sltt.data import Data, Splits
+from sltt.data.loaders import Loaders, as_data
 from sltt.kernels import Compile, Sparse
 from sltt.losses import CrossEntropyMSE, Loss
 from sltt.parallel.devices import Device, Precision, Strategy
@@ -29,7 +30,7 @@ Split = Literal["train", "validation", "test"]
 
 def evaluate(
     model: nn.Module,
-    data: Data,
+    data: Data | Loaders,
     split: Split = "test",
     *,
     loss: Loss = CrossEntropyMSE(),
@@ -65,7 +66,7 @@ def evaluate(
 def measure_split(
     here: Session,
     model: nn.Module,
-    data: Data,
+    data: Data | Loaders,
     split: Split,
     *,
     loss: Loss,
@@ -75,7 +76,7 @@ def measure_split(
 ) -> Metrics:
     """What `sltt.evaluate` does, where a session is there."""
     instance("model", model, nn.Module)
-    instance("data", data, Data)
+    data = as_data(data, batch_size)
     choice("split", split, get_args(Split))
     function("loss", loss, "the logits and the target")
     whole_number("batch_size", batch_size, least=1)
@@ -83,7 +84,8 @@ def measure_split(
     splits = here.splits(data, steps)
     dataset = getattr(splits, split)
     if dataset is None:
-        raise ValueError("there are no validation samples: the data was loaded with validation: 0")
+        cause = "the data was loaded with validation: 0" if split == "validation" else "the data was made without"
+        raise ValueError(f"there are no {split} samples: {cause}")
     if not len(dataset):
         raise ValueError(f"there are no {split} samples")
     loader = here.eval_loader(dataset, splits, batch_size)

@@ -10,6 +10,7 @@ from torch import nn
 
 from sltt.checks import flag, instance
 from sltt.data import Data, Splits
+from sltt.data.loaders import Loaders, as_data
 from sltt.kernels import Compile, Sparse
 from sltt.losses import CrossEntropyMSE, Loss
 from sltt.parallel.batchnorm import synchronise
@@ -38,7 +39,7 @@ class Fit:
 
 def fit(
     model: nn.Module,
-    data: Data,
+    data: Data | Loaders,
     rule: Rule = SLTT(),
     loss: Loss = CrossEntropyMSE(),
     optimizer: OptimizerFactory = partial(torch.optim.SGD, lr=0.1, momentum=0.9),
@@ -74,7 +75,8 @@ def fit(
 
     Args:
         model: maps the input of one time step [B, ...] to logits [B, C]; its neurons keep their state.
-        data: the data set and its splits.
+        data: the data set and its splits; of your own by `sltt.data.from_datasets`, or loaders (train, validation). The
+            data sets, `collate_fn` and batch size of loaders count; the order is that of `seed`.
         rule: the learning rule: SLTT, SLTT with k, BPTT, TBPTT.
         loss: loss of one time step, of logits [B, C] and labels [B].
         optimizer: makes the optimizer from the parameters.
@@ -122,6 +124,7 @@ def fit(
     training = Training.of(given)
     flag("resume", resume)
     train = resume_run if resume else start_run
+    data = as_data(data, training.batch_size)
     with session(Execution.of(given)) as here:
         return train(here, model, data, training, run, config=config, report=report)
 
@@ -185,7 +188,6 @@ def _finish(loop: Loop) -> Fit:
 def _checked(here: Session, model: nn.Module, data: Data, training: Training) -> Splits:
     """The splits of the first stage; raises ValueError for what cannot be trained, before there is a folder."""
     instance("model", model, nn.Module)
-    instance("data", data, Data)
     stages, count = training.stages, here.processes.count
     if count > 1 and here.execution.strategy == "fsdp":
         for stage in stages:

@@ -60,9 +60,14 @@ def running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{name}.{key}", statistics
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
+def check_labels(labels: Tensor, classes: int | None) -> None:
     """Before they go to a GPU, where an assertion would end the process without saying which."""
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if (
+        classes is not None
+        and not labels.is_floating_point()
+        and labels.numel()
+        and not 0 <= int(labels.min()) <= int(labels.max()) < classes
+    ):
         raise ValueError(
             f"labels must be in 0 … {classes - 1}, got {int(labels.min())} … {int(labels.max())}: the data is damaged"
         )
@@ -71,9 +76,11 @@ def check_labels(labels: Tensor, classes: int) -> None:
 def checked(splits: Splits, steps: int) -> Splits:
     """The splits; raises ValueError if there is nothing to train on or to test, or if T is not that of the data."""
     for name in ("train", "test"):
-        if not len(getattr(splits, name)):
+        if (samples := getattr(splits, name)) is None:
+            continue
+        if not len(samples):
             raise ValueError(f"there are no {name} samples")
-        check_length(splits.collate([getattr(splits, name)[0]])[0], splits, steps)
+        check_length(splits.collate([samples[0]])[0], splits, steps)
     return splits
 
 

@@ -1,0 +1,86 @@
+"""Data loaders of your own as the data of a training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from sltt.data.base import Data
+from sltt.data.own import OwnData
+
+Loaders = Sequence[DataLoader[Any] | None]
+
+
+def as_data(data: Any, batch_size: int) -> Data:
+    """A data set of `sltt.data`, or made of loaders (train, validation, test); raises ValueError for anything else."""
+    if isinstance(data, DataLoader):
+        data = (data,)
+    if isinstance(data, tuple | list) and data and all(isinstance(one, DataLoader | None) for one in data):
+        return from_loaders(data, batch_size)
+    if not isinstance(data, Data):
+        got = data.__name__ + ", a class: call it" if isinstance(data, type) else type(data).__name__
+        raise ValueError(
+            f"data must be a Data, or loaders (train, validation), got {got}; data sets of your own: "
+            "sltt.data.from_datasets(train, validation, test, static=…)"
+        )
+    return data
+
+
+def from_loaders(loaders: Loaders, batch_size: int) -> Data:
+    """The data of a training from its loaders: for training, validation and test; the last two may be missing.
+
+    The loaders' data sets, `collate_fn` and batch size count. The training orders, loads and shares out the samples
+    itself, so that a run resumes exactly.
+
+    Raises:
+        ValueError: a batch size other than that of the training, an order of their own, or batches whose time does not
+            come first.
+    """
+    given = dict(zip(("train", "validation", "test"), loaders, strict=False))
+    for name, loader in given.items():
+        if loader is not None:
+            _check_loader(name, loader, batch_size)
+    train = loaders[0]
+    if train is None:
+        raise ValueError("expected a loader of training samples first, got None")
+    return OwnData(
+        {name: loader and loader.dataset for name, loader in given.items()},
+        static=_is_static(train),
+        collate=train.collate_fn,
+    )
+
+
+def _check_loader(name: str, loader: DataLoader[Any], batch_size: int) -> None:
+    remedy = f"sltt.data.from_datasets({name}, static=…) takes the data set without a loader"
+    if not isinstance(loader.sampler, RandomSampler | SequentialSampler) or loader.batch_size is None:
+        raise ValueError(
+            f"the loader of {name} has an order of its own, which a resumed run could not repeat: {remedy}"
+        )
+    if name == "train" and loader.batch_size != batch_size:
+        raise ValueError(
+            f"the loader has batch_size={(size := loader.batch_size)}, the training {batch_size}: say batch_size={size}"
+        )
+
+
+def _is_static(loader: DataLoader[Any]) -> bool:
+    """Whether batches are images [B, ...]; else they are sequences [T, B, ...]. Two sizes of a batch tell."""
+    dataset: Any = loader.dataset
+    samples = [dataset[i % len(dataset)] for i in range(3)]
+    two: Any = loader.collate_fn(samples[:2])
+    three: Any = loader.collate_fn(samples)
+    if not isinstance(two, tuple | list) or len(two) != 2 or not isinstance(two[0], Tensor):
+        raise ValueError(
+            f"expected batches (x, target) of tensors from the loader, got {type(two).__name__}; "
+            "sltt.data.from_datasets(…, columns=…) takes dictionaries"
+        )
+    shapes = two[0].shape, three[0].shape
+    changed = [i for i, sizes in enumerate(zip(*shapes, strict=False)) if sizes == (2, 3)]
+    if changed[:1] == [1]:
+        return False
+    if changed[:1] == [0] and two[0].ndim in (2, 4):
+        return True
+    raise ValueError(
+        f"the loader makes batches {list(three[0].shape)} of 3 samples, which may be images, or sequences whose time "
+        "comes second. Say which: sltt.data.from_datasets(loader.dataset, static=True or False)"
+    )

@@ -1,0 +1,278 @@
+"""Data of your own: any PyTorch or Hugging Face data sets as the data of a training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from sltt.checks import flag, number, whole_number
+from sltt.data.base import Data, Splits, fingerprint, hold_out
+
+Collate = Callable[[list[Any]], Any]
+
+
+def from_datasets(
+    train: Any,
+    validation: Any = None,
+    test: Any = None,
+    *,
+    static: bool,
+    columns: tuple[str, str] | None = None,
+    classes: int | None = None,
+    pad: bool = False,
+    per_step: bool = False,
+    split_seed: int = 0,
+) -> Data:
+    """The data of a training, from data sets of your own.
+
+        data = sltt.data.from_datasets(train, 0.1, test, static=False)
+
+    A data set has `len(dataset)` and `dataset[index]`, as those of PyTorch and of Hugging Face have. A sample is a pair
+    (x, target), or a dictionary with `columns`. x is a tensor, a NumPy array or a PIL image, which becomes float32 in
+    [0, 1].
+
+    Args:
+        train: samples to train on.
+        validation: samples to select the best epoch by; or the share of `train` that is held out for that, in [0, 1),
+            of each class alike. None trains on everything, and the last epoch counts.
+        test: samples for the end; None if there are none.
+        static: True for images [C, H, W] or features [F], shown at every time step; False for sequences [T, ...].
+        columns: keys of x and of the target, where samples are dictionaries: ("image", "label").
+        classes: number of classes; None takes the largest label. Targets that are no whole numbers have no classes.
+        pad: add zeros at the end of sequences that are shorter than `steps` of the training. The added steps count in
+            the loss and in the prediction like all others.
+        per_step: targets are sequences [T, ...], one target for each time step.
+        split_seed: which samples are held out.
+
+    Raises:
+        ValueError: data sets or samples of another form; the message says which and what to do.
+    """
+    return OwnData(
+        {"train": train, "validation": validation, "test": test},
+        static=flag("static", static),
+        columns=columns,
+        classes=classes,
+        pad=flag("pad", pad),
+        per_step=flag("per_step", per_step),
+        split_seed=split_seed,
+    )
+
+
+class OwnData(Data):
+    """Data sets by name, as `from_datasets` explains them; with `collate`, their samples are taken as they are."""
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Any],
+        *,
+        static: bool,
+        columns: tuple[str, str] | None = None,
+        classes: int | None = None,
+        pad: bool = False,
+        per_step: bool = False,
+        split_seed: int = 0,
+        collate: Collate | None = None,
+    ):
+        found = dict(datasets)
+        share = 0.0
+        if isinstance(found.get("validation"), float | int):
+            share = number("validation", found.pop("validation"), least=0, below=1)
+        super().__init__(share, split_seed)
+        self.columns = _check_columns(columns)
+        self.datasets = {name: one for name, one in found.items() if one is not None}
+        for name, dataset in self.datasets.items():
+            _check_dataset(name, dataset, self.columns)
+        self.static, self.pad, self.per_step, self.collate = static, pad, per_step, collate
+        self.classes = None if classes is None else whole_number("classes", classes, least=1)
+        if pad and static:
+            raise ValueError("pad=True adds time steps to sequences, and static=True says that there are none")
+        if pad and per_step:
+            raise ValueError("pad=True does not know the targets of added time steps: pad x and target in the data set")
+
+    def load(self, steps: int) -> Splits:
+        samples = {name: self._samples(name, dataset, steps) for name, dataset in self.datasets.items()}
+        labels = self._labels(samples["train"])
+        order = range(len(samples["train"]))
+        kept, held = hold_out(labels or [0] * len(order), self.validation, self.split_seed)
+        parts: dict[str, Any] = {"validation": None, "test": None, **samples}
+        if held:
+            parts |= {"train": Subset(samples["train"], kept), "validation": Subset(samples["train"], held)}
+        values = {
+            **parts,
+            "static": self.static,
+            "classes": self._count(labels),
+            "fingerprint": fingerprint(labels or [], kept, held, [len(one) for one in samples.values()]),
+            "per_step": self.per_step,
+        }
+        return _Collated(**values, collate_fn=self.collate) if self.collate else Splits(**values)
+
+    def _samples(self, name: str, dataset: Any, steps: int) -> Any:
+        if self.collate:
+            return dataset
+        found = _Samples(name, dataset, self.columns, self.static, steps if self.pad else None)
+        found[0]  # a mistake shows here, and not in the middle of a training
+        return found
+
+    def _labels(self, samples: Any) -> list[int] | None:
+        """The class of each training sample; None where targets are no classes."""
+        _, first = samples[0]
+        if self.per_step or not _is_class(first):
+            return None
+        dataset = samples.dataset if isinstance(samples, _Samples) else samples
+        found = _known_labels(dataset, self.columns)
+        return (
+            [int(y) for y in found]
+            if found is not None
+            else [int(y) for _, y in map(samples.__getitem__, range(len(samples)))]
+        )
+
+    def _count(self, labels: list[int] | None) -> int | None:
+        """The number of classes; raises ValueError where labels are not 0 … classes − 1."""
+        if labels is None:
+            return self.classes
+        least, most = min(labels), max(labels)
+        if least < 0 or (self.classes is not None and most >= self.classes):
+            last = "" if self.classes is None else f" … {self.classes - 1}"
+            raise ValueError(f"labels of train must be class indices 0{last}, got {least} … {most}")
+        if least > 0 and self.classes is None:
+            raise ValueError(
+                f"labels of train are {least} … {most}, and class indices begin at 0: subtract {least}, or say "
+                f"classes={most + 1}"
+            )
+        return self.classes or most + 1
+
+
+@dataclass(frozen=True)
+class _Collated(Splits):
+    """Splits whose batches are made by a function of the user's."""
+
+    collate_fn: Collate | None = None
+
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+        assert self.collate_fn is not None
+        return self.collate_fn(samples)
+
+
+class _Samples(Dataset[Any]):
+    """The samples of a data set as pairs of a tensor and a target; sequences padded to `length`, if that is given."""
+
+    def __init__(self, name: str, dataset: Any, columns: tuple[str, str] | None, static: bool, length: int | None):
+        self.name, self.dataset, self.columns, self.static, self.length = name, dataset, columns, static, length
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        x, target = _pair(f"{self.name}[{index}]", self.dataset[index], self.columns)
+        x = _tensor(f"{self.name}[{index}]", x)
+        if x.ndim < (1 if self.static else 2):
+            form = "images [C, H, W] or features [F]" if self.static else "sequences [T, ...], such as x.unsqueeze(-1)"
+            raise ValueError(f"{self.name}[{index}]: expected {form}, got shape {list(x.shape)}")
+        if self.length is not None:
+            if len(x) > self.length:
+                raise ValueError(
+                    f"{self.name}[{index}] has {len(x)} time steps, more than steps={self.length}: set "
+                    f"steps={len(x)} or more, or cut it"
+                )
+            x = torch.cat([x, x.new_zeros(self.length - len(x), *x.shape[1:])])
+        return x, _target(target)
+
+
+def _pair(name: str, sample: Any, columns: tuple[str, str] | None) -> tuple[Any, Any]:
+    """x and the target of a sample."""
+    if isinstance(sample, Mapping):
+        keys = ", ".join(map(str, sample))
+        if columns is None:
+            raise ValueError(f"{name} is a dictionary with the keys {keys}: say columns=(key of x, key of the target)")
+        if missing := [key for key in columns if key not in sample]:
+            raise ValueError(f"{name} has no {missing[0]!r} of columns; its keys are {keys}")
+        return sample[columns[0]], sample[columns[1]]
+    if columns is not None:
+        raise ValueError(f"columns={columns} are keys of dictionaries, and {name} is a {type(sample).__name__}")
+    if not isinstance(sample, tuple | list) or len(sample) != 2:
+        many = f" of {len(sample)}" if isinstance(sample, tuple | list) else ""
+        raise ValueError(f"{name}: expected a pair (x, target), got a {type(sample).__name__}{many}")
+    return sample[0], sample[1]
+
+
+def _tensor(name: str, x: Any) -> Tensor:
+    """A sample as a tensor; images in [0, 1], and NumPy's float64 as float32."""
+    if hasattr(x, "getbands"):  # a PIL image
+        from torchvision.transforms.functional import to_tensor
+
+        return to_tensor(x)
+    try:
+        found = x if isinstance(x, Tensor) else _single(torch.as_tensor(np.asarray(x)))
+    except (TypeError, ValueError) as error:
+        got = type(x).__name__
+        raise ValueError(f"{name}: expected a tensor, a NumPy array or a PIL image, got a {got}: convert it") from error
+    if found.dtype == torch.uint8:
+        raise ValueError(f"{name} has whole numbers from 0 to 255, which layers do not take: x.float() / 255")
+    return found
+
+
+def _target(target: Any) -> Any:
+    """A target for a batch: a class index as an int, others as a tensor."""
+    if _is_class(target):
+        return int(target)
+    try:
+        return target if isinstance(target, Tensor) else _single(torch.as_tensor(target))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"expected a class index or numbers as target, got {target!r}: map names to 0 … C − 1"
+        ) from error
+
+
+def _single(x: Tensor) -> Tensor:
+    """NumPy's float64 as float32, the type of the weights."""
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def _is_class(target: Any) -> bool:
+    if isinstance(target, Tensor | np.ndarray):
+        return target.ndim == 0 and not (torch.as_tensor(target).is_floating_point())
+    return isinstance(target, int | np.integer)
+
+
+def _known_labels(dataset: Any, columns: tuple[str, str] | None) -> Sequence[Any] | None:
+    """All labels of a data set that keeps them as a list: nothing else of its samples is loaded."""
+    if isinstance(dataset, Subset):
+        labels = _known_labels(dataset.dataset, columns)
+        return labels if labels is None else [labels[i] for i in dataset.indices]
+    if columns and hasattr(dataset, "column_names"):  # of Hugging Face
+        return list(dataset[columns[1]])
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[-1].tolist()
+    if getattr(dataset, "target_transform", None) is None and hasattr(dataset, "targets"):  # of torchvision
+        return list(dataset.targets)
+    return None
+
+
+def _check_dataset(name: str, dataset: Any, columns: Any) -> None:
+    if isinstance(dataset, Mapping):
+        keys = ", ".join(map(repr, dataset))
+        raise ValueError(f"{name} is a dictionary of data sets: choose one of {keys}, as in from_datasets(found[…])")
+    if isinstance(dataset, DataLoader):
+        raise ValueError(f"{name} is a loader: pass its data set, {name}.dataset; or the loaders to sltt.fit")
+    try:
+        size = len(dataset)
+        dataset.__getitem__  # noqa: B018
+    except (TypeError, AttributeError):
+        raise ValueError(
+            f"{name} must have len({name}) and {name}[index], got a {type(dataset).__name__}; an iterable data set has "
+            "no order to resume: load its samples into a list"
+        ) from None
+    if not size:
+        raise ValueError(f"there are no samples in {name}")
+
+
+def _check_columns(columns: Any) -> tuple[str, str] | None:
+    if columns is None:
+        return None
+    if isinstance(columns, str) or len(columns) != 2 or not all(isinstance(key, str) for key in columns):
+        raise ValueError(f"columns must be two keys, of x and of the target, got {columns!r}")
+    return tuple(columns)

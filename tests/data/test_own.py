@@ -1,0 +1,193 @@
+"""Data of one's own: data sets of images and sequences, dictionaries as Hugging Face has them, data loaders."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
+
+import sltt
+from sltt.data import from_datasets
+from sltt.data.loaders import as_data
+
+LABELS = torch.arange(30) % 3
+
+
+def sequences(steps=5, count=30):
+    return TensorDataset(torch.randn(count, steps, 4), LABELS[:count])
+
+
+def images(count=30):
+    return TensorDataset(torch.randn(count, 1, 4, 4), LABELS[:count])
+
+
+def network(features=4):
+    return nn.Sequential(nn.Flatten(), nn.Linear(features, 8), sltt.LIF(), nn.Linear(8, 3))
+
+
+class Table(list):
+    """Dictionaries, with the columns as Hugging Face's `datasets` gives them."""
+
+    column_names = ("picture", "digit")
+
+    def __getitem__(self, key):
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+
+def test_images_and_sequences_are_stacked_as_the_rules_take_them():
+    splits = from_datasets(images(), 0.2, images(9), static=True).splits(steps=2)
+    x, y = splits.collate([splits.train[i] for i in range(4)])
+    assert x.shape == (4, 1, 4, 4)
+    assert y.dtype == torch.int64
+    assert (splits.classes, len(splits.train), len(splits.validation), len(splits.test)) == (3, 24, 6, 9)
+    splits = from_datasets(sequences(), static=False).splits(steps=5)
+    assert splits.collate([splits.train[0]] * 2)[0].shape == (5, 2, 4)
+    assert splits.validation is splits.test is None
+
+
+def test_held_out_samples_are_of_each_class_alike_and_depend_on_the_seed():
+    def held(seed):
+        return from_datasets(images(), 0.2, static=True, split_seed=seed).splits(1)
+
+    assert [sum(y == k for _, y in held(0).validation) for k in range(3)] == [2, 2, 2]
+    assert held(0).fingerprint == held(0).fingerprint != held(1).fingerprint
+
+
+def test_dictionaries_of_pictures_as_hugging_face_has_them():
+    rows = Table({"picture": Image.new("L", (6, 5), 255), "digit": i % 2} for i in range(4))
+    splits = from_datasets(rows, static=True, columns=("picture", "digit")).splits(1)
+    x, y = splits.collate([splits.train[1]])
+    assert x.shape == (1, 1, 5, 6)
+    assert x.max() == 1
+    assert y.tolist() == [1]
+    assert splits.classes == 2
+
+
+def test_numpy_samples_have_the_type_of_the_weights():
+    splits = from_datasets([(np.zeros((5, 4)), np.int64(0)), (np.ones((5, 4)), np.int64(1))], static=False).splits(5)
+    x, y = splits.collate([splits.train[0]])
+    assert (x.dtype, y.dtype, splits.classes) == (torch.float32, torch.int64, 2)
+
+
+def test_labels_kept_as_a_list_are_read_without_the_samples():
+    class Slow(TensorDataset):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    read = []
+    splits = from_datasets(Subset(Slow(*images().tensors), range(1, 7)), static=True).splits(1)
+    assert splits.classes == 3
+    assert set(read) == {1}
+
+
+def test_sequences_of_several_lengths_are_padded_with_zeros():
+    samples = [(torch.ones(length, 4), length % 2) for length in (2, 3, 5)]
+    splits = from_datasets(samples, static=False, pad=True).splits(steps=5)
+    x, _ = splits.collate([splits.train[i] for i in range(3)])
+    assert x.sum(dim=(0, 2)).tolist() == [8, 12, 20]
+    with pytest.raises(ValueError, match=r"train\[2\] has 5 time steps, more than steps=4"):
+        from_datasets(samples, static=False, pad=True).splits(steps=4).train[2]
+    splits = from_datasets(samples, static=False).splits(steps=5)
+    with pytest.raises(ValueError, match=r"one shape in a batch, got \[2, 4\] and \[3, 4\]: resize, cut or pad"):
+        splits.collate([splits.train[0], splits.train[1]])
+
+
+def test_targets_that_are_no_classes():
+    values = from_datasets([(torch.zeros(4), 0.5), (torch.ones(4), 1.5)], static=True).splits(1)
+    assert values.classes is None
+    assert values.collate([values.train[0], values.train[1]])[1].tolist() == [0.5, 1.5]
+    steps = from_datasets([(torch.zeros(5, 4), torch.arange(5))] * 2, static=False, per_step=True, classes=5).splits(5)
+    assert steps.classes == 5
+    assert steps.collate([steps.train[0]] * 2)[1].shape == (5, 2)
+
+
+def test_a_training_on_loaders_is_that_on_their_data_sets(tmp_path):
+    def trained(data, run):
+        torch.manual_seed(0)
+        model = network()
+        result = sltt.fit(model, data, steps=5, epochs=1, batch_size=8, device="cpu", run=tmp_path / run)
+        return [{**row, "seconds": 0, "peak_memory": 0} for row in result.history]
+
+    def collate(samples):
+        xs, ys = zip(*samples, strict=True)
+        return torch.stack(xs, dim=1), torch.stack(ys)
+
+    train, held_out = Subset(sequences(), range(20)), Subset(sequences(), range(20, 30))
+    loaders = [DataLoader(part, batch_size=8, collate_fn=collate) for part in (train, held_out)]
+    expected = trained(from_datasets(train, held_out, static=False), "datasets")
+    assert expected[0]["validation_loss"] is not None
+    assert trained(loaders, "loaders") == expected
+
+
+def test_loaders_of_images_are_static():
+    data = as_data((DataLoader(images(), batch_size=8), None, DataLoader(images(6))), 8)
+    splits = data.splits(2)
+    assert splits.static
+    assert splits.collate([splits.train[0]] * 2)[0].shape == (2, 1, 4, 4)
+    assert (splits.validation, len(splits.test)) == (None, 6)
+
+
+def test_without_test_samples_an_evaluation_says_so(tmp_path):
+    data = from_datasets(images(), 0.2, static=True)
+    model = network(16)
+    sltt.fit(model, data, epochs=1, device="cpu", run=tmp_path / "run")
+    assert 0 <= sltt.evaluate(model, data, "validation", device="cpu").accuracy <= 1
+    with pytest.raises(ValueError, match="there are no test samples: the data was made without"):
+        sltt.evaluate(model, data, device="cpu")
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(4), 0
+
+
+PAIR = [(torch.zeros(4), 0)]
+MISTAKES = {
+    "a dictionary of splits": (
+        lambda: from_datasets({"train": PAIR, "test": PAIR}, static=True),
+        "choose one of 'train'",
+    ),
+    "a stream": (lambda: from_datasets(Stream(), static=True), "an iterable data set has no order"),
+    "a loader": (lambda: from_datasets(DataLoader(images()), static=True), "train is a loader: pass its data set"),
+    "nothing": (lambda: from_datasets([], static=True), "there are no samples in train"),
+    "dictionaries": (lambda: from_datasets([{"a": 1, "b": 2}], static=True).splits(1), "keys a, b: say columns="),
+    "another key": (
+        lambda: from_datasets([{"a": 1, "b": 2}], static=True, columns=("a", "y")).splits(1),
+        "has no 'y' of columns; its keys are a, b",
+    ),
+    "one column": (lambda: from_datasets(PAIR, static=True, columns="image"), "columns must be two keys"),
+    "columns of pairs": (lambda: from_datasets(PAIR, static=True, columns=("a", "b")).splits(1), "is a tuple"),
+    "triples": (
+        lambda: from_datasets([(1, 2, 3)], static=True).splits(1),
+        r"expected a pair \(x, target\), got a tuple of 3",
+    ),
+    "text": (lambda: from_datasets([("a", 0)], static=True).splits(1), "PIL image, got a str"),
+    "bytes": (
+        lambda: from_datasets([(torch.zeros(4, dtype=torch.uint8), 0)], static=True).splits(1),
+        r"x.float\(\) / 255",
+    ),
+    "names": (lambda: from_datasets([(torch.zeros(4), "cat")], static=True).splits(1), "'cat': map names to 0"),
+    "one axis": (lambda: from_datasets(PAIR, static=False).splits(4), r"expected sequences \[T, ...\]"),
+    "labels from 1": (
+        lambda: from_datasets([(torch.zeros(4), k) for k in (1, 2)], static=True).splits(1),
+        "class indices begin at 0: subtract 1, or say classes=3",
+    ),
+    "few classes": (lambda: from_datasets([(torch.zeros(4), 4)], static=True, classes=3).splits(1), "0 … 2, got 4 … 4"),
+    "padded images": (lambda: from_datasets(PAIR, static=True, pad=True), "pad=True adds time steps"),
+    "weights": (
+        lambda: as_data([DataLoader(images(), 8, sampler=WeightedRandomSampler([1.0] * 30, 30))], 8),
+        "the loader of train has an order of its own",
+    ),
+    "batch size": (lambda: as_data(DataLoader(images(), 8), 16), "say batch_size=8"),
+    "time second": (lambda: as_data(DataLoader(sequences(), 8), 8), "sequences whose time comes second"),
+    "a data set": (lambda: as_data(images(), 8), "got TensorDataset; data sets of your own: sltt.data.from_datasets"),
+    "a class": (lambda: as_data(sltt.data.Digits, 8), "got Digits, a class: call it"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
