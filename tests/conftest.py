@@ -8,6 +8,7 @@ import sltt
 
 torch.set_num_threads(1)  # the tests run in two processes on two cores
 
+LOSS = sltt.losses.CrossEntropyMSE()
 SURROGATES = [
     sltt.surrogates.Triangle(),
     sltt.surrogates.Triangle(gamma=0.7),
@@ -93,3 +94,8 @@ def gradients(model, rule, x, y, loss=None, **kwargs):
     model = copy.deepcopy(model)
     out = rule(model, x, y, loss or sltt.losses.CrossEntropyMSE(), **kwargs)
     return torch.cat([p.grad.flatten() for p in model.parameters()]), out
+
+
+def seeded(call, *args, **kwargs):
+    torch.manual_seed(1)
+    return call(*args, **kwargs)

@@ -11,8 +11,8 @@ from torch import nn
 import sltt
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
 from tests.conftest import RULES
+from tests.training.blobs import equal, train
 from tests.training.test_kills import kill_at_random
-from tests.training.test_train import equal, train
 
 
 def test_two_hundred_kills_change_nothing(tmp_path):

@@ -10,9 +10,9 @@ import sltt
 from sltt import kernels
 from sltt.kernels.bits import pack, unpack
 from sltt.rules import segments
-from tests.conftest import batch, small_network
-from tests.kernels.test_kernels import CONSTANTS, SIZES, SURROGATES, both
-from tests.test_waits import CAPTURE, LOSS, assert_same_weights_and_gradients, example, train
+from tests.conftest import LOSS, SURROGATES, batch, small_network
+from tests.kernels.steps import CONSTANTS, SIZES, both
+from tests.test_waits import CAPTURE, assert_same_weights_and_gradients, example, train
 
 if not torch.cuda.is_available():
     pytest.skip("PyTorch sees no CUDA device", allow_module_level=True)

@@ -12,9 +12,7 @@ from sltt import kernels
 from sltt.analysis import peak_memory
 from sltt.kernels.options import options
 from sltt.sequence.fold import fold_of
-from tests.conftest import RULES, SURROGATES, batch, gradients, small_network
-
-LOSS = sltt.losses.CrossEntropyMSE()
+from tests.conftest import LOSS, RULES, SURROGATES, batch, gradients, small_network
 
 
 class Shared(nn.Module):

@@ -20,11 +20,10 @@ import sltt
 from sltt.analysis import firing_rates
 from sltt.kernels.saved import PACK_FROM
 from sltt.sequence.steps import Sequence, time_steps
-from tests.conftest import batch, small_network
+from tests.conftest import LOSS, batch, small_network
 
 DOCS = (Path(sltt.__file__).parents[1] / "docs" / "gpu.md").read_text()
 CAPTURE, COMPILE = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
-LOSS = sltt.losses.CrossEntropyMSE()
 aten = torch.ops.aten
 
 VALUES = {aten._local_scalar_dense, aten.equal, aten.allclose}

@@ -13,9 +13,7 @@ from sltt.commands import main
 from sltt.commands.parsing import Recipe, mixed_options
 from sltt.commands.results import gather
 from sltt.commands.sections import sections
-from tests.conftest import batch, gradients, small_network
-
-LOSS = sltt.losses.CrossEntropyMSE()
+from tests.conftest import LOSS, batch, gradients, small_network
 
 
 def test_with_one_step_every_rule_agrees(rule, neuron):

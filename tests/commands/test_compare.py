@@ -14,8 +14,7 @@ from sltt.commands import compare, main, prepared
 from sltt.commands.parsing import rule_options, rules
 from sltt.training.console import Console, as_json
 from sltt.training.settings import Execution
-
-LOSS = sltt.losses.CrossEntropyMSE()
+from tests.conftest import LOSS
 
 
 @pytest.mark.parametrize(("steps", "k"), [(1, None), (4, None), (6, None), (1, 1), (4, 1), (6, 1), (4, 3), (6, 3)])

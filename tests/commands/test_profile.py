@@ -19,9 +19,8 @@ from sltt.commands.prepared import prepared
 from sltt.memory import trace_memory
 from sltt.training.session import session
 from sltt.training.settings import Execution
-from tests.conftest import batch, small_network
+from tests.conftest import LOSS, batch, small_network
 
-LOSS = sltt.losses.CrossEntropyMSE()
 MB = 1_000_000
 
 

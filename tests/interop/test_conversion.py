@@ -9,7 +9,7 @@ from torch import nn
 import sltt
 from sltt.interop import convert
 from tests.conftest import batch
-from tests.interop.test_interop import gradients_of, network
+from tests.interop.libraries import gradients_of, network
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 

@@ -12,9 +12,8 @@ import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory
 from sltt.kernels import layers, native
-from tests.conftest import RULES
+from tests.conftest import LOSS, RULES
 
-LOSS = sltt.losses.CrossEntropyMSE()
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 
 

@@ -11,9 +11,7 @@ from sltt import kernels
 from sltt.analysis import parse_bytes, peak_memory
 from sltt.kernels import stepwise_norms
 from sltt.sequence.fold import Fold, fold_of, folding
-from tests.conftest import gradients
-
-LOSS = sltt.losses.CrossEntropyMSE()
+from tests.conftest import LOSS, gradients
 
 
 def changed(module, **attributes):

@@ -10,9 +10,7 @@ from sltt import kernels
 from sltt.analysis import peak_memory
 from sltt.rules.mixed import _Cut, layer_order
 from sltt.sequence.steps import time_steps
-from tests.conftest import batch, gradients, small_network
-
-LOSS = sltt.losses.CrossEntropyMSE()
+from tests.conftest import LOSS, batch, gradients, small_network
 
 
 def by_hand(model, x, y, windows):

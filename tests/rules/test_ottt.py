@@ -9,9 +9,7 @@ from sltt import kernels
 from sltt.analysis import peak_memory
 from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.rules.traces import traced
-from tests.conftest import batch, gradients, small_network
-
-LOSS = sltt.losses.CrossEntropyMSE()
+from tests.conftest import LOSS, batch, gradients, small_network
 
 
 def by_hand(model, x, y, decay, update=None):

@@ -1,151 +1,9 @@
-import copy
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import sltt
-from sltt import kernels
-from sltt.analysis import peak_memory
-from tests.conftest import NEURONS, RULES, batch, gradients, small_network
-
-LOSS = sltt.losses.CrossEntropyMSE()
-
-
-def by_hand(model, x, y, detached):
-    """BPTT over the literal loop, or SLTT by detaching the state by hand after every step."""
-    model = copy.deepcopy(model)
-    sltt.reset(model)
-    total = 0
-    for x_t in x:
-        total = total + LOSS(model(x_t), y) / len(x)
-        if detached:
-            for module in model.modules():
-                if hasattr(module, "v"):
-                    module.v = module.v.detach()
-    total.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()]), total
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "norm+dropout"])
-def model(request, neuron):
-    """A network of every neuron; its dropout draws the same mask in every call that is seeded alike."""
-    if request.param:
-        return small_network(neuron, norm=True, dropout=0.3)
-    return small_network(neuron)
-
-
-def seeded(call, *args, **kwargs):
-    torch.manual_seed(1)
-    return call(*args, **kwargs)
-
-
-def test_bptt_equals_the_literal_loop(model):
-    x, y = batch()
-    grad, out = seeded(gradients, model, sltt.BPTT(), x, y)
-    expected, total = seeded(by_hand, model, x, y, detached=False)
-    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(out.loss, total.detach())
-    assert expected.abs().max() > 0
-
-
-def test_sltt_equals_the_loop_detached_by_hand(model):
-    x, y = batch()
-    grad, out = seeded(gradients, model, sltt.SLTT(), x, y)
-    expected, total = seeded(by_hand, model, x, y, detached=True)
-    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(out.loss, total.detach())
-
-
-@pytest.mark.parametrize(
-    ("rule", "twin"),
-    [
-        (sltt.TBPTT(4), sltt.BPTT()),
-        (sltt.BPTT(segment=1), sltt.BPTT()),
-        (sltt.BPTT(segment=3), sltt.BPTT()),
-        (sltt.BPTT(segment=9), sltt.BPTT()),
-        (sltt.TBPTT(9), sltt.BPTT()),
-        (sltt.TBPTT(1), sltt.SLTT()),
-        (sltt.SLTT(k=4, generator=torch.Generator()), sltt.SLTT()),
-        (sltt.SLTT(k=4, rescale=True, generator=torch.Generator()), sltt.SLTT()),
-    ],
-    ids=[
-        "TBPTT(4)",
-        "BPTT(segment=1)",
-        "BPTT(segment=3)",
-        "BPTT(segment=9)",
-        "TBPTT(9)",
-        "TBPTT(1)",
-        "SLTT(k=4)",
-        "SLTT(k=4, rescale)",
-    ],
-)
-def test_members_of_the_family_that_are_the_same(model, rule, twin):
-    x, y = batch(steps=4)
-    torch.testing.assert_close(seeded(gradients, model, rule, x, y)[0], seeded(gradients, model, twin, x, y)[0])
-
-
-@pytest.mark.parametrize(
-    "rule", [sltt.SLTT(), sltt.TBPTT(1), sltt.TBPTT(3), sltt.SLTT(k=1), sltt.BPTT(segment=1)], ids=repr
-)
-def test_with_one_step_all_rules_are_the_same(model, rule):
-    x, y = batch(steps=1)
-    assert torch.equal(seeded(gradients, model, rule, x, y)[0], seeded(gradients, model, sltt.BPTT(), x, y)[0])
-
-
-@settings(max_examples=25, deadline=None)
-@given(steps=st.integers(1, 6), window=st.integers(1, 7), size=st.integers(1, 4), seed=st.integers(0, 99))
-def test_tbptt_equals_a_loop_that_detaches_between_windows(steps, window, size, seed):
-    torch.manual_seed(seed)
-    model = small_network()
-    x, y = batch(steps, size)
-    twin = copy.deepcopy(model)
-    sltt.reset(twin)
-    for t, x_t in enumerate(x):
-        if t % window == 0:
-            sltt.detach(twin)
-        (LOSS(twin(x_t), y) / steps).backward(retain_graph=True)
-    expected = torch.cat([p.grad.flatten() for p in twin.parameters()])
-    torch.testing.assert_close(gradients(model, sltt.TBPTT(window), x, y)[0], expected)
-
-
-def test_bptt_differs_from_sltt_and_less_for_a_smaller_decay():
-    x, y = batch(steps=6, size=32)
-    gaps = []
-    for tau in (4.0, 2.0, 1.33, 1.1):
-        torch.manual_seed(3)
-        model = small_network(lambda tau=tau: sltt.LIF(tau=tau))
-        bptt, _ = gradients(model, sltt.BPTT(), x, y)
-        spatial, _ = gradients(model, sltt.SLTT(), x, y)
-        gaps.append(1 - torch.cosine_similarity(bptt, spatial, dim=0).item())
-    assert gaps == sorted(gaps, reverse=True)
-    assert gaps[0] > 1.5 * gaps[-1] > 0
-
-
-def test_rescaled_single_draws_average_to_sltt(neuron):
-    steps = 4
-    x, y = batch(steps)
-    model = small_network(neuron)
-    total, seen, seed = 0, set(), 0
-    while len(seen) < steps:
-        generator = torch.Generator().manual_seed(seed)
-        seed += 1
-        step = torch.randperm(steps, generator=torch.Generator().manual_seed(seed - 1))[0].item()
-        if step in seen:
-            continue
-        seen.add(step)
-        total = total + gradients(model, sltt.SLTT(k=1, rescale=True, generator=generator), x, y)[0]
-    torch.testing.assert_close(total / steps, gradients(model, sltt.SLTT(), x, y)[0])
-
-
-def test_sltt_k_keeps_the_loss_over_t_unless_rescaled():
-    x, y = batch(steps=4)
-    model = small_network()
-    plain, rescaled = (seeded(gradients, model, sltt.SLTT(k=2, rescale=r), x, y) for r in (False, True))
-    torch.testing.assert_close(2 * plain[0], rescaled[0])
-    assert plain[1].loss == rescaled[1].loss
+from tests.conftest import LOSS, NEURONS, RULES, batch, gradients, seeded, small_network
 
 
 def test_output_is_that_of_the_forward_loop(rule, neuron):
@@ -155,7 +13,7 @@ def test_output_is_that_of_the_forward_loop(rule, neuron):
     assert not out.loss.requires_grad
     assert not out.logits.requires_grad
     if getattr(rule, "steady", False):
-        pytest.skip("its logits are those of steady currents, not of the time steps: tests/test_rate.py")
+        pytest.skip("its logits are those of steady currents, not of the time steps: test_rate_steady.py")
     logits = sltt.unroll(model, x)
     assert torch.equal(out.logits, logits)
     of_mean = isinstance(rule, sltt.RateBased)
@@ -272,84 +130,6 @@ def test_weights_cached_by_autocast_without_a_graph_do_not_cut_later_steps():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sltt.SLTT(k=1, generator=torch.Generator().manual_seed(last))(model, x, y, LOSS)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-
-
-@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.SLTT(k=2), sltt.TBPTT(2)], ids=repr)
-def test_memory_does_not_grow_with_time(rule):
-    assert measured(rule, 64) <= 1.05 * measured(rule, 4)
-
-
-def test_recomputing_bptt_takes_the_memory_of_its_segments():
-    assert measured(sltt.BPTT(segment=4), 32) < 0.35 * measured(sltt.BPTT(), 32)
-
-
-def test_a_replay_repeats_statistics_masks_and_random_numbers():
-    """BatchNorm's statistics, dropout of both kinds and the generator end as if each step had run once."""
-
-    class Noisy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.plain = small_network(norm=True, dropout=0.4), nn.Dropout(0.3)
-
-        def forward(self, x):
-            return self.net(self.plain(x))
-
-    x, y = batch(steps=7)
-    results = []
-    for rule in (sltt.BPTT(), sltt.BPTT(segment=3)):
-        torch.manual_seed(2)
-        model = Noisy()
-        out = rule(model, x, y, LOSS)
-        grads = [p.grad for p in model.parameters()]
-        results.append([out.loss, out.logits, *grads, *model.buffers(), torch.get_rng_state()])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
-def test_a_replay_carries_the_gradient_through_a_state_that_rests():
-    class EverySecond(nn.Module):
-        """Its hidden neurons run on even steps only."""
-
-        def __init__(self):
-            super().__init__()
-            self.inner, self.outer = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=4.0)), nn.Linear(14, 3)
-
-        def forward(self, x):
-            hidden = self.inner(x) if x[0, 0] > 0 else x.new_zeros(len(x), 8)
-            return self.outer(torch.cat([hidden, x], 1))
-
-    x, y = batch(steps=6)
-    x[:, 0, 0] = torch.tensor([1.0, -1.0] * 3)
-    model = EverySecond().double()
-    expected, _ = gradients(model, sltt.BPTT(), x, y)
-    for length in (1, 2, 3):
-        torch.testing.assert_close(gradients(model, sltt.BPTT(segment=length), x, y)[0], expected)
-    assert not torch.allclose(gradients(model, sltt.SLTT(), x, y)[0], expected)
-
-
-def test_a_replay_that_is_not_the_first_run_is_noticed():
-    class Noisy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.generator = small_network(), torch.Generator()
-
-        def forward(self, x):
-            return self.net(x + torch.randn(x.shape, generator=self.generator, dtype=x.dtype))
-
-    with pytest.raises(RuntimeError, match="time step 0 gave other logits when it was run again"):
-        sltt.BPTT(segment=2)(Noisy(), *batch(), LOSS)
-
-
-def test_memory_of_bptt_grows_with_time():
-    assert measured(sltt.BPTT(), 32) > 1.7 * measured(sltt.BPTT(), 16)
-
-
-def measured(rule, steps):
-    model = sltt.models.DigitsNet()
-    x, y = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
-    with kernels.using(compile="off"):  # the same whatever other tests have compiled before
-        rule(model, x, y, LOSS, steps=2)  # gradients exist from here on
-        return peak_memory(lambda: rule(model, x, y, LOSS, steps=steps))
 
 
 @pytest.mark.parametrize(

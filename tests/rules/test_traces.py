@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 import sltt
-from tests.conftest import batch, gradients
-
-LOSS = sltt.losses.CrossEntropyMSE()
+from tests.conftest import LOSS, batch, gradients
 
 
 def blocks_of(model):

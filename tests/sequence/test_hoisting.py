@@ -7,9 +7,8 @@ from torch import nn
 
 import sltt
 from sltt.models.nfresnet import ScaledWSConv2d
+from tests.conftest import LOSS
 from tests.rules.test_folding import assert_same, results
-
-LOSS = sltt.losses.CrossEntropyMSE()
 
 
 class Stem(nn.Module):

@@ -15,7 +15,7 @@ from torch import nn
 import sltt
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.runs import BEST, CONFIG, LAST
-from tests.training.test_train import Blobs, equal, train
+from tests.training.blobs import Blobs, equal, train
 
 SETTINGS = {"epochs": 5}
 

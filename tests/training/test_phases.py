@@ -11,7 +11,7 @@ from sltt.data import Data, Splits
 from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.console import Console
 from sltt.training.phases import Phase, plan, stage_at
-from tests.training.test_train import Blobs, StopAt, equal, network, train, weights
+from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
 
 SLTT, BPTT = sltt.SLTT(), sltt.BPTT()
 

@@ -8,7 +8,7 @@ import sltt.training.session
 from sltt.commands import main
 from sltt.parallel.devices import make_fabric
 from sltt.training.settings import Execution, Training
-from tests.training.test_train import Blobs, network, train
+from tests.training.blobs import Blobs, network, train
 
 
 def parameters(function):

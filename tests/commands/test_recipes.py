@@ -1,0 +1,86 @@
+import pytest
+import torch
+import yaml
+
+import sltt
+from sltt.commands.parsing import Recipe, shipped_recipes
+from tests.commands.tiny import run
+
+PAPER = {  # T, K, batch, epochs, learning rate, weight decay, α
+    "cifar10": (6, None, 128, 200, 0.1, 5e-5, 0.05),
+    "cifar100": (6, None, 128, 200, 0.1, 5e-4, 0.05),
+    "dvs-cifar10": (10, 2, 128, 300, 0.05, 5e-4, 0.05),
+    "dvs-gesture": (20, 4, 16, 300, 0.1, 5e-4, 0.05),
+    "imagenet-stage1": (1, None, 256, 100, 0.1, 1e-5, 0.0),
+    "imagenet-stage2": (6, 1, 256, 30, 0.001, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_have_the_values_of_the_paper(name):
+    recipe = yaml.safe_load(shipped_recipes()[name].read_text())
+    optimizer, k = recipe["optimizer"]["init_args"], recipe["rule"].get("init_args", {}).get("k")
+    assert (
+        *(recipe["steps"], k, recipe["batch_size"], recipe["epochs"], optimizer["lr"], optimizer["weight_decay"]),
+        recipe["loss"]["init_args"]["alpha"],
+    ) == PAPER[name]
+    assert optimizer["momentum"] == 0.9
+    assert recipe["model"]["init_args"]["neuron"]["init_args"]["tau"] == 1.1
+
+
+def test_imagenet_is_its_two_stages():
+    whole, *stages = (
+        yaml.safe_load(shipped_recipes()[f"imagenet{end}"].read_text()) for end in ("", "-stage1", "-stage2")
+    )
+    assert [phase["epochs"] for phase in whole["phases"]] == [stage["epochs"] for stage in stages]
+    assert [phase["steps"] for phase in whole["phases"]] == [stage["steps"] for stage in stages]
+    assert [phase["lr"] for phase in whole["phases"]] == [stage["optimizer"]["init_args"]["lr"] for stage in stages]
+    assert whole["model"] == stages[0]["model"] == stages[1]["model"]
+
+
+def test_recipes_lists_each_with_a_line(capsys):
+    code, out, _ = run(capsys, "recipes")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(shipped_recipes())
+
+
+FRAMES = {
+    "digits": (1, 8, 8),
+    "digits-events": (2, 16, 16),
+    "cifar10": (3, 32, 32),
+    "cifar10-small": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+    "dvs-cifar10": (2, 48, 48),
+    "dvs-gesture": (2, 128, 128),
+    "imagenet": (3, 64, 64),  # of any size
+    "imagenet-stage1": (3, 64, 64),
+    "imagenet-stage2": (3, 64, 64),
+    "nmnist": (2, 34, 34),
+    "recall": (200,),
+    "recall-marked": (21,),
+    "sequential-digits": (8,),
+    "shd": (700,),
+}
+CLASSES = {
+    "cifar100": 100,
+    "dvs-gesture": 11,
+    "recall": 4,
+    "recall-marked": 2,
+    "shd": 20,
+    **{f"imagenet{end}": 1000 for end in ("", "-stage1", "-stage2")},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_recipe_runs_a_batch_of_its_shape(name):
+    built = Recipe("sltt train", name, []).build()
+    assert isinstance(built.data, sltt.data.Data)
+    x, steps = 3 * torch.rand(2, *FRAMES[name]), min((getattr(built.rule, "k", None) or 1) + 1, built.steps)
+    for rule, crop in [(built.rule, None), *((phase.rule or built.rule, phase.crop) for phase in built.phases or [])]:
+        built.model.zero_grad()
+        out = rule(built.model, x[..., :crop, :crop] if crop else x, torch.tensor([0, 1]), built.loss, steps=steps)
+        assert out.loss.isfinite()
+        assert out.logits.shape == (steps, 2, CLASSES.get(name, 10))
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in built.model.parameters())
+    assert built.optimizer(built.model.parameters()).param_groups[0]["lr"] > 0

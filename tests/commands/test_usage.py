@@ -1,0 +1,150 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import sltt
+from sltt.commands import main
+from sltt.commands.failures import cause
+from sltt.commands.parsing import shipped_recipes
+from tests.commands.tiny import TINY, run
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean train?"),
+        (["train", "digit"], "unknown recipe 'digit'; did you mean digits?"),
+        (["train", "none.yaml"], "no file none.yaml"),
+        (["train", "--epohcs", "3"], "unknown option --epohcs; did you mean --epochs?"),
+        (["train", "--rule.q", "3"], "unknown key 'q' of sltt.SLTT"),
+        (["train", "--model.widht", "3"], "unknown key 'widht' of sltt.models.DigitsNet; did you mean width?"),
+        (["train", "--model.neuron.tua", "3"], "unknown key 'tua' of sltt.LIF; did you mean tau?"),
+        (["train", "--rule", "SLT"], "unknown class 'SLT'; did you mean sltt.SLTT?"),
+        (["train", "--model", "resnet18"], "unknown class 'resnet18'; did you mean sltt.models.resnet18?"),
+        (["train", "--rule", "os.system"], "'os.system' is not allowed"),
+        (["train", "--rule", "torch.nn.Linear"], "torch.nn.Linear does not correspond to a subclass of Rule"),
+        (["train", "--data", "sltt.SLTT"], "sltt.SLTT does not correspond to a subclass of Data"),
+        (["train", "--optimizer", "torch.nn.Linear"], "to be a subclass of <class 'Optimizer'>"),
+        (["train", "--rule", "TBPTT"], "window"),
+        (["train", "--epochs", "x"], "epochs: expected int, got x"),
+        (["train", "--rule.k", "1.5"], "rule.k: expected int or null, got 1.5"),
+        (["train", "--device", "tpu"], "device: expected ['auto', 'cpu', 'cuda'], got tpu"),
+        (["train", "digits", "--resume", "a"], "leave out 'digits'"),
+        (["train", "--resume", "nowhere", "--batch_size", "3"], "nowhere is not the folder of a run"),
+        (["train", "--resume", "nowhere"], "nowhere is not the folder of a run"),
+        (["eval", "nowhere"], "nowhere is not the folder of a run"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_explained_and_leaves_nothing(here, capsys, words, message):
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert message in err
+    assert list(here.iterdir()) == []
+
+
+def test_an_unknown_key_in_a_file_is_explained(here, capsys):
+    recipe = yaml.safe_load(shipped_recipes()["digits"].read_text())
+    Path("a.yaml").write_text(yaml.safe_dump({**recipe, "epohcs": 3}))
+    assert "unknown key 'epohcs'; did you mean epochs?" in run(capsys, "train", "a.yaml")[2]
+    recipe["data"]["init_args"]["validaton"] = 0.5
+    Path("a.yaml").write_text(yaml.safe_dump(recipe))
+    assert "unknown key 'validaton' of sltt.data.Digits; did you mean validation?" in run(capsys, "train", "a.yaml")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rule", "SLTT", "--rule.k", "9"], "SLTT(k=9) trains 9 steps, but the sequence has T = 2; use k ≤ T"),
+        (["--rule", "TBPTT", "--rule.window", "0"], "window must be at least 1"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--model.neuron.tau", "1"], "tau must be greater than 1"),
+        (["--model.in_channels", "3"], "expected one time step [B, 3, H, W], got shape [256, 1, 8, 8]"),
+        (["--model.classes", "4"], "labels must be in 0 … 3 (the model has 4 outputs)"),
+        (["--data.validation", "1.5"], "validation must be at least 0 and less than 1"),
+        (["--data", "sltt.data.CIFAR10"], "CIFAR-10 not found"),
+        (["--data", "sltt.data.ImageFolder", "--data.root", "nowhere"], "no images found: looked in"),
+        (["--run", "/proc/nowhere/run"], "cannot make the run folder"),
+    ],
+)
+def test_bad_input_gets_a_clear_error(here, capsys, words, message):
+    code, _, err = run(capsys, "train", *TINY, *words)
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_doctor_tells_versions_device_compiler_and_threads(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for word in (sltt.__version__, torch.__version__, "device", "C++ compiler", "threads", "bf16-mixed"):
+        assert word in out
+
+
+def test_doctor_shows_brackets_and_what_each_package_is_for(capsys):
+    _, out, _ = run(capsys, "doctor")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert "pip install 'sltt[events]'" in " ".join(out.split())
+    assert "sltt report" in lines["matplotlib"]
+
+
+def test_a_module_that_is_missing_is_named_and_not_installed(capsys):
+    code, _, err = run(capsys, "train", *TINY, "--optimizer", "no_such_package.optim.Muon")
+    assert code == 2
+    assert err.startswith(
+        "sltt: optimizer: there is no module no_such_package; expected no_such_package.py in this folder"
+    )
+    code, _, err = run(capsys, "train", *TINY, "--optimizer", "torch.no_such_module.Muon")
+    assert code == 2
+    assert "torch.no_such_module" in err
+    assert "pip install" not in err
+
+
+def test_a_second_ctrl_c_has_a_line_too(capsys, monkeypatch):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sltt.commands.doctor.run", interrupted)
+    assert run(capsys, "doctor") == (130, "", "sltt: stopped by Ctrl-C\n")
+
+
+def test_the_traceback_is_shown_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setenv("SLTT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="there is no folder nowhere"):
+        main(["report", "nowhere"])
+
+
+def test_a_failed_worker_of_the_data_loader_is_told_in_a_line():
+    trace = 'Original Traceback (most recent call last):\n  File "mine.py", line 3\nKeyError: 7\n'
+    error = RuntimeError(f"Caught KeyError in DataLoader worker process 0.\n{trace}")
+    assert cause(error) == "Caught KeyError in DataLoader worker process 0: KeyError: 7"
+
+
+def test_help_explains_every_option(capsys):
+    assert run(capsys)[0] == 2
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert "sltt train [RECIPE]" in out
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "T, the number of time steps. (type: int, default: 4)" in " ".join(out.split())
+    assert len(out.splitlines()) < 200
+
+
+def test_data_check_says_whether_the_data_is_whole(tmp_path, capsys):
+    assert main(["data", "check", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "train" in out
+    assert "nothing is missing" in out
+    assert main(["data", "check", "cifar10", "--data.root", str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+    for words in (
+        ["data"],
+        ["data", "check"],
+        ["data", "look", "digits"],
+        ["data", "check", "digits", "--epochs", "3"],
+    ):
+        assert main(words) == 2

@@ -1,0 +1,17 @@
+"""A run of the command line that takes a second."""
+
+import os
+
+from sltt.commands import main
+
+TINY = ["--model.width", "2", "--epochs", "2", "--steps", "2", "--batch_size", "256", "--device", "cpu"]
+
+
+def run(capsys, *words):
+    code = main([str(w) for w in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}

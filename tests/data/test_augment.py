@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+import sltt
+from sltt.data import augment
+from sltt.training.batches import EpochSampler, train_loader
+from tests.data.recordings import nmnist
+
+
+@pytest.mark.parametrize(
+    "change",
+    [augment.flip, lambda x: augment.roll(x, 3), lambda x: augment.rotate(x, 30), lambda x: augment.shear(x, 20),
+     lambda x: augment.cutout(x, 9), sltt.data.EventAugmentation(drop=0)],
+    ids=["flip", "roll", "rotate", "shear", "cutout", "all"],
+)  # fmt: skip
+def test_what_moves_a_frame_moves_all_alike(change):
+    for seed in range(8):
+        torch.manual_seed(seed)
+        x = torch.randint(4, (1, 2, 16, 16)).float().expand(5, 2, 16, 16)
+        y = change(x)
+        assert y.shape == x.shape
+        assert (y == y[:1]).all()
+        assert set(y.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+
+
+def test_dropped_events_are_some_of_those_that_were_there():
+    x = torch.randint(6, (10, 2, 8, 8)).float()
+    still = {"flip": False, "roll": 0, "rotate": 0, "shear": 0, "cutout": 0}
+    for drop in (augment.drop_events, augment.drop_time, sltt.data.EventAugmentation(drop=1.0, **still)):
+        ys = [drop(x) for _ in range(10)]
+        assert all((y <= x).all() and (y >= 0).all() for y in ys)
+        assert all(y.sum() < x.sum() for y in ys)
+    assert torch.equal(sltt.data.EventAugmentation(drop=0.0, **still)(x), x)
+
+
+def test_augmentation_is_the_same_for_any_number_of_workers(tmp_path):
+    splits = sltt.data.NMNIST(str(nmnist(tmp_path)), augment=sltt.data.EventAugmentation(drop=0.5)).splits(3)
+    batches = []
+    for workers in (0, 2):
+        loader = train_loader(splits, 8, EpochSampler(len(splits.train), 0), workers)
+        batches.append([x for x, _ in loader])
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))

@@ -1,0 +1,129 @@
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import sltt
+from sltt.data.cache import CacheError, cached
+from tests.data.recordings import (
+    events,
+    nmnist,
+    write_bin,
+)
+
+
+def make_cache(folder, log):
+    """One process that makes or waits for the cache."""
+
+    def make(i):
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.01)
+        return np.full((2, 3), i)
+
+    return cached(folder, {"a": 1}, [__file__] * 20, (2, 3), make, "test")
+
+
+def test_two_processes_make_a_cache_once(tmp_path):
+    log = tmp_path / "log"
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=make_cache, args=(tmp_path, log)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    makers = log.read_text().split()
+    assert len(makers) == 20
+    assert len(set(makers)) == 1
+    arrays, mark = make_cache(tmp_path, log)
+    assert [int(array[0, 0]) for array in arrays] == list(range(20)) == mark["kept"]
+
+
+def test_a_cache_that_was_killed_is_made_again(tmp_path):
+    log = tmp_path / "log"
+    process = multiprocessing.get_context("fork").Process(target=make_cache, args=(tmp_path, log))
+    process.start()
+    while not log.exists() or len(log.read_text().split()) < 5:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not list(tmp_path.glob("*/complete.json"))
+    arrays, _ = make_cache(tmp_path, log)
+    assert [int(array[1, 2]) for array in arrays] == list(range(20))
+
+
+def flip_bit(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[at % len(raw)] ^= 4
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda home: flip_bit(home / "frames.npy", -1), "array 19 has another checksum"),
+        (lambda home: flip_bit(home / "frames.npy", 128), "array 0 has another checksum"),
+        (lambda home: flip_bit(home / "frames.npy", 1), r"frames\.npy cannot be read"),
+        (lambda home: os.truncate(home / "frames.npy", 200), r"frames\.npy cannot be read \(mmap length"),
+        (lambda home: os.truncate(home / "frames.npy", 0), r"frames\.npy cannot be read"),
+        (lambda home: (home / "frames.npy").unlink(), r"frames\.npy cannot be read"),
+        (lambda home: np.save(home / "frames.npy", np.zeros((20, 3, 2), np.uint16)), r"\(20, 3, 2\), expected"),
+        (lambda home: np.save(home / "frames.npy", np.zeros((20, 2, 3), np.int16)), "holds int16"),
+        (lambda home: (home / "complete.json").write_text(""), r"complete\.json cannot be read"),
+        (lambda home: (home / "complete.json").write_text("[]"), r"complete\.json cannot be read"),
+        (lambda home: (home / "complete.json").write_text('{"kept": [0]}'), r"complete\.json cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_damaged_cache_says_which_folder_to_delete(tmp_path, damage, problem):
+    make_cache(tmp_path, tmp_path / "log")
+    (home,) = (path.parent for path in tmp_path.glob("*/complete.json"))
+    damage(home)
+    with pytest.raises(CacheError, match=f"{home} is damaged: .*{problem}.*Delete this folder"):
+        list(make_cache(tmp_path, tmp_path / "log")[0])
+
+
+def test_no_flipped_bit_of_a_cache_is_taken(tmp_path):
+    make_cache(tmp_path, tmp_path / "log")
+    (home,) = (path.parent for path in tmp_path.glob("*/complete.json"))
+    for path in (home / "frames.npy", home / "complete.json"):
+        whole = path.read_bytes()
+        for at in range(0, len(whole), 3):
+            flip_bit(path, at)
+            try:
+                arrays, mark = make_cache(tmp_path, tmp_path / "log")
+                read = [int(array[0, 0]) for array in arrays]
+            except CacheError:
+                pass
+            else:  # the padding of the header
+                assert read == list(range(20)) == mark["kept"]
+            path.write_bytes(whole)
+
+
+def test_a_damaged_frame_stops_a_training_and_says_what_to_delete(tmp_path):
+    root = nmnist(tmp_path)
+    sltt.data.NMNIST(str(root)).splits(4)
+    for frames_file in root.glob(".sltt-cache/*/frames.npy"):
+        flip_bit(frames_file, -1)
+    splits = sltt.data.NMNIST(str(root)).splits(4)
+    with pytest.raises(CacheError, match="Delete this folder"):
+        [splits.test[i] for i in range(len(splits.test))]
+
+
+def test_the_cache_is_keyed_by_what_changes_the_frames(tmp_path):
+    root = nmnist(tmp_path)
+    for kwargs in ({}, {"size": 17}, {"slicing": "time"}, {"on_error": "skip"}):
+        sltt.data.NMNIST(str(root), **kwargs).splits(4)
+    sltt.data.NMNIST(str(root)).splits(5)
+    assert len(list(root.glob(".sltt-cache/*/complete.json"))) == 10  # training and test each
+    sltt.data.NMNIST(str(root), augment=sltt.data.EventAugmentation()).splits(5)
+    assert len(list(root.glob(".sltt-cache/*/complete.json"))) == 10
+    write_bin(root / "NMNIST" / "Train" / "0" / "00000.bin", events(41))
+    sltt.data.NMNIST(str(root)).splits(4)
+    marks = list(root.glob(".sltt-cache/*/complete.json"))
+    assert len(marks) == 11
+    assert all(json.loads(mark.read_text())["version"] for mark in marks)

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sltt.data.recordings import Recording, RecordingError, frames, read
+from tests.data.recordings import events, write_aedat2, write_aedat3, write_aedat4, write_bin, write_dat, write_npy
+
+tonic_io = pytest.importorskip("tonic.io", reason="event data needs tonic")
+
+
+@pytest.mark.parametrize(
+    ("write", "suffix", "sensor", "reference"),
+    [
+        (write_bin, ".bin", (34, 34), lambda p: tonic_io.read_mnist_file(str(p), np.dtype([(n, int) for n in "xytp"]))),
+        (write_aedat2, ".aedat", (128, 128), None),
+        (write_aedat3, ".aedat", (128, 128), None),
+        (write_aedat4, ".aedat4", (128, 128), None),
+        (write_dat, ".dat", (128, 128), None),
+        (write_npy, ".npy", (128, 128), None),
+    ],
+    ids=["bin", "aedat 2", "aedat 3.1", "aedat 4", "dat", "npy"],
+)
+def test_recordings_are_read_as_tonic_reads_them(tmp_path, write, suffix, sensor, reference):
+    if suffix == ".aedat4":
+        pytest.importorskip("aedat", reason="tonic reads AEDAT 4 through aedat")
+    expected = events(200, sensor)
+    write(tmp_path / f"one{suffix}", expected)
+    found = read(tmp_path / f"one{suffix}", sensor, "count", 4)
+    for a, b in zip(found, expected, strict=True):
+        assert (abs(a - b) <= 1).all()  # milliseconds are floats
+    if reference:
+        by_tonic = reference(tmp_path / f"one{suffix}")
+        assert all((getattr(found, name) == by_tonic[name]).all() for name in "xytp")
+
+
+@given(count=st.integers(1, 200), steps=st.integers(1, 12), slicing=st.sampled_from(["count", "time"]),
+       size=st.sampled_from([None, 5, 17, 34]), seed=st.integers(0, 99))  # fmt: skip
+@settings(deadline=None)
+def test_every_event_is_in_one_frame(count, steps, slicing, size, seed):
+    recording = events(count, seed=seed)
+    if slicing == "count" and count < steps:
+        return
+    made = frames(recording, steps, (34, 34), size, slicing)
+    assert made.shape == (steps, 2, size or 34, size or 34)
+    assert made.sum() == count
+    assert made[:, 1].sum() == recording.p.sum()
+    if slicing == "count":
+        runs = [count // steps] * (steps - 1)
+        assert made.sum((1, 2, 3)).tolist() == [*runs, count - sum(runs)]
+
+
+def test_frames_by_time_are_of_equal_duration():
+    recording = Recording(*(np.array(a) for a in ([0, 1, 2, 3], [0, 0, 0, 0], [100, 199, 200, 299], [0, 1, 0, 1])))
+    made = frames(recording, 2, (4, 4), slicing="time")
+    assert made[0].sum() == 2
+    assert made[0, 1, 0, 1] == made[1, 0, 0, 2] == 1
+
+
+def test_smaller_frames_sum_the_events_of_their_pixels():
+    recording = events(500, (128, 128))
+    full, small = frames(recording, 3, (128, 128)), frames(recording, 3, (128, 128), 32)
+    assert (small == full.reshape(3, 2, 32, 4, 32, 4).sum((3, 5))).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"x", "not a recording in a known format"),
+        ("a.npy", b"x", "cannot be read"),
+        ("a.aedat", b"PK\x03\x04", "it does not begin with #!AER-"),
+        ("a.aedat", b"#!AER-DAT2.0\r\n\x01\x02\x03", "truncated: the data is no multiple of the 8 bytes"),
+        ("a.dat", b"PK\x03\x04", "not a DAT file: it does not begin with"),
+        ("a.dat", b"% Version 2\n\x0c\x08\x01\x02\x03", "truncated: the data is no multiple of the 8 bytes"),
+        ("a.dat", b"% Version 2\n\x0c\x08", "no events"),
+        ("a.dat", b"% Version 2\n\x0e\x08" + bytes(16), "events of type 14 in 8 bytes, expected type 0 or 12"),
+    ],
+)
+def test_a_file_of_another_format_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecordingError, match=message) as caught:
+        read(tmp_path / name, (34, 34), "count", 1)
+    assert str(tmp_path / name) in str(caught.value)

@@ -1,0 +1,143 @@
+"""Small networks of the neurons of other libraries, and each library's own reset and detach."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from tests.conftest import LOSS, RULES, batch
+
+FOLDS_NOTHING = {name: rule for name, rule in RULES.items() if "fold" not in name}
+FOLDS_NOTHING["Mixed"] = sltt.Mixed({"1": "all"})  # the first neurons of the networks here
+FOLDS_NOTHING["Mixed(default=2)"] = sltt.Mixed({"1": 3}, default=2)
+
+
+def jelly(name, **kwargs):
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    functional = pytest.importorskip("spikingjelly.activation_based.functional")
+    return SimpleNamespace(
+        make=lambda size: getattr(neuron, name)(**kwargs), reset=functional.reset_net, detach=functional.detach_net
+    )
+
+
+def snn(name, recurrent=False, **kwargs):
+    snntorch = pytest.importorskip("snntorch")
+
+    def make(size):
+        sizes = {"linear_features": size} if recurrent else {}
+        # snnTorch's own surrogates give float32 for any input
+        surrogate = sltt.surrogates.ArcTan()
+        return getattr(snntorch, name)(beta=0.8, spike_grad=surrogate, init_hidden=True, **sizes, **kwargs)
+
+    def reset(model):
+        for m in model.modules():
+            if isinstance(m, snntorch.SpikingNeuron):
+                m.reset_mem()
+
+    def detach(model):
+        for m in model.modules():
+            for state in ("spk", "syn", "mem"):
+                if hasattr(m, state):
+                    setattr(m, state, getattr(m, state).detach())
+
+    return SimpleNamespace(make=make, reset=reset, detach=detach)
+
+
+def sinabs(name, **kwargs):
+    layers = pytest.importorskip("sinabs.layers")
+
+    def detach(model):  # not by zero_grad, which zeroes the gradient of the time constants too
+        for m in model.modules():
+            for state in ("v_mem", "i_syn"):
+                if getattr(m, state, None) is not None:
+                    setattr(m, state, getattr(m, state).detach())
+
+    def reset(model):
+        for m in model.modules():
+            if isinstance(m, layers.StatefulLayer):
+                m.reset_states()
+
+    return SimpleNamespace(
+        make=lambda size: getattr(layers, name)(num_timesteps=1, **kwargs),
+        reset=reset,
+        detach=detach,
+        dtype=torch.float32,  # of its spikes, for any input
+    )
+
+
+def norse(name, **parameters):
+    torch_ = pytest.importorskip("norse.torch")
+    interop = pytest.importorskip("sltt.interop.norse")
+    kind = getattr(torch_, name)
+
+    def make(size):
+        args = (size, size) if "Recurrent" in name else ()
+        p = {"p": getattr(torch_, parameters["p"])(**parameters["of_p"])} if parameters else {}
+        return interop.KeepState(kind(*args, dt=0.001, **p))
+
+    def each(function):
+        return lambda model: [function(m) for m in model.modules() if isinstance(m, interop.KeepState)]
+
+    def cut(m):
+        m.state = None if m.state is None else type(m.state)(*(s.detach() for s in m.state))
+
+    return SimpleNamespace(make=make, reset=each(lambda m: setattr(m, "state", None)), detach=each(cut))
+
+
+CASES = {
+    "jelly LIF": (jelly, "LIFNode", {"tau": 2.0}),
+    "jelly LIF, soft": (jelly, "LIFNode", {"tau": 3.0, "decay_input": False, "v_reset": None, "store_v_seq": True}),
+    "jelly IF": (jelly, "IFNode", {"detach_reset": True}),
+    "jelly PLIF": (jelly, "ParametricLIFNode", {"v_reset": None}),
+    "jelly KLIF": (jelly, "KLIFNode", {}),
+    "snn Leaky": (snn, "Leaky", {}),
+    "snn Leaky, zero": (snn, "Leaky", {"reset_mechanism": "zero", "reset_delay": False}),
+    "snn Synaptic": (snn, "Synaptic", {"alpha": 0.5}),
+    "snn RLeaky": (snn, "RLeaky", {"recurrent": True}),
+    "snn RSynaptic": (snn, "RSynaptic", {"alpha": 0.5, "recurrent": True}),
+    "sinabs LIF": (sinabs, "LIFSqueeze", {"tau_mem": 3.0, "norm_input": False}),
+    "sinabs LIF with current": (sinabs, "LIFSqueeze", {"tau_mem": 3.0, "tau_syn": 2.0}),
+    "sinabs IAF": (sinabs, "IAFSqueeze", {}),
+    "norse LIFBox": (norse, "LIFBoxCell", {"p": "LIFBoxParameters", "of_p": {"v_th": torch.tensor(0.1)}}),
+    "norse LIF": (norse, "LIFCell", {"p": "LIFParameters", "of_p": {"v_th": torch.tensor(0.1)}}),
+    "norse IAF": (norse, "IAFCell", {}),
+    "norse recurrent": (norse, "LIFRecurrentCell", {"p": "LIFParameters", "of_p": {"v_th": torch.tensor(0.1)}}),
+}
+
+
+def network(*neurons):
+    layers = [nn.Linear(6, 8), neurons[0], nn.Linear(8, 7), neurons[1], nn.Linear(7, 3)]
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            layer.weight.data.mul_(3)
+    return nn.Sequential(*layers)
+
+
+def network_of(library):
+    """A network of the library's neurons, and a batch for it."""
+    x, y = batch(steps=5)
+    dtype = getattr(library, "dtype", torch.float64)
+    return network(library.make(8), library.make(7)).to(dtype), x.to(dtype), y
+
+
+def by_hand(model, x, y, reset, detach, window):
+    """The gradient of a loop with the library's own functions, which cuts the graph every `window` steps."""
+    reset(model)
+    model.zero_grad()
+    total = 0
+    for t, x_t in enumerate(x):
+        if t and t % window == 0:
+            total.backward()
+            detach(model)
+            total = 0
+        total = total + LOSS(model(x_t), y) / len(x)
+    total.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def gradients_of(rule, model, x, y):
+    model.zero_grad()
+    rule(model, x, y, LOSS)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

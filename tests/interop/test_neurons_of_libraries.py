@@ -1,0 +1,156 @@
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from tests.conftest import LOSS, batch, gradients
+from tests.interop.libraries import (
+    FOLDS_NOTHING,
+    by_hand,
+    gradients_of,
+    jelly,
+    network,
+    network_of,
+    snn,
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "window"),
+    [
+        (sltt.BPTT(), 9),
+        (sltt.BPTT(segment=2), 9),
+        (sltt.TBPTT(2), 2),
+        (sltt.SLTT(), 1),
+        (sltt.SLTT(recompute=True), 1),
+    ],
+    ids=["BPTT", "BPTT(segment=2)", "TBPTT(2)", "SLTT", "SLTT(recompute)"],
+)
+def test_gradients_equal_the_library_s_own_loop(library, rule, window):
+    model, x, y = network_of(library)
+    expected = by_hand(model, x, y, library.reset, library.detach, window)
+    model.zero_grad()
+    out = rule(model, x, y, LOSS)
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    tolerance = {"rtol": 1e-10, "atol": 1e-13} if x.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(found, expected, **tolerance)
+    assert expected.abs().max() > 0
+    assert torch.equal(out.logits, sltt.unroll(model, x))
+
+
+def test_bptt_and_sltt_differ_by_what_the_state_carries(library):
+    model, x, y = network_of(library)
+    gap = gradients_of(sltt.BPTT(), model, x, y) - gradients_of(sltt.SLTT(), model, x, y)
+    assert gap.norm() > 1e-3
+
+
+def test_sltt_k_trains_the_steps_that_it_draws(library):
+    model, x, y = network_of(library)
+    total = 0
+    for t in range(len(x)):
+        seed = next(s for s in range(999) if torch.randperm(5, generator=torch.Generator().manual_seed(s))[0] == t)
+        rule = sltt.SLTT(k=1, generator=torch.Generator().manual_seed(seed))
+        total = total + gradients_of(rule, model, x, y)
+    torch.testing.assert_close(total, gradients_of(sltt.SLTT(), model, x, y), rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_left_behind(library):
+    """A second batch, of another size, has the gradient that it has alone."""
+    model, x, y = network_of(library)
+    expected = gradients_of(sltt.SLTT(), model, x[:, :3], y[:3])
+    gradients_of(sltt.BPTT(), model, x, y)
+    torch.testing.assert_close(gradients_of(sltt.SLTT(), model, x[:, :3], y[:3]), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_copy_is_a_network_of_its_own():
+    """snnTorch's reset and detach reach what its constructors made, and a copy is made by none."""
+    model, x, y = network_of(snn("Leaky"))
+    twin = copy.deepcopy(model)
+    for rule in (sltt.SLTT(), sltt.BPTT(), sltt.SLTT()):
+        assert torch.equal(gradients_of(rule, twin, x, y), gradients_of(rule, model, x, y))
+
+
+def test_an_exception_resets_the_model(library):
+    model, x, y = network_of(library)
+    expected = sltt.unroll(model, x)
+
+    def fails(logits, target):
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        sltt.SLTT()(model, x, y, fails)
+    with torch.no_grad():
+        assert torch.equal(model(x[0]), expected[0])  # without a reset: the state is that of the start
+
+
+def test_firing_rates_count_the_library_s_neurons(library):
+    model, x, y = network_of(library)
+    with sltt.analysis.firing_rates(model) as rates:
+        spikes = []
+        hook = model[1].register_forward_hook(lambda m, i, o: spikes.append(torch.count_nonzero(o)))
+        sltt.SLTT()(model, x, y, LOSS)
+        hook.remove()
+    found = rates.by_layer()
+    assert len(found) == 2
+    assert next(iter(found.values())) == pytest.approx(sum(spikes).item() / (5 * 5 * 8))
+    assert rates.mean() > 0
+
+
+def test_the_networks_of_the_tests_spike(library):
+    model, x, _ = network_of(library)
+    with sltt.analysis.firing_rates(model) as rates:
+        sltt.unroll(model, x)
+    assert all(0.01 < rate < 0.99 for rate in rates.by_layer().values())
+
+
+@pytest.mark.parametrize("rule", FOLDS_NOTHING.values(), ids=FOLDS_NOTHING.keys())
+def test_every_rule_gives_the_gradient_that_it_gives_for_the_same_neuron_here(rule):
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate").PiecewiseQuadratic(alpha=1.0)
+    theirs = [
+        neuron.LIFNode(tau=2.0, decay_input=False, v_reset=None, surrogate_function=surrogate, detach_reset=False)
+        for _ in range(2)
+    ]
+    model = network(*theirs).double()
+    ours = copy.deepcopy(model)
+    ours[1], ours[3] = sltt.LIF(tau=2.0), sltt.LIF(tau=2.0)
+    x, y = batch()
+    torch.manual_seed(1)
+    expected, _ = gradients(ours, rule, x, y)
+    torch.manual_seed(1)
+    if isinstance(rule, sltt.RateBased):
+        with pytest.raises(ValueError, match=r"not of 1 \(LIFNode\), which keeps a state in a way of its own"):
+            gradients(model, rule, x, y)
+        return
+    torch.testing.assert_close(gradients(model, rule, x, y)[0], expected)
+
+
+def test_neurons_of_several_libraries_and_ours_in_one_module():
+    """Each library's neurons keep their state for themselves: the gradient of the loop that detaches each by hand."""
+    first, second = jelly("LIFNode", tau=2.0), snn("Leaky")
+    model = nn.Sequential(network(first.make(8), second.make(7)), sltt.LIF(tau=2.0), nn.Linear(3, 3)).double()
+    x, y = batch()
+
+    def reset(model):
+        first.reset(model)
+        second.reset(model)
+        model[1].v = None
+
+    def detach(model):
+        first.detach(model)
+        second.detach(model)
+        model[1].v = model[1].v.detach()
+
+    for rule, window in ((sltt.BPTT(), 9), (sltt.BPTT(segment=2), 9), (sltt.SLTT(), 1)):
+        expected = by_hand(model, x, y, reset, detach, window)
+        torch.testing.assert_close(gradients_of(rule, model, x, y), expected, rtol=1e-10, atol=1e-13)
+
+
+def test_importing_sltt_imports_no_other_library():
+    libraries = "spikingjelly snntorch norse sinabs nir nirtorch onnx onnxruntime"
+    code = f"import sys, sltt, sltt.interop; print({{*'{libraries}'.split()}} & {{*sys.modules}})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

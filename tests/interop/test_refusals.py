@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from tests.conftest import LOSS, batch
+from tests.interop.libraries import gradients_of, jelly, network_of, snn
+
+
+def test_multi_step_modules_are_refused_by_name():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    layer = pytest.importorskip("spikingjelly.activation_based.layer")
+    model = nn.Sequential(
+        layer.Linear(6, 3, step_mode="m"), neuron.LIFNode(step_mode="m"), neuron.NonSpikingLIFNode(tau=2.0)
+    )
+    message = (
+        r"0 \(Linear\) is in multi-step mode: call functional.set_step_mode\(model, 's'\); "
+        r"1 \(LIFNode\) is in multi-step mode.*2 \(NonSpikingLIFNode\) takes all time steps in one call"
+    )
+    with pytest.raises(ValueError, match=message):
+        sltt.SLTT()(model.double(), *batch(), LOSS)
+
+
+def test_a_neuron_with_a_rule_of_its_own_is_refused():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    model = nn.Sequential(nn.Linear(6, 3), neuron.SLTTLIFNode()).double()
+    with pytest.raises(ValueError, match=r"1 \(SLTTLIFNode\) has a learning rule of its own: use LIFNode"):
+        sltt.BPTT()(model, *batch(), LOSS)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s: s.Leaky(beta=0.5), "init_hidden=True"),
+        (lambda s: s.DeltaLeaky(beta=0.5, init_hidden=True), "gives its state with its spikes"),
+        (lambda s: s.StateLeaky(beta=0.5, channels=3), "takes all time steps in one call"),
+        (lambda s: s.LeakyParallel(3, 3), "is recurrent and keeps no state itself"),
+    ],
+)
+def test_neurons_of_snntorch_that_do_not_step_are_refused(make, message):
+    snntorch = pytest.importorskip("snntorch")
+    with pytest.raises(ValueError, match=message):
+        sltt.SLTT()(nn.Sequential(nn.Linear(6, 3), make(snntorch)).double(), *batch(), LOSS)
+
+
+def test_a_neuron_that_gives_a_tuple_at_the_end_is_refused():
+    snntorch = pytest.importorskip("snntorch")
+    model = nn.Sequential(nn.Linear(6, 3), snntorch.Leaky(beta=0.5, init_hidden=True, output=True)).double()
+    with pytest.raises(ValueError, match=r"expected the model to return the logits \[B, C\].*got tuple"):
+        sltt.SLTT()(model, *batch(), LOSS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("LIF", {"tau_mem": 2.0}, r"1 \(LIF\) takes \[B, T, ...\]: use the squeezing layer"),
+        (
+            "LIFSqueeze",
+            {"tau_mem": 2.0, "batch_size": 4},
+            "has batch_size=4 and num_timesteps=-1, for a time step of 5",
+        ),
+        ("IAFSqueeze", {"num_timesteps": 5}, "has batch_size=-1 and num_timesteps=5"),
+        ("LIFRecurrent", {"tau_mem": 2.0, "rec_connect": nn.Linear(3, 3)}, "use the squeezing layer"),
+    ],
+)
+def test_layers_of_sinabs_that_take_several_steps_are_refused(name, kwargs, message):
+    layers = pytest.importorskip("sinabs.layers")
+    with pytest.raises(ValueError, match=message):
+        sltt.SLTT()(nn.Sequential(nn.Linear(6, 3), getattr(layers, name)(**kwargs)), *batch(), LOSS)
+
+
+def test_a_layer_of_sinabs_for_the_batch_size_that_comes_is_taken():
+    layers = pytest.importorskip("sinabs.layers")
+    model = nn.Sequential(nn.Linear(6, 3), layers.IAFSqueeze(batch_size=5))
+    x, y = batch()
+    twin = nn.Sequential(model[0], layers.IAFSqueeze(num_timesteps=1))
+    expected = gradients_of(sltt.SLTT(), twin, x.float(), y)
+    assert torch.equal(gradients_of(sltt.SLTT(), model, x.float(), y), expected)
+
+
+def test_folding_names_what_it_cannot_fold(library):
+    model, x, y = network_of(library)
+    with pytest.raises(ValueError, match=r"fold needs layers.*keeps a state.*use fold=1"):
+        sltt.SLTT(fold=2)(model, x, y, LOSS)
+
+
+def test_ottt_refuses_hard_resets_and_weights_inside_of_neurons():
+    model, x, y = network_of(jelly("LIFNode", tau=2.0))
+    with pytest.raises(ValueError, match=r"1 \(LIFNode\) resets to v_reset = 0.0"):
+        sltt.OTTT()(model, x, y, LOSS)
+    model, x, y = network_of(snn("RLeaky", recurrent=True))
+    with pytest.raises(ValueError, match=r"no traces for the weights of 1 \(RLeaky\)"):
+        sltt.OTTT(decay=0.5)(model, x, y, LOSS)
+
+
+def test_a_model_without_a_state_is_warned_about():
+    with pytest.warns(UserWarning, match="no module of the model keeps a state between time steps.*sltt.register"):
+        sltt.SLTT()(nn.Linear(6, 3).double(), *batch(), LOSS)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.RNN(6, 3), lambda: nn.LSTMCell(6, 3)])
+def test_a_recurrent_layer_whose_state_nobody_keeps_is_refused(make):
+    with pytest.raises(ValueError, match=r"is recurrent and keeps no state itself: put it into a sltt.Stateful"):
+        sltt.SLTT()(nn.Sequential(make(), sltt.LIF()).double(), *batch(), LOSS)
+
+
+def test_what_a_rule_refuses_is_not_evaluated_either():
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    model = nn.Sequential(nn.Linear(6, 8), neuron.LIFNode(step_mode="m"), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"1 \(LIFNode\)"):
+        sltt.unroll(model, torch.randn(4, 5, 6))

@@ -1,0 +1,76 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+import sltt.kernels.saved
+from sltt import kernels
+from sltt.kernels.options import COMPILE_FROM, Kernel
+from tests.conftest import LOSS, gradients
+
+
+def test_options_are_restored():
+    with pytest.raises(RuntimeError, match="planted"), kernels.using(compile="off", bits=False):
+        raise RuntimeError("planted")
+    from sltt.kernels.options import options
+
+    assert options().bits
+    assert options().compile == "auto"
+
+
+def test_a_kernel_that_does_not_compile_runs_eagerly_with_a_warning():
+    class Breaks(sltt.surrogates.Surrogate):
+        def derivative(self, x):
+            torch._dynamo.graph_break()
+            return torch.ones_like(x)
+
+    x = torch.randn(COMPILE_FROM, requires_grad=True)
+    neuron = sltt.LIF(surrogate=Breaks())
+    spikes = neuron(x)
+    with pytest.warns(UserWarning, match="compiling a kernel failed"):
+        spikes.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    sltt.reset(neuron)
+    neuron(x).sum().backward()  # silently from now on
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs two widths of vectors")
+def test_code_for_other_vectors_is_not_taken_from_the_compilers_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.randn(4096)
+
+    def add(out, x):
+        out.copy_(x + 1)
+
+    for name in ("AVX512", "AVX2"):  # as in processes with these limits, one after the other
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", name.lower())
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=name: name)
+        out = torch.full_like(x, torch.nan)
+        with kernels.using(compile="on"):
+            Kernel(add)(out, x)
+        assert torch.equal(out, x + 1)
+
+
+@pytest.mark.slow
+def test_inside_a_compiled_model_without_a_graph_break():
+    model = nn.Sequential(nn.Linear(6, 32), sltt.LIF(tau=1.7), nn.Linear(32, 3))
+    x, y = 2 * torch.randn(3, 4, 6), torch.randint(3, (4,))
+    expected, out = gradients(model, sltt.SLTT(), x, y)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    got = sltt.SLTT()(compiled, x, y, LOSS)
+    torch.testing.assert_close(got.logits, out.logits)
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in compiled.parameters()]), expected)
+
+
+def test_a_model_that_has_run_can_be_copied_and_pickled(neuron, compile_mode):
+    model = nn.Sequential(nn.Linear(6, 5000), neuron(), nn.Linear(5000, 3))
+    x, y = torch.randn(2, 4, 6), torch.randint(3, (4,))
+    expected, _ = gradients(model, sltt.SLTT(), x, y)
+    sltt.SLTT()(model, x, y, LOSS)
+    model.zero_grad()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(gradients(other, sltt.SLTT(), x, y)[0], expected)

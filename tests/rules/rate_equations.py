@@ -1,0 +1,55 @@
+"""The equations of `RateBased`, and a network for them."""
+
+import torch
+from torch import nn
+
+import sltt
+
+RULE = sltt.RateBased()
+STEADY = sltt.RateBased(steady=True)
+SETTINGS = {
+    "soft": {},
+    "soft, detached": {"detach_reset": True},
+    "hard": {"v_reset": 0.1},
+    "hard, detached": {"v_reset": 0.0, "detach_reset": True},
+    "scaled input": {"decay_input": True},
+    "hard, scaled input": {"v_reset": -0.2, "decay_input": True},
+    "another start": {"v_init": 0.4},
+    "hard, another start": {"v_init": 0.4, "v_reset": -0.1},
+    "another threshold": {"v_threshold": 0.6, "surrogate": sltt.surrogates.Sigmoid()},
+}
+
+
+def network(make, norm=False):
+    layers = [
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8) if norm else nn.Identity(),
+        make(),
+        nn.Linear(8, 7),
+        make(),
+        nn.Linear(7, 3),
+    ]
+    for layer in layers[::3] + layers[-1:]:
+        layer.weight.data.mul_(3)
+    return nn.Sequential(*layers).double()
+
+
+def by_equations(neuron, inputs):
+    """Rates r and ∂r/∂c of a layer with the inputs [T, B, C], by equations (2) to (5) of the docstring."""
+    decay = float(neuron.decay())
+    gain = 1 - decay if neuron.decay_input else 1
+    rest = neuron.v_reset or 0.0
+    v = torch.full_like(inputs[0], neuron.start)
+    f = through = spikes = slope = 0
+    for x in inputs:
+        u = rest + decay * (v - rest) + gain * x
+        s = (u >= neuron.v_threshold).double()
+        ds = neuron.surrogate.derivative(u - neuron.v_threshold)
+        f = gain + decay * through * f
+        spikes, slope = spikes + s, slope + ds * f
+        jump = 0 if neuron.detach_reset else 1
+        if neuron.v_reset is None:
+            v, through = u - neuron.v_threshold * s, 1 - jump * neuron.v_threshold * ds
+        else:
+            v, through = u - (u - rest) * s, 1 - s - jump * (u - rest) * ds
+    return spikes / len(inputs), slope / len(inputs)

@@ -1,0 +1,122 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from tests.conftest import LOSS, batch, gradients, small_network
+from tests.rules.rate_equations import RULE, SETTINGS, STEADY, by_equations, network
+
+
+def steady_by_hand(model, x, y):
+    """As `by_hand`, with the mean current in every step: layer by layer, without the steps of the network."""
+    first, _, lif1, second, lif2, third = model
+    with torch.no_grad():
+        rates, slopes = [x.mean(0)], []
+        for linear, lif in ((first, lif1), (second, lif2)):
+            rate, slope = by_equations(lif, [linear(rates[-1])] * len(x))
+            rates.append(rate)
+            slopes.append(slope)
+    logits = third(rates[-1]).detach().requires_grad_()
+    loss = LOSS(logits, y)
+    (error,) = torch.autograd.grad(loss, logits)
+    grads = []
+    for linear, rate, slope in zip((third, second, first), rates[::-1], [*slopes[::-1], None], strict=True):
+        grads = [(error.T @ rate).flatten(), error.sum(0), *grads]
+        error = error @ linear.weight if slope is None else (error @ linear.weight) * slope
+    return torch.cat(grads), loss.detach()
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_steady_is_the_equations_under_the_mean_current(settings):
+    model = network(lambda: sltt.LIF(tau=2.0, **settings))
+    x, y = batch(steps=6)
+    found, out = gradients(model, STEADY, x, y)
+    expected, loss = steady_by_hand(model, x, y)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(out.loss, loss)
+    assert out.logits.shape == (6, 5, 3)
+    assert not torch.allclose(found, gradients(model, RULE, x, y)[0])
+
+
+@pytest.mark.parametrize("make", [sltt.IF, sltt.LIF, sltt.PLIF])
+def test_steady_is_exact_where_the_current_is(make):
+    model = nn.Sequential(nn.Linear(6, 8), make(), nn.Linear(8, 3)).double()
+    model[0].weight.data.mul_(3)
+    x, y = batch(steps=1)
+    found, expected = copy.deepcopy(model), copy.deepcopy(model)
+    a = STEADY(found, x[0], y, LOSS, steps=5)
+    b = RULE(expected, x[0], y, LOSS, steps=5)
+    torch.testing.assert_close(a.loss, b.loss)
+    for p, q in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_steady_with_one_step_is_bptt_with_batch_norm(neuron):
+    model = small_network(neuron, norm=True)
+    x, y = batch(steps=1)
+    torch.testing.assert_close(gradients(model, STEADY, x, y)[0], gradients(model, sltt.BPTT(), x, y)[0])
+
+
+def test_steady_runs_the_layers_once_and_hooks_see_the_spikes_of_all_steps():
+    model, seen, calls, inputs = network(sltt.LIF), [], [], []
+    model[2].register_forward_hook(lambda module, inputs, s: seen.append(s))
+    model[2].register_forward_pre_hook(lambda module, args: inputs.append(args))
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    x, y = batch(steps=11)
+    with sltt.analysis.firing_rates(model) as rates:
+        STEADY(model, x, y, LOSS)
+    assert len(calls) == len(inputs) == 1
+    assert [s.shape for s in seen] == [(4 * 5, 8), (4 * 5, 8), (3 * 5, 8)]
+    spikes = torch.cat(seen)
+    assert set(spikes.unique().tolist()) == {0.0, 1.0}
+    assert rates.by_layer()["2"] == pytest.approx(spikes.mean().item())
+    assert len(model[2]._forward_hooks) == len(model[2]._forward_pre_hooks) == 1
+    assert "forward" not in vars(model[2])
+
+
+def test_a_hook_that_removes_itself_stays_away_from_steady():
+    model, seen = network(sltt.LIF), []
+
+    def once(module, inputs, s):
+        seen.append(s)
+        handle.remove()
+
+    handle = model[2].register_forward_hook(once)
+    x, y = batch(steps=3)
+    for _ in range(2):
+        STEADY(model, x, y, LOSS)
+    assert len(seen) == 1
+
+
+def test_steady_refuses_a_hook_that_changes_the_spikes():
+    model = network(sltt.LIF)
+    model[2].register_forward_hook(lambda module, inputs, s: s * 0)
+    x, y = batch(steps=3)
+    with pytest.raises(ValueError, match="no spikes from a forward hook"):
+        STEADY(model, x, y, LOSS)
+    assert len(model[2]._forward_hooks) == 1
+    assert all("forward" not in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("rule", [RULE, STEADY], ids=repr)
+def test_sums_over_many_steps_do_not_stand_still_in_16_bits(rule):
+    model = nn.Sequential(sltt.IF(half_state=True), nn.Linear(4, 2)).to(torch.bfloat16)
+    x = torch.full((3, 4), 1.5, dtype=torch.bfloat16)  # a spike in every step
+    seen = []
+    model[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    rule(model, x, torch.tensor([0, 1, 0]), lambda logits, y: LOSS(logits.float(), y), steps=400)
+    assert torch.equal(seen[-1], torch.ones(3, 4, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("rule", [RULE, STEADY], ids=repr)
+def test_a_decay_of_one_element(rule):
+    class Own(sltt.PLIF):
+        def decay(self):
+            return super().decay().reshape(1)
+
+    x, y = batch(steps=3)
+    own, plain = network(lambda: Own(tau=2.0)), network(lambda: sltt.PLIF(tau=2.0))
+    plain.load_state_dict(own.state_dict())
+    torch.testing.assert_close(gradients(own, rule, x, y)[0], gradients(plain, rule, x, y)[0])

@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from tests.conftest import LOSS, batch, gradients, small_network
+
+
+def test_a_replay_repeats_statistics_masks_and_random_numbers():
+    """BatchNorm's statistics, dropout of both kinds and the generator end as if each step had run once."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.plain = small_network(norm=True, dropout=0.4), nn.Dropout(0.3)
+
+        def forward(self, x):
+            return self.net(self.plain(x))
+
+    x, y = batch(steps=7)
+    results = []
+    for rule in (sltt.BPTT(), sltt.BPTT(segment=3)):
+        torch.manual_seed(2)
+        model = Noisy()
+        out = rule(model, x, y, LOSS)
+        grads = [p.grad for p in model.parameters()]
+        results.append([out.loss, out.logits, *grads, *model.buffers(), torch.get_rng_state()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_replay_carries_the_gradient_through_a_state_that_rests():
+    class EverySecond(nn.Module):
+        """Its hidden neurons run on even steps only."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=4.0)), nn.Linear(14, 3)
+
+        def forward(self, x):
+            hidden = self.inner(x) if x[0, 0] > 0 else x.new_zeros(len(x), 8)
+            return self.outer(torch.cat([hidden, x], 1))
+
+    x, y = batch(steps=6)
+    x[:, 0, 0] = torch.tensor([1.0, -1.0] * 3)
+    model = EverySecond().double()
+    expected, _ = gradients(model, sltt.BPTT(), x, y)
+    for length in (1, 2, 3):
+        torch.testing.assert_close(gradients(model, sltt.BPTT(segment=length), x, y)[0], expected)
+    assert not torch.allclose(gradients(model, sltt.SLTT(), x, y)[0], expected)
+
+
+def test_a_replay_that_is_not_the_first_run_is_noticed():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.generator = small_network(), torch.Generator()
+
+        def forward(self, x):
+            return self.net(x + torch.randn(x.shape, generator=self.generator, dtype=x.dtype))
+
+    with pytest.raises(RuntimeError, match="time step 0 gave other logits when it was run again"):
+        sltt.BPTT(segment=2)(Noisy(), *batch(), LOSS)

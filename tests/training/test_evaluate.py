@@ -1,0 +1,43 @@
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.data import Data, Splits
+from tests.training.blobs import Blobs, network
+
+
+class Images(Data):
+    """Twelve images [1, 2, 4] to test, static or [T, 1, 2, 4]."""
+
+    def __init__(self, static):
+        super().__init__(validation=0)
+        self.static = static
+
+    def load(self, steps):
+        x = torch.randn(12, 1, 2, 4, generator=torch.Generator().manual_seed(1))
+        samples = [(v if self.static else torch.stack([v, v.flip(0), -v, v]), i % 3) for i, v in enumerate(x)]
+        return Splits(samples, None, samples, self.static, 3, "images")
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "sequence"])
+def test_mirrored_evaluation_takes_the_mean_logits_of_each_image_and_of_its_mirror_image(static):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 16), sltt.LIF(), nn.Linear(16, 3)).eval()
+    samples = Images(static).load(4).test
+    x = torch.stack([x for x, _ in samples], 0 if static else 1)
+    steps = 4 if static else None
+    logits = (sltt.unroll(model, x, steps=steps) + sltt.unroll(model, x[..., [3, 2, 1, 0]], steps=steps)) / 2
+    target = torch.tensor([label for _, label in samples])
+    loss = torch.nn.functional.cross_entropy
+    expected = torch.stack([loss(o, target) for o in logits]).mean().item()
+    found = sltt.evaluate(model, Images(static), loss=loss, batch_size=12, device="cpu", mirror=True)
+    assert found.loss == pytest.approx(expected, rel=1e-5)
+    assert found.accuracy == (logits.mean(0).argmax(1) == target).sum().item() / 12
+    assert found.loss != pytest.approx(sltt.evaluate(model, Images(static), loss=loss, device="cpu").loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "sequence"])
+def test_samples_that_are_no_images_have_no_mirror_image(static):
+    with pytest.raises(ValueError, match="mirror=True needs images"):
+        sltt.evaluate(network(), Blobs(static=static), device="cpu", mirror=True)

@@ -1,0 +1,169 @@
+import multiprocessing
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.data import Splits
+from sltt.parallel.devices import make_fabric
+from tests.training.blobs import Blobs, ending, network, train, weights
+
+
+def nan_gradient(model):
+    model[0].weight.grad[0, 0] = float("nan")
+
+
+def nan_weight(model):
+    """Of a hidden layer, whose neurons swallow it: the loss stays finite."""
+    model[0].weight.data[0, 0] = float("nan")
+    model[0].weight.grad[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (nan_gradient, r"the norm of its gradient nan: lower the learning rate"),
+        (nan_weight, r"the weights of 0.weight are not finite any more: lower the learning rate \(it is 0.0"),
+    ],
+)
+def test_what_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(spoil, message, tmp_path):
+    class Explodes(sltt.SLTT):
+        def run(self, batch):
+            out = super().run(batch)
+            if (tmp_path / "run" / "last.ckpt").exists():
+                spoil(batch.model.module)
+            return out
+
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        train(tmp_path / "run", rule=Explodes())
+    assert caught.value.__notes__[0] == "at epoch 2, batch 1 of 4"
+    assert "last good checkpoint" in caught.value.__notes__[1]
+    saved = weights(tmp_path / "run" / "last.ckpt")
+    assert all(v.isfinite().all() for v in saved.values())
+
+
+def spoil_input(x, labels):
+    x[7, 1] = float("nan")
+
+
+def spoil_label(x, labels):
+    labels[3] = 5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(spoil_input, "expected a finite input"), (spoil_label, "labels must be in 0 … 2")]
+)
+def test_bad_data_is_named_with_its_batch(spoil, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        train(tmp_path / "run", data=Blobs(spoil=spoil))
+    assert "at epoch 1, batch" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"epochs": 0}, {"batch_size": 0}, {"steps": 0}, {"clip_norm": -1}, {"data": "none"}]
+)
+def test_nothing_to_do_is_refused_before_a_folder_is_made(arguments, tmp_path):
+    if "data" in arguments:
+        arguments = {"data": Blobs()}
+        arguments["data"].load = lambda steps: Splits([], None, [], True, 3, "empty")
+    with pytest.raises(ValueError, match=r"at least|greater than 0|there are no train samples"):
+        train(tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cuda_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match="no CUDA device"):
+        make_fabric(device="cuda")
+
+
+@pytest.mark.parametrize("measured", [False, True], ids=["fit", "evaluate"])
+def test_sequences_of_another_length_than_steps_are_refused(measured, tmp_path):
+    data = Blobs(static=False)
+    load = data.load
+    data.load = lambda steps: load(10)
+    with pytest.raises(ValueError, match=r"expected sequences of steps=4 time steps, but the data gives 10: set steps"):
+        sltt.evaluate(network(), data, steps=4, device="cpu") if measured else train(tmp_path / "run", data=data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_ends_early_is_no_whole_epoch(tmp_path):
+    with pytest.raises(RuntimeError, match=r"the data ended after \d of 4 batches"):
+        train(tmp_path / "run", data=ending(StopIteration()))
+    with pytest.raises(RuntimeError, match="the data ended after 0 of 1 batches"):
+        sltt.evaluate(network(), ending(StopIteration(), "test"), device="cpu")
+
+
+def test_no_worker_is_left_after_an_error(tmp_path):
+    """Python would wait for it for ever when it ends, while the traceback keeps the loader."""
+    with pytest.raises(KeyError) as caught:
+        train(tmp_path / "run", data=ending(KeyError("x")), workers=1)
+    assert caught.traceback
+    assert not multiprocessing.active_children()
+    with pytest.raises(KeyError) as caught:
+        sltt.evaluate(network(), ending(KeyError("x"), "test"), device="cpu", workers=1)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), RuntimeError("x"), MemoryError(), AssertionError()])
+def test_every_error_of_an_epoch_tells_its_batch_and_the_checkpoint(error, tmp_path):
+    train(tmp_path / "run", epochs=1)
+    with pytest.raises(type(error)) as caught:
+        train(tmp_path / "run", data=ending(error), epochs=2, resume=True)
+    place, checkpoint = caught.value.__notes__
+    assert re.fullmatch("at epoch 2, batch [1-4] of 4", place)
+    assert checkpoint == f"the last good checkpoint is {tmp_path / 'run' / 'last.ckpt'}"
+
+
+def test_an_error_of_the_validation_tells_where_it_is(tmp_path):
+    with pytest.raises(KeyError) as caught:
+        train(tmp_path / "run", data=ending(KeyError(), "validation"))
+    assert caught.value.__notes__ == ["at epoch 1, validation"]
+
+
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+def test_statistics_that_are_not_finite_are_never_saved(statistic, tmp_path):
+    class Spoils(sltt.SLTT):
+        def run(self, batch):
+            out = super().run(batch)
+            getattr(batch.model.module[1], statistic)[3] = float("nan")
+            return out
+
+    with pytest.raises(FloatingPointError, match=f"the statistics 1.{statistic} of BatchNorm are not finite"):
+        train(tmp_path / "run", rule=Spoils())
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("size", [59, 1])
+def test_a_batch_of_one_sample_is_refused_before_the_training(size, tmp_path):
+    with pytest.raises(ValueError, match=f"with batch_size={size}, and BatchNorm needs two: set batch_size=") as caught:
+        train(tmp_path / "run", batch_size=size)
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "run", batch_size=int(str(caught.value).rpartition("=")[2]), epochs=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))},
+        {"phases": [sltt.Phase(1, freeze_norm=True)]},
+    ],
+    ids=["no BatchNorm", "frozen"],
+)
+def test_a_batch_of_one_sample_trains_where_it_can(settings, tmp_path):
+    train(tmp_path / "run", batch_size=59, epochs=1, **settings)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    class Explodes(sltt.SLTT):
+        def run(self, batch):
+            weight = batch.model.module[0].weight
+            weight.data[0, 0] = float("inf")  # an infinite charge: silent or not, the loss is finite
+            return sltt.Output(torch.zeros(()), torch.zeros(2, len(batch.target), 3))
+
+    with pytest.raises(FloatingPointError, match=r"the weights of 0.weight are not finite"):
+        train(tmp_path / "run", rule=Explodes())
+    assert not (tmp_path / "run" / "last.ckpt").exists()

@@ -1,0 +1,172 @@
+import gzip
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import sltt
+from sltt.data import Splits
+from sltt.training import checkpoints
+from sltt.training.checkpoints import CheckpointError, load_checkpoint
+from tests.training.blobs import Blobs, StopAt, equal, train, weights
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6, 8, 16])
+def test_ctrl_c_saves_and_a_resumed_run_ends_with_the_same_weights(batch, tmp_path):
+    whole, result = train(tmp_path / "whole", rule=sltt.SLTT(k=2))
+    with pytest.raises(KeyboardInterrupt, match=r"stopped by Ctrl-C; continue with --resume"):
+        train(tmp_path / "part", rule=StopAt(batch))
+    progress = load_checkpoint(tmp_path / "part" / "last.ckpt")["progress"]
+    assert 4 * progress["epoch"] + progress["batch"] == batch
+    torch.rand(7)  # random numbers in between do not matter
+    resumed, again = train(tmp_path / "part", rule=sltt.SLTT(k=2), resume=True)
+    assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
+    assert equal(resumed.state_dict(), whole.state_dict())
+    measured = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in history]
+        for history in (result.history, again.history)
+    ]
+    assert measured[0] == measured[1]
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    class Twice(sltt.SLTT):
+        def run(self, *args):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", rule=Twice())
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_resuming_a_finished_run_trains_no_more(tmp_path):
+    _, first = train(tmp_path / "run")
+    saved = (tmp_path / "run" / "last.ckpt").stat().st_mtime_ns
+    _, second = train(tmp_path / "run", resume=True)
+    assert second.history == first.history
+    assert (tmp_path / "run" / "last.ckpt").stat().st_mtime_ns == saved
+
+
+def test_resuming_before_the_first_checkpoint_starts_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    train(tmp_path / "run", resume=True)
+    train(tmp_path / "whole")
+    assert equal(weights(tmp_path / "run" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
+
+
+SETTINGS = {"optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.1, "eps": 1e-8}}, "epochs": 1, "seed": 0}
+
+
+def changed(**kwargs):
+    init = {"lr": kwargs.pop("lr", 0.1), "eps": 1e-8}
+    return {**SETTINGS, "optimizer": {"class_path": "AdamW", "init_args": init}, **kwargs}
+
+
+def test_a_run_resumes_with_the_settings_in_its_checkpoint_only(tmp_path):
+    train(tmp_path / "run", epochs=1, config=SETTINGS)
+    with pytest.raises(ValueError, match=r"optimizer.init_args.lr was 0.1 and is 0.2; seed was 0 and is 3. Restore"):
+        train(tmp_path / "run", resume=True, config=changed(lr=0.2, seed=3))
+    newer = changed(epochs=2, workers=0)  # an option that the checkpoint does not know, and one that may change
+    train(tmp_path / "run", epochs=2, resume=True, config=newer)
+    train(tmp_path / "run", epochs=2, resume=True)
+    assert load_checkpoint(tmp_path / "run" / "last.ckpt")["config"] == newer
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (yaml.safe_dump(changed(lr=0.2)), "optimizer.init_args.lr was 0.1 and is 0.2"),
+        (yaml.safe_dump(SETTINGS).replace("seed: 0\n", ""), "seed is missing"),
+        (yaml.safe_dump(SETTINGS)[:30], "seed is missing"),
+        (yaml.safe_dump(SETTINGS) + "rule: SLTT", "rule is new"),
+        ("a: [", "epochs is missing; optimizer is missing; seed is missing"),
+        ("", "optimizer is missing; seed is missing"),
+    ],
+)
+def test_a_file_of_settings_that_is_not_that_of_the_checkpoint_is_refused(text, message, tmp_path):
+    train(tmp_path / "run", epochs=1, config=SETTINGS)
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", resume=True, config=SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["typo", "empty", None])
+def test_what_is_no_run_is_not_resumed(name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="resume=True"):
+        train(name and tmp_path / name, resume=True)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_other_data_than_the_runs_is_refused(tmp_path, monkeypatch):
+    train(tmp_path / "run", epochs=1)
+    other = Blobs()
+    monkeypatch.setattr(other, "load", lambda steps: Splits(*list(vars(Blobs().load(steps)).values())[:-1], "other"))
+    with pytest.raises(CheckpointError, match="was trained on the split blobs, but the data now gives other"):
+        train(tmp_path / "run", data=other, resume=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(tmp_path / "run", epochs=1)
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        train(tmp_path / "run", nn.Sequential(nn.Linear(4, 5), sltt.LIF(), nn.Linear(5, 3)), resume=True)
+
+
+def test_a_rules_own_generator_continues(tmp_path):
+    def rule():
+        return sltt.SLTT(k=2, generator=torch.Generator().manual_seed(7))
+
+    train(tmp_path / "whole", rule=rule(), epochs=4, schedule=sltt.schedules.Constant())
+    train(tmp_path / "a", rule=rule(), epochs=2, schedule=sltt.schedules.Constant())
+    train(tmp_path / "a", rule=rule(), epochs=4, schedule=sltt.schedules.Constant(), resume=True)
+    assert equal(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "a" / "last.ckpt"))
+
+
+def test_a_run_killed_between_its_two_checkpoints_still_knows_the_best(tmp_path, monkeypatch):
+    train(tmp_path / "whole")
+    real, written = checkpoints.save_checkpoint, []
+
+    def dies(path, content):
+        if len(written) == 1:
+            raise SystemExit
+        written.append(path.name)
+        real(path, content)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", dies)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "part")
+    monkeypatch.undo()
+    assert written == ["best.ckpt"]
+    train(tmp_path / "part", resume=True)
+    for name in ("best.ckpt", "last.ckpt"):
+        assert equal(weights(tmp_path / "part" / name), weights(tmp_path / "whole" / name))
+    assert len((tmp_path / "part" / "metrics.csv").read_text().splitlines()) == 5
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    train(tmp_path / "run", epochs=1)
+    with pytest.raises(CheckpointError, match=r"of another optimizer, without .*momentum.*--weights"):
+        train(tmp_path / "run", optimizer=partial(torch.optim.SGD, lr=0.1), resume=True)
+
+
+def test_a_checkpoint_of_an_earlier_layout_of_the_code_goes_on(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.ckpt").write_bytes(
+        gzip.decompress(Path(__file__).with_name("earlier.ckpt.gz").read_bytes())
+    )
+
+    def training(run, **settings):
+        rule = sltt.SLTT(k=2, generator=torch.Generator().manual_seed(3))
+        return train(run, rule=rule, schedule=sltt.schedules.Constant(), **settings)[0].state_dict()
+
+    resumed = training(tmp_path / "run", resume=True)
+    for name, value in training(tmp_path / "whole").items():
+        torch.testing.assert_close(resumed[name], value, msg=name)

@@ -1,0 +1,115 @@
+import csv
+import os
+
+import pytest
+
+import sltt
+from sltt.training import files, runs
+from sltt.training.checkpoints import load_checkpoint
+from tests.training.blobs import equal, train, weights
+
+
+def test_the_run_folder_holds_metrics_and_checkpoints(tmp_path):
+    model, result = train(tmp_path / "run", config={"a": 1})
+    assert {p.name for p in result.run.iterdir() if not p.name.startswith(".")} == {
+        "best.ckpt",
+        "config.yaml",
+        "last.ckpt",
+        "metrics.csv",
+        "tensorboard",
+    }
+    rows = list(csv.DictReader((result.run / "metrics.csv").read_text().splitlines()))
+    assert len(rows) == 4
+    assert float(rows[-1]["train_loss"]) == result.history[-1]["train_loss"]
+    assert 0 < result.history[-1]["firing_rate"] < 1
+    best = max(result.history, key=lambda r: (r["validation_accuracy"], -r["validation_loss"]))
+    assert result.epoch == best["epoch"]
+    assert equal(model.state_dict(), weights(result.run / "best.ckpt"))
+    assert load_checkpoint(result.run / "last.ckpt")["config"] == {"a": 1}
+    assert (result.run / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_an_empty_folder_is_taken_by_a_new_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    train(tmp_path / "run", epochs=1)
+
+
+def test_a_run_killed_while_its_settings_are_written_leaves_no_folder_of_its_name(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def dies(descriptor):
+        raise Killed
+
+    monkeypatch.setattr(files.os, "fsync", dies)
+    with pytest.raises(Killed):
+        train(tmp_path / "run", epochs=1, config={"seed": 0})
+    monkeypatch.undo()
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "run", epochs=1, config={"seed": 0})
+
+
+class Meanwhile(sltt.SLTT):
+    """Does something in its first batch."""
+
+    def __init__(self, action):
+        super().__init__()
+        self.actions = [action]
+
+    def run(self, *args):
+        if self.actions:
+            self.actions.pop()()
+        return super().run(*args)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
+    train(tmp_path / "run", epochs=1)
+    refused = []
+
+    def resume():
+        try:
+            train(tmp_path / "run", epochs=2, resume=True)
+        except ValueError as error:
+            refused.append(str(error))
+
+    def elsewhere():
+        resume()
+        if (child := os.fork()) == 0:  # a copy of this process, which holds nothing
+            runs._held.clear()
+            resume()
+            os._exit(len(refused) == 2 and refused[1].startswith(f"{tmp_path / 'run'} is being trained by {me} on "))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+    me = f"process {os.getpid()}"
+    train(tmp_path / "run", rule=Meanwhile(elsewhere), epochs=2, resume=True)
+    assert refused == [f"{tmp_path / 'run'} is being trained by this process, in another thread: wait for it to end"]
+    train(tmp_path / "run", epochs=3, resume=True)
+
+
+def test_two_writers_of_a_file_do_not_share_its_part(tmp_path):
+    def outer(file):
+        file.write(b"outer")
+        files.write_atomically(tmp_path / "a", lambda file: file.write(b"inner"))
+
+    files.write_atomically(tmp_path / "a", outer)
+    assert (tmp_path / "a").read_bytes() == b"outer"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_run_never_overwrites_another(tmp_path):
+    train(tmp_path / "run", epochs=1)
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(tmp_path / "run", epochs=1)
+
+
+def test_two_runs_without_a_folder_get_two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b = (train(None, epochs=1)[1].run for _ in range(2))
+    assert a != b
+    assert a.parent == b.parent
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot make the run folder"):
+        train(tmp_path / "file" / "run")
