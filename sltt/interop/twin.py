@@ -1,0 +1,143 @@
+"""The spiking twin of an ANN: the same network and weights, with a neuron at every call of an activation."""
+
+import copy
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sltt.checks import instance, number, sequence
+from sltt.data import Data
+from sltt.dropout import Dropout
+from sltt.interop.activations import QCFS, Balanced, percentiles
+from sltt.interop.tracing import NEURONS, NONLINEAR, Calls, plain
+from sltt.models.base import NeuronFactory, neuron_maker
+from sltt.neurons import IF
+
+SAMPLES = 256  # of a data set, to balance thresholds on
+
+
+def spiking(
+    ann: nn.Module,
+    neuron: NeuronFactory = partial(IF, v_init=0.5),
+    weights: str | None = None,
+    data: Data | Tensor | None = None,
+    percentile: float = 99.9,
+    replace: Sequence[str] = (),
+    keep: Sequence[str] = (),
+) -> nn.Module:
+    """The spiking twin of an ANN: a copy with a neuron of its own at every call of an activation.
+
+        ReLU(x[t]) becomes θ s[t],  s[t] the spikes of a neuron with input x[t] / θ
+
+    so that the mean over T time steps is ReLU(x) in T + 1 levels up to θ. Without data θ is 1, and the neurons alone
+    are put in. Weights stay, under their names, as do BatchNorm, LayerNorm, max pooling (of spikes) and attention
+    (within the time step). `nn.Dropout` becomes `sltt.Dropout`, which has one mask a sequence. T is chosen where the
+    twin is trained or run.
+
+    Args:
+        ann: the network; `torch.fx` traces it.
+        neuron: makes a neuron. That of the default has no leak, and starts at half its threshold.
+        weights: file of `torch.save` to load into the network first: a state dict, or a checkpoint of sltt.
+        data: inputs [B, ...] to balance thresholds on, or a data set of images, of which 256 are taken: θ of a channel
+            is a percentile of its activations. The θ of a `QCFS` is its clip, with data and without.
+        percentile: in (0, 100]; larger activations are cut off.
+        replace: other activations to put neurons at, such as "gelu" for nn.GELU and F.gelu. The twin needs training.
+        keep: activations to leave as they are, such as "sigmoid" in a gate.
+
+    Raises:
+        ValueError: all that stands in the way, by name and with the remedy: control flow that depends on values, no
+            activation that is found, one without a spiking counterpart, one that changes in place what is read later,
+            one hidden in a module of PyTorch, functions with `training=…`, spiking neurons.
+
+    Source: Rueckauer et al. 2017 (Front. Neurosci. 11:682), for thresholds by percentiles.
+    """
+    make = neuron_maker(neuron)
+    percentile = number("percentile", percentile, above=0, most=100)
+    replace, keep = _names("replace", replace), _names("keep", keep)
+    if both := sorted({*replace} & {*keep}):
+        raise ValueError(f"{both[0]} stands in replace and in keep: name it once")
+    ann = copy.deepcopy(instance("ann", ann, nn.Module))
+    if weights is not None:
+        _load(ann, weights)
+    calls = Calls(ann)
+    activations = calls.activations(NEURONS.union(replace).difference(keep), NONLINEAR.difference(replace, keep))
+    thresholds = _percentiles(calls, activations, data, percentile) | _clips(calls, activations)
+    places: dict[str, fx.Node] = {}
+    for node in activations:
+        places[_free_name(calls, node, places)] = node
+    for name, node in places.items():
+        ann.set_submodule(name, Balanced(make(), thresholds[node]) if node in thresholds else make())
+        node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
+    for name, module in list(ann.named_modules()):
+        if type(module) is nn.Dropout:
+            ann.set_submodule(name, Dropout(module.p))
+    return fx.GraphModule(ann, calls.graph, f"Spiking{type(ann).__name__}").train(ann.training)
+
+
+def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(plain(instance(argument, name, str)) for name in sequence(argument, names, "names of activations"))
+
+
+def _load(ann: nn.Module, path: str) -> None:
+    content: Any = instance(path, torch.load(path, map_location="cpu", weights_only=True), dict)
+    try:
+        ann.load_state_dict(content.get("model", content))
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit {type(ann).__name__}: {error}") from error
+
+
+def _percentiles(
+    calls: Calls, activations: list[fx.Node], data: Data | Tensor | None, percentile: float
+) -> dict[fx.Node, Tensor]:
+    """A percentile of what each activation gives of the data, for each channel."""
+    if data is None:
+        return {}
+    found: dict[fx.Node, Tensor] = {}
+
+    class Observer(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n in activations:
+                found[n] = percentiles(result, -1 if calls.of_features(n) else 1, percentile)
+            return result
+
+    training = calls.ann.training
+    with torch.no_grad():
+        images = _images(data) if isinstance(data, Data) else instance("data", data, Tensor, "or a data set")
+        Observer(calls.ann.eval(), graph=calls.graph).run(images)
+    calls.ann.train(training)
+    return found
+
+
+def _images(data: Data) -> Tensor:
+    splits = data.splits(1)
+    if not splits.static:
+        raise ValueError(f"thresholds are balanced on images, and {type(data).__name__} has sequences: give a tensor")
+    count = len(splits.train)  # type: ignore[arg-type]
+    chosen = range(0, count, -(-count // SAMPLES))  # spread, since a folder of images has one class after the other
+    return splits.collate([splits.train[i] for i in chosen])[0]
+
+
+def _clips(calls: Calls, activations: list[fx.Node]) -> dict[fx.Node, Tensor]:
+    modules = {node: calls.module(node) for node in activations}
+    return {node: module.clip.detach() for node, module in modules.items() if isinstance(module, QCFS)}
+
+
+def _free_name(calls: Calls, node: fx.Node, taken: Any) -> str:
+    """A name for the neuron at a call: that of the module called, or of the function in the module that calls it."""
+    if node.op == "call_module":
+        base = str(node.target)
+        if base not in taken:
+            return base
+    else:
+        around = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        base = ".".join([*around[-1:], calls.name(node)])
+    parent, _, last = base.rpartition(".")
+    siblings = calls.ann.get_submodule(parent)
+    names = itertools.chain([last], (f"{last}_{n}" for n in itertools.count(2)))
+    free = next(name for name in names if not hasattr(siblings, name) and f"{parent}.{name}".lstrip(".") not in taken)
+    return f"{parent}.{free}".lstrip(".")

@@ -1,0 +1,187 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sltt
+from sltt.commands import main
+from sltt.interop import QCFS, spiking
+from sltt.interop.activations import percentiles
+from tests.conftest import gradients
+
+
+class Block(nn.Module):
+    """An activation module called twice, a function, a method, and a residual sum, as torchvision's blocks have."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.relu(self.norm(self.conv1(x)))
+        y = self.conv2(y)
+        y += x
+        return F.relu(self.relu(y) - 0.1).sub(0.1).relu_()
+
+
+class ANN(nn.Module):
+    def __init__(self, pool=nn.MaxPool2d, norm=nn.LayerNorm):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU6(), pool(2), nn.Dropout(0.1))
+        self.block = Block()
+        self.norm, self.head = norm(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.block(self.stem(x)).flatten(2).mean(2)).relu())
+
+
+PLACES = ["stem.1", "block.relu", "block.relu_2", "block.relu_3", "block.relu_4", "relu"]
+
+
+@pytest.fixture
+def images():
+    return torch.randn(8, 2, 10, 10)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_neuron_at_every_call_and_the_weights_as_they_were(images, balanced):
+    ann = ANN()
+    before = copy.deepcopy(ann.state_dict())
+    twin = spiking(ann, data=images if balanced else None)
+    neurons = [name.removesuffix(".neuron") for name, m in twin.named_modules() if isinstance(m, sltt.IF)]
+    assert sorted(neurons) == sorted(PLACES)
+    assert not any(isinstance(m, nn.ReLU | nn.ReLU6) for m in twin.modules())
+    assert {sltt.Dropout, nn.MaxPool2d, nn.LayerNorm} < {type(m) for m in twin.modules()}
+    after = twin.state_dict()
+    assert all(torch.equal(ann.state_dict()[name], value) for name, value in before.items())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert {name.removesuffix(".threshold") for name in after.keys() - before.keys()} == {*(PLACES if balanced else [])}
+
+
+def test_the_mean_over_time_is_the_activation():
+    ann = nn.Sequential(nn.Linear(6, 50), nn.ReLU())
+    x = torch.randn(20, 6)
+    twin = spiking(ann, data=x, percentile=100)
+    threshold = ann(x).amax(0)
+    error = (sltt.unroll(twin, x, steps=64).mean(0) - ann(x)).abs()
+    assert (error <= threshold * (0.5 / 64 + 1e-5)).all()
+
+
+def test_the_logits_of_a_balanced_twin_come_near_those_of_the_ann(images):
+    ann = ANN(nn.AvgPool2d, nn.Identity).eval()  # of spikes, the maximum and LayerNorm are others than of their means
+    with torch.no_grad():
+        expected = ann(images)
+    twin = spiking(ann, data=images, percentile=100)
+    assert not twin.training
+    errors = [(sltt.unroll(twin, images, steps=steps).mean(0) - expected).std() for steps in (2, 256)]
+    assert errors[1] < errors[0] / 3
+    assert errors[1] < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("levels", [1, 4, 8])
+def test_qcfs_is_its_equation_and_what_its_neurons_give(levels):
+    layer, x = QCFS(levels, clip=0.75), torch.linspace(-1, 2, 300)[:, None].requires_grad_()
+    expected = 0.75 * ((x * levels / 0.75 + 0.5).floor() / levels).clamp(0, 1)
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    (slope,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    torch.testing.assert_close(slope, ((x > 0) & (x < 0.75)).float())
+    twin = spiking(nn.Sequential(layer))
+    torch.testing.assert_close(sltt.unroll(twin, x.detach(), steps=levels).mean(0), y.detach())
+
+
+def test_thresholds_are_a_percentile_of_each_channel():
+    activations = torch.arange(100.0).view(1, 1, 10, 10) * torch.tensor([1.0, 3.0, 0.0]).view(1, 3, 1, 1)
+    torch.testing.assert_close(percentiles(activations, 1, 90).flatten(), torch.tensor([89.0, 267.0, 178.0]))
+    torch.testing.assert_close(percentiles(activations[:, 2:], 1, 90).flatten(), torch.ones(1))
+
+
+def test_channels_behind_a_linear_layer_are_the_last_dimension():
+    tokens = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert spiking(tokens, data=torch.randn(4, 5, 6)).get_submodule("1").threshold.shape == (1, 1, 8)
+    signals = nn.Sequential(nn.Conv1d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+    assert spiking(signals, data=torch.randn(4, 6, 5)).get_submodule("1").threshold.shape == (1, 8, 1)
+
+
+def test_gradients_of_a_twin_are_those_of_the_network_built_by_hand(rule):
+    ann = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    layers = list(copy.deepcopy(ann))
+    layers[1], layers[3] = sltt.IF(v_init=0.5), sltt.IF(v_init=0.5)
+    x, y = 2 * torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(3, (5,))
+    of_twin, _ = gradients(spiking(ann), rule, x, y, seed=0)
+    by_hand, _ = gradients(nn.Sequential(*layers), rule, x, y, seed=0)
+    assert by_hand.abs().sum() > 0
+    torch.testing.assert_close(of_twin, by_hand)
+
+
+def network(*layers):
+    return nn.Sequential(nn.Linear(6, 6), *layers)
+
+
+class Forward(nn.Module):
+    """A network that is a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(6, 6), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+def reads_afterwards(y):
+    return F.relu(y, inplace=True) + y
+
+
+BAD = {
+    "a lambda": (Forward(lambda y: y * (y > 0)), r"gt \(gt\): no spiking counterpart"),
+    "no activation": (network(), "no activation was found"),
+    "GELU": (network(nn.GELU(), nn.ReLU(), nn.GELU()), r'1 \(gelu\), 3 \(gelu\): no .*train with ReLU, .*\["gelu"\]'),
+    "SiLU as a function": (Forward(lambda y: F.silu(y).relu()), r"silu \(silu\): no spiking counterpart"),
+    "in place": (Forward(reads_afterwards), r"changes in place what add \(add\) reads afterwards; use inplace=False"),
+    "control flow": (Forward(lambda y: y.relu() if y.sum() > 0 else y), "cannot be traced.*control flow"),
+    "dropout as a function": (Forward(lambda y: F.dropout(y.relu(), 0.1)), "`training` would be fixed"),
+    "dropout of channels": (network(nn.ReLU(), nn.Dropout1d()), "another mask at every time step; use nn.Dropout"),
+    "hidden": (network(nn.TransformerEncoderLayer(6, 2, batch_first=True)), "an activation hidden inside"),
+    "neurons": (network(nn.ReLU(), sltt.LIF()), r"2 \(lif\): spiking neurons already"),
+}
+
+
+@pytest.mark.parametrize(("ann", "message"), BAD.values(), ids=BAD.keys())
+def test_what_stands_in_the_way_is_named(ann, message):
+    with pytest.raises(ValueError, match=message):
+        spiking(ann)
+
+
+def test_other_arguments_that_do_not_fit(tmp_path):
+    ann = network(nn.ReLU(), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match="images, and DigitsEvents has sequences"):
+        spiking(ann, data=sltt.data.DigitsEvents())
+    with pytest.raises(ValueError, match="gelu stands in replace and in keep"):
+        spiking(ann, replace=["gelu"], keep=["GELU"])
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="do not fit Sequential"):
+        spiking(ann, weights=str(tmp_path / "other.pt"))
+
+
+def test_other_activations_on_request():
+    ann = network(nn.GELU(), nn.Sigmoid(), nn.Linear(6, 3))
+    twin = spiking(ann, replace=["gelu"], keep=["sigmoid"])
+    assert [type(twin.get_submodule(name)) for name in "12"] == [sltt.IF, nn.Sigmoid]
+
+
+@pytest.mark.slow
+def test_an_ann_and_its_twin_from_the_digits_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = "--epochs 1 --model.width 4 --device cpu"
+    main(f"train digits --run ann --model.neuron torch.nn.ReLU --steps 1 {short}".split())
+    words = "--model sltt.interop.spiking --model.neuron sltt.IF --model.ann DigitsNet --model.ann.neuron torch.nn.ReLU"
+    words += " --model.ann.width 4 --model.weights ann/best.ckpt --model.data Digits --epochs 1 --device cpu"
+    main(f"train digits --run twin {words}".split())
+    main(["eval", "twin"])
+    state = torch.load("twin/best.ckpt", weights_only=True)["model"]
+    assert {"features.2.threshold", "head.weight"} <= state.keys()
