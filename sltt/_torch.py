@@ -30,6 +30,13 @@ def compile_errors() -> tuple[type[Exception], ...]:
     return TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, InvalidCxxCompiler
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calls of a module run what `torch.compile` made: of it, of its forward, or by `module.compile()`."""
+    names = "_orig_mod", "_torchdynamo_orig_callable"
+    by_call = getattr(module, "_compiled_call_impl", None) is not None
+    return by_call or any(hasattr(one, name) for one in (module, module.forward) for name in names)
+
+
 def end_workers(loader: torch.utils.data.DataLoader) -> None:
     """End the processes that load a loader's data."""
     iterator, loader._iterator = loader._iterator, None

@@ -65,6 +65,31 @@ def test_a_neuron_in_two_places_is_refused_without_a_graph(tmp_path):
         sltt.evaluate(flat, sltt.data.Digits(), device="cpu", steps=2)
 
 
+@pytest.mark.parametrize("how", ["module", "in place", "forward"])
+def test_a_neuron_in_two_places_of_a_compiled_network_is_refused(how):
+    def compiled(network):
+        if how == "module":
+            return torch.compile(network, backend="eager")
+        if how == "in place":
+            network.compile(backend="eager")
+        else:
+            network[0].forward = torch.compile(network[0].forward, backend="eager")
+        return network
+
+    model = nn.Sequential(Shared(sltt.LIF), nn.BatchNorm1d(3), nn.Dropout(0.5)).double()
+    drawn = torch.get_rng_state()
+    x, y = batch()
+    with pytest.raises(ValueError, match=r"relu \(LIF\) runs twice in a time step"):
+        sltt.SLTT()(compiled(model), x, y, LOSS)
+    assert model.training
+    assert model[1].num_batches_tracked == 0
+    alone = nn.Sequential(nn.Sequential(nn.Linear(6, 6), sltt.LIF()), nn.BatchNorm1d(6), nn.Dropout(0.5)).double()
+    torch.set_rng_state(drawn)
+    expected = sltt.unroll(copy.deepcopy(alone), x)
+    torch.set_rng_state(drawn)
+    assert torch.equal(sltt.unroll(compiled(alone), x), expected)  # and draws no other random numbers
+
+
 def test_a_neuron_of_a_network_within_the_network_may_run_in_every_inner_step():
     class Outer(nn.Module):
         def __init__(self):

@@ -228,7 +228,7 @@ def _unrolling(model: nn.Module, sequence: Sequence, hoist: bool, grad: bool) ->
     with (
         leftovers_noticed(model, sequence.batch),
         explained(model, sequence),
-        running(model, sequence.batch) as network,
+        running(model, sequence) as network,
         hoisting(model, fixed, grad) as hoisted,
     ):
         yield network, hoisted

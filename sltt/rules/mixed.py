@@ -121,7 +121,7 @@ def layer_order(model: nn.Module, sequence: Sequence) -> dict[str, bool]:
         for name, module in neuron_layers(model).items()
     ]
     try:
-        with running(model, sequence.batch) as network:
+        with running(model, sequence) as network:
             logits = network(sequence.input(range(1)))
             return {name: len(found) == 1 and _parts(logits, found[0]) for name, found in outputs.items()}
     finally:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from sltt._torch import _current_graph_task_id
+from sltt._torch import _current_graph_task_id, is_compiled
 from sltt.checks import instance, whole_number
 from sltt.sequence.fold import Clock, Fold, clock_of, clocked
 from sltt.sequence.state import Stateful, check_steps, detach_module, emits_spikes, reset, state_names
@@ -93,10 +94,10 @@ class Network:
 
 
 @contextmanager
-def running(model: nn.Module, batch: int) -> Iterator[Network]:
-    """A model, checked and reset, for the steps of one sequence; it is reset afterwards, also after an exception."""
-    check_steps(model, batch)
-    network = Network(model, batch)
+def running(model: nn.Module, sequence: Sequence) -> Iterator[Network]:
+    """A model, checked and reset, for the steps of a sequence; it is reset afterwards, also after an exception."""
+    check_steps(model, sequence.batch)
+    network = Network(model, sequence.batch)
     modules = [m for m in model.modules() if isinstance(m, Stateful)]
     neurons = [(name, m) for name, m in model.named_modules() if emits_spikes(m)]
     hooks = []
@@ -104,11 +105,36 @@ def running(model: nn.Module, batch: int) -> Iterator[Network]:
     try:
         with clocked({*modules, *(m for _, m in neurons)}, network.clock):
             hooks += [m.register_forward_pre_hook(OncePerCall(name, network.clock, NEURON)) for name, m in neurons]
+            if model not in _known:
+                _check_compiled(network, sequence.input(range(1))[:1])
+                _known.add(model)
             yield network
     finally:
         for hook in hooks:
             hook.remove()
         reset(model)
+
+
+_known: WeakSet[nn.Module] = WeakSet()  # models that have run a step in which hooks run
+
+
+def _check_compiled(network: Network, x: Tensor) -> None:
+    """Run a time step of one sample without the compiler, if the model is compiled: hooks do not run in such code.
+
+    In evaluation mode, which changes no statistics and draws no random numbers.
+    """
+    modes = [(module, module.training) for module in network.model.modules()]
+    if not any(is_compiled(module) for module, _ in modes):
+        return
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            network(x)
+    finally:
+        for module, training in modes:
+            module.training = training
+    reset(network.model)
 
 
 NEURON = "runs twice in a time step, and has one membrane potential: use a neuron of its own for each place"
