@@ -1,5 +1,6 @@
 """Values: objects whose attributes are set once, when they are made, so that many can share one."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -14,3 +15,22 @@ class Frozen:
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a {type(self).__name__} is a value and never changes: {name} cannot be deleted")
+
+
+class FrozenMapping(Frozen, Mapping[str, Any]):
+    """A mapping that never changes, with the items of another; unlike `types.MappingProxyType`, it can be pickled."""
+
+    def __init__(self, items: Mapping[str, Any]):
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)

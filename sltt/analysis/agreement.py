@@ -185,7 +185,7 @@ def propose(
         if memory(best) > SAVES * memory(advised):
             return None
         others = {repr(rule): memory(rule) for rule in (advised, bptt, SLTT())}
-    return Proposal(best.windows, candidates[best], memory(best), others)
+    return Proposal(dict(best.windows), candidates[best], memory(best), others)
 
 
 class _Exact:

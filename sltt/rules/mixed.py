@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from sltt import kernels
+from sltt.frozen import FrozenMapping
 from sltt.rules.base import Batch, Output, Rule
 from sltt.rules.segments import Snapshot
 from sltt.sequence.once import hand_over
@@ -54,7 +55,7 @@ class Mixed(Rule):
                 )
             if window != "all" and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
                 raise ValueError(f"the window of {name} must be 'all' or at least 1 time step, got {window!r}")
-        self.windows = dict(windows)
+        self.windows = FrozenMapping(windows)
         self.default = default
 
     def run(self, batch: Batch) -> Output:

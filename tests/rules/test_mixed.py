@@ -1,4 +1,5 @@
 import copy
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -339,3 +340,15 @@ def test_states_of_other_forms_keep_the_exact_gradient(layer, rule):
     x, y = batch(steps=6)
     expected = gradients(model, sltt.BPTT(), x, y)[0]
     torch.testing.assert_close(gradients(model, rule, x, y)[0], expected)
+
+
+def test_windows_are_a_value_too():
+    given = {"1": "all", "4": 2}
+    rule = sltt.Mixed(given)
+    given["4"] = 3
+    for change in (lambda w: w.__setitem__("4", 3), lambda w: w.update({"4": 3}), lambda w: w.clear()):
+        with pytest.raises((TypeError, AttributeError)):
+            change(rule.windows)
+    for twin in (rule, copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        assert twin.windows == {"1": "all", "4": 2}
+        assert repr(twin) == "Mixed(windows={'1': 'all', '4': 2})"
