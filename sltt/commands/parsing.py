@@ -87,11 +87,19 @@ def find_recipe(name: str) -> Path:
 
 
 def run_config(run: Path) -> Path:
-    """The configuration of a run."""
-    from sltt.training.runs import CONFIG
+    """The configuration of a run, as it was trained; where the file is gone, the copy in the checkpoint is written."""
+    from sltt.training.checkpoints import CheckpointError, saved_config
+    from sltt.training.runs import CONFIG, LAST, check_config, write_config
 
+    try:
+        saved = saved_config(run / LAST)
+    except CheckpointError:  # who needs the checkpoint says so
+        saved = {}
+    if saved and not (run / CONFIG).exists():
+        write_config(run, saved)
     if not (run / CONFIG).is_file():
         raise UsageError(f"{run} is not the folder of a run: there is no {CONFIG}")
+    check_config(run, saved)
     return run / CONFIG
 
 

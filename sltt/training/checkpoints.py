@@ -117,10 +117,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if not _intact(file):
             raise CheckpointError(f"{path} is damaged, since its checksum does not match. {REMEDY}")
         file.seek(0)
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # the unpickler and the zip reader raise almost anything on a damaged file
-            raise CheckpointError(f"{path} is truncated or not a checkpoint of sltt. {REMEDY}") from error
+        return _load(path, file)
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """The settings in a checkpoint; its weights are not read, and its checksum is not verified."""
+    return _load(path, path, mmap=True)["config"]
+
+
+def _load(path: Path, source: Path | IO[bytes], **how: Any) -> dict[str, Any]:
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True, **how)
+    except Exception as error:  # the unpickler and the zip reader raise almost anything on a damaged file
+        raise CheckpointError(f"{path} is truncated or not a checkpoint of sltt. {REMEDY}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by this version of sltt: expected the format {FORMAT}")
     if missing := KEYS - content.keys():

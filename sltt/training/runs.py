@@ -130,28 +130,29 @@ def write_config(run: Path, config: dict[str, Any]) -> None:
     write_atomically(run / CONFIG, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
 
 
-def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any] | None) -> None:
+def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any] | None = None) -> None:
     """Raise ValueError where a run would continue with other settings than those in its checkpoint.
 
     Args:
-        run: whose file of settings is compared.
+        run: whose file of settings is compared, if it is there.
         saved: the settings in the checkpoint.
         given: those of this call; None and settings that one of them does not know are not compared.
     """
     if not saved:
         return
-    saved = _plain(saved)
+    saved, path = _plain(saved), run / CONFIG
     found = list(_differences(saved, {**saved, **_known(saved, _plain(given or {}))}))
-    if (run / CONFIG).exists():
+    if path.exists():
         try:
-            kept = yaml.safe_load((run / CONFIG).read_text())
+            kept = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError):
             kept = None
-        found += _differences(saved, kept if isinstance(kept, dict) else {})
+        found += _differences(saved, kept) if isinstance(kept, dict) else [f"{CONFIG} is damaged"]
     if found:
         raise ValueError(
-            f"the settings of {run} are not those that it was trained with: {'; '.join(dict.fromkeys(found))}. Restore "
-            f"{run / CONFIG}, or start a new run with --weights {run}."
+            f"the settings of {run} are not those that it was trained with: {'; '.join(dict.fromkeys(found))}. "
+            f"Restore them: delete {path}, and the copy in the checkpoint is taken. Or start a new run with "
+            f"--weights {run}."
         )
 
 

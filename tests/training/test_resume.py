@@ -87,8 +87,8 @@ def test_a_run_resumes_with_the_settings_in_its_checkpoint_only(tmp_path):
         (yaml.safe_dump(SETTINGS).replace("seed: 0\n", ""), "seed is missing"),
         (yaml.safe_dump(SETTINGS)[:30], "seed is missing"),
         (yaml.safe_dump(SETTINGS) + "rule: SLTT", "rule is new"),
-        ("a: [", "epochs is missing; optimizer is missing; seed is missing"),
-        ("", "optimizer is missing; seed is missing"),
+        ("a: [", "config.yaml is damaged"),
+        ("", "config.yaml is damaged"),
     ],
 )
 def test_a_file_of_settings_that_is_not_that_of_the_checkpoint_is_refused(text, message, tmp_path):
