@@ -1,5 +1,6 @@
 import gzip
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import yaml
 from torch import nn
 
 import sltt
-from sltt.data import Splits
 from sltt.training import checkpoints
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
 from tests.training.blobs import Blobs, StopAt, equal, train, weights
@@ -109,7 +109,7 @@ def test_what_is_no_run_is_not_resumed(name, tmp_path):
 def test_other_data_than_the_runs_is_refused(tmp_path, monkeypatch):
     train(tmp_path / "run", epochs=1)
     other = Blobs()
-    monkeypatch.setattr(other, "load", lambda steps: Splits(*list(vars(Blobs().load(steps)).values())[:-1], "other"))
+    monkeypatch.setattr(other, "load", lambda steps: replace(Blobs().load(steps), fingerprint="other"))
     with pytest.raises(CheckpointError, match="was trained on the split blobs, but the data now gives other"):
         train(tmp_path / "run", data=other, resume=True)
 
