@@ -101,7 +101,7 @@ class Kernel:
 
     def __call__(self, out: torch.Tensor, *arguments: Any) -> None:
         """Run on `arguments`, writing `out`; if compiling fails and is not demanded, warn and run the plain form."""
-        with torch.no_grad(), _without_modes():
+        with torch.no_grad(), without_modes():
             out = memory(out)
             # a number stays a number of no dimension: as a vector it would decide the type of the result
             arguments = tuple(
@@ -139,7 +139,7 @@ def memory(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _without_modes() -> Iterator[None]:
+def without_modes() -> Iterator[None]:
     """Set function modes aside: they are for the user's operations, and a kernel would be compiled anew under each."""
     modes = []
     try:

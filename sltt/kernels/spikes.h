@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -98,6 +99,17 @@ INLINE float widen(uint16_t v) {
   float f;
   std::memcpy(&f, &u, 4);
   return f;
+}
+
+// Bits of elements that are zero or not. The loop is plain, so that the compiler makes vectors of it.
+template <class T>
+static inline void pack_part(const T* __restrict x, uint8_t* __restrict bits, int64_t bytes) {
+  constexpr T magnitude = T(~(T(1) << (8 * sizeof(T) - 1)));  // without the sign: -0 is no spike
+  for (int64_t j = 0; j < bytes; j++) {
+    unsigned byte = 0;
+    for (int i = 0; i < 8; i++) byte |= unsigned((x[8 * j + i] & magnitude) != 0) << i;
+    bits[j] = uint8_t(byte);
+  }
 }
 
 // Bits of the q-th block of channels at a pixel.

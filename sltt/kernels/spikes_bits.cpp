@@ -1,19 +1,9 @@
-// Spikes as bits: bit i of byte j is element 8 j + i. The loop is plain, so that the compiler makes vectors of it.
+// Spikes as bits: bit i of byte j is element 8 j + i.
 #include "spikes.h"
 
 namespace {
 
 constexpr int64_t PART = 1 << 13;  // bytes of bits in a task
-
-template <class T>
-void pack_part(const T* __restrict x, uint8_t* __restrict bits, int64_t bytes) {
-  constexpr T magnitude = T(~(T(1) << (8 * sizeof(T) - 1)));  // without the sign: -0 is no spike
-  for (int64_t j = 0; j < bytes; j++) {
-    unsigned byte = 0;
-    for (int i = 0; i < 8; i++) byte |= unsigned((x[8 * j + i] & magnitude) != 0) << i;
-    bits[j] = uint8_t(byte);
-  }
-}
 
 template <class T>
 void pack_bits(const void* x, uint8_t* bits, int64_t bytes, int threads) {

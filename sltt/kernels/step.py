@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.options import Kernel, in_force, options
+from sltt.kernels.native_step import native_step
+from sltt.kernels.options import Kernel, in_force, options, without_modes
 from sltt.kernels.saved import SpikeTag, packable, tag_of
 from sltt.surrogates import Surrogate
 
@@ -76,41 +77,46 @@ def neuron_step(
         steps: n.
         cut: no gradient flows from one time step to the step before.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (v, x, decay)):
-        return _NeuronStep.apply(v, x, decay, step, steps, cut)  # type: ignore[return-value]
-    s, v, _ = _run(step, v, x, decay, steps, keep=False)
-    if options().sparse != "off" and packable(s):
-        SpikeTag(s)  # for a sparse layer, which packs them if it reads them
-    return s, v
+    graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (v, x, decay))
+    with without_modes():
+        if graph:
+            return _NeuronStep.apply(v, x, decay, step, steps, cut)  # type: ignore[return-value]
+        # a sparse layer may read the spikes
+        s, v, _, _ = _run(step, v, x, decay, steps, keep=False, tags=options().sparse != "off")
+        return s, v
 
 
 def _run(
-    step: NeuronStep, v: Tensor, x: Tensor, decay: Tensor | None, steps: int, keep: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Spikes, the last v, and if asked to `keep` it what the backward needs of each step: v, or u for a hard reset."""
+    step: NeuronStep, v: Tensor, x: Tensor, decay: Tensor | None, steps: int, keep: bool, tags: bool = False
+) -> tuple[Tensor, Tensor, list[Tensor], SpikeTag | None]:
+    """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the tag of the spikes.
+
+    The backward needs v, or u for a hard reset.
+    """
+    x, v = x.resolve_neg(), v.resolve_neg()
     if not dense(_unfold(x, steps)[0]):
         x = x.contiguous()
     xs = _unfold(x, steps)
     if v.stride() != xs[0].stride():
         v = torch.empty_like(xs[0], dtype=v.dtype).copy_(v)
     s = torch.empty_like(x)
+    native = native_step(step, v, x.dtype, decay)
+    tags = tags and packable(s)
+    bits = torch.empty(s.numel() // 8, dtype=torch.uint8) if native and tags and v.numel() % 8 == 0 else None
+    bits_of = (None,) * steps if bits is None else _unfold(bits, steps)
     kept = []
-    for s_t, x_t in zip(_unfold(s, steps), xs, strict=True):
-        v, kept_t = _run_step(step, s_t, v, x_t, decay, keep)
-        kept.append(kept_t)
-    return s, v, kept
-
-
-def _run_step(
-    step: NeuronStep, s: Tensor, v: Tensor, x: Tensor, decay: Tensor | None, keep: bool
-) -> tuple[Tensor, Any]:
-    """Write the spikes s of one step; v after it, and what the backward needs if asked to `keep` it."""
-    v_next = torch.empty_like(v)
     soft = step.v_reset is None
-    u = torch.empty_like(v) if keep and not soft else None
-    forward, _ = _kernels(step)
-    forward(s, v_next, u, v, x, decay)
-    return v_next, (v_next if soft else u) if keep else None
+    for s_t, x_t, bits_t in zip(_unfold(s, steps), xs, bits_of, strict=True):
+        before, v = v, torch.empty_like(v)
+        u = torch.empty_like(v) if keep and not soft else None
+        if native:
+            native.forward(s_t, v, u, before, x_t, bits_t)
+        else:
+            forward, _ = _kernels(step)
+            forward(s_t, v, u, before, x_t, decay)
+        if keep:
+            kept.append(v if u is None else u)
+    return s, v, kept, SpikeTag(s, bits=bits) if tags else None
 
 
 def _unfold(x: Tensor, steps: int) -> tuple[Tensor, ...]:
@@ -158,8 +164,7 @@ class _NeuronStep(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it.
         ctx.replays = steps > 1 and tag_of(x) is not None
-        s, v_next, kept = _run(step, v, x, decay, steps, keep=not ctx.replays)
-        ctx.tag = SpikeTag(s) if packable(s) else None
+        s, v_next, kept, ctx.tag = _run(step, v, x, decay, steps, keep=not ctx.replays, tags=True)
         if ctx.tag:
             ctx.tag.bits(s)
         ctx.options = options()
@@ -181,7 +186,7 @@ class _NeuronStep(torch.autograd.Function):
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_s is None and grad_v is None:
             return None, None, None, None, None, None
-        with in_force(ctx.options):
+        with in_force(ctx.options), without_modes():
             return _NeuronStep._backward(ctx, grad_s, grad_v)
 
     @staticmethod
@@ -189,24 +194,29 @@ class _NeuronStep(torch.autograd.Function):
         step: NeuronStep = ctx.step
         s, decay, v, x, *kept = ctx.saved_tensors
         if ctx.replays:
-            _, _, kept = _run(step, v, x, decay, ctx.steps, keep=True)
-        s = ctx.tag.take().as_strided(*ctx.layout) if s is None else s
+            _, _, kept, _ = _run(step, v, x, decay, ctx.steps, keep=True)
         needs_v, needs_x, needs_decay = ctx.needs_input_grad[:3]
         # ∂L/∂x = ∂L/∂u unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled
         plain = not (needs_decay or step.decay_input)
         state = kept[0].dtype
-        grad_u = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype if plain else state, device=s.device)
-        of_u, spikes = _unfold(grad_u, ctx.steps), _unfold(s, ctx.steps)
+        grad_u = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype if plain else state, device=kept[0].device)
+        of_u = _unfold(grad_u, ctx.steps)
         of_s = (None,) * ctx.steps if grad_s is None else _unfold(_like(grad_s, grad_u), ctx.steps)
         grad_v = None if grad_v is None else _like(grad_v, kept[0])
-        _, backward = _kernels(step)
+        native = native_step(step, kept[0], ctx.x_dtype, decay, gradient=True)
+        takes_bits = native and kept[0].numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)
+        spikes = _unfold(_spikes(ctx, s, packed=bool(takes_bits)), ctx.steps)
         for t in reversed(range(ctx.steps)):
             if of_s[t] is None and grad_v is None:
                 of_u[t].zero_()
                 continue
             goes_on = needs_v if t == 0 else not ctx.cut
             before = torch.empty_like(kept[t]) if goes_on else None
-            backward(of_u[t], before, of_s[t], grad_v, kept[t], spikes[t], decay)
+            if native:
+                native.gradient(of_u[t], before, of_s[t], grad_v, kept[t], spikes[t], ctx.x_dtype)
+            else:
+                _, backward = _kernels(step)
+                backward(of_u[t], before, of_s[t], grad_v, kept[t], spikes[t], decay)
             grad_v = before
         grad_decay = _decay_gradient(step, decay, of_u, v, x, kept, spikes) if needs_decay else None
         if needs_x and not plain:
@@ -214,6 +224,16 @@ class _NeuronStep(torch.autograd.Function):
             gain = 1 - rate if step.decay_input else 1.0
             grad_u = (grad_u * gain).to(ctx.x_dtype)
         return grad_v, grad_u if needs_x else None, grad_decay, None, None, None
+
+
+def _spikes(ctx: Any, s: Tensor | None, packed: bool) -> Tensor:
+    """The spikes that were saved: as bits, if those are there and asked for, or else as they were."""
+    if s is not None:
+        return s
+    if packed:
+        ctx.tag.release()
+        return ctx.tag.packed
+    return ctx.tag.take().as_strided(*ctx.layout)
 
 
 def _decay_gradient(
@@ -238,6 +258,7 @@ def dense(x: Tensor) -> bool:
 
 def _like(grad: Tensor, other: Tensor) -> Tensor:
     """A gradient in the memory format of another tensor."""
+    grad = grad.resolve_neg()
     if grad.stride() == other.stride():
         return grad
     return torch.empty_like(other, dtype=grad.dtype).copy_(grad)

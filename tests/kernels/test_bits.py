@@ -15,11 +15,12 @@ from tests.conftest import LOSS, gradients
 def test_without_a_graph_nothing_is_saved_or_packed():
     neuron = sltt.LIF()
     x = torch.randn(4, 4096, requires_grad=True)
-    with torch.no_grad():
-        s = neuron(x)
-    assert s.grad_fn is None
-    assert tag_of(s)._bits is None
-    assert tag_of(sltt.LIF()(x.detach()))._bits is None
+    with kernels.using(compile="off"):  # native code writes the bits with the spikes
+        with torch.no_grad():
+            s = neuron(x)
+        assert s.grad_fn is None
+        assert tag_of(s)._bits is None
+        assert tag_of(sltt.LIF()(x.detach()))._bits is None
     assert tag_of(sltt.LIF()(x)) is not None
 
 

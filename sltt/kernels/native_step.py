@@ -1,0 +1,124 @@
+"""The neuron's step in C++: one pass that writes spikes, membrane potential and bits, and one for its gradient.
+
+It runs where a compiled step would, on a CPU and a float32 membrane potential, and gives the bits of the plain step.
+Surrogates with an exponential are differentiated by the compiled step.
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sltt.kernels import native
+from sltt.kernels.options import COMPILE_FROM, options
+from sltt.surrogates import Above, ArcTan, FastSigmoid, Rectangle, Surrogate, Triangle
+
+if TYPE_CHECKING:
+    from sltt.kernels.step import NeuronStep
+
+# the number of a surrogate in spikes_neuron.cpp, and its constants
+_SURROGATES: dict[type[Surrogate], Callable[[Any], tuple[int, float, float]]] = {
+    Triangle: lambda s: (0, s.gamma, s.gamma),
+    Rectangle: lambda s: (1, s.gamma / 2, s.gamma),
+    ArcTan: lambda s: (2, math.pi * s.alpha / 2, s.alpha / 2),
+    FastSigmoid: lambda s: (3, s.alpha, s.scale * s.alpha / 2),
+}
+
+
+class _Constants(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_float) for name in ("decay", "gain", "threshold", "rest")),
+        *((name, ctypes.c_int32) for name in ("soft", "detached", "above", "surrogate")),
+        *((name, ctypes.c_float) for name in ("a", "b")),
+    )
+
+
+class NativeStep:
+    """A step in native code.
+
+    Args:
+        library: the compiled kernels.
+        step: the constants.
+        decay: λ.
+    """
+
+    def __init__(self, library: ctypes.CDLL, step: "NeuronStep", decay: float):
+        surrogate = step.surrogate
+        above = type(surrogate) is Above
+        while isinstance(surrogate, Above):
+            surrogate = surrogate.surrogate
+        found = _SURROGATES.get(type(surrogate))
+        self.differentiates = found is not None
+        gain = 1 - decay if step.decay_input else 1.0
+        soft = step.v_reset is None
+        self._library = library
+        self._constants = ctypes.byref(
+            _Constants(
+                decay, gain, step.v_threshold, step.v_reset or 0.0, soft, step.detach_reset, above,
+                *(found(surrogate) if found else (0, 1.0, 1.0)),
+            )
+        )  # fmt: skip
+
+    def forward(
+        self, s: Tensor, v_out: Tensor, u_out: Tensor | None, v: Tensor, x: Tensor, bits: Tensor | None
+    ) -> None:
+        """Write spikes, the next membrane potential, and what else is given: u, and the bits of the spikes."""
+        self._library.sltt_neuron(
+            self._constants, x.dtype == torch.bfloat16, *map(_pointer, (x, v, s, v_out, u_out, bits)),
+            x.numel(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def gradient(
+        self,
+        out: Tensor,
+        out_v: Tensor | None,
+        grad_s: Tensor | None,
+        grad_v: Tensor | None,
+        kept: Tensor,
+        s: Tensor,
+        x_dtype: torch.dtype,
+    ) -> None:
+        """Write ∂L/∂u, and ∂L/∂v of the step before if wanted; s are the spikes or their bits."""
+        half, half_out = x_dtype == torch.bfloat16, out.dtype == torch.bfloat16
+        spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
+        self._library.sltt_neuron_gradient(
+            self._constants, half, half_out, *map(_pointer, (grad_s, grad_v, kept, spikes, bits, out, out_v)),
+            out.numel(), torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def native_step(
+    step: "NeuronStep", v: Tensor, x_dtype: torch.dtype, decay: Tensor | None, gradient: bool = False
+) -> NativeStep | None:
+    """The step in native code, if it can run, or its gradient, on a membrane potential v and an input of `x_dtype`."""
+    if v.device.type != "cpu" or v.dtype != torch.float32 or x_dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if type(step.surrogate).fires not in (Surrogate.fires, Above.fires) or (
+        decay is not None and (decay.ndim or decay.dtype != torch.float32)
+    ):
+        return None
+    if (library := _library(v.numel())) is None:
+        return None
+    native = _constant(library, step) if decay is None else NativeStep(library, step, decay.item())
+    return None if gradient and not native.differentiates else native
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(library: ctypes.CDLL, step: "NeuronStep") -> NativeStep:
+    assert step.decay is not None
+    return NativeStep(library, step, step.decay)
+
+
+def _library(elements: int) -> ctypes.CDLL | None:
+    """The native kernels; they are compiled for large layers only, as the neuron step is."""
+    if options().compile == "off":
+        return None
+    return native.library() if options().compile == "on" or elements >= COMPILE_FROM else native.loaded()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,139 @@
+"""The neuron's step in native code against the plain one: the same bits."""
+
+import itertools
+
+import pytest
+import torch
+
+import sltt
+from sltt import kernels
+from sltt.kernels import native, native_step
+from sltt.kernels.saved import PACK_FROM, tag_of
+from tests.conftest import SURROGATES
+
+pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+CONSTANTS = list(itertools.product([None, 0.0, -0.3], [False, True], [False, True]))
+DIFFERENTIATED = tuple(native_step._SURROGATES)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the native functions that were called."""
+    seen = []
+    for name in ("forward", "gradient"):
+        function = getattr(native_step.NativeStep, name)
+        monkeypatch.setattr(native_step.NativeStep, name, lambda *a, n=name, f=function: (seen.append(n), f(*a))[1])
+    return seen
+
+
+def run(mode, constants, surrogate, n, learnable=False, dtype=torch.float32, steps=1, cut=False):
+    """Spikes, membrane potentials, gradients and bits of some steps."""
+    torch.manual_seed(0)
+    v, x = torch.randn(n, requires_grad=True), (1.5 * torch.randn(steps * n)).to(dtype).requires_grad_()
+    decay = torch.tensor(0.6, requires_grad=True) if learnable else None
+    fixed = kernels.NeuronStep(None if learnable else 0.6, 0.8, *constants, surrogate)
+    with kernels.using(compile=mode):
+        s, v_next = kernels.neuron_step(fixed, v, x, decay, steps, cut)
+        ((s * torch.randn(s.shape, dtype=dtype)).sum() + (v_next * torch.randn(n)).sum()).backward()
+        with torch.no_grad():
+            again = kernels.neuron_step(fixed, v, x, decay, steps)
+    found = [s, v_next, x.grad, v.grad, *again]
+    found += [decay.grad] if learnable else []
+    return found + ([tag.bits(s)] if (tag := tag_of(s)) else [])
+
+
+def check(*args, **kwargs):
+    plain, fast = (run(mode, *args, **kwargs) for mode in ("off", "on"))
+    assert all(torch.equal(a, b) for a, b in zip(plain, fast, strict=True))
+
+
+@pytest.mark.parametrize("learnable", [False, True], ids=["constant", "learnable"])
+@pytest.mark.parametrize("constants", CONSTANTS, ids=str)
+def test_every_reset(constants, learnable, calls):
+    for dtype, steps in itertools.product((torch.float32, torch.bfloat16), (1, 3)):
+        check(constants, SURROGATES[0], PACK_FROM + 8, learnable, dtype, steps)
+    assert {*calls} == {"forward", "gradient"}
+
+
+@pytest.mark.parametrize("surrogate", [s for s in SURROGATES if isinstance(s, DIFFERENTIATED)], ids=repr)
+def test_every_surrogate(surrogate, calls):
+    for s in (surrogate, sltt.surrogates.Above(surrogate)):
+        check(CONSTANTS[0], s, 1023)
+    assert {*calls} == {"forward", "gradient"}
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 511, 4096, 5001, 3 * 2**14 + 24])
+def test_any_size(n):
+    check(CONSTANTS[0], SURROGATES[0], n, steps=2, cut=True)
+
+
+def test_not_a_number_and_infinity():
+    step = kernels.NeuronStep(0.5, 1.0, None, False, False, sltt.surrogates.Triangle())
+    results = []
+    for mode in ("off", "on"):
+        x = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.0, -0.0], requires_grad=True)
+        with kernels.using(compile=mode):
+            s, v = kernels.neuron_step(step, torch.zeros(5), x)
+            (s.sum() + v.sum()).backward()
+        results.append([s, v, x.grad])
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+def test_threads_change_nothing():
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(run("on", CONSTANTS[0], SURROGATES[0], 2**18))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+class Late(sltt.surrogates.Triangle):
+    def fires(self, x):
+        return x > 0.5
+
+
+class Steep(sltt.surrogates.Triangle):
+    def derivative(self, x):
+        return 7 * super().derivative(x)
+
+
+def test_surrogates_that_native_code_does_not_have(calls):
+    """Another threshold runs as it is written; another derivative only where it is needed."""
+    for surrogate, expected in ((Late(), []), (Steep(), ["forward"] * 2), (sltt.surrogates.Sigmoid(), ["forward"] * 2)):
+        calls.clear()
+        with kernels.using(compile="auto"):
+            plain, fast = (run(mode, CONSTANTS[0], surrogate, 64) for mode in ("off", "auto"))
+        assert all(torch.equal(a, b) for a, b in zip(plain, fast, strict=True))
+        assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("v", "x"), [(torch.float64, torch.float64), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16)]
+)
+def test_types_that_native_code_does_not_have(v, x, calls):
+    s, v = kernels.neuron_step(
+        kernels.NeuronStep(0.5, 1.0, None, False, False, SURROGATES[0]), torch.zeros(9, dtype=v), torch.ones(9, dtype=x)
+    )
+    assert s.dtype == x
+    assert s.sum() == 9
+    assert not calls
+
+
+def test_without_a_library_the_compiled_step_runs(monkeypatch):
+    with_library = run("auto", CONSTANTS[0], SURROGATES[0], 4096)
+    monkeypatch.setattr(native_step.native, "loaded", lambda: None)
+    assert all(map(torch.equal, run("auto", CONSTANTS[0], SURROGATES[0], 4096), with_library))
+
+
+def test_the_backward_unpacks_nothing(monkeypatch):
+    def refuse(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(sltt.kernels.saved, "unpack", refuse)
+    neuron, x = sltt.LIF(), torch.randn(2, 4096, requires_grad=True)
+    with kernels.using(compile="on"):
+        neuron(x).sum().backward()
+    assert x.grad.abs().sum() > 0
