@@ -21,7 +21,8 @@ EVENTS = SPLIT | {
     "on_error": CHOICE, "cache": PATH.but("none"), "download": FLAG,
 }  # fmt: skip
 IMAGES = SPLIT | {
-    "root": PATH, "augment": FLAG, "cutout": whole(-1), "autoaugment": FLAG, "download": FLAG,
+    "root": PATH, "augment": FLAG, "cutout": whole(-1), "autoaugment": FLAG, "randaugment": whole(-1),
+    "erase": number(-0.1, 1.1), "mixup": number(-1),
 }  # fmt: skip
 NETWORK = {"in_channels": whole(0, -1), "classes": whole(0, -1), "neuron": OBJECT}
 DROPOUT = {"dropout": Kind(number(-0.1, 1.0).values, "p must be ")}
@@ -68,12 +69,12 @@ CONSTRUCTORS = [
     (data.CIFAR10DVS, {}, EVENTS),
     (data.EventFolder, {"root": "x", "sensor": (2, 2)}, EVENTS | {"sensor": Kind(SIZES.values, SIZES.message)}),
     (data.SHD, {}, SPLIT | {"root": PATH, "duration": number(0, -1), "download": FLAG}),
-    (data.CIFAR10, {}, IMAGES),
-    (data.CIFAR100, {}, IMAGES),
-    (data.ImageFolder, {"root": "x"}, {
-        **SPLIT, "root": PATH, "augment": FLAG, "cutout": whole(-1), "autoaugment": FLAG, "size": whole(0, -1),
-        "crop_padding": whole(-1).but("none"), "on_error": CHOICE,
+    (data.CIFAR10, {}, IMAGES | {"download": FLAG}),
+    (data.CIFAR100, {}, IMAGES | {"download": FLAG}),
+    (data.ImageFolder, {"root": "x"}, IMAGES | {
+        "size": whole(0, -1), "crop_padding": whole(-1).but("none"), "on_error": CHOICE,
     }),
+    (data.Mixup, {"data": []}, {"alpha": number(0, -1)}),
     (data.Cutout, {}, {"length": whole(0, -1)}),
     (data.EventAugmentation, {}, {
         "flip": FLAG, "roll": whole(-1), "rotate": number(-1), "shear": number(-1), "cutout": whole(-1),
@@ -127,6 +128,7 @@ OTHER_CALLS = [
     ("NMNIST(nothing there)", partial(data.NMNIST("nowhere").splits, 4), FileNotFoundError, "looked in .*nowhere"),
     ("CIFAR10(nothing there)", partial(data.CIFAR10("nowhere").splits, 4), FileNotFoundError, "looked in .*nowhere"),
     ("NMNIST(interpolate)", partial(data.NMNIST, resize="interpolate"), ValueError, "give a size"),
+    ("CIFAR10(mixup)", partial(data.CIFAR10, augment=False, mixup=0.5), ValueError, "mixup=0.5 .* set augment=True"),
     ("CIFAR10(autoaugment)", partial(data.CIFAR10, augment=False, autoaugment=True), ValueError, "set augment=True"),
     ("EventFolder(sensor: 3)", partial(data.EventFolder, "x", (1, 2, 3)), ValueError, "sensor must be"),
     ("ResNet(blocks: 3)", partial(models.ResNet, (1, 1, 1)), ValueError, "blocks must be"),

@@ -59,8 +59,8 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
         sum(layer.picojoules for layer in synaptic_operations(model, x))
 
     A layer that runs before the first neuron of a time step reads the data. Average pooling in front of a layer counts
-    as spikes: hardware for spikes takes its factor into the weights. What neurons themselves take, and memory, is not
-    in the estimate; it is for comparing networks, not for planning a chip.
+    as spikes: hardware for spikes takes its factor into the weights. What neurons themselves take, the products of
+    attention, and memory are not in the estimate; it is for comparing networks, not for planning a chip.
 
     Args:
         model: maps one time step to logits; in the mode that it is in, so call `model.eval()` before.

@@ -13,7 +13,7 @@ from sltt.rules.base import StepLoss
 
 
 class Operations(NamedTuple):
-    """Multiplications in convolutions and linear layers: of all forward passes of a batch, and of its backward."""
+    """Multiplications in layers and in matrix products: of all forward passes of a batch, and of its backward."""
 
     forward: int
     backward: int
@@ -27,7 +27,8 @@ def count_operations(
         count_operations(model, x, y, loss, SLTT(k=1)).backward
 
     A layer n → m of one sample and time step has n·m forward, n·m for the gradient of its weights and, but for the
-    first, n·m for that of its input. Work on single elements, such as the neurons', is of another order, and left out.
+    first, n·m for that of its input; matrix products, as in attention, count likewise. Work on single elements, such as
+    the neurons', is of another order, and left out.
 
     Args:
         model: maps one time step to logits.

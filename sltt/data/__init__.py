@@ -5,7 +5,7 @@ from sltt.data.augment import EventAugmentation
 from sltt.data.base import Data, Splits
 from sltt.data.digits import Digits, DigitsEvents
 from sltt.data.events import CIFAR10DVS, NMNIST, DVSGesture, EventFolder
-from sltt.data.images import CIFAR10, CIFAR100, Cutout, ImageFolder
+from sltt.data.images import CIFAR10, CIFAR100, Cutout, ImageFolder, Mixup
 from sltt.data.own import from_datasets
 from sltt.data.recall import Recall
 from sltt.data.sequential import SequentialDigits, SequentialMNIST
@@ -26,6 +26,7 @@ __all__ = [
     "EventAugmentation",
     "EventFolder",
     "ImageFolder",
+    "Mixup",
     "Recall",
     "SequentialDigits",
     "SequentialMNIST",

@@ -12,9 +12,9 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
-from sltt.checks import choice, flag, folder, whole_number
+from sltt.checks import choice, flag, folder, number, whole_number
 from sltt.data.base import Data, OnError, Splits, fingerprint, hold_out
 
 Transform = Callable[[Any], Tensor]
@@ -44,8 +44,76 @@ class Cutout:
         return image
 
 
+class Mixup(Dataset[tuple[Tensor, int]]):
+    """Pairs of samples, mixed: λ x + (1 − λ) x′ with the label y with probability λ, or else y′; λ ~ Beta(α, α).
+
+    So the expected loss is λ ℓ(o, y) + (1 − λ) ℓ(o, y′), that of mixed labels, and labels stay class indices.
+
+    Args:
+        data: samples (x, label).
+        alpha: α.
+
+    Source: Zhang et al., ICLR 2018 (arXiv 1710.09412).
+    """
+
+    def __init__(self, data: Dataset[tuple[Tensor, int]], alpha: float):
+        self.data = data
+        alpha = number("alpha", alpha, above=0)
+        self.share = torch.distributions.Beta(alpha, alpha)
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        (x, y), (other, label) = self.data[index], self.data[int(torch.randint(len(self), ()))]
+        share = float(self.share.sample())
+        return share * x + (1 - share) * other, y if float(torch.rand(())) < share else label
+
+
 class _Images(Data):
-    """Training and test images that torchvision reads, and the transforms they go through."""
+    """Training and test images that torchvision reads, and the transforms they go through.
+
+    The arguments are those of the subclasses.
+    """
+
+    def __init__(
+        self,
+        validation: float,
+        split_seed: int,
+        augment: bool = False,
+        cutout: int = 0,
+        autoaugment: bool = False,
+        randaugment: int = 0,
+        erase: float = 0.0,
+        mixup: float = 0.0,
+    ):
+        super().__init__(validation, split_seed)
+        self.augment = flag("augment", augment)
+        self.cutout = whole_number("cutout", cutout, least=0)
+        self.autoaugment = flag("autoaugment", autoaugment)
+        self.randaugment = whole_number("randaugment", randaugment, least=0)
+        self.erase = number("erase", erase, least=0, most=1)
+        self.mixup = number("mixup", mixup, least=0)
+        for name in ("autoaugment", "randaugment", "erase", "mixup"):
+            if getattr(self, name) and not augment:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is an augmentation, but augment=False: set augment=True, or leave "
+                    "it out"
+                )
+
+    def distortions(self, policy: str) -> list[Any]:
+        """Of training images, after the flip; `policy` is that of AutoAugment."""
+        from torchvision.transforms import v2
+
+        auto = [v2.AutoAugment(v2.AutoAugmentPolicy[policy])] if self.autoaugment else []
+        return [*auto, *([v2.RandAugment(self.randaugment)] if self.randaugment else [])]
+
+    def holes(self) -> list[Any]:
+        """In training images, after they are normalised."""
+        from torchvision.transforms import v2
+
+        cutout = [Cutout(self.cutout)] if self.cutout else []
+        return [*cutout, *([v2.RandomErasing(self.erase)] if self.erase else [])]
 
     @abstractmethod
     def open(self, train: bool, transform: Transform) -> Any:
@@ -68,8 +136,9 @@ class _Images(Data):
             raise ValueError(f"the classes of the training and the test images differ: {', '.join(differ[:5])}")
         labels = augmented.targets
         train, validation = hold_out(labels, self.validation, self.split_seed)
+        images = Subset(augmented, train)
         return Splits(
-            train=Subset(augmented, train),
+            train=Mixup(images, self.mixup) if self.mixup else images,
             validation=Subset(plain, validation) if validation else None,
             test=test,
             static=True,
@@ -95,6 +164,9 @@ class _CIFAR(_Images):
         cutout: int = 16,
         autoaugment: bool = False,
         download: bool = False,
+        randaugment: int = 0,
+        erase: float = 0.0,
+        mixup: float = 0.0,
     ):
         """Arguments of both data sets.
 
@@ -106,12 +178,12 @@ class _CIFAR(_Images):
             cutout: side of the Cutout square in pixels; 0 is no Cutout.
             autoaugment: the policy that AutoAugment found for CIFAR-10 (Cubuk et al. 2019), after the flip.
             download: fetch the data into `root` where it is not there.
+            randaugment: so many random distortions of magnitude 9 of 30, after the flip (Cubuk et al. 2020).
+            erase: probability that a rectangle is set to zero (Zhong et al. 2020).
+            mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
         """
-        super().__init__(validation, split_seed)
+        super().__init__(validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup)
         self.root = folder("root", root)
-        self.augment = flag("augment", augment)
-        self.cutout = whole_number("cutout", cutout, least=0)
-        self.autoaugment = _autoaugment(autoaugment, augment)
         self.download = flag("download", download)
 
     def open(self, train: bool, transform: Transform) -> Any:
@@ -129,13 +201,11 @@ class _CIFAR(_Images):
     def transform(self, train: bool) -> Transform:
         from torchvision.transforms import v2
 
-        augmentation = []
-        if train and self.augment:
-            augmentation = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
-            if self.autoaugment:
-                augmentation.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
-        cutout = [Cutout(self.cutout)] if train and self.augment and self.cutout else []
-        return v2.Compose([v2.ToImage(), *augmentation, *_to_normalised(self.mean, self.std), *cutout])
+        normalised = _to_normalised(self.mean, self.std)
+        if not (train and self.augment):
+            return v2.Compose([v2.ToImage(), *normalised])
+        crop = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+        return v2.Compose([v2.ToImage(), *crop, *self.distortions("CIFAR10"), *normalised, *self.holes()])
 
 
 class CIFAR10(_CIFAR):
@@ -175,6 +245,9 @@ class ImageFolder(_Images):
             al. 2019), after the flip.
         on_error: stop at an image that does not decode when it comes, or decode all once before, skip those that do
             not, and warn which they are; the list is kept in `.sltt-cache` under `root`.
+        randaugment: so many random distortions of magnitude 9 of 30, after the flip (Cubuk et al. 2020).
+        erase: probability that a rectangle is set to zero (Zhong et al. 2020).
+        mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
     """
 
     def __init__(
@@ -188,15 +261,15 @@ class ImageFolder(_Images):
         cutout: int = 0,
         autoaugment: bool = False,
         on_error: OnError = "stop",
+        randaugment: int = 0,
+        erase: float = 0.0,
+        mixup: float = 0.0,
     ):
-        super().__init__(validation, split_seed)
+        super().__init__(validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup)
         self.root = folder("root", root)
         self.on_error = choice("on_error", on_error, get_args(OnError))
         self.size = whole_number("size", size, least=1)
-        self.augment = flag("augment", augment)
         self.crop_padding = None if crop_padding is None else whole_number("crop_padding", crop_padding, least=0)
-        self.cutout = whole_number("cutout", cutout, least=0)
-        self.autoaugment = _autoaugment(autoaugment, augment)
 
     def open(self, train: bool, transform: Transform) -> Any:
         from torchvision import datasets
@@ -226,23 +299,17 @@ class ImageFolder(_Images):
                 if self.crop_padding is None
                 else [v2.Resize((self.size, self.size)), v2.RandomCrop(self.size, padding=self.crop_padding)]
             )
-            crop.append(v2.RandomHorizontalFlip())
-            if self.autoaugment:
-                policy = "IMAGENET" if self.crop_padding is None else "CIFAR10"
-                crop.append(v2.AutoAugment(v2.AutoAugmentPolicy[policy]))
+            crop += [
+                v2.RandomHorizontalFlip(),
+                *self.distortions("IMAGENET" if self.crop_padding is None else "CIFAR10"),
+            ]
         elif self.crop_padding is None:
             crop = [v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)]
         else:
             crop = [v2.Resize((self.size, self.size))]
-        cutout = [Cutout(self.cutout)] if train and self.augment and self.cutout else []
+        holes = self.holes() if train and self.augment else []
         imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        return v2.Compose([v2.ToImage(), *crop, *_to_normalised(*imagenet), *cutout])
-
-
-def _autoaugment(autoaugment: bool, augment: bool) -> bool:
-    if flag("autoaugment", autoaugment) and not augment:
-        raise ValueError("autoaugment=True is an augmentation, but augment=False: set augment=True, or leave it out")
-    return autoaugment
+        return v2.Compose([v2.ToImage(), *crop, *_to_normalised(*imagenet), *holes])
 
 
 def _decode(path: str) -> Tensor:

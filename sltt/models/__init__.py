@@ -5,6 +5,7 @@ from sltt.models.mlp import MLP
 from sltt.models.nfresnet import NFResNet, nfresnet34, nfresnet50, nfresnet101
 from sltt.models.resnet import ResNet, resnet18, resnet34
 from sltt.models.shallow import ShallowResNet
+from sltt.models.transformers import SpikingTransformer, qkformer, spikformer
 from sltt.models.vgg import VGG, vgg11, vgg13, vgg16, vgg19
 
 __all__ = [
@@ -14,11 +15,14 @@ __all__ = [
     "NFResNet",
     "ResNet",
     "ShallowResNet",
+    "SpikingTransformer",
     "nfresnet34",
     "nfresnet50",
     "nfresnet101",
+    "qkformer",
     "resnet18",
     "resnet34",
+    "spikformer",
     "vgg11",
     "vgg13",
     "vgg16",

@@ -28,6 +28,25 @@ def test_recipes_have_the_values_of_the_paper(name):
     assert recipe["model"]["init_args"]["neuron"]["init_args"]["tau"] == 1.1
 
 
+TRANSFORMERS = {  # batch, epochs, learning rate, weight decay, warm-up
+    "cifar10-spikformer": (128, 300, 5e-4, 0.06, 20),
+    "cifar10-qkformer": (64, 400, 1e-3, 0.06, 20),
+    "imagenet-qkformer": (512, 200, 1.2e-3, 0.05, 5),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_recipes_of_transformers_have_the_published_values(name):
+    recipe = yaml.safe_load(shipped_recipes()[name].read_text())
+    optimizer, warmup = recipe["optimizer"], recipe["schedule"]["init_args"]["warmup"]
+    values = optimizer["init_args"]["lr"], optimizer["init_args"]["weight_decay"], warmup
+    assert (recipe["batch_size"], recipe["epochs"], *values) == TRANSFORMERS[name]
+    assert optimizer["class_path"] == "torch.optim.AdamW"
+    assert recipe["loss"]["init_args"]["label_smoothing"] == 0.1
+    assert recipe["steps"] == 4
+    assert recipe["model"]["init_args"]["neuron"]["init_args"]["tau"] == 2.0
+
+
 def test_imagenet_is_its_two_stages():
     whole, *stages = (
         yaml.safe_load(shipped_recipes()[f"imagenet{end}"].read_text()) for end in ("", "-stage1", "-stage2")
@@ -48,11 +67,14 @@ FRAMES = {
     "digits": (1, 8, 8),
     "digits-events": (2, 16, 16),
     "cifar10": (3, 32, 32),
+    "cifar10-qkformer": (3, 32, 32),
     "cifar10-small": (3, 32, 32),
+    "cifar10-spikformer": (3, 32, 32),
     "cifar100": (3, 32, 32),
     "dvs-cifar10": (2, 48, 48),
     "dvs-gesture": (2, 128, 128),
     "imagenet": (3, 64, 64),  # of any size
+    "imagenet-qkformer": (3, 64, 64),
     "imagenet-stage1": (3, 64, 64),
     "imagenet-stage2": (3, 64, 64),
     "nmnist": (2, 34, 34),
@@ -67,7 +89,7 @@ CLASSES = {
     "recall": 4,
     "recall-marked": 2,
     "shd": 20,
-    **{f"imagenet{end}": 1000 for end in ("", "-stage1", "-stage2")},
+    **{f"imagenet{end}": 1000 for end in ("", "-qkformer", "-stage1", "-stage2")},
 }
 
 

@@ -1,0 +1,60 @@
+"""Augmentation of training images: which samples it changes, and what it may change."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+from sltt.data import CIFAR10, ImageFolder, Mixup
+from sltt.training.batches import _Seeded
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"randaugment": 2}, {"erase": 1.0}, {"mixup": 0.5}], ids=lambda kwargs: next(iter(kwargs))
+)
+def test_training_images_change_and_others_do_not(folder, kwargs):
+    drawn = []
+    for options in ({}, kwargs):
+        splits = ImageFolder(folder, size=32, validation=0.25, **options).splits(1)
+        train = _Seeded(splits.train)
+        images = torch.stack([train[i, 7][0] for i in range(len(splits.train))])
+        assert torch.equal(images[1], train[1, 7][0])  # by the sample's seed alone
+        drawn.append(images)
+        for split in (splits.validation, splits.test):
+            assert torch.equal(split[0][0], split[0][0])
+    assert drawn[0].shape == drawn[1].shape
+    assert not torch.equal(*drawn)
+
+
+def test_an_erased_rectangle_is_zero():
+    images = [hole(torch.ones(3, 32, 32)) for hole in CIFAR10(cutout=0, erase=1.0).holes() for _ in range(50)]
+    assert all(set(image.unique().tolist()) == {0.0, 1.0} for image in images)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
+def test_mixed_images_have_the_labels_of_their_parts_by_their_shares(alpha):
+    data = TensorDataset(torch.eye(2), torch.arange(2))  # an image is the share of each label
+    mixed = Mixup(data, alpha)
+    assert len(mixed) == 2
+    samples = [mixed[i % 2] for i in range(4000)]
+    x, y = torch.stack([x for x, _ in samples]), torch.tensor([int(y) for _, y in samples])
+    torch.testing.assert_close(x.sum(1), torch.ones(len(x)))
+    for low in (0.0, 0.25, 0.5, 0.75):
+        chosen = (x[:, 1] >= low) & (x[:, 1] <= low + 0.25)
+        assert (y[chosen].float().mean() - x[chosen, 1].mean()).abs() < 0.06
+    share = torch.where(torch.arange(4000) % 2 == 1, x[:, 1], x[:, 0])  # λ, or 1 where it is mixed with itself
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(share[share < 1].var() - variance) < 0.02
