@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from sltt import analysis, data, losses, models, schedules, surrogates
 from sltt.dropout import Dropout
-from sltt.neurons import IF, LIF, PLIF, lif_step
+from sltt.neurons import IF, LIF, PLIF, Neuron, lif_step
 from sltt.parallel import devices
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
 from sltt.sequence.once import once
@@ -25,6 +25,7 @@ __all__ = [
     "TBPTT",
     "Dropout",
     "Mixed",
+    "Neuron",
     "Output",
     "Phase",
     "RateBased",

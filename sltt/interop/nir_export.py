@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from sltt.checks import instance, number
 from sltt.dropout import Dropout
-from sltt.neurons import IF, LIF, PLIF, Neuron
+from sltt.neurons import IF, LIF, PLIF, IntegrateAndFire
 from sltt.sequence.state import Stateful, reset
 from sltt.surrogates import Above
 
@@ -158,7 +158,7 @@ class _Export(fx.Interpreter):
 
     def _node(self, module: Any, x: Tensor) -> nir.NIRNode:
         shape = tuple(x.shape[1:])
-        if isinstance(module, Neuron):
+        if isinstance(module, IntegrateAndFire):
             return self._neuron(module, shape)
         if isinstance(module, nn.Linear):
             require(x.ndim == 2, ", whose input is not [B, features]")

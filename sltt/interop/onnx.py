@@ -5,14 +5,13 @@
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance
 from sltt.kernels import using
-from sltt.neurons import Neuron
+from sltt.neurons import IntegrateAndFire, Neuron
 from sltt.sequence.state import Stateful, reset, state_names
 
 
@@ -21,9 +20,10 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
 
         logits, v' = step(x, v)
 
-    The inputs are `x` and a state for each layer of neurons, called by its name in the network; the outputs `logits`
-    and `next.NAME` for each state. Begin a sequence with states filled with their first value, 0 or the neuron's
-    v_reset, and give a step's states to the next. The network is exported in evaluation mode, for any batch size.
+    The inputs are `x` and the state of each layer of neurons, called by the layer's name in the network, or NAME.STATE
+    for each state of a neuron that has several; the outputs `logits` and `next.` with that name for each state. Begin a
+    sequence with states filled with their first value, and give a step's states to the next. The network is exported in
+    evaluation mode, for any batch size.
 
         first = to_onnx(model, x[0], "step.onnx")      # {"1": 0.0}
 
@@ -39,7 +39,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
     instance("model", model, nn.Module)
     instance("x", x, Tensor)
     step = _Step(copy.deepcopy(model).eval(), x)
-    names = [name for name, _ in step.layers]
+    names = list(step.first)
     batch = {0: torch.export.Dim.DYNAMIC}
     with torch.no_grad(), using(compile="off"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
@@ -54,7 +54,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
             dynamo=True,
             verbose=False,
         )
-    return {name: layer.start for name, layer in step.layers}
+    return step.first
 
 
 class _Step(nn.Module):
@@ -73,22 +73,32 @@ class _Step(nn.Module):
                 f"ONNX export knows the states of sltt's neurons, not of {', '.join(unknown)}; sltt.interop.convert "
                 "makes ours of many"
             )
-        self.layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, Neuron)]
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, Neuron)}
+        self.places = [(m, state) for m in layers.values() for state in m.states]
+        self.first = {
+            name if len(m.states) == 1 else f"{name}.{state}": value
+            for name, m in layers.items()
+            for state, value in m.first_states().items()
+        }
         reset(model)
         with torch.no_grad(), using(compile="off"):
             model(x)
-        self.states = tuple(layer.v for _, layer in self.layers)
+        self.states = self._current()
         reset(model)
 
     def forward(self, x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for (_, layer), state in zip(self.layers, states, strict=True):
-            layer.v = state
+        for (module, name), state in zip(self.places, states, strict=True):
+            setattr(module, name, state)
         logits = self.model(x)
-        after = tuple(layer.v for _, layer in self.layers)
+        after = self._current()
         reset(self.model)
         return logits, *after
 
+    def _current(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(module, name) for module, name in self.places)
+
 
 def _known(module: Stateful) -> bool:
-    own = isinstance(module, Neuron) and tuple(module.states) == Neuron.states
-    return own or not module.differentiable  # a mask is not drawn in evaluation mode
+    if isinstance(module, IntegrateAndFire) and module.states != Neuron.states:
+        return False  # a subclass with a state that its step does not have
+    return isinstance(module, Neuron) or not module.differentiable  # a mask is not drawn in evaluation mode

@@ -6,6 +6,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
     rule(model, x, y, loss)
 """
 
+from sltt.kernels.custom import CustomStep, custom_step
 from sltt.kernels.layers import Weights
 from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using
@@ -16,12 +17,14 @@ from sltt.kernels.step import NeuronStep, neuron_step
 
 __all__ = [
     "Compile",
+    "CustomStep",
     "NeuronStep",
     "Sensitivity",
     "Sparse",
     "Weights",
     "batch_statistics",
     "compiler_problem",
+    "custom_step",
     "layer_call",
     "neuron_step",
     "release",

@@ -6,7 +6,7 @@ import os
 import shutil
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
@@ -102,18 +102,15 @@ class Kernel:
     def __call__(self, out: torch.Tensor, *arguments: Any) -> None:
         """Run on `arguments`, writing `out`; if compiling fails and is not demanded, warn and run the plain form."""
         with torch.no_grad(), without_modes():
-            out = memory(out)
-            # a number stays a number of no dimension: as a vector it would decide the type of the result
-            arguments = tuple(
-                a if not isinstance(a, torch.Tensor) else memory(a) if a.ndim else a.detach() for a in arguments
-            )
+            out = self.seen(out)
+            arguments = tuple(self.seen(a) if isinstance(a, torch.Tensor) else a for a in arguments)
             if not self._wanted(out.device, max(a.numel() for a in (out, *arguments) if isinstance(a, torch.Tensor))):
                 self.function(out, *arguments)
                 return
             # for each set of types, since the compiler gives up on a function after eight versions of it
             types = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in (out, *arguments))
             if types not in self._compiled:
-                function, width = _of_its_own(self.function), _vector_width()
+                function, width = _of_its_own(self.source(arguments)), _vector_width()
                 self._compiled[types] = torch.compile(function, dynamic=True, fullgraph=True, options=width)
             try:
                 self._compiled[types](out, *arguments)
@@ -123,6 +120,15 @@ class Kernel:
                 self._failed = True
                 warnings.warn(f"compiling a kernel failed, running it eagerly: {error}", stacklevel=3)
                 self.function(out, *arguments)
+
+    def seen(self, a: torch.Tensor) -> torch.Tensor:
+        """An argument as the function sees it."""
+        # a number stays a number of no dimension: as a vector it would decide the type of the result
+        return memory(a) if a.ndim else a.detach()
+
+    def source(self, arguments: Sequence[Any]) -> Callable[..., None]:
+        """What is compiled in place of the function, which it equals."""
+        return self.function
 
     def _wanted(self, device: torch.device, elements: int) -> bool:
         mode = options().compile

@@ -13,7 +13,7 @@ from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
 from sltt.dropout import Dropout
 from sltt.kernels import NeuronStep, Sensitivity, batch_statistics, steady_steps
-from sltt.neurons import Neuron
+from sltt.neurons import IntegrateAndFire
 from sltt.rules.base import Batch, Output, Rule, step_loss
 from sltt.sequence.replace import own_forward, replaced
 from sltt.sequence.state import Stateful, state_names
@@ -60,7 +60,7 @@ class RateBased(Rule):
         steady: take the current of each neuron as the same in all steps.
 
     Raises:
-        ValueError: when called, a module with a state that is not of `sltt.neurons`. Without `steady` also a neuron or
+        ValueError: when called, a module with a state other than LIF, IF and PLIF. Without `steady` also a neuron or
             BatchNorm that is not used exactly once in every step, BatchNorm with a forward of its own (SyncBatchNorm),
             or PyTorch's own dropout, whose mask changes at every step.
 
@@ -131,11 +131,11 @@ class _Layer:
 
 
 class _NeuronLayer(_Layer):
-    def __init__(self, name: str, module: Neuron):
+    def __init__(self, name: str, module: IntegrateAndFire):
         super().__init__(name, module)
         decay = module.decay()
         self.learnable = isinstance(decay, Tensor)
-        self.constants = NeuronStep(decay=None if isinstance(decay, Tensor) else decay, **module._constants())
+        self.constants = NeuronStep(decay=None if isinstance(decay, Tensor) else decay, **module.constants())
         self.spikes: Tensor | None = None
         self.by_input, self.by_decay = Sensitivity(self.constants), Sensitivity(self.constants)
 
@@ -151,7 +151,7 @@ class _NeuronLayer(_Layer):
     def step(self, x: Tensor) -> Tensor:
         self.calls += 1
         neuron, constants = self.module, self.constants
-        before, s = neuron.v, Neuron.forward(neuron, x)
+        before, s = neuron.v, IntegrateAndFire.forward(neuron, x)
         after: Tensor = neuron.v
         before = torch.full_like(after, neuron.start) if before is None else before
         decay = neuron.decay()
@@ -262,11 +262,11 @@ def _neuron_layers(model: nn.Module) -> list[_NeuronLayer]:
     """The layers of neurons; raises ValueError naming a module with a state that the rate pass cannot run."""
     layers: list[_NeuronLayer] = []
     for name, module in model.named_modules():
-        if isinstance(module, Neuron) and not own_forward(module, Neuron):
+        if isinstance(module, IntegrateAndFire) and not own_forward(module, IntegrateAndFire):
             layers.append(_NeuronLayer(name, module))
         elif _keeps_state(module):
             raise ValueError(
-                f"RateBased knows the derivative of the neurons in sltt.neurons, not of {name} "
+                f"RateBased knows the derivative of LIF, IF and PLIF, not of {name} "
                 f"({type(module).__name__}), which keeps a state in a way of its own: use SLTT"
             )
     return layers

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from sltt._torch import _NormBase
-from sltt.neurons import Neuron
+from sltt.neurons import IntegrateAndFire, Neuron
 from sltt.sequence.replace import replaced
 from sltt.sequence.state import emits_spikes, kind_of, map_tensors
 
@@ -87,17 +87,21 @@ def _decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[],
         ours = neuron if isinstance(neuron, Neuron) or not kind or not kind.translate else kind.translate(neuron)
     except ValueError:  # it has another reset, say
         ours = neuron
-    if not isinstance(ours, Neuron):
-        raise ValueError(f"the λ of {name} ({type(neuron).__name__}) is not known; give it, OTTT(decay=…)")
-    if ours.v_reset is not None:
+    if not isinstance(ours, Neuron) or not hasattr(ours, "decay"):
+        raise ValueError(
+            f"the λ of {name} ({type(neuron).__name__}) is not known, and traces need it: give the neuron an attribute "
+            "`decay` if its membrane potential has one, or all traces, OTTT(decay=…)"
+        )
+    if isinstance(ours, IntegrateAndFire) and ours.v_reset is not None:
         raise ValueError(
             f"{name} ({type(neuron).__name__}) resets to v_reset = {ours.v_reset}, and a trace does not forget what a "
             "spike makes the neuron forget; use the soft reset, v_reset=None, or an estimate, OTTT(decay=…)"
         )
 
     def current() -> Decay:
-        value = ours.decay()
-        return value.detach() if isinstance(value, Tensor) else value
+        value: Any = ours.decay
+        value = value() if callable(value) else value
+        return value.detach().mean() if isinstance(value, Tensor) else value
 
     return current
 
@@ -176,7 +180,7 @@ class _Traces:
         x = inputs[0]
         if self.started and x.grad_fn is not None:
             self._feed(neuron, x.grad_fn)
-        if self.inputs and isinstance(neuron, Neuron) and neuron.v_reset is None:
+        if self.inputs and isinstance(neuron, IntegrateAndFire) and neuron.v_reset is None:
             decay = neuron.decay()
             if isinstance(decay, Tensor) and decay.requires_grad:
                 return self._with_decay(neuron, decay, x), *inputs[1:]
@@ -194,7 +198,7 @@ class _Traces:
                 self.started[node].decays.append(self.decays[neuron])
             waiting += [behind for behind, _ in node.next_functions]
 
-    def _with_decay(self, neuron: Neuron, decay: Tensor, x: Tensor) -> Tensor:
+    def _with_decay(self, neuron: IntegrateAndFire, decay: Tensor, x: Tensor) -> Tensor:
         """The input x of neurons, with the gradient of their λ through earlier time steps; the value is the same.
 
         ∂u[t]/∂λ = v[t−1] + λ ∂v[t−1]/∂λ, and the neuron itself has the first term.

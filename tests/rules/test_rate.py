@@ -18,7 +18,7 @@ def by_autograd(neuron, inputs, decay=None):
     v = torch.full_like(inputs[0], neuron.start)
     total = 0
     for x in inputs:
-        s, v = sltt.lif_step(v, x + c, decay=lam, **neuron._constants())
+        s, v = sltt.lif_step(v, x + c, decay=lam, **neuron.constants())
         total = total + s / len(inputs)
     return torch.autograd.grad(total.sum(), c if decay is None else lam)[0]
 
@@ -28,7 +28,7 @@ def inputs_of(model, x):
     """What each neuron layer gets in each time step, [T, B, C]."""
     found, hooks = {}, []
     for module in model:
-        if isinstance(module, sltt.neurons.Neuron):
+        if isinstance(module, sltt.neurons.IntegrateAndFire):
             found[module] = []
             hooks.append(module.register_forward_hook(lambda m, inputs, out: found[m].append(inputs[0])))
     logits = sltt.unroll(model, x)

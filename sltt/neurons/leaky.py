@@ -1,21 +1,18 @@
-"""Spiking neurons: the pure step function first, thin modules that keep the membrane potential on top of it.
+"""Leaky integrate-and-fire neurons: the pure step function, and the modules that keep its membrane potential.
 
 Shapes: a neuron takes any shape [B, ...] and works elementwise. u is the membrane potential after the charge, s the
 spike, v the membrane potential after the reset, which is what is kept between time steps.
 """
 
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from sltt._torch import _are_functorch_transforms_active
 from sltt.checks import flag, instance, number
 from sltt.kernels import NeuronStep, neuron_step
+from sltt.neurons.base import Neuron
 from sltt.sequence.fold import Fold
-from sltt.sequence.state import Stateful
-from sltt.sequence.steps import in_backward
 from sltt.surrogates import Surrogate, Triangle
 
 
@@ -65,17 +62,14 @@ def lif_step(
 BELOW = "it must be below v_threshold"
 
 
-class Neuron(Stateful):
-    """What the neurons here share: threshold, reset, surrogate and the membrane potential `.v` [B, ...].
+class IntegrateAndFire(Neuron):
+    """What LIF, IF and PLIF share: threshold, reset and surrogate; `lif_step` with the membrane potential in `.v`.
 
-    `.v` is None before the first step, and then starts from `.start` with the input's shape and device, in float32 or
-    the input's type if that is wider.
+    `.v` starts from `.start` with the input's shape and device, in float32 or the input's type if that is wider.
     """
 
-    states: ClassVar[tuple[str, ...]] = ("v",)
-    spikes = True
-    foldable = True
     v: Tensor | None
+    decay_input = False
 
     def __init__(
         self,
@@ -99,55 +93,20 @@ class Neuron(Stateful):
         """λ: the share of the membrane potential that stays from one step to the next."""
         raise NotImplementedError
 
-    decay_input = False
-
     @property
-    def start(self) -> float:
+    def start(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The membrane potential before the first step."""
         return (self.v_reset or 0.0) if self.v_init is None else self.v_init
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
-        fold = self.fold
-        first = x[: len(x) // fold.steps] if fold.steps > 1 else x
-        dtype = self.state_type(x)
-        if self.v is None:
-            self.v = torch.full_like(first, self.start, dtype=dtype)
-        else:
-            self.check_state("v", first, dtype)
-        decay = self.decay()
-        if getattr(self, "_is_replica", False):
-            raise RuntimeError(
-                "nn.DataParallel runs each step on a new copy of the model, which would forget the state: use "
-                "DistributedDataParallel"
-            )
-        if torch.compiler.is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return self._plain_steps(x, dtype, decay, fold)
-        if in_backward():
-            raise RuntimeError(
-                f"{type(self).__name__} ran inside a backward pass: torch.utils.checkpoint repeats a forward whose "
-                "state has moved on, and would give wrong gradients. Leave the neurons out of what is checkpointed."
-            )
-        learnable = isinstance(decay, Tensor)
-        step = NeuronStep(decay=None if learnable else decay, **self._constants())
-        spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, fold.steps, fold.cut)
-        return spikes
+    @staticmethod
+    def step(x: Tensor, v: Tensor, *, decay: float | Tensor, **constants: Any) -> tuple[Tensor, Tensor]:
+        return lif_step(v, x, decay=decay, **constants)
 
-    def state_type(self, x: Tensor) -> torch.dtype:
-        """The type of the membrane potential for an input x."""
-        return x.dtype if self.half_state else torch.promote_types(x.dtype, torch.float32)
+    def arguments(self) -> dict[str, Any]:
+        return {"decay": self.decay(), **self.constants()}
 
-    def _plain_steps(self, x: Tensor, dtype: torch.dtype, decay: float | Tensor, fold: Fold) -> Tensor:
-        """In one graph with the layers around: the plain step, which they differentiate and fuse themselves."""
-        spikes = []
-        for x_t in x.chunk(fold.steps) if fold.steps > 1 else (x,):  # exporters have no split into one
-            assert self.v is not None
-            v = self.v.detach() if fold.cut and spikes else self.v
-            s, self.v = lif_step(v, x_t.to(dtype), decay=decay, **self._constants())
-            spikes.append(s.to(x.dtype))
-        return spikes[0] if fold.steps == 1 else torch.cat(spikes)
-
-    def _constants(self) -> dict[str, Any]:
+    def constants(self) -> dict[str, Any]:
+        """The arguments of `lif_step` that are never learned."""
         return {
             "v_threshold": self.v_threshold,
             "v_reset": self.v_reset,
@@ -155,6 +114,15 @@ class Neuron(Stateful):
             "detach_reset": self.detach_reset,
             "surrogate": self.surrogate,
         }
+
+    def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
+        """The steps by a kernel made for this function, which saves the membrane potential after the step only."""
+        decay = self.decay()
+        learnable = isinstance(decay, Tensor)
+        step = NeuronStep(decay=None if learnable else decay, **self.constants())
+        assert self.v is not None
+        spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, fold.steps, fold.cut)
+        return spikes
 
     def extra_repr(self) -> str:
         start = "" if self.v_init is None else f"v_init={self.v_init}, "
@@ -164,7 +132,7 @@ class Neuron(Stateful):
         )
 
 
-class LIF(Neuron):
+class LIF(IntegrateAndFire):
     """Leaky integrate-and-fire neuron, λ = 1 − 1/τ: `lif_step` with the membrane potential kept in `.v`.
 
     Args:
@@ -209,7 +177,7 @@ class LIF(Neuron):
         return f"tau={self.tau}, {super().extra_repr()}"
 
 
-class IF(Neuron):
+class IF(IntegrateAndFire):
     """Integrate-and-fire neuron: `lif_step` with λ = 1, no leak.
 
     Args:
@@ -226,7 +194,7 @@ class IF(Neuron):
         return 1.0
 
 
-class PLIF(Neuron):
+class PLIF(IntegrateAndFire):
     """LIF with a learnable time constant, shared by the layer: 1/τ = σ(w), so τ is at least 1 whatever w is.
 
     Args:

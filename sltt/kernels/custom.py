@@ -1,0 +1,257 @@
+"""A neuron's step given as a pure function, fused: one pass over memory forward, one backward.
+
+The backward runs the function again, from the input and the states before the step, and differentiates it. So these are
+what is saved, however many operations the function has. Several time steps in one call save the first states only, and
+replay the others.
+
+Parameters are numbers, or have a value for each channel. Kernels see tensors as [outer, C, inner] in the second
+case, and as their memory [n] else.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltt.kernels.options import Kernel, in_force, memory, options
+from sltt.kernels.saved import SpikeTag, packable
+from sltt.kernels.step import dense
+
+States = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class CustomStep:
+    """spikes, *states = function(x, *states, **parameters, **constants), elementwise.
+
+    Attributes:
+        function: pure; what it returns has the shape and type of x.
+        states: their number.
+        parameters: the keyword arguments that are tensors, and whether each has a value for each channel.
+        constants: names and values of the others.
+    """
+
+    function: Callable[..., tuple[Tensor, ...]]
+    states: int
+    parameters: tuple[tuple[str, bool], ...]
+    constants: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        named = {name: value for (name, _), value in zip(self.parameters, parameters, strict=True)}
+        return tuple(self.function(x, *states, **named, **dict(self.constants)))
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether a parameter has a value for each channel."""
+        return any(by_channel for _, by_channel in self.parameters)
+
+
+def custom_step(
+    step: CustomStep,
+    binary: bool,
+    x: Tensor,
+    states: States,
+    parameters: States,
+    steps: int = 1,
+    cut: bool = False,
+) -> tuple[Tensor, States]:
+    """Spikes in x's type, and the states after the time steps in x.
+
+    Args:
+        step: the function and its constants.
+        binary: spikes are 0 or 1, so that they can be saved as bits.
+        x: input of n time steps, one after the other, [n·B, ...].
+        states: after the step before, each [B, ...], of one type.
+        parameters: of the states' type: of no dimension, or [C, 1, ...], to be broadcast to [B, C, ...].
+        steps: n.
+        cut: no gradient flows from one time step to the step before.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *parameters)):
+        s, *after = _CustomStep.apply(step, binary, steps, cut, x, *states, *parameters)  # type: ignore[misc]
+        return s, tuple(after)
+    s, every = _run(step, x, states, parameters, steps)
+    if binary and options().sparse != "off" and packable(s):
+        SpikeTag(s)
+    return s, every[-1]
+
+
+def _run(
+    step: CustomStep, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor], steps: int, last: bool = True
+) -> tuple[Tensor, list[States]]:
+    """Spikes, and the states before the first step and after each; without those of the `last` step if not asked."""
+    channels = step.by_channel
+    x = x if _known_layout(_steps_of(x, steps)[0], channels) else x.contiguous()
+    xs = _steps_of(x, steps)
+    every = [tuple(_like(v, xs[0]) for v in states)]
+    s = torch.empty_like(x)
+    forward = _forward_kernel(step)
+    for s_t, x_t in zip(_steps_of(s, steps), xs, strict=True):
+        if len(every) == steps and not last:
+            break
+        after = tuple(torch.empty_like(v) for v in every[-1])
+        seen = _seen_as(x_t, channels)
+        forward(*map(seen, (s_t, *after, x_t, *every[-1])), *map(_parameter, parameters))
+        every.append(after)
+    return s, every
+
+
+class _CustomStep(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, step: CustomStep, binary: bool, steps: int, cut: bool, x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        states, parameters = tensors[: step.states], tensors[step.states :]
+        s, every = _run(step, x, states, parameters, steps)
+        if binary and packable(s):
+            SpikeTag(s)
+        ctx.step, ctx.steps, ctx.cut, ctx.options = step, steps, cut, options()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *tensors)
+        return s, *every[-1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        with in_force(ctx.options):
+            return None, None, None, None, *_CustomStep._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_s: Tensor | None, *grad_states: Tensor | None) -> list[Tensor | None]:
+        step, steps = ctx.step, ctx.steps
+        x, *tensors = ctx.saved_tensors
+        states, parameters = tensors[: step.states], tensors[step.states :]
+        needs_x, *needs = ctx.needs_input_grad[4:]
+        needs_states, learned = any(needs[: step.states]), tuple(needs[step.states :])
+        channels = step.by_channel
+        x = x if _known_layout(_steps_of(x, steps)[0], channels) else x.contiguous()
+        _, every = _run(step, x, states, parameters, steps, last=False)
+        grad_x = torch.empty_like(x)
+        of_s = (None,) * steps if grad_s is None else _steps_of(_like(grad_s, grad_x), steps)
+        after = [None if g is None else _like(g, every[0][0]) for g in grad_states]
+        totals: list[Tensor | None] = [None] * sum(learned)
+        for x_t, grad_x_t, grad_s_t, before in reversed(
+            list(zip(_steps_of(x, steps), _steps_of(grad_x, steps), of_s, every, strict=True))
+        ):
+            goes_on = needs_states if before is every[0] else not ctx.cut
+            of_states = [torch.empty_like(v) for v in before] if goes_on else []
+            of_parameters = [torch.empty_like(p) for p in compress(parameters, learned)]
+            given = [grad_s_t, *after]
+            backward = _backward_kernel(step, goes_on, learned, tuple(g is not None for g in given))
+            seen = _seen_as(x_t, channels)
+            backward(
+                *map(seen, (grad_x_t, *of_states)),
+                *map(_parameter, of_parameters),
+                *map(seen, (x_t, *before)),
+                *map(_parameter, parameters),
+                *(seen(g) for g in given if g is not None),
+            )
+            after = of_states or [None] * step.states
+            totals = [g if sum_ is None else sum_ + g for sum_, g in zip(totals, of_parameters, strict=True)]
+        found = iter(totals)
+        return [grad_x if needs_x else None, *after, *(next(found) if learns else None for learns in learned)]
+
+
+class _Traced(Kernel):
+    """Writes what a function returns. The compiler reads the function's graph, which may hold a backward.
+
+    Args:
+        compute: gives the results, from the inputs.
+        results: their number.
+    """
+
+    def __init__(self, compute: Callable[..., tuple[Tensor, ...]], results: int):
+        super().__init__(self._writing(compute, results))
+        self._compute = compute
+        self._results = results
+
+    def seen(self, a: Tensor) -> Tensor:
+        return a.detach()
+
+    def source(self, arguments: Sequence[Any]) -> Callable[..., None]:
+        from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
+
+        inputs = arguments[self._results - 1 :]  # the first result is no part of the arguments
+        # other sizes than the compiler may take for constants
+        sizes = {0: (), 1: (6,), 2: (3, 1), 3: (5, 3, 7)}
+        samples = [torch.zeros(sizes[a.ndim], dtype=a.dtype, device=a.device) for a in inputs]
+        return self._writing(make_fx(self._compute, tracing_mode="symbolic")(*samples), self._results)
+
+    @staticmethod
+    def _writing(compute: Callable[..., tuple[Tensor, ...]], results: int) -> Callable[..., None]:
+        def write(*arguments: Tensor) -> None:
+            for out, value in zip(arguments[:results], compute(*arguments[results:]), strict=True):
+                out.copy_(value)
+
+        return write
+
+
+@functools.lru_cache(maxsize=64)
+def _forward_kernel(step: CustomStep) -> _Traced:
+    def forward(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        states, parameters = tensors[: step.states], tensors[step.states :]
+        return step(x.to(states[0].dtype), states, parameters)
+
+    return _Traced(forward, 1 + step.states)
+
+
+@functools.lru_cache(maxsize=64)
+def _backward_kernel(step: CustomStep, goes_on: bool, learned: tuple[bool, ...], given: tuple[bool, ...]) -> _Traced:
+    """Gradients of x, of the states if they go on, and of the learned parameters, from those `given` of the results."""
+    wanted = (True, *[goes_on] * step.states, *learned)
+
+    def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs, grads = tensors[: len(wanted)], tensors[len(wanted) :]
+        with torch.enable_grad():
+            x, *others = leaves = [t.detach().requires_grad_(wants) for t, wants in zip(inputs, wanted, strict=True)]
+            states, parameters = others[: step.states], others[step.states :]
+            results = compress(step(x.to(states[0].dtype), states, parameters), given)
+            pairs = [(r, g.to(r.dtype)) for r, g in zip(results, grads, strict=True) if r.requires_grad]
+            leaves = list(compress(leaves, wanted))
+            found: Any = [None] * len(leaves)
+            if pairs:
+                of, grads_of = zip(*pairs, strict=True)
+                found = torch.autograd.grad(of, leaves, grads_of, allow_unused=True)
+        return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True))
+
+    return _Traced(backward, sum(wanted))
+
+
+def _steps_of(x: Tensor, steps: int) -> tuple[Tensor, ...]:
+    """The time steps in x [n·B, ...], each [B, ...]."""
+    return (x,) if steps == 1 else x.chunk(steps) if len(x) else (x,) * steps
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """A tensor in the memory format of another."""
+    return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
+
+
+def _known_layout(x: Tensor, channels: bool) -> bool:
+    return x.is_contiguous() or (dense(x) if not channels else x.movedim(1, -1).is_contiguous())
+
+
+def _seen_as(x: Tensor, channels: bool) -> Callable[[Tensor], Tensor]:
+    """What gives a kernel's form of tensors with the layout of x; not as views, as in `memory`."""
+    n = x.numel()
+    if not channels:
+        return memory
+    inner = n // max(1, x.shape[0] * x.shape[1]) if x.is_contiguous() else 1
+    shape = (n // max(1, x.shape[1] * inner), x.shape[1], inner)
+
+    def seen(t: Tensor) -> Tensor:
+        t = t.resolve_neg()
+        strides = (shape[1] * inner, inner, 1)
+        return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), shape, strides)
+
+    return seen
+
+
+def _parameter(p: Tensor) -> Tensor:
+    """A kernel's form of a parameter: of no dimension, or [C, 1]."""
+    return p.reshape(-1, 1) if p.ndim else p

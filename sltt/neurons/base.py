@@ -1,0 +1,170 @@
+"""A neuron is a pure function of input and states; the module here keeps the states, and runs the function fused."""
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from sltt._torch import _are_functorch_transforms_active
+from sltt.kernels import CustomStep, custom_step
+from sltt.neurons.inspection import emits_bits
+from sltt.sequence.fold import Fold
+from sltt.sequence.state import Stateful
+from sltt.sequence.steps import in_backward
+
+
+class Neuron(Stateful):
+    """A layer of neurons: a pure function `step`, and a class that names its states and holds its parameters.
+
+        class Adaptive(sltt.Neuron):
+            states = ("v", "a")
+
+            def __init__(self, decay=0.5):
+                super().__init__()
+                self.decay = decay
+                self.rise = nn.Parameter(torch.tensor(0.2))
+
+            @staticmethod
+            def step(x, v, a, *, decay, rise):
+                u = decay * v + x
+                s = sltt.surrogates.Triangle()(u - 1 - rise * a)
+                return s, u - s, 0.9 * a + s
+
+    The library fuses the function, forward and backward; the backward runs it again from its input and states. It folds
+    it, cuts it and stores its spikes as bits. The function is checked when it first runs.
+
+    step(x, *states, **arguments) -> (spikes, *states)
+        A static method, elementwise: each result has the shape and type of x [B, ...]. The spikes come from a
+        surrogate, for which a gradient passes. Those that are exactly what a surrogate gave are stored as bits.
+    arguments
+        Keyword arguments of `step` are the attributes of these names: numbers, flags and surrogates, which are compiled
+        in; and tensors, of no dimension or one value for each channel, [C]. Where a method has the name, its result.
+
+    An attribute or a method `decay`, the λ of the membrane potential, tells OTTT how fast traces decay. They hold if
+    ∂v[t]/∂v[t−1] = λ with the spikes as constants, and ∂v[t]/∂x[t] does not change over time.
+
+    Attributes:
+        states: names of the states, in the order of `step`. Each is None before the first step of a sequence.
+        start: value of the states before the first step: a number, or one for each name.
+        half_state: keep states in the input's type also where that has 16 bits; else in float32 at least.
+
+    Raises:
+        ValueError: at the first step, naming what is wrong with the function.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ("v",)
+    step: ClassVar[Callable[..., tuple[Tensor, ...]]]
+    start: float | Mapping[str, float] = 0.0
+    half_state: bool = False
+    spikes = True
+    foldable = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
+        fold = self.fold
+        first = x[: len(x) // fold.steps] if fold.steps > 1 else x
+        dtype = self.state_type(x)
+        for name, value in self.first_states().items():
+            if getattr(self, name) is None:
+                setattr(self, name, torch.full_like(first, value, dtype=dtype))
+            else:
+                self.check_state(name, first, dtype)
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel runs each step on a new copy of the model, which would forget the state: use "
+                "DistributedDataParallel"
+            )
+        if torch.compiler.is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return self._plain_steps(x, dtype, fold)
+        if in_backward():
+            raise RuntimeError(
+                f"{type(self).__name__} ran inside a backward pass: torch.utils.checkpoint repeats a forward whose "
+                "state has moved on, and would give wrong gradients. Leave the neurons out of what is checkpointed."
+            )
+        return self.fused_steps(x, fold)
+
+    def state_type(self, x: Tensor) -> torch.dtype:
+        """The type of the states for an input x."""
+        return x.dtype if self.half_state else torch.promote_types(x.dtype, torch.float32)
+
+    def first_states(self) -> dict[str, float]:
+        """The value of each state before the first step."""
+        start = self.start
+        return dict(start) if isinstance(start, Mapping) else dict.fromkeys(self.states, start)
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `step`."""
+        found = {name: getattr(self, name) for name in argument_names(type(self))}
+        return {name: value() if inspect.ismethod(value) else value for name, value in found.items()}
+
+    def _fitted(self, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments, with tensors in the states' type and ready to be broadcast to x."""
+        return {
+            name: self._fit(name, value.to(dtype), x) if isinstance(value, Tensor) else value
+            for name, value in self.arguments().items()
+        }
+
+    def _fit(self, name: str, value: Tensor, x: Tensor) -> Tensor:
+        if value.ndim == 0:
+            return value
+        if x.ndim < 2 or value.shape != x.shape[1:2]:
+            raise ValueError(
+                f"{type(self).__name__} has {name} of shape {list(value.shape)} for an input {list(x.shape)}: expected "
+                f"one number, or one for each channel, {list(x.shape[1:2])}"
+            )
+        return value.view(-1, *[1] * (x.ndim - 2))
+
+    def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
+        """Run the time steps in x by a kernel, from the states on."""
+        named = self._fitted(x, self.state_type(x))
+        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        constants = tuple((name, value) for name, value in named.items() if name not in tensors)
+        if unknown := [name for name, value in constants if not isinstance(value, Hashable)]:
+            raise ValueError(
+                f"{type(self).__name__} has {unknown[0]} = {getattr(self, unknown[0])!r}: expected a number, a "
+                "surrogate or a tensor"
+            )
+        parameters = tuple((name, value.ndim > 0) for name, value in tensors.items())
+        step = CustomStep(type(self).step, len(self.states), parameters, constants)
+        bits = emits_bits(type(self), step)
+        states = tuple(getattr(self, name) for name in self.states)
+        spikes, states = custom_step(step, bits, x, states, tuple(tensors.values()), fold.steps, fold.cut)
+        for name, state in zip(self.states, states, strict=True):
+            setattr(self, name, state)
+        return spikes
+
+    def _plain_steps(self, x: Tensor, dtype: torch.dtype, fold: Fold) -> Tensor:
+        """In one graph with the layers around: the plain function, which they differentiate and fuse themselves."""
+        named, spikes = self._fitted(x, dtype), []
+        states = [getattr(self, name) for name in self.states]
+        for x_t in x.chunk(fold.steps) if fold.steps > 1 else (x,):  # exporters have no split into one
+            if fold.cut and spikes:
+                states = [state.detach() for state in states]
+            s, *states = self.step(x_t.to(dtype), *states, **named)
+            spikes.append(s.to(x.dtype))
+        for name, state in zip(self.states, states, strict=True):
+            setattr(self, name, state)
+        return spikes[0] if fold.steps == 1 else torch.cat(spikes)
+
+
+@functools.cache
+def argument_names(kind: type[Neuron]) -> tuple[str, ...]:
+    """The keyword arguments of a class's `step`; raises ValueError if it is no function of x and the states."""
+    function = inspect.getattr_static(kind, "step", None)
+    if not isinstance(function, staticmethod):
+        raise ValueError(
+            f"{kind.__name__} needs a function step(x, {', '.join(kind.states)}, *, …) -> (spikes, new states), a "
+            "@staticmethod: it computes from its arguments alone"
+        )
+    parameters = inspect.signature(function.__func__).parameters.values()
+    given = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if given[1:] != list(kind.states):
+        raise ValueError(
+            f"{kind.__name__}.step takes ({', '.join(given)}), expected x and the states {', '.join(kind.states)}; "
+            "what else it needs goes behind a *, as keyword arguments"
+        )
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)

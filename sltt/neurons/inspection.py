@@ -1,0 +1,125 @@
+"""Whether a neuron's function is what a kernel can be made of: pure, elementwise, and with a gradient."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sltt.kernels import CustomStep
+
+SHAPE = (4, 3, 5)  # samples, channels, positions
+
+
+@functools.lru_cache(maxsize=256)
+def emits_bits(kind: type, step: CustomStep) -> bool:
+    """Check a neuron's function by running it on a few numbers; whether its spikes are those of a surrogate, 0 or 1.
+
+    Args:
+        kind: the neuron's class, for its name and those of its states.
+        step: the function.
+
+    Raises:
+        ValueError: what is wrong with the function, and the remedy.
+    """
+    problem = functools.partial(_problem, kind)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        return 2 * torch.randn(SHAPE, generator=generator)
+
+    x, *states = inputs = [draw() for _ in range(1 + step.states)]
+    parameters = [
+        torch.rand((SHAPE[1], 1) if by_channel else (), generator=generator) for _, by_channel in step.parameters
+    ]
+    with torch.enable_grad():
+        leaves = [t.clone().requires_grad_().clone() for t in (*inputs, *parameters)]  # may be changed in place
+        results = _watched(kind, step, leaves)
+    for name, value in zip(("spikes", *kind.states), results, strict=True):
+        if value.shape != x.shape or value.dtype != x.dtype:
+            got = f"{list(value.shape)} ({str(value.dtype).removeprefix('torch.')})"
+            raise problem(f"returns {name} {got} for an input {list(SHAPE)} (float32)", "keep shape and type")
+    if not results[0].requires_grad:
+        raise problem(
+            "returns spikes that no gradient passes", "let a surrogate fire: sltt.surrogates.Triangle()(u - 1)"
+        )
+    with torch.no_grad():
+        again = step(x, states, parameters)
+        if not _same(results, again):
+            raise problem("is not pure: it gave another result for the same input", "keep what it remembers in a state")
+        changes = torch.zeros(SHAPE, dtype=torch.bool)
+        changes[::2, 1:, ::2] = True
+        x, *states = (torch.where(changes, draw(), t) for t in inputs)
+        other = step(x, states, parameters)
+        if not _same([t[~changes] for t in results], [t[~changes] for t in other]):
+            raise problem(
+                "mixes neurons: an input of one changes the result of another",
+                "compute elementwise, and mix in a layer before the neurons",
+            )
+    return type(results[0].grad_fn).__name__ == "_SpikeBackward"
+
+
+def _watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """The function's results on `leaves`, whose operations are watched."""
+    problem = functools.partial(_problem, kind)
+    x, *others = leaves
+    watch, results = _Watch(leaves), ()
+    try:
+        with watch:
+            results = step(x, others[: step.states], others[step.states :])
+    except Exception as error:
+        if watch.found is None:
+            error.add_note(f"in {kind.__name__}.step, on an input {list(SHAPE)} and states of that shape")
+            raise
+    if watch.found is not None:
+        raise problem(*watch.found)
+    if len(results) != 1 + step.states or not all(isinstance(value, Tensor) for value in results):
+        expected = ", ".join(("spikes", *kind.states))
+        raise problem(f"returns {len(results)} values", f"return ({expected}), each a tensor")
+    return results
+
+
+class _Watch(TorchDispatchMode):
+    """Looks at the operations of a function; `found` is what is wrong with one, and the remedy."""
+
+    def __init__(self, inputs: list[Tensor]):
+        super().__init__()
+        self.found: tuple[str, str] | None = None
+        self._inputs = {t.untyped_storage()._cdata for t in inputs}
+        self._known = set(self._inputs)
+        self._alive: list[Tensor] = []  # so that no memory is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found = self.found or self._problem_of(func, [a for a in args if isinstance(a, Tensor)])
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(t, Tensor):
+                self._alive.append(t)
+                self._known.add(t.untyped_storage()._cdata)
+        return result
+
+    def _problem_of(self, func: Any, tensors: list[Tensor]) -> tuple[str, str] | None:
+        storages = [t.untyped_storage()._cdata for t in tensors]
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return f"draws random numbers ({func})", "draw them in a layer before the neurons"
+        if torch.Tag.data_dependent_output in func.tags:
+            return "decides by the value of a tensor (an if, bool(), float() or .item())", "use torch.where"
+        if func._schema.is_mutable and storages and storages[0] in self._inputs:
+            return f"changes an argument in place ({func})", "write u = v + x for v += x"
+        if func is not torch.ops.aten.lift_fresh.default and not self._known.issuperset(storages):
+            return (
+                "reads a tensor that is none of its arguments",
+                "make it an attribute of the neuron and a keyword argument of step",
+            )
+        return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    return all(
+        torch.allclose(one, other, rtol=1e-6, atol=1e-6, equal_nan=True) for one, other in zip(a, b, strict=True)
+    )
+
+
+def _problem(kind: type, what: str, remedy: str) -> ValueError:
+    return ValueError(f"{kind.__name__}.step {what}; {remedy}")

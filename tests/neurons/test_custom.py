@@ -1,0 +1,230 @@
+"""A neuron of one's own beside the same function under autograd, in a module that is no `Neuron`."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt import kernels
+from sltt.analysis import firing_rates, peak_memory
+from sltt.kernels.saved import SpikeTag, tag_of
+from tests.conftest import RULES, batch, gradients, small_network
+
+RULES = {name: rule for name, rule in RULES.items() if not isinstance(rule, sltt.RateBased)}
+TRIANGLE = sltt.surrogates.Triangle()
+
+
+class Adaptive(sltt.Neuron):
+    states = ("v", "a")
+
+    def __init__(self, decay=0.6, rise=0.2):
+        super().__init__()
+        self.decay, self.surrogate = decay, TRIANGLE
+        self.rise = nn.Parameter(torch.as_tensor(rise))
+
+    @staticmethod
+    def step(x, v, a, *, decay, rise, surrogate):
+        u = decay * v + x
+        s = surrogate(u - 1 - rise * a)
+        return s, u - s, 0.9 * a + s
+
+
+class Graded(sltt.Neuron):
+    """Up to two spikes in a step; a decay that is learned through a method; states that start elsewhere."""
+
+    states = ("u", "i")
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.4))
+        self.start = {"u": 0.3, "i": -0.1}
+
+    def leak(self):
+        return torch.sigmoid(self.w)
+
+    @staticmethod
+    def step(x, u, i, *, leak):
+        i = 0.5 * i + x
+        u = leak * u + i
+        s = TRIANGLE(u - 1) + TRIANGLE(u - 2)
+        return s, torch.where(s > 0, 0.1 * u, u), i
+
+
+def channels():
+    return torch.linspace(0.1, 0.4, 8), torch.linspace(0.1, 0.4, 7)
+
+
+class PerChannel(Adaptive):
+    made = 0
+
+    def __init__(self):
+        PerChannel.made += 1
+        super().__init__(rise=channels()[PerChannel.made % 2 == 0])
+
+
+KINDS = [Adaptive, Graded, PerChannel]
+
+
+class Plain(sltt.Stateful):
+    """A neuron's function under autograd."""
+
+    spikes = True
+
+    def __init__(self, neuron):
+        self.states = neuron.states
+        super().__init__()
+        self.held = (neuron,)  # no module in a module, of which a rule would take the inner one
+        self.learned = nn.ParameterList(neuron.parameters())
+
+    def forward(self, x):
+        (neuron,) = self.held
+        first = neuron.first_states()
+        states = [torch.full_like(x, first[n]) if (v := getattr(self, n)) is None else v for n in self.states]
+        named = {
+            name: v.view(-1, *[1] * (x.ndim - 2)) if isinstance(v, torch.Tensor) and v.ndim else v
+            for name, v in neuron.arguments().items()
+        }
+        s, *states = neuron.step(x, *states, **named)
+        for name, state in zip(self.states, states, strict=True):
+            setattr(self, name, state)
+        return s
+
+
+def plain(model):
+    """A network with its neurons replaced by the same under autograd."""
+    model = copy.deepcopy(model)
+    for i, module in enumerate(model):
+        if isinstance(module, sltt.Neuron):
+            model[i] = Plain(module)
+    return model
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rule_has_the_gradients_of_the_function(kind, rule):
+    PerChannel.made = 0
+    model = small_network(kind)
+    x, y = batch()
+    alone = copy.copy(rule)
+    vars(alone).update({"fold": 1} if "fold" in vars(rule) else {})
+    found, out = gradients(model, rule, x, y, seed=3)
+    expected, plain_out = gradients(plain(model), alone, x, y, seed=3)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(out.logits, plain_out.logits)
+    assert found.count_nonzero() > len(found) / 5
+
+
+def run(neuron, x, steps=3):
+    """Spikes, states and gradients of a few steps."""
+    neuron, x = copy.deepcopy(neuron), x.detach().clone().requires_grad_()
+    spikes = [neuron(x * (1 - 0.2 * t)) for t in range(steps)]
+    states = [getattr(neuron, name) for name in neuron.states]
+    total = sum((s.double() * torch.linspace(-1, 2, s.numel()).view(s.shape)).sum() for s in spikes)
+    (total + 0.1 * sum(s.double().sum() for s in states)).backward()
+    return spikes, states, [x.grad, *(p.grad for p in neuron.parameters())]
+
+
+def layouts(channels):
+    yield 1.5 * torch.randn(5, channels)
+    yield 1.5 * torch.randn(3, channels, 2, 5)
+    yield (1.5 * torch.randn(3, channels, 2, 5)).to(memory_format=torch.channels_last)
+    yield 1.5 * torch.randn(2, 5, 3, channels).permute(0, 3, 1, 2)[:, :, ::2]
+    yield torch.randn(0, channels)
+
+
+@pytest.mark.parametrize("mode", ["off", pytest.param("on", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fused_step_equals_the_function(kind, mode):
+    if mode == "on" and (problem := kernels.compiler_problem(torch.device("cpu"))):
+        pytest.skip(problem)
+    PerChannel.made = 0
+    neuron = kind()
+    with kernels.using(compile=mode):
+        for x in layouts(8):
+            found, expected = run(neuron, x), run(Plain(neuron), x)
+            torch.testing.assert_close(found, expected)
+            assert found[0][0].stride() == torch.empty_like(x).stride()
+
+
+def test_sixteen_bits_keep_states_in_thirty_two():
+    neuron = Adaptive()
+    x = (1.5 * torch.randn(4, 64)).to(torch.bfloat16)
+    spikes, states, (grad, of_rise) = run(neuron, x)
+    expected = run(Plain(neuron), x.float())
+    assert {s.dtype for s in states} == {of_rise.dtype} == {torch.float32}
+    assert {s.dtype for s in spikes} == {grad.dtype} == {torch.bfloat16}
+    # the factors of the steps are rounded to 16 bits, so a neuron near its threshold may differ
+    assert (torch.stack(spikes).float() == torch.stack(expected[0])).float().mean() > 0.95
+
+
+def test_spikes_of_a_surrogate_are_stored_as_bits_and_others_as_they_are():
+    x = torch.randn(8, 1024, requires_grad=True)
+    assert isinstance(tag_of(Adaptive()(x)), SpikeTag)
+    assert tag_of(Graded()(x)) is None
+
+
+def test_the_graph_takes_two_numbers_a_neuron_more_than_that_of_lif():
+    """Two states and the input; LIF keeps one state."""
+
+    def of_graph(kind):
+        layers = [layer for _ in range(8) for layer in (nn.Linear(512, 512, bias=False), kind())]
+        model, x, y = nn.Sequential(*layers), torch.randn(64, 512), torch.randint(512, (64,))
+        rule, loss = sltt.BPTT(), nn.CrossEntropyLoss()
+        rule(model, x, y, loss, steps=8)
+        return peak_memory(lambda: rule(model, x, y, loss, steps=8))
+
+    neurons = 8 * 8 * 64 * 512
+    assert of_graph(Adaptive) - of_graph(sltt.LIF) < 4 * 2.2 * neurons
+
+
+def test_a_neuron_that_says_its_decay_has_traces():
+    model = small_network(Adaptive)
+    x, y = batch()
+    assert torch.equal(gradients(model, sltt.OTTT(), x, y)[0], gradients(model, sltt.OTTT(decay=0.6), x, y)[0])
+    with pytest.raises(ValueError, match=r"the λ of 2 \(Graded\) is not known.*`decay`.*OTTT\(decay=…\)"):
+        sltt.OTTT()(small_network(Graded), x, y, nn.CrossEntropyLoss())
+
+
+def test_firing_rates_count_a_neuron_of_ones_own():
+    model = small_network(Adaptive)
+    spikes = []
+    for i in (2, 5):
+        model[i].register_forward_hook(lambda *call: spikes.append(call[-1].mean().item()))
+    with firing_rates(model) as rates:
+        sltt.unroll(model, batch(steps=6)[0])
+    assert rates.by_layer() == pytest.approx({"2": sum(spikes[::2]) / 6, "5": sum(spikes[1::2]) / 6})
+    assert rates.mean() > 0
+
+
+def test_inside_a_transform_the_function_runs_in_the_graph_around():
+    model = small_network(Adaptive)
+    x, y = batch()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        value = nn.functional.cross_entropy(torch.func.functional_call(model, parameters, (x[0],)), y)
+        sltt.reset(model)
+        return value
+
+    found = torch.func.grad(loss)(parameters)
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()), allow_unused=True)
+    for a, b in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+
+
+def test_onnx_has_every_state(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from sltt.interop.onnx import to_onnx
+
+    model, x = small_network(Adaptive).float(), batch()[0].float()
+    first = to_onnx(model, x[0], tmp_path / "step.onnx")
+    assert first == {"2.v": 0.0, "2.a": 0.0, "5.v": 0.0, "5.a": 0.0}
+    session = runtime.InferenceSession(str(tmp_path / "step.onnx"))
+    states = {name: torch.full((5, n), first[name]).numpy() for name, n in zip(first, (8, 8, 7, 7), strict=True)}
+    for x_t, expected in zip(x, sltt.unroll(model.eval(), x), strict=True):
+        logits, *after = session.run(None, {"x": x_t.numpy(), **states})
+        states = dict(zip(states, after, strict=True))
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)

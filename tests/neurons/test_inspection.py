@@ -1,0 +1,95 @@
+"""What is wrong with a neuron's function is said at its first step."""
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+
+FIRE = sltt.surrogates.Triangle()
+MEMORY = []
+GAIN = nn.Parameter(torch.tensor(2.0))
+
+
+def neuron(function, **attributes):
+    kind = type("Mine", (sltt.Neuron,), {"step": staticmethod(function)})
+    made = kind()
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+def remembers(x, v):
+    MEMORY.append(1)
+    u = v + x + len(MEMORY)
+    return FIRE(u - 1), u
+
+
+def branches(x, v):
+    u = v + x if x.mean() > 0 else v
+    return FIRE(u - 1), u
+
+
+def changes(x, v):
+    v += x
+    return FIRE(v - 1), v
+
+
+BAD = {
+    "is not pure": remembers,
+    "draws random numbers": lambda x, v: (FIRE(v + x - torch.rand_like(x)), v),
+    "decides by the value of a tensor.*torch.where": branches,
+    "changes an argument in place": changes,
+    "reads a tensor that is none of its arguments": lambda x, v: (FIRE(GAIN * v + x - 1), v + x),
+    r"returns v \[4\] \(float32\) for an input \[4, 3, 5\]": lambda x, v: (FIRE(v + x), v.sum((1, 2))),
+    r"returns spikes \[4, 3, 5\] \(float64\)": lambda x, v: (FIRE(v + x).double(), v),
+    r"returns 3 values; return \(spikes, v\)": lambda x, v: (FIRE(v + x), v, v),
+    "mixes neurons": lambda x, v: (FIRE(v + x - x.mean()), v + x),
+    "returns spikes that no gradient passes": lambda x, v: ((v + x > 1).to(x.dtype), v + x),
+    "takes .x, u., expected x and the states v": lambda x, u: (FIRE(u + x), u),
+}
+
+
+@pytest.mark.parametrize(("message", "function"), BAD.items(), ids=BAD)
+def test_a_function_that_cannot_be_fused_is_named(message, function):
+    with pytest.raises(ValueError, match=rf"Mine.step {message}"):
+        neuron(function)(torch.randn(2, 3))
+
+
+def test_an_error_in_the_function_says_where_it_was():
+    with pytest.raises(ZeroDivisionError) as found:
+        neuron(lambda x, v: (FIRE(x / 0 if (1 / 0) else x), v))(torch.randn(2, 3))
+    assert "in Mine.step" in found.value.__notes__[0]
+
+
+def test_a_method_is_no_pure_function():
+    class Mine(sltt.Neuron):
+        def step(self, x, v):
+            return FIRE(v + x), v
+
+    with pytest.raises(ValueError, match=r"Mine needs a function step\(x, v, \*, …\).*@staticmethod"):
+        Mine()(torch.randn(2, 3))
+
+
+def scaled(x, v, *, gain):
+    return FIRE(gain * x + v - 1), v + x
+
+
+@pytest.mark.parametrize("gain", [torch.ones(3, 1), torch.ones(4)])
+def test_a_parameter_has_one_number_or_one_for_each_channel(gain):
+    with pytest.raises(
+        ValueError, match=r"Mine has gain of shape .* for an input \[2, 3, 4\]: expected one number, or"
+    ):
+        neuron(scaled, gain=gain)(torch.randn(2, 3, 4))
+
+
+def test_an_argument_is_a_number_a_surrogate_or_a_tensor():
+    with pytest.raises(ValueError, match=r"Mine has gain = \[1.0\]: expected a number, a surrogate or a tensor"):
+        neuron(scaled, gain=[1.0])(torch.randn(2, 3))
+
+
+def test_the_check_leaves_random_numbers_alone_and_knows_constants():
+    fine = neuron(lambda x, v: (FIRE(v + torch.tensor(0.5) * x - 1), v.clone().add_(x)))
+    before = torch.get_rng_state()
+    assert fine(torch.ones(2, 3)).shape == (2, 3)
+    assert torch.equal(before, torch.get_rng_state())
