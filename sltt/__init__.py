@@ -12,6 +12,7 @@ from sltt.sequence.state import Stateful, detach, register, reset
 from sltt.training.evaluation import evaluate
 from sltt.training.fit import fit
 from sltt.training.phases import Phase
+from sltt.training.trained import load, predict
 
 __version__ = version("sltt")
 
@@ -38,9 +39,11 @@ __all__ = [
     "evaluate",
     "fit",
     "lif_step",
+    "load",
     "losses",
     "models",
     "once",
+    "predict",
     "register",
     "reset",
     "schedules",

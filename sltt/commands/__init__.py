@@ -4,12 +4,15 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 from sltt.commands.failures import UsageError, tell
 from sltt.commands.hints import nearest
 from sltt.parallel.signals import PREEMPTED, Preempted
 
-COMMANDS = ("train", "eval", "agreement", "compare", "profile", "report", "export", "recipes", "data", "doctor")
+COMMANDS = (
+    "train", "eval", "agreement", "compare", "profile", "report", "export", "recipes", "data", "doctor", "completion",
+)  # fmt: skip
 USAGE = """usage: sltt COMMAND ...
 
   sltt train [RECIPE] [OPTION ...]   train a recipe (default: digits), or a YAML file of your own
@@ -22,6 +25,8 @@ USAGE = """usage: sltt COMMAND ...
   sltt recipes [NAME]                list the recipes, or print one
   sltt data check RECIPE [OPTION …]  whether a recipe's data is whole: --data.root DIR
   sltt doctor                        what works on this machine, and what would make it faster
+  sltt completion bash|zsh           let the shell complete: source <(sltt completion bash)
+  sltt --version                     the version
 
 `sltt train RECIPE --help` explains every option, with the recipe's values.
 """
@@ -36,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
+    if words == ["--version"]:
+        print(f"sltt {version('sltt')}")
+        return 0
     command, *rest = words
     _find_own_modules()
     try:

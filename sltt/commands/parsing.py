@@ -23,6 +23,33 @@ if TYPE_CHECKING:
 
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
 RULES_HELP = f"default: {','.join(RULES)}"
+MATTER_FIRST = """Options override the recipe's values. These matter first:
+
+  --rule NAME                SLTT, BPTT, TBPTT, OTTT, RateBased or Mixed
+  --rule.k K                 an argument of the rule; --rule.help SLTT lists all
+  --steps T                  number of time steps
+  --epochs N                 passes over the training samples
+  --batch_size N             samples in a batch
+  --optimizer NAME           SGD, AdamW or another of torch.optim
+  --optimizer.lr RATE        learning rate
+  --optimizer.weight_decay RATE
+  --schedule NAME            of the learning rate: Cosine, Constant or Step
+  --clip_norm NORM           scale larger gradients down to this norm
+  --model NAME               resnet18, DigitsNet, or a class: my_networks.Net
+  --model.neuron.tau TAU     membrane time constant, in time steps
+  --data NAME                Digits, CIFAR10, or a class: my_data.Recordings
+  --data.root DIR            where the files of the data are
+  --data.validation SHARE    held out of the training samples; 0 for none
+  --seed SEED                the same seed gives the same weights
+  --precision bf16-mixed     mixed precision
+  --device cpu|cuda          default: a GPU, if there is one
+  --workers N                processes that load data
+  --weights RUN              start from the weights of a run
+  --run FOLDER               of the run; default: runs/RECIPE-RULE-DATE
+  --resume RUN               continue a run with its own settings
+
+A class is given by its name or import path, its arguments after a dot. All
+options follow, with the recipe's values as defaults."""
 MOST_STEPS = 1_000_000  # a training with more would not end
 
 
@@ -100,6 +127,12 @@ def run_config(run: Path) -> Path:
     if not (run / CONFIG).is_file():
         raise UsageError(f"{run} is not the folder of a run: there is no {CONFIG}")
     check_config(run, saved)
+    values = _read(run / CONFIG)
+    if unknown := [name for name in ("model", "data", "loss", "rule", "optimizer") if values.get(name, "") is None]:
+        raise UsageError(
+            f"{run} was trained in Python, and its {' and '.join(unknown)} cannot be made again from a file: go on in "
+            f"Python, as by sltt.evaluate(sltt.load({str(run)!r}), data)"
+        )
     return run / CONFIG
 
 
@@ -161,10 +194,13 @@ def make_parser(prog: str) -> "ArgumentParser":
         def _expand_help(self, action: argparse.Action) -> str:
             return re.sub(r", known subclasses: torch\.nn\.Module,[^)]*", "", super()._expand_help(action))
 
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return text
+
     parser = ArgumentParser(
         prog=prog,
-        description="Options override the recipe's values, which are shown as defaults. A class is given by its name "
-        "or import path, its arguments after a dot: --rule SLTT --rule.k 2; --rule.help SLTT explains them.",
+        usage=f"{prog} [OPTION ...]",
+        description=MATTER_FIRST,
         exit_on_error=False,
         allow_abbrev=False,
         formatter_class=Help,

@@ -11,6 +11,7 @@ from torch import nn
 from sltt.commands.failures import UsageError
 from sltt.commands.parsing import build, find_recipe, make_parser, only, parse, resumed, run_config
 from sltt.parallel.devices import keep_freed_memory
+from sltt.training.card import add_test_accuracy
 from sltt.training.checkpoints import load_selected
 from sltt.training.evaluation import measure_split
 from sltt.training.files import write_atomically
@@ -77,6 +78,7 @@ def _train(
     if here.processes.rank > 0:
         return
     summary = {"epoch": result.epoch, "test_accuracy": selected.accuracy, "last_epoch_test_accuracy": last.accuracy}
+    add_test_accuracy(run, selected.accuracy)
     write_atomically(run / "result.json", lambda file: file.write(json.dumps(summary).encode()))
     report.line(
         f"test accuracy {selected.accuracy:.2%} with the weights of epoch {result.epoch}, the best by validation; "

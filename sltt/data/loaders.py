@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from sltt.data.base import Data
-from sltt.data.own import OwnData
+from sltt.data.own import _OwnData
 
 Loaders = Sequence[DataLoader[Any] | None]
 
@@ -44,7 +44,7 @@ def from_loaders(loaders: Loaders, batch_size: int) -> Data:
     train = loaders[0]
     if train is None:
         raise ValueError("expected a loader of training samples first, got None")
-    return OwnData(
+    return _OwnData(
         {name: loader and loader.dataset for name, loader in given.items()},
         static=_is_static(train),
         collate=train.collate_fn,

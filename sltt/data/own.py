@@ -51,7 +51,7 @@ def from_datasets(
     Raises:
         ValueError: data sets or samples of another form; the message says which and what to do.
     """
-    return OwnData(
+    return _OwnData(
         {"train": train, "validation": validation, "test": test},
         static=flag("static", static),
         columns=columns,
@@ -62,7 +62,7 @@ def from_datasets(
     )
 
 
-class OwnData(Data):
+class _OwnData(Data):
     """Data sets by name, as `from_datasets` explains them; with `collate`, their samples are taken as they are."""
 
     def __init__(

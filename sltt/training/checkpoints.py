@@ -42,6 +42,7 @@ class Checkpoints:
         optim: its optimizer.
         rules: of all stages.
         fingerprint: of the split of the data.
+        task: what a prediction needs to know: `steps`, `static` and `classes`.
         config: settings of the run, to keep.
     """
 
@@ -51,6 +52,7 @@ class Checkpoints:
     optim: Any
     rules: list[Rule]
     fingerprint: str
+    task: dict[str, Any]
     config: dict[str, Any]
     saved: float = field(init=False, default_factory=time.monotonic)
 
@@ -70,6 +72,7 @@ class Checkpoints:
             "rules": [rule.state_dict() for rule in self.rules],
             "progress": vars(progress.summed(processes)),
             "fingerprint": self.fingerprint,
+            "task": self.task,
             "config": self.config,
         }
         for name in names if processes.rank == 0 else ():

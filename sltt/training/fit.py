@@ -17,8 +17,10 @@ from sltt.parallel.batchnorm import synchronise
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
+from sltt.training.card import write_card
 from sltt.training.checkpoints import Checkpoints, load_checkpoint, load_selected, start_from
 from sltt.training.console import Console
+from sltt.training.describe import describe_run
 from sltt.training.loop import Loop
 from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Phase
@@ -69,9 +71,10 @@ def fit(
     config: dict[str, Any] | None = None,
     report: Console | None = None,
 ) -> Fit:
-    """Train a spiking network; afterwards it has the weights of the best epoch by validation accuracy.
+    """Train a spiking network; afterwards it has the weights of the best epoch.
 
-    Without validation samples (`validation: 0`) the last epoch counts. The test samples are not touched.
+    That is the epoch of the best validation accuracy. Without validation samples (`validation: 0`) the last epoch
+    counts. The test samples are not touched.
 
     Args:
         model: maps the input of one time step [B, ...] to logits [B, C]; its neurons keep their state.
@@ -108,7 +111,7 @@ def fit(
         run: folder for checkpoints and metrics; must not exist, unless `resume`. None makes one under `runs`.
         resume: continue the run in `run`, with the same arguments; the weights end as if it had never stopped. A folder
             without a checkpoint starts from the beginning.
-        config: configuration to keep in the run folder and in the checkpoints.
+        config: configuration to keep in the run folder and in the checkpoints; None describes the arguments.
         report: where to print.
 
     Raises:
@@ -122,11 +125,19 @@ def fit(
     """
     given = locals()
     training = Training.of(given)
+    execution = Execution.of(given)
+    instance("model", model, nn.Module)
     flag("resume", resume)
-    train = resume_run if resume else start_run
     data = as_data(data, training.batch_size)
-    with session(Execution.of(given)) as here:
-        return train(here, model, data, training, run, config=config, report=report)
+    with session(execution) as here:
+        if resume:
+            return resume_run(here, model, data, training, run, config=config, report=report)
+        described, network, problems = describe_run({"model": model, "data": data, **vars(training), **vars(execution)})
+        report = here.console(report)
+        for problem in problems:
+            report.line(f"sltt eval, export and --resume cannot read this run: {problem}")
+        config = described if config is None else config
+        return start_run(here, model, data, training, run, config=config, network=network, report=report)
 
 
 def start_run(
@@ -138,13 +149,14 @@ def start_run(
     *,
     name: str = "run",
     config: dict[str, Any] | None = None,
+    network: bytes | None = None,
     report: Console | None = None,
 ) -> Fit:
     """Train in a new folder: `run`, or one under `runs` whose name begins with `name`."""
     splits = _checked(here, model, data, training)
     start_from(model, training.weights)
     report = here.console(report)
-    folder = here.processes.first(lambda: new_run(run, name, config))
+    folder = here.processes.first(lambda: new_run(run, name, config, network))
     report.line(f"run {folder}")
     with here.held(folder):
         return _finish(_loop(here, model, data, splits, training, folder, config or {}, report))
@@ -182,7 +194,11 @@ def _finish(loop: Loop) -> Fit:
     """Train what is left, and give the model the weights of the best epoch."""
     loop.run()
     load_selected(loop.model, loop.folder, processes=loop.processes)
-    return Fit(loop.folder, loop.state.history, loop.state.best_epoch or loop.state.epoch)
+    epoch = loop.state.best_epoch or loop.state.epoch
+    if loop.processes.rank == 0:
+        row = loop.state.history[epoch - 1]
+        write_card(loop.folder, loop.session, loop.model, loop.data, loop.splits, loop.training, row)
+    return Fit(loop.folder, loop.state.history, epoch)
 
 
 def _checked(here: Session, model: nn.Module, data: Data, training: Training) -> Splits:
@@ -223,6 +239,7 @@ def _loop(
         optim=optim,
         rules=[stage.rule for stage in training.stages],
         fingerprint=splits.fingerprint,
+        task={"steps": training.steps, "static": splits.static, "classes": splits.classes},
         config=config,
     )
     return Loop(

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from sltt.training.describe import NETWORK
 from sltt.training.files import part_of, write_atomically
 
 CONFIG, METRICS, LAST, BEST, LOCK = "config.yaml", "metrics.csv", "last.ckpt", "best.ckpt", ".lock"
@@ -32,16 +33,21 @@ RESUMABLE = (
 )
 
 
-def new_run(folder: str | Path | None = None, name: str = "run", config: dict[str, Any] | None = None) -> Path:
+def new_run(
+    folder: str | Path | None = None,
+    name: str = "run",
+    config: dict[str, Any] | None = None,
+    network: bytes | None = None,
+) -> Path:
     """Make the folder of a new run: `folder`, or else `runs/NAME-DATE-TIME`, with a number added if that exists.
 
-    It is there with its configuration, or not at all. An empty folder is taken.
+    It is there with its configuration and the file of its network, or not at all. An empty folder is taken.
 
     Raises FileExistsError if `folder` exists, OSError if it cannot be made.
     """
     if folder is not None:
         try:
-            return _make(Path(folder), config)
+            return _make(Path(folder), config, network)
         except FileExistsError:
             raise FileExistsError(
                 f"{folder} exists: a run never overwrites another. Continue it with --resume {folder}, "
@@ -50,7 +56,7 @@ def new_run(folder: str | Path | None = None, name: str = "run", config: dict[st
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):
         try:
-            return _make(Path("runs") / (stem if number == 1 else f"{stem}-{number}"), config)
+            return _make(Path("runs") / (stem if number == 1 else f"{stem}-{number}"), config, network)
         except FileExistsError:
             continue
     raise FileExistsError(f"runs/{stem} and 998 more like it exist")
@@ -183,7 +189,7 @@ def _differences(saved: dict[str, Any], found: dict[str, Any], path: str = "") -
             yield f"{name} was {saved[key]!r} and is {found[key]!r}"
 
 
-def _make(path: Path, config: dict[str, Any] | None) -> Path:
+def _make(path: Path, config: dict[str, Any] | None, network: bytes | None) -> Path:
     part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,6 +197,8 @@ def _make(path: Path, config: dict[str, Any] | None) -> Path:
         (part / LOCK).touch()  # so that it is not empty, and no other run takes it
         if config is not None:
             write_config(part, config)
+        if network is not None:
+            (part / NETWORK).write_bytes(network)
         os.rename(part, path)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)

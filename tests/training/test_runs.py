@@ -13,9 +13,11 @@ def test_the_run_folder_holds_metrics_and_checkpoints(tmp_path):
     model, result = train(tmp_path / "run", config={"a": 1})
     assert {p.name for p in result.run.iterdir() if not p.name.startswith(".")} == {
         "best.ckpt",
+        "card.md",
         "config.yaml",
         "last.ckpt",
         "metrics.csv",
+        "network.pt",
         "tensorboard",
     }
     rows = list(csv.DictReader((result.run / "metrics.csv").read_text().splitlines()))

@@ -1,0 +1,69 @@
+"""The model card of a run: what was trained, on which data, with what, and what came out."""
+
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sltt.analysis import synaptic_operations
+from sltt.data import Data, Splits
+from sltt.training.files import write_atomically
+from sltt.training.session import Session
+from sltt.training.settings import Training
+
+CARD = "card.md"
+NOT_MEASURED = "| test accuracy | not measured |"
+
+
+def write_card(
+    folder: Path, here: Session, model: nn.Module, data: Data, splits: Splits, training: Training, row: dict[str, Any]
+) -> None:
+    """Write the card of a finished training; `row` is the epoch whose weights the model has."""
+    parts = {name: getattr(splits, name) for name in ("train", "validation", "test")}
+    samples = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
+    classes = "" if splits.classes is None else f"; {splits.classes} classes"
+    accuracy = row["validation_accuracy"]
+    rules = dict.fromkeys(f"{stage.rule} at T = {stage.steps}" for stage in training.stages)
+    facts = {
+        "network": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "rule": ", then ".join(rules),
+        "data": f"{type(data).__name__}, split {splits.fingerprint}: {samples} samples{classes}",
+        "epoch": f"{row['epoch']} of {training.epochs}",
+        "validation accuracy": "nothing was held out" if accuracy is None else f"{accuracy:.2%}",
+        "test accuracy": NOT_MEASURED.split("|")[2].strip(),
+        "firing rate": f"{row['firing_rate']:.4f} spikes per neuron and time step, in training",
+        "energy": _energy(here, model, splits, training.steps),
+        "made with": f"sltt {version('sltt')}, PyTorch {torch.__version__}, Python {platform.python_version()}, "
+        f"on {here.fabric.device}",
+        "finished": time.strftime("%Y-%m-%d %H:%M"),
+    }
+    lines = [f"# {type(model).__name__} in {folder.name}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += ["", f"Load it: `model = sltt.load({str(folder)!r})`, then `sltt.predict(model, x)`.", ""]
+    write_atomically(folder / CARD, lambda file: file.write("\n".join(lines).encode()))
+
+
+def add_test_accuracy(folder: Path, accuracy: float) -> None:
+    """Write the accuracy on the test samples into the card."""
+    text = (folder / CARD).read_text().replace(NOT_MEASURED, f"| test accuracy | {accuracy:.2%} |")
+    write_atomically(folder / CARD, lambda file: file.write(text.encode()))
+
+
+def _energy(here: Session, model: nn.Module, splits: Splits, steps: int) -> str:
+    """An estimate for the inference of one training sample, as `sltt profile` makes it."""
+    if here.processes.count > 1:
+        return "not estimated by several processes: sltt profile"
+    training = model.training
+    try:
+        x, _ = here.batch(*splits.collate([splits.train[0]]))
+        layers = synaptic_operations(model.eval(), x, steps=steps if splits.static else None)
+    except Exception as error:  # the training is done, and not lost for a layer that cannot be counted
+        return f"not estimated: {error}"
+    finally:
+        model.train(training)
+    spiking, ann = (sum(getattr(one, key) for one in layers) / 1e6 for key in ("picojoules", "picojoules_as_ann"))
+    return f"{spiking:.3g} µJ for one sample, estimated; {ann:.3g} µJ for the same network as an ANN"

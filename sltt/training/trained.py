@@ -1,0 +1,103 @@
+"""Trained networks: loaded from a run, and what they predict."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from torch import Tensor, nn
+
+from sltt.checks import choice, instance
+from sltt.rules import unroll
+from sltt.training.checkpoints import load_checkpoint, load_weights
+from sltt.training.describe import NETWORK, unpack
+from sltt.training.runs import CONFIG, find_checkpoint
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `sltt.load` knows of a network, in its attribute `trained`.
+
+    Attributes:
+        steps: T of the training.
+        static: it was trained on images, shown at every step; else on sequences.
+        classes: number of classes; None for targets of another kind.
+    """
+
+    steps: int
+    static: bool
+    classes: int | None
+
+
+def load(
+    run: str | Path, model: nn.Module | None = None, *, checkpoint: Literal["best", "last"] | None = None
+) -> nn.Module:
+    """A trained network on the CPU, in evaluation mode.
+
+        model = sltt.load("runs/digits-sltt-20250101-120000")
+        classes = sltt.predict(model, x).argmax(1)
+
+    Its attribute `trained` has T (`steps`), `static` and `classes`.
+
+    Args:
+        run: folder of the run.
+        model: the network to load the weights into, for a run that cannot make it again.
+        checkpoint: the best by validation, or the last; None is the best, or the last where nothing was held out.
+
+    Raises:
+        FileNotFoundError: no run, or no finished epoch.
+        ValueError: the run cannot make its network, or its weights do not fit `model`.
+    """
+    if checkpoint is not None:
+        choice("checkpoint", checkpoint, ("best", "last"))
+    path = find_checkpoint(Path(run), checkpoint)
+    content = load_checkpoint(path)
+    network = _network(Path(run)) if model is None else instance("model", model, nn.Module)
+    load_weights(network, content, path)
+    if "task" in content:  # not in checkpoints of earlier versions
+        network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
+    return network.eval()
+
+
+def _network(run: Path) -> nn.Module:
+    """The network that a run names or keeps, with other weights."""
+    if (run / NETWORK).exists():
+        return unpack(io.BytesIO((run / NETWORK).read_bytes()))["model"]
+    config = yaml.safe_load((run / CONFIG).read_text()) if (run / CONFIG).exists() else {}
+    if not config.get("model"):
+        raise ValueError(f"{run} does not keep its network: make it, and call sltt.load({str(run)!r}, model)")
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model", type=nn.Module)
+    return parser.instantiate(parser.parse_object({"model": config["model"]})).model
+
+
+def predict(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
+    """The prediction: mean logits over time [B, C], in evaluation mode and without a graph.
+
+        ō = 1/T Σ_t o[t]
+
+    The class is `argmax(1)`, its probability `softmax(1)`.
+
+    Args:
+        model: of `sltt.load`, or any other.
+        x: a batch of images [B, ...], or of sequences [T, B, ...].
+        steps: T for images; None is that of a network of `sltt.load`, and needed for images with any other.
+
+    Raises:
+        ValueError: an input of another form than the network's.
+    """
+    instance("model", model, nn.Module)
+    instance("x", x, Tensor)
+    known = getattr(model, "trained", None)
+    if steps is None and isinstance(known, Trained) and known.static:
+        steps = known.steps
+    weights = next(model.parameters(), x)
+    training = model.training
+    model.eval()
+    try:
+        return unroll(model, x.to(weights.device), steps=steps).mean(0)
+    finally:
+        model.train(training)

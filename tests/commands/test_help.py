@@ -1,0 +1,42 @@
+import re
+import subprocess
+
+import pytest
+
+import sltt
+from sltt.commands import main
+from sltt.commands.hints import fit_arguments
+from sltt.commands.parsing import MATTER_FIRST
+
+
+def test_the_help_of_train_fits_a_terminal_and_begins_with_what_matters(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["train", "digits", "--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.startswith("usage: sltt train digits [OPTION ...]\n\nOptions override")
+    assert "OwnData" not in shown  # it is made in Python only
+
+
+def test_the_options_that_matter_are_options():
+    named = re.findall(r"^  --(\w+)", MATTER_FIRST, re.MULTILINE)
+    assert 20 <= len(named) <= 22
+    assert set(named) <= set(fit_arguments())
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sltt {sltt.__version__}\n"
+
+
+def test_the_shell_completes(capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    words = "COMP_WORDS=(sltt {}); COMP_CWORD={}; _sltt; echo ${{COMPREPLY[@]}}"
+    asked = "\n".join(words.format(*one) for one in [("ev", 1), ("train nmn", 2), ("train nmnist --batch", 3)])
+    done = subprocess.run(["bash", "-c", f"complete() {{ :; }}\n{script}\n{asked}"], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["eval", "nmnist", "--batch_size"]
+    assert main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == script.splitlines()
+    assert main(["completion", "fish"]) == 2
