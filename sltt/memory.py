@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.autograd.profiler import profile, record_function
 
 
 def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> int:
@@ -63,10 +63,10 @@ def _trace(call: Callable[[Callable[[], None]], Any], device: torch.device) -> t
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, levels
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to the terminal at each start and stop
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    profiler = profile(use_kineto=True, profile_memory=True)  # torch.profiler's spends seconds on tables of its own
+    with profiler:
         call(_mark)
-    assert profiler.profiler is not None
-    results = profiler.profiler.kineto_results
+    results = profiler.kineto_results
     assert results is not None
     events: list[Any] = [event for event in results.events() if event.name() in ("[memory]", MARK)]
     events.sort(key=lambda event: event.start_ns())

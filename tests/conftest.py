@@ -89,11 +89,16 @@ def batch(steps=4, size=5):
     return 2 * torch.randn(steps, size, 6, dtype=torch.float64), torch.randint(3, (size,))
 
 
+def gradient(model):
+    """The gradients in a model as one vector."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
 def gradients(model, rule, x, y, loss=None, **kwargs):
     """The gradients that a rule leaves in a copy of the model, as one vector, and what it returned."""
     model = copy.deepcopy(model)
     out = rule(model, x, y, loss or sltt.losses.CrossEntropyMSE(), **kwargs)
-    return torch.cat([p.grad.flatten() for p in model.parameters()]), out
+    return gradient(model), out
 
 
 def seeded(call, *args, **kwargs):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sltt
-from tests.conftest import LOSS, RULES, batch
+from tests.conftest import LOSS, RULES, batch, gradient
 
 FOLDS_NOTHING = {name: rule for name, rule in RULES.items() if "fold" not in name}
 FOLDS_NOTHING["Mixed"] = sltt.Mixed({"1": "all"})  # the first neurons of the networks here
@@ -122,22 +122,7 @@ def network_of(library):
     return network(library.make(8), library.make(7)).to(dtype), x.to(dtype), y
 
 
-def by_hand(model, x, y, reset, detach, window):
-    """The gradient of a loop with the library's own functions, which cuts the graph every `window` steps."""
-    reset(model)
-    model.zero_grad()
-    total = 0
-    for t, x_t in enumerate(x):
-        if t and t % window == 0:
-            total.backward()
-            detach(model)
-            total = 0
-        total = total + LOSS(model(x_t), y) / len(x)
-    total.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
 def gradients_of(rule, model, x, y):
     model.zero_grad()
     rule(model, x, y, LOSS)
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return gradient(model)

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 import sltt
-from tests.conftest import LOSS, batch, gradients
+from tests.conftest import LOSS, batch, gradient, gradients
 from tests.interop.libraries import (
     FOLDS_NOTHING,
-    by_hand,
     gradients_of,
     jelly,
     network,
     network_of,
     snn,
 )
+from tests.references import by_hand, every
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,9 @@ from tests.interop.libraries import (
 )
 def test_gradients_equal_the_library_s_own_loop(library, rule, window):
     model, x, y = network_of(library)
-    expected = by_hand(model, x, y, library.reset, library.detach, window)
-    model.zero_grad()
+    expected, _ = by_hand(model, x, y, every(window, library.detach), library.reset)
     out = rule(model, x, y, LOSS)
-    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    found = gradient(model)
     tolerance = {"rtol": 1e-10, "atol": 1e-13} if x.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(found, expected, **tolerance)
     assert expected.abs().max() > 0
@@ -146,7 +145,7 @@ def test_neurons_of_several_libraries_and_ours_in_one_module():
         model[1].v = model[1].v.detach()
 
     for rule, window in ((sltt.BPTT(), 9), (sltt.BPTT(segment=2), 9), (sltt.SLTT(), 1)):
-        expected = by_hand(model, x, y, reset, detach, window)
+        expected, _ = by_hand(model, x, y, every(window, detach), reset)
         torch.testing.assert_close(gradients_of(rule, model, x, y), expected, rtol=1e-10, atol=1e-13)
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import sltt
-from tests.conftest import LOSS, batch
+from tests.conftest import LOSS, batch, gradient
 from tests.interop.libraries import gradients_of, network
 
 
@@ -25,7 +25,7 @@ class TestNorse:
             if isinstance(rule, sltt.SLTT):
                 state = [s if s is None else type(s)(*(v.detach() for v in s)) for s in state]
         total.backward()
-        expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+        expected = gradient(model)
         kept = pytest.importorskip("sltt.interop.norse").KeepState(model)
         torch.testing.assert_close(gradients_of(rule, kept, x, y), expected, rtol=1e-10, atol=1e-13)
 

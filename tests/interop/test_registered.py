@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import sltt
-from tests.conftest import LOSS, batch, gradients
+from tests.conftest import LOSS, batch, gradient, gradients
 from tests.interop.libraries import gradients_of, network
 
 
@@ -33,7 +33,7 @@ def test_a_recurrent_cell_in_a_stateful_module_is_a_state_like_any_other(cell, r
         if isinstance(rule, sltt.SLTT):
             hidden = tuple(h.detach() for h in hidden) if isinstance(hidden, tuple) else hidden.detach()
     total.backward()
-    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    expected = gradient(model)
     torch.testing.assert_close(gradients_of(rule, model, x, y), expected, rtol=1e-10, atol=1e-13)
 
 

@@ -24,7 +24,7 @@ def compiling(mode):
         yield
 
 
-def both(v, x, constants, decay, learnable=False, late=True):
+def both(v, x, constants, decay, learnable=False):
     """Spikes, v and the gradients of a few fused steps, and of the plain ones."""
     results = []
     for fused in (True, False):

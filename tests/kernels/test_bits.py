@@ -6,10 +6,10 @@ from torch import nn
 import sltt
 import sltt.kernels.saved
 from sltt import kernels
-from sltt.analysis import peak_memory
 from sltt.kernels.bits import pack, unpack
 from sltt.kernels.saved import PACK_FROM, tag_of
 from tests.conftest import LOSS, gradients
+from tests.references import measured
 
 
 def test_without_a_graph_nothing_is_saved_or_packed():
@@ -124,13 +124,9 @@ def test_recomputing_saves_the_inputs_of_normalisation():
     x, y = torch.randn(32, 2, 16, 16), torch.randint(3, (32,))
     layer = 32 * 8 * 256 * 4  # bytes of a float for each neuron and sample
 
-    def measured(rule):
-        with kernels.using(compile="off"):
-            rule(model, x, y, LOSS, steps=2)
-            return peak_memory(lambda: rule(model, x, y, LOSS, steps=2, backward=lambda loss: None))
-
-    # a sum of residual blocks is saved once in a few blocks
-    assert measured(sltt.SLTT()) - measured(sltt.SLTT(recompute=True)) >= 3.9 * layer
+    rules = sltt.SLTT(), sltt.SLTT(recompute=True)
+    plain, recomputed = (measured(r, model, x, y, steps=2, backward=lambda loss: None) for r in rules)
+    assert plain - recomputed >= 3.9 * layer  # a sum of residual blocks is saved once in a few blocks
 
 
 def test_a_weight_that_changed_before_it_is_used_again_is_noticed():
@@ -239,15 +235,14 @@ def test_what_layers_read_is_saved_as_bits():
 
 def test_bits_save_memory():
     model = sltt.models.DigitsNet()
-    x, y = torch.randn(64, 1, 16, 16), torch.randint(10, (64,))
+    x, y = torch.randn(16, 1, 16, 16), torch.randint(10, (16,))
 
-    def measured(on):
-        with kernels.using(bits=on, sparse="off", compile="off"):
-            sltt.BPTT()(model, x, y, LOSS, steps=12)
-            return peak_memory(lambda: sltt.BPTT()(model, x, y, LOSS, steps=12))
-
-    spikes = 12 * 4 * 64 * (32 * 256 + 64 * 256 + 64 * 64)  # T × 4 bytes × B × neurons
-    assert measured(True) < measured(False) - 0.9 * spikes
+    peaks = []
+    for on in (True, False):
+        with kernels.using(bits=on, sparse="off"):
+            peaks.append(measured(sltt.BPTT(), model, x, y, steps=12))
+    spikes = 12 * 4 * 16 * (32 * 256 + 64 * 256 + 64 * 64)  # T × 4 bytes × B × neurons
+    assert peaks[0] < peaks[1] - 0.9 * spikes
 
 
 def test_a_tensor_changed_in_place_is_saved_as_it_is():

@@ -10,9 +10,9 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.analysis import peak_memory
 from sltt.kernels import layers, native
 from tests.conftest import LOSS, RULES
+from tests.references import measured
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 
@@ -229,9 +229,8 @@ def test_memory_is_not_above_that_of_dense_layers():
     x, y = data(batch=64)
 
     def peak(mode):
-        with kernels.using(sparse=mode, compile="off"):
-            sltt.SLTT()(model, x, y, LOSS)
-            return peak_memory(lambda: sltt.SLTT()(model, x, y, LOSS))
+        with kernels.using(sparse=mode):
+            return measured(sltt.SLTT(), model, x, y)
 
     weights = sum(p.nbytes for p in model.parameters())
     assert peak("on") <= peak("off") + 1.1 * weights  # which are packed
@@ -281,10 +280,9 @@ def test_forms_of_weights_do_not_add_up_over_time(kind):
 
     def peak(steps):
         x, y = 2 * torch.randn(steps, 16, 64), torch.randint(16, (16,))
-        rule(model, x, y, LOSS, **kwargs)
-        return peak_memory(lambda: rule(model, x, y, LOSS, **kwargs))
+        return measured(rule, model, x, y, **kwargs)
 
-    with kernels.using(sparse="on", compile="off"):
+    with kernels.using(sparse="on"):
         assert peak(12) < 1.2 * peak(3)
 
 

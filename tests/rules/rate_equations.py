@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import sltt
+from tests.conftest import LOSS
 
 RULE = sltt.RateBased()
 STEADY = sltt.RateBased(steady=True)
@@ -53,3 +54,17 @@ def by_equations(neuron, inputs):
         else:
             v, through = u - (u - rest) * s, 1 - s - jump * (u - rest) * ds
     return spikes / len(inputs), slope / len(inputs)
+
+
+def by_rates(model, x, y, inputs, mean):
+    """The gradient of Linear, norm, LIF, Linear, LIF, Linear by the rates under each LIF's inputs, and the loss."""
+    first, _, lif1, second, lif2, third = model
+    mean = mean.detach().requires_grad_()
+    loss = LOSS(mean, y)
+    (error,) = torch.autograd.grad(loss, mean)
+    grads = []
+    for linear, below in ((third, lif2), (second, lif1), (first, None)):
+        rate, slope = by_equations(below, inputs[below]) if below else (x.mean(0), 1)
+        grads = [(error.T @ rate).flatten(), error.sum(0), *grads]
+        error = (error @ linear.weight) * slope
+    return torch.cat(grads), loss.detach()

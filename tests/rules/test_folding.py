@@ -8,10 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 import sltt
 from sltt import kernels
-from sltt.analysis import parse_bytes, peak_memory
+from sltt.analysis import parse_bytes
 from sltt.kernels import stepwise_norms
 from sltt.sequence.fold import Fold, fold_of, folding
 from tests.conftest import LOSS, gradients
+from tests.references import measured
 
 
 def changed(module, **attributes):
@@ -182,13 +183,9 @@ def test_folded_bptt_keeps_no_membrane_potentials_behind_a_norm():
     x, y = torch.randn(16, 8, 16, 8, 8), torch.randint(3, (8,))
     layer = 16 * 8 * 16 * 64 * 4  # bytes of a float for each neuron, sample and time step
 
-    def measured(rule):
-        with kernels.using(compile="off"):
-            rule(model, x, y, LOSS)
-            return peak_memory(lambda: rule(model, x, y, LOSS, backward=lambda loss: None))
-
-    assert measured(sltt.BPTT()) > 8 * layer  # inputs of the norms, and membrane potentials
-    assert measured(sltt.BPTT(fold=4)) < 6.5 * layer
+    bptt, folded = (measured(r, model, x, y, backward=lambda loss: None) for r in (sltt.BPTT(), sltt.BPTT(fold=4)))
+    assert bptt > 8 * layer  # inputs of the norms, and membrane potentials
+    assert folded < 6.5 * layer
 
 
 def test_auto_takes_the_largest_fold_within_the_budget():
@@ -199,7 +196,7 @@ def test_auto_takes_the_largest_fold_within_the_budget():
 
     def run(rule):
         sizes.clear()
-        return peak_memory(lambda: rule(model, x, y, LOSS, steps=8))
+        return measured(rule, model, x, y, steps=8)
 
     with kernels.using(compile="off"):
         peaks = {fold: run(sltt.SLTT(fold=fold)) for fold in (1, 2, 4, 8)}

@@ -8,24 +8,21 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.analysis import peak_memory
 from sltt.rules.mixed import _Cut, layer_order
 from sltt.sequence.steps import time_steps
-from tests.conftest import LOSS, batch, gradients, small_network
+from tests.conftest import LOSS, batch, gradient, gradients, small_network
+from tests.references import by_hand, detach, measured
 
 
-def by_hand(model, x, y, windows):
-    """One graph over all steps, in which the state of each layer is detached at the ends of its windows."""
-    model = copy.deepcopy(model)
-    sltt.reset(model)
-    total = 0
-    for t, x_t in enumerate(x, 1):
-        total = total + LOSS(model(x_t), y) / len(x)
+def windowed(windows):
+    """Cuts the graph of each layer at the ends of its windows."""
+
+    def cut(model, t):
         for name, window in windows.items():
             if window != "all" and t % window == 0:
-                model.get_submodule(name).detach()
-    total.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), total.detach()
+                detach(model.get_submodule(name))
+
+    return cut
 
 
 def deep(neuron=lambda: sltt.LIF(tau=2.0), layers=4, width=7, norm=True):
@@ -55,7 +52,7 @@ def test_the_gradient_is_that_of_the_graph_detached_by_hand(windows, steps, neur
     model = deep(neuron)
     x, y = batch(steps)
     found, out = gradients(model, sltt.Mixed(windows), x, y)
-    expected, loss = by_hand(model, x, y, dict.fromkeys(["2", "5", "8", "11"], 1) | windows)
+    expected, loss = by_hand(model, x, y, windowed(dict.fromkeys(["2", "5", "8", "11"], 1) | windows))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
     torch.testing.assert_close(out.loss, loss)
     if steps > 1 and neuron is not sltt.LIF:  # τ = 1.1 hardly remembers
@@ -122,7 +119,7 @@ def test_where_a_shortcut_goes_around_the_graph_stays_whole(windows, whole, monk
         torch.manual_seed(1)
         rule = sltt.Mixed(windows) if run is gradients else None
         twin = copy.deepcopy(model)
-        args = (rule, x, y) if rule else (x, y, dict.fromkeys(["lif1", "lif2", "lif3"], 1) | windows)
+        args = (rule, x, y) if rule else (x, y, windowed(dict.fromkeys(["lif1", "lif2", "lif3"], 1) | windows))
         results.append((run(twin, *args)[0], torch.get_rng_state()))
     torch.testing.assert_close(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])  # also where the first step ran twice
@@ -140,9 +137,9 @@ def test_the_last_layer_is_the_one_that_runs_last_whatever_its_name(monkeypatch)
     windows = {names[2]: "all", names[1]: 3, names[0]: 1}
     cuts = cuts_of(monkeypatch)
     sltt.Mixed(windows)(model, x, y, LOSS)
-    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    found = gradient(model)
     model.zero_grad()
-    torch.testing.assert_close(found, by_hand(model, x, y, windows)[0])
+    torch.testing.assert_close(found, by_hand(model, x, y, windowed(windows))[0])
     assert cuts == [model.get_submodule(names[1])] * 6
 
 
@@ -169,7 +166,7 @@ def test_a_layer_that_runs_twice():
     model = Twice().double()
     x, y = batch(steps=5)
     found, _ = gradients(model, sltt.Mixed({"lif": 2}), x, y)
-    torch.testing.assert_close(found, by_hand(model, x, y, {"lif": 2})[0])
+    torch.testing.assert_close(found, by_hand(model, x, y, windowed({"lif": 2}))[0])
 
 
 class Reversed(nn.Sequential):
@@ -225,21 +222,17 @@ def test_frozen_layers_below():
     model[2].detach_reset = True
     twin = copy.deepcopy(model)
     sltt.Mixed({"2": "all"})(twin, x, y, LOSS)
-    found = torch.cat([p.grad.flatten() for p in twin.parameters() if p.grad is not None])
-    torch.testing.assert_close(found, by_hand(model, x, y, {"2": "all", "5": 1, "8": 1, "11": 1})[0])
+    found = gradient(twin)
+    torch.testing.assert_close(found, by_hand(model, x, y, windowed({"2": "all", "5": 1, "8": 1, "11": 1}))[0])
 
 
-def measured(rule, steps):
-    model = deep(layers=6, width=64).float()
-    x, y = torch.randn(64, 6), torch.randint(3, (64,))
-    with kernels.using(compile="off"):
-        rule(model, x, y, LOSS, steps=2)  # gradients exist from here on
-        return peak_memory(lambda: rule(model, x, y, LOSS, steps=steps))
+def peak(rule, steps):
+    return measured(rule, deep(layers=6, width=64).float(), torch.randn(64, 6), torch.randint(3, (64,)), steps=steps)
 
 
 def growth(rule):
     """Bytes for each further time step."""
-    return (measured(rule, 12) - measured(rule, 4)) / 8
+    return (peak(rule, 12) - peak(rule, 4)) / 8
 
 
 def test_memory_grows_with_the_layers_below_the_last_window_only():
@@ -247,7 +240,7 @@ def test_memory_grows_with_the_layers_below_the_last_window_only():
     assert growth(sltt.Mixed({"2": "all"})) < 0.3 * bptt
     assert growth(sltt.Mixed({"8": "all"})) < 0.75 * bptt
     assert growth(sltt.Mixed({"2": 4})) < 0.01 * bptt
-    assert measured(sltt.Mixed({"2": 4}), 12) < 0.6 * measured(sltt.TBPTT(4), 12)
+    assert peak(sltt.Mixed({"2": 4}), 12) < 0.6 * peak(sltt.TBPTT(4), 12)
 
 
 def test_names_and_windows_that_are_wrong():

@@ -5,14 +5,13 @@ import torch
 from torch import nn
 
 import sltt
-from sltt import kernels
-from sltt.analysis import peak_memory
 from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.rules.traces import traced
 from tests.conftest import LOSS, batch, gradients, small_network
+from tests.references import measured
 
 
-def by_hand(model, x, y, decay, update=None):
+def published(model, x, y, decay, update=None):
     """The published equations for Linear, LIF, Linear, LIF, Linear: e from SLTT's graph of one step, and the traces."""
     first, lif1, second, lif2, third = model
     sltt.reset(model)
@@ -50,7 +49,7 @@ def test_without_inputs_it_is_the_published_equations(decay):
     model = network()
     x, y = batch(steps=5)
     found, out = gradients(model, sltt.OTTT(decay, inputs=False), x, y)
-    expected = by_hand(copy.deepcopy(model), x, y, 0.5 if decay is None else decay)
+    expected = published(copy.deepcopy(model), x, y, 0.5 if decay is None else decay)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(out.logits, sltt.unroll(model, x))
     assert not torch.allclose(found, gradients(model, sltt.SLTT(), x, y)[0])
@@ -66,7 +65,7 @@ def test_an_update_at_every_step():
         return lambda: (optimizer.step(), optimizer.zero_grad())
 
     sltt.OTTT(online=True, inputs=False)(model, x, y, LOSS, update=updating(model))
-    by_hand(twin, x, y, 0.5, updating(twin))
+    published(twin, x, y, 0.5, updating(twin))
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match=r"call it with update="):
@@ -121,11 +120,6 @@ def test_a_trace_adds_up_in_float32(dtype, largest):
     assert gradients[-1] / gradients[0] == pytest.approx(1 + 99 / largest, rel=0.01)
 
 
-def measured(model, rule, x, y, steps):
-    with kernels.using(compile="off"):
-        return peak_memory(lambda: rule(model, x, y, LOSS, steps=steps))
-
-
 def test_memory_is_one_number_for_each_input_of_a_weight_layer_and_does_not_grow_with_time():
     model = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
@@ -134,12 +128,9 @@ def test_memory_is_one_number_for_each_input_of_a_weight_layer_and_does_not_grow
         nn.Linear(32 * 64, 2),
     )
     x, y = torch.randn(16, 1, 8, 8), torch.randint(2, (16,))
-    rules = sltt.OTTT(), sltt.SLTT()
-    for rule in rules:
-        measured(model, rule, x, y, 4)
-    short, plain = (measured(model, rule, x, y, 4) for rule in rules)
+    short, plain = (measured(rule, model, x, y, steps=4) for rule in (sltt.OTTT(), sltt.SLTT()))
     logits = 4 * 16 * 2
-    assert measured(model, rules[0], x, y, 256) <= 1.01 * short + 252 * logits
+    assert measured(sltt.OTTT(), model, x, y, steps=256) <= 1.01 * short + 252 * logits
     assert short - plain <= 4 * (x.numel() + 16 * 32 * 64)
 
 

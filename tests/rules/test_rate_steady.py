@@ -6,26 +6,18 @@ from torch import nn
 
 import sltt
 from tests.conftest import LOSS, batch, gradients, small_network
-from tests.rules.rate_equations import RULE, SETTINGS, STEADY, by_equations, network
+from tests.rules.rate_equations import RULE, SETTINGS, STEADY, by_equations, by_rates, network
 
 
-def steady_by_hand(model, x, y):
-    """As `by_hand`, with the mean current in every step: layer by layer, without the steps of the network."""
+@torch.no_grad()
+def steady_inputs_of(model, x):
+    """The mean current of each neuron layer in every step, and the logits: layer by layer."""
     first, _, lif1, second, lif2, third = model
-    with torch.no_grad():
-        rates, slopes = [x.mean(0)], []
-        for linear, lif in ((first, lif1), (second, lif2)):
-            rate, slope = by_equations(lif, [linear(rates[-1])] * len(x))
-            rates.append(rate)
-            slopes.append(slope)
-    logits = third(rates[-1]).detach().requires_grad_()
-    loss = LOSS(logits, y)
-    (error,) = torch.autograd.grad(loss, logits)
-    grads = []
-    for linear, rate, slope in zip((third, second, first), rates[::-1], [*slopes[::-1], None], strict=True):
-        grads = [(error.T @ rate).flatten(), error.sum(0), *grads]
-        error = error @ linear.weight if slope is None else (error @ linear.weight) * slope
-    return torch.cat(grads), loss.detach()
+    inputs, rate = {}, x.mean(0)
+    for linear, lif in ((first, lif1), (second, lif2)):
+        inputs[lif] = [linear(rate)] * len(x)
+        rate, _ = by_equations(lif, inputs[lif])
+    return inputs, third(rate)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
@@ -33,7 +25,7 @@ def test_steady_is_the_equations_under_the_mean_current(settings):
     model = network(lambda: sltt.LIF(tau=2.0, **settings))
     x, y = batch(steps=6)
     found, out = gradients(model, STEADY, x, y)
-    expected, loss = steady_by_hand(model, x, y)
+    expected, loss = by_rates(model, x, y, *steady_inputs_of(model, x))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
     torch.testing.assert_close(out.loss, loss)
     assert out.logits.shape == (6, 5, 3)

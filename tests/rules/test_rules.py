@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import sltt
-from tests.conftest import LOSS, NEURONS, RULES, batch, gradients, seeded, small_network
+from tests.conftest import LOSS, NEURONS, RULES, batch, gradient, gradients, seeded, small_network
 
 
 def test_output_is_that_of_the_forward_loop(rule, neuron):
@@ -79,7 +79,7 @@ def test_gradients_add_up_until_they_are_zeroed(rule):
     model = small_network()
     for _ in range(2):
         seeded(rule, model, x, y, LOSS)
-    twice = torch.cat([p.grad.flatten() for p in model.parameters()])
+    twice = gradient(model)
     torch.testing.assert_close(twice, 2 * seeded(gradients, model, rule, x, y)[0])
 
 
