@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # of the user's own classes too
         if os.environ.get("SLTT_TRACEBACK"):
             raise
-        return tell(error)
+        return tell(error, command if command in COMMANDS else "")
     return 0
 
 

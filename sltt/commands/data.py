@@ -6,11 +6,16 @@ from sltt.commands.failures import UsageError
 from sltt.commands.parsing import build, find_recipe, make_parser, only, parse
 from sltt.training.console import Console
 
+USAGE = "usage: sltt data check RECIPE [--data.root DIR] [--steps T]"
+
 
 def run(words: Sequence[str]) -> None:
     """`sltt data check RECIPE [OPTION ...]`: read every sample's file; an error unless the data set is whole."""
+    if list(words) in (["-h"], ["--help"]):
+        print(USAGE)
+        return
     if list(words[:1]) != ["check"] or len(words) < 2 or words[1].startswith("-"):
-        raise UsageError("usage: sltt data check RECIPE [--data.root DIR] [--steps T]")
+        raise UsageError(USAGE)
     only(words[2:], ("data", "steps"), "sltt data check", "the others do not change the data")
     parser = make_parser(f"sltt data check {words[1]}")
     built = build(parser, parse(parser, find_recipe(words[1]), words[2:]))

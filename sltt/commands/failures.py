@@ -1,25 +1,46 @@
 """How a command that fails ends: one line of cause, one of remedy, and an exit code."""
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
 
 FAILED, MISUSED = 1, 2
 SAID = (ValueError, OSError, ArithmeticError, RuntimeError)  # their messages are written for the user
-OUTSIDE = (str(Path(__file__).parents[1]), "site-packages", str(Path(os.__file__).parent), "<frozen")
+PACKAGE = str(Path(__file__).parents[1])
+OUTSIDE = (PACKAGE, "site-packages", str(Path(os.__file__).parent), "<frozen", "<string>")
+# what to do about errors of PyTorch and of the system: the first pattern in the class and the message counts
+REMEDIES = {
+    r"MemoryError|OutOfMemory|out of memory|can't allocate memory": (
+        "use a smaller --batch_size, fewer --steps, or the rule SLTT; `sltt profile --budget` says what fits"
+    ),
+    r"shared memory|Bus error|/dev/shm": "use --workers 0, or a larger /dev/shm (docker run --shm-size=8g)",
+    r"DataLoader worker.* (exited|killed)": (
+        "--workers 0 shows what ended it; where that works, memory was short: use fewer --workers"
+    ),
+    r"No space left|Disk quota": "free some space, or choose a folder on another disk with --run or --save",
+    r"PermissionError|Read-only file system": "choose a folder that you may write to, with --run or --save",
+    r"CUDA error|CUBLAS|cuDNN|device-side assert": (
+        "CUDA_LAUNCH_BLOCKING=1 shows the operation; --device cpu shows whether the network and the data are right"
+    ),
+    r"[Aa]ddress already in use|MASTER_PORT|[Tt]imed? ?out": (
+        "see that all processes were started, with one address; MASTER_PORT sets another port"
+    ),
+    r"shapes cannot be multiplied|to have \d+ channels|must match the size|size mismatch|Expected \d[^ ]*D": (
+        "the network does not fit the data: compare the options --model.… and --data.…"
+    ),
+    r"ModuleNotFoundError|ImportError": "install what is missing, or correct the import",
+}
 
 
 class UsageError(Exception):
     """The command line cannot be understood; the message says why, and what to write instead."""
 
 
-def tell(error: Exception) -> int:
+def tell(error: Exception, command: str) -> int:
     """Print why a command fails and what to do about it; returns the exit code."""
-    lines = [" ".join(cause(error).split()), *getattr(error, "__notes__", ())]
-    if not isinstance(error, UsageError):
-        lines.append(_remedy(error))
-    for line in lines:
+    for line in (" ".join(cause(error).split()), *getattr(error, "__notes__", ()), remedy(error, command)):
         print(f"sltt: {line}", file=sys.stderr)
     return MISUSED if isinstance(error, UsageError) else FAILED
 
@@ -34,18 +55,35 @@ def cause(error: Exception) -> str:
         return f"out of memory{text and ': '}{text}"
     if isinstance(error, UsageError) or (isinstance(error, SAID) and text):
         return text
-    return f"{type(error).__name__}{text and ': '}{text}{_place(error)}"
+    place = _own_place(error) or (_places(error) or [""])[-1]
+    return f"{type(error).__name__}{text and ': '}{text}{place and f' ({place})'}"
 
 
-def _remedy(error: Exception) -> str:
-    if isinstance(error, MemoryError):
-        return "use a smaller --batch_size, fewer --steps, or the rule SLTT; `sltt profile --budget` says what fits"
-    return "set SLTT_TRACEBACK=1 to see where this happened"
+def remedy(error: Exception, command: str) -> str:
+    """What to do about an error. A message of sltt says it already: then, where to read on."""
+    explains = f"`sltt {command} --help` explains the options" if command else "`sltt --help` lists the commands"
+    if isinstance(error, UsageError):
+        return explains
+    said = f"{type(error).__name__}: {error}"
+    if advice := next((advice for pattern, advice in REMEDIES.items() if re.search(pattern, said)), None):
+        return advice
+    if place := _own_place(error):
+        return f"correct {place}; SLTT_TRACEBACK=1 shows what called it"
+    if isinstance(error, SAID) and "".join(_places(error)[-1:]).startswith(PACKAGE):
+        return f"{explains}; the page “Errors and remedies” of the documentation has more"
+    return (
+        "SLTT_TRACEBACK=1 shows where this happened: report it with the output, if the network and the data are right"
+    )
 
 
-def _place(error: Exception) -> str:
-    """The innermost line of the user's own code, or else of any code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not any(part in frame.filename for part in OUTSIDE)]
-    last = next(iter([*reversed(own), *reversed(frames)]), None)
-    return f" ({last.filename}, line {last.lineno}, in {last.name})" if last else ""
+def _own_place(error: Exception) -> str | None:
+    """The innermost line of the user's own code."""
+    own = [place for place in _places(error) if not any(part in place for part in OUTSIDE)]
+    return own[-1] if own else None
+
+
+def _places(error: Exception) -> list[str]:
+    """The lines of code that an error came through, also in a worker of the data loader, the innermost last."""
+    frames = [(frame.filename, frame.lineno, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
+    frames += re.findall(r'File "(.+?)", line (\d+), in (\w+)', str(error))
+    return [f"{file}, line {line}, in {name}" for file, line, name in frames]

@@ -80,7 +80,7 @@ class CommandOptions(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the options."""
-        raise UsageError(f"{message}; `{' '.join(self.prog.split()[:2])} --help` explains the options")
+        raise UsageError(message)
 
 
 def _saying(kind: Callable[[str], Any]) -> Callable[[str], Any]:

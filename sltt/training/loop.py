@@ -214,5 +214,7 @@ class Loop:
             place = place or f"batch {self.state.batch + 1} of {self.batches}"
             error.add_note(f"at epoch {self.state.epoch + 1}, {place}")
             if (self.folder / LAST).exists():
-                error.add_note(f"the last good checkpoint is {self.folder / LAST}")
+                error.add_note(
+                    f"the last good checkpoint is {self.folder / LAST}: continue with --resume {self.folder}"
+                )
             raise

@@ -61,8 +61,8 @@ CASES = f"""
 2 | unexpected word '-x' | train -x
 2 | unexpected word 'digits' | compare --epochs 1 digits
 2 | unknown recipe 'foo' | recipes foo
-2 | unrecognized arguments: --foo; `sltt recipes --help` | recipes --foo
-2 | unrecognized arguments: x; `sltt doctor --help` | doctor x
+2 | unrecognized arguments: --foo | recipes --foo
+2 | unrecognized arguments: x | doctor x
 2 | usage: sltt data check RECIPE | data check
 2 | does not take --foo | data check digits --foo 3
 2 | unknown key 'foo' of sltt.data.Digits | data check digits --data.foo 3
@@ -201,4 +201,7 @@ def test_a_bad_command_ends_with_its_code_and_a_clear_line(here, capsys, code, m
     assert message.replace("HERE", str(here)) in err
     assert "Traceback" not in err
     assert all(line.startswith("sltt: ") for line in err.splitlines())
+    remedy = err.splitlines()[1:][-1]  # behind the cause
+    if code == "2":
+        assert remedy.endswith(("` explains the options", "` lists the commands"))
     assert not list(here.glob("runs"))
