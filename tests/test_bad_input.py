@@ -74,6 +74,10 @@ CONSTRUCTORS = [
     (data.ImageFolder, {"root": "x"}, IMAGES | {
         "size": whole(0, -1), "crop_padding": whole(-1).but("none"), "on_error": CHOICE,
     }),
+    (data.Encoded, {"data": data.Digits(), "encoding": data.Poisson()}, {"data": OBJECT, "encoding": OBJECT}),
+    (data.Poisson, {}, {"low": number(), "high": number(0, -1)}),
+    (data.Latency, {}, {"low": number(), "high": number(0, -1)}),
+    (data.Delta, {}, {"threshold": number(0, -1)}),
     (data.Mixup, {"data": []}, {"alpha": number(0, -1)}),
     (data.Cutout, {}, {"length": whole(0, -1)}),
     (data.EventAugmentation, {}, {

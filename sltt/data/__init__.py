@@ -4,6 +4,7 @@ from sltt.data.adding import Adding
 from sltt.data.augment import EventAugmentation
 from sltt.data.base import Data, Splits
 from sltt.data.digits import Digits, DigitsEvents
+from sltt.data.encodings import Delta, Encoded, Encoding, Latency, Poisson
 from sltt.data.events import CIFAR10DVS, NMNIST, DVSGesture, EventFolder
 from sltt.data.images import CIFAR10, CIFAR100, Cutout, ImageFolder, Mixup
 from sltt.data.own import from_datasets
@@ -21,12 +22,17 @@ __all__ = [
     "Cutout",
     "DVSGesture",
     "Data",
+    "Delta",
     "Digits",
     "DigitsEvents",
+    "Encoded",
+    "Encoding",
     "EventAugmentation",
     "EventFolder",
     "ImageFolder",
+    "Latency",
     "Mixup",
+    "Poisson",
     "Recall",
     "SequentialDigits",
     "SequentialMNIST",

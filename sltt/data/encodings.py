@@ -1,0 +1,170 @@
+"""Spike codes of intensities, and data sets whose samples are coded.
+
+Direct coding needs none of these: a static image is shown at every time step, and the first layer learns the code.
+Shapes: T time steps, C channels.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sltt.checks import instance, number
+from sltt.data.base import Data, Splits
+from sltt.frozen import Frozen
+
+
+class Encoding(Frozen, ABC):
+    """Makes spikes [T, ...] of a sample, or of a batch.
+
+    Attributes:
+        static: takes images; else sequences.
+    """
+
+    static: bool = True
+
+    @abstractmethod
+    def __call__(self, x: Tensor, steps: int) -> Tensor:
+        """Spikes of T = `steps` time steps, in the type of x."""
+
+
+class _OfImages(Encoding):
+    """What codes of images share: the intensities that mean 0 and 1.
+
+    Args:
+        low: intensity that means 0: the least of the images.
+        high: intensity that means 1: the largest of the images.
+
+    Raises:
+        ValueError: `high` is not above `low`; when called, an intensity outside.
+    """
+
+    def __init__(self, low: float = 0.0, high: float = 1.0):
+        self.low = number("low", low)
+        self.high = number("high", high, above=self.low)
+
+    def share(self, x: Tensor) -> Tensor:
+        """Intensities as shares of the range, in 0 … 1."""
+        low, high = float(x.min()), float(x.max())
+        slack = 1e-4 * (self.high - self.low)
+        if low < self.low - slack or high > self.high + slack:
+            raise ValueError(
+                f"expected intensities in {self.low:g} … {self.high:g}, got {low:.4g} … {high:.4g}: give the range of "
+                "the images, low=… and high=…"
+            )
+        return ((x - self.low) / (self.high - self.low)).clamp(0, 1)
+
+
+class Poisson(_OfImages):
+    """Rate code: s[t] = 1 with probability p, drawn anew at every time step; p is the share of the intensity.
+
+    Draws from PyTorch's global generator. For the arguments see `Latency`.
+    """
+
+    def __call__(self, x: Tensor, steps: int) -> Tensor:
+        """An image [...] to spikes [T, ...]."""
+        return self.share(x).expand(steps, *x.shape).bernoulli()
+
+
+class Latency(_OfImages):
+    """Time code: one spike, at t = round((1 − p) (T − 1)), where p is the share of the intensity; none for p = 0.
+
+    Args:
+        low: intensity of p = 0.
+        high: intensity of p = 1.
+    """
+
+    def __call__(self, x: Tensor, steps: int) -> Tensor:
+        """An image [...] to spikes [T, ...]."""
+        share = self.share(x)
+        first = ((1 - share) * (steps - 1)).round()
+        times = torch.arange(steps, device=x.device, dtype=x.dtype).view(-1, *[1] * x.ndim)
+        return ((times == first) & (share > 0)).to(x.dtype)
+
+
+class Delta(Encoding):
+    """Code of changes: a spike where a signal has moved by θ, in one channel where it rose and in one where it fell.
+
+        d = x[t] − r[t−1],   s⁺[t] = [d ≥ θ],  s⁻[t] = [d ≤ −θ],   r[t] = r[t−1] + θ (s⁺[t] − s⁻[t]),   r[−1] = x[0]
+
+    Args:
+        threshold: θ, in units of the signal.
+    """
+
+    static = False
+
+    def __init__(self, threshold: float = 0.1):
+        self.threshold = number("threshold", threshold, above=0)
+
+    def __call__(self, x: Tensor, steps: int) -> Tensor:
+        """A sequence [T, C, ...] to spikes [T, 2C, ...], those of increases first."""
+        if len(x) != steps:
+            raise ValueError(f"Delta codes a sequence of {steps} time steps, got one of shape {list(x.shape)}")
+        reference, frames = x[0], []
+        for frame in x:
+            change = frame - reference
+            rose, fell = (change >= self.threshold).to(x.dtype), (change <= -self.threshold).to(x.dtype)
+            reference = reference + self.threshold * (rose - fell)
+            frames.append(torch.cat([rose, fell]))
+        return torch.stack(frames)
+
+
+class Encoded(Data):
+    """A data set whose samples are spikes: the same samples and splits, coded.
+
+    What a code draws for a training sample comes with the sample and the epoch, whatever the number of workers and
+    processes; for other samples it is always the same.
+
+    Args:
+        data: the data set: images, or sequences for `Delta`.
+        encoding: makes the spikes.
+    """
+
+    def __init__(self, data: Data, encoding: Encoding):
+        self.data = instance("data", data, Data)
+        self.encoding = instance("encoding", encoding, Encoding, "such as sltt.data.Poisson()")
+        super().__init__(data.validation, data.split_seed)
+
+    def missing(self) -> dict[str, int]:
+        return self.data.missing()
+
+    def load(self, steps: int) -> Splits:
+        splits = self.data.splits(steps)
+        if splits.static != self.encoding.static:
+            has, remedy = ("images", "Poisson or Latency") if splits.static else ("sequences", "Delta")
+            code = type(self.encoding).__name__
+            raise ValueError(f"{code} does not code the {has} of {type(self.data).__name__}: use {remedy}")
+
+        def coded(samples: Dataset[Any] | None, fixed: bool) -> Any:
+            return None if samples is None else _Coded(samples, self.encoding, steps, fixed)
+
+        return replace(
+            splits,
+            train=coded(splits.train, fixed=False),
+            validation=coded(splits.validation, fixed=True),
+            test=coded(splits.test, fixed=True),
+            static=False,
+        )
+
+
+class _Coded(Dataset[Any]):
+    """Samples as spikes; `fixed` draws the same for a sample every time."""
+
+    def __init__(self, samples: Dataset[Any], encoding: Encoding, steps: int, fixed: bool):
+        self.samples = samples
+        self.encoding = encoding
+        self.steps = steps
+        self.fixed = fixed
+
+    def __len__(self) -> int:
+        return len(self.samples)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        x, target = self.samples[index]
+        with torch.random.fork_rng(devices=[], enabled=self.fixed):
+            if self.fixed:
+                torch.default_generator.manual_seed(index)
+            return self.encoding(torch.as_tensor(x), self.steps), target
