@@ -49,7 +49,7 @@ def run(words: Sequence[str]) -> None:
     for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
         recipe.build(rule=rule)
     found = compare(known.rules, known.seeds, known.save, recipe, Console(quiet=known.json))
-    give(compared_json(recipe.name, found), known, "compare.json", lambda report: print_compared(found, report))
+    give(compared_json(recipe, found), known, "compare.json", lambda report: print_compared(found, report))
     if died := [f"{one.rule}, {error}" for one in found for error in one.errors]:
         raise RuntimeError(f"{len(died)} runs died; the same command tries them again: {'; '.join(died)}")
 
@@ -139,10 +139,13 @@ def print_compared(found: Sequence[Compared], report: Console) -> None:
     report.table(table)
 
 
-def compared_json(recipe: str, found: Sequence[Compared]) -> dict[str, Any]:
-    """The rows, for scripts."""
+def compared_json(recipe: Recipe, found: Sequence[Compared]) -> dict[str, Any]:
+    """The rows, for scripts, with T and the number of test samples."""
+    built = recipe.build()
+    test: Any = built.data.splits(built.steps).test
+    samples = None if test is None else len(test)
     rows = [{**vars(one), "operations": one.operations and one.operations._asdict()} for one in found]
-    return {"recipe": recipe, "rows": rows}
+    return {"recipe": recipe.name, "steps": built.steps, "samples": samples, "rows": rows}
 
 
 def _measure(compared: Compared, session: Session, built: Any) -> None:

@@ -6,7 +6,7 @@ The SVG in a page takes the colour of its text from the page, so that it fits a 
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -14,14 +14,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+if TYPE_CHECKING:
+    from sltt.commands.sample import Sample
+
 # Okabe & Ito 2008: told apart by colour-blind people, and on white as on black
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#8A8A8A")
 INK = "#010203"  # stands for the colour of the page's text
+WIDTH = 5.2  # inches: letters of 11 points stay readable on a phone
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sltt",  # the same file from the same data
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 11,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
@@ -54,7 +58,7 @@ def lines(
         y: label of the axis.
         percent: y is a share.
     """
-    figure, axes = _figure(4.2)
+    figure, axes = _figure(3.4)
     for label, several in series.items():
         for i, (xs, ys) in enumerate(several):
             marker = "o" if len(xs) < 20 else ""
@@ -123,20 +127,30 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Se
 
 
 @rc_context(STYLE)
-def raster(spikes: Mapping[str, np.ndarray]) -> Figure:
-    """The spikes of one sample: a field for each layer, in it a row for each neuron and a column for each time step.
+def raster(sample: "Sample", neurons: int) -> Figure:
+    """Input, spikes and output of one sample over time, one field above the other.
 
     Args:
-        spikes: of each layer, [T, neurons].
+        sample: the input [T, values], the spikes [T, neurons] of each layer, and the logits [T, classes].
+        neurons: about the number of neurons of each layer that are shown, a row for each.
     """
-    figure = Figure(figsize=(7.2, 0.8 + 1.1 * len(spikes)), layout="constrained")
-    several: Any = figure.subplots(len(spikes), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (layer, fired) in zip(several, spikes.items(), strict=True):
-        steps, neurons = fired.shape
-        t, n = np.nonzero(fired)
-        axes.scatter(t + 1, n, marker="|", s=max(4, 900 / max(neurons, 1)), color=COLOURS[0], linewidths=1.5)
-        axes.set(xlim=(0.5, steps + 0.5), ylim=(-1, neurons), yticks=[0, neurons - 1])
-        axes.set_ylabel(layer, rotation=0, ha="right", va="center")
+    fields = len(sample.spikes) + 2
+    figure = Figure(figsize=(WIDTH, 0.8 + fields), layout="constrained")
+    several: Any = figure.subplots(fields, 1, sharex=True)
+    steps = len(sample.logits)
+    x = np.broadcast_to(sample.x, (steps, sample.x.shape[1])).T
+    several[0].imshow(x, aspect="auto", cmap="Greys", extent=(0.5, steps + 0.5, len(x), 0), interpolation="none")
+    for axes, fired in zip(several[1:-1], sample.spikes.values(), strict=True):
+        shown = fired[:, :: max(1, fired.shape[1] // neurons)]
+        t, n = np.nonzero(shown)
+        axes.scatter(t + 1, n, marker="|", s=max(4, 900 / max(shown.shape[1], 1)), color=COLOURS[0], linewidths=1.5)
+        axes.set(ylim=(-1, shown.shape[1]))
+    for label, logits in enumerate(sample.logits.T):
+        true = label == sample.label
+        several[-1].plot(range(1, steps + 1), logits, color=COLOURS[3] if true else COLOURS[7], zorder=1 + true)
+    for axes, name in zip(several, ("input", *sample.spikes, "output"), strict=True):
+        axes.set(xlim=(0.5, steps + 0.5), yticks=[])
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     several[-1].set_xlabel("time step")
     return figure
@@ -161,10 +175,10 @@ def save(figure: Figure, stem: Path) -> None:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def _legend(axes: Axes, entries: int) -> None:
     if entries > 1:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(entries, 4))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(entries, 3))

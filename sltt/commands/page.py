@@ -66,12 +66,14 @@ class TableOfCells:
 
 @dataclass
 class Section:
-    """A part of the page."""
+    """A part of the page: text, then the network's layers, a film of spikes, figures, and tables."""
 
     title: str
     text: list[str] = field(default_factory=list)
     tables: list[TableOfCells] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    film: str | None = None
 
 
 def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:

@@ -1,23 +1,20 @@
-"""What `sltt report` shows: tables and figures of what the commands measured and of runs."""
+"""What `sltt report` shows: the answer first, then figures and tables of what the commands measured and of runs."""
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sltt.commands.compare import Compared
 from sltt.commands.failures import cause
 from sltt.commands.page import Cell, Chart, Section, TableOfCells
-from sltt.commands.parsing import Recipe
 from sltt.commands.results import Gathered, rule_label
-from sltt.training.checkpoints import start_from
+from sltt.commands.verdict import answers, batch_memory, layers, verdicts
 from sltt.training.console import megabytes
 from sltt.training.files import read_table
-from sltt.training.runs import CONFIG, METRICS
+from sltt.training.runs import METRICS
 
-if TYPE_CHECKING:
-    import numpy as np
-
+MEMORY = "Memory is the peak of one training batch, above what is allocated before it."
 RASTER_NEURONS = 60  # of each layer
 RATE = "share of neurons that spike in a step"
 
@@ -29,7 +26,8 @@ def sections(found: Gathered) -> list[Section]:
     asked = [row["rule"] for one in found.comparisons for row in one["rows"]]
     asked += [row["rule"] for one in found.profiles for row in one["costs"]]
     colours = palette([*asked, *map(rule_label, found.runs)])
-    made = [_comparison(one) for one in found.comparisons]
+    made = [_short(found)] if verdicts(found) or found.agreements else []
+    made += [_comparison(one) for one in found.comparisons]
     if found.runs:
         made.append(_training(found.runs, colours))
     for one in found.profiles:
@@ -43,9 +41,27 @@ def sections(found: Gathered) -> list[Section]:
     return made
 
 
+def _short(found: Gathered) -> Section:
+    """The verdict in words, three numbers for each rule, and the network with its layers."""
+    rows = []
+    for one in verdicts(found):
+        most = max(one.memory, key=lambda steps: steps or 0, default=None)
+        memory = one.memory.get(most)
+        rows.append(
+            [
+                Cell(one.rule, one.rule),
+                Cell(one.text(), one.accuracy),
+                Cell("–", "") if memory is None else _bytes_cell(memory, f", T = {most}" if most else ""),
+                _number(one.seconds, ".2f"),
+            ]
+        )
+    unit = "s / epoch" if found.comparisons else "s / batch"
+    tables = [TableOfCells("short", "", ("rule", "test accuracy", "memory of a batch", unit), rows)] if rows else []
+    return Section("In short", answers(found), tables, layers=layers(found))
+
+
 def _comparison(found: dict[str, Any]) -> Section:
-    headings = ("rule", "test accuracy", "seeds", "s / epoch", "peak memory", "mult. forward", "mult. backward",
-                "cosine with BPTT")  # fmt: skip
+    headings = "rule", "test accuracy", "seeds", "s / epoch", "memory", "mult. forward", "mult. backward", "cosine"
     rows = []
     for row in found["rows"]:
         one = Compared(**row)
@@ -68,9 +84,8 @@ def _comparison(found: dict[str, Any]) -> Section:
             ]
         )
     text = [
-        "Each rule trained with the same network, data, budget and seeds. Memory is what a batch takes above what is "
-        "there before it; multiplications are those of one batch; the cosine is that of the rule's gradient with the "
-        "gradient of exact backpropagation through time, after the training."
+        f"All rules train the same network on the same data, with the same budget and seeds. {MEMORY} Multiplications "
+        "are those of one batch. The cosine compares the rule's gradient with that of BPTT, after the training."
     ]
     return Section(
         f"Rules compared on {found['recipe']}", text, [TableOfCells("comparison", "one row a rule", headings, rows)]
@@ -121,18 +136,21 @@ def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
 
     costs = found["costs"]
     parts = [key for key in costs[0]["memory"] if key != "total"]
-    headings = ("rule", "T", "peak memory", *parts, "seconds", "data", "forward", "backward", "step", "mult. forward",
-                "mult. backward")  # fmt: skip
-    rows = [
+    phases = "total", "data", "forward", "backward", "step"
+    times = [
         [
-            Cell(one["rule"], one["rule"]),
-            Cell(str(one["steps"]), one["steps"]),
-            *(_bytes_cell(one["memory"][key]) for key in ("total", *parts)),
-            *(
-                Cell(f"{one['seconds'][key]:.3f}", one["seconds"][key])
-                for key in ("total", "data", "forward", "backward", "step")
-            ),
+            *_rule_and_steps(one),
+            _bytes_cell(batch_memory(one["memory"])),
+            *(Cell(f"{one['seconds'][key]:.3f}", one["seconds"][key]) for key in phases),
             *(Cell(f"{one['operations'][key]:.2e}", one["operations"][key]) for key in ("forward", "backward")),
+        ]
+        for one in costs
+    ]
+    shares = [
+        [
+            *_rule_and_steps(one),
+            *(_bytes_cell(one["memory"][key]) for key in parts),
+            _bytes_cell(one["memory"]["total"]),
         ]
         for one in costs
     ]
@@ -141,21 +159,25 @@ def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
     for rule in dict.fromkeys(one["rule"] for one in costs):
         own = [one for one in costs if one["rule"] == rule]
         steps = [one["steps"] for one in own]
-        memory[rule] = [(steps, [one["memory"]["total"] / 1e6 for one in own])]
+        memory[rule] = [(steps, [batch_memory(one["memory"]) / 1e6 for one in own])]
         seconds[rule] = [(steps, [one["seconds"]["total"] for one in own])]
     most = max(one["steps"] for one in costs)
     last = [one for one in costs if one["steps"] == most]
     bars = {key: [one["memory"][key] / 1e6 for one in last] for key in parts}
     stacked = figures.stacked_bars(bars, [one["rule"] for one in last], "MB")
     charts = [
-        Chart("memory", "Memory at the peak of a training iteration over T", figures.lines(memory, colours, "T", "MB")),
-        Chart("time", "Seconds of a training iteration over T", figures.lines(seconds, colours, "T", "seconds")),
-        Chart("parts", f"What the memory is at T = {most}", stacked),
+        Chart("memory", "Memory of a training batch over T", figures.lines(memory, colours, "T", "MB")),
+        Chart("time", "Seconds of a training batch over T", figures.lines(seconds, colours, "T", "seconds")),
+        Chart("parts", f"All that is allocated at the peak, by parts, at T = {most}", stacked),
     ]
-    tables = [TableOfCells("costs", "one row a rule and T", headings, rows)]
+    headings = "rule", "T", "memory", "seconds", "data", "forward", "backward", "step", "mult. fwd", "mult. bwd"
+    tables = [
+        TableOfCells("costs", "time and memory of a training batch", headings, times),
+        TableOfCells("memory", "all that is allocated at the peak", ("rule", "T", *parts, "total"), shares),
+    ]
     if found["fits"]:
         tables.append(_fits_table(found["fits"]))
-    text = [f"A training iteration of {found['recipe']} with {found['batch']} samples, on {found['device']}."]
+    text = [f"A training batch of {found['recipe']} with {found['batch']} samples, on {found['device']}. {MEMORY}"]
     return Section("What a rule costs", text, tables, charts)
 
 
@@ -221,7 +243,7 @@ def _agreement(found: dict[str, Any]) -> Section:
     rows, text = [], []
     for row in found["rows"]:
         where = f"{_tau(row['tau'])}T = {row['steps']}, after {row['epochs']} epochs"
-        text.append(f"{where[0].upper()}{where[1:]}: {row['advice']}")
+        text.append(f"At {where}: {row['advice']}")
         for one in row["agreement"]:
             rows.append(
                 [
@@ -247,61 +269,41 @@ def _agreement(found: dict[str, Any]) -> Section:
 
 
 def _spikes(found: Gathered) -> Section:
-    """Firing rates and the raster of one test sample, of the first run that loads; a note for each before it."""
+    """What one test sample does in the network of the first run that loads; a note for each before it."""
     from sltt.commands import figures
+    from sltt.commands.sample import first_test_sample
 
     section = Section("Spikes of a trained network")
     preferred = sorted(found.runs, key=lambda run: not rule_label(run).startswith("SLTT"))
     for run in preferred:
         try:
-            spikes = sample_spikes(run)
+            sample = first_test_sample(run)
         except Exception as error:  # of the user's own classes too
             found.notes.append(f"The spikes of {run} are left out: {cause(error)}")
             continue
-        rates = {layer: float(fired.mean()) for layer, fired in spikes.items()}
-        shown = {layer: fired[:, :: max(1, fired.shape[1] // RASTER_NEURONS)] for layer, fired in spikes.items()}
-        section.text.append(f"The first test sample, through the network of {run.name}.")
+        rates = {layer: float(fired.mean()) for layer, fired in sample.spikes.items()}
+        section.text.append(f"The first test sample through the network of {run.name}.")
+        section.film = sample.frames()
         section.charts = [
+            Chart("raster", f"Input, spikes of about {RASTER_NEURONS} neurons of each layer, and output, over time",
+                  figures.raster(sample, RASTER_NEURONS)),
             Chart("firing-rates", "Firing rates by layer, of this sample", figures.bars(rates, RATE)),
-            Chart("raster", f"Spikes of about {RASTER_NEURONS} neurons of each layer", figures.raster(shown)),
-        ]
+        ]  # fmt: skip
         return section
     section.text.append("Left out: see the notes at the top.")
     return section
-
-
-def sample_spikes(run: Path) -> "dict[str, np.ndarray]":
-    """The spikes [T, neurons] of each layer for the first test sample, with the weights that the run selected."""
-    import torch
-
-    from sltt.rules import unroll
-    from sltt.sequence.state import emits_spikes
-
-    built = Recipe("sltt report", str(run / CONFIG), []).build()
-    start_from(built.model, str(run))
-    splits = built.data.splits(built.steps)
-    x = splits.one()
-    fired: dict[str, list[torch.Tensor]] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            fired.setdefault(name, []).append(output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    for name, module in built.model.eval().named_modules():
-        if emits_spikes(module):
-            module.register_forward_hook(keep(name))
-    unroll(built.model, x, steps=built.steps if splits.static else None)
-    return {name: torch.stack(steps).flatten(1).ne(0).numpy() for name, steps in fired.items()}
 
 
 def _number(value: float | None, form: str) -> Cell:
     return Cell("–" if value is None else format(value, form), value)
 
 
-def _bytes_cell(value: int) -> Cell:
-    return Cell(f"{value / 1e6:.3g} MB" if value < 1e9 else megabytes(value), value)
+def _bytes_cell(value: int, remark: str = "") -> Cell:
+    return Cell((f"{value / 1e6:.3g} MB" if value < 1e9 else megabytes(value)) + remark, value)
+
+
+def _rule_and_steps(one: dict[str, Any]) -> list[Cell]:
+    return [Cell(one["rule"], one["rule"]), Cell(str(one["steps"]), one["steps"])]
 
 
 def _tau(tau: float | None) -> str:

@@ -37,6 +37,7 @@ def page(measured):
 def test_the_page_has_every_part_and_needs_no_network(page):
     text = page.read_text()
     for title in (
+        "In short",
         "Rules compared on digits",
         "Training",
         "What a rule costs",
@@ -59,11 +60,11 @@ def test_figures_and_tables_are_files_too(page):
         name.removesuffix(".svg") for name in figures if name.endswith(".svg")
     }
     assert len(figures) == 18
-    with (page.parent / "data" / "1-comparison.csv").open() as file:
+    with (page.parent / "data" / "2-comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
     saved = json.loads((page.parents[1] / "compare.json").read_text())["rows"]
     assert [row["rule"] for row in rows] == ["BPTT", "SLTT:k=1"]
-    assert [float(row["peak memory"]) for row in rows] == [row["peak_memory"] for row in saved]
+    assert [float(row["memory"]) for row in rows] == [row["peak_memory"] for row in saved]
 
 
 def test_a_rule_has_one_colour_and_one_name(measured):
@@ -95,7 +96,7 @@ def test_the_spikes_are_those_of_the_next_run_where_one_has_no_weights(measured,
         checkpoint.unlink()
     found = gather([tmp_path / "all"])
     spikes = sections(found)[-1]
-    assert spikes.text == ["The first test sample, through the network of BPTT-seed0."]
+    assert spikes.text == ["The first test sample through the network of BPTT-seed0."]
     assert len(spikes.charts) == 2
     assert [note for note in found.notes if "SLTT-k-1-seed0 are left out: no checkpoint" in note]
 
@@ -106,7 +107,7 @@ def test_one_rule_written_in_two_ways_has_one_name_and_one_colour(measured, tmp_
     found["rows"][1]["rule"] = "SLTT:rescale=false:k=1"
     found["rows"][0]["cosine"] = None
     (folder / "compare.json").write_text(json.dumps(found))
-    table = sections(gather([folder]))[0].tables[0]
+    table = sections(gather([folder]))[1].tables[0]
     assert [row[0].text for row in table.rows] == ["BPTT", "SLTT:k=1"]
     assert table.rows[0][-1].text == "–"
 
@@ -169,18 +170,25 @@ def test_in_a_browser(browser, page):
         return [
             float(cell.get_attribute("data-value"))
             for cell in browser.find_elements(
-                "css selector", f"section:nth-of-type(3) .wide:first-of-type td:nth-child({number})"
+                "css selector", f"section:nth-of-type(4) .wide:first-of-type td:nth-child({number})"
             )
             if cell.is_displayed()
         ]
 
-    heading = browser.find_elements("css selector", "section:nth-of-type(3) th button")[2]
-    assert heading.text == "peak memory"
+    heading = browser.find_elements("css selector", "section:nth-of-type(4) th button")[2]
+    assert heading.text == "memory"
     unsorted = column(3)[:4]
     heading.click()
     assert column(3)[:4] == sorted(unsorted)
     heading.click()
     assert column(3)[:4] == sorted(unsorted, reverse=True)
+
+    step = browser.find_element("css selector", ".film output")
+    assert step.text.startswith("step 1 of 4")
+    browser.execute_script(
+        "const film = document.querySelector('.film input'); film.value = 2; film.dispatchEvent(new Event('input'))"
+    )
+    assert step.text.startswith("step 3 of 4")
 
     browser.set_window_size(390, 800)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 500

@@ -1,0 +1,138 @@
+"""The answer at the top of the report: what each rule costs, what it reaches, and whether it is safe here."""
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from sltt.commands.results import Gathered
+
+MARGIN = 0.01  # of accuracy: a smaller loss is called none
+
+
+@dataclass
+class Verdict:
+    """One rule, from what was measured; what was not is empty.
+
+    Attributes:
+        rule: its name.
+        accuracies: on the test samples, one for each seed.
+        samples: the number of test samples.
+        seconds: of a training epoch, or of a training batch where no epoch was timed.
+        memory: bytes of a training batch, for each T.
+        cosine: of its gradient with that of BPTT.
+    """
+
+    rule: str
+    accuracies: list[float] = field(default_factory=list)
+    samples: int | None = None
+    seconds: float | None = None
+    memory: dict[int | None, int] = field(default_factory=dict)
+    cosine: float | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """The mean over the seeds."""
+        return statistics.mean(self.accuracies) if self.accuracies else None
+
+    def text(self) -> str:
+        """The accuracy with its spread."""
+        if self.accuracy is None:
+            return "–"
+        spread = f" ± {statistics.stdev(self.accuracies):.1%}" if len(self.accuracies) > 1 else ""
+        return f"{self.accuracy:.1%}{spread}"
+
+
+def verdicts(found: Gathered) -> list[Verdict]:
+    """The rules that were compared or profiled, in the order in which they were asked for."""
+    rules: dict[str, Verdict] = {}
+    for one in found.comparisons[:1]:
+        for row in one["rows"]:
+            if row["accuracies"]:
+                rules[row["rule"]] = Verdict(
+                    row["rule"],
+                    row["accuracies"],
+                    one.get("samples"),
+                    row["seconds"],
+                    {one.get("steps"): row["peak_memory"]},
+                    row["cosine"],
+                )
+    for one in found.profiles[:1]:
+        for row in one["costs"]:
+            rule = rules.setdefault(row["rule"], Verdict(row["rule"]))
+            rule.memory.setdefault(row["steps"], batch_memory(row["memory"]))
+            if not rule.accuracies:
+                rule.seconds = row["seconds"]["total"]
+    return list(rules.values())
+
+
+def batch_memory(parts: dict[str, int]) -> int:
+    """What a training batch allocates above what is there before it: weights, gradients, optimizer and input."""
+    return parts["states"] + parts["saved"] + parts["rest"]
+
+
+def answers(found: Gathered) -> list[str]:
+    """A sentence for each rule beside BPTT; without BPTT beside the first; the advice on gradients where no rule is."""
+    rules = verdicts(found)
+    reference = next((one for one in rules if one.rule == "BPTT"), rules[0] if rules else None)
+    said = [_sentence(one, reference) for one in rules if reference is not None and one is not reference]
+    return [text for text in said if text] or [row["advice"] for one in found.agreements for row in one["rows"]]
+
+
+def _sentence(one: Verdict, reference: Verdict) -> str:
+    parts, safe = [], ""
+    if one.accuracy is not None and reference.accuracy is not None:
+        lost, noise = reference.accuracy - one.accuracy, _noise(one, reference)
+        if lost <= max(MARGIN, noise):
+            parts.append(f"accuracy within {100 * lost:.1f} points of {reference.rule}" if lost > 0 else
+                         f"accuracy not below that of {reference.rule}")  # fmt: skip
+            safe = (
+                " Safe here." if noise <= 2 * MARGIN else f" Safe here, but measured to ±{100 * noise:.0f} points only."
+            )
+        else:
+            parts.append(f"accuracy {100 * lost:.1f} points below {reference.rule}")
+            safe = " Not safe here."
+    both = sorted((steps for steps in one.memory if steps in reference.memory), key=lambda steps: steps or 0)
+    saved = [(steps, reference.memory[steps] / one.memory[steps]) for steps in both[-2:] if one.memory[steps]]
+    if saved:
+        parts.append(" and ".join(f"{_times(ratio)} memory{f' at T = {t}' if t else ''}" for t, ratio in saved))
+    if one.seconds and reference.seconds:
+        parts.append(f"{one.seconds / reference.seconds:.2f} × the time")
+    if one.cosine is not None and not math.isnan(one.cosine):
+        parts.append(f"gradient agreement {one.cosine:.2f}")
+    seeds = " One seed: repeat with --seeds 3." if len(one.accuracies) == 1 else ""
+    return f"{one.rule}: {', '.join(parts)}.{safe}{seeds}" if parts else ""
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f} × less" if ratio >= 1.05 else f"{1 / ratio:.1f} × more" if ratio <= 0.95 else "the same"
+
+
+def _noise(one: Verdict, other: Verdict) -> float:
+    """Twice the standard error of a difference of accuracies: over the seeds, or of the drawn test samples."""
+    pairs = [rule.accuracies for rule in (one, other)]
+    if all(len(several) > 1 for several in pairs):
+        return 2 * math.sqrt(sum(statistics.variance(several) / len(several) for several in pairs))
+    if one.samples is None:
+        return 0.0
+    means = [statistics.mean(several) for several in pairs]
+    return 2 * math.sqrt(sum(mean * (1 - mean) / one.samples for mean in means))
+
+
+def layers(found: Gathered) -> list[dict[str, Any]]:
+    """The layers of the profiled network in order: name, share of active inputs, firing rate, SLTT's cosine."""
+    cosines: dict[str, Any] = {}
+    for one in found.agreements[:1]:
+        spatial = one["rows"][0]["agreement"][0]
+        cosines = {name: cosine for name, (cosine, _) in spatial["layers"].items()}
+    if found.profiles:
+        return [
+            {
+                "name": row["name"],
+                "rate": row["firing_rate"],
+                "density": row["operations"] and row["operations"]["density"],
+                "cosine": cosines.get(row["name"]),
+            }
+            for row in found.profiles[0]["layers"]
+        ]
+    return [{"name": name, "rate": None, "density": None, "cosine": cosine} for name, cosine in cosines.items()]

@@ -1,0 +1,74 @@
+import pytest
+
+from sltt.commands.results import Gathered
+from sltt.commands.verdict import answers, batch_memory, layers, verdicts
+
+
+def compared(rule, accuracies, seconds=2.0, memory=20_000_000, cosine=1.0):
+    return {"rule": rule, "accuracies": accuracies, "seconds": seconds, "peak_memory": memory, "cosine": cosine}
+
+
+def gathered(*rows, samples=10_000, **others):
+    return Gathered(comparisons=[{"recipe": "digits", "steps": 4, "samples": samples, "rows": rows}], **others)
+
+
+def cost(rule, steps, saved):
+    memory = {"parameters": 1, "gradients": 1, "optimizer": 1, "input": 1, "states": 2, "saved": saved, "rest": 8}
+    return {"rule": rule, "steps": steps, "memory": memory, "seconds": {"total": 1.0}}
+
+
+def profiled(*costs, layers=()):
+    return {"recipe": "digits", "costs": costs, "layers": layers}
+
+
+def test_the_verdict_has_accuracy_memory_at_two_lengths_time_and_agreement():
+    costs = [cost(rule, T, saved) for rule, T, saved in (("BPTT", 16, 590), ("SLTT", 16, 90), ("SLTT", 64, 90))]
+    found = gathered(
+        compared("BPTT", [0.98, 0.98], 2.0, 21),
+        compared("SLTT", [0.976, 0.976], 1.0, 10),
+        profiles=[profiled(*costs)],
+    )
+    assert answers(found) == [
+        "SLTT: accuracy within 0.4 points of BPTT, 2.1 × less memory at T = 4 and 6.0 × less memory at T = 16, "
+        "0.50 × the time, gradient agreement 1.00. Safe here."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "samples", "said"),
+    [
+        ([0.99, 0.99], 10_000, "accuracy not below that of BPTT"),
+        ([0.86, 0.86], 10_000, "accuracy 12.0 points below BPTT"),
+        ([0.90], 50, "Safe here, but measured to ±9 points only. One seed: repeat with --seeds 3."),
+        ([0.90], 100_000, "Not safe here. One seed: repeat with --seeds 3."),
+        ([0.80, 1.00], 100_000, "Safe here, but measured to"),
+    ],
+)
+def test_a_loss_of_accuracy_is_told_from_noise(accuracies, samples, said):
+    found = gathered(
+        compared("BPTT", [0.98] * len(accuracies), memory=21), compared("SLTT", accuracies, memory=20), samples=samples
+    )
+    (text,) = answers(found)
+    assert said in text
+
+
+def test_a_rule_that_died_has_no_verdict_and_without_bptt_the_first_is_the_reference():
+    found = gathered(compared("SLTT", [0.9, 0.9]), compared("OTTT", []), compared("SLTT:k=1", [0.9, 0.9], 1.0))
+    assert [one.rule for one in verdicts(found)] == ["SLTT", "SLTT:k=1"]
+    assert answers(found)[0].startswith("SLTT:k=1: accuracy not below that of SLTT, the same memory at T = 4")
+
+
+def test_without_trainings_the_advice_or_the_costs_answer():
+    spatial = {"rule": "SLTT()", "layers": {"a": (0.9, 1.0), "b": (None, None)}}
+    agreements = [{"recipe": "digits", "rows": [{"advice": "Take SLTT().", "agreement": [spatial]}]}]
+    assert answers(Gathered(agreements=agreements)) == ["Take SLTT()."]
+    assert [(one["name"], one["cosine"]) for one in layers(Gathered(agreements=agreements))] == [
+        ("a", 0.9),
+        ("b", None),
+    ]
+    (text,) = answers(Gathered(profiles=[profiled(cost("BPTT", 4, 90), cost("SLTT", 4, 40))]))
+    assert text == "SLTT: 2.0 × less memory at T = 4, 1.00 × the time."
+
+
+def test_memory_has_the_meaning_of_peak_memory():
+    assert batch_memory(cost("BPTT", 4, 90)["memory"]) == 100
