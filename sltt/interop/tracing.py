@@ -1,5 +1,6 @@
 """The calls of an ANN, read by torch.fx: its activations, and all that stands in the way of a spiking twin."""
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from sltt.interop.activations import QCFS
@@ -47,7 +48,24 @@ class Calls:
             ) from error
         finally:
             ann.train(training)
+        for node in self.graph.nodes:
+            self._restore_norm(node)
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+
+    def _restore_norm(self, node: fx.Node) -> None:
+        """Make a call of `F.batch_norm` in a subclass of BatchNorm, as timm's with an activation, one of a module."""
+        path, layers = self.around(node), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        module = self.ann.get_submodule(path)
+        if node.target is F.batch_norm and isinstance(module, layers):
+            module.__class__ = next(layer for layer in layers if isinstance(module, layer))  # its children stay
+            weights = node.all_input_nodes[1:]
+            node.op, node.target, node.args, node.kwargs = "call_module", path, node.args[:1], {}
+            for weight in weights:
+                self.graph.erase_node(weight)
+
+    def around(self, node: fx.Node) -> str:
+        """The path of the module of which the forward makes a call."""
+        return [*(path for path, _ in node.meta.get("nn_module_stack", {"": ("", None)}).values())][-1]
 
     def activations(self, neurons: frozenset[str], refused: frozenset[str]) -> list[fx.Node]:
         """The calls to put neurons at; raises ValueError with all problems at once.

@@ -134,8 +134,7 @@ def _free_name(calls: Calls, node: fx.Node, taken: Any) -> str:
         if base not in taken:
             return base
     else:
-        around = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-        base = ".".join([*around[-1:], calls.name(node)])
+        base = f"{calls.around(node)}.{calls.name(node)}".lstrip(".")
     parent, _, last = base.rpartition(".")
     siblings = calls.ann.get_submodule(parent)
     names = itertools.chain([last], (f"{last}_{n}" for n in itertools.count(2)))
