@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from sltt import analysis, data, losses, models, schedules, surrogates
 from sltt.dropout import Dropout
-from sltt.neurons import IF, LIF, PLIF, Neuron, lif_step
+from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, IntegerLIF, Neuron, TernaryLIF, lif_step
 from sltt.parallel import devices
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
 from sltt.sequence.once import once
@@ -17,6 +17,7 @@ from sltt.training.trained import load, predict
 __version__ = version("sltt")
 
 __all__ = [
+    "ALIF",
     "BPTT",
     "IF",
     "LIF",
@@ -24,7 +25,10 @@ __all__ = [
     "PLIF",
     "SLTT",
     "TBPTT",
+    "ChannelLIF",
+    "CubaLIF",
     "Dropout",
+    "IntegerLIF",
     "Mixed",
     "Neuron",
     "Output",
@@ -32,6 +36,7 @@ __all__ = [
     "RateBased",
     "Rule",
     "Stateful",
+    "TernaryLIF",
     "analysis",
     "data",
     "detach",

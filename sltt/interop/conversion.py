@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sltt.checks import instance
-from sltt.neurons import IF, LIF
+from sltt.neurons import IF, LIF, CubaLIF
 from sltt.sequence.state import Stateful, emits_spikes, kind_of, reset
 
 
@@ -72,6 +72,17 @@ def leaky(decay: float, **arguments: Any) -> nn.Module:
     if not 0 < decay < 1:
         raise ConversionError(f"keeps {decay:g} of its membrane potential in a time step; ours keep between 0 and 1")
     return LIF.from_beta(decay, **arguments)
+
+
+def synaptic(decay: float, synaptic_decay: float, gain: float, **arguments: Any) -> nn.Module:
+    """`CubaLIF` with λ = decay, α = synaptic_decay and g = gain."""
+    if not (0 < decay <= 1 and 0 <= synaptic_decay < 1):
+        raise ConversionError(
+            f"keeps {decay:g} of its membrane potential and {synaptic_decay:g} of its current in a time step; "
+            "ours keep between 0 and 1, and less than 1 of a current"
+        )
+    tau = None if decay == 1 else 1 / (1 - decay)
+    return CubaLIF(tau, 1 / (1 - synaptic_decay), gain, **arguments)
 
 
 def constant(name: str, value: Any) -> float:

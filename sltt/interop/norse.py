@@ -11,7 +11,7 @@ from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 from torch import Tensor, nn
 
 from sltt import surrogates
-from sltt.interop.conversion import ConversionError, constant, leaky, require
+from sltt.interop.conversion import ConversionError, constant, leaky, require, synaptic
 from sltt.sequence.state import Stateful, map_tensors, register
 
 
@@ -76,15 +76,19 @@ def _translate(keeper: KeepState) -> nn.Module:
     reset: dict[str, Any] = {"v_threshold": constant("v_th", p.v_th), "surrogate": _surrogate(p)}
     if type(module) is norse.IAFCell:
         return leaky(1.0, v_reset=_unlearned(p.v_reset), **reset)
-    require(type(module) is norse.LIFBoxCell, f"holds a {type(module).__name__}, of other dynamics than LIFBoxCell")
+    known = type(module) in (norse.LIFBoxCell, norse.LIFCell)
+    require(known, f"holds a {type(module).__name__}, of other dynamics than LIFBoxCell and LIFCell")
     rest = constant("v_leak", p.v_leak)
-    if p.reset_method is reset_value:
+    if type(module) is norse.LIFCell or p.reset_method is reset_value:
         reset["v_reset"] = constant("v_reset", p.v_reset)
         require(rest == reset["v_reset"], "has a v_leak that is not v_reset")
     else:
         require(p.reset_method is reset_subtract, "has a reset that ours have not")
         require(rest == 0, "has a v_leak that is not 0")
-    return leaky(1 - constant("tau_mem_inv", module.dt * p.tau_mem_inv), decay_input=True, **reset)
+    rate = constant("tau_mem_inv", module.dt * p.tau_mem_inv)
+    if type(module) is norse.LIFCell:
+        return synaptic(1 - rate, 1 - constant("tau_syn_inv", module.dt * p.tau_syn_inv), rate, **reset)
+    return leaky(1 - rate, decay_input=True, **reset)
 
 
 def _unlearned(value: Tensor) -> float:

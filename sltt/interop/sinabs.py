@@ -14,7 +14,7 @@ from sinabs.layers import IAFSqueeze, LIFSqueeze, SqueezeMixin, StatefulLayer
 from torch import nn
 
 from sltt import surrogates
-from sltt.interop.conversion import ConversionError, constant, leaky, require
+from sltt.interop.conversion import ConversionError, constant, leaky, require, synaptic
 from sltt.sequence.state import register
 
 
@@ -46,11 +46,11 @@ def _translate(module: Any) -> nn.Module:
     require(module.num_timesteps == 1, "may take several time steps in a call: give it num_timesteps=1")
     require(module.spike_fn is SingleSpike, "may fire several times in a time step: give it spike_fn=SingleSpike")
     require(not module.train_alphas, "learns its decay (train_alphas=True)")
-    require(module.tau_syn is None, "has a synaptic current (tau_syn)")
     require(module.min_v_mem is None, "keeps its membrane potential above min_v_mem")
     require(not module.record_states, "records its states: set record_states = False")
-    if module.tau_mem is not None:
-        constant("tau_mem", module.tau_mem)
+    for name in ("tau_mem", "tau_syn"):
+        if (tau := getattr(module, name)) is not None:
+            constant(name, tau)
     threshold = constant("spike_threshold", module.spike_threshold)
     reset: dict[str, Any] = {}
     if isinstance(module.reset_fn, MembraneReset):
@@ -59,13 +59,14 @@ def _translate(module: Any) -> nn.Module:
     else:
         subtracts = isinstance(module.reset_fn, MembraneSubtract)
         require(subtracts and module.reset_fn.subtract_value in (None, threshold), "has a reset that ours have not")
-    return leaky(
-        constant("tau_mem", module.alpha_mem_calculated.detach()),
-        v_threshold=threshold,
-        decay_input=module.norm_input,
-        surrogate=_surrogate(module.surrogate_grad_fn, threshold),
-        **reset,
-    )
+    reset |= {"v_threshold": threshold, "surrogate": _surrogate(module.surrogate_grad_fn, threshold)}
+    decay = constant("tau_mem", module.alpha_mem_calculated.detach())
+    if module.tau_syn is None:
+        return leaky(decay, decay_input=module.norm_input, **reset)
+    synaptic_decay = constant("tau_syn", module.alpha_syn_calculated.detach())
+    # theirs decays together with the input that just came
+    gain = synaptic_decay * (1 - decay if module.norm_input else 1.0)
+    return synaptic(decay, synaptic_decay, gain, **reset)
 
 
 def _surrogate(function: Any, threshold: float) -> surrogates.Surrogate:

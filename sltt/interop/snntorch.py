@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from snntorch import DeltaLeaky, Leaky, SpikingNeuron
+from snntorch import DeltaLeaky, Leaky, SpikingNeuron, Synaptic
 from torch import nn
 
 from sltt import surrogates
-from sltt.interop.conversion import ConversionError, constant, leaky, require
+from sltt.interop.conversion import ConversionError, constant, leaky, require, synaptic
 from sltt.sequence.state import register
 
 
@@ -39,13 +39,15 @@ def _check(module: Any, batch: int, kept: bool) -> str | None:
 
 
 def _translate(module: Any) -> nn.Module:
-    require(type(module) is Leaky, "has other dynamics than Leaky")
+    require(type(module) in (Leaky, Synaptic), "has other dynamics than Leaky and Synaptic")
     require(module.init_hidden and not module.output, "gives its state with its spikes: use init_hidden=True")
     require(not module.inhibition, "lets one neuron of the layer fire only (inhibition=True)")
     require(not module.state_quant, "rounds its membrane potential (state_quant)")
     require(constant("graded_spikes_factor", module.graded_spikes_factor) == 1, "has spikes that are not 0 or 1")
     decay, threshold = constant("beta", module.beta), constant("threshold", module.threshold)
     arguments = {"v_threshold": threshold, "surrogate": _surrogate(module.spike_grad)}
+    if type(module) is Synaptic:
+        return _synaptic(module, decay, arguments)
     if module.reset_mechanism == "zero" and threshold > 0:
         # the reset of a step before is that of a spike that has no gradient any more
         return leaky(decay, v_reset=0.0, detach_reset=module.reset_delay, **arguments)
@@ -59,6 +61,16 @@ def _translate(module: Any) -> nn.Module:
         "subtracts the threshold after the decay of the next time step, ours at once: use reset_mechanism='zero'",
     )
     return leaky(decay, detach_reset=True, **arguments)
+
+
+def _synaptic(module: Any, decay: float, arguments: dict[str, Any]) -> nn.Module:
+    at_once = module.reset_mechanism == "zero" and not module.reset_delay and arguments["v_threshold"] > 0
+    require(
+        at_once or (decay == 1 and module.reset_mechanism == "subtract" and module.reset_delay),
+        "resets together with the input of the next time step: use reset_mechanism='zero' with reset_delay=False",
+    )
+    reset: dict[str, Any] = {"v_reset": 0.0} if at_once else {"detach_reset": True}
+    return synaptic(decay, constant("alpha", module.alpha), 1.0, **reset, **arguments)
 
 
 def _surrogate(function: Any) -> surrogates.Surrogate:

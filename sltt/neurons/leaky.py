@@ -161,7 +161,7 @@ class LIF(IntegrateAndFire):
         v_init: float | None = None,
     ):
         super().__init__(v_threshold, v_reset, detach_reset, surrogate, half_state, v_init)
-        self.tau = _valid_tau(tau)
+        self.tau = valid_tau(tau)
         self.decay_input = flag("decay_input", decay_input)
 
     @classmethod
@@ -224,7 +224,7 @@ class PLIF(IntegrateAndFire):
     ):
         super().__init__(v_threshold, v_reset, detach_reset, surrogate, half_state, v_init)
         # σ(w) = 1/τ, so w = −ln(τ − 1)
-        self.w = nn.Parameter(-torch.log(torch.tensor(_valid_tau(tau) - 1)))
+        self.w = nn.Parameter(-torch.log(torch.tensor(valid_tau(tau) - 1)))
         self.decay_input = flag("decay_input", decay_input)
 
     @property
@@ -239,5 +239,6 @@ class PLIF(IntegrateAndFire):
         return f"tau={self.tau:.4g}, {super().extra_repr()}"
 
 
-def _valid_tau(tau: float) -> float:
+def valid_tau(tau: float) -> float:
+    """A time constant in time steps, checked."""
     return number("tau", tau, above=1, remedy="τ is in time steps, and λ = 1 − 1/τ must be positive")

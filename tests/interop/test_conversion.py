@@ -232,10 +232,10 @@ def refusals():
     ):
         arguments = {"beta": 0.5, "init_hidden": True, "reset_mechanism": "zero", **kwargs}
         yield "snntorch", lambda s, arguments=arguments: s.Leaky(**arguments), message
-    yield "snntorch", lambda s: s.Synaptic(0.5, 0.5, init_hidden=True), "other dynamics than Leaky"
+    yield "snntorch", lambda s: s.Synaptic(0.5, 0.5, init_hidden=True), "resets together with the input"
+    yield "snntorch", lambda s: s.Alpha(0.6, 0.5, init_hidden=True), "other dynamics than Leaky and Synaptic"
     for kwargs, message in (
         ({"num_timesteps": None, "batch_size": 4}, "num_timesteps=1"),
-        ({"tau_syn": 2.0}, "synaptic current"),
         ({"train_alphas": True}, "learns its decay"),
         ({"min_v_mem": -1.0}, "min_v_mem"),
         ({"record_states": True}, "records its states"),
@@ -261,7 +261,7 @@ def refusals():
         )
     yield "norse.torch", lambda n: n.LIFBoxCell(), "passes its state through its calls: wrap it"
     for make, message in (
-        (lambda n: n.LIFCell(), "holds a LIFCell, of other dynamics"),
+        (lambda n: n.LIFAdExCell(), "holds a LIFAdExCell, of other dynamics"),
         (lambda n: n.LIFBoxCell(n.LIFBoxParameters(v_leak=torch.tensor(0.1))), "v_leak that is not v_reset"),
         (lambda n: n.LIFBoxCell(n.LIFBoxParameters(method="tanh")), "the surrogate tanh with alpha = 100"),
         (lambda n: n.LIFBoxCell(dt=0.02), "keeps -1 of its membrane potential"),

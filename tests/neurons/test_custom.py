@@ -11,6 +11,7 @@ from sltt import kernels
 from sltt.analysis import firing_rates, peak_memory
 from sltt.kernels.saved import SpikeTag, tag_of
 from tests.conftest import RULES, batch, gradients, small_network
+from tests.neurons.plain import Plain, alone, plain
 
 RULES = {name: rule for name, rule in RULES.items() if not isinstance(rule, sltt.RateBased)}
 TRIANGLE = sltt.surrogates.Triangle()
@@ -67,50 +68,14 @@ class PerChannel(Adaptive):
 KINDS = [Adaptive, Graded, PerChannel]
 
 
-class Plain(sltt.Stateful):
-    """A neuron's function under autograd."""
-
-    spikes = True
-
-    def __init__(self, neuron):
-        self.states = neuron.states
-        super().__init__()
-        self.held = (neuron,)  # no module in a module, of which a rule would take the inner one
-        self.learned = nn.ParameterList(neuron.parameters())
-
-    def forward(self, x):
-        (neuron,) = self.held
-        first = neuron.first_states()
-        states = [torch.full_like(x, first[n]) if (v := getattr(self, n)) is None else v for n in self.states]
-        named = {
-            name: v.view(-1, *[1] * (x.ndim - 2)) if isinstance(v, torch.Tensor) and v.ndim else v
-            for name, v in neuron.arguments().items()
-        }
-        s, *states = neuron.step(x, *states, **named)
-        for name, state in zip(self.states, states, strict=True):
-            setattr(self, name, state)
-        return s
-
-
-def plain(model):
-    """A network with its neurons replaced by the same under autograd."""
-    model = copy.deepcopy(model)
-    for i, module in enumerate(model):
-        if isinstance(module, sltt.Neuron):
-            model[i] = Plain(module)
-    return model
-
-
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_rule_has_the_gradients_of_the_function(kind, rule):
     PerChannel.made = 0
     model = small_network(kind)
     x, y = batch()
-    alone = copy.copy(rule)
-    vars(alone).update({"fold": 1} if "fold" in vars(rule) else {})
     found, out = gradients(model, rule, x, y, seed=3)
-    expected, plain_out = gradients(plain(model), alone, x, y, seed=3)
+    expected, plain_out = gradients(plain(model), alone(rule), x, y, seed=3)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(out.logits, plain_out.logits)
     assert found.count_nonzero() > len(found) / 5

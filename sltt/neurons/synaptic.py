@@ -1,0 +1,89 @@
+"""A neuron with a synaptic current: the input decays before it charges the membrane."""
+
+from torch import Tensor
+
+from sltt.checks import flag, instance, number
+from sltt.neurons.base import Neuron
+from sltt.neurons.leaky import BELOW, lif_step, valid_tau
+from sltt.surrogates import Surrogate, Triangle
+
+
+class CubaLIF(Neuron):
+    """Current-based leaky integrate-and-fire neuron, with two decays: of the synaptic current i and of the membrane.
+
+        i[t] = α i[t−1] + x[t]                     α = 1 − 1/τ_syn
+        u[t] = λ v[t−1] + g i[t]                   λ = 1 − 1/τ; with a hard reset, v_r + λ (v[t−1] − v_r) + g i[t]
+        s[t] = H(u[t] − V_th)
+        v[t] = u[t] − V_th s[t]                    soft reset; hard: u[t] − (u[t] − v_r) s[t]
+
+    A single trace does not follow two decays: `OTTT` asks for a `decay`.
+
+    Args:
+        tau: membrane time constant τ in time steps, greater than 1; None has no leak, λ = 1.
+        tau_syn: synaptic time constant τ_syn in time steps, at least 1; 1 is `LIF`.
+        gain: g, the share of the current that charges the membrane.
+        v_threshold: V_th.
+        v_reset: potential after a spike; None subtracts V_th instead (soft reset).
+        detach_reset: no gradient through the spike in the reset.
+        surrogate: stands in for the derivative of the spike.
+        half_state: keep the states in the input's type also where that has 16 bits.
+
+    Source: Cramer et al., TNNLS 2022 (arXiv 1910.07407), there with exp(−1/τ) for the decays.
+    """
+
+    states = ("v", "i")
+
+    def __init__(
+        self,
+        tau: float | None = 10.0,
+        tau_syn: float = 5.0,
+        gain: float = 1.0,
+        v_threshold: float = 1.0,
+        v_reset: float | None = None,
+        detach_reset: bool = False,
+        surrogate: Surrogate = Triangle(),
+        half_state: bool = False,
+    ):
+        super().__init__()
+        self.tau = None if tau is None else valid_tau(tau)
+        self.tau_syn = number("tau_syn", tau_syn, least=1)
+        self.gain = number("gain", gain, above=0)
+        self.v_threshold = number("v_threshold", v_threshold, above=0 if v_reset is None else None)
+        self.v_reset = v_reset if v_reset is None else number("v_reset", v_reset, below=v_threshold, remedy=BELOW)
+        self.detach_reset = flag("detach_reset", detach_reset)
+        self.surrogate = instance("surrogate", surrogate, Surrogate)
+        self.half_state = flag("half_state", half_state)
+        self.start = {"v": self.v_reset or 0.0, "i": 0.0}
+
+    def membrane_decay(self) -> float:
+        """λ."""
+        return 1.0 if self.tau is None else 1 - 1 / self.tau
+
+    def synaptic_decay(self) -> float:
+        """α."""
+        return 1 - 1 / self.tau_syn
+
+    @staticmethod
+    def step(
+        x: Tensor,
+        v: Tensor,
+        i: Tensor,
+        *,
+        membrane_decay: float,
+        synaptic_decay: float,
+        gain: float,
+        v_threshold: float,
+        v_reset: float | None,
+        detach_reset: bool,
+        surrogate: Surrogate,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        i = synaptic_decay * i + x
+        reset = {"v_threshold": v_threshold, "v_reset": v_reset, "detach_reset": detach_reset}
+        s, v = lif_step(v, gain * i, decay=membrane_decay, surrogate=surrogate, **reset)
+        return s, v, i
+
+    def extra_repr(self) -> str:
+        return (
+            f"tau={self.tau}, tau_syn={self.tau_syn}, gain={self.gain}, v_threshold={self.v_threshold}, "
+            f"v_reset={self.v_reset}, detach_reset={self.detach_reset}, surrogate={self.surrogate}"
+        )

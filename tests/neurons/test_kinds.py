@@ -1,0 +1,198 @@
+"""Each neuron beside a literal transcription of its equations, and under every rule."""
+
+import math
+
+import pytest
+import torch
+
+import sltt
+from tests.conftest import RULES, batch, gradients, small_network
+from tests.neurons.plain import alone, plain
+
+RULES = {name: rule for name, rule in RULES.items() if not isinstance(rule, sltt.RateBased)}
+TRIANGLE = sltt.surrogates.Triangle()
+
+
+def cuba(x, lam=1 - 1 / 3, alpha=0.5, gain=0.7, theta=0.8, rest=None, detach=False):
+    v, i = torch.full_like(x[0], rest or 0.0), torch.zeros_like(x[0])
+    for x_t in x:
+        i = alpha * i + x_t
+        u = lam * v + gain * i if rest is None else rest + lam * (v - rest) + gain * i
+        s = TRIANGLE(u - theta)
+        r = s.detach() if detach else s
+        v = u - theta * r if rest is None else u - (u - rest) * r
+        yield s
+
+
+def alif(x):
+    v, a = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+    for x_t in x:
+        threshold = 0.8 + 0.3 * a
+        u = (1 - 1 / 3) * v + x_t
+        s = TRIANGLE(u - threshold)
+        v, a = u - 0.8 * s, (1 - 1 / 20) * a + s
+        yield s
+
+
+def channel(x):
+    w, k = torch.tensor(-math.log(3 - 1)), torch.tensor(math.log(0.8))
+    w, k = (p.double().expand(x.shape[2]).clone().requires_grad_() for p in (w, k))
+    v = torch.zeros_like(x[0])
+    for x_t in x:
+        u = (1 - torch.sigmoid(w)) * v + x_t
+        s = TRIANGLE(u - torch.exp(k))
+        v = u - torch.exp(k) * s
+        yield s
+    yield [w, k]
+
+
+class RoundClip(torch.autograd.Function):
+    """clip(round(u), 0, D), with the derivative of the clip."""
+
+    @staticmethod
+    def forward(ctx, u, levels):
+        ctx.save_for_backward(u)
+        ctx.levels = levels
+        return torch.floor(u + 0.5).clip(0, levels)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (u,) = ctx.saved_tensors
+        return grad * ((u > 0) & (u < ctx.levels)), None
+
+
+def integer(x):
+    v = torch.zeros_like(x[0])
+    for x_t in x:
+        u = (1 - 1 / 3) * v + x_t
+        s = RoundClip.apply(u / 0.8, 3)
+        v = u - 0.8 * s
+        yield s
+
+
+class Ternary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u):
+        ctx.save_for_backward(u)
+        return torch.where(u >= 0.8, 1.0, torch.where(u <= -0.8, -1.0, 0.0)).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (u,) = ctx.saved_tensors
+        return grad * ((1 - (u - 0.8).abs()).clamp(min=0) + (1 - (u + 0.8).abs()).clamp(min=0))
+
+
+def ternary(x):
+    v = torch.zeros_like(x[0])
+    for x_t in x:
+        u = (1 - 1 / 3) * v + x_t
+        s = Ternary.apply(u)
+        v = u - 0.8 * s
+        yield s
+
+
+CUBA = {"tau": 3.0, "tau_syn": 2.0, "gain": 0.7, "v_threshold": 0.8}
+EQUATIONS = {
+    "CubaLIF": (lambda: sltt.CubaLIF(**CUBA), cuba),
+    "CubaLIF, hard reset": (lambda: sltt.CubaLIF(**CUBA, v_reset=-0.3), lambda x: cuba(x, rest=-0.3)),
+    "CubaLIF, reset detached": (lambda: sltt.CubaLIF(**CUBA, detach_reset=True), lambda x: cuba(x, detach=True)),
+    "CubaLIF, no leak": (lambda: sltt.CubaLIF(**{**CUBA, "tau": None}), lambda x: cuba(x, lam=1.0)),
+    "ALIF": (lambda: sltt.ALIF(tau=3.0, tau_a=20.0, beta=0.3, v_threshold=0.8), alif),
+    "ChannelLIF": (lambda: sltt.ChannelLIF(6, tau=3.0, v_threshold=0.8), channel),
+    "IntegerLIF": (lambda: sltt.IntegerLIF(3, tau=3.0, v_threshold=0.8), integer),
+    "TernaryLIF": (lambda: sltt.TernaryLIF(tau=3.0, v_threshold=0.8), ternary),
+}
+
+
+@pytest.mark.parametrize(("make", "equations"), EQUATIONS.values(), ids=EQUATIONS)
+def test_spikes_and_gradients_equal_the_equations(make, equations):
+    neuron = make().double()
+    x = (torch.randn(8, 50, 6, dtype=torch.float64) + 0.3).requires_grad_()
+    weights = torch.randn(8, 50, 6, dtype=torch.float64)
+    spikes = torch.stack([neuron(x_t) for x_t in x])
+    found = torch.autograd.grad((spikes * weights).sum(), [x, *neuron.parameters()])
+    *expected, last = equations(x)
+    learned = last if isinstance(last, list) else []
+    expected = torch.stack(expected if learned else [*expected, last])
+    assert torch.equal(spikes, expected)
+    gradient = torch.autograd.grad((expected * weights).sum(), [x, *learned])
+    torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12)
+    assert len(expected.unique()) == {"IntegerLIF": 4, "TernaryLIF": 3}.get(type(neuron).__name__, 2)
+
+
+def of_width(sizes):
+    """Makes a ChannelLIF for each of two layers in turn."""
+    left = list(sizes)
+    return lambda: sltt.ChannelLIF(left.pop(0), tau=3.0)
+
+
+KINDS = {
+    "CubaLIF": lambda: lambda: sltt.CubaLIF(tau=3.0, tau_syn=2.0),
+    "ALIF": lambda: lambda: sltt.ALIF(tau=3.0),
+    "ChannelLIF": lambda: of_width([8, 7]),
+    "IntegerLIF": lambda: lambda: sltt.IntegerLIF(3, tau=3.0),
+    "TernaryLIF": lambda: lambda: sltt.TernaryLIF(tau=3.0),
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_rule_trains_every_neuron(kind, rule):
+    model = small_network(kind())
+    x, y = batch()
+    found, out = gradients(model, rule, x, y, seed=3)
+    expected, plain_out = gradients(plain(model), alone(rule), x, y, seed=3)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(out.logits, plain_out.logits)
+    assert found.count_nonzero() > len(found) / 5
+
+
+def test_alif_and_others_with_one_decay_have_traces_and_two_decays_have_none():
+    x, y = batch()
+    for name in ("ALIF", "IntegerLIF", "TernaryLIF", "ChannelLIF"):
+        model = small_network(KINDS[name]())
+        a, b = (gradients(model, rule, x, y)[0] for rule in (sltt.OTTT(), sltt.OTTT(decay=1 - 1 / 3)))
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match=r"the λ of 2 \(CubaLIF\) is not known"):
+        sltt.OTTT()(small_network(KINDS["CubaLIF"]()), x, y, sltt.losses.CrossEntropyMSE())
+
+
+def test_one_layer_of_integer_spikes_under_ottt_is_bptt_without_the_reset():
+    """Traces are exact along the membrane potential: with spikes as constants in the reset, the two agree."""
+
+    class Detached(sltt.IntegerLIF):
+        @staticmethod
+        def step(x, v, *, decay, levels, v_threshold, surrogate):
+            s, _ = sltt.IntegerLIF.step(x, v, decay=decay, levels=levels, v_threshold=v_threshold, surrogate=surrogate)
+            return s, decay * v + x - v_threshold * s.detach()
+
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), Detached(3, tau=3.0), torch.nn.Linear(8, 3)).double()
+    x, y = batch(steps=12)
+    found, expected = (gradients(model, rule, 3 * x, y)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_repr_names_what_it_was_made_with(kind):
+    neuron = kind()()
+    assert "tau=3" in repr(neuron)
+    assert "surrogate=" in repr(neuron)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sltt.CubaLIF(tau_syn=0.5), "tau_syn must be at least 1, got 0.5"),
+        (lambda: sltt.CubaLIF(gain=0.0), "gain must be greater than 0"),
+        (lambda: sltt.CubaLIF(v_reset=1.0), "v_reset must be less than 1.0"),
+        (lambda: sltt.ALIF(beta=-1.0), "beta must be at least 0"),
+        (lambda: sltt.ALIF(tau_a=1.0), "tau_a must be greater than 1"),
+        (lambda: sltt.ChannelLIF(0), "channels must be at least 1"),
+        (lambda: sltt.IntegerLIF(0), "levels must be at least 1"),
+        (lambda: sltt.TernaryLIF(v_threshold=0.0), "v_threshold must be greater than 0"),
+        (lambda: sltt.ChannelLIF(4)(torch.randn(2, 5)), r"ChannelLIF has decay of shape \[4\] for an input \[2, 5\]"),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
