@@ -2,7 +2,8 @@
 
 A layer W reads x[t] and feeds neurons of decay λ. With the reset a constant, ∂u[t]/∂W = Σ_{k≤t} λ^{t−k} x[k] for every
 neuron that it feeds. So the weights' gradient of step t is that of the step alone, with the trace
-x̂[t] = λ x̂[t−1] + x[t] in place of x[t]. A bias reads the constant 1.
+x̂[t] = λ x̂[t−1] + x[t] in place of x[t]. A bias reads the constant 1, also the bias of a normalisation. The weight of a
+normalisation has no trace, which would take one number more for each neuron.
 """
 
 from collections import Counter
@@ -247,12 +248,12 @@ class _Operations(TorchFunctionMode):
         return func(x, weight, bias, *settings) if y is None else y
 
     def _normalise(self, func: Any, *args: Any, weight: Tensor | None, bias: Tensor | None, **settings: Any) -> Tensor:
-        if weight is None or not weight.requires_grad:
+        trace = None if bias is None or not bias.requires_grad else self.traces.read(self.layer, None)
+        if trace is None:
             return func(*args, weight=weight, bias=bias, **settings)
-        x = func(*args, weight=None, bias=None, **settings)
-        affine = _Affine([1, -1] + [1] * (x.ndim - 2) if func is not F.layer_norm else [*weight.shape])
-        y = self._traced(affine, x, weight, bias)
-        return affine.forward(x, weight, bias) if y is None else y
+        y: Tensor = func(*args, weight=weight, bias=_Scaled.apply(bias, trace.ones), **settings)
+        self.traces.wrote(trace, y)
+        return y
 
     def _traced(self, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         trace = self.traces.read(self.layer, x)
@@ -292,28 +293,6 @@ class _Convolution:
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
         return torch.ops.aten.convolution_backward(grad, x, weight, [weight.shape[0]], *self.settings, needs)
-
-
-class _Affine:
-    """y = γ x + β by channel or by feature; its backward from an input that may be another than that of the forward."""
-
-    def __init__(self, shape: list[int]):
-        self.shape = shape
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = x * weight.view(self.shape)
-        return (y if bias is None else y + bias.view(self.shape)).to(x.dtype)
-
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
-        return (
-            grad * weight.view(self.shape) if needs[0] else None,
-            (grad * x).sum_to_size(self._full(grad)).view_as(weight) if needs[1] else None,
-            grad.sum_to_size(self._full(grad)).view_as(weight) if needs[2] else None,
-        )
-
-    def _full(self, x: Tensor) -> list[int]:
-        shape = [1] * (x.ndim - len(self.shape)) + self.shape
-        return [n if size == -1 else size for n, size in zip(x.shape, shape, strict=True)]
 
 
 _NORMALISATIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}

@@ -123,6 +123,7 @@ def test_a_trace_adds_up_in_float32(dtype, largest):
 def test_memory_is_one_number_for_each_input_of_a_weight_layer_and_does_not_grow_with_time():
     model = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
         sltt.LIF(),
         nn.Flatten(),
         nn.Linear(32 * 64, 2),
