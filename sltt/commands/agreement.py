@@ -83,23 +83,23 @@ def measure_agreement(
         dtype: for the gradients; None is the recipe's precision.
         report: shows the progress of trainings.
     """
-    rows, data = [], recipe.build().data
-    for tau, T, epochs in itertools.product(taus, steps or [recipe.build().steps], at_epochs):
-        built = recipe.build()
-        built.data = data  # read once
-        start_from(built.model, built.weights)
-        if tau is not None:
-            set_tau(built.model, tau)
-        with session(Execution.of(vars(built))) as here:
+    rows, own = [], recipe.build()
+    with session(Execution.of(vars(own))) as here:
+        for tau, T, epochs in itertools.product(taus, steps or [own.steps], at_epochs):
+            built = recipe.build()
+            built.data = own.data  # read once
+            start_from(built.model, built.weights)
+            if tau is not None:
+                set_tau(built.model, tau)
             if epochs:
                 settings = {**vars(built), "epochs": epochs, "steps": T, "phases": None, "weights": None}
                 with TemporaryDirectory() as folder:
-                    start_run(here, built.model, data, Training.of(settings), f"{folder}/run", report=report)
+                    start_run(here, built.model, own.data, Training.of(settings), f"{folder}/run", report=report)
             with prepared(here, built, T, full_precision=dtype is not None) as ready:
                 arguments = ready.model, *ready.batch(samples), ready.loss
                 found = agreement(*arguments, cheaper(ready.model, T), steps=ready.repeat, dtype=dtype)
                 proposal = propose(*arguments, found, steps=ready.repeat, dtype=dtype)
-        rows.append({"tau": tau, "steps": T, "epochs": epochs, "agreement": found, "proposal": proposal})
+            rows.append({"tau": tau, "steps": T, "epochs": epochs, "agreement": found, "proposal": proposal})
     return rows
 
 

@@ -87,33 +87,33 @@ def compare(rules: Sequence[str], seeds: int, folder: Path, recipe: Recipe, repo
         recipe: what is trained.
         report: shows the progress.
     """
-    found = []
-    for text in rules:
-        compared, seconds, measured = Compared(text), [], False
-        for seed in range(seeds):
-            run = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', text).strip('-')}-seed{seed}"
-            report.line(f"{text}, seed {seed}: {run}")
-            try:
-                built = recipe.build("--seed", str(seed), rule=text)
-                config = recipe.resolved("--seed", str(seed), rule=text)
-                train = resume_run if run.exists() else start_run
-                with session(Execution.of(vars(built))) as here:
-                    training = Training.of(vars(built))
-                    result = train(here, built.model, built.data, training, run, config=config, report=report)
-                    accuracy = test_accuracy(here, built)
-                    if not measured:
-                        _measure(compared, here, built)
-                        measured = True
-            except Exception as error:  # the others still run
-                report.warn(f"{text}, seed {seed} died: {cause(error)}")
-                compared.errors.append(f"seed {seed}: {cause(error)}")
-                continue
-            compared.accuracies.append(accuracy)
-            seconds += [row["seconds"] for row in result.history]
-        if seconds:
-            compared.seconds = statistics.median(seconds)
-        found.append(compared)
-    return found
+    with session(Execution.of(vars(recipe.build()))) as here:
+        return [_compared(here, text, seeds, folder, recipe, report) for text in rules]
+
+
+def _compared(here: Session, rule: str, seeds: int, folder: Path, recipe: Recipe, report: Console) -> Compared:
+    """One of the rules."""
+    compared, seconds = Compared(rule), []
+    for seed in range(seeds):
+        run = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', rule).strip('-')}-seed{seed}"
+        report.line(f"{rule}, seed {seed}: {run}")
+        try:
+            built = recipe.build("--seed", str(seed), rule=rule)
+            config = recipe.resolved("--seed", str(seed), rule=rule)
+            train, training = resume_run if run.exists() else start_run, Training.of(vars(built))
+            result = train(here, built.model, built.data, training, run, config=config, report=report)
+            accuracy = test_accuracy(here, built)
+            if compared.operations is None:
+                _measure(compared, here, built)
+        except Exception as error:  # the others still run
+            report.warn(f"{rule}, seed {seed} died: {cause(error)}")
+            compared.errors.append(f"seed {seed}: {cause(error)}")
+            continue
+        compared.accuracies.append(accuracy)
+        seconds += [row["seconds"] for row in result.history]
+    if seconds:
+        compared.seconds = statistics.median(seconds)
+    return compared
 
 
 def print_compared(found: Sequence[Compared], report: Console) -> None:
