@@ -16,14 +16,11 @@ from sltt.training.checkpoints import load_selected
 from sltt.training.evaluation import measure_split
 from sltt.training.files import write_atomically
 from sltt.training.fit import resume_run, start_run
-from sltt.training.runs import RESUMABLE
 from sltt.training.session import Session, session
-from sltt.training.settings import Execution, Training
+from sltt.training.settings import RESUMABLE, Execution, Training
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
-
-RESUME_KEYS = ("resume", *RESUMABLE)
 
 
 def run(words: Sequence[str]) -> None:
@@ -35,7 +32,7 @@ def run(words: Sequence[str]) -> None:
         raise UsageError(f"--resume continues {continued} with its own recipe: leave out {words[0]!r}")
     source = run_config(continued) if continued else find_recipe(words[0] if named else "digits")
     if continued:
-        only(words, RESUME_KEYS, "sltt train --resume", "a run continues with its own settings")
+        only(words, ("resume", *RESUMABLE), "sltt train --resume", "a run continues with its own settings")
     parser = make_parser(f"sltt train {words[0] if named else '[RECIPE]'}")
     config = parse(parser, source, words[named:])
     folder = config.pop("run")

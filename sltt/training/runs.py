@@ -15,22 +15,9 @@ import yaml
 
 from sltt.training.describe import NETWORK
 from sltt.training.files import part_of, write_atomically
+from sltt.training.settings import RESUMABLE
 
 CONFIG, METRICS, LAST, BEST, LOCK = "config.yaml", "metrics.csv", "last.ckpt", "best.ckpt", ".lock"
-
-# Settings that a resumed run may change: they say where it runs, where its data is and when it ends.
-RESUMABLE = (
-    "epochs",
-    "data",
-    "workers",
-    "device",
-    "devices",
-    "num_nodes",
-    "strategy",
-    "compile",
-    "sparse",
-    "checkpoint_minutes",
-)
 
 
 def new_run(

@@ -1,7 +1,7 @@
 """What a network runs on, and what is trained: the arguments of `sltt.fit`, which explains them, in two parts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self, get_args
 
 import torch
@@ -18,6 +18,11 @@ from sltt.training.phases import Phase, Stage, plan
 OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
 
 PROCESSES = ("devices", "num_nodes", "strategy")  # settings of the processes, not of what each of them does
+
+
+def _resumable(default: Any) -> Any:
+    """A setting that a resumed run may change: it says where the run trains, or when it ends."""
+    return field(default=default, metadata={"resumable": True})
 
 
 class _Settings:
@@ -37,14 +42,14 @@ class Execution(_Settings):
 
     precision: Precision = 32
     channels_last: bool = False
-    workers: int = 0
-    device: Device = "auto"
-    devices: int | None = None
-    num_nodes: int | None = None
-    strategy: Strategy = "ddp"
+    workers: int = _resumable(0)
+    device: Device = _resumable("auto")
+    devices: int | None = _resumable(None)
+    num_nodes: int | None = _resumable(None)
+    strategy: Strategy = _resumable("ddp")
     sync_batchnorm: bool = False
-    compile: Compile = "auto"
-    sparse: Sparse = "auto"
+    compile: Compile = _resumable("auto")
+    sparse: Sparse = _resumable("auto")
 
     def __post_init__(self) -> None:
         choice("precision", self.precision, get_args(Precision))
@@ -74,13 +79,13 @@ class Training(_Settings):
     optimizer: OptimizerFactory
     schedule: Schedule
     steps: int = 4
-    epochs: int = 10
+    epochs: int = _resumable(10)
     phases: Sequence[Phase] | None = None
     batch_size: int = 128
     clip_norm: float | None = None
     norm_weight_decay: float | None = None
     seed: int = 0
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: float = _resumable(10.0)
     weights: str | None = None
 
     def __post_init__(self) -> None:
@@ -110,3 +115,7 @@ class Training(_Settings):
     def stages(self) -> list[Stage]:
         """The phases with their places in the training."""
         return plan(self.phases, self.epochs, self.steps, self.rule)
+
+
+# data too, which is no setting: it may have moved, and its split is compared by itself
+RESUMABLE = ("data", *(one.name for kind in (Execution, Training) for one in fields(kind) if "resumable" in one.metadata))
