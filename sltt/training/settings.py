@@ -118,4 +118,7 @@ class Training(_Settings):
 
 
 # data too, which is no setting: it may have moved, and its split is compared by itself
-RESUMABLE = ("data", *(one.name for kind in (Execution, Training) for one in fields(kind) if "resumable" in one.metadata))
+RESUMABLE = (
+    "data",
+    *(one.name for kind in (Execution, Training) for one in fields(kind) if "resumable" in one.metadata),
+)

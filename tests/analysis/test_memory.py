@@ -1,8 +1,10 @@
 """Sizes of memory, and the memory that is free."""
 
 import pytest
+import torch
 
-from sltt.analysis import available_memory, parse_bytes
+import sltt
+from sltt.analysis import available_memory, memory_parts, parse_bytes
 from sltt.memory import free_memory
 
 MB = 1_000_000
@@ -78,3 +80,14 @@ def test_a_container_that_sees_its_own_group_as_the_outermost(tmp_path, line, to
 
 def test_this_machine_has_memory():
     assert available_memory() > 0
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 6, 10])
+def test_the_memory_of_slttk_is_that_of_no_lucky_draw(steps):
+    """The first step has no state behind it: a batch that trains this step only takes less than the others."""
+    model = sltt.models.DigitsNet(width=2)
+    x, y, loss = torch.randn(16, 1, 8, 8), torch.randint(10, (16,)), sltt.losses.CrossEntropyMSE()
+    every = memory_parts(model, x, y, loss, sltt.SLTT(), steps=steps)
+    for _ in range(3):
+        found = memory_parts(model, x, y, loss, sltt.SLTT(k=1), steps=steps)
+        assert found.total == pytest.approx(every.total, rel=0.01)
