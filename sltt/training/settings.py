@@ -18,11 +18,8 @@ from sltt.training.phases import Phase, Stage, plan
 OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
 
 PROCESSES = ("devices", "num_nodes", "strategy")  # settings of the processes, not of what each of them does
-
-
-def _resumable(default: Any) -> Any:
-    """A setting that a resumed run may change: it says where the run trains, or when it ends."""
-    return field(default=default, metadata={"resumable": True})
+# of a setting that a resumed run may change: it says where the run trains, or when it ends
+RESUMED = {"resumable": True}
 
 
 class _Settings:
@@ -42,14 +39,14 @@ class Execution(_Settings):
 
     precision: Precision = 32
     channels_last: bool = False
-    workers: int = _resumable(0)
-    device: Device = _resumable("auto")
-    devices: int | None = _resumable(None)
-    num_nodes: int | None = _resumable(None)
-    strategy: Strategy = _resumable("ddp")
+    workers: int = field(default=0, metadata=RESUMED)
+    device: Device = field(default="auto", metadata=RESUMED)
+    devices: int | None = field(default=None, metadata=RESUMED)
+    num_nodes: int | None = field(default=None, metadata=RESUMED)
+    strategy: Strategy = field(default="ddp", metadata=RESUMED)
     sync_batchnorm: bool = False
-    compile: Compile = _resumable("auto")
-    sparse: Sparse = _resumable("auto")
+    compile: Compile = field(default="auto", metadata=RESUMED)
+    sparse: Sparse = field(default="auto", metadata=RESUMED)
 
     def __post_init__(self) -> None:
         choice("precision", self.precision, get_args(Precision))
@@ -79,13 +76,13 @@ class Training(_Settings):
     optimizer: OptimizerFactory
     schedule: Schedule
     steps: int = 4
-    epochs: int = _resumable(10)
+    epochs: int = field(default=10, metadata=RESUMED)
     phases: Sequence[Phase] | None = None
     batch_size: int = 128
     clip_norm: float | None = None
     norm_weight_decay: float | None = None
     seed: int = 0
-    checkpoint_minutes: float = _resumable(10.0)
+    checkpoint_minutes: float = field(default=10.0, metadata=RESUMED)
     weights: str | None = None
 
     def __post_init__(self) -> None:
