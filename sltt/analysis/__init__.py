@@ -1,6 +1,7 @@
 """Measurements of a network and a rule: memory, time, operations, energy, firing rates, agreement with exact BPTT."""
 
-from sltt.analysis.agreement import Agreement, Proposal, advice, agreement, propose
+from sltt.analysis.advice import Trial, advice
+from sltt.analysis.agreement import Agreement, Proposal, agreement, propose
 from sltt.analysis.budget import PeakModel, fit_peak
 from sltt.analysis.energy import LayerOperations, synaptic_operations
 from sltt.analysis.firing import FiringRates, firing_rates
@@ -19,6 +20,7 @@ __all__ = [
     "PeakModel",
     "Proposal",
     "Seconds",
+    "Trial",
     "advice",
     "agreement",
     "available_memory",

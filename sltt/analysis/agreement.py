@@ -4,7 +4,7 @@ import copy
 import functools
 import glob
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -96,31 +96,15 @@ def cheaper(model: nn.Module, steps: int) -> list[Rule]:
         return [spatial, *truncated]
 
 
-def advice(found: Sequence[Agreement]) -> str:
-    """Which of the rules to take, given their agreement in the order of their memory, least first."""
-    spatial = found[0]
-    share = (
-        f"SLTT drops {spatial.dropped:.0%} of the gradient here (cosine {spatial.cosine:.3f}, at its worst "
-        f"{spatial.least:.3f})"
-    )
-    best = next((a for a in found if a.least >= AGREES), None)
-    if best is spatial:
-        return f"{share}: take SLTT."
-    if best is not None:
-        worst = f"a cosine of {AGREES} at its worst ({best.least:.3f})"
-        return f"{share}: take {best.rule}, the rule of least memory with {worst}."
-    return f"{share}, and no rule of less memory than BPTT reaches {AGREES} at its worst: take BPTT."
-
-
 @dataclass(frozen=True)
 class Proposal:
-    """A `Mixed` that agrees with exact BPTT and takes less memory than the rule that `advice` names.
+    """A `Mixed` that agrees with exact BPTT and takes less memory than truncated BPTT that agrees, or than BPTT.
 
     Attributes:
         windows: of the layers of neurons by name, for `Mixed(windows)`; the other layers have SLTT.
         agreement: of its gradient with that of exact BPTT.
         memory: bytes of the batch at the peak, above those before it.
-        others: the same of the rule that `advice` names, of BPTT and of SLTT.
+        others: the same of that rule, of BPTT and of SLTT.
     """
 
     windows: dict[str, Window]
@@ -173,19 +157,28 @@ def propose(
     if not candidates:
         return None
 
+    memory = batch_memory(model, x, target, loss, steps=steps)
+    best = min(candidates, key=memory)
+    if memory(best) > SAVES * memory(advised):
+        return None
+    others = {repr(rule): memory(rule) for rule in (advised, bptt, SLTT())}
+    return Proposal(dict(best.windows), candidates[best], memory(best), others)
+
+
+def batch_memory(
+    model: nn.Module, x: Tensor, target: Any, loss: StepLoss, *, steps: int | None = None
+) -> Callable[[Rule], int]:
+    """What gives the bytes of a batch with a rule at the peak, above those before it; arguments as of `agreement`."""
     twin = copy.deepcopy(model)
 
     @functools.cache
     def memory(rule: Rule) -> int:
-        return peak_memory(lambda: rule(twin, x, target, loss, steps=steps), x.device)
+        with _fork(x):
+            return peak_memory(lambda: rule(twin, x, target, loss, steps=steps), x.device)
 
     with _fork(x):
         SLTT()(twin, x, target, loss, steps=steps)  # makes the gradients, which all rules have
-        best = min(candidates, key=memory)
-        if memory(best) > SAVES * memory(advised):
-            return None
-        others = {repr(rule): memory(rule) for rule in (advised, bptt, SLTT())}
-    return Proposal(dict(best.windows), candidates[best], memory(best), others)
+    return memory
 
 
 class _Exact:

@@ -4,27 +4,26 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
 
-from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, advice, agreement, cheaper, propose
+from sltt.analysis.advice import Trial, advice, chosen
+from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, agreement, batch_memory, cheaper, propose
 from sltt.commands.parsing import CommandOptions, Recipe, begin, count, mixed_options, numbers, time_steps
 from sltt.commands.prepared import prepared
 from sltt.commands.results import SAVE_HELP, give
-from sltt.neurons import LIF
-from sltt.training.checkpoints import start_from
+from sltt.commands.trial import build, contestants, run_trial, train
+from sltt.rules import BPTT
 from sltt.training.console import Console, megabytes
-from sltt.training.fit import start_run
 from sltt.training.session import session
-from sltt.training.settings import Execution, Training
+from sltt.training.settings import Execution
 
 HELP = (
-    "Cosine and norm of the gradients of SLTT and of truncated BPTT beside that of exact BPTT, and which rule to take; "
-    "where it is not SLTT, a Mixed that takes less memory, if there is one. "
+    "Cosine and norm of the gradients of SLTT, OTTT and truncated BPTT beside that of exact BPTT, and which rule to "
+    "take; where it is neither SLTT nor OTTT, a Mixed that takes less memory, if there is one. "
+    "With --trial, what short trainings learn decides. "
     "Other options are those of sltt train: --model.…, --data.…"
 )
 
@@ -36,6 +35,10 @@ def run(words: Sequence[str]) -> None:
     options.add_argument("--taus", type=numbers(float), help="time constants of the LIF neurons; default: the recipe's")
     options.add_argument("--steps", type=numbers(time_steps), help="several T; default: the recipe's")
     options.add_argument("--at-epochs", type=numbers(int), default=[0], help="after so many epochs of training each")
+    options.add_argument(
+        "--trial", type=count, help="compare trainings of so many epochs with each rule; default: none"
+    )
+    options.add_argument("--seeds", type=count, default=2, help="trainings with each rule in a trial; default: 2")
     options.add_argument("--samples", type=count, default=128, help="training samples in the batch that is measured")
     options.add_argument("--float64", action="store_true", help="compute in float64, where no spike flips by rounding")
     options.add_argument("--json", action="store_true", help="print JSON")
@@ -50,17 +53,10 @@ def run(words: Sequence[str]) -> None:
         known.samples,
         torch.float64 if known.float64 else None,
         Console(quiet=known.json),
+        known.trial,
+        known.seeds,
     )
     give(agreement_json(recipe.name, rows), known, "agreement.json", lambda report: print_agreement(rows, report))
-
-
-def set_tau(model: nn.Module, tau: float) -> None:
-    """Give every LIF neuron another time constant; raises ValueError if there is none."""
-    neurons = [m for m in model.modules() if isinstance(m, LIF)]
-    if not neurons:
-        raise ValueError("--taus changes LIF neurons, and the model has none")
-    for neuron in neurons:
-        neuron.tau = LIF(tau=tau).tau  # checked
 
 
 def measure_agreement(
@@ -71,6 +67,8 @@ def measure_agreement(
     samples: int,
     dtype: torch.dtype | None,
     report: Console,
+    trial: int | None = None,
+    seeds: int = 2,
 ) -> list[dict[str, Any]]:
     """Rows of agreement over τ, T and training epochs, and over the windows of truncated BPTT, each with a proposal.
 
@@ -82,24 +80,31 @@ def measure_agreement(
         samples: size of the batch that is measured.
         dtype: for the gradients; None is the recipe's precision.
         report: shows the progress of trainings.
+        trial: epochs of a short training with each rule; None makes none.
+        seeds: number of these trainings with a rule.
     """
-    rows, own = [], recipe.build()
+    rows, own, trials = [], recipe.build(), {}
     with session(Execution.of(vars(own))) as here:
         for tau, T, epochs in itertools.product(taus, steps or [own.steps], at_epochs):
-            built = recipe.build()
-            built.data = own.data  # read once
-            start_from(built.model, built.weights)
-            if tau is not None:
-                set_tau(built.model, tau)
+            built = build(recipe, own.data, tau)  # the data is read once
             if epochs:
-                settings = {**vars(built), "epochs": epochs, "steps": T, "phases": None, "weights": None}
-                with TemporaryDirectory() as folder:
-                    start_run(here, built.model, own.data, Training.of(settings), f"{folder}/run", report=report)
+                train(here, built, T, epochs, built.rule, report)
             with prepared(here, built, T, full_precision=dtype is not None) as ready:
                 arguments = ready.model, *ready.batch(samples), ready.loss
-                found = agreement(*arguments, cheaper(ready.model, T), steps=ready.repeat, dtype=dtype)
-                proposal = propose(*arguments, found, steps=ready.repeat, dtype=dtype)
-            rows.append({"tau": tau, "steps": T, "epochs": epochs, "agreement": found, "proposal": proposal})
+                rules = cheaper(ready.model, T)
+                found = agreement(*arguments, rules, steps=ready.repeat, dtype=dtype)
+                if trial and (tau, T) not in trials:
+                    settings = {"tau": tau, "steps": T, "epochs": trial, "seeds": seeds, "report": report}
+                    trials[tau, T] = run_trial(here, recipe, own.data, contestants(rules, found), **settings)
+                rule = chosen(found, tried := trials.get((tau, T)))
+                saves = rule in ("SLTT()", "OTTT()")  # memory enough
+                proposal = None if saves else propose(*arguments, found, steps=ready.repeat, dtype=dtype)
+                memory = batch_memory(*arguments, steps=ready.repeat)
+                costs = {repr(r): memory(r) for r in [*rules, BPTT()] if repr(r) in (rule, "SLTT()", "BPTT()")}
+            said = advice(found, tried, costs, epochs=epochs)
+            row = {"tau": tau, "steps": T, "epochs": epochs, "agreement": found, "trial": tried, "memory": costs}
+            row |= {"rule": rule, "proposal": proposal, "advice": said if saves else f"{said} {_mixed(proposal)}"}
+            rows.append(row)
     return rows
 
 
@@ -124,7 +129,7 @@ def print_agreement(rows: Sequence[dict[str, Any]], report: Console) -> None:
     report.table(layers)
     for row in rows:
         tau = "" if row["tau"] is None else f"τ = {row['tau']:g}, "
-        report.line(f"{tau}T = {row['steps']}, after {row['epochs']} epochs: {_advice(row)}")
+        report.line(f"{tau}T = {row['steps']}, after {row['epochs']} epochs: {row['advice']}")
 
 
 def agreement_json(recipe: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -133,7 +138,7 @@ def agreement_json(recipe: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any
         {
             **row,
             "agreement": [vars(a) for a in row["agreement"]],
-            "advice": _advice(row),
+            "trial": row["trial"] and _trial_json(row["trial"]),
             "proposal": row["proposal"] and _proposal_json(row["proposal"]),
         }
         for row in rows
@@ -141,21 +146,17 @@ def agreement_json(recipe: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any
     return {"recipe": recipe, "rows": found}
 
 
+def _trial_json(trial: Trial) -> dict[str, Any]:
+    return {**vars(trial), "learned": {rule: trial.learned(rule) for rule in trial.losses}}
+
+
 def _proposal_json(proposal: Proposal) -> dict[str, Any]:
     return {**vars(proposal), "agreement": vars(proposal.agreement), "options": mixed_options(proposal.windows)}
 
 
-def _advice(row: dict[str, Any]) -> str:
-    """Which rule to take, and where it is not SLTT, the `Mixed` that takes less memory."""
-    found: list[Agreement] = row["agreement"]
-    proposal: Proposal | None = row["proposal"]
-    untrained = " An untrained network says little: measure again with --at-epochs 1." * (row["epochs"] == 0)
-    if any(a.least >= AGREES for a in found if a.rule in ("SLTT()", "OTTT()")):
-        return advice(found) + untrained
+def _mixed(proposal: Proposal | None) -> str:
+    """The `Mixed` that takes less memory, if there is one."""
     if proposal is None:
-        return f"{advice(found)}{untrained} No Mixed with a cosine of {AGREES} takes {1 - SAVES:.0%} less memory."
-    others = ", ".join(f"{rule} {megabytes(nbytes)}" for rule, nbytes in proposal.others.items())
-    return (
-        f"{advice(found)}{untrained} Or {mixed_options(proposal.windows)} (cosine {proposal.agreement.cosine:.3f}), "
-        f"which takes {megabytes(proposal.memory)} for this batch; {others}."
-    )
+        return f"No Mixed with a cosine of {AGREES} takes {1 - SAVES:.0%} less memory."
+    options, cosine = mixed_options(proposal.windows), proposal.agreement.cosine
+    return f"Or {options} (cosine {cosine:.3f}), which takes {megabytes(proposal.memory)} for this batch."

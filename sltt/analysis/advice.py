@@ -1,0 +1,116 @@
+"""Which rule to take: from gradients of one batch, and from what short trainings learn.
+
+A high cosine is enough: a step along nearly the same direction learns the same. A low one is not a reason against a
+rule, since the network may not need what the rule drops. A short training with each rule decides that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sltt.analysis.agreement import AGREES, Agreement
+
+# A rule that takes off less of the loss than this share of what BPTT takes off learns less than BPTT.
+LEARNS = 0.9
+# Where BPTT takes off less than this share of the loss, the training was too short to tell rules apart.
+BEGINS = 0.05
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What rules learn in a few epochs, each from the same weights and on the same batches.
+
+    Attributes:
+        epochs: of each training.
+        start: training loss of the untrained network, for each seed.
+        losses: training loss of the last epoch, for each seed, by rule; of `BPTT()` and cheaper rules.
+    """
+
+    epochs: int
+    start: list[float]
+    losses: dict[str, list[float]]
+
+    def learned(self, rule: str) -> list[float]:
+        """(L₀ − L) / (L₀ − L of BPTT), for each seed: 1 where the rule learns as BPTT does."""
+        seeds = zip(self.start, self.losses[rule], self.losses["BPTT()"], strict=True)
+        return [(start - loss) / (start - exact) for start, loss, exact in seeds]
+
+    @property
+    def tells(self) -> bool:
+        """Whether BPTT has learned enough to compare with."""
+        seeds = zip(self.start, self.losses["BPTT()"], strict=True)
+        return all(start - exact >= BEGINS * start for start, exact in seeds)
+
+    def chosen(self) -> str:
+        """The first rule that learns as BPTT does with every seed."""
+        return next(rule for rule in self.losses if min(self.learned(rule)) >= LEARNS)
+
+
+def chosen(found: Sequence[Agreement], trial: Trial | None = None) -> str:
+    """The rule of least memory that learns as BPTT does in the trial, or else agrees with it on the batch.
+
+    Args:
+        found: agreement of rules in the order of their memory, least first.
+        trial: short trainings with the rules.
+    """
+    if trial and trial.tells:
+        return trial.chosen()
+    return next((a.rule for a in found if a.least >= AGREES), "BPTT()")
+
+
+def advice(
+    found: Sequence[Agreement],
+    trial: Trial | None = None,
+    memory: Mapping[str, int] | None = None,
+    *,
+    epochs: int = 0,
+) -> str:
+    """Sentences: which rule to take, what it drops, what it costs, and how sure this is.
+
+    Args:
+        found: agreement of rules in the order of their memory, least first.
+        trial: short trainings with the rules.
+        memory: bytes of a batch at the peak, by rule.
+        epochs: for which the network was trained before its gradients were compared.
+    """
+    rule = chosen(found, trial)
+    gradients = {a.rule: a for a in found}
+    drops = [_drops(gradients[rule])] if rule in gradients else ["It drops nothing."]
+    if found[0].rule != rule:
+        drops.append(_drops(found[0], found[0].rule))
+    return " ".join([f"Take {rule}.", *drops, *_costs(rule, memory or {}), _sure(trial, epochs)])
+
+
+def _drops(one: Agreement, name: str = "It") -> str:
+    """What a rule leaves out of the gradient."""
+    return f"{name} drops {one.dropped:.0%} of the gradient (cosine {one.cosine:.3f}, at its worst {one.least:.3f})."
+
+
+def _costs(rule: str, memory: Mapping[str, int]) -> list[str]:
+    """The memory of a batch with the rule beside that with the others."""
+    if rule not in memory:
+        return []
+    others = ", ".join(f"{nbytes / 1e6:.3g} MB with {name}" for name, nbytes in memory.items() if name != rule)
+    return [f"A batch takes {memory[rule] / 1e6:.3g} MB ({others})."]
+
+
+def _sure(trial: Trial | None, epochs: int) -> str:
+    """How much the advice rests on."""
+    if trial is None:
+        rests = f"one batch after {epochs} epochs" if epochs else "one batch of an untrained network"
+        return f"Not sure: this rests on {rests}. --trial 4 compares short trainings."
+    if not trial.tells:
+        return f"Not sure: BPTT() has learned little in {trial.epochs} epochs. Give a longer --trial."
+    learned = {name: trial.learned(name) for name in trial.losses if name != "BPTT()"}
+    unsure = [name for name, shares in learned.items() if min(shares) < LEARNS <= max(shares)]
+    count = len(trial.start)
+    sure = f"Not sure of {unsure[0]}: seeds disagree." if unsure else "Sure." if count > 1 else "Fairly sure: one seed."
+    said = ", ".join(f"{name} {_range(shares)}" for name, shares in learned.items())
+    return (
+        f"{sure} In {trial.epochs} epochs with {count} seed{'s' * (count > 1)}, rules lowered the loss by these shares "
+        f"of what BPTT() did: {said}; {LEARNS:.0%} is enough."
+    )
+
+
+def _range(shares: Sequence[float]) -> str:
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,77 @@
+"""Short trainings of a recipe with several rules, from the same weights and on the same batches."""
+
+from collections.abc import Sequence
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+from sltt.analysis.advice import Trial
+from sltt.analysis.agreement import AGREES, Agreement
+from sltt.commands.parsing import Recipe
+from sltt.data import Data
+from sltt.neurons import LIF
+from sltt.rules import BPTT, TBPTT, Rule
+from sltt.training.checkpoints import start_from
+from sltt.training.console import Console
+from sltt.training.evaluation import measure_split
+from sltt.training.fit import Fit, start_run
+from sltt.training.session import Session
+from sltt.training.settings import Training
+
+
+def build(recipe: Recipe, data: Data, tau: float | None, *options: str) -> Any:
+    """What a recipe builds, with data that was read before, and with another time constant if one is given."""
+    built = recipe.build(*options)
+    built.data = data
+    start_from(built.model, built.weights)
+    if tau is not None:
+        set_tau(built.model, tau)
+    return built
+
+
+def set_tau(model: nn.Module, tau: float) -> None:
+    """Give every LIF neuron another time constant; raises ValueError if there is none."""
+    neurons = [m for m in model.modules() if isinstance(m, LIF)]
+    if not neurons:
+        raise ValueError("--taus changes LIF neurons, and the model has none")
+    for neuron in neurons:
+        neuron.tau = LIF(tau=tau).tau  # checked
+
+
+def train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, report: Console) -> Fit:
+    """Train what was built for some epochs with a rule, in a folder that is not kept."""
+    settings = {**vars(built), "epochs": epochs, "steps": steps, "rule": rule, "phases": None, "weights": None}
+    with TemporaryDirectory() as folder:
+        return start_run(here, built.model, built.data, Training.of(settings), f"{folder}/run", report=report)
+
+
+def contestants(rules: Sequence[Rule], found: Sequence[Agreement]) -> list[Rule]:
+    """What a trial trains: SLTT, OTTT where it knows the network, a window if gradients advise one, and BPTT."""
+    agrees = next((r for r, a in zip(rules, found, strict=True) if a.least >= AGREES), None)
+    return [*(r for r in rules if not isinstance(r, TBPTT) or r is agrees), BPTT()]
+
+
+def run_trial(
+    here: Session,
+    recipe: Recipe,
+    data: Data,
+    rules: Sequence[Rule],
+    *,
+    tau: float | None,
+    steps: int,
+    epochs: int,
+    seeds: int,
+    report: Console,
+) -> Trial:
+    """Train the recipe's network for some epochs with each rule and each seed from 0."""
+    trial = Trial(epochs, [], {repr(rule): [] for rule in rules})
+    for seed in map(str, range(seeds)):
+        built = build(recipe, data, tau, "--seed", seed)
+        sizes = {"loss": built.loss, "steps": steps, "batch_size": built.batch_size}
+        trial.start.append(measure_split(here, built.model, data, "train", **sizes).loss)
+        for rule in rules:
+            report.line(f"trial: {rule}, seed {seed}")
+            history = train(here, build(recipe, data, tau, "--seed", seed), steps, epochs, rule, report).history
+            trial.losses[repr(rule)].append(history[-1]["train_loss"])
+    return trial

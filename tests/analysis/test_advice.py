@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from sltt.analysis import Agreement, Trial, advice
+from sltt.commands import main
+
+
+def measured(**least):
+    """The agreement of rules, by their smallest cosine."""
+    return [Agreement(f"{rule}()", 0.99, 1.0, 0.3, {}, cosine) for rule, cosine in least.items()]
+
+
+@pytest.mark.parametrize(
+    ("cosines", "rule"),
+    [
+        ({"SLTT": 0.97, "OTTT": 0.99}, "SLTT()"),
+        ({"SLTT": 0.80, "OTTT": 0.96}, "OTTT()"),
+        ({"SLTT": 0.30, "OTTT": 0.60}, "BPTT()"),
+        ({"SLTT": float("nan"), "OTTT": 0.60}, "BPTT()"),
+    ],
+)
+def test_without_a_trial_the_first_rule_that_agrees_is_advised(cosines, rule):
+    said = advice(measured(**cosines))
+    assert said.startswith(f"Take {rule}. ")
+    assert "Not sure: this rests on one batch of an untrained network. --trial 4 compares" in said
+    assert "one batch after 3 epochs" in advice(measured(**cosines), epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("losses", "rule", "sure"),
+    [
+        ({"SLTT()": [1.03, 1.05], "OTTT()": [1.0, 1.0]}, "SLTT()", "Sure."),
+        ({"SLTT()": [1.9, 1.9], "OTTT()": [1.02, 0.97]}, "OTTT()", "Sure."),
+        ({"SLTT()": [1.9, 1.9], "OTTT()": [1.3, 1.3]}, "BPTT()", "Sure."),
+        ({"SLTT()": [1.9, 1.9], "OTTT()": [1.3, 1.0]}, "BPTT()", "Not sure of OTTT(): seeds disagree."),
+    ],
+)
+def test_a_trial_decides_whatever_the_cosines_are(losses, rule, sure):
+    trial = Trial(4, [2.0, 2.0], {**losses, "BPTT()": [1.0, 1.0]})
+    said = advice(measured(SLTT=0.99, OTTT=0.99), trial)
+    assert said.startswith(f"Take {rule}. It drops {'nothing' if rule == 'BPTT()' else '30%'}")
+    assert (
+        f" {sure} In 4 epochs with 2 seeds, rules lowered the loss by these shares of what BPTT() did: SLTT() " in said
+    )
+    assert trial.learned("BPTT()") == [1.0, 1.0]
+
+
+def test_a_trial_in_which_bptt_learns_little_decides_nothing():
+    trial = Trial(1, [2.0], {"SLTT()": [1.99], "BPTT()": [1.98]})
+    assert advice(measured(SLTT=0.5), trial).startswith("Take BPTT().")
+    said = advice(measured(SLTT=0.99), trial)
+    assert said.startswith("Take SLTT().")
+    assert said.endswith("Not sure: BPTT() has learned little in 1 epochs. Give a longer --trial.")
+
+
+def test_one_seed_is_fairly_sure_and_costs_are_those_measured():
+    trial = Trial(4, [2.0], {"SLTT()": [1.0], "BPTT()": [1.0]})
+    said = advice(measured(SLTT=0.9), trial, {"SLTT()": 345_372, "BPTT()": 12_958_020})
+    assert "A batch takes 0.345 MB (13 MB with BPTT()). Fairly sure: one seed." in said
+
+
+def test_the_command_trains_each_rule_and_says_what_it_learned(capsys):
+    words = ["agreement", "recall", "--data.channels", "10", "--data.noise", "0.5", "--model.features", "[10,32,4]"]
+    words += ["--data.samples", "2000", "--batch_size", "32", "--optimizer.lr", "0.01", "--device", "cpu"]
+    assert main([*words, "--data.delay", "2", "--steps", "6", "--trial", "3", "--seeds", "1", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    trial = row["trial"]
+    assert list(trial["losses"])[:2] == ["SLTT()", "OTTT()"]
+    assert trial["losses"]["OTTT()"] == pytest.approx(trial["losses"]["BPTT()"], rel=1e-3)  # one layer of neurons
+    assert trial["learned"]["OTTT()"][0] > trial["learned"]["SLTT()"][0]
+    assert row["advice"].startswith(f"Take {row['rule']}.")
+    assert row["memory"]["SLTT()"] < row["memory"]["BPTT()"]
