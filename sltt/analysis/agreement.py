@@ -26,6 +26,8 @@ AGREES = 0.95
 SAVES = 0.9
 # A difference of two cosines that nobody would choose by.
 SAME = 0.01
+# The loss is scaled by this power of two, as in a training with float16, which rounds small gradients to zero.
+SCALE = 2.0**12
 
 
 @dataclass(frozen=True)
@@ -196,10 +198,15 @@ class _Exact:
         self.target = target
         self.loss = loss
         self.steps = steps
+        self.scale = SCALE
 
     @functools.cached_property
     def gradients(self) -> dict[str, Tensor]:
-        return self._gradients(BPTT())
+        found = self._gradients(BPTT())
+        while self.scale > 1 and not all(g.isfinite().all() for g in found.values()):
+            self.scale /= 2
+            found = self._gradients(BPTT())
+        return found
 
     @functools.cached_property
     def without_resets(self) -> "_Exact":
@@ -211,10 +218,12 @@ class _Exact:
         return _Exact(model, self.x, self.target, self.loss, self.steps, None) if attached else self
 
     def compare(self, rule: Rule) -> Agreement:
-        found, exact = self._gradients(rule), self.gradients
+        exact = self.gradients  # first, since it finds the scale
+        found = self._gradients(rule)
         layers = {module: _measure(found, exact, names)[:2] for module, names in _modules(exact).items()}
         other = self.without_resets
-        least = _least(found if other is self else other._gradients(rule), other.gradients)
+        without = other.gradients
+        least = _least(found if other is self else other._gradients(rule), without)
         return Agreement(repr(rule), *_measure(found, exact, list(exact)), layers, least)
 
     def layers(self) -> dict[str, bool]:
@@ -226,8 +235,12 @@ class _Exact:
         twin = copy.deepcopy(self.model)
         twin.zero_grad(set_to_none=True)
         with _fork(self.x):
-            rule(twin, self.x, self.target, self.loss, steps=self.steps)
+            rule(twin, self.x, self.target, self._scaled_loss, steps=self.steps)
         return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+
+    def _scaled_loss(self, logits: Tensor, target: Any) -> Any:
+        value = self.loss(logits, target)
+        return value * self.scale if isinstance(value, Tensor) else value
 
 
 def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreement]:

@@ -230,3 +230,28 @@ def test_the_surrogate_of_resets_does_not_hide_what_neurons_remember():
     assert not model[1].detach_reset
     model[1].detach_reset = True
     assert agreement(model, 3 * x, y, LOSS)[0].least == pytest.approx(found[0].least)
+
+
+class Half(nn.Module):
+    """Its gradient is float16, as that of a layer under autocast."""
+
+    def forward(self, x):
+        if x.requires_grad:
+            x.register_hook(lambda grad: grad.half().float())
+        return 1 * x
+
+
+@pytest.mark.parametrize("size", [1e-5, 1, 1e4])
+def test_gradients_that_float16_would_round_to_zero_or_infinity_are_compared(size):
+    """The loss is scaled, as in a training with 16-mixed."""
+    x, y = torch.randn(4, 16, 6), torch.randint(3, (16,))
+    model = nn.Sequential(nn.Linear(6, 8), Half(), sltt.LIF(tau=2.0), nn.Linear(8, 3))
+    exact = nn.Sequential(model[0], nn.Identity(), *model[2:])
+
+    def loss(logits, target):
+        return size * nn.functional.cross_entropy(logits, target)
+
+    for rule in (sltt.SLTT(), sltt.TBPTT(2)):
+        (found,), (expected,) = (agreement(network, x, y, loss, [rule]) for network in (model, exact))
+        assert found.cosine == pytest.approx(expected.cosine, abs=1e-3)
+        assert found.layers["0"] == pytest.approx(expected.layers["0"], abs=1e-3)
