@@ -11,6 +11,8 @@ from sltt.analysis.agreement import AGREES, Agreement
 
 # A rule that takes off less of the loss than this share of what BPTT takes off learns less than BPTT.
 LEARNS = 0.9
+# A rule that classifies this share of the training samples has solved the task; what is left of the loss is confidence.
+SOLVED = 0.98
 # Where BPTT takes off less than this share of the loss, the training was too short to tell rules apart.
 BEGINS = 0.05
 
@@ -23,11 +25,13 @@ class Trial:
         epochs: of each training.
         start: training loss of the untrained network, for each seed.
         losses: training loss of the last epoch, for each seed, by rule; of `BPTT()` and cheaper rules.
+        accuracies: training accuracy of the last epoch, likewise.
     """
 
     epochs: int
     start: list[float]
     losses: dict[str, list[float]]
+    accuracies: dict[str, list[float]]
 
     def learned(self, rule: str) -> list[float]:
         """(L₀ − L) / (L₀ − L of BPTT), for each seed: 1 where the rule learns as BPTT does."""
@@ -40,9 +44,13 @@ class Trial:
         seeds = zip(self.start, self.losses["BPTT()"], strict=True)
         return all(start - exact >= BEGINS * start for start, exact in seeds)
 
+    def solved(self, rule: str) -> bool:
+        """Whether the rule classifies nearly all training samples, with every seed."""
+        return min(self.accuracies[rule]) >= SOLVED
+
     def chosen(self) -> str:
-        """The first rule that learns as BPTT does with every seed."""
-        return next(rule for rule in self.losses if min(self.learned(rule)) >= LEARNS)
+        """The first rule that learns as BPTT does, or solves the task, with every seed."""
+        return next(rule for rule in self.losses if min(self.learned(rule)) >= LEARNS or self.solved(rule))
 
 
 def chosen(found: Sequence[Agreement], trial: Trial | None = None) -> str:
@@ -101,13 +109,15 @@ def _sure(trial: Trial | None, epochs: int) -> str:
     if not trial.tells:
         return f"Not sure: BPTT() has learned little in {trial.epochs} epochs. Give a longer --trial."
     learned = {name: trial.learned(name) for name in trial.losses if name != "BPTT()"}
-    unsure = [name for name, shares in learned.items() if min(shares) < LEARNS <= max(shares)]
+    unsure = [n for n, shares in learned.items() if min(shares) < LEARNS <= max(shares) and not trial.solved(n)]
     count = len(trial.start)
     sure = f"Not sure of {unsure[0]}: seeds disagree." if unsure else "Sure." if count > 1 else "Fairly sure: one seed."
     said = ", ".join(f"{name} {_range(shares)}" for name, shares in learned.items())
+    solved = [name for name in learned if trial.solved(name)]
+    right = f" {SOLVED:.0%} of the training samples or more are right with {', '.join(solved)}, which is enough too."
     return (
         f"{sure} In {trial.epochs} epochs with {count} seed{'s' * (count > 1)}, rules lowered the loss by these shares "
-        f"of what BPTT() did: {said}; {LEARNS:.0%} is enough."
+        f"of what BPTT() did: {said}; {LEARNS:.0%} is enough.{right if solved else ''}"
     )
 
 

@@ -65,13 +65,14 @@ def run_trial(
     report: Console,
 ) -> Trial:
     """Train the recipe's network for some epochs with each rule and each seed from 0."""
-    trial = Trial(epochs, [], {repr(rule): [] for rule in rules})
+    trial = Trial(epochs, [], {repr(rule): [] for rule in rules}, {repr(rule): [] for rule in rules})
     for seed in map(str, range(seeds)):
         built = build(recipe, data, tau, "--seed", seed)
         sizes = {"loss": built.loss, "steps": steps, "batch_size": built.batch_size}
         trial.start.append(measure_split(here, built.model, data, "train", **sizes).loss)
         for rule in rules:
             report.line(f"trial: {rule}, seed {seed}")
-            history = train(here, build(recipe, data, tau, "--seed", seed), steps, epochs, rule, report).history
-            trial.losses[repr(rule)].append(history[-1]["train_loss"])
+            last = train(here, build(recipe, data, tau, "--seed", seed), steps, epochs, rule, report).history[-1]
+            trial.losses[repr(rule)].append(last["train_loss"])
+            trial.accuracies[repr(rule)].append(last["train_accuracy"])
     return trial

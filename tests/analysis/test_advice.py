@@ -37,7 +37,8 @@ def test_without_a_trial_the_first_rule_that_agrees_is_advised(cosines, rule):
     ],
 )
 def test_a_trial_decides_whatever_the_cosines_are(losses, rule, sure):
-    trial = Trial(4, [2.0, 2.0], {**losses, "BPTT()": [1.0, 1.0]})
+    losses = {**losses, "BPTT()": [1.0, 1.0]}
+    trial = Trial(4, [2.0, 2.0], losses, {name: [0.8, 0.8] for name in losses})
     said = advice(measured(SLTT=0.99, OTTT=0.99), trial)
     assert said.startswith(f"Take {rule}. It drops {'nothing' if rule == 'BPTT()' else '30%'}")
     assert (
@@ -47,15 +48,23 @@ def test_a_trial_decides_whatever_the_cosines_are(losses, rule, sure):
 
 
 def test_a_trial_in_which_bptt_learns_little_decides_nothing():
-    trial = Trial(1, [2.0], {"SLTT()": [1.99], "BPTT()": [1.98]})
+    trial = Trial(1, [2.0], {"SLTT()": [1.99], "BPTT()": [1.98]}, {"SLTT()": [0.3], "BPTT()": [0.3]})
     assert advice(measured(SLTT=0.5), trial).startswith("Take BPTT().")
     said = advice(measured(SLTT=0.99), trial)
     assert said.startswith("Take SLTT().")
     assert said.endswith("Not sure: BPTT() has learned little in 1 epochs. Give a longer --trial.")
 
 
+def test_a_rule_that_solves_the_task_is_enough_whatever_its_loss_is():
+    losses = {"SLTT()": [1.9, 1.9], "OTTT()": [1.3, 1.3], "BPTT()": [1.0, 1.0]}
+    accuracies = {"SLTT()": [0.99, 0.5], "OTTT()": [0.99, 1.0], "BPTT()": [1.0, 1.0]}
+    said = advice(measured(SLTT=0.5, OTTT=0.9), Trial(4, [2.0, 2.0], losses, accuracies))
+    assert said.startswith("Take OTTT().")
+    assert "OTTT() 70%; 90% is enough. 98% of the training samples or more are right with OTTT(), which is" in said
+
+
 def test_one_seed_is_fairly_sure_and_costs_are_those_measured():
-    trial = Trial(4, [2.0], {"SLTT()": [1.0], "BPTT()": [1.0]})
+    trial = Trial(4, [2.0], {"SLTT()": [1.0], "BPTT()": [1.0]}, {"SLTT()": [0.9], "BPTT()": [0.9]})
     said = advice(measured(SLTT=0.9), trial, {"SLTT()": 345_372, "BPTT()": 12_958_020})
     assert "A batch takes 0.345 MB (13 MB with BPTT()). Fairly sure: one seed." in said
 
