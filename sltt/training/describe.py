@@ -14,7 +14,7 @@ from os import PathLike, fspath
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 NETWORK = "network.pt"
 
@@ -108,6 +108,10 @@ def _path(value: Any) -> str:
 
 def _kept(name: str, value: Any) -> dict[str, Any]:
     """What makes the network or the loss again: the file that has both."""
+    if isinstance(value, fx.GraphModule):
+        raise UndescribedError(
+            "torch.fx made this network: for a twin, train a recipe with --model sltt.interop.spiking"
+        )
     _path(type(value))
     function = {"model": "network", "loss": "loss"}[name]
     return {"class_path": f"sltt.training.saved.{function}", "init_args": {"file": NETWORK}}
