@@ -1,5 +1,7 @@
 """The calls of an ANN, read by torch.fx: its activations, and all that stands in the way of a spiking twin."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -55,7 +57,7 @@ class Calls:
     def _restore_norm(self, node: fx.Node) -> None:
         """Make a call of `F.batch_norm` in a subclass of BatchNorm, as timm's with an activation, one of a module."""
         path, layers = self.around(node), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        module = self.ann.get_submodule(path)
+        module: Any = self.ann.get_submodule(path)
         if node.target is F.batch_norm and isinstance(module, layers):
             module.__class__ = next(layer for layer in layers if isinstance(module, layer))  # its children stay
             weights = node.all_input_nodes[1:]
