@@ -266,6 +266,18 @@ def test_spikes_changed_in_place_are_named(width):
             sltt.SLTT()(model, x, y, LOSS)
 
 
+@pytest.mark.parametrize("layer", [nn.Tanh, nn.Sigmoid])
+def test_outputs_of_another_layer_changed_in_place_are_named(layer):
+    class Adds(nn.Module):
+        def forward(self, x):
+            return x.add_(1)
+
+    allowed = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))  # a linear layer does not need its outputs
+    model = nn.Sequential(allowed, layer(), Adds(), nn.Linear(6, 6), sltt.LIF(), nn.Linear(6, 3)).double()
+    with pytest.raises(ValueError, match=rf"the outputs of 1 \({layer.__name__}\) are changed in place"):
+        sltt.SLTT()(model, *batch(), LOSS)
+
+
 def test_a_static_image_without_steps_is_explained():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), sltt.LIF(), nn.Flatten(), nn.Linear(4 * 36, 3))
     x, y = torch.randn(5, 3, 8, 8), torch.randint(3, (5,))

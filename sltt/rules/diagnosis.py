@@ -33,10 +33,10 @@ def explained(model: nn.Module, sequence: Sequence) -> Iterator[None]:
                 f"knows of: make it a sltt.Stateful with states = ('{attribute}',), or call "
                 f"sltt.register({kind}, states=['{attribute}'])"
             ) from error
-        if any(words in str(error) for words in _IN_PLACE) and (where := _changed_in_place(model, sequence)):
+        if any(words in str(error) for words in _IN_PLACE) and (changed := _changed_in_place(model, sequence)):
             raise ValueError(
-                f"the spikes of {where} are changed in place, and its backward needs them: use an operation that is "
-                "not in place, such as `x = x * 2` for `x *= 2`, or nn.ReLU(inplace=False)"
+                f"{changed} are changed in place, and a backward needs them: use an operation that is not in place, "
+                "such as `x = x * 2` for `x *= 2`, or nn.ReLU(inplace=False)"
             ) from error
         if not sequence.static and sequence.x.ndim in (2, 4):
             shape = list(sequence.x.shape)
@@ -70,25 +70,30 @@ def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tens
             yield from ((name, module, key, value) for key, value in vars(module).items() if isinstance(value, Tensor))
 
 
-@torch.no_grad()
 def _changed_in_place(model: nn.Module, sequence: Sequence) -> str | None:
-    """The first layer of neurons whose spikes are changed in place after it, found by running a time step."""
+    """The first spikes, or other outputs that their layer's backward needs, that are changed in place after it.
+
+    Found by running a time step.
+    """
     seen: list[tuple[str, Tensor, int]] = []
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                seen.append((f"{name or 'the model'} ({type(module).__name__})", output, output._version))
+            spikes = emits_spikes(module)
+            if isinstance(output, Tensor) and (spikes or hasattr(output.grad_fn, "_saved_result")):
+                what = f"the {'spikes' if spikes else 'outputs'} of {name or 'the model'} ({type(module).__name__})"
+                seen.append((what, output, output._version))
 
         return hook
 
-    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if emits_spikes(m)]
+    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules()]
     try:
-        model(sequence.input(range(1)))
+        with torch.enable_grad():
+            model(sequence.input(range(1)))
     except Exception:
         return None  # the error that is to be explained says more
     finally:
         reset(model)
         for hook in hooks:
             hook.remove()
-    return next((name for name, output, version in seen if output._version != version), None)
+    return next((what for what, output, version in seen if output._version != version), None)
