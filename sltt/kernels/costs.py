@@ -56,7 +56,7 @@ class Costs(NamedTuple):
         return self.element * elements + self.weight * weights
 
 
-class Seconds(NamedTuple):
+class LayerSeconds(NamedTuple):
     """Time of a layer on one thread, by the model."""
 
     dense: float
@@ -76,13 +76,13 @@ def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
     return BreakEven(*(_even(layer.products, costs.overhead(elements, weights), costs) for costs, elements in pairs))
 
 
-def seconds(layer: Layer, dtype: torch.dtype, density: float) -> tuple[Seconds, Seconds]:
+def seconds(layer: Layer, dtype: torch.dtype, density: float) -> tuple[LayerSeconds, LayerSeconds]:
     """Estimates for the forward and for the weight gradient; the input gradient is dense in any case."""
     found = []
     for costs, elements in zip(_costs(layer.linear, dtype), _elements(layer), strict=True):
         overhead = costs.overhead(elements, math.prod(layer.weight_shape))
         sparse = costs.spike * density * layer.products + overhead
-        found.append(Seconds(costs.dense * layer.products / 1e9, sparse / 1e9))
+        found.append(LayerSeconds(costs.dense * layer.products / 1e9, sparse / 1e9))
     return found[0], found[1]
 
 

@@ -1,6 +1,6 @@
 """Networks of the paper, and small ones for CPUs: each call is one time step, [B, C, H, W] to [B, classes]."""
 
-from sltt.models.digits import DigitsNet
+from sltt.models.digitsnet import DigitsNet
 from sltt.models.mlp import MLP
 from sltt.models.nfresnet import NFResNet, nfresnet34, nfresnet50, nfresnet101
 from sltt.models.resnet import ResNet, resnet18, resnet34
