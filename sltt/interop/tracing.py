@@ -1,7 +1,5 @@
 """The calls of an ANN, read by torch.fx: its activations, and all that stands in the way of a spiking twin."""
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -57,9 +55,10 @@ class Calls:
     def _restore_norm(self, node: fx.Node) -> None:
         """Make a call of `F.batch_norm` in a subclass of BatchNorm, as timm's with an activation, one of a module."""
         path, layers = self.around(node), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        module: Any = self.ann.get_submodule(path)
-        if node.target is F.batch_norm and isinstance(module, layers):
-            module.__class__ = next(layer for layer in layers if isinstance(module, layer))  # its children stay
+        module = self.ann.get_submodule(path)
+        layer = next((layer for layer in layers if isinstance(module, layer)), None)
+        if layer and node.target is F.batch_norm:
+            object.__setattr__(module, "__class__", layer)  # its children stay
             weights = node.all_input_nodes[1:]
             node.op, node.target, node.args, node.kwargs = "call_module", path, node.args[:1], {}
             for weight in weights:
