@@ -98,6 +98,8 @@ class Call:
         weight = self.weights.cast(weight, grad.dtype)
         if self.layer.linear:
             return grad @ weight
+        if sparse.has_input_gradient(self.layer, grad.dtype):
+            return sparse.input_gradient(self.layer, grad, weight)
         # of the input, only shape and memory format are looked at
         x = grad if grad.shape == self.layer.x_shape else grad.new_empty(self._channels_last_shape()).movedim(-1, 1)
         return self._convolution_backward(grad, x, weight, [True, False, False])[0]

@@ -20,7 +20,14 @@ from pathlib import Path
 
 import torch
 
-_NAMES = ("spikes.h", "spikes_bits.cpp", "spikes_forward.cpp", "spikes_gradient.cpp", "spikes_neuron.cpp")
+_NAMES = (
+    "spikes.h",
+    "spikes_bits.cpp",
+    "spikes_forward.cpp",
+    "spikes_gradient.cpp",
+    "spikes_neuron.cpp",
+    "input_gradient.cpp",
+)
 SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-ffp-contract=off")
 _PROCESSORS = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
@@ -32,6 +39,7 @@ _FUNCTIONS = {
     "sltt_pack": (None, [_P, _P, _P, _F, _P, _I]),
     "sltt_forward": (_I, [_P, _P, _P, _P, _P, _I, _I]),
     "sltt_weight_gradient": (_I, [_P, _P, _P, _I, _F, _P, _P, _I]),
+    "sltt_input_gradient": (_I, [_P, _P, _P, _P, _P, _I]),
     "sltt_neuron": (None, [_P, _I, _P, _P, _P, _P, _P, _P, _N, _I]),
     "sltt_neuron_gradient": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
 }

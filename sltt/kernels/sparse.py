@@ -182,6 +182,25 @@ def weight_gradient(
     return grad, g.flatten(0, -2).sum(0, dtype=torch.float32) if needs_bias else None
 
 
+def has_input_gradient(layer: Layer, dtype: torch.dtype) -> bool:
+    """Whether `input_gradient` can do the layer: a 3×3 convolution of stride 1 in float32."""
+    _, _, _, ci, co, kh, kw, sh, sw, *_ = layer.sizes
+    return (kh, kw, sh, sw) == (3, 3, 1, 1) and ci % 32 == co % 16 == 0 and dtype == torch.float32
+
+
+def input_gradient(layer: Layer, grad_y: Tensor, weight: Tensor) -> Tensor:
+    """∂L/∂x, dense, in less than half of the multiplications (Winograd); with the channels last in memory."""
+    assert grad_y.shape == layer.y_shape
+    g, weight = grad_y.movedim(1, -1).contiguous(), weight.detach()
+    batch, channels, *pixels = layer.x_shape
+    grad = torch.empty((batch, *pixels, channels))
+    short = _library().sltt_input_gradient(
+        layer.pointer, weight.data_ptr(), _strides(weight), g.data_ptr(), grad.data_ptr(), torch.get_num_threads()
+    )
+    _check(short)
+    return grad.movedim(-1, 1)
+
+
 def _sizes(n: int, ci: int, co: int, h: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:
     """Of each axis: size, kernel, stride, padding before and output size."""
     if (
@@ -220,4 +239,4 @@ def _library() -> ctypes.CDLL:
 
 def _check(short_of_memory: int) -> None:
     if short_of_memory:
-        raise MemoryError("a sparse layer has no memory for its lists of spikes")
+        raise MemoryError("a layer on spikes has no memory for its scratch")
