@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from sltt import analysis, data, losses, models, schedules, surrogates
 from sltt.dropout import Dropout
-from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, IntegerLIF, Neuron, TernaryLIF, lif_step
+from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, IntegerLIF, Neuron, Recurrent, TernaryLIF, lif_step
 from sltt.parallel import devices
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
 from sltt.sequence.once import once
@@ -34,6 +34,7 @@ __all__ = [
     "Output",
     "Phase",
     "RateBased",
+    "Recurrent",
     "Rule",
     "Stateful",
     "TernaryLIF",

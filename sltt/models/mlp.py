@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from sltt.checks import flag, whole_numbers
 from sltt.dropout import Dropout
 from sltt.models.base import NeuronFactory, check_floating, neuron_maker
-from sltt.neurons import LIF
+from sltt.neurons import LIF, Recurrent
 
 
 class MLP(nn.Module):
@@ -20,16 +20,25 @@ class MLP(nn.Module):
         dropout: probability of the dropout after each neuron.
         norm: with BatchNorm. Its running statistics are those of all time steps together; leave it out where the steps
             differ, such as a silent one.
+        recurrent: the spikes of each hidden layer come back one time step later, through a linear layer without bias.
     """
 
-    def __init__(self, features: Sequence[int], neuron: NeuronFactory = LIF, dropout: float = 0.0, norm: bool = True):
+    def __init__(
+        self,
+        features: Sequence[int],
+        neuron: NeuronFactory = LIF,
+        dropout: float = 0.0,
+        norm: bool = True,
+        recurrent: bool = False,
+    ):
         super().__init__()
         self.features = list(whole_numbers("features", features, least=1, fewest=2))
-        norm = flag("norm", norm)
+        norm, recurrent = flag("norm", norm), flag("recurrent", recurrent)
         neuron = neuron_maker(neuron)
         layers: list[nn.Module] = []
         for before, after in pairwise(features[:-1]):
-            layers += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if norm else []), neuron(), Dropout(dropout)]
+            neurons = Recurrent(neuron(), nn.Linear(after, after, bias=False)) if recurrent else neuron()
+            layers += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if norm else []), neurons, Dropout(dropout)]
         self.hidden = nn.Sequential(*layers)
         self.head = nn.Linear(features[-2], features[-1])
 

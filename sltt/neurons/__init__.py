@@ -4,6 +4,7 @@ from sltt.neurons.adaptive import ALIF, ChannelLIF
 from sltt.neurons.base import Neuron
 from sltt.neurons.graded import IntegerLIF, TernaryLIF
 from sltt.neurons.leaky import IF, LIF, PLIF, IntegrateAndFire, lif_step
+from sltt.neurons.recurrent import Recurrent
 from sltt.neurons.synaptic import CubaLIF
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "IntegerLIF",
     "IntegrateAndFire",
     "Neuron",
+    "Recurrent",
     "TernaryLIF",
     "lif_step",
 ]

@@ -99,7 +99,13 @@ class Mixed(Rule):
             window = next((w for pattern, w in self.windows.items() if matches(name, pattern)), self.default)
             return window if isinstance(window, int) else steps
 
-        return {module: length(name) for name, module in layers.items()}
+        # neurons inside of another layer, such as a recurrent one, have that layer's window
+        return {module: length(_outermost(name, layers)) for name, module in layers.items()}
+
+
+def _outermost(name: str, layers: Iterable[str]) -> str:
+    """The first of the layers that a layer is inside of, or the layer itself."""
+    return next((outer for outer in layers if name == outer or name.startswith(f"{outer}.")), name)
 
 
 def neuron_layers(model: nn.Module) -> dict[str, nn.Module]:

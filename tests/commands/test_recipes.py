@@ -82,6 +82,7 @@ FRAMES = {
     "recall-marked": (21,),
     "sequential-digits": (8,),
     "shd": (700,),
+    "shd-recurrent": (700,),
 }
 CLASSES = {
     "cifar100": 100,
@@ -89,6 +90,7 @@ CLASSES = {
     "recall": 4,
     "recall-marked": 2,
     "shd": 20,
+    "shd-recurrent": 20,
     **{f"imagenet{end}": 1000 for end in ("", "-qkformer", "-stage1", "-stage2")},
 }
 

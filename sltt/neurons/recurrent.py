@@ -1,0 +1,72 @@
+"""Recurrence: a layer of neurons reads its own spikes of the step before."""
+
+import torch
+from torch import Tensor, nn
+
+from sltt.checks import instance
+from sltt.sequence.fold import ONE_STEP, folding
+from sltt.sequence.state import Stateful, detach, emits_spikes
+
+
+class Recurrent(Stateful):
+    """Neurons whose spikes come back as current one time step later.
+
+        s[t] = neuron(x[t] + layer(s[t−1]))         s[0] = 0
+
+        sltt.Recurrent(sltt.LIF(tau=10.0), nn.Linear(256, 256, bias=False))
+        sltt.Recurrent(sltt.ALIF(), nn.Conv2d(32, 32, 3, padding=1))
+
+    SLTT cuts the way back: the layer learns from the step alone, ∇W = Σ_t e[t] s[t−1]^T. OTTT traces the spikes that
+    the layer reads, which is e-prop for one layer. Folded time steps run one after the other in here.
+
+    Args:
+        neuron: the neurons.
+        layer: maps their spikes to a current of the same shape.
+
+    Raises:
+        ValueError: at the first step, if the layer does not keep the shape of the spikes.
+
+    Source: Bellec et al., Nature Communications 2020 (e-prop).
+    """
+
+    states = ("s",)
+    foldable = True
+    s: Tensor | None
+
+    def __init__(self, neuron: nn.Module, layer: nn.Module):
+        super().__init__()
+        self.neuron = instance("neuron", neuron, nn.Module)
+        self.layer = instance("layer", layer, nn.Module)
+        if not emits_spikes(neuron):
+            raise ValueError(f"neuron must be a layer of neurons, such as sltt.LIF(), got {type(neuron).__name__}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
+        fold, spikes = self.fold, []
+        if fold.steps == 1:
+            return self._step(x)
+        inner = [m for child in self.children() for m in child.modules()]
+        with folding(inner, ONE_STEP):
+            for x_t in x.chunk(fold.steps):
+                if fold.cut and spikes:
+                    self.detach()
+                    detach(self.neuron)
+                spikes.append(self._step(x_t))
+        return torch.cat(spikes)
+
+    def _step(self, x: Tensor) -> Tensor:
+        before = torch.zeros_like(x) if self.s is None else self.s
+        try:
+            back, got = self.layer(before), None
+        except RuntimeError as error:
+            if self.s is not None:
+                raise
+            back, got = None, error
+        if back is None or back.shape != x.shape:
+            does = "cannot read them" if back is None else f"gives {list(back.shape)}"
+            raise ValueError(
+                f"the recurrent layer {self.layer} gets spikes {list(x.shape)} and {does}: expected a layer that keeps "
+                "the shape, such as nn.Linear(n, n) or nn.Conv2d(c, c, 3, padding=1)"
+            ) from got
+        self.s = spikes = self.neuron(x + back)
+        return spikes
