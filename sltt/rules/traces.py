@@ -243,8 +243,7 @@ class _Operations(TorchFunctionMode):
         if settings and settings[1] == "same":
             sides: Any = self.layer._reversed_padding_repeated_twice
             x, settings = F.pad(x, sides), (settings[0], 0, *settings[2:])
-        plain = _FUNCTIONS[func](*settings)
-        y = self._traced(plain, x, weight, bias)
+        y = self._traced(_FUNCTIONS[func](func, *settings), x, weight, bias)
         return func(x, weight, bias, *settings) if y is None else y
 
     def _normalise(self, func: Any, *args: Any, weight: Tensor | None, bias: Tensor | None, **settings: Any) -> Tensor:
@@ -269,8 +268,8 @@ class _Operations(TorchFunctionMode):
 class _Linear:
     """y = x Wᵀ + b, and its backward from an input that may be another than that of the forward."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def __init__(self, function: Callable[..., Tensor]):
+        self.forward = function
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
         rows = grad.flatten(0, -2)
@@ -284,12 +283,15 @@ class _Linear:
 class _Convolution:
     """A convolution, and its backward from an input that may be another than that of the forward."""
 
-    def __init__(self, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1):
+    def __init__(
+        self, function: Callable[..., Tensor], stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ):
+        self.function, self.arguments = function, (stride, padding, dilation, groups)
         stride, padding, dilation = ([size] if isinstance(size, int) else size for size in (stride, padding, dilation))
         self.settings = stride, [0] if padding == "valid" else padding, dilation, False, [0], groups
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.convolution(x, weight, bias, *self.settings)
+        return self.function(x, weight, bias, *self.arguments)  # which may be sparse
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
         return torch.ops.aten.convolution_backward(grad, x, weight, [weight.shape[0]], *self.settings, needs)

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import sltt
+from sltt import kernels
+from sltt.kernels import native, sparse
 from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.rules.traces import traced
 from tests.conftest import LOSS, batch, gradients, small_network
@@ -133,6 +135,22 @@ def test_memory_is_one_number_for_each_input_of_a_weight_layer_and_does_not_grow
     logits = 4 * 16 * 2
     assert measured(sltt.OTTT(), model, x, y, steps=256) <= 1.01 * short + 252 * logits
     assert short - plain <= 4 * (x.numel() + 16 * 32 * 64)
+
+
+@pytest.mark.skipif(native.problem() is not None, reason="sparse layers need a C++ compiler")
+def test_forwards_are_sparse_where_those_of_sltt_are():
+    model = nn.Sequential(nn.Conv2d(2, 64, 3, padding=1), sltt.LIF(), nn.Conv2d(64, 64, 3, padding=1), sltt.LIF())
+    model = nn.Sequential(*model, nn.Flatten(), nn.Linear(64 * 64, 3)).to(memory_format=torch.channels_last)
+    x, y = 3 * torch.randn(8, 2, 8, 8), torch.randint(3, (8,))
+    x, found, calls = x.to(memory_format=torch.channels_last), [], []
+    plain = sparse.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "forward", lambda *args: calls.append(1) or plain(*args))
+        for mode in ("on", "off"):
+            with kernels.using(sparse=mode):
+                found.append(gradients(model, sltt.OTTT(), x, y, steps=3)[0])
+            assert calls == [1] * 3  # the second convolution, in each time step
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_is_left_behind():
