@@ -240,3 +240,15 @@ def test_a_table_is_made_for_each_setting_of_a_file(run, tmp_path):
     assert lines.count("| ReLU | 2 s | 1 | 200 MB | 200 MB |") == 1
     assert "old" not in lines
     assert "Not measured yet." in lines
+
+
+def test_the_table_of_tasks_is_that_of_its_results():
+    tasks = load("tasks")
+    rows = json.loads(tasks.ROWS.read_text())
+    assert tasks.filled(tasks.PAGE.read_text(), rows) == tasks.PAGE.read_text()
+    new = {**rows[-1], "accuracies": [0.5, 0.7]}
+    assert tasks.merged(rows, [new]) == [*rows[:-1], new]
+    assert "| 60.0% ± 14.1% | 2 |" in tasks.table([new])
+    (traces,) = (row["accuracies"] for row in rows if (row["task"], row["rule"]) == ("recall", "OTTT"))
+    assert min(traces) >= 0.99
+    assert len(traces) == 5

@@ -1,0 +1,95 @@
+"""All rules on all tasks that tell them apart: accuracy, memory, time and cosine, and the table of docs/results.md.
+
+    python benchmarks/tasks.py [--tasks recall …] [--rules BPTT,SLTT,…] [--seeds 5] [--runs runs/tasks]
+
+Each task is an `sltt compare` with one thread, kept in `runs/tasks`: the same command goes on where it stopped. What it
+measured replaces the rows of the same task and rule in docs/results/tasks.json. The table is made of that file.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from tables import BLOCK
+
+from sltt.commands import main as sltt
+from sltt.training.console import megabytes
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, ROWS = DOCS / "results.md", DOCS / "results" / "tasks.json"
+# the recipe, and its options
+TASKS = {
+    "digits": ["digits", "--epochs", "6"],
+    "digits-events": ["digits-events", "--epochs", "6"],
+    "recall": ["recall"],
+    "recall, detach_reset: false": ["recall", "--model.neuron.detach_reset", "false"],
+    "sequential-digits": ["sequential-digits"],
+    "recall-marked": ["recall-marked"],
+}
+RULES = "BPTT,OTTT,SLTT,TBPTT:window=2,RateBased,OTTT:inputs=false,SLTT:k=1"
+Rows = list[dict[str, Any]]
+
+
+def compare(task: str, rules: str, seeds: int, folder: Path) -> Rows:
+    """Train the rules on a task, and what they reached."""
+    save = folder / task.replace(", ", "-").replace(": ", "-")
+    options = ["--rules", rules, "--seeds", str(seeds), "--device", "cpu", "--save", str(save)]
+    if code := sltt(["compare", *TASKS[task], *options]):
+        raise SystemExit(code)
+    kept = "rule", "accuracies", "seconds", "peak_memory", "cosine"
+    rows = json.loads((save / "compare.json").read_text())["rows"]
+    return [{"task": task, **{key: row[key] for key in kept}} for row in rows]
+
+
+def merged(rows: Rows, new: Rows) -> Rows:
+    """The rows with the new ones in place of those of the same task and rule, in the order of the tasks."""
+    found = {(row["task"], row["rule"]): row for row in [*rows, *new]}
+    return sorted(found.values(), key=lambda row: list(TASKS).index(row["task"]))
+
+
+def table(rows: Rows) -> str:
+    """Markdown: a line for each task and rule."""
+    lines = ["| task | rule | test accuracy | seeds | memory | seconds per epoch | cosine |", "| --- " * 7 + "|"]
+    for row in rows:
+        reached = row["accuracies"]
+        spread = f" ± {statistics.stdev(reached):.1%}" if len(reached) > 1 else ""
+        cells = [
+            row["task"],
+            row["rule"],
+            f"{statistics.mean(reached):.1%}{spread}",
+            str(len(reached)),
+            megabytes(row["peak_memory"]),
+            "–" if row["seconds"] is None else f"{row['seconds']:.1f}",
+            f"{row['cosine']:.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def filled(page: str, rows: Rows) -> str:
+    """The page with the table of the rows."""
+    return BLOCK.sub(
+        lambda block: f"{block[1]}\n{table(rows)}\n\n{block[4]}" if block[2] == "tasks" else block[0], page
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--rules", default=RULES)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--runs", type=Path, default=Path("runs/tasks"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for task in options.tasks:
+        new = compare(task, options.rules, options.seeds, options.runs)
+        rows = merged(json.loads(ROWS.read_text()) if ROWS.exists() else [], new)
+        ROWS.write_text(json.dumps(rows, indent=1) + "\n")
+        PAGE.write_text(filled(PAGE.read_text(), rows))
+
+
+if __name__ == "__main__":
+    main()
