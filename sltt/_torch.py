@@ -18,6 +18,7 @@ try:
     from torch.nn.modules.instancenorm import _InstanceNorm
     from torch.nn.utils.parametrizations import _SpectralNorm
     from torch.overrides import _pop_mode, _push_mode
+    from torch.utils._python_dispatch import TorchDispatchMode
 except ImportError as error:
     raise ImportError(f"PyTorch {torch.__version__} lacks what PyTorch 2.6 to 2.13 have: {error}") from error
 

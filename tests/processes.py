@@ -24,8 +24,12 @@ from tests.conftest import RULES, small_network
 
 sltt.parallel.devices.SHARD_FROM = 40  # so that each linear layer of the small networks is sharded by itself
 SHARDED = {name: RULES[name] for name in ("SLTT", "BPTT", "BPTT(segment=2)", "SLTT(k=2, fold=4)", "Mixed")}
+OF_EACH_KIND = (
+    *("BPTT", "BPTT(segment=2, fold=2)", "TBPTT(2)", "SLTT", "SLTT(recompute)", "SLTT(hoist)", "SLTT(k=2, rescale)"),
+    *("SLTT(k=2, fold=4)", "OTTT", "RateBased", "Mixed(default=2)"),
+)
 TRAININGS = {
-    **{name: {"rule": rule} for name, rule in RULES.items()},
+    **{name: {"rule": RULES[name]} for name in OF_EACH_KIND},
     "OTTT(online)": {"rule": sltt.OTTT(decay=0.5, online=True)},
     "SLTT(k=1), clipped": {"rule": sltt.SLTT(k=1), "clip_norm": 1e-2},
     "a batch of one sample": {"rule": sltt.SLTT(), "batch_size": 59},

@@ -31,7 +31,16 @@ def test_the_commands_run_as_written(tmp_path, monkeypatch, capsys):
     for command in COMMANDS:
         words = shlex.split(command, comments=True)[1:]
         if words[0] in ("train", "compare", "agreement", "profile") and "--resume" not in words:
-            words += ["--epochs", "1", "--model.width", "4", "--device", "cpu"]  # as written, but short
+            words += [
+                "--epochs",
+                "1",
+                "--model.width",
+                "2",
+                "--batch_size",
+                "128",
+                "--device",
+                "cpu",
+            ]  # as written, but short
         run = next(iter(Path("runs").glob("digits*")), None)
         assert main([word.replace("runs/RUN", str(run)) for word in words]) == 0, command
 

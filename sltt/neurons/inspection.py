@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from sltt._torch import TorchDispatchMode
 from sltt.kernels import CustomStep
 
 SHAPE = (4, 3, 5)  # samples, channels, positions

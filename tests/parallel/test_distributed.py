@@ -21,7 +21,8 @@ from sltt.training.settings import Execution
 from tests.processes import NORMED, SHARDED, TRAININGS, Sequences, network, standardised, train
 
 ROOT = Path(__file__).parents[2]
-LONG = [sys.executable, "-m", "sltt", "train", "digits", "--devices", "2", "--device", "cpu", "--epochs", "500"]
+TRAIN = [sys.executable, "-m", "sltt", "train", "digits", "--device", "cpu", "--model.width", "2", "--steps", "1"]
+LONG = [*TRAIN, "--devices", "2", "--epochs", "5000"]
 
 
 def start(words, environment=(), **kwargs):
@@ -198,7 +199,7 @@ def test_sigterm_saves_and_ends_with_the_code_for_a_requeue(of_all, long_trainin
 
 @pytest.mark.slow
 def test_what_slurm_starts_trains_together_and_one_process_speaks(tmp_path):
-    words = [*LONG[:5], "--device", "cpu", "--epochs", "1", "--model.width", "4", "--run", str(tmp_path / "run")]
+    words = [*TRAIN, "--epochs", "1", "--run", str(tmp_path / "run")]
     job = {"SLURM_JOB_ID": str(20000 + os.getpid() % 10000), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1"}
     job |= {
         "SLURM_NTASKS": "2",
