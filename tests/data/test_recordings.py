@@ -81,3 +81,8 @@ def test_a_file_of_another_format_is_named(tmp_path, name, content, message):
     with pytest.raises(RecordingError, match=message) as caught:
         read(tmp_path / name, (34, 34), "count", 1)
     assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_wide_sensor_is_scaled_by_its_height_and_its_width():
+    corner = Recording(*(np.array([value]) for value in (39, 19, 0, 1)))
+    assert frames(corner, 1, (20, 40), 5)[0, 1, 4, 4] == 1

@@ -160,3 +160,9 @@ def test_a_dead_layer_is_warned_about_by_name(bias, message, tmp_path, capsys):
 def test_a_healthy_layer_is_not(tmp_path, capsys):
     train(tmp_path / "run", epochs=1, report=Console())
     assert "warning" not in capsys.readouterr().out
+
+
+def test_of_epochs_that_are_equally_good_the_first_is_the_best(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
+    still = partial(torch.optim.SGD, lr=0.0)
+    assert train(tmp_path / "run", model, optimizer=still, epochs=2)[1].epoch == 1
