@@ -1,14 +1,33 @@
-"""Losses of one time step: `loss(logits [B, C], target [B]) -> scalar`. The rules divide by T."""
+"""Losses: of one time step, `loss(logits [B, C], target [B]) -> scalar`, or of a whole sequence [T, B, C].
+
+A rule takes the mean over T of a loss of one step. For regression and multi-label targets use PyTorch's losses.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sltt.checks import flag, instance, number
+from sltt.checks import flag, function, instance, number
+from sltt.sequence.state import emits_spikes
+
+Prediction = Literal["mean", "last", "max", "steps"]
 
 
 class Loss(nn.Module):
-    """What a recipe may name as its loss; in Python any callable of the same form serves."""
+    """What a recipe may name as its loss; in Python any callable of the same form serves.
+
+    Attributes:
+        prediction: what it predicts by: the mean of the logits over time, the last, the largest, or those of each step.
+        per_step: targets are sequences [T, B, ...], one target for each time step.
+    """
+
+    prediction: Prediction = "mean"
+    per_step: bool = False
 
 
 class CrossEntropyMSE(Loss):
@@ -43,6 +62,190 @@ class CrossEntropyMSE(Loss):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, one_hot={self.one_hot}, label_smoothing={self.label_smoothing}"
+
+
+class PerStep(Loss):
+    """A target for each time step: L = 1/T Σ_t ℓ(o[t], y[t]).
+
+    Args:
+        loss: ℓ, of one time step.
+    """
+
+    prediction = "steps"
+    per_step = True
+
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = function("loss", loss, "the logits and the target")
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Logits [B, C] and targets [B, ...] of one time step to a scalar."""
+        return self.loss(logits, target)
+
+
+class SequenceLoss(Loss):
+    """A loss of the logits of all time steps [T, B, C], which no sum over steps gives.
+
+    BPTT takes it whole, TBPTT over each window. Other rules never have the graph of more than a step.
+    """
+
+
+class _Of(SequenceLoss):
+    """A loss of what is predicted from the sequence.
+
+    Args:
+        loss: ℓ, of logits [B, C] and targets [B, ...].
+    """
+
+    def __init__(self, loss: nn.Module = CrossEntropyMSE()):
+        super().__init__()
+        self.loss = function("loss", loss, "the logits and the target")
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Logits [T, B, C] and targets [B, ...] to a scalar."""
+        return self.loss(predicted(self.prediction, logits), target)
+
+
+class OfMean(_Of):
+    """ℓ(ō, y) of the mean logits ō = 1/T Σ_t o[t]. RateBased takes it too."""
+
+
+class OfLast(_Of):
+    """ℓ(o[T], y) of the last time step; under TBPTT, of the last of each window."""
+
+    prediction = "last"
+
+
+class OfMax(_Of):
+    """ℓ(max_t o[t], y) of each logit's largest value over time."""
+
+    prediction = "max"
+
+
+class VanRossum(SequenceLoss):
+    """The distance of filtered spike trains (van Rossum 2001): outputs o and targets y, [T, B, C].
+
+        L = 1/T Σ_t mean (z[t])²,   z[t] = (1 − 1/τ) z[t−1] + o[t] − y[t]
+
+    Args:
+        tau: time constant of the filter in time steps, at least 1; 1 compares step by step.
+    """
+
+    prediction = "steps"
+    per_step = True
+
+    def __init__(self, tau: float = 10.0):
+        super().__init__()
+        self.tau = number("tau", tau, least=1)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Outputs and targets [T, B, C] to a scalar."""
+        z, total = torch.zeros_like(logits[0]), torch.zeros((), device=logits.device)
+        for difference in logits - target:
+            z = (1 - 1 / self.tau) * z + difference
+            total = total + z.square().mean()
+        return total / len(logits)
+
+
+class Activity(Loss):
+    """A loss with a penalty on firing rates: ℓ(o[t], y) + w · mean over layers of R(r[t]).
+
+        R = r            without `rate`: fewer spikes
+        R = (r − ρ)²     with a `rate` ρ: neither silent nor busy layers
+
+    r[t] is the mean of a layer's spikes in step t, over samples and neurons. An evaluation has the loss alone. Energy
+    falls with the rates: `sltt profile --weights RUN` says by how much.
+
+    Args:
+        loss: ℓ, of one time step.
+        weight: w.
+        rate: ρ, in [0, 1].
+        layers: names of layers of neurons, with * and ?.
+
+    Raises:
+        ValueError: when a rule begins, no layer of that name; or a rule without gradients of spikes, as RateBased.
+    """
+
+    def __init__(
+        self, loss: nn.Module = CrossEntropyMSE(), weight: float = 0.1, rate: float | None = None, layers: str = "*"
+    ):
+        super().__init__()
+        if isinstance(loss, SequenceLoss):
+            raise ValueError(f"Activity adds to the loss of each time step, and {type(loss).__name__} has none")
+        self.loss = function("loss", loss, "the logits and the target")
+        self.weight = number("weight", weight, least=0)
+        self.rate = None if rate is None else number("rate", rate, least=0, most=1)
+        self.layers = layers
+        self.prediction, self.per_step = prediction_of(loss), is_per_step(loss)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss without the penalty."""
+        return self.loss(logits, target)
+
+    def penalty(self, spikes: Sequence[Tensor], batch: int) -> Tensor:
+        """w times the mean over layers of R, summed over the time steps that are folded into spikes [n·B, ...]."""
+        rates = [s.unflatten(0, (-1, batch)).flatten(1).mean(1) for s in spikes]
+        found = [(r if self.rate is None else (r - self.rate).square()).sum() for r in rates]
+        return self.weight * torch.stack(found).mean()
+
+
+@contextmanager
+def watching(loss: Any, model: nn.Module) -> Iterator[Any]:
+    """The loss for the time steps of a batch: with `Activity`, it sees the spikes of the model inside this block."""
+    if not isinstance(loss, Activity):
+        yield loss
+        return
+    neurons = {name.removeprefix("_forward_module."): m for name, m in model.named_modules() if emits_spikes(m)}
+    watched = [module for name, module in neurons.items() if fnmatchcase(name, loss.layers)]
+    if not watched:
+        raise ValueError(f"no layer of neurons is called {loss.layers!r}; there are {', '.join(neurons) or 'none'}")
+    spikes: list[Tensor] = []
+    hooks = [m.register_forward_hook(lambda *call: spikes.append(_first(call[-1]))) for m in watched]
+    try:
+        yield _Watching(loss, spikes)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Watching:
+    """`Activity` in a batch: adds the penalty of the spikes since its last call."""
+
+    def __init__(self, loss: Activity, spikes: list[Tensor]):
+        self.loss, self.spikes, self.per_step = loss, spikes, loss.per_step
+
+    def __call__(self, logits: Tensor, target: Any) -> Tensor:
+        value = self.loss(logits, target)
+        if not self.spikes:  # of the second and later steps in one call of the network
+            return value
+        if torch.is_grad_enabled() and not any(s.requires_grad for s in self.spikes):
+            raise ValueError("the rule has no gradients of spikes, and Activity needs them: use SLTT or BPTT")
+        value = value + self.loss.penalty(self.spikes, len(logits))
+        self.spikes.clear()
+        return value
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def predicted(by: Prediction, logits: Tensor) -> Tensor:
+    """What is predicted from the logits [T, B, C]: [B, C], or [T, B, C] for each step."""
+    if by == "mean":
+        return logits.mean(0)
+    if by == "last":
+        return logits[-1]
+    return logits.amax(0) if by == "max" else logits
+
+
+def prediction_of(loss: Any) -> Prediction:
+    """What a loss predicts by; the mean for a callable that does not say."""
+    return getattr(loss, "prediction", "mean")
+
+
+def is_per_step(loss: Any) -> bool:
+    """Whether a loss takes a target for each time step."""
+    return getattr(loss, "per_step", False)
 
 
 def _check_labels(logits: Tensor, target: Tensor) -> None:

@@ -27,7 +27,7 @@ MEASURES = [
 ]
 
 
-PAGES = ["interop", "quickstart", "own-network", "own-neuron", "own-data", "own-loop", "own-rule", "rules"]
+PAGES = ["interop", "quickstart", "own-network", "own-neuron", "own-data", "own-task", "own-loop", "own-rule", "rules"]
 
 
 @pytest.mark.slow

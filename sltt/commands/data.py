@@ -23,7 +23,8 @@ def run(words: Sequence[str]) -> None:
     report = Console()
     for name in ("train", "validation", "test"):
         report.line(f"{name:12} {len(getattr(splits, name) or ()):8,} samples")
-    report.line(f"{'classes':12} {splits.classes:8,}")
+    if splits.classes is not None:
+        report.line(f"{'classes':12} {splits.classes:8,}")
     report.line(f"{'split':12} {splits.fingerprint}")
     if missing := built.data.missing():
         lost = " and ".join(f"{count:,} {name} recordings" for name, count in missing.items())

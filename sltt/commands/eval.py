@@ -5,9 +5,10 @@ from inspect import signature
 from pathlib import Path
 
 from sltt.commands.parsing import CommandOptions, begin, build, make_parser, only, parse, run_config
+from sltt.metrics import shown
 from sltt.training.checkpoints import load_selected
 from sltt.training.console import Console, as_json, megabytes
-from sltt.training.evaluation import evaluate, measure_split
+from sltt.training.evaluation import evaluate, measure_split, measured_with
 from sltt.training.session import session
 from sltt.training.settings import PROCESSES, Execution
 
@@ -32,16 +33,15 @@ def run(words: Sequence[str]) -> None:
     config.devices = config.num_nodes = None  # of the training
     built = build(parser, config)
     path = load_selected(built.model, run, known.checkpoint)
-    sizes = {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
     with session(Execution.of(vars(built))) as here:
-        metrics = measure_split(here, built.model, built.data, known.split, **sizes, mirror=known.mirror)
+        metrics = measure_split(here, built.model, built.data, known.split, **measured_with(built), mirror=known.mirror)
     if known.json:
-        print(as_json({"checkpoint": str(path), "split": known.split, "mirror": known.mirror, **vars(metrics)}))
+        print(as_json({"checkpoint": str(path), "split": known.split, "mirror": known.mirror, **metrics.named()}))
         return
     report = Console()
     mirrored = " and their mirror images" if known.mirror else ""
     report.line(f"{path}, T = {built.steps}, {known.split} samples{mirrored}")
-    report.line(f"accuracy     {metrics.accuracy:.2%}")
+    report.line(f"{metrics.metric:11}  {shown(metrics.metric, metrics.score)}")
     report.line(f"loss         {metrics.loss:.4f}")
     report.line(f"firing rate  {metrics.firing_rate:.4f}")
     report.line(f"seconds      {metrics.seconds:.1f}")

@@ -184,6 +184,7 @@ def make_parser(prog: str) -> "ArgumentParser":
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
 
     import sltt
+    from sltt.training.describe import describe
 
     set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
     set_loader("sltt", yamltext.load, exceptions=(yaml.YAMLError,))
@@ -208,6 +209,11 @@ def make_parser(prog: str) -> "ArgumentParser":
     )
     parser.add_argument("--config", action="config", help="YAML file whose values override the recipe's")
     parser.add_function_arguments(sltt.fit, skip={"data", "run", "resume", "config", "report"}, fail_untyped=False)
+    # a default that is an object would not be written into the configuration of a run
+    defaults = {name: one.default for name, one in inspect.signature(sltt.fit).parameters.items()}
+    parser.set_defaults(
+        {name: describe(defaults[name]) for name in ("rule", "loss", "optimizer", "schedule", "metric")}
+    )
     parser.add_argument("--data", type=sltt.data.Data, required=True, help="the data set and its splits")
     parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")
     parser.add_argument("--resume", type=str | None, metavar="RUN", help="continue the run in this folder")
@@ -272,10 +278,9 @@ def _refuse_null(config: "Namespace") -> None:
         path, _, name = key.rpartition(".init_args.")
         if value is None and path:
             taken = inspect.signature(locate(config[f"{path}.class_path"])).parameters.get(name)
-            if taken and isinstance(taken.annotation, type) and taken.annotation is not type(None):
-                raise UsageError(
-                    f"{path.replace('.init_args', '')}.{name}: expected {taken.annotation.__name__}, got null"
-                )
+            kind = taken and taken.annotation
+            if isinstance(kind, type) and kind not in (type(None), inspect.Parameter.empty):
+                raise UsageError(f"{path.replace('.init_args', '')}.{name}: expected {kind.__name__}, got null")
 
 
 def _try_optimizer(optimizer: Callable[..., Any]) -> None:

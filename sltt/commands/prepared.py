@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sltt.data import Splits
 from sltt.rules import Rule
 from sltt.training.batches import EpochSampler, ending, train_loader
-from sltt.training.evaluation import measure_split
+from sltt.training.evaluation import measure_split, measured_with
 from sltt.training.session import Session
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def prepared(here: Session, built: Any, steps: int, *, full_precision: bool = Fa
 
 def test_accuracy(here: Session, built: Any) -> float:
     """Of a trained network, measured as its training is set up."""
-    sizes = {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
-    return measure_split(here, built.model, built.data, "test", **sizes).accuracy
+    return measure_split(here, built.model, built.data, "test", **measured_with(built)).accuracy
 
 
 def _run_in_precision(model: nn.Module, fabric: "Fabric") -> tuple[Any, Any]:

@@ -10,7 +10,8 @@ from sltt.commands.failures import cause
 from sltt.commands.page import Cell, Chart, Section, TableOfCells
 from sltt.commands.results import Gathered, rule_label
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
-from sltt.training.console import megabytes
+from sltt.metrics import shown
+from sltt.training.console import megabytes, metric_of
 from sltt.training.files import read_table
 from sltt.training.runs import METRICS
 
@@ -97,35 +98,38 @@ def _training(runs: Sequence[Path], colours: dict[str, str]) -> Section:
 
     accuracy: dict[str, list[figures.Points]] = {}
     loss: dict[str, list[figures.Points]] = {}
-    rows = []
+    rows, metric = [], "accuracy"
     for run in runs:
         history = read_table(run / METRICS)
         label = rule_label(run)
         epochs = [row["epoch"] for row in history]
-        key = "train_accuracy" if history[0]["validation_accuracy"] is None else "validation_accuracy"
+        metric = metric_of(history[0])
+        part = "train" if history[0][f"validation_{metric}"] is None else "validation"
+        key = f"{part}_{metric}"
         accuracy.setdefault(label, []).append((epochs, [row[key] for row in history]))
         loss.setdefault(label, []).append((epochs, [row["train_loss"] for row in history]))
-        best = max(history, key=lambda row: row[key])
+        best = max(history, key=lambda row: row[key] if metric == "accuracy" else -row[f"{part}_loss"])
         seconds = statistics.median(row["seconds"] for row in history)
         rows.append(
             [
                 Cell(run.name, run.name),
                 Cell(label, label),
                 Cell(str(len(epochs)), len(epochs)),
-                Cell(f"{best[key]:.2%}", best[key]),
+                Cell(shown(metric, best[key]), best[key]),
                 _number(history[-1]["train_loss"], ".4f"),
                 Cell(f"{history[-1]['firing_rate']:.3f}", history[-1]["firing_rate"]),
                 Cell(f"{seconds:.2f}", seconds),
             ]
         )
-    curves = figures.lines(accuracy, colours, "epoch", "accuracy", percent=True)
-    headings = "run", "rule", "epochs", "best accuracy", "last loss", "firing rate", "s / epoch"
+    curves = figures.lines(accuracy, colours, "epoch", metric, percent=metric.endswith("accuracy"))
+    name = metric.replace("_", " ").capitalize()
+    headings = "run", "rule", "epochs", f"best {metric}", "last loss", "firing rate", "s / epoch"
     return Section(
         "Training",
-        ["Accuracy on the samples that were held out of the training set, or on that set where none were."],
+        [f"{name} on the samples that were held out of the training set, or on that set where none were."],
         [TableOfCells("runs", "one row a run", headings, rows)],
         [
-            Chart("accuracy", "Accuracy over epochs; a line for each seed", curves),
+            Chart("accuracy", f"{name} over epochs; a line for each seed", curves),
             Chart("loss", "Training loss over epochs", figures.lines(loss, colours, "epoch", "loss")),
         ],
     )

@@ -10,10 +10,11 @@ from torch import nn
 
 from sltt.commands.failures import UsageError
 from sltt.commands.parsing import build, find_recipe, make_parser, only, parse, resumed, run_config
+from sltt.metrics import shown
 from sltt.parallel.devices import keep_freed_memory
-from sltt.training.card import add_test_accuracy
+from sltt.training.card import add_test_score
 from sltt.training.checkpoints import load_selected
-from sltt.training.evaluation import measure_split
+from sltt.training.evaluation import measure_split, measured_with
 from sltt.training.files import write_atomically
 from sltt.training.fit import resume_run, start_run
 from sltt.training.session import Session, session
@@ -67,21 +68,21 @@ def _train(
     if splits.test is None:
         report.line(f"written to {result.run}; there are no test samples to measure it on")
         return
-    run, sizes = result.run, {"loss": built.loss, "steps": built.steps, "batch_size": built.batch_size}
+    run, sizes = result.run, measured_with(built)
     last = selected = measure_split(here, built.model, built.data, "test", **sizes)
     if splits.validation:
         load_selected(built.model, run, "last", here.processes)
         last = measure_split(here, built.model, built.data, "test", **sizes)
     if here.processes.rank > 0:
         return
-    summary = {"epoch": result.epoch, "test_accuracy": selected.accuracy, "last_epoch_test_accuracy": last.accuracy}
-    add_test_accuracy(run, selected.accuracy)
+    name, best, end = selected.metric, shown(selected.metric, selected.score), shown(last.metric, last.score)
+    summary = {"epoch": result.epoch, f"test_{name}": selected.score, f"last_epoch_test_{name}": last.score}
+    add_test_score(run, best)
     write_atomically(run / "result.json", lambda file: file.write(json.dumps(summary).encode()))
     report.line(
-        f"test accuracy {selected.accuracy:.2%} with the weights of epoch {result.epoch}, the best by validation; "
-        f"{last.accuracy:.2%} after the last"
+        f"test {name} {best} with the weights of epoch {result.epoch}, the best by validation; {end} after the last"
         if splits.validation
-        else f"test accuracy {last.accuracy:.2%} after the last epoch"
+        else f"test {name} {end} after the last epoch"
     )
     report.line(f"written to {run}")
 

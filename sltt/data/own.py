@@ -220,7 +220,8 @@ def _target(target: Any) -> Any:
     if _is_class(target):
         return int(target)
     try:
-        return target if isinstance(target, Tensor) else _single(torch.as_tensor(target))
+        found = target if isinstance(target, Tensor) else _single(torch.as_tensor(target))
+        return found if found.ndim else found.unsqueeze(0)  # [B, 1] as the outputs of a network, not [B]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"expected a class index or numbers as target, got {target!r}: map names to 0 … C − 1"

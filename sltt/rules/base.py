@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sltt import kernels
 from sltt.checks import function, instance
 from sltt.frozen import Frozen
+from sltt.losses import SequenceLoss, is_per_step, watching
 from sltt.rules.diagnosis import explained, leftovers_noticed
 from sltt.sequence.fold import Fold
 from sltt.sequence.once import hoisting
@@ -41,7 +42,7 @@ class Batch:
         network: the same, for calls that are no time steps of the batch.
         sequence: the input.
         target: what `loss` compares with.
-        loss: of one time step.
+        loss: of one time step; of the whole sequence, if it is `whole`.
         backward: of a scalar; call it in place of `Tensor.backward`.
         update: steps and zeroes the optimizer, for a rule that is `online`.
         seed: of what the rule draws in this batch; None draws from the global generator.
@@ -89,11 +90,27 @@ class Batch:
         again = steps.start in self._logits
         logits = self.run(steps, graph=graph, cut=cut, recompute=recompute)
         with torch.set_grad_enabled(graph):
-            values = [step_loss(self.loss, o, self.target) / self.steps for o in logits]
+            pairs = zip(steps, logits, strict=True)
+            values = [step_loss(self.loss, o, self.targets(t)) / self.steps for t, o in pairs]
             total = values[0] if len(values) == 1 else torch.stack(values).sum()
         if not again:
             self._total = self._total + total.detach()
         return total
+
+    def window_loss(self, steps: range, logits: Tensor) -> Tensor:
+        """The loss of the logits [n, B, C] of a window, for a loss of a whole sequence; it counts n/T."""
+        value = step_loss(self.loss, logits, self.targets(slice(steps.start, steps.stop))) * len(steps) / self.steps
+        self._total = self._total + value.detach()
+        return value
+
+    def targets(self, steps: int | slice) -> Any:
+        """The target of time steps; the same for all of them, unless the loss takes one for each."""
+        return self.target[steps] if is_per_step(self.loss) else self.target
+
+    @property
+    def whole(self) -> bool:
+        """Whether the loss is one of the whole sequence."""
+        return isinstance(self.loss, SequenceLoss)
 
     def detach(self) -> None:
         """Make the states constants of the steps to come."""
@@ -125,12 +142,14 @@ class Rule(Frozen, ABC):
         recompute: run convolutions and linear layers again in the backward.
         fold: time steps in one call of the network.
         online: the rule updates the weights itself, at every time step.
+        sequence_losses: losses of a whole sequence that the rule can train.
     """
 
     hoist: bool = False
     recompute: bool = False
     fold: int | Literal["auto"] = 1
     online: bool = False
+    sequence_losses: tuple[type[SequenceLoss], ...] = ()
 
     def __call__(
         self,
@@ -153,7 +172,7 @@ class Rule(Frozen, ABC):
             model: maps the input of one time step [B, ...] to logits [B, C], and keeps its own state.
             x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
             target: what `loss` compares the logits with, usually class indices [B].
-            loss: `loss(logits [B, C], target) -> scalar`, of one time step.
+            loss: `loss(logits [B, C], target) -> scalar`, of one time step; or a `SequenceLoss`, where the rule can.
             steps: T for a static input.
             backward: called instead of `Tensor.backward` with each scalar to backpropagate, e.g. `fabric.backward`.
             update: step and zero the optimizer; called by a rule that is `online`, after every time step.
@@ -167,12 +186,20 @@ class Rule(Frozen, ABC):
         """
         instance("model", model, nn.Module)
         function("loss", loss, "the logits and the target")
-        sequence = time_steps(x, steps, target)
+        if isinstance(loss, SequenceLoss) and not isinstance(loss, self.sequence_losses):
+            kind = type(loss).__name__
+            raise ValueError(
+                f"{self} backpropagates a sum over time steps, and {kind} is no sum: use BPTT(), or the nearest sum, "
+                + (f"PerStep(MSELoss()) for {kind}" if loss.per_step else f"the loss inside {kind} by itself")
+            )
+        sequence = time_steps(x, steps, None if is_per_step(loss) else target)
+        if is_per_step(loss):
+            _check_targets(sequence, target)
         backward = backward or Tensor.backward
         if self.online and update is None:
             raise ValueError(f"{self} updates the weights at every time step: call it with update=…")
-        with _unrolling(model, sequence, self.hoist, grad=True) as (network, hoisted):
-            out = self.run(Batch(network, sequence, target, loss, backward, update, seed))
+        with _unrolling(model, sequence, self.hoist, grad=True) as (network, hoisted), watching(loss, model) as of_step:
+            out = self.run(Batch(network, sequence, target, of_step, backward, update, seed))
             hoisted.finish(backward)
         return Output(sequence.result(out.loss), out.logits)
 
@@ -232,6 +259,22 @@ def _unrolling(model: nn.Module, sequence: Sequence, hoist: bool, grad: bool) ->
         hoisting(model, fixed, grad) as hoisted,
     ):
         yield network, hoisted
+
+
+def _check_targets(sequence: Sequence, target: Any) -> None:
+    """Raise ValueError unless there is a target for each time step and sample."""
+    expected = [sequence.steps, sequence.batch]
+    if not isinstance(target, Tensor) or list(target.shape[:2]) != expected:
+        got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"expected targets [T, B, ...] = {expected} for each time step, got {got}")
+
+
+def sequence_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
+    """The loss of a sequence of logits [T, B, C], as the rules take it."""
+    if isinstance(loss, SequenceLoss):
+        return step_loss(loss, logits, target)
+    targets = target if is_per_step(loss) else [target] * len(logits)
+    return torch.stack([step_loss(loss, o, y) for o, y in zip(logits, targets, strict=True)]).mean()
 
 
 def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:

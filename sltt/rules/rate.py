@@ -13,6 +13,7 @@ from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
 from sltt.dropout import Dropout
 from sltt.kernels import NeuronStep, Sensitivity, batch_statistics, steady_steps
+from sltt.losses import OfMean, is_per_step
 from sltt.neurons import IntegrateAndFire
 from sltt.rules.base import Batch, Output, Rule, step_loss
 from sltt.sequence.replace import own_forward, replaced
@@ -68,16 +69,20 @@ class RateBased(Rule):
     (github.com/Tab-ct/rate-based-backpropagation, model/layer.py), where V_th = 1 and v_r = 0.
     """
 
+    sequence_losses = (OfMean,)
+
     def __init__(self, steady: bool = False):
         self.steady = flag("steady", steady)
 
     def run(self, batch: Batch) -> Output:
+        if is_per_step(batch.loss):
+            raise ValueError("RateBased has mean logits only, and the loss takes targets for each time step: use SLTT")
         return self._run_steady(batch) if self.steady else self._run_recorded(batch)
 
     def _run_steady(self, batch: Batch) -> Output:
         with _rate_pass(_neuron_layers(batch.model), batch.steps):
             logits = batch.network(batch.sequence.mean())[0]
-        value = step_loss(batch.loss, logits, batch.target)
+        value = _loss(batch, logits)
         batch.backward(value)
         return Output(value.detach(), logits.detach().expand(batch.steps, *logits.shape))
 
@@ -92,13 +97,18 @@ class RateBased(Rule):
             try:
                 with _rate_pass(layers):
                     rates = batch.network(batch.sequence.mean())[0]
-                value = step_loss(batch.loss, _with_value(logits.mean(0), rates), batch.target)
+                value = _loss(batch, _with_value(logits.mean(0), rates))
                 batch.backward(value)
             finally:
                 with torch.no_grad():  # after the backward, which may have saved them
                     for buffer, before in buffers:
                         buffer.copy_(before)
         return Output(value.detach(), logits)
+
+
+def _loss(batch: Batch, logits: Tensor) -> Tensor:
+    """The loss of the mean logits [B, C]."""
+    return step_loss(batch.loss, logits.unsqueeze(0) if batch.whole else logits, batch.target)
 
 
 def _with_value(value: Tensor, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from sltt.checks import flag, instance, whole_number
+from sltt.losses import SequenceLoss
 from sltt.memory import parse_bytes
 from sltt.rules.base import Batch, Output, Rule
 from sltt.rules.folding import foldable, run_within
@@ -75,14 +76,21 @@ class Truncated(Rule):
         """`run` with at most `fold` time steps in a call of the network."""
         window = self.window_length(batch.steps)
         trained, scale = self.trained_steps(batch), self.loss_scale(batch.steps)
-        total = None  # of the window in progress
+        total, begin = None, 0  # of the window in progress
+        outputs: list[torch.Tensor] = []  # logits of its steps, for a loss of the whole sequence
         for call in _calls(batch.steps, fold, window, trained):
             graph = call.start in trained
-            value = batch.forward(call, graph=graph, cut=window == 1, recompute=self.recompute) * scale
-            if graph:
-                total = value if total is None else total + value
-            del value  # so that the graph of these steps is gone before the next forward
+            if batch.whole:
+                outputs.append(batch.run(call, cut=window == 1, recompute=self.recompute))
+            else:
+                value = batch.forward(call, graph=graph, cut=window == 1, recompute=self.recompute) * scale
+                if graph:
+                    total = value if total is None else total + value
+                del value  # so that the graph of these steps is gone before the next forward
             if window == 1 or call.stop % window == 0 or call.stop == batch.steps:
+                if batch.whole:
+                    total, begin = batch.window_loss(range(begin, call.stop), torch.cat(outputs)), call.stop
+                    outputs.clear()
                 if total is not None:
                     batch.backward(total)
                     total = None
@@ -120,6 +128,8 @@ class BPTT(Truncated):
         ValueError: segment < 1, together with recompute or hoist; and as of `Truncated`.
     """
 
+    sequence_losses = (SequenceLoss,)
+
     def __init__(self, segment: int | None = None, **how: Any):
         self.segment = None if segment is None else whole_number("segment", segment, least=1)
         if not isinstance(recompute := how.get("recompute", False), bool):
@@ -137,6 +147,8 @@ class BPTT(Truncated):
     def run_folded(self, batch: Batch, fold: int) -> Output:
         if self.segment is None:
             return super().run_folded(batch, fold)
+        if batch.whole:
+            raise ValueError("segment has no graph of all logits, as a loss of the whole sequence needs: BPTT()")
         return run_in_segments(batch, self.segment, fold)
 
 
@@ -152,6 +164,8 @@ class TBPTT(Truncated):
     Raises:
         ValueError: window < 1; and as of `Truncated`.
     """
+
+    sequence_losses = (SequenceLoss,)
 
     def __init__(self, window: int, **how: Any):
         self.window = whole_number("window", window, least=1)

@@ -11,12 +11,14 @@ from torch import nn
 
 from sltt.analysis import synaptic_operations
 from sltt.data import Data, Splits
+from sltt.metrics import shown
+from sltt.training.console import metric_of
 from sltt.training.files import write_atomically
 from sltt.training.session import Session
 from sltt.training.settings import Training
 
 CARD = "card.md"
-NOT_MEASURED = "| test accuracy | not measured |"
+NOT_MEASURED = "not measured"
 
 
 def write_card(
@@ -26,15 +28,16 @@ def write_card(
     parts = {name: getattr(splits, name) for name in ("train", "validation", "test")}
     samples = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
     classes = "" if splits.classes is None else f"; {splits.classes} classes"
-    accuracy = row["validation_accuracy"]
+    metric = metric_of(row)
+    score = row[f"validation_{metric}"]
     rules = dict.fromkeys(f"{stage.rule} at T = {stage.steps}" for stage in training.stages)
     facts = {
         "network": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "rule": ", then ".join(rules),
         "data": f"{type(data).__name__}, split {splits.fingerprint}: {samples} samples{classes}",
         "epoch": f"{row['epoch']} of {training.epochs}",
-        "validation accuracy": "nothing was held out" if accuracy is None else f"{accuracy:.2%}",
-        "test accuracy": NOT_MEASURED.split("|")[2].strip(),
+        f"validation {metric}": "nothing was held out" if score is None else shown(metric, score),
+        f"test {metric}": NOT_MEASURED,
         "firing rate": f"{row['firing_rate']:.4f} spikes per neuron and time step, in training",
         "energy": _energy(here, model, splits, training.steps),
         "made with": f"sltt {version('sltt')}, PyTorch {torch.__version__}, Python {platform.python_version()}, "
@@ -47,9 +50,9 @@ def write_card(
     write_atomically(folder / CARD, lambda file: file.write("\n".join(lines).encode()))
 
 
-def add_test_accuracy(folder: Path, accuracy: float) -> None:
-    """Write the accuracy on the test samples into the card."""
-    text = (folder / CARD).read_text().replace(NOT_MEASURED, f"| test accuracy | {accuracy:.2%} |")
+def add_test_score(folder: Path, score: str) -> None:
+    """Write the metric on the test samples into the card."""
+    text = (folder / CARD).read_text().replace(NOT_MEASURED, score)
     write_atomically(folder / CARD, lambda file: file.write(text.encode()))
 
 

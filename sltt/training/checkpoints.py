@@ -16,7 +16,7 @@ from torch import nn
 from sltt.parallel.processes import Processes, as_sharded, whole
 from sltt.rules import Rule
 from sltt.training.files import write_atomically
-from sltt.training.metrics import Progress
+from sltt.training.progress import Progress
 from sltt.training.runs import LAST, find_checkpoint
 from sltt.training.safeguards import check_weights
 from sltt.training.session import Session

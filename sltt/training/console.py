@@ -4,22 +4,18 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sltt.metrics import shown
+
 # column in the metrics of an epoch, heading, format; as wide as the heading or the value, whichever is wider
-COLUMNS = (
-    ("epoch", "epoch", "{:d}"),
-    ("train_loss", "loss", "{:.4f}"),
-    ("train_accuracy", "train acc", "{:.2%}"),
-    ("validation_accuracy", "val acc", "{:.2%}"),
-    ("firing_rate", "firing rate", "{:.4f}"),
-    ("seconds", "seconds", "{:.1f}"),
-    ("peak_memory", "peak memory", "{}"),
-)
+BEFORE = (("epoch", "epoch", "{:d}".format), ("train_loss", "loss", "{:.4f}".format))
+BEHIND = (("firing_rate", "firing rate", "{:.4f}".format), ("seconds", "seconds", "{:.1f}".format))
 
 
 class Console:
@@ -55,10 +51,17 @@ class Console:
 
     def row(self, metrics: dict[str, Any]) -> None:
         """Print the metrics of an epoch as a row of a table, with the headings above the first."""
+        columns = _columns(metric_of(metrics))
         if not self._headed:
-            self.line("  ".join(f"{heading:>7}" for _, heading, _ in COLUMNS))
+            self.line("  ".join(f"{heading:>7}" for _, heading, _ in columns))
             self._headed = True
-        self.line("  ".join(_cell(metrics.get(key), heading, form) for key, heading, form in COLUMNS))
+        self.line("  ".join(_cell(metrics.get(key), heading, form) for key, heading, form in columns))
+
+
+def metric_of(row: dict[str, Any]) -> str:
+    """The name of the metric in the metrics of an epoch."""
+    prefix = "validation_"
+    return next(key.removeprefix(prefix) for key in row if key.startswith(prefix) and key != f"{prefix}loss")
 
 
 def megabytes(nbytes: int) -> str:
@@ -81,8 +84,12 @@ def _finite(value: Any) -> Any:
     return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _cell(value: Any, heading: str, form: str) -> str:
-    if heading == "peak memory" and value is not None:
-        value = megabytes(value)
-    text = "–" if value is None else form.format(value)
-    return f"{text:>{max(7, len(heading))}}"
+def _columns(metric: str) -> list[tuple[str, str, Callable[[Any], str]]]:
+    name = {"accuracy": "acc"}.get(metric, metric)
+    kinds = (("train", "train"), ("validation", "val"))
+    scores = [(f"{kind}_{metric}", f"{short} {name}", partial(shown, metric)) for kind, short in kinds]
+    return [*BEFORE, *scores, *BEHIND, ("peak_memory", "peak memory", megabytes)]
+
+
+def _cell(value: Any, heading: str, form: Callable[[Any], str]) -> str:
+    return f"{'–' if value is None else form(value):>{max(7, len(heading))}}"

@@ -15,12 +15,13 @@ from sltt.checks import choice, flag, function, instance, whole_number
 from sltt.data import Data, Splits
 from sltt.data.loaders import Loaders, as_data
 from sltt.kernels import Compile, Sparse
-from sltt.losses import CrossEntropyMSE, Loss
+from sltt.losses import CrossEntropyMSE, predicted, prediction_of
+from sltt.metrics import Accuracy, Metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
-from sltt.rules.base import step_loss
+from sltt.rules.base import sequence_loss
 from sltt.training.batches import ending, share, whole_epoch
-from sltt.training.metrics import BatchMemory, Metrics, Progress
+from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution
@@ -33,7 +34,8 @@ def evaluate(
     data: Data | Loaders,
     split: Split = "test",
     *,
-    loss: Loss = CrossEntropyMSE(),
+    loss: nn.Module = CrossEntropyMSE(),
+    metric: Metric = Accuracy(),
     steps: int = 4,
     batch_size: int = 128,
     precision: Precision = 32,
@@ -59,8 +61,9 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or `mirror` is given and the samples are no images.
     """
+    settings = {"loss": loss, "metric": metric, "steps": steps, "batch_size": batch_size, "mirror": mirror}
     with session(Execution.of(locals())) as here:
-        return measure_split(here, model, data, split, loss=loss, steps=steps, batch_size=batch_size, mirror=mirror)
+        return measure_split(here, model, data, split, **settings)
 
 
 def measure_split(
@@ -69,7 +72,8 @@ def measure_split(
     data: Data | Loaders,
     split: Split,
     *,
-    loss: Loss,
+    loss: nn.Module,
+    metric: Metric,
     steps: int,
     batch_size: int,
     mirror: bool = False,
@@ -79,6 +83,7 @@ def measure_split(
     data = as_data(data, batch_size)
     choice("split", split, get_args(Split))
     function("loss", loss, "the logits and the target")
+    function("metric", metric, "the prediction and the target")
     whole_number("batch_size", batch_size, least=1)
     flag("mirror", mirror)
     splits = here.splits(data, steps)
@@ -91,7 +96,12 @@ def measure_split(
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
     with ending(loader):
-        return measure(here, net, loader, splits, loss, steps, mirror, BatchMemory(here.fabric.device))
+        return measure(here, net, loader, splits, loss, metric, steps, mirror, BatchMemory(here.fabric.device))
+
+
+def measured_with(built: Any) -> dict[str, Any]:
+    """What a recipe built, as far as `measure_split` needs it."""
+    return {name: getattr(built, name) for name in ("loss", "metric", "steps", "batch_size")}
 
 
 def measure(
@@ -99,7 +109,8 @@ def measure(
     net: Any,
     loader: DataLoader[Any],
     splits: Splits,
-    loss: Loss,
+    loss: nn.Module,
+    metric: Metric,
     steps: int,
     mirror: bool = False,
     memory: BatchMemory | None = None,
@@ -126,12 +137,12 @@ def measure(
                 run = partial(_logits, net, views, steps if splits.static else None)
                 with counting(firing, count):
                     logits = memory(run) if memory else run()
-                value = torch.stack([step_loss(loss, o, y) for o in logits]).mean()
-                state.count(value, logits, y, count)
+                score = float(metric(predicted(prediction_of(loss), logits), y))
+                state.count(sequence_loss(loss, logits, y), score, count)
     finally:
         net.train(training)
     state.firing = firing.state_dict()
-    return state.metrics(processes, time.monotonic() - began, memory.peak if memory else None)
+    return state.metrics(name_of(metric), processes, time.monotonic() - began, memory.peak if memory else None)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from sltt.checks import flag, instance
 from sltt.data import Data, Splits
 from sltt.data.loaders import Loaders, as_data
 from sltt.kernels import Compile, Sparse
-from sltt.losses import CrossEntropyMSE, Loss
+from sltt.losses import CrossEntropyMSE, is_per_step, prediction_of
+from sltt.metrics import Accuracy, Metric
 from sltt.parallel.batchnorm import synchronise
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import SLTT, Rule
@@ -43,7 +44,7 @@ def fit(
     model: nn.Module,
     data: Data | Loaders,
     rule: Rule = SLTT(),
-    loss: Loss = CrossEntropyMSE(),
+    loss: nn.Module = CrossEntropyMSE(),
     optimizer: OptimizerFactory = partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     schedule: Schedule = Cosine(),
     steps: int = 4,
@@ -65,6 +66,7 @@ def fit(
     sparse: Sparse = "auto",
     checkpoint_minutes: float = 10.0,
     weights: str | None = None,
+    metric: Metric = Accuracy(),
     *,
     run: str | Path | None = None,
     resume: bool = False,
@@ -73,7 +75,7 @@ def fit(
 ) -> Fit:
     """Train a spiking network; afterwards it has the weights of the best epoch.
 
-    That is the epoch of the best validation accuracy. Without validation samples (`validation: 0`) the last epoch
+    That is the one with the best metric on the validation samples. Without these (`validation: 0`) the last epoch
     counts. The test samples are not touched.
 
     Args:
@@ -81,7 +83,7 @@ def fit(
         data: the data set and its splits; of your own by `sltt.data.from_datasets`, or loaders (train, validation). The
             data sets, `collate_fn` and batch size of loaders count; the order is that of `seed`.
         rule: the learning rule: SLTT, SLTT with k, BPTT, TBPTT.
-        loss: loss of one time step, of logits [B, C] and labels [B].
+        loss: of one time step, of logits [B, C] and targets [B, ...]; or one of `sltt.losses` of the whole sequence.
         optimizer: makes the optimizer from the parameters.
         schedule: how the learning rate changes.
         steps: T, the number of time steps.
@@ -108,6 +110,8 @@ def fit(
             (on), never (off).
         checkpoint_minutes: save within an epoch too, when the last checkpoint is older than this.
         weights: start from the weights of this run, or of this checkpoint, instead of random ones.
+        metric: of predictions and targets, a mean over samples; the epoch that is best by it on the validation samples
+            is selected.
         run: folder for checkpoints and metrics; must not exist, unless `resume`. None makes one under `runs`.
         resume: continue the run in `run`, with the same arguments; the weights end as if it had never stopped. A folder
             without a checkpoint starts from the beginning.
@@ -211,6 +215,13 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
     if training.batch_size < count:
         raise ValueError(f"batch_size={training.batch_size} is shared by {count} processes: expected a sample for each")
     splits = checked(here.splits(data, stages[0].steps), stages[0].steps)
+    if splits.per_step != is_per_step(training.loss):
+        raise ValueError(
+            "the data has a target for each time step: wrap the loss, sltt.losses.PerStep(loss)"
+            if splits.per_step
+            else f"{type(training.loss).__name__} needs a target for each time step, and the data has one for all: "
+            "sltt.data.from_datasets(…, per_step=True)"
+        )
     check_last_batch(model, splits, training.batch_size, stages)
     return splits
 
@@ -239,7 +250,12 @@ def _loop(
         optim=optim,
         rules=[stage.rule for stage in training.stages],
         fingerprint=splits.fingerprint,
-        task={"steps": training.steps, "static": splits.static, "classes": splits.classes},
+        task={
+            "steps": training.steps,
+            "static": splits.static,
+            "classes": splits.classes,
+            "prediction": prediction_of(training.loss),
+        },
         config=config,
     )
     return Loop(

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from sltt.analysis import FiringRates, firing_rates
 from sltt.data import Data, Splits
+from sltt.losses import predicted, prediction_of
+from sltt.metrics import improves, name_of
 from sltt.parallel.signals import Interrupt
 from sltt.sequence.steps import check_input
 from sltt.training.batches import EpochSampler, ending, seed_batch, share, train_loader, whole_epoch
@@ -21,8 +23,8 @@ from sltt.training.checkpoints import Checkpoints
 from sltt.training.console import Console
 from sltt.training.evaluation import counting, measure
 from sltt.training.files import write_table
-from sltt.training.metrics import BatchMemory, Metrics, Progress, ScalarLog, epoch_row
 from sltt.training.phases import Stage, freeze_norm, set_rates, stage_at
+from sltt.training.progress import BatchMemory, Metrics, Progress, ScalarLog, epoch_row
 from sltt.training.runs import BEST, LAST, METRICS
 from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers
 from sltt.training.session import Session
@@ -61,6 +63,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.processes = self.session.processes
         self.stages = self.training.stages
+        self.metric = name_of(self.training.metric)
         self.sampler = EpochSampler(len(self.splits.train), self.training.seed)  # type: ignore[arg-type]
         self.batches = math.ceil(self.sampler.length / self.training.batch_size)
         self.scaled = self.session.execution.precision == "16-mixed"  # a scaler leaves out steps that are not finite
@@ -140,7 +143,7 @@ class Loop:
                     self.checkpoints.save(state, LAST)
                     interrupt.stop(int(wanted), self.folder)
         state.firing = firing.state_dict()
-        return state.metrics(self.processes, time.monotonic() - began, self.memory.peak)
+        return state.metrics(self.metric, self.processes, time.monotonic() - began, self.memory.peak)
 
     def _batch(self, stage: Stage, x: Tensor, y: Tensor, firing: FiringRates) -> None:
         """Train a batch, or this process's share of it."""
@@ -171,7 +174,8 @@ class Loop:
         check_finite(out.loss, self.model, self.optim, scaled=self.scaled)
         if not stage.rule.online:
             self._update()
-        state.count(out.loss, out.logits, y, count)
+        prediction = predicted(prediction_of(self.loss), out.logits)
+        state.count(out.loss, float(self.training.metric(prediction, y)), count)
 
     def _reduce(self) -> None:
         self.processes.reduce_gradients(self.model.parameters())
@@ -191,13 +195,14 @@ class Loop:
         if loader is None:
             return None
         with self._located("validation"):
-            return measure(self.session, self.net, loader, self.splits, self.loss, stage.steps)
+            return measure(self.session, self.net, loader, self.splits, self.loss, self.training.metric, stage.steps)
 
     def _end_epoch(self, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
         """Save an epoch; returns its row in the table of metrics."""
         row = epoch_row(self.state.epoch + 1, self.optim, training, validation)
+        quality = improves(self.training.metric, validation.score) if validation else 0.0
         # the best before the last: that one says that there is a best
-        self.checkpoints.save(self.state, *[BEST] * self.state.end_epoch(row, validation), LAST)
+        self.checkpoints.save(self.state, *[BEST] * self.state.end_epoch(row, validation, quality), LAST)
         self._write_table()
         return row
 

@@ -8,7 +8,6 @@ from typing import Any
 from jsonargparse.typing import Path_fr
 from torch import nn
 
-from sltt.losses import Loss
 from sltt.training.describe import unpack
 
 
@@ -17,7 +16,7 @@ def network(file: Path_fr) -> nn.Module:
     return _read(file)["model"]
 
 
-def loss(file: Path_fr) -> Loss:
+def loss(file: Path_fr) -> nn.Module:
     """The loss in a run's file."""
     return _read(file)["loss"]
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self, get_args
 
 import torch
+from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from sltt.checks import choice, flag, function, instance, number, sequence, whole_number
 from sltt.kernels import Compile, Sparse
-from sltt.losses import Loss
+from sltt.metrics import Metric
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import Rule
 from sltt.schedules import Schedule
@@ -72,7 +73,8 @@ class Training(_Settings):
     """
 
     rule: Rule
-    loss: Loss
+    loss: nn.Module
+    metric: Metric
     optimizer: OptimizerFactory
     schedule: Schedule
     steps: int = 4
@@ -88,6 +90,7 @@ class Training(_Settings):
     def __post_init__(self) -> None:
         instance("rule", self.rule, Rule)
         function("loss", self.loss, "the logits and the target")
+        function("metric", self.metric, "the prediction and the target")
         if not callable(self.optimizer):
             example = "functools.partial(torch.optim.SGD, lr=0.1)"
             raise ValueError(

@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor, nn
 
 from sltt.checks import choice, instance
+from sltt.losses import Prediction, predicted
 from sltt.rules import unroll
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.describe import NETWORK, unpack
@@ -23,11 +24,13 @@ class Trained:
         steps: T of the training.
         static: it was trained on images, shown at every step; else on sequences.
         classes: number of classes; None for targets of another kind.
+        prediction: what the loss predicts by, see `sltt.losses.Loss`.
     """
 
     steps: int
     static: bool
     classes: int | None
+    prediction: Prediction = "mean"
 
 
 def load(
@@ -79,7 +82,8 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
 
         ō = 1/T Σ_t o[t]
 
-    The class is `argmax(1)`, its probability `softmax(1)`.
+    A network of `sltt.load` predicts as it was trained: where the loss was of the last step, by the last logits. The
+    class is `argmax(1)`, its probability `softmax(1)`.
 
     Args:
         model: of `sltt.load`, or any other.
@@ -94,10 +98,11 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     known = getattr(model, "trained", None)
     if steps is None and isinstance(known, Trained) and known.static:
         steps = known.steps
+    by = known.prediction if isinstance(known, Trained) else "mean"
     weights = next(model.parameters(), x)
     training = model.training
     model.eval()
     try:
-        return unroll(model, x.to(weights.device), steps=steps).mean(0)
+        return predicted(by, unroll(model, x.to(weights.device), steps=steps))
     finally:
         model.train(training)

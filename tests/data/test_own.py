@@ -97,7 +97,7 @@ def test_sequences_of_several_lengths_are_padded_with_zeros():
 def test_targets_that_are_no_classes():
     values = from_datasets([(torch.zeros(4), 0.5), (torch.ones(4), 1.5)], static=True).splits(1)
     assert values.classes is None
-    assert values.collate([values.train[0], values.train[1]])[1].tolist() == [0.5, 1.5]
+    assert values.collate([values.train[0], values.train[1]])[1].tolist() == [[0.5], [1.5]]
     steps = from_datasets([(torch.zeros(5, 4), torch.arange(5))] * 2, static=False, per_step=True, classes=5).splits(5)
     assert steps.classes == 5
     assert steps.collate([steps.train[0]] * 2)[1].shape == (5, 2)

@@ -21,7 +21,8 @@ class Metrics:
 
     Attributes:
         loss: mean over samples of the sequence's loss.
-        accuracy: share of samples whose mean logits over time are largest for the right class.
+        score: mean over samples of the metric.
+        metric: its name: accuracy, say, of mean logits over time.
         firing_rate: mean over all neurons and time steps.
         seconds: wall-clock time.
         peak_memory: bytes of one batch at its peak, above those before it; the most of any process, None if no batch
@@ -30,11 +31,25 @@ class Metrics:
     """
 
     loss: float
-    accuracy: float
+    score: float
+    metric: str
     firing_rate: float
     seconds: float
     peak_memory: int | None
     layers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """The score; raises ValueError where the metric is another."""
+        if self.metric != "accuracy":
+            raise ValueError(f"the metric is {self.metric}, not accuracy: its value is `score`")
+        return self.score
+
+    def named(self) -> dict[str, Any]:
+        """All that was measured, the score by the name of its metric."""
+        values = asdict(self)
+        score = {values.pop("metric"): values.pop("score")}
+        return {"loss": values.pop("loss"), **score, **values}
 
 
 @dataclass
@@ -44,7 +59,7 @@ class Progress:
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the epoch in progress, and what they sum to
     loss: float = 0.0
-    correct: int = 0
+    correct: float = 0  # the metric, by which a sample counts 0 or 1 for accuracy
     samples: int = 0
     seconds: float = 0.0
     firing: dict[str, tuple[int, int]] = field(default_factory=dict)  # spikes, and neurons times steps, by layer
@@ -52,12 +67,12 @@ class Progress:
     best_epoch: int | None = None
     best: list[float] = field(default_factory=list)
 
-    def count(self, loss: Tensor, logits: Tensor, labels: Tensor, samples: int) -> None:
-        """Add a batch with so many samples; 0 where another process counts them."""
+    def count(self, loss: Tensor, score: float, samples: int) -> None:
+        """Add a batch with so many samples, and their mean score; 0 where another process counts them."""
         self.batch += 1
         if samples:
             self.loss += loss.item() * samples
-            self.correct += int((logits.mean(0).argmax(1) == labels).sum())
+            self.correct += round(score * samples, 12)  # right predictions add up to whole numbers
             self.samples += samples
 
     def summed(self, processes: Processes) -> Self:
@@ -65,7 +80,7 @@ class Progress:
         mine = asdict(self)
         mine["loss"], correct, samples = processes.sum([self.loss, self.correct, self.samples])
         counts = processes.sum([number for pair in self.firing.values() for number in pair])
-        mine["correct"], mine["samples"] = int(correct), int(samples)
+        mine["correct"], mine["samples"] = correct, int(samples)
         pairs = zip(map(int, counts[::2]), map(int, counts[1::2]), strict=True)
         mine["firing"] = dict(zip(self.firing, pairs, strict=True))
         return type(self)(**mine)
@@ -76,28 +91,29 @@ class Progress:
             self.loss, self.correct, self.samples, self.firing = 0.0, 0, 0, {}
         return self
 
-    def metrics(self, processes: Processes, seconds: float, peak_memory: int | None) -> Metrics:
-        """What all processes measured."""
+    def metrics(self, metric: str, processes: Processes, seconds: float, peak_memory: int | None) -> Metrics:
+        """What all processes measured; `metric` is the name of the score."""
         total = self.summed(processes)
         samples = max(total.samples, 1)
         spikes, neurons = (sum(pair[i] for pair in total.firing.values()) for i in (0, 1))
         return Metrics(
             total.loss / samples,
             total.correct / samples,
+            metric,
             spikes / neurons if neurons else 0.0,
             seconds,
             int(processes.highest(peak_memory or 0)) or None,
             {name: spikes / count for name, (spikes, count) in total.firing.items() if count},
         )
 
-    def end_epoch(self, row: dict[str, Any], validation: Metrics | None) -> bool:
-        """Start the next epoch; true if this one is the best so far by validation."""
+    def end_epoch(self, row: dict[str, Any], validation: Metrics | None, quality: float) -> bool:
+        """Start the next epoch; true if this one is the best so far: in quality, more is better, then in loss."""
         self.history = [*self.history, row]
         self.epoch += 1
         self.batch, self.loss, self.correct, self.samples, self.seconds, self.firing = 0, 0.0, 0, 0, 0.0, {}
         if validation is None:
             return False
-        score = [validation.accuracy, -validation.loss]
+        score = [quality, -validation.loss]
         if self.best and score <= self.best:
             return False
         self.best, self.best_epoch = score, self.epoch
@@ -136,9 +152,9 @@ def epoch_row(epoch: int, optim: Any, training: Metrics, validation: Metrics | N
         "epoch": epoch,
         "learning_rate": optim.param_groups[0]["lr"],
         "train_loss": training.loss,
-        "train_accuracy": training.accuracy,
+        f"train_{training.metric}": training.score,
         "validation_loss": validation.loss if validation else None,
-        "validation_accuracy": validation.accuracy if validation else None,
+        f"validation_{training.metric}": validation.score if validation else None,
         "firing_rate": training.firing_rate,
         "seconds": training.seconds,
         "peak_memory": training.peak_memory,

@@ -1,0 +1,87 @@
+"""Metrics: how good predictions are, as a mean over samples. A training selects its best epoch by one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from sltt.checks import number
+
+
+class Metric(ABC):
+    """What a recipe may name as its metric; in Python any callable of the same form serves.
+
+    Attributes:
+        higher_is_better: False for an error.
+    """
+
+    higher_is_better: bool = True
+
+    @abstractmethod
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor | float:
+        """The mean over the samples of a batch.
+
+        Args:
+            prediction: mean logits [B, C], or what the loss predicts by: of each step [T, B, C], say.
+            target: as the data has it.
+        """
+
+
+class Accuracy(Metric):
+    """The share of samples, or of time steps, whose largest logit is that of the class."""
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Logits [..., C] and class indices [...]."""
+        return (prediction.argmax(-1) == target).double().mean()
+
+
+class MultiLabelAccuracy(Metric):
+    """The share of labels that are right: logits above the threshold where the target is 1, below where it is 0.
+
+    Args:
+        threshold: of the logits; 0 is a probability of one half.
+    """
+
+    def __init__(self, threshold: float = 0.0):
+        self.threshold = number("threshold", threshold)
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Logits [..., C] and labels 0 or 1 [..., C]."""
+        return ((prediction > self.threshold) == (target > 0.5)).double().mean()
+
+
+class MeanAbsoluteError(Metric):
+    """Mean of |o − y|."""
+
+    higher_is_better = False
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Values and targets of one shape."""
+        return (prediction - target).abs().double().mean()
+
+
+class MeanSquaredError(Metric):
+    """Mean of (o − y)²."""
+
+    higher_is_better = False
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Values and targets of one shape."""
+        return (prediction - target).square().double().mean()
+
+
+def name_of(metric: Callable[..., Any]) -> str:
+    """The name that a metric is reported by: mean_absolute_error."""
+    name = getattr(metric, "__name__", type(metric).__name__)
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+def improves(metric: Callable[..., Any], score: float) -> float:
+    """A score such that more is better."""
+    return score if getattr(metric, "higher_is_better", True) else -score
+
+
+def shown(name: str, score: float) -> str:
+    """A score for people: a share in per cent, others as they are."""
+    return f"{score:.2%}" if name.endswith("accuracy") else f"{score:.4g}"
