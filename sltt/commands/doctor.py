@@ -59,6 +59,8 @@ def _device() -> tuple[str, str, str]:
         name = torch.cuda.get_device_name(0)
         return "device", f"{torch.cuda.device_count()} × {name}, CUDA {torch.version.cuda}", ""
     remark = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no GPU"
+    if torch.backends.mps.is_available():
+        remark = "trainings run on the CPU: Apple's GPU (MPS) is not supported"
     return "device", f"CPU ({torch.backends.cpu.get_cpu_capability()})", remark
 
 
@@ -90,7 +92,7 @@ def _half_precision() -> tuple[str, str, str]:
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16-mixed", "fast" if fast else "emulated", "" if fast else "take --precision 16-mixed"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch >= 2.7
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # PyTorch 2.8 has none
     fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("sve_bf16"))
     return "bf16-mixed", "fast" if fast else "emulated", "" if fast else "slower than --precision 32 on this CPU"
 
