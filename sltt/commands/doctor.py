@@ -92,7 +92,7 @@ def _half_precision() -> tuple[str, str, str]:
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16-mixed", "fast" if fast else "emulated", "" if fast else "take --precision 16-mixed"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # PyTorch 2.8 has none
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # 2.8 has none
     fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("sve_bf16"))
     return "bf16-mixed", "fast" if fast else "emulated", "" if fast else "slower than --precision 32 on this CPU"
 
