@@ -1,4 +1,4 @@
-"""What a run shows in the terminal: a bar while it works, a row for each epoch, warnings in between."""
+"""What a run shows in a terminal or a notebook: a bar while it works, a row for each epoch, warnings in between."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sltt.metrics import shown
+from sltt.training.notebook import NotebookBar
 
 # column in the metrics of an epoch, heading, format; as wide as the heading or the value, whichever is wider
 BEFORE = (("epoch", "epoch", "{:d}".format), ("train_loss", "loss", "{:.4f}".format))
@@ -19,14 +20,16 @@ BEHIND = (("firing_rate", "firing rate", "{:.4f}".format), ("seconds", "seconds"
 
 
 class Console:
-    """Prints the progress of a run; the bar only where the output is a terminal.
+    """Prints the progress of a run; the bar only where the output is a terminal or a notebook.
 
     Args:
         quiet: print nothing.
     """
 
     def __init__(self, quiet: bool = False):
-        self.console = Terminal(quiet=quiet, highlight=False, markup=False)
+        # In a notebook Rich makes a block of HTML for each line: plain text keeps the lines of a table together.
+        self.console = Terminal(quiet=quiet, highlight=False, markup=False, force_jupyter=False)
+        self._notebook_bar = NotebookBar() if Terminal().is_jupyter and not quiet else None
         self._headed = False
 
     def line(self, text: str) -> None:
@@ -44,6 +47,10 @@ class Console:
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
         """Show a progress bar, and give a function that moves it on by one; it vanishes at the end."""
+        if self._notebook_bar is not None:
+            with self._notebook_bar(title, total, done) as advance:
+                yield advance
+            return
         columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(title, total=total, completed=done)

@@ -1,0 +1,70 @@
+import sys
+from types import ModuleType
+
+import pytest
+
+from sltt.training.console import Console
+from sltt.training.notebook import NotebookBar
+
+
+class Place:
+    """What a notebook shows, by the interface of `IPython.display`."""
+
+    def __init__(self):
+        self.contents = []
+        self.made = 0
+
+    def display(self, content, raw, display_id):
+        self.made += 1
+        self.contents.append(content)
+        return self
+
+    def update(self, content, raw):
+        self.contents.append(content)
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """The code believes to run in a notebook."""
+    place = Place()
+    module = ModuleType("IPython.display")
+    module.display = place.display
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("sltt.training.notebook.SECONDS", 0)
+    return place
+
+
+def test_a_notebook_shows_one_bar_for_all_epochs_that_vanishes(notebook):
+    console = Console()
+    for epoch in (1, 2):
+        with console.bar(f"epoch {epoch}/2", 3) as advance:
+            advance()
+    texts = [content["text/plain"] for content in notebook.contents]
+    assert texts == ["epoch 1/2 0/3", "epoch 1/2 1/3", "", "epoch 2/2 0/3", "epoch 2/2 1/3", ""]
+    assert '<progress max="3" value="1">' in notebook.contents[1]["text/html"]
+    assert notebook.contents[-1]["text/html"] == ""
+    assert notebook.made == 1
+
+
+def test_a_bar_in_a_notebook_is_not_drawn_for_each_batch(notebook, monkeypatch):
+    monkeypatch.setattr("sltt.training.notebook.SECONDS", 3600)
+    with NotebookBar()("epoch 1/1", 1000) as advance:
+        for _ in range(1000):
+            advance()
+    assert len(notebook.contents) == 2
+
+
+def test_the_table_of_a_notebook_is_plain_text(notebook, capsys):
+    console = Console()
+    console.line("run runs/one")
+    console.warn("something")
+    assert capsys.readouterr().out == "run runs/one\nwarning: something\n"
+    assert notebook.contents == []
+
+
+def test_a_quiet_console_shows_no_bar_in_a_notebook(notebook):
+    with Console(quiet=True).bar("epoch 1/1", 2) as advance:
+        advance()
+    assert notebook.contents == []
