@@ -3,13 +3,14 @@
 # make soak   long checks: kills, constant memory, damaged checkpoints
 # make check  lint, format, types and layers
 # make docs   build the documentation site
+# make notebooks   run the notebooks of docs/notebooks and store their outputs
 # make package   build the wheel and the source archive, and check them
 PYTHON ?= python3
 BIN := .venv/bin
 # without bytecode of what nobody imports, which is most of it
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
 
-.PHONY: demo test soak check docs package benchmark clean
+.PHONY: demo test soak check docs notebooks package benchmark clean
 
 demo: .venv/installed
 	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --save runs/demo
@@ -31,6 +32,12 @@ check: .venv/installed-dev
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: .venv/installed-docs
+	$(BIN)/pip install --quiet --disable-pip-version-check matplotlib snntorch
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+		docs/notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams docs/notebooks/*.ipynb
 
 package: .venv/installed-dev
 	rm -rf dist

@@ -1,0 +1,84 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import sltt
+
+NOTEBOOKS = Path(sltt.__file__).parents[1] / "docs" / "notebooks"
+
+
+def cells(name, kind):
+    content = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())
+    return [cell for cell in content["cells"] if cell["cell_type"] == kind]
+
+
+def run(name, monkeypatch, tmp_path, epochs):
+    """The variables of a notebook after its cells ran in order, with fewer epochs."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    monkeypatch.chdir(tmp_path)
+    code = "\n\n".join("".join(cell["source"]) for cell in cells(name, "code"))
+    code, count = re.subn(r"^(.*EPOCHS = (?:\d+, )?)\d+$", rf"\g<1>{epochs}", code, flags=re.MULTILINE)
+    assert count == 1
+    found = {}
+    exec(compile(code, f"{name}.ipynb", "exec"), found)
+    assert pyplot.get_fignums()
+    pyplot.close("all")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Matplotlib, given tensors
+def test_the_digits_are_learned(monkeypatch, tmp_path):
+    found = run("digits", monkeypatch, tmp_path, epochs=2)
+    assert found["accuracy"] > 0.8
+    assert found["digit"] == found["label"]
+    assert all(0 < fired.mean() < 1 and len(fired) == 24 for fired in found["spikes"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of snnTorch about itself
+def test_a_network_of_snntorch_takes_a_tenth_of_the_memory_and_learns(monkeypatch, tmp_path):
+    pytest.importorskip("snntorch")
+    found = run("memory", monkeypatch, tmp_path, epochs=1)
+    assert found["after"] < found["before"] / 10
+    assert found["accuracy"] > 0.4
+
+
+@pytest.mark.slow
+def test_trainings_confirm_the_advice(monkeypatch, tmp_path):
+    found = run("safe", monkeypatch, tmp_path, epochs=3)
+    assert found["digits_cosine"] > 0.9 > 0.8 > found["recall_cosine"]
+    last = {
+        data: {rule: history[-1]["validation_accuracy"] for rule, history in curves.items()}
+        for data, curves in found["curves"].items()
+    }
+    assert last["digits"]["SLTT()"] > last["digits"]["BPTT()"] - 0.05
+    assert min(last["recall"]["BPTT()"], last["recall"]["OTTT()"]) > last["recall"]["SLTT()"] + 0.2
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_has_the_outputs_of_one_whole_run(path):
+    code = cells(path.stem, "code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+
+
+def test_every_notebook_is_linked_and_in_the_navigation():
+    names = {path.stem for path in NOTEBOOKS.glob("*.ipynb")}
+    assert len(names) == 3
+    for page in ("README.md", "docs/examples.md"):
+        assert set(re.findall(r"notebooks/(\w+)\.ipynb\)", (NOTEBOOKS.parents[1] / page).read_text())) == names
+    assert set(re.findall(r"notebooks/(\w+)\.md\n", (NOTEBOOKS.parents[1] / "mkdocs.yml").read_text())) == names
+
+
+def test_links_of_a_notebook_lead_to_files():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        text = "".join("".join(cell["source"]) for cell in cells(path.stem, "markdown"))
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+        assert links
+        assert [link for link in links if not (path.parent / link).exists()] == []
