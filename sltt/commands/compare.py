@@ -16,6 +16,7 @@ from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, RULES_HELP, CommandOptions, Recipe, begin, count, rules
 from sltt.commands.prepared import prepared, test_accuracy
 from sltt.commands.results import give
+from sltt.metrics import name_of
 from sltt.training.console import Console, megabytes
 from sltt.training.fit import resume_run, start_run
 from sltt.training.session import Session, session
@@ -47,11 +48,19 @@ def run(words: Sequence[str]) -> None:
     mark = f"-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}" if overrides else ""
     known.save = known.save or Path("runs") / f"compare-{recipe.name}{mark}"
     for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
-        recipe.build(rule=rule)
+        _check_metric(recipe.build(rule=rule).metric)
     found = compare(known.rules, known.seeds, known.save, recipe, Console(quiet=known.json))
     give(compared_json(recipe, found), known, "compare.json", lambda report: print_compared(found, report))
     if died := [f"{one.rule}, {error}" for one in found for error in one.errors]:
         raise RuntimeError(f"{len(died)} runs died; the same command tries them again: {'; '.join(died)}")
+
+
+def _check_metric(metric: Any) -> None:
+    if name_of(metric) != "accuracy":
+        raise ValueError(
+            f"sltt compare compares accuracies, and the metric here is {name_of(metric)}: train each rule by "
+            "sltt train --rule RULE, and give the folders of the runs to sltt report"
+        )
 
 
 @dataclass

@@ -131,6 +131,13 @@ def test_a_wrong_rule_ends_it_before_another_trains(capsys, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_another_metric_ends_it_before_a_training_begins(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "digits", "--metric", "sltt.metrics.MeanSquaredError"]) == 1
+    assert "compares accuracies, and the metric here is mean_squared_error" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_numbers_that_are_not_finite_are_null_in_json():
     found = as_json({"cosine": math.nan, "layers": {"a": (math.inf, 0.5)}, "steps": 4, "rule": None})
     expected = {"cosine": None, "layers": {"a": [None, 0.5]}, "steps": 4, "rule": None}
