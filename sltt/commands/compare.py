@@ -15,7 +15,7 @@ from sltt.analysis import Operations, agreement, count_operations, peak_memory
 from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, RULES_HELP, CommandOptions, Recipe, begin, count, rules
 from sltt.commands.prepared import prepared, test_accuracy
-from sltt.commands.results import give
+from sltt.commands.results import accuracy_text, give
 from sltt.metrics import name_of
 from sltt.training.console import Console, megabytes
 from sltt.training.fit import resume_run, start_run
@@ -135,10 +135,9 @@ def print_compared(found: Sequence[Compared], report: Console) -> None:
             table.add_row(one.rule, "died")
             continue
         assert one.operations is not None
-        spread = f" ± {statistics.stdev(one.accuracies):.1%}" if len(one.accuracies) > 1 else ""
         table.add_row(
             one.rule,
-            f"{statistics.mean(one.accuracies):.1%}{spread}",
+            accuracy_text(one.accuracies),
             f"{one.seconds:.2f}",
             megabytes(one.peak_memory),
             f"{one.operations.forward:.2e}",

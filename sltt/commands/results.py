@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,12 @@ def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Conso
     show(report)
     if known.save:
         report.line(f"written to {known.save / name}")
+
+
+def accuracy_text(accuracies: Sequence[float]) -> str:
+    """The mean accuracy over seeds, ± the standard deviation where there are several."""
+    spread = f" ± {statistics.stdev(accuracies):.1%}" if len(accuracies) > 1 else ""
+    return f"{statistics.mean(accuracies):.1%}{spread}"
 
 
 @dataclass

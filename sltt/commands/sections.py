@@ -8,7 +8,7 @@ from typing import Any
 from sltt.commands.compare import Compared
 from sltt.commands.failures import cause
 from sltt.commands.page import Cell, Chart, Section, TableOfCells
-from sltt.commands.results import Gathered, rule_label
+from sltt.commands.results import Gathered, accuracy_text, rule_label
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
 from sltt.metrics import shown
 from sltt.training.console import megabytes, metric_of
@@ -51,7 +51,7 @@ def _short(found: Gathered) -> Section:
         rows.append(
             [
                 Cell(one.rule, one.rule),
-                Cell(one.text(), one.accuracy),
+                Cell("–" if one.accuracy is None else accuracy_text(one.accuracies), one.accuracy),
                 Cell("–", "") if memory is None else _bytes_cell(memory, f", T = {most}" if most else ""),
                 _number(one.seconds, ".2f"),
             ]
@@ -69,13 +69,11 @@ def _comparison(found: dict[str, Any]) -> Section:
         if not one.accuracies or row["operations"] is None:
             rows.append([Cell(one.rule, one.rule), Cell("died", ""), *[Cell("", "")] * 6])
             continue
-        mean = statistics.mean(one.accuracies)
-        spread = f" ± {statistics.stdev(one.accuracies):.1%}" if len(one.accuracies) > 1 else ""
         forward, backward = row["operations"]["forward"], row["operations"]["backward"]
         rows.append(
             [
                 Cell(one.rule, one.rule),
-                Cell(f"{mean:.1%}{spread}", mean),
+                Cell(accuracy_text(one.accuracies), statistics.mean(one.accuracies)),
                 Cell(str(len(one.accuracies)), len(one.accuracies)),
                 _number(one.seconds, ".2f"),
                 Cell(megabytes(one.peak_memory), one.peak_memory),

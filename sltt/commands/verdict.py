@@ -35,13 +35,6 @@ class Verdict:
         """The mean over the seeds."""
         return statistics.mean(self.accuracies) if self.accuracies else None
 
-    def text(self) -> str:
-        """The accuracy with its spread."""
-        if self.accuracy is None:
-            return "–"
-        spread = f" ± {statistics.stdev(self.accuracies):.1%}" if len(self.accuracies) > 1 else ""
-        return f"{self.accuracy:.1%}{spread}"
-
 
 def verdicts(found: Gathered) -> list[Verdict]:
     """The rules that were compared or profiled, in the order in which they were asked for."""

@@ -8,7 +8,24 @@ from sltt.neurons.leaky import valid_tau
 from sltt.surrogates import Rectangle, Surrogate, Triangle
 
 
-class IntegerLIF(Neuron):
+class _Graded(Neuron):
+    """Threshold, surrogate and time constant of the neurons here."""
+
+    def __init__(self, tau: float, v_threshold: float, surrogate: Surrogate):
+        super().__init__()
+        self.tau = valid_tau(tau)
+        self.v_threshold = number("v_threshold", v_threshold, above=0)
+        self.surrogate = instance("surrogate", surrogate, Surrogate)
+
+    def decay(self) -> float:
+        """λ."""
+        return 1 - 1 / self.tau
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, v_threshold={self.v_threshold}, surrogate={self.surrogate}"
+
+
+class IntegerLIF(_Graded):
     """Integer leaky integrate-and-fire neuron (I-LIF): up to D spikes in a time step, as one number.
 
         u[t] = λ v[t−1] + x[t]                            λ = 1 − 1/τ
@@ -27,15 +44,8 @@ class IntegerLIF(Neuron):
     """
 
     def __init__(self, levels: int = 4, tau: float = 2.0, v_threshold: float = 1.0, surrogate: Surrogate = Rectangle()):
-        super().__init__()
+        super().__init__(tau, v_threshold, surrogate)
         self.levels = whole_number("levels", levels, least=1)
-        self.tau = valid_tau(tau)
-        self.v_threshold = number("v_threshold", v_threshold, above=0)
-        self.surrogate = instance("surrogate", surrogate, Surrogate)
-
-    def decay(self) -> float:
-        """λ."""
-        return 1 - 1 / self.tau
 
     @staticmethod
     def step(
@@ -48,10 +58,10 @@ class IntegerLIF(Neuron):
         return s, u - v_threshold * s
 
     def extra_repr(self) -> str:
-        return f"{self.levels}, tau={self.tau}, v_threshold={self.v_threshold}, surrogate={self.surrogate}"
+        return f"{self.levels}, {super().extra_repr()}"
 
 
-class TernaryLIF(Neuron):
+class TernaryLIF(_Graded):
     """Leaky integrate-and-fire neuron with spikes −1, 0 and 1.
 
         u[t] = λ v[t−1] + x[t]                            λ = 1 − 1/τ
@@ -67,20 +77,10 @@ class TernaryLIF(Neuron):
     """
 
     def __init__(self, tau: float = 2.0, v_threshold: float = 1.0, surrogate: Surrogate = Triangle()):
-        super().__init__()
-        self.tau = valid_tau(tau)
-        self.v_threshold = number("v_threshold", v_threshold, above=0)
-        self.surrogate = instance("surrogate", surrogate, Surrogate)
-
-    def decay(self) -> float:
-        """λ."""
-        return 1 - 1 / self.tau
+        super().__init__(tau, v_threshold, surrogate)
 
     @staticmethod
     def step(x: Tensor, v: Tensor, *, decay: float, v_threshold: float, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
         u = decay * v + x
         s = surrogate(u - v_threshold) - surrogate(-u - v_threshold)
         return s, u - v_threshold * s
-
-    def extra_repr(self) -> str:
-        return f"tau={self.tau}, v_threshold={self.v_threshold}, surrogate={self.surrogate}"
