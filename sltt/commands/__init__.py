@@ -15,20 +15,20 @@ COMMANDS = (
 )  # fmt: skip
 USAGE = """usage: sltt COMMAND ...
 
-  sltt train [RECIPE] [OPTION ...]   train a recipe (default: digits), or a YAML file of your own
-  sltt eval RUN [OPTION ...]         measure a trained run on its test samples
-  sltt agreement [RECIPE] [OPTION …] how near SLTT's gradient is to that of BPTT: --taus --steps --at-epochs
-  sltt compare [RECIPE] [OPTION …]   train several rules under the same budget: --rules BPTT,SLTT,SLTT:k=1
-  sltt profile [RECIPE] [OPTION …]   memory, time, operations and energy: --rules --steps --budget 8GB
-  sltt report FOLDER ...             one page of all that: comparison, costs, agreement, spikes
-  sltt export RUN --to nir|onnx      write a trained network for other tools
-  sltt recipes [NAME]                list the recipes, or print one
-  sltt data check RECIPE [OPTION …]  whether a recipe's data is whole: --data.root DIR
-  sltt doctor                        what works on this machine, and what would make it faster
-  sltt completion bash|zsh           let the shell complete: source <(sltt completion bash)
-  sltt --version                     the version
+  sltt train [RECIPE]       train a recipe (default: digits), or a YAML file
+  sltt eval RUN             accuracy of a trained run on the test samples
+  sltt agreement [RECIPE]   is SLTT safe here? its gradient beside that of BPTT
+  sltt compare [RECIPE]     train several rules: --rules BPTT,SLTT,SLTT:k=1
+  sltt profile [RECIPE]     memory, time and energy of rules: --steps 1,4,16
+  sltt report FOLDER ...    one page with the results of all these commands
+  sltt export RUN           write a trained network: --to nir or --to onnx
+  sltt recipes [NAME]       list the recipes, or print one
+  sltt data check RECIPE    is a recipe's data whole? --data.root DIR
+  sltt doctor               what works on this machine, what would be faster
+  sltt completion SHELL     for bash and zsh: source <(sltt completion bash)
+  sltt --version            the version
 
-`sltt train RECIPE --help` explains every option, with the recipe's values.
+`sltt COMMAND RECIPE --help` explains every option, with the recipe's values.
 """
 
 

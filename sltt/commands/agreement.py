@@ -21,10 +21,8 @@ from sltt.training.session import session
 from sltt.training.settings import Execution
 
 HELP = (
-    "Cosine and norm of the gradients of SLTT, OTTT and truncated BPTT beside that of exact BPTT, and which rule to "
-    "take; where it is neither SLTT nor OTTT, a Mixed that takes less memory, if there is one. "
-    "With --trial, what short trainings learn decides. "
-    "Other options are those of sltt train: --model.…, --data.…"
+    "Compare the gradient of each rule with that of BPTT: cosine and norm. The last line says which rule to take. "
+    "With --trial, short trainings decide it. Other options are those of sltt train: --model.…, --data.…"
 )
 
 

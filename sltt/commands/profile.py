@@ -40,9 +40,9 @@ WARMUP = 2
 TOLERANCE = 0.03  # of the peak model, before it is fitted again
 
 HELP = (
-    "What a training iteration takes under each rule and T: memory at the peak by its parts, seconds by theirs, "
-    "multiplications; and what the inference of one sample takes: synaptic operations by layer and an estimate of the "
-    "energy. With --budget, what fits a memory. Other options are those of sltt train."
+    "Measure a training iteration with each rule and T: peak memory, seconds, multiplications. Estimate the energy of "
+    "the inference of one sample. With --budget, find the largest batch that fits. "
+    "Other options are those of sltt train."
 )
 
 

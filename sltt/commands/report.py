@@ -9,8 +9,8 @@ from sltt.commands.results import gather
 from sltt.training.console import Console
 
 HELP = (
-    "Write one HTML page, which needs no network, with tables and figures of what sltt compare, profile and agreement "
-    "kept with --save, and of training runs; beside it the figures as PNG and SVG, and the tables as CSV."
+    "Write one HTML page with the tables and figures of runs, comparisons, profiles and agreements. It needs no "
+    "network. The figures lie beside it as PNG and SVG, the tables as CSV."
 )
 
 

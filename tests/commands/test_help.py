@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 import sltt
-from sltt.commands import main
+from sltt.commands import COMMANDS, main
 from sltt.commands.hints import fit_arguments
 from sltt.commands.parsing import MATTER_FIRST
 
@@ -23,6 +23,13 @@ def test_the_options_that_matter_are_options():
     named = re.findall(r"^  --(\w+)", MATTER_FIRST, re.MULTILINE)
     assert 20 <= len(named) <= 22
     assert set(named) <= set(fit_arguments())
+
+
+def test_the_list_of_commands_fits_a_terminal(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert set(re.findall(r"^  sltt (\w+)", shown, re.MULTILINE)) == set(COMMANDS)
 
 
 def test_the_version(capsys):
