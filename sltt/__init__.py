@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from sltt import analysis, data, losses, metrics, models, schedules, surrogates
+from sltt import analysis, callbacks, data, losses, metrics, models, schedules, surrogates
 from sltt.dropout import Dropout
 from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, IntegerLIF, Neuron, Recurrent, TernaryLIF, lif_step
 from sltt.parallel import devices
@@ -39,6 +39,7 @@ __all__ = [
     "Stateful",
     "TernaryLIF",
     "analysis",
+    "callbacks",
     "data",
     "detach",
     "devices",

@@ -77,9 +77,14 @@ def name_of(metric: Callable[..., Any]) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
+def higher_is_better(metric: Callable[..., Any]) -> bool:
+    """Whether more is better; true for a metric that does not say."""
+    return getattr(metric, "higher_is_better", True)
+
+
 def improves(metric: Callable[..., Any], score: float) -> float:
     """A score such that more is better."""
-    return score if getattr(metric, "higher_is_better", True) else -score
+    return score if higher_is_better(metric) else -score
 
 
 def shown(name: str, score: float) -> str:

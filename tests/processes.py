@@ -32,6 +32,7 @@ TRAININGS = {
     **{name: {"rule": RULES[name]} for name in OF_EACH_KIND},
     "OTTT(online)": {"rule": sltt.OTTT(decay=0.5, online=True)},
     "SLTT(k=1), clipped": {"rule": sltt.SLTT(k=1), "clip_norm": 1e-2},
+    "in parts, averaged": {"rule": sltt.SLTT(k=2), "accumulate": 3, "ema": 0.8, "clip_norm": 1.0},
     "a batch of one sample": {"rule": sltt.SLTT(), "batch_size": 59},
 }
 NORMED = {"SLTT": sltt.SLTT(), "BPTT": sltt.BPTT(), "SLTT(k=2)": sltt.SLTT(k=2)}

@@ -86,7 +86,8 @@ def _class_paths() -> list[str]:
 
     import sltt
 
-    modules = (torch.optim, sltt.models, sltt.data, sltt.losses, sltt.metrics, sltt.schedules, sltt.surrogates, sltt)
+    families = (sltt.models, sltt.data, sltt.losses, sltt.metrics, sltt.schedules, sltt.callbacks, sltt.surrogates)
+    modules = (torch.optim, *families, sltt)
     return [f"{m.__name__}.{name}" for m in modules for name, value in vars(m).items() if callable(value)]
 
 

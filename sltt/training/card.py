@@ -38,6 +38,7 @@ def write_card(
         "epoch": f"{row['epoch']} of {training.epochs}",
         f"validation {metric}": "nothing was held out" if score is None else shown(metric, score),
         f"test {metric}": NOT_MEASURED,
+        **({} if training.ema is None else {"weights": f"exponential moving average, decay {training.ema:g}"}),
         "firing rate": f"{row['firing_rate']:.4f} spikes per neuron and time step, in training",
         "energy": _energy(here, model, splits, training.steps),
         "made with": f"sltt {version('sltt')}, PyTorch {torch.__version__}, Python {platform.python_version()}, "

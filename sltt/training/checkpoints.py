@@ -6,6 +6,7 @@ A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of w
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -13,8 +14,10 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from sltt.callbacks import Callback
 from sltt.parallel.processes import Processes, as_sharded, whole
 from sltt.rules import Rule
+from sltt.training.average import Average, chosen
 from sltt.training.files import write_atomically
 from sltt.training.progress import Progress
 from sltt.training.runs import LAST, find_checkpoint
@@ -40,7 +43,9 @@ class Checkpoints:
         session: whose first process writes.
         model: the network.
         optim: its optimizer.
+        average: of the weights, if the training has one.
         rules: of all stages.
+        callbacks: whose state is kept.
         fingerprint: of the split of the data.
         task: what a prediction needs to know: `steps`, `static` and `classes`.
         config: settings of the run, to keep.
@@ -50,7 +55,9 @@ class Checkpoints:
     session: Session
     model: nn.Module
     optim: Any
+    average: Average | None
     rules: list[Rule]
+    callbacks: Sequence[Callback]
     fingerprint: str
     task: dict[str, Any]
     config: dict[str, Any]
@@ -65,11 +72,15 @@ class Checkpoints:
         processes = self.session.processes
         check_weights(self.model)
         processes.average_statistics(self.model)
+        if self.average:
+            processes.average_statistics(self.average.model)
         content = {
             "model": whole(self.model.state_dict()),
+            "averaged": self.average and self.average.model.state_dict(),
             "optimizer": whole(self.optim.state_dict()),
             "scaler": self.session.fabric.strategy.precision.state_dict(),
             "rules": [rule.state_dict() for rule in self.rules],
+            "callbacks": [[type(one).__name__, one.state_dict()] for one in self.callbacks],
             "progress": vars(progress.summed(processes)),
             "fingerprint": self.fingerprint,
             "task": self.task,
@@ -88,12 +99,26 @@ class Checkpoints:
                 f"the run {self.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
                 f"{self.fingerprint}: the samples or the settings of the data have changed"
             )
-        load_weights(self.model, checkpoint, path)
+        self._check_callbacks(checkpoint.get("callbacks", []))
+        load_weights(self.model, checkpoint["model"], path)
+        if self.average:
+            load_weights(self.average.model, chosen(checkpoint), path)
         load_optimizer(self.optim, checkpoint["optimizer"], path)
         self.session.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
         for rule, state in zip(self.rules, checkpoint["rules"], strict=False):
             rule.load_state_dict(state)
+        for callback, (_, state) in zip(self.callbacks, checkpoint.get("callbacks", []), strict=True):
+            callback.load_state_dict(state)
         return Progress(**checkpoint["progress"]).of_process(self.session.processes.rank)
+
+    def _check_callbacks(self, saved: list[Any]) -> None:
+        before, now = [name for name, _ in saved], [type(one).__name__ for one in self.callbacks]
+        if before != now:
+            names = [", ".join(names) or "none" for names in (before, now)]
+            raise CheckpointError(
+                f"the run {self.folder} was trained with callbacks {names[0]}, and is to go on with {names[1]}: give "
+                "the same ones, in Python by sltt.fit(…, callbacks=[…], resume=True)"
+            )
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -173,11 +198,11 @@ def _intact(file: IO[bytes]) -> bool:
     return digest.hexdigest().encode() == expected
 
 
-def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
-    """Load a checkpoint's weights into a model; raises CheckpointError where they do not fit it."""
+def load_weights(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
+    """Load the weights of a checkpoint into a model; raises CheckpointError where they do not fit it."""
     held = model.state_dict(keep_vars=True)
     try:
-        model.load_state_dict({k: as_sharded(v, held[k]) if k in held else v for k, v in checkpoint["model"].items()})
+        model.load_state_dict({k: as_sharded(v, held[k]) if k in held else v for k, v in weights.items()})
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"the weights in {path} do not fit the model: {error}") from error
 
@@ -213,10 +238,10 @@ def load_selected(model: nn.Module, run: Path, which: str | None = None, process
 
     def read() -> tuple[Path, dict[str, Any]]:
         path = find_checkpoint(run, which)
-        return path, {"model": load_checkpoint(path)["model"]}
+        return path, chosen(load_checkpoint(path))
 
-    path, checkpoint = processes.first(read) if processes else read()
-    load_weights(model, checkpoint, path)
+    path, weights = processes.first(read) if processes else read()
+    load_weights(model, weights, path)
     return path
 
 
@@ -224,4 +249,4 @@ def start_from(model: nn.Module, weights: str | None) -> None:
     """Load the weights of a run's folder, or of a checkpoint, into the model; None leaves it as it is."""
     if weights is not None:
         path = find_checkpoint(Path(weights)) if Path(weights).is_dir() else Path(weights)
-        load_weights(model, load_checkpoint(path), path)
+        load_weights(model, chosen(load_checkpoint(path)), path)

@@ -17,6 +17,11 @@ import torch
 from torch import fx, nn
 
 NETWORK = "network.pt"
+UNREADABLE = "sltt eval, export and --resume cannot read this run"
+LOST = {
+    "callbacks": "sltt train --resume cannot continue this run",
+    "loggers": "sltt train --resume continues without these loggers",
+}
 
 
 class UndescribedError(ValueError):
@@ -36,14 +41,14 @@ def describe_run(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], bytes | 
             config[name] = _kept(name, value) if name in ("model", "loss") else describe(value)
         except UndescribedError as error:
             config[name] = None
-            problems.append(f"{name}: {error}")
+            problems.append(f"{LOST.get(name, UNREADABLE)}: {name}: {error}")
     try:
         network = pack(arguments["model"], arguments["loss"])
     except UndescribedError as error:
         network = None
         if config["model"] is not None:
             config["model"] = None
-            problems.append(str(error))
+            problems.append(f"{UNREADABLE}: {error}")
     return config, network, problems
 
 
@@ -85,11 +90,12 @@ def _kept_argument(value: Any, parameter: inspect.Parameter) -> Any:
     kind = type(value).__name__
     if parameter.kind is parameter.VAR_POSITIONAL:
         raise UndescribedError(f"{kind} takes *{parameter.name}")
-    if not hasattr(value, parameter.name):
+    name = parameter.name if hasattr(value, parameter.name) else f"_{parameter.name}"  # as Lightning's loggers have it
+    if not hasattr(value, name):
         raise UndescribedError(
             f"{kind} does not keep its argument {parameter.name}: set self.{parameter.name} in __init__"
         )
-    return getattr(value, parameter.name)
+    return getattr(value, name)
 
 
 def _path(value: Any) -> str:

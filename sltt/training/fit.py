@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from sltt.callbacks import Callback
 from sltt.checks import flag, instance
 from sltt.data import Data, Splits
 from sltt.data.loaders import Loaders, as_data
@@ -18,6 +19,7 @@ from sltt.parallel.batchnorm import synchronise
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
+from sltt.training.average import Average
 from sltt.training.card import write_card
 from sltt.training.checkpoints import Checkpoints, load_checkpoint, load_selected, start_from
 from sltt.training.console import Console
@@ -29,6 +31,9 @@ from sltt.training.runs import LAST, check_config, new_run, old_run, write_confi
 from sltt.training.safeguards import check_last_batch, checked
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, OptimizerFactory, Training
+
+if TYPE_CHECKING:
+    from lightning_fabric.loggers.logger import Logger
 
 
 @dataclass
@@ -67,6 +72,10 @@ def fit(
     checkpoint_minutes: float = 10.0,
     weights: str | None = None,
     metric: Metric = Accuracy(),
+    accumulate: int = 1,
+    ema: float | None = None,
+    callbacks: list[Callback] | None = None,
+    loggers: "list[Logger] | None" = None,
     *,
     run: str | Path | None = None,
     resume: bool = False,
@@ -112,6 +121,13 @@ def fit(
         weights: start from the weights of this run, or of this checkpoint, instead of random ones.
         metric: of predictions and targets, a mean over samples; the epoch that is best by it on the validation samples
             is selected.
+        accumulate: compute each batch in this many parts, one after the other. Takes the memory of a part and gives the
+            gradient of the batch. BatchNorm takes its statistics over a part. Parts have two samples at least.
+        ema: decay d of an exponential moving average of the weights, θ̄ ← d θ̄ + (1 − d) θ after each batch, and of the
+            statistics of BatchNorm. The averaged weights are validated, selected and loaded in place of the others.
+        callbacks: called after each batch and epoch, such as `sltt.callbacks.EarlyStopping`.
+        loggers: of Lightning or Fabric, such as `lightning_fabric.loggers.CSVLogger`; a resumed run logs its first
+            epochs again. TensorBoard's files and `metrics.csv` are in the run folder without any.
         run: folder for checkpoints and metrics; must not exist, unless `resume`. None makes one under `runs`.
         resume: continue the run in `run`, with the same arguments; the weights end as if it had never stopped. A folder
             without a checkpoint starts from the beginning.
@@ -139,7 +155,7 @@ def fit(
         described, network, problems = describe_run({"model": model, "data": data, **vars(training), **vars(execution)})
         report = here.console(report)
         for problem in problems:
-            report.line(f"sltt eval, export and --resume cannot read this run: {problem}")
+            report.line(problem)
         config = described if config is None else config
         return start_run(here, model, data, training, run, config=config, network=network, report=report)
 
@@ -212,8 +228,12 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
     if count > 1 and here.execution.strategy == "fsdp":
         for stage in stages:
             _check_shardable(stage.rule)
+        if training.ema is not None:
+            raise ValueError("ema keeps the weights whole, and fsdp does not: use ddp")
     if training.batch_size < count:
         raise ValueError(f"batch_size={training.batch_size} is shared by {count} processes: expected a sample for each")
+    if training.accumulate > 1 and (online := next((s.rule for s in stages if s.rule.online), None)):
+        raise ValueError(f"{online} updates the weights at every time step, and accumulate once a batch: leave it out")
     splits = checked(here.splits(data, stages[0].steps), stages[0].steps)
     if splits.per_step != is_per_step(training.loss):
         raise ValueError(
@@ -222,6 +242,9 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
             else f"{type(training.loss).__name__} needs a target for each time step, and the data has one for all: "
             "sltt.data.from_datasets(…, per_step=True)"
         )
+    for callback in training.callbacks or ():
+        if callback.needs_validation and splits.validation is None:
+            raise ValueError(f"{type(callback).__name__} needs validation samples: hold some out, as by validation=0.1")
     check_last_batch(model, splits, training.batch_size, stages)
     return splits
 
@@ -241,6 +264,7 @@ def _loop(
     if here.execution.sync_batchnorm:
         synchronise(model)
     net = here.set_up(model)
+    average = None if training.ema is None else Average(model, training.ema)
     groups = parameter_groups(model, training.norm_weight_decay)
     optim: Any = here.fabric.setup_optimizers(training.optimizer(groups))
     checkpoints = Checkpoints(
@@ -248,7 +272,9 @@ def _loop(
         session=here,
         model=model,
         optim=optim,
+        average=average,
         rules=[stage.rule for stage in training.stages],
+        callbacks=training.callbacks or (),
         fingerprint=splits.fingerprint,
         task={
             "steps": training.steps,
@@ -263,6 +289,8 @@ def _loop(
         training=training,
         model=model,
         net=net,
+        average=average,
+        averaged=here.set_up(average.model) if average else net,
         loss=here.set_up_loss(training.loss),
         optim=optim,
         data=data,

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sltt.analysis import FiringRates, firing_rates
+from sltt.callbacks import Moment
 from sltt.data import Data, Splits
-from sltt.losses import predicted, prediction_of
-from sltt.metrics import improves, name_of
+from sltt.losses import is_per_step, predicted, prediction_of
+from sltt.metrics import higher_is_better, improves, name_of
 from sltt.parallel.signals import Interrupt
+from sltt.rules import Output
 from sltt.sequence.steps import check_input
+from sltt.training.average import Average
 from sltt.training.batches import EpochSampler, ending, seed_batch, share, train_loader, whole_epoch
 from sltt.training.checkpoints import Checkpoints
 from sltt.training.console import Console
 from sltt.training.evaluation import counting, measure
 from sltt.training.files import write_table
+from sltt.training.logs import Logs
+from sltt.training.parts import count_parts, run_in_parts
 from sltt.training.phases import Stage, freeze_norm, set_rates, stage_at
-from sltt.training.progress import BatchMemory, Metrics, Progress, ScalarLog, epoch_row
+from sltt.training.progress import BatchMemory, Metrics, Progress, epoch_row
 from sltt.training.runs import BEST, LAST, METRICS
 from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers
 from sltt.training.session import Session
@@ -39,6 +44,8 @@ class Loop:
         training: what is trained.
         model: the network.
         net: the network for calls under the precision of the session.
+        average: of the weights, where the training has one, and
+        averaged: that network for such calls; else the network itself.
         loss: on the device.
         optim: the optimizer.
         splits: of the first stage.
@@ -51,6 +58,8 @@ class Loop:
     training: Training
     model: nn.Module
     net: Any
+    average: Average | None
+    averaged: Any
     loss: Any
     optim: Any
     data: Data
@@ -71,25 +80,30 @@ class Loop:
 
     def run(self) -> None:
         """Train the epochs that are left."""
-        log = ScalarLog(self.folder, self.state.history, self.processes.rank == 0)
-        with closing(log), Interrupt() as interrupt:
+        log = Logs(self.folder, self.training.loggers or (), self.checkpoints.config, self.processes.rank == 0)
+        with log, Interrupt() as interrupt:
+            for row in self.state.history:  # so that the log of a resumed run is whole
+                log(row)
             for stage in self.stages:
-                if self.state.epoch < stage.stop:
+                if self.state.epoch < stage.stop and not self.state.stopped:
                     self._stage(stage, log, interrupt)
         self._write_table()  # also after a resume that had nothing left to train
 
-    def _stage(self, stage: Stage, log: ScalarLog, interrupt: Interrupt) -> None:
+    def _stage(self, stage: Stage, log: Logs, interrupt: Interrupt) -> None:
         """Train the epochs of a stage that are left."""
         batches, validation = self._begin(stage)
         with ending(batches, validation):
-            while self.state.epoch < stage.stop:
+            while self.state.epoch < stage.stop and not self.state.stopped:
                 training = self._epoch(stage, batches, interrupt)
-                self.processes.average_statistics(self.model)
+                for model in self._models():
+                    self.processes.average_statistics(model)
                 row = self._end_epoch(training, self._validate(stage, validation))
                 log(row)
                 self.report.row(row)
                 for warning in extreme_layers(training.layers):
                     self.report.warn(warning)
+                if self.state.stopped:
+                    self.report.line(f"stopped after epoch {self.state.epoch}: {self.state.stopped}")
                 interrupt.stop(int(self.processes.highest(interrupt.requested)), self.folder)
 
     def _begin(self, stage: Stage) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
@@ -103,7 +117,8 @@ class Loop:
         self.splits = self.session.splits(self.data, stage.steps)
         new = self.state.batch == 0 and self.state.epoch > 0
         if new and stage_at(self.stages, self.state.epoch - 1).steps != stage.steps:
-            self.state.best, self.state.best_epoch = [], None  # accuracies at another T do not compare
+            # metrics at another T do not compare
+            self.state.best, self.state.best_epoch, self.state.first = [], None, self.state.epoch
         self.memory = BatchMemory(self.session.fabric.device, stage.rule)
         size, held_out = self.training.batch_size, self.splits.validation
         return (
@@ -151,6 +166,7 @@ class Loop:
         self.optim.zero_grad()
         size = min(self.training.batch_size, self.sampler.length - state.batch * self.training.batch_size)
         weight, count = share(size, rank, self.processes.count)
+        parts = count_parts(self.training.accumulate, size, self.processes.count)
         drawn = seed_batch(seed, state.epoch, state.batch)  # of the rule, in all processes alike
         seed_batch(seed, state.epoch, state.batch, rank)
         check_labels(y, self.splits.classes)
@@ -158,15 +174,19 @@ class Loop:
         if self.session.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
             check_input(x)
         x, y = self.session.batch(x, y)
-        run = partial(
-            stage.rule,
-            *(self.net, x, y, self.loss),
-            steps=stage.steps if self.splits.static else None,
-            # weighted, such that the gradients of all processes add up to that of the batch
-            backward=lambda loss: self.session.fabric.backward(loss * weight),
-            update=self._reduce_and_update if stage.rule.online else None,
-            seed=drawn,
-        )
+
+        def run_part(x: Tensor, y: Tensor, part: float) -> Output:
+            return stage.rule(
+                *(self.net, x, y, self.loss),
+                steps=stage.steps if self.splits.static else None,
+                # weighted, such that the gradients of all parts and processes add up to that of the batch
+                backward=lambda loss: self.session.fabric.backward(loss * (weight * part)),
+                update=self._reduce_and_update if stage.rule.online else None,
+                seed=drawn,
+            )
+
+        forms = {"static": self.splits.static, "per_step": is_per_step(self.loss)}
+        run = partial(run_in_parts, run_part, x, y, parts, **forms)
         with counting(firing, count):
             out = self.memory(run, full=size == min(self.training.batch_size, self.sampler.length))
         if not stage.rule.online:
@@ -176,6 +196,9 @@ class Loop:
             self._update()
         prediction = predicted(prediction_of(self.loss), out.logits)
         state.count(out.loss, float(self.training.metric(prediction, y)), count)
+        if self.average:
+            self.average.update(self.model)
+        self._call("on_batch", out.loss.item())
 
     def _reduce(self) -> None:
         self.processes.reduce_gradients(self.model.parameters())
@@ -195,16 +218,44 @@ class Loop:
         if loader is None:
             return None
         with self._located("validation"):
-            return measure(self.session, self.net, loader, self.splits, self.loss, self.training.metric, stage.steps)
+            return measure(
+                self.session, self.averaged, loader, self.splits, self.loss, self.training.metric, stage.steps
+            )
 
     def _end_epoch(self, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
         """Save an epoch; returns its row in the table of metrics."""
         row = epoch_row(self.state.epoch + 1, self.optim, training, validation)
         quality = improves(self.training.metric, validation.score) if validation else 0.0
+        improved = self.state.end_epoch(row, validation, quality)
+        with self._located("callback"):
+            self._call("on_epoch")
         # the best before the last: that one says that there is a best
-        self.checkpoints.save(self.state, *[BEST] * self.state.end_epoch(row, validation, quality), LAST)
+        self.checkpoints.save(self.state, *[BEST] * improved, LAST)
         self._write_table()
         return row
+
+    def _call(self, name: str, loss: float | None = None) -> None:
+        """Call a method of all callbacks; what one of them stops, in any process, ends for all after the epoch."""
+        state = self.state
+        now = Moment(
+            model=self.model,
+            optimizer=self.optim,
+            epoch=state.epoch,
+            batch=state.batch,
+            loss=loss,
+            history=state.history[state.first :],
+            metric=self.metric,
+            higher_is_better=higher_is_better(self.training.metric),
+            stopped=state.stopped,
+        )
+        for callback in self.training.callbacks or ():
+            getattr(callback, name)(now)
+        state.stopped = now.stopped
+        if name == "on_epoch" and self.training.callbacks and self.processes.highest(bool(state.stopped)):
+            state.stopped = state.stopped or "as asked for in another process"
+
+    def _models(self) -> list[nn.Module]:
+        return [self.model, *([self.average.model] if self.average else [])]
 
     def _write_table(self) -> None:
         if self.processes.rank == 0:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -66,6 +65,8 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int | None = None
     best: list[float] = field(default_factory=list)
+    first: int = 0  # row of the history with which the present T began
+    stopped: str | None = None  # why a callback ended the training
 
     def count(self, loss: Tensor, score: float, samples: int) -> None:
         """Add a batch with so many samples, and their mean score; 0 where another process counts them."""
@@ -159,26 +160,3 @@ def epoch_row(epoch: int, optim: Any, training: Metrics, validation: Metrics | N
         "seconds": training.seconds,
         "peak_memory": training.peak_memory,
     }
-
-
-class ScalarLog:
-    """TensorBoard's writer, in the first process; a resumed run logs anew what its checkpoint says was trained."""
-
-    def __init__(self, run: Path, history: list[dict[str, Any]], first: bool):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=0) if first else None
-        for row in history:
-            self(row)
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        if self._writer is None:
-            return
-        for key, value in row.items():
-            if value is not None:
-                self._writer.add_scalar(key, value, row["epoch"])
-        self._writer.flush()
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()

@@ -164,15 +164,15 @@ def _known(saved: Any, given: Any) -> Any:
 def _differences(saved: dict[str, Any], found: dict[str, Any], path: str = "") -> Iterator[str]:
     for key in [*saved, *(key for key in found if key not in saved)]:
         name = f"{path}{key}"
+        if name in RESUMABLE:
+            continue
         if key not in found:
             yield f"{name} is missing"
         elif key not in saved:
             yield f"{name} is new"
-        elif name in RESUMABLE or saved[key] == found[key]:
-            continue
         elif isinstance(saved[key], dict) and isinstance(found[key], dict):
             yield from _differences(saved[key], found[key], f"{name}.")
-        else:
+        elif saved[key] != found[key]:
             yield f"{name} was {saved[key]!r} and is {found[key]!r}"
 
 

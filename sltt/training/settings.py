@@ -2,19 +2,24 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
+from sltt.callbacks import Callback
 from sltt.checks import choice, flag, function, instance, number, sequence, whole_number
 from sltt.kernels import Compile, Sparse
 from sltt.metrics import Metric
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import Rule
 from sltt.schedules import Schedule
+from sltt.training.instead import check_optimizer, check_schedule
 from sltt.training.phases import Phase, Stage, plan
+
+if TYPE_CHECKING:
+    from lightning_fabric.loggers.logger import Logger
 
 OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
 
@@ -86,18 +91,19 @@ class Training(_Settings):
     seed: int = 0
     checkpoint_minutes: float = field(default=10.0, metadata=RESUMED)
     weights: str | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    callbacks: Sequence[Callback] | None = None
+    loggers: Sequence["Logger"] | None = field(default=None, metadata=RESUMED)
 
     def __post_init__(self) -> None:
         instance("rule", self.rule, Rule)
         function("loss", self.loss, "the logits and the target")
         function("metric", self.metric, "the prediction and the target")
-        if not callable(self.optimizer):
-            example = "functools.partial(torch.optim.SGD, lr=0.1)"
-            raise ValueError(
-                f"optimizer must be a function of the parameters, such as {example}, got {self.optimizer!r}"
-            )
+        check_optimizer(self.optimizer)
+        check_schedule(self.schedule)
         instance("schedule", self.schedule, Schedule)
-        for name in ("steps", "epochs", "batch_size"):
+        for name in ("steps", "epochs", "batch_size", "accumulate"):
             whole_number(name, getattr(self, name), least=1)
         whole_number("seed", self.seed, least=0, most=2**32 - 1)
         number("checkpoint_minutes", self.checkpoint_minutes, least=0)
@@ -105,11 +111,22 @@ class Training(_Settings):
             number("clip_norm", self.clip_norm, above=0)
         if self.norm_weight_decay is not None:
             number("norm_weight_decay", self.norm_weight_decay, least=0)
+        if self.ema is not None:
+            number("ema", self.ema, above=0, below=1)
+        for i, callback in enumerate(sequence("callbacks", self.callbacks or (), "callbacks")):
+            instance(f"callbacks[{i}]", callback, Callback)
+        self._check_loggers()
         for i, phase in enumerate(sequence("phases", self.phases or (), "phases")):
             instance(f"phases[{i}]", phase, Phase)
         last = self.stages[-1].steps
         if last != self.steps and sum(phase.epochs for phase in self.phases or ()) <= self.epochs:
             raise ValueError(f"steps={self.steps} is the T of evaluation, but the last phase trains T = {last}")
+
+    def _check_loggers(self) -> None:
+        for i, logger in enumerate(sequence("loggers", self.loggers or (), "loggers")):
+            from lightning_fabric.loggers.logger import Logger
+
+            instance(f"loggers[{i}]", logger, Logger, "such as lightning_fabric.loggers.CSVLogger('logs')")
 
     @property
     def stages(self) -> list[Stage]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sltt.checks import choice, instance
 from sltt.losses import Prediction, predicted
 from sltt.rules import unroll
+from sltt.training.average import chosen
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.describe import NETWORK, unpack
 from sltt.training.runs import CONFIG, find_checkpoint
@@ -57,7 +58,7 @@ def load(
     path = find_checkpoint(Path(run), checkpoint)
     content = load_checkpoint(path)
     network = _network(Path(run)) if model is None else instance("model", model, nn.Module)
-    load_weights(network, content, path)
+    load_weights(network, chosen(content), path)
     if "task" in content:  # not in checkpoints of earlier versions
         network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     return network.eval()

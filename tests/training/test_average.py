@@ -1,0 +1,99 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.callbacks import Callback
+from sltt.training.average import Average
+from sltt.training.checkpoints import load_checkpoint
+from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
+
+DECAY = 0.8
+
+
+class Reference(Callback):
+    """The average by its equation."""
+
+    def __init__(self, model):
+        self.mean = {k: v.detach().clone().double() for k, v in model.state_dict().items()}
+
+    def on_batch(self, now):
+        for name, value in now.model.state_dict().items():
+            self.mean[name] = DECAY * self.mean[name] + (1 - DECAY) * value.double()
+
+
+def averaged(path):
+    return load_checkpoint(path)["averaged"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_average_is_that_of_the_equation_statistics_too(accumulate, tmp_path):
+    model = network()
+    reference = Reference(model)
+    trained, result = train(tmp_path / "run", model, Blobs(0), ema=DECAY, callbacks=[reference], accumulate=accumulate)
+    found = averaged(result.run / "last.ckpt")
+    for name, value in found.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), reference.mean[name], rtol=1e-4, atol=1e-5)
+    assert equal(trained.state_dict(), found)
+    assert not equal(weights(result.run / "last.ckpt"), found)
+
+
+def test_the_average_is_validated_selected_loaded_and_said(tmp_path):
+    model, result = train(tmp_path / "run", ema=DECAY)
+    row = result.history[result.epoch - 1]
+    assert sltt.evaluate(model, Blobs(), "validation", device="cpu").loss == pytest.approx(row["validation_loss"])
+    assert equal(model.state_dict(), averaged(result.run / "best.ckpt"))
+    loaded = sltt.load(result.run, network())
+    assert equal(loaded.state_dict(), model.state_dict())
+    started, _ = train(tmp_path / "next", weights=str(result.run), epochs=1, optimizer=still)
+    torch.testing.assert_close(started[0].weight, model[0].weight)
+    assert "| weights | exponential moving average, decay 0.8 |" in (result.run / "card.md").read_text()
+
+
+def still(parameters):
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def test_training_itself_is_as_without_an_average(tmp_path):
+    for name, ema in (("with", DECAY), ("without", None)):
+        train(tmp_path / name, ema=ema)
+    assert equal(weights(tmp_path / "with" / "last.ckpt"), weights(tmp_path / "without" / "last.ckpt"))
+
+
+@pytest.mark.parametrize("batch", [1, 6, 8])
+def test_an_average_resumes_exactly(batch, tmp_path):
+    whole, _ = train(tmp_path / "whole", rule=sltt.SLTT(k=2), ema=DECAY)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "part", rule=StopAt(batch), ema=DECAY)
+    resumed, _ = train(tmp_path / "part", rule=sltt.SLTT(k=2), ema=DECAY, resume=True)
+    assert equal(resumed.state_dict(), whole.state_dict())
+    for file in ("best.ckpt", "last.ckpt"):
+        assert equal(averaged(tmp_path / "part" / file), averaged(tmp_path / "whole" / file))
+
+
+def test_the_statistics_fit_the_averaged_weights():
+    """Their error is far below the spread, where statistics of the first weights would be off by that much."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32), sltt.LIF(), nn.Linear(32, 3))
+    optimizer, average = torch.optim.AdamW(model.parameters(), lr=0.01), Average(model, 0.9)
+    data = torch.utils.data.DataLoader(Blobs().load(1).train, 20, shuffle=True)
+    for _ in range(60):
+        for x, y in data:
+            optimizer.zero_grad()
+            sltt.SLTT()(model, x, y, nn.CrossEntropyLoss(), steps=2)
+            optimizer.step()
+            average.update(model)
+    exact = copy.deepcopy(average.model)
+    torch.optim.swa_utils.update_bn([x for x, _ in data], exact)
+    sltt.reset(exact)
+    found, right = (m[1].running_mean for m in (average.model, exact))
+    assert (found - right).abs().max() < 0.15 * right.abs().max()  # statistics begin as 0
+
+
+@pytest.mark.parametrize("value", [0, 1.0, -0.5, "0.9"])
+def test_a_decay_out_of_range_is_refused(value, tmp_path):
+    with pytest.raises(ValueError, match="ema must be"):
+        train(tmp_path / "run", ema=value)

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.callbacks import Callback, EarlyStopping
+from sltt.training.checkpoints import CheckpointError, load_checkpoint
+from sltt.training.console import Console
+from tests.training.blobs import Blobs, StopAt, equal, train, weights
+
+
+class Seen(Callback):
+    """Keeps what it is shown, and ends the training after an epoch."""
+
+    def __init__(self, epochs=None):
+        self.epochs = epochs
+        self.losses, self.batches, self.rows = [], [], []
+
+    def on_batch(self, now):
+        self.batches.append((now.epoch, now.batch))
+        self.losses.append(now.loss)
+
+    def on_epoch(self, now):
+        self.rows.append(now.history[-1])
+        if now.epoch == self.epochs:
+            now.stop("as asked")
+
+    def state_dict(self):
+        return {"losses": self.losses, "batches": self.batches}
+
+    def load_state_dict(self, state):
+        self.losses, self.batches = state["losses"], [tuple(pair) for pair in state["batches"]]
+
+
+def test_a_callback_sees_each_batch_and_each_epoch(tmp_path):
+    seen = Seen()
+    _, result = train(tmp_path / "run", callbacks=[seen], epochs=2)
+    assert seen.batches == [(e, b) for e in range(2) for b in range(1, 5)]
+    assert seen.rows == result.history
+    first = sum(loss * n for loss, n in zip(seen.losses[:4], (16, 16, 16, 12), strict=True)) / 60
+    assert first == pytest.approx(result.history[0]["train_loss"])
+
+
+@pytest.mark.parametrize("batch", [3, 4, 10])
+def test_a_callback_continues_with_its_run(batch, tmp_path):
+    whole, part = Seen(3), Seen(3)
+    train(tmp_path / "whole", rule=sltt.SLTT(k=2), callbacks=[whole], epochs=9)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "part", rule=StopAt(batch), callbacks=[part], epochs=9)
+    _, result = train(tmp_path / "part", rule=sltt.SLTT(k=2), callbacks=[again := Seen(3)], epochs=9, resume=True)
+    assert (again.batches, again.losses) == (whole.batches, whole.losses)
+    assert len(result.history) == 3
+    assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
+
+
+def test_a_stopped_run_stays_stopped_and_says_why(tmp_path, capsys):
+    train(tmp_path / "run", callbacks=[Seen(2)], epochs=9, report=Console())
+    assert "stopped after epoch 2: as asked" in capsys.readouterr().out
+    seen = Seen(2)
+    _, result = train(tmp_path / "run", callbacks=[seen], epochs=9, resume=True)
+    assert len(result.history) == 2
+    assert len(seen.batches) == 8
+
+
+@pytest.mark.parametrize("given", [[], [EarlyStopping()], [Seen(), Seen()]])
+def test_a_run_resumes_with_its_own_callbacks_only(given, tmp_path):
+    train(tmp_path / "run", callbacks=[Seen()], epochs=1)
+    with pytest.raises(CheckpointError, match=r"trained with callbacks Seen, and is to go on with (none|E|Seen, S)"):
+        train(tmp_path / "run", callbacks=given, epochs=2, resume=True)
+
+
+def moment(values, by, higher=True):
+    history = [{"validation_accuracy": v, "validation_loss": v} for v in values]
+    now = sltt.callbacks.Moment(nn.Identity(), None, len(values), 0, None, history, "accuracy", higher)
+    return now, EarlyStopping(patience=2, by=by)
+
+
+@pytest.mark.parametrize(
+    ("values", "by", "higher", "stops"),
+    [
+        ([0.5, 0.6, 0.6, 0.6], "metric", True, True),
+        ([0.5, 0.6, 0.6, 0.7], "metric", True, False),
+        ([0.5, 0.6, 0.6], "metric", True, False),
+        ([0.5, 0.6, 0.7], "metric", False, True),
+        ([0.5, 0.4, 0.3], "metric", False, False),
+        ([0.5, 0.6, 0.7], "loss", True, True),
+        ([0.5, 0.6, 0.4], "loss", True, False),
+        ([], "metric", True, False),
+    ],
+)
+def test_early_stopping_waits_for_a_better_epoch(values, by, higher, stops):
+    now, callback = moment(values, by, higher)
+    callback.on_epoch(now)
+    assert bool(now.stopped) == stops
+
+
+def test_a_gain_below_the_least_is_none():
+    now, callback = moment([0.5, 0.501, 0.502], "metric")
+    callback.least = 0.01
+    callback.on_epoch(now)
+    assert now.stopped == "no better validation accuracy in 2 epochs"
+
+
+@pytest.mark.parametrize("metric", [sltt.metrics.Accuracy(), lambda prediction, target: prediction.square().mean()])
+def test_early_stopping_ends_a_training_that_learns_no_more(metric, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
+    still = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.0), "metric": metric}
+    _, result = train(tmp_path / "run", model, callbacks=[EarlyStopping(3)], epochs=20, **still)
+    assert len(result.history) == 4
+    assert load_checkpoint(tmp_path / "run" / "last.ckpt")["progress"]["stopped"]
+
+
+def test_early_stopping_counts_anew_at_another_time_step_count(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
+    phases = [sltt.Phase(2, steps=2), sltt.Phase(4, steps=4)]
+    still = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.0), "phases": phases}
+    assert len(train(tmp_path / "run", model, callbacks=[EarlyStopping(2)], epochs=6, **still)[1].history) == 5
+
+
+def test_early_stopping_needs_validation_samples_before_there_is_a_run(tmp_path):
+    with pytest.raises(ValueError, match="EarlyStopping needs validation samples: hold some out"):
+        train(tmp_path / "run", data=Blobs(validation=0), callbacks=[EarlyStopping()])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", [[EarlyStopping], ["EarlyStopping"], EarlyStopping()])
+def test_what_is_no_callback_is_refused(given, tmp_path):
+    with pytest.raises(ValueError, match="callbacks"):
+        train(tmp_path / "run", callbacks=given)

@@ -1,0 +1,90 @@
+import csv
+import sys
+
+import pytest
+import yaml
+
+import sltt
+from sltt.commands import main
+from tests.training.blobs import StopAt, train
+
+
+def logger(folder):
+    from lightning_fabric.loggers import CSVLogger
+
+    return CSVLogger(folder, name="logs")
+
+
+def logged(folder):
+    with (folder / "logs" / "version_0" / "metrics.csv").open() as file:
+        return [(int(row["epoch"]), float(row["validation_accuracy"])) for row in csv.DictReader(file)]
+
+
+def expected(result):
+    return [(row["epoch"], row["validation_accuracy"]) for row in result.history]
+
+
+def test_a_logger_gets_every_epoch_once(tmp_path):
+    _, result = train(tmp_path / "run", loggers=[logger(tmp_path)])
+    assert logged(tmp_path) == expected(result)
+
+
+def test_the_log_of_a_resumed_run_is_whole(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", rule=StopAt(10), loggers=[logger(tmp_path)])
+    assert len(logged(tmp_path)) == 2
+    from lightning_fabric.loggers import CSVLogger
+
+    again = CSVLogger(tmp_path, name="logs", version=0)
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        _, result = train(tmp_path / "run", rule=sltt.SLTT(k=2), loggers=[again], resume=True)
+    assert logged(tmp_path) == expected(result)
+
+
+def test_a_logger_hears_the_settings_and_how_the_training_ended(tmp_path):
+    from lightning_fabric.loggers.logger import Logger
+
+    class Heard(Logger):
+        name = version = "heard"
+
+        def __init__(self):
+            self.heard = []
+
+        def log_hyperparams(self, params):
+            self.heard.append(params["steps"])
+
+        def log_metrics(self, metrics, step=None):
+            assert None not in metrics.values()
+            self.heard.append(step)
+
+        def finalize(self, status):
+            self.heard.append(status)
+
+    found = Heard()
+    train(tmp_path / "run", loggers=[found], epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "part", rule=StopAt(6), loggers=[found], epochs=2)
+    assert found.heard == [4, 1, 2, "success", 4, 1, "failed"]
+
+
+def test_the_command_line_names_callbacks_and_loggers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "digits", "--model.width", "2", "--steps", "1", "--batch_size", "512", "--device", "cpu"]
+    callback = ["--callbacks+=EarlyStopping", "--callbacks.patience", "1", "--optimizer.lr", "0"]
+    csv_logger = ["--loggers+=lightning_fabric.loggers.CSVLogger", "--loggers.root_dir", ".", "--loggers.name", "logs"]
+    assert main([*words, *callback, *csv_logger, "--epochs", "9", "--ema", "0.5", "--run", "run"]) == 0
+    out = capsys.readouterr().out
+    assert "stopped after epoch 2: no better validation accuracy in 1 epochs" in out
+    assert len(logged(tmp_path)) == 2
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["callbacks"][0]["init_args"] == {"patience": 1, "by": "metric", "least": 0.0}
+    assert main(["train", "--resume", "run", "--loggers", "null"]) == 0
+    assert main(["eval", "run"]) == 0
+    assert main([*words, "--callbacks+=EarlyStoping"]) == 2
+    assert "EarlyStopping" in capsys.readouterr().err
+    assert not {"wandb", "mlflow", "lightning.pytorch"} & sys.modules.keys()
+
+
+def test_what_is_no_logger_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"loggers\[0\] must be a Logger, got 'CSV'; such as lightning_fabric"):
+        train(tmp_path / "run", loggers=["CSV"])
