@@ -107,8 +107,11 @@ def _path(value: Any) -> str:
     parts = module.split(".")
     for end in range(1, len(parts) + 1):
         owner = ".".join(parts[:end])
-        if getattr(importlib.import_module(owner), name, None) is value:
-            return f"{owner}.{name}"
+        try:
+            if getattr(importlib.import_module(owner), name, None) is value:
+                return f"{owner}.{name}"
+        except ImportError:
+            break
     raise UndescribedError(f"{module} has no {name}")
 
 
