@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt.checks import flag, function, instance, number
-from sltt.sequence.state import emits_spikes
+from sltt.sequence.spikes import observing, spiking_layers
 
 Prediction = Literal["mean", "last", "max", "steps"]
 
@@ -195,17 +195,13 @@ def watching(loss: Any, model: nn.Module) -> Iterator[Any]:
     if not isinstance(loss, Activity):
         yield loss
         return
-    neurons = {name.removeprefix("_forward_module."): m for name, m in model.named_modules() if emits_spikes(m)}
-    watched = [module for name, module in neurons.items() if fnmatchcase(name, loss.layers)]
+    neurons = {name.removeprefix("_forward_module."): module for name, module in spiking_layers(model).items()}
+    watched = {name: module for name, module in neurons.items() if fnmatchcase(name, loss.layers)}
     if not watched:
         raise ValueError(f"no layer of neurons is called {loss.layers!r}; there are {', '.join(neurons) or 'none'}")
     spikes: list[Tensor] = []
-    hooks = [m.register_forward_hook(lambda *call: spikes.append(_first(call[-1]))) for m in watched]
-    try:
+    with observing(watched, lambda _, s: spikes.append(s)):
         yield _Watching(loss, spikes)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Watching:
@@ -223,10 +219,6 @@ class _Watching:
         value = value + self.loss.penalty(self.spikes, len(logits))
         self.spikes.clear()
         return value
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def predicted(by: Prediction, logits: Tensor) -> Tensor:

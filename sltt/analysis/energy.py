@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sltt.checks import instance
 from sltt.rules import unroll
-from sltt.sequence.state import emits_spikes
+from sltt.sequence.spikes import observing, spiking_layers
 
 # Energy of a 32-bit floating-point operation in a 45 nm process; Horowitz, ISSCC 2014.
 PICOJOULES_MULTIPLY_ACCUMULATE = 4.6
@@ -76,7 +76,7 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
         nonlocal fired
         fired = False
 
-    def fire(module: nn.Module, args: Any, out: Any) -> None:
+    def fire(name: str, spikes: Tensor) -> None:
         nonlocal fired
         fired = True
 
@@ -92,10 +92,10 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]
     handles = [model.register_forward_pre_hook(start)]
-    handles += [m.register_forward_hook(fire) for m in model.modules() if emits_spikes(m)]
     handles += [m.register_forward_hook(count(name)) for name, m in layers]
     try:
-        unroll(model, x, steps=steps)
+        with observing(spiking_layers(model), fire):
+            unroll(model, x, steps=steps)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,16 +1,15 @@
 """Firing rates: the share of neurons that spike in a time step."""
 
-from types import TracebackType
-from typing import Any, Self
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance
-from sltt.sequence.state import emits_spikes
+from sltt.sequence.spikes import observing, spiking_layers
 
 
-def firing_rates(model: nn.Module) -> "FiringRates":
+def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":
     """Count the spikes of every neuron layer of a model inside a block, in a loop of any kind.
 
         with firing_rates(model) as rates:
@@ -21,37 +20,22 @@ def firing_rates(model: nn.Module) -> "FiringRates":
     a neuron that emits several spikes in a time step counts as one that emits one, and steps that a rule runs again
     (`segment=n`) count again.
     """
-    return FiringRates(model)
+    layers = spiking_layers(instance("model", model, nn.Module))
+    return observing(layers, FiringRates(list(layers)))
 
 
 class FiringRates:
     """What `firing_rates` counts, without waiting for the device."""
 
-    def __init__(self, model: nn.Module):
-        instance("model", model, nn.Module)
-        self._layers = {name: m for name, m in model.named_modules() if emits_spikes(m)}
-        self._spikes: dict[str, Tensor | int] = dict.fromkeys(self._layers, 0)
-        self._count = dict.fromkeys(self._layers, 0)
-        self._hooks: list[Any] = []
+    def __init__(self, layers: list[str]):
+        self._spikes: dict[str, Tensor | int] = dict.fromkeys(layers, 0)
+        self._count = dict.fromkeys(layers, 0)
 
-    def __enter__(self) -> Self:
-        for name, module in self._layers.items():
-            self._hooks.append(module.register_forward_hook(self._hook(name)))
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-    def _hook(self, name: str) -> Any:
-        def count(module: nn.Module, inputs: Any, output: Any) -> None:
-            spikes: Tensor = output[0] if isinstance(output, tuple) else output  # other libraries give the state too
-            # as booleans, since PyTorch counts floating-point numbers one by one
-            self._spikes[name] += torch.count_nonzero(spikes.detach().bool())
-            self._count[name] += spikes.numel()
-
-        return count
+    def __call__(self, name: str, spikes: Tensor) -> None:
+        """Count the spikes of a layer."""
+        # as booleans, since PyTorch counts floating-point numbers one by one
+        self._spikes[name] += torch.count_nonzero(spikes.detach().bool())
+        self._count[name] += spikes.numel()
 
     def by_layer(self) -> dict[str, float]:
         """The firing rate of each layer that has run, by its name in the model."""
@@ -64,7 +48,7 @@ class FiringRates:
 
     def state_dict(self) -> dict[str, tuple[int, int]]:
         """What was counted so far, to continue with `load_state_dict`."""
-        return {name: (int(self._spikes[name]), self._count[name]) for name in self._layers}
+        return {name: (int(spikes), self._count[name]) for name, spikes in self._spikes.items()}
 
     def load_state_dict(self, state: dict[str, tuple[int, int]]) -> None:
         """Continue from what another run of the same model counted."""

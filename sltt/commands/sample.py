@@ -4,14 +4,13 @@ import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from sltt.commands.parsing import Recipe
 from sltt.rules import unroll
-from sltt.sequence.state import emits_spikes
+from sltt.sequence.spikes import observing, spiking_layers
 from sltt.training.checkpoints import start_from
 from sltt.training.runs import CONFIG
 
@@ -52,17 +51,8 @@ def first_test_sample(run: Path) -> Sample:
     splits = built.data.splits(built.steps)
     x, y = splits.collate([(splits.train if splits.test is None else splits.test)[0]])
     fired: dict[str, list[torch.Tensor]] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            fired.setdefault(name, []).append(output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    for name, module in built.model.eval().named_modules():
-        if emits_spikes(module):
-            module.register_forward_hook(keep(name))
-    logits = unroll(built.model, x, steps=built.steps if splits.static else None).flatten(1)
+    with observing(spiking_layers(built.model.eval()), lambda name, spikes: fired.setdefault(name, []).append(spikes)):
+        logits = unroll(built.model, x, steps=built.steps if splits.static else None).flatten(1)
     so_far = logits.cumsum(0) / torch.arange(1, len(logits) + 1).unsqueeze(1)
     return Sample(
         {name: torch.stack(steps).flatten(1).ne(0).numpy() for name, steps in fired.items()},

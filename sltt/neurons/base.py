@@ -13,6 +13,7 @@ from sltt._torch import _are_functorch_transforms_active
 from sltt.kernels import CustomStep, custom_step
 from sltt.neurons.inspection import emits_bits
 from sltt.sequence.fold import Fold
+from sltt.sequence.spikes import showing
 from sltt.sequence.state import Stateful
 from sltt.sequence.steps import in_backward
 
@@ -63,6 +64,7 @@ class Neuron(Stateful):
     spikes = True
     foldable = True
 
+    @showing
     def forward(self, x: Tensor) -> Tensor:
         """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
         fold = self.fold

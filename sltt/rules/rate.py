@@ -1,8 +1,5 @@
 """Rate-based backpropagation: one pass over firing rates, recorded in T steps without a graph or made on the way."""
 
-from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,6 +14,7 @@ from sltt.losses import OfMean, is_per_step
 from sltt.neurons import IntegrateAndFire
 from sltt.rules.base import Batch, Output, Rule, step_loss
 from sltt.sequence.replace import own_forward, replaced
+from sltt.sequence.spikes import observers, show
 from sltt.sequence.state import Stateful, state_names
 
 
@@ -46,14 +44,14 @@ class RateBased(Rule):
     and of their inverse standard deviation, and differentiates both as functions of the mean input: the deviation of
     the mean input itself is smaller, since time averages, and would make the gradient too large. `sltt.Dropout` has
     the mask of the T steps. A learnable λ (PLIF) gets ∂r/∂λ by the same recursion, with v[t−1] − v_r for the 1.
-    Forward hooks on neurons see the T steps only.
+    `FiringRates` counts the spikes of the T steps. A forward hook on a neuron also sees the rate in the rate pass.
 
     With `steady`, the T steps of the network are left out. In the rate pass each neuron layer runs its own T steps
     under the mean current c, as if that were the current of every step, and r and (2) are of those: exact for the first
     neurons under a static image, while further up spikes really come unevenly. Convolutions run once however large T
     is, so a batch costs about what a ReLU network does, and the rates have T + 1 levels to learn from. `Output.logits`
     are those of the rate pass, T times; BatchNorm is that of the mean currents, which vary less than those of a step.
-    Forward hooks on neurons see the spikes of up to 4 steps in a call, [n·B, ...], and cannot change them.
+    `FiringRates` counts the spikes that the neuron layers make. A forward hook on a neuron sees its rate.
     Weights learned so are a start for another rule in a later phase of the training, as those of an analog network are
     in hybrid training (Rathi et al. 2020, arXiv 2005.01807).
 
@@ -80,14 +78,15 @@ class RateBased(Rule):
         return self._run_steady(batch) if self.steady else self._run_recorded(batch)
 
     def _run_steady(self, batch: Batch) -> Output:
-        with _rate_pass(_neuron_layers(batch.model), batch.steps):
+        with replaced({one.module: partial(one.steady, steps=batch.steps) for one in _neuron_layers(batch.model)}):
             logits = batch.network(batch.sequence.mean())[0]
         value = _loss(batch, logits)
         batch.backward(value)
         return Output(value.detach(), logits.detach().expand(batch.steps, *logits.shape))
 
     def _run_recorded(self, batch: Batch) -> Output:
-        with _recording(batch.model) as layers:
+        layers: list[_Layer] = [*_neuron_layers(batch.model), *_norm_layers(batch.model)]
+        with replaced({layer.module: layer.step for layer in layers}):
             for t in range(batch.steps):
                 batch.run(range(t, t + 1), graph=False)
                 for layer in layers:
@@ -95,7 +94,7 @@ class RateBased(Rule):
             logits = torch.stack([batch.logits(t) for t in range(batch.steps)])
             buffers = [(buffer, buffer.clone()) for buffer in batch.model.buffers()]
             try:
-                with _rate_pass(layers):
+                with replaced({layer.module: layer.rate for layer in layers}):
                     rates = batch.network(batch.sequence.mean())[0]
                 value = _loss(batch, _with_value(logits.mean(0), rates))
                 batch.backward(value)
@@ -149,11 +148,11 @@ class _NeuronLayer(_Layer):
         self.spikes: Tensor | None = None
         self.by_input, self.by_decay = Sensitivity(self.constants), Sensitivity(self.constants)
 
-    def steady(self, x: Tensor, steps: int, hooks: dict[int, Any]) -> Tensor:
-        """The layer in a rate pass without steps before: so many under x itself, whose spikes the hooks see."""
+    def steady(self, x: Tensor, steps: int) -> Tensor:
+        """The layer in a rate pass without steps before: so many under x itself."""
         module, decay = self.module, self.module.decay()
         dtype, rate = module.state_type(x), decay.detach() if self.learnable else None
-        see = (lambda spikes: _show(module, x, spikes, hooks)) if hooks else None
+        see = partial(show, module) if observers(module) else None
         with torch.no_grad():
             found = steady_steps(self.constants, x, steps, dtype, module.start, rate, see)
         return _rate(x, decay, found.count, found.by_input, found.by_decay, steps)
@@ -184,23 +183,6 @@ class _NeuronLayer(_Layer):
         count, self.spikes = self.spikes, None
         by_decay = self.by_decay.take() if self.learnable else None
         return _rate(x, self.module.decay(), count, self.by_input.take(), by_decay, self.calls)
-
-
-def _show(module: nn.Module, x: Tensor, spikes: Tensor, hooks: dict[int, Any]) -> None:
-    """Call the forward hooks of a neuron layer, which may remove themselves, on spikes that it made in another way."""
-    before = module._forward_pre_hooks
-    module._forward_hooks.update(hooks)
-    module._forward_pre_hooks = OrderedDict()  # they have run
-    try:
-        with replaced({module: lambda _: spikes}):
-            changed = module(x) is not spikes
-        hooks.clear()
-        hooks.update(module._forward_hooks)
-    finally:
-        module._forward_pre_hooks = before
-        module._forward_hooks.clear()
-    if changed:
-        raise ValueError("RateBased(steady=True) takes no spikes from a forward hook of a neuron: use RateBased()")
 
 
 def _rate(
@@ -306,31 +288,3 @@ def _keeps_state(module: nn.Module) -> bool:
     if isinstance(module, Stateful):
         return module.differentiable and not isinstance(module, Dropout)
     return bool(state_names(module))
-
-
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[list[_Layer]]:
-    """Inside this block, layers gather what the rate pass needs."""
-    layers = [*_neuron_layers(model), *_norm_layers(model)]
-    with replaced({layer.module: layer.step for layer in layers}):
-        yield layers
-
-
-@contextmanager
-def _rate_pass(layers: Collection[_Layer], steady: int = 0) -> Iterator[None]:
-    """Inside this block, layers run the rate pass, without the hooks of neurons: those are there for spikes.
-
-    With `steady` time steps, neurons make those spikes in it.
-    """
-    hooks = {layer: layer.module._forward_hooks.copy() for layer in layers if isinstance(layer, _NeuronLayer)}
-    forwards: dict[nn.Module, Any] = {layer.module: layer.rate for layer in layers}
-    if steady:
-        forwards |= {layer.module: partial(layer.steady, steps=steady, hooks=seen) for layer, seen in hooks.items()}
-    try:
-        for layer in hooks:
-            layer.module._forward_hooks.clear()
-        with replaced(forwards):
-            yield
-    finally:
-        for layer, of_spikes in hooks.items():
-            layer.module._forward_hooks.update(of_spikes)

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from sltt._torch import _NormBase
 from sltt.neurons import IntegrateAndFire, Neuron
 from sltt.sequence.replace import replaced
-from sltt.sequence.state import emits_spikes, kind_of, map_tensors
+from sltt.sequence.spikes import spiking_layers
+from sltt.sequence.state import kind_of, map_tensors
 
 Decay = float | Tensor
 
@@ -63,7 +64,7 @@ def _forward_of(layer: nn.Module, traces: "_Traces") -> Callable[..., Any]:
 
 def _neurons(model: nn.Module) -> dict[nn.Module, str]:
     """The layers of neurons and their names; of a neuron made of neurons, the inner ones."""
-    spiking = {m: name for name, m in model.named_modules() if emits_spikes(m)}
+    spiking = {m: name for name, m in spiking_layers(model).items()}
     return {m: name for m, name in spiking.items() if not any(c in spiking for c in m.modules() if c is not m)}
 
 

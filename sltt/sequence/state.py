@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from sltt.checks import flag, function, instance
 from sltt.sequence.fold import CLOCK, Fold, fold_of
 
+OBSERVERS = "_sltt_observers"  # the attribute of a layer of neurons that holds those who see its spikes
+
 
 class Stateful(nn.Module):
     """A module that keeps tensors between time steps.
@@ -51,7 +53,7 @@ class Stateful(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: map_tensors(Tensor.detach, getattr(self, name)) for name in self.states}
-        return {key: value for key, value in {**vars(self), **kept}.items() if key != CLOCK}
+        return {key: value for key, value in {**vars(self), **kept}.items() if key not in (CLOCK, OBSERVERS)}
 
     def check_state(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
         """Raise ValueError if the state `name` does not fit this time step's input x, or is not of `dtype`."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sltt._torch import _current_graph_task_id, is_compiled
 from sltt.checks import instance, whole_number
 from sltt.sequence.fold import Clock, Fold, clock_of, clocked
-from sltt.sequence.state import Stateful, check_steps, detach_module, emits_spikes, reset, state_names
+from sltt.sequence.spikes import spiking_layers
+from sltt.sequence.state import Stateful, check_steps, detach_module, reset, state_names
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,14 @@ def running(model: nn.Module, sequence: Sequence) -> Iterator[Network]:
     check_steps(model, sequence.batch)
     network = Network(model, sequence.batch)
     modules = [m for m in model.modules() if isinstance(m, Stateful)]
-    neurons = [(name, m) for name, m in model.named_modules() if emits_spikes(m)]
+    neurons = spiking_layers(model)
     hooks = []
     reset(model)
     try:
-        with clocked({*modules, *(m for _, m in neurons)}, network.clock):
-            hooks += [m.register_forward_pre_hook(OncePerCall(name, network.clock, NEURON)) for name, m in neurons]
+        with clocked({*modules, *neurons.values()}, network.clock):
+            hooks += [
+                m.register_forward_pre_hook(OncePerCall(name, network.clock, NEURON)) for name, m in neurons.items()
+            ]
             if model not in _known:
                 _check_compiled(network, sequence.input(range(1))[:1])
                 _known.add(model)

@@ -202,7 +202,7 @@ def test_autocast_gives_every_weight_its_gradient():
     assert torch.cosine_similarity(found, expected, dim=0) > 0.9
 
 
-def test_hooks_on_neurons_see_spikes_only():
+def test_observers_see_the_spikes_of_the_steps_only():
     model = network(sltt.LIF)
     x, y = batch()
     with sltt.analysis.firing_rates(model) as rates:

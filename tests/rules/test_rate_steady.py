@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import sltt
+from sltt.sequence.spikes import observers, observing, spiking_layers
 from tests.conftest import LOSS, batch, gradients, small_network
 from tests.rules.rate_equations import RULE, SETTINGS, STEADY, by_equations, by_rates, network
 
@@ -51,45 +52,26 @@ def test_steady_with_one_step_is_bptt_with_batch_norm(neuron):
     torch.testing.assert_close(gradients(model, STEADY, x, y)[0], gradients(model, sltt.BPTT(), x, y)[0])
 
 
-def test_steady_runs_the_layers_once_and_hooks_see_the_spikes_of_all_steps():
-    model, seen, calls, inputs = network(sltt.LIF), [], [], []
-    model[2].register_forward_hook(lambda module, inputs, s: seen.append(s))
-    model[2].register_forward_pre_hook(lambda module, args: inputs.append(args))
+def test_steady_runs_the_layers_once_and_observers_see_the_spikes_of_all_steps():
+    model, seen, calls = network(sltt.LIF), {}, []
     model[0].register_forward_hook(lambda *_: calls.append(1))
     x, y = batch(steps=11)
-    with sltt.analysis.firing_rates(model) as rates:
+    layers = spiking_layers(model)
+    with (
+        sltt.analysis.firing_rates(model) as rates,
+        observing(layers, lambda name, s: seen.setdefault(name, []).append(s)),
+    ):
         STEADY(model, x, y, LOSS)
-    assert len(calls) == len(inputs) == 1
-    assert [s.shape for s in seen] == [(4 * 5, 8), (4 * 5, 8), (3 * 5, 8)]
-    spikes = torch.cat(seen)
-    assert set(spikes.unique().tolist()) == {0.0, 1.0}
-    assert rates.by_layer()["2"] == pytest.approx(spikes.mean().item())
-    assert len(model[2]._forward_hooks) == len(model[2]._forward_pre_hooks) == 1
-    assert "forward" not in vars(model[2])
-
-
-def test_a_hook_that_removes_itself_stays_away_from_steady():
-    model, seen = network(sltt.LIF), []
-
-    def once(module, inputs, s):
-        seen.append(s)
-        handle.remove()
-
-    handle = model[2].register_forward_hook(once)
-    x, y = batch(steps=3)
-    for _ in range(2):
-        STEADY(model, x, y, LOSS)
-    assert len(seen) == 1
-
-
-def test_steady_refuses_a_hook_that_changes_the_spikes():
-    model = network(sltt.LIF)
-    model[2].register_forward_hook(lambda module, inputs, s: s * 0)
-    x, y = batch(steps=3)
-    with pytest.raises(ValueError, match="no spikes from a forward hook"):
-        STEADY(model, x, y, LOSS)
-    assert len(model[2]._forward_hooks) == 1
-    assert all("forward" not in vars(m) for m in model.modules())
+    assert len(calls) == 1
+    assert [s.shape for s in seen["2"]] == [(4 * 5, 8), (4 * 5, 8), (3 * 5, 8)]
+    (current,) = steady_inputs_of(model, x)[0][model[2]][:1]
+    v, expected = torch.full_like(current, model[2].start), []
+    for _ in range(11):
+        s, v = sltt.lif_step(v, current, decay=model[2].decay())
+        expected.append(s)
+    assert torch.equal(torch.cat(seen["2"]), torch.cat(expected))
+    assert rates.by_layer() == {name: pytest.approx(torch.cat(spikes).mean().item()) for name, spikes in seen.items()}
+    assert all("forward" not in vars(m) and not observers(m) for m in layers.values())
 
 
 @pytest.mark.parametrize("rule", [RULE, STEADY], ids=repr)

@@ -1,0 +1,90 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.sequence.spikes import observers, observing, spiking_layers
+from tests.conftest import LOSS, batch, small_network
+
+
+class Doubled(sltt.LIF):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class WithState(sltt.Stateful):
+    spikes = True
+
+    def forward(self, x):
+        return (x > 1).to(x.dtype), x
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.neuron = WithState()
+
+    def forward(self, x):
+        return self.neuron(x)[0]
+
+
+def seen_and_given(model, run):
+    """What an observer sees of each layer, and what the layer gave, by hooks."""
+    seen, given, layers = {}, {}, spiking_layers(model)
+    for name, module in layers.items():
+        module.register_forward_hook(lambda *call, name=name: given.setdefault(name, []).append(call[-1]))
+    with observing(layers, lambda name, spikes: seen.setdefault(name, []).append(spikes)):
+        run()
+    run()
+    return seen, {name: calls[: len(calls) // 2] for name, calls in given.items()}
+
+
+@pytest.mark.parametrize("kind", [sltt.LIF, sltt.PLIF, Doubled, lambda: sltt.Recurrent(sltt.LIF(), nn.Linear(8, 8))])
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(fold=2)], ids=repr)
+def test_observers_see_what_neurons_give_once_and_in_its_graph(kind, rule):
+    model = nn.Sequential(nn.Linear(6, 8), kind(), nn.Linear(8, 3)).double()
+    x, y = batch()
+    seen, given = seen_and_given(model, lambda: rule(model, x, y, LOSS))
+    assert seen.keys() == given.keys() == spiking_layers(model).keys()
+    for name, spikes in seen.items():
+        assert len(spikes) == len(given[name]) > 0
+        assert all(torch.equal(a, b) for a, b in zip(spikes, given[name], strict=True))
+        assert all(s.requires_grad for s in spikes)
+
+
+def test_a_layer_that_gives_its_state_too():
+    model = Pair()
+    seen, given = seen_and_given(model, lambda: model(torch.randn(4, 3)))
+    assert torch.equal(seen["neuron"][0], given["neuron"][0][0])
+    assert not torch.equal(*given["neuron"][0])
+
+
+def test_observers_leave_after_a_failure_and_stay_out_of_copies():
+    model, outer, inner = small_network(), [], []
+    layers, x = spiking_layers(model), batch()[0]
+    with observing(layers, lambda name, _: outer.append(name)):
+        copy.deepcopy(model)(x[0])
+        pickle.loads(pickle.dumps(model))(x[0])
+        assert not outer
+        with pytest.raises(ZeroDivisionError), observing(layers, lambda name, _: (inner.append(name), 1 / 0)):
+            model(x[0])
+        sltt.reset(model)
+        model(x[0])
+    model(x[1])
+    assert outer == ["2", "2", "5"]
+    assert inner == ["2"]
+    assert not any(observers(module) for module in layers.values())
+
+
+def test_a_compiled_network_shows_its_spikes():
+    model = small_network()
+    compiled, x = torch.compile(model, backend="eager"), batch()[0]
+    sltt.unroll(compiled, x)
+    with sltt.analysis.firing_rates(model) as rates:
+        sltt.unroll(compiled, x)
+    with sltt.analysis.firing_rates(model) as expected:
+        sltt.unroll(model, x)
+    assert rates.by_layer() == expected.by_layer()
