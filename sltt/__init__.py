@@ -4,7 +4,21 @@ from importlib.metadata import version
 
 from sltt import analysis, callbacks, data, losses, metrics, models, schedules, surrogates
 from sltt.dropout import Dropout
-from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, IntegerLIF, Neuron, Recurrent, TernaryLIF, lif_step
+from sltt.neurons import (
+    ALIF,
+    IF,
+    LIF,
+    PLIF,
+    ChannelLIF,
+    CubaLIF,
+    IntegerLIF,
+    Neuron,
+    OnlineRenorm,
+    Recurrent,
+    StableLIF,
+    TernaryLIF,
+    lif_step,
+)
 from sltt.parallel import devices
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
 from sltt.sequence.once import once
@@ -31,11 +45,13 @@ __all__ = [
     "IntegerLIF",
     "Mixed",
     "Neuron",
+    "OnlineRenorm",
     "Output",
     "Phase",
     "RateBased",
     "Recurrent",
     "Rule",
+    "StableLIF",
     "Stateful",
     "TernaryLIF",
     "analysis",

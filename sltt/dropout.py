@@ -22,6 +22,7 @@ class Dropout(Stateful):
 
     states: ClassVar[tuple[str, ...]] = ("mask",)
     differentiable = False
+    timeless = True
     foldable = True
     mask: Tensor | None
 

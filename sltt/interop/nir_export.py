@@ -22,12 +22,12 @@ from torch import Tensor, fx, nn
 
 from sltt.checks import instance, number
 from sltt.dropout import Dropout
-from sltt.neurons import IF, LIF, PLIF, IntegrateAndFire
+from sltt.neurons import IF, LIF, PLIF, IntegrateAndFire, OnlineRenorm
 from sltt.sequence.state import Stateful, reset
 from sltt.surrogates import Above
 
 _HAS_RESET = {kind: "v_reset" in {f.name for f in fields(kind)} for kind in (nir.IF, nir.LIF)}
-_NORMS = nn.BatchNorm1d | nn.BatchNorm2d
+_NORMS = nn.BatchNorm1d | nn.BatchNorm2d | OnlineRenorm
 _NOTHING = nn.Identity | nn.Dropout | nn.Dropout2d | Dropout  # in evaluation
 _ADD = (operator.add, operator.iadd, torch.add)
 

@@ -101,4 +101,4 @@ class _Step(nn.Module):
 def _known(module: Stateful) -> bool:
     if isinstance(module, IntegrateAndFire) and module.states != Neuron.states:
         return False  # a subclass with a state that its step does not have
-    return isinstance(module, Neuron) or not module.differentiable  # a mask is not drawn in evaluation mode
+    return isinstance(module, Neuron) or module.timeless

@@ -8,6 +8,7 @@ from sltt.checks import instance, whole_numbers
 from sltt.sequence.once import once
 
 NeuronFactory = Callable[[], nn.Module]
+NormFactory = Callable[[int], nn.Module]
 
 
 def neuron_maker(neuron: NeuronFactory) -> NeuronFactory:

@@ -5,6 +5,7 @@ from sltt.neurons.base import Neuron
 from sltt.neurons.graded import IntegerLIF, TernaryLIF
 from sltt.neurons.leaky import IF, LIF, PLIF, IntegrateAndFire, lif_step
 from sltt.neurons.recurrent import Recurrent
+from sltt.neurons.stabilised import OnlineRenorm, StableLIF
 from sltt.neurons.synaptic import CubaLIF
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "IntegerLIF",
     "IntegrateAndFire",
     "Neuron",
+    "OnlineRenorm",
     "Recurrent",
+    "StableLIF",
     "TernaryLIF",
     "lif_step",
 ]

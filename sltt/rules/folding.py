@@ -27,9 +27,10 @@ TWICE = "runs twice in a call of the network: use fold=1"
 def foldable(network: Network) -> Iterator[None]:
     """Inside this block, calls of a network can fold time steps; raises ValueError naming a module that cannot."""
     check_foldable(network.model)
-    norms = {name: m for name, m in network.model.named_modules() if isinstance(m, _BatchNorm)}
+    modules = dict(network.model.named_modules())
+    norms = {name: m for name, m in modules.items() if isinstance(m, _BatchNorm) and not isinstance(m, Stateful)}
     # Run twice, their steps would come in another order than without folding. Neurons are watched in any case.
-    others = {n: m for n, m in network.model.named_modules() if isinstance(m, Stateful) and not emits_spikes(m)}
+    others = {n: m for n, m in modules.items() if isinstance(m, Stateful) and not emits_spikes(m)}
     with ExitStack() as stack:
         stack.enter_context(clocked(norms.values(), network.clock))
         stack.enter_context(stepwise_norms(norms.values()))
@@ -55,7 +56,7 @@ def check_foldable(model: nn.Module) -> None:
             why = "keeps a state and does not say foldable = True"
         elif not isinstance(module, Stateful) and state_names(module):
             why = "keeps a state of its own (sltt.interop.convert makes ours of many neurons)"
-        elif isinstance(module, _BatchNorm) and own_forward(module, _BatchNorm):
+        elif isinstance(module, _BatchNorm) and not isinstance(module, Stateful) and own_forward(module, _BatchNorm):
             why = "normalises over the batch in a way of its own"
         elif isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
             why = "keeps running statistics"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sltt.sequence.state import state_names
+from sltt.sequence.state import Stateful, state_names
 
 
 def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Hoisted:
         if owner in self._checked:
             return
         for name, module in owner.named_modules():
-            if state_names(module):
+            if state_names(module) and not (isinstance(module, Stateful) and module.timeless):
                 raise ValueError(
                     f"sltt.once runs {type(owner).__name__} once a sequence, but {name or 'it'} "
                     f"({type(module).__name__}) keeps a state from step to step: call it without sltt.once"

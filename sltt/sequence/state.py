@@ -25,12 +25,20 @@ class Stateful(nn.Module):
 
     A rule may run several time steps in one call: `fold` says how many. A subclass that takes them apart says
     `foldable = True`.
+
+    Attributes:
+        states: names of the attributes that hold tensors between time steps.
+        spikes: what the module gives are spikes.
+        differentiable: a gradient flows through the states; none flows through a mask that was drawn.
+        timeless: an input that does not change gives the same output at every step, so that `sltt.once` may run it.
+        foldable: the module takes the time steps in a batch apart.
     """
 
     states: ClassVar[tuple[str, ...]] = ()
-    spikes: ClassVar[bool] = False  # what it gives are spikes
-    differentiable: ClassVar[bool] = True  # a gradient flows through the states; not through a mask that was drawn
-    foldable: ClassVar[bool] = False  # takes apart the time steps that `fold` says are in the batch dimension
+    spikes: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
+    timeless: ClassVar[bool] = False
+    foldable: ClassVar[bool] = False
 
     @property
     def fold(self) -> Fold:

@@ -1,0 +1,250 @@
+"""Step-by-step training as stable as training over all steps: normalisation and thresholds that fit a whole sequence.
+
+Source of both: Zhu, Ding, Huang, Xie & Yu, "Online Stabilization of Spiking Neural Networks", ICLR 2024.
+
+Shapes: B samples, C channels.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from sltt._torch import _BatchNorm
+from sltt.checks import flag, instance, number, whole_number
+from sltt.neurons.base import Neuron
+from sltt.neurons.leaky import valid_tau
+from sltt.sequence.fold import ONE_STEP, folding
+from sltt.sequence.state import Stateful
+from sltt.surrogates import Surrogate, Triangle
+
+
+class OnlineRenorm(Stateful, _BatchNorm):
+    """Normalises with running statistics in training too, so that all time steps and the test are normalised alike.
+
+        y[t] = γ (x[t] − μ) / √(σ² + ε) + β                    μ, σ²: running, the same for all t of a sequence
+        μ ← (1 − m) μ + m μ̄                                    μ̄ = 1/T Σ_t μ[t]
+        σ² ← (1 − m) σ² + m (1/T Σ_t (σ[t]² + μ[t]²) − μ̄²)     μ[t], σ[t]²: of the batch at step t
+
+    Backward is that of BatchNorm on the batch: with z = (x − μ[t]) / √(σ[t]² + ε) and h = γ ∂L/∂y / √(σ² + ε),
+
+        ∂L/∂x = h − ⟨h⟩ − z ⟨h z⟩                              ⟨·⟩: mean over the channel
+
+    `BatchNorm` (Online Spiking Renormalization, OSR) for networks that SLTT or OTTT train. Where the deviations differ
+    by a factor above `limit` in a channel, as at the start of a training, the layer takes the batch's statistics.
+    Several processes take the mean of their running statistics before every sequence.
+
+    Args:
+        channels: C.
+        eps: ε.
+        momentum: m.
+        limit: the largest factor between the deviations of a batch and the running ones; published: 20, and 50 for
+            data of event cameras.
+    """
+
+    states = ("before", "sums")
+    differentiable = False
+    foldable = True
+    timeless = True
+    before: tuple[Tensor, Tensor] | None  # running statistics at the start of the sequence
+    sums: tuple[Tensor, Tensor, int] | None  # of mean and of squares, and the number of steps
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, limit: float = 20.0):
+        channels, eps = whole_number("channels", channels, least=1), number("eps", eps, above=0)
+        _BatchNorm.__init__(self, channels, eps, number("momentum", momentum, above=0, most=1))
+        self.limit = number("limit", limit, least=1)
+        self.reset()
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2 or input.shape[1] != self.num_features:
+            raise ValueError(f"expected input [B, {self.num_features}, ...], got shape {list(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [B, C, ...] of one time step to y of the same shape; of the steps that are folded, [n·B, C, ...]."""
+        self._check_input_dim(input)
+        if not self.training:
+            return self._normalise(input, *self._running())
+        parts = [self._step(x) for x in input.chunk(self.fold.steps)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _running(self) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.running_mean, Tensor)
+        assert isinstance(self.running_var, Tensor)
+        return self.running_mean, self.running_var
+
+    def _normalise(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _step(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[1]:
+            raise ValueError(f"OnlineRenorm needs more than one value for each channel, got {list(x.shape)}")
+        with torch.no_grad():
+            running = self._running()
+            mean, var = torch.ops.aten.batch_norm_update_stats(x, *running, 0.0)  # which it leaves as they are
+            if self.before is None:
+                _average(*running)
+                self.before = running[0].clone(), running[1].clone()
+                assert self.num_batches_tracked is not None
+                self.num_batches_tracked.add_(1)
+            self._track(mean, var)
+            factor = (var + self.eps) / (self.before[1] + self.eps)
+            near = (torch.maximum(factor, 1 / factor) <= self.limit**2).all()
+            used = [torch.where(near, run, of_batch) for run, of_batch in zip(self.before, (mean, var), strict=True)]
+        if torch.is_grad_enabled() and x.requires_grad:
+            x = _OfBatch.apply(x, mean, torch.sqrt(var + self.eps))  # type: ignore[assignment]
+        return self._normalise(x, *used)
+
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        """The running statistics as they are if the sequence ends with this step."""
+        assert self.before is not None
+        assert self.momentum is not None
+        first, second, steps = self.sums or (0, 0, 0)
+        self.sums = first, second, steps = first + mean, second + var + mean.square(), steps + 1
+        mean = first / steps
+        for running, before, of_batch in zip(
+            self._running(), self.before, (mean, second / steps - mean.square()), strict=True
+        ):
+            torch.lerp(before, of_batch, self.momentum, out=running)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, limit={self.limit}"
+
+
+class _OfBatch(torch.autograd.Function):
+    """The same tensor; its gradient without what BatchNorm on the batch would not let through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, mean, deviation)
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, mean, deviation = ctx.saved_tensors
+        # of a BatchNorm with γ = √(σ² + ε), which is no factor then
+        of_x, _, _ = torch.ops.aten.native_batch_norm_backward(
+            grad, x, deviation, None, None, mean, 1 / deviation, True, 0.0, [True, False, False]
+        )
+        return of_x, None, None
+
+
+class StableLIF(Neuron):
+    """Leaky integrate-and-fire neuron whose threshold follows the membrane potentials of its layer.
+
+        u[t] = λ v[t−1] + x[t]                     λ = 1 − 1/τ
+        θ[t] = μ[t] + r σ[t]                       r = (V_th − μ[1]) / σ[1], so θ[1] = V_th
+        s[t] = H(u[t] − θ[t])
+        v[t] = u[t] − θ[t] s[t]
+
+    μ[t] and σ[t] are mean and deviation of u[t] over all neurons and samples, and constants in the backward. The firing
+    rate stays from step to step (Online Threshold Stabilizer, OTS). In evaluation, θ[t] is its running mean, so that a
+    prediction does not depend on the other samples. Beyond the longest sequence of training, the last θ holds.
+
+    Args:
+        tau: membrane time constant τ in time steps, greater than 1; None has no leak, λ = 1.
+        v_threshold: V_th, the threshold of the first step.
+        detach_reset: no gradient through the spike in the reset.
+        surrogate: stands in for the derivative of the spike.
+        momentum: weight of a sequence in the running mean of θ.
+    """
+
+    def __init__(
+        self,
+        tau: float | None = 2.0,
+        v_threshold: float = 1.0,
+        detach_reset: bool = False,
+        surrogate: Surrogate = Triangle(),
+        momentum: float = 0.1,
+    ):
+        super().__init__()
+        self.tau = None if tau is None else valid_tau(tau)
+        self.detach_reset = flag("detach_reset", detach_reset)
+        self.surrogate = instance("surrogate", surrogate, Surrogate)
+        self.follow = _Threshold(number("v_threshold", v_threshold, above=0), momentum)
+
+    def decay(self) -> float:
+        """λ."""
+        return 1.0 if self.tau is None else 1 - 1 / self.tau
+
+    def threshold(self) -> Tensor:
+        """θ of the step in progress."""
+        assert self.follow.now is not None
+        return self.follow.now
+
+    @staticmethod
+    def step(
+        x: Tensor, v: Tensor, *, decay: float, threshold: Tensor, detach_reset: bool, surrogate: Surrogate
+    ) -> tuple[Tensor, Tensor]:
+        u = decay * v + x
+        s = surrogate(u - threshold)
+        return s, u - threshold * (s.detach() if detach_reset else s)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
+        fold, spikes = self.fold, []
+        v: Tensor | None
+        with folding(self.modules(), ONE_STEP):
+            for x_t in x.chunk(fold.steps):
+                if fold.cut and spikes:
+                    self.detach()
+                v = self.v  # pyright: ignore[reportAssignmentType]
+                with torch.no_grad():
+                    self.follow(x_t if v is None else self.decay() * v + x_t)
+                spikes.append(super().forward(x_t))
+        return spikes[0] if fold.steps == 1 else torch.cat(spikes)
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, detach_reset={self.detach_reset}, surrogate={self.surrogate}"
+
+
+class _Threshold(Stateful):
+    """θ[t] of a layer, from its membrane potentials."""
+
+    states = ("now", "ratio", "step", "before")
+    differentiable = False
+    foldable = True
+    now: Tensor | None  # θ[t]
+    ratio: Tensor | None  # r
+    before: Tensor | None  # running means at the start of the sequence
+    step: int | None  # t, counted from 0
+    running: Tensor
+
+    def __init__(self, first: float, momentum: float):
+        super().__init__()
+        self.first = first
+        self.momentum = number("momentum", momentum, above=0, most=1)
+        self.register_buffer("running", torch.full((LONGEST,), first))
+
+    def forward(self, u: Tensor) -> None:
+        self.step = t = 0 if self.step is None else self.step + 1
+        t = min(t, LONGEST - 1)
+        if not self.training:
+            self.now = self.running[t]
+            return
+        deviation, mean = torch.std_mean(u.to(self.running.dtype), correction=0)
+        deviation = deviation.clamp(min=1e-6)
+        if self.before is None or self.ratio is None:
+            _average(self.running)
+            self.before = self.running.clone()
+            self.ratio = (self.first - mean) / deviation
+        self.now = mean + self.ratio * deviation
+        later = self.running[t:]  # the last step of a sequence sets all that may come after it in a longer one
+        later.copy_(torch.lerp(self.before[t], self.now, self.momentum).expand_as(later))
+
+    def extra_repr(self) -> str:
+        return f"{self.first}, momentum={self.momentum}"
+
+
+LONGEST = 64  # time steps with a running threshold of their own
+
+
+def _average(*statistics: Tensor) -> None:
+    """Give all processes the mean of their statistics."""
+    if dist.is_initialized() and (count := dist.get_world_size()) > 1:
+        flat = torch.cat([s.flatten() for s in statistics]) / count
+        dist.all_reduce(flat)
+        for s, mean in zip(statistics, flat.split([s.numel() for s in statistics]), strict=True):
+            s.copy_(mean.view_as(s))
