@@ -11,7 +11,8 @@ from sltt.commands.hints import nearest
 from sltt.parallel.signals import PREEMPTED, Preempted
 
 COMMANDS = (
-    "train", "eval", "agreement", "compare", "profile", "report", "export", "recipes", "data", "doctor", "completion",
+    "train", "eval", "agreement", "compare", "fscil", "profile", "report", "export", "recipes", "data", "doctor",
+    "completion",
 )  # fmt: skip
 USAGE = """usage: sltt COMMAND ...
 
@@ -19,6 +20,7 @@ USAGE = """usage: sltt COMMAND ...
   sltt eval RUN             accuracy of a trained run on the test samples
   sltt agreement [RECIPE]   is SLTT safe here? its gradient beside that of BPTT
   sltt compare [RECIPE]     train several rules: --rules BPTT,SLTT,SLTT:k=1
+  sltt fscil RECIPE         new classes from a few samples: --base 60 --way 5
   sltt profile [RECIPE]     memory, time and energy of rules: --steps 1,4,16
   sltt report FOLDER ...    one page with the results of all these commands
   sltt export RUN           write a trained network: --to nir or --to onnx

@@ -16,9 +16,10 @@ from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, RULES_HELP, CommandOptions, Recipe, begin, count, rules
 from sltt.commands.prepared import prepared, test_accuracy
 from sltt.commands.results import accuracy_text, give
+from sltt.data import Classes
 from sltt.metrics import name_of
 from sltt.training.console import Console, megabytes
-from sltt.training.fit import resume_run, start_run
+from sltt.training.fit import Fit, resume_run, start_run
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
 
@@ -44,21 +45,26 @@ def run(words: Sequence[str]) -> None:
     options.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = options.parse_known_args(words)
     recipe = Recipe("sltt compare", name, overrides)
-    # other options are another comparison
-    mark = f"-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}" if overrides else ""
-    known.save = known.save or Path("runs") / f"compare-{recipe.name}{mark}"
+    known.save = known.save or default_folder("compare", recipe)
     for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
-        _check_metric(recipe.build(rule=rule).metric)
+        check_metric(recipe.build(rule=rule).metric, "sltt compare")
     found = compare(known.rules, known.seeds, known.save, recipe, Console(quiet=known.json))
     give(compared_json(recipe, found), known, "compare.json", lambda report: print_compared(found, report))
-    if died := [f"{one.rule}, {error}" for one in found for error in one.errors]:
-        raise RuntimeError(f"{len(died)} runs died; the same command tries them again: {'; '.join(died)}")
+    tell_died(found)
 
 
-def _check_metric(metric: Any) -> None:
+def default_folder(command: str, recipe: Recipe, *more: str) -> Path:
+    """Where trainings are kept without --save: other options are another folder."""
+    words = [*recipe.overrides, *more]
+    mark = f"-{hashlib.sha256(repr(words).encode()).hexdigest()[:6]}" if words else ""
+    return Path("runs") / f"{command}-{recipe.name}{mark}"
+
+
+def check_metric(metric: Any, command: str) -> None:
+    """Raise ValueError for another metric than accuracy."""
     if name_of(metric) != "accuracy":
         raise ValueError(
-            f"sltt compare compares accuracies, and the metric here is {name_of(metric)}: train each rule by "
+            f"{command} compares accuracies, and the metric here is {name_of(metric)}: train each rule by "
             "sltt train --rule RULE, and give the folders of the runs to sltt report"
         )
 
@@ -104,13 +110,8 @@ def _compared(here: Session, rule: str, seeds: int, folder: Path, recipe: Recipe
     """One of the rules."""
     compared, seconds = Compared(rule), []
     for seed in range(seeds):
-        run = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', rule).strip('-')}-seed{seed}"
-        report.line(f"{rule}, seed {seed}: {run}")
         try:
-            built = recipe.build("--seed", str(seed), rule=rule)
-            config = recipe.resolved("--seed", str(seed), rule=rule)
-            train, training = resume_run if run.exists() else start_run, Training.of(vars(built))
-            result = train(here, built.model, built.data, training, run, config=config, report=report)
+            built, result = train_one(here, rule, seed, folder, recipe, report)
             accuracy = test_accuracy(here, built)
             if compared.operations is None:
                 _measure(compared, here, built)
@@ -123,6 +124,39 @@ def _compared(here: Session, rule: str, seeds: int, folder: Path, recipe: Recipe
     if seconds:
         compared.seconds = statistics.median(seconds)
     return compared
+
+
+def train_one(
+    here: Session,
+    rule: str,
+    seed: int,
+    folder: Path,
+    recipe: Recipe,
+    report: Console,
+    classes: list[int] | None = None,
+) -> tuple[Any, Fit]:
+    """Train one rule with one seed, or go on where its run in `folder` stopped; on the data's `classes` only, if given.
+
+    Returns what the recipe builds, with the trained weights and its whole data, and the training.
+    """
+    run = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', rule).strip('-')}-seed{seed}"
+    report.line(f"{rule}, seed {seed}: {run}")
+    built = recipe.build("--seed", str(seed), rule=rule)
+    config, data = recipe.resolved("--seed", str(seed), rule=rule), built.data
+    if classes is not None:
+        data = Classes(data, classes)
+        config["data"] = {
+            "class_path": "sltt.data.Classes",
+            "init_args": {"data": config["data"], "classes": classes},
+        }
+    train, training = resume_run if run.exists() else start_run, Training.of(vars(built))
+    return built, train(here, built.model, data, training, run, config=config, report=report)
+
+
+def tell_died(found: Sequence[Any]) -> None:
+    """Raise RuntimeError if runs died, with the `rule` and the `errors` of each row."""
+    if died := [f"{one.rule}, {error}" for one in found for error in one.errors]:
+        raise RuntimeError(f"{len(died)} runs died; the same command tries them again: {'; '.join(died)}")
 
 
 def print_compared(found: Sequence[Compared], report: Console) -> None:

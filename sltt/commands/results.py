@@ -49,6 +49,7 @@ class Gathered:
         comparisons: of `sltt compare`.
         profiles: of `sltt profile`.
         agreements: of `sltt agreement`.
+        fewshots: of `sltt fscil`.
         runs: folders of trainings with at least one epoch.
         notes: what was left out, and why.
     """
@@ -56,6 +57,7 @@ class Gathered:
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     profiles: list[dict[str, Any]] = field(default_factory=list)
     agreements: list[dict[str, Any]] = field(default_factory=list)
+    fewshots: list[dict[str, Any]] = field(default_factory=list)
     runs: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -66,7 +68,12 @@ def gather(folders: Sequence[Path]) -> Gathered:
     Raises ValueError for a folder that is not there or holds nothing of the kind, or a file that is damaged.
     """
     found = Gathered()
-    kinds = (("compare", found.comparisons), ("profile", found.profiles), ("agreement", found.agreements))
+    kinds = (
+        ("compare", found.comparisons),
+        ("profile", found.profiles),
+        ("agreement", found.agreements),
+        ("fscil", found.fewshots),
+    )
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
@@ -74,8 +81,8 @@ def gather(folders: Sequence[Path]) -> Gathered:
         there = [(folder / f"{kind}.json", into) for kind, into in kinds if (folder / f"{kind}.json").is_file()]
         if not runs and not there:
             raise ValueError(
-                f"{folder} has nothing to report: expected the folder of a run, or one that sltt compare, profile or "
-                "agreement wrote with --save"
+                f"{folder} has nothing to report: expected the folder of a run, or one that sltt compare, profile, "
+                "agreement or fscil wrote with --save"
             )
         for path, into in there:
             try:

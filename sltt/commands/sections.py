@@ -1,5 +1,6 @@
 """What `sltt report` shows: the answer first, then figures and tables of what the commands measured and of runs."""
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from sltt.commands.compare import Compared
 from sltt.commands.failures import cause
+from sltt.commands.fscil import SCORES
 from sltt.commands.page import Cell, Chart, Section, TableOfCells
 from sltt.commands.results import Gathered, accuracy_text, rule_label
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
@@ -26,6 +28,7 @@ def sections(found: Gathered) -> list[Section]:
 
     asked = [row["rule"] for one in found.comparisons for row in one["rows"]]
     asked += [row["rule"] for one in found.profiles for row in one["costs"]]
+    asked += [row["rule"] for one in found.fewshots for row in one["rows"]]
     colours = palette([*asked, *map(rule_label, found.runs)])
     made = [_short(found)] if verdicts(found) or found.agreements else []
     made += [_comparison(one) for one in found.comparisons]
@@ -34,6 +37,7 @@ def sections(found: Gathered) -> list[Section]:
     for one in found.profiles:
         made += [_costs(one, colours), _energy(one)]
     made += [_agreement(one) for one in found.agreements]
+    made += [_few_shots(one, colours) for one in found.fewshots]
     if found.runs:
         made.append(_spikes(found))
     for number, section in enumerate(made, 1):  # two profiles do not write to the same file
@@ -268,6 +272,35 @@ def _agreement(found: dict[str, Any]) -> Section:
     headings = "τ", "T", "epochs", "rule", "cosine", "norm / BPTT", "dropped"
     title = "Gradients beside that of exact BPTT"
     return Section(f"Is it safe: {found['recipe']}", text, [TableOfCells("agreement", title, headings, rows)], [chart])
+
+
+def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:
+    from sltt.commands import figures
+
+    seen = list(itertools.accumulate(found["sizes"]))
+    rows: list[list[Cell]] = []
+    lines: dict[str, list[figures.Points]] = {}
+    for row in found["rows"]:
+        if not row["accuracies"]:
+            rows.append([Cell(row["rule"], row["rule"]), Cell("died", ""), *[Cell("", "")] * (len(SCORES) - 1)])
+            continue
+        lines[row["rule"]] = [(seen, one) for one in row["accuracies"]]
+        means = (Cell(accuracy_text(row[name]), statistics.mean(row[name])) for name in SCORES)
+        rows.append([Cell(row["rule"], row["rule"]), *means])
+    base, way, count = found["sizes"][0], found["sizes"][1], len(found["sizes"]) - 1
+    text = [
+        f"{base} base classes train the network, which is then frozen. {count} × {way} classes follow, each known from "
+        f"{found['shot']} samples. A test sample belongs to the class whose mean embedding is nearest, by cosine; for "
+        "pixels, the mean image. Base and new: mean accuracy of a class after the last session. Harmonic: their "
+        "harmonic mean. Average: over the base training and all sessions."
+    ]
+    chart = Chart(
+        "sessions",
+        "Accuracy of all classes seen, after each session; a line for each seed",
+        figures.lines(lines, colours, "classes seen", "test accuracy", percent=True),
+    )
+    table = TableOfCells("fscil", "one row a rule", ("rule", *SCORES), rows)
+    return Section(f"Few-shot classes: {found['recipe']}", text, [table], [chart])
 
 
 def _spikes(found: Gathered) -> Section:

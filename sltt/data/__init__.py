@@ -3,6 +3,7 @@
 from sltt.data.adding import Adding
 from sltt.data.augment import EventAugmentation
 from sltt.data.base import Data, Splits
+from sltt.data.classes import Classes
 from sltt.data.digits import Digits, DigitsEvents
 from sltt.data.encodings import Delta, Encoded, Encoding, Latency, Poisson
 from sltt.data.events import CIFAR10DVS, NMNIST, DVSGesture, EventFolder
@@ -19,6 +20,7 @@ __all__ = [
     "NMNIST",
     "SHD",
     "Adding",
+    "Classes",
     "Cutout",
     "DVSGesture",
     "Data",

@@ -27,6 +27,7 @@ class Splits:
         classes: number of classes; targets are class indices 0 … classes − 1. None for targets of another kind.
         fingerprint: twelve hexadecimal digits of a hash of which sample is in which split.
         per_step: targets are sequences too, [T, ...]: one target for each time step.
+        plain: the training samples without augmentation, in the order of `train`; None if `train` has none.
     """
 
     train: Dataset[Any]
@@ -36,6 +37,7 @@ class Splits:
     classes: int | None
     fingerprint: str
     per_step: bool = False
+    plain: Dataset[Any] | None = None
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
         """Stack samples to a batch: images [B, C, H, W], sequences [T, B, C, H, W]; and targets [B, ...].

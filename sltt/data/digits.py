@@ -152,4 +152,5 @@ def _split(data: Digits | DigitsEvents, x: Tensor, labels: Tensor, *, static: bo
         static=static,
         classes=10,
         fingerprint=fingerprint(names, train, validation, test),
+        plain=train_set,
     )

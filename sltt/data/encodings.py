@@ -146,6 +146,7 @@ class Encoded(Data):
             train=coded(splits.train, fixed=False),
             validation=coded(splits.validation, fixed=True),
             test=coded(splits.test, fixed=True),
+            plain=coded(splits.plain, fixed=True),
             static=False,
         )
 

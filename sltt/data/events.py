@@ -125,6 +125,7 @@ class _Events(Data):
             static=False,
             classes=len(self.classes),
             fingerprint=fingerprint([*names, *held_names], kept, held),
+            plain=FrameDataset(x, labels, kept, self._ready),
         )
 
     def _frames(self, recordings: Recordings, steps: int, which: str) -> tuple[Any, list[int], list[str]]:
@@ -183,6 +184,11 @@ class FrameDataset(Dataset[Any]):
     ):
         self.counts, self.labels, self.indices = counts, labels, indices
         self.ready, self.augment = ready, augment
+
+    @property
+    def targets(self) -> list[int]:
+        """The label of each sample."""
+        return [self.labels[i] for i in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -144,6 +144,7 @@ class _Images(Data):
             static=True,
             classes=len(augmented.classes),
             fingerprint=fingerprint([*self.names(augmented), *self.names(test)], train, validation),
+            plain=Subset(plain, train),
         )
 
 

@@ -123,7 +123,7 @@ class _OwnData(Data):
         if self.per_step or not _is_class(first):
             return None
         dataset = samples.dataset if isinstance(samples, _Samples) else samples
-        found = _known_labels(dataset, self.columns)
+        found = known_labels(dataset, self.columns)
         return (
             [int(y) for y in found]
             if found is not None
@@ -239,10 +239,10 @@ def _is_class(target: Any) -> bool:
     return isinstance(target, int | np.integer)
 
 
-def _known_labels(dataset: Any, columns: tuple[str, str] | None) -> Sequence[Any] | None:
+def known_labels(dataset: Any, columns: tuple[str, str] | None) -> Sequence[Any] | None:
     """All labels of a data set that keeps them as a list: nothing else of its samples is loaded."""
     if isinstance(dataset, Subset):
-        labels = _known_labels(dataset.dataset, columns)
+        labels = known_labels(dataset.dataset, columns)
         return labels if labels is None else [labels[i] for i in dataset.indices]
     if columns and hasattr(dataset, "column_names"):  # of Hugging Face
         return list(dataset[columns[1]])

@@ -105,6 +105,7 @@ def _sequential(splits: Splits, steps: int, pixels: int, permute: bool) -> Split
         train=_Pixels(splits.train, order),
         validation=None if splits.validation is None else _Pixels(splits.validation, order),
         test=None if splits.test is None else _Pixels(splits.test, order),
+        plain=None if splits.plain is None else _Pixels(splits.plain, order),
         static=False,
         fingerprint=fingerprint([splits.fingerprint, *order.flatten().tolist()]),
     )

@@ -163,6 +163,10 @@ CASES = f"""
 2 | expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got '' | compare --rules ''
 1 | window must be at least 1 | compare --rules BPTT,TBPTT:window=0
 2 | runs in one process | compare --devices 2
+2 | required: --base | fscil digits
+2 | --shot: expected a whole number of at least 1, got '0' | fscil digits --base 6 --shot 0
+2 | --order: expected numbers separated by commas, got 'a' | fscil digits --base 6 --order a
+2 | runs in one process | fscil digits --base 6 --way 1 --devices 2
 2 | --repeats: expected a whole number of at least 1 | profile --repeats 0
 2 | --budget: expected a memory size such as 8GB | profile --budget much
 2 | --steps: expected numbers separated by commas, got '1,x' | profile --steps 1,x

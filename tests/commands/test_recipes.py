@@ -73,6 +73,11 @@ FRAMES = {
     "cifar100": (3, 32, 32),
     "dvs-cifar10": (2, 48, 48),
     "dvs-gesture": (2, 128, 128),
+    "fscil-cifar100": (3, 32, 32),
+    "fscil-digits": (1, 8, 8),
+    "fscil-dvs-cifar10": (2, 48, 48),
+    "fscil-dvs-gesture": (2, 64, 64),
+    "fscil-mini-imagenet": (3, 84, 84),
     "imagenet": (3, 64, 64),  # of any size
     "imagenet-qkformer": (3, 64, 64),
     "imagenet-stage1": (3, 64, 64),
@@ -87,6 +92,8 @@ FRAMES = {
 CLASSES = {
     "cifar100": 100,
     "dvs-gesture": 11,
+    **{f"fscil-{name}": 6 for name in ("digits", "dvs-cifar10", "dvs-gesture")},
+    **{f"fscil-{name}": 60 for name in ("cifar100", "mini-imagenet")},
     "recall": 4,
     "recall-marked": 2,
     "shd": 20,

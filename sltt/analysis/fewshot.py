@@ -1,0 +1,164 @@
+"""Few-shot class-incremental learning: classes come in sessions, and a new one is known from a few samples.
+
+A network is trained on the base classes and then frozen. A class is its prototype, the mean embedding of its samples; a
+sample belongs to the seen class whose prototype has the largest cosine with its embedding. Classes are numbered in the
+order in which they come.
+
+Source: the protocol of Tao et al., CVPR 2020 (arXiv 2004.10956), with prototypes as in Zhang et al., CVPR 2021 (arXiv
+2104.03047). Shapes: N samples, D features, C classes, B samples of a batch, T time steps.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sltt.checks import whole_number
+from sltt.rules import unroll
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """What is known after the sessions; accuracies of test samples.
+
+    Attributes:
+        accuracies: of all classes seen so far, after the base training and after each session.
+        base: mean over the base classes of the accuracy of a class, after the last session.
+        new: the same of the classes that came later.
+    """
+
+    accuracies: list[float]
+    base: float
+    new: float
+
+    @property
+    def harmonic(self) -> float:
+        """2 base new / (base + new)."""
+        return 2 * self.base * self.new / (self.base + self.new) if self.base + self.new else 0.0
+
+    @property
+    def last(self) -> float:
+        """After the last session."""
+        return self.accuracies[-1]
+
+    @property
+    def average(self) -> float:
+        """The mean over the base training and the sessions."""
+        return sum(self.accuracies) / len(self.accuracies)
+
+
+def session_sizes(classes: int, base: int, way: int, sessions: int | None = None) -> list[int]:
+    """The number of classes that come at once: `base`, then `way` in each session.
+
+    Args:
+        classes: of the data.
+        base: classes of the base training, at least 2.
+        way: classes of a session.
+        sessions: how many; None takes all classes.
+
+    Raises:
+        ValueError: more classes than there are, or some are left over.
+    """
+    whole_number("base", base, least=2)
+    whole_number("way", way, least=1)
+    rest, new = classes - base, way * (sessions or 1)
+    if rest < new:
+        raise ValueError(
+            f"{base} base classes and {sessions or 1} × {way} new ones are {base + new}, and there are {classes} "
+            "classes: choose a smaller base or way, or fewer sessions"
+        )
+    if sessions is None and rest % way:
+        raise ValueError(
+            f"{rest} new classes do not part into sessions of {way}: choose another way, or say how many, "
+            f"sessions={rest // way}"
+        )
+    return [base, *[way] * (sessions or rest // way)]
+
+
+def draw_shots(labels: Sequence[int], classes: Sequence[int], shot: int, seed: int) -> list[int]:
+    """Indices of `shot` samples of each of the classes, drawn by `seed`.
+
+    Raises:
+        ValueError: a class has fewer samples.
+    """
+    whole_number("shot", shot, least=1)
+    generator = torch.Generator().manual_seed(seed)
+    by_class: dict[int, list[int]] = {one: [] for one in classes}
+    for index, label in enumerate(labels):
+        if label in by_class:
+            by_class[label].append(index)
+    if few := [one for one, indices in by_class.items() if len(indices) < shot]:
+        raise ValueError(f"class {few[0]} has {len(by_class[few[0]])} training samples, fewer than shot={shot}")
+    return [
+        indices[i]
+        for indices in by_class.values()
+        for i in torch.randperm(len(indices), generator=generator)[:shot].tolist()
+    ]
+
+
+def prototypes(embeddings: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The mean embedding of each class [C, D], of embeddings [N, D] and labels [N]; each class has a sample."""
+    sums = embeddings.new_zeros(classes, embeddings.shape[1]).index_add_(0, labels, embeddings)
+    return sums / labels.bincount(minlength=classes).unsqueeze(1)
+
+
+def incremental(known: Tensor, embeddings: Tensor, labels: Tensor, sizes: Sequence[int]) -> FewShot:
+    """Classify test samples after each session, among the classes seen so far.
+
+        ŷ = argmax_c ⟨e, p_c⟩ / (|e| |p_c|)
+
+    Args:
+        known: prototypes [C, D] in the order in which classes come.
+        embeddings: of the test samples [N, D].
+        labels: of the test samples [N]; each class has one.
+        sizes: of `session_sizes`.
+    """
+    cosine = F.normalize(embeddings, dim=1) @ F.normalize(known, dim=1).T
+    accuracies, right = [], torch.empty(0)
+    for seen in itertools.accumulate(sizes):
+        there = labels < seen
+        right = (cosine[there, :seen].argmax(1) == labels[there]).double()
+        accuracies.append(float(right.mean()))
+    of_class = prototypes(right.unsqueeze(1), labels[labels < sum(sizes)], sum(sizes))
+    return FewShot(accuracies, float(of_class[: sizes[0]].mean()), float(of_class[sizes[0] :].mean()))
+
+
+def chance(sizes: Sequence[int]) -> FewShot:
+    """What guessing reaches: 1 / C of the classes seen."""
+    accuracies = [1 / seen for seen in itertools.accumulate(sizes)]
+    return FewShot(accuracies, accuracies[-1], accuracies[-1])
+
+
+def embeddings(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
+    """The mean over time of what the last linear layer reads [B, D].
+
+    Args:
+        model: maps the input of one time step to logits; the last `nn.Linear` that runs is its classifier.
+        x: a batch of sequences [T, B, ...], or with `steps` of static inputs [B, ...].
+        steps: T for a static input.
+
+    Raises:
+        ValueError: the model has no linear layer.
+    """
+    sums: dict[nn.Module, Tensor] = {}
+    calls: dict[nn.Module, int] = {}
+
+    def keep(module: nn.Module, inputs: Any) -> None:
+        read = inputs[0].detach().flatten(1).float()
+        sums[module] = sums[module] + read if module in sums else read
+        calls[module] = calls.get(module, 0) + 1
+
+    hooks = [m.register_forward_pre_hook(keep) for m in model.modules() if isinstance(m, nn.Linear)]
+    try:
+        unroll(model, x, steps=steps)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not sums:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear that classifies: embeddings are what it reads")
+    last = list(sums)[-1]
+    return sums[last] / calls[last]

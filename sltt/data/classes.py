@@ -1,0 +1,83 @@
+"""The samples of some classes of a data set, with the classes numbered anew."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from sltt.checks import instance, whole_numbers
+from sltt.data.base import Data, Splits, fingerprint
+from sltt.data.images import Mixup
+from sltt.data.own import known_labels
+
+
+class Classes(Data):
+    """Some classes of a data set: class `classes[i]` is class i here, and the samples of the others are left out.
+
+    The split is that of the whole data set, so that a test sample there is a test sample here.
+
+    Args:
+        data: the data set; its targets are classes.
+        classes: which classes, each once.
+
+    Raises:
+        ValueError: a class that stands twice; when loaded, one that the data has not or without training samples.
+    """
+
+    def __init__(self, data: Data, classes: list[int]):
+        self.data = instance("data", data, Data)
+        self.classes = whole_numbers("classes", classes, least=0)
+        if twice := [one for one in self.classes if self.classes.count(one) > 1]:
+            raise ValueError(f"class {twice[0]} stands twice in classes={list(self.classes)}: name each once")
+        super().__init__(data.validation, data.split_seed)
+
+    def missing(self) -> dict[str, int]:
+        return self.data.missing()
+
+    def load(self, steps: int) -> Splits:
+        splits = self.data.splits(steps)
+        name = type(self.data).__name__
+        if splits.classes is None or splits.per_step:
+            raise ValueError(f"the targets of {name} are no classes, one for each sample: Classes cannot choose any")
+        if unknown := [one for one in self.classes if one >= splits.classes]:
+            raise ValueError(f"{name} has the classes 0 … {splits.classes - 1}, got {unknown[0]}")
+        if isinstance(splits.train, Mixup):
+            raise ValueError("mixup mixes samples of all classes: leave it out where classes are chosen, mixup=0")
+        labels = class_labels(splits.train if splits.plain is None else splits.plain)
+        if empty := sorted({*self.classes} - {*labels}):
+            raise ValueError(f"class {empty[0]} of {name} has no training samples")
+        return replace(
+            splits,
+            train=self._chosen(splits.train, labels),
+            validation=self._chosen(splits.validation),
+            test=self._chosen(splits.test),
+            plain=self._chosen(splits.plain, labels),
+            classes=len(self.classes),
+            fingerprint=fingerprint([splits.fingerprint, *self.classes]),
+        )
+
+    def _chosen(self, samples: Dataset[Any] | None, labels: Sequence[int] | None = None) -> Any:
+        return None if samples is None else _Chosen(samples, self.classes, labels or class_labels(samples))
+
+
+def class_labels(samples: Any) -> list[int]:
+    """The class of each sample; read sample by sample where the data set does not keep a list."""
+    known = known_labels(samples, None)
+    return [int(y) for y in (known if known is not None else (samples[i][1] for i in range(len(samples))))]
+
+
+class _Chosen(Dataset[Any]):
+    """The samples of some classes; class `classes[i]` is i."""
+
+    def __init__(self, samples: Dataset[Any], classes: Sequence[int], labels: Sequence[int]):
+        number = {one: i for i, one in enumerate(classes)}
+        self.samples = samples
+        self.indices = [i for i, label in enumerate(labels) if label in number]
+        self.targets = [number[labels[i]] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.samples[self.indices[index]][0], self.targets[index]

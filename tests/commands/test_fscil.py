@@ -1,0 +1,100 @@
+import json
+import statistics
+
+import pytest
+
+from sltt.commands import compare, fscil, main
+from tests.commands.tiny import TINY, run
+
+SMALL = [*TINY, "--model.width", "8", "--epochs", "3", "--batch_size", "64"]
+WORDS = ["fscil", "fscil-digits", *SMALL, "--base", "6", "--way", "2", "--shot", "3", "--seeds", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the command kept two rules with two seeds."""
+    folder = tmp_path_factory.mktemp("few") / "shots"
+    assert main([*WORDS, "--rules", "BPTT,SLTT:k=1", "--save", str(folder)]) == 0
+    return folder
+
+
+def kept(folder):
+    return json.loads((folder / "fscil.json").read_text())
+
+
+def test_accuracy_after_each_session_of_each_rule_and_of_the_baselines(folder, capsys):
+    found = kept(folder)
+    code, out, _ = run(capsys, *WORDS, "--rules", "BPTT,SLTT:k=1", "--save", folder)  # goes on where it stopped
+    assert code == 0
+    assert kept(folder) == found
+    assert (found["sizes"], found["shot"], found["order"]) == ([6, 2, 2], 3, list(range(10)))
+    rows = {row["rule"]: row for row in found["rows"]}
+    assert list(rows) == ["BPTT", "SLTT:k=1", "pixels", "chance"]
+    for rule in ("BPTT", "SLTT:k=1", "pixels"):
+        assert [len(one) for one in rows[rule]["accuracies"]] == [3, 3]
+        assert statistics.mean(rows[rule]["average"]) > 0.3  # far above a guess
+    assert rows["chance"]["accuracies"] == [pytest.approx([1 / 6, 1 / 8, 1 / 10])]
+    assert rows["pixels"]["last"][0] > 0.7  # the digits are alike
+    assert rows["pixels"]["accuracies"][0] != rows["pixels"]["accuracies"][1]  # other shots
+    table = out[out.index("6 base classes") :].splitlines()
+    assert table[0] == "6 base classes, 2 × 2 new ones of 3 samples"
+    assert max(map(len, table[:-1])) <= 80
+    assert [line.split()[0] for line in table[3:7]] == list(rows)
+    assert table[7].split() == ["classes", "seen", "6", "8", "10"]
+
+
+def test_the_base_training_sees_base_classes_only(folder, capsys, monkeypatch):
+    assert run(capsys, "eval", folder / "BPTT-seed0", "--split", "train", "--json")[0] == 0  # the run knows its classes
+    seen = []
+
+    def start_run(session, model, data, training, run, **settings):
+        seen.append(data.splits(training.steps))
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(compare, "start_run", start_run)
+    code, out, err = run(capsys, *WORDS, "--json", "--rules", "BPTT,SLTT", "--save", folder)
+    assert code == 1
+    assert "2 runs died; the same command tries them again: SLTT, seed 0: far enough" in err
+    assert {splits.classes for splits in seen} == {6}
+    assert {label for splits in seen for label in splits.train.targets} == set(range(6))
+    rows = json.loads(out)["rows"]
+    assert [(row["rule"], len(row["last"])) for row in rows] == [("BPTT", 2), ("SLTT", 0), ("pixels", 2), ("chance", 1)]
+
+
+def test_the_report_has_a_section_of_it(folder, capsys):
+    pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+    assert run(capsys, "report", folder)[0] == 0
+    page = (folder / "report" / "report.html").read_text()
+    assert "<h2>Few-shot classes: fscil-digits</h2>" in page
+    (table,) = (folder / "report" / "data").glob("*-fscil.csv")
+    lines = table.read_text().splitlines()
+    assert lines[0] == "rule,base,new,harmonic,last,average"
+    assert float(lines[1].split(",")[4]) == pytest.approx(statistics.mean(kept(folder)["rows"][0]["last"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--base 9 --way 2", "9 base classes and 1 × 2 new ones are 11, and there are 10 classes"),
+        ("--base 6 --way 3", "4 new classes do not part into sessions of 3"),
+        ("--base 6 --way 1 --shot 500", "training samples, fewer than shot=500"),
+        ("--base 6 --way 1 --order 0,1,2,3,4,5,6,6", "class 6 stands twice in --order: sessions overlap"),
+        ("--base 6 --way 1 --order 0,1,2,3,4,5,10", "Digits has the classes 0 … 9, got 10"),
+        ("--base 6 --way 1 --metric sltt.metrics.MeanSquaredError", "sltt fscil compares accuracies"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused_before_a_training(here, capsys, monkeypatch, words, message):
+    monkeypatch.setattr(fscil, "train_one", None)
+    code, _, err = run(capsys, "fscil", "fscil-digits", *SMALL, *words.split())
+    assert code == 1
+    assert message in err
+    assert not list(here.iterdir())
+
+
+def test_an_order_chooses_the_classes(here, capsys):
+    words = ["--base", "2", "--way", "1", "--order", "9,1,4", "--model.classes", "2", "--rules", "SLTT", "--seeds", "1"]
+    code, out, _ = run(capsys, "fscil", "fscil-digits", *SMALL, *words, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert (found["sizes"], found["order"]) == ([2, 1], [9, 1, 4])
+    assert found["samples"] == 108  # test images of three digits
