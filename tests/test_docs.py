@@ -17,6 +17,7 @@ DOCS = Path(sltt.__file__).parents[1] / "docs"
 MEASURES = [
     "agreement",
     "count_operations",
+    "find_learning_rate",
     "firing_rates",
     "iteration_seconds",
     "layer_paths",
@@ -74,7 +75,7 @@ def test_the_example_of_a_measurement_runs(name):
         "loss": sltt.losses.CrossEntropyMSE(),
         "rule": sltt.SLTT(),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        "batches": [(x, y)] * 5,
+        "batches": [(x, y)] * 20,
         **vars(sltt),
         **{measure: getattr(analysis, measure) for measure in MEASURES},
     }

@@ -8,6 +8,7 @@ from sltt.analysis.firing import FiringRates, firing_rates
 from sltt.analysis.iteration import Memory, Seconds, iteration_seconds, memory_parts
 from sltt.analysis.operations import Operations, count_operations
 from sltt.analysis.paths import LayerPath, layer_paths
+from sltt.analysis.rates import RateTest, find_learning_rate
 from sltt.memory import available_memory, parse_bytes, peak_memory, process_peak, reset_process_peak
 
 __all__ = [
@@ -19,12 +20,14 @@ __all__ = [
     "Operations",
     "PeakModel",
     "Proposal",
+    "RateTest",
     "Seconds",
     "Trial",
     "advice",
     "agreement",
     "available_memory",
     "count_operations",
+    "find_learning_rate",
     "firing_rates",
     "fit_peak",
     "iteration_seconds",

@@ -11,8 +11,8 @@ from sltt.commands.hints import nearest
 from sltt.parallel.signals import PREEMPTED, Preempted
 
 COMMANDS = (
-    "train", "eval", "agreement", "compare", "fscil", "profile", "report", "export", "recipes", "data", "doctor",
-    "completion",
+    "train", "eval", "agreement", "compare", "fscil", "profile", "lr", "report", "export", "recipes", "data",
+    "doctor", "completion",
 )  # fmt: skip
 USAGE = """usage: sltt COMMAND ...
 
@@ -22,6 +22,7 @@ USAGE = """usage: sltt COMMAND ...
   sltt compare [RECIPE]     train several rules: --rules BPTT,SLTT,SLTT:k=1
   sltt fscil RECIPE         new classes from a few samples: --base 60 --way 5
   sltt profile [RECIPE]     memory, time and energy of rules: --steps 1,4,16
+  sltt lr [RECIPE]          find a learning rate, in a hundred batches
   sltt report FOLDER ...    one page with the results of all these commands
   sltt export RUN           write a trained network: --to nir or --to onnx
   sltt recipes [NAME]       list the recipes, or print one

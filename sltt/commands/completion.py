@@ -7,7 +7,21 @@ from sltt.commands.hints import fit_arguments
 from sltt.commands.parsing import CommandOptions, shipped_recipes
 
 HELP = "Print a script that lets the shell complete commands, recipes and options: source <(sltt completion bash)"
-OWN = ("rules", "seeds", "save", "json", "repeats", "budget", "split", "checkpoint", "mirror", "to", "out", "help")
+OWN = (
+    "rules",
+    "seeds",
+    "save",
+    "json",
+    "repeats",
+    "budget",
+    "split",
+    "checkpoint",
+    "mirror",
+    "to",
+    "out",
+    "batches",
+    "help",
+)
 
 SCRIPT = """_sltt() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}"

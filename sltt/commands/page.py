@@ -90,7 +90,8 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
             figures.save(chart.figure, folder / "figures" / chart.name)
         for table in section.tables:
             (folder / "data" / f"{table.name}.csv").write_text(table.csv())
-    recipes = {one["recipe"] for one in [*found.comparisons, *found.profiles, *found.agreements, *found.fewshots]}
+    several = [*found.comparisons, *found.profiles, *found.agreements, *found.fewshots, *found.rates]
+    recipes = {one["recipe"] for one in several}
     title = f"Report: {', '.join(sorted(recipes) or [run.name for run in found.runs])}"
     template = Environment(autoescape=True, trim_blocks=True).from_string(
         (files("sltt.commands") / "page.html").read_text(encoding="utf-8")

@@ -50,6 +50,7 @@ class Gathered:
         profiles: of `sltt profile`.
         agreements: of `sltt agreement`.
         fewshots: of `sltt fscil`.
+        rates: of `sltt lr`.
         runs: folders of trainings with at least one epoch.
         notes: what was left out, and why.
     """
@@ -58,6 +59,7 @@ class Gathered:
     profiles: list[dict[str, Any]] = field(default_factory=list)
     agreements: list[dict[str, Any]] = field(default_factory=list)
     fewshots: list[dict[str, Any]] = field(default_factory=list)
+    rates: list[dict[str, Any]] = field(default_factory=list)
     runs: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -73,6 +75,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
         ("profile", found.profiles),
         ("agreement", found.agreements),
         ("fscil", found.fewshots),
+        ("lr", found.rates),
     )
     for folder in folders:
         if not folder.is_dir():
@@ -82,7 +85,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
         if not runs and not there:
             raise ValueError(
                 f"{folder} has nothing to report: expected the folder of a run, or one that sltt compare, profile, "
-                "agreement or fscil wrote with --save"
+                "agreement, fscil or lr wrote with --save"
             )
         for path, into in there:
             try:

@@ -9,6 +9,7 @@ from typing import Any
 from sltt.commands.compare import Compared
 from sltt.commands.failures import cause
 from sltt.commands.fscil import SCORES
+from sltt.commands.lr import advice
 from sltt.commands.page import Cell, Chart, Section, TableOfCells
 from sltt.commands.results import Gathered, accuracy_text, rule_label
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
@@ -38,6 +39,7 @@ def sections(found: Gathered) -> list[Section]:
         made += [_costs(one, colours), _energy(one)]
     made += [_agreement(one) for one in found.agreements]
     made += [_few_shots(one, colours) for one in found.fewshots]
+    made += [_rates(one) for one in found.rates]
     if found.runs:
         made.append(_spikes(found))
     for number, section in enumerate(made, 1):  # two profiles do not write to the same file
@@ -301,6 +303,21 @@ def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:
     )
     table = TableOfCells("fscil", "one row a rule", ("rule", *SCORES), rows)
     return Section(f"Few-shot classes: {found['recipe']}", text, [table], [chart])
+
+
+def _rates(found: dict[str, Any]) -> Section:
+    from sltt.commands import figures
+
+    text = [
+        f"{found['optimizer']} with {found['rule']}, batches of {found['batch_size']}: the learning rate rises from "
+        f"batch to batch. {advice(found)}"
+    ]
+    drawn = figures.rates(found["rates"], found["losses"], found["suggestion"])
+    rows = [[Cell(f"{x:.2g}", x), Cell(f"{y:.4f}", y)] for x, y in zip(found["rates"], found["losses"], strict=True)]
+    table = TableOfCells("rates", "one row a batch", ("learning rate", "loss, moving average"), rows)
+    return Section(
+        f"Learning rate: {found['recipe']}", text, [table], [Chart("rates", "Loss over the learning rate", drawn)]
+    )
 
 
 def _spikes(found: Gathered) -> Section:

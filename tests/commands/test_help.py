@@ -41,7 +41,7 @@ def test_the_shell_completes(capsys):
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
     words = "COMP_WORDS=(sltt {}); COMP_CWORD={}; _sltt; echo ${{COMPREPLY[@]}}"
-    asked = "\n".join(words.format(*one) for one in [("ev", 1), ("train nmn", 2), ("train nmnist --batch", 3)])
+    asked = "\n".join(words.format(*one) for one in [("ev", 1), ("train nmn", 2), ("train nmnist --batch_", 3)])
     done = subprocess.run(["bash", "-c", f"complete() {{ :; }}\n{script}\n{asked}"], capture_output=True, text=True)
     assert done.stdout.splitlines() == ["eval", "nmnist", "--batch_size"]
     assert main(["completion", "zsh"]) == 0

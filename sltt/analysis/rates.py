@@ -1,0 +1,123 @@
+"""The learning rate to take: a range test, in which the rate rises from batch to batch."""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltt.checks import instance, number, whole_number
+from sltt.rules import Rule
+from sltt.rules.base import StepLoss
+
+MEMORY = 0.95  # of the moving average of the losses
+DIVERGED = 4.0  # times the lowest loss: the test ends
+
+
+@dataclass(frozen=True)
+class RateTest:
+    """What a range test found.
+
+    Attributes:
+        rates: learning rate of each batch.
+        losses: of the batches, as a moving average.
+        suggestion: the rate at which the loss falls fastest; None where it does not fall.
+        lowest: the rate with the lowest loss: larger ones are too large.
+    """
+
+    rates: list[float]
+    losses: list[float]
+    suggestion: float | None
+    lowest: float
+
+
+def find_learning_rate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Any]],
+    loss: StepLoss,
+    rule: Rule,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int | None = None,
+    smallest: float = 1e-5,
+    largest: float = 1.0,
+    count: int = 100,
+    clip_norm: float | None = None,
+) -> RateTest:
+    """Train for some batches with a rising learning rate: which one does the loss fall fastest at?
+
+        find_learning_rate(model, batches, loss, SLTT(), optimizer).suggestion
+
+    The rate of batch i is smallest · (largest / smallest)^(i / (count − 1)). The test ends early where the loss is four
+    times its lowest value. Weights and optimizer are afterwards as before. A suggestion depends on the batch size and
+    the weights: test those that are trained.
+
+    Args:
+        model: maps one time step to logits; in training mode.
+        batches: (x, target), at least `count`.
+        loss: of one time step.
+        rule: that trains.
+        optimizer: of the parameters; the rates of its groups keep their ratios.
+        steps: T for a static input.
+        smallest: the first rate.
+        largest: the last rate.
+        count: the number of batches.
+        clip_norm: scale gradients down to this norm.
+
+    Raises:
+        ValueError: fewer batches than ten, or rates in another order.
+
+    Source: Smith, WACV 2017 (arXiv 1506.01186).
+    """
+    instance("rule", rule, Rule)
+    number("smallest", smallest, above=0)
+    number("largest", largest, above=smallest)
+    whole_number("count", count, least=10)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    own = [group["lr"] for group in optimizer.param_groups]
+    ratios = [lr / own[0] if own[0] else 1.0 for lr in own]
+    rates: list[float] = []
+    losses: list[float] = []
+    average = 0.0
+
+    def update() -> None:
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    try:
+        optimizer.zero_grad()
+        for i, (x, target) in zip(range(count), batches, strict=False):
+            rate = smallest * (largest / smallest) ** (i / (count - 1))
+            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                group["lr"] = rate * ratio
+            value = float(rule(model, x, target, loss, steps=steps, update=update if rule.online else None).loss)
+            if not math.isfinite(value):
+                break
+            if not rule.online:
+                update()
+            average = MEMORY * average + (1 - MEMORY) * value
+            rates.append(rate)
+            losses.append(average / (1 - MEMORY ** (i + 1)))
+            if losses[-1] > DIVERGED * min(losses):
+                break
+    finally:
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        optimizer.zero_grad()
+    if len(rates) < 10:
+        raise ValueError(f"the test needs ten batches with a finite loss, got {len(rates)}: lower `smallest`")
+    return RateTest(rates, losses, *_chosen(rates, losses))
+
+
+def _chosen(rates: list[float], losses: list[float]) -> tuple[float | None, float]:
+    """The rate where the loss falls fastest, per factor of the rate, and that of the lowest loss."""
+    lowest = min(range(len(losses)), key=losses.__getitem__)
+    slopes = [losses[i + 1] - losses[i - 1] for i in range(1, lowest)]
+    if not slopes or min(slopes) >= 0:
+        return None, rates[lowest]
+    return rates[1 + slopes.index(min(slopes))], rates[lowest]

@@ -1,0 +1,76 @@
+"""`sltt lr`: which learning rate to train a recipe with."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sltt.analysis.rates import RateTest, find_learning_rate
+from sltt.commands.parsing import CommandOptions, Recipe, begin, count
+from sltt.commands.prepared import prepared
+from sltt.commands.results import SAVE_HELP, give
+from sltt.training.checkpoints import start_from
+from sltt.training.console import Console
+from sltt.training.session import session
+from sltt.training.settings import Execution
+
+SHOWN = 12  # rows of the table
+HELP = (
+    "Find a learning rate: train some batches at a rate that rises with each, and see where the loss falls fastest. "
+    "No weights are kept. Other options are those of sltt train: --rule, --batch_size, --optimizer.…"
+)
+
+
+def run(words: Sequence[str]) -> None:
+    """`sltt lr [RECIPE] [OPTION ...]`: a range test of the learning rate."""
+    name, words = begin(words, "digits")
+    options = CommandOptions("sltt lr [RECIPE]", HELP)
+    options.add_argument("--smallest", type=float, default=1e-5, help="first learning rate; default: 1e-5")
+    options.add_argument("--largest", type=float, default=1.0, help="last learning rate; default: 1")
+    options.add_argument("--batches", type=count, default=100, help="number of batches; default: 100")
+    options.add_argument("--json", action="store_true", help="print JSON")
+    options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
+    known, overrides = options.parse_known_args(words)
+    recipe = Recipe("sltt lr", name, overrides)
+    built = recipe.build()
+    start_from(built.model, built.weights)
+    with session(Execution.of(vars(built))) as here, prepared(here, built, built.steps) as ready:
+        found = find_learning_rate(
+            ready.model,
+            itertools.islice(ready.batches(built.batch_size), known.batches),
+            ready.loss,
+            ready.rule,
+            ready.optimizer,
+            steps=ready.repeat,
+            smallest=known.smallest,
+            largest=known.largest,
+            count=known.batches,
+            clip_norm=built.clip_norm,
+        )
+    about = {"recipe": recipe.name, "rule": repr(built.rule), "optimizer": type(ready.optimizer).__name__}
+    give({**about, "batch_size": built.batch_size, **asdict(found)}, known, "lr.json", lambda to: _print(found, to))
+
+
+def _print(found: RateTest, report: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("learning rate", "loss"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    last, top = len(found.rates) - 1, max(found.losses)
+    for i in sorted({round(n * last / (SHOWN - 1)) for n in range(SHOWN)}):
+        table.add_row(f"{found.rates[i]:.2g}", f"{found.losses[i]:.4f}", "█" * round(30 * found.losses[i] / top))
+    report.table(table)
+    report.line(advice(vars(found)))
+
+
+def advice(found: dict[str, Any]) -> str:
+    """The rate to take, in words."""
+    if found["suggestion"] is None:
+        return "The loss does not fall at any of these rates: try others, by --smallest and --largest."
+    return (
+        f"Take --optimizer.lr {found['suggestion']:.2g}: there the loss falls fastest. It is lowest at "
+        f"{found['lowest']:.2g}; larger rates are too large."
+    )

@@ -1,0 +1,92 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.analysis import find_learning_rate
+from sltt.analysis.rates import MEMORY, _chosen
+from tests.conftest import LOSS, batch, small_network
+
+
+def ranged(rule=sltt.SLTT(), optimizer=torch.optim.SGD, **settings):
+    model = small_network(norm=True)
+    x, y = batch(size=8)
+    made = optimizer(model.parameters(), lr=0.3)
+    before = copy.deepcopy(model.state_dict())
+    found = find_learning_rate(model, [(x, y)] * 40, LOSS, rule, made, **{"count": 40, **settings})
+    return found, made, before, model
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(), sltt.OTTT(decay=0.5, online=True)], ids=repr)
+def test_the_rate_rises_and_all_is_as_before(rule):
+    found, optimizer, before, model = ranged(rule, torch.optim.AdamW, largest=10.0)
+    steps = [b / a for a, b in zip(found.rates, found.rates[1:], strict=False)]
+    assert steps == pytest.approx([(10 / 1e-5) ** (1 / 39)] * len(steps))
+    assert found.rates[0] == pytest.approx(1e-5)
+    assert found.suggestion < found.lowest <= found.rates[-1]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert not optimizer.state
+
+
+def test_the_losses_are_those_of_a_loop_with_these_rates():
+    found, _, _, model = ranged(count=12)
+    x, y = (torch.manual_seed(0), small_network(norm=True), batch(size=8))[2]
+    optimizer, average = torch.optim.SGD(model.parameters(), lr=0.0), 0.0
+    for i, (rate, expected) in enumerate(zip(found.rates, found.losses, strict=True)):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss = sltt.SLTT()(model, x, y, LOSS).loss
+        optimizer.step()
+        average = MEMORY * average + (1 - MEMORY) * float(loss)
+        assert average / (1 - MEMORY ** (i + 1)) == pytest.approx(expected)
+
+
+def test_the_test_ends_where_the_loss_explodes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 1)).double()
+    x, y = torch.randn(4, 8, 6, dtype=torch.float64), torch.zeros(8, 1, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    found = find_learning_rate(model, [(x, y)] * 60, nn.MSELoss(), sltt.SLTT(), optimizer, largest=1e6, count=60)
+    assert len(found.rates) < 60
+    assert found.losses[-1] > 4 * min(found.losses)
+
+
+def test_the_rate_of_the_steepest_fall_is_suggested():
+    assert _chosen([1, 2, 3, 4, 5, 6], [9.0, 8.9, 8.0, 5.0, 4.9, 7.0]) == (3, 5)
+    assert _chosen([1, 2, 3], [1.0, 2.0, 3.0]) == (None, 1)
+
+
+def test_the_rates_of_groups_keep_their_ratio():
+    model = small_network()
+    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[4].parameters(), "lr": 0.2}]
+    seen = []
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(self.param_groups[1]["lr"] / self.param_groups[0]["lr"])
+
+    find_learning_rate(model, [batch()] * 10, LOSS, sltt.SLTT(), Noted(groups), count=10)
+    assert seen == pytest.approx([2.0] * 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 9}, "count must be at least 10"),
+        ({"smallest": 0}, "smallest must be greater than 0"),
+        ({"smallest": 1.0, "largest": 0.5}, "largest must be greater than 1"),
+        ({"count": 50, "smallest": float("nan")}, "smallest must be a finite number"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ranged(**settings)
+
+
+def test_too_few_batches_are_refused():
+    model = small_network()
+    with pytest.raises(ValueError, match="needs ten batches with a finite loss, got 3"):
+        find_learning_rate(model, [batch()] * 3, LOSS, sltt.SLTT(), torch.optim.SGD(model.parameters(), lr=1.0))

@@ -1,0 +1,25 @@
+import json
+
+from tests.commands.tiny import TINY, run
+
+
+def test_a_rate_is_found_kept_and_reported(here, capsys):
+    words = ["lr", "digits", *TINY, "--batches", "14", "--save", "found"]
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert all(len(line) <= 120 for line in out.splitlines())
+    found = json.loads((here / "found" / "lr.json").read_text())
+    assert (found["recipe"], found["optimizer"], len(found["rates"])) == ("digits", "AdamW", 14)
+    assert "--optimizer.lr" in out or "does not fall" in out
+    code, out, _ = run(capsys, "report", "found")
+    assert code == 0
+    page = (here / "found" / "report" / "report.html").read_text()
+    assert "Learning rate: digits" in page
+    assert (here / "found" / "report" / "figures" / "1-rates.svg").exists()
+    assert len((here / "found" / "report" / "data" / "1-rates.csv").read_text().splitlines()) == 15
+
+
+def test_a_wrong_range_is_refused(here, capsys):
+    code, _, err = run(capsys, "lr", "digits", *TINY, "--smallest", "2")
+    assert code == 1
+    assert "largest must be greater than 2" in err
