@@ -87,6 +87,8 @@ def _run(
     x = x if _known_layout(_steps_of(x, steps)[0], channels) else x.contiguous()
     xs = _steps_of(x, steps)
     every = [tuple(_like(v, xs[0]) for v in states)]
+    if steps == 1 and not last:  # nothing to run
+        return x, every
     s = torch.empty_like(x)
     forward = _forward_kernel(step)
     for s_t, x_t in zip(_steps_of(s, steps), xs, strict=True):

@@ -1,10 +1,13 @@
 """A neuron with a synaptic current: the input decays before it charges the membrane."""
 
+import torch
 from torch import Tensor
 
 from sltt.checks import flag, instance, number
+from sltt.kernels import NeuronStep, neuron_step
 from sltt.neurons.base import Neuron
 from sltt.neurons.leaky import BELOW, lif_step, valid_tau
+from sltt.sequence.fold import Fold
 from sltt.surrogates import Surrogate, Triangle
 
 
@@ -16,7 +19,8 @@ class CubaLIF(Neuron):
         s[t] = H(u[t] − V_th)
         v[t] = u[t] − V_th s[t]                    soft reset; hard: u[t] − (u[t] − v_r) s[t]
 
-    A single trace does not follow two decays: `OTTT` asks for a `decay`.
+    The current is linear in its input, and its backward needs nothing. The membrane runs in the kernel of `LIF`. The
+    traces of `OTTT` follow both decays.
 
     Args:
         tau: membrane time constant τ in time steps, greater than 1; None has no leak, λ = 1.
@@ -55,7 +59,7 @@ class CubaLIF(Neuron):
         self.half_state = flag("half_state", half_state)
         self.start = {"v": self.v_reset or 0.0, "i": 0.0}
 
-    def membrane_decay(self) -> float:
+    def decay(self) -> float:
         """λ."""
         return 1.0 if self.tau is None else 1 - 1 / self.tau
 
@@ -69,7 +73,7 @@ class CubaLIF(Neuron):
         v: Tensor,
         i: Tensor,
         *,
-        membrane_decay: float,
+        decay: float,
         synaptic_decay: float,
         gain: float,
         v_threshold: float,
@@ -79,8 +83,30 @@ class CubaLIF(Neuron):
     ) -> tuple[Tensor, Tensor, Tensor]:
         i = synaptic_decay * i + x
         reset = {"v_threshold": v_threshold, "v_reset": v_reset, "detach_reset": detach_reset}
-        s, v = lif_step(v, gain * i, decay=membrane_decay, surrogate=surrogate, **reset)
+        s, v = lif_step(v, gain * i, decay=decay, surrogate=surrogate, **reset)
         return s, v, i
+
+    def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
+        """The current by plain operations, of which autograd keeps nothing, then the steps of `LIF`."""
+        currents, decay = [], self.synaptic_decay()
+        i: Tensor = self.i  # type: ignore[assignment]
+        for x_t in x.chunk(fold.steps):
+            i = torch.add(x_t.to(i.dtype), i.detach() if fold.cut and currents else i, alpha=decay)
+            currents.append(i)
+        current = i if fold.steps == 1 else torch.cat(currents)
+        current = current if self.gain == 1 else self.gain * current
+        step = NeuronStep(
+            decay=self.decay(),
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            decay_input=False,
+            detach_reset=self.detach_reset,
+            surrogate=self.surrogate,
+        )
+        v: Tensor = self.v  # type: ignore[assignment]
+        spikes, self.v = neuron_step(step, v, current.to(x.dtype), None, fold.steps, fold.cut)
+        self.i = i
+        return spikes
 
     def extra_repr(self) -> str:
         return (

@@ -4,6 +4,9 @@ A layer W reads x[t] and feeds neurons of decay λ. With the reset a constant, �
 neuron that it feeds. So the weights' gradient of step t is that of the step alone, with the trace
 x̂[t] = λ x̂[t−1] + x[t] in place of x[t]. A bias reads the constant 1, also the bias of a normalisation. The weight of a
 normalisation has no trace, which would take one number more for each neuron.
+
+Neurons whose input first charges a current of decay α have the trace of both: of x̃[t] = α x̃[t−1] + x[t] in place of
+x[t]. Their step's gradient has the gain of the current already.
 """
 
 from collections import Counter
@@ -18,12 +21,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from sltt._torch import _NormBase
-from sltt.neurons import IntegrateAndFire, Neuron
+from sltt.neurons import CubaLIF, IntegrateAndFire, Neuron
 from sltt.sequence.replace import replaced
 from sltt.sequence.spikes import spiking_layers
 from sltt.sequence.state import kind_of, map_tensors
 
 Decay = float | Tensor
+Decays = tuple[Decay, float]  # λ of the membrane potential, α of a synaptic current, or 0
 
 _WEIGHTS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _NORMS = _NormBase | nn.LayerNorm | nn.GroupNorm
@@ -80,10 +84,10 @@ def _check_weights(model: nn.Module, neurons: dict[nn.Module, str]) -> None:
             )
 
 
-def _decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], Decay]:
+def _decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], Decays]:
     """What gives the λ of a layer of neurons, as it is now; raises ValueError where no trace follows the neuron."""
     if decay is not None:
-        return lambda: decay
+        return lambda: (decay, 0.0)
     kind = kind_of(type(neuron))
     try:
         ours = neuron if isinstance(neuron, Neuron) or not kind or not kind.translate else kind.translate(neuron)
@@ -94,16 +98,17 @@ def _decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[],
             f"the λ of {name} ({type(neuron).__name__}) is not known, and traces need it: give the neuron an attribute "
             "`decay` if its membrane potential has one, or all traces, OTTT(decay=…)"
         )
-    if isinstance(ours, IntegrateAndFire) and ours.v_reset is not None:
+    if (rest := getattr(ours, "v_reset", None)) is not None:
         raise ValueError(
-            f"{name} ({type(neuron).__name__}) resets to v_reset = {ours.v_reset}, and a trace does not forget what a "
+            f"{name} ({type(neuron).__name__}) resets to v_reset = {rest}, and a trace does not forget what a "
             "spike makes the neuron forget; use the soft reset, v_reset=None, or an estimate, OTTT(decay=…)"
         )
 
-    def current() -> Decay:
+    def current() -> Decays:
         value: Any = ours.decay
         value = value() if callable(value) else value
-        return value.detach().mean() if isinstance(value, Tensor) else value
+        synaptic = ours.synaptic_decay() if isinstance(ours, CubaLIF) else 0.0
+        return value.detach().mean() if isinstance(value, Tensor) else value, synaptic
 
     return current
 
@@ -114,31 +119,39 @@ class _Trace:
     Attributes:
         ones: the trace of the constant 1, which a bias reads.
         value: the trace of the layer's input, in float32 at least; None for a layer without a trace.
-        decays: give λ of each layer of neurons that the layer feeds. Their mean is taken.
+        charge: x̃, behind neurons with a synaptic current.
+        decays: give λ and α of each layer of neurons that the layer feeds. Their means are taken.
     """
 
     def __init__(self, x: Tensor | None):
         self.ones: Decay = 1.0
+        self.charge_of_ones = 1.0
+        self.charge: Tensor | None = None
         self.value = None if x is None else x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
-        self.decays: list[Callable[[], Decay]] = []
+        self.decays: list[Callable[[], Decays]] = []
 
     def read(self, x: Tensor | None) -> None:
         """Go one time step on."""
-        decay = sum(decay() for decay in self.decays) / len(self.decays)
-        self.ones = decay * self.ones + 1
+        decay, synaptic = (sum(values) / len(self.decays) for values in zip(*(d() for d in self.decays), strict=True))
+        self.charge_of_ones = synaptic * self.charge_of_ones + 1
+        self.ones = decay * self.ones + self.charge_of_ones
         if x is not None and self.value is not None:
             if self.value.shape != x.shape:
                 raise ValueError(
                     f"OTTT needs layers that read the same shape in every time step, got {list(x.shape)} after "
                     f"{list(self.value.shape)}; use SLTT or BPTT"
                 )
-            self.value.mul_(decay).add_(x.detach())
+            charge = x.detach()
+            if synaptic:
+                before = self.value.clone() if self.charge is None else self.charge
+                self.charge = charge = before.mul_(synaptic).add_(charge)
+            self.value.mul_(decay).add_(charge)
 
 
 class _Traces:
     """The traces of a sequence, by layer and by the number of its use in a time step."""
 
-    def __init__(self, decays: dict[nn.Module, Callable[[], Decay]], inputs: bool):
+    def __init__(self, decays: dict[nn.Module, Callable[[], Decays]], inputs: bool):
         self.decays = decays
         self.inputs = inputs
         self.traces: dict[tuple[nn.Module, int], _Trace] = {}
@@ -210,7 +223,7 @@ class _Traces:
         if neuron not in self.through_decay:
             self.through_decay[neuron] = step
             return x
-        carried = self.decays[neuron]() * self.through_decay[neuron]
+        carried = self.decays[neuron]()[0] * self.through_decay[neuron]
         self.through_decay[neuron] = step + carried
         now = decay.detach()
         return x + ((decay - now) * (carried / (1 - now) if neuron.decay_input else carried)).to(x.dtype)

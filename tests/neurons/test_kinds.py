@@ -8,6 +8,7 @@ import torch
 import sltt
 from tests.conftest import RULES, batch, gradients, small_network
 from tests.neurons.plain import alone, plain
+from tests.references import measured
 
 RULES = {name: rule for name, rule in RULES.items() if not isinstance(rule, sltt.RateBased)}
 TRIANGLE = sltt.surrogates.Triangle()
@@ -147,14 +148,46 @@ def test_every_rule_trains_every_neuron(kind, rule):
     assert found.count_nonzero() > len(found) / 5
 
 
-def test_alif_and_others_with_one_decay_have_traces_and_two_decays_have_none():
+def test_traces_have_the_decay_of_the_neurons():
     x, y = batch()
     for name in ("ALIF", "IntegerLIF", "TernaryLIF", "ChannelLIF"):
         model = small_network(KINDS[name]())
         a, b = (gradients(model, rule, x, y)[0] for rule in (sltt.OTTT(), sltt.OTTT(decay=1 - 1 / 3)))
         torch.testing.assert_close(a, b)
-    with pytest.raises(ValueError, match=r"the λ of 2 \(CubaLIF\) is not known"):
-        sltt.OTTT()(small_network(KINDS["CubaLIF"]()), x, y, sltt.losses.CrossEntropyMSE())
+    with pytest.raises(ValueError, match=r"2 \(CubaLIF\) resets to v_reset = -0.5"):
+        sltt.OTTT()(small_network(lambda: sltt.CubaLIF(v_reset=-0.5)), x, y, sltt.losses.CrossEntropyMSE())
+
+
+@pytest.mark.parametrize("tau", [3.0, None])
+def test_one_layer_with_a_synaptic_current_under_ottt_is_bptt_without_the_reset(tau):
+    """The trace of two decays is exact, for weights and biases, at any gain."""
+    neuron = sltt.CubaLIF(tau, tau_syn=2.0, gain=0.7, detach_reset=True)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), neuron, torch.nn.Linear(8, 3)).double()
+    x, y = batch(steps=12)
+    found, expected = (gradients(model, rule, 3 * x, y)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+class OwnLIF(sltt.Neuron):
+    decay = 0.5
+
+    @staticmethod
+    def step(x, v, *, decay):
+        u = decay * v + x
+        s = TRIANGLE(u - 1)
+        return s, u - s
+
+
+@pytest.mark.parametrize("make", [sltt.CubaLIF, OwnLIF])
+def test_a_neuron_takes_two_numbers_more_than_lif_at_most(make):
+    """At the peak of a batch of SLTT, for each neuron."""
+    x, y = torch.randn(4, 64, 1024), torch.zeros(64, dtype=torch.long)
+
+    def peak(neuron):
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(1024), neuron, torch.nn.Linear(1024, 2))
+        return measured(sltt.SLTT(), model, x, y) / (4 * 64 * 1024)
+
+    assert peak(make()) - peak(sltt.LIF()) < 2.1
 
 
 def test_one_layer_of_integer_spikes_under_ottt_is_bptt_without_the_reset():
