@@ -21,6 +21,13 @@ def test_the_python_runs_as_written(tmp_path, monkeypatch, capsys):
     assert accuracy > 0.5
 
 
+TINY = ["--model.width", "2", "--device", "cpu", "--batch_size"]
+SHORT = {
+    "train": [*TINY, "256", "--epochs", "1"],
+    "compare": [*TINY, "256", "--epochs", "1"],
+    "profile": [*TINY, "16", "--repeats", "1"],
+    "agreement": [*TINY, "16"],
+}
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.startswith("sltt ")]
 
 
@@ -30,17 +37,8 @@ def test_the_commands_run_as_written(tmp_path, monkeypatch, capsys):
     assert len(COMMANDS) >= 6
     for command in COMMANDS:
         words = shlex.split(command, comments=True)[1:]
-        if words[0] in ("train", "compare", "agreement", "profile") and "--resume" not in words:
-            words += [
-                "--epochs",
-                "1",
-                "--model.width",
-                "2",
-                "--batch_size",
-                "128",
-                "--device",
-                "cpu",
-            ]  # as written, but short
+        if "--resume" not in words:
+            words += SHORT.get(words[0], [])
         run = next(iter(Path("runs").glob("digits*")), None)
         assert main([word.replace("runs/RUN", str(run)) for word in words]) == 0, command
 

@@ -71,7 +71,7 @@ def test_one_seed_is_fairly_sure_and_costs_are_those_measured():
 
 def test_the_command_trains_each_rule_and_says_what_it_learned(capsys):
     words = ["agreement", "recall", "--data.channels", "10", "--data.noise", "0.5", "--model.features", "[10,32,4]"]
-    words += ["--data.samples", "2000", "--batch_size", "32", "--optimizer.lr", "0.01", "--device", "cpu"]
+    words += ["--data.samples", "600", "--batch_size", "32", "--optimizer.lr", "0.01", "--device", "cpu"]
     assert main([*words, "--data.delay", "2", "--steps", "6", "--trial", "3", "--seeds", "1", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     trial = row["trial"]

@@ -99,8 +99,13 @@ def layouts(channels):
     yield torch.randn(0, channels)
 
 
-@pytest.mark.parametrize("mode", ["off", pytest.param("on", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *((kind, "off") for kind in KINDS),
+        *(pytest.param(k, "on", marks=pytest.mark.slow) for k in (Graded, PerChannel)),
+    ],
+)
 def test_the_fused_step_equals_the_function(kind, mode):
     if mode == "on" and (problem := kernels.compiler_problem(torch.device("cpu"))):
         pytest.skip(problem)
