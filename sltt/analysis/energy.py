@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sltt.checks import instance
 from sltt.rules import unroll
@@ -19,15 +21,16 @@ PICOJOULES_ACCUMULATE = 0.9
 
 @dataclass(frozen=True)
 class LayerOperations:
-    """A convolution or linear layer in the inference of one sample.
+    """A convolution or linear layer in the inference of one sample, or the matrix products in another module.
 
     Attributes:
         name: of the layer in the model.
         macs: multiply-accumulates of one time step, if every input counts.
         steps: how often the layer runs in the T time steps.
-        density: share of its inputs that are not zero.
-        spiking: its input comes from neurons, so that each input that is not zero costs an accumulate for each synapse;
-            else it is the data, and costs a multiply-accumulate for each synapse.
+        density: spikes for each input. A whole number k counts as k spikes, another value that is not zero as one. Of
+            products: share of the multiplications of which both factors are not zero.
+        spiking: its input comes from neurons, so that each spike costs an accumulate for each synapse; else it is the
+            data, and costs a multiply-accumulate for each synapse. Of products: a factor is spikes.
     """
 
     name: str
@@ -59,8 +62,9 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
         sum(layer.picojoules for layer in synaptic_operations(model, x))
 
     A layer that runs before the first neuron of a time step reads the data. Average pooling in front of a layer counts
-    as spikes: hardware for spikes takes its factor into the weights. What neurons themselves take, the products of
-    attention, and memory are not in the estimate; it is for comparing networks, not for planning a chip.
+    as spikes: hardware for spikes takes its factor into the weights. Products of two tensors, as in attention, count
+    under the module that computes them; PyTorch's own attention with softmax does not. What neurons take and memory are
+    not in the estimate; it is for comparing networks, not for planning a chip.
 
     Args:
         model: maps one time step to logits; in the mode that it is in, so call `model.eval()` before.
@@ -85,21 +89,26 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
             (x,) = args
             one = counts.setdefault(name, _Count(_macs(module, x, out), spiking=fired))
             one.runs += 1
-            one.nonzero += int(torch.count_nonzero(x))
+            one.active += _spikes(x)
             one.inputs += x.numel()
 
         return hook
 
+    products = _Products(model)
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]
     handles = [model.register_forward_pre_hook(start)]
     handles += [m.register_forward_hook(count(name)) for name, m in layers]
     try:
-        with observing(spiking_layers(model), fire):
-            unroll(model, x, steps=steps)
+        with observing(spiking_layers(model), fire), products:
+            length = len(unroll(model, x, steps=steps))
     finally:
         for handle in handles:
             handle.remove()
-    return [LayerOperations(name, c.macs, c.runs, c.nonzero / c.inputs, c.spiking) for name, c in counts.items()]
+        products.remove()
+    for one in products.counts.values():
+        one.macs, one.runs = one.inputs // (x[0] if steps is None else x).shape[0] // length, length
+    counts |= products.counts
+    return [LayerOperations(name, c.macs, c.runs, c.active / c.inputs, c.spiking) for name, c in counts.items()]
 
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -110,7 +119,7 @@ class _Count:
     macs: int
     spiking: bool
     runs: int = 0
-    nonzero: int = 0
+    active: int = 0
     inputs: int = 0
 
 
@@ -119,3 +128,57 @@ def _macs(layer: Any, x: Tensor, out: Tensor) -> int:
     if isinstance(layer, nn.Linear):
         return out.numel() // x.shape[0] * layer.in_features
     return out.numel() // x.shape[0] * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
+
+def _spikes(x: Tensor) -> int:
+    """The number of spikes in the input of a layer."""
+    return int(x.abs().sum(dtype=torch.float64)) if (x == x.round()).all() else int(torch.count_nonzero(x))
+
+
+class _Products(TorchFunctionMode):
+    """Counts the matrix products of two tensors, by the module that computes them."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.counts: dict[str, _Count] = {}
+        self._inside: list[str] = []
+        self._handles: list[Any] = []
+        for name, module in model.named_modules():
+            self._handles += [
+                module.register_forward_pre_hook(partial(self._enter, name)),
+                module.register_forward_hook(self._leave, always_call=True),
+            ]
+
+    def _enter(self, name: str, *call: Any) -> None:
+        self._inside.append(name)
+
+    def _leave(self, *call: Any) -> None:
+        self._inside.pop()
+
+    def remove(self) -> None:
+        """End the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _MATRIX_PRODUCTS and len(args) == 2 and self._inside:
+            self._count(*args)
+        return out
+
+    def _count(self, a: Tensor, b: Tensor) -> None:
+        a, b = (t if t.ndim > 1 else t.unsqueeze(dim) for t, dim in ((a, 0), (b, 1)))
+        pairs = (a != 0).sum(-2) * (b != 0).sum(-1)  # of each k of the sum over k
+        one = self.counts.setdefault(self._inside[-1], _Count(0, spiking=True))
+        one.spiking &= _same(a) or _same(b)
+        one.active += int(pairs.sum())
+        one.inputs += pairs.numel() * a.shape[-2] * b.shape[-1]
+
+
+def _same(x: Tensor) -> bool:
+    """Whether all values are 0 or one other, as of spikes."""
+    values = x[x != 0]
+    return bool((values == values[:1]).all())
+
+
+_MATRIX_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}

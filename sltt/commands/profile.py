@@ -198,7 +198,7 @@ def print_profile(found: Profile, report: Console) -> None:
         memory.add_row(one.rule, str(one.steps), *(f"{part / 1e6:.4g}" for part in parts))
         times = one.seconds.total, *vars(one.seconds).values()
         seconds.add_row(one.rule, str(one.steps), *(f"{t:.3f}" for t in times), *(f"{n:.2e}" for n in one.operations))
-    layers = _table("layer", "MAC a step", "inputs ≠ 0", "synaptic op.", "firing rate", "spikes")
+    layers = _table("layer", "MAC a step", "activity", "synaptic op.", "firing rate", "spikes")
     for layer in found.layers:
         if one := layer.operations:
             kind = "" if one.spiking else " MAC"

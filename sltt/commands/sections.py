@@ -229,7 +229,7 @@ def _energy(found: dict[str, Any]) -> Section:
                 Cell("", ""),
             ]
         rows.append([Cell(layer["name"], layer["name"]), *cells])
-    headings = ("layer", "MAC a step", "inputs ≠ 0", "synaptic operations", "energy, nJ", "firing rate", "spikes")
+    headings = ("layer", "MAC a step", "activity", "synaptic operations", "energy, nJ", "firing rate", "spikes")
     state = "with trained weights" if found["trained"] else "with random weights"
     text = [
         f"The inference of one sample, {state}. Estimated energy: {found['picojoules'] / 1e6:.3g} µJ, and "

@@ -4,8 +4,10 @@ A time step of `dt` seconds of NIR's equations is one step of forward Euler:
 
     LIF: τ v̇ = (v_leak − v) + R I     u = λ v + (1 − λ)(v_leak + R x),   λ = 1 − dt/τ
     IF:  v̇ = R I                      u = v + dt R x
+    CubaLIF: τ_s İ = w S − I, and LIF  i = α i + (1 − α) w x,                α = 1 − dt/τ_s
 
-so that τ = dt times our τ, R = 1 with `decay_input` and our τ without, and R = 1/dt for `IF`. NIR's neurons fire above
+so that τ = dt times our τ, R = 1 with `decay_input` and our τ without, and R = 1/dt for `IF`. Of `CubaLIF`, w = our
+τ_syn, R = gain times our τ, and the current charges the membrane in the step that it comes. NIR's neurons fire above
 the threshold, and its versions differ in the reset; what ours do is written into the nodes' metadata.
 """
 
@@ -22,11 +24,11 @@ from torch import Tensor, fx, nn
 
 from sltt.checks import instance, number
 from sltt.dropout import Dropout
-from sltt.neurons import IF, LIF, PLIF, IntegrateAndFire, OnlineRenorm
+from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, OnlineRenorm
 from sltt.sequence.state import Stateful, reset
 from sltt.surrogates import Above
 
-_HAS_RESET = {kind: "v_reset" in {f.name for f in fields(kind)} for kind in (nir.IF, nir.LIF)}
+_HAS_RESET = {kind: "v_reset" in {f.name for f in fields(kind)} for kind in (nir.IF, nir.LIF, nir.CubaLIF)}
 _NORMS = nn.BatchNorm1d | nn.BatchNorm2d | OnlineRenorm
 _NOTHING = nn.Identity | nn.Dropout | nn.Dropout2d | Dropout  # in evaluation
 _ADD = (operator.add, operator.iadd, torch.add)
@@ -35,8 +37,8 @@ _ADD = (operator.add, operator.iadd, torch.add)
 def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     """The graph of a network in evaluation mode: `nir.write(path, to_nir(model, x))`.
 
-    `IF`, `LIF` and `PLIF`; linear layers and convolutions, with the BatchNorm behind them folded into their weights;
-    average pooling, flatten, and sums, which are several edges into a node.
+    `IF`, `LIF`, `PLIF` and `CubaLIF`; linear layers and convolutions, with the BatchNorm behind them folded into their
+    weights; average pooling, flatten, and sums, which are several edges into a node.
 
     Args:
         model: the network of one time step; its state is reset.
@@ -158,7 +160,7 @@ class _Export(fx.Interpreter):
 
     def _node(self, module: Any, x: Tensor) -> nir.NIRNode:
         shape = tuple(x.shape[1:])
-        if isinstance(module, IntegrateAndFire):
+        if isinstance(module, IntegrateAndFire | CubaLIF):
             return self._neuron(module, shape)
         if isinstance(module, nn.Linear):
             require(x.ndim == 2, ", whose input is not [B, features]")
@@ -186,10 +188,11 @@ class _Export(fx.Interpreter):
             return np.full(shape, value, dtype=np.float64)
 
         soft, rest = neuron.v_reset is None, neuron.v_reset or 0.0
-        kinds: dict[type, type] = {IF: nir.IF, LIF: nir.LIF, PLIF: nir.LIF}
+        kinds: dict[type, type] = {IF: nir.IF, LIF: nir.LIF, PLIF: nir.LIF, CubaLIF: nir.CubaLIF}
         kind = kinds.get(type(neuron))
         require(kind is not None, "")
-        require(neuron.v_init is None, " with v_init, for which NIR has no parameter")
+        start = None if isinstance(neuron, CubaLIF) else neuron.v_init
+        require(start is None, " with v_init, for which NIR has no parameter")
         values: dict[str, Any] = {"v_threshold": full(neuron.v_threshold)}
         if kind is not None and _HAS_RESET[kind]:
             values["v_reset"] = full(rest)
@@ -201,7 +204,12 @@ class _Export(fx.Interpreter):
         }
         if kind is nir.IF:
             return nir.IF(r=full(1 / self.dt), metadata=metadata, **values)
-        tau: float = neuron.tau
+        require(neuron.tau is not None, " without a leak, for which NIR has no time constant")
+        tau: Any = neuron.tau
+        if isinstance(neuron, CubaLIF):
+            values |= {"tau_mem": full(tau * self.dt), "tau_syn": full(neuron.tau_syn * self.dt)}
+            values |= {"r": full(neuron.gain * tau), "v_leak": full(rest), "w_in": full(neuron.tau_syn)}
+            return nir.CubaLIF(metadata=metadata, **values)
         r = 1.0 if neuron.decay_input else tau
         return nir.LIF(tau=full(tau * self.dt), r=full(r), v_leak=full(rest), metadata=metadata, **values)
 

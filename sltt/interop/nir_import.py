@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sltt.checks import instance, number
 from sltt.interop.nir_export import pair, require
-from sltt.neurons import IF, LIF
+from sltt.neurons import IF, LIF, CubaLIF
 from sltt.sequence.state import reset
 from sltt.surrogates import Above, Surrogate, Triangle
 
@@ -127,7 +127,7 @@ def _shape(node: Any) -> list[int] | None:
 
 
 def _module(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:
-    if isinstance(node, nir.IF | nir.LIF):
+    if isinstance(node, nir.IF | nir.LIF | nir.CubaLIF):
         return _neuron(node, dt, surrogate)
     for kind, make in _MODULES.items():
         if type(node) is kind:
@@ -194,7 +194,7 @@ _MODULES: dict[type, Callable[[Any], nn.Module]] = {
 
 
 def _neuron(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:
-    """`LIF` or `IF`; without the metadata of `to_nir`, reset and threshold are those of NIR's equations."""
+    """`LIF`, `IF` or `CubaLIF`; without the metadata of `to_nir`, reset and threshold are those of NIR's equations."""
     own = {k: v.decode() if isinstance(v, bytes) else v for k, v in node.metadata.items()}
     if "dt" in own and not np.isclose(own["dt"], dt):
         raise ValueError(f", which was written for time steps of {own['dt']:g} s: give dt={own['dt']:g}")
@@ -209,9 +209,14 @@ def _neuron(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:
     if isinstance(node, nir.IF):
         require(bool(np.isclose(r * dt, 1)), f", whose r = {r:g} is not 1/dt = {1 / dt:g}")
         return IF(**arguments)
-    tau, leak = _uniform(node, "tau") / dt, _uniform(node, "v_leak")
+    cuba = isinstance(node, nir.CubaLIF)
+    tau, leak = _uniform(node, "tau_mem" if cuba else "tau") / dt, _uniform(node, "v_leak")
     require(tau > 1, f", whose tau is not longer than a time step: tau/dt = {tau:g}")
     require(leak == (0.0 if soft else rest), f", whose v_leak = {leak:g} is not the potential of its reset")
+    if cuba:
+        tau_syn = _uniform(node, "tau_syn") / dt
+        require(tau_syn >= 1, f", whose tau_syn is shorter than a time step: tau_syn/dt = {tau_syn:g}")
+        return CubaLIF(tau, tau_syn, r / tau * _uniform(node, "w_in") / tau_syn, **arguments)
     decays = bool(np.isclose(r, 1))
     require(decays or bool(np.isclose(r, tau)), f", whose r = {r:g} is neither 1 nor tau/dt = {tau:g}")
     return LIF(tau, decay_input=decays, **arguments)

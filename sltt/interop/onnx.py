@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sltt.checks import instance
 from sltt.kernels import using
-from sltt.neurons import IntegrateAndFire, Neuron
+from sltt.neurons import IntegrateAndFire, Neuron, Recurrent
 from sltt.sequence.state import Stateful, reset, state_names
 
 
@@ -73,7 +73,7 @@ class _Step(nn.Module):
                 f"ONNX export knows the states of sltt's neurons, not of {', '.join(unknown)}; sltt.interop.convert "
                 "makes ours of many"
             )
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, Neuron)}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, Neuron | Recurrent)}
         self.places = [(m, state) for m in layers.values() for state in m.states]
         self.first = {
             name if len(m.states) == 1 else f"{name}.{state}": value
@@ -101,4 +101,4 @@ class _Step(nn.Module):
 def _known(module: Stateful) -> bool:
     if isinstance(module, IntegrateAndFire) and module.states != Neuron.states:
         return False  # a subclass with a state that its step does not have
-    return isinstance(module, Neuron) or module.timeless
+    return isinstance(module, Neuron | Recurrent) or module.timeless

@@ -40,6 +40,10 @@ class Recurrent(Stateful):
         if not emits_spikes(neuron):
             raise ValueError(f"neuron must be a layer of neurons, such as sltt.LIF(), got {type(neuron).__name__}")
 
+    def first_states(self) -> dict[str, float]:
+        """The value of the state before the first step."""
+        return {"s": 0.0}
+
     def forward(self, x: Tensor) -> Tensor:
         """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
         fold, spikes = self.fold, []

@@ -108,6 +108,11 @@ def running(model: nn.Module, sequence: Sequence) -> Iterator[Network]:
             hooks += [
                 m.register_forward_pre_hook(OncePerCall(name, network.clock, NEURON)) for name, m in neurons.items()
             ]
+            hooks += [
+                m.register_forward_pre_hook(AmongTokens(name, network), with_kwargs=True)
+                for name, m in model.named_modules()
+                if isinstance(m, nn.MultiheadAttention)
+            ]
             if model not in _known:
                 _check_compiled(network, sequence.input(range(1))[:1])
                 _known.add(model)
@@ -159,6 +164,27 @@ class OncePerCall:
         if self.seen == self.clock.calls:
             raise ValueError(f"{self.name or 'the model'} ({type(module).__name__}) {self.problem}")
         self.seen = self.clock.calls
+
+
+class AmongTokens:
+    """A forward pre-hook of attention: raises ValueError where it is among samples or time steps."""
+
+    def __init__(self, name: str, network: Network):
+        self.name = name
+        self.network = network
+
+    def __call__(self, module: Any, args: Any, kwargs: Any) -> None:
+        query: Tensor = args[0] if args else kwargs["query"]
+        if query.ndim == 3 and module.batch_first:
+            return
+        samples = self.network.batch * self.network.clock.fold.steps
+        if len(query) == samples and (query.ndim == 2 or query.shape[1] != samples):
+            raise ValueError(
+                f"{self.name or 'the model'} ({type(module).__name__}) attends over dimension 0 of its input "
+                f"{list(query.shape)}, the {samples} samples of a time step: give it tokens [B, N, E] and make it with "
+                "batch_first=True. Attention over time has no step by step form: let neurons carry the past, or train "
+                "without a rule"
+            )
 
 
 def in_backward() -> bool:

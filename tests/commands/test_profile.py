@@ -153,6 +153,18 @@ def test_synaptic_operations_are_those_of_the_spikes():
     assert not any(m._forward_hooks for m in (model[0], model[3], model[4]))
 
 
+def test_an_integer_spike_counts_as_so_many_spikes():
+    model = nn.Sequential(sltt.IntegerLIF(4), nn.Linear(6, 3))
+    x = 3 * torch.rand(5, 7, 6)
+    seen = []
+    model[0].register_forward_hook(lambda m, a, out: seen.append(out))
+    (layer,) = synaptic_operations(model, x)
+    spikes = torch.stack(seen)
+    assert spikes.max() > 1
+    assert layer.density == pytest.approx(float(spikes.mean()))
+    assert layer.synaptic_operations == pytest.approx(float(spikes.sum()) / 7 * 3)
+
+
 def test_the_peak_model_is_exact_where_the_peak_is_linear():
     peak = fit_peak(lambda batch, steps: 1000 + 7 * batch + 11 * steps + 3 * batch * steps, (4, 8), (2, 6))
     assert peak.peak(100, 50) == 1000 + 700 + 550 + 15000

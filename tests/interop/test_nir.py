@@ -20,6 +20,8 @@ NEURONS = {
     "LIF, hard": lambda: sltt.LIF(tau=2.0, v_reset=-0.2, v_threshold=0.7, decay_input=True),
     "IF": lambda: sltt.IF(v_threshold=0.6),
     "IF, hard, above": lambda: sltt.IF(v_reset=0.1, surrogate=Above(Triangle())),
+    "CubaLIF": lambda: sltt.CubaLIF(tau=3.0, tau_syn=2.0, gain=0.7),
+    "CubaLIF, hard": lambda: sltt.CubaLIF(tau=3.0, tau_syn=2.0, v_reset=-0.2),
     "PLIF": lambda: sltt.PLIF(tau=2.5),
 }
 
@@ -28,7 +30,7 @@ class Residual(nn.Module):
     def __init__(self, neuron):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), neuron())
-        self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding="same"), nn.BatchNorm2d(4))
+        self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding="same"), sltt.OnlineRenorm(4))
         self.neuron, self.pool = neuron(), nn.AvgPool2d(2)
         self.head = nn.Sequential(
             nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * 9, 5, bias=False), nn.BatchNorm1d(5), neuron()
@@ -42,7 +44,7 @@ class Residual(nn.Module):
 def trained(model):
     """With statistics and weights of BatchNorm that are not those of the start, in evaluation mode."""
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | sltt.OnlineRenorm):
             m.running_mean.normal_(0, 0.3)
             m.running_var.uniform_(0.3, 0.6)
             m.weight.data.uniform_(2, 4)
@@ -115,6 +117,12 @@ class Odd(nn.Module):
     def forward(self, x):
         x = self.conv(self.pool(self.norm(x)))
         return self.lif(x * 2) + self.lif(torch.relu(x))
+
+
+@pytest.mark.parametrize("neuron", [sltt.ALIF(), sltt.StableLIF(), sltt.CubaLIF(tau=None)], ids=repr)
+def test_neurons_without_a_counterpart_are_named(neuron):
+    with pytest.raises(ValueError, match=rf"NIR has no counterpart for 1 \({type(neuron).__name__}\)"):
+        to_nir(nn.Sequential(nn.Linear(6, 8), neuron), torch.randn(2, 6))
 
 
 def test_all_that_nir_has_not_is_named_at_once():

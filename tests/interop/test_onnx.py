@@ -22,6 +22,8 @@ def networks():
     for name, neuron in neurons.items():
         layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), neuron, sltt.Dropout(0.3), nn.Linear(8, 3)]
         yield pytest.param(nn.Sequential(*layers), (5, 4, 6), id=name)
+    recurrent = sltt.Recurrent(sltt.CubaLIF(tau=3.0), nn.Linear(8, 8))
+    yield pytest.param(nn.Sequential(nn.Linear(6, 8), recurrent, nn.Linear(8, 3)), (5, 4, 6), id="Recurrent")
     yield pytest.param(sltt.models.DigitsNet(width=4), (3, 2, 1, 8, 8), id="DigitsNet")
 
 

@@ -127,9 +127,28 @@ def test_products_of_attention_are_counted():
     x, y = torch.randn(2, 3, 8, 8), torch.randint(3, (2,))
     loss = sltt.losses.CrossEntropyMSE()
     counted = sltt.analysis.count_operations(model, x, y, loss, sltt.SLTT(), steps=3).forward
-    layers = sum(layer.macs for layer in sltt.analysis.synaptic_operations(copy.deepcopy(model), x, steps=1))
-    products = 2 * 2 * 8 * 8 * 4  # k vᵀ and its product with q: h d d N each
-    assert counted == 2 * 3 * (layers + products)
+    one = {layer.name: layer for layer in sltt.analysis.synaptic_operations(copy.deepcopy(model), x, steps=1)}
+    assert one["blocks.1.attention"].macs == 2 * 2 * 8 * 8 * 4  # k vᵀ and its product with q: h d d N each
+    assert counted == 2 * 3 * sum(layer.macs for layer in one.values())
+
+
+def test_energy_counts_the_pairs_of_spikes_that_meet_in_attention():
+    class Attention(nn.Module):
+        def forward(self, x):
+            q, k, v = x.unflatten(1, (3, 4)).unbind(1)
+            return ((v @ k.mT) @ q).sum(2)
+
+    model = nn.Sequential(sltt.LIF(), Attention())
+    x = (torch.rand(5, 2, 12, 6) < 0.4).double() * 2
+    (layer,) = sltt.analysis.synaptic_operations(model, x)
+    spikes, expected = torch.stack([model[0](x_t) for x_t in x]), 0
+    for q, k, v in (s.reshape(3, 4, 6) for s in spikes.flatten(0, 1)):
+        kv = torch.einsum("in,jn->ij", v, k)
+        expected += int((v[:, None, :] * k[None, :, :]).count_nonzero())
+        expected += int((kv[:, :, None] * q[None, :, :]).count_nonzero())
+    assert (layer.name, layer.macs, layer.steps, layer.spiking) == ("1", 2 * 4 * 4 * 6, 5, True)
+    assert layer.synaptic_operations * 2 == pytest.approx(expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_activations_of_attention_are_in_the_memory_of_bptt_and_do_not_grow_under_sltt():

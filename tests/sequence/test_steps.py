@@ -2,7 +2,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+import sltt
 from sltt.analysis import peak_memory
 from sltt.sequence.steps import time_steps
 
@@ -23,3 +25,32 @@ def test_one_value_that_is_not_finite_is_found(dtype, bad):
 
 def test_an_empty_batch_is_finite():
     assert time_steps(torch.empty(4, 0, 6), None).batch == 0
+
+
+class Attends(nn.Module):
+    """Tokens [B, 3, 4] of an image, in the form that its attention is made for."""
+
+    def __init__(self, batch_first, form=lambda x: x):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+        self.neuron, self.head = sltt.LIF(), nn.Linear(4, 3)
+        self.form = form
+
+    def forward(self, x):
+        x = self.form(x.unflatten(1, (3, 4)))
+        return self.head(self.neuron(self.attention(query=x, key=x, value=x)[0]).sum(0 if x.shape[0] == 3 else 1))
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(fold=2)], ids=repr)
+def test_attention_among_samples_or_time_steps_is_named(rule):
+    x, y = torch.randn(4, 5, 12), torch.randint(3, (5,))
+    loss = nn.CrossEntropyLoss()
+    with pytest.raises(
+        ValueError, match=r"attention \(MultiheadAttention\) attends over dimension 0 .* batch_first=True"
+    ):
+        rule(Attends(batch_first=False), x, y, loss)
+    with pytest.raises(ValueError, match=r"\[(5|10), 4\], the (5|10) samples of a time step"):
+        rule(Attends(batch_first=True, form=lambda x: x[:, 0]), x, y, loss)
+    rule(Attends(batch_first=True), x, y, loss)
+    if rule.fold == 1:
+        rule(Attends(batch_first=False, form=lambda x: x.transpose(0, 1)), x, y, loss)
