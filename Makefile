@@ -4,13 +4,15 @@
 # make check  lint, format, types and layers
 # make docs   build the documentation site
 # make notebooks   run the notebooks of docs/notebooks and store their outputs
+# make paper  measure the paper's claims at small scale: make paper DATA=DIR; run again to continue
+# make figures   tables and figures of docs, from the logs in docs/results
 # make package   build the wheel and the source archive, and check them
 PYTHON ?= python3
 BIN := .venv/bin
 # without bytecode of what nobody imports, which is most of it
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
 
-.PHONY: demo test soak check docs notebooks package benchmark clean
+.PHONY: demo test soak check docs notebooks package benchmark paper figures clean
 
 demo: .venv/installed
 	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --save runs/demo
@@ -46,6 +48,18 @@ package: .venv/installed-dev
 
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/rules.py
+
+paper: .venv/installed
+	$(BIN)/python benchmarks/paper.py $(if $(DATA),--data $(DATA))
+
+figures: .venv/installed
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python docs/draw_memory.py
+	$(BIN)/python docs/draw_rules.py
+	for name in resnet18-t6 resnet18-over-t vgg11-t10; do \
+		$(BIN)/python benchmarks/figure.py docs/results/$$name.json docs/figures/$$name.png; done
+	$(BIN)/python benchmarks/recall_figure.py --steps 16 --rules SLTT
+	$(BIN)/python benchmarks/paper_map.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

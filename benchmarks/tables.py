@@ -1,9 +1,10 @@
-"""Fill the tables of docs/performance.md from docs/results/*.json, which benchmarks/peers.py wrote.
+"""Fill the tables of docs from docs/results.
 
     python benchmarks/tables.py
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`: the cases of NAME.json, a table for each setting.
-`<!-- table NAME over T -->` has a column for each T. What a file does not have is left out.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`: one of `doc_tables.py`, or the cases of NAME.json,
+which benchmarks/peers.py wrote, a table for each setting. `<!-- table NAME over T -->` has a column for each T. What a
+file does not have is left out.
 """
 
 import json
@@ -12,13 +13,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from doc_tables import TABLES
 from peer_cases import CASES
 from peers import ratio
 
 from sltt.training.console import megabytes
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "performance.md"
+PAGES = [DOCS / f"{name}.md" for name in ("performance", "paper", "results")]
 BLOCK = re.compile(r"(<!-- table (\S+)( over T)? -->\n).*?(<!-- end -->)", re.DOTALL)
 LABELS = {
     "SpikingJelly SLTT": "SpikingJelly 2.0, `SLTTLIFNode`",
@@ -39,6 +41,11 @@ def filled(page: str, results: Path = DOCS / "results") -> str:
 
     def table(block: re.Match[str]) -> str:
         start, name, over_steps, end = block.groups()
+        if name in TABLES:
+            try:
+                return f"{start}\n{TABLES[name](results)}\n{end}"
+            except FileNotFoundError:
+                return f"{start}\nNot measured yet.\n\n{end}"
         path = results / f"{name}.json"
         if not path.exists():
             return f"{start}\nNot measured yet.\n\n{end}"
@@ -105,5 +112,11 @@ def spread(found: tuple[float, float, float] | None) -> str:
     return "" if found is None else "1" if found == (1, 1, 1) else f"{found[0]:.2f} ({found[1]:.2f} – {found[2]:.2f})"
 
 
+def fill() -> None:
+    """Write the tables of all pages."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
+
+
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text()))
+    fill()

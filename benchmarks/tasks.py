@@ -8,18 +8,15 @@ measured replaces the rows of the same task and rule in docs/results/tasks.json.
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from tables import BLOCK
+from tables import DOCS, fill
 
 from sltt.commands import main as sltt
-from sltt.training.console import megabytes
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE, ROWS = DOCS / "results.md", DOCS / "results" / "tasks.json"
+ROWS = DOCS / "results" / "tasks.json"
 # the recipe, and its options
 TASKS = {
     "digits": ["digits", "--epochs", "6"],
@@ -50,32 +47,6 @@ def merged(rows: Rows, new: Rows) -> Rows:
     return sorted(found.values(), key=lambda row: list(TASKS).index(row["task"]))
 
 
-def table(rows: Rows) -> str:
-    """Markdown: a line for each task and rule."""
-    lines = ["| task | rule | test accuracy | seeds | memory | seconds per epoch | cosine |", "| --- " * 7 + "|"]
-    for row in rows:
-        reached = row["accuracies"]
-        spread = f" ± {statistics.stdev(reached):.1%}" if len(reached) > 1 else ""
-        cells = [
-            row["task"],
-            row["rule"],
-            f"{statistics.mean(reached):.1%}{spread}",
-            str(len(reached)),
-            megabytes(row["peak_memory"]),
-            "–" if row["seconds"] is None else f"{row['seconds']:.1f}",
-            f"{row['cosine']:.3f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def filled(page: str, rows: Rows) -> str:
-    """The page with the table of the rows."""
-    return BLOCK.sub(
-        lambda block: f"{block[1]}\n{table(rows)}\n\n{block[4]}" if block[2] == "tasks" else block[0], page
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -88,7 +59,7 @@ def main() -> None:
         new = compare(task, options.rules, options.seeds, options.runs)
         rows = merged(json.loads(ROWS.read_text()) if ROWS.exists() else [], new)
         ROWS.write_text(json.dumps(rows, indent=1) + "\n")
-        PAGE.write_text(filled(PAGE.read_text(), rows))
+        fill()
 
 
 if __name__ == "__main__":

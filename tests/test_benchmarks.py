@@ -1,6 +1,7 @@
 import importlib
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import sltt
+from sltt.commands.parsing import Recipe
 
 BENCHMARKS = Path(sltt.__file__).parents[1] / "benchmarks"
 
@@ -222,11 +224,13 @@ def test_the_table_of_results_is_made_from_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_results():
-    tables = load("tables")
-    page = tables.PAGE.read_text()
-    assert tables.filled(page) == page
-    names = {block[2] for block in tables.BLOCK.finditer(page)}
-    assert {"resnet18-t6", "resnet18-over-t"} <= names
+    tables, names = load("tables"), set()
+    for path in tables.PAGES:
+        page = path.read_text()
+        assert tables.filled(page) == page
+        names |= {block[2] for block in tables.BLOCK.finditer(page)}
+    assert {"resnet18-t6", "resnet18-over-t", "tasks", "nmnist", "few-shots", "accuracy"} <= names
+    assert set(load("doc_tables").TABLES) <= names
 
 
 def test_a_table_is_made_for_each_setting_of_a_file(run, tmp_path):
@@ -242,13 +246,100 @@ def test_a_table_is_made_for_each_setting_of_a_file(run, tmp_path):
     assert "Not measured yet." in lines
 
 
-def test_the_table_of_tasks_is_that_of_its_results():
+def test_the_table_of_tasks_is_that_of_its_results(tmp_path):
     tasks = load("tasks")
     rows = json.loads(tasks.ROWS.read_text())
-    assert tasks.filled(tasks.PAGE.read_text(), rows) == tasks.PAGE.read_text()
     new = {**rows[-1], "accuracies": [0.5, 0.7]}
     assert tasks.merged(rows, [new]) == [*rows[:-1], new]
-    assert "| 60.0% ± 14.1% | 2 |" in tasks.table([new])
+    (tmp_path / "tasks.json").write_text(json.dumps([new]))
+    page = "<!-- table tasks -->\n<!-- end -->\n<!-- table k -->\n<!-- end -->\n"
+    filled = load("tables").filled(page, tmp_path)
+    assert "| 60.0% ± 14.1% | 2 |" in filled
+    assert "Not measured yet." in filled
     (traces,) = (row["accuracies"] for row in rows if (row["task"], row["rule"]) == ("recall", "OTTT"))
     assert min(traces) >= 0.99
     assert len(traces) == 5
+
+
+def test_two_rules_are_equal_where_two_one_sided_tests_say_so():
+    stats = pytest.importorskip("scipy.stats")
+    tables = load("doc_tables")
+    first, second = [0.981, 0.984, 0.979, 0.983], [0.98, 0.982, 0.984, 0.979, 0.981]
+    middle, spread = tables.difference(first, second)
+    interval = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.9)
+    assert (middle - spread, middle + spread) == pytest.approx((interval.low, interval.high))
+    assert tables.verdict(middle, spread) == "equal"
+    assert tables.verdict(*tables.difference(first, [x - 0.05 for x in second])) == "less"
+    assert tables.verdict(*tables.difference(second, [x + 0.05 for x in first])) == "more"
+    assert tables.verdict(*tables.difference(first, [0.9, 1.0])) == "open"
+    assert tables.difference([0.5, 0.5], [0.5, 0.5]) == (0.0, 0.0)
+
+
+@pytest.fixture
+def paper(tmp_path, monkeypatch):
+    """The benchmark of the paper's claims, which writes to a folder of its own."""
+    paper = load("paper")
+    monkeypatch.setattr(paper, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paper, "FIGURE", tmp_path / "map.svg")
+    monkeypatch.setattr(paper, "fill", lambda: None)
+    return paper
+
+
+def test_a_step_of_the_paper_is_run_once_and_kept(paper, tmp_path, monkeypatch):
+    asked = []
+
+    def command(words):
+        asked.append(words)
+        save = Path(words[words.index("--save") + 1])
+        save.mkdir(parents=True)
+        rows = [
+            {"rule": rule, "accuracies": [0.8, 0.9], "cosine": 1.0, "seconds": 3.0, "agreement": []}
+            for rule in ("BPTT", "SLTT")
+        ]
+        (save / f"{words[0]}.json").write_text(json.dumps({"steps": 2, "rows": rows}))
+        return 0
+
+    monkeypatch.setattr(paper, "command", command)
+    monkeypatch.setattr("sys.argv", ["paper.py", "stage", "map-T2", "gradients", "--runs", str(tmp_path / "runs")])
+    for _ in range(2):
+        paper.main()
+    assert len(asked) == 3 + len(paper.TAUS)  # without --data, no gradients of N-MNIST and CIFAR-10; and each once
+    assert "[{epochs: 6, steps: 1}, {epochs: 2, steps: 6, lr: 0.0005}]" in asked[1]
+    found = json.loads((tmp_path / "results" / "stages.json").read_text())
+    assert [sorted(row) for row in found["rows"]] == [["accuracies", "agreement", "cosine", "rule"]] * 2
+    cells = json.loads((tmp_path / "results" / "map.json").read_text())
+    assert [(cell["T"], cell["tau"]) for cell in cells.values()] == [(2, tau) for tau in paper.TAUS]
+    assert (tmp_path / "map.svg").stat().st_size > 10_000
+
+
+def test_every_command_of_the_paper_is_one_that_sltt_takes(paper):
+    for text in {**paper.COMMANDS, **paper.MAP}.values():
+        kind, recipe, *words = [word.format(data="nowhere") for word in shlex.split(text)]
+        own = {"--rules", "--seeds", "--base", "--way", "--shot", "--taus", "--at-epochs", "--samples"}
+        own |= {"--steps"} if kind == "agreement" else set()
+        pairs = zip(words[::2], words[1::2], strict=True)
+        options = [word for pair in pairs if pair[0] not in own for word in pair]
+        Recipe(f"sltt {kind}", recipe, options).resolved()
+
+
+def test_counted_multiplications_of_the_paper(paper, monkeypatch):
+    monkeypatch.setattr(paper.sltt.models, "resnet18", lambda: sltt.models.DigitsNet(in_channels=3, width=2))
+    rows = {(row["rule"], row["steps"]): row for row in paper.operations()}
+    assert rows["SLTT-1", 6]["backward"] == rows["SLTT-1", 12]["backward"] == rows["BPTT", 6]["backward"] // 6
+    monkeypatch.setitem(paper.NETWORKS, "tiny", (lambda: sltt.models.DigitsNet(width=2), (1, 8, 8), 6, 8))
+    bptt, slt = (paper.peak("tiny", rule) for rule in ("BPTT", "SLTT"))
+    assert bptt["peak"] > slt["peak"] > 0
+    assert bptt["state"] == slt["state"] == 12 * sum(p.numel() for p in sltt.models.DigitsNet(width=2).parameters())
+
+
+def test_some_images_of_each_class_are_linked(paper, tmp_path):
+    for part in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / "cifar10" / part / label).mkdir(parents=True)
+            for i in range(4):
+                (tmp_path / "cifar10" / part / label / f"{i}.jpg").write_text(str(i))
+    for _ in range(2):
+        paper.subset(tmp_path, 30)
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("cifar10-30/*/*/*"))
+    assert len(found) == 12
+    assert found[:3] == [f"cifar10-30/test/cat/{i}.jpg" for i in range(3)]

@@ -1,0 +1,233 @@
+"""Tables of docs/paper.md and docs/results.md, from what docs/results keeps; `tables.py` puts them into the pages."""
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from sltt.commands.fscil import SCORES, percent
+from sltt.commands.results import accuracy_text
+from sltt.training.console import megabytes
+
+MARGIN = 0.01  # of accuracy: where sltt report calls a loss none
+# GB of BPTT and of SLTT, as the paper measured them
+PAPER_MEMORY = {"ResNet-18": (3.00, 1.09), "VGG-11": (3.70, 1.07), "NF-ResNet-34": (28.41, 8.47)}
+Cells = Sequence[Sequence[str]]
+
+
+def markdown(headings: Sequence[str], rows: Cells) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def load(results: Path, name: str) -> Any:
+    return json.loads((results / "paper" / f"{name}.json").read_text())
+
+
+def seeds(results: Path, name: str) -> dict[str, list[float]]:
+    """Test accuracies of each rule in a CSV of runs, one for each seed."""
+    found: dict[str, dict[str, float]] = {}
+    with (results / f"{name}.csv").open() as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["rule"], {})[row["seed"]] = float(row["test_accuracy"])
+    return {rule: list(values.values()) for rule, values in found.items()}
+
+
+def tasks(results: Path, task: str) -> dict[str, Any]:
+    """Rows of a task in tasks.json, by rule."""
+    return {row["rule"]: row for row in json.loads((results / "tasks.json").read_text()) if row["task"] == task}
+
+
+def all_tasks(results: Path) -> str:
+    """A line for each task and rule."""
+    rows = []
+    for row in json.loads((results / "tasks.json").read_text()):
+        seconds = "–" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        reached = accuracy_text(row["accuracies"]), str(len(row["accuracies"]))
+        cells = megabytes(row["peak_memory"]), seconds, f"{row['cosine']:.3f}"
+        rows.append([row["task"], row["rule"], *reached, *cells])
+    headings = ["task", "rule", "test accuracy", "seeds", "memory", "seconds per epoch", "cosine"]
+    return markdown(headings, rows)
+
+
+def runs(name: str) -> Callable[[Path], str]:
+    """A line for each rule in a CSV that results.py wrote."""
+
+    def table(results: Path) -> str:
+        found: dict[str, list[dict[str, str]]] = {}
+        with (results / f"{name}.csv").open() as file:
+            for row in csv.DictReader(file):
+                found.setdefault(row["rule"], []).append(row)
+        rows = []
+        for rule, epochs in found.items():
+            by_seed = {row["seed"]: row for row in epochs}.values()
+            reached = ([float(row[key]) for row in by_seed] for key in ("test_accuracy", "last_epoch_test"))
+            seconds = statistics.median(float(row["seconds"]) for row in epochs)
+            rows.append([rule, str(len(by_seed)), *map(accuracy_text, reached), f"{seconds:.3g}"])
+        return markdown(["rule", "seeds", "test accuracy", "after the last epoch", "seconds per epoch"], rows)
+
+    return table
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mean of the second less that of the first, and half its 90% interval (Welch)."""
+    parts = [statistics.variance(one) / len(one) for one in (first, second)]
+    squared = sum(parts)
+    spread = 0.0
+    if squared:
+        freedom = squared**2 / sum(p**2 / (len(one) - 1) for p, one in zip(parts, (first, second), strict=True))
+        spread = float(student.ppf(0.95, freedom)) * math.sqrt(squared)
+    return statistics.mean(second) - statistics.mean(first), spread
+
+
+def verdict(middle: float, spread: float) -> str:
+    """Two one-sided tests at 5%: is the difference within the margin?"""
+    if abs(middle) + spread <= MARGIN:
+        return "equal"
+    return "less" if middle + spread < 0 else "more" if middle - spread > 0 else "open"
+
+
+def accuracy(results: Path) -> str:
+    """SLTT beside BPTT with the same budget."""
+    nmnist, cifar10 = seeds(results, "nmnist"), seeds(results, "cifar10-rules")
+    pairs = {f"{name}": tasks(results, name) for name in ("digits", "digits-events")}
+    of = {name: (rows["BPTT"]["accuracies"], rows["SLTT"]["accuracies"]) for name, rows in pairs.items()}
+    of |= {"N-MNIST": (nmnist["BPTT"], nmnist["SLTT"]), "CIFAR-10, 2 epochs": (cifar10["BPTT"], cifar10["SLTT"])}
+    rows = []
+    for name, (bptt, sltt) in of.items():
+        middle, spread = difference(bptt, sltt)
+        shown = f"{100 * middle:+.1f} ± {100 * spread:.1f}"
+        counts = f"{len(bptt)}, {len(sltt)}"
+        rows.append([name, counts, accuracy_text(bptt), accuracy_text(sltt), shown, verdict(middle, spread)])
+    return markdown(["data", "seeds", "BPTT", "SLTT", "SLTT − BPTT, points", "within one point"], rows)
+
+
+def k(results: Path) -> str:
+    """SLTT-K over K."""
+    nmnist, cifar10 = seeds(results, "nmnist"), seeds(results, "cifar10-rules")
+    events = tasks(results, "digits-events")
+    digits = {row["rule"]: row["accuracies"] for row in load(results, "k-digits")["rows"]}
+    columns = {
+        "digits, T = 6": {"1": "SLTT:k=1", "2": "SLTT:k=2", "4": "SLTT:k=4", "T": "SLTT", "BPTT": "BPTT"},
+        "the digits' events, T = 9": {"2": "SLTT:k=2", "T": "SLTT", "BPTT": "BPTT"},
+        "N-MNIST, T = 10": {"1": "SLTT(k=1)", "2": "SLTT(k=2)", "T": "SLTT", "BPTT": "BPTT"},
+        "CIFAR-10, T = 4, 2 epochs": {
+            "1": "SLTT(k=1)", "2": "SLTT(k=2)", "T": "SLTT", "BPTT": "BPTT",
+        },
+    }  # fmt: skip
+    sources = [digits, {rule: row["accuracies"] for rule, row in events.items()}, nmnist, cifar10]
+    heads = ["1", "2", "4", "T", "BPTT"]
+    rows = [
+        [name, *(accuracy_text(source[rules[head]]) if head in rules else "" for head in heads)]
+        for (name, rules), source in zip(columns.items(), sources, strict=True)
+    ]
+    return markdown(["data", *(f"K = {head}" if head != "BPTT" else head for head in heads)], rows)
+
+
+def operations(results: Path) -> str:
+    """Multiplications of an image."""
+    found = load(results, "operations")
+    lengths = sorted({row["steps"] for row in found})
+    rows = [
+        [rule, *(f"{row[part] / 1e9:.2f}" for T in lengths for row in found if row["rule"] == rule and row["steps"] == T
+                 for part in ("forward", "backward"))]
+        for rule in dict.fromkeys(row["rule"] for row in found)
+    ]  # fmt: skip
+    return markdown(["10⁹ multiplications", *(f"T = {T}: {p}" for T in lengths for p in ("forward", "backward"))], rows)
+
+
+def memory(results: Path) -> str:
+    """Memory of BPTT over that of SLTT, of a batch alone and with weights, gradients and momentum."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in load(results, "memory"):
+        found.setdefault(row["network"], {})[row["rule"]] = row
+    rows = []
+    for name, one in found.items():
+        bptt, sltt = one["BPTT"], one["SLTT"]
+        whole = (bptt["peak"] + bptt["state"]) / (sltt["peak"] + sltt["state"])
+        theirs = PAPER_MEMORY[name]
+        rows.append(
+            [f"{name}, T = {bptt['steps']}, batch {bptt['batch']}", megabytes(bptt["peak"]), megabytes(sltt["peak"]),
+             f"{bptt['peak'] / sltt['peak']:.1f}", f"{whole:.1f}",
+             f"{theirs[0]:.2f} GB, {theirs[1]:.2f} GB", f"{theirs[0] / theirs[1]:.1f}"]
+        )  # fmt: skip
+    headings = ["network", "BPTT", "SLTT", "ratio", "ratio with weights", "paper: BPTT, SLTT", "paper: ratio"]
+    return markdown(headings, rows)
+
+
+def time(results: Path) -> str:
+    """Seconds of a batch, and what the paper measured of a training."""
+    found = {row["case"]: row["seconds"] for row in json.loads((results / "resnet18-t6-all.json").read_text())}
+    theirs = {"BPTT": ("6.35 h", "73.8 h"), "SLTT": ("4.58 h", "66.9 h"), "SLTT, k = 1": ("", "32.0 h")}
+    rows = [
+        [rule.replace("SLTT, k = 1", "SLTT-1"), f"{found[rule]:.2f} s", f"{found[rule] / found['BPTT']:.2f}", *hours]
+        for rule, hours in theirs.items()
+    ]
+    return markdown(["rule", "batch", "of BPTT's", "paper: CIFAR-10", "paper: ImageNet"], rows)
+
+
+def gradients(name: str) -> Callable[[Path], str]:
+    """Cosine of SLTT's gradient with BPTT's over τ, T and epochs; and that of the layer where it is least."""
+
+    def table(results: Path) -> str:
+        rows = []
+        for row in load(results, f"gradients-{name}")["rows"]:
+            one = row["agreement"][0]
+            layers = {layer: cosine for layer, (cosine, _) in one["layers"].items() if cosine is not None}
+            worst = min(layers, key=lambda layer: layers[layer])
+            cells = [f"{row['tau']:g}", str(row["steps"]), str(row["epochs"]), f"{one['cosine']:.3f}"]
+            rows.append([*cells, f"{one['norm_ratio']:.2f}", f"{layers[worst]:.3f} (`{worst}`)"])
+        return markdown(["τ", "T", "epochs", "cosine", "norm / BPTT", "least of a layer"], rows)
+
+    return table
+
+
+def trained_cosines(results: Path) -> str:
+    """Cosines after the training of the tasks."""
+    rows = []
+    for name in ("digits", "digits-events", "sequential-digits", "recall"):
+        found = tasks(results, name)
+        rows.append([f"`{name}`", f"{found['SLTT']['cosine']:.3f}", f"{found['OTTT']['cosine']:.3f}"
+                     if "OTTT" in found else ""])  # fmt: skip
+    return markdown(["recipe", "SLTT", "OTTT"], rows)
+
+
+def stages(results: Path) -> str:
+    """T = 1 alone, T = 1 and then T = 6, T = 6 alone."""
+    rows = []
+    for name, label in (("stage-1", "8 epochs at T = 1"), ("stages", "6 at T = 1, then 2 at T = 6"),
+                        ("stage-2", "8 epochs at T = 6")):  # fmt: skip
+        for row in load(results, name)["rows"]:
+            rule = "any" if name == "stage-1" else row["rule"].replace("SLTT:k=1", "SLTT-1")
+            rows.append([label, rule, accuracy_text(row["accuracies"])])
+    return markdown(["training", "rule", "test accuracy"], rows)
+
+
+def few_shots(results: Path) -> str:
+    """Scores, and the accuracy after each session."""
+    rows = [
+        [row["rule"].replace("SLTT:k=1", "SLTT-1"), *(percent(row[name]) for name in SCORES)]
+        for row in load(results, "fscil-digits")["rows"]
+    ]
+    return markdown(["rule", *SCORES.values()], rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "tasks": all_tasks,
+    **{name: runs(name) for name in ("nmnist", "nmnist-rules", "cifar10-rules")},
+    "accuracy": accuracy,
+    "k": k,
+    "operations": operations,
+    "paper-memory": memory,
+    "paper-time": time,
+    "gradients-nmnist": gradients("nmnist"),
+    "gradients-cifar10": gradients("cifar10"),
+    "trained-cosines": trained_cosines,
+    "stages": stages,
+    "few-shots": few_shots,
+}

@@ -1,0 +1,161 @@
+"""The paper's claims at the scale of two CPU cores: what docs/paper.md rests on.
+
+    python benchmarks/paper.py [NAME ...] [--data DIR] [--runs runs/paper]
+
+A step is a command of `sltt` with one thread, kept in `runs/paper/NAME`, or a measurement. Run again, a finished step
+is left out and a comparison goes on where it stopped. The results go to docs/results/paper, and from there into the
+tables and figures of docs. NAME is the beginning of a step's name. DIR/nmnist has N-MNIST, and DIR/cifar10 has CIFAR-10
+as folders of images; without `--data`, the steps that read them are left out.
+"""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from paper_map import FIGURE, draw
+from tables import DOCS, fill
+
+import sltt
+from sltt.analysis import count_operations, peak_memory
+from sltt.commands import main as command
+from sltt.kernels import using
+
+RESULTS = DOCS / "results" / "paper"
+IMAGES = (
+    "--data sltt.data.ImageFolder --data.root {data}/cifar10-1000 --data.size 32 --data.crop_padding 4 "
+    "--data.validation 0.1 --precision 32 --workers 0"
+)
+COMMANDS = {
+    "fscil-digits": "fscil fscil-digits --base 6 --way 1 --shot 5",
+    "k-digits": "compare digits --steps 6 --epochs 6 --seeds 3 --rules BPTT,SLTT,SLTT:k=4,SLTT:k=2,SLTT:k=1",
+    "stage-1": "compare digits --steps 1 --epochs 8 --seeds 3 --rules SLTT",
+    "stages": "compare digits --steps 6 --epochs 8 --seeds 3 --rules SLTT,SLTT:k=1 "
+    "--phases '[{{epochs: 6, steps: 1}}, {{epochs: 2, steps: 6, lr: 0.0005}}]'",
+    "stage-2": "compare digits --steps 6 --epochs 8 --seeds 3 --rules SLTT",
+    "gradients-nmnist": "agreement nmnist --data.root {data}/nmnist --taus 1.1,2,5 --steps 10 --at-epochs 0,1 "
+    "--samples 32",
+    "gradients-cifar10": f"agreement cifar10 {IMAGES} --batch_size 32 --optimizer.lr 0.05 --taus 1.1,2 --steps 6,12 "
+    "--at-epochs 0,2 --samples 32",
+}
+TAUS, LENGTHS = (1.1, 5, 20, 2, 10), (8, 32, 2, 64, 16, 4)  # in this order, so that a part of the map tells too
+MAP = {
+    f"map-T{T}-tau{tau}": f"compare sequential-digits --steps {T} --model.features [{64 // T},64,64,10] "
+    f"--model.neuron.tau {tau} --batch_size 128 --optimizer.lr 0.01 --epochs 10 --rules BPTT,SLTT"
+    for T in LENGTHS
+    for tau in TAUS
+}
+NETWORKS = {  # the paper's, T, and a batch that fits here
+    "ResNet-18": (sltt.models.resnet18, (3, 32, 32), 6, 32),
+    "VGG-11": (lambda: sltt.models.vgg11(in_channels=2), (2, 48, 48), 10, 32),
+    "NF-ResNet-34": (sltt.models.nfresnet34, (3, 224, 224), 6, 2),
+}
+RULES = {"BPTT": sltt.BPTT(), "SLTT": sltt.SLTT(), "SLTT-1": sltt.SLTT(k=1)}
+LOSS = sltt.losses.CrossEntropyMSE()
+
+
+def operations() -> list[dict[str, Any]]:
+    """Multiplications of an image through ResNet-18, at the paper's two T."""
+    model = sltt.models.resnet18()
+    x, y = torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.long)
+    return [
+        {"rule": name, "steps": steps, **count_operations(model, x, y, LOSS, rule, steps=steps)._asdict()}
+        for steps in (6, 12)
+        for name, rule in RULES.items()
+    ]
+
+
+def memory() -> list[dict[str, Any]]:
+    """Peak of a training batch above the idle process, and weights, gradients and momentum; layers are dense."""
+    with using(sparse="off"):
+        return [peak(network, rule) for network in NETWORKS for rule in ("BPTT", "SLTT")]
+
+
+def peak(network: str, rule: str) -> dict[str, Any]:
+    """Memory of one rule."""
+    make, shape, steps, batch = NETWORKS[network]
+    model = make()
+    x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
+
+    def iteration() -> None:
+        RULES[rule](model, x, y, LOSS, steps=steps)
+
+    iteration()  # makes the gradients
+    state = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    found = {"network": network, "steps": steps, "batch": batch, "rule": rule}
+    return {**found, "peak": peak_memory(iteration), "state": state}
+
+
+MEASURES = {"operations": operations, "memory": memory}
+
+
+def subset(data: Path, size: int = 1000) -> None:
+    """A folder of links to `size` training images and as many test images of CIFAR-10, the first of each class."""
+    for part in ("train", "test"):
+        for files in (data / "cifar10" / part).iterdir():
+            into = data / f"cifar10-{size}" / part / files.name
+            into.mkdir(parents=True, exist_ok=True)
+            for file in sorted(files.iterdir())[: size // 10]:
+                if not (into / file.name).exists():
+                    (into / file.name).symlink_to(file.resolve())
+
+
+def run(text: str, kept: Path, data: Path | None) -> Any:
+    """What a command finds; from its folder, where it has finished before."""
+    if "cifar10-1000" in text and data:
+        subset(data)
+    words = [word.format(data=data) for word in shlex.split(text)]
+    found = kept / f"{words[0]}.json"
+    if not found.exists() and (code := command([*words, "--device", "cpu", "--save", str(kept)])):
+        raise SystemExit(code)
+    return json.loads(found.read_text())
+
+
+def shortened(found: Any) -> Any:
+    """What the tables show of a comparison or of agreements."""
+    if "fits" in found or "sizes" in found:
+        return found
+    kept = ("rule", "accuracies", "peak_memory", "operations", "cosine", "tau", "steps", "epochs", "agreement")
+    return {**found, "rows": [{key: row[key] for key in kept if key in row} for row in found["rows"]]}
+
+
+def write(name: str, found: Any) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs/paper"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    asked = tuple(options.names or [""])
+    for name, measure in MEASURES.items():
+        if name.startswith(asked) and not (RESULTS / f"{name}.json").exists():
+            write(name, measure())
+    for name, text in {**COMMANDS, **MAP}.items():
+        if name.startswith(asked) and (options.data or "{data}" not in text):
+            found = shortened(run(text, options.runs / name, options.data))
+            if name in MAP:
+                record(name, found)
+            else:
+                write(name, found)
+            fill()
+
+
+def record(name: str, found: Any) -> None:
+    """Add a cell of the map to the others, and draw it."""
+    path = RESULTS / "map.json"
+    cells = json.loads(path.read_text()) if path.exists() else {}
+    cells[name] = {"T": found["steps"], "tau": float(name.rpartition("tau")[2]), "rows": found["rows"]}
+    cells = {one: cells[one] for one in MAP if one in cells}
+    write("map", cells)
+    draw(list(cells.values()), FIGURE)
+
+
+if __name__ == "__main__":
+    main()
