@@ -66,6 +66,7 @@ def test_a_network_that_evaluates_spikes_as_after_a_training():
     model, x, _ = cases.build("vgg11", "evaluation", 4)
     with sltt.analysis.firing_rates(model) as rates:
         sltt.unroll(model, x, steps=2)
+    assert len(rates.by_layer()) == 8
     assert all(0.08 < rate < 0.25 for rate in rates.by_layer().values()), rates.by_layer()
 
 

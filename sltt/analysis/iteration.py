@@ -49,6 +49,11 @@ class Memory:
         """The sum of the parts: the peak of the iteration."""
         return sum(vars(self).values())
 
+    @property
+    def batch(self) -> int:
+        """What a batch takes above what is there before it."""
+        return self.states + self.saved + self.rest
+
 
 @dataclass(frozen=True)
 class Seconds:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sltt.analysis import Operations, agreement, count_operations, peak_memory
+from sltt.analysis import Operations, agreement, count_operations, memory_parts
 from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, RULES_HELP, CommandOptions, Recipe, begin, count, rules
 from sltt.commands.prepared import prepared, test_accuracy
@@ -194,11 +194,6 @@ def _measure(compared: Compared, session: Session, built: Any) -> None:
     """Memory, multiplications and agreement of one training batch, on the trained weights."""
     with prepared(session, built, built.steps) as here:
         arguments = here.model, *here.batch(built.batch_size), here.loss
-
-        def iteration() -> None:
-            built.rule(*arguments, steps=here.repeat)
-
-        iteration()  # makes the gradients, which all rules have
-        compared.peak_memory = peak_memory(iteration, here.device)
+        compared.peak_memory = memory_parts(*arguments, built.rule, steps=here.repeat).batch
         compared.operations = count_operations(*arguments, built.rule, steps=here.repeat)
         compared.cosine = agreement(*arguments, [built.rule], steps=here.repeat)[0].cosine

@@ -102,6 +102,7 @@ def test_no_flipped_bit_of_a_cache_is_taken(tmp_path):
             else:  # the padding of the header
                 assert read == list(range(20)) == mark["kept"]
             path.write_bytes(whole)
+        assert [int(array[0, 0]) for array in make_cache(tmp_path, tmp_path / "log")[0]] == list(range(20))
 
 
 def test_a_damaged_frame_stops_a_training_and_says_what_to_delete(tmp_path):

@@ -103,6 +103,7 @@ def test_the_networks_of_the_tests_spike(library):
     model, x, _ = network_of(library)
     with sltt.analysis.firing_rates(model) as rates:
         sltt.unroll(model, x)
+    assert rates.by_layer()
     assert all(0.01 < rate < 0.99 for rate in rates.by_layer().values())
 
 

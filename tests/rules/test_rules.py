@@ -184,6 +184,7 @@ def test_every_layer_of_the_test_network_spikes(neuron):
     model = small_network(neuron)
     with sltt.analysis.firing_rates(model) as rates:
         sltt.unroll(model, batch()[0])
+    assert len(rates.by_layer()) == 2
     assert all(0.02 < rate < 0.98 for rate in rates.by_layer().values())
 
 
