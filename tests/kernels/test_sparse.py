@@ -362,6 +362,13 @@ def test_costs_are_measured(cache):
             assert found.element >= 0
 
 
+def test_costs_are_those_that_explain_the_measured_times():
+    products, elements, (low, high) = 1000, 50, costs._DENSITIES
+    times = (2.0 * density * products + 3.0 * elements for density in (low, high))
+    found = costs._fit(products, elements, 0.5, 700.0, *times)
+    assert tuple(vars(found).values()) == pytest.approx((0.7, 2.0, 3.0, 0.5))
+
+
 @NATIVE
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
 @pytest.mark.parametrize("n", [8, 8 * 8191, 8 * 8192, 8 * 8193])
