@@ -366,7 +366,7 @@ def test_costs_are_those_that_explain_the_measured_times():
     products, elements, (low, high) = 1000, 50, costs._DENSITIES
     times = (2.0 * density * products + 3.0 * elements for density in (low, high))
     found = costs._fit(products, elements, 0.5, 700.0, *times)
-    assert tuple(vars(found).values()) == pytest.approx((0.7, 2.0, 3.0, 0.5))
+    assert tuple(found) == pytest.approx((0.7, 2.0, 3.0, 0.5))
 
 
 @NATIVE
