@@ -9,7 +9,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 from sltt.kernels.custom import CustomStep, custom_step
 from sltt.kernels.layers import Weights
 from sltt.kernels.norm import batch_statistics, stepwise_norms
-from sltt.kernels.options import Compile, Sparse, compiler_problem, using
+from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.saved import layer_call, release, saving, tag_dropped
 from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import steady_steps
@@ -33,4 +33,5 @@ __all__ = [
     "stepwise_norms",
     "tag_dropped",
     "using",
+    "without_modes",
 ]

@@ -1,7 +1,7 @@
 """Spikes as bits: one bit an element instead of two or four bytes.
 
 Bit i of byte j is element 8 j + i of the memory. Packing is a sum of powers of two; on a CPU with a C++ compiler, a
-native loop, ten times as fast. Unpacking looks up eight elements at a time in a table of 256 rows.
+native loop, ten times as fast. Unpacking looks up eight elements at a time in a table of 256 rows, or is native too.
 """
 
 import ctypes
@@ -27,11 +27,19 @@ def pack(x: Tensor) -> Tensor:
 
 def unpack(bits: Tensor, one: float, dtype: torch.dtype) -> Tensor:
     """Flat tensor [n] with `one` where a bit is set, and 0 elsewhere."""
-    return torch.index_select(_table(one, dtype, bits.device), 0, bits.int()).view(-1)
+    table = _table(one, dtype, bits.device)
+    x = torch.empty(8 * bits.numel(), dtype=dtype, device=bits.device)
+    if (library := _library(x)) is None:
+        torch.index_select(table, 0, bits.int(), out=x.view(-1, 8))
+    else:
+        library.sltt_unpack_bits(
+            bits.data_ptr(), len(bits), table.data_ptr(), x.itemsize, x.data_ptr(), torch.get_num_threads()
+        )
+    return x
 
 
 def _library(x: Tensor) -> ctypes.CDLL | None:
-    """The native loop; it is compiled for large layers only, as the neuron step is."""
+    """The native loops; they are compiled for large layers only, as the neuron step is."""
     if x.device.type != "cpu" or x.itemsize not in (2, 4, 8):
         return None
     return native.library() if x.numel() >= COMPILE_FROM else native.loaded()

@@ -178,7 +178,7 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
     """
     weight, bias = arguments["weight"], arguments["bias"]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if x.device.type != "cpu" or dtype not in sparse.DTYPES or not _fitting(weight, bias, x, CONVOLUTIONS.get(func, 0)):
+    if not x.is_cpu or dtype not in sparse.DTYPES or not _fitting(weight, bias, x, CONVOLUTIONS.get(func, 0)):
         return None
     if weight.dtype not in (dtype, torch.float32):
         return None

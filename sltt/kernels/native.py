@@ -36,6 +36,7 @@ _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _FUNCTIONS = {
     "sltt_count": (_N, [_P, _N]),
     "sltt_pack_bits": (None, [_P, _I, _P, _N, _I]),
+    "sltt_unpack_bits": (None, [_P, _N, _P, _I, _P, _I]),
     "sltt_pack": (None, [_P, _P, _P, _F, _P, _I]),
     "sltt_forward": (_I, [_P, _P, _P, _P, _P, _I, _I]),
     "sltt_weight_gradient": (_I, [_P, _P, _P, _I, _F, _P, _P, _I]),

@@ -33,7 +33,7 @@ class _Constants(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_float) for name in ("decay", "gain", "threshold", "rest")),
         *((name, ctypes.c_int32) for name in ("soft", "detached", "above", "surrogate")),
-        *((name, ctypes.c_float) for name in ("a", "b")),
+        *((name, ctypes.c_float) for name in ("a", "b", "inverse")),
     )
 
 
@@ -53,13 +53,15 @@ class NativeStep:
             surrogate = surrogate.surrogate
         found = _SURROGATES.get(type(surrogate))
         self.differentiates = found is not None
+        number, a, b = found(surrogate) if found else (0, 1.0, 1.0)
+        inverse = 1 / a if a > 0 and math.frexp(a)[0] == 0.5 else 0.0
         gain = 1 - decay if step.decay_input else 1.0
         soft = step.v_reset is None
         self._library = library
         self._constants = ctypes.byref(
             _Constants(
                 decay, gain, step.v_threshold, step.v_reset or 0.0, soft, step.detach_reset, above,
-                *(found(surrogate) if found else (0, 1.0, 1.0)),
+                number, a, b, inverse,
             )
         )  # fmt: skip
 
@@ -68,8 +70,8 @@ class NativeStep:
     ) -> None:
         """Write spikes, the next membrane potential, and what else is given: u, and the bits of the spikes."""
         self._library.sltt_neuron(
-            self._constants, x.dtype == torch.bfloat16, *map(_pointer, (x, v, s, v_out, u_out, bits)),
-            x.numel(), torch.get_num_threads(),
+            self._constants, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(), s.data_ptr(), v_out.data_ptr(),
+            _pointer(u_out), _pointer(bits), x.numel(), torch.get_num_threads(),
         )  # fmt: skip
 
     def gradient(
@@ -95,7 +97,7 @@ def native_step(
     step: "NeuronStep", v: Tensor, x_dtype: torch.dtype, decay: Tensor | None, gradient: bool = False
 ) -> NativeStep | None:
     """The step in native code, if it can run, or its gradient, on a membrane potential v and an input of `x_dtype`."""
-    if v.device.type != "cpu" or v.dtype != torch.float32 or x_dtype not in (torch.float32, torch.bfloat16):
+    if not v.is_cpu or v.dtype != torch.float32 or x_dtype not in (torch.float32, torch.bfloat16):
         return None
     if type(step.surrogate).fires not in (Surrogate.fires, Above.fires) or (
         decay is not None and (decay.ndim or decay.dtype != torch.float32)

@@ -7,7 +7,7 @@ import shutil
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -47,6 +47,7 @@ class Options:
 
 DEFAULT = Options()
 _options = ContextVar("options", default=DEFAULT)  # each thread has its own
+_NOTHING = nullcontext()
 
 
 def options() -> Options:
@@ -144,17 +145,20 @@ def memory(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
 
 
-@contextmanager
-def without_modes() -> Iterator[None]:
-    """Set function modes aside: they are for the user's operations, and a kernel would be compiled anew under each."""
-    modes = []
-    try:
+class _WithoutModes:
+    def __enter__(self) -> None:
+        self._modes = []
         while _len_torch_function_stack():
-            modes.append(_pop_mode())
-        yield
-    finally:
-        for mode in reversed(modes):
+            self._modes.append(_pop_mode())
+
+    def __exit__(self, *error: object) -> None:
+        for mode in reversed(self._modes):
             _push_mode(mode)
+
+
+def without_modes() -> AbstractContextManager[None]:
+    """Set function modes aside: they are for the user's operations, and a kernel would be compiled anew under each."""
+    return _WithoutModes() if _len_torch_function_stack() else _NOTHING
 
 
 def _vector_width() -> dict[str, Any]:

@@ -209,7 +209,8 @@ class _Tagging(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # inside torch.compile(model), which decides itself what to save
+        # inside torch.compile(model), the compiler decides itself what to save; most other calls ask for an attribute
+        if torch.compiler.is_compiling() or func not in _KNOWN:
             return func(*args, **kwargs)
         if func in LAYERS and (found := layer_call(func, args, kwargs, self.weights)):
             return self._run(*found)
@@ -247,10 +248,10 @@ def layer_call(
     func: Any, args: Any, kwargs: Any, weights: Weights
 ) -> tuple[Call, Tensor, Tensor, Tensor | None] | None:
     """How a call of a layer's function runs on spikes, with its input, weight and bias; None where it is PyTorch's."""
-    named = arguments_of(func, args, kwargs)
-    x = named.get("input")
+    x = args[0] if args else kwargs.get("input")
     if options().sparse == "off" or not isinstance(x, Tensor) or not isinstance(tag := tag_of(x), SpikeTag):
         return None
+    named = arguments_of(func, args, kwargs)
     if not packable(x) or (call := call_on_spikes(func, x, named, tag, weights)) is None:
         return None
     return call, x, named["weight"], named["bias"]
@@ -347,3 +348,4 @@ _POOLING = {F.avg_pool2d, F.adaptive_avg_pool2d, F.avg_pool1d, F.adaptive_avg_po
 _MAX_POOLING = {F.max_pool1d, F.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d}
 _LAYERS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear}
 _ADDING = {torch.add, torch.Tensor.add, torch.Tensor.__add__}
+_KNOWN = {*LAYERS, *_LAYERS, *_SCALING, *_POOLING, *_MAX_POOLING, *_ADDING, *_ALIASING}

@@ -13,6 +13,15 @@ void pack_bits(const void* x, uint8_t* bits, int64_t bytes, int threads) {
   });
 }
 
+// `table` has what each byte unpacks to, eight elements.
+template <class T>
+void unpack_bits(const uint8_t* bits, int64_t bytes, const void* table, void* x, int threads) {
+  for_each(threads, (bytes + PART - 1) / PART, 1, [&](int64_t part, int64_t) {
+    for (int64_t j = part * PART, end = std::min(j + PART, bytes); j < end; j++)
+      std::memcpy(static_cast<T*>(x) + 8 * j, static_cast<const T*>(table) + 8 * bits[j], 8 * sizeof(T));
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -21,5 +30,11 @@ void sltt_pack_bits(const void* x, int size, uint8_t* bits, int64_t bytes, int t
   if (size == 2) pack_bits<uint16_t>(x, bits, bytes, threads);
   if (size == 4) pack_bits<uint32_t>(x, bits, bytes, threads);
   if (size == 8) pack_bits<uint64_t>(x, bits, bytes, threads);
+}
+
+void sltt_unpack_bits(const uint8_t* bits, int64_t bytes, const void* table, int size, void* x, int threads) {
+  if (size == 2) unpack_bits<uint16_t>(bits, bytes, table, x, threads);
+  if (size == 4) unpack_bits<uint32_t>(bits, bytes, table, x, threads);
+  if (size == 8) unpack_bits<uint64_t>(bits, bytes, table, x, threads);
 }
 }

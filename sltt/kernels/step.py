@@ -35,6 +35,12 @@ class NeuronStep:
     detach_reset: bool
     surrogate: Surrogate
 
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def of(**constants: Any) -> "NeuronStep":
+        """The step of these constants: the same one for all calls, since making it takes time."""
+        return NeuronStep(**constants)
+
     def charge(self, v: Tensor, x: Tensor, decay: float | Tensor) -> Tensor:
         """u, the membrane potential after the charge."""
         current = (1 - decay) * x if self.decay_input else x
@@ -77,7 +83,8 @@ def neuron_step(
         steps: n.
         cut: no gradient flows from one time step to the step before.
     """
-    graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (v, x, decay))
+    trained = x.requires_grad or v.requires_grad or (decay is not None and decay.requires_grad)
+    graph = trained and torch.is_grad_enabled()
     with without_modes():
         if graph:
             return _NeuronStep.apply(v, x, decay, step, steps, cut)  # type: ignore[return-value]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sltt._torch import _are_functorch_transforms_active
-from sltt.kernels import CustomStep, custom_step
+from sltt.kernels import CustomStep, custom_step, without_modes
 from sltt.neurons.inspection import emits_bits
 from sltt.sequence.fold import Fold
 from sltt.sequence.spikes import showing
@@ -67,27 +67,33 @@ class Neuron(Stateful):
     @showing
     def forward(self, x: Tensor) -> Tensor:
         """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
-        fold = self.fold
-        first = x[: len(x) // fold.steps] if fold.steps > 1 else x
+        if torch.compiler.is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return self._plain_steps(x, self._prepare_states(x), self.fold)
+        with without_modes():  # one would be called for each attribute of a tensor
+            self._prepare_states(x)
+            if "_is_replica" in vars(self):
+                raise RuntimeError(
+                    "nn.DataParallel runs each step on a new copy of the model, which would forget the state: use "
+                    "DistributedDataParallel"
+                )
+            if in_backward():
+                raise RuntimeError(
+                    f"{type(self).__name__} ran inside a backward pass: torch.utils.checkpoint repeats a forward whose "
+                    "state has moved on, and would give wrong gradients. Leave the neurons out of what is checkpointed."
+                )
+            return self.fused_steps(x, self.fold)
+
+    def _prepare_states(self, x: Tensor) -> torch.dtype:
+        """Make the states before the first step of a sequence, and check them before the others; their type."""
+        steps = self.fold.steps
+        first = x[: len(x) // steps] if steps > 1 else x
         dtype = self.state_type(x)
-        for name, value in self.first_states().items():
+        for name in self.states:
             if getattr(self, name) is None:
-                setattr(self, name, torch.full_like(first, value, dtype=dtype))
+                setattr(self, name, torch.full_like(first, self.first_states()[name], dtype=dtype))
             else:
                 self.check_state(name, first, dtype)
-        if getattr(self, "_is_replica", False):
-            raise RuntimeError(
-                "nn.DataParallel runs each step on a new copy of the model, which would forget the state: use "
-                "DistributedDataParallel"
-            )
-        if torch.compiler.is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return self._plain_steps(x, dtype, fold)
-        if in_backward():
-            raise RuntimeError(
-                f"{type(self).__name__} ran inside a backward pass: torch.utils.checkpoint repeats a forward whose "
-                "state has moved on, and would give wrong gradients. Leave the neurons out of what is checkpointed."
-            )
-        return self.fused_steps(x, fold)
+        return dtype
 
     def state_type(self, x: Tensor) -> torch.dtype:
         """The type of the states for an input x."""

@@ -119,7 +119,7 @@ class IntegrateAndFire(Neuron):
         """The steps by a kernel made for this function, which saves the membrane potential after the step only."""
         decay = self.decay()
         learnable = isinstance(decay, Tensor)
-        step = NeuronStep(decay=None if learnable else decay, **self.constants())
+        step = NeuronStep.of(decay=None if learnable else decay, **self.constants())
         assert self.v is not None
         spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, fold.steps, fold.cut)
         return spikes

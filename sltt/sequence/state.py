@@ -57,7 +57,8 @@ class Stateful(nn.Module):
     def detach(self) -> None:
         """Keep the values and drop the graph behind them: no gradient flows to earlier time steps."""
         for name in self.states:
-            setattr(self, name, map_tensors(Tensor.detach, getattr(self, name)))
+            if (state := getattr(self, name)) is not None:
+                setattr(self, name, map_tensors(Tensor.detach, state))
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: map_tensors(Tensor.detach, getattr(self, name)) for name in self.states}
