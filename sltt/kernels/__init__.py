@@ -7,7 +7,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 """
 
 from sltt.kernels.custom import CustomStep, custom_step
-from sltt.kernels.layers import Weights
+from sltt.kernels.layers import Weights, convolution_gradients
 from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.saved import layer_call, release, saving, tag_dropped
@@ -24,6 +24,7 @@ __all__ = [
     "Weights",
     "batch_statistics",
     "compiler_problem",
+    "convolution_gradients",
     "custom_step",
     "layer_call",
     "neuron_step",

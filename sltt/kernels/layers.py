@@ -28,6 +28,9 @@ _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
+Axes = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, a number for each axis
+
+
 class Weights:
     """Weights in the forms that layers read, kept for one sequence, in which they seldom change.
 
@@ -79,7 +82,7 @@ class Call:
     dtype: torch.dtype
     sparse_forward: bool
     sparse_gradient: bool
-    axes: tuple[list[int], list[int], list[int]]
+    axes: Axes
     weights: Weights
 
     def forward(self, x: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -161,6 +164,51 @@ def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _OnSpikes.apply(x, weight, bias, call)  # type: ignore[return-value]
 
 
+def convolution_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    axes: tuple[list[int], list[int], list[int]],
+    groups: int,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """∂L/∂x, ∂L/∂weight and ∂L/∂bias of a convolution that reads any values; natively where that is faster.
+
+    Args:
+        grad: ∂L/∂y.
+        x: the input.
+        weight: of the same type.
+        axes: stride, padding and dilation, a number for each axis.
+        groups: of the convolution.
+        needs: which of the three are asked for.
+    """
+    of_x = of_weight = None
+    if (layer := _dense_layer(grad, x, weight, axes, groups)) is not None:
+        of_x = sparse.input_gradient(layer, grad, weight) if needs[0] else None
+        if needs[1] and sparse.has_dense_weight_gradient(layer, grad.dtype):
+            of_weight = sparse.dense_weight_gradient(layer, x, grad)
+    of_bias = grad.sum([0, *range(2, grad.ndim)]) if needs[2] else None
+    rest = [needs[0] and of_x is None, needs[1] and of_weight is None, False]
+    if any(rest):
+        zeros = [0] * len(axes[0])
+        others = torch.ops.aten.convolution_backward(grad, x, weight, None, *axes, False, zeros, groups, rest)
+        of_x, of_weight = others[0] if rest[0] else of_x, others[1] if rest[1] else of_weight
+    return of_x, of_weight, of_bias
+
+
+def _dense_layer(grad: Tensor, x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | None:
+    """A layer of which a dense gradient is native; None for one without."""
+    if options().sparse == "off" or x.ndim != 4 or not (grad.is_cpu and x.is_cpu and weight.is_cpu):
+        return None
+    stride, padding, dilation = axes
+    pairs = tuple((p, p) for p in padding)
+    layer = sparse.conv_layer(tuple(x.shape), tuple(weight.shape), tuple(stride), pairs, tuple(dilation), groups)
+    if layer.problem or not sparse.has_input_gradient(layer, grad.dtype) or not x.movedim(1, -1).is_contiguous():
+        return None
+    large = options().sparse == "on" or layer.products >= costs.PRODUCTS_FROM
+    return layer if large and not native.problem() else None
+
+
 def arguments_of(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a layer's function, by name."""
     return {**_DEFAULTS, **dict(zip(_NAMES, args, strict=False)), **kwargs}
@@ -182,7 +230,7 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
         return None
     if weight.dtype not in (dtype, torch.float32):
         return None
-    axes: tuple[list[int], list[int], list[int]] = [], [], []
+    axes: Axes = [], [], []
     if func is F.linear:
         layer = sparse.linear_layer(tuple(x.shape), tuple(weight.shape))
         ordered = x.is_contiguous()

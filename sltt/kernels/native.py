@@ -27,6 +27,7 @@ _NAMES = (
     "spikes_gradient.cpp",
     "spikes_neuron.cpp",
     "input_gradient.cpp",
+    "weight_gradient.cpp",
 )
 SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-ffp-contract=off")
@@ -41,6 +42,7 @@ _FUNCTIONS = {
     "sltt_forward": (_I, [_P, _P, _P, _P, _P, _I, _I]),
     "sltt_weight_gradient": (_I, [_P, _P, _P, _I, _F, _P, _P, _I]),
     "sltt_input_gradient": (_I, [_P, _P, _P, _P, _P, _I]),
+    "sltt_dense_weight_gradient": (_I, [_P, _P, _P, _P, _P, _I]),
     "sltt_neuron": (None, [_P, _I, _P, _P, _P, _P, _P, _P, _N, _I]),
     "sltt_neuron_gradient": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
 }

@@ -201,6 +201,25 @@ def input_gradient(layer: Layer, grad_y: Tensor, weight: Tensor) -> Tensor:
     return grad.movedim(-1, 1)
 
 
+def has_dense_weight_gradient(layer: Layer, dtype: torch.dtype) -> bool:
+    """Whether `dense_weight_gradient` can do the layer."""
+    return has_input_gradient(layer, dtype) and layer.sizes[4] % 32 == 0
+
+
+def dense_weight_gradient(layer: Layer, x: Tensor, grad_y: Tensor) -> Tensor:
+    """∂L/∂weight of an input of any values, in less than half of the multiplications (Winograd)."""
+    assert x.shape == layer.x_shape
+    assert grad_y.shape == layer.y_shape
+    x, g = x.movedim(1, -1).contiguous(), grad_y.movedim(1, -1).contiguous()
+    outputs, inputs, *kernel = layer.weight_shape
+    grad = torch.empty((outputs, *kernel, inputs)).movedim(-1, 1)
+    short = _library().sltt_dense_weight_gradient(
+        layer.pointer, x.data_ptr(), g.data_ptr(), grad.data_ptr(), _strides(grad), torch.get_num_threads()
+    )
+    _check(short)
+    return grad
+
+
 def _sizes(n: int, ci: int, co: int, h: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:
     """Of each axis: size, kernel, stride, padding before and output size."""
     if (

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
+from sltt import kernels
 from sltt._torch import _NormBase
 from sltt.neurons import CubaLIF, IntegrateAndFire, Neuron
 from sltt.sequence.replace import replaced
@@ -145,7 +146,10 @@ class _Trace:
             if synaptic:
                 before = self.value.clone() if self.charge is None else self.charge
                 self.charge = charge = before.mul_(synaptic).add_(charge)
-            self.value.mul_(decay).add_(charge)
+            if isinstance(decay, Tensor):
+                self.value.mul_(decay).add_(charge)
+            else:  # in one pass
+                torch.add(charge, self.value, alpha=decay, out=self.value)
 
 
 class _Traces:
@@ -301,14 +305,16 @@ class _Convolution:
         self, function: Callable[..., Tensor], stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
     ):
         self.function, self.arguments = function, (stride, padding, dilation, groups)
-        stride, padding, dilation = ([size] if isinstance(size, int) else size for size in (stride, padding, dilation))
-        self.settings = stride, [0] if padding == "valid" else padding, dilation, False, [0], groups
+        self.axes = stride, 0 if padding == "valid" else padding, dilation
+        self.groups = groups
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.function(x, weight, bias, *self.arguments)  # which may be sparse
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
-        return torch.ops.aten.convolution_backward(grad, x, weight, [weight.shape[0]], *self.settings, needs)
+        dims = weight.ndim - 2
+        stride, padding, dilation = ([a] * dims if isinstance(a, int) else list(a) for a in self.axes)
+        return kernels.convolution_gradients(grad, x, weight, (stride, padding, dilation), self.groups, needs)
 
 
 _NORMALISATIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}

@@ -1,4 +1,6 @@
-"""The input gradient of 3×3 convolutions in fewer multiplications, against float64."""
+"""Input and weight gradient of dense 3×3 convolutions in fewer multiplications, against float64."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.kernels import native, sparse
+from tests.conftest import gradients
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 
@@ -23,10 +26,18 @@ def check(layer, weight, padding=(1, 1)):
     found = sparse.input_gradient(layer, grad_y, weight)
     expected = nn.grad.conv2d_input(layer.x_shape, weight.double(), grad_y.double(), padding=padding)
     assert found.movedim(1, -1).is_contiguous()
+    assert_equal(found, expected)
+    if sparse.has_dense_weight_gradient(layer, grad_y.dtype):
+        x = torch.randn(layer.x_shape)
+        found = sparse.dense_weight_gradient(layer, x, grad_y)
+        assert_equal(found, nn.grad.conv2d_weight(x.double(), weight.shape, grad_y.double(), padding=padding))
+
+
+def assert_equal(found, expected):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6 * max(1.0, expected.abs().max().item()))
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(32, 16), (64, 48), (96, 112)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 16), (64, 48), (96, 112), (32, 96), (96, 64)])
 @pytest.mark.parametrize(("batch", "size"), [(1, (1, 1)), (3, (7, 33)), (2, (17, 2)), (5, (4, 4))])
 def test_odd_sizes(batch, size, inputs, outputs):
     check(layer_of(batch, inputs, outputs, size), torch.randn(outputs, inputs, 3, 3))
@@ -50,14 +61,16 @@ def test_weights_of_any_strides():
         check(layer, weight)
 
 
-def test_any_number_of_threads_gives_the_same_bits():
+@pytest.mark.parametrize("function", [sparse.input_gradient, sparse.dense_weight_gradient])
+def test_any_number_of_threads_gives_the_same_bits(function):
     layer = layer_of(9, 64, 64, (17, 5))
-    grad_y, weight = torch.randn(layer.y_shape), torch.randn(layer.weight_shape)
+    grad_y, weight, x = (torch.randn(shape) for shape in (layer.y_shape, layer.weight_shape, layer.x_shape))
+    given = (grad_y, weight) if function is sparse.input_gradient else (x, grad_y)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 4, 16):
             torch.set_num_threads(threads)
-            results.append(sparse.input_gradient(layer, grad_y, weight))
+            results.append(function(layer, *given))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, results[0]) for one in results)
@@ -70,6 +83,8 @@ def test_what_it_cannot_do():
     assert not sparse.has_input_gradient(layer_of(1, 32, 16, (4, 4), kernel=1), torch.float32)
     assert not sparse.has_input_gradient(layer_of(1, 16, 32, (4, 4)), torch.float32)
     assert not sparse.has_input_gradient(layer_of(1, 32, 24, (4, 4)), torch.float32)
+    assert sparse.has_dense_weight_gradient(layer_of(1, 32, 32, (4, 4)), torch.float32)
+    assert not sparse.has_dense_weight_gradient(layer_of(1, 32, 16, (4, 4)), torch.float32)
 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
@@ -84,3 +99,21 @@ def test_networks_take_it_for_layers_on_spikes(mode, monkeypatch):
     with kernels.using(sparse=mode):
         sltt.SLTT()(model, x, torch.randint(3, (8,)), sltt.losses.CrossEntropyMSE(), steps=2)
     assert seen == ([(32, 32, 3, 3)] * 2 if mode == "on" else [])
+
+
+def test_weights_of_traces_take_both(monkeypatch):
+    """Equal gradients under OTTT, whose traces have many values; layers that it cannot do stay PyTorch's."""
+    seen = []
+    plain = sparse.dense_weight_gradient
+    monkeypatch.setattr(sparse, "dense_weight_gradient", lambda *a: (seen.append(a[0].weight_shape), plain(*a))[1])
+    convs = nn.Conv2d(2, 32, 3), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 48, 3), nn.Conv2d(48, 32, 3, 2)
+    layers = [layer for conv in convs for layer in (conv, sltt.LIF(tau=2.0))]
+    model: Any = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3)).double()
+    model = model.to(memory_format=torch.channels_last)
+    x, y = 3 * torch.randn(4, 4, 2, 7, 7, dtype=torch.float64), torch.randint(3, (4,))
+    expected, _ = gradients(model, sltt.OTTT(), x, y)
+    x = x.float().flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (4, 4))
+    with kernels.using(sparse="on"):
+        found, _ = gradients(model.float(), sltt.OTTT(), x, y)
+    assert set(seen) == {(32, 32, 3, 3)}
+    assert_equal(found, expected)
