@@ -95,7 +95,7 @@ class CubaLIF(Neuron):
             currents.append(i)
         current = i if fold.steps == 1 else torch.cat(currents)
         current = current if self.gain == 1 else self.gain * current
-        step = NeuronStep(
+        step = NeuronStep.of(
             decay=self.decay(),
             v_threshold=self.v_threshold,
             v_reset=self.v_reset,
