@@ -15,7 +15,8 @@ def load(text: str) -> Any:
     from jsonargparse import get_loader
 
     check(text)
-    return get_loader("yaml")(text)
+    value = get_loader("yaml")(text)
+    return None if value == "None" else value  # as jsonargparse hands on the null of an option of a nested class
 
 
 def check(text: str) -> None:

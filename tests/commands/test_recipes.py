@@ -47,6 +47,13 @@ def test_recipes_of_transformers_have_the_published_values(name):
     assert recipe["model"]["init_args"]["neuron"]["init_args"]["tau"] == 2.0
 
 
+def test_a_null_on_the_command_line_reaches_the_neuron():
+    """The soft reset that OTTT needs, as the recipe says."""
+    for options, expected in (([], 0.0), (["--model.neuron.v_reset", "null"], None)):
+        config = Recipe("sltt train", "cifar10-spikformer", options).resolved()
+        assert config["model"]["init_args"]["neuron"]["init_args"].get("v_reset") == expected
+
+
 def test_imagenet_is_its_two_stages():
     whole, *stages = (
         yaml.safe_load(shipped_recipes()[f"imagenet{end}"].read_text()) for end in ("", "-stage1", "-stage2")

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import sltt
+from sltt import kernels
 from sltt.commands import main
 from sltt.interop import QCFS, spiking
-from sltt.interop.activations import percentiles
+from sltt.interop.activations import Balanced, percentiles
+from sltt.kernels.saved import SpikeTag, tag_of
 from sltt.training.describe import UndescribedError
 from sltt.training.describe import _kept as describe_network
 from tests.conftest import gradients
@@ -100,6 +102,16 @@ def test_thresholds_are_a_percentile_of_each_channel():
     activations = torch.arange(100.0).view(1, 1, 10, 10) * torch.tensor([1.0, 3.0, 0.0]).view(1, 3, 1, 1)
     torch.testing.assert_close(percentiles(activations, 1, 90).flatten(), torch.tensor([89.0, 267.0, 178.0]))
     torch.testing.assert_close(percentiles(activations[:, 2:], 1, 90).flatten(), torch.ones(1))
+
+
+def test_spikes_of_one_threshold_are_bits_and_of_one_for_each_channel_are_not():
+    x = 2 * torch.rand(8, 16, 8, 8)
+    with kernels.saving():
+        one, each = (Balanced(sltt.IF(), torch.full(shape, 2.5))(x) for shape in ((), (16, 1, 1)))
+    assert torch.equal(one, each)
+    assert isinstance(tag_of(one), SpikeTag)
+    assert torch.equal(tag_of(one).make(), one.flatten())
+    assert tag_of(each) is None
 
 
 def test_channels_behind_a_linear_layer_are_the_last_dimension():
