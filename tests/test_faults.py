@@ -241,6 +241,28 @@ def test_a_state_that_no_rule_knows_is_named():
         sltt.SLTT(k=1, generator=generator)(model, *batch(), LOSS)
 
 
+class History(nn.Module):
+    """Attends over all steps so far, which it keeps in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.past = []
+
+    def forward(self, x):
+        self.past.append(x)
+        past = torch.stack(self.past, 1)
+        return torch.nn.functional.scaled_dot_product_attention(x[:, None], past, past)[:, 0]
+
+
+def test_attention_over_the_steps_so_far_is_named():
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), History(), nn.Linear(6, 3)).double()
+    with pytest.raises(ValueError, match=r"2 \(History\) keeps a tensor in `.past` .* states = \('past',\)"):
+        sltt.SLTT()(model, *batch(), LOSS)
+    model[2].past = []
+    with pytest.warns(UserWarning, match=r"2 \(History\) keeps a tensor of the batch in `.past` after the sequence"):
+        sltt.BPTT()(model, *batch(), LOSS)
+
+
 class Logged(Plain):
     pass
 

@@ -42,7 +42,8 @@ class CustomStep:
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         named = {name: value for (name, _), value in zip(self.parameters, parameters, strict=True)}
-        return tuple(self.function(x, *states, **named, **dict(self.constants)))
+        results = self.function(x, *states, **named, **dict(self.constants))
+        return (results,) if isinstance(results, Tensor) else tuple(results)
 
     @property
     def by_channel(self) -> bool:

@@ -76,7 +76,7 @@ def _watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Tensor
         raise problem(*watch.found)
     if len(results) != 1 + step.states or not all(isinstance(value, Tensor) for value in results):
         expected = ", ".join(("spikes", *kind.states))
-        raise problem(f"returns {len(results)} values", f"return ({expected}), each a tensor")
+        raise problem(f"returns {len(results)} value{'s' * (len(results) != 1)}", f"return ({expected}), each a tensor")
     return results
 
 

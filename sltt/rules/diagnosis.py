@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt.sequence.state import emits_spikes, kind_of, reset
+from sltt.sequence.state import emits_spikes, kind_of, map_tensors, reset
 from sltt.sequence.steps import Sequence
 
 _SECOND_TIME = "backward through the graph a second time"
@@ -64,10 +64,14 @@ def leftovers_noticed(model: nn.Module, batch: int) -> Iterator[None]:
 
 
 def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Tensors in plain attributes of modules: the module's name, the module, the attribute's name, the tensor."""
+    """Tensors in plain attributes of modules, or in lists there: module's name, module, attribute's name, tensor."""
     for name, module in model.named_modules():
         if kind_of(type(module)) is None and not type(module).__module__.startswith("torch."):
-            yield from ((name, module, key, value) for key, value in vars(module).items() if isinstance(value, Tensor))
+            for key, value in vars(module).items():
+                tensors: list[Tensor] = []
+                if key not in ("_parameters", "_buffers"):
+                    map_tensors(tensors.append, value)
+                yield from ((name, module, key, tensor) for tensor in tensors)
 
 
 def _changed_in_place(model: nn.Module, sequence: Sequence) -> str | None:

@@ -43,6 +43,7 @@ BAD = {
     "reads a tensor that is none of its arguments": lambda x, v: (FIRE(GAIN * v + x - 1), v + x),
     r"returns v \[4\] \(float32\) for an input \[4, 3, 5\]": lambda x, v: (FIRE(v + x), v.sum((1, 2))),
     r"returns spikes \[4, 3, 5\] \(float64\)": lambda x, v: (FIRE(v + x).double(), v),
+    r"returns 1 value; return \(spikes, v\)": lambda x, v: FIRE(v + x),
     r"returns 3 values; return \(spikes, v\)": lambda x, v: (FIRE(v + x), v, v),
     "mixes neurons": lambda x, v: (FIRE(v + x - x.mean()), v + x),
     "returns spikes that no gradient passes": lambda x, v: ((v + x > 1).to(x.dtype), v + x),
