@@ -55,6 +55,14 @@ class Layer:
         return math.prod(self.y_shape) * math.prod(self.weight_shape[1:])
 
     @functools.cached_property
+    def y_stride(self) -> tuple[int, ...]:
+        """Of the output, with the channels last in memory."""
+        batch, channels, *pixels = self.y_shape
+        order = self.y_shape if self.linear else (batch, *pixels, channels)
+        steps = [math.prod(order[i + 1 :]) for i in range(len(order))]
+        return tuple(steps) if self.linear else (steps[0], 1, *steps[1:-1])
+
+    @functools.cached_property
     def pointer(self) -> Any:
         """`sizes` for the native kernels."""
         return (ctypes.c_int64 * len(self.sizes))(*self.sizes)
@@ -142,8 +150,7 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
     assert 8 * bits.numel() == math.prod(layer.x_shape)
     assert packed.numel() == layer.packed_size
     kept = torch.float32 if dtype == torch.float16 else dtype
-    batch, channels, *pixels = layer.y_shape
-    y = torch.empty(layer.y_shape if layer.linear else (batch, *pixels, channels), dtype=kept)
+    y = torch.empty_strided(layer.y_shape, layer.y_stride, dtype=kept)  # no view, which could not be changed in place
     bias = None if bias is None else bias.detach().float().contiguous()
     short = _library().sltt_forward(
         bits.data_ptr(),
@@ -155,7 +162,7 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
         torch.get_num_threads(),
     )
     _check(short)
-    return (y if layer.linear else y.movedim(-1, 1)).to(dtype)
+    return y.to(dtype)
 
 
 def weight_gradient(

@@ -1,0 +1,126 @@
+"""Layers on spikes in a network that is pickled, wrapped, sharded or compiled: the gradients of dense layers."""
+
+import contextlib
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import sltt
+from sltt import kernels
+from sltt.kernels import layers, native
+
+pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def network():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 32, 3, padding=1), sltt.LIF(tau=1.5), nn.Conv2d(32, 32, 3), sltt.LIF(tau=1.5)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 16, 5))
+
+
+def batch():
+    x = 2 * torch.randn(12, 2, 6, 6).contiguous(memory_format=torch.channels_last)
+    return x, torch.arange(12) % 5
+
+
+def trained(model, x, y, sparse):
+    """The gradients that a batch leaves, of weights in one piece."""
+    with kernels.using(sparse=sparse, compile="off"):
+        sltt.SLTT()(model, x, y, nn.CrossEntropyLoss(), steps=3)
+    grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    model.zero_grad()
+    return grads
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Weights' shapes of the layers whose forward ran sparse."""
+    seen = []
+    forward = layers.sparse.forward
+    monkeypatch.setattr(layers.sparse, "forward", lambda *a: (seen.append(a[0].weight_shape), forward(*a))[1])
+    return seen
+
+
+def pickled(model):
+    model(batch()[0])  # with states
+    return pickle.loads(pickle.dumps(model))
+
+
+def sharded(model):
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for conv in (model[0], model[2]):
+        fully_shard(conv, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+KINDS = {"pickled": pickled, "data parallel": DistributedDataParallel, "sharded": sharded}
+
+
+@pytest.mark.parametrize("change", KINDS.values(), ids=KINDS.keys())
+def test_gradients_are_those_of_the_dense_network(change, alone, forwards):
+    x, y = batch()
+    expected = trained(network(), x, y, "off")
+    assert not forwards
+    model = change(network())
+    for _ in range(2):  # forms of weights are not left over
+        found = trained(model, x, y, "on")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert forwards == [(32, 32, 3, 3)] * 3 * 2
+
+
+def test_a_pickled_network_in_the_middle_of_a_sequence_goes_on_as_the_first():
+    model, (x, _) = network(), batch()
+    with torch.no_grad(), kernels.using(sparse="on", compile="off"), kernels.saving(graph=False):
+        model(x)
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
+def test_a_compiled_network_has_the_compilers_layers(forwards):
+    """The compiler sees dense layers; around it, nothing is left of a tag that would be read as spikes."""
+    x, y = batch()
+    expected = trained(network(), x, y, "off")
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.compiler.reset)
+        model = network()
+        model.compile(backend="eager")
+        torch.testing.assert_close(trained(model, x, y, "on"), expected, rtol=1e-4, atol=1e-6)
+    assert not forwards
+
+
+class Residual(nn.Module):
+    """Adds in place to what a layer on spikes gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(2, 32, 1), nn.Conv2d(32, 32, 3, padding=1), nn.Linear(32, 5)
+        self.neurons = nn.ModuleList(sltt.LIF(tau=1.5) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.second(self.neurons[0](x))
+        y += x
+        return self.head(self.neurons[1](y).mean((2, 3)))
+
+
+def test_a_layers_output_may_be_changed_in_place(forwards):
+    torch.manual_seed(0)
+    model, (x, y) = Residual(), batch()
+    expected = trained(model, x, y, "off")
+    torch.testing.assert_close(trained(model, x, y, "on"), expected, rtol=1e-4, atol=1e-6)
+    assert forwards == [(32, 32, 3, 3)] * 3
