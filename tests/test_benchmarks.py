@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from rich.console import Console
 from torch import nn
 
@@ -344,3 +345,39 @@ def test_some_images_of_each_class_are_linked(paper, tmp_path):
     found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("cifar10-30/*/*/*"))
     assert len(found) == 12
     assert found[:3] == [f"cifar10-30/test/cat/{i}.jpg" for i in range(3)]
+
+
+def test_short_trainings_are_made_once_and_their_table_has_means(tmp_path, monkeypatch, capsys):
+    short = load("short")
+    picture = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(10):
+                torchvision.io.write_jpeg(picture, str(tmp_path / part / name / f"{i}.jpg"))
+    layers = nn.Flatten(), nn.Linear(48, 4), sltt.LIF(), nn.Linear(4, 2)
+
+    def tiny(seeds):
+        for seed in range(seeds):
+            yield {"rule": "SLTT", "seed": seed}, lambda: nn.Sequential(*layers), sltt.SLTT(), settings
+
+    settings = {"epochs": 1, "batch_size": 6, "steps": 2, "side": 4}
+    monkeypatch.setattr(short, "RESULTS", tmp_path)
+    monkeypatch.setattr(short, "stabilised", tiny)
+    for seeds in (1, 2, 2):
+        monkeypatch.setattr(sys, "argv", ["short.py", "stabilised", str(tmp_path), "--seeds", str(seeds)])
+        short.main()
+    rows = json.loads((tmp_path / "short-stabilised.json").read_text())
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert all(0 <= row["test"] <= 1 for row in rows)
+    assert "| SLTT | 2 | " in capsys.readouterr().out
+
+
+def test_the_cases_of_short_trainings_are_networks_that_their_rules_train():
+    short = load("short")
+    for cases, count in ((short.stabilised, 6), (short.transformer, 4)):
+        found = list(cases(1))
+        assert len(found) == count
+        for _, make, rule, settings in found[:: count - 1]:
+            x = torch.randn(2, 3, settings["side"], settings["side"])
+            rule(make(), x, torch.tensor([0, 1]), nn.CrossEntropyLoss(), steps=2)
