@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from sltt.analysis.advice import Trial, advice, chosen
 from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, agreement, batch_memory, cheaper, propose
 from sltt.commands.parsing import CommandOptions, Recipe, begin, count, mixed_options, numbers, time_steps
 from sltt.commands.prepared import prepared
-from sltt.commands.results import SAVE_HELP, give
+from sltt.commands.results import give
 from sltt.commands.trial import build, contestants, run_trial, train
 from sltt.rules import BPTT
 from sltt.training.console import Console, megabytes
@@ -39,8 +38,7 @@ def run(words: Sequence[str]) -> None:
     options.add_argument("--seeds", type=count, default=2, help="trainings with each rule in a trial; default: 2")
     options.add_argument("--samples", type=count, default=128, help="training samples in the batch that is measured")
     options.add_argument("--float64", action="store_true", help="compute in float64, where no spike flips by rounding")
-    options.add_argument("--json", action="store_true", help="print JSON")
-    options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
+    options.add_output()
     known, overrides = options.parse_known_args(words)
     recipe = Recipe("sltt agreement", name, overrides)
     rows = measure_agreement(

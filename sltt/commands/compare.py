@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sltt.analysis import Operations, agreement, count_operations, memory_parts
 from sltt.commands.failures import cause
-from sltt.commands.parsing import RULES, RULES_HELP, CommandOptions, Recipe, begin, count, rules
+from sltt.commands.parsing import CommandOptions, Recipe, begin, count
 from sltt.commands.prepared import prepared, test_accuracy
 from sltt.commands.results import accuracy_text, give
 from sltt.data import Classes
@@ -34,15 +34,9 @@ def run(words: Sequence[str]) -> None:
     """`sltt compare [RECIPE] [OPTION ...]`: train every rule with every seed, and print one table."""
     name, words = begin(words, "digits")
     options = CommandOptions("sltt compare [RECIPE]", HELP)
-    options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
+    options.add_rules()
     options.add_argument("--seeds", type=count, default=1, help="number of seeds; default: 1")
-    options.add_argument(
-        "--save",
-        type=Path,
-        metavar="FOLDER",
-        help="default: runs/compare-RECIPE, and a mark of the options",
-    )
-    options.add_argument("--json", action="store_true", help="print JSON")
+    options.add_output("default: runs/compare-RECIPE, and a mark of the options")
     known, overrides = options.parse_known_args(words)
     recipe = Recipe("sltt compare", name, overrides)
     known.save = known.save or default_folder("compare", recipe)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sltt.analysis.fewshot import FewShot, chance, draw_shots, embeddings, incremental, prototypes, session_sizes
 from sltt.commands.compare import check_metric, default_folder, tell_died, train_one
 from sltt.commands.failures import cause
-from sltt.commands.parsing import RULES, RULES_HELP, CommandOptions, Recipe, begin, count, numbers, rules
+from sltt.commands.parsing import CommandOptions, Recipe, begin, count, numbers
 from sltt.commands.results import give
 from sltt.data import Classes, Splits
 from sltt.data.classes import class_labels
@@ -42,12 +42,9 @@ def run(words: Sequence[str]) -> None:
     options.add_argument("--shot", type=count, default=5, help="samples of a new class; default: 5")
     options.add_argument("--sessions", type=count, help="how many; default: until all classes have come")
     options.add_argument("--order", type=numbers(int), help="classes in the order in which they come; default: 0,1,…")
-    options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
+    options.add_rules()
     options.add_argument("--seeds", type=count, default=3, help="number of seeds, of trainings and shots; default: 3")
-    options.add_argument(
-        "--save", type=Path, metavar="FOLDER", help="default: runs/fscil-RECIPE, and a mark of options"
-    )
-    options.add_argument("--json", action="store_true", help="print JSON")
+    options.add_output("default: runs/fscil-RECIPE, and a mark of the options")
     known, overrides = options.parse_known_args(words)
     recipe = Recipe("sltt fscil", name, overrides)
     known.save = known.save or default_folder("fscil", recipe, f"base {known.base}", f"order {known.order}")

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -11,7 +10,7 @@ from rich.table import Table
 from sltt.analysis.rates import RateTest, find_learning_rate
 from sltt.commands.parsing import CommandOptions, Recipe, begin, count
 from sltt.commands.prepared import prepared
-from sltt.commands.results import SAVE_HELP, give
+from sltt.commands.results import give
 from sltt.training.checkpoints import start_from
 from sltt.training.console import Console
 from sltt.training.session import session
@@ -31,8 +30,7 @@ def run(words: Sequence[str]) -> None:
     options.add_argument("--smallest", type=float, default=1e-5, help="first learning rate; default: 1e-5")
     options.add_argument("--largest", type=float, default=1.0, help="last learning rate; default: 1")
     options.add_argument("--batches", type=count, default=100, help="number of batches; default: 100")
-    options.add_argument("--json", action="store_true", help="print JSON")
-    options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
+    options.add_output()
     known, overrides = options.parse_known_args(words)
     recipe = Recipe("sltt lr", name, overrides)
     built = recipe.build()

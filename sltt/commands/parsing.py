@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
-RULES_HELP = f"default: {','.join(RULES)}"
 MATTER_FIRST = """Options override the recipe's values. These matter first:
 
   --rule NAME                SLTT, BPTT, TBPTT, OTTT, RateBased or Mixed
@@ -66,6 +65,15 @@ class CommandOptions(argparse.ArgumentParser):
         if kind := settings.get("type"):
             settings["type"] = _saying(kind)
         return super().add_argument(*names, **settings)
+
+    def add_rules(self) -> None:
+        """Take --rules."""
+        self.add_argument("--rules", type=rules, default=RULES, help=f"default: {','.join(RULES)}")
+
+    def add_output(self, folder: str = "keep the result in this folder, for sltt report") -> None:
+        """Take --json and --save, which `results.give` obeys."""
+        self.add_argument("--json", action="store_true", help="print JSON")
+        self.add_argument("--save", type=Path, metavar="FOLDER", help=folder)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The command's own options, and the words that are left over; none of these is one that is cut short."""

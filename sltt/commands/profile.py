@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -26,9 +25,9 @@ from sltt.analysis import (
     synaptic_operations,
 )
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
-from sltt.commands.parsing import RULES, RULES_HELP, CommandOptions, Recipe, begin, count, numbers, rules, time_steps
+from sltt.commands.parsing import CommandOptions, Recipe, begin, count, numbers, time_steps
 from sltt.commands.prepared import Prepared, prepared
-from sltt.commands.results import SAVE_HELP, give
+from sltt.commands.results import give
 from sltt.rules import Truncated
 from sltt.rules.folding import largest_fold
 from sltt.training.checkpoints import start_from
@@ -50,7 +49,7 @@ def run(words: Sequence[str]) -> None:
     """`sltt profile [RECIPE] [OPTION ...]`: memory, seconds, operations and energy, and what fits a budget."""
     name, words = begin(words, "digits")
     options = CommandOptions("sltt profile [RECIPE]", HELP)
-    options.add_argument("--rules", type=rules, default=RULES, help=RULES_HELP)
+    options.add_rules()
     options.add_argument(
         "--steps", type=numbers(time_steps), default=[], help="numbers of time steps; default: the recipe's"
     )
@@ -58,8 +57,7 @@ def run(words: Sequence[str]) -> None:
     options.add_argument(
         "--budget", type=parse_bytes, help="a memory such as 8GB: the largest batch, T and fold that fit it"
     )
-    options.add_argument("--json", action="store_true", help="print JSON")
-    options.add_argument("--save", type=Path, metavar="FOLDER", help=SAVE_HELP)
+    options.add_output()
     known, overrides = options.parse_known_args(words)
     recipe = Recipe("sltt profile", name, overrides)
     report = Console(quiet=known.json)

@@ -17,8 +17,6 @@ from sltt.training.console import Console, as_json
 from sltt.training.files import read_table, write_atomically
 from sltt.training.runs import CONFIG, METRICS
 
-SAVE_HELP = "keep the result in this folder, for sltt report"
-
 
 def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Console], None]) -> None:
     """Print what a command found, as JSON or for people, and keep it where --save says."""

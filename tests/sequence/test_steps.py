@@ -6,6 +6,7 @@ from torch import nn
 
 import sltt
 from sltt.analysis import peak_memory
+from sltt.sequence.fold import Clock, clock_of, clocked
 from sltt.sequence.steps import time_steps
 
 
@@ -54,3 +55,12 @@ def test_attention_among_samples_or_time_steps_is_named(rule):
     rule(Attends(batch_first=True), x, y, loss)
     if rule.fold == 1:
         rule(Attends(batch_first=False, form=lambda x: x.transpose(0, 1)), x, y, loss)
+
+
+def test_a_sequence_within_a_sequence_gives_the_clock_back():
+    neuron, outer, inner = sltt.LIF(), Clock(), Clock()
+    with clocked([neuron], outer):
+        with clocked([neuron], inner):
+            assert clock_of(neuron) is inner
+        assert clock_of(neuron) is outer
+    assert clock_of(neuron) is None
