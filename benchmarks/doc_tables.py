@@ -208,6 +208,16 @@ def stages(results: Path) -> str:
     return markdown(["training", "rule", "test accuracy"], rows)
 
 
+def trained_map(results: Path) -> str:
+    """Accuracy and cosine over T and τ, after a training on sequential digits."""
+    rows = []
+    for cell in sorted(load(results, "map").values(), key=lambda cell: (cell["T"], cell["tau"])):
+        of = {row["rule"]: row for row in cell["rows"]}
+        reached = (accuracy_text(of[rule]["accuracies"]) for rule in ("BPTT", "SLTT"))
+        rows.append([str(cell["T"]), f"{cell['tau']:g}", *reached, f"{of['SLTT']['cosine']:.2f}"])
+    return markdown(["T", "τ", "BPTT", "SLTT", "cosine after the training"], rows)
+
+
 def few_shots(results: Path) -> str:
     """Scores, and the accuracy after each session."""
     rows = [
@@ -230,4 +240,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "trained-cosines": trained_cosines,
     "stages": stages,
     "few-shots": few_shots,
+    "map": trained_map,
 }

@@ -9,6 +9,7 @@ as folders of images; without `--data`, the steps that read them are left out.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -19,15 +20,13 @@ from paper_map import FIGURE, draw
 from tables import DOCS, fill
 
 import sltt
-from sltt.analysis import count_operations, peak_memory
+from sltt.analysis import Agreement, agreement, count_operations, peak_memory
 from sltt.commands import main as command
+from sltt.commands.parsing import Recipe
 from sltt.kernels import using
 
 RESULTS = DOCS / "results" / "paper"
-IMAGES = (
-    "--data sltt.data.ImageFolder --data.root {data}/cifar10-1000 --data.size 32 --data.crop_padding 4 "
-    "--data.validation 0.1 --precision 32 --workers 0"
-)
+IMAGES = "--data sltt.data.ImageFolder --data.root {data}/cifar10 --data.size 32 --data.crop_padding 4"
 COMMANDS = {
     "fscil-digits": "fscil fscil-digits --base 6 --way 1 --shot 5",
     "k-digits": "compare digits --steps 6 --epochs 6 --seeds 3 --rules BPTT,SLTT,SLTT:k=4,SLTT:k=2,SLTT:k=1",
@@ -37,8 +36,6 @@ COMMANDS = {
     "stage-2": "compare digits --steps 6 --epochs 8 --seeds 3 --rules SLTT",
     "gradients-nmnist": "agreement nmnist --data.root {data}/nmnist --taus 1.1,2,5 --steps 10 --at-epochs 0,1 "
     "--samples 32",
-    "gradients-cifar10": f"agreement cifar10 {IMAGES} --batch_size 32 --optimizer.lr 0.05 --taus 1.1,2 --steps 6,12 "
-    "--at-epochs 0,2 --samples 32",
 }
 TAUS, LENGTHS = (1.1, 5, 20, 2, 10), (8, 32, 2, 64, 16, 4)  # in this order, so that a part of the map tells too
 MAP = {
@@ -56,7 +53,7 @@ RULES = {"BPTT": sltt.BPTT(), "SLTT": sltt.SLTT(), "SLTT-1": sltt.SLTT(k=1)}
 LOSS = sltt.losses.CrossEntropyMSE()
 
 
-def operations() -> list[dict[str, Any]]:
+def operations(data: Path | None) -> list[dict[str, Any]]:
     """Multiplications of an image through ResNet-18, at the paper's two T."""
     model = sltt.models.resnet18()
     x, y = torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.long)
@@ -67,7 +64,7 @@ def operations() -> list[dict[str, Any]]:
     ]
 
 
-def memory() -> list[dict[str, Any]]:
+def memory(data: Path | None) -> list[dict[str, Any]]:
     """Peak of a training batch above the idle process, and weights, gradients and momentum; layers are dense."""
     with using(sparse="off"):
         return [peak(network, rule) for network in NETWORKS for rule in ("BPTT", "SLTT")]
@@ -88,24 +85,44 @@ def peak(network: str, rule: str) -> dict[str, Any]:
     return {**found, "peak": peak_memory(iteration), "state": state}
 
 
-MEASURES = {"operations": operations, "memory": memory}
+def untrained(recipe: Recipe, steps: int, tau: float, seed: int, samples: int, *options: str) -> Agreement:
+    """SLTT's gradient beside BPTT's, of random weights and the first training samples."""
+    built = recipe.build("--steps", str(steps), "--model.neuron.tau", str(tau), "--seed", str(seed), *options)
+    splits = built.data.splits(steps)
+    x, y = splits.collate([splits.train[i] for i in range(samples)])
+    arguments = built.model, x, y, built.loss, [sltt.SLTT()]
+    return agreement(*arguments, steps=steps if splits.static else None)[0]
 
 
-def subset(data: Path, size: int = 1000) -> None:
-    """A folder of links to `size` training images and as many test images of CIFAR-10, the first of each class."""
-    for part in ("train", "test"):
-        for files in (data / "cifar10" / part).iterdir():
-            into = data / f"cifar10-{size}" / part / files.name
-            into.mkdir(parents=True, exist_ok=True)
-            for file in sorted(files.iterdir())[: size // 10]:
-                if not (into / file.name).exists():
-                    (into / file.name).symlink_to(file.resolve())
+def map_gradients(data: Path | None) -> list[dict[str, Any]]:
+    """Cosine of SLTT's gradient with BPTT's over T and τ, before the training: three random networks."""
+    recipe, rows = Recipe("sltt agreement", "sequential-digits", []), []
+    for T, tau in itertools.product(sorted(LENGTHS), sorted(TAUS)):
+        size = "--model.features", f"[{64 // T},64,64,10]"
+        rows.append(
+            {"T": T, "tau": tau, "cosines": [untrained(recipe, T, tau, n, 128, *size).cosine for n in range(3)]}
+        )
+    return rows
+
+
+def cifar10_gradients(data: Path | None) -> dict[str, Any]:
+    """The same by layer, of ResNet-18 and eight images of CIFAR-10."""
+    recipe, rows = Recipe("sltt agreement", "cifar10", IMAGES.format(data=data).split()), []
+    for tau, T in itertools.product((1.1, 2, 5), (6, 12)):
+        rows.append({"tau": tau, "steps": T, "epochs": 0, "agreement": [vars(untrained(recipe, T, tau, 0, 8))]})
+    return {"recipe": "cifar10", "rows": rows}
+
+
+MEASURES = {
+    "operations": operations,
+    "memory": memory,
+    "map-gradients": map_gradients,
+    "gradients-cifar10": cifar10_gradients,
+}
 
 
 def run(text: str, kept: Path, data: Path | None) -> Any:
     """What a command finds; from its folder, where it has finished before."""
-    if "cifar10-1000" in text and data:
-        subset(data)
     words = [word.format(data=data) for word in shlex.split(text)]
     found = kept / f"{words[0]}.json"
     if not found.exists() and (code := command([*words, "--device", "cpu", "--save", str(kept)])):
@@ -135,8 +152,10 @@ def main() -> None:
     torch.set_num_threads(1)
     asked = tuple(options.names or [""])
     for name, measure in MEASURES.items():
-        if name.startswith(asked) and not (RESULTS / f"{name}.json").exists():
-            write(name, measure())
+        there = options.data or name != "gradients-cifar10"
+        if name.startswith(asked) and there and not (RESULTS / f"{name}.json").exists():
+            write(name, measure(options.data))
+            fill()
     for name, text in {**COMMANDS, **MAP}.items():
         if name.startswith(asked) and (options.data or "{data}" not in text):
             found = shortened(run(text, options.runs / name, options.data))
@@ -154,7 +173,7 @@ def record(name: str, found: Any) -> None:
     cells[name] = {"T": found["steps"], "tau": float(name.rpartition("tau")[2]), "rows": found["rows"]}
     cells = {one: cells[one] for one in MAP if one in cells}
     write("map", cells)
-    draw(list(cells.values()), FIGURE)
+    draw(FIGURE, RESULTS)
 
 
 if __name__ == "__main__":
