@@ -11,6 +11,7 @@ from torch import nn
 
 import sltt
 from sltt.training import checkpoints
+from sltt.training.batches import EpochSampler
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
 from tests.training.blobs import Blobs, StopAt, equal, train, weights
 
@@ -172,3 +173,15 @@ def test_a_checkpoint_of_an_earlier_layout_of_the_code_goes_on(tmp_path):
         # the bias before a BatchNorm has a gradient of rounding errors alone, which AdamW makes a step of
         if name not in ("0.bias", "1.running_mean"):
             torch.testing.assert_close(resumed[name], value, msg=name)
+
+
+def test_an_epoch_that_continues_has_the_samples_of_the_whole_one_with_their_seeds():
+    sampler = EpochSampler(10, seed=3)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    sampler.set_epoch(2, start=4)
+    assert list(sampler) == whole[4:]
+    assert len(sampler) == 6
+    sampler.set_epoch(3)
+    assert sorted(index for index, _ in sampler) == list(range(10))
+    assert not {seed for _, seed in sampler} & {seed for _, seed in whole}
