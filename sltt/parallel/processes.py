@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltt._torch import _BatchNorm
+from sltt.sequence.state import Stateful
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -89,11 +90,11 @@ class Processes:
                 p.grad = gradient.copy_(part.view_as(p)) if count else None
 
     def average_statistics(self, model: nn.Module) -> None:
-        """Give all processes the mean of their BatchNorms' running statistics."""
+        """Give all processes the mean of their BatchNorms' and neurons' running statistics."""
         if self.count == 1:
             return
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-        running = [s for m in norms for s in (m.running_mean, m.running_var) if s is not None]
+        keepers = [m for m in model.modules() if isinstance(m, _BatchNorm | Stateful)]
+        running = [s for m in keepers for s in m.buffers(recurse=False) if s.is_floating_point()]
         for dtype in {s.dtype for s in running}:
             same = [s for s in running if s.dtype == dtype]
             flat = torch.cat(same) / self.count

@@ -1,6 +1,7 @@
 """OnlineRenorm and StableLIF beside a literal transcription of their equations, and under every rule."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import sltt
 from sltt.neurons import stabilised
+from sltt.parallel import processes
 from tests.conftest import LOSS, RULES, batch, gradient
 from tests.neurons.plain import alone
 
@@ -214,6 +216,16 @@ def test_processes_begin_a_sequence_with_the_mean_of_their_statistics(monkeypatc
     torch.testing.assert_close(model[1].before[0], before / 2 + 3 / 2)
     torch.testing.assert_close(model[2].follow.before, torch.full((64,), 0.8 / 2 + 3 / 2, dtype=torch.float64))
     assert others == [16, 64, 64]  # one message a layer and sequence
+
+
+def test_processes_end_an_epoch_with_the_mean_of_their_statistics(monkeypatch):
+    model, _ = networks()
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda flat: flat.add_(3 / 2))
+    before = model[1].running_var.clone()
+    together = processes.Processes(SimpleNamespace(global_rank=0, world_size=2, local_rank=0))
+    together.average_statistics(model)
+    torch.testing.assert_close(model[1].running_var, before / 2 + 3 / 2)
+    torch.testing.assert_close(model[4].follow.running, torch.full((64,), 0.8 / 2 + 3 / 2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
