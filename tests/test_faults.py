@@ -241,6 +241,20 @@ def test_a_state_that_no_rule_knows_is_named():
         sltt.SLTT(k=1, generator=generator)(model, *batch(), LOSS)
 
 
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = torch.ones(5, 6, dtype=torch.float64)  # as many as the batch has samples
+
+    def forward(self, x):
+        return x * self.rows
+
+
+def test_a_tensor_that_was_there_before_the_sequence_is_no_leftover():
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), Table(), nn.Linear(6, 3)).double()
+    assert sltt.SLTT()(model, *batch(), LOSS).loss.isfinite()  # without a warning
+
+
 class History(nn.Module):
     """Attends over all steps so far, which it keeps in a list."""
 
