@@ -22,6 +22,7 @@ from sltt.neurons import (
 from sltt.parallel import devices
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
 from sltt.sequence.once import once
+from sltt.sequence.padding import Padded
 from sltt.sequence.state import Stateful, detach, register, reset
 from sltt.training.evaluation import evaluate
 from sltt.training.fit import fit
@@ -47,6 +48,7 @@ __all__ = [
     "Neuron",
     "OnlineRenorm",
     "Output",
+    "Padded",
     "Phase",
     "RateBased",
     "Recurrent",

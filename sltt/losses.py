@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt.checks import flag, function, instance, number
+from sltt.sequence.padding import real_steps
 from sltt.sequence.spikes import observing, spiking_layers
 
 Prediction = Literal["mean", "last", "max", "steps"]
@@ -221,8 +222,19 @@ class _Watching:
         return value
 
 
-def predicted(by: Prediction, logits: Tensor) -> Tensor:
-    """What is predicted from the logits [T, B, C]: [B, C], or [T, B, C] for each step."""
+def predicted(by: Prediction, logits: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """What is predicted from the logits [T, B, C]: [B, C], or [T, B, C] for each step.
+
+    With `lengths`, from the real steps of each sample alone.
+    """
+    if lengths is not None and by != "steps":
+        real = real_steps(lengths, len(logits), logits)
+        if by == "last":
+            return logits[real.sum(0) - 1, torch.arange(logits.shape[1], device=logits.device)]
+        shape = *real.shape, *[1] * (logits.ndim - 2)
+        if by == "max":
+            return logits.masked_fill(~real.view(shape), -torch.inf).amax(0)
+        return (logits * real.view(shape)).sum(0) / real.sum(0).view(shape[1:])
     if by == "mean":
         return logits.mean(0)
     if by == "last":

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from sltt.checks import flag, number, whole_number
 from sltt.data.base import Data, Splits, fingerprint, hold_out
+from sltt.sequence.padding import Padded
 
 Collate = Callable[[list[Any]], Any]
 
@@ -43,8 +44,8 @@ def from_datasets(
         static: True for images [C, H, W] or features [F], shown at every time step; False for sequences [T, ...].
         columns: keys of x and of the target, where samples are dictionaries: ("image", "label").
         classes: number of classes; None takes the largest label. Targets that are no whole numbers have no classes.
-        pad: add zeros at the end of sequences that are shorter than `steps` of the training. The added steps count in
-            the loss and in the prediction like all others.
+        pad: add zeros at the end of sequences that are shorter than `steps` of the training. The added steps do not
+            count in the loss and in the prediction, see `sltt.Padded`; normalisation and firing rates see them.
         per_step: targets are sequences [T, ...], one target for each time step.
         split_seed: which samples are held out.
 
@@ -108,6 +109,8 @@ class _OwnData(Data):
             "fingerprint": fingerprint(labels or [], kept, held, [len(one) for one in samples.values()]),
             "per_step": self.per_step,
         }
+        if self.pad:
+            return _Padding(**values, steps=steps)
         return _Collated(**values, collate_fn=self.collate) if self.collate else Splits(**values)
 
     def _samples(self, name: str, dataset: Any, steps: int) -> Any:
@@ -157,11 +160,27 @@ class _Collated(Splits):
         return self.collate_fn(samples)
 
 
-class _Samples(Dataset[Any]):
-    """The samples of a data set as pairs of a tensor and a target; sequences padded to `length`, if that is given."""
+@dataclass(frozen=True)
+class _Padding(Splits):
+    """Splits of sequences of several lengths, which are padded to `steps` in a batch."""
 
-    def __init__(self, name: str, dataset: Any, columns: tuple[str, str] | None, static: bool, length: int | None):
-        self.name, self.dataset, self.columns, self.static, self.length = name, dataset, columns, static, length
+    steps: int = 0
+
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        lengths = tuple(len(x) for x, _ in samples)
+        x, target = super().collate([(_padded(x, self.steps), y) for x, y in samples])
+        return x, Padded(target, lengths)
+
+
+def _padded(x: Tensor, steps: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(steps - len(x), *x.shape[1:])])
+
+
+class _Samples(Dataset[Any]):
+    """The samples of a data set as pairs of a tensor and a target; sequences of `most` steps, if that is given."""
+
+    def __init__(self, name: str, dataset: Any, columns: tuple[str, str] | None, static: bool, most: int | None):
+        self.name, self.dataset, self.columns, self.static, self.most = name, dataset, columns, static, most
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -172,13 +191,11 @@ class _Samples(Dataset[Any]):
         if x.ndim < (1 if self.static else 2):
             form = "images [C, H, W] or features [F]" if self.static else "sequences [T, ...], such as x.unsqueeze(-1)"
             raise ValueError(f"{self.name}[{index}]: expected {form}, got shape {list(x.shape)}")
-        if self.length is not None:
-            if len(x) > self.length:
-                raise ValueError(
-                    f"{self.name}[{index}] has {len(x)} time steps, more than steps={self.length}: set "
-                    f"steps={len(x)} or more, or cut it"
-                )
-            x = torch.cat([x, x.new_zeros(self.length - len(x), *x.shape[1:])])
+        if self.most is not None and len(x) > self.most:
+            raise ValueError(
+                f"{self.name}[{index}] has {len(x)} time steps, more than steps={self.most}: set steps={len(x)} or "
+                "more, or cut it"
+            )
         return x, _target(target)
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from sltt import kernels
 from sltt.checks import function, instance
 from sltt.frozen import Frozen
-from sltt.losses import SequenceLoss, is_per_step, watching
+from sltt.losses import Activity, SequenceLoss, is_per_step, watching
 from sltt.rules.diagnosis import explained, leftovers_noticed
 from sltt.sequence.fold import Fold
 from sltt.sequence.once import hoisting
+from sltt.sequence.padding import Padded, Real, check_lengths, target_of
 from sltt.sequence.steps import Network, Sequence, running, time_steps
 
 StepLoss = Callable[[Tensor, Any], Tensor]
@@ -105,6 +106,8 @@ class Batch:
 
     def targets(self, steps: int | slice) -> Any:
         """The target of time steps; the same for all of them, unless the loss takes one for each."""
+        if isinstance(self.target, Padded) and isinstance(steps, int):
+            return self.target.at(steps, self.steps)
         return self.target[steps] if is_per_step(self.loss) else self.target
 
     @property
@@ -143,6 +146,7 @@ class Rule(Frozen, ABC):
         fold: time steps in one call of the network.
         online: the rule updates the weights itself, at every time step.
         sequence_losses: losses of a whole sequence that the rule can train.
+        pads: the rule leaves out the steps behind a sample's length, see `sltt.Padded`.
     """
 
     hoist: bool = False
@@ -150,6 +154,7 @@ class Rule(Frozen, ABC):
     fold: int | Literal["auto"] = 1
     online: bool = False
     sequence_losses: tuple[type[SequenceLoss], ...] = ()
+    pads: bool = True
 
     def __call__(
         self,
@@ -171,7 +176,8 @@ class Rule(Frozen, ABC):
         Args:
             model: maps the input of one time step [B, ...] to logits [B, C], and keeps its own state.
             x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
-            target: what `loss` compares the logits with, usually class indices [B].
+            target: what `loss` compares the logits with, usually class indices [B]; `sltt.Padded` for sequences of
+                several lengths.
             loss: `loss(logits [B, C], target) -> scalar`, of one time step; or a `SequenceLoss`, where the rule can.
             steps: T for a static input.
             backward: called instead of `Tensor.backward` with each scalar to backpropagate, e.g. `fabric.backward`.
@@ -192,7 +198,9 @@ class Rule(Frozen, ABC):
                 f"{self} backpropagates a sum over time steps, and {kind} is no sum: use BPTT(), or the nearest sum, "
                 + (f"PerStep(MSELoss()) for {kind}" if loss.per_step else f"the loss inside {kind} by itself")
             )
-        sequence = time_steps(x, steps, None if is_per_step(loss) else target)
+        sequence = time_steps(x, steps, None if is_per_step(loss) else target_of(target))
+        if isinstance(target, Padded):
+            self._check_padded(sequence, target, loss)
         if is_per_step(loss):
             _check_targets(sequence, target)
         backward = backward or Tensor.backward
@@ -202,6 +210,18 @@ class Rule(Frozen, ABC):
             out = self.run(Batch(network, sequence, target, of_step, backward, update, seed))
             hoisted.finish(backward)
         return Output(sequence.result(out.loss), out.logits)
+
+    def _check_padded(self, sequence: Sequence, target: Padded, loss: Any) -> None:
+        kind = type(loss).__name__
+        if not self.pads or sequence.static:
+            what = f"{self} has mean rates of all steps" if not self.pads else "a static input has no length"
+            raise ValueError(f"{what}, and the target is Padded: use SLTT or BPTT, on sequences")
+        if isinstance(loss, SequenceLoss | Activity) or is_per_step(loss):
+            raise ValueError(
+                f"{kind} looks at padded steps too: use a loss of one step, such as CrossEntropyMSE, or sequences of "
+                "one length"
+            )
+        check_lengths(target.lengths, sequence.steps, sequence.batch)
 
     @abstractmethod
     def run(self, batch: Batch) -> Output:
@@ -273,12 +293,19 @@ def sequence_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
     """The loss of a sequence of logits [T, B, C], as the rules take it."""
     if isinstance(loss, SequenceLoss):
         return step_loss(loss, logits, target)
-    targets = target if is_per_step(loss) else [target] * len(logits)
+    if isinstance(target, Padded):
+        targets: Any = [target.at(t, len(logits)) for t in range(len(logits))]
+    else:
+        targets = target if is_per_step(loss) else [target] * len(logits)
     return torch.stack([step_loss(loss, o, y) for o, y in zip(logits, targets, strict=True)]).mean()
 
 
 def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
-    """The loss of one time step, checked to be a scalar."""
+    """The loss of one time step, checked to be a scalar; 0 where no sample is real any more."""
+    if isinstance(target, Real):
+        if not len(target.target):
+            return logits.sum() * 0
+        return step_loss(loss, logits if target.rows is None else logits[target.rows], target.target) * target.weight
     value = loss(logits, target)
     if not isinstance(value, Tensor):
         raise ValueError(f"expected a loss that returns a scalar tensor, got {value!r}")

@@ -68,6 +68,7 @@ class RateBased(Rule):
     """
 
     sequence_losses = (OfMean,)
+    pads = False
 
     def __init__(self, steady: bool = False):
         self.steady = flag("steady", steady)

@@ -20,6 +20,7 @@ from sltt.metrics import Accuracy, Metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
 from sltt.rules.base import sequence_loss
+from sltt.sequence.padding import lengths_of, target_of
 from sltt.training.batches import ending, share, whole_epoch
 from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
@@ -137,7 +138,7 @@ def measure(
                 run = partial(_logits, net, views, steps if splits.static else None)
                 with counting(firing, count):
                     logits = memory(run) if memory else run()
-                score = float(metric(predicted(prediction_of(loss), logits), y))
+                score = float(metric(predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y)))
                 state.count(sequence_loss(loss, logits, y), score, count)
     finally:
         net.train(training)

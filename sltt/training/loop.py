@@ -19,6 +19,7 @@ from sltt.losses import is_per_step, predicted, prediction_of
 from sltt.metrics import higher_is_better, improves, name_of
 from sltt.parallel.signals import Interrupt
 from sltt.rules import Output
+from sltt.sequence.padding import Padded, lengths_of, target_of
 from sltt.sequence.steps import check_input
 from sltt.training.average import Average
 from sltt.training.batches import EpochSampler, ending, seed_batch, share, train_loader, whole_epoch
@@ -160,7 +161,7 @@ class Loop:
         state.firing = firing.state_dict()
         return state.metrics(self.metric, self.processes, time.monotonic() - began, self.memory.peak)
 
-    def _batch(self, stage: Stage, x: Tensor, y: Tensor, firing: FiringRates) -> None:
+    def _batch(self, stage: Stage, x: Tensor, y: Tensor | Padded, firing: FiringRates) -> None:
         """Train a batch, or this process's share of it."""
         state, rank, seed = self.state, self.processes.rank, self.training.seed
         self.optim.zero_grad()
@@ -169,13 +170,15 @@ class Loop:
         parts = count_parts(self.training.accumulate, size, self.processes.count)
         drawn = seed_batch(seed, state.epoch, state.batch)  # of the rule, in all processes alike
         seed_batch(seed, state.epoch, state.batch, rank)
-        check_labels(y, self.splits.classes)
+        check_labels(target_of(y), self.splits.classes)
+        if isinstance(y, Padded):
+            weight = y.steps / self.processes.sum([y.steps])[0]
         check_length(x, self.splits, stage.steps)
         if self.session.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
             check_input(x)
         x, y = self.session.batch(x, y)
 
-        def run_part(x: Tensor, y: Tensor, part: float) -> Output:
+        def run_part(x: Tensor, y: Tensor | Padded, part: float) -> Output:
             return stage.rule(
                 *(self.net, x, y, self.loss),
                 steps=stage.steps if self.splits.static else None,
@@ -194,8 +197,8 @@ class Loop:
         check_finite(out.loss, self.model, self.optim, scaled=self.scaled)
         if not stage.rule.online:
             self._update()
-        prediction = predicted(prediction_of(self.loss), out.logits)
-        state.count(out.loss, float(self.training.metric(prediction, y)), count)
+        prediction = predicted(prediction_of(self.loss), out.logits, lengths_of(y))
+        state.count(out.loss, float(self.training.metric(prediction, target_of(y))), count)
         if self.average:
             self.average.update(self.model)
         self._call("on_batch", out.loss.item())

@@ -48,7 +48,7 @@ class Session:
         """The loss on the device; one that is a plain function has no weights to move."""
         return loss.to(self.fabric.device) if isinstance(loss, nn.Module) else loss
 
-    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, x: Tensor, y: Any) -> tuple[Tensor, Any]:
         """A batch on the device; images channels-last if asked for: [B, C, H, W], or [T, B, C, H, W] step by step."""
         x, y = self.fabric.to_device((x, y))
         if self.execution.channels_last and x.ndim == 4:

@@ -1,6 +1,7 @@
 """Trained networks: loaded from a run, and what they predict."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sltt.checks import choice, instance
 from sltt.losses import Prediction, predicted
 from sltt.rules import unroll
+from sltt.sequence.padding import check_lengths
 from sltt.training.average import chosen
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.describe import NETWORK, unpack
@@ -78,7 +80,7 @@ def _network(run: Path) -> nn.Module:
     return parser.instantiate(parser.parse_object({"model": config["model"]})).model
 
 
-def predict(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
+def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
     """The prediction: mean logits over time [B, C], in evaluation mode and without a graph.
 
         ō = 1/T Σ_t o[t]
@@ -90,12 +92,15 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
         model: of `sltt.load`, or any other.
         x: a batch of images [B, ...], or of sequences [T, B, ...].
         steps: T for images; None is that of a network of `sltt.load`, and needed for images with any other.
+        lengths: real steps of each sample, for sequences that are padded at the end.
 
     Raises:
         ValueError: an input of another form than the network's.
     """
     instance("model", model, nn.Module)
     instance("x", x, Tensor)
+    if lengths is not None:
+        check_lengths(lengths, len(x), x.shape[1])
     known = getattr(model, "trained", None)
     if steps is None and isinstance(known, Trained) and known.static:
         steps = known.steps
@@ -104,6 +109,6 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     training = model.training
     model.eval()
     try:
-        return predicted(by, unroll(model, x.to(weights.device), steps=steps))
+        return predicted(by, unroll(model, x.to(weights.device), steps=steps), lengths)
     finally:
         model.train(training)

@@ -85,8 +85,9 @@ def test_labels_kept_as_a_list_are_read_without_the_samples():
 def test_sequences_of_several_lengths_are_padded_with_zeros():
     samples = [(torch.ones(length, 4), length % 2) for length in (2, 3, 5)]
     splits = from_datasets(samples, static=False, pad=True).splits(steps=5)
-    x, _ = splits.collate([splits.train[i] for i in range(3)])
+    x, y = splits.collate([splits.train[i] for i in range(3)])
     assert x.sum(dim=(0, 2)).tolist() == [8, 12, 20]
+    assert (y.target.tolist(), y.lengths) == ([0, 1, 1], (2, 3, 5))
     with pytest.raises(ValueError, match=r"train\[2\] has 5 time steps, more than steps=4"):
         from_datasets(samples, static=False, pad=True).splits(steps=4).train[2]
     splits = from_datasets(samples, static=False).splits(steps=5)

@@ -1,0 +1,78 @@
+"""Targets of sequences of several lengths in one batch: the steps behind a sample's own length do not count."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Padded(NamedTuple):
+    """Targets of a batch of sequences that are padded at the end to one length.
+
+        L = 1/N Σ_t Σ_b [t < T_b] ℓ(o_b[t], y_b),   N = Σ_b T_b
+
+    A rule takes it as the target. Every real step counts alike, and the others not at all.
+
+        rule(model, x, sltt.Padded(y, lengths=[12, 9, 30]), loss)
+
+    Args:
+        target: y [B, ...], for a loss that is a mean over samples.
+        lengths: T_b, the number of real steps of each sample.
+    """
+
+    target: Tensor
+    lengths: Sequence[int]
+
+    @property
+    def steps(self) -> int:
+        """N, the number of real steps of all samples."""
+        return sum(self.lengths)
+
+    def at(self, t: int, steps: int) -> "Real":
+        """The targets of the samples that are real at step t of `steps`."""
+        rows = [b for b, length in enumerate(self.lengths) if length > t]
+        index = (
+            None if len(rows) == len(self.lengths) else torch.tensor(rows, dtype=torch.long, device=self.target.device)
+        )
+        return Real(self.target if index is None else self.target[index], index, len(rows) * steps / self.steps)
+
+    def split(self, count: int) -> list["Padded"]:
+        """The targets in so many parts, as `Tensor.tensor_split`."""
+        targets, begin, found = self.target.tensor_split(count), 0, []
+        for target in targets:
+            found.append(Padded(target, self.lengths[begin : begin + len(target)]))
+            begin += len(target)
+        return found
+
+
+class Real(NamedTuple):
+    """Targets of the samples that are real at a step: their rows in the batch, None for all, and the step's weight."""
+
+    target: Tensor
+    rows: Tensor | None
+    weight: float
+
+
+def check_lengths(lengths: Sequence[Any], steps: int, batch: int) -> None:
+    """Raise ValueError unless there is a length of 1 … T for each sample."""
+    if len(lengths) != batch or not all(1 <= length <= steps for length in lengths):
+        shown = f"{list(lengths)}"
+        raise ValueError(
+            f"expected lengths from 1 to T = {steps} of {batch} samples, got {shown if len(shown) < 80 else shown[:77]}"
+        )
+
+
+def target_of(target: Any) -> Any:
+    """The target itself, of `Padded` or not."""
+    return target.target if isinstance(target, Padded) else target
+
+
+def lengths_of(target: Any) -> Sequence[int] | None:
+    """The lengths of the samples; None where they are not padded."""
+    return target.lengths if isinstance(target, Padded) else None
+
+
+def real_steps(lengths: Sequence[int], steps: int, like: Tensor) -> Tensor:
+    """Whether a step is real: [T, B], on the device of a tensor."""
+    return torch.arange(steps, device=like.device)[:, None] < torch.tensor(lengths, device=like.device)

@@ -1,0 +1,139 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.losses import predicted
+from sltt.rules.base import sequence_loss
+from sltt.training.parts import run_in_parts
+from tests.conftest import LOSS, RULES, batch, gradient, small_network
+
+LENGTHS = (4, 2, 3, 1, 2)
+PADDING = {name: rule for name, rule in RULES.items() if rule.pads}
+
+
+@pytest.fixture(params=PADDING.values(), ids=PADDING.keys())
+def padding(request):
+    return request.param
+
+
+def padded():
+    x, y = batch()
+    for b, length in enumerate(LENGTHS):
+        x[length:, b] = 0.0
+    return x, sltt.Padded(y, LENGTHS)
+
+
+def run(model, rule, x, y, **kwargs):
+    model = copy.deepcopy(model)
+    torch.manual_seed(1)
+    out = rule(model, x, y, LOSS, seed=3, **kwargs)
+    return gradient(model), out
+
+
+def test_what_stands_in_padded_steps_changes_no_gradient(padding):
+    model = small_network()
+    x, y = padded()
+    other = x.clone()
+    for b, length in enumerate(LENGTHS):
+        other[length:, b] = torch.randn(len(x) - length, 6, dtype=torch.float64)
+    found, expected = run(model, padding, other, y), run(model, padding, x, y)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1].loss, expected[1].loss)
+
+
+@pytest.mark.parametrize("rule", [sltt.BPTT(), sltt.SLTT(), sltt.OTTT(decay=0.5)], ids=repr)
+def test_a_padded_batch_has_the_gradient_of_its_samples_one_by_one(rule):
+    model = small_network()
+    x, y = padded()
+    found, out = run(model, rule, x, y)
+    total, loss = 0, 0
+    for b, length in enumerate(LENGTHS):
+        share = length / sum(LENGTHS)
+        one = run(
+            model, rule, x[:length, b : b + 1], y.target[b : b + 1], backward=lambda v, w=share: (v * w).backward()
+        )
+        total, loss = total + one[0], loss + share * one[1].loss
+    torch.testing.assert_close(found, total)
+    torch.testing.assert_close(out.loss, loss)
+    torch.testing.assert_close(sequence_loss(LOSS, out.logits, y), out.loss)
+
+
+def test_full_lengths_are_as_without(padding):
+    model = small_network()
+    x, y = batch()
+    plain, full = run(model, padding, x, y), run(model, padding, x, sltt.Padded(y, [4] * 5))
+    torch.testing.assert_close(full[0], plain[0])
+    torch.testing.assert_close(full[1].loss, plain[1].loss)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_a_padded_batch_add_up(parts):
+    network, found = small_network(), []
+    x, y = padded()
+    for count in (1, parts):
+        model = copy.deepcopy(network)
+
+        def step(x, y, weight, model=model):
+            return sltt.SLTT()(model, x, y, LOSS, backward=lambda value: (value * weight).backward())
+
+        out = run_in_parts(step, x, y, count, static=False, per_step=False)
+        found.append((gradient(model), out.loss))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("by", ["mean", "last", "max"])
+def test_the_prediction_is_of_the_real_steps(by):
+    logits = torch.randn(4, 5, 3)
+    found = predicted(by, logits, LENGTHS)
+    for b, length in enumerate(LENGTHS):
+        torch.testing.assert_close(found[b], predicted(by, logits[:length, b : b + 1])[0])
+
+
+def test_predict_takes_lengths():
+    model = small_network()
+    x, _ = padded()
+    found = sltt.predict(model, x, lengths=LENGTHS)
+    for b, length in enumerate(LENGTHS):
+        torch.testing.assert_close(found[b], sltt.predict(model, x[:length, b : b + 1])[0])
+    with pytest.raises(ValueError, match="expected lengths from 1 to T = 4 of 5 samples"):
+        sltt.predict(model, x, lengths=[1])
+
+
+@pytest.mark.parametrize(
+    ("rule", "loss", "lengths", "message"),
+    [
+        (sltt.RateBased(), LOSS, LENGTHS, r"RateBased\(\) has mean rates of all steps.*use SLTT or BPTT"),
+        (sltt.BPTT(), sltt.losses.OfLast(LOSS), LENGTHS, "OfLast looks at padded steps too"),
+        (sltt.SLTT(), sltt.losses.Activity(LOSS), LENGTHS, "Activity looks at padded steps too"),
+        (sltt.SLTT(), LOSS, (4, 2, 3, 1), "expected lengths from 1 to T = 4 of 5 samples, got"),
+        (sltt.SLTT(), LOSS, (4, 2, 3, 0, 1), "expected lengths from 1 to T = 4"),
+        (sltt.SLTT(), LOSS, (4, 2, 3, 5, 1), "expected lengths from 1 to T = 4"),
+    ],
+)
+def test_what_cannot_leave_out_padded_steps_is_refused(rule, loss, lengths, message):
+    x, y = batch()
+    with pytest.raises(ValueError, match=message):
+        rule(small_network(), x, sltt.Padded(y, lengths), loss)
+
+
+def recordings():
+    """Two classes of sequences of 2 to 6 steps."""
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for i in range(40):
+        length = 2 + i % 5
+        samples.append((2.0 * (i % 2) + 0.1 * torch.randn(length, 4, generator=generator), i % 2))
+    return sltt.data.from_datasets(samples, 0.25, static=False, pad=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_leaves_out_padded_steps(accumulate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 16), sltt.LIF(tau=2.0), nn.Linear(16, 2))
+    settings = {"steps": 6, "batch_size": 8, "device": "cpu"}
+    result = sltt.fit(model, recordings(), sltt.SLTT(), epochs=8, accumulate=accumulate, **settings)
+    metrics = sltt.evaluate(model, recordings(), "validation", **settings)
+    assert metrics.accuracy == result.history[result.epoch - 1]["validation_accuracy"] == 1.0
