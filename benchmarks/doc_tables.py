@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from sltt.commands.fscil import SCORES, percent
-from sltt.commands.results import accuracy_text
+from sltt.commands.results import scores_text
 from sltt.training.console import megabytes
 
 MARGIN = 0.01  # of accuracy: where sltt report calls a loss none
@@ -48,7 +48,7 @@ def all_tasks(results: Path) -> str:
     rows = []
     for row in json.loads((results / "tasks.json").read_text()):
         seconds = "–" if row["seconds"] is None else f"{row['seconds']:.1f}"
-        reached = accuracy_text(row["accuracies"]), str(len(row["accuracies"]))
+        reached = scores_text(row["accuracies"]), str(len(row["accuracies"]))
         cells = megabytes(row["peak_memory"]), seconds, f"{row['cosine']:.3f}"
         rows.append([row["task"], row["rule"], *reached, *cells])
     headings = ["task", "rule", "test accuracy", "seeds", "memory", "seconds per epoch", "cosine"]
@@ -68,7 +68,7 @@ def runs(name: str) -> Callable[[Path], str]:
             by_seed = {row["seed"]: row for row in epochs}.values()
             reached = ([float(row[key]) for row in by_seed] for key in ("test_accuracy", "last_epoch_test"))
             seconds = statistics.median(float(row["seconds"]) for row in epochs)
-            rows.append([rule, str(len(by_seed)), *map(accuracy_text, reached), f"{seconds:.3g}"])
+            rows.append([rule, str(len(by_seed)), *map(scores_text, reached), f"{seconds:.3g}"])
         return markdown(["rule", "seeds", "test accuracy", "after the last epoch", "seconds per epoch"], rows)
 
     return table
@@ -103,7 +103,7 @@ def accuracy(results: Path) -> str:
         middle, spread = difference(bptt, sltt)
         shown = f"{100 * middle:+.1f} ± {100 * spread:.1f}"
         counts = f"{len(bptt)}, {len(sltt)}"
-        rows.append([name, counts, accuracy_text(bptt), accuracy_text(sltt), shown, verdict(middle, spread)])
+        rows.append([name, counts, scores_text(bptt), scores_text(sltt), shown, verdict(middle, spread)])
     return markdown(["data", "seeds", "BPTT", "SLTT", "SLTT − BPTT, points", "within one point"], rows)
 
 
@@ -123,7 +123,7 @@ def k(results: Path) -> str:
     sources = [digits, {rule: row["accuracies"] for rule, row in events.items()}, nmnist, cifar10]
     heads = ["1", "2", "4", "T", "BPTT"]
     rows = [
-        [name, *(accuracy_text(source[rules[head]]) if head in rules else "" for head in heads)]
+        [name, *(scores_text(source[rules[head]]) if head in rules else "" for head in heads)]
         for (name, rules), source in zip(columns.items(), sources, strict=True)
     ]
     return markdown(["data", *(f"K = {head}" if head != "BPTT" else head for head in heads)], rows)
@@ -204,7 +204,7 @@ def stages(results: Path) -> str:
                         ("stage-2", "8 epochs at T = 6")):  # fmt: skip
         for row in load(results, name)["rows"]:
             rule = "any" if name == "stage-1" else row["rule"].replace("SLTT:k=1", "SLTT-1")
-            rows.append([label, rule, accuracy_text(row["accuracies"])])
+            rows.append([label, rule, scores_text(row["accuracies"])])
     return markdown(["training", "rule", "test accuracy"], rows)
 
 
@@ -213,7 +213,7 @@ def trained_map(results: Path) -> str:
     rows = []
     for cell in sorted(load(results, "map").values(), key=lambda cell: (cell["T"], cell["tau"])):
         of = {row["rule"]: row for row in cell["rows"]}
-        reached = (accuracy_text(of[rule]["accuracies"]) for rule in ("BPTT", "SLTT"))
+        reached = (scores_text(of[rule]["accuracies"]) for rule in ("BPTT", "SLTT"))
         rows.append([str(cell["T"]), f"{cell['tau']:g}", *reached, f"{of['SLTT']['cosine']:.2f}"])
     return markdown(["T", "τ", "BPTT", "SLTT", "cosine after the training"], rows)
 

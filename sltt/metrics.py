@@ -87,6 +87,11 @@ def improves(metric: Callable[..., Any], score: float) -> float:
     return score if higher_is_better(metric) else -score
 
 
+def is_share(name: str) -> bool:
+    """Whether the metric of a name is a share, which is shown in per cent."""
+    return name.endswith("accuracy")
+
+
 def shown(name: str, score: float) -> str:
     """A score for people: a share in per cent, others as they are."""
-    return f"{score:.2%}" if name.endswith("accuracy") else f"{score:.4g}"
+    return f"{score:.2%}" if is_share(name) else f"{score:.4g}"

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,22 @@ from rich.table import Table
 
 from sltt.analysis import Operations, agreement, count_operations, memory_parts
 from sltt.commands.failures import cause
-from sltt.commands.parsing import CommandOptions, Recipe, begin, count
-from sltt.commands.prepared import prepared, test_accuracy
-from sltt.commands.results import accuracy_text, give
+from sltt.commands.parsing import RULES, CommandOptions, Recipe, begin, count
+from sltt.commands.prepared import prepared, test_score
+from sltt.commands.results import give, rule_of, scores_text
+from sltt.commands.vary import VARY_HELP, as_options, best_of, grid, labelled, values
 from sltt.data import Classes
-from sltt.metrics import name_of
+from sltt.metrics import higher_is_better, name_of
 from sltt.training.console import Console, megabytes
 from sltt.training.fit import Fit, resume_run, start_run
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
 
 HELP = (
-    "Train every rule with every seed, in all phases, under the recipe's budget. Print test accuracy (mean ± standard "
-    "deviation), seconds for an epoch, and of one batch peak memory, multiplications and the gradient's cosine with "
-    "BPTT's. Run again, it continues where it stopped. Other options are those of sltt train."
+    "Train every rule with every seed, in all phases, under the recipe's budget; with --vary, values of other options. "
+    "Print the metric on the test samples (mean ± standard deviation), seconds for an epoch, and of one batch peak "
+    "memory, multiplications and the gradient's cosine with BPTT's. Run again, it continues where it stopped. Other "
+    "options are those of sltt train."
 )
 
 
@@ -35,15 +37,21 @@ def run(words: Sequence[str]) -> None:
     name, words = begin(words, "digits")
     options = CommandOptions("sltt compare [RECIPE]", HELP)
     options.add_rules()
+    options.set_defaults(rules=None)  # those of `add_rules`, or with --vary that of the recipe
+    options.add_argument("--vary", type=values, action="append", default=[], metavar="OPTION=A,B", help=VARY_HELP)
     options.add_argument("--seeds", type=count, default=1, help="number of seeds; default: 1")
     options.add_output("default: runs/compare-RECIPE, and a mark of the options")
     known, overrides = options.parse_known_args(words)
     recipe = Recipe("sltt compare", name, overrides)
-    known.save = known.save or default_folder("compare", recipe)
-    for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
-        check_metric(recipe.build(rule=rule).metric, "sltt compare")
-    found = compare(known.rules, known.seeds, known.save, recipe, Console(quiet=known.json))
-    give(compared_json(recipe, found), known, "compare.json", lambda report: print_compared(found, report))
+    varied = grid(known.vary)
+    known.save = known.save or default_folder("compare", recipe, *(option for option, _ in known.vary))
+    asked = known.rules or ([None] if known.vary else RULES)
+    each = [Contestant(rule, options) for rule in asked for options in varied]
+    for one in each:  # what is wrong with an option or a rule ends this before a training begins
+        Training.of(vars(one.build(recipe)))
+    found = compare(each, known.seeds, known.save, recipe, Console(quiet=known.json))
+    metric = recipe.build().metric
+    give(compared_json(recipe, found), known, "compare.json", lambda report: print_compared(found, metric, report))
     tell_died(found)
 
 
@@ -54,22 +62,33 @@ def default_folder(command: str, recipe: Recipe, *more: str) -> Path:
     return Path("runs") / f"{command}-{recipe.name}{mark}"
 
 
-def check_metric(metric: Any, command: str) -> None:
-    """Raise ValueError for another metric than accuracy."""
-    if name_of(metric) != "accuracy":
-        raise ValueError(
-            f"{command} compares accuracies, and the metric here is {name_of(metric)}: train each rule by "
-            "sltt train --rule RULE, and give the folders of the runs to sltt report"
-        )
+@dataclass(frozen=True)
+class Contestant:
+    """What is trained: a rule, or that of the recipe, with the values of the options that vary."""
+
+    rule: str | None
+    varied: dict[str, str] = field(default_factory=dict)
+
+    def build(self, recipe: Recipe, *more: str) -> Any:
+        """What the recipe builds with that."""
+        return recipe.build(*as_options(self.varied), *more, rule=self.rule)
+
+    def resolved(self, recipe: Recipe, *more: str) -> dict[str, Any]:
+        """The configuration of the same."""
+        return recipe.resolved(*as_options(self.varied), *more, rule=self.rule)
 
 
 @dataclass
 class Compared:
-    """One rule over its seeds.
+    """One rule, and values of what varies, over its seeds.
 
     Attributes:
         rule: as it was asked for.
-        accuracies: test accuracy of each seed.
+        varied: values of the options that vary.
+        steps: T.
+        runs: folder of each seed.
+        scores: the metric on the test samples, of each seed.
+        validation: the same on the validation samples, None where nothing is held out.
         seconds: of a training epoch, median over epochs and seeds.
         peak_memory: bytes of one batch above what is allocated before.
         operations: multiplications of one batch.
@@ -78,7 +97,11 @@ class Compared:
     """
 
     rule: str
-    accuracies: list[float] = field(default_factory=list)
+    varied: dict[str, str] = field(default_factory=dict)
+    steps: int | None = None
+    runs: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    validation: list[float | None] = field(default_factory=list)
     seconds: float = math.nan
     peak_memory: int = 0
     operations: Operations | None = None
@@ -86,34 +109,40 @@ class Compared:
     errors: list[str] = field(default_factory=list)
 
 
-def compare(rules: Sequence[str], seeds: int, folder: Path, recipe: Recipe, report: Console) -> list[Compared]:
-    """Train every rule with every seed, in all phases, and measure; what `folder` has of a run before is not run again.
+def compare(each: Sequence[Contestant], seeds: int, folder: Path, recipe: Recipe, report: Console) -> list[Compared]:
+    """Train each with every seed, in all phases, and measure; what `folder` has of a run before is not run again.
 
     Args:
-        rules: as for `rule_options`.
+        each: rules and options.
         seeds: number of seeds, from 0.
         folder: of all runs.
         recipe: what is trained.
         report: shows the progress.
     """
-    with session(Execution.of(vars(recipe.build()))) as here:
-        return [_compared(here, text, seeds, folder, recipe, report) for text in rules]
+    found = []
+    for one in each:
+        with session(Execution.of(vars(one.build(recipe)))) as here:
+            found.append(_compared(here, one, seeds, folder, recipe, report))
+    return found
 
 
-def _compared(here: Session, rule: str, seeds: int, folder: Path, recipe: Recipe, report: Console) -> Compared:
-    """One of the rules."""
-    compared, seconds = Compared(rule), []
+def _compared(here: Session, one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: Console) -> Compared:
+    """One of them."""
+    compared, seconds = Compared(one.rule or rule_of(recipe.resolved()), one.varied), []
     for seed in range(seeds):
         try:
-            built, result = train_one(here, rule, seed, folder, recipe, report)
-            accuracy = test_accuracy(here, built)
+            built, result = train_one(here, one, seed, folder, recipe, report)
+            tested = test_score(here, built)
             if compared.operations is None:
                 _measure(compared, here, built)
         except Exception as error:  # the others still run
-            report.warn(f"{rule}, seed {seed} died: {cause(error)}")
+            report.warn(f"{labelled(compared.rule, one.varied)}, seed {seed} died: {cause(error)}")
             compared.errors.append(f"seed {seed}: {cause(error)}")
             continue
-        compared.accuracies.append(accuracy)
+        compared.steps = built.steps
+        compared.runs.append(result.run.name)
+        compared.scores.append(tested)
+        compared.validation.append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])
         seconds += [row["seconds"] for row in result.history]
     if seconds:
         compared.seconds = statistics.median(seconds)
@@ -122,21 +151,22 @@ def _compared(here: Session, rule: str, seeds: int, folder: Path, recipe: Recipe
 
 def train_one(
     here: Session,
-    rule: str,
+    one: Contestant,
     seed: int,
     folder: Path,
     recipe: Recipe,
     report: Console,
     classes: list[int] | None = None,
 ) -> tuple[Any, Fit]:
-    """Train one rule with one seed, or go on where its run in `folder` stopped; on the data's `classes` only, if given.
+    """Train one of them with one seed, or go on where its run in `folder` stopped; on `classes` only, if given.
 
     Returns what the recipe builds, with the trained weights and its whole data, and the training.
     """
-    run = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', rule).strip('-')}-seed{seed}"
-    report.line(f"{rule}, seed {seed}: {run}")
-    built = recipe.build("--seed", str(seed), rule=rule)
-    config, data = recipe.resolved("--seed", str(seed), rule=rule), built.data
+    name = labelled(one.rule or rule_of(recipe.resolved()), one.varied)
+    run = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-')}-seed{seed}"
+    report.line(f"{name}, seed {seed}: {run}")
+    built = one.build(recipe, "--seed", str(seed))
+    config, data = one.resolved(recipe, "--seed", str(seed)), built.data
     if classes is not None:
         data = Classes(data, classes)
         config["data"] = {
@@ -153,26 +183,33 @@ def tell_died(found: Sequence[Any]) -> None:
         raise RuntimeError(f"{len(died)} runs died; the same command tries them again: {'; '.join(died)}")
 
 
-def print_compared(found: Sequence[Compared], report: Console) -> None:
-    """A table with a row for each rule."""
+def print_compared(found: Sequence[Compared], metric: Callable[..., Any], report: Console) -> None:
+    """A table with a row for each; where options vary, the score on the validation samples too, and the best."""
+    sweep, name = any(one.varied for one in found), name_of(metric)
     table = Table(box=None, pad_edge=False)
-    for heading in ("rule", "accuracy", "s/epoch", "memory", "mult. fwd", "mult. bwd", "cosine"):
-        table.add_column(heading, justify="left" if heading == "rule" else "right")
+    score = {"accuracy": "accuracy"}.get(name, name)
+    headings = ("validation", "test", "s/epoch", "memory") if sweep else (
+        score, "s/epoch", "memory", "mult. fwd", "mult. bwd", "cosine"
+    )  # fmt: skip
+    table.add_column(score if sweep else "rule")
+    for heading in headings:
+        table.add_column(heading, justify="right")
     for one in found:
-        if not one.accuracies:
-            table.add_row(one.rule, "died")
+        label = labelled(one.rule, one.varied)
+        if not one.scores:
+            table.add_row(label, "died")
             continue
         assert one.operations is not None
+        costs = f"{one.seconds:.2f}", megabytes(one.peak_memory)
+        products = f"{one.operations.forward:.2e}", f"{one.operations.backward:.2e}", f"{one.cosine:.3f}"
+        scores = scores_text(one.scores, name)
         table.add_row(
-            one.rule,
-            accuracy_text(one.accuracies),
-            f"{one.seconds:.2f}",
-            megabytes(one.peak_memory),
-            f"{one.operations.forward:.2e}",
-            f"{one.operations.backward:.2e}",
-            f"{one.cosine:.3f}",
+            label, *((scores_text(one.validation, name), scores, *costs) if sweep else (scores, *costs, *products))
         )
     report.table(table)
+    if sweep:
+        rows = [{**vars(one), "rule": labelled(one.rule, one.varied)} for one in found]
+        report.line(best_of(rows, name, higher_is_better(metric)))
 
 
 def compared_json(recipe: Recipe, found: Sequence[Compared]) -> dict[str, Any]:
@@ -181,7 +218,10 @@ def compared_json(recipe: Recipe, found: Sequence[Compared]) -> dict[str, Any]:
     test: Any = built.data.splits(built.steps).test
     samples = None if test is None else len(test)
     rows = [{**vars(one), "operations": one.operations and one.operations._asdict()} for one in found]
-    return {"recipe": recipe.name, "steps": built.steps, "samples": samples, "rows": rows}
+    if name_of(built.metric) == "accuracy":  # by this name too, as scripts know it
+        rows = [{**row, "accuracies": row["scores"]} for row in rows]
+    metric = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
+    return {"recipe": recipe.name, "steps": built.steps, "samples": samples, **metric, "rows": rows}
 
 
 def _measure(compared: Compared, session: Session, built: Any) -> None:

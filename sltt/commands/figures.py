@@ -58,7 +58,8 @@ def lines(
         y: label of the axis.
         percent: y is a share.
     """
-    figure, axes = _figure(3.4)
+    rows = -(-len(series) // _columns(list(series)))
+    figure, axes = _figure(3.4 + 0.2 * max(rows - 2, 0))
     for label, several in series.items():
         for i, (xs, ys) in enumerate(several):
             marker = "o" if len(xs) < 20 else ""
@@ -193,4 +194,10 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 def _legend(axes: Axes, entries: int) -> None:
     if entries > 1:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(entries, 3))
+        labels = [str(label) for label in axes.get_legend_handles_labels()[1]]
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=_columns(labels))
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Columns of a legend: three, or as many as there is room for."""
+    return max(1, min(len(labels), 3, 54 // (max(map(len, labels), default=1) + 4)))

@@ -12,12 +12,13 @@ from rich.table import Table
 from torch import Tensor
 
 from sltt.analysis.fewshot import FewShot, chance, draw_shots, embeddings, incremental, prototypes, session_sizes
-from sltt.commands.compare import check_metric, default_folder, tell_died, train_one
+from sltt.commands.compare import Contestant, default_folder, tell_died, train_one
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, begin, count, numbers
 from sltt.commands.results import give
 from sltt.data import Classes, Splits
 from sltt.data.classes import class_labels
+from sltt.metrics import name_of
 from sltt.training.batches import ending
 from sltt.training.console import Console
 from sltt.training.session import Session, session
@@ -49,7 +50,8 @@ def run(words: Sequence[str]) -> None:
     recipe = Recipe("sltt fscil", name, overrides)
     known.save = known.save or default_folder("fscil", recipe, f"base {known.base}", f"order {known.order}")
     for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
-        check_metric(recipe.build(rule=rule).metric, "sltt fscil")
+        if (name := name_of(recipe.build(rule=rule).metric)) != "accuracy":
+            raise ValueError(f"sltt fscil compares accuracies, and the metric here is {name}: leave --metric out")
     task = Task.of(recipe, known.base, known.way, known.shot, known.sessions, known.order)
     found = few_shots(task, known.rules, known.seeds, known.save, Console(quiet=known.json))
     give(fewshot_json(task, found), known, "fscil.json", lambda report: print_few_shots(task, found, report))
@@ -127,7 +129,7 @@ def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report
             for seed in range(seeds):
                 try:
                     classes = task.order[: task.sizes[0]]
-                    built, _ = train_one(here, rule, seed, folder, recipe, report, classes)
+                    built, _ = train_one(here, Contestant(rule), seed, folder, recipe, report, classes)
                     row.found.append(_classified(here, task, seed, built))
                 except Exception as error:  # the others still run
                     report.warn(f"{rule}, seed {seed} died: {cause(error)}")

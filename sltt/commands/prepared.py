@@ -76,9 +76,9 @@ def prepared(here: Session, built: Any, steps: int, *, full_precision: bool = Fa
             hook.remove()
 
 
-def test_accuracy(here: Session, built: Any) -> float:
-    """Of a trained network, measured as its training is set up."""
-    return measure_split(here, built.model, built.data, "test", **measured_with(built)).accuracy
+def test_score(here: Session, built: Any) -> float:
+    """The metric of a trained network, measured as its training is set up."""
+    return measure_split(here, built.model, built.data, "test", **measured_with(built)).score
 
 
 def _run_in_precision(model: nn.Module, fabric: "Fabric") -> tuple[Any, Any]:

@@ -13,6 +13,8 @@ import yaml
 
 from sltt.commands.hints import locate
 from sltt.commands.parsing import rule_options
+from sltt.commands.vary import labelled
+from sltt.metrics import is_share
 from sltt.training.console import Console, as_json
 from sltt.training.files import read_table, write_atomically
 from sltt.training.runs import CONFIG, METRICS
@@ -33,10 +35,12 @@ def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Conso
         report.line(f"written to {known.save / name}")
 
 
-def accuracy_text(accuracies: Sequence[float]) -> str:
-    """The mean accuracy over seeds, ± the standard deviation where there are several."""
-    spread = f" ± {statistics.stdev(accuracies):.1%}" if len(accuracies) > 1 else ""
-    return f"{statistics.mean(accuracies):.1%}{spread}"
+def scores_text(scores: Sequence[float | None], metric: str = "accuracy") -> str:
+    """The mean of a metric over seeds, ± the standard deviation where there are several."""
+    known = [one for one in scores if one is not None]
+    form = ".1%" if is_share(metric) else ".3g"
+    spread = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):{form}}{spread}" if known else "–"
 
 
 @dataclass
@@ -103,13 +107,21 @@ def _read(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text(), parse_constant=lambda name: None)
     for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:
         if "rule" in row:
-            row["rule"] = _asked_label(row["rule"])
+            row["rule"] = labelled(_asked_label(row["rule"]), row.get("varied", {}))
+    if path.name == "compare.json":
+        found = {"metric": "accuracy", "higher_is_better": True, **found}  # what an earlier version did not say
+        found["rows"] = [{"scores": row.pop("accuracies", []), **row} for row in found["rows"]]
     return found
 
 
 def rule_label(run: Path) -> str:
     """The rule of a run as it is written for `sltt compare`: SLTT:k=1."""
-    rule = yaml.safe_load((run / CONFIG).read_text())["rule"]
+    return rule_of(yaml.safe_load((run / CONFIG).read_text()))
+
+
+def rule_of(config: dict[str, Any]) -> str:
+    """The rule of a configuration, likewise."""
+    rule = config["rule"]
     return _label(rule["class_path"], rule.get("init_args") or {})
 
 

@@ -11,7 +11,7 @@ from sltt.commands.failures import cause
 from sltt.commands.fscil import SCORES
 from sltt.commands.lr import advice
 from sltt.commands.page import Cell, Chart, Section, TableOfCells
-from sltt.commands.results import Gathered, accuracy_text, rule_label
+from sltt.commands.results import Gathered, rule_label, scores_text
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
 from sltt.metrics import shown
 from sltt.training.console import megabytes, metric_of
@@ -30,11 +30,12 @@ def sections(found: Gathered) -> list[Section]:
     asked = [row["rule"] for one in found.comparisons for row in one["rows"]]
     asked += [row["rule"] for one in found.profiles for row in one["costs"]]
     asked += [row["rule"] for one in found.fewshots for row in one["rows"]]
-    colours = palette([*asked, *map(rule_label, found.runs)])
+    names = {run: _name_of(run, found) for run in found.runs}
+    colours = palette([*asked, *names.values()])
     made = [_short(found)] if verdicts(found) or found.agreements else []
     made += [_comparison(one) for one in found.comparisons]
     if found.runs:
-        made.append(_training(found.runs, colours))
+        made.append(_training(names, colours))
     for one in found.profiles:
         made += [_costs(one, colours), _energy(one)]
     made += [_agreement(one) for one in found.agreements]
@@ -57,30 +58,44 @@ def _short(found: Gathered) -> Section:
         rows.append(
             [
                 Cell(one.rule, one.rule),
-                Cell("–" if one.accuracy is None else accuracy_text(one.accuracies), one.accuracy),
+                Cell("–" if one.score is None else scores_text(one.scores, one.metric), one.score),
                 Cell("–", "") if memory is None else _bytes_cell(memory, f", T = {most}" if most else ""),
                 _number(one.seconds, ".2f"),
             ]
         )
     unit = "s / epoch" if found.comparisons else "s / batch"
-    tables = [TableOfCells("short", "", ("rule", "test accuracy", "memory of a batch", unit), rows)] if rows else []
+    metric = next((one["metric"] for one in found.comparisons), "accuracy").replace("_", " ")
+    tables = [TableOfCells("short", "", ("rule", f"test {metric}", "memory of a batch", unit), rows)] if rows else []
     return Section("In short", answers(found), tables, layers=layers(found))
 
 
 def _comparison(found: dict[str, Any]) -> Section:
-    headings = "rule", "test accuracy", "seeds", "s / epoch", "memory", "mult. forward", "mult. backward", "cosine"
+    sweep, metric = any(row.get("varied") for row in found["rows"]), found["metric"]
+    name = metric.replace("_", " ")
+    headings = (
+        "rule",
+        *([f"validation {name}"] if sweep else []),
+        f"test {name}",
+        "seeds",
+        "s / epoch",
+        "memory",
+        "mult. forward",
+        "mult. backward",
+        "cosine",
+    )
     rows = []
     for row in found["rows"]:
         one = Compared(**row)
-        if not one.accuracies or row["operations"] is None:
-            rows.append([Cell(one.rule, one.rule), Cell("died", ""), *[Cell("", "")] * 6])
+        if not one.scores or row["operations"] is None:
+            rows.append([Cell(one.rule, one.rule), Cell("died", ""), *[Cell("", "")] * (len(headings) - 2)])
             continue
         forward, backward = row["operations"]["forward"], row["operations"]["backward"]
         rows.append(
             [
                 Cell(one.rule, one.rule),
-                Cell(accuracy_text(one.accuracies), statistics.mean(one.accuracies)),
-                Cell(str(len(one.accuracies)), len(one.accuracies)),
+                *([_score(one.validation, metric)] if sweep else []),
+                _score(one.scores, metric),
+                Cell(str(len(one.scores)), len(one.scores)),
                 _number(one.seconds, ".2f"),
                 Cell(megabytes(one.peak_memory), one.peak_memory),
                 Cell(f"{forward:.2e}", forward),
@@ -88,24 +103,32 @@ def _comparison(found: dict[str, Any]) -> Section:
                 _number(one.cosine, ".3f"),
             ]
         )
+    trained = "All" if sweep else "All rules"
     text = [
-        f"All rules train the same network on the same data, with the same budget and seeds. {MEMORY} Multiplications "
+        f"{trained} train the same network on the same data, with the same budget and seeds. {MEMORY} Multiplications "
         "are those of one batch. The cosine compares the rule's gradient with that of BPTT, after the training."
     ]
     return Section(
-        f"Rules compared on {found['recipe']}", text, [TableOfCells("comparison", "one row a rule", headings, rows)]
+        f"{'Values' if sweep else 'Rules'} compared on {found['recipe']}",
+        text,
+        [TableOfCells("comparison", "one row a rule", headings, rows)],
     )
 
 
-def _training(runs: Sequence[Path], colours: dict[str, str]) -> Section:
+def _name_of(run: Path, found: Gathered) -> str:
+    """The rule of a run; with the values of what varied, where it is one of a comparison."""
+    rows = [row for one in found.comparisons for row in one["rows"] if run.name in row.get("runs", ())]
+    return rows[0]["rule"] if rows else rule_label(run)
+
+
+def _training(runs: dict[Path, str], colours: dict[str, str]) -> Section:
     from sltt.commands import figures
 
     accuracy: dict[str, list[figures.Points]] = {}
     loss: dict[str, list[figures.Points]] = {}
     rows, metric = [], "accuracy"
-    for run in runs:
+    for run, label in runs.items():
         history = read_table(run / METRICS)
-        label = rule_label(run)
         epochs = [row["epoch"] for row in history]
         metric = metric_of(history[0])
         part = "train" if history[0][f"validation_{metric}"] is None else "validation"
@@ -287,7 +310,7 @@ def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:
             rows.append([Cell(row["rule"], row["rule"]), Cell("died", ""), *[Cell("", "")] * (len(SCORES) - 1)])
             continue
         lines[row["rule"]] = [(seen, one) for one in row["accuracies"]]
-        means = (Cell(accuracy_text(row[name]), statistics.mean(row[name])) for name in SCORES)
+        means = (Cell(scores_text(row[name]), statistics.mean(row[name])) for name in SCORES)
         rows.append([Cell(row["rule"], row["rule"]), *means])
     base, way, count = found["sizes"][0], found["sizes"][1], len(found["sizes"]) - 1
     text = [
@@ -344,6 +367,11 @@ def _spikes(found: Gathered) -> Section:
         return section
     section.text.append("Left out: see the notes at the top.")
     return section
+
+
+def _score(scores: Sequence[float | None], metric: str) -> Cell:
+    known = [one for one in scores if one is not None]
+    return Cell(scores_text(scores, metric), statistics.mean(known) if known else "")
 
 
 def _number(value: float | None, form: str) -> Cell:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sltt.commands.results import Gathered
+from sltt.commands.vary import best_of
+from sltt.metrics import is_share, shown
 
 MARGIN = 0.01  # of accuracy: a smaller loss is called none
 
@@ -16,7 +18,9 @@ class Verdict:
 
     Attributes:
         rule: its name.
-        accuracies: on the test samples, one for each seed.
+        scores: the metric on the test samples, one for each seed.
+        metric: its name.
+        sign: 1 where more is better, −1 for an error.
         samples: the number of test samples.
         seconds: of a training epoch, or of a training batch where no epoch was timed.
         memory: bytes of a training batch, for each T.
@@ -24,16 +28,18 @@ class Verdict:
     """
 
     rule: str
-    accuracies: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    metric: str = "accuracy"
+    sign: int = 1
     samples: int | None = None
     seconds: float | None = None
     memory: dict[int | None, int] = field(default_factory=dict)
     cosine: float | None = None
 
     @property
-    def accuracy(self) -> float | None:
+    def score(self) -> float | None:
         """The mean over the seeds."""
-        return statistics.mean(self.accuracies) if self.accuracies else None
+        return statistics.mean(self.scores) if self.scores else None
 
 
 def verdicts(found: Gathered) -> list[Verdict]:
@@ -41,20 +47,22 @@ def verdicts(found: Gathered) -> list[Verdict]:
     rules: dict[str, Verdict] = {}
     for one in found.comparisons[:1]:
         for row in one["rows"]:
-            if row["accuracies"]:
+            if row["scores"]:
                 rules[row["rule"]] = Verdict(
                     row["rule"],
-                    row["accuracies"],
+                    row["scores"],
+                    one["metric"],
+                    1 if one["higher_is_better"] else -1,
                     one.get("samples"),
                     row["seconds"],
-                    {one.get("steps"): row["peak_memory"]},
+                    {row.get("steps") or one.get("steps"): row["peak_memory"]},
                     row["cosine"],
                 )
     for one in found.profiles[:1]:
         for row in one["costs"]:
             rule = rules.setdefault(row["rule"], Verdict(row["rule"]))
             rule.memory.setdefault(row["steps"], batch_memory(row["memory"]))
-            if not rule.accuracies:
+            if not rule.scores:
                 rule.seconds = row["seconds"]["total"]
     return list(rules.values())
 
@@ -65,7 +73,13 @@ def batch_memory(parts: dict[str, int]) -> int:
 
 
 def answers(found: Gathered) -> list[str]:
-    """A sentence for each rule beside BPTT; without BPTT beside the first; the advice on gradients where no rule is."""
+    """A sentence for each rule beside BPTT; without BPTT beside the first; the advice on gradients where no rule is.
+
+    Where options vary, the best values instead, by the validation samples.
+    """
+    for one in found.comparisons[:1]:
+        if any(row.get("varied") for row in one["rows"]):
+            return [best_of(one["rows"], one["metric"], one["higher_is_better"])]
     rules = verdicts(found)
     reference = next((one for one in rules if one.rule == "BPTT"), rules[0] if rules else None)
     said = [_sentence(one, reference) for one in rules if reference is not None and one is not reference]
@@ -74,17 +88,24 @@ def answers(found: Gathered) -> list[str]:
 
 def _sentence(one: Verdict, reference: Verdict) -> str:
     parts, safe = [], ""
-    if one.accuracy is not None and reference.accuracy is not None:
-        lost, noise = reference.accuracy - one.accuracy, _noise(one, reference)
+    if one.score is not None and reference.score is not None and is_share(one.metric):
+        name = one.metric.replace("_", " ")
+        lost, noise = reference.score - one.score, _noise(one, reference)
         if lost <= max(MARGIN, noise):
-            parts.append(f"accuracy within {100 * lost:.1f} points of {reference.rule}" if lost > 0 else
-                         f"accuracy not below that of {reference.rule}")  # fmt: skip
+            parts.append(f"{name} within {100 * lost:.1f} points of {reference.rule}" if lost > 0 else
+                         f"{name} not below that of {reference.rule}")  # fmt: skip
             safe = (
                 " Safe here." if noise <= 2 * MARGIN else f" Safe here, but measured to ±{100 * noise:.0f} points only."
             )
         else:
-            parts.append(f"accuracy {100 * lost:.1f} points below {reference.rule}")
+            parts.append(f"{name} {100 * lost:.1f} points below {reference.rule}")
             safe = " Not safe here."
+    elif one.score is not None and reference.score is not None:
+        parts.append(f"{one.metric.replace('_', ' ')} {shown(one.metric, one.score)}, {reference.rule} "
+                     f"{shown(one.metric, reference.score)}")  # fmt: skip
+        if len(one.scores) > 1 and len(reference.scores) > 1:
+            worse = one.sign * (reference.score - one.score) > _noise(one, reference)
+            safe = " Not safe here." if worse else " Safe here, as far as these seeds tell."
     both = sorted((steps for steps in one.memory if steps in reference.memory), key=lambda steps: steps or 0)
     saved = [(steps, reference.memory[steps] / one.memory[steps]) for steps in both[-2:] if one.memory[steps]]
     if saved:
@@ -93,7 +114,7 @@ def _sentence(one: Verdict, reference: Verdict) -> str:
         parts.append(f"{one.seconds / reference.seconds:.2f} × the time")
     if one.cosine is not None and not math.isnan(one.cosine):
         parts.append(f"gradient agreement {one.cosine:.2f}")
-    seeds = " One seed: repeat with --seeds 3." if len(one.accuracies) == 1 else ""
+    seeds = " One seed: repeat with --seeds 3." if len(one.scores) == 1 else ""
     return f"{one.rule}: {', '.join(parts)}.{safe}{seeds}" if parts else ""
 
 
@@ -102,8 +123,8 @@ def _times(ratio: float) -> str:
 
 
 def _noise(one: Verdict, other: Verdict) -> float:
-    """Twice the standard error of a difference of accuracies: over the seeds, or of the drawn test samples."""
-    pairs = [rule.accuracies for rule in (one, other)]
+    """Twice the standard error of a difference of scores: over the seeds, or of shares of the drawn test samples."""
+    pairs = [rule.scores for rule in (one, other)]
     if all(len(several) > 1 for several in pairs):
         return 2 * math.sqrt(sum(statistics.variance(several) / len(several) for several in pairs))
     if one.samples is None:

@@ -5,12 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+import yaml
 from rich.table import Table
 from torch import nn
 
 import sltt
 from sltt.analysis import count_operations
-from sltt.commands import compare, main, prepared
+from sltt.commands import compare, main, prepared, vary
 from sltt.commands.parsing import Recipe, rule_options, rules
 from sltt.training.console import Console, as_json
 from sltt.training.session import session
@@ -92,7 +93,7 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp
     assert all(len(line) <= 80 for line in table[:4])
     (folder,) = tmp_path.glob("runs/compare-digits-*")
     rows = json.loads((folder / "compare.json").read_text())["rows"]
-    assert [len(row["accuracies"]) for row in rows] == [2, 0, 2]
+    assert [len(row["scores"]) for row in rows] == [2, 0, 2]
     assert rows[0]["cosine"] == pytest.approx(1, abs=1e-4)
     assert rows[0]["peak_memory"] > rows[2]["peak_memory"] > 0
     assert rows[0]["operations"]["backward"] == 3 * rows[2]["operations"]["backward"]
@@ -103,7 +104,7 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp
         sltt.SLTT, "__call__", lambda self, *args, **kw: (trained.append(1), real(self, *args, **kw))[1]
     )
     assert main([*WORDS, "--rules", "SLTT:k=1", "--seeds", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][0]["accuracies"] == rows[2]["accuracies"]
+    assert json.loads(capsys.readouterr().out)["rows"][0]["scores"] == rows[2]["scores"]
     assert len(trained) < 20  # measured again, not trained again
 
 
@@ -113,12 +114,12 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
 
     def start_run(session, model, data, training, run, **settings):
         seen.append([str(phase.rule or training.rule) for phase in training.phases])
-        return types.SimpleNamespace(history=[])
+        return types.SimpleNamespace(history=[{"seconds": 1.0, "validation_accuracy": 0.5}], epoch=1, run=run)
 
     def measure_split(session, model, data, split, **settings):
         seen.append(session.execution)
         model.features[0].register_forward_hook(lambda module, x, out: dtypes.add((out.dtype, _channels_last(x[0]))))
-        return types.SimpleNamespace(accuracy=1.0)
+        return types.SimpleNamespace(score=1.0)
 
     monkeypatch.setattr(compare, "start_run", start_run)
     monkeypatch.setattr(prepared, "measure_split", measure_split)
@@ -144,11 +145,91 @@ def test_a_wrong_rule_ends_it_before_another_trains(capsys, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_another_metric_ends_it_before_a_training_begins(capsys, tmp_path, monkeypatch):
+ERROR = ["--metric", "tests.commands.tiny.Wrong"]
+
+
+def test_another_metric_is_compared_and_reported(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["compare", "digits", "--metric", "sltt.metrics.MeanSquaredError"]) == 1
-    assert "compares accuracies, and the metric here is mean_squared_error" in capsys.readouterr().err
+    assert main([*WORDS, *ERROR, "--rules", "BPTT,SLTT", "--seeds", "2", "--save", "a"]) == 0
+    assert "wrong" in capsys.readouterr().out
+    found = json.loads((tmp_path / "a" / "compare.json").read_text())
+    assert (found["metric"], found["higher_is_better"]) == ("wrong", False)
+    assert all(0 < score < 1 for row in found["rows"] for score in row["scores"])
+    pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+    assert main(["report", "a"]) == 0
+    page = (tmp_path / "a" / "report" / "report.html").read_text()
+    assert "test wrong" in page
+    assert "SLTT: wrong 0." in page
+
+
+SWEEP = ["--vary", "model.neuron.tau=1.1,4", "--vary", "rule.k=1,null", "--save", "a"]
+
+
+def test_values_of_options_are_compared_continued_and_the_best_is_told_by_validation(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*WORDS, *SWEEP]) == 0
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in out[out.index("validation") :].splitlines()[:5])
+    found = json.loads((tmp_path / "a" / "compare.json").read_text())
+    rows = found["rows"]
+    assert [tuple(row["varied"].values()) for row in rows] == [("1.1", "1"), ("1.1", "null"), ("4", "1"), ("4", "null")]
+    best = max(rows, key=lambda row: row["validation"][0])
+    told = (
+        f"SLTT, model.neuron.tau={best['varied']['model.neuron.tau']}, rule.k={best['varied']['rule.k']} has the best"
+    )
+    assert told in " ".join(out.split())
+    configs = [yaml.safe_load((tmp_path / "a" / row["runs"][0] / "config.yaml").read_text()) for row in rows]
+    assert [config["model"]["init_args"]["neuron"]["init_args"]["tau"] for config in configs] == [1.1, 1.1, 4.0, 4.0]
+    assert [config["rule"]["init_args"].get("k") for config in configs] == [1, None, 1, None]
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "start_run", None)  # trained before
+        assert main([*WORDS, *SWEEP]) == 0
+    again = json.loads((tmp_path / "a" / "compare.json").read_text())["rows"]
+    assert [row["scores"] for row in again] == [row["scores"] for row in rows]
+    pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+    assert main(["report", "a"]) == 0
+    page = (tmp_path / "a" / "report" / "report.html").read_text()
+    assert "Values compared on digits" in page
+    assert told in page
+    assert "validation accuracy" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tau"], "expected an option and its values, such as model.neuron.tau=1.1,2,4"),
+        (["tau=1,,2"], "expected an option and its values"),
+        (["seed=1,2"], "--vary does not take seed: use --seeds 3"),
+        (["rule=SLTT,BPTT"], "--vary does not take rule: use --rules"),
+        (["steps=1,2,1"], "1 stands twice in steps=1,2,1"),
+        (["steps=1", "--vary", "steps=2"], "--vary steps is given twice"),
+        (["model.nueron.tau=1"], "unknown option --nueron.tau"),
+        (["steps=1,0"], "steps must be at least 1"),
+    ],
+)
+def test_a_wrong_value_ends_it_before_a_training_begins(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*WORDS, "--vary", *words]) in (1, 2)
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_commas_within_brackets_are_no_separators():
+    assert vary.values("phases=[{epochs: 1, steps: 2}],null") == ("phases", ["[{epochs: 1, steps: 2}]", "null"])
+
+
+def swept(*rows):
+    rows = [{"rule": name, "scores": [0.5] * len(found), "validation": found} for name, found in rows]
+    return vary.best_of(rows, "accuracy", True)
+
+
+def test_the_best_value_is_told_from_the_next_or_not():
+    assert "b has the best validation accuracy: 90.00%" in swept(("a", [0.7, 0.7]), ("b", [0.9, 0.9]))
+    assert "The next is a: 70.00%." in swept(("a", [0.7, 0.7]), ("b", [0.9, 0.9]))
+    assert "no clear difference" in swept(("a", [0.7, 0.9]), ("b", [0.75, 0.95]))
+    assert "One seed" in swept(("a", [0.7]), ("b", [0.9]))
+    assert "Nothing was held out" in swept(("a", [None]), ("b", [None]))
+    assert vary.best_of([{"rule": "a", "scores": [1.0], "validation": [1.0]}], "error", False).startswith("a has")
 
 
 def test_numbers_that_are_not_finite_are_null_in_json():

@@ -125,6 +125,18 @@ def test_one_rule_written_in_two_ways_has_one_name_and_one_colour(measured, tmp_
     assert table.rows[0][-1].text == "–"
 
 
+def test_a_comparison_of_an_earlier_version_is_read(measured, tmp_path):
+    folder = shutil.copytree(measured, tmp_path / "all")
+    found = json.loads((folder / "compare.json").read_text())
+    del found["metric"], found["higher_is_better"]
+    for row in found["rows"]:
+        row["accuracies"] = row.pop("scores")
+        del row["varied"], row["steps"], row["runs"], row["validation"]
+    (folder / "compare.json").write_text(json.dumps(found))
+    tables = [sections(gather([one]))[1].tables[0].rows for one in (measured, folder)]
+    assert tables[0] == tables[1]
+
+
 def test_a_comparison_with_a_rule_that_died(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["compare", "digits", "--epochs", "1", "--rules", "SLTT:k=9", *SMALL, "--save", "a"]

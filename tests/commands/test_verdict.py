@@ -3,13 +3,17 @@ import pytest
 from sltt.commands.results import Gathered
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
 
+METRIC = {"metric": "accuracy", "higher_is_better": True}
+
 
 def compared(rule, accuracies, seconds=2.0, memory=20_000_000, cosine=1.0):
-    return {"rule": rule, "accuracies": accuracies, "seconds": seconds, "peak_memory": memory, "cosine": cosine}
+    return {"rule": rule, "scores": accuracies, "seconds": seconds, "peak_memory": memory, "cosine": cosine}
 
 
 def gathered(*rows, samples=10_000, **others):
-    return Gathered(comparisons=[{"recipe": "digits", "steps": 4, "samples": samples, "rows": rows}], **others)
+    return Gathered(
+        comparisons=[{"recipe": "digits", "steps": 4, "samples": samples, "rows": rows, **METRIC}], **others
+    )
 
 
 def cost(rule, steps, saved):
@@ -72,3 +76,15 @@ def test_without_trainings_the_advice_or_the_costs_answer():
 
 def test_memory_has_the_meaning_of_peak_memory():
     assert batch_memory(cost("BPTT", 4, 90)["memory"]) == 100
+
+
+def test_the_verdict_of_an_error_needs_several_seeds():
+    def said(*rows):
+        found = gathered(*(compared(rule, scores) for rule, scores in rows))
+        found.comparisons[0] |= {"metric": "mean_squared_error", "higher_is_better": False}
+        return answers(found)[0]
+
+    assert "mean squared error 0.2, BPTT 0.1" in said(("BPTT", [0.1]), ("SLTT", [0.2]))
+    assert "afe here" not in said(("BPTT", [0.1]), ("SLTT", [0.2]))
+    assert "Not safe here." in said(("BPTT", [0.1, 0.1]), ("SLTT", [0.2, 0.2]))
+    assert "Safe here, as far as these seeds tell." in said(("BPTT", [0.1, 0.1]), ("SLTT", [0.05, 0.05]))

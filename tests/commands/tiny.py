@@ -3,8 +3,18 @@
 import os
 
 from sltt.commands import main
+from sltt.metrics import Metric
 
 TINY = ["--model.width", "2", "--epochs", "2", "--steps", "2", "--batch_size", "256", "--device", "cpu"]
+
+
+class Wrong(Metric):
+    """The share of wrong predictions."""
+
+    higher_is_better = False
+
+    def __call__(self, prediction, target):
+        return (prediction.argmax(-1) != target).double().mean()
 
 
 def run(capsys, *words):

@@ -1,0 +1,66 @@
+"""`sltt compare --vary`: options that take several values in turn, and which of these is best."""
+
+import itertools
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sltt.metrics import shown
+
+VARY_HELP = "values to try, with the recipe's rule or --rules: model.neuron.tau=1.1,2,4; several make a grid"
+OWN = {"rule": "--rules BPTT,SLTT", "seed": "--seeds 3", "run": "--save FOLDER"}
+
+
+def values(text: str) -> tuple[str, list[str]]:
+    """An option and its values: model.neuron.tau=1.1,2,4."""
+    option, _, listed = text.partition("=")
+    option = option.removeprefix("--")
+    found = re.split(r",(?![^{\[]*[}\]])", listed)
+    if not re.fullmatch(r"[\w.]+", option) or "" in found:
+        raise ValueError(f"expected an option and its values, such as model.neuron.tau=1.1,2,4, got {text!r}")
+    if option in OWN:
+        raise ValueError(f"--vary does not take {option}: use {OWN[option]}")
+    if twice := {one for one in found if found.count(one) > 1}:
+        raise ValueError(f"{min(twice)} stands twice in {text}: name each value once")
+    return option, found
+
+
+def grid(given: Sequence[tuple[str, list[str]]]) -> list[dict[str, str]]:
+    """All combinations of the values; one without any where nothing is varied."""
+    names = [option for option, _ in given]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"--vary {min(twice)} is given twice: write all its values in one, separated by commas")
+    return [dict(zip(names, several, strict=True)) for several in itertools.product(*(found for _, found in given))]
+
+
+def as_options(varied: Mapping[str, str]) -> list[str]:
+    """The options of `sltt train`."""
+    return [word for option, value in varied.items() for word in (f"--{option}", value)]
+
+
+def labelled(rule: str, varied: Mapping[str, str]) -> str:
+    """The name of a row: SLTT, model.neuron.tau=2."""
+    return ", ".join([rule, *(f"{option}={value}" for option, value in varied.items())])
+
+
+def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bool) -> str:
+    """Which row has the best metric on the validation samples, and whether the next one is told from it."""
+    trained = [row for row in rows if row["scores"]]
+    if not trained or any(None in row["validation"] or not row["validation"] for row in trained):
+        return "Nothing was held out, so that there is no best value: set --data.validation 0.1."
+    ranked = sorted(trained, key=lambda row: statistics.mean(row["validation"]), reverse=higher_is_better)
+    first, means = ranked[0], [statistics.mean(row["validation"]) for row in ranked]
+    name = metric.replace("_", " ")
+    text = (
+        f"{first['rule']} has the best validation {name}: {shown(metric, means[0])}; "
+        f"on the test samples {shown(metric, statistics.mean(first['scores']))}."
+    )
+    if len(ranked) == 1:
+        return text
+    several = [row["validation"] for row in ranked[:2]]
+    if any(len(one) < 2 for one in several):
+        return f"{text} The next is {ranked[1]['rule']}: {shown(metric, means[1])}. One seed: repeat with --seeds 3."
+    noise = 2 * sum(statistics.variance(one) / len(one) for one in several) ** 0.5
+    told = "" if abs(means[0] - means[1]) > noise else ", no clear difference"
+    return f"{text} The next is {ranked[1]['rule']}: {shown(metric, means[1])}{told}."
