@@ -10,6 +10,7 @@ import sltt
 from sltt import kernels
 from sltt.analysis import parse_bytes
 from sltt.kernels import stepwise_norms
+from sltt.rules.folding import _peaks
 from sltt.sequence.fold import Fold, fold_of, folding
 from tests.conftest import LOSS, gradients
 from tests.references import measured
@@ -206,6 +207,20 @@ def test_auto_takes_the_largest_fold_within_the_budget():
                 rule(model, x, y, LOSS, steps=8)
             assert run(rule) <= parse_bytes(budget)
             assert max(sizes) in allowed
+
+
+def test_a_measured_peak_counts_gradients_that_are_there_already():
+    model = nn.Sequential(nn.Linear(64, 256), sltt.LIF(), nn.Linear(256, 256), sltt.LIF(), nn.Linear(256, 10))
+    x, y = torch.randn(8, 64), torch.randint(10, (8,))
+    found = []
+    for set_to_none in (False, True):
+        twin = copy.deepcopy(model)
+        sltt.SLTT()(twin, x, y, LOSS, steps=2)
+        twin.zero_grad(set_to_none)
+        sltt.SLTT(fold="auto", budget="1GB")(twin, x, y, LOSS, steps=2)
+        ((_, peaks),) = _peaks[twin].values()
+        found += peaks
+    assert found[0] == pytest.approx(found[1], rel=0.02)
 
 
 def test_auto_without_a_budget_takes_what_is_free():
