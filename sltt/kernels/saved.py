@@ -259,9 +259,11 @@ def layer_call(
 
 def _tag_scaled(args: Any, result: Any) -> None:
     spikes, factor = args if isinstance(args[0], Tensor) and args[0].ndim else reversed(args)
+    if not isinstance(spikes, Tensor) or (tag := tag_of(spikes)) is None:
+        return
     if isinstance(factor, Tensor) and not (factor.ndim or factor.is_cuda or factor.requires_grad):
         factor = factor.item()  # as of a threshold that balances a layer
-    if not isinstance(factor, int | float) or not math.isfinite(factor) or (tag := tag_of(spikes)) is None:
+    if not isinstance(factor, int | float) or not math.isfinite(factor):
         return
     if not (_alike(spikes, result) and packable(spikes) and packable(result)):  # both own all of their memory
         return
