@@ -41,7 +41,9 @@ def test_a_kernel_that_does_not_compile_runs_eagerly_with_a_warning():
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs two widths of vectors")
 def test_code_for_other_vectors_is_not_taken_from_the_compilers_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)  # takes longer than it saves
+    from torch._inductor import config
+
+    headers_as_they_are = config.patch(cpp_cache_precompile_headers=False)  # to compile them takes longer than it saves
     x = torch.randn(4096)
 
     def add(out, x):
@@ -51,7 +53,7 @@ def test_code_for_other_vectors_is_not_taken_from_the_compilers_cache(tmp_path, 
         monkeypatch.setenv("ATEN_CPU_CAPABILITY", name.lower())
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=name: name)
         out = torch.full_like(x, torch.nan)
-        with kernels.using(compile="on"):
+        with kernels.using(compile="on"), headers_as_they_are:
             Kernel(add)(out, x)
         assert torch.equal(out, x + 1)
 
