@@ -225,6 +225,7 @@ CASES: dict[str, Case] = {
     "SLTT, k = 1, dense": sltt_case(sltt.SLTT(k=1), sparse="off"),
     "SLTT, recompute": sltt_case(sltt.SLTT(recompute=True), "SLTT"),
     "SLTT, hoist": sltt_case(sltt.SLTT(hoist=True), "SLTT"),
+    "SLTT, fold = 10": sltt_case(sltt.SLTT(fold=10), "SLTT"),
     "OTTT": sltt_case(sltt.OTTT()),
     "BPTT": sltt_case(sltt.BPTT(), "BPTT"),
     "BPTT, dense": sltt_case(sltt.BPTT(), "BPTT", sparse="off"),

@@ -30,6 +30,8 @@ from sltt.kernels.sparse import density
 
 # Fewer elements than this are saved as they are: packing them costs more time than it is worth in memory.
 PACK_FROM = 4096
+# The same for spikes whose graph lives for one time step, which hardly add to the memory.
+BITS_FROM = 2**15
 # A tensor is recomputed from at most so many layers. A chain of residual blocks is a sum that grows: beyond this, one
 # of its terms is saved, or the recomputing would take a time that is quadratic in the number of blocks.
 LAYERS_AT_MOST = 2

@@ -6,7 +6,7 @@ Shapes: T time steps, B samples, C classes.
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -59,6 +59,7 @@ class Batch:
     _logits: dict[int, Tensor] = field(default_factory=dict)
     _total: Tensor | float = 0.0
     _weights: kernels.Weights = field(default_factory=kernels.Weights)
+    _largest: int = 0  # elements of the largest state; 0 before the first time step
 
     @property
     def model(self) -> nn.Module:
@@ -78,13 +79,20 @@ class Batch:
             cut: no gradient flows from one of the steps to the step before.
             recompute: convolutions and linear layers run again in the backward, instead of keeping their outputs.
         """
-        with torch.set_grad_enabled(graph), kernels.saving(recompute, graph, self._weights):
+        with torch.set_grad_enabled(graph), self._saving(len(steps), graph, cut, recompute):
             logits = self.network(self.sequence.input(steps), Fold(len(steps), cut))
+        self._largest = self._largest or self.network.largest_state()
         self._logits |= dict(zip(steps, logits.detach(), strict=True))
         if not graph:
             # Casts of weights that autocast caches without a graph would cut the weights off in later steps.
             torch.clear_autocast_cache()
         return logits
+
+    def _saving(self, steps: int, graph: bool, cut: bool, recompute: bool) -> AbstractContextManager[None]:
+        """How a call saves spikes. Those of small layers stay as they are if their graph lives for this call only."""
+        if cut and not recompute and 0 < self._largest * steps < kernels.BITS_FROM and kernels.options().sparse != "on":
+            return kernels.using(bits=False)
+        return kernels.saving(recompute, graph, self._weights)
 
     def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
         """As `run`: the sum of the steps' losses over T, to backpropagate."""

@@ -17,7 +17,7 @@ from sltt._torch import _current_graph_task_id, is_compiled
 from sltt.checks import instance, whole_number
 from sltt.sequence.fold import Clock, Fold, clock_of, clocked
 from sltt.sequence.spikes import spiking_layers
-from sltt.sequence.state import Stateful, check_steps, detach_module, reset, state_names
+from sltt.sequence.state import Stateful, check_steps, detach_module, reset, state_names, state_tensors
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,10 @@ class Network:
                 "samples: use fold=1"
             )
         return logits.unflatten(0, (fold.steps, self.batch))
+
+    def largest_state(self) -> int:
+        """Elements of the largest tensor in the states."""
+        return max((state.numel() for module in self.keepers for state in state_tensors(module)), default=0)
 
     def detach(self) -> None:
         """Cut the graph behind the states: v[t] becomes a constant of step t + 1."""

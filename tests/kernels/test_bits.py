@@ -285,3 +285,30 @@ def test_checkpoint_around_a_neuron_is_refused():
     y = torch.utils.checkpoint.checkpoint(model, torch.randn(2, 4, requires_grad=True), use_reentrant=False)
     with pytest.raises(RuntimeError, match=r"torch\.utils\.checkpoint repeats a forward whose state has moved on"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("rule", "batch", "tags"),
+    [
+        (sltt.SLTT(), 16, 1),  # the first step, before which sizes are not known
+        (sltt.SLTT(), 32, 4),
+        (sltt.SLTT(k=2), 16, 1),
+        (sltt.SLTT(fold=2), 16, 2),
+        (sltt.SLTT(recompute=True), 16, 4),
+        (sltt.BPTT(), 16, 4),
+    ],
+    ids=str,
+)
+def test_small_layers_keep_their_spikes_where_a_graph_lives_for_one_step(rule, batch, tags, monkeypatch):
+    made = []
+    init = sltt.kernels.saved.SpikeTag.__init__
+    monkeypatch.setattr(
+        sltt.kernels.saved.SpikeTag, "__init__", lambda self, *a, **k: (made.append(self), init(self, *a, **k))[1]
+    )
+    model = nn.Sequential(nn.Linear(8, 1024), sltt.LIF(), nn.Linear(1024, 3))
+    x, y = 3 * torch.randn(4, batch, 8), torch.randint(3, (batch,))
+    found, _ = gradients(model, rule, x, y, seed=1)
+    assert len(made) == tags
+    with kernels.using(bits=rule.recompute):
+        expected, _ = gradients(model, rule, x, y, seed=1)
+    assert torch.equal(found, expected)
