@@ -1,0 +1,106 @@
+"""The first hour of a newcomer, in a folder where nothing but the built package is."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sltt.commands.parsing import shipped_recipes
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+    import torch
+    from torch import nn
+
+    import sltt
+
+
+    class Recordings(torch.utils.data.Dataset):
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, index):
+            generator = torch.Generator().manual_seed(index)
+            return index % 3 + 0.1 * torch.randn(4 + index % 3, 5, generator=generator), index % 3
+
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.neurons, self.out = nn.Linear(5, 24), sltt.LIF(tau=2.0), nn.Linear(24, 3)
+
+        def forward(self, x):
+            return self.out(self.neurons(self.hidden(x)))
+
+
+    class Epochs(sltt.callbacks.Callback):
+        def on_epoch(self, now):
+            print("epoch", now.epoch)
+
+
+    if __name__ == "__main__":
+        print(sltt.__path__[0])
+        from task import Network, Recordings, Epochs  # so that a run finds them again
+
+        data = sltt.data.from_datasets(Recordings(), 0.2, static=False, pad=True)
+        how = dict(steps=6, epochs=20, batch_size=16, device="cpu", run="run")
+        callbacks = [Epochs(), sltt.callbacks.EarlyStopping(4)]
+        result = sltt.fit(Network(), data, sltt.SLTT(), callbacks=callbacks, **how)
+        model = sltt.load("run")
+        x, y = zip(*(Recordings()[i] for i in range(0, 60, 3)))
+        x = torch.stack([nn.functional.pad(one, (0, 0, 0, 6 - len(one))) for one in x], dim=1)
+        found = sltt.predict(model, x, lengths=[4] * len(y))
+        print("right", (found.argmax(1) == torch.tensor(y)).float().mean().item())
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The wheel, and what is installed from it; other packages are those of the tests."""
+    folder = tmp_path_factory.mktemp("package")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    (wheel,) = folder.glob("sltt-*.whl")
+    install = "install", "--quiet", "--no-deps", "--no-compile", "--target"
+    run(sys.executable, "-m", "pip", *install, folder / "site", wheel, cwd=folder)
+    return folder / "site"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_recipes_and_works_elsewhere(site, tmp_path):
+    (wheel,) = site.parent.glob("sltt-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"sltt/recipes/{name}.yaml" for name in shipped_recipes()} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+    elsewhere = {"PYTHONPATH": str(site)}
+    out = run(site / "bin" / "sltt", "recipes", cwd=tmp_path, **elsewhere)
+    assert [line.split()[0] for line in out.splitlines()] == list(shipped_recipes())
+    heavy = "{'sklearn', 'lightning_fabric', 'torchvision', 'tensorboard'}"
+    code = f"import sltt, sys; print(sltt.__file__); print({heavy} & set(sys.modules))"
+    out = run(sys.executable, "-c", code, cwd=tmp_path, **elsewhere)
+    assert out.splitlines() == [str(site / "sltt" / "__init__.py"), "set()"]
+
+
+@pytest.mark.slow
+def test_a_newcomer_comes_from_own_data_to_a_report(site, tmp_path):
+    pytest.importorskip("matplotlib", reason="the report needs it")
+    (tmp_path / "task.py").write_text(textwrap.dedent(SCRIPT))
+    environment = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    out = run(sys.executable, "task.py", cwd=tmp_path, **environment)
+    assert out.startswith(f"{site / 'sltt'}\n")
+    assert "epoch 1\n" in out
+    assert float(out.split("right ")[1]) == 1.0
+    out = run(sys.executable, "-m", "sltt", "report", "run", cwd=tmp_path, **environment)
+    assert "report: run/report/report.html" in out
+    assert "<h2>Training</h2>" in (tmp_path / "run" / "report" / "report.html").read_text()
+
+
+def run(*words, cwd, **environment):
+    done = subprocess.run(
+        [str(word) for word in words], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
