@@ -10,7 +10,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory
-from sltt.kernels.options import options
+from sltt.kernels.options import DEFAULT, Kernel, options
 from sltt.sequence.fold import fold_of
 from tests.conftest import LOSS, RULES, SURROGATES, batch, gradients, small_network
 
@@ -129,7 +129,7 @@ def test_two_threads_get_the_gradients_of_each_alone():
     for model in models:
         assert model(x[0]).shape == (5, 3)  # nothing of a fold is left
         assert fold_of(model[2]).steps == 1
-    assert options() == kernels.options.DEFAULT
+    assert options() == DEFAULT
 
 
 @pytest.mark.parametrize("value", [*SURROGATES, *RULES.values()], ids=repr)
@@ -171,7 +171,7 @@ def test_an_error_that_is_not_the_compilers_comes_through(monkeypatch):
     def forgets(out, x):
         raise MemoryError("planted")
 
-    kernel = kernels.options.Kernel(forgets)
+    kernel = Kernel(forgets)
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
     monkeypatch.setattr("sltt.kernels.options.compiler_problem", lambda device: None)
     with kernels.using(compile="on"), pytest.raises(MemoryError, match="planted"):

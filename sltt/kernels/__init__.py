@@ -9,14 +9,13 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 from sltt.kernels.custom import CustomStep, custom_step
 from sltt.kernels.layers import Weights, convolution_gradients
 from sltt.kernels.norm import batch_statistics, stepwise_norms
-from sltt.kernels.options import Compile, Sparse, compiler_problem, options, using, without_modes
-from sltt.kernels.saved import BITS_FROM, layer_call, release, saving, tag_dropped
+from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
+from sltt.kernels.saved import bits_pay, layer_call, release, saving, tag_dropped
 from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import steady_steps
 from sltt.kernels.step import NeuronStep, neuron_step
 
 __all__ = [
-    "BITS_FROM",
     "Compile",
     "CustomStep",
     "NeuronStep",
@@ -24,12 +23,12 @@ __all__ = [
     "Sparse",
     "Weights",
     "batch_statistics",
+    "bits_pay",
     "compiler_problem",
     "convolution_gradients",
     "custom_step",
     "layer_call",
     "neuron_step",
-    "options",
     "release",
     "saving",
     "steady_steps",

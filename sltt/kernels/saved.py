@@ -156,6 +156,11 @@ def tag_normalised(y: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> N
         Tag(y, lambda: memory(again(held())), tag.layers if (tag := tag_of(x)) else 0)
 
 
+def bits_pay(elements: int) -> bool:
+    """Whether to save spikes as bits if the graph lives for one call, by the elements of its largest state."""
+    return elements >= BITS_FROM or options().sparse == "on"
+
+
 @contextmanager
 def saving(recompute: bool = False, graph: bool = True, weights: Weights | None = None) -> Iterator[None]:
     """Inside this block layers that read spikes may be sparse, and autograd saves tags for tagged tensors.

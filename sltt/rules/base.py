@@ -90,7 +90,7 @@ class Batch:
 
     def _saving(self, steps: int, graph: bool, cut: bool, recompute: bool) -> AbstractContextManager[None]:
         """How a call saves spikes. Those of small layers stay as they are if their graph lives for this call only."""
-        if cut and not recompute and 0 < self._largest * steps < kernels.BITS_FROM and kernels.options().sparse != "on":
+        if cut and not recompute and self._largest and not kernels.bits_pay(self._largest * steps):
             return kernels.using(bits=False)
         return kernels.saving(recompute, graph, self._weights)
 

@@ -121,13 +121,12 @@ def fit(
         weights: start from the weights of this run, or of this checkpoint, instead of random ones.
         metric: of predictions and targets, a mean over samples; the epoch that is best by it on the validation samples
             is selected.
-        accumulate: compute each batch in this many parts, one after the other. Takes the memory of a part and gives the
-            gradient of the batch. BatchNorm takes its statistics over a part. Parts have two samples at least.
-        ema: decay d of an exponential moving average of the weights, θ̄ ← d θ̄ + (1 − d) θ after each batch, and of the
-            statistics of BatchNorm. The averaged weights are validated, selected and loaded in place of the others.
+        accumulate: compute each batch in this many parts: the memory of a part, the gradient of the batch. BatchNorm
+            takes its statistics over a part. Parts have two samples at least.
+        ema: decay of the moving average of the weights. The averaged weights are validated, selected and loaded.
         callbacks: called after each batch and epoch, such as `sltt.callbacks.EarlyStopping`.
         loggers: of Lightning or Fabric, such as `lightning_fabric.loggers.CSVLogger`; a resumed run logs its first
-            epochs again. TensorBoard's files and `metrics.csv` are in the run folder without any.
+            epochs again. `metrics.csv` and TensorBoard's files are in the run folder without any.
         run: folder for checkpoints and metrics; must not exist, unless `resume`. None makes one under `runs`.
         resume: continue the run in `run`, with the same arguments; the weights end as if it had never stopped. A folder
             without a checkpoint starts from the beginning.
