@@ -16,7 +16,7 @@ class Padded(NamedTuple):
 
         rule(model, x, sltt.Padded(y, lengths=[12, 9, 30]), loss)
 
-    Args:
+    Attributes:
         target: y [B, ...], for a loss that is a mean over samples.
         lengths: T_b, the number of real steps of each sample.
     """
