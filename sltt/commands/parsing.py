@@ -198,10 +198,12 @@ def make_parser(prog: str) -> "ArgumentParser":
     set_loader("sltt", yamltext.load, exceptions=(yaml.YAMLError,))
 
     class Help(DefaultHelpFormatter):
-        """Leaves out the hundreds of modules of PyTorch where any module fits."""
+        """Leaves out the hundreds of modules of PyTorch where any module fits, and is short about other help."""
 
         def _expand_help(self, action: argparse.Action) -> str:
-            return re.sub(r", known subclasses: torch\.nn\.Module,[^)]*", "", super()._expand_help(action))
+            text = re.sub(r", known subclasses: torch\.nn\.Module,[^)]*", "", super()._expand_help(action))
+            text = re.sub(r"Show the help for the given subclass of .*", "list the arguments of a class", text)
+            return re.sub(r"Print the configuration after .*", "print the settings and exit", text)
 
         def _fill_text(self, text: str, width: int, indent: str) -> str:
             return text

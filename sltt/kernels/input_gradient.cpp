@@ -52,20 +52,7 @@ void transform_gradient(const Conv& z, const Tiles& t, int64_t tile, const float
       const bool inside = oy >= 0 && oy < z.oh && ox >= 0 && ox < z.ow;
       at[i][j] = inside ? g + ((image * z.oh + oy) * z.ow + ox) * z.co : zeros;
     }
-  for (int64_t c = 0; c < z.co; c += LANES) {
-    V rows[4][4];
-    for (int j = 0; j < 4; j++) {
-      const V a = load(at[0][j] + c), b = load(at[1][j] + c), d = load(at[2][j] + c), e = load(at[3][j] + c);
-      rows[0][j] = a - d, rows[1][j] = b + d, rows[2][j] = d - b, rows[3][j] = b - e;
-    }
-    for (int i = 0; i < 4; i++) {
-      float* row = to + 4 * i * step + c;
-      store(row, rows[i][0] - rows[i][2]);
-      store(row + step, rows[i][1] + rows[i][2]);
-      store(row + 2 * step, rows[i][2] - rows[i][1]);
-      store(row + 3 * step, rows[i][1] - rows[i][3]);
-    }
-  }
+  transform_tile(at, z.co, to, step);
 }
 
 // sums [ROWS][PANEL] = a [ROWS][co] · b [co][PANEL]

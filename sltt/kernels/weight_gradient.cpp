@@ -29,25 +29,6 @@ void pixels_of(const float* x, int64_t h, int64_t w, int64_t channels, int64_t i
     }
 }
 
-// Inputs under a tile: to [4][4] places, `step` from one to the next, of [width].
-void transform_input(const float* const (*at)[4], Group group, float* to, int64_t step) {
-  for (int64_t c = 0; c < group.width; c += LANES) {
-    V rows[4][4];
-    for (int j = 0; j < 4; j++) {
-      const auto pixel = [&](int i) { return load(at[i][j] + c); };
-      const V a = pixel(0), b = pixel(1), d = pixel(2), e = pixel(3);
-      rows[0][j] = a - d, rows[1][j] = b + d, rows[2][j] = d - b, rows[3][j] = b - e;
-    }
-    for (int i = 0; i < 4; i++) {
-      float* row = to + 4 * i * step + c;
-      store(row, rows[i][0] - rows[i][2]);
-      store(row + step, rows[i][1] + rows[i][2]);
-      store(row + 2 * step, rows[i][2] - rows[i][1]);
-      store(row + 3 * step, rows[i][1] - rows[i][3]);
-    }
-  }
-}
-
 // Gradients of a tile: to [4][4] places, `step` from one to the next, of [width].
 void transform_gradient(const float* const (*at)[2], Group group, float* to, int64_t step) {
   for (int64_t c = 0; c < group.width; c += LANES) {
@@ -141,7 +122,7 @@ int sltt_dense_weight_gradient(const Conv* conv, const float* x, const float* g,
         const float *around[4][4], *inside[2][2];
         pixels_of<4>(x + in.from, z.h, z.w, z.ci, image, y - z.ph, column - z.pw, zeros.get(), around);
         pixels_of<2>(g + out.from, z.oh, z.ow, z.co, image, y, column, zeros.get(), inside);
-        transform_input(around, in, a + i * in.width, places);
+        transform_tile(around, in.width, a + i * in.width, places);
         transform_gradient(inside, out, b + i * out.width, places);
       }
       for (int64_t place = 0; place < 16; place++)

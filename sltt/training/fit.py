@@ -92,41 +92,38 @@ def fit(
         data: the data set and its splits; of your own by `sltt.data.from_datasets`, or loaders (train, validation). The
             data sets, `collate_fn` and batch size of loaders count; the order is that of `seed`.
         rule: the learning rule: SLTT, SLTT with k, BPTT, TBPTT.
-        loss: of one time step, of logits [B, C] and targets [B, ...]; or one of `sltt.losses` of the whole sequence.
+        loss: of one time step, of logits [B, C] and targets [B, ...]; or one of `sltt.losses`.
         optimizer: makes the optimizer from the parameters.
         schedule: how the learning rate changes.
         steps: T, the number of time steps.
         epochs: passes over the training samples.
-        phases: parts of the training with a T, a rule or a learning rate of their own; `steps` and `rule` hold where a
-            phase says nothing, and `steps` is the T of evaluation. The best epoch is one of those with the last T.
-        batch_size: samples in a batch, of all processes together: their number changes the result by rounding only.
-        clip_norm: scale gradients down to this norm where theirs is larger.
-        norm_weight_decay: weight decay of the parameters of BatchNorm and other normalisation, in all phases; None is
-            that of the others. Decay makes the currents of spiking neurons smaller, which no normalisation makes up.
+        phases: parts of the training, each with a T, a rule or a learning rate. `steps` and `rule` stand in for what a
+            phase leaves out. The best epoch has the last T, which is `steps`: that of evaluation.
+        batch_size: samples in a batch, over all processes.
+        clip_norm: scale larger gradients down to this norm.
+        norm_weight_decay: weight decay of BatchNorm and other normalisation; None is that of the other parameters.
+            Decay makes the currents of spiking neurons smaller.
         precision: float32, or mixed with bfloat16 or float16.
-        channels_last: keep images and the weights of convolutions channels-last, which is faster on many devices.
+        channels_last: keep images and weights channels-last, which is faster on many devices.
         seed: of the order of samples, augmentation, dropout, and the steps that SLTT draws.
-        workers: processes that load data, for each that trains; 0 loads in that one.
+        workers: processes that load data, for each that trains.
         device: auto takes CUDA where there is a GPU.
-        devices: processes on this machine, one for each device; None is what torchrun or Slurm started, or else 1.
-        num_nodes: machines; None is what torchrun or Slurm started, or else 1.
-        strategy: of several processes. ddp keeps the weights whole in each and reduces the gradients once a batch;
-            fsdp keeps a part of them in each, for networks that are too large for a device, and reduces the gradients
-            in every backward.
-        sync_batchnorm: take the statistics of BatchNorm over all processes, not over each one's share of the batch.
-        compile: compile the neuron step: where it can be and pays (auto), always (on), never (off).
-        sparse: layers that read spikes compute on active inputs only: where that is faster (auto), wherever they can
-            (on), never (off).
-        checkpoint_minutes: save within an epoch too, when the last checkpoint is older than this.
-        weights: start from the weights of this run, or of this checkpoint, instead of random ones.
-        metric: of predictions and targets, a mean over samples; the epoch that is best by it on the validation samples
-            is selected.
+        devices: processes on this machine; None is what torchrun or Slurm started, or 1.
+        num_nodes: machines; None is what torchrun or Slurm started, or 1.
+        strategy: of several processes. ddp keeps all weights in each. fsdp keeps a part in each, for networks too large
+            for a device, and reduces gradients in every backward.
+        sync_batchnorm: BatchNorm takes its statistics over all processes.
+        compile: compile the neuron step: where it pays (auto), always (on), never (off).
+        sparse: compute on active inputs only: where it is faster (auto), wherever possible (on), never (off).
+        checkpoint_minutes: save this often within an epoch too.
+        weights: start from the weights of this run or checkpoint.
+        metric: of predictions and targets, a mean over samples. It selects the best epoch on the validation samples.
         accumulate: compute each batch in this many parts: the memory of a part, the gradient of the batch. BatchNorm
-            takes its statistics over a part. Parts have two samples at least.
+            takes its statistics over a part, of two samples at least.
         ema: decay of the moving average of the weights. The averaged weights are validated, selected and loaded.
         callbacks: called after each batch and epoch, such as `sltt.callbacks.EarlyStopping`.
-        loggers: of Lightning or Fabric, such as `lightning_fabric.loggers.CSVLogger`; a resumed run logs its first
-            epochs again. `metrics.csv` and TensorBoard's files are in the run folder without any.
+        loggers: of Lightning or Fabric. They log a resumed run from its first epoch on. `metrics.csv` and TensorBoard's
+            files are there without any.
         run: folder for checkpoints and metrics; must not exist, unless `resume`. None makes one under `runs`.
         resume: continue the run in `run`, with the same arguments; the weights end as if it had never stopped. A folder
             without a checkpoint starts from the beginning.

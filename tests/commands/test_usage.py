@@ -131,7 +131,7 @@ def test_help_explains_every_option(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "T, the number of time steps. (type: int, default: 4)" in " ".join(out.split())
-    assert len(out.splitlines()) < 230
+    assert len(out.splitlines()) < 200
 
 
 def test_data_check_says_whether_the_data_is_whole(tmp_path, capsys):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sltt
-from tests.conftest import batch, gradients, seeded, small_network
+from tests.conftest import LOSS, batch, gradients, seeded, small_network
 from tests.references import by_hand, every
 
 
@@ -106,6 +106,23 @@ def test_rescaled_single_draws_average_to_sltt(neuron):
         seen.add(step)
         total = total + gradients(model, sltt.SLTT(k=1, rescale=True, generator=generator), x, y)[0]
     torch.testing.assert_close(total / steps, gradients(model, sltt.SLTT(), x, y)[0])
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_sltt_k_trains_the_steps_that_its_generator_draws(k):
+    x, y = batch(steps=6)
+    run, trained = [], []
+
+    def loss(logits, target):
+        run.append(logits)
+        return LOSS(logits, target)
+
+    def backward(value):
+        trained.append(len(run) - 1)
+        value.backward()
+
+    sltt.SLTT(k=k, generator=torch.Generator().manual_seed(7))(small_network(), x, y, loss, backward=backward)
+    assert trained == sorted(torch.randperm(6, generator=torch.Generator().manual_seed(7))[:k].tolist())
 
 
 def test_sltt_k_keeps_the_loss_over_t_unless_rescaled():

@@ -170,9 +170,10 @@ def test_a_checkpoint_of_an_earlier_layout_of_the_code_goes_on(tmp_path):
 
     resumed = training(tmp_path / "run", resume=True)
     for name, value in training(tmp_path / "whole").items():
-        # the bias before a BatchNorm has a gradient of rounding errors alone, which AdamW makes a step of
-        if name not in ("0.bias", "1.running_mean"):
-            torch.testing.assert_close(resumed[name], value, msg=name)
+        # The bias before a BatchNorm has a gradient of rounding errors, and AdamW makes a step of 0.02 of it. On the
+        # machine of the checkpoint it was another one.
+        few_steps = {"atol": 0.1, "rtol": 0.0} if name in ("0.bias", "1.running_mean") else {}
+        torch.testing.assert_close(resumed[name], value, msg=name, **few_steps)
 
 
 def test_an_epoch_that_continues_has_the_samples_of_the_whole_one_with_their_seeds():
