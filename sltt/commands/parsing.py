@@ -91,6 +91,12 @@ class CommandOptions(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+def _listed(match: re.Match[str]) -> str:
+    """The list of known subclasses without those that happen to be imported, or nothing where any module fits."""
+    named = [name for name in match[1].split(", ") if name.startswith(("sltt.", "torch.optim."))]
+    return f", known subclasses: {', '.join(named)}" if named and "torch.nn.Module" not in match[1] else ""
+
+
 def _saying(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """The type of an option, whose ValueError is shown as it is."""
 
@@ -198,10 +204,10 @@ def make_parser(prog: str) -> "ArgumentParser":
     set_loader("sltt", yamltext.load, exceptions=(yaml.YAMLError,))
 
     class Help(DefaultHelpFormatter):
-        """Leaves out the hundreds of modules of PyTorch where any module fits, and is short about other help."""
+        """Lists the same classes whatever else is imported, and is short about other help."""
 
         def _expand_help(self, action: argparse.Action) -> str:
-            text = re.sub(r", known subclasses: torch\.nn\.Module,[^)]*", "", super()._expand_help(action))
+            text = re.sub(r", known subclasses: ([^)]*)", _listed, super()._expand_help(action))
             text = re.sub(r"Show the help for the given subclass of .*", "list the arguments of a class", text)
             return re.sub(r"Print the configuration after .*", "print the settings and exit", text)
 

@@ -122,6 +122,11 @@ def test_a_failed_worker_of_the_data_loader_is_told_in_a_line():
 
 
 def test_help_explains_every_option(capsys):
+    import lightning_fabric.loggers  # noqa: F401  # some of its classes fit --loggers
+
+    class Mine(sltt.SLTT):
+        """A class of the user's own, which no help lists either."""
+
     assert run(capsys)[0] == 2
     code, out, _ = run(capsys, "--help")
     assert code == 0
@@ -132,6 +137,8 @@ def test_help_explains_every_option(capsys):
     out = capsys.readouterr().out
     assert "T, the number of time steps. (type: int, default: 4)" in " ".join(out.split())
     assert len(out.splitlines()) < 200
+    assert "lightning_fabric.loggers" not in out
+    assert Mine.__name__ not in out
 
 
 def test_data_check_says_whether_the_data_is_whole(tmp_path, capsys):
