@@ -9,7 +9,9 @@
 # make package   build the wheel and the source archive, and check them
 PYTHON ?= python3
 BIN := .venv/bin
-# without bytecode of what nobody imports, which is most of it
+# bytecode is written at the first import: pip would write that of what nobody imports, which is most of it,
+# and without any, each process that a test starts compiles the source of PyTorch anew
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .PHONY: demo test soak check docs notebooks package benchmark paper figures clean
