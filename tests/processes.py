@@ -28,9 +28,10 @@ OF_EACH_KIND = (
     *("BPTT", "BPTT(segment=2, fold=2)", "TBPTT(2)", "SLTT", "SLTT(recompute)", "SLTT(hoist)", "SLTT(k=2, rescale)"),
     *("SLTT(k=2, fold=4)", "OTTT", "RateBased", "Mixed(default=2)"),
 )
+ONLINE = sltt.OTTT(decay=0.5, online=True)
 TRAININGS = {
     **{name: {"rule": RULES[name]} for name in OF_EACH_KIND},
-    "OTTT(online)": {"rule": sltt.OTTT(decay=0.5, online=True)},
+    "OTTT(online)": {"rule": ONLINE},
     "SLTT(k=1), clipped": {"rule": sltt.SLTT(k=1), "clip_norm": 1e-2},
     "in parts, averaged": {"rule": sltt.SLTT(k=2), "accumulate": 3, "ema": 0.8, "clip_norm": 1.0},
     "a batch of one sample": {"rule": sltt.SLTT(), "batch_size": 59},
@@ -52,6 +53,13 @@ class Sequences(Data):
         return Splits(samples(60), samples(13), samples(12), False, 3, "sequences")
 
 
+def several_lengths() -> Data:
+    """Those sequences cut to 1 … 4 steps, in batches of similar length."""
+    every = Sequences().splits(4)
+    cut = [[(x[: 1 + i % 4], y) for i, (x, y) in enumerate(part)] for part in (every.train, every.validation)]
+    return sltt.data.from_datasets(*cut, static=False, pad=True, by_length=True)
+
+
 def network(**kwargs) -> nn.Module:
     torch.manual_seed(0)
     return small_network(**kwargs)
@@ -64,7 +72,7 @@ def standardised() -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-def train(run: Path, model: nn.Module, **settings) -> sltt.training.fit.Fit:
+def train(run: Path, model: nn.Module, data: Data | None = None, **settings) -> sltt.training.fit.Fit:
     defaults = {
         "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3),
         "schedule": sltt.schedules.Constant(),
@@ -74,7 +82,7 @@ def train(run: Path, model: nn.Module, **settings) -> sltt.training.fit.Fit:
         "device": "cpu",
         "report": Console(quiet=True),
     }
-    return sltt.fit(model, Sequences(), run=run, **{**defaults, **settings})
+    return sltt.fit(model, data or Sequences(), run=run, **{**defaults, **settings})
 
 
 COLLECTIVES = ("all_reduce", "broadcast", "barrier", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
@@ -113,6 +121,7 @@ def main(folder: Path) -> None:
         with counted(pytest.MonkeyPatch()) as messages[name]:
             result = train(folder / "ddp" / name, network(), **settings)
         measured[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
+    train(folder / "padded", network(), several_lengths(), rule=ONLINE)
     for name, rule in SHARDED.items():
         model = network(neuron=lambda **kwargs: sltt.PLIF(tau=2.0, **kwargs))
         train(folder / "fsdp" / name, model, rule=rule, strategy="fsdp", clip_norm=1.0)

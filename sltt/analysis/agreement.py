@@ -148,7 +148,7 @@ def propose(
     cosines = {a.rule: a.least for a in found}
     if cosines.get(repr(OTTT()), 0.0) >= AGREES:
         return None
-    lengths = windows(time_steps(x, steps, target).steps)
+    lengths = windows(time_steps(x, steps).steps)
     agreeing = [rule for rule in lengths if cosines.get(repr(rule), 0.0) >= AGREES]
     bptt = BPTT()
     advised = agreeing[0] if agreeing else bptt
@@ -235,12 +235,9 @@ class _Exact:
         twin = copy.deepcopy(self.model)
         twin.zero_grad(set_to_none=True)
         with _fork(self.x):
-            rule(twin, self.x, self.target, self._scaled_loss, steps=self.steps)
+            arguments = twin, self.x, self.target, self.loss
+            rule(*arguments, steps=self.steps, backward=lambda value: (value * self.scale).backward())
         return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
-
-    def _scaled_loss(self, logits: Tensor, target: Any) -> Any:
-        value = self.loss(logits, target)
-        return value * self.scale if isinstance(value, Tensor) else value
 
 
 def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreement]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sltt.data import Splits
 from sltt.rules import Rule
+from sltt.sequence.padding import Padded, pad
 from sltt.training.batches import EpochSampler, ending, train_loader
 from sltt.training.evaluation import measure_split, measured_with
 from sltt.training.session import Session
@@ -40,24 +41,28 @@ class Prepared:
         self.rule: Rule = built.rule
         self.splits: Splits = session.splits(built.data, steps)
         self.repeat = steps if self.splits.static else None
+        self._steps = steps
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """A training batch of `size` samples; where the data has fewer, they come again."""
-        count = min(size, len(self.splits.train))  # type: ignore[arg-type]
-        x, y = next(iter(self._loader(count, workers=0)))
+    def batch(self, size: int) -> tuple[Tensor, Any]:
+        """A training batch of `size` samples and T time steps; where the data has fewer samples, they come again."""
+        samples: Any = self.splits.train
+        order = EpochSampler(len(samples), self._seed)
+        count = min(size, len(samples))
+        x, y = next(iter(train_loader(self.splits, count, order, workers=0)))
         again = torch.arange(size) % count
-        return self._session.batch(x.index_select(0 if self.splits.static else 1, again), y[again])
+        x = x.index_select(0 if self.splits.static else 1, again)
+        if isinstance(y, Padded):
+            return self._session.batch(pad(x, self._steps), y.rows(again.tolist()))
+        return self._session.batch(x, y.index_select(1 if self.splits.per_step else 0, again))
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Any]]:
         """Training batches without an end, loaded as in a training."""
-        loader = self._loader(size, self._session.execution.workers)
+        order = EpochSampler.of(self.splits, self._seed, size)
+        loader = train_loader(self.splits, size, order, self._session.execution.workers)
         with ending(loader):
             while True:
                 for x, y in loader:
                     yield self._session.batch(x, y)
-
-    def _loader(self, size: int, workers: int) -> Any:
-        return train_loader(self.splits, size, EpochSampler(len(self.splits.train), self._seed), workers)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 
 from sltt.commands.parsing import Recipe
 from sltt.rules import unroll
+from sltt.sequence.padding import target_of
 from sltt.sequence.spikes import observing, spiking_layers
 from sltt.training.checkpoints import start_from
 from sltt.training.runs import CONFIG
@@ -58,5 +59,5 @@ def first_test_sample(run: Path) -> Sample:
         {name: torch.stack(steps).flatten(1).ne(0).numpy() for name, steps in fired.items()},
         (x if splits.static else x.flatten(1)).reshape(1 if splits.static else len(x), -1).float().numpy(),
         so_far.numpy(),
-        None if splits.classes is None or splits.per_step else int(y),
+        None if splits.classes is None or splits.per_step else int(target_of(y)),
     )

@@ -28,6 +28,7 @@ class Splits:
         fingerprint: twelve hexadecimal digits of a hash of which sample is in which split.
         per_step: targets are sequences too, [T, ...]: one target for each time step.
         plain: the training samples without augmentation, in the order of `train`; None if `train` has none.
+        lengths: time steps of each training sample: a batch has samples of similar length. None: any samples.
     """
 
     train: Dataset[Any]
@@ -38,6 +39,7 @@ class Splits:
     fingerprint: str
     per_step: bool = False
     plain: Dataset[Any] | None = None
+    lengths: Sequence[int] | None = None
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
         """Stack samples to a batch: images [B, C, H, W], sequences [T, B, C, H, W]; and targets [B, ...].

@@ -47,9 +47,11 @@ class Classes(Data):
         labels = class_labels(splits.train if splits.plain is None else splits.plain)
         if empty := sorted({*self.classes} - {*labels}):
             raise ValueError(f"class {empty[0]} of {name} has no training samples")
+        train = _Chosen(splits.train, self.classes, labels)
         return replace(
             splits,
-            train=self._chosen(splits.train, labels),
+            train=train,
+            lengths=splits.lengths and [splits.lengths[i] for i in train.indices],
             validation=self._chosen(splits.validation),
             test=self._chosen(splits.test),
             plain=self._chosen(splits.plain, labels),

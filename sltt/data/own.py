@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from sltt.checks import flag, number, whole_number
 from sltt.data.base import Data, Splits, fingerprint, hold_out
 from sltt.sequence.padding import Padded
+from sltt.sequence.padding import pad as padded
 
 Collate = Callable[[list[Any]], Any]
 
@@ -25,6 +26,7 @@ def from_datasets(
     columns: tuple[str, str] | None = None,
     classes: int | None = None,
     pad: bool = False,
+    by_length: bool = False,
     per_step: bool = False,
     split_seed: int = 0,
 ) -> Data:
@@ -44,8 +46,11 @@ def from_datasets(
         static: True for images [C, H, W] or features [F], shown at every time step; False for sequences [T, ...].
         columns: keys of x and of the target, where samples are dictionaries: ("image", "label").
         classes: number of classes; None takes the largest label. Targets that are no whole numbers have no classes.
-        pad: add zeros at the end of sequences that are shorter than `steps` of the training. The added steps do not
-            count in the loss and in the prediction, see `sltt.Padded`; normalisation and firing rates see them.
+        pad: take sequences of several lengths, `steps` of the training at most: zeros are added at the end, up to the
+            longest of a batch. The added steps do not count in the loss and in the prediction, see `sltt.Padded`;
+            normalisation and firing rates see them.
+        by_length: train on batches of sequences of similar length, which have few added steps. Each sample is read once
+            for its length.
         per_step: targets are sequences [T, ...], one target for each time step.
         split_seed: which samples are held out.
 
@@ -58,6 +63,7 @@ def from_datasets(
         columns=columns,
         classes=classes,
         pad=flag("pad", pad),
+        by_length=flag("by_length", by_length),
         per_step=flag("per_step", per_step),
         split_seed=split_seed,
     )
@@ -74,6 +80,7 @@ class _OwnData(Data):
         columns: tuple[str, str] | None = None,
         classes: int | None = None,
         pad: bool = False,
+        by_length: bool = False,
         per_step: bool = False,
         split_seed: int = 0,
         collate: Collate | None = None,
@@ -87,12 +94,14 @@ class _OwnData(Data):
         self.datasets = {name: one for name, one in found.items() if one is not None}
         for name, dataset in self.datasets.items():
             _check_dataset(name, dataset, self.columns)
-        self.static, self.pad, self.per_step, self.collate = static, pad, per_step, collate
+        self.static, self.pad, self.by_length, self.per_step, self.collate = static, pad, by_length, per_step, collate
         self.classes = None if classes is None else whole_number("classes", classes, least=1)
         if pad and static:
             raise ValueError("pad=True adds time steps to sequences, and static=True says that there are none")
         if pad and per_step:
             raise ValueError("pad=True does not know the targets of added time steps: pad x and target in the data set")
+        if by_length and not pad:
+            raise ValueError("by_length=True is for sequences of several lengths, which pad=True takes: set both")
 
     def load(self, steps: int) -> Splits:
         samples = {name: self._samples(name, dataset, steps) for name, dataset in self.datasets.items()}
@@ -108,9 +117,10 @@ class _OwnData(Data):
             "classes": self._count(labels),
             "fingerprint": fingerprint(labels or [], kept, held, [len(one) for one in samples.values()]),
             "per_step": self.per_step,
+            "lengths": [len(samples["train"][i][0]) for i in kept] if self.by_length else None,
         }
         if self.pad:
-            return _Padding(**values, steps=steps)
+            return _Padding(**values)
         return _Collated(**values, collate_fn=self.collate) if self.collate else Splits(**values)
 
     def _samples(self, name: str, dataset: Any, steps: int) -> Any:
@@ -162,18 +172,12 @@ class _Collated(Splits):
 
 @dataclass(frozen=True)
 class _Padding(Splits):
-    """Splits of sequences of several lengths, which are padded to `steps` in a batch."""
-
-    steps: int = 0
+    """Splits of sequences of several lengths, which are padded to the longest of a batch."""
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         lengths = tuple(len(x) for x, _ in samples)
-        x, target = super().collate([(_padded(x, self.steps), y) for x, y in samples])
+        x, target = super().collate([(padded(x, max(lengths)), y) for x, y in samples])
         return x, Padded(target, lengths)
-
-
-def _padded(x: Tensor, steps: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(steps - len(x), *x.shape[1:])])
 
 
 class _Samples(Dataset[Any]):

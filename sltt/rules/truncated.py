@@ -13,6 +13,7 @@ from sltt.memory import parse_bytes
 from sltt.rules.base import Batch, Output, Rule
 from sltt.rules.folding import foldable, run_within
 from sltt.rules.segments import run_in_segments
+from sltt.sequence.padding import Padded
 
 
 class Truncated(Rule):
@@ -221,7 +222,8 @@ class SLTT(Truncated):
     def trained_steps(self, batch: Batch) -> Container[int]:
         if self.k is None:
             return range(batch.steps)
-        if self.k > batch.steps:
+        k = min(self.k, batch.steps)
+        if self.k > k and not isinstance(batch.target, Padded):  # T of a padded batch is that of its longest sequence
             raise ValueError(
                 f"SLTT(k={self.k}) trains {self.k} steps, but the sequence has T = {batch.steps}; use k ≤ T"
             )
@@ -233,7 +235,7 @@ class SLTT(Truncated):
         generator = self.generator
         if generator is None and batch.seed is not None:
             generator = torch.Generator().manual_seed(batch.seed)
-        return set(torch.randperm(batch.steps, generator=generator)[: self.k].tolist())
+        return set(torch.randperm(batch.steps, generator=generator)[:k].tolist())
 
     def loss_scale(self, steps: int) -> float:
-        return steps / self.k if self.rescale and self.k is not None else 1.0
+        return steps / min(self.k, steps) if self.rescale and self.k is not None else 1.0

@@ -37,6 +37,10 @@ class Padded(NamedTuple):
         )
         return Real(self.target if index is None else self.target[index], index, len(rows) * steps / self.steps)
 
+    def rows(self, index: Sequence[int]) -> "Padded":
+        """The targets of some samples."""
+        return Padded(self.target[list(index)], [self.lengths[b] for b in index])
+
     def split(self, count: int) -> list["Padded"]:
         """The targets in so many parts, as `Tensor.tensor_split`."""
         targets, begin, found = self.target.tensor_split(count), 0, []
@@ -52,6 +56,11 @@ class Real(NamedTuple):
     target: Tensor
     rows: Tensor | None
     weight: float
+
+
+def pad(x: Tensor, steps: int) -> Tensor:
+    """A sequence, or a batch of them, [T, ...], with zeros behind its end: [steps, ...]."""
+    return x if len(x) == steps else torch.cat([x, x.new_zeros(steps - len(x), *x.shape[1:])])
 
 
 def check_lengths(lengths: Sequence[Any], steps: int, batch: int) -> None:

@@ -8,8 +8,9 @@ import hashlib
 import math
 import random
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from sltt._torch import end_workers
 from sltt.data import Splits
 
 Key = tuple[int, int]
+POOL = 50  # batches that are sorted by length together
 
 
 class EpochSampler(Sampler[Key]):
@@ -29,12 +31,21 @@ class EpochSampler(Sampler[Key]):
     Args:
         length: number of samples.
         seed: seed of the run.
+        lengths: time steps of each sample, to put those of similar length in a batch; None: any.
+        batch_size: samples in a batch.
     """
 
-    def __init__(self, length: int, seed: int):
+    def __init__(self, length: int, seed: int, lengths: Sequence[int] | None = None, batch_size: int = 1):
         self.length = length
         self.seed = seed
+        self.lengths = lengths
+        self.batch_size = batch_size
         self.set_epoch(0)
+
+    @classmethod
+    def of(cls, splits: Splits, seed: int, batch_size: int) -> "EpochSampler":
+        """For the training samples of a data set."""
+        return cls(len(splits.train), seed, splits.lengths, batch_size)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, and how many of its samples to leave out."""
@@ -47,8 +58,24 @@ class EpochSampler(Sampler[Key]):
     def __iter__(self) -> Iterator[Key]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.length, generator=generator).tolist()
+        if self.lengths is not None:
+            order = by_length(order, self.lengths, self.batch_size, generator)
         seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
         yield from zip(order[self.start :], seeds[self.start :], strict=True)
+
+
+def by_length(order: list[int], lengths: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
+    """A random order in which batches of `size` have samples of similar length; those of the last batch are any.
+
+    Each POOL batches in a row are sorted, so that an epoch has other batches than the one before.
+    """
+    whole = len(order) // size * size
+    batches = []
+    for start in range(0, whole, POOL * size):
+        pool = sorted(order[start : min(start + POOL * size, whole)], key=lengths.__getitem__)
+        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+    shuffled = torch.randperm(len(batches), generator=generator).tolist()
+    return [*chain.from_iterable(batches[i] for i in shuffled), *order[whole:]]
 
 
 class _Seeded(Dataset[Any]):

@@ -130,14 +130,14 @@ def measure(
     try:
         with firing_rates(net.module) as firing, torch.no_grad():
             for x, y in whole_epoch(loader):
-                check_length(x, splits, steps)
+                check_length(x, y, splits, steps)
                 x, y = here.batch(x, y)
                 size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
                 _, count = share(size, processes.rank, processes.count)
                 views = [x, _mirrored(x, splits.static)] if mirror else [x]
                 run = partial(_logits, net, views, steps if splits.static else None)
                 with counting(firing, count):
-                    logits = memory(run) if memory else run()
+                    logits = memory(run, len(x)) if memory else run()
                 score = float(metric(predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y)))
                 state.count(sequence_loss(loss, logits, y), score, count)
     finally:

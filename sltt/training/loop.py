@@ -74,7 +74,7 @@ class Loop:
         self.processes = self.session.processes
         self.stages = self.training.stages
         self.metric = name_of(self.training.metric)
-        self.sampler = EpochSampler(len(self.splits.train), self.training.seed)  # type: ignore[arg-type]
+        self.sampler = EpochSampler.of(self.splits, self.training.seed, self.training.batch_size)
         self.batches = math.ceil(self.sampler.length / self.training.batch_size)
         self.scaled = self.session.execution.precision == "16-mixed"  # a scaler leaves out steps that are not finite
         self.initial = [(group["lr"], group.get("weight_decay", 0.0)) for group in self.optim.param_groups]
@@ -173,7 +173,7 @@ class Loop:
         check_labels(target_of(y), self.splits.classes)
         if isinstance(y, Padded):
             weight = y.steps / self.processes.sum([y.steps])[0]
-        check_length(x, self.splits, stage.steps)
+        check_length(x, y, self.splits, stage.steps)
         if self.session.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
             check_input(x)
         x, y = self.session.batch(x, y)
@@ -191,7 +191,8 @@ class Loop:
         forms = {"static": self.splits.static, "per_step": is_per_step(self.loss)}
         run = partial(run_in_parts, run_part, x, y, parts, **forms)
         with counting(firing, count):
-            out = self.memory(run, full=size == min(self.training.batch_size, self.sampler.length))
+            full = size == min(self.training.batch_size, self.sampler.length)
+            out = self.memory(run, len(x), full=full)
         if not stage.rule.online:
             self._reduce()
         check_finite(out.loss, self.model, self.optim, scaled=self.scaled)

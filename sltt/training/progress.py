@@ -122,7 +122,7 @@ class Progress:
 
 
 class BatchMemory:
-    """Measures the peak memory of the first full batch, as `sltt.analysis.peak_memory` does.
+    """Measures the peak memory of the first full batch, and of longer ones, as `sltt.analysis.peak_memory` does.
 
     Args:
         device: of the batch.
@@ -136,14 +136,19 @@ class BatchMemory:
         self.device = device
         self.peak: int | None = None
         self._left = 4 if rule is not None and rule.fold == "auto" else 1
+        self._longest = 0
 
-    def __call__(self, batch: Callable[[], A], full: bool = True) -> A:
-        """What `batch` returns; it is measured if it is the one to measure, and `full`."""
+    def __call__(self, batch: Callable[[], A], size: int, full: bool = True) -> A:
+        """What `batch` returns; it is measured if it is the one to measure, and `full`.
+
+        `size` is that of the input: padded batches have T of their own.
+        """
         self._left -= full
-        if self._left or self.peak is not None or not full:
+        if self._left > 0 or size <= self._longest or not full:
             return batch()
         results: list[A] = []
-        self.peak = peak_memory(lambda: results.append(batch()), self.device)
+        self._longest = size
+        self.peak = max(self.peak or 0, peak_memory(lambda: results.append(batch()), self.device))
         return results[0]
 
 

@@ -12,6 +12,7 @@ from sltt._torch import _BatchNorm, _NormBase
 from sltt.data import Splits
 from sltt.parallel.processes import local, total
 from sltt.rules import unroll
+from sltt.sequence.padding import Padded
 from sltt.training.phases import Stage
 
 
@@ -80,13 +81,13 @@ def checked(splits: Splits, steps: int) -> Splits:
             continue
         if not len(samples):
             raise ValueError(f"there are no {name} samples")
-        check_length(splits.collate([samples[0]])[0], splits, steps)
+        check_length(*splits.collate([samples[0]]), splits, steps)
     return splits
 
 
-def check_length(x: Tensor, splits: Splits, steps: int) -> None:
-    """Raise ValueError for a batch of sequences [T, B, ...] whose T is not `steps`."""
-    if not splits.static and len(x) != steps:
+def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
+    """Raise ValueError for a batch of sequences [T, B, ...] whose T is not `steps`, or more than that if `Padded`."""
+    if not splits.static and (len(x) > steps if isinstance(y, Padded) else len(x) != steps):
         raise ValueError(
             f"expected sequences of steps={steps} time steps, but the data gives {len(x)}: set steps={len(x)}, "
             f"or let the data load sequences of {steps}"

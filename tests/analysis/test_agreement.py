@@ -46,6 +46,28 @@ def test_agreement_is_that_of_the_gradients_and_falls_with_tau():
     assert found.layers["0"][0] < found.layers["4"][0] < 1
 
 
+def losses():
+    """A loss of each step, of the whole sequence and with a penalty, and their targets."""
+    _, y = batch(steps=6, size=8)
+    return {
+        "each step": (sltt.losses.PerStep(LOSS), y.expand(6, 8)),
+        "last step": (sltt.losses.OfLast(LOSS), y),
+        "penalty": (sltt.losses.Activity(LOSS, weight=10.0), y),
+    }
+
+
+@pytest.mark.parametrize("name", losses())
+def test_losses_of_every_kind_are_compared_as_they_are_trained(name):
+    (loss, y), (x, _), model = losses()[name], batch(steps=6, size=8), small_network(lambda: sltt.LIF(tau=4.0))
+    (found,) = agreement(model, x, y, loss, [sltt.TBPTT(2)])
+    a, b = (gradients(model, rule, x, y, loss=loss)[0] for rule in (sltt.TBPTT(2), sltt.BPTT()))
+    assert found.cosine == pytest.approx(torch.cosine_similarity(a, b, dim=0).item())
+    assert found.norm_ratio == pytest.approx((a.norm() / b.norm()).item())
+    assert found.cosine < 1
+    if name == "each step":
+        propose(model, x, y, loss, [found])
+
+
 def test_longer_windows_agree_more():
     x, y = batch(steps=9, size=32)
     found = agreement(small_network(lambda: sltt.LIF(tau=4.0)), x, y, LOSS, windows(9))

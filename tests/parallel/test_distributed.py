@@ -18,7 +18,17 @@ from sltt.parallel.signals import PREEMPTED
 from sltt.training.batches import Shares, share
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.settings import Execution
-from tests.processes import NORMED, SHARDED, TRAININGS, Sequences, network, standardised, train
+from tests.processes import (
+    NORMED,
+    ONLINE,
+    SHARDED,
+    TRAININGS,
+    Sequences,
+    network,
+    several_lengths,
+    standardised,
+    train,
+)
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [sys.executable, "-m", "sltt", "train", "digits", "--device", "cpu", "--model.width", "2", "--steps", "1"]
@@ -69,6 +79,12 @@ def test_two_processes_train_to_the_weights_of_one(name, two, tmp_path):
         for key in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "firing_rate"):
             if name != "OTTT(online)" or not key.startswith("train"):
                 assert there[key] == pytest.approx(here[key], abs=1e-9), key
+
+
+@pytest.mark.slow
+def test_batches_of_similar_length_are_the_same_in_two_processes(two, tmp_path):
+    train(tmp_path / "run", network(), several_lengths(), rule=ONLINE)
+    assert_same_weights(weights(two[0] / "padded"), weights(tmp_path / "run"))
 
 
 @pytest.mark.slow

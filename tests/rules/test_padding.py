@@ -7,6 +7,7 @@ from torch import nn
 import sltt
 from sltt.losses import predicted
 from sltt.rules.base import sequence_loss
+from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.parts import run_in_parts
 from tests.conftest import LOSS, RULES, batch, gradient, small_network
 
@@ -69,6 +70,15 @@ def test_full_lengths_are_as_without(padding):
     torch.testing.assert_close(full[1].loss, plain[1].loss)
 
 
+def test_slttk_trains_all_steps_of_a_batch_of_short_sequences():
+    model = small_network()
+    x, y = batch(steps=2)
+    short = sltt.Padded(y, [2, 1, 2, 1, 2])
+    for rescale in (False, True):
+        found, expected = run(model, sltt.SLTT(k=3, rescale=rescale), x, short), run(model, sltt.SLTT(), x, short)
+        torch.testing.assert_close(found[0], expected[0])
+
+
 @pytest.mark.parametrize("parts", [2, 3])
 def test_parts_of_a_padded_batch_add_up(parts):
     network, found = small_network(), []
@@ -119,14 +129,25 @@ def test_what_cannot_leave_out_padded_steps_is_refused(rule, loss, lengths, mess
         rule(small_network(), x, sltt.Padded(y, lengths), loss)
 
 
-def recordings():
+def recordings(by_length=False):
     """Two classes of sequences of 2 to 6 steps."""
     generator = torch.Generator().manual_seed(0)
     samples = []
     for i in range(40):
         length = 2 + i % 5
         samples.append((2.0 * (i % 2) + 0.1 * torch.randn(length, 4, generator=generator), i % 2))
-    return sltt.data.from_datasets(samples, 0.25, static=False, pad=True)
+    return sltt.data.from_datasets(samples, 0.25, static=False, pad=True, by_length=by_length)
+
+
+def test_batches_of_similar_length_have_few_added_steps():
+    added = []
+    for by_length in (False, True):
+        splits = recordings(by_length).splits(6)
+        batches = list(train_loader(splits, 6, EpochSampler.of(splits, 0, 6), workers=0))
+        assert sum(len(y.target) for _, y in batches) == 30
+        assert all(len(x) == max(y.lengths) for x, y in batches)
+        added.append(sum(len(x) - length for x, y in batches for length in y.lengths))
+    assert added[1] < added[0] / 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -134,6 +155,8 @@ def test_a_training_leaves_out_padded_steps(accumulate, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = nn.Sequential(nn.Linear(4, 16), sltt.LIF(tau=2.0), nn.Linear(16, 2))
     settings = {"steps": 6, "batch_size": 8, "device": "cpu"}
-    result = sltt.fit(model, recordings(), sltt.SLTT(), epochs=8, accumulate=accumulate, **settings)
+    result = sltt.fit(
+        model, recordings(by_length=accumulate == 2), sltt.SLTT(), epochs=8, accumulate=accumulate, **settings
+    )
     metrics = sltt.evaluate(model, recordings(), "validation", **settings)
     assert metrics.accuracy == result.history[result.epoch - 1]["validation_accuracy"] == 1.0

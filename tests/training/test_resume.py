@@ -176,13 +176,30 @@ def test_a_checkpoint_of_an_earlier_layout_of_the_code_goes_on(tmp_path):
         torch.testing.assert_close(resumed[name], value, msg=name, **few_steps)
 
 
-def test_an_epoch_that_continues_has_the_samples_of_the_whole_one_with_their_seeds():
-    sampler = EpochSampler(10, seed=3)
+LENGTHS = [1 + i % 7 for i in range(103)]
+
+
+@pytest.mark.parametrize("sampler", [EpochSampler(103, 3), EpochSampler(103, 3, LENGTHS, 10)], ids=["any", "by length"])
+def test_an_epoch_that_continues_has_the_samples_of_the_whole_one_with_their_seeds(sampler):
     sampler.set_epoch(2)
     whole = list(sampler)
-    sampler.set_epoch(2, start=4)
-    assert list(sampler) == whole[4:]
-    assert len(sampler) == 6
+    sampler.set_epoch(2, start=40)
+    assert list(sampler) == whole[40:]
+    assert len(sampler) == 63
     sampler.set_epoch(3)
-    assert sorted(index for index, _ in sampler) == list(range(10))
-    assert not {seed for _, seed in sampler} & {seed for _, seed in whole}
+    other = list(sampler)
+    assert sorted(index for index, _ in other) == list(range(103))
+    assert not {seed for _, seed in other} & {seed for _, seed in whole}
+    assert [index for index, _ in other] != [index for index, _ in whole]
+
+
+def test_batches_by_length_differ_from_epoch_to_epoch():
+    sampler, batches = EpochSampler(103, 3, LENGTHS, 10), []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        order = [index for index, _ in sampler]
+        batches.append([frozenset(order[i : i + 10]) for i in range(0, 100, 10)])
+        longest = [max(LENGTHS[i] for i in batch) for batch in batches[-1]]
+        assert all(longest[b] - min(LENGTHS[i] for i in batch) <= 1 for b, batch in enumerate(batches[-1]))
+        assert longest != sorted(longest)  # long and short batches come in any order
+    assert not {*batches[0]} & {*batches[1]}

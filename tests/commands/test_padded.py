@@ -1,0 +1,70 @@
+"""Every command on sequences of several lengths."""
+
+import json
+
+import pytest
+import torch
+
+from sltt.commands.sample import first_test_sample
+from sltt.data import Data, Splits, from_datasets
+from tests.commands.tiny import run
+
+
+class Recordings(Data):
+    """Two classes of sequences [2 … 6, 8]."""
+
+    def load(self, steps: int) -> Splits:
+        generator = torch.Generator().manual_seed(0)
+        samples = [
+            (2.0 * (i % 2) + torch.randn(2 + i % 5, 8, generator=generator), torch.tensor(i % 2)) for i in range(48)
+        ]
+        train, validation, test = samples[:30], samples[30:40], samples[40:]
+        return from_datasets(train, validation, test, static=False, pad=True, by_length=True).splits(steps)
+
+
+RECIPE = ["sequential-digits", "--data", "tests.commands.test_padded.Recordings", "--model.features", "[8, 16, 2]"]
+RECIPE += ["--steps", "6", "--batch_size", "8", "--epochs", "1", "--device", "cpu"]
+
+
+def found(folder, name):
+    return json.loads((folder / "out" / name).read_text())
+
+
+def test_rules_are_compared_and_one_that_needs_all_steps_is_named(here, capsys):
+    code, _, err = run(capsys, "compare", *RECIPE, "--rules", "SLTT:k=4,RateBased", "--save", "out")
+    assert code == 1
+    assert "RateBased() has mean rates of all steps, and the target is Padded: use SLTT or BPTT" in err
+    row, died = found(here, "compare.json")["rows"]
+    assert (row["steps"], len(row["scores"]), died["scores"]) == (6, 1, [])
+    assert row["cosine"] < 1
+    sample = first_test_sample(here / "out" / row["runs"][0])  # of the report
+    assert (len(sample.x), len(sample.logits), sample.label) == (2, 2, 0)
+
+
+def test_a_profile_is_of_a_batch_of_all_steps(here, capsys):
+    code, _, err = run(capsys, "profile", *RECIPE, "--rules", "BPTT,SLTT", "--repeats", "1", "--save", "out")
+    assert (code, err) == (0, "")
+    exact, spatial = found(here, "profile.json")["costs"]
+    assert exact["memory"]["input"] == spatial["memory"]["input"] == 4 * 6 * 8 * 8  # float32 [T, B, 8]
+    assert spatial["memory"]["saved"] < exact["memory"]["saved"]
+    assert spatial["operations"] == exact["operations"]
+
+
+@pytest.mark.parametrize("samples", ["8", "40"])  # more than there are come again, with their lengths
+def test_gradients_agree_as_far_as_they_do(here, capsys, samples):
+    code, _, err = run(capsys, "agreement", *RECIPE, "--samples", samples, "--save", "out")
+    assert (code, err) == (0, "")
+    (row,) = found(here, "agreement.json")["rows"]
+    assert 0.1 < row["agreement"][0]["cosine"] < 1
+
+
+def test_a_learning_rate_is_found(here, capsys):
+    code, _, err = run(capsys, "lr", *RECIPE, "--batches", "12", "--save", "out")
+    assert (code, err) == (0, "")
+    assert len(found(here, "lr.json")["rates"]) == 12
+
+
+def test_fewer_steps_than_a_sequence_has_are_refused(here, capsys):
+    code, _, err = run(capsys, "profile", *RECIPE, "--steps", "4")
+    assert code == 1
+    assert "has 5 time steps, more than steps=4: set steps=5 or more, or cut it" in err
