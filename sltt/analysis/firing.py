@@ -27,15 +27,19 @@ def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":
 class FiringRates:
     """What `firing_rates` counts, without waiting for the device."""
 
+    counts = True
+
     def __init__(self, layers: list[str]):
         self._spikes: dict[str, Tensor | int] = dict.fromkeys(layers, 0)
         self._count = dict.fromkeys(layers, 0)
 
-    def __call__(self, name: str, spikes: Tensor) -> None:
-        """Count the spikes of a layer."""
-        # as booleans, since PyTorch counts floating-point numbers one by one
-        self._spikes[name] += torch.count_nonzero(spikes.detach().bool())
-        self._count[name] += spikes.numel()
+    def __call__(self, name: str, spikes: Tensor, steps: int | None = None) -> None:
+        """Count the spikes of a layer [n·B, ...]; or, of so many `steps`, their numbers [B, ...]."""
+        if steps is None:  # as booleans, since PyTorch counts floating-point numbers one by one
+            self._spikes[name] += torch.count_nonzero(spikes.detach().bool())
+        else:  # those of a sample are exact in float32
+            self._spikes[name] += spikes.flatten(1).sum(1, dtype=torch.float32).sum(dtype=torch.float64)
+        self._count[name] += spikes.numel() * (steps or 1)
 
     def by_layer(self) -> dict[str, float]:
         """The firing rate of each layer that has run, by its name in the model."""

@@ -12,7 +12,7 @@ from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.saved import bits_pay, layer_call, release, saving, tag_dropped
 from sltt.kernels.sensitivity import Sensitivity
-from sltt.kernels.steady import steady_steps
+from sltt.kernels.steady import Steady, steady_steps
 from sltt.kernels.step import NeuronStep, neuron_step
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "NeuronStep",
     "Sensitivity",
     "Sparse",
+    "Steady",
     "Weights",
     "batch_statistics",
     "bits_pay",

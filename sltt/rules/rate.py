@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
 from sltt.dropout import Dropout
-from sltt.kernels import NeuronStep, Sensitivity, batch_statistics, steady_steps
+from sltt.kernels import NeuronStep, Sensitivity, Steady, batch_statistics, steady_steps
 from sltt.losses import OfMean, is_per_step
 from sltt.neurons import IntegrateAndFire
 from sltt.rules.base import Batch, Output, Rule, step_loss
 from sltt.sequence.replace import own_forward, replaced
-from sltt.sequence.spikes import observers, show
+from sltt.sequence.spikes import counters, observers, show
 from sltt.sequence.state import Stateful, state_names
 
 
@@ -153,10 +153,14 @@ class _NeuronLayer(_Layer):
         """The layer in a rate pass without steps before: so many under x itself."""
         module, decay = self.module, self.module.decay()
         dtype, rate = module.state_type(x), decay.detach() if self.learnable else None
-        see = partial(show, module) if observers(module) else None
+        # of a rate in 16 bits, a short sequence leaves the number of spikes to be told
+        count = counters(module) if steps * torch.finfo(x.dtype).eps <= 0.5 else ()
+        see = partial(show, module) if len(observers(module)) > len(count) else None
         with torch.no_grad():
             found = steady_steps(self.constants, x, steps, dtype, module.start, rate, see)
-        return _rate(x, decay, found.count, found.by_input, found.by_decay, steps)
+            for add in count if see is None else ():
+                add((found.rate * steps).round_(), steps)
+        return _Rate.apply(x, decay, found)  # type: ignore[return-value]
 
     def step(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -183,16 +187,10 @@ class _NeuronLayer(_Layer):
         self.module.reset()  # what the T steps left goes, layer by layer
         count, self.spikes = self.spikes, None
         by_decay = self.by_decay.take() if self.learnable else None
-        return _rate(x, self.module.decay(), count, self.by_input.take(), by_decay, self.calls)
-
-
-def _rate(
-    x: Tensor, decay: float | Tensor, count: Tensor, by_input: Tensor, by_decay: Tensor | None, steps: int
-) -> Tensor:
-    """The rate [B, ...] of `count` spikes, with the sums of their derivatives over the steps as its own."""
-    by_input = by_input.div_(steps).to(x.dtype)
-    by_decay = None if by_decay is None else by_decay.div_(steps)
-    return _Rate.apply(x, decay, count.div_(steps), by_input, by_decay)  # type: ignore[return-value]
+        n, by_input = self.calls, self.by_input.take()
+        by_decay = None if by_decay is None else by_decay.div_(n)
+        found = Steady(count.div_(n).to(x.dtype), by_input.div_(n).to(x.dtype), by_decay)
+        return _Rate.apply(x, self.module.decay(), found)  # type: ignore[return-value]
 
 
 class _Rate(torch.autograd.Function):
@@ -200,18 +198,18 @@ class _Rate(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, decay: float | Tensor, rate: Tensor, by_input: Tensor, by_decay: Tensor | None
+        ctx: Any, x: Tensor, decay: float | Tensor, found: Steady
     ) -> Tensor:
-        ctx.save_for_backward(by_input, by_decay)
+        ctx.save_for_backward(found.by_input, found.by_decay)
         ctx.decay_shape = decay.shape if isinstance(decay, Tensor) else None
-        return rate.to(x.dtype, copy=True)
+        return found.rate
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         by_input, by_decay = ctx.saved_tensors
         of_decay = None if by_decay is None else (grad * by_decay).sum().reshape(ctx.decay_shape)
-        return grad * by_input, of_decay, None, None, None
+        return grad * by_input, of_decay, None
 
 
 class _NormLayer(_Layer):

@@ -45,6 +45,14 @@ def observers(module: nn.Module) -> tuple[Callable[[Tensor], None], ...]:
     return getattr(module, OBSERVERS, ())
 
 
+def counters(module: nn.Module) -> tuple[Callable[..., None], ...]:
+    """The observers that count: they also take numbers of spikes [B, ...] in so many steps.
+
+    They have an attribute `counts`, which is true.
+    """
+    return tuple(see for see in observers(module) if getattr(getattr(see, "func", see), "counts", False))
+
+
 def show(module: nn.Module, spikes: Tensor) -> None:
     """Show spikes that a layer of neurons made to its observers."""
     for see in observers(module):

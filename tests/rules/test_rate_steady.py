@@ -63,7 +63,7 @@ def test_steady_runs_the_layers_once_and_observers_see_the_spikes_of_all_steps()
     ):
         STEADY(model, x, y, LOSS)
     assert len(calls) == 1
-    assert [s.shape for s in seen["2"]] == [(4 * 5, 8), (4 * 5, 8), (3 * 5, 8)]
+    assert [s.shape for s in seen["2"]] == [(8 * 5, 8), (3 * 5, 8)]
     (current,) = steady_inputs_of(model, x)[0][model[2]][:1]
     v, expected = torch.full_like(current, model[2].start), []
     for _ in range(11):
@@ -72,6 +72,19 @@ def test_steady_runs_the_layers_once_and_observers_see_the_spikes_of_all_steps()
     assert torch.equal(torch.cat(seen["2"]), torch.cat(expected))
     assert rates.by_layer() == {name: pytest.approx(torch.cat(spikes).mean().item()) for name, spikes in seen.items()}
     assert all("forward" not in vars(m) and not observers(m) for m in layers.values())
+
+
+@pytest.mark.parametrize("steps", [1, 3, 63, 64, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_firing_rates_are_exact(dtype, steps):
+    neuron = sltt.IF(v_init=0.5)
+    x = torch.linspace(-0.1, 1.1, 301, dtype=dtype).repeat(2, 1)
+    with sltt.analysis.firing_rates(nn.Sequential(neuron, nn.Linear(301, 2, dtype=dtype))) as expected:
+        sltt.unroll(nn.Sequential(neuron, nn.Identity()), x, steps=steps)
+    model = nn.Sequential(neuron, nn.Linear(301, 2, dtype=dtype))
+    with sltt.analysis.firing_rates(model) as found:
+        STEADY(model, x, torch.tensor([0, 1]), lambda logits, y: LOSS(logits.float(), y), steps=steps)
+    assert found.state_dict() == {"0": expected.state_dict()["0"]}
 
 
 @pytest.mark.parametrize("rule", [RULE, STEADY], ids=repr)
