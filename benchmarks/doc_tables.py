@@ -8,15 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from advice_tables import calibration, fields, judged, of_tasks
+from advice_tables import verdict as judge
 from scipy.stats import t as student
 
 from sltt.commands.fscil import SCORES, percent
 from sltt.commands.results import scores_text
+from sltt.commands.verdict import MARGIN
 from sltt.training.console import megabytes
 
-MARGIN = 0.01  # of accuracy: where sltt report calls a loss none
 # GB of BPTT and of SLTT, as the paper measured them
 PAPER_MEMORY = {"ResNet-18": (3.00, 1.09), "VGG-11": (3.70, 1.07), "NF-ResNet-34": (28.41, 8.47)}
+JUDGED = ["worst cosine", "SLTT's share", "SLTT loses, points"]  # cells of `judged`
 Cells = Sequence[Sequence[str]]
 
 
@@ -41,6 +44,26 @@ def seeds(results: Path, name: str) -> dict[str, list[float]]:
 def tasks(results: Path, task: str) -> dict[str, Any]:
     """Rows of a task in tasks.json, by rule."""
     return {row["rule"]: row for row in json.loads((results / "tasks.json").read_text()) if row["task"] == task}
+
+
+def of_task(task: str) -> Callable[[Path], str]:
+    """A line for each rule in tasks.json."""
+
+    def table(results: Path) -> str:
+        rows = [
+            [shown(rule), scores_text(row["accuracies"]), megabytes(row["peak_memory"]), f"{row['cosine']:.3f}"]
+            for rule, row in tasks(results, task).items()
+        ]
+        return markdown(["rule", "test accuracy", "memory", "cosine"], rows)
+
+    return table
+
+
+def shown(rule: str) -> str:
+    """A rule as the text names it: SLTT-1, TBPTT(window=2)."""
+    rule = rule.replace("SLTT:k=", "SLTT-").replace("SLTT(k=1)", "SLTT-1").removesuffix("()")
+    name, _, options = rule.partition(":")
+    return f"{name}({options})" if options else rule
 
 
 def all_tasks(results: Path) -> str:
@@ -200,32 +223,123 @@ def stages(results: Path) -> str:
     for name, label in (("stage-1", "8 epochs at T = 1"), ("stages", "6 at T = 1, then 2 at T = 6"),
                         ("stage-2", "8 epochs at T = 6")):  # fmt: skip
         for row in load(results, name)["rows"]:
-            rule = "any" if name == "stage-1" else row["rule"].replace("SLTT:k=1", "SLTT-1")
+            rule = "any" if name == "stage-1" else shown(row["rule"])
             rows.append([label, rule, scores_text(row["accuracies"])])
     return markdown(["training", "rule", "test accuracy"], rows)
 
 
 def trained_map(results: Path) -> str:
-    """Accuracy and cosine over T and τ, after a training on sequential digits."""
-    rows = []
+    """Accuracy over T and τ after a training on sequential digits, and what `sltt agreement` says before."""
+    headings = ["T", "τ", "BPTT", "SLTT", "cosine after the training", *JUDGED, "advice", "it is"]
+    advice, rows = fields(results), []
     for cell in sorted(load(results, "map").values(), key=lambda cell: (cell["T"], cell["tau"])):
         of = {row["rule"]: row for row in cell["rows"]}
         reached = (scores_text(of[rule]["accuracies"]) for rule in ("BPTT", "SLTT"))
-        rows.append([str(cell["T"]), f"{cell['tau']:g}", *reached, f"{of['SLTT']['cosine']:.2f}"])
-    return markdown(["T", "τ", "BPTT", "SLTT", "cosine after the training"], rows)
+        cells = [str(cell["T"]), f"{cell['tau']:g}", *reached, f"{of['SLTT']['cosine']:.2f}"]
+        if (cell["T"], cell["tau"]) in advice:
+            said, case = advice[cell["T"], cell["tau"]]
+            cells += [*judged(case), shown(said), judge(said, [case])]
+        rows.append(cells + [""] * (len(headings) - len(cells)))
+    return markdown(headings, rows)
 
 
-def few_shots(results: Path) -> str:
+def advice(results: Path) -> str:
+    """What `sltt agreement` says on the tasks, and whether it is right."""
+    rows = []
+    for task, (said, cases) in of_tasks(results).items():
+        first, *others = cases.values()
+        traces = [judged(one) for one in others] or [[""] * 3]
+        rows.append(
+            [task, str(first.trial.epochs), *judged(first), *traces[0][1:], shown(said), judge(said, [*cases.values()])]
+        )
+    return markdown(["task", "epochs", *JUDGED, "OTTT's share", "OTTT loses", "advice", "it is"], rows)
+
+
+def sparsity(results: Path) -> str:
+    """Accuracy, energy and time over the weight of a penalty on firing rates."""
+    rows = []
+    for task, found in json.loads((results / "sparsity.json").read_text()).items():
+        for row in found:
+            reached = scores_text(row["validation"]), scores_text(row["accuracies"])
+            counted = f"{row['firing_rate']:.3f}", f"{row['synaptic_operations'] / 1e6:.3g}"
+            energy = f"{row['picojoules'] / 1e6:.3g}", f"{row['picojoules_of_data'] / 1e6:.3g}"
+            time = (f"{row[part] / found[0][part]:.2f}" for part in ("training", "inference"))
+            rows.append([f"`{task}`", f"{row['weight']:g}", *reached, *counted, *energy, *time])
+    headings = ["recipe", "weight", "validation", "test accuracy", "firing rate", "10⁶ synaptic operations", "µJ",
+                "µJ of the input", "time of training", "of inference"]  # fmt: skip
+    return markdown(headings, rows)
+
+
+def calibrated(results: Path) -> str:
+    """How often the advice is right, over its thresholds."""
+    tasks = [case for _, cases in of_tasks(results).values() for case in cases.values()]
+    rows = calibration([*tasks, *(case for _, case in fields(results).values())])
+    return markdown(["a rule is advised where", "right", "BPTT is not needed", "wrong"], rows)
+
+
+def training(results: Path) -> str:
+    """A whole training of the digits: accuracy, and memory, multiplications and cosine of a batch after it."""
+    rows = []
+    for row in load(results, "training-digits")["rows"]:
+        counted = (f"{row['operations'][part]:.2e}" for part in ("forward", "backward"))
+        reached = scores_text(row["accuracies"]), megabytes(row["peak_memory"])
+        rows.append([shown(row["rule"]), *reached, *counted, f"{row['cosine']:.3f}"])
+    headings = ["rule", "test accuracy", "memory", "multiplications, forward", "backward", "cosine with BPTT"]
+    return markdown(headings, rows)
+
+
+def rules_over_t(results: Path) -> str:
+    """Memory and time of a batch of the digits over T, as rules.py measured them."""
+    found = json.loads((results / "rules.json").read_text())
+    cells = {(row["steps"], row["rule"]): f"{megabytes(row['peak_memory'])}, {row['seconds']:.2g} s" for row in found}
+    names = list(dict.fromkeys(rule for _, rule in cells))
+    lengths = sorted({T for T, _ in cells})
+    rows = [[str(T), *(cells[T, name] for name in names)] for T in lengths]
+    return markdown(["T", *(f"`{name}`" for name in names)], rows)
+
+
+def short(name: str) -> Callable[[Path], str]:
+    """A line for each case that short.py trained, with the mean and the deviation over seeds."""
+
+    def table(results: Path) -> str:
+        found: list[dict[str, Any]] = json.loads((results / f"short-{name}.json").read_text())
+        cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        names = [key for key in found[0] if key not in ("seed", "test", "validation", "peak_memory")]
+        for row in found:
+            cases.setdefault(tuple(row[key] for key in names), []).append(row)
+        rows = []
+        for case, seeds in cases.items():
+            reached = (scores_text([row[key] for row in seeds]) for key in ("validation", "test"))
+            what = (shown(str(value)) for value in case)
+            rows.append([*what, str(len(seeds)), *reached, megabytes(seeds[0]["peak_memory"])])
+        headings = ({"norm": "normalisation", "steps": "T"}.get(key, key) for key in names)
+        return markdown([*headings, "seeds", "validation", "test accuracy", "memory"], rows)
+
+    return table
+
+
+def few_shots(name: str) -> Callable[[Path], str]:
     """Scores, and the accuracy after each session."""
-    rows = [
-        [row["rule"].replace("SLTT:k=1", "SLTT-1"), *(percent(row[name]) for name in SCORES)]
-        for row in load(results, "fscil-digits")["rows"]
-    ]
-    return markdown(["rule", *SCORES.values()], rows)
+
+    def table(results: Path) -> str:
+        rows = [
+            [shown(row["rule"]), *(percent(row[score]) for score in SCORES)]
+            for row in load(results, f"fscil-{name}")["rows"]
+        ]
+        return markdown(["rule", *SCORES.values()], rows)
+
+    return table
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "tasks": all_tasks,
+    **{task: of_task(task) for task in ("recall", "recall-marked", "sequential-digits")},
+    **{f"short-{name}": short(name) for name in ("stabilised", "transformer")},
+    "sparsity": sparsity,
+    "advice": advice,
+    "calibration": calibrated,
+    "training": training,
+    "rules": rules_over_t,
     **{name: runs(name) for name in ("nmnist", "nmnist-rules", "cifar10-rules")},
     "accuracy": accuracy,
     "k": k,
@@ -236,6 +350,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gradients-cifar10": gradients("cifar10"),
     "trained-cosines": trained_cosines,
     "stages": stages,
-    "few-shots": few_shots,
+    "few-shots": few_shots("digits"),
     "map": trained_map,
 }

@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ RESULTS = DOCS / "results" / "paper"
 IMAGES = "--data sltt.data.ImageFolder --data.root {data}/cifar10 --data.size 32 --data.crop_padding 4"
 COMMANDS = {
     "fscil-digits": "fscil fscil-digits --base 6 --way 1 --shot 5",
+    "training-digits": "compare digits --epochs 10 --seeds 3 --rules BPTT,SLTT,SLTT:k=1",
     "k-digits": "compare digits --steps 6 --epochs 6 --seeds 3 --rules BPTT,SLTT,SLTT:k=4,SLTT:k=2,SLTT:k=1",
     "stage-1": "compare digits --steps 1 --epochs 8 --seeds 3 --rules SLTT",
     "stages": "compare digits --steps 6 --epochs 8 --seeds 3 --rules SLTT,SLTT:k=1 "
@@ -38,11 +40,17 @@ COMMANDS = {
     "--samples 32",
 }
 TAUS, LENGTHS = (1.1, 5, 20, 2, 10), (8, 32, 2, 64, 16, 4)  # in this order, so that a part of the map tells too
-MAP = {
+MAP = {  # at T = 64 nothing learns in ten epochs
     f"map-T{T}-tau{tau}": f"compare sequential-digits --steps {T} --model.features [{64 // T},64,64,10] "
-    f"--model.neuron.tau {tau} --batch_size 128 --optimizer.lr 0.01 --epochs 10 --rules BPTT,SLTT"
+    f"--model.neuron.tau {tau} --batch_size 128 --optimizer.lr 0.01 --epochs 10 --rules BPTT,SLTT "
+    f"--seeds {1 if T == 64 else 3}"
     for T in LENGTHS
     for tau in TAUS
+}
+ADVICE = {
+    name.replace("map", "advice"): words.replace("compare", "agreement").partition(" --rules")[0]
+    + " --at-epochs 1 --trial 4"
+    for name, words in MAP.items()
 }
 NETWORKS = {  # the paper's, T, and a batch that fits here
     "ResNet-18": (sltt.models.resnet18, (3, 32, 32), 6, 32),
@@ -156,24 +164,36 @@ def main() -> None:
         if name.startswith(asked) and there and not (RESULTS / f"{name}.json").exists():
             write(name, measure(options.data))
             fill()
-    for name, text in {**COMMANDS, **MAP}.items():
+    for name, text in {**COMMANDS, **MAP, **ADVICE}.items():
         if name.startswith(asked) and (options.data or "{data}" not in text):
-            found = shortened(run(text, options.runs / name, options.data))
+            found = run(text, options.runs / name, options.data)
             if name in MAP:
-                record(name, found)
+                record_map(name, shortened(found))
+            elif name in ADVICE:
+                record("advice", ADVICE, name, advised(found["rows"][0]))
             else:
-                write(name, found)
+                write(name, shortened(found))
             fill()
 
 
-def record(name: str, found: Any) -> None:
+def record(file: str, names: Iterable[str], name: str, cell: dict[str, Any]) -> None:
+    """Add a cell to the others of a file, in the order of the names."""
+    path = RESULTS / f"{file}.json"
+    cells = {**(json.loads(path.read_text()) if path.exists() else {}), name: cell}
+    write(file, {one: cells[one] for one in names if one in cells})
+
+
+def record_map(name: str, found: Any) -> None:
     """Add a cell of the map to the others, and draw it."""
-    path = RESULTS / "map.json"
-    cells = json.loads(path.read_text()) if path.exists() else {}
-    cells[name] = {"T": found["steps"], "tau": float(name.rpartition("tau")[2]), "rows": found["rows"]}
-    cells = {one: cells[one] for one in MAP if one in cells}
-    write("map", cells)
+    cell = {"T": found["steps"], "tau": float(name.rpartition("tau")[2]), "rows": found["rows"]}
+    record("map", MAP, name, cell)
     draw(FIGURE, RESULTS)
+
+
+def advised(row: dict[str, Any]) -> dict[str, Any]:
+    """What an agreement with a trial advises, and on which figures."""
+    worst = {a["rule"]: a["least"] for a in row["agreement"]}
+    return {"advice": row["rule"], "trial": row["trial"], "worst_cosine": worst, "memory": row["memory"]}
 
 
 if __name__ == "__main__":

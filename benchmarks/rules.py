@@ -3,9 +3,10 @@
     python benchmarks/rules.py [--networks digits,resnet18] [--steps 1,4,16] [--repeats 5] [--json FILE]
 
 One training iteration is zero_grad and the rule, without an optimizer step. Time is the median over the repeats, after
-one that is not counted, with the smallest and the largest. Memory is what PyTorch's allocator holds at the peak above
-its level before the iteration; the gradients exist before, so they are not in it. The rules take turns within a repeat,
-so that a drift of the machine's speed meets them alike. First the logits of all rules are checked to be equal.
+one that is not counted, with the smallest and the largest: of the processor, with one thread, or with a GPU that of the
+wall clock. Memory is what PyTorch's allocator holds at the peak above its level before the iteration; the gradients
+exist before, so they are not in it. The rules take turns within a repeat, so that a drift of the machine's speed meets
+them alike. First the logits of all rules are checked to be equal.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from tables import fill
 from torch import nn
 
 import sltt
@@ -45,14 +47,15 @@ def measure(network: str, steps: int, repeats: int, device: torch.device) -> lis
     x, y = torch.randn(shape, device=device), torch.randint(10, shape[:1], device=device)
     logits = [iteration(rule, model, x, y, steps).logits for rule in rules]
     assert all(torch.allclose(o, logits[0], rtol=1e-4, atol=1e-5) for o in logits), "the rules' outputs differ"
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: list[list[float]] = [[] for _ in rules]
     for _ in range(repeats):
         for rule, times in zip(rules, seconds, strict=True):
-            began = time.perf_counter()
+            began = clock()
             iteration(rule, model, x, y, steps)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
+            times.append(clock() - began)
     return [
         {
             "network": network,
@@ -74,9 +77,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(highlight=False)
-    console.print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+    console.print(f"torch {torch.__version__}, {device}")
     rows = []
     for network in options.networks.split(","):
         table = Table(title=f"{network}, input {list(NETWORKS[network][1])}", title_justify="left")
@@ -91,7 +95,8 @@ def main() -> None:
             table.add_section()
         console.print(table)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        fill()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 IMAGES is a folder train/CLASS/*, test/CLASS/*, as of `sltt.data.ImageFolder`. The first 600 training and 500 test
 images of each class are read. Of the 600, 540 train and 60 select the epoch. Each training adds a line to
-docs/results/short-EXPERIMENT.json. Run the command again to continue. It ends with the table of docs/results.md.
+docs/results/short-EXPERIMENT.json. Run the command again to continue. It ends with the table of
+docs/results.md.
 """
 
 import argparse
@@ -14,10 +15,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
+from doc_tables import short
+from tables import DOCS, fill
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.io import ImageReadMode, decode_image
@@ -25,9 +27,8 @@ from torchvision.transforms import v2
 
 import sltt
 from sltt.memory import peak_memory
-from sltt.training.console import megabytes
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
+RESULTS = DOCS / "results"
 TRAIN, TEST = 600, 500  # images of each class
 Case = tuple[dict[str, Any], Callable[[], nn.Module], sltt.Rule, dict[str, Any]]
 
@@ -87,23 +88,6 @@ def train(case: Case, data: Callable[[int], Any]) -> dict[str, Any]:
     return {**row, "test": reached, "validation": best["validation_accuracy"], "peak_memory": peak}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each case, with the mean and the deviation over seeds."""
-    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    names = [key for key in rows[0] if key not in ("seed", "test", "validation", "peak_memory")]
-    for row in rows:
-        cases.setdefault(tuple(row[key] for key in names), []).append(row)
-    heading = [*names, "seeds", "validation", "test accuracy", "memory"]
-    lines = [f"| {' | '.join(heading)} |", "| --- " * len(heading) + "|"]
-    for case, found in cases.items():
-        cells = [*map(str, case), str(len(found))]
-        for key in ("validation", "test"):
-            reached = [row[key] for row in found]
-            cells.append(f"{mean(reached):.1%}" + (f" ± {stdev(reached):.1%}" if len(reached) > 1 else ""))
-        lines.append(f"| {' | '.join([*cells, megabytes(found[0]['peak_memory'])])} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=("stabilised", "transformer"))
@@ -124,7 +108,8 @@ def main() -> None:
         if not any(case[0].items() <= row.items() for row in rows):
             rows.append(train(case, data))
             path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    print(table(rows))
+    print(short(given.experiment)(RESULTS))
+    fill()
 
 
 if __name__ == "__main__":

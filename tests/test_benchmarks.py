@@ -299,22 +299,30 @@ def test_a_step_of_the_paper_is_run_once_and_kept(paper, tmp_path, monkeypatch):
             {"rule": rule, "accuracies": [0.8, 0.9], "cosine": 1.0, "seconds": 3.0, "agreement": []}
             for rule in ("BPTT", "SLTT")
         ]
+        if words[0] == "agreement":
+            agreement = [{"rule": "SLTT()", "least": 0.5, "cosine": 0.9, "layers": {}}]
+            rows = [{"rule": "OTTT()", "agreement": agreement, "trial": {"epochs": 4}, "memory": {"SLTT()": 8}}]
         (save / f"{words[0]}.json").write_text(json.dumps({"steps": 2, "rows": rows}))
         return 0
 
     monkeypatch.setattr(paper, "command", command)
-    monkeypatch.setattr("sys.argv", ["paper.py", "stage", "map-T2", "gradients", "--runs", str(tmp_path / "runs")])
+    monkeypatch.setattr("sys.argv", ["paper.py", "stage", "map-T2", "advice-T2", "--runs", str(tmp_path / "runs")])
     gradients = [{"T": 2, "tau": tau, "cosines": [0.9, 1.0]} for tau in paper.TAUS]
     paper.write("map-gradients", gradients)
     for _ in range(2):
         paper.main()
-    assert len(asked) == 3 + len(paper.TAUS)  # without --data, no gradients of N-MNIST and CIFAR-10; and each once
+    assert len(asked) == 3 + 2 * len(paper.TAUS)  # each once
     assert "[{epochs: 6, steps: 1}, {epochs: 2, steps: 6, lr: 0.0005}]" in asked[1]
     found = json.loads((tmp_path / "results" / "stages.json").read_text())
     assert [sorted(row) for row in found["rows"]] == [["accuracies", "agreement", "cosine", "rule"]] * 2
     cells = json.loads((tmp_path / "results" / "map.json").read_text())
     assert [(cell["T"], cell["tau"]) for cell in cells.values()] == [(2, tau) for tau in paper.TAUS]
     assert (tmp_path / "map.svg").stat().st_size > 10_000
+    advice = json.loads((tmp_path / "results" / "advice.json").read_text())
+    assert list(advice) == [f"advice-T2-tau{tau}" for tau in paper.TAUS]
+    assert advice["advice-T2-tau2"] == {
+        "advice": "OTTT()", "trial": {"epochs": 4}, "worst_cosine": {"SLTT()": 0.5}, "memory": {"SLTT()": 8}
+    }  # fmt: skip
 
 
 def test_the_map_in_the_documentation_is_that_of_its_results(tmp_path):
@@ -325,9 +333,9 @@ def test_the_map_in_the_documentation_is_that_of_its_results(tmp_path):
 
 
 def test_every_command_of_the_paper_is_one_that_sltt_takes(paper):
-    for text in {**paper.COMMANDS, **paper.MAP}.values():
+    for text in {**paper.COMMANDS, **paper.MAP, **paper.ADVICE}.values():
         kind, recipe, *words = [word.format(data="nowhere") for word in shlex.split(text)]
-        own = {"--rules", "--seeds", "--base", "--way", "--shot", "--taus", "--at-epochs", "--samples"}
+        own = {"--rules", "--seeds", "--base", "--way", "--shot", "--taus", "--at-epochs", "--samples", "--trial"}
         own |= {"--steps"} if kind == "agreement" else set()
         pairs = zip(words[::2], words[1::2], strict=True)
         options = [word for pair in pairs if pair[0] not in own for word in pair]

@@ -90,7 +90,7 @@ def _sentence(one: Verdict, reference: Verdict) -> str:
     parts, safe = [], ""
     if one.score is not None and reference.score is not None and is_share(one.metric):
         name = one.metric.replace("_", " ")
-        lost, noise = reference.score - one.score, _noise(one, reference)
+        lost, noise = reference.score - one.score, noise_of(one, reference)
         if lost <= max(MARGIN, noise):
             parts.append(f"{name} within {100 * lost:.1f} points of {reference.rule}" if lost > 0 else
                          f"{name} not below that of {reference.rule}")  # fmt: skip
@@ -104,7 +104,7 @@ def _sentence(one: Verdict, reference: Verdict) -> str:
         parts.append(f"{one.metric.replace('_', ' ')} {shown(one.metric, one.score)}, {reference.rule} "
                      f"{shown(one.metric, reference.score)}")  # fmt: skip
         if len(one.scores) > 1 and len(reference.scores) > 1:
-            worse = one.sign * (reference.score - one.score) > _noise(one, reference)
+            worse = one.sign * (reference.score - one.score) > noise_of(one, reference)
             safe = " Not safe here." if worse else " Safe here, as far as these seeds tell."
     both = sorted((steps for steps in one.memory if steps in reference.memory), key=lambda steps: steps or 0)
     saved = [(steps, reference.memory[steps] / one.memory[steps]) for steps in both[-2:] if one.memory[steps]]
@@ -122,7 +122,7 @@ def _times(ratio: float) -> str:
     return f"{ratio:.1f} × less" if ratio >= 1.05 else f"{1 / ratio:.1f} × more" if ratio <= 0.95 else "the same"
 
 
-def _noise(one: Verdict, other: Verdict) -> float:
+def noise_of(one: Verdict, other: Verdict) -> float:
     """Twice the standard error of a difference of scores: over the seeds, or of shares of the drawn test samples."""
     pairs = [rule.scores for rule in (one, other)]
     if all(len(several) > 1 for several in pairs):

@@ -1,0 +1,123 @@
+"""Is the advice of `sltt agreement` right? What it says beside the accuracy of full trainings, on tasks and on the map.
+
+A rule is enough where it loses no more than one point of test accuracy to BPTT, or no more than twice the standard
+error of the difference: what `sltt report` calls safe.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sltt.analysis.advice import LEARNS, Trial
+from sltt.analysis.agreement import AGREES
+from sltt.commands.verdict import MARGIN, Verdict, noise_of
+
+TRIED = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # thresholds, of the cosine and of the share of the loss
+SAMPLES = 359  # test images of the map
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rule on a task or a field of the map.
+
+    Attributes:
+        rule: `SLTT()` or `OTTT()`.
+        worst: the worst cosine, after an epoch.
+        trial: the short trainings.
+        lost: test accuracy of BPTT less that of the rule, after full trainings.
+        noise: twice its standard error.
+    """
+
+    rule: str
+    worst: float
+    trial: Trial
+    lost: float
+    noise: float
+
+    @property
+    def enough(self) -> bool:
+        """Whether the rule is enough, by the full trainings."""
+        return self.lost <= max(MARGIN, self.noise)
+
+    @property
+    def share(self) -> str:
+        """What the rule takes off the loss in the trial, of what BPTT does; the least of the seeds."""
+        solved = " (solved)" if self.trial.solved(self.rule) else ""
+        return f"{min(self.trial.learned(self.rule)):.0%}{solved}" if self.trial.tells else "too short"
+
+    def by_cosine(self, least: float = AGREES) -> bool:
+        """Whether the rule is advised where its worst cosine is at least that."""
+        return self.worst >= least
+
+    def by_trial(self, least: float = LEARNS) -> bool:
+        """Whether the rule is advised where it learns that share; where the trial does not tell, by the cosine."""
+        if not self.trial.tells:
+            return self.by_cosine()
+        return min(self.trial.learned(self.rule)) >= least or self.trial.solved(self.rule)
+
+
+def case(found: Row, rule: str, reached: dict[str, list[float]]) -> Case:
+    """What `sltt agreement` found, and the test accuracies of full trainings by rule, for each seed."""
+    exact, other = (Verdict(name, reached[name], samples=SAMPLES) for name in ("BPTT", rule))
+    trial = Trial(*(found["trial"][key] for key in ("epochs", "start", "losses", "accuracies")))
+    lost = statistics.mean(reached["BPTT"]) - statistics.mean(reached[rule])
+    return Case(f"{rule}()", found["worst_cosine"][f"{rule}()"], trial, lost, noise_of(other, exact))
+
+
+def fields(results: Path) -> dict[tuple[int, float], tuple[str, Case]]:
+    """The advice and SLTT in the fields of the map, by T and τ."""
+    advice, cells = (json.loads((results / "paper" / f"{name}.json").read_text()) for name in ("advice", "map"))
+    found = {}
+    for name, cell in cells.items():
+        reached = {row["rule"]: row["accuracies"] for row in cell["rows"]}
+        if said := advice.get(name.replace("map", "advice")):
+            found[cell["T"], cell["tau"]] = said["advice"], case(said, "SLTT", reached)
+    return found
+
+
+def of_tasks(results: Path) -> dict[str, tuple[str, dict[str, Case]]]:
+    """The advice and the rules on the tasks of advice.json."""
+    reached: dict[str, dict[str, list[float]]] = {}
+    for row in json.loads((results / "tasks.json").read_text()):
+        reached.setdefault(row["task"], {})[row["rule"]] = row["accuracies"]
+    found = {}
+    for row in json.loads((results / "advice.json").read_text()):
+        of = reached[row["task"]]
+        found[row["task"]] = row["advice"], {rule: case(row, rule, of) for rule in ("SLTT", "OTTT") if rule in of}
+    return found
+
+
+def judged(case: Case) -> list[str]:
+    """Cells of a table: on what the advice rests, and what the rule loses."""
+    return [f"{case.worst:.2f}", case.share, f"{100 * case.lost:+.1f} ± {100 * case.noise:.1f}"]
+
+
+def verdict(advised: str, cases: Sequence[Case]) -> str:
+    """Of the advised rule: right where it is the first that is enough, of the cases or else BPTT."""
+    rules = [*(case.rule for case in cases), "BPTT()"]
+    best = next((case.rule for case in cases if case.enough), "BPTT()")
+    # where a window or OTTT was not trained, it stands for what is not SLTT
+    places = [rules.index(rule) if rule in rules else len(cases) for rule in (advised, best)]
+    return WORDS[(places[0] > places[1]) - (places[0] < places[1])]
+
+
+WORDS = {0: "right", 1: "not needed", -1: "**wrong**"}
+
+
+def calibration(cases: Sequence[Case]) -> list[list[str]]:
+    """For each threshold how often a rule is advised rightly: by the cosine, and by the trial."""
+    ways: list[tuple[str, Callable[[Case, float], bool], float]] = [
+        ("worst cosine", Case.by_cosine, AGREES),
+        ("share in the trial", Case.by_trial, LEARNS),
+    ]
+    rows = []
+    for name, advises, used in ways:
+        for least in TRIED:
+            said = [verdict(one.rule if advises(one, least) else "BPTT()", [one]) for one in cases]
+            counts = [str(said.count(word)) for word in WORDS.values()]
+            rows.append([f"{name} ≥ {least}{', as it is' if least == used else ''}", *counts])
+    return rows

@@ -1,0 +1,88 @@
+"""The benchmarks behind the advice of `sltt agreement`, and behind the table of accuracy against energy."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+import sltt
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(Path(sltt.__file__).parents[1] / "benchmarks")
+    return importlib.import_module
+
+
+def found(advice, worst, losses, *, start=2.0, exact=1.0, right=0.5):
+    """What `sltt agreement` finds with a trial."""
+    rules = {"SLTT()": losses, "BPTT()": [exact] * len(losses)}
+    accuracies = dict.fromkeys(rules, [right] * len(losses))
+    trial = {"epochs": 4, "start": [start] * len(losses), "losses": rules, "accuracies": accuracies}
+    return {"advice": advice, "worst_cosine": {"SLTT()": worst}, "trial": trial}
+
+
+def judged(load, what, sltt_scores):
+    return load("advice_tables").case(what, "SLTT", {"BPTT": [0.9, 0.91, 0.89], "SLTT": sltt_scores})
+
+
+@pytest.mark.parametrize(
+    ("advised", "scores", "word"),
+    [
+        ("SLTT()", [0.9, 0.91, 0.88], "right"),
+        ("SLTT()", [0.7, 0.71, 0.7], "**wrong**"),
+        ("OTTT()", [0.7, 0.71, 0.7], "right"),
+        ("BPTT()", [0.9, 0.9, 0.9], "not needed"),
+    ],
+)
+def test_advice_is_judged_by_full_trainings(load, advised, scores, word):
+    one = judged(load, found(advised, 0.5, [1.0, 1.0]), scores)
+    assert load("advice_tables").verdict(advised, [one]) == word
+
+
+def test_a_loss_within_the_noise_of_the_seeds_is_none(load):
+    one = judged(load, found("SLTT()", 0.5, [1.0]), [0.8, 0.9, 0.94])
+    assert one.lost == pytest.approx(0.02)
+    assert one.noise > one.lost
+    assert one.enough
+
+
+def test_thresholds_are_tried_on_all_cases(load):
+    tables = load("advice_tables")
+    safe, unsafe = [0.9, 0.91, 0.9], [0.5, 0.51, 0.5]
+    cases = [
+        judged(load, found("SLTT()", 0.6, [1.05, 1.02]), safe),  # learns 95%, with a low cosine
+        judged(load, found("OTTT()", 0.85, [1.6, 1.6]), unsafe),  # learns 40%, with a high one
+        judged(load, found("SLTT()", 0.6, [1.9, 1.9], right=0.99), safe),  # learns 10%, and solves the task
+        judged(load, found("SLTT()", 0.97, [1.99], exact=1.99), safe),  # BPTT learns too little: the cosine tells
+    ]
+    rows = {name: counts for name, *counts in tables.calibration(cases)}
+    assert rows["worst cosine ≥ 0.95, as it is"] == ["2", "2", "0"]
+    assert rows["worst cosine ≥ 0.5"] == ["3", "0", "1"]
+    assert rows["share in the trial ≥ 0.9, as it is"] == ["4", "0", "0"]
+    assert rows["share in the trial ≥ 0.3"] == ["3", "0", "1"]
+    assert [one.share for one in cases] == ["95%", "40%", "10% (solved)", "too short"]
+
+
+def test_a_penalty_on_spikes_is_measured_on_its_trained_networks(load, tmp_path, monkeypatch):
+    sparsity = load("sparsity")
+    monkeypatch.setattr(sparsity, "ROWS", tmp_path / "sparsity.json")
+    monkeypatch.setattr(sparsity, "WEIGHTS", "0,10")
+    monkeypatch.setattr(sparsity, "TURNS", 1)
+    monkeypatch.setattr(sparsity, "fill", lambda: None)
+    words = ["sequential-digits", "--rule", "SLTT", "--model.features", "[8,16,10]", "--epochs", "2"]
+    monkeypatch.setattr(sparsity, "TASKS", {"tiny": (words, 1), "other": (["nmnist", "--data.root", "{data}"], 1)})
+    monkeypatch.setattr("sys.argv", ["sparsity.py", "--runs", str(tmp_path)])
+    sparsity.main()
+    (rows,) = json.loads((tmp_path / "sparsity.json").read_text()).values()  # without --data, no N-MNIST
+    free, sparse = rows
+    assert (free["weight"], sparse["weight"]) == (0, 10)
+    assert sparse["firing_rate"] < 0.7 * free["firing_rate"]
+    assert sparse["picojoules"] == pytest.approx(0.9 * sparse["synaptic_operations"])
+    assert sparse["synaptic_operations"] < free["synaptic_operations"]
+    assert sparse["picojoules_of_data"] == free["picojoules_of_data"] == pytest.approx(4.6 * 8 * 8 * 16)
+    assert all(row["training"] > 0 < row["inference"] for row in rows)
+    table = load("doc_tables").sparsity(tmp_path)
+    assert "| `tiny` | 0 |" in table
+    assert "| 1.00 | 1.00 |" in table
