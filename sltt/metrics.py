@@ -33,6 +33,7 @@ class Accuracy(Metric):
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Logits [..., C] and class indices [...]."""
+        _check_shape(self, target, prediction.shape[:-1])
         return (prediction.argmax(-1) == target).double().mean()
 
 
@@ -48,6 +49,7 @@ class MultiLabelAccuracy(Metric):
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Logits [..., C] and labels 0 or 1 [..., C]."""
+        _check_shape(self, target, prediction.shape)
         return ((prediction > self.threshold) == (target > 0.5)).double().mean()
 
 
@@ -58,6 +60,7 @@ class MeanAbsoluteError(Metric):
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Values and targets of one shape."""
+        _check_shape(self, target, prediction.shape)
         return (prediction - target).abs().double().mean()
 
 
@@ -68,7 +71,18 @@ class MeanSquaredError(Metric):
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Values and targets of one shape."""
+        _check_shape(self, target, prediction.shape)
         return (prediction - target).square().double().mean()
+
+
+def _check_shape(metric: Metric, target: Tensor, expected: Any) -> None:
+    """Raise ValueError for a target of another shape, which would be broadcast to wrong pairs."""
+    if target.shape != expected:
+        kind = type(metric).__name__
+        raise ValueError(
+            f"{kind} compares predictions with targets {list(expected)}, got {list(target.shape)}: give such "
+            "targets, or choose another metric=…"
+        )
 
 
 def name_of(metric: Callable[..., Any]) -> str:

@@ -252,6 +252,21 @@ def test_metrics_are_what_they_say():
     assert sltt.metrics.MeanSquaredError()(logits, labels) == pytest.approx((0 + 9 + 1 + 4) / 4)
 
 
+@pytest.mark.parametrize(
+    ("metric", "prediction", "target"),
+    [
+        (sltt.metrics.Accuracy(), (5, 1), (5, 1)),
+        (sltt.metrics.Accuracy(), (3, 3), (3, 3)),
+        (sltt.metrics.MultiLabelAccuracy(), (3, 3), (3,)),
+        (sltt.metrics.MeanAbsoluteError(), (5, 1), (5,)),
+        (sltt.metrics.MeanSquaredError(), (5, 1), (5,)),
+    ],
+)
+def test_targets_that_would_be_broadcast_are_refused(metric, prediction, target):
+    with pytest.raises(ValueError, match=f"{type(metric).__name__} compares predictions with targets"):
+        metric(torch.rand(prediction), torch.ones(target))
+
+
 RECIPE = """
 model: {class_path: sltt.models.DigitsNet, init_args: {width: 2}}
 data: sltt.data.Digits

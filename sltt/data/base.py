@@ -62,7 +62,8 @@ def _stack(name: str, values: Sequence[Any], time_first: bool) -> Tensor:
     if len(shapes) > 1:
         first, second = (list(shape) for shape in sorted(shapes)[:2])
         raise ValueError(f"expected {name} of one shape in a batch, got {first} and {second}: resize, cut or pad them")
-    return torch.stack(tensors, dim=1 if time_first else 0)
+    # detached: a process that loads data cannot send a graph, and the training would wait for ever
+    return torch.stack(tensors, dim=1 if time_first else 0).detach()
 
 
 class Data(ABC):

@@ -190,7 +190,12 @@ class _Samples(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        x, target = _pair(f"{self.name}[{index}]", self.dataset[index], self.columns)
+        try:
+            sample = self.dataset[index]
+        except Exception as error:
+            error.add_note(f"while reading {self.name}[{index}]")
+            raise
+        x, target = _pair(f"{self.name}[{index}]", sample, self.columns)
         x = _tensor(f"{self.name}[{index}]", x)
         if x.ndim < (1 if self.static else 2):
             form = "images [C, H, W] or features [F]" if self.static else "sequences [T, ...], such as x.unsqueeze(-1)"

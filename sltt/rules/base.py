@@ -82,7 +82,8 @@ class Batch:
         with torch.set_grad_enabled(graph), self._saving(len(steps), graph, cut, recompute):
             logits = self.network(self.sequence.input(steps), Fold(len(steps), cut))
         self._largest = self._largest or self.network.largest_state()
-        self._logits |= dict(zip(steps, logits.detach(), strict=True))
+        # a model may go on to change what it gave, such as a sum over time
+        self._logits |= dict(zip(steps, logits.detach().clone(), strict=True))
         if not graph:
             # Casts of weights that autocast caches without a graph would cut the weights off in later steps.
             torch.clear_autocast_cache()
@@ -194,12 +195,14 @@ class Rule(Frozen, ABC):
                 PyTorch's global generator. The processes of a data-parallel training give the same seed.
 
         Raises:
-            ValueError: no time step, too few dimensions, NaN or infinite input, a target of another batch size, a
-                model that does not return logits, a module that does not run step by step or whose state a rule
-                cannot reach, or a neuron that stands in two places of the network.
+            ValueError: gradients switched off, no time step, too few dimensions, NaN or infinite input, a target of
+                another batch size, a model that does not return logits, a module that does not run step by step or
+                whose state a rule cannot reach, or a neuron that stands in two places of the network.
         """
         instance("model", model, nn.Module)
         function("loss", loss, "the logits and the target")
+        if not torch.is_grad_enabled():
+            raise ValueError("a rule makes gradients, and torch.no_grad() is in force; to predict, use sltt.unroll")
         if isinstance(loss, SequenceLoss) and not isinstance(loss, self.sequence_losses):
             kind = type(loss).__name__
             raise ValueError(
@@ -272,7 +275,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     sequence = time_steps(x, steps)
     weights = kernels.Weights(packed=True)
     with _unrolling(model, sequence, hoist=True, grad=False) as (network, _), kernels.saving(False, False, weights):
-        logits = [network(sequence.input(range(t, t + 1))) for t in range(sequence.steps)]
+        logits = [network(sequence.input(range(t, t + 1))).clone() for t in range(sequence.steps)]
         return sequence.result(torch.cat(logits))
 
 

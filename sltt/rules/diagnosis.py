@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sltt.sequence.state import emits_spikes, kind_of, map_tensors, reset
 from sltt.sequence.steps import Sequence
 
+_NO_GRADIENT = "does not require grad and does not have a grad_fn"
 _SECOND_TIME = "backward through the graph a second time"
 _IN_PLACE = ("modified by an inplace operation", "changed by an in-place operation")
 
@@ -33,6 +34,10 @@ def explained(model: nn.Module, sequence: Sequence) -> Iterator[None]:
                 f"knows of: make it a sltt.Stateful with states = ('{attribute}',), or call "
                 f"sltt.register({kind}, states=['{attribute}'])"
             ) from error
+        if _NO_GRADIENT in str(error):
+            frozen = not any(p.requires_grad for p in model.parameters())
+            why = "every parameter of the model is frozen" if frozen else "the model or the loss detaches it"
+            raise ValueError(f"the loss has no gradient for any parameter: {why}") from error
         if any(words in str(error) for words in _IN_PLACE) and (changed := _changed_in_place(model, sequence)):
             raise ValueError(
                 f"{changed} are changed in place, and a backward needs them: use an operation that is not in place, "

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from sltt._torch import _BatchNorm, _InstanceNorm, _SpectralNorm
 from sltt.kernels import stepwise_norms
@@ -60,7 +61,7 @@ def check_foldable(model: nn.Module) -> None:
             why = "normalises over the batch in a way of its own"
         elif isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
             why = "keeps running statistics"
-        elif isinstance(module, _SpectralNorm) and module.training:
+        elif module.training and (isinstance(module, _SpectralNorm) or _normalises_by_hook(module)):
             why = "changes its estimate in every call"
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
             why = "is recurrent"
@@ -69,6 +70,10 @@ def check_foldable(model: nn.Module) -> None:
         raise ValueError(
             f"fold needs layers that treat time steps alike, but {name} ({type(module).__name__}) {why}; use fold=1"
         )
+
+
+def _normalises_by_hook(module: nn.Module) -> bool:
+    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
 
 
 # What was measured of a model belongs to the model, not to a rule, which may train several.

@@ -61,8 +61,15 @@ def _forward_of(layer: nn.Module, traces: "_Traces") -> Callable[..., Any]:
     plain, operations = layer.forward, _Operations(layer, traces)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        found = traces.uses[layer]
         with operations:
-            return plain(*args, **kwargs)
+            result = plain(*args, **kwargs)
+        if isinstance(layer, _WEIGHTS) and traces.uses[layer] == found and traces.wants(layer):
+            raise ValueError(
+                f"OTTT has no trace for the weights of {layer}: its forward ({type(layer).__name__}) calls none of "
+                "F.linear, F.conv1d, F.conv2d and F.conv3d; call one, or use SLTT or BPTT"
+            )
+        return result
 
     return forward
 
@@ -173,6 +180,11 @@ class _Traces:
         self.spikes: set[Any] = set()  # the graph's nodes of the neurons' outputs
         self.last: nn.Module | None = None  # the neurons that ran last
 
+    def wants(self, layer: nn.Module) -> bool:
+        """Whether a layer that runs now is to have a trace."""
+        learns = any(p.ndim > 1 and p.requires_grad for p in layer.parameters())
+        return learns and torch.is_grad_enabled() and (self.inputs or self.last is not None)
+
     def read(self, layer: nn.Module, x: Tensor | None) -> _Trace | None:
         """The trace of this use of a layer, which reads x, one time step on; None for a layer without one."""
         if not self.inputs and self.last is None:
@@ -255,8 +267,11 @@ class _Operations(TorchFunctionMode):
                 return self._normalise(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _weigh(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any) -> Tensor:
-        if not weight.requires_grad:
+    def _weigh(
+        self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any, **named: Any
+    ) -> Tensor:
+        x, settings = input, _settings(func, settings, named)
+        if not weight.requires_grad and (bias is None or not bias.requires_grad):
             return func(x, weight, bias, *settings)
         if settings and settings[1] == "same":
             sides: Any = self.layer._reversed_padding_repeated_twice
@@ -273,14 +288,25 @@ class _Operations(TorchFunctionMode):
         return y
 
     def _traced(self, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        trace = self.traces.read(self.layer, x)
+        trace = self.traces.read(self.layer, x if weight.requires_grad else None)
         if trace is None:
             return None
         if bias is not None and self.traces.inputs:
             bias = _Scaled.apply(bias, trace.ones)  # type: ignore[assignment]
-        y: Tensor = _Traced.apply(x, trace.value, weight, bias, function)  # type: ignore[assignment]
+        if trace.value is None:  # the bias learns alone
+            y = function.forward(x, weight, bias)
+        else:
+            y: Tensor = _Traced.apply(x, trace.value, weight, bias, function)  # type: ignore[assignment]
         self.traces.wrote(trace, y)
         return y
+
+
+def _settings(func: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    """Stride, padding, dilation and groups of a convolution, in this order; nothing of a linear layer."""
+    if func is F.linear:
+        return ()
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return *given, *(named.get(name, default) for name, default in list(defaults.items())[len(given) :])
 
 
 class _Linear:

@@ -82,7 +82,8 @@ class Truncated(Rule):
         for call in _calls(batch.steps, fold, window, trained):
             graph = call.start in trained
             if batch.whole:
-                outputs.append(batch.run(call, cut=window == 1, recompute=self.recompute))
+                # in a copy: the model may go on to change what it gave
+                outputs.append(batch.run(call, cut=window == 1, recompute=self.recompute).clone())
             else:
                 value = batch.forward(call, graph=graph, cut=window == 1, recompute=self.recompute) * scale
                 if graph:

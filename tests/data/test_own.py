@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
 import sltt
 from sltt.data import from_datasets
@@ -192,3 +192,25 @@ MISTAKES = {
 def test_a_mistake_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Damaged(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise OSError("cannot be decoded")
+        return torch.rand(6), index % 2
+
+
+def test_a_sample_that_cannot_be_read_is_named():
+    with pytest.raises(OSError, match="cannot be decoded") as caught:
+        from_datasets(Damaged(), static=True).splits(4)
+    assert caught.value.__notes__ == ["while reading train[2]"]
+
+
+def test_samples_that_require_a_gradient_give_batches_that_do_not():
+    leaf = torch.rand(4, 6, requires_grad=True)
+    splits = from_datasets(TensorDataset(leaf, torch.arange(4) % 2), static=True).splits(4)
+    assert not splits.collate([splits.train[0], splits.train[1]])[0].requires_grad

@@ -265,13 +265,14 @@ class Counting(sltt.Stateful):
         (nn.GRU(3, 3), r"1 \(GRU\) is recurrent"),
         (nn.InstanceNorm1d(3, track_running_stats=True), r"1 \(InstanceNorm1d\) keeps running statistics"),
         (nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), "changes its estimate in every call"),
+        (nn.utils.spectral_norm(nn.Linear(3, 3)), "changes its estimate in every call"),
         (
             changed(nn.BatchNorm1d(3), forward=lambda x: x),
             r"1 \(BatchNorm1d\) normalises over the batch in a way of its",
         ),
         (torch.jit.script(nn.BatchNorm1d(3)), "is scripted"),
     ],
-    ids=["stateful", "norm", "recurrent", "instance", "spectral", "own forward", "scripted"],
+    ids=["stateful", "norm", "recurrent", "instance", "spectral", "spectral by hook", "own forward", "scripted"],
 )
 def test_layers_that_cannot_be_folded_are_named(layer, message):
     model = nn.Sequential(nn.Linear(6, 3), layer, sltt.LIF())

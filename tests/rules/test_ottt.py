@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sltt
@@ -265,6 +266,44 @@ def test_frozen_layers_have_no_trace():
     torch.testing.assert_close(model[2].weight.grad, expected[2].weight.grad)
 
 
+def test_biases_that_learn_alone_have_the_same_trace():
+    model, (x, y) = network(), batch()
+    expected = copy.deepcopy(model)
+    sltt.OTTT()(expected, x, y, LOSS)
+    for i in (0, 2, 4):
+        model[i].weight.requires_grad_(False)
+    sltt.OTTT()(model, x, y, LOSS)
+    for i in (0, 2, 4):
+        assert model[i].weight.grad is None
+        torch.testing.assert_close(model[i].bias.grad, expected[i].bias.grad)
+
+
+class Named(nn.Linear):
+    def forward(self, input):
+        return F.linear(input=input, weight=self.weight, bias=self.bias)
+
+
+class NamedConv(nn.Conv1d):
+    def forward(self, input):
+        return F.conv1d(input, self.weight, self.bias, 2, dilation=self.dilation)
+
+
+class Product(nn.Linear):
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
+
+
+def test_layers_that_name_their_arguments():
+    def made(linear, conv):
+        layers = nn.Unflatten(1, (1, 6)), conv(1, 4, 2, stride=2, dilation=2), sltt.LIF(), nn.Flatten()
+        return nn.Sequential(*layers, linear(8, 6), sltt.LIF(), nn.Linear(6, 3)).double()
+
+    model, named = made(nn.Linear, nn.Conv1d), made(Named, NamedConv)
+    named.load_state_dict(model.state_dict())
+    x, y = batch()
+    torch.testing.assert_close(*(gradients(m, sltt.OTTT(), x, y)[0] for m in (model, named)))
+
+
 def test_neurons_of_another_library():
     neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
     surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")
@@ -306,8 +345,9 @@ class Neurons(sltt.Stateful):
         ),
         (lambda: nn.Sequential(nn.Linear(6, 6), Neurons(), nn.Linear(6, 3)), r"the λ of 1 \(Neurons\) is not known"),
         (lambda: nn.Sequential(Scale(), sltt.LIF(), nn.Linear(6, 3)), r"no traces for the weights of 0 \(Scale\)"),
+        (lambda: nn.Sequential(Product(6, 6), sltt.LIF(), nn.Linear(6, 3)), r"no trace for the weights of Product"),
     ],
-    ids=["hard reset", "unknown", "weights of another kind"],
+    ids=["hard reset", "unknown", "weights of another kind", "a product"],
 )
 def test_networks_that_ottt_does_not_know_are_refused(model, message):
     x, y = torch.randn(2, 4, 6), torch.randint(3, (4,))

@@ -198,3 +198,61 @@ def test_fixtures_cover_every_rule_and_neuron():
         sltt.Mixed,
     }
     assert {type(make()) for make in NEURONS.values()} == {sltt.LIF, sltt.IF, sltt.PLIF}
+
+
+class Sum(sltt.Stateful):
+    """Adds up what it reads; `in_place` changes what it gave before."""
+
+    states = ("total",)
+    in_place = True
+
+    def forward(self, x):
+        if self.total is None:
+            self.total = torch.zeros_like(x)
+        if self.in_place:
+            self.total += x
+        else:
+            self.total = self.total + x
+        return self.total
+
+
+class NewSum(Sum):
+    in_place = False
+
+
+@pytest.mark.parametrize(
+    ("rule", "loss"),
+    [
+        *((rule, nn.CrossEntropyLoss()) for rule in (sltt.BPTT(), sltt.SLTT(), sltt.SLTT(k=2), sltt.OTTT(decay=0.5))),
+        (sltt.BPTT(), sltt.losses.OfMean(nn.CrossEntropyLoss())),
+    ],
+    ids=repr,
+)
+def test_a_model_that_changes_what_it_gave_has_the_logits_of_each_step(rule, loss):
+    x, y = batch()
+    network = small_network()
+    models = [nn.Sequential(*network, kind()) for kind in (Sum, NewSum)]
+    found, expected = (seeded(gradients, model, rule, x, y, loss) for model in models)
+    torch.testing.assert_close(found[1].logits, expected[1].logits)
+    torch.testing.assert_close(found[1].loss, expected[1].loss)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(*(sltt.unroll(model, x) for model in models))
+
+
+def test_a_rule_without_gradients_is_refused(rule):
+    x, y = batch()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"a rule makes gradients, and torch\.no_grad"):
+        rule(small_network(), x, y, LOSS)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "message"),
+    [
+        (small_network().requires_grad_(False), LOSS, "every parameter of the model is frozen"),
+        (small_network(), lambda o, y: LOSS(o, y).detach(), "the model or the loss detaches it"),
+    ],
+    ids=["frozen", "detached"],
+)
+def test_a_loss_without_a_gradient_is_explained(rule, model, loss, message):
+    with pytest.raises(ValueError, match=f"the loss has no gradient for any parameter: {message}"):
+        rule(model, *batch(), loss)
