@@ -46,17 +46,45 @@ def tasks(results: Path, task: str) -> dict[str, Any]:
     return {row["rule"]: row for row in json.loads((results / "tasks.json").read_text()) if row["task"] == task}
 
 
-def of_task(task: str) -> Callable[[Path], str]:
-    """A line for each rule in tasks.json."""
+def of_task(task: str, *rules: str) -> Callable[[Path], str]:
+    """A line for each rule in tasks.json, or for these alone."""
 
     def table(results: Path) -> str:
         rows = [
             [shown(rule), scores_text(row["accuracies"]), megabytes(row["peak_memory"]), f"{row['cosine']:.3f}"]
             for rule, row in tasks(results, task).items()
+            if rule in rules or not rules
         ]
         return markdown(["rule", "test accuracy", "memory", "cosine"], rows)
 
     return table
+
+
+def summary(results: Path) -> str:
+    """The first table: data with BPTT, SLTT and SLTT-1."""
+    found = {
+        "[N-MNIST](#n-mnist-1000-training-recordings), 1,000 recordings, T = 10": seeds(results, "nmnist"),
+        "[CIFAR-10](#the-rules-compared), two epochs, T = 4": seeds(results, "cifar10-rules"),
+    }
+    for label, task in (
+        ("[the digits' events](#all-rules-on-six-tasks), T = 9", "digits-events"),
+        ("[Delayed recall](recall.md), needs the gradient through time", "recall"),
+    ):
+        found[label] = {shown(rule): row["accuracies"] for rule, row in tasks(results, task).items()}
+    rows = []
+    for label, accuracies in found.items():
+        of = {shown(rule): reached for rule, reached in accuracies.items()}
+        rows.append([label, *(scores_text(of.get(rule, [])) for rule in ("BPTT", "SLTT", "SLTT-1"))])
+    return markdown(["data", "BPTT", "SLTT", "SLTT-1"], rows)
+
+
+def recurrent(results: Path) -> str:
+    """Sequential digits with recurrent layers."""
+    found = json.loads((results / "recurrent.json").read_text())
+    return markdown(
+        ["rule", "test accuracy, seeds 0 to 2"],
+        [[shown(row["rule"]), ", ".join(f"{one:.1%}" for one in row["accuracies"])] for row in found],
+    )
 
 
 def shown(rule: str) -> str:
@@ -229,18 +257,22 @@ def stages(results: Path) -> str:
 
 
 def trained_map(results: Path) -> str:
-    """Accuracy over T and τ after a training on sequential digits, and what `sltt agreement` says before."""
-    headings = ["T", "τ", "BPTT", "SLTT", "cosine after the training", *JUDGED, "advice", "it is"]
-    advice, rows = fields(results), []
+    """Accuracy and cosine over T and τ, after a training on sequential digits."""
+    rows = []
     for cell in sorted(load(results, "map").values(), key=lambda cell: (cell["T"], cell["tau"])):
         of = {row["rule"]: row for row in cell["rows"]}
         reached = (scores_text(of[rule]["accuracies"]) for rule in ("BPTT", "SLTT"))
-        cells = [str(cell["T"]), f"{cell['tau']:g}", *reached, f"{of['SLTT']['cosine']:.2f}"]
-        if (cell["T"], cell["tau"]) in advice:
-            said, case = advice[cell["T"], cell["tau"]]
-            cells += [*judged(case), shown(said), judge(said, [case])]
-        rows.append(cells + [""] * (len(headings) - len(cells)))
-    return markdown(headings, rows)
+        rows.append([str(cell["T"]), f"{cell['tau']:g}", *reached, f"{of['SLTT']['cosine']:.2f}"])
+    return markdown(["T", "τ", "BPTT", "SLTT", "cosine after the training"], rows)
+
+
+def map_advice(results: Path) -> str:
+    """What `sltt agreement` says in the fields of the map, and whether it is right."""
+    rows = [
+        [str(T), f"{tau:g}", *judged(case), shown(said), judge(said, [case])]
+        for (T, tau), (said, case) in fields(results).items()
+    ]
+    return markdown(["T", "τ", *JUDGED, "advice", "it is"], rows)
 
 
 def advice(results: Path) -> str:
@@ -335,6 +367,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tasks": all_tasks,
     **{task: of_task(task) for task in ("recall", "recall-marked", "sequential-digits")},
     **{f"short-{name}": short(name) for name in ("stabilised", "transformer")},
+    "summary": summary,
+    "recall-short": of_task("recall", "BPTT", "OTTT", "SLTT", "SLTT:k=1"),
+    "recurrent": recurrent,
     "sparsity": sparsity,
     "advice": advice,
     "calibration": calibrated,
@@ -352,4 +387,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "stages": stages,
     "few-shots": few_shots("digits"),
     "map": trained_map,
+    "map-advice": map_advice,
 }

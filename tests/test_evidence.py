@@ -34,18 +34,12 @@ def judged(load, what, sltt_scores):
         ("SLTT()", [0.7, 0.71, 0.7], "**wrong**"),
         ("OTTT()", [0.7, 0.71, 0.7], "right"),
         ("BPTT()", [0.9, 0.9, 0.9], "not needed"),
+        ("SLTT()", [0.8, 0.9, 0.94], "open"),  # 2 points, within the noise of the seeds
     ],
 )
 def test_advice_is_judged_by_full_trainings(load, advised, scores, word):
     one = judged(load, found(advised, 0.5, [1.0, 1.0]), scores)
     assert load("advice_tables").verdict(advised, [one]) == word
-
-
-def test_a_loss_within_the_noise_of_the_seeds_is_none(load):
-    one = judged(load, found("SLTT()", 0.5, [1.0]), [0.8, 0.9, 0.94])
-    assert one.lost == pytest.approx(0.02)
-    assert one.noise > one.lost
-    assert one.enough
 
 
 def test_thresholds_are_tried_on_all_cases(load):
@@ -68,16 +62,16 @@ def test_thresholds_are_tried_on_all_cases(load):
 def test_a_penalty_on_spikes_is_measured_on_its_trained_networks(load, tmp_path, monkeypatch):
     sparsity = load("sparsity")
     monkeypatch.setattr(sparsity, "ROWS", tmp_path / "sparsity.json")
-    monkeypatch.setattr(sparsity, "WEIGHTS", "0,10")
+    monkeypatch.setattr(sparsity, "WEIGHTS", "0,100")
     monkeypatch.setattr(sparsity, "TURNS", 1)
     monkeypatch.setattr(sparsity, "fill", lambda: None)
-    words = ["sequential-digits", "--rule", "SLTT", "--model.features", "[8,16,10]", "--epochs", "2"]
+    words = ["sequential-digits", "--rule", "SLTT", "--model.features", "[8,16,10]", "--epochs", "1"]
     monkeypatch.setattr(sparsity, "TASKS", {"tiny": (words, 1), "other": (["nmnist", "--data.root", "{data}"], 1)})
     monkeypatch.setattr("sys.argv", ["sparsity.py", "--runs", str(tmp_path)])
     sparsity.main()
     (rows,) = json.loads((tmp_path / "sparsity.json").read_text()).values()  # without --data, no N-MNIST
     free, sparse = rows
-    assert (free["weight"], sparse["weight"]) == (0, 10)
+    assert (free["weight"], sparse["weight"]) == (0, 100)
     assert sparse["firing_rate"] < 0.7 * free["firing_rate"]
     assert sparse["picojoules"] == pytest.approx(0.9 * sparse["synaptic_operations"])
     assert sparse["synaptic_operations"] < free["synaptic_operations"]
