@@ -86,7 +86,7 @@ def choice(name: str, value: T, options: Iterable[T], remedy: str = "") -> T:
 
 def instance(name: str, value: Any, kind: type[T], remedy: str = "") -> T:
     """An object of a class; where its class itself is given, the message says to call it."""
-    if not isinstance(value, kind):
+    if isinstance(value, type) or not isinstance(value, kind):
         if isinstance(value, type) and issubclass(value, kind):
             remedy = f"call it: {value.__name__}()"
         raise ValueError(_message(name, f"a {kind.__name__}", value, remedy))

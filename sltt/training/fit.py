@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from sltt.training.card import write_card
 from sltt.training.checkpoints import Checkpoints, load_checkpoint, load_selected, start_from
 from sltt.training.console import Console
 from sltt.training.describe import describe_run
+from sltt.training.logs import Logger
 from sltt.training.loop import Loop
 from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Phase
@@ -31,9 +32,6 @@ from sltt.training.runs import LAST, check_config, new_run, old_run, write_confi
 from sltt.training.safeguards import check_last_batch, checked
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, OptimizerFactory, Training
-
-if TYPE_CHECKING:
-    from lightning_fabric.loggers.logger import Logger
 
 
 @dataclass
@@ -75,7 +73,7 @@ def fit(
     accumulate: int = 1,
     ema: float | None = None,
     callbacks: list[Callback] | None = None,
-    loggers: "list[Logger] | None" = None,
+    loggers: list[Logger] | None = None,
     *,
     run: str | Path | None = None,
     resume: bool = False,

@@ -4,10 +4,27 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
-if TYPE_CHECKING:
-    from lightning_fabric.loggers.logger import Logger
+
+@runtime_checkable
+class Logger(Protocol):
+    """What takes the metrics of each epoch: a logger of Fabric or Lightning, or any class with these methods.
+
+    `lightning` and `lightning_fabric` each have a class of this name, and neither knows the other's.
+    """
+
+    def log_hyperparams(self, params, /):
+        """Settings of the run, a dictionary."""
+
+    def log_metrics(self, metrics, step, /):
+        """Metrics of an epoch by name."""
+
+    def save(self):
+        """Write what was logged."""
+
+    def finalize(self, status, /):
+        """The training has ended: "success" or "failed"."""
 
 
 class Logs:
@@ -15,12 +32,12 @@ class Logs:
 
     Args:
         run: folder of the run; TensorBoard's files are in it.
-        loggers: of Fabric or Lightning.
+        loggers: each gets the metrics of every epoch.
         config: settings of the run.
         first: this process is the first.
     """
 
-    def __init__(self, run: Path, loggers: Sequence["Logger"], config: dict[str, Any], first: bool):
+    def __init__(self, run: Path, loggers: Sequence[Logger], config: dict[str, Any], first: bool):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=0) if first else None
@@ -38,7 +55,7 @@ class Logs:
             self._writer.add_scalar(key, value, row["epoch"])
         self._writer.flush()
         for logger in self._loggers:
-            logger.log_metrics(values, step=row["epoch"])
+            logger.log_metrics(values, row["epoch"])
             logger.save()
 
     def __enter__(self) -> Self:

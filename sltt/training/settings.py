@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import nn
@@ -16,10 +16,8 @@ from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import Rule
 from sltt.schedules import Schedule
 from sltt.training.instead import check_optimizer, check_schedule
+from sltt.training.logs import Logger
 from sltt.training.phases import Phase, Stage, plan
-
-if TYPE_CHECKING:
-    from lightning_fabric.loggers.logger import Logger
 
 OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
 
@@ -94,7 +92,7 @@ class Training(_Settings):
     accumulate: int = 1
     ema: float | None = None
     callbacks: Sequence[Callback] | None = None
-    loggers: Sequence["Logger"] | None = field(default=None, metadata=RESUMED)
+    loggers: Sequence[Logger] | None = field(default=None, metadata=RESUMED)
 
     def __post_init__(self) -> None:
         instance("rule", self.rule, Rule)
@@ -124,8 +122,6 @@ class Training(_Settings):
 
     def _check_loggers(self) -> None:
         for i, logger in enumerate(sequence("loggers", self.loggers or (), "loggers")):
-            from lightning_fabric.loggers.logger import Logger
-
             instance(f"loggers[{i}]", logger, Logger, "such as lightning_fabric.loggers.CSVLogger('logs')")
 
     @property

@@ -26,6 +26,7 @@ from tests.commands.tiny import TINY, run
         (["train", "--rule", "os.system"], "'os.system' is not allowed"),
         (["train", "--rule", "torch.nn.Linear"], "torch.nn.Linear does not correspond to a subclass of Rule"),
         (["train", "--data", "sltt.SLTT"], "sltt.SLTT does not correspond to a subclass of Data"),
+        (["train", "--loggers+=sltt.SLTT"], "loggers: expected a class of the kind Logger, got sltt.SLTT"),
         (["train", "--optimizer", "torch.nn.Linear"], "to be a subclass of <class 'Optimizer'>"),
         (["train", "--rule", "TBPTT"], "window"),
         (["train", "--epochs", "x"], "epochs: expected int, got x"),

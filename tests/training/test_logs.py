@@ -29,6 +29,16 @@ def test_a_logger_gets_every_epoch_once(tmp_path):
     assert logged(tmp_path) == expected(result)
 
 
+def test_fabrics_tensorboard_logger_gets_every_epoch_once(tmp_path):
+    from lightning_fabric.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, result = train(tmp_path / "run", loggers=[TensorBoardLogger(tmp_path, name="logs", version="1")], epochs=2)
+    events = EventAccumulator(str(tmp_path / "logs" / "1")).Reload()
+    values = [(event.step, event.value) for event in events.Scalars("validation_accuracy")]
+    assert values == [(epoch, pytest.approx(accuracy)) for epoch, accuracy in expected(result)]
+
+
 def test_the_log_of_a_resumed_run_is_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", rule=StopAt(10), loggers=[logger(tmp_path)])
@@ -42,20 +52,19 @@ def test_the_log_of_a_resumed_run_is_whole(tmp_path):
 
 
 def test_a_logger_hears_the_settings_and_how_the_training_ended(tmp_path):
-    from lightning_fabric.loggers.logger import Logger
-
-    class Heard(Logger):
-        name = version = "heard"
-
+    class Heard:  # any class with these methods is a logger
         def __init__(self):
             self.heard = []
 
         def log_hyperparams(self, params):
             self.heard.append(params["steps"])
 
-        def log_metrics(self, metrics, step=None):
+        def log_metrics(self, metrics, step):
             assert None not in metrics.values()
             self.heard.append(step)
+
+        def save(self):
+            pass
 
         def finalize(self, status):
             self.heard.append(status)
@@ -89,3 +98,5 @@ def test_the_command_line_names_callbacks_and_loggers(tmp_path, monkeypatch, cap
 def test_what_is_no_logger_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"loggers\[0\] must be a Logger, got 'CSV'; such as lightning_fabric"):
         train(tmp_path / "run", loggers=["CSV"])
+    with pytest.raises(ValueError, match=r"loggers\[0\] must be a Logger, got .*call it: CSVLogger\(\)"):
+        train(tmp_path / "run", loggers=[type(logger(tmp_path))])
