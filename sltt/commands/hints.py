@@ -42,9 +42,7 @@ def explain(message: str, values: Mapping[str, Any]) -> str:
         return f"{key}: there is no module {name}; expected {name}.py in this folder or a package that is installed"
     if kind := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*)", message):
         return f"{key}: expected a class of the kind {kind[1]}, got {kind[2]}"
-    if kind := re.search(
-        r"does not (?:implement protocol|correspond to a subclass of) (\w+).*Given value: (\S+)", message, re.S
-    ):
+    if kind := re.search(r"does not implement protocol (\w+).*Given value: (\S+)", message, re.DOTALL):
         return f"{key}: expected a class of the kind {kind[1]}, got {kind[2]}"
     if key == "precision":  # the parser names the type of the first choice only
         kinds = [str(list(get_args(_fit_signature()[key].annotation)))]
