@@ -11,7 +11,7 @@ INK = "#777777"  # readable on a light and on a dark page
 CASES = {
     "SpikingJelly BPTT": ("SpikingJelly, BPTT", "#c2703d", 0.0),
     "BPTT": ("sltt, BPTT", "#2b83ba", 0.0),
-    "SpikingJelly SLTT": ("SpikingJelly, SLTT", "#c2703d", 1.05),
+    "SpikingJelly SLTT": ("SpikingJelly, SLTT", "#c2703d", 1.5),
     "SLTT": ("sltt, SLTT", "#2b83ba", 0.2),
 }  # name in the results: label, colour, and how far the label stands above the end of its line, in GB
 
@@ -34,6 +34,6 @@ def draw(rows: list[dict]) -> Figure:
 
 if __name__ == "__main__":
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with rc_context({"svg.hashsalt": "memory", "font.size": 11, **colours}):
+    with rc_context({"svg.hashsalt": "memory", "font.size": 13, **colours}):
         rows = json.loads((DOCS / "results" / "resnet18-over-t.json").read_text())
         draw(rows).savefig(DOCS / "figures" / "memory-over-t.svg", transparent=True, metadata={"Date": None})

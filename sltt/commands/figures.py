@@ -66,7 +66,7 @@ def lines(
             axes.plot(xs, ys, color=colours[label], marker=marker, markersize=4, label=None if i else label, alpha=0.85)
     axes.set(xlabel=x, ylabel=y)
     if percent:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     else:
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -58,6 +58,10 @@ class TableOfCells:
         writer.writerows([cell.value for cell in row] for row in self.rows)
         return text.getvalue()
 
+    def kind(self, column: int) -> str:
+        """How a column's cells are aligned: text, or number."""
+        return "text" if all(isinstance(row[column].value, str) for row in self.rows) else "number"
+
     @property
     def link(self) -> str:
         """The CSV as an address that needs no file."""
