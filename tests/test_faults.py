@@ -360,3 +360,33 @@ def test_automatic_folds_stay_within_the_budget_whether_gradients_are_there_or_n
             for there in (first, not first, first):
                 run(twin, rule, gradients=there)
             assert max(peak(twin, rule, gradients) for gradients in (True, False)) <= budget
+
+
+@pytest.mark.parametrize("place", ["loss", "backward", "thread", "around"])
+def test_a_model_in_the_middle_of_a_sequence_is_refused(place):
+    model, (x, y) = small_network(), batch()
+    expected, _ = gradients(model, sltt.SLTT(), x, y)
+    found = []
+
+    def again(value):
+        with pytest.raises(ValueError, match=r"Sequential is in the middle of another sequence.*deepcopy"):
+            sltt.unroll(nn.Sequential(model) if place == "around" else model, x)
+        found.append(value)
+        return value
+
+    def in_thread(value):
+        thread = threading.Thread(target=again, args=(value,))
+        thread.start()
+        thread.join()
+        return value
+
+    def backward(total):
+        total.backward()
+        if place == "backward":
+            again(total)
+
+    see = {"loss": again, "around": again, "thread": in_thread}.get(place, lambda value: value)
+    sltt.SLTT()(model, x, y, lambda o, target: see(LOSS(o, target)), backward=backward)
+    assert len(found) == len(x)
+    assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
+    sltt.unroll(model, x)

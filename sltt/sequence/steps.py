@@ -4,6 +4,7 @@ Shapes: T time steps, B samples, C classes; a call of the network takes n time s
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,30 @@ class Network:
 
 @contextmanager
 def running(model: nn.Module, sequence: Sequence) -> Iterator[Network]:
-    """A model, checked and reset, for the steps of a sequence; it is reset afterwards, also after an exception."""
+    """A model, checked and reset, for the steps of a sequence; it is reset afterwards, also after an exception.
+
+    Raises ValueError if the model is in a sequence already. A part of it may run a sequence of its own.
+    """
+    with _lock:
+        if any(module in _running for module in model.modules()):
+            raise ValueError(
+                f"{type(model).__name__} is in the middle of another sequence, and its neurons keep one state: call it "
+                "after that sequence, or, in a thread, on a copy: copy.deepcopy(model)"
+            )
+        _running.add(model)
+    try:
+        with _prepared(model, sequence) as network:
+            yield network
+    finally:
+        _running.discard(model)
+
+
+_lock = threading.Lock()
+_running: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def _prepared(model: nn.Module, sequence: Sequence) -> Iterator[Network]:
     check_steps(model, sequence.batch)
     network = Network(model, sequence.batch)
     modules = [m for m in model.modules() if isinstance(m, Stateful)]
