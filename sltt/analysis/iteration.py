@@ -22,9 +22,8 @@ DRAWS = 4  # of the steps that SLTT-K trains: the first step, which has no state
 class Memory:
     """Bytes at the peak of a training iteration.
 
-    The peak is counted with the gradients of all parameters there from the beginning, as they are from the second time
-    step of SLTT on, and in every loop that does not free them between iterations. `saved` is what the graph keeps when
-    a backward begins, at the backward that has most before it.
+    The gradients of all parameters count from the beginning: SLTT has them from its second time step on. `saved` is
+    what the graph keeps when a backward begins, at the backward with most before it.
 
     Attributes:
         parameters: and buffers.

@@ -26,9 +26,9 @@ def count_operations(
 
         count_operations(model, x, y, loss, SLTT(k=1)).backward
 
-    A layer n → m of one sample and time step has n·m forward, n·m for the gradient of its weights and, but for the
-    first, n·m for that of its input; matrix products, as in attention, count likewise. Work on single elements, such as
-    the neurons', is of another order, and left out.
+    A layer n → m has, for each sample and time step, n·m multiplications forward and n·m for the gradient of its
+    weights. All layers but the first have n·m more, for the gradient of their input. Matrix products, as in attention,
+    count likewise. Neurons and other work on single elements are left out: they are of a lower order.
 
     Args:
         model: maps one time step to logits.

@@ -33,10 +33,9 @@ def spiking(
 
         ReLU(x[t]) becomes θ s[t],  s[t] the spikes of a neuron with input x[t] / θ
 
-    so that the mean over T time steps is ReLU(x) in T + 1 levels up to θ. Without data θ is 1, and the neurons alone
-    are put in. Weights stay, under their names, as do BatchNorm, LayerNorm, max pooling (of spikes) and attention
-    (within the time step). `nn.Dropout` becomes `sltt.Dropout`, which has one mask a sequence. T is chosen where the
-    twin is trained or run.
+    The mean over T time steps is ReLU(x) in T + 1 levels up to θ. Without data θ is 1. These stay: weights and their
+    names, BatchNorm, LayerNorm, max pooling (of spikes) and attention (within the time step). `nn.Dropout` becomes
+    `sltt.Dropout`, which has one mask a sequence. Choose T where you train or run the twin.
 
     Args:
         ann: the network; `torch.fx` traces it.
@@ -49,9 +48,9 @@ def spiking(
         keep: activations to leave as they are, such as "sigmoid" in a gate.
 
     Raises:
-        ValueError: all that stands in the way, by name and with the remedy: control flow that depends on values, no
-            activation that is found, one without a spiking counterpart, one that changes in place what is read later,
-            one hidden in a module of PyTorch, functions with `training=…`, spiking neurons.
+        ValueError: what cannot be turned, by name and with the remedy. Control flow that depends on values; functions
+            with `training=…`; neurons that spike already; no activation. An activation without a spiking counterpart,
+            hidden in a module of PyTorch, or in place on what is read later.
 
     Source: Rueckauer et al. 2017 (Front. Neurosci. 11:682), for thresholds by percentiles.
     """

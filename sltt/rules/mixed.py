@@ -29,12 +29,12 @@ class Mixed(Rule):
     The gradient is the exact one of the graph in which each layer's states become constants at the end of each of its
     windows: steps 1 … n, n+1 … 2n, and so on. With "all" in every layer it is `BPTT`, with n `TBPTT(n)`, with 1 `SLTT`.
 
-    Memory grows with the windows only up to the last layer that has one, in the order of the network: what is above it
-    is backpropagated and freed at every step. What stays, until the windows of all layers end at the same step, is the
-    graph of the layers up to there, and for each step the gradient of that layer's output. So the nearer to the input
-    it is the less there is; where little is above it, BPTT takes no more. Where the graph goes around that output, as
-    it does within residual blocks, or where that layer runs twice in a step, the graph of the whole network stays
-    instead, for the same gradient, and the first step is run once more to find that out.
+    Memory depends on the last layer that has a window, in the order of the network. The layers above it are
+    backpropagated and freed at every step. The layers up to it keep their graph until the windows of all layers end at
+    the same step. So a last layer near the input saves memory. With little above it, BPTT takes no more.
+
+    Two cases keep the graph of the whole network, for the same gradient: a graph that goes around the last layer, as
+    within residual blocks, and a last layer that runs twice in a step. The first step runs once more to find out.
 
     Args:
         windows: window of each layer of neurons, a number of time steps or "all", by its name in the model or a pattern

@@ -23,8 +23,8 @@ class Phase:
         lr: learning rate. The schedule starts anew with a phase that has one; without, it runs on.
         weight_decay: of the optimizer.
         freeze_norm: BatchNorm normalises with its running statistics from here on, and leaves them as they are; its
-            weights go on learning. Between phases that see other statistics, such as those of firing rates and those
-            of single time steps, the network goes on as it was, where new ones would make it another.
+            weights go on learning. Use it where a phase sees other statistics than the one before: firing rates, and
+            then single time steps. New statistics would make the network another.
         crop: side, in pixels, of a square taken at a random place out of each training sample, after its other
             augmentation; None is the whole sample. For networks that take images of any size: epochs on parts of the
             images cost by their area.
