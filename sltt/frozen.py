@@ -1,5 +1,6 @@
 """Values: objects whose attributes are set once, when they are made, so that many can share one."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,3 +35,16 @@ class FrozenMapping(Frozen, Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(self._items)
+
+
+def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a class, with those that it passes on to its base class."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" not in vars(base) or base is object:
+            continue
+        own = list(inspect.signature(base.__init__).parameters.values())[1:]
+        found = {one.name: one for one in own} | found
+        if not any(one.kind is one.VAR_KEYWORD for one in own):
+            break
+    return {name: one for name, one in found.items() if one.kind is not one.VAR_KEYWORD}

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from sltt.checks import instance
 from sltt.rules import unroll
+from sltt.sequence.hooks import hooked
 from sltt.sequence.spikes import observing, spiking_layers
 
 # Energy of a 32-bit floating-point operation in a 45 nm process; Horowitz, ISSCC 2014.
@@ -94,17 +95,18 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
 
         return hook
 
-    products = _Products(model)
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]
-    handles = [model.register_forward_pre_hook(start)]
-    handles += [m.register_forward_hook(count(name)) for name, m in layers]
-    try:
-        with observing(spiking_layers(model), fire), products:
-            length = len(unroll(model, x, steps=steps))
-    finally:
-        for handle in handles:
-            handle.remove()
-        products.remove()
+    products = _Products()
+    modules = dict(model.named_modules())
+    layers = {name: m for name, m in modules.items() if isinstance(m, LAYERS)}
+    with (
+        hooked(model.register_forward_pre_hook(start)),
+        hooked(*(m.register_forward_hook(count(name)) for name, m in layers.items())),
+        hooked(*(m.register_forward_pre_hook(partial(products.enter, name)) for name, m in modules.items())),
+        hooked(*(m.register_forward_hook(products.leave, always_call=True) for m in modules.values())),
+        observing(spiking_layers(model), fire),
+        products,
+    ):
+        length = len(unroll(model, x, steps=steps))
     for one in products.counts.values():
         one.macs, one.runs = one.inputs // (x[0] if steps is None else x).shape[0] // length, length
     counts |= products.counts
@@ -136,29 +138,18 @@ def _spikes(x: Tensor) -> int:
 
 
 class _Products(TorchFunctionMode):
-    """Counts the matrix products of two tensors, by the module that computes them."""
+    """Counts the matrix products of two tensors, by the module that computes them; hooks say which is entered."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self) -> None:
         super().__init__()
         self.counts: dict[str, _Count] = {}
         self._inside: list[str] = []
-        self._handles: list[Any] = []
-        for name, module in model.named_modules():
-            self._handles += [
-                module.register_forward_pre_hook(partial(self._enter, name)),
-                module.register_forward_hook(self._leave, always_call=True),
-            ]
 
-    def _enter(self, name: str, *call: Any) -> None:
+    def enter(self, name: str, *call: Any) -> None:
         self._inside.append(name)
 
-    def _leave(self, *call: Any) -> None:
+    def leave(self, *call: Any) -> None:
         self._inside.pop()
-
-    def remove(self) -> None:
-        """End the hooks."""
-        for handle in self._handles:
-            handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -13,6 +13,7 @@ from sltt.analysis.energy import LAYERS
 from sltt.checks import instance
 from sltt.kernels import costs
 from sltt.rules import unroll
+from sltt.sequence.hooks import hooked
 
 
 @dataclass
@@ -61,12 +62,8 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
         return hook
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]
-    handles = [m.register_forward_pre_hook(look(name)) for name, m in layers]
-    try:
+    with hooked(*(m.register_forward_pre_hook(look(name)) for name, m in layers)):
         unroll(model, x, steps=steps)
-    finally:
-        for handle in handles:
-            handle.remove()
     for path in found.values():
         path.density /= path.calls
     return list(found.values())

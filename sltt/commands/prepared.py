@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sltt.data import Splits
 from sltt.rules import Rule
+from sltt.sequence.hooks import hooked
 from sltt.sequence.padding import Padded, pad
 from sltt.training.batches import EpochSampler, ending, train_loader
 from sltt.training.evaluation import measure_split, measured_with
@@ -73,12 +74,8 @@ def prepared(here: Session, built: Any, steps: int, *, full_precision: bool = Fa
     """
     found = Prepared(built, here, steps)
     autocast = here.execution.precision != 32 and not full_precision
-    hooks = _run_in_precision(found.model, here.fabric) if autocast else ()
-    try:
+    with hooked(*(_run_in_precision(found.model, here.fabric) if autocast else ())):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def test_score(here: Session, built: Any) -> float:

@@ -3,7 +3,6 @@
 Shapes: T time steps, B samples, C classes.
 """
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from sltt import kernels
 from sltt.checks import function, instance
-from sltt.frozen import Frozen
+from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, is_per_step, watching
 from sltt.rules.diagnosis import explained, leftovers_noticed
 from sltt.sequence.fold import Fold
@@ -256,7 +255,8 @@ class Rule(Frozen, ABC):
             raise ValueError(f"the state {sorted(state)} is not of the rule {self}")
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{k}={v}" for k, v in vars(self).items() if v != _defaults(type(self)).get(k, v))
+        taken = arguments_of(type(self))
+        settings = ", ".join(f"{k}={v}" for k, v in vars(self).items() if k in taken and v != taken[k].default)
         return f"{type(self).__name__}({settings})"
 
 
@@ -323,12 +323,3 @@ def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
     if value.ndim:
         raise ValueError(f"expected a loss that returns a scalar, got shape {list(value.shape)}; use reduction='mean'")
     return value
-
-
-def _defaults(kind: type) -> dict[str, Any]:
-    """The defaults of a class's arguments, with those that it passes on to its base class."""
-    found: dict[str, Any] = {}
-    for base in reversed(kind.__mro__):
-        parameters = inspect.signature(base.__init__).parameters.values()
-        found |= {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-    return found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sltt.sequence.hooks import hooked
 from sltt.sequence.state import emits_spikes, kind_of, map_tensors, reset
 from sltt.sequence.steps import Sequence
 
@@ -97,12 +98,10 @@ def _changed_in_place(model: nn.Module, sequence: Sequence) -> str | None:
 
     hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules()]
     try:
-        with torch.enable_grad():
+        with hooked(*hooks), torch.enable_grad():
             model(sequence.input(range(1)))
     except Exception:
         return None  # the error that is to be explained says more
     finally:
         reset(model)
-        for hook in hooks:
-            hook.remove()
     return next((what for what, output, version in seen if output._version != version), None)

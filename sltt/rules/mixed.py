@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from sltt import kernels
 from sltt.frozen import FrozenMapping
 from sltt.rules.base import Batch, Output, Rule
 from sltt.rules.segments import Snapshot
+from sltt.sequence.hooks import hooked
 from sltt.sequence.once import hand_over
 from sltt.sequence.state import detach_module, state_names, state_tensors
 from sltt.sequence.steps import Sequence, running
@@ -61,8 +62,8 @@ class Mixed(Rule):
     def run(self, batch: Batch) -> Output:
         windows = self.window_lengths(batch.model, batch.steps)
         kept = [module for module, window in windows.items() if window > 1]
-        waiting = None
-        with _Cut(kept) as cut:
+        cut, waiting = _Cut(kept), None
+        with hooked(*(module.register_forward_hook(cut.hook) for module in kept)):
             for t in range(batch.steps):
                 value = cut.run(batch, t)
                 if cut.module is None and kept:
@@ -74,9 +75,9 @@ class Mixed(Rule):
                 for module, window in windows.items():
                     if (t + 1) % window == 0:
                         detach_module(module)
-                if t + 1 == batch.steps or all((t + 1) % windows[module] == 0 for module in kept):
-                    if waiting is not None:
-                        batch.backward(waiting)
+                ended = t + 1 == batch.steps or all((t + 1) % windows[module] == 0 for module in kept)
+                if ended and waiting is not None:
+                    batch.backward(waiting)
                     waiting = None
         return batch.output()
 
@@ -127,13 +128,9 @@ def layer_order(model: nn.Module, sequence: Sequence) -> dict[str, bool]:
         module.register_forward_hook(lambda *call, name=name: outputs.setdefault(name, []).append(call[-1]))
         for name, module in neuron_layers(model).items()
     ]
-    try:
-        with running(model, sequence) as network:
-            logits = network(sequence.input(range(1)))
-            return {name: len(found) == 1 and _parts(logits, found[0]) for name, found in outputs.items()}
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(*hooks), running(model, sequence) as network:
+        logits = network(sequence.input(range(1)))
+        return {name: len(found) == 1 and _parts(logits, found[0]) for name, found in outputs.items()}
 
 
 def _parts(logits: Tensor, output: Any) -> bool:
@@ -141,8 +138,7 @@ def _parts(logits: Tensor, output: Any) -> bool:
     if not isinstance(output, Tensor) or output.grad_fn is None:
         return False
     node = output.grad_fn
-    shared = set(_walk([logits.grad_fn], stop=[node])) & set(_walk([node]))
-    return {found for found in shared if found.name() != _ACCUMULATE} == {node}
+    return _operations(_behind([logits.grad_fn], stop=[node]) & _behind([node])) == {node}
 
 
 class _Cut:
@@ -159,15 +155,8 @@ class _Cut:
         self._last: nn.Module | None = None
         self._calls = 0
 
-    def __enter__(self) -> "_Cut":
-        self._hooks = [module.register_forward_hook(self._hook) for module in self.kept]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _hook(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def hook(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """A forward hook of the `kept` modules."""
         self._last = module
         if module is not self.module or not isinstance(output, Tensor):  # a tuple is not cut: the graph stays whole
             return output
@@ -215,19 +204,13 @@ class _Cut:
 
         Nor may a kept state hold what stands above for the cut output: its gradient would come steps later.
         """
-        above = set(_walk([value.grad_fn]))
+        above = _behind([value.grad_fn])
         roots = [output.grad_fn for output, _ in self._outputs]
-        below = set(_walk([*roots, *_graph_of_states(self.kept)], stop=before))
-        shared = (node for node in above & below if node.name() != _ACCUMULATE)
-        leaves = {id(leaf) for _, leaf in self._outputs}
-        states = (state for module in self.kept for state in state_tensors(module))
-        crosses = any(id(state) in leaves for state in states) or any(
-            node.name() == _ACCUMULATE and id(node.variable) in leaves for node in below
-        )
-        return self._calls == 1 and not crosses and not any(True for _ in shared)
-
-
-_ACCUMULATE = "torch::autograd::AccumulateGrad"
+        below = _behind([*roots, *_graph_of_states(self.kept)], stop=before)
+        waiting = {id(state) for module in self.kept for state in state_tensors(module)}
+        waiting |= {id(node.variable) for node in below - _operations(below)}
+        crosses = any(id(leaf) in waiting for _, leaf in self._outputs)
+        return self._calls == 1 and not crosses and not _operations(above & below)
 
 
 def _graph_of_states(modules: Iterable[nn.Module]) -> set[Any]:
@@ -235,15 +218,18 @@ def _graph_of_states(modules: Iterable[nn.Module]) -> set[Any]:
     return {state.grad_fn for state in states if state.grad_fn is not None}
 
 
-def _walk(roots: Iterable[Any], stop: Iterable[Any] = ()) -> Iterator[Any]:
-    """The nodes of the graph behind `roots`, not further than `stop`."""
+def _behind(roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
+    """The nodes of the graph behind `roots`, with these, and not further than `stop`."""
     seen: set[Any] = set()
     stop, todo = set(stop), [root for root in roots if root is not None]
     while todo:
         node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        if node not in stop:
-            todo += [behind for behind, _ in node.next_functions if behind is not None]
+        if node not in seen:
+            seen.add(node)
+            todo += [behind for behind, _ in node.next_functions if behind is not None and node not in stop]
+    return seen
+
+
+def _operations(nodes: set[Any]) -> set[Any]:
+    """The nodes but those of leaves, which add up gradients."""
+    return {node for node in nodes if node.name() != "torch::autograd::AccumulateGrad"}

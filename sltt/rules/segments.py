@@ -20,11 +20,11 @@ from sltt.sequence.state import Stateful, map_tensors, state_names, state_tensor
 def run_in_segments(batch: Batch, length: int, fold: int = 1) -> Output:
     """Forward and backward of BPTT, `length` time steps at a time, `fold` of them in one call of the network."""
     model = batch.model
-    segments = list(_cut(range(batch.steps), length))
+    segments = list(split(range(batch.steps), length))
     starts: list[Snapshot] = []
     for segment in segments[:-1]:
         starts.append(Snapshot(model))
-        for call in _cut(segment, fold):
+        for call in split(segment, fold):
             batch.forward(call, graph=False)
     starts.append(Snapshot(model))
     end: Snapshot | None = None
@@ -35,7 +35,7 @@ def run_in_segments(batch: Batch, length: int, fold: int = 1) -> Output:
             gradients = [None if leaf is None else leaf.grad for leaf in leaves]
             leaves = starts[i].restore(leaves=i > 0)
             total = torch.zeros((), device=batch.sequence.x.device)
-            for call in _cut(segments[i], fold):
+            for call in split(segments[i], fold):
                 before = [] if end is None else [(t, batch.logits(t)) for t in call]
                 total = total + batch.forward(call)
                 same |= {t: torch.isclose(batch.logits(t), o, 1e-3, 1e-5, equal_nan=True).all() for t, o in before}
@@ -52,7 +52,8 @@ def run_in_segments(batch: Batch, length: int, fold: int = 1) -> Output:
     return batch.output()
 
 
-def _cut(steps: range, length: int) -> Iterator[range]:
+def split(steps: range, length: int) -> Iterator[range]:
+    """The time steps in runs of `length`; the last may be shorter."""
     return (steps[i : i + length] for i in range(0, len(steps), length))
 
 

@@ -138,8 +138,8 @@ class _Trace:
         self.value = None if x is None else x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
         self.decays: list[Callable[[], Decays]] = []
 
-    def read(self, x: Tensor | None) -> None:
-        """Go one time step on."""
+    def step(self, x: Tensor | None) -> None:
+        """Go one time step on, in which the layer reads x."""
         decay, synaptic = (sum(values) / len(self.decays) for values in zip(*(d() for d in self.decays), strict=True))
         self.charge_of_ones = synaptic * self.charge_of_ones + 1
         self.ones = decay * self.ones + self.charge_of_ones
@@ -196,7 +196,7 @@ class _Traces:
             if not self.inputs and self.last is not None:
                 trace.decays.append(self.decays[self.last])
         elif trace.decays:
-            trace.read(x)
+            trace.step(x)
         else:
             return None
         return trace
@@ -276,27 +276,24 @@ class _Operations(TorchFunctionMode):
         if settings and settings[1] == "same":
             sides: Any = self.layer._reversed_padding_repeated_twice
             x, settings = F.pad(x, sides), (settings[0], 0, *settings[2:])
-        y = self._traced(_FUNCTIONS[func](func, *settings), x, weight, bias)
-        return func(x, weight, bias, *settings) if y is None else y
+        trace = self.traces.read(self.layer, x if weight.requires_grad else None)
+        if trace is None:
+            return func(x, weight, bias, *settings)
+        if bias is not None and self.traces.inputs:
+            bias = _Scaled.apply(bias, trace.ones)  # type: ignore[assignment]
+        function = _FUNCTIONS[func](func, *settings)
+        if trace.value is None:  # the bias learns alone
+            y: Tensor = function.forward(x, weight, bias)
+        else:
+            y = _Traced.apply(x, trace.value, weight, bias, function)  # type: ignore[assignment]
+        self.traces.wrote(trace, y)
+        return y
 
     def _normalise(self, func: Any, *args: Any, weight: Tensor | None, bias: Tensor | None, **settings: Any) -> Tensor:
         trace = None if bias is None or not bias.requires_grad else self.traces.read(self.layer, None)
         if trace is None:
             return func(*args, weight=weight, bias=bias, **settings)
         y: Tensor = func(*args, weight=weight, bias=_Scaled.apply(bias, trace.ones), **settings)
-        self.traces.wrote(trace, y)
-        return y
-
-    def _traced(self, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        trace = self.traces.read(self.layer, x if weight.requires_grad else None)
-        if trace is None:
-            return None
-        if bias is not None and self.traces.inputs:
-            bias = _Scaled.apply(bias, trace.ones)  # type: ignore[assignment]
-        if trace.value is None:  # the bias learns alone
-            y = function.forward(x, weight, bias)
-        else:
-            y: Tensor = _Traced.apply(x, trace.value, weight, bias, function)  # type: ignore[assignment]
         self.traces.wrote(trace, y)
         return y
 

@@ -1,18 +1,21 @@
 """Truncated backpropagation through time: BPTT, TBPTT and SLTT are one rule with windows of T, n and one steps."""
 
-from collections.abc import Container, Iterator
+import operator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, reduce
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from sltt.checks import flag, instance, whole_number
 from sltt.losses import SequenceLoss
 from sltt.memory import parse_bytes
 from sltt.rules.base import Batch, Output, Rule
 from sltt.rules.folding import foldable, run_within
-from sltt.rules.segments import run_in_segments
+from sltt.rules.segments import run_in_segments, split
 from sltt.sequence.padding import Padded
 
 
@@ -75,42 +78,32 @@ class Truncated(Rule):
 
     def run_folded(self, batch: Batch, fold: int) -> Output:
         """`run` with at most `fold` time steps in a call of the network."""
-        window = self.window_length(batch.steps)
+        steps, length = range(batch.steps), self.window_length(batch.steps)
         trained, scale = self.trained_steps(batch), self.loss_scale(batch.steps)
-        total, begin = None, 0  # of the window in progress
-        outputs: list[torch.Tensor] = []  # logits of its steps, for a loss of the whole sequence
-        for call in _calls(batch.steps, fold, window, trained):
-            graph = call.start in trained
-            if batch.whole:
-                # in a copy: the model may go on to change what it gave
-                outputs.append(batch.run(call, cut=window == 1, recompute=self.recompute).clone())
-            else:
-                value = batch.forward(call, graph=graph, cut=window == 1, recompute=self.recompute) * scale
-                if graph:
-                    total = value if total is None else total + value
-                del value  # so that the graph of these steps is gone before the next forward
-            if window == 1 or call.stop % window == 0 or call.stop == batch.steps:
-                if batch.whole:
-                    total, begin = batch.window_loss(range(begin, call.stop), torch.cat(outputs)), call.stop
-                    outputs.clear()
-                if total is not None:
-                    batch.backward(total)
-                    total = None
-                batch.detach()
+        cut = length == 1  # such windows share a call of the network: the neurons cut the gradient between its steps
+        for window in _alike(steps, trained, fold) if cut and not batch.whole else split(steps, length):
+            graph = window.start in trained
+            value = self._loss_of(batch, window, split(window, fold), graph=graph, cut=cut)
+            if graph:
+                batch.backward(value * scale)
+            del value  # so that the graph of this window is gone before the next forward
+            batch.detach()
         return batch.output()
 
+    def _loss_of(self, batch: Batch, window: range, calls: Iterable[range], **how: bool) -> Tensor:
+        """The loss of a window, run in these calls of the network."""
+        if batch.whole:
+            # in copies: the model may go on to change what it gave
+            logits = [batch.run(call, recompute=self.recompute, **how).clone() for call in calls]
+            return batch.window_loss(window, torch.cat(logits))
+        return reduce(operator.add, (batch.forward(call, recompute=self.recompute, **how) for call in calls))
 
-def _calls(steps: int, fold: int, window: int, trained: Container[int]) -> Iterator[range]:
-    """The time steps cut into calls of the network: `fold` at most, all trained or none, within a window.
 
-    Windows of one step need no call of their own: the neurons cut the gradient between the steps of a call.
-    """
-    start = 0
-    for t in range(1, steps + 1):
-        ends_window = window > 1 and t % window == 0
-        if t == steps or t - start == fold or ends_window or (t in trained) != (start in trained):
-            yield range(start, t)
-            start = t
+def _alike(steps: range, trained: Container[int], most: int) -> Iterator[range]:
+    """The time steps in runs of `most` at most, which are all trained or none."""
+    for _, run in groupby(steps, trained.__contains__):
+        first, *others = run
+        yield from split(range(first, first + 1 + len(others)), most)
 
 
 class BPTT(Truncated):

@@ -47,15 +47,15 @@ class Clock:
 CLOCK = "_sltt_clock"  # the attribute of a module that holds the clock of the sequence that it is in
 
 
+def clock_of(module: nn.Module) -> Clock | None:
+    """The clock of the sequence that a module is in; None where no rule runs the module."""
+    return getattr(module, CLOCK, None)
+
+
 def fold_of(module: nn.Module) -> Fold:
     """How the call in progress folds time, for a module in it; one time step where no rule runs the module."""
-    clock: Clock | None = getattr(module, CLOCK, None)
+    clock = clock_of(module)
     return ONE_STEP if clock is None else clock.fold
-
-
-def clock_of(module: nn.Module) -> Clock | None:
-    """The clock of the sequence that a module is in."""
-    return getattr(module, CLOCK, None)
 
 
 @contextmanager

@@ -166,12 +166,12 @@ def check_steps(model: nn.Module, batch: int) -> None:
     Raises:
         ValueError: naming every module that takes several time steps in a call, or whose state a rule cannot reach.
     """
-    kept = {id(m) for keeper in model.modules() if isinstance(keeper, Stateful) for m in keeper.children()}
-    kept = {id(m) for child in model.modules() if id(child) in kept for m in child.modules()}
+    keepers = (m for m in model.modules() if isinstance(m, Stateful))
+    kept = {inner for keeper in keepers for child in keeper.children() for inner in child.modules()}
     problems = []
     for name, module in model.named_modules():
         kind = kind_of(type(module))
-        if kind and (problem := kind.check(module, batch, id(module) in kept)):
+        if kind and (problem := kind.check(module, batch, module in kept)):
             problems.append(f"{name or 'the model'} ({type(module).__name__}) {problem}")
     if problems:
         raise ValueError("a rule runs one time step in a call of the model, but " + "; ".join(problems))

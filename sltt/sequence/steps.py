@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sltt._torch import _current_graph_task_id, is_compiled
 from sltt.checks import instance, whole_number
-from sltt.sequence.fold import Clock, Fold, clock_of, clocked
+from sltt.sequence.fold import ONE_STEP, Clock, Fold, clock_of, clocked
+from sltt.sequence.hooks import hooked
 from sltt.sequence.spikes import spiking_layers
 from sltt.sequence.state import Stateful, check_steps, detach_module, reset, state_names, state_tensors
 
@@ -74,7 +75,7 @@ class Network:
         self.clock = Clock()
         self.keepers = [m for m in model.modules() if state_names(m)]
 
-    def __call__(self, x: Tensor, fold: Fold = Fold()) -> Tensor:
+    def __call__(self, x: Tensor, fold: Fold = ONE_STEP) -> Tensor:
         """Run time steps in one call of the model: [n·B, ...] to logits [n, B, C]."""
         self.clock.calls += 1
         self.clock.fold = fold
@@ -129,25 +130,19 @@ def _prepared(model: nn.Module, sequence: Sequence) -> Iterator[Network]:
     network = Network(model, sequence.batch)
     modules = [m for m in model.modules() if isinstance(m, Stateful)]
     neurons = spiking_layers(model)
-    hooks = []
+    attending = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     reset(model)
     try:
-        with clocked({*modules, *neurons.values()}, network.clock):
-            hooks += [
-                m.register_forward_pre_hook(OncePerCall(name, network.clock, NEURON)) for name, m in neurons.items()
-            ]
-            hooks += [
-                m.register_forward_pre_hook(AmongTokens(name, network), with_kwargs=True)
-                for name, m in model.named_modules()
-                if isinstance(m, nn.MultiheadAttention)
-            ]
+        with (
+            clocked({*modules, *neurons.values()}, network.clock),
+            hooked(*(m.register_forward_pre_hook(OncePerCall(n, network.clock, NEURON)) for n, m in neurons.items())),
+            hooked(*(m.register_forward_pre_hook(AmongTokens(n, network), with_kwargs=True) for n, m in attending)),
+        ):
             if model not in _known:
                 _check_compiled(network, sequence.input(range(1))[:1])
                 _known.add(model)
             yield network
     finally:
-        for hook in hooks:
-            hook.remove()
         reset(model)
 
 

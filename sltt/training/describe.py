@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sltt.frozen import arguments_of
+
 NETWORK = "network.pt"
 UNREADABLE = "sltt eval, export and --resume cannot read this run"
 LOST = {
@@ -69,21 +71,8 @@ def describe(value: Any) -> Any:
     if is_dataclass(value):
         values = {field.name: describe(getattr(value, field.name)) for field in fields(value)}
         return {key: one for key, one in values.items() if one is not None}
-    arguments = {name: describe(_kept_argument(value, one)) for name, one in _parameters(type(value)).items()}
+    arguments = {name: describe(_kept_argument(value, one)) for name, one in arguments_of(type(value)).items()}
     return {"class_path": _path(type(value)), "init_args": {k: v for k, v in arguments.items() if v is not None}}
-
-
-def _parameters(kind: type) -> dict[str, inspect.Parameter]:
-    """The arguments of a class, with those that it passes on to its base class."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in kind.__mro__:
-        if "__init__" not in vars(base) or base is object:
-            continue
-        own = list(inspect.signature(base.__init__).parameters.values())[1:]
-        found = {one.name: one for one in own} | found
-        if not any(one.kind is one.VAR_KEYWORD for one in own):
-            break
-    return {name: one for name, one in found.items() if one.kind is not one.VAR_KEYWORD}
 
 
 def _kept_argument(value: Any, parameter: inspect.Parameter) -> Any:

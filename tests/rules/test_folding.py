@@ -328,3 +328,17 @@ def test_a_network_that_mixes_samples_is_noticed():
 
     with pytest.raises(ValueError, match="expected logits of 4 samples in each of 2 folded time steps"):
         sltt.SLTT(fold=2)(Mixing(), torch.randn(4, 4, 3), torch.randint(3, (4,)), LOSS)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_loss_of_whole_windows_does_not_see_the_fold(window):
+    x, y, kwargs = data(static=False)
+    model, loss = Net().double(), sltt.losses.OfLast(LOSS)
+
+    def trained(fold):
+        twin = copy.deepcopy(model)
+        torch.manual_seed(1)
+        out = sltt.TBPTT(window, fold=fold)(twin, x, y, loss, **kwargs)
+        return [out.loss, out.logits, *(p.grad for p in twin.parameters())]
+
+    assert_same(trained(fold=3), trained(fold=1))
