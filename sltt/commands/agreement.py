@@ -25,21 +25,24 @@ HELP = (
 )
 
 
+def options() -> CommandOptions:
+    """What `sltt agreement` takes."""
+    parser = CommandOptions("sltt agreement [RECIPE]", HELP)
+    parser.add_argument("--taus", type=numbers(float), help="time constants of the LIF neurons; default: the recipe's")
+    parser.add_argument("--steps", type=numbers(time_steps), help="several T; default: the recipe's")
+    parser.add_argument("--at-epochs", type=numbers(int), default=[0], help="after so many epochs of training each")
+    parser.add_argument("--trial", type=count, help="compare trainings of so many epochs with each rule; default: none")
+    parser.add_argument("--seeds", type=count, default=2, help="trainings with each rule in a trial; default: 2")
+    parser.add_argument("--samples", type=count, default=128, help="training samples in the batch that is measured")
+    parser.add_argument("--float64", action="store_true", help="compute in float64, where no spike flips by rounding")
+    parser.add_output()
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
     """`sltt agreement [RECIPE] [OPTION ...]`: the gradients of SLTT and truncated BPTT beside that of exact BPTT."""
     name, words = begin(words, "digits")
-    options = CommandOptions("sltt agreement [RECIPE]", HELP)
-    options.add_argument("--taus", type=numbers(float), help="time constants of the LIF neurons; default: the recipe's")
-    options.add_argument("--steps", type=numbers(time_steps), help="several T; default: the recipe's")
-    options.add_argument("--at-epochs", type=numbers(int), default=[0], help="after so many epochs of training each")
-    options.add_argument(
-        "--trial", type=count, help="compare trainings of so many epochs with each rule; default: none"
-    )
-    options.add_argument("--seeds", type=count, default=2, help="trainings with each rule in a trial; default: 2")
-    options.add_argument("--samples", type=count, default=128, help="training samples in the batch that is measured")
-    options.add_argument("--float64", action="store_true", help="compute in float64, where no spike flips by rounding")
-    options.add_output()
-    known, overrides = options.parse_known_args(words)
+    known, overrides = options().parse_known_args(words)
     recipe = Recipe("sltt agreement", name, overrides)
     rows = measure_agreement(
         recipe,

@@ -32,21 +32,26 @@ HELP = (
 )
 
 
+def options() -> CommandOptions:
+    """What `sltt compare` takes."""
+    parser = CommandOptions("sltt compare [RECIPE]", HELP)
+    parser.add_rules()
+    parser.set_defaults(rules=None)  # those of `add_rules`, or with --vary that of the recipe
+    parser.add_argument("--vary", type=values, action="append", default=[], metavar="OPTION=A,B", help=VARY_HELP)
+    parser.add_argument("--seeds", type=count, default=1, help="number of seeds; default: 1")
+    parser.add_output("default: runs/compare-RECIPE, and a mark of the options")
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
     """`sltt compare [RECIPE] [OPTION ...]`: train every rule with every seed, and print one table."""
     name, words = begin(words, "digits")
-    options = CommandOptions("sltt compare [RECIPE]", HELP)
-    options.add_rules()
-    options.set_defaults(rules=None)  # those of `add_rules`, or with --vary that of the recipe
-    options.add_argument("--vary", type=values, action="append", default=[], metavar="OPTION=A,B", help=VARY_HELP)
-    options.add_argument("--seeds", type=count, default=1, help="number of seeds; default: 1")
-    options.add_output("default: runs/compare-RECIPE, and a mark of the options")
-    known, overrides = options.parse_known_args(words)
+    known, overrides = options().parse_known_args(words)
     recipe = Recipe("sltt compare", name, overrides)
     varied = grid(known.vary)
     known.save = known.save or default_folder("compare", recipe, *(option for option, _ in known.vary))
     asked = known.rules or ([None] if known.vary else RULES)
-    each = [Contestant(rule, options) for rule in asked for options in varied]
+    each = [Contestant(rule, one) for rule in asked for one in varied]
     for one in each:  # what is wrong with an option or a rule ends this before a training begins
         Training.of(vars(one.build(recipe)))
     found = compare(each, known.seeds, known.save, recipe, Console(quiet=known.json))
@@ -187,11 +192,10 @@ def print_compared(found: Sequence[Compared], metric: Callable[..., Any], report
     """A table with a row for each; where options vary, the score on the validation samples too, and the best."""
     sweep, name = any(one.varied for one in found), name_of(metric)
     table = Table(box=None, pad_edge=False)
-    score = {"accuracy": "accuracy"}.get(name, name)
     headings = ("validation", "test", "s/epoch", "memory") if sweep else (
-        score, "s/epoch", "memory", "mult. fwd", "mult. bwd", "cosine"
+        name, "s/epoch", "memory", "mult. fwd", "mult. bwd", "cosine"
     )  # fmt: skip
-    table.add_column(score if sweep else "rule")
+    table.add_column(name if sweep else "rule")
     for heading in headings:
         table.add_column(heading, justify="right")
     for one in found:
@@ -224,10 +228,10 @@ def compared_json(recipe: Recipe, found: Sequence[Compared]) -> dict[str, Any]:
     return {"recipe": recipe.name, "steps": built.steps, "samples": samples, **metric, "rows": rows}
 
 
-def _measure(compared: Compared, session: Session, built: Any) -> None:
+def _measure(compared: Compared, here: Session, built: Any) -> None:
     """Memory, multiplications and agreement of one training batch, on the trained weights."""
-    with prepared(session, built, built.steps) as here:
-        arguments = here.model, *here.batch(built.batch_size), here.loss
-        compared.peak_memory = memory_parts(*arguments, built.rule, steps=here.repeat).batch
-        compared.operations = count_operations(*arguments, built.rule, steps=here.repeat)
-        compared.cosine = agreement(*arguments, [built.rule], steps=here.repeat)[0].cosine
+    with prepared(here, built, built.steps) as ready:
+        arguments = ready.model, *ready.batch(built.batch_size), ready.loss
+        compared.peak_memory = memory_parts(*arguments, built.rule, steps=ready.repeat).batch
+        compared.operations = count_operations(*arguments, built.rule, steps=ready.repeat)
+        compared.cosine = agreement(*arguments, [built.rule], steps=ready.repeat)[0].cosine

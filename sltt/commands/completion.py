@@ -1,27 +1,13 @@
 """`sltt completion`: what a shell needs to complete commands, recipes and options."""
 
 from collections.abc import Sequence
+from importlib import import_module
 
 from sltt.commands import COMMANDS
 from sltt.commands.hints import fit_arguments
 from sltt.commands.parsing import CommandOptions, shipped_recipes
 
 HELP = "Print a script that lets the shell complete commands, recipes and options: source <(sltt completion bash)"
-OWN = (
-    "rules",
-    "seeds",
-    "save",
-    "json",
-    "repeats",
-    "budget",
-    "split",
-    "checkpoint",
-    "mirror",
-    "to",
-    "out",
-    "batches",
-    "help",
-)
 
 SCRIPT = """_sltt() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}"
@@ -36,17 +22,29 @@ SCRIPT = """_sltt() {{
 complete -o filenames -F _sltt sltt"""
 
 
+def options() -> CommandOptions:
+    """What `sltt completion` takes."""
+    parser = CommandOptions("sltt completion", HELP)
+    parser.add_argument("shell", choices=("bash", "zsh"))
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
     """`sltt completion bash|zsh`: print a script for the shell."""
-    options = CommandOptions("sltt completion", HELP)
-    options.add_argument("shell", choices=("bash", "zsh"))
-    known = options.parse_args(words)
+    known = options().parse_args(words)
     if known.shell == "zsh":
         print("autoload -U +X bashcompinit && bashcompinit")
     print(
         SCRIPT.format(
             commands=" ".join(COMMANDS),
-            options=" ".join(f"--{name}" for name in (*fit_arguments(), *OWN)),
+            options=" ".join(_options()),
             recipes=" ".join(shipped_recipes()),
         )
     )
+
+
+def _options() -> list[str]:
+    """The options of all commands: those of a training, and what a command takes besides."""
+    modules = [import_module(f"sltt.commands.{name}") for name in COMMANDS]
+    own = [word for module in modules if hasattr(module, "options") for word in module.options().own]
+    return list(dict.fromkeys([*(f"--{name}" for name in fit_arguments()), *(w for w in own if w.startswith("--"))]))

@@ -21,8 +21,8 @@ def run(words: Sequence[str]) -> None:
     built = build(parser, parse(parser, find_recipe(words[1]), words[2:]))
     splits = built.data.splits(built.steps)
     report = Console()
-    for name in ("train", "validation", "test"):
-        report.line(f"{name:12} {len(getattr(splits, name) or ()):8,} samples")
+    for name, size in splits.sizes.items():
+        report.line(f"{name:12} {size:8,} samples")
     if splits.classes is not None:
         report.line(f"{'classes':12} {splits.classes:8,}")
     report.line(f"{'split':12} {splits.fingerprint}")

@@ -24,9 +24,14 @@ OPTIONAL = (
 )
 
 
+def options() -> CommandOptions:
+    """What `sltt doctor` takes: nothing but --help."""
+    return CommandOptions("sltt doctor", "What works on this machine, and what would make it faster.")
+
+
 def run(words: Sequence[str]) -> None:
     """`sltt doctor`."""
-    CommandOptions("sltt doctor", "What works on this machine, and what would make it faster.").parse_args(words)
+    options().parse_args(words)
     print_findings()
 
 

@@ -17,15 +17,20 @@ KEYS = [name for name in signature(evaluate).parameters if name not in ("split",
 HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in KEYS)} override the run's configuration."
 
 
+def options() -> CommandOptions:
+    """What `sltt eval` takes."""
+    parser = CommandOptions("sltt eval RUN", HELP)
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
+    parser.add_argument("--split", choices=("test", "validation", "train"), default="test")
+    parser.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
     """`sltt eval RUN [OPTION ...]`."""
     folder, words = begin(words)
-    options = CommandOptions("sltt eval RUN", HELP)
-    options.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
-    options.add_argument("--split", choices=("test", "validation", "train"), default="test")
-    options.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
-    options.add_argument("--json", action="store_true", help="print JSON")
-    known, overrides = options.parse_known_args(words)
+    known, overrides = options().parse_known_args(words)
     only(overrides, KEYS, "sltt eval", "the others belong to the training")
     run = Path(folder)
     parser = make_parser("sltt eval")

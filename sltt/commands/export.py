@@ -13,14 +13,19 @@ HELP = (
 )
 
 
+def options() -> CommandOptions:
+    """What `sltt export` takes."""
+    parser = CommandOptions("sltt export RUN", HELP)
+    parser.add_argument("--to", required=True, choices=("nir", "onnx"))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: graph.nir or step.onnx in the run")
+    parser.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
     """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
     folder, words = begin(words)
-    options = CommandOptions("sltt export RUN", HELP)
-    options.add_argument("--to", required=True, choices=("nir", "onnx"))
-    options.add_argument("--out", type=Path, metavar="FILE", help="default: graph.nir or step.onnx in the run")
-    options.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")
-    known, run = options.parse_args(words), Path(folder)
+    known, run = options().parse_args(words), Path(folder)
     built = Recipe("sltt export", str(run_config(run)), []).build()
     load_selected(built.model, run)
     splits = built.data.splits(built.steps)

@@ -34,19 +34,24 @@ HELP = (
 )
 
 
+def options() -> CommandOptions:
+    """What `sltt fscil` takes."""
+    parser = CommandOptions("sltt fscil [RECIPE]", HELP)
+    parser.add_argument("--base", type=count, required=True, help="classes of the base training")
+    parser.add_argument("--way", type=count, default=5, help="new classes in a session; default: 5")
+    parser.add_argument("--shot", type=count, default=5, help="samples of a new class; default: 5")
+    parser.add_argument("--sessions", type=count, help="how many; default: until all classes have come")
+    parser.add_argument("--order", type=numbers(int), help="classes in the order in which they come; default: 0,1,…")
+    parser.add_rules()
+    parser.add_argument("--seeds", type=count, default=3, help="number of seeds, of trainings and shots; default: 3")
+    parser.add_output("default: runs/fscil-RECIPE, and a mark of the options")
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
     """`sltt fscil RECIPE --base N [OPTION ...]`: train every rule with every seed, and print accuracy by session."""
     name, words = begin(words, "fscil-digits")
-    options = CommandOptions("sltt fscil [RECIPE]", HELP)
-    options.add_argument("--base", type=count, required=True, help="classes of the base training")
-    options.add_argument("--way", type=count, default=5, help="new classes in a session; default: 5")
-    options.add_argument("--shot", type=count, default=5, help="samples of a new class; default: 5")
-    options.add_argument("--sessions", type=count, help="how many; default: until all classes have come")
-    options.add_argument("--order", type=numbers(int), help="classes in the order in which they come; default: 0,1,…")
-    options.add_rules()
-    options.add_argument("--seeds", type=count, default=3, help="number of seeds, of trainings and shots; default: 3")
-    options.add_output("default: runs/fscil-RECIPE, and a mark of the options")
-    known, overrides = options.parse_known_args(words)
+    known, overrides = options().parse_known_args(words)
     recipe = Recipe("sltt fscil", name, overrides)
     known.save = known.save or default_folder("fscil", recipe, f"base {known.base}", f"order {known.order}")
     for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins

@@ -79,6 +79,7 @@ def _fit_signature() -> Mapping[str, inspect.Parameter]:
 
 
 def fit_arguments() -> list[str]:
+    """The options of a training: the arguments of `sltt.fit` that a recipe has."""
     return [name for name in _fit_signature() if name != "report"]
 
 
@@ -100,5 +101,6 @@ def locate(path: str) -> Any:
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """A question for the known name that is spelt like this one; empty where none is."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -23,15 +23,20 @@ HELP = (
 )
 
 
+def options() -> CommandOptions:
+    """What `sltt lr` takes."""
+    parser = CommandOptions("sltt lr [RECIPE]", HELP)
+    parser.add_argument("--smallest", type=float, default=1e-5, help="first learning rate; default: 1e-5")
+    parser.add_argument("--largest", type=float, default=1.0, help="last learning rate; default: 1")
+    parser.add_argument("--batches", type=count, default=100, help="number of batches; default: 100")
+    parser.add_output()
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
     """`sltt lr [RECIPE] [OPTION ...]`: a range test of the learning rate."""
     name, words = begin(words, "digits")
-    options = CommandOptions("sltt lr [RECIPE]", HELP)
-    options.add_argument("--smallest", type=float, default=1e-5, help="first learning rate; default: 1e-5")
-    options.add_argument("--largest", type=float, default=1.0, help="last learning rate; default: 1")
-    options.add_argument("--batches", type=count, default=100, help="number of batches; default: 100")
-    options.add_output()
-    known, overrides = options.parse_known_args(words)
+    known, overrides = options().parse_known_args(words)
     recipe = Recipe("sltt lr", name, overrides)
     built = recipe.build()
     start_from(built.model, built.weights)

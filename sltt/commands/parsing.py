@@ -272,7 +272,7 @@ def _not_yaml(what: Any, error: Exception) -> UsageError:
 
 def build(parser: "ArgumentParser", config: "Namespace") -> "Namespace":
     """Make the objects that a configuration names, seeded so that the same configuration gives the same weights."""
-    from sltt.training.fit import seed_everything
+    from sltt.training.batches import seed_everything
 
     _refuse_null(config)
     for steps in (config.steps, *(phase.steps for phase in config.phases or ())):

@@ -45,20 +45,25 @@ HELP = (
 )
 
 
+def options() -> CommandOptions:
+    """What `sltt profile` takes."""
+    parser = CommandOptions("sltt profile [RECIPE]", HELP)
+    parser.add_rules()
+    parser.add_argument(
+        "--steps", type=numbers(time_steps), default=[], help="numbers of time steps; default: the recipe's"
+    )
+    parser.add_argument("--repeats", type=count, default=5, help="iterations that are timed; default: 5")
+    parser.add_argument(
+        "--budget", type=parse_bytes, help="a memory such as 8GB: the largest batch, T and fold that fit it"
+    )
+    parser.add_output()
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
     """`sltt profile [RECIPE] [OPTION ...]`: memory, seconds, operations and energy, and what fits a budget."""
     name, words = begin(words, "digits")
-    options = CommandOptions("sltt profile [RECIPE]", HELP)
-    options.add_rules()
-    options.add_argument(
-        "--steps", type=numbers(time_steps), default=[], help="numbers of time steps; default: the recipe's"
-    )
-    options.add_argument("--repeats", type=count, default=5, help="iterations that are timed; default: 5")
-    options.add_argument(
-        "--budget", type=parse_bytes, help="a memory such as 8GB: the largest batch, T and fold that fit it"
-    )
-    options.add_output()
-    known, overrides = options.parse_known_args(words)
+    known, overrides = options().parse_known_args(words)
     recipe = Recipe("sltt profile", name, overrides)
     report = Console(quiet=known.json)
     found = profile(recipe, known.rules, known.steps, known.repeats, known.budget, report)

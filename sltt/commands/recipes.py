@@ -6,11 +6,16 @@ from sltt.commands.parsing import CommandOptions, find_recipe, shipped_recipes
 from sltt.training.console import Console
 
 
+def options() -> CommandOptions:
+    """What `sltt recipes` takes."""
+    parser = CommandOptions("sltt recipes", "List the recipes, or print one.")
+    parser.add_argument("name", nargs="?", help="recipe to print")
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
     """`sltt recipes [NAME]`."""
-    options = CommandOptions("sltt recipes", "List the recipes, or print one.")
-    options.add_argument("name", nargs="?", help="recipe to print")
-    if name := options.parse_args(words).name:
+    if name := options().parse_args(words).name:
         print(find_recipe(name).read_text(), end="")
         return
     report = Console()

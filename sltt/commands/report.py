@@ -14,16 +14,21 @@ HELP = (
 )
 
 
+def options() -> CommandOptions:
+    """What `sltt report` takes."""
+    parser = CommandOptions("sltt report", HELP)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the first folder")
+    parser.add_argument("--json", action="store_true", help="print the path of the page and the notes as JSON")
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
     """`sltt report FOLDER ...`: one page of what the commands measured and of runs."""
     from sltt.commands.page import write
     from sltt.commands.sections import sections
 
-    options = CommandOptions("sltt report", HELP)
-    options.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
-    options.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the first folder")
-    options.add_argument("--json", action="store_true", help="print the path of the page and the notes as JSON")
-    known = options.parse_args(words)
+    known = options().parse_args(words)
     found = gather(known.folders)
     try:
         page = write(sections(found), found, known.out or known.folders[0] / "report")

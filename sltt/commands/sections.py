@@ -13,7 +13,7 @@ from sltt.commands.lr import advice
 from sltt.commands.page import Cell, Chart, Section, TableOfCells
 from sltt.commands.results import Gathered, rule_label, scores_text
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
-from sltt.metrics import shown
+from sltt.metrics import is_share, shown
 from sltt.training.console import megabytes, metric_of
 from sltt.training.files import read_table
 from sltt.training.runs import METRICS
@@ -135,7 +135,7 @@ def _training(runs: dict[Path, str], colours: dict[str, str]) -> Section:
         key = f"{part}_{metric}"
         accuracy.setdefault(label, []).append((epochs, [row[key] for row in history]))
         loss.setdefault(label, []).append((epochs, [row["train_loss"] for row in history]))
-        best = max(history, key=lambda row: row[key] if metric == "accuracy" else -row[f"{part}_loss"])
+        best = max(history, key=lambda row: row[key] if is_share(metric) else -row[f"{part}_loss"])
         seconds = statistics.median(row["seconds"] for row in history)
         rows.append(
             [
@@ -148,7 +148,7 @@ def _training(runs: dict[Path, str], colours: dict[str, str]) -> Section:
                 Cell(f"{seconds:.2f}", seconds),
             ]
         )
-    curves = figures.lines(accuracy, colours, "epoch", metric, percent=metric.endswith("accuracy"))
+    curves = figures.lines(accuracy, colours, "epoch", metric, percent=is_share(metric))
     name = metric.replace("_", " ").capitalize()
     headings = "run", "rule", "epochs", f"best {metric}", "last loss", "firing rate", "s / epoch"
     return Section(

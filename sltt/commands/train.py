@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from torch import nn
 
 from sltt.commands.failures import UsageError
 from sltt.commands.parsing import build, find_recipe, make_parser, only, parse, resumed, run_config
@@ -45,7 +44,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def _train(
-    here: "Session",
+    here: Session,
     built: "Namespace",
     continued: Path | None,
     folder: str | None,
@@ -56,9 +55,11 @@ def _train(
     splits = here.splits(built.data, built.steps)
     report = here.console(None)
     several = f", {here.processes.count} processes" if here.processes.count > 1 else ""
-    report.line(f"{_summary(built.model)}, {built.rule}, T = {built.steps}{several}")
-    counts = ", ".join(f"{_count(getattr(splits, n))} {n}" for n in ("train", "validation", "test"))
-    report.line(f"samples: {counts} (split {splits.fingerprint})")
+    parameters = sum(p.numel() for p in built.model.parameters())
+    network = f"{type(built.model).__name__} with {parameters:,} parameters"
+    report.line(f"{network}, {built.rule}, T = {built.steps}{several}")
+    sizes = ", ".join(f"{size} {name}" for name, size in splits.sizes.items())
+    report.line(f"samples: {sizes} (split {splits.fingerprint})")
     training = Training.of(vars(built))
     if continued:
         result = resume_run(here, built.model, built.data, training, continued, config=resolved, report=report)
@@ -68,11 +69,11 @@ def _train(
     if splits.test is None:
         report.line(f"written to {result.run}; there are no test samples to measure it on")
         return
-    run, sizes = result.run, measured_with(built)
-    last = selected = measure_split(here, built.model, built.data, "test", **sizes)
+    run, how = result.run, measured_with(built)
+    last = selected = measure_split(here, built.model, built.data, "test", **how)
     if splits.validation:
         load_selected(built.model, run, "last", here.processes)
-        last = measure_split(here, built.model, built.data, "test", **sizes)
+        last = measure_split(here, built.model, built.data, "test", **how)
     if here.processes.rank > 0:
         return
     name, best, end = selected.metric, shown(selected.metric, selected.score), shown(last.metric, last.score)
@@ -85,11 +86,3 @@ def _train(
         else f"test {name} {end} after the last epoch"
     )
     report.line(f"written to {run}")
-
-
-def _summary(model: "nn.Module") -> str:
-    return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
-
-
-def _count(samples: Any) -> int:
-    return 0 if samples is None else len(samples)

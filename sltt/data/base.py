@@ -41,6 +41,12 @@ class Splits:
     plain: Dataset[Any] | None = None
     lengths: Sequence[int] | None = None
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of samples to train on, to validate by and to test on; 0 where there are none."""
+        parts: dict[str, Any] = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: 0 if part is None else len(part) for name, part in parts.items()}
+
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
         """Stack samples to a batch: images [B, C, H, W], sequences [T, B, C, H, W]; and targets [B, ...].
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from sltt._torch import end_workers
+from sltt.checks import whole_number
 from sltt.data import Splits
 
 Key = tuple[int, int]
@@ -215,6 +216,13 @@ def _outlive_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def seed_everything(seed: int) -> None:
+    """Seed every global random generator."""
+    random.seed(whole_number("seed", seed, least=0, most=2**63 - 1))
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def seed_batch(*numbers: int) -> int:
     """Seed every global random generator by the numbers, such as seed, epoch and batch; returns that seed.
 
@@ -222,7 +230,5 @@ def seed_batch(*numbers: int) -> int:
     save or restore of them.
     """
     seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8]) >> 1
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    seed_everything(seed)
     return seed

@@ -25,8 +25,7 @@ def write_card(
     folder: Path, here: Session, model: nn.Module, data: Data, splits: Splits, training: Training, row: dict[str, Any]
 ) -> None:
     """Write the card of a finished training; `row` is the epoch whose weights the model has."""
-    parts = {name: getattr(splits, name) for name in ("train", "validation", "test")}
-    samples = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
+    samples = ", ".join(f"{size:,} {name}" for name, size in splits.sizes.items() if size)
     classes = "" if splits.classes is None else f"; {splits.classes} classes"
     metric = metric_of(row)
     score = row[f"validation_{metric}"]

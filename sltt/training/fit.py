@@ -20,6 +20,7 @@ from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
 from sltt.training.average import Average
+from sltt.training.batches import seed_everything
 from sltt.training.card import write_card
 from sltt.training.checkpoints import Checkpoints, load_checkpoint, load_selected, start_from
 from sltt.training.console import Console
@@ -217,7 +218,6 @@ def _finish(loop: Loop) -> Fit:
 
 def _checked(here: Session, model: nn.Module, data: Data, training: Training) -> Splits:
     """The splits of the first stage; raises ValueError for what cannot be trained, before there is a folder."""
-    instance("model", model, nn.Module)
     stages, count = training.stages, here.processes.count
     if count > 1 and here.execution.strategy == "fsdp":
         for stage in stages:
@@ -314,10 +314,3 @@ def _check_shardable(rule: Rule) -> None:
     for why, found in problems.items():
         if found:
             raise ValueError(f"{rule} does not run under fsdp, since {why}: use ddp")
-
-
-def seed_everything(seed: int) -> None:
-    """Seed every global random generator."""
-    from lightning_fabric import seed_everything as seed_generators
-
-    seed_generators(seed, verbose=False)
