@@ -76,11 +76,11 @@ def flag(name: str, value: Any, remedy: str = "") -> bool:
     return value
 
 
-def choice(name: str, value: T, options: Iterable[T], remedy: str = "") -> T:
+def choice(name: str, value: T, options: Iterable[T]) -> T:
     """One of the options, of the same type."""
     options = list(options)
     if not any(type(value) is type(option) and value == option for option in options):
-        raise ValueError(_message(name, f"one of {', '.join(map(repr, options))}", value, remedy))
+        raise ValueError(_message(name, f"one of {', '.join(map(repr, options))}", value))
     return value
 
 

@@ -219,8 +219,7 @@ def print_compared(found: Sequence[Compared], metric: Callable[..., Any], report
 def compared_json(recipe: Recipe, found: Sequence[Compared]) -> dict[str, Any]:
     """The rows, for scripts, with T and the number of test samples."""
     built = recipe.build()
-    test: Any = built.data.splits(built.steps).test
-    samples = None if test is None else len(test)
+    samples = built.data.splits(built.steps).sizes["test"] or None
     rows = [{**vars(one), "operations": one.operations and one.operations._asdict()} for one in found]
     if name_of(built.metric) == "accuracy":  # by this name too, as scripts know it
         rows = [{**row, "accuracies": row["scores"]} for row in rows]

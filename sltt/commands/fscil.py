@@ -208,4 +208,4 @@ def fewshot_json(task: Task, found: Sequence[FewShots]) -> dict[str, Any]:
         for row in found
     ]
     given = {"sizes": task.sizes, "shot": task.shot, "order": task.order}
-    return {"recipe": task.recipe.name, **given, "samples": len(task.data.test), "rows": rows}  # type: ignore[arg-type]
+    return {"recipe": task.recipe.name, **given, "samples": task.data.sizes["test"], "rows": rows}

@@ -87,25 +87,8 @@ def answers(found: Gathered) -> list[str]:
 
 
 def _sentence(one: Verdict, reference: Verdict) -> str:
-    parts, safe = [], ""
-    if one.score is not None and reference.score is not None and is_share(one.metric):
-        name = one.metric.replace("_", " ")
-        lost, noise = reference.score - one.score, noise_of(one, reference)
-        if lost <= max(MARGIN, noise):
-            parts.append(f"{name} within {100 * lost:.1f} points of {reference.rule}" if lost > 0 else
-                         f"{name} not below that of {reference.rule}")  # fmt: skip
-            safe = (
-                " Safe here." if noise <= 2 * MARGIN else f" Safe here, but measured to ±{100 * noise:.0f} points only."
-            )
-        else:
-            parts.append(f"{name} {100 * lost:.1f} points below {reference.rule}")
-            safe = " Not safe here."
-    elif one.score is not None and reference.score is not None:
-        parts.append(f"{one.metric.replace('_', ' ')} {shown(one.metric, one.score)}, {reference.rule} "
-                     f"{shown(one.metric, reference.score)}")  # fmt: skip
-        if len(one.scores) > 1 and len(reference.scores) > 1:
-            worse = one.sign * (reference.score - one.score) > noise_of(one, reference)
-            safe = " Not safe here." if worse else " Safe here, as far as these seeds tell."
+    reached, safe = _reached(one, reference)
+    parts = [reached] if reached else []
     both = sorted((steps for steps in one.memory if steps in reference.memory), key=lambda steps: steps or 0)
     saved = [(steps, reference.memory[steps] / one.memory[steps]) for steps in both[-2:] if one.memory[steps]]
     if saved:
@@ -116,6 +99,25 @@ def _sentence(one: Verdict, reference: Verdict) -> str:
         parts.append(f"gradient agreement {one.cosine:.2f}")
     seeds = " One seed: repeat with --seeds 3." if len(one.scores) == 1 else ""
     return f"{one.rule}: {', '.join(parts)}.{safe}{seeds}" if parts else ""
+
+
+def _reached(one: Verdict, reference: Verdict) -> tuple[str, str]:
+    """What a rule reaches beside another, and whether it is safe; nothing where the two were not trained."""
+    if one.score is None or reference.score is None:
+        return "", ""
+    name, other = one.metric.replace("_", " "), reference.rule
+    lost, noise = one.sign * (reference.score - one.score), noise_of(one, reference)
+    if not is_share(one.metric):
+        text = f"{name} {shown(one.metric, one.score)}, {other} {shown(one.metric, reference.score)}"
+        if min(len(one.scores), len(reference.scores)) < 2:
+            return text, ""
+        return text, " Not safe here." if lost > noise else " Safe here, as far as these seeds tell."
+    points = f"{100 * lost:.1f} points"
+    if lost > max(MARGIN, noise):
+        return f"{name} {points} below {other}", " Not safe here."
+    text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
+    doubt = "" if noise <= 2 * MARGIN else f", but measured to ±{100 * noise:.0f} points only"
+    return text, f" Safe here{doubt}."
 
 
 def _times(ratio: float) -> str:

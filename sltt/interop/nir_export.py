@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from sltt.checks import instance, number
 from sltt.dropout import Dropout
+from sltt.interop.conversion import require
 from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, OnlineRenorm
 from sltt.sequence.state import Stateful, reset
 from sltt.surrogates import Above
@@ -212,11 +213,6 @@ class _Export(fx.Interpreter):
             return nir.CubaLIF(metadata=metadata, **values)
         r = 1.0 if neuron.decay_input else tau
         return nir.LIF(tau=full(tau * self.dt), r=full(r), v_leak=full(rest), metadata=metadata, **values)
-
-
-def require(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise ValueError(otherwise)
 
 
 def _array(x: Tensor) -> np.ndarray:

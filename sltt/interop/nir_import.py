@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance, number
-from sltt.interop.nir_export import pair, require
+from sltt.interop.conversion import require
+from sltt.interop.nir_export import pair
 from sltt.neurons import IF, LIF, CubaLIF
 from sltt.sequence.state import reset
 from sltt.surrogates import Above, Surrogate, Triangle

@@ -1,6 +1,7 @@
 """Truncated backpropagation through time: BPTT, TBPTT and SLTT are one rule with windows of T, n and one steps."""
 
 import operator
+from abc import abstractmethod
 from collections.abc import Container, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial, reduce
@@ -57,9 +58,9 @@ class Truncated(Rule):
         if hoist and fold != 1:
             raise ValueError("hoist computes the first layers for one time step, and fold for several: choose one")
 
+    @abstractmethod
     def window_length(self, steps: int) -> int:
         """The window of a sequence of T = `steps` time steps."""
-        raise NotImplementedError
 
     def trained_steps(self, batch: Batch) -> Container[int]:
         """The steps with a graph and a backward; the others run forward only."""

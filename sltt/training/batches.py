@@ -46,7 +46,7 @@ class EpochSampler(Sampler[Key]):
     @classmethod
     def of(cls, splits: Splits, seed: int, batch_size: int) -> "EpochSampler":
         """For the training samples of a data set."""
-        return cls(len(splits.train), seed, splits.lengths, batch_size)  # type: ignore[arg-type]
+        return cls(splits.sizes["train"], seed, splits.lengths, batch_size)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, and how many of its samples to leave out."""

@@ -41,9 +41,10 @@ def test_the_shell_completes(capsys):
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
     words = "COMP_WORDS=(sltt {}); COMP_CWORD={}; _sltt; echo ${{COMPREPLY[@]}}"
-    asked = "\n".join(words.format(*one) for one in [("ev", 1), ("train nmn", 2), ("train nmnist --batch_", 3)])
+    asked = ("ev", 1), ("train nmn", 2), ("train nmnist --batch_", 3), ("compare --var", 2), ("agreement --ta", 2)
+    asked = "\n".join(words.format(*one) for one in asked)
     done = subprocess.run(["bash", "-c", f"complete() {{ :; }}\n{script}\n{asked}"], capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["eval", "nmnist", "--batch_size"]
+    assert done.stdout.splitlines() == ["eval", "nmnist", "--batch_size", "--vary", "--taus"]
     assert main(["completion", "zsh"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == script.splitlines()
     assert main(["completion", "fish"]) == 2
