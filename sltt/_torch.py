@@ -8,6 +8,7 @@ try:
         TensorBase,
         _are_functorch_transforms_active,
         _current_graph_task_id,
+        _disabled_torch_function_impl,
         _len_torch_function_stack,
         _to_dlpack,
     )
@@ -19,6 +20,7 @@ try:
     from torch.nn.utils.parametrizations import _SpectralNorm
     from torch.overrides import _pop_mode, _push_mode
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
 except ImportError as error:
     raise ImportError(f"PyTorch {torch.__version__} lacks what PyTorch 2.8 to 2.13 have: {error}") from error
 

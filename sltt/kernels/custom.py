@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sltt.kernels.deferred import settled
 from sltt.kernels.options import Kernel, in_force, memory, options
 from sltt.kernels.saved import SpikeTag, packable
 from sltt.kernels.step import dense
@@ -71,6 +72,7 @@ def custom_step(
         steps: n.
         cut: no gradient flows from one time step to the step before.
     """
+    x = settled(x)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *parameters)):
         s, *after = _CustomStep.apply(step, binary, steps, cut, x, *states, *parameters)  # type: ignore[misc]
         return s, tuple(after)

@@ -33,7 +33,7 @@ SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-ffp-contract=off")
 _PROCESSORS = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
 _DIGEST = hashlib.sha256().digest_size
-_P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_P, _N, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
 _FUNCTIONS = {
     "sltt_count": (_N, [_P, _N]),
     "sltt_pack_bits": (None, [_P, _I, _P, _N, _I]),
@@ -43,8 +43,10 @@ _FUNCTIONS = {
     "sltt_weight_gradient": (_I, [_P, _P, _P, _I, _F, _P, _P, _I]),
     "sltt_input_gradient": (_I, [_P, _P, _P, _P, _P, _I]),
     "sltt_dense_weight_gradient": (_I, [_P, _P, _P, _P, _P, _I]),
-    "sltt_neuron": (None, [_P, _I, _P, _P, _P, _P, _P, _P, _N, _I]),
+    "sltt_neuron": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _N, _I]),
     "sltt_neuron_gradient": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
+    "sltt_norm": (_I, [_I, _P, _N, _N, _P, _P, _P, _P, _I, _D, _D, _P, _I]),
+    "sltt_normed_gradient": (_I, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
 }
 
 

@@ -1,6 +1,7 @@
 """The neuron's step in C++: one pass that writes spikes, membrane potential and bits, and one for its gradient.
 
-It runs where a compiled step would, on a CPU and a float32 membrane potential, and gives the bits of the plain step.
+It runs where a compiled step would, on a CPU and a float32 membrane potential, and gives the bits of the plain step. A
+BatchNorm in front of the neuron is a part of both passes.
 Surrogates with an exponential are differentiated by the compiled step.
 """
 
@@ -66,12 +67,15 @@ class NativeStep:
         )  # fmt: skip
 
     def forward(
-        self, s: Tensor, v_out: Tensor, u_out: Tensor | None, v: Tensor, x: Tensor, bits: Tensor | None
+        self, s: Tensor, v_out: Tensor, u_out: Tensor | None, v: Tensor, x: Tensor, bits: Tensor | None, norm: Any
     ) -> None:
-        """Write spikes, the next membrane potential, and what else is given: u, and the bits of the spikes."""
+        """Write spikes, the next membrane potential, and what else is given: u, and the bits of the spikes.
+
+        `norm`, if given, is the pointer of a BatchNorm whose input is x.
+        """
         self._library.sltt_neuron(
-            self._constants, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(), s.data_ptr(), v_out.data_ptr(),
-            _pointer(u_out), _pointer(bits), x.numel(), torch.get_num_threads(),
+            self._constants, norm, x.dtype == torch.bfloat16,
+            *map(_pointer, (x, v, s, v_out, u_out, bits)), x.numel(), torch.get_num_threads(),
         )  # fmt: skip
 
     def gradient(
@@ -91,6 +95,29 @@ class NativeStep:
             self._constants, half, half_out, *map(_pointer, (grad_s, grad_v, kept, spikes, bits, out, out_v)),
             out.numel(), torch.get_num_threads(),
         )  # fmt: skip
+
+    def normed_gradient(
+        self,
+        out: Tensor,
+        out_v: Tensor | None,
+        grad_s: Tensor | None,
+        grad_v: Tensor | None,
+        kept: Tensor,
+        s: Tensor,
+        x: Tensor,
+        norm: Any,
+    ) -> Tensor:
+        """As `gradient`, with ∂L/∂x of the BatchNorm's input x for ∂L/∂u; ∂L/∂weight and ∂L/∂bias [2, C]."""
+        affine = torch.empty(2, x.shape[1])
+        spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
+        short = self._library.sltt_normed_gradient(
+            self._constants, norm, x.dtype == torch.bfloat16,
+            *map(_pointer, (grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine)),
+            out.numel(), torch.get_num_threads(),
+        )  # fmt: skip
+        if short:
+            raise MemoryError("the gradient of a BatchNorm has no memory for its sums")
+        return affine
 
 
 def native_step(

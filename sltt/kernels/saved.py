@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from sltt._torch import TensorBase, _to_dlpack, _top_saved_tensors_default_hooks, is_functorch_wrapped_tensor
 from sltt.kernels.bits import pack, unpack
+from sltt.kernels.deferred import Normalised, deferred_norm
 from sltt.kernels.layers import LAYERS, Call, Weights, arguments_of, call_on_spikes, run
 from sltt.kernels.options import memory, options
 from sltt.kernels.sparse import density
@@ -213,12 +214,20 @@ class _Tagging(TorchFunctionMode):
         super().__init__()
         self.recompute = recompute
         self.weights = weights
+        self._waiting: Normalised | None = None  # the last one
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # inside torch.compile(model), the compiler decides itself what to save; most other calls ask for an attribute
-        if torch.compiler.is_compiling() or func not in _KNOWN:
+        if torch.compiler.is_compiling():
             return func(*args, **kwargs)
+        if self._waiting is not None and getattr(func, "__name__", "") != "__get__":  # which asks for an attribute
+            self._settle()
+        if func not in _KNOWN:
+            return func(*args, **kwargs)
+        if func is F.batch_norm and (waiting := deferred_norm(*args, **kwargs)) is not None:
+            self._waiting = waiting.normalised
+            return waiting
         if func in LAYERS and (found := layer_call(func, args, kwargs, self.weights)):
             return self._run(*found)
         result = func(*args, **kwargs)
@@ -237,6 +246,12 @@ class _Tagging(TorchFunctionMode):
                 if isinstance(tensor, Tensor) and not is_lazy(tensor) and tag_of(tensor) is not None:
                     delattr(tensor.untyped_storage(), _TAG)
         return result
+
+    def _settle(self) -> None:
+        """Normalise what no neuron has taken, before another operation may change its input."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and not waiting.taken:
+            _ = waiting.value
 
     def _run(self, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = run(call, x, weight, bias)
@@ -359,4 +374,4 @@ _POOLING = {F.avg_pool2d, F.adaptive_avg_pool2d, F.avg_pool1d, F.adaptive_avg_po
 _MAX_POOLING = {F.max_pool1d, F.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d}
 _LAYERS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear}
 _ADDING = {torch.add, torch.Tensor.add, torch.Tensor.__add__}
-_KNOWN = {*LAYERS, *_LAYERS, *_SCALING, *_POOLING, *_MAX_POOLING, *_ADDING, *_ALIASING}
+_KNOWN = {F.batch_norm, *LAYERS, *_LAYERS, *_SCALING, *_POOLING, *_MAX_POOLING, *_ADDING, *_ALIASING}

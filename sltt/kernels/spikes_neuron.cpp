@@ -1,4 +1,5 @@
 // A neuron's step: charge, fire and reset in one pass over memory that writes the spikes as bits too; and its gradient.
+// A BatchNorm in front of the neuron is a part of these passes.
 //
 // The equations, and the order in which they round, are those of step.py. A block of elements goes through a few plain
 // loops while it is in the cache; the compiler makes vectors of each.
@@ -27,11 +28,44 @@ INLINE uint16_t narrow(float v) {  // to bfloat16: to the nearest, ties to even;
 INLINE void put(float* to, float v) { *to = v; }
 INLINE void put(uint16_t* to, float v) { *to = narrow(v); }
 
+// BatchNorm of memory with the channels last: y = scale · x + shift, where scale = weight · invstd.
+struct Norm {  // shared with native_step.py
+  const float *scale, *shift, *mean, *invstd;
+  int64_t channels;
+  int32_t training;  // mean and invstd are those of x
+};
+
+// Call function(element, channel, elements) for each run of channels in n elements from `first` on.
+template <class F>
+INLINE void by_channel(int64_t first, int64_t n, int64_t channels, const F& function) {
+  for (int64_t i = 0, c = first % channels; i < n; c = 0) {
+    const int64_t m = std::min(channels - c, n - i);
+    function(i, c, m);
+    i += m;
+  }
+}
+
+// The input current of elements from `first` on.
 template <class T>
-void forward_block(const Neuron& z, const T* __restrict x, const float* __restrict v, T* __restrict s_out,
-                   float* __restrict v_out, float* __restrict u_out, uint8_t* __restrict bits, int64_t n) {
+void current(const Neuron& z, const Norm* norm, const T* __restrict x, int64_t first, float* __restrict u, int64_t n) {
+  if (!norm) {
+    for (int64_t i = 0; i < n; i++) u[i] = z.gain * widen(x[i]);
+    return;
+  }
+  by_channel(first, n, norm->channels, [&](int64_t i, int64_t c, int64_t m) {
+    const float *__restrict scale = norm->scale + c, *__restrict shift = norm->shift + c;
+    const T* __restrict from = x + i;
+    float* __restrict to = u + i;
+    for (int64_t k = 0; k < m; k++) to[k] = z.gain * (widen(from[k]) * scale[k] + shift[k]);
+  });
+}
+
+template <class T>
+void forward_block(const Neuron& z, const Norm* norm, const T* __restrict x, const float* __restrict v,
+                   T* __restrict s_out, float* __restrict v_out, float* __restrict u_out, uint8_t* __restrict bits,
+                   int64_t first, int64_t n) {
   float u[BLOCK], s[BLOCK];
-  for (int64_t i = 0; i < n; i++) u[i] = z.gain * widen(x[i]);
+  current(z, norm, x, first, u, n);
   if (z.rest == 0)
     for (int64_t i = 0; i < n; i++) u[i] = z.decay * v[i] + u[i];
   else
@@ -46,7 +80,12 @@ void forward_block(const Neuron& z, const T* __restrict x, const float* __restri
     for (int64_t i = 0; i < n; i++) v_out[i] = u[i] - (u[i] - z.rest) * s[i];
   for (int64_t i = 0; i < n; i++) put(s_out + i, s[i]);
   if (u_out) std::copy_n(u, n, u_out);
-  if (bits) pack_part(reinterpret_cast<const uint32_t*>(s), bits, n / 8);
+  if (bits)
+    for (int64_t j = 0; j < n / 8; j++) {
+      unsigned byte = 0;
+      for (int i = 0; i < 8; i++) byte |= unsigned(s[8 * j + i] != 0) << i;
+      bits[j] = uint8_t(byte);
+    }
 }
 
 // ∂s/∂u at x = u − V_th, in place.
@@ -85,12 +124,12 @@ void unpack_part(const uint8_t* __restrict bits, float* __restrict s, int64_t n)
     for (int i = 0; i < 8; i++) s[8 * j + i] = float(bits[j] >> i & 1);
 }
 
-// `s` are the spikes where there are no bits.
+// `s` are the spikes where there are no bits. The gradient is left in g too.
 template <class T, class G>
 void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __restrict grad_v,
                     const float* __restrict kept, const T* __restrict s_in, const uint8_t* __restrict bits,
-                    G* __restrict out, float* __restrict out_v, int64_t n) {
-  float s[BLOCK], fires[BLOCK], g[BLOCK];
+                    G* __restrict out, float* __restrict out_v, float* __restrict g, int64_t n) {
+  float s[BLOCK], fires[BLOCK];
   if (bits)
     unpack_part(bits, s, n);
   else
@@ -118,43 +157,142 @@ void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __
 template <class T>
 T* shifted(T* p, int64_t i) { return p ? p + i : nullptr; }
 
-// Call function(first element, elements) for each block.
+// Call function(part, first element, elements) for each block.
 template <class F>
 void for_each_block(int threads, int64_t n, const F& function) {
   for_each(threads, (n + PART - 1) / PART, 1, [&](int64_t part, int64_t) {
     for (int64_t i = part * PART, end = std::min(i + PART, n); i < end; i += BLOCK)
-      function(i, std::min(BLOCK, end - i));
+      function(part, i, std::min(BLOCK, end - i));
   });
 }
 
+// Two sums for each channel, over all elements: in float in each part, then in double, in the order of the parts.
+class Sums {
+ public:
+  Sums(int64_t n, int64_t channels)
+      : parts_((n + PART - 1) / PART), channels_(channels), sums_(2 * channels * parts_), totals_(2 * channels) {
+    if (whole()) std::fill_n(sums_.get(), 2 * channels * parts_, 0.0f);
+  }
+  bool whole() const { return sums_ && totals_; }
+  float* first(int64_t part) { return sums_.get() + 2 * channels_ * part; }
+  float* second(int64_t part) { return first(part) + channels_; }
+  const double* totals() {
+    std::fill_n(totals_.get(), 2 * channels_, 0.0);
+    for (int64_t part = 0; part < parts_; part++)
+      for (int64_t i = 0; i < 2 * channels_; i++) totals_[i] += first(part)[i];
+    return totals_.get();
+  }
+
+ private:
+  int64_t parts_, channels_;
+  Scratch<float> sums_;
+  Scratch<double> totals_;
+};
+
 template <class T>
-void forward(const Neuron& z, const T* x, const float* v, T* s, float* v_out, float* u_out, uint8_t* bits, int64_t n,
-             int threads) {
-  for_each_block(threads, n, [&](int64_t i, int64_t m) {
-    forward_block(z, x + i, v + i, s + i, v_out + i, shifted(u_out, i), shifted(bits, i / 8), m);
+void forward(const Neuron& z, const Norm* norm, const T* x, const float* v, T* s, float* v_out, float* u_out,
+             uint8_t* bits, int64_t n, int threads) {
+  for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
+    forward_block(z, norm, x + i, v + i, s + i, v_out + i, shifted(u_out, i), shifted(bits, i / 8), i, m);
   });
 }
 
 template <class T, class G>
 void backward(const Neuron& z, const void* grad_s, const float* grad_v, const float* kept, const void* s,
               const uint8_t* bits, void* out, float* out_v, int64_t n, int threads) {
-  for_each_block(threads, n, [&](int64_t i, int64_t m) {
+  for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
+    float g[BLOCK];
     backward_block(z, shifted(static_cast<const T*>(grad_s), i), shifted(grad_v, i), kept + i,
                    shifted(static_cast<const T*>(s), i), shifted(bits, i / 8), static_cast<G*>(out) + i,
-                   shifted(out_v, i), m);
+                   shifted(out_v, i), g, m);
   });
+}
+
+// Mean and variance of each channel. The sums are those of the differences from the mean of some first rows: small
+// numbers, whatever the mean is.
+template <class T>
+int statistics(const T* x, int64_t n, int64_t channels, float* mean, float* var, int threads) {
+  Sums sums(n, channels);
+  if (!sums.whole()) return 1;
+  const int64_t rows = n / channels, some = std::min<int64_t>(rows, 64);
+  std::fill_n(mean, channels, 0.0f);
+  for (int64_t row = 0; row < some; row++)
+    for (int64_t c = 0; c < channels; c++) mean[c] += widen(x[row * channels + c]) / float(some);
+  for_each_block(threads, n, [&](int64_t part, int64_t first, int64_t size) {
+    by_channel(first, size, channels, [&](int64_t i, int64_t c, int64_t m) {
+      float *__restrict one = sums.first(part) + c, *__restrict two = sums.second(part) + c;
+      const T* __restrict from = x + first + i;
+      const float* __restrict near = mean + c;
+      for (int64_t k = 0; k < m; k++) {
+        const float d = widen(from[k]) - near[k];
+        one[k] += d, two[k] += d * d;
+      }
+    });
+  });
+  const double* totals = sums.totals();
+  for (int64_t c = 0; c < channels; c++) {
+    const double d = totals[c] / double(rows), square = totals[channels + c] / double(rows) - d * d;
+    mean[c] = float(mean[c] + d);
+    var[c] = float(square < 0 ? 0 : square);  // NaN stays
+  }
+  return 0;
+}
+
+// First ∂L/∂y of the normalised y, in `out`, and its sums; then ∂L/∂x in its place:
+// ∂L/∂x = scale · (g − mean(g) − (x − mean) · invstd² · mean(g · (x − mean))), without the means for fixed statistics.
+template <class T>
+int normed_backward(const Neuron& z, const Norm& norm, const T* grad_s, const float* grad_v, const float* kept,
+                    const T* s, const uint8_t* bits, const T* x, T* out, float* out_v, float* affine, int64_t n,
+                    int threads) {
+  const int64_t channels = norm.channels;
+  Sums sums(n, channels);
+  Scratch<float> factors(2 * channels);
+  if (!sums.whole() || !factors) return 1;
+  for_each_block(threads, n, [&](int64_t part, int64_t first, int64_t size) {
+    float g[BLOCK];
+    backward_block(z, shifted(grad_s, first), shifted(grad_v, first), kept + first, shifted(s, first),
+                   shifted(bits, first / 8), out + first, shifted(out_v, first), g, size);
+    if (z.gain != 1)
+      for (int64_t i = 0; i < size; i++) put(out + first + i, g[i] *= z.gain);
+    by_channel(first, size, channels, [&](int64_t i, int64_t c, int64_t m) {
+      float *__restrict one = sums.first(part) + c, *__restrict two = sums.second(part) + c;
+      const T* __restrict from = x + first + i;
+      const float *__restrict mean = norm.mean + c, *__restrict of_y = g + i;
+      for (int64_t k = 0; k < m; k++) one[k] += of_y[k], two[k] += of_y[k] * (widen(from[k]) - mean[k]);
+    });
+  });
+  const double *totals = sums.totals(), rows = double(n / channels);
+  float *slope = factors.get(), *offset = slope + channels;
+  for (int64_t c = 0; c < channels; c++) {
+    const double invstd = norm.invstd[c], scale = norm.training ? -norm.scale[c] / rows : 0.0;
+    affine[c] = float(totals[channels + c] * invstd);
+    affine[channels + c] = float(totals[c]);
+    slope[c] = float(scale * invstd * invstd * totals[channels + c]);
+    offset[c] = float(scale * totals[c]);
+  }
+  for_each_block(threads, n, [&](int64_t, int64_t first, int64_t size) {
+    by_channel(first, size, channels, [&](int64_t i, int64_t c, int64_t m) {
+      T* __restrict to = out + first + i;
+      const T* __restrict from = x + first + i;
+      const float *__restrict mean = norm.mean + c, *__restrict scale = norm.scale + c;
+      const float *__restrict a = slope + c, *__restrict b = offset + c;
+      for (int64_t k = 0; k < m; k++)
+        put(to + k, widen(to[k]) * scale[k] + (widen(from[k]) - mean[k]) * a[k] + b[k]);
+    });
+  });
+  return 0;
 }
 
 }  // namespace
 
 extern "C" {
-// x and s are float or bfloat16. `u_out` and `bits` may be null; with bits, n is a multiple of 8.
-void sltt_neuron(const Neuron* z, int bfloat16, const void* x, const float* v, void* s, float* v_out, float* u_out,
-                 uint8_t* bits, int64_t n, int threads) {
+// x and s are float or bfloat16. `norm`, `u_out` and `bits` may be null; with bits, n is a multiple of 8.
+void sltt_neuron(const Neuron* z, const Norm* norm, int bfloat16, const void* x, const float* v, void* s, float* v_out,
+                 float* u_out, uint8_t* bits, int64_t n, int threads) {
   if (bfloat16)
-    forward(*z, static_cast<const uint16_t*>(x), v, static_cast<uint16_t*>(s), v_out, u_out, bits, n, threads);
+    forward(*z, norm, static_cast<const uint16_t*>(x), v, static_cast<uint16_t*>(s), v_out, u_out, bits, n, threads);
   else
-    forward(*z, static_cast<const float*>(x), v, static_cast<float*>(s), v_out, u_out, bits, n, threads);
+    forward(*z, norm, static_cast<const float*>(x), v, static_cast<float*>(s), v_out, u_out, bits, n, threads);
 }
 
 // `kept` is v for a soft reset and u for a hard one. `grad_s`, `grad_v` and `out_v` may be null, and `s` or `bits`.
@@ -164,5 +302,47 @@ void sltt_neuron_gradient(const Neuron* z, int bfloat16, int bfloat16_out, const
   if (!bfloat16) return backward<float, float>(*z, grad_s, grad_v, kept, s, bits, out, out_v, n, threads);
   if (bfloat16_out) return backward<uint16_t, uint16_t>(*z, grad_s, grad_v, kept, s, bits, out, out_v, n, threads);
   backward<uint16_t, float>(*z, grad_s, grad_v, kept, s, bits, out, out_v, n, threads);
+}
+
+// `Norm` of x [rows, channels]: its scale, shift, mean and invstd [4, channels] in `factors`. In training mode the
+// statistics are those of x, and the running ones are updated, unless they are null; else they are the running ones.
+// `weight` and `bias` may be null. Not 0 if there is no memory.
+int sltt_norm(int bfloat16, const void* x, int64_t n, int64_t channels, float* running_mean, float* running_var,
+              const float* weight, const float* bias, int training, double momentum, double eps, float* factors,
+              int threads) {
+  float *scale = factors, *shift = scale + channels, *mean = shift + channels, *invstd = mean + channels;
+  if (training) {
+    if (bfloat16 ? statistics(static_cast<const uint16_t*>(x), n, channels, mean, invstd, threads)
+                 : statistics(static_cast<const float*>(x), n, channels, mean, invstd, threads))
+      return 1;
+    const double rows = double(n / channels), unbiased = rows / (rows - 1);
+    for (int64_t c = 0; running_mean && c < channels; c++) {
+      running_mean[c] = float(running_mean[c] + momentum * (double(mean[c]) - running_mean[c]));
+      running_var[c] = float(running_var[c] + momentum * (invstd[c] * unbiased - running_var[c]));
+    }
+  } else {
+    std::copy_n(running_mean, channels, mean);
+    std::copy_n(running_var, channels, invstd);
+  }
+  for (int64_t c = 0; c < channels; c++) {
+    const double deviation = 1 / std::sqrt(invstd[c] + eps);
+    invstd[c] = float(deviation);
+    scale[c] = float(weight ? weight[c] * deviation : deviation);
+    shift[c] = float((bias ? bias[c] : 0.0) - double(mean[c]) * scale[c]);
+  }
+  return 0;
+}
+
+// The gradient through the neuron and the norm in front of it, with the arguments of sltt_neuron_gradient; `affine`
+// gets ∂L/∂weight and ∂L/∂bias [2, channels]. Not 0 if there is no memory.
+int sltt_normed_gradient(const Neuron* z, const Norm* norm, int bfloat16, const void* grad_s, const float* grad_v,
+                         const float* kept, const void* s, const uint8_t* bits, const void* x, void* out, float* out_v,
+                         float* affine, int64_t n, int threads) {
+  auto run = [&](auto type) {
+    using T = decltype(type);
+    return normed_backward(*z, *norm, static_cast<const T*>(grad_s), grad_v, kept, static_cast<const T*>(s), bits,
+                           static_cast<const T*>(x), static_cast<T*>(out), out_v, affine, n, threads);
+  };
+  return bfloat16 ? run(uint16_t()) : run(float());
 }
 }

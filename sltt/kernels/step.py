@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sltt.kernels.deferred import Deferred, Normalised, pointer, settled
 from sltt.kernels.native_step import native_step
 from sltt.kernels.options import Kernel, in_force, options, without_modes
 from sltt.kernels.saved import SpikeTag, packable, tag_of
@@ -85,20 +86,35 @@ def neuron_step(
     """
     trained = x.requires_grad or v.requires_grad or (decay is not None and decay.requires_grad)
     graph = trained and torch.is_grad_enabled()
+    norm = weight = bias = None
     with without_modes():
+        if isinstance(x, Deferred):
+            waits = steps == 1 and decay is None and x.normalised.waits
+            if waits and native_step(step, v, x.dtype, None, gradient=True):
+                norm, (x, weight, bias) = x.normalised, x.inputs
+                norm.take()
+            else:
+                x = settled(x)
         if graph:
-            return _NeuronStep.apply(v, x, decay, step, steps, cut)  # type: ignore[return-value]
+            return _NeuronStep.apply(v, x, decay, step, steps, cut, weight, bias, norm)  # type: ignore[return-value]
         # a sparse layer may read the spikes
-        s, v, _, _ = _run(step, v, x, decay, steps, keep=False, tags=options().sparse != "off")
+        s, v, _, _ = _run(step, v, x, decay, steps, keep=False, tags=options().sparse != "off", norm=norm)
         return s, v
 
 
 def _run(
-    step: NeuronStep, v: Tensor, x: Tensor, decay: Tensor | None, steps: int, keep: bool, tags: bool = False
+    step: NeuronStep,
+    v: Tensor,
+    x: Tensor,
+    decay: Tensor | None,
+    steps: int,
+    keep: bool,
+    tags: bool = False,
+    norm: Normalised | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], SpikeTag | None]:
     """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the tag of the spikes.
 
-    The backward needs v, or u for a hard reset.
+    The backward needs v, or u for a hard reset. With `norm`, x is the input of a BatchNorm.
     """
     x, v = x.resolve_neg(), v.resolve_neg()
     if not dense(_unfold(x, steps)[0]):
@@ -113,11 +129,12 @@ def _run(
     bits_of = (None,) * steps if bits is None else _unfold(bits, steps)
     kept = []
     soft = step.v_reset is None
+    of_norm = None if norm is None else pointer(norm.factors, norm.training)
     for s_t, x_t, bits_t in zip(_unfold(s, steps), xs, bits_of, strict=True):
         before, v = v, torch.empty_like(v)
         u = torch.empty_like(v) if keep and not soft else None
         if native:
-            native.forward(s_t, v, u, before, x_t, bits_t)
+            native.forward(s_t, v, u, before, x_t, bits_t, of_norm)
         else:
             forward, _ = _kernels(step)
             forward(s_t, v, u, before, x_t, decay)
@@ -167,23 +184,34 @@ def _kernels(step: NeuronStep) -> tuple[Kernel, Kernel]:
 class _NeuronStep(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, v: Tensor, x: Tensor, decay: Tensor | None, step: NeuronStep, steps: int, cut: bool
+        ctx: Any,
+        v: Tensor,
+        x: Tensor,
+        decay: Tensor | None,
+        step: NeuronStep,
+        steps: int,
+        cut: bool,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: Normalised | None,
     ) -> tuple[Tensor, Tensor]:
         # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it.
         ctx.replays = steps > 1 and tag_of(x) is not None
-        s, v_next, kept, ctx.tag = _run(step, v, x, decay, steps, keep=not ctx.replays, tags=True)
+        s, v_next, kept, ctx.tag = _run(step, v, x, decay, steps, keep=not ctx.replays, tags=True, norm=norm)
         if ctx.tag:
             ctx.tag.bits(s)
         ctx.options = options()
         ctx.step, ctx.steps, ctx.cut, ctx.x_dtype = step, steps, cut, x.dtype
         ctx.layout = s.shape, s.stride()
+        ctx.of_batch = norm is not None and norm.training
         ctx.set_materialize_grads(False)
         learnable = decay is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(
             None if ctx.tag else s,
             decay,
             v if learnable or ctx.replays else None,
-            x if (learnable and step.decay_input) or ctx.replays else None,
+            x if (learnable and step.decay_input) or ctx.replays or norm else None,
+            None if norm is None else norm.factors,
             *kept,
         )
         return s, v_next
@@ -192,14 +220,16 @@ class _NeuronStep(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_s is None and grad_v is None:
-            return None, None, None, None, None, None
+            return (None,) * 9
         with in_force(ctx.options), without_modes():
             return _NeuronStep._backward(ctx, grad_s, grad_v)
 
     @staticmethod
     def _backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
         step: NeuronStep = ctx.step
-        s, decay, v, x, *kept = ctx.saved_tensors
+        s, decay, v, x, factors, *kept = ctx.saved_tensors
+        if factors is not None:
+            return _NeuronStep._normed_backward(ctx, grad_s, grad_v, s, x, factors, kept[0])
         if ctx.replays:
             _, _, kept, _ = _run(step, v, x, decay, ctx.steps, keep=True)
         needs_v, needs_x, needs_decay = ctx.needs_input_grad[:3]
@@ -230,7 +260,24 @@ class _NeuronStep(torch.autograd.Function):
             rate: Any = step.decay if decay is None else decay
             gain = 1 - rate if step.decay_input else 1.0
             grad_u = (grad_u * gain).to(ctx.x_dtype)
-        return grad_v, grad_u if needs_x else None, grad_decay, None, None, None
+        return grad_v, grad_u if needs_x else None, grad_decay, *(None,) * 6
+
+    @staticmethod
+    def _normed_backward(
+        ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None, s: Tensor, x: Tensor, factors: Tensor, kept: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Through the step and the BatchNorm in front of it."""
+        native = native_step(ctx.step, kept, ctx.x_dtype, None, gradient=True)
+        assert native is not None, "there was one in the forward"
+        grad_x = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype)
+        before = torch.empty_like(kept) if ctx.needs_input_grad[0] else None
+        grad_s, grad_v = (None if g is None else _like(g, grad_x) for g in (grad_s, grad_v))
+        spikes = _spikes(ctx, s, packed=kept.numel() % 8 == 0)
+        norm = pointer(factors, ctx.of_batch)
+        of_weight, of_bias = native.normed_gradient(grad_x, before, grad_s, grad_v, kept, spikes, x, norm)
+        _, needs_x, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grads = (grad_x if needs_x else None, of_weight if needs_weight else None, of_bias if needs_bias else None)
+        return before, grads[0], *(None,) * 4, *grads[1:], None
 
 
 def _spikes(ctx: Any, s: Tensor | None, packed: bool) -> Tensor:

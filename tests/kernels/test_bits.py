@@ -85,7 +85,7 @@ def test_gradients_are_bit_identical_with_bits_and_without(model, rule, memory_f
     results = []
     for on in (True, False):
         torch.manual_seed(1)
-        with kernels.using(bits=on, sparse="off"):
+        with kernels.using(bits=on, sparse="off", compile="off"):  # what else needs bits differs by rounding
             results.append(gradients(model, rule, x, y, steps=3)[0])
     assert torch.equal(results[0], results[1])
     assert results[0].abs().max() > 0

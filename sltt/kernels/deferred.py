@@ -1,0 +1,222 @@
+"""BatchNorm in front of a neuron: its output waits, and the neuron normalises while it charges.
+
+A BatchNorm of a large tensor computes its statistics, in one pass, and gives a `Deferred`: a tensor without memory. A
+neuron that takes it reads the BatchNorm's input, so that no normalised tensor is written. Forward, that saves a pass
+over memory that reads and one that writes; backward, the neuron's pass also sums what BatchNorm's gradient needs.
+
+Whatever else uses a `Deferred` finds the normalised tensor, computed once, and with its gradient. `saved` computes it
+before another operation runs, since that may change the BatchNorm's input in place.
+
+    y = (x − μ) / √(σ² + ε) · w + b = scale · x + shift
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+
+from sltt._torch import _are_functorch_transforms_active, _disabled_torch_function_impl, tree_map_only
+from sltt.kernels import native
+from sltt.kernels.options import options
+
+# Fewer elements than this are normalised at once.
+DEFER_FROM = 2**17
+_ONLY_SHAPE = {getattr(torch.ops.aten, name).default for name in ("empty_like", "full_like", "zeros_like", "ones_like")}
+
+
+class _Constants(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scale", "shift", "mean", "invstd")),
+        ("channels", ctypes.c_int64),
+        ("training", ctypes.c_int32),
+    )
+
+
+class Normalised:
+    """What a BatchNorm would compute.
+
+    Args:
+        x: its input, without a graph, [B, C, ...], the channels last in memory.
+        factors: scale, shift, mean and inverse deviation [4, C].
+        training: mean and deviation are those of x.
+
+    Attributes:
+        taken: a neuron has read the input.
+    """
+
+    def __init__(self, x: Tensor, factors: Tensor, training: bool):
+        self.factors, self.training = factors, training
+        self._x, self._version = x, x._version
+        self._value: Tensor | None = None
+        self.taken = False
+
+    @property
+    def x(self) -> Tensor:
+        """The input, which must be as it was."""
+        if self._x._version != self._version:
+            raise RuntimeError(
+                f"the input {list(self._x.shape)} of a BatchNorm was changed in place before its output was used: use "
+                'the output first, or train within sltt.kernels.using(compile="off")'
+            )
+        return self._x
+
+    def take(self) -> None:
+        """A neuron reads the input in place of the normalised tensor."""
+        _ = self.x  # as it was
+        self.taken = True
+
+    @property
+    def waits(self) -> bool:
+        """Whether nobody has asked for the normalised tensor."""
+        return self._value is None
+
+    @property
+    def value(self) -> Tensor:
+        """The normalised tensor."""
+        if self._value is None:
+            scale, shift, *_ = self.factors
+            none, one = torch.zeros_like(scale), torch.ones_like(scale)
+            self._value = torch.native_batch_norm(self.x, scale, shift, none, one, False, 0.0, 0.0)[0]
+        return self._value
+
+
+def pointer(factors: Tensor, training: bool) -> Any:
+    """`Normalised` for the native kernels, which read scale, shift, mean and inverse deviation."""
+    return ctypes.byref(_Constants(*(f.data_ptr() for f in factors), factors.shape[1], training))
+
+
+class Deferred(Tensor):
+    """A tensor that is normalised when somebody looks at it.
+
+    Attributes:
+        normalised: how.
+        inputs: of the BatchNorm, in their graphs: x, weight and bias.
+    """
+
+    normalised: Normalised
+    inputs: tuple[Tensor, Tensor | None, Tensor | None]
+    __torch_function__ = _disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @staticmethod
+    def of(norm: Normalised) -> "Deferred":
+        x = norm.x
+        made: Any = Tensor._make_wrapper_subclass(
+            Deferred, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device, layout=x.layout
+        )
+        made.normalised = norm
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def seen(tensor: "Deferred") -> Tensor:
+            return tensor.inputs[0] if func in _ONLY_SHAPE else tensor.normalised.value
+
+        args, kwargs = tree_map_only(Deferred, seen, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    # what reads memory without an operation
+
+    def data_ptr(self) -> int:
+        return self.normalised.value.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.normalised.value.untyped_storage()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.normalised.value.numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.normalised.value.tolist()
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.normalised.value.__array__(*args, **kwargs)
+
+
+class _Defer(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Normalised
+    ) -> Tensor:
+        ctx.training = norm.training
+        ctx.save_for_backward(x, weight, norm.factors)
+        return Deferred.of(norm)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, (_, _, mean, invstd) = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, invstd**-2, mean, invstd, ctx.training, 0.0, needs
+        )
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+
+
+class _Settle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Deferred) -> Tensor:  # type: ignore[override]
+        return x.normalised.value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def settled(x: Tensor) -> Tensor:
+    """A tensor with memory."""
+    return _Settle.apply(x) if isinstance(x, Deferred) else x  # type: ignore[return-value]
+
+
+def deferred_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Deferred | None:
+    """`F.batch_norm`, with an output that waits; None where PyTorch computes it."""
+    if not _can_wait(x, (running_mean, running_var, weight, bias), training):
+        return None
+    library, channels = native.library(), x.shape[1]
+    assert library is not None
+    factors = torch.empty(4, channels)
+    pointers = (None if t is None else t.data_ptr() for t in (running_mean, running_var, weight, bias))
+    if library.sltt_norm(
+        x.dtype == torch.bfloat16, x.data_ptr(), x.numel(), channels, *pointers, training, momentum, eps,
+        factors.data_ptr(), torch.get_num_threads(),
+    ):  # fmt: skip
+        raise MemoryError("a BatchNorm has no memory for its sums")
+    if training and running_mean is not None and running_var is not None:
+        increment_version((running_mean, running_var))  # they were changed in place
+    norm = Normalised(x.detach(), factors, training)
+    y: Any = _Defer.apply(x, weight, bias, norm)
+    y.inputs = x, weight, bias
+    return y
+
+
+def _can_wait(x: Any, others: Sequence[Any], training: bool) -> bool:
+    if type(x) is not Tensor or not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or x.ndim < 2:
+        return False
+    mode = options().compile
+    if mode == "off" or x.numel() < (2 if mode == "on" else DEFER_FROM) or x.is_inference() or x.is_neg():
+        return False
+    if not x.movedim(1, -1).is_contiguous() or x.numel() == x.shape[1]:  # one value for each channel
+        return False
+    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if (others[0] is None) != (others[1] is None) or not (training or others[0] is not None):
+        return False
+    return all(o is None or _plain(o, x.shape[1:2]) for o in others) and native.library() is not None
+
+
+def _plain(vector: Any, shape: torch.Size) -> bool:
+    """Whether native code can read and write a value for each channel."""
+    known = type(vector) in (Tensor, nn.Parameter) and vector.is_cpu and not vector.is_inference()
+    return known and vector.dtype == torch.float32 and vector.shape == shape and vector.is_contiguous()

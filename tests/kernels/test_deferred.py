@@ -1,0 +1,329 @@
+"""BatchNorm and neuron in one pass, against their equations in float64; whoever else looks finds plain values."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sltt
+from sltt import kernels
+from sltt.analysis import peak_memory
+from sltt.kernels import deferred, native, saved
+from sltt.neurons import lif_step
+from sltt.surrogates import Triangle
+
+pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+FORMS = [(7, 24, 3, 5), (33, 65), (5, 700), (2, 1, 9, 1), (40, 48, 6, 12)]
+STEPS = list(itertools.product([None, 0.0, -0.3], [False, True], [False, True]))
+NEVER = 2**60
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small tensors wait too."""
+    native.library()
+    monkeypatch.setattr(saved, "BITS_FROM", 0)
+    waiting(monkeypatch, True)
+
+
+def waiting(monkeypatch, on):
+    monkeypatch.setattr(deferred, "DEFER_FROM", 2 if on else NEVER)
+
+
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def drawn(shape, dtype=torch.float32, mean=0.0):
+    torch.manual_seed(0)
+    spread = torch.linspace(0.5, 2, shape[1]).view(-1, *[1] * (len(shape) - 2))
+    return channels_last((spread * torch.randn(shape) + mean).to(dtype))
+
+
+@pytest.mark.parametrize("shape", FORMS, ids=str)
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.float32, 0), (torch.float32, 3e3), (torch.bfloat16, 1)], ids=str)
+def test_statistics(shape, dtype, mean):
+    x, results = drawn(shape, dtype, mean), []
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            running = torch.full((shape[1],), 0.5), torch.full((shape[1],), 2.0)
+            y = deferred.deferred_norm(x, *running, training=True, momentum=0.3)
+            results.append((*y.normalised.factors, *running))
+        finally:
+            torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+    exact = torch.full((shape[1],), 0.5).double(), torch.full((shape[1],), 2.0).double()
+    expected = F.batch_norm(x.double(), *exact, training=True, momentum=0.3)
+    torch.testing.assert_close(running[0].double(), exact[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(running[1].double(), exact[1], rtol=2e-6, atol=1e-6)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5 + 1e-6 * mean
+    torch.testing.assert_close(y.normalised.value.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def one_step(x, weight, bias, constants, training, exact):
+    """Spikes, v and gradients of BatchNorm and a neuron; by the equations in float64, or in one pass."""
+    leaves = [t.detach().double() if exact else t.detach() for t in (x, weight, bias) if t is not None]
+    leaves = [t.requires_grad_() for t in leaves]
+    y, *affine = leaves
+    running = torch.full((x.shape[1],), 0.2), torch.full((x.shape[1],), 1.5)
+    v = drawn(x.shape)
+    v = (v.double() if exact else v).requires_grad_()
+    affine = affine or [None, None]
+    fixed = dict(zip(("v_reset", "decay_input", "detach_reset"), constants, strict=True))
+    fixed |= {"v_threshold": 0.8, "surrogate": Triangle()}
+    if exact:
+        y = F.batch_norm(y, *(r.double() for r in running), *affine, training=training)
+        s, after = lif_step(v, y, decay=0.6, **fixed)
+    else:
+        y = deferred.deferred_norm(y, *running, *affine, training=training)
+        s, after = kernels.neuron_step(kernels.NeuronStep.of(decay=0.6, **fixed), v, y)
+        assert y.normalised.waits
+    torch.manual_seed(1)
+    of_s, of_v = (torch.randn(x.shape).to(s.dtype) for _ in range(2))
+    ((s * of_s).sum() + (after * of_v).sum()).backward()
+    return [s, after, v.grad, *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
+@pytest.mark.parametrize("constants", STEPS, ids=str)
+def test_the_neuron_normalises(constants, training):
+    for shape, dtype in itertools.product(FORMS, (torch.float32, torch.bfloat16)):
+        weight, bias = torch.linspace(0.5, 2, shape[1]), torch.linspace(-0.5, 1, shape[1])
+        for affine in ((weight, bias), (None, None)):
+            fast, exact = (one_step(drawn(shape, dtype), *affine, constants, training, e) for e in (False, True))
+            assert torch.equal(fast[0].double(), exact[0])
+            tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
+            for a, b in zip(fast[1:], exact[1:], strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+class Own(sltt.Neuron):
+    @staticmethod
+    def step(x, v):
+        s = Triangle()(0.5 * v + x - 1)
+        return s, 0.5 * v + x - s
+
+
+NEURONS = {
+    "LIF": sltt.LIF,
+    "hard reset": lambda: sltt.LIF(v_reset=0.0, decay_input=True),
+    "IF": sltt.IF,
+    "PLIF": sltt.PLIF,
+    "no native gradient": lambda: sltt.LIF(surrogate=sltt.surrogates.Sigmoid()),
+    "own": Own,
+}
+RULES = [
+    sltt.SLTT(),
+    sltt.SLTT(k=1),
+    sltt.SLTT(fold=2),
+    sltt.SLTT(recompute=True),
+    sltt.BPTT(),
+    sltt.BPTT(segment=2),
+    sltt.TBPTT(2),
+    sltt.OTTT(),
+    sltt.Mixed({"2": 3}),
+]
+
+
+def network(neuron=sltt.LIF):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), neuron(), nn.Conv2d(24, 16, 3, 2), nn.BatchNorm2d(16)
+    model = nn.Sequential(*layers, neuron(), nn.Flatten(), nn.Linear(16 * 9, 10))
+    return model.to(memory_format=torch.channels_last)
+
+
+def batch():
+    torch.manual_seed(1)
+    return channels_last(torch.randn(8, 3, 8, 8)), torch.randint(10, (8,))
+
+
+def trained(model, rule=sltt.SLTT(), dtype=torch.float32):
+    x, y = batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = rule(model, x, y, nn.CrossEntropyLoss(), steps=4, seed=0)
+    return [out.loss, out.logits, *(p.grad for p in model.parameters()), *model.buffers()]
+
+
+def check(monkeypatch, run, tolerance=1e-5):
+    results = []
+    for on in (True, False):
+        waiting(monkeypatch, on)
+        results.append(run())
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    return results
+
+
+@pytest.mark.parametrize("neuron", NEURONS.values(), ids=NEURONS.keys())
+def test_every_neuron(neuron, monkeypatch):
+    check(monkeypatch, lambda: trained(network(neuron)))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_every_rule(rule, monkeypatch):
+    check(monkeypatch, lambda: trained(network(), rule))
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """How many tensors were normalised, since somebody looked at them."""
+    count, value = [], deferred.Normalised.value.fget
+    counted = property(lambda norm: (count.append(1) if norm.waits else None, value(norm))[1])
+    monkeypatch.setattr(deferred.Normalised, "value", counted)
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nobody_else_looks(dtype, settled):
+    model = network()
+    trained(model, dtype=dtype)
+    model.eval()
+    sltt.unroll(model, batch()[0], steps=3)
+    assert not settled
+
+
+def test_evaluation(monkeypatch, settled):
+    model = network()
+    trained(model)
+    model.eval()
+    check(monkeypatch, lambda: [sltt.unroll(model, batch()[0], steps=3)])
+    assert not settled
+
+
+class Doubled(torch.autograd.Function):
+    """Not an operation that a function mode sees."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Between(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+SCRIPTED = torch.jit.script(nn.Sequential(nn.ReLU(), nn.Hardtanh()))
+FUNCTIONS = {
+    "an operation": lambda y: y * 2,
+    "an autograd function": Doubled.apply,
+    "in place": lambda y: y.mul_(2),
+    "a view": lambda y: y.flatten(1).view_as(y),
+    "a view in place": lambda y: (y[0].zero_(), y)[1],
+    "twice": lambda y: y + y.relu(),
+    "scripted": SCRIPTED,
+    "a number": lambda y: y * y.detach().abs().max().item(),
+    "numpy": lambda y: y * float(y.detach().numpy()[0, 0, 0, 0] > 0),
+    "data": lambda y: y + y.data,
+    "a norm": lambda y: y / y.norm(),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_somebody_else_looks(function, monkeypatch, settled):
+    def run():
+        model = network()
+        model[1] = nn.Sequential(model[1], Between(function))
+        return trained(model, sltt.BPTT())
+
+    check(monkeypatch, run)
+    assert settled
+
+
+def test_hooks_see_plain_values(monkeypatch):
+    def run():
+        model, seen = network(), []
+        hooks = (lambda m, args, y: seen.append(y)), (lambda m, args, y: seen.append(torch.tensor(y.tolist())))
+        model[1].register_forward_hook(hooks[0])
+        model[4].register_forward_hook(hooks[1])
+        model[2].register_forward_pre_hook(lambda m, args: (args[0] * 1.5,))
+        with torch.no_grad():
+            model.eval()
+            sltt.unroll(model, batch()[0], steps=2)
+        return [y + 0 for y in seen]
+
+    assert len(check(monkeypatch, run)[0]) == 4
+
+
+def test_the_input_changed_in_place(monkeypatch):
+    """An operation in between finds the normalised tensor computed; without one, it is an error."""
+
+    class Changed(nn.Module):
+        def __init__(self, norm, neuron):
+            super().__init__()
+            self.norm, self.neuron = norm, neuron
+
+        def forward(self, x):
+            y = self.norm(x)
+            x.add_(1)
+            return self.neuron(y) + x
+
+    def run():
+        model = network().eval()
+        model[1], model[2] = Changed(model[1], model[2]), nn.Identity()
+        return [sltt.unroll(model, batch()[0], steps=2)]
+
+    check(monkeypatch, run)
+    waiting(monkeypatch, True)
+    x = batch()[0]
+    y = deferred.deferred_norm(x, torch.zeros(3), torch.ones(3))
+    x.add_(1)
+    step = kernels.NeuronStep.of(
+        decay=0.5, v_threshold=1, v_reset=None, decay_input=False, detach_reset=False, surrogate=Triangle()
+    )
+    for use in (lambda: y + 1, lambda: kernels.neuron_step(step, torch.zeros_like(x), y)):
+        with pytest.raises(RuntimeError, match="changed in place before its output was used"):
+            use()
+
+
+def test_a_norm_and_another_reader_of_its_output(monkeypatch):
+    class Skip(nn.Module):
+        def __init__(self, norm, neuron):
+            super().__init__()
+            self.norm, self.neuron = norm, neuron
+
+        def forward(self, x):
+            y = self.norm(x)
+            return self.neuron(y) + 0.5 * y
+
+    def run():
+        model = network()
+        model[1], model[2] = Skip(model[1], model[2]), nn.Identity()
+        return trained(model, sltt.BPTT())
+
+    check(monkeypatch, run)
+
+
+def test_what_does_not_wait():
+    running = torch.zeros(4), torch.ones(4)
+    fits = channels_last(torch.randn(3, 4, 5, 5))
+    assert deferred.deferred_norm(fits, *running) is not None
+    for x in (fits.double(), fits.contiguous(), fits[:, :, ::2], fits.to("meta"), fits[:1, :, :1, :1]):
+        assert deferred.deferred_norm(x, *running) is None
+    for others in ((None, None), (running[0], None), (torch.zeros(3), running[1]), (running[0].double(), running[1])):
+        assert deferred.deferred_norm(fits, *others) is None
+    assert deferred.deferred_norm(fits, None, None, training=True) is not None
+    with kernels.using(compile="off"):
+        assert deferred.deferred_norm(fits, *running) is None
+
+
+def test_memory_is_not_more(monkeypatch):
+    peaks = []
+    for on in (True, False):
+        waiting(monkeypatch, on)
+        model = network()
+        trained(model)
+        peaks.append(peak_memory(lambda model=model: trained(model)))
+    assert peaks[0] <= peaks[1] + 2 * 4 * (24 + 16)  # scale and shift
