@@ -19,7 +19,8 @@ class OTTT(Rule):
     So OTTT is BPTT for one layer of neurons with `detach_reset`, and SLTT for λ = 0 or T = 1. Memory is that of SLTT
     and one number for each input of a weight layer; it does not grow with T. The bias β of a normalisation has a trace;
     γ and the statistics have the gradient of the current step. Recurrent weights trace the spikes that they read, as in
-    e-prop. Other parameters have SLTT's gradient.
+    e-prop. Other parameters have SLTT's gradient, and so has a weight where it is used outside of its layer's forward,
+    as in `F.linear(x, self.layer.weight)`.
 
     Args:
         decay: λ of all traces; None is that of the neurons.

@@ -65,7 +65,7 @@ def pad(x: Tensor, steps: int) -> Tensor:
 
 def check_lengths(lengths: Sequence[Any], steps: int, batch: int) -> None:
     """Raise ValueError unless there is a length of 1 … T for each sample."""
-    if len(lengths) != batch or not all(1 <= length <= steps for length in lengths):
+    if len(lengths) != batch or not all(1 <= length <= steps and length == int(length) for length in lengths):
         shown = f"{list(lengths)}"
         raise ValueError(
             f"expected lengths from 1 to T = {steps} of {batch} samples, got {shown if len(shown) < 80 else shown[:77]}"

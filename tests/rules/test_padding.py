@@ -121,6 +121,7 @@ def test_predict_takes_lengths():
         (sltt.SLTT(), LOSS, (4, 2, 3, 1), "expected lengths from 1 to T = 4 of 5 samples, got"),
         (sltt.SLTT(), LOSS, (4, 2, 3, 0, 1), "expected lengths from 1 to T = 4"),
         (sltt.SLTT(), LOSS, (4, 2, 3, 5, 1), "expected lengths from 1 to T = 4"),
+        (sltt.SLTT(), LOSS, (4, 2, 3, 1.5, 1), "expected lengths from 1 to T = 4"),
     ],
 )
 def test_what_cannot_leave_out_padded_steps_is_refused(rule, loss, lengths, message):
