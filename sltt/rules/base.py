@@ -252,7 +252,7 @@ class Rule(Frozen, ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` gave; raises ValueError if another rule gave it."""
         if state.keys() != self.state_dict().keys():
-            raise ValueError(f"the state {sorted(state)} is not of the rule {self}")
+            raise ValueError(f"what was saved is of another rule than {self}: go on with the rule that it began with")
 
     def __repr__(self) -> str:
         taken = arguments_of(type(self))

@@ -256,3 +256,8 @@ def test_a_rule_without_gradients_is_refused(rule):
 def test_a_loss_without_a_gradient_is_explained(rule, model, loss, message):
     with pytest.raises(ValueError, match=f"the loss has no gradient for any parameter: {message}"):
         rule(model, *batch(), loss)
+
+
+def test_the_state_of_another_rule_is_refused():
+    with pytest.raises(ValueError, match=r"what was saved is of another rule than BPTT\(\)"):
+        sltt.BPTT().load_state_dict(sltt.SLTT().state_dict())
