@@ -75,8 +75,8 @@ def check_labels(labels: Tensor, classes: int | None) -> None:
 
 
 def checked(splits: Splits, steps: int) -> Splits:
-    """The splits; raises ValueError if a split has no samples, or if T is not that of the data."""
-    for name in ("train", "validation", "test"):
+    """The splits; raises ValueError if there is nothing to train on or to test, or if T is not that of the data."""
+    for name in ("train", "test"):
         if (samples := getattr(splits, name)) is None:
             continue
         if not len(samples):
