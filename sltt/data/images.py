@@ -7,12 +7,10 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -44,33 +42,6 @@ class Cutout:
         image = image.clone()
         image[..., spans[0], spans[1]] = 0
         return image
-
-
-class _Crop:
-    """The image out of a black margin around it, at a random place, and mirrored with probability one half.
-
-    The draws and the result are those of torchvision's RandomCrop and RandomHorizontalFlip, in a fraction of the time.
-    """
-
-    def __init__(self, margin: int):
-        self.margin = margin
-
-    def __call__(self, image: Tensor) -> Tensor:
-        margin, (height, width) = self.margin, image.shape[-2:]
-        if margin:
-            top, left = (int(torch.randint(0, 2 * margin + 1, ())) for _ in range(2))
-            image = F.pad(image, (margin,) * 4)[..., top : top + height, left : left + width]
-        return image.flip(-1) if torch.rand(1) < 0.5 else image
-
-
-class _Normalise:
-    """Whole numbers up to 255, [C, H, W], to x = (image / 255 − mean) / std."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        self.mean, self.std = (torch.tensor(value).view(-1, 1, 1) for value in (mean, std))
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return image.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
 
 class Mixup(Dataset[tuple[Tensor, int]]):
@@ -231,10 +202,11 @@ class _CIFAR(_Images):
     def transform(self, train: bool) -> Transform:
         from torchvision.transforms import v2
 
-        normalise = _Normalise(self.mean, self.std)
+        normalised = _to_normalised(self.mean, self.std)
         if not (train and self.augment):
-            return v2.Compose([_tensor, normalise])
-        return v2.Compose([_tensor, _Crop(4), *self.distortions("CIFAR10"), normalise, *self.holes()])
+            return v2.Compose([v2.ToImage(), *normalised])
+        crop = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+        return v2.Compose([v2.ToImage(), *crop, *self.distortions("CIFAR10"), *normalised, *self.holes()])
 
 
 class CIFAR10(_CIFAR):
@@ -322,19 +294,23 @@ class ImageFolder(_Images):
     def transform(self, train: bool) -> Transform:
         from torchvision.transforms import v2
 
-        size = self.size
-        if self.crop_padding is None:
-            if train and self.augment:
-                crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-            else:
-                crop = [v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size)]
+        if train and self.augment:
+            crop: list[Any] = (
+                [v2.RandomResizedCrop(self.size, antialias=True)]
+                if self.crop_padding is None
+                else [v2.Resize((self.size, self.size)), v2.RandomCrop(self.size, padding=self.crop_padding)]
+            )
+            crop += [
+                v2.RandomHorizontalFlip(),
+                *self.distortions("IMAGENET" if self.crop_padding is None else "CIFAR10"),
+            ]
+        elif self.crop_padding is None:
+            crop = [v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)]
         else:
-            crop = [partial(_resized, size=size), *([_Crop(self.crop_padding)] if train and self.augment else [])]
-        normalise = _Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        if not (train and self.augment):
-            return v2.Compose([*crop, normalise])
-        policy = "IMAGENET" if self.crop_padding is None else "CIFAR10"
-        return v2.Compose([*crop, *self.distortions(policy), normalise, *self.holes()])
+            crop = [v2.Resize((self.size, self.size))]
+        holes = self.holes() if train and self.augment else []
+        imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        return v2.Compose([v2.ToImage(), *crop, *_to_normalised(*imagenet), *holes])
 
 
 def _decode(path: str) -> Tensor:
@@ -373,15 +349,7 @@ def _decodes(path: str) -> bool:
     return True
 
 
-def _tensor(image: Any) -> Tensor:
-    """A PIL image as a tensor [C, H, W]."""
-    from torchvision.transforms.v2.functional import pil_to_tensor
+def _to_normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
+    from torchvision.transforms import v2
 
-    return pil_to_tensor(image)
-
-
-def _resized(image: Tensor, size: int) -> Tensor:
-    """An image [C, H, W] with a height and a width of `size`."""
-    from torchvision.transforms.v2.functional import resize
-
-    return image if image.shape[-2:] == (size, size) else resize(image, [size, size])
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]

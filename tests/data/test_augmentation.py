@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
-from torchvision.transforms import v2
 
 from sltt.data import CIFAR10, ImageFolder, Mixup
 from sltt.training.batches import _Seeded
@@ -38,21 +37,6 @@ def test_training_images_change_and_others_do_not(folder, kwargs):
             assert torch.equal(split[0][0], split[0][0])
     assert drawn[0].shape == drawn[1].shape
     assert not torch.equal(*drawn)
-
-
-@pytest.mark.parametrize("margin", [0, 4])
-@pytest.mark.parametrize("size", [32, 40], ids=["resized", "of that size"])
-def test_crops_out_of_a_margin_are_those_of_torchvision(folder, size, margin):
-    splits = ImageFolder(folder, size=size, crop_padding=margin, validation=0).splits(1)
-    crop = [v2.RandomCrop(size, padding=margin), v2.RandomHorizontalFlip()]
-    scaled = [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-    for images, random in (splits.train, crop), (splits.plain, []):
-        plain = v2.Compose([v2.ToImage(), v2.Resize((size, size)), *random, *scaled])
-        for i, (path, _) in enumerate(splits.train.dataset.samples):
-            torch.manual_seed(i)
-            found = images[i][0]
-            torch.manual_seed(i)
-            torch.testing.assert_close(found, plain(Image.open(path)).as_subclass(torch.Tensor))
 
 
 def test_an_erased_rectangle_is_zero():
