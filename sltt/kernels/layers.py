@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from sltt._torch import is_functorch_wrapped_tensor
 from sltt.kernels import costs, native, sparse
@@ -43,23 +43,27 @@ class Weights:
         self._keep_packed = packed
         self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
 
-    def packed(self, layer: Layer, weight: Tensor, one: float) -> Tensor:
+    def packed(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
         """What `sparse.forward` reads."""
         if not self._keep_packed:
             return sparse.pack_weight(layer, weight, one)
-        return self._get(weight, one, lambda: sparse.pack_weight(layer, weight, one))
+        form, version = one, ()
+        if isinstance(one, Tensor):
+            form, version = "by channel", (WeakIdRef(one.untyped_storage()), one._version)
+        return self._get(weight, form, lambda: sparse.pack_weight(layer, weight, one), version)
 
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in another type."""
         return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
 
-    def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor]) -> Tensor:
+    def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor], version: Any = ()) -> Tensor:
         forms = self._kept.setdefault(weight.untyped_storage(), {})
         key = form, weight.dtype, weight.storage_offset(), weight.shape, weight.stride()
-        version, made = forms.get(key, (None, None))
-        if made is None or version != weight._version:
+        version = weight._version, *version
+        before, made = forms.get(key, (None, None))
+        if made is None or before != version:
             made = make()
-            forms[key] = weight._version, made
+            forms[key] = version, made
         return made
 
 
@@ -247,6 +251,7 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
         )
         ordered = x.movedim(1, -1).is_contiguous()
     always = options().sparse == "on"
+    ordered = ordered and _weighs(tag, x, x.ndim - 1 if layer.linear else 1)
     if not ordered or layer.problem or not (always or layer.products >= costs.PRODUCTS_FROM) or native.problem():
         return None
     even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype)
@@ -255,6 +260,22 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
     if not forward and not (gradient and torch.is_grad_enabled()):
         return None
     return Call(layer, tag, dtype, forward, gradient, axes, weights)
+
+
+def _weighs(tag: "SpikeTag", x: Tensor, channels: int) -> bool:
+    """Whether what a spike of each channel is worth can go into the weights of a layer that reads x.
+
+    Args:
+        tag: of x, which may be a view of the spikes.
+        x: the layer's input.
+        channels: the dimension of its channels.
+    """
+    one = tag.one
+    if not isinstance(one, Tensor):
+        return True
+    if (x.shape, x.stride()) != tag.layout or one.ndim < x.ndim - channels or not one.isfinite().all():
+        return False
+    return one.shape[channels - x.ndim] == one.numel() == x.shape[channels]
 
 
 def _fitting(weight: Any, bias: Any, x: Tensor, dims: int) -> bool:

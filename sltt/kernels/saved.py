@@ -68,12 +68,15 @@ class Tag:
 class SpikeTag(Tag):
     """The tag of spikes, whose elements are 0 or `one`: they are packed at the first use of their bits.
 
-    What a layer's backward restores is kept for the neuron's own, which comes next.
+    `one` is a number, or has a value for each channel and broadcasts to the spikes. What a layer's backward restores is
+    kept for the neuron's own, which comes next.
     """
 
-    def __init__(self, spikes: Tensor, one: float = 1.0, bits: Tensor | None = None):
+    def __init__(self, spikes: Tensor, one: float | Tensor = 1.0, bits: Tensor | None = None):
         super().__init__(spikes)
-        self.one = one
+        self._one = _held(one)
+        self.by_channel = isinstance(one, Tensor)
+        self.layout = spikes.shape, spikes.stride()
         self._bits = bits
         self._density: float | None = None
         self._restored: Tensor | None = None
@@ -83,6 +86,11 @@ class SpikeTag(Tag):
         if self._bits is None:
             self._bits = pack(spikes)
         return self._bits
+
+    @property
+    def one(self) -> float | Tensor:
+        """What a spike is worth."""
+        return self._one()
 
     @property
     def packed(self) -> Tensor:
@@ -97,7 +105,12 @@ class SpikeTag(Tag):
         return self._density
 
     def make(self) -> Tensor:
-        return unpack(self.packed, self.one, self.dtype)
+        one = self.one
+        if not isinstance(one, Tensor):
+            return unpack(self.packed, one, self.dtype)
+        flat = unpack(self.packed, 1.0, self.dtype)
+        flat.as_strided(*self.layout).mul_(one.detach())
+        return flat
 
     def restore(self) -> Tensor:
         if self._restored is None:
@@ -146,7 +159,7 @@ def packable(tensor: Tensor) -> bool:
 def tag_dropped(y: Tensor, spikes: Tensor, one: float) -> None:
     """Tag y = spikes times a mask of 0 and `one`, if they are a neuron's: what is left is 0 or `one` too."""
     tag = tag_of(spikes)
-    if isinstance(tag, SpikeTag) and tag.one == 1.0 and packable(y):
+    if isinstance(tag, SpikeTag) and not tag.by_channel and tag.one == 1.0 and packable(y):
         SpikeTag(y, one)
 
 
@@ -280,20 +293,30 @@ def layer_call(
 
 
 def _tag_scaled(args: Any, result: Any) -> None:
-    spikes, factor = args if isinstance(args[0], Tensor) and args[0].ndim else reversed(args)
+    spikes, factor = args if isinstance(args[0], Tensor) and tag_of(args[0]) else reversed(args)
     if not isinstance(spikes, Tensor) or (tag := tag_of(spikes)) is None:
-        return
-    if isinstance(factor, Tensor) and not (factor.ndim or factor.is_cuda or factor.requires_grad):
-        factor = factor.item()  # as of a threshold that balances a layer
-    if not isinstance(factor, int | float) or not math.isfinite(factor):
         return
     if not (_alike(spikes, result) and packable(spikes) and packable(result)):  # both own all of their memory
         return
-    if isinstance(tag, SpikeTag):
+    if isinstance(factor, Tensor) and factor.ndim:
+        _tag_scaled_by_channel(tag, spikes, factor, result)
+        return
+    if isinstance(factor, Tensor) and not (factor.is_cuda or factor.requires_grad):
+        factor = factor.item()  # as of a threshold that balances a layer
+    if not isinstance(factor, int | float) or not math.isfinite(factor):
+        return
+    if isinstance(tag, SpikeTag) and not tag.by_channel:
         one = torch.tensor(tag.one, dtype=tag.dtype) * factor  # rounded as the product is
         SpikeTag(result, one.item(), tag.bits(spikes))
     else:
         Tag(result, lambda: tag.make() * factor, tag.layers)
+
+
+def _tag_scaled_by_channel(tag: Tag, spikes: Tensor, factor: Tensor, result: Tensor) -> None:
+    """Spikes times a value for each channel, as of thresholds that balance channels."""
+    of_channels = max(factor.shape) == factor.numel() < result.numel() and not is_functorch_wrapped_tensor(factor)
+    if of_channels and isinstance(tag, SpikeTag) and not tag.by_channel and tag.one == 1.0:
+        SpikeTag(result, factor, tag.bits(spikes))
 
 
 def _tag_maximum(spikes: Tensor, result: Tensor) -> None:

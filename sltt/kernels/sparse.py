@@ -1,6 +1,7 @@
 """Convolutions and linear layers on spikes: only active inputs are touched.
 
 A spike is 0 or `one`, so a product with it is a sum: y = one · Σ_active w + bias, and ∂L/∂w = one · Σ_active ∂L/∂y.
+`one` is a number, or a tensor with a value for each channel of the input.
 Spikes come as bits (`bits.pack`) of memory with the channels last: [B, H, W, C], [B, L, C] or [..., C]. All sums are
 float32. Results do not depend on the number of threads, to the last bit.
 
@@ -127,9 +128,11 @@ def density(bits: Tensor) -> float:
     return _library().sltt_count(bits.data_ptr(), bits.numel()) / max(1, 8 * bits.numel())
 
 
-def pack_weight(layer: Layer, weight: Tensor, one: float = 1.0) -> Tensor:
+def pack_weight(layer: Layer, weight: Tensor, one: float | Tensor = 1.0) -> Tensor:
     """The weight times `one` in the order that `forward` reads, in float32; of use until the weight changes."""
     weight = weight.detach().float()
+    if isinstance(one, Tensor):
+        weight, one = weight * _by_channel(one, layer), 1.0
     packed = torch.empty(layer.packed_size)
     _library().sltt_pack(
         weight.data_ptr(), _strides(weight), layer.pointer, one, packed.data_ptr(), torch.get_num_threads()
@@ -166,7 +169,7 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
 
 
 def weight_gradient(
-    layer: Layer, bits: Tensor, grad_y: Tensor, one: float = 1.0, needs_bias: bool = False
+    layer: Layer, bits: Tensor, grad_y: Tensor, one: float | Tensor = 1.0, needs_bias: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """∂L/∂weight, with the channels last in memory, and ∂L/∂bias if asked for, both in float32."""
     assert 8 * bits.numel() == math.prod(layer.x_shape)
@@ -180,12 +183,14 @@ def weight_gradient(
         layer.pointer,
         g.data_ptr(),
         g.dtype == torch.bfloat16,
-        one,
+        1.0 if isinstance(one, Tensor) else one,
         grad.data_ptr(),
         _strides(grad),
         torch.get_num_threads(),
     )
     _check(short)
+    if isinstance(one, Tensor):
+        grad *= _by_channel(one, layer)
     return grad, g.flatten(0, -2).sum(0, dtype=torch.float32) if needs_bias else None
 
 
@@ -225,6 +230,11 @@ def dense_weight_gradient(layer: Layer, x: Tensor, grad_y: Tensor) -> Tensor:
     )
     _check(short)
     return grad
+
+
+def _by_channel(one: Tensor, layer: Layer) -> Tensor:
+    """In the form of a weight."""
+    return one.detach().float().reshape(-1, *[1] * (len(layer.weight_shape) - 2))
 
 
 def _sizes(n: int, ci: int, co: int, h: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:

@@ -6,13 +6,15 @@ Shapes: T time steps, B samples, C classes; a call of the network takes n time s
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sltt._torch import _current_graph_task_id, is_compiled
 from sltt.checks import instance, whole_number
@@ -67,19 +69,32 @@ class Network:
     Args:
         model: maps the input of one time step [B, ...] to logits [B, C].
         batch: B.
+
+    Attributes:
+        watched: the next call is looked at.
     """
 
     def __init__(self, model: nn.Module, batch: int):
         self.model = model
         self.batch = batch
+        self.watched = False
         self.clock = Clock()
         self.keepers = [m for m in model.modules() if state_names(m)]
+
+    @property
+    def samples(self) -> int:
+        """n·B, in the call that is in progress."""
+        return self.batch * self.clock.fold.steps
 
     def __call__(self, x: Tensor, fold: Fold = ONE_STEP) -> Tensor:
         """Run time steps in one call of the model: [n·B, ...] to logits [n, B, C]."""
         self.clock.calls += 1
         self.clock.fold = fold
-        logits = checked_logits(self.model(x))
+        with _Attention(self) if self.watched else nullcontext():
+            logits = checked_logits(self.model(x))
+        if self.watched:
+            self.watched = False
+            _known.add(self.model)
         if fold.steps == 1:
             return logits.unsqueeze(0)
         if logits.shape[:1] != (fold.steps * self.batch,):
@@ -138,25 +153,24 @@ def _prepared(model: nn.Module, sequence: Sequence) -> Iterator[Network]:
             hooked(*(m.register_forward_pre_hook(OncePerCall(n, network.clock, NEURON)) for n, m in neurons.items())),
             hooked(*(m.register_forward_pre_hook(AmongTokens(n, network), with_kwargs=True) for n, m in attending)),
         ):
-            if model not in _known:
+            if model not in _known and any(is_compiled(module) for module in model.modules()):
                 _check_compiled(network, sequence.input(range(1))[:1])
                 _known.add(model)
+            network.watched = model not in _known
             yield network
     finally:
         reset(model)
 
 
-_known: WeakSet[nn.Module] = WeakSet()  # models that have run a step in which hooks run
+_known: WeakSet[nn.Module] = WeakSet()  # models that have run a step in which hooks, or function modes, run
 
 
 def _check_compiled(network: Network, x: Tensor) -> None:
-    """Run a time step of one sample without the compiler, if the model is compiled: hooks do not run in such code.
+    """Run a time step of one sample of a compiled model without the compiler: hooks do not run in compiled code.
 
     In evaluation mode, which changes no statistics and draws no random numbers.
     """
     modes = [(module, module.training) for module in network.model.modules()]
-    if not any(is_compiled(module) for module, _ in modes):
-        return
     try:
         for module, _ in modes:
             module.training = False
@@ -200,14 +214,42 @@ class AmongTokens:
         query: Tensor = args[0] if args else kwargs["query"]
         if query.ndim == 3 and module.batch_first:
             return
-        samples = self.network.batch * self.network.clock.fold.steps
+        samples = self.network.samples
         if len(query) == samples and (query.ndim == 2 or query.shape[1] != samples):
-            raise ValueError(
+            raise _among_samples(
                 f"{self.name or 'the model'} ({type(module).__name__}) attends over dimension 0 of its input "
-                f"{list(query.shape)}, the {samples} samples of a time step: give it tokens [B, N, E] and make it with "
-                "batch_first=True. Attention over time has no step by step form: let neurons carry the past, or train "
-                "without a rule"
+                f"{list(query.shape)}, the {samples} samples of a time step",
+                "give it tokens [B, N, E] and make it with batch_first=True",
             )
+
+
+class _Attention(TorchFunctionMode):
+    """As `AmongTokens`, for calls of `F.scaled_dot_product_attention`, whose tokens are the last but one dimension."""
+
+    def __init__(self, network: Network):
+        super().__init__()
+        self.network = network
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query: Tensor = args[0] if args else kwargs["query"]
+            *others, tokens, _ = query.shape
+            samples = self.network.samples
+            if tokens == samples and math.prod(others) % samples:  # else the samples are among the other dimensions
+                raise _among_samples(
+                    f"scaled_dot_product_attention attends over dimension {len(others)} of its query "
+                    f"{list(query.shape)}, the {samples} samples of a time step",
+                    "give it queries, keys and values [B, heads, N, E]",
+                )
+        return func(*args, **kwargs)
+
+
+def _among_samples(what: str, remedy: str) -> ValueError:
+    return ValueError(
+        f"{what}: {remedy}. Attention over time has no step by step form: let neurons carry the past, or train without "
+        "a rule"
+    )
 
 
 def in_backward() -> bool:

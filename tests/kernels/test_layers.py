@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.
 
 
 class Net(nn.Module):
-    """Spikes read by convolutions with stride, max-pooled, scaled, dropped and by linear layers."""
+    """Spikes read by convolutions with stride, max-pooled, scaled (by channel too), dropped and by linear layers."""
 
     def __init__(self, neuron=lambda: sltt.LIF(tau=1.5), norm=True):
         super().__init__()
@@ -28,13 +28,14 @@ class Net(nn.Module):
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) if norm else nn.Identity() for b in widths[1:])
         self.neurons = nn.ModuleList(neuron() for _ in range(5))
+        self.register_buffer("worth", torch.linspace(0.5, 1.5, 16).view(16, 1, 1))
         self.dropout, self.hidden, self.head = sltt.Dropout(0.3), nn.Linear(32 * 16, 64), nn.Linear(64, 5)
 
     def block(self, i, x):
         return self.neurons[i](self.norms[i](self.convs[i](x)))
 
     def forward(self, x):
-        x = self.block(1, self.block(0, x))
+        x = self.block(1, self.worth * self.block(0, x))
         x = F.max_pool2d(self.block(2, 2.74 * x), 2)
         x = self.block(3, self.dropout(x))
         x = x.permute(0, 2, 3, 1).reshape(len(x), -1)
@@ -98,6 +99,54 @@ def test_every_layer_behind_a_neuron_is_sparse(sparse_calls):
     shapes = {(kind, layer.weight_shape) for kind, layer in sparse_calls}
     expected = [tuple(m.weight.shape) for m in [*model.convs[1:], model.hidden]]
     assert shapes == {(kind, shape) for kind in ("forward", "grad") for shape in expected}
+
+
+def test_a_learned_worth_of_each_channel_goes_into_the_weights_of_a_layer_that_reads_it(sparse_calls):
+    conv, linear = nn.Conv2d(16, 16, 3), nn.Linear(16, 16)
+    x = torch.rand(8, 16, 12, 12).contiguous(memory_format=torch.channels_last)
+    uses = {
+        "convolution": lambda y: conv(y),
+        "max pooling": lambda y: conv(F.max_pool2d(y, 2)),
+        "channels last": lambda y: linear(y.movedim(1, -1).flatten(0, 2)),
+        "tokens": lambda y: linear(y),
+        "other features": lambda y: F.linear(y.flatten(1), torch.ones(16, 2304)),
+        "other channels": lambda y: conv(y.reshape(8, 12, 12, 16).movedim(-1, 1)),
+    }
+    for name, use in uses.items():
+        tokens = name == "tokens"
+        found = []
+        for mode in ("off", "on"):
+            worth = torch.linspace(0.5, 1.5, 16).view(16 if tokens else (16, 1, 1)).requires_grad_()
+            given = x.contiguous() if name == "other channels" else x
+            given = (x.movedim(1, -1).flatten(1, 2) if tokens else given).clone().requires_grad_()
+            with kernels.using(sparse=mode, compile="off"), kernels.saving():
+                y = use(sltt.LIF(v_threshold=0.5)(given) * worth)
+            found.append(
+                [
+                    y,
+                    *torch.autograd.grad(
+                        y.square().sum(), (given, worth, *conv.parameters(), *linear.parameters()), allow_unused=True
+                    ),
+                ]
+            )
+        for off, on in zip(*found, strict=True):
+            torch.testing.assert_close(on, off, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        assert len(sparse_calls) == (2 if name in ("convolution", "max pooling", "tokens") else 0), name
+        sparse_calls.clear()
+
+
+def test_a_worth_that_is_not_finite_and_one_that_changes(sparse_calls):
+    conv = nn.Conv2d(16, 16, 3)
+    x = torch.rand(8, 16, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with kernels.using(sparse="on", compile="off"), kernels.saving():
+        infinite = conv(sltt.LIF()(x) * torch.full((16, 1, 1), torch.inf))
+        assert infinite.isnan().any()
+        assert not sparse_calls
+        worth = torch.ones(16, 1, 1)
+        y = conv(sltt.LIF()(x) * worth)
+    worth.mul_(2)
+    with pytest.raises(RuntimeError, match="was changed by an in-place operation"):
+        y.sum().backward()
 
 
 def test_small_layers_and_other_memory_formats_run_dense(sparse_calls):

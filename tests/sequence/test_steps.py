@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sltt
@@ -55,6 +56,31 @@ def test_attention_among_samples_or_time_steps_is_named(rule):
     rule(Attends(batch_first=True), x, y, loss)
     if rule.fold == 1:
         rule(Attends(batch_first=False, form=lambda x: x.transpose(0, 1)), x, y, loss)
+
+
+class Tokens(nn.Module):
+    """Attention by a function, among what `form` makes of tokens [B, 3, 4]."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.neuron, self.head = form, sltt.LIF(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        q = self.form(x.unflatten(1, (3, 4)))
+        return self.head(self.neuron(F.scaled_dot_product_attention(q, q, q).reshape(len(x), 3, 4)).sum(1))
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(fold=2)], ids=repr)
+def test_attention_by_a_function_among_samples_is_named(rule):
+    x, y, loss = torch.randn(4, 5, 12), torch.randint(3, (5,)), nn.CrossEntropyLoss()
+    for form in (lambda x: x.flatten(1), lambda x: x.transpose(0, 1), lambda x: x.flatten(1)[None, None]):
+        model = Tokens(form)
+        for _ in range(2):  # the second time, too
+            with pytest.raises(ValueError, match=r"attends over dimension [012] of its query .*\[B, heads, N, E\]"):
+                rule(model, x, y, loss)
+    for form in (lambda x: x, lambda x: x[:, None], lambda x: x.unflatten(2, (2, 2)).transpose(1, 2)):
+        rule(Tokens(form), x, y, loss)
+        rule(Tokens(form), x[:, :3], y[:3], loss)  # as many samples as tokens
 
 
 def test_a_sequence_within_a_sequence_gives_the_clock_back():
