@@ -60,7 +60,7 @@ class Callback:
         """After each step of the optimizer."""
 
     def on_epoch(self, now: Moment) -> None:
-        """After each epoch and its validation, before its checkpoint is saved."""
+        """After each epoch, when it is validated and saved. Where this fails, the resumed run calls it again."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the callback keeps; nothing, for most."""

@@ -172,7 +172,10 @@ class Activity(Loss):
     ):
         super().__init__()
         if isinstance(loss, SequenceLoss):
-            raise ValueError(f"Activity adds to the loss of each time step, and {type(loss).__name__} has none")
+            raise ValueError(
+                f"Activity adds to the loss of each time step, and {type(loss).__name__} has none: use a loss of one "
+                "step, such as CrossEntropyMSE()"
+            )
         self.loss = function("loss", loss, "the logits and the target")
         self.weight = number("weight", weight, least=0)
         self.rate = None if rate is None else number("rate", rate, least=0, most=1)

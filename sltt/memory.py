@@ -40,7 +40,10 @@ def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.
     first three batches, so run these before. Another thread's measurement is waited for.
     """
     if getattr(_this_thread, "measures", False):
-        raise RuntimeError("memory is being measured already; a rule with fold='auto' measures its first three batches")
+        raise RuntimeError(
+            "memory is being measured already: measure one call at a time; a rule with fold='auto' measures its first "
+            "three batches, so run these before"
+        )
     with _profiler:
         _this_thread.measures = True
         try:

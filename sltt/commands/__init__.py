@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from io import TextIOWrapper
 
 from sltt.commands.failures import UsageError, tell
 from sltt.commands.hints import nearest
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns the exit code: 0, 1 for a run that failed, 2 for wrong usage, 75 for SIGTERM, 130 for Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that has no µ shows a ? and the training goes on
+            stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")

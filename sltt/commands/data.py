@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from sltt.commands.failures import UsageError
-from sltt.commands.parsing import build, find_recipe, make_parser, only, parse
+from sltt.commands.fit_parser import make_parser
+from sltt.commands.parsing import build, find_recipe, only, parse
 from sltt.training.console import Console
 
 USAGE = "usage: sltt data check RECIPE [--data.root DIR] [--steps T]"
@@ -28,5 +29,5 @@ def run(words: Sequence[str]) -> None:
     report.line(f"{'split':12} {splits.fingerprint}")
     if missing := built.data.missing():
         lost = " and ".join(f"{count:,} {name} recordings" for name, count in missing.items())
-        raise ValueError(f"the data set is partial: {lost} are not there; a training would use what is")
+        raise ValueError(f"the data set is partial: {lost} are not there: add them, or train on what is there")
     report.line("nothing is missing")

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 
-from sltt.commands.parsing import CommandOptions, begin, build, make_parser, only, parse, run_config
+from sltt.commands.fit_parser import make_parser
+from sltt.commands.parsing import CommandOptions, begin, build, only, parse, run_config
 from sltt.metrics import shown
 from sltt.training.checkpoints import load_selected
 from sltt.training.console import Console, as_json, megabytes
 from sltt.training.evaluation import evaluate, measure_split, measured_with
 from sltt.training.session import session
-from sltt.training.settings import PROCESSES, Execution
+from sltt.training.settings import OF_TRAINING, PROCESSES, Execution
 
 # what a split is measured with; the processes are those that were started
 KEYS = [name for name in signature(evaluate).parameters if name not in ("split", "mirror", *PROCESSES)]
@@ -33,7 +34,7 @@ def run(words: Sequence[str]) -> None:
     known, overrides = options().parse_known_args(words)
     only(overrides, KEYS, "sltt eval", "the others belong to the training")
     run = Path(folder)
-    parser = make_parser("sltt eval")
+    parser = make_parser("sltt eval", OF_TRAINING)
     config = parse(parser, run_config(run), overrides)
     config.devices = config.num_nodes = None  # of the training
     built = build(parser, config)

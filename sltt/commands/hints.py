@@ -37,9 +37,12 @@ def explain(message: str, values: Mapping[str, Any]) -> str:
         return _unknown_class(names[-1])
     if name := re.search(r"given class_path '([\w.]+)':\s+module '[\w.]+' has no attribute", message):
         return _unknown_class(name[1])
-    if package := re.search(r"No module named '(\w+)'", message):
-        name = package[1]
-        return f"{key}: there is no module {name}; expected {name}.py in this folder or a package that is installed"
+    if package := re.search(r"No module named '([\w.]+)'", message):
+        name, file = package[1], package[1].replace(".", "/")
+        leave = "; a resumed run goes on without its loggers by --loggers null" if key.startswith("loggers") else ""
+        return (
+            f"{key}: there is no module {name}; expected {file}.py in this folder or a package that is installed{leave}"
+        )
     if kind := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*)", message):
         return f"{key}: expected a class of the kind {kind[1]}, got {kind[2]}"
     if kind := re.search(r"does not implement protocol (\w+).*Given value: (\S+)", message, re.DOTALL):

@@ -93,7 +93,7 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
         for chart in section.charts:
             figures.save(chart.figure, folder / "figures" / chart.name)
         for table in section.tables:
-            (folder / "data" / f"{table.name}.csv").write_text(table.csv())
+            (folder / "data" / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
     several = [*found.comparisons, *found.profiles, *found.agreements, *found.fewshots, *found.rates]
     recipes = {one["recipe"] for one in several}
     title = f"Report: {', '.join(sorted(recipes) or [run.name for run in found.runs])}"

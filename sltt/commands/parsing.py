@@ -16,39 +16,13 @@ import yaml
 
 from sltt.commands import yamltext
 from sltt.commands.failures import UsageError, cause
+from sltt.commands.fit_parser import make_parser
 from sltt.commands.hints import explain, fit_arguments, locate, nearest
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
-MATTER_FIRST = """Options override the recipe's values. These matter first:
-
-  --rule NAME                SLTT, BPTT, TBPTT, OTTT, RateBased or Mixed
-  --rule.k K                 an argument of the rule; --rule.help SLTT lists all
-  --steps T                  number of time steps
-  --epochs N                 passes over the training samples
-  --batch_size N             samples in a batch
-  --optimizer NAME           SGD, AdamW or another of torch.optim
-  --optimizer.lr RATE        learning rate
-  --optimizer.weight_decay RATE
-  --schedule NAME            of the learning rate: Cosine, Constant or Step
-  --clip_norm NORM           scale larger gradients down to this norm
-  --model NAME               resnet18, DigitsNet, or a class: my_networks.Net
-  --model.neuron.tau TAU     membrane time constant, in time steps
-  --data NAME                Digits, CIFAR10, or a class: my_data.Recordings
-  --data.root DIR            where the files of the data are
-  --data.validation SHARE    held out of the training samples; 0 for none
-  --seed SEED                the same seed gives the same weights
-  --precision bf16-mixed     mixed precision
-  --device cpu|cuda          default: a GPU, if there is one
-  --workers N                processes that load data
-  --weights RUN              start from the weights of a run
-  --run FOLDER               of the run; default: runs/RECIPE-RULE-DATE
-  --resume RUN               continue a run with its own settings
-
-A class is given by its name or import path, its arguments after a dot. All
-options follow, with the recipe's values as defaults."""
 MOST_STEPS = 1_000_000  # a training with more would not end
 
 
@@ -91,12 +65,6 @@ class CommandOptions(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def _listed(match: re.Match[str]) -> str:
-    """The list of known subclasses without those that happen to be imported, or nothing where any module fits."""
-    named = [name for name in match[1].split(", ") if name.startswith(("sltt.", "torch.optim."))]
-    return f", known subclasses: {', '.join(named)}" if named and "torch.nn.Module" not in match[1] else ""
-
-
 def _saying(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """The type of an option, whose ValueError is shown as it is."""
 
@@ -123,7 +91,7 @@ def find_recipe(name: str) -> Path:
     if name.endswith((".yaml", ".yml")):
         if Path(name).is_file():
             return Path(name)
-        raise UsageError(f"no file {name}")
+        raise UsageError(f"there is no file {name}; `sltt recipes NAME > {name}` copies a recipe")
     raise UsageError(f"unknown recipe {name!r}{nearest(name, known)}; `sltt recipes` lists them")
 
 
@@ -139,7 +107,9 @@ def run_config(run: Path) -> Path:
     if saved and not (run / CONFIG).exists():
         write_config(run, saved)
     if not (run / CONFIG).is_file():
-        raise UsageError(f"{run} is not the folder of a run: there is no {CONFIG}")
+        raise UsageError(
+            f"{run} is not the folder of a run: it has no {CONFIG}; name the folder that the training printed"
+        )
     check_config(run, saved)
     values = _read(run / CONFIG)
     if unknown := [name for name in ("model", "data", "loss", "rule", "optimizer") if values.get(name, "") is None]:
@@ -157,13 +127,14 @@ class Recipe:
         command: the command that takes the options, for its help.
         name: of the recipe, or of a YAML file.
         overrides: options.
+        unread: settings that are taken as null.
     """
 
-    def __init__(self, command: str, name: str, overrides: Sequence[str]):
+    def __init__(self, command: str, name: str, overrides: Sequence[str], unread: Sequence[str] = ()):
         self.source = find_recipe(name)
         self.name = self.source.stem
         self.overrides = overrides
-        self._parser = make_parser(command)
+        self._parser = make_parser(command, unread)
 
     def build(self, *more: str, rule: str | None = None) -> "Namespace":
         """Make the objects: the arguments of `sltt.fit`, in one process.
@@ -191,49 +162,6 @@ class Recipe:
         config.pop("run")
         config.pop("resume")
         return config
-
-
-def make_parser(prog: str) -> "ArgumentParser":
-    """A parser whose options are the arguments of `sltt.fit`."""
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
-
-    import sltt
-    from sltt.training.describe import describe
-
-    set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
-    set_loader("sltt", yamltext.load, exceptions=(yaml.YAMLError,))
-
-    class Help(DefaultHelpFormatter):
-        """Lists the same classes whatever else is imported, and is short about other help."""
-
-        def _expand_help(self, action: argparse.Action) -> str:
-            text = re.sub(r", known subclasses: ([^)]*)", _listed, super()._expand_help(action))
-            text = re.sub(r"Show the help for the given subclass of .*", "list the arguments of a class", text)
-            return re.sub(r"Print the configuration after .*", "print the settings and exit", text)
-
-        def _fill_text(self, text: str, width: int, indent: str) -> str:
-            return text
-
-    parser = ArgumentParser(
-        prog=prog,
-        usage=f"{prog} [OPTION ...]",
-        description=MATTER_FIRST,
-        exit_on_error=False,
-        allow_abbrev=False,
-        formatter_class=Help,
-        parser_mode="sltt",
-    )
-    parser.add_argument("--config", action="config", help="YAML file whose values override the recipe's")
-    parser.add_function_arguments(sltt.fit, skip={"data", "run", "resume", "config", "report"}, fail_untyped=False)
-    # a default that is an object would not be written into the configuration of a run
-    defaults = {name: one.default for name, one in inspect.signature(sltt.fit).parameters.items()}
-    parser.set_defaults(
-        {name: describe(defaults[name]) for name in ("rule", "loss", "optimizer", "schedule", "metric")}
-    )
-    parser.add_argument("--data", type=sltt.data.Data, required=True, help="the data set and its splits")
-    parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")
-    parser.add_argument("--resume", type=str | None, metavar="RUN", help="continue the run in this folder")
-    return parser
 
 
 def parse(parser: "ArgumentParser", source: Path, words: Sequence[str]) -> "Namespace":

@@ -16,8 +16,8 @@ def options() -> CommandOptions:
 def run(words: Sequence[str]) -> None:
     """`sltt recipes [NAME]`."""
     if name := options().parse_args(words).name:
-        print(find_recipe(name).read_text(), end="")
+        print(find_recipe(name).read_text(encoding="utf-8"), end="")
         return
     report = Console()
     for name, path in shipped_recipes().items():
-        report.line(f"{name:15} {path.read_text().splitlines()[0].removeprefix('# ')}")
+        report.line(f"{name:15} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")

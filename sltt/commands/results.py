@@ -81,7 +81,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
     )
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}")
+            raise ValueError(f"there is no folder {folder}: name one of a run, or one given to --save")
         runs = [path.parent for path in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")])]
         there = [(folder / f"{kind}.json", into) for kind, into in kinds if (folder / f"{kind}.json").is_file()]
         if not runs and not there:
@@ -104,7 +104,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
 
 def _read(path: Path) -> dict[str, Any]:
     """What a command kept; a number that is not finite is None, and each rule has the name that runs have."""
-    found = json.loads(path.read_text(), parse_constant=lambda name: None)
+    found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
     for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:
         if "rule" in row:
             row["rule"] = labelled(_asked_label(row["rule"]), row.get("varied", {}))
@@ -116,7 +116,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def rule_label(run: Path) -> str:
     """The rule of a run as it is written for `sltt compare`: SLTT:k=1."""
-    return rule_of(yaml.safe_load((run / CONFIG).read_text()))
+    return rule_of(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
 
 
 def rule_of(config: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """`sltt train`: train a recipe, then measure the selected weights on the test samples."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sltt.commands.failures import UsageError
-from sltt.commands.parsing import build, find_recipe, make_parser, only, parse, resumed, run_config
+from sltt.commands.fit_parser import make_parser
+from sltt.commands.parsing import build, find_recipe, only, parse, resumed, run_config
 from sltt.metrics import shown
 from sltt.parallel.devices import keep_freed_memory
 from sltt.training.card import add_test_score
@@ -33,7 +35,9 @@ def run(words: Sequence[str]) -> None:
     source = run_config(continued) if continued else find_recipe(words[0] if named else "digits")
     if continued:
         only(words, ("resume", *RESUMABLE), "sltt train --resume", "a run continues with its own settings")
-    parser = make_parser(f"sltt train {words[0] if named else '[RECIPE]'}")
+    # the run's own may need packages that are not here
+    unread = ["loggers"] if continued and re.search(r"--loggers[ =]null\b", " ".join(words)) else []
+    parser = make_parser(f"sltt train {words[0] if named else '[RECIPE]'}", unread)
     config = parse(parser, source, words[named:])
     folder = config.pop("run")
     config.pop("resume")

@@ -34,7 +34,7 @@ def set_tau(model: nn.Module, tau: float) -> None:
     """Give every LIF neuron another time constant; raises ValueError if there is none."""
     neurons = [m for m in model.modules() if isinstance(m, LIF)]
     if not neurons:
-        raise ValueError("--taus changes LIF neurons, and the model has none")
+        raise ValueError("--taus changes LIF neurons, and the model has none: leave --taus out")
     for neuron in neurons:
         neuron.tau = LIF(tau=tau).tau  # checked
 

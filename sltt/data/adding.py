@@ -45,7 +45,7 @@ class Adding(Data):
 
     def load(self, steps: int) -> Splits:
         if steps < self.marked:
-            raise ValueError(f"{self.marked} marks take as many time steps or more, got steps={steps}")
+            raise ValueError(f"{self.marked} marks take as many time steps or more, got steps={steps}: use more steps")
         generator = torch.Generator().manual_seed(self.seed)
         train, test = (self._draw(count, steps, generator) for count in (self.samples, TEST_SAMPLES))
         samples = TensorDataset(*train)

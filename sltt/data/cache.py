@@ -98,7 +98,7 @@ def cached(
 
 def _read_mark(mark: Path) -> dict[str, Any]:
     try:
-        written = json.loads(mark.read_text())
+        written = json.loads(mark.read_text(encoding="utf-8"))
         checksum = written.pop("checksum")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise CacheError(mark.parent, f"{mark.name} cannot be read ({error})") from error
@@ -139,5 +139,5 @@ def _build(
     del frames
     os.replace(part, array)
     written = json.loads(json.dumps({"kept": kept, "checksums": checksums, "settings": settings, "version": VERSION}))
-    mark.with_suffix(".part").write_text(json.dumps({**written, "checksum": _checksum(written)}))
+    mark.with_suffix(".part").write_text(json.dumps({**written, "checksum": _checksum(written)}), encoding="utf-8")
     os.replace(mark.with_suffix(".part"), mark)

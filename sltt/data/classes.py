@@ -46,7 +46,7 @@ class Classes(Data):
             raise ValueError("mixup mixes samples of all classes: leave it out where classes are chosen, mixup=0")
         labels = class_labels(splits.train if splits.plain is None else splits.plain)
         if empty := sorted({*self.classes} - {*labels}):
-            raise ValueError(f"class {empty[0]} of {name} has no training samples")
+            raise ValueError(f"class {empty[0]} of {name} has no training samples: leave it out")
         train = _Chosen(splits.train, self.classes, labels)
         return replace(
             splits,

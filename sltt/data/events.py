@@ -311,10 +311,12 @@ class EventFolder(_Events):
         for label, name in enumerate(self.classes):
             files = sorted(p for p in (home / name).glob("*") if p.is_file() and not p.name.startswith("."))
             if train and not files:
-                raise FileNotFoundError(f"the class folder {home / name} has no recordings")
+                raise FileNotFoundError(f"the class folder {home / name} has no recordings: add some, or remove it")
             found += [(path, label) for path in files]
         if unknown := sorted({p.name for p in home.glob("*") if p.is_dir()} - set(self.classes)):
-            raise ValueError(f"{home} has classes that train has not: {', '.join(unknown[:5])}")
+            raise ValueError(
+                f"{home} has classes that train has not: {', '.join(unknown[:5])}; remove them, or add both"
+            )
         return found
 
 

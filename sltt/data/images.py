@@ -133,7 +133,10 @@ class _Images(Data):
         test = self.open(False, self.transform(False))
         if test.classes != augmented.classes:
             differ = sorted(set(test.classes) ^ set(augmented.classes))
-            raise ValueError(f"the classes of the training and the test images differ: {', '.join(differ[:5])}")
+            raise ValueError(
+                f"the classes of the training and the test images differ: {', '.join(differ[:5])}; give both the same "
+                "folders"
+            )
         labels = augmented.targets
         train, validation = hold_out(labels, self.validation, self.split_seed)
         images = Subset(augmented, train)
@@ -320,7 +323,7 @@ def _decode(path: str) -> Tensor:
     try:
         return decode_image(path, ImageReadMode.RGB)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not decode as an image: {error}") from error
+        raise ValueError(f"{path} does not decode as an image: {error}; restore or remove it") from error
 
 
 def _undecodable(paths: Sequence[str], root: Path) -> list[str]:
@@ -333,9 +336,9 @@ def _undecodable(paths: Sequence[str], root: Path) -> list[str]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             bad = [path for path, good in zip(paths, pool.map(_decodes, paths), strict=True) if not good]
         part = found.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(bad))
+        part.write_text(json.dumps(bad), encoding="utf-8")
         os.replace(part, found)
-    bad = json.loads(found.read_text())
+    bad = json.loads(found.read_text(encoding="utf-8"))
     if bad:
         log.warning("%d of %d images skipped, which do not decode: %s", len(bad), len(paths), ", ".join(bad[:5]))
     return bad

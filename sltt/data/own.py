@@ -294,7 +294,7 @@ def _check_dataset(name: str, dataset: Any, columns: Any) -> None:
             "no order to resume: load its samples into a list"
         ) from None
     if not size:
-        raise ValueError(f"there are no samples in {name}")
+        raise ValueError(f"there are no samples in {name}: expected one or more")
 
 
 def _check_columns(columns: Any) -> tuple[str, str] | None:

@@ -31,16 +31,14 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
     """Read and check a recording.
 
     Args:
-        path: `.bin` as in N-MNIST, `.aedat` of version 2 or 3.1, `.aedat4` (with the package aedat), `.dat` of
-            Prophesee's cameras, as in N-CARS, or `.npy` with columns x, y, p, t in milliseconds, as in tonic's DVS128
-            Gesture, or with fields x, y, t, p in microseconds.
-        sensor: height and width of the camera.
-        slicing: how the recording will be cut into frames.
-        steps: into how many.
+        path: `.bin` (N-MNIST), `.aedat` (version 2 or 3.1), `.aedat4` (with the package aedat), `.dat` (Prophesee), or
+            `.npy` with fields x, y, t, p in microseconds or columns x, y, p, t in milliseconds (tonic).
+        sensor: height and width of the camera, in pixels.
+        slicing: frames of equal event count, or of equal time.
+        steps: T, number of frames.
 
     Raises:
-        RecordingError: not readable, empty, fewer events than frames, time that runs backwards, or events outside the
-            sensor.
+        RecordingError: unreadable, empty, fewer events than frames, time runs backwards, or events outside the sensor.
         ImportError: `.aedat4` without the package aedat.
     """
     readers: dict[str, Callable[[Path], Recording]] = {

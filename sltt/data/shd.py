@@ -78,7 +78,9 @@ class SHD(Data):
                 labels = [int(label) for label in data["labels"]]
                 spikes = list(zip(data["spikes"]["times"], data["spikes"]["units"], strict=True))
         except (OSError, KeyError) as error:
-            raise RecordingError(f"{path}: not a file of SHD ({error})") from error
+            raise RecordingError(
+                f"{path}: not a file of SHD ({error}); get it again with --data.download true"
+            ) from error
         counts = np.zeros((len(spikes), steps, 700), np.uint8)
         for i, (times, units) in enumerate(spikes):
             step = np.minimum((times.astype(np.float64) * steps / self.duration).astype(np.int64), steps - 1)

@@ -68,7 +68,7 @@ class GraphNetwork(nn.Module):
         super().__init__()
         kinds = {kind: [k for k, n in graph.nodes.items() if isinstance(n, kind)] for kind in (nir.Input, nir.Output)}
         if [len(names) for names in kinds.values()] != [1, 1]:
-            raise ValueError(f"expected one input and one output, got {[*kinds.values()]}")
+            raise ValueError(f"expected one input and one output of the graph, got {[*kinds.values()]}")
         self.shapes = {name: _shape(node) for name, node in graph.nodes.items()}
         self.reads: dict[str, list[str]] = {}
         while len(self.reads) < len(graph.nodes):
@@ -81,7 +81,7 @@ class GraphNetwork(nn.Module):
                 raise ValueError(f"the graph is recurrent, around {sorted({*graph.nodes} - {*self.reads})}")
             self.reads |= {name: [a for a, b in graph.edges if b == name] for name in ready}
         if unread := [name for name, reads in self.reads.items() if not reads and name not in kinds[nir.Input]]:
-            raise ValueError(f"nothing leads to {unread}")
+            raise ValueError(f"nothing leads to {unread}: add the edges, or remove these nodes")
         (self.input,), (self.output,) = kinds.values()
         self.layers = nn.ModuleDict({_key(name): modules[name] for name in self.reads})
 

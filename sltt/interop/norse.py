@@ -40,7 +40,7 @@ class KeepState(Stateful):
         for name, inner in module.named_modules():
             if isinstance(inner, nn.RNNBase):
                 raise ValueError(
-                    f"{name} ({type(inner).__name__}) takes all time steps in one call, and has no cell here"
+                    f"{name} ({type(inner).__name__}) takes all time steps in one call: use its cell, of one step"
                 )
         self.module = module
 

@@ -16,19 +16,18 @@ from sltt.sequence.state import Stateful, reset, state_names
 
 
 def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
-    """Write one time step of a network as an ONNX model, and return its states: their names and first values.
+    """Write one time step of a network as an ONNX model; returns the first value of each state by its name.
 
         logits, v' = step(x, v)
 
-    The inputs are `x` and the state of each layer of neurons, called by the layer's name in the network, or NAME.STATE
-    for each state of a neuron that has several; the outputs `logits` and `next.` with that name for each state. Begin a
-    sequence with states filled with their first value, and give a step's states to the next. The network is exported in
-    evaluation mode, for any batch size.
-
         first = to_onnx(model, x[0], "step.onnx")      # {"1": 0.0}
 
+    Inputs: `x`, and the state of each layer of neurons: the layer's name, or NAME.STATE where it has several. Outputs:
+    `logits`, and `next.NAME` for each state. Begin a sequence with the first values. The network is in evaluation mode,
+    and takes any batch size.
+
     Args:
-        model: maps one time step to logits; its neurons are those of this library.
+        model: maps one time step [B, ...] to logits [B, C]; its neurons are those of this library.
         x: the input of one time step [B, ...], for the shapes.
         path: of the file.
 

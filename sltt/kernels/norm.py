@@ -27,7 +27,8 @@ def _stepwise(norm: _BatchNorm) -> Any:
         norm._check_input_dim(input)
         if input.numel() == steps * input.shape[1]:
             raise ValueError(
-                f"BatchNorm needs more than one value for each channel, got {list(input.shape)} of {steps} steps"
+                f"BatchNorm needs more than one value for each channel, got {list(input.shape)} of {steps} steps: use "
+                "a larger batch"
             )
         running, momenta = batch_statistics(norm, steps)
         return stepwise_batch_norm(input, steps, running, norm.weight, norm.bias, momenta, norm.eps)

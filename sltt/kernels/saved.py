@@ -187,7 +187,9 @@ def saving(recompute: bool = False, graph: bool = True, weights: Weights | None 
         weights: the forms of weights that this sequence has used so far.
     """
     if recompute and not options().bits:
-        raise ValueError("recompute starts from spikes saved as bits, and kernels.using(bits=False) is in force")
+        raise ValueError(
+            "recompute starts from spikes saved as bits, and kernels.using(bits=False) is in force: leave one out"
+        )
     if not options().bits or _top_saved_tensors_default_hooks(True) is not None:
         yield
         return

@@ -51,5 +51,8 @@ class MLP(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         if x.shape[1] != self.features[0]:
-            raise ValueError(f"expected {self.features[0]} values for each sample of a time step, got {x.shape[1]}")
+            raise ValueError(
+                f"expected {self.features[0]} values for each sample of a time step, got {x.shape[1]}: give the number "
+                "of inputs first, features=(…)"
+            )
         check_floating(x)

@@ -79,7 +79,9 @@ class OnlineRenorm(Stateful, _BatchNorm):
 
     def _step(self, x: Tensor) -> Tensor:
         if x.numel() == x.shape[1]:
-            raise ValueError(f"OnlineRenorm needs more than one value for each channel, got {list(x.shape)}")
+            raise ValueError(
+                f"OnlineRenorm needs more than one value for each channel, got {list(x.shape)}: use a larger batch"
+            )
         with torch.no_grad():
             running = self._running()
             mean, var = torch.ops.aten.batch_norm_update_stats(x, *running, 0.0)  # which it leaves as they are
@@ -139,9 +141,8 @@ class StableLIF(Neuron):
         s[t] = H(u[t] − θ[t])
         v[t] = u[t] − θ[t] s[t]
 
-    μ[t] and σ[t] are mean and deviation of u[t] over all neurons and samples, and constants in the backward. The firing
-    rate stays from step to step (Online Threshold Stabilizer, OTS). In evaluation, θ[t] is its running mean, so that a
-    prediction does not depend on the other samples. Beyond the longest sequence of training, the last θ holds.
+    μ[t] and σ[t]: mean and deviation of u[t] over all neurons and samples, constants in the backward. In evaluation,
+    θ[t] is its running mean; after the longest sequence of the training, the last one.
 
     Args:
         tau: membrane time constant τ in time steps, greater than 1; None has no leak, λ = 1.

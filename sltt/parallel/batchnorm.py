@@ -85,7 +85,9 @@ def synchronise(model: nn.Module) -> None:
             if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
                 setattr(module, name, _synchronised(child))
             else:
-                raise ValueError(f"sync_batchnorm knows PyTorch's BatchNorm, and {name} is a {type(child).__name__}")
+                raise ValueError(
+                    f"sync_batchnorm knows PyTorch's BatchNorm, and {name} is a {type(child).__name__}: leave it out"
+                )
 
 
 def _synchronised(norm: _BatchNorm) -> SyncBatchNorm:

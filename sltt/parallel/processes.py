@@ -71,7 +71,10 @@ class Processes:
         """Raise ValueError unless the text is the same in all processes."""
         first = self.first(lambda: text)
         if text != first:
-            raise ValueError(f"{what} differs between processes: {text} in process {self.rank}, {first} in the first")
+            raise ValueError(
+                f"{what} differs between processes: {text} in process {self.rank}, {first} in the first; start "
+                "all of them alike"
+            )
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the gradients of all processes, in few messages. Sharded ones were reduced in the backward."""

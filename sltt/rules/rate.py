@@ -19,49 +19,30 @@ from sltt.sequence.state import Stateful, state_names
 
 
 class RateBased(Rule):
-    """Rate-based backpropagation: one backward a sequence, through mean firing rates instead of spikes.
+    """Rate-based backpropagation: one backward pass per sequence, through mean firing rates instead of spikes.
 
         c = W r^{l−1},   r = 1/T Σ_t s[t]                               rate pass              (1)
-        ∂r/∂c = 1/T Σ_t ∂s[t]/∂u[t] f[t]                                gathered on the way    (2)
+        ∂r/∂c = 1/T Σ_t ∂s[t]/∂u[t] f[t]                                collected in T steps   (2)
         f[t] = 1 + λ ∂v[t−1]/∂u[t−1] f[t−1],   f[1] = 1                 through leak and reset (3)
         ∂v/∂u = 1 − V_th ∂s/∂u     soft reset;  1 with `detach_reset`                          (4)
         ∂v/∂u = 1 − s − (u − v_r) ∂s/∂u     hard reset;  1 − s with `detach_reset`             (5)
 
-    The T steps run without a graph, and gather (2) in each neuron layer. Then the network runs once, with a graph, on
-    the mean input over time (a static image is its own); each neuron layer puts out the rate that was recorded, and
-    (2) as its derivative. Temporal gradient within a neuron is kept for an input that is constant in time; correlations
-    in time between presynaptic spikes and derivatives are dropped. Layers between neurons act on means: exact for
-    linear ones, an approximation for the others, such as max pooling. Memory is that of one step's graph and about
-    three tensors for each neuron layer. Time is that of the T steps without a graph, in which the gathering is a second
-    pass over each neuron layer, and of one step with a graph.
+    The T steps run without a graph. Then the network runs once with a graph, on the mean input, with r in place of
+    spikes. The gradient drops differences between time steps. Memory: the graph of one step, and about three tensors
+    per layer of neurons.
 
-    The loss is ℓ(ō, y) of the mean logits ō = 1/T Σ_t o[t], not the mean of the steps' losses. It is what is
-    backpropagated and what `Output.loss` is; `Output.logits` are those of the T steps. The authors' code divides the
-    gradient by T on top; here it has the size of BPTT's. With T = 1 it is SLTT and BPTT.
-
-    BatchNorm on batch statistics: the T steps normalise as ever, and update the running statistics, which the rate pass
-    leaves alone. The rate pass normalises with what the steps were normalised with, the means over time of their mean
-    and of their inverse standard deviation, and differentiates both as functions of the mean input: the deviation of
-    the mean input itself is smaller, since time averages, and would make the gradient too large. `sltt.Dropout` has
-    the mask of the T steps. A learnable λ (PLIF) gets ∂r/∂λ by the same recursion, with v[t−1] − v_r for the 1.
-    `FiringRates` counts the spikes of the T steps. A forward hook on a neuron also sees the rate in the rate pass.
-
-    With `steady`, the T steps of the network are left out. In the rate pass each neuron layer runs its own T steps
-    under the mean current c, as if that were the current of every step, and r and (2) are of those: exact for the first
-    neurons under a static image, while further up spikes really come unevenly. Convolutions run once however large T
-    is, so a batch costs about what a ReLU network does, and the rates have T + 1 levels to learn from. `Output.logits`
-    are those of the rate pass, T times; BatchNorm is that of the mean currents, which vary less than those of a step.
-    `FiringRates` counts the spikes that the neuron layers make. A forward hook on a neuron sees its rate.
-    Weights learned so are a start for another rule in a later phase of the training, as those of an analog network are
-    in hybrid training (Rathi et al. 2020, arXiv 2005.01807).
+    The loss is ℓ(ō, y) of the mean logits ō = 1/T Σ_t o[t], and `Output.loss` is its value. The gradient has the size
+    of BPTT's; with T = 1 it is that of SLTT and BPTT.
 
     Args:
-        steady: take the current of each neuron as the same in all steps.
+        steady: skip the T steps of the network. Each layer of neurons runs T steps under its mean current instead. A
+            batch costs about what it costs with ReLU. `Output.logits` are those of the rates: train the last epochs
+            with another rule.
 
     Raises:
         ValueError: when called, a module with a state other than LIF, IF and PLIF. Without `steady` also a neuron or
-            BatchNorm that is not used exactly once in every step, BatchNorm with a forward of its own (SyncBatchNorm),
-            or PyTorch's own dropout, whose mask changes at every step.
+            BatchNorm that is not used exactly once per step, BatchNorm with a forward of its own (SyncBatchNorm), or
+            PyTorch's own dropout, whose mask changes at every step.
 
     Source: Yu et al., NeurIPS 2024 (arXiv 2410.11488); (3) to (5) as in the authors' code
     (github.com/Tab-ct/rate-based-backpropagation, model/layer.py), where V_th = 1 and v_r = 0.
@@ -213,6 +194,11 @@ class _Rate(torch.autograd.Function):
 
 
 class _NormLayer(_Layer):
+    """BatchNorm, whose rate pass normalises as the T steps did, by the means over time of their statistics.
+
+    Time averages, so the deviation of the mean input is smaller, and would make the gradient too large.
+    """
+
     mean: Tensor | float = 0.0
     inverse: Tensor | float = 0.0
 
@@ -222,7 +208,9 @@ class _NormLayer(_Layer):
         norm = self.module
         norm._check_input_dim(x)
         if x.numel() == x.shape[1]:
-            raise ValueError(f"BatchNorm needs more than one value for each channel, got {list(x.shape)}")
+            raise ValueError(
+                f"BatchNorm needs more than one value for each channel, got {list(x.shape)}: use a larger batch"
+            )
         running, (momentum,) = batch_statistics(norm, 1)
         y, mean, inverse = torch.native_batch_norm(
             x, norm.weight, norm.bias, *(running or (None, None)), True, momentum, norm.eps

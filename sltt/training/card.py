@@ -52,7 +52,7 @@ def write_card(
 
 def add_test_score(folder: Path, score: str) -> None:
     """Write the metric on the test samples into the card."""
-    text = (folder / CARD).read_text().replace(NOT_MEASURED, score)
+    text = (folder / CARD).read_text(encoding="utf-8").replace(NOT_MEASURED, score)
     write_atomically(folder / CARD, lambda file: file.write(text.encode()))
 
 

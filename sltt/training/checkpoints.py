@@ -97,7 +97,7 @@ class Checkpoints:
         if checkpoint["fingerprint"] != self.fingerprint:
             raise CheckpointError(
                 f"the run {self.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
-                f"{self.fingerprint}: the samples or the settings of the data have changed"
+                f"{self.fingerprint}: restore its samples and settings, or start a new run with --weights"
             )
         self._check_callbacks(checkpoint.get("callbacks", []))
         load_weights(self.model, checkpoint["model"], path)
@@ -140,7 +140,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises FileNotFoundError, or CheckpointError for a file that is damaged or not a checkpoint of sltt.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: name the folder of a run, or a file such as best.ckpt in one"
+        )
     with path.open("rb") as file:
         if not _intact(file):
             raise CheckpointError(f"{path} is damaged, since its checksum does not match. {REMEDY}")
@@ -159,9 +161,9 @@ def _load(path: Path, source: Path | IO[bytes], **how: Any) -> dict[str, Any]:
     except Exception as error:  # the unpickler and the zip reader raise almost anything on a damaged file
         raise CheckpointError(f"{path} is truncated or not a checkpoint of sltt. {REMEDY}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by this version of sltt: expected the format {FORMAT}")
+        raise CheckpointError(f"{path} was not written by this version of sltt: expected the format {FORMAT}. {REMEDY}")
     if missing := KEYS - content.keys():
-        raise CheckpointError(f"{path} is not whole: it lacks {', '.join(sorted(missing))}")
+        raise CheckpointError(f"{path} is not whole: it lacks {', '.join(sorted(missing))}. {REMEDY}")
     return content
 
 

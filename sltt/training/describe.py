@@ -21,7 +21,7 @@ from sltt.frozen import arguments_of
 NETWORK = "network.pt"
 UNREADABLE = "sltt eval, export and --resume cannot read this run"
 LOST = {
-    "callbacks": "sltt train --resume cannot continue this run",
+    "callbacks": "this run resumes in Python only, by sltt.fit(…, resume=True)",
     "loggers": "sltt train --resume continues without these loggers",
 }
 
@@ -78,7 +78,7 @@ def describe(value: Any) -> Any:
 def _kept_argument(value: Any, parameter: inspect.Parameter) -> Any:
     kind = type(value).__name__
     if parameter.kind is parameter.VAR_POSITIONAL:
-        raise UndescribedError(f"{kind} takes *{parameter.name}")
+        raise UndescribedError(f"{kind} takes *{parameter.name}: give its arguments names, each kept in self")
     name = parameter.name if hasattr(value, parameter.name) else f"_{parameter.name}"  # as Lightning's loggers have it
     if not hasattr(value, name):
         raise UndescribedError(
@@ -101,7 +101,7 @@ def _path(value: Any) -> str:
                 return f"{owner}.{name}"
         except ImportError:
             break
-    raise UndescribedError(f"{module} has no {name}")
+    raise UndescribedError(f"{name} is not in the module {module}, where it says it is: define it there")
 
 
 def _kept(name: str, value: Any) -> dict[str, Any]:

@@ -90,10 +90,11 @@ def measure_split(
     splits = here.splits(data, steps)
     dataset = getattr(splits, split)
     if dataset is None:
-        cause = "the data was loaded with validation: 0" if split == "validation" else "the data was made without"
+        hold_out = "hold some out, as by validation=0.1"
+        cause = hold_out if split == "validation" else "the data was made without; choose another split"
         raise ValueError(f"there are no {split} samples: {cause}")
     if not len(dataset):
-        raise ValueError(f"there are no {split} samples")
+        raise ValueError(f"there are no {split} samples: expected one or more")
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
     with ending(loader):

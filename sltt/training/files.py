@@ -43,5 +43,5 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def read_table(path: Path) -> list[dict[str, Any]]:
     """Rows that `write_table` wrote, with numbers, and None where a cell is empty."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]

@@ -83,6 +83,7 @@ class Loop:
         """Train the epochs that are left."""
         log = Logs(self.folder, self.training.loggers or (), self.checkpoints.config, self.processes.rank == 0)
         with log, Interrupt() as interrupt:
+            self._show_callbacks()
             for row in self.state.history:  # so that the log of a resumed run is whole
                 log(row)
             for stage in self.stages:
@@ -231,12 +232,23 @@ class Loop:
         row = epoch_row(self.state.epoch + 1, self.optim, training, validation)
         quality = improves(self.training.metric, validation.score) if validation else 0.0
         improved = self.state.end_epoch(row, validation, quality)
-        with self._located("callback"):
-            self._call("on_epoch")
+        self.state.pending = bool(self.training.callbacks)
         # the best before the last: that one says that there is a best
-        self.checkpoints.save(self.state, *[BEST] * improved, LAST)
-        self._write_table()
+        self._save(*[BEST] * improved, LAST)
+        self._show_callbacks()
         return row
+
+    def _show_callbacks(self) -> None:
+        """Show the last epoch to callbacks that have not seen it. It is saved: a callback that fails loses no epoch."""
+        if self.state.pending:
+            with self._located("callback", self.state.epoch):
+                self._call("on_epoch")
+            self.state.pending = False
+            self._save(LAST)
+
+    def _save(self, *names: str) -> None:
+        self.checkpoints.save(self.state, *names)
+        self._write_table()
 
     def _call(self, name: str, loss: float | None = None) -> None:
         """Call a method of all callbacks; what one of them stops, in any process, ends for all after the epoch."""
@@ -266,13 +278,16 @@ class Loop:
             write_table(self.folder / METRICS, self.state.history)
 
     @contextmanager
-    def _located(self, place: str | None = None) -> Iterator[None]:
-        """Say of an exception in which batch, or at which `place` of the epoch, it was, and what is saved."""
+    def _located(self, place: str | None = None, epoch: int | None = None) -> Iterator[None]:
+        """Say of an exception in which batch, or at which `place` of the epoch, it was, and what is saved.
+
+        None is the batch, and the epoch, in progress.
+        """
         try:
             yield
         except Exception as error:
             place = place or f"batch {self.state.batch + 1} of {self.batches}"
-            error.add_note(f"at epoch {self.state.epoch + 1}, {place}")
+            error.add_note(f"at epoch {epoch or self.state.epoch + 1}, {place}")
             if (self.folder / LAST).exists():
                 error.add_note(
                     f"the last good checkpoint is {self.folder / LAST}: continue with --resume {self.folder}"

@@ -20,7 +20,9 @@ def parameter_groups(model: nn.Module, norm_weight_decay: float | None) -> Param
         return model.parameters()
     norms = [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]
     if not norms:
-        raise ValueError("norm_weight_decay is given, but no normalisation layer of the model has parameters")
+        raise ValueError(
+            "norm_weight_decay is given, but no normalisation layer of the model has parameters: leave it out"
+        )
     known = {id(p) for p in norms}
     others = [p for p in model.parameters() if id(p) not in known]
     return [{"params": others}, {"params": norms, "weight_decay": norm_weight_decay, "norm": True}]

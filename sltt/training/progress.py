@@ -67,6 +67,7 @@ class Progress:
     best: list[float] = field(default_factory=list)
     first: int = 0  # row of the history with which the present T began
     stopped: str | None = None  # why a callback ended the training
+    pending: bool = False  # callbacks have yet to see the last epoch
 
     def count(self, loss: Tensor, score: float, samples: int) -> None:
         """Add a batch with so many samples, and their mean score; 0 where another process counts them."""

@@ -72,7 +72,7 @@ def held(run: Path) -> Iterator[None]:
         raise ValueError(f"{run} is being trained by this process, in another thread: wait for it to end")
     _held.add(here)
     try:
-        with path.open("r+") as file:
+        with path.open("r+", encoding="utf-8") as file:
             if not _lock(file.fileno()):
                 raise ValueError(f"{run} is being trained by {file.read()}: wait for it to end, or end it")
             file.truncate(0)
@@ -137,7 +137,7 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any] | None 
     found = list(_differences(saved, {**saved, **_known(saved, _plain(given or {}))}))
     if path.exists():
         try:
-            kept = yaml.safe_load(path.read_text())
+            kept = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             kept = None
         found += _differences(saved, kept) if isinstance(kept, dict) else [f"{CONFIG} is damaged"]

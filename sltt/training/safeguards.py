@@ -80,7 +80,7 @@ def checked(splits: Splits, steps: int) -> Splits:
         if (samples := getattr(splits, name)) is None:
             continue
         if not len(samples):
-            raise ValueError(f"there are no {name} samples")
+            raise ValueError(f"there are no {name} samples: expected one or more")
         check_length(*splits.collate([samples[0]]), splits, steps)
     return splits
 

@@ -22,6 +22,7 @@ from sltt.training.phases import Phase, Stage, plan
 OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
 
 PROCESSES = ("devices", "num_nodes", "strategy")  # settings of the processes, not of what each of them does
+OF_TRAINING = ("callbacks", "loggers")  # whose classes a trained network does without
 # of a setting that a resumed run may change: it says where the run trains, or when it ends
 RESUMED = {"resumable": True}
 
@@ -118,7 +119,9 @@ class Training(_Settings):
             instance(f"phases[{i}]", phase, Phase)
         last = self.stages[-1].steps
         if last != self.steps and sum(phase.epochs for phase in self.phases or ()) <= self.epochs:
-            raise ValueError(f"steps={self.steps} is the T of evaluation, but the last phase trains T = {last}")
+            raise ValueError(
+                f"steps={self.steps} is the T of evaluation, but the last phase trains T = {last}: set steps={last}"
+            )
 
     def _check_loggers(self) -> None:
         for i, logger in enumerate(sequence("loggers", self.loggers or (), "loggers")):

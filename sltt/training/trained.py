@@ -70,7 +70,7 @@ def _network(run: Path) -> nn.Module:
     """The network that a run names or keeps, with other weights."""
     if (run / NETWORK).exists():
         return unpack(io.BytesIO((run / NETWORK).read_bytes()))["model"]
-    config = yaml.safe_load((run / CONFIG).read_text()) if (run / CONFIG).exists() else {}
+    config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")) if (run / CONFIG).exists() else {}
     if not config.get("model"):
         raise ValueError(f"{run} does not keep its network: make it, and call sltt.load({str(run)!r}, model)")
     from jsonargparse import ArgumentParser

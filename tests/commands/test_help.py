@@ -5,8 +5,8 @@ import pytest
 
 import sltt
 from sltt.commands import COMMANDS, main
+from sltt.commands.fit_parser import MATTER_FIRST
 from sltt.commands.hints import fit_arguments
-from sltt.commands.parsing import MATTER_FIRST
 
 
 def test_the_help_of_train_fits_a_terminal_and_begins_with_what_matters(capsys, monkeypatch):

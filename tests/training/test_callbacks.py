@@ -53,6 +53,24 @@ def test_a_callback_continues_with_its_run(batch, tmp_path):
     assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
 
 
+def test_a_callback_that_fails_loses_no_epoch(tmp_path):
+    class Fails(Seen):
+        def on_epoch(self, now):
+            if now.epoch == 3:
+                raise KeyError("mine")
+
+    whole, part = Seen(), Seen()
+    train(tmp_path / "whole", callbacks=[whole])
+    Fails.__name__ = "Seen"
+    with pytest.raises(KeyError) as failed:
+        train(tmp_path / "part", callbacks=[Fails()])
+    assert failed.value.__notes__[0] == "at epoch 3, callback"
+    _, result = train(tmp_path / "part", callbacks=[part], resume=True)
+    assert (part.batches, part.losses) == (whole.batches, whole.losses)
+    assert part.rows == result.history[2:]
+    assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
+
+
 def test_a_stopped_run_stays_stopped_and_says_why(tmp_path, capsys):
     train(tmp_path / "run", callbacks=[Seen(2)], epochs=9, report=Console())
     assert "stopped after epoch 2: as asked" in capsys.readouterr().out

@@ -1,0 +1,105 @@
+"""The parser whose options are the arguments of `sltt.fit`, and its help."""
+
+import argparse
+import inspect
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sltt.commands import yamltext
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+MATTER_FIRST = """Options override the recipe's values. These matter first:
+
+  --rule NAME                SLTT, BPTT, TBPTT, OTTT, RateBased or Mixed
+  --rule.k K                 an argument of the rule; --rule.help SLTT lists all
+  --steps T                  number of time steps
+  --epochs N                 passes over the training samples
+  --batch_size N             samples in a batch
+  --optimizer NAME           SGD, AdamW or another of torch.optim
+  --optimizer.lr RATE        learning rate
+  --optimizer.weight_decay RATE
+  --schedule NAME            of the learning rate: Cosine, Constant or Step
+  --clip_norm NORM           scale larger gradients down to this norm
+  --model NAME               resnet18, DigitsNet, or a class: my_networks.Net
+  --model.neuron.tau TAU     membrane time constant, in time steps
+  --data NAME                Digits, CIFAR10, or a class: my_data.Recordings
+  --data.root DIR            where the files of the data are
+  --data.validation SHARE    held out of the training samples; 0 for none
+  --seed SEED                the same seed gives the same weights
+  --precision bf16-mixed     mixed precision
+  --device cpu|cuda          default: a GPU, if there is one
+  --workers N                processes that load data
+  --weights RUN              start from the weights of a run
+  --run FOLDER               of the run; default: runs/RECIPE-RULE-DATE
+  --resume RUN               continue a run with its own settings
+
+A class is given by its name or import path, its arguments after a dot. All
+options follow, with the recipe's values as defaults."""
+
+
+def make_parser(prog: str, unread: Sequence[str] = ()) -> "ArgumentParser":
+    """A parser whose options are the arguments of `sltt.fit`; those `unread` are null, and import no class."""
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
+    from jsonargparse.typing import Path_fr
+
+    import sltt
+    from sltt.training.describe import describe
+
+    set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
+    set_loader("sltt", yamltext.load, exceptions=(yaml.YAMLError,))
+
+    class Help(DefaultHelpFormatter):
+        """Lists the same classes whatever else is imported, and is short about other help."""
+
+        def _expand_help(self, action: argparse.Action) -> str:
+            text = re.sub(r", known subclasses: ([^)]*)", _listed, super()._expand_help(action))
+            text = re.sub(r"Show the help for the given subclass of .*", "list the arguments of a class", text)
+            return re.sub(r"Print the configuration after .*", "print the settings and exit", text)
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return text
+
+    class Parser(ArgumentParser):
+        """Reads files as UTF-8, whatever the locale."""
+
+        def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> "Namespace":
+            with Path_fr(path).relative_path_context():
+                text = Path(Path(path).name).read_text(encoding="utf-8")
+                return self.parse_string(text, Path(path).name, *args, **kwargs)
+
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} [OPTION ...]",
+        description=MATTER_FIRST,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=Help,
+        parser_mode="sltt",
+    )
+    parser.add_argument("--config", action="config", help="YAML file whose values override the recipe's")
+    parser.add_function_arguments(
+        sltt.fit, skip={"data", "run", "resume", "config", "report", *unread}, fail_untyped=False
+    )
+    for name in unread:
+        parser.add_argument(f"--{name}", type=lambda value: None)
+    # a default that is an object would not be written into the configuration of a run
+    defaults = {name: one.default for name, one in inspect.signature(sltt.fit).parameters.items()}
+    parser.set_defaults(
+        {name: describe(defaults[name]) for name in ("rule", "loss", "optimizer", "schedule", "metric")}
+    )
+    parser.add_argument("--data", type=sltt.data.Data, required=True, help="the data set and its splits")
+    parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")
+    parser.add_argument("--resume", type=str | None, metavar="RUN", help="continue the run in this folder")
+    return parser
+
+
+def _listed(match: re.Match[str]) -> str:
+    """The list of known subclasses without those that happen to be imported, or nothing where any module fits."""
+    named = [name for name in match[1].split(", ") if name.startswith(("sltt.", "torch.optim."))]
+    return f", known subclasses: {', '.join(named)}" if named and "torch.nn.Module" not in match[1] else ""
