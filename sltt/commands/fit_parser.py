@@ -69,7 +69,7 @@ def make_parser(prog: str, unread: Sequence[str] = ()) -> "ArgumentParser":
         """Reads files as UTF-8, whatever the locale."""
 
         def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> "Namespace":
-            with Path_fr(path).relative_path_context():
+            with Path_fr(path).relative_path_context():  # pyright: ignore[reportCallIssue]
                 text = Path(Path(path).name).read_text(encoding="utf-8")
                 return self.parse_string(text, Path(path).name, *args, **kwargs)
 

@@ -191,7 +191,19 @@ def _read(source: Path) -> dict[str, Any]:
         raise _not_yaml(source, error) from None
     if not isinstance(values, dict):
         raise UsageError(f"{source} holds no options: expected lines such as `epochs: 20`; `sltt recipes digits`")
+    _check_classes(values, str(source))
     return values
+
+
+def _check_classes(value: Any, place: str) -> None:
+    """Raise UsageError for a class with other keys than the parser takes; it would say that there is no such class."""
+    keys = ["class_path", "init_args", "dict_kwargs"]
+    if isinstance(value, dict) and "class_path" in value and (other := [key for key in value if key not in keys]):
+        raise UsageError(
+            f"{place}: a class has the keys class_path and init_args, got {other[0]!r}{nearest(str(other[0]), keys)}"
+        )
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _check_classes(one, f"{place}, {key}" if place.endswith((".yaml", ".yml")) else f"{place}.{key}")
 
 
 def _not_yaml(what: Any, error: Exception) -> UsageError:
