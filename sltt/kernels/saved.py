@@ -4,7 +4,7 @@ A neuron tags the memory of its spikes with their bits. While `saving` is open, 
 is saved as the tag, and restored when its backward asks for it. What is computed from tagged memory may be tagged in
 turn, with the operation to run again: spikes times a number and pooled spikes; what was normalised, since a
 normalisation saves its input in any case; and with `recompute` the outputs of convolutions and linear layers and their
-sums, so that a normalisation after them saves nothing.
+sums, so that a normalisation after them saves nothing, unless recomputing them takes much time for little memory.
 
 A tensor is recognised by its memory and by the version of that memory, never by its values: a tensor that was changed
 in place after it was tagged is saved as it is. A tensor loses its tag when `.data` or a NumPy array of it is asked for,
@@ -36,6 +36,9 @@ BITS_FROM = 2**15
 # A tensor is recomputed from at most so many layers. A chain of residual blocks is a sum that grows: beyond this, one
 # of its terms is saved, or the recomputing would take a time that is quadratic in the number of blocks.
 LAYERS_AT_MOST = 2
+# A layer of more products for each of its outputs keeps them. These are the last layers of a network: they take as much
+# time as the first ones, and have few outputs.
+PRODUCTS_AT_MOST = 2048
 _TAG = "_sltt_tag"
 
 
@@ -270,7 +273,7 @@ class _Tagging(TorchFunctionMode):
 
     def _run(self, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = run(call, x, weight, bias)
-        if self.recompute and packable(result):
+        if self.recompute and packable(result) and _recomputes(weight):
             held, held_bias = _held(weight), _held(bias)
 
             def again() -> Tensor:
@@ -335,8 +338,13 @@ def _tag_pooled(func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
 def _tag_layer(func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
     """Tag what a layer gives, to be computed once more from its input, which the layer saves in any case."""
     layers = 1 + (tag.layers if (tag := tag_of(args[0])) else 0)
-    if layers <= LAYERS_AT_MOST and packable(result):
+    if layers <= LAYERS_AT_MOST and packable(result) and _recomputes(arguments_of(func, args, kwargs)["weight"]):
         Tag(result, _again(func, args, kwargs, result), layers)
+
+
+def _recomputes(weight: Tensor) -> bool:
+    """Whether recomputing the outputs of a layer of this weight saves more in memory than it costs in time."""
+    return math.prod(weight.shape[1:]) <= PRODUCTS_AT_MOST
 
 
 def _tag_sum(args: Any, result: Any) -> None:

@@ -129,6 +129,16 @@ def test_recomputing_saves_the_inputs_of_normalisation():
     assert plain - recomputed >= 3.9 * layer  # a sum of residual blocks is saved once in a few blocks
 
 
+@pytest.mark.parametrize("sparse", ["on", "off"])
+@pytest.mark.parametrize(("channels", "recomputed"), [(64, True), (256, False)])
+def test_outputs_of_wide_layers_are_kept(channels, recomputed, sparse):
+    model = nn.Sequential(sltt.LIF(), nn.Conv2d(channels, 16, 3, padding=1))
+    x = torch.randn(8, channels, 8, 8).contiguous(memory_format=torch.channels_last)
+    with kernels.using(sparse=sparse), kernels.saving(recompute=True):
+        y = model(x)
+    assert (tag_of(y) is not None) == recomputed
+
+
 def test_a_weight_that_changed_before_it_is_used_again_is_noticed():
     conv = nn.Conv2d(4, 4, 3)
     with kernels.saving(recompute=True):
