@@ -2,7 +2,7 @@
 
 The backward runs the function again, from the input and the states before the step, and differentiates it. So these are
 what is saved, however many operations the function has. Several time steps in one call save the first states only, and
-replay the others.
+replay the others. A BatchNorm in front is a part of both passes over memory: its input is saved in any case.
 
 Parameters are numbers, or have a value for each channel. Kernels see tensors as [outer, C, inner] in the second
 case, and as their memory [n] else.
@@ -10,14 +10,14 @@ case, and as their memory [n] else.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sltt.kernels.deferred import settled
+from sltt.kernels.deferred import Deferred, Normalised, norm_gradients, settled
 from sltt.kernels.options import Kernel, in_force, memory, options
 from sltt.kernels.saved import SpikeTag, packable
 from sltt.kernels.step import dense
@@ -34,22 +34,31 @@ class CustomStep:
         states: their number.
         parameters: the keyword arguments that are tensors, and whether each has a value for each channel.
         constants: names and values of the others.
+        normed: x is the input of a BatchNorm, whose scale and shift stand behind the parameters.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
     states: int
     parameters: tuple[tuple[str, bool], ...]
     constants: tuple[tuple[str, Any], ...]
+    normed: bool = False
+
+    def current(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+        """The input current, in the states' type."""
+        if self.normed:
+            *_, scale, shift = parameters
+            x = x * scale + shift
+        return x.to(states[0].dtype)
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        named = {name: value for (name, _), value in zip(self.parameters, parameters, strict=True)}
+        named = {name: value for (name, _), value in zip(self.parameters, parameters, strict=False)}
         results = self.function(x, *states, **named, **dict(self.constants))
         return (results,) if isinstance(results, Tensor) else tuple(results)
 
     @property
     def by_channel(self) -> bool:
         """Whether a parameter has a value for each channel."""
-        return any(by_channel for _, by_channel in self.parameters)
+        return self.normed or any(by_channel for _, by_channel in self.parameters)
 
 
 def custom_step(
@@ -72,9 +81,15 @@ def custom_step(
         steps: n.
         cut: no gradient flows from one time step to the step before.
     """
-    x = settled(x)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *parameters)):
-        s, *after = _CustomStep.apply(step, binary, steps, cut, x, *states, *parameters)  # type: ignore[misc]
+    norm, affine = None, (None, None)
+    if isinstance(x, Deferred) and steps == 1 and x.normalised.waits:
+        norm, (x, *affine) = x.normalised, x.inputs
+        norm.take()
+        step, parameters = replace(step, normed=True), (*parameters, *norm.factors[:2])
+    else:
+        x = settled(x)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *affine, *states, *parameters)):
+        s, *after = _CustomStep.apply(step, binary, steps, cut, norm, *affine, x, *states, *parameters)  # type: ignore[misc]
         return s, tuple(after)
     s, every = _run(step, x, states, parameters, steps)
     if binary and options().sparse != "off" and packable(s):
@@ -107,15 +122,25 @@ def _run(
 class _CustomStep(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, step: CustomStep, binary: bool, steps: int, cut: bool, x: Tensor, *tensors: Tensor
+        ctx: Any,
+        step: CustomStep,
+        binary: bool,
+        steps: int,
+        cut: bool,
+        norm: Normalised | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        x: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         states, parameters = tensors[: step.states], tensors[step.states :]
         s, every = _run(step, x, states, parameters, steps)
         if binary and packable(s):
             SpikeTag(s)
         ctx.step, ctx.steps, ctx.cut, ctx.options = step, steps, cut, options()
+        ctx.of_batch = norm is not None and norm.training
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *tensors)
+        ctx.save_for_backward(weight, None if norm is None else norm.factors, x, *tensors)
         return s, *every[-1]
 
     @staticmethod
@@ -124,14 +149,22 @@ class _CustomStep(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         with in_force(ctx.options):
-            return None, None, None, None, *_CustomStep._backward(ctx, *grads)
+            weight, factors, x, *tensors = ctx.saved_tensors
+            of_x, *others = _CustomStep._backward(ctx, x, tensors, grads[0], *grads[1:])
+            affine: list[Tensor | None] = [None, None]
+            if factors is not None and of_x is not None:
+                *needs_affine, needs_x = ctx.needs_input_grad[5:8]
+                of_x, *affine = norm_gradients(of_x, x, weight, factors, ctx.of_batch, (needs_x, *needs_affine))
+            return None, None, None, None, None, *affine, of_x, *others
 
     @staticmethod
-    def _backward(ctx: Any, grad_s: Tensor | None, *grad_states: Tensor | None) -> list[Tensor | None]:
+    def _backward(
+        ctx: Any, x: Tensor, tensors: list[Tensor], grad_s: Tensor | None, *grad_states: Tensor | None
+    ) -> list[Tensor | None]:
+        """∂L/∂x, of the normalised x behind a BatchNorm, and of the states and parameters."""
         step, steps = ctx.step, ctx.steps
-        x, *tensors = ctx.saved_tensors
         states, parameters = tensors[: step.states], tensors[step.states :]
-        needs_x, *needs = ctx.needs_input_grad[4:]
+        needs_x, needs = any(ctx.needs_input_grad[5:8]), ctx.needs_input_grad[8:]
         needs_states, learned = any(needs[: step.states]), tuple(needs[step.states :])
         channels = step.by_channel
         x = x if _known_layout(_steps_of(x, steps)[0], channels) else x.contiguous()
@@ -200,7 +233,7 @@ class _Traced(Kernel):
 def _forward_kernel(step: CustomStep) -> _Traced:
     def forward(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         states, parameters = tensors[: step.states], tensors[step.states :]
-        return step(x.to(states[0].dtype), states, parameters)
+        return step(step.current(x, states, parameters), states, parameters)
 
     return _Traced(forward, 1 + step.states)
 
@@ -211,11 +244,11 @@ def _backward_kernel(step: CustomStep, goes_on: bool, learned: tuple[bool, ...],
     wanted = (True, *[goes_on] * step.states, *learned)
 
     def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs, grads = tensors[: len(wanted)], tensors[len(wanted) :]
+        (x, *others), grads = tensors[: len(wanted)], tensors[len(wanted) :]
+        inputs = step.current(x, others[: step.states], others[step.states :]), *others
         with torch.enable_grad():
             x, *others = leaves = [t.detach().requires_grad_(wants) for t, wants in zip(inputs, wanted, strict=True)]
-            states, parameters = others[: step.states], others[step.states :]
-            results = compress(step(x.to(states[0].dtype), states, parameters), given)
+            results = compress(step(x, others[: step.states], others[step.states :]), given)
             pairs = [(r, g.to(r.dtype)) for r, g in zip(results, grads, strict=True) if r.requires_grad]
             leaves = list(compress(leaves, wanted))
             found: Any = [None] * len(leaves)

@@ -148,12 +148,19 @@ class _Defer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, (_, _, mean, invstd) = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
-        grads = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, invstd**-2, mean, invstd, ctx.training, 0.0, needs
-        )
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+        x, weight, factors = ctx.saved_tensors
+        return *norm_gradients(grad, x, weight, factors, ctx.training, ctx.needs_input_grad[:3]), None
+
+
+def norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor | None, factors: Tensor, training: bool, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """∂L/∂x, ∂L/∂weight and ∂L/∂bias of a BatchNorm, where they are needed."""
+    _, _, mean, invstd = factors
+    grads = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, mean, invstd**-2, mean, invstd, training, 0.0, list(needs)
+    )
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 class _Settle(torch.autograd.Function):

@@ -101,12 +101,22 @@ class Neuron(Stateful):
 
     def first_states(self) -> dict[str, float]:
         """The value of each state before the first step."""
-        start = self.start
-        return dict(start) if isinstance(start, Mapping) else dict.fromkeys(self.states, start)
+        start: dict[str, float]
+        start = dict(self.start) if isinstance(self.start, Mapping) else dict.fromkeys(self.states, self.start)
+        if start.keys() != {*self.states} or not all(isinstance(value, int | float) for value in start.values()):
+            names = ", ".join(self.states)
+            raise ValueError(
+                f"{type(self).__name__} has start = {self.start!r}: expected a number, or one for each state ({names})"
+            )
+        return start
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `step`."""
-        found = {name: getattr(self, name) for name in argument_names(type(self))}
+        names = argument_names(type(self))
+        if missing := [name for name in names if not hasattr(self, name)]:
+            kind, name = type(self).__name__, missing[0]
+            raise ValueError(f"{kind}.step takes {name}, and the neuron has none: set self.{name}, or define a method")
+        found = {name: getattr(self, name) for name in names}
         return {name: value() if inspect.ismethod(value) else value for name, value in found.items()}
 
     def _fitted(self, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -162,6 +172,8 @@ class Neuron(Stateful):
 @functools.cache
 def argument_names(kind: type[Neuron]) -> tuple[str, ...]:
     """The keyword arguments of a class's `step`; raises ValueError if it is no function of x and the states."""
+    if isinstance(kind.states, str):
+        raise ValueError(f"{kind.__name__} has states = {kind.states!r}: write a tuple of names, ({kind.states!r},)")
     function = inspect.getattr_static(kind, "step", None)
     if not isinstance(function, staticmethod):
         raise ValueError(

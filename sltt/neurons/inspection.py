@@ -103,8 +103,8 @@ class _Watch(TorchDispatchMode):
         storages = [t.untyped_storage()._cdata for t in tensors]
         if torch.Tag.nondeterministic_seeded in func.tags:
             return f"draws random numbers ({func})", "draw them in a layer before the neurons"
-        if torch.Tag.data_dependent_output in func.tags:
-            return "decides by the value of a tensor (an if, bool(), float() or .item())", "use torch.where"
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            return "decides by the value of a tensor (an if, bool(), .item() or v[v > 1])", "use torch.where"
         if func._schema.is_mutable and storages and storages[0] in self._inputs:
             return f"changes an argument in place ({func})", "write u = v + x for v += x"
         if func is not torch.ops.aten.lift_fresh.default and not self._known.issuperset(storages):

@@ -212,13 +212,11 @@ class AmongTokens:
 
     def __call__(self, module: Any, args: Any, kwargs: Any) -> None:
         query: Tensor = args[0] if args else kwargs["query"]
-        if query.ndim == 3 and module.batch_first:
-            return
-        samples = self.network.samples
-        if len(query) == samples and (query.ndim == 2 or query.shape[1] != samples):
+        tokens = int(query.ndim == 3 and module.batch_first)
+        if _mixes(query, tokens, self.network.samples):
             raise _among_samples(
-                f"{self.name or 'the model'} ({type(module).__name__}) attends over dimension 0 of its input "
-                f"{list(query.shape)}, the {samples} samples of a time step",
+                f"{self.name or 'the model'} ({type(module).__name__}) attends over dimension {tokens} of its input "
+                f"{list(query.shape)}, the {self.network.samples} samples of a time step",
                 "give it tokens [B, N, E] and make it with batch_first=True",
             )
 
@@ -234,15 +232,20 @@ class _Attention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             query: Tensor = args[0] if args else kwargs["query"]
-            *others, tokens, _ = query.shape
-            samples = self.network.samples
-            if tokens == samples and math.prod(others) % samples:  # else the samples are among the other dimensions
+            tokens = query.ndim - 2
+            if _mixes(query, tokens, self.network.samples):
                 raise _among_samples(
-                    f"scaled_dot_product_attention attends over dimension {len(others)} of its query "
-                    f"{list(query.shape)}, the {samples} samples of a time step",
+                    f"scaled_dot_product_attention attends over dimension {tokens} of its query "
+                    f"{list(query.shape)}, the {self.network.samples} samples of a time step",
                     "give it queries, keys and values [B, heads, N, E]",
                 )
         return func(*args, **kwargs)
+
+
+def _mixes(query: Tensor, tokens: int, samples: int) -> bool:
+    """Whether the tokens of a query are the samples: so many, and no other dimension but the features has them."""
+    others = math.prod(query.shape[:-1]) // max(1, query.shape[tokens])
+    return query.shape[tokens] == samples and others % samples != 0
 
 
 def _among_samples(what: str, remedy: str) -> ValueError:

@@ -177,9 +177,10 @@ def settled(monkeypatch):
     return count
 
 
+@pytest.mark.parametrize("neuron", [sltt.LIF, Own])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nobody_else_looks(dtype, settled):
-    model = network()
+def test_nobody_else_looks(dtype, neuron, settled):
+    model = network(neuron)
     trained(model, dtype=dtype)
     model.eval()
     sltt.unroll(model, batch()[0], steps=3)
@@ -319,11 +320,19 @@ def test_what_does_not_wait():
         assert deferred.deferred_norm(fits, *running) is None
 
 
-def test_memory_is_not_more(monkeypatch):
-    peaks = []
+def peaks(monkeypatch, neuron, rule):
     for on in (True, False):
         waiting(monkeypatch, on)
-        model = network()
-        trained(model)
-        peaks.append(peak_memory(lambda model=model: trained(model)))
-    assert peaks[0] <= peaks[1] + 2 * 4 * (24 + 16)  # scale and shift
+        model = network(neuron)
+        trained(model, rule)
+        yield peak_memory(lambda model=model: trained(model, rule))
+
+
+def test_memory_is_not_more(monkeypatch):
+    fused, plain = peaks(monkeypatch, sltt.LIF, sltt.SLTT())
+    assert fused <= plain + 2 * 4 * (24 + 16)  # scale and shift
+
+
+def test_a_neuron_of_ones_own_keeps_no_normalised_input(monkeypatch):
+    fused, plain = peaks(monkeypatch, Own, sltt.BPTT())
+    assert fused < plain - 4 * 2 * 8 * 24 * 64  # of the first neurons in two time steps of four, beside the backward's

@@ -39,6 +39,8 @@ BAD = {
     "is not pure": remembers,
     "draws random numbers": lambda x, v: (FIRE(v + x - torch.rand_like(x)), v),
     "decides by the value of a tensor.*torch.where": branches,
+    r"decides by the value of a tensor.*v\[v > 1\]": lambda x, v: (FIRE(v + x - 1), v - v[v > 1].sum()),
+    "takes tau, and the neuron has none: set self.tau": lambda x, v, *, tau: (FIRE(tau * v + x - 1), v + x),
     "changes an argument in place": changes,
     "reads a tensor that is none of its arguments": lambda x, v: (FIRE(GAIN * v + x - 1), v + x),
     r"returns v \[4\] \(float32\) for an input \[4, 3, 5\]": lambda x, v: (FIRE(v + x), v.sum((1, 2))),
@@ -55,6 +57,21 @@ BAD = {
 def test_a_function_that_cannot_be_fused_is_named(message, function):
     with pytest.raises(ValueError, match=rf"Mine.step {message}"):
         neuron(function)(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("start", [{"u": 0.0}, {"v": 0.0, "a": 0.0}, "0"])
+def test_a_start_is_a_number_for_each_state(start):
+    with pytest.raises(ValueError, match=r"Mine has start = .*: expected a number, or one for each state \(v\)"):
+        neuron(lambda x, v: (FIRE(v + x), v), start=start)(torch.randn(2, 3))
+
+
+def test_states_are_a_tuple_of_names():
+    class Mine(sltt.Neuron):
+        states = "mem"  # pyright: ignore[reportAssignmentType]
+        step = staticmethod(lambda x, mem: (FIRE(x + mem), mem))
+
+    with pytest.raises(ValueError, match=r"Mine has states = 'mem': write a tuple of names, \('mem',\)"):
+        Mine()(torch.randn(2, 3))
 
 
 def test_an_error_in_the_function_says_where_it_was():

@@ -53,6 +53,8 @@ def test_attention_among_samples_or_time_steps_is_named(rule):
         rule(Attends(batch_first=False), x, y, loss)
     with pytest.raises(ValueError, match=r"\[(5|10), 4\], the (5|10) samples of a time step"):
         rule(Attends(batch_first=True, form=lambda x: x[:, 0]), x, y, loss)
+    with pytest.raises(ValueError, match=r"attends over dimension 1 of its input \[3, (5|10), 4\]"):
+        rule(Attends(batch_first=True, form=lambda x: x.transpose(0, 1)), x, y, loss)
     rule(Attends(batch_first=True), x, y, loss)
     if rule.fold == 1:
         rule(Attends(batch_first=False, form=lambda x: x.transpose(0, 1)), x, y, loss)
