@@ -89,9 +89,7 @@ class Task:
         built = recipe.build()
         splits = built.data.splits(built.steps)
         if splits.test is None:
-            raise ValueError(
-                f"{type(built.data).__name__} has no test samples, on which accuracy is measured: choose other data"
-            )
+            raise ValueError(f"{built.data} has no test samples, on which accuracy is measured: choose other data")
         if order and (twice := [one for one in order if order.count(one) > 1]):
             raise ValueError(f"class {twice[0]} stands twice in --order: sessions overlap, name each class once")
         listed = list(range(splits.classes or 0)) if order is None else order

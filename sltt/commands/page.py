@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,9 +98,9 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
     several = [*found.comparisons, *found.profiles, *found.agreements, *found.fewshots, *found.rates]
     recipes = {one["recipe"] for one in several}
     title = f"Report: {', '.join(sorted(recipes) or [run.name for run in found.runs])}"
-    template = Environment(autoescape=True, trim_blocks=True).from_string(
-        (files("sltt.commands") / "page.html").read_text(encoding="utf-8")
-    )
+    environment = Environment(autoescape=True, trim_blocks=True)
+    environment.filters["options"] = _options
+    template = environment.from_string((files("sltt.commands") / "page.html").read_text(encoding="utf-8"))
     page = template.render(
         title=title,
         version=__version__,
@@ -109,3 +110,10 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
     )
     write_atomically(folder / "report.html", lambda file: file.write(page.encode()))
     return folder / "report.html"
+
+
+def _options(text: str) -> Any:
+    """A text as HTML, its options such as --seeds 3 as code: a browser breaks a line behind dashes."""
+    from markupsafe import Markup
+
+    return Markup(re.sub(r"--[a-z_.]+( \d+)?", r"<code>\g<0></code>", escape(text)))

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sltt.commands.parsing import Recipe
+from sltt.commands.parsing import Recipe, run_config
 from sltt.rules import unroll
 from sltt.sequence.padding import target_of
 from sltt.sequence.spikes import observing, spiking_layers
 from sltt.training.checkpoints import start_from
-from sltt.training.runs import CONFIG
 from sltt.training.settings import OF_TRAINING
 
 FRAME_NEURONS = 2048  # of each layer that are shown
@@ -48,7 +47,7 @@ class Sample:
 
 def first_test_sample(run: Path) -> Sample:
     """The first test sample through the network of a run, with the weights that the run selected."""
-    built = Recipe("sltt report", str(run / CONFIG), [], OF_TRAINING).build()
+    built = Recipe("sltt report", str(run_config(run)), [], OF_TRAINING).build()
     start_from(built.model, str(run))
     splits = built.data.splits(built.steps)
     x, y = splits.collate([(splits.train if splits.test is None else splits.test)[0]])

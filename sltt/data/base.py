@@ -86,6 +86,10 @@ class Data(ABC):
         self.split_seed = whole_number("split_seed", split_seed)
         self._loaded: dict[int, Splits] = {}
 
+    def __str__(self) -> str:
+        """What messages and the model card call the data."""
+        return type(self).__name__
+
     def splits(self, steps: int) -> Splits:
         """The splits, loaded once; `steps` is the T of sequences. Images are the same at every T."""
         steps = whole_number("steps", steps, least=1)

@@ -37,7 +37,7 @@ class Classes(Data):
 
     def load(self, steps: int) -> Splits:
         splits = self.data.splits(steps)
-        name = type(self.data).__name__
+        name = str(self.data)
         if splits.classes is None or splits.per_step:
             raise ValueError(f"the targets of {name} are no classes, one for each sample: Classes cannot choose any")
         if unknown := [one for one in self.classes if one >= splits.classes]:

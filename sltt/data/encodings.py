@@ -136,7 +136,7 @@ class Encoded(Data):
         if splits.static != self.encoding.static:
             has, remedy = ("images", "Poisson or Latency") if splits.static else ("sequences", "Delta")
             code = type(self.encoding).__name__
-            raise ValueError(f"{code} does not code the {has} of {type(self.data).__name__}: use {remedy}")
+            raise ValueError(f"{code} does not code the {has} of {self.data}: use {remedy}")
 
         def coded(samples: Dataset[Any] | None, fixed: bool) -> Any:
             return None if samples is None else _Coded(samples, self.encoding, steps, fixed)

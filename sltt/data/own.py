@@ -103,6 +103,10 @@ class _OwnData(Data):
         if by_length and not pad:
             raise ValueError("by_length=True is for sequences of several lengths, which pad=True takes: set both")
 
+    def __str__(self) -> str:
+        train = self.datasets["train"]
+        return type(getattr(train, "dataset", train)).__name__  # behind a Subset
+
     def load(self, steps: int) -> Splits:
         samples = {name: self._samples(name, dataset, steps) for name, dataset in self.datasets.items()}
         labels = self._labels(samples["train"])

@@ -123,7 +123,7 @@ def _percentiles(
 def _images(data: Data) -> Tensor:
     splits = data.splits(1)
     if not splits.static:
-        raise ValueError(f"thresholds are balanced on images, and {type(data).__name__} has sequences: give a tensor")
+        raise ValueError(f"thresholds are balanced on images, and {data} has sequences: give a tensor")
     count = splits.sizes["train"]
     chosen = range(0, count, -(-count // SAMPLES))  # spread, since a folder of images has one class after the other
     return splits.collate([splits.train[i] for i in chosen])[0]

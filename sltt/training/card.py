@@ -33,7 +33,7 @@ def write_card(
     facts = {
         "network": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "rule": ", then ".join(rules),
-        "data": f"{type(data).__name__}, split {splits.fingerprint}: {samples} samples{classes}",
+        "data": f"{data}, split {splits.fingerprint}: {samples} samples{classes}",
         "epoch": f"{row['epoch']} of {training.epochs}",
         f"validation {metric}": "nothing was held out" if score is None else shown(metric, score),
         f"test {metric}": NOT_MEASURED,

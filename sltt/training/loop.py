@@ -290,6 +290,7 @@ class Loop:
             error.add_note(f"at epoch {epoch or self.state.epoch + 1}, {place}")
             if (self.folder / LAST).exists():
                 error.add_note(
-                    f"the last good checkpoint is {self.folder / LAST}: continue with --resume {self.folder}"
+                    f"the last good checkpoint is {self.folder / LAST}: continue with --resume {self.folder}, "
+                    "in Python with resume=True"
                 )
             raise

@@ -38,7 +38,7 @@ def new_run(
         except FileExistsError:
             raise FileExistsError(
                 f"{folder} exists: a run never overwrites another. Continue it with --resume {folder}, "
-                "or choose another folder."
+                "in Python with resume=True, or choose another folder."
             ) from None
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):

@@ -55,7 +55,7 @@ def test_what_cannot_be_chosen_is_refused():
     with pytest.raises(ValueError, match="are no classes, one for each sample"):
         Classes(numbers, [0]).splits(4)
     gap = from_datasets(TensorDataset(torch.randn(8, 3), torch.arange(8) % 2 * 2), static=True)
-    with pytest.raises(ValueError, match="class 1 of _OwnData has no training samples"):
+    with pytest.raises(ValueError, match="class 1 of TensorDataset has no training samples"):
         Classes(gap, [0, 1]).splits(4)
     mixed = Recall(classes=2, samples=16)
     splits = mixed.splits(16)

@@ -116,7 +116,10 @@ def test_every_error_of_an_epoch_tells_its_batch_and_the_checkpoint(error, tmp_p
     place, checkpoint = caught.value.__notes__
     assert re.fullmatch("at epoch 2, batch [1-4] of 4", place)
     run = tmp_path / "run"
-    assert checkpoint == f"the last good checkpoint is {run / 'last.ckpt'}: continue with --resume {run}"
+    assert (
+        checkpoint
+        == f"the last good checkpoint is {run / 'last.ckpt'}: continue with --resume {run}, in Python with resume=True"
+    )
 
 
 def test_an_error_of_the_validation_tells_where_it_is(tmp_path):
