@@ -1,5 +1,6 @@
 # make demo   compare rules on the digits, and write a report
 # make test   run the test suite
+# make slow   run the tests of whole programs: processes that die, examples, notebooks, the wheel, pages of docs
 # make soak   long checks: kills, constant memory, damaged checkpoints
 # make check  lint, format, types and layers
 # make docs   build the documentation site
@@ -14,7 +15,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
 
-.PHONY: demo test soak check docs notebooks package benchmark paper figures clean
+.PHONY: demo test slow soak check docs notebooks package benchmark paper figures clean
 
 demo: .venv/installed
 	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --save runs/demo
@@ -23,7 +24,10 @@ demo: .venv/installed
 	$(BIN)/sltt report runs/demo
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+slow: .venv/installed-dev
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 soak: .venv/installed-dev
 	$(BIN)/pytest -p no:xdist --timeout 0 tests/soak.py

@@ -23,9 +23,9 @@ from sltt.training.console import Console
 from tests.conftest import RULES, small_network
 
 sltt.parallel.devices.SHARD_FROM = 40  # so that each linear layer of the small networks is sharded by itself
-SHARDED = {name: RULES[name] for name in ("SLTT", "BPTT", "BPTT(segment=2)", "SLTT(k=2, fold=4)", "Mixed")}
+SHARDED = {name: RULES[name] for name in ("BPTT(segment=2)", "SLTT(k=2, fold=4)", "Mixed")}
 OF_EACH_KIND = (
-    *("BPTT", "BPTT(segment=2, fold=2)", "TBPTT(2)", "SLTT", "SLTT(recompute)", "SLTT(hoist)", "SLTT(k=2, rescale)"),
+    *("BPTT(segment=2, fold=2)", "TBPTT(2)", "SLTT(recompute)", "SLTT(hoist)", "SLTT(k=2, rescale)"),
     *("SLTT(k=2, fold=4)", "OTTT", "RateBased", "Mixed(default=2)"),
 )
 ONLINE = sltt.OTTT(decay=0.5, online=True)

@@ -42,7 +42,7 @@ def test_the_benchmark_of_the_rules_measures_each():
     assert memory[0] > memory[1] > 0
 
 
-@pytest.mark.parametrize("network", ["vgg11", "vgg11-max", "shd"])
+@pytest.mark.parametrize("network", ["vgg11-max", "shd"])
 def test_the_benchmark_of_peers_builds_the_same_network_for_every_case(network):
     cases = load("peer_cases")
     expected, x, _ = cases.build(network, "SLTT", 2)
@@ -333,7 +333,9 @@ def test_the_map_in_the_documentation_is_that_of_its_results(tmp_path):
 
 
 def test_every_command_of_the_paper_is_one_that_sltt_takes(paper):
-    for text in {**paper.COMMANDS, **paper.MAP, **paper.ADVICE}.values():
+    every = {**paper.COMMANDS, **paper.MAP, **paper.ADVICE}.values()
+    # those that differ in numbers only are the same command
+    for text in {re.sub(r"[\d.]+", "", text): text for text in every}.values():
         kind, recipe, *words = [word.format(data="nowhere") for word in shlex.split(text)]
         own = {"--rules", "--seeds", "--base", "--way", "--shot", "--taus", "--at-epochs", "--samples", "--trial"}
         own |= {"--steps"} if kind == "agreement" else set()

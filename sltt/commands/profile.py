@@ -279,10 +279,11 @@ def _built(recipe: Recipe, rule: str, *options: str) -> Any:
 
 def _memory(ready: Prepared, size: int) -> Memory:
     """Memory of an iteration with `size` samples, after one step of the optimizer."""
-    arguments = ready.model, *ready.batch(size), ready.loss, ready.rule
-    memory_parts(*arguments, steps=ready.repeat)  # makes gradients, and what is allocated once
-    ready.optimizer.step()
-    return memory_parts(*arguments, ready.optimizer, steps=ready.repeat)
+    x, y = ready.batch(size)
+    iteration_seconds(
+        ready.model, [(x, y)], ready.loss, ready.rule, ready.optimizer, steps=ready.repeat, warmup=0
+    )  # makes the optimizer's state, and what is allocated once
+    return memory_parts(ready.model, x, y, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat)
 
 
 def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> Cost:

@@ -109,7 +109,6 @@ CLASSES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_recipe_runs_a_batch_of_its_shape(name):
     built = Recipe("sltt train", name, []).build()

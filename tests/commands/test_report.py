@@ -181,7 +181,6 @@ def browser():
     opened.quit()
 
 
-@pytest.mark.slow
 def test_in_a_browser(browser, page):
     browser.get(page.as_uri())
     figures = browser.find_elements("css selector", "figure svg")

@@ -80,7 +80,6 @@ def test_what_is_evaluated_is_coded_alike_every_time_and_draws_nothing_of_the_ru
     assert not torch.equal(x, again)
 
 
-@pytest.mark.slow
 def test_coded_digits_train_like_others(tmp_path):
     data = Encoded(Digits(), Latency(**RANGE))
     model = sltt.models.DigitsNet(width=4, neuron=lambda: sltt.LIF(tau=2.0))

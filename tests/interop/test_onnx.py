@@ -13,10 +13,8 @@ runtime = pytest.importorskip("onnxruntime", reason="the exported network runs i
 def networks():
     torch.manual_seed(0)
     neurons = {
-        "LIF": sltt.LIF(tau=2.0),
         "hard reset": sltt.LIF(tau=2.0, v_reset=0.1, decay_input=True, v_threshold=0.5),
         "another start": sltt.IF(v_init=0.5),
-        "IF": sltt.IF(v_threshold=0.5),
         "PLIF": sltt.PLIF(tau=3.0),
     }
     for name, neuron in neurons.items():
@@ -27,7 +25,6 @@ def networks():
     yield pytest.param(sltt.models.DigitsNet(width=4), (3, 2, 1, 8, 8), id="DigitsNet")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("model", "shape"), list(networks()))
 def test_steps_in_onnx_runtime_are_those_of_the_network(model, shape, tmp_path):
     x = 2 * torch.randn(shape)

@@ -218,7 +218,6 @@ def test_a_run_of_a_twin_in_python_says_how_commands_can_read_it():
         describe_network("model", spiking(network(nn.ReLU())))
 
 
-@pytest.mark.slow
 def test_an_ann_and_its_twin_from_the_digits_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = "--epochs 1 --model.width 4 --device cpu"

@@ -58,7 +58,6 @@ def test_code_for_other_vectors_is_not_taken_from_the_compilers_cache(tmp_path, 
         assert torch.equal(out, x + 1)
 
 
-@pytest.mark.slow
 def test_inside_a_compiled_model_without_a_graph_break():
     model = nn.Sequential(nn.Linear(6, 32), sltt.LIF(tau=1.7), nn.Linear(32, 3))
     x, y = 2 * torch.randn(3, 4, 6), torch.randint(3, (4,))

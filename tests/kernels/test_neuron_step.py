@@ -22,7 +22,6 @@ def test_every_surrogate_at_odd_sizes(surrogate, n):
         check_step(CONSTANTS[0], surrogate, False, n)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("constants", "learnable"), [(CONSTANTS[0], False), (CONSTANTS[7], False), (CONSTANTS[2], True)], ids=str
 )

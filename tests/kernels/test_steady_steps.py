@@ -16,12 +16,10 @@ def test_steps_under_a_steady_current_equal_the_plain_ones(constants, learnable,
         check_steady(constants, learnable, steps)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("constants", "learnable"), [(CONSTANTS[0], True), (CONSTANTS[7], False)], ids=str)
-def test_compiled_steps_under_a_steady_current_equal_the_plain_ones(constants, learnable, monkeypatch):
+def test_compiled_steps_under_a_steady_current_equal_the_plain_ones(monkeypatch):
     monkeypatch.setattr(steady, "UNROLLED", 2)  # compiles in a third of the time of four
     with compiling("on"):
-        check_steady(constants, learnable, 4)
+        check_steady(CONSTANTS[7], True, 4)
 
 
 def check_steady(constants, learnable, steps):

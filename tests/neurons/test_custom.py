@@ -103,7 +103,7 @@ def layouts(channels):
     ("kind", "mode"),
     [
         *((kind, "off") for kind in KINDS),
-        *(pytest.param(k, "on", marks=pytest.mark.slow) for k in (Graded, PerChannel)),
+        *((k, "on") for k in (Graded, PerChannel)),
     ],
 )
 def test_the_fused_step_equals_the_function(kind, mode):

@@ -11,6 +11,7 @@ from sltt.data import Data, Splits
 from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.console import Console
 from sltt.training.phases import Phase, plan, stage_at
+from tests.conftest import RULES
 from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
 
 SLTT, BPTT = sltt.SLTT(), sltt.BPTT()
@@ -162,8 +163,11 @@ def test_a_phase_that_freezes_batchnorm_keeps_its_statistics_and_trains_its_weig
     assert not any(torch.equal(a, b) for a, b in pairwise(weights))
 
 
-def test_every_rule_learns_with_batchnorm_frozen(rule, tmp_path):
-    data = Blobs()
+@pytest.mark.parametrize(
+    "name", ["BPTT", "TBPTT(3, fold=2)", "SLTT(hoist)", "SLTT(k=1)", "OTTT", "RateBased", "RateBased(steady)", "Mixed"]
+)
+def test_rules_of_each_kind_learn_with_batchnorm_frozen(name, tmp_path):
+    rule, data = RULES[name], Blobs()
     model, _ = train(tmp_path / "run", data=data, rule=rule, phases=[Phase(2), Phase(6, freeze_norm=True)], epochs=8)
     assert sltt.evaluate(model, data, device="cpu").accuracy > 0.9
 
