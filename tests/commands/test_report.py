@@ -30,9 +30,9 @@ def measured(tmp_path_factory):
             "--repeats",
             "1",
             "--budget",
-            "4MB",
+            "1MB",
             "--batch_size",
-            "32",
+            "8",
         ],
         ["agreement", "digits", "--taus", "1.1,4", "--steps", "3", "--samples", "32"],
     )
