@@ -1,4 +1,4 @@
-"""Names of PyTorch that are not public, as read from 2.8 to 2.13; no other file has any."""
+"""Names of PyTorch that are not public, as read from 2.8 to 2.15; no other file has any."""
 
 # ruff: noqa: F401
 import torch
@@ -22,7 +22,7 @@ try:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_map_only
 except ImportError as error:
-    raise ImportError(f"PyTorch {torch.__version__} lacks what PyTorch 2.8 to 2.13 have: {error}") from error
+    raise ImportError(f"PyTorch {torch.__version__} lacks what PyTorch 2.8 to 2.15 have: {error}") from error
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

@@ -39,7 +39,8 @@ def findings() -> list[tuple[str, str, str]]:
     """Rows of (subject, what is there, what to do about it)."""
     return [
         ("python", platform.python_version(), ""),
-        *((name, _version(name) or "missing", "") for name in ("sltt", "torch", "torchvision", "lightning-fabric")),
+        ("torch", torch.__version__, ""),  # with its build, which the name of the package does not have
+        *((name, _version(name) or "missing", "") for name in ("sltt", "torchvision", "lightning-fabric")),
         _device(),
         _compiler(),
         _sparse(),
