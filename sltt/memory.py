@@ -118,7 +118,7 @@ CONTROL_GROUPS = (
 def _left_in_control_groups(root: Path) -> Iterator[int]:
     """Bytes left in each control group with a limit that this process is in: its own and those around it."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -136,7 +136,7 @@ def _left_in_control_groups(root: Path) -> Iterator[int]:
 
 def _field(path: Path, name: str) -> int:
     """The number after a name, in a file of lines `name number`."""
-    lines = map(str.split, path.read_text().splitlines())
+    lines = map(str.split, path.read_text(encoding="utf-8").splitlines())
     return next(int(line[1]) for line in lines if line and line[0] == name)
 
 
@@ -156,7 +156,7 @@ def reset_process_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):  # not allowed in some containers: the peak is then that of the process so far
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def process_peak(device: torch.device) -> int:

@@ -57,6 +57,14 @@ def test_an_unknown_key_in_a_file_is_explained(here, capsys):
     assert "unknown key 'validaton' of sltt.data.Digits; did you mean validation?" in run(capsys, "train", "a.yaml")[2]
 
 
+def test_a_recipe_is_utf8_under_every_locale(here, capsys, monkeypatch):
+    ascii_only = lambda path: Path(path.absolute).read_text(encoding="ascii")  # noqa: E731
+    monkeypatch.setattr("jsonargparse.Path.read_text", ascii_only)
+    text = shipped_recipes()["digits"].read_text(encoding="utf-8")
+    Path("a.yaml").write_text(f"# µ\n{text}", encoding="utf-8")
+    assert "unknown option --epohcs" in run(capsys, "train", "a.yaml", "--epohcs", "3")[2]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
