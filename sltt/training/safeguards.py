@@ -90,7 +90,7 @@ def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
     if not splits.static and (len(x) > steps if isinstance(y, Padded) else len(x) != steps):
         raise ValueError(
             f"expected sequences of steps={steps} time steps, but the data gives {len(x)}: set steps={len(x)}, "
-            f"or let the data load sequences of {steps}"
+            f"or let the data load sequences of {steps}; sequences of several lengths: from_datasets(…, pad=True)"
         )
 
 

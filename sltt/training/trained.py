@@ -97,7 +97,7 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
     Raises:
         ValueError: an input of another form than the network's.
     """
-    instance("model", model, nn.Module)
+    instance("model", model, nn.Module, "such as sltt.load(run)")
     instance("x", x, Tensor)
     if lengths is not None:
         check_lengths(lengths, len(x), x.shape[1])
