@@ -350,6 +350,14 @@ def short(name: str) -> Callable[[Path], str]:
     return table
 
 
+def twin(results: Path) -> str:
+    """An ANN and its twins on validation images; the best of each kind on test images too."""
+    forms = {"percentile": "{:g}", "lr": "{:g}", "validation": "{:.1%}", "test": "{:.1%}", "minutes": "{:.1f}"}
+    found = json.loads((results / "twin.json").read_text())
+    rows = [[row["network"], *(f.format(row[key]) if key in row else "" for key, f in forms.items())] for row in found]
+    return markdown(["network", "percentile", "learning rate", "validation", "test", "minutes"], rows)
+
+
 def few_shots(name: str) -> Callable[[Path], str]:
     """Scores, and the accuracy after each session."""
 
@@ -367,6 +375,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tasks": all_tasks,
     **{task: of_task(task) for task in ("recall", "recall-marked", "sequential-digits")},
     **{f"short-{name}": short(name) for name in ("stabilised", "transformer")},
+    "twin": twin,
     "summary": summary,
     "recall-short": of_task("recall", "BPTT", "OTTT", "SLTT", "SLTT:k=1"),
     "recurrent": recurrent,

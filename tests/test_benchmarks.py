@@ -388,3 +388,15 @@ def test_the_cases_of_short_trainings_are_networks_that_their_rules_train():
         for _, make, rule, settings in found[:: count - 1]:
             x = torch.randn(2, 3, settings["side"], settings["side"])
             rule(make(), x, torch.tensor([0, 1]), nn.CrossEntropyLoss(), steps=2)
+
+
+def test_the_log_of_twins_has_each_case_once_and_its_test(tmp_path):
+    path, measured = tmp_path / "twin.json", []
+    for _ in range(2):
+        log = load("twin").Log(path)
+        row = log.once({"network": "twin", "percentile": 97.0}, lambda: (measured.append(1), {"validation": 0.5})[1])
+        log.add(row, lambda: (measured.append(2), {"test": 0.4})[1])
+    assert measured == [1, 2]
+    (row,) = load("twin").Log(path).rows
+    assert (row["validation"], row["test"], row["minutes"]) == (0.5, 0.4, 0.0)
+    assert "| twin | 97 |  | 50.0% | 40.0% | 0.0 |" in load("doc_tables").twin(tmp_path)
