@@ -46,6 +46,7 @@ _FUNCTIONS = {
     "sltt_neuron": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _N, _I]),
     "sltt_neuron_gradient": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
     "sltt_norm": (_I, [_I, _P, _N, _N, _P, _P, _P, _P, _I, _D, _D, _P, _I]),
+    "sltt_channel_sums": (_I, [_I, _P, _N, _N, _P, _I]),
     "sltt_normed_gradient": (_I, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
 }
 

@@ -191,7 +191,19 @@ def weight_gradient(
     _check(short)
     if isinstance(one, Tensor):
         grad *= _by_channel(one, layer)
-    return grad, g.flatten(0, -2).sum(0, dtype=torch.float32) if needs_bias else None
+    return grad, bias_gradient(layer, g) if needs_bias else None
+
+
+def bias_gradient(layer: Layer, grad: Tensor) -> Tensor:
+    """∂L/∂bias in float32, from ∂L/∂y with the channels last in memory, [..., C_out]."""
+    if layer.linear or grad.dtype == torch.float16:
+        return grad.flatten(0, -2).sum(0, dtype=torch.float32)
+    sums = torch.empty(grad.shape[-1])
+    short = _library().sltt_channel_sums(
+        grad.dtype == torch.bfloat16, grad.data_ptr(), grad.numel(), len(sums), sums.data_ptr(), torch.get_num_threads()
+    )
+    _check(short)
+    return sums
 
 
 def has_input_gradient(layer: Layer, dtype: torch.dtype) -> bool:

@@ -370,3 +370,26 @@ def test_what_does_not_fit_is_refused_by_pytorch(function, message, sparse_calls
         with pytest.raises(RuntimeError, match=message):
             function(spikes)
     assert len(sparse_calls) == 1
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [((4, 4), 1, 1), ((7, 5), 2, (0, 2)), ((3, 6), (1, 3), (2, 1))])
+def test_weight_gradients_of_small_images_in_bfloat16_are_one_product(size, stride, padding, monkeypatch):
+    conv = nn.Conv2d(16, 24, 3, stride, padding).to(memory_format=torch.channels_last)
+    x = (torch.randn(16, 16, *size).sign() + 1).contiguous(memory_format=torch.channels_last)
+    products = []
+    multiply = layers._multiplied_weight_gradient
+    monkeypatch.setattr(layers, "_multiplied_weight_gradient", lambda *a: (products.append(1), multiply(*a))[1])
+    monkeypatch.setattr(layers.costs, "break_even", lambda *args: layers.costs.BreakEven(0.0, 0.0))
+    monkeypatch.setattr(layers.costs, "PRODUCTS_FROM", 0)
+    with torch.autocast("cpu", torch.bfloat16), kernels.saving():
+        y = conv(sltt.LIF()(x))
+    grad = torch.randn(y.shape).bfloat16()
+    y.backward(grad)
+    assert products
+    spikes, exact = (x > 0).double(), conv.weight.detach().double().requires_grad_()
+    expected = nn.grad.conv2d_weight(spikes, exact.shape, grad.double(), conv.stride, conv.padding)
+    torch.testing.assert_close(conv.weight.grad.double(), expected, rtol=1e-2, atol=1e-2)
+    axes = list(conv.stride), list(conv.padding), [1, 1]
+    weight = conv.weight.detach().bfloat16()
+    _, found, _ = kernels.convolution_gradients(grad, spikes.bfloat16(), weight, axes, 1, [False, True, False])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
