@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sltt.kernels.deferred import Deferred, Normalised, norm_gradients, settled
 from sltt.kernels.options import Kernel, in_force, memory, options
-from sltt.kernels.saved import SpikeTag, packable
 from sltt.kernels.step import dense
+from sltt.kernels.tags import SpikeTag, packable
 
 States = tuple[Tensor, ...]
 

@@ -3,6 +3,7 @@
 The user's layers stay as they are. While `saved.saving` is open, a call of `F.conv2d` or `F.linear` on tagged spikes
 comes here. The share of active inputs and the layer's shape decide, for the forward and for the weight gradient; the
 input gradient is dense. On one machine the same spikes give the same decision, and so the same bits.
+A convolution of other values, such as rates, comes here for its weight gradient.
 """
 
 import math
@@ -21,7 +22,7 @@ from sltt.kernels.options import options
 from sltt.kernels.sparse import Layer
 
 if TYPE_CHECKING:
-    from sltt.kernels.saved import SpikeTag
+    from sltt.kernels.tags import SpikeTag
 
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2}
 LAYERS = {*CONVOLUTIONS, F.linear}
@@ -173,6 +174,61 @@ class _OnSpikes(torch.autograd.Function):
 def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's output, with a graph where one is wanted."""
     return _OnSpikes.apply(x, weight, bias, call)  # type: ignore[return-value]
+
+
+class _OnValues(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axes: Axes, weights: Weights
+    ) -> Tensor:
+        ctx.axes, ctx.weights = axes, weights
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight)
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.convolution(x, weights.cast(weight, x.dtype), bias, *axes, False, [0] * len(axes[0]), 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        cast = ctx.weights.cast(weight, grad.dtype)
+        needs = list(ctx.needs_input_grad[:3])
+        of_x, of_weight, of_bias = convolution_gradients(grad, x, cast, ctx.axes, 1, needs)
+        return (
+            of_x,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(ctx.bias_dtype),
+            None,
+            None,
+        )
+
+
+def run_on_values(func: Any, args: Any, kwargs: Any, weights: Weights) -> Any:
+    """A layer on any values; the gradients of a convolution are native where that is faster."""
+    if func is not F.conv2d or not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    named = arguments_of(func, args, kwargs)
+    x, weight, bias = named["input"], named["weight"], named["bias"]
+    axes = tuple(_axes(named[name], 2, least) for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    if not _ordinary(x) or not _fitting(weight, bias, x, 2) or named["groups"] != 1 or None in axes:
+        return func(*args, **kwargs)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if not weight.requires_grad or not x.movedim(1, -1).is_contiguous() or not _gains(x, weight, axes, dtype):
+        return func(*args, **kwargs)
+    return _OnValues.apply(x.to(dtype), weight, bias, axes, weights)
+
+
+def _gains(x: Tensor, weight: Tensor, axes: Any, dtype: torch.dtype) -> bool:
+    """Whether `convolution_gradients` has another way than PyTorch's for such a convolution."""
+    stride, padding, dilation = axes
+    if options().sparse == "off" or dilation != [1, 1] or weight.dtype not in (dtype, torch.float32):
+        return False
+    pairs = tuple((p, p) for p in padding)
+    layer = sparse.conv_layer(tuple(x.shape), tuple(weight.shape), tuple(stride), pairs, tuple(dilation), 1)
+    if layer.problem or layer.products < costs.PRODUCTS_FROM:
+        return False
+    return _multiplies(layer.y_shape, dtype)
 
 
 def convolution_gradients(

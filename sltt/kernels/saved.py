@@ -5,10 +5,6 @@ is saved as the tag, and restored when its backward asks for it. What is compute
 turn, with the operation to run again: spikes times a number and pooled spikes; what was normalised, since a
 normalisation saves its input in any case; and with `recompute` the outputs of convolutions and linear layers and their
 sums, so that a normalisation after them saves nothing, unless recomputing them takes much time for little memory.
-
-A tensor is recognised by its memory and by the version of that memory, never by its values: a tensor that was changed
-in place after it was tagged is saved as it is. A tensor loses its tag when `.data` or a NumPy array of it is asked for,
-since changes through these have no version.
 """
 
 import math
@@ -23,140 +19,17 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from sltt._torch import TensorBase, _to_dlpack, _top_saved_tensors_default_hooks, is_functorch_wrapped_tensor
-from sltt.kernels.bits import pack, unpack
 from sltt.kernels.deferred import Normalised, deferred_norm
-from sltt.kernels.layers import LAYERS, Call, Weights, arguments_of, call_on_spikes, run
+from sltt.kernels.layers import LAYERS, Call, Weights, arguments_of, call_on_spikes, run, run_on_values
 from sltt.kernels.options import memory, options
-from sltt.kernels.sparse import density
+from sltt.kernels.tags import TAG, SpikeTag, Tag, hold, packable, restore, save, tag_of
 
-# Fewer elements than this are saved as they are: packing them costs more time than it is worth in memory.
-PACK_FROM = 4096
-# The same for spikes whose graph lives for one time step, which hardly add to the memory.
-BITS_FROM = 2**15
 # A tensor is recomputed from at most so many layers. A chain of residual blocks is a sum that grows: beyond this, one
 # of its terms is saved, or the recomputing would take a time that is quadratic in the number of blocks.
 LAYERS_AT_MOST = 2
 # A layer of more products for each of its outputs keeps them. These are the last layers of a network: they take as much
 # time as the first ones, and have few outputs.
 PRODUCTS_AT_MOST = 2048
-_TAG = "_sltt_tag"
-
-
-class Tag:
-    """How to restore tagged memory.
-
-    Args:
-        tensor: whose memory is tagged.
-        make: gives a flat tensor of all of that memory.
-        layers: number of convolutions and linear layers that `make` runs.
-    """
-
-    def __init__(self, tensor: Tensor, make: Callable[[], Tensor] | None = None, layers: int = 0):
-        self.version = tensor._version
-        self.dtype = tensor.dtype
-        self._make = make
-        self.layers = layers
-        setattr(tensor.untyped_storage(), _TAG, self)
-
-    def make(self) -> Tensor:
-        """All of the memory, flat, and nobody else's."""
-        assert self._make is not None
-        return self._make()
-
-    def restore(self) -> Tensor:
-        """All of the memory, flat."""
-        return self.make()
-
-
-class SpikeTag(Tag):
-    """The tag of spikes, whose elements are 0 or `one`: they are packed at the first use of their bits.
-
-    `one` is a number, or has a value for each channel and broadcasts to the spikes. What a layer's backward restores is
-    kept for the neuron's own, which comes next.
-    """
-
-    def __init__(self, spikes: Tensor, one: float | Tensor = 1.0, bits: Tensor | None = None):
-        super().__init__(spikes)
-        self._one = _held(one)
-        self.by_channel = isinstance(one, Tensor)
-        self.layout = spikes.shape, spikes.stride()
-        self._bits = bits
-        self._density: float | None = None
-        self._restored: Tensor | None = None
-
-    def bits(self, spikes: Tensor) -> Tensor:
-        """One bit for each element of the memory of `spikes`, the tagged tensor."""
-        if self._bits is None:
-            self._bits = pack(spikes)
-        return self._bits
-
-    @property
-    def one(self) -> float | Tensor:
-        """What a spike is worth."""
-        return self._one()
-
-    @property
-    def packed(self) -> Tensor:
-        """The bits, which were asked for before."""
-        assert self._bits is not None
-        return self._bits
-
-    def density(self, spikes: Tensor) -> float:
-        """Share of the elements that are not 0."""
-        if self._density is None:
-            self._density = density(self.bits(spikes))
-        return self._density
-
-    def make(self) -> Tensor:
-        one = self.one
-        if not isinstance(one, Tensor):
-            return unpack(self.packed, one, self.dtype)
-        flat = unpack(self.packed, 1.0, self.dtype)
-        flat.as_strided(*self.layout).mul_(one.detach())
-        return flat
-
-    def restore(self) -> Tensor:
-        if self._restored is None:
-            self._restored = self.make()
-        return self._restored
-
-    def take(self) -> Tensor:
-        """What `restore` gives, for the last time."""
-        restored, self._restored = self.restore(), None
-        return restored
-
-    def release(self) -> None:
-        """Drop what was restored."""
-        self._restored = None
-
-
-def tag_of(tensor: Tensor) -> Tag | None:
-    """The tag of a tensor's memory, if there is one and the memory is as it was then."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_inference() or is_functorch_wrapped_tensor(tensor):
-        return None
-    tag = getattr(tensor.untyped_storage(), _TAG, None)
-    if tag is None or tag.version != tensor._version or tag.dtype != tensor.dtype or tensor.is_neg():
-        return None
-    return tag
-
-
-def release(spikes: Tensor) -> None:
-    """Drop what the layers behind have restored of `spikes`, where the neuron's own backward is not to come soon."""
-    if isinstance(tag := tag_of(spikes), SpikeTag):
-        tag.release()
-
-
-def packable(tensor: Tensor) -> bool:
-    """Whether a tensor is of a kind and size that pays to be packed; it must own the whole of its memory."""
-    n = tensor.numel()
-    return (
-        options().bits
-        and not tensor.is_inference()  # whose changes have no version
-        and n >= PACK_FROM
-        and n % 8 == 0
-        and tensor.storage_offset() == 0
-        and tensor.untyped_storage().nbytes() == n * tensor.element_size()
-    )
 
 
 def tag_dropped(y: Tensor, spikes: Tensor, one: float) -> None:
@@ -169,13 +42,8 @@ def tag_dropped(y: Tensor, spikes: Tensor, one: float) -> None:
 def tag_normalised(y: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
     """Tag y = again(x), where the graph of y saves x in any case."""
     if y.requires_grad and packable(y) and x.stride() == y.stride() and not is_functorch_wrapped_tensor(x):
-        held = _held(x)
+        held = hold(x)
         Tag(y, lambda: memory(again(held())), tag.layers if (tag := tag_of(x)) else 0)
-
-
-def bits_pay(elements: int) -> bool:
-    """Whether to save spikes as bits if the graph lives for one call, by the elements of its largest state."""
-    return elements >= BITS_FROM or options().sparse == "on"
 
 
 @contextmanager
@@ -196,33 +64,9 @@ def saving(recompute: bool = False, graph: bool = True, weights: Weights | None 
     if not options().bits or _top_saved_tensors_default_hooks(True) is not None:
         yield
         return
-    hooks = torch.autograd.graph.saved_tensors_hooks(_save, _restore) if graph else nullcontext()
+    hooks = torch.autograd.graph.saved_tensors_hooks(save, restore) if graph else nullcontext()
     with hooks, _Tagging(recompute, weights or Weights()):
         yield
-
-
-def _save(tensor: Tensor) -> Any:
-    tag = tag_of(tensor)
-    if tag is None:
-        # Detached: an operation's own output would hold the operation, which holds what is saved, for ever. Autograd
-        # does not watch a hook's tensors for changes in place, so remember the version, which the two share.
-        return tensor.detach(), tensor._version
-    if isinstance(tag, SpikeTag):
-        tag.bits(tensor)
-    return tag, tensor.shape, tensor.stride(), tensor.storage_offset()
-
-
-def _restore(saved: Any, keep: bool = True) -> Tensor:
-    if isinstance(saved[0], Tag):
-        tag, shape, stride, offset = saved
-        return (tag.restore() if keep else tag.make()).as_strided(shape, stride, offset)
-    tensor, version = saved
-    if tensor._version != version:
-        raise RuntimeError(
-            f"a tensor {list(tensor.shape)} that the backward needs was changed by an in-place operation "
-            f"(version {tensor._version}, expected {version})"
-        )
-    return tensor
 
 
 class _Tagging(TorchFunctionMode):
@@ -248,7 +92,7 @@ class _Tagging(TorchFunctionMode):
             return waiting
         if func in LAYERS and (found := layer_call(func, args, kwargs, self.weights)):
             return self._run(*found)
-        result = func(*args, **kwargs)
+        result = run_on_values(func, args, kwargs, self.weights)
         if func in _SCALING and len(args) == 2:
             _tag_scaled(args, result)
         elif func in _POOLING and args:
@@ -262,7 +106,7 @@ class _Tagging(TorchFunctionMode):
         elif func in _ALIASING:
             for tensor in args:
                 if isinstance(tensor, Tensor) and not is_lazy(tensor) and tag_of(tensor) is not None:
-                    delattr(tensor.untyped_storage(), _TAG)
+                    delattr(tensor.untyped_storage(), TAG)
         return result
 
     def _settle(self) -> None:
@@ -274,7 +118,7 @@ class _Tagging(TorchFunctionMode):
     def _run(self, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = run(call, x, weight, bias)
         if self.recompute and packable(result) and _recomputes(weight):
-            held, held_bias = _held(weight), _held(bias)
+            held, held_bias = hold(weight), hold(bias)
 
             def again() -> Tensor:
                 with torch.no_grad():
@@ -356,14 +200,14 @@ def _tag_sum(args: Any, result: Any) -> None:
     if not 0 < layers <= LAYERS_AT_MOST:
         return
     tagged, other = args if tags[0] else reversed(args)
-    first, second = _held(tagged), _held(other)
+    first, second = hold(tagged), hold(other)
     Tag(result, lambda: memory(first().add_(second())), layers)  # what is restored from a tag is nobody else's
 
 
 def _again(func: Any, args: Any, kwargs: Any, result: Tensor) -> Callable[[], Tensor]:
     """Runs an operation again, in the form that gave `result`. Holds what autograd would save, and nothing else."""
-    held = [_held(a) for a in args]
-    named = {name: _held(a) for name, a in kwargs.items()}
+    held = [hold(a) for a in args]
+    named = {name: hold(a) for name, a in kwargs.items()}
     stride, device = result.stride(), result.device.type
     # without its cache: what is cast without a graph must not be used by layers with one
     cast: dict[str, Any] = {
@@ -380,14 +224,6 @@ def _again(func: Any, args: Any, kwargs: Any, result: Tensor) -> Callable[[], Te
         return memory(y)
 
     return make
-
-
-def _held(argument: Any) -> Callable[[], Any]:
-    """Gives an argument of an operation back; raises RuntimeError for a tensor that was changed since."""
-    if not isinstance(argument, Tensor):
-        return lambda: argument
-    saved = _save(argument.detach())
-    return lambda: _restore(saved, keep=False)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -88,6 +88,11 @@ class Batch:
             torch.clear_autocast_cache()
         return logits
 
+    def rates(self) -> Tensor:
+        """Run the network once on the mean input, with a graph: its logits [B, C]."""
+        with kernels.saving(weights=self._weights):
+            return self.network(self.sequence.mean())[0]
+
     def _saving(self, steps: int, graph: bool, cut: bool, recompute: bool) -> AbstractContextManager[None]:
         """How a call saves spikes. Those of small layers stay as they are if their graph lives for this call only."""
         if cut and not recompute and self._largest and not kernels.bits_pay(self._largest * steps):

@@ -61,7 +61,7 @@ class RateBased(Rule):
 
     def _run_steady(self, batch: Batch) -> Output:
         with replaced({one.module: partial(one.steady, steps=batch.steps) for one in _neuron_layers(batch.model)}):
-            logits = batch.network(batch.sequence.mean())[0]
+            logits = batch.rates()
         value = _loss(batch, logits)
         batch.backward(value)
         return Output(value.detach(), logits.detach().expand(batch.steps, *logits.shape))
@@ -77,7 +77,7 @@ class RateBased(Rule):
             buffers = [(buffer, buffer.clone()) for buffer in batch.model.buffers()]
             try:
                 with replaced({layer.module: layer.rate for layer in layers}):
-                    rates = batch.network(batch.sequence.mean())[0]
+                    rates = batch.rates()
                 value = _loss(batch, _with_value(logits.mean(0), rates))
                 batch.backward(value)
             finally:

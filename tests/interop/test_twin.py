@@ -10,7 +10,7 @@ from sltt import kernels
 from sltt.commands import main
 from sltt.interop import QCFS, spiking
 from sltt.interop.activations import Balanced, percentiles
-from sltt.kernels.saved import SpikeTag, tag_of
+from sltt.kernels.tags import SpikeTag, tag_of
 from sltt.training.describe import UndescribedError
 from sltt.training.describe import _kept as describe_network
 from tests.conftest import gradients

@@ -9,7 +9,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.analysis import firing_rates, peak_memory
-from sltt.kernels.saved import SpikeTag, tag_of
+from sltt.kernels.tags import SpikeTag, tag_of
 from tests.conftest import RULES, batch, gradients, small_network
 from tests.neurons.plain import Plain, alone, plain
 
