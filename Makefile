@@ -77,7 +77,7 @@ figures: .venv/installed
 	@touch $@
 
 .venv/installed-dev: .venv/bin/python pyproject.toml
-	$(INSTALL) '.[dev]'
+	$(INSTALL) '.[dev,interop,examples]'
 	@touch .venv/installed $@  # it has all that a report needs
 
 .venv/installed-docs: .venv/installed

@@ -1,12 +1,13 @@
 import copy
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests, and the processes that they start, run beside each other on two cores
 
 import pytest
 import torch
 from torch import nn
 
 import sltt
-
-torch.set_num_threads(1)  # the tests run in two processes on two cores
 
 LOSS = sltt.losses.CrossEntropyMSE()
 SURROGATES = [

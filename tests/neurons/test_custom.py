@@ -103,7 +103,7 @@ def layouts(channels):
     ("kind", "mode"),
     [
         *((kind, "off") for kind in KINDS),
-        *((k, "on") for k in (Graded, PerChannel)),
+        (PerChannel, "on"),
     ],
 )
 def test_the_fused_step_equals_the_function(kind, mode):
