@@ -59,6 +59,7 @@ def test_thresholds_are_tried_on_all_cases(load):
     assert [one.share for one in cases] == ["95%", "40%", "10% (solved)", "too short"]
 
 
+@pytest.mark.slow
 def test_a_penalty_on_spikes_is_measured_on_its_trained_networks(load, tmp_path, monkeypatch):
     sparsity = load("sparsity")
     monkeypatch.setattr(sparsity, "ROWS", tmp_path / "sparsity.json")

@@ -69,6 +69,7 @@ def test_one_seed_is_fairly_sure_and_costs_are_those_measured():
     assert "A batch takes 0.345 MB (13 MB with BPTT()). Fairly sure: one seed." in said
 
 
+@pytest.mark.slow
 def test_the_command_trains_each_rule_and_says_what_it_learned(capsys):
     words = ["agreement", "recall", "--data.channels", "10", "--data.noise", "0.5", "--model.features", "[10,32,4]"]
     words += ["--data.samples", "600", "--batch_size", "32", "--optimizer.lr", "0.01", "--device", "cpu"]

@@ -82,6 +82,7 @@ def test_the_memory_of_a_rule_that_draws_its_steps_is_the_most_that_it_takes():
 WORDS = ["compare", "digits", "--epochs", "1", "--model.width", "4", "--steps", "3", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [*WORDS, "--rules", "BPTT,SLTT:k=5,SLTT:k=1", "--seeds", "2"]
@@ -144,6 +145,7 @@ def test_a_wrong_rule_ends_it_before_another_trains(capsys, tmp_path, monkeypatc
 ERROR = ["--metric", "tests.commands.tiny.Wrong"]
 
 
+@pytest.mark.slow
 def test_another_metric_is_compared_and_reported(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*WORDS, *ERROR, "--rules", "BPTT,SLTT", "--seeds", "2", "--save", "a"]) == 0
@@ -161,6 +163,7 @@ def test_another_metric_is_compared_and_reported(capsys, tmp_path, monkeypatch):
 SWEEP = ["--vary", "model.neuron.tau=1.1,4", "--vary", "rule.k=1,null", "--save", "a"]
 
 
+@pytest.mark.slow
 def test_values_of_options_are_compared_continued_and_the_best_is_told_by_validation(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*WORDS, *SWEEP]) == 0

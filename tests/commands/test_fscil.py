@@ -6,6 +6,7 @@ import pytest
 from sltt.commands import compare, fscil, main
 from tests.commands.tiny import TINY, run
 
+pytestmark = pytest.mark.slow
 SMALL = [*TINY, "--model.width", "8", "--epochs", "3", "--batch_size", "64"]
 WORDS = ["fscil", "fscil-digits", *SMALL, "--base", "6", "--way", "2", "--shot", "3", "--seeds", "2"]
 

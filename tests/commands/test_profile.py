@@ -179,6 +179,7 @@ def test_the_peak_model_is_exact_where_the_peak_is_linear():
 WORDS = ["profile", "digits", "--steps", "2,4", "--repeats", "1", "--model.width", "4", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_the_command(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*WORDS, "--rules", "BPTT,SLTT:k=1,OTTT", "--budget", "10MB", "--save", "a"]) == 0

@@ -10,6 +10,7 @@ from sltt.commands import main
 from sltt.commands.results import gather
 from sltt.commands.sections import sections
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 SMALL = ["--model.width", "2", "--device", "cpu"]
 

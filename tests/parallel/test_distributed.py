@@ -69,6 +69,7 @@ def assert_same_weights(found, expected):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAININGS)
 def test_two_processes_train_to_the_weights_of_one(name, two, tmp_path):
     folder, found = two
@@ -80,11 +81,13 @@ def test_two_processes_train_to_the_weights_of_one(name, two, tmp_path):
                 assert there[key] == pytest.approx(here[key], abs=1e-9), key
 
 
+@pytest.mark.slow
 def test_batches_of_similar_length_are_the_same_in_two_processes(two, tmp_path):
     train(tmp_path / "run", network(), several_lengths(), rule=ONLINE)
     assert_same_weights(weights(two[0] / "padded"), weights(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAININGS)
 def test_gradients_are_reduced_once_a_batch_or_once_an_online_update(name, two):
     batches = 2 * math.ceil(60 / TRAININGS[name].get("batch_size", 13))
@@ -94,6 +97,7 @@ def test_gradients_are_reduced_once_a_batch_or_once_an_online_update(name, two):
     assert found["others"] < batches + 60  # a decision a batch, and what starts and ends an epoch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_weights_train_to_the_weights_of_one_process(name, two, tmp_path):
     model = network(neuron=lambda **kwargs: sltt.PLIF(tau=2.0, **kwargs))
@@ -102,22 +106,26 @@ def test_sharded_weights_train_to_the_weights_of_one_process(name, two, tmp_path
     assert two[1]["measured"][f"fsdp {name}"] == sltt.evaluate(model, Sequences(), "validation").accuracy
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_standardised_at_every_step(two, tmp_path):
     train(tmp_path / "run", standardised())
     assert_same_weights(weights(two[0] / "fsdp-standardised"), weights(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_sharded_training_continues_what_one_process_began(two, tmp_path):
     train(tmp_path / "run", network())
     assert_same_weights(weights(two[0] / "fsdp-from-one"), weights(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMED)
 def test_synchronised_batch_statistics_are_those_of_the_whole_batch(name, two, tmp_path):
     train(tmp_path / "run", network(norm=True), rule=NORMED[name])
     assert_same_weights(weights(two[0] / "norm" / name), weights(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "k"])
 def test_a_run_continues_with_another_number_of_processes(name, two, tmp_path):
     """With dropout, whose masks differ between processes: the epochs that a number of processes trained are its own."""

@@ -9,6 +9,7 @@ import time
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -88,5 +89,6 @@ def assert_same(run: Path, expected: dict) -> None:
     assert not list(run.glob(".*.part"))
 
 
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     kill_at_random(tmp_path, 20)
