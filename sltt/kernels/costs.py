@@ -33,7 +33,7 @@ from sltt.kernels.sparse import Layer, conv_layer, forward, linear_layer, pack_w
 # Layers of fewer products run dense: they take less than the calls around them.
 PRODUCTS_FROM = 2**22
 _DENSITIES = (0.05, 0.4)
-_REPEATS = 5
+_REPEATS = 15  # so that of each, one run falls between those of other processes
 
 
 class BreakEven(NamedTuple):
