@@ -205,7 +205,7 @@ class _OnValues(torch.autograd.Function):
 
 
 def run_on_values(func: Any, args: Any, kwargs: Any, weights: Weights) -> Any:
-    """A layer on any values; the gradients of a convolution are native where that is faster."""
+    """A layer on any values; the weight gradient of a convolution is one matrix product where that is faster."""
     if func is not F.conv2d or not torch.is_grad_enabled():
         return func(*args, **kwargs)
     named = arguments_of(func, args, kwargs)
@@ -220,7 +220,7 @@ def run_on_values(func: Any, args: Any, kwargs: Any, weights: Weights) -> Any:
 
 
 def _gains(x: Tensor, weight: Tensor, axes: Any, dtype: torch.dtype) -> bool:
-    """Whether `convolution_gradients` has another way than PyTorch's for such a convolution."""
+    """Whether the weight gradient of such a convolution is one matrix product, and worth it."""
     stride, padding, dilation = axes
     if options().sparse == "off" or dilation != [1, 1] or weight.dtype not in (dtype, torch.float32):
         return False

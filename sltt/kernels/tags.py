@@ -146,6 +146,7 @@ def bits_pay(elements: int) -> bool:
 
 
 def save(tensor: Tensor) -> Any:
+    """What autograd keeps of a tensor: its memory's tag, or the tensor."""
     tag = tag_of(tensor)
     if tag is None:
         # Detached: an operation's own output would hold the operation, which holds what is saved, for ever. Autograd
@@ -157,6 +158,7 @@ def save(tensor: Tensor) -> Any:
 
 
 def restore(saved: Any, keep: bool = True) -> Tensor:
+    """The tensor that was saved; `keep` what a tag restores for the next that asks."""
     if isinstance(saved[0], Tag):
         tag, shape, stride, offset = saved
         return (tag.restore() if keep else tag.make()).as_strided(shape, stride, offset)

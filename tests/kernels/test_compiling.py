@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import sltt
-import sltt.kernels.saved
 from sltt import kernels
 from sltt.kernels.options import COMPILE_FROM, Kernel
 from tests.conftest import LOSS, gradient, gradients

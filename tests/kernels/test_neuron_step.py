@@ -2,7 +2,6 @@ import pytest
 import torch
 
 import sltt
-import sltt.kernels.saved
 from sltt import kernels
 from tests.conftest import SURROGATES
 from tests.kernels.steps import CONSTANTS, SIZES, both, compiling, layouts

@@ -1,4 +1,4 @@
-"""Convolutions of any values, such as rates: their gradients in a rule, where these are native."""
+"""Convolutions of any values, such as rates: their weight gradients are one matrix product in bf16."""
 
 import pytest
 import torch
