@@ -14,7 +14,7 @@ import yaml
 from sltt.commands.hints import locate
 from sltt.commands.parsing import rule_options
 from sltt.commands.vary import labelled
-from sltt.metrics import is_share
+from sltt.metrics import Accuracy, improves, is_share
 from sltt.training.console import Console, as_json
 from sltt.training.files import read_table, write_atomically
 from sltt.training.runs import CONFIG, METRICS
@@ -116,7 +116,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 def rule_label(run: Path) -> str:
     """The rule of a run as it is written for `sltt compare`: SLTT:k=1."""
-    return rule_of(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+    return rule_of(_config(run))
+
+
+def best_epoch(run: Path, epochs: Sequence[dict[str, Any]], column: str) -> dict[str, Any]:
+    """The epoch of a run whose metric, in this column, is the best."""
+    try:
+        metric = locate(_config(run)["metric"]["class_path"])
+    except (KeyError, TypeError, ImportError, AttributeError):  # an earlier version, or a class that is not here
+        metric = Accuracy
+    return max(epochs, key=lambda row: improves(metric, row[column]))
+
+
+def _config(run: Path) -> dict[str, Any]:
+    return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
 
 
 def rule_of(config: dict[str, Any]) -> str:

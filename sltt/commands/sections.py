@@ -11,7 +11,7 @@ from sltt.commands.failures import cause
 from sltt.commands.fscil import SCORES
 from sltt.commands.lr import advice
 from sltt.commands.page import Cell, Chart, Section, TableOfCells
-from sltt.commands.results import Gathered, rule_label, scores_text
+from sltt.commands.results import Gathered, best_epoch, rule_label, scores_text
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
 from sltt.metrics import is_share, shown
 from sltt.training.console import megabytes, metric_of
@@ -135,7 +135,7 @@ def _training(runs: dict[Path, str], colours: dict[str, str]) -> Section:
         key = f"{part}_{metric}"
         accuracy.setdefault(label, []).append((epochs, [row[key] for row in history]))
         loss.setdefault(label, []).append((epochs, [row["train_loss"] for row in history]))
-        best = max(history, key=lambda row: row[key] if is_share(metric) else -row[f"{part}_loss"])
+        best = best_epoch(run, history, key)
         seconds = statistics.median(row["seconds"] for row in history)
         rows.append(
             [

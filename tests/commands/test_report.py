@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sltt.commands import main
-from sltt.commands.results import gather
+from sltt.commands.results import best_epoch, gather
 from sltt.commands.sections import sections
 
 pytestmark = pytest.mark.slow
@@ -124,6 +125,21 @@ def test_one_rule_written_in_two_ways_has_one_name_and_one_colour(measured, tmp_
     table = sections(gather([folder]))[1].tables[0]
     assert [row[0].text for row in table.rows] == ["BPTT", "SLTT:k=1"]
     assert table.rows[0][-1].text == "–"
+
+
+@pytest.mark.parametrize(
+    ("metric", "epoch"),
+    [
+        ({"class_path": "sltt.metrics.Accuracy"}, 2),
+        ({"class_path": "sltt.metrics.MeanAbsoluteError"}, 1),
+        ({"class_path": "nowhere.F1"}, 2),
+        (None, 2),
+    ],
+)
+def test_the_best_epoch_of_a_run_is_that_of_its_metric(metric, epoch, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"metric": metric} if metric else {}))
+    epochs = [{"epoch": 1, "score": 0.1, "loss": 0.5}, {"epoch": 2, "score": 0.2, "loss": 0.4}]
+    assert best_epoch(tmp_path, epochs, "score")["epoch"] == epoch
 
 
 def test_a_comparison_of_an_earlier_version_is_read(measured, tmp_path):
