@@ -28,16 +28,31 @@ from sltt.kernels import using
 
 RESULTS = DOCS / "results" / "paper"
 IMAGES = "--data sltt.data.ImageFolder --data.root {data}/cifar10 --data.size 32 --data.crop_padding 4"
+CIFAR10 = (  # half the width of the recipe, with the paper's neuron: a training takes minutes
+    f"cifar10-small {IMAGES} --data.validation 0.04 --model.widths [32,64,128] --model.stem 0 --model.neuron sltt.LIF "
+    "--model.neuron.tau 1.1 --optimizer.lr 0.1 --phases null --steps 4"
+)
+CIFAR10_STAGES = "--phases '[{{epochs: 3, steps: 1}}, {{epochs: 1, lr: 0.01}}]'"
+SHOTS = "--base 6 --way 1 --shot 5"
 COMMANDS = {
-    "fscil-digits": "fscil fscil-digits --base 6 --way 1 --shot 5",
+    "fscil-digits": f"fscil fscil-digits {SHOTS}",
+    "fscil-nmnist": f"fscil nmnist {SHOTS} --data.root {{data}}/nmnist --model.classes 6",
+    "fscil-cifar10": f"fscil {CIFAR10} {SHOTS} --model.classes 6 --epochs 4",
+    "accuracy-digits": "compare digits --epochs 6 --seeds 20 --rules BPTT,SLTT",
+    "training-cifar10": f"compare {CIFAR10} --epochs 2 --seeds 3 --rules BPTT,SLTT,SLTT:k=1",
+    "cifar10-stage-1": f"compare {CIFAR10} --steps 1 --epochs 4 --seeds 3 --rules SLTT",
+    "cifar10-stages": f"compare {CIFAR10} --epochs 4 --seeds 3 --rules SLTT,SLTT:k=1 {CIFAR10_STAGES}",
+    "cifar10-stage-2": f"compare {CIFAR10} --epochs 4 --seeds 3 --rules SLTT",
     "training-digits": "compare digits --epochs 10 --seeds 3 --rules BPTT,SLTT,SLTT:k=1",
     "k-digits": "compare digits --steps 6 --epochs 6 --seeds 3 --rules BPTT,SLTT,SLTT:k=4,SLTT:k=2,SLTT:k=1",
     "stage-1": "compare digits --steps 1 --epochs 8 --seeds 3 --rules SLTT",
     "stages": "compare digits --steps 6 --epochs 8 --seeds 3 --rules SLTT,SLTT:k=1 "
     "--phases '[{{epochs: 6, steps: 1}}, {{epochs: 2, steps: 6, lr: 0.0005}}]'",
     "stage-2": "compare digits --steps 6 --epochs 8 --seeds 3 --rules SLTT",
-    "gradients-nmnist": "agreement nmnist --data.root {data}/nmnist --taus 1.1,2,5 --steps 10 --at-epochs 0,1 "
+    "gradients-nmnist": "agreement nmnist --data.root {data}/nmnist --taus 1.1,2,5 --steps 10,20 --at-epochs 0,1 "
     "--samples 32",
+    "gradients-trained-cifar10": f"agreement cifar10 {IMAGES} --taus 1.1 --at-epochs 1 --samples 8 --precision 32 "
+    "--batch_size 32 --rule.k 1 --optimizer.lr 0.025 --workers 0",
 }
 TAUS, LENGTHS = (1.1, 5, 20, 2, 10), (8, 32, 2, 64, 16, 4)  # in this order, so that a part of the map tells too
 MAP = {  # at T = 64 nothing learns in ten epochs

@@ -2,9 +2,9 @@
 
     python benchmarks/tables.py
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`: one of `doc_tables.py`, or the cases of NAME.json,
-which benchmarks/peers.py wrote, a table for each setting. `<!-- table NAME over T -->` has a column for each T. What a
-file does not have is left out.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`: one of `doc_tables.py` or `paper_tables.py`, or the
+cases of NAME.json, which benchmarks/peers.py wrote, a table for each setting. `<!-- table NAME over T -->` has a column
+for each T. What a file does not have is left out.
 """
 
 import json

@@ -78,7 +78,9 @@ def describe(value: Any) -> Any:
 def _kept_argument(value: Any, parameter: inspect.Parameter) -> Any:
     kind = type(value).__name__
     if parameter.kind is parameter.VAR_POSITIONAL:
-        raise UndescribedError(f"{kind} takes *{parameter.name}: give its arguments names, each kept in self")
+        raise UndescribedError(
+            f"{kind} takes *{parameter.name}: derive a class whose arguments have names, and keep each in self"
+        )
     name = parameter.name if hasattr(value, parameter.name) else f"_{parameter.name}"  # as Lightning's loggers have it
     if not hasattr(value, name):
         raise UndescribedError(

@@ -1,6 +1,7 @@
 """Trained networks: loaded from a run, and what they predict."""
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from sltt.training.average import chosen
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.describe import NETWORK, unpack
 from sltt.training.runs import CONFIG, find_checkpoint
+
+log = logging.getLogger("sltt")
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
         ō = 1/T Σ_t o[t]
 
     A network of `sltt.load` predicts as it was trained: where the loss was of the last step, by the last logits. The
-    class is `argmax(1)`, its probability `softmax(1)`.
+    class is `argmax(1)`, its probability `softmax(1)`. Sequences [B, T, ...] for such a network give a warning.
 
     Args:
         model: of `sltt.load`, or any other.
@@ -101,10 +104,16 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
     instance("x", x, Tensor)
     if lengths is not None:
         check_lengths(lengths, len(x), x.shape[1])
-    known = getattr(model, "trained", None)
-    if steps is None and isinstance(known, Trained) and known.static:
-        steps = known.steps
-    by = known.prediction if isinstance(known, Trained) else "mean"
+    by, known = "mean", getattr(model, "trained", None)
+    if isinstance(known, Trained):
+        by = known.prediction
+        if steps is None and known.static:
+            steps = known.steps
+        elif not known.static and len(x) != known.steps and known.steps in x.shape[1:2]:
+            log.warning(
+                "the input %s is %d time steps of %d samples, and the network was trained on %d time steps: if the "
+                "batch comes first in it, give x.transpose(0, 1)", list(x.shape), *x.shape[:2], known.steps
+            )  # fmt: skip
     weights = next(model.parameters(), x)
     training = model.training
     model.eval()

@@ -13,6 +13,7 @@ from torch import nn
 import sltt
 from sltt.commands import main
 from sltt.training.describe import UndescribedError, describe, pack, unpack
+from sltt.training.trained import Trained
 
 
 class Net(nn.Module):
@@ -55,6 +56,15 @@ def test_a_run_made_in_python_is_loaded_measured_reported_and_resumed_by_the_com
     assert "| epoch | " in (card := (tmp_path / run / "card.md").read_text())
     assert "2 of 2" in card or "1 of 2" in card
     assert "not measured" not in card
+
+
+def test_a_prediction_of_sequences_warns_of_a_batch_that_comes_first(caplog):
+    model = nn.Sequential(nn.Linear(5, 3), sltt.LIF(tau=2.0))
+    model.trained = Trained(steps=4, static=False, classes=3)
+    for shape, warns in (((4, 2, 5), False), ((2, 4, 5), True), ((4, 4, 5), False), ((6, 2, 5), False)):
+        caplog.clear()
+        sltt.predict(model, torch.rand(shape))
+        assert ("give x.transpose(0, 1)" in caplog.text) == warns
 
 
 def test_a_loaded_network_predicts_as_the_trained_one(tmp_path):
