@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt.checks import flag, function, instance, number
+from sltt.sequence.fold import Clock, fold_of
 from sltt.sequence.padding import real_steps
 from sltt.sequence.spikes import observing, spiking_layers
 
@@ -186,15 +187,14 @@ class Activity(Loss):
         """The loss without the penalty."""
         return self.loss(logits, target)
 
-    def penalty(self, spikes: Sequence[Tensor], batch: int) -> Tensor:
-        """w times the mean over layers of R, summed over the time steps that are folded into spikes [n·B, ...]."""
-        rates = [s.unflatten(0, (-1, batch)).flatten(1).mean(1) for s in spikes]
-        found = [(r if self.rate is None else (r - self.rate).square()).sum() for r in rates]
-        return self.weight * torch.stack(found).mean()
+    def penalty(self, rates: Sequence[Tensor], steps: int = 1) -> Tensor:
+        """w times the mean over layers of R, summed over the time steps; a layer's rates are of one call or of more."""
+        found = [(r if self.rate is None else (r - self.rate).square()).mean() for r in rates]
+        return self.weight * steps * torch.stack(found).mean()
 
 
 @contextmanager
-def watching(loss: Any, model: nn.Module) -> Iterator[Any]:
+def watching(loss: Any, model: nn.Module, clock: Clock) -> Iterator[Any]:
     """The loss for the time steps of a batch: with `Activity`, it sees the spikes of the model inside this block."""
     if not isinstance(loss, Activity):
         yield loss
@@ -203,26 +203,35 @@ def watching(loss: Any, model: nn.Module) -> Iterator[Any]:
     watched = {name: module for name, module in neurons.items() if fnmatchcase(name, loss.layers)}
     if not watched:
         raise ValueError(f"no layer of neurons is called {loss.layers!r}; there are {', '.join(neurons) or 'none'}")
-    spikes: list[Tensor] = []
-    with observing(watched, lambda _, s: spikes.append(s)):
-        yield _Watching(loss, spikes)
+    of_step = _Watching(loss, clock, watched)
+    with observing(watched, of_step.see):
+        yield of_step
 
 
 class _Watching:
-    """`Activity` in a batch: adds the penalty of the spikes since its last call."""
+    """`Activity` in a batch: adds the penalty of the spikes since its last call.
 
-    def __init__(self, loss: Activity, spikes: list[Tensor]):
-        self.loss, self.spikes, self.per_step = loss, spikes, loss.per_step
+    A call of the network folds n time steps. A layer sees them in one call, or in n: its rates are those of n steps.
+    """
+
+    def __init__(self, loss: Activity, clock: Clock, layers: dict[str, nn.Module]):
+        self.loss, self.clock, self.layers, self.per_step = loss, clock, layers, loss.per_step
+        self.steps, self.rates = 1, dict[str, list[Tensor]]()
+
+    def see(self, name: str, spikes: Tensor) -> None:
+        self.steps = self.clock.fold.steps
+        rates = spikes.unflatten(0, (fold_of(self.layers[name]).steps, -1)).flatten(1).mean(1)
+        self.rates.setdefault(name, []).append(rates)
 
     def __call__(self, logits: Tensor, target: Any) -> Tensor:
         value = self.loss(logits, target)
-        if not self.spikes:  # of the second and later steps in one call of the network
+        if not self.rates:  # of the second and later steps in one call of the network
             return value
-        if torch.is_grad_enabled() and not any(s.requires_grad for s in self.spikes):
+        rates = [torch.cat(of_layer) for of_layer in self.rates.values()]
+        if torch.is_grad_enabled() and not any(r.requires_grad for r in rates):
             raise ValueError("the rule has no gradients of spikes, and Activity needs them: use SLTT or BPTT")
-        value = value + self.loss.penalty(self.spikes, len(logits))
-        self.spikes.clear()
-        return value
+        self.rates.clear()
+        return value + self.loss.penalty(rates, self.steps)
 
 
 def predicted(by: Prediction, logits: Tensor, lengths: Sequence[int] | None = None) -> Tensor:

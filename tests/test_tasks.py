@@ -151,6 +151,33 @@ def test_a_penalty_on_rates_has_its_exact_gradient(rule, rate):
     torch.testing.assert_close(gradient, exact)
 
 
+@pytest.mark.parametrize("rule", [sltt.BPTT, sltt.SLTT])
+def test_the_penalty_of_recurrent_neurons_does_not_depend_on_the_fold(rule):
+    torch.manual_seed(0)
+    recurrent = sltt.Recurrent(sltt.LIF(tau=2.0, v_threshold=0.3), nn.Linear(8, 8))
+    model = nn.Sequential(
+        nn.Linear(6, 8), sltt.LIF(tau=2.0, v_threshold=0.3), nn.Linear(8, 8), recurrent, nn.Linear(8, 3)
+    )
+    x, y = 3 * torch.rand(4, 5, 6, dtype=torch.float64), torch.randint(3, (5,))
+    loss = Activity(CE, weight=1.0, rate=0.1)
+    expected, found = (by_rule(model.double(), one, x, y, loss) for one in (rule(), rule(fold=4)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_penalty_of_neurons_on_tokens_is_their_mean():
+    class Tokens(nn.Sequential):
+        def forward(self, x):  # [B, N, F]
+            return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+    torch.manual_seed(0)
+    model = Tokens(nn.Linear(6, 8), sltt.LIF(tau=2.0, v_threshold=0.3), nn.Linear(8, 3)).double()
+    x, y = 3 * torch.rand(4, 5, 7, 6, dtype=torch.float64), torch.randint(3, (5,))
+    (plain, _), (penalised, _) = (by_rule(model, sltt.SLTT(), x, y, one) for one in (CE, Activity(CE, weight=1.0)))
+    with sltt.analysis.firing_rates(model) as rates:
+        sltt.unroll(model, x)
+    assert penalised - plain == pytest.approx(rates.mean())
+
+
 @pytest.mark.parametrize("name", [name for name in RULES if not name.startswith(("RateBased", "SLTT(k"))])
 def test_every_rule_with_spikes_takes_a_penalty(name):
     model, (x, y) = small_network(), batch()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sltt.checks import instance
+from sltt.neurons import Recurrent
 from sltt.rules import unroll
 from sltt.sequence.hooks import hooked
 from sltt.sequence.spikes import observing, spiking_layers
@@ -62,10 +63,10 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
 
         sum(layer.picojoules for layer in synaptic_operations(model, x))
 
-    A layer that runs before the first neuron of a time step reads the data. Average pooling in front of a layer counts
-    as spikes: hardware for spikes takes its factor into the weights. Products of two tensors, as in attention, count
-    under the module that computes them; PyTorch's own attention with softmax does not. What neurons take and memory are
-    not in the estimate; it is for comparing networks, not for planning a chip.
+    A layer that runs before the first neuron of a time step reads the data, unless it is a recurrent one. Average
+    pooling in front of a layer counts as spikes: hardware for spikes takes its factor into the weights. Products of two
+    tensors, as in attention, count under the module that computes them; PyTorch's own attention with softmax does not.
+    What neurons take and memory are not in the estimate; it is for comparing networks, not for planning a chip.
 
     Args:
         model: maps one time step to logits; in the mode that it is in, so call `model.eval()` before.
@@ -88,7 +89,7 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     def count(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, out: Tensor) -> None:
             (x,) = args
-            one = counts.setdefault(name, _Count(_macs(module, x, out), spiking=fired))
+            one = counts.setdefault(name, _Count(_macs(module, x, out), spiking=fired or module in recurrent))
             one.runs += 1
             one.active += _spikes(x)
             one.inputs += x.numel()
@@ -98,6 +99,7 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     products = _Products()
     modules = dict(model.named_modules())
     layers = {name: m for name, m in modules.items() if isinstance(m, LAYERS)}
+    recurrent = {layer for m in modules.values() if isinstance(m, Recurrent) for layer in m.layer.modules()}
     with (
         hooked(model.register_forward_pre_hook(start)),
         hooked(*(m.register_forward_hook(count(name)) for name, m in layers.items())),

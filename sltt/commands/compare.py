@@ -168,7 +168,7 @@ def train_one(
     Returns what the recipe builds, with the trained weights and its whole data, and the training.
     """
     name = labelled(one.rule or rule_of(recipe.resolved()), one.varied)
-    run = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-')}-seed{seed}"
+    run = folder / f"{_file_name(name)}-seed{seed}"
     report.line(f"{name}, seed {seed}: {run}")
     built = one.build(recipe, "--seed", str(seed))
     config, data = one.resolved(recipe, "--seed", str(seed)), built.data
@@ -180,6 +180,12 @@ def train_one(
         }
     train, training = resume_run if run.exists() else start_run, Training.of(vars(built))
     return built, train(here, built.model, data, training, run, config=config, report=report)
+
+
+def _file_name(label: str) -> str:
+    """A row's name in letters, digits, dots and dashes; a sign is a word, so that -0.5 and 0.5 differ."""
+    label = re.sub(r"(?<![A-Za-z0-9.])-(?=[\d.])", "minus", label.replace("+", "plus"))
+    return re.sub("[^A-Za-z0-9.]+", "-", label).strip("-")
 
 
 def tell_died(found: Sequence[Any]) -> None:

@@ -39,6 +39,11 @@ def run(words: Sequence[str]) -> None:
     known, overrides = options().parse_known_args(words)
     recipe = Recipe("sltt lr", name, overrides)
     built = recipe.build()
+    if built.phases and all(phase.lr is not None for phase in built.phases):
+        raise ValueError(
+            "every phase has a learning rate of its own, and the test finds one for all: give the values of a phase, "
+            "such as --phases null --steps 1"
+        )
     start_from(built.model, built.weights)
     with session(Execution.of(vars(built))) as here, prepared(here, built, built.steps) as ready:
         found = find_learning_rate(

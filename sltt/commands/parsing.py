@@ -180,6 +180,12 @@ def parse(parser: "ArgumentParser", source: Path, words: Sequence[str]) -> "Name
     except argparse.ArgumentError as error:
         raise UsageError(re.sub(r"\bNone(Type)?\b", "null", explain(str(error), values))) from None
     config.pop("config")
+    if (phases := config.phases) and all(phase.lr is not None for phase in phases):
+        for word in words:
+            if re.match(r"--optimizer(\.init_args)?\.lr(=|$)", word):
+                raise UsageError(
+                    "every phase has a learning rate of its own, so --optimizer.lr changes nothing: set lr in --phases"
+                )
     return config
 
 

@@ -136,16 +136,18 @@ class _OwnData(Data):
 
     def _labels(self, samples: Any) -> list[int] | None:
         """The class of each training sample; None where targets are no classes."""
-        _, first = samples[0]
-        if self.per_step or not _is_class(first):
+        if self.per_step or not _is_class(self._target(samples, 0)):
             return None
         dataset = samples.dataset if isinstance(samples, _Samples) else samples
         found = known_labels(dataset, self.columns)
-        return (
-            [int(y) for y in found]
-            if found is not None
-            else [int(y) for _, y in map(samples.__getitem__, range(len(samples)))]
-        )
+        last = len(samples) - 1
+        if found is not None and all(found[i] == self._target(samples, i) for i in (0, last // 2, last)):
+            return [int(y) for y in found]
+        return [int(self._target(samples, i)) for i in range(len(samples))]
+
+    def _target(self, samples: Any, i: int) -> Any:
+        """The target of a sample, as a batch has it."""
+        return self.collate([samples[i]])[1][0] if self.collate else samples[i][1]
 
     def _count(self, labels: list[int] | None) -> int | None:
         """The number of classes; raises ValueError where labels are not 0 … classes − 1."""

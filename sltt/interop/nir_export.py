@@ -26,6 +26,7 @@ from sltt.checks import instance, number
 from sltt.dropout import Dropout
 from sltt.interop.conversion import require
 from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, OnlineRenorm
+from sltt.sequence.modes import evaluating
 from sltt.sequence.state import Stateful, reset
 from sltt.surrogates import Above
 
@@ -68,20 +69,17 @@ class _Export(fx.Interpreter):
         self.edges: list[tuple[str, str]] = []
         self.sources: dict[fx.Node, list[str]] = {}  # the nodes of the graph whose sum is the value
         self.used: set[str] = set()
+        self.layers = {name for name, _ in model.named_modules()}
         self.problems: list[str] = []
         super().__init__(fx.GraphModule(model, _Tracer().trace(model)))
 
     def export(self, x: Tensor) -> nir.NIRGraph:
-        training = {m: m.training for m in self.model.modules()}
-        self.model.eval()
         reset(self.model)
         try:
-            with torch.no_grad():
+            with evaluating(self.model), torch.no_grad():
                 self.run(x)
         finally:
             reset(self.model)
-            for module, mode in training.items():
-                module.training = mode
         if self.problems:
             raise ValueError(f"NIR has no counterpart for {'; '.join(self.problems)}")
         return nir.NIRGraph(self.nodes, self.edges)
@@ -89,11 +87,11 @@ class _Export(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.op == "placeholder":
-            self._add(n, "input", nir.Input({"input": np.array(value.shape[1:])}), [])
+            self._add(n, self._free("input"), nir.Input({"input": np.array(value.shape[1:])}), [])
         elif n.op == "output":
             arg: Any = n.args[0]
             shape = np.array(value.shape[1:])
-            self._add(n, "output", nir.Output({"output": shape}), self.sources[arg])
+            self._add(n, self._free("output"), nir.Output({"output": shape}), self.sources[arg])
         elif n.op == "call_module":
             module = self.fetch_attr(str(n.target))
             (arg,) = n.all_input_nodes
@@ -104,6 +102,12 @@ class _Export(fx.Interpreter):
         else:
             self._operation(n, value)
         return value
+
+    def _free(self, name: str) -> str:
+        """A name that no layer has."""
+        while name in self.layers:
+            name += "_"
+        return name
 
     def _operation(self, n: fx.Node, value: Any) -> None:
         inputs = n.all_input_nodes
@@ -118,7 +122,7 @@ class _Export(fx.Interpreter):
             self.problems.append(f"the operation {n.name}")
 
     def _layer(self, n: fx.Node, module: Any, arg: fx.Node, x: Tensor) -> None:
-        name = str(n.target) if n.op == "call_module" else n.name
+        name = str(n.target) if n.op == "call_module" else self._free(n.name)
         sources = self.sources[arg]
         if isinstance(module, _NOTHING):
             self.sources[n] = sources
@@ -147,7 +151,7 @@ class _Export(fx.Interpreter):
         sources = self.sources[arg]
         self.sources[n] = sources
         before = self.nodes.get(sources[0]) if len(sources) == 1 else None
-        if norm.running_mean is None or len(arg.users) > 1 or not isinstance(before, _NIR_WEIGHTS):
+        if norm.running_mean is None or not isinstance(before, _NIR_WEIGHTS) or not _alone(arg, sources[0]):
             self.problems.append(f"{name} ({type(norm).__name__}), which is not behind a layer with weights of its own")
             return
         gain = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
@@ -213,6 +217,13 @@ class _Export(fx.Interpreter):
             return nir.CubaLIF(metadata=metadata, **values)
         r = 1.0 if neuron.decay_input else tau
         return nir.LIF(tau=full(tau * self.dt), r=full(r), v_leak=full(rest), metadata=metadata, **values)
+
+
+def _alone(node: fx.Node, layer: str) -> bool:
+    """Whether nothing but this node's one reader reads what a layer gives."""
+    while len(node.users) == 1 and node.target != layer:
+        (node,) = node.all_input_nodes
+    return len(node.users) == 1
 
 
 def _array(x: Tensor) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 # pyright: reportMissingImports=false
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ class GraphNetwork(nn.Module):
         if unread := [name for name, reads in self.reads.items() if not reads and name not in kinds[nir.Input]]:
             raise ValueError(f"nothing leads to {unread}: add the edges, or remove these nodes")
         (self.input,), (self.output,) = kinds.values()
-        self.layers = nn.ModuleDict({_key(name): modules[name] for name in self.reads})
+        self.keys = _keys(self.reads)
+        self.layers = nn.ModuleDict({key: modules[name] for name, key in self.keys.items()})
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step x [B, ...]."""
@@ -94,7 +95,7 @@ class GraphNetwork(nn.Module):
         return values[self.output]
 
     def _run(self, name: str, x: Tensor) -> Tensor:
-        return self.layers[_key(name)](x)
+        return self.layers[self.keys[name]](x)
 
     def check(self) -> None:
         """Run the graph once on zeros; raises ValueError naming the node that its input does not fit."""
@@ -108,15 +109,23 @@ class GraphNetwork(nn.Module):
                 fits = all(shape == got[0] for shape in got) and expected in (None, got[0])
                 try:
                     require(fits, f"expected {expected}")
-                    dtype = next((p.dtype for p in self.layers[_key(name)].parameters()), torch.float32)
+                    dtype = next((p.dtype for p in self.layers[self.keys[name]].parameters()), torch.float32)
                     values[name] = self._run(name, sum(values[r].to(dtype) for r in reads))  # type: ignore[arg-type]
                 except (ValueError, RuntimeError) as reason:
                     raise ValueError(f"the input of {name} has shape {got} without the batch: {reason}") from None
         reset(self)
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "_")
+def _keys(names: Iterable[str]) -> dict[str, str]:
+    """For each name of a node, one that a module may have."""
+    keys: dict[str, str] = {}
+    empty = nn.ModuleDict()
+    for name in names:
+        key = name.replace(".", "_")
+        while not key or hasattr(empty, key) or key in keys.values():
+            key += "_"
+        keys[name] = key
+    return keys
 
 
 def _shape(node: Any) -> list[int] | None:

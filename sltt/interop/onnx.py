@@ -39,6 +39,8 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
     instance("x", x, Tensor)
     step = _Step(copy.deepcopy(model).eval(), x)
     names = list(step.first)
+    if taken := {"x", "logits"} & {*names}:
+        raise ValueError(f"the layer of neurons {min(taken)} has a name that the file needs: call it otherwise")
     batch = {0: torch.export.Dim.DYNAMIC}
     with torch.no_grad(), using(compile="off"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself

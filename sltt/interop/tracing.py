@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sltt.interop.activations import QCFS
+from sltt.sequence.modes import evaluating
 from sltt.sequence.state import Stateful, emits_spikes
 
 NEURONS = frozenset({"relu", "relu6", "qcfs"})  # what a neuron stands for
@@ -38,16 +39,14 @@ class Calls:
 
     def __init__(self, ann: nn.Module):
         self.ann = ann
-        training = ann.training
         try:
-            self.graph = _Tracer().trace(ann.eval())
+            with evaluating(ann):
+                self.graph = _Tracer().trace(ann)
         except Exception as error:  # of any kind, since symbols run through the network's own code
             raise ValueError(
                 f"{type(ann).__name__} cannot be traced by torch.fx: {' '.join(str(error).split())}. Write its forward "
                 "without control flow that depends on values, or put sltt's neurons in place of the activations by hand"
             ) from error
-        finally:
-            ann.train(training)
         for node in self.graph.nodes:
             self._restore_norm(node)
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}

@@ -16,6 +16,7 @@ from sltt.interop.activations import QCFS, Balanced, percentiles
 from sltt.interop.tracing import NEURONS, NONLINEAR, Calls, plain
 from sltt.models.base import NeuronFactory, neuron_maker
 from sltt.neurons import IF
+from sltt.sequence.modes import evaluating
 from sltt.sequence.steps import check_input
 
 SAMPLES = 256  # of a data set, to balance thresholds on
@@ -105,18 +106,16 @@ def _percentiles(
                 found[n] = percentiles(result, -1 if calls.of_features(n) else 1, percentile)
             return result
 
-    training = calls.ann.training
-    with torch.no_grad():
+    with evaluating(calls.ann), torch.no_grad():
         images = _images(data) if isinstance(data, Data) else instance("data", data, Tensor, "or a data set")
         check_input(images)
         try:
-            Observer(calls.ann.eval(), graph=calls.graph).run(images)
+            Observer(calls.ann, graph=calls.graph).run(images)
         except RuntimeError as error:
             raise ValueError(
                 f"data {list(images.shape)} does not run through {type(calls.ann).__name__}: expected what the network "
                 f"reads, [B, ...]; {str(error).partition(chr(10))[0]}"
             ) from error
-    calls.ann.train(training)
     return found
 
 

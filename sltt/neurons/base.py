@@ -108,7 +108,7 @@ class Neuron(Stateful):
             raise ValueError(
                 f"{type(self).__name__} has start = {self.start!r}: expected a number, or one for each state ({names})"
             )
-        return start
+        return {name: start[name] for name in self.states}
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `step`."""

@@ -221,7 +221,10 @@ class Rule(Frozen, ABC):
         backward = backward or Tensor.backward
         if self.online and update is None:
             raise ValueError(f"{self} updates the weights at every time step: call it with update=…")
-        with _unrolling(model, sequence, self.hoist, grad=True) as (network, hoisted), watching(loss, model) as of_step:
+        with (
+            _unrolling(model, sequence, self.hoist, grad=True, keep=not self.online) as (network, hoisted),
+            watching(loss, model, network.clock) as of_step,
+        ):
             out = self.run(Batch(network, sequence, target, of_step, backward, update, seed))
             hoisted.finish(backward)
         return Output(sequence.result(out.loss), out.logits)
@@ -285,14 +288,17 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
 
 
 @contextmanager
-def _unrolling(model: nn.Module, sequence: Sequence, hoist: bool, grad: bool) -> Iterator[Any]:
-    """A model for the steps of a sequence, and the results of `sltt.once` in it; errors say more about their cause."""
+def _unrolling(model: nn.Module, sequence: Sequence, hoist: bool, grad: bool, keep: bool = True) -> Iterator[Any]:
+    """A model for the steps of a sequence, and the results of `sltt.once` in it; errors say more about their cause.
+
+    Without `keep`, `sltt.once` computes at every step, whose update needs the gradient.
+    """
     fixed = sequence.x if sequence.static and hoist else None
     with (
         leftovers_noticed(model, sequence.batch),
         explained(model, sequence),
         running(model, sequence) as network,
-        hoisting(model, fixed, grad) as hoisted,
+        hoisting(model, fixed, grad, keep) as hoisted,
     ):
         yield network, hoisted
 

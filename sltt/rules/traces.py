@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
 from sltt._torch import _NormBase
-from sltt.neurons import CubaLIF, IntegrateAndFire, Neuron
+from sltt.neurons import CubaLIF, IntegrateAndFire, Neuron, Recurrent
 from sltt.sequence.replace import replaced
 from sltt.sequence.spikes import spiking_layers
 from sltt.sequence.state import kind_of, map_tensors
@@ -45,7 +45,9 @@ def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator[Call
     """
     neurons = _neurons(model)
     _check_weights(model, neurons)
-    traces = _Traces({m: _decay_of(m, name, decay) for m, name in neurons.items()}, inputs)
+    recurrent = [m for m in model.modules() if isinstance(m, Recurrent)]
+    own = {layer: m.neuron for m in recurrent for layer in m.layer.modules()}
+    traces = _Traces({m: _decay_of(m, name, decay) for m, name in neurons.items()}, inputs, own)
     layers: dict[nn.Module, Callable[..., Any]] = {
         m: _forward_of(m, traces) for m in model.modules() if isinstance(m, _WEIGHTS | _NORMS)
     }
@@ -162,9 +164,10 @@ class _Trace:
 class _Traces:
     """The traces of a sequence, by layer and by the number of its use in a time step."""
 
-    def __init__(self, decays: dict[nn.Module, Callable[[], Decays]], inputs: bool):
+    def __init__(self, decays: dict[nn.Module, Callable[[], Decays]], inputs: bool, own: dict[nn.Module, nn.Module]):
         self.decays = decays
         self.inputs = inputs
+        self.own = own  # of a recurrent layer, the neurons whose spikes it reads
         self.traces: dict[tuple[nn.Module, int], _Trace] = {}
         self.through_decay: dict[nn.Module, Tensor] = {}  # ∂v/∂λ of neurons with a learnable λ
         self.started: dict[Any, _Trace] = {}  # those of this time step, by the graph's node of the layer's output
@@ -183,18 +186,23 @@ class _Traces:
     def wants(self, layer: nn.Module) -> bool:
         """Whether a layer that runs now is to have a trace."""
         learns = any(p.ndim > 1 and p.requires_grad for p in layer.parameters())
-        return learns and torch.is_grad_enabled() and (self.inputs or self.last is not None)
+        return learns and torch.is_grad_enabled() and (self.inputs or self._source(layer) is not None)
+
+    def _source(self, layer: nn.Module) -> nn.Module | None:
+        """The neurons whose spikes a layer that runs now reads; None before the first of a time step."""
+        return self.own.get(layer, self.last)
 
     def read(self, layer: nn.Module, x: Tensor | None) -> _Trace | None:
         """The trace of this use of a layer, which reads x, one time step on; None for a layer without one."""
-        if not self.inputs and self.last is None:
+        source = self._source(layer)
+        if not self.inputs and source is None:
             return None
         key = layer, self.uses[layer]
         self.uses[layer] += 1
         if (trace := self.traces.get(key)) is None:
             trace = self.traces[key] = _Trace(x)
-            if not self.inputs and self.last is not None:
-                trace.decays.append(self.decays[self.last])
+            if not self.inputs and source is not None:
+                trace.decays.append(self.decays[source])
         elif trace.decays:
             trace.step(x)
         else:

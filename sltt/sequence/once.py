@@ -39,12 +39,12 @@ def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def hoisting(model: nn.Module, x: Tensor | None, grad: bool) -> "Iterator[Hoisted]":
+def hoisting(model: nn.Module, x: Tensor | None, grad: bool, keep: bool = True) -> "Iterator[Hoisted]":
     """Inside this block, a sequence of `model`, `once` keeps its results. For the other arguments see `Hoisted`.
 
     Not of a model whose weights are sharded: those that a graph was made with are gone when its backward comes.
     """
-    hoisted = Hoisted(x, grad, keep=not _is_sharded(model))
+    hoisted = Hoisted(x, grad, keep and not _is_sharded(model))
     token = _current.set(hoisted)
     try:
         yield hoisted

@@ -20,6 +20,7 @@ from sltt._torch import _current_graph_task_id, is_compiled
 from sltt.checks import instance, whole_number
 from sltt.sequence.fold import ONE_STEP, Clock, Fold, clock_of, clocked
 from sltt.sequence.hooks import hooked
+from sltt.sequence.modes import evaluating
 from sltt.sequence.spikes import spiking_layers
 from sltt.sequence.state import Stateful, check_steps, detach_module, reset, state_names, state_tensors
 
@@ -170,15 +171,8 @@ def _check_compiled(network: Network, x: Tensor) -> None:
 
     In evaluation mode, which changes no statistics and draws no random numbers.
     """
-    modes = [(module, module.training) for module in network.model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            network(x)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(network.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        network(x)
     reset(network.model)
 
 

@@ -91,10 +91,27 @@ class _Seeded(Dataset[Any]):
         state = torch.default_generator.get_state()
         torch.default_generator.manual_seed(seed)
         try:
-            x, y = self.data[index]
-            return (x if self.crop is None else random_crop(x, self.crop)), y
+            sample = self.data[index]
+            return sample if self.crop is None else (random_crop(sample[0], self.crop), *sample[1:])
         finally:
             torch.default_generator.set_state(state)
+
+
+class Repeatable(Dataset[Any]):
+    """A data set whose samples draw the same random numbers each time.
+
+    Args:
+        data: with a length.
+    """
+
+    def __init__(self, data: Dataset[Any]):
+        self.seeded = _Seeded(data)
+
+    def __len__(self) -> int:
+        return len(self.seeded.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.seeded[index, index]
 
 
 def random_crop(x: Tensor, size: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from sltt.analysis import synaptic_operations
 from sltt.data import Data, Splits
 from sltt.metrics import shown
+from sltt.sequence.modes import evaluating
 from sltt.training.console import metric_of
 from sltt.training.files import write_atomically
 from sltt.training.session import Session
@@ -60,13 +61,11 @@ def _energy(here: Session, model: nn.Module, splits: Splits, steps: int) -> str:
     """An estimate for the inference of one training sample, as `sltt profile` makes it."""
     if here.processes.count > 1:
         return "not estimated by several processes: sltt profile"
-    training = model.training
     try:
         x, _ = here.batch(*splits.collate([splits.train[0]]))
-        layers = synaptic_operations(model.eval(), x, steps=steps if splits.static else None)
+        with evaluating(model):
+            layers = synaptic_operations(model, x, steps=steps if splits.static else None)
     except Exception as error:  # the training is done, and not lost for a layer that cannot be counted
         return f"not estimated: {error}"
-    finally:
-        model.train(training)
     spiking, ann = (sum(getattr(one, key) for one in layers) / 1e6 for key in ("picojoules", "picojoules_as_ann"))
     return f"{spiking:.3g} µJ for one sample, estimated; {ann:.3g} µJ for the same network as an ANN"

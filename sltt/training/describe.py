@@ -69,10 +69,16 @@ def describe(value: Any) -> Any:
     if isinstance(value, type) or inspect.isroutine(value):
         return {"class_path": _path(value)}
     if is_dataclass(value):
-        values = {field.name: describe(getattr(value, field.name)) for field in fields(value)}
-        return {key: one for key, one in values.items() if one is not None}
-    arguments = {name: describe(_kept_argument(value, one)) for name, one in arguments_of(type(value)).items()}
-    return {"class_path": _path(type(value)), "init_args": {k: v for k, v in arguments.items() if v is not None}}
+        return _without_defaults({one.name: (describe(getattr(value, one.name)), one.default) for one in fields(value)})
+    arguments = {
+        name: (describe(_kept_argument(value, one)), one.default) for name, one in arguments_of(type(value)).items()
+    }
+    return {"class_path": _path(type(value)), "init_args": _without_defaults(arguments)}
+
+
+def _without_defaults(given: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """The values of (value, default), without those that are None by default."""
+    return {name: value for name, (value, default) in given.items() if value is not None or default is not None}
 
 
 def _kept_argument(value: Any, parameter: inspect.Parameter) -> Any:

@@ -20,8 +20,9 @@ from sltt.metrics import Accuracy, Metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
 from sltt.rules.base import sequence_loss
+from sltt.sequence.modes import evaluating
 from sltt.sequence.padding import lengths_of, target_of
-from sltt.training.batches import ending, share, whole_epoch
+from sltt.training.batches import Repeatable, ending, share, whole_epoch
 from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
 from sltt.training.session import Session, session
@@ -55,7 +56,7 @@ def evaluate(
     Other arguments are those of `fit`.
 
     Args:
-        split: which samples.
+        split: which samples; those of the training without augmentation, where the data has them so.
         mirror: take the mean logits of each image and of its mirror image, left to right (as in Krizhevsky et al.
             2012), in twice the time.
 
@@ -95,6 +96,8 @@ def measure_split(
         raise ValueError(f"there are no {split} samples: {cause}")
     if not len(dataset):
         raise ValueError(f"there are no {split} samples: expected one or more")
+    if split == "train":
+        dataset = Repeatable(dataset) if splits.plain is None else splits.plain
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
     with ending(loader):
@@ -126,23 +129,18 @@ def measure(
     batches: Any = loader.batch_sampler
     state = Progress()
     began = time.monotonic()
-    training = net.training
-    net.eval()
-    try:
-        with firing_rates(net.module) as firing, torch.no_grad():
-            for x, y in whole_epoch(loader):
-                check_length(x, y, splits, steps)
-                x, y = here.batch(x, y)
-                size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
-                _, count = share(size, processes.rank, processes.count)
-                views = [x, _mirrored(x, splits.static)] if mirror else [x]
-                run = partial(_logits, net, views, steps if splits.static else None)
-                with counting(firing, count):
-                    logits = memory(run, len(x)) if memory else run()
-                score = float(metric(predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y)))
-                state.count(sequence_loss(loss, logits, y), score, count)
-    finally:
-        net.train(training)
+    with evaluating(net), firing_rates(net.module) as firing, torch.no_grad():
+        for x, y in whole_epoch(loader):
+            check_length(x, y, splits, steps)
+            x, y = here.batch(x, y)
+            size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
+            _, count = share(size, processes.rank, processes.count)
+            views = [x, _mirrored(x, splits.static)] if mirror else [x]
+            run = partial(_logits, net, views, steps if splits.static else None)
+            with counting(firing, count):
+                logits = memory(run, len(x)) if memory else run()
+            score = float(metric(predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y)))
+            state.count(sequence_loss(loss, logits, y), score, count)
     state.firing = firing.state_dict()
     return state.metrics(name_of(metric), processes, time.monotonic() - began, memory.peak if memory else None)
 

@@ -195,10 +195,10 @@ def resume_run(
     with here.held(folder):
         checkpoint = here.processes.first(lambda: _last_checkpoint(folder, config))
         settings = config or (checkpoint["config"] if checkpoint else {})
-        loop = _loop(here, model, data, splits, training, folder, settings, report)
         if checkpoint is None:
             start_from(model, training.weights)
-        else:
+        loop = _loop(here, model, data, splits, training, folder, settings, report)
+        if checkpoint is not None:
             loop.state = loop.checkpoints.restore(checkpoint)
         if settings and here.processes.rank == 0:
             write_config(folder, settings)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sltt.checks import choice, instance
 from sltt.losses import Prediction, predicted
 from sltt.rules import unroll
+from sltt.sequence.modes import evaluating
 from sltt.sequence.padding import check_lengths
 from sltt.training.average import chosen
 from sltt.training.checkpoints import load_checkpoint, load_weights
@@ -115,9 +116,5 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
                 "batch comes first in it, give x.transpose(0, 1)", list(x.shape), *x.shape[:2], known.steps
             )  # fmt: skip
     weights = next(model.parameters(), x)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return predicted(by, unroll(model, x.to(weights.device), steps=steps), lengths)
-    finally:
-        model.train(training)

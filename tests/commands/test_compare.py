@@ -213,6 +213,12 @@ def test_a_wrong_value_ends_it_before_a_training_begins(words, message, capsys, 
     assert not list(tmp_path.iterdir())
 
 
+def test_runs_of_different_values_have_different_folders():
+    labels = [f"SLTT, lr={value}" for value in ("-0.5", "0.5", "1e-3", "1e+3", "-.5")]
+    assert len({compare._file_name(label) for label in labels}) == len(labels)
+    assert compare._file_name("SLTT:k=1, model.neuron.tau=2") == "SLTT-k-1-model.neuron.tau-2"
+
+
 def test_commas_within_brackets_are_no_separators():
     assert vary.values("phases=[{epochs: 1, steps: 2}],null") == ("phases", ["[{epochs: 1, steps: 2}]", "null"])
 

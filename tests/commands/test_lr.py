@@ -23,3 +23,14 @@ def test_a_wrong_range_is_refused(here, capsys):
     code, _, err = run(capsys, "lr", "digits", *TINY, "--smallest", "2")
     assert code == 1
     assert "largest must be greater than 2" in err
+
+
+def test_a_learning_rate_that_no_phase_takes_is_refused(here, capsys):
+    phases = ["--phases", "[{epochs: 1, lr: 0.01}, {epochs: 1, lr: 0.001}]", "--epochs", "2"]
+    code, _, err = run(capsys, "lr", "digits", *TINY, *phases)
+    assert code == 1
+    assert "every phase has a learning rate of its own" in err
+    for option in (["--optimizer.lr", "0.5"], ["--optimizer.init_args.lr=0.5"]):
+        code, _, err = run(capsys, "train", "digits", *TINY, *phases, *option)
+        assert code == 2
+        assert "so --optimizer.lr changes nothing: set lr in --phases" in err

@@ -165,6 +165,15 @@ def test_an_integer_spike_counts_as_so_many_spikes():
     assert layer.synaptic_operations == pytest.approx(float(spikes.sum()) / 7 * 3)
 
 
+def test_recurrent_weights_read_spikes_in_the_first_layer_too():
+    torch.manual_seed(0)
+    recurrent = sltt.Recurrent(sltt.LIF(tau=5.0), nn.Linear(6, 6))
+    layers = {
+        one.name: one for one in synaptic_operations(nn.Sequential(nn.Linear(4, 6), recurrent), torch.rand(5, 3, 4))
+    }
+    assert {name: one.spiking for name, one in layers.items()} == {"0": False, "1.layer": True}
+
+
 def test_the_peak_model_is_exact_where_the_peak_is_linear():
     peak = fit_peak(lambda batch, steps: 1000 + 7 * batch + 11 * steps + 3 * batch * steps, (4, 8), (2, 6))
     assert peak.peak(100, 50) == 1000 + 700 + 550 + 15000

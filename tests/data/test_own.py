@@ -214,3 +214,38 @@ def test_samples_that_require_a_gradient_give_batches_that_do_not():
     leaf = torch.rand(4, 6, requires_grad=True)
     splits = from_datasets(TensorDataset(leaf, torch.arange(4) % 2), static=True).splits(4)
     assert not splits.collate([splits.train[0], splits.train[1]])[0].requires_grad
+
+
+@pytest.mark.parametrize("kind", ["triples", "dictionaries"])
+def test_loaders_of_samples_in_a_form_of_their_own(kind, tmp_path):
+    class Samples(Dataset):
+        def __len__(self):
+            return 16
+
+        def __getitem__(self, i):
+            x, y = torch.full((4,), i / 16), i % 3
+            return (x, y, f"file {i}") if kind == "triples" else {"image": x, "label": y}
+
+    def collate(samples):
+        pairs = [s[:2] if kind == "triples" else (s["image"], s["label"]) for s in samples]
+        return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+
+    loaders = (DataLoader(Samples(), 8, collate_fn=collate),)
+    assert as_data(loaders, 8).splits(2).classes == 3
+    run = {"device": "cpu", "run": tmp_path / "run"}
+    result = sltt.fit(network(), loaders, steps=2, epochs=1, batch_size=8, **run)
+    assert result.history[0]["train_loss"] > 0
+
+
+@pytest.mark.parametrize(("change", "classes"), [(lambda y: y - 1, 3), (lambda y: y % 2, 2)])
+def test_labels_count_as_the_samples_have_them(change, classes):
+    class Samples(Dataset):
+        targets = (1, 2, 3, 1, 2, 3)
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            return torch.rand(4), change(self.targets[i])
+
+    assert from_datasets(Samples(), static=True).splits(1).classes == classes

@@ -125,6 +125,51 @@ def test_neurons_without_a_counterpart_are_named(neuron):
         to_nir(nn.Sequential(nn.Linear(6, 8), neuron), torch.randn(2, 6))
 
 
+@pytest.mark.parametrize("names", [("fc", "output"), ("input", "fc"), ("keys", "values"), ("fc_1", "fc1")])
+def test_layers_of_any_name_are_in_the_graph(names):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            first, last = (nn.Linear(6, 8), nn.Linear(8, 3))
+            self.order = nn.ModuleDict()
+            self.add_module(names[0], first)
+            self.neuron = sltt.LIF(tau=2.0, v_threshold=0.3)
+            self.add_module(names[1], last)
+
+        def forward(self, x):
+            return getattr(self, names[1])(self.neuron(getattr(self, names[0])(x)))
+
+    model, x = Named().double(), torch.randn(5, 4, 6, dtype=torch.float64)
+    graph = to_nir(model, x[0])
+    assert len(graph.nodes) == 5
+    torch.testing.assert_close(sltt.unroll(from_nir(graph).double(), x), sltt.unroll(model, x))
+
+
+def test_names_that_differ_in_a_dot_are_two_layers():
+    def weights(value):
+        return nir.Linear(np.full((3, 3), value))
+
+    ends = {"input": nir.Input({"input": np.array([3])}), "output": nir.Output({"output": np.array([3])})}
+    edges = [("input", "fc.1"), ("fc.1", "fc_1"), ("fc_1", "output")]
+    graph = nir.NIRGraph({**ends, "fc.1": weights(1.0), "fc_1": weights(10.0)}, edges)
+    assert from_nir(graph)(torch.ones(1, 3).double()).tolist() == [[90.0] * 3]
+
+
+def test_a_normalisation_is_not_folded_into_weights_that_others_read():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.dropout, self.norm = nn.Linear(6, 8), sltt.Dropout(0.2), nn.BatchNorm1d(8)
+            self.plain, self.normal = sltt.LIF(), sltt.LIF()
+
+        def forward(self, x):
+            y = self.fc(x)
+            return self.plain(y) + self.normal(self.norm(self.dropout(y)))
+
+    with pytest.raises(ValueError, match=r"norm \(BatchNorm1d\), which is not behind a layer with weights of its own"):
+        to_nir(Shared(), torch.randn(4, 6))
+
+
 def test_all_that_nir_has_not_is_named_at_once():
     message = (
         r"NIR has no counterpart for norm \(BatchNorm2d\), which is not behind a layer.*; pool \(MaxPool2d\); "

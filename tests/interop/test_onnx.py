@@ -10,6 +10,20 @@ pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript"
 runtime = pytest.importorskip("onnxruntime", reason="the exported network runs in ONNX Runtime")
 
 
+class Ordered(sltt.Neuron):
+    """First states in another order than that of its states."""
+
+    states = ("v", "a")
+    start = {"a": 0.9, "v": -0.9}  # noqa: RUF012
+    surrogate = sltt.surrogates.Triangle()
+
+    @staticmethod
+    def step(x, v, a, *, surrogate):
+        u = 0.5 * v + x
+        s = surrogate(u - a)
+        return s, u - s, 0.9 * a
+
+
 def networks():
     torch.manual_seed(0)
     neurons = {
@@ -20,6 +34,8 @@ def networks():
     for name, neuron in neurons.items():
         layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), neuron, sltt.Dropout(0.3), nn.Linear(8, 3)]
         yield pytest.param(nn.Sequential(*layers), (5, 4, 6), id=name)
+    layers = [nn.Linear(6, 8), Ordered(), nn.Linear(8, 3)]
+    yield pytest.param(nn.Sequential(*layers), (5, 4, 6), id="first states in another order")
     recurrent = sltt.Recurrent(sltt.CubaLIF(tau=3.0), nn.Linear(8, 8))
     yield pytest.param(nn.Sequential(nn.Linear(6, 8), recurrent, nn.Linear(8, 3)), (5, 4, 6), id="Recurrent")
     yield pytest.param(sltt.models.DigitsNet(width=4), (3, 2, 1, 8, 8), id="DigitsNet")
@@ -44,6 +60,15 @@ def test_steps_in_onnx_runtime_are_those_of_the_network(model, shape, tmp_path):
         logits, *after = session.run(None, {"x": frame.numpy(), **states})
         torch.testing.assert_close(torch.from_numpy(logits), expected[t], rtol=1e-4, atol=1e-5)
         states = dict(zip(first, after, strict=True))
+
+
+@pytest.mark.parametrize("name", ["x", "logits"])
+def test_layers_of_neurons_with_a_name_of_the_file_are_refused(name, tmp_path):
+    model = nn.Sequential()
+    model.add_module("fc", nn.Linear(3, 4))
+    model.add_module(name, sltt.LIF())
+    with pytest.raises(ValueError, match=f"the layer of neurons {name} has a name that the file needs"):
+        to_onnx(model, torch.randn(2, 3), tmp_path / "a.onnx")
 
 
 def test_states_that_it_does_not_know_are_named(tmp_path):

@@ -75,6 +75,23 @@ def test_an_update_at_every_step():
         sltt.OTTT(online=True)(model, x, y, LOSS)
 
 
+def test_an_update_at_every_step_reaches_weights_that_are_computed_once_a_sequence():
+    class Centred(nn.Linear):
+        def centred(self):
+            return self.weight - self.weight.mean(1, keepdim=True)
+
+        def forward(self, x):
+            return nn.functional.linear(x, sltt.once(self.centred), self.bias)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Centred(6, 8), sltt.LIF(tau=2.0, v_threshold=0.3), nn.Linear(8, 3)).double()
+    before = model[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = batch()
+    sltt.OTTT(online=True)(model, x, y, LOSS, update=lambda: (optimizer.step(), optimizer.zero_grad()))
+    assert (model[0].weight - before).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_without_a_trace_or_with_one_step_it_is_sltt(neuron, norm):
     model = small_network(neuron, norm=norm)
@@ -246,6 +263,22 @@ def test_recurrent_weights_trace_the_spikes_that_they_read():
         sltt.detach(recurrent)
     sltt.OTTT()(model, 3 * x, y, LOSS)
     torch.testing.assert_close(model[1].again.weight.grad, expected)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_without_inputs_recurrent_weights_have_the_trace_of_their_own_neurons(deep):
+    torch.manual_seed(0)
+    first = [nn.Linear(6, 6), sltt.LIF(tau=1.5, v_threshold=0.3)] if deep else []
+    recurrent = sltt.Recurrent(sltt.LIF(tau=10.0, v_threshold=0.4), nn.Linear(6, 6, bias=False))
+    model = nn.Sequential(*first, nn.Linear(6, 6), recurrent, nn.Linear(6, 3)).double()
+    x, y = batch(steps=6)
+    weights = []
+    for rule in (sltt.OTTT(), sltt.OTTT(inputs=False)):
+        model.zero_grad()
+        rule(model, 3 * x, y, LOSS)
+        weights.append(recurrent.layer.weight.grad)
+    assert weights[0].norm() > 0
+    torch.testing.assert_close(weights[1], weights[0])
 
 
 def test_standardised_weights():

@@ -74,6 +74,15 @@ def test_an_average_resumes_exactly(batch, tmp_path):
         assert equal(averaged(tmp_path / "part" / file), averaged(tmp_path / "whole" / file))
 
 
+def test_a_run_without_a_checkpoint_averages_from_the_weights_that_it_was_to_start_from(tmp_path):
+    train(tmp_path / "first", ema=DECAY)
+    model, _ = train(tmp_path / "whole", ema=DECAY, weights=str(tmp_path / "first"))
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "config.yaml").write_bytes((tmp_path / "whole" / "config.yaml").read_bytes())
+    resumed, _ = train(tmp_path / "part", ema=DECAY, weights=str(tmp_path / "first"), resume=True)
+    assert equal(resumed.state_dict(), model.state_dict())
+
+
 def test_the_statistics_fit_the_averaged_weights():
     """Their error is far below the spread, where statistics of the first weights would be off by that much."""
     torch.manual_seed(0)

@@ -41,3 +41,41 @@ def test_mirrored_evaluation_takes_the_mean_logits_of_each_image_and_of_its_mirr
 def test_samples_that_are_no_images_have_no_mirror_image(static):
     with pytest.raises(ValueError, match="mirror=True needs images"):
         sltt.evaluate(network(), Blobs(static=static), device="cpu", mirror=True)
+
+
+class Noisy(Data):
+    """Training samples that draw random numbers, with or without the plain ones."""
+
+    def __init__(self, plain):
+        super().__init__(validation=0)
+        self.plain = plain
+
+    def load(self, steps):
+        class Samples(list):
+            def __getitem__(self, index):
+                x, y = super().__getitem__(index)
+                return x + torch.randn(8), y
+
+        samples = [(torch.full((8,), i / 12), i % 3) for i in range(12)]
+        return Splits(Samples(samples), None, samples, True, 3, "noisy", plain=samples if self.plain else None)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_training_samples_are_measured_alike_each_time(plain):
+    model = nn.Sequential(nn.Linear(8, 8), sltt.LIF(), nn.Linear(8, 3))
+    state = torch.get_rng_state()
+    first, second = (sltt.evaluate(model, Noisy(plain), "train", device="cpu") for _ in range(2))
+    assert first.loss == second.loss
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (first.loss == sltt.evaluate(model, Noisy(plain), "test", device="cpu").loss) == plain
+
+
+@pytest.mark.parametrize("measure", ["evaluate", "predict"])
+def test_frozen_modules_stay_in_evaluation_mode(measure):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), sltt.LIF(), nn.Linear(8, 3)).train()
+    model[1].eval()
+    if measure == "evaluate":
+        sltt.evaluate(model, Noisy(True), device="cpu")
+    else:
+        sltt.predict(model, torch.rand(5, 8), steps=2)
+    assert [module.training for module in model] == [True, False, True, True]

@@ -166,6 +166,16 @@ def test_a_described_object_is_made_again(value):
     assert describe(make(described)) == described
 
 
+class Limited(sltt.metrics.Accuracy):
+    def __init__(self, limit=0.5, other=None):
+        self.limit, self.other = limit, other
+
+
+def test_none_is_kept_where_it_is_not_the_default():
+    assert describe(Limited(None))["init_args"] == {"limit": None}
+    assert describe(Limited(other=1))["init_args"] == {"limit": 0.5, "other": 1}
+
+
 class Harm:
     def __reduce__(self):
         return os.system, ("exit 3",)
