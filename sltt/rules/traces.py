@@ -131,9 +131,11 @@ class _Trace:
         value: the trace of the layer's input, in float32 at least; None for a layer without a trace.
         charge: x̃, behind neurons with a synaptic current.
         decays: give λ and α of each layer of neurons that the layer feeds. Their means are taken.
+        first: the layer has read one time step, which is all of its trace.
     """
 
     def __init__(self, x: Tensor | None):
+        self.first = True
         self.ones: Decay = 1.0
         self.charge_of_ones = 1.0
         self.charge: Tensor | None = None
@@ -143,6 +145,7 @@ class _Trace:
     def step(self, x: Tensor | None) -> None:
         """Go one time step on, in which the layer reads x."""
         decay, synaptic = (sum(values) / len(self.decays) for values in zip(*(d() for d in self.decays), strict=True))
+        self.first = False
         self.charge_of_ones = synaptic * self.charge_of_ones + 1
         self.ones = decay * self.ones + self.charge_of_ones
         if x is not None and self.value is not None:
@@ -290,7 +293,7 @@ class _Operations(TorchFunctionMode):
         if bias is not None and self.traces.inputs:
             bias = _Scaled.apply(bias, trace.ones)  # type: ignore[assignment]
         function = _FUNCTIONS[func](func, *settings)
-        if trace.value is None:  # the bias learns alone
+        if trace.value is None or trace.first:  # the bias learns alone, or what is read is the trace, and may be spikes
             y: Tensor = function.forward(x, weight, bias)
         else:
             y = _Traced.apply(x, trace.value, weight, bias, function)  # type: ignore[assignment]
