@@ -37,7 +37,7 @@ SHOTS = "--base 6 --way 1 --shot 5"
 COMMANDS = {
     "fscil-digits": f"fscil fscil-digits {SHOTS}",
     "fscil-nmnist": f"fscil nmnist {SHOTS} --data.root {{data}}/nmnist --model.classes 6",
-    "fscil-cifar10": f"fscil {CIFAR10} {SHOTS} --model.classes 6 --epochs 4",
+    "fscil-cifar10": f"fscil {CIFAR10} {SHOTS} --model.classes 6 --epochs 2",
     "accuracy-digits": "compare digits --epochs 6 --seeds 20 --rules BPTT,SLTT",
     "training-cifar10": f"compare {CIFAR10} --epochs 2 --seeds 3 --rules BPTT,SLTT,SLTT:k=1",
     "cifar10-stage-1": f"compare {CIFAR10} --steps 1 --epochs 4 --seeds 3 --rules SLTT",
