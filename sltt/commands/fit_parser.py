@@ -66,11 +66,16 @@ def make_parser(prog: str, unread: Sequence[str] = ()) -> "ArgumentParser":
             return text
 
     class Parser(ArgumentParser):
-        """Reads files as UTF-8, whatever the locale."""
+        """Reads files as UTF-8, whatever the locale, and leaves out their settings `without`."""
+
+        without: Sequence[str] = ()
 
         def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> "Namespace":
             with Path_fr(path).relative_path_context():  # pyright: ignore[reportCallIssue]
                 text = Path(Path(path).name).read_text(encoding="utf-8")
+                if self.without:
+                    values = {name: value for name, value in yamltext.load(text).items() if name not in self.without}
+                    text = yaml.safe_dump(values, sort_keys=False)
                 return self.parse_string(text, Path(path).name, *args, **kwargs)
 
     parser = Parser(

@@ -155,17 +155,25 @@ class Recipe:
         return yaml.safe_load(self._parser.dump(self._parse(more, rule)))
 
     def _parse(self, more: Sequence[str], rule: str | None) -> "Namespace":
-        asked = rule_options(rule) if rule else []
-        config = parse(self._parser, self.source, [*self.overrides, *asked, *more])
-        for phase in config.phases or () if rule else ():
-            phase.rule = None
+        words = [*self.overrides, *more]
+        if rule is None:
+            config = parse(self._parser, self.source, words)
+        else:
+            kind, name, *settings = rule_options(rule)
+            # without the recipe's rule, whose arguments one of the same class would keep
+            config = parse(self._parser, self.source, [kind, name, *words, *settings], without=["rule"])
+            for phase in config.phases or ():
+                phase.rule = None
         config.pop("run")
         config.pop("resume")
         return config
 
 
-def parse(parser: "ArgumentParser", source: Path, words: Sequence[str]) -> "Namespace":
-    """The configuration in `source` with the options in `words` over it; raises UsageError with the nearest name."""
+def parse(parser: Any, source: Path, words: Sequence[str], without: Sequence[str] = ()) -> "Namespace":
+    """The configuration in `source`, `without` some settings, and with the options in `words` over it.
+
+    Raises UsageError with the nearest name.
+    """
     values = _read(source)
     for word in (word.split("=", 1)[-1] if word.startswith("--") else word for word in words):
         if word.startswith(("{", "[", "&")):
@@ -173,6 +181,7 @@ def parse(parser: "ArgumentParser", source: Path, words: Sequence[str]) -> "Name
                 yamltext.check(word)
             except yaml.YAMLError as error:
                 raise _not_yaml(word, error) from None
+    parser.without = without
     try:
         if {"-h", "--help"} & set(words):
             parser.set_defaults(values)  # so that the help shows the recipe's values

@@ -1,6 +1,7 @@
 import json
 import math
 import types
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -132,6 +133,17 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
 
 def _channels_last(x):
     return x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"), [("SLTT", []), ("SLTT:k=2", []), ("BPTT", []), ("SLTT", ["--rule.hoist", "true"])]
+)
+def test_a_rule_has_no_settings_of_the_recipes_rule(rule, options):
+    recipe = Recipe("sltt compare", "cifar10-small", options)
+    assert repr(recipe.build().rule) == "SLTT(k=1, rescale=True, hoist=True)"
+    expected = {"SLTT": sltt.SLTT, "SLTT:k=2": partial(sltt.SLTT, k=2), "BPTT": sltt.BPTT}[rule](hoist=bool(options))
+    assert repr(recipe.build(rule=rule).rule) == repr(expected)
+    assert recipe.resolved(rule=rule)["rule"]["init_args"].get("k") == (2 if rule == "SLTT:k=2" else None)
 
 
 def test_a_wrong_rule_ends_it_before_another_trains(capsys, tmp_path, monkeypatch):
