@@ -60,7 +60,7 @@ def test_imagenet_is_its_two_stages():
     )
     assert [phase["epochs"] for phase in whole["phases"]] == [stage["epochs"] for stage in stages]
     assert [phase["steps"] for phase in whole["phases"]] == [stage["steps"] for stage in stages]
-    rates = [phase["lr"] or whole["optimizer"]["init_args"]["lr"] for phase in whole["phases"]]
+    rates = [phase.get("lr") or whole["optimizer"]["init_args"]["lr"] for phase in whole["phases"]]
     assert rates == [stage["optimizer"]["init_args"]["lr"] for stage in stages]
     assert whole["model"] == stages[0]["model"] == stages[1]["model"]
 
