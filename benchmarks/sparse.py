@@ -1,10 +1,11 @@
-"""Layers on spikes: milliseconds of the dense layer (oneDNN) and of the sparse one, forward and weight gradient.
+"""Layers on spikes: milliseconds of the dense layer and of the sparse one, forward and weight gradient.
 
     python benchmarks/sparse.py [--batch 32] [--threads 1] [--repeats 15] [--dtypes float32 bfloat16]
 
 Dense and sparse runs alternate; a figure is the median, with the fastest in brackets. With one thread the time is the
 thread's processor time, which other processes hardly disturb. Results are compared before they are timed.
-`even` is the density up to which the sparse layer is taken.
+`dense` is that of oneDNN. `dense, ours` is the weight gradient that layers take where they run dense. `even` is the density
+up to which the sparse layer is taken.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch.ops import aten  # pyright: ignore[reportMissingImports]
 
 from sltt.kernels import costs, native, sparse
 from sltt.kernels.bits import pack
+from sltt.kernels.layers import convolution_gradients
 
 LAYERS = {  # name: channels, pixels a side, outputs, kernel, stride
     "64→64, 32×32": (64, 32, 64, 3, 1),
@@ -36,7 +38,7 @@ Run = Callable[[], Tensor]
 
 
 def runs_of(name: str, batch: int, dtype: torch.dtype) -> tuple[sparse.Layer, list[Run], list[Run]]:
-    """The layer, and its runs forward and for the weight gradient: dense first, then for each density."""
+    """The layer, and its runs forward and for the weight gradient: dense, then for each density; ours dense at last."""
     channels, side, outputs, kernel, stride = LAYERS[name]
     pad, axes, one, none = kernel // 2, [stride] * 2, [1, 1], [0, 0]
     weight = channels_last(torch.randn(outputs, channels, kernel, kernel) / 8, dtype)
@@ -53,10 +55,13 @@ def runs_of(name: str, batch: int, dtype: torch.dtype) -> tuple[sparse.Layer, li
     forward += [lambda b=b: sparse.forward(layer, b, packed, None, dtype) for b in bits]
     backward: list[Run] = [dense_gradient]
     backward += [lambda b=b: sparse.weight_gradient(layer, b, grad)[0] for b in bits]
+    ours = [False, True, False]
+    backward.append(lambda: convolution_gradients(grad, inputs[2], weight, (axes, [pad] * 2, one), 1, ours)[1])  # type: ignore[arg-type,return-value]
     for run in (forward, backward):  # at the third density
         expected = run[0]()
-        error = (run[3]() - expected).abs().max() / expected.abs().max()
-        assert error < (1e-5 if dtype == torch.float32 else 2e-2), f"{name}: {error:.1e}"
+        for other in {3, len(run) - 1} if run is backward else {3}:
+            error = (run[other]() - expected).abs().max() / expected.abs().max()
+            assert error < (1e-5 if dtype == torch.float32 else 2e-2), f"{name}: {error:.1e}"
     return layer, forward, backward
 
 
@@ -91,14 +96,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
-        table = Table("layer", "pass", "dense", *(f"at {d}" for d in DENSITIES), "even", title=f"milliseconds, {name}")
+        columns = "layer", "pass", "dense", *(f"at {d}" for d in DENSITIES), "dense, ours", "even"
+        table = Table(*columns, title=f"milliseconds, {name}")
         for case in LAYERS:
             layer, forward, backward = runs_of(case, arguments.batch, dtype)
             even = costs.break_even(layer, dtype)
             with torch.no_grad():
-                table.add_row(case, "forward", *milliseconds(forward, arguments.repeats), f"{even[0]:.2f}")
+                table.add_row(case, "forward", *milliseconds(forward, arguments.repeats), "", f"{even[0]:.2f}")
                 table.add_row("", "weight gradient", *milliseconds(backward, arguments.repeats), f"{even[1]:.2f}")
-        Console(width=140).print(table)
+        Console(width=160).print(table)
 
 
 if __name__ == "__main__":
