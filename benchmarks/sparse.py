@@ -4,8 +4,8 @@
 
 Dense and sparse runs alternate; a figure is the median, with the fastest in brackets. With one thread the time is the
 thread's processor time, which other processes hardly disturb. Results are compared before they are timed.
-`dense` is that of oneDNN. `dense, ours` is the weight gradient that layers take where they run dense. `even` is the density
-up to which the sparse layer is taken.
+`dense` is that of oneDNN. `dense, ours` is the weight gradient that layers take where they run dense. `even` is the
+density up to which the sparse layer is taken.
 """
 
 import argparse
