@@ -176,7 +176,7 @@ def batch_memory(
     @functools.cache
     def memory(rule: Rule) -> int:
         with _fork(x):
-            return peak_memory(lambda: rule(twin, x, target, loss, steps=steps), x.device)
+            return peak_memory(lambda: rule(twin, x, target, loss, steps=steps, update=lambda: None), x.device)
 
     with _fork(x):
         SLTT()(twin, x, target, loss, steps=steps)  # makes the gradients, which all rules have
@@ -236,7 +236,8 @@ class _Exact:
         twin.zero_grad(set_to_none=True)
         with _fork(self.x):
             arguments = twin, self.x, self.target, self.loss
-            rule(*arguments, steps=self.steps, backward=lambda value: (value * self.scale).backward())
+            how = {"backward": lambda value: (value * self.scale).backward(), "update": lambda: None}
+            rule(*arguments, steps=self.steps, **how)
         return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
 
 

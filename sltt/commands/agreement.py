@@ -14,6 +14,7 @@ from sltt.commands.parsing import CommandOptions, Recipe, begin, count, mixed_op
 from sltt.commands.prepared import prepared
 from sltt.commands.results import give
 from sltt.commands.trial import build, contestants, run_trial, train
+from sltt.metrics import name_of
 from sltt.rules import BPTT
 from sltt.training.console import Console, megabytes
 from sltt.training.session import session
@@ -44,6 +45,8 @@ def run(words: Sequence[str]) -> None:
     name, words = begin(words, "digits")
     known, overrides = options().parse_known_args(words)
     recipe = Recipe("sltt agreement", name, overrides)
+    if known.trial and (metric := name_of(recipe.build().metric)) != "accuracy":
+        raise ValueError(f"--trial compares accuracies, and the metric here is {metric}: leave --metric or --trial out")
     rows = measure_agreement(
         recipe,
         known.taus or [None],

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
 
 from sltt.analysis import Operations, agreement, count_operations, memory_parts
 from sltt.commands.failures import cause
-from sltt.commands.parsing import RULES, CommandOptions, Recipe, begin, count
+from sltt.commands.parsing import RULES, CommandOptions, Recipe, begin, count, refuse_seed
 from sltt.commands.prepared import prepared, test_score
 from sltt.commands.results import give, rule_of, scores_text
 from sltt.commands.vary import VARY_HELP, as_options, best_of, grid, labelled, values
@@ -21,6 +22,7 @@ from sltt.data import Classes
 from sltt.metrics import higher_is_better, name_of
 from sltt.training.console import Console, megabytes
 from sltt.training.fit import Fit, resume_run, start_run
+from sltt.training.runs import CONFIG
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
 
@@ -47,6 +49,7 @@ def run(words: Sequence[str]) -> None:
     """`sltt compare [RECIPE] [OPTION ...]`: train every rule with every seed, and print one table."""
     name, words = begin(words, "digits")
     known, overrides = options().parse_known_args(words)
+    refuse_seed(overrides)
     recipe = Recipe("sltt compare", name, overrides)
     varied = grid(known.vary)
     known.save = known.save or default_folder("compare", recipe, *(option for option, _ in known.vary))
@@ -137,18 +140,16 @@ def _compared(here: Session, one: Contestant, seeds: int, folder: Path, recipe: 
     for seed in range(seeds):
         try:
             built, result = train_one(here, one, seed, folder, recipe, report)
-            tested = test_score(here, built)
+            compared.scores.append(test_score(here, built))
+            compared.runs.append(result.run.name)
+            compared.validation.append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])
+            seconds += [row["seconds"] for row in result.history]
+            compared.steps = built.steps
             if compared.operations is None:
                 _measure(compared, here, built)
         except Exception as error:  # the others still run
             report.warn(f"{labelled(compared.rule, one.varied)}, seed {seed} died: {cause(error)}")
             compared.errors.append(f"seed {seed}: {cause(error)}")
-            continue
-        compared.steps = built.steps
-        compared.runs.append(result.run.name)
-        compared.scores.append(tested)
-        compared.validation.append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])
-        seconds += [row["seconds"] for row in result.history]
     if seconds:
         compared.seconds = statistics.median(seconds)
     return compared
@@ -179,7 +180,25 @@ def train_one(
             "init_args": {"data": config["data"], "classes": classes},
         }
     train, training = resume_run if run.exists() else start_run, Training.of(vars(built))
+    if run.exists():
+        _check_continues(run, config)
     return built, train(here, built.model, data, training, run, config=config, report=report)
+
+
+def _check_continues(run: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError where a run in the folder was trained on other data, or for another number of epochs."""
+    before = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    if other := [name for name in ("data", "epochs") if _same_anywhere(before[name]) != _same_anywhere(config[name])]:
+        raise ValueError(
+            f"{run} was trained with other settings ({' and '.join(other)}): choose another --save, or delete the run"
+        )
+
+
+def _same_anywhere(data: Any) -> Any:
+    """The settings of data but for its place on this machine."""
+    if not isinstance(data, dict):
+        return data
+    return {key: _same_anywhere(value) for key, value in data.items() if key not in ("root", "download", "cache")}
 
 
 def _file_name(label: str) -> str:

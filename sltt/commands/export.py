@@ -27,7 +27,7 @@ def run(words: Sequence[str]) -> None:
     """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
     folder, words = begin(words)
     known, run = options().parse_args(words), Path(folder)
-    built = Recipe("sltt export", str(run_config(run)), [], OF_TRAINING).build()
+    built = Recipe("sltt export", str(run_config(run)), [], OF_TRAINING, of_run=True).build()
     load_selected(built.model, run)
     splits = built.data.splits(built.steps)
     x = splits.one()

@@ -14,7 +14,7 @@ from torch import Tensor
 from sltt.analysis.fewshot import FewShot, chance, draw_shots, embeddings, incremental, prototypes, session_sizes
 from sltt.commands.compare import Contestant, default_folder, tell_died, train_one
 from sltt.commands.failures import cause
-from sltt.commands.parsing import CommandOptions, Recipe, begin, count, numbers
+from sltt.commands.parsing import CommandOptions, Recipe, begin, count, numbers, refuse_seed
 from sltt.commands.results import give
 from sltt.data import Classes, Splits
 from sltt.data.classes import class_labels
@@ -52,6 +52,7 @@ def run(words: Sequence[str]) -> None:
     """`sltt fscil RECIPE --base N [OPTION ...]`: train every rule with every seed, and print accuracy by session."""
     name, words = begin(words, "fscil-digits")
     known, overrides = options().parse_known_args(words)
+    refuse_seed(overrides)
     recipe = Recipe("sltt fscil", name, overrides)
     known.save = known.save or default_folder("fscil", recipe, f"base {known.base}", f"order {known.order}")
     for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins

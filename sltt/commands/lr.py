@@ -14,12 +14,13 @@ from sltt.commands.results import give
 from sltt.training.checkpoints import start_from
 from sltt.training.console import Console
 from sltt.training.session import session
-from sltt.training.settings import Execution
+from sltt.training.settings import Execution, Training
 
 SHOWN = 12  # rows of the table
 HELP = (
     "Find a learning rate: train some batches at a rate that rises with each, and see where the loss falls fastest. "
-    "No weights are kept. Other options are those of sltt train: --rule, --batch_size, --optimizer.…"
+    "With phases, it tests the rule and T of the first that has no rate of its own. No weights are kept. Other options "
+    "are those of sltt train: --rule, --batch_size, --optimizer.…"
 )
 
 
@@ -39,13 +40,16 @@ def run(words: Sequence[str]) -> None:
     known, overrides = options().parse_known_args(words)
     recipe = Recipe("sltt lr", name, overrides)
     built = recipe.build()
-    if built.phases and all(phase.lr is not None for phase in built.phases):
+    # the phases that have a rate of their own take no other
+    stage = next((one for one in Training.of(vars(built)).stages if one.lr is None), None)
+    if stage is None:
         raise ValueError(
             "every phase has a learning rate of its own, and the test finds one for all: give the values of a phase, "
             "such as --phases null --steps 1"
         )
+    built.rule = stage.rule
     start_from(built.model, built.weights)
-    with session(Execution.of(vars(built))) as here, prepared(here, built, built.steps) as ready:
+    with session(Execution.of(vars(built))) as here, prepared(here, built, stage.steps) as ready:
         found = find_learning_rate(
             ready.model,
             itertools.islice(ready.batches(built.batch_size), known.batches),
@@ -58,7 +62,8 @@ def run(words: Sequence[str]) -> None:
             count=known.batches,
             clip_norm=built.clip_norm,
         )
-    about = {"recipe": recipe.name, "rule": repr(built.rule), "optimizer": type(ready.optimizer).__name__}
+    about = {"recipe": recipe.name, "rule": repr(stage.rule), "steps": stage.steps}
+    about |= {"optimizer": type(ready.optimizer).__name__}
     give({**about, "batch_size": built.batch_size, **asdict(found)}, known, "lr.json", lambda to: _print(found, to))
 
 

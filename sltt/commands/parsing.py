@@ -128,12 +128,19 @@ class Recipe:
         name: of the recipe, or of a YAML file.
         overrides: options.
         unread: settings that are taken as null.
+        of_run: the recipe is that of a run, and its processes were those of the training.
     """
 
-    def __init__(self, command: str, name: str, overrides: Sequence[str], unread: Sequence[str] = ()):
+    def __init__(
+        self, command: str, name: str, overrides: Sequence[str], unread: Sequence[str] = (), of_run: bool = False
+    ):
+        for own in ("--run", "--resume"):
+            if _names(overrides, own):
+                raise UsageError(f"{command} takes no {own}: it works on a recipe; `sltt train` takes it")
         self.source = find_recipe(name)
         self.name = self.source.stem
         self.overrides = overrides
+        self.of_run = of_run
         self._parser = make_parser(command, unread)
 
     def build(self, *more: str, rule: str | None = None) -> "Namespace":
@@ -145,7 +152,10 @@ class Recipe:
         """
         from sltt.parallel.devices import started
 
-        built = build(self._parser, self._parse(more, rule))
+        config = self._parse(more, rule)
+        if self.of_run:
+            config.devices = config.num_nodes = None
+        built = build(self._parser, config)
         if (built.devices or 1) * (built.num_nodes or 1) > 1 or started() != (1, 1):
             raise UsageError(f"{self._parser.prog} runs in one process: start one, without --devices and --num_nodes")
         return built
@@ -159,6 +169,8 @@ class Recipe:
         if rule is None:
             config = parse(self._parser, self.source, words)
         else:
+            if _names(words, "--rule"):
+                raise UsageError("--rules names the rules here: leave --rule out, or write --rules instead")
             kind, name, *settings = rule_options(rule)
             # without the recipe's rule, whose arguments one of the same class would keep
             config = parse(self._parser, self.source, [kind, name, *words, *settings], without=["rule"])
@@ -167,6 +179,17 @@ class Recipe:
         config.pop("run")
         config.pop("resume")
         return config
+
+
+def refuse_seed(words: Sequence[str]) -> None:
+    """Raise UsageError for --seed where the seeds are counted."""
+    if _names(words, "--seed"):
+        raise UsageError("the seeds are 0, 1, …: leave --seed out; --seeds says how many")
+
+
+def _names(words: Sequence[str], option: str) -> bool:
+    """Whether an option is among the words."""
+    return any(word.split("=")[0] == option for word in words)
 
 
 def parse(parser: Any, source: Path, words: Sequence[str], without: Sequence[str] = ()) -> "Namespace":
@@ -329,6 +352,11 @@ def rule_options(text: str) -> list[str]:
         raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
     pairs = [setting.split("=", 1) for setting in settings]
     return ["--rule", name, *itertools.chain.from_iterable((f"--rule.{key}", value) for key, value in pairs)]
+
+
+def unfolded(text: str) -> str:
+    """One of `rules` without what it says about `fold`."""
+    return ":".join(part for part in _split(text, ":") if not part.startswith(("fold=", "budget=")))
 
 
 def mixed_options(windows: Mapping[str, int | str]) -> str:

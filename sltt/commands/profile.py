@@ -25,7 +25,8 @@ from sltt.analysis import (
     synaptic_operations,
 )
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
-from sltt.commands.parsing import CommandOptions, Recipe, begin, count, numbers, time_steps
+from sltt.commands.failures import cause
+from sltt.commands.parsing import CommandOptions, Recipe, begin, count, numbers, time_steps, unfolded
 from sltt.commands.prepared import Prepared, prepared
 from sltt.commands.results import give
 from sltt.rules import Truncated
@@ -188,7 +189,10 @@ def profile(
         found.layers, found.paths = _layers(here, own, steps[-1], found.batch)
         for rule in rules if budget else ():
             report.line(f"{rule}: what fits")
-            found.fits.append(_fits(here, recipe, rule, own.steps, found.batch, budget or 0))
+            try:
+                found.fits.append(_fits(here, recipe, rule, own.steps, found.batch, budget or 0))
+            except ValueError as error:  # data that takes no other T, say: what was measured before is there
+                report.warn(f"{rule}: what fits cannot be measured: {cause(error)}")
     return found
 
 
@@ -337,7 +341,9 @@ def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budg
 
 def _fold(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int | None:
     """The largest fold; None for a rule that has none."""
-    if not isinstance(recipe.build(rule=rule).rule, Truncated):
+    rule = unfolded(rule)
+    built = recipe.build(rule=rule).rule
+    if not isinstance(built, Truncated) or built.hoist:
         return None
     peaks = []
     for fold in range(1, min(steps, 3) + 1):

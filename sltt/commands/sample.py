@@ -47,7 +47,7 @@ class Sample:
 
 def first_test_sample(run: Path) -> Sample:
     """The first test sample through the network of a run, with the weights that the run selected."""
-    built = Recipe("sltt report", str(run_config(run)), [], OF_TRAINING).build()
+    built = Recipe("sltt report", str(run_config(run)), [], OF_TRAINING, of_run=True).build()
     start_from(built.model, str(run))
     splits = built.data.splits(built.steps)
     x, y = splits.collate([(splits.train if splits.test is None else splits.test)[0]])

@@ -46,13 +46,17 @@ def cutout(x: Tensor, length: int) -> Tensor:
 def drop_events(x: Tensor, most: float = 0.5) -> Tensor:
     """Remove each event with a probability that is drawn up to `most`."""
     share = float(torch.rand(())) * most
-    return torch.binomial(x, torch.full_like(x, 1 - share))
+    whole = x.floor()  # frames that are interpolated have parts of events too
+    kept = torch.binomial(whole, torch.full_like(x, 1 - share))
+    return kept if torch.equal(whole, x) else kept + (x - whole) * (torch.rand_like(x) >= share)
 
 
 def drop_time(x: Tensor, most: float = 0.3) -> Tensor:
     """Remove the events of a run of frames, a share of T up to `most`."""
     steps = len(x)
-    length = int(torch.randint(1, max(int(most * steps), 1) + 1, ()))
+    if not (longest := int(most * steps)):
+        return x
+    length = int(torch.randint(1, longest + 1, ()))
     start = int(torch.randint(steps - length + 1, ()))
     x = x.clone()
     x[start : start + length] = 0

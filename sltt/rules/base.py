@@ -225,7 +225,7 @@ class Rule(Frozen, ABC):
             _unrolling(model, sequence, self.hoist, grad=True, keep=not self.online) as (network, hoisted),
             watching(loss, model, network.clock) as of_step,
         ):
-            out = self.run(Batch(network, sequence, target, of_step, backward, update, seed))
+            out = self.run(Batch(network, sequence, target, of_step, backward, update and _updating(update), seed))
             hoisted.finish(backward)
         return Output(sequence.result(out.loss), out.logits)
 
@@ -301,6 +301,16 @@ def _unrolling(model: nn.Module, sequence: Sequence, hoist: bool, grad: bool, ke
         hoisting(model, fixed, grad, keep) as hoisted,
     ):
         yield network, hoisted
+
+
+def _updating(update: Callable[[], Any]) -> Callable[[], None]:
+    """`update`, and autocast forgets the weights that it has cast before."""
+
+    def updated() -> None:
+        update()
+        torch.clear_autocast_cache()
+
+    return updated
 
 
 def _check_targets(sequence: Sequence, target: Any) -> None:

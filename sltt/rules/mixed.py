@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from sltt import kernels
@@ -155,6 +156,7 @@ class _Cut:
         self._last: nn.Module | None = None
         self._calls = 0
 
+    @torch.compiler.disable
     def hook(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         """A forward hook of the `kept` modules."""
         self._last = module

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
-from sltt._torch import _NormBase
+from sltt._torch import _NormBase, is_compiled
 from sltt.neurons import CubaLIF, IntegrateAndFire, Neuron, Recurrent
 from sltt.sequence.replace import replaced
 from sltt.sequence.spikes import spiking_layers
@@ -43,6 +43,10 @@ def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator[Call
         decay: λ of all traces; None takes that of the neurons that a layer feeds.
         inputs: trace every layer; else those that read spikes, and no biases.
     """
+    if any(is_compiled(module) for module in model.modules()):
+        raise ValueError(
+            "OTTT traces what layers read, which compiled code hides: give it the network before torch.compile"
+        )
     neurons = _neurons(model)
     _check_weights(model, neurons)
     recurrent = [m for m in model.modules() if isinstance(m, Recurrent)]

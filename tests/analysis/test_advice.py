@@ -81,3 +81,9 @@ def test_the_command_trains_each_rule_and_says_what_it_learned(capsys):
     assert trial["learned"]["OTTT()"][0] > trial["learned"]["SLTT()"][0]
     assert row["advice"].startswith(f"Take {row['rule']}.")
     assert row["memory"]["SLTT()"] < row["memory"]["BPTT()"]
+
+
+def test_a_trial_with_another_metric_is_refused(capsys):
+    words = ["agreement", "digits", "--trial", "1", "--metric", "sltt.metrics.MultiLabelAccuracy", "--device", "cpu"]
+    assert main(words) == 1
+    assert "--trial compares accuracies, and the metric here is multi_label_accuracy" in capsys.readouterr().err

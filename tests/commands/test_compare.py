@@ -13,7 +13,7 @@ from torch import nn
 import sltt
 from sltt.analysis import count_operations
 from sltt.commands import compare, main, prepared, vary
-from sltt.commands.parsing import Recipe, rule_options, rules
+from sltt.commands.parsing import Recipe, rule_options, rules, unfolded
 from sltt.training.console import Console, as_json
 from sltt.training.session import session
 from sltt.training.settings import Execution
@@ -229,6 +229,50 @@ def test_runs_of_different_values_have_different_folders():
     labels = [f"SLTT, lr={value}" for value in ("-0.5", "0.5", "1e-3", "1e+3", "-.5")]
     assert len({compare._file_name(label) for label in labels}) == len(labels)
     assert compare._file_name("SLTT:k=1, model.neuron.tau=2") == "SLTT-k-1-model.neuron.tau-2"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare", "--rules", "SLTT", "--rule", "OTTT"], "--rules names the rules here: leave --rule out"),
+        (["profile", "--rules", "SLTT", "--rule=OTTT"], "--rules names the rules here: leave --rule out"),
+        (["compare", "--seed", "7"], "--seeds says how many"),
+        (["profile", "--resume", "nowhere"], "sltt profile takes no --resume"),
+        (["lr", "--run", "nowhere"], "sltt lr takes no --run"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, *options = words
+    assert main([command, "digits", *WORDS[2:], *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_folder_with_runs_of_other_settings_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*WORDS, "--rules", "SLTT:k=1", "--save", "kept"]
+    assert main(words) == 0
+    for other, names in ((["--epochs", "2"], "epochs"), (["--data.validation", "0.2"], "data")):
+        assert main([*words, *other]) == 1
+        assert f"was trained with other settings ({names}): choose another --save" in capsys.readouterr().err
+    assert yaml.safe_load((tmp_path / "kept" / "SLTT-k-1-seed0" / "config.yaml").read_text())["epochs"] == 1
+
+
+@pytest.mark.slow
+def test_a_rule_that_updates_at_every_step_is_compared(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*WORDS, "--rules", "OTTT:online=true", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert len(row["scores"]) == 1
+    assert row["cosine"] > 0.5
+    assert row["operations"]["backward"] > 0
+
+
+def test_what_a_rule_says_about_folding_is_left_out():
+    assert unfolded("SLTT:fold=2:k=1") == "SLTT:k=1"
+    assert unfolded("Mixed:windows={features.2: all}") == "Mixed:windows={features.2: all}"
 
 
 def test_commas_within_brackets_are_no_separators():

@@ -34,3 +34,11 @@ def test_a_learning_rate_that_no_phase_takes_is_refused(here, capsys):
         code, _, err = run(capsys, "train", "digits", *TINY, *phases, *option)
         assert code == 2
         assert "so --optimizer.lr changes nothing: set lr in --phases" in err
+
+
+def test_the_rule_and_t_are_those_of_the_phase_that_takes_the_rate(here, capsys):
+    phases = "[{epochs: 1, steps: 1, rule: {class_path: sltt.RateBased}}, {epochs: 1, lr: 0.001}]"
+    code, out, _ = run(capsys, "lr", "digits", *TINY, "--phases", phases, "--batches", "10", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert (found["rule"], found["steps"]) == ("RateBased()", 1)

@@ -40,3 +40,16 @@ def test_augmentation_is_the_same_for_any_number_of_workers(tmp_path):
         loader = train_loader(splits, 8, EpochSampler(len(splits.train), 0), workers)
         batches.append([x for x, _ in loader])
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize("frame", [1.0, 0.4, 2.5])
+def test_interpolated_frames_lose_events_alike(frame):
+    torch.manual_seed(0)
+    x = torch.full((4, 2, 50, 50), frame)
+    kept = torch.stack([augment.drop_events(x, 0.5).mean() / frame for _ in range(60)])
+    assert kept.mean() == pytest.approx(0.75, abs=0.05)  # 1 − half of `most` in the mean
+    assert kept.min() < 0.6
+
+
+def test_short_sequences_do_not_lose_all_their_frames():
+    assert all(augment.drop_time(torch.ones(steps, 2, 3, 3)).any() for steps in (1, 2, 3, 4) for _ in range(10))

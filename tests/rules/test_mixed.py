@@ -345,3 +345,17 @@ def test_windows_are_a_value_too():
     for twin in (rule, copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
         assert twin.windows == {"1": "all", "4": 2}
         assert repr(twin) == "Mixed(windows={'1': 'all', '4': 2})"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("windows", [{"*": 2}, {"1": "all"}])
+def test_a_compiled_network_has_the_same_gradient(windows):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=2.0), nn.Linear(8, 8), sltt.LIF(tau=2.0), nn.Linear(8, 3))
+    x, y = 2 * torch.rand(4, 5, 6), torch.randint(3, (5,))
+    found = []
+    for network in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        sltt.Mixed(windows)(network, x, y, nn.CrossEntropyLoss())
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(found[1], found[0])

@@ -49,7 +49,11 @@ def test_a_run_made_in_python_is_loaded_measured_reported_and_resumed_by_the_com
     assert main(["eval", run]) == 0
     expected = sltt.evaluate(model, sltt.data.Digits(), loss=loss, device="cpu")
     assert f"accuracy     {expected.accuracy:.2%}" in capsys.readouterr().out
+    config = tmp_path / run / "config.yaml"
+    settings = config.read_text()
+    config.write_text(settings.replace("devices: null", "devices: 2"))  # as if two processes had trained
     assert main(["export", run, "--to", "nir"]) == 0
+    config.write_text(settings)
     assert main(["report", run]) == 0
     assert "SLTT:k=2" in (tmp_path / run / "report" / "report.html").read_text()
     assert main(["train", "--resume", run, "--epochs", "2"]) == 0
