@@ -64,7 +64,8 @@ class Mixed(Rule):
         windows = self.window_lengths(batch.model, batch.steps)
         kept = [module for module, window in windows.items() if window > 1]
         cut, waiting = _Cut(kept), None
-        with hooked(*(module.register_forward_hook(cut.hook) for module in kept)):
+        hook = torch.compiler.disable(cut.hook)  # which a compiler cannot trace
+        with hooked(*(module.register_forward_hook(hook) for module in kept)):
             for t in range(batch.steps):
                 value = cut.run(batch, t)
                 if cut.module is None and kept:
@@ -156,7 +157,6 @@ class _Cut:
         self._last: nn.Module | None = None
         self._calls = 0
 
-    @torch.compiler.disable
     def hook(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         """A forward hook of the `kept` modules."""
         self._last = module
