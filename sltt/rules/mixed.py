@@ -64,7 +64,7 @@ class Mixed(Rule):
         windows = self.window_lengths(batch.model, batch.steps)
         kept = [module for module, window in windows.items() if window > 1]
         cut, waiting = _Cut(kept), None
-        hook = torch.compiler.disable(cut.hook)  # which a compiler cannot trace
+        hook: Any = torch.compiler.disable(cut.hook)  # which a compiler cannot trace
         with hooked(*(module.register_forward_hook(hook) for module in kept)):
             for t in range(batch.steps):
                 value = cut.run(batch, t)
