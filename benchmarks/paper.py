@@ -41,7 +41,6 @@ COMMANDS = {
     "fscil-nmnist": f"fscil nmnist {SHOTS} --data.root {{data}}/nmnist --model.classes 6",
     "fscil-cifar10": f"fscil {CIFAR10} {SHOTS} --model.classes 6 --epochs 2",
     "accuracy-digits": "compare digits --epochs 6 --seeds 20 --rules BPTT,SLTT",
-    "training-cifar10": f"compare {CIFAR10} --epochs 2 --seeds 3 --rules BPTT,SLTT,SLTT:k=1",
     "cifar10-stage-1": f"compare {CIFAR10} --steps 1 --epochs 4 --seeds 3 --rules SLTT",
     "cifar10-stages": f"compare {CIFAR10} --epochs 4 --seeds 3 --rules SLTT,SLTT:k=1 {CIFAR10_STAGES}",
     "cifar10-stage-2": f"compare {CIFAR10} --epochs 4 --seeds 3 --rules SLTT",
@@ -53,8 +52,6 @@ COMMANDS = {
     "stage-2": "compare digits --steps 6 --epochs 8 --seeds 3 --rules SLTT",
     "gradients-nmnist": "agreement nmnist --data.root {data}/nmnist --taus 1.1,2,5 --steps 10,20 --at-epochs 0,1 "
     "--samples 32",
-    "gradients-trained-cifar10": f"agreement cifar10 {IMAGES} --taus 1.1 --at-epochs 1 --samples 8 --precision 32 "
-    "--batch_size 32 --rule.k 1 --optimizer.lr 0.025 --workers 0",
 }
 TAUS, LENGTHS = (1.1, 5, 20, 2, 10), (8, 32, 2, 64, 16, 4)  # in this order, so that a part of the map tells too
 MAP = {  # at T = 64 nothing learns in ten epochs

@@ -41,7 +41,6 @@ def accuracy(results: Path) -> str:
     """SLTT beside BPTT with the same budget."""
     nmnist, cifar10 = seeds(results, "nmnist"), seeds(results, "cifar10-rules")
     pairs = {"digits": compared(results, "accuracy-digits"), "digits-events": tasks(results, "digits-events")}
-    pairs["CIFAR-10, τ = 1.1, 2 epochs"] = compared(results, "training-cifar10")
     of = {name: (rows["BPTT"]["accuracies"], rows["SLTT"]["accuracies"]) for name, rows in pairs.items()}
     of |= {"N-MNIST": (nmnist["BPTT"], nmnist["SLTT"])}
     of |= {"CIFAR-10, no leak, 2 epochs": (cifar10["BPTT"], cifar10["SLTT"])}
@@ -178,7 +177,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "operations": operations,
     "paper-memory": memory,
     "paper-time": time,
-    **{f"gradients-{name}": gradients(name) for name in ("nmnist", "cifar10", "trained-cifar10")},
+    **{f"gradients-{name}": gradients(name) for name in ("nmnist", "cifar10")},
     "trained-cosines": trained_cosines,
     "stages": stages("", 6, 2, 6),
     "stages-cifar10": stages("cifar10-", 3, 1, 4),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2}
 LAYERS = {*CONVOLUTIONS, F.linear}
 # Up to so many output pixels, oneDNN's weight gradient in bfloat16 takes longer than one matrix product of the gradient
-# with what the kernel reads: 25 ms and 4.5 ms for 32 images of 4×4 pixels, 512 to 512 channels (Xeon with AMX).
+# with what the kernel reads: see benchmarks/sparse.py, 512 to 512 channels of 4×4 pixels.
 MULTIPLIED_TO = 36
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
