@@ -39,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     built = Recipe("rates_to_spikes", str(run_config(options.run)), [], of_run=True).build()
-    model = sltt.load(options.run, checkpoint="last").to(memory_format=torch.channels_last)
+    model = sltt.load(options.run, checkpoint="last").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     splits = built.data.splits(built.steps)
     if splits.validation is None:
         raise SystemExit(f"{options.run} held no images out: train with --data.validation 0.04")
