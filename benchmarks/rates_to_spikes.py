@@ -2,8 +2,8 @@
 
     python benchmarks/rates_to_spikes.py RUN [--steps 4 8] [--threads 2]
 
-RUN is a training such as `sltt train cifar10-small`, stopped after its steady currents, or at its end. Its last weights run
-on rates of T + 1 levels, of 65 levels (nearly the analog network), and on spikes, in bfloat16.
+RUN is a training such as `sltt train cifar10-small`, stopped after its steady currents, or at its end. Its last weights
+run on rates of T + 1 levels, of 65 levels (nearly the analog network), and on spikes, in bfloat16.
 """
 
 import argparse
