@@ -109,7 +109,9 @@ class Checkpoints:
             rule.load_state_dict(state)
         for callback, (_, state) in zip(self.callbacks, checkpoint.get("callbacks", []), strict=True):
             callback.load_state_dict(state)
-        return Progress(**checkpoint["progress"]).of_process(self.session.processes.rank)
+        saved = checkpoint["progress"]
+        terms = {"terms": saved["samples"]}  # of checkpoints that were written before there were others
+        return Progress(**{**terms, **saved}).of_process(self.session.processes.rank)
 
     def _check_callbacks(self, saved: list[Any]) -> None:
         before, now = [name for name, _ in saved], [type(one).__name__ for one in self.callbacks]

@@ -140,7 +140,7 @@ def measure(
             with counting(firing, count):
                 logits = memory(run, len(x)) if memory else run()
             score = float(metric(predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y)))
-            state.count(sequence_loss(loss, logits, y), score, count)
+            state.count(sequence_loss(loss, logits, y), score, count, y)
     state.firing = firing.state_dict()
     return state.metrics(name_of(metric), processes, time.monotonic() - began, memory.peak if memory else None)
 

@@ -200,7 +200,7 @@ class Loop:
         if not stage.rule.online:
             self._update()
         prediction = predicted(prediction_of(self.loss), out.logits, lengths_of(y))
-        state.count(out.loss, float(self.training.metric(prediction, target_of(y))), count)
+        state.count(out.loss, float(self.training.metric(prediction, target_of(y))), count, y)
         if self.average:
             self.average.update(self.model)
         self._call("on_batch", out.loss.item())

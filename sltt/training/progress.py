@@ -10,6 +10,7 @@ from torch import Tensor
 from sltt.analysis import peak_memory
 from sltt.parallel.processes import Processes
 from sltt.rules import Rule
+from sltt.sequence.padding import Padded
 
 A = TypeVar("A")
 
@@ -19,7 +20,7 @@ class Metrics:
     """What an epoch or an evaluation measured.
 
     Attributes:
-        loss: mean over samples of the sequence's loss.
+        loss: mean over samples of the sequence's loss; over real steps of `Padded` ones.
         score: mean over samples of the metric.
         metric: its name: accuracy, say, of mean logits over time.
         firing_rate: mean over all neurons and time steps.
@@ -60,6 +61,7 @@ class Progress:
     loss: float = 0.0
     correct: float = 0  # the metric, by which a sample counts 0 or 1 for accuracy
     samples: int = 0
+    terms: float = 0  # what the loss is a mean over: samples, or their real steps
     seconds: float = 0.0
     firing: dict[str, tuple[int, int]] = field(default_factory=dict)  # spikes, and neurons times steps, by layer
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -69,18 +71,22 @@ class Progress:
     stopped: str | None = None  # why a callback ended the training
     pending: bool = False  # callbacks have yet to see the last epoch
 
-    def count(self, loss: Tensor, score: float, samples: int) -> None:
+    def count(self, loss: Tensor, score: float, samples: int, target: Any) -> None:
         """Add a batch with so many samples, and their mean score; 0 where another process counts them."""
         self.batch += 1
         if samples:
-            self.loss += loss.item() * samples
+            terms = target.steps if isinstance(target, Padded) else samples
+            self.loss += loss.item() * terms
+            self.terms += terms
             self.correct += round(score * samples, 12)  # right predictions add up to whole numbers
             self.samples += samples
 
     def summed(self, processes: Processes) -> Self:
         """A copy, with the sums over all processes."""
         mine = asdict(self)
-        mine["loss"], correct, samples = processes.sum([self.loss, self.correct, self.samples])
+        mine["loss"], correct, samples, mine["terms"] = processes.sum(
+            [self.loss, self.correct, self.samples, self.terms]
+        )
         counts = processes.sum([number for pair in self.firing.values() for number in pair])
         mine["correct"], mine["samples"] = correct, int(samples)
         pairs = zip(map(int, counts[::2]), map(int, counts[1::2]), strict=True)
@@ -90,17 +96,16 @@ class Progress:
     def of_process(self, rank: int) -> Self:
         """The part of a process in sums over all of them: the first takes them over, the others begin with nothing."""
         if rank:
-            self.loss, self.correct, self.samples, self.firing = 0.0, 0, 0, {}
+            self.loss, self.correct, self.samples, self.terms, self.firing = 0.0, 0, 0, 0, {}
         return self
 
     def metrics(self, metric: str, processes: Processes, seconds: float, peak_memory: int | None) -> Metrics:
         """What all processes measured; `metric` is the name of the score."""
         total = self.summed(processes)
-        samples = max(total.samples, 1)
         spikes, neurons = (sum(pair[i] for pair in total.firing.values()) for i in (0, 1))
         return Metrics(
-            total.loss / samples,
-            total.correct / samples,
+            total.loss / max(total.terms, 1),
+            total.correct / max(total.samples, 1),
             metric,
             spikes / neurons if neurons else 0.0,
             seconds,
@@ -112,7 +117,8 @@ class Progress:
         """Start the next epoch; true if this one is the best so far: in quality, more is better, then in loss."""
         self.history = [*self.history, row]
         self.epoch += 1
-        self.batch, self.loss, self.correct, self.samples, self.seconds, self.firing = 0, 0.0, 0, 0, 0.0, {}
+        self.batch, self.loss, self.correct, self.samples, self.terms, self.seconds = 0, 0.0, 0, 0, 0, 0.0
+        self.firing = {}
         if validation is None:
             return False
         score = [quality, -validation.loss]

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import sltt
 from sltt.commands.sample import first_test_sample
 from sltt.data import Data, Splits, from_datasets
 from tests.commands.tiny import run
@@ -68,3 +69,13 @@ def test_fewer_steps_than_a_sequence_has_are_refused(here, capsys):
     code, _, err = run(capsys, "profile", *RECIPE, "--steps", "4")
     assert code == 1
     assert "has 5 time steps, more than steps=4: set steps=5 or more, or cut it" in err
+
+
+def test_the_loss_is_that_of_the_real_steps_in_batches_of_any_size():
+    torch.manual_seed(0)
+    model, data = sltt.models.MLP([8, 16, 2]), Recordings()
+
+    def loss(batch_size):
+        return sltt.evaluate(model, data, "train", steps=6, batch_size=batch_size, device="cpu").loss
+
+    assert loss(7) == pytest.approx(loss(30), rel=1e-6)
