@@ -184,6 +184,28 @@ def short(name: str) -> Callable[[Path], str]:
     return table
 
 
+def deeper_cosines(results: Path) -> str:
+    """Cosines with BPTT's gradient of rules that keep paths across layers, before and after an epoch."""
+    found = [row for row in json.loads((results / "deeper.json").read_text()) if "cosines" in row]
+    rules = list(found[0]["untrained"])
+    rows = []
+    for row in found:
+        cells = (f"{row['untrained'][rule]:.2f} to {row['after an epoch'][rule]:.2f}" for rule in rules)
+        rows.append([str(row["layers"]), f"`{row['task']}`", *cells])
+    return markdown(["hidden layers", "recipe", *rules], rows)
+
+
+def deeper_accuracies(results: Path) -> str:
+    """What these rules reach."""
+    found: dict[tuple[int, str], dict[str, list[float]]] = {}
+    for row in json.loads((results / "deeper.json").read_text()):
+        if "rule" in row:
+            found.setdefault((row["layers"], row["task"]), {}).setdefault(row["rule"], []).append(row["test"])
+    rules = list(next(iter(found.values())))
+    rows = [[str(n), f"`{task}`", *(scores_text(of[rule]) for rule in rules)] for (n, task), of in found.items()]
+    return markdown(["hidden layers", "recipe", *rules], rows)
+
+
 def twin(results: Path) -> str:
     """An ANN and its twins on validation images; the best of each kind on test images too."""
     forms = {"percentile": "{:g}", "lr": "{:g}", "validation": "{:.1%}", "test": "{:.1%}", "minutes": "{:.1f}"}
@@ -197,6 +219,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     **{task: of_task(task) for task in ("recall", "recall-marked", "sequential-digits")},
     **{f"short-{name}": short(name) for name in ("stabilised", "transformer")},
     "twin": twin,
+    "deeper-cosines": deeper_cosines,
+    "deeper-accuracies": deeper_accuracies,
     "summary": summary,
     "recall-short": of_task("recall", "BPTT", "OTTT", "SLTT", "SLTT:k=1"),
     "recurrent": recurrent,

@@ -112,12 +112,12 @@ def _reached(one: Verdict, reference: Verdict) -> tuple[str, str]:
         if min(len(one.scores), len(reference.scores)) < 2:
             return text, ""
         return text, " Not safe here." if lost > noise else " Safe here, as far as these seeds tell."
-    points = f"{100 * lost:.1f} points"
-    if lost > max(MARGIN, noise):
-        return f"{name} {points} below {other}", " Not safe here."
+    points, measured = f"{100 * lost:.1f} points", f"measured to ±{100 * noise:.0f} points only"
+    if lost > MARGIN:
+        safe = " Not safe here." if lost > noise else f" Safe or not is open: {measured}."
+        return f"{name} {points} below {other}", safe
     text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
-    doubt = "" if noise <= 2 * MARGIN else f", but measured to ±{100 * noise:.0f} points only"
-    return text, f" Safe here{doubt}."
+    return text, " Safe here." if noise <= 2 * MARGIN else f" Safe here, but {measured}."
 
 
 def _times(ratio: float) -> str:
