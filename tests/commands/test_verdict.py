@@ -43,7 +43,7 @@ def test_the_verdict_has_accuracy_memory_at_two_lengths_time_and_agreement():
     [
         ([0.99, 0.99], 10_000, "accuracy not below that of BPTT"),
         ([0.86, 0.86], 10_000, "accuracy 12.0 points below BPTT"),
-        ([0.90], 50, "below BPTT. Safe or not is open: measured to ±9 points only. One seed: repeat with --seeds 3."),
+        ([0.90], 50, "Safe or not is open: measured to ±9 points only. One seed: repeat with --seeds 3."),
         ([0.98], 50, "Safe here, but measured to ±6 points only."),
         ([0.90], 100_000, "Not safe here. One seed: repeat with --seeds 3."),
         ([0.80, 1.00], 100_000, "Safe or not is open: measured to ±20 points only."),
