@@ -28,7 +28,8 @@ GRACE, FAREWELL = 1.0, 60.0
 class Watchdog:
     """Inside this block, the end of another process ends this one, with exit code 1; a block within it does nothing.
 
-    A process that leaves the block by an exception ends the others too, and they print that exception.
+    A process that leaves the block by an exception ends the others too. The first process prints that exception. Where
+    it fails itself, in the same way perhaps, it says why alone.
 
     Args:
         fabric: launched.
@@ -40,6 +41,7 @@ class Watchdog:
         self.fabric = fabric
         self._links: dict[int, _Link] = {}
         self._untold: list[_Link] = []
+        self._failed = False
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -62,7 +64,10 @@ class Watchdog:
         if error is not None and not agreed:
             # a collective fails when another process has gone: that one's end is the cause, and is known at once
             time.sleep(GRACE if isinstance(error, RuntimeError) else 0)
+            self._failed = True
             self._tell(f"{self._me()} failed: {type(error).__name__}: {error}")
+            if self.fabric.global_rank:
+                time.sleep(GRACE)  # what the first process says of its own failure ends this one in silence
         else:
             for link in self._links.values():
                 link.send(done=True)
@@ -110,8 +115,9 @@ class Watchdog:
             if message.get("done"):
                 link.over.set()
                 return
-            if why := message.get("ended"):
-                self._end(why, show=self.fabric.global_rank == 0)
+            first = self.fabric.global_rank == 0
+            if (why := message.get("ended")) and not (first and self._failed):
+                self._end(why, show=first)
         link.over.set()
         if not link.closed:
             self._end(f"{link.name} died: killed, out of memory, or its machine is gone")

@@ -58,6 +58,7 @@ CASES = f"""
 2 | unknown recipe '' | train ''
 2 | no file none.yaml | train none.yaml
 2 | unexpected word 'digits' | train digits digits
+2 | --data.root my/images is the folder of the data | train digits my/images
 2 | unexpected word '-x' | train -x
 2 | unexpected word 'digits' | compare --epochs 1 digits
 2 | unknown recipe 'foo' | recipes foo

@@ -240,7 +240,7 @@ from torch import nn
 
 class Fails(sltt.SLTT):
     def run(self, *args):
-        if torch.distributed.get_rank() == 1:
+        if str(torch.distributed.get_rank()) in sys.argv[2]:
             raise ValueError("no spike was ever seen")
         return super().run(*args)
 
@@ -252,10 +252,19 @@ sltt.fit(model, sltt.data.Digits(), Fails(), steps=2, run=sys.argv[1], device="c
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_the_others_with_its_message(tmp_path):
     (tmp_path / "script.py").write_text(FAILS)
-    process = start([sys.executable, "script.py", str(tmp_path / "run")], cwd=tmp_path)
+    process = start([sys.executable, "script.py", str(tmp_path / "run"), "1"], cwd=tmp_path)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "failed: ValueError: no spike was ever seen; the other processes end too" in out
+
+
+@pytest.mark.slow
+def test_an_error_in_all_processes_is_said_once(tmp_path):
+    (tmp_path / "script.py").write_text(FAILS)
+    process = start([sys.executable, "script.py", str(tmp_path / "run"), "01"], cwd=tmp_path)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out.count("ValueError: no spike was ever seen") == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
