@@ -203,6 +203,22 @@ class Rule(Frozen, ABC):
                 another batch size, a model that does not return logits, a module that does not run step by step or
                 whose state a rule cannot reach, or a neuron that stands in two places of the network.
         """
+        self._check(model, loss, update)
+        sequence = time_steps(x, steps, None if is_per_step(loss) else target_of(target))
+        if isinstance(target, Padded):
+            self._check_padded(sequence, target, loss)
+        if is_per_step(loss):
+            _check_targets(sequence, target)
+        backward = backward or Tensor.backward
+        with (
+            _unrolling(model, sequence, self.hoist, grad=True, keep=not self.online) as (network, hoisted),
+            watching(loss, model, network.clock) as of_step,
+        ):
+            out = self.run(Batch(network, sequence, target, of_step, backward, update and _updating(update), seed))
+            hoisted.finish(backward)
+        return Output(sequence.result(out.loss), out.logits)
+
+    def _check(self, model: nn.Module, loss: StepLoss, update: Callable[[], Any] | None) -> None:
         instance("model", model, nn.Module)
         function("loss", loss, "the logits and the target")
         if not torch.is_grad_enabled():
@@ -213,21 +229,8 @@ class Rule(Frozen, ABC):
                 f"{self} backpropagates a sum over time steps, and {kind} is no sum: use BPTT(), or the nearest sum, "
                 + (f"PerStep(MSELoss()) for {kind}" if loss.per_step else f"the loss inside {kind} by itself")
             )
-        sequence = time_steps(x, steps, None if is_per_step(loss) else target_of(target))
-        if isinstance(target, Padded):
-            self._check_padded(sequence, target, loss)
-        if is_per_step(loss):
-            _check_targets(sequence, target)
-        backward = backward or Tensor.backward
         if self.online and update is None:
             raise ValueError(f"{self} updates the weights at every time step: call it with update=…")
-        with (
-            _unrolling(model, sequence, self.hoist, grad=True, keep=not self.online) as (network, hoisted),
-            watching(loss, model, network.clock) as of_step,
-        ):
-            out = self.run(Batch(network, sequence, target, of_step, backward, update and _updating(update), seed))
-            hoisted.finish(backward)
-        return Output(sequence.result(out.loss), out.logits)
 
     def _check_padded(self, sequence: Sequence, target: Padded, loss: Any) -> None:
         kind = type(loss).__name__
