@@ -18,10 +18,11 @@ weight layer. In its comments:
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tables import DOCS, fill
@@ -151,12 +152,23 @@ RULES: dict[str, sltt.Rule] = {
     "pp_prop": Local(Smoothed, Smoothed),
     "SLTT": Local(Trace, Trace),
 }
-# data, values of a step, classes, epochs, batch size: those of the recipes
-TASKS: dict[str, tuple[Any, int, int, int, int]] = {
-    "sequential-digits": (partial(sltt.data.SequentialDigits, validation=0, augment=False), 8, 10, 20, 64),
-    "recall-marked": (
-        partial(sltt.data.Recall, validation=0, cues=4, delay=0, classes=2, noise=0.5, channels=20), 21, 2, 15, 128,
-    ),  # fmt: skip
+
+
+class Task(NamedTuple):
+    """A recipe's data and settings."""
+
+    data: Callable[[], sltt.data.Data]
+    values: int  # of a time step
+    classes: int
+    epochs: int
+    batch_size: int
+
+
+marked = partial(sltt.data.Recall, validation=0, cues=4, delay=0, classes=2, noise=0.5, channels=20)
+digits = partial(sltt.data.SequentialDigits, validation=0, augment=False)
+TASKS = {
+    "sequential-digits": Task(digits, values=8, classes=10, epochs=20, batch_size=64),
+    "recall-marked": Task(marked, values=21, classes=2, epochs=15, batch_size=128),
 }
 STEPS = 8
 LOSS = sltt.losses.CrossEntropyMSE(alpha=0.0)
@@ -165,24 +177,25 @@ LOSS = sltt.losses.CrossEntropyMSE(alpha=0.0)
 def network(task: str, layers: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     neuron = partial(sltt.LIF, tau=1 / (1 - LAMBDA), detach_reset=True)
-    return sltt.models.MLP([TASKS[task][1], *[WIDTH] * layers, TASKS[task][2]], neuron=neuron, norm=False)
+    return sltt.models.MLP([TASKS[task].values, *[WIDTH] * layers, TASKS[task].classes], neuron=neuron, norm=False)
 
 
 def train(model: nn.Module, task: str, rule: sltt.Rule, seed: int, epochs: int) -> float:
     """Train a network, and its test accuracy."""
-    data, batch_size = TASKS[task][0](), TASKS[task][4]
+    data = TASKS[task].data()
     optimizer = partial(torch.optim.AdamW, lr=0.005, weight_decay=0.0)
     with tempfile.TemporaryDirectory() as folder:
         sltt.fit(
             model, data, rule, LOSS, optimizer, schedule=sltt.schedules.Cosine(), steps=STEPS, epochs=epochs,
-            batch_size=batch_size, seed=seed, device="cpu", run=Path(folder) / "run", report=Console(quiet=True),
+            batch_size=TASKS[task].batch_size, seed=seed, device="cpu", run=Path(folder) / "run",
+            report=Console(quiet=True),
         )  # fmt: skip
     return sltt.evaluate(model, data, steps=STEPS, loss=LOSS, device="cpu").accuracy
 
 
 def cosines(model: nn.Module, task: str) -> dict[str, float]:
     """Cosine of each rule's gradient of all parameters with BPTT's, on one batch of training samples."""
-    splits = TASKS[task][0]().splits(STEPS)
+    splits = TASKS[task].data().splits(STEPS)
     x, y = splits.collate([splits.train[i] for i in range(256)])
     rules = [rule for name, rule in RULES.items() if name != "BPTT"]
     found = sltt.analysis.agreement(model, x, y, LOSS, rules)
@@ -214,7 +227,7 @@ def main() -> None:
     for seed, layers, task, name in product(range(given.seeds), (2, 3, 4), TASKS, RULES):
 
         def accuracy(seed: int = seed, layers: int = layers, task: str = task, name: str = name) -> dict[str, float]:
-            return {"test": train(network(task, layers, seed), task, RULES[name], seed, TASKS[task][3])}
+            return {"test": train(network(task, layers, seed), task, RULES[name], seed, TASKS[task].epochs)}
 
         measure({"layers": layers, "task": task, "rule": name, "seed": seed}, accuracy)
     fill()
