@@ -123,6 +123,7 @@ OTHER_CALLS = [
     ("fit(resume without run)", partial(fit, resume=True, run=None), ValueError, "resume=True needs the folder"),
     ("fit(resume of no run)", partial(fit, resume=True, run="typo"), ValueError, "typo"),
     ("evaluate(split)", partial(evaluate, split="valid"), ValueError, "split must be one of"),
+    ("evaluate(shift)", partial(evaluate, shift=-1), ValueError, "shift must be"),
     ("evaluate(mirror)", partial(evaluate, mirror="yes"), ValueError, "mirror must be True or False"),
     ("splits(steps: 0)", partial(data.Digits().splits, 0), ValueError, "steps must be at least 1"),
     ("splits(steps: text)", partial(data.Digits().splits, "4"), ValueError, "steps must be a whole number"),

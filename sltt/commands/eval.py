@@ -13,8 +13,9 @@ from sltt.training.evaluation import evaluate, measure_split, measured_with
 from sltt.training.session import session
 from sltt.training.settings import OF_TRAINING, PROCESSES, Execution
 
+VIEWS = ("mirror", "shift")
 # what a split is measured with; the processes are those that were started
-KEYS = [name for name in signature(evaluate).parameters if name not in ("split", "mirror", *PROCESSES)]
+KEYS = [name for name in signature(evaluate).parameters if name not in ("split", *VIEWS, *PROCESSES)]
 HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in KEYS)} override the run's configuration."
 
 
@@ -24,6 +25,9 @@ def options() -> CommandOptions:
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test")
     parser.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
+    parser.add_argument(
+        "--shift", type=int, default=0, metavar="PIXELS", help="mean logits of each image and of two that are moved"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -40,13 +44,15 @@ def run(words: Sequence[str]) -> None:
     built = build(parser, config)
     path = load_selected(built.model, run, known.checkpoint)
     with session(Execution.of(vars(built))) as here:
-        metrics = measure_split(here, built.model, built.data, known.split, **measured_with(built), mirror=known.mirror)
+        seen = {name: getattr(known, name) for name in VIEWS}
+        metrics = measure_split(here, built.model, built.data, known.split, **measured_with(built), **seen)
     if known.json:
-        print(as_json({"checkpoint": str(path), "split": known.split, "mirror": known.mirror, **metrics.named()}))
+        print(as_json({"checkpoint": str(path), "split": known.split, **seen, **metrics.named()}))
         return
     report = Console()
+    moved = f", also moved by {known.shift}" if known.shift else ""
     mirrored = " and their mirror images" if known.mirror else ""
-    report.line(f"{path}, T = {built.steps}, {known.split} samples{mirrored}")
+    report.line(f"{path}, T = {built.steps}, {known.split} samples{moved}{mirrored}")
     report.line(f"{metrics.metric:11}  {shown(metrics.metric, metrics.score)}")
     report.line(f"loss         {metrics.loss:.4f}")
     report.line(f"firing rate  {metrics.firing_rate:.4f}")

@@ -1,7 +1,7 @@
 """How a network is measured on the samples of a split."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
@@ -27,6 +27,7 @@ from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution
+from sltt.training.views import views
 
 Split = Literal["train", "validation", "test"]
 
@@ -50,6 +51,7 @@ def evaluate(
     compile: Compile = "auto",
     sparse: Sparse = "auto",
     mirror: bool = False,
+    shift: int = 0,
 ) -> Metrics:
     """Measure a network on one of the splits, in evaluation mode and without a graph.
 
@@ -59,11 +61,15 @@ def evaluate(
         split: which samples; those of the training without augmentation, where the data has them so.
         mirror: take the mean logits of each image and of its mirror image, left to right (as in Krizhevsky et al.
             2012), in twice the time.
+        shift: take the mean logits of each image, which counts half, and of two views that are moved by so many pixels,
+            up left and down right, over its reflected border (as in Jordan 2024, arXiv 2404.00498), in three times the
+            time.
 
     Raises:
-        ValueError: the split is empty, or `mirror` is given and the samples are no images.
+        ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """
-    settings = {"loss": loss, "metric": metric, "steps": steps, "batch_size": batch_size, "mirror": mirror}
+    settings = {"loss": loss, "metric": metric, "steps": steps, "batch_size": batch_size}
+    settings |= {"mirror": mirror, "shift": shift}
     with session(Execution.of(locals())) as here:
         return measure_split(here, model, data, split, **settings)
 
@@ -79,6 +85,7 @@ def measure_split(
     steps: int,
     batch_size: int,
     mirror: bool = False,
+    shift: int = 0,
 ) -> Metrics:
     """What `sltt.evaluate` does, where a session is there."""
     instance("model", model, nn.Module)
@@ -88,6 +95,7 @@ def measure_split(
     function("metric", metric, "the prediction and the target")
     whole_number("batch_size", batch_size, least=1)
     flag("mirror", mirror)
+    whole_number("shift", shift, least=0)
     splits = here.splits(data, steps)
     dataset = getattr(splits, split)
     if dataset is None:
@@ -101,7 +109,8 @@ def measure_split(
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
     with ending(loader):
-        return measure(here, net, loader, splits, loss, metric, steps, mirror, BatchMemory(here.fabric.device))
+        seen = partial(views, static=splits.static, mirror=mirror, shift=shift)
+        return measure(here, net, loader, splits, loss, metric, steps, seen, BatchMemory(here.fabric.device))
 
 
 def measured_with(built: Any) -> dict[str, Any]:
@@ -117,12 +126,12 @@ def measure(
     loss: nn.Module,
     metric: Metric,
     steps: int,
-    mirror: bool = False,
+    seen: Callable[[Tensor], list[tuple[float, Tensor]]] | None = None,
     memory: BatchMemory | None = None,
 ) -> Metrics:
     """Run a network over the batches of a split, in evaluation mode and without a graph.
 
-    With `mirror`, logits are the mean of those of each image and of its mirror image. With `memory`, the first batch is
+    Logits are the mean over the views that are `seen` of a batch, with their weights. With `memory`, the first batch is
     measured.
     """
     processes = here.processes
@@ -135,8 +144,7 @@ def measure(
             x, y = here.batch(x, y)
             size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
             _, count = share(size, processes.rank, processes.count)
-            views = [x, _mirrored(x, splits.static)] if mirror else [x]
-            run = partial(_logits, net, views, steps if splits.static else None)
+            run = partial(_logits, net, seen(x) if seen else [(1.0, x)], steps if splits.static else None)
             with counting(firing, count):
                 logits = memory(run, len(x)) if memory else run()
             score = float(metric(predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y)))
@@ -154,13 +162,6 @@ def counting(firing: FiringRates, samples: int) -> Iterator[None]:
         firing.load_state_dict(before)
 
 
-def _logits(net: Any, views: list[Tensor], steps: int | None) -> Tensor:
-    """The mean over the views [B, ...] or [T, B, ...] of the logits [T, B, C]."""
-    return torch.stack([unroll(net, view, steps=steps) for view in views]).mean(0)
-
-
-def _mirrored(x: Tensor, static: bool) -> Tensor:
-    """Images [B, C, H, W], or with time [T, B, C, H, W], with left and right exchanged."""
-    if x.ndim != (4 if static else 5):
-        raise ValueError(f"mirror=True needs images [C, H, W] as samples of a time step, got a batch {list(x.shape)}")
-    return x.flip(-1)
+def _logits(net: Any, seen: list[tuple[float, Tensor]], steps: int | None) -> Tensor:
+    """The weighted mean over the views [B, ...] or [T, B, ...] of the logits [T, B, C]."""
+    return torch.stack([weight * unroll(net, view, steps=steps) for weight, view in seen]).sum(0)

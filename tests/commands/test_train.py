@@ -28,9 +28,9 @@ def test_train_then_eval(here, capsys):
     code, out, _ = run(capsys, "eval", folder, "--checkpoint", "last", "--steps", "3", "--split", "validation")
     assert code == 0
     assert "last.ckpt, T = 3, validation samples" in out
-    code, out, _ = run(capsys, "eval", folder, "--mirror")
+    code, out, _ = run(capsys, "eval", folder, "--mirror", "--shift", "1")
     assert code == 0
-    assert "test samples and their mirror images" in out
+    assert "test samples, also moved by 1 and their mirror images" in out
     code, out, _ = run(capsys, "eval", folder, "--mirror", "--json")
     assert code == 0
     mirrored = json.loads(out)

@@ -4,6 +4,7 @@ from torch import nn
 
 import sltt
 from sltt.data import Data, Splits
+from sltt.training.views import views
 from tests.training.blobs import Blobs, network
 
 
@@ -18,6 +19,24 @@ class Images(Data):
         x = torch.randn(12, 1, 2, 4, generator=torch.Generator().manual_seed(1))
         samples = [(v if self.static else torch.stack([v, v.flip(0), -v, v]), i % 3) for i, v in enumerate(x)]
         return Splits(samples, None, samples, self.static, 3, "images")
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 5), (3, 2, 1, 4, 5)], ids=["static", "sequence"])
+def test_views_are_the_image_and_what_is_moved_over_its_reflected_border(shape):
+    x = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    seen = views(x, len(shape) == 4, mirror=True, shift=1)
+    assert [weight for weight, _ in seen] == [1 / 4, 1 / 4, *[1 / 8] * 4]
+    image, mirrored, up, _, down, last = (view for _, view in seen)
+    assert torch.equal(image, x)
+    assert torch.equal(mirrored, x.flip(-1))
+    assert torch.equal(up, x[..., [1, 2, 3, 2], :][..., [1, 2, 3, 4, 3]])
+    assert torch.equal(down, x[..., [1, 0, 1, 2], :][..., [1, 0, 1, 2, 3]])
+    assert torch.equal(last, down.flip(-1))
+
+
+def test_a_shift_is_less_than_the_image():
+    with pytest.raises(ValueError, match="less than the 2 pixels"):
+        sltt.evaluate(network(), Images(True), device="cpu", shift=2)
 
 
 @pytest.mark.parametrize("static", [True, False], ids=["static", "sequence"])
@@ -41,6 +60,8 @@ def test_mirrored_evaluation_takes_the_mean_logits_of_each_image_and_of_its_mirr
 def test_samples_that_are_no_images_have_no_mirror_image(static):
     with pytest.raises(ValueError, match="mirror=True needs images"):
         sltt.evaluate(network(), Blobs(static=static), device="cpu", mirror=True)
+    with pytest.raises(ValueError, match="shift=1 needs images"):
+        sltt.evaluate(network(), Blobs(static=static), device="cpu", shift=1)
 
 
 class Noisy(Data):
