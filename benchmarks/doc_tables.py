@@ -202,7 +202,9 @@ def deeper_accuracies(results: Path) -> str:
         if "rule" in row:
             found.setdefault((row["layers"], row["task"]), {}).setdefault(row["rule"], []).append(row["test"])
     rules = list(next(iter(found.values())))
-    rows = [[str(n), f"`{task}`", *(scores_text(of[rule]) for rule in rules)] for (n, task), of in found.items()]
+    rows = [
+        [str(n), f"`{task}`", *(scores_text(of.get(rule, [])) for rule in rules)] for (n, task), of in found.items()
+    ]
     return markdown(["hidden layers", "recipe", *rules], rows)
 
 

@@ -155,8 +155,8 @@ class Activity(Loss):
         R = r            without `rate`: fewer spikes
         R = (r − ρ)²     with a `rate` ρ: neither silent nor busy layers
 
-    r[t] is the mean of a layer's spikes in step t, over samples and neurons. An evaluation has the loss alone. Energy
-    falls with the rates: `sltt profile --weights RUN` says by how much.
+    r[t] is the mean size of a layer's spikes in step t, over samples and neurons. An evaluation has the loss alone.
+    Energy falls with the rates: `sltt profile --weights RUN` says by how much.
 
     Args:
         loss: ℓ, of one time step.
@@ -220,6 +220,8 @@ class _Watching:
 
     def see(self, name: str, spikes: Tensor) -> None:
         self.steps = self.clock.fold.steps
+        if bool((spikes < 0).any()):  # of TernaryLIF; others keep the gradient at 0, where abs has none
+            spikes = spikes.abs()
         rates = spikes.unflatten(0, (fold_of(self.layers[name]).steps, -1)).flatten(1).mean(1)
         self.rates.setdefault(name, []).append(rates)
 
@@ -268,9 +270,11 @@ def _check_labels(logits: Tensor, target: Tensor) -> None:
     instance("logits", logits, Tensor)
     instance("target", target, Tensor)
     if logits.ndim != 2 or target.shape != logits.shape[:1]:
+        remedy = "end the model with nn.Flatten() and a linear layer"
+        if logits.ndim == 2:
+            remedy = "labels are class indices, one a sample: y.squeeze(1) of [B, 1], y.argmax(1) of one-hot labels"
         raise ValueError(
-            f"expected logits [B, C] and labels [B], got {list(logits.shape)} and {list(target.shape)}; "
-            "end the model with nn.Flatten() and a linear layer"
+            f"expected logits [B, C] and labels [B], got {list(logits.shape)} and {list(target.shape)}; {remedy}"
         )
     if target.dtype != torch.int64:
         raise ValueError(f"labels must be class indices in int64, got {target.dtype}; use target.long()")

@@ -178,6 +178,16 @@ def test_the_penalty_of_neurons_on_tokens_is_their_mean():
     assert penalised - plain == pytest.approx(rates.mean())
 
 
+def test_negative_spikes_are_penalised_as_positive_ones():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), sltt.TernaryLIF(tau=2.0), nn.Linear(8, 3)).double()
+    x, y = 3 * torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(3, (5,))
+    (plain, _), (penalised, _) = (by_rule(model, sltt.SLTT(), x, y, one) for one in (CE, Activity(CE, weight=1.0)))
+    with sltt.analysis.firing_rates(model) as rates:
+        sltt.unroll(model, x)
+    assert penalised - plain == pytest.approx(rates.mean())
+
+
 @pytest.mark.parametrize("name", [name for name in RULES if not name.startswith(("RateBased", "SLTT(k"))])
 def test_every_rule_with_spikes_takes_a_penalty(name):
     model, (x, y) = small_network(), batch()

@@ -56,13 +56,13 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
     found: dict[str, LayerPath] = {}
 
     def look(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any) -> None:
-            _add(found.setdefault(name, LayerPath(name)), module, args[0])
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            _add(found.setdefault(name, LayerPath(name)), module, args[0] if args else kwargs["input"])
 
         return hook
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]
-    with hooked(*(m.register_forward_pre_hook(look(name)) for name, m in layers)):
+    with hooked(*(m.register_forward_pre_hook(look(name), with_kwargs=True) for name, m in layers)):
         unroll(model, x, steps=steps)
     for path in found.values():
         path.density /= path.calls

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from sltt.checks import number, whole_number
 
 OnError = Literal["stop", "skip"]
+Collate = Callable[[list[Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Splits:
         """
         xs, targets = zip(*samples, strict=True)
         return _stack("samples", xs, not self.static), _stack("targets", targets, self.per_step)
+
+    def collate_of(self, dataset: Dataset[Any]) -> Collate:
+        """What makes the batches of a data set: `collate`, unless that of the training is not for the others."""
+        return self.collate
 
     def one(self) -> Tensor:
         """A batch of one sample, of the test set if there is one: [1, C, H, W] or [T, 1, C, H, W]."""

@@ -47,7 +47,7 @@ def from_loaders(loaders: Loaders, batch_size: int) -> Data:
     return _OwnData(
         {name: loader and loader.dataset for name, loader in given.items()},
         static=_is_static(train),
-        collate=train.collate_fn,
+        collates={name: loader.collate_fn for name, loader in given.items() if loader is not None},
     )
 
 

@@ -1,7 +1,7 @@
 """Data of your own: any PyTorch or Hugging Face data sets as the data of a training."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from sltt.checks import flag, number, whole_number
-from sltt.data.base import Data, Splits, fingerprint, hold_out
+from sltt.data.base import Collate, Data, Splits, fingerprint, hold_out
 from sltt.sequence.padding import Padded
 from sltt.sequence.padding import pad as padded
-
-Collate = Callable[[list[Any]], Any]
 
 
 def from_datasets(
@@ -70,7 +68,7 @@ def from_datasets(
 
 
 class _OwnData(Data):
-    """Data sets by name, as `from_datasets` explains them; with `collate`, their samples are taken as they are."""
+    """Data sets by name, as `from_datasets` explains them; with `collates` of each, samples are taken as they are."""
 
     def __init__(
         self,
@@ -83,7 +81,7 @@ class _OwnData(Data):
         by_length: bool = False,
         per_step: bool = False,
         split_seed: int = 0,
-        collate: Collate | None = None,
+        collates: Mapping[str, Collate] | None = None,
     ):
         found = dict(datasets)
         share = 0.0
@@ -94,7 +92,7 @@ class _OwnData(Data):
         self.datasets = {name: one for name, one in found.items() if one is not None}
         for name, dataset in self.datasets.items():
             _check_dataset(name, dataset, self.columns)
-        self.static, self.pad, self.by_length, self.per_step, self.collate = static, pad, by_length, per_step, collate
+        self.static, self.pad, self.by_length, self.per_step, self.collates = static, pad, by_length, per_step, collates
         self.classes = None if classes is None else whole_number("classes", classes, least=1)
         if pad and static:
             raise ValueError("pad=True adds time steps to sequences, and static=True says that there are none")
@@ -125,10 +123,10 @@ class _OwnData(Data):
         }
         if self.pad:
             return _Padding(**values)
-        return _Collated(**values, collate_fn=self.collate) if self.collate else Splits(**values)
+        return _Collated(**values, collates=self.collates) if self.collates else Splits(**values)
 
     def _samples(self, name: str, dataset: Any, steps: int) -> Any:
-        if self.collate:
+        if self.collates:
             return dataset
         found = _Samples(name, dataset, self.columns, self.static, steps if self.pad else None)
         found[0]  # a mistake shows here, and not in the middle of a training
@@ -147,7 +145,7 @@ class _OwnData(Data):
 
     def _target(self, samples: Any, i: int) -> Any:
         """The target of a sample, as a batch has it."""
-        return self.collate([samples[i]])[1][0] if self.collate else samples[i][1]
+        return self.collates["train"]([samples[i]])[1][0] if self.collates else samples[i][1]
 
     def _count(self, labels: list[int] | None) -> int | None:
         """The number of classes; raises ValueError where labels are not 0 … classes − 1."""
@@ -167,13 +165,16 @@ class _OwnData(Data):
 
 @dataclass(frozen=True)
 class _Collated(Splits):
-    """Splits whose batches are made by a function of the user's."""
+    """Splits whose batches are made by functions of the user's, one for each split."""
 
-    collate_fn: Collate | None = None
+    collates: Mapping[str, Collate] = field(default_factory=dict)
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-        assert self.collate_fn is not None
-        return self.collate_fn(samples)
+        return self.collates["train"](samples)
+
+    def collate_of(self, dataset: Dataset[Any]) -> Collate:
+        names = [name for name in self.collates if getattr(self, name) is dataset]
+        return self.collates[names[0]] if names else self.collate
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def _single(x: Tensor) -> Tensor:
 def _is_class(target: Any) -> bool:
     if isinstance(target, Tensor | np.ndarray):
         return target.ndim == 0 and not (torch.as_tensor(target).is_floating_point())
-    return isinstance(target, int | np.integer)
+    return isinstance(target, int | np.integer | np.bool_)
 
 
 def known_labels(dataset: Any, columns: tuple[str, str] | None) -> Sequence[Any] | None:

@@ -130,6 +130,8 @@ class Calls:
             before = node.all_input_nodes[0]
             if late := [user for user in before.users if self.order[user] > self.order[node]]:
                 return f"changes in place what {self._place(late[0])} reads afterwards; use inplace=False"
+            if not node.users:
+                return "changes a part of a tensor in place, which no trace shows; write y = activation(x), and read y"
         return None
 
     def _place(self, node: fx.Node) -> str:

@@ -73,9 +73,11 @@ def spiking(
     for name, node in places.items():
         ann.set_submodule(name, Balanced(make(), thresholds[node]) if node in thresholds else make())
         node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
-    for name, module in list(ann.named_modules()):
-        if type(module) is nn.Dropout:
-            ann.set_submodule(name, Dropout(module.p))
+    dropouts = [(node, module.p) for node in calls.graph.nodes if type(module := calls.module(node)) is nn.Dropout]
+    for node, p in dropouts:  # one for each call: it keeps its mask for a sequence
+        places[name := _free_name(calls, node, places)] = node
+        ann.set_submodule(name, Dropout(p))
+        node.target = name
     return fx.GraphModule(ann, calls.graph, f"Spiking{type(ann).__name__}").train(ann.training)
 
 

@@ -98,7 +98,7 @@ class _Tagging(TorchFunctionMode):
         elif func in _POOLING and args:
             _tag_pooled(func, args, kwargs, result)
         elif func in _MAX_POOLING and args and isinstance(result, Tensor):  # not with its indices
-            _tag_maximum(args[0], result)
+            _tag_maximum(func, args[0], result)
         elif self.recompute and func in _LAYERS and args:
             _tag_layer(func, args, kwargs, result)
         elif self.recompute and func in _ADDING and len(args) == 2 and not kwargs:
@@ -168,10 +168,12 @@ def _tag_scaled_by_channel(tag: Tag, spikes: Tensor, factor: Tensor, result: Ten
         SpikeTag(result, factor, tag.bits(spikes))
 
 
-def _tag_maximum(spikes: Tensor, result: Tensor) -> None:
-    """The maximum of spikes is a spike."""
+def _tag_maximum(func: Any, spikes: Tensor, result: Tensor) -> None:
+    """The maximum of spikes is a spike, where all that are pooled are worth the same."""
     if isinstance(tag := tag_of(spikes), SpikeTag) and packable(result):
-        SpikeTag(result, tag.one)
+        pooled = 1 if func in (F.max_pool1d, F.adaptive_max_pool1d) else 2
+        if not isinstance(one := tag.one, Tensor) or math.prod(one.shape[-pooled:]) == 1:
+            SpikeTag(result, one)
 
 
 def _tag_pooled(func: Any, args: Any, kwargs: Any, result: Tensor) -> None:

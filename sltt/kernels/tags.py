@@ -66,9 +66,9 @@ class SpikeTag(Tag):
         self._restored: Tensor | None = None
 
     def bits(self, spikes: Tensor) -> Tensor:
-        """One bit for each element of the memory of `spikes`, the tagged tensor."""
+        """One bit for each element of the tagged memory, of which `spikes` is a view."""
         if self._bits is None:
-            self._bits = pack(spikes)
+            self._bits = pack(spikes.detach().as_strided(*self.layout, 0))
         return self._bits
 
     @property

@@ -103,6 +103,8 @@ class IntegrateAndFire(Neuron):
         return lif_step(v, x, decay=decay, **constants)
 
     def arguments(self) -> dict[str, Any]:
+        if type(self).step is not IntegrateAndFire.step:
+            return super().arguments()
         return {"decay": self.decay(), **self.constants()}
 
     def constants(self) -> dict[str, Any]:
@@ -115,8 +117,19 @@ class IntegrateAndFire(Neuron):
             "surrogate": self.surrogate,
         }
 
+    def is_plain(self) -> bool:
+        """Whether `lif_step` with constants and at most one λ to learn is all that the neuron does.
+
+        Not of a subclass with a `step` of its own, a threshold that is learned, or a λ for each neuron.
+        """
+        values = self.constants().values()
+        one = not isinstance(decay := self.decay(), Tensor) or decay.ndim == 0
+        return one and type(self).step is IntegrateAndFire.step and not any(isinstance(v, Tensor) for v in values)
+
     def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
         """The steps by a kernel made for this function, which saves the membrane potential after the step only."""
+        if not self.is_plain():
+            return super().fused_steps(x, fold)
         decay = self.decay()
         learnable = isinstance(decay, Tensor)
         step = NeuronStep.of(decay=None if learnable else decay, **self.constants())

@@ -88,6 +88,8 @@ class CubaLIF(Neuron):
 
     def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
         """The current by plain operations, of which autograd keeps nothing, then the steps of `LIF`."""
+        if type(self).step is not CubaLIF.step or any(isinstance(v, Tensor) for v in self.arguments().values()):
+            return super().fused_steps(x, fold)  # of a subclass, or with a parameter that is learned
         currents, decay = [], self.synaptic_decay()
         i: Tensor = self.i  # type: ignore[assignment]
         for x_t in x.chunk(fold.steps):

@@ -18,7 +18,7 @@ from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, is_per_step, watching
 from sltt.rules.diagnosis import explained, leftovers_noticed
 from sltt.sequence.fold import Fold
-from sltt.sequence.once import hoisting
+from sltt.sequence.once import hoisting, step_with_graph
 from sltt.sequence.padding import Padded, Real, check_lengths, target_of
 from sltt.sequence.steps import Network, Sequence, running, time_steps
 
@@ -78,7 +78,7 @@ class Batch:
             cut: no gradient flows from one of the steps to the step before.
             recompute: convolutions and linear layers run again in the backward, instead of keeping their outputs.
         """
-        with torch.set_grad_enabled(graph), self._saving(len(steps), graph, cut, recompute):
+        with step_with_graph(graph), self._saving(len(steps), graph, cut, recompute):
             logits = self.network(self.sequence.input(steps), Fold(len(steps), cut))
         self._largest = self._largest or self.network.largest_state()
         # a model may go on to change what it gave, such as a sum over time

@@ -26,6 +26,11 @@ def explained(model: nn.Module, sequence: Sequence) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if _SECOND_TIME in str(error) and sequence.x.grad_fn is not None:
+            raise ValueError(
+                "the input has a graph, through which the backward of each time step would go: make it in the network, "
+                "once a sequence by sltt.once, or detach it"
+            ) from error
         found = [one for one in _plain_tensors(model) if one[-1].grad_fn is not None]
         if _SECOND_TIME in str(error) and found:
             name, module, attribute, _ = found[0]

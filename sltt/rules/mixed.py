@@ -88,7 +88,7 @@ class Mixed(Rule):
         layers = neuron_layers(model)
 
         def matches(name: str, pattern: str) -> bool:
-            return fnmatchcase(name, pattern) or fnmatchcase(_WRAPPERS.sub("", name), pattern)
+            return any(pattern == one or fnmatchcase(one, pattern) for one in (name, _WRAPPERS.sub("", name)))
 
         for pattern in self.windows:
             if not any(matches(name, pattern) for name in layers):

@@ -42,7 +42,7 @@ class RateBased(Rule):
     Raises:
         ValueError: when called, a module with a state other than LIF, IF and PLIF. Without `steady` also a neuron or
             BatchNorm that is not used exactly once per step, BatchNorm with a forward of its own (SyncBatchNorm), or
-            PyTorch's own dropout, whose mask changes at every step.
+            a dropout module of PyTorch's, whose mask changes at every step.
 
     Source: Yu et al., NeurIPS 2024 (arXiv 2410.11488); (3) to (5) as in the authors' code
     (github.com/Tab-ct/rate-based-backpropagation, model/layer.py), where V_th = 1 and v_r = 0.
@@ -241,7 +241,7 @@ def _neuron_layers(model: nn.Module) -> list[_NeuronLayer]:
     """The layers of neurons; raises ValueError naming a module with a state that the rate pass cannot run."""
     layers: list[_NeuronLayer] = []
     for name, module in model.named_modules():
-        if isinstance(module, IntegrateAndFire) and not own_forward(module, IntegrateAndFire):
+        if isinstance(module, IntegrateAndFire) and module.is_plain() and not own_forward(module, IntegrateAndFire):
             layers.append(_NeuronLayer(name, module))
         elif _keeps_state(module):
             raise ValueError(

@@ -226,7 +226,7 @@ class _Traces:
         x = inputs[0]
         if self.started and x.grad_fn is not None:
             self._feed(neuron, x.grad_fn)
-        if self.inputs and isinstance(neuron, IntegrateAndFire) and neuron.v_reset is None:
+        if self.inputs and isinstance(neuron, IntegrateAndFire) and neuron.is_plain() and neuron.v_reset is None:
             decay = neuron.decay()
             if isinstance(decay, Tensor) and decay.requires_grad:
                 return self._with_decay(neuron, decay, x), *inputs[1:]

@@ -52,6 +52,21 @@ def hoisting(model: nn.Module, x: Tensor | None, grad: bool, keep: bool = True) 
         _current.reset(token)
 
 
+@contextmanager
+def step_with_graph(graph: bool) -> Iterator[None]:
+    """A time step with or without a graph; what `once` computes in it has its graph in either case."""
+    hoisted = _current.get()
+    with torch.set_grad_enabled(graph):
+        if hoisted is None:
+            yield
+            return
+        hoisted.in_graph, before = graph, hoisted.in_graph
+        try:
+            yield
+        finally:
+            hoisted.in_graph = before
+
+
 class _Result(NamedTuple):
     value: Tensor  # in its graph
     leaf: Tensor  # cut off from it
@@ -70,6 +85,7 @@ class Hoisted:
 
     def __init__(self, x: Tensor | None, grad: bool, keep: bool = True):
         self._grad = grad
+        self.in_graph = True  # else the rule has switched gradients off, and not the network
         self._keep = keep
         self._fixed = [] if x is None else [x]  # what time does not change
         self._results: dict[Any, _Result] = {}
@@ -83,9 +99,10 @@ class Hoisted:
             return function(*inputs)
         weights = list(owner.parameters()) if isinstance(owner, nn.Module) else []
         versions = tuple(map(_version, weights))  # a rule may change weights in the middle
-        key = id(owner), getattr(function, "__name__", ""), tuple(map(id, inputs)), versions
+        grad = self._grad and (torch.is_grad_enabled() or not self.in_graph)
+        key = id(owner), getattr(function, "__name__", ""), tuple(map(id, inputs)), versions, grad
         if key not in self._results:
-            with torch.set_grad_enabled(self._grad):
+            with torch.set_grad_enabled(grad):
                 value = function(*inputs)
             leaf = value.detach().requires_grad_(value.requires_grad)
             self._results[key] = _Result(value, leaf, _version(leaf), owner)

@@ -21,6 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from sltt._torch import end_workers
 from sltt.checks import whole_number
 from sltt.data import Splits
+from sltt.data.base import Collate
 
 Key = tuple[int, int]
 POOL = 50  # batches that are sorted by length together
@@ -79,39 +80,40 @@ def by_length(order: list[int], lengths: Sequence[int], size: int, generator: to
     return [*chain.from_iterable(batches[i] for i in shuffled), *order[whole:]]
 
 
-class _Seeded(Dataset[Any]):
-    """Takes (index, seed); reads and crops the sample under that seed, leaving the global generator as it was."""
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Inside this block all global generators of the CPU draw what follows from the seed; afterwards as if it had not
+    been."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
 
-    def __init__(self, data: Dataset[Any], crop: int | None = None):
+
+class _Seeded(Dataset[Any]):
+    """Takes (index, seed): reads and crops each sample under its seed, and makes a batch under that of the first."""
+
+    def __init__(self, data: Dataset[Any], collate: Collate, crop: int | None = None):
         self.data = data
+        self.collate = collate
         self.crop = crop
 
     def __getitem__(self, key: Key) -> Any:
         index, seed = key
-        state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(seed)
-        try:
+        with _drawing(seed):
             sample = self.data[index]
             return sample if self.crop is None else (random_crop(sample[0], self.crop), *sample[1:])
-        finally:
-            torch.default_generator.set_state(state)
 
-
-class Repeatable(Dataset[Any]):
-    """A data set whose samples draw the same random numbers each time.
-
-    Args:
-        data: with a length.
-    """
-
-    def __init__(self, data: Dataset[Any]):
-        self.seeded = _Seeded(data)
-
-    def __len__(self) -> int:
-        return len(self.seeded.data)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Any:
-        return self.seeded[index, index]
+    def __getitems__(self, keys: Sequence[Key]) -> Any:
+        samples = [self[key] for key in keys]
+        with _drawing(keys[0][1] + 1):
+            return self.collate(samples)
 
 
 def random_crop(x: Tensor, size: int) -> Tensor:
@@ -175,29 +177,36 @@ def train_loader(
 
     For the other arguments see `Shares` and `Phase`.
     """
-    return _loader(_Seeded(splits.train, crop), splits, Shares(sampler, batch_size, rank, processes), workers, pin)
+    samples = _Seeded(splits.train, splits.collate, crop)
+    return _loader(samples, Shares(sampler, batch_size, rank, processes), workers, pin)
 
 
 def eval_loader(
     dataset: Dataset[Any], splits: Splits, batch_size: int, workers: int, rank: int = 0, processes: int = 1
 ) -> DataLoader[Any]:
-    """Every sample of a validation or test set once, in order, or a process's share of each batch."""
-    order = range(len(dataset))  # type: ignore[arg-type]
-    return _loader(dataset, splits, Shares(order, batch_size, rank, processes), workers, False)
+    """Every sample of a data set once, in order, or a process's share of each batch; what is random is so alike."""
+    order = [(i, i) for i in range(len(dataset))]  # type: ignore[arg-type]
+    samples = _Seeded(dataset, splits.collate_of(dataset))
+    return _loader(samples, Shares(order, batch_size, rank, processes), workers, False)
 
 
-def _loader(dataset: Dataset[Any], splits: Splits, batches: Shares, workers: int, pin: bool) -> DataLoader[Any]:
+def _loader(samples: _Seeded, batches: Shares, workers: int, pin: bool) -> DataLoader[Any]:
     return DataLoader(
-        dataset,
+        samples,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=splits.collate,
+        collate_fn=_as_made,
         pin_memory=pin,
         persistent_workers=workers > 0,
         worker_init_fn=_outlive_sigterm,
         # a generator of its own: the loader draws from it, and so leaves the run's random numbers alone
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _as_made(batch: Any) -> Any:
+    """A batch that the data set has made."""
+    return batch
 
 
 def whole_epoch(loader: DataLoader[Any]) -> Iterator[Any]:

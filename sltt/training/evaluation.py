@@ -22,7 +22,7 @@ from sltt.rules import unroll
 from sltt.rules.base import sequence_loss
 from sltt.sequence.modes import evaluating
 from sltt.sequence.padding import lengths_of, target_of
-from sltt.training.batches import Repeatable, ending, share, whole_epoch
+from sltt.training.batches import ending, share, whole_epoch
 from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
 from sltt.training.session import Session, session
@@ -104,8 +104,8 @@ def measure_split(
         raise ValueError(f"there are no {split} samples: {cause}")
     if not len(dataset):
         raise ValueError(f"there are no {split} samples: expected one or more")
-    if split == "train":
-        dataset = Repeatable(dataset) if splits.plain is None else splits.plain
+    if split == "train" and splits.plain is not None:
+        dataset = splits.plain
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
     with ending(loader):

@@ -179,7 +179,10 @@ class Loop:
             check_input(x)
         x, y = self.session.batch(x, y)
 
+        carried = stage.rule.state_dict()
+
         def run_part(x: Tensor, y: Tensor | Padded, part: float) -> Output:
+            stage.rule.load_state_dict(carried)  # each part draws the same time steps
             return stage.rule(
                 *(self.net, x, y, self.loss),
                 steps=stage.steps if self.splits.static else None,

@@ -22,7 +22,7 @@ class Phase:
         rule: the learning rule.
         lr: learning rate. The schedule starts anew with a phase that has one; without, it runs on.
         weight_decay: of the optimizer.
-        freeze_norm: BatchNorm normalises with its running statistics from here on, and leaves them as they are; its
+        freeze_norm: BatchNorm normalises with its running statistics in this phase, and leaves them as they are; its
             weights go on learning. Use it where a phase sees other statistics than the one before: firing rates, and
             then single time steps. New statistics would make the network another.
         crop: side, in pixels, of a square taken at a random place out of each training sample, after its other

@@ -76,3 +76,20 @@ def test_what_is_saved_follows_from_the_measured_costs(monkeypatch):
     products = 3 * 4 * 16 * 16 * 32 * 16 * 9
     assert path.dense_seconds == pytest.approx(0.05 * products / 1e9)
     assert path.saved_seconds == pytest.approx((0.05 - 0.02 * path.density) * products / 1e9, rel=1e-3)
+
+
+class Named(nn.Module):
+    """Calls its layer by a named argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.neuron, self.head = nn.Linear(4, 6), sltt.LIF(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(input=self.neuron(self.layer(input=x)))
+
+
+def test_layers_that_are_called_by_name_are_measured():
+    x = torch.randn(3, 5, 4)
+    assert [path.name for path in sltt.analysis.layer_paths(Named(), x)] == ["layer", "head"]
+    assert [one.name for one in sltt.analysis.synaptic_operations(Named(), x)] == ["layer", "head"]

@@ -29,7 +29,7 @@ def test_training_images_change_and_others_do_not(folder, kwargs):
     drawn = []
     for options in ({}, kwargs):
         splits = ImageFolder(folder, size=32, validation=0.25, **options).splits(1)
-        train = _Seeded(splits.train)
+        train = _Seeded(splits.train, splits.collate)
         images = torch.stack([train[i, 7][0] for i in range(len(splits.train))])
         assert torch.equal(images[1], train[1, 7][0])  # by the sample's seed alone
         drawn.append(images)

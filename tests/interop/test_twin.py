@@ -150,12 +150,18 @@ def reads_afterwards(y):
     return F.relu(y, inplace=True) + y
 
 
+def changes_a_part(y):
+    y[:, :4].relu_()
+    return y
+
+
 BAD = {
     "a lambda": (Forward(lambda y: y * (y > 0)), r"gt \(gt\): no spiking counterpart"),
     "no activation": (network(), "no activation was found"),
     "GELU": (network(nn.GELU(), nn.ReLU(), nn.GELU()), r'1 \(gelu\), 3 \(gelu\): no .*train with ReLU, .*\["gelu"\]'),
     "SiLU as a function": (Forward(lambda y: F.silu(y).relu()), r"silu \(silu\): no spiking counterpart"),
     "in place": (Forward(reads_afterwards), r"changes in place what add \(add\) reads afterwards; use inplace=False"),
+    "in place on a view": (Forward(changes_a_part), "changes a part of a tensor in place, which no trace shows"),
     "control flow": (Forward(lambda y: y.relu() if y.sum() > 0 else y), "cannot be traced.*control flow"),
     "dropout as a function": (Forward(lambda y: F.dropout(y.relu(), 0.1)), "`training` would be fixed"),
     "dropout of channels": (network(nn.ReLU(), nn.Dropout1d()), "another mask at every time step; use nn.Dropout"),
@@ -228,3 +234,21 @@ def test_an_ann_and_its_twin_from_the_digits_recipe(tmp_path, monkeypatch):
     main(["eval", "twin"])
     state = torch.load("twin/best.ckpt", weights_only=True)["model"]
     assert {"features.2.threshold", "head.weight"} <= state.keys()
+
+
+class TwiceDropped(nn.Module):
+    """One dropout at two widths."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.last(self.dropout(F.relu(self.second(self.dropout(F.relu(self.first(x)))))))
+
+
+def test_a_dropout_that_is_used_twice_draws_two_masks():
+    twin = spiking(TwiceDropped()).train()
+    assert [type(m) for m in twin.modules()].count(sltt.Dropout) == 2
+    sltt.SLTT()(twin, torch.randn(6, 4), torch.arange(6) % 3, nn.CrossEntropyLoss(), steps=3)

@@ -359,3 +359,9 @@ def test_a_compiled_network_has_the_same_gradient(windows):
         sltt.Mixed(windows)(network, x, y, nn.CrossEntropyLoss())
         found.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_name_with_brackets_is_found():
+    model = nn.ModuleDict({"n[0]": sltt.LIF(), "n[1]": sltt.LIF()})
+    lengths = sltt.Mixed({"n[0]": "all"}, default=2).window_lengths(model, 4)
+    assert lengths == {model["n[0]"]: 4, model["n[1]"]: 2}

@@ -178,3 +178,27 @@ def test_the_networks_mark_their_layers_before_the_first_neuron(make):
     ]
     assert len(calls) == 3 + 1
     assert_same(*grads)
+
+
+class Frozen(nn.Module):
+    """The same layer twice: without a graph, and with one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.trained = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.neuron, self.head = sltt.LIF(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            current = sltt.once(self.stem, x)
+        return self.head(self.neuron(current + sltt.once(self.trained, x)))
+
+
+@pytest.mark.parametrize("hoist", [False, True])
+@pytest.mark.parametrize("k", [None, 2])
+def test_what_the_network_computes_without_a_graph_stays_without(hoist, k):
+    torch.manual_seed(0)
+    model, x, y = Frozen(), 3 * torch.randn(5, 4), torch.arange(5) % 3
+    sltt.SLTT(k=k, hoist=hoist)(model, x, y, nn.CrossEntropyLoss(), steps=4, seed=0)
+    assert model.stem.weight.grad is None
+    assert model.trained.weight.grad is not None

@@ -1,0 +1,90 @@
+"""Subclasses of the neurons of the library, with another `step`, a learned threshold or a λ for each neuron."""
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.surrogates import Triangle
+
+FIRES = Triangle()
+
+
+class Stubborn(sltt.LIF):
+    """Fires at twice the threshold, and forgets then."""
+
+    @staticmethod
+    def step(x, v, *, decay, v_threshold, surrogate):
+        u = decay * v + x
+        s = surrogate(u - 2 * v_threshold)
+        return s, u * (1 - s)
+
+
+class StubbornCurrent(sltt.CubaLIF):
+    @staticmethod
+    def step(x, v, i, *, decay, synaptic_decay, v_threshold, surrogate):
+        i = synaptic_decay * i + x
+        u = decay * v + i
+        s = surrogate(u - 2 * v_threshold)
+        return s, u * (1 - s), i
+
+
+class PerNeuron(sltt.PLIF):
+    """A time constant for each of five channels."""
+
+    def __init__(self):
+        super().__init__(tau=2.0, surrogate=FIRES)
+        self.w = nn.Parameter(torch.linspace(-1, 1, 5))
+
+
+def literal(neuron, xs):
+    """The steps one by one by the plain function."""
+    named = {k: v.view(1, -1) if torch.is_tensor(v) and v.ndim else v for k, v in neuron.arguments().items()}
+    states, spikes = [torch.zeros_like(xs[0]) for _ in neuron.states], []
+    for x in xs:
+        s, *states = neuron.step(x, *states, **named)
+        spikes.append(s)
+    return torch.stack(spikes)
+
+
+def learned_threshold(kind, **kwargs):
+    neuron = kind(**kwargs)
+    neuron.v_threshold = nn.Parameter(torch.tensor(0.7))
+    return neuron
+
+
+NEURONS = {
+    "LIF with a step": lambda: Stubborn(tau=2.0, surrogate=FIRES),
+    "CubaLIF with a step": lambda: StubbornCurrent(tau=2.0, surrogate=FIRES),
+    "PLIF of channels": PerNeuron,
+    "LIF, learned threshold": lambda: learned_threshold(sltt.LIF, tau=2.0),
+    "IF, learned threshold": lambda: learned_threshold(sltt.IF),
+    "CubaLIF, learned threshold": lambda: learned_threshold(sltt.CubaLIF, tau=2.0),
+}
+
+
+@pytest.mark.parametrize("fold", [1, 3])
+@pytest.mark.parametrize("name", NEURONS)
+def test_the_layer_computes_the_step_of_its_class_and_learns_its_parameters(name, fold):
+    torch.manual_seed(0)
+    neuron, first, last = NEURONS[name](), nn.Linear(4, 5), nn.Linear(5, 3)
+    x, y, loss = 3 * torch.randn(6, 8, 4), torch.arange(8) % 3, nn.CrossEntropyLoss()
+    spikes = literal(neuron, [first(one) for one in x])
+    weights = [*neuron.parameters(), *first.parameters()]
+    expected = torch.autograd.grad(sum(loss(last(s), y) for s in spikes) / 6, weights)
+    model = nn.Sequential(first, neuron, last)
+    out = sltt.BPTT(fold=fold)(model, x, y, loss)
+    torch.testing.assert_close(out.logits, torch.stack([last(s) for s in spikes]).detach())
+    torch.testing.assert_close([p.grad for p in weights], list(expected))
+    if any(p.ndim == 0 for p in neuron.parameters()):
+        before = out.logits
+        with torch.no_grad():
+            neuron.v_threshold.fill_(50.0)
+        assert not torch.equal(sltt.unroll(model, x), before)
+
+
+@pytest.mark.parametrize("name", ["LIF with a step", "PLIF of channels", "LIF, learned threshold"])
+def test_the_rate_rule_refuses_what_its_equations_are_not(name):
+    model = nn.Sequential(nn.Linear(4, 5), NEURONS[name](), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match="knows the derivative of LIF, IF and PLIF, not of 1"):
+        sltt.RateBased()(model, torch.randn(2, 8, 4), torch.arange(8) % 3, nn.CrossEntropyLoss())

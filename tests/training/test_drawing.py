@@ -1,0 +1,95 @@
+"""What is random in the data comes with the sample and the batch, wherever a run stops, whoever loads them."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import sltt
+from sltt.data import Splits
+from sltt.training.batches import EpochSampler, eval_loader, train_loader
+
+DRAWN = {
+    "torch": lambda: torch.rand(8),
+    "numpy": lambda: torch.as_tensor(np.random.rand(8), dtype=torch.float32),
+    "random": lambda: torch.tensor([random.random() for _ in range(8)]),
+}
+
+
+class Noise(torch.utils.data.Dataset):
+    """Twelve samples that are drawn by one of three generators."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError(index)
+        return self.draw(), index % 3
+
+
+class Mixing(Splits):
+    """A batch with noise, which comes while it is made."""
+
+    def collate(self, samples):
+        x, y = super().collate(samples)
+        return x + torch.rand(1) + np.random.rand() + random.random(), y
+
+
+def splits(name):
+    samples = Noise(DRAWN[name])
+    return Mixing(samples, samples, samples, True, 3, name)
+
+
+def batches(name, workers=0, start=0):
+    sampler = EpochSampler(12, seed=0)
+    sampler.set_epoch(3, start)
+    return [x for x, _ in train_loader(splits(name), 4, sampler, workers)]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_batch_is_the_same_wherever_an_epoch_is_continued_and_whoever_loads_it(name):
+    whole = batches(name)
+    assert not torch.equal(whole[0], whole[1])
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    for found, expected in ((batches(name, start=4), whole[1:]), (batches(name, workers=2), whole)):
+        assert len(found) == len(expected)
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_an_evaluation_draws_the_same_each_time_and_leaves_the_generators_alone(name):
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    before = [draw() for draw in DRAWN.values()]
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    of = splits(name)
+    first, second = ([x for x, _ in eval_loader(of.validation, of, 4, 0)] for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, before, [draw() for draw in DRAWN.values()]))
+
+
+def test_each_loader_makes_its_batches_by_its_own_function(tmp_path):
+    made = []
+
+    def collate(name):
+        def make(samples):
+            made.append(name)
+            return torch.stack([x for x, _ in samples]), torch.tensor([y for _, y in samples])
+
+        return make
+
+    loaders = [
+        DataLoader(Noise(DRAWN["torch"]), 4, collate_fn=collate(name)) for name in ("train", "validation", "test")
+    ]
+    run = {"device": "cpu", "run": tmp_path / "run"}
+    model = sltt.models.MLP([8, 8, 3])
+    sltt.fit(model, loaders, steps=2, epochs=1, batch_size=4, **run)
+    assert {"train", "validation"} <= set(made)
+    made.clear()
+    sltt.evaluate(model, loaders, steps=2, batch_size=4, device="cpu")
+    assert "test" in made
