@@ -216,11 +216,63 @@ def twin(results: Path) -> str:
     return markdown(["network", "percentile", "learning rate", "validation", "test", "minutes"], rows)
 
 
+def twin_digits(results: Path) -> str:
+    """Twins of ANNs on the digits."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in json.loads((results / "twin-digits.json").read_text()):
+        found.setdefault(row["activation"], []).append(row)
+    names = [name for name in next(iter(found.values()))[0] if name not in ("activation", "seed")]
+    rows = [[kind, *(scores_text([row[name] for row in of]) for name in names)] for kind, of in found.items()]
+    return markdown(["activation", *names], rows)
+
+
+def transformer_costs(results: Path) -> str:
+    """Memory and time of a training batch of each rule."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in json.loads((results / "transformers.json").read_text())["costs"]:
+        cell = f"{megabytes(row['memory'])}, {row['seconds']:.1f} s"
+        found.setdefault((row["network"], str(row["steps"])), {})[row["rule"]] = cell
+    rules = list(next(iter(found.values())))
+    return markdown(["network", "T", *rules], [[*case, *(of[rule] for rule in rules)] for case, of in found.items()])
+
+
+def transformer_agreements(results: Path) -> str:
+    """Cosines of each rule with BPTT, with the lowest of a layer in brackets."""
+    found = json.loads((results / "transformers.json").read_text())["agreements"]
+    rows = []
+    for row in found:
+        cells = (f"{cosine:.3f} ({least:.2f})" for cosine, least in row["cosines"].values())
+        rows.append([row["network"], str(row["batches"]), *cells])
+    return markdown(["network", "batches", *map(shown, found[0]["cosines"])], rows)
+
+
+def ladder(results: Path) -> str:
+    """What each step from an analog network to spikes loses, in points of the validation accuracy."""
+    labels = {
+        ("gelu", "activations"): "GELU",
+        ("relu", "activations"): "ReLU",
+        ("clipped", "activations"): "ReLU clipped at 2.5",
+        ("rates", "rates of 9 levels"): "steady currents, T = 8: rates of 9 levels",
+        ("rates", "spikes, T = 8"): "the same weights: spikes, T = 8",
+        ("slttk", "spikes, T = 8"): "after two epochs of SLTT-1 at T = 4: spikes, T = 8",
+        ("slttk", "spikes, T = 4"): "the same weights: spikes, T = 4",
+    }
+    found = json.loads((results / "ladder.json").read_text())
+    reached = {label: found[case][kind] for (case, kind), label in labels.items() if case in found}
+    first = next(iter(reached.values()))
+    rows = [[label, f"{one:.1%}", f"{100 * (one - first):+.1f}"] for label, one in reached.items()]
+    return markdown(["", "validation", "points"], rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
+    "ladder": ladder,
     "tasks": all_tasks,
     **{task: of_task(task) for task in ("recall", "recall-marked", "sequential-digits")},
     **{f"short-{name}": short(name) for name in ("stabilised", "transformer")},
+    "transformer-costs": transformer_costs,
+    "transformer-agreements": transformer_agreements,
     "twin": twin,
+    "twin-digits": twin_digits,
     "deeper-cosines": deeper_cosines,
     "deeper-accuracies": deeper_accuracies,
     "summary": summary,

@@ -1,12 +1,19 @@
-"""The benchmarks behind the advice of `sltt agreement`, and behind the table of accuracy against energy."""
+"""The benchmarks behind the advice of `sltt agreement`, and behind tables of accuracy, energy, memory and cosines."""
 
+import csv
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
 import sltt
+from sltt.commands import main as command
+from sltt.commands.parsing import Recipe
 
 
 @pytest.fixture
@@ -81,3 +88,49 @@ def test_a_penalty_on_spikes_is_measured_on_its_trained_networks(load, tmp_path,
     table = load("doc_tables").sparsity(tmp_path)
     assert "| `tiny` | 0 |" in table
     assert "| 1.00 | 1.00 |" in table
+
+
+def test_the_steps_from_an_analog_network_to_spikes_are_trainings_that_sltt_takes(load):
+    ladder = load("ladder")
+    neurons = {"gelu": nn.GELU, "relu": nn.ReLU, "clipped": nn.Hardtanh, "rates": sltt.IF, "slttk": sltt.IF}
+    for case, options in ladder.CASES.items():
+        words = f"{ladder.SETTINGS} {options}".format(images="nowhere", runs="runs").split()
+        built = Recipe("sltt train", "cifar10-small", words).build()
+        assert type(built.model.stages[0]) is neurons[case]
+        assert built.epochs == (2 if case == "slttk" else 6)
+        assert built.phases is None
+    assert ladder.CASES.keys() == ladder.MEASURES.keys()
+
+
+def test_the_accuracy_of_a_run_is_that_of_its_validation_samples(load, tmp_path):
+    ladder, run = load("ladder"), str(tmp_path / "run")
+    words = ["--model.width", "4", "--steps", "2", "--epochs", "1", "--device", "cpu", "--run", run]
+    assert command(["train", "digits", *words, "--data.augment", "false"]) == 0
+    found = ladder.accuracies(Path(run), {"spikes": lambda model, x: sltt.unroll(model, x, steps=2).mean(0)})
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        (epoch,) = csv.DictReader(file)
+    assert found["spikes"] == pytest.approx(float(epoch["validation_accuracy"]), abs=0.05)  # in bfloat16
+
+
+def test_twins_of_the_digits_are_measured_in_each_form(load, monkeypatch):
+    digits = load("twin_digits")
+    trained = []
+    monkeypatch.setattr(digits, "train", lambda model, seed, lr, **how: (trained.append(how), model)[1])
+    found = digits.measure("ReLU", 0)
+    assert [str(how.get("rule")) for how in trained] == ["None", "SLTT(k=1)", "SLTT()"]
+    assert found["balanced, T = 4"] == found["one epoch of SLTT"]  # nothing was trained
+    assert len(set(found)) == 7
+
+
+def test_transformers_are_measured_under_each_rule(load, monkeypatch):
+    transformers = load("transformers")
+    small = {"Spikformer": partial(sltt.models.spikformer, channels=16, depth=1, heads=2, neuron=transformers.NEURON)}
+    monkeypatch.setattr(transformers, "NETWORKS", small)
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    costs = {rule: transformers.cost("Spikformer", 4, rule, x, y) for rule in transformers.RULES}
+    assert costs["SLTT"]["memory"] < costs["BPTT"]["memory"]
+    monkeypatch.setattr(transformers, "TRAINED", 1)
+    samples = TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 10)
+    before, after = transformers.agreements("Spikformer", samples, x, y)
+    assert before["cosines"].keys() == {"SLTT()", "OTTT()", "TBPTT(window=2)"}
+    assert before["cosines"] != after["cosines"]
