@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
@@ -13,9 +14,17 @@ class Average:
     Args:
         model: the network, on its device; θ̄ begins as its weights.
         decay: d.
+
+    Raises:
+        ValueError: the model has lazy weights, which are made by its first input.
     """
 
     def __init__(self, model: nn.Module, decay: float):
+        if any(is_lazy(p) for p in model.parameters()):
+            raise ValueError(
+                "ema copies the weights, and lazy layers have none before their first input: run model(x) once, and "
+                "then sltt.reset(model)"
+            )
         self._averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         self._averaged.n_averaged.fill_(1)
 

@@ -106,3 +106,8 @@ def test_the_statistics_fit_the_averaged_weights():
 def test_a_decay_out_of_range_is_refused(value, tmp_path):
     with pytest.raises(ValueError, match="ema must be"):
         train(tmp_path / "run", ema=value)
+
+
+def test_weights_that_are_not_made_yet_are_not_averaged(tmp_path):
+    with pytest.raises(ValueError, match="lazy layers have none before their first input"):
+        train(tmp_path / "run", nn.Sequential(nn.LazyLinear(16), sltt.LIF(), nn.Linear(16, 3)), ema=0.9)
