@@ -17,6 +17,7 @@ from sltt import kernels
 
 LOSS = sltt.losses.CrossEntropyMSE()
 TAU = 1.1
+TRIANGLE = sltt.surrogates.Triangle()
 Iteration = Callable[[nn.Module, Tensor, Tensor, int], Any]
 Neuron = Callable[[], nn.Module]
 
@@ -206,6 +207,21 @@ def bf16_case(**options: Any) -> Case:
     return Case(sltt.LIF, in_bf16(by_rule(sltt.SLTT(), **options)), floor="relu, bf16")
 
 
+class OwnLIF(sltt.Neuron):
+    """The arithmetic of LIF, as a user writes it."""
+
+    @staticmethod
+    def step(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        u = (1 - 1 / TAU) * v + x
+        s = TRIANGLE(u - 1.0)
+        return s, u - s
+
+
+def compiled_case(neuron: Neuron) -> Case:
+    """Neurons that are compiled in layers of any size, beside our LIF."""
+    return Case(neuron, by_rule(sltt.SLTT(), compile="on"), floor="SLTT, compiled")
+
+
 def peer_case(neuron: Neuron, run: Iteration, rule: str) -> Case:
     return Case(neuron, run, peer=f"SpikingJelly {rule}", rule=rule, channels_last=False)
 
@@ -223,6 +239,9 @@ CASES: dict[str, Case] = {
     "SLTT, not compiled": sltt_case(sltt.SLTT(), "SLTT", compile="off"),
     "SLTT, k = 1": sltt_case(sltt.SLTT(k=1)),
     "SLTT, k = 1, dense": sltt_case(sltt.SLTT(k=1), sparse="off"),
+    "SLTT, compiled": compiled_case(sltt.LIF),
+    "SLTT, own neuron": compiled_case(OwnLIF),
+    "SLTT, ALIF": compiled_case(lambda: sltt.ALIF(TAU)),
     "SLTT, recompute": sltt_case(sltt.SLTT(recompute=True), "SLTT"),
     "SLTT, hoist": sltt_case(sltt.SLTT(hoist=True), "SLTT"),
     "SLTT, fold = 10": sltt_case(sltt.SLTT(fold=10), "SLTT"),

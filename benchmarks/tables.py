@@ -65,9 +65,11 @@ def setting(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def cases_table(rows: Rows) -> str:
     """Cases of one setting."""
+    floors = {CASES[row["case"]].floor for row in rows}
+    floor = "ReLU" if all(name.startswith("relu") for name in floors) else floors.pop()
     columns = {
         "time": [f"{row['seconds']:.3g} s" for row in rows],
-        "ratio to ReLU": [spread(ratio(rows, row, CASES[row["case"]].floor)) for row in rows],
+        f"ratio to {floor}": [spread(ratio(rows, row, CASES[row["case"]].floor)) for row in rows],
         "ratio to SpikingJelly": [spread(ratio(rows, row, CASES[row["case"]].peer)) for row in rows],
         "memory": [megabytes(row["memory"]) if "memory" in row else "" for row in rows],
         "resident set": [megabytes(row["resident"]) if "resident" in row else "" for row in rows],

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from sltt import analysis, callbacks, data, losses, metrics, models, schedules, surrogates
+from sltt import analysis, callbacks, data, interop, losses, metrics, models, schedules, surrogates
 from sltt.dropout import Dropout
 from sltt.neurons import (
     ALIF,
@@ -63,6 +63,7 @@ __all__ = [
     "devices",
     "evaluate",
     "fit",
+    "interop",
     "lif_step",
     "load",
     "losses",

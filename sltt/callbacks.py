@@ -1,5 +1,6 @@
 """Callbacks: what a training calls after each batch and each epoch, and what may end it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,7 +100,7 @@ class EarlyStopping(Callback):
         for row in now.history:
             score = sign * row[f"validation_{name}"]
             since += 1
-            if best is None or score > best + self.least:
+            if best is None or math.isnan(best) or score > best + self.least:
                 best, since = score, 0
         if since >= self.patience:
             now.stop(f"no better validation {name.replace('_', ' ')} in {since} epochs")

@@ -78,7 +78,7 @@ class PerStep(Loss):
 
     def __init__(self, loss: nn.Module):
         super().__init__()
-        self.loss = function("loss", loss, "the logits and the target")
+        self.loss = _of_one_step(self, loss)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Logits [B, C] and targets [B, ...] of one time step to a scalar."""
@@ -101,7 +101,7 @@ class _Of(SequenceLoss):
 
     def __init__(self, loss: nn.Module = CrossEntropyMSE()):
         super().__init__()
-        self.loss = function("loss", loss, "the logits and the target")
+        self.loss = _of_one_step(self, loss)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Logits [T, B, C] and targets [B, ...] to a scalar."""
@@ -172,12 +172,7 @@ class Activity(Loss):
         self, loss: nn.Module = CrossEntropyMSE(), weight: float = 0.1, rate: float | None = None, layers: str = "*"
     ):
         super().__init__()
-        if isinstance(loss, SequenceLoss):
-            raise ValueError(
-                f"Activity adds to the loss of each time step, and {type(loss).__name__} has none: use a loss of one "
-                "step, such as CrossEntropyMSE()"
-            )
-        self.loss = function("loss", loss, "the logits and the target")
+        self.loss = _of_one_step(self, loss)
         self.weight = number("weight", weight, least=0)
         self.rate = None if rate is None else number("rate", rate, least=0, most=1)
         self.layers = layers
@@ -259,6 +254,16 @@ def predicted(by: Prediction, logits: Tensor, lengths: Sequence[int] | None = No
 def prediction_of(loss: Any) -> Prediction:
     """What a loss predicts by; the mean for a callable that does not say."""
     return getattr(loss, "prediction", "mean")
+
+
+def _of_one_step(outer: Loss, loss: Any) -> Any:
+    """The loss inside another; raises ValueError for one that has no value for one time step."""
+    if isinstance(loss, SequenceLoss):
+        raise ValueError(
+            f"{type(outer).__name__} is made of the loss of one time step, and {type(loss).__name__} has none: use a "
+            "loss of one step, such as CrossEntropyMSE()"
+        )
+    return function("loss", loss, "the logits and the target")
 
 
 def is_per_step(loss: Any) -> bool:

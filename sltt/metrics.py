@@ -1,7 +1,8 @@
 """Metrics: how good predictions are, as a mean over samples. A training selects its best epoch by one."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -109,3 +110,8 @@ def is_share(name: str) -> bool:
 def shown(name: str, score: float) -> str:
     """A score for people: a share in per cent, others as they are."""
     return f"{score:.2%}" if is_share(name) else f"{score:.4g}"
+
+
+def finite(scores: Sequence[float | None]) -> list[float]:
+    """The scores without those that are no number: NaN, which JSON keeps as null."""
+    return [one for one in scores if one is not None and math.isfinite(one)]

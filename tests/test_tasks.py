@@ -207,8 +207,10 @@ def test_a_penalty_needs_layers_and_gradients_of_spikes():
         by_rule(model, sltt.SLTT(), x, y, Activity(CE, layers="conv"))
     with pytest.raises(ValueError, match="no gradients of spikes, and Activity needs them"):
         by_rule(model, sltt.RateBased(), x, y, Activity(CE))
-    with pytest.raises(ValueError, match="adds to the loss of each time step, and OfMean has none"):
-        Activity(OfMean(CE))
+    for outer, inner in ((Activity, OfMean(CE)), (PerStep, VanRossum()), (OfLast, VanRossum())):
+        name = type(inner).__name__
+        with pytest.raises(ValueError, match=f"is made of the loss of one time step, and {name} has none: use a loss"):
+            outer(inner)
 
 
 def test_a_penalty_lowers_the_firing_rate_and_the_energy(tmp_path):

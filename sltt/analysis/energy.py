@@ -89,7 +89,8 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     def count(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
             x = args[0] if args else kwargs["input"]
-            one = counts.setdefault(name, _Count(_macs(module, x, out), spiking=fired or module in recurrent))
+            one = counts.setdefault(name, _Count(spiking=fired or module in recurrent))
+            one.macs += _macs(module, out)
             one.runs += 1
             one.active += _spikes(x)
             one.inputs += x.numel()
@@ -110,9 +111,12 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     ):
         length = len(unroll(model, x, steps=steps))
     for one in products.counts.values():
-        one.macs, one.runs = one.inputs // (x[0] if steps is None else x).shape[0] // length, length
-    counts |= products.counts
-    return [LayerOperations(name, c.macs, c.runs, c.active / c.inputs, c.spiking) for name, c in counts.items()]
+        one.macs, one.runs = one.inputs, length
+    batch = (x[0] if steps is None else x).shape[0]
+    return [
+        LayerOperations(name, c.macs // batch // c.runs, c.runs, c.active / c.inputs, c.spiking)
+        for name, c in {**counts, **products.counts}.items()
+    ]
 
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -120,23 +124,23 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass
 class _Count:
-    macs: int
     spiking: bool
+    macs: int = 0  # of all samples and calls
     runs: int = 0
     active: int = 0
     inputs: int = 0
 
 
-def _macs(layer: Any, x: Tensor, out: Tensor) -> int:
-    """Multiply-accumulates of one sample: each output has one for every input that it is connected to."""
+def _macs(layer: Any, out: Tensor) -> int:
+    """Multiply-accumulates of a call: each output has one for every input that it is connected to."""
     if isinstance(layer, nn.Linear):
-        return out.numel() // x.shape[0] * layer.in_features
-    return out.numel() // x.shape[0] * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        return out.numel() * layer.in_features
+    return out.numel() * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
 
 
 def _spikes(x: Tensor) -> int:
     """The number of spikes in the input of a layer."""
-    return int(x.abs().sum(dtype=torch.float64)) if (x == x.round()).all() else int(torch.count_nonzero(x))
+    return int(torch.where(x == x.round(), x.abs(), 1.0).sum(dtype=torch.float64))
 
 
 class _Products(TorchFunctionMode):
@@ -154,18 +158,27 @@ class _Products(TorchFunctionMode):
         self._inside.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in _MATRIX_PRODUCTS and len(args) == 2 and self._inside:
-            self._count(*args)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in _MATRIX_PRODUCTS and self._inside:
+            a, b = (*args, *(kwargs[name] for name in ("other", "mat2") if name in kwargs))
+            self._count(torch.matmul, a, b)
+        elif func is torch.einsum and len(args) == 3 and _sums(args[0]) and self._inside:
+            self._count(partial(torch.einsum, args[0]), *args[1:])
         return out
 
-    def _count(self, a: Tensor, b: Tensor) -> None:
-        a, b = (t if t.ndim > 1 else t.unsqueeze(dim) for t, dim in ((a, 0), (b, 1)))
-        pairs = (a != 0).sum(-2) * (b != 0).sum(-1)  # of each k of the sum over k
-        one = self.counts.setdefault(self._inside[-1], _Count(0, spiking=True))
+    def _count(self, product: Callable[..., Tensor], a: Tensor, b: Tensor) -> None:
+        one = self.counts.setdefault(self._inside[-1], _Count(spiking=True))
         one.spiking &= _same(a) or _same(b)
-        one.active += int(pairs.sum())
-        one.inputs += pairs.numel() * a.shape[-2] * b.shape[-1]
+        one.active += int(product((a != 0).double(), (b != 0).double()).sum())
+        one.inputs += int(product(torch.ones_like(a).double(), torch.ones_like(b).double()).sum())
+
+
+def _sums(equation: Any) -> bool:
+    """Whether an equation of einsum sums over an index that both tensors have."""
+    terms, _, kept = str(equation).replace(" ", "").partition("->")
+    first, _, second = terms.partition(",")
+    return bool((set(first) & set(second)) - set(kept) - {"."})
 
 
 def _same(x: Tensor) -> bool:

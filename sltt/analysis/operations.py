@@ -1,8 +1,11 @@
 """Multiplications of one batch under a rule, counted from the operations that run."""
 
 import copy
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,9 +47,25 @@ def count_operations(
 
     def count(**kwargs: Any) -> int:
         twin = copy.deepcopy(model)
-        with kernels.using(compile="off", sparse="off"), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False, custom_mapping=_GROUPED)
+        with kernels.using(compile="off", sparse="off"), counter:
             rule(twin, x, target, loss, steps=steps, update=lambda: None, **kwargs)
         return counter.get_total_flops() // 2  # a multiplication and an addition
 
     forward = count(backward=lambda total: None)
     return Operations(forward, count() - forward)
+
+
+def _convolution_backward(
+    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *settings: Any, out_shape: Any = None
+) -> int:
+    """Floating-point operations of the gradients of a convolution; PyTorch's own count leaves the groups out.
+
+    Each weight, [out, in/groups, ...], meets every output pixel once, or every input pixel of a transposed convolution.
+    """
+    transposed, mask = settings[4], settings[7]
+    pixels = x if transposed else grad
+    return 2 * (mask[0] + mask[1]) * pixels[0] * math.prod(pixels[2:]) * math.prod(weight)
+
+
+_GROUPED = {torch.ops.aten.convolution_backward: _convolution_backward}

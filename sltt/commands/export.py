@@ -33,6 +33,7 @@ def run(words: Sequence[str]) -> None:
     x = splits.one()
     frame = x if splits.static else x[0]
     out = known.out or run / {"nir": "graph.nir", "onnx": "step.onnx"}[known.to]
+    out.parent.mkdir(parents=True, exist_ok=True)
     report = Console()
     try:
         if known.to == "nir":

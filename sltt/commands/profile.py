@@ -186,7 +186,7 @@ def profile(
         for T, rule in itertools.product(steps, rules):
             report.line(f"{rule}, T = {T}")
             found.costs.append(_cost(here, recipe, rule, T, found.batch, repeats))
-        found.layers, found.paths = _layers(here, own, steps[-1], found.batch)
+        found.layers, found.paths = _layers(here, own, max(steps), found.batch)
         for rule in rules if budget else ():
             report.line(f"{rule}: what fits")
             try:

@@ -14,7 +14,7 @@ import yaml
 from sltt.commands.hints import locate
 from sltt.commands.parsing import rule_options
 from sltt.commands.vary import labelled
-from sltt.metrics import Accuracy, improves, is_share
+from sltt.metrics import Accuracy, finite, improves, is_share
 from sltt.training.console import Console, as_json
 from sltt.training.files import read_table, write_atomically
 from sltt.training.runs import CONFIG, METRICS
@@ -37,7 +37,7 @@ def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Conso
 
 def scores_text(scores: Sequence[float | None], metric: str = "accuracy") -> str:
     """The mean of a metric over seeds, ± the standard deviation where there are several."""
-    known = [one for one in scores if one is not None]
+    known = finite(scores)
     form = ".1%" if is_share(metric) else ".3g"
     spread = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
     return f"{statistics.mean(known):{form}}{spread}" if known else "–"

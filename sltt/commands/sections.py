@@ -13,7 +13,7 @@ from sltt.commands.lr import advice
 from sltt.commands.page import Cell, Chart, Section, TableOfCells
 from sltt.commands.results import Gathered, best_epoch, rule_label, scores_text
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
-from sltt.metrics import is_share, shown
+from sltt.metrics import finite, is_share, shown
 from sltt.training.console import megabytes, metric_of
 from sltt.training.files import read_table
 from sltt.training.runs import METRICS
@@ -370,7 +370,7 @@ def _spikes(found: Gathered) -> Section:
 
 
 def _score(scores: Sequence[float | None], metric: str) -> Cell:
-    known = [one for one in scores if one is not None]
+    known = finite(scores)
     return Cell(scores_text(scores, metric), statistics.mean(known) if known else "")
 
 

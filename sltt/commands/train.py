@@ -1,6 +1,5 @@
 """`sltt train`: train a recipe, then measure the selected weights on the test samples."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from sltt.metrics import shown
 from sltt.parallel.devices import keep_freed_memory
 from sltt.training.card import add_test_score
 from sltt.training.checkpoints import load_selected
+from sltt.training.console import as_json
 from sltt.training.evaluation import measure_split, measured_with
 from sltt.training.files import write_atomically
 from sltt.training.fit import resume_run, start_run
@@ -83,7 +83,7 @@ def _train(
     name, best, end = selected.metric, shown(selected.metric, selected.score), shown(last.metric, last.score)
     summary = {"epoch": result.epoch, f"test_{name}": selected.score, f"last_epoch_test_{name}": last.score}
     add_test_score(run, best)
-    write_atomically(run / "result.json", lambda file: file.write(json.dumps(summary).encode()))
+    write_atomically(run / "result.json", lambda file: file.write(as_json(summary).encode()))
     report.line(
         f"test {name} {best} with the weights of epoch {result.epoch}, the best by validation; {end} after the last"
         if splits.validation

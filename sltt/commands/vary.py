@@ -1,12 +1,13 @@
 """`sltt compare --vary`: options that take several values in turn, and which of these is best."""
 
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sltt.metrics import shown
+from sltt.metrics import finite, shown
 
 VARY_HELP = "values to try, with the recipe's rule or --rules: model.neuron.tau=1.1,2,4; several make a grid"
 OWN = {"rule": "--rules BPTT,SLTT", "seed": "--seeds 3", "run": "--save FOLDER"}
@@ -46,21 +47,21 @@ def labelled(rule: str, varied: Mapping[str, str]) -> str:
 
 def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bool) -> str:
     """Which row has the best metric on the validation samples, and whether the next one is told from it."""
-    trained = [row for row in rows if row["scores"]]
-    if not trained or any(None in row["validation"] or not row["validation"] for row in trained):
+    trained = [(row, reached) for row in rows if row["scores"] and (reached := finite(row["validation"]))]
+    if not trained:
         return "Nothing was held out, so that there is no best value: set --data.validation 0.1."
-    ranked = sorted(trained, key=lambda row: statistics.mean(row["validation"]), reverse=higher_is_better)
-    first, means = ranked[0], [statistics.mean(row["validation"]) for row in ranked]
+    trained.sort(key=lambda pair: statistics.mean(pair[1]), reverse=higher_is_better)
+    ranked, several = zip(*trained, strict=True)
+    first, means = ranked[0], [statistics.mean(reached) for reached in several]
     name = metric.replace("_", " ")
     text = (
         f"{first['rule']} has the best validation {name}: {shown(metric, means[0])}; "
-        f"on the test samples {shown(metric, statistics.mean(first['scores']))}."
+        f"on the test samples {shown(metric, statistics.mean(finite(first['scores']) or [math.nan]))}."
     )
     if len(ranked) == 1:
         return text
-    several = [row["validation"] for row in ranked[:2]]
-    if any(len(one) < 2 for one in several):
+    if any(len(one) < 2 for one in several[:2]):
         return f"{text} The next is {ranked[1]['rule']}: {shown(metric, means[1])}. One seed: repeat with --seeds 3."
-    noise = 2 * sum(statistics.variance(one) / len(one) for one in several) ** 0.5
+    noise = 2 * sum(statistics.variance(one) / len(one) for one in several[:2]) ** 0.5
     told = "" if abs(means[0] - means[1]) > noise else ", no clear difference"
     return f"{text} The next is {ranked[1]['rule']}: {shown(metric, means[1])}{told}."

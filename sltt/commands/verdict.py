@@ -7,7 +7,7 @@ from typing import Any
 
 from sltt.commands.results import Gathered
 from sltt.commands.vary import best_of
-from sltt.metrics import is_share, shown
+from sltt.metrics import finite, is_share, shown
 
 MARGIN = 0.01  # of accuracy: a smaller loss is called none
 
@@ -47,10 +47,10 @@ def verdicts(found: Gathered) -> list[Verdict]:
     rules: dict[str, Verdict] = {}
     for one in found.comparisons[:1]:
         for row in one["rows"]:
-            if row["scores"]:
+            if scores := finite(row["scores"]):
                 rules[row["rule"]] = Verdict(
                     row["rule"],
-                    row["scores"],
+                    scores,
                     one["metric"],
                     1 if one["higher_is_better"] else -1,
                     one.get("samples"),

@@ -66,7 +66,7 @@ class Poisson(_OfImages):
 
     def __call__(self, x: Tensor, steps: int) -> Tensor:
         """An image [...] to spikes [T, ...]."""
-        return self.share(x).expand(steps, *x.shape).bernoulli()
+        return self.share(_precise(x)).expand(steps, *x.shape).bernoulli().to(x.dtype)
 
 
 class Latency(_OfImages):
@@ -79,9 +79,9 @@ class Latency(_OfImages):
 
     def __call__(self, x: Tensor, steps: int) -> Tensor:
         """An image [...] to spikes [T, ...]."""
-        share = self.share(x)
+        share = self.share(_precise(x))
         first = ((1 - share) * (steps - 1)).round()
-        times = torch.arange(steps, device=x.device, dtype=x.dtype).view(-1, *[1] * x.ndim)
+        times = torch.arange(steps, device=x.device).view(-1, *[1] * x.ndim)
         return ((times == first) & (share > 0)).to(x.dtype)
 
 
@@ -103,13 +103,19 @@ class Delta(Encoding):
         """A sequence [T, C, ...] to spikes [T, 2C, ...], those of increases first."""
         if len(x) != steps:
             raise ValueError(f"Delta codes a sequence of {steps} time steps, got one of shape {list(x.shape)}")
-        reference, frames = x[0], []
+        dtype, x, frames = x.dtype, _precise(x), []
+        reference = x[0]
         for frame in x:
             change = frame - reference
-            rose, fell = (change >= self.threshold).to(x.dtype), (change <= -self.threshold).to(x.dtype)
+            rose, fell = ((sign * change >= self.threshold).to(x.dtype) for sign in (1, -1))
             reference = reference + self.threshold * (rose - fell)
             frames.append(torch.cat([rose, fell]))
-        return torch.stack(frames)
+        return torch.stack(frames).to(dtype)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """x in float32 at least, where differences have a sign and time steps are exact."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Encoded(Data):

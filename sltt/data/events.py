@@ -121,7 +121,7 @@ class _Events(Data):
         return Splits(
             train=FrameDataset(x, labels, kept, self._ready, self.augment),
             validation=FrameDataset(x, labels, held, self._ready) if held else None,
-            test=FrameDataset(held_x, held_labels, range(len(held_labels)), self._ready),
+            test=FrameDataset(held_x, held_labels, range(len(held_labels)), self._ready) if test else None,
             static=False,
             classes=len(self.classes),
             fingerprint=fingerprint([*names, *held_names], kept, held),

@@ -76,6 +76,8 @@ class _Images(Data):
     The arguments are those of the subclasses.
     """
 
+    only_augmented: tuple[str, ...] = ("autoaugment", "randaugment", "erase", "mixup")
+
     def __init__(
         self,
         validation: float,
@@ -94,7 +96,7 @@ class _Images(Data):
         self.randaugment = whole_number("randaugment", randaugment, least=0)
         self.erase = number("erase", erase, least=0, most=1)
         self.mixup = number("mixup", mixup, least=0)
-        for name in ("autoaugment", "randaugment", "erase", "mixup"):
+        for name in self.only_augmented:
             if getattr(self, name) and not augment:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is an augmentation, but augment=False: set augment=True, or leave "
@@ -254,6 +256,8 @@ class ImageFolder(_Images):
         mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
     """
 
+    only_augmented = (*_Images.only_augmented, "cutout")
+
     def __init__(
         self,
         root: str,
@@ -328,7 +332,7 @@ def _decode(path: str) -> Tensor:
 
 def _undecodable(paths: Sequence[str], root: Path) -> list[str]:
     """Which of the images do not decode; found once for the same files, and warned about every time."""
-    stamps = [(path, os.stat(path).st_size) for path in paths]
+    stamps = [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in paths]
     key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
     found = root / ".sltt-cache" / f"undecodable-{key}.json"
     if not found.exists():

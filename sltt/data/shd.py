@@ -81,7 +81,7 @@ class SHD(Data):
             raise RecordingError(
                 f"{path}: not a file of SHD ({error}); get it again with --data.download true"
             ) from error
-        counts = np.zeros((len(spikes), steps, 700), np.uint8)
+        counts = np.zeros((len(spikes), steps, 700), np.uint16)
         for i, (times, units) in enumerate(spikes):
             step = np.minimum((times.astype(np.float64) * steps / self.duration).astype(np.int64), steps - 1)
             np.add.at(counts[i], (step, units.astype(np.int64)), 1)

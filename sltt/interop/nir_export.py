@@ -77,9 +77,13 @@ class _Export(fx.Interpreter):
         reset(self.model)
         try:
             with evaluating(self.model), torch.no_grad():
-                self.run(x)
+                found = self.run(x)
+                reset(self.model)
+                same = torch.allclose(found, self.model(x), rtol=1e-3, atol=1e-5)
         finally:
             reset(self.model)
+        if not self.problems and not same:
+            self.problems.append("a change in place, which a trace does not show")
         if self.problems:
             raise ValueError(f"NIR has no counterpart for {'; '.join(self.problems)}")
         return nir.NIRGraph(self.nodes, self.edges)
@@ -115,10 +119,11 @@ class _Export(fx.Interpreter):
         flattens = n.target in (torch.flatten, "flatten")
         self.sources[n] = sources
         if flattens:
-            dims = [*n.args[1:], *n.kwargs.values()]
-            start, end = (*dims, *(0, -1)[len(dims) :])
+            named = {"start_dim": 0, "end_dim": -1, **n.kwargs}
+            given = dict(zip(named, n.args[1:], strict=False))
+            start, end = (named | given).values()
             self._layer(n, nn.Flatten(start, end), inputs[0], self.env[inputs[0]])  # type: ignore[arg-type]
-        elif n.target not in _ADD or len(inputs) != 2 or len(set(sources)) != len(sources):
+        elif n.target not in _ADD or n.kwargs or len(inputs) != 2 or len(set(sources)) != len(sources):
             self.problems.append(f"the operation {n.name}")
 
     def _layer(self, n: fx.Node, module: Any, arg: fx.Node, x: Tensor) -> None:

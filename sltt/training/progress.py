@@ -1,5 +1,6 @@
 """What a training measures, and how far it is."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self, TypeVar
@@ -121,7 +122,7 @@ class Progress:
         self.firing = {}
         if validation is None:
             return False
-        score = [quality, -validation.loss]
+        score = [-math.inf if math.isnan(one) else one for one in (quality, -validation.loss)]
         if self.best and score <= self.best:
             return False
         self.best, self.best_epoch = score, self.epoch

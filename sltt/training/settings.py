@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from sltt.callbacks import Callback
 from sltt.checks import choice, flag, function, instance, number, sequence, whole_number
 from sltt.kernels import Compile, Sparse
-from sltt.metrics import Metric
+from sltt.metrics import Metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import Rule
 from sltt.schedules import Schedule
@@ -99,6 +99,8 @@ class Training(_Settings):
         instance("rule", self.rule, Rule)
         function("loss", self.loss, "the logits and the target")
         function("metric", self.metric, "the prediction and the target")
+        if (name := name_of(self.metric)) == "loss":
+            raise ValueError(f"the metric is called {name}, as what is trained: give its function another name")
         check_optimizer(self.optimizer)
         check_schedule(self.schedule)
         instance("schedule", self.schedule, Schedule)

@@ -1,6 +1,7 @@
 import pytest
 
-from sltt.commands.results import Gathered
+from sltt.commands.results import Gathered, scores_text
+from sltt.commands.vary import best_of
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
 
 METRIC = {"metric": "accuracy", "higher_is_better": True}
@@ -89,3 +90,16 @@ def test_the_verdict_of_an_error_needs_several_seeds():
     assert "afe here" not in said(("BPTT", [0.1]), ("SLTT", [0.2]))
     assert "Not safe here." in said(("BPTT", [0.1, 0.1]), ("SLTT", [0.2, 0.2]))
     assert "Safe here, as far as these seeds tell." in said(("BPTT", [0.1, 0.1]), ("SLTT", [0.05, 0.05]))
+
+
+def test_scores_that_are_no_numbers_are_left_out():
+    nan = float("nan")
+    assert scores_text([0.5, nan, None, 0.7]) == "60.0% ± 14.1%"
+    assert scores_text([nan]) == "–"
+    found = gathered(compared("BPTT", [0.9, 0.9]), compared("SLTT", [nan, 0.8]), compared("OTTT", [nan, None]))
+    assert [(one.rule, one.scores) for one in verdicts(found)] == [("BPTT", [0.9, 0.9]), ("SLTT", [0.8])]
+    rows = [{"rule": "a", "scores": [nan, 0.5], "validation": [nan, 0.4]}]
+    rows += [{"rule": "b", "scores": [0.7], "validation": [0.6]}]
+    best = best_of(rows, "accuracy", True)
+    assert best.startswith("b has the best validation accuracy: 60.00%; on the test samples 70.00%. The next is a: 40")
+    assert best_of([rows[0] | {"validation": [nan]}], "accuracy", True).startswith("Nothing was held out")

@@ -300,3 +300,8 @@ def test_cutout_clears_one_square():
     assert torch.equal(cleared[:, 0], cleared[:, 2])
     assert cleared.any(0).all()
     assert x.min() == 1
+
+
+def test_cutout_is_an_augmentation_that_a_folder_of_images_refuses_without_others(tmp_path):
+    with pytest.raises(ValueError, match="cutout=8 is an augmentation, but augment=False"):
+        ImageFolder(str(tmp_path), augment=False, cutout=8)

@@ -96,3 +96,16 @@ def test_codes_that_do_not_fit_are_named():
         Encoded(Digits(), Latency()).splits(4).train[0]
     with pytest.raises(ValueError, match=r"Delta codes a sequence of 4 time steps, got one of shape \[3, 1\]"):
         Delta()(torch.zeros(3, 1), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("steps", [300, 5000])
+def test_codes_of_other_types_are_those_of_float32(dtype, steps):
+    images = torch.tensor([0, 3, 100, 255], dtype=dtype)
+    code = Latency(high=255.0)(images, steps)
+    assert code.dtype == dtype
+    assert code.float().sum(0).tolist() == [0, 1, 1, 1]
+    assert torch.equal(code.float(), Latency(high=255.0)(images.float(), steps))
+    signal = torch.tensor([[5.0], [3.0], [9.0], [9.0]])
+    assert torch.equal(Delta(1.0)(signal.to(dtype), 4).float(), Delta(1.0)(signal, 4))
+    assert Poisson(high=255.0)(images, 3).dtype == dtype

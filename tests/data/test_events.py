@@ -1,4 +1,5 @@
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,11 @@ def test_nothing_is_fetched_unless_asked_and_half_a_download_is_nothing(tmp_path
     monkeypatch.setattr(Fetched, "fails", False)
     splits = sltt.data.NMNIST(str(tmp_path), download=True, validation=0).splits(2)
     assert (len(splits.train), len(splits.test)) == (10, 10)
+
+
+def test_recordings_without_a_test_split_train_all_the_same(tmp_path):
+    root = nmnist(tmp_path)
+    shutil.rmtree(root / "NMNIST" / "Test")
+    splits = sltt.data.NMNIST(str(tmp_path), validation=0.34).splits(4)
+    assert splits.test is None
+    assert splits.sizes["test"] == 0

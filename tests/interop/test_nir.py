@@ -183,6 +183,48 @@ def test_all_that_nir_has_not_is_named_at_once():
     assert model.lif.v is None
 
 
+class Called(nn.Module):
+    """Two linear layers, and what is made of them."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.lif, self.out = nn.Linear(6, 5), nn.Linear(6, 5), sltt.LIF(), nn.Linear(5, 3)
+        self.function = function
+
+    def forward(self, x):
+        return self.out(self.lif(self.function(self.a(x), self.b(x))))
+
+
+def added_in_place(a, b):
+    kept = a
+    a += b
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(lambda a, b: torch.add(a, b, alpha=2), "operation add"), (added_in_place, "a change in place, which a trace does not show")],
+)
+def test_sums_that_are_not_plain_are_named(function, message):
+    with pytest.raises(ValueError, match=message):
+        to_nir(Called(function), 5 * torch.randn(8, 6))
+
+
+def test_flatten_takes_its_dimensions_by_name_in_any_order():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.lif, self.out = nn.Conv2d(1, 2, 1), sltt.LIF(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.out(torch.flatten(self.lif(self.conv(x)), end_dim=-1, start_dim=1))
+
+    flat = next(
+        node for node in to_nir(Flat(), torch.randn(2, 1, 2, 2)).nodes.values() if isinstance(node, nir.Flatten)
+    )
+    assert (flat.start_dim, flat.end_dim) == (0, 2)
+
+
 def test_a_start_that_nir_cannot_say_is_refused():
     with pytest.raises(ValueError, match="with v_init, for which NIR has no parameter"):
         to_nir(nn.Sequential(nn.Linear(2, 2), sltt.IF(v_init=0.5)), torch.randn(2, 1, 2))

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -104,6 +106,8 @@ def moment(values, by, higher=True):
         ([0.5, 0.6, 0.7], "loss", True, True),
         ([0.5, 0.6, 0.4], "loss", True, False),
         ([], "metric", True, False),
+        ([math.nan, 0.1, 0.2, 0.3], "metric", True, False),
+        ([0.5, math.nan, math.nan], "metric", True, True),
     ],
 )
 def test_early_stopping_waits_for_a_better_epoch(values, by, higher, stops):

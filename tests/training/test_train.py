@@ -13,6 +13,7 @@ import sltt
 from sltt.parallel.devices import make_fabric
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.console import Console
+from sltt.training.progress import Metrics, Progress
 from tests.conftest import RULES
 from tests.training.blobs import Blobs, Ends, equal, network, train, weights
 
@@ -166,3 +167,21 @@ def test_of_epochs_that_are_equally_good_the_first_is_the_best(tmp_path):
     model = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
     still = partial(torch.optim.SGD, lr=0.0)
     assert train(tmp_path / "run", model, optimizer=still, epochs=2)[1].epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "best"), [([0.5, 0.9, math.nan], 2), ([0.9, math.nan, 0.1], 1), ([math.nan, 0.1], 2)]
+)
+def test_an_epoch_whose_metric_is_no_number_is_not_the_best(values, best):
+    progress = Progress()
+    for value in values:
+        progress.end_epoch({}, Metrics(1.0, value, "precision", 0.0, 0.0, None), value)
+    assert progress.best_epoch == best
+
+
+def test_a_metric_called_loss_is_refused(tmp_path):
+    def loss(logits, target):
+        return nn.functional.cross_entropy(logits, target)
+
+    with pytest.raises(ValueError, match="the metric is called loss, as what is trained: give its function another"):
+        train(tmp_path / "run", metric=loss)

@@ -1,0 +1,101 @@
+"""Multiplications and energy beside literal counts: groups, attention in all its spellings, layers at several sizes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sltt
+from sltt.analysis import count_operations, synaptic_operations
+
+LOSS = nn.CrossEntropyLoss()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_multiplications_of_grouped_convolutions_are_those_of_their_weights(groups, transposed):
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 1), sltt.LIF(), kind(8, 16, 3, groups=groups, stride=2), nn.Flatten(), nn.LazyLinear(3)
+    )
+    x, y = torch.randn(2, 2, 7, 7), torch.tensor([0, 1])
+    model(x)
+    sltt.reset(model)
+    _, _, layer, _, head = model
+    pixels = 49 if transposed else 9
+    first, second, last = 49 * 2 * 8, pixels * layer.weight.numel(), head.weight.numel()
+    found = count_operations(model, x, y, LOSS, sltt.SLTT(), steps=3)
+    assert found.forward == 6 * (first + second + last)
+    assert found.backward == 6 * (first + 2 * second + 2 * last)
+
+
+class Attention(nn.Module):
+    """Products of spikes [B, 4, 6] with themselves, in one of the ways to write them."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.layer, self.neuron, self.head, self.product = nn.Linear(6, 6), sltt.LIF(), nn.Linear(6, 3), product
+
+    def forward(self, x):
+        s = self.neuron(self.layer(x))
+        return self.head(self.product(s, s.mT)).mean(1)
+
+
+PRODUCTS = {
+    "@": lambda a, b: (a @ b) @ a,
+    "matmul by name": lambda a, b: torch.matmul(torch.matmul(a, other=b), a),
+    "bmm": lambda a, b: torch.bmm(torch.bmm(a, mat2=b), a),
+    "einsum": lambda a, b: torch.einsum("bnm,bmd->bnd", torch.einsum("bnd,bdm->bnm", a, b), a),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_attention_counts_alike_however_it_is_written(name):
+    torch.manual_seed(0)
+    model, x = Attention(PRODUCTS[name]), 3 * torch.randn(2, 4, 6)
+    products = synaptic_operations(model, x, steps=2)[-1]
+    assert products.name == ""
+    assert products.macs == 4 * 4 * 6 + 4 * 4 * 6
+    torch.manual_seed(0)
+    same = Attention(PRODUCTS["@"])
+    assert products.density == pytest.approx(synaptic_operations(same, x, steps=2)[-1].density)
+
+
+def test_products_of_single_elements_are_no_matrix_products():
+    model = Attention(lambda a, b: torch.einsum("bnd,bnd->bnd", a, a))
+    assert [one.name for one in synaptic_operations(model, torch.randn(2, 4, 6), steps=2)] == ["layer", "head"]
+
+
+class Twice(nn.Module):
+    """One convolution at two sizes, and a linear layer over tokens that are folded into the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.neuron, self.tokens = nn.Conv2d(2, 2, 3, padding=1), sltt.LIF(), nn.Linear(2, 3)
+
+    def forward(self, x):
+        x = self.neuron(F.avg_pool2d(self.conv(x), 2))
+        x = self.conv(x)
+        return self.tokens(x.flatten(2).mT.flatten(0, 1)).unflatten(0, (-1, 4)).mean(1)
+
+
+def test_a_layer_counts_at_each_of_its_sizes_and_for_each_token():
+    conv, tokens = synaptic_operations(Twice(), torch.randn(5, 2, 4, 4), steps=3)
+    assert conv.macs * conv.steps == 3 * (16 + 4) * 2 * 2 * 9
+    assert tokens.macs * tokens.steps == 3 * 4 * 2 * 3
+
+
+class Given(nn.Module):
+    """A layer that reads given numbers behind neurons."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.neuron, self.layer, self.values = sltt.LIF(), nn.Linear(4, 2), torch.tensor(values)
+
+    def forward(self, x):
+        return self.layer(self.neuron(x) * 0 + self.values)
+
+
+def test_each_whole_number_counts_as_so_many_spikes_and_each_other_number_as_one():
+    (found,) = synaptic_operations(Given([3.0, 2.0, 0.5, 0.0]), torch.randn(2, 4), steps=1)
+    assert found.density == (3 + 2 + 1) / 4
