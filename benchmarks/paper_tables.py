@@ -40,7 +40,11 @@ def verdict(middle: float, spread: float) -> str:
 def accuracy(results: Path) -> str:
     """SLTT beside BPTT with the same budget."""
     nmnist, cifar10 = seeds(results, "nmnist"), seeds(results, "cifar10-rules")
-    pairs = {"digits": compared(results, "accuracy-digits"), "digits-events": tasks(results, "digits-events")}
+    pairs = {
+        "digits": compared(results, "accuracy-digits"),
+        "digits-events": tasks(results, "digits-events"),
+        "CIFAR-10, τ = 1.1, 2 epochs": compared(results, "accuracy-cifar10"),
+    }
     of = {name: (rows["BPTT"]["accuracies"], rows["SLTT"]["accuracies"]) for name, rows in pairs.items()}
     of |= {"N-MNIST": (nmnist["BPTT"], nmnist["SLTT"])}
     of |= {"CIFAR-10, no leak, 2 epochs": (cifar10["BPTT"], cifar10["SLTT"])}

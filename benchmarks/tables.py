@@ -20,9 +20,8 @@ from peers import ratio
 from sltt.training.console import megabytes
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = [
-    DOCS / f"{name}.md" for name in ("performance", "paper", "results", "when-not", "recall", "interop", "transformers")
-]
+NAMES = "performance", "paper", "results", "when-not", "recall", "interop", "transformers", "own-neuron"
+PAGES = [DOCS / f"{name}.md" for name in NAMES]
 BLOCK = re.compile(r"(<!-- table (\S+)( over T)? -->\n).*?(<!-- end -->)", re.DOTALL)
 LABELS = {
     "SpikingJelly SLTT": "SpikingJelly 2.0, `SLTTLIFNode`",
