@@ -48,8 +48,9 @@ class Callback:
             def on_epoch(self, now):
                 print(now.epoch, now.history[-1]["train_loss"])
 
-    Every process calls it. What it counts from epoch to epoch, `state_dict` gives and `load_state_dict` takes: numbers,
-    texts, tensors, lists and dictionaries of these. A checkpoint keeps that, so that a run resumes exactly.
+    Every process calls it. If it counts something from epoch to epoch, return that from `state_dict` and take it back
+    in `load_state_dict`: numbers, texts, tensors, lists and dictionaries of these. Checkpoints keep this state, so that
+    a run resumes exactly.
 
     Attributes:
         needs_validation: the training is refused where no validation samples are held out.

@@ -21,7 +21,7 @@ Prediction = Literal["mean", "last", "max", "steps"]
 
 
 class Loss(nn.Module):
-    """What a recipe may name as its loss; in Python any callable of the same form serves.
+    """Base class of losses that say how a network predicts. Any callable `loss(logits, target) -> scalar` works too.
 
     Attributes:
         prediction: what it predicts by: the mean of the logits over time, the last, the largest, or those of each step.
@@ -86,9 +86,10 @@ class PerStep(Loss):
 
 
 class SequenceLoss(Loss):
-    """A loss of the logits of all time steps [T, B, C], which no sum over steps gives.
+    """A loss of the logits of all time steps [T, B, C] that is no sum of losses of single steps.
 
-    BPTT takes it whole, TBPTT over each window. Other rules never have the graph of more than a step.
+    BPTT (without `segment`) takes it over the sequence, TBPTT over each window. RateBased takes `OfMean`. Other rules
+    refuse it.
     """
 
 

@@ -11,7 +11,7 @@ from sltt.checks import number
 
 
 class Metric(ABC):
-    """What a recipe may name as its metric; in Python any callable of the same form serves.
+    """Base class of metrics: how good predictions are, as a mean over samples. In Python any such callable works too.
 
     Attributes:
         higher_is_better: False for an error.

@@ -66,7 +66,7 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     A layer that runs before the first neuron of a time step reads the data, unless it is a recurrent one. Average
     pooling in front of a layer counts as spikes: hardware for spikes takes its factor into the weights. Products of two
     tensors, as in attention, count under the module that computes them; PyTorch's own attention with softmax does not.
-    What neurons take and memory are not in the estimate; it is for comparing networks, not for planning a chip.
+    The estimate leaves out neurons and memory accesses: use it to compare networks, not to plan a chip.
 
     Args:
         model: maps one time step to logits; in the mode that it is in, so call `model.eval()` before.

@@ -29,8 +29,8 @@ from sltt.training.settings import Execution, Training
 HELP = (
     "Train every rule with every seed, in all phases, under the recipe's budget; with --vary, values of other options. "
     "Print the metric on the test samples (mean ± standard deviation), seconds for an epoch, and of one batch peak "
-    "memory, multiplications and the gradient's cosine with BPTT's. Run again, it continues where it stopped. Other "
-    "options are those of sltt train."
+    "memory, multiplications and the gradient's cosine with BPTT's. Run the command again to continue. Other options "
+    "are those of sltt train."
 )
 
 

@@ -235,9 +235,9 @@ class CIFAR100(_CIFAR):
 class ImageFolder(_Images):
     """Any folder of images, `root/{train,test}/CLASS/*`: static images [3, size, size], normalised.
 
-    Where there is no `test`, `val` is taken, as in ImageNet. Training images are a random resized crop and flipped; the
-    others are resized to 8/7 of `size` and cropped in the centre. Images up to 64 pixels that already have this size
-    are better cropped out of a margin: `crop_padding`.
+    Where there is no `test`, `val` is taken, as in ImageNet. A training image is a random resized crop, flipped at
+    random. The others are resized to 8/7 of `size` and cropped in the centre. For images of up to 64 pixels that have
+    this size already, give `crop_padding`: training crops come out of a margin, and other images are only resized.
 
     Args:
         root: folder of the data.

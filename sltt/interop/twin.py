@@ -35,9 +35,9 @@ def spiking(
 
         ReLU(x[t]) becomes θ s[t],  s[t] the spikes of a neuron with input x[t] / θ
 
-    The mean over T time steps is ReLU(x) in T + 1 levels up to θ. Without data θ is 1. These stay: weights and their
-    names, BatchNorm, LayerNorm, max pooling (of spikes) and attention (within the time step). `nn.Dropout` becomes
-    `sltt.Dropout`, which has one mask a sequence. Choose T where you train or run the twin.
+    The mean over T time steps is ReLU(x) in T + 1 levels up to θ. Without data θ is 1, or the clip of a `QCFS`. These
+    stay: weights and their names, BatchNorm, LayerNorm, max pooling (of spikes) and attention (within the time step).
+    `nn.Dropout` becomes `sltt.Dropout`, which has one mask per sequence. Choose T where you train or run the twin.
 
     Args:
         ann: the network; `torch.fx` traces it.

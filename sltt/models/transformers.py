@@ -95,7 +95,7 @@ class SpikingTransformer(nn.Module):
     """A stem of convolutions, layers and blocks on images of tokens, the mean over tokens, one linear layer.
 
     Args:
-        stem: begins with a convolution and BatchNorm, which are computed once for a static image.
+        stem: begins with a convolution and BatchNorm. With `hoist=True` these run once per sequence for a static image.
         blocks: of the tokens.
         channels: of the last block.
         patch: side of the square of pixels that a token is made of.

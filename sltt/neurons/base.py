@@ -35,15 +35,16 @@ class Neuron(Stateful):
                 s = sltt.surrogates.Triangle()(u - 1 - rise * a)
                 return s, u - s, 0.9 * a + s
 
-    The library fuses the function, forward and backward; the backward runs it again from its input and states. It folds
-    it, cuts it and stores its spikes as bits. The function is checked when it first runs.
+    The library fuses `step` into one pass forward and one backward. The backward runs `step` again from its input and
+    states. Rules can fold its time steps and cut its gradient, and its spikes are stored as bits. `step` is checked
+    when it first runs.
 
     step(x, *states, **arguments) -> (spikes, *states)
-        A static method, elementwise: each result has the shape and type of x [B, ...]. The spikes come from a
-        surrogate, for which a gradient passes. Those that are exactly what a surrogate gave are stored as bits.
+        A static method, elementwise: each result has the shape and type of x [B, ...]. Compute the spikes by a
+        surrogate, so that they have a gradient. Spikes that are a surrogate's unchanged result are stored as bits.
     arguments
-        Keyword arguments of `step` are the attributes of these names: numbers, flags and surrogates, which are compiled
-        in; and tensors, of no dimension or one value for each channel, [C]. Where a method has the name, its result.
+        Each keyword argument of `step` is the attribute of the same name, or the result of a method of that name.
+        Numbers, flags and surrogates are compiled in. Tensors have no dimension, or one value for each channel, [C].
 
     An attribute or a method `decay`, the λ of the membrane potential, tells OTTT how fast traces decay. They hold if
     ∂v[t]/∂v[t−1] = λ with the spikes as constants, and ∂v[t]/∂x[t] does not change over time.

@@ -142,7 +142,8 @@ class StableLIF(Neuron):
         v[t] = u[t] − θ[t] s[t]
 
     μ[t] and σ[t]: mean and deviation of u[t] over all neurons and samples, constants in the backward. In evaluation,
-    θ[t] is its running mean; after the longest sequence of the training, the last one.
+    θ[t] is its running mean over the training sequences. Steps after the longest of them take its last mean; from the
+    64th on, all steps share one.
 
     Args:
         tau: membrane time constant τ in time steps, greater than 1; None has no leak, λ = 1.

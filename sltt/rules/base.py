@@ -154,7 +154,7 @@ class Rule(Frozen, ABC):
     A rule of your own defines `run`.
 
     Attributes:
-        hoist: compute once a sequence, too, what a network marks and depends on a static input.
+        hoist: with a static input, run layers marked by `sltt.once` on that input once per sequence, too.
         recompute: run convolutions and linear layers again in the backward.
         fold: time steps in one call of the network.
         online: the rule updates the weights itself, at every time step.
@@ -183,8 +183,8 @@ class Rule(Frozen, ABC):
     ) -> Output:
         """Run one batch.
 
-        An input that is NaN or infinite raises on the CPU. On another device nothing is looked at, since that would
-        wait for the device: the loss is NaN then.
+        On the CPU, NaN or infinite values in the input raise ValueError. On another device the input is not checked,
+        since that would wait for the device; the loss becomes NaN instead.
 
         Args:
             model: maps the input of one time step [B, ...] to logits [B, C], and keeps its own state.
@@ -195,8 +195,8 @@ class Rule(Frozen, ABC):
             steps: T for a static input.
             backward: called instead of `Tensor.backward` with each scalar to backpropagate, e.g. `fabric.backward`.
             update: step and zero the optimizer; called by a rule that is `online`, after every time step.
-            seed: of what the rule draws in this batch, such as the steps that SLTT-K trains; None draws from
-                PyTorch's global generator. The processes of a data-parallel training give the same seed.
+            seed: random seed for this batch, such as for the steps that SLTT-K trains. None draws from PyTorch's
+                global generator. Give the same seed in all processes of a data-parallel training.
 
         Raises:
             ValueError: gradients switched off, no time step, too few dimensions, NaN or infinite input, a target of

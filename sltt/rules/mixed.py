@@ -180,7 +180,7 @@ class _Cut:
                 return value
             if start is None:
                 raise RuntimeError(
-                    f"time step {t} has another graph than the first, and goes around what it was cut at: use BPTT"
+                    f"time step {t} has another graph than the first, so Mixed cannot cut it at that layer: use BPTT"
                 )
             # the module that ran last, which need not be the last by name; if it was that one, no cut
             self.module = None if self._last is self.module else self._last

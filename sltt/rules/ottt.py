@@ -12,7 +12,8 @@ class OTTT(Rule):
 
     x is what the layer reads: the network's input or spikes; the input of a bias is 1. e is that of SLTT. λ is that of
     the neurons that the layer feeds; where they differ, as behind a residual sum, the mean. A layer that feeds no
-    neurons, such as a readout, needs no trace. Neurons with a learnable λ have its gradient by the same recursion.
+    neurons, such as a readout, needs no trace. The learnable λ of `PLIF` has its gradient by the same recursion; a
+    learnable λ of other neurons has SLTT's gradient.
 
     The trace is the path through the membrane potentials of the neurons behind the layer, which SLTT drops. Paths
     through the reset are dropped here too, and paths that cross a second layer of neurons on their way through time.

@@ -110,7 +110,7 @@ def _decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[],
     if not isinstance(ours, Neuron) or not hasattr(ours, "decay"):
         raise ValueError(
             f"the λ of {name} ({type(neuron).__name__}) is not known, and traces need it: give the neuron an attribute "
-            "`decay` if its membrane potential has one, or all traces, OTTT(decay=…)"
+            "`decay` if its membrane potential has one, or set one λ for all traces, OTTT(decay=…)"
         )
     if (rest := getattr(ours, "v_reset", None)) is not None:
         raise ValueError(

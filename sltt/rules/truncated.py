@@ -28,9 +28,9 @@ class Truncated(Rule):
     Args:
         recompute: run convolutions and linear layers again for the backward, from their spikes, instead of keeping
             their outputs: less memory, one more forward of these layers.
-        fold: time steps in one call of the network: fewer and larger operations, for the memory of so many steps. It
-            pays on a GPU that waits for launches. "auto" measures the first three batches and then takes the largest
-            fold that fits `budget`.
+        fold: time steps in one call of the network: fewer and larger operations, for the memory of so many steps. Helps
+            on GPUs, where many small kernels wait for their launch. "auto" measures the first three batches and then
+            takes the largest fold that fits `budget`.
         budget: for fold="auto": the memory for a batch, such as "8GB"; None is 70% of what is free at the first batch.
         hoist: with a static input, compute what the network marks by `sltt.once` once a sequence. Saves the time of
             these layers in all steps but one, for the memory of their outputs and of these outputs' gradients.
@@ -115,9 +115,9 @@ class BPTT(Truncated):
     a BatchNorm again from its input instead of keeping them.
 
     Args:
-        segment: keep the graph of so many time steps at once, and of the others the states in between; run the forward
-            of the others again for their backward. Memory is that of n steps and T/n states, so about √T is best. None
-            keeps the graph of all.
+        segment: n, the time steps of a segment. Only one segment has its graph at a time. Of the others the states at
+            their start are kept, and their forward runs again for their backward. Memory is that of n steps and T/n
+            states, so about √T is best. None keeps the graph of all steps.
         how: how the rule runs, see `Truncated`.
 
     Raises:
@@ -144,7 +144,7 @@ class BPTT(Truncated):
         if self.segment is None:
             return super().run_folded(batch, fold)
         if batch.whole:
-            raise ValueError("segment has no graph of all logits, as a loss of the whole sequence needs: BPTT()")
+            raise ValueError("segment has no graph of all logits, which a loss of the whole sequence needs: use BPTT()")
         return run_in_segments(batch, self.segment, fold)
 
 

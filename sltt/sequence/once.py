@@ -22,9 +22,11 @@ from sltt.sequence.state import Stateful, state_names
 
 
 def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """function(*inputs), computed once a sequence if time does not change it.
+    """Call `function(*inputs)` once per sequence instead of once per time step, where time does not change the result.
 
-    A BatchNorm in `function` then sees one batch a sequence: its running statistics are updated once, not T times.
+    Work on weights alone runs once per sequence under a rule, unless the rule is `online` or the weights are sharded.
+    Work on inputs runs once only for a static input, under a rule with `hoist=True` or in `sltt.unroll`. A BatchNorm in
+    `function` then sees one batch per sequence: its running statistics are updated once, not T times.
 
     Args:
         function: a module, or a bound method of one, that depends on its inputs and the module's weights alone, and

@@ -88,9 +88,9 @@ def fit(
 
     Args:
         model: maps the input of one time step [B, ...] to logits [B, C]; its neurons keep their state.
-        data: the data set and its splits; of your own by `sltt.data.from_datasets`, or loaders (train, validation). The
-            data sets, `collate_fn` and batch size of loaders count; the order is that of `seed`.
-        rule: the learning rule: SLTT, SLTT with k, BPTT, TBPTT.
+        data: the data set and its splits; of your own by `sltt.data.from_datasets`, or loaders (train, validation). Of
+            loaders only the data sets, `collate_fn` and batch size are used; `seed` decides the order.
+        rule: the learning rule: SLTT, BPTT, TBPTT, OTTT, RateBased, Mixed, or a `Rule` of your own.
         loss: of one time step, of logits [B, C] and targets [B, ...]; or one of `sltt.losses`.
         optimizer: makes the optimizer from the parameters.
         schedule: how the learning rate changes.
@@ -104,7 +104,7 @@ def fit(
             Decay makes the currents of spiking neurons smaller.
         precision: float32, or mixed with bfloat16 or float16.
         channels_last: keep images and weights channels-last, which is faster on many devices.
-        seed: of the order of samples, augmentation, dropout, and the steps that SLTT draws.
+        seed: random seed for the order of samples, augmentation, dropout, and the steps that SLTT-K draws.
         workers: processes that load data, for each that trains.
         device: auto takes CUDA where there is a GPU.
         devices: processes on this machine; None is what torchrun or Slurm started, or 1.
@@ -114,7 +114,7 @@ def fit(
         sync_batchnorm: BatchNorm takes its statistics over all processes.
         compile: compile the neuron step: where it pays (auto), always (on), never (off).
         sparse: compute on active inputs only: where it is faster (auto), wherever possible (on), never (off).
-        checkpoint_minutes: save this often within an epoch too.
+        checkpoint_minutes: minutes between checkpoints within an epoch. Every epoch ends with a checkpoint as well.
         weights: start from the weights of this run or checkpoint.
         metric: of predictions and targets, a mean over samples. It selects the best epoch on the validation samples.
         accumulate: compute each batch in this many parts: the memory of a part, the gradient of the batch. BatchNorm
@@ -227,7 +227,10 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
     if training.batch_size < count:
         raise ValueError(f"batch_size={training.batch_size} is shared by {count} processes: expected a sample for each")
     if training.accumulate > 1 and (online := next((s.rule for s in stages if s.rule.online), None)):
-        raise ValueError(f"{online} updates the weights at every time step, and accumulate once a batch: leave it out")
+        raise ValueError(
+            f"{online} updates the weights at every time step, and accumulate once a batch: leave accumulate out, or "
+            "use a rule without online"
+        )
     splits = checked(here.splits(data, stages[0].steps), stages[0].steps)
     if splits.per_step != is_per_step(training.loss):
         raise ValueError(

@@ -17,7 +17,7 @@ class Phase:
     """A part of a training; what is None is as in the whole training.
 
     Attributes:
-        epochs: its length. The last phase is cut or goes on where the training's `epochs` are others.
+        epochs: its length. If the phases do not add up to the training's `epochs`, the last one is cut or extended.
         steps: T.
         rule: the learning rule.
         lr: learning rate. The schedule starts anew with a phase that has one; without, it runs on.

@@ -203,7 +203,10 @@ def added_in_place(a, b):
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [(lambda a, b: torch.add(a, b, alpha=2), "operation add"), (added_in_place, "a change in place, which a trace does not show")],
+    [
+        (lambda a, b: torch.add(a, b, alpha=2), "operation add"),
+        (added_in_place, "a change in place, which a trace does not show"),
+    ],
 )
 def test_sums_that_are_not_plain_are_named(function, message):
     with pytest.raises(ValueError, match=message):
