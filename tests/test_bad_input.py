@@ -50,9 +50,7 @@ CONSTRUCTORS = [
     }),
     (models.DigitsNet, {}, NETWORK | DROPOUT | {"width": whole(0, -1)}),
     (models.MLP, {"features": [2, 2, 2]}, DROPOUT | {"features": SIZES, "norm": FLAG, "neuron": OBJECT}),
-    (models.ShallowResNet, {}, NETWORK | DROPOUT | {
-        "widths": SIZES, "stem": whole(-1), "blocks": whole(-1), "residual": FLAG,
-    }),
+    (models.ShallowResNet, {}, NETWORK | DROPOUT | {"widths": SIZES, "stem": whole(-1), "blocks": whole(-1)}),
     (models.VGG, {"blocks": [[2]]}, NETWORK | DROPOUT),
     (models.VGG, {}, {"blocks": Kind(SIZES.values | {"flat": [2, 2]}, SIZES.message)}),
     (models.ResNet, {"blocks": [1, 1, 1, 1]}, NETWORK | DROPOUT | {"blocks": SIZES}),

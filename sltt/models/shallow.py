@@ -1,8 +1,7 @@
-"""A shallow network for small images, made for training in an hour on a CPU.
+"""A shallow residual network for small images, made for training in an hour on a CPU.
 
-Max pooling comes before BatchNorm and neuron: it pools currents, so that neurons run on a quarter of the positions and
-lose no spikes. With residual blocks, spikes are added, as in SEW-ResNet (Fang et al. 2021). Without, the network is
-that of the CIFAR-10 speed records (Jordan 2024, arXiv 2404.00498) but for its first layer and its last pooling.
+Post-activation residual blocks whose spikes are added, as in SEW-ResNet (Fang et al. 2021). Max pooling comes before
+BatchNorm and neuron: it pools currents, so that neurons run on a quarter of the positions and lose no spikes.
 """
 
 from collections.abc import Sequence
@@ -10,30 +9,28 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sltt.checks import flag, whole_number, whole_numbers
+from sltt.checks import whole_number, whole_numbers
 from sltt.dropout import Dropout
 from sltt.models.base import NeuronFactory, NormFactory, check_frame, neuron_maker
 from sltt.neurons import LIF
 from sltt.sequence.once import once
 
 
-class _Block(nn.Module):
-    """neuron(BatchNorm(3×3 convolution of x)), added to x in a residual block."""
+class _Residual(nn.Module):
+    """x + neuron(BatchNorm(3×3 convolution of x))."""
 
-    def __init__(self, channels: int, neuron: NeuronFactory, norm: NormFactory, residual: bool):
+    def __init__(self, channels: int, neuron: NeuronFactory, norm: NormFactory):
         super().__init__()
-        self.residual = residual
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm = norm(channels)
         self.neuron = neuron()
 
     def forward(self, x: Tensor) -> Tensor:
-        spikes = self.neuron(self.norm(self.conv(x)))
-        return x + spikes if self.residual else spikes
+        return x + self.neuron(self.norm(self.conv(x)))
 
 
 class ShallowResNet(nn.Module):
-    """For each width: 3×3 convolution, 2×2 max pooling, BatchNorm, neuron, blocks; then one linear layer.
+    """For each width: 3×3 convolution, 2×2 max pooling, BatchNorm, neuron, residual blocks; then one linear layer.
 
     Before the linear layer, spikes are averaged over the image. With the default widths, one block each
     and 10 classes it has 2,580,394 parameters.
@@ -41,8 +38,7 @@ class ShallowResNet(nn.Module):
     Args:
         widths: channels after each pooling.
         stem: channels of a 3×3 convolution with BatchNorm and neurons before the first pooling, 0 for none.
-        blocks: of one 3×3 convolution, BatchNorm and neuron, at each width.
-        residual: add what a block reads to its spikes. Without, all layers behind the first read spikes alone.
+        blocks: residual blocks of one convolution at each width.
         in_channels: channels of the input.
         classes: number of logits.
         neuron: makes a neuron; called once for each convolution.
@@ -60,10 +56,8 @@ class ShallowResNet(nn.Module):
         neuron: NeuronFactory = LIF,
         dropout: float = 0.0,
         norm: NormFactory = nn.BatchNorm2d,
-        residual: bool = True,
     ):
         super().__init__()
-        residual = flag("residual", residual)
         widths, stem = whole_numbers("widths", widths, least=1), whole_number("stem", stem, least=0)
         blocks = whole_number("blocks", blocks, least=0)
         neuron = neuron_maker(neuron)
@@ -76,7 +70,7 @@ class ShallowResNet(nn.Module):
         for width in widths:
             conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
             currents.append(nn.Sequential(conv, nn.MaxPool2d(2), norm(width)))
-            stages.append(nn.Sequential(neuron(), *(_Block(width, neuron, norm, residual) for _ in range(blocks))))
+            stages.append(nn.Sequential(neuron(), *(_Residual(width, neuron, norm) for _ in range(blocks))))
             channels = width
         self.poolings = len(widths)
         self.currents = nn.ModuleList(currents)
