@@ -122,15 +122,19 @@ class IntegrateAndFire(Neuron):
 
         Not of a subclass with a `step` of its own, a threshold that is learned, or a λ for each neuron.
         """
-        values = self.constants().values()
-        one = not isinstance(decay := self.decay(), Tensor) or decay.ndim == 0
-        return one and type(self).step is IntegrateAndFire.step and not any(isinstance(v, Tensor) for v in values)
+        return self._is_plain(self.decay())
+
+    def _is_plain(self, decay: float | Tensor) -> bool:
+        own = type(self).step is not IntegrateAndFire.step or any(
+            isinstance(v, Tensor) for v in self.constants().values()
+        )
+        return not own and (not isinstance(decay, Tensor) or decay.ndim == 0)
 
     def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
         """The steps by a kernel made for this function, which saves the membrane potential after the step only."""
-        if not self.is_plain():
-            return super().fused_steps(x, fold)
         decay = self.decay()
+        if not self._is_plain(decay):
+            return super().fused_steps(x, fold)
         learnable = isinstance(decay, Tensor)
         step = NeuronStep.of(decay=None if learnable else decay, **self.constants())
         assert self.v is not None

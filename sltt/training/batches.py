@@ -81,19 +81,21 @@ def by_length(order: list[int], lengths: Sequence[int], size: int, generator: to
 
 
 @contextmanager
-def _drawing(seed: int) -> Iterator[None]:
-    """Inside this block all global generators of the CPU draw what follows from the seed; afterwards as if it had not
-    been."""
+def _generators_kept() -> Iterator[None]:
+    """After this block the global generators of the CPU go on as if it had not been."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
+
+
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
 
 
 class _Seeded(Dataset[Any]):
@@ -105,15 +107,20 @@ class _Seeded(Dataset[Any]):
         self.crop = crop
 
     def __getitem__(self, key: Key) -> Any:
-        index, seed = key
-        with _drawing(seed):
-            sample = self.data[index]
-            return sample if self.crop is None else (random_crop(sample[0], self.crop), *sample[1:])
+        with _generators_kept():
+            return self._read(key)
 
     def __getitems__(self, keys: Sequence[Key]) -> Any:
-        samples = [self[key] for key in keys]
-        with _drawing(keys[0][1] + 1):
+        with _generators_kept():  # once a batch: keeping takes longer than seeding
+            samples = [self._read(key) for key in keys]
+            _seed_generators(keys[0][1] + 1)
             return self.collate(samples)
+
+    def _read(self, key: Key) -> Any:
+        index, seed = key
+        _seed_generators(seed)
+        sample = self.data[index]
+        return sample if self.crop is None else (random_crop(sample[0], self.crop), *sample[1:])
 
 
 def random_crop(x: Tensor, size: int) -> Tensor:
