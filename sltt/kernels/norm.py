@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sltt._torch import _BatchNorm
-from sltt.kernels.saved import tag_normalised
+from sltt.kernels.saved_tensors import tag_normalised
 from sltt.sequence.fold import fold_of
 from sltt.sequence.replace import replaced
 
