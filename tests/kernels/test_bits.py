@@ -137,14 +137,14 @@ def test_recomputing_saves_the_inputs_of_normalisation():
 def test_outputs_of_wide_layers_are_kept(channels, recomputed, sparse):
     model = nn.Sequential(sltt.LIF(), nn.Conv2d(channels, 16, 3, padding=1))
     x = torch.randn(8, channels, 8, 8).contiguous(memory_format=torch.channels_last)
-    with kernels.using(sparse=sparse), kernels.saved_tensors(recompute=True):
+    with kernels.using(sparse=sparse), kernels.saving(recompute=True):
         y = model(x)
     assert (tag_of(y) is not None) == recomputed
 
 
 def test_a_weight_that_changed_before_it_is_used_again_is_noticed():
     conv = nn.Conv2d(4, 4, 3)
-    with kernels.saved_tensors(recompute=True):
+    with kernels.saving(recompute=True):
         y = nn.BatchNorm2d(4)(conv(sltt.LIF()(torch.randn(2, 4, 32, 34, requires_grad=True))))
     with torch.no_grad():
         conv.weight.add_(1)
@@ -163,7 +163,7 @@ def leaf_gradient(tail, on):
     """The gradient behind spikes [4, 8, 16, 16] that go through `tail` and a layer."""
     torch.manual_seed(0)
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
-    with kernels.using(bits=on, sparse="off", compile="off"), kernels.saved_tensors():
+    with kernels.using(bits=on, sparse="off", compile="off"), kernels.saving():
         s = sltt.LIF()(x)
         y = tail(s)
         weight = torch.randn(y.shape, requires_grad=True)
@@ -205,7 +205,7 @@ def test_changes_that_have_no_version_are_seen(lesion):
     for out_of_place in (True, False):
         torch.manual_seed(0)
         conv = nn.Conv2d(8, 4, 3)
-        with kernels.saved_tensors():
+        with kernels.saving():
             spikes = sltt.LIF()(torch.randn(4, 8, 16, 16, requires_grad=True))
             conv(tail(spikes, out_of_place)).square().sum().backward()
         results.append(conv.weight.grad)
@@ -222,7 +222,7 @@ def test_hooks_of_the_user_stay_in_force():
 def test_retained_graphs_give_the_same_gradient_twice():
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
     conv = nn.Conv2d(8, 4, 3)
-    with kernels.saved_tensors():
+    with kernels.saving():
         loss = conv(sltt.LIF()(x)).square().sum()
     first = torch.autograd.grad(loss, [x, conv.weight], retain_graph=True)
     second = torch.autograd.grad(loss, [x, conv.weight])
@@ -234,7 +234,7 @@ def test_what_layers_read_is_saved_as_bits():
     x = torch.randn(4, 2, 32, 32)
 
     def call():
-        with kernels.saved_tensors():
+        with kernels.saving():
             model(x)
 
     kept = saved(call)
@@ -263,7 +263,7 @@ def test_a_tensor_changed_in_place_is_saved_as_it_is():
     grads = []
     for in_place in (True, False):
         torch.manual_seed(0)
-        with kernels.saved_tensors():
+        with kernels.saving():
             s = sltt.LIF()(torch.randn(2, 4, 32, 32, requires_grad=True))
             conv(s.mul_(3) if in_place else 3 * s).square().sum().backward()
         grads.append(conv.weight.grad)
@@ -273,7 +273,7 @@ def test_a_tensor_changed_in_place_is_saved_as_it_is():
 
 def test_a_saved_tensor_changed_in_place_is_still_noticed():
     x = torch.randn(3, 3, requires_grad=True)
-    with kernels.saved_tensors():
+    with kernels.saving():
         y = x.exp()
     y.add_(1)
     with pytest.raises(RuntimeError, match="changed by an in-place operation"):
