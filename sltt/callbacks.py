@@ -101,7 +101,7 @@ class EarlyStopping(Callback):
         for row in now.history:
             score = sign * row[f"validation_{name}"]
             since += 1
-            if best is None or math.isnan(best) or score > best + self.least:
+            if best is None or (math.isnan(best) and not math.isnan(score)) or score > best + self.least:
                 best, since = score, 0
         if since >= self.patience:
             now.stop(f"no better validation {name.replace('_', ' ')} in {since} epochs")

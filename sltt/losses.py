@@ -216,8 +216,7 @@ class _Watching:
 
     def see(self, name: str, spikes: Tensor) -> None:
         self.steps = self.clock.fold.steps
-        if bool((spikes < 0).any()):  # of TernaryLIF; others keep the gradient at 0, where abs has none
-            spikes = spikes.abs()
+        spikes = torch.where(spikes < 0, -spikes, spikes)  # abs has no gradient at 0, where neurons are silent
         rates = spikes.unflatten(0, (fold_of(self.layers[name]).steps, -1)).flatten(1).mean(1)
         self.rates.setdefault(name, []).append(rates)
 

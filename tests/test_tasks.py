@@ -188,6 +188,15 @@ def test_negative_spikes_are_penalised_as_positive_ones():
     assert penalised - plain == pytest.approx(rates.mean())
 
 
+@pytest.mark.parametrize(("rule", "folded"), [(sltt.SLTT(), sltt.SLTT(fold=4)), (sltt.BPTT(), sltt.BPTT(fold=2))])
+def test_a_penalty_of_negative_spikes_does_not_depend_on_the_fold(rule, folded):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), sltt.TernaryLIF(tau=2.0), nn.Linear(8, 3)).double()
+    x, y = torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(3, (5,))
+    loss = Activity(CE, weight=1.0)
+    torch.testing.assert_close(by_rule(model, folded, x, y, loss), by_rule(model, rule, x, y, loss))
+
+
 @pytest.mark.parametrize("name", [name for name in RULES if not name.startswith(("RateBased", "SLTT(k"))])
 def test_every_rule_with_spikes_takes_a_penalty(name):
     model, (x, y) = small_network(), batch()

@@ -161,7 +161,7 @@ class _Products(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func in _MATRIX_PRODUCTS and self._inside:
-            a, b = (*args, *(kwargs[name] for name in ("other", "mat2") if name in kwargs))
+            a, b = (*args, *(kwargs[name] for name in ("input", "other", "mat2") if name in kwargs))
             self._count(torch.matmul, a, b)
         elif func is torch.einsum and len(args) == 3 and _sums(args[0]) and self._inside:
             self._count(partial(torch.einsum, args[0]), *args[1:])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
 from sltt.data.base import Data
 from sltt.data.own import _OwnData
@@ -45,10 +45,15 @@ def from_loaders(loaders: Loaders, batch_size: int) -> Data:
     if train is None:
         raise ValueError("expected a loader of training samples first, got None")
     return _OwnData(
-        {name: loader and loader.dataset for name, loader in given.items()},
+        {name: None if one is None else _alone(one.dataset) for name, one in given.items()},
         static=_is_static(train),
         collates={name: loader.collate_fn for name, loader in given.items() if loader is not None},
     )
+
+
+def _alone(dataset: Any) -> Subset[Any]:
+    """A data set as an object of its own: two splits may read the same one."""
+    return Subset(dataset, range(len(dataset)))
 
 
 def _check_loader(name: str, loader: DataLoader[Any], batch_size: int) -> None:

@@ -119,9 +119,9 @@ class _Export(fx.Interpreter):
         flattens = n.target in (torch.flatten, "flatten")
         self.sources[n] = sources
         if flattens:
-            named = {"start_dim": 0, "end_dim": -1, **n.kwargs}
-            given = dict(zip(named, n.args[1:], strict=False))
-            start, end = (named | given).values()
+            given = dict(zip(("start_dim", "end_dim"), n.args[1:], strict=False))
+            named = {"start_dim": 0, "end_dim": -1, **n.kwargs, **given}
+            start, end = named["start_dim"], named["end_dim"]
             self._layer(n, nn.Flatten(start, end), inputs[0], self.env[inputs[0]])  # type: ignore[arg-type]
         elif n.target not in _ADD or n.kwargs or len(inputs) != 2 or len(set(sources)) != len(sources):
             self.problems.append(f"the operation {n.name}")

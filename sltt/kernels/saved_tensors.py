@@ -158,6 +158,8 @@ def _tag_scaled(args: Any, result: Any) -> None:
         one = torch.tensor(tag.one, dtype=tag.dtype) * factor  # rounded as the product is
         SpikeTag(result, one.item(), tag.bits(spikes))
     else:
+        if isinstance(tag, SpikeTag):
+            tag.bits(spikes)  # which it is made of
         Tag(result, lambda: tag.make() * factor, tag.layers)
 
 
@@ -172,7 +174,9 @@ def _tag_maximum(func: Any, spikes: Tensor, result: Tensor) -> None:
     """The maximum of spikes is a spike, where all that are pooled are worth the same."""
     if isinstance(tag := tag_of(spikes), SpikeTag) and packable(result):
         pooled = 1 if func in (F.max_pool1d, F.adaptive_max_pool1d) else 2
-        if not isinstance(one := tag.one, Tensor) or math.prod(one.shape[-pooled:]) == 1:
+        # of spikes worth a value for each channel: not of a view, whose channels are elsewhere
+        whole = (spikes.shape, spikes.stride()) == tag.layout
+        if not isinstance(one := tag.one, Tensor) or (whole and math.prod(one.shape[-pooled:]) == 1):
             SpikeTag(result, one)
 
 

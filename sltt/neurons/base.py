@@ -171,6 +171,12 @@ class Neuron(Stateful):
 
 
 @functools.cache
+def takes_any(kind: type[Neuron]) -> bool:
+    """Whether a class's `step` takes keyword arguments of any name."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind.step).parameters.values())
+
+
+@functools.cache
 def argument_names(kind: type[Neuron]) -> tuple[str, ...]:
     """The keyword arguments of a class's `step`; raises ValueError if it is no function of x and the states."""
     if isinstance(kind.states, str):

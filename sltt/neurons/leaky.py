@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sltt.checks import flag, instance, number
 from sltt.kernels import NeuronStep, neuron_step
-from sltt.neurons.base import Neuron
+from sltt.neurons.base import Neuron, takes_any
 from sltt.sequence.fold import Fold
 from sltt.surrogates import Surrogate, Triangle
 
@@ -103,9 +103,10 @@ class IntegrateAndFire(Neuron):
         return lif_step(v, x, decay=decay, **constants)
 
     def arguments(self) -> dict[str, Any]:
-        if type(self).step is not IntegrateAndFire.step:
-            return super().arguments()
-        return {"decay": self.decay(), **self.constants()}
+        named = {"decay": self.decay(), **self.constants()}
+        if type(self).step is IntegrateAndFire.step:
+            return named
+        return (named if takes_any(type(self)) else {}) | super().arguments()
 
     def constants(self) -> dict[str, Any]:
         """The arguments of `lif_step` that are never learned."""
@@ -128,7 +129,7 @@ class IntegrateAndFire(Neuron):
         own = type(self).step is not IntegrateAndFire.step or any(
             isinstance(v, Tensor) for v in self.constants().values()
         )
-        return not own and (not isinstance(decay, Tensor) or decay.ndim == 0)
+        return not own and (not isinstance(decay, Tensor) or decay.numel() == 1)
 
     def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
         """The steps by a kernel made for this function, which saves the membrane potential after the step only."""

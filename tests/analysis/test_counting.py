@@ -44,6 +44,7 @@ class Attention(nn.Module):
 PRODUCTS = {
     "@": lambda a, b: (a @ b) @ a,
     "matmul by name": lambda a, b: torch.matmul(torch.matmul(a, other=b), a),
+    "all by name": lambda a, b: torch.bmm(input=torch.matmul(input=a, other=b), mat2=a),
     "bmm": lambda a, b: torch.bmm(torch.bmm(a, mat2=b), a),
     "einsum": lambda a, b: torch.einsum("bnm,bmd->bnd", torch.einsum("bnd,bdm->bnm", a, b), a),
 }

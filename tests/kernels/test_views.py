@@ -26,6 +26,7 @@ FRONTS = {
     "dropped": lambda: nn.Sequential(sltt.LIF(2.0), sltt.Dropout(0.2)),
     "pooled": lambda: nn.Sequential(sltt.LIF(2.0), nn.MaxPool2d(3, 1, 1)),
 }
+CHANNELS = torch.linspace(0.5, 1.5, 16)[:, None, None]
 COLUMNS = torch.linspace(0.5, 1.5, 8)
 USES = {
     "chunks": lambda conv, s: conv(torch.cat(s.chunk(2, 1)[::-1], 1)),
@@ -34,6 +35,16 @@ USES = {
     "half the batch, then all": lambda conv, s: conv(s[:4]).mean() + conv(s),
     "one channel, expanded": lambda conv, s: conv(s[:, 1:2].expand(-1, 16, -1, -1)),
     "a gate": lambda conv, s: conv(s) * (conv.weight[0, 0, 0, 0] * s[:, 8:9]),
+    "weighted by channel, a part pooled": lambda conv, s: conv(
+        F.max_pool2d((s * CHANNELS)[:, :8], 3, 1, 1).repeat(1, 2, 1, 1)
+    ),
+    "weighted by channel, flattened, pooled": lambda conv, s: conv(
+        F.max_pool1d((s * CHANNELS).flatten(2), 3, 1, 1).unflatten(2, (8, 8))
+    ),
+    "weighted by channel, rows and channels exchanged": lambda conv, s: conv(
+        F.max_pool2d((s * CHANNELS).permute(0, 2, 1, 3), 3, 1, 1).permute(0, 2, 1, 3)
+    ),
+    "weighted by channel, pooled, halved": lambda conv, s: conv(0.5 * F.max_pool2d(s * CHANNELS, 3, 1, 1)),
     "weighted by column, then pooled": lambda conv, s: conv(F.max_pool2d(s * COLUMNS, 3, 1, 1)),
     "weighted by row, then pooled": lambda conv, s: conv(F.max_pool2d(s * COLUMNS[:, None], 2)),
 }

@@ -29,6 +29,25 @@ class StubbornCurrent(sltt.CubaLIF):
         return s, u * (1 - s), i
 
 
+class Doubled(sltt.LIF):
+    """LIF of twice the input, by the function of its class."""
+
+    @staticmethod
+    def step(x, v, *, decay, **constants):
+        return sltt.lif_step(v, 2 * x, decay=decay, **constants)
+
+
+class Vector(sltt.LIF):
+    """A λ that is learned, as a vector of one."""
+
+    def __init__(self):
+        super().__init__(surrogate=FIRES)
+        self.p = nn.Parameter(torch.zeros(1))
+
+    def decay(self):
+        return torch.sigmoid(self.p)
+
+
 class PerNeuron(sltt.PLIF):
     """A time constant for each of five channels."""
 
@@ -40,7 +59,8 @@ class PerNeuron(sltt.PLIF):
 def literal(neuron, xs):
     """The steps one by one by the plain function."""
     named = {k: v.view(1, -1) if torch.is_tensor(v) and v.ndim else v for k, v in neuron.arguments().items()}
-    states, spikes = [torch.zeros_like(xs[0]) for _ in neuron.states], []
+    states = [torch.full_like(xs[0], value) for value in neuron.first_states().values()]
+    spikes = []
     for x in xs:
         s, *states = neuron.step(x, *states, **named)
         spikes.append(s)
@@ -56,6 +76,8 @@ def learned_threshold(kind, **kwargs):
 NEURONS = {
     "LIF with a step": lambda: Stubborn(tau=2.0, surrogate=FIRES),
     "CubaLIF with a step": lambda: StubbornCurrent(tau=2.0, surrogate=FIRES),
+    "LIF with a step that passes on": lambda: Doubled(tau=2.0, v_threshold=0.5, v_reset=0.1, decay_input=True),
+    "a vector of one": Vector,
     "PLIF of channels": PerNeuron,
     "LIF, learned threshold": lambda: learned_threshold(sltt.LIF, tau=2.0),
     "IF, learned threshold": lambda: learned_threshold(sltt.IF),
@@ -76,7 +98,7 @@ def test_the_layer_computes_the_step_of_its_class_and_learns_its_parameters(name
     out = sltt.BPTT(fold=fold)(model, x, y, loss)
     torch.testing.assert_close(out.logits, torch.stack([last(s) for s in spikes]).detach())
     torch.testing.assert_close([p.grad for p in weights], list(expected))
-    if any(p.ndim == 0 for p in neuron.parameters()):
+    if "learned threshold" in name:
         before = out.logits
         with torch.no_grad():
             neuron.v_threshold.fill_(50.0)

@@ -108,6 +108,7 @@ def moment(values, by, higher=True):
         ([], "metric", True, False),
         ([math.nan, 0.1, 0.2, 0.3], "metric", True, False),
         ([0.5, math.nan, math.nan], "metric", True, True),
+        ([math.nan] * 4, "metric", True, True),
     ],
 )
 def test_early_stopping_waits_for_a_better_epoch(values, by, higher, stops):

@@ -83,9 +83,8 @@ def test_each_loader_makes_its_batches_by_its_own_function(tmp_path):
 
         return make
 
-    loaders = [
-        DataLoader(Noise(DRAWN["torch"]), 4, collate_fn=collate(name)) for name in ("train", "validation", "test")
-    ]
+    same = Noise(DRAWN["torch"])
+    loaders = [DataLoader(same, 4, collate_fn=collate(name)) for name in ("train", "validation", "test")]
     run = {"device": "cpu", "run": tmp_path / "run"}
     model = sltt.models.MLP([8, 8, 3])
     sltt.fit(model, loaders, steps=2, epochs=1, batch_size=4, **run)
