@@ -118,8 +118,7 @@ class Snapshot:
         """Set buffers and random generators back."""
         with torch.no_grad():
             for buffer, value in zip(_buffers(self.model), self.buffers, strict=True):
-                if not torch.equal(buffer, value):  # what `once` gave may need the others as they are
-                    buffer.copy_(value)
+                buffer.copy_(value)
         torch.set_rng_state(self.generator)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
