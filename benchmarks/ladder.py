@@ -53,8 +53,9 @@ def trained(case: str, images: Path, runs: Path) -> Path:
     """The run of a case, which goes on where it stopped."""
     run = runs / case
     words = f"{SETTINGS} {CASES[case]}".format(images=images, runs=runs).split()
-    start = ["train", str(run)] if run.exists() else ["train", "cifar10-small", *words, "--run", str(run)]
-    if code := command(start):
+    begun = (run / "config.yaml").exists()
+    start = ["--resume", str(run)] if begun else ["cifar10-small", *words, "--run", str(run)]
+    if code := command(["train", *start]):
         raise SystemExit(code)
     return run
 

@@ -92,6 +92,8 @@ def find_recipe(name: str) -> Path:
         if Path(name).is_file():
             return Path(name)
         raise UsageError(f"there is no file {name}; `sltt recipes NAME > {name}` copies a recipe")
+    if name and Path(name).is_dir():
+        raise UsageError(f"{name} is a folder, and a recipe was expected: `sltt train --resume {name}` continues a run")
     raise UsageError(f"unknown recipe {name!r}{nearest(name, known)}; `sltt recipes` lists them")
 
 

@@ -167,3 +167,8 @@ def test_data_check_says_whether_the_data_is_whole(tmp_path, capsys):
         ["data", "check", "digits", "--epochs", "3"],
     ):
         assert main(words) == 2
+
+
+def test_a_run_in_place_of_a_recipe_is_told_from_one(tmp_path, capsys):
+    assert main(["train", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder, and a recipe was expected: `sltt train --resume" in capsys.readouterr().err
