@@ -93,6 +93,7 @@ def _generators_kept() -> Iterator[None]:
 
 
 def _seed_generators(seed: int) -> None:
+    """Seed the global generators of the CPU; those of other devices would take longer than a sample."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
@@ -251,9 +252,8 @@ def _outlive_sigterm(worker: int) -> None:
 
 def seed_everything(seed: int) -> None:
     """Seed every global random generator."""
-    random.seed(whole_number("seed", seed, least=0, most=2**63 - 1))
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    _seed_generators(whole_number("seed", seed, least=0, most=2**63 - 1))
+    torch.manual_seed(seed)  # of all devices
 
 
 def seed_batch(*numbers: int) -> int:

@@ -251,21 +251,23 @@ sltt.fit(model, sltt.data.Digits(), Fails(), steps=2, run=sys.argv[1], device="c
 """
 
 
+def failing(folder, ranks):
+    """What two processes print, of which those of the ranks fail."""
+    (folder / "script.py").write_text(FAILS)
+    process = start([sys.executable, "script.py", str(folder / "run"), ranks], cwd=folder)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    return out
+
+
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_the_others_with_its_message(tmp_path):
-    (tmp_path / "script.py").write_text(FAILS)
-    process = start([sys.executable, "script.py", str(tmp_path / "run"), "1"], cwd=tmp_path)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "failed: ValueError: no spike was ever seen; the other processes end too" in out
+    assert "failed: ValueError: no spike was ever seen; the other processes end too" in failing(tmp_path, "1")
 
 
 @pytest.mark.slow
-def test_an_error_in_all_processes_is_said_once(tmp_path):
-    (tmp_path / "script.py").write_text(FAILS)
-    process = start([sys.executable, "script.py", str(tmp_path / "run"), "01"], cwd=tmp_path)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+def test_an_error_in_all_processes_is_said_by_the_first(tmp_path):
+    out = failing(tmp_path, "01")
     assert "ValueError: no spike was ever seen" in out
     assert "rank1" not in out  # as PyTorch marks what another process prints
 
