@@ -4,6 +4,7 @@ Processes are started by `torchrun` or Slurm, or, with `devices` above 1, by the
 command again for each further process.
 """
 
+import atexit
 import ctypes
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from sltt.parallel.processes import control
+from sltt.parallel.processes import control, disband
 from sltt.parallel.signals import STOPPED
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def make_fabric(
     if fabric.world_size > 1:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else each process reports for duty
         fabric.launch()
+        atexit.register(disband)
     return fabric
 
 

@@ -123,6 +123,13 @@ def control() -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
 
+def disband() -> None:
+    """Close the groups, and end their threads: one that frees a tensor while Python ends would abort the process."""
+    control.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process has only a part of a parameter."""
     from torch.distributed.tensor import DTensor

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import sltt
 from sltt.parallel.batchnorm import SyncBatchNorm, synchronise
 from sltt.parallel.devices import make_fabric
+from sltt.parallel.processes import control, disband
 from sltt.parallel.signals import PREEMPTED
 from sltt.training.batches import Shares, share
 from sltt.training.checkpoints import load_checkpoint
@@ -323,6 +325,15 @@ def test_numbers_that_differ_from_what_was_started_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_NNODES", "2")
     with pytest.raises(ValueError, match="2 processes on 2 machines were started, but devices=3 and num_nodes=2"):
         make_fabric(device="cpu", devices=3)
+
+
+def test_groups_are_closed_and_may_be_made_again():
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.all_reduce(torch.ones(1), group=control())
+        disband()
+        assert not dist.is_initialized()
+    disband()
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
