@@ -6,8 +6,9 @@ spikes, it takes one for each element that it reads and writes, and one for each
     t_dense = d · products,    t_sparse = s · density · products + e · elements + w · weights
 
 Both are equal at one density, the layer's break-even. d, s, e and w are measured on one layer for each type and kind of
-layer, in a fraction of a second: the processor time of one thread, which other processes hardly disturb. They are kept
-beside the compiled kernels. So every run on a machine decides alike, with any number of threads.
+layer, in a fraction of a second: the processor time of one thread, which other processes hardly disturb. So are a dense
+3×3 convolution and its gradients, ours (`winograd`) and PyTorch's. The times are kept beside the compiled kernels. So
+every run on a machine decides alike, with any number of threads.
 """
 
 import contextlib
@@ -17,18 +18,20 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import aten  # pyright: ignore[reportMissingImports]
 
-from sltt.kernels import native
+from sltt.kernels import native, winograd
 from sltt.kernels.bits import pack
 from sltt.kernels.sparse import Layer, conv_layer, forward, linear_layer, pack_weight, weight_gradient
+
+N = TypeVar("N", bound=tuple[float, ...])
 
 # Layers of fewer products run dense: they take less than the calls around them.
 PRODUCTS_FROM = 2**22
@@ -56,6 +59,21 @@ class Costs(NamedTuple):
         return self.element * elements + self.weight * weights
 
 
+class Dense(NamedTuple):
+    """Nanoseconds of a dense 3×3 convolution, or of one of its gradients: PyTorch's, and ours."""
+
+    pytorch: float
+    ours: float
+
+
+class Ours(NamedTuple):
+    """What of a dense convolution is faster in our kernels."""
+
+    forward: bool
+    input_gradient: bool
+    weight_gradient: bool
+
+
 class LayerSeconds(NamedTuple):
     """Time of a layer on one thread, by the model."""
 
@@ -71,15 +89,22 @@ def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
     """
     if layer.products < PRODUCTS_FROM:
         return BreakEven(0.0, 0.0)
-    pairs = zip(_costs(layer.linear, dtype), _elements(layer), strict=True)
+    pairs = zip(_costs_of(layer, dtype), _elements(layer), strict=True)
     weights = math.prod(layer.weight_shape)
     return BreakEven(*(_even(layer.products, costs.overhead(elements, weights), costs) for costs, elements in pairs))
+
+
+def ours(layer: Layer, dtype: torch.dtype) -> Ours:
+    """What of a dense layer is faster in our kernels; the first call for a type may measure."""
+    if not winograd.supports(layer, dtype):
+        return Ours(False, False, False)
+    return Ours(*(times.ours < times.pytorch for times in _dense(dtype)))
 
 
 def seconds(layer: Layer, dtype: torch.dtype, density: float) -> tuple[LayerSeconds, LayerSeconds]:
     """Estimates for the forward and for the weight gradient; the input gradient is dense in any case."""
     found = []
-    for costs, elements in zip(_costs(layer.linear, dtype), _elements(layer), strict=True):
+    for costs, elements in zip(_costs_of(layer, dtype), _elements(layer), strict=True):
         overhead = costs.overhead(elements, math.prod(layer.weight_shape))
         sparse = costs.spike * density * layer.products + overhead
         found.append(LayerSeconds(costs.dense * layer.products / 1e9, sparse / 1e9))
@@ -101,34 +126,55 @@ def _elements(layer: Layer) -> tuple[int, int]:
     return inputs + outputs // co * 64 * blocks * kernel_rows, inputs + outputs
 
 
+def _costs_of(layer: Layer, dtype: torch.dtype) -> tuple[Costs, Costs]:
+    """Of forward and weight gradient; the dense gradient is ours where that is faster."""
+    forward, gradient = _costs(layer.linear, dtype)
+    if ours(layer, dtype).weight_gradient:
+        times = _dense(dtype)[2]
+        gradient = gradient._replace(dense=gradient.dense * times.ours / times.pytorch)
+    return forward, gradient
+
+
 @functools.cache
 def _costs(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
-    """Of forward and weight gradient: from this machine's file, or measured and written to it."""
-    kind = "linear" if linear else "conv"
+    """Of forward and weight gradient."""
+    forward, gradient = _once("linear" if linear else "conv", dtype, [Costs] * 2, lambda: _measure(linear, dtype))
+    return forward, gradient
+
+
+@functools.cache
+def _dense(dtype: torch.dtype) -> list[Dense]:
+    """Of the forward, the input gradient and the weight gradient of one convolution."""
+    return _once("dense", dtype, [Dense] * 3, lambda: _measure_dense(dtype))
+
+
+def _once(what: str, dtype: torch.dtype, kinds: Sequence[Callable[..., N]], measure: Callable[[], list[N]]) -> list[N]:
+    """Times of some kinds: from this machine's file, or measured and written to it."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")  # of the dense layers; the key has that of ours
-    what = (native.key(), f"torch{torch.__version__}", kind, str(dtype).removeprefix("torch."), *limit.split())
-    name = f"costs-{'-'.join(what)}.json"
+    parts = (native.key(), f"torch{torch.__version__}", what, str(dtype).removeprefix("torch."), *limit.split())
+    name = f"costs-{'-'.join(parts)}.json"
     path = native.cache_folder() / name
-    if (found := _read(path)) is None:
-        found = _measure(linear, dtype)
+    if (found := _read(path, kinds)) is None:
+        found = measure()
         path.unlink(missing_ok=True)  # a damaged one
         with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent, prefix="costs-") as folder:
             new = Path(folder) / name
             new.write_text(json.dumps(found), encoding="utf-8")
             os.link(new, path)  # fails where another process was first: its costs are everyone's
-        found = _read(path) or found
+        found = _read(path, kinds) or found
     return found
 
 
-def _read(path: Path) -> tuple[Costs, Costs] | None:
+def _read(path: Path, kinds: Sequence[Callable[..., N]]) -> list[N] | None:
     try:
-        first, second = (Costs(*(float(c) for c in costs)) for costs in json.loads(path.read_text(encoding="utf-8")))
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        found = [kind(*(float(c) for c in row)) for kind, row in zip(kinds, rows, strict=True)]
     except (OSError, ValueError, TypeError):
         return None
-    return (first, second) if all(0 <= c < math.inf for c in first + second) and first.spike * second.spike else None
+    return found if all(0 <= c < math.inf for row in found for c in row) and all(row[1] for row in found) else None
 
 
-def _measure(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
+def _measure(linear: bool, dtype: torch.dtype) -> list[Costs]:
     """Time one layer, dense and at two densities of spikes, in turn; of each the fastest run counts."""
     if linear:
         weight, x_shape = torch.ones(512, 512), (256, 512)
@@ -144,16 +190,41 @@ def _measure(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
         lambda: F.linear(inputs[0], cast) if linear else F.conv2d(inputs[0], cast, padding=1),
         lambda: forward(layer, bits[0], packed, None, dtype),
         lambda: forward(layer, bits[1], packed, None, dtype),
-        lambda: grad.t() @ inputs[0] if linear else _conv_weight_gradient(grad, inputs[0], cast),
+        lambda: grad.t() @ inputs[0] if linear else _conv_gradients(grad, inputs[0], cast, [False, True, False]),
         lambda: weight_gradient(layer, bits[0], grad),
         lambda: weight_gradient(layer, bits[1], grad),
         lambda: pack_weight(layer, weight),
     ]
-    with torch.no_grad(), _one_thread():
-        times = [min(t) for t in zip(*([_nanoseconds(run) for run in runs] for _ in range(_REPEATS)), strict=True)]
+    times = _fastest(runs)
     each = times[6] / weight.numel()
     first, second = _elements(layer)
-    return _fit(layer.products, first, each, *times[:3]), _fit(layer.products, second, each, *times[3:6])
+    return [_fit(layer.products, first, each, *times[:3]), _fit(layer.products, second, each, *times[3:6])]
+
+
+def _measure_dense(dtype: torch.dtype) -> list[Dense]:
+    """Time one convolution and its gradients, PyTorch's and ours, in turn."""
+    layer = conv_layer((16, 64, 16, 16), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)))
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(s, generator=generator) for s in (layer.x_shape, layer.weight_shape, layer.y_shape))
+    weight = _format(weight, torch.float32)
+    x, grad, cast = (_format(tensor, dtype) for tensor in (x, grad, weight))
+    times = _fastest(
+        [
+            lambda: F.conv2d(x, cast, padding=1),
+            lambda: winograd.forward(layer, x, weight),
+            lambda: _conv_gradients(grad, x, cast, [True, False, False]),
+            lambda: winograd.input_gradient(layer, grad, weight),
+            lambda: _conv_gradients(grad, x, cast, [False, True, False]),
+            lambda: winograd.weight_gradient(layer, x, grad),
+        ]
+    )
+    return [Dense(*times[i : i + 2]) for i in (0, 2, 4)]
+
+
+def _fastest(runs: list[Callable[[], object]]) -> list[int]:
+    """Nanoseconds of the fastest turn of each, taken in turn."""
+    with torch.no_grad(), _one_thread():
+        return [min(t) for t in zip(*([_nanoseconds(run) for run in runs] for _ in range(_REPEATS)), strict=True)]
 
 
 def _fit(products: int, elements: int, weight: float, dense: float, sparse: float, denser: float) -> Costs:
@@ -178,10 +249,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _conv_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def _conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> object:
     one, none = [1, 1], [0, 0]
-    mask = [False, True, False]
-    return aten.convolution_backward(grad, x, weight, None, one, one, one, False, none, 1, mask)[1]
+    return aten.convolution_backward(grad, x, weight, None, one, one, one, False, none, 1, mask)
 
 
 def _format(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from sltt._torch import is_functorch_wrapped_tensor
-from sltt.kernels import costs, native, sparse
+from sltt.kernels import costs, native, sparse, winograd
 from sltt.kernels.options import options
 from sltt.kernels.sparse import Layer
 
@@ -30,6 +30,7 @@ LAYERS = {*CONVOLUTIONS, F.linear}
 # with what the kernel reads: see benchmarks/sparse.py, 512 to 512 channels of 4×4 pixels.
 MULTIPLIED_TO = 36
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_LEAST = {"stride": 1, "padding": 0, "dilation": 1}
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
@@ -82,6 +83,7 @@ class Call:
         dtype: of the output.
         sparse_forward: the forward touches active inputs only.
         sparse_gradient: the weight gradient does.
+        ours: which dense gradients are those of `winograd`.
         axes: stride, padding and dilation of a convolution.
         weights: where the forms of the weight are kept.
     """
@@ -91,6 +93,7 @@ class Call:
     dtype: torch.dtype
     sparse_forward: bool
     sparse_gradient: bool
+    ours: costs.Ours
     axes: Axes
     weights: Weights
 
@@ -107,11 +110,11 @@ class Call:
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """∂L/∂x, dense."""
+        if self.ours.input_gradient:
+            return winograd.input_gradient(self.layer, grad, weight)
         weight = self.weights.cast(weight, grad.dtype)
         if self.layer.linear:
             return grad @ weight
-        if sparse.has_input_gradient(self.layer, grad.dtype):
-            return sparse.input_gradient(self.layer, grad, weight)
         # of the input, only shape and memory format are looked at
         x = grad if grad.shape == self.layer.x_shape else grad.new_empty(self._channels_last_shape()).movedim(-1, 1)
         return self._convolution_backward(grad, x, weight, [True, False, False])[0]
@@ -126,6 +129,8 @@ class Call:
         )
         if self.layer.linear:
             return grad.flatten(0, -2).T @ x.flatten(0, -2), bias
+        if self.ours.weight_gradient:
+            return winograd.weight_gradient(self.layer, x, grad), bias
         if _multiplies(grad.shape, grad.dtype):
             return _multiplied_weight_gradient(grad, x, weight, self.axes), bias
         return self._convolution_backward(grad, x, weight.to(grad.dtype), [False, True, False])[1], bias
@@ -179,12 +184,14 @@ def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _OnValues(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axes: Axes, weights: Weights
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axes: Axes, weights: Weights, layer: Layer
     ) -> Tensor:
-        ctx.axes, ctx.weights = axes, weights
+        ctx.axes = axes
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight)
         bias = None if bias is None else bias.to(x.dtype)
+        if _ours(layer, x.dtype).forward:
+            return winograd.forward(layer, x, weight, bias)
         return torch.convolution(x, weights.cast(weight, x.dtype), bias, *axes, False, [0] * len(axes[0]), 1)
 
     @staticmethod
@@ -192,43 +199,37 @@ class _OnValues(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        cast = ctx.weights.cast(weight, grad.dtype)
         needs = list(ctx.needs_input_grad[:3])
-        of_x, of_weight, of_bias = convolution_gradients(grad, x, cast, ctx.axes, 1, needs)
+        of_x, of_weight, of_bias = convolution_gradients(grad, x, weight, ctx.axes, 1, needs)
         return (
             of_x,
             None if of_weight is None else of_weight.to(weight.dtype),
             None if of_bias is None else of_bias.to(ctx.bias_dtype),
             None,
             None,
+            None,
         )
 
 
 def run_on_values(func: Any, args: Any, kwargs: Any, weights: Weights) -> Any:
-    """A layer on any values; the weight gradient of a convolution is one matrix product where that is faster."""
+    """A layer on any values; a convolution is computed in another way than PyTorch's where that is faster."""
     if func is not F.conv2d or not torch.is_grad_enabled():
         return func(*args, **kwargs)
     named = arguments_of(func, args, kwargs)
     x, weight, bias = named["input"], named["weight"], named["bias"]
-    axes = tuple(_axes(named[name], 2, least) for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    if not _ordinary(x) or not _fitting(weight, bias, x, 2) or named["groups"] != 1 or None in axes:
+    stride, padding, dilation = (_axes(named[name], 2, least) for name, least in _LEAST.items())
+    if not _ordinary(x) or not _fitting(weight, bias, x, 2) or named["groups"] != 1:
         return func(*args, **kwargs)
+    if stride is None or padding is None or dilation is None:
+        return func(*args, **kwargs)
+    axes = stride, padding, dilation
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if not weight.requires_grad or not x.movedim(1, -1).is_contiguous() or not _gains(x, weight, axes, dtype):
+    if not weight.requires_grad or weight.dtype not in (dtype, torch.float32):
         return func(*args, **kwargs)
-    return _OnValues.apply(x.to(dtype), weight, bias, axes, weights)
-
-
-def _gains(x: Tensor, weight: Tensor, axes: Any, dtype: torch.dtype) -> bool:
-    """Whether the weight gradient of such a convolution is one matrix product, and worth it."""
-    stride, padding, dilation = axes
-    if options().sparse == "off" or dilation != [1, 1] or weight.dtype not in (dtype, torch.float32):
-        return False
-    pairs = tuple((p, p) for p in padding)
-    layer = sparse.conv_layer(tuple(x.shape), tuple(weight.shape), tuple(stride), pairs, tuple(dilation), 1)
-    if layer.problem or layer.products < costs.PRODUCTS_FROM:
-        return False
-    return _multiplies(layer.y_shape, dtype)
+    layer = _dense_layer(x, weight, axes, 1)
+    if layer is None or not (_multiplies(layer.y_shape, dtype) or any(_ours(layer, dtype))):
+        return func(*args, **kwargs)
+    return _OnValues.apply(x.to(dtype), weight, bias, axes, weights, layer)
 
 
 def convolution_gradients(
@@ -244,26 +245,34 @@ def convolution_gradients(
     Args:
         grad: ∂L/∂y.
         x: the input.
-        weight: of the same type.
+        weight: of any type.
         axes: stride, padding and dilation, a number for each axis.
         groups: of the convolution.
         needs: which of the three are asked for.
     """
     of_x = of_weight = None
-    if (layer := _dense_layer(grad, x, weight, axes, groups)) is not None:
-        of_x = sparse.input_gradient(layer, grad, weight) if needs[0] else None
-        if needs[1] and sparse.has_dense_weight_gradient(layer, grad.dtype):
-            of_weight = sparse.dense_weight_gradient(layer, x, grad)
-    ordered = grad.is_cpu and groups == 1 and axes[2] == [1, 1] and x.movedim(1, -1).is_contiguous()
-    if needs[1] and ordered and _multiplies(grad.shape, grad.dtype):
-        of_weight = _multiplied_weight_gradient(grad, x, weight, axes)
+    if grad.is_cpu and (layer := _dense_layer(x, weight, axes, groups)) is not None:
+        ours = _ours(layer, grad.dtype)
+        of_x = winograd.input_gradient(layer, grad, weight) if needs[0] and ours.input_gradient else None
+        if needs[1] and ours.weight_gradient:
+            of_weight = winograd.weight_gradient(layer, x, grad)
+        elif needs[1] and _multiplies(grad.shape, grad.dtype):
+            of_weight = _multiplied_weight_gradient(grad, x, weight, axes)
     of_bias = grad.sum([0, *range(2, grad.ndim)]) if needs[2] else None
     rest = [needs[0] and of_x is None, needs[1] and of_weight is None, False]
     if any(rest):
         zeros = [0] * len(axes[0])
+        weight = weight.to(grad.dtype)
         others = torch.ops.aten.convolution_backward(grad, x, weight, None, *axes, False, zeros, groups, rest)
         of_x, of_weight = others[0] if rest[0] else of_x, others[1] if rest[1] else of_weight
     return of_x, of_weight, of_bias
+
+
+def _ours(layer: Layer, dtype: torch.dtype) -> costs.Ours:
+    """What of a dense layer our kernels do."""
+    if native.problem() or options().sparse == "on":
+        return costs.Ours(*[not native.problem() and winograd.supports(layer, dtype)] * 3)
+    return costs.ours(layer, dtype)
 
 
 def _multiplies(y_shape: Sequence[int], dtype: torch.dtype) -> bool:
@@ -283,17 +292,16 @@ def _multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: A
     return found.view(-1, rows, columns, x.shape[1]).movedim(-1, 1)
 
 
-def _dense_layer(grad: Tensor, x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | None:
-    """A layer of which a dense gradient is native; None for one without."""
-    if options().sparse == "off" or x.ndim != 4 or not (grad.is_cpu and x.is_cpu and weight.is_cpu):
+def _dense_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | None:
+    """A convolution of images that may be faster than PyTorch's; None for others."""
+    if options().sparse == "off" or x.ndim != 4 or not (x.is_cpu and weight.is_cpu):
         return None
     stride, padding, dilation = axes
     pairs = tuple((p, p) for p in padding)
     layer = sparse.conv_layer(tuple(x.shape), tuple(weight.shape), tuple(stride), pairs, tuple(dilation), groups)
-    if layer.problem or not sparse.has_input_gradient(layer, grad.dtype) or not x.movedim(1, -1).is_contiguous():
+    if layer.problem or dilation != [1, 1] or not x.movedim(1, -1).is_contiguous():
         return None
-    large = options().sparse == "on" or layer.products >= costs.PRODUCTS_FROM
-    return layer if large and not native.problem() else None
+    return layer if options().sparse == "on" or layer.products >= costs.PRODUCTS_FROM else None
 
 
 def arguments_of(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -323,8 +331,7 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
         ordered = x.is_contiguous()
     else:
         dims = CONVOLUTIONS[func]
-        least = {"stride": 1, "padding": 0, "dilation": 1}
-        stride, padding, dilation = (_axes(arguments[name], dims, number) for name, number in least.items())
+        stride, padding, dilation = (_axes(arguments[name], dims, least) for name, least in _LEAST.items())
         if stride is None or padding is None or dilation is None:
             return None
         axes = stride, padding, dilation
@@ -339,10 +346,11 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
         return None
     even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype)
     density = tag.density(x)  # packs them
-    forward, gradient = density < even.forward, density < even.weight_gradient
-    if not forward and not ((gradient or _multiplies(layer.y_shape, dtype)) and torch.is_grad_enabled()):
+    forward, gradient, ours = density < even.forward, density < even.weight_gradient, _ours(layer, dtype)
+    backward = gradient or ours.input_gradient or ours.weight_gradient or _multiplies(layer.y_shape, dtype)
+    if not forward and not (backward and torch.is_grad_enabled()):
         return None
-    return Call(layer, tag, dtype, forward, gradient, axes, weights)
+    return Call(layer, tag, dtype, forward, gradient, ours, axes, weights)
 
 
 def _weighs(tag: "SpikeTag", x: Tensor, channels: int) -> bool:

@@ -22,12 +22,13 @@ import torch
 
 _NAMES = (
     "spikes.h",
+    "winograd.h",
     "spikes_bits.cpp",
     "spikes_forward.cpp",
     "spikes_gradient.cpp",
     "spikes_neuron.cpp",
-    "input_gradient.cpp",
-    "weight_gradient.cpp",
+    "winograd_input.cpp",
+    "winograd_weight.cpp",
 )
 SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-ffp-contract=off")
@@ -41,8 +42,8 @@ _FUNCTIONS = {
     "sltt_pack": (None, [_P, _P, _P, _F, _P, _I]),
     "sltt_forward": (_I, [_P, _P, _P, _P, _P, _I, _I]),
     "sltt_weight_gradient": (_I, [_P, _P, _P, _I, _F, _P, _P, _I]),
-    "sltt_input_gradient": (_I, [_P, _P, _P, _P, _P, _I]),
-    "sltt_dense_weight_gradient": (_I, [_P, _P, _P, _P, _P, _I]),
+    "sltt_input_gradient": (_I, [_P, _P, _P, _P, _I, _P, _I]),
+    "sltt_dense_weight_gradient": (_I, [_P, _P, _P, _I, _P, _I]),
     "sltt_neuron": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _N, _I]),
     "sltt_neuron_gradient": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
     "sltt_norm": (_I, [_I, _P, _N, _N, _P, _P, _P, _P, _I, _D, _D, _P, _I]),
@@ -122,7 +123,7 @@ def _compile(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
             new = Path(folder) / path.name
-            command = [_compiler(), *_flags(), *map(str, SOURCES[1:]), "-o", str(new)]
+            command = [_compiler(), *_flags(), *map(str, (s for s in SOURCES if s.suffix == ".cpp")), "-o", str(new)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
             if done.returncode or not new.exists():
                 lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

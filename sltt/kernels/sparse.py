@@ -125,7 +125,7 @@ def unsupported(x: Tensor, layer: Layer) -> str | None:
 
 def density(bits: Tensor) -> float:
     """Share of the bits that are set."""
-    return _library().sltt_count(bits.data_ptr(), bits.numel()) / max(1, 8 * bits.numel())
+    return library().sltt_count(bits.data_ptr(), bits.numel()) / max(1, 8 * bits.numel())
 
 
 def pack_weight(layer: Layer, weight: Tensor, one: float | Tensor = 1.0) -> Tensor:
@@ -134,8 +134,8 @@ def pack_weight(layer: Layer, weight: Tensor, one: float | Tensor = 1.0) -> Tens
     if isinstance(one, Tensor):
         weight, one = weight * _by_channel(one, layer), 1.0
     packed = torch.empty(layer.packed_size)
-    _library().sltt_pack(
-        weight.data_ptr(), _strides(weight), layer.pointer, one, packed.data_ptr(), torch.get_num_threads()
+    library().sltt_pack(
+        weight.data_ptr(), strides_of(weight), layer.pointer, one, packed.data_ptr(), torch.get_num_threads()
     )
     return packed
 
@@ -155,7 +155,7 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
     kept = torch.float32 if dtype == torch.float16 else dtype
     y = torch.empty_strided(layer.y_shape, layer.y_stride, dtype=kept)  # no view, which could not be changed in place
     bias = None if bias is None else bias.detach().float().contiguous()
-    short = _library().sltt_forward(
+    short = library().sltt_forward(
         bits.data_ptr(),
         layer.pointer,
         packed.data_ptr(),
@@ -164,7 +164,7 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
         kept == torch.bfloat16,
         torch.get_num_threads(),
     )
-    _check(short)
+    check_memory(short)
     return y.to(dtype)
 
 
@@ -178,17 +178,17 @@ def weight_gradient(
     g = g.to(torch.float32 if g.dtype == torch.float16 else g.dtype).contiguous()
     grad = torch.empty((layer.weight_shape[0], *layer.weight_shape[2:], layer.weight_shape[1]))
     grad = grad.movedim(-1, 1)
-    short = _library().sltt_weight_gradient(
+    short = library().sltt_weight_gradient(
         bits.data_ptr(),
         layer.pointer,
         g.data_ptr(),
         g.dtype == torch.bfloat16,
         1.0 if isinstance(one, Tensor) else one,
         grad.data_ptr(),
-        _strides(grad),
+        strides_of(grad),
         torch.get_num_threads(),
     )
-    _check(short)
+    check_memory(short)
     if isinstance(one, Tensor):
         grad *= _by_channel(one, layer)
     return grad, bias_gradient(layer, g) if needs_bias else None
@@ -199,49 +199,11 @@ def bias_gradient(layer: Layer, grad: Tensor) -> Tensor:
     if layer.linear or grad.dtype == torch.float16:
         return grad.flatten(0, -2).sum(0, dtype=torch.float32)
     sums = torch.empty(grad.shape[-1])
-    short = _library().sltt_channel_sums(
+    short = library().sltt_channel_sums(
         grad.dtype == torch.bfloat16, grad.data_ptr(), grad.numel(), len(sums), sums.data_ptr(), torch.get_num_threads()
     )
-    _check(short)
+    check_memory(short)
     return sums
-
-
-def has_input_gradient(layer: Layer, dtype: torch.dtype) -> bool:
-    """Whether `input_gradient` can do the layer: a 3×3 convolution of stride 1 in float32."""
-    _, _, _, ci, co, kh, kw, sh, sw, *_ = layer.sizes
-    return (kh, kw, sh, sw) == (3, 3, 1, 1) and ci % 32 == co % 16 == 0 and dtype == torch.float32
-
-
-def input_gradient(layer: Layer, grad_y: Tensor, weight: Tensor) -> Tensor:
-    """∂L/∂x, dense, in less than half of the multiplications (Winograd); with the channels last in memory."""
-    assert grad_y.shape == layer.y_shape
-    g, weight = grad_y.movedim(1, -1).contiguous(), weight.detach()
-    batch, channels, *pixels = layer.x_shape
-    grad = torch.empty((batch, *pixels, channels))
-    short = _library().sltt_input_gradient(
-        layer.pointer, weight.data_ptr(), _strides(weight), g.data_ptr(), grad.data_ptr(), torch.get_num_threads()
-    )
-    _check(short)
-    return grad.movedim(-1, 1)
-
-
-def has_dense_weight_gradient(layer: Layer, dtype: torch.dtype) -> bool:
-    """Whether `dense_weight_gradient` can do the layer."""
-    return has_input_gradient(layer, dtype) and layer.sizes[4] % 32 == 0
-
-
-def dense_weight_gradient(layer: Layer, x: Tensor, grad_y: Tensor) -> Tensor:
-    """∂L/∂weight of an input of any values, in less than half of the multiplications (Winograd)."""
-    assert x.shape == layer.x_shape
-    assert grad_y.shape == layer.y_shape
-    x, g = x.movedim(1, -1).contiguous(), grad_y.movedim(1, -1).contiguous()
-    outputs, inputs, *kernel = layer.weight_shape
-    grad = torch.empty((outputs, *kernel, inputs)).movedim(-1, 1)
-    short = _library().sltt_dense_weight_gradient(
-        layer.pointer, x.data_ptr(), g.data_ptr(), grad.data_ptr(), _strides(grad), torch.get_num_threads()
-    )
-    _check(short)
-    return grad
 
 
 def _by_channel(one: Tensor, layer: Layer) -> Tensor:
@@ -273,18 +235,20 @@ def _channels_last(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def _strides(weight: Tensor) -> Any:
+def strides_of(weight: Tensor) -> Any:
     """Strides as of [C_out, C, KH, KW]."""
     out, channel, *kernel = weight.stride()
     return (ctypes.c_int64 * 4)(out, channel, *((0, 0, *kernel)[-2:]))
 
 
-def _library() -> ctypes.CDLL:
-    library = native.library()
-    assert library is not None, "ask `unsupported` before"
-    return library
+def library() -> ctypes.CDLL:
+    """The native kernels, which are there."""
+    found = native.library()
+    assert found is not None, "ask `unsupported` before"
+    return found
 
 
-def _check(short_of_memory: int) -> None:
+def check_memory(short_of_memory: int) -> None:
+    """Raise MemoryError where a kernel says that it had none."""
     if short_of_memory:
-        raise MemoryError("a layer on spikes has no memory for its scratch")
+        raise MemoryError("a layer has no memory for its scratch")

@@ -101,24 +101,6 @@ INLINE float widen(uint16_t v) {
   return f;
 }
 
-// Winograd's transform of a tile of 4×4 pixels `at`: to [4][4] places, `step` from one to the next, of [channels].
-static inline void transform_tile(const float* const (*at)[4], int64_t channels, float* to, int64_t step) {
-  for (int64_t c = 0; c < channels; c += LANES) {
-    V rows[4][4];
-    for (int j = 0; j < 4; j++) {
-      const V a = load(at[0][j] + c), b = load(at[1][j] + c), d = load(at[2][j] + c), e = load(at[3][j] + c);
-      rows[0][j] = a - d, rows[1][j] = b + d, rows[2][j] = d - b, rows[3][j] = b - e;
-    }
-    for (int i = 0; i < 4; i++) {
-      float* row = to + 4 * i * step + c;
-      store(row, rows[i][0] - rows[i][2]);
-      store(row + step, rows[i][1] + rows[i][2]);
-      store(row + 2 * step, rows[i][2] - rows[i][1]);
-      store(row + 3 * step, rows[i][1] - rows[i][3]);
-    }
-  }
-}
-
 // Bits of elements that are zero or not. The loop is plain, so that the compiler makes vectors of it.
 template <class T>
 static inline void pack_part(const T* __restrict x, uint8_t* __restrict bits, int64_t bytes) {

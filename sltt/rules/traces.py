@@ -330,7 +330,7 @@ class _Linear:
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
         rows = grad.flatten(0, -2)
         return (
-            grad @ weight if needs[0] else None,
+            grad @ weight.to(grad.dtype) if needs[0] else None,
             rows.T @ x.flatten(0, -2) if needs[1] else None,
             rows.sum(0) if needs[2] else None,
         )
@@ -375,8 +375,8 @@ class _Traced(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         trace, weight = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-        # under autocast the forward was in another type than weights and traces
-        of_x, of_weight, of_bias = ctx.function.backward(grad, trace.to(grad.dtype), weight.to(grad.dtype), needs)
+        # under autocast the forward was in another type than traces
+        of_x, of_weight, of_bias = ctx.function.backward(grad, trace.to(grad.dtype), weight, needs)
         return (
             of_x.to(ctx.x_dtype) if needs[0] else None,
             None,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sltt.kernels import bits, costs, native, sparse
+from sltt.kernels import bits, costs, native, sparse, winograd
 from sltt.kernels.bits import pack
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}  # of the largest value
@@ -226,7 +226,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def forget():
-    for function in (native._library, native.key, costs._costs, costs.break_even):
+    for function in (native._library, native.key, costs._costs, costs._dense, costs.break_even):
         function.cache_clear()
 
 
@@ -322,8 +322,9 @@ def test_break_even_is_read_from_the_cache(cache, monkeypatch):
 
     def measure(linear, dtype):
         measured.append((linear, dtype))
-        return costs.Costs(0.02, 0.01, 1.0, 0.5), costs.Costs(0.02, 0.1, 1.0, 0.5)
+        return [costs.Costs(0.02, 0.01, 1.0, 0.5), costs.Costs(0.02, 0.1, 1.0, 0.5)]
 
+    monkeypatch.setattr(winograd, "supports", lambda *a: False)
     monkeypatch.setattr(costs, "_measure", measure)
     assert native.library() is not None
     layer = sparse.conv_layer((8, 64, 16, 16), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)))
@@ -347,7 +348,7 @@ def test_dense_layers_limited_to_other_instructions_have_costs_of_their_own(cach
     assert native.library() is not None  # makes the folder
     layer = sparse.linear_layer((1024, 512), (512, 512))
     for dense in (0.02, 0.01):
-        monkeypatch.setattr(costs, "_measure", lambda *args, d=dense: (costs.Costs(d, 0.1, 0.0, 0.0),) * 2)
+        monkeypatch.setattr(costs, "_measure", lambda *args, d=dense: [costs.Costs(d, 0.1, 0.0, 0.0)] * 2)
         forget()
         assert costs.break_even(layer, torch.float32).forward == pytest.approx(dense / 0.1)
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
