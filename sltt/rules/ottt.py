@@ -43,10 +43,12 @@ class OTTT(Rule):
         self.inputs = flag("inputs", inputs)
 
     def run(self, batch: Batch) -> Output:
-        with traced(batch.model, self.decay, self.inputs) as new_step:
+        with traced(batch.model, self.decay, self.inputs) as traces:
             for t in range(batch.steps):
-                new_step()
-                batch.backward(batch.forward(range(t, t + 1)))
+                traces.begin()
+                logits = batch.forward(range(t, t + 1))
+                traces.end()
+                batch.backward(logits)
                 batch.detach()
                 if self.online and batch.update is not None:
                     batch.update()

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
-from sltt import kernels
 from sltt._torch import _NormBase, is_compiled
 from sltt.neurons import CubaLIF, IntegrateAndFire, Neuron, Recurrent
+from sltt.rules.traced_layers import FUNCTIONS, NORMALISATIONS, Scaled, Traced, settings_of
 from sltt.sequence.replace import replaced
 from sltt.sequence.spikes import spiking_layers
 from sltt.sequence.state import kind_of, map_tensors
@@ -35,8 +35,8 @@ _NORMS = _NormBase | nn.LayerNorm | nn.GroupNorm
 
 
 @contextmanager
-def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator[Callable[[], None]]:
-    """Inside this block, weights have the gradient of their traces; gives what to call before every time step.
+def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator["_Traces"]:
+    """Inside this block, weights have the gradient of their traces; gives what to call around every forward.
 
     Args:
         model: the network, in its initial state.
@@ -60,7 +60,7 @@ def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator[Call
             stack.callback(neuron.register_forward_pre_hook(traces.arrive).remove)
             stack.callback(neuron.register_forward_hook(traces.leave).remove)
         stack.enter_context(replaced(layers))
-        yield traces.new_step
+        yield traces
 
 
 def _forward_of(layer: nn.Module, traces: "_Traces") -> Callable[..., Any]:
@@ -178,17 +178,25 @@ class _Traces:
         self.traces: dict[tuple[nn.Module, int], _Trace] = {}
         self.through_decay: dict[nn.Module, Tensor] = {}  # ∂v/∂λ of neurons with a learnable λ
         self.started: dict[Any, _Trace] = {}  # those of this time step, by the graph's node of the layer's output
-        self.new_step()
+        self.uses: Counter[nn.Module] = Counter()
+        self.spikes: set[Any] = set()  # the graph's nodes of the neurons' outputs
+        self.begin()
 
-    def new_step(self) -> None:
-        """Before every time step."""
+    def begin(self) -> None:
+        """Before the forward of a time step."""
+        self.again = False
+        self.uses.clear()
+        self.last: nn.Module | None = None  # the neurons that ran last
+
+    def end(self) -> None:
+        """After it, before the backward, in which checkpoints run layers again."""
+        self.again = True
+        self.uses.clear()
         for trace in self.started.values():
             if not trace.decays:  # a readout: it feeds no neurons
                 trace.value = None
-        self.started.clear()
-        self.uses: Counter[nn.Module] = Counter()
-        self.spikes: set[Any] = set()  # the graph's nodes of the neurons' outputs
-        self.last: nn.Module | None = None  # the neurons that ran last
+        self.started.clear()  # nodes hold memory
+        self.spikes.clear()
 
     def wants(self, layer: nn.Module) -> bool:
         """Whether a layer that runs now is to have a trace."""
@@ -206,6 +214,8 @@ class _Traces:
             return None
         key = layer, self.uses[layer]
         self.uses[layer] += 1
+        if self.again:
+            return self._read_again(layer)
         if (trace := self.traces.get(key)) is None:
             trace = self.traces[key] = _Trace(x)
             if not self.inputs and source is not None:
@@ -216,9 +226,19 @@ class _Traces:
             return None
         return trace
 
+    def _read_again(self, layer: nn.Module) -> _Trace | None:
+        """The trace of the time step whose backward runs this layer again."""
+        if (layer, 1) in self.traces:
+            raise ValueError(
+                f"a checkpoint runs {layer} again, which the network uses several times in a time step: OTTT cannot "
+                "tell which of its traces is meant; leave it out of the checkpoint"
+            )
+        trace = self.traces.get((layer, 0))
+        return trace if trace is not None and (trace.first or trace.decays) else None
+
     def wrote(self, trace: _Trace, y: Tensor) -> None:
         """Note what a layer gave, to find the neurons that it feeds."""
-        if not trace.decays:
+        if not trace.decays and not self.again:
             self.started[y.grad_fn] = trace
 
     def arrive(self, neuron: nn.Module, inputs: Any) -> Any:
@@ -276,16 +296,16 @@ class _Operations(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_grad_enabled():
-            if func in _FUNCTIONS:
+            if func in FUNCTIONS:
                 return self._weigh(func, *args, **kwargs)
-            if func in _NORMALISATIONS and self.traces.inputs:
+            if func in NORMALISATIONS and self.traces.inputs:
                 return self._normalise(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _weigh(
         self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any, **named: Any
     ) -> Tensor:
-        x, settings = input, _settings(func, settings, named)
+        x, settings = input, settings_of(func, settings, named)
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
             return func(x, weight, bias, *settings)
         if settings and settings[1] == "same":
@@ -295,12 +315,12 @@ class _Operations(TorchFunctionMode):
         if trace is None:
             return func(x, weight, bias, *settings)
         if bias is not None and self.traces.inputs:
-            bias = _Scaled.apply(bias, trace.ones)  # type: ignore[assignment]
-        function = _FUNCTIONS[func](func, *settings)
+            bias = Scaled.apply(bias, trace.ones)  # type: ignore[assignment]
+        function = FUNCTIONS[func](func, *settings)
         if trace.value is None or trace.first:  # the bias learns alone, or what is read is the trace, and may be spikes
             y: Tensor = function.forward(x, weight, bias)
         else:
-            y = _Traced.apply(x, trace.value, weight, bias, function)  # type: ignore[assignment]
+            y = Traced.apply(x, trace.value, weight, bias, function)  # type: ignore[assignment]
         self.traces.wrote(trace, y)
         return y
 
@@ -308,93 +328,6 @@ class _Operations(TorchFunctionMode):
         trace = None if bias is None or not bias.requires_grad else self.traces.read(self.layer, None)
         if trace is None:
             return func(*args, weight=weight, bias=bias, **settings)
-        y: Tensor = func(*args, weight=weight, bias=_Scaled.apply(bias, trace.ones), **settings)
+        y: Tensor = func(*args, weight=weight, bias=Scaled.apply(bias, trace.ones), **settings)
         self.traces.wrote(trace, y)
         return y
-
-
-def _settings(func: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-    """Stride, padding, dilation and groups of a convolution, in this order; nothing of a linear layer."""
-    if func is F.linear:
-        return ()
-    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return *given, *(named.get(name, default) for name, default in list(defaults.items())[len(given) :])
-
-
-class _Linear:
-    """y = x Wᵀ + b, and its backward from an input that may be another than that of the forward."""
-
-    def __init__(self, function: Callable[..., Tensor]):
-        self.forward = function
-
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
-        rows = grad.flatten(0, -2)
-        return (
-            grad @ weight.to(grad.dtype) if needs[0] else None,
-            rows.T @ x.flatten(0, -2) if needs[1] else None,
-            rows.sum(0) if needs[2] else None,
-        )
-
-
-class _Convolution:
-    """A convolution, and its backward from an input that may be another than that of the forward."""
-
-    def __init__(
-        self, function: Callable[..., Tensor], stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-    ):
-        self.function, self.arguments = function, (stride, padding, dilation, groups)
-        self.axes = stride, 0 if padding == "valid" else padding, dilation
-        self.groups = groups
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.function(x, weight, bias, *self.arguments)  # which may be sparse
-
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
-        dims = weight.ndim - 2
-        stride, padding, dilation = ([a] * dims if isinstance(a, int) else list(a) for a in self.axes)
-        return kernels.convolution_gradients(grad, x, weight, (stride, padding, dilation), self.groups, needs)
-
-
-_NORMALISATIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
-_FUNCTIONS: dict[Any, Any] = {F.linear: _Linear, **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _Convolution)}
-
-
-class _Traced(torch.autograd.Function):
-    """A layer's output, with the trace in place of the input in the gradient of its weights."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, trace: Tensor, weight: Tensor, bias: Tensor | None, function: Any
-    ) -> Tensor:
-        ctx.function, ctx.x_dtype, ctx.bias_dtype = function, x.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(trace, weight)
-        return function.forward(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        trace, weight = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-        # under autocast the forward was in another type than traces
-        of_x, of_weight, of_bias = ctx.function.backward(grad, trace.to(grad.dtype), weight, needs)
-        return (
-            of_x.to(ctx.x_dtype) if needs[0] else None,
-            None,
-            of_weight.to(weight.dtype) if needs[1] else None,
-            of_bias.to(ctx.bias_dtype) if needs[2] else None,
-            None,
-        )
-
-
-class _Scaled(torch.autograd.Function):
-    """The same tensor, and its gradient times a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Decay) -> Tensor:  # type: ignore[override]
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return grad * ctx.factor, None

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sltt
 from tests.conftest import LOSS, batch, gradients
@@ -156,3 +157,22 @@ def test_the_bias_of_a_normalisation_has_a_trace_and_its_weight_none(norm):
     found, exact, spatial = (gradients(model, rule, 3 * x, y)[0].split([56, 8, 8, 27]) for rule in rules)
     torch.testing.assert_close(found[1], spatial[1], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found[2:], exact[2:], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_checkpoint_runs_a_layer_again_with_the_trace_of_its_time_step(twice):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)]
+    layers += layers[:1] if twice else []
+    rest = sltt.LIF(tau=2.0), nn.Linear(6, 3)
+    x, y = 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
+    again = nn.Sequential(Checkpointed(*layers), *rest)
+    if twice:
+        with pytest.raises(ValueError, match=r"a checkpoint runs Linear.* again, .* leave it out of the checkpoint"):
+            sltt.OTTT()(again, x, y, LOSS)
+    else:
+        found = gradients(again, sltt.OTTT(), x, y)[0]
+        torch.testing.assert_close(found, gradients(nn.Sequential(*layers, *rest), sltt.OTTT(), x, y)[0])
