@@ -27,10 +27,10 @@ from sltt.training.phases import Phase
 RESULTS = DOCS / "results" / "twin.json"
 STEPS, SEED = 4, 0
 PERCENTILES = (90.0, 95.0, 97.0, 99.0, 99.9, 100.0)
-RATES = (0.02, 0.05, 0.1)
+RATES = (0.01, 0.02, 0.05, 0.1)
 HOW: dict[str, Any] = {"precision": "bf16-mixed", "channels_last": True, "device": "cpu"}
 LOSS = sltt.losses.CrossEntropyMSE(alpha=0.0, label_smoothing=0.1)
-NETWORK = partial(sltt.models.ShallowResNet, (32, 64, 128), stem=16, neuron=nn.ReLU)
+NETWORK = partial(sltt.models.ShallowResNet, (64, 256, 256), stem=32, neuron=nn.ReLU)
 Row = dict[str, Any]
 
 
