@@ -5,8 +5,8 @@
 The recipe `recall` with a longer delay: the cue, T/2 − 1 silent steps, T/2 steps of the probe. τ grows with the delay,
 so that 70% of the membrane potential is left after it at every T. The hidden layer has no biases: a bias adds to the
 potential at every step, and over 128 steps biases outweigh the cue. Neurons have to fire at more steps where T is
-larger, and need larger weights: the learning rate is 0.005 · T/16. Accuracy is that of 2,000 test samples after the last
-epoch. Memory is the peak of a training batch above the memory before it.
+larger, and need larger weights: the learning rate is 0.005 · T/16. Accuracy is that of 2,000 test samples after the
+last epoch. Memory is the peak of a training batch above the memory before it.
 
 Each training is written to the JSON when it ends, and the same command goes on where it stopped.
 """

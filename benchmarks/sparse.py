@@ -1,11 +1,11 @@
-"""Layers on spikes: milliseconds of the dense layer and of the sparse one, forward and weight gradient.
+"""Layers on spikes: milliseconds of the dense layer and of the sparse one, forward and gradients.
 
     python benchmarks/sparse.py [--batch 32] [--threads 1] [--repeats 15] [--dtypes float32 bfloat16]
 
 Dense and sparse runs alternate; a figure is the median, with the fastest in brackets. With one thread the time is the
 thread's processor time, which other processes hardly disturb. Results are compared before they are timed.
-`dense` is that of oneDNN. `dense, ours` is the weight gradient that layers take where they run dense. `even` is the
-density up to which the sparse layer is taken.
+`dense` is PyTorch's layer. `dense, ours` is what layers take where they run dense: the gradients of any input, and the
+forward of inputs that are no spikes. `even` is the density up to which the sparse layer is taken.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.ops import aten  # pyright: ignore[reportMissingImports]
 
-from sltt.kernels import costs, native, sparse
+from sltt.kernels import costs, native, sparse, winograd
 from sltt.kernels.bits import pack
 from sltt.kernels.layers import convolution_gradients
 
@@ -37,32 +37,38 @@ DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3)
 Run = Callable[[], Tensor]
 
 
-def runs_of(name: str, batch: int, dtype: torch.dtype) -> tuple[sparse.Layer, list[Run], list[Run]]:
-    """The layer, and its runs forward and for the weight gradient: dense, then for each density; ours dense at last."""
+def runs_of(name: str, batch: int, dtype: torch.dtype) -> tuple[sparse.Layer, dict[str, list[Run]]]:
+    """The layer, and its runs in each pass: dense, for each density where there are sparse ones, and ours dense."""
     channels, side, outputs, kernel, stride = LAYERS[name]
-    pad, axes, one, none = kernel // 2, [stride] * 2, [1, 1], [0, 0]
+    pad, strides, one, none = kernel // 2, [stride] * 2, [1, 1], [0, 0]
+    axes = strides, [pad] * 2, one
     weight = channels_last(torch.randn(outputs, channels, kernel, kernel) / 8, dtype)
     inputs = [channels_last((torch.rand(batch, channels, side, side) < d).float(), dtype) for d in DENSITIES]
-    layer = sparse.conv_layer(inputs[0].shape, weight.shape, (stride, stride), ((pad, pad), (pad, pad)))
+    x = inputs[2]
+    layer = sparse.conv_layer(x.shape, weight.shape, (stride, stride), ((pad, pad), (pad, pad)))
     bits, packed = [pack(x) for x in inputs], sparse.pack_weight(layer, weight)
     grad = channels_last(torch.randn(layer.y_shape), dtype)
 
-    def dense_gradient(x: Tensor = inputs[2]) -> Tensor:
-        mask = [False, True, False]
-        return aten.convolution_backward(grad, x, weight, None, axes, [pad] * 2, one, False, none, 1, mask)[1]
+    def gradient(which: int) -> list[Run]:
+        mask = [i == which for i in range(3)]
+        return [
+            lambda: aten.convolution_backward(grad, x, weight, None, *axes, False, none, 1, mask)[which],
+            lambda: convolution_gradients(grad, x, weight, axes, 1, mask)[which],  # type: ignore[list-item,return-value]
+        ]
 
-    forward: list[Run] = [lambda: F.conv2d(inputs[2], weight, None, stride, pad)]
+    forward: list[Run] = [lambda: F.conv2d(x, weight, None, stride, pad)]
     forward += [lambda b=b: sparse.forward(layer, b, packed, None, dtype) for b in bits]
-    backward: list[Run] = [dense_gradient]
-    backward += [lambda b=b: sparse.weight_gradient(layer, b, grad)[0] for b in bits]
-    ours = [False, True, False]
-    backward.append(lambda: convolution_gradients(grad, inputs[2], weight, (axes, [pad] * 2, one), 1, ours)[1])  # type: ignore[arg-type,return-value]
-    for run in (forward, backward):  # at the third density
+    if winograd.supports(layer, dtype):
+        forward.append(lambda: winograd.forward(layer, x, weight))
+    dense, ours = gradient(1)
+    backward = [dense, *(lambda b=b: sparse.weight_gradient(layer, b, grad)[0] for b in bits), ours]
+    passes = {"forward": forward, "input gradient": gradient(0), "weight gradient": backward}
+    for run in passes.values():
         expected = run[0]()
-        for other in {3, len(run) - 1} if run is backward else {3}:
-            error = (run[other]() - expected).abs().max() / expected.abs().max()
+        for other in run[3:4] + run[1 + len(DENSITIES) :] if len(run) > 2 else run[1:]:  # at the third density
+            error = (other() - expected).abs().max() / expected.abs().max()
             assert error < (1e-5 if dtype == torch.float32 else 2e-2), f"{name}: {error:.1e}"
-    return layer, forward, backward
+    return layer, passes
 
 
 def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,11 +105,15 @@ def main() -> None:
         columns = "layer", "pass", "dense", *(f"at {d}" for d in DENSITIES), "dense, ours", "even"
         table = Table(*columns, title=f"milliseconds, {name}")
         for case in LAYERS:
-            layer, forward, backward = runs_of(case, arguments.batch, dtype)
-            even = costs.break_even(layer, dtype)
-            with torch.no_grad():
-                table.add_row(case, "forward", *milliseconds(forward, arguments.repeats), "", f"{even[0]:.2f}")
-                table.add_row("", "weight gradient", *milliseconds(backward, arguments.repeats), f"{even[1]:.2f}")
+            layer, passes = runs_of(case, arguments.batch, dtype)
+            even = dict(zip(("forward", "weight gradient"), costs.break_even(layer, dtype), strict=True))
+            for what, runs in passes.items():
+                with torch.no_grad():
+                    dense, *others = milliseconds(runs, arguments.repeats)
+                sparse_ones = others[: len(DENSITIES)] if what in even else [""] * len(DENSITIES)
+                ours = others[-1] if len(others) != len(DENSITIES) else ""
+                bound = f"{even[what]:.2f}" if what in even else ""
+                table.add_row(case if what == "forward" else "", what, dense, *sparse_ones, ours, bound)
         Console(width=160).print(table)
 
 

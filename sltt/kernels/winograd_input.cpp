@@ -16,16 +16,18 @@ struct Tiles {
 
 // Weights of a panel of input channels: weight[co][ci][3][3] to PLACES of [co][PANEL].
 void transform_weight(const Conv& z, const float* weight, const int64_t* stride, int64_t panel, float* to) {
+  const bool ordered = stride[1] == 1;
+  float copies[LANES][3][3][PANEL];  // of some output channels: a line of the cache holds as many
   for (int64_t o = 0; o < z.co; o++) {
-    float taps[3][3][PANEL];
-    const float* at[3][3];
     const float* from = weight + o * stride[0] + panel * PANEL * stride[1];
+    const float* at[3][3];
     for (int i = 0; i < 3; i++)
       for (int j = 0; j < 3; j++) {
         const float* tap = from + (2 - i) * stride[2] + (2 - j) * stride[3];
-        at[i][j] = stride[1] == 1 ? tap : taps[i][j];
-        if (stride[1] == 1) continue;
-        for (int64_t c = 0; c < PANEL; c++) taps[i][j][c] = tap[c * stride[1]];
+        at[i][j] = ordered ? tap : copies[o % LANES][i][j];
+        if (ordered || o % LANES) continue;
+        for (int64_t c = 0; c < PANEL; c++)
+          for (int64_t k = 0; k < LANES; k++) copies[k][i][j][c] = tap[k * stride[0] + c * stride[1]];
       }
     transform_tile<3>(at, PANEL, to + o * PANEL, z.co * PANEL + SKEW);
   }
