@@ -74,7 +74,8 @@ def measure_memory(setting: Setting, row: Row, limit: float) -> None:
 
 def measure_times(setting: Setting, rows: list[Row], repeats: int, limit: float) -> None:
     """All cases take turns."""
-    workers = [start(setting, row["case"], limit) for row in rows]
+    # malloc keeps what is freed, as in `sltt.fit`: else new pages take up to a fifth of the time, of some cases more
+    workers = [start(setting, row["case"], limit, MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1") for row in rows]
     turns: list[list[float]] = [[] for _ in rows]
     for _ in range(1 + repeats):
         for row, worker, times in zip(rows, workers, turns, strict=True):
