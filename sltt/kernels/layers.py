@@ -259,12 +259,16 @@ def convolution_gradients(
         elif needs[1] and _multiplies(grad.shape, grad.dtype):
             of_weight = _multiplied_weight_gradient(grad, x, weight, axes)
     of_bias = grad.sum([0, *range(2, grad.ndim)]) if needs[2] else None
-    rest = [needs[0] and of_x is None, needs[1] and of_weight is None, False]
-    if any(rest):
-        zeros = [0] * len(axes[0])
-        weight = weight.to(grad.dtype)
-        others = torch.ops.aten.convolution_backward(grad, x, weight, None, *axes, False, zeros, groups, rest)
-        of_x, of_weight = others[0] if rest[0] else of_x, others[1] if rest[1] else of_weight
+    zeros = [0] * len(axes[0])
+
+    def pytorch(mask: list[bool]) -> Any:
+        cast = weight.to(grad.dtype)
+        return torch.ops.aten.convolution_backward(grad, x, cast, None, *axes, False, zeros, groups, mask)
+
+    if needs[1] and of_weight is None:  # one by one: what PyTorch needs for the first is free at the second
+        of_weight = pytorch([False, True, False])[1]
+    if needs[0] and of_x is None:
+        of_x = pytorch([True, False, False])[0]
     return of_x, of_weight, of_bias
 
 

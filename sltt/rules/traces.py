@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -127,23 +128,52 @@ def _decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[],
     return current
 
 
+class _Read:
+    """What was read until now, by one layer or by several that read the same.
+
+    Attributes:
+        value: the trace, in float32 at least.
+        last: refers to what was read in this time step, while its forward runs.
+        charge: x̃, behind neurons with a synaptic current.
+    """
+
+    def __init__(self, x: Tensor):
+        self.value = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        self.last: ref[Tensor] | None = ref(x)
+        self.charge: Tensor | None = None
+
+    def step(self, x: Tensor, decay: Decay, synaptic: float) -> None:
+        """Go one time step on, in which x is read."""
+        if self.value.shape != x.shape:
+            raise ValueError(
+                f"OTTT needs layers that read the same shape in every time step, got {list(x.shape)} after "
+                f"{list(self.value.shape)}; use SLTT or BPTT"
+            )
+        self.last, charge = ref(x), x.detach()
+        if synaptic:
+            before = self.value.clone() if self.charge is None else self.charge
+            self.charge = charge = before.mul_(synaptic).add_(charge)
+        if isinstance(decay, Tensor):
+            self.value.mul_(decay).add_(charge)
+        else:  # in one pass
+            torch.add(charge, self.value, alpha=decay, out=self.value)
+
+
 class _Trace:
-    """What one use of a layer has read until now.
+    """The trace of one use of a layer.
 
     Attributes:
         ones: the trace of the constant 1, which a bias reads.
-        value: the trace of the layer's input, in float32 at least; None for a layer without a trace.
-        charge: x̃, behind neurons with a synaptic current.
+        read: that of the layer's input; None for a layer without one.
         decays: give λ and α of each layer of neurons that the layer feeds. Their means are taken.
         first: the layer has read one time step, which is all of its trace.
     """
 
-    def __init__(self, x: Tensor | None):
+    def __init__(self, read: _Read | None):
         self.first = True
         self.ones: Decay = 1.0
         self.charge_of_ones = 1.0
-        self.charge: Tensor | None = None
-        self.value = None if x is None else x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        self.read = read
         self.decays: list[Callable[[], Decays]] = []
 
     def step(self, x: Tensor | None) -> None:
@@ -152,20 +182,21 @@ class _Trace:
         self.first = False
         self.charge_of_ones = synaptic * self.charge_of_ones + 1
         self.ones = decay * self.ones + self.charge_of_ones
-        if x is not None and self.value is not None:
-            if self.value.shape != x.shape:
-                raise ValueError(
-                    f"OTTT needs layers that read the same shape in every time step, got {list(x.shape)} after "
-                    f"{list(self.value.shape)}; use SLTT or BPTT"
-                )
-            charge = x.detach()
-            if synaptic:
-                before = self.value.clone() if self.charge is None else self.charge
-                self.charge = charge = before.mul_(synaptic).add_(charge)
-            if isinstance(decay, Tensor):
-                self.value.mul_(decay).add_(charge)
-            else:  # in one pass
-                torch.add(charge, self.value, alpha=decay, out=self.value)
+        if x is None or self.read is None:
+            return
+        if self.read.last is None:
+            self.read.step(x, decay, synaptic)
+        elif self.read.last() is not x:
+            raise ValueError(
+                "OTTT keeps one trace for layers that read the same input in the first time step, and here they read "
+                "different ones; use SLTT or BPTT"
+            )
+
+    def follows(self) -> Decays | None:
+        """The one constant λ that it follows, without a synaptic current; None for others."""
+        found = [decay() for decay in self.decays]
+        constant = not any(isinstance(decay, Tensor) or synaptic for decay, synaptic in found)
+        return found[0] if constant and len(set(found)) == 1 else None
 
 
 class _Traces:
@@ -176,6 +207,7 @@ class _Traces:
         self.inputs = inputs
         self.own = own  # of a recurrent layer, the neurons whose spikes it reads
         self.traces: dict[tuple[nn.Module, int], _Trace] = {}
+        self.new: list[_Trace] = []  # those that began in this time step
         self.through_decay: dict[nn.Module, Tensor] = {}  # ∂v/∂λ of neurons with a learnable λ
         self.started: dict[Any, _Trace] = {}  # those of this time step, by the graph's node of the layer's output
         self.uses: Counter[nn.Module] = Counter()
@@ -192,11 +224,25 @@ class _Traces:
         """After it, before the backward, in which checkpoints run layers again."""
         self.again = True
         self.uses.clear()
-        for trace in self.started.values():
-            if not trace.decays:  # a readout: it feeds no neurons
-                trace.value = None
+        self._part()
+        for trace in self.traces.values():
+            if trace.read is not None:
+                trace.read.last = None
         self.started.clear()  # nodes hold memory
         self.spikes.clear()
+
+    def _part(self) -> None:
+        """Of the new traces of one input, keep one for all that follow the same constant λ."""
+        first: dict[_Read, Decays | None] = {}
+        for trace in self.new:
+            if not trace.decays:  # a readout: it feeds no neurons
+                trace.read = None
+            elif trace.read is not None:
+                if trace.read not in first:
+                    first[trace.read] = trace.follows()
+                elif first[trace.read] is None or first[trace.read] != trace.follows():
+                    trace.read = _Read(trace.read.value)
+        self.new.clear()
 
     def wants(self, layer: nn.Module) -> bool:
         """Whether a layer that runs now is to have a trace."""
@@ -217,7 +263,12 @@ class _Traces:
         if self.again:
             return self._read_again(layer)
         if (trace := self.traces.get(key)) is None:
-            trace = self.traces[key] = _Trace(x)
+            known = next(
+                (t.read for t in self.new if t.read is not None and t.read.last is not None and t.read.last() is x),
+                None,
+            )
+            trace = self.traces[key] = _Trace(None if x is None else known or _Read(x))
+            self.new.append(trace)
             if not self.inputs and source is not None:
                 trace.decays.append(self.decays[source])
         elif trace.decays:
@@ -317,10 +368,10 @@ class _Operations(TorchFunctionMode):
         if bias is not None and self.traces.inputs:
             bias = Scaled.apply(bias, trace.ones)  # type: ignore[assignment]
         function = FUNCTIONS[func](func, *settings)
-        if trace.value is None or trace.first:  # the bias learns alone, or what is read is the trace, and may be spikes
+        if trace.read is None or trace.first:  # the bias learns alone, or what is read is the trace, and may be spikes
             y: Tensor = function.forward(x, weight, bias)
         else:
-            y = Traced.apply(x, trace.value, weight, bias, function)  # type: ignore[assignment]
+            y = Traced.apply(x, trace.read.value, weight, bias, function)  # type: ignore[assignment]
         self.traces.wrote(trace, y)
         return y
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sltt
+from sltt.rules.traces import _Traces
 from tests.conftest import LOSS, batch, gradients
 
 
@@ -176,3 +177,51 @@ def test_a_checkpoint_runs_a_layer_again_with_the_trace_of_its_time_step(twice):
     else:
         found = gradients(again, sltt.OTTT(), x, y)[0]
         torch.testing.assert_close(found, gradients(nn.Sequential(*layers, *rest), sltt.OTTT(), x, y)[0])
+
+
+class Forked(nn.Module):
+    """Two layers that read the same spikes, or, in time step `apart`, a copy of them."""
+
+    def __init__(self, neurons, apart=()):
+        super().__init__()
+        self.first, self.left, self.right, self.last = (nn.Linear(n, m) for n, m in ((6, 8), (8, 8), (8, 8), (8, 3)))
+        self.neuron, self.one, self.other = neurons
+        self.apart, self.t = apart, 0
+
+    def forward(self, x):
+        x = self.neuron(self.first(x))
+        y = self.one(self.left(x)) + self.other(self.right(x.clone() if self.t in self.apart else x))
+        self.t += 1
+        return self.last(y)
+
+
+@pytest.mark.parametrize("other", [lambda: sltt.LIF(tau=2.0), lambda: sltt.LIF(tau=5.0), lambda: sltt.PLIF(tau=2.0)])
+@pytest.mark.parametrize("online", [False, True])
+def test_layers_that_read_the_same_have_the_gradients_of_traces_of_their_own(other, online):
+    neurons, x, y = (sltt.LIF(tau=3.0), sltt.LIF(tau=2.0), other()), 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
+    model = Forked(neurons).double()
+    apart = copy.deepcopy(model)
+    apart.apart = range(5)
+    for network in (model, apart):
+        step = torch.optim.SGD(network.parameters(), lr=0.1).step if online else None
+        sltt.OTTT(online=online)(network, x.double(), y, LOSS, update=step)
+    for found, expected in zip(model.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize(("apart", "count"), [((), 2), (range(5), 3)])
+def test_one_trace_serves_all_layers_that_read_the_same(apart, count, monkeypatch):
+    end, found = _Traces.end, set()
+    monkeypatch.setattr(_Traces, "end", lambda self: (end(self), found.update(t.read for t in self.traces.values())))
+    x, y = 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
+    sltt.OTTT()(Forked([sltt.LIF(tau=2.0) for _ in range(3)], apart), x, y, LOSS)
+    assert len(found - {None}) == count
+
+
+def test_layers_that_no_longer_read_the_same_are_refused():
+    x, y = 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
+    with pytest.raises(
+        ValueError, match="read the same input in the first time step, and here they read different ones"
+    ):
+        sltt.OTTT()(Forked([sltt.LIF(tau=2.0) for _ in range(3)], apart=(2,)), x, y, LOSS)
