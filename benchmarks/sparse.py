@@ -4,8 +4,8 @@
 
 Dense and sparse runs alternate; a figure is the median, with the fastest in brackets. With one thread the time is the
 thread's processor time, which other processes hardly disturb. Results are compared before they are timed.
-`dense` is PyTorch's layer. `dense, ours` is what layers take where they run dense: the gradients of any input, and the
-forward of inputs that are no spikes. `even` is the density up to which the sparse layer is taken.
+`dense` is PyTorch's layer. `dense, ours` are the gradients that layers take where they run dense. `even` is the density
+up to which the sparse layer is taken.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.ops import aten  # pyright: ignore[reportMissingImports]
 
-from sltt.kernels import costs, native, sparse, winograd
+from sltt.kernels import costs, native, sparse
 from sltt.kernels.bits import pack
-from sltt.kernels.layers import convolution_gradients
+from sltt.kernels.values import convolution_gradients
 
 LAYERS = {  # name: channels, pixels a side, outputs, kernel, stride
     "64→64, 32×32": (64, 32, 64, 3, 1),
@@ -58,8 +58,6 @@ def runs_of(name: str, batch: int, dtype: torch.dtype) -> tuple[sparse.Layer, di
 
     forward: list[Run] = [lambda: F.conv2d(x, weight, None, stride, pad)]
     forward += [lambda b=b: sparse.forward(layer, b, packed, None, dtype) for b in bits]
-    if winograd.supports(layer, dtype):
-        forward.append(lambda: winograd.forward(layer, x, weight))
     dense, ours = gradient(1)
     backward = [dense, *(lambda b=b: sparse.weight_gradient(layer, b, grad)[0] for b in bits), ours]
     passes = {"forward": forward, "input gradient": gradient(0), "weight gradient": backward}

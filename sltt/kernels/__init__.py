@@ -7,7 +7,6 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 """
 
 from sltt.kernels.custom import CustomStep, custom_step
-from sltt.kernels.layers import Weights, convolution_gradients
 from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.saved_tensors import layer_call, saving, tag_dropped
@@ -15,6 +14,7 @@ from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import Steady, steady_steps
 from sltt.kernels.step import NeuronStep, neuron_step
 from sltt.kernels.tags import bits_pay, release
+from sltt.kernels.values import Weights, convolution_gradients
 
 __all__ = [
     "Compile",

@@ -6,9 +6,9 @@ spikes, it takes one for each element that it reads and writes, and one for each
     t_dense = d · products,    t_sparse = s · density · products + e · elements + w · weights
 
 Both are equal at one density, the layer's break-even. d, s, e and w are measured on one layer for each type and kind of
-layer, in a fraction of a second: the processor time of one thread, which other processes hardly disturb. So are a dense
-3×3 convolution and its gradients, ours (`winograd`) and PyTorch's. The times are kept beside the compiled kernels. So
-every run on a machine decides alike, with any number of threads.
+layer, in a fraction of a second: the processor time of one thread, which other processes hardly disturb. So are the
+gradients of a dense 3×3 convolution, ours (`winograd`) and PyTorch's. The times are kept beside the compiled kernels.
+So every run on a machine decides alike, with any number of threads.
 """
 
 import contextlib
@@ -60,16 +60,15 @@ class Costs(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """Nanoseconds of a dense 3×3 convolution, or of one of its gradients: PyTorch's, and ours."""
+    """Nanoseconds of a gradient of a dense 3×3 convolution: PyTorch's, and ours."""
 
     pytorch: float
     ours: float
 
 
 class Ours(NamedTuple):
-    """What of a dense convolution is faster in our kernels."""
+    """Which gradients of a dense convolution are faster in our kernels."""
 
-    forward: bool
     input_gradient: bool
     weight_gradient: bool
 
@@ -95,9 +94,9 @@ def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
 
 
 def ours(layer: Layer, dtype: torch.dtype) -> Ours:
-    """What of a dense layer is faster in our kernels; the first call for a type may measure."""
+    """Which gradients of a dense layer are faster in our kernels; the first call for a type may measure."""
     if not winograd.supports(layer, dtype):
-        return Ours(False, False, False)
+        return Ours(False, False)
     return Ours(*(times.ours < times.pytorch for times in _dense(dtype)))
 
 
@@ -130,7 +129,7 @@ def _costs_of(layer: Layer, dtype: torch.dtype) -> tuple[Costs, Costs]:
     """Of forward and weight gradient; the dense gradient is ours where that is faster."""
     forward, gradient = _costs(layer.linear, dtype)
     if ours(layer, dtype).weight_gradient:
-        times = _dense(dtype)[2]
+        times = _dense(dtype)[1]
         gradient = gradient._replace(dense=gradient.dense * times.ours / times.pytorch)
     return forward, gradient
 
@@ -144,8 +143,8 @@ def _costs(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
 
 @functools.cache
 def _dense(dtype: torch.dtype) -> list[Dense]:
-    """Of the forward, the input gradient and the weight gradient of one convolution."""
-    return _once("dense", dtype, [Dense] * 3, lambda: _measure_dense(dtype))
+    """Of the input gradient and the weight gradient of one convolution."""
+    return _once("dense", dtype, [Dense] * 2, lambda: _measure_dense(dtype))
 
 
 def _once(what: str, dtype: torch.dtype, kinds: Sequence[Callable[..., N]], measure: Callable[[], list[N]]) -> list[N]:
@@ -156,11 +155,13 @@ def _once(what: str, dtype: torch.dtype, kinds: Sequence[Callable[..., N]], meas
     path = native.cache_folder() / name
     if (found := _read(path, kinds)) is None:
         found = measure()
-        path.unlink(missing_ok=True)  # a damaged one
         with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent, prefix="costs-") as folder:
             new = Path(folder) / name
             new.write_text(json.dumps(found), encoding="utf-8")
-            os.link(new, path)  # fails where another process was first: its costs are everyone's
+            if path.exists() and _read(path, kinds) is None:  # a damaged one
+                new.replace(path)
+            else:
+                os.link(new, path)  # fails where another process was first: its costs are everyone's
         found = _read(path, kinds) or found
     return found
 
@@ -169,7 +170,7 @@ def _read(path: Path, kinds: Sequence[Callable[..., N]]) -> list[N] | None:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         found = [kind(*(float(c) for c in row)) for kind, row in zip(kinds, rows, strict=True)]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         return None
     return found if all(0 <= c < math.inf for row in found for c in row) and all(row[1] for row in found) else None
 
@@ -202,7 +203,7 @@ def _measure(linear: bool, dtype: torch.dtype) -> list[Costs]:
 
 
 def _measure_dense(dtype: torch.dtype) -> list[Dense]:
-    """Time one convolution and its gradients, PyTorch's and ours, in turn."""
+    """Time the gradients of one convolution, PyTorch's and ours, in turn."""
     layer = conv_layer((16, 64, 16, 16), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)))
     generator = torch.Generator().manual_seed(0)
     x, weight, grad = (torch.randn(s, generator=generator) for s in (layer.x_shape, layer.weight_shape, layer.y_shape))
@@ -210,15 +211,13 @@ def _measure_dense(dtype: torch.dtype) -> list[Dense]:
     x, grad, cast = (_format(tensor, dtype) for tensor in (x, grad, weight))
     times = _fastest(
         [
-            lambda: F.conv2d(x, cast, padding=1),
-            lambda: winograd.forward(layer, x, weight),
             lambda: _conv_gradients(grad, x, cast, [True, False, False]),
             lambda: winograd.input_gradient(layer, grad, weight),
             lambda: _conv_gradients(grad, x, cast, [False, True, False]),
             lambda: winograd.weight_gradient(layer, x, grad),
         ]
     )
-    return [Dense(*times[i : i + 2]) for i in (0, 2, 4)]
+    return [Dense(*times[i : i + 2]) for i in (0, 2)]
 
 
 def _fastest(runs: list[Callable[[], object]]) -> list[int]:

@@ -3,74 +3,34 @@
 The user's layers stay as they are. While `saved.saving` is open, a call of `F.conv2d` or `F.linear` on tagged spikes
 comes here. The share of active inputs and the layer's shape decide, for the forward and for the weight gradient; the
 input gradient is dense. On one machine the same spikes give the same decision, and so the same bits.
-A convolution of other values, such as rates, comes here for its weight gradient.
 """
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
-from sltt._torch import is_functorch_wrapped_tensor
 from sltt.kernels import costs, native, sparse, winograd
 from sltt.kernels.options import options
 from sltt.kernels.sparse import Layer
+from sltt.kernels.values import (
+    LEAST,
+    Axes,
+    Weights,
+    axes_of,
+    fitting,
+    multiplied_weight_gradient,
+    multiplies,
+    ours_of,
+)
 
 if TYPE_CHECKING:
     from sltt.kernels.tags import SpikeTag
 
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2}
 LAYERS = {*CONVOLUTIONS, F.linear}
-# Up to so many output pixels, oneDNN's weight gradient in bfloat16 takes longer than one matrix product of the gradient
-# with what the kernel reads: see benchmarks/sparse.py, 512 to 512 channels of 4×4 pixels.
-MULTIPLIED_TO = 36
-_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_LEAST = {"stride": 1, "padding": 0, "dilation": 1}
-_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-
-
-Axes = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, a number for each axis
-
-
-class Weights:
-    """Weights in the forms that layers read, kept for one sequence, in which they seldom change.
-
-    Args:
-        packed: keep those packed for a sparse forward too. In a training their copies would take more memory than they
-            save time; in an evaluation there is room, where gradients would be.
-    """
-
-    def __init__(self, packed: bool = False) -> None:
-        self._keep_packed = packed
-        self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
-
-    def packed(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
-        """What `sparse.forward` reads."""
-        if not self._keep_packed:
-            return sparse.pack_weight(layer, weight, one)
-        form, version = one, ()
-        if isinstance(one, Tensor):
-            form, version = "by channel", (WeakIdRef(one.untyped_storage()), one._version)
-        return self._get(weight, form, lambda: sparse.pack_weight(layer, weight, one), version)
-
-    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight in another type."""
-        return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
-
-    def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor], version: Any = ()) -> Tensor:
-        forms = self._kept.setdefault(weight.untyped_storage(), {})
-        key = form, weight.dtype, weight.storage_offset(), weight.shape, weight.stride()
-        version = weight._version, *version
-        before, made = forms.get(key, (None, None))
-        if made is None or before != version:
-            made = make()
-            forms[key] = version, made
-        return made
 
 
 @dataclass(frozen=True)
@@ -131,8 +91,8 @@ class Call:
             return grad.flatten(0, -2).T @ x.flatten(0, -2), bias
         if self.ours.weight_gradient:
             return winograd.weight_gradient(self.layer, x, grad), bias
-        if _multiplies(grad.shape, grad.dtype):
-            return _multiplied_weight_gradient(grad, x, weight, self.axes), bias
+        if multiplies(grad.shape, grad.dtype):
+            return multiplied_weight_gradient(grad, x, weight, self.axes), bias
         return self._convolution_backward(grad, x, weight.to(grad.dtype), [False, True, False])[1], bias
 
     def spikes(self) -> Tensor:
@@ -181,138 +141,6 @@ def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _OnSpikes.apply(x, weight, bias, call)  # type: ignore[return-value]
 
 
-class _OnValues(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axes: Axes, weights: Weights, layer: Layer
-    ) -> Tensor:
-        ctx.axes = axes
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight)
-        bias = None if bias is None else bias.to(x.dtype)
-        if _ours(layer, x.dtype).forward:
-            return winograd.forward(layer, x, weight, bias)
-        return torch.convolution(x, weights.cast(weight, x.dtype), bias, *axes, False, [0] * len(axes[0]), 1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        needs = list(ctx.needs_input_grad[:3])
-        of_x, of_weight, of_bias = convolution_gradients(grad, x, weight, ctx.axes, 1, needs)
-        return (
-            of_x,
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None else of_bias.to(ctx.bias_dtype),
-            None,
-            None,
-            None,
-        )
-
-
-def run_on_values(func: Any, args: Any, kwargs: Any, weights: Weights) -> Any:
-    """A layer on any values; a convolution is computed in another way than PyTorch's where that is faster."""
-    if func is not F.conv2d or not torch.is_grad_enabled():
-        return func(*args, **kwargs)
-    named = arguments_of(func, args, kwargs)
-    x, weight, bias = named["input"], named["weight"], named["bias"]
-    stride, padding, dilation = (_axes(named[name], 2, least) for name, least in _LEAST.items())
-    if not _ordinary(x) or not _fitting(weight, bias, x, 2) or named["groups"] != 1:
-        return func(*args, **kwargs)
-    if stride is None or padding is None or dilation is None:
-        return func(*args, **kwargs)
-    axes = stride, padding, dilation
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if not weight.requires_grad or weight.dtype not in (dtype, torch.float32):
-        return func(*args, **kwargs)
-    layer = _dense_layer(x, weight, axes, 1)
-    if layer is None or not (_multiplies(layer.y_shape, dtype) or any(_ours(layer, dtype))):
-        return func(*args, **kwargs)
-    return _OnValues.apply(x.to(dtype), weight, bias, axes, weights, layer)
-
-
-def convolution_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    axes: tuple[list[int], list[int], list[int]],
-    groups: int,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """∂L/∂x, ∂L/∂weight and ∂L/∂bias of a convolution that reads any values; natively where that is faster.
-
-    Args:
-        grad: ∂L/∂y.
-        x: the input.
-        weight: of any type.
-        axes: stride, padding and dilation, a number for each axis.
-        groups: of the convolution.
-        needs: which of the three are asked for.
-    """
-    of_x = of_weight = None
-    if grad.is_cpu and (layer := _dense_layer(x, weight, axes, groups)) is not None:
-        ours = _ours(layer, grad.dtype)
-        of_x = winograd.input_gradient(layer, grad, weight) if needs[0] and ours.input_gradient else None
-        if needs[1] and ours.weight_gradient:
-            of_weight = winograd.weight_gradient(layer, x, grad)
-        elif needs[1] and _multiplies(grad.shape, grad.dtype):
-            of_weight = _multiplied_weight_gradient(grad, x, weight, axes)
-    of_bias = grad.sum([0, *range(2, grad.ndim)]) if needs[2] else None
-    zeros = [0] * len(axes[0])
-
-    def pytorch(mask: list[bool]) -> Any:
-        cast = weight.to(grad.dtype)
-        return torch.ops.aten.convolution_backward(grad, x, cast, None, *axes, False, zeros, groups, mask)
-
-    if needs[1] and of_weight is None:  # one by one: what PyTorch needs for the first is free at the second
-        of_weight = pytorch([False, True, False])[1]
-    if needs[0] and of_x is None:
-        of_x = pytorch([True, False, False])[0]
-    return of_x, of_weight, of_bias
-
-
-def _ours(layer: Layer, dtype: torch.dtype) -> costs.Ours:
-    """What of a dense layer our kernels do."""
-    if native.problem() or options().sparse == "on":
-        return costs.Ours(*[not native.problem() and winograd.supports(layer, dtype)] * 3)
-    return costs.ours(layer, dtype)
-
-
-def _multiplies(y_shape: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether the dense weight gradient of a convolution is one matrix product."""
-    return len(y_shape) == 4 and dtype == torch.bfloat16 and math.prod(y_shape[2:]) <= MULTIPLIED_TO
-
-
-def _multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: Axes) -> Tensor:
-    """∂L/∂weight = gᵀ · x̃, where a row of x̃ is what the kernel reads for an output pixel; with the channels last."""
-    (down, right), (above, left), _ = axes
-    rows, columns = weight.shape[2:]
-    padded = F.pad(x.movedim(1, -1), (0, 0, left, left, above, above))
-    image, row, column, channel = padded.stride()
-    size = grad.shape[0], *grad.shape[2:], rows, columns, x.shape[1]
-    read = padded.as_strided(size, (image, down * row, right * column, row, column, channel))
-    found = grad.movedim(1, -1).flatten(0, -2).T @ read.flatten(3).flatten(0, 2)
-    return found.view(-1, rows, columns, x.shape[1]).movedim(-1, 1)
-
-
-def _dense_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | None:
-    """A convolution of images that may be faster than PyTorch's; None for others."""
-    if options().sparse == "off" or x.ndim != 4 or not (x.is_cpu and weight.is_cpu):
-        return None
-    stride, padding, dilation = axes
-    pairs = tuple((p, p) for p in padding)
-    layer = sparse.conv_layer(tuple(x.shape), tuple(weight.shape), tuple(stride), pairs, tuple(dilation), groups)
-    if layer.problem or dilation != [1, 1] or not x.movedim(1, -1).is_contiguous():
-        return None
-    return layer if options().sparse == "on" or layer.products >= costs.PRODUCTS_FROM else None
-
-
-def arguments_of(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a layer's function, by name."""
-    return {**_DEFAULTS, **dict(zip(_NAMES, args, strict=False)), **kwargs}
-
-
 def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeTag", weights: Weights) -> Call | None:
     """How a layer runs on spikes; None where it runs as PyTorch would.
 
@@ -325,7 +153,7 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
     """
     weight, bias = arguments["weight"], arguments["bias"]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if not x.is_cpu or dtype not in sparse.DTYPES or not _fitting(weight, bias, x, CONVOLUTIONS.get(func, 0)):
+    if not x.is_cpu or dtype not in sparse.DTYPES or not fitting(weight, bias, x, CONVOLUTIONS.get(func, 0)):
         return None
     if weight.dtype not in (dtype, torch.float32):
         return None
@@ -335,7 +163,7 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
         ordered = x.is_contiguous()
     else:
         dims = CONVOLUTIONS[func]
-        stride, padding, dilation = (_axes(arguments[name], dims, least) for name, least in _LEAST.items())
+        stride, padding, dilation = (axes_of(arguments[name], dims, least) for name, least in LEAST.items())
         if stride is None or padding is None or dilation is None:
             return None
         axes = stride, padding, dilation
@@ -350,8 +178,8 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
         return None
     even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype)
     density = tag.density(x)  # packs them
-    forward, gradient, ours = density < even.forward, density < even.weight_gradient, _ours(layer, dtype)
-    backward = gradient or ours.input_gradient or ours.weight_gradient or _multiplies(layer.y_shape, dtype)
+    forward, gradient, ours = density < even.forward, density < even.weight_gradient, ours_of(layer, dtype)
+    backward = gradient or ours.input_gradient or ours.weight_gradient or multiplies(layer.y_shape, dtype)
     if not forward and not (backward and torch.is_grad_enabled()):
         return None
     return Call(layer, tag, dtype, forward, gradient, ours, axes, weights)
@@ -371,31 +199,3 @@ def _weighs(tag: "SpikeTag", x: Tensor, channels: int) -> bool:
     if (x.shape, x.stride()) != tag.layout or one.ndim < x.ndim - channels or not one.isfinite().all():
         return False
     return one.shape[channels - x.ndim] == one.numel() == x.shape[channels]
-
-
-def _fitting(weight: Any, bias: Any, x: Tensor, dims: int) -> bool:
-    """Whether weight and bias are ordinary tensors of shapes that fit x; PyTorch says what is wrong with others."""
-    if not _ordinary(weight) or not (bias is None or _ordinary(bias)):
-        return False
-    fits = weight.ndim == dims + 2 and weight.shape[1] == x.shape[1 if dims else -1]
-    return fits and (not dims or x.ndim == dims + 2) and (bias is None or bias.shape == weight.shape[:1])
-
-
-def _ordinary(tensor: Any) -> bool:
-    """Whether a tensor has memory that a kernel can read, and a version."""
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and not tensor.is_inference()
-        and not is_functorch_wrapped_tensor(tensor)
-    )
-
-
-def _axes(value: Any, dims: int, least: int) -> list[int] | None:
-    """A number for each axis; None for what PyTorch refuses, and for padding by name, which may differ by side."""
-    if isinstance(value, str):
-        return [0] * dims if value == "valid" else None
-    values = [value] * dims if isinstance(value, int) else list(value)
-    values = values * dims if len(values) == 1 else values
-    return values if len(values) == dims and min(values) >= least else None

@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from sltt._torch import TensorBase, _to_dlpack, _top_saved_tensors_default_hooks, is_functorch_wrapped_tensor
 from sltt.kernels.deferred import Normalised, deferred_norm
-from sltt.kernels.layers import LAYERS, Call, Weights, arguments_of, call_on_spikes, run, run_on_values
+from sltt.kernels.layers import LAYERS, Call, call_on_spikes, run
 from sltt.kernels.options import memory, options
 from sltt.kernels.tags import TAG, SpikeTag, Tag, hold, packable, restore, save, tag_of
+from sltt.kernels.values import Weights, arguments_of, run_on_values
 
 # A tensor is recomputed from at most so many layers. A chain of residual blocks is a sum that grows: beyond this, one
 # of its terms is saved, or the recomputing would take a time that is quadratic in the number of blocks.

@@ -4,7 +4,6 @@ Processes are started by `torchrun` or Slurm, or, with `devices` above 1, by the
 command again for each further process.
 """
 
-import atexit
 import ctypes
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from sltt.parallel.processes import control, disband
+from sltt.parallel.processes import control, disband_at_exit
 from sltt.parallel.signals import STOPPED
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def make_fabric(
     if fabric.world_size > 1:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else each process reports for duty
         fabric.launch()
-        atexit.register(disband)
+        disband_at_exit()
     return fabric
 
 

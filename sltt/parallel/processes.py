@@ -5,9 +5,11 @@ the gradient of the whole batch: the number of processes changes nothing but rou
 however many backward passes it takes, their sum is reduced once, after the last.
 """
 
+import atexit
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -113,21 +115,36 @@ class Processes:
         return tensor.tolist()
 
 
-@cache
 def control() -> Any:
     """A group for what is on the host, beside the one for tensors on GPUs, so that a decision waits for no kernel.
 
     It waits for the process that makes the cache of a data set or writes a checkpoint, as a lost one is noticed by
     `sltt.parallel.watchdog`.
     """
+    return _control_of(dist.group.WORLD)
+
+
+@lru_cache(maxsize=1)
+def _control_of(world: Any) -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+
+
+def disband_at_exit() -> None:
+    """Have `disband` called when this process ends, after what a user registered before."""
+    _ours.add(os.getpid())
+
+
+_ours: set[int] = set()
 
 
 def disband() -> None:
     """Close the groups, and end their threads: one that frees a tensor while Python ends would abort the process."""
-    control.cache_clear()
-    if dist.is_initialized():
+    _control_of.cache_clear()
+    if os.getpid() in _ours and dist.is_initialized():  # and not in a forked process, where the threads are not
         dist.destroy_process_group()
+
+
+atexit.register(disband)  # here: what is registered first runs last
 
 
 def is_sharded(tensor: Tensor) -> bool:

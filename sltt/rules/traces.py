@@ -119,6 +119,7 @@ def _decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[],
             "spike makes the neuron forget; use the soft reset, v_reset=None, or an estimate, OTTT(decay=…)"
         )
 
+    @torch.no_grad()
     def current() -> Decays:
         value: Any = ours.decay
         value = value() if callable(value) else value
@@ -285,6 +286,10 @@ class _Traces:
                 "tell which of its traces is meant; leave it out of the checkpoint"
             )
         trace = self.traces.get((layer, 0))
+        if trace is None and self.inputs:
+            raise ValueError(
+                f"a checkpoint ran {layer} without a graph, in which OTTT follows it: call it with use_reentrant=False"
+            )
         return trace if trace is not None and (trace.first or trace.decays) else None
 
     def wrote(self, trace: _Trace, y: Tensor) -> None:

@@ -344,6 +344,24 @@ def test_break_even_is_read_from_the_cache(cache, monkeypatch):
 
 
 @NATIVE
+@pytest.mark.parametrize(
+    "damage", ["[[" + "9" * 400 + ", 1, 1, 1], [1, 1, 1, 1]]", "[" * 10**5, None], ids=["number", "brackets", "folder"]
+)
+def test_costs_are_measured_where_they_cannot_be_kept(damage, cache, monkeypatch):
+    """The file holds a number that is none, or brackets without end, or is a folder."""
+    assert native.library() is not None  # makes the folder
+    monkeypatch.setattr(costs, "_measure", lambda *args: [costs.Costs(0.02, 0.1, 0.0, 0.0)] * 2)
+    monkeypatch.setattr(winograd, "supports", lambda *a: False)
+    layer = sparse.conv_layer((8, 64, 16, 16), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)))
+    expected = costs.break_even(layer, torch.float32)
+    (path,) = cache.glob("costs-*")
+    path.unlink()
+    path.write_text(damage) if damage else path.mkdir()
+    forget()
+    assert costs.break_even(layer, torch.float32) == expected
+
+
+@NATIVE
 def test_dense_layers_limited_to_other_instructions_have_costs_of_their_own(cache, monkeypatch):
     assert native.library() is not None  # makes the folder
     layer = sparse.linear_layer((1024, 512), (512, 512))

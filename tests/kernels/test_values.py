@@ -1,22 +1,26 @@
-"""Convolutions of any values, such as rates: their weight gradients are one matrix product in bf16."""
+"""Convolutions of any values, such as rates: their gradients are Winograd's, or in bf16 one matrix product."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sltt
 from sltt import kernels
-from sltt.kernels import layers
+from sltt.kernels import costs, native, values, winograd
 from tests.conftest import LOSS, gradients
+
+NATIVE = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 
 
 @pytest.fixture
 def products(monkeypatch):
     """The weight gradients that were one matrix product, of layers of any size."""
     made = []
-    multiply = layers._multiplied_weight_gradient
-    monkeypatch.setattr(layers, "_multiplied_weight_gradient", lambda *a: (made.append(1), multiply(*a))[1])
-    monkeypatch.setattr(layers.costs, "PRODUCTS_FROM", 0)
+    multiply = values.multiplied_weight_gradient
+    monkeypatch.setattr(values, "multiplied_weight_gradient", lambda *a: (made.append(1), multiply(*a))[1])
+    monkeypatch.setattr(values.costs, "PRODUCTS_FROM", 0)
     return made
 
 
@@ -54,3 +58,92 @@ def test_pytorch_says_what_does_not_fit(products):
     with kernels.saving(), pytest.raises(RuntimeError, match="expected input"):
         nn.Conv2d(16, 16, 3)(torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last))
     assert not products
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The input gradients that are Winograd's, as if that were faster; layers of any size take it."""
+    made = []
+    plain = winograd.input_gradient
+    monkeypatch.setattr(winograd, "input_gradient", lambda *a: (made.append(1), plain(*a))[1])
+    monkeypatch.setattr(costs, "PRODUCTS_FROM", 0)
+    monkeypatch.setattr(costs, "_dense", lambda dtype: [costs.Dense(2.0, 1.0)] * 2)
+    return made
+
+
+class Checkpointed(nn.Conv2d):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Residual(nn.Conv2d):
+    def forward(self, x):
+        y = super().forward(x)
+        y += x
+        return y
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Checkpointed, Residual], ids=["checkpoint", "in place"])
+def test_networks_that_pytorch_runs(kind, dtype, taken):
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(inplace=True), kind(32, 32, 3, padding=1))
+    model = nn.Sequential(*model, nn.ReLU(inplace=True), sltt.LIF(), nn.Flatten(), nn.Linear(32 * 64, 3))
+    model, y = model.to(memory_format=torch.channels_last), torch.randint(3, (4,))
+    x, found = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last), []
+    for sparse in ("auto", "off"):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), kernels.using(sparse=sparse):
+            found.append(gradients(model, sltt.SLTT(), x, y, LOSS, steps=2)[0])
+    assert taken
+    torch.testing.assert_close(*found, rtol=5e-2, atol=1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    "rules",
+    [(sltt.BPTT(segment=2), sltt.BPTT()), (sltt.BPTT(recompute=True, fold=4), sltt.BPTT(fold=4))],
+    ids=["segments", "recompute"],
+)
+def test_a_forward_that_runs_again_gives_the_same(rules, taken):
+    layers = []
+    for inputs in (3, 32, 32):
+        layers += [nn.Conv2d(inputs, 32, 3, padding=1), nn.BatchNorm2d(32), sltt.LIF(), nn.AvgPool2d(2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 16, 3)).to(memory_format=torch.channels_last)
+    x, y = torch.randn(4, 8, 3, 32, 32), torch.randint(3, (8,))
+    again, once = (gradients(model, rule, x, y, LOSS)[0] for rule in rules)
+    assert taken
+    torch.testing.assert_close(again, once)
+
+
+@NATIVE
+def test_gradients_have_gradients(taken):
+    x, weight = torch.randn(2, 32, 8, 8), (torch.randn(32, 32, 3, 3) / 17).requires_grad_()
+    x, found = x.contiguous(memory_format=torch.channels_last).requires_grad_(), []
+    for sparse in ("auto", "off"):
+        with kernels.using(sparse=sparse), kernels.saving():
+            y = F.conv2d(x, weight, padding=1)
+        (of_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(of_x.square().mean(), [x, weight]))
+    assert taken  # by what has no gradient itself
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@NATIVE
+def test_negated_memory_is_read_right(taken):
+    numbers = torch.complex(torch.randn(32, 32, 3, 3), torch.randn(32, 32, 3, 3)).requires_grad_()
+    weight = numbers.conj().imag
+    assert weight.is_neg()
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with kernels.saving():
+        (found,) = torch.autograd.grad(F.conv2d(x, weight, padding=1).sum(), x)
+    torch.testing.assert_close(found, nn.grad.conv2d_input(x.shape, weight, torch.ones(2, 32, 8, 8), padding=1))
+
+
+@NATIVE
+@pytest.mark.parametrize("types", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+def test_types_that_pytorch_refuses_are_refused(types, taken):
+    conv = nn.Conv2d(32, 32, 3, padding=1)
+    conv.bias.data = conv.bias.data.to(types[1])
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).to(types[0])
+    with kernels.saving(), pytest.raises(RuntimeError, match="type"):
+        conv(x)

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 import sltt
+from sltt.parallel import processes
 from sltt.parallel.batchnorm import SyncBatchNorm, synchronise
 from sltt.parallel.devices import make_fabric
-from sltt.parallel.processes import control, disband
 from sltt.parallel.signals import PREEMPTED
 from sltt.training.batches import Shares, share
 from sltt.training.checkpoints import load_checkpoint
@@ -327,13 +327,19 @@ def test_numbers_that_differ_from_what_was_started_are_refused(monkeypatch):
         make_fabric(device="cpu", devices=3)
 
 
-def test_groups_are_closed_and_may_be_made_again():
-    for _ in range(2):
+@pytest.mark.parametrize("ours", [True, False])
+def test_groups_are_closed_at_the_end_where_they_are_ours(ours, monkeypatch):
+    monkeypatch.setattr(processes, "_ours", set() if ours else {os.getppid()})  # a forked process has its parent's
+    for _ in range(2):  # the second time with a control group of its own
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        dist.all_reduce(torch.ones(1), group=control())
-        disband()
-        assert not dist.is_initialized()
-    disband()
+        if ours:
+            processes.disband_at_exit()
+        dist.all_reduce(torch.ones(1), group=processes.control())
+        processes.disband()
+        assert dist.is_initialized() == (not ours)
+        if not ours:
+            dist.destroy_process_group()
+    processes.disband()
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

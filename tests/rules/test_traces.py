@@ -160,23 +160,30 @@ def test_the_bias_of_a_normalisation_has_a_trace_and_its_weight_none(norm):
     torch.testing.assert_close(found[2:], exact[2:], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("twice", [False, True])
-def test_a_checkpoint_runs_a_layer_again_with_the_trace_of_its_time_step(twice):
-    class Checkpointed(nn.Sequential):
-        def forward(self, x):
-            return checkpoint(super().forward, x, use_reentrant=False)
+class Checkpointed(nn.Sequential):
+    def __init__(self, *layers, reentrant=False):
+        super().__init__(*layers)
+        self.reentrant = reentrant
 
-    layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)]
-    layers += layers[:1] if twice else []
-    rest = sltt.LIF(tau=2.0), nn.Linear(6, 3)
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("neuron", [sltt.LIF, sltt.PLIF])
+def test_a_checkpoint_runs_a_layer_again_with_the_trace_of_its_time_step(neuron):
+    layers, rest = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)], [neuron(tau=2.0), nn.Linear(6, 3)]
     x, y = 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
-    again = nn.Sequential(Checkpointed(*layers), *rest)
-    if twice:
-        with pytest.raises(ValueError, match=r"a checkpoint runs Linear.* again, .* leave it out of the checkpoint"):
-            sltt.OTTT()(again, x, y, LOSS)
-    else:
-        found = gradients(again, sltt.OTTT(), x, y)[0]
-        torch.testing.assert_close(found, gradients(nn.Sequential(*layers, *rest), sltt.OTTT(), x, y)[0])
+    found, expected = (nn.Sequential(kind(*layers), *rest) for kind in (Checkpointed, nn.Sequential))
+    torch.testing.assert_close(gradients(found, sltt.OTTT(), x, y)[0], gradients(expected, sltt.OTTT(), x, y)[0])
+
+
+def test_checkpoints_that_hide_a_trace_are_refused():
+    first, x, y = nn.Linear(6, 6), 3 * torch.randn(5, 4, 6).requires_grad_(), torch.randint(3, (4,))
+    twice = Checkpointed(first, nn.Linear(6, 6), first)
+    reentrant = Checkpointed(first, reentrant=True)
+    for hidden, message in (twice, "leave it out of the checkpoint"), (reentrant, "use_reentrant=False"):
+        with pytest.raises(ValueError, match=rf"a checkpoint r[ua]n.* Linear.*{message}"):
+            sltt.OTTT()(nn.Sequential(hidden, sltt.LIF(), nn.Linear(6, 3)), x, y, LOSS)
 
 
 class Forked(nn.Module):

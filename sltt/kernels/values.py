@@ -1,0 +1,224 @@
+"""Gradients of convolutions of any values, such as rates or traces, in other ways than PyTorch's where that is faster.
+
+Those of 3×3 convolutions of stride 1 are Winograd's (`winograd`), where `costs` measured that it pays. The weight
+gradient of small images in bfloat16 is one matrix product. The forward is PyTorch's.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+from sltt._torch import is_functorch_wrapped_tensor
+from sltt.kernels import costs, native, sparse, winograd
+from sltt.kernels.options import options
+from sltt.kernels.sparse import Layer
+
+# Up to so many output pixels, oneDNN's weight gradient in bfloat16 takes longer than one matrix product of the gradient
+# with what the kernel reads: see benchmarks/sparse.py, 512 to 512 channels of 4×4 pixels.
+MULTIPLIED_TO = 36
+_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+LEAST = {"stride": 1, "padding": 0, "dilation": 1}
+_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+Axes = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, a number for each axis
+
+
+class Weights:
+    """Weights in the forms that layers read, kept for one sequence, in which they seldom change.
+
+    Args:
+        packed: keep those packed for a sparse forward too. In a training their copies would take more memory than they
+            save time; in an evaluation there is room, where gradients would be.
+    """
+
+    def __init__(self, packed: bool = False) -> None:
+        self._keep_packed = packed
+        self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
+
+    def packed(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
+        """What `sparse.forward` reads."""
+        if not self._keep_packed:
+            return sparse.pack_weight(layer, weight, one)
+        form, version = one, ()
+        if isinstance(one, Tensor):
+            form, version = "by channel", (WeakIdRef(one.untyped_storage()), one._version)
+        return self._get(weight, form, lambda: sparse.pack_weight(layer, weight, one), version)
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in another type."""
+        return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
+
+    def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor], version: Any = ()) -> Tensor:
+        forms = self._kept.setdefault(weight.untyped_storage(), {})
+        key = form, weight.dtype, weight.storage_offset(), weight.shape, weight.stride()
+        version = weight._version, *version
+        before, made = forms.get(key, (None, None))
+        if made is None or before != version:
+            made = make()
+            forms[key] = version, made
+        return made
+
+
+class _OnValues(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axes: Axes, weights: Weights
+    ) -> Tensor:
+        ctx.axes, ctx.dtypes = axes, (weight.dtype, None if bias is None else bias.dtype)
+        weight = weights.cast(weight, x.dtype)
+        ctx.save_for_backward(x, weight)  # as PyTorch does: a checkpoint may run the layer again without us
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.convolution(x, weight, bias, *axes, False, [0] * len(axes[0]), 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled() and weight.dtype != ctx.dtypes[0]:
+            raise RuntimeError(
+                "gradients of a convolution under autocast have no graph here; for those, train with sparse='off'"
+            )
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        found = convolution_gradients(grad, x, weight, ctx.axes, 1, list(ctx.needs_input_grad[:3]))
+        of_x, *others = found
+        of_weight, of_bias = (None if g is None else g.to(dtype) for g, dtype in zip(others, ctx.dtypes, strict=True))
+        return of_x, of_weight, of_bias, None, None
+
+
+def run_on_values(func: Any, args: Any, kwargs: Any, weights: Weights) -> Any:
+    """A layer on any values; the gradients of a convolution are computed in another way where that is faster."""
+    plain = functools.partial(func, *args, **kwargs)
+    if func is not F.conv2d or not torch.is_grad_enabled():
+        return plain()
+    named = arguments_of(func, args, kwargs)
+    x, weight, bias = named["input"], named["weight"], named["bias"]
+    stride, padding, dilation = (axes_of(named[name], 2, least) for name, least in LEAST.items())
+    if not ordinary(x) or not fitting(weight, bias, x, 2) or stride is None or padding is None or dilation is None:
+        return plain()
+    casts = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
+    types = {dtype, torch.float32} if casts else {dtype}
+    if not {t.dtype for t in (x, weight, bias) if t is not None} <= types:
+        return plain()
+    axes = stride, padding, dilation
+    layer = _dense_layer(x, weight, axes, named["groups"])
+    if layer is None or not (any(ours_of(layer, dtype)) or (multiplies(layer.y_shape, dtype) and weight.requires_grad)):
+        return plain()
+    return _OnValues.apply(x.to(dtype), weight, bias, axes, weights)
+
+
+def convolution_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    axes: tuple[list[int], list[int], list[int]],
+    groups: int,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """∂L/∂x, ∂L/∂weight and ∂L/∂bias of a convolution that reads any values; natively where that is faster.
+
+    Args:
+        grad: ∂L/∂y.
+        x: the input.
+        weight: of any type.
+        axes: stride, padding and dilation, a number for each axis.
+        groups: of the convolution.
+        needs: which of the three are asked for.
+    """
+    of_x = of_weight = None
+    once = not torch.is_grad_enabled()  # a graph of the gradients is PyTorch's
+    if once and grad.is_cpu and (layer := _dense_layer(x, weight, axes, groups)) is not None:
+        ours = ours_of(layer, grad.dtype)
+        of_x = winograd.input_gradient(layer, grad, weight) if needs[0] and ours.input_gradient else None
+        if needs[1] and ours.weight_gradient:
+            of_weight = winograd.weight_gradient(layer, x, grad)
+        elif needs[1] and multiplies(grad.shape, grad.dtype):
+            of_weight = multiplied_weight_gradient(grad, x, weight, axes)
+    of_bias = grad.sum([0, *range(2, grad.ndim)]) if needs[2] else None
+    zeros = [0] * len(axes[0])
+
+    def pytorch(mask: list[bool]) -> Any:
+        cast = weight.to(grad.dtype)
+        return torch.ops.aten.convolution_backward(grad, x, cast, None, *axes, False, zeros, groups, mask)
+
+    if needs[1] and of_weight is None:  # one by one: what PyTorch needs for the first is free at the second
+        of_weight = pytorch([False, True, False])[1]
+    if needs[0] and of_x is None:
+        of_x = pytorch([True, False, False])[0]
+    return of_x, of_weight, of_bias
+
+
+def ours_of(layer: Layer, dtype: torch.dtype) -> costs.Ours:
+    """Which gradients of a dense layer our kernels do."""
+    if native.problem() or options().sparse == "on":
+        return costs.Ours(*[not native.problem() and winograd.supports(layer, dtype)] * 2)
+    return costs.ours(layer, dtype)
+
+
+def multiplies(y_shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether the dense weight gradient of a convolution is one matrix product."""
+    return len(y_shape) == 4 and dtype == torch.bfloat16 and math.prod(y_shape[2:]) <= MULTIPLIED_TO
+
+
+def multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: Axes) -> Tensor:
+    """∂L/∂weight = gᵀ · x̃, where a row of x̃ is what the kernel reads for an output pixel; with the channels last."""
+    (down, right), (above, left), _ = axes
+    rows, columns = weight.shape[2:]
+    padded = F.pad(x.movedim(1, -1), (0, 0, left, left, above, above))
+    image, row, column, channel = padded.stride()
+    size = grad.shape[0], *grad.shape[2:], rows, columns, x.shape[1]
+    read = padded.as_strided(size, (image, down * row, right * column, row, column, channel))
+    found = grad.movedim(1, -1).flatten(0, -2).T @ read.flatten(3).flatten(0, 2)
+    return found.view(-1, rows, columns, x.shape[1]).movedim(-1, 1)
+
+
+def _dense_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | None:
+    """A convolution of images that may be faster than PyTorch's; None for others."""
+    if options().sparse == "off" or x.ndim != 4 or not (x.is_cpu and weight.is_cpu):
+        return None
+    stride, padding, dilation = axes
+    pairs = tuple((p, p) for p in padding)
+    layer = sparse.conv_layer(tuple(x.shape), tuple(weight.shape), tuple(stride), pairs, tuple(dilation), groups)
+    if layer.problem or dilation != [1, 1] or not x.movedim(1, -1).is_contiguous():
+        return None
+    return layer if options().sparse == "on" or layer.products >= costs.PRODUCTS_FROM else None
+
+
+def arguments_of(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a layer's function, by name."""
+    return {**_DEFAULTS, **dict(zip(_NAMES, args, strict=False)), **kwargs}
+
+
+def fitting(weight: Any, bias: Any, x: Tensor, dims: int) -> bool:
+    """Whether weight and bias are ordinary tensors of shapes that fit x; PyTorch says what is wrong with others."""
+    if not ordinary(weight) or not (bias is None or ordinary(bias)):
+        return False
+    fits = weight.ndim == dims + 2 and weight.shape[1] == x.shape[1 if dims else -1]
+    return fits and (not dims or x.ndim == dims + 2) and (bias is None or bias.shape == weight.shape[:1])
+
+
+def ordinary(tensor: Any) -> bool:
+    """Whether a tensor has memory that a kernel can read, and a version."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_inference()
+        and not tensor.is_neg()
+        and not is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def axes_of(value: Any, dims: int, least: int) -> list[int] | None:
+    """A number for each axis; None for what PyTorch refuses, and for padding by name, which may differ by side."""
+    if isinstance(value, str):
+        return [0] * dims if value == "valid" else None
+    values = [value] * dims if isinstance(value, int) else list(value)
+    values = values * dims if len(values) == 1 else values
+    return values if len(values) == dims and min(values) >= least else None
