@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int64_t PART = 32;
+constexpr int64_t LARGE = 4 << 20;  // numbers of transformed weights that are kept for all tasks
 
 struct Tiles {
   int64_t rows, columns, total;
@@ -72,7 +73,7 @@ int input_gradient(const Conv& z, const float* weight, const int64_t* stride, co
   const int64_t panels = z.ci / PANEL, each = PLACES * (z.co * PANEL + SKEW), blocks = (t.total + TILES - 1) / TILES;
   const int64_t parts = std::clamp<int64_t>(TASKS / blocks, 1, panels);  // of the panels: few tiles have many channels
   const int64_t places = TILES * z.co + SKEW, products = TILES * PANEL + SKEW;
-  const bool once = blocks == 1;  // no other task reads a panel
+  const bool once = blocks == 1 || panels * each > LARGE;  // a panel for each task: no other reads it, or for the memory
   Scratch<float> weights((once ? threads : panels) * each), gradients(threads * PLACES * places);
   Scratch<float> sums(threads * PLACES * products);
   Scratch<T> zeros(z.co);
