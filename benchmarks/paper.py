@@ -41,6 +41,7 @@ COMMANDS = {
     "fscil-nmnist": f"fscil nmnist {SHOTS} --data.root {{data}}/nmnist --model.classes 6",
     "fscil-cifar10": f"fscil {CIFAR10} {SHOTS} --model.classes 6 --epochs 2",
     "accuracy-digits": "compare digits --epochs 6 --seeds 20 --rules BPTT,SLTT",
+    "accuracy-digits-events": "compare digits-events --seeds 20 --rules BPTT,SLTT",
     "accuracy-cifar10": f"compare {CIFAR10} --epochs 2 --seeds 3 --rules BPTT,SLTT,SLTT:k=1",
     "cifar10-stage-1": f"compare {CIFAR10} --steps 1 --epochs 4 --seeds 3 --rules SLTT",
     "cifar10-stages": f"compare {CIFAR10} --epochs 4 --seeds 3 --rules SLTT,SLTT:k=1 {CIFAR10_STAGES}",

@@ -42,7 +42,7 @@ def accuracy(results: Path) -> str:
     nmnist, cifar10 = seeds(results, "nmnist"), seeds(results, "cifar10-rules")
     pairs = {
         "digits": compared(results, "accuracy-digits"),
-        "digits-events": tasks(results, "digits-events"),
+        "digits-events": compared(results, "accuracy-digits-events"),
         "CIFAR-10, τ = 1.1, 2 epochs": compared(results, "accuracy-cifar10"),
     }
     of = {name: (rows["BPTT"]["accuracies"], rows["SLTT"]["accuracies"]) for name, rows in pairs.items()}
