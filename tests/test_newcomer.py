@@ -24,6 +24,8 @@ SCRIPT = """
             return 60
 
         def __getitem__(self, index):
+            if index >= len(self):
+                raise IndexError
             generator = torch.Generator().manual_seed(index)
             return index % 3 + 0.1 * torch.randn(4 + index % 3, 5, generator=generator), index % 3
 
@@ -49,11 +51,13 @@ SCRIPT = """
         data = sltt.data.from_datasets(Recordings(), 0.2, static=False, pad=True)
         how = dict(steps=6, epochs=20, batch_size=16, device="cpu", run="run")
         callbacks = [Epochs(), sltt.callbacks.EarlyStopping(4)]
+        torch.manual_seed(0)
         result = sltt.fit(Network(), data, sltt.SLTT(), callbacks=callbacks, **how)
         model = sltt.load("run")
-        x, y = zip(*(Recordings()[i] for i in range(0, 60, 3)))
+        x, y = zip(*Recordings())
+        lengths = [len(one) for one in x]
         x = torch.stack([nn.functional.pad(one, (0, 0, 0, 6 - len(one))) for one in x], dim=1)
-        found = sltt.predict(model, x, lengths=[4] * len(y))
+        found = sltt.predict(model, x, lengths=lengths)
         print("right", (found.argmax(1) == torch.tensor(y)).float().mean().item())
 """
 
