@@ -14,7 +14,8 @@ from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import Steady, steady_steps
 from sltt.kernels.step import NeuronStep, neuron_step
 from sltt.kernels.tags import bits_pay, release
-from sltt.kernels.values import Weights, convolution_gradients
+from sltt.kernels.values import convolution_gradients
+from sltt.kernels.weights import Weights
 
 __all__ = [
     "Compile",

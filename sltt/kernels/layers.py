@@ -18,13 +18,13 @@ from sltt.kernels.sparse import Layer
 from sltt.kernels.values import (
     LEAST,
     Axes,
-    Weights,
     axes_of,
     fitting,
     multiplied_weight_gradient,
     multiplies,
     ours_of,
 )
+from sltt.kernels.weights import Weights
 
 if TYPE_CHECKING:
     from sltt.kernels.tags import SpikeTag

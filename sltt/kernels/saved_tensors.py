@@ -23,7 +23,8 @@ from sltt.kernels.deferred import Normalised, deferred_norm
 from sltt.kernels.layers import LAYERS, Call, call_on_spikes, run
 from sltt.kernels.options import memory, options
 from sltt.kernels.tags import TAG, SpikeTag, Tag, hold, packable, restore, save, tag_of
-from sltt.kernels.values import Weights, arguments_of, run_on_values
+from sltt.kernels.values import arguments_of, run_on_values
+from sltt.kernels.weights import Weights
 
 # A tensor is recomputed from at most so many layers. A chain of residual blocks is a sum that grows: beyond this, one
 # of its terms is saved, or the recomputing would take a time that is quadratic in the number of blocks.

@@ -6,18 +6,18 @@ gradient of small images in bfloat16 is one matrix product. The forward is PyTor
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from sltt._torch import is_functorch_wrapped_tensor
 from sltt.kernels import costs, native, sparse, winograd
 from sltt.kernels.options import options
 from sltt.kernels.sparse import Layer
+from sltt.kernels.weights import Weights
 
 # Up to so many output pixels, oneDNN's weight gradient in bfloat16 takes longer than one matrix product of the gradient
 # with what the kernel reads: see benchmarks/sparse.py, 512 to 512 channels of 4×4 pixels.
@@ -26,44 +26,7 @@ _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 LEAST = {"stride": 1, "padding": 0, "dilation": 1}
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
-
 Axes = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, a number for each axis
-
-
-class Weights:
-    """Weights in the forms that layers read, kept for one sequence, in which they seldom change.
-
-    Args:
-        packed: keep those packed for a sparse forward too. In a training their copies would take more memory than they
-            save time; in an evaluation there is room, where gradients would be.
-    """
-
-    def __init__(self, packed: bool = False) -> None:
-        self._keep_packed = packed
-        self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
-
-    def packed(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
-        """What `sparse.forward` reads."""
-        if not self._keep_packed:
-            return sparse.pack_weight(layer, weight, one)
-        form, version = one, ()
-        if isinstance(one, Tensor):
-            form, version = "by channel", (WeakIdRef(one.untyped_storage()), one._version)
-        return self._get(weight, form, lambda: sparse.pack_weight(layer, weight, one), version)
-
-    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight in another type."""
-        return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
-
-    def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor], version: Any = ()) -> Tensor:
-        forms = self._kept.setdefault(weight.untyped_storage(), {})
-        key = form, weight.dtype, weight.storage_offset(), weight.shape, weight.stride()
-        version = weight._version, *version
-        before, made = forms.get(key, (None, None))
-        if made is None or before != version:
-            made = make()
-            forms[key] = version, made
-        return made
 
 
 class _OnValues(torch.autograd.Function):
@@ -85,8 +48,7 @@ class _OnValues(torch.autograd.Function):
                 "gradients of a convolution under autocast have no graph here; for those, train with sparse='off'"
             )
         grad = grad.contiguous(memory_format=torch.channels_last)
-        found = convolution_gradients(grad, x, weight, ctx.axes, 1, list(ctx.needs_input_grad[:3]))
-        of_x, *others = found
+        of_x, *others = convolution_gradients(grad, x, weight, ctx.axes, 1, list(ctx.needs_input_grad[:3]))
         of_weight, of_bias = (None if g is None else g.to(dtype) for g, dtype in zip(others, ctx.dtypes, strict=True))
         return of_x, of_weight, of_bias, None, None
 
@@ -117,7 +79,7 @@ def convolution_gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    axes: tuple[list[int], list[int], list[int]],
+    axes: Axes,
     groups: int,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -130,7 +130,7 @@ def _control_of(world: Any) -> Any:
 
 
 def disband_at_exit() -> None:
-    """Have `disband` called when this process ends, after what a user registered before."""
+    """Have the groups of this process closed at its end, by `disband`."""
     _ours.add(os.getpid())
 
 
@@ -144,7 +144,7 @@ def disband() -> None:
         dist.destroy_process_group()
 
 
-atexit.register(disband)  # here: what is registered first runs last
+atexit.register(disband)  # at import: what is registered first runs last, after what a user registers
 
 
 def is_sharded(tensor: Tensor) -> bool:

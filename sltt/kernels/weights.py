@@ -1,0 +1,47 @@
+"""Weights in the forms that layers read: packed for sparse layers, and in another type."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+from sltt.kernels import sparse
+from sltt.kernels.sparse import Layer
+
+
+class Weights:
+    """Weights in the forms that layers read, kept for one sequence, in which they seldom change.
+
+    Args:
+        packed: keep those packed for a sparse forward too. In a training their copies would take more memory than they
+            save time; in an evaluation there is room, where gradients would be.
+    """
+
+    def __init__(self, packed: bool = False) -> None:
+        self._keep_packed = packed
+        self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
+
+    def packed(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
+        """What `sparse.forward` reads."""
+        if not self._keep_packed:
+            return sparse.pack_weight(layer, weight, one)
+        form, version = one, ()
+        if isinstance(one, Tensor):
+            form, version = "by channel", (WeakIdRef(one.untyped_storage()), one._version)
+        return self._get(weight, form, lambda: sparse.pack_weight(layer, weight, one), version)
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in another type."""
+        return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
+
+    def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor], version: Any = ()) -> Tensor:
+        forms = self._kept.setdefault(weight.untyped_storage(), {})
+        key = form, weight.dtype, weight.storage_offset(), weight.shape, weight.stride()
+        version = weight._version, *version
+        before, made = forms.get(key, (None, None))
+        if made is None or before != version:
+            made = make()
+            forms[key] = version, made
+        return made
