@@ -1,6 +1,7 @@
-"""Time and peak memory of the rules over T, on the digits network and on resnet18.
+"""Time and peak memory of the rules over T, on the digits network, on resnet18 and on the MLP of `recall`.
 
     python benchmarks/rules.py [--networks digits,resnet18] [--steps 1,4,16] [--repeats 5] [--json FILE]
+    python benchmarks/rules.py --networks recall --steps 16 --repeats 300
 
 One training iteration is zero_grad and the rule, without an optimizer step. Time is the median over the repeats, after
 one that is not counted, with the smallest and the largest: of the processor, with one thread, or with a GPU that of the
@@ -10,6 +11,7 @@ them alike. First the logits of all rules are checked to be equal.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -25,10 +27,12 @@ import sltt
 from sltt.analysis import peak_memory
 from sltt.training.console import megabytes
 
+MEMORY = functools.partial(sltt.LIF, tau=20.0, detach_reset=True)
 # what makes the network, its input, and the layer of neurons whose gradient through time `Mixed` keeps
 NETWORKS = {
     "digits": (sltt.models.DigitsNet, (128, 1, 8, 8), "features.2"),
     "resnet18": (sltt.models.resnet18, (32, 3, 32, 32), "blocks.2.neuron1"),
+    "recall": (functools.partial(sltt.models.MLP, (200, 64, 4), neuron=MEMORY, norm=False), (128, 200), "hidden.1"),
 }
 RULES: list[sltt.Rule] = [sltt.BPTT(), sltt.SLTT(), sltt.SLTT(k=1), sltt.OTTT(), sltt.RateBased()]
 LOSS = sltt.losses.CrossEntropyMSE()
@@ -44,7 +48,7 @@ def measure(network: str, steps: int, repeats: int, device: torch.device) -> lis
     rules = [*RULES, sltt.Mixed({layer: "all"})]
     torch.manual_seed(0)
     model = make().to(device)
-    x, y = torch.randn(shape, device=device), torch.randint(10, shape[:1], device=device)
+    x, y = torch.randn(shape, device=device), torch.randint(4, shape[:1], device=device)
     logits = [iteration(rule, model, x, y, steps).logits for rule in rules]
     assert all(torch.allclose(o, logits[0], rtol=1e-4, atol=1e-5) for o in logits), "the rules' outputs differ"
     clock = time.perf_counter if device.type == "cuda" else time.process_time
@@ -84,14 +88,16 @@ def main() -> None:
     rows = []
     for network in options.networks.split(","):
         table = Table(title=f"{network}, input {list(NETWORKS[network][1])}", title_justify="left")
-        for heading in ("T", "rule", "seconds", "min – max", "peak memory"):
+        for heading in ("T", "rule", "ms", "min – max", "of SLTT", "peak memory"):
             table.add_column(heading, justify="left" if heading == "rule" else "right")
         for steps in map(int, options.steps.split(",")):
-            for row in measure(network, steps, options.repeats, device):
-                rows.append(row)
-                span = f"{row['seconds_min']:.3f} – {row['seconds_max']:.3f}"
-                memory = megabytes(row["peak_memory"])
-                table.add_row(str(steps), row["rule"], f"{row['seconds']:.3f}", span, memory)
+            found = measure(network, steps, options.repeats, device)
+            rows += found
+            of_sltt = next(row["seconds"] for row in found if row["rule"] == repr(sltt.SLTT()))
+            for row in found:
+                middle, least, most = (1e3 * row[name] for name in ("seconds", "seconds_min", "seconds_max"))
+                figures = f"{middle:.1f}", f"{least:.1f} – {most:.1f}", f"{row['seconds'] / of_sltt:.2f}"
+                table.add_row(str(steps), row["rule"], *figures, megabytes(row["peak_memory"]))
             table.add_section()
         console.print(table)
     if options.json:

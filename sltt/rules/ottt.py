@@ -46,7 +46,7 @@ class OTTT(Rule):
         with traced(batch.model, self.decay, self.inputs) as traces:
             for t in range(batch.steps):
                 traces.begin()
-                logits = batch.forward(range(t, t + 1))
+                logits = batch.forward(range(t, t + 1), cut=True)
                 traces.end()
                 batch.backward(logits)
                 batch.detach()
