@@ -69,6 +69,12 @@ def _translate(module: Any) -> nn.Module:
     return synaptic(decay, synaptic_decay, gain, **reset)
 
 
+def _decay(module: Any) -> Any:
+    """α of the membrane potential of neurons without a synaptic current, from which spikes subtract."""
+    plain = type(module) in (LIFSqueeze, IAFSqueeze) and isinstance(module.reset_fn, MembraneSubtract)
+    return module.alpha_mem_calculated if plain and module.tau_syn is None and module.min_v_mem is None else None
+
+
 def _surrogate(function: Any, threshold: float) -> surrogates.Surrogate:
     if isinstance(function, SingleExponential):
         return surrogates.Exponential(1 / (function.grad_width * threshold), scale=2 * function.grad_scale)
@@ -84,4 +90,5 @@ register(
     spikes=lambda module: module.does_spike,
     check=_check,
     translate=_translate,
+    decay=_decay,
 )

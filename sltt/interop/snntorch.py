@@ -63,6 +63,12 @@ def _translate(module: Any) -> nn.Module:
     return leaky(decay, detach_reset=True, **arguments)
 
 
+def _decay(module: Any) -> Any:
+    """β, of a membrane potential that spikes do not set to zero: u[t] = β u[t−1] + x[t] − θ s[t−1]."""
+    plain = type(module) is Leaky and module.reset_mechanism in ("subtract", "none") and not module.state_quant
+    return module.beta.clamp(0, 1) if plain else None
+
+
 def _synaptic(module: Any, decay: float, arguments: dict[str, Any]) -> nn.Module:
     at_once = module.reset_mechanism == "zero" and not module.reset_delay and arguments["v_threshold"] > 0
     require(
@@ -92,4 +98,4 @@ _SURROGATES: dict[str, Callable[[float], surrogates.Surrogate]] = {
 }
 
 
-register(SpikingNeuron, _states, reset=_reset, spikes=True, check=_check, translate=_translate)
+register(SpikingNeuron, _states, reset=_reset, spikes=True, check=_check, translate=_translate, decay=_decay)

@@ -17,11 +17,13 @@ class OTTT(Rule):
 
     The trace is the path through the membrane potentials of the neurons behind the layer, which SLTT drops. Paths
     through the reset are dropped here too, and paths that cross a second layer of neurons on their way through time.
-    So OTTT is BPTT for one layer of neurons with `detach_reset`, and SLTT for λ = 0 or T = 1. Memory is that of SLTT
-    and one number for each input of a weight layer; it does not grow with T. The bias β of a normalisation has a trace;
-    γ and the statistics have the gradient of the current step. Recurrent weights trace the spikes that they read, as in
-    e-prop. Other parameters have SLTT's gradient, and so has a weight where it is used outside of its layer's forward,
-    as in `F.linear(x, self.layer.weight)`.
+    So OTTT is BPTT for one layer of neurons with `detach_reset`, and SLTT for λ = 0 or T = 1. Between weights and
+    neurons, the slope of the current step stands for that of all steps: exact for maps that are linear and do not
+    change, such as average pooling; an estimate for max pooling, ReLU and the statistics of a batch. Memory is that of
+    SLTT and one number for each input of a weight layer; it does not grow with T. The bias β of a normalisation has a
+    trace, γ has the gradient of the current step. Recurrent weights trace the spikes that they read, as in e-prop.
+    Other parameters have SLTT's gradient, and so has a weight where it is used outside of its layer's forward, as in
+    `F.linear(x, self.layer.weight)`.
 
     Args:
         decay: λ of all traces; None is that of the neurons.

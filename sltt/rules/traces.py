@@ -3,7 +3,8 @@
 A layer W reads x[t] and feeds neurons of decay λ. With the reset a constant, ∂u[t]/∂W = Σ_{k≤t} λ^{t−k} x[k] for every
 neuron that it feeds. So the weights' gradient of step t is that of the step alone, with the trace
 x̂[t] = λ x̂[t−1] + x[t] in place of x[t]. A bias reads the constant 1, also the bias of a normalisation. The weight of a
-normalisation has no trace, which would take one number more for each neuron.
+normalisation has no trace, which would take one number more for each neuron. What stands between W and the neurons is
+taken as it is in step t: an estimate where it is not linear, or changes with time.
 
 Neurons whose input first charges a current of decay α have the trace of both: of x̃[t] = α x̃[t−1] + x[t] in place of
 x[t]. Their step's gradient has the gain of the current already.
@@ -26,7 +27,7 @@ from sltt.neurons import CubaLIF, IntegrateAndFire, Neuron, Recurrent
 from sltt.rules.traced_layers import FUNCTIONS, NORMALISATIONS, Scaled, Traced, settings_of
 from sltt.sequence.replace import replaced
 from sltt.sequence.spikes import spiking_layers
-from sltt.sequence.state import kind_of, map_tensors
+from sltt.sequence.state import Kind, kind_of, map_tensors
 
 Decay = float | Tensor
 Decays = tuple[Decay, float]  # λ of the membrane potential, α of a synaptic current, or 0
@@ -104,14 +105,13 @@ def _decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[],
     if decay is not None:
         return lambda: (decay, 0.0)
     kind = kind_of(type(neuron))
-    try:
-        ours = neuron if isinstance(neuron, Neuron) or not kind or not kind.translate else kind.translate(neuron)
-    except ValueError:  # it has another reset, say
-        ours = neuron
-    if not isinstance(ours, Neuron) or not hasattr(ours, "decay"):
+    ours = _ours(neuron, kind)
+    theirs = kind.decay if kind and kind.decay and not isinstance(ours, Neuron) else None
+    known = theirs(neuron) is not None if theirs else isinstance(ours, Neuron) and hasattr(ours, "decay")
+    if not known:
         raise ValueError(
-            f"the λ of {name} ({type(neuron).__name__}) is not known, and traces need it: give the neuron an attribute "
-            "`decay` if its membrane potential has one, or set one λ for all traces, OTTT(decay=…)"
+            f"the λ of {name} ({type(neuron).__name__}) is not known, and traces need it: give a neuron of ours an "
+            "attribute `decay`, say it by sltt.register(…, decay=…), or set one λ for all traces, OTTT(decay=…)"
         )
     if (rest := getattr(ours, "v_reset", None)) is not None:
         raise ValueError(
@@ -121,12 +121,22 @@ def _decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[],
 
     @torch.no_grad()
     def current() -> Decays:
-        value: Any = ours.decay
+        value: Any = theirs(neuron) if theirs else ours.decay
         value = value() if callable(value) else value
         synaptic = ours.synaptic_decay() if isinstance(ours, CubaLIF) else 0.0
         return value.detach().mean() if isinstance(value, Tensor) else value, synaptic
 
     return current
+
+
+def _ours(neuron: nn.Module, kind: Kind | None) -> Any:
+    """The neuron of ours that equals a neuron; itself where none does."""
+    if isinstance(neuron, Neuron) or not kind or not kind.translate:
+        return neuron
+    try:
+        return kind.translate(neuron)
+    except ValueError:  # it has another reset, say
+        return neuron
 
 
 class _Read:
@@ -365,8 +375,11 @@ class _Operations(TorchFunctionMode):
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
             return func(x, weight, bias, *settings)
         if settings and settings[1] == "same":
-            sides: Any = self.layer._reversed_padding_repeated_twice
-            x, settings = F.pad(x, sides), (settings[0], 0, *settings[2:])
+            sides: Any = self.layer._reversed_padding_repeated_twice  # from the last axis on
+            padding: Any = sides[::2][::-1]
+            if sides[::2] != sides[1::2]:  # of an even kernel
+                x, padding = F.pad(x, sides), 0
+            settings = settings[0], padding, *settings[2:]
         trace = self.traces.read(self.layer, x if weight.requires_grad else None)
         if trace is None:
             return func(x, weight, bias, *settings)

@@ -83,6 +83,7 @@ class Kind:
     spikes: Callable[[Any], bool]
     check: Callable[[Any, int, bool], str | None]
     translate: Callable[[Any], nn.Module] | None
+    decay: Callable[[Any], float | Tensor | None] | None
 
 
 # Known without `register`: sltt.interop.<library> is imported when a network has a module of the library.
@@ -98,6 +99,7 @@ def register(
     spikes: bool | Callable[[Any], bool] = False,
     check: Callable[[Any, int, bool], str | None] | None = None,
     translate: Callable[[Any], nn.Module] | None = None,
+    decay: Callable[[Any], float | Tensor | None] | None = None,
 ) -> None:
     """Tell the rules how modules that are no `Stateful` keep their state between time steps.
 
@@ -114,6 +116,8 @@ def register(
             `kept` says that it is inside a `Stateful`, which may keep its state for it.
         translate: for `sltt.interop.convert`, gives the module of ours in place of the module, or raises
             `sltt.interop.ConversionError` with the reason.
+        decay: gives the λ of a module's membrane potential, for `OTTT`; or None where it has none, or where a spike
+            resets it to a value. Not asked where `translate` gives a module of ours, which knows its λ.
 
     Raises:
         ValueError: an argument of another type; the message names it.
@@ -122,14 +126,14 @@ def register(
         raise ValueError(f"kind must be a class of modules, got {kind!r}")
     if not callable(states) and (isinstance(states, str) or not all(isinstance(name, str) for name in states)):
         raise ValueError(f"states must be names of attributes, such as ['v'], or a function, got {states!r}")
-    for name, value in (("reset", reset), ("check", check), ("translate", translate)):
+    for name, value in (("reset", reset), ("check", check), ("translate", translate), ("decay", decay)):
         if value is not None:
             function(name, value, "the module")
     if not callable(spikes):
         flag("spikes", spikes, "or a function of the module")
     names = states if callable(states) else lambda _, names=tuple(states): names
     emits = spikes if callable(spikes) else lambda _: spikes
-    _kinds[kind] = Kind(names, reset, emits, check or (lambda *_: None), translate)
+    _kinds[kind] = Kind(names, reset, emits, check or (lambda *_: None), translate, decay)
     kind_of.cache_clear()
 
 

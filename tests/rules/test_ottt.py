@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -131,17 +132,27 @@ def test_a_trace_adds_up_in_float32(dtype, largest):
     assert gradients[-1] / gradients[0] == pytest.approx(1 + 99 / largest, rel=0.01)
 
 
-@pytest.mark.parametrize("convolutions", [1, 4])
-def test_memory_is_one_number_for_each_input_of_a_weight_layer_and_does_not_grow_with_time(convolutions):
-    layers = [nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), sltt.LIF()]
+@pytest.mark.parametrize(
+    ("convolutions", "padding", "neuron", "per_input", "per_neuron"),
+    [
+        (1, 1, sltt.LIF, 1, 0),
+        (4, 1, sltt.LIF, 1, 0),
+        (4, "same", sltt.LIF, 1, 0),
+        (4, 1, sltt.CubaLIF, 2, 0),
+        (4, 1, sltt.PLIF, 1, 2),
+    ],
+)
+def test_memory_does_not_grow_with_time(convolutions, padding, neuron, per_input, per_neuron):
+    layers = [nn.Conv2d(1, 32, 3, padding=padding), nn.BatchNorm2d(32), neuron()]
     for _ in range(convolutions - 1):
-        layers += [nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), sltt.LIF()]
+        layers += [nn.Conv2d(32, 32, 3, padding=padding), nn.BatchNorm2d(32), neuron()]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 64, 2)).to(memory_format=torch.channels_last)
     x, y = torch.randn(16, 1, 8, 8), torch.randint(2, (16,))
     short, plain = (measured(rule, model, x, y, steps=4) for rule in (sltt.OTTT(), sltt.SLTT()))
     logits = 4 * 16 * 2
     assert measured(sltt.OTTT(), model, x, y, steps=256) <= 1.01 * short + 252 * logits
-    assert short - plain <= 4 * (x.numel() + convolutions * 16 * 32 * 64)
+    inputs, neurons = x.numel() + convolutions * 16 * 32 * 64, convolutions * 16 * 32 * 64
+    assert short - plain <= 4 * (per_input * inputs + per_neuron * neurons)
 
 
 @pytest.mark.skipif(native.problem() is not None, reason="sparse layers need a C++ compiler")
@@ -338,6 +349,27 @@ def test_neurons_of_another_library():
     x, y = batch()
     found, expected = (gradients(m, sltt.OTTT(), 2 * x, y)[0] for m in (theirs, model))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("library", ["snntorch", "sinabs"])
+def test_neurons_of_another_library_whose_reset_ours_have_not(library):
+    module = pytest.importorskip("sinabs.layers" if library == "sinabs" else library)
+
+    def neuron(reset):
+        if library == "snntorch":
+            return module.Leaky(beta=0.8, init_hidden=True, reset_mechanism=reset)
+        return module.LIFSqueeze(tau_mem=-1 / math.log(0.8), num_timesteps=1)  # a spike may count several times
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), neuron("subtract"), nn.Linear(8, 3))
+    model[0].weight.data.mul_(3)
+    x, y = (t.float() if t.is_floating_point() else t for t in batch(steps=5))
+    found, expected = (gradients(model, rule, x, y)[0] for rule in (sltt.OTTT(), sltt.OTTT(0.8)))
+    torch.testing.assert_close(found, expected)
+    if library == "snntorch":  # whose resets have no gradient
+        torch.testing.assert_close(found, gradients(model, sltt.BPTT(), x, y)[0])
+        with pytest.raises(ValueError, match=r"1 \(Leaky\) resets to v_reset = 0"):
+            sltt.OTTT()(nn.Sequential(nn.Linear(6, 8), neuron("zero"), nn.Linear(8, 3)), x, y, LOSS)
 
 
 class Scale(nn.Module):

@@ -104,7 +104,8 @@ NETWORKS = {
     "dilated": lambda: convolutional(dilation=2, padding=2),
     "circular": lambda: convolutional(padding_mode="circular"),
     "reflected": lambda: convolutional(padding_mode="reflect"),
-    "same": lambda: convolutional(size=4, padding="same"),
+    "same": lambda: convolutional(size=(3, 5), padding="same"),
+    "same, of an even kernel": lambda: convolutional(size=4, padding="same"),
     "valid": lambda: convolutional(padding="valid"),
     "normalised": lambda: (
         nn.Sequential(
@@ -146,6 +147,18 @@ def test_ottt_is_bptt_for_one_layer_of_neurons(neuron, static):
     x, steps = (3 * x[0], {"steps": 12}) if static else (3 * x, {})
     found, expected = (gradients(model, rule, x, y, **steps)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("between", "exact"), [(nn.AvgPool1d(2), True), (nn.MaxPool1d(2), False), (nn.ReLU(), False)])
+def test_what_stands_between_weights_and_neurons_is_exact_where_it_is_linear(between, exact):
+    model = nn.Sequential(
+        nn.Linear(6, 16), between, sltt.LIF(tau=4.0, detach_reset=True), nn.Flatten(), nn.LazyLinear(3)
+    )
+    model = model.double()
+    x, y = batch(steps=12)
+    model(3 * x[0])
+    found, expected = (gradients(model, rule, 3 * x, y)[0][:112] for rule in (sltt.OTTT(), sltt.BPTT()))
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12) == exact
 
 
 @pytest.mark.parametrize(
