@@ -72,6 +72,12 @@ def case(found: Row, rule: str, reached: dict[str, list[float]]) -> Case:
     return Case(f"{rule}()", found["worst_cosine"][f"{rule}()"], trial, lost, noise_of(other, exact))
 
 
+def advised(row: dict[str, Any]) -> dict[str, Any]:
+    """What an agreement with a trial advises, and on which figures."""
+    worst = {a["rule"]: a["least"] for a in row["agreement"]}
+    return {"advice": row["rule"], "trial": row["trial"], "worst_cosine": worst, "memory": row["memory"]}
+
+
 def fields(results: Path) -> dict[tuple[int, float], tuple[str, Case]]:
     """The advice and SLTT in the fields of the map, by T and τ; one seed does not tell whether SLTT is enough."""
     advice, cells = (json.loads((results / "paper" / f"{name}.json").read_text()) for name in ("advice", "map"))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from advice_tables import advised
 from paper_map import FIGURE, draw
 from tables import DOCS, fill
 
@@ -204,12 +205,6 @@ def record_map(name: str, found: Any) -> None:
     cell = {"T": found["steps"], "tau": float(name.rpartition("tau")[2]), "rows": found["rows"]}
     record("map", MAP, name, cell)
     draw(FIGURE, RESULTS)
-
-
-def advised(row: dict[str, Any]) -> dict[str, Any]:
-    """What an agreement with a trial advises, and on which figures."""
-    worst = {a["rule"]: a["least"] for a in row["agreement"]}
-    return {"advice": row["rule"], "trial": row["trial"], "worst_cosine": worst, "memory": row["memory"]}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """All rules on all tasks that tell them apart: accuracy, memory, time and cosine, and the table of docs/results.md.
 
     python benchmarks/tasks.py [--tasks recall …] [--rules BPTT,SLTT,…] [--seeds 5] [--runs runs/tasks]
+    python benchmarks/tasks.py --advice [--tasks recall …]
 
 Each task is an `sltt compare` with one thread, kept in `runs/tasks`: the same command goes on where it stopped. What it
-measured replaces the rows of the same task and rule in docs/results/tasks.json. The table is made of that file.
+measured replaces the rows of the same task and rule in docs/results/tasks.json. The table is made of that file. With
+--advice, each is an `sltt agreement` with a trial, in docs/results/advice.json.
 """
 
 import argparse
@@ -12,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from advice_tables import advised
 from tables import DOCS, fill
 
 from sltt.commands import main as sltt
 
-ROWS = DOCS / "results" / "tasks.json"
+RESULTS = DOCS / "results"
 # the recipe, its options, and the layer of neurons whose gradient through time `Mixed` keeps
 TASKS = {
     "digits": ("features.2", ["digits", "--epochs", "6"]),
@@ -32,20 +35,29 @@ Rows = list[dict[str, Any]]
 
 def compare(task: str, rules: str, seeds: int, folder: Path) -> Rows:
     """Train the rules on a task, and what they reached."""
-    save = folder / task.replace(", ", "-").replace(": ", "-")
-    layer, recipe = TASKS[task]
-    rules = rules.replace("Mixed", f"Mixed:windows={{{layer}: all}}")
-    options = ["--rules", rules, "--seeds", str(seeds), "--device", "cpu", "--save", str(save)]
-    if code := sltt(["compare", *recipe, *options]):
-        raise SystemExit(code)
+    rules = rules.replace("Mixed", f"Mixed:windows={{{TASKS[task][0]}: all}}")
+    rows = run("compare", task, folder, "--rules", rules, "--seeds", str(seeds))
     kept = "rule", "accuracies", "seconds", "peak_memory", "cosine"
-    rows = json.loads((save / "compare.json").read_text())["rows"]
     return [{"task": task, **{key: row[key] for key in kept}} for row in rows]
+
+
+def advise(task: str, folder: Path) -> Rows:
+    """What `sltt agreement` says about a task after an epoch of training, and after short trainings."""
+    (row,) = run("agreement", task, folder, "--at-epochs", "1", "--trial", "4")
+    return [{"task": task, **advised(row)}]
+
+
+def run(command: str, task: str, folder: Path, *options: str) -> Rows:
+    """The rows that a command saves."""
+    save = folder / task.replace(", ", "-").replace(": ", "-")
+    if code := sltt([command, *TASKS[task][1], *options, "--device", "cpu", "--save", str(save)]):
+        raise SystemExit(code)
+    return json.loads((save / f"{command}.json").read_text())["rows"]
 
 
 def merged(rows: Rows, new: Rows) -> Rows:
     """The rows with the new ones in place of those of the same task and rule, in the order of the tasks."""
-    found = {(row["task"], row["rule"]): row for row in [*rows, *new]}
+    found = {(row["task"], row.get("rule")): row for row in [*rows, *new]}
     return sorted(found.values(), key=lambda row: list(TASKS).index(row["task"]))
 
 
@@ -55,12 +67,17 @@ def main() -> None:
     parser.add_argument("--rules", default=RULES)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/tasks"))
+    parser.add_argument("--advice", action="store_true", help="ask for advice instead of training all rules")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    path = RESULTS / ("advice.json" if options.advice else "tasks.json")
     for task in options.tasks:
-        new = compare(task, options.rules, options.seeds, options.runs)
-        rows = merged(json.loads(ROWS.read_text()) if ROWS.exists() else [], new)
-        ROWS.write_text(json.dumps(rows, indent=1) + "\n")
+        if options.advice:
+            new = advise(task, options.runs)
+        else:
+            new = compare(task, options.rules, options.seeds, options.runs)
+        rows = merged(json.loads(path.read_text()) if path.exists() else [], new)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
         fill()
 
 

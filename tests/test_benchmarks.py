@@ -250,7 +250,7 @@ def test_a_table_is_made_for_each_setting_of_a_file(run, tmp_path):
 
 def test_the_table_of_tasks_is_that_of_its_results(tmp_path):
     tasks = load("tasks")
-    rows = json.loads(tasks.ROWS.read_text())
+    rows = json.loads((tasks.RESULTS / "tasks.json").read_text())
     new = {**rows[-1], "accuracies": [0.5, 0.7]}
     assert tasks.merged(rows, [new]) == [*rows[:-1], new]
     (tmp_path / "tasks.json").write_text(json.dumps([new]))

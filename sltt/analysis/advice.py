@@ -89,8 +89,9 @@ def advice(
 
 
 def _drops(one: Agreement, name: str = "It") -> str:
-    """What a rule leaves out of the gradient."""
-    return f"{name} drops {one.dropped:.0%} of the gradient (cosine {one.cosine:.3f}, at its worst {one.least:.3f})."
+    """How far a rule's gradient is from BPTT's."""
+    cosines = f"cosine {one.cosine:.3f}; without resets {one.least:.3f} or more in every layer"
+    return f"{name} drops {one.dropped:.0%} of the gradient ({cosines})."
 
 
 def _costs(rule: str, memory: Mapping[str, int]) -> list[str]:

@@ -15,8 +15,7 @@ from sltt.commands.prepared import prepared
 from sltt.commands.results import give
 from sltt.commands.trial import build, contestants, run_trial, train
 from sltt.metrics import name_of
-from sltt.rules import BPTT
-from sltt.training.console import Console, megabytes
+from sltt.training.console import Console
 from sltt.training.session import session
 from sltt.training.settings import Execution
 
@@ -95,17 +94,20 @@ def measure_agreement(
                 arguments = ready.model, *ready.batch(samples), ready.loss
                 rules = cheaper(ready.model, T)
                 found = agreement(*arguments, rules, steps=ready.repeat, dtype=dtype)
+                proposal = propose(*arguments, found, steps=ready.repeat, dtype=dtype)
+                memory = batch_memory(*arguments, steps=ready.repeat)
+                rivals = sorted(contestants(rules, found, proposal), key=memory)
                 if trial and (tau, T) not in trials:
                     settings = {"tau": tau, "steps": T, "epochs": trial, "seeds": seeds, "report": report}
-                    trials[tau, T] = run_trial(here, recipe, own.data, contestants(rules, found), **settings)
-                rule = chosen(found, tried := trials.get((tau, T)))
-                saves = rule in ("SLTT()", "OTTT()")  # memory enough
-                proposal = None if saves else propose(*arguments, found, steps=ready.repeat, dtype=dtype)
-                memory = batch_memory(*arguments, steps=ready.repeat)
-                costs = {repr(r): memory(r) for r in [*rules, BPTT()] if repr(r) in (rule, "SLTT()", "BPTT()")}
-            said = advice(found, tried, costs, epochs=epochs)
+                    trials[tau, T] = run_trial(here, recipe, own.data, rivals, **settings)
+                found += [proposal.agreement] if proposal else []
+                compared = {a.rule: a for a in found}
+                ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
+                rule = chosen(ranked, tried := trials.get((tau, T)))
+                costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
             row = {"tau": tau, "steps": T, "epochs": epochs, "agreement": found, "trial": tried, "memory": costs}
-            row |= {"rule": rule, "proposal": proposal, "advice": said if saves else f"{said} {_mixed(proposal)}"}
+            said = f"{advice(ranked, tried, costs, epochs=epochs)}{_of_mixed(rule, proposal)}"
+            row |= {"rule": rule, "proposal": proposal, "advice": said}
             rows.append(row)
     return rows
 
@@ -114,7 +116,7 @@ def print_agreement(rows: Sequence[dict[str, Any]], report: Console) -> None:
     """A table of all rows, one of the layers of the last, and the advice for each."""
     table = Table(box=None, pad_edge=False)
     for heading in ("τ", "T", "epochs", "rule", "cosine", "worst", "norm / BPTT", "dropped"):
-        table.add_column(heading, justify="left" if heading == "rule" else "right")
+        table.add_column(heading, justify="left" if heading == "rule" else "right", overflow="fold")
     for row in rows:
         for a in row["agreement"]:
             tau = "recipe's" if row["tau"] is None else f"{row['tau']:g}"
@@ -156,9 +158,10 @@ def _proposal_json(proposal: Proposal) -> dict[str, Any]:
     return {**vars(proposal), "agreement": vars(proposal.agreement), "options": mixed_options(proposal.windows)}
 
 
-def _mixed(proposal: Proposal | None) -> str:
-    """The `Mixed` that takes less memory, if there is one."""
-    if proposal is None:
-        return f"No Mixed with a cosine of {AGREES} takes {1 - SAVES:.0%} less memory."
-    options, cosine = mixed_options(proposal.windows), proposal.agreement.cosine
-    return f"Or {options} (cosine {cosine:.3f}), which takes {megabytes(proposal.memory)} for this batch."
+def _of_mixed(rule: str, proposal: Proposal | None) -> str:
+    """How to say a `Mixed` that is advised, or that there is none in place of a rule of more memory."""
+    if proposal and proposal.agreement.rule == rule:
+        return f" On the command line: {mixed_options(proposal.windows)}"
+    if proposal or rule in ("SLTT()", "OTTT()"):  # memory enough
+        return ""
+    return f" No Mixed with a cosine of {AGREES} takes {1 - SAVES:.0%} less memory."

@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from sltt.analysis.advice import Trial
-from sltt.analysis.agreement import AGREES, Agreement
+from sltt.analysis.agreement import AGREES, Agreement, Proposal
 from sltt.commands.parsing import Recipe
 from sltt.data import Data
 from sltt.neurons import LIF
-from sltt.rules import BPTT, TBPTT, Rule
+from sltt.rules import BPTT, TBPTT, Mixed, Rule
 from sltt.training.checkpoints import start_from
 from sltt.training.console import Console
 from sltt.training.evaluation import measure_split, measured_with
@@ -46,10 +46,11 @@ def train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, report
         return start_run(here, built.model, built.data, Training.of(settings), f"{folder}/run", report=report)
 
 
-def contestants(rules: Sequence[Rule], found: Sequence[Agreement]) -> list[Rule]:
-    """What a trial trains: SLTT, OTTT where it knows the network, a window if gradients advise one, and BPTT."""
+def contestants(rules: Sequence[Rule], found: Sequence[Agreement], proposal: Proposal | None) -> list[Rule]:
+    """What is advised or tried: SLTT, OTTT where it knows the network, a window and a `Mixed` that agree, and BPTT."""
     agrees = next((r for r, a in zip(rules, found, strict=True) if a.least >= AGREES), None)
-    return [*(r for r in rules if not isinstance(r, TBPTT) or r is agrees), BPTT()]
+    mixed = [Mixed(proposal.windows)] if proposal else []
+    return [*(r for r in rules if not isinstance(r, TBPTT) or r is agrees), *mixed, BPTT()]
 
 
 def run_trial(

@@ -215,16 +215,30 @@ def test_the_command_proposes_it_and_the_report_reads_it(capsys, tmp_path):
     words = ["agreement", "recall", "--model", "tests.analysis.test_agreement.Remembers", "--data.channels", "20"]
     words += ["--data.samples", "500", "--samples", "64"]
     assert main([*words, "--device", "cpu", "--float64", "--save", str(tmp_path)]) == 0
-    line = capsys.readouterr().out.splitlines()[-2]
+    lines = capsys.readouterr().out.splitlines()
     (row,) = json.loads((tmp_path / "agreement.json").read_text())["rows"]
     proposal = row["proposal"]
-    assert line.endswith(row["advice"])
+    assert lines[-2].endswith(row["advice"])
     assert list(proposal["windows"]) == ["net.1"]
-    assert f"Or {proposal['options']} (cosine {proposal['agreement']['cosine']:.3f}), which takes " in line
-    assert proposal["agreement"]["cosine"] >= AGREES
+    mixed = row["agreement"][-1]
+    assert mixed == proposal["agreement"]
+    assert mixed["least"] >= AGREES
+    assert row["rule"] == mixed["rule"] == "Mixed(windows={'net.1': 'all'})"
+    assert row["advice"].startswith(f"Take {mixed['rule']}. It drops {mixed['dropped']:.0%} of the gradient (cosine ")
+    assert row["advice"].endswith(f" On the command line: {proposal['options']}")
     assert proposal["memory"] < proposal["others"]["BPTT()"]
     _, section = sections(gather([tmp_path]))
     assert row["advice"] in section.text[0]
+
+
+def test_a_trial_trains_the_proposal_in_the_order_of_memory(capsys):
+    words = ["agreement", "recall", "--model", "tests.analysis.test_agreement.Remembers", "--data.channels", "20"]
+    words += ["--data.samples", "500", "--samples", "64", "--trial", "1", "--seeds", "1", "--device", "cpu", "--json"]
+    assert main(words) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    rules = list(row["trial"]["losses"])
+    assert rules == ["SLTT()", row["proposal"]["agreement"]["rule"], "BPTT()"]
+    assert row["memory"]["SLTT()"] < row["proposal"]["memory"] < row["memory"]["BPTT()"]
 
 
 def test_ottt_is_measured_where_it_knows_the_network():
