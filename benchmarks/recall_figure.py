@@ -29,12 +29,15 @@ import sltt
 from sltt.training.console import Console
 
 DOCS = Path(__file__).parents[1] / "docs"
-RULES = {
-    "BPTT": sltt.BPTT(),
-    "TBPTT(8)": sltt.TBPTT(window=8),
-    "OTTT": sltt.OTTT(),
-    "SLTT": sltt.SLTT(),
-    "SLTT-1": sltt.SLTT(k=1),
+# the rule, its marker and its colour
+RULES: dict[str, tuple[sltt.Rule, str, str]] = {
+    "BPTT": (sltt.BPTT(), "o", "#9aa0a6"),
+    "TBPTT(8)": (sltt.TBPTT(window=8), "s", "#c2703d"),
+    "OTTT": (sltt.OTTT(), "D", "#3c8d5a"),
+    "OTTT(inputs=False)": (sltt.OTTT(inputs=False), "d", "#9fce9f"),
+    "RateBased": (sltt.RateBased(), "P", "#8c6bb1"),
+    "SLTT": (sltt.SLTT(), "^", "#2f6f9f"),
+    "SLTT-1": (sltt.SLTT(k=1), "v", "#7fb2d6"),
 }
 CLASSES, LEFT = 4, 0.7
 
@@ -50,7 +53,7 @@ def train(name: str, steps: int, seed: int, epochs: int, samples: int) -> dict[s
     optimizer = partial(torch.optim.AdamW, lr=0.005 * steps / 16, weight_decay=0.0)
     with tempfile.TemporaryDirectory() as folder:
         found = sltt.fit(
-            model, data, RULES[name], loss, optimizer, steps=steps, epochs=epochs, batch_size=128, seed=seed,
+            model, data, RULES[name][0], loss, optimizer, steps=steps, epochs=epochs, batch_size=128, seed=seed,
             device="cpu", run=Path(folder) / "run", report=Console(quiet=True),
         )  # fmt: skip
     accuracy = sltt.evaluate(model, data, "test", loss=loss, steps=steps, device="cpu").accuracy
@@ -71,9 +74,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         layout="constrained",
     )
     for axis, steps in zip(axes[0], all_steps, strict=True):
-        for name, marker, colour in zip(
-            RULES, "osD^v", ("#9aa0a6", "#c2703d", "#3c8d5a", "#2f6f9f", "#7fb2d6"), strict=True
-        ):
+        for name, (_, marker, colour) in RULES.items():
             mine = [row for row in rows if (row["rule"], row["steps"]) == (name, steps)]
             if not mine:
                 continue
@@ -93,7 +94,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes[0, 0].set_ylabel("test accuracy, %")
     axes[0, 0].text(0.02, 100 / CLASSES, "chance", transform=axes[0, 0].get_yaxis_transform(), va="bottom", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(RULES), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=(len(RULES) + 1) // 2, frameon=False)
     figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)
 

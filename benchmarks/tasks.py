@@ -1,11 +1,13 @@
 """All rules on all tasks that tell them apart: accuracy, memory, time and cosine, and the table of docs/results.md.
 
     python benchmarks/tasks.py [--tasks recall …] [--rules BPTT,SLTT,…] [--seeds 5] [--runs runs/tasks]
+    python benchmarks/tasks.py --seconds [--tasks recall …]
     python benchmarks/tasks.py --advice [--tasks recall …]
 
 Each task is an `sltt compare` with one thread, kept in `runs/tasks`: the same command goes on where it stopped. What it
-measured replaces the rows of the same task and rule in docs/results/tasks.json. The table is made of that file. With
---advice, each is an `sltt agreement` with a trial, in docs/results/advice.json.
+measured replaces the rows of the same task and rule in docs/results/tasks.json. The table is made of that file. Several
+may run at a time; --seconds then measures the time of all rows again, of three epochs, with nothing beside it. With
+--advice, each task is an `sltt agreement` with a trial, in docs/results/advice.json.
 """
 
 import argparse
@@ -41,6 +43,15 @@ def compare(task: str, rules: str, seeds: int, folder: Path) -> Rows:
     return [{"task": task, **{key: row[key] for key in kept}} for row in rows]
 
 
+def timed(task: str, rows: Rows, folder: Path) -> Rows:
+    """The rows of a task with the seconds of an epoch measured again."""
+    of_task = [row for row in rows if row["task"] == task]
+    rules = ",".join(row["rule"] for row in of_task)
+    found = run("compare", task, folder / "seconds", "--rules", rules, "--seeds", "1", "--epochs", "3")
+    seconds = {row["rule"]: row["seconds"] for row in found}
+    return [{**row, "seconds": seconds[row["rule"]]} for row in of_task]
+
+
 def advise(task: str, folder: Path) -> Rows:
     """What `sltt agreement` says about a task after an epoch of training, and after short trainings."""
     (row,) = run("agreement", task, folder, "--at-epochs", "1", "--trial", "4")
@@ -67,17 +78,20 @@ def main() -> None:
     parser.add_argument("--rules", default=RULES)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/tasks"))
+    parser.add_argument("--seconds", action="store_true", help="measure the time of the recorded rows again")
     parser.add_argument("--advice", action="store_true", help="ask for advice instead of training all rules")
     options = parser.parse_args()
     torch.set_num_threads(1)
     path = RESULTS / ("advice.json" if options.advice else "tasks.json")
     for task in options.tasks:
+        rows = json.loads(path.read_text()) if path.exists() else []
         if options.advice:
             new = advise(task, options.runs)
+        elif options.seconds:
+            new = timed(task, rows, options.runs)
         else:
             new = compare(task, options.rules, options.seeds, options.runs)
-        rows = merged(json.loads(path.read_text()) if path.exists() else [], new)
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        path.write_text(json.dumps(merged(rows, new), indent=1) + "\n")
         fill()
 
 
