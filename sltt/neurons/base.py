@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sltt._torch import _are_functorch_transforms_active
@@ -64,6 +64,12 @@ class Neuron(Stateful):
     half_state: bool = False
     spikes = True
     foldable = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        names = () if isinstance(cls.states, str) else cls.states  # which is refused later
+        if taken := [n for n in names if n == "step" or hasattr(Neuron, n) or hasattr(nn.Identity(), n)]:
+            raise ValueError(f"{cls.__name__} has a state {taken[0]!r}, which modules have already: take another name")
 
     @showing
     def forward(self, x: Tensor) -> Tensor:

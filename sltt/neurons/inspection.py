@@ -5,11 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sltt._torch import TorchDispatchMode
 from sltt.kernels import CustomStep
 
 SHAPE = (4, 3, 5)  # samples, channels, positions
+_DECIDES = (
+    "decides by the value of a tensor (an if, bool(), .item(), .tolist(), .numpy() or v[v > 1])",
+    "use torch.where",
+)
+_READ = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__}
 
 
 @functools.lru_cache(maxsize=256)
@@ -57,7 +63,30 @@ def emits_bits(kind: type, step: CustomStep) -> bool:
                 "mixes neurons: an input of one changes the result of another",
                 "compute elementwise, and mix in a layer before the neurons",
             )
+        x, *states = inputs
+        for shape in _SHAPES[step.by_channel]:
+            if not _same(results, _in_shape(kind, step, shape, (x, states, parameters))):
+                raise problem(*_BY_SHAPE)
     return type(results[0].grad_fn).__name__ == "_SpikeBackward"
+
+
+# What a kernel makes of SHAPE: one dimension where no parameter has a value for each channel; and other inputs.
+_SHAPES = {False: ((60,), (12, 5), (2, 2, 3, 5)), True: ((4, 3, 5, 1),)}
+_BY_SHAPE = (
+    "gives other results for the same numbers in another shape",
+    "compute elementwise, without the shape or the number of dimensions of x",
+)
+
+
+def _in_shape(kind: type, step: CustomStep, shape: tuple[int, ...], arguments: Any) -> list[Tensor]:
+    """The function's results where its arguments have another shape."""
+    x, states, parameters = arguments
+    channels = [p.view(-1, *[1] * (len(shape) - 2)) if p.ndim else p for p in parameters]
+    try:
+        results = step(x.view(shape), [v.view(shape) for v in states], channels)
+        return [t.reshape(x.shape) for t in results]
+    except Exception as error:
+        raise _problem(kind, *_BY_SHAPE) from error
 
 
 def _watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Tensor, ...]:
@@ -66,7 +95,7 @@ def _watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Tensor
     x, *others = leaves
     watch, results = _Watch(leaves), ()
     try:
-        with watch:
+        with watch, _Readers(watch):
             results = step(x, others[: step.states], others[step.states :])
     except Exception as error:
         if watch.found is None:
@@ -104,7 +133,7 @@ class _Watch(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             return f"draws random numbers ({func})", "draw them in a layer before the neurons"
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
-            return "decides by the value of a tensor (an if, bool(), .item() or v[v > 1])", "use torch.where"
+            return _DECIDES
         if func._schema.is_mutable and storages and storages[0] in self._inputs:
             return f"changes an argument in place ({func})", "write u = v + x for v += x"
         if func is not torch.ops.aten.lift_fresh.default and not self._known.issuperset(storages):
@@ -113,6 +142,19 @@ class _Watch(TorchDispatchMode):
                 "make it an attribute of the neuron and a keyword argument of step",
             )
         return None
+
+
+class _Readers(TorchFunctionMode):
+    """Tells a watch of what reads memory without an operation."""
+
+    def __init__(self, watch: _Watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READ:
+            self.watch.found = self.watch.found or _DECIDES
+        return func(*args, **(kwargs or {}))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -158,7 +158,9 @@ def test_agreement_advises_traces(seed, batches):
 def test_the_recipe_at_the_command_line(capsys):
     assert main(["agreement", "recall", "--data.samples", "500", "--device", "cpu"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert "Take OTTT(). It drops 0% of the gradient (cosine 1.000; without resets 1.000 or more in every layer). " in line
+    assert (
+        "Take OTTT(). It drops 0% of the gradient (cosine 1.000; without resets 1.000 or more in every layer). " in line
+    )
     assert " SLTT() drops " in line
     assert line.endswith("this rests on one batch of an untrained network. --trial 4 compares short trainings.")
     assert main(["agreement", "recall", "--steps", "8"]) == 1

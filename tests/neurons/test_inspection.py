@@ -40,6 +40,11 @@ BAD = {
     "draws random numbers": lambda x, v: (FIRE(v + x - torch.rand_like(x)), v),
     "decides by the value of a tensor.*torch.where": branches,
     r"decides by the value of a tensor.*v\[v > 1\]": lambda x, v: (FIRE(v + x - 1), v - v[v > 1].sum()),
+    r"decides by the value of a tensor.*tolist": lambda x, v: (FIRE(v + x - max(x.flatten().tolist())), v + x),
+    r"decides by the value of a tensor.*numpy": lambda x, v: (FIRE(v + x - float(x.detach().numpy().max())), v + x),
+    "gives other results for the same numbers in another": lambda x, v: (FIRE(v + x - 1.0 * (x.ndim == 4)), v + x),
+    "gives other results for the same .*shape": lambda x, v: (FIRE(v + x - torch.linspace(0, 2, x.shape[-1])), v + x),
+    "gives other results .*number of dimensions": lambda x, v: (FIRE(v + x - torch.ones(x.shape[1], 1)), v + x),
     "takes tau, and the neuron has none: set self.tau": lambda x, v, *, tau: (FIRE(tau * v + x - 1), v + x),
     "changes an argument in place": changes,
     "reads a tensor that is none of its arguments": lambda x, v: (FIRE(GAIN * v + x - 1), v + x),
@@ -72,6 +77,12 @@ def test_states_are_a_tuple_of_names():
 
     with pytest.raises(ValueError, match=r"Mine has states = 'mem': write a tuple of names, \('mem',\)"):
         Mine()(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("name", ["training", "spikes", "fold", "forward", "step"])
+def test_a_state_has_a_name_of_its_own(name):
+    with pytest.raises(ValueError, match=rf"Mine has a state '{name}', which modules have already"):
+        type("Mine", (sltt.Neuron,), {"states": (name,)})
 
 
 def test_an_error_in_the_function_says_where_it_was():
