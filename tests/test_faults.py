@@ -241,6 +241,48 @@ def test_a_state_that_no_rule_knows_is_named():
         sltt.SLTT(k=1, generator=generator)(model, *batch(), LOSS)
 
 
+class Buffered(nn.Module):
+    """Keeps its state in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("v", torch.zeros(1, 1, dtype=torch.float64))
+
+    def forward(self, x):
+        self.v = 0.5 * self.v.detach() + x
+        return torch.tanh(self.v)
+
+
+class Undeclared(sltt.LIF):
+    """Keeps more than the states that it names."""
+
+    detaches = True
+
+    def __init__(self):
+        super().__init__()
+        self.last = 0.0
+
+    def forward(self, x):
+        self.last = super().forward(x + 0.1 * self.last)
+        if self.detaches:
+            self.last = self.last.detach()
+        return self.last
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Buffered, "v"), (Undeclared, "last")])
+def test_a_state_that_is_in_a_buffer_or_not_declared_is_named(kind, name):
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), nn.Linear(6, 6), kind(), nn.Linear(6, 3)).double()
+    with pytest.warns(UserWarning, match=rf"3 \({kind.__name__}\) keeps a tensor of the batch in `.{name}` after the"):
+        sltt.SLTT()(model, *batch(), LOSS)
+
+
+def test_a_state_that_is_not_declared_and_not_detached_is_named():
+    model = nn.Sequential(nn.Linear(6, 6), Undeclared(), nn.Linear(6, 3)).double()
+    model[1].detaches = False
+    with pytest.raises(ValueError, match=r"1 \(Undeclared\) keeps a tensor in `.last` .*: add it to Undeclared.states"):
+        sltt.SLTT()(model, *batch(), LOSS)
+
+
 class Table(nn.Module):
     def __init__(self):
         super().__init__()

@@ -71,8 +71,8 @@ class _Step(nn.Module):
         ]
         if unknown:
             raise ValueError(
-                f"ONNX export knows the states of sltt's neurons, not of {', '.join(unknown)}; sltt.interop.convert "
-                "makes ours of many"
+                f"ONNX export knows the states of every sltt.Neuron, not of {', '.join(unknown)}; of many neurons of "
+                "other libraries sltt.interop.convert makes ours"
             )
         layers = {name: m for name, m in model.named_modules() if isinstance(m, Neuron | Recurrent)}
         self.places = [(m, state) for m in layers.values() for state in m.states]

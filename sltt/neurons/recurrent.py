@@ -66,8 +66,9 @@ class Recurrent(Stateful):
             if self.s is not None:
                 raise
             back, got = None, error
-        if back is None or back.shape != x.shape:
-            does = "cannot read them" if back is None else f"gives {list(back.shape)}"
+        if not isinstance(back, Tensor) or back.shape != x.shape:
+            gives = list(back.shape) if isinstance(back, Tensor) else type(back).__name__
+            does = "cannot read them" if back is None else f"gives {gives}"
             raise ValueError(
                 f"the recurrent layer {self.layer} gets spikes {list(x.shape)} and {does}: expected a layer that keeps "
                 "the shape, such as nn.Linear(n, n) or nn.Conv2d(c, c, 3, padding=1)"

@@ -225,8 +225,10 @@ class Rule(Frozen, ABC):
             raise ValueError("a rule makes gradients, and torch.no_grad() is in force; to predict, use sltt.unroll")
         if isinstance(loss, SequenceLoss) and not isinstance(loss, self.sequence_losses):
             kind = type(loss).__name__
+            known = ", ".join(one.__name__ for one in self.sequence_losses)
+            takes = f"trains losses of one step and {known}" if known else "backpropagates a sum over time steps"
             raise ValueError(
-                f"{self} backpropagates a sum over time steps, and {kind} is no sum: use BPTT(), or the nearest sum, "
+                f"{self} {takes}, and not {kind}: use BPTT(), or the nearest sum, "
                 + (f"PerStep(MSELoss()) for {kind}" if loss.per_step else f"the loss inside {kind} by itself")
             )
         if self.online and update is None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sltt.sequence.hooks import hooked
-from sltt.sequence.state import emits_spikes, kind_of, map_tensors, reset
+from sltt.sequence.state import Stateful, emits_spikes, kind_of, map_tensors, reset, state_names
 from sltt.sequence.steps import Sequence
 
+_WRAPPER = "_forward_module."
 _NO_GRADIENT = "does not require grad and does not have a grad_fn"
 _SECOND_TIME = "backward through the graph a second time"
 _IN_PLACE = ("modified by an inplace operation", "changed by an in-place operation")
@@ -35,10 +36,15 @@ def explained(model: nn.Module, sequence: Sequence) -> Iterator[None]:
         if _SECOND_TIME in str(error) and found:
             name, module, attribute, _ = found[0]
             kind = type(module).__name__
+            remedy = (
+                f"add it to {kind}.states"
+                if isinstance(module, Stateful)
+                else f"make it a sltt.Stateful with states = ('{attribute}',), or call "
+                f"sltt.register({kind}, states=['{attribute}'])"
+            )
             raise ValueError(
                 f"{name or 'the model'} ({kind}) keeps a tensor in `.{attribute}` from step to step, which no rule "
-                f"knows of: make it a sltt.Stateful with states = ('{attribute}',), or call "
-                f"sltt.register({kind}, states=['{attribute}'])"
+                f"knows of: {remedy}"
             ) from error
         if _NO_GRADIENT in str(error):
             frozen = not any(p.requires_grad for p in model.parameters())
@@ -55,6 +61,8 @@ def explained(model: nn.Module, sequence: Sequence) -> Iterator[None]:
                 f"the input {shape} was taken as T = {shape[0]} time steps of {shape[1]} samples; "
                 "for a static input [B, ...] say steps=T"
             )
+        if isinstance(error, ValueError) and _WRAPPER in str(error):  # which Fabric puts before the names of modules
+            raise ValueError(str(error).replace(_WRAPPER, "")) from error
         raise
 
 
@@ -66,23 +74,34 @@ def leftovers_noticed(model: nn.Module, batch: int) -> Iterator[None]:
     for name, module, attribute, value in _plain_tensors(model):
         if value.ndim > 1 and len(value) == batch and id(value) not in before:
             kind = type(module).__name__
+            remedy = (
+                f"add it to {kind}.states. If it is not: keep what you need of it outside of the module"
+                if isinstance(module, Stateful)
+                else f"say so: sltt.register({kind}, states=['{attribute}']). If it is not: sltt.register({kind}, "
+                "states=[])"
+            )
             warnings.warn(
                 f"{name or 'the model'} ({kind}) keeps a tensor of the batch in `.{attribute}` after the sequence. "
-                f"If it is a state, say so: sltt.register({kind}, states=['{attribute}']). If it is not: "
-                f"sltt.register({kind}, states=[])",
+                f"If it is a state, {remedy}",
                 stacklevel=6,
             )
 
 
 def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Tensors in plain attributes of modules, or in lists there: module's name, module, attribute's name, tensor."""
+    """Tensors in attributes and buffers of modules that no rule knows: module's name, module, attribute's name, tensor.
+
+    Tensors in lists there too. Of what keeps a state, those that are none of its states.
+    """
     for name, module in model.named_modules():
-        if kind_of(type(module)) is None and not type(module).__module__.startswith("torch."):
-            for key, value in vars(module).items():
-                tensors: list[Tensor] = []
-                if key not in ("_parameters", "_buffers"):
-                    map_tensors(tensors.append, value)
-                yield from ((name, module, key, tensor) for tensor in tensors)
+        library = type(module).__module__.partition(".")[0]
+        if library in ("torch", "sltt") or (kind_of(type(module)) and not isinstance(module, Stateful)):
+            continue
+        known = {"_parameters", "_buffers", *state_names(module)}
+        for key, value in (*vars(module).items(), *module._buffers.items()):
+            tensors: list[Tensor] = []
+            if key not in known:
+                map_tensors(tensors.append, value)
+            yield from ((name, module, key, tensor) for tensor in tensors)
 
 
 def _changed_in_place(model: nn.Module, sequence: Sequence) -> str | None:

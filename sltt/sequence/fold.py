@@ -5,7 +5,7 @@ samples alike takes as it is: convolutions, linear layers, pooling. What depends
 neurons run their recurrence, BatchNorm takes the statistics of each step by itself, so that the outputs and gradients
 are those of n calls. Fewer and larger operations, for the memory of n steps.
 
-A network that mixes the samples of a batch in another way (`x.mean(0)`) would mix time steps, and is not noticed.
+A network that mixes the samples of a batch in another way (`x.mean(0)`) would mix time steps; `fit` notices it.
 """
 
 from collections.abc import Iterable, Iterator
