@@ -1,5 +1,6 @@
 import copy
 import os
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests, and the processes that they start, run beside each other on two cores
 
@@ -9,6 +10,8 @@ from torch import nn
 
 import sltt
 
+# what forks a process with threads, reads /proc or runs bash
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="it needs Linux")
 LOSS = sltt.losses.CrossEntropyMSE()
 SURROGATES = [
     sltt.surrogates.Triangle(),

@@ -9,6 +9,7 @@ from sltt.commands import main
 from sltt.commands.failures import cause
 from sltt.commands.parsing import shipped_recipes
 from tests.commands.tiny import TINY, run
+from tests.conftest import LINUX
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_a_recipe_is_utf8_under_every_locale(here, capsys, monkeypatch):
         (["--data.validation", "1.5"], "validation must be at least 0 and less than 1"),
         (["--data", "sltt.data.CIFAR10"], "CIFAR-10 not found"),
         (["--data", "sltt.data.ImageFolder", "--data.root", "nowhere"], "no images found: looked in"),
-        (["--run", "/proc/nowhere/run"], "cannot make the run folder"),
+        pytest.param(["--run", "/proc/nowhere/run"], "cannot make the run folder", marks=LINUX),
     ],
 )
 def test_bad_input_gets_a_clear_error(here, capsys, words, message):

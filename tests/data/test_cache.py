@@ -9,6 +9,7 @@ import pytest
 
 import sltt
 from sltt.data.cache import CacheError, cached
+from tests.conftest import LINUX
 from tests.data.recordings import (
     events,
     nmnist,
@@ -28,6 +29,7 @@ def make_cache(folder, log):
     return cached(folder, {"a": 1}, [__file__] * 20, (2, 3), make, "test")
 
 
+@LINUX
 def test_two_processes_make_a_cache_once(tmp_path):
     log = tmp_path / "log"
     context = multiprocessing.get_context("fork")
@@ -44,6 +46,7 @@ def test_two_processes_make_a_cache_once(tmp_path):
     assert [int(array[0, 0]) for array in arrays] == list(range(20)) == mark["kept"]
 
 
+@LINUX
 def test_a_cache_that_was_killed_is_made_again(tmp_path):
     log = tmp_path / "log"
     process = multiprocessing.get_context("fork").Process(target=make_cache, args=(tmp_path, log))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sltt.kernels import bits, costs, native, sparse, winograd
 from sltt.kernels.bits import pack
+from tests.conftest import LINUX
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}  # of the largest value
 NATIVE = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
@@ -304,6 +305,7 @@ def fork_and(succeeds):
 
 @NATIVE
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@LINUX
 def test_two_processes_compile_at_once(cache, tmp_path, monkeypatch):
     """Both compilers are at work before either has written; neither process sees half a file of the other."""
     (tmp_path / "at work").mkdir()

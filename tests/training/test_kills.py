@@ -16,6 +16,7 @@ from torch import nn
 import sltt
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.runs import BEST, CONFIG, LAST
+from tests.conftest import LINUX
 from tests.training.blobs import Blobs, equal, train
 
 SETTINGS = {"epochs": 5}
@@ -89,6 +90,7 @@ def assert_same(run: Path, expected: dict) -> None:
     assert not list(run.glob(".*.part"))
 
 
+@LINUX
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     kill_at_random(tmp_path, 20)

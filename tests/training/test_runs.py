@@ -6,6 +6,7 @@ import pytest
 import sltt
 from sltt.training import files, runs
 from sltt.training.checkpoints import load_checkpoint
+from tests.conftest import LINUX
 from tests.training.blobs import equal, train, weights
 
 
@@ -64,6 +65,7 @@ class Meanwhile(sltt.SLTT):
         return super().run(*args)
 
 
+@LINUX
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
     train(tmp_path / "run", epochs=1)
     refused = []
