@@ -18,7 +18,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -
 .PHONY: demo test slow soak check docs notebooks package benchmark paper figures clean
 
 demo: .venv/installed
-	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --save runs/demo
+	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --seeds 3 --save runs/demo
 	$(BIN)/sltt profile digits --rules BPTT,SLTT,SLTT:k=1 --steps 1,4,16 --weights runs/demo/SLTT-seed0 --save runs/demo
 	$(BIN)/sltt agreement digits --taus 1.1,2,10 --save runs/demo
 	$(BIN)/sltt report runs/demo

@@ -1,17 +1,23 @@
-"""Metrics: how good predictions are, as a mean over samples. A training selects its best epoch by one."""
+"""Metrics: how good predictions are. A training selects its best epoch by one.
+
+A metric is a mean over samples, or an object with `update`, `compute` and `reset`, as those of torchmetrics are.
+"""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from sltt.checks import number
+from sltt.checks import function, number
 
 
 class Metric(ABC):
     """Base class of metrics: how good predictions are, as a mean over samples. In Python any such callable works too.
+
+    So does an object with `update(prediction, target)`, `compute()` and `reset()`. Its score is of all samples at once.
 
     Attributes:
         higher_is_better: False for an error.
@@ -86,15 +92,30 @@ def _check_shape(metric: Metric, target: Tensor, expected: Any) -> None:
         )
 
 
+def collects(metric: Any) -> bool:
+    """Whether a metric takes in batches and computes its score at the end, as those of torchmetrics do."""
+    methods = (getattr(metric, name, None) for name in ("update", "compute", "reset"))
+    return not isinstance(metric, type) and all(map(callable, methods))
+
+
+def check_metric(metric: Any) -> None:
+    """Raise ValueError for what is no metric, or has a name that is taken."""
+    if not collects(metric):
+        function("metric", metric, "the prediction and the target")
+    if (name := name_of(metric)) == "loss":
+        raise ValueError(f"the metric is called {name}, as what is trained: give its function another name")
+
+
 def name_of(metric: Callable[..., Any]) -> str:
-    """The name that a metric is reported by: mean_absolute_error."""
+    """The name that a metric is reported by: mean_absolute_error, multiclass_auroc."""
     name = getattr(metric, "__name__", type(metric).__name__)
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower().lstrip("_")
 
 
 def higher_is_better(metric: Callable[..., Any]) -> bool:
     """Whether more is better; true for a metric that does not say."""
-    return getattr(metric, "higher_is_better", True)
+    found = getattr(metric, "higher_is_better", None)
+    return True if found is None else bool(found)
 
 
 def improves(metric: Callable[..., Any], score: float) -> float:

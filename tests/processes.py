@@ -20,6 +20,7 @@ from sltt.data import Data, Splits
 from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.parallel.processes import Processes
 from sltt.training.console import Console
+from tests.collecting import MacroF1
 from tests.conftest import RULES, small_network
 
 sltt.parallel.devices.SHARD_FROM = 40  # so that each linear layer of the small networks is sharded by itself
@@ -35,6 +36,7 @@ TRAININGS = {
     "SLTT(k=1), clipped": {"rule": sltt.SLTT(k=1), "clip_norm": 1e-2},
     "in parts, averaged": {"rule": sltt.SLTT(k=2), "accumulate": 3, "ema": 0.8, "clip_norm": 1.0},
     "a batch of one sample": {"rule": sltt.SLTT(), "batch_size": 59},
+    "a metric of all samples": {"rule": sltt.SLTT(), "batch_size": 59, "metric": MacroF1()},
 }
 NORMED = {"SLTT": sltt.SLTT(), "BPTT": sltt.BPTT(), "SLTT(k=2)": sltt.SLTT(k=2)}
 
@@ -58,6 +60,15 @@ def several_lengths() -> Data:
     every = Sequences().splits(4)
     cut = [[(x[: 1 + i % 4], y) for i, (x, y) in enumerate(part)] for part in (every.train, every.validation)]
     return sltt.data.from_datasets(*cut, static=False, pad=True, by_length=True)
+
+
+def train_several_lengths(run: Path) -> None:
+    """A training on them in float64, which data of one's own keeps only where it is the default type."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(run, network(), several_lengths(), rule=ONLINE)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def network(**kwargs) -> nn.Module:
@@ -121,7 +132,7 @@ def main(folder: Path) -> None:
         with counted(pytest.MonkeyPatch()) as messages[name]:
             result = train(folder / "ddp" / name, network(), **settings)
         measured[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
-    train(folder / "padded", network(), several_lengths(), rule=ONLINE)
+    train_several_lengths(folder / "padded")
     for name, rule in SHARDED.items():
         model = network(neuron=lambda **kwargs: sltt.PLIF(tau=2.0, **kwargs))
         train(folder / "fsdp" / name, model, rule=rule, strategy="fsdp", clip_norm=1.0)

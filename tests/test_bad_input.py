@@ -107,11 +107,11 @@ TRAINING = {
     "model": OBJECT, "data": OBJECT, "rule": OBJECT, "schedule": OBJECT,
     "loss": Kind({"text": "mse", "class": losses.CrossEntropyMSE}, "loss must be a function of"),
     "optimizer": Kind({"text": "sgd", "number": 0.1}, "optimizer must be a function of the parameters"),
-    "steps": whole(0, -1), "epochs": whole(0, -1), "batch_size": whole(0, -1), "clip_norm": number(0, -1).but("none"),
-    "norm_weight_decay": number(-1).but("none"), "precision": CHOICE, "channels_last": FLAG, "seed": whole(-1),
-    "workers": whole(-1), "device": CHOICE, "devices": whole(0, -1).but("none"),
-    "num_nodes": whole(0, -1).but("none"), "strategy": CHOICE, "sync_batchnorm": FLAG, "compile": CHOICE,
-    "checkpoint_minutes": number(-1), "resume": FLAG,
+    "steps": whole(0, -1), "epochs": whole(0, -1), "batch_size": whole(0, -1).but("none"),
+    "clip_norm": number(0, -1).but("none"), "norm_weight_decay": number(-1).but("none"),
+    "precision": CHOICE, "channels_last": FLAG, "seed": whole(-1), "workers": whole(-1), "device": CHOICE,
+    "devices": whole(0, -1).but("none"), "num_nodes": whole(0, -1).but("none"), "strategy": CHOICE,
+    "sync_batchnorm": FLAG, "compile": CHOICE, "checkpoint_minutes": number(-1), "resume": FLAG,
     "phases": Kind({"number": 7, "of a number": [3], "text": "ab"}, "phase"),
 }  # fmt: skip
 EVALUATION = (

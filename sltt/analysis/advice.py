@@ -71,6 +71,7 @@ def advice(
     memory: Mapping[str, int] | None = None,
     *,
     epochs: int = 0,
+    samples: int | None = None,
 ) -> str:
     """Sentences: which rule to take, what it drops, what it costs, and how sure this is.
 
@@ -79,13 +80,14 @@ def advice(
         trial: short trainings with the rules.
         memory: bytes of a batch at the peak, by rule.
         epochs: for which the network was trained before its gradients were compared.
+        samples: in the batch whose memory was measured.
     """
     rule = chosen(found, trial)
     gradients = {a.rule: a for a in found}
     drops = [_drops(gradients[rule])] if rule in gradients else ["It drops nothing."]
     if found[0].rule != rule:
         drops.append(_drops(found[0], found[0].rule))
-    return " ".join([f"Take {rule}.", *drops, *_costs(rule, memory or {}), _sure(trial, epochs)])
+    return " ".join([f"Take {rule}.", *drops, *_costs(rule, memory or {}, samples), _sure(trial, epochs)])
 
 
 def _drops(one: Agreement, name: str = "It") -> str:
@@ -94,12 +96,13 @@ def _drops(one: Agreement, name: str = "It") -> str:
     return f"{name} drops {one.dropped:.0%} of the gradient ({cosines})."
 
 
-def _costs(rule: str, memory: Mapping[str, int]) -> list[str]:
+def _costs(rule: str, memory: Mapping[str, int], samples: int | None) -> list[str]:
     """The memory of a batch with the rule beside that with the others."""
     if rule not in memory:
         return []
     others = ", ".join(f"{nbytes / 1e6:.3g} MB with {name}" for name, nbytes in memory.items() if name != rule)
-    return [f"A batch takes {memory[rule] / 1e6:.3g} MB ({others})."]
+    size = "" if samples is None else f" of {samples}"
+    return [f"A batch{size} takes {memory[rule] / 1e6:.3g} MB ({others})."]
 
 
 def _sure(trial: Trial | None, epochs: int) -> str:

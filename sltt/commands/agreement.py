@@ -106,7 +106,7 @@ def measure_agreement(
                 rule = chosen(ranked, tried := trials.get((tau, T)))
                 costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
             row = {"tau": tau, "steps": T, "epochs": epochs, "agreement": found, "trial": tried, "memory": costs}
-            said = f"{advice(ranked, tried, costs, epochs=epochs)}{_of_mixed(rule, proposal)}"
+            said = f"{advice(ranked, tried, costs, epochs=epochs, samples=samples)}{_of_mixed(rule, proposal)}"
             row |= {"rule": rule, "proposal": proposal, "advice": said}
             rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""`sltt completion`: what a shell needs to complete commands, recipes and options."""
+"""`sltt completion`: what a shell needs to complete commands, recipes, runs and options."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -7,14 +7,17 @@ from sltt.commands import COMMANDS
 from sltt.commands.hints import fit_arguments
 from sltt.commands.parsing import CommandOptions, shipped_recipes
 
-HELP = "Print a script that lets the shell complete commands, recipes and options: source <(sltt completion bash)"
+HELP = "Print a script that lets the shell complete commands, recipes, runs and options: source <(sltt completion bash)"
 
+OF_RUNS = ("eval", "export", "report")  # which take the folder of a run, and no recipe
 SCRIPT = """_sltt() {{
-  local word="${{COMP_WORDS[COMP_CWORD]}}"
+  local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}"
   if [[ $COMP_CWORD == 1 ]]; then
     COMPREPLY=($(compgen -W "{commands}" -- "$word"))
   elif [[ $word == --* ]]; then
     COMPREPLY=($(compgen -W "{options}" -- "$word"))
+  elif [[ " {of_runs} " == *" ${{COMP_WORDS[1]}} "* || $before == --resume || $before == --weights ]]; then
+    COMPREPLY=($(compgen -d -- "runs/$word") ${{word:+$(compgen -d -- "$word")}})
   else
     COMPREPLY=($(compgen -W "{recipes}" -- "$word") $(compgen -f -- "$word"))
   fi
@@ -37,6 +40,7 @@ def run(words: Sequence[str]) -> None:
     print(
         SCRIPT.format(
             commands=" ".join(COMMANDS),
+            of_runs=" ".join(OF_RUNS),
             options=" ".join(_options()),
             recipes=" ".join(shipped_recipes()),
         )

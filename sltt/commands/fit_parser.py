@@ -49,6 +49,7 @@ def make_parser(prog: str, unread: Sequence[str] = ()) -> "ArgumentParser":
     from jsonargparse.typing import Path_fr
 
     import sltt
+    from sltt.data.loaders import BATCH_SIZE
     from sltt.training.describe import describe
 
     set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
@@ -98,6 +99,7 @@ def make_parser(prog: str, unread: Sequence[str] = ()) -> "ArgumentParser":
     parser.set_defaults(
         {name: describe(defaults[name]) for name in ("rule", "loss", "optimizer", "schedule", "metric")}
     )
+    parser.set_defaults({"batch_size": BATCH_SIZE})  # a recipe's data is no loader
     parser.add_argument("--data", type=sltt.data.Data, required=True, help="the data set and its splits")
     parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")
     parser.add_argument("--resume", type=str | None, metavar="RUN", help="continue the run in this folder")

@@ -100,7 +100,7 @@ def find_recipe(name: str) -> Path:
 def run_config(run: Path) -> Path:
     """The configuration of a run, as it was trained; where the file is gone, the copy in the checkpoint is written."""
     from sltt.training.checkpoints import CheckpointError, saved_config
-    from sltt.training.runs import CONFIG, LAST, check_config, write_config
+    from sltt.training.runs import CONFIG, LAST, check_config, load_call, write_config
 
     try:
         saved = saved_config(run / LAST)
@@ -114,10 +114,11 @@ def run_config(run: Path) -> Path:
         )
     check_config(run, saved)
     values = _read(run / CONFIG)
-    if unknown := [name for name in ("model", "data", "loss", "rule", "optimizer") if values.get(name, "") is None]:
+    needed = ("model", "data", "loss", "rule", "optimizer", "schedule", "metric")
+    if unknown := [name for name in needed if values.get(name, "") is None]:
         raise UsageError(
             f"{run} was trained in Python, and its {' and '.join(unknown)} cannot be made again from a file: go on in "
-            f"Python, as by sltt.evaluate(sltt.load({str(run)!r}), data)"
+            f"Python, as by sltt.evaluate({load_call(run)}, data)"
         )
     return run / CONFIG
 
@@ -214,6 +215,8 @@ def parse(parser: Any, source: Path, words: Sequence[str], without: Sequence[str
     except argparse.ArgumentError as error:
         raise UsageError(re.sub(r"\bNone(Type)?\b", "null", explain(str(error), values))) from None
     config.pop("config")
+    if config.batch_size is None:  # null: in Python, that of the loader
+        config.batch_size = parser.get_default("batch_size")
     if (phases := config.phases) and all(phase.lr is not None for phase in phases):
         for word in words:
             if re.match(r"--optimizer(\.init_args)?\.lr(=|$)", word):

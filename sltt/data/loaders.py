@@ -10,6 +10,16 @@ from sltt.data.base import Data
 from sltt.data.own import _OwnData
 
 Loaders = Sequence[DataLoader[Any] | None]
+BATCH_SIZE = 128  # where neither the call nor a loader says one
+
+
+def batch_size_of(data: Any, given: int | None) -> int:
+    """The batch size that is given; None is that of the loader of training samples, or BATCH_SIZE for other data."""
+    if given is not None:
+        return given
+    train = data[0] if isinstance(data, tuple | list) and data else data
+    size = train.batch_size if isinstance(train, DataLoader) else None
+    return BATCH_SIZE if size is None else size
 
 
 def as_data(data: Any, batch_size: int) -> Data:

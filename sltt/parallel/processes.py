@@ -69,6 +69,14 @@ class Processes:
         """The largest value of a process."""
         return self._reduce([value], dist.ReduceOp.MAX)[0]
 
+    def gather(self, value: A) -> list[A]:
+        """The values of all processes, in their order."""
+        found: list[Any] = [value]
+        if self.count > 1:
+            found *= self.count
+            dist.all_gather_object(found, value, group=control())
+        return found
+
     def check_same(self, text: str, what: str) -> None:
         """Raise ValueError unless the text is the same in all processes."""
         first = self.first(lambda: text)

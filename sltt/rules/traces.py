@@ -23,14 +23,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from sltt._torch import _NormBase, is_compiled
-from sltt.neurons import CubaLIF, IntegrateAndFire, Neuron, Recurrent
+from sltt.neurons import IntegrateAndFire, Recurrent
+from sltt.rules.decays import Decay, Decays, decay_of
 from sltt.rules.traced_layers import FUNCTIONS, NORMALISATIONS, Scaled, Traced, settings_of
 from sltt.sequence.replace import replaced
 from sltt.sequence.spikes import spiking_layers
-from sltt.sequence.state import Kind, kind_of, map_tensors
-
-Decay = float | Tensor
-Decays = tuple[Decay, float]  # λ of the membrane potential, α of a synaptic current, or 0
+from sltt.sequence.state import map_tensors
 
 _WEIGHTS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _NORMS = _NormBase | nn.LayerNorm | nn.GroupNorm
@@ -53,7 +51,7 @@ def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator["_Tr
     _check_weights(model, neurons)
     recurrent = [m for m in model.modules() if isinstance(m, Recurrent)]
     own = {layer: m.neuron for m in recurrent for layer in m.layer.modules()}
-    traces = _Traces({m: _decay_of(m, name, decay) for m, name in neurons.items()}, inputs, own)
+    traces = _Traces({m: decay_of(m, name, decay) for m, name in neurons.items()}, inputs, own)
     layers: dict[nn.Module, Callable[..., Any]] = {
         m: _forward_of(m, traces) for m in model.modules() if isinstance(m, _WEIGHTS | _NORMS)
     }
@@ -98,45 +96,6 @@ def _check_weights(model: nn.Module, neurons: dict[nn.Module, str]) -> None:
                 f"OTTT has no traces for the weights of {name or 'the model'} ({type(module).__name__}): it knows "
                 "linear layers and convolutions outside of the neurons; use SLTT or BPTT"
             )
-
-
-def _decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], Decays]:
-    """What gives the λ of a layer of neurons, as it is now; raises ValueError where no trace follows the neuron."""
-    if decay is not None:
-        return lambda: (decay, 0.0)
-    kind = kind_of(type(neuron))
-    ours = _ours(neuron, kind)
-    theirs = kind.decay if kind and kind.decay and not isinstance(ours, Neuron) else None
-    known = theirs(neuron) is not None if theirs else isinstance(ours, Neuron) and hasattr(ours, "decay")
-    if not known:
-        raise ValueError(
-            f"the λ of {name} ({type(neuron).__name__}) is not known, and traces need it: give a neuron of ours an "
-            "attribute `decay`, say it by sltt.register(…, decay=…), or set one λ for all traces, OTTT(decay=…)"
-        )
-    if (rest := getattr(ours, "v_reset", None)) is not None:
-        raise ValueError(
-            f"{name} ({type(neuron).__name__}) resets to v_reset = {rest}, and a trace does not forget what a "
-            "spike makes the neuron forget; use the soft reset, v_reset=None, or an estimate, OTTT(decay=…)"
-        )
-
-    @torch.no_grad()
-    def current() -> Decays:
-        value: Any = theirs(neuron) if theirs else ours.decay
-        value = value() if callable(value) else value
-        synaptic = ours.synaptic_decay() if isinstance(ours, CubaLIF) else 0.0
-        return value.detach().mean() if isinstance(value, Tensor) else value, synaptic
-
-    return current
-
-
-def _ours(neuron: nn.Module, kind: Kind | None) -> Any:
-    """The neuron of ours that equals a neuron; itself where none does."""
-    if isinstance(neuron, Neuron) or not kind or not kind.translate:
-        return neuron
-    try:
-        return kind.translate(neuron)
-    except ValueError:  # it has another reset, say
-        return neuron
 
 
 class _Read:

@@ -15,6 +15,7 @@ from sltt.metrics import shown
 from sltt.sequence.modes import evaluating
 from sltt.training.console import metric_of
 from sltt.training.files import write_atomically
+from sltt.training.runs import load_call
 from sltt.training.session import Session
 from sltt.training.settings import Training
 
@@ -47,7 +48,7 @@ def write_card(
     }
     lines = [f"# {type(model).__name__} in {folder.name}", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    lines += ["", f"Load it: `model = sltt.load({str(folder)!r})`, then `sltt.predict(model, x)`.", ""]
+    lines += ["", f"Load it: `model = {load_call(folder)}`, then `sltt.predict(model, x)`.", ""]
     write_atomically(folder / CARD, lambda file: file.write("\n".join(lines).encode()))
 
 

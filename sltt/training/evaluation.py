@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from sltt.analysis import FiringRates, firing_rates
 from sltt.checks import choice, flag, function, instance, whole_number
 from sltt.data import Data, Splits
-from sltt.data.loaders import Loaders, as_data
+from sltt.data.loaders import Loaders, as_data, batch_size_of
 from sltt.kernels import Compile, Sparse
 from sltt.losses import CrossEntropyMSE, predicted, prediction_of
-from sltt.metrics import Accuracy, Metric, name_of
+from sltt.metrics import Accuracy, Metric, check_metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
 from sltt.rules.base import sequence_loss
@@ -25,6 +25,7 @@ from sltt.sequence.padding import lengths_of, target_of
 from sltt.training.batches import ending, share, whole_epoch
 from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
+from sltt.training.score import Score
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution
 from sltt.training.views import views
@@ -40,7 +41,7 @@ def evaluate(
     loss: nn.Module = CrossEntropyMSE(),
     metric: Metric = Accuracy(),
     steps: int = 4,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     precision: Precision = 32,
     channels_last: bool = False,
     workers: int = 0,
@@ -68,7 +69,7 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """
-    settings = {"loss": loss, "metric": metric, "steps": steps, "batch_size": batch_size}
+    settings = {"loss": loss, "metric": metric, "steps": steps, "batch_size": batch_size_of(data, batch_size)}
     settings |= {"mirror": mirror, "shift": shift}
     with session(Execution.of(locals())) as here:
         return measure_split(here, model, data, split, **settings)
@@ -92,7 +93,7 @@ def measure_split(
     data = as_data(data, batch_size)
     choice("split", split, get_args(Split))
     function("loss", loss, "the logits and the target")
-    function("metric", metric, "the prediction and the target")
+    check_metric(metric)
     whole_number("batch_size", batch_size, least=1)
     flag("mirror", mirror)
     whole_number("shift", shift, least=0)
@@ -137,6 +138,7 @@ def measure(
     processes = here.processes
     batches: Any = loader.batch_sampler
     state = Progress()
+    scored = Score(metric, processes, state)
     began = time.monotonic()
     with evaluating(net), firing_rates(net.module) as firing, torch.no_grad():
         for x, y in whole_epoch(loader):
@@ -147,10 +149,11 @@ def measure(
             run = partial(_logits, net, seen(x) if seen else [(1.0, x)], steps if splits.static else None)
             with counting(firing, count):
                 logits = memory(run, len(x)) if memory else run()
-            score = float(metric(predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y)))
+            score = scored.batch(predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y), count)
             state.count(sequence_loss(loss, logits, y), score, count, y)
     state.firing = firing.state_dict()
-    return state.metrics(name_of(metric), processes, time.monotonic() - began, memory.peak if memory else None)
+    seconds, peak = time.monotonic() - began, memory.peak if memory else None
+    return scored.of(state.metrics(name_of(metric), processes, seconds, peak))
 
 
 @contextmanager

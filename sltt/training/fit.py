@@ -11,7 +11,7 @@ from torch import nn
 from sltt.callbacks import Callback
 from sltt.checks import flag, instance
 from sltt.data import Data, Splits
-from sltt.data.loaders import Loaders, as_data
+from sltt.data.loaders import Loaders, as_data, batch_size_of
 from sltt.kernels import Compile, Sparse
 from sltt.losses import CrossEntropyMSE, is_per_step, prediction_of
 from sltt.metrics import Accuracy, Metric
@@ -27,10 +27,11 @@ from sltt.training.console import Console
 from sltt.training.describe import describe_run
 from sltt.training.logs import Logger
 from sltt.training.loop import Loop
+from sltt.training.mixing import check_mixing
 from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Phase
 from sltt.training.runs import LAST, check_config, new_run, old_run, write_config
-from sltt.training.safeguards import check_last_batch, checked
+from sltt.training.safeguards import check_last_batch, check_static, checked
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, OptimizerFactory, Training
 
@@ -54,7 +55,7 @@ def fit(
     steps: int = 4,
     epochs: int = 10,
     phases: list[Phase] | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     clip_norm: float | None = None,
     norm_weight_decay: float | None = None,
     precision: Precision = 32,
@@ -98,7 +99,7 @@ def fit(
         epochs: passes over the training samples.
         phases: parts of the training, each with a T, a rule or a learning rate. `steps` and `rule` stand in for what a
             phase leaves out. The best epoch has the last T, which is `steps`: that of evaluation.
-        batch_size: samples in a batch, over all processes.
+        batch_size: samples in a batch, over all processes; None is that of the loader, or 128 for other data.
         clip_norm: scale larger gradients down to this norm.
         norm_weight_decay: weight decay of BatchNorm and other normalisation; None is that of the other parameters.
             Decay makes the currents of spiking neurons smaller.
@@ -116,7 +117,8 @@ def fit(
         sparse: compute on active inputs only: where it is faster (auto), wherever possible (on), never (off).
         checkpoint_minutes: minutes between checkpoints within an epoch. Every epoch ends with a checkpoint as well.
         weights: start from the weights of this run or checkpoint.
-        metric: of predictions and targets, a mean over samples. It selects the best epoch on the validation samples.
+        metric: of predictions and targets, a mean over samples; or with `update` and `compute`, as of torchmetrics. It
+            selects the best epoch on the validation samples.
         accumulate: compute each batch in this many parts: the memory of a part, the gradient of the batch. BatchNorm
             takes its statistics over a part, of two samples at least.
         ema: decay of the moving average of the weights. The averaged weights are validated, selected and loaded.
@@ -138,7 +140,7 @@ def fit(
 
     When another process of the training fails or dies, this one ends too, with the exit code 1.
     """
-    given = locals()
+    given = {**locals(), "batch_size": batch_size_of(data, batch_size)}
     training = Training.of(given)
     execution = Execution.of(given)
     instance("model", model, nn.Module)
@@ -242,7 +244,9 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
     for callback in training.callbacks or ():
         if callback.needs_validation and splits.validation is None:
             raise ValueError(f"{type(callback).__name__} needs validation samples: hold some out, as by validation=0.1")
+    check_static(model, splits, training.loss, stages[0].steps)
     check_last_batch(model, splits, training.batch_size, stages)
+    check_mixing(model, splits, stages[0])
     return splits
 
 

@@ -33,6 +33,7 @@ from sltt.training.phases import Stage, freeze_norm, set_rates, stage_at
 from sltt.training.progress import BatchMemory, Metrics, Progress, epoch_row
 from sltt.training.runs import BEST, LAST, METRICS
 from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers
+from sltt.training.score import Score
 from sltt.training.session import Session
 from sltt.training.settings import Training
 
@@ -142,6 +143,7 @@ class Loop:
         state = self.state
         self.sampler.set_epoch(state.epoch, min(state.batch * self.training.batch_size, self.sampler.length))
         began = time.monotonic() - state.seconds
+        self.score = Score(self.training.metric, self.processes, state)
         self.net.train()
         if stage.freeze_norm:
             freeze_norm(self.model)
@@ -156,11 +158,11 @@ class Loop:
                 due = self.checkpoints.age() > 60 * self.training.checkpoint_minutes
                 if wanted := self.processes.highest(interrupt.requested or due / 2):  # a signal, or a checkpoint
                     state.seconds = time.monotonic() - began
-                    state.firing = firing.state_dict()
+                    state.firing, state.score = firing.state_dict(), self.score.state()
                     self.checkpoints.save(state, LAST)
                     interrupt.stop(int(wanted), self.folder)
         state.firing = firing.state_dict()
-        return state.metrics(self.metric, self.processes, time.monotonic() - began, self.memory.peak)
+        return self.score.of(state.metrics(self.metric, self.processes, time.monotonic() - began, self.memory.peak))
 
     def _batch(self, stage: Stage, x: Tensor, y: Tensor | Padded, firing: FiringRates) -> None:
         """Train a batch, or this process's share of it."""
@@ -203,7 +205,7 @@ class Loop:
         if not stage.rule.online:
             self._update()
         prediction = predicted(prediction_of(self.loss), out.logits, lengths_of(y))
-        state.count(out.loss, float(self.training.metric(prediction, target_of(y))), count, y)
+        state.count(out.loss, self.score.batch(prediction, target_of(y), count), count, y)
         if self.average:
             self.average.update(self.model)
         self._call("on_batch", out.loss.item())

@@ -22,7 +22,7 @@ class Metrics:
 
     Attributes:
         loss: mean over samples of the sequence's loss; over real steps of `Padded` ones.
-        score: mean over samples of the metric.
+        score: mean over samples of the metric, or what a metric of all samples computes.
         metric: its name: accuracy, say, of mean logits over time.
         firing_rate: mean over all neurons and time steps.
         seconds: wall-clock time.
@@ -62,6 +62,7 @@ class Progress:
     loss: float = 0.0
     correct: float = 0  # the metric, by which a sample counts 0 or 1 for accuracy
     samples: int = 0
+    score: dict[str, Any] = field(default_factory=dict)  # what a metric has collected, of all processes
     terms: float = 0  # what the loss is a mean over: samples, or their real steps
     seconds: float = 0.0
     firing: dict[str, tuple[int, int]] = field(default_factory=dict)  # spikes, and neurons times steps, by layer
@@ -119,7 +120,7 @@ class Progress:
         self.history = [*self.history, row]
         self.epoch += 1
         self.batch, self.loss, self.correct, self.samples, self.terms, self.seconds = 0, 0.0, 0, 0, 0, 0.0
-        self.firing = {}
+        self.firing, self.score = {}, {}
         if validation is None:
             return False
         score = [-math.inf if math.isnan(one) else one for one in (quality, -validation.loss)]

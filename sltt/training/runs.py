@@ -118,6 +118,13 @@ def find_checkpoint(run: Path, which: str | None = None) -> Path:
     return found
 
 
+def load_call(run: Path) -> str:
+    """What to write in Python for the network of a run; one that cannot make it again takes it as `model`."""
+    config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")) if (run / CONFIG).exists() else {}
+    kept = (run / NETWORK).exists() or config.get("model")
+    return f"sltt.load({str(run)!r}{'' if kept else ', model'})"
+
+
 def write_config(run: Path, config: dict[str, Any]) -> None:
     """Write the configuration of a run into its folder."""
     write_atomically(run / CONFIG, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))

@@ -12,6 +12,7 @@ from sltt._torch import _BatchNorm, _NormBase
 from sltt.data import Splits
 from sltt.parallel.processes import local, total
 from sltt.rules import unroll
+from sltt.rules.base import sequence_loss
 from sltt.sequence.padding import Padded
 from sltt.training.phases import Stage
 
@@ -92,6 +93,35 @@ def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
             f"expected sequences of steps={steps} time steps, but the data gives {len(x)}: set steps={len(x)}, "
             f"or let the data load sequences of {steps}; sequences of several lengths: from_datasets(…, pad=True)"
         )
+
+
+def check_static(model: nn.Module, splits: Splits, loss: Any, steps: int) -> None:
+    """Raise ValueError for sequences [T, ...] that are taken for images, where the training could not take them so.
+
+    What the network and the loss take as images is trained: a first dimension of T may be one of channels.
+    """
+    samples: Any = splits.train
+    if not splits.static or splits.per_step or steps == 1:
+        return
+    x, y = splits.collate([samples[0]] * 2)
+    if x.ndim < 3 or x.shape[1] != steps or _runs(model, x[None], y, loss):
+        return
+    if _runs(model, x[:, :1].transpose(0, 1), y, loss):
+        raise ValueError(
+            f"static=True shows samples {list(x.shape[1:])} whole at every time step, and the network or the loss does "
+            f"not take them so. Their first dimension is steps={steps}, and as sequences they fit: static=False?"
+        )
+
+
+def _runs(model: nn.Module, x: Tensor, y: Any, loss: Any) -> bool:
+    """Whether a copy of the network, and the loss, take a sequence [T, B, ...]."""
+    try:
+        copied = copy.deepcopy(model).eval()
+        x = x.to(next((p.device for p in copied.parameters()), "cpu"))
+        sequence_loss(loss, unroll(copied, x).cpu(), y)
+    except Exception:  # the training says what is wrong, where this one cannot
+        return False
+    return True
 
 
 def check_last_batch(model: nn.Module, splits: Splits, batch_size: int, stages: Sequence[Stage]) -> None:

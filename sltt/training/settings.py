@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from sltt.callbacks import Callback
 from sltt.checks import choice, flag, function, instance, number, sequence, whole_number
 from sltt.kernels import Compile, Sparse
-from sltt.metrics import Metric, name_of
+from sltt.metrics import Metric, check_metric
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import Rule
 from sltt.schedules import Schedule
@@ -84,7 +84,7 @@ class Training(_Settings):
     steps: int = 4
     epochs: int = field(default=10, metadata=RESUMED)
     phases: Sequence[Phase] | None = None
-    batch_size: int = 128
+    batch_size: int
     clip_norm: float | None = None
     norm_weight_decay: float | None = None
     seed: int = 0
@@ -98,9 +98,7 @@ class Training(_Settings):
     def __post_init__(self) -> None:
         instance("rule", self.rule, Rule)
         function("loss", self.loss, "the logits and the target")
-        function("metric", self.metric, "the prediction and the target")
-        if (name := name_of(self.metric)) == "loss":
-            raise ValueError(f"the metric is called {name}, as what is trained: give its function another name")
+        check_metric(self.metric)
         check_optimizer(self.optimizer)
         check_schedule(self.schedule)
         instance("schedule", self.schedule, Schedule)

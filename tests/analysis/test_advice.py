@@ -67,6 +67,8 @@ def test_one_seed_is_fairly_sure_and_costs_are_those_measured():
     trial = Trial(4, [2.0], {"SLTT()": [1.0], "BPTT()": [1.0]}, {"SLTT()": [0.9], "BPTT()": [0.9]})
     said = advice(measured(SLTT=0.9), trial, {"SLTT()": 345_372, "BPTT()": 12_958_020})
     assert "A batch takes 0.345 MB (13 MB with BPTT()). Fairly sure: one seed." in said
+    said = advice(measured(SLTT=0.9), trial, {"SLTT()": 345_372, "BPTT()": 12_958_020}, samples=32)
+    assert "A batch of 32 takes 0.345 MB (13 MB with BPTT())." in said
 
 
 @pytest.mark.slow

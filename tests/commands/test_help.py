@@ -7,6 +7,7 @@ import sltt
 from sltt.commands import COMMANDS, main
 from sltt.commands.fit_parser import MATTER_FIRST
 from sltt.commands.hints import fit_arguments
+from tests.conftest import LINUX
 
 
 def test_the_help_of_train_fits_a_terminal_and_begins_with_what_matters(capsys, monkeypatch):
@@ -37,7 +38,8 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"sltt {sltt.__version__}\n"
 
 
-def test_the_shell_completes(capsys):
+@LINUX
+def test_the_shell_completes(capsys, tmp_path):
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
     words = "COMP_WORDS=(sltt {}); COMP_CWORD={}; _sltt; echo ${{COMPREPLY[@]}}"
@@ -45,6 +47,19 @@ def test_the_shell_completes(capsys):
     asked = "\n".join(words.format(*one) for one in asked)
     done = subprocess.run(["bash", "-c", f"complete() {{ :; }}\n{script}\n{asked}"], capture_output=True, text=True)
     assert done.stdout.splitlines() == ["eval", "nmnist", "--batch_size", "--vary", "--taus"]
+    for run in ("runs/mine-1", "runs/mine-2", "elsewhere/mine-3"):
+        (tmp_path / run).mkdir(parents=True)
+    asked = ("eval ''", 2), ("eval mine-2", 2), ("report elsewhere/m", 2), ("train --resume ''", 3)
+    asked = "\n".join(words.format(*one) for one in asked)
+    said = {"capture_output": True, "text": True, "cwd": tmp_path}
+    done = subprocess.run(["bash", "-c", f"complete() {{ :; }}\n{script}\n{asked}"], **said)
+    both = {"runs/mine-1", "runs/mine-2"}
+    assert [set(line.split()) for line in done.stdout.splitlines()] == [
+        both,
+        {"runs/mine-2"},
+        {"elsewhere/mine-3"},
+        both,
+    ]
     assert main(["completion", "zsh"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == script.splitlines()
     assert main(["completion", "fish"]) == 2

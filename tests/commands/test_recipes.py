@@ -122,3 +122,10 @@ def test_every_recipe_runs_a_batch_of_its_shape(name):
         assert out.logits.shape == (steps, 2, CLASSES.get(name, 10))
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in built.model.parameters())
     assert built.optimizer(built.model.parameters()).param_groups[0]["lr"] > 0
+
+
+def test_a_recipe_without_a_batch_size_has_that_of_fit():
+    """In Python, None is the batch size of a loader, and recipes name no loader."""
+    for size in ("null", "7"):
+        built = Recipe("sltt train", "digits", ["--batch_size", size]).build()
+        assert built.batch_size == {"null": 128, "7": 7}[size]

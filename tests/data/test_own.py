@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
@@ -70,6 +71,34 @@ def test_numpy_samples_have_the_type_of_the_weights():
     assert (x.dtype, y.dtype, splits.classes) == (torch.float32, torch.int64, 2)
 
 
+@pytest.mark.parametrize("form", ["tensors", "loader", "padded loader"])
+def test_samples_of_float64_have_the_type_of_the_weights(form, tmp_path):
+    """Only those: half precision is a choice, and NumPy gives float64 unasked."""
+
+    def collate(samples):
+        xs, ys = zip(*samples, strict=True)
+        return torch.stack(xs, dim=1), sltt.Padded(torch.stack(ys), [5] * len(ys)) if "padded" in form else torch.stack(
+            ys
+        )
+
+    samples = TensorDataset(torch.rand(12, 5, 4, dtype=torch.float64), torch.rand(12, 3, dtype=torch.float64))
+    data = from_datasets(samples, static=False) if form == "tensors" else (DataLoader(samples, 4, collate_fn=collate),)
+    settings = {"loss": nn.MSELoss(), "metric": sltt.metrics.MeanSquaredError(), "batch_size": 4, "device": "cpu"}
+    result = sltt.fit(network(), data, steps=5, epochs=1, run=tmp_path / "run", **settings)
+    assert result.history[0]["train_loss"] > 0
+    half = from_datasets([(torch.ones(4, dtype=torch.float16), 0)], static=True).splits(1)
+    assert half.train[0][0].dtype == torch.float16
+
+
+def test_float64_stays_where_it_is_the_default_type():
+    torch.set_default_dtype(torch.float64)
+    try:
+        splits = from_datasets([(torch.ones(4), 0), (np.ones(4), 0)], static=True).splits(1)
+        assert [x.dtype for x, _ in (splits.train[0], splits.train[1])] == [torch.float64] * 2
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_labels_kept_as_a_list_are_read_without_the_samples():
     class Slow(TensorDataset):
         def __getitem__(self, index):
@@ -122,6 +151,20 @@ def test_a_training_on_loaders_is_that_on_their_data_sets(tmp_path):
     assert trained(loaders, "loaders") == expected
 
 
+def test_the_batch_size_is_that_of_the_loader_unless_another_one_is_given(tmp_path):
+    loaders = (DataLoader(images(), 8), DataLoader(images(6), 3))
+    model, where = network(16), {"steps": 2, "device": "cpu"}
+    result = sltt.fit(model, loaders, epochs=1, run=tmp_path / "run", **where)
+    assert yaml.safe_load((result.run / "config.yaml").read_text())["batch_size"] == 8
+    sltt.evaluate(model, loaders, "validation", **where)
+    for measure in (lambda: sltt.fit(model, loaders, batch_size=16, **where),
+                    lambda: sltt.evaluate(model, loaders, batch_size=16, **where)):  # fmt: skip
+        with pytest.raises(ValueError, match="the loader has batch_size=8, the training 16: say batch_size=8"):
+            measure()
+    result = sltt.fit(model, from_datasets(images(), static=True), epochs=1, run=tmp_path / "other", **where)
+    assert yaml.safe_load((result.run / "config.yaml").read_text())["batch_size"] == 128
+
+
 def test_loaders_of_images_are_static():
     data = as_data((DataLoader(images(), batch_size=8), None, DataLoader(images(6))), 8)
     splits = data.splits(2)
@@ -137,6 +180,20 @@ def test_without_test_samples_an_evaluation_says_so(tmp_path):
     assert 0 <= sltt.evaluate(model, data, "validation", device="cpu").accuracy <= 1
     with pytest.raises(ValueError, match="there are no test samples: the data was made without"):
         sltt.evaluate(model, data, device="cpu")
+
+
+@pytest.mark.parametrize("loss", [sltt.losses.CrossEntropyMSE(), nn.CrossEntropyLoss()])
+def test_sequences_that_are_called_static_are_asked_about(loss, tmp_path):
+    """To flatten them, as the loss advises of images, would train on the time as a feature."""
+    data = from_datasets(sequences(), static=True)
+    by_step = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
+    expected = r"samples \[5, 4\] whole .* first dimension is steps=5, and as sequences they fit: static=False\?"
+    with pytest.raises(ValueError, match=expected):
+        sltt.fit(by_step, data, loss=loss, steps=5, device="cpu", run=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises((ValueError, RuntimeError), match=r"Flatten|target size"):
+        sltt.fit(by_step, data, loss=loss, steps=4, device="cpu", run=tmp_path / "four")
+    sltt.fit(network(20), data, loss=loss, steps=5, epochs=1, device="cpu", run=tmp_path / "flat")
 
 
 class Stream(IterableDataset):

@@ -20,16 +20,16 @@ from sltt.parallel.signals import PREEMPTED
 from sltt.training.batches import Shares, share
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.settings import Execution
+from tests.conftest import LINUX
 from tests.processes import (
     NORMED,
-    ONLINE,
     SHARDED,
     TRAININGS,
     Sequences,
     network,
-    several_lengths,
     standardised,
     train,
+    train_several_lengths,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -78,14 +78,14 @@ def test_two_processes_train_to_the_weights_of_one(name, two, tmp_path):
     result = train(tmp_path / "run", network(), **TRAININGS[name])
     assert_same_weights(weights(folder / "ddp" / name), weights(tmp_path / "run"))
     for there, here in zip(found["measured"][name], result.history, strict=True):
-        for key in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "firing_rate"):
+        for key in (key for key in here if key.startswith(("train_", "validation_", "firing_rate"))):
             if name != "OTTT(online)" or not key.startswith("train"):
                 assert there[key] == pytest.approx(here[key], abs=1e-9), key
 
 
 @pytest.mark.slow
 def test_batches_of_similar_length_are_the_same_in_two_processes(two, tmp_path):
-    train(tmp_path / "run", network(), several_lengths(), rule=ONLINE)
+    train_several_lengths(tmp_path / "run")
     assert_same_weights(weights(two[0] / "padded"), weights(tmp_path / "run"))
 
 
@@ -179,6 +179,7 @@ def wait_gone(pid, seconds=20):
         time.sleep(0.05)
 
 
+@LINUX
 @pytest.mark.slow
 def test_the_death_of_a_process_ends_the_others_with_its_name(long_training):
     process, child, run = long_training
@@ -191,6 +192,7 @@ def test_the_death_of_a_process_ends_the_others_with_its_name(long_training):
     load_checkpoint(run / "last.ckpt")  # whole
 
 
+@LINUX
 @pytest.mark.slow
 def test_the_death_of_the_first_process_ends_the_others(long_training):
     process, child, run = long_training
@@ -200,6 +202,7 @@ def test_the_death_of_the_first_process_ends_the_others(long_training):
     load_checkpoint(run / "last.ckpt")
 
 
+@LINUX
 @pytest.mark.slow
 @pytest.mark.parametrize("of_all", [False, True], ids=["one process", "all processes"])
 def test_sigterm_saves_and_ends_with_the_code_for_a_requeue(of_all, long_training):
@@ -239,6 +242,7 @@ def test_what_slurm_starts_trains_together_and_one_process_speaks(tmp_path):
 FAILS = """
 import sys, torch, sltt, sltt.parallel.watchdog
 from torch import nn
+from tests.conftest import LINUX
 
 sltt.parallel.watchdog.GRACE = 20.0  # no matter how slow the machine is
 

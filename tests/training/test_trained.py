@@ -117,7 +117,10 @@ def test_what_a_file_cannot_name_is_said_before_the_training(tmp_path, capsys):
     assert config["rule"]["class_path"] == "sltt.SLTT"
     for words in (["eval", str(tmp_path / "run")], ["train", "--resume", str(tmp_path / "run")]):
         assert main(words) == 2
-        assert "its data and optimizer cannot be made again from a file: go on in Python" in capsys.readouterr().err
+        said = (
+            "its data and optimizer cannot be made again from a file: go on in Python, as by sltt.evaluate(sltt.load("
+        )
+        assert f"{said}{str(tmp_path / 'run')!r}), data)" in capsys.readouterr().err
     assert sltt.evaluate(sltt.load(tmp_path / "run"), data, device="cpu").accuracy > 0
 
 
@@ -130,6 +133,10 @@ def test_a_network_that_cannot_be_kept_is_given_to_load(tmp_path, capsys):
     assert "model: Local is defined within a function: move it to the top of a module" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"does not keep its network: make it, and call sltt.load\(.*, model\)"):
         sltt.load(tmp_path / "run")
+    call = f"sltt.load({str(tmp_path / 'run')!r}, model)"
+    assert f"`model = {call}`" in (tmp_path / "run" / "card.md").read_text()
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert f"as by sltt.evaluate({call}, data)" in capsys.readouterr().err
     x = torch.rand(2, 1, 8, 8)
     torch.testing.assert_close(sltt.predict(sltt.load(tmp_path / "run", Local()), x), sltt.predict(model, x, steps=4))
 

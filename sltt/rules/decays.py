@@ -1,0 +1,52 @@
+"""The λ of the neurons that traces follow, ours and other libraries'."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltt.neurons import CubaLIF, Neuron
+from sltt.sequence.state import Kind, kind_of
+
+Decay = float | Tensor
+Decays = tuple[Decay, float]  # λ of the membrane potential, α of a synaptic current, or 0
+
+
+def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], Decays]:
+    """What gives the λ of a layer of neurons, as it is now; raises ValueError where no trace follows the neuron."""
+    if decay is not None:
+        return lambda: (decay, 0.0)
+    kind = kind_of(type(neuron))
+    ours = _ours(neuron, kind)
+    theirs = kind.decay if kind and kind.decay and not isinstance(ours, Neuron) else None
+    known = theirs(neuron) is not None if theirs else isinstance(ours, Neuron) and hasattr(ours, "decay")
+    if not known:
+        raise ValueError(
+            f"the λ of {name} ({type(neuron).__name__}) is not known, and traces need it: give a neuron of ours an "
+            "attribute `decay`, say it by sltt.register(…, decay=…), or set one λ for all traces, OTTT(decay=…)"
+        )
+    if (rest := getattr(ours, "v_reset", None)) is not None:
+        raise ValueError(
+            f"{name} ({type(neuron).__name__}) resets to v_reset = {rest}, and a trace does not forget what a "
+            "spike makes the neuron forget; use the soft reset, v_reset=None, or an estimate, OTTT(decay=…)"
+        )
+
+    @torch.no_grad()
+    def current() -> Decays:
+        value: Any = theirs(neuron) if theirs else ours.decay
+        value = value() if callable(value) else value
+        synaptic = ours.synaptic_decay() if isinstance(ours, CubaLIF) else 0.0
+        return value.detach().mean() if isinstance(value, Tensor) else value, synaptic
+
+    return current
+
+
+def _ours(neuron: nn.Module, kind: Kind | None) -> Any:
+    """The neuron of ours that equals a neuron; itself where none does."""
+    if isinstance(neuron, Neuron) or not kind or not kind.translate:
+        return neuron
+    try:
+        return kind.translate(neuron)
+    except ValueError:  # it has another reset, say
+        return neuron

@@ -1,0 +1,97 @@
+"""A metric over the batches of an epoch or a split: a mean over samples, or what it computes from all of them."""
+
+import copy
+import math
+import numbers
+import warnings
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from sltt.metrics import collects, name_of
+from sltt.parallel.processes import Processes
+from sltt.training.progress import Metrics, Progress
+
+
+class Score:
+    """A metric that sees batches.
+
+    One that `collects`, such as those of torchmetrics, sees the samples of all processes in each of them, on the CPU.
+    So its value is that of all samples, whatever the number of processes and the size of the batches. The user's object
+    stays as it is: a copy collects.
+
+    Args:
+        metric: of predictions and targets.
+        processes: that share each batch.
+        progress: the batches before these, in an epoch that is resumed.
+    """
+
+    def __init__(self, metric: Any, processes: Processes, progress: Progress):
+        self.metric, self.processes, self.collecting = metric, processes, collects(metric)
+        self.whole = self.looked = True
+        if self.collecting:
+            self.metric = _empty(metric)
+            self.whole, self.looked = progress.batch == 0 or bool(progress.score), progress.batch > 0
+            if progress.score:
+                self.metric.load_state_dict(progress.score)
+
+    def batch(self, prediction: Tensor, target: Any, samples: int) -> float:
+        """The mean of a batch, of which so many samples count here; 0 where the metric collects them."""
+        if not self.collecting:
+            return float(self.metric(prediction, target))
+        own = (prediction.detach().cpu(), target.cpu() if isinstance(target, Tensor) else target) if samples else None
+        for part in self.processes.gather(own):
+            if part is not None:
+                self.metric.update(*part)
+        if not self.looked:
+            self._look()
+        return 0.0
+
+    def of(self, metrics: Metrics) -> Metrics:
+        """What was measured, with the score of all samples; NaN where those before a resume are not known."""
+        if not self.collecting:
+            return metrics
+        return replace(metrics, score=self._number(self.metric.compute()) if self.whole else math.nan)
+
+    def state(self) -> dict[str, Any]:
+        """What was collected, for a checkpoint; nothing of a metric that cannot save it."""
+        return dict(self.metric.state_dict()) if self.collecting and hasattr(self.metric, "load_state_dict") else {}
+
+    def _look(self) -> None:
+        """Raise ValueError at the first batch, and not after an epoch, where the metric gives no single number."""
+        self.looked, value = True, None
+        with suppress(Exception), warnings.catch_warnings():  # a batch may have too few samples for it
+            warnings.simplefilter("ignore")
+            value = self.metric.compute()
+        if value is not None:
+            self._number(value)
+
+    def _number(self, value: Any) -> float:
+        if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1):
+            return float(value)
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(
+            f"the metric {name_of(self.metric)} computes {got}, and a training selects by one number: give a metric of "
+            "one, such as the mean over classes by average='macro'"
+        )
+
+
+def _empty(metric: Any) -> Any:
+    """A copy of a metric that collects, on the CPU, without samples."""
+    copied = copy.deepcopy(metric)
+    copied.reset()
+    parts: list[Any] = [copied]
+    if isinstance(copied, nn.Module):
+        parts = list(copied.cpu().modules())
+    for part in parts:
+        if hasattr(part, "persistent"):  # of torchmetrics: its state dict has what it collected
+            part.persistent(True)
+        if hasattr(part, "distributed_available_fn"):  # likewise: it would add up what each process has of all samples
+            part.distributed_available_fn = _alone
+    return copied
+
+
+def _alone() -> bool:
+    return False

@@ -1,0 +1,63 @@
+"""A network that mixes the samples of a batch, or folded time steps, is named before it is trained."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+
+
+class AmongSamples(nn.Module):
+    def forward(self, x):
+        return torch.softmax(x @ x.mT, -1) @ x  # [B, B]
+
+
+class AmongTokens(nn.Module):
+    def forward(self, x):
+        x = x.unflatten(-1, (4, 2))
+        return (torch.softmax(x @ x.mT, -1) @ x).flatten(-2)
+
+
+class OverTime(nn.Module):
+    def forward(self, x):
+        steps = x.unflatten(0, (3, -1))
+        return (steps + steps.mean(0)).flatten(0, 1) if len(x) % 3 == 0 else x
+
+
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+def fit(layer, tmp_path, rule=None):
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.rand(12, 6), torch.randint(3, (12,)))
+    data = sltt.data.from_datasets(data, test=data, classes=3, static=True)
+    model = nn.Sequential(nn.Linear(6, 8), sltt.IF(v_threshold=0.1), layer, nn.Linear(8, 3))
+    return sltt.fit(
+        model, data, rule or sltt.SLTT(), steps=3, epochs=1, batch_size=6, device="cpu", run=tmp_path / "run"
+    )
+
+
+@pytest.mark.parametrize("layer", [AmongSamples(), Centred()], ids=lambda m: type(m).__name__)
+def test_a_layer_that_mixes_samples_is_named(layer, tmp_path):
+    name = type(layer).__name__
+    with pytest.warns(UserWarning, match=rf"2 \({name}\) mixes the samples of a batch, in evaluation mode too"):
+        fit(layer, tmp_path)
+
+
+@pytest.mark.parametrize("layer", [AmongTokens(), nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False)])
+def test_a_layer_that_treats_samples_one_by_one_is_not(layer, tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* mixes ")
+        fit(layer, tmp_path)
+
+
+def test_a_layer_that_mixes_folded_time_steps_is_refused(tmp_path):
+    fit(OverTime(), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"2 \(OverTime\) mixes the time steps that are folded into a batch: use fold=1"
+    ):
+        fit(OverTime(), tmp_path / "folded", sltt.SLTT(fold=3))

@@ -1,0 +1,122 @@
+"""Metrics that compute their score from all samples, as those of torchmetrics do."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.commands import main
+from sltt.data import Splits
+from sltt.metrics import higher_is_better, name_of
+from sltt.training.checkpoints import load_checkpoint
+from tests.collecting import MacroF1, macro_f1
+from tests.training.blobs import Blobs, StopAt, network, train
+
+
+class Uneven(Blobs):
+    """In the order of the classes, so that most batches have one class only."""
+
+    def load(self, steps):
+        splits = super().load(steps)
+        parts = (sorted(part, key=lambda sample: sample[1]) for part in (splits.train, splits.validation, splits.test))
+        return Splits(*parts, static=True, classes=3, fingerprint="uneven")
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 128])
+def test_the_score_is_that_of_all_samples_at_once(batch_size):
+    model, data, metric = network(), Uneven(), MacroF1()
+    found = sltt.evaluate(model, data, metric=metric, batch_size=batch_size, device="cpu")
+    x, y = data.splits(4).collate(data.splits(4).test)
+    assert found.metric == "macro_f1"
+    assert found.score == pytest.approx(macro_f1(sltt.predict(model, x, steps=4), y))
+    assert metric.counts.sum() == 0  # a copy collects
+
+
+class Seen:
+    """How many samples it has seen."""
+
+    def __init__(self):
+        self.count = 0
+
+    def update(self, prediction, target):
+        self.count += len(target)
+
+    def compute(self):
+        return self.count
+
+    def reset(self):
+        self.count = 0
+
+
+def test_each_epoch_collects_anew_and_selects_by_the_score(tmp_path):
+    _, result = train(tmp_path / "run", metric=Seen(), epochs=3)
+    assert [(row["train_seen"], row["validation_seen"]) for row in result.history] == [(60, 12)] * 3
+    model, result = train(tmp_path / "f1", data=Uneven(), metric=MacroF1(), epochs=3)
+    scores = [row["validation_macro_f1"] for row in result.history]
+    assert scores[result.epoch - 1] == max(scores)
+    measured = sltt.evaluate(model, Uneven(), "validation", metric=MacroF1(), device="cpu")
+    assert measured.score == pytest.approx(max(scores))
+
+
+@pytest.mark.parametrize("batch", [2, 6, 8])
+def test_a_resumed_epoch_has_the_score_of_all_its_batches(batch, tmp_path):
+    _, whole = train(tmp_path / "whole", metric=MacroF1(), rule=sltt.SLTT(k=2))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "part", metric=MacroF1(), rule=StopAt(batch))
+    progress = load_checkpoint(tmp_path / "part" / "last.ckpt")["progress"]
+    assert bool(progress["score"]) == bool(progress["batch"])
+    _, again = train(tmp_path / "part", metric=MacroF1(), rule=sltt.SLTT(k=2), resume=True)
+    for key in ("train_macro_f1", "validation_macro_f1"):
+        assert [row[key] for row in again.history] == [row[key] for row in whole.history]
+
+
+def test_a_metric_that_cannot_be_saved_does_not_give_the_score_of_half_an_epoch(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "part", metric=Seen(), rule=StopAt(2))
+    _, again = train(tmp_path / "part", metric=Seen(), rule=sltt.SLTT(k=2), resume=True)
+    assert math.isnan(again.history[0]["train_seen"])
+    assert [row["train_seen"] for row in again.history[1:]] == [60] * 3
+    assert [row["validation_seen"] for row in again.history] == [12] * 4
+
+
+def test_a_metric_of_several_numbers_is_refused_at_the_first_batch(tmp_path):
+    message = r"macro_f1 computes shape \[3\], and a training selects by one number: .* average='macro'"
+    with pytest.raises(ValueError, match=message) as caught:
+        train(tmp_path / "run", metric=MacroF1(average=None))
+    assert caught.value.__notes__ == ["at epoch 1, batch 1 of 4"]
+    with pytest.raises(ValueError, match=message):
+        sltt.evaluate(network(), Blobs(), metric=MacroF1(average=None), device="cpu")
+
+
+def test_a_run_whose_metric_no_file_can_name_is_measured_in_python(tmp_path, capsys):
+    class Local(MacroF1):
+        pass
+
+    sltt.fit(sltt.models.DigitsNet(width=2), sltt.data.Digits(), metric=Local(10), epochs=1, run=tmp_path / "run")
+    assert "cannot read this run: metric: Local is defined within a function" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert "its metric cannot be made again from a file: go on in Python" in capsys.readouterr().err
+
+
+def test_padded_sequences_and_targets_of_each_step_are_collected():
+    model = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
+    samples = [(torch.rand(3 + i % 3, 4), i % 3) for i in range(12)]
+    data = sltt.data.from_datasets(samples, 0.5, static=False, pad=True)
+    settings = {"steps": 5, "batch_size": 2, "device": "cpu"}
+    assert sltt.evaluate(model, data, "validation", metric=Seen(), **settings).score == 6
+    samples = [(torch.rand(5, 4), torch.arange(5) % 3) for _ in range(12)]
+    data = sltt.data.from_datasets(samples, 0.5, static=False, per_step=True)
+    loss = sltt.losses.PerStep(nn.CrossEntropyLoss())
+    found = sltt.evaluate(model, data, "validation", loss=loss, metric=Seen(), **settings)
+    assert found.score == 3 * 5  # targets [T, B]
+
+
+def test_a_name_of_capitals_is_one_word_and_a_metric_that_does_not_say_is_better_higher():
+    class MulticlassAUROC(MacroF1):
+        higher_is_better = None
+
+    assert name_of(MulticlassAUROC()) == "multiclass_auroc"
+    assert name_of(sltt.metrics.MeanAbsoluteError()) == "mean_absolute_error"
+    assert higher_is_better(MulticlassAUROC())
