@@ -1,5 +1,10 @@
 """The calls of an ANN, read by torch.fx: its activations, and all that stands in the way of a spiking twin."""
 
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -9,19 +14,36 @@ from sltt.sequence.state import Stateful, emits_spikes
 
 NEURONS = frozenset({"relu", "relu6", "qcfs"})  # what a neuron stands for
 _NONLINEAR = (
-    "abs celu clamp clip cos elu erf exp ge gelu glu gt hardshrink hardsigmoid hardswish hardtanh le leakyrelu log "
-    "logsigmoid lt maximum minimum mish prelu rrelu selu sigmoid sign silu sin softplus softshrink softsign tanh "
-    "tanhshrink threshold where"
+    "abs acos acosh arccos arccosh arcsin arcsinh arctan arctan2 arctanh asin asinh atan atan2 atanh ceil celu clamp "
+    "clampmax clampmin clip cos cosh elu erf erfc erfinv exp exp2 expit expm1 fix floatpower floor floordiv "
+    "floordivide fmax fmin fmod frac gelu glu hardshrink hardsigmoid hardswish hardtanh heaviside hypot leakyrelu log "
+    "log10 log1p log2 logaddexp logaddexp2 logit logsigmoid max maximum min minimum mish mod pow prelu remainder round "
+    "rrelu rsqrt selu sgn sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square tan tanh tanhshrink "
+    "threshold trunc"
 )
-NONLINEAR = frozenset(_NONLINEAR.split())  # what has no spiking counterpart
+_CONDITIONS = frozenset({"ge", "greater", "greaterequal", "gt", "le", "less", "lessequal", "lt", "where"})
+NONLINEAR = _CONDITIONS.union(_NONLINEAR.split())  # what has no spiking counterpart
 _BY_MODE = (
     "alphadropout batchnorm dropout dropout1d dropout2d dropout3d featurealphadropout featuredropout instancenorm "
     "stochasticdepth"
 )
 BY_MODE = frozenset(_BY_MODE.split())  # functions with `training=…`
+_OF_SHAPE = (
+    "device dim dtype emptylike fulllike getdevice iscuda isfloatingpoint len ndim ndimension nelement newempty "
+    "newfull newones newzeros numel oneslike randlike randnlike shape size zeroslike"
+)
+OF_SHAPE = frozenset(_OF_SHAPE.split())  # reads no values of a tensor
+_VIEWS = (
+    "adjoint bfloat16 broadcastto chunk contiguous data detach diagonal double dropout dsplit expand expandas flatten "
+    "float getitem h half hsplit identity mh moveaxis movedim mt narrow permute ravel reshape reshapeas select split "
+    "splitwithsizes squeeze swapaxes swapdims t tensorsplit to transpose type typeas unbind unflatten unfold unsqueeze "
+    "unsafechunk unsafesplit view viewas vsplit"
+)
+VIEWS = frozenset(_VIEWS.split())  # gives the memory that it reads, or may do so
 _LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _HIDDEN = nn.RNNBase | nn.RNNCellBase | nn.Transformer | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 _REDRAWN = nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout
+_IN_PLACE = "sltt_in_place"
 
 
 class Calls:
@@ -29,6 +51,8 @@ class Calls:
 
     Args:
         ann: the network.
+        neurons: names of the activations to put neurons at.
+        refused: names of those that have no counterpart.
 
     Raises:
         ValueError: its forward cannot be traced.
@@ -37,8 +61,8 @@ class Calls:
         graph: the calls.
     """
 
-    def __init__(self, ann: nn.Module):
-        self.ann = ann
+    def __init__(self, ann: nn.Module, neurons: frozenset[str], refused: frozenset[str]):
+        self.ann, self.neurons, self.refused = ann, neurons, refused
         try:
             with evaluating(ann):
                 self.graph = _Tracer().trace(ann)
@@ -50,6 +74,11 @@ class Calls:
         for node in self.graph.nodes:
             self._restore_norm(node)
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self.varying: set[fx.Node] = set()  # depends on the values of the input, not on shapes and weights alone
+        for node in self.graph.nodes:
+            varies = not self.varying.isdisjoint(node.all_input_nodes) and not self._of_shape(node)
+            if node.op == "placeholder" or varies:
+                self.varying.add(node)
 
     def _restore_norm(self, node: fx.Node) -> None:
         """Make a call of `F.batch_norm` in a subclass of BatchNorm, as timm's with an activation, one of a module."""
@@ -67,19 +96,14 @@ class Calls:
         """The path of the module of which the forward makes a call."""
         return [*(path for path, _ in node.meta.get("nn_module_stack", {"": ("", None)}).values())][-1]
 
-    def activations(self, neurons: frozenset[str], refused: frozenset[str]) -> list[fx.Node]:
-        """The calls to put neurons at; raises ValueError with all problems at once.
-
-        Args:
-            neurons: names of the activations to put neurons at.
-            refused: names of those that have no counterpart.
-        """
+    def activations(self) -> list[fx.Node]:
+        """The calls to put neurons at; raises ValueError with all problems at once."""
         found: list[fx.Node] = []
         problems: dict[str, list[str]] = {}
         for node in self.graph.nodes:
-            if problem := self._problem(node, refused):
+            if problem := self._problem(node):
                 problems.setdefault(problem, []).append(self._place(node))
-            elif self.name(node) in neurons:
+            elif self._is_one_of(node, self.neurons):
                 found.append(node)
         if problems:
             listed = "; ".join(f"{_some(places)}: {problem}" for problem, places in problems.items())
@@ -98,7 +122,11 @@ class Calls:
     def name(self, node: fx.Node) -> str:
         """What a call runs: relu for `nn.ReLU`, `F.relu` and `Tensor.relu_`."""
         module = self.module(node)
-        return plain(getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__)
+        if module is not None:
+            return plain(type(module).__name__)
+        if node.target is getattr:  # x.shape
+            return plain(str(node.args[1]))
+        return plain(getattr(node.target, "__name__", str(node.target)).removeprefix("special_"))
 
     def of_features(self, node: fx.Node) -> bool:
         """Whether the channels of a call are the last dimension, as behind a linear layer; else the second."""
@@ -111,7 +139,7 @@ class Calls:
                 return False
         return False
 
-    def _problem(self, node: fx.Node, refused: frozenset[str]) -> str | None:
+    def _problem(self, node: fx.Node) -> str | None:
         module, name = self.module(node), self.name(node)
         if module is not None and emits_spikes(module):
             return "spiking neurons already, where an ANN has an activation"
@@ -119,20 +147,59 @@ class Calls:
             return "an activation hidden inside; build it of nn.Linear, attention and nn.ReLU"
         if isinstance(module, _REDRAWN):
             return "another mask at every time step; use nn.Dropout"
-        if node.op == "call_function" and name in BY_MODE and 0 not in (*node.args[1:2], node.kwargs.get("p")):
+        if self._fixed(node):
             return "`training` would be fixed by the tracing; use p=0, or a module such as nn.Dropout"
-        if name in refused:
-            return (
-                f'no spiking counterpart; train with ReLU, or replace=["{name}"] to put neurons there all the '
-                f'same, or keep=["{name}"]'
-            )
-        if _in_place(node, module):
-            before = node.all_input_nodes[0]
-            if late := [user for user in before.users if self.order[user] > self.order[node]]:
-                return f"changes in place what {self._place(late[0])} reads afterwards; use inplace=False"
+        if self._is_one_of(node, self.refused):
+            if name in _CONDITIONS:
+                return f'no spiking counterpart; write F.relu, or keep=["{name}"]'
+            replace = f'replace=["{name}"] to put neurons there all the same'
+            return f'no spiking counterpart; train with ReLU, or {replace}, or keep=["{name}"]'
+        if node in self.varying and _in_place(node, module):
+            changed, late = node.all_input_nodes[0], self._read_later(node)
+            if changed.op == "get_attr":
+                return "changes in place what every time step reads; write z = z + x for z += x"
+            if late and (node.users or not self._is_view(changed)):
+                where = f"changes in place what {self._place(late)} reads afterwards"
+                return f"{where}; use inplace=False, or z = z + x for z += x"
             if not node.users:
                 return "changes a part of a tensor in place, which no trace shows; write y = activation(x), and read y"
         return None
+
+    def _is_one_of(self, node: fx.Node, names: frozenset[str]) -> bool:
+        """Whether a call is an activation of these names, and not math on shapes or weights."""
+        name = self.name(node)
+        two = "other" in node.kwargs or any(isinstance(other, fx.Node) for other in node.args[1:2])
+        if name in ("max", "min") and not two:
+            return False  # pooling
+        return node.op.startswith("call") and name in names and node in self.varying
+
+    def _fixed(self, node: fx.Node) -> bool:
+        """Whether a call has `training=…` as it is in the trace."""
+        by_mode = node.op == "call_function" and self.name(node) in BY_MODE
+        return by_mode and 0 not in (*node.args[1:2], node.kwargs.get("p"))
+
+    def _of_shape(self, node: fx.Node) -> bool:
+        return node.op in ("call_function", "call_method") and self.name(node) in OF_SHAPE
+
+    def _is_view(self, node: fx.Node) -> bool:
+        """Whether a call may give the memory of its first input; dropout does in evaluation mode."""
+        called = node.op.startswith("call") and bool(node.all_input_nodes)
+        return called and (self.name(node) in VIEWS or differs_in_training(self.module(node)))
+
+    def _read_later(self, node: fx.Node) -> fx.Node | None:
+        """The first call that reads a tensor, or a view of it, after a call changed it in place."""
+        root = node.all_input_nodes[0]
+        while self._is_view(root):
+            root = root.all_input_nodes[0]
+        late, todo = [], [root]
+        while todo:
+            tensor = todo.pop()
+            for user in set(tensor.users) - {node}:
+                if self._is_view(user) and user.all_input_nodes[0] is tensor:
+                    todo.append(user)
+                elif self.order[user] > self.order[node] and not self._of_shape(user):
+                    late.append(user)
+        return min(late, key=self.order.__getitem__, default=None)
 
     def _place(self, node: fx.Node) -> str:
         return f"{node.target if node.op == 'call_module' else node.name} ({self.name(node)})"
@@ -150,12 +217,46 @@ def plain(name: str) -> str:
 def _in_place(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
         return bool(getattr(module, "inplace", False))
+    if node.meta.get(_IN_PLACE):
+        return True
     name = str(getattr(node.target, "__name__", node.target))
     return node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
 
 
+def differs_in_training(module: nn.Module | None) -> bool:
+    """Whether a module of the user's does otherwise in training, as timm's DropPath, and has no activation inside."""
+    if module is None or type(module).__module__.startswith("torch.") or [*module.children()]:
+        return False
+    try:
+        source = inspect.getsource(type(module))
+    except (OSError, TypeError):  # it has none
+        return False
+    return ".training" in source and "relu" not in source.lower()
+
+
 class _Tracer(fx.Tracer):
-    """Goes into all modules but layers, and those that keep a state."""
+    """Goes into all modules but layers, those that keep a state, and those that do otherwise in training."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LAYERS | Stateful | QCFS) or super().is_leaf_module(m, module_qualified_name)
+        kept = isinstance(m, _LAYERS | Stateful | QCFS) or differs_in_training(m)
+        return kept or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
+
+
+class Proxy(fx.Proxy):
+    """Marks `y += x` as in place: fx reads y + x."""
+
+
+def _mark(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def in_place(self: fx.Proxy, other: Any) -> fx.Proxy:
+        result = getattr(operator, name)(self, other)
+        result.node.meta[_IN_PLACE] = True
+        return result
+
+    return in_place
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(Proxy, f"__i{_name}__", _mark(f"__{_name}__"))

@@ -37,7 +37,8 @@ def spiking(
 
     The mean over T time steps is ReLU(x) in T + 1 levels up to θ. Without data θ is 1, or the clip of a `QCFS`. These
     stay: weights and their names, BatchNorm, LayerNorm, max pooling (of spikes) and attention (within the time step).
-    `nn.Dropout` becomes `sltt.Dropout`, which has one mask per sequence. Choose T where you train or run the twin.
+    `nn.Dropout` becomes `sltt.Dropout`, which has one mask per sequence. Modules of yours that read `self.training` and
+    hold no others, such as timm's DropPath, stay as they are. Choose T where you train or run the twin.
 
     Args:
         ann: the network; `torch.fx` traces it.
@@ -52,7 +53,7 @@ def spiking(
     Raises:
         ValueError: what cannot be turned, by name and with the remedy. Control flow that depends on values; functions
             with `training=…`; neurons that spike already; no activation. An activation without a spiking counterpart,
-            hidden in a module of PyTorch, or in place on what is read later.
+            hidden in a module of PyTorch. Changes in place of what is read later. Scripted functions and modules.
 
     Source: Rueckauer et al. 2017 (Front. Neurosci. 11:682), for thresholds by percentiles.
     """
@@ -61,11 +62,11 @@ def spiking(
     replace, keep = _names("replace", replace), _names("keep", keep)
     if both := sorted({*replace} & {*keep}):
         raise ValueError(f"{both[0]} stands in replace and in keep: name it once")
-    ann = copy.deepcopy(instance("ann", ann, nn.Module))
+    ann = _copy(instance("ann", ann, nn.Module))
     if weights is not None:
         _load(ann, weights)
-    calls = Calls(ann)
-    activations = calls.activations(NEURONS.union(replace).difference(keep), NONLINEAR.difference(replace, keep))
+    calls = Calls(ann, NEURONS.union(replace).difference(keep), NONLINEAR.difference(replace, keep))
+    activations = calls.activations()
     thresholds = _percentiles(calls, activations, data, percentile) | _clips(calls, activations)
     places: dict[str, fx.Node] = {}
     for node in activations:
@@ -83,6 +84,24 @@ def spiking(
 
 def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(plain(instance(argument, name, str)) for name in sequence(argument, names, "names of activations"))
+
+
+def _copy(ann: nn.Module) -> nn.Module:
+    for path, module in ann.named_modules():
+        functions = [name for name, value in vars(module).items() if isinstance(value, torch.jit.ScriptFunction)]
+        if functions or isinstance(module, torch.jit.ScriptModule):
+            place = ".".join([*filter(None, [path]), *functions[:1]]) or "all of it"
+            raise ValueError(
+                f"no spiking twin of {type(ann).__name__}: {place} is of torch.jit.script or torch.jit.trace, whose "
+                "activations cannot be read; use the function or the module as it was before"
+            )
+    try:
+        return copy.deepcopy(ann)
+    except Exception as error:  # of any kind, since objects of the network copy themselves
+        raise ValueError(
+            f"no spiking twin of {type(ann).__name__}: copy.deepcopy refuses it, with {type(error).__name__}: {error}. "
+            "Leave this out of the network; of a function of torch.jit.script, use the function as it was before"
+        ) from error
 
 
 def _load(ann: nn.Module, path: str) -> None:
