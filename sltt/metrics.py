@@ -4,12 +4,11 @@ A metric is a mean over samples, or an object with `update`, `compute` and `rese
 """
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sltt.checks import function, number
 
@@ -95,7 +94,9 @@ def _check_shape(metric: Metric, target: Tensor, expected: Any) -> None:
 def collects(metric: Any) -> bool:
     """Whether a metric takes in batches and computes its score at the end, as those of torchmetrics do."""
     methods = (getattr(metric, name, None) for name in ("update", "compute", "reset"))
-    return not isinstance(metric, type) and all(map(callable, methods))
+    # a function of one's own that has such methods for itself is called
+    other = isinstance(metric, type) or (callable(metric) and not isinstance(metric, nn.Module))
+    return not other and all(map(callable, methods))
 
 
 def check_metric(metric: Any) -> None:
@@ -107,9 +108,9 @@ def check_metric(metric: Any) -> None:
 
 
 def name_of(metric: Callable[..., Any]) -> str:
-    """The name that a metric is reported by: mean_absolute_error, multiclass_auroc."""
+    """The name that a metric is reported by: mean_absolute_error."""
     name = getattr(metric, "__name__", type(metric).__name__)
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower().lstrip("_")
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
 def higher_is_better(metric: Callable[..., Any]) -> bool:

@@ -2,15 +2,17 @@
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
-class MacroF1:
+class MacroF1(nn.Module):
     """The mean over classes of F1, of all samples; that of batches is another number."""
 
     higher_is_better = True
     distributed_available_fn = staticmethod(dist.is_initialized)
 
     def __init__(self, classes=3, average="macro"):
+        super().__init__()
         self.classes, self.average, self.kept = classes, average, False
         self.reset()
 
@@ -34,13 +36,13 @@ class MacroF1:
     def persistent(self, mode=False):
         self.kept = mode
 
-    def state_dict(self):
+    def state_dict(self, *args, **kwargs):
         return {"counts": self.counts.clone()} if self.kept else {}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state, *args, **kwargs):
         self.counts = state["counts"].clone()
 
-    def __call__(self, prediction, target):
+    def forward(self, prediction, target):
         raise AssertionError("the value of a batch says nothing about that of all")
 
 

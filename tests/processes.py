@@ -62,15 +62,6 @@ def several_lengths() -> Data:
     return sltt.data.from_datasets(*cut, static=False, pad=True, by_length=True)
 
 
-def train_several_lengths(run: Path) -> None:
-    """A training on them in float64, which data of one's own keeps only where it is the default type."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        train(run, network(), several_lengths(), rule=ONLINE)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def network(**kwargs) -> nn.Module:
     torch.manual_seed(0)
     return small_network(**kwargs)
@@ -132,7 +123,7 @@ def main(folder: Path) -> None:
         with counted(pytest.MonkeyPatch()) as messages[name]:
             result = train(folder / "ddp" / name, network(), **settings)
         measured[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
-    train_several_lengths(folder / "padded")
+    train(folder / "padded", network(), several_lengths(), rule=ONLINE)
     for name, rule in SHARDED.items():
         model = network(neuron=lambda **kwargs: sltt.PLIF(tau=2.0, **kwargs))
         train(folder / "fsdp" / name, model, rule=rule, strategy="fsdp", clip_norm=1.0)

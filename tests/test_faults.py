@@ -276,6 +276,30 @@ def test_a_state_that_is_in_a_buffer_or_not_declared_is_named(kind, name):
         sltt.SLTT()(model, *batch(), LOSS)
 
 
+class Recording(sltt.LIF):
+    def forward(self, x):
+        self._last = super().forward(x)
+        return self._last
+
+
+class Averaged(nn.Module):
+    """Has a buffer with as many rows as the batch has samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5, 6, dtype=torch.float64))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean[0]
+
+
+@pytest.mark.parametrize("kind", [Recording, Averaged])
+def test_what_is_no_state_is_not_warned_of(kind):
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), nn.Linear(6, 6), kind(), nn.Linear(6, 3)).double()
+    assert sltt.SLTT()(model, *batch(), LOSS).loss.isfinite()  # without a warning
+
+
 def test_a_state_that_is_not_declared_and_not_detached_is_named():
     model = nn.Sequential(nn.Linear(6, 6), Undeclared(), nn.Linear(6, 3)).double()
     model[1].detaches = False

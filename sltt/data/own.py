@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ def from_datasets(
 
     A data set has `len(dataset)` and `dataset[index]`, as those of PyTorch and of Hugging Face have. A sample is a pair
     (x, target), or a dictionary with `columns`. x is a tensor, a NumPy array or a PIL image, which becomes float32 in
-    [0, 1]. float64 becomes the default type of PyTorch, float32 unless you have set another.
+    [0, 1].
 
     Args:
         train: samples to train on.
@@ -124,9 +123,7 @@ class _OwnData(Data):
         }
         if self.pad:
             return _Padding(**values)
-        if not self.collates:
-            return Splits(**values)
-        return _Collated(**values, collates={name: partial(_batch, made) for name, made in self.collates.items()})
+        return _Collated(**values, collates=self.collates) if self.collates else Splits(**values)
 
     def _samples(self, name: str, dataset: Any, steps: int) -> Any:
         if self.collates:
@@ -236,13 +233,13 @@ def _pair(name: str, sample: Any, columns: tuple[str, str] | None) -> tuple[Any,
 
 
 def _tensor(name: str, x: Any) -> Tensor:
-    """A sample as a tensor; images in [0, 1], and float64 as `_single` has it."""
+    """A sample as a tensor; images in [0, 1], and NumPy's float64 as float32."""
     if hasattr(x, "getbands"):  # a PIL image
         from torchvision.transforms.functional import to_tensor
 
         return to_tensor(x)
     try:
-        found = _single(x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x)))
+        found = x if isinstance(x, Tensor) else _single(torch.as_tensor(np.asarray(x)))
     except (TypeError, ValueError) as error:
         got = type(x).__name__
         raise ValueError(f"{name}: expected a tensor, a NumPy array or a PIL image, got a {got}: convert it") from error
@@ -256,7 +253,7 @@ def _target(target: Any) -> Any:
     if _is_class(target):
         return int(target)
     try:
-        found = _single(target if isinstance(target, Tensor) else torch.as_tensor(target))
+        found = target if isinstance(target, Tensor) else _single(torch.as_tensor(target))
         return found if found.ndim else found.unsqueeze(0)  # [B, 1] as the outputs of a network, not [B]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -264,17 +261,9 @@ def _target(target: Any) -> Any:
         ) from error
 
 
-def _batch(made: Collate, samples: list[Any]) -> Any:
-    """A batch of a loader, with float64 as `_single` has it."""
-    x, y = made(samples)
-    if isinstance(y, Padded):
-        return _single(x), Padded(_single(y.target), y.lengths)
-    return _single(x), _single(y) if isinstance(y, Tensor) else y
-
-
 def _single(x: Tensor) -> Tensor:
-    """float64, which NumPy gives unasked, in the default type of PyTorch, which the weights have: mostly float32."""
-    return x.to(torch.get_default_dtype()) if x.dtype == torch.float64 else x
+    """NumPy's float64 as float32, the type of the weights."""
+    return x.float() if x.dtype == torch.float64 else x
 
 
 def _is_class(target: Any) -> bool:

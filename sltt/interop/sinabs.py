@@ -72,7 +72,8 @@ def _translate(module: Any) -> nn.Module:
 def _decay(module: Any) -> Any:
     """α of the membrane potential of neurons without a synaptic current, from which spikes subtract."""
     plain = type(module) in (LIFSqueeze, IAFSqueeze) and isinstance(module.reset_fn, MembraneSubtract)
-    return module.alpha_mem_calculated if plain and module.tau_syn is None and module.min_v_mem is None else None
+    plain = plain and not module.train_alphas and module.tau_syn is None and module.min_v_mem is None
+    return module.alpha_mem_calculated if plain else None
 
 
 def _surrogate(function: Any, threshold: float) -> surrogates.Surrogate:

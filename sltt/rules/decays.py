@@ -34,12 +34,25 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
 
     @torch.no_grad()
     def current() -> Decays:
-        value: Any = theirs(neuron) if theirs else ours.decay
+        value: Any = _checked(theirs(neuron), name, neuron) if theirs else ours.decay
         value = value() if callable(value) else value
         synaptic = ours.synaptic_decay() if isinstance(ours, CubaLIF) else 0.0
         return value.detach().mean() if isinstance(value, Tensor) else value, synaptic
 
     return current
+
+
+def _checked(value: Any, name: str, neuron: nn.Module) -> Decay:
+    """What `sltt.register(decay=)` says of a neuron; raises ValueError where it is no λ."""
+    floats = isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
+    if floats and bool(((value >= 0) & (value <= 1)).all()):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError(
+        f"the λ of {name} ({type(neuron).__name__}) is to be a number from 0 to 1, or a tensor of them, and `decay` of "
+        f"sltt.register gives {value!r}"
+    )
 
 
 def _ours(neuron: nn.Module, kind: Kind | None) -> Any:

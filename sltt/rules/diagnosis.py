@@ -69,20 +69,23 @@ def explained(model: nn.Module, sequence: Sequence) -> Iterator[None]:
 @contextmanager
 def leftovers_noticed(model: nn.Module, batch: int) -> Iterator[None]:
     """Warn of a tensor of the batch that a module keeps after the sequence: a state that nobody resets."""
-    before = {id(value) for *_, value in _plain_tensors(model)}
+    before = [(name, attribute, value.shape, id(value)) for name, _, attribute, value in _plain_tensors(model)]
+    there, shapes = {one[-1] for one in before}, {one[:-1] for one in before}
     yield
     for name, module, attribute, value in _plain_tensors(model):
-        if value.ndim > 1 and len(value) == batch and id(value) not in before:
+        new = id(value) not in there and (name, attribute, value.shape) not in shapes  # or it is of that size anyway
+        if value.ndim > 1 and len(value) == batch and new:
             kind = type(module).__name__
             remedy = (
-                f"add it to {kind}.states. If it is not: keep what you need of it outside of the module"
+                f"add it to {kind}.states. If it is not: give it a name that begins with _"
                 if isinstance(module, Stateful)
                 else f"say so: sltt.register({kind}, states=['{attribute}']). If it is not: sltt.register({kind}, "
                 "states=[])"
             )
+            place = name.removeprefix(_WRAPPER) or "the model"
             warnings.warn(
-                f"{name or 'the model'} ({kind}) keeps a tensor of the batch in `.{attribute}` after the sequence. "
-                f"If it is a state, {remedy}",
+                f"{place} ({kind}) keeps a tensor of the batch in `.{attribute}` after the sequence. If it is a state, "
+                + remedy,
                 stacklevel=6,
             )
 
@@ -90,16 +93,16 @@ def leftovers_noticed(model: nn.Module, batch: int) -> Iterator[None]:
 def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Tensors in attributes and buffers of modules that no rule knows: module's name, module, attribute's name, tensor.
 
-    Tensors in lists there too. Of what keeps a state, those that are none of its states.
+    Tensors in lists there too. Of what keeps a state, those that are none of its states and have no private name.
     """
     for name, module in model.named_modules():
         library = type(module).__module__.partition(".")[0]
         if library in ("torch", "sltt") or (kind_of(type(module)) and not isinstance(module, Stateful)):
             continue
-        known = {"_parameters", "_buffers", *state_names(module)}
+        known, private = {"_parameters", "_buffers", *state_names(module)}, isinstance(module, Stateful)
         for key, value in (*vars(module).items(), *module._buffers.items()):
             tensors: list[Tensor] = []
-            if key not in known:
+            if key not in known and not (private and key.startswith("_")):
                 map_tensors(tensors.append, value)
             yield from ((name, module, key, tensor) for tensor in tensors)
 

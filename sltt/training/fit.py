@@ -31,7 +31,7 @@ from sltt.training.mixing import check_mixing
 from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Phase
 from sltt.training.runs import LAST, check_config, new_run, old_run, write_config
-from sltt.training.safeguards import check_last_batch, check_static, checked
+from sltt.training.safeguards import check_last_batch, check_static, check_type, checked
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, OptimizerFactory, Training
 
@@ -244,6 +244,7 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
     for callback in training.callbacks or ():
         if callback.needs_validation and splits.validation is None:
             raise ValueError(f"{type(callback).__name__} needs validation samples: hold some out, as by validation=0.1")
+    check_type(model, splits)
     check_static(model, splits, training.loss, stages[0].steps)
     check_last_batch(model, splits, training.batch_size, stages)
     check_mixing(model, splits, stages[0])

@@ -37,14 +37,12 @@ def check_mixing(model: nn.Module, splits: Splits, stage: Stage) -> None:
     x = x.to(next((p.device for p in model.parameters()), "cpu"))
     sequence = Sequence(x, stage.steps if splits.static else len(x), splits.static)
     fold = sequence.steps if stage.rule.fold == "auto" else min(stage.rule.fold, sequence.steps)
-    found = _mixing(model, sequence, 1)
-    in_fold = _mixing(model, sequence, fold) if fold > 1 and not found else None
-    if in_fold:
+    if fold > 1 and (found := _mixing(model, sequence, fold)):
         raise ValueError(
-            f"{in_fold} mixes the time steps that are folded into a batch: use fold=1. Attention over time has no form "
-            "step by step: let neurons carry the past"
+            f"{found} mixes the time steps that are folded into a batch, or its samples: use fold=1. Attention over "
+            "time has no form step by step: let neurons carry the past"
         )
-    if found:
+    if found := _mixing(model, sequence, 1):
         warnings.warn(
             f"{found} mixes the samples of a batch, in evaluation mode too: what a sample gives depends on the others. "
             "Attention is among tokens, [B, N, E] and not [N, B, E]; a sum over dimension 0 is one over samples",
@@ -71,16 +69,20 @@ def _mixing(model: nn.Module, sequence: Sequence, steps: int) -> str | None:
     changed = torch.cat([x[:1], others])
     try:
         twin = _copy(model)
-        before, again, after = (_run(twin, sequence.batch, steps, one) for one in (x, x, changed))
+        # the same once more with other random numbers: what they change is not judged
+        calls = (x, 0), (x, 1), (changed, 0)
+        before, again, after = (_run(twin, sequence.batch, steps, one, seed) for one, seed in calls)
     except Exception:  # of any kind: it is the user's code
         return None
-    for (name, read, gave), (_, _, repeated), (_, read_then, gave_then) in zip(before, again, after, strict=False):
+    if len({tuple(name for name, *_ in seen) for seen in (before, again, after)}) > 1:
+        return None  # it decides by values which modules run
+    for (name, read, gave), (_, _, repeated), (_, read_then, gave_then) in zip(before, again, after, strict=True):
         if _same(read, read_then) and _same(gave, repeated) and not _same(gave, gave_then):
             return name
     return None
 
 
-def _run(model: nn.Module, batch: int, steps: int, x: Tensor) -> Seen:
+def _run(model: nn.Module, batch: int, steps: int, x: Tensor, seed: int) -> Seen:
     """The calls of modules in a call of the network, in the order in which they end."""
     network, seen = Network(model, batch), []
     modules = [m for m in model.modules() if isinstance(m, Stateful) or m in spiking_layers(model).values()]
@@ -91,6 +93,7 @@ def _run(model: nn.Module, batch: int, steps: int, x: Tensor) -> Seen:
         hooked(*hooks), clocked(modules, network.clock), evaluating(model), torch.no_grad(),
         torch.random.fork_rng(devices), kernels.using(sparse="off", compile="off"),
     ):  # fmt: skip
+        torch.manual_seed(seed)
         network(x, Fold(steps))
     reset(model)
     return seen

@@ -95,6 +95,16 @@ def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
         )
 
 
+def check_type(model: nn.Module, splits: Splits) -> None:
+    """Raise ValueError for samples in float64 where all weights are in another type."""
+    samples: Any = splits.train
+    x, _ = splits.collate([samples[0]])
+    types = [p.dtype for p in model.parameters()]
+    if x.dtype == torch.float64 and types and torch.float64 not in types:
+        name = str(types[0]).removeprefix("torch.")
+        raise ValueError(f"samples are float64 and the weights {name}: give x.float(), or a network in float64")
+
+
 def check_static(model: nn.Module, splits: Splits, loss: Any, steps: int) -> None:
     """Raise ValueError for sequences [T, ...] that are taken for images, where the training could not take them so.
 

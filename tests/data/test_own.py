@@ -71,32 +71,13 @@ def test_numpy_samples_have_the_type_of_the_weights():
     assert (x.dtype, y.dtype, splits.classes) == (torch.float32, torch.int64, 2)
 
 
-@pytest.mark.parametrize("form", ["tensors", "loader", "padded loader"])
-def test_samples_of_float64_have_the_type_of_the_weights(form, tmp_path):
-    """Only those: half precision is a choice, and NumPy gives float64 unasked."""
-
-    def collate(samples):
-        xs, ys = zip(*samples, strict=True)
-        return torch.stack(xs, dim=1), sltt.Padded(torch.stack(ys), [5] * len(ys)) if "padded" in form else torch.stack(
-            ys
-        )
-
-    samples = TensorDataset(torch.rand(12, 5, 4, dtype=torch.float64), torch.rand(12, 3, dtype=torch.float64))
-    data = from_datasets(samples, static=False) if form == "tensors" else (DataLoader(samples, 4, collate_fn=collate),)
-    settings = {"loss": nn.MSELoss(), "metric": sltt.metrics.MeanSquaredError(), "batch_size": 4, "device": "cpu"}
-    result = sltt.fit(network(), data, steps=5, epochs=1, run=tmp_path / "run", **settings)
-    assert result.history[0]["train_loss"] > 0
-    half = from_datasets([(torch.ones(4, dtype=torch.float16), 0)], static=True).splits(1)
-    assert half.train[0][0].dtype == torch.float16
-
-
-def test_float64_stays_where_it_is_the_default_type():
-    torch.set_default_dtype(torch.float64)
-    try:
-        splits = from_datasets([(torch.ones(4), 0), (np.ones(4), 0)], static=True).splits(1)
-        assert [x.dtype for x, _ in (splits.train[0], splits.train[1])] == [torch.float64] * 2
-    finally:
-        torch.set_default_dtype(torch.float32)
+def test_samples_of_float64_are_refused_where_the_weights_are_float32(tmp_path):
+    samples = TensorDataset(torch.rand(12, 5, 4, dtype=torch.float64), torch.arange(12) % 3)
+    data, settings = from_datasets(samples, static=False), {"steps": 5, "epochs": 1, "batch_size": 4, "device": "cpu"}
+    with pytest.raises(ValueError, match=r"samples are float64 and the weights float32: give x.float\(\)"):
+        sltt.fit(network(), data, run=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+    assert sltt.fit(network().double(), data, run=tmp_path / "run", **settings).history
 
 
 def test_labels_kept_as_a_list_are_read_without_the_samples():

@@ -29,7 +29,6 @@ from tests.processes import (
     network,
     standardised,
     train,
-    train_several_lengths,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +84,7 @@ def test_two_processes_train_to_the_weights_of_one(name, two, tmp_path):
 
 @pytest.mark.slow
 def test_batches_of_similar_length_are_the_same_in_two_processes(two, tmp_path):
-    train_several_lengths(tmp_path / "run")
+    train(tmp_path / "run")
     assert_same_weights(weights(two[0] / "padded"), weights(tmp_path / "run"))
 
 

@@ -372,6 +372,18 @@ def test_neurons_of_another_library_whose_reset_ours_have_not(library):
             sltt.OTTT()(nn.Sequential(nn.Linear(6, 8), neuron("zero"), nn.Linear(8, 3)), x, y, LOSS)
 
 
+@pytest.mark.parametrize("value", [-0.5, 1.5, math.nan, True, "0.5", None, torch.tensor([]), torch.tensor(2)])
+def test_a_decay_that_is_none_is_refused(value):
+    class Theirs(Neurons):
+        pass
+
+    sltt.register(Theirs, states=["v"], spikes=True, decay=lambda neuron: value)
+    model, (x, y) = nn.Sequential(nn.Linear(6, 6), Theirs(), nn.Linear(6, 3)), batch()
+    message = "λ of 1 .Theirs. is not known" if value is None else r"λ of 1 \(Theirs\) is to be a number from 0 to 1"
+    with pytest.raises(ValueError, match=message):
+        sltt.OTTT()(model.double(), x, y, LOSS)
+
+
 class Scale(nn.Module):
     def __init__(self):
         super().__init__()

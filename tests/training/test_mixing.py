@@ -31,6 +31,24 @@ class Centred(nn.Module):
         return x - x.mean(0)
 
 
+class Sometimes(nn.Module):
+    """Runs a layer or not, by values."""
+
+    def __init__(self):
+        super().__init__()
+        self.aux, self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        if x.sum() > 2:
+            self.aux(x)
+        return self.q(x) + self.k(x)
+
+
+class Drawn(nn.Module):
+    def forward(self, x):
+        return x + torch.poisson(x.abs())
+
+
 def fit(layer, tmp_path, rule=None):
     torch.manual_seed(0)
     data = torch.utils.data.TensorDataset(torch.rand(12, 6), torch.randint(3, (12,)))
@@ -48,16 +66,26 @@ def test_a_layer_that_mixes_samples_is_named(layer, tmp_path):
         fit(layer, tmp_path)
 
 
-@pytest.mark.parametrize("layer", [AmongTokens(), nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        AmongTokens(),
+        nn.BatchNorm1d(8),
+        nn.BatchNorm1d(8, track_running_stats=False),
+        Sometimes(),
+        nn.Sequential(Drawn(), Drawn()),
+    ],
+    ids=["tokens", "BatchNorm", "of the batch", "by values", "random"],
+)
 def test_a_layer_that_treats_samples_one_by_one_is_not(layer, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".* mixes ")
         fit(layer, tmp_path)
+        if not isinstance(layer, nn.BatchNorm1d):
+            fit(layer, tmp_path / "folded", sltt.SLTT(fold=3))
 
 
 def test_a_layer_that_mixes_folded_time_steps_is_refused(tmp_path):
     fit(OverTime(), tmp_path)
-    with pytest.raises(
-        ValueError, match=r"2 \(OverTime\) mixes the time steps that are folded into a batch: use fold=1"
-    ):
+    with pytest.raises(ValueError, match=r"2 \(OverTime\) mixes the time steps that are folded .*: use fold=1"):
         fit(OverTime(), tmp_path / "folded", sltt.SLTT(fold=3))

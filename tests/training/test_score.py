@@ -9,7 +9,7 @@ from torch import nn
 import sltt
 from sltt.commands import main
 from sltt.data import Splits
-from sltt.metrics import higher_is_better, name_of
+from sltt.metrics import collects, higher_is_better
 from sltt.training.checkpoints import load_checkpoint
 from tests.collecting import MacroF1, macro_f1
 from tests.training.blobs import Blobs, StopAt, network, train
@@ -113,10 +113,16 @@ def test_padded_sequences_and_targets_of_each_step_are_collected():
     assert found.score == 3 * 5  # targets [T, B]
 
 
-def test_a_name_of_capitals_is_one_word_and_a_metric_that_does_not_say_is_better_higher():
-    class MulticlassAUROC(MacroF1):
+def test_a_metric_that_does_not_say_is_better_higher_and_a_function_that_collects_for_itself_is_called():
+    class Silent(MacroF1):
         higher_is_better = None
 
-    assert name_of(MulticlassAUROC()) == "multiclass_auroc"
-    assert name_of(sltt.metrics.MeanAbsoluteError()) == "mean_absolute_error"
-    assert higher_is_better(MulticlassAUROC())
+    class Function:
+        def __call__(self, prediction, target):
+            return 0.5
+
+        update = compute = reset = __call__
+
+    assert higher_is_better(Silent())
+    assert collects(Silent())
+    assert not collects(Function())
