@@ -23,10 +23,12 @@ from sltt.training.settings import Execution
 from tests.conftest import LINUX
 from tests.processes import (
     NORMED,
+    ONLINE,
     SHARDED,
     TRAININGS,
     Sequences,
     network,
+    several_lengths,
     standardised,
     train,
 )
@@ -84,7 +86,7 @@ def test_two_processes_train_to_the_weights_of_one(name, two, tmp_path):
 
 @pytest.mark.slow
 def test_batches_of_similar_length_are_the_same_in_two_processes(two, tmp_path):
-    train(tmp_path / "run")
+    train(tmp_path / "run", network(), several_lengths(), rule=ONLINE)
     assert_same_weights(weights(two[0] / "padded"), weights(tmp_path / "run"))
 
 
@@ -241,7 +243,6 @@ def test_what_slurm_starts_trains_together_and_one_process_speaks(tmp_path):
 FAILS = """
 import sys, torch, sltt, sltt.parallel.watchdog
 from torch import nn
-from tests.conftest import LINUX
 
 sltt.parallel.watchdog.GRACE = 20.0  # no matter how slow the machine is
 
