@@ -8,7 +8,7 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.kernels import native, sparse
+from sltt.kernels import native, sparse, tags
 from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.rules.traces import traced
 from tests.conftest import LOSS, batch, gradients, small_network
@@ -169,6 +169,20 @@ def test_forwards_are_sparse_where_those_of_sltt_are():
                 found.append(gradients(model, sltt.OTTT(), x, y, steps=3)[0])
             assert calls == [1] * 3  # the second convolution, in each time step
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_spikes_of_small_layers_are_packed_no_more_often_than_with_sltt(monkeypatch):
+    model = nn.Sequential(nn.Linear(20, 64), sltt.LIF(), nn.Linear(64, 4))  # 8192 neurons in a batch
+    x, y = torch.randn(6, 128, 20), torch.randint(4, (128,))
+    calls, plain = [], tags.pack
+    monkeypatch.setattr(tags, "pack", lambda *args: calls.append(1) or plain(*args))
+    counts = []
+    for rule in (sltt.SLTT(), sltt.OTTT()):
+        calls.clear()
+        with kernels.using(compile="off"):  # else the neurons may pack them themselves
+            rule(model, x, y, LOSS)
+        counts.append(len(calls))
+    assert counts == [1, 1]  # in the first step, which knows no size
 
 
 def test_nothing_is_left_behind():

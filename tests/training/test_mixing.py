@@ -39,7 +39,7 @@ class Sometimes(nn.Module):
         self.aux, self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x):
-        if x.sum() > 2:
+        if x.sum() % 2:
             self.aux(x)
         return self.q(x) + self.k(x)
 
