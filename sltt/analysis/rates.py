@@ -15,6 +15,7 @@ from sltt.rules.base import StepLoss
 
 MEMORY = 0.95  # of the moving average of the losses
 DIVERGED = 4.0  # times the lowest loss: the test ends
+FALLS = 0.02  # of the first loss, at least: less is the noise of batches
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class RateTest:
     Attributes:
         rates: learning rate of each batch.
         losses: of the batches, as a moving average.
-        suggestion: the rate at which the loss falls fastest; None where it does not fall.
+        suggestion: the rate at which the loss falls fastest; None where it falls by less than 2%.
         lowest: the rate with the lowest loss: larger ones are too large.
     """
 
@@ -118,6 +119,6 @@ def _chosen(rates: list[float], losses: list[float]) -> tuple[float | None, floa
     """The rate where the loss falls fastest, per factor of the rate, and that of the lowest loss."""
     lowest = min(range(len(losses)), key=losses.__getitem__)
     slopes = [losses[i + 1] - losses[i - 1] for i in range(1, lowest)]
-    if not slopes or min(slopes) >= 0:
+    if not slopes or min(slopes) >= 0 or losses[lowest] > (1 - FALLS) * losses[0]:
         return None, rates[lowest]
     return rates[1 + slopes.index(min(slopes))], rates[lowest]

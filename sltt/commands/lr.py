@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sltt.analysis.rates import RateTest, find_learning_rate
+from sltt.analysis.rates import FALLS, RateTest, find_learning_rate
 from sltt.commands.parsing import CommandOptions, Recipe, begin, count
 from sltt.commands.prepared import prepared
 from sltt.commands.results import give
@@ -82,7 +82,10 @@ def _print(found: RateTest, report: Console) -> None:
 def advice(found: dict[str, Any]) -> str:
     """The rate to take, in words."""
     if found["suggestion"] is None:
-        return "The loss does not fall at any of these rates: try others, by --smallest and --largest."
+        return (
+            f"The loss falls by less than {FALLS:.0%} at these rates: try others, by --smallest and --largest, or more "
+            "--batches."
+        )
     return (
         f"Take --optimizer.lr {found['suggestion']:.2g}: there the loss falls fastest. It is lowest at "
         f"{found['lowest']:.2g}; larger rates are too large."

@@ -57,6 +57,7 @@ def test_the_test_ends_where_the_loss_explodes():
 def test_the_rate_of_the_steepest_fall_is_suggested():
     assert _chosen([1, 2, 3, 4, 5, 6], [9.0, 8.9, 8.0, 5.0, 4.9, 7.0]) == (3, 5)
     assert _chosen([1, 2, 3], [1.0, 2.0, 3.0]) == (None, 1)
+    assert _chosen([1, 2, 3, 4], [1.0, 0.995, 0.99, 1.0]) == (None, 3)  # the noise of batches
 
 
 def test_the_rates_of_groups_keep_their_ratio():
