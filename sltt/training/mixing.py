@@ -19,16 +19,14 @@ from sltt.sequence.steps import Network, Sequence
 from sltt.training.phases import Stage
 
 Seen = list[tuple[str, Tensor | None, Tensor | None]]  # of each call of a module, what sample 0 gave it and got
-
-
 SAMPLES = 5  # a number that few other dimensions have
 
 
 def check_mixing(model: nn.Module, splits: Splits, stage: Stage) -> None:
     """Warn of a module that mixes the samples of a batch; raise ValueError for one that mixes folded time steps.
 
-    A copy of the network runs a time step in evaluation mode, twice, the second time with other samples beside the
-    first one. Networks that do not run so, or that normalise by the statistics of the batch then, are not judged.
+    A copy of the network runs a time step in evaluation mode, and again with other samples beside the first one.
+    Networks that do not run so, or that normalise by the statistics of the batch then, are not judged.
     """
     samples: Any = splits.train
     if len(samples) < SAMPLES or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
