@@ -69,8 +69,9 @@ def explained(model: nn.Module, sequence: Sequence) -> Iterator[None]:
 @contextmanager
 def leftovers_noticed(model: nn.Module, batch: int) -> Iterator[None]:
     """Warn of a tensor of the batch that a module keeps after the sequence: a state that nobody resets."""
-    before = [(name, attribute, value.shape, id(value)) for name, _, attribute, value in _plain_tensors(model)]
-    there, shapes = {one[-1] for one in before}, {one[:-1] for one in before}
+    before = [*_plain_tensors(model)]  # held, so that no other tensor gets their ids
+    there = {id(value) for *_, value in before}
+    shapes = {(name, attribute, value.shape) for name, _, attribute, value in before}
     yield
     for name, module, attribute, value in _plain_tensors(model):
         new = id(value) not in there and (name, attribute, value.shape) not in shapes  # or it is of that size anyway

@@ -1,0 +1,142 @@
+"""A tensor that a module keeps from step to step, and that no rule knows of, is named."""
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from tests.conftest import LOSS, batch
+
+
+class Plain(nn.Module):
+    """Keeps its state in an attribute that no rule knows of."""
+
+    def __init__(self):
+        super().__init__()
+        self.v = None
+
+    def forward(self, x):
+        self.v = x if self.v is None else 0.5 * self.v + x
+        return torch.tanh(self.v)
+
+
+def test_a_state_that_no_rule_knows_is_named():
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), Plain(), nn.Linear(6, 3)).double()
+    with pytest.raises(ValueError, match=r"2 \(Plain\) keeps a tensor in `.v`.*sltt.register\(Plain, states=\['v'\]\)"):
+        sltt.SLTT()(model, *batch(), LOSS)
+    generator = torch.Generator().manual_seed(0)
+    model[2].v = None
+    with pytest.warns(UserWarning, match=r"2 \(Plain\) keeps a tensor of the batch in `.v` after the sequence"):
+        sltt.SLTT(k=1, generator=generator)(model, *batch(), LOSS)
+
+
+class Buffered(nn.Module):
+    """Keeps its state in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("v", torch.zeros(1, 1, dtype=torch.float64))
+
+    def forward(self, x):
+        self.v = 0.5 * self.v.detach() + x
+        return torch.tanh(self.v)
+
+
+class Undeclared(sltt.LIF):
+    """Keeps more than the states that it names."""
+
+    detaches = True
+
+    def __init__(self):
+        super().__init__()
+        self.last = 0.0
+
+    def forward(self, x):
+        self.last = super().forward(x + 0.1 * self.last)
+        if self.detaches:
+            self.last = self.last.detach()
+        return self.last
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Buffered, "v"), (Undeclared, "last")])
+def test_a_state_that_is_in_a_buffer_or_not_declared_is_named(kind, name):
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), nn.Linear(6, 6), kind(), nn.Linear(6, 3)).double()
+    with pytest.warns(UserWarning, match=rf"3 \({kind.__name__}\) keeps a tensor of the batch in `.{name}` after the"):
+        sltt.SLTT()(model, *batch(), LOSS)
+
+
+class Recording(sltt.LIF):
+    def forward(self, x):
+        self._last = super().forward(x)
+        return self._last
+
+
+class Averaged(nn.Module):
+    """Has a buffer with as many rows as the batch has samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5, 6, dtype=torch.float64))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean[0]
+
+
+@pytest.mark.parametrize("kind", [Recording, Averaged])
+def test_what_is_no_state_is_not_warned_of(kind):
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), nn.Linear(6, 6), kind(), nn.Linear(6, 3)).double()
+    assert sltt.SLTT()(model, *batch(), LOSS).loss.isfinite()  # without a warning
+
+
+def test_a_state_that_is_not_declared_and_not_detached_is_named():
+    model = nn.Sequential(nn.Linear(6, 6), Undeclared(), nn.Linear(6, 3)).double()
+    model[1].detaches = False
+    with pytest.raises(ValueError, match=r"1 \(Undeclared\) keeps a tensor in `.last` .*: add it to Undeclared.states"):
+        sltt.SLTT()(model, *batch(), LOSS)
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = torch.ones(5, 6, dtype=torch.float64)  # as many as the batch has samples
+
+    def forward(self, x):
+        return x * self.rows
+
+
+def test_a_tensor_that_was_there_before_the_sequence_is_no_leftover():
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), Table(), nn.Linear(6, 3)).double()
+    assert sltt.SLTT()(model, *batch(), LOSS).loss.isfinite()  # without a warning
+
+
+class History(nn.Module):
+    """Attends over all steps so far, which it keeps in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.past = []
+
+    def forward(self, x):
+        self.past.append(x)
+        past = torch.stack(self.past, 1)
+        return torch.nn.functional.scaled_dot_product_attention(x[:, None], past, past)[:, 0]
+
+
+def test_attention_over_the_steps_so_far_is_named():
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), History(), nn.Linear(6, 3)).double()
+    with pytest.raises(ValueError, match=r"2 \(History\) keeps a tensor in `.past` .* states = \('past',\)"):
+        sltt.SLTT()(model, *batch(), LOSS)
+    model[2].past = []
+    with pytest.warns(UserWarning, match=r"2 \(History\) keeps a tensor of the batch in `.past` after the sequence"):
+        sltt.BPTT()(model, *batch(), LOSS)
+
+
+class Logged(Plain):
+    pass
+
+
+def test_a_tensor_that_is_no_state_can_be_said_to_be_none():
+    sltt.register(Logged, states=[])
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), Logged(), nn.Linear(6, 3)).double()
+    sltt.unroll(model, batch()[0])
