@@ -15,6 +15,7 @@ from sltt.commands.prepared import prepared
 from sltt.commands.results import give
 from sltt.commands.trial import build, contestants, run_trial, train
 from sltt.metrics import name_of
+from sltt.rules import Mixed
 from sltt.training.console import Console
 from sltt.training.session import session
 from sltt.training.settings import Execution
@@ -99,14 +100,17 @@ def measure_agreement(
                 rivals = sorted(contestants(rules, found, proposal), key=memory)
                 if trial and (tau, T) not in trials:
                     settings = {"tau": tau, "steps": T, "epochs": trial, "seeds": seeds, "report": report}
-                    trials[tau, T] = run_trial(here, recipe, own.data, rivals, **settings)
-                found += [proposal.agreement] if proposal else []
+                    trials[tau, T] = rivals, run_trial(here, recipe, own.data, rivals, **settings)
+                # after more epochs the gradients may propose others than those that were tried
+                rivals, tried = trials.get((tau, T), (rivals, None))
+                mixed = [r for r in rivals if isinstance(r, Mixed)]
+                found += agreement(*arguments, mixed, steps=ready.repeat, dtype=dtype)
                 compared = {a.rule: a for a in found}
                 ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
-                rule = chosen(ranked, tried := trials.get((tau, T)))
+                rule = chosen(ranked, tried)
                 costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
             row = {"tau": tau, "steps": T, "epochs": epochs, "agreement": found, "trial": tried, "memory": costs}
-            said = f"{advice(ranked, tried, costs, epochs=epochs, samples=samples)}{_of_mixed(rule, proposal)}"
+            said = f"{advice(ranked, tried, costs, epochs=epochs, samples=samples)}{_of_mixed(rule, mixed)}"
             row |= {"rule": rule, "proposal": proposal, "advice": said}
             rows.append(row)
     return rows
@@ -158,10 +162,10 @@ def _proposal_json(proposal: Proposal) -> dict[str, Any]:
     return {**vars(proposal), "agreement": vars(proposal.agreement), "options": mixed_options(proposal.windows)}
 
 
-def _of_mixed(rule: str, proposal: Proposal | None) -> str:
+def _of_mixed(rule: str, mixed: Sequence[Mixed]) -> str:
     """How to say a `Mixed` that is advised, or that there is none in place of a rule of more memory."""
-    if proposal and proposal.agreement.rule == rule:
-        return f" On the command line: {mixed_options(proposal.windows)}"
-    if proposal or rule in ("SLTT()", "OTTT()"):  # memory enough
+    if advised := [r for r in mixed if repr(r) == rule]:
+        return f" On the command line: {mixed_options(advised[0].windows)}"
+    if mixed or rule in ("SLTT()", "OTTT()"):  # memory enough
         return ""
     return f" No Mixed with a cosine of {AGREES} takes {1 - SAVES:.0%} less memory."

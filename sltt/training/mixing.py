@@ -83,7 +83,7 @@ def _mixing(model: nn.Module, sequence: Sequence, steps: int) -> str | None:
 def _run(model: nn.Module, batch: int, steps: int, x: Tensor, seed: int) -> Seen:
     """The calls of modules in a call of the network, in the order in which they end."""
     network, seen = Network(model, batch), []
-    modules = [m for m in model.modules() if isinstance(m, Stateful) or m in spiking_layers(model).values()]
+    modules = {*(m for m in model.modules() if isinstance(m, Stateful)), *spiking_layers(model).values()}
     hooks = [m.register_forward_hook(_looking(name, len(x), seen)) for name, m in model.named_modules()]
     devices = [x.device] if x.is_cuda else []
     reset(model)

@@ -241,6 +241,19 @@ def test_a_trial_trains_the_proposal_in_the_order_of_memory(capsys):
     assert row["memory"]["SLTT()"] < row["proposal"]["memory"] < row["memory"]["BPTT()"]
 
 
+def test_a_rule_of_the_trial_is_measured_after_other_epochs_too(monkeypatch, capsys):
+    proposals = [lambda *a, **k: propose(*a, **k), lambda *a, **k: None]
+    monkeypatch.setattr("sltt.commands.agreement.propose", lambda *a, **k: proposals.pop(0)(*a, **k))
+    words = ["agreement", "recall", "--model", "tests.analysis.test_agreement.Remembers", "--data.channels", "20"]
+    words += ["--data.samples", "500", "--samples", "64", "--trial", "1", "--seeds", "1", "--at-epochs", "0,1"]
+    assert main([*words, "--device", "cpu", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    rules = [[a["rule"] for a in row["agreement"]] for row in rows]
+    assert rules[0] == rules[1]
+    assert "Mixed(windows={'net.1': 'all'})" in rules[1]
+    assert "No Mixed" not in rows[1]["advice"]
+
+
 def test_ottt_is_measured_where_it_knows_the_network():
     soft, hard = (small_network(lambda reset=reset: sltt.LIF(v_reset=reset)) for reset in (None, 0.0))
     assert [repr(rule) for rule in cheaper(soft, 4)] == ["SLTT()", "OTTT()", "TBPTT(window=2)"]
