@@ -22,6 +22,7 @@ BEFORE, AFTER, LOST, BPTT = (
     "SLTT loses, points",
     "BPTT's test accuracy, %",
 )
+INK = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
 LIMITS = {BEFORE: (0, 1), AFTER: (0, 1), LOST: (-20, 20), BPTT: (0, 100)}
 
 
@@ -42,7 +43,7 @@ def draw(path: Path, results: Path = RESULTS) -> None:
     gradients = json.loads((results / "map-gradients.json").read_text())
     cells = list(json.loads((results / "map.json").read_text()).values())
     lengths, taus = (sorted({row[name] for row in gradients}) for name in ("T", "tau"))
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sltt", "font.size": 10}):
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sltt", "font.size": 10, **INK}):
         figure, several = plt.subplots(2, 2, figsize=(8.4, 5.6), layout="constrained", sharex=True, sharey=True)
         for axes, (title, grid) in zip(several.flat, panels(gradients, cells).items(), strict=True):
             low, high = LIMITS[title]
@@ -60,7 +61,7 @@ def draw(path: Path, results: Path = RESULTS) -> None:
             axes.set_yticklabels([f"{tau:g}" for tau in taus])
         figure.supxlabel("T")
         figure.supylabel("τ, in time steps")
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
         plt.close(figure)
 
 

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 STEPS, LAYERS = 4, 3
-KEPT, CUT = "#2b83ba", "#b8b8b8"
+KEPT, CUT = "#2b83ba", "#8c8c8c"
 INK = "#777777"  # readable on a light and on a dark page
 
 
@@ -24,7 +24,7 @@ def draw(name: str, kept_time, kept_step=lambda t: True, note: str = "", mean: b
         note: below the drawing.
         mean: with a pass through the means over time, which has the gradient.
     """
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "text.color": INK}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 13, "text.color": INK}):
         figure = Figure(figsize=(6.4, 3.1), layout="constrained")
         axes = figure.subplots()
         for t in range(STEPS + mean):
@@ -43,7 +43,7 @@ def draw(name: str, kept_time, kept_step=lambda t: True, note: str = "", mean: b
             axes.text(-0.45, layer, f"layer {layer + 1}", ha="right", va="center")
         axes.text(-0.45, -1.05, "input", ha="right")
         if note:
-            axes.text((STEPS - 1) / 2, -1.55, note, ha="center", fontsize=10)
+            axes.text((STEPS - 1) / 2, -1.55, note, ha="center")
         axes.set(xlim=(-1.2, STEPS + mean - 0.5), ylim=(-1.75, LAYERS + 0.2))
         axes.axis("off")
         target = Path(__file__).parent / "drawings" / f"{name}.svg"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 # Okabe & Ito 2008: told apart by colour-blind people, and on white as on black
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#8A8A8A")
 INK = "#010203"  # stands for the colour of the page's text
-WIDTH = 5.2  # inches: letters of 11 points stay readable on a phone
+WIDTH = 4.8  # inches: letters of 11 points are 10 pixels or more on a page of 360
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sltt",  # the same file from the same data
@@ -127,7 +128,7 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Se
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             ink = "#000000" if value > 0.6 else "#ffffff"
-            axes.text(j + 0.5, i + 0.5, f"{value:.3f}", ha="center", va="center", color=ink, fontsize=9)
+            axes.text(j + 0.5, i + 0.5, f"{value:.3f}", ha="center", va="center", color=ink)
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
     axes.invert_yaxis()
@@ -152,7 +153,8 @@ def raster(sample: "Sample", neurons: int) -> Figure:
     several: Any = figure.subplots(fields, 1, sharex=True)
     steps = len(sample.logits)
     x = np.broadcast_to(sample.x, (steps, sample.x.shape[1])).T
-    several[0].imshow(x, aspect="auto", cmap="Greys", extent=(0.5, steps + 0.5, len(x), 0), interpolation="none")
+    shades = LinearSegmentedColormap.from_list("input", [f"{COLOURS[0]}00", COLOURS[0]])  # no white on a dark page
+    several[0].imshow(x, aspect="auto", cmap=shades, extent=(0.5, steps + 0.5, len(x), 0), interpolation="none")
     for axes, fired in zip(several[1:-1], sample.spikes.values(), strict=True):
         shown = fired[:, :: max(1, fired.shape[1] // neurons)]
         t, n = np.nonzero(shown)
@@ -200,4 +202,4 @@ def _legend(axes: Axes, entries: int) -> None:
 
 def _columns(labels: Sequence[str]) -> int:
     """Columns of a legend: three, or as many as there is room for."""
-    return max(1, min(len(labels), 3, 54 // (max(map(len, labels), default=1) + 4)))
+    return max(1, min(len(labels), 3, 50 // (max(map(len, labels), default=1) + 4)))

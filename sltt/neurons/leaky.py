@@ -151,7 +151,13 @@ class IntegrateAndFire(Neuron):
 
 
 class LIF(IntegrateAndFire):
-    """Leaky integrate-and-fire neuron, λ = 1 − 1/τ: `lif_step` with the membrane potential kept in `.v`.
+    """Leaky integrate-and-fire neuron: `lif_step` with the membrane potential kept in `.v`.
+
+        u[t] = λ v[t−1] + x[t]                     λ = 1 − 1/τ
+        s[t] = H(u[t] − V_th)
+        v[t] = u[t] − V_th s[t]                    soft reset; hard: u[t] − (u[t] − v_r) s[t]
+
+    A hard reset leaks towards v_r: u[t] = v_r + λ (v[t−1] − v_r) + x[t]. With `decay_input`, x[t]/τ replaces x[t].
 
     Args:
         tau: membrane time constant τ in time steps, greater than 1.
@@ -198,6 +204,10 @@ class LIF(IntegrateAndFire):
 class IF(IntegrateAndFire):
     """Integrate-and-fire neuron: `lif_step` with λ = 1, no leak.
 
+        u[t] = v[t−1] + x[t]
+        s[t] = H(u[t] − V_th)
+        v[t] = u[t] − V_th s[t]                    soft reset; hard: u[t] − (u[t] − v_r) s[t]
+
     Args:
         v_threshold: V_th.
         v_reset: potential after a spike; None subtracts V_th instead (soft reset).
@@ -213,7 +223,13 @@ class IF(IntegrateAndFire):
 
 
 class PLIF(IntegrateAndFire):
-    """LIF with a learnable time constant, shared by the layer: 1/τ = σ(w), so τ is at least 1 whatever w is.
+    """LIF with a learnable time constant, shared by the layer.
+
+        u[t] = λ v[t−1] + x[t]                     λ = 1 − σ(w), so τ = 1/σ(w) is at least 1 whatever w is
+        s[t] = H(u[t] − V_th)
+        v[t] = u[t] − V_th s[t]                    soft reset; hard: u[t] − (u[t] − v_r) s[t]
+
+    With a hard reset or `decay_input`, the charge is that of `LIF`.
 
     Args:
         tau: τ at the start, in time steps, greater than 1.
