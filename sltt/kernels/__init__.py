@@ -7,6 +7,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 """
 
 from sltt.kernels.custom import CustomStep, custom_step
+from sltt.kernels.deferred import settled
 from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.saved_tensors import layer_call, saving, tag_dropped
@@ -34,6 +35,7 @@ __all__ = [
     "neuron_step",
     "release",
     "saving",
+    "settled",
     "steady_steps",
     "stepwise_norms",
     "tag_dropped",

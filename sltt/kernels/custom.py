@@ -102,9 +102,9 @@ def _run(
 ) -> tuple[Tensor, list[States]]:
     """Spikes, and the states before the first step and after each; without those of the `last` step if not asked."""
     channels = step.by_channel
-    x = x if _known_layout(_steps_of(x, steps)[0], channels) else x.contiguous()
+    x = x if known_layout(_steps_of(x, steps)[0], channels) else x.contiguous()
     xs = _steps_of(x, steps)
-    every = [tuple(_like(v, xs[0]) for v in states)]
+    every = [tuple(like(v, xs[0]) for v in states)]
     if steps == 1 and not last:  # nothing to run
         return x, every
     s = torch.empty_like(x)
@@ -113,8 +113,8 @@ def _run(
         if len(every) == steps and not last:
             break
         after = tuple(torch.empty_like(v) for v in every[-1])
-        seen = _seen_as(x_t, channels)
-        forward(*map(seen, (s_t, *after, x_t, *every[-1])), *map(_parameter, parameters))
+        seen = seen_as(x_t, channels)
+        forward(*map(seen, (s_t, *after, x_t, *every[-1])), *map(as_parameter, parameters))
         every.append(after)
     return s, every
 
@@ -167,11 +167,11 @@ class _CustomStep(torch.autograd.Function):
         needs_x, needs = any(ctx.needs_input_grad[5:8]), ctx.needs_input_grad[8:]
         needs_states, learned = any(needs[: step.states]), tuple(needs[step.states :])
         channels = step.by_channel
-        x = x if _known_layout(_steps_of(x, steps)[0], channels) else x.contiguous()
+        x = x if known_layout(_steps_of(x, steps)[0], channels) else x.contiguous()
         _, every = _run(step, x, states, parameters, steps, last=False)
         grad_x = torch.empty_like(x)
-        of_s = (None,) * steps if grad_s is None else _steps_of(_like(grad_s, grad_x), steps)
-        after = [None if g is None else _like(g, every[0][0]) for g in grad_states]
+        of_s = (None,) * steps if grad_s is None else _steps_of(like(grad_s, grad_x), steps)
+        after = [None if g is None else like(g, every[0][0]) for g in grad_states]
         totals: list[Tensor | None] = [None] * sum(learned)
         for x_t, grad_x_t, grad_s_t, before in reversed(
             list(zip(_steps_of(x, steps), _steps_of(grad_x, steps), of_s, every, strict=True))
@@ -181,12 +181,12 @@ class _CustomStep(torch.autograd.Function):
             of_parameters = [torch.empty_like(p) for p in compress(parameters, learned)]
             given = [grad_s_t, *after]
             backward = _backward_kernel(step, goes_on, learned, tuple(g is not None for g in given))
-            seen = _seen_as(x_t, channels)
+            seen = seen_as(x_t, channels)
             backward(
                 *map(seen, (grad_x_t, *of_states)),
-                *map(_parameter, of_parameters),
+                *map(as_parameter, of_parameters),
                 *map(seen, (x_t, *before)),
-                *map(_parameter, parameters),
+                *map(as_parameter, parameters),
                 *(seen(g) for g in given if g is not None),
             )
             after = of_states or [None] * step.states
@@ -195,7 +195,7 @@ class _CustomStep(torch.autograd.Function):
         return [grad_x if needs_x else None, *after, *(next(found) if learns else None for learns in learned)]
 
 
-class _Traced(Kernel):
+class Traced(Kernel):
     """Writes what a function returns. The compiler reads the function's graph, which may hold a backward.
 
     Args:
@@ -230,16 +230,16 @@ class _Traced(Kernel):
 
 
 @functools.lru_cache(maxsize=64)
-def _forward_kernel(step: CustomStep) -> _Traced:
+def _forward_kernel(step: CustomStep) -> Traced:
     def forward(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         states, parameters = tensors[: step.states], tensors[step.states :]
         return step(step.current(x, states, parameters), states, parameters)
 
-    return _Traced(forward, 1 + step.states)
+    return Traced(forward, 1 + step.states)
 
 
 @functools.lru_cache(maxsize=64)
-def _backward_kernel(step: CustomStep, goes_on: bool, learned: tuple[bool, ...], given: tuple[bool, ...]) -> _Traced:
+def _backward_kernel(step: CustomStep, goes_on: bool, learned: tuple[bool, ...], given: tuple[bool, ...]) -> Traced:
     """Gradients of x, of the states if they go on, and of the learned parameters, from those `given` of the results."""
     wanted = (True, *[goes_on] * step.states, *learned)
 
@@ -257,7 +257,7 @@ def _backward_kernel(step: CustomStep, goes_on: bool, learned: tuple[bool, ...],
                 found = torch.autograd.grad(of, leaves, grads_of, allow_unused=True)
         return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True))
 
-    return _Traced(backward, sum(wanted))
+    return Traced(backward, sum(wanted))
 
 
 def _steps_of(x: Tensor, steps: int) -> tuple[Tensor, ...]:
@@ -265,16 +265,16 @@ def _steps_of(x: Tensor, steps: int) -> tuple[Tensor, ...]:
     return (x,) if steps == 1 else x.chunk(steps) if len(x) else (x,) * steps
 
 
-def _like(x: Tensor, other: Tensor) -> Tensor:
+def like(x: Tensor, other: Tensor) -> Tensor:
     """A tensor in the memory format of another."""
     return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
 
 
-def _known_layout(x: Tensor, channels: bool) -> bool:
+def known_layout(x: Tensor, channels: bool) -> bool:
     return x.is_contiguous() or (dense(x) if not channels else x.movedim(1, -1).is_contiguous())
 
 
-def _seen_as(x: Tensor, channels: bool) -> Callable[[Tensor], Tensor]:
+def seen_as(x: Tensor, channels: bool) -> Callable[[Tensor], Tensor]:
     """What gives a kernel's form of tensors with the layout of x; not as views, as in `memory`."""
     n = x.numel()
     if not channels:
@@ -290,6 +290,6 @@ def _seen_as(x: Tensor, channels: bool) -> Callable[[Tensor], Tensor]:
     return seen
 
 
-def _parameter(p: Tensor) -> Tensor:
+def as_parameter(p: Tensor) -> Tensor:
     """A kernel's form of a parameter: of no dimension, or [C, 1]."""
     return p.reshape(-1, 1) if p.ndim else p

@@ -52,7 +52,8 @@ def tag_normalised(y: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> N
 def saving(recompute: bool = False, graph: bool = True, weights: Weights | None = None) -> Iterator[None]:
     """Inside this block layers that read spikes may be sparse, and autograd saves tags for tagged tensors.
 
-    Where saved-tensor hooks are active already, such as `save_on_cpu`, they are left in force and nothing is tagged.
+    Where other saved-tensor hooks are active, such as `save_on_cpu` or those of a checkpoint within the network, they
+    are left in force, nothing is tagged, and no layer is sparse.
 
     Args:
         recompute: tag the outputs of convolutions and linear layers too: the backward runs them once more.
@@ -89,6 +90,8 @@ class _Tagging(TorchFunctionMode):
             self._settle()
         if func not in _KNOWN:
             return func(*args, **kwargs)
+        if func not in _ALIASING and _others_save():
+            return run_on_values(func, args, kwargs, self.weights)  # which saves what PyTorch's layers save
         if func is F.batch_norm and (waiting := deferred_norm(*args, **kwargs)) is not None:
             self._waiting = waiting.normalised
             return waiting
@@ -128,6 +131,12 @@ class _Tagging(TorchFunctionMode):
 
             Tag(result, again, layers=1)
         return result
+
+
+def _others_save() -> bool:
+    """Whether hooks of others are in force. A checkpoint runs layers again without us, and compares what they save."""
+    hooks = _top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0] is not save
 
 
 def layer_call(

@@ -1,63 +1,78 @@
-"""The derivative of a neuron's firing rate with respect to a constant added to its input, gathered step by step."""
+"""The derivative of a neuron's firing rate with respect to its input or a parameter, gathered step by step."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sltt.kernels.options import Kernel
-from sltt.kernels.step import NeuronStep
+from sltt.kernels.custom import CustomStep, Traced, as_parameter, known_layout, like, seen_as
 
 
 class Sensitivity:
-    """∂(Σ_t s[t])/∂c for a change of u by `source` ∂c at every step: forward differentiation, elementwise, in place.
+    """∂(Σ_t s[t])/∂c by forward differentiation, elementwise; c is added to the input in every step, or a parameter.
 
-        f[t] = source[t] + λ g[t−1],   g[t] = ∂v[t]/∂u[t] f[t],   total = Σ_t ∂s[t]/∂u[t] f[t]
+        d_s[t] = ∂s[t]/∂c + Σ_z ∂s[t]/∂z[t−1] d_z[t−1]         z: each state
+        d_z[t] = ∂z[t]/∂c + Σ_y ∂z[t]/∂y[t−1] d_y[t−1],        d_z[0] = 0;  y: each state
+        total = Σ_t d_s[t]
 
     Args:
-        step: the neuron's constants.
+        step: the neuron's function.
+        parameter: the position of c among its parameters; None for the input.
     """
 
-    def __init__(self, step: NeuronStep):
-        self._add = _kernel(step)
-        self._total: Tensor | None = None
-        self._carried: Tensor | None = None
+    def __init__(self, step: CustomStep, parameter: int | None = None):
+        self._step = step
+        self._add = _kernel(step, parameter)
+        self._sums: list[Tensor] = []  # the total, and d_z of each state
 
-    def add(self, kept: Tensor, s: Tensor, decay: Tensor | None, source: Tensor | None = None) -> None:
-        """Add a time step.
+    @property
+    def total(self) -> Tensor:
+        """The total of the steps that were added, in float32 at least."""
+        return self._sums[0]
 
-        Args:
-            kept: v[t] for a soft reset, u[t] for a hard one.
-            s: spikes, in the same memory format.
-            decay: λ where it is a tensor.
-            source: ∂u/∂c; None for c that is added to the input.
-        """
-        if self._total is None or self._carried is None:
-            sums = torch.promote_types(kept.dtype, torch.float32)  # in 16 bits, a long sum would stand still
-            self._total, self._carried = torch.zeros_like(kept, dtype=sums), torch.zeros_like(kept)
-        elif self._total.stride() != kept.stride():
-            of_memory = (torch.empty_like(kept, dtype=t.dtype).copy_(t) for t in (self._total, self._carried))
-            self._total, self._carried = of_memory
-        self._add(self._total, self._carried, kept, s, decay, source)
-
-    def take(self) -> Tensor:
-        """The total; no step is added after."""
-        assert self._total is not None
-        total, self._total, self._carried = self._total, None, None
-        return total
+    def add(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        """Add a time step: its input, the states before it, and the parameters as `custom_step` takes them."""
+        x = x if known_layout(x, self._step.by_channel) else x.contiguous()
+        states = [like(v, x) for v in states]
+        if not self._sums:
+            sums = torch.promote_types(states[0].dtype, torch.float32)  # in 16 bits, a long sum would stand still
+            self._sums = [torch.zeros_like(x, dtype=sums), *map(torch.zeros_like, states)]
+        before = [like(d, x) for d in self._sums]
+        after = [torch.empty_like(d) for d in before]
+        seen = seen_as(x, self._step.by_channel)
+        self._add(*map(seen, (*after, *before, x, *states)), *map(as_parameter, parameters))
+        self._sums = after
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(step: NeuronStep) -> Kernel:
-    def add(
-        total: Tensor, carried: Tensor, kept: Tensor, s: Tensor, decay: Tensor | None, source: Tensor | None
-    ) -> None:
-        rate = step.decay if decay is None else decay
-        assert rate is not None
-        gain = (1 - rate if step.decay_input else 1.0) if source is None else source
-        f = rate * carried + gain
-        fires, stays = step.derivatives(kept, s.to(kept.dtype))
-        total.add_(f * fires)
-        carried.copy_(f * stays)
+def _kernel(step: CustomStep, parameter: int | None) -> Traced:
+    n = step.states
 
-    return Kernel(add)
+    def add(total: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        carried, x, states, parameters = tensors[:n], tensors[n], tensors[n + 1 : 2 * n + 1], [*tensors[2 * n + 1 :]]
+        x = step.current(x, states, parameters)
+        with torch.enable_grad():
+            x, states = x.detach(), [v.detach().requires_grad_() for v in states]
+            if parameter is None:
+                c = x.requires_grad_()
+            else:
+                c = parameters[parameter] = parameters[parameter].expand_as(x).detach().requires_grad_()
+            results = step(x, states, parameters)
+            changes = [_change(result, c, states, carried) for result in results]
+        return total + changes[0].to(total.dtype), *changes[1:]
+
+    return Traced(add, 1 + n)
+
+
+def _change(result: Tensor, c: Tensor, states: Sequence[Tensor], carried: Sequence[Tensor]) -> Tensor:
+    """How a result changes with c, directly and through the states, which change by what they `carried`."""
+    change = torch.zeros_like(c)
+    if result.requires_grad:
+        of_c, *slopes = torch.autograd.grad(
+            result, (c, *states), torch.ones_like(result), retain_graph=True, allow_unused=True
+        )
+        change = change if of_c is None else change + of_c
+        for slope, d in zip(slopes, carried, strict=True):
+            change = change if slope is None else change + slope * d
+    return change.detach()

@@ -16,11 +16,11 @@ UNROLLED = 8  # time steps in one pass, so that a long sequence does not compile
 
 @dataclass(frozen=True)
 class Steady:
-    """Means over T time steps, [B, ...]: of the spikes, and of their derivatives with respect to x and, if asked, λ."""
+    """Means over T time steps, [B, ...]: of the spikes, and of their derivatives by x and by parameters that learn."""
 
     rate: Tensor
     by_input: Tensor
-    by_decay: Tensor | None
+    by_parameters: tuple[Tensor, ...] = ()
 
 
 def steady_steps(
@@ -64,7 +64,7 @@ def steady_steps(
         run(rate, by_input, by_decay, *kept, x, decay, *spikes)
         if see:
             see(spikes.as_strided((n, *x.shape), (x.numel(), *x.stride())).flatten(0, 1))
-    return Steady(rate, by_input, by_decay)
+    return Steady(rate, by_input, () if by_decay is None else (by_decay,))
 
 
 @functools.lru_cache(maxsize=64)

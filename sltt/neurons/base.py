@@ -134,8 +134,8 @@ class Neuron(Stateful):
         }
 
     def _fit(self, name: str, value: Tensor, x: Tensor) -> Tensor:
-        if value.ndim == 0:
-            return value
+        if value.numel() == 1:
+            return value.reshape(())
         if x.ndim < 2 or value.shape != x.shape[1:2]:
             raise ValueError(
                 f"{type(self).__name__} has {name} of shape {list(value.shape)} for an input {list(x.shape)}: expected "
@@ -145,6 +145,16 @@ class Neuron(Stateful):
 
     def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
         """Run the time steps in x by a kernel, from the states on."""
+        step, parameters = self.as_function(x)
+        bits = emits_bits(type(self), step)
+        states = tuple(getattr(self, name) for name in self.states)
+        spikes, states = custom_step(step, bits, x, states, parameters, fold.steps, fold.cut)
+        for name, state in zip(self.states, states, strict=True):
+            setattr(self, name, state)
+        return spikes
+
+    def as_function(self, x: Tensor) -> tuple[CustomStep, tuple[Tensor, ...]]:
+        """`step` with its constants, and its parameters, ready for an input x."""
         named = self._fitted(x, self.state_type(x))
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         constants = tuple((name, value) for name, value in named.items() if name not in tensors)
@@ -154,13 +164,7 @@ class Neuron(Stateful):
                 "surrogate or a tensor"
             )
         parameters = tuple((name, value.ndim > 0) for name, value in tensors.items())
-        step = CustomStep(type(self).step, len(self.states), parameters, constants)
-        bits = emits_bits(type(self), step)
-        states = tuple(getattr(self, name) for name in self.states)
-        spikes, states = custom_step(step, bits, x, states, tuple(tensors.values()), fold.steps, fold.cut)
-        for name, state in zip(self.states, states, strict=True):
-            setattr(self, name, state)
-        return spikes
+        return CustomStep(type(self).step, len(self.states), parameters, constants), tuple(tensors.values())
 
     def _plain_steps(self, x: Tensor, dtype: torch.dtype, fold: Fold) -> Tensor:
         """In one graph with the layers around: the plain function, which they differentiate and fuse themselves."""

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
 from sltt.dropout import Dropout
-from sltt.kernels import NeuronStep, Sensitivity, Steady, batch_statistics, steady_steps
+from sltt.kernels import NeuronStep, Sensitivity, Steady, batch_statistics, settled, steady_steps
 from sltt.losses import OfMean, is_per_step
-from sltt.neurons import IntegrateAndFire
+from sltt.neurons import IntegrateAndFire, Neuron, Recurrent, StableLIF
 from sltt.rules.base import Batch, Output, Rule, step_loss
+from sltt.rules.segments import Buffers
 from sltt.sequence.replace import own_forward, replaced
 from sltt.sequence.spikes import counters, observers, show
 from sltt.sequence.state import Stateful, state_names
@@ -27,9 +28,13 @@ class RateBased(Rule):
         ∂v/∂u = 1 − V_th ∂s/∂u     soft reset;  1 with `detach_reset`                          (4)
         ∂v/∂u = 1 − s − (u − v_r) ∂s/∂u     hard reset;  1 − s with `detach_reset`             (5)
 
+    (2) is the derivative of the rate with respect to a constant that is added to the input. Neurons with other
+    equations have it by forward differentiation of their `step`, also with respect to parameters that learn. A
+    `Recurrent` layer reads the mean of the spikes that came back, and no gradient goes round.
+
     The T steps run without a graph. Then the network runs once with a graph, on the mean input, with r in place of
-    spikes. The gradient drops differences between time steps. Memory: the graph of one step, and about three tensors
-    per layer of neurons.
+    spikes. The gradient drops differences between time steps. Memory: the graph of one step, and for each layer of
+    neurons two tensors, and two for each state.
 
     The loss is ℓ(ō, y) of the mean logits ō = 1/T Σ_t o[t], and `Output.loss` is its value. The gradient has the size
     of BPTT's; with T = 1 it is that of SLTT and BPTT.
@@ -40,9 +45,9 @@ class RateBased(Rule):
             with another rule.
 
     Raises:
-        ValueError: when called, a module with a state other than LIF, IF and PLIF. Without `steady` also a neuron or
-            BatchNorm that is not used exactly once per step, BatchNorm with a forward of its own (SyncBatchNorm), or
-            a dropout module of PyTorch's, whose mask changes at every step.
+        ValueError: when called, a module with a state that is no `Neuron`; with `steady`, a `Recurrent` layer. Without
+            `steady`, a neuron or BatchNorm that is not used exactly once per step, BatchNorm with a forward of its own
+            (SyncBatchNorm), or a dropout module of PyTorch's, whose mask changes at every step.
 
     Source: Yu et al., NeurIPS 2024 (arXiv 2410.11488); (3) to (5) as in the authors' code
     (github.com/Tab-ct/rate-based-backpropagation, model/layer.py), where V_th = 1 and v_r = 0.
@@ -74,16 +79,14 @@ class RateBased(Rule):
                 for layer in layers:
                     layer.check(t + 1)
             logits = torch.stack([batch.logits(t) for t in range(batch.steps)])
-            buffers = [(buffer, buffer.clone()) for buffer in batch.model.buffers()]
+            buffers = Buffers(batch.model)
             try:
-                with replaced({layer.module: layer.rate for layer in layers}):
+                with replaced({layer.module: layer.rate for layer in layers}):  # which a checkpoint runs again
                     rates = batch.rates()
-                value = _loss(batch, _with_value(logits.mean(0), rates))
-                batch.backward(value)
+                    value = _loss(batch, _with_value(logits.mean(0), rates))
+                    batch.backward(value)
             finally:
-                with torch.no_grad():  # after the backward, which may have saved them
-                    for buffer, before in buffers:
-                        buffer.copy_(before)
+                buffers.restore()
         return Output(value.detach(), logits)
 
 
@@ -120,77 +123,112 @@ class _Layer:
                 "RateBased keeps one rate for it: use a module for each place, in every step, or the rule SLTT"
             )
 
+    def count(self) -> int:
+        """In how many time steps the layer ran."""
+        if not self.calls:
+            raise ValueError(f"{self.name} does not run in the time steps as it does on their mean input: use SLTT")
+        return self.calls
+
 
 class _NeuronLayer(_Layer):
-    def __init__(self, name: str, module: IntegrateAndFire):
+    """Neurons, whose rate and its derivatives are gathered."""
+
+    def __init__(self, name: str, module: Neuron):
         super().__init__(name, module)
-        decay = module.decay()
-        self.learnable = isinstance(decay, Tensor)
-        self.constants = NeuronStep(decay=None if isinstance(decay, Tensor) else decay, **module.constants())
         self.spikes: Tensor | None = None
-        self.by_input, self.by_decay = Sensitivity(self.constants), Sensitivity(self.constants)
+        self.by: list[Sensitivity] = []  # to the input, and to the parameters that learn
+
+    def step(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        neuron, x = self.module, settled(x)
+        before = [getattr(neuron, name) for name in neuron.states]
+        s = type(neuron).forward(neuron, x)
+        with torch.enable_grad():  # to see which parameters learn
+            function, parameters = neuron.as_function(x)
+        if self.spikes is None:
+            self.spikes = torch.zeros_like(s, dtype=torch.promote_types(neuron.state_type(x), torch.float32))
+            learned = [i for i, p in enumerate(parameters) if p.requires_grad]
+            self.by = [Sensitivity(function, parameter) for parameter in (None, *learned)]
+            before = [torch.full_like(x, v, dtype=neuron.state_type(x)) for v in neuron.first_states().values()]
+        self.spikes.add_(s)
+        for sensitivity in self.by:
+            sensitivity.add(x, before, [p.detach() for p in parameters])
+        return s
+
+    def rate(self, x: Tensor) -> Tensor:
+        n, (_, parameters) = self.count(), self.module.as_function(x)
+        self.module.reset()  # what the T steps left goes, layer by layer
+        assert self.spikes is not None
+        by_input, *by_parameters = (sensitivity.total.div_(n) for sensitivity in self.by)
+        found = Steady(self.spikes.div_(n).to(x.dtype), by_input.to(x.dtype), tuple(by_parameters))
+        self.calls, self.spikes, self.by = 0, None, []
+        return _Rate.apply(x, found, *(p for p in parameters if p.requires_grad))  # type: ignore[return-value]
 
     def steady(self, x: Tensor, steps: int) -> Tensor:
         """The layer in a rate pass without steps before: so many under x itself."""
+        neuron = self.module
+        if isinstance(neuron, IntegrateAndFire) and neuron.is_plain():
+            return self._steady_by_kernel(x, steps)
+        with torch.no_grad():
+            for _ in range(steps):
+                self.step(x)
+        return self.rate(x)
+
+    def _steady_by_kernel(self, x: Tensor, steps: int) -> Tensor:
         module, decay = self.module, self.module.decay()
-        dtype, rate = module.state_type(x), decay.detach() if self.learnable else None
+        learned = (decay,) if isinstance(decay, Tensor) else ()
+        constants = NeuronStep(decay=None if isinstance(decay, Tensor) else decay, **module.constants())
         # of a rate in 16 bits, a short sequence leaves the number of spikes to be told
         count = counters(module) if steps * torch.finfo(x.dtype).eps <= 0.5 else ()
         see = partial(show, module) if len(observers(module)) > len(count) else None
         with torch.no_grad():
-            found = steady_steps(self.constants, x, steps, dtype, module.start, rate, see)
+            given = decay.detach() if isinstance(decay, Tensor) else None
+            found = steady_steps(constants, x, steps, module.state_type(x), module.start, given, see)
             for add in count if see is None else ():
                 add((found.rate * steps).round_(), steps)
-        return _Rate.apply(x, decay, found)  # type: ignore[return-value]
-
-    def step(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        neuron, constants = self.module, self.constants
-        before, s = neuron.v, IntegrateAndFire.forward(neuron, x)
-        after: Tensor = neuron.v
-        before = torch.full_like(after, neuron.start) if before is None else before
-        decay = neuron.decay()
-        kept, current = after, x.to(after.dtype)
-        if constants.v_reset is not None:
-            kept = torch.empty_like(after).copy_(constants.charge(before, current, decay))
-        tensor = decay if self.learnable else None
-        self.by_input.add(kept, s, tensor)
-        if self.learnable:
-            moved = before - (constants.v_reset or 0.0) - (current if constants.decay_input else 0.0)
-            self.by_decay.add(kept, s, tensor, torch.empty_like(after).copy_(moved))
-        sums = torch.promote_types(after.dtype, torch.float32)
-        self.spikes = s.to(sums, copy=True) if self.spikes is None else self.spikes.add_(s)
-        return s
-
-    def rate(self, x: Tensor) -> Tensor:
-        if self.spikes is None:
-            raise ValueError(f"{self.name} does not run in the time steps as it does on their mean input: use SLTT")
-        self.module.reset()  # what the T steps left goes, layer by layer
-        count, self.spikes = self.spikes, None
-        by_decay = self.by_decay.take() if self.learnable else None
-        n, by_input = self.calls, self.by_input.take()
-        by_decay = None if by_decay is None else by_decay.div_(n)
-        found = Steady(count.div_(n).to(x.dtype), by_input.div_(n).to(x.dtype), by_decay)
-        return _Rate.apply(x, self.module.decay(), found)  # type: ignore[return-value]
+        return _Rate.apply(x, found, *learned)  # type: ignore[return-value]
 
 
 class _Rate(torch.autograd.Function):
     """The rate, with the derivatives that were gathered."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, decay: float | Tensor, found: Steady
-    ) -> Tensor:
-        ctx.save_for_backward(found.by_input, found.by_decay)
-        ctx.decay_shape = decay.shape if isinstance(decay, Tensor) else None
+    def forward(ctx: Any, x: Tensor, found: Steady, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(found.by_input, *found.by_parameters)
+        ctx.shapes = [p.shape for p in parameters]
         return found.rate
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        by_input, by_decay = ctx.saved_tensors
-        of_decay = None if by_decay is None else (grad * by_decay).sum().reshape(ctx.decay_shape)
-        return grad * by_input, of_decay, None
+        by_input, *by_parameters = ctx.saved_tensors
+        of_parameters = ((grad * by).sum_to_size(shape) for by, shape in zip(by_parameters, ctx.shapes, strict=True))
+        return grad * by_input, None, *of_parameters
+
+
+class _RecurrentLayer(_Layer):
+    """Recurrence, whose rate pass reads the mean of the spikes that came back; no gradient goes round."""
+
+    back: Tensor | float = 0.0
+
+    def step(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.module.s is not None:
+            self.back = self.back + self.module.s
+        return Recurrent.forward(self.module, x)
+
+    def rate(self, x: Tensor) -> Tensor:
+        self.module.s = torch.zeros_like(x) + self.back / self.count()
+        spikes = Recurrent.forward(self.module, x)
+        self.module.reset()
+        return spikes
+
+    def steady(self, x: Tensor, steps: int) -> Tensor:
+        """Refused."""
+        raise ValueError(
+            f"{self.name} (Recurrent) reads the spikes of the step before, and RateBased(steady=True) runs the network "
+            "once: use RateBased() or SLTT"
+        )
 
 
 class _NormLayer(_Layer):
@@ -219,9 +257,9 @@ class _NormLayer(_Layer):
         return y
 
     def rate(self, x: Tensor) -> Tensor:
-        norm, n = self.module, self.calls
-        if not isinstance(self.inverse, Tensor):
-            raise ValueError(f"{self.name} does not run in the time steps as it does on their mean input: use SLTT")
+        norm, n = self.module, self.count()
+        assert isinstance(self.mean, Tensor)
+        assert isinstance(self.inverse, Tensor)
         var, mean = _statistics(x)
         mean = _with_value(self.mean / n, mean)
         scale = torch.rsqrt(_with_value((self.inverse / n) ** -2, var))
@@ -237,18 +275,25 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
 
 
-def _neuron_layers(model: nn.Module) -> list[_NeuronLayer]:
+def _neuron_layers(model: nn.Module) -> list["_NeuronLayer | _RecurrentLayer"]:
     """The layers of neurons; raises ValueError naming a module with a state that the rate pass cannot run."""
-    layers: list[_NeuronLayer] = []
+    layers: list[_NeuronLayer | _RecurrentLayer] = []
     for name, module in model.named_modules():
-        if isinstance(module, IntegrateAndFire) and module.is_plain() and not own_forward(module, IntegrateAndFire):
+        if isinstance(module, Neuron) and not own_forward(module, _kind(module)):
             layers.append(_NeuronLayer(name, module))
+        elif isinstance(module, Recurrent) and not own_forward(module, Recurrent):
+            layers.append(_RecurrentLayer(name, module))
         elif _keeps_state(module):
             raise ValueError(
-                f"RateBased knows the derivative of LIF, IF and PLIF, not of {name} "
+                f"RateBased knows the derivative of neurons with a `step` (sltt.Neuron), not of {name} "
                 f"({type(module).__name__}), which keeps a state in a way of its own: use SLTT"
             )
     return layers
+
+
+def _kind(neuron: Neuron) -> type[Neuron]:
+    """The class whose forward runs the neuron's `step`, and nothing else that a gradient passes."""
+    return StableLIF if isinstance(neuron, StableLIF) else Neuron
 
 
 def _norm_layers(model: nn.Module) -> list[_NormLayer]:

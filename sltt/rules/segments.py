@@ -63,7 +63,8 @@ def _check_same(same: dict[int, Tensor]) -> None:
         step = next(t for t in sorted(same) if not same[t])
         raise RuntimeError(
             f"time step {step} gave other logits when it was run again for its backward: the model draws random "
-            "numbers from a generator of its own, or keeps a state outside sltt.Stateful. Use BPTT without segment."
+            "numbers from a generator of its own, keeps a state outside sltt.Stateful, or has a checkpoint within. "
+            "Use BPTT without segment."
         )
 
 
@@ -77,19 +78,32 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [tensor for module in model.modules() for tensor in state_tensors(module)]
 
 
-def _buffers(model: nn.Module) -> list[Tensor]:
-    """The buffers that are no state; some libraries keep states as buffers."""
-    states = set(map(id, _tensors(model)))
-    return [buffer for buffer in model.buffers() if id(buffer) not in states]
+class Buffers:
+    """The buffers that are no state, as they are now; some libraries keep states as buffers."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._before = [(buffer, buffer._version, buffer.clone()) for buffer in self._now()]
+
+    def _now(self) -> list[Tensor]:
+        states = set(map(id, _tensors(self._model)))
+        return [buffer for buffer in self._model.buffers() if id(buffer) not in states]
+
+    def restore(self) -> None:
+        """Set them back."""
+        with torch.no_grad():
+            for buffer, (before, version, value) in zip(self._now(), self._before, strict=True):
+                same = buffer is before and buffer._version == version
+                # what is the same keeps its version: the graph of `sltt.once` may have saved it
+                (buffer.data if same else buffer).copy_(value)
 
 
 class Snapshot:
     """States, buffers and random generators, so that a segment's second run is its first: masks, statistics and all."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
         self.states = _states(model)
-        self.buffers = [buffer.clone() for buffer in _buffers(model)]
+        self.buffers = Buffers(model)
         self.generator = torch.get_rng_state()
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
@@ -116,9 +130,7 @@ class Snapshot:
 
     def restore_surroundings(self) -> None:
         """Set buffers and random generators back."""
-        with torch.no_grad():
-            for buffer, value in zip(_buffers(self.model), self.buffers, strict=True):
-                buffer.copy_(value)
+        self.buffers.restore()
         torch.set_rng_state(self.generator)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)

@@ -41,9 +41,9 @@ def check_steady(constants, learnable, steps):
         assert torch.equal(found.rate, rate)
         assert torch.equal(torch.cat(seen), torch.cat(spikes))
         torch.testing.assert_close(found.by_input, by_input, rtol=1e-10, atol=1e-12)
-        assert (found.by_decay is None) != learnable
-        if learnable:
-            torch.testing.assert_close(found.by_decay, by_decay, rtol=1e-10, atol=1e-12)
+        assert len(found.by_parameters) == learnable
+        for by in found.by_parameters:
+            torch.testing.assert_close(by, by_decay, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("layout", layouts())

@@ -142,11 +142,6 @@ def test_neuron_and_layer_are_told_apart():
         sltt.Recurrent(nn.Linear(3, 3), sltt.LIF())
 
 
-def test_rate_based_names_the_recurrent_layer():
-    with pytest.raises(ValueError, match=r"not of 2 \(Recurrent\)"):
-        sltt.RateBased()(linear(), *batch(), LOSS)
-
-
 def test_firing_rates_count_the_neurons_inside_once():
     model = linear()
     with sltt.analysis.firing_rates(model) as rates:

@@ -105,8 +105,15 @@ def test_the_layer_computes_the_step_of_its_class_and_learns_its_parameters(name
         assert not torch.equal(sltt.unroll(model, x), before)
 
 
-@pytest.mark.parametrize("name", ["LIF with a step", "PLIF of channels", "LIF, learned threshold"])
-def test_the_rate_rule_refuses_what_its_equations_are_not(name):
-    model = nn.Sequential(nn.Linear(4, 5), NEURONS[name](), nn.Linear(5, 3))
-    with pytest.raises(ValueError, match="knows the derivative of LIF, IF and PLIF, not of 1"):
-        sltt.RateBased()(model, torch.randn(2, 8, 4), torch.arange(8) % 3, nn.CrossEntropyLoss())
+@pytest.mark.parametrize("rule", [sltt.RateBased(), sltt.RateBased(steady=True)], ids=repr)
+@pytest.mark.parametrize("name", NEURONS)
+def test_the_rate_of_one_step_has_the_gradient_of_the_function(name, rule):
+    model = nn.Sequential(nn.Linear(4, 5), NEURONS[name](), nn.Linear(5, 3)).double()
+    model[0].weight.data.mul_(3)
+    x, y = torch.randn(1, 8, 4, dtype=torch.float64), torch.arange(8) % 3
+    found = []
+    for one in (rule, sltt.BPTT()):
+        model.zero_grad()
+        one(model, x, y, nn.CrossEntropyLoss())
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*found)

@@ -298,10 +298,10 @@ def test_networks_that_it_does_not_know_are_refused(model, message):
 
 def test_modules_have_their_own_names_under_fabric_and_losses_that_it_trains_are_named():
     wrapped = nn.Module()
-    wrapped.add_module("_forward_module", nn.Sequential(sltt.ALIF(), nn.Linear(6, 3)))
+    wrapped.add_module("_forward_module", nn.Sequential(Own(), nn.Linear(6, 3)))
     wrapped.forward = wrapped._forward_module
     x, y = torch.randn(2, 4, 6), torch.randint(3, (4,))
-    with pytest.raises(ValueError, match=r"not of 0 \(ALIF\)"):
+    with pytest.raises(ValueError, match=r"not of 0 \(Own\)"):
         RULE(wrapped, x, y, LOSS)
     with pytest.raises(ValueError, match=r"RateBased\(\) trains losses of one step and OfMean, and not OfLast: use"):
         sltt.RateBased()(nn.Sequential(sltt.LIF(), nn.Linear(6, 3)), x, y, sltt.losses.OfLast(LOSS))

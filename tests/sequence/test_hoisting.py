@@ -128,6 +128,30 @@ def test_weights_are_standardised_once_with_the_same_gradient(rule, monkeypatch)
     assert_same(found, results(model, rule, x, y, {}))
 
 
+class Masked(nn.Linear):
+    """Its weight goes through a mask, a buffer."""
+
+    def __init__(self, inputs, outputs, once=sltt.once):
+        super().__init__(inputs, outputs)
+        self.once = once
+        self.register_buffer("mask", torch.rand(outputs, inputs) > 0.3)
+
+    def masked(self):
+        return self.weight * self.mask
+
+    def forward(self, x):
+        return F.linear(x, self.once(self.masked), self.bias)
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(segment=2), sltt.BPTT(segment=9), sltt.RateBased()], ids=repr)
+def test_a_rule_that_sets_buffers_back_leaves_those_that_once_reads(rule):
+    model = nn.Sequential(Masked(6, 8), nn.BatchNorm1d(8), sltt.LIF(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(5, 4, 6, dtype=torch.float64), torch.randint(3, (4,))
+    twin = copy.deepcopy(model)
+    twin[0].once = each_step
+    assert_same(results(model, rule, x, y, {}), results(twin, rule, x, y, {}))
+
+
 def test_a_change_in_place_of_what_is_kept_is_refused():
     class Changing(Stem):
         def forward(self, x):
