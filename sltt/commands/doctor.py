@@ -81,7 +81,9 @@ def _sparse() -> tuple[str, str, str]:
     from sltt.kernels import native
 
     problem = native.problem()
-    return "spike-sparse layers", "dense" if problem else "compiled", problem or "compute on active inputs only"
+    measured = native.cache_folder() / "costs-*.json"
+    remark = f"compute on active inputs only, where measured times say it pays; to measure again, delete {measured}"
+    return "spike-sparse layers", "dense" if problem else "compiled", problem or remark
 
 
 def _threads() -> tuple[str, str, str]:

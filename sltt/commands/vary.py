@@ -50,9 +50,9 @@ def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bo
     trained = [(row, reached) for row in rows if row["scores"] and (reached := finite(row["validation"]))]
     if not trained:
         return "Nothing was held out, so that there is no best value: set --data.validation 0.1."
-    trained.sort(key=lambda pair: statistics.mean(pair[1]), reverse=higher_is_better)
+    trained.sort(key=lambda pair: _mean(pair[1]), reverse=higher_is_better)  # of those that tie, in the table's order
     ranked, several = zip(*trained, strict=True)
-    first, means = ranked[0], [statistics.mean(reached) for reached in several]
+    first, means = ranked[0], [_mean(reached) for reached in several]
     name = metric.replace("_", " ")
     text = (
         f"{first['rule']} has the best validation {name}: {shown(metric, means[0])}; "
@@ -60,8 +60,16 @@ def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bo
     )
     if len(ranked) == 1:
         return text
-    if any(len(one) < 2 for one in several[:2]):
-        return f"{text} The next is {ranked[1]['rule']}: {shown(metric, means[1])}. One seed: repeat with --seeds 3."
+    one_seed = " One seed: repeat with --seeds 3." if any(len(one) < 2 for one in several[:2]) else ""
+    if tied := [row["rule"] for row, mean in zip(ranked[1:], means[1:], strict=True) if mean == means[0]]:
+        return f"{text} It ties with {' and '.join(tied)}, and is the first of them in the table.{one_seed}"
+    if one_seed:
+        return f"{text} The next is {ranked[1]['rule']}: {shown(metric, means[1])}.{one_seed}"
     noise = 2 * sum(statistics.variance(one) / len(one) for one in several[:2]) ** 0.5
     told = "" if abs(means[0] - means[1]) > noise else ", no clear difference"
     return f"{text} The next is {ranked[1]['rule']}: {shown(metric, means[1])}{told}."
+
+
+def _mean(scores: Sequence[float]) -> float:
+    """The mean, without the last digits, in which equal means may differ."""
+    return float(f"{statistics.mean(scores):.12g}")

@@ -31,7 +31,7 @@ from sltt.training.mixing import check_mixing
 from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Phase
 from sltt.training.runs import LAST, check_config, new_run, old_run, write_config
-from sltt.training.safeguards import check_last_batch, check_static, check_type, checked
+from sltt.training.safeguards import check_last_batch, check_static, check_type, first_samples
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, OptimizerFactory, Training
 
@@ -233,7 +233,8 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
             f"{online} updates the weights at every time step, and accumulate once a batch: leave accumulate out, or "
             "use a rule without online"
         )
-    splits = checked(here.splits(data, stages[0].steps), stages[0].steps)
+    splits = here.splits(data, stages[0].steps)
+    samples = first_samples(splits, stages[0].steps)
     if splits.per_step != is_per_step(training.loss):
         raise ValueError(
             "the data has a target for each time step: wrap the loss, sltt.losses.PerStep(loss)"
@@ -244,10 +245,10 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
     for callback in training.callbacks or ():
         if callback.needs_validation and splits.validation is None:
             raise ValueError(f"{type(callback).__name__} needs validation samples: hold some out, as by validation=0.1")
-    check_type(model, splits)
-    check_static(model, splits, training.loss, stages[0].steps)
-    check_last_batch(model, splits, training.batch_size, stages)
-    check_mixing(model, splits, stages[0])
+    check_type(model, splits, samples)
+    check_static(model, splits, samples, training.loss, stages[0].steps)
+    check_last_batch(model, splits, samples, training.batch_size, stages)
+    check_mixing(model, splits, samples, stages[0])
     return splits
 
 

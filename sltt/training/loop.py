@@ -144,6 +144,11 @@ class Loop:
         self.sampler.set_epoch(state.epoch, min(state.batch * self.training.batch_size, self.sampler.length))
         began = time.monotonic() - state.seconds
         self.score = Score(self.training.metric, self.processes, state)
+        if self.score.partial:
+            self.report.warn(
+                f"train_{self.metric} of epoch {state.epoch + 1} counts the batches after the resume only: a "
+                "checkpoint keeps what a metric collects if it has state_dict and load_state_dict"
+            )
         self.net.train()
         if stage.freeze_norm:
             freeze_norm(self.model)

@@ -17,21 +17,20 @@ from sltt.sequence.spikes import spiking_layers
 from sltt.sequence.state import Stateful, reset
 from sltt.sequence.steps import Network, Sequence
 from sltt.training.phases import Stage
+from sltt.training.safeguards import SAMPLES
 
 Seen = list[tuple[str, Tensor | None, Tensor | None]]  # of each call of a module, what sample 0 gave it and got
-SAMPLES = 5  # a number that few other dimensions have
 
 
-def check_mixing(model: nn.Module, splits: Splits, stage: Stage) -> None:
+def check_mixing(model: nn.Module, splits: Splits, samples: list[Any], stage: Stage) -> None:
     """Warn of a module that mixes the samples of a batch; raise ValueError for one that mixes folded time steps.
 
     A copy of the network runs a time step in evaluation mode, and again with other samples beside the first one.
     Networks that do not run so, or that normalise by the statistics of the batch then, are not judged.
     """
-    samples: Any = splits.train
     if len(samples) < SAMPLES or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
         return
-    x, _ = splits.collate([samples[i] for i in range(SAMPLES)])
+    x, _ = splits.collate(samples)
     x = x.to(next((p.device for p in model.parameters()), "cpu"))
     sequence = Sequence(x, stage.steps if splits.static else len(x), splits.static)
     fold = sequence.steps if stage.rule.fold == "auto" else min(stage.rule.fold, sequence.steps)

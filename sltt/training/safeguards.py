@@ -16,6 +16,8 @@ from sltt.rules.base import sequence_loss
 from sltt.sequence.padding import Padded
 from sltt.training.phases import Stage
 
+SAMPLES = 5  # that are looked at before a training; a number that few other dimensions have
+
 
 def extreme_layers(rates: dict[str, float]) -> list[str]:
     """A warning for each layer that never fired, or always, in a whole epoch."""
@@ -75,15 +77,20 @@ def check_labels(labels: Tensor, classes: int | None) -> None:
         )
 
 
-def checked(splits: Splits, steps: int) -> Splits:
-    """The splits; raises ValueError if there is nothing to train on or to test, or if T is not that of the data."""
-    for name in ("train", "test"):
+def first_samples(splits: Splits, steps: int) -> list[Any]:
+    """Training samples, which all checks share: a data set with a generator of its own draws whenever it is read.
+
+    Raises ValueError if there is nothing to train on or to test, or if T is not that of the data.
+    """
+    found = {}
+    for name, most in (("train", SAMPLES), ("test", 1)):
         if (samples := getattr(splits, name)) is None:
             continue
         if not len(samples):
             raise ValueError(f"there are no {name} samples: expected one or more")
-        check_length(*splits.collate([samples[0]]), splits, steps)
-    return splits
+        found[name] = [samples[i] for i in range(min(most, len(samples)))]
+        check_length(*splits.collate(found[name][:1]), splits, steps)
+    return found["train"]
 
 
 def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
@@ -95,25 +102,23 @@ def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
         )
 
 
-def check_type(model: nn.Module, splits: Splits) -> None:
+def check_type(model: nn.Module, splits: Splits, samples: list[Any]) -> None:
     """Raise ValueError for samples in float64 where all weights are in another type."""
-    samples: Any = splits.train
-    x, _ = splits.collate([samples[0]])
+    x, _ = splits.collate(samples[:1])
     types = [p.dtype for p in model.parameters()]
     if x.dtype == torch.float64 and types and torch.float64 not in types:
         name = str(types[0]).removeprefix("torch.")
         raise ValueError(f"samples are float64 and the weights {name}: give x.float(), or a network in float64")
 
 
-def check_static(model: nn.Module, splits: Splits, loss: Any, steps: int) -> None:
+def check_static(model: nn.Module, splits: Splits, samples: list[Any], loss: Any, steps: int) -> None:
     """Raise ValueError for sequences [T, ...] that are taken for images, where the training could not take them so.
 
     What the network and the loss take as images is trained: a first dimension of T may be one of channels.
     """
-    samples: Any = splits.train
     if not splits.static or splits.per_step or steps == 1:
         return
-    x, y = splits.collate([samples[0]] * 2)
+    x, y = splits.collate(samples[:1] * 2)
     if x.ndim < 3 or x.shape[1] != steps or _runs(model, x[None], y, loss):
         return
     if _runs(model, x[:, :1].transpose(0, 1), y, loss):
@@ -134,26 +139,28 @@ def _runs(model: nn.Module, x: Tensor, y: Any, loss: Any) -> bool:
     return True
 
 
-def check_last_batch(model: nn.Module, splits: Splits, batch_size: int, stages: Sequence[Stage]) -> None:
+def check_last_batch(
+    model: nn.Module, splits: Splits, samples: list[Any], batch_size: int, stages: Sequence[Stage]
+) -> None:
     """Raise ValueError where a batch of one sample is too few for BatchNorm, before the end of an epoch shows it."""
-    samples: Any = splits.train
-    size = len(samples) % batch_size if batch_size > 1 else 1
+    count = splits.sizes["train"]
+    size = count % batch_size if batch_size > 1 else 1
     if (
         size != 1
         or all(stage.freeze_norm for stage in stages)
         or not any(isinstance(module, _BatchNorm) for module in model.modules())
     ):
         return
-    x, _ = splits.collate([samples[0]])
+    x, _ = splits.collate(samples[:1])
     x = x.to(next((p.device for p in model.parameters()), "cpu"))
     try:
         unroll(copy.deepcopy(model).train(), x if splits.static else x[:1], steps=1 if splits.static else None)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        other = next((n for n in range(max(batch_size, 2), len(samples) + 2) if len(samples) % n != 1), None)
-        remedy = f"set batch_size={other}" if other and len(samples) > 1 else "add samples"
+        other = next((n for n in range(max(batch_size, 2), count + 2) if count % n != 1), None)
+        remedy = f"set batch_size={other}" if other and count > 1 else "add samples"
         raise ValueError(
-            f"the last of {len(samples)} training samples is a batch by itself, with batch_size={batch_size}, and "
+            f"the last of {count} training samples is a batch by itself, with batch_size={batch_size}, and "
             f"BatchNorm needs two: {remedy}"
         ) from error

@@ -1,7 +1,6 @@
 """A metric over the batches of an epoch or a split: a mean over samples, or what it computes from all of them."""
 
 import copy
-import math
 import numbers
 import warnings
 from contextlib import suppress
@@ -26,14 +25,17 @@ class Score:
         metric: of predictions and targets.
         processes: that share each batch.
         progress: the batches before these, in an epoch that is resumed.
+
+    Attributes:
+        partial: the metric could not be saved, and sees the batches after a resume only.
     """
 
     def __init__(self, metric: Any, processes: Processes, progress: Progress):
         self.metric, self.processes, self.collecting = metric, processes, collects(metric)
-        self.whole = self.looked = True
+        self.looked, self.empty = progress.batch > 0, not progress.score
+        self.partial = self.collecting and self.looked and self.empty
         if self.collecting:
             self.metric = _empty(metric)
-            self.whole, self.looked = progress.batch == 0 or bool(progress.score), progress.batch > 0
             if progress.score:
                 self.metric.load_state_dict(progress.score)
 
@@ -44,16 +46,17 @@ class Score:
         own = (prediction.detach().cpu(), target.cpu() if isinstance(target, Tensor) else target) if samples else None
         for part in self.processes.gather(own):
             if part is not None:
+                self.empty = False
                 self.metric.update(*part)
         if not self.looked:
             self._look()
         return 0.0
 
     def of(self, metrics: Metrics) -> Metrics:
-        """What was measured, with the score of all samples; NaN where those before a resume are not known."""
+        """What was measured, with the score of all samples; None where the metric has seen none after a resume."""
         if not self.collecting:
             return metrics
-        return replace(metrics, score=self._number(self.metric.compute()) if self.whole else math.nan)
+        return replace(metrics, score=None if self.empty else self._number(self.metric.compute()))
 
     def state(self) -> dict[str, Any]:
         """What was collected, for a checkpoint; nothing of a metric that cannot save it."""

@@ -293,6 +293,14 @@ def test_the_best_value_is_told_from_the_next_or_not():
     assert vary.best_of([{"rule": "a", "scores": [1.0], "validation": [1.0]}], "error", False).startswith("a has")
 
 
+def test_values_that_tie_are_told():
+    tied = swept(("a", [0.5]), ("b", [0.9]), ("c", [0.7]), ("d", [0.9]))
+    assert tied.startswith("b has the best validation accuracy: 90.00%")
+    assert tied.endswith(" It ties with d, and is the first of them in the table. One seed: repeat with --seeds 3.")
+    assert "a has the best" in (tied := swept(("a", [0.1, 0.2]), ("b", [0.3, 0.0])))  # 0.15 but for its last digit
+    assert tied.endswith(" It ties with b, and is the first of them in the table.")
+
+
 def test_numbers_that_are_not_finite_are_null_in_json():
     found = as_json({"cosine": math.nan, "layers": {"a": (math.inf, 0.5)}, "steps": 4, "rule": None})
     expected = {"cosine": None, "layers": {"a": [None, 0.5]}, "steps": 4, "rule": None}

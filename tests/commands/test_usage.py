@@ -6,8 +6,10 @@ import yaml
 
 import sltt
 from sltt.commands import main
+from sltt.commands.doctor import findings
 from sltt.commands.failures import cause
 from sltt.commands.parsing import shipped_recipes
+from sltt.kernels import native
 from tests.commands.tiny import TINY, run
 from tests.conftest import LINUX
 
@@ -93,6 +95,11 @@ def test_doctor_tells_versions_device_compiler_and_threads(capsys):
     assert code == 0
     for word in (sltt.__version__, torch.__version__, "device", "C++ compiler", "threads", "bf16-mixed"):
         assert word in out
+
+
+def test_doctor_names_the_files_of_measured_times():
+    (row,) = (row for row in findings() if row[0] == "spike-sparse layers")
+    assert native.problem() or f"to measure again, delete {native.cache_folder() / 'costs-*.json'}" in row[2]
 
 
 def test_doctor_shows_brackets_and_what_each_package_is_for(capsys):

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 import sltt
@@ -71,6 +72,41 @@ def test_an_evaluation_draws_the_same_each_time_and_leaves_the_generators_alone(
     first, second = ([x for x, _ in eval_loader(of.validation, of, 4, 0)] for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert all(map(torch.equal, before, [draw() for draw in DRAWN.values()]))
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Samples from a generator of its own."""
+
+    def __init__(self):
+        self.generator, self.read = torch.Generator(), []
+
+    def __len__(self):
+        return 13
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return torch.rand(4, 8, generator=self.generator), index % 3
+
+
+def test_all_checks_before_a_training_share_one_reading_of_its_samples(tmp_path):
+    class Data(sltt.data.Data):
+        def load(self, steps):
+            return Splits(drawing, None, None, True, 3, "drawn")
+
+    class Noting(sltt.SLTT):
+        def run(self, batch):
+            seen.append(list(drawing.read))
+            return super().run(batch)
+
+    drawing, seen = Drawing(), []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 8), nn.BatchNorm1d(8), sltt.LIF(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match="the last of 13 training samples is a batch by itself"):
+        sltt.fit(model, Data(), batch_size=4, device="cpu", run=tmp_path / "run")
+    assert drawing.read == [0, 1, 2, 3, 4]
+    drawing.read.clear()
+    sltt.fit(model, Data(), Noting(), steps=4, epochs=1, batch_size=7, device="cpu", run=tmp_path / "run")
+    assert seen[0][:5] == [0, 1, 2, 3, 4]
+    assert len(seen[0]) == 5 + 7
 
 
 def test_each_loader_makes_its_batches_by_its_own_function(tmp_path):

@@ -1,7 +1,5 @@
 """Metrics that compute their score from all samples, as those of torchmetrics do."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from sltt.commands import main
 from sltt.data import Splits
 from sltt.metrics import collects, higher_is_better
 from sltt.training.checkpoints import load_checkpoint
+from sltt.training.console import Console
 from tests.collecting import MacroF1, macro_f1
 from tests.training.blobs import Blobs, StopAt, network, train
 
@@ -72,13 +71,15 @@ def test_a_resumed_epoch_has_the_score_of_all_its_batches(batch, tmp_path):
         assert [row[key] for row in again.history] == [row[key] for row in whole.history]
 
 
-def test_a_metric_that_cannot_be_saved_does_not_give_the_score_of_half_an_epoch(tmp_path):
+@pytest.mark.parametrize(("batch", "rest"), [(2, 60 - 2 * 16), (4, None)])
+def test_a_metric_that_cannot_be_saved_has_the_score_of_the_rest_of_a_resumed_epoch(batch, rest, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "part", metric=Seen(), rule=StopAt(2))
-    _, again = train(tmp_path / "part", metric=Seen(), rule=sltt.SLTT(k=2), resume=True)
-    assert math.isnan(again.history[0]["train_seen"])
-    assert [row["train_seen"] for row in again.history[1:]] == [60] * 3
+        train(tmp_path / "part", metric=Seen(), rule=StopAt(batch))
+    settings = {"metric": Seen(), "rule": sltt.SLTT(k=2), "report": Console(), "resume": True}
+    _, again = train(tmp_path / "part", **settings)
+    assert [row["train_seen"] for row in again.history] == [rest, 60, 60, 60]
     assert [row["validation_seen"] for row in again.history] == [12] * 4
+    assert capsys.readouterr().out.count("train_seen of epoch 1 counts the batches after the resume only") == 1
 
 
 def test_a_metric_of_several_numbers_is_refused_at_the_first_batch(tmp_path):
