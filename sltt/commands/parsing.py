@@ -100,7 +100,7 @@ def find_recipe(name: str) -> Path:
 def run_config(run: Path) -> Path:
     """The configuration of a run, as it was trained; where the file is gone, the copy in the checkpoint is written."""
     from sltt.training.checkpoints import CheckpointError, saved_config
-    from sltt.training.runs import CONFIG, LAST, check_config, load_call, write_config
+    from sltt.training.runs import CONFIG, LAST, check_config, load_call, with_names_of_today, write_config
 
     try:
         saved = saved_config(run / LAST)
@@ -113,7 +113,9 @@ def run_config(run: Path) -> Path:
             f"{run} is not the folder of a run: it has no {CONFIG}; name the folder that the training printed"
         )
     check_config(run, saved)
-    values = _read(run / CONFIG)
+    values = with_names_of_today(written := _read(run / CONFIG))
+    if values != written:
+        write_config(run, values)
     needed = ("model", "data", "loss", "rule", "optimizer", "schedule", "metric")
     if unknown := [name for name in needed if values.get(name, "") is None]:
         raise UsageError(

@@ -30,7 +30,7 @@ from sltt.training.loop import Loop
 from sltt.training.mixing import check_mixing
 from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Phase
-from sltt.training.runs import LAST, check_config, new_run, old_run, write_config
+from sltt.training.runs import LAST, as_continued, check_config, new_run, old_run, write_config
 from sltt.training.safeguards import check_last_batch, check_static, check_type, first_samples
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, OptimizerFactory, Training
@@ -196,7 +196,7 @@ def resume_run(
     report.line(f"continuing {folder}")
     with here.held(folder):
         checkpoint = here.processes.first(lambda: _last_checkpoint(folder, config))
-        settings = config or (checkpoint["config"] if checkpoint else {})
+        settings = as_continued(checkpoint["config"], config) if checkpoint else config or {}
         if checkpoint is None:
             start_from(model, training.weights)
         loop = _loop(here, model, data, splits, training, folder, settings, report)

@@ -141,12 +141,13 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any] | None 
     if not saved:
         return
     saved, path = _plain(saved), run / CONFIG
-    found = list(_differences(saved, {**saved, **_known(saved, _plain(given or {}))}))
+    found = list(_differences(saved, as_continued(saved, given)))
     if path.exists():
         try:
             kept = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             kept = None
+        kept = with_names_of_today(kept)
         found += _differences(saved, kept) if isinstance(kept, dict) else [f"{CONFIG} is damaged"]
     if found:
         raise ValueError(
@@ -156,9 +157,34 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any] | None 
         )
 
 
+def as_continued(saved: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
+    """The settings of a run that goes on with those given.
+
+    A run of an earlier version stays without options that came later: its file says what its checkpoint says.
+    """
+    if not saved:
+        return given or {}
+    saved, given = _plain(saved), _plain(given or {})
+    return _known(saved, given) | {name: given[name] for name in RESUMABLE if name in given}
+
+
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as its file gives it back."""
-    return yaml.safe_load(yaml.safe_dump(config))
+    """A configuration as its file gives it back, with the names of today."""
+    return with_names_of_today(yaml.safe_load(yaml.safe_dump(config)))
+
+
+def with_names_of_today(config: Any) -> Any:
+    """A configuration that may be of an earlier version: `BPTT(recompute=n)` is `BPTT(segment=n)`."""
+    if isinstance(config, list):
+        return [with_names_of_today(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    config = {key: with_names_of_today(value) for key, value in config.items()}
+    arguments = config.get("init_args") or {}
+    steps = arguments.get("recompute")
+    if str(config.get("class_path")).endswith("BPTT") and isinstance(steps, int) and not isinstance(steps, bool):
+        config["init_args"] = {**arguments, "recompute": False, "segment": steps}
+    return config
 
 
 def _known(saved: Any, given: Any) -> Any:
