@@ -32,7 +32,7 @@ class Options:
         compile: auto compiles where a compiler is there and a layer is large enough; on, always; off, never.
         bits: save spikes for the backward as one bit an element.
         sparse: layers that read spikes touch active inputs only: where that is faster (auto), wherever they can (on),
-            never (off). Without bits they do not.
+            never (off). Without bits they do not. Convolutions need images with the channels last in memory.
     """
 
     compile: Compile = "auto"

@@ -1,4 +1,6 @@
-"""Groups of parameters for the optimizer: those of normalisation may have a weight decay of their own."""
+"""Groups of parameters for the optimizer: those of normalisation may have rates of their own."""
+
+from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import ParamsT
@@ -8,21 +10,29 @@ from sltt._torch import _NormBase
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def parameter_groups(model: nn.Module, norm_weight_decay: float | None) -> ParamsT:
-    """The parameters; with `norm_weight_decay`, in two groups: all others, and those of normalisation layers.
+def parameter_groups(model: nn.Module, norm_weight_decay: float | None, norm_bias_lr: float = 1.0) -> ParamsT:
+    """The parameters: all others, then those of normalisation layers as far as they have rates of their own.
 
-    The second one has the key `norm`, by which the training knows that its weight decay is not that of a phase.
+    A group with the key `norm` keeps its weight decay in all phases. The learning rate of one with the key `lr_factor`
+    is multiplied by it.
 
     Raises:
         ValueError: there is no normalisation layer with parameters.
     """
-    if norm_weight_decay is None:
+    if norm_weight_decay is None and norm_bias_lr == 1:
         return model.parameters()
-    norms = [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]
-    if not norms:
-        raise ValueError(
-            "norm_weight_decay is given, but no normalisation layer of the model has parameters: leave it out"
-        )
-    known = {id(p) for p in norms}
-    others = [p for p in model.parameters() if id(p) not in known]
-    return [{"params": others}, {"params": norms, "weight_decay": norm_weight_decay, "norm": True}]
+    norms = [m for m in model.modules() if isinstance(m, _NORMS)]
+    decay: dict[str, Any] = {} if norm_weight_decay is None else {"weight_decay": norm_weight_decay, "norm": True}
+    biases = [m.bias for m in norms if norm_bias_lr != 1 and isinstance(getattr(m, "bias", None), nn.Parameter)]
+    of_bias = set(map(id, biases))
+    decayed = [p for m in norms if decay for p in m.parameters() if id(p) not in of_bias]
+    if not biases and not decayed:
+        name = "norm_weight_decay" if decay else "norm_bias_lr"
+        raise ValueError(f"{name} is given, but no normalisation layer of the model has parameters: leave it out")
+    own = of_bias | set(map(id, decayed))
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in own]}]
+    if decayed:
+        groups.append({"params": decayed, **decay})
+    if biases:
+        groups.append({"params": biases, **decay, "lr_factor": norm_bias_lr})
+    return groups

@@ -109,7 +109,7 @@ def set_rates(
     start, stop = stage.span
     factor = schedule.factor(epoch - start, stop - start)
     for group, (lr, weight_decay) in zip(optim.param_groups, initial, strict=True):
-        group["lr"] = factor * (lr if stage.lr is None else stage.lr)
+        group["lr"] = factor * (lr if stage.lr is None else stage.lr) * group.get("lr_factor", 1.0)
         if "weight_decay" in group and "norm" not in group:
             group["weight_decay"] = weight_decay if stage.weight_decay is None else stage.weight_decay
 

@@ -87,6 +87,7 @@ class Training(_Settings):
     batch_size: int
     clip_norm: float | None = None
     norm_weight_decay: float | None = None
+    norm_bias_lr: float = 1.0
     seed: int = 0
     checkpoint_minutes: float = field(default=10.0, metadata=RESUMED)
     weights: str | None = None
@@ -110,6 +111,7 @@ class Training(_Settings):
             number("clip_norm", self.clip_norm, above=0)
         if self.norm_weight_decay is not None:
             number("norm_weight_decay", self.norm_weight_decay, least=0)
+        number("norm_bias_lr", self.norm_bias_lr, above=0)
         if self.ema is not None:
             number("ema", self.ema, above=0, below=1)
         for i, callback in enumerate(sequence("callbacks", self.callbacks or (), "callbacks")):

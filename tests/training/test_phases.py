@@ -131,15 +131,44 @@ def test_normalisation_has_its_own_weight_decay_in_all_phases(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "decay", "message"),
+    ("decay", "groups"),
     [
-        (network, -1.0, "norm_weight_decay must be at least 0"),
-        (lambda: torch.nn.Linear(4, 3), 0.0, "no normalisation layer"),
+        (None, [(5, 0.1, 0.1), (1, 0.8, 0.1)]),
+        (0.02, [(4, 0.1, 0.1), (1, 0.1, 0.02), (1, 0.8, 0.02)]),
     ],
 )
-def test_a_weight_decay_of_normalisation_that_does_not_fit_is_refused(tmp_path, model, decay, message):
+def test_biases_of_normalisation_have_a_learning_rate_of_their_own_in_all_phases(decay, groups, tmp_path):
+    log, optimizers = [], []
+
+    def optimizer(groups):
+        optimizers.append(torch.optim.SGD(groups, lr=0.1, weight_decay=0.1))
+        return optimizers[0]
+
+    class Groups(sltt.SLTT):
+        def run(self, *args):
+            log.append([(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizers[0].param_groups])
+            return super().run(*args)
+
+    settings = {"norm_weight_decay": decay, "norm_bias_lr": 8.0, "schedule": sltt.schedules.Constant()}
+    settings |= {"rule": Groups(), "phases": [Phase(1), Phase(1, lr=0.2)], "epochs": 2, "batch_size": 60}
+    model, _ = train(tmp_path / "run", optimizer=optimizer, **settings)
+    assert log == [groups, [(count, pytest.approx(2 * lr), weight_decay) for count, lr, weight_decay in groups]]
+    (bias,) = optimizers[0].param_groups[-1]["params"]
+    assert bias is next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)).bias
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (network, {"norm_weight_decay": -1.0}, "norm_weight_decay must be at least 0"),
+        (network, {"norm_bias_lr": 0.0}, "norm_bias_lr must be greater than 0"),
+        (lambda: torch.nn.Linear(4, 3), {"norm_weight_decay": 0.0}, "norm_weight_decay is given, but no normalisation"),
+        (lambda: torch.nn.Linear(4, 3), {"norm_bias_lr": 2.0}, "norm_bias_lr is given, but no normalisation layer"),
+    ],
+)
+def test_rates_of_normalisation_that_do_not_fit_are_refused(tmp_path, model, settings, message):
     with pytest.raises(ValueError, match=message):
-        train(tmp_path / "run", model=model(), norm_weight_decay=decay)
+        train(tmp_path / "run", model=model(), **settings)
 
 
 class Statistics(Recorder):
