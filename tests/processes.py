@@ -38,6 +38,7 @@ TRAININGS = {
     "a batch of one sample": {"rule": sltt.SLTT(), "batch_size": 59},
     "a metric of all samples": {"rule": sltt.SLTT(), "batch_size": 59, "metric": MacroF1()},
 }
+STABILISED = {name: RULES[name] for name in ("BPTT(segment=2, fold=2)", "SLTT(recompute)", "OTTT")}
 NORMED = {"SLTT": sltt.SLTT(), "BPTT": sltt.BPTT(), "SLTT(k=2)": sltt.SLTT(k=2)}
 
 
@@ -72,6 +73,28 @@ def standardised() -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Unflatten(1, (1, 2, 3)), ScaledWSConv2d(1, 8, 3, 1), sltt.LIF(), nn.Flatten(), nn.Linear(48, 3)
     return nn.Sequential(*layers).double()
+
+
+def stabilised() -> nn.Module:
+    """A network with running statistics in training, in its normalisation and in its thresholds."""
+    model = network(neuron=sltt.StableLIF)
+    model[1] = sltt.OnlineRenorm(8).double()
+    return model
+
+
+def statistics(model: nn.Module) -> list[float]:
+    """All running statistics of a network."""
+    return torch.cat([b.flatten() for b in model.buffers() if b.is_floating_point()]).tolist()
+
+
+class Statistics(sltt.callbacks.Callback):
+    """Those of this process after every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_batch(self, now: sltt.callbacks.Moment) -> None:
+        self.seen.append(statistics(now.model))
 
 
 def train(run: Path, model: nn.Module, data: Data | None = None, **settings) -> sltt.training.fit.Fit:
@@ -133,6 +156,9 @@ def main(folder: Path) -> None:
     train(folder / "fsdp-from-one", network(), strategy="fsdp", resume=True)
     for name, rule in NORMED.items():
         train(folder / "norm" / name, network(norm=True), rule=rule, sync_batchnorm=True)
+    for name, rule in STABILISED.items():
+        train(folder / "stabilised" / name, stabilised(), rule=rule, callbacks=[callback := Statistics()])
+        measured[f"stabilised {name}"] = callback.seen
     for name in ("plain", "k"):
         rule = sltt.SLTT(k=2 if name == "k" else None)
         train(folder / f"one-two-{name}", network(dropout=0.2), rule=rule, resume=True)

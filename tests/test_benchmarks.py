@@ -1,8 +1,5 @@
-import importlib
 import io
 import json
-import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -13,19 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import sltt
-from sltt.commands.parsing import Recipe
-
-BENCHMARKS = Path(sltt.__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_the_path(monkeypatch):
-    """As Python has it for a script there."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-
-
-def load(name):
-    return importlib.import_module(name)
+from tests.scripts import BENCHMARKS, benchmarks_on_the_path, load  # noqa: F401
 
 
 def test_the_benchmark_of_the_rules_measures_each():
@@ -277,81 +262,6 @@ def test_two_rules_are_equal_where_two_one_sided_tests_say_so():
     assert tables.difference([0.5, 0.5], [0.5, 0.5]) == (0.0, 0.0)
 
 
-@pytest.fixture
-def paper(tmp_path, monkeypatch):
-    """The benchmark of the paper's claims, which writes to a folder of its own."""
-    paper = load("paper")
-    monkeypatch.setattr(paper, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(paper, "FIGURE", tmp_path / "map.svg")
-    monkeypatch.setattr(paper, "fill", lambda: None)
-    return paper
-
-
-def test_a_step_of_the_paper_is_run_once_and_kept(paper, tmp_path, monkeypatch):
-    asked = []
-
-    def command(words):
-        asked.append(words)
-        save = Path(words[words.index("--save") + 1])
-        save.mkdir(parents=True)
-        rows = [
-            {"rule": rule, "accuracies": [0.8, 0.9], "cosine": 1.0, "seconds": 3.0, "agreement": []}
-            for rule in ("BPTT", "SLTT")
-        ]
-        if words[0] == "agreement":
-            agreement = [{"rule": "SLTT()", "least": 0.5, "cosine": 0.9, "layers": {}}]
-            rows = [{"rule": "OTTT()", "agreement": agreement, "trial": {"epochs": 4}, "memory": {"SLTT()": 8}}]
-        (save / f"{words[0]}.json").write_text(json.dumps({"steps": 2, "rows": rows}))
-        return 0
-
-    monkeypatch.setattr(paper, "command", command)
-    monkeypatch.setattr("sys.argv", ["paper.py", "stage", "map-T2", "advice-T2", "--runs", str(tmp_path / "runs")])
-    gradients = [{"T": 2, "tau": tau, "cosines": [0.9, 1.0]} for tau in paper.TAUS]
-    paper.write("map-gradients", gradients)
-    for _ in range(2):
-        paper.main()
-    assert len(asked) == 3 + 2 * len(paper.TAUS)  # each once
-    assert "[{epochs: 6, steps: 1}, {epochs: 2, steps: 6, lr: 0.0005}]" in asked[1]
-    found = json.loads((tmp_path / "results" / "stages.json").read_text())
-    assert [sorted(row) for row in found["rows"]] == [["accuracies", "agreement", "cosine", "rule"]] * 2
-    cells = json.loads((tmp_path / "results" / "map.json").read_text())
-    assert [(cell["T"], cell["tau"]) for cell in cells.values()] == [(2, tau) for tau in paper.TAUS]
-    assert (tmp_path / "map.svg").stat().st_size > 10_000
-    advice = json.loads((tmp_path / "results" / "advice.json").read_text())
-    assert list(advice) == [f"advice-T2-tau{tau}" for tau in paper.TAUS]
-    assert advice["advice-T2-tau2"] == {
-        "advice": "OTTT()", "trial": {"epochs": 4}, "worst_cosine": {"SLTT()": 0.5}, "memory": {"SLTT()": 8}
-    }  # fmt: skip
-
-
-def test_the_map_in_the_documentation_is_that_of_its_results(tmp_path):
-    figure = load("paper_map")
-    figure.draw(tmp_path / "map.svg")
-    shown = [re.sub(r"<(?!text)[^>]*>", "", path.read_text()).split() for path in (tmp_path / "map.svg", figure.FIGURE)]
-    assert shown[0] == shown[1]  # the numbers; how they are drawn depends on the version of matplotlib
-
-
-def test_every_command_of_the_paper_is_one_that_sltt_takes(paper):
-    every = {**paper.COMMANDS, **paper.MAP, **paper.ADVICE}.values()
-    for text in {re.sub(r"[\d.]+", "", text): text for text in every}.values():  # one of those alike but for numbers
-        kind, recipe, *words = [word.format(data="nowhere") for word in shlex.split(text)]
-        own = {"--rules", "--seeds", "--base", "--way", "--shot", "--taus", "--at-epochs", "--samples", "--trial"}
-        own |= {"--steps"} if kind == "agreement" else set()
-        pairs = zip(words[::2], words[1::2], strict=True)
-        options = [word for pair in pairs if pair[0] not in own for word in pair]
-        Recipe(f"sltt {kind}", recipe, options).resolved()
-
-
-def test_counted_multiplications_of_the_paper(paper, monkeypatch):
-    monkeypatch.setattr(paper.sltt.models, "resnet18", lambda: sltt.models.DigitsNet(in_channels=3, width=2))
-    rows = {(row["rule"], row["steps"]): row for row in paper.operations(None)}
-    assert rows["SLTT-1", 6]["backward"] == rows["SLTT-1", 12]["backward"] == rows["BPTT", 6]["backward"] // 6
-    monkeypatch.setitem(paper.NETWORKS, "tiny", (lambda: sltt.models.DigitsNet(width=2), (1, 8, 8), 6, 8))
-    bptt, slt = (paper.peak("tiny", rule) for rule in ("BPTT", "SLTT"))
-    assert bptt["peak"] > slt["peak"] > 0
-    assert bptt["state"] == slt["state"] == 12 * sum(p.numel() for p in sltt.models.DigitsNet(width=2).parameters())
-
-
 def test_short_trainings_are_made_once_and_their_table_has_means(tmp_path, monkeypatch, capsys):
     short = load("short")
     picture = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
@@ -386,6 +296,25 @@ def test_the_cases_of_short_trainings_are_networks_that_their_rules_train():
         for _, make, rule, settings in found[:: count - 1]:
             x = torch.randn(2, 3, settings["side"], settings["side"])
             rule(make(), x, torch.tensor([0, 1]), nn.CrossEntropyLoss(), steps=2)
+
+
+def test_recurrent_trainings_are_made_once_and_give_the_rows_of_the_table(tmp_path, monkeypatch, capsys):
+    recurrent, recorded = load("recurrent"), json.loads((BENCHMARKS.parent / "docs/results/recurrent.json").read_text())
+    recipe = recurrent.RECIPE
+    monkeypatch.setattr(recurrent, "RECIPE", f"{recipe} --model.features [8,4,10] --epochs 1 --batch_size 512")
+    monkeypatch.setattr(recurrent, "PATH", tmp_path / "recurrent.json")
+    monkeypatch.setattr(recurrent, "fill", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["recurrent.py", "--runs", str(tmp_path / "runs")])
+    for trainings in (9, 0):
+        recurrent.main()
+        assert capsys.readouterr().out.count("after the last") == trainings
+    rows = json.loads((tmp_path / "recurrent.json").read_text())
+    assert [row.pop("rule") for row in rows] == [row["rule"] for row in recorded]
+    assert {recipe} == {row["recipe"] for row in recorded}
+    for row, other in zip(rows, recorded, strict=True):
+        assert row.keys() == other.keys() - {"rule"}
+        assert len(row["accuracies"]) == len(other["accuracies"])
+        assert all(0 <= one <= 1 for one in row["accuracies"])
 
 
 def test_the_log_of_twins_has_each_case_once_and_its_test(tmp_path):

@@ -1,6 +1,7 @@
 """Recurrence beside a loop written out, and under every rule."""
 
 import copy
+import itertools
 from functools import partial
 
 import pytest
@@ -150,17 +151,33 @@ def test_firing_rates_count_the_neurons_inside_once():
     assert rates.mean() > 0
 
 
-def test_256_recurrent_units_learn_what_was_shown_first():
-    """A pattern in the first of ten steps, silence after; a step of the optimizer on each of 30 batches."""
-    network = sltt.models.MLP([20, 256, 4], neuron=partial(sltt.LIF, tau=5.0), norm=False, recurrent=True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.002)
-    patterns = (torch.rand(4, 20) < 0.3).float()
-    losses = []
-    for _ in range(30):
-        y = torch.randint(4, (32,))
-        x = torch.zeros(10, 32, 20)
-        x[0] = 2 * patterns[y]
+def spoken(size):
+    """Counts of events [17, B, 700], as of SHD, and the class: the order of three sounds with silence in between."""
+    orders = torch.tensor([*itertools.permutations(range(3))])
+    y = torch.randint(len(orders), (size,))
+    rates = torch.full((17, size, 700), 0.01)
+    for place, sound in enumerate(orders[y].T):
+        start = 700 / 3 * (sound + 0.5) + 25 * torch.randn(size)  # each has a third of the channels, and rises
+        for step in range(3):
+            distance = torch.arange(700) - start[:, None] - 25 * (step - 1)
+            rates[7 * place + step] += 0.3 * torch.exp(-((distance / 50) ** 2) / 2)
+    return torch.poisson(rates), y
+
+
+def test_256_recurrent_units_learn_the_order_of_sounds():
+    """The answer at the last step needs all three sounds, and a membrane keeps 1/32 of what was before a silence.
+
+    Low thresholds let neurons fire from the start, and a small learning rate does not mend a bad initialisation. The
+    accuracy is below 0.1 without recurrence or with recurrent weights that stay, and 0.6 with five times larger ones.
+    """
+    network = sltt.models.MLP([700, 256, 6], partial(sltt.LIF, tau=2.0, v_threshold=0.25), norm=False, recurrent=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0002)
+    for _ in range(120):
+        x, y = spoken(64)
         optimizer.zero_grad()
-        losses.append(sltt.BPTT()(network, x, y, nn.CrossEntropyLoss()).loss.item())
+        sltt.BPTT()(network, x, y, nn.CrossEntropyLoss())
         optimizer.step()
-    assert losses[-1] < 0.5 * losses[0]
+    x, y = spoken(512)
+    with torch.no_grad():
+        said = sltt.unroll(network, x)[-1].argmax(1)
+    assert (said == y).float().mean() > 0.9

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import json
 import math
 import os
@@ -10,26 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import sltt
-from sltt.parallel import processes
-from sltt.parallel.batchnorm import SyncBatchNorm, synchronise
-from sltt.parallel.devices import make_fabric
 from sltt.parallel.signals import PREEMPTED
-from sltt.training.batches import Shares, share
+from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.checkpoints import load_checkpoint
-from sltt.training.settings import Execution
-from tests.conftest import LINUX
+from tests.conftest import LINUX, LOSS
 from tests.processes import (
     NORMED,
     ONLINE,
     SHARDED,
+    STABILISED,
     TRAININGS,
     Sequences,
     network,
     several_lengths,
+    stabilised,
     standardised,
+    statistics,
     train,
 )
 
@@ -126,6 +125,49 @@ def test_sharded_training_continues_what_one_process_began(two, tmp_path):
 def test_synchronised_batch_statistics_are_those_of_the_whole_batch(name, two, tmp_path):
     train(tmp_path / "run", network(norm=True), rule=NORMED[name])
     assert_same_weights(weights(two[0] / "norm" / name), weights(tmp_path / "run"))
+
+
+def two_in_one(rule):
+    """What `train` comes to, with the shares of two processes one after the other in this process.
+
+    Returns the weights and statistics, and the statistics of the first process after every batch.
+    """
+    first = stabilised()
+    second = copy.deepcopy(first, {id(p): p for p in first.parameters()})  # the same weights, statistics of its own
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    splits = Sequences().splits(4)
+    sampler = EpochSampler.of(splits, 0, 13)
+    loaders = [train_loader(splits, 13, sampler, 0, rank=rank, processes=2) for rank in range(2)]
+
+    def average():
+        for one, other in zip(first.buffers(), second.buffers(), strict=True):
+            if one.is_floating_point():
+                one.copy_((one + other) / 2)
+                other.copy_(one)
+
+    seen = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for shares in zip(*loaders, strict=True):
+            average()
+            size = sum(len(y) for _, y in shares)
+            for model, (x, y) in zip((first, second), shares, strict=True):
+                rule(model, x, y, LOSS, backward=lambda loss, part=len(y) / size: (loss * part).backward())
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(statistics(first))
+        average()
+    return first.state_dict(), seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STABILISED)
+def test_processes_begin_every_sequence_with_the_mean_of_their_statistics(name, two):
+    expected, seen = two_in_one(STABILISED[name])
+    assert len(seen) == expected["1.num_batches_tracked"] == 10
+    assert_same_weights(weights(two[0] / "stabilised" / name), expected)
+    found = torch.tensor(two[1]["measured"][f"stabilised {name}"])
+    torch.testing.assert_close(found, torch.tensor(seen), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -276,84 +318,3 @@ def test_an_error_in_all_processes_is_said_by_the_first(tmp_path):
     out = failing(tmp_path, "01")
     assert "ValueError: no spike was ever seen" in out
     assert "rank1" not in out  # as PyTorch marks what another process prints
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 8])
-@pytest.mark.parametrize("samples", [1, 7, 16, 17])
-def test_shares_are_every_sample_once(samples, processes):
-    batches = [list(Shares(range(samples), 8, rank, processes)) for rank in range(processes)]
-    seen = []
-    for b in range(math.ceil(samples / 8)):
-        size, weights = min(8, samples - 8 * b), 0.0
-        for rank in range(processes):
-            weight, count = share(size, rank, processes)
-            seen += batches[rank][b][:count]
-            weights += weight
-            if size >= 2:
-                assert len(batches[rank][b]) >= 2  # for BatchNorm
-        assert weights == pytest.approx(1)
-    assert sorted(seen) == list(range(samples))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"devices": 0}, "devices must be at least 1, got 0"),
-        ({"num_nodes": 0}, "num_nodes must be at least 1, got 0"),
-        ({"devices": 2, "strategy": "fsdp", "precision": "16-mixed"}, "use 'bf16-mixed'"),
-    ],
-)
-def test_devices_that_make_no_sense_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Execution(device="cpu", **arguments)
-
-
-@pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT(hoist=True), sltt.TBPTT(2, fold="auto")])
-def test_rules_that_sharded_weights_cannot_serve_are_refused(rule):
-    with pytest.raises(ValueError, match="does not run under fsdp"):
-        sltt.training.fit._check_shardable(rule)
-    sltt.training.fit._check_shardable(sltt.SLTT(k=2, fold=2))
-
-
-def test_a_batchnorm_of_ones_own_is_not_replaced():
-    class Own(torch.nn.BatchNorm1d):
-        pass
-
-    with pytest.raises(ValueError, match="Own"):
-        synchronise(torch.nn.Sequential(Own(3)))
-
-
-def test_numbers_that_differ_from_what_was_started_are_refused(monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setenv("SLURM_NNODES", "2")
-    with pytest.raises(ValueError, match="2 processes on 2 machines were started, but devices=3 and num_nodes=2"):
-        make_fabric(device="cpu", devices=3)
-
-
-@pytest.mark.parametrize("ours", [True, False])
-def test_groups_are_closed_at_the_end_where_they_are_ours(ours, monkeypatch):
-    monkeypatch.setattr(processes, "_ours", set() if ours else {os.getppid()})  # a forked process has its parent's
-    for _ in range(2):  # the second time with a control group of its own
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        if ours:
-            processes.disband_at_exit()
-        dist.all_reduce(torch.ones(1), group=processes.control())
-        processes.disband()
-        assert dist.is_initialized() == (not ours)
-        if not ours:
-            dist.destroy_process_group()
-    processes.disband()
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_one_process_alone_normalises_as_ever(momentum):
-    torch.manual_seed(0)
-    plain = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4, momentum=momentum))
-    twin = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4, momentum=momentum))
-    twin.load_state_dict(plain.state_dict())
-    synchronise(twin)
-    assert isinstance(twin[1], SyncBatchNorm)
-    x = torch.randn(6, 3)
-    assert torch.equal(plain(x), twin(x))
-    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), twin.buffers(), strict=True))
