@@ -1,7 +1,11 @@
-"""Names of PyTorch that are not public, as read from 2.8 to 2.15; no other file has any."""
+"""Names of PyTorch and Lightning that are not public, as read in PyTorch 2.8, 2.13 and 2.15 and Fabric 2.5 and 2.6.
+
+No other file imports any. Other files use some attributes where they need them: `ATTRIBUTES` lists these.
+"""
 
 # ruff: noqa: F401
 import torch
+from torch.autograd import forward_ad
 
 try:
     from torch._C import (  # pyright: ignore
@@ -24,6 +28,40 @@ try:
 except ImportError as error:
     raise ImportError(f"PyTorch {torch.__version__} lacks what PyTorch 2.8 to 2.15 have: {error}") from error
 
+# The private attributes that the package uses: of what, and what for.
+ATTRIBUTES = {
+    "torch.Tensor": {
+        "_version": "tells a change in place",
+        "_make_wrapper_subclass": "makes a tensor without memory",
+    },
+    "torch.UntypedStorage": {"_cdata": "names memory, also that of an empty tensor"},
+    "torch.nn.Module": {
+        "_parameters": "a name in a module that is no attribute of the user's",
+        "_buffers": "lists the module's own buffers",
+        "_non_persistent_buffers_set": "names the states of snnTorch's neurons",
+        "_forward_hooks": "takes hooks off a copy",
+        "_forward_pre_hooks": "takes hooks off a copy, finds a spectral norm",
+        "_compiled_call_impl": "is what module.compile() made",
+        "_is_replica": "marks a copy that nn.DataParallel made",
+    },
+    "torch.nn.BatchNorm2d": {"_check_input_dim": "raises PyTorch's own error"},
+    "torch.nn.Conv2d": {"_reversed_padding_repeated_twice": "is padding='same' in numbers"},
+    "torch.autograd.graph.Node": {"_saved_result": "tells that a backward reads its output"},
+    "torch.autograd.forward_ad": {"_current_level": "tells forward-mode differentiation"},
+    "torch.compile": {
+        "_orig_mod": "is the module that was compiled, and stands in names of parameters",
+        "_torchdynamo_orig_callable": "is the function that was compiled",
+    },
+    "torch.utils.data.DataLoader": {"_iterator": "holds the workers"},
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": {"_shutdown_workers": "ends the workers"},
+    "torch._ops.OpOverload": {"_schema": "tells that an operation changes an argument"},
+    "lightning_fabric.Fabric": {"_forward_module": "stands in names of parameters"},
+    "spikingjelly.activation_based.base.MemoryModule": {"_memories": "names the states"},
+}
+
+FABRIC = "_forward_module."  # what Fabric puts before the names of modules and parameters
+WRAPPERS = FABRIC, "_orig_mod.", "module."  # and what torch.compile and DistributedDataParallel do
+
 
 def compile_errors() -> tuple[type[Exception], ...]:
     """What `torch.compile` raises while it compiles, before anything has run."""
@@ -38,6 +76,11 @@ def is_compiled(module: torch.nn.Module) -> bool:
     names = "_orig_mod", "_torchdynamo_orig_callable"
     by_call = getattr(module, "_compiled_call_impl", None) is not None
     return by_call or any(hasattr(one, name) for one in (module, module.forward) for name in names)
+
+
+def transforms_active() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def end_workers(loader: torch.utils.data.DataLoader) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sltt._torch import FABRIC
 from sltt.checks import flag, function, instance, number
 from sltt.sequence.fold import Clock, fold_of
 from sltt.sequence.padding import real_steps
@@ -195,7 +196,7 @@ def watching(loss: Any, model: nn.Module, clock: Clock) -> Iterator[Any]:
     if not isinstance(loss, Activity):
         yield loss
         return
-    neurons = {name.removeprefix("_forward_module."): module for name, module in spiking_layers(model).items()}
+    neurons = {name.removeprefix(FABRIC): module for name, module in spiking_layers(model).items()}
     watched = {name: module for name, module in neurons.items() if fnmatchcase(name, loss.layers)}
     if not watched:
         raise ValueError(f"no layer of neurons is called {loss.layers!r}; there are {', '.join(neurons) or 'none'}")

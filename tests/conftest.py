@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import sltt
+from sltt.kernels import sparse
 
 # what forks a process with threads, reads /proc or runs bash
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="it needs Linux")
@@ -69,6 +70,16 @@ def neuron(request):
 @pytest.fixture(params=RULES.values(), ids=RULES.keys())
 def rule(request):
     return request.param
+
+
+@pytest.fixture
+def sparse_calls(monkeypatch):
+    """The calls of layers that ran sparse from here on: which layer, forward or gradient."""
+    seen = []
+    forward, gradient = sparse.forward, sparse.weight_gradient
+    monkeypatch.setattr(sparse, "forward", lambda *a: (seen.append(("forward", a[0])), forward(*a))[1])
+    monkeypatch.setattr(sparse, "weight_gradient", lambda *a: (seen.append(("grad", a[0])), gradient(*a))[1])
+    return seen
 
 
 def small_network(neuron=sltt.LIF, norm=False, dropout=0.0):

@@ -34,9 +34,9 @@ def every(window, detach=detach):
     return lambda model, t: detach(model) if t % window == 0 else None
 
 
-def measured(rule, model, x, y, **kwargs):
-    """Bytes at the peak of a batch, with gradients in place and eager kernels, whatever ran in the tests before."""
+def measured(rule, model, x, y, *, gradients=True, **kwargs):
+    """Bytes at the peak of a batch with eager kernels, whatever ran in the tests before; `gradients`: are in place."""
     for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros_like(p) if gradients else None
     with kernels.using(compile="off"):
         return peak_memory(lambda: rule(model, x, y, LOSS, **kwargs))

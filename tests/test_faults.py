@@ -13,6 +13,7 @@ from sltt.analysis import peak_memory
 from sltt.kernels.options import DEFAULT, Kernel, options
 from sltt.sequence.fold import fold_of
 from tests.conftest import LOSS, RULES, SURROGATES, batch, gradients, small_network
+from tests.references import measured
 
 
 class Shared(nn.Module):
@@ -276,9 +277,7 @@ def test_automatic_folds_stay_within_the_budget_whether_gradients_are_there_or_n
     x, y = torch.randn(64, 1, 8, 8), torch.randint(200, (64,))
 
     def peak(model, rule, gradients):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if gradients else None
-        return peak_memory(lambda: rule(model, x, y, LOSS, steps=16))
+        return measured(rule, model, x, y, gradients=gradients, steps=16)
 
     def run(model, rule, gradients):
         for p in model.parameters():

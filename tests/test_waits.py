@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import sltt
 from sltt.analysis import firing_rates
-from sltt.kernels.tags import PACK_FROM
+from sltt.kernels.restoring import PACK_FROM
 from sltt.sequence.steps import Sequence, time_steps
 from tests.conftest import LOSS, batch, small_network
 

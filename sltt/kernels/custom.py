@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sltt.kernels.deferred import Deferred, Normalised, norm_gradients, settled
 from sltt.kernels.options import Kernel, in_force, memory, options
+from sltt.kernels.restoring import SpikeTag, packable
 from sltt.kernels.step import dense
-from sltt.kernels.tags import SpikeTag, packable
 
 States = tuple[Tensor, ...]
 
@@ -195,7 +195,7 @@ class _CustomStep(torch.autograd.Function):
         return [grad_x if needs_x else None, *after, *(next(found) if learns else None for learns in learned)]
 
 
-class Traced(Kernel):
+class FunctionKernel(Kernel):
     """Writes what a function returns. The compiler reads the function's graph, which may hold a backward.
 
     Args:
@@ -230,16 +230,18 @@ class Traced(Kernel):
 
 
 @functools.lru_cache(maxsize=64)
-def _forward_kernel(step: CustomStep) -> Traced:
+def _forward_kernel(step: CustomStep) -> FunctionKernel:
     def forward(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         states, parameters = tensors[: step.states], tensors[step.states :]
         return step(step.current(x, states, parameters), states, parameters)
 
-    return Traced(forward, 1 + step.states)
+    return FunctionKernel(forward, 1 + step.states)
 
 
 @functools.lru_cache(maxsize=64)
-def _backward_kernel(step: CustomStep, goes_on: bool, learned: tuple[bool, ...], given: tuple[bool, ...]) -> Traced:
+def _backward_kernel(
+    step: CustomStep, goes_on: bool, learned: tuple[bool, ...], given: tuple[bool, ...]
+) -> FunctionKernel:
     """Gradients of x, of the states if they go on, and of the learned parameters, from those `given` of the results."""
     wanted = (True, *[goes_on] * step.states, *learned)
 
@@ -257,7 +259,7 @@ def _backward_kernel(step: CustomStep, goes_on: bool, learned: tuple[bool, ...],
                 found = torch.autograd.grad(of, leaves, grads_of, allow_unused=True)
         return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True))
 
-    return Traced(backward, sum(wanted))
+    return FunctionKernel(backward, sum(wanted))
 
 
 def _steps_of(x: Tensor, steps: int) -> tuple[Tensor, ...]:

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from sltt._torch import _are_functorch_transforms_active, _disabled_torch_function_impl, tree_map_only
+from sltt._torch import _disabled_torch_function_impl, transforms_active, tree_map_only
 from sltt.kernels import native
 from sltt.kernels.options import options
 
@@ -216,7 +215,7 @@ def _can_wait(x: Any, others: Sequence[Any], training: bool) -> bool:
         return False
     if not x.movedim(1, -1).is_contiguous() or x.numel() == x.shape[1]:  # one value for each channel
         return False
-    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transforms_active():
         return False
     if (others[0] is None) != (others[1] is None) or not (training or others[0] is not None):
         return False

@@ -27,7 +27,7 @@ from sltt.kernels.values import (
 from sltt.kernels.weights import Weights
 
 if TYPE_CHECKING:
-    from sltt.kernels.tags import SpikeTag
+    from sltt.kernels.restoring import SpikeTag
 
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2}
 LAYERS = {*CONVOLUTIONS, F.linear}

@@ -22,7 +22,7 @@ from sltt._torch import TensorBase, _to_dlpack, _top_saved_tensors_default_hooks
 from sltt.kernels.deferred import Normalised, deferred_norm
 from sltt.kernels.layers import LAYERS, Call, call_on_spikes, run
 from sltt.kernels.options import memory, options
-from sltt.kernels.tags import TAG, SpikeTag, Tag, hold, packable, restore, save, tag_of
+from sltt.kernels.restoring import TAG, SpikeTag, Tag, hold, packable, restore, save, tag_of
 from sltt.kernels.values import arguments_of, run_on_values
 from sltt.kernels.weights import Weights
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sltt.kernels.custom import CustomStep, Traced, as_parameter, known_layout, like, seen_as
+from sltt.kernels.custom import CustomStep, FunctionKernel, as_parameter, known_layout, like, seen_as
 
 
 class Sensitivity:
@@ -46,7 +46,7 @@ class Sensitivity:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(step: CustomStep, parameter: int | None) -> Traced:
+def _kernel(step: CustomStep, parameter: int | None) -> FunctionKernel:
     n = step.states
 
     def add(total: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -62,7 +62,7 @@ def _kernel(step: CustomStep, parameter: int | None) -> Traced:
             changes = [_change(result, c, states, carried) for result in results]
         return total + changes[0].to(total.dtype), *changes[1:]
 
-    return Traced(add, 1 + n)
+    return FunctionKernel(add, 1 + n)
 
 
 def _change(result: Tensor, c: Tensor, states: Sequence[Tensor], carried: Sequence[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from sltt.kernels.deferred import Deferred, Normalised, pointer, settled
 from sltt.kernels.native_step import native_step
 from sltt.kernels.options import Kernel, in_force, options, without_modes
-from sltt.kernels.tags import SpikeTag, packable, tag_of
+from sltt.kernels.restoring import SpikeTag, packable, tag_of
 from sltt.surrogates import Surrogate
 
 

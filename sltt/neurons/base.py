@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from sltt._torch import _are_functorch_transforms_active
+from sltt._torch import transforms_active
 from sltt.kernels import CustomStep, custom_step, without_modes
 from sltt.neurons.inspection import emits_bits
 from sltt.sequence.fold import Fold
@@ -74,7 +73,7 @@ class Neuron(Stateful):
     @showing
     def forward(self, x: Tensor) -> Tensor:
         """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
-        if torch.compiler.is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if torch.compiler.is_compiling() or transforms_active():
             return self._plain_steps(x, self._prepare_states(x), self.fold)
         with without_modes():  # one would be called for each attribute of a tensor
             self._prepare_states(x)

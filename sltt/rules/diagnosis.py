@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sltt._torch import FABRIC
 from sltt.sequence.hooks import hooked
 from sltt.sequence.state import Stateful, emits_spikes, kind_of, map_tensors, reset, state_names
 from sltt.sequence.steps import Sequence
 
-_WRAPPER = "_forward_module."
 _NO_GRADIENT = "does not require grad and does not have a grad_fn"
 _SECOND_TIME = "backward through the graph a second time"
 _IN_PLACE = ("modified by an inplace operation", "changed by an in-place operation")
@@ -61,8 +61,8 @@ def explained(model: nn.Module, sequence: Sequence) -> Iterator[None]:
                 f"the input {shape} was taken as T = {shape[0]} time steps of {shape[1]} samples; "
                 "for a static input [B, ...] say steps=T"
             )
-        if isinstance(error, ValueError) and _WRAPPER in str(error):  # which Fabric puts before the names of modules
-            raise ValueError(str(error).replace(_WRAPPER, "")) from error
+        if isinstance(error, ValueError) and FABRIC in str(error):
+            raise ValueError(str(error).replace(FABRIC, "")) from error
         raise
 
 
@@ -83,7 +83,7 @@ def leftovers_noticed(model: nn.Module, batch: int) -> Iterator[None]:
                 else f"say so: sltt.register({kind}, states=['{attribute}']). If it is not: sltt.register({kind}, "
                 "states=[])"
             )
-            place = name.removeprefix(_WRAPPER) or "the model"
+            place = name.removeprefix(FABRIC) or "the model"
             warnings.warn(
                 f"{place} ({kind}) keeps a tensor of the batch in `.{attribute}` after the sequence. If it is a state, "
                 + remedy,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
+from sltt._torch import WRAPPERS
 from sltt.frozen import FrozenMapping
 from sltt.rules.base import Batch, Output, Rule
 from sltt.rules.segments import Snapshot
@@ -19,8 +20,7 @@ from sltt.sequence.state import detach_module, state_names, state_tensors
 from sltt.sequence.steps import Sequence, running
 
 Window = int | Literal["all"]
-# what Fabric, torch.compile and DistributedDataParallel put before a name
-_WRAPPERS = re.compile(r"^((_forward_module|_orig_mod|module)\.)+")
+_WRAPPERS = re.compile(rf"^({'|'.join(map(re.escape, WRAPPERS))})+")
 
 
 class Mixed(Rule):

@@ -22,7 +22,7 @@ def observing(layers: Mapping[str, nn.Module], see: Observer) -> Iterator[Observ
     """Inside this block, `see(name, spikes)` gets what layers of neurons make: [n·B, ...] for n steps, in its graph."""
     with ExitStack() as stack:
         for name, module in layers.items():
-            if hasattr(type(module).forward, "_shows"):
+            if hasattr(type(module).forward, "_sltt_shows"):
                 stack.enter_context(_observed(module, partial(see, name)))
             else:
                 hook = module.register_forward_hook(lambda *call, name=name: see(name, first(call[-1])))
@@ -68,7 +68,7 @@ def showing(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor],
         show(self, spikes)
         return spikes
 
-    shown._shows = True  # type: ignore[attr-defined]
+    shown._sltt_shows = True  # type: ignore[attr-defined]
     return shown
 
 

@@ -7,7 +7,7 @@ import sltt
 import sltt.kernels.saved_tensors
 from sltt import kernels
 from sltt.kernels.bits import pack, unpack
-from sltt.kernels.tags import PACK_FROM, tag_of
+from sltt.kernels.restoring import PACK_FROM, tag_of
 from tests.conftest import LOSS, gradients
 from tests.references import measured
 
@@ -238,7 +238,7 @@ def test_what_layers_read_is_saved_as_bits():
             model(x)
 
     kept = saved(call)
-    floats = [k[0] for k in kept if not isinstance(k[0], sltt.kernels.tags.Tag)]
+    floats = [k[0] for k in kept if not isinstance(k[0], sltt.kernels.restoring.Tag)]
     assert len(kept) - len(floats) >= 4  # dropped spikes, 2.74 spikes, pooled, pooled and scaled or spikes of the head
     states = [m.v for m in model.modules() if isinstance(m, sltt.LIF)]
     allowed = [x, model.dropout.mask, *states, *model.parameters()]
@@ -348,9 +348,9 @@ def test_a_checkpoint_around_a_convolution_on_spikes(rule, reentrant):
 )
 def test_small_layers_keep_their_spikes_where_a_graph_lives_for_one_step(rule, batch, tags, monkeypatch):
     made = []
-    init = sltt.kernels.tags.SpikeTag.__init__
+    init = sltt.kernels.restoring.SpikeTag.__init__
     monkeypatch.setattr(
-        sltt.kernels.tags.SpikeTag, "__init__", lambda self, *a, **k: (made.append(self), init(self, *a, **k))[1]
+        sltt.kernels.restoring.SpikeTag, "__init__", lambda self, *a, **k: (made.append(self), init(self, *a, **k))[1]
     )
     model = nn.Sequential(nn.Linear(8, 1024), sltt.LIF(), nn.Linear(1024, 3))
     x, y = 3 * torch.randn(4, batch, 8), torch.randint(3, (batch,))

@@ -10,7 +10,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory
-from sltt.kernels import deferred, native, tags
+from sltt.kernels import deferred, native, restoring
 from sltt.neurons import lif_step
 from sltt.surrogates import Triangle
 
@@ -24,7 +24,7 @@ NEVER = 2**60
 def small(monkeypatch):
     """Small tensors wait too."""
     native.library()
-    monkeypatch.setattr(tags, "BITS_FROM", 0)
+    monkeypatch.setattr(restoring, "BITS_FROM", 0)
     waiting(monkeypatch, True)
 
 

@@ -8,7 +8,7 @@ import torch
 import sltt
 from sltt import kernels
 from sltt.kernels import native, native_step
-from sltt.kernels.tags import PACK_FROM, tag_of
+from sltt.kernels.restoring import PACK_FROM, tag_of
 from tests.conftest import SURROGATES
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
@@ -132,7 +132,7 @@ def test_the_backward_unpacks_nothing(monkeypatch):
     def refuse(*args):
         raise AssertionError
 
-    monkeypatch.setattr(sltt.kernels.tags, "unpack", refuse)
+    monkeypatch.setattr(sltt.kernels.restoring, "unpack", refuse)
     neuron, x = sltt.LIF(), torch.randn(2, 4096, requires_grad=True)
     with kernels.using(compile="on"):
         neuron(x).sum().backward()

@@ -8,10 +8,11 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.analysis import firing_rates, peak_memory
-from sltt.kernels.tags import SpikeTag, tag_of
+from sltt.analysis import firing_rates
+from sltt.kernels.restoring import SpikeTag, tag_of
 from tests.conftest import RULES, batch, gradients, small_network
 from tests.neurons.plain import Plain, alone, plain
+from tests.references import measured
 
 RULES = {name: rule for name, rule in RULES.items() if not isinstance(rule, sltt.RateBased)}
 TRIANGLE = sltt.surrogates.Triangle()
@@ -140,10 +141,7 @@ def test_the_graph_takes_two_numbers_a_neuron_more_than_that_of_lif():
 
     def of_graph(kind):
         layers = [layer for _ in range(8) for layer in (nn.Linear(512, 512, bias=False), kind())]
-        model, x, y = nn.Sequential(*layers), torch.randn(64, 512), torch.randint(512, (64,))
-        rule, loss = sltt.BPTT(), nn.CrossEntropyLoss()
-        rule(model, x, y, loss, steps=8)
-        return peak_memory(lambda: rule(model, x, y, loss, steps=8))
+        return measured(sltt.BPTT(), nn.Sequential(*layers), torch.randn(64, 512), torch.randint(512, (64,)), steps=8)
 
     neurons = 8 * 8 * 64 * 512
     assert of_graph(Adaptive) - of_graph(sltt.LIF) < 4 * 2.2 * neurons

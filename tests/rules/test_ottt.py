@@ -7,7 +7,7 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.kernels import native, sparse, tags
+from sltt.kernels import native, restoring, sparse
 from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.rules.traces import traced
 from tests.conftest import LOSS, batch, gradients, small_network
@@ -173,8 +173,8 @@ def test_forwards_are_sparse_where_those_of_sltt_are():
 def test_spikes_of_small_layers_are_packed_no_more_often_than_with_sltt(monkeypatch):
     model = nn.Sequential(nn.Linear(20, 64), sltt.LIF(), nn.Linear(64, 4))  # 8192 neurons in a batch
     x, y = torch.randn(6, 128, 20), torch.randint(4, (128,))
-    calls, plain = [], tags.pack
-    monkeypatch.setattr(tags, "pack", lambda *args: calls.append(1) or plain(*args))
+    calls, plain = [], restoring.pack
+    monkeypatch.setattr(restoring, "pack", lambda *args: calls.append(1) or plain(*args))
     counts = []
     for rule in (sltt.SLTT(), sltt.OTTT()):
         calls.clear()

@@ -6,7 +6,7 @@ import sltt
 from tests.conftest import LOSS, batch, gradients, small_network
 
 
-def test_a_replay_repeats_statistics_masks_and_random_numbers():
+def test_the_second_run_of_a_segment_repeats_statistics_masks_and_random_numbers():
     """BatchNorm's statistics, dropout of both kinds and the generator end as if each step had run once."""
 
     class Noisy(nn.Module):
@@ -29,7 +29,7 @@ def test_a_replay_repeats_statistics_masks_and_random_numbers():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_a_replay_carries_the_gradient_through_a_state_that_rests():
+def test_the_second_run_of_a_segment_carries_the_gradient_through_a_state_that_rests():
     class EverySecond(nn.Module):
         """Its hidden neurons run on even steps only."""
 
@@ -50,7 +50,7 @@ def test_a_replay_carries_the_gradient_through_a_state_that_rests():
     assert not torch.allclose(gradients(model, sltt.SLTT(), x, y)[0], expected)
 
 
-def test_a_replay_that_is_not_the_first_run_is_noticed():
+def test_a_second_run_of_a_segment_that_is_not_the_first_is_noticed():
     class Noisy(nn.Module):
         def __init__(self):
             super().__init__()

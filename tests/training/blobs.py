@@ -1,4 +1,4 @@
-"""A small data set, network and training for the tests of this folder."""
+"""Small data sets, a network and a training for the tests of this folder."""
 
 import signal
 from dataclasses import replace
@@ -34,6 +34,19 @@ class Blobs(Data):
 
         validation = samples(12) if self.validation else None
         return Splits(samples(60), validation, samples(12), self.static, 3, "blobs")
+
+
+class Images(Data):
+    """Three noisy images [2, 8, 8]; 60 to train on, 12 held out."""
+
+    def load(self, steps):
+        generator = torch.Generator().manual_seed(0)
+        centres = torch.randn(3, 2, 8, 8, generator=generator)
+
+        def samples(count):
+            return [(centres[i % 3] + torch.randn(2, 8, 8, generator=generator), i % 3) for i in range(count)]
+
+        return Splits(samples(60), samples(12), samples(12), True, 3, "images")
 
 
 def network():
