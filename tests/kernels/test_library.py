@@ -1,0 +1,242 @@
+"""What is compiled and measured on a machine, and all that can go wrong on the way to it."""
+
+import ctypes
+import os
+import warnings
+
+import pytest
+import torch
+
+from sltt.kernels import costs, native, sparse, winograd
+from tests.conftest import LINUX
+from tests.kernels.exact import NATIVE, spikes
+
+COPY = 'while [ "$1" != -o ]; do [ "$1" = --version ] && exit; shift; done; cp "$REAL" "$2"'  # a fast compiler
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and a compiler that copies the library of the cache in use; nothing found is remembered."""
+    monkeypatch.setenv("REAL", getattr(native.library(), "_name", ""))
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", COPY))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    yield tmp_path / "sltt"
+    monkeypatch.undo()
+    forget()
+
+
+def forget():
+    for function in (native._library, native.key, costs._costs, costs._dense, costs.break_even):
+        function.cache_clear()
+
+
+@NATIVE
+def test_damaged_library_is_compiled_anew(cache):
+    assert native.library() is not None
+    (path,) = cache.iterdir()
+    good = path.read_bytes()
+    for bad in (b"", good[:1000], good[:5000] + b"x" + good[5001:]):
+        path.unlink()  # the mapped file stays as it is
+        path.write_bytes(bad)
+        native._library.cache_clear()
+        assert native.problem() is None
+        assert path.read_bytes() == good
+        assert list(cache.iterdir()) == [path]
+
+
+def test_library_is_keyed_by_instruction_set_and_compiler(cache, tmp_path, monkeypatch):
+    keys = set()
+    for name, text in {"a": "echo 1", "b": "echo 2"}.items():
+        monkeypatch.setenv("CXX", script(tmp_path / name, text))
+        for capability in ("AVX512", "AVX2", "DEFAULT"):
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+            native.key.cache_clear()
+            keys.add(native.key())
+    assert len(keys) == 6
+
+
+def test_compiler_that_fails(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", "[ $1 = --version ] || { echo 'error: no'; exit 1; } 1>&2"))
+    with pytest.warns(UserWarning, match="compiling the kernels failed: error: no"):
+        assert native.library() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.problem() == "compiling the kernels failed: error: no"  # and no second warning
+    assert list(cache.iterdir()) == []
+    x = spikes((2, 16, 4, 4), 0.5)
+    layer = sparse.conv_layer(x.shape, (16, 16, 3, 3), (1, 1), ((1, 1), (1, 1)))
+    assert sparse.unsupported(x, layer) == native.problem()
+
+
+def test_compiler_that_gives_something_else(cache, tmp_path, monkeypatch):
+    text = 'while [ "$1" != -o ]; do [ "$1" = --version ] && exit; shift; done; echo no library > "$2"'
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", text))
+    with pytest.warns(UserWarning, match="cannot be loaded"):
+        assert native.library() is None
+
+
+def test_no_compiler_is_silent(cache, monkeypatch):
+    monkeypatch.setattr(native.shutil, "which", lambda _: None)
+    assert native.problem() == "there is no C++ compiler (apt install g++)"
+
+
+def test_unknown_processor_is_silent(cache, monkeypatch):
+    monkeypatch.setattr(native.platform, "machine", lambda: "sparc64")
+    assert native.problem() == "the kernels are not made for linux on sparc64"
+
+
+FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+def fork_and(is_right):
+    """A process that ends with 0 if is_right() is true; it has all that is imported already."""
+    if child := os.fork():
+        return child
+    try:
+        os._exit(not is_right())
+    finally:
+        os._exit(1)
+
+
+def succeeds(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def read_only(folder):
+    """Make a folder that this process may read only, and root no more than others."""
+    folder.chmod(0o500)
+    version, of_this_process, nothing = 0x20080522, 0, (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(version, of_this_process), nothing) == 0
+    with pytest.raises(PermissionError):
+        (folder / "file").touch()
+
+
+@LINUX
+@FORKS
+def test_cache_that_is_read_only(cache):
+    cache.mkdir()
+
+    def refused():
+        read_only(cache)
+        with pytest.warns(UserWarning, match="cannot be written: Permission denied"):
+            return native.library() is None
+
+    assert succeeds(fork_and(refused))
+    assert list(cache.iterdir()) == []
+
+
+@NATIVE
+@LINUX
+@FORKS
+def test_cache_that_is_read_only_with_a_library(cache, monkeypatch):
+    """What was compiled before is there; costs are measured anew."""
+    monkeypatch.setattr(costs, "_measure", lambda *args: [costs.Costs(0.02, 0.1, 0.0, 0.0)] * 2)
+    assert native.library() is not None
+    forget()
+
+    def works():
+        read_only(cache)
+        layer = sparse.linear_layer((1024, 512), (512, 512))
+        return native.problem() is None and costs.break_even(layer, torch.float32).forward == pytest.approx(0.2)
+
+    assert succeeds(fork_and(works))
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_cache_that_cannot_be_made(cache):
+    cache.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert native.library() is None
+
+
+@NATIVE
+@LINUX
+@FORKS
+def test_two_processes_compile_at_once(cache, tmp_path, monkeypatch):
+    """Both compilers are at work before either has written; neither process sees half a file of the other."""
+    (tmp_path / "at work").mkdir()
+    wait = f"""cd '{tmp_path}/at work'; touch $$; while [ $(ls | wc -l) -lt 2 ]; do sleep 0.01; done"""
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", COPY.replace("done; cp", f"done; {wait}; cp")))
+    children = [fork_and(lambda: native.library() is not None) for _ in range(2)]
+    assert [succeeds(child) for child in children] == [True, True]
+    assert [native._intact(path) for path in cache.iterdir()] == [True]
+
+
+@NATIVE
+def test_break_even_is_read_from_the_cache(cache, monkeypatch):
+    """It is a fixed function of the layer: measured once, kept, and measured again only where the file is damaged."""
+    measured = []
+
+    def measure(linear, dtype):
+        measured.append((linear, dtype))
+        return [costs.Costs(0.02, 0.01, 1.0, 0.5), costs.Costs(0.02, 0.1, 1.0, 0.5)]
+
+    monkeypatch.setattr(winograd, "supports", lambda *a: False)
+    monkeypatch.setattr(costs, "_measure", measure)
+    assert native.library() is not None
+    layer = sparse.conv_layer((8, 64, 16, 16), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)))
+    even = costs.break_even(layer, torch.float32)
+    share = 2 / (64 * 9) + 0.5 / (8 * 256)  # elements, and weights, for each product
+    assert even == pytest.approx((1.0, (0.02 - share) / 0.1))
+    for damage in (None, "[[1, 2, 3, 4]", "[[1, 2, 3], [3, 4, 5]]", "[[1, NaN, 3, 4], [1, 2, 3, 4]]"):
+        if damage:
+            (path,) = cache.glob("costs-*")
+            path.write_text(damage)
+        forget()
+        assert costs.break_even(layer, torch.float32) == even
+    assert len(measured) == 4
+    small = sparse.linear_layer((2, 64), (64, 64))
+    assert costs.break_even(small, torch.float32) == (0.0, 0.0)
+    assert len(measured) == 4
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    "damage", ["[[" + "9" * 400 + ", 1, 1, 1], [1, 1, 1, 1]]", "[" * 10**5, None], ids=["number", "brackets", "folder"]
+)
+def test_costs_are_measured_where_they_cannot_be_kept(damage, cache, monkeypatch):
+    """The file holds a number that is none, or brackets without end, or is a folder."""
+    assert native.library() is not None  # makes the folder
+    monkeypatch.setattr(costs, "_measure", lambda *args: [costs.Costs(0.02, 0.1, 0.0, 0.0)] * 2)
+    monkeypatch.setattr(winograd, "supports", lambda *a: False)
+    layer = sparse.conv_layer((8, 64, 16, 16), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)))
+    expected = costs.break_even(layer, torch.float32)
+    (path,) = cache.glob("costs-*")
+    path.unlink()
+    path.write_text(damage) if damage else path.mkdir()
+    forget()
+    assert costs.break_even(layer, torch.float32) == expected
+
+
+@NATIVE
+def test_dense_layers_limited_to_other_instructions_have_costs_of_their_own(cache, monkeypatch):
+    assert native.library() is not None  # makes the folder
+    layer = sparse.linear_layer((1024, 512), (512, 512))
+    for dense in (0.02, 0.01):
+        monkeypatch.setattr(costs, "_measure", lambda *args, d=dense: [costs.Costs(d, 0.1, 0.0, 0.0)] * 2)
+        forget()
+        assert costs.break_even(layer, torch.float32).forward == pytest.approx(dense / 0.1)
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+
+@NATIVE
+def test_costs_are_measured(cache):
+    for linear in (False, True):
+        for found in costs._measure(linear, torch.float32):
+            assert found.dense > 0
+            assert found.spike > 0
+            assert found.element >= 0
+
+
+def test_costs_are_those_that_explain_the_measured_times():
+    products, elements, (low, high) = 1000, 50, costs._DENSITIES
+    times = (2.0 * density * products + 3.0 * elements for density in (low, high))
+    found = costs._fit(products, elements, 0.5, 700.0, *times)
+    assert tuple(found) == pytest.approx((0.7, 2.0, 3.0, 0.5))
