@@ -8,6 +8,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 
 from sltt.kernels.custom import CustomStep, custom_step
 from sltt.kernels.deferred import settled
+from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.restoring import bits_pay, release
@@ -31,6 +32,7 @@ __all__ = [
     "compiler_problem",
     "convolution_gradients",
     "custom_step",
+    "differentiable_once",
     "layer_call",
     "neuron_step",
     "release",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.deferred import Deferred, Normalised, norm_gradients, settled
+from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.options import Kernel, in_force, memory, options
 from sltt.kernels.restoring import SpikeTag, packable
 from sltt.kernels.step import dense
@@ -144,7 +145,7 @@ class _CustomStep(torch.autograd.Function):
         return s, *every[-1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)

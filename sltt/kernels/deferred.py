@@ -20,6 +20,7 @@ from torch.autograd.graph import increment_version
 
 from sltt._torch import _disabled_torch_function_impl, transforms_active, tree_map_only
 from sltt.kernels import native
+from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.options import options
 
 # Fewer elements than this are normalised at once.
@@ -145,7 +146,7 @@ class _Defer(torch.autograd.Function):
         return Deferred.of(norm)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, factors = ctx.saved_tensors
         return *norm_gradients(grad, x, weight, factors, ctx.training, ctx.needs_input_grad[:3]), None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sltt.kernels import costs, native, sparse, winograd
+from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.options import options
 from sltt.kernels.sparse import Layer
 from sltt.kernels.values import (
@@ -121,7 +122,7 @@ class _OnSpikes(torch.autograd.Function):
         return call.forward(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         call: Call = ctx.call
         (weight,) = ctx.saved_tensors

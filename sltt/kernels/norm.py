@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sltt._torch import _BatchNorm
+from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.saved_tensors import tag_normalised
 from sltt.sequence.fold import fold_of
 from sltt.sequence.replace import replaced
@@ -123,7 +124,7 @@ class _StepwiseBatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, mean, invstd = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.deferred import Deferred, Normalised, pointer, settled
+from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.native_step import native_step
 from sltt.kernels.options import Kernel, in_force, options, without_modes
 from sltt.kernels.restoring import SpikeTag, packable, tag_of
@@ -217,7 +218,7 @@ class _NeuronStep(torch.autograd.Function):
         return s, v_next
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_s is None and grad_v is None:
             return (None,) * 9

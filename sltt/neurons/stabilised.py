@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sltt._torch import _BatchNorm
 from sltt.checks import flag, instance, number, whole_number
+from sltt.kernels import differentiable_once
 from sltt.neurons.base import Neuron
 from sltt.neurons.leaky import valid_tau
 from sltt.sequence.fold import ONE_STEP, folding
@@ -123,7 +124,7 @@ class _OfBatch(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x, mean, deviation = ctx.saved_tensors
         # of a BatchNorm with γ = √(σ² + ε), which is no factor then

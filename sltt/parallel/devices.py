@@ -196,6 +196,8 @@ def _shard(model: nn.Module, mesh: Any) -> nn.Module:
     for module in sharded.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the sum, as each process weights its loss by its share
+            if mesh.device_type == "cpu" and hasattr(module, "set_force_sum_reduction_for_comms"):
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that it scales
     for parameter in scalars:
         parameter.data = parameter.data.to(mesh.device_type)
     return sharded

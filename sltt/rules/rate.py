@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
 from sltt.dropout import Dropout
-from sltt.kernels import NeuronStep, Sensitivity, Steady, batch_statistics, settled, steady_steps
+from sltt.kernels import (
+    NeuronStep,
+    Sensitivity,
+    Steady,
+    batch_statistics,
+    differentiable_once,
+    settled,
+    steady_steps,
+)
 from sltt.losses import OfMean, is_per_step
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent, StableLIF
 from sltt.rules.base import Batch, Output, Rule, step_loss
@@ -199,7 +207,7 @@ class _Rate(torch.autograd.Function):
         return found.rate
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         by_input, *by_parameters = ctx.saved_tensors
         of_parameters = ((grad * by).sum_to_size(shape) for by, shape in zip(by_parameters, ctx.shapes, strict=True))

@@ -68,7 +68,7 @@ class Traced(torch.autograd.Function):
         return function.forward(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @kernels.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         trace, weight = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
@@ -92,6 +92,6 @@ class Scaled(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @kernels.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         return grad * ctx.factor, None

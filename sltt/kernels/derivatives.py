@@ -1,0 +1,41 @@
+"""A backward that has no second derivative, and says so."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward whose gradients raise an error when they are differentiated, for `create_graph=True`.
+
+    PyTorch's `once_differentiable` gives gradients without a graph where the incoming ones are constants, as of a sum.
+    A penalty on such gradients would vanish without a word.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        several = found if isinstance(found, tuple) else (found,)
+        several = tuple(_Once.apply(g.requires_grad_()) if isinstance(g, Tensor) else g for g in several)
+        return several if isinstance(found, tuple) else several[0]
+
+    return run
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        raise RuntimeError(
+            "a gradient through neurons, or layers on spikes, cannot be differentiated twice: leave the penalty on "
+            'gradients out; for layers alone, sltt.kernels.using(sparse="off")'
+        )
