@@ -250,7 +250,7 @@ CASES: dict[str, Case] = {
     "BPTT, dense": sltt_case(sltt.BPTT(), "BPTT", sparse="off"),
     "BPTT, fold = T": Case(sltt.LIF, folded_bptt, peer="SpikingJelly BPTT", rule="BPTT"),
     "BPTT, recompute": sltt_case(sltt.BPTT(recompute=True), "BPTT"),
-    "BPTT, recompute = 2": sltt_case(sltt.BPTT(segment=2), "BPTT"),
+    "BPTT, segment = 2": sltt_case(sltt.BPTT(segment=2), "BPTT"),
     "evaluation": Case(sltt.LIF, evaluation(), floor="relu, evaluation", evaluates=True),
     "evaluation, dense": Case(sltt.LIF, evaluation(sparse="off"), floor="relu, evaluation", evaluates=True),
     "SpikingJelly SLTT": peer_case(lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt, "SLTT"),

@@ -201,13 +201,13 @@ class FunctionKernel(Kernel):
 
     Args:
         compute: gives the results, from the inputs.
-        results: their number.
+        results: their number. They are written over the first arguments, which are no inputs unless it is `in_place`.
     """
 
-    def __init__(self, compute: Callable[..., tuple[Tensor, ...]], results: int):
-        super().__init__(self._writing(compute, results))
-        self._compute = compute
-        self._results = results
+    def __init__(self, compute: Callable[..., tuple[Tensor, ...]], results: int, in_place: bool = False):
+        self._compute, self._results = compute, results
+        self._inputs_from = 0 if in_place else results
+        super().__init__(self._writing(compute))
 
     def seen(self, a: Tensor) -> Tensor:
         return a.detach()
@@ -215,16 +215,17 @@ class FunctionKernel(Kernel):
     def source(self, arguments: Sequence[Any]) -> Callable[..., None]:
         from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
 
-        inputs = arguments[self._results - 1 :]  # the first result is no part of the arguments
+        inputs = arguments[self._inputs_from :]
         # other sizes than the compiler may take for constants
         sizes = {0: (), 1: (6,), 2: (3, 1), 3: (5, 3, 7)}
         samples = [torch.zeros(sizes[a.ndim], dtype=a.dtype, device=a.device) for a in inputs]
-        return self._writing(make_fx(self._compute, tracing_mode="symbolic")(*samples), self._results)
+        return self._writing(make_fx(self._compute, tracing_mode="symbolic")(*samples))
 
-    @staticmethod
-    def _writing(compute: Callable[..., tuple[Tensor, ...]], results: int) -> Callable[..., None]:
+    def _writing(self, compute: Callable[..., tuple[Tensor, ...]]) -> Callable[..., None]:
+        results, begin = self._results, self._inputs_from
+
         def write(*arguments: Tensor) -> None:
-            for out, value in zip(arguments[:results], compute(*arguments[results:]), strict=True):
+            for out, value in zip(arguments[:results], compute(*arguments[begin:]), strict=True):
                 out.copy_(value)
 
         return write

@@ -111,7 +111,7 @@ class Kernel:
             # for each set of types, since the compiler gives up on a function after eight versions of it
             types = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in (out, *arguments))
             if types not in self._compiled:
-                function, width = _of_its_own(self.source(arguments)), _vector_width()
+                function, width = _of_its_own(self.source((out, *arguments))), _vector_width()
                 self._compiled[types] = torch.compile(function, dynamic=True, fullgraph=True, options=width)
             try:
                 self._compiled[types](out, *arguments)

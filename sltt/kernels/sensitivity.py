@@ -38,11 +38,9 @@ class Sensitivity:
         if not self._sums:
             sums = torch.promote_types(states[0].dtype, torch.float32)  # in 16 bits, a long sum would stand still
             self._sums = [torch.zeros_like(x, dtype=sums), *map(torch.zeros_like, states)]
-        before = [like(d, x) for d in self._sums]
-        after = [torch.empty_like(d) for d in before]
+        self._sums = [like(d, x) for d in self._sums]
         seen = seen_as(x, self._step.by_channel)
-        self._add(*map(seen, (*after, *before, x, *states)), *map(as_parameter, parameters))
-        self._sums = after
+        self._add(*map(seen, (*self._sums, x, *states)), *map(as_parameter, parameters))
 
 
 @functools.lru_cache(maxsize=64)
@@ -62,7 +60,7 @@ def _kernel(step: CustomStep, parameter: int | None) -> FunctionKernel:
             changes = [_change(result, c, states, carried) for result in results]
         return total + changes[0].to(total.dtype), *changes[1:]
 
-    return FunctionKernel(add, 1 + n)
+    return FunctionKernel(add, 1 + n, in_place=True)
 
 
 def _change(result: Tensor, c: Tensor, states: Sequence[Tensor], carried: Sequence[Tensor]) -> Tensor:
