@@ -198,11 +198,13 @@ def profile(
 
 def print_profile(found: Profile, report: Console) -> None:
     """Tables of all that was measured."""
-    memory = _table("rule", "T", "total", "weights", "grads", "optim", "input", "states", "saved", "rest")
+    memory = _table("rule", "T", "memory", "states", "saved", "rest", "weights", "grads", "optim", "input", "all")
     seconds = _table("rule", "T", "total", "data", "forward", "backward", "step", "mult. fwd", "mult. bwd")
     for one in found.costs:
-        parts = one.memory.total, *vars(one.memory).values()
-        memory.add_row(one.rule, str(one.steps), *(f"{part / 1e6:.4g}" for part in parts))
+        parts = one.memory
+        before = parts.parameters, parts.gradients, parts.optimizer, parts.input
+        sizes = parts.batch, parts.states, parts.saved, parts.rest, *before, parts.total
+        memory.add_row(one.rule, str(one.steps), *(f"{size / 1e6:.2f}" for size in sizes))
         times = one.seconds.total, *vars(one.seconds).values()
         seconds.add_row(one.rule, str(one.steps), *(f"{t:.3f}" for t in times), *(f"{n:.2e}" for n in one.operations))
     layers = _table("layer", "MAC a step", "activity", "synaptic op.", "firing rate", "spikes")
@@ -215,7 +217,11 @@ def print_profile(found: Profile, report: Console) -> None:
         layers.add_row(layer.name, *cells)
     network = "with the weights given" if found.trained else "untrained; --weights RUN takes those of a run"
     for title, table in (
-        (f"memory at the peak of an iteration in MB, batch {found.batch}, {found.device}", memory),
+        (
+            f"memory of a batch of {found.batch} above what is there before it: states + saved + rest;\n"
+            f"all that is allocated at the peak; in MB, on {found.device}",
+            memory,
+        ),
         ("seconds of an iteration, and multiplications of its batch", seconds),
         (f"one sample, T = {found.costs[-1].steps}, {network}", layers),
         (

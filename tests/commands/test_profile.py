@@ -194,7 +194,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert main([*WORDS, "--rules", "BPTT,SLTT:k=1,OTTT", "--budget", "10MB", "--save", "a"]) == 0
     out = capsys.readouterr().out
     assert "energy of one sample, estimated" in out
-    assert all(len(line) <= 80 for line in out[out.index("memory at the peak") :].splitlines())
+    assert all(len(line) <= 80 for line in out[out.index("memory of a batch") :].splitlines())
     found = json.loads((tmp_path / "a" / "profile.json").read_text())
     bptt, sltt_1 = (next(c for c in found["costs"] if c["rule"] == r and c["steps"] == 4) for r in ("BPTT", "SLTT:k=1"))
     assert bptt["operations"]["backward"] == 4 * sltt_1["operations"]["backward"]
