@@ -79,7 +79,8 @@ def find_learning_rate(
     whole_number("count", count, least=10)
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     own = [group["lr"] for group in optimizer.param_groups]
-    ratios = [lr / own[0] if own[0] else 1.0 for lr in own]
+    factors = [group.get("lr_factor", 1.0) for group in optimizer.param_groups]
+    ratios = [factor * lr / own[0] if own[0] else factor for lr, factor in zip(own, factors, strict=True)]
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0

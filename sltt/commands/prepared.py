@@ -13,6 +13,7 @@ from sltt.sequence.hooks import hooked
 from sltt.sequence.padding import Padded, pad
 from sltt.training.batches import EpochSampler, ending, train_loader
 from sltt.training.evaluation import measure_split, measured_with
+from sltt.training.parameters import parameter_groups
 from sltt.training.session import Session
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Prepared:
         self.device = session.fabric.device
         session.set_up(built.model)
         self.model: nn.Module = built.model.train()
-        self.optimizer = built.optimizer(self.model.parameters())
+        groups = parameter_groups(self.model, built.norm_weight_decay, built.norm_bias_lr)
+        self.optimizer = built.optimizer(groups)
         self.loss = session.set_up_loss(built.loss)
         self.rule: Rule = built.rule
         self.splits: Splits = session.splits(built.data, steps)

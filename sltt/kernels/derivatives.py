@@ -22,7 +22,9 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return found
         several = found if isinstance(found, tuple) else (found,)
-        several = tuple(_Once.apply(g.requires_grad_()) if isinstance(g, Tensor) else g for g in several)
+        # what they depend on, so that every way to differentiate them comes by here
+        of = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
+        several = tuple(_Once.apply(g, *of) if isinstance(g, Tensor) else g for g in several)
         return several if isinstance(found, tuple) else several[0]
 
     return run
@@ -30,7 +32,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, grad: Tensor, *of: Tensor) -> Tensor:  # type: ignore[override]
         return grad.view_as(grad)
 
     @staticmethod

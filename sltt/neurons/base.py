@@ -44,6 +44,7 @@ class Neuron(Stateful):
     arguments
         Each keyword argument of `step` is the attribute of the same name, or the result of a method of that name.
         Numbers, flags and surrogates are compiled in. Tensors have no dimension, or one value for each channel, [C].
+        A method may be called more than once in a time step, and gives the same each time.
 
     An attribute or a method `decay`, the λ of the membrane potential, tells OTTT how fast traces decay. They hold if
     ∂v[t]/∂v[t−1] = λ with the spikes as constants, and ∂v[t]/∂x[t] does not change over time.
@@ -82,11 +83,7 @@ class Neuron(Stateful):
                     "nn.DataParallel runs each step on a new copy of the model, which would forget the state: use "
                     "DistributedDataParallel"
                 )
-            if in_backward():
-                raise RuntimeError(
-                    f"{type(self).__name__} ran inside a backward pass: torch.utils.checkpoint repeats a forward whose "
-                    "state has moved on, and would give wrong gradients. Leave the neurons out of what is checkpointed."
-                )
+            check_forward(self)
             return self.fused_steps(x, self.fold)
 
     def _prepare_states(self, x: Tensor) -> torch.dtype:
@@ -177,6 +174,15 @@ class Neuron(Stateful):
         for name, state in zip(self.states, states, strict=True):
             setattr(self, name, state)
         return spikes[0] if fold.steps == 1 else torch.cat(spikes)
+
+
+def check_forward(neuron: nn.Module) -> None:
+    """Raise RuntimeError where neurons run in a backward pass."""
+    if in_backward():
+        raise RuntimeError(
+            f"{type(neuron).__name__} ran inside a backward pass: torch.utils.checkpoint repeats a forward whose state "
+            "has moved on, and would give wrong gradients. Leave the neurons out of what is checkpointed."
+        )
 
 
 @functools.cache

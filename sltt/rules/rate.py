@@ -20,6 +20,7 @@ from sltt.kernels import (
 )
 from sltt.losses import OfMean, is_per_step
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent, StableLIF
+from sltt.neurons.base import check_forward
 from sltt.rules.base import Batch, Output, Rule, step_loss
 from sltt.rules.segments import Buffers
 from sltt.sequence.replace import own_forward, replaced
@@ -42,7 +43,7 @@ class RateBased(Rule):
 
     The T steps run without a graph. Then the network runs once with a graph, on the mean input, with r in place of
     spikes. The gradient drops differences between time steps. Memory: the graph of one step, and for each layer of
-    neurons two tensors, and two for each state.
+    neurons two tensors, and two for each state; with each parameter that learns, as many again.
 
     The loss is ℓ(ō, y) of the mean logits ō = 1/T Σ_t o[t], and `Output.loss` is its value. The gradient has the size
     of BPTT's; with T = 1 it is that of SLTT and BPTT.
@@ -108,6 +109,9 @@ def _with_value(value: Tensor, x: Tensor) -> Tensor:
     return value + (x - x.detach()).to(value.dtype)
 
 
+_eagerly: Any = torch.compiler.disable  # also in a compiled network, whose neurons run by the compiler's code
+
+
 class _Layer:
     """What a layer gathers in the T steps for the rate pass."""
 
@@ -146,6 +150,7 @@ class _NeuronLayer(_Layer):
         self.spikes: Tensor | None = None
         self.by: list[Sensitivity] = []  # to the input, and to the parameters that learn
 
+    @_eagerly
     def step(self, x: Tensor) -> Tensor:
         self.calls += 1
         neuron, x = self.module, settled(x)
@@ -163,7 +168,9 @@ class _NeuronLayer(_Layer):
             sensitivity.add(x, before, [p.detach() for p in parameters])
         return s
 
+    @_eagerly
     def rate(self, x: Tensor) -> Tensor:
+        check_forward(self.module)
         n, (_, parameters) = self.count(), self.module.as_function(x)
         self.module.reset()  # what the T steps left goes, layer by layer
         assert self.spikes is not None
@@ -172,6 +179,7 @@ class _NeuronLayer(_Layer):
         self.calls, self.spikes, self.by = 0, None, []
         return _Rate.apply(x, found, *(p for p in parameters if p.requires_grad))  # type: ignore[return-value]
 
+    @_eagerly
     def steady(self, x: Tensor, steps: int) -> Tensor:
         """The layer in a rate pass without steps before: so many under x itself."""
         neuron = self.module
@@ -293,8 +301,8 @@ def _neuron_layers(model: nn.Module) -> list["_NeuronLayer | _RecurrentLayer"]:
             layers.append(_RecurrentLayer(name, module))
         elif _keeps_state(module):
             raise ValueError(
-                f"RateBased knows the derivative of neurons with a `step` (sltt.Neuron), not of {name} "
-                f"({type(module).__name__}), which keeps a state in a way of its own: use SLTT"
+                f"RateBased knows the derivative of a neuron's `step` (sltt.Neuron), not of {name} "
+                f"({type(module).__name__}), which has a forward or a state of its own: use SLTT"
             )
     return layers
 

@@ -83,16 +83,19 @@ class Buffers:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._before = [(buffer, buffer._version, buffer.clone()) for buffer in self._now()]
+        self._before = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in self._now().items()}
 
-    def _now(self) -> list[Tensor]:
+    def _now(self) -> dict[str, Tensor]:
         states = set(map(id, _tensors(self._model)))
-        return [buffer for buffer in self._model.buffers() if id(buffer) not in states]
+        return {name: buffer for name, buffer in self._model.named_buffers() if id(buffer) not in states}
 
     def restore(self) -> None:
         """Set them back."""
         with torch.no_grad():
-            for buffer, (before, version, value) in zip(self._now(), self._before, strict=True):
+            for name, buffer in self._now().items():
+                before, version, value = self._before.get(name, (None, 0, buffer))
+                if value.shape != buffer.shape:  # of a module that remembers more and more
+                    continue
                 same = buffer is before and buffer._version == version
                 # what is the same keeps its version: the graph of `sltt.once` may have saved it
                 (buffer.data if same else buffer).copy_(value)

@@ -226,7 +226,10 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
         optim.load_state_dict({**state, "state": parts})
         lost = {key for known, group in zip(options, optim.param_groups, strict=True) for key in known - set(group)}
     except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"the optimizer's state in {path} is of other parameters: {error}") from error
+        raise CheckpointError(
+            f"the optimizer's state in {path} is of other parameters, or of another norm_weight_decay or norm_bias_lr: "
+            f"{error}"
+        ) from error
     if lost:  # it would end in a KeyError at the first step
         raise CheckpointError(
             f"the optimizer's state in {path} is of another optimizer, without {', '.join(sorted(lost))}. Resume with "

@@ -103,11 +103,11 @@ def fit(
         batch_size: samples in a batch, over all processes; None is that of the loader, or 128 for other data.
         clip_norm: scale larger gradients down to this norm.
         norm_weight_decay: weight decay of BatchNorm and other normalisation; None is that of the other parameters.
-        norm_bias_lr: factor on the learning rate of the biases of normalisation (Jordan 2024, arXiv 2404.00498: 64).
             Decay makes the currents of spiking neurons smaller.
+        norm_bias_lr: factor on the learning rate of the biases of normalisation (Jordan 2024, arXiv 2404.00498: 64).
         precision: float32, or mixed with bfloat16 or float16.
         channels_last: keep images and weights channels-last, which is faster on many devices. Convolutions on a CPU
-            need it to be spike-sparse.
+            need it to be spike-sparse. fsdp leaves weights as they are.
         seed: random seed for the order of samples, augmentation, dropout, and the steps that SLTT-K draws.
         workers: processes that load data, for each that trains.
         device: auto takes CUDA where there is a GPU.

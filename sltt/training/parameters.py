@@ -26,9 +26,12 @@ def parameter_groups(model: nn.Module, norm_weight_decay: float | None, norm_bia
     biases = [m.bias for m in norms if norm_bias_lr != 1 and isinstance(getattr(m, "bias", None), nn.Parameter)]
     of_bias = set(map(id, biases))
     decayed = [p for m in norms if decay for p in m.parameters() if id(p) not in of_bias]
-    if not biases and not decayed:
-        name = "norm_weight_decay" if decay else "norm_bias_lr"
-        raise ValueError(f"{name} is given, but no normalisation layer of the model has parameters: leave it out")
+    for name, missing, what in (
+        ("norm_bias_lr", norm_bias_lr != 1 and not biases, "a bias"),
+        ("norm_weight_decay", decay and not biases and not decayed, "parameters"),
+    ):
+        if missing:
+            raise ValueError(f"{name} is given, but no normalisation layer of the model has {what}: leave it out")
     own = of_bias | set(map(id, decayed))
     groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in own]}]
     if decayed:

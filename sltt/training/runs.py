@@ -173,6 +173,9 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return with_names_of_today(yaml.safe_load(yaml.safe_dump(config)))
 
 
+_BPTT = {"BPTT", "sltt.BPTT", "sltt.rules.BPTT", "sltt.rules.truncated.BPTT"}
+
+
 def with_names_of_today(config: Any) -> Any:
     """A configuration that may be of an earlier version: `BPTT(recompute=n)` is `BPTT(segment=n)`."""
     if isinstance(config, list):
@@ -180,10 +183,11 @@ def with_names_of_today(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     config = {key: with_names_of_today(value) for key, value in config.items()}
-    arguments = config.get("init_args") or {}
-    steps = arguments.get("recompute")
-    if str(config.get("class_path")).endswith("BPTT") and isinstance(steps, int) and not isinstance(steps, bool):
-        config["init_args"] = {**arguments, "recompute": False, "segment": steps}
+    arguments = config.get("init_args")
+    if config.get("class_path") in _BPTT and isinstance(arguments, dict):
+        steps = arguments.get("recompute")
+        if isinstance(steps, int) and not isinstance(steps, bool):
+            config["init_args"] = {**arguments, "recompute": False, "segment": steps}
     return config
 
 

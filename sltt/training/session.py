@@ -41,7 +41,8 @@ class Session:
 
     def set_up(self, model: nn.Module) -> Any:
         """The model on its device, for calls under the precision of the session."""
-        if self.execution.channels_last and self.execution.strategy == "ddp":  # fsdp shards contiguous weights only
+        sharded = self.execution.strategy == "fsdp" and self.processes.count > 1  # contiguous weights only
+        if self.execution.channels_last and not sharded:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
         return self.fabric.setup_module(model)
 

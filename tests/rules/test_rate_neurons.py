@@ -183,3 +183,44 @@ def test_compiled_and_plain_agree_in_any_memory_format():
     with sltt.kernels.using(compile="on"):
         torch.testing.assert_close(gradients(model, RULE, x, y)[0], of_plain)
         torch.testing.assert_close(gradients(model.to(memory_format=torch.channels_last), RULE, x, y)[0], of_plain)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
+@pytest.mark.parametrize("rule", [RULE, STEADY], ids=repr)
+@pytest.mark.parametrize(
+    "kind", [lambda channels: sltt.PLIF(tau=2.0), KINDS["CubaLIF"], Own], ids=["PLIF", "CubaLIF", "own"]
+)
+def test_a_compiled_network_has_the_gradient_of_the_plain_one(kind, rule):
+    model = network(kind)
+    x, y = batch(steps=4)
+    expected, _ = gradients(model, rule, x, y)
+    found, _ = gradients(torch.compile(model, backend="eager"), rule, x, y)
+    torch.testing.assert_close(found, expected)
+
+
+def test_neurons_in_a_checkpoint_are_named():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.head = nn.Sequential(nn.Linear(6, 8), sltt.LIF()), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False))
+
+    with pytest.raises(RuntimeError, match=r"LIF ran inside a backward pass: .* Leave the neurons out"):
+        RULE(Again().double(), *batch(), LOSS)
+
+
+def test_a_buffer_that_grows():
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(0))
+
+        def forward(self, x):
+            self.seen = torch.cat([self.seen, x.detach().mean().float().view(1)])
+            return x
+
+    model = nn.Sequential(Growing(), *network(KINDS["ALIF"]))
+    x, y = batch(steps=4)
+    torch.testing.assert_close(gradients(model, RULE, x, y)[0], gradients(model[1:], RULE, x, y)[0])

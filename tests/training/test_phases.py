@@ -163,7 +163,7 @@ def test_biases_of_normalisation_have_a_learning_rate_of_their_own_in_all_phases
         (network, {"norm_weight_decay": -1.0}, "norm_weight_decay must be at least 0"),
         (network, {"norm_bias_lr": 0.0}, "norm_bias_lr must be greater than 0"),
         (lambda: torch.nn.Linear(4, 3), {"norm_weight_decay": 0.0}, "norm_weight_decay is given, but no normalisation"),
-        (lambda: torch.nn.Linear(4, 3), {"norm_bias_lr": 2.0}, "norm_bias_lr is given, but no normalisation layer"),
+        (lambda: torch.nn.RMSNorm(4), {"norm_bias_lr": 2.0}, "norm_bias_lr is given, but no .* has a bias"),
     ],
 )
 def test_rates_of_normalisation_that_do_not_fit_are_refused(tmp_path, model, settings, message):

@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 import sltt
-from sltt.training import checkpoints
+from sltt.training import checkpoints, runs
 from sltt.training.batches import EpochSampler
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
 from tests.training.blobs import Blobs, StopAt, equal, train, weights
@@ -174,6 +174,19 @@ def test_a_checkpoint_of_an_earlier_layout_of_the_code_goes_on(tmp_path):
         # machine of the checkpoint it was another one.
         few_steps = {"atol": 0.1, "rtol": 0.0} if name in ("0.bias", "1.running_mean") else {}
         torch.testing.assert_close(resumed[name], value, msg=name, **few_steps)
+
+
+@pytest.mark.parametrize(
+    ("rule", "today"),
+    [
+        ({"class_path": "sltt.BPTT", "init_args": {"recompute": 3}}, {"recompute": False, "segment": 3}),
+        ({"class_path": "BPTT", "init_args": {"recompute": True}}, {"recompute": True}),
+        ({"class_path": "mine.MyBPTT", "init_args": {"recompute": 3}}, {"recompute": 3}),
+        ({"class_path": "sltt.BPTT", "init_args": [1]}, [1]),
+    ],
+)
+def test_settings_of_an_earlier_version_have_the_names_of_today(rule, today):
+    assert runs.with_names_of_today({"phases": [{"rule": rule}]})["phases"][0]["rule"]["init_args"] == today
 
 
 LENGTHS = [1 + i % 7 for i in range(103)]
