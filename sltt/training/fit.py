@@ -102,12 +102,10 @@ def fit(
             phase leaves out. The best epoch has the last T, which is `steps`: that of evaluation.
         batch_size: samples in a batch, over all processes; None is that of the loader, or 128 for other data.
         clip_norm: scale larger gradients down to this norm.
-        norm_weight_decay: weight decay of BatchNorm and other normalisation; None is that of the other parameters.
-            Decay makes the currents of spiking neurons smaller.
-        norm_bias_lr: factor on the learning rate of the biases of normalisation (Jordan 2024, arXiv 2404.00498: 64).
+        norm_weight_decay: weight decay of normalisation, which makes currents smaller; None is that of the others.
+        norm_bias_lr: factor on the learning rate of the biases of normalisation.
         precision: float32, or mixed with bfloat16 or float16.
-        channels_last: keep images and weights channels-last, which is faster on many devices. Convolutions on a CPU
-            need it to be spike-sparse. fsdp leaves weights as they are.
+        channels_last: keep images and weights channels-last, which sparse convolutions need.
         seed: random seed for the order of samples, augmentation, dropout, and the steps that SLTT-K draws.
         workers: processes that load data, for each that trains.
         device: auto takes CUDA where there is a GPU.
@@ -118,7 +116,7 @@ def fit(
         sync_batchnorm: BatchNorm takes its statistics over all processes.
         compile: compile the neuron step: where it pays (auto), always (on), never (off).
         sparse: compute on active inputs only: where it is faster (auto), wherever possible (on), never (off).
-        checkpoint_minutes: minutes between checkpoints within an epoch. Every epoch ends with a checkpoint as well.
+        checkpoint_minutes: minutes between checkpoints within an epoch; each epoch ends with one.
         weights: start from the weights of this run or checkpoint.
         metric: of predictions and targets, a mean over samples; or with `update` and `compute`, as of torchmetrics. It
             selects the best epoch on the validation samples.
