@@ -1,7 +1,6 @@
 """The benchmarks behind the advice of `sltt agreement`, and behind tables of accuracy, energy, memory and cosines."""
 
 import csv
-import importlib
 import json
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,7 @@ from torch.utils.data import TensorDataset
 import sltt
 from sltt.commands import main as command
 from sltt.commands.parsing import Recipe
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(Path(sltt.__file__).parents[1] / "benchmarks")
-    return importlib.import_module
+from tests.scripts import benchmarks_on_the_path, load  # noqa: F401
 
 
 def found(advice, worst, losses, *, start=2.0, exact=1.0, right=0.5):
@@ -30,7 +24,7 @@ def found(advice, worst, losses, *, start=2.0, exact=1.0, right=0.5):
     return {"advice": advice, "worst_cosine": {"SLTT()": worst}, "trial": trial}
 
 
-def judged(load, what, sltt_scores):
+def judged(what, sltt_scores):
     return load("advice_tables").case(what, "SLTT", {"BPTT": [0.9, 0.91, 0.89], "SLTT": sltt_scores})
 
 
@@ -44,19 +38,19 @@ def judged(load, what, sltt_scores):
         ("SLTT()", [0.8, 0.9, 0.94], "open"),  # 2 points, within the noise of the seeds
     ],
 )
-def test_advice_is_judged_by_full_trainings(load, advised, scores, word):
-    one = judged(load, found(advised, 0.5, [1.0, 1.0]), scores)
+def test_advice_is_judged_by_full_trainings(advised, scores, word):
+    one = judged(found(advised, 0.5, [1.0, 1.0]), scores)
     assert load("advice_tables").verdict(advised, [one]) == word
 
 
-def test_thresholds_are_tried_on_all_cases(load):
+def test_thresholds_are_tried_on_all_cases():
     tables = load("advice_tables")
     safe, unsafe = [0.9, 0.91, 0.9], [0.5, 0.51, 0.5]
     cases = [
-        judged(load, found("SLTT()", 0.6, [1.05, 1.02]), safe),  # learns 95%, with a low cosine
-        judged(load, found("OTTT()", 0.85, [1.6, 1.6]), unsafe),  # learns 40%, with a high one
-        judged(load, found("SLTT()", 0.6, [1.9, 1.9], right=0.99), safe),  # learns 10%, and solves the task
-        judged(load, found("SLTT()", 0.97, [1.99], exact=1.99), safe),  # BPTT learns too little: the cosine tells
+        judged(found("SLTT()", 0.6, [1.05, 1.02]), safe),  # learns 95%, with a low cosine
+        judged(found("OTTT()", 0.85, [1.6, 1.6]), unsafe),  # learns 40%, with a high one
+        judged(found("SLTT()", 0.6, [1.9, 1.9], right=0.99), safe),  # learns 10%, and solves the task
+        judged(found("SLTT()", 0.97, [1.99], exact=1.99), safe),  # BPTT learns too little: the cosine tells
     ]
     rows = {name: counts for name, *counts in tables.calibration(cases)}
     assert rows["worst cosine ≥ 0.95, as it is"] == ["2", "2", "0"]
@@ -67,7 +61,7 @@ def test_thresholds_are_tried_on_all_cases(load):
 
 
 @pytest.mark.slow
-def test_a_penalty_on_spikes_is_measured_on_its_trained_networks(load, tmp_path, monkeypatch):
+def test_a_penalty_on_spikes_is_measured_on_its_trained_networks(tmp_path, monkeypatch):
     sparsity = load("sparsity")
     monkeypatch.setattr(sparsity, "ROWS", tmp_path / "sparsity.json")
     monkeypatch.setattr(sparsity, "WEIGHTS", "0,100")
@@ -90,7 +84,7 @@ def test_a_penalty_on_spikes_is_measured_on_its_trained_networks(load, tmp_path,
     assert "| 1.00 | 1.00 |" in table
 
 
-def test_the_steps_from_an_analog_network_to_spikes_are_trainings_that_sltt_takes(load):
+def test_the_steps_from_an_analog_network_to_spikes_are_trainings_that_sltt_takes():
     ladder = load("ladder")
     neurons = {"gelu": nn.GELU, "relu": nn.ReLU, "clipped": nn.Hardtanh, "rates": sltt.IF, "slttk": sltt.IF}
     for case, options in ladder.CASES.items():
@@ -102,7 +96,7 @@ def test_the_steps_from_an_analog_network_to_spikes_are_trainings_that_sltt_take
     assert ladder.CASES.keys() == ladder.MEASURES.keys()
 
 
-def test_the_accuracy_of_a_run_is_that_of_its_validation_samples(load, tmp_path):
+def test_the_accuracy_of_a_run_is_that_of_its_validation_samples(tmp_path):
     ladder, run = load("ladder"), str(tmp_path / "run")
     words = ["--model.width", "4", "--steps", "2", "--epochs", "1", "--device", "cpu", "--run", run]
     assert command(["train", "digits", *words, "--data.augment", "false"]) == 0
@@ -112,7 +106,7 @@ def test_the_accuracy_of_a_run_is_that_of_its_validation_samples(load, tmp_path)
     assert found["spikes"] == pytest.approx(float(epoch["validation_accuracy"]), abs=0.05)  # in bfloat16
 
 
-def test_twins_of_the_digits_are_measured_in_each_form(load, monkeypatch):
+def test_twins_of_the_digits_are_measured_in_each_form(monkeypatch):
     digits = load("twin_digits")
     trained = []
     monkeypatch.setattr(digits, "train", lambda model, seed, lr, **how: (trained.append(how), model)[1])
@@ -122,7 +116,7 @@ def test_twins_of_the_digits_are_measured_in_each_form(load, monkeypatch):
     assert len(set(found)) == 7
 
 
-def test_transformers_are_measured_under_each_rule(load, monkeypatch):
+def test_transformers_are_measured_under_each_rule(monkeypatch):
     transformers = load("transformers")
     small = {"Spikformer": partial(sltt.models.spikformer, channels=16, depth=1, heads=2, neuron=transformers.NEURON)}
     monkeypatch.setattr(transformers, "NETWORKS", small)

@@ -1,20 +1,18 @@
 """The rules of benchmarks/deeper.py, beside those of the library and beside BPTT."""
 
-import importlib
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import sltt
+from tests.scripts import benchmarks_on_the_path, load  # noqa: F401
 
 
 @pytest.fixture
-def rules(monkeypatch):
-    monkeypatch.syspath_prepend(Path(sltt.__file__).parents[1] / "benchmarks")
-    return importlib.import_module("deeper").RULES
+def rules():
+    return load("deeper").RULES
 
 
 def gradients(rule, layers):

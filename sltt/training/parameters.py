@@ -16,7 +16,7 @@ def parameter_groups(model: nn.Module, norm_weight_decay: float | None, norm_bia
     A group with the key `norm` keeps its weight decay in all phases. The learning rate of one with the key `lr_factor`
     is multiplied by it.
 
-    Source of the second: Jordan 2024 (arXiv 2404.00498), with 64.
+    Source of `norm_bias_lr`: Jordan 2024 (arXiv 2404.00498), where it is 64.
 
     Raises:
         ValueError: there is no normalisation layer with parameters.

@@ -60,9 +60,10 @@ def test_the_rate_of_the_steepest_fall_is_suggested():
     assert _chosen([1, 2, 3, 4], [1.0, 0.995, 0.99, 1.0]) == (None, 3)  # the noise of batches
 
 
-def test_the_rates_of_groups_keep_their_ratio():
+@pytest.mark.parametrize("rate", [{"lr": 0.2}, {"lr": 0.1, "lr_factor": 2.0}], ids=["rate", "factor"])
+def test_the_rates_of_groups_keep_their_ratio(rate):
     model = small_network()
-    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[4].parameters(), "lr": 0.2}]
+    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[4].parameters(), **rate}]
     seen = []
 
     class Noted(torch.optim.SGD):
