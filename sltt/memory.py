@@ -1,6 +1,7 @@
 """Peak memory, counted at the allocator for one call, or read from the system for a whole process."""
 
 import contextlib
+import gc
 import itertools
 import os
 import re
@@ -46,6 +47,7 @@ def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.
         )
     with _profiler:
         _this_thread.measures = True
+        gc.collect()  # cycles of before that the collector frees within the call would lower its peak
         try:
             return _trace(call, torch.device(device))
         finally:
