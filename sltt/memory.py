@@ -25,6 +25,8 @@ def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> 
     libraries allocate by themselves (scratch space of oneDNN) is not in it. On CUDA it is the caching allocator's
     count. The call runs once; run it once before if its first run allocates what later runs keep, such as gradients.
 
+    Raises ValueError on a device for which PyTorch counts no peak, such as Apple's "mps".
+
     Args:
         call: what to measure, for example `lambda: rule(model, x, y, loss, steps=6)`.
         device: where it allocates.
@@ -34,12 +36,19 @@ def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> 
     return trace_memory(lambda mark: call(), device)[0]
 
 
+def counts_peak(device: str | torch.device) -> bool:
+    """Whether the peak of memory is counted on a device."""
+    return torch.device(device).type in ("cpu", "cuda")
+
+
 def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.device) -> tuple[int, list[int]]:
     """As `peak_memory`, of `call(mark)`, and the bytes alive at each `mark()` above those alive before the call.
 
     Raises RuntimeError inside another measurement, since the inner one would end the outer: fold="auto" measures its
     first three batches, so run these before. Another thread's measurement is waited for.
     """
+    if not counts_peak(device):
+        raise ValueError(f"PyTorch counts no peak of memory on {torch.device(device).type}: measure on the CPU")
     if getattr(_this_thread, "measures", False):
         raise RuntimeError(
             "memory is being measured already: measure one call at a time; a rule with fold='auto' measures its first "
@@ -89,7 +98,7 @@ def _mark() -> None:
 
 
 def available_memory(device: str | torch.device = "cpu") -> int:
-    """Bytes that PyTorch could still allocate: free on a CUDA device, and held unused; on the CPU, free RAM.
+    """Bytes that PyTorch could still allocate: free on a CUDA device, and held unused; elsewhere, free RAM.
 
     Free RAM is that of the machine, or that of the container or job where its limit leaves less.
     """

@@ -41,7 +41,7 @@ class Accuracy(Metric):
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Logits [..., C] and class indices [...]."""
         _check_shape(self, target, prediction.shape[:-1])
-        return (prediction.argmax(-1) == target).double().mean()
+        return _mean(prediction.argmax(-1) == target)
 
 
 class MultiLabelAccuracy(Metric):
@@ -57,7 +57,7 @@ class MultiLabelAccuracy(Metric):
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Logits [..., C] and labels 0 or 1 [..., C]."""
         _check_shape(self, target, prediction.shape)
-        return ((prediction > self.threshold) == (target > 0.5)).double().mean()
+        return _mean((prediction > self.threshold) == (target > 0.5))
 
 
 class MeanAbsoluteError(Metric):
@@ -68,7 +68,7 @@ class MeanAbsoluteError(Metric):
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Values and targets of one shape."""
         _check_shape(self, target, prediction.shape)
-        return (prediction - target).abs().double().mean()
+        return _mean((prediction - target).abs())
 
 
 class MeanSquaredError(Metric):
@@ -79,7 +79,12 @@ class MeanSquaredError(Metric):
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Values and targets of one shape."""
         _check_shape(self, target, prediction.shape)
-        return (prediction - target).square().double().mean()
+        return _mean((prediction - target).square())
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean in float64, which Apple's GPUs do not have."""
+    return (values.cpu() if values.device.type == "mps" else values).double().mean()
 
 
 def _check_shape(metric: Metric, target: Tensor, expected: Any) -> None:

@@ -92,6 +92,31 @@ def waits_of(rule, model, x, y, loss, steps):
     return waits.seen
 
 
+class Doubles(TorchDispatchMode):
+    """Records the operations that give float64, which Apple's GPUs do not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(out)):
+            self.seen.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("neuron", [sltt.LIF, sltt.PLIF, sltt.ALIF, sltt.CubaLIF])
+def test_no_rule_needs_float64_on_the_device(rule, neuron):
+    model = small_network(neuron, norm=True, dropout=0.2).to("meta", torch.float32)
+    x, y = torch.empty(4, 6, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+    loss = sltt.losses.CrossEntropyMSE(one_hot=True)
+    with Doubles() as doubles, Waits(), firing_rates(model):
+        rule(model, x, y, loss, steps=3)
+        rule(model, x.expand(3, 4, 6), y, loss)
+    assert doubles.seen == []
+
+
 def reads_of(rule):
     """How often a rule looks at what it computed: not at all, or once a sequence whether a replay was the same."""
     return ["aten._local_scalar_dense"] * ("segment=2" in repr(rule))

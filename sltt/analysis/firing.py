@@ -38,7 +38,7 @@ class FiringRates:
         if steps is None:  # as booleans, since PyTorch counts floating-point numbers one by one
             self._spikes[name] += torch.count_nonzero(spikes.detach().bool())
         else:  # those of a sample are exact in float32
-            self._spikes[name] += spikes.flatten(1).sum(1, dtype=torch.float32).sum(dtype=torch.float64)
+            self._spikes[name] += spikes.flatten(1).sum(1, dtype=torch.float32).sum(dtype=torch.int64)
         self._count[name] += spikes.numel() * (steps or 1)
 
     def by_layer(self) -> dict[str, float]:

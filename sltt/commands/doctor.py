@@ -66,7 +66,7 @@ def _device() -> tuple[str, str, str]:
         return "device", f"{torch.cuda.device_count()} × {name}, CUDA {torch.version.cuda}", ""
     remark = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no GPU"
     if torch.backends.mps.is_available():
-        remark = "trainings run on the CPU: Apple's GPU (MPS) is not supported"
+        remark = "--device mps trains on Apple's GPU, which is untested; memory is measured on the CPU"
     return "device", f"CPU ({torch.backends.cpu.get_cpu_capability()})", remark
 
 

@@ -33,7 +33,7 @@ MATTER_FIRST = """Options override the recipe's values. These matter first:
   --data.validation SHARE    held out of the training samples; 0 for none
   --seed SEED                the same seed gives the same weights
   --precision bf16-mixed     mixed precision
-  --device cpu|cuda          default: a GPU, if there is one
+  --device cpu|cuda|mps      default: a CUDA GPU, if there is one
   --workers N                processes that load data
   --weights RUN              start from the weights of a run
   --run FOLDER               of the run; default: runs/RECIPE-RULE-DATE

@@ -83,6 +83,8 @@ def in_force(wanted: Options) -> Iterator[None]:
 @functools.cache
 def compiler_problem(device: torch.device) -> str | None:
     """Why TorchInductor cannot compile for a device; None if it can."""
+    if device.type not in ("cpu", "cuda"):
+        return f"kernels are compiled for cpu and cuda, not for {device.type}"
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "Triton is not installed"
     names = (os.environ.get("CXX"), "g++", "clang++")

@@ -23,7 +23,7 @@ from sltt.parallel.signals import STOPPED
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]  # "auto" is a CUDA device, or else the CPU
 Precision = Literal[32, "bf16-mixed", "16-mixed"]
 Strategy = Literal["ddp", "fsdp"]
 
@@ -47,8 +47,9 @@ def make_fabric(
     from lightning_fabric import Fabric  # takes seconds to import
     from lightning_fabric.plugins import MixedPrecision
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but PyTorch sees no CUDA device; `sltt doctor` says what it sees")
+    if device in ("cuda", "mps") and not getattr(torch, device).is_available():
+        name = {"cuda": "CUDA device", "mps": "GPU of Apple's"}[device]
+        raise ValueError(f"device {device} was asked for, but PyTorch sees no {name}; `sltt doctor` says what it sees")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = started()
@@ -111,6 +112,10 @@ def _check(device: str, devices: int, num_nodes: int, found: tuple[int, int]) ->
         raise ValueError(
             f"{found[0]} processes on {found[1]} machines were started, but {devices=} and {num_nodes=} were asked "
             "for: leave both out, and they are taken from torchrun or Slurm"
+        )
+    if device == "mps" and devices * num_nodes > 1:
+        raise ValueError(
+            f"{devices=} and {num_nodes=}, but processes on mps cannot exchange gradients: take one, or cpu"
         )
     if device == "cuda" and devices > torch.cuda.device_count():
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from sltt.analysis import peak_memory
+from sltt.memory import counts_peak, peak_memory
 from sltt.parallel.processes import Processes
 from sltt.rules import Rule
 from sltt.sequence.padding import Padded
@@ -153,7 +153,7 @@ class BatchMemory:
         `size` is that of the input: padded batches have T of their own.
         """
         self._left -= full
-        if self._left > 0 or size <= self._longest or not full:
+        if self._left > 0 or size <= self._longest or not full or not counts_peak(self.device):
             return batch()
         results: list[A] = []
         self._longest = size

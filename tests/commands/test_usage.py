@@ -34,7 +34,7 @@ from tests.conftest import LINUX
         (["train", "--rule", "TBPTT"], "window"),
         (["train", "--epochs", "x"], "epochs: expected int, got x"),
         (["train", "--rule.k", "1.5"], "rule.k: expected int or null, got 1.5"),
-        (["train", "--device", "tpu"], "device: expected ['auto', 'cpu', 'cuda'], got tpu"),
+        (["train", "--device", "tpu"], "device: expected ['auto', 'cpu', 'cuda', 'mps'], got tpu"),
         (["train", "digits", "--resume", "a"], "leave out 'digits'"),
         (["train", "--resume", "nowhere", "--batch_size", "3"], "nowhere is not the folder of a run"),
         (["train", "--resume", "nowhere"], "nowhere is not the folder of a run"),
