@@ -45,12 +45,9 @@ class OTTT(Rule):
         self.inputs = flag("inputs", inputs)
 
     def run(self, batch: Batch) -> Output:
-        with traced(batch.model, self.decay, self.inputs) as traces:
+        with traced(batch.model, self.decay, self.inputs):
             for t in range(batch.steps):
-                traces.begin()
-                logits = batch.forward(range(t, t + 1), cut=True)
-                traces.end()
-                batch.backward(logits)
+                batch.backward(batch.forward(range(t, t + 1), cut=True))
                 batch.detach()
                 if self.online and batch.update is not None:
                     batch.update()

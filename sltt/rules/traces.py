@@ -12,7 +12,7 @@ x[t]. Their step's gradient has the gain of the current already.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
@@ -25,18 +25,20 @@ from torch.overrides import TorchFunctionMode
 from sltt._torch import _NormBase, is_compiled
 from sltt.neurons import IntegrateAndFire, Recurrent
 from sltt.rules.decays import Decay, Decays, decay_of
-from sltt.rules.traced_layers import FUNCTIONS, NORMALISATIONS, Scaled, Traced, settings_of
+from sltt.rules.traced_layers import NORMALISATIONS, WEIGHTED, Traced, scaled
+from sltt.sequence.hooks import hooked
 from sltt.sequence.replace import replaced
 from sltt.sequence.spikes import spiking_layers
 from sltt.sequence.state import map_tensors
+from sltt.sequence.steps import in_backward
 
 _WEIGHTS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _NORMS = _NormBase | nn.LayerNorm | nn.GroupNorm
 
 
 @contextmanager
-def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator["_Traces"]:
-    """Inside this block, weights have the gradient of their traces; gives what to call around every forward.
+def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator[None]:
+    """Inside this block, in which the model runs time steps, weights have the gradient of their traces.
 
     Args:
         model: the network, in its initial state.
@@ -55,12 +57,10 @@ def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator["_Tr
     layers: dict[nn.Module, Callable[..., Any]] = {
         m: _forward_of(m, traces) for m in model.modules() if isinstance(m, _WEIGHTS | _NORMS)
     }
-    with ExitStack() as stack:
-        for neuron in neurons:
-            stack.callback(neuron.register_forward_pre_hook(traces.arrive).remove)
-            stack.callback(neuron.register_forward_hook(traces.leave).remove)
-        stack.enter_context(replaced(layers))
-        yield traces
+    before = [neuron.register_forward_pre_hook(traces.arrive) for neuron in neurons]
+    after = [neuron.register_forward_hook(traces.leave) for neuron in neurons]
+    with hooked(*before, *after, model.register_forward_hook(traces.end)), replaced(layers):
+        yield
 
 
 def _forward_of(layer: nn.Module, traces: "_Traces") -> Callable[..., Any]:
@@ -177,47 +177,40 @@ class _Traces:
         self.inputs = inputs
         self.own = own  # of a recurrent layer, the neurons whose spikes it reads
         self.traces: dict[tuple[nn.Module, int], _Trace] = {}
-        self.new: list[_Trace] = []  # those that began in this time step
         self.through_decay: dict[nn.Module, Tensor] = {}  # ∂v/∂λ of neurons with a learnable λ
         self.started: dict[Any, _Trace] = {}  # those of this time step, by the graph's node of the layer's output
         self.uses: Counter[nn.Module] = Counter()
         self.spikes: set[Any] = set()  # the graph's nodes of the neurons' outputs
-        self.begin()
-
-    def begin(self) -> None:
-        """Before the forward of a time step."""
-        self.again = False
-        self.uses.clear()
         self.last: nn.Module | None = None  # the neurons that ran last
 
-    def end(self) -> None:
-        """After it, before the backward, in which checkpoints run layers again."""
-        self.again = True
-        self.uses.clear()
+    def end(self, *call: Any) -> None:
+        """After the forward of a time step, before the backward, in which checkpoints run layers again."""
         self._part()
         for trace in self.traces.values():
             if trace.read is not None:
                 trace.read.last = None
+        self.uses.clear()
         self.started.clear()  # nodes hold memory
         self.spikes.clear()
+        self.last = None
 
     def _part(self) -> None:
         """Of the new traces of one input, keep one for all that follow the same constant λ."""
         first: dict[_Read, Decays | None] = {}
-        for trace in self.new:
+        for trace in self.traces.values():
             if not trace.decays:  # a readout: it feeds no neurons
                 trace.read = None
-            elif trace.read is not None:
+            elif trace.first and trace.read is not None:
                 if trace.read not in first:
                     first[trace.read] = trace.follows()
                 elif first[trace.read] is None or first[trace.read] != trace.follows():
                     trace.read = _Read(trace.read.value)
-        self.new.clear()
 
     def wants(self, layer: nn.Module) -> bool:
-        """Whether a layer that runs now is to have a trace."""
+        """Whether a layer that runs now, and not in a backward, is to have a trace."""
         learns = any(p.ndim > 1 and p.requires_grad for p in layer.parameters())
-        return learns and torch.is_grad_enabled() and (self.inputs or self._source(layer) is not None)
+        reads = self.inputs or self._source(layer) is not None
+        return learns and reads and torch.is_grad_enabled() and not in_backward()
 
     def _source(self, layer: nn.Module) -> nn.Module | None:
         """The neurons whose spikes a layer that runs now reads; None before the first of a time step."""
@@ -225,20 +218,17 @@ class _Traces:
 
     def read(self, layer: nn.Module, x: Tensor | None) -> _Trace | None:
         """The trace of this use of a layer, which reads x, one time step on; None for a layer without one."""
+        if in_backward():
+            return self._read_again(layer)
         source = self._source(layer)
         if not self.inputs and source is None:
             return None
         key = layer, self.uses[layer]
         self.uses[layer] += 1
-        if self.again:
-            return self._read_again(layer)
         if (trace := self.traces.get(key)) is None:
-            known = next(
-                (t.read for t in self.new if t.read is not None and t.read.last is not None and t.read.last() is x),
-                None,
-            )
+            begun = (t.read for t in self.traces.values() if t.first and t.read is not None)
+            known = next((read for read in begun if read.last is not None and read.last() is x), None)
             trace = self.traces[key] = _Trace(None if x is None else known or _Read(x))
-            self.new.append(trace)
             if not self.inputs and source is not None:
                 trace.decays.append(self.decays[source])
         elif trace.decays:
@@ -259,11 +249,11 @@ class _Traces:
             raise ValueError(
                 f"a checkpoint ran {layer} without a graph, in which OTTT follows it: call it with use_reentrant=False"
             )
-        return trace if trace is not None and (trace.first or trace.decays) else None
+        return trace
 
     def wrote(self, trace: _Trace, y: Tensor) -> None:
         """Note what a layer gave, to find the neurons that it feeds."""
-        if not trace.decays and not self.again:
+        if not trace.decays and not in_backward():
             self.started[y.grad_fn] = trace
 
     def arrive(self, neuron: nn.Module, inputs: Any) -> Any:
@@ -306,8 +296,9 @@ class _Traces:
 
     def leave(self, neuron: nn.Module, inputs: Any, output: Any) -> None:
         """After a layer of neurons ran."""
-        self.last = neuron
-        map_tensors(lambda spikes: self.spikes.add(spikes.grad_fn), output)
+        if not in_backward():
+            self.last = neuron
+            map_tensors(lambda spikes: self.spikes.add(spikes.grad_fn), output)
 
 
 class _Operations(TorchFunctionMode):
@@ -321,41 +312,47 @@ class _Operations(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_grad_enabled():
-            if func in FUNCTIONS:
+            if func in WEIGHTED:
                 return self._weigh(func, *args, **kwargs)
             if func in NORMALISATIONS and self.traces.inputs:
                 return self._normalise(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _weigh(
-        self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any, **named: Any
+        self,
+        func: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
     ) -> Tensor:
-        x, settings = input, settings_of(func, settings, named)
+        x, settings = input, () if func is F.linear else (stride, padding, dilation, groups)
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
             return func(x, weight, bias, *settings)
-        if settings and settings[1] == "same":
+        if padding == "same":
             sides: Any = self.layer._reversed_padding_repeated_twice  # from the last axis on
-            padding: Any = sides[::2][::-1]
+            padding = sides[::2][::-1]
             if sides[::2] != sides[1::2]:  # of an even kernel
                 x, padding = F.pad(x, sides), 0
-            settings = settings[0], padding, *settings[2:]
+            settings = stride, padding, dilation, groups
         trace = self.traces.read(self.layer, x if weight.requires_grad else None)
         if trace is None:
             return func(x, weight, bias, *settings)
         if bias is not None and self.traces.inputs:
-            bias = Scaled.apply(bias, trace.ones)  # type: ignore[assignment]
-        function = FUNCTIONS[func](func, *settings)
+            bias = scaled(bias, trace.ones)
         if trace.read is None or trace.first:  # the bias learns alone, or what is read is the trace, and may be spikes
-            y: Tensor = function.forward(x, weight, bias)
+            y: Tensor = func(x, weight, bias, *settings)
         else:
-            y = Traced.apply(x, trace.read.value, weight, bias, function)  # type: ignore[assignment]
+            y = Traced.apply(x, trace.read.value, weight, bias, func, settings)  # type: ignore[assignment]
         self.traces.wrote(trace, y)
         return y
 
-    def _normalise(self, func: Any, *args: Any, weight: Tensor | None, bias: Tensor | None, **settings: Any) -> Tensor:
-        trace = None if bias is None or not bias.requires_grad else self.traces.read(self.layer, None)
-        if trace is None:
-            return func(*args, weight=weight, bias=bias, **settings)
-        y: Tensor = func(*args, weight=weight, bias=Scaled.apply(bias, trace.ones), **settings)
+    def _normalise(self, func: Any, *args: Any, bias: Tensor | None, **settings: Any) -> Tensor:
+        if bias is None or not bias.requires_grad or (trace := self.traces.read(self.layer, None)) is None:
+            return func(*args, bias=bias, **settings)
+        y: Tensor = func(*args, bias=scaled(bias, trace.ones), **settings)
         self.traces.wrote(trace, y)
         return y

@@ -232,8 +232,8 @@ def test_layers_that_read_the_same_have_the_gradients_of_traces_of_their_own(oth
 
 @pytest.mark.parametrize(("apart", "count"), [((), 2), (range(5), 3)])
 def test_one_trace_serves_all_layers_that_read_the_same(apart, count, monkeypatch):
-    end, found = _Traces.end, set()
-    monkeypatch.setattr(_Traces, "end", lambda self: (end(self), found.update(t.read for t in self.traces.values())))
+    part, found = _Traces._part, set()
+    monkeypatch.setattr(_Traces, "_part", lambda self: (part(self), found.update(t.read for t in self.traces.values())))
     x, y = 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
     sltt.OTTT()(Forked([sltt.LIF(tau=2.0) for _ in range(3)], apart), x, y, LOSS)
     assert len(found - {None}) == count
