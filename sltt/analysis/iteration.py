@@ -112,7 +112,7 @@ def memory_parts(
             states.append(_nbytes(state for module in model.modules() for state in state_tensors(module)))
             total.backward()
 
-        rule(model, x, target, loss, steps=steps, backward=backward, seed=seed, **_update(rule))
+        rule(model, x, target, loss, steps=steps, backward=backward, update=lambda: None, seed=seed)
 
     for _ in range(3):  # makes the gradients; and fold="auto" settles
         run(lambda: None, 0)
@@ -121,10 +121,11 @@ def memory_parts(
     peak, levels = trace_memory(lambda mark: [run(mark, seed) for seed in draws], x.device)
     begin, held = max(zip(levels, states, strict=True), default=(0, 0))
     held = min(held, begin)  # a state may be the input itself, which is alive before
+    of_optimizer = [] if optimizer is None else optimizer.state.values()
     return Memory(
         parameters=_nbytes([*model.parameters(), *model.buffers()]),
         gradients=_nbytes(p.grad for p in model.parameters() if p.grad is not None),
-        optimizer=_nbytes(_optimizer_state(optimizer)),
+        optimizer=_nbytes(value for state in of_optimizer for value in state.values() if isinstance(value, Tensor)),
         input=min(x.untyped_storage().nbytes(), x.numel() * x.element_size()),  # a view counts for itself
         states=held,
         saved=begin - held,
@@ -169,12 +170,16 @@ def iteration_seconds(
         total.backward()
         spent += _now(total.device) - before
 
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
     began = time.perf_counter()
     for x, target in batches:
         loaded = _now(x.device)
         optimizer.zero_grad()
         spent = 0.0
-        rule(model, x, target, loss, steps=steps, backward=backward, **_update(rule, optimizer))
+        rule(model, x, target, loss, steps=steps, backward=backward, update=update)
         ran = _now(x.device)
         optimizer.step()
         ended = _now(x.device)
@@ -191,18 +196,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _update(rule: Rule, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """The argument that a rule which updates the weights itself needs."""
-    if not rule.online:
-        return {}
-    return {"update": lambda: None if optimizer is None else (optimizer.step(), optimizer.zero_grad())}
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    states = optimizer.state.values() if optimizer is not None else ()
-    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

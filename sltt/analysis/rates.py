@@ -97,7 +97,7 @@ def find_learning_rate(
             rate = smallest * (largest / smallest) ** (i / (count - 1))
             for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
                 group["lr"] = rate * ratio
-            value = float(rule(model, x, target, loss, steps=steps, update=update if rule.online else None).loss)
+            value = float(rule(model, x, target, loss, steps=steps, update=update).loss)
             if not math.isfinite(value):
                 break
             if not rule.online:

@@ -16,7 +16,7 @@ from sltt.sequence.replace import replaced
 
 def stepwise_norms(norms: Iterable[_BatchNorm]) -> AbstractContextManager[None]:
     """Inside this block, each BatchNorm takes the statistics of each folded time step, and counts each as a batch."""
-    return replaced({norm: _stepwise(norm) for norm in norms})
+    return replaced("forward", {norm: _stepwise(norm) for norm in norms})
 
 
 def _stepwise(norm: _BatchNorm) -> Any:

@@ -1,7 +1,7 @@
 """Several time steps in one call of the network: which networks can, and how many steps fit a memory budget."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +14,7 @@ from sltt._torch import _BatchNorm, _InstanceNorm, _SpectralNorm
 from sltt.kernels import stepwise_norms
 from sltt.memory import available_memory, parse_bytes, peak_memory
 from sltt.sequence.fold import clocked
+from sltt.sequence.hooks import hooked
 from sltt.sequence.replace import own_forward
 from sltt.sequence.state import Stateful, emits_spikes, state_names
 from sltt.sequence.steps import Network, OncePerCall, in_backward
@@ -32,13 +33,10 @@ def foldable(network: Network) -> Iterator[None]:
     norms = {name: m for name, m in modules.items() if isinstance(m, _BatchNorm) and not isinstance(m, Stateful)}
     # Run twice, their steps would come in another order than without folding. Neurons are watched in any case.
     others = {n: m for n, m in modules.items() if isinstance(m, Stateful) and not emits_spikes(m)}
-    with ExitStack() as stack:
-        stack.enter_context(clocked(norms.values(), network.clock))
-        stack.enter_context(stepwise_norms(norms.values()))
-        for name, module in {**norms, **others}.items():
-            stack.callback(module.register_forward_pre_hook(OncePerCall(name, network.clock, TWICE)).remove)
-        for norm in norms.values():
-            stack.callback(norm.register_forward_pre_hook(_not_in_backward).remove)
+    watched = {**norms, **others}.items()
+    once = (module.register_forward_pre_hook(OncePerCall(name, network.clock, TWICE)) for name, module in watched)
+    forward = (norm.register_forward_pre_hook(_not_in_backward) for norm in norms.values())
+    with clocked(norms.values(), network.clock), stepwise_norms(norms.values()), hooked(*once, *forward):
         yield
 
 

@@ -198,8 +198,7 @@ class _Cut:
             kernels.release(output)
         if not found:
             return waiting
-        outputs, gradients = zip(*found, strict=True)
-        return hand_over(outputs[0].new_zeros(()) if waiting is None else waiting, outputs, gradients)
+        return hand_over(found[0][0].new_zeros(()) if waiting is None else waiting, found)
 
     def _separates(self, value: Tensor, before: set[Any]) -> bool:
         """Whether what is above the cut, and goes now, shares nothing with what is below it, and waits.

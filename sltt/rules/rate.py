@@ -74,7 +74,8 @@ class RateBased(Rule):
         return self._run_steady(batch) if self.steady else self._run_recorded(batch)
 
     def _run_steady(self, batch: Batch) -> Output:
-        with replaced({one.module: partial(one.steady, steps=batch.steps) for one in _neuron_layers(batch.model)}):
+        steady = {layer.module: partial(layer.steady, steps=batch.steps) for layer in _neuron_layers(batch.model)}
+        with replaced("forward", steady):
             logits = batch.rates()
         value = _loss(batch, logits)
         batch.backward(value)
@@ -82,7 +83,7 @@ class RateBased(Rule):
 
     def _run_recorded(self, batch: Batch) -> Output:
         layers: list[_Layer] = [*_neuron_layers(batch.model), *_norm_layers(batch.model)]
-        with replaced({layer.module: layer.step for layer in layers}):
+        with replaced("forward", {layer.module: layer.step for layer in layers}):
             for t in range(batch.steps):
                 batch.run(range(t, t + 1), graph=False)
                 for layer in layers:
@@ -90,7 +91,8 @@ class RateBased(Rule):
             logits = torch.stack([batch.logits(t) for t in range(batch.steps)])
             buffers = Buffers(batch.model)
             try:
-                with replaced({layer.module: layer.rate for layer in layers}):  # which a checkpoint runs again
+                # which a checkpoint runs again
+                with replaced("forward", {layer.module: layer.rate for layer in layers}):
                     rates = batch.rates()
                     value = _loss(batch, _with_value(logits.mean(0), rates))
                     batch.backward(value)

@@ -42,7 +42,8 @@ def run_in_segments(batch: Batch, length: int, fold: int = 1) -> Output:
             if end is None:
                 end = Snapshot(model)
             else:
-                total = _hand_over(total, _tensors(model), gradients)
+                states = zip(_tensors(model), gradients, strict=True)
+                total = hand_over(total, [(s, g) for s, g in states if g is not None and s.requires_grad])
             batch.backward(total)
             starts.pop()
     finally:
@@ -137,10 +138,3 @@ class Snapshot:
         torch.set_rng_state(self.generator)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
-
-
-def _hand_over(total: Tensor, states: list[Tensor], gradients: list[Tensor | None]) -> Tensor:
-    """The scalar `total`, whose backward also gives the states the gradients that the next segment found."""
-    pairs = zip(states, gradients, strict=True)
-    carried = [(s, g) for s, g in pairs if g is not None and s.requires_grad]
-    return hand_over(total, *zip(*carried, strict=True)) if carried else total

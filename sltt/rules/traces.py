@@ -59,7 +59,7 @@ def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator[None
     }
     before = [neuron.register_forward_pre_hook(traces.arrive) for neuron in neurons]
     after = [neuron.register_forward_hook(traces.leave) for neuron in neurons]
-    with hooked(*before, *after, model.register_forward_hook(traces.end)), replaced(layers):
+    with hooked(*before, *after, model.register_forward_hook(traces.end)), replaced("forward", layers):
         yield
 
 

@@ -8,11 +8,13 @@ are those of n calls. Fewer and larger operations, for the memory of n steps.
 A network that mixes the samples of a batch in another way (`x.mean(0)`) would mix time steps; `fit` notices it.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import nn
+
+from sltt.sequence.replace import replaced
 
 
 @dataclass(frozen=True)
@@ -58,26 +60,13 @@ def fold_of(module: nn.Module) -> Fold:
     return ONE_STEP if clock is None else clock.fold
 
 
-@contextmanager
-def clocked(modules: Iterable[nn.Module], clock: Clock) -> Iterator[None]:
+def clocked(modules: Iterable[nn.Module], clock: Clock) -> AbstractContextManager[None]:
     """Inside this block, modules go by a clock; after it, by the one before, as of a network around theirs."""
-    before = [(module, clock_of(module)) for module in modules]
-    try:
-        for module, _ in before:
-            setattr(module, CLOCK, clock)
-        yield
-    finally:
-        for module, other in before:
-            if other is None:
-                vars(module).pop(CLOCK, None)
-            else:
-                setattr(module, CLOCK, other)
+    return replaced(CLOCK, dict.fromkeys(modules, clock))
 
 
-@contextmanager
-def folding(modules: Iterable[nn.Module], fold: Fold) -> Iterator[None]:
+def folding(modules: Iterable[nn.Module], fold: Fold) -> AbstractContextManager[None]:
     """Inside this block, modules run calls that fold time."""
     clock = Clock()
     clock.fold = fold
-    with clocked(modules, clock):
-        yield
+    return clocked(modules, clock)

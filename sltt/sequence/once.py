@@ -132,12 +132,12 @@ class Hoisted:
         """Send the gradients that the time steps left in the results through the graphs behind them."""
         for value, leaf, _, _ in reversed(self._results.values()):  # a later result may have been made from an earlier
             if leaf.grad is not None:
-                backward(hand_over(torch.zeros((), device=value.device), [value], [leaf.grad]))
+                backward(hand_over(torch.zeros((), device=value.device), [(value, leaf.grad)]))
 
 
-def hand_over(total: Tensor, values: Any, gradients: Any) -> Tensor:
-    """The scalar `total`, whose backward also gives `values` their `gradients`, which an earlier backward found."""
-    return _HandOver.apply(gradients, total, *values)  # type: ignore[return-value]
+def hand_over(total: Tensor, found: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The scalar `total`, whose backward also gives each tensor its gradient, which an earlier backward found."""
+    return _HandOver.apply([g for _, g in found], total, *(x for x, _ in found))  # type: ignore[return-value]
 
 
 class _HandOver(torch.autograd.Function):

@@ -1,6 +1,6 @@
-"""Another forward for some modules, for a while."""
+"""Another attribute for some modules, such as a forward, for a while."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,16 +13,19 @@ def own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 @contextmanager
-def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside this block, each module runs the forward given for it; hooks run as ever."""
-    before = {module: vars(module).get("forward") for module in forwards}
+def replaced(name: str, values: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Inside this block, each module has the attribute `name` that is given for it; after it, its own of before.
+
+    With another `forward`, hooks run as ever.
+    """
+    before = {module: vars(module).get(name) for module in values}
     try:
-        for module, forward in forwards.items():
-            module.forward = forward  # an attribute of the instance, in front of the method
+        for module, value in values.items():
+            setattr(module, name, value)  # an attribute of the instance, in front of a method
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
-                vars(module).pop("forward", None)
+        for module, value in before.items():
+            if value is None:
+                vars(module).pop(name, None)
             else:
-                module.forward = forward
+                setattr(module, name, value)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from sltt.sequence.replace import replaced
 from sltt.sequence.state import OBSERVERS, emits_spikes
 
 Observer = TypeVar("Observer", bound=Callable[[str, Tensor], None])
@@ -23,21 +24,11 @@ def observing(layers: Mapping[str, nn.Module], see: Observer) -> Iterator[Observ
     with ExitStack() as stack:
         for name, module in layers.items():
             if hasattr(type(module).forward, "_sltt_shows"):
-                stack.enter_context(_observed(module, partial(see, name)))
+                stack.enter_context(replaced(OBSERVERS, {module: (*observers(module), partial(see, name))}))
             else:
                 hook = module.register_forward_hook(lambda *call, name=name: see(name, first(call[-1])))
                 stack.callback(hook.remove)
         yield see
-
-
-@contextmanager
-def _observed(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    before = observers(module)
-    setattr(module, OBSERVERS, (*before, see))
-    try:
-        yield
-    finally:
-        setattr(module, OBSERVERS, before)
 
 
 def observers(module: nn.Module) -> tuple[Callable[[Tensor], None], ...]:

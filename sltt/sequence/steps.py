@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -152,7 +153,12 @@ def _prepared(model: nn.Module, sequence: Sequence) -> Iterator[Network]:
         with (
             clocked({*modules, *neurons.values()}, network.clock),
             hooked(*(m.register_forward_pre_hook(OncePerCall(n, network.clock, NEURON)) for n, m in neurons.items())),
-            hooked(*(m.register_forward_pre_hook(AmongTokens(n, network), with_kwargs=True) for n, m in attending)),
+            hooked(
+                *(
+                    m.register_forward_pre_hook(partial(_among_tokens, n, network), with_kwargs=True)
+                    for n, m in attending
+                )
+            ),
         ):
             if model not in _known and any(is_compiled(module) for module in model.modules()):
                 _check_compiled(network, sequence.input(range(1))[:1])
@@ -197,26 +203,16 @@ class OncePerCall:
         self.seen = self.clock.calls
 
 
-class AmongTokens:
+def _among_tokens(name: str, network: Network, module: Any, args: Any, kwargs: Any) -> None:
     """A forward pre-hook of attention: raises ValueError where it is among samples or time steps."""
-
-    def __init__(self, name: str, network: Network):
-        self.name = name
-        self.network = network
-
-    def __call__(self, module: Any, args: Any, kwargs: Any) -> None:
-        query: Tensor = args[0] if args else kwargs["query"]
-        tokens = int(query.ndim == 3 and module.batch_first)
-        if _mixes(query, tokens, self.network.samples):
-            raise _among_samples(
-                f"{self.name or 'the model'} ({type(module).__name__}) attends over dimension {tokens} of its input "
-                f"{list(query.shape)}, the {self.network.samples} samples of a time step",
-                "give it tokens [B, N, E] and make it with batch_first=True",
-            )
+    query: Tensor = args[0] if args else kwargs["query"]
+    tokens = int(query.ndim == 3 and module.batch_first)
+    what = f"{name or 'the model'} ({type(module).__name__}) attends over dimension {tokens} of its input"
+    _check_tokens(query, tokens, network, what, "give it tokens [B, N, E] and make it with batch_first=True")
 
 
 class _Attention(TorchFunctionMode):
-    """As `AmongTokens`, for calls of `F.scaled_dot_product_attention`, whose tokens are the last but one dimension."""
+    """As `_among_tokens`, in calls of `F.scaled_dot_product_attention`, whose tokens are the last but one dimension."""
 
     def __init__(self, network: Network):
         super().__init__()
@@ -227,26 +223,22 @@ class _Attention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             query: Tensor = args[0] if args else kwargs["query"]
             tokens = query.ndim - 2
-            if _mixes(query, tokens, self.network.samples):
-                raise _among_samples(
-                    f"scaled_dot_product_attention attends over dimension {tokens} of its query "
-                    f"{list(query.shape)}, the {self.network.samples} samples of a time step",
-                    "give it queries, keys and values [B, heads, N, E]",
-                )
+            what = f"scaled_dot_product_attention attends over dimension {tokens} of its query"
+            _check_tokens(query, tokens, self.network, what, "give it queries, keys and values [B, heads, N, E]")
         return func(*args, **kwargs)
 
 
-def _mixes(query: Tensor, tokens: int, samples: int) -> bool:
-    """Whether the tokens of a query are the samples: so many, and no other dimension but the features has them."""
-    others = math.prod(query.shape[:-1]) // max(1, query.shape[tokens])
-    return query.shape[tokens] == samples and others % samples != 0
+def _check_tokens(query: Tensor, tokens: int, network: Network, what: str, remedy: str) -> None:
+    """Raise ValueError where `tokens`, a dimension of a query, is that of the samples.
 
-
-def _among_samples(what: str, remedy: str) -> ValueError:
-    return ValueError(
-        f"{what}: {remedy}. Attention over time has no step by step form: let neurons carry the past, or train without "
-        "a rule"
-    )
+    It has so many elements then, and no other dimension but the features has them.
+    """
+    samples, others = network.samples, math.prod(query.shape[:-1]) // max(1, query.shape[tokens])
+    if query.shape[tokens] == samples and others % samples != 0:
+        raise ValueError(
+            f"{what} {list(query.shape)}, the {samples} samples of a time step: {remedy}. Attention over time has no "
+            "step by step form: let neurons carry the past, or train without a rule"
+        )
 
 
 def in_backward() -> bool:
