@@ -86,16 +86,13 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
         nonlocal fired
         fired = True
 
-    def count(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
-            one = counts.setdefault(name, _Count(spiking=fired or module in recurrent))
-            one.macs += _macs(module, out)
-            one.runs += 1
-            one.active += _spikes(x)
-            one.inputs += x.numel()
-
-        return hook
+    def count(name: str, module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        one = counts.setdefault(name, _Count(spiking=fired or module in recurrent))
+        one.macs += _macs(module, out)
+        one.runs += 1
+        one.active += _spikes(x)
+        one.inputs += x.numel()
 
     products = _Products()
     modules = dict(model.named_modules())
@@ -103,7 +100,7 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     recurrent = {layer for m in modules.values() if isinstance(m, Recurrent) for layer in m.layer.modules()}
     with (
         hooked(model.register_forward_pre_hook(start)),
-        hooked(*(m.register_forward_hook(count(name), with_kwargs=True) for name, m in layers.items())),
+        hooked(*(m.register_forward_hook(partial(count, name), with_kwargs=True) for name, m in layers.items())),
         hooked(*(m.register_forward_pre_hook(partial(products.enter, name)) for name, m in modules.items())),
         hooked(*(m.register_forward_hook(products.leave, always_call=True) for m in modules.values())),
         observing(spiking_layers(model), fire),

@@ -41,7 +41,6 @@ def count_operations(
         rule: whose passes are counted; what it recomputes counts to the backward.
         steps: T for a static input.
     """
-
     instance("model", model, nn.Module)
     instance("rule", rule, Rule)
 

@@ -1,7 +1,7 @@
 """Which layers of a network run sparse, computing on active inputs only, and what that saves."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,36 +55,30 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
     instance("model", model, nn.Module)
     found: dict[str, LayerPath] = {}
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, kwargs: Any) -> None:
-            _add(found.setdefault(name, LayerPath(name)), module, args[0] if args else kwargs["input"])
-
-        return hook
+    def look(name: str, layer: Any, args: Any, kwargs: Any) -> None:
+        path, x = found.setdefault(name, LayerPath(name)), args[0] if args else kwargs["input"]
+        path.calls += 1
+        path.density += int(torch.count_nonzero(x)) / max(1, x.numel())
+        if isinstance(layer, nn.Conv3d):
+            return
+        with torch.enable_grad():  # as in a training
+            taken = kernels.layer_call(*_arguments(layer, x), {}, kernels.Weights())
+        if taken is None:  # dense
+            return
+        call = taken[0]
+        path.sparse_forward += call.sparse_forward
+        path.sparse_gradient += call.sparse_gradient
+        estimates = costs.seconds(call.layer, call.dtype, call.tag.density(x))
+        for estimate, sparse in zip(estimates, (call.sparse_forward, call.sparse_gradient), strict=True):
+            path.saved_seconds += sparse * (estimate.dense - estimate.sparse)
+            path.dense_seconds += sparse * estimate.dense
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]
-    with hooked(*(m.register_forward_pre_hook(look(name), with_kwargs=True) for name, m in layers)):
+    with hooked(*(m.register_forward_pre_hook(partial(look, name), with_kwargs=True) for name, m in layers)):
         unroll(model, x, steps=steps)
     for path in found.values():
         path.density /= path.calls
     return list(found.values())
-
-
-def _add(path: LayerPath, layer: Any, x: Tensor) -> None:
-    path.calls += 1
-    path.density += int(torch.count_nonzero(x)) / max(1, x.numel())
-    with torch.enable_grad():  # as in a training
-        call = (
-            None if isinstance(layer, nn.Conv3d) else kernels.layer_call(*_arguments(layer, x), {}, kernels.Weights())
-        )
-    if call is None:  # dense
-        return
-    call, *_ = call
-    path.sparse_forward += call.sparse_forward
-    path.sparse_gradient += call.sparse_gradient
-    estimates = costs.seconds(call.layer, call.dtype, call.tag.density(x))
-    for estimate, sparse in zip(estimates, (call.sparse_forward, call.sparse_gradient), strict=True):
-        path.saved_seconds += sparse * (estimate.dense - estimate.sparse)
-        path.dense_seconds += sparse * estimate.dense
 
 
 def _arguments(layer: Any, x: Tensor) -> tuple[Any, tuple[Any, ...]]:

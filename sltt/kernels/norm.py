@@ -11,7 +11,7 @@ from sltt._torch import _BatchNorm
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.saved_tensors import tag_normalised
 from sltt.sequence.fold import fold_of
-from sltt.sequence.replace import replaced
+from sltt.sequence.hooks import replaced
 
 
 def stepwise_norms(norms: Iterable[_BatchNorm]) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,16 +116,13 @@ def _changed_in_place(model: nn.Module, sequence: Sequence) -> str | None:
     """
     seen: list[tuple[str, Tensor, int]] = []
 
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            spikes = emits_spikes(module)
-            if isinstance(output, Tensor) and (spikes or hasattr(output.grad_fn, "_saved_result")):
-                what = f"the {'spikes' if spikes else 'outputs'} of {name or 'the model'} ({type(module).__name__})"
-                seen.append((what, output, output._version))
+    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        spikes = emits_spikes(module)
+        if isinstance(output, Tensor) and (spikes or hasattr(output.grad_fn, "_saved_result")):
+            what = f"the {'spikes' if spikes else 'outputs'} of {name or 'the model'} ({type(module).__name__})"
+            seen.append((what, output, output._version))
 
-        return hook
-
-    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules()]
+    hooks = [m.register_forward_hook(partial(look, name)) for name, m in model.named_modules()]
     try:
         with hooked(*hooks), torch.enable_grad():
             model(sequence.input(range(1)))

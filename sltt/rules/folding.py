@@ -14,8 +14,7 @@ from sltt._torch import _BatchNorm, _InstanceNorm, _SpectralNorm
 from sltt.kernels import stepwise_norms
 from sltt.memory import available_memory, parse_bytes, peak_memory
 from sltt.sequence.fold import clocked
-from sltt.sequence.hooks import hooked
-from sltt.sequence.replace import own_forward
+from sltt.sequence.hooks import hooked, own_forward
 from sltt.sequence.state import Stateful, emits_spikes, state_names
 from sltt.sequence.steps import Network, OncePerCall, in_backward
 

@@ -23,7 +23,7 @@ from sltt.neurons import IntegrateAndFire, Neuron, Recurrent, StableLIF
 from sltt.neurons.base import check_forward
 from sltt.rules.base import Batch, Output, Rule, step_loss
 from sltt.rules.segments import Buffers
-from sltt.sequence.replace import own_forward, replaced
+from sltt.sequence.hooks import own_forward, replaced
 from sltt.sequence.spikes import counters, observers, show
 from sltt.sequence.state import Stateful, state_names
 
@@ -297,7 +297,9 @@ def _neuron_layers(model: nn.Module) -> list["_NeuronLayer | _RecurrentLayer"]:
     """The layers of neurons; raises ValueError naming a module with a state that the rate pass cannot run."""
     layers: list[_NeuronLayer | _RecurrentLayer] = []
     for name, module in model.named_modules():
-        if isinstance(module, Neuron) and not own_forward(module, _kind(module)):
+        # the class whose forward runs the neuron's `step`, and nothing else that a gradient passes
+        kind = StableLIF if isinstance(module, StableLIF) else Neuron
+        if isinstance(module, Neuron) and not own_forward(module, kind):
             layers.append(_NeuronLayer(name, module))
         elif isinstance(module, Recurrent) and not own_forward(module, Recurrent):
             layers.append(_RecurrentLayer(name, module))
@@ -307,11 +309,6 @@ def _neuron_layers(model: nn.Module) -> list["_NeuronLayer | _RecurrentLayer"]:
                 f"({type(module).__name__}), which has a forward or a state of its own: use SLTT"
             )
     return layers
-
-
-def _kind(neuron: Neuron) -> type[Neuron]:
-    """The class whose forward runs the neuron's `step`, and nothing else that a gradient passes."""
-    return StableLIF if isinstance(neuron, StableLIF) else Neuron
 
 
 def _norm_layers(model: nn.Module) -> list[_NormLayer]:

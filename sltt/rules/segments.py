@@ -7,7 +7,6 @@ more forward of all segments but the last (Chen et al. 2016, arXiv 1604.06174).
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +68,6 @@ def _check_same(same: dict[int, Tensor]) -> None:
         )
 
 
-def _states(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """The states in containers of their own: a module may change a list in place."""
-    return [(m, name, map_tensors(lambda s: s, getattr(m, name))) for m in model.modules() for name in state_names(m)]
-
-
 def _tensors(model: nn.Module) -> list[Tensor]:
     """The tensors in the states, in an order that is the same wherever a time step ends."""
     return [tensor for module in model.modules() for tensor in state_tensors(module)]
@@ -106,7 +100,9 @@ class Snapshot:
     """States, buffers and random generators, so that a segment's second run is its first: masks, statistics and all."""
 
     def __init__(self, model: nn.Module):
-        self.states = _states(model)
+        names = [(m, name) for m in model.modules() for name in state_names(m)]
+        # in containers of their own: a module may change a list in place
+        self.states = [(m, name, map_tensors(lambda s: s, getattr(m, name))) for m, name in names]
         self.buffers = Buffers(model)
         self.generator = torch.get_rng_state()
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}

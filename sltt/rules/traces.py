@@ -26,8 +26,7 @@ from sltt._torch import _NormBase, is_compiled
 from sltt.neurons import IntegrateAndFire, Recurrent
 from sltt.rules.decays import Decay, Decays, decay_of
 from sltt.rules.traced_layers import NORMALISATIONS, WEIGHTED, Traced, scaled
-from sltt.sequence.hooks import hooked
-from sltt.sequence.replace import replaced
+from sltt.sequence.hooks import hooked, replaced
 from sltt.sequence.spikes import spiking_layers
 from sltt.sequence.state import map_tensors
 from sltt.sequence.steps import in_backward
@@ -54,30 +53,13 @@ def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator[None
     recurrent = [m for m in model.modules() if isinstance(m, Recurrent)]
     own = {layer: m.neuron for m in recurrent for layer in m.layer.modules()}
     traces = _Traces({m: decay_of(m, name, decay) for m, name in neurons.items()}, inputs, own)
-    layers: dict[nn.Module, Callable[..., Any]] = {
-        m: _forward_of(m, traces) for m in model.modules() if isinstance(m, _WEIGHTS | _NORMS)
+    forwards: dict[nn.Module, Any] = {
+        m: _Operations(m, traces).forward for m in model.modules() if isinstance(m, _WEIGHTS | _NORMS)
     }
     before = [neuron.register_forward_pre_hook(traces.arrive) for neuron in neurons]
     after = [neuron.register_forward_hook(traces.leave) for neuron in neurons]
-    with hooked(*before, *after, model.register_forward_hook(traces.end)), replaced("forward", layers):
+    with hooked(*before, *after, model.register_forward_hook(traces.end)), replaced("forward", forwards):
         yield
-
-
-def _forward_of(layer: nn.Module, traces: "_Traces") -> Callable[..., Any]:
-    plain, operations = layer.forward, _Operations(layer, traces)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        found = traces.uses[layer]
-        with operations:
-            result = plain(*args, **kwargs)
-        if isinstance(layer, _WEIGHTS) and traces.uses[layer] == found and traces.wants(layer):
-            raise ValueError(
-                f"OTTT has no trace for the weights of {layer}: its forward ({type(layer).__name__}) calls none of "
-                "F.linear, F.conv1d, F.conv2d and F.conv3d; call one, or use SLTT or BPTT"
-            )
-        return result
-
-    return forward
 
 
 def _neurons(model: nn.Module) -> dict[nn.Module, str]:
@@ -307,7 +289,20 @@ class _Operations(TorchFunctionMode):
     def __init__(self, layer: nn.Module, traces: _Traces):
         super().__init__()
         self.layer = layer
+        self.plain = layer.forward
         self.traces = traces
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the layer."""
+        layer, before = self.layer, self.traces.uses[self.layer]
+        with self:
+            result = self.plain(*args, **kwargs)
+        if isinstance(layer, _WEIGHTS) and self.traces.uses[layer] == before and self.traces.wants(layer):
+            raise ValueError(
+                f"OTTT has no trace for the weights of {layer}: its forward ({type(layer).__name__}) calls none of "
+                "F.linear, F.conv1d, F.conv2d and F.conv3d; call one, or use SLTT or BPTT"
+            )
+        return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

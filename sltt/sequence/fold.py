@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sltt.sequence.replace import replaced
+from sltt.sequence.hooks import replaced
 
 
 @dataclass(frozen=True)

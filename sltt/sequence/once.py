@@ -57,16 +57,13 @@ def hoisting(model: nn.Module, x: Tensor | None, grad: bool, keep: bool = True) 
 @contextmanager
 def step_with_graph(graph: bool) -> Iterator[None]:
     """A time step with or without a graph; what `once` computes in it has its graph in either case."""
-    hoisted = _current.get()
-    with torch.set_grad_enabled(graph):
-        if hoisted is None:
+    hoisted: Any = _current.get()  # that of the rule's sequence
+    hoisted.in_graph = graph
+    try:
+        with torch.set_grad_enabled(graph):
             yield
-            return
-        hoisted.in_graph, before = graph, hoisted.in_graph
-        try:
-            yield
-        finally:
-            hoisted.in_graph = before
+    finally:
+        hoisted.in_graph = True
 
 
 class _Result(NamedTuple):
@@ -85,7 +82,7 @@ class Hoisted:
         keep: keep results; else every call computes.
     """
 
-    def __init__(self, x: Tensor | None, grad: bool, keep: bool = True):
+    def __init__(self, x: Tensor | None, grad: bool, keep: bool):
         self._grad = grad
         self.in_graph = True  # else the rule has switched gradients off, and not the network
         self._keep = keep

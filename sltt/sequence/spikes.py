@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from sltt.sequence.replace import replaced
+from sltt.sequence.hooks import replaced
 from sltt.sequence.state import OBSERVERS, emits_spikes
 
 Observer = TypeVar("Observer", bound=Callable[[str, Tensor], None])

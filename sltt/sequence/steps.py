@@ -93,7 +93,12 @@ class Network:
         self.clock.calls += 1
         self.clock.fold = fold
         with _Attention(self) if self.watched else nullcontext():
-            logits = checked_logits(self.model(x))
+            logits = self.model(x)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"expected the model to return the logits [B, C] of one time step, got {type(logits).__name__}; "
+                "keep the state in the modules and return the output only"
+            )
         if self.watched:
             self.watched = False
             _known.add(self.model)
@@ -286,13 +291,3 @@ def _finite(x: Tensor) -> Tensor:
         return torch.ones((), dtype=torch.bool, device=x.device)
     low, high = x.detach().aminmax()  # NaN if a value is
     return low.isfinite() & high.isfinite()
-
-
-def checked_logits(logits: Any) -> Tensor:
-    """What a model returned, if it is a tensor."""
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"expected the model to return the logits [B, C] of one time step, got {type(logits).__name__}; "
-            "keep the state in the modules and return the output only"
-        )
-    return logits
