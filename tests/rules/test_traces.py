@@ -190,6 +190,29 @@ def test_a_checkpoint_runs_a_layer_again_with_the_trace_of_its_time_step(neuron)
     torch.testing.assert_close(gradients(found, sltt.OTTT(), x, y)[0], gradients(expected, sltt.OTTT(), x, y)[0])
 
 
+class Spike(nn.Module):
+    """Neurons of another library, without a state."""
+
+    def forward(self, x):
+        return sltt.surrogates.Triangle()(x)
+
+
+def test_neurons_and_readouts_in_checkpoints_leave_no_trace_in_the_next_time_step(monkeypatch):
+    sltt.register(Spike, states=[], spikes=True, decay=lambda neuron: 0.5)
+    layers, x, y = [nn.Linear(6, 6), Spike(), nn.Linear(6, 6)], 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
+    rest = sltt.LIF(tau=2.0), nn.Linear(6, 3)
+    end, started = _Traces.end, []
+    monkeypatch.setattr(_Traces, "end", lambda self, *call: (started.append(len(self.started)), end(self))[1])
+    for rule in (sltt.OTTT(), sltt.OTTT(inputs=False)):
+        plain, again = (
+            nn.Sequential(*layers, *rest),
+            nn.Sequential(Checkpointed(*layers), rest[0], Checkpointed(rest[1])),
+        )
+        expected, found = (gradients(model, rule, x, y)[0] for model in (plain, again))
+        torch.testing.assert_close(found, expected)
+    assert [any(started[i::5]) for i in range(5)] == [True, False, False, False, False]
+
+
 def test_checkpoints_that_hide_a_trace_are_refused():
     first, x, y = nn.Linear(6, 6), 3 * torch.randn(5, 4, 6).requires_grad_(), torch.randint(3, (4,))
     twice = Checkpointed(first, nn.Linear(6, 6), first)
@@ -200,26 +223,29 @@ def test_checkpoints_that_hide_a_trace_are_refused():
 
 
 class Forked(nn.Module):
-    """Two layers that read the same spikes, or, in time step `apart`, a copy of them."""
+    """Two layers that read the same spikes, or, in time step `apart`, a copy; the second runs from step `since` on."""
 
-    def __init__(self, neurons, apart=()):
+    def __init__(self, neurons, apart=(), since=0):
         super().__init__()
         self.first, self.left, self.right, self.last = (nn.Linear(n, m) for n, m in ((6, 8), (8, 8), (8, 8), (8, 3)))
         self.neuron, self.one, self.other = neurons
-        self.apart, self.t = apart, 0
+        self.apart, self.since, self.t = apart, since, 0
 
     def forward(self, x):
         x = self.neuron(self.first(x))
-        y = self.one(self.left(x)) + self.other(self.right(x.clone() if self.t in self.apart else x))
+        y = self.one(self.left(x))
+        if self.t >= self.since:
+            y = y + self.other(self.right(x.clone() if self.t in self.apart else x))
         self.t += 1
         return self.last(y)
 
 
 @pytest.mark.parametrize("other", [lambda: sltt.LIF(tau=2.0), lambda: sltt.LIF(tau=5.0), lambda: sltt.PLIF(tau=2.0)])
+@pytest.mark.parametrize("since", [0, 2])
 @pytest.mark.parametrize("online", [False, True])
-def test_layers_that_read_the_same_have_the_gradients_of_traces_of_their_own(other, online):
+def test_layers_that_read_the_same_have_the_gradients_of_traces_of_their_own(other, online, since):
     neurons, x, y = (sltt.LIF(tau=3.0), sltt.LIF(tau=2.0), other()), 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
-    model = Forked(neurons).double()
+    model = Forked(neurons, since=since).double()
     apart = copy.deepcopy(model)
     apart.apart = range(5)
     for network in (model, apart):
