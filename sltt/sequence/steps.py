@@ -152,19 +152,15 @@ def _prepared(model: nn.Module, sequence: Sequence) -> Iterator[Network]:
     network = Network(model, sequence.batch)
     modules = [m for m in model.modules() if isinstance(m, Stateful)]
     neurons = spiking_layers(model)
-    attending = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    once = (m.register_forward_pre_hook(OncePerCall(n, network.clock, NEURON)) for n, m in neurons.items())
+    attending = (
+        m.register_forward_pre_hook(partial(_among_tokens, name, network), with_kwargs=True)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.MultiheadAttention)
+    )
     reset(model)
     try:
-        with (
-            clocked({*modules, *neurons.values()}, network.clock),
-            hooked(*(m.register_forward_pre_hook(OncePerCall(n, network.clock, NEURON)) for n, m in neurons.items())),
-            hooked(
-                *(
-                    m.register_forward_pre_hook(partial(_among_tokens, n, network), with_kwargs=True)
-                    for n, m in attending
-                )
-            ),
-        ):
+        with clocked({*modules, *neurons.values()}, network.clock), hooked(*once, *attending):
             if model not in _known and any(is_compiled(module) for module in model.modules()):
                 _check_compiled(network, sequence.input(range(1))[:1])
                 _known.add(model)
