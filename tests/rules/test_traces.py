@@ -200,14 +200,12 @@ class Spike(nn.Module):
 def test_neurons_and_readouts_in_checkpoints_leave_no_trace_in_the_next_time_step(monkeypatch):
     sltt.register(Spike, states=[], spikes=True, decay=lambda neuron: 0.5)
     layers, x, y = [nn.Linear(6, 6), Spike(), nn.Linear(6, 6)], 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
-    rest = sltt.LIF(tau=2.0), nn.Linear(6, 3)
+    neuron, head = sltt.LIF(tau=2.0), [nn.Linear(6, 3), nn.Tanh()]
     end, started = _Traces.end, []
     monkeypatch.setattr(_Traces, "end", lambda self, *call: (started.append(len(self.started)), end(self))[1])
+    plain = nn.Sequential(*layers, neuron, *head)
+    again = nn.Sequential(Checkpointed(*layers), neuron, Checkpointed(*head))
     for rule in (sltt.OTTT(), sltt.OTTT(inputs=False)):
-        plain, again = (
-            nn.Sequential(*layers, *rest),
-            nn.Sequential(Checkpointed(*layers), rest[0], Checkpointed(rest[1])),
-        )
         expected, found = (gradients(model, rule, x, y)[0] for model in (plain, again))
         torch.testing.assert_close(found, expected)
     assert [any(started[i::5]) for i in range(5)] == [True, False, False, False, False]
