@@ -6,7 +6,6 @@ from pathlib import Path
 from sltt.commands.parsing import CommandOptions, Recipe, begin, run_config
 from sltt.training.checkpoints import load_selected
 from sltt.training.console import Console
-from sltt.training.settings import OF_TRAINING
 
 HELP = (
     "Write the selected weights of a run as a NIR graph, or as an ONNX model of one time step with the states as "
@@ -27,7 +26,7 @@ def run(words: Sequence[str]) -> None:
     """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
     folder, words = begin(words)
     known, run = options().parse_args(words), Path(folder)
-    built = Recipe("sltt export", str(run_config(run)), [], OF_TRAINING, of_run=True).build()
+    built = Recipe("sltt export", str(run_config(run)), [], of_run=True).build()
     load_selected(built.model, run)
     splits = built.data.splits(built.steps)
     x = splits.one()

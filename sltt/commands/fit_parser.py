@@ -5,14 +5,16 @@ import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_loader, set_parsing_settings
+from jsonargparse.typing import Path_fr
 
+import sltt
 from sltt.commands import yamltext
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+from sltt.data.loaders import BATCH_SIZE
+from sltt.training.describe import describe
 
 MATTER_FIRST = """Options override the recipe's values. These matter first:
 
@@ -43,42 +45,42 @@ A class is given by its name or import path, its arguments after a dot. All
 options follow, with the recipe's values as defaults."""
 
 
-def make_parser(prog: str, unread: Sequence[str] = ()) -> "ArgumentParser":
+class Help(DefaultHelpFormatter):
+    """Lists the same classes whatever else is imported, and is short about other help."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text = re.sub(r", known subclasses: ([^)]*)", _listed, super()._expand_help(action))
+        text = re.sub(r"Show the help for the given subclass of .*", "list the arguments of a class", text)
+        return re.sub(r"Print the configuration after .*", "print the settings and exit", text)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text
+
+
+def _listed(match: re.Match[str]) -> str:
+    """The list of known subclasses without those that happen to be imported, or nothing where any module fits."""
+    named = [name for name in match[1].split(", ") if name.startswith(("sltt.", "torch.optim."))]
+    return f", known subclasses: {', '.join(named)}" if named and "torch.nn.Module" not in match[1] else ""
+
+
+class Parser(ArgumentParser):
+    """Reads files as UTF-8, whatever the locale, and leaves out their settings `without`."""
+
+    without: Sequence[str] = ()
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        with Path_fr(path).relative_path_context():  # pyright: ignore[reportCallIssue]
+            text = Path(Path(path).name).read_text(encoding="utf-8")
+            if self.without:
+                values = {name: value for name, value in yamltext.load(text).items() if name not in self.without}
+                text = yaml.safe_dump(values, sort_keys=False)
+            return self.parse_string(text, Path(path).name, *args, **kwargs)
+
+
+def make_parser(prog: str, unread: Sequence[str] = ()) -> Parser:
     """A parser whose options are the arguments of `sltt.fit`; those `unread` are null, and import no class."""
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
-    from jsonargparse.typing import Path_fr
-
-    import sltt
-    from sltt.data.loaders import BATCH_SIZE
-    from sltt.training.describe import describe
-
     set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
     set_loader("sltt", yamltext.load, exceptions=(yaml.YAMLError,))
-
-    class Help(DefaultHelpFormatter):
-        """Lists the same classes whatever else is imported, and is short about other help."""
-
-        def _expand_help(self, action: argparse.Action) -> str:
-            text = re.sub(r", known subclasses: ([^)]*)", _listed, super()._expand_help(action))
-            text = re.sub(r"Show the help for the given subclass of .*", "list the arguments of a class", text)
-            return re.sub(r"Print the configuration after .*", "print the settings and exit", text)
-
-        def _fill_text(self, text: str, width: int, indent: str) -> str:
-            return text
-
-    class Parser(ArgumentParser):
-        """Reads files as UTF-8, whatever the locale, and leaves out their settings `without`."""
-
-        without: Sequence[str] = ()
-
-        def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> "Namespace":
-            with Path_fr(path).relative_path_context():  # pyright: ignore[reportCallIssue]
-                text = Path(Path(path).name).read_text(encoding="utf-8")
-                if self.without:
-                    values = {name: value for name, value in yamltext.load(text).items() if name not in self.without}
-                    text = yaml.safe_dump(values, sort_keys=False)
-                return self.parse_string(text, Path(path).name, *args, **kwargs)
-
     parser = Parser(
         prog=prog,
         usage=f"{prog} [OPTION ...]",
@@ -104,9 +106,3 @@ def make_parser(prog: str, unread: Sequence[str] = ()) -> "ArgumentParser":
     parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")
     parser.add_argument("--resume", type=str | None, metavar="RUN", help="continue the run in this folder")
     return parser
-
-
-def _listed(match: re.Match[str]) -> str:
-    """The list of known subclasses without those that happen to be imported, or nothing where any module fits."""
-    named = [name for name in match[1].split(", ") if name.startswith(("sltt.", "torch.optim."))]
-    return f", known subclasses: {', '.join(named)}" if named and "torch.nn.Module" not in match[1] else ""

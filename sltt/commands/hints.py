@@ -7,6 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
+import torch
+
+import sltt
+
 PATH = re.compile(r"Expected a dot import path string: (.*?)(?:\. Got value.*)?$", re.MULTILINE)
 
 
@@ -77,8 +81,6 @@ def _unknown_class(name: str) -> str:
 
 
 def _fit_signature() -> Mapping[str, inspect.Parameter]:
-    import sltt
-
     return inspect.signature(sltt.fit).parameters
 
 
@@ -89,10 +91,6 @@ def fit_arguments() -> list[str]:
 
 def _class_paths() -> list[str]:
     """The import paths of what recipes name."""
-    import torch
-
-    import sltt
-
     families = (sltt.models, sltt.data, sltt.losses, sltt.metrics, sltt.schedules, sltt.callbacks, sltt.surrogates)
     modules = (torch.optim, *families, sltt)
     return [f"{m.__name__}.{name}" for m in modules for name, value in vars(m).items() if callable(value)]

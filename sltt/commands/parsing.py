@@ -10,17 +10,21 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+import torch
 import yaml
+from jsonargparse import Namespace
 
 from sltt.commands import yamltext
 from sltt.commands.failures import UsageError, cause
-from sltt.commands.fit_parser import make_parser
+from sltt.commands.fit_parser import Parser, make_parser
 from sltt.commands.hints import explain, fit_arguments, locate, nearest
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+from sltt.parallel.devices import started
+from sltt.training.batches import seed_everything
+from sltt.training.checkpoints import CheckpointError, saved_config
+from sltt.training.runs import CONFIG, LAST, check_config, load_call, with_names_of_today, write_config
+from sltt.training.settings import OF_TRAINING
 
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
 MOST_STEPS = 1_000_000  # a training with more would not end
@@ -59,6 +63,12 @@ class CommandOptions(argparse.ArgumentParser):
             if name not in trains and near and near[0] in self.own:
                 raise UsageError(f"unknown option {name}; did you mean {near[0]}?")
         return known, rest
+
+    def parse_recipe(self, words: Sequence[str], default: str = "digits") -> "tuple[Any, Recipe]":
+        """The command's own options, and the recipe that the words begin with, under the options that are left over."""
+        name, words = begin(words, default)
+        known, overrides = self.parse_known_args(words)
+        return known, Recipe(self.prog.removesuffix(" [RECIPE]"), name, overrides)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the options."""
@@ -99,9 +109,6 @@ def find_recipe(name: str) -> Path:
 
 def run_config(run: Path) -> Path:
     """The configuration of a run, as it was trained; where the file is gone, the copy in the checkpoint is written."""
-    from sltt.training.checkpoints import CheckpointError, saved_config
-    from sltt.training.runs import CONFIG, LAST, check_config, load_call, with_names_of_today, write_config
-
     try:
         saved = saved_config(run / LAST)
     except CheckpointError:  # who needs the checkpoint says so
@@ -132,13 +139,10 @@ class Recipe:
         command: the command that takes the options, for its help.
         name: of the recipe, or of a YAML file.
         overrides: options.
-        unread: settings that are taken as null.
-        of_run: the recipe is that of a run, and its processes were those of the training.
+        of_run: the recipe is that of a run: its processes, callbacks and loggers were those of the training.
     """
 
-    def __init__(
-        self, command: str, name: str, overrides: Sequence[str], unread: Sequence[str] = (), of_run: bool = False
-    ):
+    def __init__(self, command: str, name: str, overrides: Sequence[str], of_run: bool = False):
         for own in ("--run", "--resume"):
             if _names(overrides, own):
                 raise UsageError(f"{command} takes no {own}: it works on a recipe; `sltt train` takes it")
@@ -146,17 +150,15 @@ class Recipe:
         self.name = self.source.stem
         self.overrides = overrides
         self.of_run = of_run
-        self._parser = make_parser(command, unread)
+        self._parser = make_parser(command, OF_TRAINING if of_run else ())
 
-    def build(self, *more: str, rule: str | None = None) -> "Namespace":
+    def build(self, *more: str, rule: str | None = None) -> Namespace:
         """Make the objects: the arguments of `sltt.fit`, in one process.
 
         Args:
             more: further options.
             rule: as for `rule_options`, instead of the recipe's; the phases of a training have it too.
         """
-        from sltt.parallel.devices import started
-
         config = self._parse(more, rule)
         if self.of_run:
             config.devices = config.num_nodes = None
@@ -169,7 +171,7 @@ class Recipe:
         """The configuration that `build` builds, as a run keeps it."""
         return yaml.safe_load(self._parser.dump(self._parse(more, rule)))
 
-    def _parse(self, more: Sequence[str], rule: str | None) -> "Namespace":
+    def _parse(self, more: Sequence[str], rule: str | None) -> Namespace:
         words = [*self.overrides, *more]
         if rule is None:
             config = parse(self._parser, self.source, words)
@@ -197,7 +199,7 @@ def _names(words: Sequence[str], option: str) -> bool:
     return any(word.split("=")[0] == option for word in words)
 
 
-def parse(parser: Any, source: Path, words: Sequence[str], without: Sequence[str] = ()) -> "Namespace":
+def parse(parser: Parser, source: Path, words: Sequence[str], without: Sequence[str] = ()) -> Namespace:
     """The configuration in `source`, `without` some settings, and with the options in `words` over it.
 
     Raises UsageError with the nearest name.
@@ -255,10 +257,8 @@ def _not_yaml(what: Any, error: Exception) -> UsageError:
     return UsageError(f"{what} is no YAML that can be read: {' '.join(str(error).split())}")
 
 
-def build(parser: "ArgumentParser", config: "Namespace") -> "Namespace":
+def build(parser: Parser, config: Namespace) -> Namespace:
     """Make the objects that a configuration names, seeded so that the same configuration gives the same weights."""
-    from sltt.training.batches import seed_everything
-
     _refuse_null(config)
     for steps in (config.steps, *(phase.steps for phase in config.phases or ())):
         time_steps(steps or 1)
@@ -273,7 +273,7 @@ def build(parser: "ArgumentParser", config: "Namespace") -> "Namespace":
     return built
 
 
-def _refuse_null(config: "Namespace") -> None:
+def _refuse_null(config: Namespace) -> None:
     """Raise UsageError for a null where an argument of a class takes none: the parser lets it through."""
     for key, value in config.items():
         path, _, name = key.rpartition(".init_args.")
@@ -286,8 +286,6 @@ def _refuse_null(config: "Namespace") -> None:
 
 def _try_optimizer(optimizer: Callable[..., Any]) -> None:
     """Raise UsageError where the optimizer refuses its options, or needs what a training does not give."""
-    import torch
-
     try:
         made = optimizer([torch.zeros(2, 2, requires_grad=True)])
     except Exception as error:

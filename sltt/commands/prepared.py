@@ -30,12 +30,10 @@ class Prepared:
         rule: of the recipe.
         splits: of the data at T.
         repeat: T for static data, else None: the argument `steps` of rules and measurements.
-        device: where it runs.
     """
 
     def __init__(self, built: Any, session: Session, steps: int):
         self._session, self._seed = session, built.seed
-        self.device = session.fabric.device
         session.set_up(built.model)
         self.model: nn.Module = built.model.train()
         groups = parameter_groups(self.model, built.norm_weight_decay, built.norm_bias_lr)

@@ -13,7 +13,6 @@ from sltt.rules import unroll
 from sltt.sequence.padding import target_of
 from sltt.sequence.spikes import observing, spiking_layers
 from sltt.training.checkpoints import start_from
-from sltt.training.settings import OF_TRAINING
 
 FRAME_NEURONS = 2048  # of each layer that are shown
 
@@ -47,7 +46,7 @@ class Sample:
 
 def first_test_sample(run: Path) -> Sample:
     """The first test sample through the network of a run, with the weights that the run selected."""
-    built = Recipe("sltt report", str(run_config(run)), [], OF_TRAINING, of_run=True).build()
+    built = Recipe("sltt report", str(run_config(run)), [], of_run=True).build()
     start_from(built.model, str(run))
     splits = built.data.splits(built.steps)
     x, y = splits.collate([(splits.train if splits.test is None else splits.test)[0]])

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
@@ -20,9 +21,6 @@ from sltt.training.files import write_atomically
 from sltt.training.fit import resume_run, start_run
 from sltt.training.session import Session, session
 from sltt.training.settings import RESUMABLE, Execution, Training
-
-if TYPE_CHECKING:
-    from jsonargparse import Namespace
 
 
 def run(words: Sequence[str]) -> None:
@@ -49,7 +47,7 @@ def run(words: Sequence[str]) -> None:
 
 def _train(
     here: Session,
-    built: "Namespace",
+    built: Namespace,
     continued: Path | None,
     folder: str | None,
     name: str,

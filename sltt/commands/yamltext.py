@@ -3,6 +3,7 @@
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader
 
 MOST_NODES = 10_000  # a recipe has about a hundred
 
@@ -12,8 +13,6 @@ def load(text: str) -> Any:
 
     Raises yaml.YAMLError for a key that stands twice, an alias within itself, aliases or levels without end.
     """
-    from jsonargparse import get_loader
-
     check(text)
     value = get_loader("yaml")(text)
     return None if value == "None" else value  # as jsonargparse hands on the null of an option of a nested class
