@@ -2,17 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from sltt.analysis.advice import Trial, advice, chosen
-from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, agreement, batch_memory, cheaper, propose
-from sltt.commands.parsing import CommandOptions, Recipe, begin, count, mixed_options, numbers, time_steps
+from sltt.analysis.agreement import AGREES, SAVES, Proposal, agreement, batch_memory, cheaper, propose
+from sltt.commands.parsing import CommandOptions, Recipe, count, mixed_options, numbers, time_steps
 from sltt.commands.prepared import prepared
 from sltt.commands.results import give
+from sltt.commands.tables import Row, Table, number
 from sltt.commands.trial import build, contestants, run_trial, train
 from sltt.metrics import name_of
 from sltt.rules import Mixed
@@ -42,9 +42,7 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     """`sltt agreement [RECIPE] [OPTION ...]`: the gradients of SLTT and truncated BPTT beside that of exact BPTT."""
-    name, words = begin(words, "digits")
-    known, overrides = options().parse_known_args(words)
-    recipe = Recipe("sltt agreement", name, overrides)
+    known, recipe = options().parse_recipe(words)
     if known.trial and (metric := name_of(recipe.build().metric)) != "accuracy":
         raise ValueError(f"--trial compares accuracies, and the metric here is {metric}: leave --metric or --trial out")
     rows = measure_agreement(
@@ -58,7 +56,8 @@ def run(words: Sequence[str]) -> None:
         known.trial,
         known.seeds,
     )
-    give(agreement_json(recipe.name, rows), known, "agreement.json", lambda report: print_agreement(rows, report))
+    found = {"recipe": recipe.name, "rows": rows}
+    give(found, known, "agreement.json", lambda report: print_agreement(rows, report))
 
 
 def measure_agreement(
@@ -72,7 +71,7 @@ def measure_agreement(
     trial: int | None = None,
     seeds: int = 2,
 ) -> list[dict[str, Any]]:
-    """Rows of agreement over τ, T and training epochs, and over the windows of truncated BPTT, each with a proposal.
+    """Rows of `agreement.json` over τ, T and training epochs: rules beside BPTT, a proposal, and the advice.
 
     Args:
         recipe: what is measured.
@@ -109,49 +108,59 @@ def measure_agreement(
                 ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
                 rule = chosen(ranked, tried)
                 costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
-            row = {"tau": tau, "steps": T, "epochs": epochs, "agreement": found, "trial": tried, "memory": costs}
             said = f"{advice(ranked, tried, costs, epochs=epochs, samples=samples)}{_of_mixed(rule, mixed)}"
-            row |= {"rule": rule, "proposal": proposal, "advice": said}
-            rows.append(row)
+            rows.append(
+                {
+                    "tau": tau,
+                    "steps": T,
+                    "epochs": epochs,
+                    "agreement": [vars(one) for one in found],
+                    "trial": tried and _trial_json(tried),
+                    "memory": costs,
+                    "rule": rule,
+                    "proposal": proposal and _proposal_json(proposal),
+                    "advice": said,
+                }
+            )
     return rows
 
 
-def print_agreement(rows: Sequence[dict[str, Any]], report: Console) -> None:
-    """A table of all rows, one of the layers of the last, and the advice for each."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("τ", "T", "epochs", "rule", "cosine", "worst", "norm / BPTT", "dropped"):
-        table.add_column(heading, justify="left" if heading == "rule" else "right", overflow="fold")
-    for row in rows:
-        for a in row["agreement"]:
-            tau = "recipe's" if row["tau"] is None else f"{row['tau']:g}"
-            values = f"{a.cosine:.4f}", f"{a.least:.4f}", f"{a.norm_ratio:.3f}", f"{a.dropped:.1%}"
-            table.add_row(tau, str(row["steps"]), str(row["epochs"]), a.rule, *values)
-    report.table(table)
-    last: Agreement = rows[-1]["agreement"][0]
-    layers = Table(box=None, pad_edge=False, title="SLTT by layer, last row", title_justify="left")
-    for heading in ("layer", "cosine", "norm / BPTT"):
-        layers.add_column(heading, justify="left" if heading == "layer" else "right")
-    for name, (cosine, ratio) in last.layers.items():
-        if not math.isnan(cosine):
-            layers.add_row(name or "(model)", f"{cosine:.4f}", f"{ratio:.3f}")
-    report.table(layers)
-    for row in rows:
-        tau = "" if row["tau"] is None else f"τ = {row['tau']:g}, "
-        report.line(f"{tau}T = {row['steps']}, after {row['epochs']} epochs: {row['advice']}")
-
-
-def agreement_json(recipe: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rows and their advice, for scripts."""
-    found = [
+def agreement_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Rows of a table: of each rule, how its gradient is beside that of BPTT."""
+    return [
         {
-            **row,
-            "agreement": [vars(a) for a in row["agreement"]],
-            "trial": row["trial"] and _trial_json(row["trial"]),
-            "proposal": row["proposal"] and _proposal_json(row["proposal"]),
+            "τ": number(row["tau"], "g", none="recipe's"),
+            "T": number(row["steps"]),
+            "epochs": number(row["epochs"]),
+            "rule": one["rule"],
+            "cosine": number(one["cosine"], ".4f"),
+            "worst": number(one.get("least"), ".4f"),  # an earlier version did not say
+            "norm / BPTT": number(one["norm_ratio"], ".3f"),
+            "dropped": number(one["dropped"], ".1%"),
         }
         for row in rows
+        for one in row["agreement"]
     ]
-    return {"recipe": recipe, "rows": found}
+
+
+def where(row: Mapping[str, Any]) -> str:
+    """At which τ, T and epoch the gradients of a row are."""
+    tau = "" if row["tau"] is None else f"τ = {row['tau']:g}, "
+    return f"{tau}T = {row['steps']}, after {row['epochs']} epochs"
+
+
+def print_agreement(rows: Sequence[Mapping[str, Any]], report: Console) -> None:
+    """A table of all rows, one of the layers of the last, and the advice for each."""
+    report.table(Table(agreement_rows(rows)).for_terminal())
+    layers = [
+        {"layer": name or "(model)", "cosine": number(cosine, ".4f"), "norm / BPTT": number(ratio, ".3f")}
+        for name, (cosine, ratio) in rows[-1]["agreement"][0]["layers"].items()
+        if not math.isnan(cosine)
+    ]
+    report.line("SLTT by layer, last row")
+    report.table(Table(layers).for_terminal())
+    for row in rows:
+        report.line(f"{where(row)}: {row['advice']}")
 
 
 def _trial_json(trial: Trial) -> dict[str, Any]:

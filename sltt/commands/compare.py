@@ -4,19 +4,19 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.table import Table
 
 from sltt.analysis import Operations, agreement, count_operations, memory_parts
 from sltt.commands.failures import cause
-from sltt.commands.parsing import RULES, CommandOptions, Recipe, begin, count, refuse_seed
+from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
 from sltt.commands.prepared import prepared, test_score
-from sltt.commands.results import give, rule_of, scores_text
+from sltt.commands.results import give, rule_of, scores_cell
+from sltt.commands.tables import Cell, Row, Table, number
 from sltt.commands.vary import VARY_HELP, as_options, best_of, grid, labelled, values
 from sltt.data import Classes
 from sltt.metrics import higher_is_better, name_of
@@ -47,20 +47,18 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     """`sltt compare [RECIPE] [OPTION ...]`: train every rule with every seed, and print one table."""
-    name, words = begin(words, "digits")
-    known, overrides = options().parse_known_args(words)
-    refuse_seed(overrides)
-    recipe = Recipe("sltt compare", name, overrides)
+    known, recipe = options().parse_recipe(words)
+    refuse_seed(recipe.overrides)
     varied = grid(known.vary)
     known.save = known.save or default_folder("compare", recipe, *(option for option, _ in known.vary))
     asked = known.rules or ([None] if known.vary else RULES)
     each = [Contestant(rule, one) for rule in asked for one in varied]
     for one in each:  # what is wrong with an option or a rule ends this before a training begins
         Training.of(vars(one.build(recipe)))
-    found = compare(each, known.seeds, known.save, recipe, Console(quiet=known.json))
-    metric = recipe.build().metric
-    give(compared_json(recipe, found), known, "compare.json", lambda report: print_compared(found, metric, report))
-    tell_died(found)
+    report = Console(quiet=known.json)
+    found = compared_json(recipe, [compare(one, known.seeds, known.save, recipe, report) for one in each])
+    give(found, known, "compare.json", lambda report: print_compared(found, report))
+    tell_died(found["rows"])
 
 
 def default_folder(command: str, recipe: Recipe, *more: str) -> Path:
@@ -117,39 +115,31 @@ class Compared:
     errors: list[str] = field(default_factory=list)
 
 
-def compare(each: Sequence[Contestant], seeds: int, folder: Path, recipe: Recipe, report: Console) -> list[Compared]:
-    """Train each with every seed, in all phases, and measure; what `folder` has of a run before is not run again.
+def compare(one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: Console) -> Compared:
+    """Train one with every seed, in all phases, and measure; what `folder` has of a run before is not run again.
 
     Args:
-        each: rules and options.
+        one: rule and options.
         seeds: number of seeds, from 0.
         folder: of all runs.
         recipe: what is trained.
         report: shows the progress.
     """
-    found = []
-    for one in each:
-        with session(Execution.of(vars(one.build(recipe)))) as here:
-            found.append(_compared(here, one, seeds, folder, recipe, report))
-    return found
-
-
-def _compared(here: Session, one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: Console) -> Compared:
-    """One of them."""
     compared, seconds = Compared(one.rule or rule_of(recipe.resolved()), one.varied), []
-    for seed in range(seeds):
-        try:
-            built, result = train_one(here, one, seed, folder, recipe, report)
-            compared.scores.append(test_score(here, built))
-            compared.runs.append(result.run.name)
-            compared.validation.append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])
-            seconds += [row["seconds"] for row in result.history]
-            compared.steps = built.steps
-            if compared.operations is None:
-                _measure(compared, here, built)
-        except Exception as error:  # the others still run
-            report.warn(f"{labelled(compared.rule, one.varied)}, seed {seed} died: {cause(error)}")
-            compared.errors.append(f"seed {seed}: {cause(error)}")
+    with session(Execution.of(vars(one.build(recipe)))) as here:
+        for seed in range(seeds):
+            try:
+                built, result = train_one(here, one, seed, folder, recipe, report)
+                compared.scores.append(test_score(here, built))
+                compared.runs.append(result.run.name)
+                compared.validation.append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])
+                seconds += [row["seconds"] for row in result.history]
+                compared.steps = built.steps
+                if compared.operations is None:
+                    _measure(compared, here, built)
+            except Exception as error:  # the others still run
+                report.warn(f"{labelled(compared.rule, one.varied)}, seed {seed} died: {cause(error)}")
+                compared.errors.append(f"seed {seed}: {cause(error)}")
     if seconds:
         compared.seconds = statistics.median(seconds)
     return compared
@@ -207,38 +197,10 @@ def _file_name(label: str) -> str:
     return re.sub("[^A-Za-z0-9.]+", "-", label).strip("-")
 
 
-def tell_died(found: Sequence[Any]) -> None:
+def tell_died(rows: Sequence[Mapping[str, Any]]) -> None:
     """Raise RuntimeError if runs died, with the `rule` and the `errors` of each row."""
-    if died := [f"{one.rule}, {error}" for one in found for error in one.errors]:
+    if died := [f"{row['rule']}, {error}" for row in rows for error in row["errors"]]:
         raise RuntimeError(f"{len(died)} runs died; the same command tries them again: {'; '.join(died)}")
-
-
-def print_compared(found: Sequence[Compared], metric: Callable[..., Any], report: Console) -> None:
-    """A table with a row for each; where options vary, the score on the validation samples too, and the best."""
-    sweep, name = any(one.varied for one in found), name_of(metric)
-    table = Table(box=None, pad_edge=False)
-    headings = ("validation", "test", "s/epoch", "memory") if sweep else (
-        name, "s/epoch", "memory", "mult. fwd", "mult. bwd", "cosine"
-    )  # fmt: skip
-    table.add_column(name if sweep else "rule")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for one in found:
-        label = labelled(one.rule, one.varied)
-        if not one.scores:
-            table.add_row(label, "died")
-            continue
-        assert one.operations is not None
-        costs = f"{one.seconds:.2f}", megabytes(one.peak_memory)
-        products = f"{one.operations.forward:.2e}", f"{one.operations.backward:.2e}", f"{one.cosine:.3f}"
-        scores = scores_text(one.scores, name)
-        table.add_row(
-            label, *((scores_text(one.validation, name), scores, *costs) if sweep else (scores, *costs, *products))
-        )
-    report.table(table)
-    if sweep:
-        rows = [{**vars(one), "rule": labelled(one.rule, one.varied)} for one in found]
-        report.line(best_of(rows, name, higher_is_better(metric)))
 
 
 def compared_json(recipe: Recipe, found: Sequence[Compared]) -> dict[str, Any]:
@@ -250,6 +212,42 @@ def compared_json(recipe: Recipe, found: Sequence[Compared]) -> dict[str, Any]:
         rows = [{**row, "accuracies": row["scores"]} for row in rows]
     metric = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
     return {"recipe": recipe.name, "steps": built.steps, "samples": samples, **metric, "rows": rows}
+
+
+def compared_rows(rows: Sequence[Mapping[str, Any]], metric: str, headings: Mapping[str, str]) -> list[Row]:
+    """Rows of a table, with these headings of what is in `cells`; a rule that died has nothing else."""
+    made = []
+    for row in rows:
+        if not row["scores"] or row["operations"] is None:
+            cells = {**dict.fromkeys(headings, ""), "rule": row["rule"], list(headings)[1]: Cell("died", "")}
+        else:
+            cells = {
+                "rule": row["rule"],
+                "validation": scores_cell(row.get("validation", ()), metric),  # of an earlier version: none
+                "test": scores_cell(row["scores"], metric),
+                "seeds": number(len(row["scores"])),
+                "seconds": number(row["seconds"], ".2f"),
+                "memory": Cell(megabytes(row["peak_memory"]), row["peak_memory"]),
+                "forward": number(row["operations"]["forward"], ".2e"),
+                "backward": number(row["operations"]["backward"], ".2e"),
+                "cosine": number(row["cosine"], ".3f"),
+            }
+        made.append({heading: cells[key] for key, heading in headings.items()})
+    return made
+
+
+def print_compared(found: Mapping[str, Any], report: Console) -> None:
+    """A table with a row for each; where options vary, the score on the validation samples too, and the best."""
+    name, costs = found["metric"], {"seconds": "s/epoch", "memory": "memory"}
+    rows = [{**row, "rule": labelled(row["rule"], row["varied"])} for row in found["rows"]]
+    if any(row["varied"] for row in rows):
+        headings = {"rule": name, "validation": "validation", "test": "test", **costs}
+        report.table(Table(compared_rows(rows, name, headings)).for_terminal())
+        report.line(best_of(rows, name, found["higher_is_better"]))
+    else:
+        products = {"forward": "mult. fwd", "backward": "mult. bwd", "cosine": "cosine"}
+        headings = {"rule": "rule", "test": name, **costs, **products}
+        report.table(Table(compared_rows(rows, name, headings)).for_terminal())
 
 
 def _measure(compared: Compared, here: Session, built: Any) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from sltt.commands.parsing import CommandOptions
+from sltt.commands.tables import Table
+from sltt.training.console import Console
 
 # package, what it is for
 OPTIONAL = (
@@ -32,7 +32,8 @@ def options() -> CommandOptions:
 def run(words: Sequence[str]) -> None:
     """`sltt doctor`."""
     options().parse_args(words)
-    print_findings()
+    rows = [{"what": what, "here": here, "remark": remark} for what, here, remark in findings()]
+    Console().table(Table(rows).for_terminal())
 
 
 def findings() -> list[tuple[str, str, str]]:
@@ -48,16 +49,6 @@ def findings() -> list[tuple[str, str, str]]:
         _half_precision(),
         *((name, _version(name) or "not installed", f"optional: for {use}") for name, use in OPTIONAL),
     ]
-
-
-def print_findings() -> None:
-    """Print the findings as a table."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("what", "here", "remark"):
-        table.add_column(heading, overflow="fold")
-    for row in findings():
-        table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)  # [events] is no style
 
 
 def _device() -> tuple[str, str, str]:

@@ -96,7 +96,7 @@ def stacked_bars(parts: Mapping[str, Sequence[float]], rows: Sequence[str], x: s
         rows: labels of the rows.
         x: label of the axis.
     """
-    figure, axes = _figure(1.4 + 0.35 * len(rows))
+    figure, axes = _figure(0.9 + 0.5 * (len(parts) > 1) + 0.35 * len(rows))  # a legend takes half an inch
     left = np.zeros(len(rows))
     colours = palette(parts)
     for label, lengths in parts.items():
@@ -109,19 +109,13 @@ def stacked_bars(parts: Mapping[str, Sequence[float]], rows: Sequence[str], x: s
     return figure
 
 
-@rc_context(STYLE)
 def bars(values: Mapping[str, float], x: str) -> Figure:
     """A horizontal bar for each label."""
-    figure, axes = _figure(0.9 + 0.32 * len(values))
-    axes.barh(range(len(values)), list(values.values()), color=COLOURS[0], height=0.7)
-    axes.set_yticks(range(len(values)), list(values))
-    axes.invert_yaxis()
-    axes.set(xlabel=x)
-    return figure
+    return stacked_bars({"": list(values.values())}, list(values), x)
 
 
 @rc_context(STYLE)
-def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], x: str) -> Figure:
+def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str]) -> Figure:
     """A field for each row and column, with its value; from 0 to 1."""
     figure, axes = _figure(1.3 + 0.36 * len(rows))
     mesh = axes.pcolormesh(np.asarray(values, dtype=float), vmin=0, vmax=1, cmap="viridis", edgecolors="face")
@@ -132,7 +126,6 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Se
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
     axes.invert_yaxis()
-    axes.set(xlabel=x)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02)

@@ -2,20 +2,20 @@
 
 import itertools
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from sltt.analysis.fewshot import FewShot, chance, draw_shots, embeddings, incremental, prototypes, session_sizes
 from sltt.commands.compare import Contestant, default_folder, tell_died, train_one
 from sltt.commands.failures import cause
-from sltt.commands.parsing import CommandOptions, Recipe, begin, count, numbers, refuse_seed
-from sltt.commands.results import give
+from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, refuse_seed
+from sltt.commands.results import give, scores_text
+from sltt.commands.tables import Cell, Row, Table, number
 from sltt.data import Classes, Splits
 from sltt.data.classes import class_labels
 from sltt.metrics import name_of
@@ -50,18 +50,18 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     """`sltt fscil RECIPE --base N [OPTION ...]`: train every rule with every seed, and print accuracy by session."""
-    name, words = begin(words, "fscil-digits")
-    known, overrides = options().parse_known_args(words)
-    refuse_seed(overrides)
-    recipe = Recipe("sltt fscil", name, overrides)
+    known, recipe = options().parse_recipe(words, "fscil-digits")
+    refuse_seed(recipe.overrides)
     known.save = known.save or default_folder("fscil", recipe, f"base {known.base}", f"order {known.order}")
     for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
         if (name := name_of(recipe.build(rule=rule).metric)) != "accuracy":
             raise ValueError(f"sltt fscil compares accuracies, and the metric here is {name}: leave --metric out")
     task = Task.of(recipe, known.base, known.way, known.shot, known.sessions, known.order)
-    found = few_shots(task, known.rules, known.seeds, known.save, Console(quiet=known.json))
-    give(fewshot_json(task, found), known, "fscil.json", lambda report: print_few_shots(task, found, report))
-    tell_died(found)
+    rows = few_shots(task, known.rules, known.seeds, known.save, Console(quiet=known.json))
+    about = {"recipe": recipe.name, "sizes": task.sizes, "shot": task.shot, "order": task.order}
+    found = {**about, "samples": task.data.sizes["test"], "rows": rows}
+    give(found, known, "fscil.json", lambda report: print_few_shots(found, report))
+    tell_died(rows)
 
 
 @dataclass
@@ -113,35 +113,30 @@ class Task:
         return seen + draw_shots(labels, range(base, len(self.order)), self.shot, seed)
 
 
-@dataclass
-class FewShots:
-    """One rule, or a baseline, over its seeds; `errors` are of the seeds that died."""
-
-    rule: str
-    found: list[FewShot] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-    def score(self, name: str) -> list[float]:
-        """One of `SCORES`, for each seed."""
-        return [getattr(one, name) for one in self.found]
-
-
-def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report: Console) -> list[FewShots]:
-    """Train every rule with every seed on the base classes, and classify; then the baselines."""
+def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report: Console) -> list[dict[str, Any]]:
+    """Train every rule with every seed on the base classes, and classify; then the baselines: rows of `fscil.json`."""
     recipe, rows = task.recipe, []
     with session(Execution.of(vars(recipe.build()))) as here:
         for rule in rules:
-            rows.append(row := FewShots(rule))
+            found: list[FewShot] = []
+            errors: list[str] = []
             for seed in range(seeds):
                 try:
                     classes = task.order[: task.sizes[0]]
                     built, _ = train_one(here, Contestant(rule), seed, folder, recipe, report, classes)
-                    row.found.append(_classified(here, task, seed, built))
+                    found.append(_classified(here, task, seed, built))
                 except Exception as error:  # the others still run
                     report.warn(f"{rule}, seed {seed} died: {cause(error)}")
-                    row.errors.append(f"seed {seed}: {cause(error)}")
+                    errors.append(f"seed {seed}: {cause(error)}")
+            rows.append(_row(rule, found, errors))
         pixels = [_classified(here, task, seed, recipe.build(), pixels=True) for seed in range(seeds)]
-    return [*rows, FewShots(PIXELS, pixels), FewShots(CHANCE, [chance(task.sizes)])]
+    return [*rows, _row(PIXELS, pixels), _row(CHANCE, [chance(task.sizes)])]
+
+
+def _row(rule: str, found: Sequence[FewShot], errors: Sequence[str] = ()) -> dict[str, Any]:
+    """A list over seeds of the accuracies after each session, and of each score; errors are of the seeds that died."""
+    scores = {name: [getattr(one, name) for one in found] for name in SCORES}
+    return {"rule": rule, "accuracies": [one.accuracies for one in found], **scores, "errors": list(errors)}
 
 
 def _classified(here: Session, task: Task, seed: int, built: Any, pixels: bool = False) -> FewShot:
@@ -165,48 +160,35 @@ def _classified(here: Session, task: Task, seed: int, built: Any, pixels: bool =
     return incremental(known, *read(task.data.test), task.sizes)
 
 
-def print_few_shots(task: Task, found: Sequence[FewShots], report: Console) -> None:
-    """The scores of each rule, and its accuracy after each session."""
-    sizes = task.sizes
-    new = f"{len(sizes) - 1} × {sizes[1]} new ones of {task.shot} samples"
-    report.line(f"{sizes[0]} base classes, {new}")
-    report.line("accuracy in %, mean ± standard deviation over seeds")
-    scores, sessions = Table(box=None, pad_edge=False), Table(box=None, pad_edge=False)
-    for table, headings in ((scores, SCORES.values()), (sessions, map(str, itertools.accumulate(sizes)))):
-        table.add_column("rule" if table is scores else "classes seen")
-        for heading in headings:
-            table.add_column(heading, justify="right")
-    for row in found:
-        if row.found:
-            scores.add_row(row.rule, *(percent(row.score(name)) for name in SCORES))
-            sessions.add_row(row.rule, *(f"{value:.1%}".rstrip("%") for value in row_means(row)))
+def score_rows(
+    rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], text: Callable[[Sequence[float]], str]
+) -> list[Row]:
+    """Rows of a table with the headings of `SCORES`, and scores over seeds as `text`."""
+    made: list[Row] = []
+    for row in rows:
+        if row["accuracies"]:
+            cells = {heading: Cell(text(row[name]), statistics.mean(row[name])) for name, heading in headings.items()}
         else:
-            scores.add_row(row.rule, "died")
-    report.table(scores)
-    report.table(sessions)
+            cells = {next(iter(headings.values())): Cell("died", "")}
+        made.append({"rule": row["rule"], **cells})
+    return made
+
+
+def print_few_shots(found: Mapping[str, Any], report: Console) -> None:
+    """The scores of each rule, and its accuracy after each session."""
+    base, *sessions = found["sizes"]
+    report.line(f"{base} base classes, {len(sessions)} × {sessions[0]} new ones of {found['shot']} samples")
+    report.line("accuracy in %, mean ± standard deviation over seeds")
+    report.table(Table(score_rows(found["rows"], SCORES, percent)).for_terminal())
+    seen = list(map(str, itertools.accumulate(found["sizes"])))
+    rows = []
+    for row in found["rows"]:
+        if row["accuracies"]:
+            means = (number(100 * statistics.mean(several), ".1f") for several in zip(*row["accuracies"], strict=True))
+            rows.append({"classes seen": row["rule"], **dict(zip(seen, means, strict=True))})
+    report.table(Table(rows).for_terminal())
 
 
 def percent(values: Sequence[float]) -> str:
     """Mean ± standard deviation over seeds, in %."""
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
-
-
-def row_means(row: FewShots) -> list[float]:
-    """The mean over seeds of the accuracy after each session."""
-    return [statistics.mean(several) for several in zip(*(one.accuracies for one in row.found), strict=True)]
-
-
-def fewshot_json(task: Task, found: Sequence[FewShots]) -> dict[str, Any]:
-    """The rows, for scripts: a list over seeds of each score, and of the accuracies after each session."""
-    rows = [
-        {
-            "rule": row.rule,
-            "accuracies": [one.accuracies for one in row.found],
-            **{name: row.score(name) for name in SCORES},
-            "errors": row.errors,
-        }
-        for row in found
-    ]
-    given = {"sizes": task.sizes, "shot": task.shot, "order": task.order}
-    return {"recipe": task.recipe.name, **given, "samples": task.data.sizes["test"], "rows": rows}
+    return scores_text(values).replace("%", "")

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.table import Table
-
 from sltt.analysis.rates import FALLS, RateTest, find_learning_rate
-from sltt.commands.parsing import CommandOptions, Recipe, begin, count
+from sltt.commands.parsing import CommandOptions, count
 from sltt.commands.prepared import prepared
 from sltt.commands.results import give
+from sltt.commands.tables import Table, number
 from sltt.training.checkpoints import start_from
 from sltt.training.console import Console
 from sltt.training.session import session
@@ -36,9 +35,7 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     """`sltt lr [RECIPE] [OPTION ...]`: a range test of the learning rate."""
-    name, words = begin(words, "digits")
-    known, overrides = options().parse_known_args(words)
-    recipe = Recipe("sltt lr", name, overrides)
+    known, recipe = options().parse_recipe(words)
     built = recipe.build()
     # the phases that have a rate of their own take no other
     stage = next((one for one in Training.of(vars(built)).stages if one.lr is None), None)
@@ -68,14 +65,11 @@ def run(words: Sequence[str]) -> None:
 
 
 def _print(found: RateTest, report: Console) -> None:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("learning rate", "loss"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
-    last, top = len(found.rates) - 1, max(found.losses)
+    last, top, rows = len(found.rates) - 1, max(found.losses), []
     for i in sorted({round(n * last / (SHOWN - 1)) for n in range(SHOWN)}):
-        table.add_row(f"{found.rates[i]:.2g}", f"{found.losses[i]:.4f}", "█" * round(30 * found.losses[i] / top))
-    report.table(table)
+        rate, loss = number(found.rates[i], ".2g"), number(found.losses[i], ".4f")
+        rows.append({"learning rate": rate, "loss": loss, "": "█" * round(30 * found.losses[i] / top)})
+    report.table(Table(rows).for_terminal())
     report.line(advice(vars(found)))
 
 

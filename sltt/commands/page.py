@@ -1,8 +1,5 @@
 """The page of `sltt report`: one file, which needs no network, from the parts that `sltt.commands.sections` makes."""
 
-import base64
-import csv
-import io
 import re
 import time
 from collections.abc import Sequence
@@ -10,20 +7,17 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from sltt import __version__
+from sltt.commands import figures
 from sltt.commands.results import Gathered
+from sltt.commands.tables import Table
 from sltt.training.files import write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-class Cell(NamedTuple):
-    """What a cell of a table shows, and what it is sorted by and has in the CSV."""
-
-    text: str
-    value: Any
 
 
 @dataclass
@@ -32,41 +26,12 @@ class Chart:
 
     name: str
     title: str
-    figure: "Figure"
+    figure: Figure
 
     @property
     def svg(self) -> str:
         """For the page."""
-        from sltt.commands import figures
-
         return figures.svg(self.figure, escape(self.title, quote=True))
-
-
-@dataclass
-class TableOfCells:
-    """A table with the name of its file and its caption."""
-
-    name: str
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-
-    def csv(self) -> str:
-        """The values of the cells, with the headings above."""
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(self.headings)
-        writer.writerows([cell.value for cell in row] for row in self.rows)
-        return text.getvalue()
-
-    def kind(self, column: int) -> str:
-        """How a column's cells are aligned: text, or number."""
-        return "text" if all(isinstance(row[column].value, str) for row in self.rows) else "number"
-
-    @property
-    def link(self) -> str:
-        """The CSV as an address that needs no file."""
-        return "data:text/csv;base64," + base64.b64encode(self.csv().encode()).decode()
 
 
 @dataclass
@@ -75,7 +40,7 @@ class Section:
 
     title: str
     text: list[str] = field(default_factory=list)
-    tables: list[TableOfCells] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     film: str | None = None
@@ -83,11 +48,6 @@ class Section:
 
 def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
     """Write `report.html`, and beside it figures as PNG and SVG and tables as CSV; return the path of the page."""
-    from jinja2 import Environment
-
-    from sltt import __version__
-    from sltt.commands import figures
-
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / "data").mkdir(exist_ok=True)
     for section in parts:
@@ -112,8 +72,6 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _options(text: str) -> Any:
+def _options(text: str) -> Markup:
     """A text as HTML, its options such as --seeds 3 as code: a browser breaks a line behind dashes."""
-    from markupsafe import Markup
-
     return Markup(re.sub(r"--[a-z_.]+( \d+)?", r"<code>\g<0></code>", escape(text)))

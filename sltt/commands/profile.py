@@ -1,19 +1,14 @@
 """What `sltt profile` does: memory, time, operations and energy of a recipe under several rules, and what fits."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-from rich.table import Table
 
 from sltt.analysis import (
     LayerOperations,
-    LayerPath,
     Memory,
-    Operations,
     PeakModel,
-    Seconds,
     available_memory,
     count_operations,
     firing_rates,
@@ -26,9 +21,11 @@ from sltt.analysis import (
 )
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
 from sltt.commands.failures import cause
-from sltt.commands.parsing import CommandOptions, Recipe, begin, count, numbers, time_steps, unfolded
+from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, time_steps, unfolded
 from sltt.commands.prepared import Prepared, prepared
 from sltt.commands.results import give
+from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
+from sltt.commands.verdict import batch_memory
 from sltt.rules import Truncated
 from sltt.rules.folding import largest_fold
 from sltt.training.checkpoints import start_from
@@ -63,40 +60,10 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     """`sltt profile [RECIPE] [OPTION ...]`: memory, seconds, operations and energy, and what fits a budget."""
-    name, words = begin(words, "digits")
-    known, overrides = options().parse_known_args(words)
-    recipe = Recipe("sltt profile", name, overrides)
+    known, recipe = options().parse_recipe(words)
     report = Console(quiet=known.json)
     found = profile(recipe, known.rules, known.steps, known.repeats, known.budget, report)
-    give(found.as_dict(), known, "profile.json", lambda report: print_profile(found, report))
-
-
-@dataclass
-class Cost:
-    """One rule with one T: the iteration's memory and seconds, and the multiplications of its batch."""
-
-    rule: str
-    steps: int
-    memory: Memory
-    seconds: Seconds
-    operations: Operations
-
-
-@dataclass
-class LayerCost:
-    """A layer in the inference of one sample: a convolution or linear layer, or a layer of neurons.
-
-    Attributes:
-        name: of the layer in the model.
-        operations: of a convolution or linear layer.
-        firing_rate: of a layer of neurons.
-        spikes: of a layer of neurons, in all time steps of a sample.
-    """
-
-    name: str
-    operations: LayerOperations | None = None
-    firing_rate: float | None = None
-    spikes: float | None = None
+    give(found, known, "profile.json", lambda report: print_profile(found, report))
 
 
 @dataclass
@@ -122,45 +89,6 @@ class Fits:
     measured: int | None = None
 
 
-@dataclass
-class Profile:
-    """All that was measured.
-
-    Attributes:
-        recipe: its name.
-        device: where.
-        batch: samples in an iteration.
-        trained: the layers are measured with weights of a run, in evaluation mode; else with random weights, in
-            training mode, since the statistics of a BatchNorm are not there yet.
-        costs: a row for each rule and T.
-        layers: of the largest T, in the order of the model.
-        paths: of a training batch of the largest T: which layers run sparse, and what that saves.
-        fits: a row for each rule, if there is a budget.
-    """
-
-    recipe: str
-    device: str
-    batch: int
-    trained: bool
-    costs: list[Cost] = field(default_factory=list)
-    layers: list[LayerCost] = field(default_factory=list)
-    paths: list[LayerPath] = field(default_factory=list)
-    fits: list[Fits] = field(default_factory=list)
-
-    def picojoules(self) -> tuple[float, float]:
-        """The estimated energy of one sample's inference, and that of the same network as an ANN."""
-        layers = [layer.operations for layer in self.layers if layer.operations is not None]
-        return sum(one.picojoules for one in layers), sum(one.picojoules_as_ann for one in layers)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        spiking, ann = self.picojoules()
-        costs = [{**asdict(one), "operations": one.operations._asdict()} for one in self.costs]
-        for row, one in zip(costs, self.costs, strict=True):
-            row["memory"]["total"], row["seconds"]["total"] = one.memory.total, one.seconds.total
-        return {**asdict(self), "costs": costs, "picojoules": spiking, "picojoules_as_ann": ann}
-
-
 def profile(
     recipe: Recipe,
     rules: Sequence[str],
@@ -168,7 +96,7 @@ def profile(
     repeats: int,
     budget: int | None,
     report: Console,
-) -> Profile:
+) -> dict[str, Any]:
     """Measure a recipe.
 
     Args:
@@ -178,107 +106,141 @@ def profile(
         repeats: iterations that are timed, for each rule and T.
         budget: bytes; None asks for nothing.
         report: shows the progress.
+
+    Returns:
+        What `profile.json` has: recipe and device, and
+
+        * batch: samples in an iteration.
+        * trained: the layers are measured with weights of a run, in evaluation mode; else with random weights, in
+          training mode, since the statistics of a BatchNorm are not there yet.
+        * costs: for each rule and T the memory and seconds of an iteration, and the multiplications of its batch.
+        * layers: of the largest T, in the order of the model: operations in the inference of one sample, of a
+          convolution or linear layer; firing rate, and spikes in all time steps, of a layer of neurons.
+        * paths: of a training batch of the largest T: which layers run sparse, and what that saves.
+        * fits: `Fits` of each rule, if there is a budget.
+        * picojoules, picojoules_as_ann: of one sample's inference, and of the same network as an ANN.
     """
     own = recipe.build()
     steps = steps or [own.steps]
+    costs, fits = [], []
     with session(Execution.of(vars(own))) as here:
-        found = Profile(recipe.name, str(here.fabric.device), own.batch_size, own.weights is not None)
         for T, rule in itertools.product(steps, rules):
             report.line(f"{rule}, T = {T}")
-            found.costs.append(_cost(here, recipe, rule, T, found.batch, repeats))
-        found.layers, found.paths = _layers(here, own, max(steps), found.batch)
+            costs.append(_cost(here, recipe, rule, T, own.batch_size, repeats))
+        layers = _layers(here, own, max(steps), own.batch_size)
         for rule in rules if budget else ():
             report.line(f"{rule}: what fits")
             try:
-                found.fits.append(_fits(here, recipe, rule, own.steps, found.batch, budget or 0))
+                fits.append(vars(_fits(here, recipe, rule, own.steps, own.batch_size, budget or 0)))
             except ValueError as error:  # data that takes no other T, say: what was measured before is there
                 report.warn(f"{rule}: what fits cannot be measured: {cause(error)}")
-    return found
+        about = {"recipe": recipe.name, "device": str(here.fabric.device)}
+    about |= {"batch": own.batch_size, "trained": own.weights is not None}
+    operations = [LayerOperations(**one["operations"]) for one in layers["layers"] if one["operations"]]
+    energy = {
+        "picojoules": sum(one.picojoules for one in operations),
+        "picojoules_as_ann": sum(one.picojoules_as_ann for one in operations),
+    }
+    return {**about, "costs": costs, **layers, "fits": fits, **energy}
 
 
-def print_profile(found: Profile, report: Console) -> None:
+def print_profile(found: Mapping[str, Any], report: Console) -> None:
     """Tables of all that was measured."""
-    memory = _table("rule", "T", "memory", "states", "saved", "rest", "weights", "grads", "optim", "input", "all")
-    seconds = _table("rule", "T", "total", "data", "forward", "backward", "step", "mult. fwd", "mult. bwd")
-    for one in found.costs:
-        parts = one.memory
-        before = parts.parameters, parts.gradients, parts.optimizer, parts.input
-        sizes = parts.batch, parts.states, parts.saved, parts.rest, *before, parts.total
-        memory.add_row(one.rule, str(one.steps), *(f"{size / 1e6:.2f}" for size in sizes))
-        times = one.seconds.total, *vars(one.seconds).values()
-        seconds.add_row(one.rule, str(one.steps), *(f"{t:.3f}" for t in times), *(f"{n:.2e}" for n in one.operations))
-    layers = _table("layer", "MAC a step", "activity", "synaptic op.", "firing rate", "spikes")
-    for layer in found.layers:
-        if one := layer.operations:
-            kind = "" if one.spiking else " MAC"
-            cells = f"{one.macs:,}", f"{one.density:.1%}", f"{one.synaptic_operations:,.0f}{kind}", "", ""
-        else:
-            cells = "", "", "", f"{layer.firing_rate:.3f}", f"{layer.spikes:,.0f}"
-        layers.add_row(layer.name, *cells)
-    network = "with the weights given" if found.trained else "untrained; --weights RUN takes those of a run"
-    for title, table in (
+    memory, seconds, layers = [], [], []
+    for one in found["costs"]:
+        label, parts = {"rule": one["rule"], "T": number(one["steps"])}, one["memory"]
+        shares = {"memory": batch_memory(parts), **{name: parts[name] for name in ("states", "saved", "rest")}}
+        shares |= {"weights": parts["parameters"], "grads": parts["gradients"], "optim": parts["optimizer"]}
+        shares |= {"input": parts["input"], "all": parts["total"]}
+        memory.append({**label, **{name: number(share / 1e6, ".2f") for name, share in shares.items()}})
+        seconds.append({**label, "total": number(one["seconds"]["total"], ".3f"), **phase_cells(one)})
+    for layer in found["layers"]:
+        macs, activity, operations, _, *spikes = layer_cells(layer)
+        row = {"layer": layer["name"], "MAC a step": macs, "activity": activity, "synaptic op.": operations}
+        layers.append({**row, **dict(zip(("firing rate", "spikes"), spikes, strict=True))})
+    most = max(one["steps"] for one in found["costs"])
+    network = "with the weights given" if found["trained"] else "untrained; --weights RUN takes those of a run"
+    for title, rows in (
         (
-            f"memory of a batch of {found.batch} above what is there before it: states + saved + rest;\n"
-            f"all that is allocated at the peak; in MB, on {found.device}",
+            f"memory of a batch of {found['batch']} above what is there before it: states + saved + rest;\n"
+            f"all that is allocated at the peak; in MB, on {found['device']}",
             memory,
         ),
         ("seconds of an iteration, and multiplications of its batch", seconds),
-        (f"one sample, T = {found.costs[-1].steps}, {network}", layers),
+        (f"one sample, T = {most}, {network}", layers),
         (
-            f"a training batch of {found.batch}: layers on active inputs only (sparse), or dense\n"
+            f"a training batch of {found['batch']}: layers on active inputs only (sparse), or dense\n"
             "saved: estimate for one thread; convolutions need --channels_last true",
-            _paths(found.paths),
+            _path_rows(found["paths"]),
         ),
     ):
         report.line(title)
-        report.table(table)
+        report.table(Table(rows).for_terminal())
         report.line("")
-    spiking, ann = found.picojoules()
     report.line(
-        f"energy of one sample, estimated: {spiking / 1e6:.3g} µJ; the same network as an ANN: {ann / 1e6:.3g} µJ\n"
-        f"(45 nm, 32 bits: {PICOJOULES_MULTIPLY_ACCUMULATE} pJ a multiply-accumulate, {PICOJOULES_ACCUMULATE} pJ an "
-        "accumulate)"
+        f"energy of one sample, estimated: {found['picojoules'] / 1e6:.3g} µJ; the same network as an ANN: "
+        f"{found['picojoules_as_ann'] / 1e6:.3g} µJ\n(45 nm, 32 bits: {PICOJOULES_MULTIPLY_ACCUMULATE} pJ a "
+        f"multiply-accumulate, {PICOJOULES_ACCUMULATE} pJ an accumulate)"
     )
-    if found.fits:
-        report.line("")
-        _print_fits(found.fits, report)
+    if fits := found["fits"]:
+        report.line(f"\nwhat fits {megabytes(fits[0]['budget'])}, the rest as in the recipe; and a run with that batch")
+        report.table(Table(fits_rows(fits)).for_terminal())
 
 
-def _paths(paths: Sequence[LayerPath]) -> Table:
-    table = _table("layer", "inputs ≠ 0", "forward", "weight gradient", "saved, ms", "share saved")
+def phase_cells(cost: Mapping[str, Any]) -> dict[str, Cell]:
+    """The seconds of an iteration by phases, and its multiplications."""
+    seconds = {phase: number(cost["seconds"][phase], ".3f") for phase in ("data", "forward", "backward", "step")}
+    products = {"mult. fwd": cost["operations"]["forward"], "mult. bwd": cost["operations"]["backward"]}
+    return {**seconds, **{heading: number(count, ".2e") for heading, count in products.items()}}
+
+
+def layer_cells(layer: Mapping[str, Any]) -> list[Cell]:
+    """Multiply-accumulates a step, activity, synaptic operations and nJ; of neurons the firing rate and spikes."""
+    if layer["operations"] is None:
+        return [Cell("", "")] * 4 + [number(layer["firing_rate"], ".3f"), number(layer["spikes"], ",.0f")]
+    one = LayerOperations(**layer["operations"])
+    operations = Cell(f"{one.synaptic_operations:,.0f}{'' if one.spiking else ' MAC'}", one.synaptic_operations)
+    cells = [number(one.macs, ","), number(one.density, ".1%"), operations, number(one.picojoules / 1e3, ",.1f")]
+    return cells + [Cell("", "")] * 2
+
+
+def fits_rows(fits: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Rows of a table: what fits under each rule, and the run that checks it."""
+    return [
+        {
+            "rule": one["rule"],
+            "batch": number(one["batch"], ",", none="no limit"),
+            "T": number(one["steps"], ",", none="no limit"),
+            "fold": number(one["fold"], ","),
+            "predicted": bytes_cell(one["predicted"]),
+            "measured": bytes_cell(one["measured"]) if one["measured"] else "not run",
+            "error": number(one["predicted"] / one["measured"] - 1, "+.1%") if one["measured"] else "",
+        }
+        for one in fits
+    ]
+
+
+def _path_rows(paths: Sequence[Mapping[str, Any]]) -> list[Row]:
+    rows: list[Row] = []
     for one in paths:
-        ways = (_way(sparse, one.calls) for sparse in (one.sparse_forward, one.sparse_gradient))
-        share = f"{one.saved_seconds / one.dense_seconds:.0%}" if one.dense_seconds else ""
-        saved = f"{1e3 * one.saved_seconds:.1f}" if one.dense_seconds else ""
-        table.add_row(one.name, f"{one.density:.1%}", *ways, saved, share)
-    if saved := sum(one.saved_seconds for one in paths):
-        table.add_row("all", "", "", "", f"{1e3 * saved:.1f}", "")
-    return table
-
-
-def _way(sparse: int, calls: int) -> str:
-    return f"sparse in {sparse} of {calls}" if 0 < sparse < calls else "sparse" if sparse else "dense"
-
-
-def _print_fits(fits: Sequence[Fits], report: Console) -> None:
-    table = _table("rule", "batch", "T", "fold", "predicted", "measured", "error")
-    for one in fits:
-        batch, steps = ("no limit" if most is None else f"{most:,}" for most in (one.batch, one.steps))
-        checked = "not run", ""
-        if one.measured is not None:
-            checked = megabytes(one.measured), f"{one.predicted / one.measured - 1:+.1%}"
-        table.add_row(
-            one.rule, batch, steps, "–" if one.fold is None else str(one.fold), megabytes(one.predicted), *checked
+        share = one["saved_seconds"] / one["dense_seconds"] if one["dense_seconds"] else None
+        rows.append(
+            {
+                "layer": one["name"],
+                "inputs ≠ 0": number(one["density"], ".1%"),
+                "forward": _way(one["sparse_forward"], one["calls"]),
+                "weight gradient": _way(one["sparse_gradient"], one["calls"]),
+                "saved, ms": "" if share is None else number(1e3 * one["saved_seconds"], ".1f"),
+                "share saved": number(share, ".0%", none=""),
+            }
         )
-    report.line(f"what fits {megabytes(fits[0].budget)}, the rest as in the recipe; and a run with that batch")
-    report.table(table)
+    if saved := sum(one["saved_seconds"] for one in paths):
+        rows.append({"layer": "all", "saved, ms": number(1e3 * saved, ".1f")})
+    return rows
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("rule", "layer") else "right")
-    return table
+def _way(sparse: int, calls: int) -> Cell:
+    return Cell(f"sparse in {sparse} of {calls}" if 0 < sparse < calls else "sparse" if sparse else "dense", sparse)
 
 
 def _built(recipe: Recipe, rule: str, *options: str) -> Any:
@@ -296,7 +258,7 @@ def _memory(ready: Prepared, size: int) -> Memory:
     return memory_parts(ready.model, x, y, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat)
 
 
-def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> Cost:
+def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> dict[str, Any]:
     with prepared(here, _built(recipe, rule), steps) as ready:
         memory = _memory(ready, batch)
         timed = itertools.islice(ready.batches(batch), repeats + WARMUP)
@@ -304,21 +266,32 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
             ready.model, timed, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat, warmup=WARMUP
         )
         operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
-    return Cost(rule, steps, memory, seconds, operations)
+    parts = {"memory": {**vars(memory), "total": memory.total}, "seconds": {**vars(seconds), "total": seconds.total}}
+    return {"rule": rule, "steps": steps, **parts, "operations": operations._asdict()}
 
 
-def _layers(here: Session, built: Any, steps: int, batch: int) -> tuple[list[LayerCost], list[LayerPath]]:
+def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:
+    """`layers` and `paths` of a profile."""
     start_from(built.model, built.weights)
     with prepared(here, built, steps) as ready:
         x, _ = ready.batch(batch)
         model = ready.model.train(built.weights is None)
         with firing_rates(model) as rates:
-            operations = {one.name: one for one in synaptic_operations(model, x, steps=ready.repeat)}
-        paths = layer_paths(model, x, steps=ready.repeat)
+            operations = {one.name: vars(one) for one in synaptic_operations(model, x, steps=ready.repeat)}
+        paths = [vars(one) for one in layer_paths(model, x, steps=ready.repeat)]
     spikes = {name: spikes / batch for name, (spikes, _) in rates.state_dict().items()}
     by_layer = rates.by_layer()
-    names = [name for name, _ in model.named_modules() if name in operations or name in by_layer]
-    return [LayerCost(name, operations.get(name), by_layer.get(name), spikes.get(name)) for name in names], paths
+    layers = [
+        {
+            "name": name,
+            "operations": operations.get(name),
+            "firing_rate": by_layer.get(name),
+            "spikes": spikes.get(name),
+        }
+        for name, _ in model.named_modules()
+        if name in operations or name in by_layer
+    ]
+    return {"layers": layers, "paths": paths}
 
 
 def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> Fits:

@@ -25,12 +25,12 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     """`sltt report FOLDER ...`: one page of what the commands measured and of runs."""
-    from sltt.commands.page import write
-    from sltt.commands.sections import sections
-
     known = options().parse_args(words)
     found = gather(known.folders)
     try:
+        from sltt.commands.page import write
+        from sltt.commands.sections import sections
+
         page = write(sections(found), found, known.out or known.folders[0] / "report")
     except ModuleNotFoundError as error:
         raise RuntimeError(f"the report needs {error.name}: pip install 'sltt[report]'") from error

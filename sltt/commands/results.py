@@ -13,6 +13,7 @@ import yaml
 
 from sltt.commands.hints import locate
 from sltt.commands.parsing import rule_options
+from sltt.commands.tables import Cell
 from sltt.commands.vary import labelled
 from sltt.metrics import Accuracy, finite, improves, is_share
 from sltt.training.console import Console, as_json
@@ -41,6 +42,12 @@ def scores_text(scores: Sequence[float | None], metric: str = "accuracy") -> str
     form = ".1%" if is_share(metric) else ".3g"
     spread = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
     return f"{statistics.mean(known):{form}}{spread}" if known else "–"
+
+
+def scores_cell(scores: Sequence[float | None], metric: str = "accuracy") -> Cell:
+    """The same as a cell of a table, which is sorted by the mean."""
+    known = finite(scores)
+    return Cell(scores_text(scores, metric), statistics.mean(known) if known else "")
 
 
 @dataclass

@@ -9,10 +9,9 @@ import yaml
 
 from sltt.commands import main
 from sltt.commands.results import best_epoch, gather
-from sltt.commands.sections import sections
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+sections = pytest.importorskip("sltt.commands.sections", reason="the report needs matplotlib").sections
 SMALL = ["--model.width", "2", "--device", "cpu"]
 
 

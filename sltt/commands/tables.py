@@ -1,0 +1,75 @@
+"""A table of what a command found: for the terminal, for the page of `sltt report`, and as CSV."""
+
+import base64
+import csv
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import rich.table
+
+from sltt.training.console import megabytes
+
+
+class Cell(NamedTuple):
+    """What a cell of a table shows, and what it is sorted by and has in the CSV."""
+
+    text: str
+    value: Any
+
+
+Row = Mapping[str, Cell | str]
+
+
+def number(value: float | None, form: str = "", none: str = "–") -> Cell:
+    """A number in a format; another text where there is none."""
+    return Cell(none if value is None else format(value, form), value)
+
+
+def bytes_cell(nbytes: int, remark: str = "") -> Cell:
+    """A number of bytes."""
+    return Cell((f"{nbytes / 1e6:.3g} MB" if nbytes < 1e9 else megabytes(nbytes)) + remark, nbytes)
+
+
+class Table:
+    """Rows of cells, with the name of its file and its caption.
+
+    Args:
+        rows: the cells by heading; a text is a cell, too, and one that is not there is empty.
+        name: of the file.
+        title: the caption.
+    """
+
+    def __init__(self, rows: Sequence[Row], name: str = "", title: str = ""):
+        self.name, self.title = name, title
+        self.headings = list(dict.fromkeys(itertools.chain(*rows)))
+        texts = [[row.get(heading, "") for heading in self.headings] for row in rows]
+        self.rows = [[Cell(cell, cell) if isinstance(cell, str) else cell for cell in row] for row in texts]
+
+    def kind(self, column: int) -> str:
+        """How a column's cells are aligned: text, or number."""
+        return "text" if all(isinstance(row[column].value, str) for row in self.rows) else "number"
+
+    def for_terminal(self) -> rich.table.Table:
+        """The texts of the cells."""
+        shown = rich.table.Table(box=None, pad_edge=False)
+        for column, heading in enumerate(self.headings):
+            side = "left" if self.kind(column) == "text" else "right"
+            shown.add_column(heading, justify=side, overflow="fold")
+        for row in self.rows:
+            shown.add_row(*(cell.text for cell in row))
+        return shown
+
+    def csv(self) -> str:
+        """The values of the cells, with the headings above."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(self.headings)
+        writer.writerows([cell.value for cell in row] for row in self.rows)
+        return text.getvalue()
+
+    @property
+    def link(self) -> str:
+        """The CSV as an address that needs no file."""
+        return "data:text/csv;base64," + base64.b64encode(self.csv().encode()).decode()
