@@ -177,9 +177,8 @@ def svg(figure: Figure, title: str) -> str:
 def save(figure: Figure, stem: Path) -> None:
     """Write `stem`.png and `stem`.svg, on white."""
     with rc_context({**STYLE, "savefig.facecolor": "white"}):
-        for ending in (".png", ".svg"):
-            metadata = {"Date": None} if ending == ".svg" else None
-            figure.savefig(stem.with_suffix(ending), dpi=150, metadata=metadata)
+        figure.savefig(stem.with_suffix(".png"), dpi=150)
+        figure.savefig(stem.with_suffix(".svg"), dpi=150, metadata={"Date": None})
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

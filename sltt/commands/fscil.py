@@ -3,7 +3,6 @@
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def run(words: Sequence[str]) -> None:
     for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
         if (name := name_of(recipe.build(rule=rule).metric)) != "accuracy":
             raise ValueError(f"sltt fscil compares accuracies, and the metric here is {name}: leave --metric out")
-    task = Task.of(recipe, known.base, known.way, known.shot, known.sessions, known.order)
+    task = Task(recipe, known.base, known.way, known.shot, known.sessions, known.order)
     rows = few_shots(task, known.rules, known.seeds, known.save, Console(quiet=known.json))
     about = {"recipe": recipe.name, "sizes": task.sizes, "shot": task.shot, "order": task.order}
     found = {**about, "samples": task.data.sizes["test"], "rows": rows}
@@ -64,9 +63,8 @@ def run(words: Sequence[str]) -> None:
     tell_died(rows)
 
 
-@dataclass
 class Task:
-    """Which classes come when.
+    """Which classes come when; raises ValueError for too few classes or samples, or for a class that comes twice.
 
     Attributes:
         recipe: what is trained.
@@ -76,17 +74,7 @@ class Task:
         data: the samples of these classes, numbered in this order.
     """
 
-    recipe: Recipe
-    order: list[int]
-    sizes: list[int]
-    shot: int
-    data: Splits
-
-    @classmethod
-    def of(
-        cls, recipe: Recipe, base: int, way: int, shot: int, sessions: int | None, order: list[int] | None
-    ) -> "Task":
-        """Read the data; raises ValueError where there are too few classes or samples, or a class comes twice."""
+    def __init__(self, recipe: Recipe, base: int, way: int, shot: int, sessions: int | None, order: list[int] | None):
         built = recipe.build()
         splits = built.data.splits(built.steps)
         if splits.test is None:
@@ -94,12 +82,11 @@ class Task:
         if order and (twice := [one for one in order if order.count(one) > 1]):
             raise ValueError(f"class {twice[0]} stands twice in --order: sessions overlap, name each class once")
         listed = list(range(splits.classes or 0)) if order is None else order
-        sizes = session_sizes(len(listed), base, way, sessions)
-        listed = listed[: sum(sizes)]
-        data = Classes(built.data, listed).splits(built.steps)
-        task = cls(recipe, listed, sizes, shot, data)
-        task.shots(0)
-        return task
+        self.recipe, self.shot = recipe, shot
+        self.sizes = session_sizes(len(listed), base, way, sessions)
+        self.order = listed[: sum(self.sizes)]
+        self.data: Splits = Classes(built.data, self.order).splits(built.steps)
+        self.shots(0)
 
     @property
     def plain(self) -> Any:

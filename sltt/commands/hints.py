@@ -53,7 +53,7 @@ def explain(message: str, values: Mapping[str, Any]) -> str:
     if kind := re.search(r"does not implement protocol (\w+).*Given value: (\S+)", message, re.DOTALL):
         return f"{key}: expected a class of the kind {kind[1]}, got {kind[2]}"
     if key == "precision":  # the parser names the type of the first choice only
-        kinds = [str(list(get_args(_fit_signature()[key].annotation)))]
+        kinds = [str(list(get_args(inspect.signature(sltt.fit).parameters[key].annotation)))]
     value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", message, re.MULTILINE)
     if key and kinds and value:
         return f"{key}: expected {' or '.join(kinds)}, got {value[1]}"
@@ -80,13 +80,9 @@ def _unknown_class(name: str) -> str:
     return f"unknown class {name!r}; {hint}"
 
 
-def _fit_signature() -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(sltt.fit).parameters
-
-
 def fit_arguments() -> list[str]:
     """The options of a training: the arguments of `sltt.fit` that a recipe has."""
-    return [name for name in _fit_signature() if name != "report"]
+    return [name for name in inspect.signature(sltt.fit).parameters if name != "report"]
 
 
 def _class_paths() -> list[str]:

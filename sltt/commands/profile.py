@@ -90,12 +90,7 @@ class Fits:
 
 
 def profile(
-    recipe: Recipe,
-    rules: Sequence[str],
-    steps: Sequence[int],
-    repeats: int,
-    budget: int | None,
-    report: Console,
+    recipe: Recipe, rules: Sequence[str], steps: Sequence[int], repeats: int, budget: int | None, report: Console
 ) -> dict[str, Any]:
     """Measure a recipe.
 

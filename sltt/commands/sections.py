@@ -152,19 +152,19 @@ def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
     if fits := found["fits"]:
         title = f"What fits {megabytes(fits[0]['budget'])}: each the largest, the rest as in the recipe"
         tables.append(Table(fits_rows(fits), "fits", title))
-    memory: dict[str, list[figures.Points]] = {}
+    peaks: dict[str, list[figures.Points]] = {}
     times: dict[str, list[figures.Points]] = {}
     for rule in dict.fromkeys(one["rule"] for one in costs):
         own = [one for one in costs if one["rule"] == rule]
         steps = [one["steps"] for one in own]
-        memory[rule] = [(steps, [batch_memory(one["memory"]) / 1e6 for one in own])]
+        peaks[rule] = [(steps, [batch_memory(one["memory"]) / 1e6 for one in own])]
         times[rule] = [(steps, [one["seconds"]["total"] for one in own])]
     most = max(one["steps"] for one in costs)
     last = [one for one in costs if one["steps"] == most]
     bars = {key: [one["memory"][key] / 1e6 for one in last] for key in parts}
     stacked = figures.stacked_bars(bars, [one["rule"] for one in last], "MB")
     charts = [
-        Chart("memory", "Memory of a training batch over T", figures.lines(memory, colours, "T", "MB")),
+        Chart("memory", "Memory of a training batch over T", figures.lines(peaks, colours, "T", "MB")),
         Chart("time", "Seconds of a training batch over T", figures.lines(times, colours, "T", "seconds")),
         Chart("parts", f"All that is allocated at the peak, by parts, at T = {most}", stacked),
     ]

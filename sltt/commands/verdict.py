@@ -136,19 +136,12 @@ def noise_of(one: Verdict, other: Verdict) -> float:
 
 
 def layers(found: Gathered) -> list[dict[str, Any]]:
-    """The layers of the profiled network in order: name, share of active inputs, firing rate, SLTT's cosine."""
+    """The layers of the profiled network in order: name, firing rate, SLTT's cosine."""
     cosines: dict[str, Any] = {}
     for one in found.agreements[:1]:
         spatial = one["rows"][0]["agreement"][0]
         cosines = {name: cosine for name, (cosine, _) in spatial["layers"].items()}
-    if found.profiles:
-        return [
-            {
-                "name": row["name"],
-                "rate": row["firing_rate"],
-                "density": row["operations"] and row["operations"]["density"],
-                "cosine": cosines.get(row["name"]),
-            }
-            for row in found.profiles[0]["layers"]
-        ]
-    return [{"name": name, "rate": None, "density": None, "cosine": cosine} for name, cosine in cosines.items()]
+    rates = dict.fromkeys(cosines)
+    for one in found.profiles[:1]:
+        rates = {row["name"]: row["firing_rate"] for row in one["layers"]}
+    return [{"name": name, "rate": rate, "cosine": cosines.get(name)} for name, rate in rates.items()]

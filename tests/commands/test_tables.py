@@ -1,0 +1,130 @@
+"""Tables of what commands found: the same rows in the terminal, on the page and as CSV."""
+
+import math
+import sys
+
+from sltt.commands.agreement import agreement_rows, print_agreement
+from sltt.commands.compare import compared_rows, print_compared
+from sltt.commands.profile import fits_rows, print_profile
+from sltt.commands.tables import Cell, Table, bytes_cell, number
+from sltt.training.console import Console
+from tests.commands.tiny import run
+
+
+def shown(table):
+    return [[cell.text for cell in row] for row in table.rows]
+
+
+def test_cells_that_are_not_there_are_empty_and_columns_come_in_order(capsys):
+    table = Table([{"rule": "A", "T": Cell("died", "")}, {"rule": "BC", "T": number(4), "loss": number(0.5, ".2f")}])
+    assert table.headings == ["rule", "T", "loss"]
+    assert shown(table) == [["A", "died", ""], ["BC", "4", "0.50"]]
+    assert [table.kind(column) for column in range(3)] == ["text", "number", "number"]
+    assert table.csv().splitlines() == ["rule,T,loss", "A,,", "BC,4,0.5"]
+    Console().table(table.for_terminal())
+    assert capsys.readouterr().out.splitlines() == ["rule     T  loss", "A     died      ", "BC       4  0.50"]
+
+
+def test_numbers_and_sizes_for_people():
+    assert [number(value, ".1f").text for value in (1, math.nan, None)] == ["1.0", "nan", "–"]
+    assert number(None, none="no limit") == Cell("no limit", None)
+    assert [bytes_cell(value).text for value in (5_230_000, 1_234_000_000)] == ["5.23 MB", "1.23 GB"]
+    assert bytes_cell(12_340_000, ", T = 4") == Cell("12.3 MB, T = 4", 12_340_000)
+
+
+COMPARED = {
+    "rule": "SLTT", "varied": {}, "scores": [0.5], "validation": [None], "seconds": 2.0, "peak_memory": 5_200_000,
+    "operations": {"forward": 100, "backward": 200}, "cosine": math.nan, "errors": [],
+}  # fmt: skip
+METRIC = {"metric": "accuracy", "higher_is_better": True}
+
+
+def test_a_rule_that_trained_and_could_not_be_measured_has_a_row(capsys):
+    rows = [COMPARED, {**COMPARED, "rule": "OTTT", "operations": None}]
+    print_compared({**METRIC, "rows": rows}, Console())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["rule", "accuracy", "s/epoch", "memory", *["mult.", "fwd", "mult.", "bwd"], "cosine"]
+    assert [line.split() for line in lines[1:]] == [
+        ["SLTT", "50.0%", "2.00", "5.2", "MB", "1.00e+02", "2.00e+02", "nan"],
+        ["OTTT", "died"],
+    ]
+
+
+def test_values_that_vary_have_validation_beside_the_test(capsys):
+    varied = {**COMPARED, "varied": {"rule.k": "1"}, "validation": [0.25]}
+    print_compared({**METRIC, "rows": [varied]}, Console())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["accuracy", "validation", "test", "s/epoch", "memory"]
+    assert lines[1].split() == ["SLTT,", "rule.k=1", "25.0%", "50.0%", "2.00", "5.2", "MB"]
+    assert lines[2].startswith("SLTT, rule.k=1 has the best validation accuracy: 25.00%")
+
+
+def test_a_comparison_of_an_earlier_version_has_no_validation():
+    earlier = {name: value for name, value in COMPARED.items() if name not in ("validation", "varied")}
+    headings = {"rule": "rule", "validation": "v", "test": "t", "seeds": "seeds"}
+    assert shown(Table(compared_rows([earlier], "accuracy", headings))) == [["SLTT", "–", "50.0%", "1"]]
+
+
+def test_gradients_beside_that_of_bptt(capsys):
+    one = {"rule": "SLTT()", "cosine": 0.98765, "norm_ratio": 0.5, "dropped": 0.035, "layers": {"a": (0.9, 0.8)}}
+    rows = [{"tau": tau, "steps": 3, "epochs": 1, "advice": "Take it.", "agreement": [one]} for tau in (None, 1.5)]
+    table = Table(agreement_rows(rows))
+    assert shown(table)[0] == ["recipe's", "3", "1", "SLTT()", "0.9877", "–", "0.500", "3.5%"]
+    assert [row[0].text for row in table.rows] == ["recipe's", "1.5"]
+    one["layers"]["b"] = (math.nan, math.nan)
+    print_agreement(rows, Console())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[4:6]] == [["layer", "cosine", "norm", "/", "BPTT"], ["a", "0.9000", "0.800"]]
+    assert lines[6:] == [
+        "T = 3, after 1 epochs: Take it.",
+        "τ = 1.5, T = 3, after 1 epochs: Take it.",
+    ]
+
+
+def test_what_fits_and_what_was_not_run():
+    fits = {"rule": "SLTT", "batch": 1200, "steps": None, "fold": None, "predicted": 990_000, "measured": None}
+    checked = {**fits, "fold": 2, "measured": 1_000_000}
+    assert shown(Table(fits_rows([fits, checked]))) == [
+        ["SLTT", "1,200", "no limit", "–", "0.99 MB", "not run", ""],
+        ["SLTT", "1,200", "no limit", "2", "0.99 MB", "1 MB", "-1.0%"],
+    ]
+
+
+def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
+    memory = dict.fromkeys(
+        ("parameters", "gradients", "optimizer", "input", "states", "saved", "rest", "total"), 10_000
+    )
+    seconds = dict.fromkeys(("data", "forward", "backward", "step", "total"), 0.25)
+    cost = {"rule": "SLTT", "memory": memory, "seconds": seconds, "operations": {"forward": 1, "backward": 2}}
+    neurons = {"name": "1", "operations": None, "firing_rate": 0.125, "spikes": 1234.0}
+    linear = {"name": "0", "macs": 1000, "steps": 16, "density": 1.0, "spiking": False}
+    path = {"name": "0", "density": 0.5, "calls": 4, "sparse_forward": 1, "sparse_gradient": 4}
+    found = {
+        "device": "cpu", "batch": 8, "trained": False, "costs": [{**cost, "steps": 16}, {**cost, "steps": 4}],
+        "layers": [{"name": "0", "operations": linear, "firing_rate": None, "spikes": None}, neurons],
+        "paths": [{**path, "saved_seconds": 0.1, "dense_seconds": 0.4}], "fits": [],
+        "picojoules": 2e6, "picojoules_as_ann": 3e6,
+    }  # fmt: skip
+    print_profile(found, Console())
+    out = capsys.readouterr().out
+    assert "one sample, T = 16, untrained" in out  # the largest, whatever the order
+    rows = [line.split() for line in out.splitlines()]
+    assert ["SLTT", "16", "0.03", *["0.01"] * 8] in rows
+    assert ["SLTT", "4", *["0.250"] * 5, "1.00e+00", "2.00e+00"] in rows
+    assert ["0", "1,000", "100.0%", "16,000", "MAC"] in rows
+    assert ["1", "0.125", "1,234"] in rows
+    assert "sparse in 1 of 4" in " ".join(out.split())
+    assert ["all", "100.0"] in rows
+    assert "estimated: 2 µJ; the same network as an ANN: 3 µJ" in " ".join(out.split())
+
+
+def test_a_report_without_its_packages_says_what_to_install(here, capsys, monkeypatch):
+    (here / "a").mkdir()
+    (here / "a" / "lr.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("sections", "page", "figures"):
+        monkeypatch.delitem(sys.modules, f"sltt.commands.{name}", raising=False)
+    code, _, err = run(capsys, "report", "a")
+    assert code == 1
+    assert err.startswith("sltt: the report needs matplotlib")
+    assert "pip install 'sltt[report]'" in err
