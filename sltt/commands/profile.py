@@ -208,8 +208,8 @@ def fits_rows(fits: Sequence[Mapping[str, Any]]) -> list[Row]:
             "T": number(one["steps"], ",", none="no limit"),
             "fold": number(one["fold"], ","),
             "predicted": bytes_cell(one["predicted"]),
-            "measured": bytes_cell(one["measured"]) if one["measured"] else "not run",
-            "error": number(one["predicted"] / one["measured"] - 1, "+.1%") if one["measured"] else "",
+            "measured": bytes_cell(one["measured"]) if one["measured"] else Cell("not run", None),
+            "error": number(one["predicted"] / one["measured"] - 1 if one["measured"] else None, "+.1%", none=""),
         }
         for one in fits
     ]

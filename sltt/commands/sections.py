@@ -190,7 +190,7 @@ def _energy(found: dict[str, Any]) -> Section:
 def _agreement(found: dict[str, Any]) -> Section:
     text = [f"At {where(row)}: {row['advice']}" for row in found["rows"]]
     layers = [name for name, (cosine, _) in found["rows"][0]["agreement"][0]["layers"].items() if cosine is not None]
-    places = [where(row).replace(", after ", ", ").replace(", ", "\n") for row in found["rows"]]
+    places = [where(row).replace(" after", "").replace("epochs", "ep.").replace(", ", "\n") for row in found["rows"]]
     spatial = [row["agreement"][0]["layers"] for row in found["rows"]]
     values = [[max(column[layer][0] or 0.0, 0.0) for column in spatial] for layer in layers]
     chart = Chart(

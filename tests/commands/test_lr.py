@@ -8,6 +8,8 @@ def test_a_rate_is_found_kept_and_reported(here, capsys):
     code, out, _ = run(capsys, *words)
     assert code == 0
     assert all(len(line) <= 120 for line in out.splitlines())
+    assert out.splitlines()[0].split() == ["learning", "rate", "loss"]
+    assert out.splitlines()[1].split()[::2] == ["1e-05", "█" * 30]  # the loss falls from there
     found = json.loads((here / "found" / "lr.json").read_text())
     assert (found["recipe"], found["optimizer"], len(found["rates"])) == ("digits", "AdamW", 14)
     assert "--optimizer.lr" in out or "falls by less than 2%" in out
