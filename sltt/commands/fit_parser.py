@@ -97,10 +97,8 @@ def make_parser(prog: str, unread: Sequence[str] = ()) -> Parser:
     for name in unread:
         parser.add_argument(f"--{name}", type=lambda value: None)
     # a default that is an object would not be written into the configuration of a run
-    defaults = {name: one.default for name, one in inspect.signature(sltt.fit).parameters.items()}
-    parser.set_defaults(
-        {name: describe(defaults[name]) for name in ("rule", "loss", "optimizer", "schedule", "metric")}
-    )
+    arguments, objects = inspect.signature(sltt.fit).parameters, ("rule", "loss", "optimizer", "schedule", "metric")
+    parser.set_defaults({name: describe(arguments[name].default) for name in objects})
     parser.set_defaults({"batch_size": BATCH_SIZE})  # a recipe's data is no loader
     parser.add_argument("--data", type=sltt.data.Data, required=True, help="the data set and its splits")
     parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import inspect
-import itertools
 import json
 import re
 import shlex
@@ -350,13 +349,18 @@ def rules(text: str) -> list[str]:
     return found
 
 
-def rule_options(text: str) -> list[str]:
-    """The options of `sltt train` for one of `rules`; raises ValueError if it is not understood."""
+def rule_settings(text: str) -> tuple[str, dict[str, str]]:
+    """The name and the settings of one of `rules`; raises ValueError if it is not understood."""
     name, *settings = _split(text, ":")
     if not name or any("=" not in setting for setting in settings):
         raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
-    pairs = [setting.split("=", 1) for setting in settings]
-    return ["--rule", name, *itertools.chain.from_iterable((f"--rule.{key}", value) for key, value in pairs)]
+    return name, dict(setting.split("=", 1) for setting in settings)
+
+
+def rule_options(text: str) -> list[str]:
+    """The options of `sltt train` for one of `rules`."""
+    name, settings = rule_settings(text)
+    return ["--rule", name, *(word for key, value in settings.items() for word in (f"--rule.{key}", value))]
 
 
 def unfolded(text: str) -> str:

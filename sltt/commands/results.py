@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from sltt.commands.hints import locate
-from sltt.commands.parsing import rule_options
+from sltt.commands.parsing import rule_settings
 from sltt.commands.tables import Cell
 from sltt.commands.vary import labelled
 from sltt.metrics import Accuracy, finite, improves, is_share
@@ -47,7 +47,7 @@ def scores_text(scores: Sequence[float | None], metric: str = "accuracy") -> str
 def scores_cell(scores: Sequence[float | None], metric: str = "accuracy") -> Cell:
     """The same as a cell of a table, which is sorted by the mean."""
     known = finite(scores)
-    return Cell(scores_text(scores, metric), statistics.mean(known) if known else "")
+    return Cell(scores_text(scores, metric), statistics.mean(known) if known else None)
 
 
 @dataclass
@@ -79,18 +79,13 @@ def gather(folders: Sequence[Path]) -> Gathered:
     Raises ValueError for a folder that is not there or holds nothing of the kind, or a file that is damaged.
     """
     found = Gathered()
-    kinds = (
-        ("compare", found.comparisons),
-        ("profile", found.profiles),
-        ("agreement", found.agreements),
-        ("fscil", found.fewshots),
-        ("lr", found.rates),
-    )
+    kinds = {"compare": found.comparisons, "profile": found.profiles, "agreement": found.agreements}
+    kinds |= {"fscil": found.fewshots, "lr": found.rates}
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}: name one of a run, or one given to --save")
         runs = [path.parent for path in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")])]
-        there = [(folder / f"{kind}.json", into) for kind, into in kinds if (folder / f"{kind}.json").is_file()]
+        there = [(folder / f"{kind}.json", into) for kind, into in kinds.items() if (folder / f"{kind}.json").is_file()]
         if not runs and not there:
             raise ValueError(
                 f"{folder} has nothing to report: expected the folder of a run, or one that sltt compare, profile, "
@@ -147,10 +142,8 @@ def rule_of(config: dict[str, Any]) -> str:
 
 def _asked_label(rule: str) -> str:
     """The same for a rule as it was asked for: settings that are defaults, or in another order, make no other rule."""
-    _, name, *settings = rule_options(rule)
-    values = {
-        key.removeprefix("--rule."): yaml.safe_load(text) for key, text in zip(*[iter(settings)] * 2, strict=True)
-    }
+    name, settings = rule_settings(rule)
+    values = {key: yaml.safe_load(text) for key, text in settings.items()}
     try:
         return _label(name if "." in name else f"sltt.{name}", values)
     except (ValueError, TypeError, AttributeError, ImportError):  # a rule that died

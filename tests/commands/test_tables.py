@@ -62,7 +62,9 @@ def test_values_that_vary_have_validation_beside_the_test(capsys):
 def test_a_comparison_of_an_earlier_version_has_no_validation():
     earlier = {name: value for name, value in COMPARED.items() if name not in ("validation", "varied")}
     headings = {"rule": "rule", "validation": "v", "test": "t", "seeds": "seeds"}
-    assert shown(Table(compared_rows([earlier], "accuracy", headings))) == [["SLTT", "–", "50.0%", "1"]]
+    table = Table(compared_rows([earlier], "accuracy", headings))
+    assert shown(table) == [["SLTT", "–", "50.0%", "1"]]
+    assert table.kind(1) == "number"
 
 
 def test_gradients_beside_that_of_bptt(capsys):
