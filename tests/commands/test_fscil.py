@@ -86,8 +86,9 @@ def test_the_report_has_a_section_of_it(folder, capsys):
 )
 def test_a_task_that_cannot_be_is_refused_before_a_training(here, capsys, monkeypatch, words, message):
     monkeypatch.setattr(fscil, "train_one", None)
-    code, _, err = run(capsys, "fscil", "fscil-digits", *SMALL, *words.split())
+    code, out, err = run(capsys, "fscil", "fscil-digits", *SMALL, *words.split())
     assert code == 1
+    assert "died" not in out
     assert message in err
     assert not list(here.iterdir())
 

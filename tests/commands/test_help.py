@@ -24,6 +24,7 @@ def test_the_options_that_matter_are_options():
     named = re.findall(r"^  --(\w+)", MATTER_FIRST, re.MULTILINE)
     assert 20 <= len(named) <= 22
     assert set(named) <= set(fit_arguments())
+    assert "report" not in fit_arguments()  # of Python only
 
 
 def test_the_list_of_commands_fits_a_terminal(capsys):

@@ -5,6 +5,7 @@ import sys
 
 from sltt.commands.agreement import agreement_rows, print_agreement
 from sltt.commands.compare import compared_rows, print_compared
+from sltt.commands.fscil import SCORES, print_few_shots
 from sltt.commands.profile import fits_rows, print_profile
 from sltt.commands.tables import Cell, Table, bytes_cell, number
 from sltt.training.console import Console
@@ -80,6 +81,21 @@ def test_gradients_beside_that_of_bptt(capsys):
     assert lines[6:] == [
         "T = 3, after 1 epochs: Take it.",
         "τ = 1.5, T = 3, after 1 epochs: Take it.",
+    ]
+
+
+def test_accuracy_by_session_is_a_mean_over_seeds(capsys):
+    trained = {"rule": "SLTT", "accuracies": [[0.5, 0.25], [0.7, 0.35]], **{key: [0.5, 0.7] for key in SCORES}}
+    died = {"rule": "OTTT", "accuracies": [], **{key: [] for key in SCORES}}
+    print_few_shots({"sizes": [6, 2], "shot": 5, "rows": [died, trained]}, Console())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "6 base classes, 1 × 2 new ones of 5 samples"
+    assert [line.split() for line in lines[2:]] == [
+        ["rule", *SCORES.values()],
+        ["OTTT", "died"],
+        ["SLTT", *["60.0", "±", "14.1"] * 5],
+        ["classes", "seen", "6", "8"],
+        ["SLTT", "60.0", "30.0"],
     ]
 
 
