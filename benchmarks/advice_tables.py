@@ -4,19 +4,18 @@ A rule is enough where it loses no more than one point of test accuracy to BPTT.
 twice the standard error of the difference, the seeds are too few to tell.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from cells import Row, accuracies, load, tasks
 
 from sltt.analysis.advice import LEARNS, Trial
 from sltt.analysis.agreement import AGREES
 from sltt.commands.verdict import MARGIN, Verdict, noise_of
 
 TRIED = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # thresholds, of the cosine and of the share of the loss
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def case(found: Row, rule: str, reached: dict[str, list[float]]) -> Case:
     return Case(f"{rule}()", found["worst_cosine"][f"{rule}()"], trial, lost, noise_of(other, exact))
 
 
-def advised(row: dict[str, Any]) -> dict[str, Any]:
+def advised(row: Row) -> Row:
     """What an agreement with a trial advises, and on which figures."""
     worst = {a["rule"]: a["least"] for a in row["agreement"]}
     return {"advice": row["rule"], "trial": row["trial"], "worst_cosine": worst, "memory": row["memory"]}
@@ -80,7 +79,7 @@ def advised(row: dict[str, Any]) -> dict[str, Any]:
 
 def fields(results: Path) -> dict[tuple[int, float], tuple[str, Case]]:
     """The advice and SLTT in the fields of the map, by T and τ; one seed does not tell whether SLTT is enough."""
-    advice, cells = (json.loads((results / "paper" / f"{name}.json").read_text()) for name in ("advice", "map"))
+    advice, cells = (load(results, f"paper/{name}") for name in ("advice", "map"))
     found = {}
     for name, cell in cells.items():
         reached = {row["rule"]: row["accuracies"] for row in cell["rows"]}
@@ -92,12 +91,9 @@ def fields(results: Path) -> dict[tuple[int, float], tuple[str, Case]]:
 
 def of_tasks(results: Path) -> dict[str, tuple[str, dict[str, Case]]]:
     """The advice and the rules on the tasks of advice.json."""
-    reached: dict[str, dict[str, list[float]]] = {}
-    for row in json.loads((results / "tasks.json").read_text()):
-        reached.setdefault(row["task"], {})[row["rule"]] = row["accuracies"]
     found = {}
-    for row in json.loads((results / "advice.json").read_text()):
-        of = reached[row["task"]]
+    for row in load(results, "advice"):
+        of = accuracies(tasks(results, row["task"]))
         found[row["task"]] = row["advice"], {rule: case(row, rule, of) for rule in ("SLTT", "OTTT") if rule in of}
     return found
 

@@ -1,16 +1,13 @@
 """Tables of docs/results.md and of other pages, from docs/results; `tables.py` puts them into the pages."""
 
-import csv
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import paper_tables
 from advice_tables import calibration, fields, judged, of_tasks
 from advice_tables import verdict as judge
-from cells import load, markdown, seeds, shown, tasks
+from cells import Row, accuracies, grouped, load, markdown, runs, seeds, shown, tasks
 
 from sltt.commands.results import scores_text
 from sltt.training.console import megabytes
@@ -23,7 +20,7 @@ def of_task(task: str, *rules: str) -> Callable[[Path], str]:
 
     def table(results: Path) -> str:
         rows = [
-            [shown(rule), scores_text(row["accuracies"]), megabytes(row["peak_memory"]), f"{row['cosine']:.3f}"]
+            [rule, scores_text(row["accuracies"]), megabytes(row["peak_memory"]), f"{row['cosine']:.3f}"]
             for rule, row in tasks(results, task).items()
             if rule in rules or not rules
         ]
@@ -37,22 +34,17 @@ def summary(results: Path) -> str:
     found = {
         "[N-MNIST](#n-mnist-1000-training-recordings), 1,000 recordings, T = 10": seeds(results, "nmnist"),
         "[CIFAR-10](#the-rules-compared), two epochs, T = 4": seeds(results, "cifar10-rules"),
+        "[the digits' events](#all-rules-on-six-tasks), T = 9": accuracies(tasks(results, "digits-events")),
+        "[Delayed recall](recall.md), needs the gradient through time": accuracies(tasks(results, "recall")),
     }
-    for label, task in (
-        ("[the digits' events](#all-rules-on-six-tasks), T = 9", "digits-events"),
-        ("[Delayed recall](recall.md), needs the gradient through time", "recall"),
-    ):
-        found[label] = {shown(rule): row["accuracies"] for rule, row in tasks(results, task).items()}
-    rows = []
-    for label, accuracies in found.items():
-        of = {shown(rule): reached for rule, reached in accuracies.items()}
-        rows.append([label, *(scores_text(of.get(rule, [])) for rule in ("BPTT", "SLTT", "SLTT-1"))])
-    return markdown(["data", "BPTT", "SLTT", "SLTT-1"], rows)
+    rules = ["BPTT", "SLTT", "SLTT-1"]
+    rows = [[label, *(scores_text(of.get(rule, [])) for rule in rules)] for label, of in found.items()]
+    return markdown(["data", *rules], rows)
 
 
 def recurrent(results: Path) -> str:
     """Sequential digits with recurrent layers."""
-    found = json.loads((results / "recurrent.json").read_text())
+    found = load(results, "recurrent")
     return markdown(
         ["rule", "test accuracy, seeds 0 to 2"],
         [[shown(row["rule"]), ", ".join(f"{one:.1%}" for one in row["accuracies"])] for row in found],
@@ -62,7 +54,7 @@ def recurrent(results: Path) -> str:
 def all_tasks(results: Path) -> str:
     """A line for each task and rule."""
     rows = []
-    for row in json.loads((results / "tasks.json").read_text()):
+    for row in load(results, "tasks"):
         seconds = "–" if row["seconds"] is None else f"{row['seconds']:.1f}"
         reached = scores_text(row["accuracies"]), str(len(row["accuracies"]))
         cells = megabytes(row["peak_memory"]), seconds, f"{row['cosine']:.3f}"
@@ -71,20 +63,15 @@ def all_tasks(results: Path) -> str:
     return markdown(headings, rows)
 
 
-def runs(name: str) -> Callable[[Path], str]:
+def trainings(name: str) -> Callable[[Path], str]:
     """A line for each rule in a CSV that results.py wrote."""
 
     def table(results: Path) -> str:
-        found: dict[str, list[dict[str, str]]] = {}
-        with (results / f"{name}.csv").open() as file:
-            for row in csv.DictReader(file):
-                found.setdefault(row["rule"], []).append(row)
         rows = []
-        for rule, epochs in found.items():
-            by_seed = {row["seed"]: row for row in epochs}.values()
-            reached = ([float(row[key]) for row in by_seed] for key in ("test_accuracy", "last_epoch_test"))
-            seconds = statistics.median(float(row["seconds"]) for row in epochs)
-            rows.append([rule, str(len(by_seed)), *map(scores_text, reached), f"{seconds:.3g}"])
+        for rule, of in runs(results, name).items():
+            reached = ([float(epochs[-1][key]) for epochs in of] for key in ("test_accuracy", "last_epoch_test"))
+            seconds = statistics.median(float(row["seconds"]) for epochs in of for row in epochs)
+            rows.append([rule, str(len(of)), *map(scores_text, reached), f"{seconds:.3g}"])
         return markdown(["rule", "seeds", "test accuracy", "after the last epoch", "seconds per epoch"], rows)
 
     return table
@@ -93,7 +80,7 @@ def runs(name: str) -> Callable[[Path], str]:
 def trained_map(results: Path) -> str:
     """Accuracy and cosine over T and τ, after a training on sequential digits."""
     rows = []
-    for cell in sorted(load(results, "map").values(), key=lambda cell: (cell["T"], cell["tau"])):
+    for cell in sorted(load(results, "paper/map").values(), key=lambda cell: (cell["T"], cell["tau"])):
         of = {row["rule"]: row for row in cell["rows"]}
         reached = (scores_text(of[rule]["accuracies"]) for rule in ("BPTT", "SLTT"))
         rows.append([str(cell["T"]), f"{cell['tau']:g}", *reached, f"{of['SLTT']['cosine']:.2f}"])
@@ -124,7 +111,7 @@ def advice(results: Path) -> str:
 def sparsity(results: Path) -> str:
     """Accuracy, energy and time over the weight of a penalty on firing rates."""
     rows = []
-    for task, found in json.loads((results / "sparsity.json").read_text()).items():
+    for task, found in load(results, "sparsity").items():
         for row in found:
             reached = scores_text(row["validation"]), scores_text(row["accuracies"])
             counted = f"{row['firing_rate']:.3f}", f"{row['synaptic_operations'] / 1e6:.3g}"
@@ -146,7 +133,7 @@ def calibrated(results: Path) -> str:
 def training(results: Path) -> str:
     """A whole training of the digits: accuracy, and memory, multiplications and cosine of a batch after it."""
     rows = []
-    for row in load(results, "training-digits")["rows"]:
+    for row in load(results, "paper/training-digits")["rows"]:
         counted = (f"{row['operations'][part]:.2e}" for part in ("forward", "backward"))
         reached = scores_text(row["accuracies"]), megabytes(row["peak_memory"])
         rows.append([shown(row["rule"]), *reached, *counted, f"{row['cosine']:.3f}"])
@@ -156,28 +143,24 @@ def training(results: Path) -> str:
 
 def rules_over_t(results: Path) -> str:
     """Memory and time of a batch of the digits over T, as rules.py measured them."""
-    found = json.loads((results / "rules.json").read_text())
-    cells = {(row["steps"], row["rule"]): f"{megabytes(row['peak_memory'])}, {row['seconds']:.2g} s" for row in found}
-    names = list(dict.fromkeys(rule for _, rule in cells))
-    lengths = sorted({T for T, _ in cells})
-    rows = [[str(T), *(cells[T, name] for name in names)] for T in lengths]
-    return markdown(["T", *(f"`{name}`" for name in names)], rows)
+    found = sorted(grouped(load(results, "rules"), "steps").items())
+    rows = []
+    for T, of in found:
+        rows.append([str(T), *(f"{megabytes(row['peak_memory'])}, {row['seconds']:.2g} s" for row in of)])
+    return markdown(["T", *(f"`{row['rule']}`" for row in found[0][1])], rows)
 
 
 def short(name: str) -> Callable[[Path], str]:
     """A line for each case that short.py trained, with the mean and the deviation over seeds."""
 
     def table(results: Path) -> str:
-        found: list[dict[str, Any]] = json.loads((results / f"short-{name}.json").read_text())
-        cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        found: list[Row] = load(results, f"short-{name}")
         names = [key for key in found[0] if key not in ("seed", "test", "validation", "peak_memory")]
-        for row in found:
-            cases.setdefault(tuple(row[key] for key in names), []).append(row)
         rows = []
-        for case, rows_of in cases.items():
-            reached = (scores_text([row[key] for row in rows_of]) for key in ("validation", "test"))
-            what = (shown(str(value)) for value in case)
-            rows.append([*what, str(len(rows_of)), *reached, megabytes(rows_of[0]["peak_memory"])])
+        for of in grouped(found, *names).values():
+            case = (shown(str(of[0][key])) for key in names)
+            reached = (scores_text([row[key] for row in of]) for key in ("validation", "test"))
+            rows.append([*case, str(len(of)), *reached, megabytes(of[0]["peak_memory"])])
         headings = ({"norm": "normalisation", "steps": "T"}.get(key, key) for key in names)
         return markdown([*headings, "seeds", "validation", "test accuracy", "memory"], rows)
 
@@ -186,7 +169,7 @@ def short(name: str) -> Callable[[Path], str]:
 
 def deeper_cosines(results: Path) -> str:
     """Cosines with BPTT's gradient of rules that keep paths across layers, before and after an epoch."""
-    found = [row for row in json.loads((results / "deeper.json").read_text()) if "cosines" in row]
+    found = [row for row in load(results, "deeper") if "cosines" in row]
     rules = list(found[0]["untrained"])
     rows = []
     for row in found:
@@ -197,30 +180,26 @@ def deeper_cosines(results: Path) -> str:
 
 def deeper_accuracies(results: Path) -> str:
     """What these rules reach."""
-    found: dict[tuple[int, str], dict[str, list[float]]] = {}
-    for row in json.loads((results / "deeper.json").read_text()):
-        if "rule" in row:
-            found.setdefault((row["layers"], row["task"]), {}).setdefault(row["rule"], []).append(row["test"])
-    rules = list(next(iter(found.values())))
-    rows = [
-        [str(n), f"`{task}`", *(scores_text(of.get(rule, [])) for rule in rules)] for (n, task), of in found.items()
-    ]
+    found = grouped((row for row in load(results, "deeper") if "rule" in row), "layers", "task")
+    rows = []
+    for (layers, task), of in found.items():
+        reached = (scores_text([row["test"] for row in seeds]) for seeds in grouped(of, "rule").values())
+        rows.append([str(layers), f"`{task}`", *reached])
+    rules = grouped(next(iter(found.values())), "rule")
     return markdown(["hidden layers", "recipe", *rules], rows)
 
 
 def twin(results: Path) -> str:
     """An ANN and its twins on validation images; the best of each kind on test images too."""
     forms = {"percentile": "{:g}", "lr": "{:g}", "validation": "{:.1%}", "test": "{:.1%}", "minutes": "{:.1f}"}
-    found = json.loads((results / "twin.json").read_text())
+    found = load(results, "twin")
     rows = [[row["network"], *(f.format(row[key]) if key in row else "" for key, f in forms.items())] for row in found]
     return markdown(["network", "percentile", "learning rate", "validation", "test", "minutes"], rows)
 
 
 def twin_digits(results: Path) -> str:
     """Twins of ANNs on the digits."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in json.loads((results / "twin-digits.json").read_text()):
-        found.setdefault(row["activation"], []).append(row)
+    found = grouped(load(results, "twin-digits"), "activation")
     names = [name for name in next(iter(found.values()))[0] if name not in ("activation", "seed")]
     rows = [[kind, *(scores_text([row[name] for row in of]) for name in names)] for kind, of in found.items()]
     return markdown(["activation", *names], rows)
@@ -228,17 +207,16 @@ def twin_digits(results: Path) -> str:
 
 def transformer_costs(results: Path) -> str:
     """Memory and time of a training batch of each rule."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for row in json.loads((results / "transformers.json").read_text())["costs"]:
-        cell = f"{megabytes(row['memory'])}, {row['seconds']:.1f} s"
-        found.setdefault((row["network"], str(row["steps"])), {})[row["rule"]] = cell
-    rules = list(next(iter(found.values())))
-    return markdown(["network", "T", *rules], [[*case, *(of[rule] for rule in rules)] for case, of in found.items()])
+    found = grouped(load(results, "transformers")["costs"], "network", "steps")
+    rows = []
+    for (network, steps), of in found.items():
+        rows.append([network, str(steps), *(f"{megabytes(row['memory'])}, {row['seconds']:.1f} s" for row in of)])
+    return markdown(["network", "T", *(row["rule"] for row in next(iter(found.values())))], rows)
 
 
 def transformer_agreements(results: Path) -> str:
     """Cosines of each rule with BPTT, with the lowest of a layer in brackets."""
-    found = json.loads((results / "transformers.json").read_text())["agreements"]
+    found = load(results, "transformers")["agreements"]
     rows = []
     for row in found:
         cells = (f"{cosine:.3f} ({least:.2f})" for cosine, least in row["cosines"].values())
@@ -257,7 +235,7 @@ def ladder(results: Path) -> str:
         ("slttk", "spikes, T = 8"): "after two epochs of SLTT-1 at T = 4: spikes, T = 8",
         ("slttk", "spikes, T = 4"): "the same weights: spikes, T = 4",
     }
-    found = json.loads((results / "ladder.json").read_text())
+    found = load(results, "ladder")
     reached = {label: found[case][kind] for (case, kind), label in labels.items() if case in found}
     first = next(iter(reached.values()))
     rows = [[label, f"{one:.1%}", f"{100 * (one - first):+.1f}"] for label, one in reached.items()]
@@ -276,14 +254,14 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "deeper-cosines": deeper_cosines,
     "deeper-accuracies": deeper_accuracies,
     "summary": summary,
-    "recall-short": of_task("recall", "BPTT", "OTTT", "SLTT", "SLTT:k=1"),
+    "recall-short": of_task("recall", "BPTT", "OTTT", "SLTT", "SLTT-1"),
     "recurrent": recurrent,
     "sparsity": sparsity,
     "advice": advice,
     "calibration": calibrated,
     "training": training,
     "rules": rules_over_t,
-    **{name: runs(name) for name in ("nmnist", "nmnist-rules", "cifar10-rules")},
+    **{name: trainings(name) for name in ("nmnist", "nmnist-rules", "cifar10-rules")},
     "map": trained_map,
     "map-advice": map_advice,
     **paper_tables.TABLES,

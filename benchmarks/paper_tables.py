@@ -1,14 +1,11 @@
 """Tables of docs/paper.md, from docs/results."""
 
-import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from cells import compared, load, markdown, seeds, shown, tasks
-from scipy.stats import t as student
+from cells import accuracies, compared, grouped, load, markdown, seeds, tasks
+from scipy.stats import ttest_ind
 
 from sltt.commands.fscil import SCORES, percent
 from sltt.commands.results import scores_text
@@ -21,13 +18,11 @@ PAPER_MEMORY = {"ResNet-18": (3.00, 1.09), "VGG-11": (3.70, 1.07), "NF-ResNet-34
 
 def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """Mean of the second less that of the first, and half its 90% interval (Welch)."""
-    parts = [statistics.variance(one) / len(one) for one in (first, second)]
-    squared = sum(parts)
-    spread = 0.0
-    if squared:
-        freedom = squared**2 / sum(p**2 / (len(one) - 1) for p, one in zip(parts, (first, second), strict=True))
-        spread = float(student.ppf(0.95, freedom)) * math.sqrt(squared)
-    return statistics.mean(second) - statistics.mean(first), spread
+    middle = statistics.mean(second) - statistics.mean(first)
+    if not statistics.variance(first) + statistics.variance(second):
+        return middle, 0.0
+    low, high = ttest_ind(second, first, equal_var=False).confidence_interval(0.9)
+    return middle, float(high - low) / 2
 
 
 def verdict(middle: float, spread: float) -> str:
@@ -39,65 +34,52 @@ def verdict(middle: float, spread: float) -> str:
 
 def accuracy(results: Path) -> str:
     """SLTT beside BPTT with the same budget."""
-    nmnist, cifar10 = seeds(results, "nmnist"), seeds(results, "cifar10-rules")
-    pairs = {
-        "digits": compared(results, "accuracy-digits"),
-        "digits-events": compared(results, "accuracy-digits-events"),
-        "CIFAR-10, τ = 1.1, 2 epochs": compared(results, "accuracy-cifar10"),
+    of = {
+        "digits": accuracies(compared(results, "accuracy-digits")),
+        "digits-events": accuracies(compared(results, "accuracy-digits-events")),
+        "CIFAR-10, τ = 1.1, 2 epochs": accuracies(compared(results, "accuracy-cifar10")),
+        "N-MNIST": seeds(results, "nmnist"),
+        "CIFAR-10, no leak, 2 epochs": seeds(results, "cifar10-rules"),
     }
-    of = {name: (rows["BPTT"]["accuracies"], rows["SLTT"]["accuracies"]) for name, rows in pairs.items()}
-    of |= {"N-MNIST": (nmnist["BPTT"], nmnist["SLTT"])}
-    of |= {"CIFAR-10, no leak, 2 epochs": (cifar10["BPTT"], cifar10["SLTT"])}
     rows = []
-    for name, (bptt, sltt) in of.items():
+    for name, reached in of.items():
+        bptt, sltt = reached["BPTT"], reached["SLTT"]
         middle, spread = difference(bptt, sltt)
-        shown = f"{100 * middle:+.1f} ± {100 * spread:.1f}"
+        points = f"{100 * middle:+.1f} ± {100 * spread:.1f}"
         counts = f"{len(bptt)}, {len(sltt)}"
-        rows.append([name, counts, scores_text(bptt), scores_text(sltt), shown, verdict(middle, spread)])
+        rows.append([name, counts, scores_text(bptt), scores_text(sltt), points, verdict(middle, spread)])
     return markdown(["data", "seeds", "BPTT", "SLTT", "SLTT − BPTT, points", "within one point"], rows)
 
 
 def k(results: Path) -> str:
-    """SLTT-K over K, where it was trained: the digits' row is there once `paper.py k-digits` has run."""
-    from_csv, from_task = ("SLTT(k={})", "SLTT", "BPTT"), ("SLTT:k={}", "SLTT", "BPTT")
-    events = {rule: row["accuracies"] for rule, row in tasks(results, "digits-events").items()}
-    found = [
-        ("the digits' events, T = 9", events, from_task),
-        ("N-MNIST, T = 10", seeds(results, "nmnist"), from_csv),
-        ("CIFAR-10, no leak, T = 4, 2 epochs", seeds(results, "cifar10-rules"), from_csv),
+    """SLTT-K over K, where it was trained."""
+    of = {
+        "the digits, T = 6": accuracies(compared(results, "k-digits")),
+        "the digits' events, T = 9": accuracies(tasks(results, "digits-events")),
+        "N-MNIST, T = 10": seeds(results, "nmnist"),
+        "CIFAR-10, no leak, T = 4, 2 epochs": seeds(results, "cifar10-rules"),
+        "CIFAR-10, τ = 1.1, T = 4, 2 epochs": accuracies(compared(results, "accuracy-cifar10")),
+    }
+    rules = "SLTT-1", "SLTT-2", "SLTT-4", "SLTT", "BPTT"
+    rows = [
+        [name, *(scores_text(reached[rule]) if rule in reached else "" for rule in rules)]
+        for name, reached in of.items()
     ]
-    cifar10 = {rule: row["accuracies"] for rule, row in compared(results, "accuracy-cifar10").items()}
-    found.append(("CIFAR-10, τ = 1.1, T = 4, 2 epochs", cifar10, from_task))
-    if (results / "paper" / "k-digits.json").exists():
-        digits = {rule: row["accuracies"] for rule, row in compared(results, "k-digits").items()}
-        found.insert(0, ("the digits, T = 6", digits, from_task))
-    rows = []
-    for name, accuracies, (some, *others) in found:
-        names = [*(some.format(n) for n in (1, 2, 4)), *others]
-        rows.append([name, *(scores_text(accuracies[rule]) if rule in accuracies else "" for rule in names)])
     return markdown(["data", "K = 1", "K = 2", "K = 4", "K = T", "BPTT"], rows)
 
 
 def operations(results: Path) -> str:
     """Multiplications of an image."""
-    found = load(results, "operations")
-    lengths = sorted({row["steps"] for row in found})
-    rows = [
-        [rule, *(f"{row[part] / 1e9:.2f}" for T in lengths for row in found if row["rule"] == rule and row["steps"] == T
-                 for part in ("forward", "backward"))]
-        for rule in dict.fromkeys(row["rule"] for row in found)
-    ]  # fmt: skip
-    return markdown(["10⁹ multiplications", *(f"T = {T}: {p}" for T in lengths for p in ("forward", "backward"))], rows)
+    found, parts = grouped(load(results, "paper/operations"), "rule"), ("forward", "backward")
+    rows = [[rule, *(f"{row[part] / 1e9:.2f}" for row in of for part in parts)] for rule, of in found.items()]
+    headings = (f"T = {row['steps']}: {part}" for row in next(iter(found.values())) for part in parts)
+    return markdown(["10⁹ multiplications", *headings], rows)
 
 
 def memory(results: Path) -> str:
     """Memory of BPTT over that of SLTT, of a batch alone and with weights, gradients and momentum."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in load(results, "memory"):
-        found.setdefault(row["network"], {})[row["rule"]] = row
     rows = []
-    for name, one in found.items():
-        bptt, sltt = one["BPTT"], one["SLTT"]
+    for name, (bptt, sltt) in grouped(load(results, "paper/memory"), "network").items():
         whole = (bptt["peak"] + bptt["state"]) / (sltt["peak"] + sltt["state"])
         theirs = PAPER_MEMORY[name]
         rows.append(
@@ -111,7 +93,7 @@ def memory(results: Path) -> str:
 
 def time(results: Path) -> str:
     """Seconds of a batch, and what the paper measured of a training."""
-    found = {row["case"]: row["seconds"] for row in json.loads((results / "resnet18-t6-all.json").read_text())}
+    found = {row["case"]: row["seconds"] for row in load(results, "resnet18-t6-all")}
     theirs = {"BPTT": ("6.35 h", "73.8 h"), "SLTT": ("4.58 h", "66.9 h"), "SLTT, k = 1": ("", "32.0 h")}
     rows = [
         [rule.replace("SLTT, k = 1", "SLTT-1"), f"{found[rule]:.2f} s", f"{found[rule] / found['BPTT']:.2f}", *hours]
@@ -125,7 +107,7 @@ def gradients(name: str) -> Callable[[Path], str]:
 
     def table(results: Path) -> str:
         rows = []
-        for row in load(results, f"gradients-{name}")["rows"]:
+        for row in load(results, f"paper/gradients-{name}")["rows"]:
             one = row["agreement"][0]
             layers = {layer: cosine for layer, (cosine, _) in one["layers"].items() if cosine is not None}
             worst = min(layers, key=lambda layer: layers[layer])
@@ -158,7 +140,7 @@ def stages(prefix: str, first: int, second: int, steps: int) -> Callable[[Path],
         rows = []
         for name, label in trainings.items():
             for rule, row in compared(results, prefix + name).items():
-                rows.append([label, "any" if name == "stage-1" else shown(rule), scores_text(row["accuracies"])])
+                rows.append([label, "any" if name == "stage-1" else rule, scores_text(row["accuracies"])])
         return markdown(["training", "rule", "test accuracy"], rows)
 
     return table
@@ -168,10 +150,8 @@ def few_shots(name: str) -> Callable[[Path], str]:
     """Scores, and the accuracy after each session."""
 
     def table(results: Path) -> str:
-        rows = [
-            [shown(row["rule"]), *(percent(row[score]) for score in SCORES)]
-            for row in load(results, f"fscil-{name}")["rows"]
-        ]
+        found = compared(results, f"fscil-{name}")
+        rows = [[rule, *(percent(row[score]) for score in SCORES)] for rule, row in found.items()]
         return markdown(["rule", *SCORES.values()], rows)
 
     return table

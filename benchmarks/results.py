@@ -10,23 +10,17 @@ import csv
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 import yaml
+from cells import Row, markdown
 
-COLUMNS = (
-    "rule",
-    "seed",
-    "epoch",
-    "train_accuracy",
-    "validation_accuracy",
-    "seconds",
-    "test_accuracy",
-    "last_epoch_test",
-)
+from sltt.commands.results import scores_text
+
+OF_RUN = "test_accuracy", "last_epoch_test"
+COLUMNS = "rule", "seed", "epoch", "train_accuracy", "validation_accuracy", "seconds", *OF_RUN
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
+def rows(run: Path) -> list[Row]:
     """A row for each epoch of a run."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     result = json.loads((run / "result.json").read_text())
@@ -50,17 +44,13 @@ def main() -> None:
             writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(sorted((row for run in runs for row in run), key=lambda r: (r["rule"], r["seed"])))
-    print("| rule | seeds | test accuracy | after the last epoch | seconds for an epoch |")
-    print("| --- | --- | --- | --- | --- |")
+    lines = []
     for rule in sorted({run[0]["rule"] for run in runs}):
         mine = [run for run in runs if run[0]["rule"] == rule]
-        cells = []
-        for column in ("test_accuracy", "last_epoch_test"):
-            values = [run[0][column] for run in mine]
-            spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1%}{spread}")
+        reached = (scores_text([run[0][column] for run in mine]) for column in OF_RUN)
         seconds = statistics.median(float(row["seconds"]) for run in mine for row in run)
-        print(f"| {rule} | {len(mine)} | {cells[0]} | {cells[1]} | {seconds:.1f} |")
+        lines.append([rule, str(len(mine)), *reached, f"{seconds:.1f}"])
+    print(markdown(["rule", "seeds", "test accuracy", "after the last epoch", "seconds for an epoch"], lines), end="")
 
 
 if __name__ == "__main__":

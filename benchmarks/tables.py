@@ -7,12 +7,11 @@ cases of NAME.json, which benchmarks/peers.py wrote, a table for each setting. `
 for each T. What a file does not have is left out.
 """
 
-import json
 import re
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
+from cells import Row, load, markdown
 from doc_tables import TABLES
 from peer_cases import CASES
 from peers import ratio
@@ -34,7 +33,7 @@ NETWORKS = {
     "shd": "MLP 700-256-256-20",
     "digits": "DigitsNet",
 }
-Rows = list[dict[str, Any]]
+Rows = list[Row]
 
 
 def filled(page: str, results: Path = DOCS / "results") -> str:
@@ -42,22 +41,23 @@ def filled(page: str, results: Path = DOCS / "results") -> str:
 
     def table(block: re.Match[str]) -> str:
         start, name, over_steps, end = block.groups()
-        if name in TABLES:
-            try:
-                return f"{start}\n{TABLES[name](results)}\n{end}"
-            except FileNotFoundError:
-                return f"{start}\nNot measured yet.\n\n{end}"
-        path = results / f"{name}.json"
-        if not path.exists():
-            return f"{start}\nNot measured yet.\n\n{end}"
-        rows: Rows = [row for row in json.loads(path.read_text()) if "error" not in row]
-        tables = [steps_table(rows)] if over_steps else [cases_table(list(g)) for _, g in groupby(rows, setting)]
-        return f"{start}\n" + "\n".join(tables) + f"\n[All values](results/{name}.json)\n\n{end}"
+        try:
+            found = TABLES[name](results) if name in TABLES else of_cases(results, name, bool(over_steps))
+        except FileNotFoundError:
+            found = "Not measured yet.\n"
+        return f"{start}\n{found}\n{end}"
 
     return BLOCK.sub(table, page)
 
 
-def setting(row: dict[str, Any]) -> tuple[Any, ...]:
+def of_cases(results: Path, name: str, over_steps: bool) -> str:
+    """A table for each setting of the cases that peers.py measured, or one with a column for each T."""
+    rows: Rows = [row for row in load(results, name) if "error" not in row]
+    tables = [steps_table(rows)] if over_steps else [cases_table(list(g)) for _, g in groupby(rows, setting)]
+    return "\n".join(tables) + f"\n[All values](results/{name}.json)\n"
+
+
+def setting(row: Row) -> tuple[object, ...]:
     """What rows of one table have in common."""
     return row["network"], row["steps"], str(row.get("input")), row.get("hardware"), row.get("clock")
 
@@ -92,9 +92,8 @@ def steps_table(rows: Rows) -> str:
 def lines(rows: Rows, columns: dict[str, list[str]]) -> str:
     """Markdown: a line for each row, with the name of its case."""
     names = [LABELS.get(row["case"], row["case"].replace("relu", "ReLU")) for row in rows]
-    table = [["", *(name.strip() for name in columns)], ["---"] * (1 + len(columns))]
-    table += [[name, *cells] for name, *cells in zip(names, *columns.values(), strict=True)]
-    return "".join(f"| {' | '.join(cells)} |\n".replace("|  |", "| |").replace("|  |", "| |") for cells in table)
+    table = markdown(["", *(name.strip() for name in columns)], list(zip(names, *columns.values(), strict=True)))
+    return table.replace("|  |", "| |").replace("|  |", "| |")
 
 
 def conditions(rows: Rows, steps: bool) -> str:
