@@ -13,9 +13,9 @@ import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from peer_workers import resident_set
 
 import sltt
 from sltt.analysis import peak_memory, process_peak, reset_process_peak
@@ -42,16 +42,11 @@ def measure(rule: sltt.Rule, steps: int, batch: int) -> tuple[int, int]:
     for _ in range(3):
         gc.collect()
         return_freed_memory()
-        before = _resident()
+        before = resident_set()
         reset_process_peak(CPU)
         run()
         resident.append(process_peak(CPU) - before)
     return peak_memory(run), int(statistics.median(resident))
-
-
-def _resident() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 def main() -> None:

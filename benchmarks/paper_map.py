@@ -16,12 +16,8 @@ from tables import DOCS
 
 FIGURE, RESULTS = DOCS / "figures" / "map.svg", DOCS / "results" / "paper"
 Grid = dict[tuple[int, float], float]  # of T and τ
-BEFORE, AFTER, LOST, BPTT = (
-    "cosine, before the training",
-    "cosine, after it",
-    "SLTT loses, points",
-    "BPTT's test accuracy, %",
-)
+BEFORE, AFTER = "cosine, before the training", "cosine, after it"
+LOST, BPTT = "SLTT loses, points", "BPTT's test accuracy, %"
 INK = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
 LIMITS = {BEFORE: (0, 1), AFTER: (0, 1), LOST: (-20, 20), BPTT: (0, 100)}
 

@@ -46,16 +46,17 @@ from rich.table import Table
 from sltt.training.console import megabytes
 
 Row = dict[str, Any]
+CONSOLE = Console(highlight=False, width=max(Console().width, 140))
 
 
-def measure(setting: Setting, names: list[str], repeats: int, limit: float, times: bool, console: Console) -> list[Row]:
+def measure(setting: Setting, names: list[str], repeats: int, limit: float, times: bool) -> list[Row]:
     """A row for each case; one that ended has an "error" and lacks what was not measured."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
     rows: list[Row] = [{**setting.described(), "began": began, "case": name} for name in names]
     for row in rows if not times else ():
         measure_memory(setting, row, limit)
         line = row["error"] if "error" in row else f"{megabytes(row['memory'])}, resident {megabytes(row['resident'])}"
-        console.print(f"{row['case']}: {line}", style="dim")
+        CONSOLE.print(f"{row['case']}: {line}", style="dim")
     measure_times(setting, [row for row in rows if "error" not in row], repeats, limit)
     return rows
 
@@ -100,7 +101,7 @@ def ratio(rows: list[Row], row: Row, to: str | None) -> tuple[float, float, floa
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def print_table(rows: list[Row], console: Console) -> None:
+def print_table(rows: list[Row]) -> None:
     first = rows[0]
     clock = "processor time" if first.get("clock") == "process" else "time that passed"
     title = f"{first['network']}, batch {first['batch']}, T = {first['steps']}; {first['hardware']}; {clock}"
@@ -121,18 +122,11 @@ def print_table(rows: list[Row], console: Console) -> None:
             *(megabytes(row[what]) if what in row else "" for what in ("memory", "resident")),
             "" if row.get("cosine") is None else f"{row['cosine']:.6f}",
         )
-    console.print(table)
+    CONSOLE.print(table)
 
 
 def sweep(
-    setting: Setting,
-    all_steps: list[int],
-    names: list[str],
-    repeats: int,
-    limit: float,
-    times: bool,
-    file: Path | None,
-    console: Console,
+    setting: Setting, all_steps: list[int], names: list[str], repeats: int, limit: float, times: bool, file: Path | None
 ) -> list[Row]:
     """The rows of every T, written to the file after each; what the file has already is not measured again."""
     rows: list[Row] = json.loads(file.read_text()) if file and file.exists() else []
@@ -142,16 +136,16 @@ def sweep(
         described = setting.described()
         mine = [row for row in rows if row["case"] in names and {**row, **described} == row]
         if len(mine) == len(names):
-            console.print(f"T = {steps} is in {file} already", style="dim")
+            CONSOLE.print(f"T = {steps} is in {file} already", style="dim")
         else:
             rows = [row for row in rows if row not in mine]
             left = [name for name in names if name not in failed]
-            mine = measure(setting, left, repeats, limit, times, console)
+            mine = measure(setting, left, repeats, limit, times)
             mine += [{**described, "case": name, "error": why} for name, why in failed.items()]
             rows += mine
             if file:
                 file.write_text(json.dumps(rows, indent=1) + "\n")
-        print_table(mine, console)
+        print_table(mine)
         failed |= {row["case"]: f"not run, since T = {steps} failed" for row in mine if "error" in row} | failed
     return rows
 
@@ -178,11 +172,10 @@ def main() -> None:
     names = options.cases.split(";") if options.cases else list(CASES)
     if unknown := [name for name in names if name not in CASES]:
         raise SystemExit(f"unknown cases {unknown}; known: {'; '.join(CASES)}")
-    console = Console(highlight=False, width=max(Console().width, 140))
     steps = [int(n) for n in options.steps.split(",")]
     setting = Setting(options.network, steps[0], options.batch, options.threads, options.avx2, options.clock)
     measured = options.repeats, options.limit, options.times
-    rows = sweep(setting, steps, names, *measured, options.json, console)
+    rows = sweep(setting, steps, names, *measured, options.json)
     if options.figure:
         from figure import draw
 

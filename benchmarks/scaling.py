@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,13 @@ def worker(network: str, batch: int, steps: int, repeats: int) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The rows of one and of two processes, by rule."""
-    settings = ["--network", options.network, *("--batch", str(options.batch)), "--steps", str(options.steps)]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    settings = (f"--{key}={getattr(options, key)}" for key in ("network", "batch", "steps", "repeats"))
+    worker = [__file__, "--worker", *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     rows: dict[str, Any] = {name: [] for name in RULES}
     for count in (1, 2):
-        words = [sys.executable, *command, str(count), __file__, "--worker", *settings]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        text = subprocess.run(
-            [*words, "--repeats", str(options.repeats)], check=True, stdout=subprocess.PIPE, text=True, env=environment
-        ).stdout
+        text = subprocess.check_output([*launch, str(count), *worker], text=True, env=environment)
         for name, row in json.loads(text.splitlines()[-1]).items():
             rows[name].append(row)
     return rows
@@ -105,21 +104,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def show_measured(rows: dict[str, Any], options: argparse.Namespace, console: Console) -> None:
     title = f"measured: {options.network}, T = {options.steps}, {options.batch} samples a process, CPU, gloo"
+    headings = "rule", "processes", "samples/s", "ratio", "reduction", "of a batch", "memory"
+    lines = []
+    for name, several in rows.items():
+        for row in several:
+            ratio = row["samples_per_second"] / several[0]["samples_per_second"]
+            speed = f"{row['samples_per_second']:.1f}", f"{ratio:.2f}"
+            reduction = f"{1e3 * row['reduction_seconds']:.1f} ms", f"{row['reduction_seconds'] / row['seconds']:.1%}"
+            lines.append([name, str(row["processes"]), *speed, *reduction, megabytes(row["memory"])])
+    show(title, headings, lines, console)
+
+
+def show(title: str, headings: Sequence[str], lines: Iterable[Sequence[str]], console: Console) -> None:
     console.print(f"\n{title}")
     table = Table(box=None, pad_edge=False)
-    for heading in ("rule", "processes", "samples/s", "ratio", "reduction", "of a batch", "memory"):
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "rule" else "right")
-    for name, (alone, *others) in rows.items():
-        for row in (alone, *others):
-            table.add_row(
-                name,
-                str(row["processes"]),
-                f"{row['samples_per_second']:.1f}",
-                f"{row['samples_per_second'] / alone['samples_per_second']:.2f}",
-                f"{1e3 * row['reduction_seconds']:.1f} ms",
-                f"{row['reduction_seconds'] / row['seconds']:.1%}",
-                megabytes(row["memory"]),
-            )
+    for cells in lines:
+        table.add_row(*cells)
     console.print(table)
 
 
@@ -161,19 +163,12 @@ def model_rows(network: str, options: argparse.Namespace) -> list[dict[str, Any]
 def show_modelled(network: str, rows: list[dict[str, Any]], console: Console) -> None:
     _, _, steps, batch, _ = MODELLED[network]
     title = f"modelled: {network}, T = {steps}, {batch} samples a GPU, {megabytes(rows[0]['bytes'])} of gradients"
-    console.print(f"\n{title}")
-    table = Table(box=None, pad_edge=False)
-    for heading in ("rule", "GPUs", "a batch", "reduction", "after", "overlap", "each"):
-        table.add_column(heading, justify="left" if heading == "rule" else "right")
+    lines = []
     for row in rows:
-        table.add_row(
-            row["rule"],
-            str(row["gpus"]),
-            f"{1e3 * row['batch_seconds']:.0f} ms",
-            f"{1e3 * row['reduction_seconds']:.2f} ms",
-            *(f"{row[key]:.1%}" for key in ("after", "overlap", "each")),
-        )
-    console.print(table)
+        times = f"{1e3 * row['batch_seconds']:.0f} ms", f"{1e3 * row['reduction_seconds']:.2f} ms"
+        shares = (f"{row[key]:.1%}" for key in ("after", "overlap", "each"))
+        lines.append([row["rule"], str(row["gpus"]), *times, *shares])
+    show(title, ("rule", "GPUs", "a batch", "reduction", "after", "overlap", "each"), lines, console)
 
 
 def main() -> None:

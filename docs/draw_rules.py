@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 
 STEPS, LAYERS = 4, 3
 KEPT, CUT = "#2b83ba", "#8c8c8c"
@@ -34,7 +35,7 @@ def draw(name: str, kept_time, kept_step=lambda t: True, note: str = "", mean: b
                 _arrow(axes, (t, layer - 0.72), (t, layer - 0.28), colour)
                 if layer == LAYERS:
                     continue
-                axes.add_patch(_circle((t, layer), colour))
+                axes.add_patch(Circle((t, layer), 0.18, fill=False, linewidth=1.8, edgecolor=colour))
                 if t + 1 < STEPS:
                     _arrow(axes, (t + 0.2, layer), (t + 0.8, layer), KEPT if kept_time(t, layer) else CUT)
             axes.text(t, -1.05, f"t = {t + 1}" if t < STEPS else "mean", ha="center")
@@ -48,12 +49,6 @@ def draw(name: str, kept_time, kept_step=lambda t: True, note: str = "", mean: b
         axes.axis("off")
         target = Path(__file__).parent / "drawings" / f"{name}.svg"
         figure.savefig(target, transparent=True, metadata={"Date": None})
-
-
-def _circle(centre: tuple[float, float], colour: str):
-    from matplotlib.patches import Circle
-
-    return Circle(centre, 0.18, fill=False, linewidth=1.8, edgecolor=colour)
 
 
 def _arrow(axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
