@@ -16,20 +16,18 @@ weight layer. In its comments:
 """
 
 import argparse
-import json
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tables import DOCS, fill
 from torch import Tensor, nn
+from trainings import Log, fit
 
 import sltt
-from sltt.training.console import Console
+from sltt.sequence.hooks import hooked
 
 PATH = DOCS / "results" / "deeper.json"
 LAMBDA = 1 - 1 / 5.0  # of both recipes
@@ -114,34 +112,23 @@ class Local(sltt.Rule):
         def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             calls[module] = inputs[0], output
 
-        hooks = [module.register_forward_hook(keep) for module in (*weights, *neurons)]
-        for t in range(batch.steps):
-            self._step(batch.forward(range(t, t + 1)), weights, neurons, traces, calls)
-            batch.detach()
-        for hook in hooks:
-            hook.remove()
+        with hooked(*(module.register_forward_hook(keep) for module in (*weights, *neurons))):
+            for t in range(batch.steps):
+                loss = batch.forward(range(t, t + 1))
+                spikes = [calls[neuron][1] for neuron in neurons]
+                readout = list(weights[-1].parameters())
+                signals = torch.autograd.grad(loss, [*spikes, *readout], retain_graph=True)
+                grads = [*zip(readout, signals[len(spikes) :], strict=True)]
+                for layer, neuron, trace, g in zip(weights[:-1], neurons, traces, signals[: len(spikes)], strict=True):
+                    current, s = calls[neuron]
+                    (h,) = torch.autograd.grad(s, current, torch.ones_like(s), retain_graph=True)
+                    x = calls[layer][0].detach()
+                    found = trace.gradient(torch.cat([x, x.new_ones(len(x), 1)], 1), h, g)
+                    grads += [(layer.weight, found[:, :-1]), (layer.bias, found[:, -1])]
+                for p, grad in grads:
+                    p.grad = grad if p.grad is None else p.grad + grad
+                batch.detach()
         return batch.output()
-
-    def _step(
-        self,
-        loss: Tensor,
-        weights: list[nn.Linear],
-        neurons: list[sltt.LIF],
-        traces: list[Trace],
-        calls: dict[nn.Module, tuple[Tensor, Tensor]],
-    ) -> None:
-        """Add the gradients of a time step."""
-        spikes = [calls[neuron][1] for neuron in neurons]
-        signals = torch.autograd.grad(loss, [*spikes, *weights[-1].parameters()], retain_graph=True)
-        for p, grad in zip(weights[-1].parameters(), signals[len(spikes) :], strict=True):
-            p.grad = grad if p.grad is None else p.grad + grad
-        for layer, neuron, trace, g in zip(weights[:-1], neurons, traces, signals[: len(spikes)], strict=True):
-            current, s = calls[neuron]
-            (h,) = torch.autograd.grad(s, current, torch.ones_like(s), retain_graph=True)
-            x = calls[layer][0].detach()
-            found = trace.gradient(torch.cat([x, x.new_ones(len(x), 1)], 1), h, g)
-            for p, grad in ((layer.weight, found[:, :-1]), (layer.bias, found[:, -1])):
-                p.grad = grad if p.grad is None else p.grad + grad
 
 
 RULES: dict[str, sltt.Rule] = {
@@ -184,12 +171,8 @@ def train(model: nn.Module, task: str, rule: sltt.Rule, seed: int, epochs: int) 
     """Train a network, and its test accuracy."""
     data = TASKS[task].data()
     optimizer = partial(torch.optim.AdamW, lr=0.005, weight_decay=0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        sltt.fit(
-            model, data, rule, LOSS, optimizer, schedule=sltt.schedules.Cosine(), steps=STEPS, epochs=epochs,
-            batch_size=TASKS[task].batch_size, seed=seed, device="cpu", run=Path(folder) / "run",
-            report=Console(quiet=True),
-        )  # fmt: skip
+    how: dict[str, Any] = {"steps": STEPS, "epochs": epochs, "batch_size": TASKS[task].batch_size, "seed": seed}
+    fit(model, data, rule, loss=LOSS, optimizer=optimizer, **how)
     return sltt.evaluate(model, data, steps=STEPS, loss=LOSS, device="cpu").accuracy
 
 
@@ -214,22 +197,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(PATH.read_text()) if PATH.exists() else []
-
-    def measure(case: dict[str, Any], found: Any) -> None:
-        if not any(case.items() <= row.items() for row in rows):
-            rows.append({**case, **found()})
-            PATH.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-            print(rows[-1], flush=True)
-
+    log = Log(PATH)
     for layers, task in product((2, 3, 4), TASKS):
-        measure({"layers": layers, "task": task, "cosines": True}, partial(gradients, task, layers))
+        case = {"layers": layers, "task": task, "cosines": True}
+        if not log.find(case):
+            print(log.add(case | gradients(task, layers)), flush=True)
     for seed, layers, task, name in product(range(given.seeds), (2, 3, 4), TASKS, RULES):
-
-        def accuracy(seed: int = seed, layers: int = layers, task: str = task, name: str = name) -> dict[str, float]:
-            return {"test": train(network(task, layers, seed), task, RULES[name], seed, TASKS[task].epochs)}
-
-        measure({"layers": layers, "task": task, "rule": name, "seed": seed}, accuracy)
+        case = {"layers": layers, "task": task, "rule": name, "seed": seed}
+        if not log.find(case):
+            test = train(network(task, layers, seed), task, RULES[name], seed, TASKS[task].epochs)
+            print(log.add(case | {"test": test}), flush=True)
     fill()
 
 

@@ -11,25 +11,19 @@ that is resumed. It ends with the table of docs/results.md.
 import argparse
 import json
 import statistics
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rates_to_spikes import rates, spikes
+from rates_to_spikes import Logits, rates, spikes, validation
 from tables import DOCS, fill
-from torch import Tensor, nn
-
-import sltt
-from sltt.commands import main as command
-from sltt.commands.parsing import Recipe, run_config
+from trainings import train
 
 PATH = DOCS / "results" / "ladder.json"
-STEPS, BATCH = 8, 200
+STEPS = 8
 SETTINGS = (
     "--data sltt.data.ImageFolder --data.root {images} --data.size 32 --data.crop_padding 4 "
-    "--data.validation 0.1 --data.cutout 0 --phases null --epochs 6 --device cpu"
+    "--data.validation 0.1 --data.cutout 0 --phases null --epochs 6"
 )
 ANALOG = "--rule SLTT --steps 1 --model.neuron"
 CASES = {
@@ -40,7 +34,6 @@ CASES = {
     "slttk": "--rule SLTT --rule.k 1 --rule.rescale true --rule.hoist true --steps 4 --epochs 2 --optimizer.lr 0.01 "
     "--schedule.warmup 0 --weights {runs}/rates/last.ckpt",
 }
-Logits = Callable[[nn.Module, Tensor], Tensor]
 # how the logits of a case are made: the network's own, of rates, of spikes
 MEASURES: dict[str, dict[str, Logits]] = {
     **{name: {"activations": lambda model, x: model(x)} for name in ("gelu", "relu", "clipped")},
@@ -51,26 +44,16 @@ MEASURES: dict[str, dict[str, Logits]] = {
 
 def trained(case: str, images: Path, runs: Path) -> Path:
     """The run of a case, which goes on where it stopped."""
-    run = runs / case
-    words = f"{SETTINGS} {CASES[case]}".format(images=images, runs=runs).split()
-    begun = (run / "config.yaml").exists()
-    start = ["--resume", str(run)] if begun else ["cifar10-small", *words, "--run", str(run)]
-    if code := command(["train", *start]):
-        raise SystemExit(code)
-    return run
+    words = f"cifar10-small {SETTINGS} {CASES[case]}".format(images=images, runs=runs).split()
+    train(words, runs / case)
+    return runs / case
 
 
 def accuracies(run: Path, measures: dict[str, Logits]) -> dict[str, float]:
     """The share of the validation images that each kind of logits gets right, in bfloat16."""
-    data = Recipe("ladder", str(run_config(run)), [], of_run=True).build().data
-    model: Any = sltt.load(run, checkpoint="last")
-    model.to(memory_format=torch.channels_last)
-    held: Any = data.splits(STEPS).validation
+    model, batches = validation(run)
     right: dict[str, list[float]] = {name: [] for name in measures}
-    for start in range(0, len(held), BATCH):
-        samples = [held[i] for i in range(start, min(start + BATCH, len(held)))]
-        x = torch.stack([x for x, _ in samples]).contiguous(memory_format=torch.channels_last)
-        y = torch.tensor([y for _, y in samples])
+    for x, y in batches:
         for name, logits in measures.items():
             with torch.autocast("cpu", torch.bfloat16):
                 found = logits(model, x)

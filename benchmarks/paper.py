@@ -20,10 +20,10 @@ import torch
 from advice_tables import advised
 from paper_map import FIGURE, draw
 from tables import DOCS, fill
+from trainings import saved
 
 import sltt
 from sltt.analysis import Agreement, agreement, count_operations, peak_memory
-from sltt.commands import main as command
 from sltt.commands.parsing import Recipe
 from sltt.kernels import using
 
@@ -150,9 +150,7 @@ def run(text: str, kept: Path, data: Path | None) -> Any:
     """What a command finds; from its folder, where it has finished before."""
     words = [word.format(data=data) for word in shlex.split(text)]
     found = kept / f"{words[0]}.json"
-    if not found.exists() and (code := command([*words, "--device", "cpu", "--save", str(kept)])):
-        raise SystemExit(code)
-    return json.loads(found.read_text())
+    return json.loads(found.read_text()) if found.exists() else saved(words, kept)
 
 
 def shortened(found: Any) -> Any:
@@ -185,7 +183,9 @@ def main() -> None:
         if name.startswith(asked) and (options.data or "{data}" not in text):
             found = run(text, options.runs / name, options.data)
             if name in MAP:
-                record_map(name, shortened(found))
+                tau = float(name.rpartition("tau")[2])
+                record("map", MAP, name, {"T": found["steps"], "tau": tau, "rows": shortened(found)["rows"]})
+                draw(FIGURE, RESULTS)
             elif name in ADVICE:
                 record("advice", ADVICE, name, advised(found["rows"][0]))
             else:
@@ -198,13 +198,6 @@ def record(file: str, names: Iterable[str], name: str, cell: dict[str, Any]) -> 
     path = RESULTS / f"{file}.json"
     cells = {**(json.loads(path.read_text()) if path.exists() else {}), name: cell}
     write(file, {one: cells[one] for one in names if one in cells})
-
-
-def record_map(name: str, found: Any) -> None:
-    """Add a cell of the map to the others, and draw it."""
-    cell = {"T": found["steps"], "tau": float(name.rpartition("tau")[2]), "rows": found["rows"]}
-    record("map", MAP, name, cell)
-    draw(FIGURE, RESULTS)
 
 
 if __name__ == "__main__":

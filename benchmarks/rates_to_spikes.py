@@ -7,9 +7,11 @@ run on rates of T + 1 levels, of 65 levels (nearly the analog network), and on s
 """
 
 import argparse
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ import sltt
 from sltt.commands.parsing import Recipe, run_config
 
 BATCH, ANALOG = 200, 64
+Logits = Callable[[nn.Module, Tensor], Tensor]
 
 
 def rates(model: nn.Module, x: Tensor, steps: int) -> Tensor:
@@ -31,6 +34,20 @@ def spikes(model: nn.Module, x: Tensor, steps: int) -> Tensor:
     return sltt.unroll(model, x, steps=steps).mean(0)
 
 
+def validation(run: Path) -> tuple[nn.Module, Iterator[tuple[Tensor, Tensor]]]:
+    """The last weights of a run, and its validation images in batches."""
+    built = Recipe("rates_to_spikes", str(run_config(run)), [], of_run=True).build()
+    splits = built.data.splits(built.steps)
+    held: Any = splits.validation
+    if held is None:
+        raise SystemExit(f"{run} held no images out: train with --data.validation 0.04")
+    samples = range(len(held))
+    batches = (splits.collate([held[i] for i in samples[n : n + BATCH]]) for n in samples[::BATCH])
+    model: Any = sltt.load(run, checkpoint="last")
+    model.to(memory_format=torch.channels_last)
+    return model, ((x.contiguous(memory_format=torch.channels_last), y) for x, y in batches)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -38,27 +55,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    built = Recipe("rates_to_spikes", str(run_config(options.run)), [], of_run=True).build()
-    model = sltt.load(options.run, checkpoint="last").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    splits = built.data.splits(built.steps)
-    if splits.validation is None:
-        raise SystemExit(f"{options.run} held no images out: train with --data.validation 0.04")
-    cases: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-        f"rates, {T + 1} levels": partial(rates, steps=T) for T in (ANALOG, *options.steps)
-    }
+    model, batches = validation(options.run)
+    cases: dict[str, Logits] = {f"rates, {T + 1} levels": partial(rates, steps=T) for T in (ANALOG, *options.steps)}
     cases |= {f"spikes, T = {T}": partial(spikes, steps=T) for T in options.steps}
-    right = {name: [0, 0] for name in cases}
-    samples = range(len(splits.validation))  # type: ignore[arg-type]
-    for start in samples[::BATCH]:
-        x, y = splits.collate([splits.validation[i] for i in samples[start : start + BATCH]])
-        x = x.contiguous(memory_format=torch.channels_last)
+    right: dict[str, tuple[list[bool], list[bool]]] = {name: ([], []) for name in cases}
+    for x, y in batches:
         for name, run in cases.items():
             with torch.autocast("cpu", torch.bfloat16):
                 alone, mirrored = (run(model, view).float() for view in (x, x.flip(-1)))
-            right[name][0] += int((alone.argmax(1) == y).sum())
-            right[name][1] += int(((alone + mirrored).argmax(1) == y).sum())
-    for name, counts in right.items():
-        print(name, *(f"{count / len(samples):.2%}" for count in counts), sep="\t")
+            for hits, logits in zip(right[name], (alone, alone + mirrored), strict=True):
+                hits += (logits.argmax(1) == y).tolist()
+    for name, both in right.items():
+        print(name, *(f"{statistics.mean(hits):.2%}" for hits in both), sep="\t")
 
 
 if __name__ == "__main__":

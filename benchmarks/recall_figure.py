@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import statistics
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
+from trainings import fit
 
 import sltt
-from sltt.training.console import Console
 
 DOCS = Path(__file__).parents[1] / "docs"
 # the rule, its marker and its colour
@@ -51,11 +50,8 @@ def train(name: str, steps: int, seed: int, epochs: int, samples: int) -> dict[s
     model = nn.Sequential(nn.Linear(data.channels, 64, bias=False), neuron, nn.Linear(64, CLASSES))
     loss = sltt.losses.CrossEntropyMSE(alpha=0.0)
     optimizer = partial(torch.optim.AdamW, lr=0.005 * steps / 16, weight_decay=0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        found = sltt.fit(
-            model, data, RULES[name][0], loss, optimizer, steps=steps, epochs=epochs, batch_size=128, seed=seed,
-            device="cpu", run=Path(folder) / "run", report=Console(quiet=True),
-        )  # fmt: skip
+    how: dict[str, Any] = {"steps": steps, "epochs": epochs, "batch_size": 128, "seed": seed}
+    found = fit(model, data, RULES[name][0], loss=loss, optimizer=optimizer, **how)
     accuracy = sltt.evaluate(model, data, "test", loss=loss, steps=steps, device="cpu").accuracy
     shared = {"rule": name, "steps": steps, "seed": seed, "epochs": epochs, "samples": samples}
     return {**shared, "accuracy": accuracy, "memory": found.history[-1]["peak_memory"]}
@@ -64,16 +60,9 @@ def train(name: str, steps: int, seed: int, epochs: int, samples: int) -> dict[s
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A panel for each T: the mean over the seeds, with the smallest and the largest."""
     all_steps = sorted({row["steps"] for row in rows})
-    figure, axes = plt.subplots(
-        1,
-        len(all_steps),
-        figsize=(1 + 3 * len(all_steps), 3.6),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, steps in zip(axes[0], all_steps, strict=True):
+    figure = plt.figure(figsize=(1 + 3 * len(all_steps), 3.6), layout="constrained")
+    (axes,) = figure.subplots(1, len(all_steps), sharex=True, sharey=True, squeeze=False)
+    for axis, steps in zip(axes, all_steps, strict=True):
         for name, (_, marker, colour) in RULES.items():
             mine = [row for row in rows if (row["rule"], row["steps"]) == (name, steps)]
             if not mine:
@@ -88,12 +77,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#e4e6e8")
         axis.set_axisbelow(True)
-    axes[0, 0].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes[0, 0].xaxis.set_major_formatter("{x:g}")
-    axes[0, 0].xaxis.set_minor_locator(NullLocator())
-    axes[0, 0].set_ylabel("test accuracy, %")
-    axes[0, 0].text(0.02, 100 / CLASSES, "chance", transform=axes[0, 0].get_yaxis_transform(), va="bottom", fontsize=8)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes[0].xaxis.set_major_formatter("{x:g}")
+    axes[0].xaxis.set_minor_locator(NullLocator())
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].text(0.02, 100 / CLASSES, "chance", transform=axes[0].get_yaxis_transform(), va="bottom", fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=(len(RULES) + 1) // 2, frameon=False)
     figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 from tables import DOCS, fill
-
-from sltt.commands import main as sltt
+from trainings import train
 
 PATH = DOCS / "results" / "recurrent.json"
 RECIPE = "sequential-digits --model.recurrent true"
@@ -26,10 +25,7 @@ def accuracy(rule: str, seed: int, runs: Path) -> float:
     run = runs / f"{rule}-seed{seed}"
     result = run / "result.json"
     if not result.exists():
-        new = [*RECIPE.split(), "--rule", rule, "--seed", str(seed), "--device", "cpu", "--run", str(run)]
-        begun = (run / "config.yaml").exists()
-        if code := sltt(["train", *(["--resume", str(run)] if begun else new)]):
-            raise SystemExit(code)
+        train([*RECIPE.split(), "--rule", rule, "--seed", str(seed)], run)
     return json.loads(result.read_text())["last_epoch_test_accuracy"]
 
 

@@ -10,10 +10,8 @@ docs/results.md.
 """
 
 import argparse
-import json
-import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
+from trainings import Log, fit
 
 import sltt
 from sltt.memory import peak_memory
@@ -80,9 +79,8 @@ def train(case: Case, data: Callable[[int], Any]) -> dict[str, Any]:
     x, y = splits.collate([splits.train[i] for i in range(settings["batch_size"])])
     peak = peak_memory(lambda: rule(model, x, y, loss, steps=settings["steps"]), x.device)
     model.zero_grad()
-    with tempfile.TemporaryDirectory() as folder:
-        how = {"schedule": sltt.schedules.Cosine(warmup=1), "channels_last": True, "device": "cpu"}
-        result = sltt.fit(model, samples, rule, loss, seed=row["seed"], run=Path(folder) / "run", **how, **settings)
+    how = {"loss": loss, "schedule": sltt.schedules.Cosine(warmup=1), "channels_last": True, "seed": row["seed"]}
+    result = fit(model, samples, rule, quiet=False, **how, **settings)
     reached = sltt.evaluate(model, samples, steps=settings["steps"], loss=loss, device="cpu").accuracy
     best = next(epoch for epoch in result.history if epoch["epoch"] == result.epoch)
     return {**row, "test": reached, "validation": best["validation_accuracy"], "peak_memory": peak}
@@ -94,20 +92,16 @@ def main() -> None:
     parser.add_argument("images", type=Path)
     parser.add_argument("--seeds", type=int, default=1)
     given = parser.parse_args()
-    path = RESULTS / f"short-{given.experiment}.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    loaded: dict[int, Any] = {}
+    log = Log(RESULTS / f"short-{given.experiment}.json")
 
+    @cache
     def data(side: int) -> Any:
-        if side not in loaded:
-            both = [images(given.images / part, n, side) for part, n in (("train", TRAIN), ("test", TEST))]
-            loaded[side] = sltt.data.from_datasets(both[0], 0.1, both[1], static=True)
-        return loaded[side]
+        both = [images(given.images / part, n, side) for part, n in (("train", TRAIN), ("test", TEST))]
+        return sltt.data.from_datasets(both[0], 0.1, both[1], static=True)
 
     for case in globals()[given.experiment](given.seeds):
-        if not any(case[0].items() <= row.items() for row in rows):
-            rows.append(train(case, data))
-            path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        if not log.find(case[0]):
+            log.add(train(case, data))
     print(short(given.experiment)(RESULTS))
     fill()
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from tables import DOCS, fill
 from torch import nn
+from trainings import saved
 
 from sltt.analysis import firing_rates, synaptic_operations
-from sltt.commands import main as sltt
 from sltt.commands.parsing import Recipe
 from sltt.commands.prepared import Prepared, prepared
 from sltt.losses import Activity
@@ -38,31 +38,25 @@ TASKS = {
 }
 SAMPLES, TURNS = 100, 7  # for the rates; of a batch for the time
 Rows = list[dict[str, Any]]
-
-
-def compare(words: Sequence[str], seeds: int, save: Path) -> Rows:
-    """Train with each weight and seed."""
-    options = ["--vary", f"loss.weight={WEIGHTS}", "--seeds", str(seeds), "--device", "cpu", "--save", str(save)]
-    if code := sltt(["compare", *words, *options]):
-        raise SystemExit(code)
-    return json.loads((save / "compare.json").read_text())["rows"]
+Run = Callable[[], None]
 
 
 def measured(recipe: Recipe, folder: Path, rows: Rows) -> Rows:
     """Each weight with its accuracies; rates, synaptic operations, energy and times are those of its first seed."""
     built = [recipe.build("--weights", str(folder / row["runs"][0]), "--seed", "0") for row in rows]
+    weights = [float(row["varied"]["loss.weight"]) for row in rows]
     with session(Execution.of(vars(built[0]))) as here:
-        both = [prepare(here, one, float(row["varied"]["loss.weight"])) for one, row in zip(built, rows, strict=True)]
-        batches, kept = [batch for _, several in both for batch in several], ("accuracies", "validation")
-        training, inference = (iter(in_turns(batches[start::2])) for start in (0, 1))
-        return [
-            {"weight": float(row["varied"]["loss.weight"]), **{key: row[key] for key in kept}, **spikes,
-             "training": next(training), "inference": next(inference)}
-            for row, (spikes, _) in zip(rows, both, strict=True)
-        ]  # fmt: skip
+        ready = [prepare(here, one, weight) for one, weight in zip(built, weights, strict=True)]
+        spikes, *batches = zip(*ready, strict=True)
+        seconds = [in_turns(several) for several in batches]
+    kept = ({key: row[key] for key in ("accuracies", "validation")} for row in rows)
+    return [
+        {"weight": weight, **scores, **fired, "training": training, "inference": inference}
+        for weight, scores, fired, training, inference in zip(weights, kept, spikes, *seconds, strict=True)
+    ]
 
 
-def prepare(here: Session, built: Any, weight: float) -> tuple[dict[str, float], list[Callable[[], Any]]]:
+def prepare(here: Session, built: Any, weight: float) -> tuple[dict[str, float], Run, Run]:
     """What a trained network fires, and what runs a batch of training and of inference; weight 0 has no penalty."""
     start_from(built.model, built.weights)
     with prepared(here, built, built.steps) as ready:
@@ -76,7 +70,7 @@ def prepare(here: Session, built: Any, weight: float) -> tuple[dict[str, float],
             with torch.no_grad():
                 unroll(ready.model.eval(), x, steps=ready.repeat)
 
-        return rates(ready), [training, inference]
+        return rates(ready), training, inference
 
 
 def rates(ready: Prepared) -> dict[str, float]:
@@ -92,7 +86,7 @@ def rates(ready: Prepared) -> dict[str, float]:
     return {**found, "picojoules_of_data": sum(one.picojoules for one in layers if not one.spiking)}
 
 
-def in_turns(batches: Sequence[Callable[[], Any]]) -> list[float]:
+def in_turns(batches: Sequence[Run]) -> list[float]:
     """Median processor seconds of each, measured in turns."""
     times: list[list[float]] = [[] for _ in batches]
     for turn in range(TURNS + 1):  # the first turn warms up
@@ -114,7 +108,8 @@ def main() -> None:
         asked, seeds = TASKS[task]
         if options.data or not any("{data}" in word for word in asked):
             words = [word.format(data=options.data) for word in asked]
-            rows = compare([*words, "--loss", "sltt.losses.Activity"], seeds, options.runs / task)
+            varied = ["--loss", "sltt.losses.Activity", "--vary", f"loss.weight={WEIGHTS}", "--seeds", str(seeds)]
+            rows = saved(["compare", *words, *varied], options.runs / task)["rows"]
             found = measured(Recipe("sltt profile", words[0], words[1:]), options.runs / task, rows)
             every = json.loads(ROWS.read_text()) if ROWS.exists() else {}
             ROWS.write_text(json.dumps({**every, task: found}, indent=1) + "\n")

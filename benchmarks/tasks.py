@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from advice_tables import advised
 from tables import DOCS, fill
-
-from sltt.commands import main as sltt
+from trainings import saved
 
 RESULTS = DOCS / "results"
 # the recipe, its options, and the layer of neurons whose gradient through time `Mixed` keeps
@@ -61,9 +60,7 @@ def advise(task: str, folder: Path) -> Rows:
 def run(command: str, task: str, folder: Path, *options: str) -> Rows:
     """The rows that a command saves."""
     save = folder / task.replace(", ", "-").replace(": ", "-")
-    if code := sltt([command, *TASKS[task][1], *options, "--device", "cpu", "--save", str(save)]):
-        raise SystemExit(code)
-    return json.loads((save / f"{command}.json").read_text())["rows"]
+    return saved([command, *TASKS[task][1], *options], save)["rows"]
 
 
 def merged(rows: Rows, new: Rows) -> Rows:

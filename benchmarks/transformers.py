@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,10 @@ def main() -> None:
     x, y = samples.tensors[0][chosen], samples.tensors[1][chosen]
     found: dict[str, list[Any]] = {"costs": [], "agreements": []}
     for network in NETWORKS:
-        for steps in (4, 16):
-            for rule in RULES:
-                row = {"network": network, "steps": steps, "rule": rule, **cost(network, steps, rule, x, y)}
-                found["costs"].append(row)
-                print(row, flush=True)
+        for steps, rule in product((4, 16), RULES):
+            row = {"network": network, "steps": steps, "rule": rule, **cost(network, steps, rule, x, y)}
+            found["costs"].append(row)
+            print(row, flush=True)
         found["agreements"] += agreements(network, samples, x, y)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     fill()

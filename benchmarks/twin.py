@@ -9,8 +9,8 @@ time. Run the command again to continue. It ends with the table of docs/interop.
 """
 
 import argparse
-import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tables import DOCS, fill
 from torch import nn
+from trainings import Log, Row
 
 import sltt
 from sltt.interop import spiking
@@ -31,39 +32,24 @@ RATES = (0.01, 0.02, 0.05, 0.1)
 HOW: dict[str, Any] = {"precision": "bf16-mixed", "channels_last": True, "device": "cpu"}
 LOSS = sltt.losses.CrossEntropyMSE(alpha=0.0, label_smoothing=0.1)
 NETWORK = partial(sltt.models.ShallowResNet, (64, 256, 256), stem=32, neuron=nn.ReLU)
-Row = dict[str, Any]
 
 
-class Log:
-    """Rows of a file, each measured once.
+def once(log: Log, case: Row, measure: Callable[[], Row]) -> Row:
+    """The row of a case; `measure` gives what it lacks, and its minutes are added."""
+    found = log.find(case)
+    if found is None:
+        start = time.process_time()
+        found = case | measure()
+        found["minutes"] = round((time.process_time() - start) / 60, 2)
+        log.add(found)
+    return found
 
-    Args:
-        path: of the file.
-    """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
-
-    def once(self, case: Row, measure: Any) -> Row:
-        """The row of a case; `measure` gives what it lacks."""
-        found = next((row for row in self.rows if case.items() <= row.items()), None)
-        if found is None:
-            start = time.process_time()
-            found = {**case, **measure()}
-            found["minutes"] = round((time.process_time() - start) / 60, 2)
-            self.rows.append(found)
-            self._write()
-        return found
-
-    def add(self, row: Row, test: Any) -> None:
-        """Add the test accuracy to a row, once."""
-        if "test" not in row:
-            row |= test()
-            self._write()
-
-    def _write(self) -> None:
-        self.path.write_text("[\n" + ",\n".join(json.dumps(row) for row in self.rows) + "\n]\n")
+def add_test(log: Log, row: Row, test: Callable[[], Row]) -> None:
+    """Add the test accuracy to a row, once."""
+    if "test" not in row:
+        row |= test()
+        log.write()
 
 
 def sgd(lr: float) -> Any:
@@ -98,9 +84,9 @@ def main() -> None:
     phases = [Phase(4, crop=24), Phase(2)]  # on crops an epoch takes 0.6 of the time
     fitting: Row = {"steps": 1, "epochs": 6, "phases": phases, "optimizer": sgd(0.2)}
     fitting["schedule"] = sltt.schedules.Cosine(warmup=1)
-    of_ann = log.once({"network": "ANN"}, lambda: train(ann, data, file, **fitting))
+    of_ann = once(log, {"network": "ANN"}, lambda: train(ann, data, file, **fitting))
     ann.load_state_dict(torch.load(file, weights_only=True))
-    log.add(of_ann, lambda: accuracy(ann, data, "test", steps=1))
+    add_test(log, of_ann, lambda: accuracy(ann, data, "test", steps=1))
 
     def twin(percentile: float, weights: Path | None = None) -> nn.Module:
         made = spiking(ann, data=data, percentile=percentile)
@@ -109,25 +95,26 @@ def main() -> None:
         return made
 
     balanced = [
-        log.once({"network": "twin", "percentile": p}, lambda p=p: accuracy(twin(p), data, "validation"))
+        once(log, {"network": "twin", "percentile": p}, lambda p=p: accuracy(twin(p), data, "validation"))
         for p in PERCENTILES
     ]
     best = max(balanced, key=lambda row: row["validation"])
     chosen = best["percentile"]
-    log.add(best, lambda: accuracy(twin(chosen), data, "test"))
+    add_test(log, best, lambda: accuracy(twin(chosen), data, "test"))
 
     shared: Row = {"steps": STEPS, "epochs": 1, "phases": [Phase(1, freeze_norm=True)]}
     shared["rule"] = sltt.SLTT(k=1, rescale=True)
     files = {lr: given.runs / f"lr-{lr}.pt" for lr in RATES}
     trained = [
-        log.once(
+        once(
+            log,
             {"network": "twin, one epoch of SLTT-1", "percentile": chosen, "lr": lr},
             lambda lr=lr: train(twin(chosen), data, files[lr], optimizer=sgd(lr), **shared),
         )
         for lr in RATES
     ]
     best = max(trained, key=lambda row: row["validation"])
-    log.add(best, lambda: accuracy(twin(chosen, files[best["lr"]]), data, "test"))
+    add_test(log, best, lambda: accuracy(twin(chosen, files[best["lr"]]), data, "test"))
     fill()
 
 

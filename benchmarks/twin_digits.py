@@ -9,19 +9,17 @@ continue. It ends with the table of docs/interop.md.
 
 import argparse
 import copy
-import json
-import tempfile
 from functools import partial
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
 from tables import DOCS, fill
 from torch import nn
+from trainings import Log, fit
 
 import sltt
 from sltt.interop import QCFS, spiking
-from sltt.training.console import Console
 from sltt.training.phases import Phase
 
 RESULTS = DOCS / "results" / "twin-digits.json"
@@ -29,12 +27,9 @@ ACTIVATIONS = {"ReLU": nn.ReLU, "QCFS, four levels": partial(QCFS, 4)}
 DATA = sltt.data.Digits(validation=0)
 
 
-def train(model: nn.Module, seed: int, lr: float, **settings: Any) -> nn.Module:
+def train(model: nn.Module, seed: int, lr: float, rule: sltt.Rule = sltt.SLTT(), **settings: Any) -> nn.Module:
     """The model, trained."""
-    adam = partial(torch.optim.AdamW, lr=lr)
-    with tempfile.TemporaryDirectory() as folder:
-        how = {"optimizer": adam, "seed": seed, "device": "cpu", "run": Path(folder) / "run"}
-        sltt.fit(model, DATA, report=Console(quiet=True), **how, **settings)
+    fit(model, DATA, rule, optimizer=partial(torch.optim.AdamW, lr=lr), seed=seed, **settings)
     return model
 
 
@@ -59,13 +54,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    for activation in ACTIVATIONS:
-        for seed in range(given.seeds):
-            case = {"activation": activation, "seed": seed}
-            if not any(case.items() <= row.items() for row in rows):
-                rows.append(case | measure(activation, seed))
-                RESULTS.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
+    log = Log(RESULTS)
+    for activation, seed in product(ACTIVATIONS, range(given.seeds)):
+        case = {"activation": activation, "seed": seed}
+        if not log.find(case):
+            log.add(case | measure(activation, seed))
     fill()
 
 

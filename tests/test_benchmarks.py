@@ -106,8 +106,9 @@ def run(peers, monkeypatch, tmp_path):
         monkeypatch.setattr(peers, "start", start)
         started.clear()
         console, file = Console(file=io.StringIO(), width=200), tmp_path / "rows.json"
+        monkeypatch.setattr(peers, "CONSOLE", console)
         setting = peers.Setting("digits", steps[0], **settings)
-        rows = peers.sweep(setting, steps, cases.split(";"), 3, 60, times, file, console)
+        rows = peers.sweep(setting, steps, cases.split(";"), 3, 60, times, file)
         assert json.loads(file.read_text()) == json.loads(json.dumps(rows))
         return console.file.getvalue(), rows, set(started)
 
@@ -318,12 +319,12 @@ def test_recurrent_trainings_are_made_once_and_give_the_rows_of_the_table(tmp_pa
 
 
 def test_the_log_of_twins_has_each_case_once_and_its_test(tmp_path):
-    path, measured = tmp_path / "twin.json", []
+    path, measured, twin = tmp_path / "twin.json", [], load("twin")
     for _ in range(2):
-        log = load("twin").Log(path)
-        row = log.once({"network": "twin", "percentile": 97.0}, lambda: (measured.append(1), {"validation": 0.5})[1])
-        log.add(row, lambda: (measured.append(2), {"test": 0.4})[1])
+        log, case = twin.Log(path), {"network": "twin", "percentile": 97.0}
+        row = twin.once(log, case, lambda: (measured.append(1), {"validation": 0.5})[1])
+        twin.add_test(log, row, lambda: (measured.append(2), {"test": 0.4})[1])
     assert measured == [1, 2]
-    (row,) = load("twin").Log(path).rows
+    (row,) = twin.Log(path).rows
     assert (row["validation"], row["test"], row["minutes"]) == (0.5, 0.4, 0.0)
     assert "| twin | 97 |  | 50.0% | 40.0% | 0.0 |" in load("doc_tables").twin(tmp_path)

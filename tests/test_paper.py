@@ -39,7 +39,7 @@ def test_a_step_of_the_paper_is_run_once_and_kept(paper, tmp_path, monkeypatch):
         (save / f"{words[0]}.json").write_text(json.dumps({"steps": 2, "rows": rows}))
         return 0
 
-    monkeypatch.setattr(paper, "command", command)
+    monkeypatch.setattr(load("trainings"), "command", command)
     monkeypatch.setattr("sys.argv", ["paper.py", "stage", "map-T2", "advice-T2", "--runs", str(tmp_path / "runs")])
     gradients = [{"T": 2, "tau": tau, "cosines": [0.9, 1.0]} for tau in paper.TAUS]
     paper.write("map-gradients", gradients)

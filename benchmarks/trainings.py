@@ -1,0 +1,66 @@
+"""Trainings that a script makes once: run again, it goes on where it stopped."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import sltt
+from sltt.commands import main as command
+from sltt.training.console import Console
+from sltt.training.fit import Fit
+
+Row = dict[str, Any]
+
+
+class Log:
+    """Rows of a JSON file, each in a line.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+
+    def find(self, case: Row) -> Row | None:
+        """The row of a case, if it is there."""
+        return next((row for row in self.rows if case.items() <= row.items()), None)
+
+    def add(self, row: Row) -> Row:
+        self.rows.append(row)
+        self.write()
+        return row
+
+    def write(self) -> None:
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in self.rows)
+        self.path.write_text(f"[\n{lines}\n]\n")
+
+
+def call(words: Sequence[str]) -> None:
+    """A command of `sltt`; where it fails, the script ends."""
+    if code := command(list(words)):
+        raise SystemExit(code)
+
+
+def saved(words: Sequence[str], folder: Path) -> Any:
+    """What a command saves in a folder."""
+    call([*words, "--device", "cpu", "--save", str(folder)])
+    return json.loads((folder / f"{words[0]}.json").read_text())
+
+
+def train(words: Sequence[str], run: Path) -> None:
+    """`sltt train` in a folder, where it goes on if it has begun."""
+    begun = (run / "config.yaml").exists()
+    call(["train", *(["--resume", str(run)] if begun else [*words, "--device", "cpu", "--run", str(run)])])
+
+
+def fit(model: nn.Module, data: sltt.data.Data, rule: sltt.Rule, *, quiet: bool = True, **settings: Any) -> Fit:
+    """`sltt.fit` on the CPU, in a folder that is not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        how = {"device": "cpu", "run": Path(folder) / "run", "report": Console(quiet=quiet)}
+        return sltt.fit(model, data, rule, **how, **settings)
