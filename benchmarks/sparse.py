@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,12 @@ LAYERS = {  # name: channels, pixels a side, outputs, kernel, stride
     "16→32, 32×32": (16, 32, 32, 3, 1),
 }
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3)
-Run = Callable[[], Tensor]
+COLUMNS = "dense", *(f"at {d}" for d in DENSITIES), "dense, ours"
+Runs = dict[str, Callable[[], Tensor]]  # by column
 
 
-def runs_of(name: str, batch: int, dtype: torch.dtype) -> tuple[sparse.Layer, dict[str, list[Run]]]:
-    """The layer, and its runs in each pass: dense, for each density where there are sparse ones, and ours dense."""
+def runs_of(name: str, batch: int, dtype: torch.dtype) -> tuple[sparse.Layer, dict[str, Runs]]:
+    """The layer, and its runs in each pass."""
     channels, side, outputs, kernel, stride = LAYERS[name]
     pad, strides, one, none = kernel // 2, [stride] * 2, [1, 1], [0, 0]
     axes = strides, [pad] * 2, one
@@ -49,23 +51,27 @@ def runs_of(name: str, batch: int, dtype: torch.dtype) -> tuple[sparse.Layer, di
     bits, packed = [pack(x) for x in inputs], sparse.pack_weight(layer, weight)
     grad = channels_last(torch.randn(layer.y_shape), dtype)
 
-    def gradient(which: int) -> list[Run]:
+    def dense(which: int) -> Runs:
         mask = [i == which for i in range(3)]
-        return [
-            lambda: aten.convolution_backward(grad, x, weight, None, *axes, False, none, 1, mask)[which],
-            lambda: convolution_gradients(grad, x, weight, axes, 1, mask)[which],  # type: ignore[list-item,return-value]
-        ]
+        return {
+            "dense": lambda: aten.convolution_backward(grad, x, weight, None, *axes, False, none, 1, mask)[which],
+            "dense, ours": lambda: convolution_gradients(grad, x, weight, axes, 1, mask)[which],  # type: ignore[dict-item,return-value]
+        }
 
-    forward: list[Run] = [lambda: F.conv2d(x, weight, None, stride, pad)]
-    forward += [lambda b=b: sparse.forward(layer, b, packed, None, dtype) for b in bits]
-    dense, ours = gradient(1)
-    backward = [dense, *(lambda b=b: sparse.weight_gradient(layer, b, grad)[0] for b in bits), ours]
-    passes = {"forward": forward, "input gradient": gradient(0), "weight gradient": backward}
-    for run in passes.values():
-        expected = run[0]()
-        for other in run[3:4] + run[1 + len(DENSITIES) :] if len(run) > 2 else run[1:]:  # at the third density
-            error = (other() - expected).abs().max() / expected.abs().max()
-            assert error < (1e-5 if dtype == torch.float32 else 2e-2), f"{name}: {error:.1e}"
+    def active(run: Callable[[Tensor], Tensor]) -> Runs:
+        return {f"at {d}": partial(run, b) for d, b in zip(DENSITIES, bits, strict=True)}
+
+    passes: dict[str, Runs] = {
+        "forward": {"dense": lambda: F.conv2d(x, weight, None, stride, pad)}
+        | active(lambda b: sparse.forward(layer, b, packed, None, dtype)),
+        "input gradient": dense(0),
+        "weight gradient": dense(1) | active(lambda b: sparse.weight_gradient(layer, b, grad)[0]),
+    }
+    for runs in passes.values():
+        expected = runs["dense"]()
+        for column in runs.keys() & {COLUMNS[3], "dense, ours"}:  # at the density of x
+            error = (runs[column]() - expected).abs().max() / expected.abs().max()
+            assert error < (1e-5 if dtype == torch.float32 else 2e-2), f"{name}, {column}: {error:.1e}"
     return layer, passes
 
 
@@ -74,16 +80,16 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def milliseconds(runs: list[Run], repeats: int) -> list[str]:
+def milliseconds(runs: Runs, repeats: int) -> dict[str, str]:
     """Median and fastest of each run, all in turn."""
     clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
-    times: list[list[float]] = [[] for _ in runs]
+    times: dict[str, list[float]] = {column: [] for column in runs}
     for _ in range(repeats + 1):
-        for run, found in zip(runs, times, strict=True):
+        for column, run in runs.items():
             start = clock()
             run()
-            found.append((clock() - start) / 1e6)
-    return [f"{statistics.median(t[1:]):.2f} ({min(t[1:]):.2f})" for t in times]
+            times[column].append((clock() - start) / 1e6)
+    return {column: f"{statistics.median(t[1:]):.2f} ({min(t[1:]):.2f})" for column, t in times.items()}
 
 
 def main() -> None:
@@ -100,18 +106,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
-        columns = "layer", "pass", "dense", *(f"at {d}" for d in DENSITIES), "dense, ours", "even"
-        table = Table(*columns, title=f"milliseconds, {name}")
+        table = Table("layer", "pass", *COLUMNS, "even", title=f"milliseconds, {name}")
         for case in LAYERS:
             layer, passes = runs_of(case, arguments.batch, dtype)
             even = dict(zip(("forward", "weight gradient"), costs.break_even(layer, dtype), strict=True))
             for what, runs in passes.items():
                 with torch.no_grad():
-                    dense, *others = milliseconds(runs, arguments.repeats)
-                sparse_ones = others[: len(DENSITIES)] if what in even else [""] * len(DENSITIES)
-                ours = others[-1] if len(others) != len(DENSITIES) else ""
+                    found = milliseconds(runs, arguments.repeats)
                 bound = f"{even[what]:.2f}" if what in even else ""
-                table.add_row(case if what == "forward" else "", what, dense, *sparse_ones, ours, bound)
+                cells = (found.get(column, "") for column in COLUMNS)
+                table.add_row(case if what == "forward" else "", what, *cells, bound)
         Console(width=160).print(table)
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import sltt
+from tests.kernels.exact import NATIVE
 from tests.scripts import BENCHMARKS, benchmarks_on_the_path, load  # noqa: F401
 
 
@@ -25,6 +26,21 @@ def test_the_benchmark_of_the_rules_measures_each():
     ]
     memory = [row["peak_memory"] for row in rows]
     assert memory[0] > memory[1] > 0
+
+
+@NATIVE
+def test_sparse_and_dense_runs_of_a_layer_are_of_one_result(monkeypatch):
+    sparse = load("sparse")
+    del sys.modules["sparse"]  # SciPy takes it for the package of this name
+    _, passes = sparse.runs_of("256→512, 8×8, 1×1, stride 2", 1, torch.float32)
+    columns = {name: list(sparse.milliseconds(runs, 1)) for name, runs in passes.items()}
+    at = [f"at {d}" for d in sparse.DENSITIES]
+    assert columns["forward"] == ["dense", *at]
+    assert columns["input gradient"] == ["dense", "dense, ours"]
+    assert set(columns["weight gradient"]) == set(sparse.COLUMNS)
+    monkeypatch.setattr(sparse, "convolution_gradients", lambda *asked: [torch.zeros(1)] * 3)
+    with pytest.raises(AssertionError, match="dense, ours"):
+        sparse.runs_of("256→512, 8×8, 1×1, stride 2", 1, torch.float32)
 
 
 def test_the_benchmark_of_peers_builds_the_same_network_for_every_case():
