@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cells import Row, accuracies, load, tasks
+from cells import Row, accuracies, load, markdown, shown, tasks
 
 from sltt.analysis.advice import LEARNS, Trial
 from sltt.analysis.agreement import AGREES
 from sltt.commands.verdict import MARGIN, Verdict, noise_of
 
 TRIED = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # thresholds, of the cosine and of the share of the loss
+WORDS = {0: "right", 1: "not needed", -1: "**wrong**"}  # by the place of the advised rule beside the best
+JUDGED = ["worst cosine", "SLTT's share", "SLTT loses, points"]  # cells of `judged`
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Case:
         """Whether the rule is advised where its worst cosine is at least that."""
         return self.worst >= least
 
-    def by_trial(self, least: float = LEARNS) -> bool:
+    def by_trial(self, least: float) -> bool:
         """Whether the rule is advised where it learns that share; where the trial does not tell, by the cosine."""
         if not self.trial.tells:
             return self.by_cosine()
@@ -114,9 +116,6 @@ def verdict(advised: str, cases: Sequence[Case]) -> str:
     return WORDS[(places[0] > places[1]) - (places[0] < places[1])]
 
 
-WORDS = {0: "right", 1: "not needed", -1: "**wrong**"}
-
-
 def calibration(cases: Sequence[Case]) -> list[list[str]]:
     """For each threshold how often a rule is advised rightly: by the cosine, and by the trial."""
     ways: list[tuple[str, Callable[[Case, float], bool], float]] = [
@@ -130,3 +129,33 @@ def calibration(cases: Sequence[Case]) -> list[list[str]]:
             counts = [str(said.count(word)) for word in WORDS.values()]
             rows.append([f"{name} ≥ {least}{', as it is' if least == used else ''}", *counts])
     return rows
+
+
+def map_advice(results: Path) -> str:
+    """What `sltt agreement` says in the fields of the map, and whether it is right."""
+    rows = [
+        [str(T), f"{tau:g}", *judged(case), shown(said), verdict(said, [case])]
+        for (T, tau), (said, case) in fields(results).items()
+    ]
+    return markdown(["T", "τ", *JUDGED, "advice", "it is"], rows)
+
+
+def advice(results: Path) -> str:
+    """What `sltt agreement` says on the tasks, and whether it is right."""
+    rows = []
+    for task, (said, cases) in of_tasks(results).items():
+        first, *others = cases.values()
+        of_traces = judged(others[0])[1:] if others else ["", ""]
+        cells = [*judged(first), *of_traces, shown(said), verdict(said, [first, *others])]
+        rows.append([task, str(first.trial.epochs), *cells])
+    return markdown(["task", "epochs", *JUDGED, "OTTT's share", "OTTT loses", "advice", "it is"], rows)
+
+
+def calibrated(results: Path) -> str:
+    """How often the advice is right, over its thresholds."""
+    cases = [case for _, several in of_tasks(results).values() for case in several.values()]
+    rows = calibration([*cases, *(case for _, case in fields(results).values())])
+    return markdown(["a rule is advised where", "right", "BPTT is not needed", "wrong"], rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"advice": advice, "map-advice": map_advice, "calibration": calibrated}

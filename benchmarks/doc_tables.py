@@ -1,32 +1,26 @@
 """Tables of docs/results.md and of other pages, from docs/results; `tables.py` puts them into the pages."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import advice_tables
 import paper_tables
-from advice_tables import calibration, fields, judged, of_tasks
-from advice_tables import verdict as judge
 from cells import Row, accuracies, grouped, load, markdown, runs, seeds, shown, tasks
 
 from sltt.commands.results import scores_text
 from sltt.training.console import megabytes
 
-JUDGED = ["worst cosine", "SLTT's share", "SLTT loses, points"]  # cells of `judged`
 
-
-def of_task(task: str, *rules: str) -> Callable[[Path], str]:
+def of_task(results: Path, task: str, rules: Sequence[str] = ()) -> str:
     """A line for each rule in tasks.json, or for these alone."""
-
-    def table(results: Path) -> str:
-        rows = [
-            [rule, scores_text(row["accuracies"]), megabytes(row["peak_memory"]), f"{row['cosine']:.3f}"]
-            for rule, row in tasks(results, task).items()
-            if rule in rules or not rules
-        ]
-        return markdown(["rule", "test accuracy", "memory", "cosine"], rows)
-
-    return table
+    rows = [
+        [rule, scores_text(row["accuracies"]), megabytes(row["peak_memory"]), f"{row['cosine']:.3f}"]
+        for rule, row in tasks(results, task).items()
+        if rule in rules or not rules
+    ]
+    return markdown(["rule", "test accuracy", "memory", "cosine"], rows)
 
 
 def summary(results: Path) -> str:
@@ -63,18 +57,14 @@ def all_tasks(results: Path) -> str:
     return markdown(headings, rows)
 
 
-def trainings(name: str) -> Callable[[Path], str]:
+def trainings(results: Path, name: str) -> str:
     """A line for each rule in a CSV that results.py wrote."""
-
-    def table(results: Path) -> str:
-        rows = []
-        for rule, of in runs(results, name).items():
-            reached = ([float(epochs[-1][key]) for epochs in of] for key in ("test_accuracy", "last_epoch_test"))
-            seconds = statistics.median(float(row["seconds"]) for epochs in of for row in epochs)
-            rows.append([rule, str(len(of)), *map(scores_text, reached), f"{seconds:.3g}"])
-        return markdown(["rule", "seeds", "test accuracy", "after the last epoch", "seconds per epoch"], rows)
-
-    return table
+    rows = []
+    for rule, of in runs(results, name).items():
+        reached = ([float(epochs[-1][key]) for epochs in of] for key in ("test_accuracy", "last_epoch_test"))
+        seconds = statistics.median(float(row["seconds"]) for epochs in of for row in epochs)
+        rows.append([rule, str(len(of)), *map(scores_text, reached), f"{seconds:.3g}"])
+    return markdown(["rule", "seeds", "test accuracy", "after the last epoch", "seconds per epoch"], rows)
 
 
 def trained_map(results: Path) -> str:
@@ -85,27 +75,6 @@ def trained_map(results: Path) -> str:
         reached = (scores_text(of[rule]["accuracies"]) for rule in ("BPTT", "SLTT"))
         rows.append([str(cell["T"]), f"{cell['tau']:g}", *reached, f"{of['SLTT']['cosine']:.2f}"])
     return markdown(["T", "τ", "BPTT", "SLTT", "cosine after the training"], rows)
-
-
-def map_advice(results: Path) -> str:
-    """What `sltt agreement` says in the fields of the map, and whether it is right."""
-    rows = [
-        [str(T), f"{tau:g}", *judged(case), shown(said), judge(said, [case])]
-        for (T, tau), (said, case) in fields(results).items()
-    ]
-    return markdown(["T", "τ", *JUDGED, "advice", "it is"], rows)
-
-
-def advice(results: Path) -> str:
-    """What `sltt agreement` says on the tasks, and whether it is right."""
-    rows = []
-    for task, (said, cases) in of_tasks(results).items():
-        first, *others = cases.values()
-        traces = [judged(one) for one in others] or [[""] * 3]
-        rows.append(
-            [task, str(first.trial.epochs), *judged(first), *traces[0][1:], shown(said), judge(said, [*cases.values()])]
-        )
-    return markdown(["task", "epochs", *JUDGED, "OTTT's share", "OTTT loses", "advice", "it is"], rows)
 
 
 def sparsity(results: Path) -> str:
@@ -121,13 +90,6 @@ def sparsity(results: Path) -> str:
     headings = ["recipe", "weight", "validation", "test accuracy", "firing rate", "10⁶ synaptic operations", "µJ",
                 "µJ of the input", "time of training", "of inference"]  # fmt: skip
     return markdown(headings, rows)
-
-
-def calibrated(results: Path) -> str:
-    """How often the advice is right, over its thresholds."""
-    tasks = [case for _, cases in of_tasks(results).values() for case in cases.values()]
-    rows = calibration([*tasks, *(case for _, case in fields(results).values())])
-    return markdown(["a rule is advised where", "right", "BPTT is not needed", "wrong"], rows)
 
 
 def training(results: Path) -> str:
@@ -150,21 +112,17 @@ def rules_over_t(results: Path) -> str:
     return markdown(["T", *(f"`{row['rule']}`" for row in found[0][1])], rows)
 
 
-def short(name: str) -> Callable[[Path], str]:
+def short(results: Path, name: str) -> str:
     """A line for each case that short.py trained, with the mean and the deviation over seeds."""
-
-    def table(results: Path) -> str:
-        found: list[Row] = load(results, f"short-{name}")
-        names = [key for key in found[0] if key not in ("seed", "test", "validation", "peak_memory")]
-        rows = []
-        for of in grouped(found, *names).values():
-            case = (shown(str(of[0][key])) for key in names)
-            reached = (scores_text([row[key] for row in of]) for key in ("validation", "test"))
-            rows.append([*case, str(len(of)), *reached, megabytes(of[0]["peak_memory"])])
-        headings = ({"norm": "normalisation", "steps": "T"}.get(key, key) for key in names)
-        return markdown([*headings, "seeds", "validation", "test accuracy", "memory"], rows)
-
-    return table
+    found: list[Row] = load(results, f"short-{name}")
+    names = [key for key in found[0] if key not in ("seed", "test", "validation", "peak_memory")]
+    rows = []
+    for of in grouped(found, *names).values():
+        case = (shown(str(of[0][key])) for key in names)
+        reached = (scores_text([row[key] for row in of]) for key in ("validation", "test"))
+        rows.append([*case, str(len(of)), *reached, megabytes(of[0]["peak_memory"])])
+    headings = ({"norm": "normalisation", "steps": "T"}.get(key, key) for key in names)
+    return markdown([*headings, "seeds", "validation", "test accuracy", "memory"], rows)
 
 
 def deeper_cosines(results: Path) -> str:
@@ -245,8 +203,8 @@ def ladder(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "ladder": ladder,
     "tasks": all_tasks,
-    **{task: of_task(task) for task in ("recall", "recall-marked", "sequential-digits")},
-    **{f"short-{name}": short(name) for name in ("stabilised", "transformer")},
+    **{task: partial(of_task, task=task) for task in ("recall", "recall-marked", "sequential-digits")},
+    **{f"short-{name}": partial(short, name=name) for name in ("stabilised", "transformer")},
     "transformer-costs": transformer_costs,
     "transformer-agreements": transformer_agreements,
     "twin": twin,
@@ -254,15 +212,13 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "deeper-cosines": deeper_cosines,
     "deeper-accuracies": deeper_accuracies,
     "summary": summary,
-    "recall-short": of_task("recall", "BPTT", "OTTT", "SLTT", "SLTT-1"),
+    "recall-short": partial(of_task, task="recall", rules=("BPTT", "OTTT", "SLTT", "SLTT-1")),
     "recurrent": recurrent,
     "sparsity": sparsity,
-    "advice": advice,
-    "calibration": calibrated,
     "training": training,
     "rules": rules_over_t,
-    **{name: trainings(name) for name in ("nmnist", "nmnist-rules", "cifar10-rules")},
+    **{name: partial(trainings, name=name) for name in ("nmnist", "nmnist-rules", "cifar10-rules")},
     "map": trained_map,
-    "map-advice": map_advice,
     **paper_tables.TABLES,
+    **advice_tables.TABLES,
 }

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cells import accuracies, compared, grouped, load, markdown, seeds, tasks
@@ -102,59 +103,45 @@ def time(results: Path) -> str:
     return markdown(["rule", "batch", "of BPTT's", "paper: CIFAR-10", "paper: ImageNet"], rows)
 
 
-def gradients(name: str) -> Callable[[Path], str]:
+def gradients(results: Path, name: str) -> str:
     """Cosine of SLTT's gradient with BPTT's over τ, T and epochs; and that of the layer where it is least."""
-
-    def table(results: Path) -> str:
-        rows = []
-        for row in load(results, f"paper/gradients-{name}")["rows"]:
-            one = row["agreement"][0]
-            layers = {layer: cosine for layer, (cosine, _) in one["layers"].items() if cosine is not None}
-            worst = min(layers, key=lambda layer: layers[layer])
-            cells = [f"{row['tau']:g}", str(row["steps"]), str(row["epochs"]), f"{one['cosine']:.3f}"]
-            rows.append([*cells, f"{one['norm_ratio']:.2f}", f"{layers[worst]:.3f} (`{worst}`)"])
-        return markdown(["τ", "T", "epochs", "cosine", "norm / BPTT", "least of a layer"], rows)
-
-    return table
+    rows = []
+    for row in load(results, f"paper/gradients-{name}")["rows"]:
+        one = row["agreement"][0]
+        least, layer = min((cosine, layer) for layer, (cosine, _) in one["layers"].items() if cosine is not None)
+        cells = [f"{row['tau']:g}", str(row["steps"]), str(row["epochs"]), f"{one['cosine']:.3f}"]
+        rows.append([*cells, f"{one['norm_ratio']:.2f}", f"{least:.3f} (`{layer}`)"])
+    return markdown(["τ", "T", "epochs", "cosine", "norm / BPTT", "least of a layer"], rows)
 
 
 def trained_cosines(results: Path) -> str:
     """Cosines after the training of the tasks."""
-    rows = []
+    rules, rows = ["SLTT", "OTTT"], []
     for name in ("digits", "digits-events", "sequential-digits", "recall"):
         found = tasks(results, name)
-        rows.append([f"`{name}`", f"{found['SLTT']['cosine']:.3f}", f"{found['OTTT']['cosine']:.3f}"
-                     if "OTTT" in found else ""])  # fmt: skip
-    return markdown(["recipe", "SLTT", "OTTT"], rows)
+        rows.append([f"`{name}`", *(f"{found[rule]['cosine']:.3f}" if rule in found else "" for rule in rules)])
+    return markdown(["recipe", *rules], rows)
 
 
-def stages(prefix: str, first: int, second: int, steps: int) -> Callable[[Path], str]:
+def stages(results: Path, prefix: str, first: int, second: int, steps: int) -> str:
     """T = 1 alone, T = 1 and then a larger T (`steps`), that T alone; `first` and `second` are epochs."""
     trainings = {
         "stage-1": f"{first + second} epochs at T = 1",
         "stages": f"{first} at T = 1, then {second} at T = {steps}",
         "stage-2": f"{first + second} epochs at T = {steps}",
     }
-
-    def table(results: Path) -> str:
-        rows = []
-        for name, label in trainings.items():
-            for rule, row in compared(results, prefix + name).items():
-                rows.append([label, "any" if name == "stage-1" else rule, scores_text(row["accuracies"])])
-        return markdown(["training", "rule", "test accuracy"], rows)
-
-    return table
+    rows = []
+    for name, label in trainings.items():
+        for rule, row in compared(results, prefix + name).items():
+            rows.append([label, "any" if name == "stage-1" else rule, scores_text(row["accuracies"])])
+    return markdown(["training", "rule", "test accuracy"], rows)
 
 
-def few_shots(name: str) -> Callable[[Path], str]:
+def few_shots(results: Path, name: str) -> str:
     """Scores, and the accuracy after each session."""
-
-    def table(results: Path) -> str:
-        found = compared(results, f"fscil-{name}")
-        rows = [[rule, *(percent(row[score]) for score in SCORES)] for rule, row in found.items()]
-        return markdown(["rule", *SCORES.values()], rows)
-
-    return table
+    found = compared(results, f"fscil-{name}")
+    rows = [[rule, *(percent(row[score]) for score in SCORES)] for rule, row in found.items()]
+    return markdown(["rule", *SCORES.values()], rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -163,9 +150,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "operations": operations,
     "paper-memory": memory,
     "paper-time": time,
-    **{f"gradients-{name}": gradients(name) for name in ("nmnist", "cifar10")},
+    **{f"gradients-{name}": partial(gradients, name=name) for name in ("nmnist", "cifar10")},
     "trained-cosines": trained_cosines,
-    "stages": stages("", 6, 2, 6),
-    "stages-cifar10": stages("cifar10-", 3, 1, 4),
-    **{f"few-shots-{name}": few_shots(name) for name in ("digits", "nmnist", "cifar10")},
+    "stages": partial(stages, prefix="", first=6, second=2, steps=6),
+    "stages-cifar10": partial(stages, prefix="cifar10-", first=3, second=1, steps=4),
+    **{f"few-shots-{name}": partial(few_shots, name=name) for name in ("digits", "nmnist", "cifar10")},
 }

@@ -29,6 +29,7 @@ from sltt.memory import peak_memory
 
 RESULTS = DOCS / "results"
 TRAIN, TEST = 600, 500  # images of each class
+NEURON = partial(sltt.LIF, tau=2.0, decay_input=True, detach_reset=True, surrogate=sltt.surrogates.Sigmoid(4.0))
 Case = tuple[dict[str, Any], Callable[[], nn.Module], sltt.Rule, dict[str, Any]]
 
 
@@ -58,12 +59,11 @@ def stabilised(seeds: int) -> Iterator[Case]:
 
 def transformer(seeds: int) -> Iterator[Case]:
     """A Spikformer of one block and 64 channels under the rules, T = 4."""
-    neuron = partial(sltt.LIF, tau=2.0, decay_input=True, detach_reset=True, surrogate=sltt.surrogates.Sigmoid(4.0))
     adam = partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.06)
     settings = {"epochs": 5, "batch_size": 32, "optimizer": adam, "norm_weight_decay": 0.0, "steps": 4, "side": 32}
     for seed in range(seeds):
         for rule in (sltt.BPTT(), sltt.SLTT(), sltt.SLTT(k=1), sltt.OTTT()):
-            model = partial(sltt.models.spikformer, channels=64, depth=1, heads=4, neuron=neuron)
+            model = partial(sltt.models.spikformer, channels=64, depth=1, heads=4, neuron=NEURON)
             yield {"rule": repr(rule), "seed": seed}, model, rule, settings
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     for case in globals()[given.experiment](given.seeds):
         if not log.find(case[0]):
             log.add(train(case, data))
-    print(short(given.experiment)(RESULTS))
+    print(short(RESULTS, given.experiment))
     fill()
 
 

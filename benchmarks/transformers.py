@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from short import images
+from short import NEURON, images
 from tables import DOCS, fill
 from torch import nn
 
@@ -26,7 +26,6 @@ import sltt
 from sltt.memory import peak_memory
 
 RESULTS = DOCS / "results" / "transformers.json"
-NEURON = partial(sltt.LIF, tau=2.0, decay_input=True, detach_reset=True, surrogate=sltt.surrogates.Sigmoid(4.0))
 NETWORKS = {
     "Spikformer": partial(sltt.models.spikformer, neuron=NEURON),
     "QKFormer": partial(sltt.models.qkformer, neuron=NEURON),
