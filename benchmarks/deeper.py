@@ -22,6 +22,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tables import DOCS, fill
 from torch import Tensor, nn
 from trainings import Log, fit
@@ -37,7 +38,7 @@ WIDTH = 64
 class Trace:
     """SLTT: g[t] h[t] ⊗ x[t]."""
 
-    def gradient(self, x: Tensor, h: Tensor, g: Tensor) -> Tensor:
+    def gradient(self, x: Tensor, a: Tensor, h: Tensor, g: Tensor) -> Tensor:
         """The part of a step in the gradient of a layer, [out, in + 1]."""
         return (g * h).T @ x
 
@@ -45,36 +46,29 @@ class Trace:
 class Presynaptic(Trace):
     """OTTT: g[t] h[t] ⊗ a[t]."""
 
-    a: Tensor | float = 0.0
-
-    def gradient(self, x: Tensor, h: Tensor, g: Tensor) -> Tensor:
-        self.a = LAMBDA * self.a + x
-        return (g * h).T @ self.a
+    def gradient(self, x: Tensor, a: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        return (g * h).T @ a
 
 
 class Postsynaptic(Trace):
     """OTPE: g[t] R[t],   R[t] = λ R[t−1] + h[t] ⊗ a[t], a matrix for each sample."""
 
-    a: Tensor | float = 0.0
     r: Tensor | float = 0.0
 
-    def gradient(self, x: Tensor, h: Tensor, g: Tensor) -> Tensor:
-        self.a = LAMBDA * self.a + x
-        self.r = LAMBDA * self.r + h[:, :, None] * self.a[:, None]
+    def gradient(self, x: Tensor, a: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        self.r = LAMBDA * self.r + h[:, :, None] * a[:, None]
         return torch.einsum("bi,bij->ij", g, self.r)
 
 
 class Factorised(Trace):
     """F-OTPE: R[t] is taken as h̄[t] ⊗ z[t], z[t] = λ z[t−1] + a[t], h̄[t] the mean of h with weights λ^{t−τ}."""
 
-    a: Tensor | float = 0.0
     z: Tensor | float = 0.0
     h: Tensor | float = 0.0
     weight = 0.0
 
-    def gradient(self, x: Tensor, h: Tensor, g: Tensor) -> Tensor:
-        self.a = LAMBDA * self.a + x
-        self.z = LAMBDA * self.z + self.a
+    def gradient(self, x: Tensor, a: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        self.z = LAMBDA * self.z + a
         self.h = LAMBDA * self.h + h
         self.weight = LAMBDA * self.weight + 1
         return (g * self.h / self.weight).T @ self.z
@@ -83,13 +77,11 @@ class Factorised(Trace):
 class Smoothed(Trace):
     """pp_prop: g[t] h[t] f[t] ⊗ a[t],   f[t] = λ² f[t−1] + (1 − λ): of LIF, the postsynaptic trace is one number."""
 
-    a: Tensor | float = 0.0
     f = 0.0
 
-    def gradient(self, x: Tensor, h: Tensor, g: Tensor) -> Tensor:
-        self.a = LAMBDA * self.a + x
+    def gradient(self, x: Tensor, a: Tensor, h: Tensor, g: Tensor) -> Tensor:
         self.f = LAMBDA**2 * self.f + (1 - LAMBDA)
-        return self.f * (g * h).T @ self.a
+        return self.f * (g * h).T @ a
 
 
 class Local(sltt.Rule):
@@ -108,6 +100,7 @@ class Local(sltt.Rule):
         neurons = [module for module in batch.model.modules() if isinstance(module, sltt.LIF)]
         traces = [*(self.inner() for _ in neurons[:-1]), self.last()]
         calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        followed: dict[nn.Module, Tensor | float] = dict.fromkeys(weights, 0.0)
 
         def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             calls[module] = inputs[0], output
@@ -122,8 +115,9 @@ class Local(sltt.Rule):
                 for layer, neuron, trace, g in zip(weights[:-1], neurons, traces, signals[: len(spikes)], strict=True):
                     current, s = calls[neuron]
                     (h,) = torch.autograd.grad(s, current, torch.ones_like(s), retain_graph=True)
-                    x = calls[layer][0].detach()
-                    found = trace.gradient(torch.cat([x, x.new_ones(len(x), 1)], 1), h, g)
+                    x = F.pad(calls[layer][0].detach(), (0, 1), value=1.0)
+                    a = followed[layer] = LAMBDA * followed[layer] + x
+                    found = trace.gradient(x, a, h, g)
                     grads += [(layer.weight, found[:, :-1]), (layer.bias, found[:, -1])]
                 for p, grad in grads:
                     p.grad = grad if p.grad is None else p.grad + grad

@@ -124,9 +124,8 @@ def map_gradients(data: Path | None) -> list[dict[str, Any]]:
     recipe, rows = Recipe("sltt agreement", "sequential-digits", []), []
     for T, tau in itertools.product(sorted(LENGTHS), sorted(TAUS)):
         size = "--model.features", f"[{64 // T},64,64,10]"
-        rows.append(
-            {"T": T, "tau": tau, "cosines": [untrained(recipe, T, tau, n, 128, *size).cosine for n in range(3)]}
-        )
+        cosines = [untrained(recipe, T, tau, seed, 128, *size).cosine for seed in range(3)]
+        rows.append({"T": T, "tau": tau, "cosines": cosines})
     return rows
 
 

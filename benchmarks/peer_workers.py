@@ -56,12 +56,8 @@ class Setting:
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
         hardware = f"{threads} on {model} ({capability}), PyTorch {torch.__version__}"
-        return {
-            **asdict(self),
-            "batch": self.batch or size,
-            "input": [self.batch or size, *shape],
-            "hardware": hardware,
-        }
+        batch = self.batch or size
+        return {**asdict(self), "batch": batch, "input": [batch, *shape], "hardware": hardware}
 
 
 def work(setting: Setting, case: str) -> None:
