@@ -43,6 +43,17 @@ def test_advice_is_judged_by_full_trainings(advised, scores, word):
     assert load("advice_tables").verdict(advised, [one]) == word
 
 
+def test_advice_is_judged_by_all_rules_of_a_task(tmp_path):
+    row = {"task": "digits", **found("BPTT()", 0.5, [1.5, 1.5])}
+    for of in (row["worst_cosine"], row["trial"]["losses"], row["trial"]["accuracies"]):
+        of["OTTT()"] = of["SLTT()"]
+    (tmp_path / "advice.json").write_text(json.dumps([row]))
+    scores = {"BPTT": [0.9, 0.91, 0.9], "SLTT": [0.5, 0.51, 0.5], "OTTT": [0.9, 0.91, 0.9]}
+    reached = [{"task": "digits", "rule": rule, "accuracies": several} for rule, several in scores.items()]
+    (tmp_path / "tasks.json").write_text(json.dumps(reached))
+    assert "| +0.0 ± 0.9 | BPTT | not needed |" in load("advice_tables").advice(tmp_path)  # OTTT is enough
+
+
 def test_thresholds_are_tried_on_all_cases():
     tables = load("advice_tables")
     safe, unsafe = [0.9, 0.91, 0.9], [0.5, 0.51, 0.5]
@@ -96,7 +107,7 @@ def test_the_steps_from_an_analog_network_to_spikes_are_trainings_that_sltt_take
     assert ladder.CASES.keys() == ladder.MEASURES.keys()
 
 
-def test_the_accuracy_of_a_run_is_that_of_its_validation_samples(tmp_path):
+def test_the_accuracy_of_a_run_is_that_of_its_validation_samples(tmp_path, monkeypatch, capsys):
     ladder, run = load("ladder"), str(tmp_path / "run")
     words = ["--model.width", "4", "--steps", "2", "--epochs", "1", "--device", "cpu", "--run", run]
     assert command(["train", "digits", *words, "--data.augment", "false"]) == 0
@@ -104,6 +115,13 @@ def test_the_accuracy_of_a_run_is_that_of_its_validation_samples(tmp_path):
     with (tmp_path / "run" / "metrics.csv").open() as file:
         (epoch,) = csv.DictReader(file)
     assert found["spikes"] == pytest.approx(float(epoch["validation_accuracy"]), abs=0.05)  # in bfloat16
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["rates_to_spikes.py", run, "--steps", "2"])
+    load("rates_to_spikes").main()
+    names, (_, _, spikes) = zip(*(line.split("\t", 1) for line in capsys.readouterr().out.splitlines()), strict=True)
+    assert names == ("rates, 65 levels", "rates, 3 levels", "spikes, T = 2")
+    assert spikes.split("\t")[0] == f"{found['spikes']:.2%}"
+    assert spikes.split("\t")[1].endswith("%")
 
 
 def test_twins_of_the_digits_are_measured_in_each_form(monkeypatch):
