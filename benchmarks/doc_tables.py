@@ -39,10 +39,8 @@ def summary(results: Path) -> str:
 def recurrent(results: Path) -> str:
     """Sequential digits with recurrent layers."""
     found = load(results, "recurrent")
-    return markdown(
-        ["rule", "test accuracy, seeds 0 to 2"],
-        [[shown(row["rule"]), ", ".join(f"{one:.1%}" for one in row["accuracies"])] for row in found],
-    )
+    rows = [[shown(row["rule"]), ", ".join(f"{one:.1%}" for one in row["accuracies"])] for row in found]
+    return markdown(["rule", "test accuracy, seeds 0 to 2"], rows)
 
 
 def all_tasks(results: Path) -> str:

@@ -42,13 +42,6 @@ MEASURES: dict[str, dict[str, Logits]] = {
 }
 
 
-def trained(case: str, images: Path, runs: Path) -> Path:
-    """The run of a case, which goes on where it stopped."""
-    words = f"cifar10-small {SETTINGS} {CASES[case]}".format(images=images, runs=runs).split()
-    train(words, runs / case)
-    return runs / case
-
-
 def accuracies(run: Path, measures: dict[str, Logits]) -> dict[str, float]:
     """The share of the validation images that each kind of logits gets right, in bfloat16."""
     model, batches = validation(run)
@@ -68,7 +61,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     given = parser.parse_args()
     for case in given.cases:
-        run = trained(case, given.images, given.runs)
+        run = given.runs / case
+        train(f"cifar10-small {SETTINGS} {CASES[case]}".format(images=given.images, runs=given.runs).split(), run)
         found = json.loads(PATH.read_text()) if PATH.exists() else {}
         found[case] = accuracies(run, MEASURES[case])
         PATH.write_text(json.dumps({name: found[name] for name in CASES if name in found}, indent=1) + "\n")

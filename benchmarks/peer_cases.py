@@ -134,8 +134,7 @@ def jelly_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
 def snntorch_neuron() -> nn.Module:
     import snntorch
 
-    surrogate = sltt.surrogates.Triangle()
-    return snntorch.Leaky(beta=1 - 1 / TAU, spike_grad=surrogate, init_hidden=True, reset_delay=False)
+    return snntorch.Leaky(beta=1 - 1 / TAU, spike_grad=TRIANGLE, init_hidden=True, reset_delay=False)
 
 
 def snntorch_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:

@@ -11,7 +11,7 @@ import re
 from itertools import groupby
 from pathlib import Path
 
-from cells import Row, load, markdown
+from cells import Row, grouped, load, markdown
 from doc_tables import TABLES
 from peer_cases import CASES
 from peers import ratio
@@ -78,15 +78,13 @@ def cases_table(rows: Rows) -> str:
 
 def steps_table(rows: Rows) -> str:
     """Time and memory of each case, a pair of columns for each T."""
-    cases = {row["case"]: row for row in reversed(rows)}
-    first = [cases[name] for name in dict.fromkeys(row["case"] for row in rows)]
-    found = {(row["case"], row["steps"]): row for row in rows}
+    cases = [{row["steps"]: row for row in of} for of in grouped(rows, "case").values()]
     columns: dict[str, list[str]] = {}
     for steps in sorted({row["steps"] for row in rows}):
-        mine = [found.get((row["case"], steps)) for row in first]
+        mine = [case.get(steps) for case in cases]
         columns[f"T = {steps}: time"] = [f"{row['seconds']:.3g} s" if row else "" for row in mine]
         columns["memory" + " " * len(columns)] = [megabytes(row["memory"]) if row else "" for row in mine]
-    return conditions(rows, steps=False) + lines(first, columns)
+    return conditions(rows, steps=False) + lines([next(iter(case.values())) for case in cases], columns)
 
 
 def lines(rows: Rows, columns: dict[str, list[str]]) -> str:

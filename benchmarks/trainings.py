@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cells import Row
 from torch import nn
 
 import sltt
 from sltt.commands import main as command
 from sltt.training.console import Console
 from sltt.training.fit import Fit
-
-Row = dict[str, Any]
 
 
 class Log:
