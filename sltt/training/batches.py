@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from sltt._torch import end_workers
 from sltt.checks import whole_number
 from sltt.data import Splits
 from sltt.data.base import Collate
+from sltt.rules import Output
+from sltt.sequence.padding import Padded
 
 Key = tuple[int, int]
 POOL = 50  # batches that are sorted by length together
@@ -169,6 +171,41 @@ def share(samples: int, rank: int, processes: int) -> tuple[float, int]:
         return 1 / processes, samples if rank == 0 else 0
     own = len(range(rank, samples, processes))
     return own / samples, own
+
+
+def count_parts(asked: int, size: int, processes: int) -> int:
+    """Into how many parts a batch of `size` samples is cut, in all processes alike.
+
+    A part has two samples at least, which BatchNorm needs.
+    """
+    smallest = size if size < 2 * processes else size // processes  # as `share` has it
+    return max(1, min(asked, smallest // 2))
+
+
+class Part(NamedTuple):
+    """A part of a batch, and its weight in the loss of the batch."""
+
+    x: Tensor
+    y: Tensor | Padded
+    weight: float
+
+
+def cut(x: Tensor, y: Tensor | Padded, count: int, *, static: bool, per_step: bool) -> list[Part]:
+    """A batch in so many parts: x [B, ...] or [T, B, ...], y [B, ...] or with `per_step` [T, B, ...]."""
+    xs = x.tensor_split(count, dim=0 if static else 1)
+    if isinstance(y, Padded):
+        ys = y.split(count)
+        weights = [part.steps / y.steps for part in ys]
+    else:
+        ys = y.tensor_split(count, dim=1 if per_step else 0)
+        weights = [part.shape[0 if static else 1] / x.shape[0 if static else 1] for part in xs]
+    return [Part(*part) for part in zip(xs, ys, weights, strict=True)]
+
+
+def joined(outs: Sequence[Output], parts: Sequence[Part]) -> Output:
+    """What a rule gives for a batch, of what it gave for the parts."""
+    loss = torch.stack([out.loss * part.weight for out, part in zip(outs, parts, strict=True)]).sum()
+    return Output(loss, torch.cat([out.logits for out in outs], dim=1))
 
 
 def train_loader(

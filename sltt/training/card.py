@@ -7,43 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sltt.analysis import synaptic_operations
-from sltt.data import Data, Splits
 from sltt.metrics import shown
 from sltt.sequence.modes import evaluating
 from sltt.training.console import metric_of
 from sltt.training.files import write_atomically
+from sltt.training.loop import Loop
 from sltt.training.runs import load_call
-from sltt.training.session import Session
-from sltt.training.settings import Training
 
 CARD = "card.md"
 NOT_MEASURED = "not measured"
 
 
-def write_card(
-    folder: Path, here: Session, model: nn.Module, data: Data, splits: Splits, training: Training, row: dict[str, Any]
-) -> None:
+def write_card(loop: Loop, row: dict[str, Any]) -> None:
     """Write the card of a finished training; `row` is the epoch whose weights the model has."""
+    folder, model, splits, training = loop.folder, loop.model, loop.splits, loop.training
     samples = ", ".join(f"{size:,} {name}" for name, size in splits.sizes.items() if size)
     classes = "" if splits.classes is None else f"; {splits.classes} classes"
     metric = metric_of(row)
     score = row[f"validation_{metric}"]
-    rules = dict.fromkeys(f"{stage.rule} at T = {stage.steps}" for stage in training.stages)
+    rules = dict.fromkeys(f"{stage.rule} at T = {stage.steps}" for stage in loop.stages)
     facts = {
         "network": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "rule": ", then ".join(rules),
-        "data": f"{data}, split {splits.fingerprint}: {samples} samples{classes}",
+        "data": f"{loop.data}, split {splits.fingerprint}: {samples} samples{classes}",
         "epoch": f"{row['epoch']} of {training.epochs}",
         f"validation {metric}": "nothing was held out" if score is None else shown(metric, score),
         f"test {metric}": NOT_MEASURED,
         **({} if training.ema is None else {"weights": f"exponential moving average, decay {training.ema:g}"}),
         "firing rate": f"{row['firing_rate']:.4f} spikes per neuron and time step, in training",
-        "energy": _energy(here, model, splits, training.steps),
+        "energy": _energy(loop),
         "made with": f"sltt {version('sltt')}, PyTorch {torch.__version__}, Python {platform.python_version()}, "
-        f"on {here.fabric.device}",
+        f"on {loop.session.fabric.device}",
         "finished": time.strftime("%Y-%m-%d %H:%M"),
     }
     lines = [f"# {type(model).__name__} in {folder.name}", "", "| | |", "| --- | --- |"]
@@ -58,14 +54,14 @@ def add_test_score(folder: Path, score: str) -> None:
     write_atomically(folder / CARD, lambda file: file.write(text.encode()))
 
 
-def _energy(here: Session, model: nn.Module, splits: Splits, steps: int) -> str:
+def _energy(loop: Loop) -> str:
     """An estimate for the inference of one training sample, as `sltt profile` makes it."""
-    if here.processes.count > 1:
+    if loop.processes.count > 1:
         return "not estimated by several processes: sltt profile"
     try:
-        x, _ = here.batch(*splits.collate([splits.train[0]]))
-        with evaluating(model):
-            layers = synaptic_operations(model, x, steps=steps if splits.static else None)
+        x, _ = loop.session.batch(*loop.splits.collate([loop.splits.train[0]]))
+        with evaluating(loop.model):
+            layers = synaptic_operations(loop.model, x, steps=loop.training.steps if loop.splits.static else None)
     except Exception as error:  # the training is done, and not lost for a layer that cannot be counted
         return f"not estimated: {error}"
     spiking, ann = (sum(getattr(one, key) for one in layers) / 1e6 for key in ("picojoules", "picojoules_as_ann"))

@@ -6,23 +6,22 @@ A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of w
 import hashlib
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from sltt.callbacks import Callback
+from sltt.losses import prediction_of
 from sltt.parallel.processes import Processes, as_sharded, whole
-from sltt.rules import Rule
-from sltt.training.average import Average, chosen
+from sltt.training.average import chosen
 from sltt.training.files import write_atomically
 from sltt.training.progress import Progress
 from sltt.training.runs import LAST, find_checkpoint
 from sltt.training.safeguards import check_weights
-from sltt.training.session import Session
+
+if TYPE_CHECKING:
+    from sltt.training.loop import Loop
 
 FORMAT = "sltt-checkpoint-1"
 MARK = b"sltt-sha256:"
@@ -34,93 +33,63 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason."""
 
 
-@dataclass(kw_only=True)
-class Checkpoints:
-    """The checkpoints of a run: what a training needs to go on as if it had never stopped.
+def save_state(loop: "Loop", *names: str) -> None:
+    """Save what a training needs to go on as if it had never stopped, under these names, in the first process.
 
-    Args:
-        folder: of the run.
-        session: whose first process writes.
-        model: the network.
-        optim: its optimizer.
-        average: of the weights, if the training has one.
-        rules: of all stages.
-        callbacks: whose state is kept.
-        fingerprint: of the split of the data.
-        task: what a prediction needs to know: `steps`, `static` and `classes`.
-        config: settings of the run, to keep.
+    Raises FloatingPointError for weights that are not finite.
     """
+    check_weights(loop.model)
+    for model in loop.models:
+        loop.processes.average_statistics(model)
+    content = {
+        "model": whole(loop.model.state_dict()),
+        "averaged": loop.average and loop.average.module.state_dict(),
+        "optimizer": whole(loop.optim.state_dict()),
+        "scaler": loop.session.fabric.strategy.precision.state_dict(),
+        "rules": [stage.rule.state_dict() for stage in loop.stages],
+        "callbacks": [[type(one).__name__, one.state_dict()] for one in loop.callbacks],
+        "progress": vars(loop.state.summed(loop.processes)),
+        "fingerprint": loop.fingerprint,
+        "task": {
+            "steps": loop.training.steps,
+            "static": loop.splits.static,
+            "classes": loop.splits.classes,
+            "prediction": prediction_of(loop.training.loss),
+        },
+        "config": loop.config,
+    }
+    for name in names if loop.processes.rank == 0 else ():
+        save_checkpoint(loop.folder / name, content)
+    loop.processes.wait()  # a process that went on might end, and its launcher the first one while it writes
+    loop.saved = time.monotonic()
 
-    folder: Path
-    session: Session
-    model: nn.Module
-    optim: Any
-    average: Average | None
-    rules: list[Rule]
-    callbacks: Sequence[Callback]
-    fingerprint: str
-    task: dict[str, Any]
-    config: dict[str, Any]
-    saved: float = field(init=False, default_factory=time.monotonic)
 
-    def age(self) -> float:
-        """Seconds since the last was saved."""
-        return time.monotonic() - self.saved
-
-    def save(self, progress: Progress, *names: str) -> None:
-        """Save under these names, in the first process; weights that are not finite raise FloatingPointError."""
-        processes = self.session.processes
-        check_weights(self.model)
-        processes.average_statistics(self.model)
-        if self.average:
-            processes.average_statistics(self.average.model)
-        content = {
-            "model": whole(self.model.state_dict()),
-            "averaged": self.average and self.average.model.state_dict(),
-            "optimizer": whole(self.optim.state_dict()),
-            "scaler": self.session.fabric.strategy.precision.state_dict(),
-            "rules": [rule.state_dict() for rule in self.rules],
-            "callbacks": [[type(one).__name__, one.state_dict()] for one in self.callbacks],
-            "progress": vars(progress.summed(processes)),
-            "fingerprint": self.fingerprint,
-            "task": self.task,
-            "config": self.config,
-        }
-        for name in names if processes.rank == 0 else ():
-            save_checkpoint(self.folder / name, content)
-        processes.wait()  # a process that went on might end, and its launcher the first one while it writes
-        self.saved = time.monotonic()
-
-    def restore(self, checkpoint: dict[str, Any]) -> Progress:
-        """Take over all that a checkpoint holds; returns how far the training was."""
-        path = self.folder / LAST
-        if checkpoint["fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                f"the run {self.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
-                f"{self.fingerprint}: restore its samples and settings, or start a new run with --weights"
-            )
-        self._check_callbacks(checkpoint.get("callbacks", []))
-        load_weights(self.model, checkpoint["model"], path)
-        if self.average:
-            load_weights(self.average.model, chosen(checkpoint), path)
-        load_optimizer(self.optim, checkpoint["optimizer"], path)
-        self.session.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
-        for rule, state in zip(self.rules, checkpoint["rules"], strict=False):
-            rule.load_state_dict(state)
-        for callback, (_, state) in zip(self.callbacks, checkpoint.get("callbacks", []), strict=True):
-            callback.load_state_dict(state)
-        saved = checkpoint["progress"]
-        terms = {"terms": saved["samples"]}  # of checkpoints that were written before there were others
-        return Progress(**{**terms, **saved}).of_process(self.session.processes.rank)
-
-    def _check_callbacks(self, saved: list[Any]) -> None:
-        before, now = [name for name, _ in saved], [type(one).__name__ for one in self.callbacks]
-        if before != now:
-            names = [", ".join(names) or "none" for names in (before, now)]
-            raise CheckpointError(
-                f"the run {self.folder} was trained with callbacks {names[0]}, and is to go on with {names[1]}: give "
-                "the same ones, in Python by sltt.fit(…, callbacks=[…], resume=True)"
-            )
+def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
+    """Take over all that a checkpoint of `save_state` holds."""
+    path, saved_callbacks = loop.folder / LAST, checkpoint.get("callbacks", [])
+    if checkpoint["fingerprint"] != loop.fingerprint:
+        raise CheckpointError(
+            f"the run {loop.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
+            f"{loop.fingerprint}: restore its samples and settings, or start a new run with --weights"
+        )
+    before, now = [name for name, _ in saved_callbacks], [type(one).__name__ for one in loop.callbacks]
+    if before != now:
+        raise CheckpointError(
+            f"the run {loop.folder} was trained with callbacks {', '.join(before) or 'none'}, and is to go on with "
+            f"{', '.join(now) or 'none'}: give the same ones, in Python by sltt.fit(…, callbacks=[…], resume=True)"
+        )
+    load_weights(loop.model, checkpoint["model"], path)
+    if loop.average:
+        load_weights(loop.average.module, chosen(checkpoint), path)
+    load_optimizer(loop.optim, checkpoint["optimizer"], path)
+    loop.session.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
+    for stage, state in zip(loop.stages, checkpoint["rules"], strict=False):
+        stage.rule.load_state_dict(state)
+    for callback, (_, state) in zip(loop.callbacks, saved_callbacks, strict=True):
+        callback.load_state_dict(state)
+    saved = checkpoint["progress"]
+    terms = {"terms": saved["samples"]}  # of checkpoints that were written before there were others
+    loop.state = Progress(**{**terms, **saved}).of_process(loop.processes.rank)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -13,22 +13,18 @@ from sltt.checks import flag, instance
 from sltt.data import Data, Splits
 from sltt.data.loaders import Loaders, as_data, batch_size_of
 from sltt.kernels import Compile, Sparse
-from sltt.losses import CrossEntropyMSE, is_per_step, prediction_of
+from sltt.losses import CrossEntropyMSE, is_per_step
 from sltt.metrics import Accuracy, Metric
-from sltt.parallel.batchnorm import synchronise
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
-from sltt.training.average import Average
-from sltt.training.batches import seed_everything
 from sltt.training.card import write_card
-from sltt.training.checkpoints import Checkpoints, load_checkpoint, load_selected, start_from
+from sltt.training.checkpoints import load_checkpoint, load_selected, restore_state, start_from
 from sltt.training.console import Console
 from sltt.training.describe import describe_run
 from sltt.training.logs import Logger
 from sltt.training.loop import Loop
 from sltt.training.mixing import check_mixing
-from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Phase
 from sltt.training.runs import LAST, as_continued, check_config, new_run, old_run, write_config
 from sltt.training.safeguards import check_last_batch, check_static, check_type, first_samples
@@ -177,7 +173,9 @@ def start_run(
     folder = here.processes.first(lambda: new_run(run, name, config, network))
     report.line(f"run {folder}")
     with here.held(folder):
-        return _finish(_loop(here, model, data, splits, training, folder, config or {}, report))
+        loop = Loop(here, training, model, data, splits, folder, config or {}, report)
+        loop.run()
+        return _result(loop)
 
 
 def resume_run(
@@ -200,22 +198,21 @@ def resume_run(
         settings = as_continued(checkpoint["config"], config) if checkpoint else config or {}
         if checkpoint is None:
             start_from(model, training.weights)
-        loop = _loop(here, model, data, splits, training, folder, settings, report)
+        loop = Loop(here, training, model, data, splits, folder, settings, report)
         if checkpoint is not None:
-            loop.state = loop.checkpoints.restore(checkpoint)
+            restore_state(loop, checkpoint)
         if settings and here.processes.rank == 0:
             write_config(folder, settings)
-        return _finish(loop)
+        loop.run()
+        return _result(loop)
 
 
-def _finish(loop: Loop) -> Fit:
-    """Train what is left, and give the model the weights of the best epoch."""
-    loop.run()
+def _result(loop: Loop) -> Fit:
+    """Give the model the weights of the best epoch."""
     load_selected(loop.model, loop.folder, processes=loop.processes)
     epoch = loop.state.best_epoch or loop.state.epoch
     if loop.processes.rank == 0:
-        row = loop.state.history[epoch - 1]
-        write_card(loop.folder, loop.session, loop.model, loop.data, loop.splits, loop.training, row)
+        write_card(loop, loop.state.history[epoch - 1])
     return Fit(loop.folder, loop.state.history, epoch)
 
 
@@ -251,58 +248,6 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
     check_last_batch(model, splits, samples, training.batch_size, stages)
     check_mixing(model, splits, samples, stages[0])
     return splits
-
-
-def _loop(
-    here: Session,
-    model: nn.Module,
-    data: Data,
-    splits: Splits,
-    training: Training,
-    folder: Path,
-    config: dict[str, Any],
-    report: Console,
-) -> Loop:
-    """A training at its beginning, with the network and the optimizer on the device."""
-    seed_everything(training.seed)
-    if here.execution.sync_batchnorm:
-        synchronise(model)
-    net = here.set_up(model)
-    average = None if training.ema is None else Average(model, training.ema)
-    groups = parameter_groups(model, training.norm_weight_decay, training.norm_bias_lr)
-    optim: Any = here.fabric.setup_optimizers(training.optimizer(groups))
-    checkpoints = Checkpoints(
-        folder=folder,
-        session=here,
-        model=model,
-        optim=optim,
-        average=average,
-        rules=[stage.rule for stage in training.stages],
-        callbacks=training.callbacks or (),
-        fingerprint=splits.fingerprint,
-        task={
-            "steps": training.steps,
-            "static": splits.static,
-            "classes": splits.classes,
-            "prediction": prediction_of(training.loss),
-        },
-        config=config,
-    )
-    return Loop(
-        session=here,
-        training=training,
-        model=model,
-        net=net,
-        average=average,
-        averaged=here.set_up(average.model) if average else net,
-        loss=here.set_up_loss(training.loss),
-        optim=optim,
-        data=data,
-        splits=splits,
-        checkpoints=checkpoints,
-        folder=folder,
-        report=report,
-    )
 
 
 def _last_checkpoint(run: Path, config: dict[str, Any] | None) -> dict[str, Any] | None:

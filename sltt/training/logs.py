@@ -1,10 +1,9 @@
 """Where the metrics of a training go, beside its table: TensorBoard, and loggers of the user's."""
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -27,8 +26,11 @@ class Logger(Protocol):
         """The training has ended: "success" or "failed"."""
 
 
-class Logs:
-    """The logs of a run, which its first process writes; they are ended with this block.
+@contextmanager
+def logs(
+    run: Path, loggers: Sequence[Logger], config: dict[str, Any], first: bool
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """The logs of a run, which its first process writes: gives a function that logs the metrics of an epoch.
 
     Args:
         run: folder of the run; TensorBoard's files are in it.
@@ -36,33 +38,29 @@ class Logs:
         config: settings of the run.
         first: this process is the first.
     """
+    if not first:
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, run: Path, loggers: Sequence[Logger], config: dict[str, Any], first: bool):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=0) if first else None
-        self._loggers = loggers if first else ()
-        for logger in self._loggers:
-            with suppress(NotImplementedError):  # Fabric's CSVLogger has none
-                logger.log_hyperparams(config)
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        """Log the metrics of an epoch."""
-        if self._writer is None:
-            return
+    def log(row: dict[str, Any]) -> None:
         values = {key: value for key, value in row.items() if value is not None}
         for key, value in values.items():
-            self._writer.add_scalar(key, value, row["epoch"])
-        self._writer.flush()
-        for logger in self._loggers:
+            writer.add_scalar(key, value, row["epoch"])
+        writer.flush()
+        for logger in loggers:
             logger.log_metrics(values, row["epoch"])
             logger.save()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        for logger in self._loggers:
-            logger.finalize("failed" if error else "success")
+    writer = SummaryWriter(str(run / "tensorboard"), purge_step=0)
+    for logger in loggers:
+        with suppress(NotImplementedError):  # Fabric's CSVLogger has none
+            logger.log_hyperparams(config)
+    status = "failed"
+    try:
+        yield log
+        status = "success"
+    finally:
+        writer.close()
+        for logger in loggers:
+            logger.finalize(status)

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,30 @@ from sltt.callbacks import Moment
 from sltt.data import Data, Splits
 from sltt.losses import is_per_step, predicted, prediction_of
 from sltt.metrics import higher_is_better, improves, name_of
+from sltt.parallel.batchnorm import synchronise
 from sltt.parallel.signals import Interrupt
 from sltt.rules import Output
 from sltt.sequence.padding import Padded, lengths_of, target_of
 from sltt.sequence.steps import check_input
-from sltt.training.average import Average
-from sltt.training.batches import EpochSampler, ending, seed_batch, share, train_loader, whole_epoch
-from sltt.training.checkpoints import Checkpoints
+from sltt.training.average import averaged_model
+from sltt.training.batches import (
+    EpochSampler,
+    count_parts,
+    cut,
+    ending,
+    joined,
+    seed_batch,
+    seed_everything,
+    share,
+    train_loader,
+    whole_epoch,
+)
+from sltt.training.checkpoints import save_state
 from sltt.training.console import Console
 from sltt.training.evaluation import counting, measure
 from sltt.training.files import write_table
-from sltt.training.logs import Logs
-from sltt.training.parts import count_parts, run_in_parts
+from sltt.training.logs import logs
+from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Stage, freeze_norm, set_rates, stage_at
 from sltt.training.progress import BatchMemory, Metrics, Progress, epoch_row
 from sltt.training.runs import BEST, LAST, METRICS
@@ -38,76 +49,81 @@ from sltt.training.session import Session
 from sltt.training.settings import Training
 
 
-@dataclass(kw_only=True)
 class Loop:
-    """A training in one process: what was set up for it, and how far it is.
+    """A training in one process: what is set up for it, and how far it is.
 
     Args:
+        session: where it runs.
         training: what is trained.
         model: the network.
-        net: the network for calls under the precision of the session.
-        average: of the weights, where the training has one, and
-        averaged: that network for such calls; else the network itself.
-        loss: on the device.
-        optim: the optimizer.
+        data: its splits may depend on T.
         splits: of the first stage.
-        checkpoints: of the run.
         folder: of the run.
+        config: settings of the run, to keep.
+        report: where to print.
+
+    Attributes:
+        net: the network for calls under the precision of the session.
+        average: of the weights, where the training has one.
+        averaged: the network with these, for such calls; else `net`.
         state: how far the training is.
+        saved: when, on the monotonic clock.
     """
 
-    session: Session
-    training: Training
-    model: nn.Module
-    net: Any
-    average: Average | None
-    averaged: Any
-    loss: Any
-    optim: Any
-    data: Data
-    splits: Splits
-    checkpoints: Checkpoints
-    folder: Path
-    report: Console
-    state: Progress = field(default_factory=Progress)
-
-    def __post_init__(self) -> None:
-        self.processes = self.session.processes
-        self.stages = self.training.stages
-        self.metric = name_of(self.training.metric)
-        self.sampler = EpochSampler.of(self.splits, self.training.seed, self.training.batch_size)
-        self.batches = math.ceil(self.sampler.length / self.training.batch_size)
-        self.scaled = self.session.execution.precision == "16-mixed"  # a scaler leaves out steps that are not finite
+    def __init__(
+        self,
+        session: Session,
+        training: Training,
+        model: nn.Module,
+        data: Data,
+        splits: Splits,
+        folder: Path,
+        config: dict[str, Any],
+        report: Console,
+    ):
+        seed_everything(training.seed)
+        self.session, self.processes, self.training = session, session.processes, training
+        self.model, self.data, self.splits, self.fingerprint = model, data, splits, splits.fingerprint
+        self.folder, self.config, self.report = folder, config, report
+        if session.execution.sync_batchnorm:
+            synchronise(model)
+        self.net = session.set_up(model)
+        self.average = None if training.ema is None else averaged_model(model, training.ema)
+        groups = parameter_groups(model, training.norm_weight_decay, training.norm_bias_lr)
+        self.optim: Any = session.fabric.setup_optimizers(training.optimizer(groups))
+        self.averaged = session.set_up(self.average.module) if self.average else self.net
+        self.models = [model, *([self.average.module] if self.average else [])]
+        self.loss = session.set_up_loss(training.loss)
+        self.stages, self.callbacks = training.stages, training.callbacks or ()
+        self.metric = name_of(training.metric)
+        self.sampler = EpochSampler.of(splits, training.seed, training.batch_size)
+        self.batches = math.ceil(self.sampler.length / training.batch_size)
+        self.scaled = session.execution.precision == "16-mixed"  # a scaler leaves out steps that are not finite
         self.initial = [(group["lr"], group.get("weight_decay", 0.0)) for group in self.optim.param_groups]
+        self.state, self.saved = Progress(), time.monotonic()
 
     def run(self) -> None:
         """Train the epochs that are left."""
-        log = Logs(self.folder, self.training.loggers or (), self.checkpoints.config, self.processes.rank == 0)
-        with log, Interrupt() as interrupt:
+        first = self.processes.rank == 0
+        with logs(self.folder, self.training.loggers or (), self.config, first) as log, Interrupt() as interrupt:
             self._show_callbacks()
             for row in self.state.history:  # so that the log of a resumed run is whole
                 log(row)
             for stage in self.stages:
-                if self.state.epoch < stage.stop and not self.state.stopped:
-                    self._stage(stage, log, interrupt)
+                if self._over(stage):
+                    continue
+                batches, validation = self._begin(stage)
+                with ending(batches, validation):
+                    while not self._over(stage):
+                        training = self._epoch(stage, batches, interrupt)
+                        row = self._end_epoch(training, self._validate(stage, validation))
+                        log(row)
+                        self._show(row, training)
+                        interrupt.stop(int(self.processes.highest(interrupt.requested)), self.folder)
         self._write_table()  # also after a resume that had nothing left to train
 
-    def _stage(self, stage: Stage, log: Logs, interrupt: Interrupt) -> None:
-        """Train the epochs of a stage that are left."""
-        batches, validation = self._begin(stage)
-        with ending(batches, validation):
-            while self.state.epoch < stage.stop and not self.state.stopped:
-                training = self._epoch(stage, batches, interrupt)
-                for model in self._models():
-                    self.processes.average_statistics(model)
-                row = self._end_epoch(training, self._validate(stage, validation))
-                log(row)
-                self.report.row(row)
-                for warning in extreme_layers(training.layers):
-                    self.report.warn(warning)
-                if self.state.stopped:
-                    self.report.line(f"stopped after epoch {self.state.epoch}: {self.state.stopped}")
-                interrupt.stop(int(self.processes.highest(interrupt.requested)), self.folder)
+    def _over(self, stage: Stage) -> bool:
+        return self.state.epoch >= stage.stop or bool(self.state.stopped)
 
     def _begin(self, stage: Stage) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
         """Batches to train on and to validate by, in a stage, which may be in its middle.
@@ -160,24 +176,27 @@ class Loop:
                 set_rates(self.optim, self.initial, stage, self.training.schedule, epoch)
                 self._batch(stage, x, y, firing)
                 advance()
-                due = self.checkpoints.age() > 60 * self.training.checkpoint_minutes
+                due = time.monotonic() - self.saved > 60 * self.training.checkpoint_minutes
                 if wanted := self.processes.highest(interrupt.requested or due / 2):  # a signal, or a checkpoint
                     state.seconds = time.monotonic() - began
                     state.firing, state.score = firing.state_dict(), self.score.state()
-                    self.checkpoints.save(state, LAST)
+                    save_state(self, LAST)
                     interrupt.stop(int(wanted), self.folder)
         state.firing = firing.state_dict()
-        return self.score.of(state.metrics(self.metric, self.processes, time.monotonic() - began, self.memory.peak))
+        seconds = time.monotonic() - began
+        for model in self.models:
+            self.processes.average_statistics(model)
+        return self.score.of(state.metrics(self.metric, self.processes, seconds, self.memory.peak))
 
     def _batch(self, stage: Stage, x: Tensor, y: Tensor | Padded, firing: FiringRates) -> None:
         """Train a batch, or this process's share of it."""
-        state, rank, seed = self.state, self.processes.rank, self.training.seed
+        state, rule, rank, processes = self.state, stage.rule, self.processes.rank, self.processes.count
         self.optim.zero_grad()
-        size = min(self.training.batch_size, self.sampler.length - state.batch * self.training.batch_size)
-        weight, count = share(size, rank, self.processes.count)
-        parts = count_parts(self.training.accumulate, size, self.processes.count)
-        drawn = seed_batch(seed, state.epoch, state.batch)  # of the rule, in all processes alike
-        seed_batch(seed, state.epoch, state.batch, rank)
+        largest = min(self.training.batch_size, self.sampler.length)
+        size = min(largest, self.sampler.length - state.batch * self.training.batch_size)
+        weight, count = share(size, rank, processes)
+        drawn = seed_batch(self.training.seed, state.epoch, state.batch)  # of the rule, in all processes alike
+        seed_batch(self.training.seed, state.epoch, state.batch, rank)
         check_labels(target_of(y), self.splits.classes)
         if isinstance(y, Padded):
             weight = y.steps / self.processes.sum([y.steps])[0]
@@ -185,35 +204,39 @@ class Loop:
         if self.session.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
             check_input(x)
         x, y = self.session.batch(x, y)
+        static, per_step, carried = self.splits.static, is_per_step(self.loss), rule.state_dict()
 
-        carried = stage.rule.state_dict()
+        def run() -> Output:
+            parts = cut(x, y, count_parts(self.training.accumulate, size, processes), static=static, per_step=per_step)
+            outs = []
+            for part in parts:
+                rule.load_state_dict(carried)  # each part draws the same time steps
+                out = rule(
+                    *(self.net, part.x, part.y, self.loss),
+                    steps=stage.steps if static else None,
+                    backward=partial(self._backward, weight * part.weight),
+                    update=self._reduce_and_update if rule.online else None,
+                    seed=drawn,
+                )
+                outs.append(out)
+            return joined(outs, parts)
 
-        def run_part(x: Tensor, y: Tensor | Padded, part: float) -> Output:
-            stage.rule.load_state_dict(carried)  # each part draws the same time steps
-            return stage.rule(
-                *(self.net, x, y, self.loss),
-                steps=stage.steps if self.splits.static else None,
-                # weighted, such that the gradients of all parts and processes add up to that of the batch
-                backward=lambda loss: self.session.fabric.backward(loss * (weight * part)),
-                update=self._reduce_and_update if stage.rule.online else None,
-                seed=drawn,
-            )
-
-        forms = {"static": self.splits.static, "per_step": is_per_step(self.loss)}
-        run = partial(run_in_parts, run_part, x, y, parts, **forms)
         with counting(firing, count):
-            full = size == min(self.training.batch_size, self.sampler.length)
-            out = self.memory(run, len(x), full=full)
-        if not stage.rule.online:
+            out = self.memory(run, len(x), full=size == largest)
+        if not rule.online:
             self._reduce()
         check_finite(out.loss, self.model, self.optim, scaled=self.scaled)
-        if not stage.rule.online:
+        if not rule.online:
             self._update()
         prediction = predicted(prediction_of(self.loss), out.logits, lengths_of(y))
         state.count(out.loss, self.score.batch(prediction, target_of(y), count), count, y)
         if self.average:
-            self.average.update(self.model)
+            self.average.update_parameters(self.model)
         self._call("on_batch", out.loss.item())
+
+    def _backward(self, weight: float, loss: Tensor) -> None:
+        """Backpropagate, such that the gradients of all parts and processes add up to that of the batch."""
+        self.session.fabric.backward(loss * weight)
 
     def _reduce(self) -> None:
         self.processes.reduce_gradients(self.model.parameters())
@@ -242,7 +265,7 @@ class Loop:
         row = epoch_row(self.state.epoch + 1, self.optim, training, validation)
         quality = improves(self.training.metric, validation.score) if validation else 0.0
         improved = self.state.end_epoch(row, validation, quality)
-        self.state.pending = bool(self.training.callbacks)
+        self.state.pending = bool(self.callbacks)
         # the best before the last: that one says that there is a best
         self._save(*[BEST] * improved, LAST)
         self._show_callbacks()
@@ -257,8 +280,15 @@ class Loop:
             self._save(LAST)
 
     def _save(self, *names: str) -> None:
-        self.checkpoints.save(self.state, *names)
+        save_state(self, *names)
         self._write_table()
+
+    def _show(self, row: dict[str, Any], training: Metrics) -> None:
+        self.report.row(row)
+        for warning in extreme_layers(training.layers):
+            self.report.warn(warning)
+        if self.state.stopped:
+            self.report.line(f"stopped after epoch {self.state.epoch}: {self.state.stopped}")
 
     def _call(self, name: str, loss: float | None = None) -> None:
         """Call a method of all callbacks; what one of them stops, in any process, ends for all after the epoch."""
@@ -274,14 +304,11 @@ class Loop:
             higher_is_better=higher_is_better(self.training.metric),
             stopped=state.stopped,
         )
-        for callback in self.training.callbacks or ():
+        for callback in self.callbacks:
             getattr(callback, name)(now)
         state.stopped = now.stopped
-        if name == "on_epoch" and self.training.callbacks and self.processes.highest(bool(state.stopped)):
+        if name == "on_epoch" and self.callbacks and self.processes.highest(bool(state.stopped)):
             state.stopped = state.stopped or "as asked for in another process"
-
-    def _models(self) -> list[nn.Module]:
-        return [self.model, *([self.average.model] if self.average else [])]
 
     def _write_table(self) -> None:
         if self.processes.rank == 0:

@@ -7,8 +7,7 @@ from torch import nn
 import sltt
 from sltt.losses import predicted
 from sltt.rules.base import sequence_loss
-from sltt.training.batches import EpochSampler, train_loader
-from sltt.training.parts import run_in_parts
+from sltt.training.batches import EpochSampler, cut, joined, train_loader
 from tests.conftest import LOSS, RULES, batch, gradient, small_network
 
 LENGTHS = (4, 2, 3, 1, 2)
@@ -89,7 +88,8 @@ def test_parts_of_a_padded_batch_add_up(parts):
         def step(x, y, weight, model=model):
             return sltt.SLTT()(model, x, y, LOSS, backward=lambda value: (value * weight).backward())
 
-        out = run_in_parts(step, x, y, count, static=False, per_step=False)
+        split = cut(x, y, count, static=False, per_step=False)
+        out = joined([step(*part) for part in split], split)
         found.append((gradient(model), out.loss))
     torch.testing.assert_close(found[1], found[0])
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import sltt
 from sltt.callbacks import Callback
-from sltt.training.average import Average
+from sltt.training.average import averaged_model
 from sltt.training.checkpoints import load_checkpoint
 from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
 
@@ -87,18 +87,18 @@ def test_the_statistics_fit_the_averaged_weights():
     """Their error is far below the spread, where statistics of the first weights would be off by that much."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32), sltt.LIF(), nn.Linear(32, 3))
-    optimizer, average = torch.optim.AdamW(model.parameters(), lr=0.01), Average(model, 0.9)
+    optimizer, average = torch.optim.AdamW(model.parameters(), lr=0.01), averaged_model(model, 0.9)
     data = torch.utils.data.DataLoader(Blobs().load(1).train, 20, shuffle=True)
     for _ in range(60):
         for x, y in data:
             optimizer.zero_grad()
             sltt.SLTT()(model, x, y, nn.CrossEntropyLoss(), steps=2)
             optimizer.step()
-            average.update(model)
-    exact = copy.deepcopy(average.model)
+            average.update_parameters(model)
+    exact = copy.deepcopy(average.module)
     torch.optim.swa_utils.update_bn([x for x, _ in data], exact)
     sltt.reset(exact)
-    found, right = (m[1].running_mean for m in (average.model, exact))
+    found, right = (m[1].running_mean for m in (average.module, exact))
     assert (found - right).abs().max() < 0.15 * right.abs().max()  # statistics begin as 0
 
 

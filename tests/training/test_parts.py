@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.training.batches import share
-from sltt.training.parts import count_parts, run_in_parts
+from sltt.training.batches import count_parts, cut, joined, share
 from tests.conftest import LOSS, batch, gradient, small_network
 from tests.training.blobs import Blobs, network, train, weights
 
@@ -27,7 +26,8 @@ def test_parts_add_up_to_the_gradient_of_the_batch(rule, count, per_step):
             return rule(model, x, y, loss, backward=lambda value: (value * weight).backward(), seed=3)
 
         torch.manual_seed(1)
-        out = run_in_parts(run, x, y, parts, static=False, per_step=per_step)
+        split = cut(x, y, parts, static=False, per_step=per_step)
+        out = joined([run(*part) for part in split], split)
         found.append((gradient(model), out.loss, out.logits))
     for one, whole in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(one, whole)
