@@ -38,7 +38,7 @@ def number(
         raise ValueError(_message(name, "a number", value, remedy))
     if not math.isfinite(value):
         raise ValueError(_message(name, "a finite number", value, remedy))
-    _check_range(name, value, above, least, below, most, remedy)
+    _check_range(name, value, remedy, above=above, least=least, below=below, most=most)
     return float(value)
 
 
@@ -49,7 +49,7 @@ def whole_number(name: str, value: Any, *, least: int | None = None, most: int |
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(_message(name, "a whole number", value, remedy))
-    _check_range(name, value, None, least, None, most, remedy)
+    _check_range(name, value, remedy, least=least, most=most)
     return operator.index(value)
 
 
@@ -108,24 +108,20 @@ def folder(name: str, value: Any) -> Path:
     return Path(value)
 
 
-def _check_range(
-    name: str,
-    value: Any,
-    above: float | None,
-    least: float | None,
-    below: float | None,
-    most: float | None,
-    remedy: str,
-) -> None:
-    bounds = (
-        ("greater than", above, lambda bound: value > bound),
-        ("at least", least, lambda bound: value >= bound),
-        ("less than", below, lambda bound: value < bound),
-        ("at most", most, lambda bound: value <= bound),
-    )
-    given = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
-    if not all(holds(bound) for _, bound, holds in given):
-        raise ValueError(_message(name, " and ".join(f"{words} {bound}" for words, bound, _ in given), value, remedy))
+_BOUNDS = {
+    "above": ("greater than", operator.gt),
+    "least": ("at least", operator.ge),
+    "below": ("less than", operator.lt),
+    "most": ("at most", operator.le),
+}
+
+
+def _check_range(name: str, value: Any, remedy: str, **bounds: float | None) -> None:
+    """Raise ValueError for a value outside the bounds, which are named as in `number`."""
+    given = [(*_BOUNDS[key], bound) for key, bound in bounds.items() if bound is not None]
+    if not all(holds(value, bound) for _, holds, bound in given):
+        expected = " and ".join(f"{words} {bound}" for words, _, bound in given)
+        raise ValueError(_message(name, expected, value, remedy))
 
 
 def _message(name: str, expected: str, value: Any, remedy: str = "") -> str:
