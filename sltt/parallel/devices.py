@@ -135,13 +135,9 @@ def _strategy(name: Strategy, processes: int) -> Any:
             _begin_alike(module)
             return module
 
-    class FullyShard(ModelParallelStrategy):
-        """The weights in parts: gathered for a module while it runs, and its gradients reduced in each backward."""
-
-        def __init__(self) -> None:
-            super().__init__(_shard, data_parallel_size=processes, tensor_parallel_size=1, timeout=TIMEOUT)
-
-    return DataParallel(timeout=TIMEOUT) if name == "ddp" else FullyShard()
+    if name == "ddp":
+        return DataParallel(timeout=TIMEOUT)
+    return ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1, timeout=TIMEOUT)
 
 
 def _start_others(devices: int, num_nodes: int) -> None:
@@ -184,7 +180,8 @@ def _begin_alike(model: nn.Module) -> None:
 def _shard(model: nn.Module, mesh: Any) -> nn.Module:
     """Shard the parameters over the processes: each layer of SHARD_FROM or more by itself, the others as one.
 
-    A parameter without dimensions, as a neuron's time constant, stays whole in every process.
+    Weights are gathered for a module while it runs, and its gradients reduced in each backward. A parameter without
+    dimensions, as a neuron's time constant, stays whole in every process.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
 

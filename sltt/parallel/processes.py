@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from sltt.sequence.state import Stateful
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from torch.distributed.tensor import DTensor
 
 A = TypeVar("A")
 BUCKET = 2**25  # bytes of gradients in one message: enough to fill a network, little beside the gradients
@@ -155,18 +156,16 @@ def disband() -> None:
 atexit.register(disband)  # at import: what is registered first runs last, after what a user registers
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process has only a part of a parameter."""
+def is_sharded(value: Any) -> "TypeGuard[DTensor]":
+    """Whether this process has only a part of a tensor."""
     from torch.distributed.tensor import DTensor
 
-    return isinstance(tensor, DTensor)
+    return isinstance(value, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process has; all of it where it is not sharded."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(value: Any) -> Any:
@@ -178,9 +177,7 @@ def whole(value: Any) -> Any:
         return {key: whole(v) for key, v in value.items()}
     if isinstance(value, list):
         return [whole(v) for v in value]
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(value, DTensor):
+    if not is_sharded(value):
         return value
     full = value.full_tensor()  # all processes take part
     return full.cpu() if dist.get_rank() == 0 else None
@@ -188,17 +185,15 @@ def whole(value: Any) -> Any:
 
 def total(value: Tensor) -> Tensor:
     """What all processes know of a number that was computed from sharded tensors."""
-    from torch.distributed.tensor import DTensor
-
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_sharded(value) else value
 
 
 def as_sharded(value: Any, like: Tensor) -> Any:
     """The part of a whole tensor that this process has of `like`; unchanged where that is not sharded."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+    if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
