@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,11 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sltt.metrics import shown
-from sltt.training.notebook import NotebookBar
 
-# column in the metrics of an epoch, heading, format; as wide as the heading or the value, whichever is wider
-BEFORE = (("epoch", "epoch", "{:d}".format), ("train_loss", "loss", "{:.4f}".format))
-BEHIND = (("firing_rate", "firing rate", "{:.4f}".format), ("seconds", "seconds", "{:.1f}".format))
+SECONDS = 0.2  # between two updates of the bar in a notebook: each is a message to the browser
 
 
 class Console:
@@ -92,11 +90,56 @@ def _finite(value: Any) -> Any:
 
 
 def _columns(metric: str) -> list[tuple[str, str, Callable[[Any], str]]]:
+    """Columns of the table of epochs: key in the metrics, heading, format."""
     name = {"accuracy": "acc"}.get(metric, metric)
-    kinds = (("train", "train"), ("validation", "val"))
-    scores = [(f"{kind}_{metric}", f"{short} {name}", partial(shown, metric)) for kind, short in kinds]
-    return [*BEFORE, *scores, *BEHIND, ("peak_memory", "peak memory", megabytes)]
+    return [
+        ("epoch", "epoch", "{:d}".format),
+        ("train_loss", "loss", "{:.4f}".format),
+        (f"train_{metric}", f"train {name}", partial(shown, metric)),
+        (f"validation_{metric}", f"val {name}", partial(shown, metric)),
+        ("firing_rate", "firing rate", "{:.4f}".format),
+        ("seconds", "seconds", "{:.1f}".format),
+        ("peak_memory", "peak memory", megabytes),
+    ]
 
 
 def _cell(value: Any, heading: str, form: Callable[[Any], str]) -> str:
     return f"{'–' if value is None else form(value):>{max(7, len(heading))}}"
+
+
+class NotebookBar:
+    """A bar of plain HTML, which needs no widgets.
+
+    It is one for all epochs, in the place where the first began, so that the text below it stays in one piece.
+    """
+
+    def __init__(self) -> None:
+        self._place: Any = None
+
+    @contextmanager
+    def __call__(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+        """Show the bar, and give a function that moves it on by one; it vanishes at the end."""
+        shown = -SECONDS
+
+        def advance(by: int = 1) -> None:
+            nonlocal done, shown
+            done += by
+            if time.monotonic() - shown >= SECONDS:
+                shown = time.monotonic()
+                text = f"{title} {done}/{total}"
+                self._show(f'<progress max="{total}" value="{done}"></progress> <code>{text}</code>', text)
+
+        advance(0)
+        try:
+            yield advance
+        finally:
+            self._show("", "")
+
+    def _show(self, html: str, text: str) -> None:
+        content = {"text/html": html, "text/plain": text}
+        if self._place is None:
+            from IPython.display import display  # pyright: ignore[reportMissingImports]  # there is one in a notebook
+
+            self._place = display(content, raw=True, display_id=True)
+        else:
+            self._place.update(content, raw=True)

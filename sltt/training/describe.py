@@ -136,8 +136,9 @@ def pack(model: nn.Module, loss: Any) -> bytes:
     return file.getvalue()
 
 
-def unpack(file: io.BytesIO) -> dict[str, Any]:
+def unpack(content: bytes) -> dict[str, Any]:
     """The network and the loss in a file: nothing but classes of modules and of this library is made from it."""
+    file = io.BytesIO(content)
     with torch.serialization.safe_globals(_allowed(file)):
         return torch.load(file, map_location="cpu", weights_only=True)
 

@@ -1,12 +1,13 @@
 """How a network is measured on the samples of a split."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,7 +29,6 @@ from sltt.training.safeguards import check_length
 from sltt.training.score import Score
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution
-from sltt.training.views import views
 
 Split = Literal["train", "validation", "test"]
 
@@ -69,10 +69,10 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """
-    settings = {"loss": loss, "metric": metric, "steps": steps, "batch_size": batch_size_of(data, batch_size)}
-    settings |= {"mirror": mirror, "shift": shift}
+    size = batch_size_of(data, batch_size)
+    seen = {"mirror": mirror, "shift": shift}
     with session(Execution.of(locals())) as here:
-        return measure_split(here, model, data, split, **settings)
+        return measure_split(here, model, data, split, loss=loss, metric=metric, steps=steps, batch_size=size, **seen)
 
 
 def measure_split(
@@ -109,9 +109,9 @@ def measure_split(
         dataset = splits.plain
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
+    memory = BatchMemory(here.fabric.device)
     with ending(loader):
-        seen = partial(views, static=splits.static, mirror=mirror, shift=shift)
-        return measure(here, net, loader, splits, loss, metric, steps, seen, BatchMemory(here.fabric.device))
+        return measure(here, net, loader, splits, loss, metric, steps, mirror=mirror, shift=shift, memory=memory)
 
 
 def measured_with(built: Any) -> dict[str, Any]:
@@ -127,13 +127,14 @@ def measure(
     loss: nn.Module,
     metric: Metric,
     steps: int,
-    seen: Callable[[Tensor], list[tuple[float, Tensor]]] | None = None,
+    *,
+    mirror: bool = False,
+    shift: int = 0,
     memory: BatchMemory | None = None,
 ) -> Metrics:
     """Run a network over the batches of a split, in evaluation mode and without a graph.
 
-    Logits are the mean over the views that are `seen` of a batch, with their weights. With `memory`, the first batch is
-    measured.
+    Logits are the mean over the `views` of a batch, with their weights. With `memory`, the first batch is measured.
     """
     processes = here.processes
     batches: Any = loader.batch_sampler
@@ -146,7 +147,8 @@ def measure(
             x, y = here.batch(x, y)
             size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
             _, count = share(size, processes.rank, processes.count)
-            run = partial(_logits, net, seen(x) if seen else [(1.0, x)], steps if splits.static else None)
+            seen = views(x, splits.static, mirror, shift)
+            run = partial(_logits, net, seen, steps if splits.static else None)
             with counting(firing, count):
                 logits = memory(run, len(x)) if memory else run()
             score = scored.batch(predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y), count)
@@ -168,3 +170,34 @@ def counting(firing: FiringRates, samples: int) -> Iterator[None]:
 def _logits(net: Any, seen: list[tuple[float, Tensor]], steps: int | None) -> Tensor:
     """The weighted mean over the views [B, ...] or [T, B, ...] of the logits [T, B, C]."""
     return torch.stack([weight * unroll(net, view, steps=steps) for weight, view in seen]).sum(0)
+
+
+def views(x: Tensor, static: bool, mirror: bool, shift: int) -> list[tuple[float, Tensor]]:
+    """Views of images [B, C, H, W], or with time [T, B, C, H, W], and their weights, whose sum is 1.
+
+    Args:
+        x: the images.
+        static: without time.
+        mirror: each view in its mirror image too.
+        shift: two views more, moved by so many pixels; the image itself counts as much as both.
+
+    Raises:
+        ValueError: no images, or images that are not larger than the shift.
+    """
+    if (mirror or shift) and x.ndim != (4 if static else 5):
+        name = "mirror=True" if mirror else f"shift={shift}"
+        raise ValueError(f"{name} needs images [C, H, W] as samples of a time step, got a batch {list(x.shape)}")
+    if shift and shift >= min(x.shape[-2:]):
+        raise ValueError(f"shift must be less than the {min(x.shape[-2:])} pixels of the images, got {shift}")
+    found = [(1.0, x)]
+    if shift:
+        found = [(0.5, x), *((0.25, moved(x, pixels)) for pixels in (-shift, shift))]
+    return [(w / 2, one) for w, view in found for one in (view, view.flip(-1))] if mirror else found
+
+
+def moved(x: Tensor, pixels: int) -> Tensor:
+    """Images [..., H, W] moved right and down, or with negative `pixels` left and up; reflected at the border."""
+    flat = x.flatten(0, -4) if x.ndim > 4 else x
+    padded = F.pad(flat, [abs(pixels)] * 4, mode="reflect")
+    start = abs(pixels) - pixels
+    return padded[..., start : start + x.shape[-2], start : start + x.shape[-1]].reshape(x.shape)

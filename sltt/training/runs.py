@@ -120,9 +120,13 @@ def find_checkpoint(run: Path, which: str | None = None) -> Path:
 
 def load_call(run: Path) -> str:
     """What to write in Python for the network of a run; one that cannot make it again takes it as `model`."""
-    config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")) if (run / CONFIG).exists() else {}
-    kept = (run / NETWORK).exists() or config.get("model")
+    kept = (run / NETWORK).exists() or read_config(run).get("model")
     return f"sltt.load({str(run)!r}{'' if kept else ', model'})"
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The configuration in the folder of a run; nothing where the file is gone."""
+    return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")) if (run / CONFIG).exists() else {}
 
 
 def write_config(run: Path, config: dict[str, Any]) -> None:

@@ -1,9 +1,7 @@
 """The network and the loss of a run that was made in Python, as its configuration names them."""
 
 # pyright: reportInvalidTypeForm=false
-import io
 from pathlib import Path
-from typing import Any
 
 from jsonargparse.typing import Path_fr
 from torch import nn
@@ -13,13 +11,9 @@ from sltt.training.describe import unpack
 
 def network(file: Path_fr) -> nn.Module:
     """The network in a run's file, with the weights that it had before the training."""
-    return _read(file)["model"]
+    return unpack(Path(file.absolute).read_bytes())["model"]
 
 
 def loss(file: Path_fr) -> nn.Module:
     """The loss in a run's file."""
-    return _read(file)["loss"]
-
-
-def _read(file: Path_fr) -> dict[str, Any]:
-    return unpack(io.BytesIO(Path(file.absolute).read_bytes()))
+    return unpack(Path(file.absolute).read_bytes())["loss"]

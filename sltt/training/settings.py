@@ -1,7 +1,7 @@
 """What a network runs on, and what is trained: the arguments of `sltt.fit`, which explains them, in two parts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Self, get_args
 
 import torch
@@ -23,8 +23,11 @@ OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
 
 PROCESSES = ("devices", "num_nodes", "strategy")  # settings of the processes, not of what each of them does
 OF_TRAINING = ("callbacks", "loggers")  # whose classes a trained network does without
-# of a setting that a resumed run may change: it says where the run trains, or when it ends
-RESUMED = {"resumable": True}
+# what a resumed run may change: where it trains, and when it ends; data may have moved, and its split is compared
+RESUMABLE = (
+    *("data", "workers", "device", *PROCESSES, "compile", "sparse"),
+    *("epochs", "checkpoint_minutes", "loggers"),
+)
 
 
 class _Settings:
@@ -44,14 +47,14 @@ class Execution(_Settings):
 
     precision: Precision = 32
     channels_last: bool = False
-    workers: int = field(default=0, metadata=RESUMED)
-    device: Device = field(default="auto", metadata=RESUMED)
-    devices: int | None = field(default=None, metadata=RESUMED)
-    num_nodes: int | None = field(default=None, metadata=RESUMED)
-    strategy: Strategy = field(default="ddp", metadata=RESUMED)
+    workers: int = 0
+    device: Device = "auto"
+    devices: int | None = None
+    num_nodes: int | None = None
+    strategy: Strategy = "ddp"
     sync_batchnorm: bool = False
-    compile: Compile = field(default="auto", metadata=RESUMED)
-    sparse: Sparse = field(default="auto", metadata=RESUMED)
+    compile: Compile = "auto"
+    sparse: Sparse = "auto"
 
     def __post_init__(self) -> None:
         choice("precision", self.precision, get_args(Precision))
@@ -82,19 +85,19 @@ class Training(_Settings):
     optimizer: OptimizerFactory
     schedule: Schedule
     steps: int = 4
-    epochs: int = field(default=10, metadata=RESUMED)
+    epochs: int = 10
     phases: Sequence[Phase] | None = None
     batch_size: int
     clip_norm: float | None = None
     norm_weight_decay: float | None = None
     norm_bias_lr: float = 1.0
     seed: int = 0
-    checkpoint_minutes: float = field(default=10.0, metadata=RESUMED)
+    checkpoint_minutes: float = 10.0
     weights: str | None = None
     accumulate: int = 1
     ema: float | None = None
     callbacks: Sequence[Callback] | None = None
-    loggers: Sequence[Logger] | None = field(default=None, metadata=RESUMED)
+    loggers: Sequence[Logger] | None = None
 
     def __post_init__(self) -> None:
         instance("rule", self.rule, Rule)
@@ -114,29 +117,17 @@ class Training(_Settings):
         number("norm_bias_lr", self.norm_bias_lr, above=0)
         if self.ema is not None:
             number("ema", self.ema, above=0, below=1)
-        for i, callback in enumerate(sequence("callbacks", self.callbacks or (), "callbacks")):
-            instance(f"callbacks[{i}]", callback, Callback)
-        self._check_loggers()
-        for i, phase in enumerate(sequence("phases", self.phases or (), "phases")):
-            instance(f"phases[{i}]", phase, Phase)
+        such_as = "such as lightning_fabric.loggers.CSVLogger('logs')"
+        for name, kind, remedy in (("callbacks", Callback, ""), ("loggers", Logger, such_as), ("phases", Phase, "")):
+            for i, one in enumerate(sequence(name, getattr(self, name) or (), name)):
+                instance(f"{name}[{i}]", one, kind, remedy)
         last = self.stages[-1].steps
         if last != self.steps and sum(phase.epochs for phase in self.phases or ()) <= self.epochs:
             raise ValueError(
                 f"steps={self.steps} is the T of evaluation, but the last phase trains T = {last}: set steps={last}"
             )
 
-    def _check_loggers(self) -> None:
-        for i, logger in enumerate(sequence("loggers", self.loggers or (), "loggers")):
-            instance(f"loggers[{i}]", logger, Logger, "such as lightning_fabric.loggers.CSVLogger('logs')")
-
     @property
     def stages(self) -> list[Stage]:
         """The phases with their places in the training."""
         return plan(self.phases, self.epochs, self.steps, self.rule)
-
-
-# data too, which is no setting: it may have moved, and its split is compared by itself
-RESUMABLE = (
-    "data",
-    *(one.name for kind in (Execution, Training) for one in fields(kind) if "resumable" in one.metadata),
-)

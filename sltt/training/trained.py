@@ -1,13 +1,11 @@
 """Trained networks: loaded from a run, and what they predict."""
 
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from torch import Tensor, nn
 
 from sltt.checks import choice, instance
@@ -18,7 +16,7 @@ from sltt.sequence.padding import check_lengths
 from sltt.training.average import chosen
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.describe import NETWORK, unpack
-from sltt.training.runs import CONFIG, find_checkpoint
+from sltt.training.runs import find_checkpoint, read_config
 
 log = logging.getLogger("sltt")
 
@@ -73,8 +71,8 @@ def load(
 def _network(run: Path) -> nn.Module:
     """The network that a run names or keeps, with other weights."""
     if (run / NETWORK).exists():
-        return unpack(io.BytesIO((run / NETWORK).read_bytes()))["model"]
-    config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")) if (run / CONFIG).exists() else {}
+        return unpack((run / NETWORK).read_bytes())["model"]
+    config = read_config(run)
     if not config.get("model"):
         raise ValueError(f"{run} does not keep its network: make it, and call sltt.load({str(run)!r}, model)")
     from jsonargparse import ArgumentParser

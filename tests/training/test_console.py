@@ -3,8 +3,7 @@ from types import ModuleType
 
 import pytest
 
-from sltt.training.console import Console
-from sltt.training.notebook import NotebookBar
+from sltt.training.console import Console, NotebookBar
 
 
 class Place:
@@ -32,7 +31,7 @@ def notebook(monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", module)
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    monkeypatch.setattr("sltt.training.notebook.SECONDS", 0)
+    monkeypatch.setattr("sltt.training.console.SECONDS", 0)
     return place
 
 
@@ -49,7 +48,7 @@ def test_a_notebook_shows_one_bar_for_all_epochs_that_vanishes(notebook):
 
 
 def test_a_bar_in_a_notebook_is_not_drawn_for_each_batch(notebook, monkeypatch):
-    monkeypatch.setattr("sltt.training.notebook.SECONDS", 3600)
+    monkeypatch.setattr("sltt.training.console.SECONDS", 3600)
     with NotebookBar()("epoch 1/1", 1000) as advance:
         for _ in range(1000):
             advance()

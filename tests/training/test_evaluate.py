@@ -4,7 +4,7 @@ from torch import nn
 
 import sltt
 from sltt.data import Data, Splits
-from sltt.training.views import views
+from sltt.training.evaluation import views
 from tests.training.blobs import Blobs, network
 
 

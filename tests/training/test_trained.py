@@ -198,7 +198,7 @@ def test_a_file_that_names_a_program_is_refused():
     file = io.BytesIO()
     torch.save({"model": Harm(), "loss": None}, file, pickle_module=pickle)
     with pytest.raises(UndescribedError, match="system"):
-        unpack(file)
+        unpack(file.getvalue())
 
 
 def _holding(value):
