@@ -6,6 +6,7 @@ A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of w
 import hashlib
 import os
 import time
+from io import BufferedRandom
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -95,10 +96,10 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Save a dictionary of tensors and plain values, with a checksum behind it."""
 
-    def write(file: IO[bytes]) -> None:
-        hashed = _Hashed(file)
-        torch.save({"format": FORMAT, **content}, hashed)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        file.write(MARK + hashed.digest.hexdigest().encode())
+    def write(file: BufferedRandom) -> None:
+        torch.save({"format": FORMAT, **content}, file)
+        file.seek(0)
+        file.write(MARK + hashlib.file_digest(file, "sha256").hexdigest().encode())
 
     write_atomically(path, write)
 
@@ -139,21 +140,6 @@ def _load(path: Path, source: Path | IO[bytes], **how: Any) -> dict[str, Any]:
 
 
 REMEDY = "Restore it from a copy, or start a new run, with --weights from another checkpoint."
-
-
-class _Hashed:
-    """A file to write to, and the hash of what was written."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _intact(file: IO[bytes]) -> bool:

@@ -150,7 +150,7 @@ def measure(
             seen = views(x, splits.static, mirror, shift)
             run = partial(_logits, net, seen, steps if splits.static else None)
             with counting(firing, count):
-                logits = memory(run, len(x)) if memory else run()
+                logits = memory.measure(run) if memory and memory.due(len(x)) else run()
             score = scored.batch(predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y), count)
             state.count(sequence_loss(loss, logits, y), score, count, y)
     state.firing = firing.state_dict()

@@ -6,17 +6,17 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[io.BufferedRandom], Any]) -> None:
     """Write a file by `write(file)` such that `path` holds either the old content or the whole new one.
 
     Raises OSError, with the path and the state of the old file, when the disk is full or the folder not writable.
     """
     part = part_of(path)
     try:
-        with open(part, "wb") as file:
+        with open(part, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -222,7 +222,7 @@ class Loop:
             return joined(outs, parts)
 
         with counting(firing, count):
-            out = self.memory(run, len(x), full=size == largest)
+            out = self.memory.measure(run) if self.memory.due(len(x), full=size == largest) else run()
         if not rule.online:
             self._reduce()
         check_finite(out.loss, self.model, self.optim, scaled=self.scaled)

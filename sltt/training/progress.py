@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -85,15 +85,11 @@ class Progress:
 
     def summed(self, processes: Processes) -> Self:
         """A copy, with the sums over all processes."""
-        mine = asdict(self)
-        mine["loss"], correct, samples, mine["terms"] = processes.sum(
-            [self.loss, self.correct, self.samples, self.terms]
-        )
+        loss, correct, samples, terms = processes.sum([self.loss, self.correct, self.samples, self.terms])
         counts = processes.sum([number for pair in self.firing.values() for number in pair])
-        mine["correct"], mine["samples"] = correct, int(samples)
         pairs = zip(map(int, counts[::2]), map(int, counts[1::2]), strict=True)
-        mine["firing"] = dict(zip(self.firing, pairs, strict=True))
-        return type(self)(**mine)
+        firing = dict(zip(self.firing, pairs, strict=True))
+        return replace(self, loss=loss, correct=correct, samples=int(samples), terms=terms, firing=firing)
 
     def of_process(self, rank: int) -> Self:
         """The part of a process in sums over all of them: the first takes them over, the others begin with nothing."""
@@ -147,16 +143,20 @@ class BatchMemory:
         self._left = 4 if rule is not None and rule.fold == "auto" else 1
         self._longest = 0
 
-    def __call__(self, batch: Callable[[], A], size: int, full: bool = True) -> A:
-        """What `batch` returns; it is measured if it is the one to measure, and `full`.
+    def due(self, size: int, full: bool = True) -> bool:
+        """Whether to measure the next batch, which may be `full`.
 
         `size` is that of the input: padded batches have T of their own.
         """
         self._left -= full
         if self._left > 0 or size <= self._longest or not full or not counts_peak(self.device):
-            return batch()
-        results: list[A] = []
+            return False
         self._longest = size
+        return True
+
+    def measure(self, batch: Callable[[], A]) -> A:
+        """What `batch` returns."""
+        results: list[A] = []
         self.peak = max(self.peak or 0, peak_memory(lambda: results.append(batch()), self.device))
         return results[0]
 

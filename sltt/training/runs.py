@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,7 @@ from sltt.training.settings import RESUMABLE
 CONFIG, METRICS, LAST, BEST, LOCK = "config.yaml", "metrics.csv", "last.ckpt", "best.ckpt", ".lock"
 
 
-def new_run(
-    folder: str | Path | None = None,
-    name: str = "run",
-    config: dict[str, Any] | None = None,
-    network: bytes | None = None,
-) -> Path:
+def new_run(folder: str | Path | None, name: str, config: dict[str, Any] | None, network: bytes | None) -> Path:
     """Make the folder of a new run: `folder`, or else `runs/NAME-DATE-TIME`, with a number added if that exists.
 
     It is there with its configuration and the file of its network, or not at all. An empty folder is taken.
@@ -42,10 +37,8 @@ def new_run(
             ) from None
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):
-        try:
+        with suppress(FileExistsError):
             return _make(Path("runs") / (stem if number == 1 else f"{stem}-{number}"), config, network)
-        except FileExistsError:
-            continue
     raise FileExistsError(f"runs/{stem} and 998 more like it exist")
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,18 +50,11 @@ def check_weights(model: nn.Module, remedy: str = "lower the learning rate or se
     for name, parameter in model.named_parameters():
         if not local(parameter).isfinite().all():
             raise FloatingPointError(f"the weights of {name} are not finite any more: {remedy}")
-    for name, statistics in running_statistics(model):
-        if not statistics.isfinite().all():  # training does not read them, and its loss stays finite
-            raise FloatingPointError(f"the statistics {name} of BatchNorm are not finite any more: {remedy}")
-
-
-def running_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The running mean and variance of all normalisation layers, by name."""
     for name, module in model.named_modules():
-        if isinstance(module, _NormBase):
-            for key in ("running_mean", "running_var"):
-                if (statistics := getattr(module, key)) is not None:
-                    yield f"{name}.{key}", statistics
+        for key in ("running_mean", "running_var") if isinstance(module, _NormBase) else ():
+            statistics = getattr(module, key)
+            if statistics is not None and not statistics.isfinite().all():  # training goes on, as it does not read them
+                raise FloatingPointError(f"the statistics {name}.{key} of BatchNorm are not finite any more: {remedy}")
 
 
 def check_labels(labels: Tensor, classes: int | None) -> None:
