@@ -122,38 +122,6 @@ class Loop:
                         interrupt.stop(int(self.processes.highest(interrupt.requested)), self.folder)
         self._write_table()  # also after a resume that had nothing left to train
 
-    def _over(self, stage: Stage) -> bool:
-        return self.state.epoch >= stage.stop or bool(self.state.stopped)
-
-    def _begin(self, stage: Stage) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
-        """Batches to train on and to validate by, in a stage, which may be in its middle.
-
-        At another T, the best epoch is sought anew.
-        """
-        if self.training.phases:
-            crop = f", crops of {stage.crop} pixels" if stage.crop else ""
-            self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}{crop}")
-        self.splits = self.session.splits(self.data, stage.steps)
-        new = self.state.batch == 0 and self.state.epoch > 0
-        if new and stage_at(self.stages, self.state.epoch - 1).steps != stage.steps:
-            # metrics at another T do not compare
-            self.state.best, self.state.best_epoch, self.state.first = [], None, self.state.epoch
-        self.memory = BatchMemory(self.session.fabric.device, stage.rule)
-        size, held_out = self.training.batch_size, self.splits.validation
-        return (
-            train_loader(
-                self.splits,
-                size,
-                self.sampler,
-                self.session.execution.workers,
-                pin=self.session.fabric.device.type == "cuda",
-                rank=self.processes.rank,
-                processes=self.processes.count,
-                crop=stage.crop,
-            ),
-            None if held_out is None else self.session.eval_loader(held_out, self.splits, size),
-        )
-
     def _epoch(self, stage: Stage, loader: DataLoader[Any], interrupt: Interrupt) -> Metrics:
         """Train what is left of an epoch."""
         state = self.state
@@ -251,6 +219,28 @@ class Loop:
     def _reduce_and_update(self) -> None:
         self._reduce()
         self._update()
+
+    def _over(self, stage: Stage) -> bool:
+        return self.state.epoch >= stage.stop or bool(self.state.stopped)
+
+    def _begin(self, stage: Stage) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
+        """Batches to train on and to validate by, in a stage, which may be in its middle.
+
+        At another T, the best epoch is sought anew.
+        """
+        if self.training.phases:
+            crop = f", crops of {stage.crop} pixels" if stage.crop else ""
+            self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}{crop}")
+        self.splits = self.session.splits(self.data, stage.steps)
+        new = self.state.batch == 0 and self.state.epoch > 0
+        if new and stage_at(self.stages, self.state.epoch - 1).steps != stage.steps:
+            # metrics at another T do not compare
+            self.state.best, self.state.best_epoch, self.state.first = [], None, self.state.epoch
+        device, size, held_out = self.session.fabric.device, self.training.batch_size, self.splits.validation
+        self.memory = BatchMemory(device, stage.rule)
+        workers, ranks = self.session.execution.workers, (self.processes.rank, self.processes.count)
+        batches = train_loader(self.splits, size, self.sampler, workers, device.type == "cuda", *ranks, crop=stage.crop)
+        return batches, None if held_out is None else self.session.eval_loader(held_out, self.splits, size)
 
     def _validate(self, stage: Stage, loader: DataLoader[Any] | None) -> Metrics | None:
         if loader is None:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _run(model: nn.Module, batch: int, steps: int, x: Tensor, seed: int) -> Seen
     """The calls of modules in a call of the network, in the order in which they end."""
     network, seen = Network(model, batch), []
     modules = {*(m for m in model.modules() if isinstance(m, Stateful)), *spiking_layers(model).values()}
-    hooks = [m.register_forward_hook(_looking(name, len(x), seen)) for name, m in model.named_modules()]
+    hooks = [m.register_forward_hook(partial(_look, name, len(x), seen)) for name, m in model.named_modules()]
     devices = [x.device] if x.is_cuda else []
     reset(model)
     with (
@@ -96,12 +97,10 @@ def _run(model: nn.Module, batch: int, steps: int, x: Tensor, seed: int) -> Seen
     return seen
 
 
-def _looking(name: str, rows: int, seen: Seen) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        read, gave = (_first_row(one, rows) for one in (inputs[0] if inputs else None, output))
-        seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
-
-    return hook
+def _look(name: str, rows: int, seen: Seen, module: nn.Module, inputs: Any, output: Any) -> None:
+    """A forward hook, once it has its first three arguments."""
+    read, gave = (_first_row(one, rows) for one in (inputs[0] if inputs else None, output))
+    seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
 
 
 def _first_row(x: Any, rows: int) -> Tensor | None:

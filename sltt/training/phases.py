@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -71,30 +72,27 @@ class Stage:
 def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) -> list[Stage]:
     """The stages of a training of `epochs` epochs."""
     phases = list(phases) if phases else [Phase(epochs)]
-    starts = [0]
-    for phase in phases:
-        starts.append(starts[-1] + phase.epochs)
-    starts[-1] = epochs
-    new = [i for i, phase in enumerate(phases) if i == 0 or phase.lr is not None] + [len(phases)]
+    bounds = [min(bound, epochs) for bound in accumulate((phase.epochs for phase in phases), initial=0)]
+    bounds[-1] = epochs
+    new = [i for i, phase in enumerate(phases) if i == 0 or phase.lr is not None]  # here the schedule begins
     stages = []
     for i, phase in enumerate(phases):
         first = max(j for j in new if j <= i)
-        last = min(j for j in new if j > i)
-        lr = phases[first].lr
-        stages.append(
-            Stage(
-                start=min(starts[i], epochs),
-                stop=min(starts[i + 1], epochs),
-                steps=phase.steps or steps,
-                rule=phase.rule or rule,
-                lr=lr,
-                weight_decay=phase.weight_decay,
-                freeze_norm=phase.freeze_norm,
-                crop=phase.crop,
-                span=(min(starts[first], epochs), min(starts[last], epochs)),
-            )
+        last = min((j for j in new if j > i), default=len(phases))
+        stage = Stage(
+            start=bounds[i],
+            stop=bounds[i + 1],
+            steps=phase.steps or steps,
+            rule=phase.rule or rule,
+            lr=phases[first].lr,
+            weight_decay=phase.weight_decay,
+            freeze_norm=phase.freeze_norm,
+            crop=phase.crop,
+            span=(bounds[first], bounds[last]),
         )
-    return [stage for stage in stages if stage.start < stage.stop]
+        if stage.start < stage.stop:
+            stages.append(stage)
+    return stages
 
 
 def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:

@@ -92,9 +92,5 @@ def _empty(metric: Any) -> Any:
         if hasattr(part, "persistent"):  # of torchmetrics: its state dict has what it collected
             part.persistent(True)
         if hasattr(part, "distributed_available_fn"):  # likewise: it would add up what each process has of all samples
-            part.distributed_available_fn = _alone
+            part.distributed_available_fn = lambda: False
     return copied
-
-
-def _alone() -> bool:
-    return False

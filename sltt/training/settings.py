@@ -1,11 +1,14 @@
 """What a network runs on, and what is trained: the arguments of `sltt.fit`, which explains them, in two parts."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Self, get_args
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, StepLR
 from torch.optim.optimizer import ParamsT
 
 from sltt.callbacks import Callback
@@ -15,11 +18,10 @@ from sltt.metrics import Metric, check_metric
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import Rule
 from sltt.schedules import Schedule
-from sltt.training.instead import check_optimizer, check_schedule
 from sltt.training.logs import Logger
 from sltt.training.phases import Phase, Stage, plan
 
-OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
+OptimizerFactory = Callable[[ParamsT], Optimizer]
 
 PROCESSES = ("devices", "num_nodes", "strategy")  # settings of the processes, not of what each of them does
 OF_TRAINING = ("callbacks", "loggers")  # whose classes a trained network does without
@@ -103,8 +105,8 @@ class Training(_Settings):
         instance("rule", self.rule, Rule)
         function("loss", self.loss, "the logits and the target")
         check_metric(self.metric)
-        check_optimizer(self.optimizer)
-        check_schedule(self.schedule)
+        _check_optimizer(self.optimizer)
+        _check_schedule(self.schedule)
         instance("schedule", self.schedule, Schedule)
         for name in ("steps", "epochs", "batch_size", "accumulate"):
             whole_number(name, getattr(self, name), least=1)
@@ -131,3 +133,51 @@ class Training(_Settings):
     def stages(self) -> list[Stage]:
         """The phases with their places in the training."""
         return plan(self.phases, self.epochs, self.steps, self.rule)
+
+
+def _check_optimizer(given: Any) -> None:
+    """Raise ValueError, with the line to write, for an optimizer in place of a function that makes one."""
+    if isinstance(given, Optimizer):
+        raise ValueError(
+            f"optimizer must be a function of the parameters, got an instance of {type(given).__name__}, which a "
+            f"resumed run could not make again: optimizer={_factory(given)}"
+        )
+    if not callable(given):
+        raise ValueError(
+            "optimizer must be a function of the parameters, such as functools.partial(torch.optim.SGD, lr=0.1), "
+            f"got {given!r}"
+        )
+
+
+def _factory(made: Optimizer) -> str:
+    """What makes such an optimizer: functools.partial(torch.optim.AdamW, lr=0.002)."""
+    taken = inspect.signature(type(made)).parameters
+    options = {key: value for key, value in made.defaults.items() if key in taken and taken[key].default != value}
+    named = "".join(f", {key}={value!r}" for key, value in options.items())
+    module = "torch.optim." if type(made).__module__.startswith("torch.optim") else ""
+    text = f"functools.partial({module}{type(made).__name__}{named})"
+    own = [group for group in made.param_groups if any(group[key] != value for key, value in made.defaults.items())]
+    return f"{text}; its {len(made.param_groups)} groups need a function that makes them" if own else text
+
+
+def _check_schedule(given: Any) -> None:
+    """Raise ValueError, with the line to write, for a scheduler of PyTorch."""
+    kind = given.func if isinstance(given, partial) else given if isinstance(given, type) else type(given)
+    if isinstance(kind, type) and issubclass(kind, LRScheduler):
+        raise ValueError(
+            f"schedule must be a Schedule, got PyTorch's {kind.__name__}, whose count a resumed run would have to "
+            f"keep: {_nearest(given, kind)}"
+        )
+
+
+def _nearest(given: Any, kind: type) -> str:
+    if "Cosine" in kind.__name__ or kind.__name__ == "OneCycleLR":
+        return "schedule=sltt.schedules.Cosine(), with warmup=EPOCHS for a rise before"
+    if isinstance(given, MultiStepLR):
+        return f"schedule=sltt.schedules.Step({sorted(given.milestones)}, gamma={given.gamma:g})"
+    if isinstance(given, StepLR):
+        every = given.step_size
+        return f"schedule=sltt.schedules.Step(range({every}, EPOCHS, {every}), gamma={given.gamma:g})"
+    if kind in (StepLR, MultiStepLR):
+        return "schedule=sltt.schedules.Step([EPOCH, EPOCH], gamma=0.1)"
+    return "derive from sltt.schedules.Schedule and define decay(epoch, epochs), the factor on the learning rate"
