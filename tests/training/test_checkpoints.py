@@ -16,6 +16,9 @@ def test_a_checkpoint_within_an_epoch_by_time(tmp_path, monkeypatch):
     )
     train(tmp_path / "run", epochs=1, checkpoint_minutes=0)
     assert names == [*["last.ckpt"] * 4, "best.ckpt", "last.ckpt"]
+    names.clear()
+    train(tmp_path / "seldom", epochs=3)
+    assert names.count("last.ckpt") == 3
 
 
 def truncated(path):

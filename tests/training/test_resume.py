@@ -216,3 +216,11 @@ def test_batches_by_length_differ_from_epoch_to_epoch():
         assert all(longest[b] - min(LENGTHS[i] for i in batch) <= 1 for b, batch in enumerate(batches[-1]))
         assert longest != sorted(longest)  # long and short batches come in any order
     assert not {*batches[0]} & {*batches[1]}
+
+
+def test_the_scale_of_gradients_continues(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "part", rule=StopAt(6), precision="16-mixed")
+    _, result = train(tmp_path / "part", rule=sltt.SLTT(k=2), precision="16-mixed", resume=True)
+    batches = 4 * 4
+    assert load_checkpoint(result.run / "last.ckpt")["scaler"]["_growth_tracker"] == batches
