@@ -68,3 +68,11 @@ def test_an_instance_is_not_its_class():
         instance("x", "triangle", Surrogate)
     assert choice("x", 1, ["time", 1]) == 1
     assert flag("x", False) is False
+
+
+@pytest.mark.parametrize(("bound", "fits"), [("above", 2), ("least", 1), ("below", 0), ("most", 1)])
+def test_a_number_is_refused_beyond_its_bound_only(bound, fits):
+    assert number("x", fits, **{bound: 1}) == fits
+    beyond = {"above": 1, "least": 0, "below": 1, "most": 2}[bound]
+    with pytest.raises(ValueError, match=f"x must be .* 1, got {beyond}"):
+        number("x", beyond, **{bound: 1})

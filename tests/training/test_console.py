@@ -67,3 +67,19 @@ def test_a_quiet_console_shows_no_bar_in_a_notebook(notebook):
     with Console(quiet=True).bar("epoch 1/1", 2) as advance:
         advance()
     assert notebook.contents == []
+
+
+def test_a_row_has_the_metrics_of_an_epoch_under_their_headings(capsys):
+    row = {"epoch": 3, "train_loss": 0.5, "train_accuracy": 0.25, "validation_accuracy": 0.75, "firing_rate": 0.125}
+    Console().row({**row, "seconds": 1.5, "peak_memory": None})
+    headings, values = (line.split("  ") for line in capsys.readouterr().out.splitlines())
+    found = [[word.strip() for word in line if word.strip()] for line in (headings, values)]
+    assert dict(zip(*found, strict=True)) == {
+        "epoch": "3",
+        "loss": "0.5000",
+        "train acc": "25.00%",
+        "val acc": "75.00%",
+        "firing rate": "0.1250",
+        "seconds": "1.5",
+        "peak memory": "–",
+    }

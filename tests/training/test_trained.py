@@ -14,6 +14,7 @@ import sltt
 from sltt.commands import main
 from sltt.training.describe import UndescribedError, describe, pack, unpack
 from sltt.training.trained import Trained
+from tests.training.blobs import equal, network, train
 
 
 class Net(nn.Module):
@@ -205,3 +206,12 @@ def _holding(value):
     model = Net()
     model.value = value
     return model
+
+
+def test_a_run_without_its_files_is_loaded_with_a_network_only(tmp_path):
+    model, result = train(tmp_path / "run", epochs=1)
+    for name in ("config.yaml", "network.pt"):
+        (result.run / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="does not keep its network: make it"):
+        sltt.load(result.run)
+    assert equal(sltt.load(result.run, network()).state_dict(), model.state_dict())
