@@ -3,8 +3,8 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -60,10 +60,30 @@ class Splits:
         """What makes the batches of a data set: `collate`, unless that of the training is not for the others."""
         return self.collate
 
+    def with_each(self, make: Callable[[str, Dataset[Any]], Dataset[Any]], **fields: Any) -> Self:
+        """These splits with other fields, and other data sets: `make(name, samples)` of each that there is."""
+        parts = {name: getattr(self, name) for name in ("train", "validation", "test", "plain")}
+        made = {name: make(name, samples) for name, samples in parts.items() if samples is not None}
+        return replace(self, **made, **fields)
+
     def one(self) -> Tensor:
         """A batch of one sample, of the test set if there is one: [1, C, H, W] or [T, 1, C, H, W]."""
         samples: Any = self.train if self.test is None else self.test
         return self.collate([samples[0]])[0]
+
+
+class Mapped(Dataset[Any]):
+    """Samples (change(x), target) of samples (x, target)."""
+
+    def __init__(self, samples: Dataset[Any], change: Callable[[Any], Tensor]):
+        self.samples, self.change = samples, change
+
+    def __len__(self) -> int:
+        return len(self.samples)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        x, target = self.samples[index]
+        return self.change(x), target
 
 
 def _stack(name: str, values: Sequence[Any], time_first: bool) -> Tensor:

@@ -1,7 +1,6 @@
 """The samples of some classes of a data set, with the classes numbered anew."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -47,20 +46,18 @@ class Classes(Data):
         labels = class_labels(splits.train if splits.plain is None else splits.plain)
         if empty := sorted({*self.classes} - {*labels}):
             raise ValueError(f"class {empty[0]} of {name} has no training samples: leave it out")
-        train = _Chosen(splits.train, self.classes, labels)
-        return replace(
-            splits,
-            train=train,
-            lengths=splits.lengths and [splits.lengths[i] for i in train.indices],
-            validation=self._chosen(splits.validation),
-            test=self._chosen(splits.test),
-            plain=self._chosen(splits.plain, labels),
+
+        def chosen(split: str, samples: Dataset[Any]) -> Dataset[Any]:
+            known = labels if split in ("train", "plain") else class_labels(samples)
+            return _Chosen(samples, self.classes, known)
+
+        lengths = splits.lengths
+        return splits.with_each(
+            chosen,
+            lengths=lengths and [n for n, label in zip(lengths, labels, strict=True) if label in self.classes],
             classes=len(self.classes),
             fingerprint=fingerprint([splits.fingerprint, *self.classes]),
         )
-
-    def _chosen(self, samples: Dataset[Any] | None, labels: Sequence[int] | None = None) -> Any:
-        return None if samples is None else _Chosen(samples, self.classes, labels or class_labels(samples))
 
 
 def class_labels(samples: Any) -> list[int]:

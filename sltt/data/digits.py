@@ -4,15 +4,16 @@ Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UC
 Shapes: N images, T time steps, H = W = size.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from sltt.checks import flag, number, whole_number
-from sltt.data.base import Data, Splits, fingerprint, hold_out
+from sltt.data.base import Data, Mapped, Splits, fingerprint, hold_out
 
 TEST_SHARE, TEST_SEED = 0.2, 0  # 359 test images, always the same
 
@@ -120,21 +121,11 @@ def _digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(digits.images, dtype=torch.float32), torch.tensor(digits.target)
 
 
-class _Shifted(Dataset[Any]):
-    """Samples [..., H, W] moved by −1, 0 or 1 pixels in each direction; what leaves one side is lost, `fill` enters."""
-
-    def __init__(self, data: Dataset[Any], fill: float):
-        self.data = data
-        self.fill = fill
-
-    def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Any:
-        x, label = self.data[index]
-        dy, dx = torch.randint(0, 3, (2,)).tolist()
-        height, width = x.shape[-2:]
-        return F.pad(x, (1, 1, 1, 1), value=self.fill)[..., dy : dy + height, dx : dx + width], label
+def _shifted(x: Tensor, fill: float) -> Tensor:
+    """x [..., H, W] moved by −1, 0 or 1 pixels in each direction; what leaves one side is lost, `fill` enters."""
+    dy, dx = torch.randint(0, 3, (2,)).tolist()
+    height, width = x.shape[-2:]
+    return F.pad(x, (1, 1, 1, 1), value=fill)[..., dy : dy + height, dx : dx + width]
 
 
 def _split(data: Digits | DigitsEvents, x: Tensor, labels: Tensor, *, static: bool) -> Splits:
@@ -144,13 +135,13 @@ def _split(data: Digits | DigitsEvents, x: Tensor, labels: Tensor, *, static: bo
         [rest[i] for i in part] for part in hold_out([names[i] for i in rest], data.validation, data.split_seed)
     )
     samples = TensorDataset(x, labels)
-    train_set: Dataset[Any] = Subset(samples, train)
+    plain = Subset(samples, train)
     return Splits(
-        train=_Shifted(train_set, fill=float(x.min())) if data.augment else train_set,
+        train=Mapped(plain, partial(_shifted, fill=float(x.min()))) if data.augment else plain,
         validation=Subset(samples, validation) if validation else None,
         test=Subset(samples, test),
         static=static,
         classes=10,
         fingerprint=fingerprint(names, train, validation, test),
-        plain=train_set,
+        plain=plain,
     )

@@ -5,7 +5,6 @@ Shapes: T time steps, C channels.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,17 +142,8 @@ class Encoded(Data):
             has, remedy = ("images", "Poisson or Latency") if splits.static else ("sequences", "Delta")
             code = type(self.encoding).__name__
             raise ValueError(f"{code} does not code the {has} of {self.data}: use {remedy}")
-
-        def coded(samples: Dataset[Any] | None, fixed: bool) -> Any:
-            return None if samples is None else _Coded(samples, self.encoding, steps, fixed)
-
-        return replace(
-            splits,
-            train=coded(splits.train, fixed=False),
-            validation=coded(splits.validation, fixed=True),
-            test=coded(splits.test, fixed=True),
-            plain=coded(splits.plain, fixed=True),
-            static=False,
+        return splits.with_each(
+            lambda name, samples: _Coded(samples, self.encoding, steps, fixed=name != "train"), static=False
         )
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from sltt.checks import choice, flag, folder, whole_number, whole_numbers
+from sltt.checks import choice, flag, folder, function, whole_number, whole_numbers
 from sltt.data.augment import EventAugmentation
-from sltt.data.base import Data, OnError, Splits, fingerprint, hold_out
+from sltt.data.base import Data, Mapped, OnError, Splits, fingerprint, hold_out
 from sltt.data.cache import cached
 from sltt.data.recordings import RecordingError, Slicing, frames, read
 
@@ -36,6 +36,8 @@ class _Events(Data):
     sensor: tuple[int, int]
     classes: Sequence[str]
     title: str
+    folder: str  # under root; tonic's name of the data set too
+    layout: str  # where recordings are looked for, for errors
     expected: tuple[int, int]  # training and test recordings of the whole data set
 
     def __init__(
@@ -73,11 +75,7 @@ class _Events(Data):
         if resize == "interpolate" and size is None:
             raise ValueError("resize='interpolate' changes the size of the frames, but size=None: give a size")
         self.slicing: Slicing = choice("slicing", slicing, get_args(Slicing))
-        if augment is not None and not callable(augment):
-            raise ValueError(
-                f"augment must be a function of a sample, such as EventAugmentation(), or None, got {augment!r}"
-            )
-        self.augment = augment
+        self.augment = None if augment is None else function("augment", augment, "a sample, or None")
         self.on_error = choice("on_error", on_error, get_args(OnError))
         self.cache = self.root / ".sltt-cache" if cache is None else folder("cache", cache)
         self.download = flag("download", download)
@@ -88,17 +86,14 @@ class _Events(Data):
 
     def fetch(self) -> None:
         """Download the data set into `root`."""
-        raise ValueError(f"{self.title} cannot be downloaded; put it into {self.root.resolve()}")
-
-    def layout(self) -> str:
-        """Where recordings are looked for, for errors."""
-        raise NotImplementedError
+        for train in (True, False):
+            download(self.root, self.folder, train=train)
 
     def missing(self) -> dict[str, int]:
         """How many recordings of the whole data set are not there, by split; empty if it is whole."""
-        found = {name: len(self.recordings(name == "train")) for name in ("train", "test")}
-        counts = dict(zip(("train", "test"), self.expected, strict=True))
-        return {name: counts[name] - found[name] for name in counts if found[name] < counts[name]}
+        whole = zip(("train", "test"), self.expected, strict=True)
+        lost = {name: count - len(self.recordings(name == "train")) for name, count in whole}
+        return {name: count for name, count in lost.items() if count > 0}
 
     def load(self, steps: int) -> Splits:
         if self.download and not self.recordings(train=True):
@@ -106,7 +101,7 @@ class _Events(Data):
         train, test = self.recordings(train=True), self.recordings(train=False)
         if not train:
             raise FileNotFoundError(
-                f"{self.title} not found: looked in {self.root.resolve()}, expected {self.layout()}. "
+                f"{self.title} not found: looked in {self.root.resolve()}, expected {self.layout} there. "
                 "Set --data.root, or get it with --data.download true."
             )
         if missing := self.missing():
@@ -116,16 +111,18 @@ class _Events(Data):
                 " and ".join(f"{n} {k} recordings" for k, n in missing.items()),
             )
         x, labels, names = self._frames(train, steps, "training")
-        held_x, held_labels, held_names = self._frames(test, steps, "test")
+        test_x, test_labels, test_names = self._frames(test, steps, "test")
         kept, held = hold_out(labels, self.validation, self.split_seed)
+        samples = Counted(x, labels)
+        plain = Mapped(Subset(samples, kept), self._ready)
         return Splits(
-            train=FrameDataset(x, labels, kept, self._ready, self.augment),
-            validation=FrameDataset(x, labels, held, self._ready) if held else None,
-            test=FrameDataset(held_x, held_labels, range(len(held_labels)), self._ready) if test else None,
+            train=Mapped(plain, self.augment) if self.augment else plain,
+            validation=Mapped(Subset(samples, held), self._ready) if held else None,
+            test=Mapped(Counted(test_x, test_labels), self._ready) if test else None,
             static=False,
             classes=len(self.classes),
-            fingerprint=fingerprint([*names, *held_names], kept, held),
-            plain=FrameDataset(x, labels, kept, self._ready),
+            fingerprint=fingerprint([*names, *test_names], kept, held),
+            plain=plain,
         )
 
     def _frames(self, recordings: Recordings, steps: int, which: str) -> tuple[Any, list[int], list[str]]:
@@ -163,40 +160,17 @@ class _Events(Data):
         return x
 
 
-class FrameDataset(Dataset[Any]):
-    """Samples ([T, 2, H, W], label) of cached frames.
+class Counted(Dataset[Any]):
+    """Samples (counts, label) of all recordings."""
 
-    Args:
-        counts: frames of all recordings, [N, T, 2, h, w].
-        labels: of all recordings.
-        indices: which of them are in this data set.
-        ready: makes counts of one recording into the sample.
-        augment: changes a sample.
-    """
-
-    def __init__(
-        self,
-        counts: Any,
-        labels: Sequence[int],
-        indices: Sequence[int],
-        ready: Callable[[Any], Tensor],
-        augment: Callable[[Tensor], Tensor] | None = None,
-    ):
-        self.counts, self.labels, self.indices = counts, labels, indices
-        self.ready, self.augment = ready, augment
-
-    @property
-    def targets(self) -> list[int]:
-        """The label of each sample."""
-        return [self.labels[i] for i in self.indices]
+    def __init__(self, counts: Any, targets: list[int]):
+        self.counts, self.targets = counts, targets
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        i = self.indices[index]
-        x = self.ready(self.counts[i])
-        return (self.augment(x) if self.augment else x), self.labels[i]
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.counts[index], self.targets[index]
 
 
 class NMNIST(_Events):
@@ -208,20 +182,13 @@ class NMNIST(_Events):
     sensor = (34, 34)
     classes = tuple(map(str, range(10)))
     title = "N-MNIST"
+    folder = "NMNIST"
+    layout = "NMNIST/Train/LABEL/*.bin and NMNIST/Test/LABEL/*.bin"
     expected = (60_000, 10_000)
 
-    def layout(self) -> str:
-        return "NMNIST/Train/LABEL/*.bin and NMNIST/Test/LABEL/*.bin there"
-
     def recordings(self, train: bool) -> Recordings:
-        home = self.root / "NMNIST" / ("Train" if train else "Test")
+        home = self.root / self.folder / ("Train" if train else "Test")
         return [(path, int(path.parent.name)) for path in sorted(home.glob("[0-9]/*.bin"))]
-
-    def fetch(self) -> None:
-        from tonic import datasets
-
-        for train in (True, False):
-            download(self.root, "NMNIST", lambda part, train=train: datasets.NMNIST(part, train=train))
 
 
 class DVSGesture(_Events):
@@ -236,21 +203,14 @@ class DVSGesture(_Events):
         "left arm clockwise", "left arm counter-clockwise", "arm roll", "air drums", "air guitar", "other",
     )  # fmt: skip
     title = "DVS128 Gesture"
+    folder = "DVSGesture"
+    layout = "DVSGesture/ibmGestureTrain/USER_LIGHT/LABEL.npy and DVSGesture/ibmGestureTest/…"
     expected = (1_077, 264)
 
-    def layout(self) -> str:
-        return "DVSGesture/ibmGestureTrain/USER_LIGHT/LABEL.npy and DVSGesture/ibmGestureTest/… there"
-
     def recordings(self, train: bool) -> Recordings:
-        home = self.root / "DVSGesture" / ("ibmGestureTrain" if train else "ibmGestureTest")
+        home = self.root / self.folder / ("ibmGestureTrain" if train else "ibmGestureTest")
         files = sorted(home.glob("*/*.npy"))
         return [(path, int(path.stem)) for path in files if path.stem.isdigit() and int(path.stem) < 11]
-
-    def fetch(self) -> None:
-        from tonic import datasets
-
-        for train in (True, False):
-            download(self.root, "DVSGesture", lambda part, train=train: datasets.DVSGesture(part, train=train))
 
 
 class CIFAR10DVS(_Events):
@@ -263,23 +223,20 @@ class CIFAR10DVS(_Events):
     sensor = (128, 128)
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     title = "CIFAR10-DVS"
+    folder = "CIFAR10DVS"
+    layout = "CIFAR10DVS/CLASS/cifar10_CLASS_N.aedat or .aedat4"
     expected = (9_000, 1_000)
-
-    def layout(self) -> str:
-        return "CIFAR10DVS/CLASS/cifar10_CLASS_N.aedat or .aedat4 there"
 
     def recordings(self, train: bool) -> Recordings:
         found: Recordings = []
         for label, name in enumerate(self.classes):
-            files = [p for p in (self.root / "CIFAR10DVS" / name).glob("*.aedat*") if _number(p) is not None]
-            files.sort(key=lambda p: _number(p) or 0)
-            found += [(path, label) for path in files if ((_number(path) or 0) < 900) == train]
+            files = [(p.stem.rpartition("_")[2], p) for p in (self.root / self.folder / name).glob("*.aedat*")]
+            numbered = sorted((int(number), path) for number, path in files if number.isdigit())
+            found += [(path, label) for number, path in numbered if (number < 900) == train]
         return found
 
     def fetch(self) -> None:
-        from tonic import datasets
-
-        download(self.root, "CIFAR10DVS", datasets.CIFAR10DVS)
+        download(self.root, self.folder)
 
 
 class EventFolder(_Events):
@@ -292,6 +249,8 @@ class EventFolder(_Events):
     """
 
     title = "the folder of recordings"
+    layout = "train/CLASS/* and test/CLASS/*"
+    expected = (0, 0)
 
     def __init__(self, root: str, sensor: tuple[int, int], **kwargs: Any):
         super().__init__(root, **kwargs)
@@ -300,10 +259,9 @@ class EventFolder(_Events):
             raise ValueError(f"sensor must be the height and the width of the camera, got {sensor}")
         self.sensor = (sides[0], sides[1])
         self.classes = sorted(p.name for p in (self.root / "train").glob("*") if p.is_dir())
-        self.expected = (0, 0)
 
-    def layout(self) -> str:
-        return "train/CLASS/* and test/CLASS/* there"
+    def fetch(self) -> None:
+        raise ValueError(f"{self.title} cannot be downloaded; put it into {self.root.resolve()}")
 
     def recordings(self, train: bool) -> Recordings:
         found: Recordings = []
@@ -320,21 +278,17 @@ class EventFolder(_Events):
         return found
 
 
-def _number(path: Path) -> int | None:
-    """N of cifar10_CLASS_N.aedat."""
-    digits = path.stem.rpartition("_")[2]
-    return int(digits) if digits.isdigit() else None
-
-
-def download(root: Path, name: str, fetch: Callable[[str], Any]) -> None:
-    """Let tonic download a data set beside `root/name`, and move it there when it is whole."""
+def download(root: Path, name: str, **arguments: Any) -> None:
+    """Let tonic download its data set `name` beside `root/name`, and move it there when it is whole."""
     if importlib.util.find_spec("tonic") is None:
         raise ImportError("downloading event data needs tonic: pip install 'sltt[events]'")
+    from tonic import datasets
+
     part = root / f".{name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        fetch(str(part))
+        getattr(datasets, name)(str(part), **arguments)
         for entry in (part / name).iterdir():
             target = root / name / entry.name
             if not target.exists():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from sltt.checks import flag, number, whole_number
-from sltt.data.base import Collate, Data, Splits, fingerprint, hold_out
+from sltt.data.base import Collate, Data, Mapped, Splits, fingerprint, hold_out
 from sltt.sequence.padding import Padded
 from sltt.sequence.padding import pad as padded
 
@@ -277,6 +277,8 @@ def known_labels(dataset: Any, columns: tuple[str, str] | None) -> Sequence[Any]
     if isinstance(dataset, Subset):
         labels = known_labels(dataset.dataset, columns)
         return labels if labels is None else [labels[i] for i in dataset.indices]
+    if isinstance(dataset, Mapped):
+        return known_labels(dataset.samples, columns)
     if columns and hasattr(dataset, "column_names"):  # of Hugging Face
         return list(dataset[columns[1]])
     if isinstance(dataset, TensorDataset):

@@ -4,15 +4,14 @@ Shapes: P pixels of an image, T time steps.
 """
 
 import hashlib
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sltt.checks import flag, folder
-from sltt.data.base import Splits, fingerprint
+from sltt.data.base import Mapped, Splits, fingerprint
 from sltt.data.digits import Digits
 from sltt.data.images import Transform, _Images
 
@@ -100,12 +99,8 @@ def _sequential(splits: Splits, steps: int, pixels: int, permute: bool) -> Split
         parts = ", ".join(str(n) for n in range(1, pixels + 1) if pixels % n == 0)
         raise ValueError(f"{pixels} pixels do not part into steps={steps} equal time steps: choose one of {parts}")
     order = torch.tensor(_permutation(pixels) if permute else range(pixels)).view(steps, -1)
-    return replace(
-        splits,
-        train=_Pixels(splits.train, order),
-        validation=None if splits.validation is None else _Pixels(splits.validation, order),
-        test=None if splits.test is None else _Pixels(splits.test, order),
-        plain=None if splits.plain is None else _Pixels(splits.plain, order),
+    return splits.with_each(
+        lambda _, images: Mapped(images, partial(_in_order, order=order)),
         static=False,
         fingerprint=fingerprint([splits.fingerprint, *order.flatten().tolist()]),
     )
@@ -116,16 +111,6 @@ def _permutation(pixels: int) -> list[int]:
     return sorted(range(pixels), key=lambda i: hashlib.sha256(f"pixel {i}".encode()).digest())
 
 
-class _Pixels(Dataset[Any]):
-    """Images as sequences [T, P/T]: pixel `order[t, i]` is value i of step t."""
-
-    def __init__(self, images: Dataset[Any], order: Tensor):
-        self.images = images
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Any:
-        image, label = self.images[index]
-        return image.flatten()[self.order], label
+def _in_order(image: Tensor, order: Tensor) -> Tensor:
+    """An image as a sequence [T, P/T]: pixel `order[t, i]` is value i of step t."""
+    return image.flatten()[order]

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from sltt.checks import flag, folder, number
-from sltt.data.base import Data, Splits, fingerprint, hold_out
-from sltt.data.events import FrameDataset, download
+from sltt.data.base import Data, Mapped, Splits, fingerprint, hold_out
+from sltt.data.events import Counted, download
 from sltt.data.recordings import RecordingError
 
 
@@ -45,10 +46,8 @@ class SHD(Data):
 
     def load(self, steps: int) -> Splits:
         if self.download and self.missing():
-            from tonic import datasets
-
             for train in (True, False):
-                download(self.root, "SHD", lambda part, train=train: datasets.SHD(part, train=train))
+                download(self.root, "SHD", train=train)
         if self.missing():
             raise FileNotFoundError(
                 f"SHD not found: looked in {self.root.resolve()}, expected SHD/shd_train.h5 and SHD/shd_test.h5 there. "
@@ -56,10 +55,11 @@ class SHD(Data):
             )
         (x, labels), (test_x, test_labels) = (self._read(name, steps) for name in ("train", "test"))
         kept, held = hold_out(labels, self.validation, self.split_seed)
+        samples = Counted(x, labels)
         return Splits(
-            train=FrameDataset(x, labels, kept, _floats),
-            validation=FrameDataset(x, labels, held, _floats) if held else None,
-            test=FrameDataset(test_x, test_labels, range(len(test_labels)), _floats),
+            train=Mapped(Subset(samples, kept), _floats),
+            validation=Mapped(Subset(samples, held), _floats) if held else None,
+            test=Mapped(Counted(test_x, test_labels), _floats),
             static=False,
             classes=20,
             fingerprint=fingerprint([*labels, *test_labels], kept, held),

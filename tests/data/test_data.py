@@ -43,7 +43,7 @@ def test_fingerprint_changes_with_any_label_and_split():
 @pytest.mark.parametrize("data", [Digits(), DigitsEvents(size=12)], ids=["images", "events"])
 def test_digits_splits_share_no_sample(data):
     splits = data.splits(3)
-    parts = [splits.train.data, splits.validation, splits.test]
+    parts = [splits.plain, splits.validation, splits.test]
     indices = [set(part.indices) for part in parts]
     assert sum(map(len, indices)) == len(set.union(*indices)) == 1797
     assert [len(i) for i in indices] == [1295, 143, 359]
