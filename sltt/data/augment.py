@@ -1,13 +1,11 @@
 """Augmentations for sequences of event frames [T, 2, H, W]: what is drawn is drawn once for all frames."""
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sltt.checks import flag, number, whole_number
-
-Frames = Callable[[Tensor], Tensor]
 
 
 def flip(x: Tensor) -> Tensor:
@@ -33,11 +31,15 @@ def shear(x: Tensor, degrees: float) -> Tensor:
 
 def cutout(x: Tensor, length: int) -> Tensor:
     """Remove the events of a square whose side is 1 to `length` pixels and whose centre is anywhere."""
-    side = int(torch.randint(1, length + 1, ()))
+    return clear_square(x, int(torch.randint(1, length + 1, ())))
+
+
+def clear_square(x: Tensor, side: int) -> Tensor:
+    """Set a square of so many pixels to zero; its centre is anywhere, so its sides may be cut off."""
     spans = []
     for size in x.shape[-2:]:
         start = int(torch.randint(size, ())) - side // 2
-        spans.append(slice(max(start, 0), max(start + side, 0)))
+        spans.append(slice(max(start, 0), start + side))
     x = x.clone()
     x[..., spans[0], spans[1]] = 0
     return x
@@ -99,20 +101,13 @@ class EventAugmentation:
         """A sample [T, 2, H, W] to another of the same shape."""
         if self.flip:
             x = flip(x)
-        moves: list[Frames] = []
-        if self.roll:
-            moves.append(lambda x: roll(x, self.roll))
-        if self.rotate:
-            moves.append(lambda x: rotate(x, self.rotate))
-        if self.shear:
-            moves.append(lambda x: shear(x, self.shear))
-        if self.cutout:
-            moves.append(lambda x: cutout(x, self.cutout))
+        changes = (roll, self.roll), (rotate, self.rotate), (shear, self.shear), (cutout, self.cutout)
+        moves = [partial(change, x, most) for change, most in changes if most]
         if moves:
-            x = moves[int(torch.randint(len(moves), ()))](x)
+            x = moves[int(torch.randint(len(moves), ()))]()
         if torch.rand(()) < self.drop:
-            drops: list[Frames] = [drop_events, drop_time, lambda x: cutout(x, max(x.shape[-2:]) // 3)]
-            x = drops[int(torch.randint(3, ()))](x)
+            drops = [partial(drop_events, x), partial(drop_time, x), partial(cutout, x, max(x.shape[-2:]) // 3)]
+            x = drops[int(torch.randint(3, ()))]()
         return x
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from sltt.checks import choice, flag, folder, number, whole_number
+from sltt.data.augment import clear_square
 from sltt.data.base import Data, OnError, Splits, fingerprint, hold_out
 
 Transform = Callable[[Any], Tensor]
@@ -35,13 +36,7 @@ class Cutout:
         self.length = whole_number("length", length, least=1)
 
     def __call__(self, image: Tensor) -> Tensor:
-        spans = []
-        for size in image.shape[-2:]:
-            start = int(torch.randint(size, ())) - self.length // 2
-            spans.append(slice(max(start, 0), start + self.length))
-        image = image.clone()
-        image[..., spans[0], spans[1]] = 0
-        return image
+        return clear_square(image, self.length)
 
 
 class Mixup(Dataset[tuple[Tensor, int]]):
@@ -76,6 +71,9 @@ class _Images(Data):
     The arguments are those of the subclasses.
     """
 
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    policy = "CIFAR10"  # of AutoAugment
     only_augmented: tuple[str, ...] = ("autoaugment", "randaugment", "erase", "mixup")
 
     def __init__(
@@ -103,20 +101,6 @@ class _Images(Data):
                     "it out"
                 )
 
-    def distortions(self, policy: str) -> list[Any]:
-        """Of training images, after the flip; `policy` is that of AutoAugment."""
-        from torchvision.transforms import v2
-
-        auto = [v2.AutoAugment(v2.AutoAugmentPolicy[policy])] if self.autoaugment else []
-        return [*auto, *([v2.RandAugment(self.randaugment)] if self.randaugment else [])]
-
-    def holes(self) -> list[Any]:
-        """In training images, after they are normalised."""
-        from torchvision.transforms import v2
-
-        cutout = [Cutout(self.cutout)] if self.cutout else []
-        return [*cutout, *([v2.RandomErasing(self.erase)] if self.erase else [])]
-
     @abstractmethod
     def open(self, train: bool, transform: Transform) -> Any:
         """The training or test images: a dataset of torchvision with `classes` and `targets`."""
@@ -126,8 +110,26 @@ class _Images(Data):
         return images.targets
 
     @abstractmethod
+    def crop(self, augment: bool) -> list[Any]:
+        """The transforms that give an image its size."""
+
     def transform(self, train: bool) -> Transform:
         """From a PIL image to a normalised tensor [C, H, W]; augmented if `train`."""
+        from torchvision.transforms import v2
+
+        augment = train and self.augment
+        distortions: list[Any] = [v2.RandomHorizontalFlip()] if augment else []
+        holes: list[Any] = []
+        if augment and self.autoaugment:
+            distortions.append(v2.AutoAugment(v2.AutoAugmentPolicy[self.policy]))
+        if augment and self.randaugment:
+            distortions.append(v2.RandAugment(self.randaugment))
+        if augment and self.cutout:
+            holes.append(Cutout(self.cutout))
+        if augment and self.erase:
+            holes.append(v2.RandomErasing(self.erase))
+        normalised = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std))]
+        return v2.Compose([v2.ToImage(), *self.crop(augment), *distortions, *normalised, *holes])
 
     def load(self, steps: int) -> Splits:
         augmented = self.open(True, self.transform(True))
@@ -153,13 +155,12 @@ class _Images(Data):
         )
 
 
-class _CIFAR(_Images):
-    """What CIFAR-10 and CIFAR-100 share."""
+class _Downloaded(_Images):
+    """Images that torchvision downloads: what CIFAR-10, CIFAR-100 and MNIST share."""
 
+    source: str  # torchvision's class
     name: str
     folder: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class _CIFAR(_Images):
         erase: float = 0.0,
         mixup: float = 0.0,
     ):
-        """Arguments of both data sets.
+        """Arguments of CIFAR-10 and CIFAR-100.
 
         Args:
             root: folder of the data.
@@ -195,39 +196,34 @@ class _CIFAR(_Images):
     def open(self, train: bool, transform: Transform) -> Any:
         from torchvision import datasets
 
-        dataset = getattr(datasets, type(self).__name__)
         try:
-            return dataset(self.root, train=train, transform=transform, download=self.download)
+            return getattr(datasets, self.source)(self.root, train=train, transform=transform, download=self.download)
         except RuntimeError as error:
             raise FileNotFoundError(
                 f"{self.name} not found, or not whole: looked in {self.root.resolve()}, expected the folder "
-                f"{self.folder} of the Python version there. Get it with --data.download true, or set --data.root."
+                f"{self.folder} there. Get it with --data.download true, or set --data.root."
             ) from error
 
-    def transform(self, train: bool) -> Transform:
+    def crop(self, augment: bool) -> list[Any]:
         from torchvision.transforms import v2
 
-        normalised = _to_normalised(self.mean, self.std)
-        if not (train and self.augment):
-            return v2.Compose([v2.ToImage(), *normalised])
-        crop = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
-        return v2.Compose([v2.ToImage(), *crop, *self.distortions("CIFAR10"), *normalised, *self.holes()])
+        return [v2.RandomCrop(32, padding=4)] if augment else []
 
 
-class CIFAR10(_CIFAR):
+class CIFAR10(_Downloaded):
     """CIFAR-10 (Krizhevsky 2009): static images [3, 32, 32], normalised; the official test images."""
 
-    name = "CIFAR-10"
-    folder = "cifar-10-batches-py"
+    source, name = "CIFAR10", "CIFAR-10"
+    folder = "cifar-10-batches-py of the Python version"
     mean = (0.4914, 0.4822, 0.4465)
     std = (0.2470, 0.2435, 0.2616)
 
 
-class CIFAR100(_CIFAR):
+class CIFAR100(_Downloaded):
     """CIFAR-100 (Krizhevsky 2009): static images [3, 32, 32], normalised; the official test images."""
 
-    name = "CIFAR-100"
-    folder = "cifar-100-python"
+    source, name = "CIFAR100", "CIFAR-100"
+    folder = "cifar-100-python of the Python version"
     mean = (0.5071, 0.4865, 0.4409)
     std = (0.2673, 0.2564, 0.2762)
 
@@ -256,6 +252,8 @@ class ImageFolder(_Images):
         mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
     """
 
+    mean = (0.485, 0.456, 0.406)  # of ImageNet
+    std = (0.229, 0.224, 0.225)
     only_augmented = (*_Images.only_augmented, "cutout")
 
     def __init__(
@@ -278,6 +276,7 @@ class ImageFolder(_Images):
         self.on_error = choice("on_error", on_error, get_args(OnError))
         self.size = whole_number("size", size, least=1)
         self.crop_padding = None if crop_padding is None else whole_number("crop_padding", crop_padding, least=0)
+        self.policy = "IMAGENET" if crop_padding is None else "CIFAR10"
 
     def open(self, train: bool, transform: Transform) -> Any:
         from torchvision import datasets
@@ -298,26 +297,15 @@ class ImageFolder(_Images):
     def names(self, images: Any) -> Sequence[Any]:
         return [Path(path).relative_to(images.root).as_posix() for path, _ in images.samples]
 
-    def transform(self, train: bool) -> Transform:
+    def crop(self, augment: bool) -> list[Any]:
         from torchvision.transforms import v2
 
-        if train and self.augment:
-            crop: list[Any] = (
-                [v2.RandomResizedCrop(self.size, antialias=True)]
-                if self.crop_padding is None
-                else [v2.Resize((self.size, self.size)), v2.RandomCrop(self.size, padding=self.crop_padding)]
-            )
-            crop += [
-                v2.RandomHorizontalFlip(),
-                *self.distortions("IMAGENET" if self.crop_padding is None else "CIFAR10"),
-            ]
-        elif self.crop_padding is None:
-            crop = [v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)]
-        else:
-            crop = [v2.Resize((self.size, self.size))]
-        holes = self.holes() if train and self.augment else []
-        imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        return v2.Compose([v2.ToImage(), *crop, *_to_normalised(*imagenet), *holes])
+        if self.crop_padding is not None:
+            resized = v2.Resize((self.size, self.size))
+            return [resized, v2.RandomCrop(self.size, padding=self.crop_padding)] if augment else [resized]
+        if augment:
+            return [v2.RandomResizedCrop(self.size, antialias=True)]
+        return [v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)]
 
 
 def _decode(path: str) -> Tensor:
@@ -354,9 +342,3 @@ def _decodes(path: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _to_normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
-    from torchvision.transforms import v2
-
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.checks import flag, folder
+from sltt.checks import flag
 from sltt.data.base import Mapped, Splits, fingerprint
 from sltt.data.digits import Digits
-from sltt.data.images import Transform, _Images
+from sltt.data.images import Transform, _Downloaded
 
 
 class SequentialDigits(Digits):
@@ -40,7 +40,7 @@ class SequentialDigits(Digits):
         return _sequential(super().load(steps), steps, 64, self.permute)
 
 
-class SequentialMNIST(_Images):
+class SequentialMNIST(_Downloaded):
     """MNIST (LeCun et al. 1998), P/T of its 784 pixels in each time step: sequences [T, 784/T], normalised.
 
     T = 784 reads pixel by pixel, T = 28 row by row. `permute` makes it permuted sequential MNIST (Le et al. 2015, arXiv
@@ -58,6 +58,10 @@ class SequentialMNIST(_Images):
         FileNotFoundError: when loaded, no MNIST in `root`.
     """
 
+    source = name = "MNIST"
+    folder = "MNIST/raw of its four files"
+    mean, std = (0.1307,), (0.3081,)
+
     def __init__(
         self,
         root: str = "data",
@@ -66,28 +70,13 @@ class SequentialMNIST(_Images):
         permute: bool = True,
         download: bool = False,
     ):
-        super().__init__(validation, split_seed)
-        self.root = folder("root", root)
+        super().__init__(root, validation, split_seed, augment=False, cutout=0, download=download)
         self.permute = flag("permute", permute)
-        self.download = flag("download", download)
 
     def open(self, train: bool, transform: Transform) -> Any:
-        from torchvision.datasets import MNIST
-
-        try:
-            images = MNIST(self.root, train=train, transform=transform, download=self.download)
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"MNIST not found: looked in {self.root.resolve()}, expected the folder MNIST/raw of its four "
-                "files there. Get it with --data.download true, or set --data.root."
-            ) from error
+        images = super().open(train, transform)
         images.targets = images.targets.tolist()
         return images
-
-    def transform(self, train: bool) -> Transform:
-        from torchvision.transforms import v2
-
-        return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.1307], [0.3081])])
 
     def load(self, steps: int) -> Splits:
         return _sequential(super().load(steps), steps, 784, self.permute)
