@@ -81,16 +81,16 @@ def cached(
     key = hashlib.sha256(repr((VERSION, sorted(settings.items()), shape, stamps)).encode()).hexdigest()[:16]
     home = folder / key
     home.mkdir(parents=True, exist_ok=True)
-    array, mark = home / "frames.npy", home / "complete.json"
+    array, mark, expected = home / "frames.npy", home / "complete.json", (len(sources), *shape)
     with FileLock(home / "lock"):
         if not mark.exists():
-            _build(array, mark, settings, sources, shape, make, title)
+            kept, checksums = _build(array, expected, make, title)
+            _write_mark(mark, {"kept": kept, "checksums": checksums, "settings": settings, "version": VERSION})
     written = _read_mark(mark)
     try:
         arrays = np.load(array, mmap_mode="r")
     except Exception as error:  # whatever NumPy raises on a header that is not its own
         raise CacheError(home, f"{array.name} cannot be read ({error})") from error
-    expected = (len(sources), *shape)
     if arrays.dtype != np.uint16 or arrays.shape != expected or not arrays.flags.c_contiguous:
         raise CacheError(home, f"{array.name} holds {arrays.dtype} {arrays.shape}, expected uint16 {expected}")
     return CachedArrays(home, arrays, written["checksums"]), written
@@ -107,30 +107,31 @@ def _read_mark(mark: Path) -> dict[str, Any]:
     return written
 
 
+def _write_mark(mark: Path, written: dict[str, Any]) -> None:
+    part = mark.with_suffix(".part")
+    part.write_text(json.dumps({**written, "checksum": _checksum(written)}), encoding="utf-8")
+    os.replace(part, mark)
+
+
 def _checksum(mark: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(mark, sort_keys=True).encode())
 
 
 def _build(
-    array: Path,
-    mark: Path,
-    settings: dict[str, Any],
-    sources: Sequence[str],
-    shape: tuple[int, ...],
-    make: Callable[[int], NDArray[Any] | None],
-    title: str,
-) -> None:
+    array: Path, shape: tuple[int, ...], make: Callable[[int], NDArray[Any] | None], title: str
+) -> tuple[list[int], list[int]]:
+    """Write the arrays; which of them there are, and their checksums."""
     from rich.console import Console
     from rich.progress import track
 
     part = array.with_name(".frames.part.npy")
-    frames = np.lib.format.open_memmap(part, "w+", np.uint16, (len(sources), *shape))
+    frames = np.lib.format.open_memmap(part, "w+", np.uint16, shape)
     kept: list[int] = []
     checksums: list[int] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(make, range(len(sources)))
+        made = pool.map(make, range(len(frames)))
         console = Console(stderr=True)
-        for i, one in enumerate(track(made, title, len(sources), console=console, disable=not console.is_terminal)):
+        for i, one in enumerate(track(made, title, len(frames), console=console, disable=not console.is_terminal)):
             if one is not None:
                 frames[len(kept)] = np.minimum(one, 2**16 - 1)
                 checksums.append(zlib.crc32(frames[len(kept)]))
@@ -138,6 +139,4 @@ def _build(
     frames.flush()
     del frames
     os.replace(part, array)
-    written = json.loads(json.dumps({"kept": kept, "checksums": checksums, "settings": settings, "version": VERSION}))
-    mark.with_suffix(".part").write_text(json.dumps({**written, "checksum": _checksum(written)}), encoding="utf-8")
-    os.replace(mark.with_suffix(".part"), mark)
+    return kept, checksums
