@@ -70,16 +70,12 @@ class GraphNetwork(nn.Module):
         if [len(names) for names in kinds.values()] != [1, 1]:
             raise ValueError(f"expected one input and one output of the graph, got {[*kinds.values()]}")
         self.shapes = {name: _shape(node) for name, node in graph.nodes.items()}
+        waiting = {name: [a for a, b in graph.edges if b == name] for name in graph.nodes}
         self.reads: dict[str, list[str]] = {}
-        while len(self.reads) < len(graph.nodes):
-            ready = [
-                name
-                for name in graph.nodes
-                if name not in self.reads and all(a in self.reads for a, b in graph.edges if b == name)
-            ]
-            if not ready:
-                raise ValueError(f"the graph is recurrent, around {sorted({*graph.nodes} - {*self.reads})}")
-            self.reads |= {name: [a for a, b in graph.edges if b == name] for name in ready}
+        while ready := [name for name, reads in waiting.items() if self.reads.keys() >= {*reads}]:
+            self.reads |= {name: waiting.pop(name) for name in ready}
+        if waiting:
+            raise ValueError(f"the graph is recurrent, around {sorted(waiting)}")
         if unread := [name for name, reads in self.reads.items() if not reads and name not in kinds[nir.Input]]:
             raise ValueError(f"nothing leads to {unread}: add the edges, or remove these nodes")
         (self.input,), (self.output,) = kinds.values()
@@ -91,11 +87,8 @@ class GraphNetwork(nn.Module):
         values = {self.input: x}
         for name, reads in self.reads.items():
             if reads:
-                values[name] = self._run(name, sum((values[r] for r in reads[1:]), values[reads[0]]))
+                values[name] = self.layers[self.keys[name]](sum((values[r] for r in reads[1:]), values[reads[0]]))
         return values[self.output]
-
-    def _run(self, name: str, x: Tensor) -> Tensor:
-        return self.layers[self.keys[name]](x)
 
     def check(self) -> None:
         """Run the graph once on zeros; raises ValueError naming the node that its input does not fit."""
@@ -104,13 +97,13 @@ class GraphNetwork(nn.Module):
             for name, reads in self.reads.items():
                 if not reads:
                     continue
+                layer, expected = self.layers[self.keys[name]], self.shapes[name]
                 got = [list(values[r].shape[1:]) for r in reads]
-                expected = self.shapes[name]
                 fits = all(shape == got[0] for shape in got) and expected in (None, got[0])
                 try:
                     require(fits, f"expected {expected}")
-                    dtype = next((p.dtype for p in self.layers[self.keys[name]].parameters()), torch.float32)
-                    values[name] = self._run(name, sum(values[r].to(dtype) for r in reads))  # type: ignore[arg-type]
+                    dtype = next((p.dtype for p in layer.parameters()), torch.float32)
+                    values[name] = layer(sum(values[r].to(dtype) for r in reads))
                 except (ValueError, RuntimeError) as reason:
                     raise ValueError(f"the input of {name} has shape {got} without the batch: {reason}") from None
         reset(self)
@@ -139,10 +132,8 @@ def _shape(node: Any) -> list[int] | None:
 def _module(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:
     if isinstance(node, nir.IF | nir.LIF | nir.CubaLIF):
         return _neuron(node, dt, surrogate)
-    for kind, make in _MODULES.items():
-        if type(node) is kind:
-            return make(node)
-    raise ValueError("")
+    require(type(node) in _MODULES, "")
+    return _MODULES[type(node)](node)
 
 
 def _affine(node: Any) -> nn.Module:

@@ -75,7 +75,8 @@ def _translate(keeper: KeepState) -> nn.Module:
     p = module.p
     reset: dict[str, Any] = {"v_threshold": constant("v_th", p.v_th), "surrogate": _surrogate(p)}
     if type(module) is norse.IAFCell:
-        return leaky(1.0, v_reset=_unlearned(p.v_reset), **reset)
+        # IAFCell itself marks its v_reset, which is its first membrane potential, to require a gradient
+        return leaky(1.0, v_reset=constant("v_reset", p.v_reset.detach()), **reset)
     known = type(module) in (norse.LIFBoxCell, norse.LIFCell)
     require(known, f"holds a {type(module).__name__}, of other dynamics than LIFBoxCell and LIFCell")
     rest = constant("v_leak", p.v_leak)
@@ -89,11 +90,6 @@ def _translate(keeper: KeepState) -> nn.Module:
     if type(module) is norse.LIFCell:
         return synaptic(1 - rate, 1 - constant("tau_syn_inv", module.dt * p.tau_syn_inv), rate, **reset)
     return leaky(1 - rate, decay_input=True, **reset)
-
-
-def _unlearned(value: Tensor) -> float:
-    # IAFCell itself marks its v_reset, which is its first membrane potential, to require a gradient
-    return constant("v_reset", value.detach())
 
 
 def _surrogate(p: Any) -> surrogates.Surrogate:

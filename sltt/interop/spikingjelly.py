@@ -14,7 +14,6 @@ from sltt.interop.conversion import ConversionError, require
 from sltt.neurons import IF, LIF, PLIF
 from sltt.sequence.state import register
 
-_SPIKING = neuron.BaseNode | neuron.SimpleBaseNode
 _RULES = tuple(getattr(neuron, name) for name in ("SLTTLIFNode", "OTTTLIFNode") if hasattr(neuron, name))
 
 
@@ -34,11 +33,13 @@ def _check(module: Any, batch: int, kept: bool) -> str | None:
     return None
 
 
+def _spikes(module: Any) -> bool:
+    return isinstance(module, neuron.BaseNode | neuron.SimpleBaseNode)
+
+
 def _translate(module: Any) -> nn.Module:
-    return _neuron(module) if isinstance(module, _SPIKING) else module
-
-
-def _neuron(module: Any) -> nn.Module:
+    if not _spikes(module):
+        return module
     kind = {neuron.LIFNode: LIF, neuron.IFNode: IF, neuron.ParametricLIFNode: PLIF}.get(type(module))
     require(kind is not None, "has other dynamics than LIFNode, IFNode and ParametricLIFNode")
     require(module.step_mode == "s", "is in multi-step mode: call functional.set_step_mode(model, 's')")
@@ -82,7 +83,7 @@ register(
     base.MemoryModule,
     _states,
     reset=lambda module: module.reset(),
-    spikes=lambda module: isinstance(module, _SPIKING),
+    spikes=_spikes,
     check=_check,
     translate=_translate,
 )
