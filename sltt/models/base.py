@@ -25,12 +25,13 @@ def neuron_maker(neuron: NeuronFactory) -> NeuronFactory:
     return make
 
 
-def stage_blocks(blocks: Sequence[int]) -> tuple[int, ...]:
-    """The number of blocks in each of the four stages of a ResNet."""
+def stage_blocks(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """The width and the stride of each block of a ResNet, of the number of blocks in each of its four stages."""
     blocks = whole_numbers("blocks", blocks, least=1)
     if len(blocks) != 4:
         raise ValueError(f"blocks must be the number of blocks in each of 4 stages, got {blocks}")
-    return blocks
+    stages = zip((64, 128, 256, 512), (1, 2, 2, 2), blocks, strict=True)
+    return [(width, stride if i == 0 else 1) for width, stride, count in stages for i in range(count)]
 
 
 def check_frame(x: Tensor, channels: int, least: int = 1) -> None:

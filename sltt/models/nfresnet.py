@@ -118,23 +118,20 @@ class NFResNet(nn.Module):
         neuron: NeuronFactory = LIF,
     ):
         super().__init__()
-        blocks = stage_blocks(blocks)
         bottleneck = flag("bottleneck", bottleneck)
         neuron = neuron_maker(neuron)
         self.in_channels = whole_number("in_channels", in_channels, least=1)
         self.stem = ScaledWSConv2d(in_channels, 64, 7, stride=2)
         self.stem_pool = nn.AvgPool2d(3, 2, padding=1)
-        stages: list[nn.Module] = []
+        self.blocks = nn.Sequential()
         channels, variance = 64, 1.0
-        for width, stride, count in zip((64, 128, 256, 512), (1, 2, 2, 2), blocks, strict=True):
+        for width, stride in stage_blocks(blocks):
             out_channels = 4 * width if bottleneck else width
-            for i in range(count):
-                block = NFBlock(channels, width, out_channels, stride if i == 0 else 1, variance**0.5, neuron)
-                stages.append(block)
-                # a convolution in the shortcut gives unit variance again; the sum adds α² in each block
-                variance = (variance if block.shortcut is None else 1.0) + ALPHA**2
-                channels = out_channels
-        self.blocks = nn.Sequential(*stages)
+            block = NFBlock(channels, width, out_channels, stride, variance**0.5, neuron)
+            self.blocks.append(block)
+            # a convolution in the shortcut gives unit variance again; the sum adds α² in each block
+            variance = (variance if block.shortcut is None else 1.0) + ALPHA**2
+            channels = out_channels
         self.neuron = neuron()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(channels, whole_number("classes", classes, least=1))

@@ -64,17 +64,14 @@ class ResNet(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        blocks = stage_blocks(blocks)
         neuron = neuron_maker(neuron)
         self.in_channels = whole_number("in_channels", in_channels, least=1)
         self.stem = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-        stages: list[nn.Module] = []
+        self.blocks = nn.Sequential()
         channels = 64
-        for width, stride, count in zip((64, 128, 256, 512), (1, 2, 2, 2), blocks, strict=True):
-            for i in range(count):
-                stages.append(Block(channels, width, stride if i == 0 else 1, neuron, dropout))
-                channels = width
-        self.blocks = nn.Sequential(*stages)
+        for width, stride in stage_blocks(blocks):
+            self.blocks.append(Block(channels, width, stride, neuron, dropout))
+            channels = width
         self.norm = nn.BatchNorm2d(channels)
         self.neuron = neuron()
         self.pool = nn.AdaptiveAvgPool2d(1)

@@ -185,22 +185,17 @@ def qkformer(
     if len(depths) != 3:
         raise ValueError(f"depths must be the number of blocks in each of 3 stages, got {depths}")
     in_channels, small = whole_number("in_channels", in_channels, least=1), choice("patch", patch, (4, 16)) == 4
-    first, second = channels // 4, channels // 2
-    half = first // 2
-    if small:
-        stem = _layer(in_channels, half, 3, neuron)
-        main, stride = _layer(half, first, 3, neuron), 1
-    else:
-        stem = _layer(in_channels, half, 3, neuron, pool=True)
-        main, stride = [*_layer(half, first, 3, neuron, pool=True), *_layer(first, first, 3, neuron)], 2
-    shortcut = _layer(half, first, 1, neuron, stride=stride)
-    blocks: list[nn.Module] = [Sum(nn.Sequential(*main), nn.Sequential(*shortcut))]
-    blocks += [Block(TokenAttention(first, heads, neuron), first, neuron) for _ in range(depths[0])]
-    blocks.append(_merge(second, neuron, pool_last=small))
-    blocks += [Block(TokenAttention(second, heads, neuron), second, neuron) for _ in range(depths[1])]
-    blocks.append(_merge(channels, neuron, pool_last=small))
-    blocks += [Block(SelfAttention(channels, heads, neuron), channels, neuron) for _ in range(depths[2])]
-    return SpikingTransformer(nn.Sequential(*stem), nn.Sequential(*blocks), channels, patch, in_channels, classes)
+    stem = nn.Sequential(*_layer(in_channels, channels // 8, 3, neuron, pool=not small))
+    blocks = nn.Sequential()
+    for stage, attention in enumerate((TokenAttention, TokenAttention, SelfAttention)):
+        width = channels // 2 ** (2 - stage)
+        if small and stage == 0:
+            main, shortcut = _layer(width // 2, width, 3, neuron), _layer(width // 2, width, 1, neuron)
+            blocks.append(Sum(nn.Sequential(*main), nn.Sequential(*shortcut)))
+        else:
+            blocks.append(_merge(width, neuron, pool_last=small))
+        blocks.extend(Block(attention(width, heads, neuron), width, neuron) for _ in range(depths[stage]))
+    return SpikingTransformer(stem, blocks, channels, patch, in_channels, classes)
 
 
 def _merge(channels: int, neuron: NeuronFactory, pool_last: bool) -> nn.Module:
