@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from sltt.checks import instance, number, whole_number
 from sltt.neurons.base import Neuron
-from sltt.neurons.leaky import valid_tau
+from sltt.neurons.leaky import _Leaky, valid_tau
 from sltt.surrogates import Surrogate, Triangle
 
 
-class ALIF(Neuron):
+class ALIF(_Leaky):
     """Adaptive leaky integrate-and-fire neuron: each spike raises the threshold, which decays back.
 
         u[t] = λ v[t−1] + x[t]                     λ = 1 − 1/τ
@@ -39,15 +39,9 @@ class ALIF(Neuron):
         v_threshold: float = 1.0,
         surrogate: Surrogate = Triangle(),
     ):
-        super().__init__()
-        self.tau, self.tau_a = valid_tau(tau), number("tau_a", tau_a, above=1)
+        super().__init__(tau, v_threshold, surrogate)
+        self.tau_a = number("tau_a", tau_a, above=1)
         self.beta = number("beta", beta, least=0)
-        self.v_threshold = number("v_threshold", v_threshold, above=0)
-        self.surrogate = instance("surrogate", surrogate, Surrogate)
-
-    def decay(self) -> float:
-        """λ."""
-        return 1 - 1 / self.tau
 
     def threshold_decay(self) -> float:
         """ρ."""
@@ -70,10 +64,7 @@ class ALIF(Neuron):
         return s, u - v_threshold * s, threshold_decay * a + s
 
     def extra_repr(self) -> str:
-        return (
-            f"tau={self.tau}, tau_a={self.tau_a}, beta={self.beta}, v_threshold={self.v_threshold}, "
-            f"surrogate={self.surrogate}"
-        )
+        return f"tau_a={self.tau_a}, beta={self.beta}, {super().extra_repr()}"
 
 
 class ChannelLIF(Neuron):

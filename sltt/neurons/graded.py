@@ -2,30 +2,12 @@
 
 from torch import Tensor
 
-from sltt.checks import instance, number, whole_number
-from sltt.neurons.base import Neuron
-from sltt.neurons.leaky import valid_tau
+from sltt.checks import whole_number
+from sltt.neurons.leaky import _Leaky
 from sltt.surrogates import Rectangle, Surrogate, Triangle
 
 
-class _Graded(Neuron):
-    """Threshold, surrogate and time constant of the neurons here."""
-
-    def __init__(self, tau: float, v_threshold: float, surrogate: Surrogate):
-        super().__init__()
-        self.tau = valid_tau(tau)
-        self.v_threshold = number("v_threshold", v_threshold, above=0)
-        self.surrogate = instance("surrogate", surrogate, Surrogate)
-
-    def decay(self) -> float:
-        """λ."""
-        return 1 - 1 / self.tau
-
-    def extra_repr(self) -> str:
-        return f"tau={self.tau}, v_threshold={self.v_threshold}, surrogate={self.surrogate}"
-
-
-class IntegerLIF(_Graded):
+class IntegerLIF(_Leaky):
     """Integer leaky integrate-and-fire neuron (I-LIF): up to D spikes in a time step, as one number.
 
         u[t] = λ v[t−1] + x[t]                            λ = 1 − 1/τ
@@ -61,7 +43,7 @@ class IntegerLIF(_Graded):
         return f"{self.levels}, {super().extra_repr()}"
 
 
-class TernaryLIF(_Graded):
+class TernaryLIF(_Leaky):
     """Leaky integrate-and-fire neuron with spikes −1, 0 and 1.
 
         u[t] = λ v[t−1] + x[t]                            λ = 1 − 1/τ

@@ -273,6 +273,23 @@ class PLIF(IntegrateAndFire):
         return f"tau={self.tau:.4g}, {super().extra_repr()}"
 
 
+class _Leaky(Neuron):
+    """What neurons with a constant τ and a soft reset share: time constant, threshold and surrogate."""
+
+    def __init__(self, tau: float, v_threshold: float, surrogate: Surrogate):
+        super().__init__()
+        self.tau = valid_tau(tau)
+        self.v_threshold = number("v_threshold", v_threshold, above=0)
+        self.surrogate = instance("surrogate", surrogate, Surrogate)
+
+    def decay(self) -> float:
+        """λ."""
+        return 1 - 1 / self.tau
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, v_threshold={self.v_threshold}, surrogate={self.surrogate}"
+
+
 def valid_tau(tau: float) -> float:
     """A time constant in time steps, checked."""
     return number("tau", tau, above=1, remedy="τ is in time steps, and λ = 1 − 1/τ must be positive")
