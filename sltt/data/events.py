@@ -30,6 +30,22 @@ Recordings = list[tuple[Path, int]]
 log = logging.getLogger("sltt")
 
 
+class FrameDataset(Dataset[Any]):
+    """Samples ([T, ...], label) of counts [N, T, ...]; frames [T, 2, h, w] interpolated to a size, if one is given."""
+
+    def __init__(self, counts: Any, targets: list[int], size: int | None = None):
+        self.counts, self.targets, self.size = counts, targets, size
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x = torch.from_numpy(self.counts[index].astype(np.float32))
+        if self.size is not None:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+        return x, self.targets[index]
+
+
 class _Events(Data):
     """Recordings in files, and how they become frames."""
 
@@ -110,24 +126,23 @@ class _Events(Data):
                 self.title,
                 " and ".join(f"{n} {k} recordings" for k, n in missing.items()),
             )
-        x, labels, names = self._frames(train, steps, "training")
-        test_x, test_labels, test_names = self._frames(test, steps, "test")
-        kept, held = hold_out(labels, self.validation, self.split_seed)
-        samples = Counted(x, labels)
-        plain = Mapped(Subset(samples, kept), self._ready)
+        samples, names = self._frames(train, steps, "training")
+        test_samples, test_names = self._frames(test, steps, "test")
+        kept, held = hold_out(samples.targets, self.validation, self.split_seed)
+        plain = Subset(samples, kept)
         return Splits(
             train=Mapped(plain, self.augment) if self.augment else plain,
-            validation=Mapped(Subset(samples, held), self._ready) if held else None,
-            test=Mapped(Counted(test_x, test_labels), self._ready) if test else None,
+            validation=Subset(samples, held) if held else None,
+            test=test_samples if test else None,
             static=False,
             classes=len(self.classes),
             fingerprint=fingerprint([*names, *test_names], kept, held),
             plain=plain,
         )
 
-    def _frames(self, recordings: Recordings, steps: int, which: str) -> tuple[Any, list[int], list[str]]:
-        """Frames [N, T, 2, H, W], labels and names of the recordings that can be used."""
-        size = self.size if self.resize == "sum" else None
+    def _frames(self, recordings: Recordings, steps: int, which: str) -> tuple[FrameDataset, list[str]]:
+        """The recordings that can be used, and their names."""
+        size, interpolated = (self.size, None) if self.resize == "sum" else (None, self.size)
         height, width = (size, size) if size else self.sensor
         skipped: list[str] = []
 
@@ -150,27 +165,7 @@ class _Events(Data):
             listed = "; ".join(sorted(skipped)[:5]) or ", ".join(paths[i] for i in lost[:5])
             log.warning("%d of %d %s recordings skipped: %s", len(lost), len(paths), which, listed)
         names = [recordings[i][0].relative_to(self.root).as_posix() for i in kept]
-        return arrays, [recordings[i][1] for i in kept], names
-
-    def _ready(self, counts: Any) -> Tensor:
-        """Counts [T, 2, h, w] to what the network sees."""
-        x = torch.from_numpy(counts.astype(np.float32))
-        if self.resize == "interpolate" and self.size is not None:
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
-        return x
-
-
-class Counted(Dataset[Any]):
-    """Samples (counts, label) of all recordings."""
-
-    def __init__(self, counts: Any, targets: list[int]):
-        self.counts, self.targets = counts, targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.counts[index], self.targets[index]
+        return FrameDataset(arrays, [recordings[i][1] for i in kept], interpolated), names
 
 
 class NMNIST(_Events):

@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Subset
 
 from sltt.checks import flag, folder, number
-from sltt.data.base import Data, Mapped, Splits, fingerprint, hold_out
-from sltt.data.events import Counted, download
+from sltt.data.base import Data, Splits, fingerprint, hold_out
+from sltt.data.events import FrameDataset, download
 from sltt.data.recordings import RecordingError
 
 
@@ -53,22 +51,21 @@ class SHD(Data):
                 f"SHD not found: looked in {self.root.resolve()}, expected SHD/shd_train.h5 and SHD/shd_test.h5 there. "
                 "Set --data.root, or get it with --data.download true."
             )
-        (x, labels), (test_x, test_labels) = (self._read(name, steps) for name in ("train", "test"))
-        kept, held = hold_out(labels, self.validation, self.split_seed)
-        samples = Counted(x, labels)
+        samples, test = (self._read(name, steps) for name in ("train", "test"))
+        kept, held = hold_out(samples.targets, self.validation, self.split_seed)
         return Splits(
-            train=Mapped(Subset(samples, kept), _floats),
-            validation=Mapped(Subset(samples, held), _floats) if held else None,
-            test=Mapped(Counted(test_x, test_labels), _floats),
+            train=Subset(samples, kept),
+            validation=Subset(samples, held) if held else None,
+            test=test,
             static=False,
             classes=20,
-            fingerprint=fingerprint([*labels, *test_labels], kept, held),
+            fingerprint=fingerprint([*samples.targets, *test.targets], kept, held),
         )
 
     def _file(self, name: str) -> Path:
         return self.root / "SHD" / f"shd_{name}.h5"
 
-    def _read(self, name: str, steps: int) -> tuple[Any, list[int]]:
+    def _read(self, name: str, steps: int) -> FrameDataset:
         import h5py
 
         path = self._file(name)
@@ -85,8 +82,4 @@ class SHD(Data):
         for i, (times, units) in enumerate(spikes):
             step = np.minimum((times.astype(np.float64) * steps / self.duration).astype(np.int64), steps - 1)
             np.add.at(counts[i], (step, units.astype(np.int64)), 1)
-        return counts, labels
-
-
-def _floats(counts: Any) -> Tensor:
-    return torch.from_numpy(counts.astype(np.float32))
+        return FrameDataset(counts, labels)

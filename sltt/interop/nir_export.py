@@ -116,13 +116,12 @@ class _Export(fx.Interpreter):
     def _operation(self, n: fx.Node, value: Any) -> None:
         inputs = n.all_input_nodes
         sources = [name for node in inputs for name in self.sources[node]]
-        flattens = n.target in (torch.flatten, "flatten")
         self.sources[n] = sources
-        if flattens:
+        if n.target in (torch.flatten, "flatten"):
             given = dict(zip(("start_dim", "end_dim"), n.args[1:], strict=False))
             named = {"start_dim": 0, "end_dim": -1, **n.kwargs, **given}
-            start, end = named["start_dim"], named["end_dim"]
-            self._layer(n, nn.Flatten(start, end), inputs[0], self.env[inputs[0]])  # type: ignore[arg-type]
+            flatten = nn.Flatten(named["start_dim"], named["end_dim"])  # type: ignore[arg-type]
+            self._layer(n, flatten, inputs[0], self.env[inputs[0]])
         elif n.target not in _ADD or n.kwargs or len(inputs) != 2 or len(set(sources)) != len(sources):
             self.problems.append(f"the operation {n.name}")
 
@@ -199,12 +198,11 @@ class _Export(fx.Interpreter):
 
         soft, rest = neuron.v_reset is None, neuron.v_reset or 0.0
         kinds: dict[type, type] = {IF: nir.IF, LIF: nir.LIF, PLIF: nir.LIF, CubaLIF: nir.CubaLIF}
-        kind = kinds.get(type(neuron))
-        require(kind is not None, "")
-        start = None if isinstance(neuron, CubaLIF) else neuron.v_init
-        require(start is None, " with v_init, for which NIR has no parameter")
+        require(type(neuron) in kinds, "")
+        require(getattr(neuron, "v_init", None) is None, " with v_init, for which NIR has no parameter")
+        kind = kinds[type(neuron)]
         values: dict[str, Any] = {"v_threshold": full(neuron.v_threshold)}
-        if kind is not None and _HAS_RESET[kind]:
+        if _HAS_RESET[kind]:
             values["v_reset"] = full(rest)
         metadata = {
             "dt": self.dt,

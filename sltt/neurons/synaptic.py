@@ -88,23 +88,17 @@ class CubaLIF(Neuron):
 
     def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
         """The current by plain operations, of which autograd keeps nothing, then the steps of `LIF`."""
-        if type(self).step is not CubaLIF.step or any(isinstance(v, Tensor) for v in self.arguments().values()):
+        named = self.arguments()
+        if type(self).step is not CubaLIF.step or any(isinstance(v, Tensor) for v in named.values()):
             return super().fused_steps(x, fold)  # of a subclass, or with a parameter that is learned
-        currents, decay = [], self.synaptic_decay()
+        currents, decay, gain = [], named.pop("synaptic_decay"), named.pop("gain")
         i: Tensor = self.i  # type: ignore[assignment]
         for x_t in x.chunk(fold.steps):
             i = torch.add(x_t.to(i.dtype), i.detach() if fold.cut and currents else i, alpha=decay)
             currents.append(i)
         current = i if fold.steps == 1 else torch.cat(currents)
-        current = current if self.gain == 1 else self.gain * current
-        step = NeuronStep.of(
-            decay=self.decay(),
-            v_threshold=self.v_threshold,
-            v_reset=self.v_reset,
-            decay_input=False,
-            detach_reset=self.detach_reset,
-            surrogate=self.surrogate,
-        )
+        current = current if gain == 1 else gain * current
+        step = NeuronStep.of(decay_input=False, **named)
         v: Tensor = self.v  # type: ignore[assignment]
         spikes, self.v = neuron_step(step, v, current.to(x.dtype), None, fold.steps, fold.cut)
         self.i = i
