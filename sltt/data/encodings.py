@@ -5,14 +5,14 @@ Shapes: T time steps, C channels.
 """
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sltt.checks import instance, number
-from sltt.data.base import Data, Splits
+from sltt.data.base import Data, Mapped, Splits
 from sltt.frozen import Frozen
 
 
@@ -142,26 +142,21 @@ class Encoded(Data):
             has, remedy = ("images", "Poisson or Latency") if splits.static else ("sequences", "Delta")
             code = type(self.encoding).__name__
             raise ValueError(f"{code} does not code the {has} of {self.data}: use {remedy}")
+        code = partial(_coded, encoding=self.encoding, steps=steps)
         return splits.with_each(
-            lambda name, samples: _Coded(samples, self.encoding, steps, fixed=name != "train"), static=False
+            lambda name, samples: Mapped(samples, code) if name == "train" else _Fixed(samples, code), static=False
         )
 
 
-class _Coded(Dataset[Any]):
-    """Samples as spikes; `fixed` draws the same for a sample every time."""
+def _coded(x: Any, encoding: Encoding, steps: int) -> Tensor:
+    return encoding(torch.as_tensor(x), steps)
 
-    def __init__(self, samples: Dataset[Any], encoding: Encoding, steps: int, fixed: bool):
-        self.samples = samples
-        self.encoding = encoding
-        self.steps = steps
-        self.fixed = fixed
 
-    def __len__(self) -> int:
-        return len(self.samples)  # type: ignore[arg-type]
+class _Fixed(Mapped):
+    """Mapped samples, for which the same is drawn every time."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         x, target = self.samples[index]
-        with torch.random.fork_rng(devices=[], enabled=self.fixed):
-            if self.fixed:
-                torch.default_generator.manual_seed(index)
-            return self.encoding(torch.as_tensor(x), self.steps), target
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(index)
+            return self.change(x), target

@@ -121,11 +121,8 @@ class _Events(Data):
                 "Set --data.root, or get it with --data.download true."
             )
         if missing := self.missing():
-            log.warning(
-                "%s is partial: %s not there",
-                self.title,
-                " and ".join(f"{n} {k} recordings" for k, n in missing.items()),
-            )
+            lost = " and ".join(f"{count} {name} recordings" for name, count in missing.items())
+            log.warning("%s is partial: %s not there", self.title, lost)
         samples, names = self._frames(train, steps, "training")
         test_samples, test_names = self._frames(test, steps, "test")
         kept, held = hold_out(samples.targets, self.validation, self.split_seed)

@@ -47,17 +47,16 @@ def from_loaders(loaders: Loaders, batch_size: int) -> Data:
         ValueError: a batch size other than that of the training, an order of their own, or batches whose time does not
             come first.
     """
-    given = dict(zip(("train", "validation", "test"), loaders, strict=False))
-    for name, loader in given.items():
-        if loader is not None:
-            _check_loader(name, loader, batch_size)
-    train = loaders[0]
-    if train is None:
+    named = zip(("train", "validation", "test"), loaders, strict=False)
+    given = {name: loader for name, loader in named if loader is not None}
+    if "train" not in given:
         raise ValueError("expected a loader of training samples first, got None")
+    for name, loader in given.items():
+        _check_loader(name, loader, batch_size)
     return _OwnData(
-        {name: None if one is None else _alone(one.dataset) for name, one in given.items()},
-        static=_is_static(train),
-        collates={name: loader.collate_fn for name, loader in given.items() if loader is not None},
+        {name: _alone(loader.dataset) for name, loader in given.items()},
+        static=_is_static(given["train"]),
+        collates={name: loader.collate_fn for name, loader in given.items()},
     )
 
 
