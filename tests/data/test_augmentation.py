@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
+from torchvision.transforms.v2 import AutoAugmentPolicy
 
 from sltt.data import CIFAR10, ImageFolder, Mixup
 from sltt.training.batches import _Seeded
@@ -37,6 +38,37 @@ def test_training_images_change_and_others_do_not(folder, kwargs):
             assert torch.equal(split[0][0], split[0][0])
     assert drawn[0].shape == drawn[1].shape
     assert not torch.equal(*drawn)
+
+
+PLAIN, CROPPED = ["ToDtype", "Normalize"], ["RandomHorizontalFlip", "ToDtype", "Normalize"]
+
+
+@pytest.mark.parametrize(
+    ("data", "of_training", "of_others"),
+    [
+        (CIFAR10(), ["RandomCrop", *CROPPED, "Cutout"], PLAIN),
+        (CIFAR10(augment=False), PLAIN, PLAIN),
+        (
+            CIFAR10(autoaugment=True, randaugment=2, erase=0.5),
+            ["RandomCrop", "RandomHorizontalFlip", "AutoAugment", "RandAugment", *PLAIN, "Cutout", "RandomErasing"],
+            PLAIN,
+        ),
+        (ImageFolder("", size=28), ["RandomResizedCrop", *CROPPED], ["Resize", "CenterCrop", *PLAIN]),
+        (ImageFolder("", size=28, crop_padding=4), ["Resize", "RandomCrop", *CROPPED], ["Resize", *PLAIN]),
+    ],
+    ids=["CIFAR", "CIFAR, plain", "CIFAR, all", "folder", "folder, padded"],
+)
+def test_images_are_changed_in_this_order(data, of_training, of_others):
+    for train, expected in ((True, of_training), (False, of_others)):
+        assert [type(one).__name__ for one in data.transform(train).transforms] == ["ToImage", *expected]
+
+
+def test_a_folder_is_resized_and_distorted_as_published():
+    resize = ImageFolder("", size=28).transform(False).transforms[1]
+    assert resize.size == [32]
+    for padding, policy in ((None, AutoAugmentPolicy.IMAGENET), (4, AutoAugmentPolicy.CIFAR10)):
+        transforms = ImageFolder("", crop_padding=padding, autoaugment=True).transform(True).transforms
+        assert [one.policy for one in transforms if hasattr(one, "policy")] == [policy]
 
 
 def test_an_erased_rectangle_is_zero():

@@ -1,8 +1,20 @@
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from sltt.data import Classes, Digits, DigitsEvents, Latency, Mixup, Recall, SequentialDigits, from_datasets
+from sltt.data import (
+    Classes,
+    Data,
+    Digits,
+    DigitsEvents,
+    Latency,
+    Mixup,
+    Recall,
+    SequentialDigits,
+    Splits,
+    from_datasets,
+)
+from sltt.data.base import Mapped
 from sltt.data.classes import class_labels
 from sltt.data.encodings import Encoded
 
@@ -35,6 +47,30 @@ def test_classes_are_chosen_and_numbered_anew(name):
             assert y == some.targets[i]
             if part != "train":  # which is drawn anew
                 assert torch.equal(x, all_samples[kept[i]][0])
+
+
+class Drawn(TensorDataset):
+    """Training samples that are drawn anew: reading one is an error here."""
+
+    def __getitem__(self, index):
+        raise AssertionError(f"sample {index} was read")
+
+
+def test_labels_are_read_without_the_samples_where_a_data_set_has_them():
+    samples = Mapped(Drawn(torch.randn(6, 3), torch.arange(6) % 3), torch.flatten)
+    assert class_labels(samples) == class_labels(Subset(samples, range(6))) == [0, 1, 2, 0, 1, 2]
+
+
+def test_the_labels_of_training_samples_that_are_drawn_are_those_of_the_plain_ones():
+    class Own(Data):
+        def load(self, steps):
+            plain = TensorDataset(torch.randn(6, 3), torch.arange(6) % 3)
+            train = ConcatDataset([Drawn(*plain.tensors)])
+            return Splits(train, None, plain, False, 3, "", plain=plain, lengths=[5, 6, 7, 8, 9, 10])
+
+    splits = Classes(Own(), [2, 1]).splits(1)
+    assert splits.train.targets == splits.plain.targets == [1, 0, 1, 0]
+    assert splits.lengths == [6, 7, 9, 10]
 
 
 @pytest.mark.parametrize("name", ["images", "events", "sequences"])

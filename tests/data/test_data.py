@@ -75,6 +75,14 @@ def test_images_are_normalised():
     assert abs(x.std() - 1) < 0.05
 
 
+def test_shifted_images_are_filled_with_the_least_intensity():
+    splits = Digits().splits(3)
+    least = splits.plain[0][0].min()
+    edges = [splits.train[i][0][0, side] for i in range(40) for side in (0, -1)]
+    assert sum(bool((edge == least).all()) for edge in edges) > 20
+    assert all(splits.train[i][0].min() >= least for i in range(40))
+
+
 def test_events_are_counts_of_both_polarities_and_deterministic():
     a = DigitsEvents(augment=False, size=14).splits(6)
     b = DigitsEvents(augment=False, size=14).splits(6)

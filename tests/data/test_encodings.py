@@ -78,6 +78,11 @@ def test_what_is_evaluated_is_coded_alike_every_time_and_draws_nothing_of_the_ru
         assert len(after) == len(before)
     x, again = coded.train[4][0], coded.train[4][0]
     assert not torch.equal(x, again)
+    same = Encoded(
+        sltt.data.from_datasets([(torch.full((9,), 0.5), 0)] * 2, test=[(torch.full((9,), 0.5), 0)] * 2, static=True),
+        Poisson(),
+    )
+    assert not torch.equal(*(same.splits(20).test[i][0] for i in range(2)))  # each sample for itself
 
 
 def test_coded_digits_train_like_others(tmp_path):

@@ -35,6 +35,8 @@ def test_dropped_events_are_some_of_those_that_were_there():
 
 def test_augmentation_is_the_same_for_any_number_of_workers(tmp_path):
     splits = sltt.data.NMNIST(str(nmnist(tmp_path)), augment=sltt.data.EventAugmentation(drop=0.5)).splits(3)
+    assert not torch.equal(splits.train[0][0], splits.train[0][0])
+    assert torch.equal(splits.plain[0][0], splits.plain[0][0])
     batches = []
     for workers in (0, 2):
         loader = train_loader(splits, 8, EpochSampler(len(splits.train), 0), workers)

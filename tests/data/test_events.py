@@ -147,6 +147,41 @@ def test_nothing_is_fetched_unless_asked_and_half_a_download_is_nothing(tmp_path
     assert (len(splits.train), len(splits.test)) == (10, 10)
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("DVSGesture", [{"train": True}, {"train": False}]),
+        ("CIFAR10DVS", [{}]),
+        ("SHD", [{"train": True}, {"train": False}]),
+    ],
+)
+def test_every_part_of_a_data_set_is_fetched(tmp_path, monkeypatch, name, parts):
+    import tonic.datasets
+
+    fetched = []
+
+    def fetch(save_to, **arguments):
+        (Path(save_to) / name).mkdir()
+        (Path(save_to) / name / str(len(fetched))).touch()
+        fetched.append(arguments)
+
+    monkeypatch.setattr(tonic.datasets, name, fetch)
+    with pytest.raises(FileNotFoundError, match="not found: looked in"):
+        getattr(sltt.data, name)(str(tmp_path), download=True).splits(2)
+    assert fetched == parts
+    assert sorted(p.name for p in (tmp_path / name).iterdir()) == [str(i) for i in range(len(parts))]
+
+
+def test_a_folder_of_recordings_cannot_be_fetched(tmp_path):
+    with pytest.raises(ValueError, match="cannot be downloaded; put it into"):
+        sltt.data.EventFolder(str(tmp_path), (34, 34), download=True).splits(2)
+
+
+def test_one_recording_that_is_missing_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sltt.data.NMNIST, "expected", (31, 30))
+    assert sltt.data.NMNIST(str(nmnist(tmp_path))).missing() == {"train": 1}
+
+
 def test_recordings_without_a_test_split_train_all_the_same(tmp_path):
     root = nmnist(tmp_path)
     shutil.rmtree(root / "NMNIST" / "Test")

@@ -221,6 +221,7 @@ MISTAKES = {
     ),
     "batch size": (lambda: as_data(DataLoader(images(), 8), 16), "say batch_size=8"),
     "time second": (lambda: as_data(DataLoader(sequences(), 8), 8), "sequences whose time comes second"),
+    "no loader": (lambda: as_data([None, DataLoader(images(), 8)], 8), "a loader of training samples first, got None"),
     "a data set": (lambda: as_data(images(), 8), "got TensorDataset; data sets of your own: sltt.data.from_datasets"),
     "a class": (lambda: as_data(sltt.data.Digits, 8), "got Digits, a class: call it"),
 }

@@ -107,6 +107,15 @@ def test_a_block_expects_the_variance_that_the_blocks_before_add():
     assert betas[:5] == pytest.approx([1.0, 1.04, 1.08, 1.12, 1.04])
 
 
+@pytest.mark.parametrize("make", [models.ResNet, lambda blocks: models.NFResNet(blocks, False)], ids=["plain", "NF"])
+def test_the_first_block_of_a_stage_halves_the_image_but_in_the_first_stage(make):
+    with torch.device("meta"):
+        blocks = make((2, 1, 2, 1)).blocks
+    convs = [block.convs[0] if hasattr(block, "convs") else block.conv1 for block in blocks]
+    assert [conv.stride[0] for conv in convs] == [1, 1, 2, 2, 1, 2]
+    assert [conv.out_channels for conv in convs] == [64, 64, 128, 256, 256, 512]
+
+
 def test_weights_of_one_step_load_for_six():
     one, six = models.NFResNet((1, 1, 1, 1), False, classes=3), models.NFResNet((1, 1, 1, 1), False, classes=3)
     sltt.SLTT()(one, torch.randn(1, 3, 32, 32), torch.tensor([1]), sltt.losses.CrossEntropyMSE(), steps=1)

@@ -40,6 +40,17 @@ def test_parameter_counts_are_those_published(build, kwargs, millions):
     assert round(count / 1e6, 2) == millions
 
 
+@pytest.mark.parametrize(("patch", "poolings"), [(4, [[], [1], [1]]), (16, [[0], [0], [0]])])
+def test_stages_of_a_qkformer_pool_in_the_second_layer_for_cifar_and_else_in_the_first(patch, poolings):
+    with torch.device("meta"):
+        sums = [m.main for m in qkformer(patch=patch).blocks if hasattr(m, "main")]
+    found = []
+    for main in sums:
+        kinds = [type(m) for m in main if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
+        found.append([kinds[:i].count(nn.Conv2d) - 1 for i, kind in enumerate(kinds) if kind is nn.MaxPool2d])
+    assert found == poolings
+
+
 @pytest.mark.parametrize(("patch", "side"), [(4, 16), (16, 32)])
 def test_every_neuron_fires_and_every_weight_gets_a_gradient(small, patch, side):
     model = small(in_channels=2, patch=patch, neuron=lambda: sltt.LIF(tau=2.0, v_threshold=0.5))
