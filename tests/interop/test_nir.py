@@ -108,6 +108,24 @@ def test_a_neuron_at_its_threshold_does_what_it_did(surrogate, fires):
     assert from_nir(graph)(x).tolist() == [[0.0, 0.0]]
 
 
+class Twice(nn.Module):
+    """Flattens a part of the dimensions, by a function and by a method."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x):
+        return self.head(torch.flatten(x, 1, end_dim=2).flatten(start_dim=1))
+
+
+def test_the_dimensions_that_are_flattened_are_those_of_the_call():
+    graph = to_nir(Twice(), torch.randn(2, 2, 3, 4))
+    found = [(n.start_dim, n.end_dim) for n in graph.nodes.values() if isinstance(n, nir.Flatten)]
+    assert found == [(0, 1), (0, 1)]
+    assert from_nir(graph)(torch.randn(2, 2, 3, 4)).shape == (2, 3)
+
+
 class Odd(nn.Module):
     def __init__(self):
         super().__init__()
@@ -119,7 +137,11 @@ class Odd(nn.Module):
         return self.lif(x * 2) + self.lif(torch.relu(x))
 
 
-@pytest.mark.parametrize("neuron", [sltt.ALIF(), sltt.StableLIF(), sltt.CubaLIF(tau=None)], ids=repr)
+class Own(sltt.LIF):
+    """A subclass may do otherwise."""
+
+
+@pytest.mark.parametrize("neuron", [sltt.ALIF(), sltt.StableLIF(), sltt.CubaLIF(tau=None), Own()], ids=repr)
 def test_neurons_without_a_counterpart_are_named(neuron):
     with pytest.raises(ValueError, match=rf"NIR has no counterpart for 1 \({type(neuron).__name__}\)"):
         to_nir(nn.Sequential(nn.Linear(6, 8), neuron), torch.randn(2, 6))
