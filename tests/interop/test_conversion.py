@@ -155,6 +155,11 @@ class TestNorse:
         cells = [norse.IAFCell(norse.IAFParameters(v_reset=torch.tensor(0.1))) for _ in range(2)]
         check_equal(network(*map(keep, cells)).double(), *batch(steps=6), EXACT)
 
+    def test_an_integrator_that_has_run_is_converted(self, norse, keep):
+        used = keep(norse.IAFCell())
+        used(torch.randn(2, 3))  # which marks its v_reset to require a gradient
+        assert isinstance(convert(used), sltt.IF)
+
     def test_a_sequential_state_becomes_a_sequential(self, norse, keep):
         model = keep(norse.SequentialState(*network(self.box(norse), norse.IAFCell()), norse.LICell())).double()
         converted = check_equal(model, *batch(steps=6), EXACT)
@@ -184,6 +189,11 @@ def test_a_neuron_that_is_used_twice_stays_one():
     shared = neuron.LIFNode()
     converted = convert(nn.ModuleDict({"a": nn.Sequential(shared), "b": shared}))
     assert converted["a"][0] is converted["b"]
+
+
+def test_a_memory_of_spikingjelly_that_does_not_spike_stays():
+    layer = pytest.importorskip("spikingjelly.activation_based.layer")
+    assert isinstance(convert(layer.Dropout(0.5)), layer.Dropout)
 
 
 def test_ours_and_layers_without_a_state_stay():
