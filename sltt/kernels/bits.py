@@ -21,7 +21,7 @@ def pack(x: Tensor) -> Tensor:
         _PACK(bits, x)
     else:
         x = x.resolve_neg()
-        library.sltt_pack_bits(x.data_ptr(), x.itemsize, bits.data_ptr(), len(bits), torch.get_num_threads())
+        library.sltt_pack_bits(x, x.itemsize, bits, len(bits), torch.get_num_threads())
     return bits
 
 
@@ -32,9 +32,7 @@ def unpack(bits: Tensor, one: float, dtype: torch.dtype) -> Tensor:
     if (library := _library(x)) is None:
         torch.index_select(table, 0, bits.int(), out=x.view(-1, 8))
     else:
-        library.sltt_unpack_bits(
-            bits.data_ptr(), len(bits), table.data_ptr(), x.itemsize, x.data_ptr(), torch.get_num_threads()
-        )
+        library.sltt_unpack_bits(bits, len(bits), table, x.itemsize, x, torch.get_num_threads())
     return x
 
 

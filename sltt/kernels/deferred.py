@@ -194,12 +194,10 @@ def deferred_norm(
     library, channels = native.library(), x.shape[1]
     assert library is not None
     factors = torch.empty(4, channels)
-    pointers = (None if t is None else t.data_ptr() for t in (running_mean, running_var, weight, bias))
-    if library.sltt_norm(
-        x.dtype == torch.bfloat16, x.data_ptr(), x.numel(), channels, *pointers, training, momentum, eps,
-        factors.data_ptr(), torch.get_num_threads(),
-    ):  # fmt: skip
-        raise MemoryError("a BatchNorm has no memory for its sums")
+    library.sltt_norm(
+        x.dtype == torch.bfloat16, x, x.numel(), channels, running_mean, running_var, weight, bias,
+        training, momentum, eps, factors, torch.get_num_threads(),
+    )  # fmt: skip
     if training and running_mean is not None and running_var is not None:
         increment_version((running_mean, running_var))  # they were changed in place
     norm = Normalised(x.detach(), factors, training)

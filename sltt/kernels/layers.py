@@ -12,19 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sltt.kernels import costs, native, sparse, winograd
+from sltt.kernels import costs, native, sparse
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.options import options
 from sltt.kernels.sparse import Layer
-from sltt.kernels.values import (
-    LEAST,
-    Axes,
-    axes_of,
-    fitting,
-    multiplied_weight_gradient,
-    multiplies,
-    ours_of,
-)
+from sltt.kernels.values import Axes, axes_in, dense_gradients, fitting, layer_of, multiplies, ours_of
 from sltt.kernels.weights import Weights
 
 if TYPE_CHECKING:
@@ -71,47 +63,36 @@ class Call:
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """∂L/∂x, dense."""
-        if self.ours.input_gradient:
-            return winograd.input_gradient(self.layer, grad, weight)
-        weight = self.weights.cast(weight, grad.dtype)
+        weight = weight if self.ours.input_gradient else self.weights.cast(weight, grad.dtype)
         if self.layer.linear:
             return grad @ weight
         # of the input, only shape and memory format are looked at
         x = grad if grad.shape == self.layer.x_shape else grad.new_empty(self._channels_last_shape()).movedim(-1, 1)
-        return self._convolution_backward(grad, x, weight, [True, False, False])[0]
+        return self._gradients(grad, x, weight, (True, False))[0]
 
     def weight_gradient(self, grad: Tensor, weight: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
         """∂L/∂weight and ∂L/∂bias."""
         if self.sparse_gradient:
             return sparse.weight_gradient(self.layer, self.tag.packed, grad, self.tag.one, needs_bias)
-        x = self.spikes().to(grad.dtype)
-        bias = (
-            sparse.bias_gradient(self.layer, grad if self.layer.linear else grad.movedim(1, -1)) if needs_bias else None
-        )
-        if self.layer.linear:
-            return grad.flatten(0, -2).T @ x.flatten(0, -2), bias
-        if self.ours.weight_gradient:
-            return winograd.weight_gradient(self.layer, x, grad), bias
-        if multiplies(grad.shape, grad.dtype):
-            return multiplied_weight_gradient(grad, x, weight, self.axes), bias
-        return self._convolution_backward(grad, x, weight.to(grad.dtype), [False, True, False])[1], bias
+        x, linear = self.spikes().to(grad.dtype), self.layer.linear
+        of_bias = sparse.bias_gradient(self.layer, grad if linear else grad.movedim(1, -1)) if needs_bias else None
+        if linear:
+            return grad.flatten(0, -2).T @ x.flatten(0, -2), of_bias
+        return self._gradients(grad, x, weight, (False, True))[1], of_bias
 
     def spikes(self) -> Tensor:
         """The spikes, with the channels last in memory."""
         flat = self.tag.make().to(self.dtype)
-        return (
-            flat.view(self.layer.x_shape)
-            if self.layer.linear
-            else flat.view(self._channels_last_shape()).movedim(-1, 1)
-        )
+        if self.layer.linear:
+            return flat.view(self.layer.x_shape)
+        return flat.view(self._channels_last_shape()).movedim(-1, 1)
 
     def _channels_last_shape(self) -> tuple[int, ...]:
         batch, channels, *pixels = self.layer.x_shape
         return batch, *pixels, channels
 
-    def _convolution_backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> Any:
-        zeros = [0] * len(self.axes[0])
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, *self.axes, False, zeros, 1, mask)
+    def _gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> Any:
+        return dense_gradients(self.layer, self.ours, grad, x, weight, self.axes, 1, needs)
 
 
 class _OnSpikes(torch.autograd.Function):
@@ -163,15 +144,11 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
         layer = sparse.linear_layer(tuple(x.shape), tuple(weight.shape))
         ordered = x.is_contiguous()
     else:
-        dims = CONVOLUTIONS[func]
-        stride, padding, dilation = (axes_of(arguments[name], dims, least) for name, least in LEAST.items())
-        if stride is None or padding is None or dilation is None:
+        found = axes_in(arguments, CONVOLUTIONS[func])
+        if found is None:
             return None
-        axes = stride, padding, dilation
-        pairs = tuple((p, p) for p in padding)
-        layer = sparse.conv_layer(
-            tuple(x.shape), tuple(weight.shape), tuple(stride), pairs, tuple(dilation), arguments["groups"]
-        )
+        axes = found
+        layer = layer_of(x, weight, axes, arguments["groups"])
         ordered = x.movedim(1, -1).is_contiguous()
     always = options().sparse == "on"
     ordered = ordered and _weighs(tag, x, x.ndim - 1 if layer.linear else 1)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,18 @@ SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-ffp-contract=off")
 _PROCESSORS = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
 _DIGEST = hashlib.sha256().digest_size
-_P, _N, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
+
+
+class _Pointer:
+    """An argument that is a pointer: of a tensor, that of its memory."""
+
+    @staticmethod
+    def from_param(value: Any) -> Any:
+        return ctypes.c_void_p.from_param(value.data_ptr() if isinstance(value, torch.Tensor) else value)
+
+
+_P, _N, _I, _F, _D = _Pointer, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
+# What each function gives, and its arguments. An _I is not 0 where the function had no memory.
 _FUNCTIONS = {
     "sltt_count": (_N, [_P, _N]),
     "sltt_pack_bits": (None, [_P, _I, _P, _N, _I]),
@@ -112,9 +124,16 @@ def _open(path: Path) -> ctypes.CDLL:
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
+            if result is _I:
+                function.errcheck = _check_memory
     except (OSError, AttributeError) as error:
         raise _FailedError(f"the compiled kernels cannot be loaded: {error}") from None
     return library
+
+
+def _check_memory(short_of_memory: int, *_: Any) -> None:
+    if short_of_memory:
+        raise MemoryError("a layer has no memory for its scratch")
 
 
 def _compile(path: Path) -> None:

@@ -74,8 +74,8 @@ class NativeStep:
         `norm`, if given, is the pointer of a BatchNorm whose input is x.
         """
         self._library.sltt_neuron(
-            self._constants, norm, x.dtype == torch.bfloat16,
-            *map(_pointer, (x, v, s, v_out, u_out, bits)), x.numel(), torch.get_num_threads(),
+            self._constants, norm, x.dtype == torch.bfloat16, x, v, s, v_out, u_out, bits,
+            x.numel(), torch.get_num_threads(),
         )  # fmt: skip
 
     def gradient(
@@ -92,7 +92,7 @@ class NativeStep:
         half, half_out = x_dtype == torch.bfloat16, out.dtype == torch.bfloat16
         spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
         self._library.sltt_neuron_gradient(
-            self._constants, half, half_out, *map(_pointer, (grad_s, grad_v, kept, spikes, bits, out, out_v)),
+            self._constants, half, half_out, grad_s, grad_v, kept, spikes, bits, out, out_v,
             out.numel(), torch.get_num_threads(),
         )  # fmt: skip
 
@@ -110,13 +110,10 @@ class NativeStep:
         """As `gradient`, with ∂L/∂x of the BatchNorm's input x for ∂L/∂u; ∂L/∂weight and ∂L/∂bias [2, C]."""
         affine = torch.empty(2, x.shape[1])
         spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
-        short = self._library.sltt_normed_gradient(
+        self._library.sltt_normed_gradient(
             self._constants, norm, x.dtype == torch.bfloat16,
-            *map(_pointer, (grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine)),
-            out.numel(), torch.get_num_threads(),
+            grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine, out.numel(), torch.get_num_threads(),
         )  # fmt: skip
-        if short:
-            raise MemoryError("the gradient of a BatchNorm has no memory for its sums")
         return affine
 
 
@@ -147,7 +144,3 @@ def _library(elements: int) -> ctypes.CDLL | None:
     if options().compile == "off":
         return None
     return native.library() if options().compile == "on" or elements >= COMPILE_FROM else native.loaded()
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

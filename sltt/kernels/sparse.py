@@ -125,7 +125,7 @@ def unsupported(x: Tensor, layer: Layer) -> str | None:
 
 def density(bits: Tensor) -> float:
     """Share of the bits that are set."""
-    return library().sltt_count(bits.data_ptr(), bits.numel()) / max(1, 8 * bits.numel())
+    return library().sltt_count(bits, bits.numel()) / max(1, 8 * bits.numel())
 
 
 def pack_weight(layer: Layer, weight: Tensor, one: float | Tensor = 1.0) -> Tensor:
@@ -134,9 +134,7 @@ def pack_weight(layer: Layer, weight: Tensor, one: float | Tensor = 1.0) -> Tens
     if isinstance(one, Tensor):
         weight, one = weight * _by_channel(one, layer), 1.0
     packed = torch.empty(layer.packed_size)
-    library().sltt_pack(
-        weight.data_ptr(), strides_of(weight), layer.pointer, one, packed.data_ptr(), torch.get_num_threads()
-    )
+    library().sltt_pack(weight, strides_of(weight), layer.pointer, one, packed, torch.get_num_threads())
     return packed
 
 
@@ -155,16 +153,8 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
     kept = torch.float32 if dtype == torch.float16 else dtype
     y = torch.empty_strided(layer.y_shape, layer.y_stride, dtype=kept)  # no view, which could not be changed in place
     bias = None if bias is None else bias.detach().float().contiguous()
-    short = library().sltt_forward(
-        bits.data_ptr(),
-        layer.pointer,
-        packed.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        kept == torch.bfloat16,
-        torch.get_num_threads(),
-    )
-    check_memory(short)
+    half = kept == torch.bfloat16
+    library().sltt_forward(bits, layer.pointer, packed, bias, y, half, torch.get_num_threads())
     return y.to(dtype)
 
 
@@ -178,17 +168,9 @@ def weight_gradient(
     g = g.to(torch.float32 if g.dtype == torch.float16 else g.dtype).contiguous()
     grad = torch.empty((layer.weight_shape[0], *layer.weight_shape[2:], layer.weight_shape[1]))
     grad = grad.movedim(-1, 1)
-    short = library().sltt_weight_gradient(
-        bits.data_ptr(),
-        layer.pointer,
-        g.data_ptr(),
-        g.dtype == torch.bfloat16,
-        1.0 if isinstance(one, Tensor) else one,
-        grad.data_ptr(),
-        strides_of(grad),
-        torch.get_num_threads(),
-    )
-    check_memory(short)
+    half, factor = g.dtype == torch.bfloat16, 1.0 if isinstance(one, Tensor) else one
+    threads = torch.get_num_threads()
+    library().sltt_weight_gradient(bits, layer.pointer, g, half, factor, grad, strides_of(grad), threads)
     if isinstance(one, Tensor):
         grad *= _by_channel(one, layer)
     return grad, bias_gradient(layer, g) if needs_bias else None
@@ -199,10 +181,8 @@ def bias_gradient(layer: Layer, grad: Tensor) -> Tensor:
     if layer.linear or grad.dtype == torch.float16:
         return grad.flatten(0, -2).sum(0, dtype=torch.float32)
     sums = torch.empty(grad.shape[-1])
-    short = library().sltt_channel_sums(
-        grad.dtype == torch.bfloat16, grad.data_ptr(), grad.numel(), len(sums), sums.data_ptr(), torch.get_num_threads()
-    )
-    check_memory(short)
+    half = grad.dtype == torch.bfloat16
+    library().sltt_channel_sums(half, grad, grad.numel(), len(sums), sums, torch.get_num_threads())
     return sums
 
 
@@ -246,9 +226,3 @@ def library() -> ctypes.CDLL:
     found = native.library()
     assert found is not None, "ask `unsupported` before"
     return found
-
-
-def check_memory(short_of_memory: int) -> None:
-    """Raise MemoryError where a kernel says that it had none."""
-    if short_of_memory:
-        raise MemoryError("a layer has no memory for its scratch")

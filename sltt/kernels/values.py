@@ -23,7 +23,7 @@ from sltt.kernels.weights import Weights
 # with what the kernel reads: see benchmarks/sparse.py, 512 to 512 channels of 4×4 pixels.
 MULTIPLIED_TO = 36
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-LEAST = {"stride": 1, "padding": 0, "dilation": 1}
+_LEAST = {"stride": 1, "padding": 0, "dilation": 1}
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 Axes = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, a number for each axis
@@ -60,15 +60,14 @@ def run_on_values(func: Any, args: Any, kwargs: Any, weights: Weights) -> Any:
         return plain()
     named = arguments_of(func, args, kwargs)
     x, weight, bias = named["input"], named["weight"], named["bias"]
-    stride, padding, dilation = (axes_of(named[name], 2, least) for name, least in LEAST.items())
-    if not ordinary(x) or not fitting(weight, bias, x, 2) or stride is None or padding is None or dilation is None:
+    axes = axes_in(named, 2)
+    if not ordinary(x) or not fitting(weight, bias, x, 2) or axes is None:
         return plain()
     casts = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
     types = {dtype, torch.float32} if casts else {dtype}
     if not {t.dtype for t in (x, weight, bias) if t is not None} <= types:
         return plain()
-    axes = stride, padding, dilation
     layer = _dense_layer(x, weight, axes, named["groups"])
     if layer is None or not (any(ours_of(layer, dtype)) or (multiplies(layer.y_shape, dtype) and weight.requires_grad)):
         return plain()
@@ -93,31 +92,49 @@ def convolution_gradients(
         groups: of the convolution.
         needs: which of the three are asked for.
     """
-    of_x = of_weight = None
-    once = not torch.is_grad_enabled()  # a graph of the gradients is PyTorch's
-    if once and grad.is_cpu and (layer := _dense_layer(x, weight, axes, groups)) is not None:
-        ours = ours_of(layer, grad.dtype)
-        of_x = winograd.input_gradient(layer, grad, weight) if needs[0] and ours.input_gradient else None
-        if needs[1] and ours.weight_gradient:
-            of_weight = winograd.weight_gradient(layer, x, grad)
-        elif needs[1] and multiplies(grad.shape, grad.dtype):
-            of_weight = multiplied_weight_gradient(grad, x, weight, axes)
+    # a graph of the gradients is PyTorch's
+    layer = None if torch.is_grad_enabled() else _dense_layer(x, weight, axes, groups)
     of_bias = grad.sum([0, *range(2, grad.ndim)]) if needs[2] else None
-    zeros = [0] * len(axes[0])
+    return *dense_gradients(layer, ours_of(layer, grad.dtype), grad, x, weight, axes, groups, needs), of_bias
 
-    def pytorch(mask: list[bool]) -> Any:
-        cast = weight.to(grad.dtype)
+
+def dense_gradients(
+    layer: Layer | None,
+    ours: costs.Ours,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    axes: Axes,
+    groups: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """∂L/∂x and ∂L/∂weight where they are needed: `ours`, one matrix product, or PyTorch's, as without a `layer`."""
+    of_x = of_weight = None
+
+    def pytorch(*mask: bool) -> Any:
+        zeros, cast = [0] * len(axes[0]), weight.to(grad.dtype)
         return torch.ops.aten.convolution_backward(grad, x, cast, None, *axes, False, zeros, groups, mask)
 
-    if needs[1] and of_weight is None:  # one by one: what PyTorch needs for the first is free at the second
-        of_weight = pytorch([False, True, False])[1]
-    if needs[0] and of_x is None:
-        of_x = pytorch([True, False, False])[0]
-    return of_x, of_weight, of_bias
+    # one by one: what PyTorch needs for the first is free at the second
+    if needs[1]:
+        if layer and ours.weight_gradient:
+            of_weight = winograd.weight_gradient(layer, x, grad)
+        elif layer and multiplies(grad.shape, grad.dtype):
+            of_weight = _multiplied_weight_gradient(grad, x, weight, axes)
+        else:
+            of_weight = pytorch(False, True, False)[1]
+    if needs[0]:
+        if layer and ours.input_gradient:
+            of_x = winograd.input_gradient(layer, grad, weight)
+        else:
+            of_x = pytorch(True, False, False)[0]
+    return of_x, of_weight
 
 
-def ours_of(layer: Layer, dtype: torch.dtype) -> costs.Ours:
+def ours_of(layer: Layer | None, dtype: torch.dtype) -> costs.Ours:
     """Which gradients of a dense layer our kernels do."""
+    if layer is None:
+        return costs.Ours(False, False)
     if native.problem() or options().sparse == "on":
         return costs.Ours(*[not native.problem() and winograd.supports(layer, dtype)] * 2)
     return costs.ours(layer, dtype)
@@ -128,7 +145,7 @@ def multiplies(y_shape: Sequence[int], dtype: torch.dtype) -> bool:
     return len(y_shape) == 4 and dtype == torch.bfloat16 and math.prod(y_shape[2:]) <= MULTIPLIED_TO
 
 
-def multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: Axes) -> Tensor:
+def _multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: Axes) -> Tensor:
     """∂L/∂weight = gᵀ · x̃, where a row of x̃ is what the kernel reads for an output pixel; with the channels last."""
     (down, right), (above, left), _ = axes
     rows, columns = weight.shape[2:]
@@ -144,12 +161,17 @@ def _dense_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | 
     """A convolution of images that may be faster than PyTorch's; None for others."""
     if options().sparse == "off" or x.ndim != 4 or not (x.is_cpu and weight.is_cpu):
         return None
-    stride, padding, dilation = axes
-    pairs = tuple((p, p) for p in padding)
-    layer = sparse.conv_layer(tuple(x.shape), tuple(weight.shape), tuple(stride), pairs, tuple(dilation), groups)
-    if layer.problem or dilation != [1, 1] or not x.movedim(1, -1).is_contiguous():
+    layer = layer_of(x, weight, axes, groups)
+    if layer.problem or not x.movedim(1, -1).is_contiguous():
         return None
     return layer if options().sparse == "on" or layer.products >= costs.PRODUCTS_FROM else None
+
+
+def layer_of(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer:
+    """The shapes of a convolution."""
+    stride, padding, dilation = map(tuple, axes)
+    pairs = tuple((p, p) for p in padding)
+    return sparse.conv_layer(tuple(x.shape), tuple(weight.shape), stride, pairs, dilation, groups)
 
 
 def arguments_of(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -177,10 +199,19 @@ def ordinary(tensor: Any) -> bool:
     )
 
 
-def axes_of(value: Any, dims: int, least: int) -> list[int] | None:
-    """A number for each axis; None for what PyTorch refuses, and for padding by name, which may differ by side."""
-    if isinstance(value, str):
-        return [0] * dims if value == "valid" else None
-    values = [value] * dims if isinstance(value, int) else list(value)
-    values = values * dims if len(values) == 1 else values
-    return values if len(values) == dims and min(values) >= least else None
+def axes_in(named: dict[str, Any], dims: int) -> Axes | None:
+    """Stride, padding and dilation in a convolution's arguments.
+
+    None where PyTorch refuses one, and for padding by name, which may differ by side.
+    """
+    found = []
+    for name, least in _LEAST.items():
+        value = 0 if named[name] == "valid" else named[name]
+        if isinstance(value, str):
+            return None
+        values = [value] * dims if isinstance(value, int) else list(value)
+        values = values * dims if len(values) == 1 else values
+        if len(values) != dims or min(values) < least:
+            return None
+        found.append(values)
+    return found[0], found[1], found[2]

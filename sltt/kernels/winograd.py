@@ -9,7 +9,7 @@ bit.
 import torch
 from torch import Tensor
 
-from sltt.kernels.sparse import Layer, check_memory, library, strides_of
+from sltt.kernels.sparse import Layer, library, strides_of
 
 _SIDE = 4  # of a tile of outputs
 
@@ -28,16 +28,9 @@ def input_gradient(layer: Layer, grad_y: Tensor, weight: Tensor) -> Tensor:
     g, weight = grad_y.movedim(1, -1).contiguous(), weight.detach().float()
     batch, channels, *pixels = layer.x_shape
     grad = g.new_empty((batch, *pixels, channels))
-    short = library().sltt_input_gradient(
-        layer.pointer,
-        weight.data_ptr(),
-        strides_of(weight),
-        g.data_ptr(),
-        g.dtype == torch.bfloat16,
-        grad.data_ptr(),
-        torch.get_num_threads(),
+    library().sltt_input_gradient(
+        layer.pointer, weight, strides_of(weight), g, g.dtype == torch.bfloat16, grad, torch.get_num_threads()
     )
-    check_memory(short)
     return grad.movedim(-1, 1)
 
 
@@ -49,15 +42,8 @@ def weight_gradient(layer: Layer, x: Tensor, grad_y: Tensor) -> Tensor:
     x, g = x.movedim(1, -1).contiguous(), grad_y.movedim(1, -1).contiguous()
     outputs, inputs, *kernel = layer.weight_shape
     grad = torch.empty((outputs, *kernel, inputs))
-    short = library().sltt_dense_weight_gradient(
-        layer.pointer,
-        x.data_ptr(),
-        g.data_ptr(),
-        g.dtype == torch.bfloat16,
-        grad.data_ptr(),
-        torch.get_num_threads(),
-    )
-    check_memory(short)
+    threads = torch.get_num_threads()
+    library().sltt_dense_weight_gradient(layer.pointer, x, g, g.dtype == torch.bfloat16, grad, threads)
     return grad.movedim(-1, 1)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.kernels import layers, native
+from sltt.kernels import layers, native, values
 from tests.conftest import LOSS, RULES
 from tests.references import measured
 
@@ -357,8 +357,8 @@ def test_weight_gradients_of_small_images_in_bfloat16_are_one_product(size, stri
     conv = nn.Conv2d(16, 24, 3, stride, padding).to(memory_format=torch.channels_last)
     x = (torch.randn(16, 16, *size).sign() + 1).contiguous(memory_format=torch.channels_last)
     products = []
-    multiply = layers.multiplied_weight_gradient
-    monkeypatch.setattr(layers, "multiplied_weight_gradient", lambda *a: (products.append(1), multiply(*a))[1])
+    multiply = values._multiplied_weight_gradient
+    monkeypatch.setattr(values, "_multiplied_weight_gradient", lambda *a: (products.append(1), multiply(*a))[1])
     monkeypatch.setattr(layers.costs, "break_even", lambda *args: layers.costs.BreakEven(0.0, 0.0))
     monkeypatch.setattr(layers.costs, "PRODUCTS_FROM", 0)
     with torch.autocast("cpu", torch.bfloat16), kernels.saving():

@@ -18,8 +18,8 @@ NATIVE = pytest.mark.skipif(native.problem() is not None, reason=str(native.prob
 def products(monkeypatch):
     """The weight gradients that were one matrix product, of layers of any size."""
     made = []
-    multiply = values.multiplied_weight_gradient
-    monkeypatch.setattr(values, "multiplied_weight_gradient", lambda *a: (made.append(1), multiply(*a))[1])
+    multiply = values._multiplied_weight_gradient
+    monkeypatch.setattr(values, "_multiplied_weight_gradient", lambda *a: (made.append(1), multiply(*a))[1])
     monkeypatch.setattr(values.costs, "PRODUCTS_FROM", 0)
     return made
 

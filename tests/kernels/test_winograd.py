@@ -94,6 +94,13 @@ def test_any_number_of_threads_gives_the_same_bits(function):
     assert all(torch.equal(one, results[0]) for one in results)
 
 
+def test_no_memory_is_an_error(monkeypatch):
+    layer = layer_of(1, 64, 64, (4, 4))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2**30)  # whose scratch is more than a process can address
+    with pytest.raises(MemoryError, match="scratch"):
+        winograd.input_gradient(layer, torch.randn(layer.y_shape), torch.randn(layer.weight_shape))
+
+
 def test_what_it_cannot_do():
     able = {"batch": 1, "inputs": 32, "outputs": 32, "size": (4, 4)}
     for dtype in (torch.float32, torch.bfloat16):
