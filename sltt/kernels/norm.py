@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,16 @@ def _stepwise(norm: _BatchNorm) -> Any:
                 f"BatchNorm needs more than one value for each channel, got {list(input.shape)} of {steps} steps: use "
                 "a larger batch"
             )
+        # the operator writes plain and channels-last tensors only
+        ordered = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        x = input if ordered else input.contiguous()
         running, momenta = batch_statistics(norm, steps)
-        return stepwise_batch_norm(input, steps, running, norm.weight, norm.bias, momenta, norm.eps)
+        affine = norm.weight, norm.bias
+        normalise = partial(_normalise, steps=steps, affine=affine, momenta=momenta, eps=norm.eps)
+        y: Any = _StepwiseBatchNorm.apply(x, *affine, steps, norm.eps, partial(normalise, running=running))
+        # once more for the same output: the running statistics change no more
+        tag_normalised(y, x, lambda x: normalise(x, running=running and tuple(r.clone() for r in running))[0])
+        return y
 
     return forward
 
@@ -50,57 +59,27 @@ def batch_statistics(norm: _BatchNorm, steps: int) -> tuple[tuple[Tensor, Tensor
     return (norm.running_mean, norm.running_var), momenta
 
 
-def stepwise_batch_norm(
-    x: Tensor,
-    steps: int,
-    running: tuple[Tensor, Tensor] | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momenta: list[float],
-    eps: float,
-) -> Tensor:
-    """Batch normalisation in training mode of x [T·B, C, ...], as if called for each of T time steps in turn.
-
-    Args:
-        x: the time steps, one after the other.
-        steps: T.
-        running: running mean [C] and variance [C], updated T times.
-        weight: [C], or None.
-        bias: [C], or None.
-        momenta: the weight of the new statistics in each of the T updates.
-        eps: added to the variance.
-    """
-    # the operator writes plain and channels-last tensors only
-    x = x.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
-    y: Any = _StepwiseBatchNorm.apply(x, steps, running, weight, bias, momenta, eps)
-    tag_normalised(y, x, lambda again: _normalise(again, steps, None, weight, bias, momenta, eps)[0])
-    return y
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def _normalise(
     x: Tensor,
     steps: int,
-    running: tuple[Tensor, Tensor] | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    running: tuple[Tensor, ...] | None,
+    affine: tuple[Tensor | None, Tensor | None],
     momenta: list[float],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalised tensor, and the mean and inverse deviation [T, C] of each step; without a graph."""
+    """x [T·B, C, ...] normalised as by T calls in turn, and the mean and inverse deviation [T, C]; without a graph.
+
+    The running mean and variance [C] are updated T times, with the weights `momenta`.
+    """
     # the types that the operator gives its statistics
-    statistics = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type == "cpu" and weight is None:
-        statistics = x.dtype
+    alone = x.is_cpu and affine[0] is None and running is None
+    statistics = x.dtype if alone else torch.promote_types(x.dtype, torch.float32)
     mean, invstd = (torch.empty(steps, x.shape[1], dtype=statistics, device=x.device) for _ in range(2))
     y = torch.empty_like(x)
     running_mean, running_var = running or (None, None)
     for t, (x_t, y_t) in enumerate(zip(x.chunk(steps), y.chunk(steps), strict=True)):
         torch.ops.aten.native_batch_norm.out(
-            x_t, weight, bias, running_mean, running_var, True, momenta[t], eps,
+            x_t, *affine, running_mean, running_var, True, momenta[t], eps,
             out=y_t, save_mean=mean[t], save_invstd=invstd[t],
         )  # fmt: skip
     return y, mean, invstd
@@ -109,16 +88,9 @@ def _normalise(
 class _StepwiseBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        steps: int,
-        running: tuple[Tensor, Tensor] | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        momenta: list[float],
-        eps: float,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, steps: int, eps: float, normalise: Any
     ) -> Tensor:
-        y, mean, invstd = _normalise(x, steps, running, weight, bias, momenta, eps)
+        y, mean, invstd = normalise(x)
         ctx.steps, ctx.eps = steps, eps
         ctx.save_for_backward(x, weight, mean, invstd)
         return y
@@ -127,7 +99,7 @@ class _StepwiseBatchNorm(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, mean, invstd = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+        needs = list(ctx.needs_input_grad[:3])
         grad_x = torch.empty_like(x) if needs[0] else None
         totals: list[Tensor | None] = [None, None]
         for t in range(ctx.steps):
@@ -140,4 +112,4 @@ class _StepwiseBatchNorm(torch.autograd.Function):
             for i, g in enumerate(of_affine):
                 if needs[i + 1]:
                     totals[i] = g if totals[i] is None else totals[i] + g
-        return grad_x, None, None, totals[0], totals[1], None, None
+        return grad_x, *totals, None, None, None

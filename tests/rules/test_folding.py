@@ -130,6 +130,19 @@ def test_batch_norm_takes_the_statistics_of_each_step(norm):
     assert "forward" not in vars(norm)
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("rule", [sltt.BPTT(fold=3), sltt.BPTT(fold=3, recompute=True)], ids=repr)
+def test_any_batch_norm_in_bfloat16(rule, affine, tracked):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(16, affine=affine, track_running_stats=tracked)
+    layers = nn.Conv2d(2, 16, 3, padding=1), norm, sltt.LIF(), nn.Flatten(), nn.Linear(16 * 64, 3)
+    model, (x, y) = nn.Sequential(*layers), (torch.randn(3, 8, 2, 8, 8), torch.randint(3, (8,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (gradients(model, one, x, y, LOSS)[0] for one in (rule, sltt.BPTT()))
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("form", ["channels last", "transposed", "sliced", "three dimensions"])
 def test_batch_norm_takes_any_memory_format(form):
     x = torch.randn(6, 8, 5, 4, dtype=torch.float64)
