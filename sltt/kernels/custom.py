@@ -21,7 +21,7 @@ from sltt.kernels.deferred import Deferred, Normalised, norm_gradients, settled
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.options import Kernel, in_force, memory, options
 from sltt.kernels.restoring import SpikeTag, packable
-from sltt.kernels.step import dense
+from sltt.kernels.step import dense, like, unfold
 
 States = tuple[Tensor, ...]
 
@@ -103,14 +103,14 @@ def _run(
 ) -> tuple[Tensor, list[States]]:
     """Spikes, and the states before the first step and after each; without those of the `last` step if not asked."""
     channels = step.by_channel
-    x = x if known_layout(_steps_of(x, steps)[0], channels) else x.contiguous()
-    xs = _steps_of(x, steps)
+    x = x if known_layout(unfold(x, steps)[0], channels) else x.contiguous()
+    xs = unfold(x, steps)
     every = [tuple(like(v, xs[0]) for v in states)]
     if steps == 1 and not last:  # nothing to run
         return x, every
     s = torch.empty_like(x)
     forward = _forward_kernel(step)
-    for s_t, x_t in zip(_steps_of(s, steps), xs, strict=True):
+    for s_t, x_t in zip(unfold(s, steps), xs, strict=True):
         if len(every) == steps and not last:
             break
         after = tuple(torch.empty_like(v) for v in every[-1])
@@ -168,14 +168,14 @@ class _CustomStep(torch.autograd.Function):
         needs_x, needs = any(ctx.needs_input_grad[5:8]), ctx.needs_input_grad[8:]
         needs_states, learned = any(needs[: step.states]), tuple(needs[step.states :])
         channels = step.by_channel
-        x = x if known_layout(_steps_of(x, steps)[0], channels) else x.contiguous()
+        x = x if known_layout(unfold(x, steps)[0], channels) else x.contiguous()
         _, every = _run(step, x, states, parameters, steps, last=False)
         grad_x = torch.empty_like(x)
-        of_s = (None,) * steps if grad_s is None else _steps_of(like(grad_s, grad_x), steps)
+        of_s = (None,) * steps if grad_s is None else unfold(like(grad_s, grad_x), steps)
         after = [None if g is None else like(g, every[0][0]) for g in grad_states]
         totals: list[Tensor | None] = [None] * sum(learned)
         for x_t, grad_x_t, grad_s_t, before in reversed(
-            list(zip(_steps_of(x, steps), _steps_of(grad_x, steps), of_s, every, strict=True))
+            list(zip(unfold(x, steps), unfold(grad_x, steps), of_s, every, strict=True))
         ):
             goes_on = needs_states if before is every[0] else not ctx.cut
             of_states = [torch.empty_like(v) for v in before] if goes_on else []
@@ -262,16 +262,6 @@ def _backward_kernel(
         return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True))
 
     return FunctionKernel(backward, sum(wanted))
-
-
-def _steps_of(x: Tensor, steps: int) -> tuple[Tensor, ...]:
-    """The time steps in x [n·B, ...], each [B, ...]."""
-    return (x,) if steps == 1 else x.chunk(steps) if len(x) else (x,) * steps
-
-
-def like(x: Tensor, other: Tensor) -> Tensor:
-    """A tensor in the memory format of another."""
-    return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
 
 
 def known_layout(x: Tensor, channels: bool) -> bool:

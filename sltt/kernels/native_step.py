@@ -87,34 +87,27 @@ class NativeStep:
         kept: Tensor,
         s: Tensor,
         x_dtype: torch.dtype,
-    ) -> None:
-        """Write ∂L/∂u, and ∂L/∂v of the step before if wanted; s are the spikes or their bits."""
-        half, half_out = x_dtype == torch.bfloat16, out.dtype == torch.bfloat16
-        spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
-        self._library.sltt_neuron_gradient(
-            self._constants, half, half_out, grad_s, grad_v, kept, spikes, bits, out, out_v,
-            out.numel(), torch.get_num_threads(),
-        )  # fmt: skip
-
-    def normed_gradient(
-        self,
-        out: Tensor,
-        out_v: Tensor | None,
-        grad_s: Tensor | None,
-        grad_v: Tensor | None,
-        kept: Tensor,
-        s: Tensor,
-        x: Tensor,
         norm: Any,
-    ) -> Tensor:
-        """As `gradient`, with ∂L/∂x of the BatchNorm's input x for ∂L/∂u; ∂L/∂weight and ∂L/∂bias [2, C]."""
-        affine = torch.empty(2, x.shape[1])
+        x: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Write ∂L/∂u, and ∂L/∂v of the step before if wanted; s are the spikes or their bits.
+
+        With `norm`, the pointer of a BatchNorm whose input is x, write ∂L/∂x for ∂L/∂u; give ∂L/∂weight and ∂L/∂bias.
+        """
+        half, threads = x_dtype == torch.bfloat16, torch.get_num_threads()
         spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
+        given = grad_s, grad_v, kept, spikes, bits
+        if norm is None:
+            half_out = out.dtype == torch.bfloat16
+            self._library.sltt_neuron_gradient(
+                self._constants, half, half_out, *given, out, out_v, out.numel(), threads
+            )
+            return None, None
+        affine = torch.empty(2, x.shape[1])
         self._library.sltt_normed_gradient(
-            self._constants, norm, x.dtype == torch.bfloat16,
-            grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine, out.numel(), torch.get_num_threads(),
-        )  # fmt: skip
-        return affine
+            self._constants, norm, half, *given, x, out, out_v, affine, out.numel(), threads
+        )
+        return affine[0], affine[1]
 
 
 def native_step(

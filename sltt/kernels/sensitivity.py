@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sltt.kernels.custom import CustomStep, FunctionKernel, as_parameter, known_layout, like, seen_as
+from sltt.kernels.custom import CustomStep, FunctionKernel, as_parameter, known_layout, seen_as
+from sltt.kernels.step import like
 
 
 class Sensitivity:

@@ -48,84 +48,68 @@ def steady_steps(
     """
     x = x if dense(x) else x.contiguous()
     sums = torch.promote_types(dtype, torch.float32)  # bfloat16 does not count further than 256
-    wanted = [sums, sums, None if decay is None else sums]  # of count, by_input, by_decay
-    states = [dtype, dtype, None if decay is None else dtype]  # v and, carried from step to step, its derivatives
-
-    def buffers(types: list[torch.dtype | None]) -> list[Tensor | None]:
-        return [None if t is None else torch.empty_like(x, dtype=t) for t in types]
-
-    rate, by_input = torch.empty_like(x), torch.empty_like(x)
-    (by_decay,) = buffers(wanted[2:])
-    kept = buffers([*wanted, *states]) if steps > UNROLLED else [None] * 6
+    by_decay = [] if decay is None else [torch.empty_like(x, dtype=sums)]
+    means = torch.empty_like(x), torch.empty_like(x), *by_decay
+    kept = []
+    if steps > UNROLLED:
+        types = [sums] * len(means) + [dtype] * len(means)
+        kept = [torch.empty_like(x, dtype=t) for t in types]
     for done in range(0, steps, UNROLLED):
         n = min(UNROLLED, steps - done)
+        last = done + n == steps
         spikes = x.new_empty(n if see else 0, x.numel())
-        run = _kernel(step, n, dtype, None if done else start, steps if done + n == steps else None)
-        run(rate, by_input, by_decay, *kept, x, decay, *spikes)
+        run = _kernel(step, n, dtype, None if done else start, steps if last else None)
+        run(*(means if last else ()), *kept, x, decay, *spikes)
         if see:
             see(spikes.as_strided((n, *x.shape), (x.numel(), *x.stride())).flatten(0, 1))
-    return Steady(rate, by_input, () if by_decay is None else (by_decay,))
+    rate, by_input, *_ = means
+    return Steady(rate, by_input, tuple(by_decay))
 
 
 @functools.lru_cache(maxsize=64)
 def _kernel(step: NeuronStep, steps: int, dtype: torch.dtype, start: float | None, total: int | None) -> Kernel:
-    """Some of the time steps.
+    """Some of the time steps, on (means, kept, x, decay, spikes).
 
-    The first ones of a sequence begin with the membrane potential `start`, others with what was kept. The last ones
-    write means over the `total` number of steps, others keep sums and states.
+    The first ones of a sequence begin with the membrane potential `start`, others with what was kept: the sums of the
+    spikes and of their derivatives; v and its derivatives. The last ones write means over the `total` number of steps,
+    others keep. Derivatives are those by x and, where λ is a tensor, by λ.
     """
-    first = start is not None
-    rest = step.v_reset or 0.0
+    results = 2 + (step.decay is None)  # spikes and their derivatives
+    end_of_means = 0 if total is None else results
+    end_of_kept = end_of_means + (0 if start is not None and total is not None else 2 * results)
 
-    def run(
-        rate: Tensor,
-        by_input: Tensor,
-        by_decay: Tensor | None,
-        kept_count: Tensor | None,
-        kept_slope: Tensor | None,
-        kept_slope_decay: Tensor | None,
-        kept_v: Tensor | None,
-        kept_g: Tensor | None,
-        kept_g_decay: Tensor | None,
-        x: Tensor,
-        decay: Tensor | None,
-        *spikes: Tensor,
-    ) -> None:
-        stay = step.decay if decay is None else decay
-        assert stay is not None
+    def run(*tensors: Any) -> None:
+        means, kept = tensors[:end_of_means], tensors[end_of_means:end_of_kept]
+        x, decay, *spikes = tensors[end_of_kept:]
+        stay = step.rate(decay)
         current = x.to(dtype)
-        sums = torch.promote_types(dtype, torch.float32)
+        kind = torch.promote_types(dtype, torch.float32)
         gain = 1 - stay if step.decay_input else 1.0
-        # tensors: the compiler would make a guard of a number that is computed from constants, and the guard fails
-        v: Any = torch.full_like(current, start) if start is not None else kept_v
-        g: Any = torch.zeros_like(current) if first else kept_g
-        g_decay: Any = torch.zeros_like(current) if first else kept_g_decay
-        count: Any = 0.0 if first else kept_count
-        slope: Any = 0.0 if first else kept_slope
-        slope_decay: Any = 0.0 if first else kept_slope_decay
+        sums: Any
+        if start is None:
+            sums, (v, *g) = kept[:results], kept[results:]
+        else:
+            # tensors: the compiler would make a guard of a number that is computed from constants, and the guard fails
+            v, g = torch.full_like(current, start), [torch.zeros_like(current)] * (results - 1)
+            sums = [0.0] * results
         for t in range(steps):
             u = step.charge(v, current, stay)
             s = step.surrogate.fires(u - step.v_threshold).to(u.dtype)
             before, v = v, step.reset(u, s)
-            kept = v if step.v_reset is None else u
-            fires, stays = step.derivatives(kept, s)
-            f = stay * g + gain
-            g = f * stays
-            count, slope = count + s.to(sums), slope + (f * fires).to(sums)
-            if by_decay is not None:
-                moved = before - rest - (current if step.decay_input else 0.0)
-                f = stay * g_decay + moved
-                g_decay = f * stays
-                slope_decay = slope_decay + (f * fires).to(sums)
+            fires, stays = step.derivatives(v if step.v_reset is None else u, s)
+            direct = [gain]  # ∂u/∂x and ∂u/∂λ, at the v before
+            if step.decay is None:
+                direct.append(before - (step.v_reset or 0.0) - (current if step.decay_input else 0.0))
+            slopes = [stay * of_v + of_u for of_v, of_u in zip(g, direct, strict=True)]
+            g = [f * stays for f in slopes]
+            sums = [a + b.to(kind) for a, b in zip(sums, [s, *(f * fires for f in slopes)], strict=True)]
             if spikes:
                 spikes[t].copy_(s)
-        if total is not None:
-            written = (rate, count), (by_input, slope), (by_decay, slope_decay)
+        if total is None:
+            outputs, values = kept, [*sums, v, *g]
         else:
-            summed = (kept_count, count), (kept_slope, slope), (kept_slope_decay, slope_decay)
-            written = *summed, (kept_v, v), (kept_g, g), (kept_g_decay, g_decay)
-        for out, value in written:
-            if out is not None:
-                out.copy_(value if total is None else value / total)
+            outputs, values = means, [value / total for value in sums]
+        for out, value in zip(outputs, values, strict=True):
+            out.copy_(value)
 
     return Kernel(run)

@@ -65,11 +65,9 @@ class NeuronStep:
             stays = stays - fires * (self.v_threshold if self.v_reset is None else kept - self.v_reset)
         return fires, stays
 
-    def gradient(self, grad_s: Tensor | None, grad_v: Tensor | None, kept: Tensor, s: Tensor) -> Any:
-        """∂L/∂u from ∂L/∂s and ∂L/∂v."""
-        fires, stays = self.derivatives(kept, s)
-        from_s = 0.0 if grad_s is None else grad_s * fires
-        return from_s if grad_v is None else from_s + grad_v * stays
+    def rate(self, decay: Tensor | None) -> Any:
+        """λ: the constant, or the tensor in its place."""
+        return self.decay if decay is None else decay
 
 
 def neuron_step(
@@ -117,21 +115,19 @@ def _run(
 
     The backward needs v, or u for a hard reset. With `norm`, x is the input of a BatchNorm.
     """
-    x, v = x.resolve_neg(), v.resolve_neg()
-    if not dense(_unfold(x, steps)[0]):
-        x = x.contiguous()
-    xs = _unfold(x, steps)
-    if v.stride() != xs[0].stride():
-        v = torch.empty_like(xs[0], dtype=v.dtype).copy_(v)
+    x = x.resolve_neg()
+    x = x if dense(unfold(x, steps)[0]) else x.contiguous()
+    xs = unfold(x, steps)
+    v = like(v, xs[0])
     s = torch.empty_like(x)
     native = native_step(step, v, x.dtype, decay)
     tags = tags and packable(s)
     bits = torch.empty(s.numel() // 8, dtype=torch.uint8) if native and tags and v.numel() % 8 == 0 else None
-    bits_of = (None,) * steps if bits is None else _unfold(bits, steps)
+    bits_of = (None,) * steps if bits is None else unfold(bits, steps)
     kept = []
     soft = step.v_reset is None
     of_norm = None if norm is None else pointer(norm.factors, norm.training)
-    for s_t, x_t, bits_t in zip(_unfold(s, steps), xs, bits_of, strict=True):
+    for s_t, x_t, bits_t in zip(unfold(s, steps), xs, bits_of, strict=True):
         before, v = v, torch.empty_like(v)
         u = torch.empty_like(v) if keep and not soft else None
         if native:
@@ -144,7 +140,7 @@ def _run(
     return s, v, kept, SpikeTag(s, bits=bits) if tags else None
 
 
-def _unfold(x: Tensor, steps: int) -> tuple[Tensor, ...]:
+def unfold(x: Tensor, steps: int) -> tuple[Tensor, ...]:
     """The time steps in x [n·B, ...], each [B, ...]."""
     return (x,) if steps == 1 else x.chunk(steps) if len(x) else (x,) * steps
 
@@ -154,9 +150,7 @@ def _kernels(step: NeuronStep) -> tuple[Kernel, Kernel]:
     """Forward and backward of a step; each set of constants is compiled on its own, since they are built in."""
 
     def forward(s_out: Tensor, v_out: Tensor, u_out: Tensor | None, v: Tensor, x: Tensor, decay: Tensor | None) -> None:
-        rate = step.decay if decay is None else decay
-        assert rate is not None
-        u = step.charge(v, x.to(v.dtype), rate)
+        u = step.charge(v, x.to(v.dtype), step.rate(decay))
         s = step.surrogate.fires(u - step.v_threshold).to(v.dtype)
         s_out.copy_(s)
         v_out.copy_(step.reset(u, s))
@@ -172,12 +166,12 @@ def _kernels(step: NeuronStep) -> tuple[Kernel, Kernel]:
         s: Tensor,
         decay: Tensor | None,
     ) -> None:
-        grad_u = step.gradient(grad_s, grad_v, kept, s.to(kept.dtype))
+        fires, stays = step.derivatives(kept, s.to(kept.dtype))
+        grad_u: Any = 0.0 if grad_s is None else grad_s * fires
+        grad_u = grad_u if grad_v is None else grad_u + grad_v * stays
         out.copy_(grad_u)
         if out_v is not None:
-            rate = step.decay if decay is None else decay
-            assert rate is not None
-            out_v.copy_(grad_u * rate)
+            out_v.copy_(grad_u * step.rate(decay))
 
     return Kernel(forward), Kernel(backward)
 
@@ -229,21 +223,22 @@ class _NeuronStep(torch.autograd.Function):
     def _backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
         step: NeuronStep = ctx.step
         s, decay, v, x, factors, *kept = ctx.saved_tensors
-        if factors is not None:
-            return _NeuronStep._normed_backward(ctx, grad_s, grad_v, s, x, factors, kept[0])
         if ctx.replays:
             _, _, kept, _ = _run(step, v, x, decay, ctx.steps, keep=True)
-        needs_v, needs_x, needs_decay = ctx.needs_input_grad[:3]
-        # ∂L/∂x = ∂L/∂u unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled
-        plain = not (needs_decay or step.decay_input)
+        needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        # ∂L/∂x is what a step gives unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled
+        plain = factors is not None or not (needs_decay or step.decay_input)
         state = kept[0].dtype
         grad_u = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype if plain else state, device=kept[0].device)
-        of_u = _unfold(grad_u, ctx.steps)
-        of_s = (None,) * ctx.steps if grad_s is None else _unfold(_like(grad_s, grad_u), ctx.steps)
-        grad_v = None if grad_v is None else _like(grad_v, kept[0])
+        of_u = unfold(grad_u, ctx.steps)
+        of_s = (None,) * ctx.steps if grad_s is None else unfold(like(grad_s, grad_u), ctx.steps)
+        grad_v = None if grad_v is None else like(grad_v, kept[0])
+        of_norm = None if factors is None else pointer(factors, ctx.of_batch)
+        of_weight = of_bias = None
         native = native_step(step, kept[0], ctx.x_dtype, decay, gradient=True)
+        assert native or factors is None, "there was one in the forward"
         takes_bits = native and kept[0].numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)
-        spikes = _unfold(_spikes(ctx, s, packed=bool(takes_bits)), ctx.steps)
+        spikes = unfold(_spikes(ctx, s, packed=bool(takes_bits)), ctx.steps)
         for t in reversed(range(ctx.steps)):
             if of_s[t] is None and grad_v is None:
                 of_u[t].zero_()
@@ -251,34 +246,18 @@ class _NeuronStep(torch.autograd.Function):
             goes_on = needs_v if t == 0 else not ctx.cut
             before = torch.empty_like(kept[t]) if goes_on else None
             if native:
-                native.gradient(of_u[t], before, of_s[t], grad_v, kept[t], spikes[t], ctx.x_dtype)
+                given = of_s[t], grad_v, kept[t], spikes[t], ctx.x_dtype, of_norm, x
+                of_weight, of_bias = native.gradient(of_u[t], before, *given)
             else:
                 _, backward = _kernels(step)
                 backward(of_u[t], before, of_s[t], grad_v, kept[t], spikes[t], decay)
             grad_v = before
         grad_decay = _decay_gradient(step, decay, of_u, v, x, kept, spikes) if needs_decay else None
         if needs_x and not plain:
-            rate: Any = step.decay if decay is None else decay
-            gain = 1 - rate if step.decay_input else 1.0
+            gain = 1 - step.rate(decay) if step.decay_input else 1.0
             grad_u = (grad_u * gain).to(ctx.x_dtype)
-        return grad_v, grad_u if needs_x else None, grad_decay, *(None,) * 6
-
-    @staticmethod
-    def _normed_backward(
-        ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None, s: Tensor, x: Tensor, factors: Tensor, kept: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """Through the step and the BatchNorm in front of it."""
-        native = native_step(ctx.step, kept, ctx.x_dtype, None, gradient=True)
-        assert native is not None, "there was one in the forward"
-        grad_x = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype)
-        before = torch.empty_like(kept) if ctx.needs_input_grad[0] else None
-        grad_s, grad_v = (None if g is None else _like(g, grad_x) for g in (grad_s, grad_v))
-        spikes = _spikes(ctx, s, packed=kept.numel() % 8 == 0)
-        norm = pointer(factors, ctx.of_batch)
-        of_weight, of_bias = native.normed_gradient(grad_x, before, grad_s, grad_v, kept, spikes, x, norm)
-        _, needs_x, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grads = (grad_x if needs_x else None, of_weight if needs_weight else None, of_bias if needs_bias else None)
-        return before, grads[0], *(None,) * 4, *grads[1:], None
+        of_affine = of_weight if needs_weight else None, of_bias if needs_bias else None
+        return grad_v, grad_u if needs_x else None, grad_decay, None, None, None, *of_affine, None
 
 
 def _spikes(ctx: Any, s: Tensor | None, packed: bool) -> Tensor:
@@ -301,7 +280,7 @@ def _decay_gradient(
             v = kept[t - 1] if step.v_reset is None else step.reset(kept[t - 1], s[t - 1])
         moved = v - (step.v_reset or 0.0)
         if step.decay_input and x is not None:
-            moved = moved - _unfold(x, len(grad_u))[t]
+            moved = moved - unfold(x, len(grad_u))[t]
         total = total + (grad_u_t * moved).sum()
     return total.to(decay.dtype).reshape(decay.shape)
 
@@ -311,9 +290,7 @@ def dense(x: Tensor) -> bool:
     return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
-def _like(grad: Tensor, other: Tensor) -> Tensor:
-    """A gradient in the memory format of another tensor."""
-    grad = grad.resolve_neg()
-    if grad.stride() == other.stride():
-        return grad
-    return torch.empty_like(other, dtype=grad.dtype).copy_(grad)
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """A tensor in the memory format of another."""
+    x = x.resolve_neg()
+    return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
