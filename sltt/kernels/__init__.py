@@ -9,10 +9,11 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 from sltt.kernels.custom import CustomStep, custom_step
 from sltt.kernels.deferred import settled
 from sltt.kernels.derivatives import differentiable_once
+from sltt.kernels.layers import layer_call
 from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.restoring import bits_pay, release
-from sltt.kernels.saved_tensors import layer_call, saving, tag_dropped
+from sltt.kernels.saved_tensors import saving, tag_dropped
 from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import Steady, steady_steps
 from sltt.kernels.step import NeuronStep, neuron_step

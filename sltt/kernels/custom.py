@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.deferred import Deferred, Normalised, norm_gradients, settled
+from sltt.kernels.deferred import Normalised, norm_gradients, taken
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.options import Kernel, in_force, memory, options
 from sltt.kernels.restoring import SpikeTag, packable
@@ -82,13 +82,9 @@ def custom_step(
         steps: n.
         cut: no gradient flows from one time step to the step before.
     """
-    norm, affine = None, (None, None)
-    if isinstance(x, Deferred) and steps == 1 and x.normalised.waits:
-        norm, (x, *affine) = x.normalised, x.inputs
-        norm.take()
+    norm, x, *affine = taken(x, fits=steps == 1)
+    if norm is not None:
         step, parameters = replace(step, normed=True), (*parameters, *norm.factors[:2])
-    else:
-        x = settled(x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *affine, *states, *parameters)):
         s, *after = _CustomStep.apply(step, binary, steps, cut, norm, *affine, x, *states, *parameters)  # type: ignore[misc]
         return s, tuple(after)

@@ -64,11 +64,6 @@ class Normalised:
             )
         return self._x
 
-    def take(self) -> None:
-        """A neuron reads the input in place of the normalised tensor."""
-        _ = self.x  # as it was
-        self.taken = True
-
     @property
     def waits(self) -> bool:
         """Whether nobody has asked for the normalised tensor."""
@@ -176,6 +171,20 @@ class _Settle(torch.autograd.Function):
 def settled(x: Tensor) -> Tensor:
     """A tensor with memory."""
     return _Settle.apply(x) if isinstance(x, Deferred) else x  # type: ignore[return-value]
+
+
+def taken(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor | None, Tensor | None]:
+    """For a neuron: how x is normalised, with the input, weight and bias of the BatchNorm; or no norm, and x settled.
+
+    Args:
+        x: the neuron's input.
+        fits: the neuron can normalise.
+    """
+    if not (fits and isinstance(x, Deferred) and x.normalised.waits):
+        return None, settled(x), None, None
+    _ = x.normalised.x  # as it was
+    x.normalised.taken = True
+    return x.normalised, *x.inputs
 
 
 def deferred_norm(

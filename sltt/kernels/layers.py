@@ -6,7 +6,7 @@ input gradient is dense. On one machine the same spikes give the same decision, 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,10 @@ from torch import Tensor
 from sltt.kernels import costs, native, sparse
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.options import options
+from sltt.kernels.restoring import SpikeTag, packable, tag_of
 from sltt.kernels.sparse import Layer
-from sltt.kernels.values import Axes, axes_in, dense_gradients, fitting, layer_of, multiplies, ours_of
+from sltt.kernels.values import Axes, arguments_of, axes_in, dense_gradients, fitting, layer_of, multiplies, ours_of
 from sltt.kernels.weights import Weights
-
-if TYPE_CHECKING:
-    from sltt.kernels.restoring import SpikeTag
 
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2}
 LAYERS = {*CONVOLUTIONS, F.linear}
@@ -42,7 +40,7 @@ class Call:
     """
 
     layer: Layer
-    tag: "SpikeTag"
+    tag: SpikeTag
     dtype: torch.dtype
     sparse_forward: bool
     sparse_gradient: bool
@@ -123,16 +121,16 @@ def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _OnSpikes.apply(x, weight, bias, call)  # type: ignore[return-value]
 
 
-def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeTag", weights: Weights) -> Call | None:
-    """How a layer runs on spikes; None where it runs as PyTorch would.
-
-    Args:
-        func: the layer's function.
-        x: the spikes, which fill their memory.
-        arguments: of the function, by name.
-        tag: of the spikes.
-        weights: forms of weights in this sequence.
-    """
+def layer_call(
+    func: Any, args: Any, kwargs: Any, weights: Weights
+) -> tuple[Call, Tensor, Tensor, Tensor | None] | None:
+    """How a call of a layer's function runs on spikes, with its input, weight and bias; None where it is PyTorch's."""
+    x = args[0] if args else kwargs.get("input")
+    if options().sparse == "off" or not isinstance(x, Tensor) or not isinstance(tag := tag_of(x), SpikeTag):
+        return None
+    if not packable(x):
+        return None
+    arguments = arguments_of(func, args, kwargs)
     weight, bias = arguments["weight"], arguments["bias"]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if not x.is_cpu or dtype not in sparse.DTYPES or not fitting(weight, bias, x, CONVOLUTIONS.get(func, 0)):
@@ -160,10 +158,10 @@ def call_on_spikes(func: Any, x: Tensor, arguments: dict[str, Any], tag: "SpikeT
     backward = gradient or ours.input_gradient or ours.weight_gradient or multiplies(layer.y_shape, dtype)
     if not forward and not (backward and torch.is_grad_enabled()):
         return None
-    return Call(layer, tag, dtype, forward, gradient, ours, axes, weights)
+    return Call(layer, tag, dtype, forward, gradient, ours, axes, weights), x, weight, bias
 
 
-def _weighs(tag: "SpikeTag", x: Tensor, channels: int) -> bool:
+def _weighs(tag: SpikeTag, x: Tensor, channels: int) -> bool:
     """Whether what a spike of each channel is worth can go into the weights of a layer that reads x.
 
     Args:

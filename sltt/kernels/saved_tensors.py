@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from sltt._torch import TensorBase, _to_dlpack, _top_saved_tensors_default_hooks, is_functorch_wrapped_tensor
 from sltt.kernels.deferred import Normalised, deferred_norm
-from sltt.kernels.layers import LAYERS, Call, call_on_spikes, run
+from sltt.kernels.layers import LAYERS, Call, layer_call, run
 from sltt.kernels.options import memory, options
 from sltt.kernels.restoring import TAG, SpikeTag, Tag, hold, packable, restore, save, tag_of
 from sltt.kernels.values import arguments_of, run_on_values
@@ -137,19 +137,6 @@ def _others_save() -> bool:
     """Whether hooks of others are in force. A checkpoint runs layers again without us, and compares what they save."""
     hooks = _top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0] is not save
-
-
-def layer_call(
-    func: Any, args: Any, kwargs: Any, weights: Weights
-) -> tuple[Call, Tensor, Tensor, Tensor | None] | None:
-    """How a call of a layer's function runs on spikes, with its input, weight and bias; None where it is PyTorch's."""
-    x = args[0] if args else kwargs.get("input")
-    if options().sparse == "off" or not isinstance(x, Tensor) or not isinstance(tag := tag_of(x), SpikeTag):
-        return None
-    named = arguments_of(func, args, kwargs)
-    if not packable(x) or (call := call_on_spikes(func, x, named, tag, weights)) is None:
-        return None
-    return call, x, named["weight"], named["bias"]
 
 
 def _tag_scaled(args: Any, result: Any) -> None:

@@ -6,7 +6,7 @@ Spikes come as bits (`bits.pack`) of memory with the channels last: [B, H, W, C]
 float32. Results do not depend on the number of threads, to the last bit.
 
     layer = conv_layer(x.shape, weight.shape, stride=(1, 1), padding=((1, 1), (1, 1)))
-    if unsupported(x, layer) is None and density(bits) < costs.break_even(layer, x.dtype).forward:
+    if layer.problem is None and density(bits) < costs.break_even(layer, x.dtype).forward:
         y = forward(layer, bits, pack_weight(layer, weight), bias, x.dtype)
 """
 
@@ -112,17 +112,6 @@ def linear_layer(x_shape: Sequence[int], weight_shape: Sequence[int]) -> Layer:
     return Layer(x_shape, weight_shape, (*x_shape[:-1], weight_shape[0]), sizes, _problem(sizes))
 
 
-def unsupported(x: Tensor, layer: Layer) -> str | None:
-    """Why `layer` cannot be sparse on x; None if it can."""
-    if x.device.type != "cpu":
-        return f"its input is on {x.device.type}"
-    if x.dtype not in DTYPES:
-        return f"its input is {x.dtype}"
-    if not layer.linear and not _channels_last(x):
-        return "its input has not the channels last in memory"
-    return layer.problem or native.problem()
-
-
 def density(bits: Tensor) -> float:
     """Share of the bits that are set."""
     return library().sltt_count(bits, bits.numel()) / max(1, 8 * bits.numel())
@@ -211,10 +200,6 @@ def _problem(sizes: tuple[int, ...]) -> str | None:
     return "its input has 2^32 elements or more" if n * h * w * ci >= 2**32 else None
 
 
-def _channels_last(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous()
-
-
 def strides_of(weight: Tensor) -> Any:
     """Strides as of [C_out, C, KH, KW]."""
     out, channel, *kernel = weight.stride()
@@ -224,5 +209,5 @@ def strides_of(weight: Tensor) -> Any:
 def library() -> ctypes.CDLL:
     """The native kernels, which are there."""
     found = native.library()
-    assert found is not None, "ask `unsupported` before"
+    assert found is not None, "ask `native.problem` before"
     return found

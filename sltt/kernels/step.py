@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.deferred import Deferred, Normalised, pointer, settled
+from sltt.kernels.deferred import Deferred, Normalised, pointer, taken
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.native_step import native_step
 from sltt.kernels.options import Kernel, in_force, options, without_modes
@@ -85,15 +85,10 @@ def neuron_step(
     """
     trained = x.requires_grad or v.requires_grad or (decay is not None and decay.requires_grad)
     graph = trained and torch.is_grad_enabled()
-    norm = weight = bias = None
     with without_modes():
-        if isinstance(x, Deferred):
-            waits = steps == 1 and decay is None and x.normalised.waits
-            if waits and native_step(step, v, x.dtype, None, gradient=True):
-                norm, (x, weight, bias) = x.normalised, x.inputs
-                norm.take()
-            else:
-                x = settled(x)
+        single = isinstance(x, Deferred) and steps == 1 and decay is None
+        fits = single and native_step(step, v, x.dtype, None, gradient=True) is not None
+        norm, x, weight, bias = taken(x, fits)
         if graph:
             return _NeuronStep.apply(v, x, decay, step, steps, cut, weight, bias, norm)  # type: ignore[return-value]
         # a sparse layer may read the spikes

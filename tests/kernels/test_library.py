@@ -6,7 +6,10 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import sltt
+from sltt import kernels
 from sltt.kernels import costs, native, sparse, winograd
 from tests.conftest import LINUX
 from tests.kernels.exact import NATIVE, spikes
@@ -70,9 +73,12 @@ def test_compiler_that_fails(cache, tmp_path, monkeypatch):
         warnings.simplefilter("error")
         assert native.problem() == "compiling the kernels failed: error: no"  # and no second warning
     assert list(cache.iterdir()) == []
-    x = spikes((2, 16, 4, 4), 0.5)
-    layer = sparse.conv_layer(x.shape, (16, 16, 3, 3), (1, 1), ((1, 1), (1, 1)))
-    assert sparse.unsupported(x, layer) == native.problem()
+    with kernels.using(sparse="on"):
+        call = F.conv2d, (sltt.LIF()(spikes((2, 16, 16, 16), 0.5)), torch.randn(16, 16, 3, 3)), {}
+        assert kernels.layer_call(*call, kernels.Weights()) is None  # runs dense
+        monkeypatch.undo()
+        forget()
+        assert (kernels.layer_call(*call, kernels.Weights()) is None) == (native.problem() is not None)
 
 
 def test_compiler_that_gives_something_else(cache, tmp_path, monkeypatch):

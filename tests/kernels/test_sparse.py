@@ -163,10 +163,6 @@ def test_what_only_the_dense_layer_can_do():
     assert "groups=2" in reason(weight_shape=(16, 8, 3, 3), groups=2)
     assert "dilation=(2, 2)" in reason(dilation=(2, 2))
     assert "no output" in reason(x_shape=(0, 16, 8, 8))
-    layer = sparse.conv_layer((2, 16, 8, 8), (16, 16, 3, 3), (1, 1), same)
-    assert "channels last" in sparse.unsupported(torch.zeros(2, 16, 8, 8), layer)
-    assert "float64" in sparse.unsupported(torch.zeros(2, 16, 8, 8).double(), layer)
-    assert "meta" in sparse.unsupported(torch.zeros(2, 16, 8, 8, device="meta"), layer)
 
 
 @NATIVE
