@@ -18,7 +18,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -54,10 +54,6 @@ class Costs(NamedTuple):
     element: float
     weight: float
 
-    def overhead(self, elements: int, weights: int) -> float:
-        """Of a sparse layer without a spike."""
-        return self.element * elements + self.weight * weights
-
 
 class Dense(NamedTuple):
     """Nanoseconds of a gradient of a dense 3×3 convolution: PyTorch's, and ours."""
@@ -88,9 +84,9 @@ def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
     """
     if layer.products < PRODUCTS_FROM:
         return BreakEven(0.0, 0.0)
-    pairs = zip(_costs_of(layer, dtype), _elements(layer), strict=True)
-    weights = math.prod(layer.weight_shape)
-    return BreakEven(*(_even(layer.products, costs.overhead(elements, weights), costs) for costs, elements in pairs))
+    products = layer.products
+    even = ((c.dense * products - overhead) / (c.spike * products) for c, overhead in _costs_of(layer, dtype))
+    return BreakEven(*(min(1.0, max(0.0, density)) for density in even))
 
 
 def ours(layer: Layer, dtype: torch.dtype) -> Ours:
@@ -102,16 +98,12 @@ def ours(layer: Layer, dtype: torch.dtype) -> Ours:
 
 def seconds(layer: Layer, dtype: torch.dtype, density: float) -> tuple[LayerSeconds, LayerSeconds]:
     """Estimates for the forward and for the weight gradient; the input gradient is dense in any case."""
-    found = []
-    for costs, elements in zip(_costs_of(layer, dtype), _elements(layer), strict=True):
-        overhead = costs.overhead(elements, math.prod(layer.weight_shape))
-        sparse = costs.spike * density * layer.products + overhead
-        found.append(LayerSeconds(costs.dense * layer.products / 1e9, sparse / 1e9))
-    return found[0], found[1]
-
-
-def _even(products: int, overhead: float, costs: Costs) -> float:
-    return min(1.0, max(0.0, (costs.dense * products - overhead) / (costs.spike * products)))
+    products = layer.products
+    forward, gradient = (
+        LayerSeconds(c.dense * products / 1e9, (c.spike * density * products + overhead) / 1e9)
+        for c, overhead in _costs_of(layer, dtype)
+    )
+    return forward, gradient
 
 
 def _elements(layer: Layer) -> tuple[int, int]:
@@ -125,51 +117,54 @@ def _elements(layer: Layer) -> tuple[int, int]:
     return inputs + outputs // co * 64 * blocks * kernel_rows, inputs + outputs
 
 
-def _costs_of(layer: Layer, dtype: torch.dtype) -> tuple[Costs, Costs]:
-    """Of forward and weight gradient; the dense gradient is ours where that is faster."""
+def _costs_of(layer: Layer, dtype: torch.dtype) -> list[tuple[Costs, float]]:
+    """Of forward and weight gradient, each with the time of the sparse layer without a spike.
+
+    The dense gradient is ours where that is faster.
+    """
     forward, gradient = _costs(layer.linear, dtype)
     if ours(layer, dtype).weight_gradient:
         times = _dense(dtype)[1]
         gradient = gradient._replace(dense=gradient.dense * times.ours / times.pytorch)
-    return forward, gradient
+    pairs, weights = zip((forward, gradient), _elements(layer), strict=True), math.prod(layer.weight_shape)
+    return [(c, c.element * elements + c.weight * weights) for c, elements in pairs]
 
 
 @functools.cache
-def _costs(linear: bool, dtype: torch.dtype) -> tuple[Costs, Costs]:
+def _costs(linear: bool, dtype: torch.dtype) -> list[Costs]:
     """Of forward and weight gradient."""
-    forward, gradient = _once("linear" if linear else "conv", dtype, [Costs] * 2, lambda: _measure(linear, dtype))
-    return forward, gradient
+    return _once("linear" if linear else "conv", dtype, Costs, lambda: _measure(linear, dtype))
 
 
 @functools.cache
 def _dense(dtype: torch.dtype) -> list[Dense]:
     """Of the input gradient and the weight gradient of one convolution."""
-    return _once("dense", dtype, [Dense] * 2, lambda: _measure_dense(dtype))
+    return _once("dense", dtype, Dense, lambda: _measure_dense(dtype))
 
 
-def _once(what: str, dtype: torch.dtype, kinds: Sequence[Callable[..., N]], measure: Callable[[], list[N]]) -> list[N]:
-    """Times of some kinds: from this machine's file, or measured and written to it."""
+def _once(what: str, dtype: torch.dtype, kind: Callable[..., N], measure: Callable[[], list[N]]) -> list[N]:
+    """Times of two passes: from this machine's file, or measured and written to it."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")  # of the dense layers; the key has that of ours
     parts = (native.key(), f"torch{torch.__version__}", what, str(dtype).removeprefix("torch."), *limit.split())
     name = f"costs-{'-'.join(parts)}.json"
     path = native.cache_folder() / name
-    if (found := _read(path, kinds)) is None:
+    if (found := _read(path, kind)) is None:
         found = measure()
         with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent, prefix="costs-") as folder:
             new = Path(folder) / name
             new.write_text(json.dumps(found), encoding="utf-8")
-            if path.exists() and _read(path, kinds) is None:  # a damaged one
+            if path.exists() and _read(path, kind) is None:  # a damaged one
                 new.replace(path)
             else:
                 os.link(new, path)  # fails where another process was first: its costs are everyone's
-        found = _read(path, kinds) or found
+        found = _read(path, kind) or found
     return found
 
 
-def _read(path: Path, kinds: Sequence[Callable[..., N]]) -> list[N] | None:
+def _read(path: Path, kind: Callable[..., N]) -> list[N] | None:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        found = [kind(*(float(c) for c in row)) for kind, row in zip(kinds, rows, strict=True)]
+        first, second = json.loads(path.read_text(encoding="utf-8"))
+        found = [kind(*map(float, row)) for row in (first, second)]
     except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         return None
     return found if all(0 <= c < math.inf for row in found for c in row) and all(row[1] for row in found) else None
@@ -196,10 +191,9 @@ def _measure(linear: bool, dtype: torch.dtype) -> list[Costs]:
         lambda: weight_gradient(layer, bits[1], grad),
         lambda: pack_weight(layer, weight),
     ]
-    times = _fastest(runs)
-    each = times[6] / weight.numel()
-    first, second = _elements(layer)
-    return [_fit(layer.products, first, each, *times[:3]), _fit(layer.products, second, each, *times[3:6])]
+    *times, packing = _fastest(runs)
+    given = zip(_elements(layer), (times[:3], times[3:]), strict=True)
+    return [_fit(layer.products, elements, packing / weight.numel(), *three) for elements, three in given]
 
 
 def _measure_dense(dtype: torch.dtype) -> list[Dense]:
