@@ -137,17 +137,13 @@ def layer_call(
         return None
     if weight.dtype not in (dtype, torch.float32):
         return None
-    axes: Axes = [], [], []
+    axes = ([], [], []) if func is F.linear else axes_in(arguments, CONVOLUTIONS[func])
+    if axes is None:
+        return None
     if func is F.linear:
-        layer = sparse.linear_layer(tuple(x.shape), tuple(weight.shape))
-        ordered = x.is_contiguous()
+        layer, ordered = sparse.linear_layer(tuple(x.shape), tuple(weight.shape)), x.is_contiguous()
     else:
-        found = axes_in(arguments, CONVOLUTIONS[func])
-        if found is None:
-            return None
-        axes = found
-        layer = layer_of(x, weight, axes, arguments["groups"])
-        ordered = x.movedim(1, -1).is_contiguous()
+        layer, ordered = layer_of(x, weight, axes, arguments["groups"]), x.movedim(1, -1).is_contiguous()
     always = options().sparse == "on"
     ordered = ordered and _weighs(tag, x, x.ndim - 1 if layer.linear else 1)
     if not ordered or layer.problem or not (always or layer.products >= costs.PRODUCTS_FROM) or native.problem():

@@ -57,10 +57,9 @@ _FUNCTIONS = {
     "sltt_input_gradient": (_I, [_P, _P, _P, _P, _I, _P, _I]),
     "sltt_dense_weight_gradient": (_I, [_P, _P, _P, _I, _P, _I]),
     "sltt_neuron": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _N, _I]),
-    "sltt_neuron_gradient": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
+    "sltt_neuron_gradient": (_I, [_P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
     "sltt_norm": (_I, [_I, _P, _N, _N, _P, _P, _P, _P, _I, _D, _D, _P, _I]),
     "sltt_channel_sums": (_I, [_I, _P, _N, _N, _P, _I]),
-    "sltt_normed_gradient": (_I, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
 }
 
 

@@ -94,20 +94,13 @@ class NativeStep:
 
         With `norm`, the pointer of a BatchNorm whose input is x, write ∂L/∂x for ∂L/∂u; give ∂L/∂weight and ∂L/∂bias.
         """
-        half, threads = x_dtype == torch.bfloat16, torch.get_num_threads()
         spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
-        given = grad_s, grad_v, kept, spikes, bits
-        if norm is None:
-            half_out = out.dtype == torch.bfloat16
-            self._library.sltt_neuron_gradient(
-                self._constants, half, half_out, *given, out, out_v, out.numel(), threads
-            )
-            return None, None
-        affine = torch.empty(2, x.shape[1])
-        self._library.sltt_normed_gradient(
-            self._constants, norm, half, *given, x, out, out_v, affine, out.numel(), threads
-        )
-        return affine[0], affine[1]
+        affine = None if norm is None else torch.empty(2, x.shape[1])
+        self._library.sltt_neuron_gradient(
+            self._constants, norm, x_dtype == torch.bfloat16, out.dtype == torch.bfloat16,
+            grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine, out.numel(), torch.get_num_threads(),
+        )  # fmt: skip
+        return (None, None) if affine is None else (affine[0], affine[1])
 
 
 def native_step(

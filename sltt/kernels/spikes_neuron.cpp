@@ -198,12 +198,11 @@ void forward(const Neuron& z, const Norm* norm, const T* x, const float* v, T* s
 }
 
 template <class T, class G>
-void backward(const Neuron& z, const void* grad_s, const float* grad_v, const float* kept, const void* s,
-              const uint8_t* bits, void* out, float* out_v, int64_t n, int threads) {
+void backward(const Neuron& z, const T* grad_s, const float* grad_v, const float* kept, const T* s, const uint8_t* bits,
+              G* out, float* out_v, int64_t n, int threads) {
   for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
     float g[BLOCK];
-    backward_block(z, shifted(static_cast<const T*>(grad_s), i), shifted(grad_v, i), kept + i,
-                   shifted(static_cast<const T*>(s), i), shifted(bits, i / 8), static_cast<G*>(out) + i,
+    backward_block(z, shifted(grad_s, i), shifted(grad_v, i), kept + i, shifted(s, i), shifted(bits, i / 8), out + i,
                    shifted(out_v, i), g, m);
   });
 }
@@ -311,13 +310,26 @@ void sltt_neuron(const Neuron* z, const Norm* norm, int bfloat16, const void* x,
     forward(*z, norm, static_cast<const float*>(x), v, static_cast<float*>(s), v_out, u_out, bits, n, threads);
 }
 
-// `kept` is v for a soft reset and u for a hard one. `grad_s`, `grad_v` and `out_v` may be null, and `s` or `bits`.
-void sltt_neuron_gradient(const Neuron* z, int bfloat16, int bfloat16_out, const void* grad_s, const float* grad_v,
-                          const float* kept, const void* s, const uint8_t* bits, void* out, float* out_v, int64_t n,
-                          int threads) {
-  if (!bfloat16) return backward<float, float>(*z, grad_s, grad_v, kept, s, bits, out, out_v, n, threads);
-  if (bfloat16_out) return backward<uint16_t, uint16_t>(*z, grad_s, grad_v, kept, s, bits, out, out_v, n, threads);
-  backward<uint16_t, float>(*z, grad_s, grad_v, kept, s, bits, out, out_v, n, threads);
+// `kept` is v for a soft reset and u for a hard one. `grad_s`, `grad_v` and `out_v` may be null, and `s` or `bits`. With
+// `norm` the gradient goes through the norm in front too: x is its input, `out` is of x's type, and `affine` gets
+// ∂L/∂weight and ∂L/∂bias [2, channels]. Not 0 if there is no memory.
+int sltt_neuron_gradient(const Neuron* z, const Norm* norm, int bfloat16, int bfloat16_out, const void* grad_s,
+                         const float* grad_v, const float* kept, const void* s, const uint8_t* bits, const void* x,
+                         void* out, float* out_v, float* affine, int64_t n, int threads) {
+  const auto run = [&](auto type, auto type_out) {
+    using T = decltype(type);
+    using G = decltype(type_out);
+    const T *of_s = static_cast<const T*>(grad_s), *spikes = static_cast<const T*>(s);
+    G* to = static_cast<G*>(out);
+    if constexpr (std::is_same_v<T, G>)
+      if (norm)
+        return normed_backward(*z, *norm, of_s, grad_v, kept, spikes, bits, static_cast<const T*>(x), to, out_v, affine,
+                               n, threads);
+    backward(*z, of_s, grad_v, kept, spikes, bits, to, out_v, n, threads);
+    return 0;
+  };
+  if (!bfloat16) return run(float(), float());
+  return bfloat16_out ? run(uint16_t(), uint16_t()) : run(uint16_t(), float());
 }
 
 // `Norm` of x [rows, channels]: its scale, shift, mean and invstd [4, channels] in `factors`. In training mode the
@@ -353,18 +365,5 @@ int sltt_norm(int bfloat16, const void* x, int64_t n, int64_t channels, float* r
 int sltt_channel_sums(int bfloat16, const void* x, int64_t n, int64_t channels, float* out, int threads) {
   return bfloat16 ? channel_sums(static_cast<const uint16_t*>(x), n, channels, out, threads)
                   : channel_sums(static_cast<const float*>(x), n, channels, out, threads);
-}
-
-// The gradient through the neuron and the norm in front of it, with the arguments of sltt_neuron_gradient; `affine`
-// gets ∂L/∂weight and ∂L/∂bias [2, channels]. Not 0 if there is no memory.
-int sltt_normed_gradient(const Neuron* z, const Norm* norm, int bfloat16, const void* grad_s, const float* grad_v,
-                         const float* kept, const void* s, const uint8_t* bits, const void* x, void* out, float* out_v,
-                         float* affine, int64_t n, int threads) {
-  auto run = [&](auto type) {
-    using T = decltype(type);
-    return normed_backward(*z, *norm, static_cast<const T*>(grad_s), grad_v, kept, static_cast<const T*>(s), bits,
-                           static_cast<const T*>(x), static_cast<T*>(out), out_v, affine, n, threads);
-  };
-  return bfloat16 ? run(uint16_t()) : run(float());
 }
 }
