@@ -143,6 +143,18 @@ def test_any_batch_norm_in_bfloat16(rule, affine, tracked):
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_in_bfloat16_runs_again_for_the_same_bits(affine):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16, affine=affine), sltt.LIF(), nn.Flatten()
+    model, (x, y) = nn.Sequential(*layers, nn.Linear(1024, 3)), (torch.randn(3, 8, 2, 8, 8), torch.randint(3, (8,)))
+    found = []
+    for bits in (True, False):
+        with torch.autocast("cpu", torch.bfloat16), kernels.using(bits=bits):
+            found.append(gradients(model, sltt.BPTT(fold=3), x, y, LOSS)[0])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("form", ["channels last", "transposed", "sliced", "three dimensions"])
 def test_batch_norm_takes_any_memory_format(form):
     x = torch.randn(6, 8, 5, 4, dtype=torch.float64)
