@@ -29,6 +29,11 @@ def grouped(rows: Iterable[Row], *keys: str) -> dict[Any, list[Row]]:
     return found
 
 
+def by(rows: Iterable[Row], key: str) -> dict[Any, Row]:
+    """The rows by a key that each has another value of."""
+    return {row[key]: row for row in rows}
+
+
 def runs(results: Path, name: str) -> dict[str, list[list[Row]]]:
     """The epochs of each seed, by rule, in a CSV that results.py wrote."""
     with (results / f"{name}.csv").open() as file:

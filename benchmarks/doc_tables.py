@@ -7,7 +7,7 @@ from pathlib import Path
 
 import advice_tables
 import paper_tables
-from cells import Row, accuracies, grouped, load, markdown, runs, seeds, shown, tasks
+from cells import Row, accuracies, by, grouped, load, markdown, runs, seeds, shown, tasks
 
 from sltt.commands.results import scores_text
 from sltt.training.console import megabytes
@@ -105,9 +105,12 @@ def rules_over_t(results: Path) -> str:
     """Memory and time of a batch of the digits over T, as rules.py measured them."""
     found = sorted(grouped(load(results, "rules"), "steps").items())
     rows = []
+    rules = list(by(found[0][1], "rule"))
     for T, of in found:
-        rows.append([str(T), *(f"{megabytes(row['peak_memory'])}, {row['seconds']:.2g} s" for row in of)])
-    return markdown(["T", *(f"`{row['rule']}`" for row in found[0][1])], rows)
+        one = by(of, "rule")
+        cells = (f"{megabytes(one[rule]['peak_memory'])}, {one[rule]['seconds']:.2g} s" for rule in rules)
+        rows.append([str(T), *cells])
+    return markdown(["T", *(f"`{rule}`" for rule in rules)], rows)
 
 
 def short(results: Path, name: str) -> str:
@@ -137,11 +140,11 @@ def deeper_cosines(results: Path) -> str:
 def deeper_accuracies(results: Path) -> str:
     """What these rules reach."""
     found = grouped((row for row in load(results, "deeper") if "rule" in row), "layers", "task")
-    rows = []
+    rules, rows = list(grouped(next(iter(found.values())), "rule")), []
     for (layers, task), of in found.items():
-        reached = (scores_text([row["test"] for row in seeds]) for seeds in grouped(of, "rule").values())
+        seeds = grouped(of, "rule")
+        reached = (scores_text([row["test"] for row in seeds.get(rule, [])]) for rule in rules)
         rows.append([str(layers), f"`{task}`", *reached])
-    rules = grouped(next(iter(found.values())), "rule")
     return markdown(["hidden layers", "recipe", *rules], rows)
 
 
@@ -164,10 +167,12 @@ def twin_digits(results: Path) -> str:
 def transformer_costs(results: Path) -> str:
     """Memory and time of a training batch of each rule."""
     found = grouped(load(results, "transformers")["costs"], "network", "steps")
-    rows = []
+    rules, rows = list(by(next(iter(found.values())), "rule")), []
     for (network, steps), of in found.items():
-        rows.append([network, str(steps), *(f"{megabytes(row['memory'])}, {row['seconds']:.1f} s" for row in of)])
-    return markdown(["network", "T", *(row["rule"] for row in next(iter(found.values())))], rows)
+        one = by(of, "rule")
+        cells = (f"{megabytes(one[rule]['memory'])}, {one[rule]['seconds']:.1f} s" for rule in rules)
+        rows.append([network, str(steps), *cells])
+    return markdown(["network", "T", *rules], rows)
 
 
 def transformer_agreements(results: Path) -> str:

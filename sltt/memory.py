@@ -56,8 +56,8 @@ def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.
         )
     with _profiler:
         _this_thread.measures = True
-        gc.collect()  # cycles of before that the collector frees within the call would lower its peak
         try:
+            gc.collect()  # cycles of before that the collector frees within the call would lower its peak
             return _trace(call, torch.device(device))
         finally:
             _this_thread.measures = False

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from sltt.analysis import Operations, agreement, count_operations, memory_parts
-from sltt.commands.failures import cause
+from sltt.commands.failures import UsageError, cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
 from sltt.commands.prepared import prepared, test_score
 from sltt.commands.results import give, rule_of, scores_cell
@@ -54,7 +54,10 @@ def run(words: Sequence[str]) -> None:
     asked = known.rules or ([None] if known.vary else RULES)
     each = [Contestant(rule, one) for rule in asked for one in varied]
     for one in each:  # what is wrong with an option or a rule ends this before a training begins
-        Training.of(vars(one.build(recipe)))
+        built = one.build(recipe)
+        Training.of(vars(built))
+        if built.device == "mps":
+            raise UsageError("sltt compare measures memory, which PyTorch does not count on mps: take --device cpu")
     report = Console(quiet=known.json)
     found = compared_json(recipe, [compare(one, known.seeds, known.save, recipe, report) for one in each])
     give(found, known, "compare.json", lambda report: print_compared(found, report))
@@ -218,18 +221,19 @@ def compared_rows(rows: Sequence[Mapping[str, Any]], metric: str, headings: Mapp
     """Rows of a table, with these headings of what is in `cells`; a rule that died has nothing else."""
     made = []
     for row in rows:
-        if not row["scores"] or row["operations"] is None:
+        if not row["scores"]:
             cells = {**dict.fromkeys(headings, ""), "rule": row["rule"], list(headings)[1]: Cell("died", "")}
         else:
+            operations = row["operations"] or {}  # None where the training went well, and measuring it did not
             cells = {
                 "rule": row["rule"],
                 "validation": scores_cell(row.get("validation", ()), metric),  # of an earlier version: none
                 "test": scores_cell(row["scores"], metric),
                 "seeds": number(len(row["scores"])),
                 "seconds": number(row["seconds"], ".2f"),
-                "memory": Cell(megabytes(row["peak_memory"]), row["peak_memory"]),
-                "forward": number(row["operations"]["forward"], ".2e"),
-                "backward": number(row["operations"]["backward"], ".2e"),
+                "memory": Cell(megabytes(row["peak_memory"]), row["peak_memory"]) if operations else number(None),
+                "forward": number(operations.get("forward"), ".2e"),
+                "backward": number(operations.get("backward"), ".2e"),
                 "cosine": number(row["cosine"], ".3f"),
             }
         made.append({heading: cells[key] for key, heading in headings.items()})

@@ -308,8 +308,8 @@ def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budg
         found.measured = measure(found.batch, steps)
         if abs(found.predicted / found.measured - 1) <= TOLERANCE:
             break
-        # Large layers run other kernels than small ones: fit again nearer to the budget.
-        batches = max(found.batch // 4, 1), max(found.batch // 2, 2)
+        # Large layers run other kernels than small ones: fit again at the budget.
+        batches = max(found.batch // 2, 1), max(found.batch, 2)
     return found
 
 

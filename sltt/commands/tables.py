@@ -29,7 +29,7 @@ def number(value: float | None, form: str = "", none: str = "–") -> Cell:
 
 def bytes_cell(nbytes: int, remark: str = "") -> Cell:
     """A number of bytes."""
-    return Cell((f"{nbytes / 1e6:.3g} MB" if nbytes < 1e9 else megabytes(nbytes)) + remark, nbytes)
+    return Cell((f"{nbytes / 1e6:.3g} MB" if nbytes < 999.5e6 else megabytes(nbytes)) + remark, nbytes)
 
 
 class Table:

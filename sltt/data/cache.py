@@ -108,7 +108,7 @@ def _read_mark(mark: Path) -> dict[str, Any]:
 
 
 def _write_mark(mark: Path, written: dict[str, Any]) -> None:
-    part = mark.with_suffix(".part")
+    part, written = mark.with_suffix(".part"), json.loads(json.dumps(written))  # as it is read
     part.write_text(json.dumps({**written, "checksum": _checksum(written)}), encoding="utf-8")
     os.replace(part, mark)
 

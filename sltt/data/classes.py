@@ -51,10 +51,10 @@ class Classes(Data):
             known = labels if split in ("train", "plain") else class_labels(samples)
             return _Chosen(samples, self.classes, known)
 
-        lengths = splits.lengths
+        lengths, kept = splits.lengths, [i for i, label in enumerate(labels) if label in self.classes]
         return splits.with_each(
             chosen,
-            lengths=lengths and [n for n, label in zip(lengths, labels, strict=True) if label in self.classes],
+            lengths=lengths and [lengths[i] for i in kept],
             classes=len(self.classes),
             fingerprint=fingerprint([splits.fingerprint, *self.classes]),
         )

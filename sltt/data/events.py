@@ -91,7 +91,9 @@ class _Events(Data):
         if resize == "interpolate" and size is None:
             raise ValueError("resize='interpolate' changes the size of the frames, but size=None: give a size")
         self.slicing: Slicing = choice("slicing", slicing, get_args(Slicing))
-        self.augment = None if augment is None else function("augment", augment, "a sample, or None")
+        self.augment = (
+            None if augment is None else function("augment", augment, "a sample, such as EventAugmentation(), or None")
+        )
         self.on_error = choice("on_error", on_error, get_args(OnError))
         self.cache = self.root / ".sltt-cache" if cache is None else folder("cache", cache)
         self.download = flag("download", download)

@@ -109,9 +109,9 @@ class _Images(Data):
         """What tells the samples apart in the split's fingerprint, in their order."""
         return images.targets
 
-    @abstractmethod
     def crop(self, augment: bool) -> list[Any]:
         """The transforms that give an image its size."""
+        return []
 
     def transform(self, train: bool) -> Transform:
         """From a PIL image to a normalised tensor [C, H, W]; augmented if `train`."""
@@ -160,7 +160,7 @@ class _Downloaded(_Images):
 
     source: str  # torchvision's class
     name: str
-    folder: str
+    layout: str
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class _Downloaded(_Images):
         erase: float = 0.0,
         mixup: float = 0.0,
     ):
-        """Arguments of CIFAR-10 and CIFAR-100.
+        """Arguments of CIFAR-10 and CIFAR-100; MNIST takes some of them.
 
         Args:
             root: folder of the data.
@@ -201,7 +201,7 @@ class _Downloaded(_Images):
         except RuntimeError as error:
             raise FileNotFoundError(
                 f"{self.name} not found, or not whole: looked in {self.root.resolve()}, expected the folder "
-                f"{self.folder} there. Get it with --data.download true, or set --data.root."
+                f"{self.layout} there. Get it with --data.download true, or set --data.root."
             ) from error
 
     def crop(self, augment: bool) -> list[Any]:
@@ -214,7 +214,7 @@ class CIFAR10(_Downloaded):
     """CIFAR-10 (Krizhevsky 2009): static images [3, 32, 32], normalised; the official test images."""
 
     source, name = "CIFAR10", "CIFAR-10"
-    folder = "cifar-10-batches-py of the Python version"
+    layout = "cifar-10-batches-py of the Python version"
     mean = (0.4914, 0.4822, 0.4465)
     std = (0.2470, 0.2435, 0.2616)
 
@@ -223,7 +223,7 @@ class CIFAR100(_Downloaded):
     """CIFAR-100 (Krizhevsky 2009): static images [3, 32, 32], normalised; the official test images."""
 
     source, name = "CIFAR100", "CIFAR-100"
-    folder = "cifar-100-python of the Python version"
+    layout = "cifar-100-python of the Python version"
     mean = (0.5071, 0.4865, 0.4409)
     std = (0.2673, 0.2564, 0.2762)
 

@@ -59,7 +59,7 @@ class SequentialMNIST(_Downloaded):
     """
 
     source = name = "MNIST"
-    folder = "MNIST/raw of its four files"
+    layout = "MNIST/raw of its four files"
     mean, std = (0.1307,), (0.3081,)
 
     def __init__(

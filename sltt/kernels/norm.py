@@ -71,9 +71,9 @@ def _normalise(
 
     The running mean and variance [C] are updated T times, with the weights `momenta`.
     """
-    # the types that the operator gives its statistics
-    alone = x.is_cpu and affine[0] is None and running is None
-    statistics = x.dtype if alone else torch.promote_types(x.dtype, torch.float32)
+    # on the CPU, the operator takes statistics in the type of what is beside the input
+    beside = [t.dtype for t in (*affine, *(running or ())) if t is not None]
+    statistics = [*beside, x.dtype][0] if x.is_cpu else torch.promote_types(x.dtype, torch.float32)
     mean, invstd = (torch.empty(steps, x.shape[1], dtype=statistics, device=x.device) for _ in range(2))
     y = torch.empty_like(x)
     running_mean, running_var = running or (None, None)

@@ -6,7 +6,7 @@ Spikes come as bits (`bits.pack`) of memory with the channels last: [B, H, W, C]
 float32. Results do not depend on the number of threads, to the last bit.
 
     layer = conv_layer(x.shape, weight.shape, stride=(1, 1), padding=((1, 1), (1, 1)))
-    if layer.problem is None and density(bits) < costs.break_even(layer, x.dtype).forward:
+    if not (layer.problem or native.problem()) and density(bits) < costs.break_even(layer, x.dtype).forward:
         y = forward(layer, bits, pack_weight(layer, weight), bias, x.dtype)
 """
 

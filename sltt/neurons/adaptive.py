@@ -64,7 +64,8 @@ class ALIF(_Leaky):
         return s, u - v_threshold * s, threshold_decay * a + s
 
     def extra_repr(self) -> str:
-        return f"tau_a={self.tau_a}, beta={self.beta}, {super().extra_repr()}"
+        tau, rest = super().extra_repr().split(", ", 1)
+        return f"{tau}, tau_a={self.tau_a}, beta={self.beta}, {rest}"
 
 
 class ChannelLIF(Neuron):

@@ -12,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from sltt._torch import _BatchNorm, _InstanceNorm, _SpectralNorm
 from sltt.kernels import stepwise_norms
-from sltt.memory import available_memory, parse_bytes, peak_memory
+from sltt.memory import available_memory, counts_peak, parse_bytes, peak_memory
 from sltt.sequence.fold import clocked
 from sltt.sequence.hooks import hooked, own_forward
 from sltt.sequence.state import Stateful, emits_spikes, state_names
@@ -97,6 +97,10 @@ def run_within(
     model = network.model
     key = key, budget, x.shape, x.dtype, x.device, steps, model.training
     found = _peaks.setdefault(model, {})
+    if not counts_peak(x.device):
+        raise ValueError(
+            f"fold='auto' measures memory, which PyTorch does not count on {x.device.type}: take a number, fold=2"
+        )
     if key not in found:
         free = int(SHARE_OF_FREE * available_memory(x.device)) if budget is None else parse_bytes(budget)
         found[key] = free, []

@@ -45,9 +45,11 @@ class OTTT(Rule):
         self.inputs = flag("inputs", inputs)
 
     def run(self, batch: Batch) -> Output:
-        with traced(batch.model, self.decay, self.inputs):
+        with traced(batch.model, self.decay, self.inputs) as traces:
             for t in range(batch.steps):
-                batch.backward(batch.forward(range(t, t + 1), cut=True))
+                value = batch.forward(range(t, t + 1), cut=True)
+                traces.end()
+                batch.backward(value)
                 batch.detach()
                 if self.online and batch.update is not None:
                     batch.update()

@@ -36,8 +36,8 @@ _NORMS = _NormBase | nn.LayerNorm | nn.GroupNorm
 
 
 @contextmanager
-def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator[None]:
-    """Inside this block, in which the model runs time steps, weights have the gradient of their traces.
+def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator["_Traces"]:
+    """Inside this block, weights have the gradient of their traces, whose `end` is to be called after each forward.
 
     Args:
         model: the network, in its initial state.
@@ -58,8 +58,8 @@ def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator[None
     }
     before = [neuron.register_forward_pre_hook(traces.arrive) for neuron in neurons]
     after = [neuron.register_forward_hook(traces.leave) for neuron in neurons]
-    with hooked(*before, *after, model.register_forward_hook(traces.end)), replaced("forward", forwards):
-        yield
+    with hooked(*before, *after), replaced("forward", forwards):
+        yield traces
 
 
 def _neurons(model: nn.Module) -> dict[nn.Module, str]:
@@ -165,8 +165,8 @@ class _Traces:
         self.spikes: set[Any] = set()  # the graph's nodes of the neurons' outputs
         self.last: nn.Module | None = None  # the neurons that ran last
 
-    def end(self, *call: Any) -> None:
-        """After the forward of a time step, before the backward, in which checkpoints run layers again."""
+    def end(self) -> None:
+        """After the forward of a time step and its loss, before the backward, in which checkpoints run layers again."""
         self._part()
         for trace in self.traces.values():
             if trace.read is not None:
@@ -336,7 +336,7 @@ class _Operations(TorchFunctionMode):
         trace = self.traces.read(self.layer, x if weight.requires_grad else None)
         if trace is None:
             return func(x, weight, bias, *settings)
-        if bias is not None and self.traces.inputs:
+        if bias is not None and bias.requires_grad and self.traces.inputs:
             bias = scaled(bias, trace.ones)
         if trace.read is None or trace.first:  # the bias learns alone, or what is read is the trace, and may be spikes
             y: Tensor = func(x, weight, bias, *settings)

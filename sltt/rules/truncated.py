@@ -2,14 +2,13 @@
 
 import operator
 from abc import abstractmethod
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from contextlib import nullcontext
 from functools import partial, reduce
 from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from sltt.checks import flag, instance, whole_number
 from sltt.losses import SequenceLoss
@@ -82,22 +81,18 @@ class Truncated(Rule):
         steps, length = range(batch.steps), self.window_length(batch.steps)
         trained, scale = self.trained_steps(batch), self.loss_scale(batch.steps)
         cut = length == 1  # such windows share a call of the network: the neurons cut the gradient between its steps
+        run = batch.run if batch.whole else batch.forward  # logits, or losses
         for window in _alike(steps, trained, fold) if cut and not batch.whole else split(steps, length):
-            graph = window.start in trained
-            value = self._loss_of(batch, window, split(window, fold), graph=graph, cut=cut)
+            graph, values = window.start in trained, []
+            for call in split(window, fold):
+                value = run(call, graph=graph, cut=cut, recompute=self.recompute)
+                values.append(value.clone() if batch.whole else value)  # the model may go on to change its logits
+            value = batch.window_loss(window, torch.cat(values)) if batch.whole else reduce(operator.add, values)
             if graph:
                 batch.backward(value * scale)
-            del value  # so that the graph of this window is gone before the next forward
+            del values, value  # so that the graph of this window is gone before the next forward
             batch.detach()
         return batch.output()
-
-    def _loss_of(self, batch: Batch, window: range, calls: Iterable[range], **how: bool) -> Tensor:
-        """The loss of a window, run in these calls of the network."""
-        if batch.whole:
-            # in copies: the model may go on to change what it gave
-            logits = [batch.run(call, recompute=self.recompute, **how).clone() for call in calls]
-            return batch.window_loss(window, torch.cat(logits))
-        return reduce(operator.add, (batch.forward(call, recompute=self.recompute, **how) for call in calls))
 
 
 def _alike(steps: range, trained: Container[int], most: int) -> Iterator[range]:

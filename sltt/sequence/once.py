@@ -57,7 +57,7 @@ def hoisting(model: nn.Module, x: Tensor | None, grad: bool, keep: bool = True) 
 @contextmanager
 def step_with_graph(graph: bool) -> Iterator[None]:
     """A time step with or without a graph; what `once` computes in it has its graph in either case."""
-    hoisted: Any = _current.get()  # that of the rule's sequence
+    hoisted = _current.get() or Hoisted(None, False, False)  # none in a thread that a rule starts
     hoisted.in_graph = graph
     try:
         with torch.set_grad_enabled(graph):

@@ -119,13 +119,13 @@ class NotebookBar:
     @contextmanager
     def __call__(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
         """Show the bar, and give a function that moves it on by one; it vanishes at the end."""
-        shown = -SECONDS
+        last = -SECONDS
 
         def advance(by: int = 1) -> None:
-            nonlocal done, shown
+            nonlocal done, last
             done += by
-            if time.monotonic() - shown >= SECONDS:
-                shown = time.monotonic()
+            if time.monotonic() - last >= SECONDS:
+                last = time.monotonic()
                 text = f"{title} {done}/{total}"
                 self._show(f'<progress max="{total}" value="{done}"></progress> <code>{text}</code>', text)
 

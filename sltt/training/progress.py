@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self, TypeVar
 
 import torch
@@ -89,7 +89,8 @@ class Progress:
         counts = processes.sum([number for pair in self.firing.values() for number in pair])
         pairs = zip(map(int, counts[::2]), map(int, counts[1::2]), strict=True)
         firing = dict(zip(self.firing, pairs, strict=True))
-        return replace(self, loss=loss, correct=correct, samples=int(samples), terms=terms, firing=firing)
+        sums = {"loss": loss, "correct": correct, "samples": int(samples), "terms": terms, "firing": firing}
+        return type(self)(**asdict(self) | sums)  # in plain types: a metric's state may have dataclasses
 
     def of_process(self, rank: int) -> Self:
         """The part of a process in sums over all of them: the first takes them over, the others begin with nothing."""

@@ -109,6 +109,7 @@ CASES = f"""
 2 | precision: expected [32, 'bf16-mixed', '16-mixed'], got bf16 | train --precision bf16
 2 | compile: expected ['auto', 'on', 'off'], got maybe | train --compile maybe
 2 | device: expected ['auto', 'cpu', 'cuda', 'mps'], got gpu | train --device gpu
+2 | sltt compare measures memory, which PyTorch does not count on mps: take --device cpu | compare digits --device mps
 2 | strategy: expected ['ddp', 'fsdp'], got foo | train --strategy foo
 2 | checkpoint_minutes: expected float, got x | train --checkpoint_minutes x
 2 | phases: expected list or null, got 3 | train --phases 3

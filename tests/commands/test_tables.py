@@ -29,7 +29,11 @@ def test_cells_that_are_not_there_are_empty_and_columns_come_in_order(capsys):
 def test_numbers_and_sizes_for_people():
     assert [number(value, ".1f").text for value in (1, math.nan, None)] == ["1.0", "nan", "–"]
     assert number(None, none="no limit") == Cell("no limit", None)
-    assert [bytes_cell(value).text for value in (5_230_000, 1_234_000_000)] == ["5.23 MB", "1.23 GB"]
+    assert [bytes_cell(value).text for value in (5_230_000, 999_700_000, 1_234_000_000)] == [
+        "5.23 MB",
+        "1000 MB",
+        "1.23 GB",
+    ]
     assert bytes_cell(12_340_000, ", T = 4") == Cell("12.3 MB, T = 4", 12_340_000)
 
 
@@ -47,7 +51,7 @@ def test_a_rule_that_trained_and_could_not_be_measured_has_a_row(capsys):
     assert lines[0].split() == ["rule", "accuracy", "s/epoch", "memory", *["mult.", "fwd", "mult.", "bwd"], "cosine"]
     assert [line.split() for line in lines[1:]] == [
         ["SLTT", "50.0%", "2.00", "5.2", "MB", "1.00e+02", "2.00e+02", "nan"],
-        ["OTTT", "died"],
+        ["OTTT", "50.0%", "2.00", "–", "–", "–", "nan"],
     ]
 
 

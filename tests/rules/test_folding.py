@@ -143,6 +143,18 @@ def test_any_batch_norm_in_bfloat16(rule, affine, tracked):
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_any_batch_norm_of_a_network_in_16_bits(dtype, affine, tracked):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(8, affine=affine, track_running_stats=tracked)
+    model = nn.Sequential(nn.Linear(6, 8), norm, sltt.LIF(), nn.Linear(8, 3)).to(dtype)
+    x, y = torch.randn(3, 8, 6).to(dtype), torch.randint(3, (8,))
+    found, expected = (gradients(model, one, x, y, LOSS)[0] for one in (sltt.BPTT(fold=3), sltt.BPTT()))
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_norm_in_bfloat16_runs_again_for_the_same_bits(affine):
     torch.manual_seed(0)

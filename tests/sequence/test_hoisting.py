@@ -1,4 +1,5 @@
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -226,3 +227,20 @@ def test_what_the_network_computes_without_a_graph_stays_without(hoist, k):
     sltt.SLTT(k=k, hoist=hoist)(model, x, y, nn.CrossEntropyLoss(), steps=4, seed=0)
     assert model.stem.weight.grad is None
     assert model.trained.weight.grad is not None
+
+
+class InThread(sltt.Rule):
+    """SLTT, whose forward runs in a thread."""
+
+    def run(self, batch):
+        with ThreadPoolExecutor(1) as pool:
+            for t in range(batch.steps):
+                batch.backward(pool.submit(batch.forward, range(t, t + 1)).result())
+                batch.detach()
+        return batch.output()
+
+
+def test_a_rule_may_run_its_steps_in_a_thread():
+    model, x, y = Stem(), torch.randn(3, 4, 2, 4, 4), torch.randint(3, (4,))
+    found, expected = (results(model, rule, x, y, {}) for rule in (InThread(), sltt.SLTT()))
+    assert_same(found, expected)

@@ -1,5 +1,7 @@
 """Metrics that compute their score from all samples, as those of torchmetrics do."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -80,6 +82,28 @@ def test_a_metric_that_cannot_be_saved_has_the_score_of_the_rest_of_a_resumed_ep
     assert [row["train_seen"] for row in again.history] == [rest, 60, 60, 60]
     assert [row["validation_seen"] for row in again.history] == [12] * 4
     assert capsys.readouterr().out.count("train_seen of epoch 1 counts the batches after the resume only") == 1
+
+
+@dataclass
+class Count:
+    samples: int = 0
+
+
+class Dataclass(Seen):
+    """Its state is a dataclass."""
+
+    def state_dict(self):
+        return {"count": Count(self.count)}
+
+    def load_state_dict(self, state):
+        self.count = Count(**state["count"]).samples
+
+
+def test_a_state_of_a_metric_with_a_dataclass_is_read_again_as_its_fields(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "part", metric=Dataclass(), rule=StopAt(2))
+    _, again = train(tmp_path / "part", metric=Dataclass(), rule=sltt.SLTT(k=2), resume=True)
+    assert [row["train_dataclass"] for row in again.history] == [60] * 4
 
 
 def test_a_metric_of_several_numbers_is_refused_at_the_first_batch(tmp_path):
