@@ -59,6 +59,28 @@ def assert_equal(found, expected, tolerance):
         assert difference <= tolerance * value.norm().item(), name
 
 
+PARTS = {
+    "first samples": lambda s: s[:2],
+    "last samples": lambda s: s[2:],
+    "samples the other way": lambda s: s.flip(0),
+    "the same again": lambda s: s.expand(2, *s.shape).flatten(0, 1),
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS.keys())
+def test_a_layer_that_reads_a_part_of_the_spikes(part):
+    """The memory of the part may be that of all spikes, whose bits are known."""
+    found = []
+    for sparse in ("off", "on"):
+        torch.manual_seed(0)
+        layer, x = nn.Linear(264, 40), (0.5 + (torch.rand(5, 7, 264) < 0.2)).requires_grad_()
+        with kernels.using(sparse=sparse), kernels.saving():
+            y = layer(part(sltt.LIF()(x)))
+        y.backward(torch.randn(y.shape))
+        found.append({"y": y, "x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad})
+    assert_equal(found[1], found[0], 1e-5)
+
+
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.16, 0.5, 1.0])
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS.keys())
 def test_gradients_on_the_same_spikes_are_those_of_the_dense_layer(make, shape, density, sparse_calls):
