@@ -56,11 +56,14 @@ def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.
         )
     with _profiler:
         _this_thread.measures = True
+        collects = gc.isenabled()
         try:
-            gc.collect()  # cycles of before that the collector frees within the call would lower its peak
+            gc.disable()  # what an earlier measurement has left, freed within the call, would lower its peak
             return _trace(call, torch.device(device))
         finally:
             _this_thread.measures = False
+            if collects:
+                gc.enable()
 
 
 _profiler = threading.Lock()  # PyTorch has one for all threads

@@ -1,10 +1,12 @@
 """Sizes of memory, and the memory that is free."""
 
+import gc
+
 import pytest
 import torch
 
 import sltt
-from sltt.analysis import available_memory, memory_parts, parse_bytes
+from sltt.analysis import available_memory, memory_parts, parse_bytes, peak_memory
 from sltt.memory import free_memory
 
 MB = 1_000_000
@@ -91,3 +93,30 @@ def test_the_memory_of_slttk_is_that_of_no_lucky_draw(steps):
     for _ in range(3):
         found = memory_parts(model, x, y, loss, sltt.SLTT(k=1), steps=steps)
         assert found.total == pytest.approx(every.total, rel=0.01)
+
+
+@pytest.fixture
+def late_collector():
+    """A collector that runs after so many new objects only, as within the call below."""
+    gc.collect()
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, *before[1:])
+    yield
+    gc.set_threshold(*before)
+
+
+def test_garbage_of_an_earlier_measurement_does_not_lower_a_peak(late_collector):
+    def litter():
+        garbage = [torch.zeros(1_000_000)]
+        garbage.append(garbage)
+
+    def call():
+        parts = [[i] for i in range(100_000)]  # enough for the collector to run, were it on
+        return torch.zeros(250_000), parts
+
+    peak_memory(litter)
+    assert peak_memory(call) == 1_000_000
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        peak_memory(lambda: 1 / 0)
+    assert gc.isenabled()
