@@ -112,41 +112,6 @@ def test_autocast_and_the_sign_of_the_gradient():
     assert torch.cosine_similarity(found, expected, dim=0) > 0.9
 
 
-@pytest.mark.parametrize("convolution", [False, True])
-def test_a_bias_that_does_not_learn_is_left_as_it_is(convolution):
-    first = nn.Conv2d(1, 8, (1, 6)) if convolution else nn.Linear(6, 8)
-    model = nn.Sequential(first, nn.Flatten(), sltt.LIF(tau=2.0), nn.Linear(8, 3)).double()
-    x, y = batch(steps=4)
-    x = x[:, :, None, None] if convolution else x
-    gradients(model, sltt.OTTT(), x, y)
-    expected = [model[0].weight.grad, model[3].weight.grad]
-    for layer in (model[0], model[3]):
-        layer.bias.requires_grad_(False)
-    gradients(model, sltt.OTTT(), x, y)
-    torch.testing.assert_close([model[0].weight.grad, model[3].weight.grad], expected)
-
-
-class Tied(nn.Module):
-    """Its loss calls a layer that the network has called before."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.neuron = nn.Linear(6, 6), sltt.LIF(tau=2.0, detach_reset=True)
-
-    def forward(self, x):
-        return self.neuron(self.layer(x))
-
-
-def test_a_layer_that_the_loss_calls_has_its_gradient_of_bptt():
-    model, x, y = Tied().double(), torch.randn(5, 4, 6).double(), torch.randint(6, (4,))
-
-    def loss(logits, target):
-        return F.cross_entropy(model.layer(logits), target)
-
-    found, expected = (gradients(model, rule, x, y, loss)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
-    torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 256), (torch.float16, 2048)])
 def test_a_trace_adds_up_in_float32(dtype, largest):
     """The largest number that a one is not lost in, and ones after it."""
