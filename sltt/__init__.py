@@ -20,6 +20,7 @@ from sltt.neurons import (
     lif_step,
 )
 from sltt.parallel import devices
+from sltt.pooling import RunningMax
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
 from sltt.sequence.once import once
 from sltt.sequence.padding import Padded
@@ -53,6 +54,7 @@ __all__ = [
     "RateBased",
     "Recurrent",
     "Rule",
+    "RunningMax",
     "StableLIF",
     "Stateful",
     "TernaryLIF",

@@ -38,6 +38,7 @@ CONSTRUCTORS = [
     (sltt.PLIF, {}, LEAKY),
     (sltt.LIF.from_beta, {"beta": 0.5}, {"beta": number(0, 1, -0.5, 1.5)}),
     (sltt.Dropout, {}, {"p": number(-0.1, 1.0, 2)}),
+    (sltt.RunningMax, {}, {"pool": OBJECT}),
     (losses.CrossEntropyMSE, {}, {"alpha": number(-0.1, 1.1), "one_hot": FLAG, "label_smoothing": number(-0.1, 1)}),
     (schedules.Constant, {}, {"warmup": number(-1)}),
     (schedules.Cosine, {}, {"warmup": number(-1)}),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sltt.checks import instance
 from sltt.kernels import using
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent
+from sltt.pooling import RunningMax
 from sltt.sequence.state import Stateful, reset, state_names
 
 
@@ -58,6 +59,9 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
     return step.first
 
 
+_KEEPERS = Neuron | Recurrent | RunningMax  # modules whose states go from step to step
+
+
 class _Step(nn.Module):
     """One time step as a function of input and states."""
 
@@ -74,7 +78,7 @@ class _Step(nn.Module):
                 f"ONNX export knows the states of every sltt.Neuron, not of {', '.join(unknown)}; of many neurons of "
                 "other libraries sltt.interop.convert makes ours"
             )
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, Neuron | Recurrent)}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, _KEEPERS)}
         self.places = [(m, state) for m in layers.values() for state in m.states]
         self.first = {
             name if len(m.states) == 1 else f"{name}.{state}": value
@@ -102,4 +106,4 @@ class _Step(nn.Module):
 def _known(module: Stateful) -> bool:
     if isinstance(module, IntegrateAndFire) and module.states != Neuron.states:
         return False  # a subclass with a state that its step does not have
-    return isinstance(module, Neuron | Recurrent) or module.timeless
+    return isinstance(module, _KEEPERS) or module.timeless

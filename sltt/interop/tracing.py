@@ -5,6 +5,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -43,6 +44,15 @@ VIEWS = frozenset(_VIEWS.split())  # gives the memory that it reads, or may do s
 _LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _HIDDEN = nn.RNNBase | nn.RNNCellBase | nn.Transformer | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 _REDRAWN = nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout
+_POOLS = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+)
+_POOLING: dict[Any, type[nn.Module]] = {
+    **dict(zip((F.max_pool1d, F.max_pool2d, F.max_pool3d), _POOLS[:3], strict=True)),
+    **dict(zip((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), _POOLS[:3], strict=True)),
+    **dict(zip((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d), _POOLS[3:], strict=True)),
+}
 _IN_PLACE = "sltt_in_place"
 
 
@@ -138,6 +148,20 @@ class Calls:
             if name.startswith(("conv", "batchnorm", "groupnorm")) or isinstance(self.module(node), _LAYERS):
                 return False
         return False
+
+    def pooling(self, node: fx.Node) -> nn.Module | None:
+        """The max pooling that a call runs; None for another call, or where indices or values of the input enter."""
+        module = self.module(node)
+        if isinstance(module, _POOLS):
+            return None if module.return_indices else module
+        kind = _POOLING.get(node.target) if node.op == "call_function" else None
+        if kind is None or len(node.all_input_nodes) > 1:
+            return None
+        names = ["kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"]
+        if "Adaptive" in kind.__name__:
+            names = ["output_size", "return_indices"]
+        given: dict[str, Any] = dict(zip(["input", *names], node.args, strict=False)) | node.kwargs
+        return None if given.pop("return_indices", False) else kind(**{n: given[n] for n in names if n in given})
 
     def _problem(self, node: fx.Node) -> str | None:
         module, name = self.module(node), self.name(node)

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from sltt.interop.activations import QCFS, Balanced, Coded, percentiles
 from sltt.interop.tracing import NEURONS, NONLINEAR, Calls, plain
 from sltt.models.base import NeuronFactory, neuron_maker
 from sltt.neurons import IF
+from sltt.pooling import RunningMax
 from sltt.sequence.modes import evaluating
 from sltt.sequence.steps import check_input
 
@@ -37,9 +38,10 @@ def spiking(
         ReLU(x[t]) becomes θ s[t],  s[t] the spikes of a neuron with input x[t] / θ
 
     The mean over T time steps is ReLU(x) in T + 1 levels up to θ. Without data θ is 1, or the clip of a `QCFS`. These
-    stay: weights and their names, BatchNorm, LayerNorm, max pooling (of spikes) and attention (within the time step).
-    `nn.Dropout` becomes `sltt.Dropout`, which has one mask per sequence. Modules of yours that read `self.training` and
-    hold no others, such as timm's DropPath, stay as they are. Choose T where you train or run the twin.
+    stay: weights and their names, BatchNorm, LayerNorm and attention (within the time step). PyTorch's max pooling
+    becomes `sltt.RunningMax`, which pools means over time; `nn.Dropout` becomes `sltt.Dropout`, which has one mask per
+    sequence. Modules of yours that read `self.training` and hold no others, such as timm's DropPath, stay as they are.
+    Choose T where you train or run the twin.
 
     Args:
         ann: the network; `torch.fx` traces it.
@@ -80,11 +82,10 @@ def spiking(
     for name, node in places.items():
         ann.set_submodule(name, Balanced(make(), thresholds[node]) if node in thresholds else make())
         node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
-    dropouts = [(node, module.p) for node in calls.graph.nodes if type(module := calls.module(node)) is nn.Dropout]
-    for node, p in dropouts:  # one for each call: it keeps its mask for a sequence
+    for node, module in [*_over_time(calls)]:  # one for each call: it keeps a state for a sequence
         places[name := _free_name(calls, node, places)] = node
-        ann.set_submodule(name, Dropout(p))
-        node.target = name
+        ann.set_submodule(name, module)
+        node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
     if coding is not None:
         image = next(node for node in calls.graph.nodes if node.op == "placeholder")
         ann.add_module(name := _free_name(calls, image, places), Coded(coding))
@@ -93,6 +94,15 @@ def spiking(
         image.replace_all_uses_with(coded)
         coded.args = (image,)
     return fx.GraphModule(ann, calls.graph, f"Spiking{type(ann).__name__}").train(ann.training)
+
+
+def _over_time(calls: Calls) -> Iterator[tuple[fx.Node, nn.Module]]:
+    """The other calls that time changes, and what stands for them in a sequence."""
+    for node in calls.graph.nodes:
+        if type(module := calls.module(node)) is nn.Dropout:
+            yield node, Dropout(module.p)
+        elif pool := calls.pooling(node):
+            yield node, RunningMax(pool)
 
 
 def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from sltt.kernels import (
 from sltt.losses import OfMean, is_per_step
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent, StableLIF
 from sltt.neurons.base import check_forward
+from sltt.pooling import RunningMax
 from sltt.rules.base import Batch, Output, Rule, step_loss
 from sltt.rules.segments import Buffers
 from sltt.sequence.hooks import own_forward, replaced
@@ -54,9 +55,9 @@ class RateBased(Rule):
             with another rule.
 
     Raises:
-        ValueError: when called, a module with a state that is no `Neuron`; with `steady`, a `Recurrent` layer. Without
-            `steady`, a neuron or BatchNorm that is not used exactly once per step, BatchNorm with a forward of its own
-            (SyncBatchNorm), or a dropout module of PyTorch's, whose mask changes at every step.
+        ValueError: when called, a module with a state that is no `Neuron` or `RunningMax`; with `steady`, a `Recurrent`
+            layer. Without `steady`, a neuron or BatchNorm that is not used exactly once per step, BatchNorm with a
+            forward of its own (SyncBatchNorm), or a dropout module of PyTorch's, whose mask changes at every step.
 
     Source: Yu et al., NeurIPS 2024 (arXiv 2410.11488); (3) to (5) as in the authors' code
     (github.com/Tab-ct/rate-based-backpropagation, model/layer.py), where V_th = 1 and v_r = 0.
@@ -74,7 +75,7 @@ class RateBased(Rule):
         return self._run_steady(batch) if self.steady else self._run_recorded(batch)
 
     def _run_steady(self, batch: Batch) -> Output:
-        steady = {layer.module: partial(layer.steady, steps=batch.steps) for layer in _neuron_layers(batch.model)}
+        steady = {layer.module: partial(layer.steady, steps=batch.steps) for layer in _stateful_layers(batch.model)}
         with replaced("forward", steady):
             logits = batch.rates()
         value = _loss(batch, logits)
@@ -82,7 +83,7 @@ class RateBased(Rule):
         return Output(value.detach(), logits.detach().expand(batch.steps, *logits.shape))
 
     def _run_recorded(self, batch: Batch) -> Output:
-        layers: list[_Layer] = [*_neuron_layers(batch.model), *_norm_layers(batch.model)]
+        layers: list[_Layer] = [*_stateful_layers(batch.model), *_norm_layers(batch.model)]
         with replaced("forward", {layer.module: layer.step for layer in layers}):
             for t in range(batch.steps):
                 batch.run(range(t, t + 1), graph=False)
@@ -249,6 +250,22 @@ class _RecurrentLayer(_Layer):
         )
 
 
+class _PoolLayer(_Layer):
+    """A pooling of sums over time: the mean of what it gives is the pooling of the mean input."""
+
+    def step(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return RunningMax.forward(self.module, x)
+
+    def rate(self, x: Tensor) -> Tensor:
+        self.module.reset()  # what the T steps left goes, layer by layer
+        return self.module.pool(x)
+
+    def steady(self, x: Tensor, steps: int) -> Tensor:
+        """The same for any number of steps."""
+        return self.rate(x)
+
+
 class _NormLayer(_Layer):
     """BatchNorm, whose rate pass normalises as the T steps did, by the means over time of their statistics.
 
@@ -293,9 +310,9 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
 
 
-def _neuron_layers(model: nn.Module) -> list["_NeuronLayer | _RecurrentLayer"]:
-    """The layers of neurons; raises ValueError naming a module with a state that the rate pass cannot run."""
-    layers: list[_NeuronLayer | _RecurrentLayer] = []
+def _stateful_layers(model: nn.Module) -> list["_NeuronLayer | _RecurrentLayer | _PoolLayer"]:
+    """The layers that keep a state; raises ValueError naming a module whose state the rate pass cannot run."""
+    layers: list[_NeuronLayer | _RecurrentLayer | _PoolLayer] = []
     for name, module in model.named_modules():
         # the class whose forward runs the neuron's `step`, and nothing else that a gradient passes
         kind = StableLIF if isinstance(module, StableLIF) else Neuron
@@ -303,6 +320,8 @@ def _neuron_layers(model: nn.Module) -> list["_NeuronLayer | _RecurrentLayer"]:
             layers.append(_NeuronLayer(name, module))
         elif isinstance(module, Recurrent) and not own_forward(module, Recurrent):
             layers.append(_RecurrentLayer(name, module))
+        elif isinstance(module, RunningMax) and not own_forward(module, RunningMax):
+            layers.append(_PoolLayer(name, module))
         elif _keeps_state(module):
             raise ValueError(
                 f"RateBased knows the derivative of a neuron's `step` (sltt.Neuron), not of {name} "

@@ -59,7 +59,7 @@ def test_a_neuron_at_every_call_and_the_weights_as_they_were(images, balanced):
     neurons = [name.removesuffix(".neuron") for name, m in twin.named_modules() if isinstance(m, sltt.IF)]
     assert sorted(neurons) == sorted(PLACES)
     assert not any(isinstance(m, nn.ReLU | nn.ReLU6) for m in twin.modules())
-    assert {sltt.Dropout, nn.MaxPool2d, nn.LayerNorm} < {type(m) for m in twin.modules()}
+    assert {sltt.Dropout, sltt.RunningMax, nn.LayerNorm} < {type(m) for m in twin.modules()}
     after = twin.state_dict()
     assert all(torch.equal(ann.state_dict()[name], value) for name, value in before.items())
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -75,8 +75,9 @@ def test_the_mean_over_time_is_the_activation():
     assert (error <= threshold * (0.5 / 64 + 1e-5)).all()
 
 
-def test_the_logits_of_a_balanced_twin_come_near_those_of_the_ann(images):
-    ann = ANN(nn.AvgPool2d, nn.Identity).eval()  # of spikes, the maximum and LayerNorm are others than of their means
+@pytest.mark.parametrize("pool", [nn.AvgPool2d, nn.MaxPool2d])
+def test_the_logits_of_a_balanced_twin_come_near_those_of_the_ann(images, pool):
+    ann = ANN(pool, nn.Identity).eval()  # LayerNorm of spikes is another than of their means
     with torch.no_grad():
         expected = ann(images)
     twin = spiking(ann, data=images, percentile=100)
@@ -84,6 +85,37 @@ def test_the_logits_of_a_balanced_twin_come_near_those_of_the_ann(images):
     errors = [(sltt.unroll(twin, images, steps=steps).mean(0) - expected).std() for steps in (2, 256)]
     assert errors[1] < errors[0] / 3
     assert errors[1] < 0.1 * expected.std()
+
+
+class Pooled(nn.Module):
+    """Max pooling as a module that is called twice, and as functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.conv = nn.MaxPool2d(3, 1, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x):
+        x = self.pool(self.conv(self.pool(F.relu(x))).relu())
+        x = F.max_pool2d(x, 3, stride=1, ceil_mode=True) + torch.max_pool2d(x, 2, 1, dilation=2)
+        return F.adaptive_max_pool2d(x, (2, 1)).flatten(1)
+
+
+def test_every_max_pooling_is_one_over_time(images):
+    ann = Pooled().eval()
+    twin = spiking(ann, data=images, percentile=100)
+    assert sum(isinstance(m, sltt.RunningMax) for m in twin.modules()) == 5
+    expected, logits = ann(images), sltt.unroll(twin, images, steps=256).mean(0)
+    assert (logits - expected).std() < 0.05 * expected.std()
+
+
+def test_max_pooling_with_indices_stays(images):
+    class Indices(nn.Module):
+        def forward(self, x):
+            return F.max_pool2d(F.relu(x), 2, return_indices=True)[0].flatten(1)
+
+    twin = spiking(Indices())
+    assert not any(isinstance(m, sltt.RunningMax) for m in twin.modules())
+    assert sltt.unroll(twin, images, steps=2).shape == (2, 8, 50)
 
 
 @pytest.mark.parametrize("levels", [1, 4, 8])
