@@ -55,6 +55,7 @@ class _Events(Data):
     folder: str  # under root; tonic's name of the data set too
     layout: str  # where recordings are looked for, for errors
     expected: tuple[int, int]  # training and test recordings of the whole data set
+    remedy = "Set --data.root, or get it with --data.download true."
 
     def __init__(
         self,
@@ -119,8 +120,7 @@ class _Events(Data):
         train, test = self.recordings(train=True), self.recordings(train=False)
         if not train:
             raise FileNotFoundError(
-                f"{self.title} not found: looked in {self.root.resolve()}, expected {self.layout} there. "
-                "Set --data.root, or get it with --data.download true."
+                f"{self.title} not found: looked in {self.root.resolve()}, expected {self.layout} there. {self.remedy}"
             )
         if missing := self.missing():
             lost = " and ".join(f"{count} {name} recordings" for name, count in missing.items())
@@ -245,6 +245,7 @@ class EventFolder(_Events):
     title = "the folder of recordings"
     layout = "train/CLASS/* and test/CLASS/*"
     expected = (0, 0)
+    remedy = "Set --data.root."
 
     def __init__(self, root: str, sensor: tuple[int, int], **kwargs: Any):
         super().__init__(root, **kwargs)

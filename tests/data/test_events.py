@@ -175,6 +175,8 @@ def test_every_part_of_a_data_set_is_fetched(tmp_path, monkeypatch, name, parts)
 def test_a_folder_of_recordings_cannot_be_fetched(tmp_path):
     with pytest.raises(ValueError, match="cannot be downloaded; put it into"):
         sltt.data.EventFolder(str(tmp_path), (34, 34), download=True).splits(2)
+    with pytest.raises(FileNotFoundError, match=r"expected train/CLASS/\* .* there\. Set --data\.root\.$"):
+        sltt.data.EventFolder(str(tmp_path), (34, 34)).splits(2)
 
 
 def test_one_recording_that_is_missing_is_counted(tmp_path, monkeypatch):
