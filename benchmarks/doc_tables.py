@@ -193,6 +193,7 @@ def ladder(results: Path) -> str:
         ("clipped", "activations"): "ReLU clipped at 2.5",
         ("rates", "rates of 9 levels"): "steady currents, T = 8: rates of 9 levels",
         ("rates", "spikes, T = 8"): "the same weights: spikes, T = 8",
+        ("rates", "pooled over time"): "the same, max pooling of sums over time (`sltt.RunningMax`)",
         ("slttk", "spikes, T = 8"): "after two epochs of SLTT-1 at T = 4: spikes, T = 8",
         ("slttk", "spikes, T = 4"): "the same weights: spikes, T = 4",
     }

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rates_to_spikes import Logits, rates, spikes, validation
+from rates_to_spikes import Logits, pooled_over_time, rates, spikes, validation
 from tables import DOCS, fill
 from trainings import train
 
@@ -37,7 +37,11 @@ CASES = {
 # how the logits of a case are made: the network's own, of rates, of spikes
 MEASURES: dict[str, dict[str, Logits]] = {
     **{name: {"activations": lambda model, x: model(x)} for name in ("gelu", "relu", "clipped")},
-    "rates": {"rates of 9 levels": partial(rates, steps=STEPS), "spikes, T = 8": partial(spikes, steps=STEPS)},
+    "rates": {
+        "rates of 9 levels": partial(rates, steps=STEPS),
+        "spikes, T = 8": partial(spikes, steps=STEPS),
+        "pooled over time": partial(pooled_over_time, steps=STEPS),
+    },
     "slttk": {"spikes, T = 8": partial(spikes, steps=STEPS), "spikes, T = 4": partial(spikes, steps=4)},
 }
 

@@ -3,10 +3,13 @@
     python benchmarks/rates_to_spikes.py RUN [--steps 4 8] [--threads 2]
 
 RUN is a training such as `sltt train cifar10-small`, stopped after its steady currents, or at its end. Its last weights
-run on rates of T + 1 levels, of 65 levels (nearly the analog network), and on spikes, in bfloat16.
+run on rates of T + 1 levels, of 65 levels (nearly the analog network), on spikes, and on spikes with max pooling of
+sums over time (`sltt.RunningMax`) in place of each step, in bfloat16.
 """
 
 import argparse
+import copy
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,6 +37,21 @@ def spikes(model: nn.Module, x: Tensor, steps: int) -> Tensor:
     return sltt.unroll(model, x, steps=steps).mean(0)
 
 
+@functools.cache
+def over_time(model: nn.Module) -> nn.Module:
+    """A copy that pools sums over time in place of each step."""
+    model = copy.deepcopy(model)
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, nn.MaxPool2d):
+            model.set_submodule(name, sltt.RunningMax(module))
+    return model
+
+
+def pooled_over_time(model: nn.Module, x: Tensor, steps: int) -> Tensor:
+    """Mean logits of the spikes [B, C] of such a copy."""
+    return spikes(over_time(model), x, steps)
+
+
 def validation(run: Path) -> tuple[nn.Module, Iterator[tuple[Tensor, Tensor]]]:
     """The last weights of a run, and its validation images in batches."""
     built = Recipe("rates_to_spikes", str(run_config(run)), [], of_run=True).build()
@@ -58,6 +76,8 @@ def main() -> None:
     model, batches = validation(options.run)
     cases: dict[str, Logits] = {f"rates, {T + 1} levels": partial(rates, steps=T) for T in (ANALOG, *options.steps)}
     cases |= {f"spikes, T = {T}": partial(spikes, steps=T) for T in options.steps}
+    if any(isinstance(module, nn.MaxPool2d) for module in model.modules()):
+        cases |= {f"spikes, T = {T}, pooled over time": partial(pooled_over_time, steps=T) for T in options.steps}
     right: dict[str, tuple[list[bool], list[bool]]] = {name: ([], []) for name in cases}
     for x, y in batches:
         for name, run in cases.items():
