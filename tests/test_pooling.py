@@ -111,6 +111,24 @@ def test_the_rate_pass_pools_the_mean_input():
     torch.testing.assert_close(seen[-1], sum(seen[:-1]) / T)
 
 
+def test_work_on_a_static_image_that_pools_runs_once():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem = nn.Sequential(nn.Conv2d(2, 3, 3), sltt.RunningMax(nn.MaxPool2d(2)))
+            self.rest = nn.Sequential(sltt.LIF(v_threshold=0.5), nn.Flatten(), nn.Linear(12, 3))
+
+        def forward(self, x):
+            return self.rest(sltt.once(self.stem, x))
+
+    x, y = batch()
+    models = Net().double(), Net().double()
+    for model, hoist in zip(models, (False, True), strict=True):
+        sltt.SLTT(hoist=hoist)(model, x[0], y, nn.CrossEntropyLoss(), steps=T)
+    torch.testing.assert_close(*([p.grad for p in model.parameters()] for model in models))
+
+
 def test_sums_are_of_float32_where_inputs_have_16_bits():
     pool = sltt.RunningMax(nn.MaxPool2d(1))
     for _ in range(300):

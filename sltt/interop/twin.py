@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -76,13 +76,9 @@ def spiking(
     calls = Calls(ann, NEURONS.union(replace).difference(keep), NONLINEAR.difference(replace, keep))
     activations = calls.activations()
     thresholds = _percentiles(calls, activations, data, percentile) | _clips(calls, activations)
+    made = {node: Balanced(make(), thresholds[node]) if node in thresholds else make() for node in activations}
     places: dict[str, fx.Node] = {}
-    for node in activations:
-        places[_free_name(calls, node, places)] = node
-    for name, node in places.items():
-        ann.set_submodule(name, Balanced(make(), thresholds[node]) if node in thresholds else make())
-        node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
-    for node, module in [*_over_time(calls)]:  # one for each call: it keeps a state for a sequence
+    for node, module in (made | _over_time(calls)).items():  # one for each call: it keeps a state for a sequence
         places[name := _free_name(calls, node, places)] = node
         ann.set_submodule(name, module)
         node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
@@ -96,13 +92,15 @@ def spiking(
     return fx.GraphModule(ann, calls.graph, f"Spiking{type(ann).__name__}").train(ann.training)
 
 
-def _over_time(calls: Calls) -> Iterator[tuple[fx.Node, nn.Module]]:
+def _over_time(calls: Calls) -> dict[fx.Node, nn.Module]:
     """The other calls that time changes, and what stands for them in a sequence."""
+    found: dict[fx.Node, nn.Module] = {}
     for node in calls.graph.nodes:
         if type(module := calls.module(node)) is nn.Dropout:
-            yield node, Dropout(module.p)
+            found[node] = Dropout(module.p)
         elif pool := calls.pooling(node):
-            yield node, RunningMax(pool)
+            found[node] = RunningMax(pool)
+    return found
 
 
 def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
