@@ -21,7 +21,7 @@ class Phase:
         epochs: its length. If the phases do not add up to the training's `epochs`, the last one is cut or extended.
         steps: T.
         rule: the learning rule.
-        lr: learning rate. The schedule starts anew with a phase that has one; without, it runs on.
+        lr: learning rate. The schedule starts anew with a phase that has one, without warm-up; without, it runs on.
         weight_decay: of the optimizer.
         freeze_norm: BatchNorm normalises with its running statistics in this phase, and leaves them as they are; its
             weights go on learning. Use it where a phase sees other statistics than the one before: firing rates, and
@@ -105,7 +105,8 @@ def set_rates(
 ) -> None:
     """Set learning rate and weight decay at `epoch`, a fraction in the middle of one; `initial` are the optimizer's."""
     start, stop = stage.span
-    factor = schedule.factor(epoch - start, stop - start)
+    factor_at = schedule.decay if start else schedule.factor  # only the first phase warms up
+    factor = factor_at(epoch - start, stop - start)
     for group, (lr, weight_decay) in zip(optim.param_groups, initial, strict=True):
         group["lr"] = factor * (lr if stage.lr is None else stage.lr) * group.get("lr_factor", 1.0)
         if "weight_decay" in group and "norm" not in group:

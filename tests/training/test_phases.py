@@ -10,7 +10,7 @@ import sltt
 from sltt.data import Data, Splits
 from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.console import Console
-from sltt.training.phases import Phase, plan, stage_at
+from sltt.training.phases import Phase, plan, set_rates, stage_at
 from tests.conftest import RULES
 from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
 
@@ -91,6 +91,16 @@ def test_phases_switch_t_and_rates_and_carry_the_optimizer_on(tmp_path, static):
         (4, 0.05, 0.0, True),
     ]
     assert result.epoch > 2  # the best with the last T
+
+
+def test_only_the_first_phase_warms_up():
+    stages = plan([Phase(2), Phase(1), Phase(2, lr=0.1)], 5, 4, SLTT)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
+    rates = []
+    for epoch in (0.5, 1, 2, 3, 4):
+        set_rates(optimizer, [(0.2, 0.0)], stage_at(stages, int(epoch)), sltt.schedules.Cosine(warmup=1), epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.2, 0.1, 0.1, 0.05])
 
 
 def test_a_run_that_stopped_between_phases_goes_on_as_if_it_had_not(tmp_path):
