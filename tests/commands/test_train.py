@@ -42,7 +42,8 @@ def test_train_then_eval(here, capsys):
 
 def test_the_weights_of_the_best_and_of_the_last_epoch_are_both_tested(here, capsys):
     # the second epoch undoes the first
-    spoiling = ["--optimizer.lr", "0.02", "--phases", "[{epochs: 1}, {epochs: 1, lr: 3.0}]"]
+    spoiling = ["--optimizer.lr", "0.05", "--schedule", "sltt.schedules.Constant", "--schedule.warmup", "0"]
+    spoiling += ["--phases", "[{epochs: 1}, {epochs: 1, lr: 3.0}]"]
     words = ["--model.width", "4", "--epochs", "2", "--steps", "2", "--batch_size", "128", "--device", "cpu", *spoiling]
     assert run(capsys, "train", "digits", *words, "--run", "a")[0] == 0
     result = json.loads(Path("a/result.json").read_text())
