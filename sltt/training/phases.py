@@ -21,7 +21,7 @@ class Phase:
         epochs: its length. If the phases do not add up to the training's `epochs`, the last one is cut or extended.
         steps: T.
         rule: the learning rule.
-        lr: learning rate. The schedule starts anew with a phase that has one, without warm-up; without, it runs on.
+        lr: learning rate. A phase that has one starts the schedule anew, without warm-up; else the schedule runs on.
         weight_decay: of the optimizer.
         freeze_norm: BatchNorm normalises with its running statistics in this phase, and leaves them as they are; its
             weights go on learning. Use it where a phase sees other statistics than the one before: firing rates, and
