@@ -55,6 +55,8 @@ COMMANDS = {
     "stage-2": "compare digits --steps 6 --epochs 8 --seeds 3 --rules SLTT",
     "gradients-nmnist": "agreement nmnist --data.root {data}/nmnist --taus 1.1,2,5 --steps 10,20 --at-epochs 0,1 "
     "--samples 32",
+    "gradients-cifar10-training": f"agreement {CIFAR10} --rule.k null --rule.rescale false --taus 1.1,2,5 --steps 6,12 "
+    "--at-epochs 0,1 --samples 32",
 }
 TAUS, LENGTHS = (1.1, 5, 20, 2, 10), (8, 32, 2, 64, 16, 4)  # in this order, so that a part of the map tells too
 MAP = {  # at T = 64 nothing learns in ten epochs

@@ -157,7 +157,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "operations": operations,
     "paper-memory": memory,
     "paper-time": time,
-    **{f"gradients-{name}": partial(gradients, name=name) for name in ("nmnist", "cifar10")},
+    **{f"gradients-{name}": partial(gradients, name=name) for name in ("nmnist", "cifar10", "cifar10-training")},
     "trained-cosines": trained_cosines,
     "stages": partial(stages, prefix="", first=6, second=2, steps=6),
     "stages-cifar10": partial(stages, prefix="cifar10-", first=3, second=1, steps=4),

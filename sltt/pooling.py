@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sltt.checks import function
+from sltt.kernels import running_max, settled
 from sltt.sequence.state import Stateful
 
 
@@ -61,6 +62,10 @@ class RunningMax(Stateful):
             self.total, self.largest = x, pooled
             return pooled
         self.check_state("total", x, self.total.dtype)
+        x = settled(x)
+        if found := running_max(self.pool, self.total, self.largest, x):
+            self.total, self.largest, gained = found
+            return gained
         kind = torch.promote_types(x.dtype, torch.float32)  # bfloat16 does not count further than 256
         total = self.total.to(kind) + x
         largest, before = self.pool(total), self.largest

@@ -12,6 +12,7 @@ from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.layers import layer_call
 from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
+from sltt.kernels.pooling import running_max
 from sltt.kernels.restoring import bits_pay, release
 from sltt.kernels.saved_tensors import saving, tag_dropped
 from sltt.kernels.sensitivity import Sensitivity
@@ -37,6 +38,7 @@ __all__ = [
     "layer_call",
     "neuron_step",
     "release",
+    "running_max",
     "saving",
     "settled",
     "steady_steps",

@@ -133,6 +133,13 @@ INLINE float widen(uint16_t v) {
   std::memcpy(&f, &u, 4);
   return f;
 }
+INLINE uint16_t narrow(float v) {  // to bfloat16: to the nearest, ties to even; NaN stays NaN
+  uint32_t u;
+  std::memcpy(&u, &v, 4);
+  return uint16_t(v == v ? (u + 0x7fffu + ((u >> 16) & 1u)) >> 16 : u >> 16 | 0x40u);
+}
+INLINE void put(float* to, float v) { *to = v; }
+INLINE void put(uint16_t* to, float v) { *to = narrow(v); }
 
 // Bits of elements that are zero or not. The loop is plain, so that the compiler makes vectors of it.
 template <class T>

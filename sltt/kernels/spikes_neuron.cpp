@@ -20,14 +20,6 @@ struct Neuron {  // shared with native_step.py
   float inverse;  // 1 / a for a power of two, else 0
 };
 
-INLINE uint16_t narrow(float v) {  // to bfloat16: to the nearest, ties to even; NaN stays NaN
-  uint32_t u;
-  std::memcpy(&u, &v, 4);
-  return uint16_t(v == v ? (u + 0x7fffu + ((u >> 16) & 1u)) >> 16 : u >> 16 | 0x40u);
-}
-INLINE void put(float* to, float v) { *to = v; }
-INLINE void put(uint16_t* to, float v) { *to = narrow(v); }
-
 // BatchNorm of memory with the channels last: y = scale · x + shift, where scale = weight · invstd.
 struct Norm {  // shared with native_step.py
   const float *scale, *shift, *mean, *invstd;
