@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from sltt.kernels.options import COMPILE_FROM, options
+
 _NAMES = (
     "spikes.h",
     "winograd.h",
@@ -81,6 +83,14 @@ def library() -> ctypes.CDLL | None:
 def loaded() -> ctypes.CDLL | None:
     """The compiled kernels if an earlier call has loaded them."""
     return _library()[0] if _library.cache_info().currsize else None
+
+
+def library_for(elements: int) -> ctypes.CDLL | None:
+    """The compiled kernels for so many elements, by the options in force; they are compiled for many only."""
+    mode = options().compile
+    if mode == "off":
+        return None
+    return library() if mode == "on" or elements >= COMPILE_FROM else loaded()
 
 
 def problem() -> str | None:

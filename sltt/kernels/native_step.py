@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sltt.kernels import native
-from sltt.kernels.options import COMPILE_FROM, options
+from sltt.kernels.native import library_for
 from sltt.surrogates import Above, ArcTan, FastSigmoid, Rectangle, Surrogate, Triangle
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def native_step(
         decay is not None and (decay.ndim or decay.dtype != torch.float32)
     ):
         return None
-    if (library := _library(v.numel())) is None:
+    if (library := library_for(v.numel())) is None:
         return None
     native = _constant(library, step) if decay is None else NativeStep(library, step, decay.item())
     return None if gradient and not native.differentiates else native
@@ -123,10 +122,3 @@ def native_step(
 def _constant(library: ctypes.CDLL, step: "NeuronStep") -> NativeStep:
     assert step.decay is not None
     return NativeStep(library, step, step.decay)
-
-
-def _library(elements: int) -> ctypes.CDLL | None:
-    """The native kernels; they are compiled for large layers only, as the neuron step is."""
-    if options().compile == "off":
-        return None
-    return native.library() if options().compile == "on" or elements >= COMPILE_FROM else native.loaded()

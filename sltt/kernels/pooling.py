@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sltt._torch import transforms_active
-from sltt.kernels import native
-from sltt.kernels.options import COMPILE_FROM, options
+from sltt.kernels.native import library_for
+from sltt.sequence.hooks import own_forward
 
 
 class _Pooling(ctypes.Structure):
@@ -33,7 +33,7 @@ def running_max(
     """
     if torch.compiler.is_compiling() or (size := _windows(pool)) is None or not _fits(total, largest, x):
         return None
-    if (library := _library(x.numel())) is None:
+    if (library := library_for(x.numel())) is None:
         return None
     (n, channels, h, w), (kh, kw) = x.shape, size
     if h < kh or w < kw:
@@ -51,7 +51,9 @@ def running_max(
 
 def _windows(pool: Any) -> tuple[int, int] | None:
     """Height and width of a pooling whose windows lie side by side."""
-    if type(pool) is not nn.MaxPool2d or pool.return_indices or pool.ceil_mode or pool._forward_hooks:
+    if not isinstance(pool, nn.MaxPool2d) or own_forward(pool, nn.MaxPool2d):
+        return None
+    if pool.return_indices or pool.ceil_mode or pool._forward_hooks or pool._forward_pre_hooks:
         return None
     size, stride, padding, dilation = (
         one if isinstance(one, tuple) else (one, one)
@@ -73,10 +75,3 @@ def _fits(total: Tensor, largest: Tensor, x: Tensor) -> bool:
 
 def _plain(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and not x.is_neg() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _library(elements: int) -> ctypes.CDLL | None:
-    """The native kernels; they are compiled for large images only, as the neuron step is."""
-    if options().compile == "off":
-        return None
-    return native.library() if options().compile == "on" or elements >= COMPILE_FROM else native.loaded()
