@@ -23,7 +23,7 @@ class _Pooling(ctypes.Structure):
 def running_max(
     pool: Callable[[Tensor], Tensor], total: Tensor, largest: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """total + x, its pooling, and that less `largest` in x's type; None where the kernel cannot.
+    """total + x, its pooling, and what that gains over `largest`, in x's type; None where the kernel cannot.
 
     Args:
         pool: the pooling.

@@ -31,9 +31,9 @@ void run(const Pooling& z, const T* x, const S* total, const S* largest, float* 
 }  // namespace
 
 extern "C" {
-// x [n, h, w, channels] and y [n, oh, ow, channels] are float or bfloat16. `total` and `largest` are shaped as they are,
-// float or of x's type: the sum before x, and its largest values. Written are both after x, `sum` and `most`, and y, what
-// the largest values gained.
+// x [n, h, w, channels] and y [n, oh, ow, channels] are float or bfloat16. `total`, shaped as x, is the sum before it, and
+// `largest`, as y, its pooling: float or of x's type. Written are the sum and its pooling after x, `sum` and `most`, and
+// what that gained, y.
 void sltt_running_max(const Pooling* z, int bfloat16, int bfloat16_total, const void* x, const void* total,
                       const void* largest, float* sum, float* most, void* y, int threads) {
   const auto of = [&](auto type, auto type_total) {
