@@ -204,8 +204,22 @@ def ladder(results: Path) -> str:
     return markdown(["", "validation", "points"], rows)
 
 
+def ingredients(results: Path) -> str:
+    """What each change of a recipe brings, in points of the validation accuracy by six views, and what it costs."""
+    found = grouped(load(results, "ingredients"), "case")
+    base = {row["seed"]: row for row in found["recipe"]}
+    rows = []
+    for case, of in found.items():
+        reached = scores_text([row["alone"] for row in of]), scores_text([row["six"] for row in of])
+        gained = statistics.mean(row["six"] - base[row["seed"]]["six"] for row in of if row["seed"] in base)
+        time = statistics.mean(row["seconds"] / base[row["seed"]]["seconds"] for row in of if row["seed"] in base)
+        rows.append([case, str(len(of)), *reached, f"{100 * gained:+.1f}", f"{time:.2f}"])
+    return markdown(["change", "seeds", "one view", "six views", "points", "time of an epoch"], rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "ladder": ladder,
+    "ingredients": ingredients,
     "tasks": all_tasks,
     **{task: partial(of_task, task=task) for task in ("recall", "recall-marked", "sequential-digits")},
     **{f"short-{name}": partial(short, name=name) for name in ("stabilised", "transformer")},

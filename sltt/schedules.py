@@ -46,6 +46,22 @@ class Cosine(Schedule):
         return (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2
 
 
+class Linear(Schedule):
+    """1 + (last − 1) e / E: from 1 to `last` along a line, updated at every batch.
+
+    Args:
+        last: the factor at the end.
+        warmup: epochs over which the learning rate rises linearly from 0; may be a fraction.
+    """
+
+    def __init__(self, last: float = 0.0, warmup: float = 0.0):
+        super().__init__(warmup)
+        self.last = number("last", last, least=0)
+
+    def decay(self, epoch: float, epochs: float) -> float:
+        return 1 + (self.last - 1) * min(epoch / epochs, 1)
+
+
 class Step(Schedule):
     """gamma to the power of the number of milestones passed.
 

@@ -22,7 +22,7 @@ EVENTS = SPLIT | {
 }  # fmt: skip
 IMAGES = SPLIT | {
     "root": PATH, "augment": FLAG, "cutout": whole(-1), "autoaugment": FLAG, "randaugment": whole(-1),
-    "erase": number(-0.1, 1.1), "mixup": number(-1),
+    "erase": number(-0.1, 1.1), "mixup": number(-1), "reflect": FLAG,
 }  # fmt: skip
 NETWORK = {"in_channels": whole(0, -1), "classes": whole(0, -1), "neuron": OBJECT}
 DROPOUT = {"dropout": Kind(number(-0.1, 1.0).values, "p must be ")}
@@ -42,6 +42,7 @@ CONSTRUCTORS = [
     (losses.CrossEntropyMSE, {}, {"alpha": number(-0.1, 1.1), "one_hot": FLAG, "label_smoothing": number(-0.1, 1)}),
     (schedules.Constant, {}, {"warmup": number(-1)}),
     (schedules.Cosine, {}, {"warmup": number(-1)}),
+    (schedules.Linear, {}, {"warmup": number(-1), "last": number(-1)}),
     (schedules.Step, {"milestones": [1]}, {"warmup": number(-1), "gamma": number(0, -1)}),
     (schedules.Step, {}, {"milestones": Kind({"number": 7, "text": "34", "negative": [-1]}, "{name}")}),
     (sltt.Phase, {"epochs": 1}, {
@@ -52,6 +53,7 @@ CONSTRUCTORS = [
     (models.DigitsNet, {}, NETWORK | DROPOUT | {"width": whole(0, -1)}),
     (models.MLP, {"features": [2, 2, 2]}, DROPOUT | {"features": SIZES, "norm": FLAG, "neuron": OBJECT}),
     (models.ShallowResNet, {}, NETWORK | DROPOUT | {"widths": SIZES, "stem": whole(-1), "blocks": whole(-1)}),
+    (models.ShallowVGG, {}, {"widths": SIZES, "classes": whole(0, -1), "neuron": OBJECT, "scale": number(0, -1)}),
     (models.VGG, {"blocks": [[2]]}, NETWORK | DROPOUT),
     (models.VGG, {}, {"blocks": Kind(SIZES.values | {"flat": [2, 2]}, SIZES.message)}),
     (models.ResNet, {"blocks": [1, 1, 1, 1]}, NETWORK | DROPOUT | {"blocks": SIZES}),
@@ -135,6 +137,9 @@ OTHER_CALLS = [
     ("NMNIST(nothing there)", partial(data.NMNIST("nowhere").splits, 4), FileNotFoundError, "looked in .*nowhere"),
     ("CIFAR10(nothing there)", partial(data.CIFAR10("nowhere").splits, 4), FileNotFoundError, "looked in .*nowhere"),
     ("NMNIST(interpolate)", partial(data.NMNIST, resize="interpolate"), ValueError, "give a size"),
+    ("CIFAR10(reflect)", partial(data.CIFAR10, augment=False, reflect=True), ValueError, "reflect=True .* set augment"),
+    ("ImageFolder(reflect)", partial(data.ImageFolder, "x", reflect=True), ValueError, "needs a crop_padding"),
+    ("ImageFolder(margin)", partial(data.ImageFolder, "x", 4, crop_padding=4, reflect=True), ValueError, "got 4"),
     ("CIFAR10(mixup)", partial(data.CIFAR10, augment=False, mixup=0.5), ValueError, "mixup=0.5 .* set augment=True"),
     ("CIFAR10(autoaugment)", partial(data.CIFAR10, augment=False, autoaugment=True), ValueError, "set augment=True"),
     ("EventFolder(sensor: 3)", partial(data.EventFolder, "x", (1, 2, 3)), ValueError, "sensor must be"),

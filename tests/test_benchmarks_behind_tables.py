@@ -124,6 +124,43 @@ def test_the_accuracy_of_a_run_is_that_of_its_validation_samples(tmp_path, monke
     assert spikes.split("\t")[1].endswith("%")
 
 
+def test_each_ingredient_is_one_change_of_the_recipe():
+    module, built = load("ingredients"), {}
+    for case, options in module.CASES.items():
+        words = [*module.SETTINGS.format(images="nowhere").split(), *options]
+        built[case] = Recipe("sltt train", "cifar10-hour", words).build()
+        assert sum(phase.epochs for phase in built[case].phases) == built[case].epochs == 5
+    base = built.pop("recipe")
+    assert [phase.epochs for phase in base.phases] == [4, 1]
+    assert base.model.contrasts[0].weight.shape == (24, 3, 2, 2)
+    for name, value in {"cutout": 0, "reflect": False, "mixup": 0.2, "randaugment": 1}.items():
+        assert [getattr(one.data, name) == value for one in built.values()].count(True) == 1
+        assert getattr(base.data, name) != value
+    assert [one.ema for one in built.values()].count(None) == 1
+    assert [one.norm_bias_lr for one in built.values()].count(1) == 1
+    assert sorted(one.steps for one in built.values())[:3] == [4, 8, 16]
+    learned = built["first convolution learned"].model
+    assert learned.contrasts[0].weight.requires_grad
+    assert [p.shape for p in learned.parameters()] == [p.shape for p in base.model.parameters()]
+
+
+def test_muon_turns_convolutions_along_orthogonal_updates_and_sgd_the_rest():
+    ingredients = load("ingredients")
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(3, 8, 3, bias=False), nn.Linear(4, 2)
+    before, others = conv.weight.detach().clone(), linear.weight.detach().clone()
+    optim = ingredients.MuonSGD([conv.weight, linear.weight], lr=0.5, conv_lr=0.1, momentum=0.9)
+    conv.weight.grad, linear.weight.grad = torch.randn(8, 3, 3, 3), torch.ones(2, 4)
+    u, _, v = torch.linalg.svd(conv.weight.grad.flatten(1), full_matrices=False)
+    optim.step()
+    torch.testing.assert_close(linear.weight, others - 0.5)
+    update = (before * (8**0.5 / before.norm()) - conv.weight.detach()).flatten(1)
+    assert torch.nn.functional.cosine_similarity(update.flatten(), (u @ v).flatten(), 0) > 0.95
+    assert torch.linalg.svdvals(update).min() > 0.06
+    assert torch.linalg.svdvals(update).max() < 0.13
+    torch.testing.assert_close(ingredients.orthogonal(update.T).T, ingredients.orthogonal(update))
+
+
 def test_twins_of_the_digits_are_measured_in_each_form(monkeypatch):
     digits = load("twin_digits")
     trained = []

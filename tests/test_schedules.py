@@ -2,11 +2,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sltt.schedules import Constant, Cosine, Step
+from sltt.schedules import Constant, Cosine, Linear, Step
 
 
 def test_cosine_goes_from_one_to_zero():
     assert [Cosine().factor(e, 10) for e in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
+
+
+def test_a_line_goes_from_one_to_its_last_factor():
+    assert [Linear(last=0.2).factor(e, 10) for e in (0, 5, 10, 15)] == pytest.approx([1, 0.6, 0.2, 0.2])
 
 
 def test_step_multiplies_at_its_milestones():
@@ -15,7 +19,7 @@ def test_step_multiplies_at_its_milestones():
 
 
 @given(warmup=st.floats(0.1, 5), part=st.floats(0, 0.999))
-@pytest.mark.parametrize("make", [Constant, Cosine, lambda warmup: Step([3], warmup=warmup)])
+@pytest.mark.parametrize("make", [Constant, Cosine, Linear, lambda warmup: Step([3], warmup=warmup)])
 def test_warm_up_is_linear_and_joins_the_decay(make, warmup, part):
     schedule = make(warmup=warmup)
     assert schedule.factor(part * warmup, 10) == pytest.approx(part)

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class _Images(Data):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     policy = "CIFAR10"  # of AutoAugment
-    only_augmented: tuple[str, ...] = ("autoaugment", "randaugment", "erase", "mixup")
+    only_augmented: tuple[str, ...] = ("autoaugment", "randaugment", "erase", "mixup", "reflect")
 
     def __init__(
         self,
@@ -86,6 +86,7 @@ class _Images(Data):
         randaugment: int = 0,
         erase: float = 0.0,
         mixup: float = 0.0,
+        reflect: bool = False,
     ):
         super().__init__(validation, split_seed)
         self.augment = flag("augment", augment)
@@ -94,12 +95,18 @@ class _Images(Data):
         self.randaugment = whole_number("randaugment", randaugment, least=0)
         self.erase = number("erase", erase, least=0, most=1)
         self.mixup = number("mixup", mixup, least=0)
+        self.reflect = flag("reflect", reflect)
         for name in self.only_augmented:
             if getattr(self, name) and not augment:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is an augmentation, but augment=False: set augment=True, or leave "
                     "it out"
                 )
+
+    @property
+    def margin(self) -> Literal["reflect", "constant"]:
+        """How torchvision fills the margin of a crop."""
+        return "reflect" if self.reflect else "constant"
 
     @abstractmethod
     def open(self, train: bool, transform: Transform) -> Any:
@@ -174,6 +181,7 @@ class _Downloaded(_Images):
         randaugment: int = 0,
         erase: float = 0.0,
         mixup: float = 0.0,
+        reflect: bool = False,
     ):
         """Arguments of CIFAR-10 and CIFAR-100; MNIST takes some of them.
 
@@ -188,8 +196,9 @@ class _Downloaded(_Images):
             randaugment: so many random distortions of magnitude 9 of 30, after the flip (Cubuk et al. 2020).
             erase: probability that a rectangle is set to zero (Zhong et al. 2020).
             mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
+            reflect: fill the margin of a crop with the image reflected at its edge, instead of zeros.
         """
-        super().__init__(validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup)
+        super().__init__(validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup, reflect)
         self.root = folder("root", root)
         self.download = flag("download", download)
 
@@ -207,7 +216,7 @@ class _Downloaded(_Images):
     def crop(self, augment: bool) -> list[Any]:
         from torchvision.transforms import v2
 
-        return [v2.RandomCrop(32, padding=4)] if augment else []
+        return [v2.RandomCrop(32, padding=4, padding_mode=self.margin)] if augment else []
 
 
 class CIFAR10(_Downloaded):
@@ -250,6 +259,7 @@ class ImageFolder(_Images):
         randaugment: so many random distortions of magnitude 9 of 30, after the flip (Cubuk et al. 2020).
         erase: probability that a rectangle is set to zero (Zhong et al. 2020).
         mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
+        reflect: fill the margin of `crop_padding` with the image reflected at its edge, instead of zeros.
     """
 
     mean = (0.485, 0.456, 0.406)  # of ImageNet
@@ -270,13 +280,16 @@ class ImageFolder(_Images):
         randaugment: int = 0,
         erase: float = 0.0,
         mixup: float = 0.0,
+        reflect: bool = False,
     ):
-        super().__init__(validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup)
+        super().__init__(validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup, reflect)
         self.root = folder("root", root)
         self.on_error = choice("on_error", on_error, get_args(OnError))
         self.size = whole_number("size", size, least=1)
         self.crop_padding = None if crop_padding is None else whole_number("crop_padding", crop_padding, least=0)
         self.policy = "IMAGENET" if crop_padding is None else "CIFAR10"
+        if reflect and not (crop_padding is not None and crop_padding < size):
+            raise ValueError(f"reflect=True needs a crop_padding smaller than size={size}, got {crop_padding}")
 
     def open(self, train: bool, transform: Transform) -> Any:
         from torchvision import datasets
@@ -302,7 +315,8 @@ class ImageFolder(_Images):
 
         if self.crop_padding is not None:
             resized = v2.Resize((self.size, self.size))
-            return [resized, v2.RandomCrop(self.size, padding=self.crop_padding)] if augment else [resized]
+            crop = v2.RandomCrop(self.size, padding=self.crop_padding, padding_mode=self.margin)
+            return [resized, crop] if augment else [resized]
         if augment:
             return [v2.RandomResizedCrop(self.size, antialias=True)]
         return [v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)]

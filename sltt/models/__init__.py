@@ -4,7 +4,7 @@ from sltt.models.digitsnet import DigitsNet
 from sltt.models.mlp import MLP
 from sltt.models.nfresnet import NFResNet, nfresnet34, nfresnet50, nfresnet101
 from sltt.models.resnet import ResNet, resnet18, resnet34
-from sltt.models.shallow import ShallowResNet
+from sltt.models.shallow import ShallowResNet, ShallowVGG
 from sltt.models.transformers import SpikingTransformer, qkformer, spikformer
 from sltt.models.vgg import VGG, vgg11, vgg13, vgg16, vgg19
 
@@ -15,6 +15,7 @@ __all__ = [
     "NFResNet",
     "ResNet",
     "ShallowResNet",
+    "ShallowVGG",
     "SpikingTransformer",
     "nfresnet34",
     "nfresnet50",

@@ -75,6 +75,7 @@ FRAMES = {
     "digits": (1, 8, 8),
     "digits-events": (2, 16, 16),
     "cifar10": (3, 32, 32),
+    "cifar10-hour": (3, 32, 32),
     "cifar10-qkformer": (3, 32, 32),
     "cifar10-small": (3, 32, 32),
     "cifar10-spikformer": (3, 32, 32),

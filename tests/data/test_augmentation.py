@@ -91,3 +91,16 @@ def test_mixed_images_have_the_labels_of_their_parts_by_their_shares(alpha):
     share = torch.where(torch.arange(4000) % 2 == 1, x[:, 1], x[:, 0])  # λ, or 1 where it is mixed with itself
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(share[share < 1].var() - variance) < 0.02
+
+
+@pytest.mark.parametrize(
+    "make", [CIFAR10, lambda **how: ImageFolder("", size=32, crop_padding=4, **how)], ids=["CIFAR", "folder"]
+)
+@pytest.mark.parametrize("reflect", [False, True])
+def test_the_margin_of_a_crop_is_zero_or_the_image_reflected(make, reflect):
+    crop = make(cutout=0, reflect=reflect).crop(augment=True)[-1]
+    image = torch.rand(3, 32, 32)
+    padded = torch.nn.functional.pad(image, [4] * 4, mode="reflect" if reflect else "constant")
+    windows = padded.unfold(1, 32, 1).unfold(2, 32, 1)
+    for _ in range(10):
+        assert (windows == crop(image)[:, None, None]).all((0, 3, 4)).any()

@@ -156,3 +156,56 @@ def test_mlp_without_norm_is_linear_layers_and_neurons():
     s, v = sltt.neurons.lif_step(torch.zeros(4, 5), linear(x[0]), decay=1 - 1 / 1.1)
     s, _ = sltt.neurons.lif_step(v, linear(x[1]), decay=1 - 1 / 1.1)
     torch.testing.assert_close(sltt.unroll(model, x)[1], head(s))
+
+
+def test_contrasts_are_orthogonal_patterns_of_both_signs():
+    filters = models.ShallowVGG().contrasts[0].weight.flatten(1)
+    torch.testing.assert_close(filters[:12] @ filters[:12].T, torch.eye(12))
+    assert torch.equal(filters[12:], -filters[:12])
+
+
+def test_a_shallow_vgg_has_neurons_behind_its_contrasts_and_each_convolution():
+    model = models.ShallowVGG()
+    assert parameters(model) == 1_972_816
+    shapes = []
+    for module in model.modules():
+        if isinstance(module, Neuron):
+            module.register_forward_hook(lambda module, args, spikes: shapes.append(tuple(spikes.shape[1:])))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert shapes == [(24, 31, 31)] + [(64, 15, 15)] * 2 + [(256, 7, 7)] * 2 + [(256, 3, 3)] * 2
+
+
+def test_a_shallow_vgg_learns_convolutions_shifts_and_the_head():
+    model = models.ShallowVGG(widths=(8, 12), classes=5, neuron=lambda: sltt.IF(v_threshold=0.5))
+    fixed = model.contrasts[0].weight.clone()
+    x, y = torch.randn(2, 3, 3, 16, 16), torch.randint(5, (3,))
+    sltt.SLTT()(model, x, y, sltt.losses.CrossEntropyMSE())
+    learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    norms = [name for name, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    convs = [name for name, m in model.features.named_modules() if isinstance(m, torch.nn.Conv2d)]
+    assert learned == {f"{n}.bias" for n in norms} | {f"features.{n}.weight" for n in convs} | {"head.weight"}
+    assert torch.equal(model.contrasts[0].weight, fixed)
+
+
+def test_convolutions_of_a_shallow_vgg_pass_their_inputs_on_before_training():
+    convs = [m for m in models.ShallowVGG(widths=(32, 32)).features.modules() if isinstance(m, torch.nn.Conv2d)]
+    x = torch.rand(1, 24, 6, 6)
+    torch.testing.assert_close(convs[0](x)[:, :24], x)
+    torch.testing.assert_close(convs[1](convs[0](x))[:, :24], x)
+
+
+def test_a_shallow_vgg_gives_logits_by_the_pooled_sum_over_time_times_its_scale():
+    torch.manual_seed(0)
+    model = models.ShallowVGG(widths=(8,), neuron=lambda: sltt.IF(v_threshold=2.0, v_init=1.0), scale=0.25).eval()
+    x, steps, counts = torch.randn(2, 3, 9, 9), 6, []
+    model.features[-2].register_forward_hook(lambda module, args, spikes: counts.append(spikes))
+    logits = sltt.unroll(model, x, steps=steps).mean(0)
+    rates = torch.stack(counts).mean(0).amax((2, 3))
+    torch.testing.assert_close(logits, 0.25 * rates @ model.head.weight.T)
+    assert [type(layer) for layer in model.features].count(sltt.RunningMax) == 2
+
+
+@pytest.mark.parametrize("side", [8, 7])
+def test_images_too_small_for_a_shallow_vgg_are_refused(side):
+    with pytest.raises(ValueError, match="at least 9 pixels"):
+        models.ShallowVGG()(torch.randn(1, 3, side, side))

@@ -1,0 +1,164 @@
+"""What each part of the recipe `cifar10-hour` brings: short trainings, each with one change, on validation images.
+
+    python benchmarks/ingredients.py IMAGES [--runs runs/ingredients] [--seed 0] [--cases recipe "no Cutout" …]
+
+Half the recipe's widths: four epochs of steady currents, and one of SLTT-1, T = 16. IMAGES is a folder
+train/CLASS/*, test/CLASS/*, as of `sltt.data.ImageFolder`. A tenth of the training images validates; no test image is
+looked at. One thread, about 12 minutes a case. Each case is a row of docs/results/ingredients.json, and a run that is
+resumed. It ends with the table of docs/results.md.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tables import DOCS, fill
+from torch import Tensor, nn
+from trainings import Log, train
+
+import sltt
+from sltt.commands.parsing import Recipe, run_config
+from sltt.training.files import read_table
+from sltt.training.runs import METRICS
+
+PATH = DOCS / "results" / "ingredients.json"
+SETTINGS = (
+    "--data sltt.data.ImageFolder --data.root {images} --data.size 32 --data.crop_padding 4 --data.validation 0.1 "
+    "--data.cutout 8 --data.reflect true --model.widths [32,128,128] --epochs 5 --schedule.warmup 1"
+)
+STEADY = "rule: {class_path: sltt.RateBased, init_args: {steady: true}}"
+SLTTK = "{epochs: 1, lr: 0.003, freeze_norm: true}"
+LAST = f"[{{epochs: 4, {STEADY}}}, {SLTTK}]"
+
+
+def phases(text: str) -> list[str]:
+    return ["--phases", text]
+
+
+CASES: dict[str, list[str]] = {
+    "recipe": phases(LAST),
+    "no SLTT-1: five epochs of steady currents": phases(f"[{{epochs: 5, {STEADY}}}]"),
+    "T = 8": [*phases(LAST), "--steps", "8"],
+    "T = 4": [*phases(LAST), "--steps", "4"],
+    "T = 4, in the last two epochs 16": phases(
+        f"[{{epochs: 3, steps: 4, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
+    ),
+    "crops of 24 pixels in the first three epochs": phases(
+        f"[{{epochs: 3, crop: 24, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
+    ),
+    "margin of zeros": [*phases(LAST), "--data.reflect", "false"],
+    "no Cutout": [*phases(LAST), "--data.cutout", "0"],
+    "Mixup, α = 0.2": [*phases(LAST), "--data.mixup", "0.2"],
+    "one distortion by RandAugment": [*phases(LAST), "--data.randaugment", "1"],
+    "no label smoothing": [*phases(LAST), "--loss.label_smoothing", "0"],
+    "weights not averaged": [*phases(LAST), "--ema", "null"],
+    "shifts at the rate of the others": [*phases(LAST), "--norm_bias_lr", "1"],
+    "first convolution learned": [
+        *phases(LAST),
+        "--model",
+        "ingredients.LearnedFirst",
+        "--model.widths",
+        "[32,128,128]",
+    ],
+    **{
+        f"Muon for convolutions, rate {lr}": [
+            *phases(LAST),
+            *("--optimizer", "ingredients.MuonSGD", "--optimizer.conv_lr", lr),
+        ]
+        for lr in ("0.24", "0.08", "0.03")
+    },
+}
+
+
+class LearnedFirst(sltt.models.ShallowVGG):
+    """With random filters of 2×2 pixels that learn, in place of the fixed contrasts."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.contrasts[0] = nn.Conv2d(3, 24, 2, bias=False)
+
+
+class MuonSGD(torch.optim.SGD):
+    """SGD, and Muon for the weights W of convolutions, as matrices [outputs, the others].
+
+        m ← μ m + g,   W ← √outputs W / |W| − η orthogonal(g + μ m)
+
+    Args:
+        params, lr, sgd: of SGD.
+        conv_lr: η, times the factor of the schedule.
+        conv_momentum: μ.
+
+    Source: Jordan 2024 (kellerjordan.github.io/posts/muon).
+    """
+
+    def __init__(self, params: Any, lr: float = 0.3, conv_lr: float = 0.24, conv_momentum: float = 0.6, **sgd: Any):
+        super().__init__(params, lr=lr, **sgd)
+        self.share, self.conv_momentum = conv_lr / lr, conv_momentum
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim == 4 and p.grad is not None:
+                    self._move(p, p.grad, group["lr"] * self.share)
+                    p.grad = None  # SGD leaves it alone
+        return super().step(closure)
+
+    def _move(self, weight: Tensor, grad: Tensor, lr: float) -> None:
+        state = self.state[weight]
+        moved = state.setdefault("momentum", torch.zeros_like(weight)).mul_(self.conv_momentum).add_(grad)
+        update = orthogonal((grad + self.conv_momentum * moved).flatten(1)).view_as(weight)
+        weight.mul_(len(weight) ** 0.5 / weight.norm()).sub_(lr * update.to(weight.dtype))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """U V of the singular values U S V, about, in bfloat16: five steps X ← 3.4445 X − 4.775 XXᵀX + 2.0315 (XXᵀ)²X."""
+    x = matrix.bfloat16()
+    x = x.T if len(matrix) > matrix.shape[1] else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.T if len(matrix) > matrix.shape[1] else x
+
+
+def accuracies(run: Path) -> dict[str, float]:
+    """The share of the validation images that spikes get right: by one view, and by the mean of six."""
+    built = Recipe("ingredients", str(run_config(run)), [], of_run=True).build()
+    how = {"steps": built.steps, "precision": built.precision, "channels_last": True, "device": "cpu"}
+    views = {"alone": {}, "six": {"mirror": True, "shift": 1}}
+    model = sltt.load(run, checkpoint="last")
+    return {
+        name: sltt.evaluate(model, built.data, split="validation", **how, **view).score for name, view in views.items()
+    }
+
+
+def seconds(run: Path) -> float:
+    """Median seconds of an epoch."""
+    return statistics.median(float(row["seconds"]) for row in read_table(run / METRICS))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs/ingredients"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    given = parser.parse_args()
+    for case in given.cases:
+        row = {"case": case, "seed": given.seed}
+        if Log(PATH).find(row):
+            continue
+        run = given.runs / f"{list(CASES).index(case)}-{given.seed}"
+        words = ["cifar10-hour", *SETTINGS.format(images=given.images).split(), "--seed", str(given.seed)]
+        train([*words, *CASES[case]], run)
+        Log(PATH).add(row | accuracies(run) | {"seconds": seconds(run)})
+        fill()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
