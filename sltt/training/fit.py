@@ -102,7 +102,7 @@ def fit(
         norm_bias_lr: factor on the learning rate of the biases of normalisation.
         precision: float32, or mixed with bfloat16 or float16.
         channels_last: keep images and weights channels-last, which sparse convolutions need.
-        seed: random seed for the order of samples, augmentation, dropout, and the steps that SLTT-K draws.
+        seed: random seed of sample order, augmentation, dropout and the steps of SLTT-K.
         workers: processes that load data, for each that trains.
         device: auto takes CUDA where there is a GPU.
         devices: processes on this machine; None is what torchrun or Slurm started, or 1.
