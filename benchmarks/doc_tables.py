@@ -211,8 +211,9 @@ def ingredients(results: Path) -> str:
     rows = []
     for case, of in found.items():
         reached = scores_text([row["alone"] for row in of]), scores_text([row["six"] for row in of])
-        gained = statistics.mean(row["six"] - base[row["seed"]]["six"] for row in of if row["seed"] in base)
-        time = statistics.mean(row["seconds"] / base[row["seed"]]["seconds"] for row in of if row["seed"] in base)
+        pairs = [(row, base[row["seed"]]) for row in of]
+        gained = statistics.mean(row["six"] - first["six"] for row, first in pairs)
+        time = statistics.mean(row["seconds"] / first["seconds"] for row, first in pairs)
         rows.append([case, str(len(of)), *reached, f"{100 * gained:+.1f}", f"{time:.2f}"])
     return markdown(["change", "seeds", "one view", "six views", "points", "time of an epoch"], rows)
 

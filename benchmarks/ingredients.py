@@ -4,8 +4,8 @@
 
 Half the recipe's widths: four epochs of steady currents, and one of SLTT-1, T = 16. IMAGES is a folder
 train/CLASS/*, test/CLASS/*, as of `sltt.data.ImageFolder`. A tenth of the training images validates; no test image is
-looked at. One thread, about 12 minutes a case. Each case is a row of docs/results/ingredients.json, and a run that is
-resumed. It ends with the table of docs/results.md.
+looked at. One thread, about a quarter of an hour a case. Each case is a row of docs/results/ingredients.json, and a run
+that is resumed. It ends with the table of docs/results.md.
 """
 
 import argparse
@@ -31,46 +31,36 @@ SETTINGS = (
 )
 STEADY = "rule: {class_path: sltt.RateBased, init_args: {steady: true}}"
 SLTTK = "{epochs: 1, lr: 0.003, freeze_norm: true}"
-LAST = f"[{{epochs: 4, {STEADY}}}, {SLTTK}]"
-
-
-def phases(text: str) -> list[str]:
-    return ["--phases", text]
-
-
-CASES: dict[str, list[str]] = {
-    "recipe": phases(LAST),
-    "no SLTT-1: five epochs of steady currents": phases(f"[{{epochs: 5, {STEADY}}}]"),
-    "T = 8": [*phases(LAST), "--steps", "8"],
-    "T = 4": [*phases(LAST), "--steps", "4"],
-    "T = 4, in the last two epochs 16": phases(
-        f"[{{epochs: 3, steps: 4, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
-    ),
-    "crops of 24 pixels in the first three epochs": phases(
-        f"[{{epochs: 3, crop: 24, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
-    ),
-    "margin of zeros": [*phases(LAST), "--data.reflect", "false"],
-    "no Cutout": [*phases(LAST), "--data.cutout", "0"],
-    "Mixup, α = 0.2": [*phases(LAST), "--data.mixup", "0.2"],
-    "one distortion by RandAugment": [*phases(LAST), "--data.randaugment", "1"],
-    "no label smoothing": [*phases(LAST), "--loss.label_smoothing", "0"],
-    "weights not averaged": [*phases(LAST), "--ema", "null"],
-    "shifts at the rate of the others": [*phases(LAST), "--norm_bias_lr", "1"],
-    "first convolution learned": [
-        *phases(LAST),
-        "--model",
-        "ingredients.LearnedFirst",
-        "--model.widths",
-        "[32,128,128]",
+PHASES = f"[{{epochs: 4, {STEADY}}}, {SLTTK}]"
+CASES: dict[str, list[str]] = {  # options that change the recipe
+    "recipe": [],
+    "no SLTT-1: five epochs of steady currents": ["--phases", f"[{{epochs: 5, {STEADY}}}]"],
+    "T = 8": ["--steps", "8"],
+    "T = 4": ["--steps", "4"],
+    "T = 4, in the last two epochs 16": [
+        "--phases", f"[{{epochs: 3, steps: 4, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
     ],
+    "crops of 24 pixels in the first three epochs": [
+        "--phases", f"[{{epochs: 3, crop: 24, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
+    ],
+    "margin of zeros": ["--data.reflect", "false"],
+    "no Cutout": ["--data.cutout", "0"],
+    "Mixup, α = 0.2": ["--data.mixup", "0.2"],
+    "one distortion by RandAugment": ["--data.randaugment", "1"],
+    "no label smoothing": ["--loss.label_smoothing", "0"],
+    "weights not averaged": ["--ema", "null"],
+    "shifts at the rate of the others": ["--norm_bias_lr", "1"],
+    "first convolution learned": ["--model", "ingredients.LearnedFirst"],
     **{
-        f"Muon for convolutions, rate {lr}": [
-            *phases(LAST),
-            *("--optimizer", "ingredients.MuonSGD", "--optimizer.conv_lr", lr),
-        ]
+        f"Muon for convolutions, rate {lr}": ["--optimizer", "ingredients.MuonSGD", "--optimizer.conv_lr", lr]
         for lr in ("0.24", "0.08", "0.03")
     },
-}
+}  # fmt: skip
+
+
+def options(images: Path, case: str, seed: int = 0) -> list[str]:
+    """Of `sltt train cifar10-hour`, for a case."""
+    return [*SETTINGS.format(images=images).split(), "--phases", PHASES, "--seed", str(seed), *CASES[case]]
 
 
 class LearnedFirst(sltt.models.ShallowVGG):
@@ -115,7 +105,10 @@ class MuonSGD(torch.optim.SGD):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """U V of the singular values U S V, about, in bfloat16: five steps X ← 3.4445 X − 4.775 XXᵀX + 2.0315 (XXᵀ)²X."""
+    """About U Vᵀ, of the singular value decomposition U S Vᵀ, in bfloat16.
+
+    X ← 3.4445 X − 4.775 X Xᵀ X + 2.0315 (X Xᵀ)² X,   five times
+    """
     x = matrix.bfloat16()
     x = x.T if len(matrix) > matrix.shape[1] else x
     x = x / (x.norm() + 1e-7)
@@ -138,7 +131,7 @@ def accuracies(run: Path) -> dict[str, float]:
 
 def seconds(run: Path) -> float:
     """Median seconds of an epoch."""
-    return statistics.median(float(row["seconds"]) for row in read_table(run / METRICS))
+    return statistics.median(row["seconds"] for row in read_table(run / METRICS))
 
 
 def main() -> None:
@@ -148,13 +141,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     given = parser.parse_args()
-    for case in given.cases:
+    for case in dict.fromkeys(["recipe", *given.cases]):  # the others are compared with it
         row = {"case": case, "seed": given.seed}
         if Log(PATH).find(row):
             continue
         run = given.runs / f"{list(CASES).index(case)}-{given.seed}"
-        words = ["cifar10-hour", *SETTINGS.format(images=given.images).split(), "--seed", str(given.seed)]
-        train([*words, *CASES[case]], run)
+        train(["cifar10-hour", *options(given.images, case, given.seed)], run)
         Log(PATH).add(row | accuracies(run) | {"seconds": seconds(run)})
         fill()
 

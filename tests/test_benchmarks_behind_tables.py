@@ -126,12 +126,17 @@ def test_the_accuracy_of_a_run_is_that_of_its_validation_samples(tmp_path, monke
 
 def test_each_ingredient_is_one_change_of_the_recipe():
     module, built = load("ingredients"), {}
-    for case, options in module.CASES.items():
-        words = [*module.SETTINGS.format(images="nowhere").split(), *options]
-        built[case] = Recipe("sltt train", "cifar10-hour", words).build()
+    for case in module.CASES:
+        built[case] = Recipe("sltt train", "cifar10-hour", module.options("nowhere", case)).build()
         assert sum(phase.epochs for phase in built[case].phases) == built[case].epochs == 5
     base = built.pop("recipe")
     assert [phase.epochs for phase in base.phases] == [4, 1]
+    lengths = [[phase.epochs for phase in one.phases] for one in built.values()]
+    assert (lengths.count([5]), lengths.count([3, 1, 1]), lengths.count([4, 1])) == (1, 2, 13)
+    muon = built["Muon for convolutions, rate 0.08"].optimizer([nn.Parameter(torch.ones(1))])
+    sgd = base.optimizer([nn.Parameter(torch.ones(1))])
+    assert muon.defaults == sgd.defaults
+    assert muon.share * muon.defaults["lr"] == pytest.approx(0.08)
     assert base.model.contrasts[0].weight.shape == (24, 3, 2, 2)
     for name, value in {"cutout": 0, "reflect": False, "mixup": 0.2, "randaugment": 1}.items():
         assert [getattr(one.data, name) == value for one in built.values()].count(True) == 1

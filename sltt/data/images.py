@@ -288,7 +288,7 @@ class ImageFolder(_Images):
         self.size = whole_number("size", size, least=1)
         self.crop_padding = None if crop_padding is None else whole_number("crop_padding", crop_padding, least=0)
         self.policy = "IMAGENET" if crop_padding is None else "CIFAR10"
-        if reflect and not (crop_padding is not None and crop_padding < size):
+        if reflect and (crop_padding is None or crop_padding >= size):
             raise ValueError(f"reflect=True needs a crop_padding smaller than size={size}, got {crop_padding}")
 
     def open(self, train: bool, transform: Transform) -> Any:
