@@ -204,23 +204,35 @@ def ladder(results: Path) -> str:
     return markdown(["", "validation", "points"], rows)
 
 
+def by_views(rows: list[Row]) -> list[str]:
+    """Accuracies by one view of an image, and by the mean of six."""
+    return [scores_text([row[views] for row in rows]) for views in ("alone", "six")]
+
+
 def ingredients(results: Path) -> str:
-    """What each change of a recipe brings, in points of the validation accuracy by six views, and what it costs."""
+    """What each change of a recipe brings, in points of the validation accuracy by six views."""
     found = grouped(load(results, "ingredients"), "case")
     base = {row["seed"]: row for row in found["recipe"]}
     rows = []
     for case, of in found.items():
-        reached = scores_text([row["alone"] for row in of]), scores_text([row["six"] for row in of])
-        pairs = [(row, base[row["seed"]]) for row in of]
-        gained = statistics.mean(row["six"] - first["six"] for row, first in pairs)
-        time = statistics.mean(row["seconds"] / first["seconds"] for row, first in pairs)
-        rows.append([case, str(len(of)), *reached, f"{100 * gained:+.1f}", f"{time:.2f}"])
-    return markdown(["change", "seeds", "one view", "six views", "points", "time of an epoch"], rows)
+        gained = statistics.mean(row["six"] - base[row["seed"]]["six"] for row in of)
+        rows.append([case, str(len(of)), *by_views(of), f"{100 * gained:+.1f}"])
+    return markdown(["change", "seeds", "one view", "six views", "points"], rows)
+
+
+def hour(results: Path) -> str:
+    """Accuracies of test images after trainings of several lengths."""
+    rows = []
+    for case, of in grouped(load(results, "hour"), "case").items():
+        minutes = statistics.mean(sum(row["seconds"]) for row in of) / 60
+        rows.append([case, str(len(of)), f"{minutes:.0f}", *by_views(of)])
+    return markdown(["training", "seeds", "minutes", "one view", "six views"], rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "ladder": ladder,
     "ingredients": ingredients,
+    "hour": hour,
     "tasks": all_tasks,
     **{task: partial(of_task, task=task) for task in ("recall", "recall-marked", "sequential-digits")},
     **{f"short-{name}": partial(short, name=name) for name in ("stabilised", "transformer")},

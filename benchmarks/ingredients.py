@@ -9,7 +9,6 @@ that is resumed. It ends with the table of docs/results.md.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,9 @@ from typing import Any
 import torch
 from tables import DOCS, fill
 from torch import Tensor, nn
-from trainings import Log, train
+from trainings import Log, train, views
 
 import sltt
-from sltt.commands.parsing import Recipe, run_config
-from sltt.training.files import read_table
-from sltt.training.runs import METRICS
 
 PATH = DOCS / "results" / "ingredients.json"
 SETTINGS = (
@@ -37,9 +33,12 @@ CASES: dict[str, list[str]] = {  # options that change the recipe
     "no SLTT-1: five epochs of steady currents": ["--phases", f"[{{epochs: 5, {STEADY}}}]"],
     "T = 8": ["--steps", "8"],
     "T = 4": ["--steps", "4"],
-    "T = 4, in the last two epochs 16": [
-        "--phases", f"[{{epochs: 3, steps: 4, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
-    ],
+    **{
+        f"T = {steps}, in the last two epochs 16": [
+            "--phases", f"[{{epochs: 3, steps: {steps}, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
+        ]
+        for steps in (4, 64)
+    },
     "crops of 24 pixels in the first three epochs": [
         "--phases", f"[{{epochs: 3, crop: 24, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
     ],
@@ -49,6 +48,7 @@ CASES: dict[str, list[str]] = {  # options that change the recipe
     "one distortion by RandAugment": ["--data.randaugment", "1"],
     "no label smoothing": ["--loss.label_smoothing", "0"],
     "weights not averaged": ["--ema", "null"],
+    "lookahead in place of the average": ["--ema", "null", "--optimizer", "ingredients.LookaheadSGD"],
     "shifts at the rate of the others": ["--norm_bias_lr", "1"],
     "first convolution learned": ["--model", "ingredients.LearnedFirst"],
     **{
@@ -69,6 +69,35 @@ class LearnedFirst(sltt.models.ShallowVGG):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.contrasts[0] = nn.Conv2d(3, 24, 2, bias=False)
+
+
+class LookaheadSGD(torch.optim.SGD):
+    """SGD whose weights θ return to slow ones, φ, all five steps: early far, late little.
+
+        φ ← φ + (1 − d) (θ − φ),   θ ← φ,   d = 0.95⁵ (t / total)³ in step t
+
+    Args:
+        params, lr, sgd: of SGD.
+        total: steps of the training.
+
+    Source: Zhang et al. 2019 (arXiv 1907.08610); its schedule: Jordan 2024 (arXiv 2404.00498).
+    """
+
+    def __init__(self, params: Any, lr: float = 0.3, total: int = 900, **sgd: Any):
+        super().__init__(params, lr=lr, **sgd)
+        self.total = total
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        weights = [p for group in self.param_groups for p in group["params"]]
+        slow = [self.state[p].setdefault("slow", p.detach().clone()) for p in weights]
+        loss = super().step(closure)
+        taken = self.param_groups[0]["taken"] = self.param_groups[0].get("taken", 0) + 1  # a checkpoint keeps it
+        if taken % 5 == 0:
+            share = 1 - 0.95**5 * min(1, taken / self.total) ** 3
+            for p, kept in zip(weights, slow, strict=True):
+                p.copy_(kept.lerp_(p, share))
+        return loss
 
 
 class MuonSGD(torch.optim.SGD):
@@ -118,22 +147,6 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return x.T if len(matrix) > matrix.shape[1] else x
 
 
-def accuracies(run: Path) -> dict[str, float]:
-    """The share of the validation images that spikes get right: by one view, and by the mean of six."""
-    built = Recipe("ingredients", str(run_config(run)), [], of_run=True).build()
-    how = {"steps": built.steps, "precision": built.precision, "channels_last": True, "device": "cpu"}
-    views = {"alone": {}, "six": {"mirror": True, "shift": 1}}
-    model = sltt.load(run, checkpoint="last")
-    return {
-        name: sltt.evaluate(model, built.data, split="validation", **how, **view).score for name, view in views.items()
-    }
-
-
-def seconds(run: Path) -> float:
-    """Median seconds of an epoch."""
-    return statistics.median(row["seconds"] for row in read_table(run / METRICS))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path)
@@ -147,7 +160,7 @@ def main() -> None:
             continue
         run = given.runs / f"{list(CASES).index(case)}-{given.seed}"
         train(["cifar10-hour", *options(given.images, case, given.seed)], run)
-        Log(PATH).add(row | accuracies(run) | {"seconds": seconds(run)})
+        Log(PATH).add(row | views(run, "validation"))
         fill()
 
 

@@ -11,7 +11,9 @@ from torch import nn
 
 import sltt
 from sltt.commands import main as command
+from sltt.commands.parsing import Recipe, run_config
 from sltt.training.console import Console
+from sltt.training.evaluation import Split
 from sltt.training.fit import Fit
 
 
@@ -56,6 +58,15 @@ def train(words: Sequence[str], run: Path) -> None:
     """`sltt train` in a folder, where it goes on if it has begun."""
     begun = (run / "config.yaml").exists()
     call(["train", *(["--resume", str(run)] if begun else [*words, "--device", "cpu", "--run", str(run)])])
+
+
+def views(run: Path, split: Split, names: Sequence[str] = ("alone", "six")) -> dict[str, float]:
+    """The accuracy of a run's last weights: by one view of each image, `alone`, and by the mean of six."""
+    built = Recipe("benchmark", str(run_config(run)), [], of_run=True).build()
+    how = {"steps": built.steps, "precision": built.precision, "channels_last": built.channels_last, "device": "cpu"}
+    kinds = {"alone": {}, "six": {"mirror": True, "shift": 1}}
+    model = sltt.load(run, checkpoint="last")
+    return {name: sltt.evaluate(model, built.data, split, **how, **kinds[name]).score for name in names}
 
 
 def fit(model: nn.Module, data: sltt.data.Data, rule: sltt.Rule, *, quiet: bool = True, **settings: Any) -> Fit:

@@ -132,7 +132,7 @@ def test_each_ingredient_is_one_change_of_the_recipe():
     base = built.pop("recipe")
     assert [phase.epochs for phase in base.phases] == [4, 1]
     lengths = [[phase.epochs for phase in one.phases] for one in built.values()]
-    assert (lengths.count([5]), lengths.count([3, 1, 1]), lengths.count([4, 1])) == (1, 2, 13)
+    assert (lengths.count([5]), lengths.count([3, 1, 1]), lengths.count([4, 1])) == (1, 3, 14)
     muon = built["Muon for convolutions, rate 0.08"].optimizer([nn.Parameter(torch.ones(1))])
     sgd = base.optimizer([nn.Parameter(torch.ones(1))])
     assert muon.defaults == sgd.defaults
@@ -141,7 +141,7 @@ def test_each_ingredient_is_one_change_of_the_recipe():
     for name, value in {"cutout": 0, "reflect": False, "mixup": 0.2, "randaugment": 1}.items():
         assert [getattr(one.data, name) == value for one in built.values()].count(True) == 1
         assert getattr(base.data, name) != value
-    assert [one.ema for one in built.values()].count(None) == 1
+    assert [one.ema for one in built.values()].count(None) == 2  # lookahead is the other average
     assert [one.norm_bias_lr for one in built.values()].count(1) == 1
     assert sorted(one.steps for one in built.values())[:3] == [4, 8, 16]
     learned = built["first convolution learned"].model
@@ -164,6 +164,58 @@ def test_muon_turns_convolutions_along_orthogonal_updates_and_sgd_the_rest():
     assert torch.linalg.svdvals(update).min() > 0.06
     assert torch.linalg.svdvals(update).max() < 0.13
     torch.testing.assert_close(ingredients.orthogonal(update.T).T, ingredients.orthogonal(update))
+
+
+def test_lookahead_returns_to_slow_weights_all_five_steps():
+    weight, plain = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    lookahead = load("ingredients").LookaheadSGD([weight], lr=0.1, total=10)
+    sgd, slow = torch.optim.SGD([plain], lr=0.1), torch.ones(3)
+    for step in range(1, 11):
+        for one in (weight, plain):
+            one.grad = torch.arange(3.0)
+        lookahead.step()
+        sgd.step()
+        if step == 5:  # d = 0.95⁵ / 8
+            slow = plain.detach() + 0.95**5 / 8 * (slow - plain.detach())
+            plain.data.copy_(slow)
+        elif step == 10:  # d = 0.95⁵
+            slow = plain.detach() + 0.95**5 * (slow - plain.detach())
+            plain.data.copy_(slow)
+        torch.testing.assert_close(weight.data, plain.data)
+    kept = load("ingredients").LookaheadSGD([weight], lr=0.1, total=10)
+    kept.load_state_dict(lookahead.state_dict())
+    assert kept.param_groups[0]["taken"] == 10
+
+
+def test_the_trainings_of_an_hour_differ_in_epochs_and_in_the_activation():
+    hour = load("hour")
+    built = {case: Recipe("sltt train", "cifar10-hour", hour.options("nowhere", case)).build() for case in hour.CASES}
+    analog = built.pop("analog: GELU")
+    assert nn.GELU in map(type, analog.model.modules())
+    assert not any(isinstance(m, sltt.IF) for m in analog.model.modules())
+    assert (analog.epochs, analog.phases, analog.steps) == (built["recipe"].epochs, None, 1)
+    for case, one in built.items():
+        steady = one.epochs - 1
+        assert [phase.epochs for phase in one.phases] == [steady, 1]
+        assert one.schedule.warmup == steady / 4
+        assert case in ("recipe", f"{steady} + 1 epochs")
+    assert sorted(one.epochs for one in built.values()) == [5, 11, 25, 49]
+
+
+def test_minutes_of_a_training_are_those_of_its_epochs(tmp_path, capsys):
+    hour, run = load("hour"), tmp_path / "run"
+    words = ["--model.width", "4", "--steps", "2", "--epochs", "2", "--device", "cpu", "--run", str(run)]
+    assert command(["train", "digits", *words]) == 0
+    row = hour.measured(run)
+    assert row["alone"] == json.loads((run / "result.json").read_text())["last_epoch_test_accuracy"]
+    capsys.readouterr()
+    views = ["--mirror", "--shift", "1", "--checkpoint", "last", "--device", "cpu"]
+    assert command(["eval", str(run), *views, "--json"]) == 0
+    assert row["six"] == json.loads(capsys.readouterr().out)["accuracy"] != row["alone"]
+    assert len(row["train_accuracy"]) == len(row["seconds"]) == 2
+    rows = [{"case": "A", "seed": seed, **row, "seconds": [50, 70 + 120 * seed]} for seed in (0, 1)]
+    (tmp_path / "hour.json").write_text(json.dumps(rows))
+    assert "| A | 2 | 3 | " in load("doc_tables").hour(tmp_path)
 
 
 def test_twins_of_the_digits_are_measured_in_each_form(monkeypatch):

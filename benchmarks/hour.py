@@ -1,0 +1,86 @@
+"""Accuracy of the recipe `cifar10-hour` on test images, over minutes of training, and that of the analog network.
+
+    python benchmarks/hour.py IMAGES [--runs runs/hour] [--seed 0] [--cases recipe "4 + 1 epochs" …]
+
+IMAGES is a folder train/CLASS/*, test/CLASS/*, as of `sltt.data.ImageFolder`: all training images train. Two processes.
+Each case is a row of docs/results/hour.json, and a run that is resumed. It ends with the table of docs/results.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from ingredients import SLTTK, STEADY
+from tables import DOCS, fill
+from trainings import Log, views
+
+from sltt.training.files import read_table
+from sltt.training.runs import METRICS
+
+PATH = DOCS / "results" / "hour.json"
+SETTINGS = (
+    "--data sltt.data.ImageFolder --data.root {images} --data.size 32 --data.crop_padding 4 --data.validation 0 "
+    "--data.cutout 8 --data.reflect true"
+)
+
+
+def shorter(steady: int) -> list[str]:
+    """The recipe with other epochs of steady currents, a quarter of them with a rising rate."""
+    phases = f"[{{epochs: {steady}, {STEADY}}}, {SLTTK}]"
+    return ["--phases", phases, "--epochs", str(steady + 1), "--schedule.warmup", str(steady / 4)]
+
+
+CASES: dict[str, list[str]] = {  # options that change the recipe
+    "4 + 1 epochs": shorter(4),
+    "10 + 1 epochs": shorter(10),
+    "recipe": [],
+    "48 + 1 epochs": shorter(48),
+    "analog: GELU": [
+        *("--phases", "null", "--rule", "SLTT", "--steps", "1"),
+        *("--model.neuron", "torch.nn.GELU", "--model.scale", "0.1111"),
+    ],
+}
+
+
+def options(images: Path, case: str, seed: int = 0) -> list[str]:
+    """Of `sltt train cifar10-hour`, for a case."""
+    return [*SETTINGS.format(images=images).split(), "--seed", str(seed), *CASES[case]]
+
+
+def train(words: list[str], run: Path) -> None:
+    """`sltt train` in a folder, where it goes on if it has begun: a command of its own, since it starts processes."""
+    begun = (run / "config.yaml").exists()
+    fresh = ["cifar10-hour", *words, "--device", "cpu", "--devices", "2", "--run", str(run)]
+    how = ["--resume", str(run)] if begun else fresh
+    subprocess.run([sys.executable, "-m", "sltt", "train", *how], check=True)
+
+
+def measured(run: Path) -> dict[str, object]:
+    """Accuracies of the test images, and for each epoch that of the training and its seconds."""
+    epochs = read_table(run / METRICS)
+    alone = json.loads((run / "result.json").read_text())["last_epoch_test_accuracy"]
+    columns = {name: [round(row[name], 4) for row in epochs] for name in ("train_accuracy", "seconds")}
+    return {"alone": alone, "six": views(run, "test", ["six"])["six"], **columns}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs/hour"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    given = parser.parse_args()
+    for case in given.cases:
+        row = {"case": case, "seed": given.seed}
+        if Log(PATH).find(row):
+            continue
+        run = given.runs / f"{list(CASES).index(case)}-{given.seed}"
+        train(options(given.images, case, given.seed), run)
+        Log(PATH).add(row | measured(run))
+        fill()
+
+
+if __name__ == "__main__":
+    main()
