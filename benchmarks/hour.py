@@ -6,15 +6,15 @@ IMAGES is a folder train/CLASS/*, test/CLASS/*, as of `sltt.data.ImageFolder`: a
 Each case is a row of docs/results/hour.json, and a run that is resumed. It ends with the table of docs/results.md.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+from cells import Row
 from ingredients import SLTTK, STEADY
-from tables import DOCS, fill
-from trainings import Log, views
+from tables import DOCS
+from trainings import measure_cases, views
 
 from sltt.training.files import read_table
 from sltt.training.runs import METRICS
@@ -27,7 +27,7 @@ SETTINGS = (
 
 
 def shorter(steady: int) -> list[str]:
-    """The recipe with other epochs of steady currents, a quarter of them with a rising rate."""
+    """The recipe with so many epochs of steady currents; the learning rate rises over a quarter of them."""
     phases = f"[{{epochs: {steady}, {STEADY}}}, {SLTTK}]"
     return ["--phases", phases, "--epochs", str(steady + 1), "--schedule.warmup", str(steady / 4)]
 
@@ -57,7 +57,7 @@ def train(words: list[str], run: Path) -> None:
     subprocess.run([sys.executable, "-m", "sltt", "train", *how], check=True)
 
 
-def measured(run: Path) -> dict[str, object]:
+def measured(run: Path) -> Row:
     """Accuracies of the test images, and for each epoch that of the training and its seconds."""
     epochs = read_table(run / METRICS)
     alone = json.loads((run / "result.json").read_text())["last_epoch_test_accuracy"]
@@ -65,22 +65,10 @@ def measured(run: Path) -> dict[str, object]:
     return {"alone": alone, "six": views(run, "test", ["six"])["six"], **columns}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path)
-    parser.add_argument("--runs", type=Path, default=Path("runs/hour"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    given = parser.parse_args()
-    for case in given.cases:
-        row = {"case": case, "seed": given.seed}
-        if Log(PATH).find(row):
-            continue
-        run = given.runs / f"{list(CASES).index(case)}-{given.seed}"
-        train(options(given.images, case, given.seed), run)
-        Log(PATH).add(row | measured(run))
-        fill()
+def measure(images: Path, case: str, seed: int, run: Path) -> Row:
+    train(options(images, case, seed), run)
+    return measured(run)
 
 
 if __name__ == "__main__":
-    main()
+    measure_cases(__doc__, PATH, list(CASES), measure)

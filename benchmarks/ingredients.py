@@ -8,15 +8,15 @@ looked at. One thread, about a quarter of an hour a case. Each case is a row of 
 that is resumed. It ends with the table of docs/results.md.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tables import DOCS, fill
+from cells import Row
+from tables import DOCS
 from torch import Tensor, nn
-from trainings import Log, train, views
+from trainings import measure_cases, train, views
 
 import sltt
 
@@ -147,23 +147,11 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return x.T if len(matrix) > matrix.shape[1] else x
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path)
-    parser.add_argument("--runs", type=Path, default=Path("runs/ingredients"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    given = parser.parse_args()
-    for case in dict.fromkeys(["recipe", *given.cases]):  # the others are compared with it
-        row = {"case": case, "seed": given.seed}
-        if Log(PATH).find(row):
-            continue
-        run = given.runs / f"{list(CASES).index(case)}-{given.seed}"
-        train(["cifar10-hour", *options(given.images, case, given.seed)], run)
-        Log(PATH).add(row | views(run, "validation"))
-        fill()
+def measure(images: Path, case: str, seed: int, run: Path) -> Row:
+    train(["cifar10-hour", *options(images, case, seed)], run)
+    return views(run, "validation")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    measure_cases(__doc__, PATH, list(CASES), measure, base=["recipe"])  # the others are compared with it

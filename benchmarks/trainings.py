@@ -1,12 +1,15 @@
 """Trainings that a script makes once: run again, it goes on where it stopped."""
 
+import argparse
 import json
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cells import Row
+from tables import fill
 from torch import nn
 
 import sltt
@@ -15,6 +18,8 @@ from sltt.commands.parsing import Recipe, run_config
 from sltt.training.console import Console
 from sltt.training.evaluation import Split
 from sltt.training.fit import Fit
+
+Measure = Callable[[Path, str, int, Path], Row]
 
 
 class Log:
@@ -67,6 +72,32 @@ def views(run: Path, split: Split, names: Sequence[str] = ("alone", "six")) -> d
     kinds = {"alone": {}, "six": {"mirror": True, "shift": 1}}
     model = sltt.load(run, checkpoint="last")
     return {name: sltt.evaluate(model, built.data, split, **how, **kinds[name]).score for name in names}
+
+
+def measure_cases(
+    doc: str | None, path: Path, cases: Sequence[str], measure: Measure, base: Sequence[str] = ()
+) -> None:
+    """The command of a script that trains cases: each is a row of a log, and a folder.
+
+    Args:
+        doc: of the script.
+        path: of the log.
+        cases: all there are.
+        measure: of the images, the case, the seed and the folder, what the row has beside case and seed.
+        base: cases that are always measured, first.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs") / path.stem)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
+    given = parser.parse_args()
+    for case in dict.fromkeys([*base, *given.cases]):
+        row = {"case": case, "seed": given.seed}
+        if not Log(path).find(row):
+            run = given.runs / f"{re.sub(r'[^a-z0-9.]+', '-', case.lower())}-{given.seed}"
+            Log(path).add(row | measure(given.images, case, given.seed, run))
+            fill()
 
 
 def fit(model: nn.Module, data: sltt.data.Data, rule: sltt.Rule, *, quiet: bool = True, **settings: Any) -> Fit:

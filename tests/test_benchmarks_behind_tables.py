@@ -149,6 +149,18 @@ def test_each_ingredient_is_one_change_of_the_recipe():
     assert [p.shape for p in learned.parameters()] == [p.shape for p in base.model.parameters()]
 
 
+def test_a_case_is_measured_once_beside_the_base(tmp_path, monkeypatch):
+    trainings, made = load("trainings"), []
+    monkeypatch.setattr(trainings, "fill", lambda: None)
+    log, cases = tmp_path / "log.json", ["base", "T = 4", "T = 8"]
+    measure = lambda images, case, seed, run: made.append((str(images), case, run.name)) or {"six": seed}  # noqa: E731
+    for more in (["T = 8"], ["T = 4", "T = 8"]):
+        monkeypatch.setattr("sys.argv", ["script.py", "images", "--seed", "3", "--cases", *more])
+        trainings.measure_cases("", log, cases, measure, base=["base"])
+    assert made == [("images", "base", "base-3"), ("images", "T = 8", "t-8-3"), ("images", "T = 4", "t-4-3")]
+    assert json.loads(log.read_text())[1] == {"case": "T = 8", "seed": 3, "six": 3}
+
+
 def test_muon_turns_convolutions_along_orthogonal_updates_and_sgd_the_rest():
     ingredients = load("ingredients")
     torch.manual_seed(0)
