@@ -7,12 +7,13 @@ Each case is a row of docs/results/hour.json, and a run that is resumed. It ends
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from cells import Row
-from ingredients import SLTTK, STEADY
+from ingredients import MUON, SLTTK, STEADY
 from tables import DOCS
 from trainings import measure_cases, views
 
@@ -37,6 +38,7 @@ CASES: dict[str, list[str]] = {  # options that change the recipe
     "10 + 1 epochs": shorter(10),
     "recipe": [],
     "48 + 1 epochs": shorter(48),
+    "Muon: 22 + 1 epochs": [*shorter(22), "--schedule.warmup", "5", *MUON],
     "analog: GELU": [
         *("--phases", "null", "--rule", "SLTT", "--steps", "1"),
         *("--model.neuron", "torch.nn.GELU", "--model.scale", "0.1111"),
@@ -54,7 +56,8 @@ def train(words: list[str], run: Path) -> None:
     begun = (run / "config.yaml").exists()
     fresh = ["cifar10-hour", *words, "--device", "cpu", "--devices", "2", "--run", str(run)]
     how = ["--resume", str(run)] if begun else fresh
-    subprocess.run([sys.executable, "-m", "sltt", "train", *how], check=True)
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run([sys.executable, "-m", "sltt", "train", *how], check=True, env=os.environ | {"PYTHONPATH": paths})
 
 
 def measured(run: Path) -> Row:

@@ -206,6 +206,9 @@ def test_the_trainings_of_an_hour_differ_in_epochs_and_in_the_activation():
     assert nn.GELU in map(type, analog.model.modules())
     assert not any(isinstance(m, sltt.IF) for m in analog.model.modules())
     assert (analog.epochs, analog.phases, analog.steps) == (built["recipe"].epochs, None, 1)
+    muon = built.pop("Muon: 22 + 1 epochs")
+    assert (muon.epochs, [phase.epochs for phase in muon.phases], muon.schedule.warmup) == (23, [22, 1], 5)
+    assert muon.optimizer([nn.Parameter(torch.ones(1))]).share == pytest.approx(0.08 / 0.3025)
     for case, one in built.items():
         steady = one.epochs - 1
         assert [phase.epochs for phase in one.phases] == [steady, 1]
