@@ -1,4 +1,4 @@
-"""Accuracy of the recipe `cifar10-hour` on test images, over minutes of training, and that of the analog network.
+"""Accuracy of the recipe `cifar10-hour` on test images, over minutes of training, with Muon, and of the analog network.
 
     python benchmarks/hour.py IMAGES [--runs runs/hour] [--seed 0] [--cases recipe "4 + 1 epochs" …]
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from cells import Row
-from ingredients import MUON, SLTTK, STEADY
+from ingredients import SLTTK, STEADY, muon
 from tables import DOCS
 from trainings import measure_cases, views
 
@@ -38,7 +38,7 @@ CASES: dict[str, list[str]] = {  # options that change the recipe
     "10 + 1 epochs": shorter(10),
     "recipe": [],
     "48 + 1 epochs": shorter(48),
-    "Muon: 22 + 1 epochs": [*shorter(22), "--schedule.warmup", "5", *MUON],
+    "Muon: 22 + 1 epochs": [*shorter(22), "--schedule.warmup", "5", *muon("0.08")],
     "analog: GELU": [
         *("--phases", "null", "--rule", "SLTT", "--steps", "1"),
         *("--model.neuron", "torch.nn.GELU", "--model.scale", "0.1111"),
@@ -56,6 +56,7 @@ def train(words: list[str], run: Path) -> None:
     begun = (run / "config.yaml").exists()
     fresh = ["cifar10-hour", *words, "--device", "cpu", "--devices", "2", "--run", str(run)]
     how = ["--resume", str(run)] if begun else fresh
+    # that command imports ingredients.MuonSGD too
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     subprocess.run([sys.executable, "-m", "sltt", "train", *how], check=True, env=os.environ | {"PYTHONPATH": paths})
 

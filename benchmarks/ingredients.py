@@ -28,7 +28,13 @@ SETTINGS = (
 STEADY = "rule: {class_path: sltt.RateBased, init_args: {steady: true}}"
 SLTTK = "{epochs: 1, lr: 0.003, freeze_norm: true}"
 PHASES = f"[{{epochs: 4, {STEADY}}}, {SLTTK}]"
-MUON = ["--optimizer", "ingredients.MuonSGD", "--optimizer.conv_lr", "0.08"]
+
+
+def muon(lr: str) -> list[str]:
+    """Options for Muon on convolutions, at a learning rate."""
+    return ["--optimizer", "ingredients.MuonSGD", "--optimizer.conv_lr", lr]
+
+
 CASES: dict[str, list[str]] = {  # options that change the recipe
     "recipe": [],
     "no SLTT-1: five epochs of steady currents": ["--phases", f"[{{epochs: 5, {STEADY}}}]"],
@@ -52,9 +58,7 @@ CASES: dict[str, list[str]] = {  # options that change the recipe
     "lookahead in place of the average": ["--ema", "null", "--optimizer", "ingredients.LookaheadSGD"],
     "shifts at the rate of the others": ["--norm_bias_lr", "1"],
     "first convolution learned": ["--model", "ingredients.LearnedFirst"],
-    **{
-        f"Muon for convolutions, rate {lr}": [*MUON[:-1], lr] for lr in ("0.24", "0.08", "0.03")
-    },
+    **{f"Muon for convolutions, rate {lr}": muon(lr) for lr in ("0.24", "0.08", "0.03")},
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -215,6 +216,18 @@ def test_the_trainings_of_an_hour_differ_in_epochs_and_in_the_activation():
         assert one.schedule.warmup == steady / 4
         assert case in ("recipe", f"{steady} + 1 epochs")
     assert sorted(one.epochs for one in built.values()) == [5, 11, 25, 49]
+
+
+def test_a_training_of_an_hour_finds_the_benchmarks_optimizer_and_goes_on(tmp_path, monkeypatch):
+    hour, called = load("hour"), []
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setattr(hour.subprocess, "run", lambda words, check, env: called.append((words[4:], env["PYTHONPATH"])))
+    for _ in range(2):
+        hour.train(["--seed", "0"], tmp_path)
+        (tmp_path / "config.yaml").touch()
+    run, paths = str(tmp_path), [str(Path(hour.__file__).parent), "elsewhere"]
+    fresh = ["cifar10-hour", "--seed", "0", "--device", "cpu", "--devices", "2", "--run", run]
+    assert called == [(how, os.pathsep.join(paths)) for how in (fresh, ["--resume", run])]
 
 
 def test_minutes_of_a_training_are_those_of_its_epochs(tmp_path, capsys):
