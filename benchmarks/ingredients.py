@@ -23,7 +23,7 @@ import sltt
 PATH = DOCS / "results" / "ingredients.json"
 SETTINGS = (
     "--data sltt.data.ImageFolder --data.root {images} --data.size 32 --data.crop_padding 4 --data.validation 0.1 "
-    "--data.cutout 8 --data.reflect true --model.widths [32,128,128] --epochs 5 --schedule.warmup 1"
+    "--data.cutout 8 --data.reflect true --model.widths [32,128,128] --epochs 5 --schedule.warmup 1 --precision 32"
 )
 STEADY = "rule: {class_path: sltt.RateBased, init_args: {steady: true}}"
 SLTTK = "{epochs: 1, lr: 0.003, freeze_norm: true}"
@@ -138,12 +138,11 @@ class MuonSGD(torch.optim.SGD):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U Vᵀ, of the singular value decomposition U S Vᵀ, in bfloat16.
+    """About U Vᵀ, of the singular value decomposition U S Vᵀ.
 
     X ← 3.4445 X − 4.775 X Xᵀ X + 2.0315 (X Xᵀ)² X,   five times
     """
-    x = matrix.bfloat16()
-    x = x.T if len(matrix) > matrix.shape[1] else x
+    x = matrix.T if len(matrix) > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         square = x @ x.T

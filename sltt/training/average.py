@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -11,9 +11,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
     """The network `module`, whose weights θ̄ begin as those of the model, θ.
 
-        θ̄ ← d θ̄ + (1 − d) θ,   d = decay
+        θ̄ ← d θ̄ + (1 − d) θ,   d = min(decay, n / (n + 9)) in step n
 
-    by `update_parameters`, after each step of the optimizer; running statistics of BatchNorm likewise.
+    by `update_parameters`, after each step of the optimizer; running statistics of BatchNorm likewise. The first steps
+    have a smaller d, so that the average soon leaves the weights before training.
 
     Raises:
         ValueError: the model has lazy weights, which are made by its first input.
@@ -23,8 +24,13 @@ def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
             "ema copies the weights, and lazy layers have none before their first input: run model(x) once, and "
             "then sltt.reset(model)"
         )
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    averaged.n_averaged.fill_(1)
+
+    def move(averages: list[Tensor], weights: list[Tensor], on_device: Tensor) -> None:
+        step = averaged.n_averaged.item()  # lies on the CPU; to read `on_device` would wait for a GPU
+        get_ema_multi_avg_fn(min(decay, step / (step + 9)))(averages, weights, on_device)
+
+    averaged = AveragedModel(model, multi_avg_fn=move, use_buffers=True)
+    averaged.n_averaged.fill_(1)  # at 0, it would copy the weights in the first step
     return averaged
 
 

@@ -91,6 +91,8 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
     saved = checkpoint["progress"]
     terms = {"terms": saved["samples"]}  # of checkpoints that were written before there were others
     loop.state = Progress(**{**terms, **saved}).of_process(loop.processes.rank)
+    if loop.average:
+        loop.average.n_averaged.fill_(1 + loop.state.epoch * loop.batches + loop.state.batch)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -17,11 +17,13 @@ class Reference(Callback):
     """The average by its equation."""
 
     def __init__(self, model):
-        self.mean = {k: v.detach().clone().double() for k, v in model.state_dict().items()}
+        self.mean, self.step = {k: v.detach().clone().double() for k, v in model.state_dict().items()}, 0
 
     def on_batch(self, now):
+        self.step += 1
+        decay = min(DECAY, self.step / (self.step + 9))
         for name, value in now.model.state_dict().items():
-            self.mean[name] = DECAY * self.mean[name] + (1 - DECAY) * value.double()
+            self.mean[name] = decay * self.mean[name] + (1 - decay) * value.double()
 
 
 def averaged(path):
