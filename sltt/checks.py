@@ -8,6 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 
@@ -67,6 +69,15 @@ def sequence(name: str, values: Any, of: str, *, fewest: int = 0) -> Sequence[An
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) < fewest:
         raise ValueError(_message(name, f"a sequence of {f'{fewest} or more ' if fewest else ''}{of}", values))
     return values
+
+
+def plain(value: Any) -> Any:
+    """Python's number in place of NumPy's, which no file of a run can hold, also in dictionaries and lists."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:  # not a state_dict, which has attributes
+        return {key: plain(one) for key, one in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def flag(name: str, value: Any, remedy: str = "") -> bool:

@@ -108,7 +108,7 @@ def _costs(rule: str, memory: Mapping[str, int], samples: int | None) -> list[st
 def _sure(trial: Trial | None, epochs: int) -> str:
     """How much the advice rests on."""
     if trial is None:
-        rests = f"one batch after {epochs} epochs" if epochs else "one batch of an untrained network"
+        rests = f"one batch after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "one batch of an untrained network"
         return f"Not sure: this rests on {rests}. --trial 4 compares short trainings."
     if not trial.tells:
         return f"Not sure: BPTT() has learned little in {trial.epochs} epochs. Give a longer --trial."

@@ -21,7 +21,7 @@ USAGE = """usage: sltt COMMAND ...
   sltt eval RUN             accuracy of a trained run on the test samples
   sltt agreement [RECIPE]   is SLTT safe here? its gradient beside that of BPTT
   sltt compare [RECIPE]     train several rules: --rules BPTT,SLTT,SLTT:k=1
-  sltt fscil RECIPE         new classes from a few samples: --base 60 --way 5
+  sltt fscil [RECIPE]       new classes from a few samples: --base 6 --way 1
   sltt profile [RECIPE]     memory, time and energy of rules: --steps 1,4,16
   sltt lr [RECIPE]          find a learning rate, in a hundred batches
   sltt report FOLDER ...    one page with the results of all these commands
@@ -32,7 +32,8 @@ USAGE = """usage: sltt COMMAND ...
   sltt completion SHELL     for bash and zsh: source <(sltt completion bash)
   sltt --version            the version
 
-`sltt COMMAND RECIPE --help` explains every option, with the recipe's values.
+`sltt COMMAND --help` explains a command, and `sltt train RECIPE --help` all
+options of a training, with the recipe's values. Most commands take these too.
 """
 
 

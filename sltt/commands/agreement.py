@@ -31,10 +31,11 @@ def options() -> CommandOptions:
     parser = CommandOptions("sltt agreement [RECIPE]", HELP)
     parser.add_argument("--taus", type=numbers(float), help="time constants of the LIF neurons; default: the recipe's")
     parser.add_argument("--steps", type=numbers(time_steps), help="several T; default: the recipe's")
-    parser.add_argument("--at-epochs", type=numbers(int), default=[0], help="after so many epochs of training each")
+    epochs = "epochs of training before gradients are compared, such as 0,1,3; default: 0"
+    parser.add_argument("--at-epochs", type=numbers(int), default=[0], help=epochs)
     parser.add_argument("--trial", type=count, help="compare trainings of so many epochs with each rule; default: none")
     parser.add_argument("--seeds", type=count, default=2, help="trainings with each rule in a trial; default: 2")
-    parser.add_argument("--samples", type=count, default=128, help="training samples in the batch that is measured")
+    parser.add_argument("--samples", type=count, default=128, help="training samples in the batch; default: 128")
     parser.add_argument("--float64", action="store_true", help="compute in float64, where no spike flips by rounding")
     parser.add_output()
     return parser
@@ -146,7 +147,7 @@ def agreement_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
 def where(row: Mapping[str, Any]) -> str:
     """At which τ, T and epoch the gradients of a row are."""
     tau = "" if row["tau"] is None else f"τ = {row['tau']:g}, "
-    return f"{tau}T = {row['steps']}, after {row['epochs']} epochs"
+    return f"{tau}T = {row['steps']}, after {row['epochs']} epoch{'s' * (row['epochs'] != 1)}"
 
 
 def print_agreement(rows: Sequence[Mapping[str, Any]], report: Console) -> None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sltt.analysis import Operations, agreement, count_operations, memory_parts
 from sltt.commands.failures import UsageError, cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
@@ -22,15 +20,15 @@ from sltt.data import Classes
 from sltt.metrics import higher_is_better, name_of
 from sltt.training.console import Console, megabytes
 from sltt.training.fit import Fit, resume_run, start_run
-from sltt.training.runs import CONFIG
+from sltt.training.runs import changed, read_config
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
 
 HELP = (
-    "Train every rule with every seed, in all phases, under the recipe's budget; with --vary, values of other options. "
-    "Print the metric on the test samples (mean ± standard deviation), seconds for an epoch, and of one batch peak "
-    "memory, multiplications and the gradient's cosine with BPTT's. Run the command again to continue. Other options "
-    "are those of sltt train."
+    "Train every rule with every seed, in all phases, under the recipe's budget. With --vary, train every value of "
+    "other options too. Print the metric on the test samples (mean ± standard deviation), seconds for an epoch, and of "
+    "one batch peak memory, multiplications and the gradient's cosine with BPTT's. Run the command again to continue. "
+    "Other options are those of sltt train."
 )
 
 
@@ -41,7 +39,7 @@ def options() -> CommandOptions:
     parser.set_defaults(rules=None)  # those of `add_rules`, or with --vary that of the recipe
     parser.add_argument("--vary", type=values, action="append", default=[], metavar="OPTION=A,B", help=VARY_HELP)
     parser.add_argument("--seeds", type=count, default=1, help="number of seeds; default: 1")
-    parser.add_output("default: runs/compare-RECIPE, and a mark of the options")
+    parser.add_output("default: runs/compare-RECIPE, and a short hash of the options")
     return parser
 
 
@@ -129,7 +127,10 @@ def compare(one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: C
         report: shows the progress.
     """
     compared, seconds = Compared(one.rule or rule_of(recipe.resolved()), one.varied), []
-    with session(Execution.of(vars(one.build(recipe)))) as here:
+    first = one.build(recipe)
+    with session(Execution.of(vars(first))) as here:
+        if here.splits(first.data, first.steps).test is None:
+            raise ValueError(f"{first.data} has no test samples, on which rules are compared: choose other data")
         for seed in range(seeds):
             try:
                 built, result = train_one(here, one, seed, folder, recipe, report)
@@ -179,11 +180,13 @@ def train_one(
 
 
 def _check_continues(run: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError where a run in the folder was trained on other data, or for another number of epochs."""
-    before = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    if other := [name for name in ("data", "epochs") if _same_anywhere(before[name]) != _same_anywhere(config[name])]:
+    """Raise ValueError where a run in the folder was trained with other settings; its data may have moved."""
+    before, other = read_config(run), changed(run, config)
+    if before:
+        other += [name for name in ("data", "epochs") if _same_anywhere(before[name]) != _same_anywhere(config[name])]
+    if other:
         raise ValueError(
-            f"{run} was trained with other settings ({' and '.join(other)}): choose another --save, or delete the run"
+            f"{run} was trained with other settings ({'; '.join(other)}): choose another --save, or delete the run"
         )
 
 

@@ -25,9 +25,8 @@ def options() -> CommandOptions:
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test")
     parser.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
-    parser.add_argument(
-        "--shift", type=int, default=0, metavar="PIXELS", help="mean logits of each image and of two that are moved"
-    )
+    shift = "average with two copies, moved up left and down right; the image counts half"
+    parser.add_argument("--shift", type=int, default=0, metavar="PIXELS", help=shift)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -46,6 +45,8 @@ def run(words: Sequence[str]) -> None:
     with session(Execution.of(vars(built))) as here:
         seen = {name: getattr(known, name) for name in VIEWS}
         metrics = measure_split(here, built.model, built.data, known.split, **measured_with(built), **seen)
+    if here.processes.rank > 0:
+        return
     if known.json:
         print(as_json({"checkpoint": str(path), "split": known.split, **seen, **metrics.named()}))
         return

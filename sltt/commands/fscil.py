@@ -29,7 +29,7 @@ HELP = (
     "Train on the first --base classes, freeze the network, then add --way classes in each session from --shot samples "
     "of each. A class is the mean embedding of its samples, and a test sample belongs to the nearest by cosine. Print "
     "the accuracy of all classes seen after each session, of several rules, of a guess (chance) and of the mean pixels "
-    "of a class (pixels). Run again, it continues where it stopped. Other options are those of sltt train."
+    "of a class (pixels). Run the command again to continue. Other options are those of sltt train."
 )
 
 
@@ -43,7 +43,7 @@ def options() -> CommandOptions:
     parser.add_argument("--order", type=numbers(int), help="classes in the order in which they come; default: 0,1,…")
     parser.add_rules()
     parser.add_argument("--seeds", type=count, default=3, help="number of seeds, of trainings and shots; default: 3")
-    parser.add_output("default: runs/fscil-RECIPE, and a mark of the options")
+    parser.add_output("default: runs/fscil-RECIPE, and a short hash of the options")
     return parser
 
 

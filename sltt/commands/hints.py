@@ -93,7 +93,9 @@ def _class_paths() -> list[str]:
 
 
 def locate(path: str) -> Any:
-    """What an import path names."""
+    """What an import path names, or the name alone of a class that recipes know."""
+    if "." not in path:
+        path = next((known for known in _class_paths() if known.endswith(f".{path}")), path)
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 

@@ -9,8 +9,8 @@ from sltt.commands.results import gather
 from sltt.training.console import Console
 
 HELP = (
-    "Write one HTML page with the tables and figures of runs, comparisons, profiles, agreements and learning "
-    "rates. It needs no network. The figures lie beside it as PNG and SVG, the tables as CSV."
+    "Write one HTML page with the tables and figures of runs, comparisons, few-shot classes, profiles, "
+    "agreements and learning rates. It needs no network. The figures lie beside it as PNG and SVG, the tables as CSV."
 )
 
 

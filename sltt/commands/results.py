@@ -20,6 +20,8 @@ from sltt.training.console import Console, as_json
 from sltt.training.files import read_table, write_atomically
 from sltt.training.runs import CONFIG, METRICS
 
+NOT_HERE = (ValueError, TypeError, AttributeError, ImportError)  # what it raises to make a class that is not here
+
 
 def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Console], None]) -> None:
     """Print what a command found, as JSON or for people, and keep it where --save says."""
@@ -135,9 +137,14 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def rule_of(config: dict[str, Any]) -> str:
-    """The rule of a configuration, likewise."""
+    """The rule of a configuration, likewise; of a class that is not here its name."""
     rule = config["rule"]
-    return _label(rule["class_path"], rule.get("init_args") or {})
+    if rule is None:  # of a script
+        return "own rule"
+    try:
+        return _label(rule["class_path"], rule.get("init_args") or {})
+    except NOT_HERE:
+        return rule["class_path"].rpartition(".")[2]
 
 
 def _asked_label(rule: str) -> str:
@@ -146,7 +153,7 @@ def _asked_label(rule: str) -> str:
     values = {key: yaml.safe_load(text) for key, text in settings.items()}
     try:
         return _label(name if "." in name else f"sltt.{name}", values)
-    except (ValueError, TypeError, AttributeError, ImportError):  # a rule that died
+    except NOT_HERE:  # a rule that died
         return rule
 
 

@@ -82,10 +82,11 @@ def cached(
     home = folder / key
     home.mkdir(parents=True, exist_ok=True)
     array, mark, expected = home / "frames.npy", home / "complete.json", (len(sources), *shape)
-    with FileLock(home / "lock"):
-        if not mark.exists():
-            kept, checksums = _build(array, expected, make, title)
-            _write_mark(mark, {"kept": kept, "checksums": checksums, "settings": settings, "version": VERSION})
+    if not mark.exists():  # a finished one is only read, from a folder of somebody else's too
+        with FileLock(home / "lock"):
+            if not mark.exists():
+                kept, checksums = _build(array, expected, make, title)
+                _write_mark(mark, {"kept": kept, "checksums": checksums, "settings": settings, "version": VERSION})
     written = _read_mark(mark)
     try:
         arrays = np.load(array, mmap_mode="r")

@@ -115,7 +115,7 @@ class _Events(Data):
         return {name: count for name, count in lost.items() if count > 0}
 
     def load(self, steps: int) -> Splits:
-        if self.download and not self.recordings(train=True):
+        if self.download and not (self.recordings(train=True) and self.recordings(train=False)):
             self.fetch()
         train, test = self.recordings(train=True), self.recordings(train=False)
         if not train:

@@ -150,10 +150,12 @@ def _start_others(devices: int, num_nodes: int) -> None:
 
     import __main__
 
+    spec = __main__.__spec__
+    if spec is None and not hasattr(__main__, "__file__"):  # a notebook, or a prompt
+        raise ValueError(f"devices={devices} runs this program again in each process: put it into a script")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(find_free_network_port()))
     os.environ |= {"LOCAL_RANK": "0", "WORLD_SIZE": str(devices * num_nodes)}
-    spec = __main__.__spec__
     program = [os.path.abspath(sys.argv[0])] if spec is None else ["-m", spec.name]
     for rank in range(1, devices):
         process = subprocess.Popen(

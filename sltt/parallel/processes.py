@@ -109,12 +109,12 @@ class Processes:
             return
         keepers = [m for m in model.modules() if isinstance(m, _BatchNorm | Stateful)]
         running = [s for m in keepers for s in m.buffers(recurse=False) if s.is_floating_point()]
-        for dtype in {s.dtype for s in running}:
+        for dtype in dict.fromkeys(s.dtype for s in running):  # in the same order in every process
             same = [s for s in running if s.dtype == dtype]
-            flat = torch.cat(same) / self.count
+            flat = torch.cat([s.flatten() for s in same]) / self.count
             dist.all_reduce(flat)
             for s, mean in zip(same, flat.split([s.numel() for s in same]), strict=True):
-                s.copy_(mean)
+                s.copy_(mean.view_as(s))
 
     def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
         if self.count == 1:

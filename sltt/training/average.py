@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -25,7 +25,7 @@ def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
             "then sltt.reset(model)"
         )
 
-    def move(averages: list[Tensor], weights: list[Tensor], on_device: Tensor) -> None:
+    def move(averages: Any, weights: Any, on_device: Any) -> None:
         step = averaged.n_averaged.item()  # lies on the CPU; to read `on_device` would wait for a GPU
         get_ema_multi_avg_fn(min(decay, step / (step + 9)))(averages, weights, on_device)
 

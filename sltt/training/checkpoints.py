@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sltt.checks import plain
 from sltt.losses import prediction_of
 from sltt.parallel.processes import Processes, as_sharded, whole
 from sltt.training.average import chosen
@@ -99,7 +100,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Save a dictionary of tensors and plain values, with a checksum behind it."""
 
     def write(file: BufferedRandom) -> None:
-        torch.save({"format": FORMAT, **content}, file)
+        torch.save({"format": FORMAT, **plain(content)}, file)
         file.seek(0)
         file.write(MARK + hashlib.file_digest(file, "sha256").hexdigest().encode())
 

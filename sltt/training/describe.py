@@ -13,9 +13,11 @@ from functools import partial
 from os import PathLike, fspath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
+from sltt.checks import plain
 from sltt.frozen import arguments_of
 
 NETWORK = "network.pt"
@@ -56,8 +58,8 @@ def describe_run(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], bytes | 
 
 def describe(value: Any) -> Any:
     """A value as a recipe has it; raises UndescribedError where it cannot be made again from that."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
+    if value is None or isinstance(value, bool | int | float | str | np.generic):
+        return plain(value)
     if isinstance(value, PathLike):
         return fspath(value)
     if isinstance(value, Mapping):

@@ -26,10 +26,10 @@ from sltt.training.logs import Logger
 from sltt.training.loop import Loop
 from sltt.training.mixing import check_mixing
 from sltt.training.phases import Phase
-from sltt.training.runs import LAST, as_continued, check_config, new_run, old_run, write_config
+from sltt.training.runs import LAST, as_continued, check_config, new_run, old_run, read_config, write_config
 from sltt.training.safeguards import check_last_batch, check_static, check_type, first_samples
 from sltt.training.session import Session, session
-from sltt.training.settings import Execution, OptimizerFactory, Training
+from sltt.training.settings import RESUMABLE, Execution, OptimizerFactory, Training
 
 
 @dataclass
@@ -144,9 +144,11 @@ def fit(
     flag("resume", resume)
     data = as_data(data, training.batch_size)
     with session(execution) as here:
-        if resume:
-            return resume_run(here, model, data, training, run, config=config, report=report)
         described, network, problems = describe_run({"model": model, "data": data, **vars(training), **vars(execution)})
+        if resume:
+            may_change = {name: described[name] for name in RESUMABLE if described[name] is not None}
+            config = may_change if config is None else config
+            return resume_run(here, model, data, training, run, config=config, report=report)
         report = here.console(report)
         for problem in problems:
             report.line(problem)
@@ -195,7 +197,7 @@ def resume_run(
     report.line(f"continuing {folder}")
     with here.held(folder):
         checkpoint = here.processes.first(lambda: _last_checkpoint(folder, config))
-        settings = as_continued(checkpoint["config"], config) if checkpoint else config or {}
+        settings = as_continued(checkpoint["config"] if checkpoint else read_config(folder), config)
         if checkpoint is None:
             start_from(model, training.weights)
         loop = Loop(here, training, model, data, splits, folder, settings, report)

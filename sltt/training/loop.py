@@ -190,7 +190,8 @@ class Loop:
             return joined(outs, parts)
 
         with counting(firing, count):
-            out = self.memory.measure(run) if self.memory.due(len(x), full=size == largest) else run()
+            due = self.memory.due(len(x), full=size == largest, padded=isinstance(y, Padded))
+            out = self.memory.measure(run) if due else run()
         if not rule.online:
             self._reduce()
         check_finite(out.loss, self.model, self.optim, scaled=self.scaled)

@@ -132,7 +132,8 @@ class BatchMemory:
 
     Args:
         device: of the batch.
-        rule: of the training. With fold="auto" it measures its first three batches itself, and the fourth is taken.
+        rule: of the training. With fold="auto" it measures its first three batches itself, and the fourth is taken; of
+            padded batches, which have shapes of their own, none is.
 
     Attributes:
         peak: bytes above those before the batch; None until one was measured.
@@ -141,14 +142,17 @@ class BatchMemory:
     def __init__(self, device: torch.device, rule: Rule | None = None):
         self.device = device
         self.peak: int | None = None
-        self._left = 4 if rule is not None and rule.fold == "auto" else 1
+        self._folds = rule is not None and rule.fold == "auto"
+        self._left = 4 if self._folds else 1
         self._longest = 0
 
-    def due(self, size: int, full: bool = True) -> bool:
+    def due(self, size: int, full: bool = True, padded: bool = False) -> bool:
         """Whether to measure the next batch, which may be `full`.
 
         `size` is that of the input: padded batches have T of their own.
         """
+        if self._folds and padded:
+            return False
         self._left -= full
         if self._left > 0 or size <= self._longest or not full or not counts_peak(self.device):
             return False

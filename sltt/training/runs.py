@@ -154,6 +154,12 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any] | None 
         )
 
 
+def changed(run: Path, given: dict[str, Any]) -> list[str]:
+    """What the settings given change in those of a run's file, beyond what a run that goes on may change."""
+    saved = read_config(run)
+    return list(_differences(_plain(saved), as_continued(saved, given))) if saved else []
+
+
 def as_continued(saved: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
     """The settings of a run that goes on with those given.
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, StepLR
 from torch.optim.optimizer import ParamsT
 
 from sltt.callbacks import Callback
-from sltt.checks import choice, flag, function, instance, number, sequence, whole_number
+from sltt.checks import choice, flag, function, instance, number, plain, sequence, whole_number
 from sltt.kernels import Compile, Sparse
 from sltt.metrics import Metric, check_metric
 from sltt.parallel.devices import Device, Precision, Strategy
@@ -37,7 +37,7 @@ class _Settings:
     def of(cls, values: Mapping[str, Any]) -> Self:
         """The settings of this kind among the values: arguments of `fit`, or what a recipe builds."""
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        return cls(**{name: values[name] for name in names if name in values})
+        return cls(**{name: plain(values[name]) for name in names if name in values})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert main([*words, "--at-epochs", "0,1", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "SLTT by layer" in out
-    assert out.splitlines()[-1].startswith("τ = 4, T = 3, after 1 epochs: Take ")
+    assert out.splitlines()[-1].startswith("τ = 4, T = 3, after 1 epoch: Take ")
     assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith("τ"))
     assert main([*words, "--float64", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

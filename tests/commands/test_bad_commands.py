@@ -18,6 +18,7 @@ FILES = {
     "deep.yaml": "[" * 5000,
     "nothing.yaml": "epochs: null\n",
     "list.yaml": "- 1\n",
+    "short.yaml": "optimizer: {class_path: AdamW, init_args: {lr: 0.01}}\n",
     "empty.yaml": "",
     "tab.yaml": "a:\n\t- b\n",
     "binary.yaml": "\udcff\udcfe\0",
@@ -76,6 +77,7 @@ CASES = f"""
 2 | unknown option --bugdet; did you mean --budget? | profile --bugdet 8GB
 2 | unknown option --lr; did you mean --optimizer.lr? | train --lr 3
 2 | unknown option --lr; did you mean --optimizer.lr? | profile --lr=3
+2 | unknown option --lr; did you mean --optimizer.lr? | train short.yaml --lr 3
 2 | unknown option --tau | train --tau 3
 2 | unknown key 'q' of sltt.SLTT | train --rule.q 3
 2 | argument --run: expected one argument | train --run

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import types
 from functools import partial
 from itertools import pairwise
@@ -18,6 +19,7 @@ from sltt.training.console import Console, as_json
 from sltt.training.session import session
 from sltt.training.settings import Execution
 from tests.conftest import LOSS
+from tests.data.recordings import nmnist
 
 
 @pytest.mark.parametrize(("steps", "k"), [(1, None), (4, None), (6, None), (1, 1), (4, 1), (6, 1), (4, 3), (6, 3)])
@@ -254,10 +256,24 @@ def test_a_folder_with_runs_of_other_settings_is_refused(capsys, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     words = [*WORDS, "--rules", "SLTT:k=1", "--save", "kept"]
     assert main(words) == 0
-    for other, names in ((["--epochs", "2"], "epochs"), (["--data.validation", "0.2"], "data")):
+    of_optimizer = "optimizer.init_args.lr was 0.005 and is 0.5"
+    for other, names in (
+        (["--epochs", "2"], "epochs"),
+        (["--data.validation", "0.2"], "data"),
+        (["--optimizer.lr", "0.5"], of_optimizer),
+    ):
         assert main([*words, *other]) == 1
         assert f"was trained with other settings ({names}): choose another --save" in capsys.readouterr().err
     assert yaml.safe_load((tmp_path / "kept" / "SLTT-k-1-seed0" / "config.yaml").read_text())["epochs"] == 1
+
+
+def test_data_without_test_samples_is_refused_before_a_training(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nmnist(tmp_path)
+    shutil.rmtree(tmp_path / "NMNIST" / "Test")
+    assert main(["compare", "nmnist", "--data.root", str(tmp_path), "--device", "cpu", "--save", "kept"]) == 1
+    assert "has no test samples, on which rules are compared: choose other data" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
 
 
 @pytest.mark.slow

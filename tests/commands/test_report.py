@@ -103,6 +103,22 @@ def test_a_run_by_itself_and_what_is_left_out(measured, tmp_path, capsys):
     assert "truncated or not a checkpoint" in (run / "report" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (None, "own rule"),
+        ({"class_path": "no_such.Mine", "init_args": {"k": 2}}, "Mine"),
+        ({"class_path": "sltt.SLTT", "init_args": {"generator": {"class_path": "torch.Generator"}}}, "SLTT"),
+    ],
+)
+def test_a_rule_that_is_not_here_has_a_name(rule, name, measured, tmp_path, capsys):
+    run = shutil.copytree(measured / "BPTT-seed0", tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "rule": rule}))
+    assert main(["report", str(run)]) == 0
+    assert name in (run / "report" / "report.html").read_text()
+
+
 def test_the_spikes_are_those_of_the_next_run_where_one_has_no_weights(measured, tmp_path):
     for name in ("BPTT-seed0", "SLTT-k-1-seed0"):
         shutil.copytree(measured / name, tmp_path / "all" / name)

@@ -83,8 +83,8 @@ def test_gradients_beside_that_of_bptt(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[4:6]] == [["layer", "cosine", "norm", "/", "BPTT"], ["a", "0.9000", "0.800"]]
     assert lines[6:] == [
-        "T = 3, after 1 epochs: Take it.",
-        "τ = 1.5, T = 3, after 1 epochs: Take it.",
+        "T = 3, after 1 epoch: Take it.",
+        "τ = 1.5, T = 3, after 1 epoch: Take it.",
     ]
 
 

@@ -46,6 +46,13 @@ def test_two_processes_make_a_cache_once(tmp_path):
     assert [int(array[0, 0]) for array in arrays] == list(range(20)) == mark["kept"]
 
 
+def test_a_finished_cache_is_read_without_its_lock(tmp_path, monkeypatch):
+    make_cache(tmp_path, tmp_path / "log")
+    monkeypatch.setattr(sltt.data.cache, "FileLock", None)  # as in a folder that may not be written to
+    arrays, _ = make_cache(tmp_path, tmp_path / "log")
+    assert len(arrays) == 20
+
+
 @LINUX
 def test_a_cache_that_was_killed_is_made_again(tmp_path):
     log = tmp_path / "log"

@@ -145,6 +145,8 @@ def test_nothing_is_fetched_unless_asked_and_half_a_download_is_nothing(tmp_path
     monkeypatch.setattr(Fetched, "fails", False)
     splits = sltt.data.NMNIST(str(tmp_path), download=True, validation=0).splits(2)
     assert (len(splits.train), len(splits.test)) == (10, 10)
+    shutil.rmtree(tmp_path / "NMNIST" / "Test")  # as where the network failed between the two
+    assert len(sltt.data.NMNIST(str(tmp_path), download=True, validation=0).splits(2).test) == 10
 
 
 @pytest.mark.parametrize(

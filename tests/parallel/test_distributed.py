@@ -280,6 +280,10 @@ def test_what_slurm_starts_trains_together_and_one_process_speaks(tmp_path):
     assert "test accuracy" in outs[0]
     assert outs[1] == ""
     assert load_checkpoint(tmp_path / "run" / "last.ckpt")["progress"]["epoch"] == 1
+    words = [sys.executable, "-m", "sltt", "eval", str(tmp_path / "run"), "--json"]
+    processes = [start(words, cwd=tmp_path, environment={**job, **rank}) for rank in ranks]
+    outs = [process.communicate(timeout=120)[0] for process in processes]
+    assert (json.loads(outs[0])["split"], outs[1]) == ("test", "")
 
 
 FAILS = """

@@ -2,15 +2,17 @@
 
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import sltt
-from sltt.parallel import processes
+from sltt.parallel import devices, processes
 from sltt.parallel.batchnorm import SyncBatchNorm, synchronise
 from sltt.parallel.devices import make_fabric
+from sltt.sequence.state import Stateful
 from sltt.training.batches import Shares, share
 from sltt.training.settings import Execution
 
@@ -94,3 +96,29 @@ def test_one_process_alone_normalises_as_ever(momentum):
     x = torch.randn(6, 3)
     assert torch.equal(plain(x), twin(x))
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), twin.buffers(), strict=True))
+
+
+def test_statistics_of_any_shape_are_averaged(monkeypatch):
+    class Own(Stateful):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("rise", torch.tensor(0.5))
+            self.register_buffer("mask", torch.ones(2, 3))
+            self.register_buffer("exact", torch.ones(2, 2, dtype=torch.float64))
+
+    model = torch.nn.Sequential(Own(), torch.nn.BatchNorm1d(3))
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.mul_(4))  # of two processes, this one's half
+    two = SimpleNamespace(global_rank=0, world_size=2, local_rank=0)
+    processes.Processes(two).average_statistics(model)
+    assert (model[0].rise, model[0].mask.tolist(), model[0].exact.tolist()) == (1.0, [[2.0] * 3] * 2, [[2.0] * 2] * 2)
+    assert model[1].running_var.tolist() == [2.0] * 3
+
+
+def test_a_prompt_cannot_be_run_again_in_each_process(monkeypatch):
+    import __main__
+
+    monkeypatch.setattr(__main__, "__spec__", None)
+    monkeypatch.delattr(__main__, "__file__", raising=False)
+    monkeypatch.setattr(devices.subprocess, "Popen", None)
+    with pytest.raises(ValueError, match="devices=2 runs this program again in each process: put it into a script"):
+        devices._start_others(2, 1)

@@ -4,15 +4,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import nn
 
 import sltt
+from sltt.callbacks import Callback
 from sltt.training import checkpoints, runs
 from sltt.training.batches import EpochSampler
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
+from sltt.training.runs import read_config
 from tests.training.blobs import Blobs, StopAt, equal, train, weights
 
 
@@ -34,6 +37,38 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_with_the_same_weights(batch, tmp_pa
     assert measured[0] == measured[1]
 
 
+class Halving(sltt.schedules.Schedule):
+    """A schedule that gives numbers of NumPy."""
+
+    def decay(self, epoch, epochs):
+        return np.exp2(-np.float64(epoch))
+
+
+class Kept(Callback):
+    """A state of NumPy's numbers."""
+
+    def state_dict(self):
+        return {"mean": np.float32(0.5), "all": [np.int64(1), (np.bool_(True),)]}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_numbers_of_numpy_are_kept_as_pythons(tmp_path):
+    def of(run, whole, real):
+        given = {"steps": whole(2), "seed": whole(1), "clip_norm": real(1), "callbacks": [Kept()]}
+        sgd = partial(torch.optim.SGD, lr=real(0.1))
+        return train(tmp_path / run, **given, schedule=Halving(), optimizer=sgd, resume=(tmp_path / run).exists())
+
+    model, result = of("numpy", np.int64, np.float64)
+    assert load_checkpoint(result.run / "last.ckpt")["callbacks"] == [["Kept", {"mean": 0.5, "all": [1, (True,)]}]]
+    again, _ = of("numpy", np.int64, np.float64)
+    expected, _ = of("python", int, float)
+    assert equal(model.state_dict(), expected.state_dict())
+    assert equal(again.state_dict(), expected.state_dict())
+    assert read_config(tmp_path / "numpy") == read_config(tmp_path / "python")
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     class Twice(sltt.SLTT):
         def run(self, *args):
@@ -53,6 +88,16 @@ def test_resuming_a_finished_run_trains_no_more(tmp_path):
     _, second = train(tmp_path / "run", resume=True)
     assert second.history == first.history
     assert (tmp_path / "run" / "last.ckpt").stat().st_mtime_ns == saved
+
+
+def test_more_epochs_of_a_resumed_run_are_kept(tmp_path):
+    train(tmp_path / "run", epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", rule=StopAt(2), epochs=3, checkpoint_minutes=5, resume=True)
+    config = load_checkpoint(tmp_path / "run" / "last.ckpt")["config"]
+    assert (config["epochs"], config["checkpoint_minutes"]) == (3, 5)
+    assert config == read_config(tmp_path / "run")
+    assert config["rule"]["class_path"] == "sltt.SLTT"  # of the run, as all that a resumed run does not change
 
 
 def test_resuming_before_the_first_checkpoint_starts_again(tmp_path):

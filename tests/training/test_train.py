@@ -134,6 +134,13 @@ def test_a_rule_that_measures_its_first_batches_is_measured_after_them(tmp_path)
     assert [row["peak_memory"] is None for row in result.history] == [True, False]
 
 
+def test_a_rule_that_measures_batches_of_every_length_trains_padded_ones(tmp_path):
+    samples = [(torch.randn(1 + i % 5, 4), i % 3) for i in range(60)]
+    data = sltt.data.from_datasets(samples, samples[:12], static=False, pad=True)
+    _, result = train(tmp_path / "run", None, data, rule=sltt.SLTT(fold="auto"), steps=5, batch_size=6, epochs=2)
+    assert result.epoch
+
+
 def test_workers_that_validate_stay_from_epoch_to_epoch(tmp_path):
     class Noted(Ends):
         def __getitem__(self, index):
