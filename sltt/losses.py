@@ -25,7 +25,8 @@ class Loss(nn.Module):
     """Base class of losses that say how a network predicts. Any callable `loss(logits, target) -> scalar` works too.
 
     Attributes:
-        prediction: what it predicts by: the mean of the logits over time, the last, the largest, or those of each step.
+        prediction: what it predicts by: the "mean" or the "last" of the logits over time, "max", each logit's largest,
+            or "steps", those of each step.
         per_step: targets are sequences [T, B, ...], one target for each time step.
     """
 
@@ -111,17 +112,29 @@ class _Of(SequenceLoss):
 
 
 class OfMean(_Of):
-    """ℓ(ō, y) of the mean logits ō = 1/T Σ_t o[t]. RateBased takes it too."""
+    """ℓ(ō, y) of the mean logits ō = 1/T Σ_t o[t]. RateBased takes it too.
+
+    Args:
+        loss: ℓ, of logits [B, C] and targets [B, ...].
+    """
 
 
 class OfLast(_Of):
-    """ℓ(o[T], y) of the last time step; under TBPTT, of the last of each window."""
+    """ℓ(o[T], y) of the last time step; under TBPTT, of the last of each window.
+
+    Args:
+        loss: ℓ, of logits [B, C] and targets [B, ...].
+    """
 
     prediction = "last"
 
 
 class OfMax(_Of):
-    """ℓ(max_t o[t], y) of each logit's largest value over time."""
+    """ℓ(max_t o[t], y) of each logit's largest value over time.
+
+    Args:
+        loss: ℓ, of logits [B, C] and targets [B, ...].
+    """
 
     prediction = "max"
 

@@ -18,14 +18,14 @@ class Schedule(ABC):
         self.warmup = number("warmup", warmup, least=0)
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """The factor at `epoch` (a fraction in the middle of one) of `epochs`."""
+        """The factor at `epoch` of `epochs`; 2.5 is in the middle of the third epoch."""
         if epoch < self.warmup:
             return epoch / self.warmup
         return self.decay(epoch - self.warmup, max(epochs - self.warmup, 1e-9))
 
     @abstractmethod
     def decay(self, epoch: float, epochs: float) -> float:
-        """The factor `epoch` epochs after the warm-up, `epochs` of which there are."""
+        """The factor at `epoch`, counted from the end of the warm-up; `epochs` is the number of epochs from there."""
 
 
 class Constant(Schedule):
@@ -38,6 +38,8 @@ class Constant(Schedule):
 class Cosine(Schedule):
     """(1 + cos(π e / E)) / 2: from 1 to 0 along half a cosine (Loshchilov & Hutter 2017), updated at every batch.
 
+    e are the epochs since the warm-up, E all epochs after it.
+
     Args:
         warmup: epochs over which the learning rate rises linearly from 0; may be a fraction.
     """
@@ -48,6 +50,8 @@ class Cosine(Schedule):
 
 class Linear(Schedule):
     """1 + (last − 1) e / E: from 1 to `last` along a line, updated at every batch.
+
+    e are the epochs since the warm-up, E all epochs after it.
 
     Args:
         last: the factor at the end.

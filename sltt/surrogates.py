@@ -1,6 +1,6 @@
 """Surrogate gradients: the spike is a step function, its derivative is replaced by a smooth one.
 
-One's own in three lines:
+Your own in three lines:
 
     class Cauchy(sltt.surrogates.Surrogate):
         def derivative(self, x):
@@ -77,7 +77,7 @@ class Sigmoid(Surrogate):
     """∂s/∂x = α σ(αx) (1 − σ(αx)), the derivative of a sigmoid.
 
     Args:
-        alpha: slope of the sigmoid.
+        alpha: α, per unit of membrane potential; the slope at x = 0 is α/4.
     """
 
     def __init__(self, alpha: float = 4.0):
@@ -92,7 +92,7 @@ class ArcTan(Surrogate):
     """∂s/∂x = α/2 / (1 + (π α x / 2)²), the derivative of arctan(π α x / 2) / π (Fang et al. 2021).
 
     Args:
-        alpha: slope of the arctan.
+        alpha: α, per unit of membrane potential; the slope at x = 0 is α/2.
     """
 
     def __init__(self, alpha: float = 2.0):

@@ -16,7 +16,7 @@ def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":
             rule(model, x, y, loss)
         rates.by_layer()      # {"features.2": 0.18, ...}
 
-    A layer's rate is its spikes over its neurons times time steps times samples. Layers of other libraries count too;
+    A layer's rate is spikes / (neurons · time steps · samples). Layers of other libraries count too;
     a neuron that emits several spikes in a time step counts as one that emits one, and steps that a rule runs again
     (`segment=n`) count again.
     """

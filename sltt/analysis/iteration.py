@@ -60,8 +60,8 @@ class Seconds:
 
     Attributes:
         data: loading a batch; 0 where no loader was given.
-        forward: everything of the rule that is not backward.
-        backward: and what it recomputes.
+        forward: everything in the rule that is not backward; also what `BPTT(segment=n)` repeats.
+        backward: with what `recompute=True` repeats.
         step: of the optimizer.
     """
 
@@ -90,8 +90,9 @@ def memory_parts(
 
         memory_parts(model, x, y, loss, SLTT()).total
 
-    It runs the rule four times and changes gradients and the statistics of BatchNorm, but no weight. Without a step of
-    the optimizer before, the optimizer's state counts as 0. Of SLTT-K it is the most of four draws, always the same.
+    It runs the rule four times, SLTT-K seven times, and changes gradients and the statistics of BatchNorm, but no
+    weight. Without a step of the optimizer before, the optimizer's state counts as 0. Of SLTT-K it is the most of four
+    draws, always the same.
 
     Args:
         model: maps one time step to logits; in the mode that it is in.

@@ -38,7 +38,8 @@ def count_operations(
         x: sequence [T, B, ...], or with `steps` a static input [B, ...].
         target: what `loss` compares with.
         loss: of one time step.
-        rule: whose passes are counted; what it recomputes counts to the backward.
+        rule: whose passes are counted. What `recompute=True` repeats counts as backward, what `BPTT(segment=n)` repeats
+            as forward.
         steps: T for a static input.
     """
     instance("model", model, nn.Module)

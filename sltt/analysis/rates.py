@@ -48,7 +48,7 @@ def find_learning_rate(
     count: int = 100,
     clip_norm: float | None = None,
 ) -> RateTest:
-    """Train for some batches with a rising learning rate: which one does the loss fall fastest at?
+    """Raise the learning rate from batch to batch, and find where the loss falls fastest.
 
         find_learning_rate(model, batches, loss, SLTT(), optimizer).suggestion
 
@@ -58,7 +58,7 @@ def find_learning_rate(
 
     Args:
         model: maps one time step to logits; in training mode.
-        batches: (x, target), at least `count`.
+        batches: (x, target), at least ten; `count` of them are used.
         loss: of one time step.
         rule: that trains.
         optimizer: of the parameters; the rates of its groups keep their ratios.
@@ -112,7 +112,9 @@ def find_learning_rate(
         optimizer.load_state_dict(state)
         optimizer.zero_grad()
     if len(rates) < 10:
-        raise ValueError(f"the test needs ten batches with a finite loss, got {len(rates)}: lower `smallest`")
+        raise ValueError(
+            f"the test needs ten batches with a finite loss, got {len(rates)}: give more batches, or lower `smallest`"
+        )
     return RateTest(rates, losses, *_chosen(rates, losses))
 
 

@@ -21,7 +21,7 @@ REMEDIES = {
     ),
     r"No space left|Disk quota": "free some space, or choose a folder on another disk with --run or --save",
     r"PermissionError|Read-only file system": (
-        "choose a folder that you may write to, with --run or --save; for frames of recordings, with --data.cache"
+        "choose a folder that you may write to, with --run, --save or --out; for frames of events, with --data.cache"
     ),
     r"CUDA error|CUBLAS|cuDNN|device-side assert": (
         "CUDA_LAUNCH_BLOCKING=1 shows the operation; --device cpu shows whether the network and the data are right"

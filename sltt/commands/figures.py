@@ -115,14 +115,15 @@ def bars(values: Mapping[str, float], x: str) -> Figure:
 
 
 @rc_context(STYLE)
-def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str]) -> Figure:
-    """A field for each row and column, with its value; from 0 to 1."""
+def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str]) -> Figure:
+    """A field for each row and column, with its value, None where there is none; colours are those of 0 to 1."""
     figure, axes = _figure(1.3 + 0.36 * len(rows))
     mesh = axes.pcolormesh(np.asarray(values, dtype=float), vmin=0, vmax=1, cmap="viridis", edgecolors="face")
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            ink = "#000000" if value > 0.6 else "#ffffff"
-            axes.text(j + 0.5, i + 0.5, f"{value:.3f}", ha="center", va="center", color=ink)
+            ink = "#000000" if value is None or value > 0.6 else "#ffffff"
+            text = "–" if value is None else f"{value:.3f}"
+            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=ink)
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
     axes.invert_yaxis()

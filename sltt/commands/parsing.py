@@ -21,7 +21,7 @@ from sltt.commands.fit_parser import Parser, make_parser
 from sltt.commands.hints import explain, fit_arguments, locate, nearest
 from sltt.parallel.devices import started
 from sltt.training.batches import seed_everything
-from sltt.training.checkpoints import CheckpointError, saved_config
+from sltt.training.checkpoints import CheckpointError, saved_part
 from sltt.training.runs import CONFIG, LAST, check_config, load_call, with_names_of_today, write_config
 from sltt.training.settings import OF_TRAINING
 
@@ -109,7 +109,7 @@ def find_recipe(name: str) -> Path:
 def run_config(run: Path) -> Path:
     """The configuration of a run, as it was trained; where the file is gone, the copy in the checkpoint is written."""
     try:
-        saved = saved_config(run / LAST)
+        saved = saved_part(run / LAST, "config")
     except CheckpointError:  # who needs the checkpoint says so
         saved = {}
     if saved and not (run / CONFIG).exists():

@@ -26,7 +26,7 @@ from sltt.commands.prepared import Prepared, prepared
 from sltt.commands.results import give
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
 from sltt.commands.verdict import batch_memory
-from sltt.rules import Truncated
+from sltt.rules import Mixed, Rule, Truncated
 from sltt.rules.folding import largest_fold
 from sltt.training.checkpoints import start_from
 from sltt.training.console import Console, megabytes
@@ -294,7 +294,7 @@ def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budg
         with prepared(here, _built(recipe, rule), time_steps) as ready:
             return _memory(ready, samples).total
 
-    least = max(getattr(recipe.build(rule=rule).rule, "k", None) or 1, 2)
+    least = _until_regular(recipe.build(rule=rule).rule)
     found = Fits(rule, budget, None, None, _fold(here, recipe, rule, steps, batch, budget))
     batches = batch, 2 * batch
     for _ in range(2):
@@ -311,6 +311,13 @@ def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budg
         # Large layers run other kernels than small ones: fit again at the budget.
         batches = max(found.batch // 2, 1), max(found.batch, 2)
     return found
+
+
+def _until_regular(rule: Rule) -> int:
+    """The least T from which on memory grows evenly with T: the time steps that a rule keeps or draws together."""
+    of_layers = (*rule.windows.values(), rule.default) if isinstance(rule, Mixed) else ()
+    together = *of_layers, *(getattr(rule, name, None) for name in ("k", "window", "segment", "fold"))
+    return max(2, *(steps for steps in together if isinstance(steps, int)))
 
 
 def _fold(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int | None:

@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from sltt.commands.parsing import rule_settings
 from sltt.commands.tables import Cell
 from sltt.commands.vary import labelled
 from sltt.metrics import Accuracy, finite, improves, is_share
+from sltt.training.checkpoints import CheckpointError, saved_part
 from sltt.training.console import Console, as_json
 from sltt.training.files import read_table, write_atomically
-from sltt.training.runs import CONFIG, METRICS
+from sltt.training.runs import CONFIG, LAST, METRICS
 
 NOT_HERE = (ValueError, TypeError, AttributeError, ImportError)  # what it raises to make a class that is not here
 
@@ -124,7 +126,10 @@ def rule_label(run: Path) -> str:
 
 
 def best_epoch(run: Path, epochs: Sequence[dict[str, Any]], column: str) -> dict[str, Any]:
-    """The epoch of a run whose metric, in this column, is the best."""
+    """The epoch whose weights a run selected; without a checkpoint, that whose metric, in this column, is the best."""
+    with suppress(CheckpointError, FileNotFoundError, StopIteration):
+        progress = saved_part(run / LAST, "progress")
+        return next(row for row in epochs if row["epoch"] == (progress["best_epoch"] or progress["epoch"]))
     try:
         metric = locate(_config(run)["metric"]["class_path"])
     except (KeyError, TypeError, ImportError, AttributeError):  # an earlier version, or a class that is not here

@@ -192,7 +192,7 @@ def _agreement(found: dict[str, Any]) -> Section:
     layers = [name for name, (cosine, _) in found["rows"][0]["agreement"][0]["layers"].items() if cosine is not None]
     places = [where(row).replace(" after", "").replace("epochs", "ep.").replace(", ", "\n") for row in found["rows"]]
     spatial = [row["agreement"][0]["layers"] for row in found["rows"]]
-    values = [[max(column[layer][0] or 0.0, 0.0) for column in spatial] for layer in layers]
+    values = [[column[layer][0] for column in spatial] for layer in layers]
     chart = Chart(
         "agreement",
         "Cosine of SLTT's gradient with that of exact BPTT, by layer",

@@ -45,7 +45,7 @@ class Verdict:
 def verdicts(found: Gathered) -> list[Verdict]:
     """The rules that were compared or profiled, in the order in which they were asked for."""
     rules: dict[str, Verdict] = {}
-    for one in found.comparisons[:1]:
+    for one in _of_one_recipe(found, found.comparisons):
         for row in one["rows"]:
             if scores := finite(row["scores"]):
                 rules[row["rule"]] = Verdict(
@@ -58,13 +58,19 @@ def verdicts(found: Gathered) -> list[Verdict]:
                     {row.get("steps") or one.get("steps"): row["peak_memory"]},
                     row["cosine"],
                 )
-    for one in found.profiles[:1]:
+    for one in _of_one_recipe(found, found.profiles):
         for row in one["costs"]:
             rule = rules.setdefault(row["rule"], Verdict(row["rule"]))
             rule.memory.setdefault(row["steps"], batch_memory(row["memory"]))
-            if not rule.scores:
+            if not found.comparisons:  # whose seconds are those of an epoch
                 rule.seconds = row["seconds"]["total"]
     return list(rules.values())
+
+
+def _of_one_recipe(found: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first result of a kind that is of the same recipe as the first of all."""
+    first = next(iter([*found.comparisons, *found.profiles, *found.agreements]), {})
+    return [one for one in kind if one.get("recipe") == first.get("recipe")][:1]
 
 
 def batch_memory(parts: dict[str, int]) -> int:
@@ -138,10 +144,10 @@ def noise_of(one: Verdict, other: Verdict) -> float:
 def layers(found: Gathered) -> list[dict[str, Any]]:
     """The layers of the profiled network in order: name, firing rate, SLTT's cosine."""
     cosines: dict[str, Any] = {}
-    for one in found.agreements[:1]:
+    for one in _of_one_recipe(found, found.agreements):
         spatial = one["rows"][0]["agreement"][0]
         cosines = {name: cosine for name, (cosine, _) in spatial["layers"].items()}
     rates = dict.fromkeys(cosines)
-    for one in found.profiles[:1]:
+    for one in _of_one_recipe(found, found.profiles):
         rates = {row["name"]: row["firing_rate"] for row in one["layers"]}
     return [{"name": name, "rate": rate, "cosine": cosines.get(name)} for name, rate in rates.items()]

@@ -120,8 +120,8 @@ def _precise(x: Tensor) -> Tensor:
 class Encoded(Data):
     """A data set whose samples are spikes: the same samples and splits, coded.
 
-    What a code draws for a training sample comes with the sample and the epoch, whatever the number of workers and
-    processes; for other samples it is always the same.
+    The random numbers of a training sample depend on the run's seed, the sample and the epoch, not on the number of
+    workers and processes; for other samples they are always the same.
 
     Args:
         data: the data set: images, or sequences for `Delta`.

@@ -79,7 +79,7 @@ class _Events(Data):
             size: height and width of the frames in pixels; None is the camera's.
             resize: sum the events that fall into a pixel, or interpolate frames of the camera's size bilinearly, as the
                 SLTT paper's code does.
-            slicing: T frames of equal event count (the paper's), or of equal time.
+            slicing: T frames of equal event count (the SLTT paper's), or of equal time.
             augment: changes to a training sample, the same in all its frames; None is none.
             on_error: stop at a recording that cannot be used, or skip it, and warn which were.
             cache: folder for the frames; None is `.sltt-cache` under `root`.
@@ -234,7 +234,7 @@ class CIFAR10DVS(_Events):
 
 
 class EventFolder(_Events):
-    """Any folder of recordings, `root/{train,test}/CLASS/*`, in a format that `sltt.data.recordings` reads.
+    """Any folder of recordings, `root/{train,test}/CLASS/*`: .bin (N-MNIST), .aedat (2 or 3.1), .aedat4, .dat or .npy.
 
     Args:
         root: folder of the data.
@@ -268,7 +268,7 @@ class EventFolder(_Events):
             found += [(path, label) for path in files]
         if unknown := sorted({p.name for p in home.glob("*") if p.is_dir()} - set(self.classes)):
             raise ValueError(
-                f"{home} has classes that train has not: {', '.join(unknown[:5])}; remove them, or add both"
+                f"{home} has classes that train does not have: {', '.join(unknown[:5])}; remove them, or add both"
             )
         return found
 

@@ -7,6 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -189,7 +190,7 @@ class _Downloaded(_Images):
             root: folder of the data.
             validation: share of the training images held out to select the best epoch; 0 trains on everything.
             split_seed: which training images are held out.
-            augment: random crop of 32 pixels out of a margin of 4, horizontal flip and Cutout, as in the paper.
+            augment: pad by 4 pixels, crop 32 × 32 at random, flip and Cutout, as in the SLTT paper.
             cutout: side of the Cutout square in pixels; 0 is no Cutout.
             autoaugment: the policy that AutoAugment found for CIFAR-10 (Cubuk et al. 2019), after the flip.
             download: fetch the data into `root` where it is not there.
@@ -295,12 +296,14 @@ class ImageFolder(_Images):
         from torchvision import datasets
 
         names = ("train",) if train else ("test", "val")
-        home = next((self.root / name for name in names if (self.root / name).is_dir()), None)
-        if home is None:
+        homes = [self.root / name for name in names if (self.root / name).is_dir()]
+        if not homes:
             raise FileNotFoundError(
                 f"no images found: looked in {self.root.resolve()}, expected the folders train and test (or val), "
                 "each with a folder of images for every class. Set --data.root."
             )
+        # a test folder without labels may lie beside val
+        home = next((one for one in homes if train or _folders(one) & _folders(self.root / "train")), homes[0])
         images = datasets.ImageFolder(str(home), transform=transform, loader=_decode)
         if self.on_error == "skip" and (bad := set(_undecodable([path for path, _ in images.samples], self.root))):
             images.samples = images.imgs = [sample for sample in images.samples if sample[0] not in bad]
@@ -322,13 +325,21 @@ class ImageFolder(_Images):
         return [v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)]
 
 
+def _folders(home: Path) -> set[str]:
+    return {path.name for path in home.iterdir() if path.is_dir()}
+
+
 def _decode(path: str) -> Tensor:
     """The RGB image [3, H, W] in a file, straight to a tensor."""
+    from PIL import Image
     from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.functional import pil_to_tensor
 
     try:
         return decode_image(path, ImageReadMode.RGB)
     except RuntimeError as error:
+        with suppress(Exception), Image.open(path) as image:  # BMP, TIFF and PPM, which decode_image does not read
+            return pil_to_tensor(image.convert("RGB"))
         raise ValueError(f"{path} does not decode as an image: {error}; restore or remove it") from error
 
 
@@ -337,14 +348,16 @@ def _undecodable(paths: Sequence[str], root: Path) -> list[str]:
     stamps = [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in paths]
     key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
     found = root / ".sltt-cache" / f"undecodable-{key}.json"
-    if not found.exists():
-        found.parent.mkdir(exist_ok=True)
+    if found.exists():
+        bad = json.loads(found.read_text(encoding="utf-8"))
+    else:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             bad = [path for path, good in zip(paths, pool.map(_decodes, paths), strict=True) if not good]
-        part = found.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(bad), encoding="utf-8")
-        os.replace(part, found)
-    bad = json.loads(found.read_text(encoding="utf-8"))
+        with suppress(OSError):  # in a folder that may not be written to, they are sought again the next time
+            found.parent.mkdir(exist_ok=True)
+            part = found.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(bad), encoding="utf-8")
+            os.replace(part, found)
     if bad:
         log.warning("%d of %d images skipped, which do not decode: %s", len(bad), len(paths), ", ".join(bad[:5]))
     return bad

@@ -33,17 +33,19 @@ def from_datasets(
         data = sltt.data.from_datasets(train, 0.1, test, static=False)
 
     A data set has `len(dataset)` and `dataset[index]`, as those of PyTorch and of Hugging Face have. A sample is a pair
-    (x, target), or a dictionary with `columns`. x is a tensor, a NumPy array or a PIL image, which becomes float32 in
-    [0, 1].
+    (x, target), or a dictionary with `columns`. x is a tensor, a NumPy array or a PIL image. An 8-bit PIL image becomes
+    float32 in [0, 1]; scale uint8 tensors and arrays yourself.
 
     Args:
         train: samples to train on.
         validation: samples to select the best epoch by; or the share of `train` that is held out for that, in [0, 1),
-            of each class alike. None trains on everything, and the last epoch counts.
+            of each class alike, as `train` gives them: with its augmentation. None trains on everything, and the last
+            epoch counts.
         test: samples for the end; None if there are none.
         static: True for images [C, H, W] or features [F], shown at every time step; False for sequences [T, ...].
         columns: keys of x and of the target, where samples are dictionaries: ("image", "label").
-        classes: number of classes; None takes the largest label. Targets that are no whole numbers have no classes.
+        classes: number of classes; None takes the largest label of `train` plus one. Targets that are not whole numbers
+            have no classes.
         pad: take sequences of several lengths, `steps` of the training at most: zeros are added at the end, up to the
             longest of a batch. The added steps do not count in the loss and in the prediction, see `sltt.Padded`;
             normalisation and firing rates see them.
@@ -95,7 +97,10 @@ class _OwnData(Data):
         self.static, self.pad, self.by_length, self.per_step, self.collates = static, pad, by_length, per_step, collates
         self.classes = None if classes is None else whole_number("classes", classes, least=1)
         if pad and static:
-            raise ValueError("pad=True adds time steps to sequences, and static=True says that there are none")
+            raise ValueError(
+                "pad=True adds time steps to sequences, and static=True says that there are none: set static=False, or "
+                "leave pad out"
+            )
         if pad and per_step:
             raise ValueError("pad=True does not know the targets of added time steps: pad x and target in the data set")
         if by_length and not pad:
@@ -225,7 +230,9 @@ def _pair(name: str, sample: Any, columns: tuple[str, str] | None) -> tuple[Any,
             raise ValueError(f"{name} has no {missing[0]!r} of columns; its keys are {keys}")
         return sample[columns[0]], sample[columns[1]]
     if columns is not None:
-        raise ValueError(f"columns={columns} are keys of dictionaries, and {name} is a {type(sample).__name__}")
+        raise ValueError(
+            f"columns={columns} are keys of dictionaries, and {name} is a {type(sample).__name__}: leave it out"
+        )
     if not isinstance(sample, tuple | list) or len(sample) != 2:
         many = f" of {len(sample)}" if isinstance(sample, tuple | list) else ""
         raise ValueError(f"{name}: expected a pair (x, target), got a {type(sample).__name__}{many}")
@@ -237,14 +244,20 @@ def _tensor(name: str, x: Any) -> Tensor:
     if hasattr(x, "getbands"):  # a PIL image
         from torchvision.transforms.functional import to_tensor
 
-        return to_tensor(x)
+        image = to_tensor(x.convert("RGB") if x.mode in ("P", "PA") else x)  # colours, not indices of a palette
+        if not image.is_floating_point():
+            raise ValueError(
+                f"{name} is an image of mode {x.mode}, whose range is not known: make it an array of floats"
+            )
+        return image
     try:
         found = x if isinstance(x, Tensor) else _single(torch.as_tensor(np.asarray(x)))
     except (TypeError, ValueError) as error:
         got = type(x).__name__
         raise ValueError(f"{name}: expected a tensor, a NumPy array or a PIL image, got a {got}: convert it") from error
     if found.dtype == torch.uint8:
-        raise ValueError(f"{name} has whole numbers from 0 to 255, which layers do not take: x.float() / 255")
+        scaled = "x.float() / 255" if isinstance(x, Tensor) else 'x.astype("float32") / 255'
+        raise ValueError(f"{name} has whole numbers from 0 to 255, which layers do not take: {scaled}")
     return found
 
 

@@ -21,7 +21,7 @@ class Recall(Data):
 
         x[0] = (P[a] + noise ξ) / √(1 + noise²)     the cue a in 0 … C − 1, with ξ normal
         x[t] = 0                                    for 0 < t ≤ delay
-        x[t] = Q[b] / n                             the probe b in 0 … C − 1, in each of the n steps that remain
+        x[t] = Q[b] / m                             the probe b in 0 … C − 1, in each of the m steps that remain
         y = (a + b) mod C
 
     The patterns P and Q are normal numbers, C of each, and all pairs (a, b) are equally frequent. So the label depends
@@ -29,9 +29,9 @@ class Recall(Data):
     weights that have to find P in the noise learn it only from the loss of the probe's steps, through the state that
     the neurons kept. A gradient without that path tells them nothing about P.
 
-    With several cues, patterns in noise as above stand in the first n steps, and one more value of a random one of
-    these steps is √channels: this marks the cue that counts. A layer that adds up its inputs loses which it was.
-    So one layer of neurons has to tell, step by step, and a second has to remember: the gradient has to cross the
+    With several cues, a pattern in noise stands in each of the first n steps. Each step then has one more value, the
+    mark: √channels at one random cue, 0 elsewhere. The marked cue is a. A layer that adds up its inputs loses which it
+    was. So one layer of neurons has to tell, step by step, and a second has to remember: the gradient has to cross the
     second layer on its way back through time.
 
     Args:
@@ -40,8 +40,8 @@ class Recall(Data):
         classes: C, at least 2; chance is 1/C.
         delay: silent time steps between cue and probe.
         noise: standard deviation of the cue's noise, where that of its pattern is 1.
-        channels: values in a time step. The best decision about the cue gets better with √channels / noise; what a
-            single random direction sees of it is 1 / noise, whatever their number.
+        channels: values in a time step. The best decision about the cue improves with √channels / noise. Along one
+            random direction the signal is 1 / noise, for any number of channels.
         samples: training samples, those held out included, at least C²; the test samples are 2,000 more.
         seed: of patterns, noise and order. The same seed gives the same data.
         cues: n, number of cues, at least 1; with 2 or more a sequence is [T, channels + 1].
@@ -75,8 +75,8 @@ class Recall(Data):
         least = self.cues + self.delay + 1
         if steps < least:
             raise ValueError(
-                f"{self.cues} of cue, a delay of {self.delay} and a probe take {least} time steps or more, got "
-                f"steps={steps}: use more steps or a shorter delay"
+                f"cues ({self.cues}), delay ({self.delay}) and a step of the probe take {least} time steps or more, "
+                f"got steps={steps}: use more steps or a shorter delay"
             )
         generator = torch.Generator().manual_seed(self.seed)
         patterns, probes = torch.randn(2, self.classes, self.channels, generator=generator)

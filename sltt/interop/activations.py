@@ -14,7 +14,7 @@ class QCFS(nn.Module):
         y = λ clip(⌊x L / λ + 1/2⌋ / L, 0, 1)
 
     The gradient takes the floor as the identity. `sltt.interop.spiking` makes λ the threshold; over T = L time steps,
-    integrate-and-fire neurons that start at half of it then give the same mean, but for the order of their spikes.
+    integrate-and-fire neurons that start at half of it then give the same mean, up to errors from uneven spike times.
 
     Args:
         levels: L, usually the T of the twin.

@@ -84,7 +84,7 @@ def _translate(keeper: KeepState) -> nn.Module:
         reset["v_reset"] = constant("v_reset", p.v_reset)
         require(rest == reset["v_reset"], "has a v_leak that is not v_reset")
     else:
-        require(p.reset_method is reset_subtract, "has a reset that ours have not")
+        require(p.reset_method is reset_subtract, "has a reset that our neurons do not have")
         require(rest == 0, "has a v_leak that is not 0")
     rate = constant("tau_mem_inv", module.dt * p.tau_mem_inv)
     if type(module) is norse.LIFCell:
@@ -98,7 +98,7 @@ def _surrogate(p: Any) -> surrogates.Surrogate:
     if p.method == "triangle" and p.alpha == 1:
         return surrogates.Above(surrogates.Triangle())
     raise ConversionError(
-        f"has the surrogate {p.method} with alpha = {float(p.alpha):g}, which sltt.surrogates has not"
+        f"has the surrogate {p.method} with alpha = {float(p.alpha):g}, which is not in sltt.surrogates"
     )
 
 

@@ -58,7 +58,10 @@ def _translate(module: Any) -> nn.Module:
         reset = {"v_reset": 0.0, "detach_reset": True}
     else:
         subtracts = isinstance(module.reset_fn, MembraneSubtract)
-        require(subtracts and module.reset_fn.subtract_value in (None, threshold), "has a reset that ours have not")
+        require(
+            subtracts and module.reset_fn.subtract_value in (None, threshold),
+            "has a reset that our neurons do not have",
+        )
     reset |= {"v_threshold": threshold, "surrogate": _surrogate(module.surrogate_grad_fn, threshold)}
     decay = constant("tau_mem", module.alpha_mem_calculated.detach())
     if module.tau_syn is None:
@@ -81,7 +84,7 @@ def _surrogate(function: Any, threshold: float) -> surrogates.Surrogate:
         return surrogates.Exponential(1 / (function.grad_width * threshold), scale=2 * function.grad_scale)
     if isinstance(function, Gaussian) and function.mu == 0:
         return surrogates.Gaussian(function.sigma, scale=function.grad_scale)
-    raise ConversionError(f"has the surrogate {function}, which sltt.surrogates has not")
+    raise ConversionError(f"has the surrogate {function}, which is not in sltt.surrogates")
 
 
 register(

@@ -86,7 +86,7 @@ def _surrogate(function: Any) -> surrogates.Surrogate:
     maker = getattr(function, "__qualname__", "").removesuffix(".<locals>.inner")
     make = _SURROGATES.get(maker) if getattr(function, "__module__", "") == "snntorch.surrogate" else None
     if make is None:
-        raise ConversionError(f"has the surrogate {maker or function!r}, which sltt.surrogates has not")
+        raise ConversionError(f"has the surrogate {maker or function!r}, which is not in sltt.surrogates")
     (slope,) = (cell.cell_contents for cell in function.__closure__)
     return surrogates.Above(make(slope))
 

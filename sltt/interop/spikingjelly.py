@@ -62,7 +62,7 @@ def _translate(module: Any) -> nn.Module:
 def _surrogate(function: Any) -> surrogates.Surrogate:
     make = _SURROGATES.get(type(function))
     if make is None or not function.spiking:
-        raise ConversionError(f"has the surrogate {function}, which sltt.surrogates has not")
+        raise ConversionError(f"has the surrogate {function}, which is not in sltt.surrogates")
     return make(function.alpha)
 
 

@@ -47,8 +47,8 @@ def spiking(
         ann: the network; `torch.fx` traces it.
         neuron: makes a neuron. That of the default has no leak, and starts at half its threshold.
         weights: file of `torch.save` to load into the network first: a state dict, or a checkpoint of sltt.
-        data: inputs [B, ...] to balance thresholds on, or a data set of images, of which 256 are taken: θ of a channel
-            is a percentile of its activations. The θ of a `QCFS` is its clip, with data and without.
+        data: inputs [B, ...] to balance thresholds on, or a data set of images, of which up to 256 are taken: θ of a
+            channel is a percentile of its activations. The θ of a `QCFS` is its clip, with data and without.
         percentile: in (0, 100]; larger activations are cut off. Few time steps want a lower one: 97 for T = 4.
         replace: other activations to put neurons at, such as "gelu" for nn.GELU and F.gelu. The twin needs training.
         keep: activations to leave as they are, such as "sigmoid" in a gate.

@@ -57,9 +57,15 @@ def options() -> Options:
 
 @contextmanager
 def using(**changes: Any) -> Iterator[None]:
-    """Change options inside a `with` block: `compile` and `sparse` ("auto", "on" or "off"), `bits` (True or False).
+    """Change how kernels run inside a `with` block, in the thread that runs it.
 
-    They hold in the thread that runs the block.
+    Args:
+        changes: `compile`: compile kernels where it pays ("auto"), always ("on") or never ("off"). `bits`: save spikes
+            as one bit each (True or False). `sparse`: compute on active inputs only, where it is faster ("auto"),
+            wherever possible ("on") or never ("off"); it needs bits.
+
+    Raises:
+        ValueError: an unknown option or value, or compile="on" without a compiler.
     """
     if unknown := changes.keys() - {field.name for field in fields(Options)}:
         raise ValueError(f"unknown options {', '.join(sorted(unknown))}: expected compile, sparse or bits")

@@ -1,7 +1,7 @@
 """Pre-activation ResNets with spiking neurons, for small images.
 
 After He et al. 2016 (identity mappings), as used in the SLTT paper (Meng et al. 2023): every convolution but the first
-and the shortcuts reads spikes. ResNet-18 with 3 input channels has 11,176,906 parameters for 10 classes.
+reads spikes. ResNet-18 with 3 input channels has 11,176,906 parameters for 10 classes.
 """
 
 from collections.abc import Sequence

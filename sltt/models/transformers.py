@@ -140,7 +140,9 @@ def spikformer(
         depth: number of blocks.
         heads: h.
         patch: side of a token in pixels: pooling after the last two convolutions of the stem, or after all four.
-        neuron: makes a neuron.
+        neuron: makes a neuron; published: LIF(tau=2, v_reset=0, decay_input=True, detach_reset=True).
+
+    Source: Zhou et al., ICLR 2023 (arXiv 2209.15425).
     """
     channels = whole_number("channels", channels, least=8)
     depth, neuron = whole_number("depth", depth, least=1), neuron_maker(neuron)
@@ -178,7 +180,9 @@ def qkformer(
         depths: number of blocks in each stage.
         heads: h, the same in all stages.
         patch: side of a token of the last stage in pixels: 4 for CIFAR, 16 for ImageNet.
-        neuron: makes a neuron.
+        neuron: makes a neuron; published: LIF(tau=2, v_reset=0, decay_input=True, detach_reset=True).
+
+    Source: Zhou et al., NeurIPS 2024 (arXiv 2403.16552).
     """
     channels = whole_number("channels", channels, least=8)
     depths, neuron = whole_numbers("depths", depths, least=1, fewest=3), neuron_maker(neuron)

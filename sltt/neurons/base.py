@@ -46,8 +46,8 @@ class Neuron(Stateful):
         Numbers, flags and surrogates are compiled in. Tensors have no dimension, or one value for each channel, [C].
         A method may be called more than once in a time step, and gives the same each time.
 
-    An attribute or a method `decay`, the λ of the membrane potential, tells OTTT how fast traces decay. They hold if
-    ∂v[t]/∂v[t−1] = λ with the spikes as constants, and ∂v[t]/∂x[t] does not change over time.
+    An attribute or a method `decay`, the λ of the membrane potential, tells OTTT how fast traces decay. The traces are
+    exact if ∂v[t]/∂v[t−1] = λ with the spikes as constants, and ∂v[t]/∂x[t] does not change over time.
 
     Attributes:
         states: names of the states, in the order of `step`. Each is None before the first step of a sequence.

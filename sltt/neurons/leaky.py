@@ -29,16 +29,18 @@ def lif_step(
 ) -> tuple[Tensor, Tensor]:
     """One time step of leaky integrate-and-fire neurons.
 
-        u = λ v + x                      charge (soft reset; with `decay_input`, (1 − λ) x instead of x)
-        u = v_r + λ (v − v_r) + x        charge (hard reset to v_r)
+        u = λ v + x                      charge, soft reset
+        u = v_r + λ (v − v_r) + x        charge, hard reset to v_r
         s = H(u − V_th)                  fire; backward through the surrogate
         v = u − V_th s                   soft reset
         v = u − (u − v_r) s              hard reset
 
+    With `decay_input`, (1 − λ) x takes the place of x.
+
     Args:
         v: membrane potential after the step before, [B, ...].
         x: input current of this step, [B, ...].
-        decay: λ = 1 − 1/τ, between 0 (no memory) and 1 (no leak).
+        decay: λ = 1 − 1/τ, between 0 (no memory) and 1 (no leak): a number, or a tensor that broadcasts to [B, ...].
         v_threshold: V_th.
         v_reset: v_r of a hard reset; None is a soft reset.
         decay_input: scale the input by 1 − λ.

@@ -16,15 +16,16 @@ class Recurrent(Stateful):
         sltt.Recurrent(sltt.LIF(tau=10.0), nn.Linear(256, 256, bias=False))
         sltt.Recurrent(sltt.ALIF(), nn.Conv2d(32, 32, 3, padding=1))
 
-    SLTT cuts the way back: the layer learns from the step alone, ∇W = Σ_t e[t] s[t−1]^T. OTTT traces the spikes that
-    the layer reads, which is e-prop for one layer. Folded time steps run one after the other in here.
+    SLTT sends no gradient through the recurrent spikes: the layer learns from the step alone, ∇W = Σ_t e[t] s[t−1]ᵀ.
+    OTTT traces the spikes that the layer reads, which is e-prop for one layer. Folded time steps run one after the
+    other inside this layer.
 
     Args:
         neuron: the neurons.
         layer: maps their spikes to a current of the same shape.
 
     Raises:
-        ValueError: at the first step, if the layer does not keep the shape of the spikes.
+        ValueError: `neuron` is no layer of neurons; at the first step, `layer` does not keep the shape of the spikes.
 
     Source: Bellec et al., Nature Communications 2020 (e-prop).
     """

@@ -31,7 +31,7 @@ class OnlineRenorm(Stateful, _BatchNorm):
 
     Backward is that of BatchNorm on the batch: with z = (x − μ[t]) / √(σ[t]² + ε) and h = γ ∂L/∂y / √(σ² + ε),
 
-        ∂L/∂x = h − ⟨h⟩ − z ⟨h z⟩                              ⟨·⟩: mean over the channel
+        ∂L/∂x = h − ⟨h⟩ − z ⟨h z⟩                              ⟨·⟩: mean over all values of a channel
 
     `BatchNorm` (Online Spiking Renormalization, OSR) for networks that SLTT or OTTT train. Where the deviations differ
     by a factor above `limit` in a channel, as at the start of a training, the layer takes the batch's statistics.
@@ -43,6 +43,8 @@ class OnlineRenorm(Stateful, _BatchNorm):
         momentum: m.
         limit: the largest factor between the deviations of a batch and the running ones; published: 20, and 50 for
             data of event cameras.
+
+    Source: Zhu et al., ICLR 2024 ("Online Stabilization of Spiking Neural Networks").
     """
 
     states = ("before", "sums")

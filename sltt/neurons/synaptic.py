@@ -19,13 +19,13 @@ class CubaLIF(Neuron):
         s[t] = H(u[t] − V_th)
         v[t] = u[t] − V_th s[t]                    soft reset; hard: u[t] − (u[t] − v_r) s[t]
 
-    The current is linear in its input, and its backward needs nothing. The membrane runs in the kernel of `LIF`. The
+    The current is linear in its input: its backward stores no tensors. The membrane runs in the kernel of `LIF`. The
     traces of `OTTT` follow both decays.
 
     Args:
         tau: membrane time constant τ in time steps, greater than 1; None has no leak, λ = 1.
-        tau_syn: synaptic time constant τ_syn in time steps, at least 1; 1 is `LIF`.
-        gain: g, the share of the current that charges the membrane.
+        tau_syn: synaptic time constant τ_syn in time steps, at least 1; with 1 and gain 1 it is `LIF`.
+        gain: g, factor on the current that charges the membrane, greater than 0.
         v_threshold: V_th.
         v_reset: potential after a spike; None subtracts V_th instead (soft reset).
         detach_reset: no gradient through the spike in the reset.

@@ -238,7 +238,8 @@ class Rule(Frozen, ABC):
         kind = type(loss).__name__
         if not self.pads or sequence.static:
             what = f"{self} has mean rates of all steps" if not self.pads else "a static input has no length"
-            raise ValueError(f"{what}, and the target is Padded: use SLTT or BPTT, on sequences")
+            remedy = "use SLTT or BPTT" if not self.pads else "give a sequence [T, B, ...], without steps"
+            raise ValueError(f"{what}, and the target is Padded: {remedy}")
         if isinstance(loss, SequenceLoss | Activity) or is_per_step(loss):
             raise ValueError(
                 f"{kind} looks at padded steps too: use a loss of one step, such as CrossEntropyMSE, or sequences of "

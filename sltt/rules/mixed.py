@@ -31,9 +31,9 @@ class Mixed(Rule):
     The gradient is the exact one of the graph in which each layer's states become constants at the end of each of its
     windows: steps 1 … n, n+1 … 2n, and so on. With "all" in every layer it is `BPTT`, with n `TBPTT(n)`, with 1 `SLTT`.
 
-    Memory depends on the last layer that has a window, in the order of the network. The layers above it are
-    backpropagated and freed at every step. The layers up to it keep their graph until the windows of all layers end at
-    the same step. So a last layer near the input saves memory. With little above it, BPTT takes no more.
+    Memory depends on the last layer whose window is longer than a step, in the order of the network. The layers above
+    it are backpropagated and freed at every step. The layers up to it keep their graph until the windows of all layers
+    end at the same step. So a last layer near the input saves memory. If few layers are above it, BPTT takes no more.
 
     Two cases keep the graph of the whole network, for the same gradient: a graph that goes around the last layer, as
     within residual blocks, and a last layer that runs twice in a step. The first step runs once more to find out.

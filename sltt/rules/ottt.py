@@ -8,7 +8,7 @@ from sltt.rules.traces import traced
 class OTTT(Rule):
     """Online training through time: backward at every step, with a trace of what each weight layer reads.
 
-        ∇W^l = Σ_t e^l[t] x̂^l[t]^T,   x̂^l[t] = λ x̂^l[t−1] + x^l[t]
+        ∇W^l = Σ_t e^l[t] x̂^l[t]ᵀ,   x̂^l[t] = λ x̂^l[t−1] + x^l[t]
 
     x is what the layer reads: the network's input or spikes; the input of a bias is 1. e is that of SLTT. λ is that of
     the neurons that the layer feeds; where they differ, as behind a residual sum, the mean. A layer that feeds no

@@ -38,7 +38,8 @@ class RateBased(Rule):
         ∂v/∂u = 1 − V_th ∂s/∂u     soft reset;  1 with `detach_reset`                          (4)
         ∂v/∂u = 1 − s − (u − v_r) ∂s/∂u     hard reset;  1 − s with `detach_reset`             (5)
 
-    (2) is the derivative of the rate with respect to a constant that is added to the input. Neurons with other
+    (2) is the derivative of the rate with respect to a constant that is added to the input. With `decay_input`, 1 − λ
+    takes the place of 1 in (3). Neurons with other
     equations have it by forward differentiation of their `step`, also with respect to parameters that learn. A
     `Recurrent` layer reads the mean of the spikes that came back, and no gradient goes round.
 

@@ -53,7 +53,9 @@ class Truncated(Rule):
         if budget is not None:
             parse_bytes(budget)
             if fold != "auto":
-                raise ValueError("budget is the memory for fold='auto', and fold is a number")
+                raise ValueError(
+                    "budget is the memory for fold='auto', and fold is a number: set fold='auto', or leave budget out"
+                )
         if hoist and fold != 1:
             raise ValueError("hoist computes the first layers for one time step, and fold for several: choose one")
 
@@ -105,9 +107,12 @@ def _alike(steps: range, trained: Container[int], most: int) -> Iterator[range]:
 class BPTT(Truncated):
     """Backpropagation through time: the exact gradient of L = 1/T Σ_t ℓ(o[t], y), with surrogates for the spikes.
 
-    ∂L/∂v[t] = ∂L/∂u[t+1] ∂u[t+1]/∂v[t] + …: one backward after the last step, through space and time. Memory and time
-    grow with T. With fold=T it goes layer by layer instead of step by step, and computes the membrane potentials behind
-    a BatchNorm again from its input instead of keeping them.
+        ∂L/∂u[t] = ∂L/∂s[t] ∂s[t]/∂u[t] + ∂L/∂v[t] ∂v[t]/∂u[t]
+        ∂L/∂v[t] = ∂L/∂u[t+1] ∂u[t+1]/∂v[t]                          0 for t = T
+
+    One backward after the last step, through space and time. Memory and time grow with T. With fold=T it goes layer by
+    layer instead of step by step, and computes the membrane potentials behind a BatchNorm again from its input instead
+    of keeping them.
 
     Args:
         segment: n, the time steps of a segment. Only one segment has its graph at a time. Of the others the states at
@@ -169,10 +174,11 @@ class TBPTT(Truncated):
 class SLTT(Truncated):
     """Spatial learning through time: v[t−1] is a constant in step t, so backward runs at once, step by step.
 
-        ∇W^l = Σ_t e^l[t] s^{l−1}[t]^T,   e^l[t] = (W^{l+1,T} e^{l+1}[t]) ⊙ ∂s/∂u
+        ∇W^l = Σ_t e^l[t] s^{l−1}[t]ᵀ,   e^l[t] = ((W^{l+1})ᵀ e^{l+1}[t]) ⊙ ∂s/∂u
 
-    Memory does not grow with T. With `k`, SLTT-K: only k steps of T, drawn anew for every batch, run backward; the
-    others run forward without a graph, BatchNorm still in training mode, and count with gradient zero.
+    e^l[t] is the error ∂L/∂u^l[t] within step t. Memory does not grow with T. With `k`, SLTT-K: only k steps of T,
+    drawn anew for every batch, run backward; the others run forward without a graph, BatchNorm still in training mode,
+    and count with gradient zero.
 
     Args:
         k: number of steps with a backward, at least 1; None trains all.

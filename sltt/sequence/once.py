@@ -32,6 +32,10 @@ def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         function: a module, or a bound method of one, that depends on its inputs and the module's weights alone, and
             draws no random numbers.
         inputs: tensors; none for work on weights.
+
+    Raises:
+        ValueError: under a rule, a function that is no module or method of one, or a module with a state.
+        RuntimeError: the result was changed in place.
     """
     if not callable(function):
         raise ValueError(f"once takes a module or a function, and then its inputs, got {type(function).__name__}")
@@ -108,7 +112,10 @@ class Hoisted:
             self._fixed.append(leaf)
         result = self._results[key]
         if _version(result.leaf) != result.version:
-            raise RuntimeError(f"what {function} gave was changed in place, but it is to serve every time step")
+            raise RuntimeError(
+                f"what {function} gave was changed in place, but it is to serve every time step: write x = x * 2, not "
+                "x *= 2"
+            )
         return result.leaf
 
     def _check(self, owner: Any) -> None:

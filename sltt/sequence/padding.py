@@ -12,13 +12,14 @@ class Padded(NamedTuple):
 
         L = 1/N Σ_t Σ_b [t < T_b] ℓ(o_b[t], y_b),   N = Σ_b T_b
 
-    A rule takes it as the target. Every real step counts alike, and the others not at all.
+    Every rule but `RateBased` takes it as the target, for sequences and a loss of one step. Every real step counts
+    alike, and the others not at all.
 
         rule(model, x, sltt.Padded(y, lengths=[12, 9, 30]), loss)
 
     Attributes:
         target: y [B, ...], for a loss that is a mean over samples.
-        lengths: T_b, the number of real steps of each sample.
+        lengths: T_b, the number of real steps of each sample, 1 … T.
     """
 
     target: Tensor

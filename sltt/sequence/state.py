@@ -20,15 +20,15 @@ class Stateful(nn.Module):
     """A module that keeps tensors between time steps.
 
     A subclass lists the attributes that hold them in `states`: tensors, or tuples and lists of tensors. Each is None
-    before the first step of a sequence, takes the shape, device and dtype of the input there, and is no part of the
-    state dict: it belongs to one sequence. A copy has the values of the states, without the graph behind them.
+    before the first step of a sequence. States belong to one sequence, so they are no part of the state dict. A copy
+    has the values of the states, without the graph behind them.
 
     A rule may run several time steps in one call: `fold` says how many. A subclass that takes them apart says
     `foldable = True`.
 
     Attributes:
         states: names of the attributes that hold tensors between time steps.
-        spikes: what the module gives are spikes.
+        spikes: the module's outputs are spikes.
         differentiable: a gradient flows through the states; none flows through a mask that was drawn.
         timeless: an input that does not change gives the same output at every step, so that `sltt.once` may run it.
         foldable: the module takes the time steps in a batch apart.
@@ -110,7 +110,7 @@ def register(
         states: names of the attributes that hold tensors, or tuples and lists of tensors; or a function of the module
             that gives the names. A rule detaches these, and `BPTT(segment=n)` keeps them.
         reset: called with the module before a sequence; None sets every state to None.
-        spikes: what the module gives are spikes, for `FiringRates` to count and `OTTT` to trace; or a function of the
+        spikes: the module's outputs are spikes, for `FiringRates` to count and `OTTT` to trace; or a function of the
             module that says so.
         check: `check(module, batch, kept)` says why the module cannot run one time step of `batch` samples, or None.
             `kept` says that it is inside a `Stateful`, which may keep its state for it.
@@ -124,7 +124,8 @@ def register(
     """
     if not isinstance(kind, type):
         raise ValueError(f"kind must be a class of modules, got {kind!r}")
-    if not callable(states) and (isinstance(states, str) or not all(isinstance(name, str) for name in states)):
+    listed = isinstance(states, Iterable) and not isinstance(states, str)
+    if not callable(states) and not (listed and all(isinstance(name, str) for name in states)):
         raise ValueError(f"states must be names of attributes, such as ['v'], or a function, got {states!r}")
     for name, value in (("reset", reset), ("check", check), ("translate", translate), ("decay", decay)):
         if value is not None:

@@ -278,7 +278,9 @@ def check_input(x: Tensor) -> None:
     """
     if x.is_floating_point() and not _finite(x):
         bad = x.numel() - int(x.isfinite().sum())
-        raise ValueError(f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values")
+        raise ValueError(
+            f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values: look for them in the data"
+        )
 
 
 def _finite(x: Tensor) -> Tensor:

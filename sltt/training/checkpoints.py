@@ -125,9 +125,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return _load(path, file)
 
 
-def saved_config(path: Path) -> dict[str, Any]:
-    """The settings in a checkpoint; its weights are not read, and its checksum is not verified."""
-    return _load(path, path, mmap=True)["config"]
+def saved_part(path: Path, key: str) -> dict[str, Any]:
+    """The "config" or the "progress" in a checkpoint; its weights are not read, and its checksum is not verified."""
+    return _load(path, path, mmap=True)[key]
 
 
 def _load(path: Path, source: Path | IO[bytes], **how: Any) -> dict[str, Any]:

@@ -66,6 +66,9 @@ def evaluate(
             up left and down right, over its reflected border (as in Jordan 2024, arXiv 2404.00498), in three times the
             time.
 
+    Returns:
+        Loss, metric, firing rates, seconds, and the peak memory of a batch in bytes.
+
     Raises:
         ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """

@@ -128,6 +128,9 @@ def fit(
         config: configuration to keep in the run folder and in the checkpoints; None describes the arguments.
         report: where to print.
 
+    Returns:
+        The folder of the run, the metrics of each epoch, and the epoch whose weights the model has.
+
     Raises:
         ValueError: an argument or a batch that does not fit; the message says which and what to do.
         FloatingPointError: the loss, a gradient or a weight is not finite.

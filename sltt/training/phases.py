@@ -15,13 +15,15 @@ from sltt.schedules import Schedule
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a training; what is None is as in the whole training.
+    """A part of a training; what is None is as in the whole training, except `lr`.
 
     Attributes:
-        epochs: its length. If the phases do not add up to the training's `epochs`, the last one is cut or extended.
+        epochs: its length. If the phases are shorter than the training, the last one is extended. If they are longer,
+            the training ends after its own `epochs`.
         steps: T.
         rule: the learning rule.
-        lr: learning rate. A phase that has one starts the schedule anew, without warm-up; else the schedule runs on.
+        lr: learning rate. A phase that has one starts the schedule anew, with a warm-up in the first phase only. None
+            keeps the rate of the phase before, or the optimizer's, and the schedule runs on.
         weight_decay: of the optimizer.
         freeze_norm: BatchNorm normalises with its running statistics in this phase, and leaves them as they are; its
             weights go on learning. Use it where a phase sees other statistics than the one before: firing rates, and

@@ -41,7 +41,7 @@ class Trained:
 def load(
     run: str | Path, model: nn.Module | None = None, *, checkpoint: Literal["best", "last"] | None = None
 ) -> nn.Module:
-    """A trained network on the CPU, in evaluation mode.
+    """A trained network in evaluation mode: on the CPU, or `model` on the device that it is on.
 
         model = sltt.load("runs/digits-sltt-20250101-120000")
         classes = sltt.predict(model, x).argmax(1)
@@ -83,17 +83,18 @@ def _network(run: Path) -> nn.Module:
 
 
 def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
-    """The prediction: mean logits over time [B, C], in evaluation mode and without a graph.
+    """The prediction [B, C], in evaluation mode and without a graph: the mean of the logits over time.
 
         ō = 1/T Σ_t o[t]
 
-    A network of `sltt.load` predicts as it was trained: where the loss was of the last step, by the last logits. The
-    class is `argmax(1)`, its probability `softmax(1)`. Sequences [B, T, ...] for such a network give a warning.
+    A network of `sltt.load` predicts as its loss does (`sltt.losses.Loss.prediction`): by the mean, the last or the
+    largest logits; or, with a target for each step, by the logits of all steps, [T, B, C]. With [B, C], the class is
+    `argmax(1)` and its probability `softmax(1)`. Sequences [B, T, ...] for such a network give a warning.
 
     Args:
         model: of `sltt.load`, or any other.
         x: a batch of images [B, ...], or of sequences [T, B, ...].
-        steps: T for images; None is that of a network of `sltt.load`, and needed for images with any other.
+        steps: T for images. A network of `sltt.load` knows its T; any other network needs it.
         lengths: real steps of each sample, for sequences that are padded at the end.
 
     Raises:

@@ -13,7 +13,7 @@ from sltt.analysis import (
     peak_memory,
     synaptic_operations,
 )
-from sltt.commands import main
+from sltt.commands import main, profile
 from sltt.commands.parsing import Recipe
 from sltt.commands.prepared import prepared
 from sltt.memory import trace_memory
@@ -247,3 +247,20 @@ def test_wrong_options_are_explained(words, code, message, capsys, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert main([*WORDS, *words]) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps"),
+    [
+        (sltt.BPTT(), 2),
+        (sltt.SLTT(k=3), 3),
+        (sltt.TBPTT(5), 5),
+        (sltt.BPTT(segment=4), 4),
+        (sltt.SLTT(fold=6), 6),
+        (sltt.Mixed({"a": "all", "b": 7}), 7),
+        (sltt.OTTT(), 2),
+    ],
+)
+def test_the_memory_over_steps_is_fitted_beyond_the_windows(rule, steps):
+    """Within its first window, a rule's memory grows as that of BPTT."""
+    assert profile._until_regular(rule) == steps

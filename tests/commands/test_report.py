@@ -9,9 +9,11 @@ import yaml
 
 from sltt.commands import main
 from sltt.commands.results import best_epoch, gather
+from sltt.training.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.slow
-sections = pytest.importorskip("sltt.commands.sections", reason="the report needs matplotlib").sections
+sections_module = pytest.importorskip("sltt.commands.sections", reason="the report needs matplotlib")
+sections, figures = sections_module.sections, sections_module.figures
 SMALL = ["--model.width", "2", "--device", "cpu"]
 
 
@@ -155,6 +157,29 @@ def test_the_best_epoch_of_a_run_is_that_of_its_metric(metric, epoch, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"metric": metric} if metric else {}))
     epochs = [{"epoch": 1, "score": 0.1, "loss": 0.5}, {"epoch": 2, "score": 0.2, "loss": 0.4}]
     assert best_epoch(tmp_path, epochs, "score")["epoch"] == epoch
+
+
+def test_the_best_epoch_of_a_run_is_the_one_that_it_selected(measured):
+    run = measured / "BPTT-seed0"
+    rows = [{"epoch": 1, "validation_accuracy": 0.9}, {"epoch": 2, "validation_accuracy": 0.1}]
+    chosen = load_checkpoint(run / "last.ckpt")["progress"]["best_epoch"]
+    for better in (rows, [{**one, "validation_accuracy": -one["validation_accuracy"]} for one in rows]):
+        assert best_epoch(run, better, "validation_accuracy")["epoch"] == chosen
+
+
+def test_a_cosine_below_zero_is_shown_as_it_is(monkeypatch):
+    columns = [{"layers": {"a": (cosine, 1.0)}, "rule": "SLTT()"} for cosine in (0.5, -0.3, None)]
+    rows = [{"tau": None, "steps": 2, "epochs": 0, "advice": "", "agreement": [one]} for one in columns]
+    shown = []
+    monkeypatch.setattr(figures, "heat_map", lambda values, rows, columns: shown.append(values))
+    monkeypatch.setattr(sections_module, "agreement_rows", lambda rows: [])
+    sections_module._agreement({"recipe": "digits", "rows": rows})
+    assert shown == [[[0.5, -0.3, None]]]
+
+
+def test_a_field_without_a_value_has_a_dash():
+    texts = {text.get_text() for text in figures.heat_map([[0.5, -0.3, None]], ["a"], ["1", "2", "3"]).axes[0].texts}
+    assert texts == {"0.500", "-0.300", "–"}
 
 
 def test_a_comparison_of_an_earlier_version_is_read(measured, tmp_path):

@@ -39,6 +39,20 @@ def test_the_verdict_has_accuracy_memory_at_two_lengths_time_and_agreement():
     ]
 
 
+def test_seconds_of_an_epoch_are_not_compared_with_those_of_a_batch():
+    """BPTT was profiled, and not trained."""
+    found = gathered(compared("SLTT", [0.98], 2.0, 10), profiles=[profiled(cost("BPTT", 4, 90), cost("SLTT", 4, 90))])
+    assert {one.rule: one.seconds for one in verdicts(found)} == {"SLTT": 2.0, "BPTT": None}
+    assert "the time" not in " ".join(answers(found))
+
+
+def test_a_profile_of_another_recipe_stays_apart():
+    other = {**profiled(cost("SLTT", 16, 90), layers=[{"name": "a", "firing_rate": 0.5}]), "recipe": "cifar10"}
+    found = gathered(compared("SLTT", [0.98], 2.0, 10), profiles=[other])
+    assert verdicts(found)[0].memory == {4: 10}
+    assert layers(found) == []
+
+
 @pytest.mark.parametrize(
     ("accuracies", "samples", "said"),
     [

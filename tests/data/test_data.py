@@ -1,5 +1,6 @@
 import hashlib
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,6 +249,34 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
     bad.write_bytes(bad.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"test/cat/1\.png does not decode as an image"):
         ImageFolder(str(tmp_path), size=32).splits(1).test[1]
+
+
+@pytest.mark.parametrize("kind", ["bmp", "tif", "ppm"])
+def test_images_of_every_kind_that_is_listed_are_read(kind, tmp_path):
+    write_images(tmp_path)
+    for path in list((tmp_path / "test").rglob("*.png")):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(f".{kind}"))
+        path.unlink()
+    splits = ImageFolder(str(tmp_path), size=40, crop_padding=0, on_error="skip").splits(1)
+    assert torch.equal(splits.test[1][0], splits.plain[1][0])
+
+
+def test_val_is_taken_where_test_has_no_labels(tmp_path):
+    write_images(tmp_path, ("train", "val"))
+    (tmp_path / "test" / "images").mkdir(parents=True)
+    assert len(ImageFolder(str(tmp_path)).splits(1).test) == 8
+
+
+def test_images_are_skipped_in_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
+    write_images(tmp_path)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert len(ImageFolder(str(tmp_path), validation=0, on_error="skip").splits(1).train) == 7
 
 
 def test_images_that_do_not_decode_can_be_skipped(tmp_path, caplog):

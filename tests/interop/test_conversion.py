@@ -260,7 +260,7 @@ def refusals():
     yield "sinabs.layers", lambda s: s.IAFSqueeze(num_timesteps=1), "fire several times in a time step"
     for reset, message in (
         ("MembraneReset", "neurons that did not fire"),
-        ("MembraneSubtract", "a reset that ours have"),
+        ("MembraneSubtract", "a reset that our neurons do not have"),
     ):
         yield (
             "sinabs",

@@ -115,6 +115,7 @@ OTHER_CALLS = [
     ("OTTT(online without update)", partial(train, sltt.OTTT(online=True)), ValueError, "call it with update=…"),
     ("register(kind: instance)", partial(register, kind=Pair()), ValueError, "kind must be a class"),
     ("register(states: text)", partial(register, states="mem"), ValueError, "states must be names of attributes"),
+    ("register(states: None)", partial(register, states=None), ValueError, "states must be names of attributes"),
     ("register(states: numbers)", partial(register, states=[1]), ValueError, "states must be"),
     ("register(reset: text)", partial(register, reset="reset"), ValueError, "reset must be a function"),
     ("register(spikes: text)", partial(register, spikes="yes"), ValueError, "spikes must be"),
