@@ -59,7 +59,7 @@ class RunningMax(Stateful):
     def _step(self, x: Tensor) -> Tensor:
         if self.total is None or self.largest is None:
             pooled = self.pool(x)
-            self.total, self.largest = x, pooled
+            self.total, self.largest = x.clone(), pooled.clone()  # others may change x and what is given in place
             return pooled
         self.check_state("total", x, self.total.dtype)
         x = settled(x)

@@ -142,3 +142,15 @@ def test_another_batch_without_a_reset_is_refused():
     pool(torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match=r"sltt\.reset"):
         pool(torch.zeros(3, 1, 4, 4))
+
+
+def test_what_others_change_in_place_is_not_its_state():
+    x = torch.rand(3, 2, 3, 4, 4)
+    pool, expected = (sltt.RunningMax(nn.MaxPool2d(2)) for _ in range(2))
+    for step in x:
+        right = expected(step.clone())
+        step = step.clone()
+        y = pool(step)
+        torch.testing.assert_close(y, right)
+        y.mul_(7)
+        step.mul_(7)

@@ -202,7 +202,7 @@ def deferred_norm(
         return None
     library, channels = native.library(), x.shape[1]
     assert library is not None
-    factors = torch.empty(4, channels)
+    factors = torch.empty(4, channels, dtype=torch.float32, device="cpu")
     library.sltt_norm(
         x.dtype == torch.bfloat16, x, x.numel(), channels, running_mean, running_var, weight, bias,
         training, momentum, eps, factors, torch.get_num_threads(),

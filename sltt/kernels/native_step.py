@@ -48,8 +48,8 @@ class NativeStep:
 
     def __init__(self, library: ctypes.CDLL, step: "NeuronStep", decay: float):
         surrogate = step.surrogate
-        above = type(surrogate) is Above
-        while isinstance(surrogate, Above):
+        above = type(surrogate).fires is Above.fires
+        while type(surrogate) is Above:
             surrogate = surrogate.surrogate
         found = _SURROGATES.get(type(surrogate))
         self.differentiates = found is not None
@@ -94,7 +94,7 @@ class NativeStep:
         With `norm`, the pointer of a BatchNorm whose input is x, write ∂L/∂x for ∂L/∂u; give ∂L/∂weight and ∂L/∂bias.
         """
         spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
-        affine = None if norm is None else torch.empty(2, x.shape[1])
+        affine = None if norm is None else torch.empty(2, x.shape[1], dtype=torch.float32, device="cpu")
         self._library.sltt_neuron_gradient(
             self._constants, norm, x_dtype == torch.bfloat16, out.dtype == torch.bfloat16,
             grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine, out.numel(), torch.get_num_threads(),

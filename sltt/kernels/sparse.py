@@ -122,7 +122,7 @@ def pack_weight(layer: Layer, weight: Tensor, one: float | Tensor = 1.0) -> Tens
     weight = weight.detach().float()
     if isinstance(one, Tensor):
         weight, one = weight * _by_channel(one, layer), 1.0
-    packed = torch.empty(layer.packed_size)
+    packed = torch.empty(layer.packed_size, dtype=torch.float32, device="cpu")
     library().sltt_pack(weight, strides_of(weight), layer.pointer, one, packed, torch.get_num_threads())
     return packed
 
@@ -155,7 +155,8 @@ def weight_gradient(
     assert grad_y.shape == layer.y_shape
     g = grad_y if layer.linear else grad_y.movedim(1, -1)
     g = g.to(torch.float32 if g.dtype == torch.float16 else g.dtype).contiguous()
-    grad = torch.empty((layer.weight_shape[0], *layer.weight_shape[2:], layer.weight_shape[1]))
+    shape = layer.weight_shape[0], *layer.weight_shape[2:], layer.weight_shape[1]
+    grad = torch.empty(shape, dtype=torch.float32, device="cpu")
     grad = grad.movedim(-1, 1)
     half, factor = g.dtype == torch.bfloat16, 1.0 if isinstance(one, Tensor) else one
     threads = torch.get_num_threads()
@@ -169,7 +170,7 @@ def bias_gradient(layer: Layer, grad: Tensor) -> Tensor:
     """∂L/∂bias in float32, from ∂L/∂y with the channels last in memory, [..., C_out]."""
     if layer.linear or grad.dtype == torch.float16:
         return grad.flatten(0, -2).sum(0, dtype=torch.float32)
-    sums = torch.empty(grad.shape[-1])
+    sums = torch.empty(grad.shape[-1], dtype=torch.float32, device="cpu")
     half = grad.dtype == torch.bfloat16
     library().sltt_channel_sums(half, grad, grad.numel(), len(sums), sums, torch.get_num_threads())
     return sums

@@ -117,7 +117,7 @@ def _run(
     s = torch.empty_like(x)
     native = native_step(step, v, x.dtype, decay)
     tags = tags and packable(s)
-    bits = torch.empty(s.numel() // 8, dtype=torch.uint8) if native and tags and v.numel() % 8 == 0 else None
+    bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if native and tags and v.numel() % 8 == 0 else None
     bits_of = (None,) * steps if bits is None else unfold(bits, steps)
     kept = []
     soft = step.v_reset is None

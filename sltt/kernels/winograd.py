@@ -41,7 +41,7 @@ def weight_gradient(layer: Layer, x: Tensor, grad_y: Tensor) -> Tensor:
     assert grad_y.dtype == x.dtype
     x, g = x.movedim(1, -1).contiguous(), grad_y.movedim(1, -1).contiguous()
     outputs, inputs, *kernel = layer.weight_shape
-    grad = torch.empty((outputs, *kernel, inputs))
+    grad = torch.empty((outputs, *kernel, inputs), dtype=torch.float32, device="cpu")
     threads = torch.get_num_threads()
     library().sltt_dense_weight_gradient(layer.pointer, x, g, g.dtype == torch.bfloat16, grad, threads)
     return grad.movedim(-1, 1)

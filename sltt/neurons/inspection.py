@@ -19,6 +19,7 @@ _READ = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def emits_bits(kind: type, step: CustomStep) -> bool:
     """Check a neuron's function by running it on a few numbers; whether its spikes are those of a surrogate, 0 or 1.
 

@@ -18,7 +18,7 @@ class Recurrent(Stateful):
 
     SLTT sends no gradient through the recurrent spikes: the layer learns from the step alone, ∇W = Σ_t e[t] s[t−1]ᵀ.
     OTTT traces the spikes that the layer reads, which is e-prop for one layer. Folded time steps run one after the
-    other inside this layer.
+    other inside this layer. The spikes are its state: no layer behind it may change them in place.
 
     Args:
         neuron: the neurons.

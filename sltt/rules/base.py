@@ -289,7 +289,10 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     sequence = time_steps(x, steps)
     weights = kernels.Weights(packed=True)
     with _unrolling(model, sequence, hoist=True, grad=False) as (network, _), kernels.saving(False, False, weights):
-        logits = [network(sequence.input(range(t, t + 1))).clone() for t in range(sequence.steps)]
+        try:
+            logits = [network(sequence.input(range(t, t + 1))).clone() for t in range(sequence.steps)]
+        finally:
+            torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in a training after it
         return sequence.result(torch.cat(logits))
 
 

@@ -57,7 +57,7 @@ class RateBased(Rule):
 
     Raises:
         ValueError: when called, a module with a state that is no `Neuron` or `RunningMax`; with `steady`, a `Recurrent`
-            layer. Without `steady`, a neuron or BatchNorm that is not used exactly once per step, BatchNorm with a
+            layer. Without `steady`, a neuron or BatchNorm that does not run exactly once per step, BatchNorm with a
             forward of its own (SyncBatchNorm), or a dropout module of PyTorch's, whose mask changes at every step.
 
     Source: Yu et al., NeurIPS 2024 (arXiv 2410.11488); (3) to (5) as in the authors' code

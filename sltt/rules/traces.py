@@ -56,7 +56,7 @@ def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator["_Tr
     forwards: dict[nn.Module, Any] = {
         m: _Operations(m, traces).forward for m in model.modules() if isinstance(m, _WEIGHTS | _NORMS)
     }
-    before = [neuron.register_forward_pre_hook(traces.arrive) for neuron in neurons]
+    before = [neuron.register_forward_pre_hook(traces.arrive, with_kwargs=True) for neuron in neurons]
     after = [neuron.register_forward_hook(traces.leave) for neuron in neurons]
     with hooked(*before, *after), replaced("forward", forwards):
         yield traces
@@ -238,15 +238,15 @@ class _Traces:
         if not trace.decays and not in_backward():
             self.started[y.grad_fn] = trace
 
-    def arrive(self, neuron: nn.Module, inputs: Any) -> Any:
+    def arrive(self, neuron: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Before a layer of neurons runs."""
-        x = inputs[0]
+        x = next(iter((*inputs, *named.values())))
         if self.started and x.grad_fn is not None:
             self._feed(neuron, x.grad_fn)
         if self.inputs and isinstance(neuron, IntegrateAndFire) and neuron.is_plain() and neuron.v_reset is None:
             decay = neuron.decay()
             if isinstance(decay, Tensor) and decay.requires_grad:
-                return self._with_decay(neuron, decay, x), *inputs[1:]
+                return (self._with_decay(neuron, decay, x),), {}
         return None
 
     def _feed(self, neuron: nn.Module, node: Any) -> None:

@@ -231,7 +231,8 @@ class SLTT(Truncated):
         generator = self.generator
         if generator is None and batch.seed is not None:
             generator = torch.Generator().manual_seed(batch.seed)
-        return set(torch.randperm(batch.steps, generator=generator)[:k].tolist())
+        device = "cpu" if generator is None else generator.device
+        return set(torch.randperm(batch.steps, generator=generator, device=device)[:k].tolist())
 
     def loss_scale(self, steps: int) -> float:
         return steps / min(self.k, steps) if self.rescale and self.k is not None else 1.0

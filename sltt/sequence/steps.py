@@ -132,7 +132,7 @@ def running(model: nn.Module, sequence: Sequence) -> Iterator[Network]:
         if any(module in _running for module in model.modules()):
             raise ValueError(
                 f"{type(model).__name__} is in the middle of another sequence, and its neurons keep one state: call it "
-                "after that sequence, or, in a thread, on a copy: copy.deepcopy(model)"
+                "after that sequence, or on a copy that was made before it: copy.deepcopy(model)"
             )
         _running.add(model)
     try:
@@ -180,6 +180,7 @@ def _check_compiled(network: Network, x: Tensor) -> None:
     """
     with evaluating(network.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         network(x)
+    torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in the steps that follow
     reset(network.model)
 
 

@@ -24,6 +24,17 @@ def compiling(mode):
         yield
 
 
+@contextmanager
+def default_type(dtype):
+    """New tensors of floats have this type unless another is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def both(v, x, constants, decay, learnable=False):
     """Spikes, v and the gradients of a few fused steps, and of the plain ones."""
     results = []

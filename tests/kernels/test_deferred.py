@@ -13,6 +13,7 @@ from sltt.analysis import peak_memory
 from sltt.kernels import deferred, native, restoring
 from sltt.neurons import lif_step
 from sltt.surrogates import Triangle
+from tests.kernels.steps import default_type
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 FORMS = [(7, 24, 3, 5), (33, 65), (5, 700), (2, 1, 9, 1), (40, 48, 6, 12)]
@@ -336,3 +337,16 @@ def test_memory_is_not_more(monkeypatch):
 def test_a_neuron_of_ones_own_keeps_no_normalised_input(monkeypatch):
     fused, plain = peaks(monkeypatch, Own, sltt.BPTT())
     assert fused < plain - 4 * 2 * 8 * 24 * 64  # of the first neurons in two time steps of four, beside the backward's
+
+
+def test_the_default_type_changes_nothing(monkeypatch):
+    waiting(monkeypatch, True)
+    (x, y), networks = batch(), [network() for _ in range(2)]
+
+    def gradients(model):
+        sltt.SLTT()(model, x, y, nn.CrossEntropyLoss(), steps=4)
+        return [p.grad for p in model.parameters()]
+
+    expected = gradients(networks[0])
+    with default_type(torch.float64):
+        torch.testing.assert_close(gradients(networks[1]), expected)

@@ -95,6 +95,15 @@ class Late(sltt.surrogates.Triangle):
         return x > 0.5
 
 
+class Borrowed(sltt.surrogates.Triangle):
+    fires = sltt.surrogates.Above.fires
+
+
+class LateAbove(sltt.surrogates.Above):
+    def derivative(self, x):
+        return self.surrogate.derivative(x - 0.5)
+
+
 class Steep(sltt.surrogates.Triangle):
     def derivative(self, x):
         return 7 * super().derivative(x)
@@ -108,6 +117,21 @@ def test_surrogates_that_native_code_does_not_have(calls):
             plain, fast = (run(mode, CONSTANTS[0], surrogate, 64) for mode in ("off", "auto"))
         assert all(torch.equal(a, b) for a, b in zip(plain, fast, strict=True))
         assert calls == expected
+
+
+@pytest.mark.parametrize("surrogate", [Borrowed(), LateAbove(sltt.surrogates.Triangle())], ids=repr)
+def test_a_neuron_at_its_threshold_fires_as_its_surrogate_says(surrogate):
+    """With this constant, v = 0.6 · 0 + x."""
+    results = []
+    for mode in ("off", "on"):
+        x = torch.tensor([0.8, 0.8 + 2**-20, 0.3], requires_grad=True)
+        with kernels.using(compile=mode):
+            step = kernels.NeuronStep(0.6, 0.8, None, False, False, surrogate)
+            s, _ = kernels.neuron_step(step, torch.zeros(3), x)
+            s.sum().backward()
+        results.append([s, x.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][0].tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sltt
 from sltt import kernels
 from sltt.kernels import costs, native, sparse, winograd
 from tests.conftest import gradients
+from tests.kernels.steps import default_type
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 
@@ -186,3 +187,11 @@ def test_weights_of_traces_take_both(seen):
     layers = [layer for conv in convs for layer in (conv, sltt.LIF(tau=2.0))]
     check_gradients(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3)), sltt.OTTT(), (7, 7), "on")
     assert set(seen) == {"input_gradient", "weight_gradient"}
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.OTTT()], ids=repr)
+def test_the_default_type_changes_nothing(rule, seen):
+    layers = nn.Conv2d(2, 32, 3, padding=1), sltt.LIF(), nn.Conv2d(32, 32, 3, padding=1), sltt.LIF()
+    with default_type(torch.float64):
+        check_gradients(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 64, 3)), rule, (8, 8), "on")
+    assert seen

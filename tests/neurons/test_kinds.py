@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sltt
+from sltt.neurons import inspection
 from tests.conftest import RULES, batch, gradients, small_network
 from tests.neurons.plain import alone, plain
 from tests.references import measured
@@ -229,3 +230,12 @@ def test_repr_names_what_it_was_made_with(kind):
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_inference_mode_gives_the_same_spikes(kind):
+    inspection.emits_bits.cache_clear()
+    model, (x, _) = small_network(kind()), batch()
+    with torch.inference_mode():
+        found = sltt.unroll(model, x)
+    assert torch.equal(found, sltt.unroll(model, x))

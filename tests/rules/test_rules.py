@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -130,6 +132,28 @@ def test_weights_cached_by_autocast_without_a_graph_do_not_cut_later_steps():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sltt.SLTT(k=1, generator=torch.Generator().manual_seed(last))(model, x, y, LOSS)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", ["unrolled before", "compiled"])
+def test_a_pass_without_a_graph_before_does_not_cut_steps_under_autocast(how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3))
+    x, y = torch.randn(3, 4, 6), torch.randint(3, (4,))
+    if how == "compiled":  # a step is checked without the compiler
+        model = torch.compile(model, backend="eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if how == "unrolled before":
+            sltt.unroll(model, x)
+        sltt.SLTT()(model, x, y, LOSS)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_the_default_device_does_not_change_the_steps_that_are_drawn():
+    drawing = SimpleNamespace(steps=5, seed=3, target=None)
+    expected = sltt.SLTT(k=2).trained_steps(drawing)
+    with torch.device("meta"):  # stands for a GPU
+        assert sltt.SLTT(k=2).trained_steps(drawing) == expected
+        assert len(sltt.SLTT(k=2).trained_steps(SimpleNamespace(steps=5, seed=None, target=None))) == 2
 
 
 @pytest.mark.parametrize(
