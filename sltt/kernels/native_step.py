@@ -1,7 +1,7 @@
 """The neuron's step in C++: one pass that writes spikes, membrane potential and bits, and one for its gradient.
 
 It runs where a compiled step would, on a CPU and a float32 membrane potential, and gives the bits of the plain step. A
-BatchNorm in front of the neuron is a part of both passes.
+BatchNorm in front of the neuron is a part of both passes. All time steps under a steady current are one pass too.
 Surrogates with an exponential are differentiated by the compiled step.
 """
 
@@ -77,6 +77,13 @@ class NativeStep:
             x.numel(), torch.get_num_threads(),
         )  # fmt: skip
 
+    def steady(self, rate: Tensor, by_input: Tensor, x: Tensor, steps: int, start: float) -> None:
+        """Write means over time steps under the current x, from the potential `start`: of spikes, of ∂s/∂x."""
+        self._library.sltt_steady(
+            self._constants, x.dtype == torch.bfloat16, x, start, steps, rate, by_input,
+            x.numel(), torch.get_num_threads(),
+        )  # fmt: skip
+
     def gradient(
         self,
         out: Tensor,
@@ -103,16 +110,30 @@ class NativeStep:
 
 
 def native_step(
-    step: "NeuronStep", v: Tensor, x_dtype: torch.dtype, decay: Tensor | None, gradient: bool = False
+    step: "NeuronStep",
+    like: Tensor,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+    decay: Tensor | None,
+    gradient: bool = False,
 ) -> NativeStep | None:
-    """The step in native code, if it can run, or its gradient, on a membrane potential v and an input of `x_dtype`."""
-    if not v.is_cpu or v.dtype != torch.float32 or x_dtype not in (torch.float32, torch.bfloat16):
+    """The step in native code, if it can run, or its gradient.
+
+    Args:
+        step: the constants.
+        like: a tensor of the neurons' shape and device.
+        x_dtype: of the current.
+        dtype: of the membrane potential.
+        decay: λ where it is a tensor.
+        gradient: whether derivatives are needed.
+    """
+    if not like.is_cpu or dtype != torch.float32 or x_dtype not in (torch.float32, torch.bfloat16):
         return None
     if type(step.surrogate).fires not in (Surrogate.fires, Above.fires) or (
         decay is not None and (decay.ndim or decay.dtype != torch.float32)
     ):
         return None
-    if (library := library_for(v.numel())) is None:
+    if (library := library_for(like.numel())) is None:
         return None
     native = _constant(library, step) if decay is None else NativeStep(library, step, decay.item())
     return None if gradient and not native.differentiates else native

@@ -1,5 +1,6 @@
 // A neuron's step: charge, fire and reset in one pass over memory that writes the spikes as bits too; and its gradient.
-// A BatchNorm in front of the neuron is a part of these passes.
+// A BatchNorm in front of the neuron is a part of these passes. All time steps under a steady current, and the
+// derivative of the rate, are one pass too.
 //
 // The equations, and the order in which they round, are those of step.py. A block of elements goes through a few plain
 // loops while it is in the cache; the compiler makes vectors of each.
@@ -9,6 +10,7 @@ namespace {
 
 constexpr int64_t BLOCK = 512;     // elements that go through all loops before the next ones
 constexpr int64_t PART = 1 << 14;  // elements of a task
+constexpr int VECTORS = 4;         // that go through all time steps in registers
 
 enum Surrogate : int32_t { TRIANGLE, RECTANGLE, ARCTAN, FAST_SIGMOID };
 
@@ -80,34 +82,82 @@ void forward_block(const Neuron& z, const Norm* norm, const T* __restrict x, con
     }
 }
 
-// ∂s/∂u at x = u − V_th, in place.
-void derivative(const Neuron& z, float* __restrict x, int64_t n) {
-  const float inverse = z.inverse;
-  switch (z.surrogate) {
-    case TRIANGLE:
-      if (inverse)  // exact, and faster than a division
-        for (int64_t i = 0; i < n; i++) {
-          const float y = 1 - std::fabs(x[i]) * inverse;
-          x[i] = (y < 0 ? 0.0f : y) * inverse;  // NaN stays
-        }
-      else
-        for (int64_t i = 0; i < n; i++) {
-          const float y = 1 - std::fabs(x[i]) / z.a;
-          x[i] = (y < 0 ? 0.0f : y) / z.a;
-        }
-      return;
-    case RECTANGLE:
-      for (int64_t i = 0; i < n; i++) x[i] = (std::fabs(x[i]) < z.a ? 1.0f : 0.0f) / z.b;
-      return;
-    case ARCTAN:
-      for (int64_t i = 0; i < n; i++) x[i] = 1 / (1 + z.a * x[i] * (z.a * x[i])) * z.b;
-      return;
-    case FAST_SIGMOID:
-      for (int64_t i = 0; i < n; i++) {
-        const float y = 1 + z.a * std::fabs(x[i]);
-        x[i] = 1 / (y * y) * z.b;
-      }
+INLINE float magnitude(float x) { return std::fabs(x); }
+INLINE V magnitude(V x) { return V(U(x) & 0x7fffffffu); }
+
+// ∂s/∂u at x = u − V_th, a number or a vector.
+template <Surrogate S, class F>
+INLINE F slope(const Neuron& z, F x) {
+  const F zero = {}, size = magnitude(x);
+  if constexpr (S == TRIANGLE) {
+    const F y = z.inverse ? 1.0f - size * z.inverse : 1.0f - size / z.a;  // exact, and faster than a division
+    const F up = y < 0.0f ? zero : y;                                     // NaN stays
+    return z.inverse ? up * z.inverse : up / z.a;
+  } else if constexpr (S == RECTANGLE) {
+    return size < z.a ? zero + 1.0f / z.b : zero;
+  } else if constexpr (S == ARCTAN) {
+    return 1.0f / (1.0f + z.a * x * (z.a * x)) * z.b;
+  } else {
+    const F y = 1.0f + z.a * size;
+    return 1.0f / (y * y) * z.b;
   }
+}
+
+// Call function(the surrogate, as a type).
+template <class F>
+INLINE void with_surrogate(Surrogate surrogate, const F& function) {
+  switch (surrogate) {
+    case TRIANGLE: return function(std::integral_constant<Surrogate, TRIANGLE>());
+    case RECTANGLE: return function(std::integral_constant<Surrogate, RECTANGLE>());
+    case ARCTAN: return function(std::integral_constant<Surrogate, ARCTAN>());
+    case FAST_SIGMOID: return function(std::integral_constant<Surrogate, FAST_SIGMOID>());
+  }
+}
+
+// Means over time steps under the currents x of some vectors of neurons: of the spikes, in place of x, and of their
+// derivatives with respect to x.
+template <Surrogate S>
+void steady_vectors(const Neuron& z, float start, int steps, V* __restrict x, V* __restrict slopes_out) {
+  const V zero = {}, one = zero + 1.0f;
+  V current[VECTORS], v[VECTORS], by_x[VECTORS], spikes[VECTORS], slopes[VECTORS];
+  for (int k = 0; k < VECTORS; k++) {
+    current[k] = x[k];
+    v[k] = zero + start;
+    by_x[k] = spikes[k] = slopes[k] = zero;
+  }
+  for (int t = 0; t < steps; t++)
+    for (int k = 0; k < VECTORS; k++) {
+      const V left = z.rest == 0 ? z.decay * v[k] : z.rest + z.decay * (v[k] - z.rest), u = left + current[k];
+      const V above = u - z.threshold, s = (z.above ? above > 0.0f : above >= 0.0f) ? one : zero;
+      v[k] = z.soft ? u - z.threshold * s : u - (u - z.rest) * s;
+      const V fires = slope<S>(z, z.soft ? v[k] - z.threshold * (one - s) : above);
+      V stays = z.soft ? one : one - s;
+      if (!z.detached) stays -= z.soft ? fires * z.threshold : fires * (u - z.rest);
+      by_x[k] = z.decay * by_x[k] + z.gain;  // ∂u/∂x, from ∂v/∂x of the step before
+      spikes[k] += s;
+      slopes[k] += by_x[k] * fires;
+      by_x[k] *= stays;
+    }
+  for (int k = 0; k < VECTORS; k++) {
+    x[k] = spikes[k] / float(steps);
+    slopes_out[k] = slopes[k] / float(steps);
+  }
+}
+
+template <class T>
+void steady_block(const Neuron& z, const T* __restrict x, float start, int steps, T* __restrict rate,
+                  T* __restrict by_input, int64_t n) {
+  constexpr int64_t AT_ONCE = VECTORS * LANES;
+  static_assert(BLOCK % AT_ONCE == 0);
+  float rates[BLOCK], slopes[BLOCK];
+  current(z, nullptr, x, 0, rates, n);
+  std::fill(rates + n, rates + (n + AT_ONCE - 1) / AT_ONCE * AT_ONCE, 0.0f);
+  with_surrogate(z.surrogate, [&](auto surrogate) {
+    for (int64_t i = 0; i < n; i += AT_ONCE)
+      steady_vectors<surrogate()>(z, start, steps, reinterpret_cast<V*>(rates + i), reinterpret_cast<V*>(slopes + i));
+  });
+  for (int64_t i = 0; i < n; i++) put(rate + i, rates[i]);
+  for (int64_t i = 0; i < n; i++) put(by_input + i, slopes[i]);
 }
 
 // Spikes as 0 and 1, from their bits.
@@ -130,7 +180,9 @@ void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __
     for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - z.threshold * (1 - s[i]);
   else
     for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - z.threshold;
-  derivative(z, fires, n);
+  with_surrogate(z.surrogate, [&](auto surrogate) {
+    for (int64_t i = 0; i < n; i++) fires[i] = slope<surrogate()>(z, fires[i]);
+  });
   if (grad_s)
     for (int64_t i = 0; i < n; i++) g[i] = widen(grad_s[i]) * fires[i];
   else
@@ -300,6 +352,20 @@ void sltt_neuron(const Neuron* z, const Norm* norm, int bfloat16, const void* x,
     forward(*z, norm, static_cast<const uint16_t*>(x), v, static_cast<uint16_t*>(s), v_out, u_out, bits, n, threads);
   else
     forward(*z, norm, static_cast<const float*>(x), v, static_cast<float*>(s), v_out, u_out, bits, n, threads);
+}
+
+// x, rate and by_input are float or bfloat16.
+void sltt_steady(const Neuron* z, int bfloat16, const void* x, float start, int steps, void* rate, void* by_input,
+                 int64_t n, int threads) {
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    const T* from = static_cast<const T*>(x);
+    T *to = static_cast<T*>(rate), *slope = static_cast<T*>(by_input);
+    for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
+      steady_block(*z, from + i, start, steps, to + i, slope + i, m);
+    });
+  };
+  bfloat16 ? run(uint16_t()) : run(float());
 }
 
 // `kept` is v for a soft reset and u for a hard one. `grad_s`, `grad_v` and `out_v` may be null, and `s` or `bits`. With

@@ -87,7 +87,7 @@ def neuron_step(
     graph = trained and torch.is_grad_enabled()
     with without_modes():
         single = isinstance(x, Deferred) and steps == 1 and decay is None
-        fits = single and native_step(step, v, x.dtype, None, gradient=True) is not None
+        fits = single and native_step(step, v, x.dtype, v.dtype, None, gradient=True) is not None
         norm, x, weight, bias = taken(x, fits)
         if graph:
             return _NeuronStep.apply(v, x, decay, step, steps, cut, weight, bias, norm)  # type: ignore[return-value]
@@ -115,7 +115,7 @@ def _run(
     xs = unfold(x, steps)
     v = like(v, xs[0])
     s = torch.empty_like(x)
-    native = native_step(step, v, x.dtype, decay)
+    native = native_step(step, v, x.dtype, v.dtype, decay)
     tags = tags and packable(s)
     bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if native and tags and v.numel() % 8 == 0 else None
     bits_of = (None,) * steps if bits is None else unfold(bits, steps)
@@ -230,7 +230,7 @@ class _NeuronStep(torch.autograd.Function):
         grad_v = None if grad_v is None else like(grad_v, kept[0])
         of_norm = None if factors is None else pointer(factors, ctx.of_batch)
         of_weight = of_bias = None
-        native = native_step(step, kept[0], ctx.x_dtype, decay, gradient=True)
+        native = native_step(step, kept[0], ctx.x_dtype, state, decay, gradient=True)
         assert native or factors is None, "there was one in the forward"
         takes_bits = native and kept[0].numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)
         spikes = unfold(_spikes(ctx, s, packed=bool(takes_bits)), ctx.steps)

@@ -13,6 +13,7 @@ from tests.conftest import SURROGATES
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 CONSTANTS = list(itertools.product([None, 0.0, -0.3], [False, True], [False, True]))
+DTYPES = torch.float32, torch.bfloat16
 DIFFERENTIATED = tuple(native_step._SURROGATES)
 
 
@@ -20,7 +21,7 @@ DIFFERENTIATED = tuple(native_step._SURROGATES)
 def calls(monkeypatch):
     """Names of the native functions that were called."""
     seen = []
-    for name in ("forward", "gradient"):
+    for name in ("forward", "gradient", "steady"):
         function = getattr(native_step.NativeStep, name)
         monkeypatch.setattr(native_step.NativeStep, name, lambda *a, n=name, f=function: (seen.append(n), f(*a))[1])
     return seen
@@ -50,7 +51,7 @@ def check(*args, **kwargs):
 @pytest.mark.parametrize("learnable", [False, True], ids=["constant", "learnable"])
 @pytest.mark.parametrize("constants", CONSTANTS, ids=str)
 def test_every_reset(constants, learnable, calls):
-    for dtype, steps in itertools.product((torch.float32, torch.bfloat16), (1, 3)):
+    for dtype, steps in itertools.product(DTYPES, (1, 3)):
         check(constants, SURROGATES[0], PACK_FROM + 8, learnable, dtype, steps)
     assert {*calls} == {"forward", "gradient"}
 
@@ -60,6 +61,23 @@ def test_every_surrogate(surrogate, calls):
     for s in (surrogate, sltt.surrogates.Above(surrogate)):
         check(CONSTANTS[0], s, 1023)
     assert {*calls} == {"forward", "gradient"}
+
+
+@pytest.mark.parametrize("surrogate", [s for s in SURROGATES if isinstance(s, DIFFERENTIATED)], ids=repr)
+@pytest.mark.parametrize("constants", CONSTANTS, ids=str)
+def test_a_steady_current(constants, surrogate, calls):
+    """Means over a few time steps, of neurons that fire below the threshold and at it."""
+    sizes = 0, 1, 63, 64, 513, 3 * 2**14 + 24
+    for n, dtype, s in itertools.product(sizes, DTYPES, (surrogate, sltt.surrogates.Above(surrogate))):
+        step, results = kernels.NeuronStep(0.5, 1.0, *constants, s), []
+        x = (1.5 * torch.randn(n)).to(dtype)
+        x[::7] = 1.0
+        for mode in ("off", "on"):
+            with kernels.using(compile=mode):
+                results.append(kernels.steady_steps(step, x, 5, torch.float32, constants[0] or 0.0))
+        assert torch.equal(results[0].rate, results[1].rate)
+        assert torch.equal(results[0].by_input, results[1].by_input)
+    assert set(calls) == {"steady"}
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 511, 4096, 5001, 3 * 2**14 + 24])
