@@ -133,7 +133,7 @@ def test_each_ingredient_is_one_change_of_the_recipe():
     base = built.pop("recipe")
     assert [phase.epochs for phase in base.phases] == [4, 1]
     lengths = [[phase.epochs for phase in one.phases] for one in built.values()]
-    assert (lengths.count([5]), lengths.count([3, 1, 1]), lengths.count([4, 1])) == (1, 3, 14)
+    assert (lengths.count([5]), lengths.count([3, 1, 1]), lengths.count([4, 1])) == (1, 2, 15)
     muon = built["Muon for convolutions, rate 0.08"].optimizer([nn.Parameter(torch.ones(1))])
     sgd = base.optimizer([nn.Parameter(torch.ones(1))])
     assert muon.defaults == sgd.defaults
@@ -145,6 +145,10 @@ def test_each_ingredient_is_one_change_of_the_recipe():
     assert [one.ema for one in built.values()].count(None) == 2  # lookahead is the other average
     assert [one.norm_bias_lr for one in built.values()].count(1) == 1
     assert sorted(one.steps for one in built.values())[:3] == [4, 8, 16]
+    slow = [
+        m.momentum for m in built["momentum 0.1 of BatchNorm, not 0.4"].model.modules() if isinstance(m, nn.BatchNorm2d)
+    ]
+    assert slow == [0.1] * 7
     learned = built["first convolution learned"].model
     assert learned.contrasts[0].weight.requires_grad
     assert [p.shape for p in learned.parameters()] == [p.shape for p in base.model.parameters()]
