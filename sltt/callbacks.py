@@ -97,11 +97,13 @@ class EarlyStopping(Callback):
         """Ask to stop where the last `patience` epochs brought nothing better."""
         name = "loss" if self.by == "loss" else now.metric
         sign = 1 if self.by == "metric" and now.higher_is_better else -1
-        best, since = None, 0
+        best, lowest, since = None, math.inf, 0
         for row in now.history:
-            score = sign * row[f"validation_{name}"]
+            score, loss = sign * row[f"validation_{name}"], row["validation_loss"]
             since += 1
-            if best is None or (math.isnan(best) and not math.isnan(score)) or score > best + self.least:
-                best, since = score, 0
+            tie = score == best and not self.least and loss < lowest  # `fit` selects the epoch of the lower loss
+            first = best is None or (math.isnan(best) and not math.isnan(score))
+            if first or score > best + self.least or tie:
+                best, lowest, since = score, loss, 0
         if since >= self.patience:
             now.stop(f"no better validation {name.replace('_', ' ')} in {since} epochs")

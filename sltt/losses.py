@@ -190,7 +190,7 @@ class Activity(Loss):
         self.loss = _of_one_step(self, loss)
         self.weight = number("weight", weight, least=0)
         self.rate = None if rate is None else number("rate", rate, least=0, most=1)
-        self.layers = layers
+        self.layers = instance("layers", layers, str)
         self.prediction, self.per_step = prediction_of(loss), is_per_step(loss)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -277,6 +277,8 @@ def _of_one_step(outer: Loss, loss: Any) -> Any:
             f"{type(outer).__name__} is made of the loss of one time step, and {type(loss).__name__} has none: use a "
             "loss of one step, such as CrossEntropyMSE()"
         )
+    if isinstance(loss, Activity):
+        raise ValueError(f"Activity sees spikes as the outermost loss alone, and it is inside {type(outer).__name__}")
     return function("loss", loss, "the logits and the target")
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sltt
 from sltt.losses import CrossEntropyMSE
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]], dtype=torch.float64)
@@ -39,3 +40,9 @@ def test_logits_of_another_rank_are_refused():
 def test_arguments_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match="must be at least 0 and"):
         CrossEntropyMSE(**arguments)
+
+
+@pytest.mark.parametrize("outer", [sltt.losses.Activity, sltt.losses.PerStep, sltt.losses.OfMean])
+def test_activity_inside_another_loss_is_refused(outer):
+    with pytest.raises(ValueError, match="Activity sees spikes as the outermost loss alone"):
+        outer(sltt.losses.Activity())

@@ -195,8 +195,10 @@ class _Exact:
             raise ValueError(f"dtype must be a floating-point type, such as torch.float64, got {dtype}")
         self.model = model if dtype is None else copy.deepcopy(model).to(dtype)
         self.x = x if dtype is None or not x.is_floating_point() else x.to(dtype)
-        self.target = target
-        self.loss = loss
+        self.target, self.loss = target, loss
+        if dtype is not None:
+            self.loss = copy.deepcopy(loss).to(dtype) if isinstance(loss, nn.Module) else loss
+            self.target = target.to(dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
         self.steps = steps
         self.scale = SCALE
 

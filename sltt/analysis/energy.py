@@ -89,7 +89,7 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     def count(name: str, module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         x = args[0] if args else kwargs["input"]
         one = counts.setdefault(name, _Count(spiking=fired or module in recurrent))
-        one.macs += _macs(module, out)
+        one.macs += _macs(module, x, out)
         one.runs += 1
         one.active += _spikes(x)
         one.inputs += x.numel()
@@ -116,7 +116,8 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     ]
 
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 @dataclass
@@ -128,15 +129,23 @@ class _Count:
     inputs: int = 0
 
 
-def _macs(layer: Any, out: Tensor) -> int:
-    """Multiply-accumulates of a call: each output has one for every input that it is connected to."""
+def _macs(layer: Any, x: Tensor, out: Tensor) -> int:
+    """Multiply-accumulates of a call: each output has one for every input that it is connected to.
+
+    A transposed convolution multiplies each input with its whole kernel, what it cuts off at the border included.
+    """
+    if isinstance(layer, _TRANSPOSED):
+        return x.numel() * layer.out_channels // layer.groups * math.prod(layer.kernel_size)
     if isinstance(layer, nn.Linear):
         return out.numel() * layer.in_features
     return out.numel() * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
 
 
 def _spikes(x: Tensor) -> int:
-    """The number of spikes in the input of a layer."""
+    """The number of spikes in the input of a layer; values of one size, such as thresholds of a twin, are spikes."""
+    size = x.abs()
+    if x.numel() and ((size == 0) | (size == size.max())).all():
+        return int(x.count_nonzero())
     return int(torch.where(x == x.round(), x.abs(), 1.0).sum(dtype=torch.float64))
 
 

@@ -13,6 +13,7 @@ the threshold, and its versions differ in the reset; what ours do is written int
 
 # pyright: reportMissingImports=false
 
+import copy
 import operator
 from dataclasses import fields
 from typing import Any
@@ -51,7 +52,10 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
         ValueError: naming every layer and operation that NIR has no counterpart for.
     """
     instance("x", x, Tensor)
-    return _Export(instance("model", model, nn.Module), number("dt", dt, above=0)).export(x)
+    model = instance("model", model, nn.Module)
+    if x.dtype in (torch.bfloat16, torch.float16):  # NumPy has no bfloat16, and folding would round to 16 bits
+        model, x = copy.deepcopy(model).float(), x.float()
+    return _Export(model, number("dt", dt, above=0)).export(x)
 
 
 class _Tracer(fx.Tracer):

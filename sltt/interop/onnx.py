@@ -81,7 +81,7 @@ class _Step(nn.Module):
         layers = {name: m for name, m in model.named_modules() if isinstance(m, _KEEPERS)}
         self.places = [(m, state) for m in layers.values() for state in m.states]
         self.first = {
-            name if len(m.states) == 1 else f"{name}.{state}": value
+            (name or state) if len(m.states) == 1 else f"{name}.{state}".removeprefix("."): value
             for name, m in layers.items()
             for state, value in m.first_states().items()
         }

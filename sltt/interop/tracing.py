@@ -178,9 +178,13 @@ class Calls:
                 return f'no spiking counterpart; write F.relu, or keep=["{name}"]'
             replace = f'replace=["{name}"] to put neurons there all the same'
             return f'no spiking counterpart; train with ReLU, or {replace}, or keep=["{name}"]'
+        if isinstance(node.kwargs.get("out"), fx.Node):
+            return "writes into another tensor; leave out= out"
         if node in self.varying and _in_place(node, module):
             changed, late = node.all_input_nodes[0], self._read_later(node)
-            if changed.op == "get_attr":
+            activation = self._is_one_of(node, self.neurons)  # in the twin, a neuron that changes nothing in place
+            of_input = self._root(changed).op == "placeholder" and not activation and not node.meta.get(_IN_PLACE)
+            if changed.op == "get_attr" or of_input:
                 return "changes in place what every time step reads; write z = z + x for z += x"
             if late and (node.users or not self._is_view(changed)):
                 where = f"changes in place what {self._place(late)} reads afterwards"
@@ -210,11 +214,15 @@ class Calls:
         called = node.op.startswith("call") and bool(node.all_input_nodes)
         return called and (self.name(node) in VIEWS or differs_in_training(self.module(node)))
 
+    def _root(self, tensor: fx.Node) -> fx.Node:
+        """What a tensor is a view of."""
+        while self._is_view(tensor):
+            tensor = tensor.all_input_nodes[0]
+        return tensor
+
     def _read_later(self, node: fx.Node) -> fx.Node | None:
         """The first call that reads a tensor, or a view of it, after a call changed it in place."""
-        root = node.all_input_nodes[0]
-        while self._is_view(root):
-            root = root.all_input_nodes[0]
+        root = self._root(node.all_input_nodes[0])
         late, todo = [], [root]
         while todo:
             tensor = todo.pop()

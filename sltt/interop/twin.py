@@ -151,8 +151,10 @@ def _percentiles(
     with evaluating(calls.ann), torch.no_grad():
         images = _images(data) if isinstance(data, Data) else instance("data", data, Tensor, "or a data set")
         check_input(images)
+        if not len(images):
+            raise ValueError(f"thresholds are balanced on images, and data {list(images.shape)} has none")
         try:
-            Observer(calls.ann, graph=calls.graph).run(images)
+            Observer(calls.ann, graph=calls.graph).run(images.clone())  # which the network may change
         except RuntimeError as error:
             raise ValueError(
                 f"data {list(images.shape)} does not run through {type(calls.ann).__name__}: expected what the network "

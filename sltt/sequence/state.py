@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
@@ -124,6 +124,7 @@ def register(
     """
     if not isinstance(kind, type):
         raise ValueError(f"kind must be a class of modules, got {kind!r}")
+    states = tuple(states) if isinstance(states, Iterator) else states
     listed = isinstance(states, Iterable) and not isinstance(states, str)
     if not callable(states) and not (listed and all(isinstance(name, str) for name in states)):
         raise ValueError(f"states must be names of attributes, such as ['v'], or a function, got {states!r}")

@@ -103,6 +103,11 @@ class Network:
             self.watched = False
             _known.add(self.model)
         if fold.steps == 1:
+            if logits.shape[:1] != (self.batch,):
+                raise ValueError(
+                    f"expected logits [{self.batch}, C] of the {self.batch} samples in a time step, got "
+                    f"{list(logits.shape)}: an input is [T, B, ...], time first; [B, ...] without time needs steps=T"
+                )
             return logits.unsqueeze(0)
         if logits.shape[:1] != (fold.steps * self.batch,):
             raise ValueError(

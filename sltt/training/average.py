@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sltt._torch import _NormBase
 
 
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
@@ -13,8 +15,8 @@ def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
 
         θ̄ ← d θ̄ + (1 − d) θ,   d = min(decay, n / (n + 9)) in step n
 
-    by `update_parameters`, after each step of the optimizer; running statistics of BatchNorm likewise. The first steps
-    have a smaller d, so that the average soon leaves the weights before training.
+    by `update_parameters`, after each step of the optimizer; running statistics of BatchNorm likewise. Other buffers
+    are copied. The first steps have a smaller d, so that the average soon leaves the weights before training.
 
     Raises:
         ValueError: the model has lazy weights, which are made by its first input.
@@ -27,11 +29,23 @@ def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
 
     def move(averages: Any, weights: Any, on_device: Any) -> None:
         step = averaged.n_averaged.item()  # lies on the CPU; to read `on_device` would wait for a GPU
-        get_ema_multi_avg_fn(min(decay, step / (step + 9)))(averages, weights, on_device)
+        moving = {tensor.data_ptr() for tensor in _moving(averaged.module)}
+        pairs = list(zip(averages, weights, strict=True))
+        for average, weight in pairs:
+            if average.data_ptr() not in moving:
+                average.copy_(weight)
+        if moved := [pair for pair in pairs if pair[0].data_ptr() in moving]:
+            get_ema_multi_avg_fn(min(decay, step / (step + 9)))(*map(list, zip(*moved, strict=True)), on_device)
 
     averaged = AveragedModel(model, multi_avg_fn=move, use_buffers=True)
     averaged.n_averaged.fill_(1)  # at 0, it would copy the weights in the first step
     return averaged
+
+
+def _moving(model: nn.Module) -> list[Tensor]:
+    """What has an average: an index or a mask in a buffer has none."""
+    norms = (m for m in model.modules() if isinstance(m, _NormBase))
+    return [*model.parameters(), *(b for m in norms for b in m.buffers(recurse=False) if b.is_floating_point())]
 
 
 def chosen(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from sltt.losses import prediction_of
 from sltt.parallel.processes import Processes, as_sharded, whole
 from sltt.training.average import chosen
 from sltt.training.files import write_atomically
+from sltt.training.phases import stage_at
 from sltt.training.progress import Progress
 from sltt.training.runs import LAST, find_checkpoint
 from sltt.training.safeguards import check_weights
@@ -53,7 +54,7 @@ def save_state(loop: "Loop", *names: str) -> None:
         "progress": vars(loop.state.summed(loop.processes)),
         "fingerprint": loop.fingerprint,
         "task": {
-            "steps": loop.training.steps,
+            "steps": stage_at(loop.stages, max(loop.state.epoch - 1, 0)).steps,
             "static": loop.splits.static,
             "classes": loop.splits.classes,
             "prediction": prediction_of(loop.training.loss),
@@ -101,6 +102,13 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
     def write(file: BufferedRandom) -> None:
         torch.save({"format": FORMAT, **plain(content)}, file)
+        file.seek(0)
+        if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(file):
+            raise ValueError(
+                f"a checkpoint holds tensors, numbers, text and lists of them, and the state_dict() of a callback, a "
+                f"metric, a rule or a module gives others, made by {', '.join(sorted(unsafe))}: give tensors, as "
+                "torch.from_numpy(array), or array.tolist()"
+            )
         file.seek(0)
         file.write(MARK + hashlib.file_digest(file, "sha256").hexdigest().encode())
 

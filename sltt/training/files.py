@@ -22,9 +22,10 @@ def write_atomically(path: Path, write: Callable[[io.BufferedRandom], Any]) -> N
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when a write fails
-        part.unlink(missing_ok=True)
         kept = "the one written before is intact" if path.exists() else "nothing was written"
         raise OSError(f"could not write {path}: {error}; {kept}. Free some space or choose another folder.") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def part_of(path: Path) -> Path:

@@ -222,7 +222,8 @@ class Loop:
         self._update()
 
     def _over(self, stage: Stage) -> bool:
-        return self.state.epoch >= stage.stop or bool(self.state.stopped)
+        stopped = self.state.stopped and not self.state.batch  # a callback ends a training after the epoch
+        return self.state.epoch >= stage.stop or bool(stopped)
 
     def _begin(self, stage: Stage) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
         """Batches to train on and to validate by, in a stage, which may be in its middle.

@@ -97,6 +97,19 @@ class Given(nn.Module):
         return self.layer(self.neuron(x) * 0 + self.values)
 
 
+@pytest.mark.parametrize("size", [1.0, 2.0, 0.7])
+def test_spikes_of_any_size_count_once(size):
+    """As those of a spiking twin, which are thresholds."""
+    (found,) = synaptic_operations(Given([size, 0.0, -size, 0.0]), torch.randn(2, 4), steps=1)
+    assert found.density == 1 / 2
+
+
+def test_a_transposed_convolution_multiplies_each_input_with_its_kernel():
+    layers = sltt.LIF(), nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 6, 3, stride=2, groups=2)
+    (found,) = synaptic_operations(nn.Sequential(*layers), torch.randn(3, 8), steps=1)
+    assert found.macs == 8 * 3 * 9
+
+
 def test_each_whole_number_counts_as_so_many_spikes_and_each_other_number_as_one():
     (found,) = synaptic_operations(Given([3.0, 2.0, 0.5, 0.0]), torch.randn(2, 4), steps=1)
     assert found.density == (3 + 2 + 1) / 4

@@ -73,6 +73,12 @@ def test_networks_of_the_package_are_exported():
     torch.testing.assert_close(sltt.unroll(back, x), sltt.unroll(model, x), rtol=1e-4, atol=1e-5)
 
 
+def test_weights_in_bfloat16_are_exported():
+    model, x = trained(sltt.models.DigitsNet()).bfloat16(), torch.rand(4, 2, 1, 8, 8)
+    back = from_nir(to_nir(model, x[0].bfloat16()))
+    torch.testing.assert_close(sltt.unroll(back, x), sltt.unroll(model.float(), x), rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_read_back_is_trained_by_a_rule():
     model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=2.0), nn.Linear(8, 3)).double()
     x, y = torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(3, (5,))

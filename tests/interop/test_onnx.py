@@ -40,6 +40,7 @@ def networks():
     yield pytest.param(nn.Sequential(nn.Linear(6, 8), recurrent, nn.Linear(8, 3)), (5, 4, 6), id="Recurrent")
     pooled = sltt.IF(v_init=0.5), sltt.RunningMax(nn.MaxPool2d(2)), nn.Flatten()
     yield pytest.param(nn.Sequential(nn.Conv2d(1, 4, 3), *pooled, nn.Linear(36, 3)), (5, 2, 1, 8, 8), id="RunningMax")
+    yield pytest.param(sltt.LIF(), (5, 4, 6), id="a neuron alone")
     yield pytest.param(sltt.models.DigitsNet(width=4), (3, 2, 1, 8, 8), id="DigitsNet")
 
 

@@ -55,7 +55,7 @@ def test_a_registered_type_is_a_neuron_like_ours():
     class Unknown(Theirs):
         pass
 
-    sltt.register(Unknown, states=["potential"], spikes=True)
+    sltt.register(Unknown, states=(name for name in ["potential"]), spikes=True)
     model, ours = network(Unknown(), Unknown()).double(), network(sltt.LIF(tau=2.0), sltt.LIF(tau=2.0)).double()
     ours.load_state_dict(model.state_dict())
     x, y = batch()

@@ -242,3 +242,45 @@ def test_batchnorm_of_the_user_is_batchnorm():
     norm.act = nn.Identity()
     twin = spiking(nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.ReLU()))
     assert type(twin.get_submodule("1")) is nn.BatchNorm2d
+
+
+class Reads(nn.Module):
+    """Begins with a function of the image."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def moved(x):
+    x -= 0.5
+    return x
+
+
+OF_THE_IMAGE = {
+    "sub_": lambda x: x.sub_(0.5),
+    "a view": lambda x: x.view(-1, 6).mul_(2),
+    "out=": lambda x: torch.mul(x, 2, out=x),
+}
+
+
+@pytest.mark.parametrize("function", OF_THE_IMAGE.values(), ids=OF_THE_IMAGE.keys())
+def test_a_change_in_place_of_the_image_is_refused(function):
+    with pytest.raises(ValueError, match=r"changes in place what every time step|writes into another"):
+        spiking(nn.Sequential(Reads(function), nn.Linear(6, 4), nn.ReLU()))
+
+
+@pytest.mark.parametrize("first", [nn.ReLU(inplace=True), Reads(moved)], ids=["activation", "-="])
+def test_balancing_leaves_the_images_as_they_are(first):
+    x = torch.randn(5, 6)
+    before = x.clone()
+    spiking(nn.Sequential(first, nn.Linear(6, 4), nn.ReLU()), data=x)
+    assert torch.equal(x, before)
+
+
+def test_data_without_images_are_refused():
+    with pytest.raises(ValueError, match=r"data \[0, 6\] has none"):
+        spiking(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), data=torch.empty(0, 6))

@@ -92,3 +92,10 @@ def test_a_sequence_within_a_sequence_gives_the_clock_back():
             assert clock_of(neuron) is inner
         assert clock_of(neuron) is outer
     assert clock_of(neuron) is None
+
+
+@pytest.mark.parametrize("run", [sltt.unroll, sltt.predict])
+def test_a_batch_without_time_is_no_sequence(run):
+    model = nn.Sequential(nn.Linear(5, 8), sltt.LIF(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"expected logits \[5, C\] of the 5 samples .* \[3\].* needs steps=T"):
+        run(model, torch.rand(23, 5))

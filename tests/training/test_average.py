@@ -113,3 +113,21 @@ def test_a_decay_out_of_range_is_refused(value, tmp_path):
 def test_weights_that_are_not_made_yet_are_not_averaged(tmp_path):
     with pytest.raises(ValueError, match="lazy layers have none before their first input"):
         train(tmp_path / "run", nn.Sequential(nn.LazyLinear(16), sltt.LIF(), nn.Linear(16, 3)), ema=0.9)
+
+
+class Table(nn.Module):
+    """Reads its input through an index and a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("index", torch.arange(3, -1, -1))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+    def forward(self, x):
+        return x[:, self.index] * self.mask.softmax(0)[0]
+
+
+def test_an_index_and_a_mask_are_copied(tmp_path):
+    model, _ = train(tmp_path / "run", nn.Sequential(Table(), *network()), ema=DECAY)
+    assert model[0].index.tolist() == [3, 2, 1, 0]
+    assert model[0].mask.tolist() == [0.0, -torch.inf]

@@ -1,4 +1,5 @@
 import math
+import signal
 
 import pytest
 import torch
@@ -82,6 +83,20 @@ def test_a_stopped_run_stays_stopped_and_says_why(tmp_path, capsys):
     assert len(seen.batches) == 8
 
 
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_run_that_is_stopped_and_interrupted_in_one_epoch_ends_after_it(epoch, tmp_path):
+    class Enough(Callback):
+        def on_batch(self, now):
+            if (now.epoch, now.batch) == (epoch, 2):
+                now.stop("enough")
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", callbacks=[Enough()])
+    _, result = train(tmp_path / "run", callbacks=[Enough()], resume=True)
+    assert len(result.history) == epoch + 1
+
+
 @pytest.mark.parametrize("given", [[], [EarlyStopping()], [Seen(), Seen()]])
 def test_a_run_resumes_with_its_own_callbacks_only(given, tmp_path):
     train(tmp_path / "run", callbacks=[Seen()], epochs=1)
@@ -115,6 +130,14 @@ def test_early_stopping_waits_for_a_better_epoch(values, by, higher, stops):
     now, callback = moment(values, by, higher)
     callback.on_epoch(now)
     assert bool(now.stopped) == stops
+
+
+def test_early_stopping_breaks_ties_by_the_loss_as_the_selection_of_the_best_epoch_does():
+    now, callback = moment([0.5, 0.5, 0.5], "metric")
+    for row, loss in zip(now.history, (0.4, 0.3, 0.2), strict=True):
+        row["validation_loss"] = loss
+    callback.on_epoch(now)
+    assert not now.stopped
 
 
 def test_a_gain_below_the_least_is_none():

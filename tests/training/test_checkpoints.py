@@ -1,5 +1,6 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +82,15 @@ def test_the_message_about_a_checkpoint_with_objects_does_not_advise_to_execute_
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(tmp_path / "last.ckpt")
     assert "weights_only" not in str(caught.value)
+
+
+def test_an_array_of_numpy_is_refused_before_a_checkpoint_is_replaced(tmp_path):
+    path, whole = tmp_path / "last.ckpt", dict.fromkeys(checkpoints.KEYS)
+    save_checkpoint(path, whole)
+    with pytest.raises(ValueError, match=r"made by .*numpy.ndarray: give tensors, as torch.from_numpy"):
+        save_checkpoint(path, {**whole, "callbacks": [["Kept", {"losses": np.zeros(3)}]]})
+    assert load_checkpoint(path).items() >= whole.items()
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):

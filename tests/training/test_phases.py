@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import sltt
+from sltt.callbacks import Callback
 from sltt.data import Data, Splits
 from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.console import Console
@@ -101,6 +102,15 @@ def test_only_the_first_phase_warms_up():
         set_rates(optimizer, [(0.2, 0.0)], stage_at(stages, int(epoch)), sltt.schedules.Cosine(warmup=1), epoch)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.1, 0.2, 0.1, 0.1, 0.05])
+
+
+def test_a_run_that_ends_in_its_first_phase_has_the_time_steps_of_that_phase(tmp_path):
+    class Once(Callback):
+        def on_epoch(self, now):
+            now.stop("enough")
+
+    _, result = train(tmp_path / "run", phases=[Phase(2, steps=2), Phase(2)], steps=6, callbacks=[Once()])
+    assert sltt.load(result.run, network()).trained.steps == 2
 
 
 def test_a_run_that_stopped_between_phases_goes_on_as_if_it_had_not(tmp_path):
