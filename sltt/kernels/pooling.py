@@ -56,7 +56,7 @@ def _windows(pool: Any) -> tuple[int, int] | None:
     if pool.return_indices or pool.ceil_mode or pool._forward_hooks or pool._forward_pre_hooks:
         return None
     size, stride, padding, dilation = (
-        (one, one) if isinstance(one, int) else tuple(one)
+        (one, one) if isinstance(one, int) else (one[0], one[1])
         for one in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     )
     return size if size == stride and padding == (0, 0) and dilation == (1, 1) else None

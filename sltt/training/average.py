@@ -30,12 +30,15 @@ def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
     def move(averages: Any, weights: Any, on_device: Any) -> None:
         step = averaged.n_averaged.item()  # lies on the CPU; to read `on_device` would wait for a GPU
         moving = {tensor.data_ptr() for tensor in _moving(averaged.module)}
-        pairs = list(zip(averages, weights, strict=True))
-        for average, weight in pairs:
-            if average.data_ptr() not in moving:
+        moved: list[tuple[Tensor, Tensor]] = []
+        for average, weight in zip(averages, weights, strict=True):
+            if average.data_ptr() in moving:
+                moved.append((average, weight))
+            else:
                 average.copy_(weight)
-        if moved := [pair for pair in pairs if pair[0].data_ptr() in moving]:
-            get_ema_multi_avg_fn(min(decay, step / (step + 9)))(*map(list, zip(*moved, strict=True)), on_device)
+        if moved:
+            ours, theirs = ([pair[i] for pair in moved] for i in (0, 1))
+            get_ema_multi_avg_fn(min(decay, step / (step + 9)))(ours, theirs, on_device)
 
     averaged = AveragedModel(model, multi_avg_fn=move, use_buffers=True)
     averaged.n_averaged.fill_(1)  # at 0, it would copy the weights in the first step
