@@ -103,9 +103,9 @@ class Network:
             self.watched = False
             _known.add(self.model)
         if fold.steps == 1:
-            if logits.shape[:1] != (self.batch,):
+            if logits.shape[:1] != x.shape[:1]:
                 raise ValueError(
-                    f"expected logits [{self.batch}, C] of the {self.batch} samples in a time step, got "
+                    f"expected logits [{len(x)}, C] of the {len(x)} samples in a time step, got "
                     f"{list(logits.shape)}: an input is [T, B, ...], time first; [B, ...] without time needs steps=T"
                 )
             return logits.unsqueeze(0)
