@@ -40,7 +40,6 @@ CASES: dict[str, list[str]] = {  # options that change the recipe
     "no SLTT-1: five epochs of steady currents": ["--phases", f"[{{epochs: 5, {STEADY}}}]"],
     "T = 8": ["--steps", "8"],
     "T = 4": ["--steps", "4"],
-    "T = 32": ["--steps", "32"],
     "T = 4, in the last two epochs 16": [
         "--phases", f"[{{epochs: 3, steps: 4, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
     ],
