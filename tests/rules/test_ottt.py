@@ -389,19 +389,3 @@ def test_networks_that_ottt_does_not_know_are_refused(model, message):
 def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"decay must be at least 0 and at most 1, got 1\.5"):
         sltt.OTTT(1.5)
-
-
-class ByName(nn.Sequential):
-    """Calls its neurons with `x=`."""
-
-    def forward(self, x):
-        for layer in self:
-            x = layer(x=x) if isinstance(layer, sltt.PLIF) else layer(x)
-        return x
-
-
-def test_neurons_that_are_called_by_keyword():
-    model = nn.Sequential(nn.Linear(6, 8), sltt.PLIF(), nn.Linear(8, 7), sltt.PLIF(), nn.Linear(7, 3)).double()
-    named = ByName(*copy.deepcopy(model))
-    x, y = batch()
-    torch.testing.assert_close(*(gradients(m, sltt.OTTT(), x, y)[0] for m in (model, named)))

@@ -305,3 +305,19 @@ def test_layers_that_no_longer_read_the_same_are_refused():
         ValueError, match="read the same input in the first time step, and here they read different ones"
     ):
         sltt.OTTT()(Forked([sltt.LIF(tau=2.0) for _ in range(3)], apart=(2,)), x, y, LOSS)
+
+
+class ByName(nn.Sequential):
+    """Calls its neurons with `x=`."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x=x) if isinstance(layer, sltt.PLIF) else layer(x)
+        return x
+
+
+def test_neurons_that_are_called_by_keyword():
+    model = nn.Sequential(nn.Linear(6, 8), sltt.PLIF(), nn.Linear(8, 7), sltt.PLIF(), nn.Linear(7, 3)).double()
+    named = ByName(*copy.deepcopy(model))
+    x, y = batch()
+    torch.testing.assert_close(*(gradients(m, sltt.OTTT(), x, y)[0] for m in (model, named)))
