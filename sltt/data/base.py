@@ -48,6 +48,11 @@ class Splits:
         parts: dict[str, Any] = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: 0 if part is None else len(part) for name, part in parts.items()}
 
+    @property
+    def unaugmented(self) -> Dataset[Any]:
+        """The training samples without augmentation."""
+        return self.train if self.plain is None else self.plain
+
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
         """Stack samples to a batch: images [B, C, H, W], sequences [T, B, C, H, W]; and targets [B, ...].
 

@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,14 @@ def _build(
     from rich.console import Console
     from rich.progress import track
 
-    part = array.with_name(".frames.part.npy")
-    frames = np.lib.format.open_memmap(part, "w+", np.uint16, shape)
+    file = array.with_name(".frames.part.npy")
+    frames = np.lib.format.open_memmap(file, "w+", np.uint16, shape)
     kept: list[int] = []
     checksums: list[int] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(make, range(len(frames)))
+    workers, indices = os.cpu_count() or 1, range(len(frames))
+    parts = [indices[i : i + 4 * workers] for i in range(0, len(frames), 4 * workers)]  # what waits to be written
+    with ThreadPoolExecutor(workers) as pool:
+        made = chain.from_iterable(pool.map(make, part) for part in parts)
         console = Console(stderr=True)
         for i, one in enumerate(track(made, title, len(frames), console=console, disable=not console.is_terminal)):
             if one is not None:
@@ -139,5 +142,5 @@ def _build(
                 kept.append(i)
     frames.flush()
     del frames
-    os.replace(part, array)
+    os.replace(file, array)
     return kept, checksums

@@ -102,7 +102,10 @@ class _OwnData(Data):
                 "leave pad out"
             )
         if pad and per_step:
-            raise ValueError("pad=True does not know the targets of added time steps: pad x and target in the data set")
+            raise ValueError(
+                "pad=True does not know the targets of added time steps: give sequences of one length, such as windows "
+                "of the longer ones"
+            )
         if by_length and not pad:
             raise ValueError("by_length=True is for sequences of several lengths, which pad=True takes: set both")
 

@@ -59,7 +59,8 @@ def _translate(module: nn.Module, path: str, copies: dict[int, Any], refused: di
 def _translated(module: nn.Module) -> nn.Module:
     kind = kind_of(type(module))
     if kind and kind.translate:
-        return kind.translate(module)
+        given = f"what translate of sltt.register gives for {type(module).__name__}"
+        return instance(given, kind.translate(module), nn.Module)
     if emits_spikes(module) and not isinstance(module, Stateful):
         raise ConversionError("is of a type that is registered without translate=…")
     return module

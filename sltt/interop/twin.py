@@ -167,9 +167,9 @@ def _images(data: Data) -> Tensor:
     splits = data.splits(1)
     if not splits.static:
         raise ValueError(f"thresholds are balanced on images, and {data} has sequences: give a tensor")
-    count = splits.sizes["train"]
+    samples, count = splits.unaugmented, splits.sizes["train"]
     chosen = range(0, count, -(-count // SAMPLES))  # spread, since a folder of images has one class after the other
-    return splits.collate([splits.train[i] for i in chosen])[0]
+    return splits.collate([samples[i] for i in chosen])[0]
 
 
 def _clips(calls: Calls, activations: list[fx.Node]) -> dict[fx.Node, Tensor]:

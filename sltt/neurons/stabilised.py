@@ -52,7 +52,8 @@ class OnlineRenorm(Stateful, _BatchNorm):
     foldable = True
     timeless = True
     before: tuple[Tensor, Tensor] | None  # running statistics at the start of the sequence
-    sums: tuple[Tensor, Tensor, int] | None  # of mean and of squares, and the number of steps
+    # the mean of the first step; sums of the distances to it and of the squares about it; the number of steps
+    sums: tuple[Tensor, Tensor, Tensor, int] | None
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, limit: float = 20.0):
         channels, eps = whole_number("channels", channels, least=1), number("eps", eps, above=0)
@@ -105,12 +106,12 @@ class OnlineRenorm(Stateful, _BatchNorm):
         """The running statistics as they are if the sequence ends with this step."""
         assert self.before is not None
         assert self.momentum is not None
-        first, second, steps = self.sums or (0, 0, 0)
-        self.sums = first, second, steps = first + mean, second + var + mean.square(), steps + 1
-        mean = first / steps
-        for running, before, of_batch in zip(
-            self._running(), self.before, (mean, second / steps - mean.square()), strict=True
-        ):
+        origin, first, second, steps = self.sums or (mean, 0, 0, 0)
+        apart = mean - origin  # squares of the means themselves would be large beside a small variance
+        self.sums = origin, first, second, steps = origin, first + apart, second + var + apart.square(), steps + 1
+        apart = first / steps
+        of_sequence = origin + apart, second / steps - apart.square()
+        for running, before, of_batch in zip(self._running(), self.before, of_sequence, strict=True):
             torch.lerp(before, of_batch, self.momentum, out=running)
 
     def extra_repr(self) -> str:
@@ -144,9 +145,10 @@ class StableLIF(Neuron):
         s[t] = H(u[t] − θ[t])
         v[t] = u[t] − θ[t] s[t]
 
-    μ[t] and σ[t]: mean and deviation of u[t] over all neurons and samples, constants in the backward. In evaluation,
-    θ[t] is its running mean over the training sequences. Steps after the longest of them take its last mean; from the
-    64th on, all steps share one.
+    μ[t] and σ[t]: mean and deviation of u[t] over all neurons and samples, constants in the backward. Where the first
+    steps have σ = 0, as empty frames do, θ = V_th, and r is that of the next step. In evaluation, θ[t] is its running
+    mean over the training sequences. Steps after the longest of them take its last mean; from the 64th on, all steps
+    share one.
 
     Args:
         tau: membrane time constant τ in time steps, greater than 1; None has no leak, λ = 1.
@@ -212,7 +214,7 @@ class _Threshold(Stateful):
     differentiable = False
     foldable = True
     now: Tensor | None  # θ[t]
-    ratio: Tensor | None  # r
+    ratio: Tensor | None  # r; NaN until a step has a deviation
     before: Tensor | None  # running means at the start of the sequence
     step: int | None  # t, counted from 0
     running: Tensor
@@ -230,20 +232,24 @@ class _Threshold(Stateful):
             self.now = self.running[t]
             return
         deviation, mean = torch.std_mean(u.to(self.running.dtype), correction=0)
-        deviation = deviation.clamp(min=1e-6)
         if self.before is None or self.ratio is None:
             _average(self.running)
-            self.before = self.running.clone()
-            self.ratio = (self.first - mean) / deviation
-        self.now = mean + self.ratio * deviation
-        later = self.running[t:]  # the last step of a sequence sets all that may come after it in a longer one
-        later.copy_(torch.lerp(self.before[t], self.now, self.momentum).expand_as(later))
+            self.before, self.ratio = self.running.clone(), torch.full_like(mean, torch.nan)
+        spread = deviation > _SPREAD
+        deviation = deviation.clamp(min=_SPREAD)
+        self.ratio = torch.where(self.ratio.isnan() & spread, (self.first - mean) / deviation, self.ratio)
+        self.now = torch.where(self.ratio.isnan(), self.first, mean + self.ratio * deviation)
+        average = torch.lerp(self.before[t], self.now, self.momentum)
+        later = self.running[t:]  # no step behind the longest sequence has an average of its own: they are all alike
+        later.copy_(torch.where(self.before[t] == self.before[-1], average, later))
+        later[0] = average
 
     def extra_repr(self) -> str:
         return f"{self.first}, momentum={self.momentum}"
 
 
 LONGEST = 64  # time steps with a running threshold of their own
+_SPREAD = 1e-6  # deviations up to this are none
 
 
 def _average(*statistics: Tensor) -> None:

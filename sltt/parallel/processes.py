@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sltt._torch import _BatchNorm
+from sltt._torch import _NormBase
 from sltt.sequence.state import Stateful
 
 if TYPE_CHECKING:
@@ -104,10 +104,10 @@ class Processes:
                 p.grad = gradient.copy_(part.view_as(p)) if count else None
 
     def average_statistics(self, model: nn.Module) -> None:
-        """Give all processes the mean of their BatchNorms' and neurons' running statistics."""
+        """Give all processes the mean of the running statistics of their normalisations and neurons."""
         if self.count == 1:
             return
-        keepers = [m for m in model.modules() if isinstance(m, _BatchNorm | Stateful)]
+        keepers = [m for m in model.modules() if isinstance(m, _NormBase | Stateful)]
         running = [s for m in keepers for s in m.buffers(recurse=False) if s.is_floating_point()]
         for dtype in dict.fromkeys(s.dtype for s in running):  # in the same order in every process
             same = [s for s in running if s.dtype == dtype]

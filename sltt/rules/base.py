@@ -218,6 +218,9 @@ class Rule(Frozen, ABC):
             hoisted.finish(backward)
         return Output(sequence.result(out.loss), out.logits)
 
+    def check(self, model: nn.Module, steps: int) -> None:
+        """Raise ValueError for a network or a T that the rule cannot train, where that shows without a batch."""
+
     def _check(self, model: nn.Module, loss: StepLoss, update: Callable[[], Any] | None) -> None:
         instance("model", model, nn.Module)
         function("loss", loss, "the logits and the target")

@@ -1,5 +1,7 @@
 """Online training through time: the weights' gradient from traces of what came before, the inputs' as in SLTT."""
 
+from torch import nn
+
 from sltt.checks import flag, number
 from sltt.rules.base import Batch, Output, Rule
 from sltt.rules.traces import traced
@@ -43,6 +45,10 @@ class OTTT(Rule):
         self.decay = None if decay is None else number("decay", decay, least=0, most=1)
         self.online = flag("online", online)
         self.inputs = flag("inputs", inputs)
+
+    def check(self, model: nn.Module, steps: int) -> None:
+        with traced(model, self.decay, self.inputs):
+            pass
 
     def run(self, batch: Batch) -> Output:
         with traced(batch.model, self.decay, self.inputs) as traces:

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from sltt.checks import flag, instance, whole_number
 from sltt.losses import SequenceLoss
@@ -212,6 +213,10 @@ class SLTT(Truncated):
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"])
 
+    def check(self, model: nn.Module, steps: int) -> None:
+        if self.k is not None and self.k > steps:
+            raise ValueError(f"SLTT(k={self.k}) trains {self.k} steps, but the sequence has T = {steps}; use k ≤ T")
+
     def window_length(self, steps: int) -> int:
         return 1
 
@@ -219,10 +224,8 @@ class SLTT(Truncated):
         if self.k is None:
             return range(batch.steps)
         k = min(self.k, batch.steps)
-        if self.k > k and not isinstance(batch.target, Padded):  # T of a padded batch is that of its longest sequence
-            raise ValueError(
-                f"SLTT(k={self.k}) trains {self.k} steps, but the sequence has T = {batch.steps}; use k ≤ T"
-            )
+        if not isinstance(batch.target, Padded):  # T of a padded batch is that of its longest sequence
+            self.check(batch.model, batch.steps)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 f"SLTT(k={self.k}) draws its steps anew for each batch, and a CUDA graph would repeat one draw: "

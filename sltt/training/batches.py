@@ -132,10 +132,15 @@ def random_crop(x: Tensor, size: int) -> Tensor:
     Raises:
         ValueError: the sample is no image, or one that is smaller than `size`.
     """
-    if x.ndim < 3 or min(x.shape[-2:]) < size:
-        raise ValueError(f"a phase crops {size} pixels out of samples [..., C, H, W], got one of shape {list(x.shape)}")
+    check_crop(x, size)
     top, left = (int(torch.randint(side - size + 1, ())) for side in x.shape[-2:])
     return x[..., top : top + size, left : left + size]
+
+
+def check_crop(x: Tensor, size: int) -> None:
+    """Raise ValueError for a sample that is no image, or one that is smaller than `size`."""
+    if x.ndim < 3 or min(x.shape[-2:]) < size:
+        raise ValueError(f"a phase crops {size} pixels out of samples [..., C, H, W], got one of shape {list(x.shape)}")
 
 
 class Shares(Sampler[list[Any]]):

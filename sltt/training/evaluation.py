@@ -108,8 +108,8 @@ def measure_split(
         raise ValueError(f"there are no {split} samples: {cause}")
     if not len(dataset):
         raise ValueError(f"there are no {split} samples: expected one or more")
-    if split == "train" and splits.plain is not None:
-        dataset = splits.plain
+    if split == "train":
+        dataset = splits.unaugmented
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
     memory = BatchMemory(here.fabric.device)

@@ -27,7 +27,14 @@ from sltt.training.loop import Loop
 from sltt.training.mixing import check_mixing
 from sltt.training.phases import Phase
 from sltt.training.runs import LAST, as_continued, check_config, new_run, old_run, read_config, write_config
-from sltt.training.safeguards import check_last_batch, check_static, check_type, first_samples
+from sltt.training.safeguards import (
+    check_last_batch,
+    check_mean,
+    check_stages,
+    check_static,
+    check_type,
+    first_samples,
+)
 from sltt.training.session import Session, session
 from sltt.training.settings import RESUMABLE, Execution, OptimizerFactory, Training
 
@@ -236,6 +243,8 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
             f"{online} updates the weights at every time step, and accumulate once a batch: leave accumulate out, or "
             "use a rule without online"
         )
+    if training.accumulate > 1 or count > 1:
+        check_mean(training.loss)
     splits = here.splits(data, stages[0].steps)
     samples = first_samples(splits, stages[0].steps)
     if splits.per_step != is_per_step(training.loss):
@@ -248,6 +257,7 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
     for callback in training.callbacks or ():
         if callback.needs_validation and splits.validation is None:
             raise ValueError(f"{type(callback).__name__} needs validation samples: hold some out, as by validation=0.1")
+    check_stages(model, samples, stages)
     check_type(model, splits, samples)
     check_static(model, splits, samples, training.loss, stages[0].steps)
     check_last_batch(model, splits, samples, training.batch_size, stages)

@@ -22,7 +22,8 @@ class Phase:
             the training ends after its own `epochs`.
         steps: T.
         rule: the learning rule.
-        lr: learning rate. A phase that has one starts the schedule anew, with a warm-up in the first phase only. None
+        lr: learning rate, of the optimizer's first group; those of its other groups keep their ratios to it. A phase
+            that has one starts the schedule anew, with a warm-up in the first phase only. None
             keeps the rate of the phase before, or the optimizer's, and the schedule runs on.
         weight_decay: of the optimizer.
         freeze_norm: BatchNorm normalises with its running statistics in this phase, and leaves them as they are; its
@@ -109,8 +110,10 @@ def set_rates(
     start, stop = stage.span
     factor_at = schedule.decay if start else schedule.factor  # only the first phase warms up
     factor = factor_at(epoch - start, stop - start)
+    first, _ = initial[0]
     for group, (lr, weight_decay) in zip(optim.param_groups, initial, strict=True):
-        group["lr"] = factor * (lr if stage.lr is None else stage.lr) * group.get("lr_factor", 1.0)
+        rate = lr if stage.lr is None else stage.lr * (lr / first if first else 1.0)
+        group["lr"] = factor * rate * group.get("lr_factor", 1.0)
         if "weight_decay" in group and "norm" not in group:
             group["weight_decay"] = weight_decay if stage.weight_decay is None else stage.weight_decay
 

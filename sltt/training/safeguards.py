@@ -14,6 +14,7 @@ from sltt.parallel.processes import local, total
 from sltt.rules import unroll
 from sltt.rules.base import sequence_loss
 from sltt.sequence.padding import Padded
+from sltt.training.batches import check_crop
 from sltt.training.phases import Stage
 
 SAMPLES = 5  # that are looked at before a training; a number that few other dimensions have
@@ -102,6 +103,24 @@ def check_type(model: nn.Module, splits: Splits, samples: list[Any]) -> None:
     if x.dtype == torch.float64 and types and torch.float64 not in types:
         name = str(types[0]).removeprefix("torch.")
         raise ValueError(f"samples are float64 and the weights {name}: give x.float(), or a network in float64")
+
+
+def check_stages(model: nn.Module, samples: list[Any], stages: Sequence[Stage]) -> None:
+    """Raise ValueError for a stage that cannot be trained: not after the epochs before it."""
+    for stage in stages:
+        if stage.crop is not None:
+            check_crop(samples[0][0], stage.crop)
+        stage.rule.check(model, stage.steps)
+
+
+def check_mean(loss: Any) -> None:
+    """Raise ValueError for a loss that adds up over samples: those of the parts of a batch are averaged."""
+    parts = loss.modules() if isinstance(loss, nn.Module) else [loss]
+    if summed := [one for one in parts if getattr(one, "reduction", None) == "sum"]:
+        raise ValueError(
+            f"{type(summed[0]).__name__}(reduction='sum') adds up over samples, and a part of a batch has a share of "
+            "them: set reduction='mean', or leave accumulate and devices at 1"
+        )
 
 
 def check_static(model: nn.Module, splits: Splits, samples: list[Any], loss: Any, steps: int) -> None:

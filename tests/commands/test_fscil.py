@@ -2,7 +2,10 @@ import json
 import statistics
 
 import pytest
+import torch
+from torch.utils.data import Subset, TensorDataset
 
+import sltt
 from sltt.commands import compare, fscil, main
 from tests.commands.tiny import TINY, run
 
@@ -91,6 +94,27 @@ def test_a_task_that_cannot_be_is_refused_before_a_training(here, capsys, monkey
     assert "died" not in out
     assert message in err
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pad": True, "static": False}, "pads its sequences, and embeddings are of T steps each: leave pad=True out"),
+        ({"left_out": 8}, "class 8 has no test samples: leave it out, by --order"),
+    ],
+    ids=["padded", "no test samples"],
+)
+def test_data_that_cannot_be_is_refused_before_a_training(here, capsys, monkeypatch, change, message):
+    def load(self, steps):
+        left_out, labels = change.get("left_out"), torch.arange(60) % 10
+        shape = (60, 1, 8, 8) if left_out else (60, 2, 1, 8, 8)
+        samples = TensorDataset(torch.randn(shape), labels)
+        test = Subset(samples, [i for i in range(60) if labels[i] != left_out])
+        how = {"static": True, "classes": 10} | {k: v for k, v in change.items() if k != "left_out"}
+        return sltt.data.from_datasets(samples, test=test, **how).splits(steps)
+
+    monkeypatch.setattr(sltt.data.Digits, "load", load)
+    test_a_task_that_cannot_be_is_refused_before_a_training(here, capsys, monkeypatch, "--base 6 --way 1", message)
 
 
 def test_an_order_chooses_the_classes(here, capsys):

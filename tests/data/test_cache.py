@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import sltt
+from sltt.data import cache
 from sltt.data.cache import CacheError, cached
 from tests.conftest import LINUX
 from tests.data.recordings import (
@@ -44,6 +45,20 @@ def test_two_processes_make_a_cache_once(tmp_path):
     assert len(set(makers)) == 1
     arrays, mark = make_cache(tmp_path, log)
     assert [int(array[0, 0]) for array in arrays] == list(range(20)) == mark["kept"]
+
+
+def test_few_frames_wait_in_memory_for_the_file(tmp_path, monkeypatch):
+    written, waiting = [], []
+    monkeypatch.setattr(cache.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(cache.zlib, "crc32", lambda data: written.append(0) or 0)
+
+    def make(i):
+        waiting.append(i - len(written))
+        return np.full((2, 3), i)
+
+    arrays, _ = cached(tmp_path, {}, [__file__] * 50, (2, 3), make, "test")
+    assert len(arrays) == 50
+    assert max(waiting) < 4 * 2
 
 
 def test_a_finished_cache_is_read_without_its_lock(tmp_path, monkeypatch):

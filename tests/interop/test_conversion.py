@@ -300,3 +300,6 @@ def test_a_registered_type_says_how_it_is_translated():
         convert(nn.Sequential(Plain()))
     sltt.register(Plain, states=["v"], spikes=True, translate=lambda module: sltt.LIF(tau=math.pi))
     assert convert(nn.Sequential(Plain()))[0].tau == math.pi
+    sltt.register(Plain, states=["v"], spikes=True, translate=lambda module: None)
+    with pytest.raises(ValueError, match=r"translate of sltt\.register gives for Plain must be a Module, got None"):
+        convert(nn.Sequential(Plain()))

@@ -242,6 +242,14 @@ def test_what_stands_in_the_way_is_named(ann, message):
         spiking(ann)
 
 
+def test_thresholds_are_of_images_without_augmentation():
+    ann = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 10))
+    generator = torch.get_rng_state()
+    thresholds = [spiking(ann, data=sltt.data.Digits()).get_submodule("2").threshold for _ in range(2)]
+    assert torch.equal(*thresholds)
+    assert torch.equal(generator, torch.get_rng_state())
+
+
 def test_other_arguments_that_do_not_fit(tmp_path):
     ann = network(nn.ReLU(), nn.Linear(6, 3))
     with pytest.raises(ValueError, match="images, and DigitsEvents has sequences"):

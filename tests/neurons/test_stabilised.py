@@ -200,6 +200,38 @@ def test_the_test_does_not_depend_on_other_samples_and_goes_on_with_the_last_thr
     assert running[2] != running[3]
 
 
+def test_a_short_sequence_leaves_the_thresholds_of_later_steps():
+    model, _ = networks()
+    follow = model[2].follow
+    for steps in (6, 6, 2):
+        before = follow.running.clone()
+        sltt.SLTT()(model, *batch(steps=steps, size=9), LOSS)
+    assert before[:6].unique().numel() == 6
+    assert not torch.isclose(before[:2], follow.running[:2], rtol=1e-9, atol=0)[1]
+    assert torch.equal(before[2:], follow.running[2:])
+
+
+def test_thresholds_wait_for_a_step_that_is_not_silent():
+    neuron = sltt.StableLIF(2.0, 0.8)
+    x = torch.randn(5, 400)
+    x[:2] = 0
+    spikes = sltt.unroll(neuron.train(), x.unsqueeze(1))
+    assert not spikes[:2].any()
+    assert spikes[2:].mean(2).min() > 0.05
+    assert neuron.follow.running[:3].tolist() == pytest.approx([0.8] * 3)
+    assert neuron.follow.running.max() < 1
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(30.0, 1e-3), (100.0, 1e-2), (7.3, 0.0)])
+def test_renorm_of_a_channel_that_hardly_varies(mean, deviation):
+    norm = sltt.OnlineRenorm(1, momentum=1.0)
+    x = mean + deviation * torch.randn(3, 64, 1)
+    for x_t in x:
+        assert norm(x_t).isfinite().all()
+    expected = x.double().var(correction=0)
+    torch.testing.assert_close(norm.running_var.double(), expected[None], rtol=1e-3, atol=1e-10)
+
+
 def test_processes_begin_a_sequence_with_the_mean_of_their_statistics(monkeypatch):
     model, _ = networks()
     others = []
@@ -220,10 +252,12 @@ def test_processes_begin_a_sequence_with_the_mean_of_their_statistics(monkeypatc
 
 def test_processes_end_an_epoch_with_the_mean_of_their_statistics(monkeypatch):
     model, _ = networks()
+    model.append(norm := nn.InstanceNorm1d(3, track_running_stats=True).double())
     monkeypatch.setattr(processes.dist, "all_reduce", lambda flat: flat.add_(3 / 2))
     before = model[1].running_var.clone()
     together = processes.Processes(SimpleNamespace(global_rank=0, world_size=2, local_rank=0))
     together.average_statistics(model)
+    assert (norm.running_mean == 0 / 2 + 3 / 2).all()
     torch.testing.assert_close(model[1].running_var, before / 2 + 3 / 2)
     torch.testing.assert_close(model[4].follow.running, torch.full((64,), 0.8 / 2 + 3 / 2, dtype=torch.float64))
 

@@ -88,6 +88,10 @@ def test_normalisation_takes_parts_and_the_last_batch_of_one_epoch(tmp_path):
 def test_a_rule_that_updates_at_every_step_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"OTTT\(online=True\) updates the weights at every time step, and accumulate"):
         train(tmp_path / "run", rule=sltt.OTTT(online=True), accumulate=2)
+    summed = sltt.losses.PerStep(torch.nn.CrossEntropyLoss(reduction="sum"))
+    for loss in (summed, summed.loss):
+        with pytest.raises(ValueError, match=r"CrossEntropyLoss\(reduction='sum'\) adds up over samples"):
+            train(tmp_path / "run", loss=loss, accumulate=2)
     with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
         train(tmp_path / "run", accumulate=0)
 

@@ -150,6 +150,15 @@ def test_normalisation_has_its_own_weight_decay_in_all_phases(tmp_path):
     assert len(result.history) == 3
 
 
+def test_groups_of_an_optimizer_keep_the_ratios_of_their_rates_in_a_phase():
+    optim = torch.optim.SGD([{"params": [torch.ones(1)], "lr": lr} for lr in (0.1, 0.001)], lr=1.0)
+    initial = [(group["lr"], 0.0) for group in optim.param_groups]
+    stages = plan([Phase(1), Phase(1, lr=0.02)], 2, 4, SLTT)
+    for stage, rates in zip(stages, ([0.1, 0.001], [0.02, 0.0002]), strict=True):
+        set_rates(optim, initial, stage, sltt.schedules.Constant(), stage.start)
+        assert [group["lr"] for group in optim.param_groups] == pytest.approx(rates)
+
+
 @pytest.mark.parametrize(
     ("decay", "groups"),
     [
@@ -284,6 +293,23 @@ def test_crops_do_not_depend_on_the_number_of_processes():
 def test_a_crop_that_does_not_fit_the_samples_is_refused(tmp_path, data, size):
     with pytest.raises(ValueError, match=f"a phase crops {size} pixels out of samples"):
         train(tmp_path / "run", data=data, phases=[Phase(1, crop=size)], epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        (Phase(1, crop=2), "a phase crops 2 pixels out of samples"),
+        (Phase(1, rule=sltt.SLTT(k=5)), r"SLTT\(k=5\) trains 5 steps, but the sequence has T = 4; use k ≤ T"),
+        (Phase(1, rule=sltt.OTTT()), r"2 \(LIF\) resets to v_reset = 0.0"),
+    ],
+    ids=["crop", "k", "OTTT"],
+)
+def test_a_later_phase_that_cannot_be_trained_is_refused_before_the_first(tmp_path, phase, message):
+    model = network()
+    model[2] = sltt.LIF(v_reset=0.0)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", model, phases=[Phase(3), phase], steps=4)
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_with_another_t_than_the_last_phase_is_refused(tmp_path):
