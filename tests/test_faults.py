@@ -206,6 +206,18 @@ def test_once_around_a_neuron_is_refused():
             rule(Stem().double(), x[0] if kwargs else x, y, LOSS, **kwargs)
 
 
+def test_once_around_a_method_of_a_module_with_neurons_is_refused_with_a_remedy():
+    class Standardised(nn.Sequential):
+        def weight(self):
+            return self[0].weight - self[0].weight.mean()
+
+        def forward(self, x):
+            return super().forward(x) + sltt.once(self.weight).sum()
+
+    with pytest.raises(ValueError, match=r"1 \(LIF\) keeps a state from step to step: give it a module"):
+        sltt.SLTT()(Standardised(nn.Linear(6, 3), sltt.LIF()).double(), *batch(), LOSS)
+
+
 def test_once_around_a_function_is_refused():
     class Stem(nn.Module):
         def __init__(self):

@@ -18,6 +18,7 @@ from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
 from sltt.rules.base import StepLoss
 from sltt.rules.mixed import Window, layer_order
 from sltt.rules.traces import traced
+from sltt.sequence.copies import copied
 from sltt.sequence.steps import time_steps
 
 # Below this cosine the direction of a step is more than 18° off.
@@ -171,7 +172,7 @@ def batch_memory(
     model: nn.Module, x: Tensor, target: Any, loss: StepLoss, *, steps: int | None = None
 ) -> Callable[[Rule], int]:
     """What gives the bytes of a batch with a rule at the peak, above those before it; arguments as of `agreement`."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
 
     @functools.cache
     def memory(rule: Rule) -> int:
@@ -193,7 +194,7 @@ class _Exact:
         instance("x", x, Tensor)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating-point type, such as torch.float64, got {dtype}")
-        self.model = model if dtype is None else copy.deepcopy(model).to(dtype)
+        self.model = model if dtype is None else copied(model).to(dtype)
         self.x = x if dtype is None or not x.is_floating_point() else x.to(dtype)
         self.target, self.loss = target, loss
         if dtype is not None:
@@ -213,7 +214,7 @@ class _Exact:
     @functools.cached_property
     def without_resets(self) -> "_Exact":
         """The same, where no gradient goes through the neurons' resets."""
-        model = copy.deepcopy(self.model)
+        model = copied(self.model)
         attached: list[Any] = [m for m in model.modules() if getattr(m, "detach_reset", True) is False]
         for neuron in attached:
             neuron.detach_reset = True
@@ -231,10 +232,10 @@ class _Exact:
     def layers(self) -> dict[str, bool]:
         """The layers of neurons in the order in which they run, and whether the network parts at each."""
         with _fork(self.x):
-            return layer_order(copy.deepcopy(self.model), time_steps(self.x, self.steps))
+            return layer_order(copied(self.model), time_steps(self.x, self.steps))
 
     def _gradients(self, rule: Rule) -> dict[str, Tensor]:
-        twin = copy.deepcopy(self.model)
+        twin = copied(self.model)
         twin.zero_grad(set_to_none=True)
         with _fork(self.x):
             arguments = twin, self.x, self.target, self.loss

@@ -1,6 +1,5 @@
 """Multiplications of one batch under a rule, counted from the operations that run."""
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from sltt import kernels
 from sltt.checks import instance
 from sltt.rules import Rule
 from sltt.rules.base import StepLoss
+from sltt.sequence.copies import copied
 
 
 class Operations(NamedTuple):
@@ -46,7 +46,7 @@ def count_operations(
     instance("rule", rule, Rule)
 
     def count(**kwargs: Any) -> int:
-        twin = copy.deepcopy(model)
+        twin = copied(model)
         counter = FlopCounterMode(display=False, custom_mapping=_GROUPED)
         with kernels.using(compile="off", sparse="off"), counter:
             rule(twin, x, target, loss, steps=steps, update=lambda: None, **kwargs)

@@ -13,7 +13,6 @@ the threshold, and its versions differ in the reset; what ours do is written int
 
 # pyright: reportMissingImports=false
 
-import copy
 import operator
 from dataclasses import fields
 from typing import Any
@@ -27,6 +26,7 @@ from sltt.checks import instance, number
 from sltt.dropout import Dropout
 from sltt.interop.conversion import require
 from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, OnlineRenorm
+from sltt.sequence.copies import copied
 from sltt.sequence.modes import evaluating
 from sltt.sequence.state import Stateful, reset
 from sltt.surrogates import Above
@@ -54,7 +54,7 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     instance("x", x, Tensor)
     model = instance("model", model, nn.Module)
     if x.dtype in (torch.bfloat16, torch.float16):  # NumPy has no bfloat16, and folding would round to 16 bits
-        model, x = copy.deepcopy(model).float(), x.float()
+        model, x = copied(model).float(), x.float()
     return _Export(model, number("dt", dt, above=0)).export(x)
 
 

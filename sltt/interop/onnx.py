@@ -2,7 +2,6 @@
 
 # pyright: reportMissingImports=false
 
-import copy
 import warnings
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from sltt.checks import instance
 from sltt.kernels import using
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent
 from sltt.pooling import RunningMax
+from sltt.sequence.copies import copied
 from sltt.sequence.state import Stateful, reset, state_names
 
 
@@ -38,7 +38,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
     """
     instance("model", model, nn.Module)
     instance("x", x, Tensor)
-    step = _Step(copy.deepcopy(model).eval(), x)
+    step = _Step(copied(model).eval(), x)
     names = list(step.first)
     if taken := {"x", "logits"} & {*names}:
         raise ValueError(f"the layer of neurons {min(taken)} has a name that the file needs: call it otherwise")

@@ -196,6 +196,8 @@ def argument_names(kind: type[Neuron]) -> tuple[str, ...]:
     """The keyword arguments of a class's `step`; raises ValueError if it is no function of x and the states."""
     if isinstance(kind.states, str):
         raise ValueError(f"{kind.__name__} has states = {kind.states!r}: write a tuple of names, ({kind.states!r},)")
+    if not kind.states:
+        raise ValueError(f"{kind.__name__} has no states: what keeps none is an nn.Module that calls a surrogate")
     function = inspect.getattr_static(kind, "step", None)
     if not isinstance(function, staticmethod):
         raise ValueError(

@@ -44,7 +44,8 @@ class Mixed(Rule):
         default: window of the other layers.
 
     Raises:
-        ValueError: a window below 1; when called, a pattern that matches no module with a state.
+        ValueError: a window below 1; when called, a pattern that matches no module with a state, or only some inside of
+            another such module.
     """
 
     def __init__(self, windows: Mapping[str, Window], default: Window = 1):
@@ -86,24 +87,28 @@ class Mixed(Rule):
     def window_lengths(self, model: nn.Module, steps: int) -> dict[nn.Module, int]:
         """The window of each module with a state, in time steps; T or more is that of the whole sequence."""
         layers = neuron_layers(model)
+        outer = {name: _outermost(name, layers) for name in layers}  # neurons inside of another have its window
+        names = dict.fromkeys(outer.values())
 
         def matches(name: str, pattern: str) -> bool:
             return any(pattern == one or fnmatchcase(one, pattern) for one in (name, _WRAPPERS.sub("", name)))
 
         for pattern in self.windows:
-            if not any(matches(name, pattern) for name in layers):
-                names = [_WRAPPERS.sub("", name) for name in layers]
-                near = difflib.get_close_matches(pattern, names, 3, 0.3) or names[:3]
-                raise ValueError(
-                    f"no layer of neurons is called {pattern!r}; the nearest names are {', '.join(near) or '(none)'}"
-                )
+            if any(matches(name, pattern) for name in names):
+                continue
+            if inside := next((name for name in layers if matches(name, pattern)), None):
+                raise ValueError(f"{inside} is a part of {outer[inside]}, which has one window: name that")
+            plain = [_WRAPPERS.sub("", name) for name in names]
+            near = difflib.get_close_matches(pattern, plain, 3, 0.3) or plain[:3]
+            raise ValueError(
+                f"no layer of neurons is called {pattern!r}; the nearest names are {', '.join(near) or '(none)'}"
+            )
 
         def length(name: str) -> int:
             window = next((w for pattern, w in self.windows.items() if matches(name, pattern)), self.default)
             return window if isinstance(window, int) else steps
 
-        # neurons inside of another layer, such as a recurrent one, have that layer's window
-        return {module: length(_outermost(name, layers)) for name, module in layers.items()}
+        return {module: length(outer[name]) for name, module in layers.items()}
 
 
 def _outermost(name: str, layers: Iterable[str]) -> str:
@@ -126,9 +131,11 @@ def layer_order(model: nn.Module, sequence: Sequence) -> dict[str, bool]:
     Where it does not, since something goes around the layer's output, `Mixed` cannot free what is above it.
     """
     outputs: dict[str, list[Any]] = {}
+    layers = neuron_layers(model)
     hooks = [
         module.register_forward_hook(lambda *call, name=name: outputs.setdefault(name, []).append(call[-1]))
-        for name, module in neuron_layers(model).items()
+        for name, module in layers.items()
+        if _outermost(name, layers) == name
     ]
     with hooked(*hooks), running(model, sequence) as network:
         logits = network(sequence.input(range(1)))

@@ -14,8 +14,8 @@ class OTTT(Rule):
 
     x is what the layer reads: the network's input or spikes; the input of a bias is 1. e is that of SLTT. λ is that of
     the neurons that the layer feeds; where they differ, as behind a residual sum, the mean. A layer that feeds no
-    neurons, such as a readout, needs no trace. The learnable λ of `PLIF` has its gradient by the same recursion; a
-    learnable λ of other neurons has SLTT's gradient.
+    neurons, such as a readout without a state, needs no trace. The learnable λ of `PLIF` has its gradient by the same
+    recursion; a learnable λ of other neurons has SLTT's gradient.
 
     The trace is the path through the membrane potentials of the neurons behind the layer, which SLTT drops. Paths
     through the reset are dropped here too, and paths that cross a second layer of neurons on their way through time.
@@ -36,7 +36,8 @@ class OTTT(Rule):
 
     Raises:
         ValueError: decay outside [0, 1]; when called, `online` without `update`, weights other than those of linear
-            layers and convolutions, or, without `decay`, neurons with a hard reset or of an unknown λ.
+            layers and convolutions, or, without `decay`, neurons with a hard reset, or a layer with a state of an
+            unknown λ.
 
     Source: Xiao et al., NeurIPS 2022 (arXiv 2210.04195); Bellec et al., Nature Communications 2020.
     """

@@ -13,6 +13,7 @@ x[t]. Their step's gradient has the gain of the current already.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -28,7 +29,7 @@ from sltt.rules.decays import Decay, Decays, decay_of
 from sltt.rules.traced_layers import NORMALISATIONS, WEIGHTED, Traced, scaled
 from sltt.sequence.hooks import hooked, replaced
 from sltt.sequence.spikes import spiking_layers
-from sltt.sequence.state import map_tensors
+from sltt.sequence.state import Stateful, map_tensors, state_names, state_tensors
 from sltt.sequence.steps import in_backward
 
 _WEIGHTS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -58,6 +59,9 @@ def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator["_Tr
     }
     before = [neuron.register_forward_pre_hook(traces.arrive, with_kwargs=True) for neuron in neurons]
     after = [neuron.register_forward_hook(traces.leave) for neuron in neurons]
+    for layer, name in _keepers(model, neurons).items() if inputs else ():
+        carry = partial(traces.carry, partial(decay_of, layer, name, decay))
+        after.append(layer.register_forward_hook(carry, with_kwargs=True))
     with hooked(*before, *after), replaced("forward", forwards):
         yield traces
 
@@ -66,6 +70,16 @@ def _neurons(model: nn.Module) -> dict[nn.Module, str]:
     """The layers of neurons and their names; of a neuron made of neurons, the inner ones."""
     spiking = {m: name for name, m in spiking_layers(model).items()}
     return {m: name for m, name in spiking.items() if not any(c in spiking for c in m.modules() if c is not m)}
+
+
+def _keepers(model: nn.Module, neurons: dict[nn.Module, str]) -> dict[nn.Module, str]:
+    """The other layers with a state, neither in neurons nor around some, and their names."""
+    known = {part for neuron in neurons for part in neuron.modules()}
+    return {m: name for name, m in model.named_modules() if _keeps(m) and known.isdisjoint(m.modules())}
+
+
+def _keeps(module: nn.Module) -> bool:
+    return bool(state_names(module)) and not (isinstance(module, Stateful) and module.timeless)
 
 
 def _check_weights(model: nn.Module, neurons: dict[nn.Module, str]) -> None:
@@ -162,7 +176,7 @@ class _Traces:
         self.through_decay: dict[nn.Module, Tensor] = {}  # ∂v/∂λ of neurons with a learnable λ
         self.started: dict[Any, _Trace] = {}  # those of this time step, by the graph's node of the layer's output
         self.uses: Counter[nn.Module] = Counter()
-        self.spikes: set[Any] = set()  # the graph's nodes of the neurons' outputs
+        self.outputs: set[Any] = set()  # the graph's nodes of what layers with a state gave
         self.last: nn.Module | None = None  # the neurons that ran last
 
     def end(self) -> None:
@@ -173,14 +187,14 @@ class _Traces:
                 trace.read.last = None
         self.uses.clear()
         self.started.clear()  # nodes hold memory
-        self.spikes.clear()
+        self.outputs.clear()
         self.last = None
 
     def _part(self) -> None:
         """Of the new traces of one input, keep one for all that follow the same constant λ."""
         first: dict[_Read, Decays | None] = {}
         for trace in self.traces.values():
-            if not trace.decays:  # a readout: it feeds no neurons
+            if not trace.decays:  # a readout: it feeds nothing with a state
                 trace.read = None
             elif trace.first and trace.read is not None:
                 if trace.read not in first:
@@ -251,7 +265,7 @@ class _Traces:
 
     def _feed(self, neuron: nn.Module, node: Any) -> None:
         """Find the layers whose outputs reach a node of the graph without passing other neurons."""
-        waiting, seen = [node], {None, *self.spikes}
+        waiting, seen = [node], {None, *self.outputs}
         while waiting:
             node = waiting.pop()
             if node in seen:
@@ -280,7 +294,20 @@ class _Traces:
         """After a layer of neurons ran."""
         if not in_backward():
             self.last = neuron
-            map_tensors(lambda spikes: self.spikes.add(spikes.grad_fn), output)
+            map_tensors(lambda y: self.outputs.add(y.grad_fn), output)
+
+    def carry(
+        self, decay: Callable[[], Callable[[], Decays]], layer: nn.Module, inputs: Any, named: Any, output: Any
+    ) -> None:
+        """After another layer with a state ran: if gradients go through it, as in a leaky readout, it has a λ."""
+        if in_backward() or not any(state.requires_grad for state in state_tensors(layer)):
+            return
+        if layer not in self.decays:
+            self.decays[layer] = decay()
+        x = next(iter((*inputs, *named.values())))
+        if self.started and x.grad_fn is not None:
+            self._feed(layer, x.grad_fn)
+        map_tensors(lambda y: self.outputs.add(y.grad_fn), output)
 
 
 class _Operations(TorchFunctionMode):

@@ -97,7 +97,7 @@ class Hoisted:
     def once(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         """See `once` of this module."""
         owner = getattr(function, "__self__", function)
-        self._check(owner)
+        self._check(owner, "call it without sltt.once" if owner is function else "give it a module without neurons")
         if not self._keep or not all(any(x is fixed for fixed in self._fixed) for x in inputs):
             return function(*inputs)
         weights = list(owner.parameters()) if isinstance(owner, nn.Module) else []
@@ -118,7 +118,7 @@ class Hoisted:
             )
         return result.leaf
 
-    def _check(self, owner: Any) -> None:
+    def _check(self, owner: Any, remedy: str) -> None:
         """Raise ValueError for a module that time changes, and for a function, of which that cannot be known."""
         if not isinstance(owner, nn.Module):
             raise ValueError(f"sltt.once takes a module or a method of one, got {owner!r}: call it without sltt.once")
@@ -128,7 +128,7 @@ class Hoisted:
             if state_names(module) and not (isinstance(module, Stateful) and module.timeless):
                 raise ValueError(
                     f"sltt.once runs {type(owner).__name__} once a sequence, but {name or 'it'} "
-                    f"({type(module).__name__}) keeps a state from step to step: call it without sltt.once"
+                    f"({type(module).__name__}) keeps a state from step to step: {remedy}"
                 )
         self._checked.add(owner)
 

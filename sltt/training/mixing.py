@@ -1,6 +1,5 @@
 """A network that mixes the samples of a batch, or the time steps of a fold: found by running it with others changed."""
 
-import copy
 import warnings
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from sltt import kernels
 from sltt._torch import _BatchNorm
 from sltt.data import Splits
+from sltt.sequence.copies import copied
 from sltt.sequence.fold import Fold, clocked
 from sltt.sequence.hooks import hooked
 from sltt.sequence.modes import evaluating
@@ -50,7 +50,7 @@ def check_mixing(model: nn.Module, splits: Splits, samples: list[Any], stage: St
 
 def _copy(model: nn.Module) -> nn.Module:
     """The network without hooks, which would see more than the batches."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()

@@ -1,6 +1,5 @@
 """Checks of a training: samples, labels, losses, gradients and weights, and layers that pass nothing on."""
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from sltt.data import Splits
 from sltt.parallel.processes import local, total
 from sltt.rules import unroll
 from sltt.rules.base import sequence_loss
+from sltt.sequence.copies import copied
 from sltt.sequence.padding import Padded
 from sltt.training.batches import check_crop
 from sltt.training.phases import Stage
@@ -143,9 +143,9 @@ def check_static(model: nn.Module, splits: Splits, samples: list[Any], loss: Any
 def _runs(model: nn.Module, x: Tensor, y: Any, loss: Any) -> bool:
     """Whether a copy of the network, and the loss, take a sequence [T, B, ...]."""
     try:
-        copied = copy.deepcopy(model).eval()
-        x = x.to(next((p.device for p in copied.parameters()), "cpu"))
-        sequence_loss(loss, unroll(copied, x).cpu(), y)
+        twin = copied(model).eval()
+        x = x.to(next((p.device for p in twin.parameters()), "cpu"))
+        sequence_loss(loss, unroll(twin, x).cpu(), y)
     except Exception:  # the training says what is wrong, where this one cannot
         return False
     return True
@@ -166,7 +166,7 @@ def check_last_batch(
     x, _ = splits.collate(samples[:1])
     x = x.to(next((p.device for p in model.parameters()), "cpu"))
     try:
-        unroll(copy.deepcopy(model).train(), x if splits.static else x[:1], steps=1 if splits.static else None)
+        unroll(copied(model).train(), x if splits.static else x[:1], steps=1 if splits.static else None)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

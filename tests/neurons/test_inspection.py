@@ -100,6 +100,18 @@ def test_a_method_is_no_pure_function():
         Mine()(torch.randn(2, 3))
 
 
+def test_a_neuron_has_a_state():
+    class Mine(sltt.Neuron):
+        states = ()
+
+        @staticmethod
+        def step(x):
+            return FIRE(x)
+
+    with pytest.raises(ValueError, match=r"Mine has no states: what keeps none is an nn\.Module"):
+        Mine()(torch.randn(2, 3))
+
+
 def scaled(x, v, *, gain):
     return FIRE(gain * x + v - 1), v + x
 

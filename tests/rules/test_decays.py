@@ -47,6 +47,44 @@ def test_neurons_of_another_library_whose_reset_ours_have_not(library):
             sltt.OTTT()(nn.Sequential(nn.Linear(6, 8), neuron("zero"), nn.Linear(8, 3)), x, y, LOSS)
 
 
+class Leaky(sltt.Stateful):
+    """Its potential is its output."""
+
+    states = ("v",)
+
+    def forward(self, x):
+        self.v = x if self.v is None else 0.8 * self.v + x
+        return self.v
+
+
+def test_a_leaky_readout_has_a_trace():
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 8), sltt.LIF(detach_reset=True), nn.Linear(8, 3), Leaky()
+    model, (x, y) = nn.Sequential(*layers).double(), batch(steps=5)
+    with pytest.raises(ValueError, match=r"the λ of 3 \(Leaky\) is not known"):
+        sltt.OTTT()(model, x, y, LOSS)
+    exact, step = (gradients(model, rule, x, y)[0][-2:] for rule in (sltt.BPTT(), sltt.SLTT()))
+    torch.testing.assert_close(gradients(model, sltt.OTTT(0.8), x, y)[0][-2:], exact)
+    assert not torch.allclose(step[0], exact[0])
+    gradients(model, sltt.OTTT(inputs=False), x, y)  # as published: λ is that of the neurons that fired
+    sltt.register(Leaky, states=["v"], decay=lambda layer: 0.8)
+    torch.testing.assert_close(gradients(model, sltt.OTTT(), x, y)[0][-2:], exact)
+
+
+def test_a_state_that_has_no_gradient_needs_no_decay():
+    class Counting(sltt.Stateful):
+        states = ("mask",)
+
+        def forward(self, x):
+            self.mask = torch.ones_like(x).detach() if self.mask is None else self.mask
+            return x * self.mask
+
+    x, y = batch()
+    plain = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3)).double()
+    found, expected = (gradients(m, sltt.OTTT(), x, y)[0] for m in (nn.Sequential(*plain, Counting()), plain))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("value", [-0.5, 1.5, math.nan, True, "0.5", None, torch.tensor([]), torch.tensor(2)])
 def test_a_decay_that_is_none_is_refused(value):
     class Theirs(Neurons):

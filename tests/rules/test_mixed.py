@@ -249,6 +249,10 @@ def test_names_and_windows_that_are_wrong():
         sltt.Mixed({"3": "all"})(small_network(), x, y, LOSS)
     with pytest.raises(ValueError, match=r"nearest names are features\.2, "):
         sltt.Mixed({"featurs.2": "all"})(sltt.models.DigitsNet(), torch.randn(2, 1, 8, 8), y[:2], LOSS, steps=2)
+    inner = nn.Sequential(nn.Linear(6, 8), sltt.Recurrent(sltt.LIF(), nn.Linear(8, 8)), nn.Linear(8, 3)).double()
+    for pattern in ("1.neuron", "*.neuron"):
+        with pytest.raises(ValueError, match=r"1\.neuron is a part of 1, which has one window: name that"):
+            sltt.Mixed({pattern: "all"})(inner, x, y, LOSS)
     for window in (0, -1, "some", 2.0, None):
         with pytest.raises(ValueError, match="must be 'all' or at least 1 time step"):
             sltt.Mixed({"2": window})

@@ -1,0 +1,25 @@
+"""Copies of networks."""
+
+import copy
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copied(model: M) -> M:
+    """A deep copy, also of layers whose weight is computed before each forward, as by pruning and weight norm."""
+    computed = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and value.grad_fn is not None  # which copy.deepcopy refuses
+    ]
+    try:
+        for module, name, value in computed:
+            vars(module)[name] = value.detach()
+        return copy.deepcopy(model)
+    finally:
+        for module, name, value in computed:
+            vars(module)[name] = value
