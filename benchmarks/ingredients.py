@@ -35,29 +35,24 @@ def muon(lr: str) -> list[str]:
     return ["--optimizer", "ingredients.MuonSGD", "--optimizer.conv_lr", lr]
 
 
+def begins(setting: str) -> list[str]:
+    """Options for a setting of the first three epochs."""
+    return ["--phases", f"[{{epochs: 3, {setting}, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"]
+
+
 CASES: dict[str, list[str]] = {  # options that change the recipe
     "recipe": [],
     "no SLTT-1: five epochs of steady currents": ["--phases", f"[{{epochs: 5, {STEADY}}}]"],
-    "T = 8": ["--steps", "8"],
-    "T = 4": ["--steps", "4"],
-    "T = 4, in the last two epochs 16": [
-        "--phases", f"[{{epochs: 3, steps: 4, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
-    ],
-    "crops of 24 pixels in the first three epochs": [
-        "--phases", f"[{{epochs: 3, crop: 24, {STEADY}}}, {{epochs: 1, {STEADY}}}, {SLTTK}]"
-    ],
-    "margin of zeros": ["--data.reflect", "false"],
+    "T = 4, in the last two epochs 16": begins("steps: 4"),
+    "crops of 24 pixels in the first three epochs": begins("crop: 24"),
     "no Cutout": ["--data.cutout", "0"],
     "Mixup, α = 0.2": ["--data.mixup", "0.2"],
     "one distortion by RandAugment": ["--data.randaugment", "1"],
-    "no label smoothing": ["--loss.label_smoothing", "0"],
     "weights not averaged": ["--ema", "null"],
-    "lookahead in place of the average": ["--ema", "null", "--optimizer", "ingredients.LookaheadSGD"],
-    "shifts at the rate of the others": ["--norm_bias_lr", "1"],
     "first convolution learned": ["--model", "ingredients.LearnedFirst"],
     "momentum 0.1 of BatchNorm, not 0.4": ["--model", "ingredients.SlowNorm"],
-    **{f"Muon for convolutions, rate {lr}": muon(lr) for lr in ("0.24", "0.08")},
-}  # fmt: skip
+    "Muon for convolutions, rate 0.08": muon("0.08"),
+}
 
 
 def options(images: Path, case: str, seed: int = 0) -> list[str]:
@@ -83,35 +78,6 @@ class SlowNorm(sltt.models.ShallowVGG):
                 module.momentum = 0.1
 
 
-class LookaheadSGD(torch.optim.SGD):
-    """SGD whose weights θ return to slow ones, φ, all five steps: early far, late little.
-
-        φ ← φ + (1 − d) (θ − φ),   θ ← φ,   d = 0.95⁵ (t / total)³ in step t
-
-    Args:
-        params, lr, sgd: of SGD.
-        total: steps of the training.
-
-    Source: Zhang et al. 2019 (arXiv 1907.08610); its schedule: Jordan 2024 (arXiv 2404.00498).
-    """
-
-    def __init__(self, params: Any, lr: float = 0.3, total: int = 900, **sgd: Any):
-        super().__init__(params, lr=lr, **sgd)
-        self.total = total
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        weights = [p for group in self.param_groups for p in group["params"]]
-        slow = [self.state[p].setdefault("slow", p.detach().clone()) for p in weights]
-        loss = super().step(closure)
-        taken = self.param_groups[0]["taken"] = self.param_groups[0].get("taken", 0) + 1  # a checkpoint keeps it
-        if taken % 5 == 0:
-            share = 1 - 0.95**5 * min(1, taken / self.total) ** 3
-            for p, kept in zip(weights, slow, strict=True):
-                p.copy_(kept.lerp_(p, share))
-        return loss
-
-
 class MuonSGD(torch.optim.SGD):
     """SGD, and Muon for the weights W of convolutions, as matrices [outputs, the others].
 
@@ -125,7 +91,7 @@ class MuonSGD(torch.optim.SGD):
     Source: Jordan 2024 (kellerjordan.github.io/posts/muon).
     """
 
-    def __init__(self, params: Any, lr: float = 0.3, conv_lr: float = 0.24, conv_momentum: float = 0.6, **sgd: Any):
+    def __init__(self, params: Any, lr: float = 0.3, conv_lr: float = 0.08, conv_momentum: float = 0.6, **sgd: Any):
         super().__init__(params, lr=lr, **sgd)
         self.share, self.conv_momentum = conv_lr / lr, conv_momentum
 

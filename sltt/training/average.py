@@ -1,8 +1,10 @@
 """The exponential moving average of the weights, which is evaluated and saved in place of the weights themselves."""
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -44,6 +46,14 @@ def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
     averaged = AveragedModel(copied(model), multi_avg_fn=move, use_buffers=True)
     averaged.n_averaged.fill_(1)  # at 0, it would copy the weights in the first step
     return averaged
+
+
+@torch.no_grad()
+def take_average(model: nn.Module, averaged: AveragedModel) -> None:
+    """Give the model the averaged weights and statistics."""
+    tensors = (chain(one.parameters(), one.buffers()) for one in (model, averaged.module))
+    for own, average in zip(*tensors, strict=True):
+        own.copy_(average)
 
 
 def _moving(model: nn.Module) -> list[Tensor]:

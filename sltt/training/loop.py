@@ -21,7 +21,7 @@ from sltt.parallel.signals import Interrupt
 from sltt.rules import Output
 from sltt.sequence.padding import Padded, lengths_of, target_of
 from sltt.sequence.steps import check_input
-from sltt.training.average import averaged_model
+from sltt.training.average import averaged_model, take_average
 from sltt.training.batches import (
     EpochSampler,
     count_parts,
@@ -228,7 +228,7 @@ class Loop:
     def _begin(self, stage: Stage) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
         """Batches to train on and to validate by, in a stage, which may be in its middle.
 
-        At another T, the best epoch is sought anew.
+        At another T, the best epoch is sought anew. Where the schedule starts anew, training goes on from the average.
         """
         if self.training.phases:
             crop = f", crops of {stage.crop} pixels" if stage.crop else ""
@@ -238,6 +238,8 @@ class Loop:
         if new and stage_at(self.stages, self.state.epoch - 1).steps != stage.steps:
             # metrics at another T do not compare
             self.state.best, self.state.best_epoch, self.state.first = [], None, self.state.epoch
+        if self.average and new and self.state.epoch == stage.start == stage.span[0]:
+            take_average(self.model, self.average)
         device, size, held_out = self.session.fabric.device, self.training.batch_size, self.splits.validation
         self.memory = BatchMemory(device, stage.rule)
         workers, ranks = self.session.execution.workers, (self.processes.rank, self.processes.count)

@@ -8,6 +8,7 @@ import sltt
 from sltt.callbacks import Callback
 from sltt.training.average import averaged_model
 from sltt.training.checkpoints import load_checkpoint
+from sltt.training.phases import Phase
 from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
 
 DECAY = 0.8
@@ -63,6 +64,16 @@ def test_training_itself_is_as_without_an_average(tmp_path):
     for name, ema in (("with", DECAY), ("without", None)):
         train(tmp_path / name, ema=ema)
     assert equal(weights(tmp_path / "with" / "last.ckpt"), weights(tmp_path / "without" / "last.ckpt"))
+
+
+@pytest.mark.parametrize("lr", [0.0, None])
+def test_a_phase_with_a_rate_of_its_own_goes_on_from_the_average(lr, tmp_path):
+    phases = [Phase(2), Phase(1, lr=lr, freeze_norm=True)]
+    _, first = train(tmp_path / "first", ema=DECAY, epochs=2, phases=phases[:1])
+    _, both = train(tmp_path / "both", ema=DECAY, epochs=3, phases=phases)
+    found, before = weights(both.run / "last.ckpt"), averaged(first.run / "last.ckpt")
+    same = [torch.allclose(found[name], before[name], rtol=1e-5) for name in before if "num_batches" not in name]
+    assert all(same) if lr == 0 else not any(same)
 
 
 @pytest.mark.parametrize("batch", [1, 6, 8])
