@@ -149,11 +149,11 @@ def test_a_pass_without_a_graph_before_does_not_cut_steps_under_autocast(how):
 
 
 def test_the_default_device_does_not_change_the_steps_that_are_drawn():
-    drawing = SimpleNamespace(steps=5, seed=3, target=None)
+    drawing = SimpleNamespace(model=None, steps=5, seed=3, target=None)
     expected = sltt.SLTT(k=2).trained_steps(drawing)
     with torch.device("meta"):  # stands for a GPU
         assert sltt.SLTT(k=2).trained_steps(drawing) == expected
-        assert len(sltt.SLTT(k=2).trained_steps(SimpleNamespace(steps=5, seed=None, target=None))) == 2
+        assert len(sltt.SLTT(k=2).trained_steps(SimpleNamespace(**vars(drawing) | {"seed": None}))) == 2
 
 
 @pytest.mark.parametrize(
