@@ -229,10 +229,27 @@ def hour(results: Path) -> str:
     return markdown(["training", "seeds", "minutes", "one view", "six views"], rows)
 
 
+def last_epoch(results: Path) -> str:
+    """What a few batches of SLTT-1 make of trained weights, by where they begin."""
+    rows = [
+        [
+            row["start"],
+            f"{row['rate']:g}" if row["batches"] else "",
+            str(row["batches"]),
+            str(row["steps"]),
+            f"{row['right']:.1%}",
+            f"{row['loss']:.3f}",
+        ]
+        for row in load(results, "last-epoch")
+    ]
+    return markdown(["begins from", "rate", "batches", "T", "right", "cross entropy"], rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "ladder": ladder,
     "ingredients": ingredients,
     "hour": hour,
+    "last-epoch": last_epoch,
     "tasks": all_tasks,
     **{task: partial(of_task, task=task) for task in ("recall", "recall-marked", "sequential-digits")},
     **{f"short-{name}": partial(short, name=name) for name in ("stabilised", "transformer")},

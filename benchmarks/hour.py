@@ -28,15 +28,16 @@ SETTINGS = (
 
 
 def shorter(steady: int) -> list[str]:
-    """The recipe with so many epochs of steady currents; the learning rate rises over a quarter of them."""
+    """So many epochs of steady currents, whose learning rate rises over a quarter of them; all epochs have T = 16."""
     phases = f"[{{epochs: {steady}, {STEADY}}}, {SLTTK}]"
-    return ["--phases", phases, "--epochs", str(steady + 1), "--schedule.warmup", str(steady / 4)]
+    return ["--steps", "16", "--phases", phases, "--epochs", str(steady + 1), "--schedule.warmup", str(steady / 4)]
 
 
 CASES: dict[str, list[str]] = {  # options that change the recipe
     "4 + 1 epochs": shorter(4),
     "10 + 1 epochs": shorter(10),
     "recipe": [],
+    "24 + 1 epochs": shorter(24),
     "48 + 1 epochs": shorter(48),
     "Muon: 22 + 1 epochs": [*shorter(22), "--schedule.warmup", "5", *muon("0.08")],
     "analog: GELU": [

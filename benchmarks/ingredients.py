@@ -23,7 +23,7 @@ import sltt
 PATH = DOCS / "results" / "ingredients.json"
 SETTINGS = (
     "--data sltt.data.ImageFolder --data.root {images} --data.size 32 --data.crop_padding 4 --data.validation 0.1 "
-    "--data.cutout 8 --data.reflect true --model.widths [32,128,128] --epochs 5 --schedule.warmup 1"
+    "--data.cutout 8 --data.reflect true --model.widths [32,128,128] --steps 16 --epochs 5 --schedule.warmup 1"
 )
 STEADY = "rule: {class_path: sltt.RateBased, init_args: {steady: true}}"
 SLTTK = "{epochs: 1, lr: 0.003, freeze_norm: true}"

@@ -199,7 +199,8 @@ def test_the_trainings_of_an_hour_differ_in_epochs_and_in_the_activation():
         assert [phase.epochs for phase in one.phases] == [steady, 1]
         assert one.schedule.warmup == steady / 4
         assert case in ("recipe", f"{steady} + 1 epochs")
-    assert sorted(one.epochs for one in built.values()) == [5, 11, 25, 49]
+        assert one.steps == (32 if case == "recipe" else 16)
+    assert sorted(one.epochs for one in built.values()) == [5, 11, 25, 25, 49]
 
 
 def test_a_training_of_an_hour_finds_the_benchmarks_optimizer_and_goes_on(tmp_path, monkeypatch):
@@ -228,6 +229,24 @@ def test_minutes_of_a_training_are_those_of_its_epochs(tmp_path, capsys):
     rows = [{"case": "A", "seed": seed, **row, "seconds": [50, 70 + 120 * seed]} for seed in (0, 1)]
     (tmp_path / "hour.json").write_text(json.dumps(rows))
     assert "| A | 2 | 3 | " in load("doc_tables").hour(tmp_path)
+
+
+def test_the_last_epoch_begins_from_either_weights(tmp_path, monkeypatch):
+    last, run = load("last_epoch"), tmp_path / "run"
+    words = ["--model.width", "4", "--steps", "2", "--epochs", "2", "--ema", "0.9", "--device", "cpu"]
+    assert command(["train", "digits", *words, "--run", str(run)]) == 0
+    data = sltt.data.Digits()
+    monkeypatch.setattr(last, "IMAGES", data.splits(2).sizes["train"])
+    monkeypatch.setattr(last, "BATCH", 16)
+    case = {"start": "the average", "rate": 0.0, "batches": 0, "steps": 2}
+    found = last.row(run, case)
+    model = sltt.load(run, checkpoint="last")
+    expected = sltt.evaluate(model, data, "train", steps=2, precision="bf16-mixed", device="cpu")
+    assert found["right"] == pytest.approx(expected.score, abs=0.01)
+    others = [{"start": "the last weights"}, {"batches": 3}, {"batches": 3, "rate": 0.1}]
+    unmoved, still, moved = (last.row(run, case | other)["loss"] for other in others)
+    assert still == pytest.approx(found["loss"], abs=1e-3)  # at a rate of 0
+    assert len({found["loss"], unmoved, moved}) == 3
 
 
 def test_twins_of_the_digits_are_measured_in_each_form(monkeypatch):

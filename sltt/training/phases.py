@@ -24,8 +24,7 @@ class Phase:
         rule: the learning rule.
         lr: learning rate, of the optimizer's first group; those of its other groups keep their ratios to it. A phase
             that has one starts the schedule anew, with a warm-up in the first phase only, and with `ema` from the
-            averaged weights. None
-            keeps the rate of the phase before, or the optimizer's, and the schedule runs on.
+            averaged weights. None keeps the rate of the phase before, or the optimizer's, and the schedule runs on.
         weight_decay: of the optimizer.
         freeze_norm: BatchNorm normalises with its running statistics in this phase, and leaves them as they are; its
             weights go on learning. Use it where a phase sees other statistics than the one before: firing rates, and

@@ -113,14 +113,16 @@ def test_a_run_that_ends_in_its_first_phase_has_the_time_steps_of_that_phase(tmp
     assert sltt.load(result.run, network()).trained.steps == 2
 
 
-def test_a_run_that_stopped_between_phases_goes_on_as_if_it_had_not(tmp_path):
-    def phases(first=None):
-        return [Phase(2, steps=1, rule=first), Phase(2, rule=sltt.BPTT(), lr=0.01)]
+@pytest.mark.parametrize("ema", [None, 0.8])
+@pytest.mark.parametrize("batch", [7, 8, 9])
+def test_a_run_that_stopped_between_phases_goes_on_as_if_it_had_not(tmp_path, ema, batch):
+    def phases(first=None, second=None):
+        return [Phase(2, steps=1, rule=first), Phase(2, rule=second, lr=0.01)]
 
-    _, whole = train(tmp_path / "whole", phases=phases())
+    _, whole = train(tmp_path / "whole", phases=phases(), ema=ema)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", phases=phases(StopAt(7, k=None)))
-    _, resumed = train(tmp_path / "stopped", phases=phases(), resume=True)
+        train(tmp_path / "stopped", phases=phases(StopAt(batch, k=None), StopAt(batch - 8, k=None)), ema=ema)
+    _, resumed = train(tmp_path / "stopped", phases=phases(), ema=ema, resume=True)
     assert equal(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "stopped" / "last.ckpt"))
     assert [row["validation_accuracy"] for row in whole.history] == [
         row["validation_accuracy"] for row in resumed.history
