@@ -2,10 +2,10 @@
 
 from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance
+from sltt.kernels import count_active
 from sltt.sequence.spikes import observing, spiking_layers
 
 
@@ -33,13 +33,12 @@ class FiringRates:
         self._spikes: dict[str, Tensor | int] = dict.fromkeys(layers, 0)
         self._count = dict.fromkeys(layers, 0)
 
-    def __call__(self, name: str, spikes: Tensor, steps: int | None = None) -> None:
-        """Count the spikes of a layer [n·B, ...]; or, of so many `steps`, their numbers [B, ...]."""
-        if steps is None:  # as booleans, since PyTorch counts floating-point numbers one by one
-            self._spikes[name] += torch.count_nonzero(spikes.detach().bool())
-        else:  # those of a sample are exact in float32
-            self._spikes[name] += spikes.flatten(1).sum(1, dtype=torch.float32).sum(dtype=torch.int64)
-        self._count[name] += spikes.numel() * (steps or 1)
+    def __call__(self, name: str, spikes: Tensor, possible: int | None = None) -> None:
+        """Count the spikes of a layer [n·B, ...]; or add their number, out of so many `possible` ones."""
+        if possible is None:
+            possible, spikes = spikes.numel(), count_active(spikes)
+        self._spikes[name] += spikes
+        self._count[name] += possible
 
     def by_layer(self) -> dict[str, float]:
         """The firing rate of each layer that has run, by its name in the model."""

@@ -61,7 +61,7 @@ _FUNCTIONS = {
     "sltt_dense_weight_gradient": (_I, [_P, _P, _P, _I, _P, _I]),
     "sltt_neuron": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _N, _I]),
     "sltt_neuron_gradient": (_I, [_P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
-    "sltt_steady": (None, [_P, _I, _P, _F, _I, _P, _P, _N, _I]),
+    "sltt_steady": (_N, [_P, _I, _P, _F, _I, _P, _P, _N, _I]),
     "sltt_running_max": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _I]),
     "sltt_norm": (_I, [_I, _P, _N, _N, _P, _P, _P, _P, _I, _D, _D, _P, _I]),
     "sltt_channel_sums": (_I, [_I, _P, _N, _N, _P, _I]),

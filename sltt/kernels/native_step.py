@@ -77,9 +77,12 @@ class NativeStep:
             x.numel(), torch.get_num_threads(),
         )  # fmt: skip
 
-    def steady(self, rate: Tensor, by_input: Tensor, x: Tensor, steps: int, start: float) -> None:
-        """Write means over time steps under the current x, from the potential `start`: of spikes, of ∂s/∂x."""
-        self._library.sltt_steady(
+    def steady(self, rate: Tensor, by_input: Tensor, x: Tensor, steps: int, start: float) -> int:
+        """Write means over time steps under the current x, from the potential `start`: of spikes, of ∂s/∂x.
+
+        Returns the number of spikes.
+        """
+        return self._library.sltt_steady(
             self._constants, x.dtype == torch.bfloat16, x, start, steps, rate, by_input,
             x.numel(), torch.get_num_threads(),
         )  # fmt: skip

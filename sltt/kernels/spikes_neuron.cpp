@@ -144,9 +144,10 @@ void steady_vectors(const Neuron& z, float start, int steps, V* __restrict x, V*
   }
 }
 
+// The number of spikes.
 template <class T>
-void steady_block(const Neuron& z, const T* __restrict x, float start, int steps, T* __restrict rate,
-                  T* __restrict by_input, int64_t n) {
+int64_t steady_block(const Neuron& z, const T* __restrict x, float start, int steps, T* __restrict rate,
+                     T* __restrict by_input, int64_t n) {
   constexpr int64_t AT_ONCE = VECTORS * LANES;
   static_assert(BLOCK % AT_ONCE == 0);
   float rates[BLOCK], slopes[BLOCK];
@@ -158,6 +159,9 @@ void steady_block(const Neuron& z, const T* __restrict x, float start, int steps
   });
   for (int64_t i = 0; i < n; i++) put(rate + i, rates[i]);
   for (int64_t i = 0; i < n; i++) put(by_input + i, slopes[i]);
+  int64_t spikes = 0;
+  for (int64_t i = 0; i < n; i++) spikes += int64_t(rates[i] * float(steps) + 0.5f);
+  return spikes;
 }
 
 // Spikes as 0 and 1, from their bits.
@@ -354,18 +358,20 @@ void sltt_neuron(const Neuron* z, const Norm* norm, int bfloat16, const void* x,
     forward(*z, norm, static_cast<const float*>(x), v, static_cast<float*>(s), v_out, u_out, bits, n, threads);
 }
 
-// x, rate and by_input are float or bfloat16.
-void sltt_steady(const Neuron* z, int bfloat16, const void* x, float start, int steps, void* rate, void* by_input,
-                 int64_t n, int threads) {
+// The number of spikes. x, rate and by_input are float or bfloat16.
+int64_t sltt_steady(const Neuron* z, int bfloat16, const void* x, float start, int steps, void* rate, void* by_input,
+                    int64_t n, int threads) {
+  std::atomic<int64_t> spikes{0};
   const auto run = [&](auto type) {
     using T = decltype(type);
     const T* from = static_cast<const T*>(x);
     T *to = static_cast<T*>(rate), *slope = static_cast<T*>(by_input);
     for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
-      steady_block(*z, from + i, start, steps, to + i, slope + i, m);
+      spikes += steady_block(*z, from + i, start, steps, to + i, slope + i, m);
     });
   };
   bfloat16 ? run(uint16_t()) : run(float());
+  return spikes;
 }
 
 // `kept` is v for a soft reset and u for a hard one. `grad_s`, `grad_v` and `out_v` may be null, and `s` or `bits`. With

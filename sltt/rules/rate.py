@@ -205,8 +205,16 @@ class _NeuronLayer(_Layer):
             given = decay.detach() if isinstance(decay, Tensor) else None
             found = steady_steps(constants, x, steps, module.state_type(x), module.start, given, see)
             for add in count if see is None else ():
-                add((found.rate * steps).round_(), steps)
+                add(_spikes(found, steps), x.numel() * steps)
         return _Rate.apply(x, found, *learned)  # type: ignore[return-value]
+
+
+def _spikes(found: Steady, steps: int) -> Tensor:
+    """The number of spikes in T steps."""
+    if found.spikes is not None:
+        return torch.tensor(found.spikes)
+    numbers = (found.rate * steps).round_()
+    return numbers.flatten(1).sum(1, dtype=torch.float32).sum(dtype=torch.int64)  # those of a sample are exact
 
 
 class _Rate(torch.autograd.Function):

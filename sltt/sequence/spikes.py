@@ -37,7 +37,7 @@ def observers(module: nn.Module) -> tuple[Callable[[Tensor], None], ...]:
 
 
 def counters(module: nn.Module) -> tuple[Callable[..., None], ...]:
-    """The observers that count: they also take numbers of spikes [B, ...] in so many steps.
+    """The observers that count: they also take a number of spikes, and how many there could be.
 
     They have an attribute `counts`, which is true.
     """
