@@ -37,6 +37,9 @@ N = TypeVar("N", bound=tuple[float, ...])
 PRODUCTS_FROM = 2**22
 _DENSITIES = (0.05, 0.4)
 _REPEATS = 15  # so that of each, one run falls between those of other processes
+# Ours are taken where they need less than this share of PyTorch's time: measured beside other work on a processor with
+# AMX, PyTorch's took 2.4 times its time, ours 1.4, and ours seemed the faster by 5%.
+_CLEARLY = 0.9
 
 
 class BreakEven(NamedTuple):
@@ -63,7 +66,7 @@ class Dense(NamedTuple):
 
 
 class Ours(NamedTuple):
-    """Which gradients of a dense convolution are faster in our kernels."""
+    """Which gradients of a dense convolution are clearly faster in our kernels."""
 
     input_gradient: bool
     weight_gradient: bool
@@ -90,10 +93,10 @@ def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
 
 
 def ours(layer: Layer, dtype: torch.dtype) -> Ours:
-    """Which gradients of a dense layer are faster in our kernels; the first call for a type may measure."""
+    """Which gradients of a dense layer are clearly faster in our kernels; the first call for a type may measure."""
     if not winograd.supports(layer, dtype):
         return Ours(False, False)
-    return Ours(*(times.ours < times.pytorch for times in _dense(dtype)))
+    return Ours(*(times.ours < _CLEARLY * times.pytorch for times in _dense(dtype)))
 
 
 def seconds(layer: Layer, dtype: torch.dtype, density: float) -> tuple[LayerSeconds, LayerSeconds]:

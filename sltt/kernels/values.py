@@ -19,9 +19,10 @@ from sltt.kernels.options import options
 from sltt.kernels.sparse import Layer
 from sltt.kernels.weights import Weights
 
-# Up to so many output pixels, oneDNN's weight gradient in bfloat16 takes longer than one matrix product of the gradient
-# with what the kernel reads: see benchmarks/sparse.py, 512 to 512 channels of 4×4 pixels.
-MULTIPLIED_TO = 36
+# Up to so many output pixels, one matrix product of the gradient with what the kernel reads takes about as long as
+# oneDNN's weight gradient in bfloat16, and half as long with AMX: see benchmarks/sparse.py, 256 to 256 channels of 8×8
+# pixels.
+MULTIPLIED_TO = 64
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _LEAST = {"stride": 1, "padding": 0, "dilation": 1}
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
