@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -123,6 +125,17 @@ def test_every_recipe_runs_a_batch_of_its_shape(name):
         assert out.logits.shape == (steps, 2, CLASSES.get(name, 10))
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in built.model.parameters())
     assert built.optimizer(built.model.parameters()).param_groups[0]["lr"] > 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--phases", "[{epochs: 4}, {epochs: 1}]"], ["--phases=[{epochs: 4}, {epochs: 1}]"], ["--config", "own.yaml"]],
+)
+def test_phases_that_are_given_take_nothing_from_the_recipes(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("phases: [{epochs: 4}, {epochs: 1}]", encoding="utf-8")
+    assert Recipe("sltt train", "cifar10-hour", words).build().phases == [sltt.Phase(4), sltt.Phase(1)]
+    assert Recipe("sltt train", "cifar10-hour", ["--seed", "1"]).build().phases[1].freeze_norm
 
 
 def test_a_recipe_without_a_batch_size_has_that_of_fit():
