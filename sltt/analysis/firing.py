@@ -2,10 +2,10 @@
 
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance
-from sltt.kernels import count_active
 from sltt.sequence.spikes import observing, spiking_layers
 
 
@@ -35,8 +35,8 @@ class FiringRates:
 
     def __call__(self, name: str, spikes: Tensor, possible: int | None = None) -> None:
         """Count the spikes of a layer [n·B, ...]; or add their number, out of so many `possible` ones."""
-        if possible is None:
-            possible, spikes = spikes.numel(), count_active(spikes)
+        if possible is None:  # as booleans, since PyTorch counts floating-point numbers one by one
+            possible, spikes = spikes.numel(), torch.count_nonzero(spikes.detach().bool())
         self._spikes[name] += spikes
         self._count[name] += possible
 

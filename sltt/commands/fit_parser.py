@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from sltt.commands import yamltext
 from sltt.data.loaders import BATCH_SIZE
 from sltt.training.describe import describe
 
+LISTS = "phases", "callbacks", "loggers"
 MATTER_FIRST = """Options override the recipe's values. These matter first:
 
   --rule NAME                SLTT, BPTT, TBPTT, OTTT, RateBased or Mixed
@@ -68,6 +70,10 @@ class Parser(ArgumentParser):
 
     without: Sequence[str] = ()
 
+    def parse_args(self, args: Sequence[str], *more: Any, **named: Any) -> Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The configuration that the words make. A list replaces that of the words before."""
+        return super().parse_args(_replacing(args), *more, **named)
+
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         with Path_fr(path).relative_path_context():  # pyright: ignore[reportCallIssue]
             text = Path(Path(path).name).read_text(encoding="utf-8")
@@ -75,6 +81,28 @@ class Parser(ArgumentParser):
                 values = {name: value for name, value in yamltext.load(text).items() if name not in self.without}
                 text = yaml.safe_dump(values, sort_keys=False)
             return self.parse_string(text, Path(path).name, *args, **kwargs)
+
+
+def _replacing(words: Sequence[str]) -> list[str]:
+    """The words, with `--NAME=null` before a list: in one as long as the list before, the parser keeps keys of that."""
+    replacing: list[str] = []
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        option, _, value = (word if "=" in word else f"{word}={following}").partition("=")
+        given = _loaded(value) if option == "--config" else {option.removeprefix("--"): value}
+        lists = [name for name in LISTS if isinstance(given, dict) and isinstance(_loaded(given.get(name)), list)]
+        replacing += [*(f"--{name}=null" for name in lists), word]
+    return replacing
+
+
+def _loaded(value: Any) -> Any:
+    """What a YAML file, or a text, says; None where it cannot be read: the parser says why."""
+    if not isinstance(value, str):
+        return value
+    try:
+        path = os.path.expanduser(value)
+        return yamltext.load(Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else value)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
 
 
 def make_parser(prog: str, unread: Sequence[str] = ()) -> Parser:

@@ -26,7 +26,6 @@ from sltt.training.runs import CONFIG, LAST, check_config, load_call, with_names
 from sltt.training.settings import OF_TRAINING
 
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
-LISTS = ("phases", "callbacks", "loggers")
 MOST_STEPS = 1_000_000  # a training with more would not end
 
 
@@ -194,17 +193,6 @@ def refuse_seed(words: Sequence[str]) -> None:
         raise UsageError("the seeds are 0, 1, …: leave --seed out; --seeds says how many")
 
 
-def _replacing(words: Sequence[str]) -> list[str]:
-    """The words, with `--NAME=null` before a list: in one as long as the list before, the parser keeps keys of that."""
-    replacing: list[str] = []
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        option, _, value = (word if "=" in word else f"{word}={following}").partition("=")
-        values = _read(Path(value)) if option == "--config" and Path(value).is_file() else {option[2:]: value}
-        lists = [name for name, one in values.items() if name in LISTS and str(one).startswith("[")]
-        replacing += [*(f"--{name}=null" for name in lists), word]
-    return replacing
-
-
 def _names(words: Sequence[str], option: str) -> bool:
     """Whether an option is among the words."""
     return any(word.split("=")[0] == option for word in words)
@@ -226,7 +214,7 @@ def parse(parser: Parser, source: Path, words: Sequence[str], without: Sequence[
     try:
         if {"-h", "--help"} & set(words):
             parser.set_defaults(values)  # so that the help shows the recipe's values
-        config = parser.parse_args(["--config", str(source), *_replacing(words)])
+        config = parser.parse_args(["--config", str(source), *words])
     except argparse.ArgumentError as error:
         raise UsageError(re.sub(r"\bNone(Type)?\b", "null", explain(str(error), values))) from None
     config.pop("config")

@@ -335,9 +335,10 @@ def _decode(path: str) -> Tensor:
     from PIL import Image
     from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms.functional import pil_to_tensor
+    from torchvision.transforms.v2.functional import to_dtype
 
     try:
-        return decode_image(path, ImageReadMode.RGB)
+        return to_dtype(decode_image(path, ImageReadMode.RGB), torch.uint8, scale=True)  # where it has 16 bits
     except RuntimeError as error:
         with suppress(Exception), Image.open(path) as image:  # BMP, TIFF and PPM, which decode_image does not read
             return pil_to_tensor(image.convert("RGB"))

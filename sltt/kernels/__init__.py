@@ -13,7 +13,7 @@ from sltt.kernels.layers import layer_call
 from sltt.kernels.norm import batch_statistics, stepwise_norms
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.pooling import running_max
-from sltt.kernels.restoring import bits_pay, count_active, release
+from sltt.kernels.restoring import bits_pay, release
 from sltt.kernels.saved_tensors import saving, tag_dropped
 from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import Steady, steady_steps
@@ -33,7 +33,6 @@ __all__ = [
     "bits_pay",
     "compiler_problem",
     "convolution_gradients",
-    "count_active",
     "custom_step",
     "differentiable_once",
     "layer_call",

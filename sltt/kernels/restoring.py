@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sltt._torch import is_functorch_wrapped_tensor
 from sltt.kernels.bits import pack, unpack
-from sltt.kernels.native import loaded
 from sltt.kernels.options import options
 from sltt.kernels.sparse import density
 
@@ -126,14 +125,6 @@ def release(spikes: Tensor) -> None:
     """Drop what the layers behind have restored of `spikes`, where the neuron's own backward is not to come soon."""
     if isinstance(tag := tag_of(spikes), SpikeTag):
         tag.release()
-
-
-def count_active(spikes: Tensor) -> Tensor:
-    """How many elements are not 0, without waiting for the device: by their bits where that is native."""
-    tag = None if torch.compiler.is_compiling() else tag_of(spikes)
-    if isinstance(tag, SpikeTag) and tag.layout == (spikes.shape, spikes.stride()) and spikes.is_cpu and loaded():
-        return torch.tensor(round(tag.density(spikes) * spikes.numel()))
-    return torch.count_nonzero(spikes.detach().bool())  # as booleans: floating-point numbers are counted one by one
 
 
 def packable(tensor: Tensor) -> bool:

@@ -212,7 +212,7 @@ class _NeuronLayer(_Layer):
 def _spikes(found: Steady, steps: int) -> Tensor:
     """The number of spikes in T steps."""
     if found.spikes is not None:
-        return torch.tensor(found.spikes)
+        return torch.tensor(found.spikes, device=found.rate.device)
     numbers = (found.rate * steps).round_()
     return numbers.flatten(1).sum(1, dtype=torch.float32).sum(dtype=torch.int64)  # those of a sample are exact
 

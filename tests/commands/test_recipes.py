@@ -129,10 +129,18 @@ def test_every_recipe_runs_a_batch_of_its_shape(name):
 
 @pytest.mark.parametrize(
     "words",
-    [["--phases", "[{epochs: 4}, {epochs: 1}]"], ["--phases=[{epochs: 4}, {epochs: 1}]"], ["--config", "own.yaml"]],
+    [
+        ["--phases", "[{epochs: 4}, {epochs: 1}]"],
+        ["--phases= [{epochs: 4}, {epochs: 1}]"],
+        ["--phases", "- epochs: 4\n- epochs: 1"],
+        ["--config", "own.yaml"],
+        ["--config=~/own.yaml"],
+        ["--config", f"{{seed: 3, phases: [{{epochs: 4}}, {{epochs: 1}}], weights: {'x' * 300}}}"],
+    ],
 )
 def test_phases_that_are_given_take_nothing_from_the_recipes(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     Path("own.yaml").write_text("phases: [{epochs: 4}, {epochs: 1}]", encoding="utf-8")
     assert Recipe("sltt train", "cifar10-hour", words).build().phases == [sltt.Phase(4), sltt.Phase(1)]
     assert Recipe("sltt train", "cifar10-hour", ["--seed", "1"]).build().phases[1].freeze_norm

@@ -262,6 +262,19 @@ def test_images_of_every_kind_that_is_listed_are_read(kind, tmp_path):
     assert torch.equal(splits.test[1][0], splits.plain[1][0])
 
 
+def test_images_of_16_bits_are_augmented(tmp_path):
+    write_images(tmp_path, ("train", "test"))
+    for path in tmp_path.rglob("*.png"):
+        Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64).save(path)
+    splits = ImageFolder(str(tmp_path), size=32, crop_padding=4, randaugment=2).splits(1)
+    assert all(splits.train[i][0].isfinite().all() for i in range(len(splits.train)))
+    shown = splits.test[0][0] * torch.tensor(ImageFolder.std).view(3, 1, 1) + torch.tensor(ImageFolder.mean).view(
+        3, 1, 1
+    )
+    expected = torch.arange(1024).view(32, 32) * 64 // 256 / 255
+    torch.testing.assert_close(shown, expected.expand(3, 32, 32))
+
+
 def test_val_is_taken_where_test_has_no_labels(tmp_path):
     write_images(tmp_path, ("train", "val"))
     (tmp_path / "test" / "images").mkdir(parents=True)
