@@ -28,9 +28,10 @@ class LayerOperations:
     Attributes:
         name: of the layer in the model.
         macs: multiply-accumulates of one time step, if every input counts.
-        steps: how often the layer runs in the T time steps.
-        density: spikes for each input. A whole number k counts as k spikes, another value that is not zero as one. Of
-            products: share of the multiplications of which both factors are not zero.
+        steps: in how many of the T time steps the layer runs; with `sltt.once`, it may be one.
+        density: spikes for each input. A whole number k counts as k spikes, another value that is not zero as one, and
+            so does each value where all are of one size, as the thresholds of a spiking twin. Of products: share of the
+            multiplications of which both factors are not zero.
         spiking: its input comes from neurons, so that each spike costs an accumulate for each synapse; else it is the
             data, and costs a multiply-accumulate for each synapse. Of products: a factor is spikes.
     """
@@ -110,14 +111,15 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     for one in products.counts.values():
         one.macs, one.runs = one.inputs, length
     batch = (x[0] if steps is None else x).shape[0]
-    return [
-        LayerOperations(name, c.macs // batch // c.runs, c.runs, c.active / c.inputs, c.spiking)
-        for name, c in {**counts, **products.counts}.items()
-    ]
+    found = []
+    for name, c in {**counts, **products.counts}.items():
+        ran = min(c.runs, length)  # a layer may run more than once in a time step
+        found.append(LayerOperations(name, c.macs // batch // ran, ran, c.active / c.inputs, c.spiking))
+    return found
 
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 @dataclass
@@ -134,7 +136,7 @@ def _macs(layer: Any, x: Tensor, out: Tensor) -> int:
 
     A transposed convolution multiplies each input with its whole kernel, what it cuts off at the border included.
     """
-    if isinstance(layer, _TRANSPOSED):
+    if isinstance(layer, TRANSPOSED):
         return x.numel() * layer.out_channels // layer.groups * math.prod(layer.kernel_size)
     if isinstance(layer, nn.Linear):
         return out.numel() * layer.in_features

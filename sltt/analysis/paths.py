@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt import kernels
-from sltt.analysis.energy import LAYERS
+from sltt.analysis.energy import LAYERS, TRANSPOSED
 from sltt.checks import instance
 from sltt.kernels import costs
 from sltt.rules import unroll
@@ -59,7 +59,7 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
         path, x = found.setdefault(name, LayerPath(name)), args[0] if args else kwargs["input"]
         path.calls += 1
         path.density += int(torch.count_nonzero(x)) / max(1, x.numel())
-        if isinstance(layer, nn.Conv3d):
+        if isinstance(layer, (nn.Conv3d, *TRANSPOSED)):  # always dense
             return
         with torch.enable_grad():  # as in a training
             taken = kernels.layer_call(*_arguments(layer, x), {}, kernels.Weights())

@@ -19,7 +19,7 @@ OPTIONAL = (
     ("tonic", "event data: pip install 'sltt[events]'"),
     ("matplotlib", "sltt report: pip install 'sltt[report]'"),
     ("jinja2", "sltt report: pip install 'sltt[report]'"),
-    ("nir", "sltt export: pip install 'sltt[interop]'"),
+    *((name, "sltt export: pip install 'sltt[interop]'") for name in ("nir", "onnx", "onnxscript")),
     *((name, "its networks: pip install 'sltt[interop]'") for name in ("spikingjelly", "snntorch", "norse", "sinabs")),
 )
 

@@ -1,7 +1,7 @@
 """What `sltt profile` does: memory, time, operations and energy of a recipe under several rules, and what fits."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class Fits:
         batch: the largest with the recipe's T.
         steps: the largest T with the recipe's batch.
         fold: the most time steps in one call of the network, with the recipe's batch and T; None for a rule without.
-        predicted: bytes of the checked run, by the fitted model.
+        predicted: bytes of the checked run, of this batch, by the fitted model; None without such a batch.
         measured: bytes of the checked run; None if it was not made, since it needs more than is free.
     """
 
@@ -85,7 +85,7 @@ class Fits:
     batch: int | None
     steps: int | None
     fold: int | None
-    predicted: int = 0
+    predicted: int | None = None
     measured: int | None = None
 
 
@@ -207,7 +207,7 @@ def fits_rows(fits: Sequence[Mapping[str, Any]]) -> list[Row]:
             "batch": number(one["batch"], ",", none="no limit"),
             "T": number(one["steps"], ",", none="no limit"),
             "fold": number(one["fold"], ","),
-            "predicted": bytes_cell(one["predicted"]),
+            "predicted": bytes_cell(one["predicted"]) if one["predicted"] else "",
             "measured": bytes_cell(one["measured"]) if one["measured"] else Cell("not run", None),
             "error": number(one["predicted"] / one["measured"] - 1 if one["measured"] else None, "+.1%", none=""),
         }
@@ -300,12 +300,9 @@ def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budg
     for _ in range(2):
         model: PeakModel = fit_peak(measure, batches, (least, 2 * least))
         found.batch, found.steps = model.largest_batch(budget, steps), model.largest_steps(budget, batch)
-        if not found.batch:
+        _check(found, model, steps, measure, available_memory(here.fabric.device))
+        if not (found.batch and found.predicted and found.measured):
             break
-        found.predicted = int(model.peak(found.batch, steps))
-        if found.predicted > available_memory(here.fabric.device):
-            break
-        found.measured = measure(found.batch, steps)
         if abs(found.predicted / found.measured - 1) <= TOLERANCE:
             break
         # Large layers run other kernels than small ones: fit again at the budget.
@@ -313,11 +310,25 @@ def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budg
     return found
 
 
+def _check(found: Fits, model: PeakModel, steps: int, measure: Callable[[int, int], int], free: int) -> None:
+    """Run the largest batch, and smaller ones until one fits."""
+    found.predicted = found.measured = None
+    while found.batch:
+        found.predicted = int(model.peak(found.batch, steps))
+        if found.predicted > free:
+            return
+        found.measured = measure(found.batch, steps)
+        if found.measured <= found.budget:
+            return
+        found.batch = min(found.batch - 1, found.batch * found.budget // found.measured)
+    found.predicted = found.measured = None
+
+
 def _until_regular(rule: Rule) -> int:
     """The least T from which on memory grows evenly with T: the time steps that a rule keeps or draws together."""
     of_layers = (*rule.windows.values(), rule.default) if isinstance(rule, Mixed) else ()
     together = *of_layers, *(getattr(rule, name, None) for name in ("k", "window", "segment", "fold"))
-    return max(2, *(steps for steps in together if isinstance(steps, int)))
+    return max([2, *(steps for steps in together if isinstance(steps, int))])
 
 
 def _fold(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int | None:

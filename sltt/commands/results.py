@@ -85,7 +85,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
     found = Gathered()
     kinds = {"compare": found.comparisons, "profile": found.profiles, "agreement": found.agreements}
     kinds |= {"fscil": found.fewshots, "lr": found.rates}
-    for folder in folders:
+    for folder in (one if one.name.strip(".") else one.resolve() for one in folders):  # . has no name
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}: name one of a run, or one given to --save")
         runs = [path.parent for path in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")])]

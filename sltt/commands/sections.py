@@ -98,16 +98,16 @@ def _name_of(run: Path, found: Gathered) -> str:
 
 
 def _training(runs: dict[Path, str], colours: dict[str, str]) -> Section:
-    accuracy: dict[str, list[figures.Points]] = {}
+    scores: dict[str, dict[str, list[figures.Points]]] = {}  # by metric and label
     loss: dict[str, list[figures.Points]] = {}
-    rows, metric = [], "accuracy"
+    rows = []
     for run, label in runs.items():
         history = read_table(run / METRICS)
         epochs = [row["epoch"] for row in history]
         metric = metric_of(history[0])
         part = "train" if history[0][f"validation_{metric}"] is None else "validation"
         key = f"{part}_{metric}"
-        accuracy.setdefault(label, []).append((epochs, [row[key] for row in history]))
+        scores.setdefault(metric, {}).setdefault(label, []).append((epochs, [row[key] for row in history]))
         loss.setdefault(label, []).append((epochs, [row["train_loss"] for row in history]))
         best = best_epoch(run, history, key)
         seconds = statistics.median(row["seconds"] for row in history)
@@ -122,16 +122,21 @@ def _training(runs: dict[Path, str], colours: dict[str, str]) -> Section:
                 "s / epoch": number(seconds, ".2f"),
             }
         )
-    curves = figures.lines(accuracy, colours, "epoch", metric, percent=is_share(metric))
-    name = metric.replace("_", " ").capitalize()
+    names = {metric: metric.replace("_", " ") for metric in scores}
+    over = [
+        Chart(
+            metric.replace("_", "-"),
+            f"{names[metric].capitalize()} over epochs; a line for each seed",
+            figures.lines(curves, colours, "epoch", metric, percent=is_share(metric)),
+        )
+        for metric, curves in scores.items()
+    ]
+    measured = " and ".join(names.values()).capitalize()
     return Section(
         "Training",
-        [f"{name} on the samples that were held out of the training set, or on that set where none were."],
+        [f"{measured} on the samples that were held out of the training set, or on that set where none were."],
         [Table(rows, "runs", "one row a run")],
-        [
-            Chart("accuracy", f"{name} over epochs; a line for each seed", curves),
-            Chart("loss", "Training loss over epochs", figures.lines(loss, colours, "epoch", "loss")),
-        ],
+        [*over, Chart("loss", "Training loss over epochs", figures.lines(loss, colours, "epoch", "loss"))],
     )
 
 

@@ -104,6 +104,25 @@ def test_spikes_of_any_size_count_once(size):
     assert found.density == 1 / 2
 
 
+class Again(nn.Module):
+    """A layer that runs twice in each time step."""
+
+    def __init__(self):
+        super().__init__()
+        self.neuron, self.layer = sltt.LIF(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        spikes = self.neuron(x)
+        return self.layer(spikes) + self.layer(spikes)
+
+
+def test_what_runs_twice_in_a_time_step_does_so_in_a_network_without_time():
+    (found,) = synaptic_operations(Again(), torch.full((2, 4), 10.0), steps=5)
+    assert (found.macs, found.steps, found.density) == (2 * 12, 5, 1)
+    assert found.picojoules_as_ann == pytest.approx(4.6 * 24)
+    assert found.picojoules == pytest.approx(0.9 * 24 * 5)
+
+
 def test_a_transposed_convolution_multiplies_each_input_with_its_kernel():
     layers = sltt.LIF(), nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 6, 3, stride=2, groups=2)
     (found,) = synaptic_operations(nn.Sequential(*layers), torch.randn(3, 8), steps=1)

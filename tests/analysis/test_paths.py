@@ -13,12 +13,13 @@ pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.
 
 
 def network() -> nn.Sequential:
-    """Spikes read by a convolution, behind average pooling, with padding of another kind, and by a linear layer."""
+    """Spikes read by convolutions: plain, behind average pooling, circular and transposed; and by a linear layer."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 16, 3, padding=1), sltt.LIF(), nn.Conv2d(16, 32, 3, padding=1), sltt.LIF(),
         nn.AvgPool2d(2), nn.Conv2d(32, 32, 1), sltt.LIF(), nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular"),
-        sltt.LIF(), nn.Flatten(), nn.Linear(32 * 64, 16), sltt.LIF(), nn.Linear(16, 3),
+        sltt.LIF(), nn.ConvTranspose2d(32, 32, 3, padding=1), sltt.LIF(), nn.Flatten(), nn.Linear(32 * 64, 16),
+        sltt.LIF(), nn.Linear(16, 3),
     )  # fmt: skip
     return model.to(memory_format=torch.channels_last)
 

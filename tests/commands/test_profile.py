@@ -257,6 +257,7 @@ def test_wrong_options_are_explained(words, code, message, capsys, tmp_path, mon
         (sltt.TBPTT(5), 5),
         (sltt.BPTT(segment=4), 4),
         (sltt.SLTT(fold=6), 6),
+        (sltt.SLTT(fold="auto"), 2),
         (sltt.Mixed({"a": "all", "b": 7}), 7),
         (sltt.OTTT(), 2),
     ],
@@ -264,3 +265,19 @@ def test_wrong_options_are_explained(words, code, message, capsys, tmp_path, mon
 def test_the_memory_over_steps_is_fitted_beyond_the_windows(rule, steps):
     """Within its first window, a rule's memory grows as that of BPTT."""
     assert profile._until_regular(rule) == steps
+
+
+@pytest.mark.parametrize(
+    ("bytes_of", "batch", "measured"),
+    [
+        (lambda batch: 100 * batch, 10, 1000),
+        (lambda batch: 103 * batch, 9, 927),
+        (lambda batch: 100 * batch + 40, 9, 940),
+        (lambda batch: 1001, 0, None),
+    ],
+)
+def test_a_batch_that_is_said_to_fit_was_run_and_fits(bytes_of, batch, measured):
+    found = profile.Fits("SLTT", budget=1000, batch=10, steps=None, fold=None, predicted=7, measured=8)
+    model = fit_peak(lambda samples, steps: 100 * samples, (1, 2), (1, 2))
+    profile._check(found, model, 4, lambda samples, steps: bytes_of(samples), free=2000)
+    assert (found.batch, found.measured, found.predicted) == (batch, measured, 100 * batch or None)

@@ -105,6 +105,17 @@ def test_a_run_by_itself_and_what_is_left_out(measured, tmp_path, capsys):
     assert "truncated or not a checkpoint" in (run / "report" / "report.html").read_text()
 
 
+def test_runs_of_two_metrics_have_two_charts_and_each_has_a_name(measured, tmp_path, monkeypatch):
+    run, other = (shutil.copytree(measured / "BPTT-seed0", tmp_path / name) for name in ("run", "other"))
+    text = (other / "metrics.csv").read_text()
+    (other / "metrics.csv").write_text(text.replace("_accuracy", "_mean_squared_error"))
+    monkeypatch.chdir(run)
+    (section, *_) = sections(gather([Path("."), other]))
+    assert [chart.name for chart in section.charts] == ["1-accuracy", "1-mean-squared-error", "1-loss"]
+    assert [row[0].text for row in section.tables[0].rows] == ["run", "other"]
+    assert [bool(cell.text) for cell in section.tables[0].rows[1]] == [True, True, True, False, True, True, True, True]
+
+
 @pytest.mark.parametrize(
     ("rule", "name"),
     [
