@@ -4,6 +4,7 @@ A high cosine is enough: a step along nearly the same direction learns the same.
 rule, since the network may not need what the rule drops. A short training with each rule decides that.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,8 @@ class Trial:
     Attributes:
         epochs: of each training.
         start: training loss of the untrained network, for each seed.
-        losses: training loss of the last epoch, for each seed, by rule; of `BPTT()` and cheaper rules.
+        losses: training loss of the last epoch, for each seed, by rule; of `BPTT()` and cheaper rules. Of a training
+            that died it is infinite.
         accuracies: training accuracy of the last epoch, likewise.
     """
 
@@ -126,5 +128,5 @@ def _sure(trial: Trial | None, epochs: int) -> str:
 
 
 def _range(shares: Sequence[float]) -> str:
-    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    low, high = ("died" if math.isinf(share) else f"{share:.0%}" for share in (min(shares), max(shares)))
     return low if low == high else f"{low} to {high}"

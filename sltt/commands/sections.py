@@ -57,12 +57,12 @@ def _short(found: Gathered) -> Section:
     unit = "s / epoch" if found.comparisons else "s / batch"
     rows = []
     for one in verdicts(found):
-        steps, memory = max(one.memory.items(), key=lambda of_steps: of_steps[0] or 0)
+        steps, memory = max(one.memory.items(), key=lambda of_steps: of_steps[0] or 0, default=(None, None))
         rows.append(
             {
                 "rule": one.rule,
                 f"test {metric}": Cell(scores_text(one.scores, one.metric), one.score),
-                "memory of a batch": bytes_cell(memory, f", T = {steps}" if steps else ""),
+                "memory of a batch": bytes_cell(memory, f", T = {steps}" if steps else "") if memory else number(None),
                 unit: number(one.seconds, ".2f"),
             }
         )

@@ -1,5 +1,6 @@
 """Short trainings of a recipe with several rules, from the same weights and on the same batches."""
 
+import math
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -8,6 +9,7 @@ from torch import nn
 
 from sltt.analysis.advice import Trial
 from sltt.analysis.agreement import AGREES, Agreement, Proposal
+from sltt.commands.failures import cause
 from sltt.commands.parsing import Recipe
 from sltt.data import Data
 from sltt.neurons import LIF
@@ -73,7 +75,11 @@ def run_trial(
         trial.start.append(measure_split(here, built.model, data, "train", **sizes).loss)
         for rule in rules:
             report.line(f"trial: {rule}, seed {seed}")
-            last = train(here, build(recipe, data, tau, "--seed", seed), steps, epochs, rule, report).history[-1]
+            try:
+                last = train(here, build(recipe, data, tau, "--seed", seed), steps, epochs, rule, report).history[-1]
+            except Exception as error:  # the others still run
+                report.warn(f"trial: {rule}, seed {seed} died: {cause(error)}")
+                last = {"train_loss": math.inf, "train_accuracy": 0.0}
             trial.losses[repr(rule)].append(last["train_loss"])
             trial.accuracies[repr(rule)].append(last["train_accuracy"])
     return trial

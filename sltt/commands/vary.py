@@ -58,6 +58,8 @@ def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bo
         f"{first['rule']} has the best validation {name}: {shown(metric, means[0])}; "
         f"on the test samples {shown(metric, statistics.mean(finite(first['scores']) or [math.nan]))}."
     )
+    if died := len(first.get("errors", ())):
+        text += f" {died} of its seeds died."
     if len(ranked) == 1:
         return text
     one_seed = " One seed: repeat with --seeds 3." if any(len(one) < 2 for one in several[:2]) else ""

@@ -10,6 +10,7 @@ from sltt.commands.vary import best_of
 from sltt.metrics import finite, is_share, shown
 
 MARGIN = 0.01  # of accuracy: a smaller loss is called none
+OF_AN_ERROR = 0.05  # the same of other metrics, as a part of the reference's
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Verdict:
         seconds: of a training epoch, or of a training batch where no epoch was timed.
         memory: bytes of a training batch, for each T.
         cosine: of its gradient with that of BPTT.
+        died: the number of seeds without a score.
     """
 
     rule: str
@@ -35,6 +37,7 @@ class Verdict:
     seconds: float | None = None
     memory: dict[int | None, int] = field(default_factory=dict)
     cosine: float | None = None
+    died: int = 0
 
     @property
     def score(self) -> float | None:
@@ -47,7 +50,9 @@ def verdicts(found: Gathered) -> list[Verdict]:
     rules: dict[str, Verdict] = {}
     for one in _of_one_recipe(found, found.comparisons):
         for row in one["rows"]:
-            if scores := finite(row["scores"]):
+            scores = finite(row["scores"])
+            died = len(row["scores"]) - len(scores) + len(row.get("errors", ()))
+            if scores or died:
                 rules[row["rule"]] = Verdict(
                     row["rule"],
                     scores,
@@ -55,8 +60,9 @@ def verdicts(found: Gathered) -> list[Verdict]:
                     1 if one["higher_is_better"] else -1,
                     one.get("samples"),
                     row["seconds"],
-                    {row.get("steps") or one.get("steps"): row["peak_memory"]},
+                    {row.get("steps") or one.get("steps"): row["peak_memory"]} if row["peak_memory"] else {},
                     row["cosine"],
+                    died,
                 )
     for one in _of_one_recipe(found, found.profiles):
         for row in one["costs"]:
@@ -103,7 +109,11 @@ def _sentence(one: Verdict, reference: Verdict) -> str:
         parts.append(f"{one.seconds / reference.seconds:.2f} × the time")
     if one.cosine is not None and not math.isnan(one.cosine):
         parts.append(f"gradient agreement {one.cosine:.2f}")
-    seeds = " One seed: repeat with --seeds 3." if len(one.scores) == 1 else ""
+    seeds = " One seed: repeat with --seeds 3." if min(len(one.scores), len(reference.scores)) == 1 else ""
+    if one.died:
+        safe = " Not safe here."
+    died = [rule for rule in (one, reference) if rule.died]
+    parts += [f"{rule.died} of {rule.died + len(rule.scores)} seeds of {rule.rule} died" for rule in died]
     return f"{one.rule}: {', '.join(parts)}.{safe}{seeds}" if parts else ""
 
 
@@ -115,15 +125,20 @@ def _reached(one: Verdict, reference: Verdict) -> tuple[str, str]:
     lost, noise = one.sign * (reference.score - one.score), noise_of(one, reference)
     if not is_share(one.metric):
         text = f"{name} {shown(one.metric, one.score)}, {other} {shown(one.metric, reference.score)}"
-        if min(len(one.scores), len(reference.scores)) < 2:
-            return text, ""
-        return text, " Not safe here." if lost > noise else " Safe here, as far as these seeds tell."
-    points, measured = f"{100 * lost:.1f} points", f"measured to ±{100 * noise:.0f} points only"
-    if lost > MARGIN:
-        safe = " Not safe here." if lost > noise else f" Safe or not is open: {measured}."
-        return f"{name} {points} below {other}", safe
+        told = min(len(one.scores), len(reference.scores)) > 1
+        measured, margin = f"±{shown(one.metric, noise)}", OF_AN_ERROR * abs(reference.score)
+        return text, _safe(lost, noise, margin, measured) if told else ""
+    points = f"{100 * lost:.1f} points"
     text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
-    return text, " Safe here." if noise <= 2 * MARGIN else f" Safe here, but {measured}."
+    text = f"{name} {points} below {other}" if lost > MARGIN else text
+    return text, _safe(lost, noise, MARGIN, f"±{100 * noise:.0f} points")
+
+
+def _safe(lost: float, noise: float, margin: float, measured: str) -> str:
+    """Whether a rule that loses so much, `measured` to so much, is safe."""
+    if lost > margin:
+        return " Not safe here." if lost > noise else f" Safe or not is open: measured to {measured} only."
+    return " Safe here." if noise <= 2 * margin else f" Safe here, but measured to {measured} only."
 
 
 def _times(ratio: float) -> str:
@@ -138,7 +153,7 @@ def noise_of(one: Verdict, other: Verdict) -> float:
     if one.samples is None:
         return 0.0
     means = [statistics.mean(several) for several in pairs]
-    return 2 * math.sqrt(sum(mean * (1 - mean) / one.samples for mean in means))
+    return 2 * math.sqrt(sum(max(0.0, mean * (1 - mean)) / one.samples for mean in means))
 
 
 def layers(found: Gathered) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """How a network is measured on the samples of a split."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,9 @@ from sltt.training.safeguards import check_length
 from sltt.training.score import Score
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution
+from sltt.training.trained import Trained
 
+log = logging.getLogger("sltt")
 Split = Literal["train", "validation", "test"]
 
 
@@ -40,7 +43,7 @@ def evaluate(
     *,
     loss: nn.Module = CrossEntropyMSE(),
     metric: Metric = Accuracy(),
-    steps: int = 4,
+    steps: int | None = None,
     batch_size: int | None = None,
     precision: Precision = 32,
     channels_last: bool = False,
@@ -60,6 +63,7 @@ def evaluate(
 
     Args:
         split: which samples; those of the training without augmentation, where the data has them so.
+        steps: T; None is that of the training for a network of `sltt.load`, and 4 for another.
         mirror: take the mean logits of each image and of its mirror image, left to right (as in Krizhevsky et al.
             2012), in twice the time.
         shift: take the mean logits of each image, which counts half, and of two views that are moved by so many pixels,
@@ -72,7 +76,15 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """
-    size = batch_size_of(data, batch_size)
+    known, size = getattr(model, "trained", None), batch_size_of(data, batch_size)
+    if isinstance(known, Trained):
+        steps = known.steps if steps is None else steps
+        if prediction_of(loss) != known.prediction:
+            log.warning(
+                "the network was trained with a loss that predicts by %s, and is measured with one that predicts by "
+                "%s: give evaluate its loss", known.prediction, prediction_of(loss)
+            )  # fmt: skip
+    steps = 4 if steps is None else steps
     seen = {"mirror": mirror, "shift": shift}
     with session(Execution.of(locals())) as here:
         return measure_split(here, model, data, split, loss=loss, metric=metric, steps=steps, batch_size=size, **seen)

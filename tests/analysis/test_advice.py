@@ -1,9 +1,13 @@
 import json
+import types
 
 import pytest
 
+import sltt
 from sltt.analysis import Agreement, Trial, advice
 from sltt.commands import main
+from sltt.commands import trial as trial_module
+from sltt.training.console import Console
 
 
 def measured(**least):
@@ -45,6 +49,32 @@ def test_a_trial_decides_whatever_the_cosines_are(losses, rule, sure):
         f" {sure} In 4 epochs with 2 seeds, rules lowered the loss by these shares of what BPTT() did: SLTT() " in said
     )
     assert trial.learned("BPTT()") == [1.0, 1.0]
+
+
+def test_a_rule_that_died_in_the_trial_is_not_advised():
+    losses = {"SLTT()": [float("inf"), 0.9], "BPTT()": [1.0, 1.0]}
+    trial = Trial(4, [2.0, 2.0], losses, {name: [0.0, 0.8] for name in losses})
+    said = advice(measured(SLTT=0.99), trial)
+    assert said.startswith("Take BPTT().")
+    assert "SLTT() died to 110%" in said
+    exact = Trial(4, [2.0], {"SLTT()": [1.0], "BPTT()": [float("inf")]}, {"SLTT()": [0.8], "BPTT()": [0.0]})
+    assert "Not sure: BPTT() has learned little" in advice(measured(SLTT=0.99), exact)
+
+
+def test_a_training_that_dies_leaves_the_others_in_the_trial(monkeypatch, capsys):
+    def train(here, built, steps, epochs, rule, report):
+        if isinstance(rule, sltt.BPTT):
+            raise FloatingPointError("the loss is inf")
+        return types.SimpleNamespace(history=[{"train_loss": 0.5, "train_accuracy": 0.9}])
+
+    monkeypatch.setattr(trial_module, "build", lambda *args: types.SimpleNamespace(model=None))
+    monkeypatch.setattr(trial_module, "measured_with", lambda built: {})
+    monkeypatch.setattr(trial_module, "measure_split", lambda *args, **kwargs: types.SimpleNamespace(loss=2.0))
+    monkeypatch.setattr(trial_module, "train", train)
+    rules, settings = [sltt.SLTT(), sltt.BPTT()], {"tau": None, "steps": 2, "epochs": 1, "seeds": 2}
+    found = trial_module.run_trial(None, None, None, rules, **settings, report=Console())
+    assert found.losses == {"SLTT()": [0.5, 0.5], "BPTT()": [float("inf")] * 2}
+    assert "trial: BPTT(), seed 1 died: the loss is inf" in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_a_trial_in_which_bptt_learns_little_decides_nothing():

@@ -78,6 +78,29 @@ def test_a_rule_that_died_has_no_verdict_and_without_bptt_the_first_is_the_refer
     assert answers(found)[0].startswith("SLTT:k=1: accuracy not below that of SLTT, the same memory at T = 4")
 
 
+def test_a_rule_whose_seeds_died_is_not_safe():
+    died = {"errors": ["seed 1: the loss is nan", "seed 2: the loss is nan"]}
+    found = gathered(
+        compared("BPTT", [0.9, 0.9, 0.9]),
+        compared("SLTT", [0.95]) | died,
+        compared("OTTT", [], memory=0) | died,
+        compared("TBPTT", [0.93, None, 0.94]),
+    )
+    sltt_, ottt, tbptt = answers(found)
+    assert "2 of 3 seeds of SLTT died. Not safe here. One seed" in sltt_
+    assert ottt == "OTTT: 1.00 × the time, gradient agreement 1.00, 2 of 2 seeds of OTTT died. Not safe here."
+    assert "1 of 3 seeds of TBPTT died. Not safe here." in tbptt
+    rows = [{**row, "validation": row["scores"]} for row in found.comparisons[0]["rows"]]
+    assert "2 of its seeds died." in best_of(rows[1:3], "accuracy", True)
+
+
+def test_the_reference_may_have_no_memory_that_was_measured():
+    found = gathered(compared("BPTT", [0.9, 0.9], memory=0), compared("SLTT", [0.9, 0.9]))
+    assert answers(found) == [
+        "SLTT: accuracy not below that of BPTT, 1.00 × the time, gradient agreement 1.00. Safe here."
+    ]
+
+
 def test_without_trainings_the_advice_or_the_costs_answer():
     spatial = {"rule": "SLTT()", "layers": {"a": (0.9, 1.0), "b": (None, None)}}
     agreements = [{"recipe": "digits", "rows": [{"advice": "Take SLTT().", "agreement": [spatial]}]}]
@@ -103,7 +126,10 @@ def test_the_verdict_of_an_error_needs_several_seeds():
     assert "mean squared error 0.2, BPTT 0.1" in said(("BPTT", [0.1]), ("SLTT", [0.2]))
     assert "afe here" not in said(("BPTT", [0.1]), ("SLTT", [0.2]))
     assert "Not safe here." in said(("BPTT", [0.1, 0.1]), ("SLTT", [0.2, 0.2]))
-    assert "Safe here, as far as these seeds tell." in said(("BPTT", [0.1, 0.1]), ("SLTT", [0.05, 0.05]))
+    assert "Safe here." in said(("BPTT", [0.1, 0.1]), ("SLTT", [0.05, 0.05]))
+    assert "Safe here." in said(("BPTT", [0.1, 0.10001]), ("SLTT", [0.10003, 0.10004]))
+    assert "Safe or not is open: measured to ±0.4001 only." in said(("BPTT", [0.1, 0.11]), ("SLTT", [0.1, 0.5]))
+    assert "Safe here, but measured to ±0.08 only." in said(("BPTT", [0.1, 0.1]), ("SLTT", [0.05, 0.13]))
 
 
 def test_scores_that_are_no_numbers_are_left_out():
@@ -111,7 +137,8 @@ def test_scores_that_are_no_numbers_are_left_out():
     assert scores_text([0.5, nan, None, 0.7]) == "60.0% ± 14.1%"
     assert scores_text([nan]) == "–"
     found = gathered(compared("BPTT", [0.9, 0.9]), compared("SLTT", [nan, 0.8]), compared("OTTT", [nan, None]))
-    assert [(one.rule, one.scores) for one in verdicts(found)] == [("BPTT", [0.9, 0.9]), ("SLTT", [0.8])]
+    kept = [(one.rule, one.scores, one.died) for one in verdicts(found)]
+    assert kept == [("BPTT", [0.9, 0.9], 0), ("SLTT", [0.8], 1), ("OTTT", [], 2)]
     rows = [{"rule": "a", "scores": [nan, 0.5], "validation": [nan, 0.4]}]
     rows += [{"rule": "b", "scores": [0.7], "validation": [0.6]}]
     best = best_of(rows, "accuracy", True)

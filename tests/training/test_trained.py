@@ -86,6 +86,18 @@ def test_a_loaded_network_predicts_as_the_trained_one(tmp_path):
     torch.testing.assert_close(sltt.predict(given, x), prediction)
 
 
+def test_a_loaded_network_is_measured_at_the_t_of_its_training(tmp_path, caplog):
+    loss, data = sltt.losses.OfLast(nn.CrossEntropyLoss()), sltt.data.Digits()
+    model = trained(tmp_path / "run", data, loss=loss, rule=sltt.BPTT(), steps=3)
+    expected = sltt.evaluate(model, data, loss=loss, steps=3, device="cpu")
+    loaded = sltt.load(tmp_path / "run")
+    assert sltt.evaluate(loaded, data, loss=loss, device="cpu").loss == expected.loss
+    assert sltt.evaluate(loaded, data, loss=loss, steps=4, device="cpu").loss != expected.loss
+    assert not caplog.messages
+    sltt.evaluate(loaded, data, device="cpu")
+    assert "trained with a loss that predicts by last, and is measured with one that predicts by mean" in caplog.text
+
+
 def test_a_run_of_the_command_loads_by_the_network_that_its_recipe_names(tmp_path):
     run = str(tmp_path / "run")
     tiny = ["--epochs", "1", "--model.width", "2", "--model.neuron.tau", "3.0", "--device", "cpu"]
