@@ -119,7 +119,7 @@ TRAINING = {
     "phases": Kind({"number": 7, "of a number": [3], "text": "ab"}, "phase"),
 }  # fmt: skip
 EVALUATION = (
-    "model", "data", "loss", "steps", "batch_size", "precision", "channels_last", "workers", "device", "devices",
+    "model", "data", "loss", "batch_size", "precision", "channels_last", "workers", "device", "devices",
     "num_nodes", "strategy", "compile",
 )  # fmt: skip
 
@@ -127,6 +127,7 @@ OTHER_CALLS = [
     ("fit(resume without run)", partial(fit, resume=True, run=None), ValueError, "resume=True needs the folder"),
     ("fit(resume of no run)", partial(fit, resume=True, run="typo"), ValueError, "typo"),
     ("evaluate(split)", partial(evaluate, split="valid"), ValueError, "split must be one of"),
+    ("evaluate(steps)", partial(evaluate, steps=0), ValueError, "steps must be"),
     ("evaluate(shift)", partial(evaluate, shift=-1), ValueError, "shift must be"),
     ("evaluate(mirror)", partial(evaluate, mirror="yes"), ValueError, "mirror must be True or False"),
     ("splits(steps: 0)", partial(data.Digits().splits, 0), ValueError, "steps must be at least 1"),

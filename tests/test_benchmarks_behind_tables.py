@@ -198,9 +198,11 @@ def test_the_trainings_of_an_hour_differ_in_epochs_and_in_the_activation():
         steady = one.epochs - 1
         assert [phase.epochs for phase in one.phases] == [steady, 1]
         assert one.schedule.warmup == steady / 4
-        assert case in ("recipe", f"{steady} + 1 epochs")
-        assert one.steps == (32 if case == "recipe" else 16)
-    assert sorted(one.epochs for one in built.values()) == [5, 11, 25, 25, 49]
+        assert case.removeprefix("recipe, ") in ("recipe", f"{steady} + 1 epochs")
+        assert one.steps == (32 if case.startswith("recipe") else 16)
+        assert (one.phases[1] == built["recipe"].phases[1]) == case.startswith("recipe")
+        assert [one.phases[0].rule.steady, one.phases[0].steps] == [True, 16]
+    assert sorted(one.epochs for one in built.values()) == [5, 11, 25, 25, 37, 49]
 
 
 def test_a_training_of_an_hour_finds_the_benchmarks_optimizer_and_goes_on(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Firing rates: the share of neurons that spike in a time step."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,10 @@ class FiringRates:
         self._spikes: dict[str, Tensor | int] = dict.fromkeys(layers, 0)
         self._count = dict.fromkeys(layers, 0)
 
-    def __call__(self, name: str, spikes: Tensor, possible: int | None = None) -> None:
+    def __call__(self, name: str, spikes: Any, possible: int | None = None) -> None:
         """Count the spikes of a layer [n·B, ...]; or add their number, out of so many `possible` ones."""
         if possible is None:  # as booleans, since PyTorch counts floating-point numbers one by one
-            possible, spikes = spikes.numel(), torch.count_nonzero(spikes.detach().bool())
+            possible, spikes = int(spikes.numel()), torch.count_nonzero(spikes.detach().bool())
         self._spikes[name] += spikes
         self._count[name] += possible
 

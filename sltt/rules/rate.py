@@ -209,10 +209,10 @@ class _NeuronLayer(_Layer):
         return _Rate.apply(x, found, *learned)  # type: ignore[return-value]
 
 
-def _spikes(found: Steady, steps: int) -> Tensor:
+def _spikes(found: Steady, steps: int) -> Tensor | int:
     """The number of spikes in T steps."""
     if found.spikes is not None:
-        return torch.tensor(found.spikes, device=found.rate.device)
+        return found.spikes
     numbers = (found.rate * steps).round_()
     return numbers.flatten(1).sum(1, dtype=torch.float32).sum(dtype=torch.int64)  # those of a sample are exact
 

@@ -60,7 +60,7 @@ PLAIN, CROPPED = ["ToDtype", "Normalize"], ["RandomHorizontalFlip", "ToDtype", "
 )
 def test_images_are_changed_in_this_order(data, of_training, of_others):
     for train, expected in ((True, of_training), (False, of_others)):
-        assert [type(one).__name__ for one in data.transform(train).transforms] == ["ToImage", *expected]
+        assert [type(one).__name__ for one in data.transform(train).transforms] == ["PILToTensor", *expected]
 
 
 def test_a_folder_is_resized_and_distorted_as_published():

@@ -29,7 +29,8 @@ def test_the_arguments_of_fit_are_the_settings_with_their_defaults():
 
 def test_the_arguments_of_evaluate_are_settings_with_their_defaults():
     given, expected = parameters(sltt.evaluate), settings(Training, Execution)
-    for name in ("model", "data", "split", "mirror", "shift"):
+    assert given["steps"] is None  # those of the training, which the network may know
+    for name in ("model", "data", "split", "mirror", "shift", "steps"):
         given.pop(name)
     assert all(expected[name] in (MISSING, default) for name, default in given.items())
     assert settings(Execution).keys() - given.keys() == {"sync_batchnorm"}  # evaluation takes no statistics
