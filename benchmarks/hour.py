@@ -27,19 +27,21 @@ SETTINGS = (
 )
 
 
-def shorter(steady: int) -> list[str]:
-    """So many epochs of steady currents, whose learning rate rises over a quarter of them; all epochs have T = 16."""
-    phases = f"[{{epochs: {steady}, {STEADY}}}, {SLTTK}]"
-    return ["--steps", "16", "--phases", phases, "--epochs", str(steady + 1), "--schedule.warmup", str(steady / 4)]
+def lasting(steady: int, last: str = SLTTK, steps: int = 16) -> list[str]:
+    """So many epochs of steady currents at T = 16, whose learning rate rises over a quarter of them, and a last one."""
+    phases = f"[{{epochs: {steady}, steps: 16, {STEADY}}}, {last}]"
+    epochs = ["--epochs", str(steady + 1), "--schedule.warmup", str(steady / 4)]
+    return ["--steps", str(steps), "--phases", phases, *epochs]
 
 
 CASES: dict[str, list[str]] = {  # options that change the recipe
-    "4 + 1 epochs": shorter(4),
-    "10 + 1 epochs": shorter(10),
+    "4 + 1 epochs": lasting(4),
+    "10 + 1 epochs": lasting(10),
     "recipe": [],
-    "24 + 1 epochs": shorter(24),
-    "48 + 1 epochs": shorter(48),
-    "Muon: 22 + 1 epochs": [*shorter(22), "--schedule.warmup", "5", *muon("0.08")],
+    "recipe, 36 + 1 epochs": lasting(36, "{epochs: 1, lr: 0.001, freeze_norm: true}", 32),
+    "24 + 1 epochs": lasting(24),
+    "48 + 1 epochs": lasting(48),
+    "Muon: 22 + 1 epochs": [*lasting(22), "--schedule.warmup", "5", *muon("0.08")],
     "analog: GELU": [
         *("--phases", "null", "--rule", "SLTT", "--steps", "1"),
         *("--model.neuron", "torch.nn.GELU", "--model.scale", "0.1111"),
