@@ -119,7 +119,7 @@ TRAINING = {
     "phases": Kind({"number": 7, "of a number": [3], "text": "ab"}, "phase"),
 }  # fmt: skip
 EVALUATION = (
-    "model", "data", "loss", "batch_size", "precision", "channels_last", "workers", "device", "devices",
+    "model", "data", "loss", "steps", "batch_size", "precision", "channels_last", "workers", "device", "devices",
     "num_nodes", "strategy", "compile",
 )  # fmt: skip
 
@@ -127,7 +127,6 @@ OTHER_CALLS = [
     ("fit(resume without run)", partial(fit, resume=True, run=None), ValueError, "resume=True needs the folder"),
     ("fit(resume of no run)", partial(fit, resume=True, run="typo"), ValueError, "typo"),
     ("evaluate(split)", partial(evaluate, split="valid"), ValueError, "split must be one of"),
-    ("evaluate(steps)", partial(evaluate, steps=0), ValueError, "steps must be"),
     ("evaluate(shift)", partial(evaluate, shift=-1), ValueError, "shift must be"),
     ("evaluate(mirror)", partial(evaluate, mirror="yes"), ValueError, "mirror must be True or False"),
     ("splits(steps: 0)", partial(data.Digits().splits, 0), ValueError, "steps must be at least 1"),
@@ -180,7 +179,7 @@ def trainings():
     """Each argument of `fit` and `evaluate` with each value of its kind."""
     for title, function, names in (("fit", fit, TRAINING), ("evaluate", evaluate, EVALUATION)):
         for name in names:
-            kind = TRAINING[name]
+            kind = TRAINING[name].but("none") if (title, name) == ("evaluate", "steps") else TRAINING[name]
             for label, value in kind.values.items():
                 call = partial(function, **{name: value})
                 yield pytest.param(call, ValueError, kind.message.format(name=name), id=f"{title}({name}: {label})")

@@ -300,9 +300,9 @@ def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budg
     for _ in range(2):
         model: PeakModel = fit_peak(measure, batches, (least, 2 * least))
         found.batch, found.steps = model.largest_batch(budget, steps), model.largest_steps(budget, batch)
-        _check(found, model, steps, measure, available_memory(here.fabric.device))
+        _run_largest(found, model, steps, measure, available_memory(here.fabric.device))
         if not (found.batch and found.predicted and found.measured):
-            break
+            break  # nothing fits, or it was not run
         if abs(found.predicted / found.measured - 1) <= TOLERANCE:
             break
         # Large layers run other kernels than small ones: fit again at the budget.
@@ -310,7 +310,7 @@ def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budg
     return found
 
 
-def _check(found: Fits, model: PeakModel, steps: int, measure: Callable[[int, int], int], free: int) -> None:
+def _run_largest(found: Fits, model: PeakModel, steps: int, measure: Callable[[int, int], int], free: int) -> None:
     """Run the largest batch, and smaller ones until one fits."""
     found.predicted = found.measured = None
     while found.batch:

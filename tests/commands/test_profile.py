@@ -279,5 +279,5 @@ def test_the_memory_over_steps_is_fitted_beyond_the_windows(rule, steps):
 def test_a_batch_that_is_said_to_fit_was_run_and_fits(bytes_of, batch, measured):
     found = profile.Fits("SLTT", budget=1000, batch=10, steps=None, fold=None, predicted=7, measured=8)
     model = fit_peak(lambda samples, steps: 100 * samples, (1, 2), (1, 2))
-    profile._check(found, model, 4, lambda samples, steps: bytes_of(samples), free=2000)
+    profile._run_largest(found, model, 4, lambda samples, steps: bytes_of(samples), free=2000)
     assert (found.batch, found.measured, found.predicted) == (batch, measured, 100 * batch or None)

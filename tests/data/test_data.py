@@ -268,11 +268,9 @@ def test_images_of_16_bits_are_augmented(tmp_path):
         Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64).save(path)
     splits = ImageFolder(str(tmp_path), size=32, crop_padding=4, randaugment=2).splits(1)
     assert all(splits.train[i][0].isfinite().all() for i in range(len(splits.train)))
-    shown = splits.test[0][0] * torch.tensor(ImageFolder.std).view(3, 1, 1) + torch.tensor(ImageFolder.mean).view(
-        3, 1, 1
-    )
-    expected = torch.arange(1024).view(32, 32) * 64 // 256 / 255
-    torch.testing.assert_close(shown, expected.expand(3, 32, 32))
+    mean, std = (torch.tensor(of).view(3, 1, 1) for of in (ImageFolder.mean, ImageFolder.std))
+    expected = (torch.arange(1024).view(32, 32) * 64 // 256 / 255 - mean) / std
+    torch.testing.assert_close(splits.test[0][0], expected)
 
 
 def test_val_is_taken_where_test_has_no_labels(tmp_path):

@@ -160,6 +160,11 @@ def test_layers_are_timed_once_on_a_machine(monkeypatch, tmp_path):
     costs._dense.cache_clear()
 
 
+def test_ours_are_taken_where_they_are_clearly_faster(monkeypatch):
+    monkeypatch.setattr(costs, "_dense", lambda dtype: [costs.Dense(1.0, 0.95), costs.Dense(1.0, 0.85)])
+    assert costs.ours(layer_of(8, 64, 64, (16, 16)), torch.bfloat16) == (False, True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_times_of_layers_are_measured(dtype):
     assert all(0 < nanoseconds < 1e9 for times in costs._measure_dense(dtype) for nanoseconds in times)
