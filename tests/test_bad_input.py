@@ -49,6 +49,7 @@ CONSTRUCTORS = [
         "epochs": of_phase(whole(0, -1)), "steps": of_phase(whole(0, -1).but("none")), "rule": of_phase(OBJECT),
         "lr": of_phase(number(-1).but("none")), "weight_decay": of_phase(number(-1).but("none")),
         "freeze_norm": of_phase(FLAG), "crop": of_phase(whole(0, -1).but("none")),
+        "batches": of_phase(whole(0, -1).but("none")),
     }),
     (models.DigitsNet, {}, NETWORK | DROPOUT | {"width": whole(0, -1)}),
     (models.MLP, {"features": [2, 2, 2]}, DROPOUT | {"features": SIZES, "norm": FLAG, "neuron": OBJECT}),

@@ -30,7 +30,7 @@ POOL = 50  # batches that are sorted by length together
 
 
 class EpochSampler(Sampler[Key]):
-    """Yields (index, seed) for every sample of an epoch, shuffled; `start` leaves out the samples already seen.
+    """Yields (index, seed) for the samples of an epoch, shuffled.
 
     Args:
         length: number of samples.
@@ -51,13 +51,14 @@ class EpochSampler(Sampler[Key]):
         """For the training samples of a data set."""
         return cls(splits.sizes["train"], seed, splits.lengths, batch_size)
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and how many of its samples to leave out."""
+    def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
+        """Choose the epoch, how many of its samples are seen already, and after how many it ends; None is after all."""
         self.epoch = epoch
-        self.start = start
+        self.stop = self.length if stop is None else min(stop, self.length)
+        self.start = min(start, self.stop)
 
     def __len__(self) -> int:
-        return self.length - self.start
+        return self.stop - self.start
 
     def __iter__(self) -> Iterator[Key]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
@@ -65,7 +66,7 @@ class EpochSampler(Sampler[Key]):
         if self.lengths is not None:
             order = by_length(order, self.lengths, self.batch_size, generator)
         seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
-        yield from zip(order[self.start :], seeds[self.start :], strict=True)
+        yield from zip(order[self.start : self.stop], seeds[self.start : self.stop], strict=True)
 
 
 def by_length(order: list[int], lengths: Sequence[int], size: int, generator: torch.Generator) -> list[int]:

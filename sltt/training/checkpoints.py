@@ -94,7 +94,7 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
     terms = {"terms": saved["samples"]}  # of checkpoints that were written before there were others
     loop.state = Progress(**{**terms, **saved}).of_process(loop.processes.rank)
     if loop.average:
-        loop.average.n_averaged.fill_(1 + loop.state.epoch * loop.batches + loop.state.batch)
+        loop.average.n_averaged.fill_(1 + loop.trained_batches)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ class Loop:
         self.stages, self.callbacks = training.stages, training.callbacks or ()
         self.metric = name_of(training.metric)
         self.sampler = EpochSampler.of(splits, training.seed, training.batch_size)
-        self.batches = math.ceil(self.sampler.length / training.batch_size)
+        self.batches = self._count_batches(0)
         self.scaled = session.execution.precision == "16-mixed"  # a scaler leaves out steps that are not finite
         self.initial = [(group["lr"], group.get("weight_decay", 0.0)) for group in self.optim.param_groups]
         self.state, self.saved = Progress(), time.monotonic()
@@ -125,7 +125,8 @@ class Loop:
     def _epoch(self, stage: Stage, loader: DataLoader[Any], interrupt: Interrupt) -> Metrics:
         """Train what is left of an epoch."""
         state = self.state
-        self.sampler.set_epoch(state.epoch, min(state.batch * self.training.batch_size, self.sampler.length))
+        seen, stop = (count * self.training.batch_size for count in (state.batch, self.batches))
+        self.sampler.set_epoch(state.epoch, seen, stop)
         began = time.monotonic() - state.seconds
         self.score = Score(self.training.metric, self.processes, state)
         if self.score.partial:
@@ -155,6 +156,15 @@ class Loop:
         for model in self.models:
             self.processes.average_statistics(model)
         return self.score.of(state.metrics(self.metric, self.processes, seconds, self.memory.peak))
+
+    def _count_batches(self, epoch: int) -> int:
+        whole = math.ceil(self.sampler.length / self.training.batch_size)
+        return min(stage_at(self.stages, epoch).batches or whole, whole)
+
+    @property
+    def trained_batches(self) -> int:
+        """How many batches were trained, in all epochs."""
+        return sum(map(self._count_batches, range(self.state.epoch))) + self.state.batch
 
     def _batch(self, stage: Stage, x: Tensor, y: Tensor | Padded, firing: FiringRates) -> None:
         """Train a batch, or this process's share of it."""
@@ -230,9 +240,11 @@ class Loop:
 
         At another T, the best epoch is sought anew. Where the schedule starts anew, training goes on from the average.
         """
+        self.batches = self._count_batches(stage.start)
         if self.training.phases:
             crop = f", crops of {stage.crop} pixels" if stage.crop else ""
-            self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}{crop}")
+            part = f", {self.batches} batches an epoch" if stage.batches else ""
+            self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}{crop}{part}")
         self.splits = self.session.splits(self.data, stage.steps)
         new = self.state.batch == 0 and self.state.epoch > 0
         if new and stage_at(self.stages, self.state.epoch - 1).steps != stage.steps:

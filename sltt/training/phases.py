@@ -32,6 +32,8 @@ class Phase:
         crop: side, in pixels, of a square taken at a random place out of each training sample, after its other
             augmentation; None is the whole sample. For networks that take images of any size: epochs on parts of the
             images cost by their area.
+        batches: in each of its epochs, of a random order of the samples; None is all samples. Use it for a phase that
+            needs less than an epoch.
 
     Raises:
         ValueError: a value that makes no sense; the message names it.
@@ -44,9 +46,10 @@ class Phase:
     weight_decay: float | None = None
     freeze_norm: bool = False
     crop: int | None = None
+    batches: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "crop"):
+        for name in ("epochs", "steps", "crop", "batches"):
             if name == "epochs" or getattr(self, name) is not None:
                 whole_number(f"{name} of a phase", getattr(self, name), least=1)
         for name in ("lr", "weight_decay"):
@@ -69,6 +72,7 @@ class Stage:
     weight_decay: float | None
     freeze_norm: bool
     crop: int | None
+    batches: int | None
     span: tuple[int, int]
 
 
@@ -91,6 +95,7 @@ def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) ->
             weight_decay=phase.weight_decay,
             freeze_norm=phase.freeze_norm,
             crop=phase.crop,
+            batches=phase.batches,
             span=(bounds[first], bounds[last]),
         )
         if stage.start < stage.stop:
