@@ -29,7 +29,7 @@ from sltt.kernels import using
 
 RESULTS = DOCS / "results" / "paper"
 IMAGES = "--data sltt.data.ImageFolder --data.root {data}/cifar10 --data.size 32 --data.crop_padding 4"
-CIFAR10 = (  # half the width of the recipe, with the paper's neuron: a training takes minutes
+CIFAR10 = (  # narrower than the recipe, with the paper's neuron: a training takes minutes
     f"cifar10-small {IMAGES} --data.validation 0.04 --data.cutout 0 --model.widths [32,64,128] --model.stem 0 "
     "--model.neuron sltt.LIF --model.neuron.tau 1.1 --model.neuron.v_threshold 1 --model.neuron.v_init null "
     "--model.neuron.surrogate sltt.surrogates.Triangle --model.neuron.surrogate.gamma 1 --optimizer.lr 0.1 "
