@@ -10,16 +10,25 @@ from sltt.commands.parsing import CommandOptions, shipped_recipes
 HELP = "Print a script that lets the shell complete commands, recipes, runs and options: source <(sltt completion bash)"
 
 OF_RUNS = ("eval", "export", "report")  # which take the folder of a run, and no recipe
+# Runs are listed by a glob, since zsh's compgen -d sees no word. Lists have a word a line, since names may have spaces.
 SCRIPT = """_sltt() {{
+  local IFS=$'\\n' command="${{COMP_WORDS[1]}}"
   local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}"
   if [[ $COMP_CWORD == 1 ]]; then
     COMPREPLY=($(compgen -W "{commands}" -- "$word"))
   elif [[ $word == --* ]]; then
     COMPREPLY=($(compgen -W "{options}" -- "$word"))
-  elif [[ " {of_runs} " == *" ${{COMP_WORDS[1]}} "* || $before == --resume || $before == --weights ]]; then
-    COMPREPLY=($(compgen -d -- "runs/$word") ${{word:+$(compgen -d -- "$word")}})
-  else
+  elif [[ $before == --resume || $before == --weights || $before != --* && " {of_runs} " == *" $command "* ]]; then
+    COMPREPLY=($(compgen -W "$(ls -d runs/*/ 2>/dev/null | sed 's,/$,,')" -- "runs/$word"))
+    COMPREPLY+=(${{word:+$(compgen -f -- "$word")}})
+  elif [[ $COMP_CWORD == 2 && $command == completion ]]; then
+    COMPREPLY=($(compgen -W "bash"$'\\n'"zsh" -- "$word"))
+  elif [[ $COMP_CWORD == 2 && $command == data ]]; then
+    COMPREPLY=($(compgen -W "check" -- "$word"))
+  elif [[ $COMP_CWORD == 2 && $command != doctor || $command$before == datacheck ]]; then
     COMPREPLY=($(compgen -W "{recipes}" -- "$word") $(compgen -f -- "$word"))
+  else
+    COMPREPLY=($(compgen -f -- "$word"))
   fi
 }}
 complete -o filenames -F _sltt sltt"""
@@ -36,13 +45,13 @@ def run(words: Sequence[str]) -> None:
     """`sltt completion bash|zsh`: print a script for the shell."""
     known = options().parse_args(words)
     if known.shell == "zsh":
-        print("autoload -U +X bashcompinit && bashcompinit")
+        print("autoload -Uz compinit bashcompinit; (( $+functions[compdef] )) || compinit; bashcompinit")
     print(
         SCRIPT.format(
-            commands=" ".join(COMMANDS),
+            commands="\n".join(COMMANDS),
             of_runs=" ".join(OF_RUNS),
-            options=" ".join(_options()),
-            recipes=" ".join(shipped_recipes()),
+            options="\n".join(_options()),
+            recipes="\n".join(shipped_recipes()),
         )
     )
 

@@ -28,7 +28,7 @@ MATTER_FIRST = """Options override the recipe's values. These matter first:
   --optimizer NAME           SGD, AdamW or another of torch.optim
   --optimizer.lr RATE        learning rate
   --optimizer.weight_decay RATE
-  --schedule NAME            of the learning rate: Cosine, Constant or Step
+  --schedule NAME            learning rate: Cosine, Linear, Constant or Step
   --clip_norm NORM           scale larger gradients down to this norm
   --model NAME               resnet18, DigitsNet, or a class: my_networks.Net
   --model.neuron.tau TAU     membrane time constant, in time steps

@@ -101,8 +101,8 @@ def fit(
         schedule: how the learning rate changes.
         steps: T, the number of time steps.
         epochs: passes over the training samples.
-        phases: parts of the training, each with a T, a rule or a learning rate. `steps` and `rule` stand in for what a
-            phase leaves out. The best epoch has the last T, which is `steps`: that of evaluation.
+        phases: parts of the training, each with settings of its own. `steps` and `rule` stand in for what a phase
+            leaves out. The best epoch has the last T, which is `steps`: that of evaluation.
         batch_size: samples in a batch, over all processes; None is that of the loader, or 128 for other data.
         clip_norm: scale larger gradients down to this norm.
         norm_weight_decay: weight decay of normalisation, which makes currents smaller; None is that of the others.

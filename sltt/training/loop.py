@@ -158,8 +158,7 @@ class Loop:
         return self.score.of(state.metrics(self.metric, self.processes, seconds, self.memory.peak))
 
     def _count_batches(self, epoch: int) -> int:
-        whole = math.ceil(self.sampler.length / self.training.batch_size)
-        return min(stage_at(self.stages, epoch).batches or whole, whole)
+        return stage_at(self.stages, epoch).count_batches(math.ceil(self.sampler.length / self.training.batch_size))
 
     @property
     def trained_batches(self) -> int:

@@ -75,6 +75,10 @@ class Stage:
     batches: int | None
     span: tuple[int, int]
 
+    def count_batches(self, whole: int) -> int:
+        """Batches in each of its epochs, of data that have `whole`."""
+        return min(self.batches or whole, whole)
+
 
 def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) -> list[Stage]:
     """The stages of a training of `epochs` epochs."""

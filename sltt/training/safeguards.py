@@ -156,12 +156,10 @@ def check_last_batch(
 ) -> None:
     """Raise ValueError where a batch of one sample is too few for BatchNorm, before the end of an epoch shows it."""
     count = splits.sizes["train"]
-    size = count % batch_size if batch_size > 1 else 1
-    if (
-        size != 1
-        or all(stage.freeze_norm for stage in stages)
-        or not any(isinstance(module, _BatchNorm) for module in model.modules())
-    ):
+    whole = math.ceil(count / batch_size)
+    most = max((stage.count_batches(whole) for stage in stages if not stage.freeze_norm), default=0)
+    single = batch_size == 1 or (most == whole and count % batch_size == 1)
+    if not most or not single or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
     x, _ = splits.collate(samples[:1])
     x = x.to(next((p.device for p in model.parameters()), "cpu"))

@@ -1,4 +1,5 @@
 import re
+import shlex
 import subprocess
 
 import pytest
@@ -39,28 +40,42 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"sltt {sltt.__version__}\n"
 
 
+COMPLETED = {  # in a folder with recipes, events and runs
+    ("ev",): ["eval"],
+    ("train", "nmn"): ["nmnist"],
+    ("train", "nmnist", "--batch_"): ["--batch_size"],
+    ("train", "nmnist", "--rule", ""): ["elsewhere", "my recipe.yaml", "runs"],
+    ("train", "my"): ["my recipe.yaml"],
+    ("train", "--resume", ""): ["runs/mine 2", "runs/mine-1"],
+    ("train", "--weights", "runs/mine-1/be"): ["runs/mine-1/best.ckpt"],
+    ("compare", "--var"): ["--vary"],
+    ("agreement", "--ta"): ["--taus"],
+    ("eval", ""): ["runs/mine 2", "runs/mine-1"],
+    ("eval", "mine-1"): ["runs/mine-1"],
+    ("report", "elsewhere/m"): ["elsewhere/mine-3"],
+    ("export", "runs/mine-1", "--to", "el"): ["elsewhere"],
+    ("data", ""): ["check"],
+    ("data", "check", "nmn"): ["nmnist"],
+    ("completion", ""): ["bash", "zsh"],
+    ("doctor", ""): ["elsewhere", "my recipe.yaml", "runs"],
+}
+
+
 @LINUX
 def test_the_shell_completes(capsys, tmp_path):
+    for run in ("runs/mine-1", "runs/mine 2", "elsewhere/mine-3"):
+        (tmp_path / run).mkdir(parents=True)
+    for file in ("my recipe.yaml", "runs/mine-1/best.ckpt"):
+        (tmp_path / file).touch()
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
-    words = "COMP_WORDS=(sltt {}); COMP_CWORD={}; _sltt; echo ${{COMPREPLY[@]}}"
-    asked = ("ev", 1), ("train nmn", 2), ("train nmnist --batch_", 3), ("compare --var", 2), ("agreement --ta", 2)
-    asked = "\n".join(words.format(*one) for one in asked)
-    done = subprocess.run(["bash", "-c", f"complete() {{ :; }}\n{script}\n{asked}"], capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["eval", "nmnist", "--batch_size", "--vary", "--taus"]
-    for run in ("runs/mine-1", "runs/mine-2", "elsewhere/mine-3"):
-        (tmp_path / run).mkdir(parents=True)
-    asked = ("eval ''", 2), ("eval mine-2", 2), ("report elsewhere/m", 2), ("train --resume ''", 3)
-    asked = "\n".join(words.format(*one) for one in asked)
-    said = {"capture_output": True, "text": True, "cwd": tmp_path}
-    done = subprocess.run(["bash", "-c", f"complete() {{ :; }}\n{script}\n{asked}"], **said)
-    both = {"runs/mine-1", "runs/mine-2"}
-    assert [set(line.split()) for line in done.stdout.splitlines()] == [
-        both,
-        {"runs/mine-2"},
-        {"elsewhere/mine-3"},
-        both,
-    ]
+    ask = 'COMP_WORDS=(sltt {}); COMP_CWORD={}; _sltt; (IFS=,; echo "${{COMPREPLY[*]}}")'
+    asked = "\n".join(ask.format(" ".join(map(shlex.quote, words)), len(words)) for words in COMPLETED)
+    done = subprocess.run(
+        ["bash", "-c", f"complete() {{ :; }}\n{script}\n{asked}"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert [sorted(line.split(",")) for line in done.stdout.splitlines()] == list(COMPLETED.values())
+    assert not done.stderr
     assert main(["completion", "zsh"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == script.splitlines()
     assert main(["completion", "fish"]) == 2

@@ -166,11 +166,21 @@ def test_a_batch_of_one_sample_is_refused_before_the_training(size, tmp_path):
     [
         {"model": nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))},
         {"phases": [sltt.Phase(1, freeze_norm=True)]},
+        {"phases": [sltt.Phase(1, batches=1)]},
     ],
-    ids=["no BatchNorm", "frozen"],
+    ids=["no BatchNorm", "frozen", "not seen"],
 )
 def test_a_batch_of_one_sample_trains_where_it_can(settings, tmp_path):
     train(tmp_path / "run", batch_size=59, epochs=1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("size", "batches"), [(1, [1]), (59, [1, None]), (59, [2])], ids=["size 1", "second phase", "more batches"]
+)
+def test_a_batch_of_one_sample_is_refused_in_any_phase(size, batches, tmp_path):
+    phases = [sltt.Phase(1, batches=count) for count in batches]
+    with pytest.raises(ValueError, match="BatchNorm needs two"):
+        train(tmp_path / "run", batch_size=size, epochs=len(phases), phases=phases)
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
