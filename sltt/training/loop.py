@@ -43,7 +43,7 @@ from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Stage, freeze_norm, set_rates, stage_at
 from sltt.training.progress import BatchMemory, Metrics, Progress, epoch_row
 from sltt.training.runs import BEST, LAST, METRICS
-from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers
+from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers, long_warmup
 from sltt.training.score import Score
 from sltt.training.session import Session
 from sltt.training.settings import Training
@@ -107,6 +107,8 @@ class Loop:
         first = self.processes.rank == 0
         with logs(self.folder, self.training.loggers or (), self.config, first) as log, Interrupt() as interrupt:
             self._show_callbacks()
+            if warning := long_warmup(self.training.schedule, self.stages):
+                self.report.warn(warning)
             for row in self.state.history:  # so that the log of a resumed run is whole
                 log(row)
             for stage in self.stages:

@@ -12,6 +12,7 @@ from sltt.data import Splits
 from sltt.parallel.processes import local, total
 from sltt.rules import unroll
 from sltt.rules.base import sequence_loss
+from sltt.schedules import Schedule
 from sltt.sequence.copies import copied
 from sltt.sequence.padding import Padded
 from sltt.training.batches import check_crop
@@ -149,6 +150,17 @@ def _runs(model: nn.Module, x: Tensor, y: Any, loss: Any) -> bool:
     except Exception:  # the training says what is wrong, where this one cannot
         return False
     return True
+
+
+def long_warmup(schedule: Schedule, stages: Sequence[Stage]) -> str | None:
+    """A warning where the training, or the schedule's first phases, end before the warm-up."""
+    epochs = stages[0].span[1]
+    if schedule.warmup <= epochs:
+        return None
+    return (
+        f"the warm-up of {schedule.warmup:g} epochs does not end within {epochs}: the learning rate rises to "
+        f"{epochs / schedule.warmup:.0%} of the optimizer's. Give the schedule a shorter one: warmup={epochs / 4:g}"
+    )
 
 
 def check_last_batch(
