@@ -1,6 +1,7 @@
 """What runs on a CUDA device only."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -104,9 +105,13 @@ def test_the_fused_step_on_cuda_equals_the_equations_on_the_cpu(constants, mode)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("n", [8, 16, 1024, 8 * 999])
-def test_bits_on_cuda(n, dtype):
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_bits_on_cuda(n, dtype, mode):
+    if mode == "on" and (problem := kernels.compiler_problem(torch.device("cuda"))):
+        pytest.skip(problem)
     x = (torch.rand(n) < 0.3).to(dtype) * 2.5
-    packed = pack(x.cuda())
+    with kernels.using(compile=mode):
+        packed = pack(x.cuda())
     assert torch.equal(packed.cpu(), pack(x))
     assert torch.equal(unpack(packed, 2.5, dtype).cpu(), x)
 
@@ -117,3 +122,11 @@ def test_mixed_precision_on_cuda():
     with torch.autocast("cuda", torch.bfloat16):
         sltt.SLTT()(model, x, y, LOSS)
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_twin_is_balanced_where_its_network_is():
+    ann = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).cuda()
+    twin = sltt.interop.spiking(ann, partial(sltt.PLIF, tau=2.0), data=sltt.data.Digits())
+    assert {tensor.device.type for tensor in [*twin.parameters(), *twin.buffers()]} == {"cuda"}
+    x, y = torch.rand(4, 1, 8, 8).cuda(), torch.randint(10, (4,)).cuda()
+    sltt.SLTT()(twin, x, y, LOSS, steps=2)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -135,6 +135,33 @@ def test_no_time_step_waits_for_the_device(rule, neuron):
     x, y = torch.empty(4, 6, device="meta", dtype=torch.float64), torch.empty(4, dtype=torch.long, device="meta")
     for steps in (3, 5):
         assert waits_of(rule, model, x, y, sltt.losses.CrossEntropyMSE(one_hot=True), steps) == reads_of(rule)
+
+
+class Foreign(nn.Module):
+    """A neuron of another library, whose λ is a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kept", torch.tensor(0.5))
+        self.v = None
+
+    def forward(self, x):
+        self.v = x if self.v is None else self.kept * self.v + x
+        return torch.sigmoid(self.v)
+
+
+def test_no_trace_of_another_librarys_neurons_waits():
+    sltt.register(Foreign, states=["v"], decay=lambda neuron: neuron.kept)
+    model = nn.Sequential(nn.Linear(6, 8), Foreign(), nn.Linear(8, 3)).to("meta")
+    x, y = torch.empty(4, 6, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+    assert waits_of(sltt.OTTT(), model, x, y, sltt.losses.CrossEntropyMSE(one_hot=True), 3) == []
+
+
+def test_no_image_that_is_drawn_as_spikes_waits():
+    ann = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    twin = sltt.interop.spiking(ann, coding=sltt.data.Poisson()).to("meta")
+    x, y = torch.empty(4, 6, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+    assert waits_of(sltt.SLTT(), twin, x, y, sltt.losses.CrossEntropyMSE(one_hot=True), 3) == []
 
 
 def test_no_time_step_waits_where_spikes_are_saved_as_bits(rule):

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sltt.analysis import (
     LayerOperations,
     Memory,
@@ -127,7 +129,8 @@ def profile(
             report.line(f"{rule}: what fits")
             try:
                 fits.append(vars(_fits(here, recipe, rule, own.steps, own.batch_size, budget or 0)))
-            except ValueError as error:  # data that takes no other T, say: what was measured before is there
+            # data that takes no other T, say, or a full GPU: what was measured before is there
+            except (ValueError, torch.OutOfMemoryError) as error:
                 report.warn(f"{rule}: what fits cannot be measured: {cause(error)}")
         about = {"recipe": recipe.name, "device": str(here.fabric.device)}
     about |= {"batch": own.batch_size, "trained": own.weights is not None}

@@ -38,7 +38,7 @@ class _OfImages(Encoding):
         high: intensity that means 1: the largest of the images.
 
     Raises:
-        ValueError: `high` is not above `low`; when called, an intensity outside.
+        ValueError: `high` is not above `low`; when called on the CPU, an intensity outside.
     """
 
     def __init__(self, low: float = 0.0, high: float = 1.0):
@@ -47,6 +47,11 @@ class _OfImages(Encoding):
 
     def share(self, x: Tensor) -> Tensor:
         """Intensities as shares of the range, in 0 … 1."""
+        if x.device.type == "cpu":  # to look waits for a GPU
+            self._check(x)
+        return ((x - self.low) / (self.high - self.low)).clamp(0, 1)
+
+    def _check(self, x: Tensor) -> None:
         low, high = float(x.min()), float(x.max())
         slack = 1e-4 * (self.high - self.low)
         if low < self.low - slack or high > self.high + slack:
@@ -54,7 +59,6 @@ class _OfImages(Encoding):
                 f"expected intensities in {self.low:g} … {self.high:g}, got {low:.4g} … {high:.4g}: give the range of "
                 "the images, low=… and high=…"
             )
-        return ((x - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
 class Poisson(_OfImages):

@@ -89,7 +89,8 @@ def spiking(
             coded = calls.graph.call_module(name)
         image.replace_all_uses_with(coded)
         coded.args = (image,)
-    return fx.GraphModule(ann, calls.graph, f"Spiking{type(ann).__name__}").train(ann.training)
+    twin = fx.GraphModule(ann, calls.graph, f"Spiking{type(ann).__name__}").train(ann.training)
+    return twin.to(_device(ann))  # neurons may have parameters
 
 
 def _over_time(calls: Calls) -> dict[fx.Node, nn.Module]:
@@ -150,6 +151,7 @@ def _percentiles(
 
     with evaluating(calls.ann), torch.no_grad():
         images = _images(data) if isinstance(data, Data) else instance("data", data, Tensor, "or a data set")
+        images = images.to(_device(calls.ann))
         check_input(images)
         if not len(images):
             raise ValueError(f"thresholds are balanced on images, and data {list(images.shape)} has none")
@@ -161,6 +163,10 @@ def _percentiles(
                 f"reads, [B, ...]; {str(error).partition(chr(10))[0]}"
             ) from error
     return found
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next((p.device for p in network.parameters()), torch.device("cpu"))
 
 
 def _images(data: Data) -> Tensor:

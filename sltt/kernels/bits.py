@@ -44,7 +44,7 @@ def _library(x: Tensor) -> ctypes.CDLL | None:
 
 
 def _pack(bits: Tensor, x: Tensor) -> None:
-    ones = (x != 0).view(torch.uint8).view(-1, 8)
+    ones = (x != 0).to(torch.uint8).view(-1, 8)  # Triton has no view of bools as bytes
     packed = ones[:, 0].clone()
     for i in range(1, 8):  # TorchInductor makes this one loop, and a sum over a row of eight a slow one
         packed += ones[:, i] << i

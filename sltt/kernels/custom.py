@@ -89,7 +89,7 @@ def custom_step(
         s, *after = _CustomStep.apply(step, binary, steps, cut, norm, *affine, x, *states, *parameters)  # type: ignore[misc]
         return s, tuple(after)
     s, every = _run(step, x, states, parameters, steps)
-    if binary and options().sparse != "off" and packable(s):
+    if binary and options().sparse != "off" and s.is_cpu and packable(s):
         SpikeTag(s)
     return s, every[-1]
 

@@ -92,7 +92,7 @@ def neuron_step(
         if graph:
             return _NeuronStep.apply(v, x, decay, step, steps, cut, weight, bias, norm)  # type: ignore[return-value]
         # a sparse layer may read the spikes
-        s, v, _, _ = _run(step, v, x, decay, steps, keep=False, tags=options().sparse != "off", norm=norm)
+        s, v, _, _ = _run(step, v, x, decay, steps, keep=False, tags=options().sparse != "off" and x.is_cpu, norm=norm)
         return s, v
 
 

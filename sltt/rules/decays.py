@@ -45,7 +45,7 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
 def _checked(value: Any, name: str, neuron: nn.Module) -> Decay:
     """What `sltt.register(decay=)` says of a neuron; raises ValueError where it is no λ."""
     floats = isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
-    if floats and bool(((value >= 0) & (value <= 1)).all()):
+    if floats and (value.device.type != "cpu" or bool(((value >= 0) & (value <= 1)).all())):  # to look waits for a GPU
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
         return float(value)

@@ -33,10 +33,11 @@ class Padded(NamedTuple):
     def at(self, t: int, steps: int) -> "Real":
         """The targets of the samples that are real at step t of `steps`."""
         rows = [b for b, length in enumerate(self.lengths) if length > t]
-        index = (
-            None if len(rows) == len(self.lengths) else torch.tensor(rows, dtype=torch.long, device=self.target.device)
-        )
-        return Real(self.target if index is None else self.target[index], index, len(rows) * steps / self.steps)
+        weight = len(rows) * steps / self.steps
+        if len(rows) == len(self.lengths):
+            return Real(self.target, None, weight)
+        index = torch.tensor(rows, dtype=torch.long).to(self.target.device, non_blocking=True)
+        return Real(self.target[index], index, weight)
 
     def rows(self, index: Sequence[int]) -> "Padded":
         """The targets of some samples."""

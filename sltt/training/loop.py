@@ -212,7 +212,8 @@ class Loop:
         state.count(out.loss, self.score.batch(prediction, target_of(y), count), count, y)
         if self.average:
             self.average.update_parameters(self.model)
-        self._call("on_batch", out.loss.item())
+        if self.callbacks:  # to read the loss waits for a GPU
+            self._call("on_batch", out.loss.item())
 
     def _backward(self, weight: float, loss: Tensor) -> None:
         """Backpropagate, such that the gradients of all parts and processes add up to that of the batch."""
