@@ -120,9 +120,35 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
+def run_names(found: Gathered) -> dict[Path, str]:
+    """The rule of each run, with the data, the network or T where runs of that rule differ in them.
+
+    For a run of a comparison, the rule has the values of what varied.
+    """
+    rules, about = {run: _rule_name(run, found) for run in found.runs}, {run: _about(run) for run in found.runs}
+    names = {}
+    for run, rule in rules.items():
+        alike = [about[other] for other in found.runs if rules[other] == rule]
+        told = [part for i, part in enumerate(about[run]) if any(other[i] != part for other in alike)]
+        names[run] = ", ".join([rule, *told])
+    return names
+
+
+def _rule_name(run: Path, found: Gathered) -> str:
+    rows = [row for one in found.comparisons for row in one["rows"] if run.name in row.get("runs", ())]
+    return rows[0]["rule"] if rows else rule_label(run)
+
+
 def rule_label(run: Path) -> str:
     """The rule of a run as it is written for `sltt compare`: SLTT:k=1."""
     return rule_of(_config(run))
+
+
+def _about(run: Path) -> tuple[str, ...]:
+    """Data, network and T of a run."""
+    config = _config(run)
+    objects = ((config.get(name) or {}).get("class_path", "its own") for name in ("data", "model"))
+    return (*(path.rpartition(".")[2] for path in objects), f"T = {config.get('steps')}")
 
 
 def best_epoch(run: Path, epochs: Sequence[dict[str, Any]], column: str) -> dict[str, Any]:

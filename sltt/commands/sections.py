@@ -13,7 +13,7 @@ from sltt.commands.fscil import SCORES, score_rows
 from sltt.commands.lr import advice
 from sltt.commands.page import Chart, Section
 from sltt.commands.profile import fits_rows, layer_cells, phase_cells
-from sltt.commands.results import Gathered, best_epoch, rule_label, scores_text
+from sltt.commands.results import Gathered, best_epoch, rule_label, run_names, scores_text
 from sltt.commands.sample import first_test_sample
 from sltt.commands.tables import Cell, Table, bytes_cell, number
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
@@ -32,7 +32,7 @@ def sections(found: Gathered) -> list[Section]:
     asked = [row["rule"] for one in found.comparisons for row in one["rows"]]
     asked += [row["rule"] for one in found.profiles for row in one["costs"]]
     asked += [row["rule"] for one in found.fewshots for row in one["rows"]]
-    names = {run: _name_of(run, found) for run in found.runs}
+    names = run_names(found)
     colours = figures.palette([*asked, *names.values()])
     made = [_short(found)] if verdicts(found) or found.agreements else []
     made += [_comparison(one) for one in found.comparisons]
@@ -89,12 +89,6 @@ def _comparison(found: dict[str, Any]) -> Section:
     ]
     table = Table(compared_rows(found["rows"], found["metric"], headings), "comparison", "one row a rule")
     return Section(f"{'Values' if sweep else 'Rules'} compared on {found['recipe']}", text, [table])
-
-
-def _name_of(run: Path, found: Gathered) -> str:
-    """The rule of a run; with the values of what varied, where it is one of a comparison."""
-    rows = [row for one in found.comparisons for row in one["rows"] if run.name in row.get("runs", ())]
-    return rows[0]["rule"] if rows else rule_label(run)
 
 
 def _training(runs: dict[Path, str], colours: dict[str, str]) -> Section:

@@ -116,6 +116,23 @@ def test_runs_of_two_metrics_have_two_charts_and_each_has_a_name(measured, tmp_p
     assert [bool(cell.text) for cell in section.tables[0].rows[1]] == [True, True, True, False, True, True, True, True]
 
 
+def test_runs_of_one_rule_are_told_apart(measured, tmp_path):
+    def changed(name, **settings):
+        run = shutil.copytree(measured / "BPTT-seed0", tmp_path / name)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, **settings}))
+        return run
+
+    data, rule = ({"class_path": f"sltt.{name}", "init_args": {}} for name in ("data.Recall", "SLTT"))
+    runs = [
+        changed("a"), changed("b", seed=7), changed("c", data=data), changed("d", steps=9), changed("e", rule=rule),
+    ]  # fmt: skip
+    (section, *_) = sections(gather(runs))
+    names = [row[1].text for row in section.tables[0].rows]
+    assert names == [*["BPTT, Digits, T = 4"] * 2, "BPTT, Recall, T = 4", "BPTT, Digits, T = 9", "SLTT"]
+    assert {line.get_label() for line in section.charts[0].figure.axes[0].get_lines()} >= {*names}
+
+
 @pytest.mark.parametrize(
     ("rule", "name"),
     [
