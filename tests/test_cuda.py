@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import sltt
 from sltt import kernels
@@ -130,3 +131,11 @@ def test_a_twin_is_balanced_where_its_network_is():
     assert {tensor.device.type for tensor in [*twin.parameters(), *twin.buffers()]} == {"cuda"}
     x, y = torch.rand(4, 1, 8, 8).cuda(), torch.randint(10, (4,)).cuda()
     sltt.SLTT()(twin, x, y, LOSS, steps=2)
+
+
+def test_data_on_the_device_trains(tmp_path):
+    samples = TensorDataset(torch.rand(12, 6).cuda(), (torch.arange(12) % 3).cuda())
+    loader = DataLoader(samples, batch_size=4, shuffle=True)
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3))
+    found = sltt.fit(model, loader, loss=LOSS, epochs=1, device="cuda", run=tmp_path / "run")
+    assert len(found.history) == 1

@@ -257,7 +257,8 @@ class Loop:
         device, size, held_out = self.session.fabric.device, self.training.batch_size, self.splits.validation
         self.memory = BatchMemory(device, stage.rule)
         workers, ranks = self.session.execution.workers, (self.processes.rank, self.processes.count)
-        batches = train_loader(self.splits, size, self.sampler, workers, device.type == "cuda", *ranks, crop=stage.crop)
+        pin = device.type == "cuda" and self.splits.train[0][0].device.type == "cpu"  # not what lies on the GPU already
+        batches = train_loader(self.splits, size, self.sampler, workers, pin, *ranks, crop=stage.crop)
         return batches, None if held_out is None else self.session.eval_loader(held_out, self.splits, size)
 
     def _validate(self, stage: Stage, loader: DataLoader[Any] | None) -> Metrics | None:
