@@ -1,8 +1,9 @@
 """Accuracy of the recipe `cifar10-hour` on test images, over minutes of training, with Muon, and of the analog network.
 
-    python benchmarks/hour.py IMAGES [--runs runs/hour] [--seed 0] [--cases recipe "4 + 1 epochs" …]
+    python benchmarks/hour.py IMAGES [--runs runs/hour] [--seed 0] [--cases recipe "narrow: 36 + 1 epochs" …]
 
 IMAGES is a folder train/CLASS/*, test/CLASS/*, as of `sltt.data.ImageFolder`: all training images train. Two processes.
+Narrow networks have the record's widths. Earlier ones begin the last epoch from the last weights, at 0.003 and T = 16.
 Each case is a row of docs/results/hour.json, and a run that is resumed. It ends with the table of docs/results.md.
 """
 
@@ -27,22 +28,31 @@ SETTINGS = (
 )
 
 
+NARROW = ["--model.widths", "[64,256,256]"]
+LAST = "{epochs: 1, lr: 0.001, freeze_norm: true}"
+
+
 def lasting(steady: int, last: str = SLTTK, steps: int = 16) -> list[str]:
-    """So many epochs of steady currents at T = 16, whose learning rate rises over a quarter of them, and a last one."""
+    """A narrow network: so many epochs of steady currents at T = 16, and a last one.
+
+    The learning rate rises over a quarter of the first.
+    """
     phases = f"[{{epochs: {steady}, steps: 16, {STEADY}}}, {last}]"
     epochs = ["--epochs", str(steady + 1), "--schedule.warmup", str(steady / 4)]
-    return ["--steps", str(steps), "--phases", phases, *epochs]
+    return [*NARROW, "--steps", str(steps), "--phases", phases, *epochs]
 
 
 CASES: dict[str, list[str]] = {  # options that change the recipe
-    "4 + 1 epochs": lasting(4),
-    "10 + 1 epochs": lasting(10),
     "recipe": [],
-    "recipe, 36 + 1 epochs": lasting(36, "{epochs: 1, lr: 0.001, freeze_norm: true}", 32),
-    "24 + 1 epochs": lasting(24),
-    "48 + 1 epochs": lasting(48),
-    "Muon: 22 + 1 epochs": [*lasting(22), "--schedule.warmup", "5", *muon("0.08")],
-    "analog: GELU": [
+    "narrow: 24 + 1 epochs": lasting(24, LAST, 32),
+    "narrow: 36 + 1 epochs": lasting(36, LAST, 32),
+    "earlier: 4 + 1 epochs": lasting(4),
+    "earlier: 10 + 1 epochs": lasting(10),
+    "earlier: 24 + 1 epochs": lasting(24),
+    "earlier: 48 + 1 epochs": lasting(48),
+    "earlier, Muon: 22 + 1 epochs": [*lasting(22), "--schedule.warmup", "5", *muon("0.08")],
+    "narrow, analog: GELU": [
+        *NARROW,
         *("--phases", "null", "--rule", "SLTT", "--steps", "1"),
         *("--model.neuron", "torch.nn.GELU", "--model.scale", "0.1111"),
     ],

@@ -2,7 +2,7 @@
 
     python benchmarks/ingredients.py IMAGES [--runs runs/ingredients] [--seed 0] [--cases recipe "no Cutout" …]
 
-Half the recipe's widths: four epochs of steady currents, and one of SLTT-1, T = 16. IMAGES is a folder
+Widths 32, 128 and 128: four epochs of steady currents, and one of SLTT-1, T = 16. IMAGES is a folder
 train/CLASS/*, test/CLASS/*, as of `sltt.data.ImageFolder`. A tenth of the training images validates; no test image is
 looked at. One thread, on a CPU with bfloat16, about a quarter of an hour a case. Each case is a row of
 docs/results/ingredients.json, and a run that is resumed. It ends with the table of docs/results.md.

@@ -184,25 +184,29 @@ def test_muon_turns_convolutions_along_orthogonal_updates_and_sgd_the_rest():
     torch.testing.assert_close(ingredients.orthogonal(update.T).T, ingredients.orthogonal(update))
 
 
-def test_the_trainings_of_an_hour_differ_in_epochs_and_in_the_activation():
+def test_the_trainings_of_an_hour_differ_in_width_and_epochs_and_in_the_activation():
     hour = load("hour")
     built = {case: Recipe("sltt train", "cifar10-hour", hour.options("nowhere", case)).build() for case in hour.CASES}
-    analog = built.pop("analog: GELU")
+    size = {case: sum(p.numel() for p in one.model.parameters()) for case, one in built.items()}
+    assert size.pop("recipe") == 3_151_440
+    assert {*size.values()} == {1_972_816}
+    analog, recipe = built.pop("narrow, analog: GELU"), built["recipe"]
     assert nn.GELU in map(type, analog.model.modules())
     assert not any(isinstance(m, sltt.IF) for m in analog.model.modules())
-    assert (analog.epochs, analog.phases, analog.steps) == (built["recipe"].epochs, None, 1)
-    muon = built.pop("Muon: 22 + 1 epochs")
+    assert (analog.epochs, analog.phases, analog.steps) == (recipe.epochs, None, 1)
+    muon = built.pop("earlier, Muon: 22 + 1 epochs")
     assert (muon.epochs, [phase.epochs for phase in muon.phases], muon.schedule.warmup) == (23, [22, 1], 5)
     assert muon.optimizer([nn.Parameter(torch.ones(1))]).share == pytest.approx(0.08 / 0.3025)
     for case, one in built.items():
         steady = one.epochs - 1
         assert [phase.epochs for phase in one.phases] == [steady, 1]
         assert one.schedule.warmup == steady / 4
-        assert case.removeprefix("recipe, ") in ("recipe", f"{steady} + 1 epochs")
-        assert one.steps == (32 if case.startswith("recipe") else 16)
-        assert (one.phases[1] == built["recipe"].phases[1]) == case.startswith("recipe")
+        assert case == "recipe" or case.partition(": ")[2] == f"{steady} + 1 epochs"
+        assert one.steps == (16 if case.startswith("earlier") else 32)
         assert [one.phases[0].rule.steady, one.phases[0].steps] == [True, 16]
-    assert sorted(one.epochs for one in built.values()) == [5, 11, 25, 25, 37, 49]
+    assert [built[f"{name}: 24 + 1 epochs"].phases[1].lr for name in ("earlier", "narrow")] == [0.003, 0.001]
+    assert [one.phases[1].batches for one in built.values()] == [100, *[None] * 6]
+    assert sorted(one.epochs for one in built.values()) == [5, 11, 25, 25, 25, 37, 49]
 
 
 def test_a_training_of_an_hour_finds_the_benchmarks_optimizer_and_goes_on(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import copy
 import threading
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -167,16 +166,6 @@ def test_a_batch_that_fails_before_its_backward_keeps_no_graph(rule):
     with kernels.using(compile="off"):
         run()
         assert peak_memory(several) < 1.3 * peak_memory(run)
-
-
-@pytest.mark.parametrize(("cpu", "cuda", "refused"), [(None, "B", False), ("A", None, False), ("A", "B", True)])
-def test_compiling_is_refused_where_no_device_can(cpu, cuda, refused, monkeypatch):
-    problems = {"cpu": cpu, "cuda": cuda}
-    monkeypatch.setattr("sltt.kernels.options.compiler_problem", lambda device: problems[device.type])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    expected = pytest.raises(ValueError, match="compile='on', but A; use 'auto'") if refused else nullcontext()
-    with expected, kernels.using(compile="on"):
-        pass
 
 
 def test_an_error_that_is_not_the_compilers_comes_through(monkeypatch):

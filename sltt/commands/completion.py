@@ -10,22 +10,25 @@ from sltt.commands.parsing import CommandOptions, shipped_recipes
 HELP = "Print a script that lets the shell complete commands, recipes, runs and options: source <(sltt completion bash)"
 
 OF_RUNS = ("eval", "export", "report")  # which take the folder of a run, and no recipe
-# Runs are listed by a glob, since zsh's compgen -d sees no word. Lists have a word a line, since names may have spaces.
+# zsh's compgen does not look at the word after --, so runs are compared here, and recipes left out of paths. compgen -W
+# would run what stands in a folder's name. Lists have a word a line, since names may have spaces.
 SCRIPT = """_sltt() {{
-  local IFS=$'\\n' command="${{COMP_WORDS[1]}}"
+  local IFS=$'\\n' run command="${{COMP_WORDS[1]}}"
   local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}"
   if [[ $COMP_CWORD == 1 ]]; then
     COMPREPLY=($(compgen -W "{commands}" -- "$word"))
   elif [[ $word == --* ]]; then
     COMPREPLY=($(compgen -W "{options}" -- "$word"))
   elif [[ $before == --resume || $before == --weights || $before != --* && " {of_runs} " == *" $command "* ]]; then
-    COMPREPLY=($(compgen -W "$(ls -d runs/*/ 2>/dev/null | sed 's,/$,,')" -- "runs/$word"))
-    COMPREPLY+=(${{word:+$(compgen -f -- "$word")}})
+    COMPREPLY=(${{word:+$(compgen -f -- "$word")}})
+    for run in runs/*/; do
+      if [[ -d $run && $run == "runs/$word"* ]]; then COMPREPLY+=("${{run%/}}"); fi
+    done
   elif [[ $COMP_CWORD == 2 && $command == completion ]]; then
     COMPREPLY=($(compgen -W "bash"$'\\n'"zsh" -- "$word"))
   elif [[ $COMP_CWORD == 2 && $command == data ]]; then
     COMPREPLY=($(compgen -W "check" -- "$word"))
-  elif [[ $COMP_CWORD == 2 && $command != doctor || $command$before == datacheck ]]; then
+  elif [[ $word != */* && ( $COMP_CWORD == 2 && $command != doctor || $command$before == datacheck ) ]]; then
     COMPREPLY=($(compgen -W "{recipes}" -- "$word") $(compgen -f -- "$word"))
   else
     COMPREPLY=($(compgen -f -- "$word"))

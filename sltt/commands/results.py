@@ -123,20 +123,17 @@ def _read(path: Path) -> dict[str, Any]:
 def run_names(found: Gathered) -> dict[Path, str]:
     """The rule of each run, with the data, the network or T where runs of that rule differ in them.
 
-    For a run of a comparison, the rule has the values of what varied.
+    A run of a comparison has the name of its row, which has the values of what varied.
     """
-    rules, about = {run: _rule_name(run, found) for run in found.runs}, {run: _about(run) for run in found.runs}
+    rows = [row for one in found.comparisons for row in one["rows"]]
+    compared = {run: row["rule"] for row in reversed(rows) for run in found.runs if run.name in row.get("runs", ())}
+    rules, about = ({run: of(run) for run in found.runs} for of in (rule_label, _about))
     names = {}
     for run, rule in rules.items():
         alike = [about[other] for other in found.runs if rules[other] == rule]
         told = [part for i, part in enumerate(about[run]) if any(other[i] != part for other in alike)]
-        names[run] = ", ".join([rule, *told])
+        names[run] = compared.get(run, ", ".join([rule, *told]))
     return names
-
-
-def _rule_name(run: Path, found: Gathered) -> str:
-    rows = [row for one in found.comparisons for row in one["rows"] if run.name in row.get("runs", ())]
-    return rows[0]["rule"] if rows else rule_label(run)
 
 
 def rule_label(run: Path) -> str:

@@ -76,7 +76,8 @@ def spiking(
     calls = Calls(ann, NEURONS.union(replace).difference(keep), NONLINEAR.difference(replace, keep))
     activations = calls.activations()
     thresholds = _percentiles(calls, activations, data, percentile) | _clips(calls, activations)
-    made = {node: Balanced(make(), thresholds[node]) if node in thresholds else make() for node in activations}
+    neurons = {node: make().to(_device(ann)) for node in activations}
+    made = {node: Balanced(one, thresholds[node]) if node in thresholds else one for node, one in neurons.items()}
     places: dict[str, fx.Node] = {}
     for node, module in (made | _over_time(calls)).items():  # one for each call: it keeps a state for a sequence
         places[name := _free_name(calls, node, places)] = node
@@ -89,8 +90,7 @@ def spiking(
             coded = calls.graph.call_module(name)
         image.replace_all_uses_with(coded)
         coded.args = (image,)
-    twin = fx.GraphModule(ann, calls.graph, f"Spiking{type(ann).__name__}").train(ann.training)
-    return twin.to(_device(ann))  # neurons may have parameters
+    return fx.GraphModule(ann, calls.graph, f"Spiking{type(ann).__name__}").train(ann.training)
 
 
 def _over_time(calls: Calls) -> dict[fx.Node, nn.Module]:

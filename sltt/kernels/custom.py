@@ -20,7 +20,7 @@ from torch import Tensor
 from sltt.kernels.deferred import Normalised, norm_gradients, taken
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.options import Kernel, in_force, memory, options
-from sltt.kernels.restoring import SpikeTag, packable
+from sltt.kernels.restoring import SpikeTag, may_be_read, packable
 from sltt.kernels.step import dense, like, unfold
 
 States = tuple[Tensor, ...]
@@ -89,7 +89,7 @@ def custom_step(
         s, *after = _CustomStep.apply(step, binary, steps, cut, norm, *affine, x, *states, *parameters)  # type: ignore[misc]
         return s, tuple(after)
     s, every = _run(step, x, states, parameters, steps)
-    if binary and options().sparse != "off" and s.is_cpu and packable(s):
+    if binary and may_be_read(s) and packable(s):
         SpikeTag(s)
     return s, every[-1]
 

@@ -127,6 +127,11 @@ def release(spikes: Tensor) -> None:
         tag.release()
 
 
+def may_be_read(spikes: Tensor) -> bool:
+    """Whether a sparse layer may read spikes like these: there are such layers on a CPU only."""
+    return options().sparse != "off" and spikes.device.type == "cpu"
+
+
 def packable(tensor: Tensor) -> bool:
     """Whether a tensor is of a kind and size that pays to be packed; it must own the whole of its memory."""
     n = tensor.numel()

@@ -22,7 +22,7 @@ from sltt.kernels.deferred import Deferred, Normalised, pointer, taken
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.native_step import native_step
 from sltt.kernels.options import Kernel, in_force, options, without_modes
-from sltt.kernels.restoring import SpikeTag, packable, tag_of
+from sltt.kernels.restoring import SpikeTag, may_be_read, packable, tag_of
 from sltt.surrogates import Surrogate
 
 
@@ -92,7 +92,7 @@ def neuron_step(
         if graph:
             return _NeuronStep.apply(v, x, decay, step, steps, cut, weight, bias, norm)  # type: ignore[return-value]
         # a sparse layer may read the spikes
-        s, v, _, _ = _run(step, v, x, decay, steps, keep=False, tags=options().sparse != "off" and x.is_cpu, norm=norm)
+        s, v, _, _ = _run(step, v, x, decay, steps, keep=False, tags=may_be_read(x), norm=norm)
         return s, v
 
 

@@ -36,7 +36,7 @@ class Padded(NamedTuple):
         weight = len(rows) * steps / self.steps
         if len(rows) == len(self.lengths):
             return Real(self.target, None, weight)
-        index = torch.tensor(rows, dtype=torch.long).to(self.target.device, non_blocking=True)
+        index = torch.tensor(rows, dtype=torch.long).to(self.target.device, non_blocking=self.target.is_cuda)
         return Real(self.target[index], index, weight)
 
     def rows(self, index: Sequence[int]) -> "Padded":

@@ -97,7 +97,6 @@ class Loop:
         self.stages, self.callbacks = training.stages, training.callbacks or ()
         self.metric = name_of(training.metric)
         self.sampler = EpochSampler.of(splits, training.seed, training.batch_size)
-        self.batches = self._count_batches(0)
         self.scaled = session.execution.precision == "16-mixed"  # a scaler leaves out steps that are not finite
         self.initial = [(group["lr"], group.get("weight_decay", 0.0)) for group in self.optim.param_groups]
         self.state, self.saved = Progress(), time.monotonic()
@@ -257,7 +256,8 @@ class Loop:
         device, size, held_out = self.session.fabric.device, self.training.batch_size, self.splits.validation
         self.memory = BatchMemory(device, stage.rule)
         workers, ranks = self.session.execution.workers, (self.processes.rank, self.processes.count)
-        pin = device.type == "cuda" and self.splits.train[0][0].device.type == "cpu"  # not what lies on the GPU already
+        # not what lies on the GPU already
+        pin = device.type == "cuda" and self.splits.collate([self.splits.train[0]])[0].device.type == "cpu"
         batches = train_loader(self.splits, size, self.sampler, workers, pin, *ranks, crop=stage.crop)
         return batches, None if held_out is None else self.session.eval_loader(held_out, self.splits, size)
 

@@ -32,8 +32,8 @@ class Phase:
         crop: side, in pixels, of a square taken at a random place out of each training sample, after its other
             augmentation; None is the whole sample. For networks that take images of any size: epochs on parts of the
             images cost by their area.
-        batches: in each of its epochs, of a random order of the samples; None is all samples. Use it for a phase that
-            needs less than an epoch.
+        batches: how many batches each of its epochs has, of samples in a random order; None, or more than there are, is
+            all of them. For a phase that needs less than an epoch.
 
     Raises:
         ValueError: a value that makes no sense; the message names it.

@@ -158,8 +158,8 @@ def long_warmup(schedule: Schedule, stages: Sequence[Stage]) -> str | None:
     if schedule.warmup <= epochs:
         return None
     return (
-        f"the warm-up of {schedule.warmup:g} epochs does not end within {epochs}: the learning rate rises to "
-        f"{epochs / schedule.warmup:.0%} of the optimizer's. Give the schedule a shorter one: warmup={epochs / 4:g}"
+        f"the warm-up of {schedule.warmup:g} epochs does not end within {epochs} epochs: the learning rate rises to "
+        f"{epochs / schedule.warmup:.0%} of its value. Give the schedule a shorter one: warmup={epochs / 4:g}"
     )
 
 

@@ -46,11 +46,13 @@ COMPLETED = {  # in a folder with recipes, events and runs
     ("train", "nmnist", "--batch_"): ["--batch_size"],
     ("train", "nmnist", "--rule", ""): ["elsewhere", "my recipe.yaml", "runs"],
     ("train", "my"): ["my recipe.yaml"],
-    ("train", "--resume", ""): ["runs/mine 2", "runs/mine-1"],
+    ("train", "--resume", "mine"): ["runs/mine 2", "runs/mine-1"],
     ("train", "--weights", "runs/mine-1/be"): ["runs/mine-1/best.ckpt"],
     ("compare", "--var"): ["--vary"],
     ("agreement", "--ta"): ["--taus"],
-    ("eval", ""): ["runs/mine 2", "runs/mine-1"],
+    ("eval", ""): ["runs/its '$(touch ran)'", "runs/mine 2", "runs/mine-1"],
+    ("eval", "its"): ["runs/its '$(touch ran)'"],
+    ("train", "elsewhere/"): ["elsewhere/mine-3"],
     ("eval", "mine-1"): ["runs/mine-1"],
     ("report", "elsewhere/m"): ["elsewhere/mine-3"],
     ("export", "runs/mine-1", "--to", "el"): ["elsewhere"],
@@ -63,7 +65,7 @@ COMPLETED = {  # in a folder with recipes, events and runs
 
 @LINUX
 def test_the_shell_completes(capsys, tmp_path):
-    for run in ("runs/mine-1", "runs/mine 2", "elsewhere/mine-3"):
+    for run in ("runs/mine-1", "runs/mine 2", "runs/its '$(touch ran)'", "elsewhere/mine-3"):
         (tmp_path / run).mkdir(parents=True)
     for file in ("my recipe.yaml", "runs/mine-1/best.ckpt"):
         (tmp_path / file).touch()
@@ -76,6 +78,7 @@ def test_the_shell_completes(capsys, tmp_path):
     )
     assert [sorted(line.split(",")) for line in done.stdout.splitlines()] == list(COMPLETED.values())
     assert not done.stderr
+    assert not (tmp_path / "ran").exists()
     assert main(["completion", "zsh"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == script.splitlines()
     assert main(["completion", "fish"]) == 2

@@ -281,3 +281,15 @@ def test_a_batch_that_is_said_to_fit_was_run_and_fits(bytes_of, batch, measured)
     model = fit_peak(lambda samples, steps: 100 * samples, (1, 2), (1, 2))
     profile._run_largest(found, model, 4, lambda samples, steps: bytes_of(samples), free=2000)
     assert (found.batch, found.measured, found.predicted) == (batch, measured, 100 * batch or None)
+
+
+@pytest.mark.parametrize("error", [ValueError("no other T"), torch.OutOfMemoryError("out of memory")])
+def test_costs_are_shown_where_what_fits_cannot_be_measured(error, monkeypatch, capsys):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(profile, "_fits", fails)
+    assert main([*WORDS, "--rules", "SLTT", "--budget", "10MB", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert str(error) in shown.err
+    assert [one["rule"] for one in json.loads(shown.out)["costs"]] == ["SLTT"]

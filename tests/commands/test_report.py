@@ -123,14 +123,22 @@ def test_runs_of_one_rule_are_told_apart(measured, tmp_path):
         (run / "config.yaml").write_text(yaml.safe_dump({**config, **settings}))
         return run
 
-    data, rule = ({"class_path": f"sltt.{name}", "init_args": {}} for name in ("data.Recall", "SLTT"))
-    runs = [
-        changed("a"), changed("b", seed=7), changed("c", data=data), changed("d", steps=9), changed("e", rule=rule),
-    ]  # fmt: skip
-    (section, *_) = sections(gather(runs))
-    names = [row[1].text for row in section.tables[0].rows]
-    assert names == [*["BPTT, Digits, T = 4"] * 2, "BPTT, Recall, T = 4", "BPTT, Digits, T = 9", "SLTT"]
-    assert {line.get_label() for line in section.charts[0].figure.axes[0].get_lines()} >= {*names}
+    def names(*folders):
+        section = next(one for one in sections(gather(folders)) if one.title == "Training")
+        assert {line.get_label() for line in section.charts[0].figure.axes[0].get_lines()} >= {
+            row[1].text for row in section.tables[0].rows
+        }
+        return [row[1].text for row in section.tables[0].rows]
+
+    data, model, rule = (
+        {"class_path": f"sltt.{name}", "init_args": {}} for name in ("data.Recall", "models.MLP", "SLTT")
+    )
+    first, seed = changed("a"), changed("b", seed=7)
+    assert names(first, seed) == ["BPTT", "BPTT"]
+    others = changed("c", data=data), changed("d", steps=9), changed("e", rule=rule)
+    assert names(first, *others) == ["BPTT, Digits, T = 4", "BPTT, Recall, T = 4", "BPTT, Digits, T = 9", "SLTT"]
+    assert names(first, changed("f", model=model)) == ["BPTT, DigitsNet", "BPTT, MLP"]
+    assert {"BPTT", "BPTT, Recall"} <= {*names(measured, others[0])}
 
 
 @pytest.mark.parametrize(

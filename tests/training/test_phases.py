@@ -336,11 +336,11 @@ def test_nothing_is_known_to_be_missing_by_default():
     ("warmup", "phases", "said"),
     [
         (4, [Phase(4)], None),
-        (6, [Phase(4)], "warm-up of 6 epochs does not end within 4: the learning rate rises to 67% .* warmup=1"),
+        (6, [Phase(4)], "warm-up of 6 epochs does not end within 4 epochs: the learning rate rises to 67% .* warmup=1"),
         (
             2.5,
             [Phase(2), Phase(2, lr=0.1)],
-            "warm-up of 2.5 epochs does not end within 2: .* rises to 80% .* warmup=0.5",
+            "warm-up of 2.5 epochs does not end within 2 epochs: .* rises to 80% .* warmup=0.5",
         ),
     ],
 )
