@@ -284,12 +284,11 @@ def test_a_batch_that_is_said_to_fit_was_run_and_fits(bytes_of, batch, measured)
 
 
 @pytest.mark.parametrize("error", [ValueError("no other T"), torch.OutOfMemoryError("out of memory")])
-def test_costs_are_shown_where_what_fits_cannot_be_measured(error, monkeypatch, capsys):
+def test_costs_are_shown_where_what_fits_cannot_be_measured(error, monkeypatch, capsys, tmp_path):
     def fails(*_):
         raise error
 
     monkeypatch.setattr(profile, "_fits", fails)
-    assert main([*WORDS, "--rules", "SLTT", "--budget", "10MB", "--json"]) == 0
-    shown = capsys.readouterr()
-    assert str(error) in shown.err
-    assert [one["rule"] for one in json.loads(shown.out)["costs"]] == ["SLTT"]
+    assert main([*WORDS, "--rules", "SLTT", "--budget", "10MB", "--save", str(tmp_path)]) == 0
+    assert f"SLTT: what fits cannot be measured: {error}" in " ".join(capsys.readouterr().out.split())
+    assert {one["rule"] for one in json.loads((tmp_path / "profile.json").read_text())["costs"]} == {"SLTT"}
