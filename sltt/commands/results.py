@@ -127,7 +127,7 @@ def run_names(found: Gathered) -> dict[Path, str]:
     """
     rows = [row for one in found.comparisons for row in one["rows"]]
     compared = {run: row["rule"] for row in reversed(rows) for run in found.runs if run.name in row.get("runs", ())}
-    rules, about = ({run: of(run) for run in found.runs} for of in (rule_label, _about))
+    rules, about = {run: rule_label(run) for run in found.runs}, {run: _about(run) for run in found.runs}
     names = {}
     for run, rule in rules.items():
         alike = [about[other] for other in found.runs if rules[other] == rule]
