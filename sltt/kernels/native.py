@@ -26,7 +26,7 @@ from sltt.kernels.options import COMPILE_FROM, options
 _NAMES = (
     "spikes.h",
     "winograd.h",
-    "running_max.cpp",
+    "max_pooling.cpp",
     "spikes_bits.cpp",
     "spikes_forward.cpp",
     "spikes_gradient.cpp",
@@ -62,6 +62,8 @@ _FUNCTIONS = {
     "sltt_neuron": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _N, _I]),
     "sltt_neuron_gradient": (_I, [_P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _I]),
     "sltt_steady": (_N, [_P, _I, _P, _F, _I, _P, _P, _N, _I]),
+    "sltt_max_pool": (None, [_P, _I, _P, _P, _P, _I]),
+    "sltt_max_pool_gradient": (None, [_P, _I, _P, _P, _P, _I]),
     "sltt_running_max": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _I]),
     "sltt_norm": (_I, [_I, _P, _N, _N, _P, _P, _P, _P, _I, _D, _D, _P, _I]),
     "sltt_channel_sums": (_I, [_I, _P, _N, _N, _P, _I]),

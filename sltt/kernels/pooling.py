@@ -1,23 +1,121 @@
-"""Max pooling of a sum over time in native code: one pass that adds to the sum, pools it, and subtracts.
+"""Max pooling in native code, also of a sum over time: one pass that adds to the sum, pools it, and subtracts.
 
-It runs in steps without a graph, on a CPU, for images of float32 or bfloat16 with the channels last in memory, and
-gives the bits of the operations.
+It runs on a CPU, for images of float32 or bfloat16 with the channels last in memory and windows side by side, and gives
+the bits of the operations. For the gradient it keeps a byte for each maximum, and no input. A sum over time is pooled
+natively in steps without a graph.
 """
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt._torch import transforms_active
 from sltt.kernels.native import library_for
+from sltt.kernels.values import ordinary
 from sltt.sequence.hooks import own_forward
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_POSITIONS = 256  # in a window, at most: a byte tells them apart
 
 
 class _Pooling(ctypes.Structure):
+    """Windows of kh × kw pixels, side by side: oh × ow of them in an image of h × w pixels."""
+
     _fields_ = tuple((name, ctypes.c_int64) for name in ("n", "h", "w", "channels", "kh", "kw", "oh", "ow"))
+
+    @classmethod
+    def of(cls, x: Tensor, size: tuple[int, int]) -> "_Pooling | None":
+        """For images x [B, C, H, W]; None where they are smaller than a window."""
+        (n, channels, h, w), (kh, kw) = x.shape, size
+        return None if h < kh or w < kw else cls(n, h, w, channels, kh, kw, h // kh, w // kw)
+
+
+@dataclass
+class _MaxPooling:
+    """A max pooling of some images in native code."""
+
+    library: ctypes.CDLL
+    windows: _Pooling
+
+    def maxima(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """The maximum of each window; writes its position in the window, if asked for."""
+        y = self.empty_result(x.dtype)
+        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        self.library.sltt_max_pool(ctypes.byref(self.windows), half, x, y, positions, threads)
+        return y
+
+    def spread(self, grad: Tensor, positions: Tensor) -> Tensor:
+        """∂L/∂x: the gradient of each maximum, at its position."""
+        z = self.windows
+        out = _empty(z.n, z.channels, z.h, z.w, dtype=grad.dtype)
+        half, threads = grad.dtype == torch.bfloat16, torch.get_num_threads()
+        self.library.sltt_max_pool_gradient(ctypes.byref(z), half, grad, positions, out, threads)
+        return out
+
+    def spread_with_graph(self, grad: Tensor, positions: Tensor) -> Tensor:
+        """The same, by operations of PyTorch."""
+        z = self.windows
+        at_each = torch.stack([grad * (positions == k) for k in range(z.kh * z.kw)], -1).unflatten(-1, (z.kh, z.kw))
+        out = at_each.movedim(-2, 3).reshape(z.n, z.channels, z.oh * z.kh, z.ow * z.kw)
+        return F.pad(out, (0, z.w - z.ow * z.kw, 0, z.h - z.oh * z.kh))
+
+    def empty_result(self, dtype: torch.dtype) -> Tensor:
+        """Memory of the output's shape."""
+        z = self.windows
+        return _empty(z.n, z.channels, z.oh, z.ow, dtype=dtype)
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pooling: _MaxPooling) -> Tensor:  # type: ignore[override]
+        ctx.pooling, positions = pooling, pooling.empty_result(torch.uint8)
+        ctx.save_for_backward(positions)
+        return pooling.maxima(x, positions)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (positions,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or not ordinary(grad):
+            return ctx.pooling.spread_with_graph(grad, positions), None
+        return ctx.pooling.spread(grad.contiguous(memory_format=torch.channels_last), positions), None
+
+
+def max_pool(input: Tensor, kernel_size: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.max_pool2d`, natively where that can run."""
+    if torch.compiler.is_compiling() or (pooling := _pooling(input, kernel_size, *args, **kwargs)) is None:
+        return F.max_pool2d(input, kernel_size, *args, **kwargs)
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _MaxPool.apply(input, pooling)  # type: ignore[return-value]
+    return pooling.maxima(input, None)
+
+
+def _pooling(
+    x: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> _MaxPooling | None:
+    """How a call of `F.max_pool2d` runs natively; None where it does not."""
+    size = _side_by_side(kernel_size, stride, padding, dilation)
+    if size is None or size[0] * size[1] > _POSITIONS or ceil_mode or return_indices:
+        return None
+    if not _plain(x) or x.dtype not in _DTYPES or transforms_active():
+        return None
+    if (windows := _Pooling.of(x, size)) is None or (library := library_for(x.numel())) is None:
+        return None
+    return _MaxPooling(library, windows)
 
 
 def running_max(
@@ -33,18 +131,14 @@ def running_max(
     """
     if torch.compiler.is_compiling() or (size := _windows(pool)) is None or not _fits(total, largest, x):
         return None
-    if (library := library_for(x.numel())) is None:
+    if (windows := _Pooling.of(x, size)) is None or (library := library_for(x.numel())) is None:
         return None
-    (n, channels, h, w), (kh, kw) = x.shape, size
-    if h < kh or w < kw:
-        return None
-    pooling = ctypes.byref(_Pooling(n, h, w, channels, kh, kw, h // kh, w // kw))
     summed = torch.empty_like(x, dtype=torch.float32)
     most = torch.empty_like(largest, dtype=torch.float32)
     gained = torch.empty_like(largest, dtype=x.dtype)
     half, half_total = (one.dtype == torch.bfloat16 for one in (x, total))
     library.sltt_running_max(
-        pooling, half, half_total, x, total, largest, summed, most, gained, torch.get_num_threads()
+        ctypes.byref(windows), half, half_total, x, total, largest, summed, most, gained, torch.get_num_threads()
     )
     return summed, most, gained
 
@@ -55,9 +149,14 @@ def _windows(pool: Any) -> tuple[int, int] | None:
         return None
     if pool.return_indices or pool.ceil_mode or pool._forward_hooks or pool._forward_pre_hooks:
         return None
+    return _side_by_side(pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+
+
+def _side_by_side(size: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, int] | None:
+    """Height and width of windows, if they lie side by side."""
     size, stride, padding, dilation = (
-        (one, one) if isinstance(one, int) else (one[0], one[1])
-        for one in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        (one, one) if isinstance(one, int) else tuple(one) * (3 - len(one))
+        for one in (size, size if stride is None else stride, padding, dilation)
     )
     return size if size == stride and padding == (0, 0) and dilation == (1, 1) else None
 
@@ -66,12 +165,14 @@ def _fits(total: Tensor, largest: Tensor, x: Tensor) -> bool:
     tensors = total, largest, x
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16) or total.dtype != largest.dtype:
+    if x.dtype not in _DTYPES or total.dtype != largest.dtype:
         return False
     if total.dtype not in (torch.float32, x.dtype) or transforms_active():
         return False
-    return x.ndim == 4 and all(_plain(one) for one in tensors)
+    return all(_plain(one) for one in tensors)
 
 
-def _plain(x: Tensor) -> bool:
-    return type(x) is Tensor and x.is_cpu and not x.is_neg() and x.is_contiguous(memory_format=torch.channels_last)
+def _plain(x: Any) -> bool:
+    if type(x) is not Tensor or x.ndim != 4 or not x.is_cpu or x.is_neg():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)

@@ -22,6 +22,7 @@ from sltt._torch import TensorBase, _to_dlpack, _top_saved_tensors_default_hooks
 from sltt.kernels.deferred import Normalised, deferred_norm
 from sltt.kernels.layers import LAYERS, Call, layer_call, run
 from sltt.kernels.options import memory, options
+from sltt.kernels.pooling import max_pool
 from sltt.kernels.restoring import TAG, SpikeTag, Tag, hold, packable, restore, save, tag_of
 from sltt.kernels.values import arguments_of, run_on_values
 from sltt.kernels.weights import Weights
@@ -97,7 +98,8 @@ class _Tagging(TorchFunctionMode):
             return waiting
         if func in LAYERS and (found := layer_call(func, args, kwargs, self.weights)):
             return self._run(*found)
-        result = run_on_values(func, args, kwargs, self.weights)
+        pools = func is F.max_pool2d
+        result = max_pool(*args, **kwargs) if pools else run_on_values(func, args, kwargs, self.weights)
         if func in _SCALING and len(args) == 2:
             _tag_scaled(args, result)
         elif func in _POOLING and args:

@@ -116,7 +116,7 @@ INLINE void with_surrogate(Surrogate surrogate, const F& function) {
 
 // Means over time steps under the currents x of some vectors of neurons: of the spikes, in place of x, and of their
 // derivatives with respect to x.
-template <Surrogate S>
+template <Surrogate S, bool SOFT, bool ABOVE>
 void steady_vectors(const Neuron& z, float start, int steps, V* __restrict x, V* __restrict slopes_out) {
   const V zero = {}, one = zero + 1.0f;
   V current[VECTORS], v[VECTORS], by_x[VECTORS], spikes[VECTORS], slopes[VECTORS];
@@ -127,12 +127,12 @@ void steady_vectors(const Neuron& z, float start, int steps, V* __restrict x, V*
   }
   for (int t = 0; t < steps; t++)
     for (int k = 0; k < VECTORS; k++) {
-      const V left = z.rest == 0 ? z.decay * v[k] : z.rest + z.decay * (v[k] - z.rest), u = left + current[k];
-      const V above = u - z.threshold, s = (z.above ? above > 0.0f : above >= 0.0f) ? one : zero;
-      v[k] = z.soft ? u - z.threshold * s : u - (u - z.rest) * s;
-      const V fires = slope<S>(z, z.soft ? v[k] - z.threshold * (one - s) : above);
-      V stays = z.soft ? one : one - s;
-      if (!z.detached) stays -= z.soft ? fires * z.threshold : fires * (u - z.rest);
+      const V left = SOFT || z.rest == 0 ? z.decay * v[k] : z.rest + z.decay * (v[k] - z.rest), u = left + current[k];
+      const V above = u - z.threshold, s = (ABOVE ? above > 0.0f : above >= 0.0f) ? one : zero;
+      v[k] = SOFT ? (s != 0.0f ? above : u) : u - (u - z.rest) * s;
+      const V fires = slope<S>(z, above);
+      V stays = SOFT ? one : one - s;
+      if (!z.detached) stays -= SOFT ? fires * z.threshold : fires * (u - z.rest);
       by_x[k] = z.decay * by_x[k] + z.gain;  // ∂u/∂x, from ∂v/∂x of the step before
       spikes[k] += s;
       slopes[k] += by_x[k] * fires;
@@ -154,8 +154,11 @@ int64_t steady_block(const Neuron& z, const T* __restrict x, float start, int st
   current(z, nullptr, x, 0, rates, n);
   std::fill(rates + n, rates + (n + AT_ONCE - 1) / AT_ONCE * AT_ONCE, 0.0f);
   with_surrogate(z.surrogate, [&](auto surrogate) {
+    constexpr Surrogate S = surrogate();
+    const auto run = z.soft ? (z.above ? steady_vectors<S, true, true> : steady_vectors<S, true, false>)
+                            : (z.above ? steady_vectors<S, false, true> : steady_vectors<S, false, false>);
     for (int64_t i = 0; i < n; i += AT_ONCE)
-      steady_vectors<surrogate()>(z, start, steps, reinterpret_cast<V*>(rates + i), reinterpret_cast<V*>(slopes + i));
+      run(z, start, steps, reinterpret_cast<V*>(rates + i), reinterpret_cast<V*>(slopes + i));
   });
   for (int64_t i = 0; i < n; i++) put(rate + i, rates[i]);
   for (int64_t i = 0; i < n; i++) put(by_input + i, slopes[i]);

@@ -1,10 +1,11 @@
 """Gradients of convolutions of any values, such as rates or traces, in other ways than PyTorch's where that is faster.
 
 Those of 3×3 convolutions of stride 1 are Winograd's (`winograd`), where `costs` measured that it pays. The weight
-gradient of small images in bfloat16 is one matrix product. The forward is PyTorch's.
+gradient of small images in bfloat16 is a matrix product for each position of the kernel. The forward is PyTorch's.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +20,9 @@ from sltt.kernels.options import options
 from sltt.kernels.sparse import Layer
 from sltt.kernels.weights import Weights
 
-# Up to so many output pixels, one matrix product of the gradient with what the kernel reads takes about as long as
-# oneDNN's weight gradient in bfloat16, and half as long with AMX: see benchmarks/sparse.py, 256 to 256 channels of 8×8
-# pixels.
+# Up to so many output pixels, products of the gradient with what each position of the kernel reads take about as long
+# as oneDNN's weight gradient in bfloat16, and with AMX less than half as long: see benchmarks/sparse.py, 256 to 256
+# channels of 8×8 pixels.
 MULTIPLIED_TO = 64
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _LEAST = {"stride": 1, "padding": 0, "dilation": 1}
@@ -109,7 +110,7 @@ def dense_gradients(
     groups: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """∂L/∂x and ∂L/∂weight where they are needed: `ours`, one matrix product, or PyTorch's, as without a `layer`."""
+    """∂L/∂x and ∂L/∂weight where they are needed: `ours`, matrix products, or PyTorch's, as without a `layer`."""
     of_x = of_weight = None
 
     def pytorch(*mask: bool) -> Any:
@@ -142,20 +143,21 @@ def ours_of(layer: Layer | None, dtype: torch.dtype) -> costs.Ours:
 
 
 def multiplies(y_shape: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether the dense weight gradient of a convolution is one matrix product."""
+    """Whether the dense weight gradient of a convolution is computed by matrix products."""
     return len(y_shape) == 4 and dtype == torch.bfloat16 and math.prod(y_shape[2:]) <= MULTIPLIED_TO
 
 
 def _multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: Axes) -> Tensor:
-    """∂L/∂weight = gᵀ · x̃, where a row of x̃ is what the kernel reads for an output pixel; with the channels last."""
+    """∂L/∂weight = gᵀ · x̃ for each position of the kernel, a row of x̃ being what it reads for an output pixel."""
     (down, right), (above, left), _ = axes
-    rows, columns = weight.shape[2:]
+    (rows, columns), (height, width) = weight.shape[2:], grad.shape[2:]
+    outputs = grad.movedim(1, -1).flatten(0, -2).T.contiguous()  # oneDNN takes twice as long for a transposed view
     padded = F.pad(x.movedim(1, -1), (0, 0, left, left, above, above))
-    image, row, column, channel = padded.stride()
-    size = grad.shape[0], *grad.shape[2:], rows, columns, x.shape[1]
-    read = padded.as_strided(size, (image, down * row, right * column, row, column, channel))
-    found = grad.movedim(1, -1).flatten(0, -2).T @ read.flatten(3).flatten(0, 2)
-    return found.view(-1, rows, columns, x.shape[1]).movedim(-1, 1)
+    found = grad.new_empty(len(weight), rows, columns, x.shape[1])
+    for i, j in itertools.product(range(rows), range(columns)):
+        read = padded[:, i : i + down * height : down, j : j + right * width : right]
+        torch.mm(outputs, read.flatten(0, 2), out=found[:, i, j])
+    return found.movedim(-1, 1)
 
 
 def _dense_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | None:

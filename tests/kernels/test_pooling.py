@@ -1,9 +1,10 @@
-"""The pass of `sltt.RunningMax` in native code, against its operations."""
+"""Max pooling in native code, and the pass of `sltt.RunningMax`, against their operations."""
 
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -24,6 +25,71 @@ def sequence(pool, xs):
     """The outputs and the last states."""
     running = sltt.RunningMax(pool)
     return [*(running(x) for x in xs), running.total, running.largest]
+
+
+def pooled(x, size, compile):
+    """The pooling of x and the gradient, both on the way of a network in training."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    with kernels.using(compile=compile), kernels.saving():
+        y = F.max_pool2d(1 * x, size)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
+    return y, *torch.autograd.grad(y, x, weights)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(3, 9), st.integers(3, 9)),
+    size=st.sampled_from([1, 2, 3, (1, 2), [3, 2]]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    levels=st.sampled_from([1, 2, 100]),
+    seed=st.integers(0, 99),
+)
+def test_maxima_and_their_gradient_are_those_of_pytorch(shape, size, dtype, levels, seed):
+    x = (images(*shape, seed=seed) * levels).round().to(dtype) / levels  # the first of equal values passes
+    for ours, plain in zip(pooled(x, size, "on"), pooled(x, size, "off"), strict=True):
+        assert ours.dtype == plain.dtype
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(ours, plain)
+
+
+@given(st.lists(st.sampled_from([-torch.inf, torch.inf, torch.nan, 0.0, -1.0]), min_size=36, max_size=36))
+def test_maxima_of_values_that_are_not_finite(values):
+    x = torch.tensor(values).view(1, 1, 6, 6).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(pooled(x, 3, "on"), pooled(x, 3, "off"), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_layer_of_more_channels_than_a_block_and_more_threads():
+    x, before = images(2, 1100, 5, 4), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = pooled(x, 2, "on")
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, found, pooled(x, 2, "off")))
+
+
+def test_the_gradient_of_maxima_has_a_gradient():
+    x = images(2, 3, 5, 7).double().requires_grad_()
+
+    def square(x):
+        with kernels.using(compile="on"), kernels.saving():
+            return F.max_pool2d((x**2).float().contiguous(memory_format=torch.channels_last), (2, 3)).double()
+
+    def plain(x):
+        return F.max_pool2d((x**2).float(), (2, 3)).double()
+
+    found = []
+    for function in (square, plain):
+        (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_maxima_keep_a_byte_each_and_no_input():
+    x = images(2, 8, 32, 32).requires_grad_()
+    with kernels.using(compile="on"), kernels.saving():
+        y = F.max_pool2d(x.sin(), 2)
+    (kept,) = y.grad_fn.saved_tensors
+    assert (kept.dtype, tuple(kept.shape)) == (torch.uint8, (2, 8, 16, 16))
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Convolutions of any values, such as rates: their gradients are Winograd's, or in bf16 one matrix product."""
+"""Convolutions of any values, such as rates: their gradients are Winograd's, or in bf16 matrix products."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ NATIVE = pytest.mark.skipif(native.problem() is not None, reason=str(native.prob
 
 @pytest.fixture
 def products(monkeypatch):
-    """The weight gradients that were one matrix product, of layers of any size."""
+    """The weight gradients that were matrix products, of layers of any size."""
     made = []
     multiply = values._multiplied_weight_gradient
     monkeypatch.setattr(values, "_multiplied_weight_gradient", lambda *a: (made.append(1), multiply(*a))[1])
