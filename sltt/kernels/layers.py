@@ -151,7 +151,7 @@ def layer_call(
     even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype)
     density = tag.density(x)  # packs them
     forward, gradient, ours = density < even.forward, density < even.weight_gradient, ours_of(layer, dtype)
-    backward = gradient or ours.input_gradient or ours.weight_gradient or multiplies(layer.y_shape, dtype)
+    backward = gradient or ours.input_gradient or ours.weight_gradient or multiplies(layer, dtype)
     if not forward and not (backward and torch.is_grad_enabled()):
         return None
     return Call(layer, tag, dtype, forward, gradient, ours, axes, weights), x, weight, bias

@@ -13,17 +13,19 @@ struct Pooling {  // shared with pooling.py; windows do not overlap, and `oh`, `
 template <class T>
 void window(const Pooling& z, const T* __restrict x, T* __restrict y, uint8_t* __restrict positions, int64_t m) {
   float most[BLOCK];
-  int32_t at[BLOCK] = {};
+  int32_t at[BLOCK], k = 0;
   for (int64_t c = 0; c < m; c++) most[c] = widen(x[c]);
-  for (int32_t k = 1; k < z.kh * z.kw; k++) {
-    const T* __restrict from = x + (k / z.kw * z.w + k % z.kw) * z.channels;
-    for (int64_t c = 0; c < m; c++) {
-      const float value = widen(from[c]);
-      const bool larger = value > most[c] || value != value;
-      most[c] = larger ? value : most[c];
-      at[c] = larger ? k : at[c];
+  std::fill_n(at, m, 0);
+  for (int64_t i = 0; i < z.kh; i++)
+    for (int64_t j = 0; j < z.kw; j++, k++) {
+      const T* __restrict from = x + (i * z.w + j) * z.channels;
+      for (int64_t c = 0; c < m; c++) {
+        const float value = widen(from[c]);
+        const bool larger = value > most[c] || value != value;
+        most[c] = larger ? value : most[c];
+        at[c] = larger ? k : at[c];
+      }
     }
-  }
   for (int64_t c = 0; c < m; c++) put(y + c, most[c]);
   if (positions)
     for (int64_t c = 0; c < m; c++) positions[c] = uint8_t(at[c]);

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt._torch import transforms_active
+from sltt.kernels.deferred import settled
 from sltt.kernels.native import library_for
 from sltt.kernels.values import ordinary
 from sltt.sequence.hooks import own_forward
@@ -60,8 +61,9 @@ class _MaxPooling:
     def spread_with_graph(self, grad: Tensor, positions: Tensor) -> Tensor:
         """The same, by operations of PyTorch."""
         z = self.windows
-        at_each = torch.stack([grad * (positions == k) for k in range(z.kh * z.kw)], -1).unflatten(-1, (z.kh, z.kw))
-        out = at_each.movedim(-2, 3).reshape(z.n, z.channels, z.oh * z.kh, z.ow * z.kw)
+        each = torch.arange(z.kh * z.kw, device="cpu").view(z.kh, z.kw)
+        out = torch.where(positions[..., None, None] == each, grad[..., None, None], 0)  # [n, channels, oh, ow, kh, kw]
+        out = out.movedim(-2, 3).reshape(z.n, z.channels, z.oh * z.kh, z.ow * z.kw)
         return F.pad(out, (0, z.w - z.ow * z.kw, 0, z.h - z.oh * z.kh))
 
     def empty_result(self, dtype: torch.dtype) -> Tensor:
@@ -91,7 +93,9 @@ class _MaxPool(torch.autograd.Function):
 
 def max_pool(input: Tensor, kernel_size: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`F.max_pool2d`, natively where that can run."""
-    if torch.compiler.is_compiling() or (pooling := _pooling(input, kernel_size, *args, **kwargs)) is None:
+    input = settled(input)
+    pooling = _pooling(input, kernel_size, *args, **kwargs)
+    if pooling is None:
         return F.max_pool2d(input, kernel_size, *args, **kwargs)
     if torch.is_grad_enabled() and input.requires_grad:
         return _MaxPool.apply(input, pooling)  # type: ignore[return-value]
@@ -109,9 +113,7 @@ def _pooling(
 ) -> _MaxPooling | None:
     """How a call of `F.max_pool2d` runs natively; None where it does not."""
     size = _side_by_side(kernel_size, stride, padding, dilation)
-    if size is None or size[0] * size[1] > _POSITIONS or ceil_mode or return_indices:
-        return None
-    if not _plain(x) or x.dtype not in _DTYPES or transforms_active():
+    if size is None or size[0] * size[1] > _POSITIONS or ceil_mode or return_indices or not _plain(x) or not x.numel():
         return None
     if (windows := _Pooling.of(x, size)) is None or (library := library_for(x.numel())) is None:
         return None
@@ -153,11 +155,13 @@ def _windows(pool: Any) -> tuple[int, int] | None:
 
 
 def _side_by_side(size: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, int] | None:
-    """Height and width of windows, if they lie side by side."""
+    """Height and width of windows, if they lie side by side; of other types than int, PyTorch knows what they are."""
     size, stride, padding, dilation = (
-        (one, one) if isinstance(one, int) else tuple(one) * (3 - len(one))
+        (one, one) if isinstance(one, int) else tuple(one) if isinstance(one, tuple | list) else ()
         for one in (size, size if stride is None else stride, padding, dilation)
     )
+    if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
+        return None
     return size if size == stride and padding == (0, 0) and dilation == (1, 1) else None
 
 
@@ -165,14 +169,14 @@ def _fits(total: Tensor, largest: Tensor, x: Tensor) -> bool:
     tensors = total, largest, x
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         return False
-    if x.dtype not in _DTYPES or total.dtype != largest.dtype:
-        return False
-    if total.dtype not in (torch.float32, x.dtype) or transforms_active():
+    if total.dtype != largest.dtype or total.dtype not in (torch.float32, x.dtype):
         return False
     return all(_plain(one) for one in tensors)
 
 
 def _plain(x: Any) -> bool:
-    if type(x) is not Tensor or x.ndim != 4 or not x.is_cpu or x.is_neg():
+    """Whether this is memory of images with the channels last, which the kernels read."""
+    if type(x) is not Tensor or x.ndim != 4 or x.dtype not in _DTYPES or transforms_active():
         return False
-    return x.is_contiguous(memory_format=torch.channels_last)
+    # of a single channel, memory may have either order, and PyTorch goes by the strides
+    return x.is_cpu and not x.is_neg() and x.is_contiguous(memory_format=torch.channels_last) and x.stride(1) == 1

@@ -24,6 +24,7 @@ from sltt.kernels.weights import Weights
 # as oneDNN's weight gradient in bfloat16, and with AMX less than half as long: see benchmarks/sparse.py, 256 to 256
 # channels of 8×8 pixels.
 MULTIPLIED_TO = 64
+POSITIONS_AT_MOST = 9  # of a kernel: each is a product, and a copy of what it reads
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _LEAST = {"stride": 1, "padding": 0, "dilation": 1}
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -71,7 +72,7 @@ def run_on_values(func: Any, args: Any, kwargs: Any, weights: Weights) -> Any:
     if not {t.dtype for t in (x, weight, bias) if t is not None} <= types:
         return plain()
     layer = _dense_layer(x, weight, axes, named["groups"])
-    if layer is None or not (any(ours_of(layer, dtype)) or (multiplies(layer.y_shape, dtype) and weight.requires_grad)):
+    if layer is None or not (any(ours_of(layer, dtype)) or (multiplies(layer, dtype) and weight.requires_grad)):
         return plain()
     return _OnValues.apply(x.to(dtype), weight, bias, axes, weights)
 
@@ -121,7 +122,7 @@ def dense_gradients(
     if needs[1]:
         if layer and ours.weight_gradient:
             of_weight = winograd.weight_gradient(layer, x, grad)
-        elif layer and multiplies(grad.shape, grad.dtype):
+        elif layer and multiplies(layer, grad.dtype):
             of_weight = _multiplied_weight_gradient(grad, x, weight, axes)
         else:
             of_weight = pytorch(False, True, False)[1]
@@ -142,9 +143,11 @@ def ours_of(layer: Layer | None, dtype: torch.dtype) -> costs.Ours:
     return costs.ours(layer, dtype)
 
 
-def multiplies(y_shape: Sequence[int], dtype: torch.dtype) -> bool:
+def multiplies(layer: Layer, dtype: torch.dtype) -> bool:
     """Whether the dense weight gradient of a convolution is computed by matrix products."""
-    return len(y_shape) == 4 and dtype == torch.bfloat16 and math.prod(y_shape[2:]) <= MULTIPLIED_TO
+    if len(layer.y_shape) != 4 or dtype != torch.bfloat16:
+        return False
+    return math.prod(layer.y_shape[2:]) <= MULTIPLIED_TO and math.prod(layer.weight_shape[2:]) <= POSITIONS_AT_MOST
 
 
 def _multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: Axes) -> Tensor:
@@ -210,11 +213,9 @@ def axes_in(named: dict[str, Any], dims: int) -> Axes | None:
     found = []
     for name, least in _LEAST.items():
         value = 0 if named[name] == "valid" else named[name]
-        if isinstance(value, str):
-            return None
-        values = [value] * dims if isinstance(value, int) else list(value)
+        values = list(value) if isinstance(value, tuple | list) else [value]
         values = values * dims if len(values) == 1 else values
-        if len(values) != dims or min(values) < least:
+        if len(values) != dims or not all(isinstance(one, int) and one >= least for one in values):
             return None
         found.append(values)
     return found[0], found[1], found[2]

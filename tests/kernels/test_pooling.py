@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.kernels import native, running_max
+from sltt.kernels.pooling import _MaxPooling
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason="there are no native kernels")
 
@@ -67,6 +69,61 @@ def test_a_layer_of_more_channels_than_a_block_and_more_threads():
     assert all(map(torch.equal, found, pooled(x, 2, "off")))
 
 
+def test_gray_images_keep_their_memory_format():
+    x = torch.randn(2, 1, 6, 6)
+    found, plain = pooled(x, 2, "on"), pooled(x, 2, "off")
+    assert [one.stride() for one in found] == [one.stride() for one in plain]
+
+
+FORMS = {
+    "integers of NumPy": {"kernel_size": np.int64(2), "padding": np.int64(0)},
+    "no stride": {"kernel_size": 2, "stride": None},
+    "one number in a list": {"kernel_size": [2]},
+    "with the stride": {"kernel_size": (2, 2), "stride": [2, 2]},
+    "of size 0": {"kernel_size": 0},
+    "of three numbers": {"kernel_size": (2, 2, 2)},
+    "of no number": {"kernel_size": []},
+    "larger than the images": {"kernel_size": 9},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_calls_are_understood_or_refused_as_by_pytorch(form):
+    found = []
+    for compile in ("on", "off"):
+        with kernels.using(compile=compile), kernels.saving():
+            try:
+                found.append(F.max_pool2d(images(2, 3, 6, 6), **form))
+            except (RuntimeError, TypeError) as error:
+                found.append(str(error))
+    ours, plain = found
+    assert ours == plain if isinstance(plain, str) else torch.equal(ours, plain)
+
+
+def test_maxima_under_a_transform_are_those_of_pytorch():
+    x = images(6, 3, 4, 4).view(2, 3, 3, 4, 4)
+    with kernels.using(compile="on"), kernels.saving():
+        found = torch.func.vmap(lambda one: F.max_pool2d(one, 2))(x)
+    assert torch.equal(found, F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, (2, 3)))
+
+
+def test_behind_a_batchnorm_and_in_front_of_a_sparse_layer(monkeypatch):
+    calls, found = [], []
+    pool = _MaxPooling.maxima
+    monkeypatch.setattr(_MaxPooling, "maxima", lambda *a: (calls.append(1), pool(*a))[1])
+    x, y = images(4, 32, 64, 64), torch.tensor([0, 1, 2, 0])  # large enough for a BatchNorm that waits
+    for compile in ("on", "off"):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(32, 16, 3, padding=1), nn.BatchNorm2d(16), nn.MaxPool2d(2), sltt.LIF(v_threshold=0.5)
+        layers = *layers, nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, padding=1), sltt.LIF(), nn.Flatten()
+        model = nn.Sequential(*layers, nn.Linear(16 * 256, 3)).to(memory_format=torch.channels_last)
+        with kernels.using(compile=compile, sparse="on"):
+            sltt.BPTT()(model, x, y, nn.CrossEntropyLoss(), steps=2)
+        found.append([p.grad for p in model.parameters()])
+        assert len(calls) == 4  # two poolings in two steps, with `compile="on"` alone
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
 def test_the_gradient_of_maxima_has_a_gradient():
     x = images(2, 3, 5, 7).double().requires_grad_()
 
@@ -82,6 +139,15 @@ def test_the_gradient_of_maxima_has_a_gradient():
         (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(grad.square().sum(), x)[0])
     torch.testing.assert_close(*found)
+
+
+def test_a_gradient_with_a_graph_stays_where_the_maximum_was():
+    x = images(1, 2, 4, 4).requires_grad_()
+    with kernels.using(compile="on"), kernels.saving():
+        y = F.max_pool2d(1 * x, 2)
+    (grad,) = torch.autograd.grad(y, x, torch.full_like(y, torch.inf), create_graph=True)
+    assert grad.isinf().sum() == y.numel()
+    assert (grad == 0).sum() == x.numel() - y.numel()
 
 
 def test_maxima_keep_a_byte_each_and_no_input():
