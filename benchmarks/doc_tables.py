@@ -3,12 +3,15 @@
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import advice_tables
 import paper_tables
+import yaml
 from cells import Row, accuracies, by, grouped, load, markdown, runs, seeds, shown, tasks
 
+import sltt
 from sltt.commands.results import scores_text
 from sltt.training.console import megabytes
 
@@ -210,14 +213,21 @@ def by_views(rows: list[Row]) -> list[str]:
 
 
 def ingredients(results: Path) -> str:
-    """What each change of a recipe brings, in points of the validation accuracy by six views."""
-    found = grouped(load(results, "ingredients"), "case")
-    base = {row["seed"]: row for row in found["recipe"]}
-    rows = []
-    for case, of in found.items():
-        gained = statistics.mean(row["six"] - base[row["seed"]]["six"] for row in of)
-        rows.append([case, str(len(of)), *by_views(of), f"{100 * gained:+.1f}"])
-    return markdown(["change", "seeds", "one view", "six views", "points"], rows)
+    """What each change of a recipe brings, in points of the validation accuracy by six views.
+
+    A change is compared with the recipe of the same seed that was measured last before it.
+    """
+    rows = load(results, "ingredients")
+    base, gained = {}, {}
+    for row in rows:
+        if row["case"].startswith("recipe"):
+            base[row["seed"]] = row["six"]
+        gained.setdefault(row["case"], []).append(row["six"] - base[row["seed"]])
+    cells = [
+        [case, str(len(of)), *by_views(of), f"{100 * statistics.mean(gained[case]):+.1f}"]
+        for case, of in grouped(rows, "case").items()
+    ]
+    return markdown(["change", "seeds", "one view", "six views", "points"], cells)
 
 
 def hour(results: Path) -> str:
@@ -227,6 +237,70 @@ def hour(results: Path) -> str:
         minutes = statistics.mean(sum(row["seconds"]) for row in of) / 60
         rows.append([case, str(len(of)), f"{minutes:.0f}", *by_views(of)])
     return markdown(["training", "seeds", "minutes", "one view", "six views"], rows)
+
+
+def hour_seconds(results: Path) -> str:
+    """Seconds of a batch of the hour's recipe, and the ratio to it of a batch with a change, within a turn."""
+    found, rows = load(results, "hour-seconds"), []
+    for batch, of in grouped(found["rows"], "batch").items():
+        plain = of[0]["seconds"]
+        for row in of:
+            ratios = [a / b for a, b in zip(row["seconds"], plain, strict=True)]
+            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if row["change"] else "1"
+            rows.append([batch, row["change"], f"{statistics.median(row['seconds']):.3g}", ratio])
+    table = markdown(["batch", "change", "seconds", "ratio"], rows)
+    return f"{found['hardware']}, medians of {len(found['rows'][0]['seconds'])} turns:\n\n{table}"
+
+
+def residual(results: Path) -> str:
+    """The phases of the recipe `cifar10-small`, with the shortest and the longest epoch of each."""
+    recipe = yaml.safe_load(Path(sltt.__file__).with_name("recipes").joinpath("cifar10-small.yaml").read_text())
+    seconds = iter([float(row["seconds"]) for (epochs,) in runs(results, "cifar10-small").values() for row in epochs])
+    rows = []
+    for phase in recipe["phases"]:
+        of = list(islice(seconds, phase["epochs"]))
+        images = f"crops of {phase['crop']} pixels" if "crop" in phase else "whole"
+        rule, steps = "steady currents" if "rule" in phase else "SLTT-1", phase.get("steps", recipe["steps"])
+        spread = " to ".join(dict.fromkeys(f"{one(of):.0f}" for one in (min, max)))
+        rows.append([str(phase["epochs"]), rule, str(steps), images, spread])
+    return markdown(["epochs", "rule", "T", "images", "seconds per epoch"], rows)
+
+
+def layers(results: Path) -> str:
+    """Milliseconds of the dense gradients of some layers, PyTorch's and ours."""
+    found = load(results, "layers")
+    rows = []
+    for (dtype, layer), of in grouped(found["rows"], "dtype", "layer").items():
+        if layer in ("64→64, 32×32", "512→512, 4×4"):
+            one = {row["pass"]: row["milliseconds"] for row in of}
+            name = f"{layer}, {dtype}"
+            for part in ("input gradient", "weight gradient"):
+                times = (f"{one[part][column][0]:.1f}" for column in ("dense", "dense, ours"))
+                rows.append([name, part, *times])
+                name = ""
+    table = markdown(["channels, pixels", "", "PyTorch", "ours"], rows).replace("|  |", "| |")
+    return f"{found['hardware']}, {found['batch']} images, medians of {found['repeats']}:\n\n{table}"
+
+
+def scaling(results: Path) -> str:
+    """Images a second with one and two processes, and what a reduction costs."""
+    rows = []
+    for rule, (one, two) in load(results, "scaling")["measured"].items():
+        speeds = (f"{row['samples_per_second']:.1f}" for row in (one, two))
+        cells = f"{two['reduction_seconds'] / two['seconds']:.1%}", megabytes(two["memory"])
+        rows.append([shown(rule), *speeds, *cells])
+    headings = ["rule", "images/s, 1 process", "2 processes", "reduction, of a batch", "memory of a process"]
+    return markdown(headings, rows)
+
+
+def scaling_model(results: Path) -> str:
+    """What reductions would cost on many GPUs."""
+    rows = []
+    for row in load(results, "scaling")["modelled"]:
+        network = f"{row['network']}, {row['batch']} images a GPU, T = {row['steps']}, {megabytes(row['bytes'])}"
+        shares = (f"{row[key]:.1%}" for key in ("after", "overlap", "each"))
+        rows.append([network, shown(row["rule"]), str(row["gpus"]), *shares])
+    return markdown(["network", "rule", "GPUs", "once", "once, overlapped", "each backward"], rows)
 
 
 def last_epoch(results: Path) -> str:
@@ -250,6 +324,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ingredients": ingredients,
     "hour": hour,
     "last-epoch": last_epoch,
+    "hour-seconds": hour_seconds,
+    "cifar10-small": residual,
+    "layers": layers,
+    "scaling": scaling,
+    "scaling-model": scaling_model,
     "tasks": all_tasks,
     **{task: partial(of_task, task=task) for task in ("recall", "recall-marked", "sequential-digits")},
     **{f"short-{name}": partial(short, name=name) for name in ("stabilised", "transformer")},

@@ -51,13 +51,16 @@ class Setting:
     def described(self) -> dict[str, Any]:
         """For a row of the results."""
         size, *shape = NETWORKS[self.network][1]
-        capability = "AVX2" if self.avx2 else torch.backends.cpu.get_cpu_capability()
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
-        hardware = f"{threads} on {model} ({capability}), PyTorch {torch.__version__}"
-        batch = self.batch or size
-        return {**asdict(self), "batch": batch, "input": [batch, *shape], "hardware": hardware}
+        batch, on = self.batch or size, hardware(self.threads, self.avx2)
+        return {**asdict(self), "batch": batch, "input": [batch, *shape], "hardware": on}
+
+
+def hardware(threads: int, avx2: bool = False) -> str:
+    """What a measurement runs on."""
+    capability = "AVX2" if avx2 else torch.backends.cpu.get_cpu_capability()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{threads} thread{'s' * (threads > 1)} on {model} ({capability}), PyTorch {torch.__version__}"
 
 
 def work(setting: Setting, case: str) -> None:

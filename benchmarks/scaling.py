@@ -14,6 +14,8 @@ GPU, and 20 microseconds a message): 2 (n − 1)/n bytes in and out of each of n
 waits for one reduction after the last backward, as sltt does it; `overlap` is what would be left if it ran beside
 the backward of the last time step, which is where the gradients become final; `each` is one reduction after every
 backward pass, the naive way.
+
+The tables of docs/several.md are `--steps 2 --batch 8 --repeats 3 --json docs/results/scaling.json`.
 """
 
 import argparse
@@ -154,7 +156,7 @@ def model_rows(network: str, options: argparse.Namespace) -> list[dict[str, Any]
         for gpus in GPUS:
             once = reduction_seconds(nbytes, gpus, options.nvlink, options.nic)
             waits = {"after": once, "overlap": max(once - last, 0), "each": passes * once}
-            row = {"network": network, "rule": name, "gpus": gpus, "bytes": nbytes}
+            row = {"network": network, "steps": steps, "batch": batch, "rule": name, "gpus": gpus, "bytes": nbytes}
             shares = {key: wait / (seconds + wait) for key, wait in waits.items()}
             rows.append({**row, "batch_seconds": seconds, "reduction_seconds": once, **shares})
     return rows
@@ -202,7 +204,8 @@ def main() -> None:
     )
     if options.json:
         settings = {key: value for key, value in vars(options).items() if key not in ("json", "worker")}
-        options.json.write_text(json.dumps({"settings": settings, "measured": measured, "modelled": modelled}))
+        found = {"settings": settings, "measured": measured, "modelled": modelled}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
 """Layers on spikes: milliseconds of the dense layer and of the sparse one, forward and gradients.
 
-    python benchmarks/sparse.py [--batch 32] [--threads 1] [--repeats 15] [--dtypes float32 bfloat16]
+    python benchmarks/sparse.py [--batch 32] [--threads 1] [--repeats 15] [--dtypes float32 bfloat16] [--json FILE]
 
 Dense and sparse runs alternate; a figure is the median, with the fastest in brackets. With one thread the time is the
 thread's processor time, which other processes hardly disturb. Results are compared before they are timed.
 `dense` is PyTorch's layer. `dense, ours` are the gradients that layers take where they run dense. `even` is the density
-up to which the sparse layer is taken.
+up to which the sparse layer is taken. A table of docs/performance.md is made of docs/results/layers.json.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peer_workers import hardware
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -80,7 +83,7 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def milliseconds(runs: Runs, repeats: int) -> dict[str, str]:
+def milliseconds(runs: Runs, repeats: int) -> dict[str, tuple[float, float]]:
     """Median and fastest of each run, all in turn."""
     clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
     times: dict[str, list[float]] = {column: [] for column in runs}
@@ -89,7 +92,7 @@ def milliseconds(runs: Runs, repeats: int) -> dict[str, str]:
             start = clock()
             run()
             times[column].append((clock() - start) / 1e6)
-    return {column: f"{statistics.median(t[1:]):.2f} ({min(t[1:]):.2f})" for column, t in times.items()}
+    return {column: (statistics.median(t[1:]), min(t[1:])) for column, t in times.items()}
 
 
 def main() -> None:
@@ -99,11 +102,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if problem := native.problem():
         raise SystemExit(f"no sparse layers: {problem}")
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
+    rows = []
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
         table = Table("layer", "pass", *COLUMNS, "even", title=f"milliseconds, {name}")
@@ -113,10 +118,14 @@ def main() -> None:
             for what, runs in passes.items():
                 with torch.no_grad():
                     found = milliseconds(runs, arguments.repeats)
+                rows.append({"layer": case, "dtype": name, "pass": what, "milliseconds": found})
                 bound = f"{even[what]:.2f}" if what in even else ""
-                cells = (found.get(column, "") for column in COLUMNS)
+                cells = ("{:.2f} ({:.2f})".format(*found[column]) if column in found else "" for column in COLUMNS)
                 table.add_row(case if what == "forward" else "", what, *cells, bound)
         Console(width=160).print(table)
+    if arguments.json:
+        how = {"hardware": hardware(arguments.threads), "batch": arguments.batch, "repeats": arguments.repeats}
+        arguments.json.write_text(json.dumps(how | {"rows": rows}, ensure_ascii=False, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from peers import ratio
 from sltt.training.console import megabytes
 
 DOCS = Path(__file__).parents[1] / "docs"
-NAMES = "performance", "paper", "results", "when-not", "recall", "interop", "transformers", "own-neuron"
+NAMES = "performance", "paper", "results", "when-not", "recall", "interop", "transformers", "own-neuron", "several"
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 BLOCK = re.compile(r"(<!-- table (\S+)( over T)? -->\n).*?(<!-- end -->)", re.DOTALL)
 LABELS = {

@@ -255,6 +255,22 @@ def test_the_last_epoch_begins_from_either_weights(tmp_path, monkeypatch):
     assert len({found["loss"], unmoved, moved}) == 3
 
 
+def test_batches_of_the_hours_recipe_take_turns(tmp_path, monkeypatch):
+    module, run = load("hour_seconds"), tmp_path / "run"
+    words = ["--model.width", "4", "--steps", "2", "--epochs", "1", "--device", "cpu", "--run", str(run)]
+    assert command(["train", "digits", *words]) == 0
+    monkeypatch.setattr(module, "PATH", tmp_path / "hour-seconds.json")
+    monkeypatch.setattr(module, "fill", lambda: None)
+    monkeypatch.setattr("sys.argv", ["hour_seconds.py", str(run), "--repeats", "2"])
+    threads = torch.get_num_threads()
+    module.main()
+    torch.set_num_threads(threads)
+    rows = json.loads(module.PATH.read_text())["rows"]
+    assert [len(row["seconds"]) for row in rows] == [2] * 7
+    lines = load("doc_tables").hour_seconds(tmp_path).splitlines()
+    assert [line.endswith("| 1 |") for line in lines[4:]] == [True, *[False] * 3, True, *[False] * 2]
+
+
 def test_twins_of_the_digits_are_measured_in_each_form(monkeypatch):
     digits = load("twin_digits")
     trained = []

@@ -1,11 +1,14 @@
+import json
 import re
 import shlex
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 import sltt
 from sltt.commands import main
+from sltt.training.console import megabytes
 
 README = Path(sltt.__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text(), re.DOTALL)
@@ -42,6 +45,37 @@ def test_the_commands_run_as_written(tmp_path, monkeypatch, capsys):
             words += SHORT.get(words[0], [])
         run = next(iter(Path("runs").glob("digits*")), None)
         assert main([word.replace("runs/RUN", str(run)) for word in words]) == 0, command
+
+
+def test_the_table_is_that_of_the_results():
+    rows = json.loads((README.parent / "docs/results/resnet18-over-t.json").read_text())
+    found = {row["case"]: row for row in rows if row["steps"] == 64}
+    lines = README.read_text().replace("**", "").splitlines()
+    for method, case in {
+        "SLTT, this library": "SLTT",
+        "BPTT, this library": "BPTT",
+        "SLTT, SpikingJelly 2.0 (`SLTTLIFNode`)": "SpikingJelly SLTT",
+        "BPTT, SpikingJelly 2.0 (`LIFNode`, layer by layer)": "SpikingJelly BPTT",
+    }.items():
+        row = found[case]
+        assert f"| {method} | {megabytes(row['memory'])} | {row['seconds']:.0f} s |" in lines
+
+
+def test_the_ratios_are_those_of_the_results():
+    said = re.search(
+        r"SLTT took (\S+) to (\S+) of ReLU's time, and (\S+) to (\S+) of SpikingJelly's SLTT: medians, "
+        r"single turns up to (\S+) and (\S+)",
+        README.read_text().replace("\n", " "),
+    )
+    ratios = {"relu": [], "SpikingJelly SLTT": []}
+    for machine in ("", "-xeon", "-zen5"):
+        rows = json.loads((README.parent / f"docs/results/resnet18-t6{machine}.json").read_text())
+        times = {row["case"]: row["times"] for row in rows}
+        for case, found in ratios.items():
+            found.append([a / b for a, b in zip(times["SLTT"], times[case], strict=True)])
+    medians = [[median(turns) for turns in found] for found in ratios.values()]
+    expected = [end(of) for of in medians for end in (min, max)] + [max(map(max, of)) for of in ratios.values()]
+    assert [f"{ratio:.2f}" for ratio in expected] == list(said.groups())
 
 
 def test_every_link_leads_to_a_file():

@@ -149,6 +149,8 @@ def layer_call(
     if not ordered or layer.problem or not (always or layer.products >= costs.PRODUCTS_FROM) or native.problem():
         return None
     even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype)
+    if not (even.forward or torch.is_grad_enabled()):
+        return None
     density = tag.density(x)  # packs them
     forward, gradient, ours = density < even.forward, density < even.weight_gradient, ours_of(layer, dtype)
     backward = gradient or ours.input_gradient or ours.weight_gradient or multiplies(layer, dtype)

@@ -373,3 +373,16 @@ def test_weight_gradients_of_small_images_in_bfloat16_are_one_product(size, stri
     weight = conv.weight.detach().bfloat16()
     _, found, _ = kernels.convolution_gradients(grad, spikes.bfloat16(), weight, axes, 1, [False, True, False])
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_steps_without_a_graph_do_not_pack_spikes_for_a_layer_that_never_runs_sparse(monkeypatch):
+    packed, density = [], layers.SpikeTag.density
+    monkeypatch.setattr(layers.SpikeTag, "density", lambda *a: (packed.append(1), density(*a))[1])
+    monkeypatch.setattr(layers.costs, "PRODUCTS_FROM", 0)
+    model, (x, _) = Net().to(memory_format=torch.channels_last), data()
+    for forward, packs in ((0.0, False), (1.1, True)):
+        even = layers.costs.BreakEven(forward, 1.1)
+        monkeypatch.setattr(layers.costs, "break_even", lambda *args, even=even: even)
+        with torch.no_grad(), kernels.using(compile="off"):
+            sltt.unroll(model, x)
+        assert bool(packed) == packs
