@@ -150,7 +150,7 @@ def layer_call(
         return None
     even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype)
     if not (even.forward or torch.is_grad_enabled()):
-        return None
+        return None  # it never runs sparse: to pack spikes would be for nothing
     density = tag.density(x)  # packs them
     forward, gradient, ours = density < even.forward, density < even.weight_gradient, ours_of(layer, dtype)
     backward = gradient or ours.input_gradient or ours.weight_gradient or multiplies(layer, dtype)

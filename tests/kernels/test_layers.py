@@ -353,7 +353,7 @@ def test_what_does_not_fit_is_refused_by_pytorch(function, message, sparse_calls
 
 
 @pytest.mark.parametrize(("size", "stride", "padding"), [((4, 4), 1, 1), ((7, 5), 2, (0, 2)), ((3, 6), (1, 3), (2, 1))])
-def test_weight_gradients_of_small_images_in_bfloat16_are_one_product(size, stride, padding, monkeypatch):
+def test_weight_gradients_of_small_images_in_bfloat16_are_products(size, stride, padding, monkeypatch):
     conv = nn.Conv2d(16, 24, 3, stride, padding).to(memory_format=torch.channels_last)
     x = (torch.randn(16, 16, *size).sign() + 1).contiguous(memory_format=torch.channels_last)
     products = []
