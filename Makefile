@@ -7,7 +7,7 @@
 # make notebooks   run the notebooks of docs/notebooks and store their outputs
 # make paper  measure the paper's claims at small scale: make paper DATA=DIR; run again to continue
 # make figures   tables and figures of docs, from the logs in docs/results
-# make gallery   run the examples, and draw the pictures of docs/examples.md
+# make gallery   run the demo and the examples; their outputs and pictures go to docs/examples.md
 # make package   build the wheel and the source archive, and check them
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +16,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
 
-.PHONY: demo test slow soak check docs notebooks package benchmark paper figures gallery clean
+.PHONY: demo test slow soak check docs notebooks package paper figures gallery clean
 
 demo: .venv/installed
 	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --seeds 3 --save runs/demo
@@ -53,9 +53,6 @@ package: .venv/installed-dev
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
 
-benchmark: .venv/installed
-	$(BIN)/python benchmarks/rules.py
-
 paper: .venv/installed
 	$(BIN)/python benchmarks/paper.py $(if $(DATA),--data $(DATA))
 
@@ -68,7 +65,8 @@ figures: .venv/installed
 	$(BIN)/python benchmarks/recall_figure.py --steps 16 --rules SLTT
 	$(BIN)/python benchmarks/paper_map.py
 
-gallery: .venv/installed-dev
+gallery: .venv/installed-dev demo
+	cp runs/demo/report.html docs/demo/
 	$(BIN)/python docs/draw_examples.py
 
 .venv/bin/python:

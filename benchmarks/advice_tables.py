@@ -76,7 +76,7 @@ def case(found: Row, rule: str, reached: dict[str, list[float]]) -> Case:
 def advised(row: Row) -> Row:
     """What an agreement with a trial advises, and on which figures."""
     worst = {a["rule"]: a["least"] for a in row["agreement"]}
-    return {"advice": row["rule"], "trial": row["trial"], "worst_cosine": worst, "memory": row["memory"]}
+    return {"advice": row["rule"], "trial": row["trial"], "worst_cosine": worst}
 
 
 def fields(results: Path) -> dict[tuple[int, float], tuple[str, Case]]:

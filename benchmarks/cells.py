@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -60,6 +61,20 @@ def seeds(results: Path, name: str) -> dict[str, list[float]]:
     """The same in a CSV of runs."""
     found = runs(results, name)
     return {shown(rule): [float(epochs[-1]["test_accuracy"]) for epochs in of] for rule, of in found.items()}
+
+
+def seconds(results: Path, name: str) -> dict[str, float]:
+    """Median seconds of an epoch of each rule, in a CSV of runs."""
+    return {
+        shown(rule): statistics.median(float(row["seconds"]) for epochs in of for row in epochs)
+        for rule, of in runs(results, name).items()
+    }
+
+
+def in_turns(times: Sequence[float], other: Sequence[float]) -> str:
+    """The median of the ratios within a turn, with the smallest and the largest."""
+    ratios = [a / b for a, b in zip(times, other, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
 
 
 def shown(rule: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import advice_tables
 import paper_tables
 import yaml
-from cells import Row, accuracies, by, grouped, load, markdown, runs, seeds, shown, tasks
+from cells import Row, accuracies, by, grouped, in_turns, load, markdown, runs, seconds, seeds, shown, tasks
 
 import sltt
 from sltt.commands.results import scores_text
@@ -31,7 +31,7 @@ def summary(results: Path) -> str:
     found = {
         "[N-MNIST](#n-mnist-1000-training-recordings), 1,000 recordings, T = 10": seeds(results, "nmnist"),
         "[CIFAR-10](#the-rules-compared), two epochs, T = 4": seeds(results, "cifar10-rules"),
-        "[the digits' events](#all-rules-on-six-tasks), T = 9": accuracies(tasks(results, "digits-events")),
+        "[the digits' events](#all-rules-on-seven-tasks), T = 9": accuracies(tasks(results, "digits-events")),
         "[Delayed recall](recall.md), needs the gradient through time": accuracies(tasks(results, "recall")),
     }
     rules = ["BPTT", "SLTT", "SLTT-1"]
@@ -50,9 +50,9 @@ def all_tasks(results: Path) -> str:
     """A line for each task and rule."""
     rows = []
     for row in load(results, "tasks"):
-        seconds = "–" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        time = "–" if row["seconds"] is None else f"{row['seconds']:.1f}"
         reached = scores_text(row["accuracies"]), str(len(row["accuracies"]))
-        cells = megabytes(row["peak_memory"]), seconds, f"{row['cosine']:.3f}"
+        cells = megabytes(row["peak_memory"]), time, f"{row['cosine']:.3f}"
         rows.append([row["task"], row["rule"], *reached, *cells])
     headings = ["task", "rule", "test accuracy", "seeds", "memory", "seconds per epoch", "cosine"]
     return markdown(headings, rows)
@@ -60,12 +60,21 @@ def all_tasks(results: Path) -> str:
 
 def trainings(results: Path, name: str) -> str:
     """A line for each rule in a CSV that results.py wrote."""
-    rows = []
+    rows, times = [], seconds(results, name)
     for rule, of in runs(results, name).items():
         reached = ([float(epochs[-1][key]) for epochs in of] for key in ("test_accuracy", "last_epoch_test"))
-        seconds = statistics.median(float(row["seconds"]) for epochs in of for row in epochs)
-        rows.append([rule, str(len(of)), *map(scores_text, reached), f"{seconds:.3g}"])
+        rows.append([rule, str(len(of)), *map(scores_text, reached), f"{times[shown(rule)]:.3g}"])
     return markdown(["rule", "seeds", "test accuracy", "after the last epoch", "seconds per epoch"], rows)
+
+
+def over_time(results: Path, name: str, after: Sequence[int]) -> str:
+    """Mean validation accuracy and the time of the median epoch after some epochs, in a CSV that results.py wrote."""
+    rows, times = [], seconds(results, name)
+    for rule, of in runs(results, name).items():
+        reached = (statistics.mean(float(epochs[count - 1]["validation_accuracy"]) for epochs in of) for count in after)
+        took = (count * times[shown(rule)] for count in after)
+        rows.append([rule, *(f"{one:.1%}, {time:.0f} s" for one, time in zip(reached, took, strict=True))])
+    return markdown(["rule", *(f"after {count} epochs" for count in after)], rows)
 
 
 def trained_map(results: Path) -> str:
@@ -245,8 +254,7 @@ def hour_seconds(results: Path) -> str:
     for batch, of in grouped(found["rows"], "batch").items():
         plain = of[0]["seconds"]
         for row in of:
-            ratios = [a / b for a, b in zip(row["seconds"], plain, strict=True)]
-            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if row["change"] else "1"
+            ratio = in_turns(row["seconds"], plain) if row["change"] else "1"
             rows.append([batch, row["change"], f"{statistics.median(row['seconds']):.3g}", ratio])
     table = markdown(["batch", "change", "seconds", "ratio"], rows)
     return f"{found['hardware']}, medians of {len(found['rows'][0]['seconds'])} turns:\n\n{table}"
@@ -255,10 +263,10 @@ def hour_seconds(results: Path) -> str:
 def residual(results: Path) -> str:
     """The phases of the recipe `cifar10-small`, with the shortest and the longest epoch of each."""
     recipe = yaml.safe_load(Path(sltt.__file__).with_name("recipes").joinpath("cifar10-small.yaml").read_text())
-    seconds = iter([float(row["seconds"]) for (epochs,) in runs(results, "cifar10-small").values() for row in epochs])
+    times = iter([float(row["seconds"]) for (epochs,) in runs(results, "cifar10-small").values() for row in epochs])
     rows = []
     for phase in recipe["phases"]:
-        of = list(islice(seconds, phase["epochs"]))
+        of = list(islice(times, phase["epochs"]))
         images = f"crops of {phase['crop']} pixels" if "crop" in phase else "whole"
         rule, steps = "steady currents" if "rule" in phase else "SLTT-1", phase.get("steps", recipe["steps"])
         spread = " to ".join(dict.fromkeys(f"{one(of):.0f}" for one in (min, max)))
@@ -331,6 +339,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scaling-model": scaling_model,
     "tasks": all_tasks,
     **{task: partial(of_task, task=task) for task in ("recall", "recall-marked", "sequential-digits")},
+    "neuromorphic": partial(of_task, task="nmnist"),
     **{f"short-{name}": partial(short, name=name) for name in ("stabilised", "transformer")},
     "transformer-costs": transformer_costs,
     "transformer-agreements": transformer_agreements,
@@ -345,6 +354,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "training": training,
     "rules": rules_over_t,
     **{name: partial(trainings, name=name) for name in ("nmnist", "nmnist-rules", "cifar10-rules")},
+    "nmnist-time": partial(over_time, name="nmnist", after=(2, 4, 8, 12)),
     "map": trained_map,
     **paper_tables.TABLES,
     **advice_tables.TABLES,

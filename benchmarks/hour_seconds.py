@@ -10,7 +10,6 @@ with bfloat16. It writes docs/results/hour-seconds.json, and ends with the table
 import argparse
 import copy
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from peer_workers import hardware
 from tables import DOCS, fill
 from torch import nn
+from turns import in_turns
 
 import sltt
 from sltt.commands.parsing import Recipe, run_config
@@ -71,18 +71,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    found = cases(options.run)
-    seconds = {batch: {change: [] for change in of} for batch, of in found.items()}
-    for _ in range(options.repeats + 1):
-        for batch, of in found.items():
-            for change, run in of.items():
-                began = time.perf_counter()
-                run()
-                seconds[batch][change].append(time.perf_counter() - began)
+    every = [(batch, change, run) for batch, of in cases(options.run).items() for change, run in of.items()]
+    seconds = in_turns([run for *_, run in every], options.repeats)
     rows = [
-        {"batch": batch, "change": change, "seconds": times[1:]}
-        for batch, of in seconds.items()
-        for change, times in of.items()
+        {"batch": batch, "change": change, "seconds": times}
+        for (batch, change, _), times in zip(every, seconds, strict=True)
     ]
     PATH.write_text(json.dumps({"hardware": hardware(1), "rows": rows}, indent=1) + "\n")
     fill()

@@ -2,30 +2,41 @@
 
     python benchmarks/paper.py [NAME ...] [--data DIR] [--runs runs/paper]
 
-A step is a command of `sltt` with one thread, kept in `runs/paper/NAME`, or a measurement. Run again, a finished step
-is left out and a comparison goes on where it stopped. The results go to docs/results/paper, and from there into the
-tables and figures of docs. NAME is the beginning of a step's name. DIR/nmnist has N-MNIST, and DIR/cifar10 has CIFAR-10
-as folders of images; without `--data`, the steps that read them are left out.
+A step is a measurement or a command of `sltt`, with one thread. Measurements run alone; then two commands run at a
+time, and what they print goes to `runs/paper/NAME.log`. Each step is kept in `runs/paper`: run again, a finished one is
+left out, and a comparison goes on where it stopped. The results go to docs/results/paper, and from there into the
+tables and figures of docs.
+
+NAME is the beginning of a step's name. The longest, `gradients-cifar10-training` and `cifar10-stage…`, run only if they
+are named. DIR/nmnist has N-MNIST, and DIR/cifar10 has CIFAR-10 as folders of images; without `--data`, the steps that
+read them are left out.
 """
 
 import argparse
 import itertools
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from advice_tables import advised
 from paper_map import FIGURE, draw
+from peer_workers import hardware
 from tables import DOCS, fill
+from torch import nn
 from trainings import saved
+from turns import in_turns
 
 import sltt
 from sltt.analysis import Agreement, agreement, count_operations, peak_memory
 from sltt.commands.parsing import Recipe
 from sltt.kernels import using
+from sltt.parallel.devices import keep_freed_memory
 
 RESULTS = DOCS / "results" / "paper"
 IMAGES = "--data sltt.data.ImageFolder --data.root {data}/cifar10 --data.size 32 --data.crop_padding 4"
@@ -44,11 +55,14 @@ COMMANDS = {
     "accuracy-digits": "compare digits --epochs 6 --seeds 20 --rules BPTT,SLTT",
     "accuracy-digits-events": "compare digits-events --seeds 20 --rules BPTT,SLTT",
     "accuracy-cifar10": f"compare {CIFAR10} --epochs 2 --seeds 3 --rules BPTT,SLTT,SLTT:k=1",
+    "cifar10-stage-1-alone": f"compare {CIFAR10} --steps 1 --epochs 3 --seeds 3 --rules SLTT",
     "cifar10-stage-1": f"compare {CIFAR10} --steps 1 --epochs 4 --seeds 3 --rules SLTT",
     "cifar10-stages": f"compare {CIFAR10} --epochs 4 --seeds 3 --rules SLTT,SLTT:k=1 {CIFAR10_STAGES}",
     "cifar10-stage-2": f"compare {CIFAR10} --epochs 4 --seeds 3 --rules SLTT",
     "training-digits": "compare digits --epochs 10 --seeds 3 --rules BPTT,SLTT,SLTT:k=1",
-    "k-digits": "compare digits --steps 6 --epochs 6 --seeds 3 --rules BPTT,SLTT,SLTT:k=4,SLTT:k=2,SLTT:k=1",
+    "k-digits": "compare digits --steps 6 --epochs 6 --seeds 3 --rules BPTT,SLTT,"
+    "SLTT:k=5,SLTT:k=4,SLTT:k=3,SLTT:k=2,SLTT:k=1",
+    "stage-1-alone": "compare digits --steps 1 --epochs 6 --seeds 3 --rules SLTT",
     "stage-1": "compare digits --steps 1 --epochs 8 --seeds 3 --rules SLTT",
     "stages": "compare digits --steps 6 --epochs 8 --seeds 3 --rules SLTT,SLTT:k=1 "
     "--phases '[{{epochs: 6, steps: 1}}, {{epochs: 2, steps: 6, lr: 0.0005}}]'",
@@ -71,11 +85,14 @@ ADVICE = {
     + " --at-epochs 1 --trial 4"
     for name, words in MAP.items()
 }
-NETWORKS = {  # the paper's, T, and a batch that fits here
-    "ResNet-18": (sltt.models.resnet18, (3, 32, 32), 6, 32),
-    "VGG-11": (lambda: sltt.models.vgg11(in_channels=2), (2, 48, 48), 10, 32),
-    "NF-ResNet-34": (sltt.models.nfresnet34, (3, 224, 224), 6, 2),
+NETWORKS = {  # the paper's, T, and the batches whose memory and whose time is measured
+    "ResNet-18": (sltt.models.resnet18, (3, 32, 32), 6, 128, 16),
+    "VGG-11": (lambda: sltt.models.vgg11(in_channels=2), (2, 48, 48), 10, 128, 16),
+    "NF-ResNet-34": (sltt.models.nfresnet34, (3, 224, 224), 6, 32, 2),
 }
+TURNS = 5
+KEPT = ["rule", "accuracies", "seconds", "peak_memory", "operations", "cosine", "tau", "steps", "epochs", "agreement"]
+LONG = "gradients-cifar10-training", "cifar10-stage"
 RULES = {"BPTT": sltt.BPTT(), "SLTT": sltt.SLTT(), "SLTT-1": sltt.SLTT(k=1)}
 LOSS = sltt.losses.CrossEntropyMSE()
 
@@ -99,17 +116,30 @@ def memory(data: Path | None) -> list[dict[str, Any]]:
 
 def peak(network: str, rule: str) -> dict[str, Any]:
     """Memory of one rule."""
-    make, shape, steps, batch = NETWORKS[network]
+    make, shape, steps, batch, _ = NETWORKS[network]
     model = make()
-    x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
-
-    def iteration() -> None:
-        RULES[rule](model, x, y, LOSS, steps=steps)
-
-    iteration()  # makes the gradients
+    run = iteration(model, rule, shape, steps, batch)
+    run()  # makes the gradients
     state = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-    found = {"network": network, "steps": steps, "batch": batch, "rule": rule}
-    return {**found, "peak": peak_memory(iteration), "state": state}
+    return {"network": network, "steps": steps, "batch": batch, "rule": rule, "peak": peak_memory(run), "state": state}
+
+
+def seconds(data: Path | None) -> dict[str, Any]:
+    """Seconds of a training batch of each rule, in turns."""
+    keep_freed_memory()  # as in `sltt train`
+    rows = []
+    for network, (make, shape, steps, _, batch) in NETWORKS.items():
+        model = make().to(memory_format=torch.channels_last)
+        times = in_turns([iteration(model, rule, shape, steps, batch) for rule in RULES], TURNS)
+        case = {"network": network, "steps": steps, "batch": batch}
+        rows += [{**case, "rule": rule, "seconds": one} for rule, one in zip(RULES, times, strict=True)]
+    return {"hardware": hardware(1), "rows": rows}
+
+
+def iteration(model: nn.Module, rule: str, shape: Sequence[int], steps: int, batch: int) -> Callable[[], object]:
+    """A training batch of random images, without the optimizer's step."""
+    x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
+    return lambda: RULES[rule](model, x, y, LOSS, steps=steps)
 
 
 def untrained(recipe: Recipe, steps: int, tau: float, seed: int, samples: int, *options: str) -> Agreement:
@@ -142,6 +172,7 @@ def cifar10_gradients(data: Path | None) -> dict[str, Any]:
 MEASURES = {
     "operations": operations,
     "memory": memory,
+    "seconds": seconds,
     "map-gradients": map_gradients,
     "gradients-cifar10": cifar10_gradients,
 }
@@ -151,15 +182,32 @@ def run(text: str, kept: Path, data: Path | None) -> Any:
     """What a command finds; from its folder, where it has finished before."""
     words = [word.format(data=data) for word in shlex.split(text)]
     found = kept / f"{words[0]}.json"
-    return json.loads(found.read_text()) if found.exists() else saved(words, kept)
+    if not found.exists():
+        torch.set_num_threads(1)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{kept}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+            return saved(words, kept)
+    return json.loads(found.read_text())
+
+
+def found_by(commands: dict[str, str], runs: Path, data: Path | None) -> Iterator[tuple[str, Any]]:
+    """What each command finds, two running at a time."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        began = {pool.submit(run, text, runs / name, data): name for name, text in commands.items()}
+        for one in as_completed(began):
+            name = began[one]
+            if one.exception():
+                pool.shutdown(cancel_futures=True)
+                raise SystemExit(f"{name} failed, see {runs / name}.log")
+            print(name, "is done", flush=True)
+            yield name, one.result()
 
 
 def shortened(found: Any) -> Any:
     """What the tables show of a comparison or of agreements."""
     if "fits" in found or "sizes" in found:
         return found
-    kept = ("rule", "accuracies", "peak_memory", "operations", "cosine", "tau", "steps", "epochs", "agreement")
-    return {**found, "rows": [{key: row[key] for key in kept if key in row} for row in found["rows"]]}
+    return {**found, "rows": [{key: row[key] for key in KEPT if key in row} for row in found["rows"]]}
 
 
 def write(name: str, found: Any) -> None:
@@ -174,24 +222,43 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/paper"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    asked = tuple(options.names or [""])
-    for name, measure in MEASURES.items():
-        there = options.data or name != "gradients-cifar10"
-        if name.startswith(asked) and there and not (RESULTS / f"{name}.json").exists():
-            write(name, measure(options.data))
+    measure(options.names, options.runs, options.data)
+    train(options.names, options.runs, options.data)
+
+
+def measure(names: Sequence[str], runs: Path, data: Path | None) -> None:
+    """The measurements of these names that have not been made."""
+    runs.mkdir(parents=True, exist_ok=True)
+    for name, of in MEASURES.items():
+        done = runs / f"{name}.done"
+        if chosen(name, names) and (data or name != "gradients-cifar10") and not done.exists():
+            write(name, of(data))
             fill()
-    for name, text in {**COMMANDS, **MAP, **ADVICE}.items():
-        if name.startswith(asked) and (options.data or "{data}" not in text):
-            found = run(text, options.runs / name, options.data)
-            if name in MAP:
-                tau = float(name.rpartition("tau")[2])
-                record("map", MAP, name, {"T": found["steps"], "tau": tau, "rows": shortened(found)["rows"]})
-                draw(FIGURE, RESULTS)
-            elif name in ADVICE:
-                record("advice", ADVICE, name, advised(found["rows"][0]))
-            else:
-                write(name, shortened(found))
-            fill()
+            done.touch()
+
+
+def train(names: Sequence[str], runs: Path, data: Path | None) -> None:
+    """The commands of these names, and what each finds."""
+    commands = {
+        name: text
+        for name, text in {**COMMANDS, **MAP, **ADVICE}.items()
+        if chosen(name, names) and (data or "{data}" not in text)
+    }
+    for name, found in found_by(commands, runs, data):
+        if name in MAP:
+            tau = float(name.rpartition("tau")[2])
+            record("map", MAP, name, {"T": found["steps"], "tau": tau, "rows": shortened(found)["rows"]})
+            draw(FIGURE, RESULTS)
+        elif name in ADVICE:
+            record("advice", ADVICE, name, advised(found["rows"][0]))
+        else:
+            write(name, shortened(found))
+        fill()
+
+
+def chosen(name: str, names: Sequence[str]) -> bool:
+    """Whether a step runs: it is named, or none is and it is not long."""
+    return name.startswith(tuple(names)) if names else not name.startswith(LONG)
 
 
 def record(file: str, names: Iterable[str], name: str, cell: dict[str, Any]) -> None:

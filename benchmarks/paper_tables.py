@@ -7,7 +7,7 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
-from cells import accuracies, by, compared, grouped, load, markdown, seeds, tasks
+from cells import Row, accuracies, by, compared, grouped, in_turns, load, markdown, seconds, seeds, tasks
 from scipy.stats import t as student
 
 from sltt.commands.fscil import SCORES, percent
@@ -17,6 +17,12 @@ from sltt.training.console import megabytes
 
 # GB of BPTT and of SLTT, as the paper measured them
 PAPER_MEMORY = {"ResNet-18": (3.00, 1.09), "VGG-11": (3.70, 1.07), "NF-ResNet-34": (28.41, 8.47)}
+# hours of its trainings: CIFAR-10, DVS-CIFAR10, ImageNet
+PAPER_HOURS = {
+    "ResNet-18": {"BPTT": 6.35, "SLTT": 4.58},
+    "VGG-11": {"BPTT": 4.47, "SLTT": 3.43},
+    "NF-ResNet-34": {"BPTT": 73.8, "SLTT": 66.9, "SLTT-1": 32.0},
+}
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
@@ -55,22 +61,47 @@ def accuracy(results: Path) -> str:
     return markdown(["data", "seeds", "BPTT", "SLTT", "SLTT − BPTT, points", "within one point"], rows)
 
 
+K = {"SLTT-1": "K = 1", "SLTT-2": "2", "SLTT-3": "3", "SLTT-4": "4", "SLTT-5": "5", "SLTT": "K = T"}
+
+
 def k(results: Path) -> str:
-    """SLTT-K over K, where it was trained: the digits' row is there once `paper.py k-digits` has run."""
-    trained = (results / "paper" / "k-digits.json").exists()
-    of = {"the digits, T = 6": accuracies(compared(results, "k-digits"))} if trained else {}
-    of |= {
+    """SLTT-K over K."""
+    of = {
+        "the digits, T = 6": accuracies(compared(results, "k-digits")),
         "the digits' events, T = 9": accuracies(tasks(results, "digits-events")),
         "N-MNIST, T = 10": seeds(results, "nmnist"),
         "CIFAR-10, no leak, T = 4, 2 epochs": seeds(results, "cifar10-rules"),
         "CIFAR-10, τ = 1.1, T = 4, 2 epochs": accuracies(compared(results, "accuracy-cifar10")),
     }
-    rules = "SLTT-1", "SLTT-2", "SLTT-4", "SLTT", "BPTT"
-    rows = [
-        [name, *(scores_text(reached[rule]) if rule in reached else "" for rule in rules)]
-        for name, reached in of.items()
-    ]
-    return markdown(["data", "K = 1", "K = 2", "K = 4", "K = T", "BPTT"], rows)
+    return over_k({name: {rule: scores_text(one) for rule, one in reached.items()} for name, reached in of.items()})
+
+
+def k_time(results: Path) -> str:
+    """Seconds of an epoch of SLTT-K over K, beside those of BPTT."""
+    of = {
+        "the digits, T = 6": times(compared(results, "k-digits")),
+        "the digits' events, T = 9": times(tasks(results, "digits-events")),
+        "N-MNIST, T = 10": seconds(results, "nmnist"),
+        "CIFAR-10, no leak, T = 4": seconds(results, "cifar10-rules"),
+    }
+    return over_k({name: beside_bptt(took) for name, took in of.items()})
+
+
+def beside_bptt(took: dict[str, float]) -> dict[str, str]:
+    """BPTT's seconds, and those of the other rules divided by them."""
+    bptt = took["BPTT"]
+    return {rule: f"{one:.1f} s" if rule == "BPTT" else f"{one / bptt:.2f}" for rule, one in took.items()}
+
+
+def times(rows: dict[str, Row]) -> dict[str, float]:
+    """Seconds of an epoch of each rule."""
+    return {rule: row["seconds"] for rule, row in rows.items()}
+
+
+def over_k(cells: dict[str, dict[str, str]]) -> str:
+    """A line for each data, a column for each K, and BPTT."""
+    rows = [[name, *(of.get(rule, "") for rule in (*K, "BPTT"))] for name, of in cells.items()]
+    return markdown(["data", *K.values(), "BPTT"], rows)
 
 
 def operations(results: Path) -> str:
@@ -100,14 +131,18 @@ def memory(results: Path) -> str:
 
 
 def time(results: Path) -> str:
-    """Seconds of a batch, and what the paper measured of a training."""
-    found = {row["case"]: row["seconds"] for row in load(results, "resnet18-t6-all")}
-    theirs = {"BPTT": ("6.35 h", "73.8 h"), "SLTT": ("4.58 h", "66.9 h"), "SLTT, k = 1": ("", "32.0 h")}
-    rows = [
-        [rule.replace("SLTT, k = 1", "SLTT-1"), f"{found[rule]:.2f} s", f"{found[rule] / found['BPTT']:.2f}", *hours]
-        for rule, hours in theirs.items()
-    ]
-    return markdown(["rule", "batch", "of BPTT's", "paper: CIFAR-10", "paper: ImageNet"], rows)
+    """Seconds of a batch of each rule, and the ratio to BPTT beside the paper's."""
+    found, rows = load(results, "paper/seconds"), []
+    for name, of in grouped(found["rows"], "network").items():
+        label, bptt = f"{name}, T = {of[0]['steps']}, batch {of[0]['batch']}", of[0]["seconds"]
+        for row in of:
+            hours = PAPER_HOURS[name].get(row["rule"])
+            theirs = f"{hours / PAPER_HOURS[name]['BPTT']:.2f}" if hours else ""
+            ratio = "1" if row is of[0] else in_turns(row["seconds"], bptt)
+            rows.append([label, row["rule"], f"{statistics.median(row['seconds']):.2f} s", ratio, theirs])
+            label = ""
+    table = markdown(["network", "rule", "batch", "of BPTT's", "paper: of BPTT's"], rows).replace("|  |", "| |")
+    return f"{found['hardware']}, medians of {len(found['rows'][0]['seconds'])} turns:\n\n{table}"
 
 
 def gradients(results: Path, name: str) -> str:
@@ -133,27 +168,34 @@ def trained_cosines(results: Path) -> str:
 def stages(results: Path, prefix: str, first: int, second: int, steps: int) -> str:
     """T = 1 alone, T = 1 and then a larger T (`steps`), that T alone; `first` and `second` are epochs."""
     trainings = {
+        "stage-1-alone": f"{first} epochs at T = 1",
         "stage-1": f"{first + second} epochs at T = 1",
         "stages": f"{first} at T = 1, then {second} at T = {steps}",
         "stage-2": f"{first + second} epochs at T = {steps}",
     }
     rows = []
     for name, label in trainings.items():
+        if name == "stage-1-alone" and not (results / "paper" / f"{prefix}{name}.json").exists():
+            continue
         for rule, row in compared(results, prefix + name).items():
-            rows.append([label, "any" if name == "stage-1" else rule, scores_text(row["accuracies"])])
+            rows.append([label, "any" if name.startswith("stage-1") else rule, scores_text(row["accuracies"])])
     return markdown(["training", "rule", "test accuracy"], rows)
 
 
 def few_shots(results: Path, name: str) -> str:
-    """Scores, and the accuracy after each session."""
+    """Scores, and the mean accuracy after each session."""
     found = compared(results, f"fscil-{name}")
-    rows = [[rule, *(percent(row[score]) for score in SCORES)] for rule, row in found.items()]
-    return markdown(["rule", *SCORES.values()], rows)
+    rows = []
+    for rule, row in found.items():
+        after = " ".join(f"{100 * statistics.mean(one):.1f}" for one in zip(*row["accuracies"], strict=True))
+        rows.append([rule, *(percent(row[score]) for score in SCORES), after])
+    return markdown(["rule", *SCORES.values(), "after each session"], rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "k": k,
+    "k-time": k_time,
     "operations": operations,
     "paper-memory": memory,
     "paper-time": time,

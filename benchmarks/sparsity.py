@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from tables import DOCS, fill
 from torch import nn
 from trainings import saved
+from turns import in_turns
 
 from sltt.analysis import firing_rates, synaptic_operations
 from sltt.commands.parsing import Recipe
@@ -48,7 +49,7 @@ def measured(recipe: Recipe, folder: Path, rows: Rows) -> Rows:
     with session(Execution.of(vars(built[0]))) as here:
         ready = [prepare(here, one, weight) for one, weight in zip(built, weights, strict=True)]
         spikes, *batches = zip(*ready, strict=True)
-        seconds = [in_turns(several) for several in batches]
+        seconds = [map(statistics.median, in_turns(several, TURNS, time.process_time)) for several in batches]
     kept = ({key: row[key] for key in ("accuracies", "validation")} for row in rows)
     return [
         {"weight": weight, **scores, **fired, "training": training, "inference": inference}
@@ -84,17 +85,6 @@ def rates(ready: Prepared) -> dict[str, float]:
     for key in ("synaptic_operations", "picojoules"):
         found[key] = sum(getattr(one, key) for one in layers if one.spiking)
     return {**found, "picojoules_of_data": sum(one.picojoules for one in layers if not one.spiking)}
-
-
-def in_turns(batches: Sequence[Run]) -> list[float]:
-    """Median processor seconds of each, measured in turns."""
-    times: list[list[float]] = [[] for _ in batches]
-    for turn in range(TURNS + 1):  # the first turn warms up
-        for one, batch in zip(times, batches, strict=True):
-            began = time.process_time()
-            batch()
-            one.extend([time.process_time() - began] * (turn > 0))
-    return [statistics.median(one) for one in times]
 
 
 def main() -> None:

@@ -1,13 +1,14 @@
 """All rules on all tasks that tell them apart: accuracy, memory, time and cosine, and the table of docs/results.md.
 
-    python benchmarks/tasks.py [--tasks recall …] [--rules BPTT,SLTT,…] [--seeds 5] [--runs runs/tasks]
+    python benchmarks/tasks.py [--data DIR] [--tasks recall …] [--rules BPTT,SLTT,…] [--seeds 5] [--runs runs/tasks]
     python benchmarks/tasks.py --seconds [--tasks recall …]
     python benchmarks/tasks.py --advice [--tasks recall …]
 
-Each task is an `sltt compare` with one thread, kept in `runs/tasks`: the same command goes on where it stopped. What it
-measured replaces the rows of the same task and rule in docs/results/tasks.json. The table is made of that file. Several
-may run at a time; --seconds then measures the time of all rows again, of three epochs, with nothing beside it. With
---advice, each task is an `sltt agreement` with a trial, in docs/results/advice.json.
+DIR/nmnist has N-MNIST; without `--data` its task is left out. Each task is an `sltt compare` with one thread, kept in
+`runs/tasks`: the same command goes on where it stopped. What it measured replaces the rows of the same task and rule in
+docs/results/tasks.json. The table is made of that file. Several may run at a time; --seconds then measures the time of
+all rows again, of three epochs, with nothing beside it. With --advice, each task is an `sltt agreement` with a trial,
+in docs/results/advice.json.
 """
 
 import argparse
@@ -29,38 +30,39 @@ TASKS = {
     "recall, detach_reset: false": ("hidden.1", ["recall", "--model.neuron.detach_reset", "false"]),
     "sequential-digits": ("hidden.4", ["sequential-digits"]),
     "recall-marked": ("hidden.4", ["recall-marked"]),
+    "nmnist": ("features.2", ["nmnist", "--data.root", "{data}/nmnist"]),
 }
 RULES = "BPTT,OTTT,SLTT,TBPTT:window=2,RateBased,OTTT:inputs=false,SLTT:k=1,Mixed"
 Rows = list[dict[str, Any]]
 
 
-def compare(task: str, rules: str, seeds: int, folder: Path) -> Rows:
+def compare(task: str, asked: argparse.Namespace) -> Rows:
     """Train the rules on a task, and what they reached."""
-    rules = rules.replace("Mixed", f"Mixed:windows={{{TASKS[task][0]}: all}}")
-    rows = run("compare", task, folder, "--rules", rules, "--seeds", str(seeds))
+    rules = asked.rules.replace("Mixed", f"Mixed:windows={{{TASKS[task][0]}: all}}")
+    rows = run("compare", task, asked, asked.runs, "--rules", rules, "--seeds", str(asked.seeds))
     kept = "rule", "accuracies", "seconds", "peak_memory", "cosine"
     return [{"task": task, **{key: row[key] for key in kept}} for row in rows]
 
 
-def timed(task: str, rows: Rows, folder: Path) -> Rows:
+def timed(task: str, rows: Rows, asked: argparse.Namespace) -> Rows:
     """The rows of a task with the seconds of an epoch measured again."""
     of_task = [row for row in rows if row["task"] == task]
     rules = ",".join(row["rule"] for row in of_task)
-    found = run("compare", task, folder / "seconds", "--rules", rules, "--seeds", "1", "--epochs", "3")
-    seconds = {row["rule"]: row["seconds"] for row in found}
+    short = "--rules", rules, "--seeds", "1", "--epochs", "3"
+    seconds = {row["rule"]: row["seconds"] for row in run("compare", task, asked, asked.runs / "seconds", *short)}
     return [{**row, "seconds": seconds[row["rule"]]} for row in of_task]
 
 
-def advise(task: str, folder: Path) -> Rows:
+def advise(task: str, asked: argparse.Namespace) -> Rows:
     """What `sltt agreement` says about a task after an epoch of training, and after short trainings."""
-    (row,) = run("agreement", task, folder, "--at-epochs", "1", "--trial", "4")
+    (row,) = run("agreement", task, asked, asked.runs, "--at-epochs", "1", "--trial", "4")
     return [{"task": task, **advised(row)}]
 
 
-def run(command: str, task: str, folder: Path, *options: str) -> Rows:
+def run(command: str, task: str, asked: argparse.Namespace, folder: Path, *options: str) -> Rows:
     """The rows that a command saves."""
-    save = folder / task.replace(", ", "-").replace(": ", "-")
-    return saved([command, *TASKS[task][1], *options], save)["rows"]
+    words = [word.format(data=asked.data) for word in TASKS[task][1]]
+    return saved([command, *words, *options], folder / task.replace(", ", "-").replace(": ", "-"))["rows"]
 
 
 def merged(rows: Rows, new: Rows) -> Rows:
@@ -71,23 +73,24 @@ def merged(rows: Rows, new: Rows) -> Rows:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rules", default=RULES)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/tasks"))
     parser.add_argument("--seconds", action="store_true", help="measure the time of the recorded rows again")
     parser.add_argument("--advice", action="store_true", help="ask for advice instead of training all rules")
-    options = parser.parse_args()
+    asked = parser.parse_args()
     torch.set_num_threads(1)
-    path = RESULTS / ("advice.json" if options.advice else "tasks.json")
-    for task in options.tasks:
+    path = RESULTS / ("advice.json" if asked.advice else "tasks.json")
+    for task in asked.tasks:
+        if not asked.data and any("{data}" in word for word in TASKS[task][1]):
+            continue
         rows = json.loads(path.read_text()) if path.exists() else []
-        if options.advice:
-            new = advise(task, options.runs)
-        elif options.seconds:
-            new = timed(task, rows, options.runs)
+        if asked.advice:
+            new = advise(task, asked)
         else:
-            new = compare(task, options.rules, options.seeds, options.runs)
+            new = timed(task, rows, asked) if asked.seconds else compare(task, asked)
         path.write_text(json.dumps(merged(rows, new), indent=1) + "\n")
         fill()
 

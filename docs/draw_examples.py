@@ -1,7 +1,7 @@
 """Draws what the examples compute, for the gallery in docs/examples.md: `python docs/draw_examples.py`.
 
-Runs the scripts in examples/, and takes network and input from their last call of `sltt.unroll`. From each notebook it
-takes the last figure, from the report of the demo the memory over T.
+Runs the scripts in examples/, and takes network and input from their last call of `sltt.unroll`. What a script prints
+goes to the page. From each notebook it takes the last figure, from the report of the demo the memory over T.
 """
 
 import base64
@@ -22,6 +22,7 @@ import sltt
 from sltt.sequence.spikes import observing, spiking_layers
 
 DOCS = Path(__file__).parent
+PAGE = DOCS / "examples.md"
 INK, BLUE, ORANGE = "#777777", "#2b83ba", "#c2703d"  # readable on a light and on a dark page
 STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
@@ -35,8 +36,15 @@ def run(name: str) -> tuple[str, torch.nn.Module, torch.Tensor]:
     with redirect_stdout(StringIO()) as printed, mock.patch("sltt.unroll", wraps=sltt.unroll) as unroll:
         accuracy = runpy.run_path(str(DOCS.parent / "examples" / f"{name}.py"))["main"]()
     print(f"{name}: test accuracy {accuracy:.1%}")
+    PAGE.write_text(with_output(PAGE.read_text(), name, printed.getvalue()))
     model, x = unroll.call_args.args
     return printed.getvalue(), model.eval(), x
+
+
+def with_output(page: str, name: str, printed: str) -> str:
+    """The page with what an example prints, in the block behind its source."""
+    block = re.compile(rf'(examples/{name}\.py"\n.*?```text\n).*?(```)', re.DOTALL)
+    return block.sub(lambda found: found[1] + printed + found[2], page, count=1)
 
 
 def spikes(figure: Figure, name: str) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -253,6 +254,19 @@ def test_the_last_epoch_begins_from_either_weights(tmp_path, monkeypatch):
     unmoved, still, moved = (last.row(run, case | other)["loss"] for other in others)
     assert still == pytest.approx(found["loss"], abs=1e-3)  # at a rate of 0
     assert len({found["loss"], unmoved, moved}) == 3
+
+
+def test_the_pages_say_of_the_hour_what_its_log_says():
+    root = Path(sltt.__file__).parents[1]
+    rows = [row for row in json.loads((root / "docs/results/hour.json").read_text()) if row["case"] == "recipe"]
+    minutes = sorted(sum(row["seconds"]) / 60 for row in rows)
+    took = f"{minutes[0]:.0f} to {minutes[-1]:.0f} minutes"
+    for page in ("docs/results.md", "docs/recipes.md", "CHANGELOG.md", "sltt/recipes/cifar10-hour.yaml"):
+        assert took in (root / page).read_text().replace("\n", " ").replace("  ", " ")
+    alone, six = (f"{mean(row[views] for row in rows):.1%}" for views in ("alone", "six"))
+    assert f"{alone} of the test images; {six} by the mean of six views" in (root / "docs/results.md").read_text()
+    assert alone in (root / "CHANGELOG.md").read_text()
+    assert f"{alone} of the test images" in (root / "sltt/recipes/cifar10-hour.yaml").read_text()
 
 
 def test_batches_of_the_hours_recipe_take_turns(tmp_path, monkeypatch):

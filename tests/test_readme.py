@@ -2,7 +2,7 @@ import json
 import re
 import shlex
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import pytest
 
@@ -76,6 +76,28 @@ def test_the_ratios_are_those_of_the_results():
     medians = [[median(turns) for turns in found] for found in ratios.values()]
     expected = [end(of) for of in medians for end in (min, max)] + [max(map(max, of)) for of in ratios.values()]
     assert [f"{ratio:.2f}" for ratio in expected] == list(said.groups())
+
+
+def test_the_accuracies_are_those_of_the_results():
+    rows = json.loads((README.parent / "docs/results/tasks.json").read_text())
+    reached = {(row["task"], row["rule"]): 100 * mean(row["accuracies"]) for row in rows}
+    said = re.search(
+        r"BPTT reaches (\S+)% and SLTT (\S+)% \(chance: 25%\). `sltt.OTTT\(\)` reaches (\S+)% there.*?detects: (\S+)%, "
+        r"BPTT (\S+)%",
+        README.read_text().replace("\n", " "),
+    )
+    recall = [f"{reached['recall', rule]:.1f}" for rule in ("BPTT", "SLTT", "OTTT")]
+    assert [*recall, *(f"{reached['recall-marked', rule]:.0f}" for rule in ("OTTT", "BPTT"))] == list(said.groups())
+
+
+def test_the_ratio_of_slttk_is_that_of_the_results():
+    low, high = re.search(r"K = 1 took (\S+) to (\S+) of SLTT's time on ResNet-18", README.read_text()).groups()
+    medians = []
+    for machine in ("", "-xeon", "-zen5"):
+        rows = json.loads((README.parent / f"docs/results/resnet18-t6{machine}.json").read_text())
+        times = {row["case"]: row["times"] for row in rows}
+        medians.append(median(a / b for a, b in zip(times["SLTT, k = 1"], times["SLTT"], strict=True)))
+    assert [f"{min(medians):.2f}", f"{max(medians):.2f}"] == [low, high]
 
 
 def test_every_link_leads_to_a_file():
