@@ -353,7 +353,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "sparsity": sparsity,
     "training": training,
     "rules": rules_over_t,
-    **{name: partial(trainings, name=name) for name in ("nmnist", "nmnist-rules", "cifar10-rules")},
+    **{name: partial(trainings, name=name) for name in ("nmnist", "cifar10-rules")},
     "nmnist-time": partial(over_time, name="nmnist", after=(2, 4, 8, 12)),
     "map": trained_map,
     **paper_tables.TABLES,

@@ -87,7 +87,8 @@ ADVICE = {
 }
 NETWORKS = {  # the paper's, T, and the batches whose memory and whose time is measured
     "ResNet-18": (sltt.models.resnet18, (3, 32, 32), 6, 128, 16),
-    "VGG-11": (lambda: sltt.models.vgg11(in_channels=2), (2, 48, 48), 10, 128, 16),
+    "VGG-11, 48×48": (lambda: sltt.models.vgg11(in_channels=2), (2, 48, 48), 10, 128, 16),
+    "VGG-11, 128×128": (lambda: sltt.models.vgg11(in_channels=2), (2, 128, 128), 20, 16, 2),
     "NF-ResNet-34": (sltt.models.nfresnet34, (3, 224, 224), 6, 32, 2),
 }
 TURNS = 5
