@@ -66,7 +66,7 @@ figures: .venv/installed
 	$(BIN)/python benchmarks/paper_map.py
 
 gallery: .venv/installed-dev demo
-	cp runs/demo/report.html docs/demo/
+	cp runs/demo/report/report.html docs/demo/
 	$(BIN)/python docs/draw_examples.py
 
 .venv/bin/python:
