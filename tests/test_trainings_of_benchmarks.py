@@ -45,13 +45,28 @@ def commands(monkeypatch):
 
 
 def test_a_task_is_compared_in_its_folder(commands, tmp_path):
-    (row,) = load("tasks").compare("recall, detach_reset: false", "SLTT,Mixed", 2, tmp_path)
+    asked = Namespace(rules="SLTT,Mixed", seeds=2, runs=tmp_path, data=None)
+    (row,) = load("tasks").compare("recall, detach_reset: false", asked)
     options = "--model.neuron.detach_reset false --rules", "--seeds 2 --device cpu --save"
     words = " ".join(commands[0])
     assert all(one in words for one in options)
     assert "SLTT,Mixed:windows={hidden.1: all}" in commands[0]
     assert commands[0][-1] == str(tmp_path / "recall-detach_reset-false")
     assert list(row) == ["task", "rule", "accuracies", "seconds", "peak_memory", "cosine"]
+
+
+def test_a_task_with_data_is_compared_where_they_are(commands, tmp_path, monkeypatch):
+    tasks = load("tasks")
+    monkeypatch.setattr(tasks, "RESULTS", tmp_path)
+    monkeypatch.setattr(tasks, "fill", lambda: None)
+    words = ["tasks.py", "--tasks", "nmnist", "--runs", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", words)
+    tasks.main()
+    assert commands == []  # without --data it is left out
+    monkeypatch.setattr("sys.argv", [*words, "--data", "there"])
+    tasks.main()
+    assert commands[0][:4] == ["compare", "nmnist", "--data.root", "there/nmnist"]
+    assert [row["task"] for row in json.loads((tmp_path / "tasks.json").read_text())] == ["nmnist"]
 
 
 def test_a_training_goes_on_where_it_has_begun(commands, tmp_path):
