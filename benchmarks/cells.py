@@ -71,12 +71,6 @@ def seconds(results: Path, name: str) -> dict[str, float]:
     }
 
 
-def in_turns(times: Sequence[float], other: Sequence[float]) -> str:
-    """The median of the ratios within a turn, with the smallest and the largest."""
-    ratios = [a / b for a, b in zip(times, other, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
-
-
 def shown(rule: str) -> str:
     """A rule as the text names it: SLTT-1, TBPTT(window=2)."""
     rule = re.sub(r"SLTT\(k=(\d+)\)", r"SLTT-\1", rule.replace("SLTT:k=", "SLTT-")).removesuffix("()")

@@ -9,7 +9,8 @@ from pathlib import Path
 import advice_tables
 import paper_tables
 import yaml
-from cells import Row, accuracies, by, grouped, in_turns, load, markdown, runs, seconds, seeds, shown, tasks
+from cells import Row, accuracies, by, grouped, load, markdown, runs, seconds, seeds, shown, tasks
+from turns import quotient, spread
 
 import sltt
 from sltt.commands.results import scores_text
@@ -254,7 +255,7 @@ def hour_seconds(results: Path) -> str:
     for batch, of in grouped(found["rows"], "batch").items():
         plain = of[0]["seconds"]
         for row in of:
-            ratio = in_turns(row["seconds"], plain) if row["change"] else "1"
+            ratio = spread(quotient(row["seconds"], plain))
             rows.append([batch, row["change"], f"{statistics.median(row['seconds']):.3g}", ratio])
     table = markdown(["batch", "change", "seconds", "ratio"], rows)
     return f"{found['hardware']}, medians of {len(found['rows'][0]['seconds'])} turns:\n\n{table}"
@@ -269,8 +270,8 @@ def residual(results: Path) -> str:
         of = list(islice(times, phase["epochs"]))
         images = f"crops of {phase['crop']} pixels" if "crop" in phase else "whole"
         rule, steps = "steady currents" if "rule" in phase else "SLTT-1", phase.get("steps", recipe["steps"])
-        spread = " to ".join(dict.fromkeys(f"{one(of):.0f}" for one in (min, max)))
-        rows.append([str(phase["epochs"]), rule, str(steps), images, spread])
+        took = " to ".join(dict.fromkeys(f"{one(of):.0f}" for one in (min, max)))
+        rows.append([str(phase["epochs"]), rule, str(steps), images, took])
     return markdown(["epochs", "rule", "T", "images", "seconds per epoch"], rows)
 
 

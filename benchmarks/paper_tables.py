@@ -7,8 +7,9 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
-from cells import Row, accuracies, by, compared, grouped, in_turns, load, markdown, seconds, seeds, tasks
+from cells import Row, accuracies, by, compared, grouped, load, markdown, seconds, seeds, tasks
 from scipy.stats import t as student
+from turns import quotient, spread
 
 from sltt.commands.fscil import SCORES, percent
 from sltt.commands.results import scores_text
@@ -34,18 +35,18 @@ PAPER_HOURS = {
 def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """Mean of the second less that of the first, and half its 90% interval (Welch)."""
     parts = [statistics.variance(one) / len(one) for one in (first, second)]
-    squared, spread = sum(parts), 0.0
+    squared, half = sum(parts), 0.0
     if squared:
         freedom = squared**2 / sum(p**2 / (len(one) - 1) for p, one in zip(parts, (first, second), strict=True))
-        spread = float(student.ppf(0.95, freedom)) * math.sqrt(squared)
-    return statistics.mean(second) - statistics.mean(first), spread
+        half = float(student.ppf(0.95, freedom)) * math.sqrt(squared)
+    return statistics.mean(second) - statistics.mean(first), half
 
 
-def verdict(middle: float, spread: float) -> str:
+def verdict(middle: float, half: float) -> str:
     """Two one-sided tests at 5%: is the difference within the margin?"""
-    if abs(middle) + spread <= MARGIN:
+    if abs(middle) + half <= MARGIN:
         return "equal"
-    return "less" if middle + spread < 0 else "more" if middle - spread > 0 else "open"
+    return "less" if middle + half < 0 else "more" if middle - half > 0 else "open"
 
 
 def accuracy(results: Path) -> str:
@@ -60,10 +61,10 @@ def accuracy(results: Path) -> str:
     rows = []
     for name, reached in of.items():
         bptt, sltt = reached["BPTT"], reached["SLTT"]
-        middle, spread = difference(bptt, sltt)
-        points = f"{100 * middle:+.1f} ± {100 * spread:.1f}"
+        middle, half = difference(bptt, sltt)
+        points = f"{100 * middle:+.1f} ± {100 * half:.1f}"
         counts = f"{len(bptt)}, {len(sltt)}"
-        rows.append([name, counts, scores_text(bptt), scores_text(sltt), points, verdict(middle, spread)])
+        rows.append([name, counts, scores_text(bptt), scores_text(sltt), points, verdict(middle, half)])
     return markdown(["data", "seeds", "BPTT", "SLTT", "SLTT − BPTT, points", "within one point"], rows)
 
 
@@ -144,7 +145,7 @@ def time(results: Path) -> str:
         for row in of:
             hours = PAPER_HOURS[name].get(row["rule"])
             theirs = f"{hours / PAPER_HOURS[name]['BPTT']:.2f}" if hours else ""
-            ratio = "1" if row is of[0] else in_turns(row["seconds"], bptt)
+            ratio = spread(quotient(row["seconds"], bptt))
             rows.append([label, row["rule"], f"{statistics.median(row['seconds']):.2f} s", ratio, theirs])
             label = ""
     table = markdown(["network", "rule", "batch", "of BPTT's", "paper: of BPTT's"], rows).replace("|  |", "| |")
@@ -181,8 +182,8 @@ def stages(results: Path, prefix: str, first: int, second: int, steps: int) -> s
     }
     rows = []
     for name, label in trainings.items():
-        if name == "stage-1-alone" and not (results / "paper" / f"{prefix}{name}.json").exists():
-            continue
+        if not (results / "paper" / f"{prefix}{name}.json").exists():
+            continue  # not measured yet
         for rule, row in compared(results, prefix + name).items():
             rows.append([label, "any" if name.startswith("stage-1") else rule, scores_text(row["accuracies"])])
     return markdown(["training", "rule", "test accuracy"], rows)

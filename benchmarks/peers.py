@@ -42,6 +42,7 @@ from peer_cases import CASES, NETWORKS
 from peer_workers import EndedError, Setting, start
 from rich.console import Console
 from rich.table import Table
+from turns import quotient
 
 from sltt.training.console import megabytes
 
@@ -97,8 +98,7 @@ def ratio(rows: list[Row], row: Row, to: str | None) -> tuple[float, float, floa
     other = next((r for r in rows if r["case"] == to and "error" not in r), None)
     if other is None or other.get("began") != row.get("began"):
         return None
-    ratios = [a / b for a, b in zip(row["times"], other["times"], strict=True)]
-    return statistics.median(ratios), min(ratios), max(ratios)
+    return quotient(row["times"], other["times"])
 
 
 def print_table(rows: list[Row]) -> None:

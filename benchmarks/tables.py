@@ -15,6 +15,7 @@ from cells import Row, grouped, load, markdown
 from doc_tables import TABLES
 from peer_cases import CASES
 from peers import ratio
+from turns import spread
 
 from sltt.training.console import megabytes
 
@@ -106,10 +107,6 @@ def conditions(rows: Rows, steps: bool) -> str:
     counts = sorted({len(row["times"]) for row in rows})
     words += [f"medians of {counts[0]}" if len(counts) == 1 else f"medians of {counts[0]} to {counts[-1]}"]
     return f"{', '.join(words)}:\n\n"
-
-
-def spread(found: tuple[float, float, float] | None) -> str:
-    return "" if found is None else "1" if found == (1, 1, 1) else f"{found[0]:.2f} ({found[1]:.2f} – {found[2]:.2f})"
 
 
 def fill() -> None:

@@ -1,5 +1,6 @@
-"""Seconds of several cases, measured in turns: what slows the machine meets all of them alike."""
+"""Seconds of several cases, measured in turns, and their ratios: what slows the machine meets all of them alike."""
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,3 +16,14 @@ def in_turns(
             case()
             one.extend([clock() - began] * (turn > 0))
     return times
+
+
+def quotient(times: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Of the ratios within a turn: median, smallest and largest."""
+    ratios = [a / b for a, b in zip(times, other, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def spread(found: tuple[float, float, float] | None) -> str:
+    """A quotient as a table shows it."""
+    return "" if found is None else "1" if found == (1, 1, 1) else f"{found[0]:.2f} ({found[1]:.2f} – {found[2]:.2f})"
