@@ -45,6 +45,7 @@ CASES: dict[str, list[str]] = {  # options that change the recipe
     "no SLTT-1: five epochs of steady currents": ["--phases", f"[{{epochs: 5, {STEADY}}}]"],
     "T = 4, in the last two epochs 16": begins("steps: 4"),
     "crops of 24 pixels in the first three epochs": begins("crop: 24"),
+    "mirrored in every other epoch": ["--data.alternate_flip", "true"],
     "no Cutout": ["--data.cutout", "0"],
     "Mixup, α = 0.2": ["--data.mixup", "0.2"],
     "one distortion by RandAugment": ["--data.randaugment", "1"],

@@ -30,6 +30,7 @@ class Splits:
         per_step: targets are sequences too, [T, ...]: one target for each time step.
         plain: the training samples without augmentation, in the order of `train`; None if `train` has none.
         lengths: time steps of each training sample: a batch has samples of similar length. None: any samples.
+        alternate_flip: the training mirrors each of its samples left and right in every other epoch.
     """
 
     train: Dataset[Any]
@@ -41,6 +42,7 @@ class Splits:
     per_step: bool = False
     plain: Dataset[Any] | None = None
     lengths: Sequence[int] | None = None
+    alternate_flip: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:

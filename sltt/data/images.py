@@ -75,7 +75,7 @@ class _Images(Data):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     policy = "CIFAR10"  # of AutoAugment
-    only_augmented: tuple[str, ...] = ("autoaugment", "randaugment", "erase", "mixup", "reflect")
+    only_augmented: tuple[str, ...] = ("autoaugment", "randaugment", "erase", "mixup", "reflect", "alternate_flip")
 
     def __init__(
         self,
@@ -88,6 +88,7 @@ class _Images(Data):
         erase: float = 0.0,
         mixup: float = 0.0,
         reflect: bool = False,
+        alternate_flip: bool = False,
     ):
         super().__init__(validation, split_seed)
         self.augment = flag("augment", augment)
@@ -97,6 +98,7 @@ class _Images(Data):
         self.erase = number("erase", erase, least=0, most=1)
         self.mixup = number("mixup", mixup, least=0)
         self.reflect = flag("reflect", reflect)
+        self.alternate_flip = flag("alternate_flip", alternate_flip)
         for name in self.only_augmented:
             if getattr(self, name) and not augment:
                 raise ValueError(
@@ -126,7 +128,7 @@ class _Images(Data):
         from torchvision.transforms import v2
 
         augment = train and self.augment
-        distortions: list[Any] = [v2.RandomHorizontalFlip()] if augment else []
+        distortions: list[Any] = [v2.RandomHorizontalFlip()] if augment and not self.alternate_flip else []
         holes: list[Any] = []
         if augment and self.autoaugment:
             distortions.append(v2.AutoAugment(v2.AutoAugmentPolicy[self.policy]))
@@ -161,6 +163,7 @@ class _Images(Data):
             classes=len(augmented.classes),
             fingerprint=fingerprint([*self.names(augmented), *self.names(test)], train, validation),
             plain=Subset(plain, train),
+            alternate_flip=self.alternate_flip,
         )
 
 
@@ -184,6 +187,7 @@ class _Downloaded(_Images):
         erase: float = 0.0,
         mixup: float = 0.0,
         reflect: bool = False,
+        alternate_flip: bool = False,
     ):
         """Arguments of CIFAR-10 and CIFAR-100; MNIST takes some of them.
 
@@ -199,8 +203,12 @@ class _Downloaded(_Images):
             erase: probability that a rectangle is set to zero (Zhong et al. 2020).
             mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
             reflect: fill the margin of a crop with the image reflected at its edge, instead of zeros.
+            alternate_flip: `sltt.fit` mirrors each image in every other epoch, instead of at random (Jordan 2024,
+                arXiv 2404.00498).
         """
-        super().__init__(validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup, reflect)
+        super().__init__(
+            validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup, reflect, alternate_flip
+        )
         self.root = folder("root", root)
         self.download = flag("download", download)
 
@@ -262,6 +270,8 @@ class ImageFolder(_Images):
         erase: probability that a rectangle is set to zero (Zhong et al. 2020).
         mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
         reflect: fill the margin of `crop_padding` with the image reflected at its edge, instead of zeros.
+        alternate_flip: `sltt.fit` mirrors each image in every other epoch, instead of at random (Jordan 2024,
+            arXiv 2404.00498).
     """
 
     mean = (0.485, 0.456, 0.406)  # of ImageNet
@@ -283,8 +293,11 @@ class ImageFolder(_Images):
         erase: float = 0.0,
         mixup: float = 0.0,
         reflect: bool = False,
+        alternate_flip: bool = False,
     ):
-        super().__init__(validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup, reflect)
+        super().__init__(
+            validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup, reflect, alternate_flip
+        )
         self.root = folder("root", root)
         self.on_error = choice("on_error", on_error, get_args(OnError))
         self.size = whole_number("size", size, least=1)

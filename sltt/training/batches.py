@@ -25,31 +25,48 @@ from sltt.data.base import Collate
 from sltt.rules import Output
 from sltt.sequence.padding import Padded
 
-Key = tuple[int, int]
 POOL = 50  # batches that are sorted by length together
 
 
+class Key(NamedTuple):
+    """What a sample is read by: its place in the data, the seed of its random numbers, and whether it is mirrored."""
+
+    place: int
+    seed: int
+    mirrored: bool = False
+
+
 class EpochSampler(Sampler[Key]):
-    """Yields (index, seed) for the samples of an epoch, shuffled.
+    """Yields the keys of an epoch's samples, shuffled.
 
     Args:
         length: number of samples.
         seed: seed of the run.
         lengths: time steps of each sample, to put those of similar length in a batch; None: any.
         batch_size: samples in a batch.
+        alternate_flip: a sample is mirrored in every other epoch; in which, is drawn once.
     """
 
-    def __init__(self, length: int, seed: int, lengths: Sequence[int] | None = None, batch_size: int = 1):
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+        alternate_flip: bool = False,
+    ):
         self.length = length
         self.seed = seed
         self.lengths = lengths
         self.batch_size = batch_size
+        self.sides = torch.randint(2, (length,), generator=_generator(seed, -1)).tolist()
+        self.alternate_flip = alternate_flip
         self.set_epoch(0)
 
     @classmethod
     def of(cls, splits: Splits, seed: int, batch_size: int) -> "EpochSampler":
         """For the training samples of a data set."""
-        return cls(splits.sizes["train"], seed, splits.lengths, batch_size)
+        return cls(splits.sizes["train"], seed, splits.lengths, batch_size, splits.alternate_flip)
 
     def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
         """Choose the epoch, how many of its samples are seen already, and after how many it ends; None is after all."""
@@ -61,12 +78,17 @@ class EpochSampler(Sampler[Key]):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[Key]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        generator = _generator(self.seed, self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
         if self.lengths is not None:
             order = by_length(order, self.lengths, self.batch_size, generator)
         seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
-        yield from zip(order[self.start : self.stop], seeds[self.start : self.stop], strict=True)
+        for index, seed in zip(order[self.start : self.stop], seeds[self.start : self.stop], strict=True):
+            yield Key(index, seed, self.alternate_flip and (self.sides[index] + self.epoch) % 2 == 1)
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
 def by_length(order: list[int], lengths: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
@@ -103,7 +125,7 @@ def _seed_generators(seed: int) -> None:
 
 
 class _Seeded(Dataset[Any]):
-    """Takes (index, seed): reads and crops each sample under its seed, and makes a batch under that of the first."""
+    """Takes keys: reads, crops and mirrors each sample under its seed, and makes a batch under that of the first."""
 
     def __init__(self, data: Dataset[Any], collate: Collate, crop: int | None = None):
         self.data = data
@@ -121,10 +143,12 @@ class _Seeded(Dataset[Any]):
             return self.collate(samples)
 
     def _read(self, key: Key) -> Any:
-        index, seed = key
+        index, seed, mirrored = key
         _seed_generators(seed)
         sample = self.data[index]
-        return sample if self.crop is None else (random_crop(sample[0], self.crop), *sample[1:])
+        if self.crop is not None:
+            sample = random_crop(sample[0], self.crop), *sample[1:]
+        return (sample[0].flip(-1), *sample[1:]) if mirrored else sample
 
 
 def random_crop(x: Tensor, size: int) -> Tensor:
@@ -236,7 +260,7 @@ def eval_loader(
     dataset: Dataset[Any], splits: Splits, batch_size: int, workers: int, rank: int = 0, processes: int = 1
 ) -> DataLoader[Any]:
     """Every sample of a data set once, in order, or a process's share of each batch; what is random is so alike."""
-    order = [(i, i) for i in range(len(dataset))]  # type: ignore[arg-type]
+    order = [Key(i, i) for i in range(len(dataset))]  # type: ignore[arg-type]
     samples = _Seeded(dataset, splits.collate_of(dataset))
     return _loader(samples, Shares(order, batch_size, rank, processes), workers, False)
 

@@ -246,16 +246,16 @@ def test_an_epoch_that_continues_has_the_samples_of_the_whole_one_with_their_see
     assert len(sampler) == 63
     sampler.set_epoch(3)
     other = list(sampler)
-    assert sorted(index for index, _ in other) == list(range(103))
-    assert not {seed for _, seed in other} & {seed for _, seed in whole}
-    assert [index for index, _ in other] != [index for index, _ in whole]
+    assert sorted(index for index, *_ in other) == list(range(103))
+    assert not {seed for _, seed, _ in other} & {seed for _, seed, _ in whole}
+    assert [index for index, *_ in other] != [index for index, *_ in whole]
 
 
 def test_batches_by_length_differ_from_epoch_to_epoch():
     sampler, batches = EpochSampler(103, 3, LENGTHS, 10), []
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
-        order = [index for index, _ in sampler]
+        order = [index for index, *_ in sampler]
         batches.append([frozenset(order[i : i + 10]) for i in range(0, 100, 10)])
         longest = [max(LENGTHS[i] for i in batch) for batch in batches[-1]]
         assert all(longest[b] - min(LENGTHS[i] for i in batch) <= 1 for b, batch in enumerate(batches[-1]))
