@@ -3,8 +3,7 @@
     python benchmarks/hour.py IMAGES [--runs runs/hour] [--seed 0] [--cases recipe "narrow: 36 + 1 epochs" …]
 
 IMAGES is a folder train/CLASS/*, test/CLASS/*, as of `sltt.data.ImageFolder`: all training images train. Two processes.
-`longer` mirrors each image in every other epoch. Narrow networks have the record's widths. Earlier ones begin the last
-epoch from the last weights, at 0.003 and T = 16.
+Narrow networks have the record's widths. Earlier ones begin the last epoch from the last weights, at 0.003 and T = 16.
 Each case is a row of docs/results/hour.json, and a run that is resumed. It ends with the table of docs/results.md.
 """
 
@@ -28,32 +27,30 @@ SETTINGS = (
     "--data.cutout 8 --data.reflect true"
 )
 
+
 NARROW = ["--model.widths", "[64,256,256]"]
-ALTERNATE = ["--data.alternate_flip", "true"]
-BATCHES = "{epochs: 1, lr: 0.002, freeze_norm: true, batches: 100}"
 LAST = "{epochs: 1, lr: 0.001, freeze_norm: true}"
 
 
 def lasting(steady: int, last: str = SLTTK, steps: int = 16) -> list[str]:
-    """So many epochs of steady currents at T = 16, and a last one.
+    """A narrow network: so many epochs of steady currents at T = 16, and a last one.
 
     The learning rate rises over a quarter of the first.
     """
     phases = f"[{{epochs: {steady}, steps: 16, {STEADY}}}, {last}]"
     epochs = ["--epochs", str(steady + 1), "--schedule.warmup", str(steady / 4)]
-    return ["--steps", str(steps), "--phases", phases, *epochs]
+    return [*NARROW, "--steps", str(steps), "--phases", phases, *epochs]
 
 
 CASES: dict[str, list[str]] = {  # options that change the recipe
     "recipe": [],
-    "longer: 32 + 1 epochs": [*ALTERNATE, *lasting(32, BATCHES, 32)],
-    "narrow: 24 + 1 epochs": [*NARROW, *lasting(24, LAST, 32)],
-    "narrow: 36 + 1 epochs": [*NARROW, *lasting(36, LAST, 32)],
-    "earlier: 4 + 1 epochs": [*NARROW, *lasting(4)],
-    "earlier: 10 + 1 epochs": [*NARROW, *lasting(10)],
-    "earlier: 24 + 1 epochs": [*NARROW, *lasting(24)],
-    "earlier: 48 + 1 epochs": [*NARROW, *lasting(48)],
-    "earlier, Muon: 22 + 1 epochs": [*NARROW, *lasting(22), "--schedule.warmup", "5", *muon("0.08")],
+    "narrow: 24 + 1 epochs": lasting(24, LAST, 32),
+    "narrow: 36 + 1 epochs": lasting(36, LAST, 32),
+    "earlier: 4 + 1 epochs": lasting(4),
+    "earlier: 10 + 1 epochs": lasting(10),
+    "earlier: 24 + 1 epochs": lasting(24),
+    "earlier: 48 + 1 epochs": lasting(48),
+    "earlier, Muon: 22 + 1 epochs": [*lasting(22), "--schedule.warmup", "5", *muon("0.08")],
     "narrow, analog: GELU": [
         *NARROW,
         *("--phases", "null", "--rule", "SLTT", "--steps", "1"),

@@ -189,9 +189,7 @@ def test_the_trainings_of_an_hour_differ_in_width_and_epochs_and_in_the_activati
     hour = load("hour")
     built = {case: Recipe("sltt train", "cifar10-hour", hour.options("nowhere", case)).build() for case in hour.CASES}
     size = {case: sum(p.numel() for p in one.model.parameters()) for case, one in built.items()}
-    assert size.pop("recipe") == size.pop("longer: 32 + 1 epochs") == 3_151_440
-    assert [one.data.alternate_flip for one in built.values()].count(True) == 1
-    assert built["longer: 32 + 1 epochs"].data.alternate_flip
+    assert size.pop("recipe") == 3_151_440
     assert {*size.values()} == {1_972_816}
     analog, recipe = built.pop("narrow, analog: GELU"), built["recipe"]
     assert nn.GELU in map(type, analog.model.modules())
@@ -208,8 +206,8 @@ def test_the_trainings_of_an_hour_differ_in_width_and_epochs_and_in_the_activati
         assert one.steps == (16 if case.startswith("earlier") else 32)
         assert [one.phases[0].rule.steady, one.phases[0].steps] == [True, 16]
     assert [built[f"{name}: 24 + 1 epochs"].phases[1].lr for name in ("earlier", "narrow")] == [0.003, 0.001]
-    assert [one.phases[1].batches for one in built.values()] == [100, 100, *[None] * 6]
-    assert sorted(one.epochs for one in built.values()) == [5, 11, 25, 25, 25, 33, 37, 49]
+    assert [one.phases[1].batches for one in built.values()] == [100, *[None] * 6]
+    assert sorted(one.epochs for one in built.values()) == [5, 11, 25, 25, 25, 37, 49]
 
 
 def test_a_training_of_an_hour_finds_the_benchmarks_optimizer_and_goes_on(tmp_path, monkeypatch):

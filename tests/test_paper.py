@@ -109,7 +109,8 @@ def test_a_step_of_the_paper_that_fails_names_its_log(paper, tmp_path, monkeypat
 
 
 def test_the_long_steps_of_the_paper_run_only_if_they_are_named(paper):
-    asked_for = {name for name in paper.COMMANDS if not paper.chosen(name, [])}
-    assert {"gradients-cifar10-training", "cifar10-stages"} <= asked_for
-    assert not asked_for & {"gradients-nmnist", "stages", "accuracy-cifar10"}
-    assert all(paper.chosen(name, ["gradients", "cifar10"]) for name in asked_for)
+    names = [*paper.COMMANDS, *paper.MAP, *paper.ADVICE]
+    asked_for = {name for name in names if not paper.chosen(name, [])}
+    assert {"gradients-cifar10-training", "cifar10-stages", "map-T64-tau5", "advice-T32-tau2"} <= asked_for
+    assert not asked_for & {"gradients-nmnist", "stages", "accuracy-cifar10", "map-T16-tau5", "advice-T4-tau2"}
+    assert all(paper.chosen(name, ["gradients", "cifar10", "map", "advice"]) for name in asked_for)

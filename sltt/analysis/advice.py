@@ -1,7 +1,7 @@
 """Which rule to take: from gradients of one batch, and from what short trainings learn.
 
-A high cosine is enough: a step along nearly the same direction learns the same. A low one is not a reason against a
-rule, since the network may not need what the rule drops. A short training with each rule decides that.
+A high cosine is a hint: over many steps, a small part that is always dropped can count. A low one is not a reason
+against a rule, since the network may not need what the rule drops. A short training with each rule decides.
 """
 
 import math
@@ -15,7 +15,9 @@ LEARNS = 0.9
 # A rule that classifies this share of the training samples has solved the task; what is left of the loss is confidence.
 SOLVED = 0.98
 # Where BPTT takes off less than this share of the loss, the training was too short to tell rules apart.
-BEGINS = 0.05
+BEGINS = 0.01
+# Rules part as they learn: a trial of less than this share of a training's epochs is not sure.
+EARLY = 0.2
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def advice(
     *,
     epochs: int = 0,
     samples: int | None = None,
+    training: int = 0,
 ) -> str:
     """Sentences: which rule to take, what it drops, what it costs, and how sure this is.
 
@@ -83,13 +86,14 @@ def advice(
         memory: bytes of a batch at the peak, by rule.
         epochs: for which the network was trained before its gradients were compared.
         samples: in the batch whose memory was measured.
+        training: epochs of the whole training; 0 where it is not known.
     """
     rule = chosen(found, trial)
     gradients = {a.rule: a for a in found}
     drops = [_drops(gradients[rule])] if rule in gradients else ["It drops nothing."]
     if found[0].rule != rule:
         drops.append(_drops(found[0], found[0].rule))
-    return " ".join([f"Take {rule}.", *drops, *_costs(rule, memory or {}, samples), _sure(trial, epochs)])
+    return " ".join([f"Take {rule}.", *drops, *_costs(rule, memory or {}, samples), _sure(trial, epochs, training)])
 
 
 def _drops(one: Agreement, name: str = "It") -> str:
@@ -107,7 +111,7 @@ def _costs(rule: str, memory: Mapping[str, int], samples: int | None) -> list[st
     return [f"A batch{size} takes {memory[rule] / 1e6:.3g} MB ({others})."]
 
 
-def _sure(trial: Trial | None, epochs: int) -> str:
+def _sure(trial: Trial | None, epochs: int, training: int) -> str:
     """How much the advice rests on."""
     if trial is None:
         rests = f"one batch after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "one batch of an untrained network"
@@ -115,16 +119,25 @@ def _sure(trial: Trial | None, epochs: int) -> str:
     if not trial.tells:
         return f"Not sure: BPTT() has learned little in {trial.epochs} epochs. Give a longer --trial."
     learned = {name: trial.learned(name) for name in trial.losses if name != "BPTT()"}
-    unsure = [n for n, shares in learned.items() if min(shares) < LEARNS <= max(shares) and not trial.solved(n)]
     count = len(trial.start)
-    sure = f"Not sure of {unsure[0]}: seeds disagree." if unsure else "Sure." if count > 1 else "Fairly sure: one seed."
     said = ", ".join(f"{name} {_range(shares)}" for name, shares in learned.items())
     solved = [name for name in learned if trial.solved(name)]
     right = f" {SOLVED:.0%} of the training samples or more are right with {', '.join(solved)}, which is enough too."
     return (
-        f"{sure} In {trial.epochs} epochs with {count} seed{'s' * (count > 1)}, rules lowered the loss by these shares "
-        f"of what BPTT() did: {said}; {LEARNS:.0%} is enough.{right if solved else ''}"
+        f"{_how_sure(trial, training)} In {trial.epochs} epochs with {count} seed{'s' * (count > 1)}, rules lowered "
+        f"the loss by these shares of what BPTT() did: {said}; {LEARNS:.0%} is enough.{right if solved else ''}"
     )
+
+
+def _how_sure(trial: Trial, training: int) -> str:
+    """Whether seeds and epochs are enough."""
+    cheaper = [name for name in trial.losses if name != "BPTT()" and not trial.solved(name)]
+    unsure = [name for name in cheaper if min(trial.learned(name)) < LEARNS <= max(trial.learned(name))]
+    if unsure:
+        return f"Not sure of {unsure[0]}: seeds disagree."
+    if trial.epochs < EARLY * training and trial.chosen() != "BPTT()":
+        return f"Not sure: rules may part after {trial.epochs} of {training} epochs. Give a longer --trial."
+    return "Sure." if len(trial.start) > 1 else "Fairly sure: one seed."
 
 
 def _range(shares: Sequence[float]) -> str:

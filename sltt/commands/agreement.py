@@ -33,7 +33,11 @@ def options() -> CommandOptions:
     parser.add_argument("--steps", type=numbers(time_steps), help="several T; default: the recipe's")
     epochs = "epochs of training before gradients are compared, such as 0,1,3; default: 0"
     parser.add_argument("--at-epochs", type=numbers(int), default=[0], help=epochs)
-    parser.add_argument("--trial", type=count, help="compare trainings of so many epochs with each rule; default: none")
+    parser.add_argument(
+        "--trial",
+        type=count,
+        help="compare trainings of so many epochs with each rule: a quarter of the recipe's; default: none",
+    )
     parser.add_argument("--seeds", type=count, default=2, help="trainings with each rule in a trial; default: 2")
     parser.add_argument("--samples", type=count, default=128, help="training samples in the batch; default: 128")
     parser.add_argument("--float64", action="store_true", help="compute in float64, where no spike flips by rounding")
@@ -109,7 +113,7 @@ def measure_agreement(
                 ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
                 rule = chosen(ranked, tried)
                 costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
-            said = f"{advice(ranked, tried, costs, epochs=epochs, samples=samples)}{_of_mixed(rule, mixed)}"
+            said = advice(ranked, tried, costs, epochs=epochs, samples=samples, training=own.epochs)
             rows.append(
                 {
                     "tau": tau,
@@ -120,7 +124,7 @@ def measure_agreement(
                     "memory": costs,
                     "rule": rule,
                     "proposal": proposal and _proposal_json(proposal),
-                    "advice": said,
+                    "advice": f"{said}{_of_mixed(rule, mixed)}",
                 }
             )
     return rows

@@ -78,11 +78,24 @@ def test_a_training_that_dies_leaves_the_others_in_the_trial(monkeypatch, capsys
 
 
 def test_a_trial_in_which_bptt_learns_little_decides_nothing():
-    trial = Trial(1, [2.0], {"SLTT()": [1.99], "BPTT()": [1.98]}, {"SLTT()": [0.3], "BPTT()": [0.3]})
+    trial = Trial(1, [2.0], {"SLTT()": [1.99], "BPTT()": [1.985]}, {"SLTT()": [0.3], "BPTT()": [0.3]})
     assert advice(measured(SLTT=0.5), trial).startswith("Take BPTT().")
     said = advice(measured(SLTT=0.99), trial)
     assert said.startswith("Take SLTT().")
     assert said.endswith("Not sure: BPTT() has learned little in 1 epochs. Give a longer --trial.")
+
+
+@pytest.mark.parametrize(
+    ("loss", "training", "sure"),
+    [
+        (1.0, 20, "Sure."),
+        (1.0, 21, "Not sure: rules may part after 4 of 21 epochs. Give a longer --trial."),
+        (1.9, 21, "Sure."),  # they have parted
+    ],
+)
+def test_rules_may_part_after_a_short_trial(loss, training, sure):
+    trial = Trial(4, [2.0] * 2, {"SLTT()": [loss] * 2, "BPTT()": [1.0] * 2}, {"SLTT()": [0.8] * 2, "BPTT()": [0.8] * 2})
+    assert f" {sure} In 4 epochs with 2 seeds" in advice(measured(SLTT=0.9), trial, training=training)
 
 
 def test_a_rule_that_solves_the_task_is_enough_whatever_its_loss_is():
@@ -105,13 +118,17 @@ def test_one_seed_is_fairly_sure_and_costs_are_those_measured():
 def test_the_command_trains_each_rule_and_says_what_it_learned(capsys):
     words = ["agreement", "recall", "--data.channels", "10", "--data.noise", "0.5", "--model.features", "[10,32,4]"]
     words += ["--data.samples", "600", "--batch_size", "32", "--optimizer.lr", "0.01", "--device", "cpu"]
-    assert main([*words, "--data.delay", "2", "--steps", "6", "--trial", "3", "--seeds", "1", "--json"]) == 0
+    assert (
+        main([*words, "--data.delay", "2", "--steps", "6", "--trial", "3", "--epochs", "100", "--seeds", "1", "--json"])
+        == 0
+    )
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     trial = row["trial"]
     assert list(trial["losses"])[:2] == ["SLTT()", "OTTT()"]
     assert trial["losses"]["OTTT()"] == pytest.approx(trial["losses"]["BPTT()"], rel=1e-3)  # one layer of neurons
     assert trial["learned"]["OTTT()"][0] > trial["learned"]["SLTT()"][0]
     assert row["advice"].startswith(f"Take {row['rule']}.")
+    assert "Not sure: rules may part after 3 of 100 epochs." in row["advice"]
     assert row["memory"]["SLTT()"] < row["memory"]["BPTT()"]
 
 
