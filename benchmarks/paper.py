@@ -7,9 +7,9 @@ time, and what they print goes to `runs/paper/NAME.log`. Each step is kept in `r
 left out, and a comparison goes on where it stopped. The results go to docs/results/paper, and from there into the
 tables and figures of docs.
 
-NAME is the beginning of a step's name. The longest, `gradients-cifar10-training` and `cifar10-stage…`, run only if they
-are named. DIR/nmnist has N-MNIST, and DIR/cifar10 has CIFAR-10 as folders of images; without `--data`, the steps that
-read them are left out.
+NAME is the beginning of a step's name. The longest run only if they are named: `gradients-cifar10-training`,
+`cifar10-stage…`, and `map` and `advice` for the fields of T = 32 and 64. `memory` takes up to 19 GB. DIR/nmnist has
+N-MNIST, and DIR/cifar10 has CIFAR-10 as folders of images; without `--data`, the steps that read them are left out.
 """
 
 import argparse
@@ -73,27 +73,27 @@ COMMANDS = {
     "--at-epochs 0,1 --samples 32",
 }
 TAUS, LENGTHS = (1.1, 5, 20, 2, 10), (8, 32, 2, 64, 16, 4)  # in this order, so that a part of the map tells too
-MAP = {  # at T = 64 nothing learns in ten epochs
+MAP = {
     f"map-T{T}-tau{tau}": f"compare sequential-digits --steps {T} --model.features [{64 // T},64,64,10] "
-    f"--model.neuron.tau {tau} --batch_size 128 --optimizer.lr 0.01 --epochs 10 --rules BPTT,SLTT "
-    f"--seeds {1 if T == 64 else 3}"
+    f"--model.neuron.tau {tau} --batch_size 128 --optimizer.lr 0.01 --epochs 40 "
+    "--rules BPTT,SLTT --seeds 3"
     for T in LENGTHS
     for tau in TAUS
 }
 ADVICE = {
     name.replace("map", "advice"): words.replace("compare", "agreement").partition(" --rules")[0]
-    + " --at-epochs 1 --trial 4"
+    + " --at-epochs 1 --trial 10"
     for name, words in MAP.items()
 }
 NETWORKS = {  # the paper's, T, and the batches whose memory and whose time is measured
     "ResNet-18": (sltt.models.resnet18, (3, 32, 32), 6, 128, 16),
     "VGG-11, 48×48": (lambda: sltt.models.vgg11(in_channels=2), (2, 48, 48), 10, 128, 16),
     "VGG-11, 128×128": (lambda: sltt.models.vgg11(in_channels=2), (2, 128, 128), 20, 16, 2),
-    "NF-ResNet-34": (sltt.models.nfresnet34, (3, 224, 224), 6, 32, 2),
+    "NF-ResNet-34": (sltt.models.nfresnet34, (3, 224, 224), 6, 128, 2),
 }
 TURNS = 5
 KEPT = ["rule", "accuracies", "seconds", "peak_memory", "operations", "cosine", "tau", "steps", "epochs", "agreement"]
-LONG = "gradients-cifar10-training", "cifar10-stage"
+LONG = ("gradients-cifar10-training", "cifar10-stage", *(f"{of}-T{T}" for of in ("map", "advice") for T in (32, 64)))
 RULES = {"BPTT": sltt.BPTT(), "SLTT": sltt.SLTT(), "SLTT-1": sltt.SLTT(k=1)}
 LOSS = sltt.losses.CrossEntropyMSE()
 
