@@ -75,8 +75,8 @@ COMMANDS = {
 TAUS, LENGTHS = (1.1, 5, 20, 2, 10), (8, 32, 2, 64, 16, 4)  # in this order, so that a part of the map tells too
 MAP = {
     f"map-T{T}-tau{tau}": f"compare sequential-digits --steps {T} --model.features [{64 // T},64,64,10] "
-    f"--model.neuron.tau {tau} --batch_size 128 --optimizer.lr 0.01 --epochs 40 "
-    "--rules BPTT,SLTT --seeds 3"
+    f"--model.neuron.tau {tau} --batch_size 128 --optimizer.lr 0.01 --epochs 40 --rules BPTT,SLTT "
+    "--seeds 3"
     for T in LENGTHS
     for tau in TAUS
 }
@@ -187,7 +187,11 @@ def run(text: str, kept: Path, data: Path | None) -> Any:
         torch.set_num_threads(1)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{kept}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
-            return saved(words, kept)
+            try:
+                return saved(words, kept)
+            except SystemExit:  # where a seed died, the others are written
+                found.unlink(missing_ok=True)
+                raise
     return json.loads(found.read_text())
 
 

@@ -101,11 +101,18 @@ def test_a_measurement_of_the_paper_is_made_once_even_where_its_result_is_there(
 
 
 def test_a_step_of_the_paper_that_fails_names_its_log(paper, tmp_path, monkeypatch):
-    monkeypatch.setattr(load("trainings"), "command", lambda words: print("no such folder") or 2)
+    def command(words):
+        print("a seed died")
+        (Path(words[-1]) / "compare.json").write_text("{}")
+        return 1
+
+    (tmp_path / "k-digits").mkdir()
+    monkeypatch.setattr(load("trainings"), "command", command)
     monkeypatch.setattr("sys.argv", ["paper.py", "k-digits", "--runs", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"k-digits failed, see .*k-digits\.log"):
-        paper.main()
-    assert (tmp_path / "k-digits.log").read_text() == "no such folder\n"
+    for times in (1, 2):  # what the others found is no result
+        with pytest.raises(SystemExit, match=r"k-digits failed, see .*k-digits\.log"):
+            paper.main()
+        assert (tmp_path / "k-digits.log").read_text() == "a seed died\n" * times
 
 
 def test_the_long_steps_of_the_paper_run_only_if_they_are_named(paper):

@@ -11,7 +11,7 @@ from typing import Any
 
 from sltt.analysis import Operations, agreement, count_operations, memory_parts
 from sltt.commands.failures import UsageError, cause
-from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
+from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed, run_config
 from sltt.commands.prepared import prepared, test_score
 from sltt.commands.results import give, rule_of, scores_cell
 from sltt.commands.tables import Cell, Row, Table, number
@@ -20,7 +20,7 @@ from sltt.data import Classes
 from sltt.metrics import higher_is_better, name_of
 from sltt.training.console import Console, megabytes
 from sltt.training.fit import Fit, resume_run, start_run
-from sltt.training.runs import changed, read_config
+from sltt.training.runs import CONFIG, changed
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
 
@@ -181,8 +181,10 @@ def train_one(
 
 def _check_continues(run: Path, config: dict[str, Any]) -> None:
     """Raise ValueError where a run in the folder was trained with other settings; its data may have moved."""
-    before, other = read_config(run), changed(run, config)
-    if before:
+    other = changed(run, config)
+    if (run / CONFIG).exists():
+        # options of the data that came after the run have their defaults
+        before = Recipe("sltt compare", str(run_config(run)), [], of_run=True).resolved()
         other += [name for name in ("data", "epochs") if _same_anywhere(before[name]) != _same_anywhere(config[name])]
     if other:
         raise ValueError(
