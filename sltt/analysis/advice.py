@@ -115,7 +115,7 @@ def _sure(trial: Trial | None, epochs: int, training: int) -> str:
     """How much the advice rests on."""
     if trial is None:
         rests = f"one batch after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "one batch of an untrained network"
-        return f"Not sure: this rests on {rests}. --trial 4 compares short trainings."
+        return f"Not sure: this rests on {rests}. --trial compares short trainings."
     if not trial.tells:
         return f"Not sure: BPTT() has learned little in {trial.epochs} epochs. Give a longer --trial."
     learned = {name: trial.learned(name) for name in trial.losses if name != "BPTT()"}

@@ -49,7 +49,7 @@ def run(words: Sequence[str]) -> None:
     """`sltt agreement [RECIPE] [OPTION ...]`: the gradients of SLTT and truncated BPTT beside that of exact BPTT."""
     known, recipe = options().parse_recipe(words)
     if known.trial and (metric := name_of(recipe.build().metric)) != "accuracy":
-        raise ValueError(f"--trial compares accuracies, and the metric here is {metric}: leave --metric or --trial out")
+        raise ValueError(f"--trial needs accuracies, and the metric here is {metric}: leave --metric or --trial out")
     rows = measure_agreement(
         recipe,
         known.taus or [None],

@@ -162,6 +162,6 @@ def test_the_recipe_at_the_command_line(capsys):
         "Take OTTT(). It drops 0% of the gradient (cosine 1.000; without resets 1.000 or more in every layer). " in line
     )
     assert " SLTT() drops " in line
-    assert line.endswith("this rests on one batch of an untrained network. --trial 4 compares short trainings.")
+    assert line.endswith("this rests on one batch of an untrained network. --trial compares short trainings.")
     assert main(["agreement", "recall", "--steps", "8"]) == 1
     assert "take 9 time steps or more" in capsys.readouterr().err
