@@ -137,5 +137,7 @@ def test_data_on_the_device_trains(tmp_path):
     samples = TensorDataset(torch.rand(12, 6).cuda(), (torch.arange(12) % 3).cuda())
     loader = DataLoader(samples, batch_size=4, shuffle=True)
     model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3))
+    generator = torch.cuda.get_rng_state()
     found = sltt.fit(model, loader, loss=LOSS, epochs=1, device="cuda", run=tmp_path / "run")
     assert len(found.history) == 1
+    assert torch.equal(torch.cuda.get_rng_state(), generator)

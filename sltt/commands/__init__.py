@@ -10,6 +10,7 @@ from io import TextIOWrapper
 from sltt.commands.failures import UsageError, tell
 from sltt.commands.hints import nearest
 from sltt.parallel.signals import PREEMPTED, Preempted
+from sltt.training.batches import generators_kept
 
 COMMANDS = (
     "train", "eval", "agreement", "compare", "fscil", "profile", "lr", "report", "export", "recipes", "data",
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
-        import_module(f"sltt.commands.{command}").run(rest)
+        with generators_kept():
+            import_module(f"sltt.commands.{command}").run(rest)
     except KeyboardInterrupt as stop:
         return _stopped(stop, 130)
     except Preempted as stop:

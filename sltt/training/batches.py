@@ -106,6 +106,23 @@ def by_length(order: list[int], lengths: Sequence[int], size: int, generator: to
 
 
 @contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restore the global random generators at the end of this block, those of GPUs too."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        with _generators_kept():
+            yield
+    finally:
+        if cuda is None:  # nothing was drawn before: they begin at the seed of the CPU
+            torch.cuda.manual_seed_all(torch.initial_seed())
+        else:
+            torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+@contextmanager
 def _generators_kept() -> Iterator[None]:
     """After this block the global generators of the CPU go on as if it had not been."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()

@@ -18,6 +18,7 @@ from sltt.metrics import Accuracy, Metric
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
+from sltt.training.batches import generators_kept
 from sltt.training.card import write_card
 from sltt.training.checkpoints import load_checkpoint, load_selected, restore_state, start_from
 from sltt.training.console import Console
@@ -153,7 +154,7 @@ def fit(
     instance("model", model, nn.Module)
     flag("resume", resume)
     data = as_data(data, training.batch_size)
-    with session(execution) as here:
+    with generators_kept(), session(execution) as here:
         described, network, problems = describe_run({"model": model, "data": data, **vars(training), **vars(execution)})
         if resume:
             may_change = {name: described[name] for name in RESUMABLE if described[name] is not None}

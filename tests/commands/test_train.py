@@ -10,8 +10,10 @@ from tests.commands.tiny import TINY, run
 
 
 def test_train_then_eval(here, capsys):
+    generator = torch.get_rng_state()
     code, out, _ = run(capsys, "train", *TINY)
     assert code == 0
+    assert torch.equal(torch.get_rng_state(), generator)
     (folder,) = (here / "runs").iterdir()
     assert folder.name.startswith("digits-sltt-")
     assert "samples: 1295 train, 143 validation, 359 test (split 5012bf79b0e0)" in out

@@ -1,11 +1,14 @@
 import gc
 import math
 import os
+import random
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -194,3 +197,20 @@ def test_a_metric_called_loss_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="the metric is called loss, as what is trained: give its function another"):
         train(tmp_path / "run", metric=loss)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_training_leaves_the_random_generators_as_they_were(fails, tmp_path):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    model, data = network(), Blobs(spoil=(lambda x, labels: x.fill_(torch.nan)) if fails else None)
+    drawn = []
+    for trains in (False, True):
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(3)
+        if trains:
+            with pytest.raises(ValueError, match="finite input") if fails else nullcontext():
+                train(tmp_path / "run", model, data)
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
