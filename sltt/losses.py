@@ -279,6 +279,27 @@ def _of_one_step(outer: Loss, loss: Any) -> Any:
         )
     if isinstance(loss, Activity):
         raise ValueError(f"Activity sees spikes as the outermost loss alone, and it is inside {type(outer).__name__}")
+    return check_loss(loss)
+
+
+# Losses of snnTorch and of SpikingJelly, and ours.
+_COUNTERPARTS = {
+    "ce_rate_loss": "nn.CrossEntropyLoss()",
+    "ce_count_loss": "sltt.losses.OfMean(nn.CrossEntropyLoss())",
+    "ce_max_membrane_loss": "sltt.losses.OfMax(nn.CrossEntropyLoss())",
+    "mse_count_loss": "sltt.losses.OfMean(sltt.losses.CrossEntropyMSE(alpha=1, one_hot=True))",
+    "mse_membrane_loss": "sltt.losses.CrossEntropyMSE(alpha=1, one_hot=True)",
+    "temporal_efficient_training_cross_entropy": "nn.CrossEntropyLoss()",
+}
+
+
+def check_loss(loss: Any) -> Any:
+    """Return the loss; raise ValueError for what is none, and for one that takes the logits of all time steps."""
+    for module in ("snntorch.functional", "spikingjelly.activation_based.functional"):
+        if str(getattr(loss, "__module__", "")).startswith(module):
+            name = getattr(loss, "__name__", type(loss).__name__)
+            ours = _COUNTERPARTS.get(name, "a sltt.losses.SequenceLoss that calls it, and BPTT()")
+            raise ValueError(f"{name} of {module} takes the logits of all time steps at once: use {ours}")
     return function("loss", loss, "the logits and the target")
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
-from sltt.checks import function, instance
+from sltt.checks import instance
 from sltt.frozen import Frozen, arguments_of
-from sltt.losses import Activity, SequenceLoss, is_per_step, watching
+from sltt.losses import Activity, SequenceLoss, check_loss, is_per_step, watching
 from sltt.rules.diagnosis import explained, leftovers_noticed
 from sltt.sequence.fold import Fold
 from sltt.sequence.once import hoisting, step_with_graph
@@ -223,7 +223,7 @@ class Rule(Frozen, ABC):
 
     def _check(self, model: nn.Module, loss: StepLoss, update: Callable[[], Any] | None) -> None:
         instance("model", model, nn.Module)
-        function("loss", loss, "the logits and the target")
+        check_loss(loss)
         if not torch.is_grad_enabled():
             raise ValueError("a rule makes gradients, and torch.no_grad() is in force; to predict, use sltt.unroll")
         if isinstance(loss, SequenceLoss) and not isinstance(loss, self.sequence_losses):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sltt.analysis import FiringRates, firing_rates
-from sltt.checks import choice, flag, function, instance, whole_number
+from sltt.checks import choice, flag, instance, whole_number
 from sltt.data import Data, Splits
 from sltt.data.loaders import Loaders, as_data, batch_size_of
 from sltt.kernels import Compile, Sparse
-from sltt.losses import CrossEntropyMSE, predicted, prediction_of
+from sltt.losses import CrossEntropyMSE, check_loss, predicted, prediction_of
 from sltt.metrics import Accuracy, Metric, check_metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
@@ -107,7 +107,7 @@ def measure_split(
     instance("model", model, nn.Module)
     data = as_data(data, batch_size)
     choice("split", split, get_args(Split))
-    function("loss", loss, "the logits and the target")
+    check_loss(loss)
     check_metric(metric)
     whole_number("batch_size", batch_size, least=1)
     flag("mirror", mirror)

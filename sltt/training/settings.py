@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, StepLR
 from torch.optim.optimizer import ParamsT
 
 from sltt.callbacks import Callback
-from sltt.checks import choice, flag, function, instance, number, plain, sequence, whole_number
+from sltt.checks import choice, flag, instance, number, plain, sequence, whole_number
 from sltt.kernels import Compile, Sparse
+from sltt.losses import check_loss
 from sltt.metrics import Metric, check_metric
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import Rule
@@ -103,7 +104,7 @@ class Training(_Settings):
 
     def __post_init__(self) -> None:
         instance("rule", self.rule, Rule)
-        function("loss", self.loss, "the logits and the target")
+        check_loss(self.loss)
         check_metric(self.metric)
         _check_optimizer(self.optimizer)
         _check_schedule(self.schedule)

@@ -1,8 +1,11 @@
+import re
+
 import pytest
 import torch
 from torch import nn
 
 import sltt
+from sltt.rules.base import sequence_loss
 from tests.conftest import LOSS, batch
 from tests.interop.libraries import gradients_of, jelly, network_of, snn
 
@@ -48,6 +51,44 @@ def test_a_neuron_that_gives_a_tuple_at_the_end_is_refused():
     model = nn.Sequential(nn.Linear(6, 3), snntorch.Leaky(beta=0.5, init_hidden=True, output=True)).double()
     with pytest.raises(ValueError, match=r"expected the model to return the logits \[B, C\].*got tuple"):
         sltt.SLTT()(model, *batch(), LOSS)
+
+
+SNNTORCH, JELLY = "snntorch.functional", "spikingjelly.activation_based.functional"
+CE, MSE = "nn.CrossEntropyLoss()", "sltt.losses.CrossEntropyMSE(alpha=1, one_hot=True)"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "ours", "factors"),  # theirs(a · logits) = b · ours(logits), at T = 4
+    [
+        (SNNTORCH, "ce_rate_loss", CE, (1, 1)),
+        (SNNTORCH, "ce_count_loss", f"sltt.losses.OfMean({CE})", (1 / 4, 1)),
+        (SNNTORCH, "ce_max_membrane_loss", f"sltt.losses.OfMax({CE})", (1, 1)),
+        (SNNTORCH, "mse_count_loss", f"sltt.losses.OfMean({MSE})", (1, 4)),
+        (SNNTORCH, "mse_membrane_loss", MSE, (1, 1)),
+        (JELLY, "temporal_efficient_training_cross_entropy", CE, (1, 1)),
+    ],
+)
+def test_losses_of_all_time_steps_are_refused_and_ours_is_named(module, name, ours, factors):
+    theirs = getattr(pytest.importorskip(module), name)
+    theirs = theirs() if isinstance(theirs, type) else theirs
+    message = re.escape(f"{name} of {module} takes the logits of all time steps at once: use {ours}")
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3)).double()
+    with pytest.raises(ValueError, match=message):
+        sltt.BPTT()(model, *batch(), theirs)
+    with pytest.raises(ValueError, match=message):
+        sltt.losses.OfMean(theirs)
+    logits, y = torch.randn(4, 5, 3), torch.arange(5) % 3
+    expected = sequence_loss(eval(ours, {"nn": nn, "sltt": sltt}), logits, y)
+    torch.testing.assert_close(theirs(factors[0] * logits, y).squeeze(), factors[1] * expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(SNNTORCH, "mse_temporal_loss"), (SNNTORCH, "SpikeTime"), (JELLY, "spike_similar_loss")]
+)
+def test_a_loss_without_a_counterpart_is_refused(module, name):
+    loss = getattr(pytest.importorskip(module), name)
+    with pytest.raises(ValueError, match=f"{name} of .*use a sltt.losses.SequenceLoss that calls it, and BPTT"):
+        sltt.SLTT()(nn.Linear(6, 3).double(), *batch(), loss() if isinstance(loss, type) else loss)
 
 
 @pytest.mark.parametrize(
