@@ -318,6 +318,7 @@ class ImageFolder(_Images):
             )
         # a test folder without labels may lie beside val
         home = next((one for one in homes if train or _folders(one) & _folders(self.root / "train")), homes[0])
+        _check_links(home)
         images = datasets.ImageFolder(str(home), transform=transform, loader=_decode)
         if self.on_error == "skip" and (bad := set(_undecodable([path for path, _ in images.samples], self.root))):
             images.samples = images.imgs = [sample for sample in images.samples if sample[0] not in bad]
@@ -341,6 +342,16 @@ class ImageFolder(_Images):
 
 def _folders(home: Path) -> set[str]:
     return {path.name for path in home.iterdir() if path.is_dir()}
+
+
+def _check_links(home: Path) -> None:
+    """Raise ValueError for a link to a folder that lies in `home`, or that `home` lies in: torchvision follows it."""
+    real = home.resolve()
+    for place, names, _ in os.walk(home):
+        for link in filter(Path.is_symlink, (Path(place, name) for name in names)):
+            target = link.resolve()
+            if target.is_relative_to(real) or real.is_relative_to(target):
+                raise ValueError(f"{link} is a link to {target}, whose images would count twice: remove the link")
 
 
 def _decode(path: str) -> Tensor:

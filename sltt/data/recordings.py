@@ -181,8 +181,17 @@ def _read_dat(path: Path) -> Recording:
 def _read_npy(path: Path) -> Recording:
     events = np.load(path, allow_pickle=False)
     if events.dtype.names is not None:
-        return Recording(*(events[name].astype(np.int64) for name in "xytp"))
+        return Recording(*(_whole(name, events[name]) for name in "xytp"))
     if events.ndim != 2 or events.shape[1] != 4:
         raise RecordingError(f"expected events [N, 4] or fields x, y, t, p, got an array {list(events.shape)}")
     x, y, p, t = events.T
-    return Recording(x.astype(np.int64), y.astype(np.int64), (t * 1000).astype(np.int64), p.astype(np.int64))
+    return Recording(_whole("x", x), _whole("y", y), _whole("t", np.rint(t * 1000)), _whole("p", p))
+
+
+def _whole(name: str, values: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the values as integers; raise RecordingError for a fraction, NaN, or more than a float counts exactly."""
+    whole = (np.abs(values) < 2.0**53) & (values == np.rint(values))
+    if not whole.all():
+        i = int(np.argmin(whole))
+        raise RecordingError(f"expected whole numbers, got {name} = {values[i]} at event {i}")
+    return values.astype(np.int64)

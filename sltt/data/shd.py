@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Subset
 
 from sltt.checks import flag, folder, number
@@ -72,14 +73,35 @@ class SHD(Data):
         try:
             with h5py.File(path, "r") as file:
                 data: Any = file
-                labels = [int(label) for label in data["labels"]]
-                spikes = list(zip(data["spikes"]["times"], data["spikes"]["units"], strict=True))
+                labels, times, units = (list(data[key]) for key in ("labels", "spikes/times", "spikes/units"))
         except (OSError, KeyError) as error:
             raise RecordingError(
                 f"{path}: not a file of SHD ({error}); get it again with --data.download true"
             ) from error
-        counts = np.zeros((len(spikes), steps, 700), np.uint16)
-        for i, (times, units) in enumerate(spikes):
-            step = np.minimum((times.astype(np.float64) * steps / self.duration).astype(np.int64), steps - 1)
-            np.add.at(counts[i], (step, units.astype(np.int64)), 1)
-        return FrameDataset(counts, labels)
+        if not len(labels) == len(times) == len(units):
+            counts = f"{len(labels)}, {len(times)} and {len(units)}"
+            raise RecordingError(f"{path}: expected labels, times and units of as many recordings, got {counts}")
+        counts = np.zeros((len(labels), steps, 700), np.uint16)
+        for i, recording in enumerate(zip(labels, times, units, strict=True)):
+            if problem := _problem(*recording):
+                raise RecordingError(f"{path}, recording {i}: {problem}; get it again with --data.download true")
+            step = np.minimum(times[i].astype(np.float64) * steps / self.duration, steps - 1).astype(np.int64)
+            np.add.at(counts[i], (step, units[i].astype(np.int64)), 1)
+        return FrameDataset(counts, list(map(int, labels)))
+
+
+def _problem(label: Any, times: NDArray[Any], units: NDArray[Any]) -> str | None:
+    """Say what is wrong with a recording; None if nothing is."""
+    if label not in range(20):
+        return f"expected a label 0 to 19, got {label}"
+    if len(times) != len(units):
+        return f"expected a unit for each time, got {len(times)} times and {len(units)} units"
+    checked = (
+        ("times of 0 s and later", times, (times >= 0) & np.isfinite(times)),
+        ("units 0 to 699", units, np.isin(units, np.arange(700))),
+    )
+    for expected, values, good in checked:
+        if not good.all():
+            i = int(np.argmin(good))
+            return f"expected {expected}, got {values[i]} at spike {i}"
+    return None

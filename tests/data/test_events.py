@@ -52,18 +52,25 @@ def test_gestures_and_the_split_of_cifar10dvs(tmp_path):
     torch.testing.assert_close(interpolated, torch.nn.functional.interpolate(full, (48, 48), mode="bilinear"))
 
 
-def test_shd(tmp_path):
+TIMES, UNITS = (0.0, 0.5, 1.3, 9.0), (0, 1, 699, 5)
+
+
+def write_shd(root, times=TIMES, units=UNITS, labels=(0, 1, 0, 19)):
+    """Four recordings; the second has these times and units."""
     h5py = pytest.importorskip("h5py")
-    (tmp_path / "SHD").mkdir()
+    (root / "SHD").mkdir(exist_ok=True)
     for name in ("train", "test"):
-        with h5py.File(tmp_path / "SHD" / f"shd_{name}.h5", "w") as file:
-            kind = h5py.vlen_dtype(np.dtype("f2"))
-            times = file.create_dataset("spikes/times", (4,), dtype=kind)
-            units = file.create_dataset("spikes/units", (4,), dtype=h5py.vlen_dtype(np.dtype("i2")))
-            for i in range(4):
-                times[i], units[i] = np.array([0.0, 0.5, 1.3, 9.0], "f2"), np.array([0, 1, 699, 5], "i2")
-            file["labels"] = np.array([0, 1, 0, 19])
-    splits = sltt.data.SHD(str(tmp_path), validation=0).splits(7)
+        with h5py.File(root / "SHD" / f"shd_{name}.h5", "w") as file:
+            for key, kind, plain, given in (("times", "f2", TIMES, times), ("units", "f4", UNITS, units)):
+                rows = file.create_dataset(f"spikes/{key}", (4,), dtype=h5py.vlen_dtype(np.dtype(kind)))
+                for i in range(4):
+                    rows[i] = np.array(given if i == 1 else plain, kind)
+            file["labels"] = np.array(labels)
+    return root
+
+
+def test_shd(tmp_path):
+    splits = sltt.data.SHD(str(write_shd(tmp_path)), validation=0).splits(7)
     x, y = splits.collate([splits.train[i] for i in range(4)])
     assert x.shape == (7, 4, 700)
     assert [i.tolist() for i in x[:, 0].nonzero().T] == [[0, 2, 6, 6], [0, 1, 5, 699]]
@@ -71,6 +78,26 @@ def test_shd(tmp_path):
     (tmp_path / "SHD" / "shd_test.h5").write_bytes(b"no")
     with pytest.raises(RecordingError, match=r"shd_test\.h5: not a file of SHD"):
         sltt.data.SHD(str(tmp_path)).splits(7)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"units": (0, -1, 3, 5)}, ", recording 1: expected units 0 to 699, got -1.0 at spike 1"),
+        ({"units": (0, 1, 3, 700)}, ", recording 1: expected units 0 to 699, got 700.0 at spike 3"),
+        ({"units": (0, 1.5, 3, 5)}, ", recording 1: expected units 0 to 699, got 1.5 at spike 1"),
+        ({"times": (0, -0.5, 1, 1)}, ", recording 1: expected times of 0 s and later, got -0.5 at spike 1"),
+        ({"times": (0, 0, 1, np.inf)}, ", recording 1: expected times of 0 s and later, got inf at spike 3"),
+        ({"times": (np.nan, 0, 1, 1)}, ", recording 1: expected times of 0 s and later, got nan at spike 0"),
+        ({"times": (0, 0.5), "units": (3,)}, ", recording 1: expected a unit for each time, got 2 times and 1 units"),
+        ({"labels": (0, 0.5, 1, 2)}, ", recording 1: expected a label 0 to 19, got 0.5"),
+        ({"labels": (0, 20, 1, 2)}, ", recording 1: expected a label 0 to 19, got 20"),
+        ({"labels": (0,)}, ": expected labels, times and units of as many recordings, got 1, 4 and 4"),
+    ],
+)
+def test_a_file_of_shd_with_impossible_values_is_named(tmp_path, given, message):
+    with pytest.raises(RecordingError, match=f"shd_train.h5{message}"):
+        sltt.data.SHD(str(write_shd(tmp_path, **given))).splits(7)
 
 
 def test_a_folder_of_recordings(tmp_path):

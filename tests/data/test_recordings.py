@@ -83,6 +83,33 @@ def test_a_file_of_another_format_is_named(tmp_path, name, content, message):
     assert str(tmp_path / name) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (0, 1.5, "expected whole numbers, got x = 1.5 at event 2"),
+        (1, np.nan, "expected whole numbers, got y = nan at event 2"),
+        (2, 0.5, "expected whole numbers, got p = 0.5 at event 2"),
+        (3, np.nan, "got t = nan at event 2"),
+        (3, np.inf, "got t = inf at event 2"),
+        (3, 1e300, r"got t = 1e\+300 at event 2"),
+    ],
+)
+@pytest.mark.parametrize("fields", [True, False])
+def test_an_array_of_impossible_numbers_is_named(tmp_path, column, value, message, fields):
+    rows = np.tile([1.0, 2.0, 0.0, 3.0], (4, 1))
+    rows[2, column] = value
+    kind = np.dtype([(name, "f8") for name in "xypt"])
+    np.save(tmp_path / "a.npy", rows.view(kind)[:, 0] if fields else rows / [1, 1, 1, 1000])
+    with pytest.raises(RecordingError, match=message) as caught:
+        read(tmp_path / "a.npy", (34, 34), "count", 2)
+    assert str(tmp_path / "a.npy") in str(caught.value)
+
+
+def test_milliseconds_are_rounded_to_microseconds(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[0, 0, 0, t / 1000] for t in range(3000)]))
+    assert read(tmp_path / "a.npy", (1, 1), "time", 1).t.tolist() == list(range(3000))
+
+
 def test_a_wide_sensor_is_scaled_by_its_height_and_its_width():
     corner = Recording(*(np.array([value]) for value in (39, 19, 0, 1)))
     assert frames(corner, 1, (20, 40), 5)[0, 1, 4, 4] == 1
