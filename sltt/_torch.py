@@ -47,6 +47,7 @@ ATTRIBUTES = {
     "torch.nn.BatchNorm2d": {"_check_input_dim": "raises PyTorch's own error"},
     "torch.nn.Conv2d": {"_reversed_padding_repeated_twice": "is padding='same' in numbers"},
     "torch.autograd.graph.Node": {"_saved_result": "tells that a backward reads its output"},
+    "torch.autograd.profiler": {"_is_profiler_enabled": "tells that a profiler runs, in any thread"},
     "torch.autograd.forward_ad": {"_current_level": "tells forward-mode differentiation"},
     "torch.compile": {
         "_orig_mod": "is the module that was compiled, and stands in names of parameters",

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from torch.autograd import profiler as autograd_profiler
 from torch.autograd.profiler import profile, record_function
 
 
@@ -25,7 +26,8 @@ def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> 
     libraries allocate by themselves (scratch space of oneDNN) is not in it. On CUDA it is the caching allocator's
     count. The call runs once; run it once before if its first run allocates what later runs keep, such as gradients.
 
-    Raises ValueError on a device for which PyTorch counts no peak, such as Apple's "mps".
+    Raises ValueError on a device for which PyTorch counts no peak, such as Apple's "mps", and on the CPU RuntimeError
+    while a profiler of PyTorch runs, which the measurement would end.
 
     Args:
         call: what to measure, for example `lambda: rule(model, x, y, loss, steps=6)`.
@@ -41,11 +43,16 @@ def counts_peak(device: str | torch.device) -> bool:
     return torch.device(device).type in ("cpu", "cuda")
 
 
+def is_profiled(device: str | torch.device = "cpu") -> bool:
+    """Tell whether a profiler runs that a measurement on the device would end, since PyTorch has one for all."""
+    return torch.device(device).type == "cpu" and autograd_profiler._is_profiler_enabled and not _profiler.locked()
+
+
 def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.device) -> tuple[int, list[int]]:
     """As `peak_memory`, of `call(mark)`, and the bytes alive at each `mark()` above those alive before the call.
 
-    Raises RuntimeError inside another measurement, since the inner one would end the outer: fold="auto" measures its
-    first three batches, so run these before. Another thread's measurement is waited for.
+    Raises RuntimeError inside a profiler, and inside another measurement, since the inner one would end the outer:
+    fold="auto" measures its first three batches, so run these before. Another thread's measurement is waited for.
     """
     if not counts_peak(device):
         raise ValueError(f"PyTorch counts no peak of memory on {torch.device(device).type}: measure on the CPU")
@@ -54,6 +61,8 @@ def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.
             "memory is being measured already: measure one call at a time; a rule with fold='auto' measures its first "
             "three batches, so run these before"
         )
+    if is_profiled(device):
+        raise RuntimeError("a profiler of PyTorch is running, and measuring memory would end it: measure outside of it")
     with _profiler:
         _this_thread.measures = True
         collects = gc.isenabled()

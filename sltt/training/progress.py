@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from sltt.memory import counts_peak, peak_memory
+from sltt.memory import counts_peak, is_profiled, peak_memory
 from sltt.parallel.processes import Processes
 from sltt.rules import Rule
 from sltt.sequence.padding import Padded
@@ -154,7 +154,9 @@ class BatchMemory:
         if self._folds and padded:
             return False
         self._left -= full
-        if self._left > 0 or size <= self._longest or not full or not counts_peak(self.device):
+        if self._left > 0 or size <= self._longest or not full:
+            return False
+        if not counts_peak(self.device) or is_profiled(self.device):
             return False
         self._longest = size
         return True

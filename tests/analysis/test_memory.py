@@ -120,3 +120,12 @@ def test_garbage_of_an_earlier_measurement_does_not_lower_a_peak(late_collector)
     with pytest.raises(ZeroDivisionError):
         peak_memory(lambda: 1 / 0)
     assert gc.isenabled()
+
+
+def test_a_profiler_that_runs_is_not_ended():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with pytest.raises(RuntimeError, match=r"a profiler of PyTorch is running.*measure outside of it"):
+            peak_memory(lambda: torch.zeros(3))
+        torch.ones(3)
+    assert "aten::ones" in {event.key for event in profiler.key_averages()}
+    assert peak_memory(lambda: torch.zeros(1000)) == 4000

@@ -214,3 +214,10 @@ def test_a_training_leaves_the_random_generators_as_they_were(fails, tmp_path):
                 train(tmp_path / "run", model, data)
         drawn.append(draw())
     assert drawn[0] == drawn[1]
+
+
+def test_a_training_in_a_profiler_does_not_end_it_and_measures_no_memory(tmp_path):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        _, result = train(tmp_path / "run", epochs=1)
+    assert "aten::addmm" in {event.key for event in profiler.key_averages()}
+    assert result.history[0]["peak_memory"] is None
