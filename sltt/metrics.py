@@ -4,6 +4,7 @@ A metric is a mean over samples, or an object with `update`, `compute` and `rese
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,9 +115,9 @@ def check_metric(metric: Any) -> None:
 
 
 def name_of(metric: Callable[..., Any]) -> str:
-    """The name that a metric is reported by: mean_absolute_error."""
+    """Return the name that a metric is reported by: mean_absolute_error, auroc."""
     name = getattr(metric, "__name__", type(metric).__name__)
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+    return re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower().lstrip("_")
 
 
 def higher_is_better(metric: Callable[..., Any]) -> bool:

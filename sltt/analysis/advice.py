@@ -38,15 +38,15 @@ class Trial:
     accuracies: dict[str, list[float]]
 
     def learned(self, rule: str) -> list[float]:
-        """(L₀ − L) / (L₀ − L of BPTT), for each seed: 1 where the rule learns as BPTT does."""
+        """(L₀ − L) / (L₀ − L of BPTT), for each seed: 1 where the rule learns as BPTT does, NaN where BPTT does not."""
         seeds = zip(self.start, self.losses[rule], self.losses["BPTT()"], strict=True)
-        return [(start - loss) / (start - exact) for start, loss, exact in seeds]
+        return [(start - loss) / (start - exact) if start != exact else math.nan for start, loss, exact in seeds]
 
     @property
     def tells(self) -> bool:
         """Whether BPTT has learned enough to compare with."""
         seeds = zip(self.start, self.losses["BPTT()"], strict=True)
-        return all(start - exact >= BEGINS * start for start, exact in seeds)
+        return all(start - exact > BEGINS * abs(start) for start, exact in seeds)
 
     def solved(self, rule: str) -> bool:
         """Whether the rule classifies nearly all training samples, with every seed."""

@@ -53,8 +53,9 @@ def find_learning_rate(
         find_learning_rate(model, batches, loss, SLTT(), optimizer).suggestion
 
     The rate of batch i is smallest · (largest / smallest)^(i / (count − 1)). The test ends early where the loss is four
-    times its lowest value. Weights and optimizer are afterwards as before. A suggestion depends on the batch size and
-    the weights: test those that are trained.
+    times its lowest value. For a loss below zero, it ends where the loss has risen by three times its size. Weights and
+    optimizer are afterwards as before. A suggestion depends on the batch size and the weights: test those that are
+    trained.
 
     Args:
         model: maps one time step to logits; in training mode.
@@ -105,7 +106,9 @@ def find_learning_rate(
             average = MEMORY * average + (1 - MEMORY) * value
             rates.append(rate)
             losses.append(average / (1 - MEMORY ** (i + 1)))
-            if losses[-1] > DIVERGED * min(losses):
+            lowest = min(losses)
+            scale = lowest if lowest > 0 else max(abs(losses[0]), -lowest)
+            if losses[-1] > lowest + (DIVERGED - 1) * scale:
                 break
     finally:
         model.load_state_dict(weights)
@@ -122,6 +125,6 @@ def _chosen(rates: list[float], losses: list[float]) -> tuple[float | None, floa
     """The rate where the loss falls fastest, per factor of the rate, and that of the lowest loss."""
     lowest = min(range(len(losses)), key=losses.__getitem__)
     slopes = [losses[i + 1] - losses[i - 1] for i in range(1, lowest)]
-    if not slopes or min(slopes) >= 0 or losses[lowest] > (1 - FALLS) * losses[0]:
+    if not slopes or min(slopes) >= 0 or losses[0] - losses[lowest] < FALLS * abs(losses[0]):
         return None, rates[lowest]
     return rates[1 + slopes.index(min(slopes))], rates[lowest]

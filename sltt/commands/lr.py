@@ -65,10 +65,11 @@ def run(words: Sequence[str]) -> None:
 
 
 def _print(found: RateTest, report: Console) -> None:
-    last, top, rows = len(found.rates) - 1, max(found.losses), []
+    last, floor, rows = len(found.rates) - 1, min(0.0, *found.losses), []
+    scale = 30 / (max(found.losses) - floor or 1.0)
     for i in sorted({round(n * last / (SHOWN - 1)) for n in range(SHOWN)}):
         rate, loss = number(found.rates[i], ".2g"), number(found.losses[i], ".4f")
-        rows.append({"learning rate": rate, "loss": loss, "": "█" * round(30 * found.losses[i] / top)})
+        rows.append({"learning rate": rate, "loss": loss, "": "█" * round(scale * (found.losses[i] - floor))})
     report.table(Table(rows).for_terminal())
     report.line(advice(vars(found)))
 

@@ -1,4 +1,5 @@
 import json
+import math
 import types
 
 import pytest
@@ -49,6 +50,14 @@ def test_a_trial_decides_whatever_the_cosines_are(losses, rule, sure):
         f" {sure} In 4 epochs with 2 seeds, rules lowered the loss by these shares of what BPTT() did: SLTT() " in said
     )
     assert trial.learned("BPTT()") == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("start", [2.0, 0.0, -1.0])
+def test_a_trial_in_which_bptt_learned_nothing_tells_nothing(start):
+    losses = {"SLTT()": [start - 0.1], "BPTT()": [start]}
+    trial = Trial(4, [start], losses, {name: [0.0] for name in losses})
+    assert all(map(math.isnan, trial.learned("SLTT()")))
+    assert "Not sure: BPTT() has learned little" in advice(measured(SLTT=0.99), trial)
 
 
 def test_a_rule_that_died_in_the_trial_is_not_advised():

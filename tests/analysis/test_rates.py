@@ -54,6 +54,21 @@ def test_the_test_ends_where_the_loss_explodes():
     assert found.losses[-1] > 4 * min(found.losses)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 100])
+def test_a_loss_below_zero_is_tested_as_one_above(shift):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 1)).double()
+    x, y = torch.randn(4, 8, 6, dtype=torch.float64), torch.ones(8, 1, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def loss(o, y):
+        return nn.functional.mse_loss(o, y) - shift
+
+    found = find_learning_rate(model, [(x, y)] * 60, loss, sltt.SLTT(), optimizer, largest=1e6, count=60)
+    assert 10 < len(found.rates) < 60  # it ends where the loss explodes
+    assert (found.suggestion is None) == (shift == 100)  # which falls by less than 2%
+
+
 def test_the_rate_of_the_steepest_fall_is_suggested():
     assert _chosen([1, 2, 3, 4, 5, 6], [9.0, 8.9, 8.0, 5.0, 4.9, 7.0]) == (3, 5)
     assert _chosen([1, 2, 3], [1.0, 2.0, 3.0]) == (None, 1)

@@ -1,5 +1,8 @@
 import json
 
+from sltt.analysis.rates import RateTest
+from sltt.commands.lr import _print
+from sltt.training.console import Console
 from tests.commands.tiny import TINY, run
 
 
@@ -19,6 +22,11 @@ def test_a_rate_is_found_kept_and_reported(here, capsys):
     assert "Learning rate: digits" in page
     assert (here / "found" / "report" / "figures" / "1-rates.svg").exists()
     assert len((here / "found" / "report" / "data" / "1-rates.csv").read_text().splitlines()) == 15
+
+
+def test_the_bars_of_losses_below_zero_have_lengths(capsys):
+    _print(RateTest([1e-3, 1e-2, 1e-1], [-1.0, -5.0, 3.0], 1e-2, 1e-2), Console())
+    assert [line.count("█") for line in capsys.readouterr().out.splitlines()[1:4]] == [15, 0, 30]
 
 
 def test_a_wrong_range_is_refused(here, capsys):

@@ -9,7 +9,7 @@ from torch import nn
 import sltt
 from sltt.commands import main
 from sltt.data import Splits
-from sltt.metrics import collects, higher_is_better
+from sltt.metrics import collects, higher_is_better, name_of
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.console import Console
 from tests.collecting import MacroF1, macro_f1
@@ -33,6 +33,17 @@ def test_the_score_is_that_of_all_samples_at_once(batch_size):
     assert found.metric == "macro_f1"
     assert found.score == pytest.approx(macro_f1(sltt.predict(model, x, steps=4), y))
     assert metric.counts.sum() == 0  # a copy collects
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("AUROC", "auroc"), ("BinaryAUROC", "binary_auroc"), ("MeanAbsoluteError", "mean_absolute_error"),
+        ("MultilabelF1Score", "multilabel_f1_score"), ("MSELoss", "mse_loss"), ("_Own", "own"), ("my_own", "my_own"),
+    ],
+)  # fmt: skip
+def test_names_of_metrics_keep_abbreviations_whole(kind, expected):
+    assert name_of(type(kind, (), {})()) == expected
 
 
 class Seen:
