@@ -79,7 +79,7 @@ def test_the_example_of_a_measurement_runs(name):
         "rule": sltt.SLTT(),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "batches": [(x, y)] * 20,
-        **vars(sltt),
+        **{name: getattr(sltt, name) for name in sltt.__all__},
         **{measure: getattr(analysis, measure) for measure in MEASURES},
     }
     exec(textwrap.dedent(example[1]), given)

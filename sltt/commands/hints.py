@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-import torch
-
 import sltt
 
 PATH = re.compile(r"Expected a dot import path string: (.*?)(?:\. Got value.*)?$", re.MULTILINE)
@@ -87,9 +85,11 @@ def fit_arguments() -> list[str]:
 
 def _class_paths() -> list[str]:
     """The import paths of what recipes name."""
+    from torch import optim  # here, since `sltt trian` asks for `nearest` alone
+
     families = (sltt.models, sltt.data, sltt.losses, sltt.metrics, sltt.schedules, sltt.callbacks, sltt.surrogates)
-    modules = (torch.optim, *families, sltt)
-    return [f"{m.__name__}.{name}" for m in modules for name, value in vars(m).items() if callable(value)]
+    modules = (optim, *families, sltt)
+    return [f"{m.__name__}.{name}" for m in modules for name in dir(m) if callable(getattr(m, name))]
 
 
 def locate(path: str) -> Any:

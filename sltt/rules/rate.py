@@ -1,5 +1,6 @@
 """Rate-based backpropagation: one pass over firing rates, recorded in T steps without a graph or made on the way."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -76,8 +77,8 @@ class RateBased(Rule):
         return self._run_steady(batch) if self.steady else self._run_recorded(batch)
 
     def _run_steady(self, batch: Batch) -> Output:
-        steady = {layer.module: partial(layer.steady, steps=batch.steps) for layer in _stateful_layers(batch.model)}
-        with replaced("forward", steady):
+        layers = _stateful_layers(batch.model)
+        with replaced("forward", {layer.module: partial(_eager(layer.steady), steps=batch.steps) for layer in layers}):
             logits = batch.rates()
         value = _loss(batch, logits)
         batch.backward(value)
@@ -85,7 +86,7 @@ class RateBased(Rule):
 
     def _run_recorded(self, batch: Batch) -> Output:
         layers: list[_Layer] = [*_stateful_layers(batch.model), *_norm_layers(batch.model)]
-        with replaced("forward", {layer.module: layer.step for layer in layers}):
+        with replaced("forward", {layer.module: _eager(layer.step) for layer in layers}):
             for t in range(batch.steps):
                 batch.run(range(t, t + 1), graph=False)
                 for layer in layers:
@@ -94,7 +95,7 @@ class RateBased(Rule):
             buffers = Buffers(batch.model)
             try:
                 # which a checkpoint runs again
-                with replaced("forward", {layer.module: layer.rate for layer in layers}):
+                with replaced("forward", {layer.module: _eager(layer.rate) for layer in layers}):
                     rates = batch.rates()
                     value = _loss(batch, _with_value(logits.mean(0), rates))
                     batch.backward(value)
@@ -113,7 +114,9 @@ def _with_value(value: Tensor, x: Tensor) -> Tensor:
     return value + (x - x.detach()).to(value.dtype)
 
 
-_eagerly: Any = torch.compiler.disable  # also in a compiled network, whose neurons run by the compiler's code
+def _eager(forward: Callable[..., Tensor]) -> Any:
+    """Keep a compiled network's compiler out of a layer's forward."""
+    return torch.compiler.disable(forward)  # not a decorator: at import, it would import the compiler
 
 
 class _Layer:
@@ -154,7 +157,6 @@ class _NeuronLayer(_Layer):
         self.spikes: Tensor | None = None
         self.by: list[Sensitivity] = []  # to the input, and to the parameters that learn
 
-    @_eagerly
     def step(self, x: Tensor) -> Tensor:
         self.calls += 1
         neuron, x = self.module, settled(x)
@@ -172,7 +174,6 @@ class _NeuronLayer(_Layer):
             sensitivity.add(x, before, [p.detach() for p in parameters])
         return s
 
-    @_eagerly
     def rate(self, x: Tensor) -> Tensor:
         check_forward(self.module)
         n, (_, parameters) = self.count(), self.module.as_function(x)
@@ -183,7 +184,6 @@ class _NeuronLayer(_Layer):
         self.calls, self.spikes, self.by = 0, None, []
         return _Rate.apply(x, found, *(p for p in parameters if p.requires_grad))  # type: ignore[return-value]
 
-    @_eagerly
     def steady(self, x: Tensor, steps: int) -> Tensor:
         """The layer in a rate pass without steps before: so many under x itself."""
         neuron = self.module

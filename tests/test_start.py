@@ -1,0 +1,36 @@
+"""What `import sltt` and the start of the command line import, and what waits until it is needed."""
+
+import subprocess
+import sys
+
+HEAVY = """torch._dynamo torch._inductor jsonargparse lightning_fabric matplotlib sklearn tensorboard tonic torchvision
+nir nirtorch norse onnx onnxruntime sinabs snntorch spikingjelly"""
+
+
+def printed(code, *words):
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_every_name_is_there_and_no_heavy_library_is_imported():
+    code = """if True:
+        import sys, torch
+        before = {*sys.modules}
+        import sltt
+        assert {*sltt.__all__, "__version__"} <= {*dir(sltt)}
+        assert not hasattr(sltt, "SLT")
+        sltt.data.Digits, sltt.models.MLP, sltt.interop.spiking, sltt.devices.make_fabric, sltt.kernels.using
+        from sltt import *
+        assert SLTT is sltt.SLTT
+        print(*{*sys.argv[1].split()} & ({*sys.modules} - before))"""
+    assert printed(code, HEAVY) == [""]
+
+
+def test_the_command_line_starts_without_pytorch():
+    code = """if True:
+        import sys
+        from sltt.commands import main
+        print(*(main([word]) for word in ("--help", "--version", "trian")))
+        print(*{*sys.argv[1].split()} & {*sys.modules})"""
+    assert printed(code, f"torch numpy yaml rich {HEAVY}")[-2:] == ["0 0 2", ""]
