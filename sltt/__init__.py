@@ -59,7 +59,7 @@ else:
             if name in names:
                 globals()[name] = value = resolve_name(f"sltt.{home}.{name}")
                 return value
-        if find_spec(f"sltt.{name}"):  # sltt.data and other modules
+        if name.isidentifier() and find_spec(f"sltt.{name}"):  # sltt.data and other modules
             return import_module(f"sltt.{name}")
         raise AttributeError(f"module 'sltt' has no attribute {name!r}")
 

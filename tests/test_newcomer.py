@@ -82,10 +82,8 @@ def test_the_wheel_holds_the_recipes_and_works_elsewhere(site, tmp_path):
     elsewhere = {"PYTHONPATH": str(site)}
     out = run(site / "bin" / "sltt", "recipes", cwd=tmp_path, **elsewhere)
     assert [line.split()[0] for line in out.splitlines()] == list(shipped_recipes())
-    heavy = "{'sklearn', 'lightning_fabric', 'torchvision', 'tensorboard'}"
-    code = f"import sltt, sys; print(sltt.__file__); print({heavy} & set(sys.modules))"
-    out = run(sys.executable, "-c", code, cwd=tmp_path, **elsewhere)
-    assert out.splitlines() == [str(site / "sltt" / "__init__.py"), "set()"]
+    out = run(sys.executable, "-c", "import sltt; print(sltt.__file__)", cwd=tmp_path, **elsewhere)
+    assert out.splitlines() == [str(site / "sltt" / "__init__.py")]
 
 
 @pytest.mark.slow
