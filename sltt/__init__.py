@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sltt.sequence.once import once
     from sltt.sequence.padding import Padded
     from sltt.sequence.state import Stateful, detach, register, reset
+    from sltt.training.check import check
     from sltt.training.evaluation import evaluate
     from sltt.training.fit import fit
     from sltt.training.phases import Phase
@@ -48,6 +49,7 @@ else:
         "sequence.once": ["once"],
         "sequence.padding": ["Padded"],
         "sequence.state": ["Stateful", "detach", "register", "reset"],
+        "training.check": ["check"],
         "training.evaluation": ["evaluate"],
         "training.fit": ["fit"],
         "training.phases": ["Phase"],
@@ -97,6 +99,7 @@ __all__ = [
     "TernaryLIF",
     "analysis",
     "callbacks",
+    "check",
     "data",
     "detach",
     "devices",

@@ -5,7 +5,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sltt import kernels
 from sltt.checks import number
 from sltt.sequence.state import Stateful
 
@@ -23,7 +22,6 @@ class Dropout(Stateful):
     states: ClassVar[tuple[str, ...]] = ("mask",)
     differentiable = False
     timeless = True
-    foldable = True
     mask: Tensor | None
 
     def __init__(self, p: float = 0.5):
@@ -31,18 +29,14 @@ class Dropout(Stateful):
         self.p = number("p", p, least=0, below=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, ...] of one time step to the same shape; of the steps that are folded, [n·B, ...]."""
+        """x [B, ...] of one time step to the same shape."""
         if not self.training or self.p == 0:
             return x
-        steps = self.fold.steps
-        first = x[: len(x) // steps] if steps > 1 else x
         if self.mask is None:
-            self.mask = torch.empty_like(first).bernoulli_(1 - self.p).mul_(1 / (1 - self.p))
+            self.mask = torch.empty_like(x).bernoulli_(1 - self.p).mul_(1 / (1 - self.p))
         else:
-            self.check_state("mask", first, x.dtype)
-        y = x * self.mask if steps == 1 else (x.unflatten(0, (steps, -1)) * self.mask).flatten(0, 1)
-        kernels.tag_dropped(y, x, 1 / (1 - self.p))
-        return y
+            self.check_state("mask", x, x.dtype)
+        return x * self.mask
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sltt._torch import FABRIC
 from sltt.checks import flag, function, instance, number
-from sltt.sequence.fold import Clock, fold_of
 from sltt.sequence.padding import real_steps
-from sltt.sequence.spikes import observing, spiking_layers
+from sltt.sequence.run import Run
+from sltt.sequence.spikes import observing
 
 Prediction = Literal["mean", "last", "max", "steps"]
 
@@ -204,16 +203,16 @@ class Activity(Loss):
 
 
 @contextmanager
-def watching(loss: Any, model: nn.Module, clock: Clock) -> Iterator[Any]:
-    """The loss for the time steps of a batch: with `Activity`, it sees the spikes of the model inside this block."""
+def watching(loss: Any, run: Run) -> Iterator[Any]:
+    """The loss for the time steps of a batch: with `Activity`, it sees the spikes of the network inside this block."""
     if not isinstance(loss, Activity):
         yield loss
         return
-    neurons = {name.removeprefix(FABRIC): module for name, module in spiking_layers(model).items()}
+    neurons = run.layout.neurons
     watched = {name: module for name, module in neurons.items() if fnmatchcase(name, loss.layers)}
     if not watched:
         raise ValueError(f"no layer of neurons is called {loss.layers!r}; there are {', '.join(neurons) or 'none'}")
-    of_step = _Watching(loss, clock, watched)
+    of_step = _Watching(loss, run)
     with observing(watched, of_step.see):
         yield of_step
 
@@ -224,14 +223,14 @@ class _Watching:
     A call of the network folds n time steps. A layer sees them in one call, or in n: its rates are those of n steps.
     """
 
-    def __init__(self, loss: Activity, clock: Clock, layers: dict[str, nn.Module]):
-        self.loss, self.clock, self.layers, self.per_step = loss, clock, layers, loss.per_step
+    def __init__(self, loss: Activity, run: Run):
+        self.loss, self.run, self.per_step = loss, run, loss.per_step
         self.steps, self.rates = 1, dict[str, list[Tensor]]()
 
     def see(self, name: str, spikes: Tensor) -> None:
-        self.steps = self.clock.fold.steps
+        self.steps = self.run.steps
         spikes = torch.where(spikes < 0, -spikes, spikes)  # abs has no gradient at 0, where neurons are silent
-        rates = spikes.unflatten(0, (fold_of(self.layers[name]).steps, -1)).flatten(1).mean(1)
+        rates = spikes.unflatten(0, (self.run.fold, -1)).flatten(1).mean(1)
         self.rates.setdefault(name, []).append(rates)
 
     def __call__(self, logits: Tensor, target: Any) -> Tensor:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sltt.checks import function
 from sltt.kernels import running_max, settled
+from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful
 
 
@@ -32,7 +33,6 @@ class RunningMax(Stateful):
 
     states: ClassVar[tuple[str, ...]] = ("total", "largest")
     timeless = True
-    foldable = True
     total: Tensor | None
     largest: Tensor | None
 
@@ -45,25 +45,14 @@ class RunningMax(Stateful):
         return {"total": 0.0, "largest": 0.0}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, ...] of one time step to what `pool` makes of it; of the steps that are folded, [n·B, ...]."""
-        fold = self.fold
-        if fold.steps == 1:
-            return self._step(x)
-        pooled = []
-        for step in x.unflatten(0, (fold.steps, -1)).unbind():
-            if fold.cut:
-                self.detach()
-            pooled.append(self._step(step))
-        return torch.cat(pooled)
-
-    def _step(self, x: Tensor) -> Tensor:
+        """x [B, ...] of one time step to what `pool` makes of it."""
         if self.total is None or self.largest is None:
             pooled = self.pool(x)
             self.total, self.largest = x.clone(), pooled.clone()  # others may change x and what is given in place
             return pooled
         self.check_state("total", x, self.total.dtype)
         x = settled(x)
-        if found := running_max(self.pool, self.total, self.largest, x):
+        if not own_forward(self.pool, nn.MaxPool2d) and (found := running_max(self.pool, self.total, self.largest, x)):
             self.total, self.largest, gained = found
             return gained
         kind = torch.promote_types(x.dtype, torch.float32)  # bfloat16 does not count further than 256

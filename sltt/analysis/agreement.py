@@ -17,7 +17,6 @@ from sltt.memory import peak_memory
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
 from sltt.rules.base import StepLoss
 from sltt.rules.mixed import Window, layer_order
-from sltt.rules.traces import traced
 from sltt.sequence.copies import copied
 from sltt.sequence.steps import time_steps
 
@@ -93,8 +92,8 @@ def cheaper(model: nn.Module, steps: int) -> list[Rule]:
     """Rules of less memory than BPTT, in its order: SLTT, OTTT where it knows the network, and `windows`."""
     spatial, *truncated = windows(steps)
     try:
-        with traced(model, None, inputs=True):
-            return [spatial, OTTT(), *truncated]
+        OTTT().check(model, steps)
+        return [spatial, OTTT(), *truncated]
     except ValueError:
         return [spatial, *truncated]
 

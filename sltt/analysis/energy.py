@@ -14,7 +14,8 @@ from sltt.checks import instance
 from sltt.neurons import Recurrent
 from sltt.rules import unroll
 from sltt.sequence.hooks import hooked
-from sltt.sequence.spikes import observing, spiking_layers
+from sltt.sequence.layout import spiking_layers
+from sltt.sequence.spikes import observing
 
 # Energy of a 32-bit floating-point operation in a 45 nm process; Horowitz, ISSCC 2014.
 PICOJOULES_MULTIPLY_ACCUMULATE = 4.6

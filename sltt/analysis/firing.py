@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance
-from sltt.sequence.spikes import observing, spiking_layers
+from sltt.sequence.layout import spiking_layers
+from sltt.sequence.spikes import observing
 
 
 def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":

@@ -5,15 +5,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt import kernels
-from sltt.analysis.energy import LAYERS, TRANSPOSED
+from sltt.analysis.energy import LAYERS
 from sltt.checks import instance
 from sltt.kernels import costs
 from sltt.rules import unroll
 from sltt.sequence.hooks import hooked
+from sltt.sequence.layout import Layout
 
 
 @dataclass
@@ -59,33 +59,23 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
         path, x = found.setdefault(name, LayerPath(name)), args[0] if args else kwargs["input"]
         path.calls += 1
         path.density += int(torch.count_nonzero(x)) / max(1, x.numel())
-        if isinstance(layer, (nn.Conv3d, *TRANSPOSED)):  # always dense
+        if (operation := layout[layer].operation) is None:  # always dense
             return
         with torch.enable_grad():  # as in a training
-            taken = kernels.layer_call(*_arguments(layer, x), {}, kernels.Weights())
-        if taken is None:  # dense
+            call = kernels.spike_call(operation, x, layout[layer].role.weight(layer), layer.bias, kernels.Weights())
+        if call is None:  # dense
             return
-        call = taken[0]
         path.sparse_forward += call.sparse_forward
         path.sparse_gradient += call.sparse_gradient
-        estimates = costs.seconds(call.layer, call.dtype, call.tag.density(x))
+        estimates = costs.seconds(call.layer, call.dtype, call.spikes.density)
         for estimate, sparse in zip(estimates, (call.sparse_forward, call.sparse_gradient), strict=True):
             path.saved_seconds += sparse * (estimate.dense - estimate.sparse)
             path.dense_seconds += sparse * estimate.dense
 
+    layout = Layout(model).layers
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]
     with hooked(*(m.register_forward_pre_hook(partial(look, name), with_kwargs=True) for name, m in layers)):
         unroll(model, x, steps=steps)
     for path in found.values():
         path.density /= path.calls
     return list(found.values())
-
-
-def _arguments(layer: Any, x: Tensor) -> tuple[Any, tuple[Any, ...]]:
-    """The function that a layer calls, and what it gives it."""
-    if isinstance(layer, nn.Linear):
-        return F.linear, (x, layer.weight, layer.bias)
-    if layer.padding_mode != "zeros":
-        x = x.clone()  # what is padded by hand is a tensor of its own
-    arguments = x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
-    return getattr(F, f"conv{len(layer.kernel_size)}d"), arguments

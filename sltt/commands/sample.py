@@ -10,8 +10,9 @@ import torch
 
 from sltt.commands.parsing import Recipe, run_config
 from sltt.rules import unroll
+from sltt.sequence.layout import spiking_layers
 from sltt.sequence.padding import target_of
-from sltt.sequence.spikes import observing, spiking_layers
+from sltt.sequence.spikes import observing
 from sltt.training.checkpoints import start_from
 
 FRAME_NEURONS = 2048  # of each layer that are shown

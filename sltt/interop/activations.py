@@ -65,7 +65,6 @@ class Coded(Stateful):
     """
 
     states = ("step",)
-    foldable = True
     step: int | None
 
     def __init__(self, coding: Poisson):

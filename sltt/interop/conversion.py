@@ -11,7 +11,7 @@ from torch import nn
 
 from sltt.checks import instance
 from sltt.neurons import IF, LIF, CubaLIF
-from sltt.sequence.state import Stateful, emits_spikes, kind_of, reset
+from sltt.sequence.state import Stateful, emits_spikes, reset, role_of
 
 
 class ConversionError(ValueError):
@@ -57,10 +57,10 @@ def _translate(module: nn.Module, path: str, copies: dict[int, Any], refused: di
 
 
 def _translated(module: nn.Module) -> nn.Module:
-    kind = kind_of(type(module))
-    if kind and kind.translate:
+    role = role_of(type(module))
+    if role.translate:
         given = f"what translate of sltt.register gives for {type(module).__name__}"
-        return instance(given, kind.translate(module), nn.Module)
+        return instance(given, role.translate(module), nn.Module)
     if emits_spikes(module) and not isinstance(module, Stateful):
         raise ConversionError("is of a type that is registered without translate=…")
     return module

@@ -1,4 +1,4 @@
-"""The fused neuron step, and the saving of spikes as bits; nothing else knows how they work.
+"""What layers compute, fast: the fused neuron step, layers on spikes, spikes saved as bits. Nothing else knows how.
 
 from sltt import kernels
 
@@ -7,14 +7,14 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 """
 
 from sltt.kernels.custom import CustomStep, custom_step
-from sltt.kernels.deferred import settled
+from sltt.kernels.deferred import deferred_norm, settled
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.layers import layer_call
-from sltt.kernels.norm import batch_statistics, stepwise_norms
-from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
-from sltt.kernels.pooling import running_max
-from sltt.kernels.restoring import bits_pay, release
-from sltt.kernels.saved_tensors import saving, tag_dropped
+from sltt.kernels.layers import Operation, operation_of, run_layer, spike_call
+from sltt.kernels.looks import Spikes, bits_pay, look
+from sltt.kernels.norm import batch_statistics, stepwise_norm
+from sltt.kernels.options import Compile, Options, Sparse, compiler_problem, options, using, without_modes
+from sltt.kernels.pooling import max_pool, running_max
+from sltt.kernels.saved import others_save, saving, tag_made
 from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import Steady, steady_steps
 from sltt.kernels.step import NeuronStep, neuron_step
@@ -25,8 +25,11 @@ __all__ = [
     "Compile",
     "CustomStep",
     "NeuronStep",
+    "Operation",
+    "Options",
     "Sensitivity",
     "Sparse",
+    "Spikes",
     "Steady",
     "Weights",
     "batch_statistics",
@@ -34,16 +37,22 @@ __all__ = [
     "compiler_problem",
     "convolution_gradients",
     "custom_step",
+    "deferred_norm",
     "differentiable_once",
-    "layer_call",
+    "look",
+    "max_pool",
     "neuron_step",
-    "release",
+    "operation_of",
+    "options",
+    "others_save",
+    "run_layer",
     "running_max",
     "saving",
     "settled",
+    "spike_call",
     "steady_steps",
-    "stepwise_norms",
-    "tag_dropped",
+    "stepwise_norm",
+    "tag_made",
     "using",
     "without_modes",
 ]

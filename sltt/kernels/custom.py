@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sltt.kernels.bits import pack
 from sltt.kernels.deferred import Normalised, norm_gradients, taken
 from sltt.kernels.derivatives import differentiable_once
+from sltt.kernels.looks import packable
 from sltt.kernels.options import Kernel, in_force, memory, options
-from sltt.kernels.restoring import SpikeTag, may_be_read, packable
+from sltt.kernels.saved import tag_spikes
 from sltt.kernels.step import dense, like, unfold
 
 States = tuple[Tensor, ...]
@@ -89,8 +91,6 @@ def custom_step(
         s, *after = _CustomStep.apply(step, binary, steps, cut, norm, *affine, x, *states, *parameters)  # type: ignore[misc]
         return s, tuple(after)
     s, every = _run(step, x, states, parameters, steps)
-    if binary and may_be_read(s) and packable(s):
-        SpikeTag(s)
     return s, every[-1]
 
 
@@ -132,8 +132,8 @@ class _CustomStep(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         states, parameters = tensors[: step.states], tensors[step.states :]
         s, every = _run(step, x, states, parameters, steps)
-        if binary and packable(s):
-            SpikeTag(s)
+        if binary and not s.is_cpu and packable(s):  # on a CPU, spikes are looked at
+            tag_spikes(s, pack(s))
         ctx.step, ctx.steps, ctx.cut, ctx.options = step, steps, cut, options()
         ctx.of_batch = norm is not None and norm.training
         ctx.set_materialize_grads(False)

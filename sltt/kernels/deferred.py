@@ -4,8 +4,7 @@ A BatchNorm of a large tensor computes its statistics, in one pass, and gives a 
 neuron that takes it reads the BatchNorm's input, so that no normalised tensor is written. Forward, that saves a pass
 over memory that reads and one that writes; backward, the neuron's pass also sums what BatchNorm's gradient needs.
 
-Whatever else uses a `Deferred` finds the normalised tensor, computed once, and with its gradient. `saved` computes it
-before another operation runs, since that may change the BatchNorm's input in place.
+Whatever else uses a `Deferred` finds the normalised tensor, computed once, and with its gradient.
 
     y = (x − μ) / √(σ² + ε) · w + b = scale · x + shift
 """
@@ -21,6 +20,7 @@ from torch.autograd.graph import increment_version
 from sltt._torch import _disabled_torch_function_impl, transforms_active, tree_map_only
 from sltt.kernels import native
 from sltt.kernels.derivatives import differentiable_once
+from sltt.kernels.norm import batch_statistics
 from sltt.kernels.options import options
 
 # Fewer elements than this are normalised at once.
@@ -187,31 +187,27 @@ def taken(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor | No
     return x.normalised, *x.inputs
 
 
-def deferred_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Deferred | None:
-    """`F.batch_norm`, with an output that waits; None where PyTorch computes it."""
-    if not _can_wait(x, (running_mean, running_var, weight, bias), training):
+def deferred_norm(norm: Any, x: Tensor) -> Deferred | None:
+    """The output of a BatchNorm, which waits; None where PyTorch computes it."""
+    training = norm.training or norm.running_mean is None
+    tracked = not norm.training or norm.track_running_stats
+    running = (norm.running_mean, norm.running_var) if tracked else (None, None)
+    if not _can_wait(x, (*running, norm.weight, norm.bias), training):
         return None
+    norm._check_input_dim(x)
     library, channels = native.library(), x.shape[1]
     assert library is not None
+    _, (momentum,) = batch_statistics(norm, 1)
     factors = torch.empty(4, channels, dtype=torch.float32, device="cpu")
     library.sltt_norm(
-        x.dtype == torch.bfloat16, x, x.numel(), channels, running_mean, running_var, weight, bias,
-        training, momentum, eps, factors, torch.get_num_threads(),
+        x.dtype == torch.bfloat16, x, x.numel(), channels, *running, norm.weight, norm.bias,
+        training, momentum, norm.eps, factors, torch.get_num_threads(),
     )  # fmt: skip
-    if training and running_mean is not None and running_var is not None:
-        increment_version((running_mean, running_var))  # they were changed in place
-    norm = Normalised(x.detach(), factors, training)
-    y: Any = _Defer.apply(x, weight, bias, norm)
-    y.inputs = x, weight, bias
+    if training and running[0] is not None:
+        increment_version(running)  # they were changed in place
+    normalised = Normalised(x.detach(), factors, training)
+    y: Any = _Defer.apply(x, norm.weight, norm.bias, normalised)
+    y.inputs = x, norm.weight, norm.bias
     return y
 
 

@@ -1,27 +1,60 @@
-"""Convolutions and linear layers of a network that read spikes: each runs sparse or dense, whichever is faster.
+"""Convolutions and linear layers that read spikes: each runs sparse or dense, whichever is faster.
 
-The user's layers stay as they are. While `saved.saving` is open, a call of `F.conv2d` or `F.linear` on tagged spikes
-comes here. The share of active inputs and the layer's shape decide, for the forward and for the weight gradient; the
-input gradient is dense. On one machine the same spikes give the same decision, and so the same bits.
+The share of active inputs and the layer's shape decide, for the forward and for the weight gradient; the input gradient
+is dense. On one machine the same spikes give the same decision, and so the same bits.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sltt.kernels import costs, native, sparse
 from sltt.kernels.derivatives import differentiable_once
+from sltt.kernels.looks import Spikes, look
 from sltt.kernels.options import options
-from sltt.kernels.restoring import SpikeTag, packable, tag_of
+from sltt.kernels.saved import others_save, restore, save, tag_made
 from sltt.kernels.sparse import Layer
-from sltt.kernels.values import Axes, arguments_of, axes_in, dense_gradients, fitting, layer_of, multiplies, ours_of
+from sltt.kernels.values import Axes, axes_in, dense_gradients, fitting, layer_of, multiplies, ours_of, run_on_values
 from sltt.kernels.weights import Weights
 
-CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2}
-LAYERS = {*CONVOLUTIONS, F.linear}
+# A layer of more products for each of its outputs keeps them. These are the last layers of a network: they take as much
+# time as the first ones, and have few outputs.
+PRODUCTS_AT_MOST = 2048
+
+
+class Operation(NamedTuple):
+    """What a layer applies to its input, its weight and its bias.
+
+    Attributes:
+        function: F.linear, F.conv1d or F.conv2d.
+        settings: of a convolution: stride, padding, dilation and groups.
+    """
+
+    function: Any
+    settings: tuple[Any, ...] = ()
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.function(x, weight, bias, *self.settings)
+
+    @property
+    def axes(self) -> int:
+        """Axes of pixels."""
+        return {F.linear: 0, F.conv1d: 1, F.conv2d: 2}[self.function]
+
+
+def operation_of(module: nn.Module) -> Operation | None:
+    """What a layer of PyTorch applies; None for a padding that is no number."""
+    if isinstance(module, nn.Linear):
+        return Operation(F.linear)
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.padding_mode != "zeros" or module.padding == "same":
+        return None
+    function = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
+    padding = 0 if module.padding == "valid" else module.padding
+    return Operation(function, (module.stride, padding, module.dilation, module.groups))
 
 
 @dataclass(frozen=True)
@@ -30,7 +63,7 @@ class Call:
 
     Attributes:
         layer: its shapes.
-        tag: of the spikes, which were packed.
+        spikes: that it reads.
         dtype: of the output.
         sparse_forward: the forward touches active inputs only.
         sparse_gradient: the weight gradient does.
@@ -40,7 +73,7 @@ class Call:
     """
 
     layer: Layer
-    tag: SpikeTag
+    spikes: Spikes
     dtype: torch.dtype
     sparse_forward: bool
     sparse_gradient: bool
@@ -51,9 +84,9 @@ class Call:
     def forward(self, x: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output; x, the spikes, is needed where the forward is dense, or else unpacked."""
         if self.sparse_forward:
-            packed = self.weights.packed(self.layer, weight, self.tag.one)
-            return sparse.forward(self.layer, self.tag.packed, packed, bias, self.dtype)
-        x = self.spikes() if x is None else x.to(self.dtype)
+            packed = self.weights.packed(self.layer, weight, self.spikes.one)
+            return sparse.forward(self.layer, self.spikes.bits, packed, bias, self.dtype)
+        x = (self.spikes.dense() if x is None else x).to(self.dtype)
         weight, bias = self.weights.cast(weight, self.dtype), None if bias is None else bias.to(self.dtype)
         if self.layer.linear:
             return F.linear(x, weight, bias)
@@ -71,19 +104,12 @@ class Call:
     def weight_gradient(self, grad: Tensor, weight: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
         """∂L/∂weight and ∂L/∂bias."""
         if self.sparse_gradient:
-            return sparse.weight_gradient(self.layer, self.tag.packed, grad, self.tag.one, needs_bias)
-        x, linear = self.spikes().to(grad.dtype), self.layer.linear
+            return sparse.weight_gradient(self.layer, self.spikes.bits, grad, self.spikes.one, needs_bias)
+        x, linear = self.spikes.dense().to(grad.dtype), self.layer.linear
         of_bias = sparse.bias_gradient(self.layer, grad if linear else grad.movedim(1, -1)) if needs_bias else None
         if linear:
             return grad.flatten(0, -2).T @ x.flatten(0, -2), of_bias
         return self._gradients(grad, x, weight, (False, True))[1], of_bias
-
-    def spikes(self) -> Tensor:
-        """The spikes, with the channels last in memory."""
-        flat = self.tag.make().to(self.dtype)
-        if self.layer.linear:
-            return flat.view(self.layer.x_shape)
-        return flat.view(self._channels_last_shape()).movedim(-1, 1)
 
     def _channels_last_shape(self) -> tuple[int, ...]:
         batch, channels, *pixels = self.layer.x_shape
@@ -116,60 +142,79 @@ class _OnSpikes(torch.autograd.Function):
         return of_x, of_weight if needs_weight else None, of_bias, None
 
 
-def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's output, with a graph where one is wanted."""
-    return _OnSpikes.apply(x, weight, bias, call)  # type: ignore[return-value]
+def run_layer(
+    operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights, recompute: bool = False
+) -> Tensor:
+    """The output of a layer, computed on active inputs where that is faster.
+
+    Args:
+        operation: of the layer.
+        x: its input.
+        weight: of the layer.
+        bias: of the layer, or None.
+        weights: where the forms of weights are kept.
+        recompute: the output is made again in the backward, instead of being kept.
+    """
+    if others_save():
+        return run_on_values(operation, x, weight, bias, weights)  # which saves what PyTorch's layers save
+    call = spike_call(operation, x, weight, bias, weights)
+    if call is not None:
+        y: Any = _OnSpikes.apply(x, weight, bias, call)
+    else:
+        y = run_on_values(operation, x, weight, bias, weights)
+    if recompute and math.prod(weight.shape[1:]) <= PRODUCTS_AT_MOST:
+        _tag_layer(operation, y, x, weight, bias, call)
+    return y
 
 
-def layer_call(
-    func: Any, args: Any, kwargs: Any, weights: Weights
-) -> tuple[Call, Tensor, Tensor, Tensor | None] | None:
-    """How a call of a layer's function runs on spikes, with its input, weight and bias; None where it is PyTorch's."""
-    x = args[0] if args else kwargs.get("input")
-    if options().sparse == "off" or not isinstance(x, Tensor) or not isinstance(tag := tag_of(x), SpikeTag):
+def _tag_layer(operation: Operation, y: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call | None) -> None:
+    kept, device = [None if t is None else save(t.detach()) for t in (weight, bias)], x.device.type
+    # without its cache: what is cast without a graph must not be used by layers with one
+    cast: dict[str, Any] = {
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+        "cache_enabled": False,
+    }
+
+    def again(x: Tensor) -> Tensor:
+        weight, bias = (None if one is None else restore(one) for one in kept)
+        assert weight is not None
+        if call is not None:
+            return call.forward(x, weight, bias)
+        with torch.autocast(device, **cast):
+            return operation(x, weight, bias)
+
+    tag_made(y, x, again, layers=1, spikes=call and call.spikes)
+
+
+def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights) -> Call | None:
+    """How a layer runs on spikes; None where x is something else, or it is PyTorch's."""
+    if options().sparse == "off" or not options().bits or not x.is_cpu:
         return None
-    if not packable(x):
-        return None
-    arguments = arguments_of(func, args, kwargs)
-    weight, bias = arguments["weight"], arguments["bias"]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if not x.is_cpu or dtype not in sparse.DTYPES or not fitting(weight, bias, x, CONVOLUTIONS.get(func, 0)):
+    if dtype not in sparse.DTYPES or not fitting(weight, bias, x, operation.axes):
         return None
     if weight.dtype not in (dtype, torch.float32):
         return None
-    axes = ([], [], []) if func is F.linear else axes_in(arguments, CONVOLUTIONS[func])
-    if axes is None:
-        return None
-    if func is F.linear:
+    if not operation.settings:
+        axes: Axes | None = ([], [], [])
         layer, ordered = sparse.linear_layer(tuple(x.shape), tuple(weight.shape)), x.is_contiguous()
     else:
-        layer, ordered = layer_of(x, weight, axes, arguments["groups"]), x.movedim(1, -1).is_contiguous()
+        if (axes := axes_in(operation.settings, operation.axes)) is None:
+            return None
+        layer = layer_of(x, weight, axes, operation.settings[3])
+        ordered = x.movedim(1, -1).is_contiguous()
     always = options().sparse == "on"
-    ordered = ordered and _weighs(tag, x, x.ndim - 1 if layer.linear else 1)
     if not ordered or layer.problem or not (always or layer.products >= costs.PRODUCTS_FROM) or native.problem():
         return None
     even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype)
     if not (even.forward or torch.is_grad_enabled()):
-        return None  # it never runs sparse: to pack spikes would be for nothing
-    density = tag.density(x)  # packs them
-    forward, gradient, ours = density < even.forward, density < even.weight_gradient, ours_of(layer, dtype)
+        return None  # it never runs sparse: to look would be for nothing
+    if (spikes := look(x.detach())) is None:
+        return None
+    density, ours = spikes.density, ours_of(layer, dtype)
+    forward, gradient = density < even.forward, density < even.weight_gradient
     backward = gradient or ours.input_gradient or ours.weight_gradient or multiplies(layer, dtype)
     if not forward and not (backward and torch.is_grad_enabled()):
         return None
-    return Call(layer, tag, dtype, forward, gradient, ours, axes, weights), x, weight, bias
-
-
-def _weighs(tag: SpikeTag, x: Tensor, channels: int) -> bool:
-    """Whether what a spike of each channel is worth can go into the weights of a layer that reads x.
-
-    Args:
-        tag: of x, which may be a view of the spikes.
-        x: the layer's input.
-        channels: the dimension of its channels.
-    """
-    one = tag.one
-    if not isinstance(one, Tensor):
-        return True
-    if (x.shape, x.stride()) != tag.layout or one.ndim < x.ndim - channels or not one.isfinite().all():
-        return False
-    return one.shape[channels - x.ndim] == one.numel() == x.shape[channels]
+    return Call(layer, spikes, dtype, forward, gradient, ours, axes, weights)

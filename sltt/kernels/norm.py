@@ -1,7 +1,5 @@
 """Batch normalisation of several time steps in one tensor, each with the statistics of its own batch."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -10,40 +8,29 @@ from torch import Tensor
 
 from sltt._torch import _BatchNorm
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.saved_tensors import tag_normalised
-from sltt.sequence.fold import fold_of
-from sltt.sequence.hooks import replaced
+from sltt.kernels.saved import tag_made
 
 
-def stepwise_norms(norms: Iterable[_BatchNorm]) -> AbstractContextManager[None]:
-    """Inside this block, each BatchNorm takes the statistics of each folded time step, and counts each as a batch."""
-    return replaced("forward", {norm: _stepwise(norm) for norm in norms})
-
-
-def _stepwise(norm: _BatchNorm) -> Any:
-    def forward(input: Tensor) -> Tensor:
-        steps = fold_of(norm).steps
-        tracked = norm.running_mean is not None and norm.running_var is not None
-        if steps == 1 or not (norm.training or not tracked):
-            return _BatchNorm.forward(norm, input)
-        norm._check_input_dim(input)
-        if input.numel() == steps * input.shape[1]:
-            raise ValueError(
-                f"BatchNorm needs more than one value for each channel, got {list(input.shape)} of {steps} steps: use "
-                "a larger batch"
-            )
-        # the operator writes plain and channels-last tensors only
-        ordered = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
-        x = input if ordered else input.contiguous()
-        running, momenta = batch_statistics(norm, steps)
-        affine = norm.weight, norm.bias
-        normalise = partial(_normalise, steps=steps, affine=affine, momenta=momenta, eps=norm.eps)
-        y: Any = _StepwiseBatchNorm.apply(x, *affine, steps, norm.eps, partial(normalise, running=running))
-        # once more for the same output: the running statistics change no more
-        tag_normalised(y, x, lambda x: normalise(x, running=running and tuple(r.clone() for r in running))[0])
-        return y
-
-    return forward
+def stepwise_norm(norm: _BatchNorm, input: Tensor, steps: int) -> Tensor:
+    """Normalise [n·B, C, ...] by the statistics of each of the n time steps, and count each as a batch."""
+    if not (norm.training or norm.running_mean is None or norm.running_var is None):
+        return _BatchNorm.forward(norm, input)
+    norm._check_input_dim(input)
+    if input.numel() == steps * input.shape[1]:
+        raise ValueError(
+            f"BatchNorm needs more than one value for each channel, got {list(input.shape)} of {steps} steps: use a "
+            "larger batch"
+        )
+    # the operator writes plain and channels-last tensors only
+    ordered = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
+    x = input if ordered else input.contiguous()
+    running, momenta = batch_statistics(norm, steps)
+    affine = norm.weight, norm.bias
+    normalise = partial(_normalise, steps=steps, affine=affine, momenta=momenta, eps=norm.eps)
+    y: Any = _StepwiseBatchNorm.apply(x, *affine, steps, norm.eps, partial(normalise, running=running))
+    # once more for the same output: the running statistics change no more
+    tag_made(y, x, lambda x: normalise(x, running=running and tuple(r.clone() for r in running))[0])
+    return y
 
 
 def batch_statistics(norm: _BatchNorm, steps: int) -> tuple[tuple[Tensor, Tensor] | None, list[float]]:

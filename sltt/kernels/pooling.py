@@ -18,7 +18,6 @@ from sltt._torch import transforms_active
 from sltt.kernels.deferred import settled
 from sltt.kernels.native import library_for
 from sltt.kernels.values import ordinary
-from sltt.sequence.hooks import own_forward
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _POSITIONS = 256  # in a window, at most: a byte tells them apart
@@ -91,33 +90,18 @@ class _MaxPool(torch.autograd.Function):
         return ctx.pooling.spread(grad.contiguous(memory_format=torch.channels_last), positions), None
 
 
-def max_pool(input: Tensor, kernel_size: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """`F.max_pool2d`, natively where that can run."""
-    input = settled(input)
-    pooling = _pooling(input, kernel_size, *args, **kwargs)
-    if pooling is None:
-        return F.max_pool2d(input, kernel_size, *args, **kwargs)
-    if torch.is_grad_enabled() and input.requires_grad:
-        return _MaxPool.apply(input, pooling)  # type: ignore[return-value]
-    return pooling.maxima(input, None)
-
-
-def _pooling(
-    x: Any,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> _MaxPooling | None:
-    """How a call of `F.max_pool2d` runs natively; None where it does not."""
-    size = _side_by_side(kernel_size, stride, padding, dilation)
-    if size is None or size[0] * size[1] > _POSITIONS or ceil_mode or return_indices or not _plain(x) or not x.numel():
+def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor | None:
+    """The output of a max pooling; None where it does not run natively."""
+    x = settled(x)
+    size = _windows(pool)
+    if size is None or size[0] * size[1] > _POSITIONS or not _plain(x) or not x.numel():
         return None
     if (windows := _Pooling.of(x, size)) is None or (library := library_for(x.numel())) is None:
         return None
-    return _MaxPooling(library, windows)
+    pooling = _MaxPooling(library, windows)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _MaxPool.apply(x, pooling)  # type: ignore[return-value]
+    return pooling.maxima(x, None)
 
 
 def running_max(
@@ -133,6 +117,8 @@ def running_max(
     """
     if torch.compiler.is_compiling() or (size := _windows(pool)) is None or not _fits(total, largest, x):
         return None
+    if pool._forward_hooks or pool._forward_pre_hooks:  # type: ignore[attr-defined]
+        return None
     if (windows := _Pooling.of(x, size)) is None or (library := library_for(x.numel())) is None:
         return None
     summed = torch.empty_like(x, dtype=torch.float32)
@@ -147,9 +133,13 @@ def running_max(
 
 def _windows(pool: Any) -> tuple[int, int] | None:
     """Height and width of a pooling whose windows lie side by side."""
-    if not isinstance(pool, nn.MaxPool2d) or own_forward(pool, nn.MaxPool2d):
-        return None
-    if pool.return_indices or pool.ceil_mode or pool._forward_hooks or pool._forward_pre_hooks:
+    if (
+        not isinstance(pool, nn.MaxPool2d)
+        or pool.return_indices
+        or pool.ceil_mode
+        or pool._forward_hooks
+        or pool._forward_pre_hooks
+    ):
         return None
     return _side_by_side(pool.kernel_size, pool.stride, pool.padding, pool.dilation)
 

@@ -13,6 +13,53 @@ void pack_bits(const void* x, uint8_t* bits, int64_t bytes, int threads) {
   });
 }
 
+// Packs elements that are 0 or one value, and returns how many are not 0; -1 where there are other values, which ends
+// early. `one` becomes that value, or stays 0. -0 is no spike.
+template <class T>
+int64_t look(const T* x, uint8_t* bits, int64_t bytes, T* one, int threads) {
+  constexpr T magnitude = T(~(T(1) << (8 * sizeof(T) - 1)));
+  std::atomic<T> common{0};
+  std::atomic<bool> failed{false};
+  std::atomic<int64_t> total{0};
+  for_each(threads, (bytes + PART - 1) / PART, 1, [&](int64_t part, int64_t) {
+    constexpr int64_t BLOCK = 64;  // bytes of bits between two looks at whether all is well
+    T mine = common;
+    int64_t count = 0;
+    for (int64_t j = part * PART, end = std::min(j + PART, bytes); j < end && !failed; j += BLOCK) {
+      const int64_t n = std::min(BLOCK, end - j);
+      const T* p = x + 8 * j;
+      for (int64_t i = 0; !mine && i < 8 * n; i++)
+        if (p[i] & magnitude) mine = p[i];
+      T others = 0;
+      for (int64_t i = 0; i < 8 * n; i++) others |= T((p[i] & magnitude) != 0) & T(p[i] != mine);
+      if (others) failed = true;
+      pack_part(p, bits + j, n);
+      for (int64_t i = 0; i < n; i++) count += __builtin_popcount(bits[j + i]);
+    }
+    T before = 0;
+    if (mine && !common.compare_exchange_strong(before, mine) && before != mine) failed = true;
+    total += count;
+  });
+  *one = common;
+  return failed ? -1 : int64_t(total);
+}
+
+// The same for rows of `channels` elements, where each channel has a value of its own, which goes into `ones`.
+template <class T>
+bool look_by_channel(const T* x, int64_t rows, int64_t channels, T* ones) {
+  constexpr T magnitude = T(~(T(1) << (8 * sizeof(T) - 1)));
+  for (int64_t row = 0; row < rows; row++, x += channels) {
+    T others = 0;
+    for (int64_t c = 0; c < channels; c++) {
+      const T spike = (x[c] & magnitude) ? x[c] : T(0);
+      ones[c] = ones[c] ? ones[c] : spike;
+      others |= T(spike != 0) & T(spike != ones[c]);
+    }
+    if (others) return false;
+  }
+  return true;
+}
+
 // `table` has what each byte unpacks to, eight elements.
 template <class T>
 void unpack_bits(const uint8_t* bits, int64_t bytes, const void* table, void* x, int threads) {
@@ -30,6 +77,20 @@ void sltt_pack_bits(const void* x, int size, uint8_t* bits, int64_t bytes, int t
   if (size == 2) pack_bits<uint16_t>(x, bits, bytes, threads);
   if (size == 4) pack_bits<uint32_t>(x, bits, bytes, threads);
   if (size == 8) pack_bits<uint64_t>(x, bits, bytes, threads);
+}
+
+// Of elements of `size` bytes, 8 · bytes of them, see `look`.
+int64_t sltt_look(const void* x, int size, uint8_t* bits, int64_t bytes, void* one, int threads) {
+  if (size == 2) return look(static_cast<const uint16_t*>(x), bits, bytes, static_cast<uint16_t*>(one), threads);
+  if (size == 4) return look(static_cast<const uint32_t*>(x), bits, bytes, static_cast<uint32_t*>(one), threads);
+  return look(static_cast<const uint64_t*>(x), bits, bytes, static_cast<uint64_t*>(one), threads);
+}
+
+// `ones`, of the elements' type, are 0 before.
+int64_t sltt_look_by_channel(const void* x, int size, int64_t rows, int64_t channels, void* ones) {
+  if (size == 2) return look_by_channel(static_cast<const uint16_t*>(x), rows, channels, static_cast<uint16_t*>(ones));
+  if (size == 4) return look_by_channel(static_cast<const uint32_t*>(x), rows, channels, static_cast<uint32_t*>(ones));
+  return look_by_channel(static_cast<const uint64_t*>(x), rows, channels, static_cast<uint64_t*>(ones));
 }
 
 void sltt_unpack_bits(const uint8_t* bits, int64_t bytes, const void* table, int size, void* x, int threads) {

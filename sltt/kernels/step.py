@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sltt.kernels.bits import pack, unpack
 from sltt.kernels.deferred import Deferred, Normalised, pointer, taken
 from sltt.kernels.derivatives import differentiable_once
+from sltt.kernels.looks import BITS, packable
 from sltt.kernels.native_step import native_step
 from sltt.kernels.options import Kernel, in_force, options, without_modes
-from sltt.kernels.restoring import SpikeTag, may_be_read, packable, tag_of
+from sltt.kernels.saved import tag_of, tag_spikes
 from sltt.surrogates import Surrogate
 
 
@@ -91,8 +93,7 @@ def neuron_step(
         norm, x, weight, bias = taken(x, fits)
         if graph:
             return _NeuronStep.apply(v, x, decay, step, steps, cut, weight, bias, norm)  # type: ignore[return-value]
-        # a sparse layer may read the spikes
-        s, v, _, _ = _run(step, v, x, decay, steps, keep=False, tags=may_be_read(x), norm=norm)
+        s, v, _, _ = _run(step, v, x, decay, steps, keep=False, norm=norm)
         return s, v
 
 
@@ -103,10 +104,10 @@ def _run(
     decay: Tensor | None,
     steps: int,
     keep: bool,
-    tags: bool = False,
+    packs: bool = False,
     norm: Normalised | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor], SpikeTag | None]:
-    """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the tag of the spikes.
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+    """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the bits of the spikes.
 
     The backward needs v, or u for a hard reset. With `norm`, x is the input of a BatchNorm.
     """
@@ -116,8 +117,8 @@ def _run(
     v = like(v, xs[0])
     s = torch.empty_like(x)
     native = native_step(step, v, x.dtype, v.dtype, decay)
-    tags = tags and packable(s)
-    bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if native and tags and v.numel() % 8 == 0 else None
+    packs = packs and packable(s)
+    bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if native and packs and v.numel() % 8 == 0 else None
     bits_of = (None,) * steps if bits is None else unfold(bits, steps)
     kept = []
     soft = step.v_reset is None
@@ -132,7 +133,7 @@ def _run(
             forward(s_t, v, u, before, x_t, decay)
         if keep:
             kept.append(v if u is None else u)
-    return s, v, kept, SpikeTag(s, bits=bits) if tags else None
+    return s, v, kept, pack(s) if packs and bits is None else bits
 
 
 def unfold(x: Tensor, steps: int) -> tuple[Tensor, ...]:
@@ -187,17 +188,20 @@ class _NeuronStep(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it.
         ctx.replays = steps > 1 and tag_of(x) is not None
-        s, v_next, kept, ctx.tag = _run(step, v, x, decay, steps, keep=not ctx.replays, tags=True, norm=norm)
-        if ctx.tag:
-            ctx.tag.bits(s)
+        s, v_next, kept, bits = _run(step, v, x, decay, steps, keep=not ctx.replays, packs=True, norm=norm)
+        if bits is not None:
+            if s.is_cpu:
+                setattr(s.untyped_storage(), BITS, bits)  # for layers that look at the spikes
+            else:
+                tag_spikes(s, bits)
         ctx.options = options()
         ctx.step, ctx.steps, ctx.cut, ctx.x_dtype = step, steps, cut, x.dtype
-        ctx.layout = s.shape, s.stride()
+        ctx.bits, ctx.layout = bits, (s.shape, s.stride())
         ctx.of_batch = norm is not None and norm.training
         ctx.set_materialize_grads(False)
         learnable = decay is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(
-            None if ctx.tag else s,
+            s if bits is None else None,
             decay,
             v if learnable or ctx.replays else None,
             x if (learnable and step.decay_input) or ctx.replays or norm else None,
@@ -259,10 +263,7 @@ def _spikes(ctx: Any, s: Tensor | None, packed: bool) -> Tensor:
     """The spikes that were saved: as bits, if those are there and asked for, or else as they were."""
     if s is not None:
         return s
-    if packed:
-        ctx.tag.release()
-        return ctx.tag.packed
-    return ctx.tag.take().as_strided(*ctx.layout)
+    return ctx.bits if packed else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
 
 
 def _decay_gradient(

@@ -25,9 +25,6 @@ from sltt.kernels.weights import Weights
 # channels of 8×8 pixels.
 MULTIPLIED_TO = 64
 POSITIONS_AT_MOST = 9  # of a kernel: each is a product, and a copy of what it reads
-_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_LEAST = {"stride": 1, "padding": 0, "dilation": 1}
-_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 Axes = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, a number for each axis
 
@@ -56,14 +53,12 @@ class _OnValues(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None
 
 
-def run_on_values(func: Any, args: Any, kwargs: Any, weights: Weights) -> Any:
+def run_on_values(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights) -> Any:
     """A layer on any values; the gradients of a convolution are computed in another way where that is faster."""
-    plain = functools.partial(func, *args, **kwargs)
-    if func is not F.conv2d or not torch.is_grad_enabled():
+    plain = functools.partial(operation, x, weight, bias)
+    if operation.axes != 2 or not torch.is_grad_enabled() or not options().bits:
         return plain()
-    named = arguments_of(func, args, kwargs)
-    x, weight, bias = named["input"], named["weight"], named["bias"]
-    axes = axes_in(named, 2)
+    axes = axes_in(operation.settings, 2)
     if not ordinary(x) or not fitting(weight, bias, x, 2) or axes is None:
         return plain()
     casts = torch.is_autocast_enabled("cpu")
@@ -71,7 +66,7 @@ def run_on_values(func: Any, args: Any, kwargs: Any, weights: Weights) -> Any:
     types = {dtype, torch.float32} if casts else {dtype}
     if not {t.dtype for t in (x, weight, bias) if t is not None} <= types:
         return plain()
-    layer = _dense_layer(x, weight, axes, named["groups"])
+    layer = _dense_layer(x, weight, axes, operation.settings[3])
     if layer is None or not (any(ours_of(layer, dtype)) or (multiplies(layer, dtype) and weight.requires_grad)):
         return plain()
     return _OnValues.apply(x.to(dtype), weight, bias, axes, weights)
@@ -180,11 +175,6 @@ def layer_of(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer:
     return sparse.conv_layer(tuple(x.shape), tuple(weight.shape), stride, pairs, dilation, groups)
 
 
-def arguments_of(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a layer's function, by name."""
-    return {**_DEFAULTS, **dict(zip(_NAMES, args, strict=False)), **kwargs}
-
-
 def fitting(weight: Any, bias: Any, x: Tensor, dims: int) -> bool:
     """Whether weight and bias are ordinary tensors of shapes that fit x; PyTorch says what is wrong with others."""
     if not ordinary(weight) or not (bias is None or ordinary(bias)):
@@ -205,14 +195,10 @@ def ordinary(tensor: Any) -> bool:
     )
 
 
-def axes_in(named: dict[str, Any], dims: int) -> Axes | None:
-    """Stride, padding and dilation in a convolution's arguments.
-
-    None where PyTorch refuses one, and for padding by name, which may differ by side.
-    """
+def axes_in(settings: Sequence[Any], dims: int) -> Axes | None:
+    """Stride, padding and dilation in a convolution's settings, for each axis; None where PyTorch refuses one."""
     found = []
-    for name, least in _LEAST.items():
-        value = 0 if named[name] == "valid" else named[name]
+    for value, least in zip(settings, (1, 0, 1), strict=False):
         values = list(value) if isinstance(value, tuple | list) else [value]
         values = values * dims if len(values) == 1 else values
         if len(values) != dims or not all(isinstance(one, int) and one >= least for one in values):

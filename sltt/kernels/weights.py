@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sltt.kernels import sparse
 from sltt.kernels.sparse import Layer
@@ -25,21 +25,18 @@ class Weights:
 
     def packed(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
         """What `sparse.forward` reads."""
-        if not self._keep_packed:
+        if not self._keep_packed or isinstance(one, Tensor):  # which may be another one in each time step
             return sparse.pack_weight(layer, weight, one)
-        form, version = one, ()
-        if isinstance(one, Tensor):
-            form, version = "by channel", (WeakIdRef(one.untyped_storage()), one._version)
-        return self._get(weight, form, lambda: sparse.pack_weight(layer, weight, one), version)
+        return self._get(weight, one, lambda: sparse.pack_weight(layer, weight, one))
 
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in another type."""
         return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
 
-    def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor], version: Any = ()) -> Tensor:
+    def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor]) -> Tensor:
         forms = self._kept.setdefault(weight.untyped_storage(), {})
         key = form, weight.dtype, weight.storage_offset(), weight.shape, weight.stride()
-        version = weight._version, *version
+        version = weight._version
         before, made = forms.get(key, (None, None))
         if made is None or before != version:
             made = make()

@@ -16,6 +16,7 @@ from sltt.checks import flag, whole_number
 from sltt.models.base import NeuronFactory, check_frame, neuron_maker, stage_blocks
 from sltt.neurons import LIF
 from sltt.sequence.once import once
+from sltt.sequence.state import Role, set_role
 
 SPIKE_SCALE = 2.74  # spikes times this have about the variance of a unit normal input
 ALPHA = 0.2  # share of a block's output in the sum
@@ -54,6 +55,9 @@ class ScaledWSConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(input, once(self.standardised), self.bias, self.stride, self.padding)
+
+
+set_role(ScaledWSConv2d, Role("weight", of=ScaledWSConv2d, weight=lambda conv: once(conv.standardised)))
 
 
 class NFBlock(nn.Module):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sltt._torch import transforms_active
 from sltt.kernels import CustomStep, custom_step, without_modes
 from sltt.neurons.inspection import emits_bits
-from sltt.sequence.fold import Fold
-from sltt.sequence.spikes import showing
-from sltt.sequence.state import Stateful
+from sltt.sequence.hooks import own_forward
+from sltt.sequence.spikes import show
+from sltt.sequence.state import Role, Stateful, set_role
 from sltt.sequence.steps import in_backward
 
 
@@ -63,7 +63,7 @@ class Neuron(Stateful):
     start: float | Mapping[str, float] = 0.0
     half_state: bool = False
     spikes = True
-    foldable = True
+    watched = 0  # how many see the spikes
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -71,24 +71,24 @@ class Neuron(Stateful):
         if taken := [n for n in names if n == "step" or hasattr(Neuron, n) or hasattr(nn.Identity(), n)]:
             raise ValueError(f"{cls.__name__} has a state {taken[0]!r}, which modules have already: take another name")
 
-    @showing
     def forward(self, x: Tensor) -> Tensor:
-        """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
-        if torch.compiler.is_compiling() or transforms_active():
-            return self._plain_steps(x, self._prepare_states(x), self.fold)
-        with without_modes():  # one would be called for each attribute of a tensor
-            self._prepare_states(x)
-            if "_is_replica" in vars(self):
-                raise RuntimeError(
-                    "nn.DataParallel runs each step on a new copy of the model, which would forget the state: use "
-                    "DistributedDataParallel"
-                )
-            check_forward(self)
-            return self.fused_steps(x, self.fold)
+        """Input current x [B, ...] of one time step to spikes [B, ...]."""
+        return self.advance(x)
 
-    def _prepare_states(self, x: Tensor) -> torch.dtype:
+    def advance(self, x: Tensor, steps: int = 1, cut: bool = False) -> Tensor:
+        """Run several time steps, one after the other in x [n·B, ...]; with `cut`, no gradient flows between them."""
+        if torch.compiler.is_compiling() or transforms_active():
+            spikes = self._plain_steps(x, self._prepare_states(x, steps), steps, cut)
+            if torch.compiler.is_compiling() and self.watched:
+                show(self, spikes)
+            return spikes
+        with without_modes():  # one would be called for each attribute of a tensor
+            self._prepare_states(x, steps)
+            check_forward(self)
+            return self.fused_steps(x, steps, cut)
+
+    def _prepare_states(self, x: Tensor, steps: int) -> torch.dtype:
         """Make the states before the first step of a sequence, and check them before the others; their type."""
-        steps = self.fold.steps
         first = x[: len(x) // steps] if steps > 1 else x
         dtype = self.state_type(x)
         for name in self.states:
@@ -139,12 +139,12 @@ class Neuron(Stateful):
             )
         return value.view(-1, *[1] * (x.ndim - 2))
 
-    def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
+    def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
         """Run the time steps in x by a kernel, from the states on."""
         step, parameters = self.as_function(x)
         bits = emits_bits(type(self), step)
         states = tuple(getattr(self, name) for name in self.states)
-        spikes, states = custom_step(step, bits, x, states, parameters, fold.steps, fold.cut)
+        spikes, states = custom_step(step, bits, x, states, parameters, steps, cut)
         for name, state in zip(self.states, states, strict=True):
             setattr(self, name, state)
         return spikes
@@ -162,18 +162,30 @@ class Neuron(Stateful):
         parameters = tuple((name, value.ndim > 0) for name, value in tensors.items())
         return CustomStep(type(self).step, len(self.states), parameters, constants), tuple(tensors.values())
 
-    def _plain_steps(self, x: Tensor, dtype: torch.dtype, fold: Fold) -> Tensor:
+    def _plain_steps(self, x: Tensor, dtype: torch.dtype, steps: int, cut: bool) -> Tensor:
         """In one graph with the layers around: the plain function, which they differentiate and fuse themselves."""
         named, spikes = self._fitted(x, dtype), []
         states = [getattr(self, name) for name in self.states]
-        for x_t in x.chunk(fold.steps) if fold.steps > 1 else (x,):  # exporters have no split into one
-            if fold.cut and spikes:
+        for x_t in x.chunk(steps) if steps > 1 else (x,):  # exporters have no split into one
+            if cut and spikes:
                 states = [state.detach() for state in states]
             s, *states = self.step(x_t.to(dtype), *states, **named)
             spikes.append(s.to(x.dtype))
         for name, state in zip(self.states, states, strict=True):
             setattr(self, name, state)
-        return spikes[0] if fold.steps == 1 else torch.cat(spikes)
+        return spikes[0] if steps == 1 else torch.cat(spikes)
+
+
+set_role(
+    Neuron,
+    Role(
+        "keeper",
+        lambda neuron: neuron.states,
+        lambda neuron: neuron.reset(),
+        lambda neuron: neuron.spikes,
+        advance=lambda neuron: None if own_forward(neuron, Neuron) else neuron.advance,
+    ),
+)
 
 
 def check_forward(neuron: nn.Module) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from sltt.checks import flag, instance, number
 from sltt.kernels import NeuronStep, neuron_step
 from sltt.neurons.base import Neuron, takes_any
-from sltt.sequence.fold import Fold
 from sltt.surrogates import Surrogate, Triangle
 
 
@@ -133,15 +132,15 @@ class IntegrateAndFire(Neuron):
         )
         return not own and (not isinstance(decay, Tensor) or decay.numel() == 1)
 
-    def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
+    def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
         """The steps by a kernel made for this function, which saves the membrane potential after the step only."""
         decay = self.decay()
         if not self._is_plain(decay):
-            return super().fused_steps(x, fold)
+            return super().fused_steps(x, steps, cut)
         learnable = isinstance(decay, Tensor)
         step = NeuronStep.of(decay=None if learnable else decay, **self.constants())
         assert self.v is not None
-        spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, fold.steps, fold.cut)
+        spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, steps, cut)
         return spikes
 
     def extra_repr(self) -> str:

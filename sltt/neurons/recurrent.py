@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance
-from sltt.sequence.fold import ONE_STEP, folding
-from sltt.sequence.state import Stateful, detach, emits_spikes
+from sltt.sequence.state import Stateful, emits_spikes
 
 
 class Recurrent(Stateful):
@@ -31,7 +30,6 @@ class Recurrent(Stateful):
     """
 
     states = ("s",)
-    foldable = True
     s: Tensor | None
 
     def __init__(self, neuron: nn.Module, layer: nn.Module):
@@ -46,20 +44,7 @@ class Recurrent(Stateful):
         return {"s": 0.0}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
-        fold, spikes = self.fold, []
-        if fold.steps == 1:
-            return self._step(x)
-        inner = [m for child in self.children() for m in child.modules()]
-        with folding(inner, ONE_STEP):
-            for x_t in x.chunk(fold.steps):
-                if fold.cut and spikes:
-                    self.detach()
-                    detach(self.neuron)
-                spikes.append(self._step(x_t))
-        return torch.cat(spikes)
-
-    def _step(self, x: Tensor) -> Tensor:
+        """Input current x [B, ...] of one time step to spikes [B, ...]."""
         before = torch.zeros_like(x) if self.s is None else self.s
         try:
             back, got = self.layer(before), None

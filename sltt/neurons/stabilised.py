@@ -17,7 +17,6 @@ from sltt.checks import flag, instance, number, whole_number
 from sltt.kernels import differentiable_once
 from sltt.neurons.base import Neuron
 from sltt.neurons.leaky import valid_tau
-from sltt.sequence.fold import ONE_STEP, folding
 from sltt.sequence.state import Stateful
 from sltt.surrogates import Surrogate, Triangle
 
@@ -49,7 +48,6 @@ class OnlineRenorm(Stateful, _BatchNorm):
 
     states = ("before", "sums")
     differentiable = False
-    foldable = True
     timeless = True
     before: tuple[Tensor, Tensor] | None  # running statistics at the start of the sequence
     # the mean of the first step; sums of the distances to it and of the squares about it; the number of steps
@@ -66,12 +64,11 @@ class OnlineRenorm(Stateful, _BatchNorm):
             raise ValueError(f"expected input [B, {self.num_features}, ...], got shape {list(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """x [B, C, ...] of one time step to y of the same shape; of the steps that are folded, [n·B, C, ...]."""
+        """x [B, C, ...] of one time step to y of the same shape."""
         self._check_input_dim(input)
         if not self.training:
             return self._normalise(input, *self._running())
-        parts = [self._step(x) for x in input.chunk(self.fold.steps)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._train(input)
 
     def _running(self) -> tuple[Tensor, Tensor]:
         assert isinstance(self.running_mean, Tensor)
@@ -81,7 +78,7 @@ class OnlineRenorm(Stateful, _BatchNorm):
     def _normalise(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
-    def _step(self, x: Tensor) -> Tensor:
+    def _train(self, x: Tensor) -> Tensor:
         if x.numel() == x.shape[1]:
             raise ValueError(
                 f"OnlineRenorm needs more than one value for each channel, got {list(x.shape)}: use a larger batch"
@@ -190,18 +187,11 @@ class StableLIF(Neuron):
         return s, u - threshold * (s.detach() if detach_reset else s)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Input current x [B, ...] of one time step to spikes [B, ...]; of the steps that are folded, [n·B, ...]."""
-        fold, spikes = self.fold, []
-        v: Tensor | None
-        with folding(self.modules(), ONE_STEP):
-            for x_t in x.chunk(fold.steps):
-                if fold.cut and spikes:
-                    self.detach()
-                v = self.v  # pyright: ignore[reportAssignmentType]
-                with torch.no_grad():
-                    self.follow(x_t if v is None else self.decay() * v + x_t)
-                spikes.append(super().forward(x_t))
-        return spikes[0] if fold.steps == 1 else torch.cat(spikes)
+        """Input current x [B, ...] of one time step to spikes [B, ...]."""
+        v: Tensor | None = self.v  # pyright: ignore[reportAssignmentType]
+        with torch.no_grad():
+            self.follow(x if v is None else self.decay() * v + x)
+        return super().forward(x)
 
     def extra_repr(self) -> str:
         return f"tau={self.tau}, detach_reset={self.detach_reset}, surrogate={self.surrogate}"
@@ -212,7 +202,6 @@ class _Threshold(Stateful):
 
     states = ("now", "ratio", "step", "before")
     differentiable = False
-    foldable = True
     now: Tensor | None  # θ[t]
     ratio: Tensor | None  # r; NaN until a step has a deviation
     before: Tensor | None  # running means at the start of the sequence

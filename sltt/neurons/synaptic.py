@@ -7,7 +7,6 @@ from sltt.checks import flag, instance, number
 from sltt.kernels import NeuronStep, neuron_step
 from sltt.neurons.base import Neuron
 from sltt.neurons.leaky import BELOW, lif_step, valid_tau
-from sltt.sequence.fold import Fold
 from sltt.surrogates import Surrogate, Triangle
 
 
@@ -86,21 +85,21 @@ class CubaLIF(Neuron):
         s, v = lif_step(v, gain * i, decay=decay, surrogate=surrogate, **reset)
         return s, v, i
 
-    def fused_steps(self, x: Tensor, fold: Fold) -> Tensor:
+    def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
         """The current by plain operations, of which autograd keeps nothing, then the steps of `LIF`."""
         named = self.arguments()
         if type(self).step is not CubaLIF.step or any(isinstance(v, Tensor) for v in named.values()):
-            return super().fused_steps(x, fold)  # of a subclass, or with a parameter that is learned
+            return super().fused_steps(x, steps, cut)  # of a subclass, or with a parameter that is learned
         currents, decay, gain = [], named.pop("synaptic_decay"), named.pop("gain")
         i: Tensor = self.i  # type: ignore[assignment]
-        for x_t in x.chunk(fold.steps):
-            i = torch.add(x_t.to(i.dtype), i.detach() if fold.cut and currents else i, alpha=decay)
+        for x_t in x.chunk(steps):
+            i = torch.add(x_t.to(i.dtype), i.detach() if cut and currents else i, alpha=decay)
             currents.append(i)
-        current = i if fold.steps == 1 else torch.cat(currents)
+        current = i if steps == 1 else torch.cat(currents)
         current = current if gain == 1 else gain * current
         step = NeuronStep.of(decay_input=False, **named)
         v: Tensor = self.v  # type: ignore[assignment]
-        spikes, self.v = neuron_step(step, v, current.to(x.dtype), None, fold.steps, fold.cut)
+        spikes, self.v = neuron_step(step, v, current.to(x.dtype), None, steps, cut)
         self.i = i
         return spikes
 

@@ -4,8 +4,8 @@ Shapes: T time steps, B samples, C classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +16,11 @@ from sltt import kernels
 from sltt.checks import instance
 from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, check_loss, is_per_step, watching
-from sltt.rules.diagnosis import explained, leftovers_noticed
-from sltt.sequence.fold import Fold
-from sltt.sequence.once import hoisting, step_with_graph
+from sltt.rules.diagnosis import explaining, noting_the_form
 from sltt.sequence.padding import Padded, Real, check_lengths, target_of
-from sltt.sequence.steps import Network, Sequence, running, time_steps
+from sltt.sequence.run import Run
+from sltt.sequence.step import Step
+from sltt.sequence.steps import Sequence, time_steps
 
 StepLoss = Callable[[Tensor, Any], Tensor]
 Backward = Callable[[Tensor], Any]
@@ -38,9 +38,7 @@ class Batch:
     """A batch in the hands of a rule, on a model that was just reset.
 
     Attributes:
-        model: the network.
-        network: the same, for calls that are no time steps of the batch.
-        sequence: the input.
+        network: the run, which calls the model.
         target: what `loss` compares with.
         loss: of one time step; of the whole sequence, if it is `whole`.
         backward: of a scalar; call it in place of `Tensor.backward`.
@@ -48,8 +46,7 @@ class Batch:
         seed: of what the rule draws in this batch; None draws from the global generator.
     """
 
-    network: Network
-    sequence: Sequence
+    network: Run
     target: Any
     loss: StepLoss
     backward: Backward = Tensor.backward
@@ -57,12 +54,16 @@ class Batch:
     seed: int | None = None
     _logits: dict[int, Tensor] = field(default_factory=dict)
     _total: Tensor | float = 0.0
-    _weights: kernels.Weights = field(default_factory=kernels.Weights)
     _largest: int = 0  # elements of the largest state; 0 before the first time step
 
     @property
     def model(self) -> nn.Module:
         return self.network.model
+
+    @property
+    def sequence(self) -> Sequence:
+        """The input."""
+        return self.network.sequence
 
     @property
     def steps(self) -> int:
@@ -78,9 +79,11 @@ class Batch:
             cut: no gradient flows from one of the steps to the step before.
             recompute: convolutions and linear layers run again in the backward, instead of keeping their outputs.
         """
-        with step_with_graph(graph), self._saving(len(steps), graph, cut, recompute):
-            logits = self.network(self.sequence.input(steps), Fold(len(steps), cut))
-        self._largest = self._largest or self.network.largest_state()
+        self.network.results.in_graph = graph
+        with torch.set_grad_enabled(graph), self._saving(len(steps), graph, cut, recompute):
+            logits = self.network(self.sequence.input(steps), len(steps), cut, recompute)
+        self.network.results.in_graph = True
+        self._largest = self._largest or max((s.numel() for s in self.network.layout.state_tensors()), default=0)
         # a model may go on to change what it gave, such as a sum over time
         self._logits |= dict(zip(steps, logits.detach().clone(), strict=True))
         if not graph:
@@ -90,14 +93,23 @@ class Batch:
 
     def rates(self) -> Tensor:
         """Run the network once on the mean input, with a graph: its logits [B, C]."""
-        with kernels.saving(weights=self._weights):
+        with kernels.saving():
             return self.network(self.sequence.mean())[0]
 
     def _saving(self, steps: int, graph: bool, cut: bool, recompute: bool) -> AbstractContextManager[None]:
-        """How a call saves spikes. Those of small layers stay as they are if their graph lives for this call only."""
-        if cut and not recompute and self._largest and not kernels.bits_pay(self._largest * steps):
+        """How a call saves spikes. Those of small layers stay as they are if their graph lives for this call only.
+
+        So do those on a device where packing is a pass of its own.
+        """
+        brief = cut and not recompute and self._largest
+        if brief and not (self.network.fast and kernels.bits_pay(self._largest * steps)):
             return kernels.using(bits=False)
-        return kernels.saving(recompute, graph, self._weights)
+        if recompute and not self.network.bits:
+            raise ValueError(
+                "recompute starts from spikes saved as bits, and other saved-tensor hooks, or "
+                "kernels.using(bits=False), are in force: leave one out"
+            )
+        return kernels.saving(graph)
 
     def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
         """As `run`: the sum of the steps' losses over T, to backpropagate."""
@@ -151,7 +163,7 @@ class Rule(Frozen, ABC):
 
     What a network marks by `sltt.once` is computed once a sequence, if it depends on weights alone.
 
-    A rule of your own defines `run`.
+    A rule of your own defines `run`, and `step` where it changes what layers do.
 
     Attributes:
         hoist: with a static input, run layers marked by `sltt.once` on that input once per sequence, too.
@@ -209,14 +221,19 @@ class Rule(Frozen, ABC):
             self._check_padded(sequence, target, loss)
         if is_per_step(loss):
             _check_targets(sequence, target)
-        backward = backward or Tensor.backward
-        with (
-            _unrolling(model, sequence, self.hoist, grad=True, keep=not self.online) as (network, hoisted),
-            watching(loss, model, network.clock) as of_step,
-        ):
-            out = self.run(Batch(network, sequence, target, of_step, backward, update and _updating(update), seed))
-            hoisted.finish(backward)
+        network = Run(model, sequence, self.step(), hoist=self.hoist, keep=not self.online)
+        backward = explaining(backward or Tensor.backward, network)
+        with noting_the_form(sequence), network, watching(loss, network) as of_step:
+            out = self.run(Batch(network, target, of_step, backward, update, seed))
+            network.results.finish(backward)
         return Output(sequence.result(out.loss), out.logits)
+
+    def step(self) -> Step:
+        """Return what layers do in a time step, for a batch: a `Step` whose methods are overridden.
+
+        By default, layers run as they are.
+        """
+        return Step()
 
     def check(self, model: nn.Module, steps: int) -> None:
         """Raise ValueError for a network or a T that the rule cannot train, where that shows without a batch."""
@@ -290,39 +307,13 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     """
     instance("model", model, nn.Module)
     sequence = time_steps(x, steps)
-    weights = kernels.Weights(packed=True)
-    with _unrolling(model, sequence, hoist=True, grad=False) as (network, _), kernels.saving(False, False, weights):
+    network = Run(model, sequence, hoist=True, grad=False)
+    with noting_the_form(sequence), network:
         try:
             logits = [network(sequence.input(range(t, t + 1))).clone() for t in range(sequence.steps)]
         finally:
             torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in a training after it
         return sequence.result(torch.cat(logits))
-
-
-@contextmanager
-def _unrolling(model: nn.Module, sequence: Sequence, hoist: bool, grad: bool, keep: bool = True) -> Iterator[Any]:
-    """A model for the steps of a sequence, and the results of `sltt.once` in it; errors say more about their cause.
-
-    Without `keep`, `sltt.once` computes at every step, whose update needs the gradient.
-    """
-    fixed = sequence.x if sequence.static and hoist else None
-    with (
-        leftovers_noticed(model, sequence.batch),
-        explained(model, sequence),
-        running(model, sequence) as network,
-        hoisting(model, fixed, grad, keep) as hoisted,
-    ):
-        yield network, hoisted
-
-
-def _updating(update: Callable[[], Any]) -> Callable[[], None]:
-    """`update`, and autocast forgets the weights that it has cast before."""
-
-    def updated() -> None:
-        update()
-        torch.clear_autocast_cache()
-
-    return updated
 
 
 def _check_targets(sequence: Sequence, target: Any) -> None:

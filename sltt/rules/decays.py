@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.neurons import CubaLIF, Neuron
-from sltt.sequence.state import Kind, kind_of
+from sltt.sequence.state import Role, role_of
 
 Decay = float | Tensor
 Decays = tuple[Decay, float]  # λ of the membrane potential, α of a synaptic current, or 0
@@ -17,9 +17,9 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
     """What gives the λ of a layer of neurons, as it is now; raises ValueError where no trace follows the neuron."""
     if decay is not None:
         return lambda: (decay, 0.0)
-    kind = kind_of(type(neuron))
-    ours = _ours(neuron, kind)
-    theirs = kind.decay if kind and kind.decay and not isinstance(ours, Neuron) else None
+    role = role_of(type(neuron))
+    ours = _ours(neuron, role)
+    theirs = role.decay if role.decay and not isinstance(ours, Neuron) else None
     known = theirs(neuron) is not None if theirs else isinstance(ours, Neuron) and hasattr(ours, "decay")
     if not known:
         raise ValueError(
@@ -55,11 +55,11 @@ def _checked(value: Any, name: str, neuron: nn.Module) -> Decay:
     )
 
 
-def _ours(neuron: nn.Module, kind: Kind | None) -> Any:
+def _ours(neuron: nn.Module, role: Role) -> Any:
     """The neuron of ours that equals a neuron; itself where none does."""
-    if isinstance(neuron, Neuron) or not kind or not kind.translate:
+    if isinstance(neuron, Neuron) or not role.translate:
         return neuron
     try:
-        return kind.translate(neuron)
+        return role.translate(neuron)
     except ValueError:  # it has another reset, say
         return neuron

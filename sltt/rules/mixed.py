@@ -6,18 +6,19 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from sltt import kernels
 from sltt._torch import WRAPPERS
 from sltt.frozen import FrozenMapping
 from sltt.rules.base import Batch, Output, Rule
 from sltt.rules.segments import Snapshot
 from sltt.sequence.hooks import hooked
+from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import hand_over
-from sltt.sequence.state import detach_module, state_names, state_tensors
-from sltt.sequence.steps import Sequence, running
+from sltt.sequence.run import Run
+from sltt.sequence.state import detach_module, state_tensors
+from sltt.sequence.step import Step
+from sltt.sequence.steps import Sequence
 
 Window = int | Literal["all"]
 _WRAPPERS = re.compile(rf"^({'|'.join(map(re.escape, WRAPPERS))})+")
@@ -64,25 +65,28 @@ class Mixed(Rule):
     def run(self, batch: Batch) -> Output:
         windows = self.window_lengths(batch.model, batch.steps)
         kept = [module for module, window in windows.items() if window > 1]
-        cut, waiting = _Cut(kept), None
-        hook: Any = torch.compiler.disable(cut.hook)  # which a compiler cannot trace
-        with hooked(*(module.register_forward_hook(hook) for module in kept)):
-            for t in range(batch.steps):
-                value = cut.run(batch, t)
-                if cut.module is None and kept:
-                    waiting = value if waiting is None else waiting + value
-                else:
-                    batch.backward(value)
-                    waiting = cut.below(waiting)
-                del value  # so that the graph of this step is gone before the next forward
-                for module, window in windows.items():
-                    if (t + 1) % window == 0:
-                        detach_module(module)
-                ended = t + 1 == batch.steps or all((t + 1) % windows[module] == 0 for module in kept)
-                if ended and waiting is not None:
-                    batch.backward(waiting)
-                    waiting = None
+        cut: Any = batch.network.step
+        waiting = None
+        cut.begin(kept)
+        for t in range(batch.steps):
+            value = cut.forward(batch, t)
+            if cut.module is None and kept:
+                waiting = value if waiting is None else waiting + value
+            else:
+                batch.backward(value)
+                waiting = cut.below(waiting)
+            del value  # so that the graph of this step is gone before the next forward
+            for module, window in windows.items():
+                if (t + 1) % window == 0:
+                    detach_module(module)
+            ended = t + 1 == batch.steps or all((t + 1) % windows[module] == 0 for module in kept)
+            if ended and waiting is not None:
+                batch.backward(waiting)
+                waiting = None
         return batch.output()
+
+    def step(self) -> Step:
+        return _Cut()
 
     def window_lengths(self, model: nn.Module, steps: int) -> dict[nn.Module, int]:
         """The window of each module with a state, in time steps; T or more is that of the whole sequence."""
@@ -118,11 +122,7 @@ def _outermost(name: str, layers: Iterable[str]) -> str:
 
 def neuron_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that can have a window, by name: the modules with a state that a gradient flows through."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if state_names(module) and getattr(module, "differentiable", True)
-    }
+    return {layer.name: layer.module for layer in Layout(model).keepers if layer.differentiable}
 
 
 def layer_order(model: nn.Module, sequence: Sequence) -> dict[str, bool]:
@@ -137,8 +137,8 @@ def layer_order(model: nn.Module, sequence: Sequence) -> dict[str, bool]:
         for name, module in layers.items()
         if _outermost(name, layers) == name
     ]
-    with hooked(*hooks), running(model, sequence) as network:
-        logits = network(sequence.input(range(1)))
+    with hooked(*hooks), Run(model, sequence) as run:
+        logits = run(sequence.input(range(1)))
         return {name: len(found) == 1 and _parts(logits, found[0]) for name, found in outputs.items()}
 
 
@@ -150,22 +150,30 @@ def _parts(logits: Tensor, output: Any) -> bool:
     return _operations(_behind([logits.grad_fn], stop=[node]) & _behind([node])) == {node}
 
 
-class _Cut:
-    """Runs time steps whose graph is cut at the output of the last of the `kept` modules.
+class _Cut(Step):
+    """Time steps whose graph is cut at the output of the last of the `kept` modules.
 
     Attributes:
         module: where the graph is cut; None if it is whole.
     """
 
-    def __init__(self, kept: list[nn.Module]):
+    def begin(self, kept: list[nn.Module]) -> None:
+        """Begin a sequence."""
         self.kept = kept
         self.module = kept[-1] if kept else None
         self._outputs: list[tuple[Tensor, Tensor]] = []  # of that module, and the leaf that stands for it above
         self._last: nn.Module | None = None
         self._calls = 0
 
-    def hook(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        """A forward hook of the `kept` modules."""
+    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        return self._cut(layer.module, super().neuron(layer, *args, **kwargs))
+
+    def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        return self._cut(layer.module, super().keeper(layer, *args, **kwargs))
+
+    def _cut(self, module: nn.Module, output: Any) -> Any:
+        if module not in self.kept:
+            return output
         self._last = module
         if module is not self.module or not isinstance(output, Tensor):  # a tuple is not cut: the graph stays whole
             return output
@@ -176,9 +184,9 @@ class _Cut:
         self._outputs.append((output, leaf))
         return leaf
 
-    def run(self, batch: Batch, t: int) -> Tensor:
+    def forward(self, batch: Batch, t: int) -> Tensor:
         """The loss of time step t, in a graph that is cut. The first step of a sequence finds out where."""
-        start = Snapshot(batch.model) if t == 0 and self.module is not None else None
+        start = Snapshot(batch.network) if t == 0 and self.module is not None else None
         while True:
             before = _graph_of_states(self.kept)
             self._outputs, self._calls = [], 0
@@ -201,8 +209,6 @@ class _Cut:
         """
         found = [(output, leaf.grad) for output, leaf in self._outputs if leaf.grad is not None]
         self._outputs.clear()
-        for output, _ in found:
-            kernels.release(output)
         if not found:
             return waiting
         return hand_over(found[0][0].new_zeros(()) if waiting is None else waiting, found)

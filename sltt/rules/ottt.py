@@ -1,10 +1,14 @@
 """Online training through time: the weights' gradient from traces of what came before, the inputs' as in SLTT."""
 
+from typing import Any
+
 from torch import nn
 
 from sltt.checks import flag, number
 from sltt.rules.base import Batch, Output, Rule
-from sltt.rules.traces import traced
+from sltt.rules.traces import TraceStep, traces_of
+from sltt.sequence.layout import Layout
+from sltt.sequence.step import Step
 
 
 class OTTT(Rule):
@@ -48,16 +52,18 @@ class OTTT(Rule):
         self.inputs = flag("inputs", inputs)
 
     def check(self, model: nn.Module, steps: int) -> None:
-        with traced(model, self.decay, self.inputs):
-            pass
+        traces_of(Layout(model), self.decay, self.inputs)
+
+    def step(self) -> Step:
+        return TraceStep(self.decay, self.inputs)
 
     def run(self, batch: Batch) -> Output:
-        with traced(batch.model, self.decay, self.inputs) as traces:
-            for t in range(batch.steps):
-                value = batch.forward(range(t, t + 1), cut=True)
-                traces.end()
-                batch.backward(value)
-                batch.detach()
-                if self.online and batch.update is not None:
-                    batch.update()
+        traces: Any = batch.network.step
+        for t in range(batch.steps):
+            value = batch.forward(range(t, t + 1), cut=True)
+            traces.end()
+            batch.backward(value)
+            batch.detach()
+            if self.online and batch.update is not None:
+                batch.update()
         return batch.output()

@@ -1,11 +1,10 @@
 """Rate-based backpropagation: one pass over firing rates, recorded in T steps without a graph or made on the way."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
@@ -25,9 +24,11 @@ from sltt.neurons.base import check_forward
 from sltt.pooling import RunningMax
 from sltt.rules.base import Batch, Output, Rule, step_loss
 from sltt.rules.segments import Buffers
-from sltt.sequence.hooks import own_forward, replaced
-from sltt.sequence.spikes import counters, observers, show
-from sltt.sequence.state import Stateful, state_names
+from sltt.sequence.hooks import own_forward
+from sltt.sequence.layout import Layer
+from sltt.sequence.spikes import show, watches
+from sltt.sequence.step import NEURON, Step
+from sltt.sequence.steps import in_backward
 
 
 class RateBased(Rule):
@@ -76,32 +77,59 @@ class RateBased(Rule):
             raise ValueError("RateBased has mean logits only, and the loss takes targets for each time step: use SLTT")
         return self._run_steady(batch) if self.steady else self._run_recorded(batch)
 
+    def step(self) -> Step:
+        return _Recording("steady" if self.steady else "step")
+
     def _run_steady(self, batch: Batch) -> Output:
-        layers = _stateful_layers(batch.model)
-        with replaced("forward", {layer.module: partial(_eager(layer.steady), steps=batch.steps) for layer in layers}):
-            logits = batch.rates()
+        logits = batch.rates()
         value = _loss(batch, logits)
         batch.backward(value)
         return Output(value.detach(), logits.detach().expand(batch.steps, *logits.shape))
 
     def _run_recorded(self, batch: Batch) -> Output:
-        layers: list[_Layer] = [*_stateful_layers(batch.model), *_norm_layers(batch.model)]
-        with replaced("forward", {layer.module: _eager(layer.step) for layer in layers}):
-            for t in range(batch.steps):
-                batch.run(range(t, t + 1), graph=False)
-                for layer in layers:
-                    layer.check(t + 1)
-            logits = torch.stack([batch.logits(t) for t in range(batch.steps)])
-            buffers = Buffers(batch.model)
-            try:
-                # which a checkpoint runs again
-                with replaced("forward", {layer.module: _eager(layer.rate) for layer in layers}):
-                    rates = batch.rates()
-                    value = _loss(batch, _with_value(logits.mean(0), rates))
-                    batch.backward(value)
-            finally:
-                buffers.restore()
+        recording: Any = batch.network.step
+        for t in range(batch.steps):
+            batch.run(range(t, t + 1), graph=False)
+            recording.check(t + 1)
+        logits = torch.stack([batch.logits(t) for t in range(batch.steps)])
+        buffers = Buffers(batch.network)
+        recording.what = "rate"  # also in a checkpoint, which runs layers again in the backward
+        try:
+            value = _loss(batch, _with_value(logits.mean(0), batch.rates()))
+            batch.backward(value)
+        finally:
+            buffers.restore()
         return Output(value.detach(), logits)
+
+
+class _Recording(Step):
+    """Layers in the T steps, which gather what the rate pass needs; in the rate pass; or in a pass of steady currents.
+
+    Args:
+        what: the method of `_Layer` that runs: "step", "rate" or "steady".
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+        self.gathered: dict[Layer, _Layer] = {}
+
+    def handler(self, layer: Layer, folds: bool) -> Any:
+        if (made := _gathering(layer, self.what == "steady", self.run.sequence.steps)) is None:
+            return None
+        self.gathered[layer] = made
+        return self.layer
+
+    def layer(self, layer: Layer, x: Tensor) -> Tensor:
+        """The layer in this pass."""
+        if layer.spikes and not in_backward():
+            self.run.take_turn(layer, NEURON)
+        self.run.shows = self.what == "step"
+        return getattr(self.gathered[layer], self.what)(x)
+
+    def check(self, steps: int) -> None:
+        """Raise ValueError unless every layer ran once in each of the steps so far, or never."""
+        for layer in self.gathered.values():
+            layer.check(steps)
 
 
 def _loss(batch: Batch, logits: Tensor) -> Tensor:
@@ -114,16 +142,11 @@ def _with_value(value: Tensor, x: Tensor) -> Tensor:
     return value + (x - x.detach()).to(value.dtype)
 
 
-def _eager(forward: Callable[..., Tensor]) -> Any:
-    """Keep a compiled network's compiler out of a layer's forward."""
-    return torch.compiler.disable(forward)  # not a decorator: at import, it would import the compiler
-
-
 class _Layer:
-    """What a layer gathers in the T steps for the rate pass."""
+    """What a layer gathers in the T = `steps` steps for the rate pass."""
 
-    def __init__(self, name: str, module: Any):
-        self.name, self.module = name, module
+    def __init__(self, layer: Layer, steps: int):
+        self.layer, self.module, self.steps = layer, layer.module, steps
         self.calls = 0
 
     def step(self, x: Tensor) -> Tensor:
@@ -134,26 +157,32 @@ class _Layer:
         """The layer in the rate pass."""
         raise NotImplementedError
 
+    def steady(self, x: Tensor) -> Tensor:
+        """The layer in a rate pass without steps before: T steps under x itself."""
+        raise NotImplementedError
+
     def check(self, steps: int) -> None:
         """Raise ValueError unless the layer ran once in each of the steps so far, or never."""
         if self.calls not in (0, steps):
             raise ValueError(
-                f"{self.name} ({type(self.module).__name__}) ran {self.calls} times in {steps} time steps, and "
+                f"{self.layer} ran {self.calls} times in {steps} time steps, and "
                 "RateBased keeps one rate for it: use a module for each place, in every step, or the rule SLTT"
             )
 
     def count(self) -> int:
         """In how many time steps the layer ran."""
         if not self.calls:
-            raise ValueError(f"{self.name} does not run in the time steps as it does on their mean input: use SLTT")
+            raise ValueError(
+                f"{self.layer.name} does not run in the time steps as it does on their mean input: use SLTT"
+            )
         return self.calls
 
 
 class _NeuronLayer(_Layer):
     """Neurons, whose rate and its derivatives are gathered."""
 
-    def __init__(self, name: str, module: Neuron):
-        super().__init__(name, module)
+    def __init__(self, layer: Layer, steps: int):
+        super().__init__(layer, steps)
         self.spikes: Tensor | None = None
         self.by: list[Sensitivity] = []  # to the input, and to the parameters that learn
 
@@ -184,28 +213,27 @@ class _NeuronLayer(_Layer):
         self.calls, self.spikes, self.by = 0, None, []
         return _Rate.apply(x, found, *(p for p in parameters if p.requires_grad))  # type: ignore[return-value]
 
-    def steady(self, x: Tensor, steps: int) -> Tensor:
-        """The layer in a rate pass without steps before: so many under x itself."""
+    def steady(self, x: Tensor) -> Tensor:
         neuron = self.module
         if isinstance(neuron, IntegrateAndFire) and neuron.is_plain():
-            return self._steady_by_kernel(x, steps)
+            return self._steady_by_kernel(x)
         with torch.no_grad():
-            for _ in range(steps):
-                self.step(x)
+            for _ in range(self.steps):
+                show(neuron, self.step(x))
         return self.rate(x)
 
-    def _steady_by_kernel(self, x: Tensor, steps: int) -> Tensor:
-        module, decay = self.module, self.module.decay()
+    def _steady_by_kernel(self, x: Tensor) -> Tensor:
+        module, decay, steps, seen = self.module, self.module.decay(), self.steps, watches(self.module)
         learned = (decay,) if isinstance(decay, Tensor) else ()
         constants = NeuronStep(decay=None if isinstance(decay, Tensor) else decay, **module.constants())
         # of a rate in 16 bits, a short sequence leaves the number of spikes to be told
-        count = counters(module) if steps * torch.finfo(x.dtype).eps <= 0.5 else ()
-        see = partial(show, module) if len(observers(module)) > len(count) else None
+        counts = steps * torch.finfo(x.dtype).eps <= 0.5 and all(watch.counts for watch in seen)
+        see = None if counts else partial(show, module)
         with torch.no_grad():
             given = decay.detach() if isinstance(decay, Tensor) else None
             found = steady_steps(constants, x, steps, module.state_type(x), module.start, given, see)
-            for add in count if see is None else ():
-                add(_spikes(found, steps), x.numel() * steps)
+            for watch in seen if counts else ():
+                watch.see(watch.name, _spikes(found, steps), x.numel() * steps)
         return _Rate.apply(x, found, *learned)  # type: ignore[return-value]
 
 
@@ -251,10 +279,9 @@ class _RecurrentLayer(_Layer):
         self.module.reset()
         return spikes
 
-    def steady(self, x: Tensor, steps: int) -> Tensor:
-        """Refused."""
+    def steady(self, x: Tensor) -> Tensor:
         raise ValueError(
-            f"{self.name} (Recurrent) reads the spikes of the step before, and RateBased(steady=True) runs the network "
+            f"{self.layer} reads the spikes of the step before, and RateBased(steady=True) runs the network "
             "once: use RateBased() or SLTT"
         )
 
@@ -270,8 +297,7 @@ class _PoolLayer(_Layer):
         self.module.reset()  # what the T steps left goes, layer by layer
         return self.module.pool(x)
 
-    def steady(self, x: Tensor, steps: int) -> Tensor:
-        """The same for any number of steps."""
+    def steady(self, x: Tensor) -> Tensor:
         return self.rate(x)
 
 
@@ -319,47 +345,27 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
 
 
-def _stateful_layers(model: nn.Module) -> list["_NeuronLayer | _RecurrentLayer | _PoolLayer"]:
-    """The layers that keep a state; raises ValueError naming a module whose state the rate pass cannot run."""
-    layers: list[_NeuronLayer | _RecurrentLayer | _PoolLayer] = []
-    for name, module in model.named_modules():
-        # the class whose forward runs the neuron's `step`, and nothing else that a gradient passes
-        kind = StableLIF if isinstance(module, StableLIF) else Neuron
-        if isinstance(module, Neuron) and not own_forward(module, kind):
-            layers.append(_NeuronLayer(name, module))
-        elif isinstance(module, Recurrent) and not own_forward(module, Recurrent):
-            layers.append(_RecurrentLayer(name, module))
-        elif isinstance(module, RunningMax) and not own_forward(module, RunningMax):
-            layers.append(_PoolLayer(name, module))
-        elif _keeps_state(module):
-            raise ValueError(
-                f"RateBased knows the derivative of a neuron's `step` (sltt.Neuron), not of {name} "
-                f"({type(module).__name__}), which has a forward or a state of its own: use SLTT"
-            )
-    return layers
-
-
-def _norm_layers(model: nn.Module) -> list[_NormLayer]:
-    """BatchNorm on batch statistics; raises ValueError naming a module that changes over T steps in another way."""
-    layers: list[_NormLayer] = []
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            if own_forward(module, _BatchNorm):
-                raise ValueError(
-                    f"RateBased knows PyTorch's plain BatchNorm, not {name} ({type(module).__name__}): use "
-                    "that, or SLTT"
-                )
-            layers.append(_NormLayer(name, module))
-        elif isinstance(module, _DropoutNd) and module.training and module.p > 0:
-            raise ValueError(
-                f"{name} ({type(module).__name__}) draws another mask at every step, and the rate pass has one "
-                "only: use sltt.Dropout, or SLTT"
-            )
-    return layers
-
-
-def _keeps_state(module: nn.Module) -> bool:
-    """Whether a gradient might flow through a state that the module keeps, in a way that is not known here."""
-    if isinstance(module, Stateful):
-        return module.differentiable and not isinstance(module, Dropout)
-    return bool(state_names(module))
+def _gathering(layer: Layer, steady: bool, steps: int) -> _Layer | None:
+    """What a layer gathers; None if it runs as it is. Raises ValueError naming one that the rate pass cannot run."""
+    module = layer.module
+    # the class whose forward runs the neuron's `step`, and nothing else that a gradient passes
+    kinds = {StableLIF: _NeuronLayer, Neuron: _NeuronLayer, Recurrent: _RecurrentLayer, RunningMax: _PoolLayer}
+    kind = next((kind for kind in kinds if isinstance(module, kind)), None)
+    if kind and not own_forward(module, kind):
+        return kinds[kind](layer, steps)
+    if layer.differentiable and not isinstance(module, Dropout):
+        raise ValueError(
+            f"RateBased knows the derivative of a neuron's `step` (sltt.Neuron), not of {layer}, which has a forward "
+            "or a state of its own: use SLTT"
+        )
+    if steady:
+        return None
+    if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        if own_forward(module, _BatchNorm):
+            raise ValueError(f"RateBased knows PyTorch's plain BatchNorm, not {layer}: use that, or SLTT")
+        return _NormLayer(layer, steps)
+    if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+        raise ValueError(
+            f"{layer} draws another mask at every step, and the rate pass has one only: use sltt.Dropout, or SLTT"
+        )
+    return None

@@ -9,23 +9,24 @@ more forward of all segments but the last (Chen et al. 2016, arXiv 1604.06174).
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sltt.rules.base import Batch, Output
 from sltt.sequence.once import hand_over
-from sltt.sequence.state import Stateful, map_tensors, state_names, state_tensors
+from sltt.sequence.run import Run
+from sltt.sequence.state import map_tensors, state_names
 
 
 def run_in_segments(batch: Batch, length: int, fold: int = 1) -> Output:
     """Forward and backward of BPTT, `length` time steps at a time, `fold` of them in one call of the network."""
-    model = batch.model
+    run = batch.network
     segments = list(split(range(batch.steps), length))
     starts: list[Snapshot] = []
     for segment in segments[:-1]:
-        starts.append(Snapshot(model))
+        starts.append(Snapshot(run))
         for call in split(segment, fold):
             batch.forward(call, graph=False)
-    starts.append(Snapshot(model))
+    starts.append(Snapshot(run))
     end: Snapshot | None = None
     leaves: list[Tensor | None] = []
     same: dict[int, Tensor] = {}
@@ -39,9 +40,9 @@ def run_in_segments(batch: Batch, length: int, fold: int = 1) -> Output:
                 total = total + batch.forward(call)
                 same |= {t: torch.isclose(batch.logits(t), o, 1e-3, 1e-5, equal_nan=True).all() for t, o in before}
             if end is None:
-                end = Snapshot(model)
+                end = Snapshot(run)
             else:
-                states = zip(_tensors(model), gradients, strict=True)
+                states = zip(run.layout.state_tensors(), gradients, strict=True)
                 total = hand_over(total, [(s, g) for s, g in states if g is not None and s.requires_grad])
             batch.backward(total)
             starts.pop()
@@ -68,21 +69,16 @@ def _check_same(same: dict[int, Tensor]) -> None:
         )
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    """The tensors in the states, in an order that is the same wherever a time step ends."""
-    return [tensor for module in model.modules() for tensor in state_tensors(module)]
-
-
 class Buffers:
     """The buffers that are no state, as they are now; some libraries keep states as buffers."""
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, run: Run):
+        self._run = run
         self._before = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in self._now().items()}
 
     def _now(self) -> dict[str, Tensor]:
-        states = set(map(id, _tensors(self._model)))
-        return {name: buffer for name, buffer in self._model.named_buffers() if id(buffer) not in states}
+        states = set(map(id, self._run.layout.state_tensors()))
+        return {name: buffer for name, buffer in self._run.model.named_buffers() if id(buffer) not in states}
 
     def restore(self) -> None:
         """Set them back."""
@@ -99,13 +95,13 @@ class Buffers:
 class Snapshot:
     """States, buffers and random generators, so that a segment's second run is its first: masks, statistics and all."""
 
-    def __init__(self, model: nn.Module):
-        names = [(m, name) for m in model.modules() for name in state_names(m)]
+    def __init__(self, run: Run):
+        names = [(layer, name) for layer in run.layout.keepers for name in state_names(layer.module)]
         # in containers of their own: a module may change a list in place
-        self.states = [(m, name, map_tensors(lambda s: s, getattr(m, name))) for m, name in names]
-        self.buffers = Buffers(model)
+        self.states = [(layer, name, map_tensors(lambda s: s, getattr(layer.module, name))) for layer, name in names]
+        self.buffers = Buffers(run)
         self.generator = torch.get_rng_state()
-        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        devices = {p.device for p in run.model.parameters() if p.device.type == "cuda"}
         self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
     def restore(self, leaves: bool = True) -> list[Tensor | None]:
@@ -119,12 +115,12 @@ class Snapshot:
             collected.append(state.detach().requires_grad_() if state.is_floating_point() else None)
             return state if collected[-1] is None else collected[-1]
 
-        for module, name, state in self.states:
-            if isinstance(module, Stateful) and not module.differentiable:
+        for layer, name, state in self.states:
+            if not layer.differentiable:
                 map_tensors(lambda _: collected.append(None), state)
             elif leaves:
                 state = map_tensors(leaf, state)
-            setattr(module, name, state)
+            setattr(layer.module, name, state)
         self.restore_surroundings()
         return collected
 

@@ -21,7 +21,7 @@ class Traced(torch.autograd.Function):
     ) -> Tensor:
         ctx.settings = settings
         ctx.save_for_backward(trace, weight)
-        return func(x, weight, bias, *settings)  # which may be sparse
+        return func(x, weight, bias)  # which may be sparse
 
     @staticmethod
     @kernels.differentiable_once

@@ -11,8 +11,7 @@ x[t]. Their step's gradient has the gain of the current already.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -23,74 +22,108 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
-from sltt._torch import _NormBase, is_compiled
+from sltt._torch import _BatchNorm
+from sltt.kernels import Operation, run_layer, settled
 from sltt.neurons import IntegrateAndFire, Recurrent
 from sltt.rules.decays import Decay, Decays, decay_of
 from sltt.rules.traced_layers import NORMALISATIONS, WEIGHTED, Traced, scaled
-from sltt.sequence.hooks import hooked, replaced
-from sltt.sequence.spikes import spiking_layers
-from sltt.sequence.state import Stateful, map_tensors, state_names, state_tensors
+from sltt.sequence.layout import Layer, Layout
+from sltt.sequence.run import Run
+from sltt.sequence.state import Stateful, map_tensors, state_tensors
+from sltt.sequence.step import Step
 from sltt.sequence.steps import in_backward
 
-_WEIGHTS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-_NORMS = _NormBase | nn.LayerNorm | nn.GroupNorm
 
-
-@contextmanager
-def traced(model: nn.Module, decay: float | None, inputs: bool) -> Iterator["_Traces"]:
-    """Inside this block, weights have the gradient of their traces, whose `end` is to be called after each forward.
+class TraceStep(Step):
+    """Time steps in which weights have the gradient of their traces; `end` is to be called after each forward.
 
     Args:
-        model: the network, in its initial state.
         decay: λ of all traces; None takes that of the neurons that a layer feeds.
         inputs: trace every layer; else those that read spikes, and no biases.
     """
-    if any(is_compiled(module) for module in model.modules()):
+
+    def __init__(self, decay: float | None, inputs: bool):
+        self.decay, self.inputs = decay, inputs
+        self.traces: Any = None
+        self.operations: dict[Layer, _Operations] = {}
+
+    def handler(self, layer: Layer, folds: bool) -> Any:
+        if self.traces is None:
+            self.traces = traces_of(self.run.layout, self.decay, self.inputs)
+        return super().handler(layer, folds)
+
+    def end(self) -> None:
+        """End the forward of a time step."""
+        self.traces.end()
+
+    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        operations = self._operations_of(layer)
+        if layer.operation is None or len(args) != 1 or not torch.is_grad_enabled():
+            return operations.forward(*args, **kwargs)
+        (function, settings), module = layer.operation, layer.module
+        return operations.weigh(function, settled(args[0]), layer.role.weight(module), module.bias, *settings)
+
+    def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        return self._operations_of(layer).forward(*args, **kwargs)
+
+    def _operations_of(self, layer: Layer) -> "_Operations":
+        if layer not in self.operations:
+            self.operations[layer] = _Operations(layer, self.traces, self.run)
+        return self.operations[layer]
+
+    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        traces = self.traces
+        if layer.module not in traces.decays:  # a neuron made of neurons
+            return super().neuron(layer, *args, **kwargs)
+        args, kwargs = traces.arrive(layer.module, args, kwargs)
+        output = super().neuron(layer, *args, **kwargs)
+        traces.leave(layer.module, output)
+        return output
+
+    def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(layer.module, _BatchNorm):  # with a state besides
+            return self.norm(layer, *args, **kwargs)
+        output = super().keeper(layer, *args, **kwargs)
+        if layer in self.traces.carriers:
+            self.traces.carry(
+                partial(decay_of, layer.module, layer.name, self.decay), layer.module, args, kwargs, output
+            )
+        return output
+
+
+def traces_of(layout: Layout, decay: float | None, inputs: bool) -> "_Traces":
+    """The traces of a network at the start of a sequence; raises ValueError naming a layer that has none."""
+    if any(layer.compiled for layer in layout.layers.values()):
         raise ValueError(
             "OTTT traces what layers read, which compiled code hides: give it the network before torch.compile"
         )
-    neurons = _neurons(model)
-    _check_weights(model, neurons)
-    recurrent = [m for m in model.modules() if isinstance(m, Recurrent)]
+    spiking = layout.neurons.values()
+    # of a neuron made of neurons, the inner ones
+    names = {n: m for n, m in layout.neurons.items() if not any(c in spiking for c in m.modules() if c is not m)}
+    neurons = {module: name for name, module in names.items()}
+    _check_weights(layout, neurons)
+    recurrent = [m for m in layout.layers if isinstance(m, Recurrent)]
     own = {layer: m.neuron for m in recurrent for layer in m.layer.modules()}
-    traces = _Traces({m: decay_of(m, name, decay) for m, name in neurons.items()}, inputs, own)
-    forwards: dict[nn.Module, Any] = {
-        m: _Operations(m, traces).forward for m in model.modules() if isinstance(m, _WEIGHTS | _NORMS)
-    }
-    before = [neuron.register_forward_pre_hook(traces.arrive, with_kwargs=True) for neuron in neurons]
-    after = [neuron.register_forward_hook(traces.leave) for neuron in neurons]
-    for layer, name in _keepers(model, neurons).items() if inputs else ():
-        carry = partial(traces.carry, partial(decay_of, layer, name, decay))
-        after.append(layer.register_forward_hook(carry, with_kwargs=True))
-    with hooked(*before, *after), replaced("forward", forwards):
-        yield traces
-
-
-def _neurons(model: nn.Module) -> dict[nn.Module, str]:
-    """The layers of neurons and their names; of a neuron made of neurons, the inner ones."""
-    spiking = {m: name for name, m in spiking_layers(model).items()}
-    return {m: name for m, name in spiking.items() if not any(c in spiking for c in m.modules() if c is not m)}
-
-
-def _keepers(model: nn.Module, neurons: dict[nn.Module, str]) -> dict[nn.Module, str]:
-    """The other layers with a state, neither in neurons nor around some, and their names."""
+    # the other layers with a state, neither in neurons nor around some
     known = {part for neuron in neurons for part in neuron.modules()}
-    return {m: name for name, m in model.named_modules() if _keeps(m) and known.isdisjoint(m.modules())}
+    carriers = {k for k in layout.keepers if _carries(k.module) and known.isdisjoint(k.module.modules())}
+    decays = {m: decay_of(m, name, decay) for m, name in neurons.items()}
+    return _Traces(decays, inputs, own, carriers if inputs else set())
 
 
-def _keeps(module: nn.Module) -> bool:
-    return bool(state_names(module)) and not (isinstance(module, Stateful) and module.timeless)
+def _carries(module: nn.Module) -> bool:
+    return not (isinstance(module, Stateful) and module.timeless)
 
 
-def _check_weights(model: nn.Module, neurons: dict[nn.Module, str]) -> None:
+def _check_weights(layout: Layout, neurons: dict[nn.Module, str]) -> None:
     """Raise ValueError naming a module with weights that no trace is known for."""
-    for name, module in model.named_modules():
-        if isinstance(module, _WEIGHTS | _NORMS | ParametrizationList):
+    for module, layer in layout.layers.items():
+        if layer.role.kind in ("weight", "norm") or isinstance(module, ParametrizationList):
             continue
         if any(p.ndim > 1 and p.requires_grad for p in module.parameters(recurse=module in neurons)):
             raise ValueError(
-                f"OTTT has no traces for the weights of {name or 'the model'} ({type(module).__name__}): it knows "
-                "linear layers and convolutions outside of the neurons; use SLTT or BPTT"
+                f"OTTT has no traces for the weights of {layer}: it knows linear layers and convolutions outside of "
+                "the neurons; use SLTT or BPTT"
             )
 
 
@@ -168,8 +201,15 @@ class _Trace:
 class _Traces:
     """The traces of a sequence, by layer and by the number of its use in a time step."""
 
-    def __init__(self, decays: dict[nn.Module, Callable[[], Decays]], inputs: bool, own: dict[nn.Module, nn.Module]):
+    def __init__(
+        self,
+        decays: dict[nn.Module, Callable[[], Decays]],
+        inputs: bool,
+        own: dict[nn.Module, nn.Module],
+        carriers: set[Layer],
+    ):
         self.decays = decays
+        self.carriers = carriers  # layers with a state that are no neurons
         self.inputs = inputs
         self.own = own  # of a recurrent layer, the neurons whose spikes it reads
         self.traces: dict[tuple[nn.Module, int], _Trace] = {}
@@ -253,7 +293,7 @@ class _Traces:
             self.started[y.grad_fn] = trace
 
     def arrive(self, neuron: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Before a layer of neurons runs."""
+        """Before a layer of neurons runs; returns what it reads."""
         x = next(iter((*inputs, *named.values())))
         if self.started and x.grad_fn is not None:
             self._feed(neuron, x.grad_fn)
@@ -261,7 +301,7 @@ class _Traces:
             decay = neuron.decay()
             if isinstance(decay, Tensor) and decay.requires_grad:
                 return (self._with_decay(neuron, decay, x),), {}
-        return None
+        return inputs, named
 
     def _feed(self, neuron: nn.Module, node: Any) -> None:
         """Find the layers whose outputs reach a node of the graph without passing other neurons."""
@@ -290,7 +330,7 @@ class _Traces:
         now = decay.detach()
         return x + ((decay - now) * (carried / (1 - now) if neuron.decay_input else carried)).to(x.dtype)
 
-    def leave(self, neuron: nn.Module, inputs: Any, output: Any) -> None:
+    def leave(self, neuron: nn.Module, output: Any) -> None:
         """After a layer of neurons ran."""
         if not in_backward():
             self.last = neuron
@@ -313,10 +353,10 @@ class _Traces:
 class _Operations(TorchFunctionMode):
     """Gives what a layer computes from its weights the gradient of their traces."""
 
-    def __init__(self, layer: nn.Module, traces: _Traces):
+    def __init__(self, layer: Layer, traces: _Traces, run: Run):
         super().__init__()
-        self.layer = layer
-        self.plain = layer.forward
+        self.run = run
+        self.layer, self.plain, self.weighs = layer.module, layer.plain, layer.role.kind == "weight"
         self.traces = traces
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -324,7 +364,7 @@ class _Operations(TorchFunctionMode):
         layer, before = self.layer, self.traces.uses[self.layer]
         with self:
             result = self.plain(*args, **kwargs)
-        if isinstance(layer, _WEIGHTS) and self.traces.uses[layer] == before and self.traces.wants(layer):
+        if self.weighs and self.traces.uses[layer] == before and self.traces.wants(layer):
             raise ValueError(
                 f"OTTT has no trace for the weights of {layer}: its forward ({type(layer).__name__}) calls none of "
                 "F.linear, F.conv1d, F.conv2d and F.conv3d; call one, or use SLTT or BPTT"
@@ -335,12 +375,12 @@ class _Operations(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.is_grad_enabled():
             if func in WEIGHTED:
-                return self._weigh(func, *args, **kwargs)
+                return self.weigh(func, *args, **kwargs)
             if func in NORMALISATIONS and self.traces.inputs:
                 return self._normalise(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _weigh(
+    def weigh(
         self,
         func: Any,
         input: Tensor,
@@ -351,9 +391,10 @@ class _Operations(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
+        """What the layer computes from its weight, whose gradient is that of its trace."""
         x, settings = input, () if func is F.linear else (stride, padding, dilation, groups)
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
-            return func(x, weight, bias, *settings)
+            return self._apply(func, settings, x, weight, bias)
         if padding == "same":
             sides: Any = self.layer._reversed_padding_repeated_twice  # from the last axis on
             padding = sides[::2][::-1]
@@ -362,15 +403,20 @@ class _Operations(TorchFunctionMode):
             settings = stride, padding, dilation, groups
         trace = self.traces.read(self.layer, x if weight.requires_grad else None)
         if trace is None:
-            return func(x, weight, bias, *settings)
+            return self._apply(func, settings, x, weight, bias)
         if bias is not None and bias.requires_grad and self.traces.inputs:
             bias = scaled(bias, trace.ones)
         if trace.read is None or trace.first:  # the bias learns alone, or what is read is the trace, and may be spikes
-            y: Tensor = func(x, weight, bias, *settings)
+            y = self._apply(func, settings, x, weight, bias)
         else:
-            y = Traced.apply(x, trace.read.value, weight, bias, func, settings)  # type: ignore[assignment]
+            y = Traced.apply(x, trace.read.value, weight, bias, partial(self._apply, func, settings), settings)  # type: ignore[assignment]
         self.traces.wrote(trace, y)
         return y
+
+    def _apply(self, func: Any, settings: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.run.fast or func is F.conv3d:
+            return func(x, weight, bias, *settings)
+        return run_layer(Operation(func, settings), x, weight, bias, self.run.weights)
 
     def _normalise(self, func: Any, *args: Any, bias: Tensor | None, **settings: Any) -> Tensor:
         if bias is None or not bias.requires_grad or (trace := self.traces.read(self.layer, None)) is None:

@@ -3,7 +3,6 @@
 import operator
 from abc import abstractmethod
 from collections.abc import Container, Iterator
-from contextlib import nullcontext
 from functools import partial, reduce
 from itertools import groupby
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from sltt.checks import flag, instance, whole_number
 from sltt.losses import SequenceLoss
 from sltt.memory import parse_bytes
 from sltt.rules.base import Batch, Output, Rule
-from sltt.rules.folding import foldable, run_within
+from sltt.rules.folding import run_within
 from sltt.rules.segments import run_in_segments, split
 from sltt.sequence.padding import Padded
 
@@ -74,10 +73,9 @@ class Truncated(Rule):
 
     def run(self, batch: Batch) -> Output:
         run = partial(self.run_folded, batch)
-        with foldable(batch.network) if self.fold != 1 else nullcontext():
-            if self.fold == "auto":
-                return run_within(self.budget, repr(self), batch.network, batch.sequence.x, batch.steps, run)
-            return run(self.fold)
+        if self.fold == "auto":
+            return run_within(self.budget, repr(self), batch.model, batch.sequence.x, batch.steps, run)
+        return run(self.fold)
 
     def run_folded(self, batch: Batch, fold: int) -> Output:
         """`run` with at most `fold` time steps in a call of the network."""

@@ -1,7 +1,8 @@
-"""What modules have for a while: hooks, and other attributes, such as a forward."""
+"""What modules have for a while: hooks, and handlers in place of their forwards."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,25 +19,17 @@ def hooked(*handles: RemovableHandle) -> Iterator[None]:
             handle.remove()
 
 
+class Handler(partial):
+    """What stands for the forward of a layer in a run. A copy of the module, made in a run, has its own forward."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.args[0].module, "forward")
+
+
 def own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module's forward is another than that of `kind`: overridden by its class, or replaced."""
-    return type(module).forward is not kind.forward or "forward" in vars(module)
-
-
-@contextmanager
-def replaced(name: str, values: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Inside this block, each module has the attribute `name` that is given for it; after it, its own of before.
-
-    With another `forward`, hooks run as ever.
-    """
-    before = {module: vars(module).get(name) for module in values}
-    try:
-        for module, value in values.items():
-            setattr(module, name, value)  # an attribute of the instance, in front of a method
-        yield
-    finally:
-        for module, value in before.items():
-            if value is None:
-                vars(module).pop(name, None)
-            else:
-                setattr(module, name, value)
+    """Whether a module's forward is another than that of `kind`: overridden by its class, or replaced by its user."""
+    forward = vars(module).get("forward")
+    while isinstance(forward, Handler):
+        forward = forward.args[0].before
+    forward = type(module).forward if forward is None else getattr(forward, "__func__", forward)
+    return forward is not kind.forward

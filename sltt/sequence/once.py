@@ -10,14 +10,13 @@ work. Elsewhere, and inside `torch.compile`, `once` calls the function and does 
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sltt.sequence.claims import run_of
 from sltt.sequence.state import Stateful, state_names
 
 
@@ -37,37 +36,14 @@ def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         ValueError: under a rule, a function that is no module or method of one, or a module with a state.
         RuntimeError: the result was changed in place.
     """
-    if not callable(function):
-        raise ValueError(f"once takes a module or a function, and then its inputs, got {type(function).__name__}")
-    # a compiler breaks its graph at a context variable
-    sequence = None if torch.compiler.is_compiling() else _current.get()
-    return function(*inputs) if sequence is None else sequence.once(function, inputs)
-
-
-@contextmanager
-def hoisting(model: nn.Module, x: Tensor | None, grad: bool, keep: bool = True) -> "Iterator[Hoisted]":
-    """Inside this block, a sequence of `model`, `once` keeps its results. For the other arguments see `Hoisted`.
-
-    Not of a model whose weights are sharded: those that a graph was made with are gone when its backward comes.
-    """
-    hoisted = Hoisted(x, grad, keep and not _is_sharded(model))
-    token = _current.set(hoisted)
-    try:
-        yield hoisted
-    finally:
-        _current.reset(token)
-
-
-@contextmanager
-def step_with_graph(graph: bool) -> Iterator[None]:
-    """A time step with or without a graph; what `once` computes in it has its graph in either case."""
-    hoisted = _current.get() or Hoisted(None, False, False)  # none in a thread that a rule starts
-    hoisted.in_graph = graph
-    try:
-        with torch.set_grad_enabled(graph):
-            yield
-    finally:
-        hoisted.in_graph = True
+    if torch.compiler.is_compiling():
+        return function(*inputs)
+    owner = getattr(function, "__self__", function)
+    if not callable(function) or not isinstance(owner, nn.Module):
+        kind = type(function).__name__
+        raise ValueError(f"once takes a module or a method of one, got a {kind}: call it without sltt.once")
+    run = run_of(owner)
+    return function(*inputs) if run is None else run.results.once(function, owner, inputs)
 
 
 class _Result(NamedTuple):
@@ -77,31 +53,32 @@ class _Result(NamedTuple):
     owner: Any  # kept alive, since the key has its id
 
 
-class Hoisted:
+class Results:
     """The results of `once` in one sequence.
 
     Args:
         x: the sequence's input if it is the same at every time step, or None.
         grad: build graphs for a backward, also in a step that has none itself.
         keep: keep results; else every call computes.
+
+    Attributes:
+        in_graph: the rule builds a graph in this time step; else it has switched gradients off, and not the network.
     """
 
     def __init__(self, x: Tensor | None, grad: bool, keep: bool):
         self._grad = grad
-        self.in_graph = True  # else the rule has switched gradients off, and not the network
+        self.in_graph = True
         self._keep = keep
         self._fixed = [] if x is None else [x]  # what time does not change
         self._results: dict[Any, _Result] = {}
         self._checked: set[nn.Module] = set()
 
-    def once(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+    def once(self, function: Callable[..., Tensor], owner: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         """See `once` of this module."""
-        owner = getattr(function, "__self__", function)
         self._check(owner, "call it without sltt.once" if owner is function else "give it a module without neurons")
         if not self._keep or not all(any(x is fixed for fixed in self._fixed) for x in inputs):
             return function(*inputs)
-        weights = list(owner.parameters()) if isinstance(owner, nn.Module) else []
-        versions = tuple(map(_version, weights))  # a rule may change weights in the middle
+        versions = tuple(map(_version, owner.parameters()))  # a rule may change weights in the middle
         grad = self._grad and (torch.is_grad_enabled() or not self.in_graph)
         key = id(owner), getattr(function, "__name__", ""), tuple(map(id, inputs)), versions, grad
         if key not in self._results:
@@ -118,10 +95,8 @@ class Hoisted:
             )
         return result.leaf
 
-    def _check(self, owner: Any, remedy: str) -> None:
-        """Raise ValueError for a module that time changes, and for a function, of which that cannot be known."""
-        if not isinstance(owner, nn.Module):
-            raise ValueError(f"sltt.once takes a module or a method of one, got {owner!r}: call it without sltt.once")
+    def _check(self, owner: nn.Module, remedy: str) -> None:
+        """Raise ValueError for a module that time changes."""
         if owner in self._checked:
             return
         for name, module in owner.named_modules():
@@ -156,13 +131,11 @@ class _HandOver(torch.autograd.Function):
         return None, grad, *ctx.gradients
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a network's weights are sharded: those that a graph was made with are gone when its backward comes."""
     module = sys.modules.get("torch.distributed.fsdp")  # not imported where nothing is sharded
     return module is not None and any(isinstance(m, module.FSDPModule) for m in model.modules())
 
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
-
-
-_current: ContextVar[Hoisted | None] = ContextVar("hoisted", default=None)

@@ -1,66 +1,72 @@
-"""Who sees spikes: neurons show them to observers, as they make them."""
+"""Who sees spikes: forward hooks of the layers of neurons."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from sltt.sequence.hooks import replaced
-from sltt.sequence.state import OBSERVERS, emits_spikes
+from sltt.sequence.claims import run_of
+from sltt.sequence.hooks import hooked
 
-Observer = TypeVar("Observer", bound=Callable[[str, Tensor], None])
-
-
-def spiking_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of neurons of a model, ours and other libraries', by name."""
-    return {name: module for name, module in model.named_modules() if emits_spikes(module)}
+See = TypeVar("See", bound=Callable[..., None])
 
 
 @contextmanager
-def observing(layers: Mapping[str, nn.Module], see: Observer) -> Iterator[Observer]:
-    """Inside this block, `see(name, spikes)` gets what layers of neurons make: [n·B, ...] for n steps, in its graph."""
-    with ExitStack() as stack:
-        for name, module in layers.items():
-            if hasattr(type(module).forward, "_sltt_shows"):
-                stack.enter_context(replaced(OBSERVERS, {module: (*observers(module), partial(see, name))}))
-            else:
-                hook = module.register_forward_hook(lambda *call, name=name: see(name, first(call[-1])))
-                stack.callback(hook.remove)
-        yield see
+def observing(layers: Mapping[str, nn.Module], see: See) -> Iterator[See]:
+    """Inside this block, `see(name, spikes)` gets what layers of neurons make: [n·B, ...] for n steps, in its graph.
 
-
-def observers(module: nn.Module) -> tuple[Callable[[Tensor], None], ...]:
-    """Those who see the spikes of a layer of neurons."""
-    return getattr(module, OBSERVERS, ())
-
-
-def counters(module: nn.Module) -> tuple[Callable[..., None], ...]:
-    """The observers that count: they also take a number of spikes, and how many there could be.
-
-    They have an attribute `counts`, which is true.
+    One that counts, with an attribute `counts`, also takes a number of spikes, and of how many there could be.
     """
-    return tuple(see for see in observers(module) if getattr(getattr(see, "func", see), "counts", False))
+    try:
+        with hooked(*(module.register_forward_hook(Watch(name, see)) for name, module in layers.items())):
+            _count(layers.values())
+            yield see
+    finally:
+        _count(layers.values())
+
+
+def _count(layers: Iterable[nn.Module]) -> None:
+    """Write down how many watch: a number that compiled code looks at, as it does not at hooks."""
+    for module in layers:
+        module.watched = len(watches(module))  # pyright: ignore[reportArgumentType]
+
+
+class Watch:
+    """A forward hook that shows spikes; not those that stand for others, as the rates of `RateBased` do."""
+
+    def __init__(self, name: str, see: Callable[..., None]):
+        self.name, self.see = name, see
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():  # compiled code does not look for new hooks: its neurons look at `watched`
+            return
+        if (run := run_of(module)) is None or run.shows:
+            self.see(self.name, first(output))
+
+    @property
+    def counts(self) -> bool:
+        """Whether a number of spikes is enough."""
+        return getattr(self.see, "counts", False)
+
+    def __reduce__(self) -> Any:
+        return Watch, (self.name, _ignore)  # copies of a network are not observed
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def watches(module: nn.Module) -> list[Watch]:
+    """Return those who see the spikes of a layer of neurons."""
+    return [hook for hook in module._forward_hooks.values() if isinstance(hook, Watch)]
 
 
 def show(module: nn.Module, spikes: Tensor) -> None:
-    """Show spikes that a layer of neurons made to its observers."""
-    for see in observers(module):
-        see(spikes)
-
-
-def showing(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """The forward of a layer of neurons, which shows its spikes; without it, `observing` needs a hook."""
-
-    @wraps(forward)
-    def shown(self: Any, x: Tensor) -> Tensor:
-        spikes = forward(self, x)
-        show(self, spikes)
-        return spikes
-
-    shown._sltt_shows = True  # type: ignore[attr-defined]
-    return shown
+    """Show spikes of a layer to those who see them."""
+    for watch in watches(module):
+        watch.see(watch.name, spikes)
 
 
 def first(output: Any) -> Tensor:

@@ -1,7 +1,6 @@
-"""Modules that keep a state between time steps: the protocol, and how other libraries' modules are made known."""
+"""Roles: what a layer is to a rule. Modules that keep a state, ours and other libraries', and what each can."""
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
+from sltt._torch import _BatchNorm, _InstanceNorm, _SpectralNorm
 from sltt.checks import flag, function, instance
-from sltt.sequence.fold import CLOCK, Fold, fold_of
-
-OBSERVERS = "_sltt_observers"  # the attribute of a layer of neurons that holds those who see its spikes
+from sltt.sequence.hooks import own_forward
 
 
 class Stateful(nn.Module):
@@ -23,27 +22,17 @@ class Stateful(nn.Module):
     before the first step of a sequence. States belong to one sequence, so they are no part of the state dict. A copy
     has the values of the states, without the graph behind them.
 
-    A rule may run several time steps in one call: `fold` says how many. A subclass that takes them apart says
-    `foldable = True`.
-
     Attributes:
         states: names of the attributes that hold tensors between time steps.
         spikes: the module's outputs are spikes.
         differentiable: a gradient flows through the states; none flows through a mask that was drawn.
         timeless: an input that does not change gives the same output at every step, so that `sltt.once` may run it.
-        foldable: the module takes the time steps in a batch apart.
     """
 
     states: ClassVar[tuple[str, ...]] = ()
     spikes: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     timeless: ClassVar[bool] = False
-    foldable: ClassVar[bool] = False
-
-    @property
-    def fold(self) -> Fold:
-        """How the call of the network that is in progress folds time into the batch dimension."""
-        return fold_of(self)
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +51,7 @@ class Stateful(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: map_tensors(Tensor.detach, getattr(self, name)) for name in self.states}
-        return {key: value for key, value in {**vars(self), **kept}.items() if key not in (CLOCK, OBSERVERS)}
+        return {**vars(self), **kept}
 
     def check_state(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
         """Raise ValueError if the state `name` does not fit this time step's input x, or is not of `dtype`."""
@@ -74,21 +63,40 @@ class Stateful(nn.Module):
             )
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How the modules of a type keep their state; see `register` for its fields."""
+def _none(*_: Any) -> None:
+    return None
 
-    states: Callable[[Any], Iterable[str]]
-    reset: Callable[[Any], Any] | None
-    spikes: Callable[[Any], bool]
-    check: Callable[[Any, int, bool], str | None]
-    translate: Callable[[Any], nn.Module] | None
-    decay: Callable[[Any], float | Tensor | None] | None
+
+@dataclass(frozen=True)
+class Role:
+    """What the modules of a class are to a rule, and what they can; see `register` for the fields with its names.
+
+    Attributes:
+        kind: keeper of a state, weight, norm, pool or other. Of keepers, those that emit spikes are neurons.
+        folds: `folds(module)` says why a call of several time steps would give other results, or None.
+        stepwise: a norm that takes the statistics of each time step of a call by itself.
+        advance: `advance(module)` gives what runs several time steps in a call, `(x, steps, cut)`, or None.
+        of: the class whose forward is known.
+        weight: `weight(module)` gives the weight that a weight layer applies.
+    """
+
+    kind: str
+    states: Callable[[Any], Iterable[str]] = lambda _: ()
+    reset: Callable[[Any], Any] | None = None
+    spikes: Callable[[Any], bool] = lambda _: False
+    check: Callable[[Any, int, bool], str | None] = _none
+    translate: Callable[[Any], nn.Module] | None = None
+    decay: Callable[[Any], float | Tensor | None] | None = None
+    folds: Callable[[Any], str | None] = _none
+    stepwise: bool = False
+    advance: Callable[[Any], Any] = _none
+    of: type | None = None
+    weight: Callable[[Any], Tensor] = lambda module: module.weight
 
 
 # Known without `register`: sltt.interop.<library> is imported when a network has a module of the library.
 _LIBRARIES = {"norse", "sinabs", "snntorch", "spikingjelly"}
-_kinds: dict[type, Kind] = {}
+_roles: dict[type, Role] = {}
 
 
 def register(
@@ -135,70 +143,57 @@ def register(
         flag("spikes", spikes, "or a function of the module")
     names = states if callable(states) else lambda _, names=tuple(states): names
     emits = spikes if callable(spikes) else lambda _: spikes
-    _kinds[kind] = Kind(names, reset, emits, check or (lambda *_: None), translate, decay)
-    kind_of.cache_clear()
+    set_role(kind, Role("keeper", names, reset, emits, check or _none, translate, decay))
+
+
+def set_role(kind: type, role: Role) -> None:
+    """Give a role to the modules of a class; subclasses are included, unless they have one themselves."""
+    _roles[kind] = role
+    role_of.cache_clear()
 
 
 @functools.cache
-def kind_of(cls: type) -> Kind | None:
-    """How the modules of a class keep their state; None for a class that nothing is known of."""
+def role_of(cls: type) -> Role:
+    """The role of the modules of a class."""
     for library in {c.__module__.partition(".")[0] for c in cls.__mro__} & _LIBRARIES:
         import_module(f"sltt.interop.{library}")
-    found = [c for c in cls.__mro__ if c in _kinds]
+    found = [c for c in cls.__mro__ if c in _roles]
     for other in found[1:]:
-        if not issubclass(found[0], other):
+        both = {_roles[c].kind for c in (found[0], other)} == {"keeper"}
+        if both and not issubclass(found[0], other):
             raise ValueError(
                 f"{cls.__name__} is a {found[0].__name__} and a {other.__name__}, which keep their states in different "
                 f"ways: say how {cls.__name__} does, by sltt.register({cls.__name__}, states=…)"
             )
-    return _kinds[found[0]] if found else None
+    # what keeps a state is a keeper in the first place, as a BatchNorm with a state is
+    found.sort(key=lambda c: _roles[c].kind != "keeper")
+    return _roles[found[0]] if found else _OTHER
 
 
 def state_names(module: nn.Module) -> tuple[str, ...]:
     """The attributes of a module that hold tensors between time steps; none for a module that keeps no state."""
-    kind = kind_of(type(module))
-    return tuple(kind.states(module)) if kind else ()
+    return tuple(role_of(type(module)).states(module))
 
 
 def emits_spikes(module: nn.Module) -> bool:
     """Whether a module is a layer of spiking neurons, ours or another library's."""
-    kind = kind_of(type(module))
-    return kind is not None and kind.spikes(module)
-
-
-def check_steps(model: nn.Module, batch: int) -> None:
-    """Check that a rule can run the model one time step at a time; warn if it keeps no state at all.
-
-    Raises:
-        ValueError: naming every module that takes several time steps in a call, or whose state a rule cannot reach.
-    """
-    keepers = (m for m in model.modules() if isinstance(m, Stateful))
-    kept = {inner for keeper in keepers for child in keeper.children() for inner in child.modules()}
-    problems = []
-    for name, module in model.named_modules():
-        kind = kind_of(type(module))
-        if kind and (problem := kind.check(module, batch, module in kept)):
-            problems.append(f"{name or 'the model'} ({type(module).__name__}) {problem}")
-    if problems:
-        raise ValueError("a rule runs one time step in a call of the model, but " + "; ".join(problems))
-    if not any(state_names(module) for module in model.modules()):
-        warnings.warn(
-            "no module of the model keeps a state between time steps, so that all rules are the same. A rule knows "
-            "sltt's neurons and every sltt.Stateful, the neurons of SpikingJelly, snnTorch, sinabs and Norse, and what "
-            "sltt.register is given",
-            stacklevel=3,
-        )
+    return role_of(type(module)).spikes(module)
 
 
 def reset(model: nn.Module) -> None:
     """Reset the state of every stateful module in `model`, ours or another library's, before a new sequence."""
     for module in instance("model", model, nn.Module).modules():
-        kind = kind_of(type(module))
-        if kind and kind.reset:
-            kind.reset(module)
-        elif kind:
-            for name in kind.states(module):
-                setattr(module, name, None)
+        reset_module(module)
+
+
+def reset_module(module: nn.Module) -> None:
+    """Reset one module without those in it."""
+    role = role_of(type(module))
+    if role.reset:
+        role.reset(module)
+    else:
+        for name in role.states(module):
+            setattr(module, name, None)
 
 
 def detach(model: nn.Module) -> None:
@@ -241,9 +236,42 @@ def _explicit(module: nn.Module, batch: int, kept: bool) -> str | None:
     return None if kept else "is recurrent and keeps no state itself: put it into a sltt.Stateful that keeps its state"
 
 
+def _replicated(module: nn.Module, batch: int, kept: bool) -> str:
+    return "runs each step on a new copy of the model, which would forget the state: use DistributedDataParallel"
+
+
+def _norm_folds(norm: nn.Module) -> str | None:
+    own = "normalises over the batch in a way of its own"
+    return own if isinstance(norm, torch.jit.ScriptModule) or own_forward(norm, _BatchNorm) else None
+
+
+def _other_folds(module: Any) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is scripted, so that it cannot be looked into"
+    if isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
+        return "keeps running statistics"
+    spectral = isinstance(module, _SpectralNorm) or any(
+        isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()
+    )
+    return "changes its estimate in every call" if spectral and module.training else None
+
+
+def _recurrent(module: nn.Module) -> str:
+    return "is recurrent"
+
+
+_OTHER = Role("other", folds=_other_folds)
+set_role(_BatchNorm, Role("norm", folds=_norm_folds, stepwise=True, of=_BatchNorm))
+for _kind in (nn.LayerNorm, nn.GroupNorm, _InstanceNorm):
+    set_role(_kind, Role("norm", folds=_other_folds))
+for _kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    set_role(_kind, Role("weight", folds=_other_folds, of=_kind))
+for _kind in (nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
+    set_role(_kind, Role("pool", of=_kind))
+for _kind in (nn.RNNBase, nn.RNNCellBase):
+    set_role(_kind, Role("other", check=_explicit, folds=_recurrent))
+set_role(nn.DataParallel, Role("other", check=_replicated))
 register(Stateful, lambda m: m.states, reset=lambda m: m.reset(), spikes=lambda m: m.spikes)
-register(nn.RNNBase, (), check=_explicit)
-register(nn.RNNCellBase, (), check=_explicit)
 
 
 def _describe(x: Tensor) -> str:

@@ -20,12 +20,12 @@ from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
 from sltt.training.batches import generators_kept
 from sltt.training.card import write_card
+from sltt.training.check import check
 from sltt.training.checkpoints import load_checkpoint, load_selected, restore_state, start_from
 from sltt.training.console import Console
 from sltt.training.describe import describe_run
 from sltt.training.logs import Logger
 from sltt.training.loop import Loop
-from sltt.training.mixing import check_mixing
 from sltt.training.phases import Phase
 from sltt.training.runs import LAST, as_continued, check_config, new_run, old_run, read_config, write_config
 from sltt.training.safeguards import (
@@ -262,7 +262,8 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
     check_type(model, splits, samples)
     check_static(model, splits, samples, training.loss, stages[0].steps)
     check_last_batch(model, splits, samples, training.batch_size, stages)
-    check_mixing(model, splits, samples, stages[0])
+    x = splits.collate(samples)[0].to(next((p.device for p in model.parameters()), "cpu"))
+    check(model, x, rule=stages[0].rule, steps=stages[0].steps if splits.static else None)
     return splits
 
 

@@ -79,7 +79,7 @@ def test_states_are_a_tuple_of_names():
         Mine()(torch.randn(2, 3))
 
 
-@pytest.mark.parametrize("name", ["training", "spikes", "fold", "forward", "step"])
+@pytest.mark.parametrize("name", ["training", "spikes", "advance", "forward", "step"])
 def test_a_state_has_a_name_of_its_own(name):
     with pytest.raises(ValueError, match=rf"Mine has a state '{name}', which modules have already"):
         type("Mine", (sltt.Neuron,), {"states": (name,)})

@@ -166,9 +166,10 @@ def test_a_threshold_that_would_get_no_gradient_is_refused(neuron):
         neuron(v_threshold=nn.Parameter(torch.ones(())))
 
 
-def test_a_replica_of_data_parallel_is_refused():
-    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
-        sltt.LIF()._replicate_for_data_parallel()(torch.randn(2, 3))
+def test_data_parallel_is_refused():
+    model = nn.DataParallel(nn.Sequential(nn.Linear(3, 3), sltt.LIF()))
+    with pytest.raises(ValueError, match="use DistributedDataParallel"):
+        sltt.unroll(model, torch.randn(2, 2, 3))
 
 
 def test_reset_must_be_below_the_threshold(neuron):

@@ -121,7 +121,7 @@ OTHER_CALLS = [
     ("register(spikes: text)", partial(register, spikes="yes"), ValueError, "spikes must be"),
     ("register(check: flag)", partial(register, check=True), ValueError, "check must be a function"),
     ("register(translate: text)", partial(register, translate="no"), ValueError, "translate must be a function"),
-    ("once(tensor)", partial(sltt.once, X), ValueError, "once takes a module or a function"),
+    ("once(tensor)", partial(sltt.once, X), ValueError, "once takes a module or a method of one"),
     ("reset(list)", partial(sltt.reset, [network()]), ValueError, "model must be a Module, got"),
     ("detach(none)", partial(sltt.detach, None), ValueError, "model must be a Module, got None"),
     ("using(compile)", partial(using, compile="maybe"), ValueError, "compile must be one of"),

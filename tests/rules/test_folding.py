@@ -9,9 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import sltt
 from sltt import kernels
 from sltt.analysis import parse_bytes
-from sltt.kernels import stepwise_norms
+from sltt.kernels import stepwise_norm
 from sltt.rules.folding import _peaks
-from sltt.sequence.fold import Fold, fold_of, folding
 from tests.conftest import LOSS, gradients
 from tests.references import measured
 
@@ -116,8 +115,7 @@ def test_batch_norm_takes_the_statistics_of_each_step(norm):
     x = torch.randn(3, 8, 6, dtype=torch.float64)
     for _ in range(2):
         leaves = [x.clone().requires_grad_() for _ in range(2)]
-        with stepwise_norms([norm]), folding([norm], Fold(3)):
-            found = norm(leaves[0].flatten(0, 1)).unflatten(0, (3, 8))
+        found = stepwise_norm(norm, leaves[0].flatten(0, 1), 3).unflatten(0, (3, 8))
         expected = torch.stack([twin(x_t) for x_t in leaves[1]])
         torch.testing.assert_close(found, expected)
         for y in (found, expected):
@@ -181,10 +179,8 @@ def test_batch_norm_takes_any_memory_format(form):
     for steps in (3, 1):  # all in one call, and one call for each
         leaf = x.detach().requires_grad_()
         ys = []
-        with stepwise_norms([norm]):
-            for part in leaf.chunk(3 // steps):
-                with folding([norm], Fold(steps)):
-                    ys.append(norm(part))
+        for part in leaf.chunk(3 // steps):
+            ys.append(norm(part) if steps == 1 else stepwise_norm(norm, part, steps))
         y = torch.cat(ys)
         (y * weight).sum().backward()
         grads.append((y.detach(), leaf.grad))
@@ -209,8 +205,7 @@ def test_nothing_stays_patched_after_an_exception():
     x, y, kwargs = data(static=True)
     with pytest.raises(ZeroDivisionError):
         sltt.SLTT(fold=3)(model, x, y, LOSS, **kwargs)
-    assert "forward" not in vars(model.norm1)
-    assert fold_of(model.lif1).steps == fold_of(model.norm1).steps == 1
+    assert not any("forward" in vars(m) for m in model.modules())
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert torch._C._len_torch_function_stack() == 0
 
@@ -291,13 +286,22 @@ class Counting(sltt.Stateful):
 
     def forward(self, x):
         self.seen = (self.seen or 0) + 1
-        return x
+        return self.seen * x
+
+
+def test_a_state_of_ones_own_takes_the_steps_of_a_call_one_after_the_other():
+    model = nn.Sequential(nn.Linear(6, 3), Counting(), sltt.LIF(), nn.Linear(3, 3)).double()
+    x, y, seen = torch.randn(5, 2, 6, dtype=torch.float64), torch.randint(3, (2,)), []
+    model[1].register_forward_hook(lambda module, args, output: seen.append((len(args[0]), module.seen)))
+    for rule, plain in ((sltt.SLTT(fold=2), sltt.SLTT()), (sltt.BPTT(segment=4, fold=2), sltt.BPTT())):
+        assert_same(results(model, rule, x, y, {}), results(model, plain, x, y, {}))
+    sltt.SLTT(fold=2)(model, x, y, LOSS)
+    assert seen[-3:] == [(4, 2), (4, 4), (2, 5)]
 
 
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (Counting(), r"1 \(Counting\) keeps a state and does not say foldable = True; use fold=1"),
         (nn.SyncBatchNorm(3), r"1 \(SyncBatchNorm\) normalises over the batch in a way of its own"),
         (nn.GRU(3, 3), r"1 \(GRU\) is recurrent"),
         (nn.InstanceNorm1d(3, track_running_stats=True), r"1 \(InstanceNorm1d\) keeps running statistics"),
@@ -309,7 +313,7 @@ class Counting(sltt.Stateful):
         ),
         (torch.jit.script(nn.BatchNorm1d(3)), "is scripted"),
     ],
-    ids=["stateful", "norm", "recurrent", "instance", "spectral", "spectral by hook", "own forward", "scripted"],
+    ids=["norm", "recurrent", "instance", "spectral", "spectral by hook", "own forward", "scripted"],
 )
 def test_layers_that_cannot_be_folded_are_named(layer, message):
     model = nn.Sequential(nn.Linear(6, 3), layer, sltt.LIF())

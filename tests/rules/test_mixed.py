@@ -87,8 +87,8 @@ def test_with_one_window_for_all_it_is_its_relatives(mixed, twin, neuron, norm):
 def cuts_of(monkeypatch):
     """Where each time step that runs from now on was cut."""
     cuts = []
-    real = _Cut.run
-    monkeypatch.setattr(_Cut, "run", lambda self, *args: (real(self, *args), cuts.append(self.module))[0])
+    real = _Cut.forward
+    monkeypatch.setattr(_Cut, "forward", lambda self, *args: (real(self, *args), cuts.append(self.module))[0])
     return cuts
 
 

@@ -9,7 +9,9 @@ import sltt
 from sltt import kernels
 from sltt.kernels import native, restoring, sparse
 from sltt.models.nfresnet import ScaledWSConv2d
-from sltt.rules.traces import traced
+from sltt.rules.traces import TraceStep
+from sltt.sequence.run import Run
+from sltt.sequence.steps import time_steps
 from tests.conftest import LOSS, batch, gradients, small_network
 from tests.references import measured
 
@@ -118,14 +120,16 @@ def test_a_trace_adds_up_in_float32(dtype, largest):
     surrogate = sltt.surrogates.Rectangle(gamma=1e5)  # a constant
     model = nn.Sequential(nn.Linear(1, 1), sltt.IF(v_threshold=1e4, surrogate=surrogate), nn.Linear(1, 2)).to(dtype)
     gradients = []
-    with traced(model, None, True) as traces:
-        for t in range(100):
-            x = torch.full((2, 1), 1 if t else largest, dtype=dtype)
+    x = torch.ones(100, 2, 1, dtype=dtype)
+    x[0] = largest
+    traces = TraceStep(None, True)
+    with Run(model, time_steps(x, None), traces) as run:
+        for x_t in x:
             model.zero_grad()
-            value = model(x).sum()
+            value = run(x_t).sum()
             traces.end()
             value.backward()
-            sltt.detach(model)
+            run.detach()
             gradients.append(model[0].weight.grad.item())
     assert gradients[-1] / gradients[0] == pytest.approx(1 + 99 / largest, rel=0.01)
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.sequence.spikes import observers, observing, spiking_layers
+from sltt.sequence.layout import spiking_layers
+from sltt.sequence.spikes import observing, watches
 from tests.conftest import LOSS, batch, gradients, small_network
 from tests.rules.rate_equations import RULE, SETTINGS, STEADY, by_equations, by_rates, network
 
@@ -71,7 +72,7 @@ def test_steady_runs_the_layers_once_and_observers_see_the_spikes_of_all_steps()
         expected.append(s)
     assert torch.equal(torch.cat(seen["2"]), torch.cat(expected))
     assert rates.by_layer() == {name: pytest.approx(torch.cat(spikes).mean().item()) for name, spikes in seen.items()}
-    assert all("forward" not in vars(m) and not observers(m) for m in layers.values())
+    assert all("forward" not in vars(m) and not watches(m) for m in layers.values())
 
 
 @pytest.mark.parametrize("steps", [1, 3, 63, 64, 300])

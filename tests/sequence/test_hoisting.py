@@ -8,6 +8,8 @@ from torch import nn
 
 import sltt
 from sltt.models.nfresnet import ScaledWSConv2d
+from sltt.sequence.run import Run
+from sltt.sequence.steps import time_steps
 from tests.conftest import LOSS
 from tests.rules.test_folding import assert_same, results
 
@@ -167,9 +169,7 @@ def test_a_change_in_place_of_what_is_kept_is_refused():
 
 def test_weights_that_a_rule_changes_in_the_middle_are_computed_anew():
     conv = ScaledWSConv2d(2, 3, 3)
-    from sltt.sequence.once import hoisting
-
-    with hoisting(nn.Identity(), None, grad=False):
+    with Run(nn.Sequential(conv, sltt.LIF()), time_steps(torch.zeros(3, 1, 2, 4, 4), None), grad=False):
         first = sltt.once(conv.standardised)
         assert sltt.once(conv.standardised) is first
         with torch.no_grad():

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.sequence.spikes import observers, observing, spiking_layers
+from sltt.sequence.layout import spiking_layers
+from sltt.sequence.spikes import observing, watches
 from tests.conftest import LOSS, batch, small_network
 
 
@@ -76,7 +77,7 @@ def test_observers_leave_after_a_failure_and_stay_out_of_copies():
     model(x[1])
     assert outer == ["2", "2", "5"]
     assert inner == ["2"]
-    assert not any(observers(module) for module in layers.values())
+    assert not any(watches(module) for module in layers.values())
 
 
 def test_a_compiled_network_shows_its_spikes():

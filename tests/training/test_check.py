@@ -1,9 +1,10 @@
-"""A network that mixes the samples of a batch, or folded time steps, is named before it is trained."""
+"""Misuse that only running copies of a network can show is named before it is trained."""
 
 import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sltt
@@ -89,3 +90,56 @@ def test_a_layer_that_mixes_folded_time_steps_is_refused(tmp_path):
     fit(OverTime(), tmp_path)
     with pytest.raises(ValueError, match=r"2 \(OverTime\) mixes the time steps that are folded .*: use fold=1"):
         fit(OverTime(), tmp_path / "folded", sltt.SLTT(fold=3))
+
+
+class Attends(nn.Module):
+    """Tokens [B, 3, 4] of an image, in the form that its attention is made for."""
+
+    def __init__(self, batch_first, form=lambda x: x):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+        self.neuron, self.head = sltt.LIF(), nn.Linear(4, 3)
+        self.form = form
+
+    def forward(self, x):
+        x = self.form(x.unflatten(1, (3, 4)))
+        return self.head(self.neuron(self.attention(query=x, key=x, value=x)[0]).sum(0 if x.shape[0] == 3 else 1))
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(fold=2)], ids=repr)
+def test_attention_among_samples_or_time_steps_is_named(rule):
+    x = torch.randn(4, 5, 12)
+    with pytest.raises(
+        ValueError, match=r"attention \(MultiheadAttention\) attends over dimension 0 .* batch_first=True"
+    ):
+        sltt.check(Attends(batch_first=False), x, rule=rule)
+    with pytest.raises(ValueError, match=r"\[(5|10), 4\], the (5|10) samples of a time step"):
+        sltt.check(Attends(batch_first=True, form=lambda x: x[:, 0]), x, rule=rule)
+    with pytest.raises(ValueError, match=r"attends over dimension 1 of its input \[3, (5|10), 4\]"):
+        sltt.check(Attends(batch_first=True, form=lambda x: x.transpose(0, 1)), x, rule=rule)
+    sltt.check(Attends(batch_first=True), x, rule=rule)
+    if rule.fold == 1:
+        sltt.check(Attends(batch_first=False, form=lambda x: x.transpose(0, 1)), x, rule=rule)
+
+
+class Tokens(nn.Module):
+    """Attention by a function, among what `form` makes of tokens [B, 3, 4]."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.neuron, self.head = form, sltt.LIF(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        q = self.form(x.unflatten(1, (3, 4)))
+        return self.head(self.neuron(F.scaled_dot_product_attention(q, q, q).reshape(len(x), 3, 4)).sum(1))
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(fold=2)], ids=repr)
+def test_attention_by_a_function_among_samples_is_named(rule):
+    x = torch.randn(4, 5, 12)
+    for form in (lambda x: x.flatten(1), lambda x: x.transpose(0, 1), lambda x: x.flatten(1)[None, None]):
+        with pytest.raises(ValueError, match=r"attends over dimension [012] of its query .*\[B, heads, N, E\]"):
+            sltt.check(Tokens(form), x, rule=rule)
+    for form in (lambda x: x, lambda x: x[:, None], lambda x: x.unflatten(2, (2, 2)).transpose(1, 2)):
+        sltt.check(Tokens(form), x, rule=rule)
+        sltt.check(Tokens(form), x[:, :3], rule=rule)  # as many samples as tokens

@@ -1,0 +1,108 @@
+"""Spikes are known by their values: a look finds whether all elements of a tensor are 0 or one value, and packs them.
+
+Whoever made the spikes, scaled, pooled or dropped them: nothing is remembered of a tensor that may change. A look reads
+the memory once, about 1% of the time of a layer, and ends at the first elements of a tensor that is something else.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sltt._torch import is_functorch_wrapped_tensor
+from sltt.kernels import native
+from sltt.kernels.bits import pack, unpack
+from sltt.kernels.options import COMPILE_FROM, memory, options
+
+# Fewer elements than this are saved as they are: packing them costs more time than it is worth in memory.
+PACK_FROM = 4096
+# The same for spikes whose graph lives for one time step, which hardly add to the memory.
+BITS_FROM = 2**15
+BITS = "_sltt_bits"  # the attribute of a storage with the bits that the neuron keeps of it
+
+
+class Spikes:
+    """A tensor of 0 and `one` as bits, one for each element of its memory.
+
+    Attributes:
+        bits: [n/8].
+        one: what a spike is worth: a number, or one for each channel of memory with the channels last, [C].
+        count: the number of spikes.
+    """
+
+    __slots__ = ("bits", "count", "dtype", "one", "shape", "stride")
+
+    def __init__(self, x: Tensor, bits: Tensor, one: float | Tensor, count: int):
+        self.bits, self.one, self.count = bits, one, count
+        self.dtype, self.shape, self.stride = x.dtype, x.shape, x.stride()
+
+    @property
+    def density(self) -> float:
+        """Share of the elements that are not 0."""
+        return self.count / max(1, 8 * self.bits.numel())
+
+    def dense(self) -> Tensor:
+        """The tensor again, in memory of its own."""
+        if isinstance(self.one, Tensor):
+            rows = unpack(self.bits, 1.0, self.dtype).view(-1, len(self.one)).mul_(self.one)
+            return rows.as_strided(self.shape, self.stride)
+        return unpack(self.bits, self.one, self.dtype).as_strided(self.shape, self.stride)
+
+
+def packable(x: Tensor) -> bool:
+    """Whether a tensor is of a kind and size that pays to be packed."""
+    n = x.numel()
+    return (
+        n >= PACK_FROM
+        and n % 8 == 0
+        and options().bits
+        and x.is_floating_point()
+        and x.layout == torch.strided
+        and x.itemsize in (2, 4, 8)
+        and not (x.is_meta or x.is_neg() or is_functorch_wrapped_tensor(x))
+        and (x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x)))
+    )
+
+
+def bits_pay(elements: int) -> bool:
+    """Whether to save spikes as bits if the graph lives for one call, by the elements of its largest state."""
+    return elements >= BITS_FROM or options().sparse == "on"
+
+
+def look(x: Tensor) -> Spikes | None:
+    """The spikes in a tensor on the CPU; None for a tensor of other values, or one that does not pay."""
+    if not x.is_cpu or not packable(x):
+        return None
+    n = x.numel()
+    library = native.library() if n >= COMPILE_FROM else native.loaded()
+    if library is None:
+        return _look(x)
+    bits, one = torch.empty(n // 8, dtype=torch.uint8, device="cpu"), torch.zeros(1, dtype=x.dtype, device="cpu")
+    count = library.sltt_look(x, x.itemsize, bits, len(bits), one, torch.get_num_threads())
+    if count >= 0:
+        return Spikes(x, _shared(x, bits), one.item() or 1.0, count) if math.isfinite(one.item()) else None
+    channels = x.shape[1 if x.ndim > 2 else -1] if x.ndim > 1 else 0
+    if not channels or not (x.movedim(1, -1) if x.ndim > 2 else x).is_contiguous():
+        return None
+    ones = torch.zeros(channels, dtype=x.dtype, device="cpu")
+    if not library.sltt_look_by_channel(x, x.itemsize, n // channels, channels, ones) or not ones.isfinite().all():
+        return None
+    bits = pack(x)
+    return Spikes(x, _shared(x, bits), ones, library.sltt_count(bits, len(bits)))
+
+
+def _look(x: Tensor) -> Spikes | None:
+    """The same without native code."""
+    flat = memory(x)
+    one = flat[:256].abs().max()  # a few elements tell of most tensors that they are something else
+    one = one if one else flat.abs().max()
+    for part in (flat[:256], flat):
+        if not bool(((part == one) | (part == 0)).all()):
+            return None
+    return Spikes(x, pack(x), one.item() or 1.0, int(flat.count_nonzero()))
+
+
+def _shared(x: Tensor, bits: Tensor) -> Tensor:
+    """The bits that the neuron keeps, if they are the same."""
+    known = getattr(x.untyped_storage(), BITS, None)
+    return known if known is not None and torch.equal(known, bits) else bits

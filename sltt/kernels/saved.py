@@ -1,0 +1,142 @@
+"""What autograd saves for the backward is replaced by what it can be restored from, where that is smaller.
+
+On a CPU spikes are known by their values (`looks`), and saved as bits. On another device, where a look would wait, a
+neuron says so: it tags the memory of its spikes. What is computed from spikes, and what was normalised, is tagged with
+the operation to run again: pooled spikes; the output of a BatchNorm over several time steps, since a normalisation
+saves its input in any case; with `recompute` the outputs of convolutions and linear layers.
+
+A tag is of memory, and of the version of that memory: a tensor that was changed in place after it was tagged has none.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltt._torch import _top_saved_tensors_default_hooks, is_functorch_wrapped_tensor
+from sltt.kernels.bits import unpack
+from sltt.kernels.looks import PACK_FROM, Spikes, look
+from sltt.kernels.options import memory, options
+
+TAG = "_sltt_tag"  # the attribute of a storage with its tag
+# A tensor is recomputed from at most so many layers: beyond this, recomputing would take a time that is quadratic in
+# the number of layers without a normalisation between them.
+LAYERS_AT_MOST = 2
+
+
+class Tag:
+    """How to restore tagged memory.
+
+    Args:
+        tensor: whose memory is tagged.
+        make: gives a flat tensor of all of that memory.
+        layers: number of convolutions and linear layers that `make` runs.
+    """
+
+    def __init__(self, tensor: Tensor, make: Callable[[], Tensor], layers: int = 0):
+        self.version, self.dtype = tensor._version, tensor.dtype
+        self.make, self.layers = make, layers
+        setattr(tensor.untyped_storage(), TAG, self)
+
+
+def tag_of(tensor: Tensor) -> Tag | None:
+    """The tag of a tensor's memory, if there is one and the memory is as it was then."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_inference() or is_functorch_wrapped_tensor(tensor):
+        return None
+    tag = getattr(tensor.untyped_storage(), TAG, None)
+    if tag is None or tag.version != tensor._version or tag.dtype != tensor.dtype or tensor.is_neg():
+        return None
+    return tag
+
+
+def taggable(tensor: Tensor) -> bool:
+    """Whether a tensor owns the whole of its memory, and is large enough to be restored."""
+    n = tensor.numel()
+    return (
+        options().bits
+        and n >= PACK_FROM
+        and not (tensor.is_inference() or is_functorch_wrapped_tensor(tensor))  # whose changes have no version
+        and tensor.storage_offset() == 0
+        and tensor.untyped_storage().nbytes() == n * tensor.element_size()
+    )
+
+
+def tag_spikes(spikes: Tensor, bits: Tensor) -> None:
+    """Tag the spikes of a neuron on a device where a look at them would wait."""
+    dtype = spikes.dtype
+    Tag(spikes, lambda: unpack(bits, 1.0, dtype))
+
+
+def tag_made(
+    y: Tensor, x: Tensor, again: Callable[[Tensor], Tensor], layers: int = 0, spikes: Spikes | None = None
+) -> None:
+    """Tag y = again(x), which is made without a graph where a backward needs it; x is what autograd saves in any case.
+
+    Args:
+        y: the result.
+        x: what it was made from.
+        again: makes it again, with the same strides.
+        layers: convolutions and linear layers in it.
+        spikes: that x is, if that is known.
+    """
+    layers += tag.layers if (tag := tag_of(x)) else 0
+    if y.requires_grad and layers <= LAYERS_AT_MOST and taggable(y) and not is_functorch_wrapped_tensor(x):
+        saved: Any = save(x.detach()) if spikes is None else (spikes,)
+        stride = y.stride()
+
+        def make() -> Tensor:
+            with torch.no_grad():
+                made = again(restore(saved))
+                return memory(
+                    made
+                    if made.stride() == stride
+                    else torch.empty_strided(made.shape, stride, dtype=made.dtype, device=made.device).copy_(made)
+                )
+
+        Tag(y, make, layers)
+
+
+@contextmanager
+def saving(graph: bool = True) -> Iterator[None]:
+    """Inside this block autograd saves spikes as bits, and tagged tensors as their tags.
+
+    Where other saved-tensor hooks are in force, such as `save_on_cpu`, they stay in force.
+    """
+    on = graph and options().bits and _top_saved_tensors_default_hooks(True) is None
+    with torch.autograd.graph.saved_tensors_hooks(save, restore) if on else nullcontext():
+        yield
+
+
+def others_save() -> bool:
+    """Whether hooks of others are in force. A checkpoint runs layers again without us, and compares what they save."""
+    hooks = _top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0] is not save
+
+
+def save(tensor: Tensor) -> Any:
+    """What autograd keeps of a tensor: its tag, its bits, or itself."""
+    if (tag := tag_of(tensor)) is not None:
+        return tag, tensor.shape, tensor.stride(), tensor.storage_offset()
+    if not (tensor.is_leaf and tensor.requires_grad) and (spikes := look(tensor.detach())) is not None:
+        return (spikes,)
+    # Detached: an operation's own output would hold the operation, which holds what is saved, for ever. Autograd does
+    # not watch a hook's tensors for changes in place, so remember the version, which the two share.
+    return tensor.detach(), tensor._version
+
+
+def restore(saved: Any) -> Tensor:
+    """The tensor that was saved."""
+    if isinstance(saved[0], Spikes):
+        return saved[0].dense()
+    if isinstance(saved[0], Tag):
+        tag, shape, stride, offset = saved
+        return tag.make().as_strided(shape, stride, offset)
+    tensor, version = saved
+    if not tensor.is_inference() and tensor._version != version:
+        raise RuntimeError(
+            f"a tensor {list(tensor.shape)} that the backward needs was changed by an in-place operation "
+            f"(version {tensor._version}, expected {version})"
+        )
+    return tensor

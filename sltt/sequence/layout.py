@@ -1,0 +1,122 @@
+"""The layers of a network, each in its role; read once a batch."""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from sltt._torch import FABRIC, is_compiled
+from sltt.kernels import Operation, operation_of
+from sltt.sequence.hooks import own_forward
+from sltt.sequence.state import Role, Stateful, role_of, state_tensors
+
+
+@dataclass(eq=False, slots=True)
+class Layer:
+    """A module in its role.
+
+    Attributes:
+        name: of the module in the network.
+        module: itself.
+        role: what it is and can.
+        states: the attributes that hold tensors between time steps.
+        parts: the modules in it that keep a state, itself included.
+        compiled: it runs in compiled code.
+        before: the forward that the instance had before a run; None is that of its class.
+        plain: the forward that the run's handler stands for.
+        operation: what a weight layer applies; None where its forward is not known.
+        advance: runs several time steps in a call, `advance(x, steps, cut)`; None where the layer cannot.
+        seen: the call of the network in which it ran last.
+    """
+
+    name: str
+    module: Any
+    role: Role
+    states: tuple[str, ...]
+    compiled: bool
+    parts: list[nn.Module] = field(default_factory=list)
+    before: Any = None
+    plain: Any = None
+    operation: Operation | None = None
+    advance: Any = None
+    seen: int = 0
+
+    @property
+    def known(self) -> bool:
+        """Whether its forward is that of the class that has the role."""
+        return self.role.of is not None and not own_forward(self.module, self.role.of)
+
+    @property
+    def spikes(self) -> bool:
+        """Whether it is a layer of neurons."""
+        return bool(self.states or self.role.kind == "keeper") and self.role.spikes(self.module)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether a gradient flows through its states."""
+        return bool(self.states) and getattr(self.module, "differentiable", True)
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model'} ({type(self.module).__name__})"
+
+
+class Layout:
+    """The layers of a network.
+
+    Attributes:
+        layers: of all modules, in the order of `model.modules()`.
+        keepers: those that keep a state.
+    """
+
+    def __init__(self, model: nn.Module):
+        compiled = {m for outer in model.modules() if is_compiled(outer) for m in outer.modules()}
+        self.layers: dict[nn.Module, Layer] = {}
+        for name, module in model.named_modules():
+            role = role_of(type(module))
+            name = name.removeprefix(FABRIC).removesuffix(FABRIC[:-1])
+            layer = self.layers[module] = Layer(name, module, role, tuple(role.states(module)), module in compiled)
+            if role.kind == "weight" and layer.known:
+                layer.operation = operation_of(module)
+        self.keepers = [layer for layer in self.layers.values() if layer.states]
+        for layer in self.keepers:
+            layer.parts = [m for m in layer.module.modules() if self.layers[m].states]
+
+    @property
+    def neurons(self) -> dict[str, nn.Module]:
+        """The layers of neurons by name, ours and other libraries'."""
+        return {layer.name: layer.module for layer in self.layers.values() if layer.spikes}
+
+    def check(self, batch: int) -> None:
+        """Check that a rule can run the network one time step in a call; warn if it keeps no state at all.
+
+        Raises ValueError naming every module that takes several time steps in a call, or whose state is out of reach.
+        """
+        stateful = [layer.module for layer in self.keepers if isinstance(layer.module, Stateful)]
+        kept = {inner for keeper in stateful for child in keeper.children() for inner in child.modules()}
+        found = [(layer, layer.role.check(layer.module, batch, layer.module in kept)) for layer in self.layers.values()]
+        if problems := [f"{layer} {problem}" for layer, problem in found if problem]:
+            raise ValueError("a rule runs one time step in a call of the model, but " + "; ".join(problems))
+        if not self.keepers:
+            warnings.warn(
+                "no module of the model keeps a state between time steps, so that all rules are the same. A rule knows "
+                "sltt's neurons and every sltt.Stateful, the neurons of SpikingJelly, snnTorch, sinabs and Norse, and "
+                "what sltt.register is given",
+                stacklevel=3,
+            )
+
+    def require_folds(self) -> None:
+        """Raise one ValueError that names every layer that cannot take several time steps in a call."""
+        found = [(layer, layer.role.folds(layer.module)) for layer in self.layers.values()]
+        found += [(layer, "runs in compiled code") for layer in self.keepers if layer.compiled]
+        if problems := [f"{layer} {problem}" for layer, problem in found if problem]:
+            raise ValueError(f"fold needs layers that treat time steps alike, but {'; '.join(problems)}; use fold=1")
+
+    def state_tensors(self) -> list[Tensor]:
+        """The tensors in all states, in an order that is the same wherever a time step ends."""
+        return [tensor for layer in self.keepers for tensor in state_tensors(layer.module)]
+
+
+def spiking_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of neurons of a model, ours and other libraries', by name."""
+    return Layout(model).neurons

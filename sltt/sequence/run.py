@@ -1,0 +1,194 @@
+"""A run: one batch on one network. It alone touches modules, and undoes all at its end.
+
+Shapes: T time steps, B samples, C classes; a call of the network takes n time steps, folded into the batch dimension,
+[n·B, ...], the first step first.
+
+Layers that treat their samples alike take a fold as it is: convolutions, linear layers, pooling. What depends on the
+time step takes the steps apart: neurons run their recurrence, BatchNorm takes the statistics of each step by itself,
+and what keeps a state of its own takes the steps one after the other. So outputs and gradients are those of n calls.
+"""
+
+import threading
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sltt import kernels
+from sltt.sequence.claims import claim, release
+from sltt.sequence.hooks import Handler
+from sltt.sequence.layout import Layer, Layout
+from sltt.sequence.once import Results, is_sharded
+from sltt.sequence.state import detach_module, reset_module
+from sltt.sequence.step import Step
+from sltt.sequence.steps import Sequence
+
+
+class Run:
+    """The time steps of a sequence on a network, which is reset at the beginning and at the end.
+
+    Args:
+        model: maps the input of one time step [B, ...] to logits [B, C].
+        sequence: the input.
+        step: what layers do in a time step.
+        hoist: `sltt.once` keeps what it computes from a static input.
+        grad: a graph is built in some steps.
+        keep: keep what is made of weights; not where these change between time steps.
+
+    Attributes:
+        layout: the layers.
+        fold: n, the time steps in the call in progress; 1 within a layer that takes them one after the other.
+        steps: n, within such a layer too.
+        cut: no gradient flows from one of these steps to the step before.
+        shows: what neurons give are spikes.
+        weights: the forms of weights that layers read, as long as these do not change.
+        bits: spikes are saved as bits; `fast`: layers run by kernels of ours.
+        recompute: the outputs of weight layers are made again in the backward.
+
+    Raises:
+        ValueError: when it begins, a layer that does not run step by step, or whose state is in use.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sequence: Sequence,
+        step: Step | None = None,
+        *,
+        hoist: bool = False,
+        grad: bool = True,
+        keep: bool = True,
+    ):
+        self.model, self.sequence, self.batch = model, sequence, sequence.batch
+        self.step = step or Step()
+        self.step.run = self
+        self.layout = Layout(model)
+        self.thread = threading.get_ident()
+        fixed = sequence.x if sequence.static and hoist else None
+        self.results = Results(fixed, grad, keep and not is_sharded(model))
+        self.keep, self.weights = keep, kernels.Weights(packed=not grad)
+        self.bits = kernels.options().bits and not kernels.others_save()
+        self.fast, self.recompute = self.bits and sequence.x.is_cpu, False
+        self.fold = self.steps = 1
+        self.cut, self.shows = False, True
+        self.call = self._calls = 0
+        self._handled: list[Layer] = []
+        self._folds = False
+
+    def __enter__(self) -> Self:
+        self.layout.check(self.batch)
+        self._before = claim(self, self.layout)
+        try:
+            self.reset()
+            self.handle()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for layer in reversed(self._handled):
+            if layer.before is None:
+                vars(layer.module).pop("forward", None)
+            else:
+                vars(layer.module)["forward"] = layer.before
+        self._handled.clear()
+        try:
+            self.reset()
+        finally:
+            release(self._before)
+
+    def handle(self) -> None:
+        """Install what the step does instead of the forwards of layers."""
+        for layer in self.layout.layers.values():
+            if layer.plain is not None or (do := self.step.handler(layer, self._folds)) is None:
+                continue
+            values = vars(layer.module)
+            layer.before, layer.plain = values.get("forward"), layer.module.forward
+            layer.advance = layer.role.advance(layer.module)
+            self._handled.append(layer)
+            values["forward"] = Handler(torch.compiler.disable(do) if layer.compiled else do, layer)
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        for layer in self.layout.keepers:
+            reset_module(layer.module)
+
+    def detach(self) -> None:
+        """Cut the graph behind the states: v[t] becomes a constant of step t + 1."""
+        for layer in self.layout.keepers:
+            detach_module(layer.module)
+
+    def __call__(self, x: Tensor, steps: int = 1, cut: bool = False, recompute: bool = False) -> Tensor:
+        """Run time steps in one call of the network: [n·B, ...] to logits [n, B, C].
+
+        Raises ValueError for logits of another form, and for a layer that does not take several time steps in a call.
+        """
+        if steps > 1 and not self._folds:
+            self.layout.require_folds()
+            self._folds = True
+            self.handle()
+        if recompute and not self.recompute:
+            self.recompute = True
+            self.handle()
+        if not self.keep:  # weights may have changed
+            self.weights = kernels.Weights()
+            torch.clear_autocast_cache()
+        self._calls += 1
+        self.call, self.fold, self.steps, self.cut = self._calls, steps, steps, cut
+        try:
+            logits = self.model(x)
+        finally:
+            self.fold = self.steps = 1
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"expected the model to return the logits [B, C] of one time step, got {type(logits).__name__}; "
+                "keep the state in the modules and return the output only"
+            )
+        if logits.shape[:1] == x.shape[:1]:
+            return logits.unsqueeze(0) if steps == 1 else logits.unflatten(0, (steps, self.batch))
+        if steps == 1:
+            raise ValueError(
+                f"expected logits [{len(x)}, C] of the {len(x)} samples in a time step, got {list(logits.shape)}: an "
+                "input is [T, B, ...], time first; [B, ...] without time needs steps=T"
+            )
+        raise ValueError(
+            f"expected logits of {self.batch} samples in each of {steps} folded time steps, [{len(x)}, C], got "
+            f"{list(logits.shape)}; a layer does not take the steps as samples: use fold=1"
+        )
+
+    def take_turn(self, layer: Layer, problem: str) -> None:
+        """Note that a layer runs; raise ValueError with `problem` if it has run in this call of the network."""
+        if layer.seen == self.call:
+            raise ValueError(f"{layer} {problem}")
+        layer.seen = self.call
+
+    def one_by_one(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the time steps of the call one after the other within a layer."""
+        n, call, given = self.fold, self.call, []
+        if n == 1:
+            return layer.plain(*args, **kwargs)
+        parts = [a.chunk(n) if isinstance(a, Tensor) else (a,) * n for a in args]
+        named = [{k: a.chunk(n)[t] if isinstance(a, Tensor) else a for k, a in kwargs.items()} for t in range(n)]
+        self.fold = 1
+        try:
+            for t in range(n):
+                if self.cut and t:
+                    for part in layer.parts:
+                        detach_module(part)
+                self._calls += 1
+                self.call = self._calls
+                given.append(layer.plain(*(part[t] for part in parts), **named[t]))
+        finally:
+            self.fold, self.call = n, call
+        return _joined(given)
+
+
+def _joined(given: list[Any]) -> Any:
+    """What a layer gave in each time step, [n·B, ...]; of a tuple, which ends in the state, each part."""
+    if isinstance(given[0], tuple):
+        return tuple(map(_joined, map(list, zip(*given, strict=True))))
+    return torch.cat(given) if isinstance(given[0], Tensor) else given[-1]

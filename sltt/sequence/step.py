@@ -1,0 +1,105 @@
+"""What each layer does in a time step: a rule overrides what it changes."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sltt import kernels
+from sltt.sequence.layout import Layer
+from sltt.sequence.steps import in_backward
+
+if TYPE_CHECKING:
+    from sltt.sequence.run import Run
+
+NEURON = "runs twice in a time step, and has one membrane potential: use a neuron of its own for each place"
+TWICE = "runs twice in a call of the network: use fold=1"
+
+
+class Step:
+    """What layers do in a time step; this one runs them as they are.
+
+    A rule overrides the methods of the roles that it changes. Each takes the layer and the arguments of its forward,
+    and gives what the forward gives; `layer.plain` is that forward.
+
+    Attributes:
+        run: the batch that the step is in.
+        eager: compiled code is not in force.
+    """
+
+    run: "Run"
+    eager = False
+
+    def handler(self, layer: Layer, folds: bool) -> Any:
+        """What runs in place of a layer's forward, or None; `folds`: calls may take several time steps."""
+        kind = "neuron" if layer.spikes else layer.role.kind
+        if kind == "other":
+            return None
+        own = getattr(type(self), kind) is not getattr(Step, kind)
+        if layer.compiled and not self.eager:  # compiled code stays as it is
+            return getattr(self, kind) if own else None
+        takes_part = {
+            "neuron": True,
+            "keeper": folds,
+            "norm": layer.role.stepwise and (folds or (self.run.fast and layer.known)),
+            "weight": (self.run.fast or self.run.recompute) and layer.operation is not None,
+            "pool": self.run.bits and layer.known,
+        }
+        return getattr(self, kind) if own or takes_part[kind] else None
+
+    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        """A layer of neurons."""
+        if not in_backward():  # else the neuron says what is wrong
+            self.run.take_turn(layer, NEURON)
+        if layer.advance is not None:
+            return layer.advance(*args, **kwargs, steps=self.run.fold, cut=self.run.cut)
+        return self.run.one_by_one(layer, args, kwargs)
+
+    def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        """Another layer with a state."""
+        if self.run.fold > 1 and layer.states and not in_backward():
+            self.run.take_turn(layer, TWICE)
+        return self.run.one_by_one(layer, args, kwargs)
+
+    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        """A linear layer or a convolution, on active inputs only where that is faster."""
+        if layer.operation is None or len(args) != 1:
+            return layer.plain(*args, **kwargs)
+        module, run = layer.module, self.run
+        return kernels.run_layer(
+            layer.operation,
+            kernels.settled(args[0]),
+            layer.role.weight(module),
+            module.bias,
+            run.weights,
+            run.recompute,
+        )
+
+    def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        """A normalisation; BatchNorm takes the statistics of each time step by itself."""
+        steps = self.run.fold
+        if not layer.role.stepwise:
+            return layer.plain(*args, **kwargs)
+        if steps > 1:
+            if in_backward():  # a checkpoint runs it again, and does not know of the fold
+                raise ValueError(f"{type(layer.module).__name__} {TWICE}")
+            self.run.take_turn(layer, TWICE)
+            return kernels.stepwise_norm(layer.module, *args, steps=steps)
+        waiting = (
+            kernels.deferred_norm(layer.module, *args)
+            if self.run.fast and layer.known and not kernels.others_save()
+            else None
+        )
+        return layer.plain(*args, **kwargs) if waiting is None else waiting
+
+    def pool(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        """A pooling."""
+        x, module = args[0], layer.module
+        if isinstance(module, nn.MaxPool2d):
+            found = kernels.max_pool(module, x)
+            return layer.plain(*args, **kwargs) if found is None else found
+        y = layer.plain(*args, **kwargs)
+        if torch.is_grad_enabled() and not kernels.others_save() and (spikes := kernels.look(x.detach())):
+            kernels.tag_made(y, x, partial(type(module).forward, module), spikes=spikes)
+        return y

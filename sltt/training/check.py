@@ -1,0 +1,218 @@
+"""Misuse that only running copies of a network can show."""
+
+import math
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sltt import kernels
+from sltt._torch import FABRIC, _BatchNorm
+from sltt.checks import instance
+from sltt.rules import SLTT, Rule
+from sltt.rules.diagnosis import plain_tensors
+from sltt.sequence.copies import copied
+from sltt.sequence.hooks import hooked
+from sltt.sequence.modes import evaluating
+from sltt.sequence.run import Run
+from sltt.sequence.state import Stateful
+from sltt.sequence.step import Step
+from sltt.sequence.steps import Sequence, time_steps
+
+Seen = list[tuple[str, Tensor | None, Tensor | None]]  # of each call of a module, what sample 0 gave it and got
+
+
+def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None = None) -> None:
+    """Check that a network runs its samples and time steps apart, on copies of it; `sltt.fit` does so once.
+
+        sltt.check(model, x)
+
+    It finds attention among samples, neurons that run twice in a time step of compiled code, modules that mix the
+    samples of a batch or folded time steps, and states that no rule knows of.
+
+    Args:
+        model: maps the input of one time step to logits. It is left as it was.
+        x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...]. Some samples are enough; five
+            are few other dimensions' number.
+        rule: that trains.
+        steps: T for a static input.
+
+    Raises:
+        ValueError: attention among samples or time steps; a neuron in two places; folded time steps that are mixed.
+    """
+    instance("model", model, nn.Module)
+    instance("rule", rule, Rule)
+    sequence = time_steps(x, steps)
+    fold = sequence.steps if rule.fold == "auto" else min(rule.fold, sequence.steps)
+    _check_call(model, sequence, fold)
+    if sequence.batch < 2 or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
+        return  # what normalises by the statistics of the batch, in evaluation too, is not judged
+    if fold > 1 and (found := _mixing(model, sequence, fold)):
+        raise ValueError(
+            f"{found} mixes the time steps that are folded into a batch, or its samples: use fold=1. Attention over "
+            "time has no form step by step: let neurons carry the past"
+        )
+    if found := _mixing(model, sequence, 1):
+        warnings.warn(
+            f"{found} mixes the samples of a batch, in evaluation mode too: what a sample gives depends on the others. "
+            "Attention is among tokens, [B, N, E] and not [N, B, E]; a sum over dimension 0 is one over samples",
+            stacklevel=4,
+        )
+
+
+class _Eager(Step):
+    eager = True
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """The network without hooks, which would see more than the batches."""
+    twin = copied(model)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return twin
+
+
+def _check_call(model: nn.Module, sequence: Sequence, fold: int) -> None:
+    """Run a call of the network without the compiler: neurons run once in it, attention is among tokens, nothing stays.
+
+    Where the network does not run so, the training says what is wrong.
+    """
+    samples = sequence.batch * fold
+    try:
+        twin = _copy(model)
+        before = [*plain_tensors(twin)]  # held, so that no other tensor gets their ids
+        attending = (
+            module.register_forward_pre_hook(partial(_among_tokens, name, samples), with_kwargs=True)
+            for name, module in twin.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+        )
+        with (
+            hooked(*attending), evaluating(twin), torch.no_grad(), torch.compiler.set_stance("force_eager"),
+            torch.random.fork_rng([sequence.x.device] if sequence.x.is_cuda else []),
+            Run(twin, sequence, _Eager(), grad=False) as run, _Attention(samples),
+        ):  # fmt: skip
+            run(sequence.input(range(fold)), fold)
+    except ValueError:
+        raise
+    except Exception:  # of any kind: it is the user's code
+        return
+    finally:
+        torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in the steps that follow
+    _warn_of_leftovers(twin, before, samples)
+
+
+def _among_tokens(name: str, samples: int, module: Any, args: Any, kwargs: Any) -> None:
+    """A forward pre-hook of attention: raises ValueError where it is among samples or time steps."""
+    query: Tensor = args[0] if args else kwargs["query"]
+    tokens = int(query.ndim == 3 and module.batch_first)
+    what = f"{name or 'the model'} ({type(module).__name__}) attends over dimension {tokens} of its input"
+    _check_tokens(query, tokens, samples, what, "give it tokens [B, N, E] and make it with batch_first=True")
+
+
+class _Attention(TorchFunctionMode):
+    """As `_among_tokens`, in calls of `F.scaled_dot_product_attention`, whose tokens are the last but one dimension."""
+
+    def __init__(self, samples: int):
+        super().__init__()
+        self.samples = samples
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query: Tensor = args[0] if args else kwargs["query"]
+            tokens = query.ndim - 2
+            what = f"scaled_dot_product_attention attends over dimension {tokens} of its query"
+            _check_tokens(query, tokens, self.samples, what, "give it queries, keys and values [B, heads, N, E]")
+        return func(*args, **kwargs)
+
+
+def _check_tokens(query: Tensor, tokens: int, samples: int, what: str, remedy: str) -> None:
+    """Raise ValueError where `tokens`, a dimension of a query, is that of the samples.
+
+    It has so many elements then, and no other dimension but the features has them.
+    """
+    others = math.prod(query.shape[:-1]) // max(1, query.shape[tokens])
+    if query.shape[tokens] == samples and others % samples != 0:
+        raise ValueError(
+            f"{what} {list(query.shape)}, the {samples} samples of a time step: {remedy}. Attention over time has no "
+            "step by step form: let neurons carry the past, or train without a rule"
+        )
+
+
+def _warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> None:
+    """Warn of a tensor of the batch that a module keeps after a time step: a state that nobody resets."""
+    there = {id(value) for *_, value in before}
+    shapes = {(name, attribute, value.shape) for name, _, attribute, value in before}
+    for name, module, attribute, value in plain_tensors(model):
+        new = id(value) not in there and (name, attribute, value.shape) not in shapes  # or it is of that size anyway
+        if value.ndim > 1 and len(value) == samples and new:
+            kind = type(module).__name__
+            remedy = (
+                f"add it to {kind}.states. If it is not: give it a name that begins with _"
+                if isinstance(module, Stateful)
+                else f"say so: sltt.register({kind}, states=['{attribute}']). If it is not: sltt.register({kind}, "
+                "states=[])"
+            )
+            warnings.warn(
+                f"{name.removeprefix(FABRIC) or 'the model'} ({kind}) keeps a tensor of the batch in `.{attribute}` "
+                f"after the sequence. If it is a state, {remedy}",
+                stacklevel=5,
+            )
+
+
+def _mixing(model: nn.Module, sequence: Sequence, steps: int) -> str | None:
+    """The first module whose output for sample 0 depends on the others, with `steps` time steps in a call.
+
+    None too where the network does not run so: the training says what is wrong.
+    """
+    x = sequence.input(range(steps))
+    others = 1 - x[1:] if x.is_floating_point() else x[1:].flip(0)
+    changed = torch.cat([x[:1], others])
+    try:
+        twin = _copy(model)
+        # the same once more with other random numbers: what they change is not judged
+        calls = (x, 0), (x, 1), (changed, 0)
+        before, again, after = (_run(twin, sequence.batch, steps, one, seed) for one, seed in calls)
+    except Exception:  # of any kind: it is the user's code
+        return None
+    if len({tuple(name for name, *_ in seen) for seen in (before, again, after)}) > 1:
+        return None  # it decides by values which modules run
+    for (name, read, gave), (_, _, repeated), (_, read_then, gave_then) in zip(before, again, after, strict=True):
+        if _same(read, read_then) and _same(gave, repeated) and not _same(gave, gave_then):
+            return name
+    return None
+
+
+def _run(model: nn.Module, batch: int, steps: int, x: Tensor, seed: int) -> Seen:
+    """The calls of modules in a call of the network, in the order in which they end."""
+    seen: Seen = []
+    hooks = [m.register_forward_hook(partial(_look, name, len(x), seen)) for name, m in model.named_modules()]
+    devices = [x.device] if x.is_cuda else []
+    with (
+        hooked(*hooks), evaluating(model), torch.no_grad(), torch.random.fork_rng(devices),
+        kernels.using(sparse="off", compile="off"), Run(model, Sequence(x[:batch], steps, True), grad=False) as run,
+    ):  # fmt: skip
+        torch.manual_seed(seed)
+        run(x, steps)
+    return seen
+
+
+def _look(name: str, rows: int, seen: Seen, module: nn.Module, inputs: Any, output: Any) -> None:
+    """A forward hook, once it has its first three arguments."""
+    read, gave = (_first_row(one, rows) for one in (inputs[0] if inputs else None, output))
+    seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
+
+
+def _first_row(x: Any, rows: int) -> Tensor | None:
+    """What belongs to sample 0; None where the dimension of the samples is not plain to see."""
+    plain = isinstance(x, Tensor) and x.ndim > 0 and x.shape.count(rows) == 1 and len(x) == rows
+    return x[0].clone() if plain else None
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
