@@ -67,14 +67,8 @@ class Step:
         if layer.operation is None or len(args) != 1:
             return layer.plain(*args, **kwargs)
         module, run = layer.module, self.run
-        return kernels.run_layer(
-            layer.operation,
-            kernels.settled(args[0]),
-            layer.role.weight(module),
-            module.bias,
-            run.weights,
-            run.recompute,
-        )
+        x, weight = kernels.settled(args[0]), layer.role.weight(module)
+        return kernels.run_layer(layer.operation, x, weight, module.bias, run.weights, run.recompute)
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """A normalisation; BatchNorm takes the statistics of each time step by itself."""
