@@ -9,7 +9,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 from sltt.kernels.custom import CustomStep, custom_step
 from sltt.kernels.deferred import deferred_norm, settled
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.layers import Operation, operation_of, run_layer, spike_call
+from sltt.kernels.layers import Operation, is_small, operation_of, run_layer, spike_call
 from sltt.kernels.looks import Spikes, bits_pay, look
 from sltt.kernels.norm import batch_statistics, stepwise_norm
 from sltt.kernels.options import Compile, Options, Sparse, compiler_problem, options, using, without_modes
@@ -39,6 +39,7 @@ __all__ = [
     "custom_step",
     "deferred_norm",
     "differentiable_once",
+    "is_small",
     "look",
     "max_pool",
     "neuron_step",

@@ -203,8 +203,8 @@ def deferred_norm(norm: Any, x: Tensor) -> Deferred | None:
         x.dtype == torch.bfloat16, x, x.numel(), channels, *running, norm.weight, norm.bias,
         training, momentum, norm.eps, factors, torch.get_num_threads(),
     )  # fmt: skip
-    if training and running[0] is not None:
-        increment_version(running)  # they were changed in place
+    if training:
+        increment_version([one for one in running if one is not None])  # they were changed in place
     normalised = Normalised(x.detach(), factors, training)
     y: Any = _Defer.apply(x, norm.weight, norm.bias, normalised)
     y.inputs = x, norm.weight, norm.bias

@@ -187,6 +187,17 @@ def _tag_layer(operation: Operation, y: Any, x: Tensor, weight: Tensor, bias: Te
     tag_made(y, x, again, layers=1, spikes=call and call.spikes)
 
 
+def is_small(operation: Operation, x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer has too few products to run in another way than PyTorch's, whatever it reads."""
+    if options().sparse == "on" or not x.is_cpu:
+        return False
+    if operation.axes == 0:
+        products = weight.numel() * (x.numel() // max(1, weight.shape[-1]))
+    else:  # at most: the output may be smaller than the input
+        products = weight.numel() * (x.numel() // max(1, x.shape[1]))
+    return products < costs.PRODUCTS_FROM
+
+
 def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights) -> Call | None:
     """How a layer runs on spikes; None where x is something else, or it is PyTorch's."""
     if options().sparse == "off" or not options().bits or not x.is_cpu:

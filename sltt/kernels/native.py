@@ -86,8 +86,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def loaded() -> ctypes.CDLL | None:
-    """The compiled kernels if an earlier call has loaded them."""
-    return _library()[0] if _library.cache_info().currsize else None
+    """The compiled kernels if they are there: it compiles nothing."""
+    return _library()[0] if _library.cache_info().currsize or _is_compiled() else None
 
 
 def library_for(elements: int) -> ctypes.CDLL | None:
@@ -123,7 +123,7 @@ def key() -> str:
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        path = cache_folder() / f"spikes-{key()}.so"
+        path = _path()
         if not _intact(path):
             _compile(path)
         return _open(path), None
@@ -132,6 +132,19 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
     except _FailedError as failed:
         warnings.warn(f"layers compute on spikes as on any input, since {failed}", stacklevel=3)
         return None, str(failed)
+
+
+@functools.cache
+def _is_compiled() -> bool:
+    """Whether the library was compiled by an earlier process."""
+    try:
+        return _path().exists()
+    except (_AbsentError, _FailedError):
+        return False
+
+
+def _path() -> Path:
+    return cache_folder() / f"spikes-{key()}.so"
 
 
 def _open(path: Path) -> ctypes.CDLL:

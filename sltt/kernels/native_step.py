@@ -6,7 +6,6 @@ Surrogates with an exponential are differentiated by the compiled step.
 """
 
 import ctypes
-import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,9 @@ _SURROGATES: dict[type[Surrogate], Callable[[Any], tuple[int, float, float]]] = 
     ArcTan: lambda s: (2, math.pi * s.alpha / 2, s.alpha / 2),
     FastSigmoid: lambda s: (3, s.alpha, s.scale * s.alpha / 2),
 }
+
+
+_P, _I, _N = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
 class _Constants(ctypes.Structure):
@@ -57,7 +59,12 @@ class NativeStep:
         inverse = 1 / a if a > 0 and math.frexp(a)[0] == 0.5 else 0.0
         gain = 1 - decay if step.decay_input else 1.0
         soft = step.v_reset is None
-        self._library = library
+        self.library = library
+        # functions of our own, which take addresses: that of a tensor costs no call of Python
+        self._forward, self._gradient = library["sltt_neuron"], library["sltt_neuron_gradient"]
+        self._forward.restype, self._forward.argtypes = None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _N, _I]
+        self._gradient.restype = _I
+        self._gradient.argtypes = [_P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _I]
         self._constants = ctypes.byref(
             _Constants(
                 decay, gain, step.v_threshold, step.v_reset or 0.0, soft, step.detach_reset, above,
@@ -72,8 +79,9 @@ class NativeStep:
 
         `norm`, if given, is the pointer of a BatchNorm whose input is x.
         """
-        self._library.sltt_neuron(
-            self._constants, norm, x.dtype == torch.bfloat16, x, v, s, v_out, u_out, bits,
+        self._forward(
+            self._constants, norm, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(), s.data_ptr(),
+            v_out.data_ptr(), None if u_out is None else u_out.data_ptr(), None if bits is None else bits.data_ptr(),
             x.numel(), torch.get_num_threads(),
         )  # fmt: skip
 
@@ -82,7 +90,7 @@ class NativeStep:
 
         Returns the number of spikes.
         """
-        return self._library.sltt_steady(
+        return self.library.sltt_steady(
             self._constants, x.dtype == torch.bfloat16, x, start, steps, rate, by_input,
             x.numel(), torch.get_num_threads(),
         )  # fmt: skip
@@ -105,10 +113,13 @@ class NativeStep:
         """
         spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
         affine = None if norm is None else torch.empty(2, x.shape[1], dtype=torch.float32, device="cpu")
-        self._library.sltt_neuron_gradient(
+        given = grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine
+        short_of_memory = self._gradient(
             self._constants, norm, x_dtype == torch.bfloat16, out.dtype == torch.bfloat16,
-            grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine, out.numel(), torch.get_num_threads(),
+            *[None if one is None else one.data_ptr() for one in given], out.numel(), torch.get_num_threads(),
         )  # fmt: skip
+        if short_of_memory:
+            raise MemoryError("a neuron's gradient has no memory for its scratch")
         return (None, None) if affine is None else (affine[0], affine[1])
 
 
@@ -138,11 +149,10 @@ def native_step(
         return None
     if (library := library_for(like.numel())) is None:
         return None
-    native = _constant(library, step) if decay is None else NativeStep(library, step, decay.item())
+    if decay is not None:
+        native = NativeStep(library, step, decay.item())
+    elif (native := step.native) is None or native.library is not library:
+        assert step.decay is not None
+        native = NativeStep(library, step, step.decay)
+        object.__setattr__(step, "native", native)  # of a value, which has one
     return None if gradient and not native.differentiates else native
-
-
-@functools.lru_cache(maxsize=64)
-def _constant(library: ctypes.CDLL, step: "NeuronStep") -> NativeStep:
-    assert step.decay is not None
-    return NativeStep(library, step, step.decay)

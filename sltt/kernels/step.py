@@ -12,7 +12,8 @@ All is elementwise on memory: tensors of any dense memory format are taken as fl
 """
 
 import functools
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from sltt.kernels.bits import pack, unpack
 from sltt.kernels.deferred import Deferred, Normalised, pointer, taken
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.looks import BITS, packable
+from sltt.kernels.looks import BITS, bits_pay, packable
 from sltt.kernels.native_step import native_step
 from sltt.kernels.options import Kernel, in_force, options, without_modes
 from sltt.kernels.saved import tag_of, tag_spikes
@@ -38,9 +39,10 @@ class NeuronStep:
     decay_input: bool
     detach_reset: bool
     surrogate: Surrogate
+    native: Any = field(default=None, init=False, repr=False, compare=False)  # its form in C++, once it was made
 
     @staticmethod
-    @functools.lru_cache(maxsize=64)
+    @functools.lru_cache(maxsize=1024)
     def of(**constants: Any) -> "NeuronStep":
         """The step of these constants: the same one for all calls, since making it takes time."""
         return NeuronStep(**constants)
@@ -105,6 +107,7 @@ def _run(
     steps: int,
     keep: bool,
     packs: bool = False,
+    cut: bool = False,
     norm: Normalised | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
     """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the bits of the spikes.
@@ -117,7 +120,7 @@ def _run(
     v = like(v, xs[0])
     s = torch.empty_like(x)
     native = native_step(step, v, x.dtype, v.dtype, decay)
-    packs = packs and packable(s)
+    packs = packs and packable(s) and not (cut and not bits_pay(s.numel()))
     bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if native and packs and v.numel() % 8 == 0 else None
     bits_of = (None,) * steps if bits is None else unfold(bits, steps)
     kept = []
@@ -188,7 +191,7 @@ class _NeuronStep(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it.
         ctx.replays = steps > 1 and tag_of(x) is not None
-        s, v_next, kept, bits = _run(step, v, x, decay, steps, keep=not ctx.replays, packs=True, norm=norm)
+        s, v_next, kept, bits = _run(step, v, x, decay, steps, not ctx.replays, True, cut, norm)
         if bits is not None:
             if s.is_cpu:
                 setattr(s.untyped_storage(), BITS, bits)  # for layers that look at the spikes
@@ -215,7 +218,8 @@ class _NeuronStep(torch.autograd.Function):
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_s is None and grad_v is None:
             return (None,) * 9
-        with in_force(ctx.options), without_modes():
+        same = ctx.options is options()  # but in a thread of autograd
+        with nullcontext() if same else in_force(ctx.options), without_modes():
             return _NeuronStep._backward(ctx, grad_s, grad_v)
 
     @staticmethod

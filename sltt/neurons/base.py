@@ -87,6 +87,10 @@ class Neuron(Stateful):
             check_forward(self)
             return self.fused_steps(x, steps, cut)
 
+    def prepare(self) -> Callable[[Tensor, int, bool], Tensor]:
+        """Return what `advance` does in a run, with all prepared that does not change in it."""
+        return self.advance
+
     def _prepare_states(self, x: Tensor, steps: int) -> torch.dtype:
         """Make the states before the first step of a sequence, and check them before the others; their type."""
         first = x[: len(x) // steps] if steps > 1 else x
@@ -183,7 +187,7 @@ set_role(
         lambda neuron: neuron.states,
         lambda neuron: neuron.reset(),
         lambda neuron: neuron.spikes,
-        advance=lambda neuron: None if own_forward(neuron, Neuron) else neuron.advance,
+        advance=lambda neuron: None if own_forward(neuron, Neuron) or transforms_active() else neuron.prepare(),
     ),
 )
 

@@ -4,6 +4,7 @@ Shapes: a neuron takes any shape [B, ...] and works elementwise. u is the membra
 spike, v the membrane potential after the reset, which is what is kept between time steps.
 """
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -142,6 +143,25 @@ class IntegrateAndFire(Neuron):
         assert self.v is not None
         spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, steps, cut)
         return spikes
+
+    def prepare(self) -> Callable[[Tensor, int, bool], Tensor]:
+        decay = self.decay()
+        if isinstance(decay, Tensor) or not self._is_plain(decay) or type(self).advance is not Neuron.advance:
+            return self.advance
+        if type(self).fused_steps is not IntegrateAndFire.fused_steps:
+            return self.advance
+        step, states = NeuronStep.of(decay=decay, **self.constants()), vars(self)
+
+        def advance(x: Tensor, steps: int, cut: bool) -> Tensor:
+            v, first = states["v"], x if steps == 1 else x[: len(x) // steps]
+            if v is None:
+                v = torch.full_like(first, self.start, dtype=self.state_type(x))
+            else:
+                self.check_state("v", first, v.dtype)
+            spikes, states["v"] = neuron_step(step, v, x, None, steps, cut)
+            return spikes
+
+        return advance
 
     def extra_repr(self) -> str:
         start = "" if self.v_init is None else f"v_init={self.v_init}, "

@@ -5,7 +5,7 @@ Shapes: T time steps, B samples, C classes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -101,15 +101,13 @@ class Batch:
 
         So do those on a device where packing is a pass of its own.
         """
-        brief = cut and not recompute and self._largest
-        if brief and not (self.network.fast and kernels.bits_pay(self._largest * steps)):
-            return kernels.using(bits=False)
         if recompute and not self.network.bits:
             raise ValueError(
-                "recompute starts from spikes saved as bits, and other saved-tensor hooks, or "
-                "kernels.using(bits=False), are in force: leave one out"
+                "recompute starts from spikes saved as bits, and kernels.using(bits=False), or saved-tensor hooks of "
+                "others, are in force: leave one out"
             )
-        return kernels.saving(graph)
+        brief = cut and not recompute and not (self.network.fast and kernels.bits_pay(self._largest * steps))
+        return kernels.saving() if graph and self.network.bits and not (brief and self._largest) else nullcontext()
 
     def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
         """As `run`: the sum of the steps' losses over T, to backpropagate."""

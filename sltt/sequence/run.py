@@ -91,10 +91,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for layer in reversed(self._handled):
-            if layer.before is None:
-                vars(layer.module).pop("forward", None)
-            else:
-                vars(layer.module)["forward"] = layer.before
+            self.drop(layer)
         self._handled.clear()
         try:
             self.reset()
@@ -111,6 +108,13 @@ class Run:
             layer.advance = layer.role.advance(layer.module)
             self._handled.append(layer)
             values["forward"] = Handler(torch.compiler.disable(do) if layer.compiled else do, layer)
+
+    def drop(self, layer: Layer) -> None:
+        """Give a layer the forward back that it had before the run."""
+        if layer.before is None:
+            vars(layer.module).pop("forward", None)
+        else:
+            vars(layer.module)["forward"] = layer.before
 
     def reset(self) -> None:
         """Forget the sequence."""

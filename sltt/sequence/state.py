@@ -55,7 +55,7 @@ class Stateful(nn.Module):
 
     def check_state(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
         """Raise ValueError if the state `name` does not fit this time step's input x, or is not of `dtype`."""
-        state: Tensor = getattr(self, name)
+        state: Tensor = vars(self)[name] if name in vars(self) else getattr(self, name)
         if state.shape != x.shape or state.device != x.device or state.dtype != dtype:
             raise ValueError(
                 f"{type(self).__name__} keeps a state {_describe(state)} of an earlier input, but got input "

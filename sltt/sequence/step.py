@@ -50,11 +50,13 @@ class Step:
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """A layer of neurons."""
-        if not in_backward():  # else the neuron says what is wrong
-            self.run.take_turn(layer, NEURON)
-        if layer.advance is not None:
-            return layer.advance(*args, **kwargs, steps=self.run.fold, cut=self.run.cut)
-        return self.run.one_by_one(layer, args, kwargs)
+        if in_backward():
+            return layer.plain(*args, **kwargs)  # which says what is wrong
+        run = self.run
+        run.take_turn(layer, NEURON)
+        if layer.advance is None or len(args) != 1:
+            return run.one_by_one(layer, args, kwargs)
+        return layer.advance(args[0], run.fold, run.cut)
 
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """Another layer with a state."""
@@ -68,6 +70,9 @@ class Step:
             return layer.plain(*args, **kwargs)
         module, run = layer.module, self.run
         x, weight = kernels.settled(args[0]), layer.role.weight(module)
+        if not run.recompute and kernels.is_small(layer.operation, x, weight):
+            run.drop(layer)
+            return layer.plain(x)
         return kernels.run_layer(layer.operation, x, weight, module.bias, run.weights, run.recompute)
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
