@@ -11,7 +11,7 @@ from sltt.kernels.deferred import deferred_norm, settled
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.layers import Operation, is_small, operation_of, run_layer, spike_call
 from sltt.kernels.looks import Spikes, bits_pay, look
-from sltt.kernels.norm import batch_statistics, stepwise_norm
+from sltt.kernels.norm import batch_statistics, plain_norm, stepwise_norm
 from sltt.kernels.options import Compile, Options, Sparse, compiler_problem, options, using, without_modes
 from sltt.kernels.pooling import max_pool, running_max
 from sltt.kernels.saved import others_save, saving, tag_made
@@ -46,6 +46,7 @@ __all__ = [
     "operation_of",
     "options",
     "others_save",
+    "plain_norm",
     "run_layer",
     "running_max",
     "saving",

@@ -187,8 +187,12 @@ def taken(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor | No
     return x.normalised, *x.inputs
 
 
-def deferred_norm(norm: Any, x: Tensor) -> Deferred | None:
-    """The output of a BatchNorm, which waits; None where PyTorch computes it."""
+def deferred_norm(norm: Any, x: Tensor, bias: Tensor | None = None) -> Deferred | None:
+    """The output of a BatchNorm, which waits; None where PyTorch computes it.
+
+    `bias`, if given, stands for the norm's, whose values it has.
+    """
+    bias = norm.bias if bias is None else bias
     training = norm.training or norm.running_mean is None
     tracked = not norm.training or norm.track_running_stats
     running = (norm.running_mean, norm.running_var) if tracked else (None, None)
@@ -200,14 +204,14 @@ def deferred_norm(norm: Any, x: Tensor) -> Deferred | None:
     _, (momentum,) = batch_statistics(norm, 1)
     factors = torch.empty(4, channels, dtype=torch.float32, device="cpu")
     library.sltt_norm(
-        x.dtype == torch.bfloat16, x, x.numel(), channels, *running, norm.weight, norm.bias,
+        x.dtype == torch.bfloat16, x, x.numel(), channels, *running, norm.weight, bias,
         training, momentum, norm.eps, factors, torch.get_num_threads(),
     )  # fmt: skip
     if training:
         increment_version([one for one in running if one is not None])  # they were changed in place
     normalised = Normalised(x.detach(), factors, training)
-    y: Any = _Defer.apply(x, norm.weight, norm.bias, normalised)
-    y.inputs = x, norm.weight, norm.bias
+    y: Any = _Defer.apply(x, norm.weight, bias, normalised)
+    y.inputs = x, norm.weight, bias
     return y
 
 

@@ -77,10 +77,11 @@ def look(x: Tensor) -> Spikes | None:
     library = native.library() if n >= COMPILE_FROM else native.loaded()
     if library is None:
         return _look(x)
-    bits, one = torch.empty(n // 8, dtype=torch.uint8, device="cpu"), torch.zeros(1, dtype=x.dtype, device="cpu")
-    count = library.sltt_look(x, x.itemsize, bits, len(bits), one, torch.get_num_threads())
+    bits, found = torch.empty(n // 8, dtype=torch.uint8, device="cpu"), torch.empty(1, dtype=x.dtype, device="cpu")
+    count = library.sltt_look(x, x.itemsize, bits, n // 8, found, torch.get_num_threads())
     if count >= 0:
-        return Spikes(x, _shared(x, bits), one.item() or 1.0, count) if math.isfinite(one.item()) else None
+        one = found.item() or 1.0
+        return Spikes(x, _shared(x, bits), one, count) if math.isfinite(one) else None
     channels = x.shape[1 if x.ndim > 2 else -1] if x.ndim > 1 else 0
     if not channels or not (x.movedim(1, -1) if x.ndim > 2 else x).is_contiguous():
         return None
@@ -105,4 +106,7 @@ def _look(x: Tensor) -> Spikes | None:
 def _shared(x: Tensor, bits: Tensor) -> Tensor:
     """The bits that the neuron keeps, if they are the same."""
     known = getattr(x.untyped_storage(), BITS, None)
-    return known if known is not None and torch.equal(known, bits) else bits
+    if known is None or len(known) != len(bits):
+        return bits
+    library = native.loaded()
+    return known if library and library.sltt_same(known, bits, len(bits)) else bits

@@ -52,6 +52,7 @@ _P, _N, _I, _F, _D = _Pointer, ctypes.c_int64, ctypes.c_int, ctypes.c_float, cty
 # What each function gives, and its arguments. An _I is not 0 where the function had no memory.
 _FUNCTIONS = {
     "sltt_count": (_N, [_P, _N]),
+    "sltt_same": (_N, [_P, _P, _N]),
     "sltt_pack_bits": (None, [_P, _I, _P, _N, _I]),
     "sltt_look": (_N, [_P, _I, _P, _N, _P, _I]),
     "sltt_look_by_channel": (_N, [_P, _I, _N, _N, _P]),

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sltt._torch import _BatchNorm
@@ -31,6 +32,15 @@ def stepwise_norm(norm: _BatchNorm, input: Tensor, steps: int) -> Tensor:
     # once more for the same output: the running statistics change no more
     tag_made(y, x, lambda x: normalise(x, running=running and tuple(r.clone() for r in running))[0])
     return y
+
+
+def plain_norm(norm: _BatchNorm, x: Tensor, bias: Tensor) -> Tensor:
+    """Normalise as the norm does, with another tensor of the values of its bias."""
+    norm._check_input_dim(x)
+    training = norm.training or norm.running_mean is None
+    running, (momentum,) = batch_statistics(norm, 1)
+    used = (running or (None, None)) if training else (norm.running_mean, norm.running_var)
+    return F.batch_norm(x, *used, norm.weight, bias, training, momentum, norm.eps)
 
 
 def batch_statistics(norm: _BatchNorm, steps: int) -> tuple[tuple[Tensor, Tensor] | None, list[float]]:

@@ -5,6 +5,9 @@
 //
 // Every sum has a fixed order: how work is split depends on the shape, never on the number of threads.
 #pragma once
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -141,15 +144,38 @@ INLINE uint16_t narrow(float v) {  // to bfloat16: to the nearest, ties to even;
 INLINE void put(float* to, float v) { *to = v; }
 INLINE void put(uint16_t* to, float v) { *to = narrow(v); }
 
-// Bits of elements that are zero or not. The loop is plain, so that the compiler makes vectors of it.
+// Bits of elements that are zero or not. The loop is plain, so that the compiler makes vectors of it; with AVX-512, a
+// comparison gives the bits.
 template <class T>
 static inline void pack_part(const T* __restrict x, uint8_t* __restrict bits, int64_t bytes) {
   constexpr T magnitude = T(~(T(1) << (8 * sizeof(T) - 1)));  // without the sign: -0 is no spike
-  for (int64_t j = 0; j < bytes; j++) {
+  int64_t j = 0;
+#ifdef __AVX512BW__
+  for (; sizeof(T) == 4 && j + 2 <= bytes; j += 2) {
+    const uint16_t some = _mm512_test_epi32_mask(_mm512_loadu_si512(x + 8 * j), _mm512_set1_epi32(magnitude));
+    std::memcpy(bits + j, &some, 2);
+  }
+  for (; sizeof(T) == 2 && j + 4 <= bytes; j += 4) {
+    const uint32_t some = _mm512_test_epi16_mask(_mm512_loadu_si512(x + 8 * j), _mm512_set1_epi16(magnitude));
+    std::memcpy(bits + j, &some, 4);
+  }
+#endif
+  for (; j < bytes; j++) {
     unsigned byte = 0;
     for (int i = 0; i < 8; i++) byte |= unsigned((x[8 * j + i] & magnitude) != 0) << i;
     bits[j] = uint8_t(byte);
   }
+}
+
+static inline int64_t count(const uint8_t* bits, int64_t bytes) {
+  int64_t n = 0;
+  for (; bytes >= 8; bits += 8, bytes -= 8) {
+    uint64_t word;
+    std::memcpy(&word, bits, 8);
+    n += __builtin_popcountll(word);
+  }
+  for (; bytes > 0; bits++, bytes--) n += __builtin_popcount(*bits);
+  return n;
 }
 
 // Bits of the q-th block of channels at a pixel.

@@ -13,6 +13,28 @@ void pack_bits(const void* x, uint8_t* bits, int64_t bytes, int threads) {
   });
 }
 
+// Whether there are elements that are neither 0 nor `one`.
+template <class T>
+bool has_others(const T* x, T one, int64_t n) {
+  constexpr T magnitude = T(~(T(1) << (8 * sizeof(T) - 1)));
+  int64_t i = 0;
+  uint64_t found = 0;
+#ifdef __AVX512BW__
+  const __m512i m32 = _mm512_set1_epi32(magnitude), m16 = _mm512_set1_epi16(magnitude);
+  for (; sizeof(T) == 4 && i + 16 <= n; i += 16) {
+    const __m512i v = _mm512_loadu_si512(x + i);
+    found |= _mm512_mask_cmpneq_epi32_mask(_mm512_test_epi32_mask(v, m32), v, _mm512_set1_epi32(one));
+  }
+  for (; sizeof(T) == 2 && i + 32 <= n; i += 32) {
+    const __m512i v = _mm512_loadu_si512(x + i);
+    found |= _mm512_mask_cmpneq_epi16_mask(_mm512_test_epi16_mask(v, m16), v, _mm512_set1_epi16(one));
+  }
+#endif
+  T others = 0;
+  for (; i < n; i++) others |= T((x[i] & magnitude) != 0) & T(x[i] != one);
+  return found || others;
+}
+
 // Packs elements that are 0 or one value, and returns how many are not 0; -1 where there are other values, which ends
 // early. `one` becomes that value, or stays 0. -0 is no spike.
 template <class T>
@@ -22,23 +44,21 @@ int64_t look(const T* x, uint8_t* bits, int64_t bytes, T* one, int threads) {
   std::atomic<bool> failed{false};
   std::atomic<int64_t> total{0};
   for_each(threads, (bytes + PART - 1) / PART, 1, [&](int64_t part, int64_t) {
-    constexpr int64_t BLOCK = 64;  // bytes of bits between two looks at whether all is well
+    constexpr int64_t BLOCK = 128;  // bytes of bits between two looks at whether all is well
     T mine = common;
-    int64_t count = 0;
+    int64_t number = 0;
     for (int64_t j = part * PART, end = std::min(j + PART, bytes); j < end && !failed; j += BLOCK) {
       const int64_t n = std::min(BLOCK, end - j);
       const T* p = x + 8 * j;
       for (int64_t i = 0; !mine && i < 8 * n; i++)
         if (p[i] & magnitude) mine = p[i];
-      T others = 0;
-      for (int64_t i = 0; i < 8 * n; i++) others |= T((p[i] & magnitude) != 0) & T(p[i] != mine);
-      if (others) failed = true;
+      if (has_others(p, mine, 8 * n)) failed = true;
       pack_part(p, bits + j, n);
-      for (int64_t i = 0; i < n; i++) count += __builtin_popcount(bits[j + i]);
+      number += count(bits + j, n);
     }
     T before = 0;
     if (mine && !common.compare_exchange_strong(before, mine) && before != mine) failed = true;
-    total += count;
+    total += number;
   });
   *one = common;
   return failed ? -1 : int64_t(total);
@@ -72,6 +92,9 @@ void unpack_bits(const uint8_t* bits, int64_t bytes, const void* table, void* x,
 }  // namespace
 
 extern "C" {
+int64_t sltt_count(const uint8_t* bits, int64_t bytes) { return count(bits, bytes); }
+int64_t sltt_same(const uint8_t* a, const uint8_t* b, int64_t bytes) { return !std::memcmp(a, b, bytes); }
+
 // Elements of `size` bytes (2, 4 or 8), 8 · bytes of them.
 void sltt_pack_bits(const void* x, int size, uint8_t* bits, int64_t bytes, int threads) {
   if (size == 2) pack_bits<uint16_t>(x, bits, bytes, threads);

@@ -3,17 +3,6 @@
 
 namespace {
 
-int64_t count(const uint8_t* bits, int64_t bytes) {
-  int64_t n = 0;
-  for (; bytes >= 8; bits += 8, bytes -= 8) {
-    uint64_t word;
-    std::memcpy(&word, bits, 8);
-    n += __builtin_popcountll(word);
-  }
-  for (; bytes > 0; bits++, bytes--) n += __builtin_popcount(*bits);
-  return n;
-}
-
 // For each input row and block of channels: the active x · block + c in ascending order, and where those of a pixel
 // begin. The columns under a kernel row follow each other, so an output's sum is one run through the list.
 struct Events {
@@ -119,7 +108,6 @@ int forward(const uint8_t* bits, const Conv& z, const float* packed, const float
 }  // namespace
 
 extern "C" {
-int64_t sltt_count(const uint8_t* bits, int64_t bytes) { return count(bits, bytes); }
 
 // weight[co][ci][kh][kw] of any strides, times `one`, to [block of outputs][q][kh][kw][block of inputs][width].
 void sltt_pack(const float* weight, const int64_t* stride, const Conv* conv, float one, float* packed, int threads) {

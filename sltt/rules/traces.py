@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from sltt._torch import _BatchNorm
-from sltt.kernels import Operation, run_layer, settled
+from sltt.kernels import Operation, deferred_norm, others_save, plain_norm, run_layer, settled
 from sltt.neurons import IntegrateAndFire, Recurrent
 from sltt.rules.decays import Decay, Decays, decay_of
 from sltt.rules.traced_layers import NORMALISATIONS, WEIGHTED, Traced, scaled
@@ -64,7 +64,19 @@ class TraceStep(Step):
         return operations.weigh(function, settled(args[0]), layer.role.weight(module), module.bias, *settings)
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        return self._operations_of(layer).forward(*args, **kwargs)
+        norm, run = layer.module, self.run
+        learns = self.inputs and torch.is_grad_enabled() and norm.bias is not None and norm.bias.requires_grad
+        if not learns:
+            return super().norm(layer, *args, **kwargs)
+        if not (layer.role.stepwise and layer.known and run.fast and len(args) == 1):
+            return self._operations_of(layer).forward(*args, **kwargs)
+        if (trace := self.traces.read(norm, None)) is None:
+            return super().norm(layer, *args)
+        bias = scaled(norm.bias, trace.ones)
+        waiting = None if others_save() else deferred_norm(norm, args[0], bias)
+        y = plain_norm(norm, args[0], bias) if waiting is None else waiting
+        self.traces.wrote(trace, y)
+        return y
 
     def _operations_of(self, layer: Layer) -> "_Operations":
         if layer not in self.operations:
