@@ -95,10 +95,9 @@ def look(x: Tensor) -> Spikes | None:
 def _look(x: Tensor) -> Spikes | None:
     """The same without native code."""
     flat = memory(x)
-    one = flat[:256].abs().max()  # a few elements tell of most tensors that they are something else
-    one = one if one else flat.abs().max()
-    for part in (flat[:256], flat):
-        if not bool(((part == one) | (part == 0)).all()):
+    for part in (flat[:256], flat):  # a few elements tell of most tensors that they are something else
+        one = part[part.abs().argmax()]
+        if not (one.isfinite() and bool(((part == one) | (part == 0)).all())):
             return None
     return Spikes(x, pack(x), one.item() or 1.0, int(flat.count_nonzero()))
 
