@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Frozen:
-    """A value: an attribute that is set cannot be set again."""
+    """A value: attributes are set once, and values of one class with the same attributes are equal."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vars(self):
@@ -17,12 +17,24 @@ class Frozen:
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a {type(self).__name__} is a value and never changes: {name} cannot be deleted")
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *sorted(vars(self).items())))
+
 
 class FrozenMapping(Frozen, Mapping[str, Any]):
     """A mapping that never changes, with the items of another; unlike `types.MappingProxyType`, it can be pickled."""
 
     def __init__(self, items: Mapping[str, Any]):
         self._items = dict(items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and [*self.items()] == [*other.items()]  # in that order
+
+    def __hash__(self) -> int:
+        return hash((*self.items(),))
 
     def __getitem__(self, key: str) -> Any:
         return self._items[key]

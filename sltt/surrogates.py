@@ -38,12 +38,6 @@ class Surrogate(Frozen, ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
 
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash((type(self), *sorted(vars(self).items())))
-
 
 class Triangle(Surrogate):
     """∂s/∂x = max(0, 1 − |x|/γ) / γ; with γ = 1 the surrogate of the SLTT paper (Meng et al. 2023).

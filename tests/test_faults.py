@@ -139,7 +139,11 @@ def test_surrogates_and_rules_are_values(value):
             setattr(value, name, setting)
         with pytest.raises(AttributeError, match="cannot be deleted"):
             delattr(value, name)
-    assert repr(copy.deepcopy(value)) == repr(value)
+    twin = copy.deepcopy(value)
+    assert repr(twin) == repr(value)
+    assert twin == value
+    assert hash(twin) == hash(value)
+    assert [other for other in [*SURROGATES, *RULES.values()] if other == value] == [value]
 
 
 @pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(), sltt.SLTT(recompute=True), sltt.BPTT(fold=2)], ids=repr)
@@ -304,15 +308,16 @@ def test_automatic_folds_stay_within_the_budget_whether_gradients_are_there_or_n
             assert max(peak(twin, rule, gradients) for gradients in (True, False)) <= budget
 
 
-@pytest.mark.parametrize("place", ["loss", "backward", "thread", "around"])
+@pytest.mark.parametrize("place", ["loss", "backward", "thread", "around", "part", "shared"])
 def test_a_model_in_the_middle_of_a_sequence_is_refused(place):
-    model, (x, y) = small_network(), batch()
+    model, (x, y) = nn.Sequential(small_network()), batch()
     expected, _ = gradients(model, sltt.SLTT(), x, y)
     found = []
+    other = {"around": nn.Sequential(model), "part": model[0], "shared": nn.Sequential(*model[0][:3])}.get(place, model)
 
     def again(value):
-        with pytest.raises(ValueError, match=r"Sequential is in the middle of another sequence.*deepcopy"):
-            sltt.unroll(nn.Sequential(model) if place == "around" else model, x)
+        with pytest.raises(ValueError, match=r"of Sequential are in the middle of another sequence.*deepcopy"):
+            sltt.unroll(other, x)
         found.append(value)
         return value
 
@@ -327,7 +332,7 @@ def test_a_model_in_the_middle_of_a_sequence_is_refused(place):
         if place == "backward":
             again(total)
 
-    see = {"loss": again, "around": again, "thread": in_thread}.get(place, lambda value: value)
+    see = {"backward": lambda value: value, "thread": in_thread}.get(place, again)
     sltt.SLTT()(model, x, y, lambda o, target: see(LOSS(o, target)), backward=backward)
     assert len(found) == len(x)
     assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)

@@ -227,7 +227,7 @@ class FunctionKernel(Kernel):
         return write
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _forward_kernel(step: CustomStep) -> FunctionKernel:
     def forward(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         states, parameters = tensors[: step.states], tensors[step.states :]
@@ -236,7 +236,7 @@ def _forward_kernel(step: CustomStep) -> FunctionKernel:
     return FunctionKernel(forward, 1 + step.states)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _backward_kernel(
     step: CustomStep, goes_on: bool, learned: tuple[bool, ...], given: tuple[bool, ...]
 ) -> FunctionKernel:

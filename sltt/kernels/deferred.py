@@ -90,9 +90,11 @@ class Deferred(Tensor):
     Attributes:
         normalised: how.
         inputs: of the BatchNorm, in their graphs: x, weight and bias.
+        made: its node in the graph; a checkpoint around the BatchNorm puts another one in its place.
     """
 
     normalised: Normalised
+    made: Any
     inputs: tuple[Tensor, Tensor | None, Tensor | None]
     __torch_function__ = _disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
@@ -180,7 +182,7 @@ def taken(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor | No
         x: the neuron's input.
         fits: the neuron can normalise.
     """
-    if not (fits and isinstance(x, Deferred) and x.normalised.waits):
+    if not (fits and isinstance(x, Deferred) and x.normalised.waits and x.grad_fn is x.made):
         return None, settled(x), None, None
     _ = x.normalised.x  # as it was
     x.normalised.taken = True
@@ -211,7 +213,7 @@ def deferred_norm(norm: Any, x: Tensor, bias: Tensor | None = None) -> Deferred 
         increment_version([one for one in running if one is not None])  # they were changed in place
     normalised = Normalised(x.detach(), factors, training)
     y: Any = _Defer.apply(x, norm.weight, bias, normalised)
-    y.inputs = x, norm.weight, bias
+    y.inputs, y.made = (x, norm.weight, bias), y.grad_fn
     return y
 
 

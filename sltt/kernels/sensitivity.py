@@ -44,7 +44,7 @@ class Sensitivity:
         self._add(*map(seen, (*self._sums, x, *states)), *map(as_parameter, parameters))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _kernel(step: CustomStep, parameter: int | None) -> FunctionKernel:
     n = step.states
 

@@ -75,7 +75,7 @@ def steady_steps(
     return Steady(rate, by_input, tuple(by_decay))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _kernel(step: NeuronStep, steps: int, dtype: torch.dtype, start: float | None, total: int | None) -> Kernel:
     """Some of the time steps, on (means, kept, x, decay, spikes).
 

@@ -41,12 +41,6 @@ class NeuronStep:
     surrogate: Surrogate
     native: Any = field(default=None, init=False, repr=False, compare=False)  # its form in C++, once it was made
 
-    @staticmethod
-    @functools.lru_cache(maxsize=1024)
-    def of(**constants: Any) -> "NeuronStep":
-        """The step of these constants: the same one for all calls, since making it takes time."""
-        return NeuronStep(**constants)
-
     def charge(self, v: Tensor, x: Tensor, decay: float | Tensor) -> Tensor:
         """u, the membrane potential after the charge."""
         current = (1 - decay) * x if self.decay_input else x
@@ -144,7 +138,7 @@ def unfold(x: Tensor, steps: int) -> tuple[Tensor, ...]:
     return (x,) if steps == 1 else x.chunk(steps) if len(x) else (x,) * steps
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _kernels(step: NeuronStep) -> tuple[Kernel, Kernel]:
     """Forward and backward of a step; each set of constants is compiled on its own, since they are built in."""
 

@@ -4,6 +4,7 @@ Shapes: a neuron takes any shape [B, ...] and works elementwise. u is the membra
 spike, v the membrane potential after the reset, which is what is kept between time steps.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import flag, instance, number
-from sltt.kernels import NeuronStep, neuron_step
+from sltt.kernels import CustomStep, NeuronStep, neuron_step
 from sltt.neurons.base import Neuron, takes_any
+from sltt.neurons.inspection import emits_bits
 from sltt.surrogates import Surrogate, Triangle
 
 
@@ -139,7 +141,7 @@ class IntegrateAndFire(Neuron):
         if not self._is_plain(decay):
             return super().fused_steps(x, steps, cut)
         learnable = isinstance(decay, Tensor)
-        step = NeuronStep.of(decay=None if learnable else decay, **self.constants())
+        step = kernel_step(type(self), None if learnable else decay, **self.constants())
         assert self.v is not None
         spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, steps, cut)
         return spikes
@@ -150,7 +152,7 @@ class IntegrateAndFire(Neuron):
             return self.advance
         if type(self).fused_steps is not IntegrateAndFire.fused_steps:
             return self.advance
-        step, states = NeuronStep.of(decay=decay, **self.constants()), vars(self)
+        step, states = kernel_step(type(self), decay, **self.constants()), vars(self)
 
         def advance(x: Tensor, steps: int, cut: bool) -> Tensor:
             v, first = states["v"], x if steps == 1 else x[: len(x) // steps]
@@ -169,6 +171,16 @@ class IntegrateAndFire(Neuron):
             f"v_threshold={self.v_threshold}, v_reset={self.v_reset}, {start}decay_input={self.decay_input}, "
             f"detach_reset={self.detach_reset}, surrogate={self.surrogate}"
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel_step(kind: type[Neuron], decay: float | None, **constants: Any) -> NeuronStep:
+    """Return the constants for kernels; decay is None if it is learned.
+
+    Raises ValueError for a surrogate that no step can have, such as one that draws random numbers.
+    """
+    emits_bits(kind, CustomStep(IntegrateAndFire.step, 1, (), (("decay", 0.5), ("surrogate", constants["surrogate"]))))
+    return NeuronStep(decay=decay, **constants)
 
 
 class LIF(IntegrateAndFire):

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from sltt.checks import flag, instance, number
-from sltt.kernels import NeuronStep, neuron_step
+from sltt.kernels import neuron_step
 from sltt.neurons.base import Neuron
-from sltt.neurons.leaky import BELOW, lif_step, valid_tau
+from sltt.neurons.leaky import BELOW, LIF, kernel_step, lif_step, valid_tau
 from sltt.surrogates import Surrogate, Triangle
 
 
@@ -97,7 +97,7 @@ class CubaLIF(Neuron):
             currents.append(i)
         current = i if steps == 1 else torch.cat(currents)
         current = current if gain == 1 else gain * current
-        step = NeuronStep.of(decay_input=False, **named)
+        step = kernel_step(LIF, decay_input=False, **named)
         v: Tensor = self.v  # type: ignore[assignment]
         spikes, self.v = neuron_step(step, v, current.to(x.dtype), None, steps, cut)
         self.i = i

@@ -79,6 +79,8 @@ class Batch:
             cut: no gradient flows from one of the steps to the step before.
             recompute: convolutions and linear layers run again in the backward, instead of keeping their outputs.
         """
+        if cut and self._logits:  # the states before the first step may be learned
+            self.detach()
         self.network.results.in_graph = graph
         with torch.set_grad_enabled(graph), self._saving(len(steps), graph, cut, recompute):
             logits = self.network(self.sequence.input(steps), len(steps), cut, recompute)

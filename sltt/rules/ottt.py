@@ -18,8 +18,9 @@ class OTTT(Rule):
 
     x is what the layer reads: the network's input or spikes; the input of a bias is 1. e is that of SLTT. λ is that of
     the neurons that the layer feeds; where they differ, as behind a residual sum, the mean. A layer that feeds no
-    neurons, such as a readout without a state, needs no trace. The learnable λ of `PLIF` has its gradient by the same
-    recursion; a learnable λ of other neurons has SLTT's gradient.
+    neurons, such as a readout without a state, needs no trace. A layer that feeds neurons, and also the output past
+    them, has SLTT's gradient. A layer learns in the time steps in which it runs. The learnable λ of `PLIF` has its
+    gradient by the same recursion; a learnable λ of other neurons has SLTT's gradient.
 
     The trace is the path through the membrane potentials of the neurons behind the layer, which SLTT drops. Paths
     through the reset are dropped here too, and paths that cross a second layer of neurons on their way through time.
@@ -61,9 +62,8 @@ class OTTT(Rule):
         traces: Any = batch.network.step
         for t in range(batch.steps):
             value = batch.forward(range(t, t + 1), cut=True)
-            traces.end()
+            traces.end(value)
             batch.backward(value)
-            batch.detach()
             if self.online and batch.update is not None:
                 batch.update()
         return batch.output()

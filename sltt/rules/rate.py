@@ -10,7 +10,6 @@ from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
 from sltt.dropout import Dropout
 from sltt.kernels import (
-    NeuronStep,
     Sensitivity,
     Steady,
     batch_statistics,
@@ -21,6 +20,7 @@ from sltt.kernels import (
 from sltt.losses import OfMean, is_per_step
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent, StableLIF
 from sltt.neurons.base import check_forward
+from sltt.neurons.leaky import kernel_step
 from sltt.pooling import RunningMax
 from sltt.rules.base import Batch, Output, Rule, step_loss
 from sltt.rules.segments import Buffers
@@ -225,7 +225,7 @@ class _NeuronLayer(_Layer):
     def _steady_by_kernel(self, x: Tensor) -> Tensor:
         module, decay, steps, seen = self.module, self.module.decay(), self.steps, watches(self.module)
         learned = (decay,) if isinstance(decay, Tensor) else ()
-        constants = NeuronStep(decay=None if isinstance(decay, Tensor) else decay, **module.constants())
+        constants = kernel_step(type(module), None if isinstance(decay, Tensor) else decay, **module.constants())
         # of a rate in 16 bits, a short sequence leaves the number of spikes to be told
         counts = steps * torch.finfo(x.dtype).eps <= 0.5 and all(watch.counts for watch in seen)
         see = None if counts else partial(show, module)

@@ -11,7 +11,7 @@ x[t]. Their step's gradient has the gain of the current already.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -52,9 +52,9 @@ class TraceStep(Step):
             self.traces = traces_of(self.run.layout, self.decay, self.inputs)
         return super().handler(layer, folds)
 
-    def end(self) -> None:
-        """End the forward of a time step."""
-        self.traces.end()
+    def end(self, value: Tensor) -> None:
+        """End the forward of a time step, whose loss is `value`."""
+        self.traces.end(value)
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         operations = self._operations_of(layer)
@@ -64,7 +64,8 @@ class TraceStep(Step):
         return operations.weigh(function, settled(args[0]), layer.role.weight(module), module.bias, *settings)
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        norm, run = layer.module, self.run
+        norm: Any = layer.module
+        run = self.run
         learns = self.inputs and torch.is_grad_enabled() and norm.bias is not None and norm.bias.requires_grad
         if not learns:
             return super().norm(layer, *args, **kwargs)
@@ -150,6 +151,7 @@ class _Read:
 
     def __init__(self, x: Tensor):
         self.value = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+        self.nothing = self.value.new_zeros(()).expand_as(x)  # what a layer reads that does not run
         self.last: ref[Tensor] | None = ref(x)
         self.charge: Tensor | None = None
 
@@ -187,20 +189,21 @@ class _Trace:
         self.read = read
         self.decays: list[Callable[[], Decays]] = []
 
-    def step(self, x: Tensor | None) -> None:
-        """Go one time step on, in which the layer reads x."""
+    def step(self, x: Tensor | None, runs: bool = True) -> None:
+        """Go one time step on, in which the layer reads x, or does not run."""
         decay, synaptic = (sum(values) / len(self.decays) for values in zip(*(d() for d in self.decays), strict=True))
         self.first = False
-        self.charge_of_ones = synaptic * self.charge_of_ones + 1
+        self.charge_of_ones = synaptic * self.charge_of_ones + runs
         self.ones = decay * self.ones + self.charge_of_ones
-        if x is None or self.read is None:
+        if self.read is None or (x is None and runs):
             return
+        x = self.read.nothing if x is None else x
         if self.read.last is None:
             self.read.step(x, decay, synaptic)
         elif self.read.last() is not x:
             raise ValueError(
                 "OTTT keeps one trace for layers that read the same input in the first time step, and here they read "
-                "different ones; use SLTT or BPTT"
+                "different ones, or some do not run; use SLTT or BPTT"
             )
 
     def follows(self) -> Decays | None:
@@ -230,10 +233,17 @@ class _Traces:
         self.uses: Counter[nn.Module] = Counter()
         self.outputs: set[Any] = set()  # the graph's nodes of what layers with a state gave
         self.last: nn.Module | None = None  # the neurons that ran last
+        self.ran: set[Callable[[], Decays]] = set()  # the decays of what ran in this time step
+        self.hidden: set[nn.Module] = set()  # layers that would have a trace, and ran without a graph
 
-    def end(self) -> None:
+    def end(self, value: Tensor) -> None:
         """After the forward of a time step and its loss, before the backward, in which checkpoints run layers again."""
+        for trace in self._started_behind(value.grad_fn):
+            trace.decays.clear()  # it feeds the output, too, where no state carries what it gave
         self._part()
+        for (layer, use), trace in self.traces.items():
+            if use >= self.uses[layer] and not self.ran.isdisjoint(trace.decays):
+                trace.step(None, runs=False)
         for trace in self.traces.values():
             if trace.read is not None:
                 trace.read.last = None
@@ -241,6 +251,7 @@ class _Traces:
         self.started.clear()  # nodes hold memory
         self.outputs.clear()
         self.last = None
+        self.ran.clear()
 
     def _part(self) -> None:
         """Of the new traces of one input, keep one for all that follow the same constant λ."""
@@ -293,11 +304,16 @@ class _Traces:
                 "tell which of its traces is meant; leave it out of the checkpoint"
             )
         trace = self.traces.get((layer, 0))
-        if trace is None and self.inputs:
+        if trace is None and (self.inputs or layer in self.hidden):
             raise ValueError(
                 f"a checkpoint ran {layer} without a graph, in which OTTT follows it: call it with use_reentrant=False"
             )
         return trace
+
+    def hide(self, layer: nn.Module) -> None:
+        """Note a layer that runs without a graph, which a checkpoint may run again."""
+        if self._source(layer) is not None and not in_backward():
+            self.hidden.add(layer)
 
     def wrote(self, trace: _Trace, y: Tensor) -> None:
         """Note what a layer gave, to find the neurons that it feeds."""
@@ -316,15 +332,20 @@ class _Traces:
         return inputs, named
 
     def _feed(self, neuron: nn.Module, node: Any) -> None:
-        """Find the layers whose outputs reach a node of the graph without passing other neurons."""
-        waiting, seen = [node], {None, *self.outputs}
+        """Note the neurons that layers feed, where their input is a node of the graph."""
+        for trace in self._started_behind(node):
+            trace.decays.append(self.decays[neuron])
+
+    def _started_behind(self, node: Any) -> Iterator[_Trace]:
+        """Yield the new traces of layers whose outputs reach a node of the graph without passing other neurons."""
+        waiting, seen = [node] if self.started else [], {None, *self.outputs}
         while waiting:
             node = waiting.pop()
             if node in seen:
                 continue
             seen.add(node)
             if node in self.started:
-                self.started[node].decays.append(self.decays[neuron])
+                yield self.started[node]
             waiting += [behind for behind, _ in node.next_functions]
 
     def _with_decay(self, neuron: IntegrateAndFire, decay: Tensor, x: Tensor) -> Tensor:
@@ -346,6 +367,7 @@ class _Traces:
         """After a layer of neurons ran."""
         if not in_backward():
             self.last = neuron
+            self.ran.add(self.decays[neuron])
             map_tensors(lambda y: self.outputs.add(y.grad_fn), output)
 
     def carry(
@@ -356,6 +378,7 @@ class _Traces:
             return
         if layer not in self.decays:
             self.decays[layer] = decay()
+        self.ran.add(self.decays[layer])
         x = next(iter((*inputs, *named.values())))
         if self.started and x.grad_fn is not None:
             self._feed(layer, x.grad_fn)
@@ -390,6 +413,8 @@ class _Operations(TorchFunctionMode):
                 return self.weigh(func, *args, **kwargs)
             if func in NORMALISATIONS and self.traces.inputs:
                 return self._normalise(func, *args, **kwargs)
+        elif func in WEIGHTED:
+            self.traces.hide(self.layer)
         return func(*args, **kwargs)
 
     def weigh(

@@ -92,7 +92,8 @@ class Truncated(Rule):
             if graph:
                 batch.backward(value * scale)
             del values, value  # so that the graph of this window is gone before the next forward
-            batch.detach()
+            if not cut:
+                batch.detach()
         return batch.output()
 
 

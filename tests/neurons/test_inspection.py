@@ -35,6 +35,10 @@ def changes(x, v):
     return FIRE(v - 1), v
 
 
+def rate_based(model, x):
+    sltt.RateBased(steady=True)(model, x, torch.arange(4), nn.CrossEntropyLoss())
+
+
 BAD = {
     "is not pure": remembers,
     "draws random numbers": lambda x, v: (FIRE(v + x - torch.rand_like(x)), v),
@@ -134,3 +138,22 @@ def test_the_check_leaves_random_numbers_alone_and_knows_constants():
     before = torch.get_rng_state()
     assert fine(torch.ones(2, 3)).shape == (2, 3)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_check_knows_a_default_device():
+    x = torch.ones(2, 3)
+    with torch.device("meta"):
+        assert neuron(lambda x, v: (FIRE(v + x - 1), v + x))(x).device == x.device
+
+
+class Noisy(sltt.surrogates.Triangle):
+    def fires(self, x):
+        return x > torch.rand_like(x)
+
+
+@pytest.mark.parametrize("kind", [sltt.LIF, sltt.IF, sltt.PLIF, sltt.CubaLIF])
+@pytest.mark.parametrize("run", [sltt.unroll, rate_based], ids=["unroll", "RateBased"])
+def test_a_surrogate_that_draws_random_numbers_is_refused(kind, run):
+    model = nn.Sequential(nn.Linear(3, 5), kind(surrogate=Noisy()))
+    with pytest.raises(ValueError, match=r"IF\.step draws random numbers"):
+        run(model, torch.randn(2, 4, 3))

@@ -131,3 +131,21 @@ def test_sltt_k_keeps_the_loss_over_t_unless_rescaled():
     plain, rescaled = (seeded(gradients, model, sltt.SLTT(k=2, rescale=r), x, y) for r in (False, True))
     torch.testing.assert_close(2 * plain[0], rescaled[0])
     assert plain[1].loss == rescaled[1].loss
+
+
+class Cut(sltt.Rule):
+    """SLTT by one backward: every call of the network is cut from the one before."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def run(self, batch):
+        calls = [range(t, t + self.length) for t in range(0, batch.steps, self.length)]
+        batch.backward(sum(batch.forward(call, cut=True) for call in calls))
+        return batch.output()
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_calls_of_the_network_that_are_cut(length, neuron):
+    model, (x, y) = small_network(neuron), batch()
+    torch.testing.assert_close(gradients(model, Cut(length), x, y)[0], gradients(model, sltt.SLTT(), x, y)[0])

@@ -3,10 +3,12 @@
 import copy
 from functools import partial
 
+import pytest
 import torch
 from torch import nn
 
 import sltt
+from sltt import kernels
 from tests.conftest import LOSS, batch
 
 
@@ -27,16 +29,53 @@ def test_an_update_at_every_step_reaches_weights_that_are_computed_once_a_sequen
     assert (model[0].weight - before).abs().max() > 1e-4
 
 
-def test_updated_weights_are_cast_anew_inside_autocast():
+class Own(sltt.Rule):
+    """SLTT that changes the weights itself."""
+
+    online = True
+
+    def run(self, batch):
+        for t in range(batch.steps):
+            batch.backward(batch.forward(range(t, t + 1)))
+            descend(batch.model)
+            batch.detach()
+        return batch.output()
+
+
+def descend(model):
+    """A step of gradient descent that autograd does not notice."""
+    for p in model.parameters():
+        p.data.sub_(0.02 * p.grad)
+        p.grad = None
+
+
+def step(model, **settings):
+    """The same by an optimizer."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, **settings)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("sparse", ["off", "on"])
+@pytest.mark.parametrize(
+    ("rule", "update"),
+    [
+        (sltt.OTTT(online=True), step),
+        (sltt.OTTT(online=True), partial(step, fused=True)),
+        (sltt.OTTT(online=True), descend),
+        (Own(), lambda model: None),
+    ],
+    ids=["step", "fused", "data", "own"],
+)
+def test_updated_weights_are_cast_anew_inside_autocast(rule, update, sparse):
     torch.manual_seed(0)
-    model = nn.Sequential(sltt.LIF(tau=2.0, v_threshold=0.3), nn.Linear(6, 3))
-    x, y = torch.rand(5, 8, 6), torch.randint(3, (8,))
+    layers = [sltt.LIF(tau=2.0, v_threshold=0.3), nn.AvgPool2d(2), nn.Conv2d(16, 16, 3, padding=1), nn.AvgPool2d(8)]
+    model = nn.Sequential(*layers, nn.Flatten()).to(memory_format=torch.channels_last)
+    x, y = torch.rand(5, 8, 16, 16, 16).movedim(-1, 2), torch.randint(16, (8,))
     logits = []
     for enabled in (False, True):
         trained = copy.deepcopy(model)
-        optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)
-        update = partial(lambda one: (one.step(), one.zero_grad()), optimizer)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logits.append(sltt.OTTT(online=True)(trained, x, y, LOSS, update=update).logits.float())
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), kernels.using(sparse=sparse):
+            logits.append(rule(trained, x, y, LOSS, update=partial(update, trained)).logits.float())
     assert (logits[0][-1] - logits[0][0]).abs().max() > 0.2
     torch.testing.assert_close(logits[1], logits[0], rtol=0.0, atol=0.02)

@@ -238,7 +238,7 @@ def test_neurons_and_readouts_in_checkpoints_leave_no_trace_in_the_next_time_ste
     layers, x, y = [nn.Linear(6, 6), Spike(), nn.Linear(6, 6)], 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
     neuron, head = sltt.LIF(tau=2.0), [nn.Linear(6, 3), nn.Tanh()]
     end, started = _Traces.end, []
-    monkeypatch.setattr(_Traces, "end", lambda self, *call: (started.append(len(self.started)), end(self))[1])
+    monkeypatch.setattr(_Traces, "end", lambda self, *call: (started.append(len(self.started)), end(self, *call))[1])
     plain = nn.Sequential(*layers, neuron, *head)
     again = nn.Sequential(Checkpointed(*layers), neuron, Checkpointed(*head))
     for rule in (sltt.OTTT(), sltt.OTTT(inputs=False)):
@@ -248,12 +248,81 @@ def test_neurons_and_readouts_in_checkpoints_leave_no_trace_in_the_next_time_ste
 
 
 def test_checkpoints_that_hide_a_trace_are_refused():
-    first, x, y = nn.Linear(6, 6), 3 * torch.randn(5, 4, 6).requires_grad_(), torch.randint(3, (4,))
+    first, x, y = nn.Linear(6, 6), torch.randn(5, 4, 6, requires_grad=True), torch.randint(3, (4,))
     twice = Checkpointed(first, nn.Linear(6, 6), first)
     reentrant = Checkpointed(first, reentrant=True)
     for hidden, message in (twice, "leave it out of the checkpoint"), (reentrant, "use_reentrant=False"):
-        with pytest.raises(ValueError, match=rf"a checkpoint r[ua]n.* Linear.*{message}"):
-            sltt.OTTT()(nn.Sequential(hidden, sltt.LIF(), nn.Linear(6, 3)), x, y, LOSS)
+        for before, rule in (([], sltt.OTTT()), ([nn.Linear(6, 6), sltt.LIF()], sltt.OTTT(inputs=False))):
+            model = nn.Sequential(*before, hidden, sltt.LIF(), nn.Linear(6, 3))
+            with pytest.raises(ValueError, match=rf"a checkpoint r[ua]n.* Linear.*{message}"):
+                rule(model, x, y, LOSS)
+
+
+def test_a_checkpoint_around_a_layer_without_a_trace():
+    layer, rest = nn.Linear(6, 6), [sltt.LIF(tau=2.0), nn.Linear(6, 3)]
+    x, y, rule = torch.randn(5, 4, 6, requires_grad=True), torch.randint(3, (4,)), sltt.OTTT(inputs=False)
+    found, expected = (nn.Sequential(first, *rest) for first in (Checkpointed(layer, reentrant=True), layer))
+    torch.testing.assert_close(gradients(found, rule, x, y)[0], gradients(expected, rule, x, y)[0])
+
+
+class Around(nn.Module):
+    """A layer that feeds neurons, and also the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.neuron, self.last, self.around = (
+            nn.Linear(6, 8),
+            sltt.LIF(3.0),
+            nn.Linear(8, 3),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.neuron(x)) + self.around(x)
+
+
+def test_a_layer_that_also_feeds_the_output_has_the_gradient_of_sltt():
+    model, (x, y) = Around().double(), batch()
+    torch.testing.assert_close(*(gradients(model, rule, x, y)[0] for rule in (sltt.OTTT(), sltt.SLTT())))
+
+
+class Pausing(nn.Module):
+    """A layer that runs in some time steps only, before neurons that run in every step, or before its own."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.neuron, self.own = (sltt.LIF(tau=3.0, v_init=0.5, detach_reset=True) for _ in range(2))
+        self.last = nn.Linear(8, 3)
+        self.with_own, self.t = own, 0
+
+    def forward(self, x):
+        self.t += 1
+        y, runs = self.first(x), self.t in (1, 2, 5)
+        if self.with_own:
+            return self.last(self.neuron(y) + (self.own(self.second(2 * x)) if runs else 0))
+        return self.last(self.neuron(y + self.second(2 * x) if runs else y))
+
+
+def test_a_layer_that_pauses_with_its_neurons_has_a_trace_that_pauses_too():
+    model, (x, y) = Pausing(own=True).double(), batch(steps=6)
+    found, expected = (gradients(model, rule, x, y)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_trace_of_a_layer_that_pauses_decays_as_its_neurons_do():
+    model, (x, y) = Pausing(own=False).double(), batch(steps=6)
+    neuron, v, traces, expected = model.neuron, torch.tensor(0.5).double(), 0, 0
+    for t, x_t in enumerate(x, 1):
+        runs = t in (1, 2, 5)
+        u = neuron.decay() * v + model.first(x_t) + (model.second(2 * x_t) if runs else 0)
+        s = neuron.surrogate(u - 1)
+        (e,) = torch.autograd.grad(LOSS(model.last(s), y) / len(x), u)
+        v, traces = (u - s).detach(), neuron.decay() * traces + 2 * x_t * runs
+        expected = expected + e.T @ traces * runs
+    sltt.OTTT()(model, x, y, LOSS)
+    torch.testing.assert_close(model.second.weight.grad, expected)
 
 
 class Forked(nn.Module):

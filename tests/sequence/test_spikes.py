@@ -80,6 +80,20 @@ def test_observers_leave_after_a_failure_and_stay_out_of_copies():
     assert not any(watches(module) for module in layers.values())
 
 
+@pytest.mark.parametrize("kind", [sltt.LIF, WithState])
+def test_firing_rates_that_do_not_end_in_reverse_order(kind):
+    model, x = nn.Sequential(kind()), torch.full((2, 3, 4), 1.5)
+    first, second = firing_rates(model), firing_rates(model)
+    of_first, of_second = first.__enter__(), second.__enter__()
+    model(x[0])
+    first.__exit__(None, None, None)
+    model(x[0])
+    second.__exit__(None, None, None)
+    model(x[0])
+    assert sum(spikes for spikes, _ in of_first.state_dict().values()) == 12
+    assert sum(spikes for spikes, _ in of_second.state_dict().values()) == 24
+
+
 def test_a_compiled_network_shows_its_spikes():
     model = small_network()
     compiled, x = torch.compile(model, backend="eager"), batch()[0]
