@@ -1,53 +1,17 @@
+"""What autograd saves of spikes takes a bit each, and changes no gradient."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import sltt
-import sltt.kernels.saved_tensors
 from sltt import kernels
-from sltt.kernels.bits import pack, unpack
-from sltt.kernels.restoring import PACK_FROM, tag_of
+from sltt.kernels import saved
+from sltt.kernels.looks import PACK_FROM
+from sltt.kernels.saved import tag_of
 from tests.conftest import LOSS, gradients
 from tests.references import measured
-
-
-def test_without_a_graph_nothing_is_saved_or_packed():
-    neuron = sltt.LIF()
-    x = torch.randn(4, 4096, requires_grad=True)
-    with kernels.using(compile="off"):  # native code writes the bits with the spikes
-        with torch.no_grad():
-            s = neuron(x)
-        assert s.grad_fn is None
-        assert tag_of(s)._bits is None
-        assert tag_of(sltt.LIF()(x.detach()))._bits is None
-    assert tag_of(sltt.LIF()(x)) is not None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("n", [8, 16, 1024, 8 * 999])
-def test_unpacking_gives_back_what_was_packed(n, dtype):
-    x = (torch.rand(n) < 0.3).to(dtype) * 2.5
-    packed = pack(x)
-    assert packed.numel() == n // 8
-    assert torch.equal(unpack(packed, 2.5, dtype), x)
-
-
-def saved(call):
-    """Bytes that autograd saves of activations during call(), and the distinct types."""
-    seen = []
-    real = sltt.kernels.saved_tensors.save
-
-    def save(tensor):
-        seen.append(real(tensor))
-        return seen[-1]
-
-    sltt.kernels.saved_tensors.save, before = save, sltt.kernels.saved_tensors.save
-    try:
-        call()
-    finally:
-        sltt.kernels.saved_tensors.save = before
-    return seen
 
 
 class Pooled(nn.Module):
@@ -57,18 +21,17 @@ class Pooled(nn.Module):
         super().__init__()
         self.conv1, self.lif1 = nn.Conv2d(2, 16, 3, padding=1), sltt.LIF(tau=1.5)
         self.dropout, self.conv2, self.lif2 = sltt.Dropout(0.3), nn.Conv2d(16, 16, 3, padding=1), sltt.LIF(tau=1.5)
-        self.conv3, self.lif3 = nn.Conv2d(16, 16, 3, padding=1), sltt.LIF(tau=1.5)
+        self.pool, self.conv3, self.lif3 = nn.AvgPool2d(2), nn.Conv2d(16, 16, 3, padding=1), sltt.LIF(tau=1.5)
         self.head = nn.Linear(16 * 16 * 16, 5)
 
     def forward(self, x):
         x = self.dropout(self.lif1(self.conv1(x)))
-        x = F.avg_pool2d(2.74 * self.lif2(self.conv2(x)), 2) * 0.5
+        x = self.pool(2.74 * self.lif2(self.conv2(x)))
         return self.head(self.lif3(self.conv3(x)).flatten(1))
 
 
 @pytest.fixture(params=["pooled", "resnet", "vgg", "plif+hard"])
 def model(request):
-    torch.manual_seed(0)
     return {
         "pooled": Pooled,
         "resnet": lambda: sltt.models.resnet18(in_channels=2, classes=5, dropout=0.2),
@@ -113,43 +76,41 @@ def test_gradients_are_bit_identical_with_layers_recomputed(model, rule, form):
     assert torch.equal(results[0][1].logits, results[1][1].logits)
 
 
-def residual_network(blocks=6):
-    class Block(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x) + x
-
-    layers = [Block(nn.BatchNorm2d(8), sltt.LIF(), nn.Conv2d(8, 8, 3, padding=1)) for _ in range(blocks)]
-    return nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), *layers, sltt.LIF(), nn.Flatten(), nn.Linear(8 * 256, 3))
-
-
 def test_recomputing_saves_the_inputs_of_normalisation():
-    model = residual_network()
+    layers = [layer for _ in range(6) for layer in (sltt.LIF(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))]
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), *layers, nn.Flatten(), nn.Linear(8 * 256, 3))
     x, y = torch.randn(32, 2, 16, 16), torch.randint(3, (32,))
     layer = 32 * 8 * 256 * 4  # bytes of a float for each neuron and sample
 
     rules = sltt.SLTT(), sltt.SLTT(recompute=True)
     plain, recomputed = (measured(r, model, x, y, steps=2, backward=lambda loss: None) for r in rules)
-    assert plain - recomputed >= 3.9 * layer  # a sum of residual blocks is saved once in a few blocks
+    assert plain - recomputed >= 4.9 * layer
 
 
 @pytest.mark.parametrize("sparse", ["on", "off"])
 @pytest.mark.parametrize(("channels", "recomputed"), [(64, True), (256, False)])
 def test_outputs_of_wide_layers_are_kept(channels, recomputed, sparse):
+    outputs = []
     model = nn.Sequential(sltt.LIF(), nn.Conv2d(channels, 16, 3, padding=1))
+    model[1].register_forward_hook(lambda *call: outputs.append(tag_of(call[-1])))
     x = torch.randn(8, channels, 8, 8).contiguous(memory_format=torch.channels_last)
-    with kernels.using(sparse=sparse), kernels.saving(recompute=True):
-        y = model(x)
-    assert (tag_of(y) is not None) == recomputed
+    with kernels.using(sparse=sparse):
+        sltt.BPTT(recompute=True)(model, x, torch.zeros(8), lambda y, _: y.sum(), steps=1)
+    assert [tag is not None for tag in outputs] == [recomputed]
 
 
 def test_a_weight_that_changed_before_it_is_used_again_is_noticed():
     conv = nn.Conv2d(4, 4, 3)
-    with kernels.saving(recompute=True):
-        y = nn.BatchNorm2d(4)(conv(sltt.LIF()(torch.randn(2, 4, 32, 34, requires_grad=True))))
-    with torch.no_grad():
-        conv.weight.add_(1)
-    with pytest.raises(RuntimeError, match=r"changed by an in-place operation|modified by an inplace operation"):
-        y.sum().backward()
+    model = nn.Sequential(sltt.LIF(), conv, nn.BatchNorm2d(4), sltt.LIF())
+
+    def backward(total):
+        with torch.no_grad():
+            conv.weight.add_(1)
+        total.backward()
+
+    x = torch.randn(2, 4, 32, 34)
+    with pytest.raises((RuntimeError, ValueError), match=r"in-place|inplace|in place"):
+        sltt.SLTT(recompute=True)(model, x, torch.zeros(2), lambda y, _: y.sum(), steps=1, backward=backward)
 
 
 def test_recomputing_without_bits_is_refused():
@@ -159,57 +120,101 @@ def test_recomputing_without_bits_is_refused():
         )
 
 
-def leaf_gradient(tail, on):
-    """The gradient behind spikes [4, 8, 16, 16] that go through `tail` and a layer."""
+class Between(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, s):
+        return self.function(s)
+
+
+class Halved(torch.autograd.Function):
+    """Half of it, and the gradient as it is: what a change of `.data` does."""
+
+    @staticmethod
+    def forward(ctx, s):
+        return s * 0.5
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def between(function, out=16, **options):
+    """The gradients of a network in which `function` of spikes [4, 8, 16, 16] feeds convolutions, also of its input."""
     torch.manual_seed(0)
-    x = torch.randn(4, 8, 16, 16, requires_grad=True)
-    with kernels.using(bits=on, sparse="off", compile="off"), kernels.saving():
-        s = sltt.LIF()(x)
-        y = tail(s)
-        weight = torch.randn(y.shape, requires_grad=True)
-        (y * weight).square().sum().backward()
-    return torch.cat([x.grad.flatten(), weight.grad.flatten()])
+    layers = nn.Conv2d(out, 16, 3, padding=1), sltt.LIF(), nn.Conv2d(16, 4, 3)
+    model = nn.Sequential(sltt.LIF(), Between(function), *layers).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 16, 16, 16).movedim(-1, 2).requires_grad_()
+    with kernels.using(compile="off", **options):
+        sltt.BPTT()(model, x, torch.zeros(4), lambda y, _: y.square().sum())
+    return torch.cat([x.grad.flatten(), *(p.grad.flatten() for p in model.parameters())])
 
 
-TAILS = {
-    "dropout after pooling": lambda s: sltt.Dropout(0.3)(F.avg_pool2d(s, 2)),
-    "dropout after a factor": lambda s: sltt.Dropout(0.3)(0.3 * s),
-    "dropout twice": lambda s: sltt.Dropout(0.3)(sltt.Dropout(0.5)(s)),
+FUNCTIONS = {
     "pooling after dropout": lambda s: F.avg_pool2d(sltt.Dropout(0.3)(s), 2),
-    "pooled twice and scaled": lambda s: 2 * F.adaptive_avg_pool2d(F.avg_pool2d(s, 2) * 0.5, 4),
-    "a slice, scaled": lambda s: s[2:].detach() * 0.5 + s[2:] * 0.25,
-    "permuted and scaled": lambda s: s.permute(1, 0, 3, 2) * 0.5,
-    "concatenated": lambda s: torch.cat([s, 2 * s]),
-    "expanded": lambda s: s[:, :1].expand(4, 8, 16, 16) * 2,
-    "keywords": lambda s: torch.mul(F.avg_pool2d(input=s, kernel_size=2), other=2.0),
-    "another type": lambda s: torch.view_as_real(torch.view_as_complex(s.view(4, 8, 16, 8, 2)) * (1 + 2j)),
+    "a slice, scaled": lambda s: (s[2:].detach() * 0.5 + s[2:] * 0.25).repeat(2, 1, 1, 1),
+    "permuted and scaled": lambda s: s.permute(0, 1, 3, 2) * 0.5,
+    "summed": lambda s: s + 2 * s.flip(0),
+    "expanded": lambda s: s[:, :1].expand(4, 16, 16, 16) * 2,
+    "by channel": lambda s: torch.linspace(0.5, 2, 16).view(16, 1, 1) * s,
+    "another type": lambda s: torch.view_as_real(torch.view_as_complex(s.unflatten(-1, (8, 2)).contiguous()) * 1j)[
+        ..., 1
+    ],
     "negated": lambda s: -s * s.abs(),
+    "in place": lambda s: (1 * s).mul_(3),
+    "set to 0": lambda s: (1 * s).index_fill_(1, torch.arange(3), 0),
+    "one element changed": lambda s: (1 * s).index_put_((torch.tensor(3),) * 4, torch.tensor(0.3)),
 }
 
 
-@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
-def test_whatever_is_done_with_spikes_the_gradient_stays(tail):
-    assert torch.equal(leaf_gradient(tail, True), leaf_gradient(tail, False))
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_whatever_is_done_with_spikes_the_gradient_stays(function):
+    expected = between(function, bits=False)
+    assert torch.equal(between(function, sparse="off"), expected)
+    torch.testing.assert_close(between(function, sparse="on"), expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
 
 
-@pytest.mark.parametrize("lesion", [lambda s: s.data, lambda s: s.detach().numpy()], ids=["data", "numpy"])
-def test_changes_that_have_no_version_are_seen(lesion):
-    def tail(s, out_of_place):
-        if out_of_place:
-            return s * torch.cat([torch.zeros(4, 4, 16, 16), torch.ones(4, 4, 16, 16)], 1)
-        s = 1.0 * s  # spikes of which the neuron saved its own copy
-        lesion(s)[:, :4] = 0
+@pytest.mark.parametrize("change", [lambda s: s.data, lambda s: s.detach().numpy()], ids=["data", "numpy"])
+@pytest.mark.parametrize("sparse", ["off", "on"])
+def test_changes_that_have_no_version_are_seen(change, sparse):
+    def halve(s):
+        memory = change(s)
+        memory *= 0.5
         return s
 
-    results = []
-    for out_of_place in (True, False):
-        torch.manual_seed(0)
-        conv = nn.Conv2d(8, 4, 3)
-        with kernels.saving():
-            spikes = sltt.LIF()(torch.randn(4, 8, 16, 16, requires_grad=True))
-            conv(tail(spikes, out_of_place)).square().sum().backward()
-        results.append(conv.weight.grad)
-    torch.testing.assert_close(*results)
+    expected = between(Halved.apply, bits=False)
+    found = between(halve, sparse=sparse)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+
+
+class Straight(sltt.Stateful):
+    """A neuron that knows nothing of this library but where its state is."""
+
+    states = ("v",)
+
+    def forward(self, x):
+        u = x if self.v is None else self.v / 2 + x
+        through = u.clamp(0, 2)
+        s = (u > 1).float() + (through - through.detach())
+        self.v = u - s
+        return s
+
+
+def test_spikes_of_any_surrogate_are_bits(sparse_calls):
+    layers = [layer for _ in range(3) for layer in (nn.Conv2d(16, 16, 3, padding=1), Straight())]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 64, 3)).to(memory_format=torch.channels_last)
+    x = 3 * torch.randn(6, 32, 8, 8, 16).movedim(-1, 2)
+    y, found, peaks = torch.randint(3, (32,)), [], []
+    for options in ({"sparse": "on"}, {"bits": False}):
+        with kernels.using(**options):
+            found.append(gradients(model, sltt.BPTT(), x, y)[0])
+            peaks.append(measured(sltt.BPTT(), model, x, y))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+    assert {kind for kind, _ in sparse_calls} == {"forward", "grad"}
+    spikes = 6 * 32 * 1024 * 4  # bytes as floats of a layer in all time steps
+    assert peaks[1] - peaks[0] > 1.8 * spikes  # of two layers that convolutions read
 
 
 def test_hooks_of_the_user_stay_in_force():
@@ -229,21 +234,20 @@ def test_retained_graphs_give_the_same_gradient_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_what_layers_read_is_saved_as_bits():
-    model = Pooled()
-    x = torch.randn(4, 2, 32, 32)
+def test_what_layers_read_is_saved_as_bits(monkeypatch):
+    kept, save = [], saved.save
+    monkeypatch.setattr(saved, "save", lambda tensor: (kept.append(save(tensor)), kept[-1])[1])
+    model, x, states = Pooled(), torch.randn(4, 2, 32, 32), []
 
-    def call():
-        with kernels.saving():
-            model(x)
+    def loss(y, _):
+        states.extend([model.dropout.mask, *(m.v for m in model.modules() if isinstance(m, sltt.LIF))])
+        return y.sum()
 
-    kept = saved(call)
-    floats = [k[0] for k in kept if not isinstance(k[0], sltt.kernels.restoring.Tag)]
-    assert len(kept) - len(floats) >= 4  # dropped spikes, 2.74 spikes, pooled, pooled and scaled or spikes of the head
-    states = [m.v for m in model.modules() if isinstance(m, sltt.LIF)]
-    allowed = [x, model.dropout.mask, *states, *model.parameters()]
-    pointers = {t.untyped_storage().data_ptr() for t in allowed}
-    assert not [t.shape for t in floats if t.untyped_storage().data_ptr() not in pointers and t.numel() >= PACK_FROM]
+    sltt.BPTT()(model, x, torch.zeros(4), loss, steps=1)
+    floats = [k[0] for k in kept if isinstance(k[0], torch.Tensor)]
+    assert len(kept) - len(floats) >= 4  # dropped spikes, 2.74 spikes, pooled, spikes of the head
+    allowed = {t.untyped_storage().data_ptr() for t in [x, *states, *model.parameters()]}
+    assert not [t.shape for t in floats if t.untyped_storage().data_ptr() not in allowed and t.numel() >= PACK_FROM]
 
 
 def test_bits_save_memory():
@@ -258,19 +262,6 @@ def test_bits_save_memory():
     assert peaks[0] < peaks[1] - 0.9 * spikes
 
 
-def test_a_tensor_changed_in_place_is_saved_as_it_is():
-    conv = nn.Conv2d(4, 4, 3, padding=1)
-    grads = []
-    for in_place in (True, False):
-        torch.manual_seed(0)
-        with kernels.saving():
-            s = sltt.LIF()(torch.randn(2, 4, 32, 32, requires_grad=True))
-            conv(s.mul_(3) if in_place else 3 * s).square().sum().backward()
-        grads.append(conv.weight.grad)
-        conv.weight.grad = None
-    assert torch.equal(*grads)
-
-
 def test_a_saved_tensor_changed_in_place_is_still_noticed():
     x = torch.randn(3, 3, requires_grad=True)
     with kernels.saving():
@@ -278,19 +269,6 @@ def test_a_saved_tensor_changed_in_place_is_still_noticed():
     y.add_(1)
     with pytest.raises(RuntimeError, match="changed by an in-place operation"):
         y.sum().backward()
-
-
-def test_memory_that_is_reused_is_not_taken_for_spikes():
-    x = torch.randn(4, 4096, requires_grad=True)
-    for _ in range(20):
-        s = sltt.LIF()(x)
-        del s
-        assert tag_of(torch.empty(4, 4096)) is None
-
-
-def test_small_or_odd_tensors_are_left_alone():
-    for shape in [(PACK_FROM - 8,), (PACK_FROM + 1,)]:
-        assert tag_of(sltt.LIF()(torch.randn(shape, requires_grad=True))) is None
 
 
 def test_checkpoint_around_a_neuron_is_refused():
@@ -335,27 +313,25 @@ def test_a_checkpoint_around_a_convolution_on_spikes(rule, reentrant):
 
 
 @pytest.mark.parametrize(
-    ("rule", "batch", "tags"),
+    ("rule", "batch", "packs"),
     [
-        (sltt.SLTT(), 16, 1),  # the first step, before which sizes are not known
-        (sltt.SLTT(), 32, 4),
-        (sltt.SLTT(k=2), 16, 1),
-        (sltt.SLTT(fold=2), 16, 2),
-        (sltt.SLTT(recompute=True), 16, 4),
-        (sltt.BPTT(), 16, 4),
+        (sltt.SLTT(), 16, False),  # but for the first step, before which sizes are not known
+        (sltt.SLTT(), 32, True),
+        (sltt.SLTT(k=2), 16, False),
+        (sltt.SLTT(fold=4), 16, True),
+        (sltt.SLTT(recompute=True), 16, True),
+        (sltt.BPTT(), 16, True),
     ],
     ids=str,
 )
-def test_small_layers_keep_their_spikes_where_a_graph_lives_for_one_step(rule, batch, tags, monkeypatch):
-    made = []
-    init = sltt.kernels.restoring.SpikeTag.__init__
-    monkeypatch.setattr(
-        sltt.kernels.restoring.SpikeTag, "__init__", lambda self, *a, **k: (made.append(self), init(self, *a, **k))[1]
-    )
+def test_small_layers_keep_their_spikes_where_a_graph_lives_for_one_step(rule, batch, packs, monkeypatch):
+    found, look = [], saved.look
+    monkeypatch.setattr(saved, "look", lambda x: (found.append(look(x)), found[-1])[1])
     model = nn.Sequential(nn.Linear(8, 1024), sltt.LIF(), nn.Linear(1024, 3))
     x, y = 3 * torch.randn(4, batch, 8), torch.randint(3, (batch,))
-    found, _ = gradients(model, rule, x, y, seed=1)
-    assert len(made) == tags
+    grads, _ = gradients(model, rule, x, y, seed=1)
+    calls = 4 // rule.fold
+    assert (len([spikes for spikes in found if spikes]) >= calls) == packs
     with kernels.using(bits=rule.recompute):
         expected, _ = gradients(model, rule, x, y, seed=1)
-    assert torch.equal(found, expected)
+    assert torch.equal(grads, expected)
