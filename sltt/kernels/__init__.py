@@ -12,7 +12,8 @@ from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.layers import Operation, is_small, operation_of, run_layer, spike_call
 from sltt.kernels.looks import Spikes, bits_pay, look
 from sltt.kernels.norm import batch_statistics, plain_norm, stepwise_norm
-from sltt.kernels.options import Compile, Options, Sparse, compiler_problem, options, using, without_modes
+from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
+from sltt.kernels.options import options as current_options
 from sltt.kernels.pooling import max_pool, running_max
 from sltt.kernels.saved import others_save, saving, tag_made
 from sltt.kernels.sensitivity import Sensitivity
@@ -26,7 +27,6 @@ __all__ = [
     "CustomStep",
     "NeuronStep",
     "Operation",
-    "Options",
     "Sensitivity",
     "Sparse",
     "Spikes",
@@ -36,6 +36,7 @@ __all__ = [
     "bits_pay",
     "compiler_problem",
     "convolution_gradients",
+    "current_options",
     "custom_step",
     "deferred_norm",
     "differentiable_once",
@@ -44,7 +45,6 @@ __all__ = [
     "max_pool",
     "neuron_step",
     "operation_of",
-    "options",
     "others_save",
     "plain_norm",
     "run_layer",

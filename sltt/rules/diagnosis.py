@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sltt.sequence.hooks import hooked
 from sltt.sequence.run import Run
-from sltt.sequence.state import Stateful, emits_spikes, map_tensors, reset, role_of, state_names
+from sltt.sequence.state import Stateful, emits_spikes, map_tensors, role_of, state_names
 from sltt.sequence.steps import Sequence
 
 
@@ -42,21 +42,21 @@ def explaining(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Tensor]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if cause := _cause(run.model, run.sequence):
+            if cause := _cause(run):
                 raise ValueError(cause) from error
             raise
 
     return explained
 
 
-def _cause(model: nn.Module, sequence: Sequence) -> str | None:
+def _cause(run: Run) -> str | None:
     """Why a backward fails, as far as that can be found."""
-    if sequence.x.grad_fn is not None:
+    if run.sequence.x.grad_fn is not None:
         return (
             "the input has a graph, through which the backward of each time step would go: make it in the network, "
             "once a sequence by sltt.once, or detach it"
         )
-    if found := next((one for one in plain_tensors(model) if one[-1].grad_fn is not None), None):
+    if found := next((one for one in plain_tensors(run.model) if one[-1].grad_fn is not None), None):
         name, module, attribute, _ = found
         kind = type(module).__name__
         remedy = (
@@ -69,7 +69,7 @@ def _cause(model: nn.Module, sequence: Sequence) -> str | None:
             f"{name or 'the model'} ({kind}) keeps a tensor in `.{attribute}` from step to step, which no rule knows "
             f"of: {remedy}"
         )
-    if changed := _changed_in_place(model, sequence):
+    if changed := _changed_in_place(run):
         return (
             f"{changed} are changed in place, and a backward needs them: use an operation that is not in place, such "
             "as `x = x * 2` for `x *= 2`, or nn.ReLU(inplace=False)"
@@ -95,7 +95,7 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
             yield from ((name, module, key, tensor) for tensor in tensors)
 
 
-def _changed_in_place(model: nn.Module, sequence: Sequence) -> str | None:
+def _changed_in_place(run: Run) -> str | None:
     """The first spikes, or other outputs that their layer's backward needs, that are changed in place after it.
 
     Found by running a time step.
@@ -108,12 +108,12 @@ def _changed_in_place(model: nn.Module, sequence: Sequence) -> str | None:
             what = f"the {'spikes' if spikes else 'outputs'} of {name or 'the model'} ({type(module).__name__})"
             seen.append((what, output, output._version))
 
-    hooks = [m.register_forward_hook(partial(look, name)) for name, m in model.named_modules()]
+    hooks = [m.register_forward_hook(partial(look, name)) for name, m in run.model.named_modules()]
     try:
         with hooked(*hooks), torch.enable_grad():
-            model(sequence.input(range(1)))
+            run(run.sequence.input(range(1)))
     except Exception:
         return None  # the error that is to be explained says more
     finally:
-        reset(model)
+        run.reset()
     return next((what for what, output, version in seen if output._version != version), None)

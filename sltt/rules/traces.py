@@ -64,8 +64,7 @@ class TraceStep(Step):
         return operations.weigh(function, settled(args[0]), layer.role.weight(module), module.bias, *settings)
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        norm: Any = layer.module
-        run = self.run
+        norm, run = layer.module, self.run
         learns = self.inputs and torch.is_grad_enabled() and norm.bias is not None and norm.bias.requires_grad
         if not learns:
             return super().norm(layer, *args, **kwargs)
@@ -73,7 +72,7 @@ class TraceStep(Step):
             return self._operations_of(layer).forward(*args, **kwargs)
         if (trace := self.traces.read(norm, None)) is None:
             return super().norm(layer, *args)
-        bias = scaled(norm.bias, trace.ones)
+        bias = scaled(norm.bias, trace.ones)  # pyright: ignore[reportArgumentType]
         waiting = None if others_save() else deferred_norm(norm, args[0], bias)
         y = plain_norm(norm, args[0], bias) if waiting is None else waiting
         self.traces.wrote(trace, y)

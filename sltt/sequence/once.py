@@ -40,8 +40,7 @@ def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return function(*inputs)
     owner = getattr(function, "__self__", function)
     if not callable(function) or not isinstance(owner, nn.Module):
-        kind = type(function).__name__
-        raise ValueError(f"once takes a module or a method of one, got a {kind}: call it without sltt.once")
+        raise ValueError(f"once takes a module or a method of one, got {function!r:.60}: call it without sltt.once")
     run = run_of(owner)
     return function(*inputs) if run is None else run.results.once(function, owner, inputs)
 

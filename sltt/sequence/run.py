@@ -68,7 +68,7 @@ class Run:
         fixed = sequence.x if sequence.static and hoist else None
         self.results = Results(fixed, grad, keep and not is_sharded(model))
         self.keep, self.weights = keep, kernels.Weights(packed=not grad)
-        self.bits = kernels.options().bits and not kernels.others_save()
+        self.bits = kernels.current_options().bits and not kernels.others_save()
         self.fast, self.recompute = self.bits and sequence.x.is_cpu, False
         self.fold = self.steps = 1
         self.cut, self.shows = False, True

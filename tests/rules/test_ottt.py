@@ -127,7 +127,7 @@ def test_a_trace_adds_up_in_float32(dtype, largest):
         for x_t in x:
             model.zero_grad()
             value = run(x_t).sum()
-            traces.end()
+            traces.end(value)
             value.backward()
             run.detach()
             gradients.append(model[0].weight.grad.item())

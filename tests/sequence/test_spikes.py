@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import sltt
+from sltt.analysis import firing_rates
 from sltt.sequence.layout import spiking_layers
 from sltt.sequence.spikes import observing, watches
 from tests.conftest import LOSS, batch, small_network
