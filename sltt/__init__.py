@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sltt.sequence.once import once
     from sltt.sequence.padding import Padded
     from sltt.sequence.state import Stateful, detach, register, reset
+    from sltt.sequence.step import Step
     from sltt.training.check import check
     from sltt.training.evaluation import evaluate
     from sltt.training.fit import fit
@@ -49,6 +50,7 @@ else:
         "sequence.once": ["once"],
         "sequence.padding": ["Padded"],
         "sequence.state": ["Stateful", "detach", "register", "reset"],
+        "sequence.step": ["Step"],
         "training.check": ["check"],
         "training.evaluation": ["evaluate"],
         "training.fit": ["fit"],
@@ -96,6 +98,7 @@ __all__ = [
     "RunningMax",
     "StableLIF",
     "Stateful",
+    "Step",
     "TernaryLIF",
     "analysis",
     "callbacks",

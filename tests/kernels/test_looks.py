@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sltt
 from sltt import kernels
 from sltt.kernels import native
 from sltt.kernels.bits import pack, unpack
@@ -122,6 +123,17 @@ def test_without_bits_and_inside_a_transform_nobody_looks():
     found = []
     torch.func.vmap(lambda x: (found.append(look(x)), x)[1])(drawn((2, PACK_FROM)))
     assert found == [None]
+
+
+@NATIVE
+def test_bits_are_those_that_the_neuron_keeps_as_long_as_the_spikes_are():
+    s = sltt.LIF()(torch.randn(4, 16, 64, 8, requires_grad=True)).detach()
+    kept = kernels.look(s).bits
+    assert kernels.look(s.movedim(1, -1)).bits.data_ptr() == kept.data_ptr()
+    s[2:] = 0
+    found = kernels.look(s)
+    assert found.bits.data_ptr() != kept.data_ptr()
+    assert torch.equal(found.dense(), s)
 
 
 @NATIVE

@@ -136,6 +136,28 @@ def test_spikes_of_a_surrogate_are_stored_as_bits_and_others_as_they_are():
     assert tag_of(Graded()(x)) is None
 
 
+def test_a_function_of_ones_own_that_is_called_like_that_of_surrogates_gives_no_bits():
+    class _Spike(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, u):
+            return u.clamp(0, 2).floor()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Named(sltt.Neuron):
+        @staticmethod
+        def step(x, v):
+            s = _Spike.apply(0.5 * v + x)
+            return s, 0.5 * v + x - s
+
+    model = nn.Sequential(Named(), nn.Linear(512, 16))
+    x, y = 4 * torch.rand(3, 8, 512), torch.arange(8)
+    found, _ = gradients(model, sltt.SLTT(), x, y)
+    torch.testing.assert_close(found, gradients(plain(model), sltt.SLTT(), x, y)[0])
+
+
 def test_the_graph_takes_two_numbers_a_neuron_more_than_that_of_lif():
     """Two states and the input; LIF keeps one state."""
 
