@@ -3,8 +3,7 @@
 A rule takes the mean over T of a loss of one step. For regression and multi-label targets use PyTorch's losses.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -202,19 +201,17 @@ class Activity(Loss):
         return self.weight * steps * torch.stack(found).mean()
 
 
-@contextmanager
-def watching(loss: Any, run: Run) -> Iterator[Any]:
-    """The loss for the time steps of a batch: with `Activity`, it sees the spikes of the network inside this block."""
+def watching(loss: Any, run: Run) -> Any:
+    """Return the loss for the time steps of a run: with `Activity`, one that sees the spikes of the network."""
     if not isinstance(loss, Activity):
-        yield loss
-        return
+        return loss
     neurons = run.layout.neurons
     watched = {name: module for name, module in neurons.items() if fnmatchcase(name, loss.layers)}
     if not watched:
         raise ValueError(f"no layer of neurons is called {loss.layers!r}; there are {', '.join(neurons) or 'none'}")
     of_step = _Watching(loss, run)
-    with observing(watched, of_step.see):
-        yield of_step
+    run.enter(observing(watched, of_step.see))
+    return of_step
 
 
 class _Watching:

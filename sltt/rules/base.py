@@ -16,7 +16,7 @@ from sltt import kernels
 from sltt.checks import instance
 from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, check_loss, is_per_step, watching
-from sltt.rules.diagnosis import explaining, noting_the_form
+from sltt.rules.diagnosis import explaining, note_form
 from sltt.sequence.padding import Padded, Real, check_lengths, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.step import Step
@@ -223,9 +223,14 @@ class Rule(Frozen, ABC):
             _check_targets(sequence, target)
         network = Run(model, sequence, self.step(), hoist=self.hoist, keep=not self.online)
         backward = explaining(backward or Tensor.backward, network)
-        with noting_the_form(sequence), network, watching(loss, network) as of_step:
-            out = self.run(Batch(network, target, of_step, backward, update, seed))
-            network.results.finish(backward)
+        try:
+            with network:
+                of_step = watching(loss, network)
+                out = self.run(Batch(network, target, of_step, backward, update, seed))
+                network.results.finish(backward)
+        except Exception as error:
+            note_form(error, sequence)
+            raise
         return Output(sequence.result(out.loss), out.logits)
 
     def step(self) -> Step:
@@ -308,12 +313,15 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     instance("model", model, nn.Module)
     sequence = time_steps(x, steps)
     network = Run(model, sequence, hoist=True, grad=False)
-    with noting_the_form(sequence), network:
-        try:
+    try:
+        with network:
             logits = [network(sequence.input(range(t, t + 1))).clone() for t in range(sequence.steps)]
-        finally:
-            torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in a training after it
-        return sequence.result(torch.cat(logits))
+    except Exception as error:
+        note_form(error, sequence)
+        raise
+    finally:
+        torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in a training after it
+    return sequence.result(torch.cat(logits))
 
 
 def _check_targets(sequence: Sequence, target: Any) -> None:

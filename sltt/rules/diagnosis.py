@@ -1,7 +1,6 @@
 """What an error of PyTorch comes from, said of the user's network."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,19 +13,14 @@ from sltt.sequence.state import Stateful, emits_spikes, map_tensors, role_of, st
 from sltt.sequence.steps import Sequence
 
 
-@contextmanager
-def noting_the_form(sequence: Sequence) -> Iterator[None]:
-    """Inside this block, an error gets a note where the input may have been meant as a static one."""
-    try:
-        yield
-    except Exception as error:
-        if not sequence.static and sequence.x.ndim in (2, 4):
-            shape = list(sequence.x.shape)
-            error.add_note(
-                f"the input {shape} was taken as T = {shape[0]} time steps of {shape[1]} samples; "
-                "for a static input [B, ...] say steps=T"
-            )
-        raise
+def note_form(error: Exception, sequence: Sequence) -> None:
+    """Add a note to an error where the input may have been meant as a static one."""
+    if not sequence.static and sequence.x.ndim in (2, 4):
+        shape = list(sequence.x.shape)
+        error.add_note(
+            f"the input {shape} was taken as T = {shape[0]} time steps of {shape[1]} samples; for a static input "
+            "[B, ...] say steps=T"
+        )
 
 
 def explaining(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Tensor], Any]:

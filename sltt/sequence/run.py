@@ -9,6 +9,7 @@ and what keeps a state of its own takes the steps one after the other. So output
 """
 
 import threading
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -74,6 +75,7 @@ class Run:
         self.cut, self.shows = False, True
         self.call = self._calls = 0
         self._handled: list[Layer] = []
+        self._until_the_end = ExitStack()
         self._folds = False
 
     def __enter__(self) -> Self:
@@ -90,13 +92,12 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for layer in reversed(self._handled):
-            self.drop(layer)
-        self._handled.clear()
-        try:
-            self.reset()
-        finally:
-            release(self._before)
+        with self._until_the_end:
+            self._until_the_end.callback(release, self._before)
+            self._until_the_end.callback(self.reset)
+            for layer in reversed(self._handled):
+                self.drop(layer)
+            self._handled.clear()
 
     def handle(self) -> None:
         """Install what the step does instead of the forwards of layers."""
@@ -108,6 +109,10 @@ class Run:
             layer.advance = layer.role.advance(layer.module)
             self._handled.append(layer)
             values["forward"] = Handler(torch.compiler.disable(do) if layer.compiled else do, layer)
+
+    def enter(self, context: AbstractContextManager[Any]) -> None:
+        """Enter a context until the end of the run."""
+        self._until_the_end.enter_context(context)
 
     def drop(self, layer: Layer) -> None:
         """Give a layer the forward back that it had before the run."""
