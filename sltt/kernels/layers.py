@@ -221,7 +221,8 @@ def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | N
     even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype)
     if not (even.forward or torch.is_grad_enabled()):
         return None  # it never runs sparse: to look would be for nothing
-    if (spikes := look(x.detach())) is None:
+    spikes = look(x.detach())
+    if spikes is None or (isinstance(spikes.one, Tensor) and spikes.one.shape != weight.shape[1:2]):
         return None
     density, ours = spikes.density, ours_of(layer, dtype)
     forward, gradient = density < even.forward, density < even.weight_gradient

@@ -4,6 +4,7 @@ Whoever made the spikes, scaled, pooled or dropped them: nothing is remembered o
 the memory once, about 1% of the time of a layer, and ends at the first elements of a tensor that is something else.
 """
 
+import ctypes
 import math
 
 import torch
@@ -26,7 +27,8 @@ class Spikes:
 
     Attributes:
         bits: [n/8].
-        one: what a spike is worth: a number, or one for each channel of memory with the channels last, [C].
+        one: what a spike is worth: a number; or one for each channel, [C], of memory with the channels last, and [C, 1]
+            of memory [B, C, n].
         count: the number of spikes.
     """
 
@@ -44,8 +46,8 @@ class Spikes:
     def dense(self) -> Tensor:
         """The tensor again, in memory of its own."""
         if isinstance(self.one, Tensor):
-            rows = unpack(self.bits, 1.0, self.dtype).view(-1, len(self.one)).mul_(self.one)
-            return rows.as_strided(self.shape, self.stride)
+            form = (-1, len(self.one)) if self.one.ndim == 1 else (self.shape[0], len(self.one), -1)
+            return unpack(self.bits, 1.0, self.dtype).view(form).mul_(self.one).as_strided(self.shape, self.stride)
         return unpack(self.bits, self.one, self.dtype).as_strided(self.shape, self.stride)
 
 
@@ -82,14 +84,25 @@ def look(x: Tensor) -> Spikes | None:
     if count >= 0:
         one = found.item() or 1.0
         return Spikes(x, _shared(x, bits), one, count) if math.isfinite(one) else None
-    channels = x.shape[1 if x.ndim > 2 else -1] if x.ndim > 1 else 0
-    if not channels or not (x.movedim(1, -1) if x.ndim > 2 else x).is_contiguous():
-        return None
-    ones = torch.zeros(channels, dtype=x.dtype, device="cpu")
-    if not library.sltt_look_by_channel(x, x.itemsize, n // channels, channels, ones) or not ones.isfinite().all():
+    if (ones := _look_by_channel(x, library)) is None:
         return None
     bits = pack(x)
     return Spikes(x, _shared(x, bits), ones, library.sltt_count(bits, len(bits)))
+
+
+def _look_by_channel(x: Tensor, library: ctypes.CDLL) -> Tensor | None:
+    """What a spike is worth in each channel, if that is one value."""
+    forms = []  # numbers of channels, and of neighbours in memory that are of one channel
+    if x.ndim > 1 and x.movedim(1, -1).is_contiguous():
+        forms = [(x.shape[1], 1)]
+    elif x.ndim > 1 and x.is_contiguous():
+        forms = [(x.shape[-1], 1), (x.shape[1], math.prod(x.shape[2:]))]
+    for channels, inner in forms:
+        ones, rows = torch.zeros(channels, dtype=x.dtype, device="cpu"), x.numel() // (channels * inner)
+        if library.sltt_look_by_channel(x, x.itemsize, rows, channels, inner, ones):
+            ones = ones if inner == 1 else ones.unsqueeze(1)
+            return ones if ones.isfinite().all() else None
+    return None
 
 
 def _look(x: Tensor) -> Spikes | None:

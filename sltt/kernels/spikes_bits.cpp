@@ -64,18 +64,25 @@ int64_t look(const T* x, uint8_t* bits, int64_t bytes, T* one, int threads) {
   return failed ? -1 : int64_t(total);
 }
 
-// The same for rows of `channels` elements, where each channel has a value of its own, which goes into `ones`.
+// The same for elements [rows][channels][inner], where each channel has a value of its own, which goes into `ones`.
 template <class T>
-bool look_by_channel(const T* x, int64_t rows, int64_t channels, T* ones) {
+bool look_by_channel(const T* x, int64_t rows, int64_t channels, int64_t inner, T* ones) {
   constexpr T magnitude = T(~(T(1) << (8 * sizeof(T) - 1)));
-  for (int64_t row = 0; row < rows; row++, x += channels) {
+  for (int64_t row = 0; row < rows; row++) {
     T others = 0;
-    for (int64_t c = 0; c < channels; c++) {
+    for (int64_t c = 0; inner == 1 && c < channels; c++) {  // in vectors
       const T spike = (x[c] & magnitude) ? x[c] : T(0);
       ones[c] = ones[c] ? ones[c] : spike;
       others |= T(spike != 0) & T(spike != ones[c]);
     }
+    for (int64_t c = 0; inner > 1 && c < channels && !others; c++) {
+      const T* p = x + c * inner;
+      for (int64_t i = 0; !ones[c] && i < inner; i++)
+        if (p[i] & magnitude) ones[c] = p[i];
+      others = has_others(p, ones[c], inner);
+    }
     if (others) return false;
+    x += channels * inner;
   }
   return true;
 }
@@ -110,10 +117,12 @@ int64_t sltt_look(const void* x, int size, uint8_t* bits, int64_t bytes, void* o
 }
 
 // `ones`, of the elements' type, are 0 before.
-int64_t sltt_look_by_channel(const void* x, int size, int64_t rows, int64_t channels, void* ones) {
-  if (size == 2) return look_by_channel(static_cast<const uint16_t*>(x), rows, channels, static_cast<uint16_t*>(ones));
-  if (size == 4) return look_by_channel(static_cast<const uint32_t*>(x), rows, channels, static_cast<uint32_t*>(ones));
-  return look_by_channel(static_cast<const uint64_t*>(x), rows, channels, static_cast<uint64_t*>(ones));
+int64_t sltt_look_by_channel(const void* x, int size, int64_t rows, int64_t channels, int64_t inner, void* ones) {
+  const auto look = [&](auto type) {
+    using T = decltype(type);
+    return look_by_channel(static_cast<const T*>(x), rows, channels, inner, static_cast<T*>(ones));
+  };
+  return size == 2 ? look(uint16_t()) : size == 4 ? look(uint32_t()) : look(uint64_t());
 }
 
 void sltt_unpack_bits(const uint8_t* bits, int64_t bytes, const void* table, int size, void* x, int threads) {
