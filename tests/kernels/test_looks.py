@@ -136,21 +136,36 @@ def test_bits_are_those_that_the_neuron_keeps_as_long_as_the_spikes_are():
     assert torch.equal(found.dense(), s)
 
 
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+FORMS = {
+    "features": ((64, 72), 1, lambda x: x),
+    "images": ((4, 24, 6, 10), 1, channels_last),
+    "signals": ((4, 24, 60), 1, channels_last),
+    "tokens": ((4, 60, 24), 2, lambda x: x),
+    "channels first": ((4, 24, 6, 10), 1, lambda x: x),
+    "single pixels": ((200, 24, 1, 1), 1, lambda x: x),
+}
+
+
 @NATIVE
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(64, 72), (4, 24, 6, 10), (4, 24, 60)])
-def test_a_value_of_each_channel(shape, dtype):
+@pytest.mark.parametrize(("shape", "axis", "form"), FORMS.values(), ids=FORMS)
+def test_a_value_of_each_channel(shape, axis, form, dtype):
     native.library()
-    ones = torch.linspace(-1, 2, shape[1], dtype=dtype)
-    x = drawn(shape, dtype=dtype) * ones.view(-1, *[1] * (len(shape) - 2))
-    x[:, 3] = 0  # a channel of which nobody fires
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    ones = torch.linspace(-1, 2, shape[axis], dtype=dtype)
+    x = drawn(shape, dtype=dtype).movedim(axis, -1) * ones
+    x[..., 3] = 0  # a channel of which nobody fires
+    x = form(x.movedim(-1, axis).contiguous())
     found = kernels.look(x)
     assert found.count == x.count_nonzero()
-    assert torch.equal(found.one, torch.where(x.abs().amax([0, *range(2, x.ndim)]) > 0, ones, 0))
+    assert torch.equal(found.one.flatten(), torch.where(x.movedim(axis, -1).flatten(0, -2).any(0), ones, 0))
     assert torch.equal(found.dense(), x)
     assert found.dense().stride() == x.stride()
+    place = tuple(data - 1 for data in shape)
     for wrong in (torch.nan, torch.inf, 0.123):
         other = x.clone()
-        other[-1, -1] = wrong
+        other[place] = wrong
         assert kernels.look(other) is None
