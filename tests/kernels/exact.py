@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sltt import kernels
 from sltt.kernels import native, sparse
 from sltt.kernels.bits import pack
 
@@ -20,6 +21,11 @@ def near(a, b, dtype):
     assert a.dtype == dtype
     assert a.shape == b.shape
     torch.testing.assert_close(a.double(), b, rtol=0, atol=TOLERANCE[dtype] * max(1.0, b.abs().max().item()))
+
+
+def applied(layer, x):
+    """What a layer of a network gives in a run."""
+    return kernels.run_layer(kernels.operation_of(layer), x, layer.weight, layer.bias, kernels.Weights())
 
 
 def check_conv(x, channels, kernel, stride, padding, dtype=torch.float32, one=1.0):

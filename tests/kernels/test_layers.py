@@ -12,6 +12,7 @@ import sltt
 from sltt import kernels
 from sltt.kernels import layers, native, values
 from tests.conftest import LOSS, RULES
+from tests.kernels.exact import applied
 from tests.references import measured
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
@@ -91,60 +92,62 @@ def test_every_layer_behind_a_neuron_is_sparse(sparse_calls):
     assert shapes == {(kind, shape) for kind in ("forward", "grad") for shape in expected}
 
 
-def test_a_learned_worth_of_each_channel_goes_into_the_weights_of_a_layer_that_reads_it(sparse_calls):
-    conv, linear = nn.Conv2d(16, 16, 3), nn.Linear(16, 16)
-    x = torch.rand(8, 16, 12, 12).contiguous(memory_format=torch.channels_last)
-    uses = {
-        "convolution": lambda y: conv(y),
-        "max pooling": lambda y: conv(F.max_pool2d(y, 2)),
-        "channels last": lambda y: linear(y.movedim(1, -1).flatten(0, 2)),
-        "tokens": lambda y: linear(y),
-        "other features": lambda y: F.linear(y.flatten(1), torch.ones(16, 2304)),
-        "other channels": lambda y: conv(y.reshape(8, 12, 12, 16).movedim(-1, 1)),
-    }
-    for name, use in uses.items():
-        tokens = name == "tokens"
-        found = []
-        for mode in ("off", "on"):
-            worth = torch.linspace(0.5, 1.5, 16).view(16 if tokens else (16, 1, 1)).requires_grad_()
-            given = x.contiguous() if name == "other channels" else x
-            given = (x.movedim(1, -1).flatten(1, 2) if tokens else given).clone().requires_grad_()
-            with kernels.using(sparse=mode, compile="off"), kernels.saving():
-                y = use(sltt.LIF(v_threshold=0.5)(given) * worth)
-            found.append(
-                [
-                    y,
-                    *torch.autograd.grad(
-                        y.square().sum(), (given, worth, *conv.parameters(), *linear.parameters()), allow_unused=True
-                    ),
-                ]
-            )
-        for off, on in zip(*found, strict=True):
-            torch.testing.assert_close(on, off, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-        assert len(sparse_calls) == (2 if name in ("convolution", "max pooling", "tokens") else 0), name
-        sparse_calls.clear()
+class Use(nn.Module):
+    """A network whose spikes have a worth of each channel, which is learned, and are read by `use(self, spikes)`."""
+
+    def __init__(self, use, worth):
+        super().__init__()
+        self.use, self.worth = use, nn.Parameter(worth)
+        self.neuron, self.pool = sltt.LIF(v_threshold=0.5), nn.MaxPool2d(2)
+        self.conv, self.linear, self.wide = nn.Conv2d(16, 16, 3), nn.Linear(16, 16), nn.Linear(2304, 16)
+
+    def forward(self, x):
+        return self.use(self, self.neuron(x) * self.worth)
 
 
-def test_a_worth_that_is_not_finite_and_one_that_changes(sparse_calls):
-    conv = nn.Conv2d(16, 16, 3)
-    x = torch.rand(8, 16, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
-    with kernels.using(sparse="on", compile="off"), kernels.saving():
-        infinite = conv(sltt.LIF()(x) * torch.full((16, 1, 1), torch.inf))
-        assert infinite.isnan().any()
-        assert not sparse_calls
-        worth = torch.ones(16, 1, 1)
-        y = conv(sltt.LIF()(x) * worth)
-    worth.mul_(2)
-    with pytest.raises(RuntimeError, match="was changed by an in-place operation"):
-        y.sum().backward()
+USES = {
+    "convolution": lambda net, y: net.conv(y),
+    "max pooling": lambda net, y: net.conv(net.pool(y)),
+    "pixels": lambda net, y: net.linear(y.movedim(1, -1)),
+    "features": lambda net, y: net.wide(y.flatten(1)),
+    "tokens": lambda net, y: net.linear(y),
+    "other channels": lambda net, y: net.conv(y.reshape(8, 12, 12, 16).movedim(-1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_worth_of_each_channel_goes_into_the_weights_of_a_layer_that_reads_it(name, sparse_calls):
+    x, worth, found = torch.rand(8, 16, 12, 12), torch.linspace(0.5, 1.5, 16).view(16, 1, 1), []
+    if name == "tokens":
+        x, worth = x.flatten(2).transpose(1, 2).contiguous(), worth.flatten()
+    elif name != "other channels":
+        x = x.contiguous(memory_format=torch.channels_last)
+    first = Use(USES[name], worth)
+    for mode in ("off", "on"):
+        given, model = x.clone().requires_grad_(), copy.deepcopy(first)
+        with kernels.using(sparse=mode, compile="off"):
+            out = sltt.BPTT()(model, given, torch.zeros(8), lambda y, _: y.square().sum(), steps=1)
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"y": out.logits, "x": given.grad, **grads})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-3)
+    assert len(sparse_calls) == (0 if name == "other channels" else 2)
+
+
+def test_a_worth_that_is_not_finite(sparse_calls):
+    model = Use(USES["convolution"], torch.full((16, 1, 1), torch.inf))
+    x = torch.rand(8, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    with kernels.using(sparse="on"):
+        assert sltt.unroll(model, x, steps=1).isnan().any()
+    assert not sparse_calls
 
 
 def test_small_layers_and_other_memory_formats_run_dense(sparse_calls):
     x, y = data()
     run(Net().to(memory_format=torch.channels_last), sltt.SLTT(), x[:, :1], y[:1], "auto")
-    run(Net(), sltt.SLTT(), x.contiguous(), y, "on")
     run(Net().double().to(memory_format=torch.channels_last), sltt.SLTT(), x.double(), y, "on")
     assert not sparse_calls
+    run(Net(), sltt.SLTT(), x.contiguous(), y, "on")
+    assert {layer.weight_shape for _, layer in sparse_calls} == {(64, 512)}
 
 
 @pytest.mark.parametrize("mode", ["on", "auto"])
@@ -170,9 +173,9 @@ def test_an_evaluation_packs_each_weight_once_and_a_training_at_every_step(monke
     x, y = data()
     with kernels.using(sparse="on", compile="off"):
         sltt.unroll(model, x)
-        assert len(packed) == 4
+        assert len(packed) == 3 + 3  # that of the spikes with a worth of each channel, which may change, in three steps
         sltt.SLTT()(model, x, y, LOSS)
-        assert len(packed) == 4 + 3 * 4
+        assert len(packed) == 3 + 3 + 3 * 4
 
 
 @pytest.mark.parametrize("change", ["in place", "optimizer", "data", "load", "ema", "replaced", "copied"])
@@ -222,13 +225,16 @@ def test_weights_updated_in_every_step_are_read_anew():
 def test_half_precision_keeps_sums_in_float32(dtype, sparse_calls):
     model = Net().to(memory_format=torch.channels_last)
     x, y = data()
+    exact, _ = run(model, sltt.SLTT(), x, y, "off")
     with torch.autocast("cpu", dtype=dtype):
-        dense, _ = run(model, sltt.SLTT(), x, y, "off")
-        sparse, _ = run(model, sltt.SLTT(), x, y, "on")
+        found = [run(model, sltt.SLTT(), x, y, mode)[0] for mode in ("off", "on")]
     assert sparse_calls
     for name in ("convs.2.weight", "convs.3.weight"):
-        assert sparse[name].dtype == torch.float32
-        assert torch.cosine_similarity(sparse[name].flatten(), dense[name].flatten(), dim=0) > 0.9
+        assert found[1][name].dtype == torch.float32
+        dense, sparse = (
+            torch.cosine_similarity(grads[name].flatten(), exact[name].flatten(), dim=0) for grads in found
+        )
+        assert sparse > dense - 0.05  # some neurons near their threshold fire in one and not in the other
 
 
 def test_frozen_weights_and_inputs():
@@ -243,14 +249,16 @@ def test_frozen_weights_and_inputs():
 
 
 def test_a_weight_changed_before_its_backward_is_noticed():
-    conv, x = nn.Conv2d(16, 16, 3).to(memory_format=torch.channels_last), torch.randn(8, 16, 16, 16)
-    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    with kernels.using(sparse="on"), kernels.saving():
-        y = conv(sltt.LIF()(x))
-    with torch.no_grad():
-        conv.weight.add_(1)
-    with pytest.raises(RuntimeError, match="in-place"):
-        y.sum().backward()
+    model = nn.Sequential(sltt.LIF(), nn.Conv2d(16, 16, 3), sltt.LIF()).to(memory_format=torch.channels_last)
+    x = torch.randn(8, 16, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def backward(total):
+        with torch.no_grad():
+            model[1].weight.add_(1)
+        total.backward()
+
+    with kernels.using(sparse="on"), pytest.raises((RuntimeError, ValueError), match=r"in-?place"):
+        sltt.SLTT()(model, x, torch.zeros(8), lambda y, _: y.sum(), steps=1, backward=backward)
 
 
 def test_memory_is_not_above_that_of_dense_layers():
@@ -275,16 +283,13 @@ def test_recomputed_layers_are_sparse_and_change_nothing(sparse_calls):
 
 
 def test_threads_change_nothing():
-    model = Net().to(memory_format=torch.channels_last)
+    model, (x, _) = Net().to(memory_format=torch.channels_last), data()
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            with kernels.using(sparse="on"), torch.no_grad():
-                spikes = F.relu(torch.randn(8, 16, 16, 16, generator=torch.Generator().manual_seed(0))).sign()
-                spikes = spikes.contiguous(memory_format=torch.channels_last)
-                with kernels.saving(graph=False):
-                    results.append(model.convs[1](sltt.LIF(v_threshold=0.5)(spikes)))
+            with kernels.using(sparse="on"):
+                results.append(sltt.unroll(model.eval(), x))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, results[0]) for one in results)
@@ -316,7 +321,7 @@ def test_forms_of_weights_do_not_add_up_over_time(kind):
 
 
 def test_inference_mode(sparse_calls):
-    """Its tensors have no version, by which a tag or a changed weight is known."""
+    """Its tensors have no version, by which a changed weight is known."""
     model, (x, _) = Net().to(memory_format=torch.channels_last).eval(), data()
     expected = sltt.unroll(model, x)
     with torch.inference_mode(), kernels.using(sparse="on"):
@@ -330,26 +335,26 @@ def test_inference_mode(sparse_calls):
 
 
 MISFITS = {
-    "channels of a linear layer": (lambda s: F.linear(s, torch.ones(16, 32)), "shapes cannot be multiplied"),
-    "bias of a linear layer": (lambda s: F.linear(s, torch.ones(16, 64), torch.ones(3)), "expanded size"),
-    "channels": (lambda s: F.conv1d(s[..., None], torch.ones(16, 32, 1)), "expected input"),
-    "bias": (lambda s: F.conv1d(s[..., None], torch.ones(16, 64, 1), torch.ones(3)), "bias of size"),
-    "stride": (lambda s: F.conv1d(s[..., None], torch.ones(16, 64, 1), stride=0), "stride"),
-    "padding": (lambda s: F.conv1d(s[..., None], torch.ones(16, 64, 1), padding=-1), "padding"),
-    "axes": (lambda s: F.conv1d(s[..., None], torch.ones(16, 64, 1), stride=(1, 2)), "stride"),
+    "channels of a linear layer": (nn.Linear(32, 16), "shapes cannot be multiplied"),
+    "bias of a linear layer": (nn.Linear(64, 16), "expanded size"),
+    "channels": (nn.Conv1d(32, 16, 1), "expected input"),
+    "bias": (nn.Conv1d(64, 16, 1), "bias of size"),
+    "stride": (nn.Conv1d(64, 16, 1, stride=0), "stride"),
+    "padding": (nn.Conv1d(64, 16, 1, padding=-1), "padding"),
+    "axes": (nn.Conv1d(64, 16, 1, stride=(1, 2)), "stride"),
 }
 
 
-@pytest.mark.parametrize(("function", "message"), MISFITS.values(), ids=MISFITS.keys())
-def test_what_does_not_fit_is_refused_by_pytorch(function, message, sparse_calls):
+@pytest.mark.parametrize(("layer", "message"), MISFITS.values(), ids=MISFITS.keys())
+def test_what_does_not_fit_is_refused_by_pytorch(layer, message, sparse_calls):
     """Native code would read memory that is not the tensor's."""
-    spikes = sltt.LIF()(2 * torch.randn(64, 64))
-    with torch.no_grad(), kernels.using(sparse="on"), kernels.saving():
-        assert F.linear(spikes, torch.ones(16, 64)).shape == (64, 16)
-        assert len(sparse_calls) == 1
-        with pytest.raises(RuntimeError, match=message):
-            function(spikes)
-    assert len(sparse_calls) == 1
+    linear = isinstance(layer, nn.Linear)
+    model = nn.Sequential(sltt.LIF(), nn.Identity() if linear else nn.Unflatten(1, (64, 1)), copy.deepcopy(layer))
+    if "bias" in message or "expanded" in message:
+        model[2].bias = nn.Parameter(torch.ones(3))
+    with kernels.using(sparse="on"), pytest.raises(RuntimeError, match=message):
+        sltt.unroll(model, 2 * torch.randn(64, 64), steps=1)
+    assert not sparse_calls
 
 
 @pytest.mark.parametrize(("size", "stride", "padding"), [((4, 4), 1, 1), ((7, 5), 2, (0, 2)), ((3, 6), (1, 3), (2, 1))])
@@ -361,8 +366,8 @@ def test_weight_gradients_of_small_images_in_bfloat16_are_products(size, stride,
     monkeypatch.setattr(values, "_multiplied_weight_gradient", lambda *a: (products.append(1), multiply(*a))[1])
     monkeypatch.setattr(layers.costs, "break_even", lambda *args: layers.costs.BreakEven(0.0, 0.0))
     monkeypatch.setattr(layers.costs, "PRODUCTS_FROM", 0)
-    with torch.autocast("cpu", torch.bfloat16), kernels.saving():
-        y = conv(sltt.LIF()(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = applied(conv, sltt.LIF()(x))
     grad = torch.randn(y.shape).bfloat16()
     y.backward(grad)
     assert products
@@ -375,14 +380,14 @@ def test_weight_gradients_of_small_images_in_bfloat16_are_products(size, stride,
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_steps_without_a_graph_do_not_pack_spikes_for_a_layer_that_never_runs_sparse(monkeypatch):
-    packed, density = [], layers.SpikeTag.density
-    monkeypatch.setattr(layers.SpikeTag, "density", lambda *a: (packed.append(1), density(*a))[1])
+def test_steps_without_a_graph_do_not_look_for_a_layer_that_never_runs_sparse(monkeypatch):
+    looks, look = [], layers.look
+    monkeypatch.setattr(layers, "look", lambda x: (looks.append(1), look(x))[1])
     monkeypatch.setattr(layers.costs, "PRODUCTS_FROM", 0)
     model, (x, _) = Net().to(memory_format=torch.channels_last), data()
-    for forward, packs in ((0.0, False), (1.1, True)):
+    for forward, pays in ((0.0, False), (1.1, True)):
         even = layers.costs.BreakEven(forward, 1.1)
         monkeypatch.setattr(layers.costs, "break_even", lambda *args, even=even: even)
-        with torch.no_grad(), kernels.using(compile="off"):
+        with kernels.using(compile="off"):
             sltt.unroll(model, x)
-        assert bool(packed) == packs
+        assert bool(looks) == pays

@@ -9,7 +9,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from tests.conftest import LOSS
-from tests.kernels.exact import NATIVE
+from tests.kernels.exact import NATIVE, applied
 
 pytestmark = NATIVE
 LAYERS = {
@@ -146,10 +146,9 @@ def penalised(loss):
 def twice(of):
     def differentiate(loss):
         conv, x = nn.Conv2d(16, 16, 3), torch.randn(8, 16, 16, 16).contiguous(memory_format=torch.channels_last)
-        neuron, weights = sltt.LIF(), kernels.Weights()
         with kernels.using(sparse="on"):
-            spikes = neuron(x.requires_grad_())
-            y = kernels.run_layer(kernels.operation_of(conv), spikes, conv.weight, conv.bias, weights)
+            spikes = sltt.LIF()(x.requires_grad_())
+            y = applied(conv, spikes)
         wanted = {"weight": conv.weight, "spikes": spikes}[of]
         (grad,) = torch.autograd.grad(loss(y, None), wanted, create_graph=True)
         (grad.square().sum() + y.sum()).backward()
