@@ -6,9 +6,8 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
-import sltt
 from sltt import kernels
 from sltt.kernels import costs, native, sparse, winograd
 from tests.conftest import LINUX
@@ -73,12 +72,16 @@ def test_compiler_that_fails(cache, tmp_path, monkeypatch):
         warnings.simplefilter("error")
         assert native.problem() == "compiling the kernels failed: error: no"  # and no second warning
     assert list(cache.iterdir()) == []
-    with kernels.using(sparse="on"):
-        call = F.conv2d, (sltt.LIF()(spikes((2, 16, 16, 16), 0.5)), torch.randn(16, 16, 3, 3)), {}
-        assert kernels.layer_call(*call, kernels.Weights()) is None  # runs dense
-        monkeypatch.undo()
-        forget()
-        assert (kernels.layer_call(*call, kernels.Weights()) is None) == (native.problem() is not None)
+    conv, x = nn.Conv2d(16, 16, 3), spikes((2, 16, 16, 16), 0.5)
+
+    def call():
+        with kernels.using(sparse="on"):
+            return kernels.spike_call(kernels.operation_of(conv), x, conv.weight, conv.bias, kernels.Weights())
+
+    assert call() is None  # runs dense
+    monkeypatch.undo()
+    forget()
+    assert (call() is None) == (native.problem() is not None)
 
 
 def test_compiler_that_gives_something_else(cache, tmp_path, monkeypatch):

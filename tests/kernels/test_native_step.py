@@ -8,7 +8,7 @@ import torch
 import sltt
 from sltt import kernels
 from sltt.kernels import native, native_step
-from sltt.kernels.restoring import PACK_FROM, tag_of
+from sltt.kernels.looks import BITS, PACK_FROM
 from tests.conftest import SURROGATES
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
@@ -40,7 +40,7 @@ def run(mode, constants, surrogate, n, learnable=False, dtype=torch.float32, ste
             again = kernels.neuron_step(fixed, v, x, decay, steps)
     found = [s, v_next, x.grad, v.grad, *again]
     found += [decay.grad] if learnable else []
-    return found + ([tag.bits(s)] if (tag := tag_of(s)) else [])
+    return found + ([] if (bits := getattr(s.untyped_storage(), BITS, None)) is None else [bits])
 
 
 def check(*args, **kwargs):
@@ -175,7 +175,7 @@ def test_the_backward_unpacks_nothing(monkeypatch):
     def refuse(*args):
         raise AssertionError
 
-    monkeypatch.setattr(sltt.kernels.restoring, "unpack", refuse)
+    monkeypatch.setattr(sltt.kernels.step, "unpack", refuse)
     neuron, x = sltt.LIF(), torch.randn(2, 4096, requires_grad=True)
     with kernels.using(compile="on"):
         neuron(x).sum().backward()

@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sltt
 from sltt import kernels
-from sltt.kernels import costs, native, values, winograd
+from sltt.kernels import costs, values, winograd
 from tests.conftest import LOSS, gradients
+from tests.kernels.exact import NATIVE, applied
 
-NATIVE = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 
 
 @pytest.fixture
@@ -31,8 +30,8 @@ def test_gradients_in_bfloat16_are_those_of_pytorch(size, stride, padding, bias,
     x = torch.randn(16, 16, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
     found = []
     for sparse in ("auto", "off"):
-        with torch.autocast("cpu", torch.bfloat16), kernels.using(sparse=sparse), kernels.saving():
-            y = conv(x)
+        with torch.autocast("cpu", torch.bfloat16), kernels.using(sparse=sparse):
+            y = applied(conv, x)
         torch.manual_seed(0)
         found.append([y, *torch.autograd.grad(y, [x, *conv.parameters()], torch.randn(y.shape).bfloat16())])
     assert len(products) == 1
@@ -55,8 +54,8 @@ def test_rules_take_them_and_keep_their_gradients(rule, products):
 
 
 def test_pytorch_says_what_does_not_fit(products):
-    with kernels.saving(), pytest.raises(RuntimeError, match="expected input"):
-        nn.Conv2d(16, 16, 3)(torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last))
+    with pytest.raises(RuntimeError, match="expected input"):
+        applied(nn.Conv2d(16, 16, 3), torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last))
     assert not products
 
 
@@ -71,12 +70,12 @@ def taken(monkeypatch):
     return made
 
 
-class Checkpointed(nn.Conv2d):
+class Checkpointed(nn.Sequential):
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
-class Residual(nn.Conv2d):
+class Residual(nn.Sequential):
     def forward(self, x):
         y = super().forward(x)
         y += x
@@ -87,8 +86,8 @@ class Residual(nn.Conv2d):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [Checkpointed, Residual], ids=["checkpoint", "in place"])
 def test_networks_that_pytorch_runs(kind, dtype, taken):
-    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(inplace=True), kind(32, 32, 3, padding=1))
-    model = nn.Sequential(*model, nn.ReLU(inplace=True), sltt.LIF(), nn.Flatten(), nn.Linear(32 * 64, 3))
+    layers = nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(inplace=True), kind(nn.Conv2d(32, 32, 3, padding=1))
+    model = nn.Sequential(*layers, nn.ReLU(inplace=True), sltt.LIF(), nn.Flatten(), nn.Linear(32 * 64, 3))
     model, y = model.to(memory_format=torch.channels_last), torch.randint(3, (4,))
     x, found = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last), []
     for sparse in ("auto", "off"):
@@ -117,13 +116,13 @@ def test_a_forward_that_runs_again_gives_the_same(rules, taken):
 
 @NATIVE
 def test_gradients_have_gradients(taken):
-    x, weight = torch.randn(2, 32, 8, 8), (torch.randn(32, 32, 3, 3) / 17).requires_grad_()
-    x, found = x.contiguous(memory_format=torch.channels_last).requires_grad_(), []
+    conv = nn.Conv2d(32, 32, 3, padding=1)
+    x, found = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_(), []
     for sparse in ("auto", "off"):
-        with kernels.using(sparse=sparse), kernels.saving():
-            y = F.conv2d(x, weight, padding=1)
+        with kernels.using(sparse=sparse):
+            y = applied(conv, x)
         (of_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(of_x.square().mean(), [x, weight]))
+        found.append(torch.autograd.grad(of_x.square().mean(), [x, conv.weight]))
     assert taken  # by what has no gradient itself
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
@@ -131,11 +130,10 @@ def test_gradients_have_gradients(taken):
 @NATIVE
 def test_negated_memory_is_read_right(taken):
     numbers = torch.complex(torch.randn(32, 32, 3, 3), torch.randn(32, 32, 3, 3)).requires_grad_()
-    weight = numbers.conj().imag
+    weight, operation = numbers.conj().imag, kernels.operation_of(nn.Conv2d(32, 32, 3, padding=1))
     assert weight.is_neg()
     x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
-    with kernels.saving():
-        (found,) = torch.autograd.grad(F.conv2d(x, weight, padding=1).sum(), x)
+    (found,) = torch.autograd.grad(kernels.run_layer(operation, x, weight, None, kernels.Weights()).sum(), x)
     torch.testing.assert_close(found, nn.grad.conv2d_input(x.shape, weight, torch.ones(2, 32, 8, 8), padding=1))
 
 
@@ -145,5 +143,5 @@ def test_types_that_pytorch_refuses_are_refused(types, taken):
     conv = nn.Conv2d(32, 32, 3, padding=1)
     conv.bias.data = conv.bias.data.to(types[1])
     x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).to(types[0])
-    with kernels.saving(), pytest.raises(RuntimeError, match="type"):
-        conv(x)
+    with pytest.raises(RuntimeError, match="type"):
+        applied(conv, x)
