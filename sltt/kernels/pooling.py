@@ -133,13 +133,7 @@ def running_max(
 
 def _windows(pool: Any) -> tuple[int, int] | None:
     """Height and width of a pooling whose windows lie side by side."""
-    if (
-        not isinstance(pool, nn.MaxPool2d)
-        or pool.return_indices
-        or pool.ceil_mode
-        or pool._forward_hooks
-        or pool._forward_pre_hooks
-    ):
+    if not isinstance(pool, nn.MaxPool2d) or pool.return_indices or pool.ceil_mode:
         return None
     return _side_by_side(pool.kernel_size, pool.stride, pool.padding, pool.dilation)
 
