@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -29,15 +29,22 @@ def sequence(pool, xs):
     return [*(running(x) for x in xs), running.total, running.largest]
 
 
-def pooled(x, size, compile):
-    """The pooling of x and the gradient, both on the way of a network in training."""
+def pool_in(mode, pool, x):
+    """What a pooling gives in a run; natively with `mode` "on", where the images are of the native form."""
+    with kernels.using(compile=mode):
+        y = kernels.max_pool(pool, x)
+    return pool(x) if y is None else y
+
+
+def pooled(x, size, mode):
+    """The pooling of x and the gradient."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    with kernels.using(compile=compile), kernels.saving():
-        y = F.max_pool2d(1 * x, size)
+    y = pool_in(mode, nn.MaxPool2d(size), x)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
     return y, *torch.autograd.grad(y, x, weights)
 
 
+@settings(deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(3, 9), st.integers(3, 9)),
     size=st.sampled_from([1, 2, 3, (1, 2), [3, 2]]),
@@ -53,6 +60,7 @@ def test_maxima_and_their_gradient_are_those_of_pytorch(shape, size, dtype, leve
         assert torch.equal(ours, plain)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([-torch.inf, torch.inf, torch.nan, 0.0, -1.0]), min_size=36, max_size=36))
 def test_maxima_of_values_that_are_not_finite(values):
     x = torch.tensor(values).view(1, 1, 6, 6).contiguous(memory_format=torch.channels_last)
@@ -84,26 +92,29 @@ FORMS = {
     "of three numbers": {"kernel_size": (2, 2, 2)},
     "of no number": {"kernel_size": []},
     "larger than the images": {"kernel_size": 9},
+    "with indices": {"kernel_size": 2, "return_indices": True},
+    "to the last pixel": {"kernel_size": 4, "ceil_mode": True},
 }
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_calls_are_understood_or_refused_as_by_pytorch(form):
     found = []
-    for compile in ("on", "off"):
-        with kernels.using(compile=compile), kernels.saving():
-            try:
-                found.append(F.max_pool2d(images(2, 3, 6, 6), **form))
-            except (RuntimeError, TypeError) as error:
-                found.append(str(error))
+    for mode in ("on", "off"):
+        try:
+            found.append(pool_in(mode, nn.MaxPool2d(**form), images(2, 3, 6, 6)))
+        except (RuntimeError, TypeError) as error:
+            found.append(str(error))
     ours, plain = found
-    assert ours == plain if isinstance(plain, str) else torch.equal(ours, plain)
+    if isinstance(plain, str):
+        assert ours == plain
+    else:
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0)
 
 
 def test_maxima_under_a_transform_are_those_of_pytorch():
     x = images(6, 3, 4, 4).view(2, 3, 3, 4, 4)
-    with kernels.using(compile="on"), kernels.saving():
-        found = torch.func.vmap(lambda one: F.max_pool2d(one, 2))(x)
+    found = torch.func.vmap(lambda one: pool_in("on", nn.MaxPool2d(2), one))(x)
     assert torch.equal(found, F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, (2, 3)))
 
 
@@ -117,6 +128,7 @@ def test_behind_a_batchnorm_and_in_front_of_a_sparse_layer(monkeypatch):
         layers = nn.Conv2d(32, 16, 3, padding=1), nn.BatchNorm2d(16), nn.MaxPool2d(2), sltt.LIF(v_threshold=0.5)
         layers = *layers, nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, padding=1), sltt.LIF(), nn.Flatten()
         model = nn.Sequential(*layers, nn.Linear(16 * 256, 3)).to(memory_format=torch.channels_last)
+        model[2].register_forward_hook(lambda *call: None)
         with kernels.using(compile=compile, sparse="on"):
             sltt.BPTT()(model, x, y, nn.CrossEntropyLoss(), steps=2)
         found.append([p.grad for p in model.parameters()])
@@ -125,39 +137,30 @@ def test_behind_a_batchnorm_and_in_front_of_a_sparse_layer(monkeypatch):
 
 
 def test_the_gradient_of_maxima_has_a_gradient():
-    x = images(2, 3, 5, 7).double().requires_grad_()
-
-    def square(x):
-        with kernels.using(compile="on"), kernels.saving():
-            return F.max_pool2d((x**2).float().contiguous(memory_format=torch.channels_last), (2, 3)).double()
-
-    def plain(x):
-        return F.max_pool2d((x**2).float(), (2, 3)).double()
-
-    found = []
-    for function in (square, plain):
-        (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    x, found = images(2, 3, 5, 7).double().requires_grad_(), []
+    for mode in ("on", "off"):
+        squares = (x**2).float().contiguous(memory_format=torch.channels_last)
+        y = pool_in(mode, nn.MaxPool2d((2, 3)), squares).double()
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(grad.square().sum(), x)[0])
     torch.testing.assert_close(*found)
 
 
 def test_a_gradient_with_a_graph_stays_where_the_maximum_was():
     x = images(1, 2, 4, 4).requires_grad_()
-    with kernels.using(compile="on"), kernels.saving():
-        y = F.max_pool2d(1 * x, 2)
+    y = pool_in("on", nn.MaxPool2d(2), x)
     (grad,) = torch.autograd.grad(y, x, torch.full_like(y, torch.inf), create_graph=True)
     assert grad.isinf().sum() == y.numel()
     assert (grad == 0).sum() == x.numel() - y.numel()
 
 
 def test_maxima_keep_a_byte_each_and_no_input():
-    x = images(2, 8, 32, 32).requires_grad_()
-    with kernels.using(compile="on"), kernels.saving():
-        y = F.max_pool2d(x.sin(), 2)
+    y = pool_in("on", nn.MaxPool2d(2), images(2, 8, 32, 32).requires_grad_().sin())
     (kept,) = y.grad_fn.saved_tensors
     assert (kept.dtype, tuple(kept.shape)) == (torch.uint8, (2, 8, 16, 16))
 
 
+@settings(deadline=None)
 @given(
     steps=st.integers(2, 4),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(3, 9), st.integers(3, 9)),

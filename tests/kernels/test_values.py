@@ -12,7 +12,6 @@ from tests.conftest import LOSS, gradients
 from tests.kernels.exact import NATIVE, applied
 
 
-
 @pytest.fixture
 def products(monkeypatch):
     """The weight gradients that were matrix products, of layers of any size."""
