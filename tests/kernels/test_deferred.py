@@ -4,13 +4,12 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory
-from sltt.kernels import deferred, native, restoring
+from sltt.kernels import deferred, looks, native
 from sltt.neurons import lif_step
 from sltt.surrogates import Triangle
 from tests.kernels.steps import default_type
@@ -25,7 +24,7 @@ NEVER = 2**60
 def small(monkeypatch):
     """Small tensors wait too."""
     native.library()
-    monkeypatch.setattr(restoring, "BITS_FROM", 0)
+    monkeypatch.setattr(looks, "BITS_FROM", 0)
     waiting(monkeypatch, True)
 
 
@@ -43,6 +42,16 @@ def drawn(shape, dtype=torch.float32, mean=0.0):
     return channels_last((spread * torch.randn(shape) + mean).to(dtype))
 
 
+def norm_of(x, weight=None, bias=None, training=True, mean=0.2, var=1.5):
+    """A BatchNorm of x."""
+    norm = (nn.BatchNorm2d if x.ndim == 4 else nn.BatchNorm1d)(x.shape[1], momentum=0.3, affine=weight is not None)
+    norm.running_mean.fill_(mean)
+    norm.running_var.fill_(var)
+    if weight is not None:
+        norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return norm.train(training)
+
+
 @pytest.mark.parametrize("shape", FORMS, ids=str)
 @pytest.mark.parametrize(("dtype", "mean"), [(torch.float32, 0), (torch.float32, 3e3), (torch.bfloat16, 1)], ids=str)
 def test_statistics(shape, dtype, mean):
@@ -51,42 +60,40 @@ def test_statistics(shape, dtype, mean):
         before = torch.get_num_threads()
         try:
             torch.set_num_threads(threads)
-            running = torch.full((shape[1],), 0.5), torch.full((shape[1],), 2.0)
-            y = deferred.deferred_norm(x, *running, training=True, momentum=0.3)
-            results.append((*y.normalised.factors, *running))
+            norm = norm_of(x)
+            y = deferred.deferred_norm(norm, x)
+            results.append((*y.normalised.factors, norm.running_mean, norm.running_var))
         finally:
             torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
-    exact = torch.full((shape[1],), 0.5).double(), torch.full((shape[1],), 2.0).double()
-    expected = F.batch_norm(x.double(), *exact, training=True, momentum=0.3)
-    torch.testing.assert_close(running[0].double(), exact[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(running[1].double(), exact[1], rtol=2e-6, atol=1e-6)
+    assert norm.num_batches_tracked == 1
+    exact = norm_of(x).double()
+    expected = exact(x.double())
+    torch.testing.assert_close(norm.running_mean.double(), exact.running_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(norm.running_var.double(), exact.running_var, rtol=2e-6, atol=1e-6)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5 + 1e-6 * mean
     torch.testing.assert_close(y.normalised.value.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def one_step(x, weight, bias, constants, training, exact):
     """Spikes, v and gradients of BatchNorm and a neuron; by the equations in float64, or in one pass."""
-    leaves = [t.detach().double() if exact else t.detach() for t in (x, weight, bias) if t is not None]
-    leaves = [t.requires_grad_() for t in leaves]
-    y, *affine = leaves
-    running = torch.full((x.shape[1],), 0.2), torch.full((x.shape[1],), 1.5)
+    y, norm = x.detach(), norm_of(x, weight, bias, training)
+    y, norm = (y.double(), norm.double()) if exact else (y, norm)
+    y.requires_grad_()
     v = drawn(x.shape)
     v = (v.double() if exact else v).requires_grad_()
-    affine = affine or [None, None]
     fixed = dict(zip(("v_reset", "decay_input", "detach_reset"), constants, strict=True))
     fixed |= {"v_threshold": 0.8, "surrogate": Triangle()}
     if exact:
-        y = F.batch_norm(y, *(r.double() for r in running), *affine, training=training)
-        s, after = lif_step(v, y, decay=0.6, **fixed)
+        s, after = lif_step(v, norm(y), decay=0.6, **fixed)
     else:
-        y = deferred.deferred_norm(y, *running, *affine, training=training)
-        s, after = kernels.neuron_step(kernels.NeuronStep.of(decay=0.6, **fixed), v, y)
-        assert y.normalised.waits
+        z = deferred.deferred_norm(norm, y)
+        s, after = kernels.neuron_step(kernels.NeuronStep(decay=0.6, **fixed), v, z)
+        assert z.normalised.waits
     torch.manual_seed(1)
     of_s, of_v = (torch.randn(x.shape).to(s.dtype) for _ in range(2))
     ((s * of_s).sum() + (after * of_v).sum()).backward()
-    return [s, after, v.grad, *(leaf.grad for leaf in leaves)]
+    return [s, after, v.grad, y.grad, *(p.grad for p in norm.parameters())]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
@@ -197,8 +204,6 @@ def test_evaluation(monkeypatch, settled):
 
 
 class Doubled(torch.autograd.Function):
-    """Not an operation that a function mode sees."""
-
     @staticmethod
     def forward(ctx, x):
         return x * 2
@@ -260,34 +265,26 @@ def test_hooks_see_plain_values(monkeypatch):
 
 
 def test_the_input_changed_in_place(monkeypatch):
-    """An operation in between finds the normalised tensor computed; without one, it is an error."""
-
     class Changed(nn.Module):
-        def __init__(self, norm, neuron):
+        """Changes it before the neuron reads the norm's output, or behind."""
+
+        def __init__(self, norm, neuron, before):
             super().__init__()
-            self.norm, self.neuron = norm, neuron
+            self.norm, self.neuron, self.before = norm, neuron, before
 
         def forward(self, x):
             y = self.norm(x)
-            x.add_(1)
-            return self.neuron(y) + x
+            return self.neuron(y) + x.add_(1) if not self.before else self.neuron((x.add_(1), y)[1])
 
-    def run():
+    def run(before):
         model = network().eval()
-        model[1], model[2] = Changed(model[1], model[2]), nn.Identity()
+        model[1], model[2] = Changed(model[1], model[2], before), nn.Identity()
         return [sltt.unroll(model, batch()[0], steps=2)]
 
-    check(monkeypatch, run)
+    check(monkeypatch, lambda: run(before=False))
     waiting(monkeypatch, True)
-    x = batch()[0]
-    y = deferred.deferred_norm(x, torch.zeros(3), torch.ones(3))
-    x.add_(1)
-    step = kernels.NeuronStep.of(
-        decay=0.5, v_threshold=1, v_reset=None, decay_input=False, detach_reset=False, surrogate=Triangle()
-    )
-    for use in (lambda: y + 1, lambda: kernels.neuron_step(step, torch.zeros_like(x), y)):
-        with pytest.raises(RuntimeError, match="changed in place before its output was used"):
-            use()
+    with pytest.raises(RuntimeError, match="changed in place before its output was used"):
+        run(before=True)
 
 
 def test_a_norm_and_another_reader_of_its_output(monkeypatch):
@@ -309,16 +306,18 @@ def test_a_norm_and_another_reader_of_its_output(monkeypatch):
 
 
 def test_what_does_not_wait():
-    running = torch.zeros(4), torch.ones(4)
-    fits = channels_last(torch.randn(3, 4, 5, 5))
-    assert deferred.deferred_norm(fits, *running) is not None
+    fits, wait = channels_last(torch.randn(3, 4, 5, 5)), deferred.deferred_norm
+    norm = norm_of(fits, training=False)
+    assert wait(norm, fits) is not None
+    assert wait(nn.BatchNorm2d(4, track_running_stats=False).eval(), fits) is not None
     for x in (fits.double(), fits.contiguous(), fits[:, :, ::2], fits.to("meta"), fits[:1, :, :1, :1]):
-        assert deferred.deferred_norm(x, *running) is None
-    for others in ((None, None), (running[0], None), (torch.zeros(3), running[1]), (running[0].double(), running[1])):
-        assert deferred.deferred_norm(fits, *others) is None
-    assert deferred.deferred_norm(fits, None, None, training=True) is not None
+        assert wait(norm, x) is None
+    assert wait(norm_of(fits, training=False).double(), fits) is None
+    assert wait(nn.BatchNorm2d(3).eval(), fits) is None
+    norm.running_var = None
+    assert wait(norm, fits) is None
     with kernels.using(compile="off"):
-        assert deferred.deferred_norm(fits, *running) is None
+        assert wait(nn.BatchNorm2d(4), fits) is None
 
 
 def peaks(monkeypatch, neuron, rule):
