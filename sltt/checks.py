@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -52,6 +53,7 @@ def whole_number(name: str, value: Any, *, least: int | None = None, most: int |
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(_message(name, "a whole number", value, remedy))
     _check_range(name, value, remedy, least=least, most=most)
+    _check_range(name, value, remedy, most=sys.maxsize)  # no size in PyTorch is larger
     return operator.index(value)
 
 

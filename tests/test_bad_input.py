@@ -126,6 +126,17 @@ EVALUATION = (
 )  # fmt: skip
 
 OTHER_CALLS = [
+    ("fit(run: number)", partial(fit, run=3), ValueError, "run must be the path of a folder, got 3"),
+    ("fit(config: text)", partial(fit, config="x"), ValueError, "config must be a dict, got 'x'"),
+    ("fit(callbacks: tensor)", partial(fit, callbacks=torch.zeros(1)), ValueError, "callbacks must be a sequence of"),
+    ("fit(optimizer: network)", partial(fit, optimizer=nn.Linear), ValueError, "optimizer must be a function of the"),
+    ("fit(no parameter)", partial(fit, model=sltt.LIF()), ValueError, "the model has no parameter to train"),
+    ("fit(batch_size: 10**20)", partial(fit, batch_size=10**20), ValueError, "batch_size must be at most"),
+    ("fit(workers: 10**9)", partial(fit, workers=10**9), ValueError, "workers must be at least 0 and at most 1000"),
+    ("fit(long name)", partial(fit, run="r" * 300), OSError, "cannot make the run folder r.*too long. Choose another"),
+    ("load(None)", partial(sltt.load, None), ValueError, "run must be the path of a folder, got None"),
+    ("unroll(steps: 10**30)", lambda: sltt.unroll(network(), X[0], steps=10**30), ValueError, "steps must be at most"),
+    ("from_datasets(None)", partial(data.from_datasets, None, static=True), ValueError, "train must have len"),
     ("fit(resume without run)", partial(fit, resume=True, run=None), ValueError, "resume=True needs the folder"),
     ("fit(resume of no run)", partial(fit, resume=True, run="typo"), ValueError, "typo"),
     ("evaluate(split)", partial(evaluate, split="valid"), ValueError, "split must be one of"),

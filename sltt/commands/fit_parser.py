@@ -14,6 +14,7 @@ from jsonargparse.typing import Path_fr
 
 import sltt
 from sltt.commands import yamltext
+from sltt.commands.failures import UsageError
 from sltt.data.loaders import BATCH_SIZE
 from sltt.training.describe import describe
 
@@ -76,9 +77,14 @@ class Parser(ArgumentParser):
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         with Path_fr(path).relative_path_context():  # pyright: ignore[reportCallIssue]
-            text = Path(Path(path).name).read_text(encoding="utf-8")
+            text = yamltext.read(Path(Path(path).name))
+            values = _loaded(Path(path).name)
+            if isinstance(values, dict) and "config" in values:  # the parser would read it, without an end
+                raise UsageError(
+                    f"{path} has a key config: leave it out; `sltt train RECIPE --config FILE` takes a second file"
+                )
             if self.without:
-                values = {name: value for name, value in yamltext.load(text).items() if name not in self.without}
+                values = {name: value for name, value in values.items() if name not in self.without}
                 text = yaml.safe_dump(values, sort_keys=False)
             return self.parse_string(text, Path(path).name, *args, **kwargs)
 
@@ -100,8 +106,8 @@ def _loaded(value: Any) -> Any:
         return value
     try:
         path = os.path.expanduser(value)
-        return yamltext.load(Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else value)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return yamltext.load(yamltext.read(Path(path)) if os.path.isfile(path) else value)
+    except (OSError, UsageError, yaml.YAMLError):
         return None
 
 

@@ -50,7 +50,7 @@ class CommandOptions(argparse.ArgumentParser):
     def add_output(self, folder: str = "keep the result in this folder, for sltt report") -> None:
         """Take --json and --save, which `results.give` obeys."""
         self.add_argument("--json", action="store_true", help="print JSON")
-        self.add_argument("--save", type=Path, metavar="FOLDER", help=folder)
+        self.add_argument("--save", type=new_folder, metavar="FOLDER", help=folder)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The command's own options, and the words that are left over; none of these is one that is cut short."""
@@ -232,8 +232,8 @@ def parse(parser: Parser, source: Path, words: Sequence[str], without: Sequence[
 def _read(source: Path) -> dict[str, Any]:
     """The values of a recipe or of a run's configuration."""
     try:
-        values = yamltext.load(source.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yamltext.load(yamltext.read(source))
+    except yaml.YAMLError as error:
         raise _not_yaml(source, error) from None
     if not isinstance(values, dict):
         raise UsageError(f"{source} holds no options: expected lines such as `epochs: 20`; `sltt recipes digits`")
@@ -339,6 +339,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def new_folder(text: str) -> Path:
+    """The path of a folder that is there, or can be made: no file stands in its place."""
+    there = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"expected a folder to write to, and {there} is a file: choose another")
+    return Path(text)
+
+
 def rules(text: str) -> list[str]:
     """Rules separated by commas, such as SLTT:k=1 or Mixed:windows={features.2: all, features.5: 4}."""
     found = _split(text, ",")
@@ -384,5 +392,5 @@ def _split(text: str, separator: str) -> list[str]:
 def resumed(words: Sequence[str]) -> Path | None:
     """The value of --resume: it names the configuration that the other options are read on top of."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--resume", type=Path, nargs="?")  # without a value, the whole parser says so
     return parser.parse_known_args(words)[0].resume

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sltt.checks import whole_number
 from sltt.data import Splits
 from sltt.rules import Rule
 from sltt.sequence.hooks import hooked
@@ -50,7 +51,7 @@ class Prepared:
         order = EpochSampler(len(samples), self._seed)
         count = min(size, len(samples))
         x, y = next(iter(train_loader(self.splits, count, order, workers=0)))
-        again = torch.arange(size) % count
+        again = torch.arange(whole_number("batch_size", size, least=1)) % count
         x = x.index_select(0 if self.splits.static else 1, again)
         if isinstance(y, Padded):
             return self._session.batch(pad(x, self._steps), y.rows(again.tolist()))

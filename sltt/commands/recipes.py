@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sltt.commands import yamltext
 from sltt.commands.parsing import CommandOptions, find_recipe, shipped_recipes
 from sltt.training.console import Console
 
@@ -16,7 +17,7 @@ def options() -> CommandOptions:
 def run(words: Sequence[str]) -> None:
     """`sltt recipes [NAME]`."""
     if name := options().parse_args(words).name:
-        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        print(yamltext.read(find_recipe(name)), end="")
         return
     report = Console()
     for name, path in shipped_recipes().items():

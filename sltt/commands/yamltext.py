@@ -1,11 +1,22 @@
 """YAML of recipes and options, refused where it would be read as something else than it says."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import get_loader
 
+from sltt.commands.failures import UsageError
+
 MOST_NODES = 10_000  # a recipe has about a hundred
+
+
+def read(path: Path) -> str:
+    """Read the text of a file; raises UsageError, which names it, for one that is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no YAML that can be read: {error}; save it as UTF-8") from None
 
 
 def load(text: str) -> Any:

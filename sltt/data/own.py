@@ -91,7 +91,7 @@ class _OwnData(Data):
             share = number("validation", found.pop("validation"), least=0, below=1)
         super().__init__(share, split_seed)
         self.columns = _check_columns(columns)
-        self.datasets = {name: one for name, one in found.items() if one is not None}
+        self.datasets = {name: one for name, one in found.items() if one is not None or name == "train"}
         for name, dataset in self.datasets.items():
             _check_dataset(name, dataset, self.columns)
         self.static, self.pad, self.by_length, self.per_step, self.collates = static, pad, by_length, per_step, collates

@@ -101,7 +101,10 @@ def _watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Tensor
             results = step(x, others[: step.states], others[step.states :])
     except Exception as error:
         if watch.found is None:
-            error.add_note(f"in {kind.__name__}.step, on an input {list(SHAPE)} and states of that shape")
+            error.add_note(
+                f"in {kind.__name__}.step, on an input {list(SHAPE)} and states of that shape; it takes all values at "
+                "once: write torch.where(u > 1, a, b) for `a if u > 1 else b`"
+            )
             raise
     if watch.found is not None:
         raise problem(*watch.found)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
-from sltt.checks import instance
+from sltt.checks import function, instance, whole_number
 from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, check_loss, is_per_step, watching
-from sltt.rules.diagnosis import explaining, note_form
+from sltt.rules.diagnosis import explaining, note
 from sltt.sequence.padding import Padded, Real, check_lengths, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.step import Step
@@ -149,7 +149,13 @@ class Batch:
         return self._logits[step]
 
     def output(self) -> Output:
-        """What the time steps gave."""
+        """What the time steps gave; raises ValueError where the rule left one out."""
+        if len(self._logits) < self.steps:
+            ran = ", ".join(map(str, sorted(self._logits)))
+            raise ValueError(
+                f"a rule runs all T = {self.steps} time steps, and this one ran {ran or 'none'}: call batch.run or "
+                "batch.forward for each, with graph=False for one without a gradient"
+            )
         return Output(torch.as_tensor(self._total), torch.stack([self._logits[t] for t in range(self.steps)]))
 
 
@@ -216,7 +222,14 @@ class Rule(Frozen, ABC):
                 whose state a rule cannot reach, or a neuron that stands in two places of the network.
         """
         self._check(model, loss, update)
+        for name, value, of in (("backward", backward, "a scalar"), ("update", update, "no argument")):
+            if value is not None:
+                function(name, value, of)
+        if seed is not None:
+            whole_number("seed", seed)
         sequence = time_steps(x, steps, None if is_per_step(loss) else target_of(target))
+        if not sequence.batch:
+            raise ValueError(f"expected at least one sample to train on, got an input of shape {list(x.shape)}")
         if isinstance(target, Padded):
             self._check_padded(sequence, target, loss)
         if is_per_step(loss):
@@ -229,7 +242,7 @@ class Rule(Frozen, ABC):
                 out = self.run(Batch(network, target, of_step, backward, update, seed))
                 network.results.finish(backward)
         except Exception as error:
-            note_form(error, sequence)
+            note(error, network)
             raise
         return Output(sequence.result(out.loss), out.logits)
 
@@ -317,7 +330,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
         with network:
             logits = [network(sequence.input(range(t, t + 1))).clone() for t in range(sequence.steps)]
     except Exception as error:
-        note_form(error, sequence)
+        note(error, network)
         raise
     finally:
         torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in a training after it
@@ -349,7 +362,15 @@ def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
         if not len(target.target):
             return logits.sum() * 0
         return step_loss(loss, logits if target.rows is None else logits[target.rows], target.target) * target.weight
-    value = loss(logits, target)
+    try:
+        value = loss(logits, target)
+    except Exception as error:
+        if isinstance(target, Tensor) and target.ndim > 1:
+            error.add_note(
+                f"in the loss of one time step, of outputs {list(logits.shape)} and targets {list(target.shape)}; for "
+                "a target at each time step: sltt.losses.PerStep(loss), and from_datasets(…, per_step=True)"
+            )
+        raise
     if not isinstance(value, Tensor):
         raise ValueError(f"expected a loss that returns a scalar tensor, got {value!r}")
     if value.ndim:

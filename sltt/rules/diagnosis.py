@@ -1,5 +1,6 @@
 """What an error of PyTorch comes from, said of the user's network."""
 
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -10,17 +11,38 @@ from torch import Tensor, nn
 from sltt.sequence.hooks import hooked
 from sltt.sequence.run import Run
 from sltt.sequence.state import Stateful, emits_spikes, map_tensors, role_of, state_names
-from sltt.sequence.steps import Sequence
 
 
-def note_form(error: Exception, sequence: Sequence) -> None:
-    """Add a note to an error where the input may have been meant as a static one."""
+def note(error: Exception, run: Run) -> None:
+    """Note in an error how the input was taken, and which layer it came through."""
+    sequence = run.sequence
     if not sequence.static and sequence.x.ndim in (2, 4):
         shape = list(sequence.x.shape)
         error.add_note(
             f"the input {shape} was taken as T = {shape[0]} time steps of {shape[1]} samples; for a static input "
             "[B, ...] say steps=T"
         )
+    if not isinstance(error, ValueError) and (place := _place(run, error)):
+        error.add_note(place)
+
+
+def _place(run: Run, error: Exception) -> str | None:
+    """Return the innermost layer that an error came through, with its input, and what to do where types differ."""
+    layers = run.layout.layers
+    for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
+        if frame.f_code.co_name not in ("forward", "weight"):  # to look at another one might keep the error alive
+            continue
+        module = frame.f_locals.get("module", frame.f_locals.get("self"))
+        x = next((value for value in frame.f_locals.values() if isinstance(value, Tensor)), None)
+        if x is None or not isinstance(module, nn.Module) or module not in layers:
+            continue
+        types = {p.dtype for p in module.parameters(recurse=False)}
+        kind = f"{type(module).__name__}({module.extra_repr()})"
+        text = f"in {layers[module].name or 'the model'}, {kind}, on an input {list(x.shape)} of {x.dtype}"
+        if types and x.dtype not in types:
+            return f"{text}, with weights of {(given := types.pop())}: give x.to({given}), or a network in another type"
+        return f"{text}: make the layer for such an input, or see what comes before it" if types else text
+    return None
 
 
 def explaining(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Tensor], Any]:
@@ -29,7 +51,7 @@ def explaining(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Tensor]
     def explained(value: Tensor) -> Any:
         if not value.requires_grad:
             frozen = not any(p.requires_grad for p in run.model.parameters())
-            why = "every parameter of the model is frozen" if frozen else "the model or the loss detaches it"
+            why = "the model has none that is not frozen" if frozen else "the model or the loss detaches it"
             raise ValueError(f"the loss has no gradient for any parameter: {why}")
         try:
             return backward(value)

@@ -21,7 +21,7 @@ from sltt.sequence.claims import claim, release
 from sltt.sequence.hooks import Handler
 from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import Results, is_sharded
-from sltt.sequence.state import detach_module, reset_module
+from sltt.sequence.state import detach_module, reset_module, state_tensors
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence
 
@@ -73,7 +73,8 @@ class Run:
         self.fast, self.recompute = self.bits and sequence.x.is_cpu, False
         self.fold = self.steps = 1
         self.cut, self.shows = False, True
-        self.call = self._calls = 0
+        self.call = self._calls = self._outer = 0
+        self._kept: set[Layer] = set()  # in the second call, the layers that have a state
         self._handled: list[Layer] = []
         self._until_the_end = ExitStack()
         self._folds = False
@@ -147,6 +148,8 @@ class Run:
             self.weights = kernels.Weights()
             torch.clear_autocast_cache()
         self._calls += 1
+        second, self._outer = self._outer == 1, self._outer + 1
+        self._kept = {k for k in self.layout.keepers if state_tensors(k.module)} if second else set()
         self.call, self.fold, self.steps, self.cut = self._calls, steps, steps, cut
         try:
             logits = self.model(x)
@@ -173,6 +176,11 @@ class Run:
         """Note that a layer runs; raise ValueError with `problem` if it has run in this call of the network."""
         if layer.seen == self.call:
             raise ValueError(f"{layer} {problem}")
+        if layer in self._kept and not state_tensors(layer.module):
+            raise ValueError(
+                f"{layer} was reset in the middle of a sequence: leave the reset out of forward, a rule resets the "
+                "network before each sequence"
+            )
         layer.seen = self.call
 
     def one_by_one(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,7 +13,10 @@ from sltt.sequence.steps import in_backward
 if TYPE_CHECKING:
     from sltt.sequence.run import Run
 
-NEURON = "runs twice in a time step, and has one membrane potential: use a neuron of its own for each place"
+NEURON = (
+    "runs twice in a time step, and has one membrane potential: use a neuron of its own for each place. A forward that "
+    "loops over time: return the output of one time step, a rule calls it T times"
+)
 TWICE = "runs twice in a call of the network: use fold=1"
 
 

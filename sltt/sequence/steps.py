@@ -58,6 +58,9 @@ def in_backward() -> bool:
     return _current_graph_task_id() != -1
 
 
+_SAMPLES_FIRST = "; for a static input [B, ...] say steps=T, for [B, T, ...] give x.transpose(0, 1), also where T = B"
+
+
 def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
     """Check an input, and its batch size against the target's; return it as a sequence of time steps."""
     static = steps is not None
@@ -70,10 +73,12 @@ def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
         raise ValueError(f"expected at least one time step, got an input of shape {list(x.shape)}")
     sequence = Sequence(x, length, static)
     if isinstance(target, Tensor) and target.ndim and target.shape[0] != sequence.batch:
+        remedy = "" if static or len(target) != len(x) else _SAMPLES_FIRST
+        if remedy and target.shape[1:2] == x.shape[1:2]:
+            remedy = "; for a target at each time step: sltt.losses.PerStep(loss)"
         raise ValueError(
             f"expected a target for each of the {sequence.batch} samples of an input {form}, "
-            f"got input {list(x.shape)} and target {list(target.shape)}"
-            + ("; for a static input [B, ...] say steps=T" if not static and len(target) == len(x) else "")
+            f"got input {list(x.shape)} and target {list(target.shape)}{remedy}"
         )
     if x.device.type == "cpu":
         check_input(x)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
@@ -47,6 +48,8 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
     instance("model", model, nn.Module)
     instance("rule", rule, Rule)
     sequence = time_steps(x, steps)
+    if any(is_lazy(p) for p in model.parameters()):  # it has no weights before its first batch
+        return
     fold = sequence.steps if rule.fold == "auto" else min(rule.fold, sequence.steps)
     _check_call(model, sequence, fold)
     if sequence.batch < 2 or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):

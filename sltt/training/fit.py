@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sltt.callbacks import Callback
-from sltt.checks import flag, instance
+from sltt.checks import flag, folder, instance
 from sltt.data import Data, Splits
 from sltt.data.loaders import Loaders, as_data, batch_size_of
 from sltt.kernels import Compile, Sparse
@@ -33,7 +33,6 @@ from sltt.training.safeguards import (
     check_mean,
     check_stages,
     check_static,
-    check_type,
     first_samples,
 )
 from sltt.training.session import Session, session
@@ -153,6 +152,10 @@ def fit(
     execution = Execution.of(given)
     instance("model", model, nn.Module)
     flag("resume", resume)
+    if run is not None:
+        folder("run", run)
+    if config is not None:
+        instance("config", config, dict)
     data = as_data(data, training.batch_size)
     with generators_kept(), session(execution) as here:
         described, network, problems = describe_run({"model": model, "data": data, **vars(training), **vars(execution)})
@@ -232,6 +235,8 @@ def _result(loop: Loop) -> Fit:
 def _checked(here: Session, model: nn.Module, data: Data, training: Training) -> Splits:
     """The splits of the first stage; raises ValueError for what cannot be trained, before there is a folder."""
     stages, count = training.stages, here.processes.count
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("the model has no parameter to train: give it a layer with weights, or requires_grad_(True)")
     if count > 1 and here.execution.strategy == "fsdp":
         for stage in stages:
             _check_shardable(stage.rule)
@@ -259,7 +264,6 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
         if callback.needs_validation and splits.validation is None:
             raise ValueError(f"{type(callback).__name__} needs validation samples: hold some out, as by validation=0.1")
     check_stages(model, samples, stages)
-    check_type(model, splits, samples)
     check_static(model, splits, samples, training.loss, stages[0].steps)
     check_last_batch(model, splits, samples, training.batch_size, stages)
     x = splits.collate(samples)[0].to(next((p.device for p in model.parameters()), "cpu"))

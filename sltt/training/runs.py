@@ -229,7 +229,7 @@ def _make(path: Path, config: dict[str, Any] | None, network: bytes | None) -> P
         os.rename(part, path)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        if path.exists():
+        if os.path.exists(path):  # False for a name that is too long, where that of Path raises
             raise FileExistsError(f"{path} exists") from None
         raise OSError(f"cannot make the run folder {path}: {error.strerror}. Choose another with --run.") from error
     return path

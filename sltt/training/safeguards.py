@@ -97,15 +97,6 @@ def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
         )
 
 
-def check_type(model: nn.Module, splits: Splits, samples: list[Any]) -> None:
-    """Raise ValueError for samples in float64 where all weights are in another type."""
-    x, _ = splits.collate(samples[:1])
-    types = [p.dtype for p in model.parameters()]
-    if x.dtype == torch.float64 and types and torch.float64 not in types:
-        name = str(types[0]).removeprefix("torch.")
-        raise ValueError(f"samples are float64 and the weights {name}: give x.float(), or a network in float64")
-
-
 def check_stages(model: nn.Module, samples: list[Any], stages: Sequence[Stage]) -> None:
     """Raise ValueError for a stage that cannot be trained: not after the epochs before it."""
     for stage in stages:

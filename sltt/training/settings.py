@@ -65,7 +65,7 @@ class Execution(_Settings):
         choice("strategy", self.strategy, get_args(Strategy))
         choice("compile", self.compile, get_args(Compile))
         choice("sparse", self.sparse, get_args(Sparse))
-        whole_number("workers", self.workers, least=0)
+        whole_number("workers", self.workers, least=0, most=1000)
         for name in ("devices", "num_nodes"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), least=1)
@@ -122,7 +122,8 @@ class Training(_Settings):
             number("ema", self.ema, above=0, below=1)
         such_as = "such as lightning_fabric.loggers.CSVLogger('logs')"
         for name, kind, remedy in (("callbacks", Callback, ""), ("loggers", Logger, such_as), ("phases", Phase, "")):
-            for i, one in enumerate(sequence(name, getattr(self, name) or (), name)):
+            given = getattr(self, name)
+            for i, one in enumerate(() if given is None else sequence(name, given, name)):
                 instance(f"{name}[{i}]", one, kind, remedy)
         last = self.stages[-1].steps
         if last != self.steps and sum(phase.epochs for phase in self.phases or ()) <= self.epochs:
@@ -143,10 +144,11 @@ def _check_optimizer(given: Any) -> None:
             f"optimizer must be a function of the parameters, got an instance of {type(given).__name__}, which a "
             f"resumed run could not make again: optimizer={_factory(given)}"
         )
-    if not callable(given):
+    other = isinstance(given, nn.Module) or (isinstance(given, type) and not issubclass(given, Optimizer))
+    if other or not callable(given):
         raise ValueError(
             "optimizer must be a function of the parameters, such as functools.partial(torch.optim.SGD, lr=0.1), "
-            f"got {given!r}"
+            f"got {given!r:.80}"
         )
 
 

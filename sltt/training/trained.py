@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from sltt.checks import choice, instance
+from sltt.checks import choice, folder, instance
 from sltt.losses import Prediction, predicted
 from sltt.rules import unroll
 from sltt.sequence.modes import evaluating
@@ -59,7 +59,7 @@ def load(
     """
     if checkpoint is not None:
         choice("checkpoint", checkpoint, ("best", "last"))
-    path = find_checkpoint(Path(run), checkpoint)
+    path = find_checkpoint(folder("run", run), checkpoint)
     content = load_checkpoint(path)
     network = _network(Path(run)) if model is None else instance("model", model, nn.Module)
     load_weights(network, chosen(content), path)

@@ -22,6 +22,7 @@ FILES = {
     "empty.yaml": "",
     "tab.yaml": "a:\n\t- b\n",
     "binary.yaml": "\udcff\udcfe\0",
+    "again.yaml": "config: again.yaml\n",
     "mine.py": """
 import builtins
 import torch
@@ -96,6 +97,10 @@ CASES = f"""
 2 | empty.yaml holds no options | train empty.yaml
 2 | tab.yaml is no YAML that can be read | train tab.yaml
 2 | binary.yaml is no YAML that can be read | train binary.yaml
+2 | binary.yaml is no YAML that can be read | train --config binary.yaml
+2 | binary.yaml is no YAML that can be read | recipes binary.yaml
+2 | again.yaml has a key config: leave it out | train again.yaml
+2 | again.yaml has a key config: leave it out | train --config again.yaml
 2 | File does not exist | train --config nowhere.yaml
 # values of the wrong kind
 2 | optimizer.lr: expected float, got abc | train --optimizer.lr abc
@@ -137,6 +142,9 @@ CASES = f"""
 # values out of their range
 1 | steps must be at least 1 | train {TINY} --steps 0
 1 | epochs must be at least 1, got 0 | train {TINY} --epochs 0
+1 | batch_size must be at most 9223372036854775807 | train {TINY} --batch_size 12345678901234567890
+1 | batch_size must be at most 9223372036854775807 | agreement {TINY} --samples 12345678901234567890
+1 | workers must be at least 0 and at most 1000, got 1234567890 | train {TINY} --workers 1234567890
 1 | batch_size must be at least 1, got 0 | train {TINY} --batch_size 0
 1 | clip_norm must be greater than 0 | train {TINY} --clip_norm 0
 1 | devices must be at least 1, got 0 | train {TINY} --devices 0
@@ -183,6 +191,10 @@ CASES = f"""
 2 | invalid choice: 'foo' | eval nowhere --split foo
 2 | nowhere is not the folder of a run | train --resume nowhere
 2 | leave out 'digits' | train digits --resume nowhere
+2 | -dash is not the folder of a run | train --resume=-dash
+2 | argument --resume: expected one argument | train --resume -dash
+2 | a\\x1b[31m is not the folder of a run | train --resume 'a\x1b[31m'
+2 | --save: expected a folder to write to, and list.yaml is a file | agreement --save list.yaml
 2 | expected the folder of a run before the options | export --to nir
 2 | required: --to | export nowhere
 2 | invalid choice: 'foo' | export nowhere --to foo

@@ -71,12 +71,12 @@ def test_numpy_samples_have_the_type_of_the_weights():
     assert (x.dtype, y.dtype, splits.classes) == (torch.float32, torch.int64, 2)
 
 
-def test_samples_of_float64_are_refused_where_the_weights_are_float32(tmp_path):
+def test_samples_of_float64_are_explained_where_the_weights_are_float32(tmp_path):
     samples = TensorDataset(torch.rand(12, 5, 4, dtype=torch.float64), torch.arange(12) % 3)
     data, settings = from_datasets(samples, static=False), {"steps": 5, "epochs": 1, "batch_size": 4, "device": "cpu"}
-    with pytest.raises(ValueError, match=r"samples are float64 and the weights float32: give x.float\(\)"):
-        sltt.fit(network(), data, run=tmp_path / "run", **settings)
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(RuntimeError) as caught:
+        sltt.fit(network(), data, run=tmp_path / "other", **settings)
+    assert "with weights of torch.float32: give x.to(torch.float32)" in caught.value.__notes__[0]
     assert sltt.fit(network().double(), data, run=tmp_path / "run", **settings).history
 
 

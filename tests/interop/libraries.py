@@ -9,9 +9,9 @@ from torch import nn
 import sltt
 from tests.conftest import LOSS, RULES, batch, gradient
 
-FOLDS_NOTHING = {name: rule for name, rule in RULES.items() if "fold" not in name}
-FOLDS_NOTHING["Mixed"] = sltt.Mixed({"1": "all"})  # the first neurons of the networks here
-FOLDS_NOTHING["Mixed(default=2)"] = sltt.Mixed({"1": 3}, default=2)
+NETWORK_RULES = {**RULES}
+NETWORK_RULES["Mixed"] = sltt.Mixed({"1": "all"})  # the first neurons of the networks here
+NETWORK_RULES["Mixed(default=2)"] = sltt.Mixed({"1": 3}, default=2)
 
 
 def jelly(name, **kwargs):

@@ -7,7 +7,7 @@ from torch import nn
 import sltt
 from tests.conftest import LOSS, batch, gradient, gradients
 from tests.interop.libraries import (
-    FOLDS_NOTHING,
+    NETWORK_RULES,
     gradients_of,
     jelly,
     network,
@@ -105,7 +105,7 @@ def test_the_networks_of_the_tests_spike(library):
     assert all(0.01 < rate < 0.99 for rate in rates.by_layer().values())
 
 
-@pytest.mark.parametrize("rule", FOLDS_NOTHING.values(), ids=FOLDS_NOTHING.keys())
+@pytest.mark.parametrize("rule", NETWORK_RULES.values(), ids=NETWORK_RULES.keys())
 def test_every_rule_gives_the_gradient_that_it_gives_for_the_same_neuron_here(rule):
     neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
     surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate").PiecewiseQuadratic(alpha=1.0)

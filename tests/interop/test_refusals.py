@@ -24,6 +24,18 @@ def test_multi_step_modules_are_refused_by_name():
         sltt.SLTT()(model.double(), *batch(), LOSS)
 
 
+def test_reset_net_within_forward_is_refused():
+    library = jelly("LIFNode")
+
+    class Resets(nn.Sequential):
+        def forward(self, x):
+            library.reset(self)
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match=r"1 \(LIFNode\) was reset in the middle of a sequence: leave the reset out"):
+        sltt.unroll(Resets(nn.Linear(6, 8), library.make(8), nn.Linear(8, 3)).double(), batch()[0])
+
+
 def test_a_neuron_with_a_rule_of_its_own_is_refused():
     neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
     model = nn.Sequential(nn.Linear(6, 3), neuron.SLTTLIFNode()).double()
@@ -117,12 +129,6 @@ def test_a_layer_of_sinabs_for_the_batch_size_that_comes_is_taken():
     twin = nn.Sequential(model[0], layers.IAFSqueeze(num_timesteps=1))
     expected = gradients_of(sltt.SLTT(), twin, x.float(), y)
     assert torch.equal(gradients_of(sltt.SLTT(), model, x.float(), y), expected)
-
-
-def test_folding_names_what_it_cannot_fold(library):
-    model, x, y = network_of(library)
-    with pytest.raises(ValueError, match=r"fold needs layers.*keeps a state.*use fold=1"):
-        sltt.SLTT(fold=2)(model, x, y, LOSS)
 
 
 def test_ottt_refuses_hard_resets_and_weights_inside_of_neurons():

@@ -9,7 +9,6 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.analysis import firing_rates
-from sltt.kernels.restoring import SpikeTag, tag_of
 from tests.conftest import RULES, batch, gradients, small_network
 from tests.neurons.plain import Plain, alone, plain
 from tests.references import measured
@@ -130,10 +129,16 @@ def test_sixteen_bits_keep_states_in_thirty_two():
     assert (torch.stack(spikes).float() == torch.stack(expected[0])).float().mean() > 0.95
 
 
-def test_spikes_of_a_surrogate_are_stored_as_bits_and_others_as_they_are():
-    x = torch.randn(8, 1024, requires_grad=True)
-    assert isinstance(tag_of(Adaptive()(x)), SpikeTag)
-    assert tag_of(Graded()(x)) is None
+def test_layers_read_spikes_as_bits_and_graded_ones_as_they_are(sparse_calls):
+    x, y = 2 * torch.randn(3, 32, 64), torch.arange(32) % 16
+    for kind, runs in ((Adaptive, {"forward", "grad"}), (Graded, set())):
+        model, found = nn.Sequential(nn.Linear(64, 256), kind(), nn.Linear(256, 16)), []
+        for options in ({"sparse": "on"}, {"bits": False}):
+            with kernels.using(**options):
+                found.append(gradients(model, sltt.BPTT(), x, y)[0])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+        assert {call for call, _ in sparse_calls} == runs
+        sparse_calls.clear()
 
 
 def test_a_function_of_ones_own_that_is_called_like_that_of_surrogates_gives_no_bits():

@@ -7,7 +7,7 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.kernels import native, restoring, sparse
+from sltt.kernels import native, saved, sparse
 from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.rules.traces import TraceStep
 from sltt.sequence.run import Run
@@ -176,15 +176,13 @@ def test_forwards_are_sparse_where_those_of_sltt_are():
 def test_spikes_of_small_layers_are_packed_no_more_often_than_with_sltt(monkeypatch):
     model = nn.Sequential(nn.Linear(20, 64), sltt.LIF(), nn.Linear(64, 4))  # 8192 neurons in a batch
     x, y = torch.randn(6, 128, 20), torch.randint(4, (128,))
-    calls, plain = [], restoring.pack
-    monkeypatch.setattr(restoring, "pack", lambda *args: calls.append(1) or plain(*args))
-    counts = []
+    found, look, counts = [], saved.look, []
+    monkeypatch.setattr(saved, "look", lambda x: (found.append(look(x)), found[-1])[1])
     for rule in (sltt.SLTT(), sltt.OTTT()):
-        calls.clear()
-        with kernels.using(compile="off"):  # else the neurons may pack them themselves
-            rule(model, x, y, LOSS)
-        counts.append(len(calls))
-    assert counts == [1, 1]  # in the first step, which knows no size
+        found.clear()
+        rule(model, x, y, LOSS)
+        counts.append(len([spikes for spikes in found if spikes]))
+    assert counts[1] <= counts[0] <= 2  # in the first step, which knows no size: of the neuron and the layer behind it
 
 
 def test_nothing_is_left_behind():

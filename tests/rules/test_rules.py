@@ -272,7 +272,7 @@ def test_a_rule_without_gradients_is_refused(rule):
 @pytest.mark.parametrize(
     ("model", "loss", "message"),
     [
-        (small_network().requires_grad_(False), LOSS, "every parameter of the model is frozen"),
+        (small_network().requires_grad_(False), LOSS, "the model has none that is not frozen"),
         (small_network(), lambda o, y: LOSS(o, y).detach(), "the model or the loss detaches it"),
     ],
     ids=["frozen", "detached"],

@@ -35,6 +35,12 @@ def notebook(monkeypatch):
     return place
 
 
+def test_escape_sequences_in_names_are_shown_escaped(capsys):
+    Console().line("run a\x1b[31m/µ – b")
+    Console().warn("a\udcff\nb")
+    assert capsys.readouterr().out == "run a\\x1b[31m/µ – b\nwarning: a\\udcff\nb\n"
+
+
 def test_a_notebook_shows_one_bar_for_all_epochs_that_vanishes(notebook):
     console = Console()
     for epoch in (1, 2):
