@@ -88,7 +88,7 @@ def statistics(model: nn.Module) -> list[float]:
 
 
 class Statistics(sltt.callbacks.Callback):
-    """Those of this process after every batch."""
+    """Those after every batch."""
 
     def __init__(self) -> None:
         self.seen: list[list[float]] = []
@@ -156,6 +156,8 @@ def main(folder: Path) -> None:
     train(folder / "fsdp-from-one", network(), strategy="fsdp", resume=True)
     for name, rule in NORMED.items():
         train(folder / "norm" / name, network(norm=True), rule=rule, sync_batchnorm=True)
+    for minutes in (0.0, 10.0):  # a checkpoint after every batch, and of the epochs alone
+        train(folder / f"every {minutes} minutes", network(norm=True), checkpoint_minutes=minutes)
     for name, rule in STABILISED.items():
         train(folder / "stabilised" / name, stabilised(), rule=rule, callbacks=[callback := Statistics()])
         measured[f"stabilised {name}"] = callback.seen

@@ -31,6 +31,7 @@ from tests.processes import (
     statistics,
     train,
 )
+from tests.training.blobs import equal
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [sys.executable, "-m", "sltt", "train", "digits", "--device", "cpu", "--model.width", "2", "--steps", "1"]
@@ -127,10 +128,16 @@ def test_synchronised_batch_statistics_are_those_of_the_whole_batch(name, two, t
     assert_same_weights(weights(two[0] / "norm" / name), weights(tmp_path / "run"))
 
 
+@pytest.mark.slow
+def test_checkpoints_do_not_change_the_running_statistics(two):
+    often, seldom = (weights(two[0] / f"every {minutes} minutes") for minutes in (0.0, 10.0))
+    assert equal(often, seldom)
+
+
 def two_in_one(rule):
     """What `train` comes to, with the shares of two processes one after the other in this process.
 
-    Returns the weights and statistics, and the statistics of the first process after every batch.
+    Returns the weights and statistics, and the statistics after every batch.
     """
     first = stabilised()
     second = copy.deepcopy(first, {id(p): p for p in first.parameters()})  # the same weights, statistics of its own
@@ -149,20 +156,19 @@ def two_in_one(rule):
     for epoch in range(2):
         sampler.set_epoch(epoch)
         for shares in zip(*loaders, strict=True):
-            average()
             size = sum(len(y) for _, y in shares)
             for model, (x, y) in zip((first, second), shares, strict=True):
                 rule(model, x, y, LOSS, backward=lambda loss, part=len(y) / size: (loss * part).backward())
             optimizer.step()
             optimizer.zero_grad()
+            average()
             seen.append(statistics(first))
-        average()
     return first.state_dict(), seen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STABILISED)
-def test_processes_begin_every_sequence_with_the_mean_of_their_statistics(name, two):
+def test_processes_begin_every_batch_with_the_mean_of_their_statistics(name, two):
     expected, seen = two_in_one(STABILISED[name])
     assert len(seen) == expected["1.num_batches_tracked"] == 10
     assert_same_weights(weights(two[0] / "stabilised" / name), expected)
