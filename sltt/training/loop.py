@@ -16,7 +16,7 @@ from sltt.callbacks import Moment
 from sltt.data import Data, Splits
 from sltt.losses import is_per_step, predicted, prediction_of
 from sltt.metrics import higher_is_better, improves, name_of
-from sltt.parallel.batchnorm import synchronise
+from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
 from sltt.rules import Output
 from sltt.sequence.padding import Padded, lengths_of, target_of
@@ -85,7 +85,7 @@ class Loop:
         self.session, self.processes, self.training = session, session.processes, training
         self.model, self.data, self.splits, self.fingerprint = model, data, splits, splits.fingerprint
         self.folder, self.config, self.report = folder, config, report
-        if session.execution.sync_batchnorm:
+        if session.execution.sync_batchnorm and self.processes.count > 1:
             synchronise(model)
         self.net = session.set_up(model)
         self.average = None if training.ema is None else averaged_model(model, training.ema)
