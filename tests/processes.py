@@ -39,7 +39,6 @@ TRAININGS = {
     "a metric of all samples": {"rule": sltt.SLTT(), "batch_size": 59, "metric": MacroF1()},
 }
 STABILISED = {name: RULES[name] for name in ("BPTT(segment=2, fold=2)", "SLTT(recompute)", "OTTT")}
-NORMED = {"SLTT": sltt.SLTT(), "BPTT": sltt.BPTT(), "SLTT(k=2)": sltt.SLTT(k=2)}
 
 
 class Sequences(Data):
@@ -88,7 +87,7 @@ def statistics(model: nn.Module) -> list[float]:
 
 
 class Statistics(sltt.callbacks.Callback):
-    """Those of this process after every batch."""
+    """Those after every batch."""
 
     def __init__(self) -> None:
         self.seen: list[list[float]] = []
@@ -154,8 +153,8 @@ def main(folder: Path) -> None:
         measured[f"fsdp {name}"] = accuracy
     train(folder / "fsdp-standardised", standardised(), strategy="fsdp")
     train(folder / "fsdp-from-one", network(), strategy="fsdp", resume=True)
-    for name, rule in NORMED.items():
-        train(folder / "norm" / name, network(norm=True), rule=rule, sync_batchnorm=True)
+    for minutes in (0.0, 10.0):  # a checkpoint after every batch, and of the epochs alone
+        train(folder / f"every {minutes} minutes", network(norm=True), checkpoint_minutes=minutes)
     for name, rule in STABILISED.items():
         train(folder / "stabilised" / name, stabilised(), rule=rule, callbacks=[callback := Statistics()])
         measured[f"stabilised {name}"] = callback.seen

@@ -81,4 +81,5 @@ def _stopped(stop: BaseException, code: int) -> int:
     rank = next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), "0")
     if rank == "0":  # once, not from every process
         print(f"sltt: {str(stop) or 'stopped by Ctrl-C'}", file=sys.stderr)
-    return code
+        return code
+    return 0  # or the launcher would kill the first one, which is ending too

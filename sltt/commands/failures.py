@@ -28,6 +28,9 @@ REMEDIES = {
     r"CUDA error|CUBLAS|cuDNN|device-side assert": (
         "CUDA_LAUNCH_BLOCKING=1 shows the operation; --device cpu shows whether the network and the data are right"
     ),
+    r"gloo.*by peer|remote process exited": (
+        "another process ended: its output says why, unless it was killed, as for want of memory"
+    ),
     r"[Aa]ddress already in use|MASTER_PORT|[Tt]imed? ?out": (
         "see that all processes were started, with one address; MASTER_PORT sets another port"
     ),

@@ -8,7 +8,6 @@ Shapes: B samples, C channels.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,7 +33,7 @@ class OnlineRenorm(Stateful, _BatchNorm):
 
     `BatchNorm` (Online Spiking Renormalization, OSR) for networks that SLTT or OTTT train. Where the deviations differ
     by a factor above `limit` in a channel, as at the start of a training, the layer takes the batch's statistics.
-    Several processes take the mean of their running statistics before every sequence.
+    In `fit`, several processes take the mean of their running statistics after every batch.
 
     Args:
         channels: C.
@@ -87,7 +86,6 @@ class OnlineRenorm(Stateful, _BatchNorm):
             running = self._running()
             mean, var = torch.ops.aten.batch_norm_update_stats(x, *running, 0.0)  # which it leaves as they are
             if self.before is None:
-                _average(*running)
                 self.before = running[0].clone(), running[1].clone()
                 assert self.num_batches_tracked is not None
                 self.num_batches_tracked.add_(1)
@@ -222,7 +220,6 @@ class _Threshold(Stateful):
             return
         deviation, mean = torch.std_mean(u.to(self.running.dtype), correction=0)
         if self.before is None or self.ratio is None:
-            _average(self.running)
             self.before, self.ratio = self.running.clone(), torch.full_like(mean, torch.nan)
         spread = deviation > _SPREAD
         deviation = deviation.clamp(min=_SPREAD)
@@ -239,12 +236,3 @@ class _Threshold(Stateful):
 
 LONGEST = 64  # time steps with a running threshold of their own
 _SPREAD = 1e-6  # deviations up to this are none
-
-
-def _average(*statistics: Tensor) -> None:
-    """Give all processes the mean of their statistics."""
-    if dist.is_initialized() and (count := dist.get_world_size()) > 1:
-        flat = torch.cat([s.flatten() for s in statistics]) / count
-        dist.all_reduce(flat)
-        for s, mean in zip(statistics, flat.split([s.numel() for s in statistics]), strict=True):
-            s.copy_(mean.view_as(s))

@@ -1,1 +1,1 @@
-"""Devices and processes: how they are started, what they do together, and how the end of one ends all."""
+"""Devices and processes: how they are started, what they do together, and how a signal ends them."""

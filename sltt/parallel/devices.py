@@ -1,24 +1,19 @@
 """Where a training runs: one device, several, or several machines, through Lightning Fabric.
 
-Processes are started by `torchrun` or Slurm, or, with `devices` above 1, by the training itself, which runs its own
-command again for each further process.
+Processes are started by `torchrun` or Slurm, or, with `devices` above 1, by Fabric, which runs the command again for
+each further process. When one ends, messages to it fail in the others, and the launcher ends what is left.
 """
 
 import ctypes
 import logging
 import os
-import subprocess
 import sys
-import threading
-import time
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from sltt.parallel.processes import control, disband_at_exit
-from sltt.parallel.signals import STOPPED
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -29,8 +24,6 @@ Strategy = Literal["ddp", "fsdp"]
 
 # FSDP gathers and frees the weights of a module as one; below this many, the messages cost more than the memory.
 SHARD_FROM = 2**20
-# For all processes to meet at the start, and for the reductions of a batch.
-TIMEOUT = timedelta(minutes=10)
 
 
 def make_fabric(
@@ -61,11 +54,10 @@ def make_fabric(
         options = {"plugins": [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))]}
     if devices * num_nodes > 1:
         options["strategy"] = _strategy(strategy, devices * num_nodes)
-        if found == (1, 1) and "LOCAL_RANK" not in os.environ:
-            _start_others(devices, num_nodes)
     fabric = Fabric(accelerator=device, devices=devices, num_nodes=num_nodes, **options)
     if fabric.world_size > 1:
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else each process reports for duty
+        # else each process reports for duty; which one ended is still told
+        logging.getLogger("lightning_fabric.utilities").setLevel(logging.WARNING)
         fabric.launch()
         disband_at_exit()
     return fabric
@@ -136,41 +128,8 @@ def _strategy(name: Strategy, processes: int) -> Any:
             return module
 
     if name == "ddp":
-        return DataParallel(timeout=TIMEOUT)
-    return ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1, timeout=TIMEOUT)
-
-
-def _start_others(devices: int, num_nodes: int) -> None:
-    """Run this program again for each further process of this machine, by the variables that torchrun sets too.
-
-    Fabric then finds them started. If it started them, it would also kill this process when another one ends with an
-    exit code, as all do that are preempted; here the watchdog looks after them.
-    """
-    from lightning_fabric.plugins.environments.lightning import find_free_network_port
-
-    import __main__
-
-    spec = __main__.__spec__
-    if spec is None and not hasattr(__main__, "__file__"):  # a notebook, or a prompt
-        raise ValueError(f"devices={devices} runs this program again in each process: put it into a script")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(find_free_network_port()))
-    os.environ |= {"LOCAL_RANK": "0", "WORLD_SIZE": str(devices * num_nodes)}
-    program = [os.path.abspath(sys.argv[0])] if spec is None else ["-m", spec.name]
-    for rank in range(1, devices):
-        process = subprocess.Popen(
-            [sys.executable, *program, *sys.argv[1:]], env={**os.environ, "LOCAL_RANK": str(rank)}
-        )
-        threading.Thread(target=_watch_start, args=(process,), daemon=True).start()
-
-
-def _watch_start(process: "subprocess.Popen[bytes]") -> None:
-    """End this process if one that it started fails before the watchdog sees it: nothing else would tell."""
-    code = process.wait()
-    if code not in (0, *STOPPED):
-        time.sleep(2)  # what failed later has been told, and this process is ending
-        print(f"sltt: the process {process.pid} ended with code {code}", file=sys.stderr, flush=True)
-        os._exit(1)
+        return DataParallel()
+    return ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1)
 
 
 def _begin_alike(model: nn.Module) -> None:

@@ -8,7 +8,6 @@ however many backward passes it takes, their sum is reduced once, after the last
 import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sltt._torch import _NormBase
+from sltt._torch import _BatchNorm, _NormBase
 from sltt.sequence.state import Stateful
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Processes:
         return result
 
     def wait(self) -> None:
-        """Wait until all processes have come here, however long it takes."""
+        """Wait until all processes have come here."""
         self.highest(0)
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -127,15 +126,27 @@ class Processes:
 def control() -> Any:
     """A group for what is on the host, beside the one for tensors on GPUs, so that a decision waits for no kernel.
 
-    It waits for the process that makes the cache of a data set or writes a checkpoint, as a lost one is noticed by
-    `sltt.parallel.watchdog`.
+    Its messages fail when a process ends, at once, also where kernels on GPUs would wait for it.
     """
     return _control_of(dist.group.WORLD)
 
 
 @lru_cache(maxsize=1)
 def _control_of(world: Any) -> Any:
-    return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    return dist.new_group(backend="gloo")
+
+
+def synchronise(model: nn.Module) -> None:
+    """Replace the BatchNorms inside a model by PyTorch's SyncBatchNorm, with their weights and statistics."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and type(module) not in _PLAIN:
+            raise ValueError(
+                f"sync_batchnorm knows PyTorch's BatchNorm, and {name} is a {type(module).__name__}: leave it out"
+            )
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def disband_at_exit() -> None:

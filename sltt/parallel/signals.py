@@ -8,7 +8,6 @@ from typing import Any, Self
 
 # EX_TEMPFAIL of sysexits.h: run the same again. Slurm can be told to requeue on it.
 PREEMPTED = 75
-STOPPED = (PREEMPTED, 130)  # exit codes of a training that was stopped and can go on
 
 
 class Preempted(SystemExit):

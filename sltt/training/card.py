@@ -55,11 +55,12 @@ def add_test_score(folder: Path, score: str) -> None:
 
 
 def _energy(loop: Loop) -> str:
-    """An estimate for the inference of one training sample, as `sltt profile` makes it."""
+    """Estimate the inference of one sample, as `sltt profile` does: a held-out one, which is not augmented."""
     if loop.processes.count > 1:
         return "not estimated by several processes: sltt profile"
     try:
-        x, _ = loop.session.batch(*loop.splits.collate([loop.splits.train[0]]))
+        samples = loop.splits.validation or loop.splits.test or loop.splits.train
+        x, _ = loop.session.batch(*loop.splits.collate([samples[0]]))
         with evaluating(loop.model):
             layers = synaptic_operations(loop.model, x, steps=loop.training.steps if loop.splits.static else None)
     except Exception as error:  # the training is done, and not lost for a layer that cannot be counted

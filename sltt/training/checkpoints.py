@@ -42,8 +42,6 @@ def save_state(loop: "Loop", *names: str) -> None:
     Raises FloatingPointError for weights that are not finite.
     """
     check_weights(loop.model)
-    for model in loop.models:
-        loop.processes.average_statistics(model)
     content = {
         "model": whole(loop.model.state_dict()),
         "averaged": loop.average and loop.average.module.state_dict(),

@@ -116,7 +116,7 @@ def fit(
         num_nodes: machines; None is what torchrun or Slurm started, or 1.
         strategy: of several processes. ddp keeps all weights in each. fsdp keeps a part in each, for networks too large
             for a device, and reduces gradients in every backward.
-        sync_batchnorm: BatchNorm takes its statistics over all processes.
+        sync_batchnorm: BatchNorm takes its statistics over all processes, on GPUs.
         compile: compile the neuron step: where it pays (auto), always (on), never (off).
         sparse: compute on active inputs only: where it is faster (auto), wherever possible (on), never (off).
         checkpoint_minutes: minutes between checkpoints within an epoch; each epoch ends with one.

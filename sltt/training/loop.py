@@ -16,7 +16,7 @@ from sltt.callbacks import Moment
 from sltt.data import Data, Splits
 from sltt.losses import is_per_step, predicted, prediction_of
 from sltt.metrics import higher_is_better, improves, name_of
-from sltt.parallel.batchnorm import synchronise
+from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
 from sltt.rules import Output
 from sltt.sequence.padding import Padded, lengths_of, target_of
@@ -85,14 +85,13 @@ class Loop:
         self.session, self.processes, self.training = session, session.processes, training
         self.model, self.data, self.splits, self.fingerprint = model, data, splits, splits.fingerprint
         self.folder, self.config, self.report = folder, config, report
-        if session.execution.sync_batchnorm:
+        if session.execution.sync_batchnorm and self.processes.count > 1:
             synchronise(model)
         self.net = session.set_up(model)
         self.average = None if training.ema is None else averaged_model(model, training.ema)
         groups = parameter_groups(model, training.norm_weight_decay, training.norm_bias_lr)
         self.optim: Any = session.fabric.setup_optimizers(training.optimizer(groups))
         self.averaged = session.set_up(self.average.module) if self.average else self.net
-        self.models = [model, *([self.average.module] if self.average else [])]
         self.loss = session.set_up_loss(training.loss)
         self.stages, self.callbacks = training.stages, training.callbacks or ()
         self.metric = name_of(training.metric)
@@ -154,8 +153,6 @@ class Loop:
                     interrupt.stop(int(wanted), self.folder)
         state.firing = firing.state_dict()
         seconds = time.monotonic() - began
-        for model in self.models:
-            self.processes.average_statistics(model)
         return self.score.of(state.metrics(self.metric, self.processes, seconds, self.memory.peak))
 
     def _count_batches(self, epoch: int) -> int:
@@ -207,6 +204,7 @@ class Loop:
         check_finite(out.loss, self.model, self.optim, scaled=self.scaled)
         if not rule.online:
             self._update()
+        self.processes.average_statistics(self.model)
         prediction = predicted(prediction_of(self.loss), out.logits, lengths_of(y))
         state.count(out.loss, self.score.batch(prediction, target_of(y), count), count, y)
         if self.average:

@@ -14,7 +14,6 @@ from sltt.data import Data, Splits
 from sltt.kernels import using
 from sltt.parallel.devices import make_fabric
 from sltt.parallel.processes import Processes
-from sltt.parallel.watchdog import Watchdog
 from sltt.sequence.padding import Padded, pad
 from sltt.training.batches import eval_loader
 from sltt.training.console import Console
@@ -80,12 +79,17 @@ class Session:
 
 @contextmanager
 def session(execution: Execution) -> Iterator[Session]:
-    """Start the processes; inside the block, the end of one ends all, and the kernels are compiled as asked for.
+    """Start the processes; inside the block, the kernels are compiled as asked for.
 
-    Raises ValueError for a device that is not there.
+    Raises ValueError for a device that is not there, or that cannot do what was asked for.
     """
     fabric = make_fabric(
         execution.device, execution.devices, execution.num_nodes, execution.strategy, execution.precision
     )
-    with Watchdog(fabric), using(compile=execution.compile, sparse=execution.sparse):
+    if execution.sync_batchnorm and fabric.world_size > 1 and fabric.device.type != "cuda":
+        raise ValueError(
+            f"sync_batchnorm=True for {fabric.world_size} processes on {fabric.device.type}, but PyTorch's "
+            "SyncBatchNorm runs on CUDA devices only: leave it out, and each process takes the statistics of its share"
+        )
+    with using(compile=execution.compile, sparse=execution.sparse):
         yield Session(execution, fabric, Processes(fabric))

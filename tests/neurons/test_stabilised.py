@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.neurons import stabilised
 from sltt.parallel import processes
 from tests.conftest import LOSS, RULES, batch, gradient
 from tests.neurons.plain import alone
@@ -232,25 +231,7 @@ def test_renorm_of_a_channel_that_hardly_varies(mean, deviation):
     torch.testing.assert_close(norm.running_var.double(), expected[None], rtol=1e-3, atol=1e-10)
 
 
-def test_processes_begin_a_sequence_with_the_mean_of_their_statistics(monkeypatch):
-    model, _ = networks()
-    others = []
-
-    def all_reduce(flat):
-        others.append(len(flat))
-        flat.add_(3 / 2)  # half of the statistics of another process, which are all 3
-
-    for name, value in (("is_initialized", lambda: True), ("get_world_size", lambda: 2), ("all_reduce", all_reduce)):
-        monkeypatch.setattr(stabilised.dist, name, value)
-    before = model[1].running_mean.clone()
-    for x_t in batch(size=9)[0]:
-        model(x_t)
-    torch.testing.assert_close(model[1].before[0], before / 2 + 3 / 2)
-    torch.testing.assert_close(model[2].follow.before, torch.full((64,), 0.8 / 2 + 3 / 2, dtype=torch.float64))
-    assert others == [16, 64, 64]  # one message a layer and sequence
-
-
-def test_processes_end_an_epoch_with_the_mean_of_their_statistics(monkeypatch):
+def test_processes_end_a_batch_with_the_mean_of_their_statistics(monkeypatch):
     model, _ = networks()
     model.append(norm := nn.InstanceNorm1d(3, track_running_stats=True).double())
     monkeypatch.setattr(processes.dist, "all_reduce", lambda flat: flat.add_(3 / 2))

@@ -2,6 +2,8 @@
 
 import math
 import os
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +11,16 @@ import torch
 import torch.distributed as dist
 
 import sltt
-from sltt.parallel import devices, processes
-from sltt.parallel.batchnorm import SyncBatchNorm, synchronise
+from sltt.commands import main
+from sltt.parallel import processes
 from sltt.parallel.devices import make_fabric
+from sltt.parallel.processes import synchronise
+from sltt.parallel.signals import Interrupt
 from sltt.sequence.state import Stateful
 from sltt.training.batches import Shares, share
+from sltt.training.session import session
 from sltt.training.settings import Execution
+from tests.training.blobs import equal
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
@@ -85,17 +91,30 @@ def test_groups_are_closed_at_the_end_where_they_are_ours(ours, monkeypatch):
     processes.disband()
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_one_process_alone_normalises_as_ever(momentum):
-    torch.manual_seed(0)
-    plain = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4, momentum=momentum))
-    twin = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4, momentum=momentum))
-    twin.load_state_dict(plain.state_dict())
-    synchronise(twin)
-    assert isinstance(twin[1], SyncBatchNorm)
-    x = torch.randn(6, 3)
-    assert torch.equal(plain(x), twin(x))
-    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), twin.buffers(), strict=True))
+def test_synchronised_statistics_keep_weights_and_names():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    before = model.state_dict()
+    synchronise(model)
+    assert isinstance(model[1], torch.nn.SyncBatchNorm)
+    assert equal(model.state_dict(), before)
+
+
+def test_synchronised_statistics_need_gpus(monkeypatch):
+    two = SimpleNamespace(global_rank=0, world_size=2, local_rank=0, device=torch.device("cpu"))
+    monkeypatch.setattr("sltt.training.session.make_fabric", lambda *args: two)
+    with (
+        pytest.raises(ValueError, match="sync_batchnorm=True for 2 processes on cpu"),
+        session(Execution(device="cpu", devices=2, sync_batchnorm=True)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("rank", "code"), [("0", 75), ("1", 0)])
+def test_the_first_process_alone_ends_with_the_code_of_a_signal(rank, code, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("sltt.commands.eval.run", lambda words: Interrupt().stop(signal.SIGTERM, Path("run")))
+    assert main(["eval"]) == code
+    assert capsys.readouterr().err.count("stopped by SIGTERM") == (rank == "0")
 
 
 def test_statistics_of_any_shape_are_averaged(monkeypatch):
@@ -112,13 +131,3 @@ def test_statistics_of_any_shape_are_averaged(monkeypatch):
     processes.Processes(two).average_statistics(model)
     assert (model[0].rise, model[0].mask.tolist(), model[0].exact.tolist()) == (1.0, [[2.0] * 3] * 2, [[2.0] * 2] * 2)
     assert model[1].running_var.tolist() == [2.0] * 3
-
-
-def test_a_prompt_cannot_be_run_again_in_each_process(monkeypatch):
-    import __main__
-
-    monkeypatch.setattr(__main__, "__spec__", None)
-    monkeypatch.delattr(__main__, "__file__", raising=False)
-    monkeypatch.setattr(devices.subprocess, "Popen", None)
-    with pytest.raises(ValueError, match="devices=2 runs this program again in each process: put it into a script"):
-        devices._start_others(2, 1)

@@ -118,6 +118,25 @@ def test_a_run_of_the_command_loads_by_the_network_that_its_recipe_names(tmp_pat
     assert "not measured" not in card
 
 
+def test_the_energy_of_the_card_is_that_of_a_fixed_sample(tmp_path):
+    class Augmented(torch.utils.data.Dataset):
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, i):
+            return 3 * torch.randn(4), i % 3
+
+    held_out = [(torch.ones(4), i % 3) for i in range(12)]
+    energies = []
+    for resume in (False, True):
+        data = sltt.data.from_datasets(Augmented(), held_out, static=True)
+        model = nn.Sequential(nn.Linear(4, 64), sltt.LIF(), nn.Linear(64, 3))
+        train(tmp_path / "run", model, data, epochs=1, steps=4, resume=resume)
+        energies += [line for line in (tmp_path / "run" / "card.md").read_text().splitlines() if "| energy |" in line]
+    assert energies[0] == energies[1]
+    assert "µJ" in energies[0]
+
+
 def test_what_a_file_cannot_name_is_said_before_the_training(tmp_path, capsys):
     data = Held(0.2)
     trained(tmp_path / "run", data=data, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
