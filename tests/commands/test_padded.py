@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from sltt.commands.sample import first_test_sample
 
 import sltt
-from sltt.commands.sample import first_test_sample
 from sltt.data import Data, Splits, from_datasets
 from tests.commands.tiny import run
 

@@ -3,6 +3,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from sltt.training.describe import UndescribedError
+from sltt.training.describe import _kept as describe_network
 from torch import nn
 
 import sltt
@@ -11,8 +13,6 @@ from sltt.commands import main
 from sltt.interop import QCFS, spiking
 from sltt.interop.activations import Balanced, percentiles
 from sltt.kernels.restoring import SpikeTag, tag_of
-from sltt.training.describe import UndescribedError
-from sltt.training.describe import _kept as describe_network
 from tests.conftest import gradients, seeded
 
 

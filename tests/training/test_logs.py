@@ -3,10 +3,10 @@ import sys
 
 import pytest
 import yaml
+from sltt.commands.sample import first_test_sample
 
 import sltt
 from sltt.commands import main
-from sltt.commands.sample import first_test_sample
 from tests.training.blobs import StopAt, train
 
 

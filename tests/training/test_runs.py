@@ -17,8 +17,9 @@ def test_the_run_folder_holds_metrics_and_checkpoints(tmp_path):
         "card.md",
         "config.yaml",
         "last.ckpt",
+        "manifest.txt",
         "metrics.csv",
-        "network.pt",
+        "sample.npz",
         "tensorboard",
     }
     rows = list(csv.DictReader((result.run / "metrics.csv").read_text().splitlines()))
