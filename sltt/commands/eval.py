@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from inspect import signature
-from pathlib import Path
 
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run, only
+from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run, only, run_folder
 from sltt.metrics import shown
 from sltt.training.average import chosen
 from sltt.training.checkpoints import load_checkpoint, load_weights
@@ -39,7 +38,7 @@ def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     known, overrides = options().parse_known_args(words)
     only(overrides, KEYS, "sltt eval", "the others belong to the training")
-    run = Path(folder)
+    run = run_folder(folder)
     path = find_checkpoint(run, known.checkpoint)
     content, parser = load_checkpoint(path), make_parser("sltt eval", OF_TRAINING)
     built, _ = build_run(parser, run, [*overrides, *ANY_PROCESSES], known.code, content)

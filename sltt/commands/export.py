@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run
+from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run, run_folder
 from sltt.training.average import chosen
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.console import Console
@@ -30,7 +30,7 @@ def options() -> CommandOptions:
 def run(words: Sequence[str]) -> None:
     """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
     folder, words = begin(words)
-    known, run = options().parse_args(words), Path(folder)
+    known, run = options().parse_args(words), run_folder(folder)
     path = find_checkpoint(run)
     content, parser = load_checkpoint(path), make_parser("sltt export", OF_TRAINING)
     built, _ = build_run(parser, run, ANY_PROCESSES, known.code, content)

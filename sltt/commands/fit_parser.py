@@ -41,8 +41,7 @@ MATTER_FIRST = """Options override the recipe's values. These matter first:
   --workers N                processes that load data
   --weights RUN              start from the weights of a run
   --run FOLDER               of the run; default: runs/RECIPE-RULE-DATE
-  --resume RUN               continue a run with its own settings; classes of
-                             your own: --code FOLDER
+  --resume RUN               continue a run; classes of your own: --code FOLDER
 
 A class is given by its name or import path, its arguments after a dot. All
 options follow, with the recipe's values as defaults."""

@@ -23,6 +23,7 @@ from sltt.commands.fit_parser import Parser, make_parser
 from sltt.commands.hints import explain, fit_arguments, locate, nearest
 from sltt.parallel.devices import started
 from sltt.training.batches import seed_everything
+from sltt.training.manifest import ALONE, MANIFEST
 from sltt.training.named import check_named, importing_for
 from sltt.training.runs import MADE_IN, load_call, read_config
 
@@ -113,6 +114,13 @@ def find_recipe(name: str) -> Path:
     if name and Path(name).is_dir():
         raise UsageError(f"{name} is a folder, and a recipe was expected: `sltt train --resume {name}` continues a run")
     raise UsageError(f"unknown recipe {name!r}{nearest(name, known)}; `sltt recipes` lists them")
+
+
+def run_folder(name: str | Path) -> Path:
+    """The folder of a run; raises UsageError where it is none."""
+    if not (Path(name) / MANIFEST).exists():
+        raise UsageError(f"{name} is not the folder of a run, as a training prints it: it has no {MANIFEST}. {ALONE}")
+    return Path(name)
 
 
 def build_run(

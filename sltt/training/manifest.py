@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> dict[str, set[str]]:
     """
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
-            f"{folder} has no {MANIFEST}: expected the folder of a run or of results, with all its files. {ALONE}"
+            f"{folder} has no {MANIFEST}: name the folder of a run or of results, with all its files. {ALONE}"
         )
     return _read_manifest(folder)
 

@@ -19,14 +19,17 @@ from jsonargparse import Namespace, set_parsing_settings
 from torch import nn
 
 from sltt.callbacks import Callback
-from sltt.data import Data
+from sltt.data import Data, Encoding, EventAugmentation
 from sltt.metrics import Metric
 from sltt.rules import Rule
 from sltt.schedules import Schedule
 from sltt.surrogates import Surrogate
 from sltt.training.logs import Logger
 
-KINDS = (nn.Module, Data, Rule, torch.optim.Optimizer, Schedule, Metric, Callback, Logger, Surrogate, torch.Generator)
+KINDS = (
+    *(nn.Module, Data, Encoding, Rule, torch.optim.Optimizer, Schedule, Metric, Callback, Logger, Surrogate),
+    *(EventAugmentation, torch.Generator),
+)
 INSTALLED = ("site-packages", "dist-packages", Path(os.__file__).parent.name, Path(__file__).parents[1].name)
 
 

@@ -15,7 +15,6 @@ from sltt.sequence.modes import evaluating
 from sltt.sequence.padding import check_lengths
 from sltt.training.average import chosen
 from sltt.training.checkpoints import load_checkpoint, load_weights
-from sltt.training.named import check_named, importing_for
 from sltt.training.runs import MADE_IN, find_checkpoint, read_config
 
 log = logging.getLogger("sltt")
@@ -76,6 +75,8 @@ def _network(run: Path, config: dict[str, Any]) -> nn.Module:
             f"{run} was made in Python, and does not keep its network: make it, and call sltt.load({str(run)!r}, model)"
         )
     from jsonargparse import ArgumentParser
+
+    from sltt.training.named import check_named, importing_for
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=nn.Module)

@@ -134,7 +134,7 @@ def test_a_file_of_settings_that_is_not_the_one_that_was_written_is_refused(text
             resume()
     file.unlink()
     train(tmp_path / "run", resume=True, epochs=1)
-    assert yaml.safe_load(file.read_text()) == SETTINGS
+    assert yaml.safe_load(file.read_text()).items() >= SETTINGS.items()
 
 
 @pytest.mark.parametrize("left", ["nothing", "a dangling link"])

@@ -39,7 +39,7 @@ def test_a_run_made_in_python_is_reported_by_the_command_and_used_in_python(tmp_
     assert main(["report", run]) == 0
     assert "SLTT:k=2" in (tmp_path / run / "report" / "report.html").read_text()
     card = (tmp_path / run / "card.md").read_text()
-    assert all(part in card for part in ("SLTT(k=2) at T = 4", "Digits(", "`model = sltt.load('run', model)`"))
+    assert all(part in card for part in ("SLTT(k=2) at T = 4", "Digits, split", "`model = sltt.load('run', model)`"))
     for words in (["eval", run], ["export", run, "--to", "nir"], ["train", "--resume", run, "--epochs", "2"]):
         capsys.readouterr()
         assert main(words) == 1
