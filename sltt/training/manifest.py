@@ -37,20 +37,22 @@ def write_file(path: Path, write: Callable[[BufferedRandom], Any]) -> None:
 def open_file(path: Path) -> IO[bytes]:
     """Open a file to read.
 
-    Raises ValueError where it is not the one that was written, with what can be used in place of it.
+    Raises FileNotFoundError for one that was never written, and ValueError, with what can be used in its place, for one
+    that is not the one that was written.
     """
-    while True:
-        listed = read_manifest(path.parent)
-        file = path.open("rb") if path.is_file() else None
-        if (_digest(file) if file else NO_FILE) in listed.get(path.name, ()):
-            if file is None:
-                raise FileNotFoundError(f"{path} is not written yet")
-            return file
-        if file:
-            file.close()
-        if read_manifest(path.parent) == listed:  # else another process wrote the file meanwhile
-            why = f"damaged: {MANIFEST} has another SHA-256" if path.is_file() else f"gone, and {MANIFEST} lists it"
-            raise ValueError(f"{path} is {why}. {_remedy(path)}")
+    if file := _open(path):
+        return file
+    if not was_written(path):
+        raise FileNotFoundError(f"{path} is not written yet")
+    why = f"damaged: {MANIFEST} has another SHA-256" if path.is_file() else f"gone, and {MANIFEST} lists it"
+    raise ValueError(f"{path} is {why}. {_remedy(path)}")
+
+
+def is_intact(path: Path) -> bool:
+    """Return whether a file is there, and the one that was written."""
+    if file := _open(path):
+        file.close()
+    return file is not None
 
 
 def was_written(path: Path) -> bool:
@@ -58,13 +60,17 @@ def was_written(path: Path) -> bool:
     return path.is_file() or NO_FILE not in read_manifest(path.parent).get(path.name, {NO_FILE})
 
 
-def is_intact(path: Path) -> bool:
-    """Return whether a file is there, and the one that was written."""
-    try:
-        open_file(path).close()
-    except (OSError, ValueError):
-        return False
-    return True
+def _open(path: Path) -> IO[bytes] | None:
+    """Open a file; None where it is not the one that was written."""
+    while True:
+        listed = read_manifest(path.parent)
+        if path.is_file():
+            file = path.open("rb")
+            if _digest(file) in listed.get(path.name, ()):
+                return file
+            file.close()
+        if read_manifest(path.parent) == listed:  # else another process wrote the file meanwhile
+            return None
 
 
 def read_manifest(folder: Path) -> dict[str, set[str]]:
@@ -116,14 +122,12 @@ def _remedy(path: Path) -> str:
     if path.suffix == ".json":
         return "Restore it from a copy, or run the command that wrote it again."
     other = {LAST: BEST, BEST: LAST}.get(path.name)
-    if other and path.with_name(other).exists() and is_intact(path.with_name(other)):
-        name = other.removesuffix(".ckpt")
-        return (
-            f"{other} is intact: take it by --checkpoint {name}, in Python by checkpoint={name!r}, or start a new run "
-            f"from it by --weights {path.with_name(other)}."
-        )
+    if other is None:
+        return "Restore it from a copy."
+    if not is_intact(path.with_name(other)):
+        return "Restore it from a copy, or start a new run, with --weights from another checkpoint."
+    name = other.removesuffix(".ckpt")
     return (
-        "Restore it from a copy, or start a new run, with --weights from another checkpoint."
-        if other
-        else ("Restore it from a copy.")
+        f"{other} is intact: take it by --checkpoint {name}, in Python by checkpoint={name!r}, or start a new run "
+        f"from it by --weights {path.with_name(other)}."
     )

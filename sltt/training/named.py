@@ -30,7 +30,7 @@ KINDS = (
     *(nn.Module, Data, Encoding, Rule, torch.optim.Optimizer, Schedule, Metric, Callback, Logger, Surrogate),
     *(EventAugmentation, torch.Generator),
 )
-INSTALLED = ("site-packages", "dist-packages", Path(os.__file__).parent.name, Path(__file__).parents[1].name)
+OURS = str(Path(__file__).parents[1]), str(Path(os.__file__).parent), "site-packages", "dist-packages"
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def check_named(run: Path, value: Any) -> None:
             if isinstance(loaded, Mapping | list) or (isinstance(loaded, str) and loaded != value.strip()):
                 raise ValueError(f"the settings of {run} have the text {value!r}, which the parser would read again")
     elif callable(value):
-        _check_kind(run, f"{value.__module__}.{value.__qualname__}", value)
+        _check_kind(run, repr(value), value)
 
 
 def _check_kind(run: Path, path: str, value: Any) -> None:
@@ -104,7 +104,7 @@ def _check_kind(run: Path, path: str, value: Any) -> None:
     if isinstance(kind, type) and issubclass(kind, KINDS):
         return
     file = getattr(sys.modules.get(getattr(value, "__module__", None) or ""), "__file__", None)
-    if file is None or any(part in Path(file).parts for part in INSTALLED):
+    if file is None or any(one in file for one in OURS):
         raise ValueError(
             f"the settings of {run} name {path}, which is no network, data set, loss, rule, optimizer, schedule, "
             "metric, callback or logger: a run names no other code of an installed package"

@@ -16,7 +16,17 @@ from typing import Any
 import yaml
 
 from sltt.training.files import part_of
-from sltt.training.manifest import BEST, CONFIG, LAST, MANIFEST, METRICS, open_file, was_written, write_file
+from sltt.training.manifest import (
+    BEST,
+    CONFIG,
+    LAST,
+    MANIFEST,
+    METRICS,
+    open_file,
+    read_manifest,
+    was_written,
+    write_file,
+)
 from sltt.training.settings import RESUMABLE
 
 LOCK = ".lock"
@@ -107,6 +117,7 @@ def find_checkpoint(run: Path, which: str | None = None) -> Path:
 
     Raises FileNotFoundError where there is none yet.
     """
+    read_manifest(run)  # there, or no file of the run is known
     names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
     found = next((run / name for name in names if was_written(run / name)), None)
     if found is None:

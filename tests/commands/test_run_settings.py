@@ -167,6 +167,11 @@ def test_the_best_checkpoint_of_another_run_is_refused(run, trained, tmp_path, c
     with pytest.raises(ValueError, match=r"best.ckpt is damaged.*checkpoint='last'"):
         sltt.load("run")
     sltt.load("run", checkpoint="last")
+    last = (run / "last.ckpt").read_bytes()
+    (run / "last.ckpt").write_bytes(last[:-1])
+    with pytest.raises(ValueError, match=r"best.ckpt is damaged.*Restore it from a copy, or start a new run"):
+        sltt.load("run")
+    (run / "last.ckpt").write_bytes(last)
     assert main(["eval", "run", "--checkpoint", "last"]) == 0
     (run / "manifest.txt").write_bytes((other / "manifest.txt").read_bytes())
     assert main(["eval", "run"]) == 1
@@ -180,6 +185,8 @@ def test_a_run_without_its_manifest_says_what_can_be_used(run, capsys):
         assert main(["eval", "run"]) in (1, 2)
         assert "A checkpoint can be used without its run: copy it" in (said := capsys.readouterr().err)
         assert "manifest.txt" in said
+        with pytest.raises((ValueError, OSError), match=r"manifest\.txt"):
+            sltt.load("run", sltt.models.DigitsNet(width=2))
     (run / "best.ckpt").rename("best.ckpt")
     assert main(["train", "digits", *TINY, "--weights", "best.ckpt", "--run", "new"]) == 0
 
