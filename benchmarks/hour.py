@@ -18,8 +18,8 @@ from ingredients import SLTTK, STEADY, muon
 from tables import DOCS
 from trainings import measure_cases, views
 
-from sltt.training.files import read_table
-from sltt.training.runs import METRICS
+from sltt.training import manifest
+from sltt.training.checkpoints import load_checkpoint
 
 PATH = DOCS / "results" / "hour.json"
 SETTINGS = (
@@ -76,7 +76,7 @@ def train(words: list[str], run: Path) -> None:
 
 def measured(run: Path) -> Row:
     """Accuracies of the test images, and for each epoch that of the training and its seconds."""
-    epochs = read_table(run / METRICS)
+    epochs = load_checkpoint(run / manifest.LAST)["progress"]["history"]
     alone = json.loads((run / "result.json").read_text())["last_epoch_test_accuracy"]
     columns = {name: [round(row[name], 4) for row in epochs] for name in ("train_accuracy", "seconds")}
     return {"alone": alone, "six": views(run, "test", ["six"])["six"], **columns}

@@ -19,10 +19,10 @@ import torch
 from peer_workers import hardware
 from tables import DOCS, fill
 from torch import nn
+from trainings import built_run
 from turns import in_turns
 
 import sltt
-from sltt.commands.parsing import Recipe, run_config
 from sltt.kernels import using
 from sltt.parallel.devices import keep_freed_memory
 from sltt.training.phases import freeze_norm
@@ -33,7 +33,7 @@ BATCH = 125
 
 def cases(run: Path) -> dict[str, dict[str, Callable[[], None]]]:
     """A batch of each, by what it is a change of."""
-    built = Recipe("benchmark", str(run_config(run)), [], of_run=True).build()
+    built = built_run(run)
     splits = built.data.splits(built.steps)
     x, y = splits.collate([splits.train[i] for i in range(BATCH)])
     rates: Any = sltt.load(run, checkpoint="last").train()

@@ -19,10 +19,9 @@ import torch
 from cells import Row
 from tables import DOCS, fill
 from torch import Tensor, nn
-from trainings import Log
+from trainings import Log, built_run
 
 import sltt
-from sltt.commands.parsing import Recipe, run_config
 from sltt.training.average import averaged_model
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.parameters import parameter_groups
@@ -87,7 +86,7 @@ def measure(model: nn.Module, samples: Any, steps: int) -> Row:
 
 
 def row(run: Path, case: Row) -> Row:
-    built = Recipe("benchmark", str(run_config(run)), [], of_run=True).build()
+    built = built_run(run)
     checkpoint, splits = load_checkpoint(run / "last.ckpt"), built.data.splits(case["steps"])
     built.model.load_state_dict(checkpoint["model" if case["start"] == "the last weights" else "averaged"])
     built.model.to(memory_format=torch.channels_last)

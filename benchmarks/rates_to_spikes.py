@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from trainings import built_run
 
 import sltt
-from sltt.commands.parsing import Recipe, run_config
 
 BATCH, ANALOG = 200, 64
 Logits = Callable[[nn.Module, Tensor], Tensor]
@@ -54,7 +54,7 @@ def pooled_over_time(model: nn.Module, x: Tensor, steps: int) -> Tensor:
 
 def validation(run: Path) -> tuple[nn.Module, Iterator[tuple[Tensor, Tensor]]]:
     """The last weights of a run, and its validation images in batches."""
-    built = Recipe("rates_to_spikes", str(run_config(run)), [], of_run=True).build()
+    built = built_run(run)
     splits = built.data.splits(built.steps)
     held: Any = splits.validation
     if held is None:

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from cells import Row
+from jsonargparse import Namespace
 from tables import fill
 from torch import nn
 
 import sltt
 from sltt.commands import main as command
-from sltt.commands.parsing import Recipe, run_config
+from sltt.commands.fit_parser import make_parser
+from sltt.commands.parsing import ANY_PROCESSES, build_run
 from sltt.training.console import Console
 from sltt.training.evaluation import Split
 from sltt.training.fit import Fit
+from sltt.training.settings import OF_TRAINING
 
 Measure = Callable[[Path, str, int, Path], Row]
 
@@ -65,9 +68,14 @@ def train(words: Sequence[str], run: Path) -> None:
     call(["train", *(["--resume", str(run)] if begun else [*words, "--device", "cpu", "--run", str(run)])])
 
 
+def built_run(run: Path) -> Namespace:
+    """Make what the settings of a run name."""
+    return build_run(make_parser("benchmark", OF_TRAINING), run, ANY_PROCESSES, None, None)[0]
+
+
 def views(run: Path, split: Split, names: Sequence[str] = ("alone", "six")) -> dict[str, float]:
     """The accuracy of a run's last weights: by one view of each image, `alone`, and by the mean of six."""
-    built = Recipe("benchmark", str(run_config(run)), [], of_run=True).build()
+    built = built_run(run)
     how = {"steps": built.steps, "precision": built.precision, "channels_last": built.channels_last, "device": "cpu"}
     kinds = {"alone": {}, "six": {"mirror": True, "shift": 1}}
     model = sltt.load(run, checkpoint="last")

@@ -53,7 +53,7 @@ SCRIPT = """
         callbacks = [Epochs(), sltt.callbacks.EarlyStopping(4)]
         torch.manual_seed(0)
         result = sltt.fit(Network(), data, sltt.SLTT(), callbacks=callbacks, **how)
-        model = sltt.load("run")
+        model = sltt.load("run", model)
         x, y = zip(*Recordings())
         lengths = [len(one) for one in x]
         x = torch.stack([nn.functional.pad(one, (0, 0, 0, 6 - len(one))) for one in x], dim=1)

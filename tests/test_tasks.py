@@ -248,16 +248,21 @@ def fitted(tmp_path, data, loss, metric, outputs=2, steps=6, **settings):
 def test_regression_is_selected_and_reported_by_its_error(tmp_path, capsys):
     samples = [(x, x.mean().reshape(1)) for x in torch.rand(60, 6, 4)]
     data = from_datasets(samples, 0.2, samples[:10], static=False)
-    _, result = fitted(tmp_path, data, nn.MSELoss(), sltt.metrics.MeanAbsoluteError(), outputs=1)
+    model, result = fitted(tmp_path, data, nn.MSELoss(), sltt.metrics.MeanAbsoluteError(), outputs=1)
     errors = [row["validation_mean_absolute_error"] for row in result.history]
     assert result.epoch == 1 + errors.index(min(errors))
     assert "val mean_absolute_error" in capsys.readouterr().out
     assert "validation mean_absolute_error" in (tmp_path / "run" / "card.md").read_text()
     found = sltt.evaluate(
-        sltt.load(result.run), data, loss=nn.MSELoss(), metric=sltt.metrics.MeanAbsoluteError(), steps=6, device="cpu"
+        sltt.load(result.run, model),
+        data,
+        loss=nn.MSELoss(),
+        metric=sltt.metrics.MeanAbsoluteError(),
+        steps=6,
+        device="cpu",
     )
     x, y = torch.stack([x for x, _ in samples[:10]], 1), torch.stack([y for _, y in samples[:10]])
-    assert found.score == pytest.approx(float((sltt.predict(sltt.load(result.run), x) - y).abs().mean()))
+    assert found.score == pytest.approx(float((sltt.predict(model, x) - y).abs().mean()))
     with pytest.raises(ValueError, match="the metric is mean_absolute_error, not accuracy: its value is `score`"):
         _ = found.accuracy
 
@@ -275,9 +280,9 @@ def test_a_class_at_each_step(tmp_path):
     data = from_datasets(samples, 0.2, static=False, per_step=True, classes=2)
     with pytest.raises(ValueError, match=r"a target for each time step: wrap the loss, sltt.losses.PerStep\(loss\)"):
         fitted(tmp_path, data, CE, sltt.metrics.Accuracy())
-    _, result = fitted(tmp_path, data, PerStep(CE), sltt.metrics.Accuracy(), batch_size=8)
+    model, result = fitted(tmp_path, data, PerStep(CE), sltt.metrics.Accuracy(), batch_size=8)
     assert result.history[-1]["train_accuracy"] > 0.4
-    model = sltt.load(result.run)
+    model = sltt.load(result.run, model)
     assert sltt.predict(model, torch.rand(6, 3, 4)).shape == (6, 3, 2)
     classes = from_datasets([(torch.rand(6, 4), 0)] * 4, static=False)
     with pytest.raises(ValueError, match="PerStep needs a target for each time step, and the data has one for all"):
@@ -288,7 +293,7 @@ def test_a_loss_of_the_last_step_predicts_by_it(tmp_path):
     data = from_datasets([(x, int(x.mean() > 0.5)) for x in torch.rand(40, 6, 4)], static=False)
     model, result = fitted(tmp_path, data, OfLast(CE), sltt.metrics.Accuracy(), rule=sltt.BPTT())
     x = torch.rand(6, 3, 4)
-    torch.testing.assert_close(sltt.predict(sltt.load(result.run), x), sltt.unroll(model.eval(), x)[-1])
+    torch.testing.assert_close(sltt.predict(sltt.load(result.run, model), x), sltt.unroll(model.eval(), x)[-1])
 
 
 def test_metrics_are_what_they_say():

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from sltt.kernels.restoring import PACK_FROM
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sltt
 from sltt.analysis import firing_rates
-from sltt.kernels.restoring import PACK_FROM
 from sltt.sequence.steps import Sequence, time_steps
 from tests.conftest import LOSS, batch, small_network
 

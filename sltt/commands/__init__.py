@@ -54,7 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sltt {version('sltt')}")
         return 0
     command, *rest = words
-    _find_own_modules()
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
@@ -69,12 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return tell(error, command if command in COMMANDS else "")
     return 0
-
-
-def _find_own_modules() -> None:
-    """Import from the working directory, as `python -m` does, so that a recipe may name classes beside it."""
-    if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
 
 
 def _stopped(stop: BaseException, code: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sltt.analysis import Operations, agreement, count_operations, memory_parts
 from sltt.commands.failures import UsageError, cause
-from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed, run_config
+from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
 from sltt.commands.prepared import prepared, test_score
 from sltt.commands.results import give, rule_of, scores_cell
 from sltt.commands.tables import Cell, Row, Table, number
@@ -20,7 +20,7 @@ from sltt.data import Classes
 from sltt.metrics import higher_is_better, name_of
 from sltt.training.console import Console, megabytes
 from sltt.training.fit import Fit, resume_run, start_run
-from sltt.training.runs import CONFIG, changed
+from sltt.training.runs import changed, read_config
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
 
@@ -181,11 +181,10 @@ def train_one(
 
 def _check_continues(run: Path, config: dict[str, Any]) -> None:
     """Raise ValueError where a run in the folder was trained with other settings; its data may have moved."""
-    other = changed(run, config)
-    if (run / CONFIG).exists():
-        # options of the data that came after the run have their defaults
-        before = Recipe("sltt compare", str(run_config(run)), [], of_run=True).resolved()
-        other += [name for name in ("data", "epochs") if _same_anywhere(before[name]) != _same_anywhere(config[name])]
+    if not (saved := read_config(run)):
+        return  # the checkpoint has a copy
+    other = changed(saved, config)
+    other += [name for name in ("data", "epochs") if _same_anywhere(saved.get(name)) != _same_anywhere(config[name])]
     if other:
         raise ValueError(
             f"{run} was trained with other settings ({'; '.join(other)}): choose another --save, or delete the run"
@@ -232,7 +231,7 @@ def compared_rows(rows: Sequence[Mapping[str, Any]], metric: str, headings: Mapp
             operations = row["operations"] or {}  # None where the training went well, and measuring it did not
             cells = {
                 "rule": row["rule"],
-                "validation": scores_cell(row.get("validation", ()), metric),  # of an earlier version: none
+                "validation": scores_cell(row["validation"], metric),
                 "test": scores_cell(row["scores"], metric),
                 "seeds": number(len(row["scores"])),
                 "seconds": number(row["seconds"], ".2f"),

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from inspect import signature
-from pathlib import Path
 
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import CommandOptions, begin, build, only, parse, run_config
+from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run, only, run_folder
 from sltt.metrics import shown
-from sltt.training.checkpoints import load_selected
+from sltt.training.average import chosen
+from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.console import Console, as_json, megabytes
 from sltt.training.evaluation import evaluate, measure_split, measured_with
+from sltt.training.runs import find_checkpoint
 from sltt.training.session import session
 from sltt.training.settings import OF_TRAINING, PROCESSES, Execution
 
@@ -27,6 +28,7 @@ def options() -> CommandOptions:
     parser.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
     shift = "average with two copies, moved up left and down right; the image counts half"
     parser.add_argument("--shift", type=int, default=0, metavar="PIXELS", help=shift)
+    parser.add_code()
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -36,12 +38,11 @@ def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     known, overrides = options().parse_known_args(words)
     only(overrides, KEYS, "sltt eval", "the others belong to the training")
-    run = Path(folder)
-    parser = make_parser("sltt eval", OF_TRAINING)
-    config = parse(parser, run_config(run), overrides)
-    config.devices = config.num_nodes = None  # of the training
-    built = build(parser, config)
-    path = load_selected(built.model, run, known.checkpoint)
+    run = run_folder(folder)
+    path = find_checkpoint(run, known.checkpoint)
+    content, parser = load_checkpoint(path), make_parser("sltt eval", OF_TRAINING)
+    built, _ = build_run(parser, run, [*overrides, *ANY_PROCESSES], known.code, content)
+    load_weights(built.model, chosen(content), path)
     with session(Execution.of(vars(built))) as here:
         seen = {name: getattr(known, name) for name in VIEWS}
         metrics = measure_split(here, built.model, built.data, known.split, **measured_with(built), **seen)

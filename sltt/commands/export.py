@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sltt.commands.parsing import CommandOptions, Recipe, begin, run_config
-from sltt.training.checkpoints import load_selected
+from sltt.commands.fit_parser import make_parser
+from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run, run_folder
+from sltt.training.average import chosen
+from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.console import Console
+from sltt.training.runs import find_checkpoint
+from sltt.training.settings import OF_TRAINING
 
 HELP = (
     "Write the selected weights of a run as a NIR graph, or as an ONNX model of one time step with the states as "
@@ -18,6 +22,7 @@ def options() -> CommandOptions:
     parser = CommandOptions("sltt export RUN", HELP)
     parser.add_argument("--to", required=True, choices=("nir", "onnx"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: graph.nir or step.onnx in the run")
+    parser.add_code()
     parser.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")
     return parser
 
@@ -25,9 +30,11 @@ def options() -> CommandOptions:
 def run(words: Sequence[str]) -> None:
     """`sltt export RUN --to nir|onnx`: write a trained network for other tools."""
     folder, words = begin(words)
-    known, run = options().parse_args(words), Path(folder)
-    built = Recipe("sltt export", str(run_config(run)), [], of_run=True).build()
-    load_selected(built.model, run)
+    known, run = options().parse_args(words), run_folder(folder)
+    path = find_checkpoint(run)
+    content, parser = load_checkpoint(path), make_parser("sltt export", OF_TRAINING)
+    built, _ = build_run(parser, run, ANY_PROCESSES, known.code, content)
+    load_weights(built.model, chosen(content), path)
     splits = built.data.splits(built.steps)
     x = splits.one()
     frame = x if splits.static else x[0]

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 if TYPE_CHECKING:
-    from sltt.commands.sample import Sample
+    from sltt.training.sample import Sample
 
 # Okabe & Ito 2008: told apart by colour-blind people, and on white as on black
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#8A8A8A")

@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import sltt
 from sltt.commands import yamltext
 from sltt.commands.failures import UsageError
 from sltt.data.loaders import BATCH_SIZE
-from sltt.training.describe import describe
 
 LISTS = "phases", "callbacks", "loggers"
 MATTER_FIRST = """Options override the recipe's values. These matter first:
@@ -42,7 +42,7 @@ MATTER_FIRST = """Options override the recipe's values. These matter first:
   --workers N                processes that load data
   --weights RUN              start from the weights of a run
   --run FOLDER               of the run; default: runs/RECIPE-RULE-DATE
-  --resume RUN               continue a run with its own settings
+  --resume RUN               continue a run; classes of your own: --code FOLDER
 
 A class is given by its name or import path, its arguments after a dot. All
 options follow, with the recipe's values as defaults."""
@@ -111,6 +111,12 @@ def _loaded(value: Any) -> Any:
         return None
 
 
+def _as_class(value: Any) -> dict[str, Any]:
+    """An object that was made without arguments, or a partial of a class, as a recipe has it."""
+    kind, given = (value.func, value.keywords) if isinstance(value, partial) else (type(value), {})
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": given}
+
+
 def make_parser(prog: str, unread: Sequence[str] = ()) -> Parser:
     """A parser whose options are the arguments of `sltt.fit`; those `unread` are null, and import no class."""
     for name in sltt.__all__:  # the parser knows a class by its name once it is imported
@@ -134,7 +140,7 @@ def make_parser(prog: str, unread: Sequence[str] = ()) -> Parser:
         parser.add_argument(f"--{name}", type=lambda value: None)
     # a default that is an object would not be written into the configuration of a run
     arguments, objects = inspect.signature(sltt.fit).parameters, ("rule", "loss", "optimizer", "schedule", "metric")
-    parser.set_defaults({name: describe(arguments[name].default) for name in objects})
+    parser.set_defaults({name: _as_class(arguments[name].default) for name in objects})
     parser.set_defaults({"batch_size": BATCH_SIZE})  # a recipe's data is no loader
     parser.add_argument("--data", type=sltt.data.Data, required=True, help="the data set and its splits")
     parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")

@@ -4,8 +4,10 @@ import argparse
 import difflib
 import inspect
 import json
+import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -21,11 +23,12 @@ from sltt.commands.fit_parser import Parser, make_parser
 from sltt.commands.hints import explain, fit_arguments, locate, nearest
 from sltt.parallel.devices import started
 from sltt.training.batches import seed_everything
-from sltt.training.checkpoints import CheckpointError, saved_part
-from sltt.training.runs import CONFIG, LAST, check_config, load_call, with_names_of_today, write_config
-from sltt.training.settings import OF_TRAINING
+from sltt.training.manifest import ALONE, MANIFEST
+from sltt.training.named import check_named, importing_for
+from sltt.training.runs import MADE_IN, load_call, read_config
 
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
+ANY_PROCESSES = ["--devices=null", "--num_nodes=null"]  # of a run that is measured: not those of its training
 MOST_STEPS = 1_000_000  # a training with more would not end
 
 
@@ -46,6 +49,11 @@ class CommandOptions(argparse.ArgumentParser):
     def add_rules(self) -> None:
         """Take --rules."""
         self.add_argument("--rules", type=rules, default=RULES, help=f"default: {','.join(RULES)}")
+
+    def add_code(self) -> None:
+        """Take --code."""
+        text = "take the run's own classes from this folder too, beside installed packages: --code ."
+        self.add_argument("--code", type=Path, metavar="FOLDER", help=text)
 
     def add_output(self, folder: str = "keep the result in this folder, for sltt report") -> None:
         """Take --json and --save, which `results.give` obeys."""
@@ -93,7 +101,9 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a shipped recipe, or a YAML file of the user's own."""
+    """The file of a shipped recipe, or a YAML file of the user's own, which may name classes beside it."""
+    if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, "")  # the working directory, as `python -m` has it
     known = shipped_recipes()
     if name in known:
         return known[name]
@@ -106,29 +116,36 @@ def find_recipe(name: str) -> Path:
     raise UsageError(f"unknown recipe {name!r}{nearest(name, known)}; `sltt recipes` lists them")
 
 
-def run_config(run: Path) -> Path:
-    """The configuration of a run, as it was trained; where the file is gone, the copy in the checkpoint is written."""
-    try:
-        saved = saved_part(run / LAST, "config")
-    except CheckpointError:  # who needs the checkpoint says so
-        saved = {}
-    if saved and not (run / CONFIG).exists():
-        write_config(run, saved)
-    if not (run / CONFIG).is_file():
-        raise UsageError(
-            f"{run} is not the folder of a run: it has no {CONFIG}; name the folder that the training printed"
+def run_folder(name: str | Path) -> Path:
+    """The folder of a run; raises UsageError where it is none."""
+    if not (Path(name) / MANIFEST).exists():
+        raise UsageError(f"{name} is not the folder of a run, as a training prints it: it has no {MANIFEST}. {ALONE}")
+    return Path(name)
+
+
+def build_run(
+    parser: Parser, run: Path, words: Sequence[str], code: Path | None, checkpoint: dict[str, Any] | None
+) -> tuple[Namespace, dict[str, Any]]:
+    """Make what the settings of a run name, under the options in `words`: the objects, and the settings to keep.
+
+    Code comes from installed packages and the folder `code`, never from the run.
+
+    Raises ValueError for settings that are damaged, not those of the checkpoint, or name other code.
+    """
+    settings = read_config(run, checkpoint)
+    if not settings or MADE_IN in settings:
+        raise ValueError(
+            f"{run} was made in Python, and does not keep its network and data: go on in Python, by "
+            f"sltt.evaluate({load_call(run, settings)}, data), sltt.fit(model, data, …, run={str(run)!r}, resume=True)"
         )
-    check_config(run, saved)
-    values = with_names_of_today(written := _read(run / CONFIG))
-    if values != written:
-        write_config(run, values)
-    needed = ("model", "data", "loss", "rule", "optimizer", "schedule", "metric")
-    if unknown := [name for name in needed if values.get(name, "") is None]:
-        raise UsageError(
-            f"{run} was trained in Python, and its {' and '.join(unknown)} cannot be made again from a file: go on in "
-            f"Python, as by sltt.evaluate({load_call(run)}, data)"
-        )
-    return run / CONFIG
+    if code is not None:
+        sys.path.insert(0, str(code.resolve()))
+    with importing_for(run):
+        config = parse(parser, settings, words)
+        check_named(run, config)
+        for name in ("run", "resume"):
+            config.pop(name)
+        return build(parser, config), yaml.safe_load(parser.dump(config))
 
 
 class Recipe:
@@ -138,18 +155,16 @@ class Recipe:
         command: the command that takes the options, for its help.
         name: of the recipe, or of a YAML file.
         overrides: options.
-        of_run: the recipe is that of a run: its processes, callbacks and loggers were those of the training.
     """
 
-    def __init__(self, command: str, name: str, overrides: Sequence[str], of_run: bool = False):
+    def __init__(self, command: str, name: str, overrides: Sequence[str]):
         for own in ("--run", "--resume"):
             if _names(overrides, own):
                 raise UsageError(f"{command} takes no {own}: it works on a recipe; `sltt train` takes it")
         self.source = find_recipe(name)
         self.name = self.source.stem
         self.overrides = overrides
-        self.of_run = of_run
-        self._parser = make_parser(command, OF_TRAINING if of_run else ())
+        self._parser = make_parser(command)
 
     def build(self, *more: str, rule: str | None = None) -> Namespace:
         """Make the objects: the arguments of `sltt.fit`, in one process.
@@ -158,10 +173,7 @@ class Recipe:
             more: further options.
             rule: as for `rule_options`, instead of the recipe's; the phases of a training have it too.
         """
-        config = self._parse(more, rule)
-        if self.of_run:
-            config.devices = config.num_nodes = None
-        built = build(self._parser, config)
+        built = build(self._parser, self._parse(more, rule))
         if (built.devices or 1) * (built.num_nodes or 1) > 1 or started() != (1, 1):
             raise UsageError(f"{self._parser.prog} runs in one process: start one, without --devices and --num_nodes")
         return built
@@ -198,12 +210,15 @@ def _names(words: Sequence[str], option: str) -> bool:
     return any(word.split("=")[0] == option for word in words)
 
 
-def parse(parser: Parser, source: Path, words: Sequence[str], without: Sequence[str] = ()) -> Namespace:
+def parse(
+    parser: Parser, source: Path | dict[str, Any], words: Sequence[str], without: Sequence[str] = ()
+) -> Namespace:
     """The configuration in `source`, `without` some settings, and with the options in `words` over it.
 
     Raises UsageError with the nearest name.
     """
-    values = _read(source)
+    values = _read(source) if isinstance(source, Path) else source
+    text = str(source) if isinstance(source, Path) else yaml.safe_dump(source, sort_keys=False)
     for word in (word.split("=", 1)[-1] if word.startswith("--") else word for word in words):
         if word.startswith(("{", "[", "&")):
             try:
@@ -214,7 +229,7 @@ def parse(parser: Parser, source: Path, words: Sequence[str], without: Sequence[
     try:
         if {"-h", "--help"} & set(words):
             parser.set_defaults(values)  # so that the help shows the recipe's values
-        config = parser.parse_args(["--config", str(source), *words])
+        config = parser.parse_args(["--config", text, *words])
     except argparse.ArgumentError as error:
         raise UsageError(re.sub(r"\bNone(Type)?\b", "null", explain(str(error), values))) from None
     config.pop("config")
@@ -389,8 +404,12 @@ def _split(text: str, separator: str) -> list[str]:
     return re.split(rf"{separator}(?![^{{]*}})", text)
 
 
-def resumed(words: Sequence[str]) -> Path | None:
-    """The value of --resume: it names the configuration that the other options are read on top of."""
+def resumed(words: Sequence[str]) -> tuple[Path | None, Path | None, Sequence[str]]:
+    """The values of --resume, which names the settings that the other options are read on top of, and of --code."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path, nargs="?")  # without a value, the whole parser says so
-    return parser.parse_known_args(words)[0].resume
+    if (run := parser.parse_known_args(words)[0].resume) is None:
+        return None, None, words
+    parser.add_argument("--code", type=Path)
+    known, words = parser.parse_known_args(words)
+    return run, known.code, words

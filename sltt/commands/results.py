@@ -5,24 +5,22 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sltt.commands.hints import locate
+from sltt import rules
+from sltt.commands.failures import cause
 from sltt.commands.parsing import rule_settings
 from sltt.commands.tables import Cell
 from sltt.commands.vary import labelled
-from sltt.metrics import Accuracy, finite, improves, is_share
-from sltt.training.checkpoints import CheckpointError, saved_part
+from sltt.frozen import arguments_of
+from sltt.metrics import finite, is_share
+from sltt.training.checkpoints import load_checkpoint
 from sltt.training.console import Console, as_json
-from sltt.training.files import read_table, write_atomically
-from sltt.training.runs import CONFIG, LAST, METRICS
-
-NOT_HERE = (ValueError, TypeError, AttributeError, ImportError)  # what it raises to make a class that is not here
+from sltt.training.manifest import CONFIG, LAST, is_intact, open_file, read_manifest, was_written, write_file
 
 
 def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Console], None]) -> None:
@@ -30,7 +28,7 @@ def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Conso
     text = as_json(found)
     if known.save:
         known.save.mkdir(parents=True, exist_ok=True)
-        write_atomically(known.save / name, lambda file: file.write(text.encode()))
+        write_file(known.save / name, lambda file: file.write(text.encode()))
     if known.json:
         print(text)
         return
@@ -54,6 +52,21 @@ def scores_cell(scores: Sequence[float | None], metric: str = "accuracy") -> Cel
     return Cell(scores_text(scores, metric), statistics.mean(known) if known else None)
 
 
+KINDS = {  # of the files that commands write: the attribute of `Gathered`
+    "compare": "comparisons", "profile": "profiles", "agreement": "agreements", "fscil": "fewshots", "lr": "rates",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run: its rule, its data, network and T, a row of metrics an epoch, and the epoch whose weights it selected."""
+
+    rule: str
+    about: tuple[str, ...]
+    history: list[dict[str, Any]]
+    best: int
+
+
 @dataclass
 class Gathered:
     """What folders hold.
@@ -64,8 +77,9 @@ class Gathered:
         agreements: of `sltt agreement`.
         fewshots: of `sltt fscil`.
         rates: of `sltt lr`.
-        runs: folders of trainings with at least one epoch.
+        runs: trainings with at least one epoch, by their folders.
         notes: what was left out, and why.
+        files: the file and the attribute of each result.
     """
 
     comparisons: list[dict[str, Any]] = field(default_factory=list)
@@ -73,50 +87,71 @@ class Gathered:
     agreements: list[dict[str, Any]] = field(default_factory=list)
     fewshots: list[dict[str, Any]] = field(default_factory=list)
     rates: list[dict[str, Any]] = field(default_factory=list)
-    runs: list[Path] = field(default_factory=list)
+    runs: dict[Path, Curve] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    files: list[tuple[Path, str, dict[str, Any]]] = field(default_factory=list)
 
 
 def gather(folders: Sequence[Path]) -> Gathered:
     """Read the folders of runs, and those that the commands' --save named, with the runs in them.
 
-    Raises ValueError for a folder that is not there or holds nothing of the kind, or a file that is damaged.
+    What is damaged is left out, with a note. No class is made, and no code of a run or a result runs.
+
+    Raises ValueError for a folder that is not there, or where nothing can be shown.
     """
     found = Gathered()
-    kinds = {"compare": found.comparisons, "profile": found.profiles, "agreement": found.agreements}
-    kinds |= {"fscil": found.fewshots, "lr": found.rates}
     for folder in (one if one.name.strip(".") else one.resolve() for one in folders):  # . has no name
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}: name one of a run, or one given to --save")
-        runs = [path.parent for path in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")])]
-        there = [(folder / f"{kind}.json", into) for kind, into in kinds.items() if (folder / f"{kind}.json").is_file()]
+        runs = sorted({path.parent for name in (CONFIG, LAST) for at in ("", "*/") for path in folder.glob(at + name)})
+        there = [(folder / f"{name}.json", kind) for name, kind in KINDS.items() if (folder / f"{name}.json").is_file()]
         if not runs and not there:
             raise ValueError(
                 f"{folder} has nothing to report: expected the folder of a run, or one that sltt compare, profile, "
                 "agreement, fscil or lr wrote with --save"
             )
-        for path, into in there:
+        for path, kind in there:
             try:
-                into.append(_read(path))
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged: {error}; run the command that wrote it again") from error
+                found.files.append((path, kind, one := _read(path)))
+                getattr(found, kind).append(one)
+            except Exception as error:  # a file may hold anything
+                found.notes.append(f"{path} is left out: {cause(error)}")
         for run in runs:
-            if (run / METRICS).is_file() and read_table(run / METRICS):
-                found.runs.append(run)
-            else:
-                found.notes.append(f"The run {run} is left out: it has not finished an epoch.")
+            try:
+                found.runs[run] = _read_run(run, found.notes)
+            except Exception as error:
+                found.notes.append(f"The run {run} is left out: {cause(error)}")
+    if not found.files and not found.runs:
+        raise ValueError(" ".join(found.notes))
     return found
+
+
+def _read_run(run: Path, notes: list[str]) -> Curve:
+    """Read what the report shows of a run, from its last checkpoint; a note names its other files that are damaged."""
+    checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
+    if checkpoint is None or not checkpoint["progress"]["history"]:
+        raise ValueError("it has not finished an epoch")
+    for name in read_manifest(run):
+        if was_written(run / name) and not is_intact(run / name):
+            notes.append(f"{run / name} is damaged, or gone.")
+    progress, config = checkpoint["progress"], checkpoint["config"]
+    about = *(_name(config.get(key)) for key in ("data", "model")), f"T = {config.get('steps')}"
+    return Curve(rule_of(config), about, progress["history"], progress["best_epoch"] or progress["epoch"])
+
+
+def _name(value: Any) -> str:
+    """The name of the class of an object in the settings of a run: as a recipe has it, or as text."""
+    path = value.get("class_path") if isinstance(value, dict) else value
+    return str(path or "its own").partition("(")[0].rpartition(".")[2]
 
 
 def _read(path: Path) -> dict[str, Any]:
     """What a command kept; a number that is not finite is None, and each rule has the name that runs have."""
-    found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
+    with open_file(path) as file:
+        found = json.load(file, parse_constant=lambda name: None)
     for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:
         if "rule" in row:
             row["rule"] = labelled(_asked_label(row["rule"]), row.get("varied", {}))
-    if path.name == "compare.json":
-        found = {"metric": "accuracy", "higher_is_better": True, **found}  # what an earlier version did not say
-        found["rows"] = [{"scores": row.pop("accuracies", []), **row} for row in found["rows"]]
     return found
 
 
@@ -126,65 +161,35 @@ def run_names(found: Gathered) -> dict[Path, str]:
     A run of a comparison has the name of its row, which has the values of what varied.
     """
     rows = [row for one in found.comparisons for row in one["rows"]]
-    compared = {run: row["rule"] for row in reversed(rows) for run in found.runs if run.name in row.get("runs", ())}
-    rules, about = {run: rule_label(run) for run in found.runs}, {run: _about(run) for run in found.runs}
+    compared = {run: row["rule"] for row in reversed(rows) for run in found.runs if run.name in row["runs"]}
     names = {}
-    for run, rule in rules.items():
-        alike = [about[other] for other in found.runs if rules[other] == rule]
-        told = [part for i, part in enumerate(about[run]) if any(other[i] != part for other in alike)]
-        names[run] = compared.get(run, ", ".join([rule, *told]))
+    for run, one in found.runs.items():
+        alike = [other.about for other in found.runs.values() if other.rule == one.rule]
+        told = [part for i, part in enumerate(one.about) if any(other[i] != part for other in alike)]
+        names[run] = compared.get(run, ", ".join([one.rule, *told]))
     return names
 
 
-def rule_label(run: Path) -> str:
-    """The rule of a run as it is written for `sltt compare`: SLTT:k=1."""
-    return rule_of(_config(run))
-
-
-def _about(run: Path) -> tuple[str, ...]:
-    """Data, network and T of a run."""
-    config = _config(run)
-    objects = ((config.get(name) or {}).get("class_path", "its own") for name in ("data", "model"))
-    return (*(path.rpartition(".")[2] for path in objects), f"T = {config.get('steps')}")
-
-
-def best_epoch(run: Path, epochs: Sequence[dict[str, Any]], column: str) -> dict[str, Any]:
-    """The epoch whose weights a run selected; without a checkpoint, that whose metric, in this column, is the best."""
-    with suppress(CheckpointError, FileNotFoundError, StopIteration):
-        progress = saved_part(run / LAST, "progress")
-        return next(row for row in epochs if row["epoch"] == (progress["best_epoch"] or progress["epoch"]))
-    try:
-        metric = locate(_config(run)["metric"]["class_path"])
-    except (KeyError, TypeError, ImportError, AttributeError):  # an earlier version, or a class that is not here
-        metric = Accuracy
-    return max(epochs, key=lambda row: improves(metric, row[column]))
-
-
-def _config(run: Path) -> dict[str, Any]:
-    return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-
-
 def rule_of(config: dict[str, Any]) -> str:
-    """The rule of a configuration, likewise; of a class that is not here its name."""
-    rule = config["rule"]
-    if rule is None:  # of a script
-        return "own rule"
-    try:
+    """The rule of a run's settings as it is written for `sltt compare`: SLTT:k=1."""
+    rule = config.get("rule")
+    if isinstance(rule, dict):
         return _label(rule["class_path"], rule.get("init_args") or {})
-    except NOT_HERE:
-        return rule["class_path"].rpartition(".")[2]
+    name, _, shown = str(rule or "own rule").removesuffix(")").partition("(")  # SLTT(k=1), of a run made in Python
+    return ":".join([name, *re.split(r", (?![^{]*})", shown)]) if shown else name
 
 
 def _asked_label(rule: str) -> str:
     """The same for a rule as it was asked for: settings that are defaults, or in another order, make no other rule."""
     name, settings = rule_settings(rule)
-    values = {key: yaml.safe_load(text) for key, text in settings.items()}
-    try:
-        return _label(name if "." in name else f"sltt.{name}", values)
-    except NOT_HERE:  # a rule that died
-        return rule
+    return _label(name, {key: yaml.safe_load(text) for key, text in settings.items()})
 
 
 def _label(path: str, settings: dict[str, Any]) -> str:
-    name, shown = repr(locate(path)(**settings)).removesuffix(")").split("(", 1)
-    return ":".join([name, *re.split(r", (?![^{]*})", shown)]) if shown else name
+    """Name a rule and those of its settings that are not the defaults, without making it."""
+    name = path.rpartition(".")[2]
+    kind = getattr(rules, name, None)
+    taken = arguments_of(kind) if isinstance(kind, type) else {}
+    defaults = {key: one.default for key, one in taken.items()} | {key: None for key in settings if key not in taken}
+    shown = (f"{key}={settings[key]}" for key in defaults if settings.get(key, defaults[key]) != defaults[key])
+    return ":".join([name, *shown])

@@ -13,14 +13,12 @@ from sltt.commands.fscil import SCORES, score_rows
 from sltt.commands.lr import advice
 from sltt.commands.page import Chart, Section
 from sltt.commands.profile import fits_rows, layer_cells, phase_cells
-from sltt.commands.results import Gathered, best_epoch, rule_label, run_names, scores_text
-from sltt.commands.sample import first_test_sample
+from sltt.commands.results import Gathered, run_names, scores_text
 from sltt.commands.tables import Cell, Table, bytes_cell, number
 from sltt.commands.verdict import answers, batch_memory, layers, verdicts
 from sltt.metrics import is_share, shown
 from sltt.training.console import megabytes, metric_of
-from sltt.training.files import read_table
-from sltt.training.runs import METRICS
+from sltt.training.sample import read_sample
 
 MEMORY = "Memory is the peak of one training batch, above what is allocated before it."
 RASTER_NEURONS = 60  # of each layer
@@ -37,7 +35,7 @@ def sections(found: Gathered) -> list[Section]:
     made = [_short(found)] if verdicts(found) or found.agreements else []
     made += [_comparison(one) for one in found.comparisons]
     if found.runs:
-        made.append(_training(names, colours))
+        made.append(_training(found, names, colours))
     for one in found.profiles:
         made += [_costs(one, colours), _energy(one)]
     made += [_agreement(one) for one in found.agreements]
@@ -91,19 +89,19 @@ def _comparison(found: dict[str, Any]) -> Section:
     return Section(f"{'Values' if sweep else 'Rules'} compared on {found['recipe']}", text, [table])
 
 
-def _training(runs: dict[Path, str], colours: dict[str, str]) -> Section:
+def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) -> Section:
     scores: dict[str, dict[str, list[figures.Points]]] = {}  # by metric and label
     loss: dict[str, list[figures.Points]] = {}
     rows = []
-    for run, label in runs.items():
-        history = read_table(run / METRICS)
+    for run, label in names.items():
+        history = found.runs[run].history
         epochs = [row["epoch"] for row in history]
         metric = metric_of(history[0])
         part = "train" if history[0][f"validation_{metric}"] is None else "validation"
         key = f"{part}_{metric}"
         scores.setdefault(metric, {}).setdefault(label, []).append((epochs, [row[key] for row in history]))
         loss.setdefault(label, []).append((epochs, [row["train_loss"] for row in history]))
-        best = best_epoch(run, history, key)
+        best = next(row for row in history if row["epoch"] == found.runs[run].best)
         seconds = statistics.median(row["seconds"] for row in history)
         rows.append(
             {
@@ -116,16 +114,16 @@ def _training(runs: dict[Path, str], colours: dict[str, str]) -> Section:
                 "s / epoch": number(seconds, ".2f"),
             }
         )
-    names = {metric: metric.replace("_", " ") for metric in scores}
+    titles = {metric: metric.replace("_", " ") for metric in scores}
     over = [
         Chart(
             metric.replace("_", "-"),
-            f"{names[metric].capitalize()} over epochs; a line for each seed",
+            f"{titles[metric].capitalize()} over epochs; a line for each seed",
             figures.lines(curves, colours, "epoch", metric, percent=is_share(metric)),
         )
         for metric, curves in scores.items()
     ]
-    measured = " and ".join(names.values()).capitalize()
+    measured = " and ".join(titles.values()).capitalize()
     return Section(
         "Training",
         [f"{measured} on the samples that were held out of the training set, or on that set where none were."],
@@ -236,22 +234,23 @@ def _rates(found: dict[str, Any]) -> Section:
 
 
 def _spikes(found: Gathered) -> Section:
-    """What one test sample does in the network of the first run that loads; a note for each before it."""
+    """What one sample does in the network of the first run that has it; a note for each before it."""
     section = Section("Spikes of a trained network")
-    preferred = sorted(found.runs, key=lambda run: not rule_label(run).startswith("SLTT"))
+    preferred = sorted(found.runs, key=lambda run: not found.runs[run].rule.startswith("SLTT"))
     for run in preferred:
         try:
-            sample = first_test_sample(run)
-        except Exception as error:  # of the user's own classes too
+            sample = read_sample(run)
+        except (ValueError, OSError) as error:
             found.notes.append(f"The spikes of {run} are left out: {cause(error)}")
             continue
-        rates = {layer: float(fired.mean()) for layer, fired in sample.spikes.items()}
-        section.text.append(f"The first test sample through the network of {run.name}.")
+        section.text.append(
+            f"One sample, of the validation samples if there are any, through the network of {run.name}."
+        )
         section.film = sample.frames()
         section.charts = [
             Chart("raster", f"Input, spikes of about {RASTER_NEURONS} neurons of each layer, and output, over time",
                   figures.raster(sample, RASTER_NEURONS)),
-            Chart("firing-rates", "Firing rates by layer, of this sample", figures.bars(rates, RATE)),
+            Chart("firing-rates", "Firing rates by layer, of this sample", figures.bars(sample.rates, RATE)),
         ]  # fmt: skip
         return section
     section.text.append("Left out: see the notes at the top.")

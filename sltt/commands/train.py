@@ -10,15 +10,15 @@ from jsonargparse import Namespace
 
 from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import build, find_recipe, only, parse, resumed, run_config
+from sltt.commands.parsing import build, build_run, find_recipe, only, parse, resumed, run_folder
 from sltt.metrics import shown
 from sltt.parallel.devices import keep_freed_memory
 from sltt.training.card import add_test_score
-from sltt.training.checkpoints import load_selected
+from sltt.training.checkpoints import load_checkpoint, load_selected
 from sltt.training.console import as_json
 from sltt.training.evaluation import measure_split, measured_with
-from sltt.training.files import write_atomically
 from sltt.training.fit import resume_run, start_run
+from sltt.training.manifest import CONFIG, LAST, write_file
 from sltt.training.session import Session, session
 from sltt.training.settings import RESUMABLE, Execution, Training
 
@@ -27,22 +27,25 @@ def run(words: Sequence[str]) -> None:
     """`sltt train [RECIPE] [OPTION ...]`: train, then measure the selected weights on the test samples."""
     keep_freed_memory()
     named = bool(words) and not words[0].startswith("-")
-    continued = resumed(words)
+    continued, code, words = resumed(words)
     if continued and named:
         raise UsageError(f"--resume continues {continued} with its own recipe: leave out {words[0]!r}")
-    source = run_config(continued) if continued else find_recipe(words[0] if named else "digits")
     if continued:
-        only(words, ("resume", *RESUMABLE), "sltt train --resume", "a run continues with its own settings")
+        run_folder(continued)
+        only(words, RESUMABLE, "sltt train --resume", "a run continues with its own settings")
     # the run's own may need packages that are not here
     unread = ["loggers"] if continued and re.search(r"--loggers[ =]null\b", " ".join(words)) else []
     parser = make_parser(f"sltt train {words[0] if named else '[RECIPE]'}", unread)
-    config = parse(parser, source, words[named:])
-    folder = config.pop("run")
-    config.pop("resume")
-    built = build(parser, config)
-    resolved = yaml.safe_load(parser.dump(config))
+    if continued:
+        checkpoint = None if (continued / CONFIG).exists() else load_checkpoint(continued / LAST)
+        name, folder, (built, resolved) = "", None, build_run(parser, continued, words, code, checkpoint)
+    else:
+        source = find_recipe(words[0] if named else "digits")
+        config = parse(parser, source, words[named:])
+        name, folder, _ = source.stem, config.pop("run"), config.pop("resume")
+        built, resolved = build(parser, config), yaml.safe_load(parser.dump(config))
     with session(Execution.of(vars(built))) as here:
-        _train(here, built, continued, folder, source.stem, resolved)
+        _train(here, built, continued, folder, name, resolved)
 
 
 def _train(
@@ -81,7 +84,7 @@ def _train(
     name, best, end = selected.metric, shown(selected.metric, selected.score), shown(last.metric, last.score)
     summary = {"epoch": result.epoch, f"test_{name}": selected.score, f"last_epoch_test_{name}": last.score}
     add_test_score(run, best)
-    write_atomically(run / "result.json", lambda file: file.write(as_json(summary).encode()))
+    write_file(run / "result.json", lambda file: file.write(as_json(summary).encode()))
     report.line(
         f"test {name} {best} with the weights of epoch {result.epoch}, the best by validation; {end} after the last"
         if splits.validation

@@ -45,7 +45,9 @@ def train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, report
     """Train what was built for some epochs with a rule, in a folder that is not kept."""
     settings = {**vars(built), "epochs": epochs, "steps": steps, "rule": rule, "phases": None, "weights": None}
     with TemporaryDirectory() as folder:
-        return start_run(here, built.model, built.data, Training.of(settings), f"{folder}/run", report=report)
+        return start_run(
+            here, built.model, built.data, Training.of(settings), f"{folder}/run", config={}, report=report
+        )
 
 
 def contestants(rules: Sequence[Rule], found: Sequence[Agreement], proposal: Proposal | None) -> list[Rule]:

@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code from them.
 
-A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of what is before.
+A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of what is before, for use without its run.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from sltt.checks import plain
 from sltt.losses import prediction_of
 from sltt.parallel.processes import Processes, as_sharded, whole
 from sltt.training.average import chosen
-from sltt.training.files import write_atomically
+from sltt.training.manifest import BEST, LAST, MANIFEST, open_file, write_file
 from sltt.training.phases import stage_at
 from sltt.training.progress import Progress
-from sltt.training.runs import LAST, find_checkpoint
+from sltt.training.runs import find_checkpoint
 from sltt.training.safeguards import check_weights
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FORMAT = "sltt-checkpoint-1"
 MARK = b"sltt-sha256:"
 TRAILER = len(MARK) + 64
-KEYS = {"model", "optimizer", "scaler", "rules", "progress", "fingerprint", "config"}
+KEYS = {"model", "averaged", "optimizer", "scaler", "rules", "callbacks", "progress", "fingerprint", "task", "config"}
 
 
 class CheckpointError(ValueError):
@@ -67,7 +67,7 @@ def save_state(loop: "Loop", *names: str) -> None:
 
 def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
     """Take over all that a checkpoint of `save_state` holds."""
-    path, saved_callbacks = loop.folder / LAST, checkpoint.get("callbacks", [])
+    path, saved_callbacks = loop.folder / LAST, checkpoint["callbacks"]
     if checkpoint["fingerprint"] != loop.fingerprint:
         raise CheckpointError(
             f"the run {loop.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
@@ -88,9 +88,7 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
         stage.rule.load_state_dict(state)
     for callback, (_, state) in zip(loop.callbacks, saved_callbacks, strict=True):
         callback.load_state_dict(state)
-    saved = checkpoint["progress"]
-    terms = {"terms": saved["samples"]}  # of checkpoints that were written before there were others
-    loop.state = Progress(**{**terms, **saved}).of_process(loop.processes.rank)
+    loop.state = Progress(**checkpoint["progress"]).of_process(loop.processes.rank)
     if loop.average:
         loop.average.n_averaged.fill_(1 + loop.trained_batches)
 
@@ -110,37 +108,30 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         file.seek(0)
         file.write(MARK + hashlib.file_digest(file, "sha256").hexdigest().encode())
 
-    write_atomically(path, write)
+    write_file(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load what `save_checkpoint` wrote, on the CPU, with `weights_only=True`: nothing in the file is executed.
 
-    A checkpoint of an earlier version, without a checksum, loads too.
-
-    Raises FileNotFoundError, or CheckpointError for a file that is damaged or not a checkpoint of sltt.
+    Raises FileNotFoundError, or ValueError for a file that is damaged or not a checkpoint of sltt.
     """
-    if not path.is_file():
+    if path.name in (BEST, LAST) and (path.parent / MANIFEST).exists():
+        file = open_file(path)
+    elif path.is_file():
+        file = path.open("rb")
+    else:
         raise FileNotFoundError(
             f"no checkpoint at {path}: name the folder of a run, or a file such as best.ckpt in one"
         )
-    with path.open("rb") as file:
+    with file:
         if not _intact(file):
-            raise CheckpointError(f"{path} is damaged, since its checksum does not match. {REMEDY}")
+            raise CheckpointError(f"{path} is damaged, or no checkpoint: its checksum does not match. {REMEDY}")
         file.seek(0)
-        return _load(path, file)
-
-
-def saved_part(path: Path, key: str) -> dict[str, Any]:
-    """The "config" or the "progress" in a checkpoint; its weights are not read, and its checksum is not verified."""
-    return _load(path, path, mmap=True)[key]
-
-
-def _load(path: Path, source: Path | IO[bytes], **how: Any) -> dict[str, Any]:
-    try:
-        content = torch.load(source, map_location="cpu", weights_only=True, **how)
-    except Exception as error:  # the unpickler and the zip reader raise almost anything on a damaged file
-        raise CheckpointError(f"{path} is truncated or not a checkpoint of sltt. {REMEDY}") from error
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # the unpickler raises almost anything on what torch.save did not write
+            raise CheckpointError(f"{path} is not a checkpoint of sltt. {REMEDY}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by this version of sltt: expected the format {FORMAT}. {REMEDY}")
     if missing := KEYS - content.keys():
@@ -152,12 +143,10 @@ REMEDY = "Restore it from a copy, or start a new run, with --weights from anothe
 
 
 def _intact(file: IO[bytes]) -> bool:
-    """Whether the checksum at the end of a file is right, or there is none."""
+    """Whether the checksum at the end of a file is right."""
     left = file.seek(0, os.SEEK_END) - TRAILER
     file.seek(max(left, 0))
-    mark, _, expected = file.read().partition(MARK)
-    if mark or not expected:
-        return True
+    _, _, expected = file.read().partition(MARK)
     file.seek(0)
     digest = hashlib.sha256()
     while left > 0:

@@ -1,10 +1,9 @@
 """Files that are written whole or not at all, and names of files as a terminal shows them."""
 
-import csv
 import io
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +35,3 @@ def printable(text: str) -> str:
 def part_of(path: Path) -> Path:
     """A name beside `path`, of its own in each process and thread, for what is not whole yet."""
     return path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
-
-
-def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of equal keys as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows that `write_table` wrote, with numbers, and None where a cell is empty."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]

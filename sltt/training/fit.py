@@ -1,5 +1,6 @@
 """Training and evaluation on Lightning Fabric, without a branch on data set or rule; the loop itself is in loop.py."""
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,11 @@ from sltt.training.card import write_card
 from sltt.training.check import check
 from sltt.training.checkpoints import load_checkpoint, load_selected, restore_state, start_from
 from sltt.training.console import Console
-from sltt.training.describe import describe_run
 from sltt.training.logs import Logger
 from sltt.training.loop import Loop
+from sltt.training.manifest import LAST, was_written
 from sltt.training.phases import Phase
-from sltt.training.runs import LAST, as_continued, check_config, new_run, old_run, read_config, write_config
+from sltt.training.runs import MADE_IN, as_continued, check_config, new_run, old_run, read_config, write_config
 from sltt.training.safeguards import (
     check_last_batch,
     check_mean,
@@ -35,6 +36,7 @@ from sltt.training.safeguards import (
     check_static,
     first_samples,
 )
+from sltt.training.sample import write_sample
 from sltt.training.session import Session, session
 from sltt.training.settings import RESUMABLE, Execution, OptimizerFactory, Training
 
@@ -132,7 +134,7 @@ def fit(
         run: folder for checkpoints and metrics; must not exist, unless `resume`. None makes one under `runs`.
         resume: continue the run in `run`, with the same arguments; the weights end as if it had never stopped. A folder
             without a checkpoint starts from the beginning.
-        config: configuration to keep in the run folder and in the checkpoints; None describes the arguments.
+        config: configuration to keep in the run folder and in the checkpoints; None keeps the arguments as text.
         report: where to print.
 
     Returns:
@@ -158,16 +160,22 @@ def fit(
         instance("config", config, dict)
     data = as_data(data, training.batch_size)
     with generators_kept(), session(execution) as here:
-        described, network, problems = describe_run({"model": model, "data": data, **vars(training), **vars(execution)})
-        if resume:
-            may_change = {name: described[name] for name in RESUMABLE if described[name] is not None}
-            config = may_change if config is None else config
-            return resume_run(here, model, data, training, run, config=config, report=report)
-        report = here.console(report)
-        for problem in problems:
-            report.line(problem)
-        config = described if config is None else config
-        return start_run(here, model, data, training, run, config=config, network=network, report=report)
+        config = _settings(model, data, vars(training) | vars(execution), resume) if config is None else config
+        go = resume_run if resume else start_run
+        return go(here, model, data, training, run, config=config, report=report)
+
+
+def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """What the folder of a run that is made in Python keeps: plain settings, and objects as text.
+
+    Of a run that is resumed, the plain ones that may change.
+    """
+    plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | None)}
+    if resume:
+        return {name: plain[name] for name in RESUMABLE if plain.get(name) is not None}
+    objects = {"data": data} | {name: value for name, value in given.items() if name not in plain}
+    texts = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in objects.items()}
+    return {MADE_IN: "Python, by sltt.fit", "model": type(model).__name__, **texts, **plain}
 
 
 def start_run(
@@ -178,18 +186,17 @@ def start_run(
     run: str | Path | None = None,
     *,
     name: str = "run",
-    config: dict[str, Any] | None = None,
-    network: bytes | None = None,
+    config: dict[str, Any],
     report: Console | None = None,
 ) -> Fit:
     """Train in a new folder: `run`, or one under `runs` whose name begins with `name`."""
     splits = _checked(here, model, data, training)
     start_from(model, training.weights)
     report = here.console(report)
-    folder = here.processes.first(lambda: new_run(run, name, config, network))
+    folder = here.processes.first(lambda: new_run(run, name, config))
     report.line(f"run {folder}")
     with here.held(folder):
-        loop = Loop(here, training, model, data, splits, folder, config or {}, report)
+        loop = Loop(here, training, model, data, splits, folder, config, report)
         loop.run()
         return _result(loop)
 
@@ -201,7 +208,7 @@ def resume_run(
     training: Training,
     run: str | Path | None,
     *,
-    config: dict[str, Any] | None = None,
+    config: dict[str, Any],
     report: Console | None = None,
 ) -> Fit:
     """Continue the run in a folder; without a checkpoint, it starts from the beginning."""
@@ -229,6 +236,7 @@ def _result(loop: Loop) -> Fit:
     epoch = loop.state.best_epoch or loop.state.epoch
     if loop.processes.rank == 0:
         write_card(loop, loop.state.history[epoch - 1])
+        write_sample(loop)
     return Fit(loop.folder, loop.state.history, epoch)
 
 
@@ -271,12 +279,12 @@ def _checked(here: Session, model: nn.Module, data: Data, training: Training) ->
     return splits
 
 
-def _last_checkpoint(run: Path, config: dict[str, Any] | None) -> dict[str, Any] | None:
+def _last_checkpoint(run: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """The last checkpoint of a run, of the same settings; None if it stopped before the first, and so starts again."""
-    if not (run / LAST).exists():
+    if not was_written(run / LAST):
         return None
     checkpoint = load_checkpoint(run / LAST)
-    check_config(run, checkpoint["config"], config)
+    check_config(run, read_config(run, checkpoint), config)
     return checkpoint
 
 

@@ -37,12 +37,12 @@ from sltt.training.batches import (
 from sltt.training.checkpoints import save_state
 from sltt.training.console import Console
 from sltt.training.evaluation import counting, measure
-from sltt.training.files import write_table
 from sltt.training.logs import logs
+from sltt.training.manifest import BEST, LAST
 from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Stage, freeze_norm, set_rates, stage_at
 from sltt.training.progress import BatchMemory, Metrics, Progress, epoch_row
-from sltt.training.runs import BEST, LAST, METRICS
+from sltt.training.runs import write_table
 from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers, long_warmup
 from sltt.training.score import Score
 from sltt.training.session import Session
@@ -319,7 +319,7 @@ class Loop:
 
     def _write_table(self) -> None:
         if self.processes.rank == 0:
-            write_table(self.folder / METRICS, self.state.history)
+            write_table(self.folder, self.state.history)
 
     @contextmanager
     def _located(self, place: str | None = None, epoch: int | None = None) -> Iterator[None]:

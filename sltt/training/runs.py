@@ -1,35 +1,48 @@
 """Run folders: one for each training run, never overwritten, trained by one process at a time."""
 
+import csv
 import errno
+import io
 import os
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sltt.training.describe import NETWORK
-from sltt.training.files import part_of, write_atomically
+from sltt.training.files import part_of
+from sltt.training.manifest import (
+    BEST,
+    CONFIG,
+    LAST,
+    MANIFEST,
+    METRICS,
+    open_file,
+    read_manifest,
+    was_written,
+    write_file,
+)
 from sltt.training.settings import RESUMABLE
 
-CONFIG, METRICS, LAST, BEST, LOCK = "config.yaml", "metrics.csv", "last.ckpt", "best.ckpt", ".lock"
+LOCK = ".lock"
+MADE_IN = "made_in"  # a key of the settings of a run that sltt.fit made: they name no class
 
 
-def new_run(folder: str | Path | None, name: str, config: dict[str, Any] | None, network: bytes | None) -> Path:
+def new_run(folder: str | Path | None, name: str, config: dict[str, Any]) -> Path:
     """Make the folder of a new run: `folder`, or else `runs/NAME-DATE-TIME`, with a number added if that exists.
 
-    It is there with its configuration and the file of its network, or not at all. An empty folder is taken.
+    It is there with its configuration, or not at all. An empty folder is taken.
 
     Raises FileExistsError if `folder` exists, OSError if it cannot be made.
     """
     if folder is not None:
         try:
-            return _make(Path(folder), config, network)
+            return _make(Path(folder), config)
         except FileExistsError:
             raise FileExistsError(
                 f"{folder} exists: a run never overwrites another. Continue it with --resume {folder}, "
@@ -38,7 +51,7 @@ def new_run(folder: str | Path | None, name: str, config: dict[str, Any] | None,
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):
         with suppress(FileExistsError):
-            return _make(Path("runs") / (stem if number == 1 else f"{stem}-{number}"), config, network)
+            return _make(Path("runs") / (stem if number == 1 else f"{stem}-{number}"), config)
     raise FileExistsError(f"runs/{stem} and 998 more like it exist")
 
 
@@ -47,7 +60,7 @@ def old_run(folder: str | Path | None) -> Path:
     if folder is None:
         raise ValueError("resume=True needs the folder of the run to continue: run=...")
     run = Path(folder)
-    if not any((run / name).exists() for name in (CONFIG, LAST, LOCK)):
+    if not (run / MANIFEST).exists():
         raise ValueError(f"resume=True continues a run, and {run} is not the folder of one: leave it out for a new run")
     return run
 
@@ -102,103 +115,72 @@ def _lock(descriptor: int) -> bool:
 def find_checkpoint(run: Path, which: str | None = None) -> Path:
     """The `best` or `last` checkpoint of a run; by default the best, or the last where nothing was held out.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError where there is none yet.
     """
+    read_manifest(run)  # there, or no file of the run is known
     names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
-    found = next((run / name for name in names if (run / name).is_file()), None)
+    found = next((run / name for name in names if was_written(run / name)), None)
     if found is None:
         raise FileNotFoundError(f"no checkpoint in {run}: looked for {' and '.join(names)}; has it trained an epoch?")
     return found
 
 
-def load_call(run: Path) -> str:
-    """What to write in Python for the network of a run; one that cannot make it again takes it as `model`."""
-    kept = (run / NETWORK).exists() or read_config(run).get("model")
-    return f"sltt.load({str(run)!r}{'' if kept else ', model'})"
+def load_call(run: Path, config: dict[str, Any]) -> str:
+    """What to write in Python for the network of a run; one that was made in Python takes it as `model`."""
+    return f"sltt.load({str(run)!r}{'' if 'model' in config and MADE_IN not in config else ', model'})"
 
 
-def read_config(run: Path) -> dict[str, Any]:
-    """The configuration in the folder of a run; nothing where the file is gone."""
-    return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")) if (run / CONFIG).exists() else {}
+def read_config(run: Path, checkpoint: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read the configuration of a run: its file, or the copy in a checkpoint where the file is gone.
+
+    Raises ValueError for a damaged file, and where the checkpoint was trained with other settings.
+    """
+    saved = checkpoint["config"] if checkpoint else {}
+    if not (run / CONFIG).exists():
+        return saved
+    with open_file(run / CONFIG) as file:
+        config = yaml.safe_load(file)
+    if checkpoint:
+        check_config(run, saved, config)
+    return config
 
 
 def write_config(run: Path, config: dict[str, Any]) -> None:
     """Write the configuration of a run into its folder."""
-    write_atomically(run / CONFIG, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+    write_file(run / CONFIG, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
 
 
-def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any] | None = None) -> None:
-    """Raise ValueError where a run would continue with other settings than those in its checkpoint.
+def write_table(run: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the metrics of each epoch as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(run / METRICS, lambda file: file.write(text.getvalue().encode()))
 
-    Args:
-        run: whose file of settings is compared, if it is there.
-        saved: the settings in the checkpoint.
-        given: those of this call; None and settings that one of them does not know are not compared.
-    """
-    if not saved:
-        return
-    saved, path = _plain(saved), run / CONFIG
-    found = list(_differences(saved, as_continued(saved, given)))
-    if path.exists():
-        try:
-            kept = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            kept = None
-        kept = with_names_of_today(kept)
-        found += _differences(saved, kept) if isinstance(kept, dict) else [f"{CONFIG} is damaged"]
-    if found:
+
+def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise ValueError where settings are others than those in a checkpoint of the run; some may change."""
+    if found := changed(saved, given):
         raise ValueError(
-            f"the settings of {run} are not those that it was trained with: {'; '.join(dict.fromkeys(found))}. "
-            f"Restore them: delete {path}, and the copy in the checkpoint is taken. Or start a new run with "
-            f"--weights {run}."
+            f"the settings of {run} are not those that it was trained with: {'; '.join(found)}. Restore them, or start "
+            f"a new run with --weights {run}."
         )
 
 
-def changed(run: Path, given: dict[str, Any]) -> list[str]:
-    """What the settings given change in those of a run's file, beyond what a run that goes on may change."""
-    saved = read_config(run)
-    return list(_differences(_plain(saved), as_continued(saved, given))) if saved else []
+def changed(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """What the settings given change, beyond what a run that goes on may change. None saved means none to compare."""
+    return list(_differences(_plain(saved), _plain(saved | given))) if saved else []
 
 
-def as_continued(saved: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
-    """The settings of a run that goes on with those given.
-
-    A run of an earlier version stays without options that came later: its file says what its checkpoint says.
-    """
-    if not saved:
-        return given or {}
-    saved, given = _plain(saved), _plain(given or {})
-    return _known(saved, given) | {name: given[name] for name in RESUMABLE if name in given}
+def as_continued(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that goes on with those given."""
+    return saved | {name: given[name] for name in RESUMABLE if name in given} if saved else given
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as its file gives it back, with the names of today."""
-    return with_names_of_today(yaml.safe_load(yaml.safe_dump(config)))
-
-
-_BPTT = {"BPTT", "sltt.BPTT", "sltt.rules.BPTT", "sltt.rules.truncated.BPTT"}
-
-
-def with_names_of_today(config: Any) -> Any:
-    """A configuration that may be of an earlier version: `BPTT(recompute=n)` is `BPTT(segment=n)`."""
-    if isinstance(config, list):
-        return [with_names_of_today(value) for value in config]
-    if not isinstance(config, dict):
-        return config
-    config = {key: with_names_of_today(value) for key, value in config.items()}
-    arguments = config.get("init_args")
-    if config.get("class_path") in _BPTT and isinstance(arguments, dict):
-        steps = arguments.get("recompute")
-        if isinstance(steps, int) and not isinstance(steps, bool):
-            config["init_args"] = {**arguments, "recompute": False, "segment": steps}
-    return config
-
-
-def _known(saved: Any, given: Any) -> Any:
-    """What is given, without keys that are not saved: options of another version; with the saved ones that it lacks."""
-    if not isinstance(saved, dict) or not isinstance(given, dict):
-        return given
-    return {key: _known(value, given[key]) if key in given else value for key, value in saved.items()}
+    """A configuration as its file gives it back."""
+    return yaml.safe_load(yaml.safe_dump(config))
 
 
 def _differences(saved: dict[str, Any], found: dict[str, Any], path: str = "") -> Iterator[str]:
@@ -216,16 +198,13 @@ def _differences(saved: dict[str, Any], found: dict[str, Any], path: str = "") -
             yield f"{name} was {saved[key]!r} and is {found[key]!r}"
 
 
-def _make(path: Path, config: dict[str, Any] | None, network: bytes | None) -> Path:
+def _make(path: Path, config: dict[str, Any]) -> Path:
     part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
         (part / LOCK).touch()  # so that it is not empty, and no other run takes it
-        if config is not None:
-            write_config(part, config)
-        if network is not None:
-            (part / NETWORK).write_bytes(network)
+        write_config(part, config)
         os.rename(part, path)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -15,8 +15,7 @@ from sltt.sequence.modes import evaluating
 from sltt.sequence.padding import check_lengths
 from sltt.training.average import chosen
 from sltt.training.checkpoints import load_checkpoint, load_weights
-from sltt.training.describe import NETWORK, unpack
-from sltt.training.runs import find_checkpoint, read_config
+from sltt.training.runs import MADE_IN, find_checkpoint, read_config
 
 log = logging.getLogger("sltt")
 
@@ -50,36 +49,41 @@ def load(
 
     Args:
         run: folder of the run.
-        model: the network to load the weights into, for a run that cannot make it again.
+        model: the network to load the weights into, for a run that `sltt.fit` made; one of a recipe is made again.
         checkpoint: the best by validation, or the last; None is the best, or the last where nothing was held out.
 
     Raises:
         FileNotFoundError: no run, or no finished epoch.
-        ValueError: the run cannot make its network, or its weights do not fit `model`.
+        ValueError: the run does not keep its network, names code that is not installed, or is damaged; or its weights
+            do not fit `model`.
     """
     if checkpoint is not None:
         choice("checkpoint", checkpoint, ("best", "last"))
     path = find_checkpoint(folder("run", run), checkpoint)
     content = load_checkpoint(path)
-    network = _network(Path(run)) if model is None else instance("model", model, nn.Module)
+    config = read_config(Path(run), content)
+    network = _network(Path(run), config) if model is None else instance("model", model, nn.Module)
     load_weights(network, chosen(content), path)
-    if "task" in content:  # not in checkpoints of earlier versions
-        network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
+    network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     return network.eval()
 
 
-def _network(run: Path) -> nn.Module:
-    """The network that a run names or keeps, with other weights."""
-    if (run / NETWORK).exists():
-        return unpack((run / NETWORK).read_bytes())["model"]
-    config = read_config(run)
-    if not config.get("model"):
-        raise ValueError(f"{run} does not keep its network: make it, and call sltt.load({str(run)!r}, model)")
+def _network(run: Path, config: dict[str, Any]) -> nn.Module:
+    """The network that the recipe of a run names, with other weights."""
+    if "model" not in config or MADE_IN in config:
+        raise ValueError(
+            f"{run} was made in Python, and does not keep its network: make it, and call sltt.load({str(run)!r}, model)"
+        )
     from jsonargparse import ArgumentParser
+
+    from sltt.training.named import check_named, importing_for
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=nn.Module)
-    return parser.instantiate(parser.parse_object({"model": config["model"]})).model
+    with importing_for(run):
+        parsed = parser.parse_object({"model": config["model"]})
+        check_named(run, parsed)
+        return parser.instantiate(parsed).model
 
 
 def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:

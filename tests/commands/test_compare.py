@@ -282,16 +282,6 @@ def test_a_folder_with_runs_of_other_settings_is_refused(capsys, tmp_path, monke
     assert yaml.safe_load((tmp_path / "kept" / "SLTT-k-1-seed0" / "config.yaml").read_text())["epochs"] == 1
 
 
-def test_a_run_of_an_earlier_version_goes_on_where_later_options_have_their_defaults(tmp_path):
-    recipe = Recipe("sltt compare", "cifar10", [])
-    settings = recipe.resolved()
-    del settings["data"]["init_args"]["alternate_flip"]  # as if it had come later
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    compare._check_continues(tmp_path, recipe.resolved())
-    with pytest.raises(ValueError, match=r"with other settings \(data\)"):
-        compare._check_continues(tmp_path, recipe.resolved("--data.alternate_flip", "true"))
-
-
 def test_data_without_test_samples_is_refused_before_a_training(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     nmnist(tmp_path)

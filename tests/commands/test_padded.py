@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import sltt
-from sltt.commands.sample import first_test_sample
 from sltt.data import Data, Splits, from_datasets
+from sltt.training.sample import read_sample
 from tests.commands.tiny import run
 
 
@@ -38,7 +38,7 @@ def test_rules_are_compared_and_one_that_needs_all_steps_is_named(here, capsys):
     row, died = found(here, "compare.json")["rows"]
     assert (row["steps"], len(row["scores"]), died["scores"]) == (6, 1, [])
     assert row["cosine"] < 1
-    sample = first_test_sample(here / "out" / row["runs"][0])  # of the report
+    sample = read_sample(here / "out" / row["runs"][0])  # of the report
     assert (len(sample.x), len(sample.logits), sample.label) == (2, 2, 0)
 
 

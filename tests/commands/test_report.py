@@ -5,16 +5,28 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 from sltt.commands import main
-from sltt.commands.results import best_epoch, gather
-from sltt.training.checkpoints import load_checkpoint
+from sltt.commands.report import _sections as checked_sections
+from sltt.commands.results import gather
+from sltt.training.checkpoints import load_checkpoint, save_checkpoint
+from sltt.training.manifest import write_file
+from tests.commands.tiny import edit
 
 pytestmark = pytest.mark.slow
 sections_module = pytest.importorskip("sltt.commands.sections", reason="the report needs matplotlib")
 sections, figures = sections_module.sections, sections_module.figures
 SMALL = ["--model.width", "2", "--device", "cpu"]
+
+
+def write(path, text):
+    """Write a file of results as a command does."""
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+def history(checkpoint):
+    return checkpoint["progress"]["history"]
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +111,17 @@ def test_a_run_by_itself_and_what_is_left_out(measured, tmp_path, capsys):
     assert main(["report", str(run), "--out", str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == {"page": str(tmp_path / "out" / "report.html"), "notes": []}
-    (run / "best.ckpt").write_bytes(b"")
+    (run / "sample.npz").write_bytes(b"")
     assert main(["report", str(run)]) == 0
     assert "The spikes of" in capsys.readouterr().out
-    assert "truncated or not a checkpoint" in (run / "report" / "report.html").read_text()
+    assert "sample.npz is damaged" in (run / "report" / "report.html").read_text()
 
 
 def test_runs_of_two_metrics_have_two_charts_and_each_has_a_name(measured, tmp_path, monkeypatch):
     run, other = (shutil.copytree(measured / "BPTT-seed0", tmp_path / name) for name in ("run", "other"))
-    text = (other / "metrics.csv").read_text()
-    (other / "metrics.csv").write_text(text.replace("_accuracy", "_mean_squared_error"))
+    content = load_checkpoint(other / "last.ckpt")
+    renamed = [{k.replace("_accuracy", "_mean_squared_error"): v for k, v in row.items()} for row in history(content)]
+    save_checkpoint(other / "last.ckpt", {**content, "progress": {**content["progress"], "history": renamed}})
     monkeypatch.chdir(run)
     (section, *_) = sections(gather([Path("."), other]))
     assert [chart.name for chart in section.charts] == ["1-accuracy", "1-mean-squared-error", "1-loss"]
@@ -119,8 +132,7 @@ def test_runs_of_two_metrics_have_two_charts_and_each_has_a_name(measured, tmp_p
 def test_runs_of_one_rule_are_told_apart(measured, tmp_path):
     def changed(name, **settings):
         run = shutil.copytree(measured / "BPTT-seed0", tmp_path / name)
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        (run / "config.yaml").write_text(yaml.safe_dump({**config, **settings}))
+        edit(run, **settings)
         return run
 
     def names(*folders):
@@ -145,28 +157,27 @@ def test_runs_of_one_rule_are_told_apart(measured, tmp_path):
     ("rule", "name"),
     [
         (None, "own rule"),
-        ({"class_path": "no_such.Mine", "init_args": {"k": 2}}, "Mine"),
-        ({"class_path": "sltt.SLTT", "init_args": {"generator": {"class_path": "torch.Generator"}}}, "SLTT"),
+        ({"class_path": "no_such.Mine", "init_args": {"k": 2, "rescale": None}}, "Mine:k=2"),
+        ({"class_path": "sltt.SLTT", "init_args": {"k": 1, "hoist": False}}, "SLTT:k=1"),
+        ("Own(k=2, windows={'a': 1, 'b': 2})", "Own:k=2:windows={&#39;a&#39;: 1, &#39;b&#39;: 2}"),
     ],
 )
-def test_a_rule_that_is_not_here_has_a_name(rule, name, measured, tmp_path, capsys):
+def test_a_rule_has_a_name_whether_it_is_here_or_not(rule, name, measured, tmp_path, capsys):
     run = shutil.copytree(measured / "BPTT-seed0", tmp_path / "run")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, "rule": rule}))
+    edit(run, rule=rule)
     assert main(["report", str(run)]) == 0
     assert name in (run / "report" / "report.html").read_text()
 
 
-def test_the_spikes_are_those_of_the_next_run_where_one_has_no_weights(measured, tmp_path):
+def test_the_spikes_are_those_of_the_next_run_where_one_has_none(measured, tmp_path):
     for name in ("BPTT-seed0", "SLTT-k-1-seed0"):
         shutil.copytree(measured / name, tmp_path / "all" / name)
-    for checkpoint in (tmp_path / "all" / "SLTT-k-1-seed0").glob("*.ckpt"):
-        checkpoint.unlink()
+    (tmp_path / "all" / "SLTT-k-1-seed0" / "sample.npz").unlink()
     found = gather([tmp_path / "all"])
     spikes = sections(found)[-1]
-    assert spikes.text == ["The first test sample through the network of BPTT-seed0."]
+    assert spikes.text == ["One sample, of the validation samples if there are any, through the network of BPTT-seed0."]
     assert len(spikes.charts) == 2
-    assert [note for note in found.notes if "SLTT-k-1-seed0 are left out: no checkpoint" in note]
+    assert [note for note in found.notes if "SLTT-k-1-seed0 are left out: " in note and "sample.npz is gone" in note]
 
 
 def test_one_rule_written_in_two_ways_has_one_name_and_one_colour(measured, tmp_path):
@@ -174,33 +185,59 @@ def test_one_rule_written_in_two_ways_has_one_name_and_one_colour(measured, tmp_
     found = json.loads((folder / "compare.json").read_text())
     found["rows"][1]["rule"] = "SLTT:rescale=false:k=1"
     found["rows"][0]["cosine"] = None
-    (folder / "compare.json").write_text(json.dumps(found))
+    write(folder / "compare.json", json.dumps(found))
     table = sections(gather([folder]))[1].tables[0]
     assert [row[0].text for row in table.rows] == ["BPTT", "SLTT:k=1"]
     assert table.rows[0][-1].text == "–"
 
 
-@pytest.mark.parametrize(
-    ("metric", "epoch"),
-    [
-        ({"class_path": "sltt.metrics.Accuracy"}, 2),
-        ({"class_path": "sltt.metrics.MeanAbsoluteError"}, 1),
-        ({"class_path": "nowhere.F1"}, 2),
-        (None, 2),
-    ],
-)
-def test_the_best_epoch_of_a_run_is_that_of_its_metric(metric, epoch, tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"metric": metric} if metric else {}))
-    epochs = [{"epoch": 1, "score": 0.1, "loss": 0.5}, {"epoch": 2, "score": 0.2, "loss": 0.4}]
-    assert best_epoch(tmp_path, epochs, "score")["epoch"] == epoch
+@pytest.mark.parametrize("name", ["compare", "profile", "agreement"])
+def test_a_damaged_result_is_named_and_the_others_are_shown(name, measured, tmp_path):
+    folder = shutil.copytree(measured, tmp_path / "all", ignore=shutil.ignore_patterns("*-seed*", "report"))
+    path = folder / f"{name}.json"
+    text = path.read_text()
+    found = json.loads(text)
+    key = next(key for key, value in found.items() if isinstance(value, list))
+    for damaged in (
+        "{",
+        "[]",
+        "7",
+        "null",
+        2000 * "[",
+        *({**found, key: one} for one in ([{}], [7], None, "a")),
+    ):
+        write(path, damaged if isinstance(damaged, str) else json.dumps(damaged))
+        found_there = gather([folder])
+        assert len(checked_sections(found_there)) > 1
+        assert found_there.notes[0].startswith(f"{path} is left out: ")
+    number = re.search(r"\d\.\d+", text)
+    path.write_text(text[: number.start()] + "7" + text[number.start() + 1 :])
+    assert gather([folder]).notes == [
+        f"{path} is left out: {path} is damaged: manifest.txt has another SHA-256. Restore it from a copy, or run the "
+        "command that wrote it again."
+    ]
 
 
-def test_the_best_epoch_of_a_run_is_the_one_that_it_selected(measured):
-    run = measured / "BPTT-seed0"
-    rows = [{"epoch": 1, "validation_accuracy": 0.9}, {"epoch": 2, "validation_accuracy": 0.1}]
-    chosen = load_checkpoint(run / "last.ckpt")["progress"]["best_epoch"]
-    for better in (rows, [{**one, "validation_accuracy": -one["validation_accuracy"]} for one in rows]):
-        assert best_epoch(run, better, "validation_accuracy")["epoch"] == chosen
+def test_damaged_metrics_and_checkpoints_are_named(measured, tmp_path):
+    for name in ("BPTT-seed0", "SLTT-k-1-seed0", "BPTT-seed1"):
+        shutil.copytree(measured / name, tmp_path / "all" / name)
+    metrics = tmp_path / "all" / "BPTT-seed0" / "metrics.csv"
+    metrics.write_text(metrics.read_text().replace("1", "7", 1))
+    (tmp_path / "all" / "SLTT-k-1-seed0" / "last.ckpt").write_bytes(b"")
+    found = gather([tmp_path / "all"])
+    assert [run.name for run in found.runs] == ["BPTT-seed0", "BPTT-seed1"]
+    assert found.notes[0] == f"{metrics} is damaged, or gone."
+    assert "SLTT-k-1-seed0 is left out: " in found.notes[1]
+    assert "last.ckpt is damaged" in found.notes[1]
+
+
+def test_a_result_names_no_function_that_is_called(measured, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = json.loads((measured / "compare.json").read_text())
+    found["rows"][0]["rule"] = "os.system:command=touch mark"
+    write(tmp_path / "a" / "compare.json", json.dumps(found))
+    sections(gather([tmp_path / "a"]))
+    assert not Path("mark").exists()
 
 
 def test_a_cosine_below_zero_is_shown_as_it_is(monkeypatch):
@@ -218,18 +255,6 @@ def test_a_field_without_a_value_has_a_dash():
     assert texts == {"0.500", "-0.300", "–"}
 
 
-def test_a_comparison_of_an_earlier_version_is_read(measured, tmp_path):
-    folder = shutil.copytree(measured, tmp_path / "all")
-    found = json.loads((folder / "compare.json").read_text())
-    del found["metric"], found["higher_is_better"]
-    for row in found["rows"]:
-        row["accuracies"] = row.pop("scores")
-        del row["varied"], row["steps"], row["runs"], row["validation"]
-    (folder / "compare.json").write_text(json.dumps(found))
-    tables = [sections(gather([one]))[1].tables[0].rows for one in (measured, folder)]
-    assert tables[0] == tables[1]
-
-
 def test_a_comparison_with_a_rule_that_died(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["compare", "digits", "--epochs", "1", "--rules", "SLTT", "--optimizer.lr", "1e30", *SMALL, "--save", "a"]
@@ -245,7 +270,7 @@ def test_a_comparison_with_a_rule_that_died(tmp_path, monkeypatch, capsys):
     [
         (None, "there is no folder a"),
         ({}, "a has nothing to report"),
-        ({"compare.json": "{"}, "a/compare.json is damaged"),
+        ({"compare.json": "{}"}, "a/compare.json is left out: a has no manifest.txt"),
     ],
 )
 def test_a_folder_that_cannot_be_read_is_named(content, message, tmp_path, monkeypatch, capsys):

@@ -1,49 +1,205 @@
-"""The file of settings in a run's folder, after something happened to it."""
+"""A run folder is data: its files are the ones that were written, and no code of it runs."""
+
+import os
+import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+import sltt
 from sltt.commands import main
+from sltt.commands.results import gather
+from tests.commands.tiny import edit
 
-TINY = ["--model.width", "2", "--steps", "2", "--batch_size", "512", "--device", "cpu", "--run", "run"]
+TINY = ["--model.width", "2", "--steps", "1", "--epochs", "1", "--batch_size", "512", "--device", "cpu"]
+EVIL = (
+    "open({mark!r}, 'w')\nimport sltt, torch\nclass D(sltt.data.Digits): pass\nclass N(sltt.models.DigitsNet): pass\n"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of one epoch."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["train", "digits", *TINY, "--run", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
-    """The settings of a run of one epoch in the folder `run`."""
+def run(trained, tmp_path, monkeypatch):
+    """A copy of it, in the working directory."""
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "digits", "--epochs", "1", *TINY]) == 0
-    return (tmp_path / "run/config.yaml").read_text()
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    os.system(f"cp -r {trained} run")
+    return Path("run")
 
 
-def test_settings_that_changed_are_named_whatever_the_parser_makes_of_them(tmp_path, capsys, text):
-    half = text[: text.index("  init_args", text.index("rule:"))]
-    changes = {
-        half: "batch_size is missing",
-        text.replace("hoist: false", "hoist: null"): "rule.init_args.hoist was False and is None",
-        text.replace("sltt.models.DigitsNet", "sltt.models.Foo"): "model.class_path was 'sltt.models.DigitsNet' and is",
-        text + "\n- x": "config.yaml is damaged",
-        "": "config.yaml is damaged",
-        yaml.safe_dump({**yaml.safe_load(text), "seed": 3}): "seed was 0 and is 3",
-    }
-    file = tmp_path / "run/config.yaml"
-    for changed, message in changes.items():
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", {"class_path": "run.evil.N"}),
+        ("model", {"class_path": "linked.N"}),
+        ("model", "{class_path: run.evil.N}"),
+        ("model", {"class_path": "sltt.models.DigitsNet", "init_args": {"neuron": {"class_path": "run.evil.N"}}}),
+        ("data", {"class_path": "run.evil.D"}),
+        ("rule", {"class_path": "run.evil.D"}),
+        ("optimizer", "run.evil.D"),
+        ("metric", {"class_path": "run.evil.D"}),
+    ],
+)
+def test_no_code_in_a_run_folder_runs(name, value, run, capsys, monkeypatch):
+    mark = str(Path("mark").resolve())
+    (run / "evil.py").write_text(EVIL.format(mark=mark))
+    Path("linked.py").symlink_to(run / "evil.py")
+    monkeypatch.syspath_prepend(".")  # as the user may have it
+    edit(run, **{name: value})
+    for words in (["eval", "run"], ["export", "run", "--to", "nir"], ["train", "--resume", "run"]):
+        assert main([*words, "--code", "."]) != 0
+        assert "which lies within the run: a run is data" in capsys.readouterr().err
+    gather([run])
+    if name == "model":
+        with pytest.raises(ValueError, match="which lies within the run: a run is data"):
+            sltt.load("run")
+    assert not Path(mark).exists()
+    assert "run.evil" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["callbacks", "loggers"])
+def test_no_code_in_a_run_folder_runs_when_it_is_resumed(name, run, capsys):
+    (run / "evil.py").write_text(EVIL.format(mark="mark"))
+    edit(run, **{name: [{"class_path": "run.evil.D"}]})
+    assert main(["train", "--resume", "run", "--epochs", "2", "--code", "."]) == 1
+    assert "which lies within the run: a run is data" in capsys.readouterr().err
+    gather([run])
+    assert not Path("mark").exists()
+
+
+class Holding(sltt.losses.CrossEntropyMSE):
+    """A loss with an argument that may be anything."""
+
+    def __init__(self, value):
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", {"class_path": "os.system", "init_args": {"command": "touch mark"}}),
+        ("model", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "mark"]}}),
+        ("model", {"class_path": "sltt.commands.main", "init_args": {"arguments": ["recipes"]}}),
+        ("model", {"class_path": "sltt.kernels.native._open", "init_args": {"path": "run/evil.so"}}),
+        ("optimizer", "os.system"),
+        ("optimizer", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "mark"]}}),
+        ("loss", {"class_path": "tests.commands.test_run_settings.Holding", "init_args": {"value": "@"}}),
+    ],
+)
+def test_a_run_names_no_function_that_runs_programs(name, value, run, capsys):
+    holds = name == "loss"
+    for inner in ("os.system", "subprocess.Popen", "ctypes.CDLL", "torch.hub.load", "torch.ops.load_library")[
+        : 9 if holds else 1
+    ]:
+        if holds:
+            value["init_args"]["value"] = {"class_path": inner, "init_args": {"args": "touch mark", "name": "evil.so"}}
+        edit(run, **{name: value})
+        assert main(["eval", "run"]) != 0
+        assert main(["train", "--resume", "run", "--epochs", "2"]) != 0
+        gather([run])
+    assert not Path("mark").exists()
+
+
+def test_code_of_the_working_directory_is_taken_where_the_user_says_so(run, capsys, monkeypatch):
+    Path("beside.py").write_text("import sltt\nclass Net(sltt.models.DigitsNet):\n    pass\n")
+    settings = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    edit(run, model={**settings, "class_path": "beside.Net"})
+    for words in (["eval", "run"], ["train", "--resume", "run"]):
+        assert main(words) == 1
+        assert "beside of the working directory: --code . takes code from here" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    with pytest.raises(ValueError, match=r"beside of the working directory: .* in Python import beside"):
+        sltt.load("run")
+    assert main(["eval", "run", "--code", "."]) == 0
+    assert type(sltt.load("run")).__name__ == "Net"  # it is imported
+    assert main(["train", "--resume", "run", "--epochs", "2", "--code", "."]) == 0
+
+
+class Harm:
+    def __reduce__(self):
+        return Path.touch, (Path("mark"),)
+
+
+def test_a_pickle_in_a_run_folder_is_not_read(run):
+    (run / "network.pt").write_bytes(pickle.dumps(Harm()))
+    sltt.load("run")
+    assert main(["eval", "run"]) == 0
+    assert main(["report", "run"]) == 0
+    assert not Path("mark").exists()
+
+
+def test_settings_that_are_not_the_ones_that_were_written_are_refused(run, capsys):
+    file = run / "config.yaml"
+    text = file.read_text()
+    for changed in (text.replace("tau: 1.1", "tau: 1.3"), text[:300], ""):
         assert changed != text
         file.write_text(changed)
-        for command in (["train", "--resume", "run"], ["eval", "run"]):
-            capsys.readouterr()
-            assert main(command) == 1
+        for words in (["train", "--resume", "run"], ["eval", "run"], ["export", "run", "--to", "nir"]):
+            assert main(words) == 1
             said = capsys.readouterr().err
-            assert "the settings of run are not those that it was trained with" in said
-            assert message in said
-            assert "delete run/config.yaml" in said
-
-
-def test_settings_that_are_gone_are_taken_from_the_checkpoint(tmp_path, text):
-    file = tmp_path / "run/config.yaml"
+            assert "run/config.yaml is damaged: manifest.txt has another SHA-256. Restore it, or delete it" in said
+        with pytest.raises(ValueError, match=r"config.yaml is damaged"):
+            sltt.load("run")
+    assert gather([run]).notes == ["run/config.yaml is damaged, or gone."]
     file.unlink()
     assert main(["eval", "run"]) == 0
-    assert yaml.safe_load(file.read_text()) == yaml.safe_load(text)
-    file.unlink()
     assert main(["train", "--resume", "run", "--epochs", "2"]) == 0
     assert yaml.safe_load(file.read_text()) == {**yaml.safe_load(text), "epochs": 2}
+
+
+def test_the_best_checkpoint_of_another_run_is_refused(run, trained, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert main(["train", "digits", *TINY, "--model.neuron.tau", "3", "--run", str(other)]) == 0
+    (run / "best.ckpt").write_bytes((other / "best.ckpt").read_bytes())
+    capsys.readouterr()
+    assert main(["eval", "run"]) == 1
+    said = capsys.readouterr().err
+    assert "run/best.ckpt is damaged: manifest.txt has another SHA-256. last.ckpt is intact: take it by" in said
+    with pytest.raises(ValueError, match=r"best.ckpt is damaged.*checkpoint='last'"):
+        sltt.load("run")
+    sltt.load("run", checkpoint="last")
+    last = (run / "last.ckpt").read_bytes()
+    (run / "last.ckpt").write_bytes(last[:-1])
+    with pytest.raises(ValueError, match=r"best.ckpt is damaged.*Restore it from a copy, or start a new run"):
+        sltt.load("run")
+    (run / "last.ckpt").write_bytes(last)
+    assert main(["eval", "run", "--checkpoint", "last"]) == 0
+    (run / "manifest.txt").write_bytes((other / "manifest.txt").read_bytes())
+    assert main(["eval", "run"]) == 1
+
+
+def test_a_run_without_its_manifest_says_what_can_be_used(run, capsys):
+    text = (run / "manifest.txt").read_text()
+    for damaged in (text.replace("best.ckpt", "besu.ckpt"), "", None):
+        (run / "manifest.txt").unlink() if damaged is None else (run / "manifest.txt").write_text(damaged)
+        capsys.readouterr()
+        assert main(["eval", "run"]) in (1, 2)
+        assert "A checkpoint can be used without its run: copy it" in (said := capsys.readouterr().err)
+        assert "manifest.txt" in said
+        with pytest.raises((ValueError, OSError), match=r"manifest\.txt"):
+            sltt.load("run", sltt.models.DigitsNet(width=2))
+    (run / "best.ckpt").rename("best.ckpt")
+    assert main(["train", "digits", *TINY, "--weights", "best.ckpt", "--run", "new"]) == 0
+
+
+def test_a_finished_run_without_its_last_checkpoint_is_not_trained_again(run, capsys):
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    (run / "last.ckpt").unlink()
+    for make in (lambda: None, lambda: (run / "last.ckpt").symlink_to("nowhere")):
+        make()
+        capsys.readouterr()
+        assert main(["train", "--resume", "run"]) == 1
+        assert "run/last.ckpt is gone" in (said := capsys.readouterr().err)
+        assert "best.ckpt is intact" in said
+        assert "a new run from it by --weights run/best.ckpt" in said
+    for name in before.keys() - {"last.ckpt", ".lock"}:
+        assert (run / name).read_bytes() == before[name]

@@ -4,11 +4,12 @@ import math
 import sys
 
 from sltt.commands.agreement import agreement_rows, print_agreement
-from sltt.commands.compare import compared_rows, print_compared
+from sltt.commands.compare import print_compared
 from sltt.commands.fscil import SCORES, print_few_shots
 from sltt.commands.profile import fits_rows, print_profile
 from sltt.commands.tables import Cell, Table, bytes_cell, number
 from sltt.training.console import Console
+from sltt.training.manifest import write_file
 from tests.commands.tiny import run
 
 
@@ -62,14 +63,6 @@ def test_values_that_vary_have_validation_beside_the_test(capsys):
     assert lines[0].split() == ["accuracy", "validation", "test", "s/epoch", "memory"]
     assert lines[1].split() == ["SLTT,", "rule.k=1", "25.0%", "50.0%", "2.00", "5.2", "MB"]
     assert lines[2].startswith("SLTT, rule.k=1 has the best validation accuracy: 25.00%")
-
-
-def test_a_comparison_of_an_earlier_version_has_no_validation():
-    earlier = {name: value for name, value in COMPARED.items() if name not in ("validation", "varied")}
-    headings = {"rule": "rule", "validation": "v", "test": "t", "seeds": "seeds"}
-    table = Table(compared_rows([earlier], "accuracy", headings))
-    assert shown(table) == [["SLTT", "–", "50.0%", "1"]]
-    assert table.kind(1) == "number"
 
 
 def test_gradients_beside_that_of_bptt(capsys):
@@ -142,7 +135,7 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
 
 def test_a_report_without_its_packages_says_what_to_install(here, capsys, monkeypatch):
     (here / "a").mkdir()
-    (here / "a" / "lr.json").write_text("{}")
+    write_file(here / "a" / "lr.json", lambda file: file.write(b"{}"))
     for name in {"matplotlib", *(one for one in sys.modules if one.startswith("matplotlib."))}:
         monkeypatch.setitem(sys.modules, name, None)
     for name in ("sections", "page", "figures"):

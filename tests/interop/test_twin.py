@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from sltt.kernels.restoring import SpikeTag, tag_of
 from torch import nn
 
 import sltt
@@ -10,9 +11,6 @@ from sltt import kernels
 from sltt.commands import main
 from sltt.interop import QCFS, spiking
 from sltt.interop.activations import Balanced, percentiles
-from sltt.kernels.restoring import SpikeTag, tag_of
-from sltt.training.describe import UndescribedError
-from sltt.training.describe import _kept as describe_network
 from tests.conftest import gradients, seeded
 
 
@@ -295,11 +293,6 @@ def test_batchnorm_that_activates_is_batchnorm_and_neurons(images):
     assert twin.state_dict().keys() == ann.state_dict().keys()
     sltt.SLTT()(twin, images, torch.zeros(8, dtype=torch.long), F.cross_entropy, steps=2)
     assert twin.get_submodule("1").num_batches_tracked == 2
-
-
-def test_a_run_of_a_twin_in_python_says_how_commands_can_read_it():
-    with pytest.raises(UndescribedError, match=r"for a twin, train a recipe with --model sltt\.interop\.spiking"):
-        describe_network("model", spiking(network(nn.ReLU())))
 
 
 def test_an_ann_and_its_twin_from_the_digits_recipe(tmp_path, monkeypatch):

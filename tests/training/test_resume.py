@@ -1,8 +1,6 @@
-import gzip
 import signal
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +10,11 @@ from torch import nn
 
 import sltt
 from sltt.callbacks import Callback
-from sltt.training import checkpoints, runs
+from sltt.training import checkpoints
 from sltt.training.batches import EpochSampler
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
-from sltt.training.runs import read_config
-from tests.training.blobs import Blobs, StopAt, equal, train, weights
+from sltt.training.runs import new_run, read_config
+from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
 
 
 @pytest.mark.parametrize("batch", [1, 4, 6, 8, 16])
@@ -66,7 +64,8 @@ def test_numbers_of_numpy_are_kept_as_pythons(tmp_path):
     expected, _ = of("python", int, float)
     assert equal(model.state_dict(), expected.state_dict())
     assert equal(again.state_dict(), expected.state_dict())
-    assert read_config(tmp_path / "numpy") == read_config(tmp_path / "python")
+    assert (config := read_config(tmp_path / "numpy"))["steps"] == 2
+    assert config.keys() == read_config(tmp_path / "python").keys()
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -97,12 +96,11 @@ def test_more_epochs_of_a_resumed_run_are_kept(tmp_path):
     config = load_checkpoint(tmp_path / "run" / "last.ckpt")["config"]
     assert (config["epochs"], config["checkpoint_minutes"]) == (3, 5)
     assert config == read_config(tmp_path / "run")
-    assert config["rule"]["class_path"] == "sltt.SLTT"  # of the run, as all that a resumed run does not change
+    assert config["rule"] == "SLTT()"  # of the run, as all that a resumed run does not change
 
 
 def test_resuming_before_the_first_checkpoint_starts_again(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("{}")
+    new_run(tmp_path / "run", "run", {})
     train(tmp_path / "run", resume=True)
     train(tmp_path / "whole")
     assert equal(weights(tmp_path / "run" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
@@ -126,22 +124,29 @@ def test_a_run_resumes_with_the_settings_in_its_checkpoint_only(tmp_path):
     assert load_checkpoint(tmp_path / "run" / "last.ckpt")["config"] == newer
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (yaml.safe_dump(changed(lr=0.2)), "optimizer.init_args.lr was 0.1 and is 0.2"),
-        (yaml.safe_dump(SETTINGS).replace("seed: 0\n", ""), "seed is missing"),
-        (yaml.safe_dump(SETTINGS)[:30], "seed is missing"),
-        (yaml.safe_dump(SETTINGS) + "rule: SLTT", "rule is new"),
-        ("a: [", "config.yaml is damaged"),
-        ("", "config.yaml is damaged"),
-    ],
-)
-def test_a_file_of_settings_that_is_not_that_of_the_checkpoint_is_refused(text, message, tmp_path):
+@pytest.mark.parametrize("text", [yaml.safe_dump(changed(lr=0.2)), yaml.safe_dump(SETTINGS)[:30], "a: [", ""])
+def test_a_file_of_settings_that_is_not_the_one_that_was_written_is_refused(text, tmp_path):
     train(tmp_path / "run", epochs=1, config=SETTINGS)
-    (tmp_path / "run" / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path / "run", resume=True, config=SETTINGS)
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(text)
+    for resume in (lambda: train(tmp_path / "run", resume=True), lambda: sltt.load(tmp_path / "run", network())):
+        with pytest.raises(ValueError, match=r"config\.yaml is damaged.*Restore it, or delete it"):
+            resume()
+    file.unlink()
+    train(tmp_path / "run", resume=True, epochs=1)
+    assert yaml.safe_load(file.read_text()).items() >= SETTINGS.items()
+
+
+@pytest.mark.parametrize("left", ["nothing", "a dangling link"])
+def test_a_run_whose_last_checkpoint_is_gone_is_not_trained_again(left, tmp_path):
+    train(tmp_path / "run", epochs=1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    (tmp_path / "run" / "last.ckpt").unlink()
+    if left != "nothing":
+        (tmp_path / "run" / "last.ckpt").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"last\.ckpt is gone.*best\.ckpt is intact: .* a new run .* --weights"):
+        train(tmp_path / "run", resume=True)
+    assert all((tmp_path / "run" / name).read_bytes() == before[name] for name in ("best.ckpt", "metrics.csv"))
 
 
 @pytest.mark.parametrize("name", ["typo", "empty", None])
@@ -201,37 +206,6 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path):
     train(tmp_path / "run", epochs=1)
     with pytest.raises(CheckpointError, match=r"of another optimizer, without .*momentum.*--weights"):
         train(tmp_path / "run", optimizer=partial(torch.optim.SGD, lr=0.1), resume=True)
-
-
-def test_a_checkpoint_of_an_earlier_layout_of_the_code_goes_on(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "last.ckpt").write_bytes(
-        gzip.decompress(Path(__file__).with_name("earlier.ckpt.gz").read_bytes())
-    )
-
-    def training(run, **settings):
-        rule = sltt.SLTT(k=2, generator=torch.Generator().manual_seed(3))
-        return train(run, rule=rule, schedule=sltt.schedules.Constant(), **settings)[0].state_dict()
-
-    resumed = training(tmp_path / "run", resume=True)
-    for name, value in training(tmp_path / "whole").items():
-        # The bias before a BatchNorm has a gradient of rounding errors, and AdamW makes a step of 0.02 of it. On the
-        # machine of the checkpoint it was another one.
-        few_steps = {"atol": 0.1, "rtol": 0.0} if name in ("0.bias", "1.running_mean") else {}
-        torch.testing.assert_close(resumed[name], value, msg=name, **few_steps)
-
-
-@pytest.mark.parametrize(
-    ("rule", "today"),
-    [
-        ({"class_path": "sltt.BPTT", "init_args": {"recompute": 3}}, {"recompute": False, "segment": 3}),
-        ({"class_path": "BPTT", "init_args": {"recompute": True}}, {"recompute": True}),
-        ({"class_path": "mine.MyBPTT", "init_args": {"recompute": 3}}, {"recompute": 3}),
-        ({"class_path": "sltt.BPTT", "init_args": [1]}, [1]),
-    ],
-)
-def test_settings_of_an_earlier_version_have_the_names_of_today(rule, today):
-    assert runs.with_names_of_today({"phases": [{"rule": rule}]})["phases"][0]["rule"]["init_args"] == today
 
 
 LENGTHS = [1 + i % 7 for i in range(103)]

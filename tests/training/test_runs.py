@@ -1,13 +1,18 @@
+import contextlib
 import csv
 import os
 
 import pytest
 
 import sltt
-from sltt.training import files, runs
+from sltt.training import files, manifest, runs
 from sltt.training.checkpoints import load_checkpoint
 from tests.conftest import LINUX
 from tests.training.blobs import equal, train, weights
+
+
+class Killed(BaseException):
+    pass
 
 
 def test_the_run_folder_holds_metrics_and_checkpoints(tmp_path):
@@ -17,8 +22,9 @@ def test_the_run_folder_holds_metrics_and_checkpoints(tmp_path):
         "card.md",
         "config.yaml",
         "last.ckpt",
+        "manifest.txt",
         "metrics.csv",
-        "network.pt",
+        "sample.npz",
         "tensorboard",
     }
     rows = list(csv.DictReader((result.run / "metrics.csv").read_text().splitlines()))
@@ -38,9 +44,6 @@ def test_an_empty_folder_is_taken_by_a_new_run(tmp_path):
 
 
 def test_a_run_killed_while_its_settings_are_written_leaves_no_folder_of_its_name(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     def dies(descriptor):
         raise Killed
 
@@ -117,3 +120,52 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot make the run folder"):
         train(tmp_path / "file" / "run")
+
+
+def read(path):
+    with manifest.open_file(path) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("steps", range(4))
+@pytest.mark.parametrize("before", [False, True])
+def test_a_kill_while_a_file_is_replaced_leaves_one_that_is_read(steps, before, tmp_path, monkeypatch):
+    def write(path, content):
+        manifest.write_file(path, lambda file: file.write(content))
+
+    def dies(*paths):
+        if len(done) == steps:
+            raise Killed
+        done.append(paths)
+        real(*paths)
+
+    path, done, real = tmp_path / "last.ckpt", [], os.replace
+    write(tmp_path / "config.yaml", b"other")
+    if before:
+        write(path, b"old")
+    for _ in range(2):  # killed twice at the same place
+        done.clear()
+        monkeypatch.setattr(files.os, "replace", dies)
+        with contextlib.suppress(Killed):
+            write(path, b"new")
+        monkeypatch.undo()
+        assert manifest.was_written(path) == path.exists()
+        if path.exists():
+            assert read(path) in (b"old", b"new")
+    write(path, b"newer")
+    assert read(path) == b"newer"
+    assert all(len(digests) == 1 for digests in manifest.read_manifest(tmp_path).values())
+
+
+@LINUX
+def test_a_run_is_read_while_another_process_trains_it(tmp_path):
+    path = tmp_path / "metrics.csv"
+    manifest.write_file(path, lambda file: file.write(b"0"))
+    if (child := os.fork()) == 0:
+        for i in range(300):
+            manifest.write_file(path, lambda file, i=i: file.write(str(i).encode()))
+        os._exit(0)
+    seen = set()
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        seen.add(read(path))
+    assert len(seen) > 5

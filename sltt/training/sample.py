@@ -1,0 +1,96 @@
+"""One sample through a trained network: what goes in, which neurons spike at each step, and what comes out."""
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sltt.rules import unroll
+from sltt.sequence.layout import spiking_layers
+from sltt.sequence.modes import evaluating
+from sltt.sequence.padding import target_of
+from sltt.sequence.spikes import observing
+from sltt.training.loop import Loop
+from sltt.training.manifest import open_file, write_file
+
+SAMPLE = "sample.npz"
+NEURONS = 2048  # of each layer that are kept
+
+
+@dataclass
+class Sample:
+    """What a network does with one sample.
+
+    Attributes:
+        spikes: of each layer of neurons, [T, neurons], at most `NEURONS` of them.
+        rates: of each layer, over all neurons and steps.
+        x: the input, [T, values]; [1, values] where it is the same in every step.
+        logits: mean over the steps so far, [T, classes].
+        label: the class; None where the target is no class.
+    """
+
+    spikes: dict[str, np.ndarray]
+    rates: dict[str, float]
+    x: np.ndarray
+    logits: np.ndarray
+    label: int | None
+
+    def frames(self) -> str:
+        """The spikes as JSON for the page: of each layer the neurons, and the bits of each step in base64."""
+        layers = []
+        for name, fired in self.spikes.items():
+            steps = [base64.b64encode(np.packbits(row).tobytes()).decode() for row in fired]
+            layers.append({"name": name, "neurons": fired.shape[1], "steps": steps})
+        classes = [int(step.argmax()) for step in self.logits]
+        return json.dumps({"layers": layers, "classes": classes, "label": self.label})
+
+
+def write_sample(loop: Loop) -> None:
+    """Write what the trained network does with the first validation sample, or training sample where none is held out.
+
+    The training is done, and not lost for a network that cannot be watched: then there is no file.
+    """
+    if loop.processes.count > 1:
+        return
+    splits, fired = loop.splits, {}
+    try:
+        x, y = loop.session.batch(*splits.collate([(splits.validation or splits.train)[0]]))
+        with (
+            evaluating(loop.model),
+            observing(spiking_layers(loop.model), lambda name, s: fired.setdefault(name, []).append(s)),
+        ):
+            logits = unroll(loop.model, x, steps=loop.training.steps if splits.static else None).flatten(1)
+    except Exception as error:
+        loop.report.warn(f"the spikes of a sample are not kept: {error}")
+        return
+    so_far = logits.cumsum(0) / torch.arange(1, len(logits) + 1, device=logits.device).unsqueeze(1)
+    spikes = {name: torch.stack(steps).flatten(1).ne(0) for name, steps in fired.items()}
+    arrays = {
+        "x": (x if splits.static else x.flatten(1)).reshape(1 if splits.static else len(x), -1).float(),
+        "logits": so_far.float(),
+        **{f"rate.{name}": one.float().mean() for name, one in spikes.items()},
+        **{f"spikes.{name}": one[:, :: -(-one.shape[1] // NEURONS)] for name, one in spikes.items()},
+    }
+    if splits.classes is not None and not splits.per_step:
+        arrays["label"] = torch.as_tensor(int(target_of(y)))
+    kept: dict[str, Any] = {name: one.cpu().numpy() for name, one in arrays.items()}
+    write_file(loop.folder / SAMPLE, lambda file: np.savez_compressed(file, **kept))
+
+
+def read_sample(run: Path) -> Sample:
+    """Read what `write_sample` wrote.
+
+    Raises FileNotFoundError where a run has no sample yet, ValueError for a damaged file.
+    """
+    with open_file(run / SAMPLE) as file, np.load(file) as arrays:
+        of_layers = {
+            kind: {name.removeprefix(kind): arrays[name] for name in arrays.files if name.startswith(kind)}
+            for kind in ("spikes.", "rate.")
+        }
+        label = int(arrays["label"]) if "label" in arrays.files else None
+        rates = {name: float(rate) for name, rate in of_layers["rate."].items()}
+        return Sample(of_layers["spikes."], rates, arrays["x"], arrays["logits"], label)
