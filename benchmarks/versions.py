@@ -98,14 +98,21 @@ def run(seed: int) -> tuple[str, list[Tensor]]:
     what = f"{seed}: {name}{precise}, {rule}, {loss}, T = {steps}{', static' * static}, {options}{', bf16' * autocast}"
     try:
         with kernels.using(**options), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            make = {"sltt": sltt, "losses": sltt.losses}
+            batches = []
             for _ in range(2):  # the second batch finds what the first one left
-                make = {"sltt": sltt, "losses": sltt.losses}
-                out = eval(f"sltt.{rule}", make)(
-                    model, x, y, eval(f"losses.{loss}", make), steps=steps if static else None, seed=seed
+                T = steps if static else None
+                batches.append(
+                    eval(f"sltt.{rule}", make)(model, x, y, eval(f"losses.{loss}", make), steps=T, seed=seed)
                 )
     except ValueError as error:  # a rule that refuses the network
         return what + f", refused: {type(error).__name__}", []
-    found = [out.logits, out.loss, *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
+    found = [
+        batches[1].logits,
+        batches[1].loss,
+        *(p.grad for p in model.parameters() if p.grad is not None),
+        *model.buffers(),
+    ]
     return what, [t.detach().double() for t in found]
 
 

@@ -2,6 +2,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 
 from sltt.training.checkpoints import load_checkpoint
