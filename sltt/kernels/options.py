@@ -50,9 +50,7 @@ _options = ContextVar("options", default=DEFAULT)  # each thread has its own
 _NOTHING = nullcontext()
 
 
-def options() -> Options:
-    """The options in force in this thread."""
-    return _options.get()
+options = _options.get  # gives the options in force in this thread
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from torch import Tensor
 from sltt.kernels.bits import pack, unpack
 from sltt.kernels.deferred import Deferred, Normalised, pointer, taken
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.looks import BITS, bits_pay, packable
-from sltt.kernels.native_step import native_step
+from sltt.kernels.looks import BITS, BITS_FROM, PACK_FROM, packable
+from sltt.kernels.native_step import NativeStep, native_step
 from sltt.kernels.options import Kernel, in_force, options, without_modes
 from sltt.kernels.saved import tag_of, tag_spikes
 from sltt.surrogates import Surrogate
@@ -84,17 +84,20 @@ def neuron_step(
     trained = x.requires_grad or v.requires_grad or (decay is not None and decay.requires_grad)
     graph = trained and torch.is_grad_enabled()
     with without_modes():
-        single = isinstance(x, Deferred) and steps == 1 and decay is None
-        fits = single and native_step(step, v, x.dtype, v.dtype, None, gradient=True) is not None
-        norm, x, weight, bias = taken(x, fits)
+        native = native_step(step, v, x.dtype, v.dtype, decay)
+        norm = weight = bias = None
+        if isinstance(x, Deferred):
+            fits = steps == 1 and decay is None and native is not None and native.differentiates
+            norm, x, weight, bias = taken(x, fits)
         if graph:
-            return _NeuronStep.apply(v, x, decay, step, steps, cut, weight, bias, norm)  # type: ignore[return-value]
-        s, v, _, _ = _run(step, v, x, decay, steps, keep=False, norm=norm)
+            return _NeuronStep.apply(v, x, decay, step, native, steps, cut, weight, bias, norm)  # type: ignore[return-value]
+        s, v, _, _ = _run(step, native, v, x, decay, steps, keep=False, norm=norm)
         return s, v
 
 
 def _run(
     step: NeuronStep,
+    native: NativeStep | None,
     v: Tensor,
     x: Tensor,
     decay: Tensor | None,
@@ -109,18 +112,19 @@ def _run(
     The backward needs v, or u for a hard reset. With `norm`, x is the input of a BatchNorm.
     """
     x = x.resolve_neg()
-    x = x if dense(unfold(x, steps)[0]) else x.contiguous()
-    xs = unfold(x, steps)
-    v = like(v, xs[0])
+    xs = (x,) if steps == 1 else unfold(x, steps)
+    if not (xs[0].is_contiguous() or dense(xs[0])):
+        x = x.contiguous()
+        xs = unfold(x, steps)
+    v = like(v, xs[0]) if v.stride() != xs[0].stride() or v.is_neg() else v
     s = torch.empty_like(x)
-    native = native_step(step, v, x.dtype, v.dtype, decay)
-    packs = packs and packable(s) and not (cut and not bits_pay(s.numel()))
+    packs = packs and s.numel() >= (BITS_FROM if cut else PACK_FROM) and packable(s)
     bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if native and packs and v.numel() % 8 == 0 else None
     bits_of = (None,) * steps if bits is None else unfold(bits, steps)
     kept = []
     soft = step.v_reset is None
     of_norm = None if norm is None else pointer(norm.factors, norm.training)
-    for s_t, x_t, bits_t in zip(unfold(s, steps), xs, bits_of, strict=True):
+    for s_t, x_t, bits_t in zip((s,) if steps == 1 else unfold(s, steps), xs, bits_of, strict=True):
         before, v = v, torch.empty_like(v)
         u = torch.empty_like(v) if keep and not soft else None
         if native:
@@ -177,6 +181,7 @@ class _NeuronStep(torch.autograd.Function):
         x: Tensor,
         decay: Tensor | None,
         step: NeuronStep,
+        native: NativeStep | None,
         steps: int,
         cut: bool,
         weight: Tensor | None,
@@ -185,14 +190,14 @@ class _NeuronStep(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it.
         ctx.replays = steps > 1 and tag_of(x) is not None
-        s, v_next, kept, bits = _run(step, v, x, decay, steps, not ctx.replays, True, cut, norm)
+        s, v_next, kept, bits = _run(step, native, v, x, decay, steps, not ctx.replays, True, cut, norm)
         if bits is not None:
             if s.is_cpu:
                 setattr(s.untyped_storage(), BITS, bits)  # for layers that look at the spikes
             else:
                 tag_spikes(s, bits)
         ctx.options = options()
-        ctx.step, ctx.steps, ctx.cut, ctx.x_dtype = step, steps, cut, x.dtype
+        ctx.step, ctx.native, ctx.steps, ctx.cut, ctx.x_dtype = step, native, steps, cut, x.dtype
         ctx.bits, ctx.layout = bits, (s.shape, s.stride())
         ctx.of_batch = norm is not None and norm.training
         ctx.set_materialize_grads(False)
@@ -211,7 +216,7 @@ class _NeuronStep(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_s is None and grad_v is None:
-            return (None,) * 9
+            return (None,) * 10
         same = ctx.options is options()  # but in a thread of autograd
         with nullcontext() if same else in_force(ctx.options), without_modes():
             return _NeuronStep._backward(ctx, grad_s, grad_v)
@@ -221,21 +226,27 @@ class _NeuronStep(torch.autograd.Function):
         step: NeuronStep = ctx.step
         s, decay, v, x, factors, *kept = ctx.saved_tensors
         if ctx.replays:
-            _, _, kept, _ = _run(step, v, x, decay, ctx.steps, keep=True)
+            _, _, kept, _ = _run(step, ctx.native, v, x, decay, ctx.steps, keep=True)
         needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
         # ∂L/∂x is what a step gives unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled
         plain = factors is not None or not (needs_decay or step.decay_input)
         state = kept[0].dtype
         grad_u = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype if plain else state, device=kept[0].device)
-        of_u = unfold(grad_u, ctx.steps)
-        of_s = (None,) * ctx.steps if grad_s is None else unfold(like(grad_s, grad_u), ctx.steps)
-        grad_v = None if grad_v is None else like(grad_v, kept[0])
+        single = ctx.steps == 1
+        of_u = (grad_u,) if single else unfold(grad_u, ctx.steps)
+        if grad_s is not None and (grad_s.stride() != grad_u.stride() or grad_s.is_neg()):
+            grad_s = like(grad_s, grad_u)
+        of_s = (grad_s,) * ctx.steps if single or grad_s is None else unfold(grad_s, ctx.steps)
+        if grad_v is not None and (grad_v.stride() != kept[0].stride() or grad_v.is_neg()):
+            grad_v = like(grad_v, kept[0])
         of_norm = None if factors is None else pointer(factors, ctx.of_batch)
         of_weight = of_bias = None
-        native = native_step(step, kept[0], ctx.x_dtype, state, decay, gradient=True)
+        native: Any = ctx.native if ctx.native and ctx.native.differentiates else None
         assert native or factors is None, "there was one in the forward"
         takes_bits = native and kept[0].numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)
-        spikes = unfold(_spikes(ctx, s, packed=bool(takes_bits)), ctx.steps)
+        if s is None:
+            s = ctx.bits if takes_bits else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
+        spikes = (s,) if single else unfold(s, ctx.steps)
         for t in reversed(range(ctx.steps)):
             if of_s[t] is None and grad_v is None:
                 of_u[t].zero_()
@@ -254,14 +265,7 @@ class _NeuronStep(torch.autograd.Function):
             gain = 1 - step.rate(decay) if step.decay_input else 1.0
             grad_u = (grad_u * gain).to(ctx.x_dtype)
         of_affine = of_weight if needs_weight else None, of_bias if needs_bias else None
-        return grad_v, grad_u if needs_x else None, grad_decay, None, None, None, *of_affine, None
-
-
-def _spikes(ctx: Any, s: Tensor | None, packed: bool) -> Tensor:
-    """The spikes that were saved: as bits, if those are there and asked for, or else as they were."""
-    if s is not None:
-        return s
-    return ctx.bits if packed else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
+        return grad_v, grad_u if needs_x else None, grad_decay, None, None, None, None, *of_affine, None
 
 
 def _decay_gradient(

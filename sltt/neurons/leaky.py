@@ -158,7 +158,7 @@ class IntegrateAndFire(Neuron):
             v, first = states["v"], x if steps == 1 else x[: len(x) // steps]
             if v is None:
                 v = torch.full_like(first, self.start, dtype=self.state_type(x))
-            else:
+            elif v.shape != first.shape or v.device != first.device:
                 self.check_state("v", first, v.dtype)
             spikes, states["v"] = neuron_step(step, v, x, None, steps, cut)
             return spikes

@@ -83,7 +83,7 @@ class Batch:
             self.detach()
         self.network.results.in_graph = graph
         with torch.set_grad_enabled(graph), self._saving(len(steps), graph, cut, recompute):
-            logits = self.network(self.sequence.input(steps), len(steps), cut, recompute)
+            logits = self.network(self.network.sequence.input(steps), len(steps), cut, recompute)
         self.network.results.in_graph = True
         self._largest = self._largest or max((s.numel() for s in self.network.layout.state_tensors()), default=0)
         # a model may go on to change what it gave, such as a sum over time
@@ -108,16 +108,19 @@ class Batch:
                 "recompute starts from spikes saved as bits, and kernels.using(bits=False), or saved-tensor hooks of "
                 "others, are in force: leave one out"
             )
-        brief = cut and not recompute and not (self.network.fast and kernels.bits_pay(self._largest * steps))
-        return kernels.saving() if graph and self.network.bits and not (brief and self._largest) else nullcontext()
+        if not (graph and self.network.bits):
+            return nullcontext()
+        brief = cut and not recompute and self._largest
+        pays = not brief or (self.network.fast and kernels.bits_pay(self._largest * steps))
+        return kernels.saving() if pays else nullcontext()
 
     def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
         """As `run`: the sum of the steps' losses over T, to backpropagate."""
         again = steps.start in self._logits
         logits = self.run(steps, graph=graph, cut=cut, recompute=recompute)
+        count = self.steps
         with torch.set_grad_enabled(graph):
-            pairs = zip(steps, logits, strict=True)
-            values = [step_loss(self.loss, o, self.targets(t)) / self.steps for t, o in pairs]
+            values = [step_loss(self.loss, o, self.targets(t)) / count for t, o in zip(steps, logits, strict=True)]
             total = values[0] if len(values) == 1 else torch.stack(values).sum()
         if not again:
             self._total = self._total + total.detach()

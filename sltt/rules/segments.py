@@ -6,8 +6,6 @@ gradient of the states at its start to the segment before. Memory is that of n s
 more forward of all segments but the last (Chen et al. 2016, arXiv 1604.06174).
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from sltt.sequence.state import map_tensors, state_names
 def run_in_segments(batch: Batch, length: int, fold: int = 1) -> Output:
     """Forward and backward of BPTT, `length` time steps at a time, `fold` of them in one call of the network."""
     run = batch.network
-    segments = list(split(range(batch.steps), length))
+    segments = split(range(batch.steps), length)
     starts: list[Snapshot] = []
     for segment in segments[:-1]:
         starts.append(Snapshot(run))
@@ -53,9 +51,9 @@ def run_in_segments(batch: Batch, length: int, fold: int = 1) -> Output:
     return batch.output()
 
 
-def split(steps: range, length: int) -> Iterator[range]:
+def split(steps: range, length: int) -> list[range]:
     """The time steps in runs of `length`; the last may be shorter."""
-    return (steps[i : i + length] for i in range(0, len(steps), length))
+    return [steps[i : i + length] for i in range(0, len(steps), length)]
 
 
 def _check_same(same: dict[int, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 import operator
 from abc import abstractmethod
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from functools import partial, reduce
 from itertools import groupby
 from typing import Any, Literal
@@ -82,13 +82,14 @@ class Truncated(Rule):
         steps, length = range(batch.steps), self.window_length(batch.steps)
         trained, scale = self.trained_steps(batch), self.loss_scale(batch.steps)
         cut = length == 1  # such windows share a call of the network: the neurons cut the gradient between its steps
-        run = batch.run if batch.whole else batch.forward  # logits, or losses
-        for window in _alike(steps, trained, fold) if cut and not batch.whole else split(steps, length):
+        whole = batch.whole
+        run = batch.run if whole else batch.forward  # logits, or losses
+        for window in _alike(steps, trained, fold) if cut and not whole else split(steps, length):
             graph, values = window.start in trained, []
-            for call in split(window, fold):
+            for call in (window,) if len(window) <= fold else split(window, fold):
                 value = run(call, graph=graph, cut=cut, recompute=self.recompute)
-                values.append(value.clone() if batch.whole else value)  # the model may go on to change its logits
-            value = batch.window_loss(window, torch.cat(values)) if batch.whole else reduce(operator.add, values)
+                values.append(value.clone() if whole else value)  # the model may go on to change its logits
+            value = batch.window_loss(window, torch.cat(values)) if whole else reduce(operator.add, values)
             if graph:
                 batch.backward(value * scale)
             del values, value  # so that the graph of this window is gone before the next forward
@@ -97,11 +98,13 @@ class Truncated(Rule):
         return batch.output()
 
 
-def _alike(steps: range, trained: Container[int], most: int) -> Iterator[range]:
+def _alike(steps: range, trained: Container[int], most: int) -> list[range]:
     """The time steps in runs of `most` at most, which are all trained or none."""
+    found = []
     for _, run in groupby(steps, trained.__contains__):
         first, *others = run
-        yield from split(range(first, first + 1 + len(others)), most)
+        found += split(range(first, first + 1 + len(others)), most)
+    return found
 
 
 class BPTT(Truncated):

@@ -47,7 +47,7 @@ class Stateful(nn.Module):
         """Keep the values and drop the graph behind them: no gradient flows to earlier time steps."""
         for name in self.states:
             if (state := getattr(self, name)) is not None:
-                setattr(self, name, map_tensors(Tensor.detach, state))
+                setattr(self, name, state.detach() if type(state) is Tensor else map_tensors(Tensor.detach, state))
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: map_tensors(Tensor.detach, getattr(self, name)) for name in self.states}
