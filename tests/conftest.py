@@ -82,6 +82,12 @@ def sparse_calls(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Tensors say that they are on another device than the CPU: a GPU's code runs, with the CPU's operations."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+
+
 def small_network(neuron=sltt.LIF, norm=False, dropout=0.0):
     """Two layers of neurons on inputs [B, 6], with weights large enough for both to spike; in float64."""
     layers = [

@@ -59,16 +59,21 @@ def test_on_cuda_rules_do_not_wait_and_give_the_gradient_of_the_cpu(rule, neuron
         torch.testing.assert_close(got, expected)
 
 
-def test_on_cuda_saving_spikes_as_bits_does_not_wait_and_changes_nothing(errors_of_waiting):
+@pytest.mark.parametrize(
+    ("rule", "plain"),
+    [(sltt.SLTT(), sltt.SLTT()), (sltt.BPTT(), sltt.BPTT()), (sltt.SLTT(recompute=True), sltt.SLTT())],
+    ids=repr,
+)
+def test_on_cuda_saving_spikes_as_bits_does_not_wait_and_changes_nothing(rule, plain, errors_of_waiting):
     results = []
-    for on in (True, False):
+    for on, one in ((True, rule), (False, plain)):
         torch.manual_seed(0)
-        model = sltt.models.DigitsNet(width=16).double().cuda()
+        model = sltt.models.DigitsNet(width=64).double().cuda()
         x, y = torch.randn(8, 1, 8, 8).double().cuda(), torch.randint(10, (8,)).cuda()
         with kernels.using(bits=on, sparse="off"):
-            sltt.SLTT()(model, x, y, LOSS, steps=2)
+            one(model, x, y, LOSS, steps=2)
             errors_of_waiting()
-            sltt.SLTT()(model, x, y, LOSS, steps=2)
+            one(model, x, y, LOSS, steps=2)
         torch.cuda.set_sync_debug_mode("default")
         results.append([p.grad for p in model.parameters()])
     for got, expected in zip(*results, strict=True):

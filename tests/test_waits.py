@@ -1,8 +1,9 @@
 """What CUDA needs of the rules, shown without a device as far as that goes; test_cuda.py needs one.
 
 `Waits` records the operations at which a host waits for a device. On the meta device, whose tensors have no values,
-nothing can be read in another way either; but spikes are not saved as bits there. On the CPU they are, and there an
-input is looked at. What CUDA's own kernels wait for is seen on a CUDA device only.
+nothing can be read in another way either; but spikes are not saved as bits there. So they are on the CPU, whose tensors
+then say that they are elsewhere, so that nobody looks at spikes; but an input is looked at. What CUDA's own kernels
+wait for is seen on a CUDA device only.
 """
 
 import contextlib
@@ -12,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from sltt.kernels.restoring import PACK_FROM
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sltt
 from sltt.analysis import firing_rates
+from sltt.kernels import step
+from sltt.kernels.looks import PACK_FROM
 from sltt.sequence.steps import Sequence, time_steps
 from tests.conftest import LOSS, batch, small_network
 
@@ -87,8 +89,9 @@ def test_data_of_the_host_is_seen():
 
 
 def waits_of(rule, model, x, y, loss, steps):
-    with Waits() as waits, firing_rates(model):
-        rule(model, x, y, loss, steps=steps)
+    for _ in range(2):  # the first batch makes what is made once
+        with Waits() as waits, firing_rates(model):
+            rule(model, x, y, loss, steps=steps)
     return waits.seen
 
 
@@ -164,13 +167,16 @@ def test_no_image_that_is_drawn_as_spikes_waits():
     assert waits_of(sltt.SLTT(), twin, x, y, sltt.losses.CrossEntropyMSE(one_hot=True), 3) == []
 
 
-def test_no_time_step_waits_where_spikes_are_saved_as_bits(rule):
+def test_no_time_step_waits_where_spikes_are_saved_as_bits(rule, elsewhere, monkeypatch):
+    tagged, tag = [], step.tag_spikes
+    monkeypatch.setattr(step, "tag_spikes", lambda *a: (tagged.append(1), tag(*a))[1])
     model = sltt.models.DigitsNet(width=16, dropout=0.2)
     x, y = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
     assert PACK_FROM <= 4 * 16 * 64
     for steps in (3, 5):
         # the loss without its look at labels on the CPU; the one read more is the look at the input
         assert waits_of(rule, model, x, y, F.cross_entropy, steps) == ["aten._local_scalar_dense", *reads_of(rule)]
+    assert tagged or not isinstance(rule, sltt.BPTT | sltt.TBPTT)  # graphs of one step keep small spikes
 
 
 def test_an_input_that_nobody_looks_at_gives_nan_where_it_is_damaged():

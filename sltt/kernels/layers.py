@@ -16,7 +16,7 @@ from sltt.kernels import costs, native, sparse
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.looks import Spikes, look
 from sltt.kernels.options import options
-from sltt.kernels.saved import others_save, restore, save, tag_made
+from sltt.kernels.saved import others_save, restore, save, tag_made, taggable
 from sltt.kernels.sparse import Layer
 from sltt.kernels.values import Axes, axes_in, dense_gradients, fitting, layer_of, multiplies, ours_of, run_on_values
 from sltt.kernels.weights import Weights
@@ -162,7 +162,7 @@ def run_layer(
         y: Any = _OnSpikes.apply(x, weight, bias, call)
     else:
         y = run_on_values(operation, x, weight, bias, weights)
-    if recompute and math.prod(weight.shape[1:]) <= PRODUCTS_AT_MOST:
+    if recompute and math.prod(weight.shape[1:]) <= PRODUCTS_AT_MOST and taggable(y):
         _tag_layer(operation, y, x, weight, bias, call)
     return y
 

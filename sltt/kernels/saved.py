@@ -57,7 +57,7 @@ def taggable(tensor: Tensor) -> bool:
     return (
         options().bits
         and n >= PACK_FROM
-        and not (tensor.is_inference() or is_functorch_wrapped_tensor(tensor))  # whose changes have no version
+        and not (tensor.is_meta or tensor.is_inference() or is_functorch_wrapped_tensor(tensor))  # without a version
         and tensor.storage_offset() == 0
         and tensor.untyped_storage().nbytes() == n * tensor.element_size()
     )

@@ -12,6 +12,7 @@ from sltt.commands import main
 from sltt.interop import QCFS, spiking
 from sltt.interop.activations import Balanced, percentiles
 from tests.conftest import gradients, seeded
+from tests.kernels.exact import NATIVE
 
 
 class Block(nn.Module):
@@ -134,13 +135,12 @@ def test_thresholds_are_a_percentile_of_each_channel():
     torch.testing.assert_close(percentiles(activations[:, 2:], 1, 90).flatten(), torch.ones(1))
 
 
+@NATIVE
 @pytest.mark.parametrize("shape", [(), (16, 1, 1)])
-def test_spikes_times_their_threshold_are_bits(shape):
-    x = 2 * torch.rand(8, 16, 8, 8)
-    with kernels.saving():
-        y = Balanced(sltt.IF(), torch.full(shape, 2.5))(x)
-    assert isinstance(tag_of(y), SpikeTag)
-    assert torch.equal(tag_of(y).make(), y.flatten())
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
+def test_spikes_times_their_threshold_are_bits(shape, form):
+    y = Balanced(sltt.IF(), torch.full(shape, 2.5))(2 * torch.rand(8, 16, 8, 8).contiguous(memory_format=form))
+    assert torch.equal(kernels.look(y).dense(), y)
 
 
 def test_channels_behind_a_linear_layer_are_the_last_dimension():

@@ -250,7 +250,10 @@ def test_what_layers_read_is_saved_as_bits(monkeypatch):
     assert not [t.shape for t in floats if t.untyped_storage().data_ptr() not in allowed and t.numel() >= PACK_FROM]
 
 
-def test_bits_save_memory():
+@pytest.mark.parametrize("place", ["cpu", "elsewhere"])
+def test_bits_save_memory(place, request):
+    if place == "elsewhere":
+        request.getfixturevalue(place)
     model = sltt.models.DigitsNet()
     x, y = torch.randn(16, 1, 16, 16), torch.randint(10, (16,))
 
@@ -260,6 +263,24 @@ def test_bits_save_memory():
             peaks.append(measured(sltt.BPTT(), model, x, y, steps=12))
     spikes = 12 * 4 * 16 * (32 * 256 + 64 * 256 + 64 * 64)  # T × 4 bytes × B × neurons
     assert peaks[0] < peaks[1] - 0.9 * spikes
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [sltt.BPTT(), sltt.BPTT(recompute=True), sltt.SLTT(recompute=True), sltt.BPTT(fold=3), sltt.TBPTT(2)],
+    ids=repr,
+)
+def test_another_device_saves_what_neurons_tagged(model, rule, elsewhere, monkeypatch):
+    made, init = [], saved.Tag.__init__
+    monkeypatch.setattr(saved.Tag, "__init__", lambda self, *a, **k: (made.append(self), init(self, *a, **k))[1])
+    x, y, results = torch.randn(8, 2, 32, 32), torch.randint(5, (8,)), []
+    for options in ({}, {"bits": False}):
+        torch.manual_seed(1)
+        one = type(rule)() if options and rule.recompute else rule
+        with kernels.using(compile="off", **options):
+            results.append(gradients(model, one, x, y, steps=3)[0])
+        assert made
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
 def test_a_saved_tensor_changed_in_place_is_still_noticed():
