@@ -68,7 +68,7 @@ def test_no_code_in_a_run_folder_runs(name, value, run, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["callbacks", "loggers"])
 def test_no_code_in_a_run_folder_runs_when_it_is_resumed(name, run, capsys):
-    (run / "evil.py").write_text(EVIL.format(mark="mark"))
+    (run / "evil.py").write_text(EVIL.format(mark=str(Path("mark").resolve())))
     edit(run, **{name: [{"class_path": "run.evil.D"}]})
     assert main(["train", "--resume", "run", "--epochs", "2", "--code", "."]) == 1
     assert "which lies within the run: a run is data" in capsys.readouterr().err

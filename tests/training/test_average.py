@@ -9,6 +9,7 @@ from sltt.callbacks import Callback
 from sltt.training.average import averaged_model
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.phases import Phase
+from sltt.training.runs import new_run
 from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
 
 DECAY = 0.8
@@ -90,8 +91,7 @@ def test_an_average_resumes_exactly(batch, tmp_path):
 def test_a_run_without_a_checkpoint_averages_from_the_weights_that_it_was_to_start_from(tmp_path):
     train(tmp_path / "first", ema=DECAY)
     model, _ = train(tmp_path / "whole", ema=DECAY, weights=str(tmp_path / "first"))
-    (tmp_path / "part").mkdir()
-    (tmp_path / "part" / "config.yaml").write_bytes((tmp_path / "whole" / "config.yaml").read_bytes())
+    new_run(tmp_path / "part", "run", {})
     resumed, _ = train(tmp_path / "part", ema=DECAY, weights=str(tmp_path / "first"), resume=True)
     assert equal(resumed.state_dict(), model.state_dict())
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.commands import main
 from sltt.data import Splits
 from sltt.metrics import collects, higher_is_better, name_of
 from sltt.training.checkpoints import load_checkpoint
@@ -124,16 +123,6 @@ def test_a_metric_of_several_numbers_is_refused_at_the_first_batch(tmp_path):
     assert caught.value.__notes__ == ["at epoch 1, batch 1 of 4"]
     with pytest.raises(ValueError, match=message):
         sltt.evaluate(network(), Blobs(), metric=MacroF1(average=None), device="cpu")
-
-
-def test_a_run_whose_metric_no_file_can_name_is_measured_in_python(tmp_path, capsys):
-    class Local(MacroF1):
-        pass
-
-    sltt.fit(sltt.models.DigitsNet(width=2), sltt.data.Digits(), metric=Local(10), epochs=1, run=tmp_path / "run")
-    assert "cannot read this run: metric: Local is defined within a function" in capsys.readouterr().out
-    assert main(["eval", str(tmp_path / "run")]) == 2
-    assert "its metric cannot be made again from a file: go on in Python" in capsys.readouterr().err
 
 
 def test_padded_sequences_and_targets_of_each_step_are_collected():
