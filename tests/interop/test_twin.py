@@ -3,7 +3,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from sltt.kernels.restoring import SpikeTag, tag_of
 from torch import nn
 
 import sltt
