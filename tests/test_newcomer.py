@@ -46,13 +46,12 @@ SCRIPT = """
 
     if __name__ == "__main__":
         print(sltt.__path__[0])
-        from task import Network, Recordings, Epochs  # so that a run finds them again
-
         data = sltt.data.from_datasets(Recordings(), 0.2, static=False, pad=True)
         how = dict(steps=6, epochs=20, batch_size=16, device="cpu", run="run")
         callbacks = [Epochs(), sltt.callbacks.EarlyStopping(4)]
         torch.manual_seed(0)
-        result = sltt.fit(Network(), data, sltt.SLTT(), callbacks=callbacks, **how)
+        model = Network()
+        result = sltt.fit(model, data, sltt.SLTT(), callbacks=callbacks, **how)
         model = sltt.load("run", model)
         x, y = zip(*Recordings())
         lengths = [len(one) for one in x]

@@ -112,7 +112,7 @@ def _loaded(value: Any) -> Any:
 
 
 def _as_class(value: Any) -> dict[str, Any]:
-    """An object that was made without arguments, or a partial of a class, as a recipe has it."""
+    """Return an object that was made without arguments, or a partial of a class, as a recipe has it."""
     kind, given = (value.func, value.keywords) if isinstance(value, partial) else (type(value), {})
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": given}
 

@@ -117,7 +117,7 @@ def find_recipe(name: str) -> Path:
 
 
 def run_folder(name: str | Path) -> Path:
-    """The folder of a run; raises UsageError where it is none."""
+    """Return the folder of a run; raise UsageError where it is none."""
     if not (Path(name) / MANIFEST).exists():
         raise UsageError(f"{name} is not the folder of a run, as a training prints it: it has no {MANIFEST}. {ALONE}")
     return Path(name)
@@ -126,7 +126,7 @@ def run_folder(name: str | Path) -> Path:
 def build_run(
     parser: Parser, run: Path, words: Sequence[str], code: Path | None, checkpoint: dict[str, Any] | None
 ) -> tuple[Namespace, dict[str, Any]]:
-    """Make what the settings of a run name, under the options in `words`: the objects, and the settings to keep.
+    """Make what the settings of a run name, under the options in `words`; return the objects, and the settings to keep.
 
     Code comes from installed packages and the folder `code`, never from the run.
 

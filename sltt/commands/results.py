@@ -140,7 +140,7 @@ def _read_run(run: Path, notes: list[str]) -> Curve:
 
 
 def _name(value: Any) -> str:
-    """The name of the class of an object in the settings of a run: as a recipe has it, or as text."""
+    """Return the name of an object's class in the settings of a run: of a recipe, or text."""
     path = value.get("class_path") if isinstance(value, dict) else value
     return str(path or "its own").partition("(")[0].rpartition(".")[2]
 

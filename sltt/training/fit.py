@@ -166,9 +166,9 @@ def fit(
 
 
 def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """What the folder of a run that is made in Python keeps: plain settings, and objects as text.
+    """Return what the folder of a run that is made in Python keeps: plain settings, and objects as text.
 
-    Of a run that is resumed, the plain ones that may change.
+    Of a run that is resumed, these are the plain ones that may change.
     """
     plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | None)}
     if resume:

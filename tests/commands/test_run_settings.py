@@ -1,7 +1,7 @@
 """A run folder is data: its files are the ones that were written, and no code of it runs."""
 
-import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,8 +32,7 @@ def run(trained, tmp_path, monkeypatch):
     """A copy of it, in the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    os.system(f"cp -r {trained} run")
-    return Path("run")
+    return Path(shutil.copytree(trained, "run"))
 
 
 @pytest.mark.parametrize(
