@@ -19,7 +19,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 import sltt
-from sltt.sequence.spikes import observing, spiking_layers
+from sltt.sequence.layout import spiking_layers
+from sltt.sequence.spikes import observing
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "examples.md"

@@ -42,7 +42,6 @@ ATTRIBUTES = {
         "_forward_hooks": "takes hooks off a copy",
         "_forward_pre_hooks": "takes hooks off a copy, finds a spectral norm",
         "_compiled_call_impl": "is what module.compile() made",
-        "_is_replica": "marks a copy that nn.DataParallel made",
     },
     "torch.nn.BatchNorm2d": {"_check_input_dim": "raises PyTorch's own error"},
     "torch.nn.Conv2d": {"_reversed_padding_repeated_twice": "is padding='same' in numbers"},

@@ -154,7 +154,12 @@ class VanRossum(SequenceLoss):
         self.tau = number("tau", tau, least=1)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Outputs and targets [T, B, C] to a scalar."""
+        """Outputs and targets [T, B, C] to a scalar; raises ValueError for others."""
+        instance("logits", logits, Tensor)
+        if logits.shape != instance("target", target, Tensor).shape:
+            raise ValueError(
+                f"VanRossum compares spike trains of one shape, got {list(logits.shape)} and {list(target.shape)}"
+            )
         z, total = torch.zeros_like(logits[0]), torch.zeros((), device=logits.device)
         for difference in logits - target:
             z = (1 - 1 / self.tau) * z + difference

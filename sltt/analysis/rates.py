@@ -78,6 +78,8 @@ def find_learning_rate(
     number("smallest", smallest, above=0)
     number("largest", largest, above=smallest)
     whole_number("count", count, least=10)
+    if clip_norm is not None:
+        number("clip_norm", clip_norm, above=0)
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     own = [group["lr"] for group in optimizer.param_groups]
     factors = [group.get("lr_factor", 1.0) for group in optimizer.param_groups]

@@ -10,7 +10,6 @@ from io import TextIOWrapper
 from sltt.commands.failures import UsageError, tell
 from sltt.commands.hints import nearest
 from sltt.parallel.signals import PREEMPTED, Preempted
-from sltt.training.batches import generators_kept
 
 COMMANDS = (
     "train", "eval", "agreement", "compare", "fscil", "profile", "lr", "report", "export", "recipes", "data",
@@ -57,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
+        from sltt.training.batches import generators_kept  # with PyTorch
+
         with generators_kept():
             import_module(f"sltt.commands.{command}").run(rest)
     except KeyboardInterrupt as stop:

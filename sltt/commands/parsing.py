@@ -13,12 +13,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from jsonargparse import Namespace
 
 from sltt.commands import yamltext
-from sltt.commands.failures import UsageError, cause
+from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import Parser, make_parser
 from sltt.commands.hints import explain, fit_arguments, locate, nearest
 from sltt.parallel.devices import started
@@ -26,6 +25,7 @@ from sltt.training.batches import seed_everything
 from sltt.training.manifest import ALONE, MANIFEST
 from sltt.training.named import check_named, importing_for
 from sltt.training.runs import MADE_IN, load_call, read_config
+from sltt.training.settings import check_optimizer
 
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
 ANY_PROCESSES = ["--devices=null", "--num_nodes=null"]  # of a run that is measured: not those of its training
@@ -283,7 +283,10 @@ def build(parser: Parser, config: Namespace) -> Namespace:
         if reasons := re.findall(r"^  - (?!Expected)(.*)$", str(error), re.MULTILINE):
             raise ValueError(reasons[0]) from error
         raise
-    _try_optimizer(built.optimizer)
+    try:
+        check_optimizer(built.optimizer)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return built
 
 
@@ -296,20 +299,6 @@ def _refuse_null(config: Namespace) -> None:
             kind = taken and taken.annotation
             if isinstance(kind, type) and kind not in (type(None), inspect.Parameter.empty):
                 raise UsageError(f"{path.replace('.init_args', '')}.{name}: expected {kind.__name__}, got null")
-
-
-def _try_optimizer(optimizer: Callable[..., Any]) -> None:
-    """Raise UsageError where the optimizer refuses its options, or needs what a training does not give."""
-    try:
-        made = optimizer([torch.zeros(2, 2, requires_grad=True)])
-    except Exception as error:
-        raise UsageError(f"optimizer: {cause(error)}") from error
-    closure = inspect.signature(made.step).parameters.get("closure")
-    if closure and closure.default is inspect.Parameter.empty:
-        raise UsageError(
-            f"optimizer: {type(made).__name__} computes the loss several times a step, which a rule does once: "
-            "take one such as SGD or AdamW"
-        )
 
 
 def time_steps(value: int | str) -> int:

@@ -6,10 +6,12 @@ A recording is four arrays of equal length: x and y in pixels, p (polarity, 0 or
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sltt.checks import choice
 
 Slicing = Literal["count", "time"]
 
@@ -80,7 +82,7 @@ def frames(
         slicing: by count or by time.
     """
     count = len(recording.t)
-    if slicing == "count":
+    if choice("slicing", slicing, get_args(Slicing)) == "count":
         step = np.minimum(np.arange(count) // max(count // steps, 1), steps - 1)
     else:
         t = recording.t.astype(np.int64) - int(recording.t[0])
@@ -182,10 +184,12 @@ def _read_npy(path: Path) -> Recording:
     events = np.load(path, allow_pickle=False)
     if events.dtype.names is not None:
         return Recording(*(_whole(name, events[name]) for name in "xytp"))
-    if events.ndim != 2 or events.shape[1] != 4:
-        raise RecordingError(f"expected events [N, 4] or fields x, y, t, p, got an array {list(events.shape)}")
+    if events.ndim != 2 or events.shape[1] != 4 or events.dtype.kind not in "iuf":
+        raise RecordingError(
+            f"expected events [N, 4] or fields x, y, t, p, got an array {list(events.shape)} of {events.dtype}"
+        )
     x, y, p, t = events.T
-    return Recording(_whole("x", x), _whole("y", y), _whole("t", np.rint(t * 1000)), _whole("p", p))
+    return Recording(_whole("x", x), _whole("y", y), _whole("t", np.rint(t.astype(np.float64) * 1000)), _whole("p", p))
 
 
 def _whole(name: str, values: NDArray[Any]) -> NDArray[np.int64]:

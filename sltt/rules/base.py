@@ -368,10 +368,11 @@ def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
     try:
         value = loss(logits, target)
     except Exception as error:
-        if isinstance(target, Tensor) and target.ndim > 1:
+        if isinstance(target, Tensor):
             error.add_note(
-                f"in the loss of one time step, of outputs {list(logits.shape)} and targets {list(target.shape)}; for "
-                "a target at each time step: sltt.losses.PerStep(loss), and from_datasets(…, per_step=True)"
+                f"in the loss of one time step, of outputs {list(logits.shape)} ({logits.dtype}) and targets "
+                f"{list(target.shape)} ({target.dtype}); for a target at each time step: sltt.losses.PerStep(loss), and "
+                "from_datasets(…, per_step=True)"
             )
         raise
     if not isinstance(value, Tensor):

@@ -115,7 +115,7 @@ class _Recording(Step):
 
     def handler(self, layer: Layer, folds: bool) -> Any:
         if (made := _gathering(layer, self.what == "steady", self.run.sequence.steps)) is None:
-            return None
+            return super().handler(layer, folds) if layer.role.kind in ("weight", "pool") else None
         self.gathered[layer] = made
         return self.layer
 

@@ -41,6 +41,7 @@ class Run:
         layout: the layers.
         fold: n, the time steps in the call in progress; 1 within a layer that takes them one after the other.
         steps: n, within such a layer too.
+        folds: a call has taken several time steps.
         cut: no gradient flows from one of these steps to the step before.
         shows: what neurons give are spikes.
         weights: the forms of weights that layers read, as long as these do not change.
@@ -77,7 +78,7 @@ class Run:
         self._kept: set[Layer] = set()  # in the second call, the layers that have a state
         self._handled: list[Layer] = []
         self._until_the_end = ExitStack()
-        self._folds = False
+        self.folds = False
 
     def __enter__(self) -> Self:
         self.layout.check(self.batch)
@@ -103,7 +104,7 @@ class Run:
     def handle(self) -> None:
         """Install what the step does instead of the forwards of layers."""
         for layer in self.layout.layers.values():
-            if layer.plain is not None or (do := self.step.handler(layer, self._folds)) is None:
+            if layer.plain is not None or (do := self.step.handler(layer, self.folds)) is None:
                 continue
             values = vars(layer.module)
             layer.before, layer.plain = values.get("forward"), layer.module.forward
@@ -137,9 +138,9 @@ class Run:
 
         Raises ValueError for logits of another form, and for a layer that does not take several time steps in a call.
         """
-        if steps > 1 and not self._folds:
+        if steps > 1 and not self.folds:
             self.layout.require_folds()
-            self._folds = True
+            self.folds = True
             self.handle()
         if recompute and not self.recompute:
             self.recompute = True

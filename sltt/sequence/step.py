@@ -83,9 +83,9 @@ class Step:
         steps = self.run.fold
         if not layer.role.stepwise:
             return layer.plain(*args, **kwargs)
+        if self.run.folds and in_backward():  # a checkpoint runs it again, and does not know of the fold
+            raise ValueError(f"{type(layer.module).__name__} {TWICE}")
         if steps > 1:
-            if in_backward():  # a checkpoint runs it again, and does not know of the fold
-                raise ValueError(f"{type(layer.module).__name__} {TWICE}")
             self.run.take_turn(layer, TWICE)
             return kernels.stepwise_norm(layer.module, *args, steps=steps)
         waiting = (

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sltt.metrics import shown
-from sltt.training.files import printable
+from sltt.printable import printable
 
 SECONDS = 0.2  # between two updates of the bar in a notebook: each is a message to the browser
 

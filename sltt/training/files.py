@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and names of files as a terminal shows them."""
+"""Files that are written whole or not at all."""
 
 import io
 import os
@@ -25,11 +25,6 @@ def write_atomically(path: Path, write: Callable[[io.BufferedRandom], Any]) -> N
         raise OSError(f"could not write {path}: {error}; {kept}. Free some space or choose another folder.") from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would obey, or could not show, such as colours in the name of a folder."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def part_of(path: Path) -> Path:

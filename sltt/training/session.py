@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from sltt.checks import instance
 from sltt.data import Data, Splits
 from sltt.kernels import using
 from sltt.parallel.devices import make_fabric
@@ -65,6 +66,8 @@ class Session:
 
     def console(self, console: Console | None) -> Console:
         """Where this process prints: the first one to `console`, the others nowhere."""
+        if console is not None:
+            instance("report", console, Console)
         return (console or Console()) if self.processes.rank == 0 else Console(quiet=True)
 
     def held(self, run: Path) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Self, get_args
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, StepLR
@@ -106,7 +107,7 @@ class Training(_Settings):
         instance("rule", self.rule, Rule)
         check_loss(self.loss)
         check_metric(self.metric)
-        _check_optimizer(self.optimizer)
+        check_optimizer(self.optimizer)
         _check_schedule(self.schedule)
         instance("schedule", self.schedule, Schedule)
         for name in ("steps", "epochs", "batch_size", "accumulate"):
@@ -137,7 +138,7 @@ class Training(_Settings):
         return plan(self.phases, self.epochs, self.steps, self.rule)
 
 
-def _check_optimizer(given: Any) -> None:
+def check_optimizer(given: Any) -> None:
     """Raise ValueError, with the line to write, for an optimizer in place of a function that makes one."""
     if isinstance(given, Optimizer):
         raise ValueError(
@@ -149,6 +150,20 @@ def _check_optimizer(given: Any) -> None:
         raise ValueError(
             "optimizer must be a function of the parameters, such as functools.partial(torch.optim.SGD, lr=0.1), "
             f"got {given!r:.80}"
+        )
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    try:
+        made = given([parameter])
+    except Exception as error:
+        raise ValueError(f"optimizer: {error}") from error
+    groups = made.param_groups if isinstance(made, Optimizer) else []
+    if [p is parameter for group in groups for p in group["params"]] != [True]:
+        raise ValueError(f"optimizer must make an Optimizer of the parameters that it is called with, got {made!r:.80}")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer: {type(made).__name__} computes the loss several times a step, which a rule does once: take one "
+            "such as SGD or AdamW"
         )
 
 

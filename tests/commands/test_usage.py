@@ -75,7 +75,7 @@ def test_a_recipe_is_utf8_under_every_locale(here, capsys, monkeypatch):
         (["--rule", "TBPTT", "--rule.window", "0"], "window must be at least 1"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--model.neuron.tau", "1"], "tau must be greater than 1"),
-        (["--model.in_channels", "3"], "expected one time step [B, 3, H, W], got shape [256, 1, 8, 8]"),
+        (["--model.in_channels", "3"], "expected one time step [B, 3, H, W], got shape [5, 1, 8, 8]"),
         (["--model.classes", "4"], "labels must be in 0 … 3 (the model has 4 outputs)"),
         (["--data.validation", "1.5"], "validation must be at least 0 and less than 1"),
         (["--data", "sltt.data.CIFAR10"], "CIFAR-10 not found"),
