@@ -371,8 +371,8 @@ def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
         if isinstance(target, Tensor):
             error.add_note(
                 f"in the loss of one time step, of outputs {list(logits.shape)} ({logits.dtype}) and targets "
-                f"{list(target.shape)} ({target.dtype}); for a target at each time step: sltt.losses.PerStep(loss), and "
-                "from_datasets(…, per_step=True)"
+                f"{list(target.shape)} ({target.dtype}); for a target at each time step: sltt.losses.PerStep(loss), "
+                "and from_datasets(…, per_step=True)"
             )
         raise
     if not isinstance(value, Tensor):

@@ -153,17 +153,18 @@ def check_optimizer(given: Any) -> None:
         )
     parameter = nn.Parameter(torch.zeros(2, 2))
     try:
-        made = given([parameter])
+        made: Any = given([parameter])
     except Exception as error:
-        raise ValueError(f"optimizer: {error}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"optimizer: {kind}{error}") from error
     groups = made.param_groups if isinstance(made, Optimizer) else []
     if [p is parameter for group in groups for p in group["params"]] != [True]:
         raise ValueError(f"optimizer must make an Optimizer of the parameters that it is called with, got {made!r:.80}")
     closure = inspect.signature(made.step).parameters.get("closure")
     if closure and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f"optimizer: {type(made).__name__} computes the loss several times a step, which a rule does once: take one "
-            "such as SGD or AdamW"
+            f"optimizer: {type(made).__name__} computes the loss several times a step, which a rule does once: "
+            "take one such as SGD or AdamW"
         )
 
 
