@@ -76,12 +76,15 @@ def _open(path: Path) -> IO[bytes] | None:
 def read_manifest(folder: Path) -> dict[str, set[str]]:
     """Read the digests of each file: two while a file is replaced.
 
-    Raises FileNotFoundError for a folder without a manifest, ValueError for one that is damaged.
+    Raises FileNotFoundError for a folder without a manifest, ValueError for one that is damaged, or that holds a link,
+    through which a command would write somewhere else.
     """
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
             f"{folder} has no {MANIFEST}: name the folder of a run or of results, with all its files. {ALONE}"
         )
+    if link := next((path for path in folder.iterdir() if path.is_symlink()), None):
+        raise ValueError(f"{link} is a link: put in its place what it leads to, or remove it")
     return _read_manifest(folder)
 
 

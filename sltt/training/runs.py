@@ -71,6 +71,7 @@ def held(run: Path) -> Iterator[None]:
 
     The system releases what a killed process held. Parts of files that such a process left are removed.
     """
+    read_manifest(run)  # which refuses a link, before the lock is written through one
     path = run / LOCK
     path.touch()
     # before the file is opened: the system's lock does not tell threads apart, and would go as a second one closes it
@@ -142,7 +143,7 @@ def read_config(run: Path, checkpoint: dict[str, Any] | None = None) -> dict[str
         config = yaml.safe_load(file)
     if checkpoint:
         check_config(run, saved, config)
-    return config
+    return saved | config  # a default would replace what the file leaves out
 
 
 def write_config(run: Path, config: dict[str, Any]) -> None:

@@ -10,7 +10,10 @@ import yaml
 
 import sltt
 from sltt.commands import main
+from sltt.commands.parsing import find_recipe
 from sltt.commands.results import gather
+from sltt.training.checkpoints import load_checkpoint
+from sltt.training.runs import read_config, write_config
 from tests.commands.tiny import edit
 
 TINY = ["--model.width", "2", "--steps", "1", "--epochs", "1", "--batch_size", "512", "--device", "cpu"]
@@ -60,7 +63,7 @@ def test_no_code_in_a_run_folder_runs(name, value, run, capsys, monkeypatch):
         assert "which lies within the run: a run is data" in capsys.readouterr().err
     gather([run])
     if name == "model":
-        with pytest.raises(ValueError, match="which lies within the run: a run is data"):
+        with pytest.raises(ValueError, match="which lies within the run: a run is data|linked of the working directory"):
             sltt.load("run")
     assert not Path(mark).exists()
     assert "run.evil" not in sys.modules
@@ -74,6 +77,9 @@ def test_no_code_in_a_run_folder_runs_when_it_is_resumed(name, run, capsys):
     assert "which lies within the run: a run is data" in capsys.readouterr().err
     gather([run])
     assert not Path("mark").exists()
+
+
+GRAPH = {"body": {"_code": "; forward = print"}, "import_block": "import pathlib; pathlib.Path('mark').touch()"}
 
 
 class Holding(sltt.losses.CrossEntropyMSE):
@@ -90,6 +96,9 @@ class Holding(sltt.losses.CrossEntropyMSE):
         ("model", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "mark"]}}),
         ("model", {"class_path": "sltt.commands.main", "init_args": {"arguments": ["recipes"]}}),
         ("model", {"class_path": "sltt.kernels.native._open", "init_args": {"path": "run/evil.so"}}),
+        ("model", {"class_path": "torch.fx.graph_module.reduce_graph_module", "init_args": GRAPH}),
+        ("model", {"class_path": "sltt.load", "init_args": {"run": "run"}}),
+        ("model", {"class_path": "numpy.f2py.__main__.Net"}),
         ("optimizer", "os.system"),
         ("optimizer", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "mark"]}}),
         ("loss", {"class_path": "tests.commands.test_run_settings.Holding", "init_args": {"value": "@"}}),
@@ -122,6 +131,26 @@ def test_code_of_the_working_directory_is_taken_where_the_user_says_so(run, caps
     assert main(["eval", "run", "--code", "."]) == 0
     assert type(sltt.load("run")).__name__ == "Net"  # it is imported
     assert main(["train", "--resume", "run", "--epochs", "2", "--code", "."]) == 0
+
+
+def test_the_working_directory_is_no_folder_of_code_and_replaces_no_package(run, monkeypatch):
+    settings = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    edit(run, model={**settings, "class_path": "nearby.Net"})
+    Path("nearby.py").write_text("open('mark', 'w')")
+    monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path])  # as of an empty entry of PYTHONPATH
+    assert main(["eval", "run"]) == 1
+    monkeypatch.setattr(sys, "path", sys.path[1:])
+    Path("sklearn.py").write_text("open('mark', 'w')")
+    find_recipe("digits")
+    assert sys.path[0] != "" and sys.path[-1] == os.getcwd()
+    assert not Path("mark").exists()
+
+
+def test_a_setting_that_is_left_out_is_that_of_the_training(run):
+    checkpoint = load_checkpoint(run / "best.ckpt")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    write_config(run, {name: value for name, value in settings.items() if name != "steps"})
+    assert read_config(run, checkpoint)["steps"] == 1
 
 
 class Harm:
