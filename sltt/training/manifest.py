@@ -13,6 +13,7 @@ from sltt.training.files import write_atomically
 
 MANIFEST = "manifest.txt"
 CONFIG, METRICS, LAST, BEST = "config.yaml", "metrics.csv", "last.ckpt", "best.ckpt"
+REMEDY = "Restore it, or delete it: the copy in the checkpoint is taken."  # of a damaged CONFIG
 NO_FILE = "-"  # in place of a digest
 
 
@@ -121,7 +122,7 @@ def _digest(file: IO[bytes]) -> str:
 def _remedy(path: Path) -> str:
     """Say what to do about a file that is not the one that was written."""
     if path.name == CONFIG:
-        return "Restore it, or delete it: the copy in the checkpoint is taken."
+        return REMEDY
     if path.suffix == ".json":
         return "Restore it from a copy, or run the command that wrote it again."
     other = {LAST: BEST, BEST: LAST}.get(path.name)

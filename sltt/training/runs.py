@@ -22,6 +22,7 @@ from sltt.training.manifest import (
     LAST,
     MANIFEST,
     METRICS,
+    REMEDY,
     open_file,
     read_manifest,
     was_written,
@@ -140,7 +141,11 @@ def read_config(run: Path, checkpoint: dict[str, Any] | None = None) -> dict[str
     if not (run / CONFIG).exists():
         return saved
     with open_file(run / CONFIG) as file:
-        config = yaml.safe_load(file)
+        try:
+            config = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None) or error
+            raise ValueError(f"{run / CONFIG} is damaged: {why}. {REMEDY}") from error
     if checkpoint:
         check_config(run, saved, config)
     return saved | config  # a default would replace what the file leaves out

@@ -12,7 +12,8 @@ import sltt
 from sltt.commands import main
 from sltt.commands.parsing import find_recipe
 from sltt.commands.results import gather
-from sltt.training.checkpoints import load_checkpoint
+from sltt.training.checkpoints import load_checkpoint, save_checkpoint
+from sltt.training.manifest import write_file
 from sltt.training.runs import read_config, write_config
 from tests.commands.tiny import edit
 
@@ -63,7 +64,7 @@ def test_no_code_in_a_run_folder_runs(name, value, run, capsys, monkeypatch):
         assert "which lies within the run: a run is data" in capsys.readouterr().err
     gather([run])
     if name == "model":
-        with pytest.raises(ValueError, match="which lies within the run: a run is data|linked of the working directory"):
+        with pytest.raises(ValueError, match=r"which lies within the run|linked of the working directory"):
             sltt.load("run")
     assert not Path(mark).exists()
     assert "run.evil" not in sys.modules
@@ -142,8 +143,46 @@ def test_the_working_directory_is_no_folder_of_code_and_replaces_no_package(run,
     monkeypatch.setattr(sys, "path", sys.path[1:])
     Path("sklearn.py").write_text("open('mark', 'w')")
     find_recipe("digits")
-    assert sys.path[0] != "" and sys.path[-1] == os.getcwd()
+    assert sys.path[0] != ""
+    assert sys.path[-1] == os.getcwd()
     assert not Path("mark").exists()
+
+
+@pytest.mark.parametrize("name", [".lock", "graph.nir", "tensorboard", "report"])
+def test_nothing_is_written_through_a_link_in_a_run(name, run, capsys):
+    edit(run)
+    Path("mine").mkdir() if name in ("tensorboard", "report") else Path("mine").write_text("mine")
+    os.system(f"rm -rf run/{name}")
+    (run / name).symlink_to(Path("mine").resolve())
+    for words in (["report", "run"], ["export", "run", "--to", "nir"], ["train", "--resume", "run", "--epochs", "3"]):
+        main(words)
+        assert f"run/{name} is a link" in "".join(capsys.readouterr())
+    assert Path("mine").read_text() == "mine" if Path("mine").is_file() else not list(Path("mine").iterdir())
+
+
+def test_a_report_replaces_links_to_files_and_refuses_those_to_folders(run, capsys):
+    Path("mine").write_text("mine")
+    (run / "report" / "data").mkdir(parents=True)
+    (run / "report" / "data" / "runs.csv").symlink_to(Path("mine").resolve())
+    assert main(["report", "run"]) == 0
+    os.system("rm -r run/report/figures; mkdir there; ln -s ../../there run/report/figures")
+    assert main(["report", "run"]) == 1
+    assert "run/report/figures is a link: remove it" in capsys.readouterr().err
+    assert Path("mine").read_text() == "mine"
+    assert not list(Path("there").iterdir())
+
+
+def test_the_name_of_a_metric_is_no_path(run):
+    for path in run.glob("*.ckpt"):
+        content = load_checkpoint(path)
+        for row in content["progress"]["history"]:
+            for part in ("train", "validation"):
+                row[f"{part}_x/../../../planted"] = row.pop(f"{part}_accuracy")
+        save_checkpoint(path, content)
+    (run / "report" / "figures" / "1-x").mkdir(parents=True)
+    assert main(["report", "run"]) == 0
+    assert not list(Path().rglob("planted*"))
+    assert list((run / "report" / "figures").glob("*planted*"))
 
 
 def test_a_setting_that_is_left_out_is_that_of_the_training(run):
@@ -151,6 +190,13 @@ def test_a_setting_that_is_left_out_is_that_of_the_training(run):
     settings = yaml.safe_load((run / "config.yaml").read_text())
     write_config(run, {name: value for name, value in settings.items() if name != "steps"})
     assert read_config(run, checkpoint)["steps"] == 1
+
+
+def test_settings_that_are_no_plain_yaml_are_named(run, capsys):
+    write_file(run / "config.yaml", lambda file: file.write(b"model: !!python/object/apply:os.system [touch mark]"))
+    assert main(["eval", "run"]) == 1
+    assert "run/config.yaml is damaged: could not determine a constructor" in capsys.readouterr().err
+    assert not Path("mark").exists()
 
 
 class Harm:
