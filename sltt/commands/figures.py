@@ -5,6 +5,7 @@ The SVG in a page takes the colour of its text from the page, so that it fits a 
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from sltt.training.files import write_atomically
 
 if TYPE_CHECKING:
     from sltt.training.sample import Sample
@@ -175,11 +178,12 @@ def svg(figure: Figure, title: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """Write `stem`.png and `stem`.svg, on white."""
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write `name`.png and `name`.svg, on white."""
     with rc_context({**STYLE, "savefig.facecolor": "white"}):
-        figure.savefig(stem.with_suffix(".png"), dpi=150)
-        figure.savefig(stem.with_suffix(".svg"), dpi=150, metadata={"Date": None})
+        for kind, metadata in (("png", None), ("svg", {"Date": None})):
+            saved = partial(figure.savefig, format=kind, dpi=150, metadata=metadata)
+            write_atomically(folder / f"{name}.{kind}", saved)
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

@@ -4,8 +4,10 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from importlib.resources import files
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +50,15 @@ class Section:
 
 def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
     """Write `report.html`, and beside it figures as PNG and SVG and tables as CSV; return the path of the page."""
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    (folder / "data").mkdir(exist_ok=True)
+    for name in ("figures", "data"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        if (folder / name).is_symlink():
+            raise ValueError(f"{folder / name} is a link: remove it, or choose another folder by --out")
     for section in parts:
         for chart in section.charts:
-            figures.save(chart.figure, folder / "figures" / chart.name)
+            figures.save(chart.figure, folder / "figures", _safe(chart.name))
         for table in section.tables:
-            (folder / "data" / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+            write_atomically(folder / "data" / f"{_safe(table.name)}.csv", partial(_put, table.csv()))
     several = [*found.comparisons, *found.profiles, *found.agreements, *found.fewshots, *found.rates]
     recipes = {one["recipe"] for one in several}
     title = f"Report: {', '.join(sorted(recipes) or [run.name for run in found.runs])}"
@@ -70,6 +74,14 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
     )
     write_atomically(folder / "report.html", lambda file: file.write(page.encode()))
     return folder / "report.html"
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.-]", "-", name)  # a run may call its metric ../../name
+
+
+def _put(text: str, file: BufferedRandom) -> None:
+    file.write(text.encode())
 
 
 def _options(text: str) -> Markup:

@@ -103,7 +103,7 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(name: str) -> Path:
     """The file of a shipped recipe, or a YAML file of the user's own, which may name classes beside it."""
     if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, "")  # the working directory, as `python -m` has it
+        sys.path.append(os.getcwd())  # last: no file beside the recipe replaces an installed package
     known = shipped_recipes()
     if name in known:
         return known[name]
@@ -140,7 +140,7 @@ def build_run(
         )
     if code is not None:
         sys.path.insert(0, str(code.resolve()))
-    with importing_for(run):
+    with importing_for(run, code):
         config = parse(parser, settings, words)
         check_named(run, config)
         for name in ("run", "resume"):

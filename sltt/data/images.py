@@ -354,6 +354,10 @@ def _check_links(home: Path) -> None:
                 raise ValueError(f"{link} is a link to {target}, whose images would count twice: remove the link")
 
 
+# not EPS, on which Pillow starts Ghostscript
+FORMATS = ["BMP", "TIFF", "PPM", "JPEG", "PNG", "GIF", "WEBP"]
+
+
 def _decode(path: str) -> Tensor:
     """The RGB image [3, H, W] in a file, straight to a tensor."""
     from PIL import Image
@@ -364,7 +368,7 @@ def _decode(path: str) -> Tensor:
     try:
         return to_dtype(decode_image(path, ImageReadMode.RGB), torch.uint8, scale=True)  # where it has 16 bits
     except RuntimeError as error:
-        with suppress(Exception), Image.open(path) as image:  # BMP, TIFF and PPM, which decode_image does not read
+        with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # what decode_image does not read
             return pil_to_tensor(image.convert("RGB"))
         raise ValueError(f"{path} does not decode as an image: {error}; restore or remove it") from error
 

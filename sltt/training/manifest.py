@@ -13,6 +13,7 @@ from sltt.training.files import write_atomically
 
 MANIFEST = "manifest.txt"
 CONFIG, METRICS, LAST, BEST = "config.yaml", "metrics.csv", "last.ckpt", "best.ckpt"
+REMEDY = "Restore it, or delete it: the copy in the checkpoint is taken."  # of a damaged CONFIG
 NO_FILE = "-"  # in place of a digest
 
 
@@ -76,12 +77,15 @@ def _open(path: Path) -> IO[bytes] | None:
 def read_manifest(folder: Path) -> dict[str, set[str]]:
     """Read the digests of each file: two while a file is replaced.
 
-    Raises FileNotFoundError for a folder without a manifest, ValueError for one that is damaged.
+    Raises FileNotFoundError for a folder without a manifest, ValueError for one that is damaged, or that holds a link,
+    through which a command would write somewhere else.
     """
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
             f"{folder} has no {MANIFEST}: name the folder of a run or of results, with all its files. {ALONE}"
         )
+    if link := next((path for path in folder.iterdir() if path.is_symlink()), None):
+        raise ValueError(f"{link} is a link: put in its place what it leads to, or remove it")
     return _read_manifest(folder)
 
 
@@ -118,7 +122,7 @@ def _digest(file: IO[bytes]) -> str:
 def _remedy(path: Path) -> str:
     """Say what to do about a file that is not the one that was written."""
     if path.name == CONFIG:
-        return "Restore it, or delete it: the copy in the checkpoint is taken."
+        return REMEDY
     if path.suffix == ".json":
         return "Restore it from a copy, or run the command that wrote it again."
     other = {LAST: BEST, BEST: LAST}.get(path.name)

@@ -34,13 +34,13 @@ OURS = str(Path(__file__).parents[1]), str(Path(os.__file__).parent), "site-pack
 
 
 @contextmanager
-def importing_for(run: Path) -> Iterator[None]:
-    """Inside this block, import no module from the folder of a run, and none from the working directory alone.
+def importing_for(run: Path, code: Path | None = None) -> Iterator[None]:
+    """Inside this block, import no module from the folder of a run, and from the working directory only as `code`.
 
     Raises ValueError in place of the error that this leads to.
     """
     set_parsing_settings(import_path_denylist=[])  # what the parser's own list denies, it does not import
-    finder = _Finder(run)
+    finder = _Finder(run, code)
     sys.meta_path.insert(0, finder)
     try:
         yield
@@ -55,20 +55,27 @@ def importing_for(run: Path) -> Iterator[None]:
 class _Finder:
     """Finds modules as Python does, and refuses those that a run may not name."""
 
-    def __init__(self, run: Path):
-        self.run, self.refused = run, ""
+    def __init__(self, run: Path, code: Path | None):
+        self.run, self.code, self.refused = run, code, ""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Find a module; raise ImportError for one that is refused."""
+        if name.endswith("__main__"):
+            self._refuse(f"{name}, which is a program: importing it would start it")
         others = [one for one in sys.meta_path if one not in (self, PathFinder)]
         found = next((spec for one in others if (spec := one.find_spec(name, path, target))), None)
-        found = found or PathFinder.find_spec(name, [one for one in sys.path if one] if path is None else path)
+        found = found or PathFinder.find_spec(name, self._folders() if path is None else path)
         if found is None and path is None and PathFinder.find_spec(name, [os.getcwd()]):
             self._refuse(f"{name} of the working directory: --code . takes code from here, in Python import {name}")
         file = found and found.has_location and found.origin
         if file and any(one(file).startswith(one(self.run) + os.sep) for one in (os.path.abspath, os.path.realpath)):
             self._refuse(f"{file}, which lies within the run: a run is data, and no code of it runs")
         return found
+
+    def _folders(self) -> list[str]:
+        # an empty entry of PYTHONPATH is the working directory too, which nobody meant to name
+        folders = [one for one in sys.path if os.path.realpath(one) != os.path.realpath("")]
+        return folders if self.code is None else [str(self.code.resolve()), *folders]
 
     def _refuse(self, what: str) -> None:
         self.refused = f"the settings of {self.run} name {what}"
@@ -96,14 +103,17 @@ def check_named(run: Path, value: Any) -> None:
 
 
 def _check_kind(run: Path, path: str, value: Any) -> None:
-    """Raise ValueError for what is neither a class of `KINDS`, nor a function that returns one, nor the user's own."""
-    kind = value
-    if not isinstance(value, type):
+    """Raise ValueError for what is neither a class of `KINDS`, nor a function of ours that returns one, nor the user's.
+
+    A function of another package may run text that it is given: torch.fx.graph_module.reduce_graph_module does.
+    """
+    kind, module = value, getattr(value, "__module__", None) or ""
+    if not isinstance(value, type) and module.startswith("sltt.") and module != "sltt.training.trained":
         with suppress(ValueError, TypeError, NameError):
             kind = inspect.signature(value, eval_str=True).return_annotation
     if isinstance(kind, type) and issubclass(kind, KINDS):
         return
-    file = getattr(sys.modules.get(getattr(value, "__module__", None) or ""), "__file__", None)
+    file = getattr(sys.modules.get(module), "__file__", None)
     if file is None or any(one in file for one in OURS):
         raise ValueError(
             f"the settings of {run} name {path}, which is no network, data set, loss, rule, optimizer, schedule, "

@@ -22,6 +22,7 @@ from sltt.training.manifest import (
     LAST,
     MANIFEST,
     METRICS,
+    REMEDY,
     open_file,
     read_manifest,
     was_written,
@@ -71,6 +72,7 @@ def held(run: Path) -> Iterator[None]:
 
     The system releases what a killed process held. Parts of files that such a process left are removed.
     """
+    read_manifest(run)  # which refuses a link, before the lock is written through one
     path = run / LOCK
     path.touch()
     # before the file is opened: the system's lock does not tell threads apart, and would go as a second one closes it
@@ -139,10 +141,14 @@ def read_config(run: Path, checkpoint: dict[str, Any] | None = None) -> dict[str
     if not (run / CONFIG).exists():
         return saved
     with open_file(run / CONFIG) as file:
-        config = yaml.safe_load(file)
+        try:
+            config = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None) or error
+            raise ValueError(f"{run / CONFIG} is damaged: {why}. {REMEDY}") from error
     if checkpoint:
         check_config(run, saved, config)
-    return config
+    return saved | config  # a default would replace what the file leaves out
 
 
 def write_config(run: Path, config: dict[str, Any]) -> None:

@@ -10,7 +10,11 @@ import yaml
 
 import sltt
 from sltt.commands import main
+from sltt.commands.parsing import find_recipe
 from sltt.commands.results import gather
+from sltt.training.checkpoints import load_checkpoint, save_checkpoint
+from sltt.training.manifest import write_file
+from sltt.training.runs import read_config, write_config
 from tests.commands.tiny import edit
 
 TINY = ["--model.width", "2", "--steps", "1", "--epochs", "1", "--batch_size", "512", "--device", "cpu"]
@@ -59,7 +63,7 @@ def test_no_code_in_a_run_folder_runs(name, value, run, capsys, monkeypatch):
         assert "which lies within the run: a run is data" in capsys.readouterr().err
     gather([run])
     if name == "model":
-        with pytest.raises(ValueError, match="which lies within the run: a run is data"):
+        with pytest.raises(ValueError, match=r"which lies within the run|linked of the working directory"):
             sltt.load("run")
     assert not Path(mark).exists()
     assert "run.evil" not in sys.modules
@@ -73,6 +77,9 @@ def test_no_code_in_a_run_folder_runs_when_it_is_resumed(name, run, capsys):
     assert "which lies within the run: a run is data" in capsys.readouterr().err
     gather([run])
     assert not Path("mark").exists()
+
+
+GRAPH = {"body": {"_code": "; forward = print"}, "import_block": "import pathlib; pathlib.Path('mark').touch()"}
 
 
 class Holding(sltt.losses.CrossEntropyMSE):
@@ -89,6 +96,9 @@ class Holding(sltt.losses.CrossEntropyMSE):
         ("model", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "mark"]}}),
         ("model", {"class_path": "sltt.commands.main", "init_args": {"arguments": ["recipes"]}}),
         ("model", {"class_path": "sltt.kernels.native._open", "init_args": {"path": "run/evil.so"}}),
+        ("model", {"class_path": "torch.fx.graph_module.reduce_graph_module", "init_args": GRAPH}),
+        ("model", {"class_path": "sltt.load", "init_args": {"run": "run"}}),
+        ("model", {"class_path": "numpy.f2py.__main__.Net"}),
         ("optimizer", "os.system"),
         ("optimizer", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "mark"]}}),
         ("loss", {"class_path": "tests.commands.test_run_settings.Holding", "init_args": {"value": "@"}}),
@@ -121,6 +131,71 @@ def test_code_of_the_working_directory_is_taken_where_the_user_says_so(run, caps
     assert main(["eval", "run", "--code", "."]) == 0
     assert type(sltt.load("run")).__name__ == "Net"  # it is imported
     assert main(["train", "--resume", "run", "--epochs", "2", "--code", "."]) == 0
+
+
+def test_the_working_directory_is_no_folder_of_code_and_replaces_no_package(run, monkeypatch):
+    settings = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    edit(run, model={**settings, "class_path": "nearby.Net"})
+    Path("nearby.py").write_text("open('mark', 'w')")
+    monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path])  # as of an empty entry of PYTHONPATH
+    assert main(["eval", "run"]) == 1
+    monkeypatch.setattr(sys, "path", sys.path[1:])
+    Path("sklearn.py").write_text("open('mark', 'w')")
+    find_recipe("digits")
+    assert sys.path[0] != ""
+    assert sys.path[-1] == os.getcwd()
+    assert not Path("mark").exists()
+
+
+@pytest.mark.parametrize("name", [".lock", "graph.nir", "tensorboard", "report"])
+def test_nothing_is_written_through_a_link_in_a_run(name, run, capsys):
+    edit(run)
+    Path("mine").mkdir() if name in ("tensorboard", "report") else Path("mine").write_text("mine")
+    os.system(f"rm -rf run/{name}")
+    (run / name).symlink_to(Path("mine").resolve())
+    for words in (["report", "run"], ["export", "run", "--to", "nir"], ["train", "--resume", "run", "--epochs", "3"]):
+        main(words)
+        assert f"run/{name} is a link" in "".join(capsys.readouterr())
+    assert Path("mine").read_text() == "mine" if Path("mine").is_file() else not list(Path("mine").iterdir())
+
+
+def test_a_report_replaces_links_to_files_and_refuses_those_to_folders(run, capsys):
+    Path("mine").write_text("mine")
+    (run / "report" / "data").mkdir(parents=True)
+    (run / "report" / "data" / "runs.csv").symlink_to(Path("mine").resolve())
+    assert main(["report", "run"]) == 0
+    os.system("rm -r run/report/figures; mkdir there; ln -s ../../there run/report/figures")
+    assert main(["report", "run"]) == 1
+    assert "run/report/figures is a link: remove it" in capsys.readouterr().err
+    assert Path("mine").read_text() == "mine"
+    assert not list(Path("there").iterdir())
+
+
+def test_the_name_of_a_metric_is_no_path(run):
+    for path in run.glob("*.ckpt"):
+        content = load_checkpoint(path)
+        for row in content["progress"]["history"]:
+            for part in ("train", "validation"):
+                row[f"{part}_x/../../../planted"] = row.pop(f"{part}_accuracy")
+        save_checkpoint(path, content)
+    (run / "report" / "figures" / "1-x").mkdir(parents=True)
+    assert main(["report", "run"]) == 0
+    assert not list(Path().rglob("planted*"))
+    assert list((run / "report" / "figures").glob("*planted*"))
+
+
+def test_a_setting_that_is_left_out_is_that_of_the_training(run):
+    checkpoint = load_checkpoint(run / "best.ckpt")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    write_config(run, {name: value for name, value in settings.items() if name != "steps"})
+    assert read_config(run, checkpoint)["steps"] == 1
+
+
+def test_settings_that_are_no_plain_yaml_are_named(run, capsys):
+    write_file(run / "config.yaml", lambda file: file.write(b"model: !!python/object/apply:os.system [touch mark]"))
+    assert main(["eval", "run"]) == 1
+    assert "run/config.yaml is damaged: could not determine a constructor" in capsys.readouterr().err
+    assert not Path("mark").exists()
 
 
 class Harm:

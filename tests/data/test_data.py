@@ -251,6 +251,15 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
         ImageFolder(str(tmp_path), size=32).splits(1).test[1]
 
 
+def test_postscript_is_no_image(tmp_path, monkeypatch):
+    write_images(tmp_path)
+    bad = tmp_path / "test" / "cat" / "1.png"
+    Image.new("RGB", (32, 32)).save(bad, format="EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: Image.new("RGB", (32, 32)).im)
+    with pytest.raises(ValueError, match=r"test/cat/1\.png does not decode as an image"):
+        ImageFolder(str(tmp_path), size=32).splits(1).test[1]
+
+
 @pytest.mark.parametrize("kind", ["bmp", "tif", "ppm"])
 def test_images_of_every_kind_that_is_listed_are_read(kind, tmp_path):
     write_images(tmp_path)
