@@ -11,7 +11,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.kernels import layers, native, values
-from tests.conftest import LOSS, RULES
+from tests.conftest import LOSS, RULES, gradients
 from tests.kernels.exact import applied
 from tests.references import measured
 
@@ -391,3 +391,26 @@ def test_steps_without_a_graph_do_not_look_for_a_layer_that_never_runs_sparse(mo
         with kernels.using(compile="off"):
             sltt.unroll(model, x)
         assert bool(looks) == pays
+
+
+class Called(nn.Module):
+    """Layers that are called with their input by its name, or by its position."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.conv, self.norm, self.neuron = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), sltt.LIF()
+        self.pool, self.head, self.by_name = pool, nn.Linear(8 * 16, 3), False
+
+    def forward(self, x):
+        for layer in (self.conv, self.norm, self.neuron, self.pool):
+            x = layer(**{"x" if layer is self.neuron else "input": x}) if self.by_name else layer(x)
+        return self.head(input=x.flatten(1))
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(2)], ids=repr)
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.SLTT(fold=2), sltt.OTTT()], ids=repr)
+def test_layers_that_are_called_by_name(rule, pool):
+    model, x, y = Called(pool), 3 * torch.randn(4, 8, 2, 8, 8), torch.randint(3, (8,))
+    expected, _ = gradients(model, rule, x, y)
+    model.by_name = True
+    assert torch.equal(gradients(model, rule, x, y)[0], expected)
