@@ -11,7 +11,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.kernels import layers, native, values
-from tests.conftest import LOSS, RULES
+from tests.conftest import LOSS, RULES, gradients
 from tests.kernels.exact import applied
 from tests.references import measured
 
@@ -133,14 +133,6 @@ def test_a_worth_of_each_channel_goes_into_the_weights_of_a_layer_that_reads_it(
     assert len(sparse_calls) == (0 if name == "other channels" else 2)
 
 
-def test_a_worth_that_is_not_finite(sparse_calls):
-    model = Use(USES["convolution"], torch.full((16, 1, 1), torch.inf))
-    x = torch.rand(8, 16, 8, 8).contiguous(memory_format=torch.channels_last)
-    with kernels.using(sparse="on"):
-        assert sltt.unroll(model, x, steps=1).isnan().any()
-    assert not sparse_calls
-
-
 def test_small_layers_and_other_memory_formats_run_dense(sparse_calls):
     x, y = data()
     run(Net().to(memory_format=torch.channels_last), sltt.SLTT(), x[:, :1], y[:1], "auto")
@@ -246,19 +238,6 @@ def test_frozen_weights_and_inputs():
     assert sparse["convs.2.weight"] is None
     assert sparse["convs.1.bias"] is None
     assert_close(*({k: v for k, v in grads.items() if v is not None} for grads in (sparse, dense)), 2e-4)
-
-
-def test_a_weight_changed_before_its_backward_is_noticed():
-    model = nn.Sequential(sltt.LIF(), nn.Conv2d(16, 16, 3), sltt.LIF()).to(memory_format=torch.channels_last)
-    x = torch.randn(8, 16, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
-
-    def backward(total):
-        with torch.no_grad():
-            model[1].weight.add_(1)
-        total.backward()
-
-    with kernels.using(sparse="on"), pytest.raises((RuntimeError, ValueError), match=r"in-?place"):
-        sltt.SLTT()(model, x, torch.zeros(8), lambda y, _: y.sum(), steps=1, backward=backward)
 
 
 def test_memory_is_not_above_that_of_dense_layers():
@@ -391,3 +370,26 @@ def test_steps_without_a_graph_do_not_look_for_a_layer_that_never_runs_sparse(mo
         with kernels.using(compile="off"):
             sltt.unroll(model, x)
         assert bool(looks) == pays
+
+
+class Called(nn.Module):
+    """Layers that are called with their input by its name, or by its position."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.conv, self.norm, self.neuron = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), sltt.LIF()
+        self.pool, self.head, self.by_name = pool, nn.Linear(8 * 16, 3), False
+
+    def forward(self, x):
+        for layer in (self.conv, self.norm, self.neuron, self.pool):
+            x = layer(**{"x" if layer is self.neuron else "input": x}) if self.by_name else layer(x)
+        return self.head(input=x.flatten(1))
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(2)], ids=repr)
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.SLTT(fold=2), sltt.OTTT()], ids=repr)
+def test_layers_that_are_called_by_name(rule, pool):
+    model, x, y = Called(pool), 3 * torch.randn(4, 8, 2, 8, 8), torch.randint(3, (8,))
+    expected, _ = gradients(model, rule, x, y)
+    model.by_name = True
+    assert torch.equal(gradients(model, rule, x, y)[0], expected)
