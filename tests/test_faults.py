@@ -396,7 +396,7 @@ UNCLEAR = {
     "a branch in a neuron": ({"model": nn.Sequential(nn.Linear(6, 3), Branches()).double()}, r"write torch.where\("),
     "a target at each step": (
         {"y": torch.randn(5, 4, 3), "loss": every_step},
-        r"outputs \[5, 3\] and targets \[5, 4, 3\]",
+        r"outputs \[5, 3\] .* and targets \[5, 4, 3\]",
     ),
     "targets in time": ({"y": torch.randn(4, 5, 3)}, r"for a target at each time step: sltt.losses.PerStep\(loss\)"),
     "a step left out": ({"rule": EverySecond()}, r"runs all T = 4 time steps, and this one ran 0, 2: call batch.run"),

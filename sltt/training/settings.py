@@ -153,7 +153,8 @@ def check_optimizer(given: Any) -> None:
         )
     parameter = nn.Parameter(torch.zeros(2, 2))
     try:
-        made: Any = given([parameter])
+        make: Any = given
+        made: Any = make([parameter])
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"optimizer: {kind}{error}") from error
