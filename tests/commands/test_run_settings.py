@@ -1,5 +1,6 @@
 """A run folder is data: its files are the ones that were written, and no code of it runs."""
 
+import os
 import pickle
 import shutil
 import sys
