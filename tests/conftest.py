@@ -4,12 +4,16 @@ import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests, and the processes that they start, run beside each other on two cores
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
 
 import sltt
 from sltt.kernels import sparse
+
+hypothesis.settings.register_profile("no time limit", deadline=None)
+hypothesis.settings.load_profile("no time limit")
 
 # what forks a process with threads, reads /proc or runs bash
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="it needs Linux")

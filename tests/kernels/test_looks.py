@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sltt
@@ -77,7 +77,6 @@ def test_minus_zero_is_no_spike(dtype):
     assert look(0 * x).one == 1
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_one_other_element_anywhere_is_seen(data):
     draw = data.draw

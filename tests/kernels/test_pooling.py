@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -44,7 +44,6 @@ def pooled(x, size, mode):
     return y, *torch.autograd.grad(y, x, weights)
 
 
-@settings(deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(3, 9), st.integers(3, 9)),
     size=st.sampled_from([1, 2, 3, (1, 2), [3, 2]]),
@@ -60,7 +59,6 @@ def test_maxima_and_their_gradient_are_those_of_pytorch(shape, size, dtype, leve
         assert torch.equal(ours, plain)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([-torch.inf, torch.inf, torch.nan, 0.0, -1.0]), min_size=36, max_size=36))
 def test_maxima_of_values_that_are_not_finite(values):
     x = torch.tensor(values).view(1, 1, 6, 6).contiguous(memory_format=torch.channels_last)
@@ -160,7 +158,6 @@ def test_maxima_keep_a_byte_each_and_no_input():
     assert (kept.dtype, tuple(kept.shape)) == (torch.uint8, (2, 8, 16, 16))
 
 
-@settings(deadline=None)
 @given(
     steps=st.integers(2, 4),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(3, 9), st.integers(3, 9)),

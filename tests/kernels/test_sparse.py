@@ -32,7 +32,7 @@ def test_conv1d(length):
 
 
 @NATIVE
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_shape(data):
     """Kernels, strides and padding of any size; padding may exceed the kernel, and strides skip inputs."""
@@ -56,7 +56,7 @@ def test_linear(shape, dtype):
 
 
 @NATIVE
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_linear_layer_of_any_shape(data):
     draw = data.draw

@@ -62,7 +62,7 @@ def test_many_channels_lose_no_digits():
     check(layer_of(2, 512, 32, (4, 4)), torch.randn(32, 512, 3, 3))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_size_and_padding(data):
     draw = data.draw
