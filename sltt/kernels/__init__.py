@@ -15,7 +15,7 @@ from sltt.kernels.norm import batch_statistics, plain_norm, stepwise_norm
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.options import options as current_options
 from sltt.kernels.pooling import max_pool, running_max
-from sltt.kernels.saved import others_save, saving, tag_made
+from sltt.kernels.saved import others_save, saving, tag_made, tag_of
 from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import Steady, steady_steps
 from sltt.kernels.step import NeuronStep, neuron_step
@@ -55,6 +55,7 @@ __all__ = [
     "steady_steps",
     "stepwise_norm",
     "tag_made",
+    "tag_of",
     "using",
     "without_modes",
 ]

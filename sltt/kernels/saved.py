@@ -6,6 +6,7 @@ the operation to run again: pooled spikes; the output of a BatchNorm over severa
 saves its input in any case; with `recompute` the outputs of convolutions and linear layers.
 
 A tag is of memory, and of the version of that memory: a tensor that was changed in place after it was tagged has none.
+On a CPU a sum of the memory tells changes that have no version, as through `.data`.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +39,17 @@ class Tag:
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor], layers: int = 0):
         self.version, self.dtype = tensor._version, tensor.dtype
         self.make, self.layers = make, layers
+        self.total = _total(tensor)
         setattr(tensor.untyped_storage(), TAG, self)
+
+
+def _total(tensor: Tensor) -> float | None:
+    """The sum of all of a tensor's memory; None on a device that it would wait for."""
+    if not tensor.is_cpu:
+        return None
+    flat = tensor.detach().new_empty(0)
+    flat.set_(tensor.untyped_storage(), 0, (tensor.untyped_storage().nbytes() // flat.element_size(),), (1,))
+    return flat.sum(dtype=torch.promote_types(flat.dtype, torch.float32)).item()
 
 
 def tag_of(tensor: Tensor) -> Tag | None:
@@ -119,7 +130,7 @@ def save(tensor: Tensor) -> Any:
     """What autograd keeps of a tensor: its tag, its bits, or itself."""
     if torch.compiler.is_compiling():  # the compiler decides what to save
         return tensor
-    if (tag := tag_of(tensor)) is not None:
+    if (tag := tag_of(tensor)) is not None and tag.total == _total(tensor):
         return tag, tensor.shape, tensor.stride(), tensor.storage_offset()
     if not (tensor.is_leaf and tensor.requires_grad) and (spikes := look(tensor.detach())) is not None:
         return (spikes,)

@@ -118,7 +118,8 @@ def _run(
         xs = unfold(x, steps)
     v = like(v, xs[0]) if v.stride() != xs[0].stride() or v.is_neg() else v
     s = torch.empty_like(x)
-    packs = packs and s.numel() >= (BITS_FROM if cut else PACK_FROM) and packable(s)
+    # on another device packing is a pass of its own, which a graph of one step is not worth
+    packs = packs and (s.is_cpu or not cut) and s.numel() >= (BITS_FROM if cut else PACK_FROM) and packable(s)
     bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if native and packs and v.numel() % 8 == 0 else None
     bits_of = (None,) * steps if bits is None else unfold(bits, steps)
     kept = []

@@ -87,21 +87,25 @@ class Step:
             raise ValueError(f"{type(layer.module).__name__} {TWICE}")
         if steps > 1:
             self.run.take_turn(layer, TWICE)
-            return kernels.stepwise_norm(layer.module, *args, steps=steps)
+            return kernels.stepwise_norm(layer.module, *args, **kwargs, steps=steps)
         waiting = (
             kernels.deferred_norm(layer.module, *args)
-            if self.run.fast and layer.known and not kernels.others_save()
+            if self.run.fast and layer.known and args and not kernels.others_save()
             else None
         )
         return layer.plain(*args, **kwargs) if waiting is None else waiting
 
     def pool(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """A pooling."""
+        if not args:
+            return layer.plain(**kwargs)
         x, module = args[0], layer.module
         if isinstance(module, nn.MaxPool2d):
             found = kernels.max_pool(module, x)
             return layer.plain(*args, **kwargs) if found is None else found
         y = layer.plain(*args, **kwargs)
-        if torch.is_grad_enabled() and not kernels.others_save() and (spikes := kernels.look(x.detach())):
-            kernels.tag_made(y, x, partial(type(module).forward, module), spikes=spikes)
+        if torch.is_grad_enabled() and not kernels.others_save():
+            spikes = kernels.look(x.detach())
+            if spikes or kernels.tag_of(x):
+                kernels.tag_made(y, x, partial(type(module).forward, module), spikes=spikes)
         return y

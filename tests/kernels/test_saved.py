@@ -1,5 +1,7 @@
 """What autograd saves of spikes takes a bit each, and changes no gradient."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -345,3 +347,36 @@ def test_small_layers_keep_their_spikes_where_a_graph_lives_for_one_step(rule, b
     with kernels.using(bits=rule.recompute):
         expected, _ = gradients(model, rule, x, y, seed=1)
     assert torch.equal(grads, expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule"),
+    [
+        (nn.AvgPool2d(2), sltt.SLTT()),
+        (nn.AvgPool2d(2), sltt.BPTT()),
+        (nn.Conv2d(16, 16, 2, 2), sltt.BPTT(recompute=True)),
+        (nn.BatchNorm2d(16), sltt.BPTT(fold=3)),
+    ],
+    ids=["SLTT", "BPTT", "recompute", "fold"],
+)
+def test_what_is_made_again_is_not_what_was_changed_without_a_version(layer, rule):
+    def halve(module, args, output):
+        output.data.mul_(0.5)
+
+    torch.manual_seed(0)
+    side = 16 if isinstance(layer, nn.BatchNorm2d) else 8
+    layers = (
+        nn.Conv2d(2, 16, 3, padding=1),
+        sltt.LIF(),
+        copy.deepcopy(layer),
+        nn.Conv2d(16, 16, 3, padding=1),
+        sltt.LIF(),
+    )
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * side * side, 3))
+    model[2].register_forward_hook(halve)
+    x, y = 2 * torch.randn(3, 4, 2, 16, 16), torch.randint(3, (4,))
+    found, _ = gradients(model, rule, x, y)
+    with kernels.using(bits=False, compile="off"):
+        plain = sltt.SLTT() if isinstance(rule, sltt.SLTT) else sltt.BPTT()
+        expected, _ = gradients(model, plain, x, y)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
