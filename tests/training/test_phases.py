@@ -60,8 +60,8 @@ class Recorder(sltt.SLTT):
         self.log, self.optimizers = log, optimizers
 
     def run(self, batch):
-        group = self.optimizers[0].param_groups[0]
-        moving = bool(self.optimizers[0].state)
+        group = self.optimizers[-1].param_groups[0]
+        moving = bool(self.optimizers[-1].state)
         self.log.append((batch.steps, round(group["lr"], 6), group["weight_decay"], moving))
         return super().run(batch)
 
@@ -71,7 +71,7 @@ def recorded(tmp_path, static, **kwargs):
 
     def optimizer(parameters):
         optimizers.append(torch.optim.SGD(parameters, lr=0.2, momentum=0.9, weight_decay=0.1))
-        return optimizers[0]
+        return optimizers[-1]
 
     schedule = sltt.schedules.Step([1], 0.5)
     _, result = train(
@@ -135,18 +135,18 @@ def test_normalisation_has_its_own_weight_decay_in_all_phases(tmp_path):
 
     def optimizer(groups):
         optimizers.append(torch.optim.SGD(groups, lr=0.1, weight_decay=0.1))
-        return optimizers[0]
+        return optimizers[-1]
 
     class Groups(sltt.SLTT):
         def run(self, *args):
-            log.append([(len(group["params"]), group["weight_decay"]) for group in optimizers[0].param_groups])
+            log.append([(len(group["params"]), group["weight_decay"]) for group in optimizers[-1].param_groups])
             return super().run(*args)
 
     optimizers = []
     settings = {"rule": Groups(), "norm_weight_decay": 0.02, "phases": [Phase(1), Phase(1, weight_decay=0.3)]}
     train(tmp_path / "run", optimizer=optimizer, epochs=2, batch_size=60, **settings)
     assert log == [[(4, 0.1), (2, 0.02)], [(4, 0.3), (2, 0.02)]]
-    norm = optimizers[0].param_groups[1]["params"]
+    norm = optimizers[-1].param_groups[1]["params"]
     assert [tuple(p.shape) for p in norm] == [(16,), (16,)]
     optimizers.clear()
     result = train(tmp_path / "run", optimizer=optimizer, epochs=3, batch_size=60, resume=True, **settings)[1]
@@ -174,18 +174,18 @@ def test_biases_of_normalisation_have_a_learning_rate_of_their_own_in_all_phases
 
     def optimizer(groups):
         optimizers.append(torch.optim.SGD(groups, lr=0.1, weight_decay=0.1))
-        return optimizers[0]
+        return optimizers[-1]
 
     class Groups(sltt.SLTT):
         def run(self, *args):
-            log.append([(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizers[0].param_groups])
+            log.append([(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizers[-1].param_groups])
             return super().run(*args)
 
     settings = {"norm_weight_decay": decay, "norm_bias_lr": 8.0, "schedule": sltt.schedules.Constant()}
     settings |= {"rule": Groups(), "phases": [Phase(1), Phase(1, lr=0.2)], "epochs": 2, "batch_size": 60}
     model, _ = train(tmp_path / "run", optimizer=optimizer, **settings)
     assert log == [groups, [(count, pytest.approx(2 * lr), weight_decay) for count, lr, weight_decay in groups]]
-    (bias,) = optimizers[0].param_groups[-1]["params"]
+    (bias,) = optimizers[-1].param_groups[-1]["params"]
     assert bias is next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)).bias
 
 
