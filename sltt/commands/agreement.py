@@ -9,9 +9,10 @@ import torch
 
 from sltt.analysis.advice import Trial, advice, chosen
 from sltt.analysis.agreement import AGREES, SAVES, Proposal, agreement, batch_memory, cheaper, propose
-from sltt.commands.parsing import CommandOptions, Recipe, count, mixed_options, numbers, time_steps
+from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, time_steps
 from sltt.commands.prepared import prepared
 from sltt.commands.results import give
+from sltt.commands.rule_texts import mixed_options
 from sltt.commands.tables import Row, Table, number
 from sltt.commands.trial import build, contestants, run_trial, train
 from sltt.metrics import name_of
@@ -27,7 +28,7 @@ HELP = (
 
 
 def options() -> CommandOptions:
-    """What `sltt agreement` takes."""
+    """Return the options of `sltt agreement`."""
     parser = CommandOptions("sltt agreement [RECIPE]", HELP)
     parser.add_argument("--taus", type=numbers(float), help="time constants of the LIF neurons; default: the recipe's")
     parser.add_argument("--steps", type=numbers(time_steps), help="several T; default: the recipe's")
@@ -177,7 +178,7 @@ def _proposal_json(proposal: Proposal) -> dict[str, Any]:
 
 
 def _of_mixed(rule: str, mixed: Sequence[Mixed]) -> str:
-    """How to say a `Mixed` that is advised, or that there is none in place of a rule of more memory."""
+    """Say which `Mixed` is advised, or that there is none in place of a rule of more memory."""
     if advised := [r for r in mixed if repr(r) == rule]:
         return f" On the command line: {mixed_options(advised[0].windows)}"
     if mixed or rule in ("SLTT()", "OTTT()"):  # memory enough

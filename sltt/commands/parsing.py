@@ -3,12 +3,10 @@
 import argparse
 import difflib
 import inspect
-import json
 import os
 import re
-import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +18,7 @@ from sltt.commands import yamltext
 from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import Parser, make_parser
 from sltt.commands.hints import explain, fit_arguments, locate, nearest
+from sltt.commands.rule_texts import rule_options, rules
 from sltt.parallel.devices import started
 from sltt.training.batches import seed_everything
 from sltt.training.manifest import ALONE, MANIFEST
@@ -206,7 +205,7 @@ def refuse_seed(words: Sequence[str]) -> None:
 
 
 def _names(words: Sequence[str], option: str) -> bool:
-    """Whether an option is among the words."""
+    """Return whether an option is among the words."""
     return any(word.split("=")[0] == option for word in words)
 
 
@@ -349,48 +348,6 @@ def new_folder(text: str) -> Path:
     if not there.is_dir():
         raise ValueError(f"expected a folder to write to, and {there} is a file: choose another")
     return Path(text)
-
-
-def rules(text: str) -> list[str]:
-    """Rules separated by commas, such as SLTT:k=1 or Mixed:windows={features.2: all, features.5: 4}."""
-    found = _split(text, ",")
-    for rule in found:
-        rule_options(rule)
-        if found.count(rule) > 1:
-            raise ValueError(f"{rule} stands twice in {text}: name each rule once")
-    return found
-
-
-def rule_settings(text: str) -> tuple[str, dict[str, str]]:
-    """The name and the settings of one of `rules`; raises ValueError if it is not understood."""
-    name, *settings = _split(text, ":")
-    if not name or any("=" not in setting for setting in settings):
-        raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
-    return name, dict(setting.split("=", 1) for setting in settings)
-
-
-def rule_options(text: str) -> list[str]:
-    """The options of `sltt train` for one of `rules`."""
-    name, settings = rule_settings(text)
-    return ["--rule", name, *(word for key, value in settings.items() for word in (f"--rule.{key}", value))]
-
-
-def unfolded(text: str) -> str:
-    """One of `rules` without what it says about `fold`."""
-    return ":".join(part for part in _split(text, ":") if not part.startswith(("fold=", "budget=")))
-
-
-def mixed_options(windows: Mapping[str, int | str]) -> str:
-    """What to write after `sltt train` for a `Mixed`: --rule Mixed --rule.windows '{features.2: all}'."""
-    # unquoted, YAML reads names such as 2 or on as something else than text
-    names = [name if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", name) else json.dumps(name) for name in windows]
-    listed = ", ".join(f"{name}: {window}" for name, window in zip(names, windows.values(), strict=True))
-    return f"--rule Mixed --rule.windows {shlex.quote(f'{{{listed}}}')}"
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Split, but not within braces."""
-    return re.split(rf"{separator}(?![^{{]*}})", text)
 
 
 def resumed(words: Sequence[str]) -> tuple[Path | None, Path | None, Sequence[str]]:

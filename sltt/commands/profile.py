@@ -1,4 +1,4 @@
-"""What `sltt profile` does: memory, time, operations and energy of a recipe under several rules, and what fits."""
+"""Measure memory, time, operations and energy of a recipe under several rules, and what fits."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +23,10 @@ from sltt.analysis import (
 )
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
 from sltt.commands.failures import cause
-from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, time_steps, unfolded
+from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, time_steps
 from sltt.commands.prepared import Prepared, prepared
 from sltt.commands.results import give
+from sltt.commands.rule_texts import unfolded
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
 from sltt.commands.verdict import batch_memory
 from sltt.rules import Mixed, Rule, Truncated
@@ -46,7 +47,7 @@ HELP = (
 
 
 def options() -> CommandOptions:
-    """What `sltt profile` takes."""
+    """Return the options of `sltt profile`."""
     parser = CommandOptions("sltt profile [RECIPE]", HELP)
     parser.add_rules()
     parser.add_argument(
@@ -70,7 +71,7 @@ def run(words: Sequence[str]) -> None:
 
 @dataclass
 class Fits:
-    """What fits a budget under a rule; None where there is no limit.
+    """Largest batch and T in a budget under a rule; None where there is no limit.
 
     Attributes:
         rule: as it was asked for.

@@ -1,4 +1,4 @@
-"""What the commands kept in folders, and the runs in them: what the report shows."""
+"""Read the results of commands, and runs, from folders: the report shows them."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import yaml
 
 from sltt import rules
 from sltt.commands.failures import cause
-from sltt.commands.parsing import rule_settings
+from sltt.commands.rule_texts import rule_settings
 from sltt.commands.tables import Cell
 from sltt.commands.vary import labelled
 from sltt.frozen import arguments_of
@@ -69,7 +69,7 @@ class Curve:
 
 @dataclass
 class Gathered:
-    """What folders hold.
+    """Results and runs in folders.
 
     Attributes:
         comparisons: of `sltt compare`.
@@ -146,7 +146,7 @@ def _name(value: Any) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a command kept; a number that is not finite is None, and each rule has the name that runs have."""
+    """Read a command's result; a number that is not finite is None, and each rule has the name that runs have."""
     with open_file(path) as file:
         found = json.load(file, parse_constant=lambda name: None)
     for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:

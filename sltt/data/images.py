@@ -1,13 +1,8 @@
 """Image data sets through torchvision: CIFAR-10, CIFAR-100 and any folder of images."""
 
-import hashlib
-import json
-import logging
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,10 +13,9 @@ from torch.utils.data import Dataset, Subset
 from sltt.checks import choice, flag, folder, number, whole_number
 from sltt.data.augment import clear_square
 from sltt.data.base import Data, OnError, Splits, fingerprint, hold_out
+from sltt.data.decode import decode, undecodable
 
 Transform = Callable[[Any], Tensor]
-
-log = logging.getLogger("sltt")
 
 
 class Cutout:
@@ -108,7 +102,7 @@ class _Images(Data):
 
     @property
     def margin(self) -> Literal["reflect", "constant"]:
-        """How torchvision fills the margin of a crop."""
+        """Return how torchvision fills the margin of a crop."""
         return "reflect" if self.reflect else "constant"
 
     @abstractmethod
@@ -116,7 +110,7 @@ class _Images(Data):
         """The training or test images: a dataset of torchvision with `classes` and `targets`."""
 
     def names(self, images: Any) -> Sequence[Any]:
-        """What tells the samples apart in the split's fingerprint, in their order."""
+        """Return the samples' names in the split's fingerprint, in their order."""
         return images.targets
 
     def crop(self, augment: bool) -> list[Any]:
@@ -319,8 +313,8 @@ class ImageFolder(_Images):
         # a test folder without labels may lie beside val
         home = next((one for one in homes if train or _folders(one) & _folders(self.root / "train")), homes[0])
         _check_links(home)
-        images = datasets.ImageFolder(str(home), transform=transform, loader=_decode)
-        if self.on_error == "skip" and (bad := set(_undecodable([path for path, _ in images.samples], self.root))):
+        images = datasets.ImageFolder(str(home), transform=transform, loader=decode)
+        if self.on_error == "skip" and (bad := set(undecodable([path for path, _ in images.samples], self.root))):
             images.samples = images.imgs = [sample for sample in images.samples if sample[0] not in bad]
             images.targets = [label for _, label in images.samples]
         return images
@@ -352,50 +346,3 @@ def _check_links(home: Path) -> None:
             target = link.resolve()
             if target.is_relative_to(real) or real.is_relative_to(target):
                 raise ValueError(f"{link} is a link to {target}, whose images would count twice: remove the link")
-
-
-# not EPS, on which Pillow starts Ghostscript
-FORMATS = ["BMP", "TIFF", "PPM", "JPEG", "PNG", "GIF", "WEBP"]
-
-
-def _decode(path: str) -> Tensor:
-    """The RGB image [3, H, W] in a file, straight to a tensor."""
-    from PIL import Image
-    from torchvision.io import ImageReadMode, decode_image
-    from torchvision.transforms.functional import pil_to_tensor
-    from torchvision.transforms.v2.functional import to_dtype
-
-    try:
-        return to_dtype(decode_image(path, ImageReadMode.RGB), torch.uint8, scale=True)  # where it has 16 bits
-    except RuntimeError as error:
-        with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # what decode_image does not read
-            return pil_to_tensor(image.convert("RGB"))
-        raise ValueError(f"{path} does not decode as an image: {error}; restore or remove it") from error
-
-
-def _undecodable(paths: Sequence[str], root: Path) -> list[str]:
-    """Which of the images do not decode; found once for the same files, and warned about every time."""
-    stamps = [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in paths]
-    key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
-    found = root / ".sltt-cache" / f"undecodable-{key}.json"
-    if found.exists():
-        bad = json.loads(found.read_text(encoding="utf-8"))
-    else:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            bad = [path for path, good in zip(paths, pool.map(_decodes, paths), strict=True) if not good]
-        with suppress(OSError):  # in a folder that may not be written to, they are sought again the next time
-            found.parent.mkdir(exist_ok=True)
-            part = found.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(bad), encoding="utf-8")
-            os.replace(part, found)
-    if bad:
-        log.warning("%d of %d images skipped, which do not decode: %s", len(bad), len(paths), ", ".join(bad[:5]))
-    return bad
-
-
-def _decodes(path: str) -> bool:
-    try:
-        _decode(path)
-    except ValueError:
-        return False
-    return True

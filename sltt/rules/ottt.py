@@ -6,7 +6,8 @@ from torch import nn
 
 from sltt.checks import flag, number
 from sltt.rules.base import Batch, Output, Rule
-from sltt.rules.traces import TraceStep, traces_of
+from sltt.rules.trace_step import TraceStep
+from sltt.rules.traces import traces_of
 from sltt.sequence.layout import Layout
 from sltt.sequence.step import Step
 

@@ -12,98 +12,21 @@ x[t]. Their step's gradient has the gain of the current already.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.overrides import TorchFunctionMode
 
-from sltt._torch import _BatchNorm
-from sltt.kernels import Operation, deferred_norm, others_save, plain_norm, run_layer, settled
 from sltt.neurons import IntegrateAndFire, Recurrent
 from sltt.rules.decays import Decay, Decays, decay_of
-from sltt.rules.traced_layers import NORMALISATIONS, WEIGHTED, Traced, scaled
 from sltt.sequence.layout import Layer, Layout
-from sltt.sequence.run import Run
 from sltt.sequence.state import Stateful, map_tensors, state_tensors
-from sltt.sequence.step import Step
 from sltt.sequence.steps import in_backward
 
 
-class TraceStep(Step):
-    """Time steps in which weights have the gradient of their traces; `end` is to be called after each forward.
-
-    Args:
-        decay: λ of all traces; None takes that of the neurons that a layer feeds.
-        inputs: trace every layer; else those that read spikes, and no biases.
-    """
-
-    def __init__(self, decay: float | None, inputs: bool):
-        self.decay, self.inputs = decay, inputs
-        self.traces: Any = None
-        self.operations: dict[Layer, _Operations] = {}
-
-    def handler(self, layer: Layer, folds: bool) -> Any:
-        if self.traces is None:
-            self.traces = traces_of(self.run.layout, self.decay, self.inputs)
-        return super().handler(layer, folds)
-
-    def end(self, value: Tensor) -> None:
-        """End the forward of a time step, whose loss is `value`."""
-        self.traces.end(value)
-
-    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        operations = self._operations_of(layer)
-        if layer.operation is None or len(args) != 1 or not torch.is_grad_enabled():
-            return operations.forward(*args, **kwargs)
-        (function, settings), module = layer.operation, layer.module
-        return operations.weigh(function, settled(args[0]), layer.role.weight(module), module.bias, *settings)
-
-    def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        norm, run = layer.module, self.run
-        learns = self.inputs and torch.is_grad_enabled() and norm.bias is not None and norm.bias.requires_grad
-        if not learns:
-            return super().norm(layer, *args, **kwargs)
-        if not (layer.role.stepwise and layer.known and run.fast and len(args) == 1):
-            return self._operations_of(layer).forward(*args, **kwargs)
-        if (trace := self.traces.read(norm, None)) is None:
-            return super().norm(layer, *args)
-        bias = scaled(norm.bias, trace.ones)  # pyright: ignore[reportArgumentType]
-        waiting = None if others_save() else deferred_norm(norm, args[0], bias)
-        y = plain_norm(norm, args[0], bias) if waiting is None else waiting
-        self.traces.wrote(trace, y)
-        return y
-
-    def _operations_of(self, layer: Layer) -> "_Operations":
-        if layer not in self.operations:
-            self.operations[layer] = _Operations(layer, self.traces, self.run)
-        return self.operations[layer]
-
-    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        traces = self.traces
-        if layer.module not in traces.decays:  # a neuron made of neurons
-            return super().neuron(layer, *args, **kwargs)
-        args, kwargs = traces.arrive(layer.module, args, kwargs)
-        output = super().neuron(layer, *args, **kwargs)
-        traces.leave(layer.module, output)
-        return output
-
-    def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(layer.module, _BatchNorm):  # with a state besides
-            return self.norm(layer, *args, **kwargs)
-        output = super().keeper(layer, *args, **kwargs)
-        if layer in self.traces.carriers:
-            self.traces.carry(
-                partial(decay_of, layer.module, layer.name, self.decay), layer.module, args, kwargs, output
-            )
-        return output
-
-
-def traces_of(layout: Layout, decay: float | None, inputs: bool) -> "_Traces":
+def traces_of(layout: Layout, decay: float | None, inputs: bool) -> "Traces":
     """The traces of a network at the start of a sequence; raises ValueError naming a layer that has none."""
     if any(layer.compiled for layer in layout.layers.values()):
         raise ValueError(
@@ -120,7 +43,7 @@ def traces_of(layout: Layout, decay: float | None, inputs: bool) -> "_Traces":
     known = {part for neuron in neurons for part in neuron.modules()}
     carriers = {k for k in layout.keepers if _carries(k.module) and known.isdisjoint(k.module.modules())}
     decays = {m: decay_of(m, name, decay) for m, name in neurons.items()}
-    return _Traces(decays, inputs, own, carriers if inputs else set())
+    return Traces(decays, inputs, own, carriers if inputs else set())
 
 
 def _carries(module: nn.Module) -> bool:
@@ -140,7 +63,7 @@ def _check_weights(layout: Layout, neurons: dict[nn.Module, str]) -> None:
 
 
 class _Read:
-    """What was read until now, by one layer or by several that read the same.
+    """The trace of an input, which one layer reads, or several.
 
     Attributes:
         value: the trace, in float32 at least.
@@ -212,7 +135,7 @@ class _Trace:
         return found[0] if constant and len(set(found)) == 1 else None
 
 
-class _Traces:
+class Traces:
     """The traces of a sequence, by layer and by the number of its use in a time step."""
 
     def __init__(
@@ -265,7 +188,7 @@ class _Traces:
                     trace.read = _Read(trace.read.value)
 
     def wants(self, layer: nn.Module) -> bool:
-        """Whether a layer that runs now, and not in a backward, is to have a trace."""
+        """Return whether a layer that runs now, and not in a backward, is to have a trace."""
         learns = any(p.ndim > 1 and p.requires_grad for p in layer.parameters())
         reads = self.inputs or self._source(layer) is not None
         return learns and reads and torch.is_grad_enabled() and not in_backward()
@@ -382,81 +305,3 @@ class _Traces:
         if self.started and x.grad_fn is not None:
             self._feed(layer, x.grad_fn)
         map_tensors(lambda y: self.outputs.add(y.grad_fn), output)
-
-
-class _Operations(TorchFunctionMode):
-    """Gives what a layer computes from its weights the gradient of their traces."""
-
-    def __init__(self, layer: Layer, traces: _Traces, run: Run):
-        super().__init__()
-        self.run = run
-        self.layer, self.plain, self.weighs = layer.module, layer.plain, layer.role.kind == "weight"
-        self.traces = traces
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the layer."""
-        layer, before = self.layer, self.traces.uses[self.layer]
-        with self:
-            result = self.plain(*args, **kwargs)
-        if self.weighs and self.traces.uses[layer] == before and self.traces.wants(layer):
-            raise ValueError(
-                f"OTTT has no trace for the weights of {layer}: its forward ({type(layer).__name__}) calls none of "
-                "F.linear, F.conv1d, F.conv2d and F.conv3d; call one, or use SLTT or BPTT"
-            )
-        return result
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_grad_enabled():
-            if func in WEIGHTED:
-                return self.weigh(func, *args, **kwargs)
-            if func in NORMALISATIONS and self.traces.inputs:
-                return self._normalise(func, *args, **kwargs)
-        elif func in WEIGHTED:
-            self.traces.hide(self.layer)
-        return func(*args, **kwargs)
-
-    def weigh(
-        self,
-        func: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        """What the layer computes from its weight, whose gradient is that of its trace."""
-        x, settings = input, () if func is F.linear else (stride, padding, dilation, groups)
-        if not weight.requires_grad and (bias is None or not bias.requires_grad):
-            return self._apply(func, settings, x, weight, bias)
-        if padding == "same":
-            sides: Any = self.layer._reversed_padding_repeated_twice  # from the last axis on
-            padding = sides[::2][::-1]
-            if sides[::2] != sides[1::2]:  # of an even kernel
-                x, padding = F.pad(x, sides), 0
-            settings = stride, padding, dilation, groups
-        trace = self.traces.read(self.layer, x if weight.requires_grad else None)
-        if trace is None:
-            return self._apply(func, settings, x, weight, bias)
-        if bias is not None and bias.requires_grad and self.traces.inputs:
-            bias = scaled(bias, trace.ones)
-        if trace.read is None or trace.first:  # the bias learns alone, or what is read is the trace, and may be spikes
-            y = self._apply(func, settings, x, weight, bias)
-        else:
-            y = Traced.apply(x, trace.read.value, weight, bias, partial(self._apply, func, settings), settings)  # type: ignore[assignment]
-        self.traces.wrote(trace, y)
-        return y
-
-    def _apply(self, func: Any, settings: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.run.fast or func is F.conv3d:
-            return func(x, weight, bias, *settings)
-        return run_layer(Operation(func, settings), x, weight, bias, self.run.weights)
-
-    def _normalise(self, func: Any, *args: Any, bias: Tensor | None, **settings: Any) -> Tensor:
-        if bias is None or not bias.requires_grad or (trace := self.traces.read(self.layer, None)) is None:
-            return func(*args, bias=bias, **settings)
-        y: Tensor = func(*args, bias=scaled(bias, trace.ones), **settings)
-        self.traces.wrote(trace, y)
-        return y

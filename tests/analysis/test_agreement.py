@@ -10,8 +10,9 @@ import sltt
 from sltt.analysis import Agreement, agreement, propose
 from sltt.analysis.agreement import AGREES, SAVES, cheaper, windows
 from sltt.commands import main
-from sltt.commands.parsing import Recipe, mixed_options
+from sltt.commands.parsing import Recipe
 from sltt.commands.results import gather
+from sltt.commands.rule_texts import mixed_options
 from tests.conftest import LOSS, batch, gradients, small_network
 
 

@@ -14,7 +14,8 @@ from torch import nn
 import sltt
 from sltt.analysis import count_operations
 from sltt.commands import compare, main, prepared, vary
-from sltt.commands.parsing import Recipe, rule_options, rules, unfolded
+from sltt.commands.parsing import Recipe
+from sltt.commands.rule_texts import rule_options, rules, unfolded
 from sltt.training.console import Console, as_json
 from sltt.training.session import session
 from sltt.training.settings import Execution

@@ -84,7 +84,7 @@ def test_gradients_are_those_of_the_dense_network(change, alone, forwards):
 
 def test_a_pickled_network_in_the_middle_of_a_sequence_goes_on_as_the_first():
     model, (x, _) = network(), batch()
-    with torch.no_grad(), kernels.using(sparse="on", compile="off"), kernels.saving(graph=False):
+    with torch.no_grad(), kernels.using(sparse="on", compile="off"):
         model(x)
         again = pickle.loads(pickle.dumps(model))
         assert torch.equal(again(x), model(x))

@@ -9,7 +9,7 @@ import sltt
 from sltt import kernels
 from sltt.kernels import native, saved, sparse
 from sltt.models.nfresnet import ScaledWSConv2d
-from sltt.rules.traces import TraceStep
+from sltt.rules.trace_step import TraceStep
 from sltt.sequence.run import Run
 from sltt.sequence.steps import time_steps
 from tests.conftest import LOSS, batch, gradients, small_network

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sltt
-from sltt.rules.traces import _Traces
+from sltt.rules.traces import Traces
 from tests.conftest import LOSS, batch, gradients
 
 
@@ -237,8 +237,8 @@ def test_neurons_and_readouts_in_checkpoints_leave_no_trace_in_the_next_time_ste
     sltt.register(Spike, states=[], spikes=True, decay=lambda neuron: 0.5)
     layers, x, y = [nn.Linear(6, 6), Spike(), nn.Linear(6, 6)], 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
     neuron, head = sltt.LIF(tau=2.0), [nn.Linear(6, 3), nn.Tanh()]
-    end, started = _Traces.end, []
-    monkeypatch.setattr(_Traces, "end", lambda self, *call: (started.append(len(self.started)), end(self, *call))[1])
+    end, started = Traces.end, []
+    monkeypatch.setattr(Traces, "end", lambda self, *call: (started.append(len(self.started)), end(self, *call))[1])
     plain = nn.Sequential(*layers, neuron, *head)
     again = nn.Sequential(Checkpointed(*layers), neuron, Checkpointed(*head))
     for rule in (sltt.OTTT(), sltt.OTTT(inputs=False)):
@@ -361,8 +361,8 @@ def test_layers_that_read_the_same_have_the_gradients_of_traces_of_their_own(oth
 
 @pytest.mark.parametrize(("apart", "count"), [((), 2), (range(5), 3)])
 def test_one_trace_serves_all_layers_that_read_the_same(apart, count, monkeypatch):
-    part, found = _Traces._part, set()
-    monkeypatch.setattr(_Traces, "_part", lambda self: (part(self), found.update(t.read for t in self.traces.values())))
+    part, found = Traces._part, set()
+    monkeypatch.setattr(Traces, "_part", lambda self: (part(self), found.update(t.read for t in self.traces.values())))
     x, y = 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
     sltt.OTTT()(Forked([sltt.LIF(tau=2.0) for _ in range(3)], apart), x, y, LOSS)
     assert len(found - {None}) == count

@@ -1,0 +1,48 @@
+"""Rules as options of the commands: SLTT:k=1,TBPTT:window=4."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+
+
+def rules(text: str) -> list[str]:
+    """Rules separated by commas, such as SLTT:k=1 or Mixed:windows={features.2: all, features.5: 4}."""
+    found = _split(text, ",")
+    for rule in found:
+        rule_options(rule)
+        if found.count(rule) > 1:
+            raise ValueError(f"{rule} stands twice in {text}: name each rule once")
+    return found
+
+
+def rule_settings(text: str) -> tuple[str, dict[str, str]]:
+    """The name and the settings of one of `rules`; raises ValueError if it is not understood."""
+    name, *settings = _split(text, ":")
+    if not name or any("=" not in setting for setting in settings):
+        raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
+    return name, dict(setting.split("=", 1) for setting in settings)
+
+
+def rule_options(text: str) -> list[str]:
+    """The options of `sltt train` for one of `rules`."""
+    name, settings = rule_settings(text)
+    return ["--rule", name, *(word for key, value in settings.items() for word in (f"--rule.{key}", value))]
+
+
+def unfolded(text: str) -> str:
+    """One of `rules` without what it says about `fold`."""
+    return ":".join(part for part in _split(text, ":") if not part.startswith(("fold=", "budget=")))
+
+
+def mixed_options(windows: Mapping[str, int | str]) -> str:
+    """Write a `Mixed` as options of `sltt train`: --rule Mixed --rule.windows '{features.2: all}'."""
+    # unquoted, YAML reads names such as 2 or on as something else than text
+    names = [name if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", name) else json.dumps(name) for name in windows]
+    listed = ", ".join(f"{name}: {window}" for name, window in zip(names, windows.values(), strict=True))
+    return f"--rule Mixed --rule.windows {shlex.quote(f'{{{listed}}}')}"
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split, but not within braces."""
+    return re.split(rf"{separator}(?![^{{]*}})", text)
