@@ -64,7 +64,7 @@ WRAPPERS = FABRIC, "_orig_mod.", "module."  # and what torch.compile and Distrib
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
-    """What `torch.compile` raises while it compiles, before anything has run."""
+    """Return the errors that `torch.compile` raises while it compiles, before anything has run."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # take a second to import
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
@@ -72,14 +72,14 @@ def compile_errors() -> tuple[type[Exception], ...]:
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether calls of a module run what `torch.compile` made: of it, of its forward, or by `module.compile()`."""
+    """Return whether a call of a module runs compiled code: of it, of its forward, or by `module.compile()`."""
     names = "_orig_mod", "_torchdynamo_orig_callable"
     by_call = getattr(module, "_compiled_call_impl", None) is not None
     return by_call or any(hasattr(one, name) for one in (module, module.forward) for name in names)
 
 
 def transforms_active() -> bool:
-    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
+    """Return whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -42,7 +42,7 @@ class Moment:
 
 
 class Callback:
-    """What a training calls; a callback of your own defines one of the methods or both.
+    """Base of callbacks: a callback of your own defines one of the methods or both.
 
         class Print(sltt.callbacks.Callback):
             def on_epoch(self, now):
@@ -65,7 +65,7 @@ class Callback:
         """After each epoch, when it is validated and saved. Where this fails, the resumed run calls it again."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the callback keeps; nothing, for most."""
+        """Return the state to checkpoint. Empty by default."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -247,7 +247,7 @@ class _Watching:
 
 
 def predicted(by: Prediction, logits: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-    """What is predicted from the logits [T, B, C]: [B, C], or [T, B, C] for each step.
+    """Return the prediction from the logits [T, B, C]: [B, C], or [T, B, C] for each step.
 
     With `lengths`, from the real steps of each sample alone.
     """
@@ -267,7 +267,7 @@ def predicted(by: Prediction, logits: Tensor, lengths: Sequence[int] | None = No
 
 
 def prediction_of(loss: Any) -> Prediction:
-    """What a loss predicts by; the mean for a callable that does not say."""
+    """Return the prediction of a loss; the mean for a callable that does not say."""
     return getattr(loss, "prediction", "mean")
 
 
@@ -305,7 +305,7 @@ def check_loss(loss: Any) -> Any:
 
 
 def is_per_step(loss: Any) -> bool:
-    """Whether a loss takes a target for each time step."""
+    """Return whether a loss takes a target for each time step."""
     return getattr(loss, "per_step", False)
 
 

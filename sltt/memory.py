@@ -39,7 +39,7 @@ def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> 
 
 
 def counts_peak(device: str | torch.device) -> bool:
-    """Whether the peak of memory is counted on a device."""
+    """Return whether the peak of memory is counted on a device."""
     return torch.device(device).type in ("cpu", "cuda")
 
 
@@ -49,7 +49,7 @@ def is_profiled(device: str | torch.device = "cpu") -> bool:
 
 
 def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.device) -> tuple[int, list[int]]:
-    """As `peak_memory`, of `call(mark)`, and the bytes alive at each `mark()` above those alive before the call.
+    """Return the `peak_memory` of `call(mark)`, and the bytes alive at each `mark()` above those alive before.
 
     Raises RuntimeError inside a profiler, and inside another measurement, since the inner one would end the outer:
     fold="auto" measures its first three batches, so run these before. Another thread's measurement is waited for.

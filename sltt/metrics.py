@@ -99,7 +99,7 @@ def _check_shape(metric: Metric, target: Tensor, expected: Any) -> None:
 
 
 def collects(metric: Any) -> bool:
-    """Whether a metric takes in batches and computes its score at the end, as those of torchmetrics do."""
+    """Return whether a metric takes in batches and computes its score at the end, as those of torchmetrics do."""
     methods = (getattr(metric, name, None) for name in ("update", "compute", "reset"))
     # a function of one's own that has such methods for itself is called
     other = isinstance(metric, type) or (callable(metric) and not isinstance(metric, nn.Module))
@@ -121,7 +121,7 @@ def name_of(metric: Callable[..., Any]) -> str:
 
 
 def higher_is_better(metric: Callable[..., Any]) -> bool:
-    """Whether more is better; true for a metric that does not say."""
+    """Return whether more is better; true for a metric that does not say."""
     found = getattr(metric, "higher_is_better", None)
     return True if found is None else bool(found)
 
@@ -132,7 +132,7 @@ def improves(metric: Callable[..., Any], score: float) -> float:
 
 
 def is_share(name: str) -> bool:
-    """Whether the metric of a name is a share, which is shown in per cent."""
+    """Return whether the metric of a name is a share, which is shown in per cent."""
     return name.endswith("accuracy")
 
 

@@ -25,7 +25,7 @@ class Surrogate(Frozen, ABC):
     """
 
     def fires(self, x: Tensor) -> Tensor:
-        """Where a neuron fires, at x = u − V_th: True or False."""
+        """Return True where a neuron fires, at x = u − V_th."""
         return x >= 0
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Which rule to take: from gradients of one batch, and from what short trainings learn.
+"""Advise a rule, from the gradients of one batch and from short trainings.
 
 A high cosine is a hint: over many steps, a small part that is always dropped can count. A low one is not a reason
 against a rule, since the network may not need what the rule drops. A short training with each rule decides.
@@ -22,7 +22,7 @@ EARLY = 0.2
 
 @dataclass(frozen=True)
 class Trial:
-    """What rules learn in a few epochs, each from the same weights and on the same batches.
+    """Results of short trainings, each from the same weights and on the same batches.
 
     Attributes:
         epochs: of each training.
@@ -44,12 +44,12 @@ class Trial:
 
     @property
     def tells(self) -> bool:
-        """Whether BPTT has learned enough to compare with."""
+        """Return whether BPTT has learned enough to compare with."""
         seeds = zip(self.start, self.losses["BPTT()"], strict=True)
         return all(start - exact > BEGINS * abs(start) for start, exact in seeds)
 
     def solved(self, rule: str) -> bool:
-        """Whether the rule classifies nearly all training samples, with every seed."""
+        """Return whether the rule classifies nearly all training samples, with every seed."""
         return min(self.accuracies[rule]) >= SOLVED
 
     def chosen(self) -> str:
@@ -97,7 +97,7 @@ def advice(
 
 
 def _drops(one: Agreement, name: str = "It") -> str:
-    """How far a rule's gradient is from BPTT's."""
+    """Return the paths through time that a rule drops, in words."""
     cosines = f"cosine {one.cosine:.3f}; without resets {one.least:.3f} or more in every layer"
     return f"{name} drops {one.dropped:.0%} of the gradient ({cosines})."
 
@@ -112,7 +112,7 @@ def _costs(rule: str, memory: Mapping[str, int], samples: int | None) -> list[st
 
 
 def _sure(trial: Trial | None, epochs: int, training: int) -> str:
-    """How much the advice rests on."""
+    """Say how much the advice rests on."""
     if trial is None:
         rests = f"one batch after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "one batch of an untrained network"
         return f"Not sure: this rests on {rests}. --trial compares short trainings."
@@ -130,7 +130,7 @@ def _sure(trial: Trial | None, epochs: int, training: int) -> str:
 
 
 def _how_sure(trial: Trial, training: int) -> str:
-    """Whether seeds and epochs are enough."""
+    """Say whether seeds and epochs are enough."""
     cheaper = [name for name in trial.losses if name != "BPTT()" and not trial.solved(name)]
     unsure = [name for name in cheaper if min(trial.learned(name)) < LEARNS <= max(trial.learned(name))]
     if unsure:

@@ -1,4 +1,4 @@
-"""How far a rule's gradient agrees with that of exact BPTT: the paper's Fig. 3, for any network and data."""
+"""Compare a rule's gradient with that of exact BPTT: the paper's Fig. 3, for any network and data."""
 
 import copy
 import functools
@@ -170,7 +170,7 @@ def propose(
 def batch_memory(
     model: nn.Module, x: Tensor, target: Any, loss: StepLoss, *, steps: int | None = None
 ) -> Callable[[Rule], int]:
-    """What gives the bytes of a batch with a rule at the peak, above those before it; arguments as of `agreement`."""
+    """Return a function to the peak bytes of a batch with a rule, above those before; arguments as of `agreement`."""
     twin = copied(model)
 
     @functools.cache

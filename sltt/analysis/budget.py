@@ -1,4 +1,4 @@
-"""What fits a memory budget: the largest batch and T for a rule, from a model of the peak fitted to four small runs."""
+"""Find the largest batch and T for a rule in a memory budget, from a model of the peak fitted to four small runs."""
 
 import math
 from collections.abc import Callable

@@ -184,14 +184,14 @@ class _Products(TorchFunctionMode):
 
 
 def _sums(equation: Any) -> bool:
-    """Whether an equation of einsum sums over an index that both tensors have."""
+    """Return whether an equation of einsum sums over an index that both tensors have."""
     terms, _, kept = str(equation).replace(" ", "").partition("->")
     first, _, second = terms.partition(",")
     return bool((set(first) & set(second)) - set(kept) - {"."})
 
 
 def _same(x: Tensor) -> bool:
-    """Whether all values are 0 or one other, as of spikes."""
+    """Return whether all values are 0 or one other, as of spikes."""
     values = x[x != 0]
     return bool((values == values[:1]).all())
 

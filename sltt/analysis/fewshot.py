@@ -24,7 +24,7 @@ from sltt.sequence.hooks import hooked
 
 @dataclass(frozen=True)
 class FewShot:
-    """What is known after the sessions; accuracies of test samples.
+    """Results after the sessions; accuracies of test samples.
 
     Attributes:
         accuracies: of all classes seen so far, after the base training and after each session.
@@ -129,7 +129,7 @@ def incremental(known: Tensor, embeddings: Tensor, labels: Tensor, sizes: Sequen
 
 
 def chance(sizes: Sequence[int]) -> FewShot:
-    """What guessing reaches: 1 / C of the classes seen."""
+    """Return the accuracy of guessing: 1 / C of the classes seen."""
     accuracies = [1 / seen for seen in itertools.accumulate(sizes)]
     return FewShot(accuracies, accuracies[-1], accuracies[-1])
 

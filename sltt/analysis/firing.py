@@ -27,7 +27,7 @@ def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":
 
 
 class FiringRates:
-    """What `firing_rates` counts, without waiting for the device."""
+    """Count spikes for `firing_rates`, without waiting for the device."""
 
     counts = True
 
@@ -52,7 +52,7 @@ class FiringRates:
         return sum(int(spikes) for spikes in self._spikes.values()) / total if total else 0.0
 
     def state_dict(self) -> dict[str, tuple[int, int]]:
-        """What was counted so far, to continue with `load_state_dict`."""
+        """Return the counts so far, to continue with `load_state_dict`."""
         return {name: (int(spikes), self._count[name]) for name, spikes in self._spikes.items()}
 
     def load_state_dict(self, state: dict[str, tuple[int, int]]) -> None:

@@ -1,4 +1,4 @@
-"""What one training iteration takes: its memory by parts, and its seconds by parts."""
+"""Measure one training iteration: its memory by parts, and its seconds by parts."""
 
 import statistics
 import time
@@ -50,7 +50,7 @@ class Memory:
 
     @property
     def batch(self) -> int:
-        """What a batch takes above what is there before it."""
+        """Return the memory of a batch above that in use before it."""
         return self.states + self.saved + self.rest
 
 

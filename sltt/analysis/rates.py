@@ -20,7 +20,7 @@ FALLS = 0.02  # of the first loss, at least: less is the noise of batches
 
 @dataclass(frozen=True)
 class RateTest:
-    """What a range test found.
+    """Result of a range test.
 
     Attributes:
         rates: learning rate of each batch.

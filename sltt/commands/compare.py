@@ -33,7 +33,7 @@ HELP = (
 
 
 def options() -> CommandOptions:
-    """What `sltt compare` takes."""
+    """Return the options of `sltt compare`."""
     parser = CommandOptions("sltt compare [RECIPE]", HELP)
     parser.add_rules()
     parser.set_defaults(rules=None)  # those of `add_rules`, or with --vary that of the recipe
@@ -63,7 +63,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def default_folder(command: str, recipe: Recipe, *more: str) -> Path:
-    """Where trainings are kept without --save: other options are another folder."""
+    """Return the folder of trainings without --save: other options are another folder."""
     words = [*recipe.overrides, *more]
     mark = f"-{hashlib.sha256(repr(words).encode()).hexdigest()[:6]}" if words else ""
     return Path("runs") / f"{command}-{recipe.name}{mark}"
@@ -71,13 +71,13 @@ def default_folder(command: str, recipe: Recipe, *more: str) -> Path:
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is trained: a rule, or that of the recipe, with the values of the options that vary."""
+    """One training to compare: a rule, or that of the recipe, with the values of the options that vary."""
 
     rule: str | None
     varied: dict[str, str] = field(default_factory=dict)
 
     def build(self, recipe: Recipe, *more: str) -> Any:
-        """What the recipe builds with that."""
+        """Build the recipe with these values."""
         return recipe.build(*as_options(self.varied), *more, rule=self.rule)
 
     def resolved(self, recipe: Recipe, *more: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ complete -o filenames -F _sltt sltt"""
 
 
 def options() -> CommandOptions:
-    """What `sltt completion` takes."""
+    """Return the options of `sltt completion`."""
     parser = CommandOptions("sltt completion", HELP)
     parser.add_argument("shell", choices=("bash", "zsh"))
     return parser

@@ -25,7 +25,7 @@ OPTIONAL = (
 
 
 def options() -> CommandOptions:
-    """What `sltt doctor` takes: nothing but --help."""
+    """Return the options of `sltt doctor`: --help alone."""
     return CommandOptions("sltt doctor", "What works on this machine, and what would make it faster.")
 
 

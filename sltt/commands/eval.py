@@ -21,7 +21,7 @@ HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in KEYS)} override the
 
 
 def options() -> CommandOptions:
-    """What `sltt eval` takes."""
+    """Return the options of `sltt eval`."""
     parser = CommandOptions("sltt eval RUN", HELP)
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test")

@@ -18,7 +18,7 @@ HELP = (
 
 
 def options() -> CommandOptions:
-    """What `sltt export` takes."""
+    """Return the options of `sltt export`."""
     parser = CommandOptions("sltt export RUN", HELP)
     parser.add_argument("--to", required=True, choices=("nir", "onnx"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: graph.nir or step.onnx in the run")

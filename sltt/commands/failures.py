@@ -1,4 +1,4 @@
-"""How a command that fails ends: one line of cause, one of remedy, and an exit code."""
+"""Turn errors of a command into one line of cause, one of remedy, and an exit code."""
 
 import os
 import re
@@ -53,7 +53,7 @@ def tell(error: Exception, command: str) -> int:
 
 
 def cause(error: Exception) -> str:
-    """What went wrong: the message, with its class and place where it was not written for the user."""
+    """Return the message of an error, with its class and place where it was not written for the user."""
     text = str(error)
     if "Original Traceback" in text:  # of a worker of the data loader
         first, *_, last = text.strip().strip("'\"").replace("\\n", "\n").splitlines()
@@ -67,7 +67,7 @@ def cause(error: Exception) -> str:
 
 
 def remedy(error: Exception, command: str) -> str:
-    """What to do about an error. A message of sltt says it already: then, where to read on."""
+    """Return the remedy of an error. A message of sltt says it already: then, where to read on."""
     explains = f"`sltt {command} --help` explains the options" if command else "`sltt --help` lists the commands"
     if isinstance(error, UsageError):
         return explains

@@ -101,7 +101,7 @@ def _replacing(words: Sequence[str]) -> list[str]:
 
 
 def _loaded(value: Any) -> Any:
-    """What a YAML file, or a text, says; None where it cannot be read: the parser says why."""
+    """Read a YAML file or text; return None where it cannot be read: the parser says why."""
     if not isinstance(value, str):
         return value
     try:

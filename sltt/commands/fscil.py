@@ -35,7 +35,7 @@ HELP = (
 
 
 def options() -> CommandOptions:
-    """What `sltt fscil` takes."""
+    """Return the options of `sltt fscil`."""
     parser = CommandOptions("sltt fscil [RECIPE]", HELP)
     parser.add_argument("--base", type=count, required=True, help="classes of the base training")
     parser.add_argument("--way", type=count, default=5, help="new classes in a session; default: 5")
@@ -65,7 +65,7 @@ def run(words: Sequence[str]) -> None:
 
 
 class Task:
-    """Which classes come when; raises ValueError for too few classes or samples, or for a class that comes twice.
+    """Order of the classes; raises ValueError for too few classes or samples, or for a class that comes twice.
 
     Attributes:
         recipe: what is trained.

@@ -1,4 +1,4 @@
-"""What the parser of options says, in a line, with the word that was meant."""
+"""Rewrite messages of the option parser in one line, with the word that was meant."""
 
 import difflib
 import importlib
@@ -93,7 +93,7 @@ def _class_paths() -> list[str]:
 
 
 def locate(path: str) -> Any:
-    """What an import path names, or the name alone of a class that recipes know."""
+    """Import what a path names, or the name alone of a class that recipes know."""
     if "." not in path:
         path = next((known for known in _class_paths() if known.endswith(f".{path}")), path)
     module, _, name = path.rpartition(".")

@@ -24,7 +24,7 @@ HELP = (
 
 
 def options() -> CommandOptions:
-    """What `sltt lr` takes."""
+    """Return the options of `sltt lr`."""
     parser = CommandOptions("sltt lr [RECIPE]", HELP)
     parser.add_argument("--smallest", type=float, default=1e-5, help="first learning rate; default: 1e-5")
     parser.add_argument("--largest", type=float, default=1.0, help="last learning rate; default: 1")

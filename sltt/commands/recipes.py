@@ -8,7 +8,7 @@ from sltt.training.console import Console
 
 
 def options() -> CommandOptions:
-    """What `sltt recipes` takes."""
+    """Return the options of `sltt recipes`."""
     parser = CommandOptions("sltt recipes", "List the recipes, or print one.")
     parser.add_argument("name", nargs="?", help="recipe to print")
     return parser

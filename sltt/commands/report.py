@@ -20,7 +20,7 @@ HELP = (
 
 
 def options() -> CommandOptions:
-    """What `sltt report` takes."""
+    """Return the options of `sltt report`."""
     parser = CommandOptions("sltt report", HELP)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the first folder")

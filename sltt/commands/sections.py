@@ -1,4 +1,4 @@
-"""What `sltt report` shows: the answer first, then figures and tables of what the commands measured and of runs."""
+"""Make the sections of `sltt report`: the answer first, then figures and tables of measurements and of runs."""
 
 import itertools
 import statistics
@@ -234,7 +234,7 @@ def _rates(found: dict[str, Any]) -> Section:
 
 
 def _spikes(found: Gathered) -> Section:
-    """What one sample does in the network of the first run that has it; a note for each before it."""
+    """Show one sample in the network of the first run that has it; a note for each before it."""
     section = Section("Spikes of a trained network")
     preferred = sorted(found.runs, key=lambda run: not found.runs[run].rule.startswith("SLTT"))
     for run in preferred:

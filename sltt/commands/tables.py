@@ -13,7 +13,7 @@ from sltt.training.console import megabytes
 
 
 class Cell(NamedTuple):
-    """What a cell of a table shows, and what it is sorted by and has in the CSV."""
+    """A cell of a table: its text, and the value to sort by and to write to the CSV."""
 
     text: str
     value: Any
@@ -48,7 +48,7 @@ class Table:
         self.rows = [[Cell(cell, cell) if isinstance(cell, str) else cell for cell in row] for row in texts]
 
     def kind(self, column: int) -> str:
-        """How a column's cells are aligned: text, or number."""
+        """Return how a column's cells are aligned: text, or number."""
         return "text" if all(isinstance(row[column].value, str) for row in self.rows) else "number"
 
     def for_terminal(self) -> rich.table.Table:

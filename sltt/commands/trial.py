@@ -23,7 +23,7 @@ from sltt.training.settings import Training
 
 
 def build(recipe: Recipe, data: Data, tau: float | None, *options: str) -> Any:
-    """What a recipe builds, with data that was read before, and with another time constant if one is given."""
+    """Build a recipe with data that was read before, and with another time constant if one is given."""
     built = recipe.build(*options)
     built.data = data
     start_from(built.model, built.weights)
@@ -51,7 +51,7 @@ def train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, report
 
 
 def contestants(rules: Sequence[Rule], found: Sequence[Agreement], proposal: Proposal | None) -> list[Rule]:
-    """What is advised or tried: SLTT, OTTT where it knows the network, a window and a `Mixed` that agree, and BPTT."""
+    """List the rules to try: SLTT, OTTT where it knows the network, a window and a `Mixed` that agree, and BPTT."""
     agrees = next((r for r, a in zip(rules, found, strict=True) if a.least >= AGREES), None)
     mixed = [Mixed(proposal.windows)] if proposal else []
     return [*(r for r in rules if not isinstance(r, TBPTT) or r is agrees), *mixed, BPTT()]

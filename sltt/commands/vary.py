@@ -46,7 +46,7 @@ def labelled(rule: str, varied: Mapping[str, str]) -> str:
 
 
 def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bool) -> str:
-    """Which row has the best metric on the validation samples, and whether the next one is told from it."""
+    """Return the row of the best metric on the validation samples, and whether the next one is told from it."""
     trained = [(row, reached) for row in rows if row["scores"] and (reached := finite(row["validation"]))]
     if not trained:
         return "Nothing was held out, so that there is no best value: set --data.validation 0.1."

@@ -80,7 +80,7 @@ def _of_one_recipe(found: Gathered, kind: list[dict[str, Any]]) -> list[dict[str
 
 
 def batch_memory(parts: dict[str, int]) -> int:
-    """What a training batch allocates above what is there before it: weights, gradients, optimizer and input."""
+    """Return what a training batch allocates above weights, gradients, optimizer and input."""
     return parts["states"] + parts["saved"] + parts["rest"]
 
 
@@ -118,7 +118,7 @@ def _sentence(one: Verdict, reference: Verdict) -> str:
 
 
 def _reached(one: Verdict, reference: Verdict) -> tuple[str, str]:
-    """What a rule reaches beside another, and whether it is safe; nothing where the two were not trained."""
+    """Say what a rule reaches beside another, and whether it is safe; nothing where the two were not trained."""
     if one.score is None or reference.score is None:
         return "", ""
     name, other = one.metric.replace("_", " "), reference.rule
@@ -135,7 +135,7 @@ def _reached(one: Verdict, reference: Verdict) -> tuple[str, str]:
 
 
 def _safe(lost: float, noise: float, margin: float, measured: str) -> str:
-    """Whether a rule that loses so much, `measured` to so much, is safe."""
+    """Say whether a rule that loses so much, `measured` to so much, is safe."""
     if lost > margin:
         return " Not safe here." if lost > noise else f" Safe or not is open: measured to {measured} only."
     return " Safe here." if noise <= 2 * margin else f" Safe here, but measured to {measured} only."

@@ -20,7 +20,7 @@ def read(path: Path) -> str:
 
 
 def load(text: str) -> Any:
-    """What YAML text says, read as jsonargparse reads it.
+    """Read YAML text as jsonargparse reads it.
 
     Raises yaml.YAMLError for a key that stands twice, an alias within itself, aliases or levels without end.
     """

@@ -64,7 +64,7 @@ class Splits:
         return _stack("samples", xs, not self.static), _stack("targets", targets, self.per_step)
 
     def collate_of(self, dataset: Dataset[Any]) -> Collate:
-        """What makes the batches of a data set: `collate`, unless that of the training is not for the others."""
+        """Return the function that makes batches: `collate`, unless that of the training is not for the others."""
         return self.collate
 
     def with_each(self, make: Callable[[str, Dataset[Any]], Dataset[Any]], **fields: Any) -> Self:
@@ -105,7 +105,7 @@ def _stack(name: str, values: Sequence[Any], time_first: bool) -> Tensor:
 
 
 class Data(ABC):
-    """Where a data set is and how it is split; `splits` loads it.
+    """Base of data sets: where one is and how it is split; `splits` loads it.
 
     Args:
         validation: share of the training samples held out to select the best epoch, in [0, 1); 0 trains on everything,
@@ -119,7 +119,7 @@ class Data(ABC):
         self._loaded: dict[int, Splits] = {}
 
     def __str__(self) -> str:
-        """What messages and the model card call the data."""
+        """Return the name of the data in messages and in the model card."""
         return type(self).__name__
 
     def splits(self, steps: int) -> Splits:
@@ -131,7 +131,7 @@ class Data(ABC):
         return self._loaded[steps]
 
     def missing(self) -> dict[str, int]:
-        """How many samples of the whole data set are not there, by split; empty if none or if that is not known."""
+        """Count the missing samples of the whole data set, by split; empty if none or if that is not known."""
         return {}
 
     @abstractmethod

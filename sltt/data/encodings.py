@@ -31,7 +31,7 @@ class Encoding(Frozen, ABC):
 
 
 class _OfImages(Encoding):
-    """What codes of images share: the intensities that mean 0 and 1.
+    """Base of codes of images: the intensities that mean 0 and 1.
 
     Args:
         low: intensity that means 0: the least of the images.

@@ -109,7 +109,7 @@ class _Events(Data):
             download(self.root, self.folder, train=train)
 
     def missing(self) -> dict[str, int]:
-        """How many recordings of the whole data set are not there, by split; empty if it is whole."""
+        """Count the missing recordings of the whole data set, by split; empty if it is whole."""
         whole = zip(("train", "test"), self.expected, strict=True)
         lost = {name: count - len(self.recordings(name == "train")) for name, count in whole}
         return {name: count for name, count in lost.items() if count > 0}

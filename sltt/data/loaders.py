@@ -78,7 +78,7 @@ def _check_loader(name: str, loader: DataLoader[Any], batch_size: int) -> None:
 
 
 def _is_static(loader: DataLoader[Any]) -> bool:
-    """Whether batches are images [B, ...]; else they are sequences [T, B, ...]. Two sizes of a batch tell."""
+    """Return whether batches are images [B, ...], not sequences [T, B, ...]. Two sizes of a batch tell."""
     dataset: Any = loader.dataset
     samples = [dataset[i % len(dataset)] for i in range(3)]
     two: Any = loader.collate_fn(samples[:2])

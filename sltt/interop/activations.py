@@ -1,4 +1,4 @@
-"""What an ANN and its spiking twin have of their own: the quantised clip, neurons with thresholds, coded images."""
+"""Activations of an ANN and its spiking twin: the quantised clip, neurons with thresholds, coded images."""
 
 import torch
 from torch import Tensor, nn

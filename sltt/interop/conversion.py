@@ -15,7 +15,7 @@ from sltt.sequence.state import Stateful, emits_spikes, reset, role_of
 
 
 class ConversionError(ValueError):
-    """Why a neuron has no exact counterpart here."""
+    """A neuron has no exact counterpart here."""
 
 
 def convert(model: nn.Module) -> nn.Module:

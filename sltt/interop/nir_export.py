@@ -227,7 +227,7 @@ class _Export(fx.Interpreter):
 
 
 def _alone(node: fx.Node, layer: str) -> bool:
-    """Whether nothing but this node's one reader reads what a layer gives."""
+    """Return whether nothing but this node's one reader reads a layer's output."""
     while len(node.users) == 1 and node.target != layer:
         (node,) = node.all_input_nodes
     return len(node.users) == 1

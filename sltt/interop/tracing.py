@@ -130,7 +130,7 @@ class Calls:
         return self.ann.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def name(self, node: fx.Node) -> str:
-        """What a call runs: relu for `nn.ReLU`, `F.relu` and `Tensor.relu_`."""
+        """Return the name of what a call runs: relu for `nn.ReLU`, `F.relu` and `Tensor.relu_`."""
         module = self.module(node)
         if module is not None:
             return plain(type(module).__name__)
@@ -139,7 +139,7 @@ class Calls:
         return plain(getattr(node.target, "__name__", str(node.target)).removeprefix("special_"))
 
     def of_features(self, node: fx.Node) -> bool:
-        """Whether the channels of a call are the last dimension, as behind a linear layer; else the second."""
+        """Return whether the channels of a call are the last dimension, as behind a linear layer; else the second."""
         while node.all_input_nodes:
             node = node.all_input_nodes[0]
             name = self.name(node)
@@ -194,7 +194,7 @@ class Calls:
         return None
 
     def _is_one_of(self, node: fx.Node, names: frozenset[str]) -> bool:
-        """Whether a call is an activation of these names, and not math on shapes or weights."""
+        """Return whether a call is an activation of these names, and not math on shapes or weights."""
         name = self.name(node)
         two = "other" in node.kwargs or any(isinstance(other, fx.Node) for other in node.args[1:2])
         if name in ("max", "min") and not two:
@@ -202,7 +202,7 @@ class Calls:
         return node.op.startswith("call") and name in names and node in self.varying
 
     def _fixed(self, node: fx.Node) -> bool:
-        """Whether a call has `training=…` as it is in the trace."""
+        """Return whether a call has `training=…` as it is in the trace."""
         by_mode = node.op == "call_function" and self.name(node) in BY_MODE
         return by_mode and 0 not in (*node.args[1:2], node.kwargs.get("p"))
 
@@ -210,12 +210,12 @@ class Calls:
         return node.op in ("call_function", "call_method") and self.name(node) in OF_SHAPE
 
     def _is_view(self, node: fx.Node) -> bool:
-        """Whether a call may give the memory of its first input; dropout does in evaluation mode."""
+        """Return whether a call may give the memory of its first input; dropout does in evaluation mode."""
         called = node.op.startswith("call") and bool(node.all_input_nodes)
         return called and (self.name(node) in VIEWS or differs_in_training(self.module(node)))
 
     def _root(self, tensor: fx.Node) -> fx.Node:
-        """What a tensor is a view of."""
+        """Return the tensor that another is a view of."""
         while self._is_view(tensor):
             tensor = tensor.all_input_nodes[0]
         return tensor
@@ -256,7 +256,7 @@ def _in_place(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def differs_in_training(module: nn.Module | None) -> bool:
-    """Whether a module of the user's does otherwise in training, as timm's DropPath, and has no activation inside."""
+    """Return whether a user's module does otherwise in training, as timm's DropPath, and has no activation inside."""
     if module is None or type(module).__module__.startswith("torch.") or [*module.children()]:
         return False
     try:

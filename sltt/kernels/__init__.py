@@ -1,4 +1,4 @@
-"""What layers compute, fast: the fused neuron step, layers on spikes, spikes saved as bits. Nothing else knows how.
+"""Fast kernels: the fused neuron step, layers on spikes, spikes saved as bits. No other package knows how they work.
 
 from sltt import kernels
 

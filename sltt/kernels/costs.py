@@ -1,4 +1,4 @@
-"""When a sparse layer is faster than the dense one: a model of the time, measured once per machine.
+"""Predict whether a sparse layer is faster than the dense one: a model of the time, measured once per machine.
 
 A dense layer takes a time for each of its products, a sparse one a time for each product with a spike. Whatever the
 spikes, it takes one for each element that it reads and writes, and one for each weight, which it puts in another order:
@@ -66,7 +66,7 @@ class Dense(NamedTuple):
 
 
 class Ours(NamedTuple):
-    """Which gradients of a dense convolution are clearly faster in our kernels."""
+    """Gradients of a dense convolution that are clearly faster in our kernels."""
 
     input_gradient: bool
     weight_gradient: bool
@@ -93,7 +93,7 @@ def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
 
 
 def ours(layer: Layer, dtype: torch.dtype) -> Ours:
-    """Which gradients of a dense layer are clearly faster in our kernels; the first call for a type may measure."""
+    """Return which gradients of a dense layer are clearly faster here; the first call for a type may measure."""
     if not winograd.supports(layer, dtype):
         return Ours(False, False)
     return Ours(*(times.ours < _CLEARLY * times.pytorch for times in _dense(dtype)))

@@ -60,7 +60,7 @@ class CustomStep:
 
     @property
     def by_channel(self) -> bool:
-        """Whether a parameter has a value for each channel."""
+        """Return whether a parameter has a value for each channel."""
         return self.normed or any(by_channel for _, by_channel in self.parameters)
 
 
@@ -265,7 +265,7 @@ def known_layout(x: Tensor, channels: bool) -> bool:
 
 
 def seen_as(x: Tensor, channels: bool) -> Callable[[Tensor], Tensor]:
-    """What gives a kernel's form of tensors with the layout of x; not as views, as in `memory`."""
+    """Return a function to a kernel's form of tensors with the layout of x; not as views, as in `memory`."""
     n = x.numel()
     if not channels:
         return memory

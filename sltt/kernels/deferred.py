@@ -37,7 +37,7 @@ class _Constants(ctypes.Structure):
 
 
 class Normalised:
-    """What a BatchNorm would compute.
+    """A BatchNorm and its input, to normalise later.
 
     Args:
         x: its input, without a graph, [B, C, ...], the channels last in memory.
@@ -66,7 +66,7 @@ class Normalised:
 
     @property
     def waits(self) -> bool:
-        """Whether nobody has asked for the normalised tensor."""
+        """Return whether nobody has asked for the normalised tensor."""
         return self._value is None
 
     @property
@@ -233,6 +233,6 @@ def _can_wait(x: Any, others: Sequence[Any], training: bool) -> bool:
 
 
 def _plain(vector: Any, shape: torch.Size) -> bool:
-    """Whether native code can read and write a value for each channel."""
+    """Return whether native code can read and write a value for each channel."""
     known = type(vector) in (Tensor, nn.Parameter) and vector.is_cpu and not vector.is_inference()
     return known and vector.dtype == torch.float32 and vector.shape == shape and vector.is_contiguous()

@@ -27,7 +27,7 @@ PRODUCTS_AT_MOST = 2048
 
 
 class Operation(NamedTuple):
-    """What a layer applies to its input, its weight and its bias.
+    """The function that a layer applies to its input, its weight and its bias.
 
     Attributes:
         function: F.linear, F.conv1d or F.conv2d.
@@ -47,7 +47,7 @@ class Operation(NamedTuple):
 
 
 def operation_of(module: nn.Module) -> Operation | None:
-    """What a layer of PyTorch applies; None for a padding that is no number."""
+    """Return the operation of a layer of PyTorch; None for a padding that is no number."""
     if isinstance(module, nn.Linear):
         return Operation(F.linear)
     if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.padding_mode != "zeros" or module.padding == "same":
@@ -188,7 +188,7 @@ def _tag_layer(operation: Operation, y: Any, x: Tensor, weight: Tensor, bias: Te
 
 
 def is_small(operation: Operation, x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer has too few products to run in another way than PyTorch's, whatever it reads."""
+    """Return whether a layer has too few products to run in another way than PyTorch's, whatever it reads."""
     if options().sparse == "on" or not x.is_cpu:
         return False
     if operation.axes == 0:
@@ -199,7 +199,7 @@ def is_small(operation: Operation, x: Tensor, weight: Tensor) -> bool:
 
 
 def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights) -> Call | None:
-    """How a layer runs on spikes; None where x is something else, or it is PyTorch's."""
+    """Return how a layer runs on spikes; None where x is something else, or it is PyTorch's."""
     if options().sparse == "off" or not options().bits or not x.is_cpu:
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype

@@ -52,7 +52,7 @@ class Spikes:
 
 
 def packable(x: Tensor) -> bool:
-    """Whether a tensor is of a kind and size that pays to be packed."""
+    """Return whether packing a tensor as bits pays, by its kind and size."""
     n = x.numel()
     return (
         n >= PACK_FROM
@@ -67,12 +67,12 @@ def packable(x: Tensor) -> bool:
 
 
 def bits_pay(elements: int) -> bool:
-    """Whether to save spikes as bits if the graph lives for one call, by the elements of its largest state."""
+    """Return whether bits pay where a graph lives for one call, by the elements of its largest state."""
     return elements >= BITS_FROM or options().sparse == "on"
 
 
 def look(x: Tensor) -> Spikes | None:
-    """The spikes in a tensor on the CPU; None for a tensor of other values, or one that does not pay."""
+    """Find the spikes in a tensor on the CPU; return None for other values, or where packing does not pay."""
     if not x.is_cpu or not packable(x):
         return None
     n = x.numel()
@@ -91,7 +91,7 @@ def look(x: Tensor) -> Spikes | None:
 
 
 def _look_by_channel(x: Tensor, library: ctypes.CDLL) -> Tensor | None:
-    """What a spike is worth in each channel, if that is one value."""
+    """Return the value of a spike in each channel; None where a channel has several."""
     forms = []  # numbers of channels, and of neighbours in memory that are of one channel
     if x.ndim > 1 and x.movedim(1, -1).is_contiguous():
         forms = [(x.shape[1], 1)]
@@ -106,7 +106,7 @@ def _look_by_channel(x: Tensor, library: ctypes.CDLL) -> Tensor | None:
 
 
 def _look(x: Tensor) -> Spikes | None:
-    """The same without native code."""
+    """Do as `look`, without native code."""
     flat = memory(x)
     for part in (flat[:256], flat):  # a few elements tell of most tensors that they are something else
         one = part[part.abs().argmax()]

@@ -74,11 +74,11 @@ _FUNCTIONS = {
 
 
 class _AbsentError(Exception):
-    """What the machine lacks: layers run dense, without a warning."""
+    """The machine lacks something: layers run dense, without a warning."""
 
 
 class _FailedError(Exception):
-    """What should have worked and did not: layers run dense, after one warning."""
+    """Compiling failed where it should work: layers run dense, after one warning."""
 
 
 def library() -> ctypes.CDLL | None:
@@ -100,7 +100,7 @@ def library_for(elements: int) -> ctypes.CDLL | None:
 
 
 def problem() -> str | None:
-    """Why there is no library, in one line; None if there is one."""
+    """Return why there is no library, in one line; None if there is one."""
     return _library()[1]
 
 
@@ -137,7 +137,7 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
 
 @functools.cache
 def _is_compiled() -> bool:
-    """Whether the library was compiled by an earlier process."""
+    """Return whether an earlier process compiled the library."""
     try:
         return _path().exists()
     except (_AbsentError, _FailedError):

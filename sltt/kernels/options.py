@@ -1,4 +1,4 @@
-"""Whether kernels are compiled, and whether spikes are saved as bits."""
+"""Options of the kernels: compilation, sparse layers, spikes saved as bits."""
 
 import functools
 import importlib.util
@@ -26,7 +26,7 @@ COMPILE_FROM = 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """How the kernels run.
+    """Options of the kernels.
 
     Attributes:
         compile: auto compiles where a compiler is there and a layer is large enough; on, always; off, never.
@@ -86,7 +86,7 @@ def in_force(wanted: Options) -> Iterator[None]:
 
 @functools.cache
 def compiler_problem(device: torch.device) -> str | None:
-    """Why TorchInductor cannot compile for a device; None if it can."""
+    """Return why TorchInductor cannot compile for a device; None if it can."""
     if device.type not in ("cpu", "cuda"):
         return f"kernels are compiled for cpu and cuda, not for {device.type}"
     if device.type == "cuda":
@@ -134,7 +134,7 @@ class Kernel:
         return memory(a) if a.ndim else a.detach()
 
     def source(self, arguments: Sequence[Any]) -> Callable[..., None]:
-        """What is compiled in place of the function, which it equals."""
+        """Return what to compile in place of the function, which it equals."""
         return self.function
 
     def _wanted(self, device: torch.device, elements: int) -> bool:

@@ -159,7 +159,7 @@ def _fits(total: Tensor, largest: Tensor, x: Tensor) -> bool:
 
 
 def _plain(x: Any) -> bool:
-    """Whether this is memory of images with the channels last, which the kernels read."""
+    """Return whether memory is of images with the channels last, which the kernels read."""
     if type(x) is not Tensor or x.ndim != 4 or x.dtype not in _DTYPES or transforms_active():
         return False
     # of a single channel, memory may have either order, and PyTorch goes by the strides

@@ -1,4 +1,4 @@
-"""What autograd saves for the backward is replaced by what it can be restored from, where that is smaller.
+"""Save less for the backward: what a tensor can be restored from, where that is smaller.
 
 On a CPU spikes are known by their values (`looks`), and saved as bits. On another device, where a look would wait, a
 neuron says so: it tags the memory of its spikes. What is computed from spikes, and what was normalised, is tagged with
@@ -28,7 +28,7 @@ LAYERS_AT_MOST = 2
 
 
 class Tag:
-    """How to restore tagged memory.
+    """A way to restore tagged memory.
 
     Args:
         tensor: whose memory is tagged.
@@ -63,7 +63,7 @@ def tag_of(tensor: Tensor) -> Tag | None:
 
 
 def taggable(tensor: Tensor) -> bool:
-    """Whether a tensor owns the whole of its memory, and is large enough to be restored."""
+    """Return whether a tensor owns the whole of its memory, and is large enough to be restored."""
     n = tensor.numel()
     return (
         options().bits
@@ -110,24 +110,24 @@ def tag_made(
 
 
 @contextmanager
-def saving(graph: bool = True) -> Iterator[None]:
+def saving() -> Iterator[None]:
     """Inside this block autograd saves spikes as bits, and tagged tensors as their tags.
 
     Where other saved-tensor hooks are in force, such as `save_on_cpu`, they stay in force.
     """
-    on = graph and options().bits and _top_saved_tensors_default_hooks(True) is None
+    on = options().bits and _top_saved_tensors_default_hooks(True) is None
     with torch.autograd.graph.saved_tensors_hooks(save, restore) if on else nullcontext():
         yield
 
 
 def others_save() -> bool:
-    """Whether hooks of others are in force. A checkpoint runs layers again without us, and compares what they save."""
+    """Return whether saved-tensor hooks of others are in force."""
     hooks = _top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0] is not save
 
 
 def save(tensor: Tensor) -> Any:
-    """What autograd keeps of a tensor: its tag, its bits, or itself."""
+    """Return what autograd keeps of a tensor: its tag, its bits, or itself."""
     if torch.compiler.is_compiling():  # the compiler decides what to save
         return tensor
     if (tag := tag_of(tensor)) is not None and tag.total == _total(tensor):

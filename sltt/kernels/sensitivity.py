@@ -65,7 +65,7 @@ def _kernel(step: CustomStep, parameter: int | None) -> FunctionKernel:
 
 
 def _change(result: Tensor, c: Tensor, states: Sequence[Tensor], carried: Sequence[Tensor]) -> Tensor:
-    """How a result changes with c, directly and through the states, which change by what they `carried`."""
+    """Return a result's derivative along c, direct and through the states, whose derivatives are `carried`."""
     change = torch.zeros_like(c)
     if result.requires_grad:
         of_c, *slopes = torch.autograd.grad(

@@ -47,7 +47,7 @@ class Layer:
 
     @property
     def linear(self) -> bool:
-        """Whether this is a linear layer."""
+        """Return whether this is a linear layer."""
         return len(self.weight_shape) == 2
 
     @property

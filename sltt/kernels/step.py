@@ -285,7 +285,7 @@ def _decay_gradient(
 
 
 def dense(x: Tensor) -> bool:
-    """Whether x's elements fill a stretch of memory without gaps or overlaps, in any order."""
+    """Return whether x's elements fill a stretch of memory without gaps or overlaps, in any order."""
     return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 

@@ -130,7 +130,7 @@ def dense_gradients(
 
 
 def ours_of(layer: Layer | None, dtype: torch.dtype) -> costs.Ours:
-    """Which gradients of a dense layer our kernels do."""
+    """Return which gradients of a dense layer our kernels compute."""
     if layer is None:
         return costs.Ours(False, False)
     if native.problem() or options().sparse == "on":
@@ -139,7 +139,7 @@ def ours_of(layer: Layer | None, dtype: torch.dtype) -> costs.Ours:
 
 
 def multiplies(layer: Layer, dtype: torch.dtype) -> bool:
-    """Whether the dense weight gradient of a convolution is computed by matrix products."""
+    """Return whether matrix products compute the dense weight gradient of a convolution."""
     if len(layer.y_shape) != 4 or dtype != torch.bfloat16:
         return False
     return math.prod(layer.y_shape[2:]) <= MULTIPLIED_TO and math.prod(layer.weight_shape[2:]) <= POSITIONS_AT_MOST
@@ -176,7 +176,7 @@ def layer_of(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer:
 
 
 def fitting(weight: Any, bias: Any, x: Tensor, dims: int) -> bool:
-    """Whether weight and bias are ordinary tensors of shapes that fit x; PyTorch says what is wrong with others."""
+    """Return whether weight and bias are ordinary tensors that fit x; PyTorch says what is wrong with others."""
     if not ordinary(weight) or not (bias is None or ordinary(bias)):
         return False
     fits = weight.ndim == dims + 2 and weight.shape[1] == x.shape[1 if dims else -1]
@@ -184,7 +184,7 @@ def fitting(weight: Any, bias: Any, x: Tensor, dims: int) -> bool:
 
 
 def ordinary(tensor: Any) -> bool:
-    """Whether a tensor has memory that a kernel can read, and a version."""
+    """Return whether a tensor has memory that a kernel can read, and a version."""
     return (
         isinstance(tensor, Tensor)
         and tensor.layout == torch.strided

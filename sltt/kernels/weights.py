@@ -24,7 +24,7 @@ class Weights:
         self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
 
     def packed(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
-        """What `sparse.forward` reads."""
+        """Return the weights as `sparse.forward` reads them."""
         if not self._keep_packed or isinstance(one, Tensor):  # which may be another one in each time step
             return sparse.pack_weight(layer, weight, one)
         return self._get(weight, one, lambda: sparse.pack_weight(layer, weight, one))

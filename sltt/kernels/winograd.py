@@ -15,7 +15,7 @@ _SIDE = 4  # of a tile of outputs
 
 
 def supports(layer: Layer, dtype: torch.dtype) -> bool:
-    """Whether the kernels can do the layer, and without computing much more than its pixels."""
+    """Return whether the kernels can do the layer, and without computing much more than its pixels."""
     _, h, w, ci, co, kh, kw, sh, sw, _, _, oh, ow = layer.sizes
     if (kh, kw, sh, sw) != (3, 3, 1, 1) or len(layer.x_shape) != 4 or ci % 32 or co % 32:
         return False

@@ -1,4 +1,4 @@
-"""What the networks share."""
+"""Base of the networks."""
 
 from collections.abc import Callable, Sequence
 

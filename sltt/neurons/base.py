@@ -203,7 +203,7 @@ def check_forward(neuron: nn.Module) -> None:
 
 @functools.cache
 def takes_any(kind: type[Neuron]) -> bool:
-    """Whether a class's `step` takes keyword arguments of any name."""
+    """Return whether a class's `step` takes keyword arguments of any name."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind.step).parameters.values())
 
 

@@ -1,4 +1,4 @@
-"""Whether a neuron's function is what a kernel can be made of: pure, elementwise, and with a gradient."""
+"""Check that a kernel can be made of a neuron's function: pure, elementwise, and with a gradient."""
 
 import functools
 from typing import Any

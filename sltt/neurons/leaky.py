@@ -67,7 +67,7 @@ BELOW = "it must be below v_threshold"
 
 
 class IntegrateAndFire(Neuron):
-    """What LIF, IF and PLIF share: threshold, reset and surrogate; `lif_step` with the membrane potential in `.v`.
+    """Base of LIF, IF and PLIF: threshold, reset and surrogate; `lif_step` with the membrane potential in `.v`.
 
     `.v` starts from `.start` with the input's shape and device, in float32 or the input's type if that is wider.
     """
@@ -123,7 +123,7 @@ class IntegrateAndFire(Neuron):
         }
 
     def is_plain(self) -> bool:
-        """Whether `lif_step` with constants and at most one λ to learn is all that the neuron does.
+        """Return whether `lif_step` with constants and at most one λ to learn is all that the neuron does.
 
         Not of a subclass with a `step` of its own, a threshold that is learned, or a λ for each neuron.
         """
@@ -307,7 +307,7 @@ class PLIF(IntegrateAndFire):
 
 
 class _Leaky(Neuron):
-    """What neurons with a constant τ and a soft reset share: time constant, threshold and surrogate."""
+    """Base of neurons with a constant τ and a soft reset: time constant, threshold and surrogate."""
 
     def __init__(self, tau: float, v_threshold: float, surrogate: Surrogate):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where a training runs: one device, several, or several machines, through Lightning Fabric.
+"""Devices of a training: one, several, or several machines, through Lightning Fabric.
 
 Processes are started by `torchrun` or Slurm, or, with `devices` above 1, by Fabric, which runs the command again for
 each further process. When one ends, messages to it fail in the others, and the launcher ends what is left.

@@ -1,4 +1,4 @@
-"""What the processes of a training do together: one reduction of the gradients a batch, sums of metrics, decisions.
+"""Work that processes of a training share: one reduction of the gradients a batch, sums of metrics, decisions.
 
 Each process takes its share of every batch, and weights its loss by that share, so that the sum over the processes is
 the gradient of the whole batch: the number of processes changes nothing but rounding. The rule runs on the bare model:
@@ -42,14 +42,14 @@ class Processes:
         self._local_rank = fabric.local_rank
 
     def first(self, function: Callable[[], A]) -> A:
-        """What `function` gives in the first process, which alone calls it, in all of them."""
+        """Call `function` in the first process, and return its result in all of them."""
         result: list[Any] = [function() if self.rank == 0 else None]
         if self.count > 1:
             dist.broadcast_object_list(result, 0, group=control())
         return result[0]
 
     def one_by_one(self, function: Callable[[], A]) -> A:
-        """What `function` gives here: the first process of each machine calls it before the others do."""
+        """Call `function`: the first process of each machine before the others."""
         if self._local_rank > 0:
             self.wait()
             return function()
@@ -168,7 +168,7 @@ atexit.register(disband)  # at import: what is registered first runs last, after
 
 
 def is_sharded(value: Any) -> "TypeGuard[DTensor]":
-    """Whether this process has only a part of a tensor."""
+    """Return whether this process has only a part of a tensor."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(value, DTensor)
@@ -195,7 +195,7 @@ def whole(value: Any) -> Any:
 
 
 def total(value: Tensor) -> Tensor:
-    """What all processes know of a number that was computed from sharded tensors."""
+    """Return the whole of a tensor, of a sharded one gathered from all processes."""
     return value.full_tensor() if is_sharded(value) else value
 
 

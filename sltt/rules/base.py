@@ -1,4 +1,4 @@
-"""What every rule shares: the contract, the time loop's step, and running a network without a rule.
+"""Base of the rules: the contract, a batch and its time steps, and running a network without a rule.
 
 Shapes: T time steps, B samples, C classes.
 """
@@ -27,7 +27,7 @@ Backward = Callable[[Tensor], Any]
 
 
 class Output(NamedTuple):
-    """What a rule returns, without a graph: the loss of the sequence, a scalar, and the logits [T, B, C]."""
+    """Result of a rule, without a graph: the loss of the sequence, a scalar, and the logits [T, B, C]."""
 
     loss: Tensor
     logits: Tensor
@@ -99,7 +99,7 @@ class Batch:
             return self.network(self.sequence.mean())[0]
 
     def _saving(self, steps: int, graph: bool, cut: bool, recompute: bool) -> AbstractContextManager[None]:
-        """How a call saves spikes. Those of small layers stay as they are if their graph lives for this call only.
+        """Return the context that saves spikes. Small ones stay as they are if their graph lives for this call only.
 
         So do those on a device where packing is a pass of its own.
         """
@@ -115,7 +115,7 @@ class Batch:
         return kernels.saving() if pays else nullcontext()
 
     def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
-        """As `run`: the sum of the steps' losses over T, to backpropagate."""
+        """Run time steps as `run`, and return the sum of their losses over T, to backpropagate."""
         again = steps.start in self._logits
         logits = self.run(steps, graph=graph, cut=cut, recompute=recompute)
         count = self.steps
@@ -140,7 +140,7 @@ class Batch:
 
     @property
     def whole(self) -> bool:
-        """Whether the loss is one of the whole sequence."""
+        """Return whether the loss is one of the whole sequence."""
         return isinstance(self.loss, SequenceLoss)
 
     def detach(self) -> None:
@@ -152,7 +152,7 @@ class Batch:
         return self._logits[step]
 
     def output(self) -> Output:
-        """What the time steps gave; raises ValueError where the rule left one out."""
+        """Return the loss and the logits of all time steps; raise ValueError where the rule left one out."""
         if len(self._logits) < self.steps:
             ran = ", ".join(map(str, sorted(self._logits)))
             raise ValueError(
@@ -301,7 +301,7 @@ class Rule(Frozen, ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a rule carries from one batch to the next; nothing, for most."""
+        """Return the state to checkpoint between batches. Empty by default."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

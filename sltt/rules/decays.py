@@ -14,7 +14,7 @@ Decays = tuple[Decay, float]  # λ of the membrane potential, α of a synaptic c
 
 
 def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], Decays]:
-    """What gives the λ of a layer of neurons, as it is now; raises ValueError where no trace follows the neuron."""
+    """Return a function to the λ of neurons, as it is now; raise ValueError where no trace follows them."""
     if decay is not None:
         return lambda: (decay, 0.0)
     role = role_of(type(neuron))
@@ -43,7 +43,7 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
 
 
 def _checked(value: Any, name: str, neuron: nn.Module) -> Decay:
-    """What `sltt.register(decay=)` says of a neuron; raises ValueError where it is no λ."""
+    """Return the λ that `sltt.register(decay=)` gives a neuron; raise ValueError where it is none."""
     floats = isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
     if floats and (value.device.type != "cpu" or bool(((value >= 0) & (value <= 1)).all())):  # to look waits for a GPU
         return value

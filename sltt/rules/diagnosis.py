@@ -1,4 +1,4 @@
-"""What an error of PyTorch comes from, said of the user's network."""
+"""Explain an error of PyTorch in terms of the user's network."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -66,7 +66,7 @@ def explaining(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Tensor]
 
 
 def _cause(run: Run) -> str | None:
-    """Why a backward fails, as far as that can be found."""
+    """Return why a backward fails, as far as that can be found."""
     if run.sequence.x.grad_fn is not None:
         return (
             "the input has a graph, through which the backward of each time step would go: make it in the network, "

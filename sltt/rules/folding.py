@@ -1,4 +1,4 @@
-"""How many time steps in one call of the network fit a memory budget."""
+"""Choose how many time steps go into one call of the network, within a memory budget."""
 
 from collections.abc import Callable
 from itertools import pairwise

@@ -143,7 +143,7 @@ def layer_order(model: nn.Module, sequence: Sequence) -> dict[str, bool]:
 
 
 def _parts(logits: Tensor, output: Any) -> bool:
-    """Whether the graph of `logits` meets what is behind a layer's output in that output only."""
+    """Return whether the graph of `logits` meets what is behind a layer's output in that output only."""
     if not isinstance(output, Tensor) or output.grad_fn is None:
         return False
     node = output.grad_fn
@@ -214,7 +214,7 @@ class _Cut(Step):
         return hand_over(found[0][0].new_zeros(()) if waiting is None else waiting, found)
 
     def _separates(self, value: Tensor, before: set[Any]) -> bool:
-        """Whether what is above the cut, and goes now, shares nothing with what is below it, and waits.
+        """Return whether what is above the cut, and goes now, shares nothing with what is below it, and waits.
 
         Nor may a kept state hold what stands above for the cut output: its gradient would come steps later.
         """

@@ -143,7 +143,7 @@ def _with_value(value: Tensor, x: Tensor) -> Tensor:
 
 
 class _Layer:
-    """What a layer gathers in the T = `steps` steps for the rate pass."""
+    """Sums of a layer over the T = `steps` steps, for the rate pass."""
 
     def __init__(self, layer: Layer, steps: int):
         self.layer, self.module, self.steps = layer, layer.module, steps
@@ -311,7 +311,7 @@ class _NormLayer(_Layer):
     inverse: Tensor | float = 0.0
 
     def step(self, x: Tensor) -> Tensor:
-        """As `_BatchNorm.forward`, by the operator that gives the statistics too."""
+        """Do as `_BatchNorm.forward`, by the operator that gives the statistics too."""
         self.calls += 1
         norm = self.module
         norm._check_input_dim(x)
@@ -346,7 +346,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gathering(layer: Layer, steady: bool, steps: int) -> _Layer | None:
-    """What a layer gathers; None if it runs as it is. Raises ValueError naming one that the rate pass cannot run."""
+    """Return what a layer sums; None if it runs as it is. Raise ValueError naming one without a rate pass."""
     module = layer.module
     # the class whose forward runs the neuron's `step`, and nothing else that a gradient passes
     kinds = {StableLIF: _NeuronLayer, Neuron: _NeuronLayer, Recurrent: _RecurrentLayer, RunningMax: _PoolLayer}

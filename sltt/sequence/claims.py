@@ -1,4 +1,4 @@
-"""Which run has a module: a state belongs to one sequence at a time."""
+"""Claims of runs on modules: a state belongs to one sequence at a time."""
 
 import threading
 from typing import Any

@@ -1,4 +1,4 @@
-"""What modules have for a while: hooks, and handlers in place of their forwards."""
+"""Hooks on modules for a while, and handlers in place of their forwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +20,14 @@ def hooked(*handles: RemovableHandle) -> Iterator[None]:
 
 
 class Handler(partial):
-    """What stands for the forward of a layer in a run. A copy of the module, made in a run, has its own forward."""
+    """A function in place of a layer's forward, in a run. A copy of the module, made in a run, has its own forward."""
 
     def __reduce__(self) -> Any:
         return getattr, (self.args[0].module, "forward")
 
 
 def own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module's forward is another than that of `kind`: overridden by its class, or replaced by its user."""
+    """Return whether a module's forward is not that of `kind`: overridden by its class, or replaced by its user."""
     forward = vars(module).get("forward")
     while isinstance(forward, Handler):
         forward = forward.args[0].before

@@ -44,17 +44,17 @@ class Layer:
 
     @property
     def known(self) -> bool:
-        """Whether its forward is that of the class that has the role."""
+        """Return whether its forward is that of the class that has the role."""
         return self.role.of is not None and not own_forward(self.module, self.role.of)
 
     @property
     def spikes(self) -> bool:
-        """Whether it is a layer of neurons."""
+        """Return whether it is a layer of neurons."""
         return bool(self.states or self.role.kind == "keeper") and self.role.spikes(self.module)
 
     @property
     def differentiable(self) -> bool:
-        """Whether a gradient flows through its states."""
+        """Return whether a gradient flows through its states."""
         return bool(self.states) and getattr(self.module, "differentiable", True)
 
     def __str__(self) -> str:

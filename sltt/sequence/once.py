@@ -131,7 +131,7 @@ class _HandOver(torch.autograd.Function):
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a network's weights are sharded: those that a graph was made with are gone when its backward comes."""
+    """Return whether a network's weights are sharded: those of a graph are gone when its backward comes."""
     module = sys.modules.get("torch.distributed.fsdp")  # not imported where nothing is sharded
     return module is not None and any(isinstance(m, module.FSDPModule) for m in model.modules())
 

@@ -85,5 +85,5 @@ def lengths_of(target: Any) -> Sequence[int] | None:
 
 
 def real_steps(lengths: Sequence[int], steps: int, like: Tensor) -> Tensor:
-    """Whether a step is real: [T, B], on the device of a tensor."""
+    """Return whether each step is real: [T, B], on the device of a tensor."""
     return torch.arange(steps, device=like.device)[:, None] < torch.tensor(lengths, device=like.device)

@@ -206,7 +206,7 @@ class Run:
 
 
 def _joined(given: list[Any]) -> Any:
-    """What a layer gave in each time step, [n·B, ...]; of a tuple, which ends in the state, each part."""
+    """Join a layer's outputs of n time steps to [n·B, ...]; of a tuple, which ends in the state, each part."""
     if isinstance(given[0], tuple):
         return tuple(map(_joined, map(list, zip(*given, strict=True))))
     return torch.cat(given) if isinstance(given[0], Tensor) else given[-1]

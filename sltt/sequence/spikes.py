@@ -1,4 +1,4 @@
-"""Who sees spikes: forward hooks of the layers of neurons."""
+"""Show spikes to observers, by forward hooks of the layers of neurons."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,7 +47,7 @@ class Watch:
 
     @property
     def counts(self) -> bool:
-        """Whether a number of spikes is enough."""
+        """Return whether a number of spikes is enough."""
         return getattr(self.see, "counts", False)
 
     def __reduce__(self) -> Any:

@@ -69,7 +69,7 @@ def _none(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Role:
-    """What the modules of a class are to a rule, and what they can; see `register` for the fields with its names.
+    """Role of the modules of a class; see `register` for the fields with its names.
 
     Attributes:
         kind: keeper of a state, weight, norm, pool or other. Of keepers, those that emit spikes are neurons.
@@ -176,7 +176,7 @@ def state_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def emits_spikes(module: nn.Module) -> bool:
-    """Whether a module is a layer of spiking neurons, ours or another library's."""
+    """Return whether a module is a layer of spiking neurons, ours or another library's."""
     return role_of(type(module)).spikes(module)
 
 
@@ -203,7 +203,7 @@ def detach(model: nn.Module) -> None:
 
 
 def detach_module(module: nn.Module) -> None:
-    """As `detach`, of one module without those in it."""
+    """Detach the states of one module, without those of modules in it."""
     if isinstance(module, Stateful):
         module.detach()
         return

@@ -1,4 +1,4 @@
-"""What each layer does in a time step: a rule overrides what it changes."""
+"""Forwards of layers in a time step: a rule overrides what it changes."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ TWICE = "runs twice in a call of the network: use fold=1"
 
 
 class Step:
-    """What layers do in a time step; this one runs them as they are.
+    """Forwards of layers in a time step; this class runs them as they are.
 
     A rule overrides the methods of the roles that it changes. Each takes the layer and the arguments of its forward,
     and gives what the forward gives; `layer.plain` is that forward.
@@ -35,7 +35,7 @@ class Step:
     eager = False
 
     def handler(self, layer: Layer, folds: bool) -> Any:
-        """What runs in place of a layer's forward, or None; `folds`: calls may take several time steps."""
+        """Return the method that stands for a layer's forward, or None; `folds`: calls may take several time steps."""
         kind = "neuron" if layer.spikes else layer.role.kind
         if kind == "other":
             return None

@@ -49,12 +49,12 @@ class Sequence:
         return self.x.mean(0) if self.x.is_floating_point() else self.x.mean(0, dtype=torch.get_default_dtype())
 
     def result(self, value: Tensor) -> Tensor:
-        """What is computed from the input: NaN in place of `value` if the input is damaged."""
+        """Return `value`, which was computed from the input; NaN if the input is damaged."""
         return value if self.damaged is None else value.masked_fill(self.damaged, math.nan)
 
 
 def in_backward() -> bool:
-    """Whether autograd runs a backward in this thread, in which a checkpoint may run a forward again."""
+    """Return whether autograd runs a backward in this thread, in which a checkpoint may run a forward again."""
     return _current_graph_task_id() != -1
 
 
@@ -100,7 +100,7 @@ def check_input(x: Tensor) -> None:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Whether all values are finite; `x.isfinite()` would take more memory than x, at the peak of a small network."""
+    """Return whether all values are finite; `x.isfinite()` would take more memory than x, at a small network's peak."""
     if not x.numel():
         return torch.ones((), dtype=torch.bool, device=x.device)
     low, high = x.detach().aminmax()  # NaN if a value is

@@ -57,7 +57,7 @@ def take_average(model: nn.Module, averaged: AveragedModel) -> None:
 
 
 def _moving(model: nn.Module) -> list[Tensor]:
-    """What has an average: an index or a mask in a buffer has none."""
+    """List the tensors that have an average: an index or a mask in a buffer has none."""
     norms = (m for m in model.modules() if isinstance(m, _NormBase))
     return [*model.parameters(), *(b for m in norms for b in m.buffers(recurse=False) if b.is_floating_point())]
 

@@ -29,7 +29,7 @@ POOL = 50  # batches that are sorted by length together
 
 
 class Key(NamedTuple):
-    """What a sample is read by: its place in the data, the seed of its random numbers, and whether it is mirrored."""
+    """Key of a sample: its place in the data, the seed of its random numbers, and whether it is mirrored."""
 
     place: int
     seed: int
@@ -250,7 +250,7 @@ def cut(x: Tensor, y: Tensor | Padded, count: int, *, static: bool, per_step: bo
 
 
 def joined(outs: Sequence[Output], parts: Sequence[Part]) -> Output:
-    """What a rule gives for a batch, of what it gave for the parts."""
+    """Join a rule's results of the parts of a batch."""
     loss = torch.stack([out.loss * part.weight for out, part in zip(outs, parts, strict=True)]).sum()
     return Output(loss, torch.cat([out.logits for out in outs], dim=1))
 

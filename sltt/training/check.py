@@ -118,7 +118,7 @@ def _among_tokens(name: str, samples: int, module: Any, args: Any, kwargs: Any) 
 
 
 class _Attention(TorchFunctionMode):
-    """As `_among_tokens`, in calls of `F.scaled_dot_product_attention`, whose tokens are the last but one dimension."""
+    """Do as `_among_tokens` in `F.scaled_dot_product_attention`, whose tokens are the last but one dimension."""
 
     def __init__(self, samples: int):
         super().__init__()
@@ -212,7 +212,7 @@ def _look(name: str, rows: int, seen: Seen, module: nn.Module, inputs: Any, outp
 
 
 def _first_row(x: Any, rows: int) -> Tensor | None:
-    """What belongs to sample 0; None where the dimension of the samples is not plain to see."""
+    """Return a copy of sample 0; None where the dimension of the samples is not plain to see."""
     plain = isinstance(x, Tensor) and x.ndim > 0 and x.shape.count(rows) == 1 and len(x) == rows
     return x[0].clone() if plain else None
 

@@ -143,7 +143,7 @@ REMEDY = "Restore it from a copy, or start a new run, with --weights from anothe
 
 
 def _intact(file: IO[bytes]) -> bool:
-    """Whether the checksum at the end of a file is right."""
+    """Return whether the checksum at the end of a file is right."""
     left = file.seek(0, os.SEEK_END) - TRAILER
     file.seek(max(left, 0))
     _, _, expected = file.read().partition(MARK)

@@ -1,4 +1,4 @@
-"""What a run shows in a terminal or a notebook: a bar while it works, a row for each epoch, warnings in between."""
+"""Show a run in a terminal or a notebook: a bar while it works, a row for each epoch, warnings in between."""
 
 import json
 import math

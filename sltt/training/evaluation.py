@@ -1,4 +1,4 @@
-"""How a network is measured on the samples of a split."""
+"""Measure a network on the samples of a split."""
 
 import logging
 import time
@@ -103,7 +103,7 @@ def measure_split(
     mirror: bool = False,
     shift: int = 0,
 ) -> Metrics:
-    """What `sltt.evaluate` does, where a session is there."""
+    """Do as `sltt.evaluate`, in a session."""
     instance("model", model, nn.Module)
     data = as_data(data, batch_size)
     choice("split", split, get_args(Split))
@@ -130,7 +130,7 @@ def measure_split(
 
 
 def measured_with(built: Any) -> dict[str, Any]:
-    """What a recipe built, as far as `measure_split` needs it."""
+    """Return the arguments of `measure_split` of what a recipe built."""
     return {name: getattr(built, name) for name in ("loss", "metric", "steps", "batch_size")}
 
 

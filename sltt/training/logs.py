@@ -1,4 +1,4 @@
-"""Where the metrics of a training go, beside its table: TensorBoard, and loggers of the user's."""
+"""Loggers of a training's metrics, beside its table: TensorBoard, and those of the user."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class Logger(Protocol):
-    """What takes the metrics of each epoch: a logger of Fabric or Lightning, or any class with these methods.
+    """Protocol of a logger of each epoch's metrics: one of Fabric or Lightning, or any class with these methods.
 
     `lightning` and `lightning_fabric` each have a class of this name, and neither knows the other's.
     """

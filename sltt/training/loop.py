@@ -160,7 +160,7 @@ class Loop:
 
     @property
     def trained_batches(self) -> int:
-        """How many batches were trained, in all epochs."""
+        """Return the number of batches that were trained, in all epochs."""
         return sum(map(self._count_batches, range(self.state.epoch))) + self.state.batch
 
     def _batch(self, stage: Stage, x: Tensor, y: Tensor | Padded, firing: FiringRates) -> None:

@@ -39,7 +39,8 @@ def importing_for(run: Path, code: Path | None = None) -> Iterator[None]:
 
     Raises ValueError in place of the error that this leads to.
     """
-    set_parsing_settings(import_path_denylist=[])  # what the parser's own list denies, it does not import
+    # from now on, in the whole process: the parser refuses what its own list denies, instead of warning
+    set_parsing_settings(import_path_denylist=[])
     finder = _Finder(run, code)
     sys.meta_path.insert(0, finder)
     try:

@@ -1,4 +1,4 @@
-"""What a training measures, and how far it is."""
+"""Metrics and progress of a training."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ A = TypeVar("A")
 
 @dataclass
 class Metrics:
-    """What an epoch or an evaluation measured.
+    """Measurements of an epoch or an evaluation.
 
     Attributes:
         loss: mean over samples of the sequence's loss; over real steps of `Padded` ones.
@@ -55,7 +55,7 @@ class Metrics:
 
 @dataclass
 class Progress:
-    """How far a training is; saved and restored as a whole. What is summed is of this process, until `summed`."""
+    """Progress of a training; saved and restored as a whole. Sums are of this process, until `summed`."""
 
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the epoch in progress, and what they sum to
@@ -99,7 +99,7 @@ class Progress:
         return self
 
     def metrics(self, metric: str, processes: Processes, seconds: float, peak_memory: int | None) -> Metrics:
-        """What all processes measured; `metric` is the name of the score."""
+        """Return the measurements of all processes; `metric` is the name of the score."""
         total = self.summed(processes)
         spikes, neurons = (sum(pair[i] for pair in total.firing.values()) for i in (0, 1))
         return Metrics(
@@ -147,7 +147,7 @@ class BatchMemory:
         self._longest = 0
 
     def due(self, size: int, full: bool = True, padded: bool = False) -> bool:
-        """Whether to measure the next batch, which may be `full`.
+        """Return whether to measure the next batch, which may be `full`.
 
         `size` is that of the input: padded batches have T of their own.
         """
@@ -162,7 +162,7 @@ class BatchMemory:
         return True
 
     def measure(self, batch: Callable[[], A]) -> A:
-        """What `batch` returns."""
+        """Call `batch` and count its peak memory; return its result."""
         results: list[A] = []
         self.peak = max(self.peak or 0, peak_memory(lambda: results.append(batch()), self.device))
         return results[0]

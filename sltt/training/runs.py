@@ -128,7 +128,7 @@ def find_checkpoint(run: Path, which: str | None = None) -> Path:
 
 
 def load_call(run: Path, config: dict[str, Any]) -> str:
-    """What to write in Python for the network of a run; one that was made in Python takes it as `model`."""
+    """Return the Python call that loads a run's network; one that was made in Python takes it as `model`."""
     return f"sltt.load({str(run)!r}{'' if 'model' in config and MADE_IN not in config else ', model'})"
 
 
@@ -175,7 +175,7 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> Non
 
 
 def changed(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """What the settings given change, beyond what a run that goes on may change. None saved means none to compare."""
+    """List changed settings, beyond those that a resumed run may change. None saved means none to compare."""
     return list(_differences(_plain(saved), _plain(saved | given))) if saved else []
 
 

@@ -133,7 +133,7 @@ def check_static(model: nn.Module, splits: Splits, samples: list[Any], loss: Any
 
 
 def _runs(model: nn.Module, x: Tensor, y: Any, loss: Any) -> bool:
-    """Whether a copy of the network, and the loss, take a sequence [T, B, ...]."""
+    """Return whether a copy of the network, and the loss, take a sequence [T, B, ...]."""
     try:
         twin = copied(model).eval()
         x = x.to(next((p.device for p in twin.parameters()), "cpu"))

@@ -23,7 +23,7 @@ NEURONS = 2048  # of each layer that are kept
 
 @dataclass
 class Sample:
-    """What a network does with one sample.
+    """Spikes and logits of a network for one sample.
 
     Attributes:
         spikes: of each layer of neurons, [T, neurons], at most `NEURONS` of them.

@@ -53,13 +53,13 @@ class Score:
         return 0.0
 
     def of(self, metrics: Metrics) -> Metrics:
-        """What was measured, with the score of all samples; None where the metric has seen none after a resume."""
+        """Return the measurements with the score of all samples; None where the metric has seen none after a resume."""
         if not self.collecting:
             return metrics
         return replace(metrics, score=None if self.empty else self._number(self.metric.compute()))
 
     def state(self) -> dict[str, Any]:
-        """What was collected, for a checkpoint; nothing of a metric that cannot save it."""
+        """Return what was collected, for a checkpoint; nothing of a metric that cannot save it."""
         return dict(self.metric.state_dict()) if self.collecting and hasattr(self.metric, "load_state_dict") else {}
 
     def _look(self) -> None:

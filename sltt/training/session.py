@@ -1,4 +1,4 @@
-"""Where networks are trained and measured: the processes are started and Fabric is built once for all of it."""
+"""Sessions train and measure networks: processes are started and Fabric is built once for all of it."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -65,7 +65,7 @@ class Session:
         return x, y
 
     def console(self, console: Console | None) -> Console:
-        """Where this process prints: the first one to `console`, the others nowhere."""
+        """Return where this process prints: the first one to `console`, the others nowhere."""
         if console is not None:
             instance("report", console, Console)
         return (console or Console()) if self.processes.rank == 0 else Console(quiet=True)

@@ -1,4 +1,4 @@
-"""What a network runs on, and what is trained: the arguments of `sltt.fit`, which explains them, in two parts."""
+"""Arguments of `sltt.fit`, which explains them, in two parts: execution and training."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,7 @@ class _Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution(_Settings):
-    """What a network runs on: devices and processes, precision, and how data is loaded.
+    """Settings of execution: devices and processes, precision, and how data is loaded.
 
     Raises ValueError for a value that makes no sense. Whether a device is there, `make_fabric` finds out.
     """
@@ -78,7 +78,7 @@ class Execution(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(_Settings):
-    """What is trained: the rule, loss and optimizer, for how long, in which batches and from which weights.
+    """Settings of training: the rule, loss and optimizer, for how long, in which batches and from which weights.
 
     Raises ValueError for a value that makes no sense.
     """
@@ -170,7 +170,7 @@ def check_optimizer(given: Any) -> None:
 
 
 def _factory(made: Optimizer) -> str:
-    """What makes such an optimizer: functools.partial(torch.optim.AdamW, lr=0.002)."""
+    """Return a factory of such optimizers: functools.partial(torch.optim.AdamW, lr=0.002)."""
     taken = inspect.signature(type(made)).parameters
     options = {key: value for key, value in made.defaults.items() if key in taken and taken[key].default != value}
     named = "".join(f", {key}={value!r}" for key, value in options.items())

@@ -22,7 +22,7 @@ log = logging.getLogger("sltt")
 
 @dataclass(frozen=True)
 class Trained:
-    """What `sltt.load` knows of a network, in its attribute `trained`.
+    """Facts that `sltt.load` knows of a network, in its attribute `trained`.
 
     Attributes:
         steps: T of the training.
