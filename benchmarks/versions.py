@@ -138,18 +138,23 @@ def main() -> None:
     parser.add_argument("--results", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.results:
+        import sltt
+
+        if not Path(sltt.__file__).is_relative_to(given.folders[0]):
+            raise SystemExit(f"{given.folders[0]} is no checkout of sltt: the one of {sltt.__file__} would run")
         torch.set_num_threads(1)
         torch.save([run(seed) for seed in range(given.first, given.first + given.count)], given.results)
         return
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.pt" for i in range(2)]
+        folders = [str(Path(where).resolve()) for where in given.folders]
         processes = [
             subprocess.Popen(
                 [sys.executable, __file__, where, "--count", str(given.count), "--first", str(given.first),
                  "--results", str(file)],
-                env={**os.environ, "PYTHONPATH": str(Path(where).resolve())}, cwd=folder,
+                env={**os.environ, "PYTHONPATH": where}, cwd=folder,
             )
-            for where, file in zip(given.folders, files, strict=True)
+            for where, file in zip(folders, files, strict=True)
         ]  # fmt: skip
         if any(process.wait() for process in processes):
             raise SystemExit("a version failed")
