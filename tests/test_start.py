@@ -13,7 +13,7 @@ def printed(code, *words):
     return done.stdout.splitlines()
 
 
-def test_every_name_is_there_and_no_heavy_library_is_imported():
+def test_every_name_is_there_and_a_batch_imports_no_heavy_library():
     code = """if True:
         import sys, torch
         before = {*sys.modules}
@@ -24,6 +24,17 @@ def test_every_name_is_there_and_no_heavy_library_is_imported():
         sltt.rules.base.Batch, sltt.training.fit.Fit, sltt.training.progress.Metrics
         from sltt import *
         assert SLTT is sltt.SLTT
+
+        class Own(sltt.neurons.Neuron):
+            states = ("v",)
+            v: torch.Tensor | None
+
+            @staticmethod
+            def step(x, v):
+                return sltt.surrogates.Triangle()(v + x - 1), v
+
+        model = torch.nn.Sequential(torch.nn.Linear(9, 8), LIF(), torch.nn.Linear(8, 7), Own())
+        SLTT()(model, torch.rand(4, 2, 9), torch.tensor([1, 2]), torch.nn.functional.cross_entropy)
         print(*{*sys.argv[1].split()} & ({*sys.modules} - before))"""
     assert printed(code, HEAVY) == [""]
 

@@ -21,6 +21,7 @@ import sltt
 from sltt.analysis import firing_rates
 from sltt.kernels import step
 from sltt.kernels.looks import PACK_FROM
+from sltt.sequence.run import Run
 from sltt.sequence.steps import Sequence, time_steps
 from tests.conftest import LOSS, batch, small_network
 
@@ -185,8 +186,8 @@ def test_an_input_that_nobody_looks_at_gives_nan_where_it_is_damaged():
     assert time_steps(torch.zeros(3, 2, 4), None).damaged is None
     assert time_steps(torch.empty(3, 2, 4, dtype=torch.uint8, device="meta"), None).damaged is None
     for damaged in (False, True):
-        result = Sequence(torch.ones(1), 1, True, torch.tensor(damaged)).result(torch.ones(2))
-        assert result.isnan().tolist() == [damaged] * 2
+        run = Run(nn.Sequential(sltt.LIF()), Sequence(torch.ones(1), 1, True, torch.tensor(damaged)))
+        assert run.result(torch.ones(2)).isnan().tolist() == [damaged] * 2
 
 
 def test_a_graph_of_one_draw_is_refused(monkeypatch):

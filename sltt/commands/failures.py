@@ -25,6 +25,9 @@ REMEDIES = {
     r"PermissionError|Read-only file system": (
         "choose a folder that you may write to, with --run, --save or --out; for frames of events, with --data.cache"
     ),
+    r"IsADirectory|NotADirectory|FileExists|Is a directory|Not a directory": (
+        "a file stands where a folder is to be, or a folder where a file is to be: give another path"
+    ),
     r"CUDA error|CUBLAS|cuDNN|device-side assert": (
         "CUDA_LAUNCH_BLOCKING=1 shows the operation; --device cpu shows whether the network and the data are right"
     ),

@@ -117,6 +117,10 @@ def _watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Tensor
 class _Watch(TorchDispatchMode):
     """Looks at the operations of a function; `found` is what is wrong with one, and the remedy."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would import its compiler, which takes seconds, at the first operation
+
     def __init__(self, inputs: list[Tensor]):
         super().__init__()
         self.found: tuple[str, str] | None = None

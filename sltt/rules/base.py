@@ -205,7 +205,7 @@ class Rule(Frozen, ABC):
         """Run one batch.
 
         On the CPU, NaN or infinite values in the input raise ValueError. On another device the input is not checked,
-        since that would wait for the device; the loss becomes NaN instead.
+        since that would wait for the device; the loss becomes NaN instead. So it does where weights are NaN.
 
         Args:
             model: maps the input of one time step [B, ...] to logits [B, C], and keeps its own state.
@@ -244,10 +244,11 @@ class Rule(Frozen, ABC):
                 of_step = watching(loss, network)
                 out = self.run(Batch(network, target, of_step, backward, update, seed))
                 network.results.finish(backward)
+                total = network.result(out.loss)
         except Exception as error:
             note(error, network)
             raise
-        return Output(sequence.result(out.loss), out.logits)
+        return Output(total, out.logits)
 
     def step(self) -> Step:
         """Return what layers do in a time step, for a batch: a `Step` whose methods are overridden.
@@ -332,12 +333,13 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     try:
         with network:
             logits = [network(sequence.input(range(t, t + 1))).clone() for t in range(sequence.steps)]
+            result = network.result(torch.cat(logits))
     except Exception as error:
         note(error, network)
         raise
     finally:
         torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in a training after it
-    return sequence.result(torch.cat(logits))
+    return result
 
 
 def _check_targets(sequence: Sequence, target: Any) -> None:

@@ -8,6 +8,7 @@ time step takes the steps apart: neurons run their recurrence, BatchNorm takes t
 and what keeps a state of its own takes the steps one after the other. So outputs and gradients are those of n calls.
 """
 
+import math
 import threading
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
@@ -23,7 +24,7 @@ from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import Results, is_sharded
 from sltt.sequence.state import detach_module, reset_module, state_tensors
 from sltt.sequence.step import Step
-from sltt.sequence.steps import Sequence
+from sltt.sequence.steps import Sequence, finite
 
 
 class Run:
@@ -172,6 +173,18 @@ class Run:
             f"expected logits of {self.batch} samples in each of {steps} folded time steps, [{len(x)}, C], got "
             f"{list(logits.shape)}; a layer does not take the steps as samples: use fold=1"
         )
+
+    def result(self, value: Tensor) -> Tensor:
+        """Return what was computed from the sequence; NaN if the input, or the membrane potential of a neuron, is.
+
+        A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and `value` finite.
+        """
+        states = [s for layer in self.layout.keepers if layer.spikes for s in state_tensors(layer.module)]
+        damaged = [~finite(s) for s in states if s.is_floating_point()]
+        damaged += [] if self.sequence.damaged is None else [self.sequence.damaged]
+        if not damaged:
+            return value
+        return value.masked_fill(torch.stack([d.to(value.device) for d in damaged]).any(), math.nan)
 
     def take_turn(self, layer: Layer, problem: str) -> None:
         """Note that a layer runs; raise ValueError with `problem` if it has run in this call of the network."""

@@ -3,7 +3,6 @@
 Shapes: T time steps, B samples; a call of the network takes n time steps.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +47,6 @@ class Sequence:
             return self.x
         return self.x.mean(0) if self.x.is_floating_point() else self.x.mean(0, dtype=torch.get_default_dtype())
 
-    def result(self, value: Tensor) -> Tensor:
-        """Return `value`, which was computed from the input; NaN if the input is damaged."""
-        return value if self.damaged is None else value.masked_fill(self.damaged, math.nan)
-
 
 def in_backward() -> bool:
     """Return whether autograd runs a backward in this thread, in which a checkpoint may run a forward again."""
@@ -83,7 +78,7 @@ def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
     if x.device.type == "cpu":
         check_input(x)
     elif x.is_floating_point():
-        return Sequence(x, length, static, ~_finite(x))
+        return Sequence(x, length, static, ~finite(x))
     return sequence
 
 
@@ -92,14 +87,14 @@ def check_input(x: Tensor) -> None:
 
     A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and the loss finite.
     """
-    if x.is_floating_point() and not _finite(x):
+    if x.is_floating_point() and not finite(x):
         bad = x.numel() - int(x.isfinite().sum())
         raise ValueError(
             f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values: look for them in the data"
         )
 
 
-def _finite(x: Tensor) -> Tensor:
+def finite(x: Tensor) -> Tensor:
     """Return whether all values are finite; `x.isfinite()` would take more memory than x, at a small network's peak."""
     if not x.numel():
         return torch.ones((), dtype=torch.bool, device=x.device)

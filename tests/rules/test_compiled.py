@@ -27,3 +27,15 @@ def test_what_compiled_code_hides_is_refused(rule):
     compiled = torch.compile(nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3)).double(), backend="eager")
     with pytest.raises(ValueError, match=r"LIF\) runs in compiled code.*use fold=1|before torch\.compile"):
         rule(compiled, *batch(), LOSS)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler
+def test_the_compiler_may_give_up_on_a_network():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), sltt.LIF(tau=1.7), nn.Linear(8, 3)).double()
+    compiled, (x, y) = torch.compile(copy.deepcopy(model), backend="aot_eager"), batch()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rule in (sltt.BPTT(), sltt.TBPTT(2), sltt.SLTT()):
+            compiled.zero_grad()
+            rule(compiled, x, y, LOSS, seed=0)
+            expected, _ = gradients(model, rule, x, y, seed=0)
+            torch.testing.assert_close(gradient(compiled), expected)

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -285,3 +286,16 @@ def test_a_loss_without_a_gradient_is_explained(rule, model, loss, message):
 def test_the_state_of_another_rule_is_refused():
     with pytest.raises(ValueError, match=r"what was saved is of another rule than BPTT\(\)"):
         sltt.BPTT().load_state_dict(sltt.SLTT().state_dict())
+
+
+@pytest.mark.parametrize(
+    "neuron", [sltt.LIF(), sltt.LIF(v_reset=0.0), sltt.ALIF(), sltt.Recurrent(sltt.IF(), nn.Linear(8, 8))], ids=repr
+)
+def test_weights_that_are_nan_give_nan(neuron):
+    model, (x, y) = nn.Sequential(nn.Linear(6, 8), neuron, nn.Linear(8, 3)).double(), batch()
+    assert sltt.unroll(model, x).isfinite().all()
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    assert sltt.unroll(model, x).isnan().all()
+    for rule in (sltt.SLTT(), sltt.BPTT(), sltt.OTTT(decay=0.5)):
+        assert rule(model, x, y, LOSS).loss.isnan()
