@@ -62,9 +62,9 @@ class NativeStep:
         self.library = library
         # functions of our own, which take addresses: that of a tensor costs no call of Python
         self._forward, self._gradient = library["sltt_neuron"], library["sltt_neuron_gradient"]
-        self._forward.restype, self._forward.argtypes = None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _N, _I]
+        self._forward.restype, self._forward.argtypes = None, [_P, _P, _I, _P, _P, _P, _P, _N, _P, _P, _N, _N, _I]
         self._gradient.restype = _I
-        self._gradient.argtypes = [_P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _I]
+        self._gradient.argtypes = [_P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _I, _I]
         self._constants = ctypes.byref(
             _Constants(
                 decay, gain, step.v_threshold, step.v_reset or 0.0, soft, step.detach_reset, above,
@@ -75,14 +75,16 @@ class NativeStep:
     def forward(
         self, s: Tensor, v_out: Tensor, u_out: Tensor | None, v: Tensor, x: Tensor, bits: Tensor | None, norm: Any
     ) -> None:
-        """Write spikes, the next membrane potential, and what else is given: u, and the bits of the spikes.
+        """Write spikes and membrane potentials of the time steps in x, and what else is given: u, and the spikes' bits.
 
-        `norm`, if given, is the pointer of a BatchNorm whose input is x.
+        `v_out` is of all time steps, or of the last one. `norm`, if given, is the pointer of a BatchNorm whose input is
+        x.
         """
+        n = v.numel()
         self._forward(
             self._constants, norm, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(), s.data_ptr(),
-            v_out.data_ptr(), None if u_out is None else u_out.data_ptr(), None if bits is None else bits.data_ptr(),
-            x.numel(), torch.get_num_threads(),
+            v_out.data_ptr(), n if v_out.numel() > n else 0, None if u_out is None else u_out.data_ptr(),
+            None if bits is None else bits.data_ptr(), n, x.numel() // max(1, n), torch.get_num_threads(),
         )  # fmt: skip
 
     def steady(self, rate: Tensor, by_input: Tensor, x: Tensor, steps: int, start: float) -> int:
@@ -106,17 +108,21 @@ class NativeStep:
         x_dtype: torch.dtype,
         norm: Any,
         x: Tensor,
+        steps: int,
+        cut: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Write ∂L/∂u, and ∂L/∂v of the step before if wanted; s are the spikes or their bits.
+        """Write ∂L/∂u of all time steps, and ∂L/∂v before the first if wanted; s are the spikes or their bits.
 
-        With `norm`, the pointer of a BatchNorm whose input is x, write ∂L/∂x for ∂L/∂u; give ∂L/∂weight and ∂L/∂bias.
+        With `cut`, no gradient flows from one time step to the step before. With `norm`, the pointer of a BatchNorm
+        whose input is x, write ∂L/∂x of one time step for ∂L/∂u; give ∂L/∂weight and ∂L/∂bias.
         """
         spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
         affine = None if norm is None else torch.empty(2, x.shape[1], dtype=torch.float32, device="cpu")
         given = grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine
         short_of_memory = self._gradient(
             self._constants, norm, x_dtype == torch.bfloat16, out.dtype == torch.bfloat16,
-            *[None if one is None else one.data_ptr() for one in given], out.numel(), torch.get_num_threads(),
+            *[None if one is None else one.data_ptr() for one in given], out.numel() // steps, steps, cut,
+            torch.get_num_threads(),
         )  # fmt: skip
         if short_of_memory:
             raise MemoryError("a neuron's gradient has no memory for its scratch")

@@ -1,6 +1,6 @@
 // Convolutions whose input is spikes, packed as bits: only active inputs are touched, and a product is a sum.
 //
-// Bit i of byte j is element 8 j + i of the channels-last memory [n, h, w, ci]; ci is a multiple of 8. Gradients and
+// Bit i of byte j is element 8 j + i of the channels-last memory [n, h, w, ci]. Gradients and
 // results are channels-last, float or bfloat16; all sums are float. Portable C++17 with the vectors of GCC and Clang.
 //
 // Every sum has a fixed order: how work is split depends on the shape, never on the number of threads.
@@ -180,13 +180,25 @@ static inline int64_t count(const uint8_t* bits, int64_t bytes) {
 
 // Bits of the q-th block of channels at a pixel.
 INLINE uint64_t word_at(const uint8_t* bits, const Conv& z, int64_t pixel, int64_t q) {
-  const uint8_t* p = bits + (pixel * z.ci + q * WORD) / 8;
+  const int64_t first = pixel * z.ci + q * WORD, n = std::min(WORD, z.ci - q * WORD), shift = first & 7;
+  const uint8_t* p = bits + (first >> 3);
   uint64_t word = 0;
-  if (z.ci - q * WORD >= WORD)
+  if (n + shift >= WORD) {
     std::memcpy(&word, p, 8);
-  else
-    for (int64_t i = 0; i < (z.ci - q * WORD) / 8; i++) word |= uint64_t(p[i]) << 8 * i;
-  return word;
+    if (!shift) return word;
+    word >>= shift;
+    if (n + shift > WORD) word |= uint64_t(p[8]) << (WORD - shift);
+  } else {
+    for (int64_t i = 0; 8 * i < n + shift; i++) word |= uint64_t(p[i]) << 8 * i;
+    word >>= shift;
+  }
+  return n == WORD ? word : word & ((uint64_t(1) << n) - 1);
+}
+
+// The set bits from one position to another.
+INLINE int64_t count_between(const uint8_t* bits, int64_t from, int64_t to) {
+  const auto before = [&](int64_t at) { return at & 7 ? __builtin_popcount(bits[at >> 3] & ((1 << (at & 7)) - 1)) : 0; };
+  return count(bits + (from >> 3), (to >> 3) - (from >> 3)) - before(from) + before(to);
 }
 
 }  // namespace

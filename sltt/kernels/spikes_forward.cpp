@@ -83,12 +83,13 @@ void forward_tile(const Conv& z, const Events& events, const float* packed, cons
 
 template <class T>
 int forward(const uint8_t* bits, const Conv& z, const float* packed, const float* bias, T* y, int threads) {
-  const int64_t rows = z.n * z.h, row_bytes = z.w * z.ci / 8;
+  const int64_t rows = z.n * z.h, each = z.w * z.ci;  // elements of a row
   Scratch<uint32_t> first(rows + 1), begin(rows * z.words() * (z.w + 1));
   Scratch<float> sums(threads * TILE * WORD);
   if (!first || !begin || !sums) return 1;
   first[0] = 0;
-  for (int64_t row = 0; row < rows; row++) first[row + 1] = first[row] + count(bits + row * row_bytes, row_bytes);
+  for (int64_t row = 0; row < rows; row++)
+    first[row + 1] = first[row] + uint32_t(count_between(bits, row * each, (row + 1) * each));
   Scratch<uint32_t> at(first[rows]);
   if (!at) return 1;
   const int64_t pixels = z.n * z.oh * z.ow, tiles = (pixels + TILE - 1) / TILE, blocks = count_blocks(z, 64);
@@ -123,7 +124,8 @@ void sltt_pack(const float* weight, const int64_t* stride, const Conv* conv, flo
           const bool valid = block.from + j < z.co;
           const float* s = weight + t / z.kw * stride[2] + t % z.kw * stride[3] + (q * WORD + c0) * stride[1];
           s += valid ? (block.from + j) * stride[0] : 0;
-          for (int64_t c = 0; c < 8; c++) to[(c0 + c) * block.width + j] = valid ? one * s[c * stride[1]] : 0.0f;
+          for (int64_t c = 0; c < std::min<int64_t>(8, channels - c0); c++)
+            to[(c0 + c) * block.width + j] = valid ? one * s[c * stride[1]] : 0.0f;
         }
   });
 }

@@ -175,18 +175,19 @@ void gradient_task(const Conv& z, const Chunks& m, Outputs block, int64_t from, 
   }
 }
 
-// Add the parts [parts][ci][kh kw][width] of a block in their order, for eight input channels from `c0` on, and write
-// them by output channel.
+// Add the parts [parts][ci][kh kw][width] of a block in their order, for up to eight input channels from `c0` on, and
+// write them by output channel.
 void write_gradient(const Conv& z, Outputs block, int64_t c0, float* part, int64_t parts, int64_t part_size, float one,
                     float* out, const int64_t* stride) {
   const int64_t k = z.kh * z.kw, width = block.width, valid = std::min(width, z.co - block.from);
+  const int64_t channels = std::min<int64_t>(8, z.ci - c0);
   part += c0 * k * width;
   for (int64_t p = 1; p < parts; p++)
-    for (int64_t i = 0; i < 8 * k * width; i++) part[i] += part[p * part_size + i];
+    for (int64_t i = 0; i < channels * k * width; i++) part[i] += part[p * part_size + i];
   for (int64_t t = 0; t < k; t++)
     for (int64_t j = 0; j < valid; j++) {
       float* to = out + (block.from + j) * stride[0] + c0 * stride[1] + t / z.kw * stride[2] + t % z.kw * stride[3];
-      for (int64_t c = 0; c < 8; c++) to[c * stride[1]] = one * part[(c * k + t) * width + j];
+      for (int64_t c = 0; c < channels; c++) to[c * stride[1]] = one * part[(c * k + t) * width + j];
     }
 }
 
@@ -219,7 +220,7 @@ int weight_gradient(const uint8_t* bits, const Conv& z, const T* g, float one, f
       for (int64_t c = 0; c < z.ci; c += 8) write_gradient(z, block, c, grad, 1, part_size, one, out, stride);
   });
   if (parts > 1)
-    for_each(threads, blocks * (z.ci / 8), 1, [&](int64_t i, int64_t) {
+    for_each(threads, blocks * ((z.ci + 7) / 8), 1, [&](int64_t i, int64_t) {
       const int64_t b = i % blocks;
       float* part = grads.get() + b * parts * part_size;
       write_gradient(z, block_of(z, 32, b), i / blocks * 8, part, parts, part_size, one, out, stride);

@@ -240,21 +240,35 @@ class Sums {
   Scratch<double> totals_;
 };
 
+// Time steps of n elements each; v_out has all of them, or, for v_step = 0, the last one.
 template <class T>
-void forward(const Neuron& z, const Norm* norm, const T* x, const float* v, T* s, float* v_out, float* u_out,
-             uint8_t* bits, int64_t n, int threads) {
+void forward(const Neuron& z, const Norm* norm, const T* x, const float* v, T* s, float* v_out, int64_t v_step,
+             float* u_out, uint8_t* bits, int64_t n, int64_t steps, int threads) {
   for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
-    forward_block(z, norm, x + i, v + i, s + i, v_out + i, shifted(u_out, i), shifted(bits, i / 8), i, m);
+    float room[2][BLOCK];
+    const float* before = v + i;
+    for (int64_t t = 0, at = i; t < steps; t++, at += n) {
+      float* after = v_step || t == steps - 1 ? v_out + t * v_step + i : room[t % 2];
+      forward_block(z, norm, x + at, before, s + at, after, shifted(u_out, at), shifted(bits, at / 8), i, m);
+      before = after;
+    }
   });
 }
 
+// With `cut`, no gradient flows from one of the time steps to the step before.
 template <class T, class G>
 void backward(const Neuron& z, const T* grad_s, const float* grad_v, const float* kept, const T* s, const uint8_t* bits,
-              G* out, float* out_v, int64_t n, int threads) {
+              G* out, float* out_v, int64_t n, int64_t steps, bool cut, int threads) {
   for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
-    float g[BLOCK];
-    backward_block(z, shifted(grad_s, i), shifted(grad_v, i), kept + i, shifted(s, i), shifted(bits, i / 8), out + i,
-                   shifted(out_v, i), g, m);
+    float g[BLOCK], room[2][BLOCK];
+    const float* after = shifted(grad_v, i);
+    for (int64_t t = steps - 1; t >= 0; t--) {
+      const int64_t at = t * n + i;
+      float* before = t == 0 ? shifted(out_v, i) : cut ? nullptr : room[t % 2];
+      backward_block(z, shifted(grad_s, at), after, kept + at, shifted(s, at), shifted(bits, at / 8), out + at, before, g,
+                     m);
+      after = before;
+    }
   });
 }
 
@@ -352,13 +366,14 @@ int normed_backward(const Neuron& z, const Norm& norm, const T* grad_s, const fl
 }  // namespace
 
 extern "C" {
-// x and s are float or bfloat16. `norm`, `u_out` and `bits` may be null; with bits, n is a multiple of 8.
+// x and s are float or bfloat16. `norm`, `u_out` and `bits` may be null; with bits, n is a multiple of 8. See `forward`.
 void sltt_neuron(const Neuron* z, const Norm* norm, int bfloat16, const void* x, const float* v, void* s, float* v_out,
-                 float* u_out, uint8_t* bits, int64_t n, int threads) {
-  if (bfloat16)
-    forward(*z, norm, static_cast<const uint16_t*>(x), v, static_cast<uint16_t*>(s), v_out, u_out, bits, n, threads);
-  else
-    forward(*z, norm, static_cast<const float*>(x), v, static_cast<float*>(s), v_out, u_out, bits, n, threads);
+                 int64_t v_step, float* u_out, uint8_t* bits, int64_t n, int64_t steps, int threads) {
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    forward(*z, norm, static_cast<const T*>(x), v, static_cast<T*>(s), v_out, v_step, u_out, bits, n, steps, threads);
+  };
+  bfloat16 ? run(uint16_t()) : run(float());
 }
 
 // The number of spikes. x, rate and by_input are float or bfloat16.
@@ -378,11 +393,11 @@ int64_t sltt_steady(const Neuron* z, int bfloat16, const void* x, float start, i
 }
 
 // `kept` is v for a soft reset and u for a hard one. `grad_s`, `grad_v` and `out_v` may be null, and `s` or `bits`. With
-// `norm` the gradient goes through the norm in front too: x is its input, `out` is of x's type, and `affine` gets
-// ∂L/∂weight and ∂L/∂bias [2, channels]. Not 0 if there is no memory.
+// `norm` the gradient of one time step goes through the norm in front too: x is its input, `out` is of x's type, and
+// `affine` gets ∂L/∂weight and ∂L/∂bias [2, channels]. Not 0 if there is no memory.
 int sltt_neuron_gradient(const Neuron* z, const Norm* norm, int bfloat16, int bfloat16_out, const void* grad_s,
                          const float* grad_v, const float* kept, const void* s, const uint8_t* bits, const void* x,
-                         void* out, float* out_v, float* affine, int64_t n, int threads) {
+                         void* out, float* out_v, float* affine, int64_t n, int64_t steps, int cut, int threads) {
   const auto run = [&](auto type, auto type_out) {
     using T = decltype(type);
     using G = decltype(type_out);
@@ -392,7 +407,7 @@ int sltt_neuron_gradient(const Neuron* z, const Norm* norm, int bfloat16, int bf
       if (norm)
         return normed_backward(*z, *norm, of_s, grad_v, kept, spikes, bits, static_cast<const T*>(x), to, out_v, affine,
                                n, threads);
-    backward(*z, of_s, grad_v, kept, spikes, bits, to, out_v, n, threads);
+    backward(*z, of_s, grad_v, kept, spikes, bits, to, out_v, n, steps, cut, threads);
     return 0;
   };
   if (!bfloat16) return run(float(), float());

@@ -106,41 +106,49 @@ def _run(
     packs: bool = False,
     cut: bool = False,
     norm: Normalised | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the bits of the spikes.
 
     The backward needs v, or u for a hard reset. With `norm`, x is the input of a BatchNorm.
     """
     x = x.resolve_neg()
-    xs = (x,) if steps == 1 else unfold(x, steps)
-    if not (xs[0].is_contiguous() or dense(xs[0])):
+    if not x.is_contiguous() and not (dense(first := _first(x, steps)) and _follow(x, first)):
         x = x.contiguous()
-        xs = unfold(x, steps)
-    v = like(v, xs[0]) if v.stride() != xs[0].stride() or v.is_neg() else v
+    first = _first(x, steps)
+    v = like(v, first)
     s = torch.empty_like(x)
     # on another device packing is a pass of its own, which a graph of one step is not worth
     packs = packs and (s.is_cpu or not cut) and s.numel() >= (BITS_FROM if cut else PACK_FROM) and packable(s)
     bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if native and packs and v.numel() % 8 == 0 else None
-    bits_of = (None,) * steps if bits is None else unfold(bits, steps)
-    kept = []
-    soft = step.v_reset is None
-    of_norm = None if norm is None else pointer(norm.factors, norm.training)
-    for s_t, x_t, bits_t in zip((s,) if steps == 1 else unfold(s, steps), xs, bits_of, strict=True):
-        before, v = v, torch.empty_like(v)
-        u = torch.empty_like(v) if keep and not soft else None
-        if native:
-            native.forward(s_t, v, u, before, x_t, bits_t, of_norm)
-        else:
-            forward, _ = _kernels(step)
-            forward(s_t, v, u, before, x_t, decay)
-        if keep:
-            kept.append(v if u is None else u)
-    return s, v, kept, pack(s) if packs and bits is None else bits
+    kept = torch.empty_like(x, dtype=v.dtype) if keep else None
+    u = None if step.v_reset is None else kept
+    vs = torch.empty_like(v) if kept is None or kept is u else kept
+    if native:
+        native.forward(s, vs, u, v, x, bits, None if norm is None else pointer(norm.factors, norm.training))
+    else:
+        forward, _ = _kernels(step)
+        after = unfold(vs, steps) if vs is kept else None
+        for t, (s_t, x_t, u_t) in enumerate(zip(unfold(s, steps), unfold(x, steps), unfold(u, steps), strict=True)):
+            before, v = v, torch.empty_like(v) if after is None else after[t]
+            forward(s_t, v, u_t, before, x_t, decay)
+        vs = vs if after else v
+    last = vs if vs.shape == first.shape else vs[len(vs) - len(first) :].clone()  # all steps do not stay for its sake
+    return s, last, kept, pack(s) if packs and bits is None else bits
 
 
-def unfold(x: Tensor, steps: int) -> tuple[Tensor, ...]:
-    """The time steps in x [n·B, ...], each [B, ...]."""
-    return (x,) if steps == 1 else x.chunk(steps) if len(x) else (x,) * steps
+def _first(x: Tensor, steps: int) -> Tensor:
+    """The first time step in x [n·B, ...]."""
+    return x if steps == 1 else x[: len(x) // steps]
+
+
+def _follow(x: Tensor, first: Tensor) -> bool:
+    """Return whether the time steps in x follow each other in memory."""
+    return x is first or x.stride(0) * len(first) == first.numel()
+
+
+def unfold(x: Any, steps: int) -> tuple[Any, ...]:
+    """The time steps in x [n·B, ...], each [B, ...]; None of each if x is None."""
+    return (x,) * steps if steps == 1 or x is None or not len(x) else x.chunk(steps)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -209,7 +217,7 @@ class _NeuronStep(torch.autograd.Function):
             v if learnable or ctx.replays else None,
             x if (learnable and step.decay_input) or ctx.replays or norm else None,
             None if norm is None else norm.factors,
-            *kept,
+            kept,
         )
         return s, v_next
 
@@ -225,43 +233,46 @@ class _NeuronStep(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
         step: NeuronStep = ctx.step
-        s, decay, v, x, factors, *kept = ctx.saved_tensors
+        steps: int = ctx.steps
+        s, decay, v, x, factors, kept = ctx.saved_tensors
         if ctx.replays:
-            _, _, kept, _ = _run(step, ctx.native, v, x, decay, ctx.steps, keep=True)
+            _, _, kept, _ = _run(step, ctx.native, v, x, decay, steps, keep=True)
+        assert kept is not None
         needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
         # ∂L/∂x is what a step gives unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled
         plain = factors is not None or not (needs_decay or step.decay_input)
-        state = kept[0].dtype
-        grad_u = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype if plain else state, device=kept[0].device)
-        single = ctx.steps == 1
-        of_u = (grad_u,) if single else unfold(grad_u, ctx.steps)
-        if grad_s is not None and (grad_s.stride() != grad_u.stride() or grad_s.is_neg()):
-            grad_s = like(grad_s, grad_u)
-        of_s = (grad_s,) * ctx.steps if single or grad_s is None else unfold(grad_s, ctx.steps)
-        if grad_v is not None and (grad_v.stride() != kept[0].stride() or grad_v.is_neg()):
-            grad_v = like(grad_v, kept[0])
-        of_norm = None if factors is None else pointer(factors, ctx.of_batch)
-        of_weight = of_bias = None
+        grad_u = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype if plain else kept.dtype, device=kept.device)
+        first = _first(kept, steps)
+        grad_s = None if grad_s is None else like(grad_s, grad_u)
+        grad_v = None if grad_v is None else like(grad_v, first)
         native: Any = ctx.native if ctx.native and ctx.native.differentiates else None
         assert native or factors is None, "there was one in the forward"
-        takes_bits = native and kept[0].numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)
+        takes_bits = native and first.numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)
         if s is None:
             s = ctx.bits if takes_bits else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
-        spikes = (s,) if single else unfold(s, ctx.steps)
-        for t in reversed(range(ctx.steps)):
-            if of_s[t] is None and grad_v is None:
-                of_u[t].zero_()
-                continue
-            goes_on = needs_v if t == 0 else not ctx.cut
-            before = torch.empty_like(kept[t]) if goes_on else None
-            if native:
-                given = of_s[t], grad_v, kept[t], spikes[t], ctx.x_dtype, of_norm, x
-                of_weight, of_bias = native.gradient(of_u[t], before, *given)
-            else:
-                _, backward = _kernels(step)
-                backward(of_u[t], before, of_s[t], grad_v, kept[t], spikes[t], decay)
+        of_weight = of_bias = None
+        if native:
+            before = torch.empty_like(first) if needs_v else None
+            of_norm = None if factors is None else pointer(factors, ctx.of_batch)
+            given = grad_s, grad_v, kept, s, ctx.x_dtype, of_norm, x
+            of_weight, of_bias = native.gradient(grad_u, before, *given, steps, ctx.cut)
             grad_v = before
-        grad_decay = _decay_gradient(step, decay, of_u, v, x, kept, spikes) if needs_decay else None
+        else:
+            _, backward = _kernels(step)
+            of_u, of_s, ks, ss = (unfold(one, steps) for one in (grad_u, grad_s, kept, s))
+            for t in reversed(range(steps)):
+                goes_on = needs_v if t == 0 else not ctx.cut
+                before = torch.empty_like(first) if goes_on else None
+                if of_s[t] is None and grad_v is None:
+                    of_u[t].zero_()
+                    before = None
+                else:
+                    backward(of_u[t], before, of_s[t], grad_v, ks[t], ss[t], decay)
+                grad_v = before
+        grad_decay = None
+        if needs_decay:
+            parts = (unfold(one, steps) for one in (grad_u, kept, s))
+            grad_decay = _decay_gradient(step, decay, v, unfold(x, steps), *parts)
         if needs_x and not plain:
             gain = 1 - step.rate(decay) if step.decay_input else 1.0
             grad_u = (grad_u * gain).to(ctx.x_dtype)
@@ -269,17 +280,15 @@ class _NeuronStep(torch.autograd.Function):
         return grad_v, grad_u if needs_x else None, grad_decay, None, None, None, None, *of_affine, None
 
 
-def _decay_gradient(
-    step: NeuronStep, decay: Tensor, grad_u: Any, v: Tensor, x: Tensor | None, kept: list[Tensor], s: Any
-) -> Tensor:
+def _decay_gradient(step: NeuronStep, decay: Tensor, v: Tensor, x: Any, grad_u: Any, kept: Any, s: Any) -> Tensor:
     """∂L/∂λ = Σ_t ∂L/∂u[t] (v[t−1] − v_r − x[t]), the last term with `decay_input` only."""
     total = torch.zeros((), dtype=v.dtype, device=v.device)
     for t, grad_u_t in enumerate(grad_u):
         if t:
             v = kept[t - 1] if step.v_reset is None else step.reset(kept[t - 1], s[t - 1])
         moved = v - (step.v_reset or 0.0)
-        if step.decay_input and x is not None:
-            moved = moved - unfold(x, len(grad_u))[t]
+        if step.decay_input:
+            moved = moved - x[t]
         total = total + (grad_u_t * moved).sum()
     return total.to(decay.dtype).reshape(decay.shape)
 

@@ -22,8 +22,8 @@ LAYERS = {
     "linear of tokens": (lambda: nn.Linear(72, 96, bias=False), (4, 17, 72)),
 }
 OTHERS = {
-    "65 output channels": (lambda: nn.Conv2d(16, 65, 3), (3, 16, 17, 9)),
-    "65 input channels": (lambda: nn.Conv2d(65, 16, 3), (8, 65, 17, 9)),
+    "15 output channels": (lambda: nn.Conv2d(16, 15, 3), (3, 16, 17, 9)),
+    "15 input channels": (lambda: nn.Conv2d(15, 16, 3), (8, 15, 17, 9)),
     "8 channels": (lambda: nn.Conv2d(8, 8, 3), (8, 8, 17, 9)),
     "groups": (lambda: nn.Conv2d(24, 24, 3, groups=2), (3, 24, 17, 9)),
     "dilation": (lambda: nn.Conv2d(24, 24, 3, dilation=2), (3, 24, 17, 9)),
@@ -31,7 +31,7 @@ OTHERS = {
     "conv1d with dilation": (lambda: nn.Conv1d(24, 48, 3, dilation=2), (3, 24, 101)),
     "padding by name": (lambda: nn.Conv2d(24, 24, 3, padding="same"), (3, 24, 17, 9)),
     "other padding": (lambda: nn.Conv2d(24, 24, 3, padding=1, padding_mode="reflect"), (3, 24, 17, 9)),
-    "65 features": (lambda: nn.Linear(64, 65), (3, 24, 64)),
+    "15 features": (lambda: nn.Linear(64, 15), (3, 24, 64)),
 }
 
 
