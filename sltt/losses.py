@@ -3,6 +3,7 @@
 A rule takes the mean over T of a loss of one step. For regression and multi-label targets use PyTorch's losses.
 """
 
+import inspect
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -307,6 +308,16 @@ def check_loss(loss: Any) -> Any:
 def is_per_step(loss: Any) -> bool:
     """Return whether a loss takes a target for each time step."""
     return getattr(loss, "per_step", False)
+
+
+_MEANS = {F.cross_entropy, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.binary_cross_entropy_with_logits}
+_MEAN_MODULES = nn.CrossEntropyLoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.BCEWithLogitsLoss
+
+
+def is_mean(loss: Any) -> bool:
+    """Return whether a loss is a mean over samples, which may take those of several time steps at once."""
+    by_module = type(loss) in _MEAN_MODULES and loss.reduction == "mean"
+    return by_module or type(loss) is CrossEntropyMSE or (inspect.isfunction(loss) and loss in _MEANS)
 
 
 def _check_labels(logits: Tensor, target: Tensor) -> None:

@@ -51,16 +51,13 @@ def is_profiled(device: str | torch.device = "cpu") -> bool:
 def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.device) -> tuple[int, list[int]]:
     """Return the `peak_memory` of `call(mark)`, and the bytes alive at each `mark()` above those alive before.
 
-    Raises RuntimeError inside a profiler, and inside another measurement, since the inner one would end the outer:
-    fold="auto" measures its first three batches, so run these before. Another thread's measurement is waited for.
+    Raises RuntimeError inside a profiler, and inside another measurement, since the inner one would end the outer.
+    Another thread's measurement is waited for.
     """
     if not counts_peak(device):
         raise ValueError(f"PyTorch counts no peak of memory on {torch.device(device).type}: measure on the CPU")
     if getattr(_this_thread, "measures", False):
-        raise RuntimeError(
-            "memory is being measured already: measure one call at a time; a rule with fold='auto' measures its first "
-            "three batches, so run these before"
-        )
+        raise RuntimeError("memory is being measured already: measure one call at a time")
     if is_profiled(device):
         raise RuntimeError("a profiler of PyTorch is running, and measuring memory would end it: measure outside of it")
     with _profiler:

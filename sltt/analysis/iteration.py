@@ -115,8 +115,7 @@ def memory_parts(
 
         rule(model, x, target, loss, steps=steps, backward=backward, update=lambda: None, seed=seed)
 
-    for _ in range(3):  # makes the gradients; and fold="auto" settles
-        run(lambda: None, 0)
+    run(lambda: None, 0)  # makes the gradients
     states.clear()
     draws = range(DRAWS if isinstance(rule, SLTT) and rule.k is not None else 1)
     peak, levels = trace_memory(lambda mark: [run(mark, seed) for seed in draws], x.device)

@@ -26,11 +26,9 @@ from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, time_steps
 from sltt.commands.prepared import Prepared, prepared
 from sltt.commands.results import give
-from sltt.commands.rule_texts import unfolded
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
 from sltt.commands.verdict import batch_memory
-from sltt.rules import Mixed, Rule, Truncated
-from sltt.rules.folding import largest_fold
+from sltt.rules import Mixed, Rule
 from sltt.training.checkpoints import start_from
 from sltt.training.console import Console, megabytes
 from sltt.training.session import Session, session
@@ -54,9 +52,7 @@ def options() -> CommandOptions:
         "--steps", type=numbers(time_steps), default=[], help="numbers of time steps; default: the recipe's"
     )
     parser.add_argument("--repeats", type=count, default=5, help="iterations that are timed; default: 5")
-    parser.add_argument(
-        "--budget", type=parse_bytes, help="a memory such as 8GB: the largest batch, T and fold that fit it"
-    )
+    parser.add_argument("--budget", type=parse_bytes, help="a memory such as 8GB: the largest batch and T that fit it")
     parser.add_output()
     return parser
 
@@ -78,7 +74,6 @@ class Fits:
         budget: bytes, with parameters and the optimizer's state.
         batch: the largest with the recipe's T.
         steps: the largest T with the recipe's batch.
-        fold: the most time steps in one call of the network, with the recipe's batch and T; None for a rule without.
         predicted: bytes of the checked run, of this batch, by the fitted model; None without such a batch.
         measured: bytes of the checked run; None if it was not made, since it needs more than is free.
     """
@@ -87,7 +82,6 @@ class Fits:
     budget: int
     batch: int | None
     steps: int | None
-    fold: int | None
     predicted: int | None = None
     measured: int | None = None
 
@@ -210,7 +204,6 @@ def fits_rows(fits: Sequence[Mapping[str, Any]]) -> list[Row]:
             "rule": one["rule"],
             "batch": number(one["batch"], ",", none="no limit"),
             "T": number(one["steps"], ",", none="no limit"),
-            "fold": number(one["fold"], ","),
             "predicted": bytes_cell(one["predicted"]) if one["predicted"] else "",
             "measured": bytes_cell(one["measured"]) if one["measured"] else Cell("not run", None),
             "error": number(one["predicted"] / one["measured"] - 1 if one["measured"] else None, "+.1%", none=""),
@@ -299,7 +292,7 @@ def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budg
             return _memory(ready, samples).total
 
     least = _until_regular(recipe.build(rule=rule).rule)
-    found = Fits(rule, budget, None, None, _fold(here, recipe, rule, steps, batch, budget))
+    found = Fits(rule, budget, None, None)
     batches = batch, 2 * batch
     for _ in range(2):
         model: PeakModel = fit_peak(measure, batches, (least, 2 * least))
@@ -333,16 +326,3 @@ def _until_regular(rule: Rule) -> int:
     of_layers = (*rule.windows.values(), rule.default) if isinstance(rule, Mixed) else ()
     together = *of_layers, *(getattr(rule, name, None) for name in ("k", "window", "segment", "fold"))
     return max([2, *(steps for steps in together if isinstance(steps, int))])
-
-
-def _fold(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> int | None:
-    """The largest fold; None for a rule that has none."""
-    rule = unfolded(rule)
-    built = recipe.build(rule=rule).rule
-    if not isinstance(built, Truncated) or built.hoist:
-        return None
-    peaks = []
-    for fold in range(1, min(steps, 3) + 1):
-        with prepared(here, _built(recipe, rule, "--rule.fold", str(fold)), steps) as ready:
-            peaks.append(_memory(ready, batch).total)
-    return largest_fold(peaks, budget, steps)

@@ -30,11 +30,6 @@ def rule_options(text: str) -> list[str]:
     return ["--rule", name, *(word for key, value in settings.items() for word in (f"--rule.{key}", value))]
 
 
-def unfolded(text: str) -> str:
-    """One of `rules` without what it says about `fold`."""
-    return ":".join(part for part in _split(text, ":") if not part.startswith(("fold=", "budget=")))
-
-
 def mixed_options(windows: Mapping[str, int | str]) -> str:
     """Write a `Mixed` as options of `sltt train`: --rule Mixed --rule.windows '{features.2: all}'."""
     # unquoted, YAML reads names such as 2 or on as something else than text

@@ -31,6 +31,8 @@ _NAMES = (
     "spikes_forward.cpp",
     "spikes_gradient.cpp",
     "spikes_neuron.cpp",
+    "spikes_neuron.h",
+    "spikes_recurrent.cpp",
     "winograd_input.cpp",
     "winograd_weight.cpp",
 )
@@ -64,6 +66,7 @@ _FUNCTIONS = {
     "sltt_dense_weight_gradient": (_I, [_P, _P, _P, _I, _P, _I]),
     "sltt_neuron": (None, [_P, _P, _I, _P, _P, _P, _P, _N, _P, _P, _N, _N, _I]),
     "sltt_neuron_gradient": (_I, [_P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _I, _I]),
+    "sltt_recurrent": (_I, [_P, _P, _P, _N, _P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _I]),
     "sltt_steady": (_N, [_P, _I, _P, _F, _I, _P, _P, _N, _I]),
     "sltt_max_pool": (None, [_P, _I, _P, _P, _P, _I]),
     "sltt_max_pool_gradient": (None, [_P, _I, _P, _P, _P, _I]),

@@ -65,7 +65,7 @@ class NativeStep:
         self._forward.restype, self._forward.argtypes = None, [_P, _P, _I, _P, _P, _P, _P, _N, _P, _P, _N, _N, _I]
         self._gradient.restype = _I
         self._gradient.argtypes = [_P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _I, _I]
-        self._constants = ctypes.byref(
+        self.constants = ctypes.byref(
             _Constants(
                 decay, gain, step.v_threshold, step.v_reset or 0.0, soft, step.detach_reset, above,
                 number, a, b, inverse,
@@ -82,7 +82,7 @@ class NativeStep:
         """
         n = v.numel()
         self._forward(
-            self._constants, norm, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(), s.data_ptr(),
+            self.constants, norm, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(), s.data_ptr(),
             v_out.data_ptr(), n if v_out.numel() > n else 0, None if u_out is None else u_out.data_ptr(),
             None if bits is None else bits.data_ptr(), n, x.numel() // max(1, n), torch.get_num_threads(),
         )  # fmt: skip
@@ -93,7 +93,7 @@ class NativeStep:
         Returns the number of spikes.
         """
         return self.library.sltt_steady(
-            self._constants, x.dtype == torch.bfloat16, x, start, steps, rate, by_input,
+            self.constants, x.dtype == torch.bfloat16, x, start, steps, rate, by_input,
             x.numel(), torch.get_num_threads(),
         )  # fmt: skip
 
@@ -120,7 +120,7 @@ class NativeStep:
         affine = None if norm is None else torch.empty(2, x.shape[1], dtype=torch.float32, device="cpu")
         given = grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine
         short_of_memory = self._gradient(
-            self._constants, norm, x_dtype == torch.bfloat16, out.dtype == torch.bfloat16,
+            self.constants, norm, x_dtype == torch.bfloat16, out.dtype == torch.bfloat16,
             *[None if one is None else one.data_ptr() for one in given], out.numel() // steps, steps, cut,
             torch.get_num_threads(),
         )  # fmt: skip

@@ -1,86 +1,12 @@
 // A neuron's step: charge, fire and reset in one pass over memory that writes the spikes as bits too; and its gradient.
 // A BatchNorm in front of the neuron is a part of these passes. All time steps under a steady current, and the
 // derivative of the rate, are one pass too.
-//
-// The equations, and the order in which they round, are those of step.py. A block of elements goes through a few plain
-// loops while it is in the cache; the compiler makes vectors of each.
-#include "spikes.h"
+#include "spikes_neuron.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 512;     // elements that go through all loops before the next ones
 constexpr int64_t PART = 1 << 14;  // elements of a task
 constexpr int VECTORS = 4;         // that go through all time steps in registers
-
-enum Surrogate : int32_t { TRIANGLE, RECTANGLE, ARCTAN, FAST_SIGMOID };
-
-struct Neuron {  // shared with native_step.py
-  float decay, gain, threshold, rest;
-  int32_t soft, detached, above;
-  Surrogate surrogate;
-  float a, b;     // of the surrogate
-  float inverse;  // 1 / a for a power of two, else 0
-};
-
-// BatchNorm of memory with the channels last: y = scale · x + shift, where scale = weight · invstd.
-struct Norm {  // shared with native_step.py
-  const float *scale, *shift, *mean, *invstd;
-  int64_t channels;
-  int32_t training;  // mean and invstd are those of x
-};
-
-// Call function(element, channel, elements) for each run of channels in n elements from `first` on.
-template <class F>
-INLINE void by_channel(int64_t first, int64_t n, int64_t channels, const F& function) {
-  for (int64_t i = 0, c = first % channels; i < n; c = 0) {
-    const int64_t m = std::min(channels - c, n - i);
-    function(i, c, m);
-    i += m;
-  }
-}
-
-// The input current of elements from `first` on.
-template <class T>
-void current(const Neuron& z, const Norm* norm, const T* __restrict x, int64_t first, float* __restrict u, int64_t n) {
-  if (!norm) {
-    for (int64_t i = 0; i < n; i++) u[i] = z.gain * widen(x[i]);
-    return;
-  }
-  by_channel(first, n, norm->channels, [&](int64_t i, int64_t c, int64_t m) {
-    const float *__restrict scale = norm->scale + c, *__restrict shift = norm->shift + c;
-    const T* __restrict from = x + i;
-    float* __restrict to = u + i;
-    for (int64_t k = 0; k < m; k++) to[k] = z.gain * (widen(from[k]) * scale[k] + shift[k]);
-  });
-}
-
-template <class T>
-void forward_block(const Neuron& z, const Norm* norm, const T* __restrict x, const float* __restrict v,
-                   T* __restrict s_out, float* __restrict v_out, float* __restrict u_out, uint8_t* __restrict bits,
-                   int64_t first, int64_t n) {
-  float u[BLOCK], s[BLOCK];
-  current(z, norm, x, first, u, n);
-  if (z.rest == 0)
-    for (int64_t i = 0; i < n; i++) u[i] = z.decay * v[i] + u[i];
-  else
-    for (int64_t i = 0; i < n; i++) u[i] = z.rest + z.decay * (v[i] - z.rest) + u[i];
-  if (z.above)
-    for (int64_t i = 0; i < n; i++) s[i] = u[i] - z.threshold > 0 ? 1.0f : 0.0f;
-  else
-    for (int64_t i = 0; i < n; i++) s[i] = u[i] - z.threshold >= 0 ? 1.0f : 0.0f;
-  if (z.soft)
-    for (int64_t i = 0; i < n; i++) v_out[i] = u[i] - z.threshold * s[i];
-  else
-    for (int64_t i = 0; i < n; i++) v_out[i] = u[i] - (u[i] - z.rest) * s[i];
-  for (int64_t i = 0; i < n; i++) put(s_out + i, s[i]);
-  if (u_out) std::copy_n(u, n, u_out);
-  if (bits)
-    for (int64_t j = 0; j < n / 8; j++) {
-      unsigned byte = 0;
-      for (int i = 0; i < 8; i++) byte |= unsigned(s[8 * j + i] != 0) << i;
-      bits[j] = uint8_t(byte);
-    }
-}
 
 INLINE float magnitude(float x) { return std::fabs(x); }
 INLINE V magnitude(V x) { return V(U(x) & 0x7fffffffu); }
@@ -204,9 +130,6 @@ void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __
   if (out_v)
     for (int64_t i = 0; i < n; i++) out_v[i] = g[i] * z.decay;
 }
-
-template <class T>
-T* shifted(T* p, int64_t i) { return p ? p + i : nullptr; }
 
 // Call function(part, first element, elements) for each block.
 template <class F>

@@ -33,6 +33,17 @@ class Weights:
         """The weight in another type."""
         return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
 
+    def transposed(self, weight: Tensor) -> Tensor:
+        """The transpose of a linear layer's weight, in rows whose distance is no power of two."""
+
+        def make() -> Tensor:
+            width, rows = weight.shape
+            found = weight.new_zeros(rows, -(-width // 16) * 16 + 16)
+            found[:, :width] = weight.detach().T
+            return found
+
+        return self._get(weight, "transposed", make)
+
     def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor]) -> Tensor:
         forms = self._kept.setdefault(weight.untyped_storage(), {})
         key = form, weight.dtype, weight.storage_offset(), weight.shape, weight.stride()

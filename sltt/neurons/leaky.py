@@ -146,13 +146,18 @@ class IntegrateAndFire(Neuron):
         spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, steps, cut)
         return spikes
 
-    def prepare(self) -> Callable[[Tensor, int, bool], Tensor]:
+    def constant_step(self) -> NeuronStep | None:
+        """Return the constants for kernels; None if the neuron learns one, or is more than `lif_step`."""
         decay = self.decay()
         if isinstance(decay, Tensor) or not self._is_plain(decay) or type(self).advance is not Neuron.advance:
+            return None
+        own = type(self).fused_steps is not IntegrateAndFire.fused_steps
+        return None if own else kernel_step(type(self), decay, **self.constants())
+
+    def prepare(self) -> Callable[[Tensor, int, bool], Tensor]:
+        step, states = self.constant_step(), vars(self)
+        if step is None:
             return self.advance
-        if type(self).fused_steps is not IntegrateAndFire.fused_steps:
-            return self.advance
-        step, states = kernel_step(type(self), decay, **self.constants()), vars(self)
 
         def advance(x: Tensor, steps: int, cut: bool) -> Tensor:
             v, first = states["v"], x if steps == 1 else x[: len(x) // steps]

@@ -1,10 +1,18 @@
 """Recurrence: a layer of neurons reads its own spikes of the step before."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from sltt._torch import transforms_active
 from sltt.checks import instance
-from sltt.sequence.state import Stateful, emits_spikes
+from sltt.kernels import Weights, recurrent_steps
+from sltt.neurons.base import Neuron
+from sltt.neurons.leaky import IntegrateAndFire
+from sltt.sequence.hooks import own_forward
+from sltt.sequence.spikes import show, watches
+from sltt.sequence.state import Role, Stateful, emits_spikes, set_role
 
 
 class Recurrent(Stateful):
@@ -16,8 +24,9 @@ class Recurrent(Stateful):
         sltt.Recurrent(sltt.ALIF(), nn.Conv2d(32, 32, 3, padding=1))
 
     SLTT sends no gradient through the recurrent spikes: the layer learns from the step alone, ∇W = Σ_t e[t] s[t−1]ᵀ.
-    OTTT traces the spikes that the layer reads, which is e-prop for one layer. Folded time steps run one after the
-    other inside this layer. The spikes are its state: no layer behind it may change them in place.
+    OTTT traces the spikes that the layer reads, which is e-prop for one layer. The time steps of a call run one after
+    the other inside this layer: in one native call for LIF or IF and a linear layer in float32 on a CPU, which adds the
+    weights of active neurons only. The spikes are its state: no layer behind it may change them in place.
 
     Args:
         neuron: the neurons.
@@ -61,3 +70,37 @@ class Recurrent(Stateful):
             ) from got
         self.s = spikes = self.neuron(x + back)
         return spikes
+
+    def prepare(self) -> Callable[[Tensor, int, bool, Weights], Tensor | None] | None:
+        """Return what runs several time steps in a call by a kernel; None for layers that no kernel knows."""
+        neuron, layer = self.neuron, self.layer
+        if not (isinstance(neuron, IntegrateAndFire) and isinstance(layer, nn.Linear)):
+            return None
+        plain = ((self, Recurrent), (neuron, Neuron), (layer, nn.Linear))
+        if transforms_active() or any(own_forward(module, kind) for module, kind in plain):
+            return None
+        if (step := neuron.constant_step()) is None:
+            return None
+
+        def advance(x: Tensor, steps: int, cut: bool, weights: Weights) -> Tensor | None:
+            hooks = len(neuron._forward_hooks) - len(watches(neuron)) + len(neuron._forward_pre_hooks)
+            if hooks or layer._forward_hooks or layer._forward_pre_hooks or x.shape[-1] != layer.out_features:
+                return None
+            neuron._prepare_states(x, steps)
+            assert neuron.v is not None
+            found = recurrent_steps(step, x, self.s, neuron.v, layer.weight, layer.bias, weights, steps, cut)
+            if found is None:
+                return None
+            spikes, self.s, neuron.v = found
+            show(neuron, spikes)
+            return spikes
+
+        return advance
+
+
+set_role(
+    Recurrent,
+    Role(
+        "keeper", lambda module: module.states, lambda module: module.reset(), advance=lambda module: module.prepare()
+    ),
+)

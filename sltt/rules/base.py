@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from sltt import kernels
 from sltt.checks import function, instance, whole_number
 from sltt.frozen import Frozen, arguments_of
-from sltt.losses import Activity, SequenceLoss, check_loss, is_per_step, watching
+from sltt.losses import Activity, SequenceLoss, check_loss, is_mean, is_per_step, watching
 from sltt.rules.diagnosis import explaining, note
+from sltt.rules.folding import choose_fold
 from sltt.sequence.padding import Padded, Real, check_lengths, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.step import Step
@@ -120,8 +121,12 @@ class Batch:
         logits = self.run(steps, graph=graph, cut=cut, recompute=recompute)
         count = self.steps
         with torch.set_grad_enabled(graph):
-            values = [step_loss(self.loss, o, self.targets(t)) / count for t, o in zip(steps, logits, strict=True)]
-            total = values[0] if len(values) == 1 else torch.stack(values).sum()
+            if len(steps) > 1 and is_mean(self.loss) and isinstance(self.target, Tensor) and self.target.ndim:
+                target = self.target.repeat(len(steps), *[1] * (self.target.ndim - 1))
+                total = step_loss(self.loss, logits.flatten(0, 1), target) * (len(steps) / count)
+            else:
+                values = [step_loss(self.loss, o, self.targets(t)) / count for t, o in zip(steps, logits, strict=True)]
+                total = values[0] if len(values) == 1 else torch.stack(values).sum()
         if not again:
             self._total = self._total + total.detach()
         return total
@@ -332,7 +337,9 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
     network = Run(model, sequence, hoist=True, grad=False)
     try:
         with network:
-            logits = [network(sequence.input(range(t, t + 1))).clone() for t in range(sequence.steps)]
+            n = 1 if sequence.static else choose_fold(network).forward  # a static input is hoisted
+            calls = [range(t, min(t + n, sequence.steps)) for t in range(0, sequence.steps, n)]
+            logits = [network(sequence.input(call), len(call)).clone() for call in calls]
             result = network.result(torch.cat(logits))
     except Exception as error:
         note(error, network)

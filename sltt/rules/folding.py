@@ -1,68 +1,194 @@
-"""Choose how many time steps go into one call of the network, within a memory budget."""
+"""Choose how many time steps go into one call of the network: from the shapes of its layers, never from a clock.
 
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
+A matrix product of few rows (samples × pixels) takes the time of one with many, since it reads its whole weight. So
+several time steps share a call, until the layers' products have some 2,048 rows. A network whose products have as many
+in one time step runs step by step.
+
+Steps share a call only where that changes no result. Whether it does is found once a network, on a copy: two time steps
+of two samples, with random spikes for those of the neurons, run one by one and in one call.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from sltt.memory import available_memory, counts_peak, parse_bytes, peak_memory
+from sltt._torch import _DropoutNd
+from sltt.sequence.copies import copied
+from sltt.sequence.layout import Layer, Layout
+from sltt.sequence.once import is_sharded
+from sltt.sequence.run import Run
+from sltt.sequence.spikes import Watch
+from sltt.sequence.step import NEURON, Step
+from sltt.sequence.steps import Sequence
 
-# Of the memory that is free when the first batch comes; the rest is for the optimizer's state and fragmentation.
-SHARE_OF_FREE = 0.7
-MEASURED = 3  # so many batches, with 1, 2 and 3 steps in a call
+ROWS = 2048  # of a layer's matrix product in a call; more save no time
+ROOM = 2**24  # bytes that the further steps of a call may take, or half of those of the weights
+_SHARED_FROM = 2**16  # elements of a parameter that the copy shares
+_STEPS, _SAMPLES = 2, 2
 
 
-# What was measured of a model belongs to the model, not to a rule, which may train several.
-_peaks: WeakKeyDictionary[nn.Module, dict[Any, tuple[int, list[int]]]] = WeakKeyDictionary()
+class Fold(NamedTuple):
+    """Time steps in a call of the network.
 
-
-def run_within(
-    budget: str | int | None, key: Any, model: nn.Module, x: Tensor, steps: int, run: Callable[[int], Any]
-) -> Any:
-    """Call `run` with the largest fold, at most T = `steps`, whose memory is within the budget.
-
-    The first three batches of each shape are measured, with one, two and three steps in a call. Peak memory grows by a
-    constant for each further step; that from one to two may be another. Results depend on the fold by rounding only.
-
-    Args:
-        budget: bytes that a batch may take above what is allocated before it, such as "8GB"; None is 70% of what is
-            free at the first batch.
-        key: what else the memory depends on: the rule.
-        model: of the batch.
-        x: input, whose shape and type the memory depends on.
-        steps: T.
-        run: runs the batch with so many time steps in a call, and gives what this function returns.
+    Attributes:
+        trained: with a graph.
+        forward: without one.
+        why: why it is one; None if the network's layers are large, or if there are several.
     """
-    key = key, budget, x.shape, x.dtype, x.device, steps, model.training
-    found = _peaks.setdefault(model, {})
-    if not counts_peak(x.device):
-        raise ValueError(
-            f"fold='auto' measures memory, which PyTorch does not count on {x.device.type}: take a number, fold=2"
-        )
+
+    trained: int = 1
+    forward: int = 1
+    why: str | None = None
+
+
+_folds: WeakKeyDictionary[nn.Module, dict[Any, Fold]] = WeakKeyDictionary()
+
+
+def choose_fold(run: Run) -> Fold:
+    """Return how many time steps of a sequence share a call of its network, which is at its first one."""
+    model, sequence = run.model, run.sequence
+    x = sequence.input(range(1))
+    modules = tuple((type(m), m.training, _hooks(m)) for m in run.layout.layers)
+    key = x.shape, x.dtype, x.device, sequence.steps, modules
+    if sequence.steps == 1 or any(is_lazy(p) for p in model.parameters()):  # it has no weights before its first batch
+        return Fold()
+    found = _folds.setdefault(model, {})
     if key not in found:
-        free = int(SHARE_OF_FREE * available_memory(x.device)) if budget is None else parse_bytes(budget)
-        found[key] = free, []
-    limit, peaks = found[key]
-    fold, results = 1 + len(peaks), []
-    if fold > min(MEASURED, steps) or (peaks and peaks[-1] + peaks[0] > limit):
-        return run(largest_fold(peaks, limit, steps))
-    # gradients that are there already would be a part of the peak in a batch that makes them
-    held = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    peaks.append(held + peak_memory(lambda: results.append(run(fold)), x.device))
-    return results[0]
+        found[key] = _choose(run, x)
+    return found[key]
 
 
-def largest_fold(peaks: list[int], limit: int, most: int) -> int:
-    """The largest fold whose peak is within the limit; at least 1.
+def _choose(run: Run, x: Tensor) -> Fold:
+    if problem := _problem(run):
+        return Fold(why=problem)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
+            stack.enter_context(torch.enable_grad())
+            seen, problem = _compare(run.model, x)
+    except Exception as error:  # of any kind: it is the user's code
+        return Fold(why=f"does not run so on two samples ({type(error).__name__}: {error})")
+    if problem:
+        return Fold(why=problem)
+    scale, steps = len(x) / _SAMPLES, run.sequence.steps
+    rows, size = seen.rows * scale, seen.bytes * scale
+    room = max(ROOM, sum(p.nbytes for p in run.model.parameters()) // 2)
+    most = min(ROWS / rows, 1 + room / size)
+    return Fold(_even(steps, most), _even(steps, min(2 * ROWS / rows, 1 + 2 * room / size)))
 
-    Args:
-        peaks: bytes at the peak with one step in a call, and with two and three if they were measured.
-        limit: bytes.
-        most: the largest fold that there is a use for.
+
+def _even(steps: int, most: float) -> int:
+    """At most `most` time steps, so that as few calls as possible have about as many each."""
+    return math.ceil(steps / math.ceil(steps / max(1, int(most))))
+
+
+def _problem(run: Run) -> str | None:
+    """Return why the steps of a network cannot share a call, where that shows without running it."""
+    if is_sharded(run.model):
+        return "has sharded weights"
+    for layer in run.layout.layers.values():
+        if _hooks(layer.module):
+            return f"has hooks on {layer}, which see one time step in a call"
+        if layer.compiled:
+            return f"has compiled code in {layer}"
+    try:
+        run.layout.require_folds()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _hooks(module: nn.Module) -> int:
+    """The number of hooks on the calls of a module, without those that compute its weights, and those that count."""
+    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()
+    return sum(not (isinstance(hook, Watch) or type(hook).__module__.startswith("torch.nn.utils")) for hook in hooks)
+
+
+class _Seen(Step):
+    """Time steps whose neurons give random spikes, and which see the sizes of layers.
+
+    Attributes:
+        rows: the most rows of a layer's matrix product in a time step.
+        bytes: of what the layers give in it.
     """
-    if len(peaks) < 2:
-        return 1
-    slope = max(1, *(after - before for before, after in pairwise(peaks)))
-    return int(min(most, max(1, 1 + (limit - peaks[0]) // slope)))
+
+    def __init__(self) -> None:
+        self.rows = self.bytes = 0
+        self.ran: dict[Layer, int] = {}
+
+    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        if layer.advance is None or len(args) != 1:
+            return super().neuron(layer, *args, **kwargs)
+        x, first = args[0], self.ran.get(layer, 0)
+        self.run.take_turn(layer, NEURON)
+        self.ran[layer] = first + self.run.fold
+        self._count(x)
+        drawn = []
+        for t in range(first, first + self.run.fold):
+            generator = torch.Generator().manual_seed(1000 * len(self.ran) + t)
+            shape = len(x) // self.run.fold, *x.shape[1:]
+            drawn.append(torch.rand(shape, generator=generator) < 0.3)
+        return torch.cat(drawn).to(x) + 0 * x
+
+    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        y = layer.plain(*args, **kwargs)
+        self.rows = max(self.rows, y.numel() // self.run.fold // len(layer.role.weight(layer.module)))
+        self._count(y)
+        return y
+
+    def _count(self, y: Tensor) -> None:
+        self.bytes += y.nbytes if self.run.call == 1 else 0
+
+
+def _compare(model: nn.Module, x: Tensor) -> tuple[_Seen, str | None]:
+    """Run two time steps one by one and in one call; return what was seen, and why results differ."""
+    twin = copied(model, lambda p: p.numel() >= _SHARED_FROM)
+    small = [p for p in twin.parameters() if p.numel() < _SHARED_FROM and p.requires_grad]
+    with torch.no_grad():
+        for p in small:  # equal layers, one for each time step, are to differ
+            p += torch.rand_like(p)
+    for module in twin.modules():
+        if isinstance(module, _DropoutNd):
+            module.eval()
+    shape = _STEPS, _SAMPLES, *x.shape[1:]
+    pair = (
+        torch.randn(shape, dtype=x.dtype, device=x.device) if x.is_floating_point() else torch.randint(2, shape).to(x)
+    )
+    sequence, seen, before = Sequence(pair, _STEPS, False), _Seen(), [*_attributes(twin)]
+    torch.manual_seed(0)
+    with Run(twin, sequence, seen) as run:
+        one_by_one = torch.cat([run(x_t).detach() for x_t in pair])
+    if seen.rows * len(x) * 2 > ROWS * _SAMPLES:
+        return seen, None
+    if not seen.rows:
+        return seen, "has no linear layer and no convolution of PyTorch's"
+    if changed := next((name for name, *was in _attributes(twin) if (name, *was) not in before), None):
+        return seen, f"changes {changed} in a time step"
+    torch.manual_seed(0)
+    with Run(twin, sequence, _Seen()) as run:
+        folded = run(pair.flatten(0, 1), _STEPS)
+        torch.autograd.grad(folded.sum(), small, allow_unused=True) if folded.requires_grad and small else None
+    tolerance = (1e-4 if folded.dtype.itemsize > 2 else 2e-2) * one_by_one.abs().max()
+    if folded.shape != one_by_one.shape or not (folded - one_by_one).abs().max() <= tolerance:
+        return seen, "gives other results then: it mixes samples, draws random numbers, or keeps a state"
+    return seen, None
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """What the modules without a state hold: a name each, and what a change in a time step would change."""
+    for layer in Layout(model).layers.values():
+        if layer.states or layer.role.stepwise:
+            continue
+        module, place = layer.module, f"{layer.name or 'the model'}."
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules", "forward"):
+                plain = value if isinstance(value, int | float | str | None) else id(value)
+                yield place + name, plain, len(value) if isinstance(value, list | dict | set) else 0
+        for name, buffer in module._buffers.items():
+            yield place + name, id(buffer), 0 if buffer is None else buffer._version

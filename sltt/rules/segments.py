@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from sltt.rules.base import Batch, Output
+from sltt.rules.folding import Fold
 from sltt.sequence.once import hand_over
 from sltt.sequence.run import Run
 from sltt.sequence.state import map_tensors, state_names
 
 
-def run_in_segments(batch: Batch, length: int, fold: int = 1) -> Output:
-    """Forward and backward of BPTT, `length` time steps at a time, `fold` of them in one call of the network."""
+def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
+    """Forward and backward of BPTT, `length` time steps at a time, as many in a call of the network as `fold` says."""
     run = batch.network
     segments = split(range(batch.steps), length)
     starts: list[Snapshot] = []
     for segment in segments[:-1]:
         starts.append(Snapshot(run))
-        for call in split(segment, fold):
+        for call in split(segment, fold.forward):
             batch.forward(call, graph=False)
     starts.append(Snapshot(run))
     end: Snapshot | None = None
@@ -33,7 +34,7 @@ def run_in_segments(batch: Batch, length: int, fold: int = 1) -> Output:
             gradients = [None if leaf is None else leaf.grad for leaf in leaves]
             leaves = starts[i].restore(leaves=i > 0)
             total = torch.zeros((), device=batch.sequence.x.device)
-            for call in split(segments[i], fold):
+            for call in split(segments[i], fold.trained):
                 before = [] if end is None else [(t, batch.logits(t)) for t in call]
                 total = total + batch.forward(call)
                 same |= {t: torch.isclose(batch.logits(t), o, 1e-3, 1e-5, equal_nan=True).all() for t, o in before}

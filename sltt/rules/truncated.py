@@ -3,7 +3,7 @@
 import operator
 from abc import abstractmethod
 from collections.abc import Container
-from functools import partial, reduce
+from functools import reduce
 from itertools import groupby
 from typing import Any, Literal
 
@@ -12,9 +12,8 @@ from torch import nn
 
 from sltt.checks import flag, instance, whole_number
 from sltt.losses import SequenceLoss
-from sltt.memory import parse_bytes
 from sltt.rules.base import Batch, Output, Rule
-from sltt.rules.folding import run_within
+from sltt.rules.folding import Fold, choose_fold
 from sltt.rules.segments import run_in_segments, split
 from sltt.sequence.padding import Padded
 
@@ -27,36 +26,26 @@ class Truncated(Rule):
     Args:
         recompute: run convolutions and linear layers again for the backward, from their spikes, instead of keeping
             their outputs: less memory, one more forward of these layers.
-        fold: time steps in one call of the network: fewer and larger operations, for the memory of so many steps. Helps
-            on GPUs, where many small kernels wait for their launch. "auto" measures the first three batches and then
-            takes the largest fold that fits `budget`.
-        budget: for fold="auto": the memory for a batch, such as "8GB"; None is 70% of what is free at the first batch.
+        fold: time steps in one call of the network: fewer and larger operations, for the memory of so many steps.
+            "auto" takes several where all layers are small, as many as fit into 16 MB. It takes one where a layer's
+            matrix product has 2,048 rows (samples × pixels) in a step, or where sharing a call would change results.
         hoist: with a static input, compute what the network marks by `sltt.once` once a sequence. Saves the time of
             these layers in all steps but one, for the memory of their outputs and of these outputs' gradients.
 
     Raises:
-        ValueError: fold < 1, a budget for a fold that is a number, hoist together with fold; when called, a layer that
-            cannot be folded.
+        ValueError: fold < 1, hoist together with a fold; when called, a layer that cannot be folded.
     """
 
     def __init__(
         self,
         recompute: bool = False,
-        fold: int | Literal["auto"] = 1,
-        budget: str | int | None = None,
+        fold: int | Literal["auto"] = "auto",
         hoist: bool = False,
     ):
         self.recompute = flag("recompute", recompute)
         self.fold = "auto" if fold == "auto" else whole_number("fold", fold, least=1, remedy="or use 'auto'")
-        self.budget = budget
         self.hoist = flag("hoist", hoist)
-        if budget is not None:
-            parse_bytes(budget)
-            if fold != "auto":
-                raise ValueError(
-                    "budget is the memory for fold='auto', and fold is a number: set fold='auto', or leave budget out"
-                )
-        if hoist and fold != 1:
+        if hoist and fold not in (1, "auto"):
             raise ValueError("hoist computes the first layers for one time step, and fold for several: choose one")
 
     @abstractmethod
@@ -72,13 +61,12 @@ class Truncated(Rule):
         return 1.0
 
     def run(self, batch: Batch) -> Output:
-        run = partial(self.run_folded, batch)
-        if self.fold == "auto":
-            return run_within(self.budget, repr(self), batch.model, batch.sequence.x, batch.steps, run)
-        return run(self.fold)
+        if self.hoist:
+            return self.run_folded(batch, Fold())
+        return self.run_folded(batch, choose_fold(batch.network) if self.fold == "auto" else Fold(self.fold, self.fold))
 
-    def run_folded(self, batch: Batch, fold: int) -> Output:
-        """`run` with at most `fold` time steps in a call of the network."""
+    def run_folded(self, batch: Batch, fold: Fold) -> Output:
+        """`run` with so many time steps in a call of the network."""
         steps, length = range(batch.steps), self.window_length(batch.steps)
         trained, scale = self.trained_steps(batch), self.loss_scale(batch.steps)
         cut = length == 1  # such windows share a call of the network: the neurons cut the gradient between its steps
@@ -86,7 +74,7 @@ class Truncated(Rule):
         run = batch.run if whole else batch.forward  # logits, or losses
         for window in _alike(steps, trained, fold) if cut and not whole else split(steps, length):
             graph, values = window.start in trained, []
-            for call in (window,) if len(window) <= fold else split(window, fold):
+            for call in split(window, fold.trained if graph else fold.forward):
                 value = run(call, graph=graph, cut=cut, recompute=self.recompute)
                 values.append(value.clone() if whole else value)  # the model may go on to change its logits
             value = batch.window_loss(window, torch.cat(values)) if whole else reduce(operator.add, values)
@@ -98,12 +86,12 @@ class Truncated(Rule):
         return batch.output()
 
 
-def _alike(steps: range, trained: Container[int], most: int) -> list[range]:
-    """The time steps in runs of `most` at most, which are all trained or none."""
+def _alike(steps: range, trained: Container[int], fold: Fold) -> list[range]:
+    """The time steps in runs that share a call, which are all trained or none."""
     found = []
-    for _, run in groupby(steps, trained.__contains__):
+    for train, run in groupby(steps, trained.__contains__):
         first, *others = run
-        found += split(range(first, first + 1 + len(others)), most)
+        found += split(range(first, first + 1 + len(others)), fold.trained if train else fold.forward)
     return found
 
 
@@ -143,7 +131,7 @@ class BPTT(Truncated):
     def window_length(self, steps: int) -> int:
         return steps
 
-    def run_folded(self, batch: Batch, fold: int) -> Output:
+    def run_folded(self, batch: Batch, fold: Fold) -> Output:
         if self.segment is None:
             return super().run_folded(batch, fold)
         if batch.whole:

@@ -1,6 +1,7 @@
 """Copies of networks."""
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -8,8 +9,11 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def copied(model: M) -> M:
-    """A deep copy, also of layers whose weight is computed before each forward, as by pruning and weight norm."""
+def copied(model: M, shares: Callable[[nn.Parameter], bool] = lambda _: False) -> M:
+    """Return a deep copy, also of layers whose weight is computed before each forward, as by pruning and weight norm.
+
+    The parameters that it `shares` are those of the network.
+    """
     computed = [
         (module, name, value)
         for module in model.modules()
@@ -19,7 +23,7 @@ def copied(model: M) -> M:
     try:
         for module, name, value in computed:
             vars(module)[name] = value.detach()
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(p): p for p in model.parameters() if shares(p)})
     finally:
         for module, name, value in computed:
             vars(module)[name] = value

@@ -26,7 +26,7 @@ class Layer:
         before: the forward that the instance had before a run; None is that of its class.
         plain: the forward that the run's handler stands for.
         operation: what a weight layer applies; None where its forward is not known.
-        advance: runs several time steps in a call, `advance(x, steps, cut)`; None where the layer cannot.
+        advance: runs several time steps in a call, see `Role`; None where the layer cannot.
         seen: the call of the network in which it ran last.
     """
 

@@ -105,11 +105,13 @@ class Run:
     def handle(self) -> None:
         """Install what the step does instead of the forwards of layers."""
         for layer in self.layout.layers.values():
-            if layer.plain is not None or (do := self.step.handler(layer, self.folds)) is None:
+            if layer.plain is not None:
+                continue
+            layer.advance = None if layer.compiled else layer.role.advance(layer.module)
+            if (do := self.step.handler(layer, self.folds)) is None:
                 continue
             values = vars(layer.module)
             layer.before, layer.plain = values.get("forward"), layer.module.forward
-            layer.advance = layer.role.advance(layer.module)
             self._handled.append(layer)
             values["forward"] = Handler(torch.compiler.disable(do) if layer.compiled else do, layer)
 

@@ -75,7 +75,8 @@ class Role:
         kind: keeper of a state, weight, norm, pool or other. Of keepers, those that emit spikes are neurons.
         folds: `folds(module)` says why a call of several time steps would give other results, or None.
         stepwise: a norm that takes the statistics of each time step of a call by itself.
-        advance: `advance(module)` gives what runs several time steps in a call, `(x, steps, cut)`, or None.
+        advance: `advance(module)` gives what runs several time steps in a call, or None: of neurons `(x, steps, cut)`;
+            of other layers `(x, steps, cut, weights)`, which gives None where no kernel does it.
         of: the class whose forward is known.
         weight: `weight(module)` gives the weight that a weight layer applies.
     """

@@ -44,7 +44,7 @@ class Step:
             return getattr(self, kind) if own else None
         takes_part = {
             "neuron": True,
-            "keeper": folds,
+            "keeper": folds or layer.advance is not None,
             "norm": layer.role.stepwise and (folds or (self.run.fast and layer.known)),
             "weight": (self.run.fast or self.run.recompute) and layer.operation is not None,
             "pool": self.run.bits and layer.known,
@@ -65,7 +65,15 @@ class Step:
         """Another layer with a state."""
         if self.run.fold > 1 and layer.states and not in_backward():
             self.run.take_turn(layer, TWICE)
+        if layer.advance is not None and len(args) == 1 and self._is_plain() and not in_backward():
+            run = self.run
+            if (y := layer.advance(kernels.settled(args[0]), run.fold, run.cut, run.weights)) is not None:
+                return y
         return self.run.one_by_one(layer, args, kwargs)
+
+    def _is_plain(self) -> bool:
+        """Return whether neurons and weights run as they are."""
+        return type(self).neuron is Step.neuron and type(self).weight is Step.weight and not self.run.recompute
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """A linear layer or a convolution, on active inputs only where that is faster."""

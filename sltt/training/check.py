@@ -50,7 +50,7 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
     sequence = time_steps(x, steps)
     if any(is_lazy(p) for p in model.parameters()):  # it has no weights before its first batch
         return
-    fold = sequence.steps if rule.fold == "auto" else min(rule.fold, sequence.steps)
+    fold = 1 if rule.fold == "auto" else min(rule.fold, sequence.steps)
     _check_call(model, sequence, fold)
     if sequence.batch < 2 or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
         return  # what normalises by the statistics of the batch, in evaluation too, is not judged

@@ -293,7 +293,6 @@ def _check_shardable(rule: Rule) -> None:
     problems = {
         "recompute=True runs layers again in the backward of others": rule.recompute,
         "hoist=True runs the backward of the first layers after the others": rule.hoist,
-        "fold='auto' would choose another fold in each process": rule.fold == "auto",
     }
     for why, found in problems.items():
         if found:

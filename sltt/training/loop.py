@@ -197,7 +197,7 @@ class Loop:
             return joined(outs, parts)
 
         with counting(firing, count):
-            due = self.memory.due(len(x), full=size == largest, padded=isinstance(y, Padded))
+            due = self.memory.due(len(x), full=size == largest)
             out = self.memory.measure(run) if due else run()
         if not rule.online:
             self._reduce()
@@ -252,7 +252,7 @@ class Loop:
         if self.average and new and self.state.epoch == stage.start == stage.span[0]:
             take_average(self.model, self.average)
         device, size, held_out = self.session.fabric.device, self.training.batch_size, self.splits.validation
-        self.memory = BatchMemory(device, stage.rule)
+        self.memory = BatchMemory(device)
         workers, ranks = self.session.execution.workers, (self.processes.rank, self.processes.count)
         # not what lies on the GPU already
         pin = device.type == "cuda" and self.splits.collate([self.splits.train[0]])[0].device.type == "cpu"

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sltt.memory import counts_peak, is_profiled, peak_memory
 from sltt.parallel.processes import Processes
-from sltt.rules import Rule
 from sltt.sequence.padding import Padded
 
 A = TypeVar("A")
@@ -132,29 +131,22 @@ class BatchMemory:
 
     Args:
         device: of the batch.
-        rule: of the training. With fold="auto" it measures its first three batches itself, and the fourth is taken; of
-            padded batches, which have shapes of their own, none is.
 
     Attributes:
         peak: bytes above those before the batch; None until one was measured.
     """
 
-    def __init__(self, device: torch.device, rule: Rule | None = None):
+    def __init__(self, device: torch.device):
         self.device = device
         self.peak: int | None = None
-        self._folds = rule is not None and rule.fold == "auto"
-        self._left = 4 if self._folds else 1
         self._longest = 0
 
-    def due(self, size: int, full: bool = True, padded: bool = False) -> bool:
+    def due(self, size: int, full: bool = True) -> bool:
         """Return whether to measure the next batch, which may be `full`.
 
         `size` is that of the input: padded batches have T of their own.
         """
-        if self._folds and padded:
-            return False
-        self._left -= full
-        if self._left > 0 or size <= self._longest or not full:
+        if size <= self._longest or not full:
             return False
         if not counts_peak(self.device) or is_profiled(self.device):
             return False

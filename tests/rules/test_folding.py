@@ -8,9 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sltt
 from sltt import kernels
-from sltt.analysis import parse_bytes
 from sltt.kernels import stepwise_norm
-from sltt.rules.folding import _peaks
 from tests.conftest import LOSS, gradients
 from tests.references import measured
 
@@ -60,14 +58,14 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(
     ("rule", "plain"),
     [
-        (sltt.BPTT(fold=5), sltt.BPTT()),
-        (sltt.BPTT(fold=2), sltt.BPTT()),
-        (sltt.BPTT(fold=5, recompute=True), sltt.BPTT()),
-        (sltt.BPTT(fold=2, segment=4), sltt.BPTT()),
-        (sltt.TBPTT(3, fold=2), sltt.TBPTT(3)),
-        (sltt.SLTT(fold=3), sltt.SLTT()),
-        (sltt.SLTT(fold=5, recompute=True), sltt.SLTT()),
-        (sltt.SLTT(fold=2), sltt.SLTT()),
+        (sltt.BPTT(fold=5), sltt.BPTT(fold=1)),
+        (sltt.BPTT(fold=2), sltt.BPTT(fold=1)),
+        (sltt.BPTT(fold=5, recompute=True), sltt.BPTT(fold=1)),
+        (sltt.BPTT(fold=2, segment=4), sltt.BPTT(fold=1)),
+        (sltt.TBPTT(3, fold=2), sltt.TBPTT(3, fold=1)),
+        (sltt.SLTT(fold=3), sltt.SLTT(fold=1)),
+        (sltt.SLTT(fold=5, recompute=True), sltt.SLTT(fold=1)),
+        (sltt.SLTT(fold=2), sltt.SLTT(fold=1)),
         (sltt.SLTT(k=3, fold=5), sltt.SLTT(k=3)),
     ],
     ids=lambda rule: repr(rule),
@@ -83,7 +81,7 @@ def test_folding_changes_nothing_but_the_number_of_calls(rule, plain, static, me
 def test_folding_every_neuron(kind, constants):
     model = Net(lambda: kind(tau=2.0, **constants)).double()
     x, y, kwargs = data(static=False)
-    for rule, plain in ((sltt.BPTT(fold=5), sltt.BPTT()), (sltt.SLTT(fold=2), sltt.SLTT())):
+    for rule, plain in ((sltt.BPTT(fold=5), sltt.BPTT(fold=1)), (sltt.SLTT(fold=2), sltt.SLTT(fold=1))):
         assert_same(results(model, rule, x, y, kwargs), results(model, plain, x, y, kwargs))
 
 
@@ -137,7 +135,7 @@ def test_any_batch_norm_in_bfloat16(rule, affine, tracked):
     layers = nn.Conv2d(2, 16, 3, padding=1), norm, sltt.LIF(), nn.Flatten(), nn.Linear(16 * 64, 3)
     model, (x, y) = nn.Sequential(*layers), (torch.randn(3, 8, 2, 8, 8), torch.randint(3, (8,)))
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = (gradients(model, one, x, y, LOSS)[0] for one in (rule, sltt.BPTT()))
+        found, expected = (gradients(model, one, x, y, LOSS)[0] for one in (rule, sltt.BPTT(fold=1)))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
 
@@ -149,7 +147,7 @@ def test_any_batch_norm_of_a_network_in_16_bits(dtype, affine, tracked):
     norm = nn.BatchNorm1d(8, affine=affine, track_running_stats=tracked)
     model = nn.Sequential(nn.Linear(6, 8), norm, sltt.LIF(), nn.Linear(8, 3)).to(dtype)
     x, y = torch.randn(3, 8, 6).to(dtype), torch.randint(3, (8,))
-    found, expected = (gradients(model, one, x, y, LOSS)[0] for one in (sltt.BPTT(fold=3), sltt.BPTT()))
+    found, expected = (gradients(model, one, x, y, LOSS)[0] for one in (sltt.BPTT(fold=3), sltt.BPTT(fold=1)))
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2 * expected.abs().max().item())
 
 
@@ -196,7 +194,7 @@ def test_a_norm_that_the_model_switches_to_evaluation_stays_there():
 
     model = Frozen().double()
     x, y, kwargs = data(static=True)
-    assert_same(results(model, sltt.SLTT(fold=3), x, y, kwargs), results(model, sltt.SLTT(), x, y, kwargs))
+    assert_same(results(model, sltt.SLTT(fold=3), x, y, kwargs), results(model, sltt.SLTT(fold=1), x, y, kwargs))
 
 
 def test_nothing_stays_patched_after_an_exception():
@@ -216,60 +214,18 @@ def test_folded_bptt_keeps_no_membrane_potentials_behind_a_norm():
     x, y = torch.randn(16, 8, 16, 8, 8), torch.randint(3, (8,))
     layer = 16 * 8 * 16 * 64 * 4  # bytes of a float for each neuron, sample and time step
 
-    bptt, folded = (measured(r, model, x, y, backward=lambda loss: None) for r in (sltt.BPTT(), sltt.BPTT(fold=4)))
+    bptt, folded = (
+        measured(r, model, x, y, backward=lambda loss: None) for r in (sltt.BPTT(fold=1), sltt.BPTT(fold=4))
+    )
     assert bptt > 8 * layer  # inputs of the norms, and membrane potentials
     assert folded < 6.5 * layer
-
-
-def test_auto_takes_the_largest_fold_within_the_budget():
-    model = sltt.models.DigitsNet()
-    x, y = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
-    sizes = []
-    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]) // 64))
-
-    def run(rule):
-        sizes.clear()
-        return measured(rule, model, x, y, steps=8)
-
-    with kernels.using(compile="off"):
-        peaks = {fold: run(sltt.SLTT(fold=fold)) for fold in (1, 2, 4, 8)}
-        for budget, allowed in ((peaks[1], [1]), (peaks[4], [2, 3, 4]), ("1GB", [8])):
-            rule = sltt.SLTT(fold="auto", budget=budget)
-            for _ in range(3):
-                rule(model, x, y, LOSS, steps=8)
-            assert run(rule) <= parse_bytes(budget)
-            assert max(sizes) in allowed
-
-
-def test_a_measured_peak_counts_gradients_that_are_there_already():
-    model = nn.Sequential(nn.Linear(64, 256), sltt.LIF(), nn.Linear(256, 256), sltt.LIF(), nn.Linear(256, 10))
-    x, y = torch.randn(8, 64), torch.randint(10, (8,))
-    found = []
-    for set_to_none in (False, True):
-        twin = copy.deepcopy(model)
-        sltt.SLTT()(twin, x, y, LOSS, steps=2)
-        twin.zero_grad(set_to_none)
-        sltt.SLTT(fold="auto", budget="1GB")(twin, x, y, LOSS, steps=2)
-        ((_, peaks),) = _peaks[twin].values()
-        found += peaks
-    assert found[0] == pytest.approx(found[1], rel=0.02)
-
-
-def test_auto_without_a_budget_takes_what_is_free():
-    model = sltt.models.DigitsNet()
-    x, y = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
-    expected, _ = gradients(model, sltt.BPTT(), x, y, steps=3)
-    rule = sltt.BPTT(fold="auto")
-    for _ in range(3):
-        torch.testing.assert_close(gradients(model, rule, x, y, steps=3)[0], expected)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: sltt.SLTT(fold=0), "fold must be at least 1, got 0; or use 'auto'"),
-        (lambda: sltt.SLTT(fold="auto", budget="many"), "expected a memory size such as 8GB or 500MB, got 'many'"),
-        (lambda: sltt.BPTT(fold=2, budget="8GB"), "budget is the memory for fold='auto', and fold is a number"),
+        (lambda: sltt.SLTT(fold="many"), "fold must be a whole number, got 'many'; or use 'auto'"),
         (
             lambda: sltt.SLTT(fold=2, hoist=True),
             "hoist computes the first layers for one time step, and fold for several",
@@ -293,7 +249,7 @@ def test_a_state_of_ones_own_takes_the_steps_of_a_call_one_after_the_other():
     model = nn.Sequential(nn.Linear(6, 3), Counting(), sltt.LIF(), nn.Linear(3, 3)).double()
     x, y, seen = torch.randn(5, 2, 6, dtype=torch.float64), torch.randint(3, (2,)), []
     model[1].register_forward_hook(lambda module, args, output: seen.append((len(args[0]), module.seen)))
-    for rule, plain in ((sltt.SLTT(fold=2), sltt.SLTT()), (sltt.BPTT(segment=4, fold=2), sltt.BPTT())):
+    for rule, plain in ((sltt.SLTT(fold=2), sltt.SLTT(fold=1)), (sltt.BPTT(segment=4, fold=2), sltt.BPTT(fold=1))):
         assert_same(results(model, rule, x, y, {}), results(model, plain, x, y, {}))
     sltt.SLTT(fold=2)(model, x, y, LOSS)
     assert seen[-3:] == [(4, 2), (4, 4), (2, 5)]
@@ -359,7 +315,7 @@ def test_a_network_within_a_folded_network_is_not_folded():
 
     model = Outer().double()
     x, y, kwargs = data(static=True)
-    assert_same(results(model, sltt.SLTT(fold=3), x, y, kwargs), results(model, sltt.SLTT(), x, y, kwargs))
+    assert_same(results(model, sltt.SLTT(fold=3), x, y, kwargs), results(model, sltt.SLTT(fold=1), x, y, kwargs))
 
 
 def test_a_network_that_mixes_samples_is_noticed():

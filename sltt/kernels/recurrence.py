@@ -1,0 +1,158 @@
+"""Neurons that read their own spikes through a linear layer: several time steps in one native call.
+
+    u[t] = charge(v[t−1], x[t] + W s[t−1] + b),   s[t], v[t] as in `neuron_step`
+
+The forward adds the rows of W of the neurons that fired. The weight gradient, Σ_t ∂L/∂x[t] s[t−1]ᵀ, touches active
+inputs only where that is faster. The gradient through time, ∂L/∂s[t−1] += Wᵀ ∂L/∂x[t], is a dense product.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltt.kernels import costs, sparse
+from sltt.kernels.bits import pack, unpack
+from sltt.kernels.derivatives import differentiable_once
+from sltt.kernels.native_step import NativeStep, native_step
+from sltt.kernels.options import options
+from sltt.kernels.step import NeuronStep
+from sltt.kernels.weights import Weights
+
+
+def recurrent_steps(
+    step: NeuronStep,
+    x: Tensor,
+    s: Tensor | None,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Weights,
+    steps: int,
+    cut: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Spikes of the time steps in x, those of the last one, and the membrane potential; None where no kernel does it.
+
+    Args:
+        step: the constants of the neurons.
+        x: input current of n time steps, one after the other, [n·B, ..., H].
+        s: spikes of the step before, [B, ..., H]; None at the first step.
+        v: membrane potential after the step before, [B, ..., H].
+        weight: W of the layer that reads the spikes, [H, H].
+        bias: b of this layer, [H].
+        weights: where the forms of weights are kept.
+        steps: n.
+        cut: no gradient flows from one time step to the step before.
+    """
+    tensors = [t for t in (x, s, v, weight, bias) if t is not None]
+    kernel = native_step(step, v, x.dtype, v.dtype, None, gradient=True)
+    plain = all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
+    if kernel is None or not plain or options().sparse == "off" or torch.is_autocast_enabled("cpu") or not x.numel():
+        return None
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        spikes, last, _ = _forward(kernel, step, x, s, v, weight, bias, weights, steps, keep=False)
+        return spikes, spikes[-len(v) :].clone(), last
+    return _Recurrence.apply(x, s, v, weight, bias, kernel, step, weights, steps, cut)  # type: ignore[return-value]
+
+
+def _forward(
+    kernel: NativeStep,
+    step: NeuronStep,
+    x: Tensor,
+    s: Tensor | None,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Weights,
+    steps: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Spikes, the last membrane potential, and, if asked to `keep` it, what the backward needs of each step."""
+    transposed, width = weights.transposed(weight), len(weight)
+    spikes, kept = torch.empty_like(x), torch.empty_like(x if keep else v)
+    soft = step.v_reset is None
+    after = kept if soft or not keep else torch.empty_like(v)
+    kernel.library.sltt_recurrent(
+        kernel.constants, x, transposed, transposed.shape[1], bias, s, v, spikes, after,
+        v.numel() if keep and soft else 0, None if soft or not keep else kept,
+        v.numel() // width, width, steps, torch.get_num_threads(),
+    )  # fmt: skip
+    return spikes, after if after.shape == v.shape else after[-len(v) :].clone(), kept
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        s: Tensor | None,
+        v: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kernel: NativeStep,
+        step: NeuronStep,
+        weights: Weights,
+        steps: int,
+        cut: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        spikes, last, kept = _forward(kernel, step, x, s, v, weight, bias, weights, steps, keep=True)
+        read = torch.zeros_like(v) if s is None else s
+        read = torch.cat([read, spikes[: len(x) - len(v)]])
+        whole = v.numel() % 8 == 0  # bytes of bits in a time step
+        ctx.read, ctx.spikes = (pack(read), pack(spikes)) if whole else (read, spikes.clone())
+        ctx.kernel, ctx.step, ctx.steps, ctx.cut, ctx.first = kernel, step, steps, cut, len(v)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(kept, weight)
+        return spikes, spikes[-len(v) :].clone(), last
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, grad_v: Tensor | None) -> Any:  # type: ignore[override]
+        kept, weight = ctx.saved_tensors
+        needs_x, needs_s, needs_v, needs_weight, needs_bias = ctx.needs_input_grad[:5]
+        grad = torch.zeros_like(kept) if grad is None else grad.contiguous()
+        if grad_last is not None:
+            grad = grad.clone()
+            grad[-ctx.first :] += grad_last
+        of_v = torch.empty_like(kept[: ctx.first]) if needs_v else None
+        delta = torch.empty_like(kept)
+        through = not ctx.cut and ctx.steps > 1
+        gain = 1 - ctx.step.decay if ctx.step.decay_input else 1.0
+        if through:
+            of_v = _through_time(ctx, grad, grad_v, kept, weight, delta, gain)
+        else:
+            given = grad, grad_v, kept, ctx.spikes, kept.dtype, None, kept
+            ctx.kernel.gradient(delta, of_v, *given, ctx.steps, ctx.cut)
+        if gain != 1:
+            delta.mul_(gain)
+        of_weight = of_bias = None
+        if needs_weight or needs_bias:
+            of_weight, of_bias = _weight_gradient(ctx.read, delta.flatten(0, -2), weight, needs_bias)
+        of_s = delta[: ctx.first] @ weight if needs_s else None
+        return delta if needs_x else None, of_s, of_v if needs_v else None, of_weight, of_bias, *[None] * 5
+
+
+def _through_time(
+    ctx: Any, grad: Tensor, grad_v: Tensor | None, kept: Tensor, weight: Tensor, delta: Tensor, gain: float
+) -> Tensor | None:
+    """Write ∂L/∂u of all time steps, from the last to the first; return ∂L/∂v before the first."""
+    parts = [one.chunk(ctx.steps) for one in (grad, kept, ctx.spikes, delta)]
+    after: Tensor | None = None
+    for t in reversed(range(ctx.steps)):
+        of_s, kept_t, s_t, out = (part[t] for part in parts)
+        if after is not None:
+            of_s = torch.addmm(of_s.flatten(0, -2), after.flatten(0, -2), weight, alpha=gain).view_as(of_s)
+        before = torch.empty_like(kept_t)
+        ctx.kernel.gradient(out, before, of_s, grad_v, kept_t, s_t, kept.dtype, None, kept_t, 1, False)
+        after, grad_v = out, before
+    return grad_v
+
+
+def _weight_gradient(read: Tensor, delta: Tensor, weight: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """∂L/∂W = Σ δᵀ s, and ∂L/∂b; the spikes that were read come as bits, or as they are."""
+    if read.dtype == torch.uint8:
+        layer = sparse.linear_layer(tuple(delta.shape), tuple(weight.shape))
+        if not layer.problem and sparse.density(read) < costs.break_even(layer, delta.dtype).weight_gradient:
+            return sparse.weight_gradient(layer, read, delta, 1.0, needs_bias)
+        read = unpack(read, 1.0, delta.dtype)
+    return delta.T @ read.view_as(delta), delta.sum(0) if needs_bias else None

@@ -1,0 +1,217 @@
+"""How many time steps share a call of the network by default: several where that pays, and changes nothing."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import sltt
+from tests.conftest import LOSS, gradients
+from tests.references import measured
+
+CALLS = []  # samples in each call of a network, not counting those of a copy that is tried
+
+
+class Net(nn.Sequential):
+    """A network with a forward of its own."""
+
+    def __init__(self, *layers):
+        super().__init__(*(layers or (nn.Linear(6, 16), sltt.LIF(), nn.Linear(16, 3))))
+
+    def forward(self, x):
+        CALLS.append(len(x))
+        return super().forward(x)
+
+
+def called(rule, model, x, y=None, **kwargs):
+    """The samples in the calls of a network."""
+    rule(model, x, torch.zeros(x.shape[1], dtype=torch.long) if y is None else y, LOSS, **kwargs)
+    CALLS.clear()
+    rule(model, x, torch.zeros(x.shape[1], dtype=torch.long) if y is None else y, LOSS, **kwargs)
+    return CALLS[:]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (sltt.SLTT(), [25 * 64] * 4),
+        (sltt.BPTT(), [25 * 64] * 4),
+        (sltt.TBPTT(10), [10 * 64] * 10),
+        (sltt.TBPTT(50), [25 * 64] * 4),
+        (sltt.SLTT(fold=1), [64] * 100),
+        (sltt.SLTT(fold=40), [40 * 64] * 2 + [20 * 64]),
+    ],
+    ids=repr,
+)
+def test_small_layers_take_several_time_steps_in_a_call(rule, expected):
+    assert called(rule, Net(), torch.randn(100, 64, 6)) == expected
+
+
+def test_large_layers_take_one():
+    model = Net(nn.Conv2d(2, 4, 3, padding=1), sltt.LIF(), nn.Flatten(), nn.Linear(4 * 64, 3))
+    assert called(sltt.SLTT(), model, torch.randn(6, 32, 2, 8, 8)) == [32] * 6
+    assert called(sltt.SLTT(), model, torch.randn(6, 8, 2, 8, 8)) == [24, 24]
+
+
+def test_steps_without_a_graph_fold_further():
+    torch.manual_seed(0)
+    calls = called(sltt.SLTT(k=1), Net(), torch.randn(40, 500, 6), seed=0)
+    assert max(calls) == 8 * 500
+    assert 500 in calls
+    x = torch.randn(40, 500, 6)
+    CALLS.clear()
+    sltt.unroll(model := Net(), x)
+    assert CALLS[-5:] == [8 * 500] * 5
+    torch.testing.assert_close(sltt.unroll(model, x), torch.cat([sltt.unroll(model, x[:1]), sltt.unroll(model, x)[1:]]))
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x - 0.1 * x.mean(0)
+
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.t = 0
+
+    def forward(self, x):
+        self.t += 1
+        return x * (1 + self.t % 3)
+
+
+class ByStep(nn.Module):
+    """A layer for each time step, and all are the same at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.log = nn.ModuleList(nn.Linear(16, 16) for _ in range(2)), []
+        self.layers[1].load_state_dict(self.layers[0].state_dict())
+
+    def forward(self, x):
+        self.log.append(len(x))
+        return self.layers[(len(self.log) - 1) % 2](x)
+
+
+class Running(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x):
+        self.mean.mul_(0.5).add_(x.detach().mean(0))
+        return x
+
+
+class Memory(nn.Module):
+    before = None
+
+    def forward(self, x):
+        before, self.before = self.before, x.detach()
+        return x if before is None or before.shape != x.shape else x + before
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x) * torch.rand_like(x)
+
+
+class Fixed(nn.Module):
+    def forward(self, x):
+        return x.view(5, 16)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        return checkpoint(self.norm, x, use_reentrant=False)
+
+
+def hooked():
+    layer = nn.Identity()
+    layer.register_forward_hook(lambda module, args, output: output + output.mean(0))
+    return layer
+
+
+SINGLE = {
+    "mixes samples": Mean,
+    "counts its calls": Counter,
+    "has a layer for each step": ByStep,
+    "has statistics of its own": Running,
+    "keeps its input": Memory,
+    "draws noise": Noise,
+    "knows the batch": Fixed,
+    "has a checkpoint with a norm": Checkpointed,
+    "has a hook": hooked,
+    "is scripted": lambda: torch.jit.script(nn.Identity()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("make", SINGLE.values(), ids=SINGLE)
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_network_that_would_give_other_results_takes_one(make, silent):
+    """Also where no neuron fires, so that its layers show nothing."""
+    model = Net(nn.Linear(6, 16), sltt.LIF(v_threshold=1e3 if silent else 1.0), make(), nn.Linear(16, 3)).double()
+    assert called(sltt.SLTT(), model, torch.randn(6, 5, 6, dtype=torch.float64)) == [5] * 6
+
+
+FOLDED = {
+    "dropout": lambda: nn.Dropout(0.3),
+    "batch norm": lambda: nn.BatchNorm1d(16),
+    "group norm": lambda: nn.GroupNorm(4, 16),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+    "dropout over time": lambda: sltt.Dropout(0.3),
+    "recurrence": lambda: sltt.Recurrent(sltt.IF(), nn.Linear(16, 16)),
+    "another network": lambda: nn.Sequential(nn.Linear(16, 16), sltt.ALIF()),
+}
+
+
+@pytest.mark.parametrize("make", FOLDED.values(), ids=FOLDED)
+def test_a_network_that_gives_the_same_results_takes_several(make):
+    model, x = Net(nn.Linear(6, 16), sltt.LIF(), make(), nn.Linear(16, 3)).double(), torch.randn(6, 5, 6).double()
+    assert called(sltt.BPTT(), model, x) == [30]
+    model.eval()
+    y = torch.randint(3, (5,))
+    for rule, plain in ((sltt.SLTT(), sltt.SLTT(fold=1)), (sltt.BPTT(), sltt.BPTT(fold=1))):
+        torch.testing.assert_close(gradients(model, rule, x, y)[0], gradients(model, plain, x, y)[0])
+
+
+def test_trying_a_network_leaves_no_trace():
+    model, x = (
+        Net(nn.Linear(6, 16), nn.BatchNorm1d(16), sltt.LIF(), nn.Dropout(), nn.Linear(16, 3)),
+        torch.randn(6, 5, 6),
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    model.eval()
+    sltt.unroll(model, x)
+    assert torch.equal(torch.get_rng_state(), generator)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_memory_stays_flat_in_time():
+    model = nn.Sequential(nn.Linear(700, 256), sltt.LIF(), nn.Linear(256, 256), sltt.LIF(), nn.Linear(256, 20))
+    y = torch.randint(20, (64,))
+    peaks = {}
+    for steps, rule in ((100, sltt.SLTT()), (400, sltt.SLTT()), (100, sltt.SLTT(fold=1))):
+        x = (torch.rand(steps, 64, 700) < 0.05).float()
+        rule(model, x, y, LOSS)
+        peaks[steps, rule.fold] = measured(rule, model, x, y)
+    logits = 2 * 300 * 64 * 20 * 4  # of the further steps, one by one and together
+    assert peaks[400, "auto"] <= 1.05 * peaks[100, "auto"] + logits
+    assert peaks[100, "auto"] <= peaks[100, 1] + 2**24
+
+
+def test_the_number_of_steps_depends_on_shapes_alone():
+    """A network that learned, or that was loaded, runs as a new one does."""
+    model, x = Net(), torch.randn(100, 64, 6)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert called(sltt.SLTT(), model, x) == called(sltt.SLTT(), Net(), x)
