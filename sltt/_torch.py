@@ -23,7 +23,7 @@ try:
     from torch.nn.modules.instancenorm import _InstanceNorm
     from torch.nn.utils.parametrizations import _SpectralNorm
     from torch.overrides import _pop_mode, _push_mode
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
     from torch.utils._pytree import tree_map_only
 except ImportError as error:
     raise ImportError(f"PyTorch {torch.__version__} lacks what PyTorch 2.8 to 2.15 have: {error}") from error
@@ -41,6 +41,8 @@ ATTRIBUTES = {
         "_non_persistent_buffers_set": "names the states of snnTorch's neurons",
         "_forward_hooks": "takes hooks off a copy",
         "_forward_pre_hooks": "takes hooks off a copy, finds a spectral norm",
+        "_backward_hooks": "finds hooks that see one time step in a call",
+        "_modules": "a name in a module that is no attribute of the user's",
         "_compiled_call_impl": "is what module.compile() made",
     },
     "torch.nn.BatchNorm2d": {"_check_input_dim": "raises PyTorch's own error"},

@@ -121,13 +121,6 @@ def test_no_rule_needs_float64_on_the_device(rule, neuron):
     assert doubles.seen == []
 
 
-def test_a_fold_by_memory_is_refused_where_no_peak_is_counted():
-    model = small_network().to("meta", torch.float32)
-    x, y = torch.empty(3, 4, 6, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
-    with pytest.raises(ValueError, match="does not count on meta: take a number, fold=2"):
-        sltt.SLTT(fold="auto")(model, x, y, LOSS)
-
-
 def reads_of(rule):
     """How often a rule looks at what it computed: not at all, or once a sequence whether a replay was the same."""
     return ["aten._local_scalar_dense"] * ("segment=2" in repr(rule))

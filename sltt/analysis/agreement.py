@@ -17,6 +17,7 @@ from sltt.memory import peak_memory
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
 from sltt.rules.base import StepLoss
 from sltt.rules.mixed import Window, layer_order
+from sltt.rules.truncated import step_by_step
 from sltt.sequence.copies import copied
 from sltt.sequence.steps import time_steps
 
@@ -176,10 +177,11 @@ def batch_memory(
     @functools.cache
     def memory(rule: Rule) -> int:
         with _fork(x):
-            return peak_memory(lambda: rule(twin, x, target, loss, steps=steps, update=lambda: None), x.device)
+            one = step_by_step(rule)  # what shares a call depends on the batch, and is little
+            return peak_memory(lambda: one(twin, x, target, loss, steps=steps, update=lambda: None), x.device)
 
     with _fork(x):
-        SLTT()(twin, x, target, loss, steps=steps)  # makes the gradients, which all rules have
+        SLTT(fold=1)(twin, x, target, loss, steps=steps)  # makes the gradients, which all rules have
     return memory
 
 

@@ -29,6 +29,7 @@ from sltt.commands.results import give
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
 from sltt.commands.verdict import batch_memory
 from sltt.rules import Mixed, Rule
+from sltt.rules.folding import Fold, chosen_fold
 from sltt.training.checkpoints import start_from
 from sltt.training.console import Console, megabytes
 from sltt.training.session import Session, session
@@ -105,7 +106,8 @@ def profile(
         * batch: samples in an iteration.
         * trained: the layers are measured with weights of a run, in evaluation mode; else with random weights, in
           training mode, since the statistics of a BatchNorm are not there yet.
-        * costs: for each rule and T the memory and seconds of an iteration, and the multiplications of its batch.
+        * costs: for each rule and T the memory and seconds of an iteration, the multiplications of its batch, and the
+          `Fold` of its time steps.
         * layers: of the largest T, in the order of the model: operations in the inference of one sample, of a
           convolution or linear layer; firing rate, and spikes in all time steps, of a layer of neurons.
         * paths: of a training batch of the largest T: which layers run sparse, and what that saves.
@@ -146,7 +148,8 @@ def print_profile(found: Mapping[str, Any], report: Console) -> None:
         shares |= {"weights": parts["parameters"], "grads": parts["gradients"], "optim": parts["optimizer"]}
         shares |= {"input": parts["input"], "all": parts["total"]}
         memory.append({**label, **{name: number(share / 1e6, ".2f") for name, share in shares.items()}})
-        seconds.append({**label, "total": number(one["seconds"]["total"], ".3f"), **phase_cells(one)})
+        fold = number(one["fold"]["trained"])
+        seconds.append({**label, "total": number(one["seconds"]["total"], ".3f"), **phase_cells(one), "fold": fold})
     for layer in found["layers"]:
         macs, activity, operations, _, *spikes = layer_cells(layer)
         row = {"layer": layer["name"], "MAC a step": macs, "activity": activity, "synaptic op.": operations}
@@ -159,7 +162,7 @@ def print_profile(found: Mapping[str, Any], report: Console) -> None:
             f"all that is allocated at the peak; in MB, on {found['device']}",
             memory,
         ),
-        ("seconds of an iteration, and multiplications of its batch", seconds),
+        ("seconds of an iteration, multiplications of its batch, time steps in a call (fold)", seconds),
         (f"one sample, T = {most}, {network}", layers),
         (
             f"a training batch of {found['batch']}: layers on active inputs only (sparse), or dense\n"
@@ -175,6 +178,9 @@ def print_profile(found: Mapping[str, Any], report: Console) -> None:
         f"{found['picojoules_as_ann'] / 1e6:.3g} µJ\n(45 nm, 32 bits: {PICOJOULES_MULTIPLY_ACCUMULATE} pJ a "
         f"multiply-accumulate, {PICOJOULES_ACCUMULATE} pJ an accumulate)"
     )
+    for one in found["costs"]:
+        if why := one["fold"]["why"]:
+            report.line(f"{one['rule']}, T = {one['steps']}: one time step in a call, since the network {why}")
     if fits := found["fits"]:
         report.line(f"\nwhat fits {megabytes(fits[0]['budget'])}, the rest as in the recipe; and a run with that batch")
         report.table(Table(fits_rows(fits)).for_terminal())
@@ -258,8 +264,10 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
             ready.model, timed, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat, warmup=WARMUP
         )
         operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
+        chosen = chosen_fold(ready.model) if ready.rule.fold == "auto" else Fold(ready.rule.fold)
     parts = {"memory": {**vars(memory), "total": memory.total}, "seconds": {**vars(seconds), "total": seconds.total}}
-    return {"rule": rule, "steps": steps, **parts, "operations": operations._asdict()}
+    fold = (chosen or Fold())._asdict()
+    return {"rule": rule, "steps": steps, "fold": fold, **parts, "operations": operations._asdict()}
 
 
 def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:
@@ -288,9 +296,11 @@ def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]
 
 def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> Fits:
     def measure(samples: int, time_steps: int) -> int:
-        with prepared(here, _built(recipe, rule), time_steps) as ready:
+        with prepared(here, _built(recipe, rule, *one_step), time_steps) as ready:
             return _memory(ready, samples).total
 
+    # what shares a call grows with T up to a limit, and is little
+    one_step = ("--rule.fold", "1") if recipe.build(rule=rule).rule.fold == "auto" else ()
     least = _until_regular(recipe.build(rule=rule).rule)
     found = Fits(rule, budget, None, None)
     batches = batch, 2 * batch

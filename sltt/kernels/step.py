@@ -112,10 +112,12 @@ def _run(
     The backward needs v, or u for a hard reset. With `norm`, x is the input of a BatchNorm.
     """
     x = x.resolve_neg()
-    if not x.is_contiguous() and not (dense(first := _first(x, steps)) and _follow(x, first)):
+    first = x if steps == 1 else x[: len(x) // steps]
+    follow = x is first or x.stride(0) * len(first) == first.numel()  # each other in memory
+    if not x.is_contiguous() and not (dense(first) and follow):
         x = x.contiguous()
-    first = _first(x, steps)
-    v = like(v, first)
+        first = x if steps == 1 else x[: len(x) // steps]
+    v = like(v, first) if v.stride() != first.stride() or v.is_neg() else v
     s = torch.empty_like(x)
     # on another device packing is a pass of its own, which a graph of one step is not worth
     packs = packs and (s.is_cpu or not cut) and s.numel() >= (BITS_FROM if cut else PACK_FROM) and packable(s)
@@ -134,16 +136,6 @@ def _run(
         vs = vs if after else v
     last = vs if vs.shape == first.shape else vs[len(vs) - len(first) :].clone()  # all steps do not stay for its sake
     return s, last, kept, pack(s) if packs and bits is None else bits
-
-
-def _first(x: Tensor, steps: int) -> Tensor:
-    """The first time step in x [n·B, ...]."""
-    return x if steps == 1 else x[: len(x) // steps]
-
-
-def _follow(x: Tensor, first: Tensor) -> bool:
-    """Return whether the time steps in x follow each other in memory."""
-    return x is first or x.stride(0) * len(first) == first.numel()
 
 
 def unfold(x: Any, steps: int) -> tuple[Any, ...]:
@@ -242,8 +234,9 @@ class _NeuronStep(torch.autograd.Function):
         # ∂L/∂x is what a step gives unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled
         plain = factors is not None or not (needs_decay or step.decay_input)
         grad_u = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype if plain else kept.dtype, device=kept.device)
-        first = _first(kept, steps)
-        grad_s = None if grad_s is None else like(grad_s, grad_u)
+        first = kept if steps == 1 else kept[: len(kept) // steps]
+        if grad_s is not None and (grad_s.stride() != grad_u.stride() or grad_s.is_neg()):
+            grad_s = like(grad_s, grad_u)
         grad_v = None if grad_v is None else like(grad_v, first)
         native: Any = ctx.native if ctx.native and ctx.native.differentiates else None
         assert native or factors is None, "there was one in the forward"

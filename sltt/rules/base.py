@@ -53,7 +53,8 @@ class Batch:
     backward: Backward = Tensor.backward
     update: Callable[[], Any] | None = None
     seed: int | None = None
-    _logits: dict[int, Tensor] = field(default_factory=dict)
+    _logits: Tensor | None = None  # [T, B, C], of the steps that ran
+    _ran: set[int] = field(default_factory=set)
     _total: Tensor | float = 0.0
     _largest: int = 0  # elements of the largest state; 0 before the first time step
 
@@ -80,15 +81,18 @@ class Batch:
             cut: no gradient flows from one of the steps to the step before.
             recompute: convolutions and linear layers run again in the backward, instead of keeping their outputs.
         """
-        if cut and self._logits:  # the states before the first step may be learned
+        if cut and self._ran:  # the states before the first step may be learned
             self.detach()
         self.network.results.in_graph = graph
         with torch.set_grad_enabled(graph), self._saving(len(steps), graph, cut, recompute):
             logits = self.network(self.network.sequence.input(steps), len(steps), cut, recompute)
         self.network.results.in_graph = True
         self._largest = self._largest or max((s.numel() for s in self.network.layout.state_tensors()), default=0)
-        # a model may go on to change what it gave, such as a sum over time
-        self._logits |= dict(zip(steps, logits.detach().clone(), strict=True))
+        if self._logits is None:
+            self._logits = logits.detach().new_empty(self.steps, *logits.shape[1:])
+        # a copy, since a model may go on to change what it gave, such as a sum over time
+        self._logits[steps.start : steps.stop] = logits.detach()
+        self._ran.update(steps)
         if not graph:
             # Casts of weights that autocast caches without a graph would cut the weights off in later steps.
             torch.clear_autocast_cache()
@@ -117,7 +121,7 @@ class Batch:
 
     def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
         """Run time steps as `run`, and return the sum of their losses over T, to backpropagate."""
-        again = steps.start in self._logits
+        again = steps.start in self._ran
         logits = self.run(steps, graph=graph, cut=cut, recompute=recompute)
         count = self.steps
         with torch.set_grad_enabled(graph):
@@ -125,8 +129,8 @@ class Batch:
                 target = self.target.repeat(len(steps), *[1] * (self.target.ndim - 1))
                 total = step_loss(self.loss, logits.flatten(0, 1), target) * (len(steps) / count)
             else:
-                values = [step_loss(self.loss, o, self.targets(t)) / count for t, o in zip(steps, logits, strict=True)]
-                total = values[0] if len(values) == 1 else torch.stack(values).sum()
+                values = [step_loss(self.loss, o, self.targets(t)) for t, o in zip(steps, logits, strict=True)]
+                total = (values[0] if len(values) == 1 else torch.stack(values).sum()) / count
         if not again:
             self._total = self._total + total.detach()
         return total
@@ -154,17 +158,18 @@ class Batch:
 
     def logits(self, step: int) -> Tensor:
         """The logits [B, C] of a time step that has run, without a graph."""
+        assert self._logits is not None, "no step has run"
         return self._logits[step]
 
     def output(self) -> Output:
         """Return the loss and the logits of all time steps; raise ValueError where the rule left one out."""
-        if len(self._logits) < self.steps:
-            ran = ", ".join(map(str, sorted(self._logits)))
+        if self._logits is None or len(self._ran) < self.steps:
+            ran = ", ".join(map(str, sorted(self._ran)))
             raise ValueError(
                 f"a rule runs all T = {self.steps} time steps, and this one ran {ran or 'none'}: call batch.run or "
                 "batch.forward for each, with graph=False for one without a gradient"
             )
-        return Output(torch.as_tensor(self._total), torch.stack([self._logits[t] for t in range(self.steps)]))
+        return Output(torch.as_tensor(self._total), self._logits)
 
 
 class Rule(Frozen, ABC):
@@ -322,7 +327,7 @@ class Rule(Frozen, ABC):
 
 
 @torch.no_grad()
-def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
+def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int | Literal["auto"] = "auto") -> Tensor:
     """Run T time steps without a graph and return the logits [T, B, C]; the prediction is their mean over time.
 
     An input that is NaN or infinite raises ValueError on the CPU, and gives logits that are NaN on another device.
@@ -331,13 +336,16 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
         model: maps the input of one time step [B, ...] to logits [B, C]; its mode, training or not, stays as it is.
         x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
         steps: T for a static input.
+        fold: time steps in one call of the network, as of the rules; "auto" takes one for a static input.
     """
     instance("model", model, nn.Module)
+    fold = fold if fold == "auto" else whole_number("fold", fold, least=1, remedy="or use 'auto'")
     sequence = time_steps(x, steps)
     network = Run(model, sequence, hoist=True, grad=False)
     try:
         with network:
-            n = 1 if sequence.static else choose_fold(network).forward  # a static input is hoisted
+            # a static input is hoisted
+            n = fold if fold != "auto" else 1 if sequence.static else choose_fold(network).forward
             calls = [range(t, min(t + n, sequence.steps)) for t in range(0, sequence.steps, n)]
             logits = [network(sequence.input(call), len(call)).clone() for call in calls]
             result = network.result(torch.cat(logits))

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sltt._torch import _DropoutNd
+from sltt import kernels
+from sltt._torch import TorchDispatchMode, _disable_current_modes, _DropoutNd
+from sltt.dropout import Dropout
 from sltt.sequence.copies import copied
 from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import is_sharded
 from sltt.sequence.run import Run
-from sltt.sequence.spikes import Watch
+from sltt.sequence.spikes import SEES_FOLDS
 from sltt.sequence.step import NEURON, Step
 from sltt.sequence.steps import Sequence
 
@@ -64,13 +66,22 @@ def choose_fold(run: Run) -> Fold:
     return found[key]
 
 
+def chosen_fold(model: nn.Module) -> Fold | None:
+    """Return what was chosen last for a network; None before its first batch, and under rules that do not fold."""
+    return next(reversed(_folds.get(model, {}).values()), None)
+
+
 def _choose(run: Run, x: Tensor) -> Fold:
     if problem := _problem(run):
         return Fold(why=problem)
     try:
         with ExitStack() as stack:
+            stack.enter_context(_disable_current_modes())  # which count operations, say
+            stack.enter_context(kernels.without_modes())
             stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(kernels.using(bits=False, compile="off"))  # no kernel looks at values
+            torch.manual_seed(0)
             seen, problem = _compare(run.model, x)
     except Exception as error:  # of any kind: it is the user's code
         return Fold(why=f"does not run so on two samples ({type(error).__name__}: {error})")
@@ -105,9 +116,28 @@ def _problem(run: Run) -> str | None:
 
 
 def _hooks(module: nn.Module) -> int:
-    """The number of hooks on the calls of a module, without those that compute its weights, and those that count."""
+    """The number of hooks on the calls of a module, without those that compute its weights, and those of ours."""
     hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()
-    return sum(not (isinstance(hook, Watch) or type(hook).__module__.startswith("torch.nn.utils")) for hook in hooks)
+    ours = (type(hook).__module__.startswith("torch.nn.utils") or hasattr(hook, SEES_FOLDS) for hook in hooks)
+    return len(hooks) - sum(ours)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees operations whose results other samples, or the number of calls, may change; `found` names one."""
+
+    found: str | None = None
+    ours = False  # an operation of this file
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would import its compiler, which takes seconds, at the first operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags:
+            self.found = "decides by the value of a tensor"
+        elif torch.Tag.nondeterministic_seeded in func.tags and not self.ours:
+            self.found = "draws random numbers"
+        return func(*args, **(kwargs or {}))
 
 
 class _Seen(Step):
@@ -118,22 +148,25 @@ class _Seen(Step):
         bytes: of what the layers give in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: _Watch) -> None:
         self.rows = self.bytes = 0
         self.ran: dict[Layer, int] = {}
+        self.watch = watch
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if layer.advance is None or len(args) != 1:
             return super().neuron(layer, *args, **kwargs)
         x, first = args[0], self.ran.get(layer, 0)
         self.run.take_turn(layer, NEURON)
+        layer.advance(x, self.run.fold, False)  # for the states
         self.ran[layer] = first + self.run.fold
         self._count(x)
-        drawn = []
+        drawn, self.watch.ours = [], True
         for t in range(first, first + self.run.fold):
             generator = torch.Generator().manual_seed(1000 * len(self.ran) + t)
             shape = len(x) // self.run.fold, *x.shape[1:]
             drawn.append(torch.rand(shape, generator=generator) < 0.3)
+        self.watch.ours = False
         return torch.cat(drawn).to(x) + 0 * x
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
@@ -154,41 +187,43 @@ def _compare(model: nn.Module, x: Tensor) -> tuple[_Seen, str | None]:
         for p in small:  # equal layers, one for each time step, are to differ
             p += torch.rand_like(p)
     for module in twin.modules():
-        if isinstance(module, _DropoutNd):
+        if isinstance(module, _DropoutNd | Dropout):
             module.eval()
     shape = _STEPS, _SAMPLES, *x.shape[1:]
     pair = (
         torch.randn(shape, dtype=x.dtype, device=x.device) if x.is_floating_point() else torch.randint(2, shape).to(x)
     )
-    sequence, seen, before = Sequence(pair, _STEPS, False), _Seen(), [*_attributes(twin)]
-    torch.manual_seed(0)
-    with Run(twin, sequence, seen) as run:
-        one_by_one = torch.cat([run(x_t).detach() for x_t in pair])
+    watch = _Watch()
+    sequence, seen, before = Sequence(pair, _STEPS, False), _Seen(watch), [*_attributes(twin)]
+    with Run(twin, sequence, seen) as run, watch:
+        one_by_one = torch.cat([run(x_t).detach().clone() for x_t in pair])
     if seen.rows * len(x) * 2 > ROWS * _SAMPLES:
         return seen, None
     if not seen.rows:
         return seen, "has no linear layer and no convolution of PyTorch's"
     if changed := next((name for name, *was in _attributes(twin) if (name, *was) not in before), None):
         return seen, f"changes {changed} in a time step"
-    torch.manual_seed(0)
-    with Run(twin, sequence, _Seen()) as run:
+    if watch.found:
+        return seen, watch.found
+    with Run(twin, sequence, _Seen(watch)) as run:
         folded = run(pair.flatten(0, 1), _STEPS)
         torch.autograd.grad(folded.sum(), small, allow_unused=True) if folded.requires_grad and small else None
     tolerance = (1e-4 if folded.dtype.itemsize > 2 else 2e-2) * one_by_one.abs().max()
     if folded.shape != one_by_one.shape or not (folded - one_by_one).abs().max() <= tolerance:
-        return seen, "gives other results then: it mixes samples, draws random numbers, or keeps a state"
+        return seen, "gives other results then: it mixes samples, or keeps a state that no rule knows"
     return seen, None
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """What the modules without a state hold: a name each, and what a change in a time step would change."""
+    """What modules hold besides their states: a name each, and what a change in a time step would change."""
     for layer in Layout(model).layers.values():
-        if layer.states or layer.role.stepwise:
+        if layer.role.stepwise:
             continue
         module, place = layer.module, f"{layer.name or 'the model'}."
         for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules", "forward"):
+            if name not in ("_parameters", "_buffers", "_modules", "forward", *layer.states):
                 plain = value if isinstance(value, int | float | str | None) else id(value)
                 yield place + name, plain, len(value) if isinstance(value, list | dict | set) else 0
         for name, buffer in module._buffers.items():
-            yield place + name, id(buffer), 0 if buffer is None else buffer._version
+            if name not in layer.states:
+                yield place + name, id(buffer), 0 if buffer is None else buffer._version

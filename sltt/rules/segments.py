@@ -35,7 +35,7 @@ def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
             leaves = starts[i].restore(leaves=i > 0)
             total = torch.zeros((), device=batch.sequence.x.device)
             for call in split(segments[i], fold.trained):
-                before = [] if end is None else [(t, batch.logits(t)) for t in call]
+                before = [] if end is None else [(t, batch.logits(t).clone()) for t in call]
                 total = total + batch.forward(call)
                 same |= {t: torch.isclose(batch.logits(t), o, 1e-3, 1e-5, equal_nan=True).all() for t, o in before}
             if end is None:

@@ -1,5 +1,6 @@
 """Truncated backpropagation through time: BPTT, TBPTT and SLTT are one rule with windows of T, n and one steps."""
 
+import copy
 import operator
 from abc import abstractmethod
 from collections.abc import Container
@@ -28,7 +29,8 @@ class Truncated(Rule):
             their outputs: less memory, one more forward of these layers.
         fold: time steps in one call of the network: fewer and larger operations, for the memory of so many steps.
             "auto" takes several where all layers are small, as many as fit into 16 MB. It takes one where a layer's
-            matrix product has 2,048 rows (samples × pixels) in a step, or where sharing a call would change results.
+            matrix product has 2,048 rows (samples × pixels) in a step, or where sharing a call would change results,
+            and with recompute or hoist.
         hoist: with a static input, compute what the network marks by `sltt.once` once a sequence. Saves the time of
             these layers in all steps but one, for the memory of their outputs and of these outputs' gradients.
 
@@ -61,7 +63,7 @@ class Truncated(Rule):
         return 1.0
 
     def run(self, batch: Batch) -> Output:
-        if self.hoist:
+        if self.hoist or (self.recompute and self.fold == "auto"):
             return self.run_folded(batch, Fold())
         return self.run_folded(batch, choose_fold(batch.network) if self.fold == "auto" else Fold(self.fold, self.fold))
 
@@ -84,6 +86,15 @@ class Truncated(Rule):
             if not cut:
                 batch.detach()
         return batch.output()
+
+
+def step_by_step(rule: Rule) -> Rule:
+    """Return a rule that runs one time step in a call, where it would choose by itself: its memory is SLTT's."""
+    if rule.fold != "auto":
+        return rule
+    made = copy.copy(rule)
+    vars(made)["fold"] = 1
+    return made
 
 
 def _alike(steps: range, trained: Container[int], fold: Fold) -> list[range]:

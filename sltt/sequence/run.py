@@ -214,10 +214,19 @@ class Run:
                         detach_module(part)
                 self._calls += 1
                 self.call = self._calls
-                given.append(layer.plain(*(part[t] for part in parts), **named[t]))
+                given.append(_kept(layer.plain(*(part[t] for part in parts), **named[t]), layer.parts))
         finally:
             self.fold, self.call = n, call
         return _joined(given)
+
+
+def _kept(given: Any, parts: list[nn.Module]) -> Any:
+    """Return a layer's output, copied where it is a state, which may change in place in the next time step."""
+    if not isinstance(given, Tensor):
+        return given
+    memory = given.untyped_storage()._cdata
+    states = (state for part in parts for state in state_tensors(part))
+    return given.clone() if any(state.untyped_storage()._cdata == memory for state in states) else given
 
 
 def _joined(given: list[Any]) -> Any:

@@ -19,6 +19,7 @@ from sltt.metrics import higher_is_better, improves, name_of
 from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
 from sltt.rules import Output
+from sltt.rules.folding import chosen_fold
 from sltt.sequence.padding import Padded, lengths_of, target_of
 from sltt.sequence.steps import check_input
 from sltt.training.average import averaged_model, take_average
@@ -114,8 +115,10 @@ class Loop:
                     continue
                 batches, validation = self._begin(stage)
                 with ending(batches, validation):
+                    told = False
                     while not self._over(stage):
                         training = self._epoch(stage, batches, interrupt)
+                        told = told or self._tell_fold(stage)
                         row = self._end_epoch(training, self._validate(stage, validation))
                         log(row)
                         self._show(row, training)
@@ -229,6 +232,15 @@ class Loop:
     def _reduce_and_update(self) -> None:
         self._reduce()
         self._update()
+
+    def _tell_fold(self, stage: Stage) -> bool:
+        """Say how many time steps share a call of the network, or why none do."""
+        fold = chosen_fold(self.net) if stage.rule.fold == "auto" else None
+        if fold and fold.trained > 1:
+            self.report.line(f"{fold.trained} of {stage.steps} time steps share a call of the network")
+        if fold and fold.why:
+            self.report.line(f"time steps run one by one, since the network {fold.why}")
+        return True
 
     def _over(self, stage: Stage) -> bool:
         stopped = self.state.stopped and not self.state.batch  # a callback ends a training after the epoch

@@ -15,7 +15,7 @@ import sltt
 from sltt.analysis import count_operations
 from sltt.commands import compare, main, prepared, vary
 from sltt.commands.parsing import Recipe
-from sltt.commands.rule_texts import rule_options, rules, unfolded
+from sltt.commands.rule_texts import rule_options, rules
 from sltt.training.console import Console, as_json
 from sltt.training.session import session
 from sltt.training.settings import Execution
@@ -300,11 +300,6 @@ def test_a_rule_that_updates_at_every_step_is_compared(capsys, tmp_path, monkeyp
     assert len(row["scores"]) == 1
     assert row["cosine"] > 0.5
     assert row["operations"]["backward"] > 0
-
-
-def test_what_a_rule_says_about_folding_is_left_out():
-    assert unfolded("SLTT:fold=2:k=1") == "SLTT:k=1"
-    assert unfolded("Mixed:windows={features.2: all}") == "Mixed:windows={features.2: all}"
 
 
 def test_commas_within_brackets_are_no_separators():

@@ -43,7 +43,7 @@ def test_rules_are_compared_and_one_that_needs_all_steps_is_named(here, capsys):
 
 
 def test_a_profile_is_of_a_batch_of_all_steps(here, capsys):
-    code, _, err = run(capsys, "profile", *RECIPE, "--rules", "BPTT,SLTT", "--repeats", "1", "--save", "out")
+    code, _, err = run(capsys, "profile", *RECIPE, "--rules", "BPTT,SLTT:fold=1", "--repeats", "1", "--save", "out")
     assert (code, err) == (0, "")
     exact, spatial = found(here, "profile.json")["costs"]
     assert exact["memory"]["input"] == spatial["memory"]["input"] == 4 * 6 * 8 * 8  # float32 [T, B, 8]

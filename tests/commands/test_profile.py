@@ -64,7 +64,7 @@ def test_what_is_saved_grows_with_t_under_bptt_and_not_under_sltt():
     model, y = network(), torch.randint(10, (32,))
     saved = {
         (rule, steps): memory_parts(model, torch.randn(steps, 32, 64), y, LOSS, rule).saved
-        for rule in (sltt.BPTT(), sltt.SLTT())
+        for rule in (sltt.BPTT(), sltt.SLTT(fold=1))
         for steps in (4, 16)
     }
     (bptt_4, bptt_16, sltt_4, sltt_16) = saved.values()
@@ -82,15 +82,13 @@ def test_the_peak_is_that_of_peak_memory(rule):
     assert found.states + found.saved + found.rest == pytest.approx(peak, abs=4096)
 
 
-def test_a_view_counts_for_itself_and_automatic_folds_settle_before():
+def test_a_view_counts_for_itself():
     model, x = network(), torch.randn(4, 100, 64)
     y = torch.randint(10, (8,))
-    rule = sltt.SLTT(fold="auto", budget="1GB")
+    rule = sltt.SLTT()
     found = memory_parts(model, x[:, :8], y, LOSS, rule)
     assert found.input == 4 * 8 * 64 * 4
     assert found.saved > 0
-    with pytest.raises(RuntimeError, match="memory is being measured already"):
-        peak_memory(lambda: sltt.SLTT(fold="auto")(model, x[:, :8], y, LOSS))
     assert peak_memory(lambda: rule(model, x[:, :8], y, LOSS)) > 0
 
 
@@ -124,7 +122,7 @@ def test_seconds_are_split_and_the_optimizer_steps(monkeypatch):
     model = nn.Sequential(Slow(4, 3), sltt.LIF(), nn.Linear(3, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = model[0].weight.clone()
-    found = iteration_seconds(model, batches(), loss, sltt.SLTT(), optimizer, warmup=1)
+    found = iteration_seconds(model, batches(), loss, sltt.SLTT(fold=1), optimizer, warmup=1)
     assert (found.data, found.forward, found.backward, found.step) == (100, 2, 20, 0)
     assert not torch.equal(model[0].weight, before)
     with pytest.raises(ValueError, match="expected more than 3 batches"):
@@ -213,7 +211,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
         assert fits["measured"] <= 1.03 * 10 * MB
     most = [fits["steps"] or 10_000 for fits in found["fits"]]  # only the logits of SLTT's steps take memory
     assert 5 * most[0] < min(most[1:])
-    assert [fits["fold"] is None for fits in found["fits"]] == [False, False, True]
+    assert [cost["fold"]["trained"] for cost in found["costs"]] == [1] * len(found["costs"])
 
 
 def test_a_network_is_measured_as_it_trains():
@@ -277,7 +275,7 @@ def test_the_memory_over_steps_is_fitted_beyond_the_windows(rule, steps):
     ],
 )
 def test_a_batch_that_is_said_to_fit_was_run_and_fits(bytes_of, batch, measured):
-    found = profile.Fits("SLTT", budget=1000, batch=10, steps=None, fold=None, predicted=7, measured=8)
+    found = profile.Fits("SLTT", budget=1000, batch=10, steps=None, predicted=7, measured=8)
     model = fit_peak(lambda samples, steps: 100 * samples, (1, 2), (1, 2))
     profile._run_largest(found, model, 4, lambda samples, steps: bytes_of(samples), free=2000)
     assert (found.batch, found.measured, found.predicted) == (batch, measured, 100 * batch or None)

@@ -97,11 +97,11 @@ def test_accuracy_by_session_is_a_mean_over_seeds(capsys):
 
 
 def test_what_fits_and_what_was_not_run():
-    fits = {"rule": "SLTT", "batch": 1200, "steps": None, "fold": None, "predicted": 990_000, "measured": None}
-    checked = {**fits, "fold": 2, "measured": 1_000_000}
+    fits = {"rule": "SLTT", "batch": 1200, "steps": None, "predicted": 990_000, "measured": None}
+    checked = {**fits, "measured": 1_000_000}
     assert shown(Table(fits_rows([fits, checked]))) == [
-        ["SLTT", "1,200", "no limit", "–", "0.99 MB", "not run", ""],
-        ["SLTT", "1,200", "no limit", "2", "0.99 MB", "1 MB", "-1.0%"],
+        ["SLTT", "1,200", "no limit", "0.99 MB", "not run", ""],
+        ["SLTT", "1,200", "no limit", "0.99 MB", "1 MB", "-1.0%"],
     ]
 
 
@@ -111,6 +111,7 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
     )
     seconds = dict.fromkeys(("data", "forward", "backward", "step", "total"), 0.25)
     cost = {"rule": "SLTT", "memory": memory, "seconds": seconds, "operations": {"forward": 1, "backward": 2}}
+    cost["fold"] = {"trained": 1, "forward": 1, "why": "has hooks on 0 (Linear)"}
     neurons = {"name": "1", "operations": None, "firing_rate": 0.125, "spikes": 1234.0}
     linear = {"name": "0", "macs": 1000, "steps": 16, "density": 1.0, "spiking": False}
     path = {"name": "0", "density": 0.5, "calls": 4, "sparse_forward": 1, "sparse_gradient": 4}
@@ -125,7 +126,8 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
     assert "one sample, T = 16, untrained" in out  # the largest, whatever the order
     rows = [line.split() for line in out.splitlines()]
     assert ["SLTT", "16", "0.03", *["0.01"] * 8] in rows
-    assert ["SLTT", "4", *["0.250"] * 5, "1.00e+00", "2.00e+00"] in rows
+    assert ["SLTT", "4", *["0.250"] * 5, "1.00e+00", "2.00e+00", "1"] in rows
+    assert "SLTT, T = 4: one time step in a call, since the network has hooks on 0 (Linear)" in out
     assert ["0", "1,000", "100.0%", "16,000", "MAC"] in rows
     assert ["1", "0.125", "1,234"] in rows
     assert "sparse in 1 of 4" in " ".join(out.split())

@@ -125,13 +125,13 @@ NEURONS = {
     "own": Own,
 }
 RULES = [
-    sltt.SLTT(),
-    sltt.SLTT(k=1),
+    sltt.SLTT(fold=1),
+    sltt.SLTT(k=1, fold=1),
     sltt.SLTT(fold=2),
-    sltt.SLTT(recompute=True),
-    sltt.BPTT(),
-    sltt.BPTT(segment=2),
-    sltt.TBPTT(2),
+    sltt.SLTT(recompute=True, fold=1),
+    sltt.BPTT(fold=1),
+    sltt.BPTT(segment=2, fold=1),
+    sltt.TBPTT(2, fold=1),
     sltt.OTTT(),
     sltt.Mixed({"2": 3}),
 ]
@@ -149,7 +149,7 @@ def batch():
     return channels_last(torch.randn(8, 3, 8, 8)), torch.randint(10, (8,))
 
 
-def trained(model, rule=sltt.SLTT(), dtype=torch.float32):
+def trained(model, rule=sltt.SLTT(fold=1), dtype=torch.float32):
     x, y = batch()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         out = rule(model, x, y, nn.CrossEntropyLoss(), steps=4, seed=0)
@@ -243,7 +243,7 @@ def test_somebody_else_looks(function, monkeypatch, settled):
     def run():
         model = network()
         model[1] = nn.Sequential(model[1], Between(function))
-        return trained(model, sltt.BPTT())
+        return trained(model, sltt.BPTT(fold=1))
 
     check(monkeypatch, run)
     assert settled
@@ -300,7 +300,7 @@ def test_a_norm_and_another_reader_of_its_output(monkeypatch):
     def run():
         model = network()
         model[1], model[2] = Skip(model[1], model[2]), nn.Identity()
-        return trained(model, sltt.BPTT())
+        return trained(model, sltt.BPTT(fold=1))
 
     check(monkeypatch, run)
 
@@ -329,12 +329,12 @@ def peaks(monkeypatch, neuron, rule):
 
 
 def test_memory_is_not_more(monkeypatch):
-    fused, plain = peaks(monkeypatch, sltt.LIF, sltt.SLTT())
+    fused, plain = peaks(monkeypatch, sltt.LIF, sltt.SLTT(fold=1))
     assert fused <= plain + 2 * 4 * (24 + 16)  # scale and shift
 
 
 def test_a_neuron_of_ones_own_keeps_no_normalised_input(monkeypatch):
-    fused, plain = peaks(monkeypatch, Own, sltt.BPTT())
+    fused, plain = peaks(monkeypatch, Own, sltt.BPTT(fold=1))
     assert fused < plain - 4 * 2 * 8 * 24 * 64  # of the first neurons in two time steps of four, beside the backward's
 
 
@@ -343,7 +343,7 @@ def test_the_default_type_changes_nothing(monkeypatch):
     (x, y), networks = batch(), [network() for _ in range(2)]
 
     def gradients(model):
-        sltt.SLTT()(model, x, y, nn.CrossEntropyLoss(), steps=4)
+        sltt.SLTT(fold=1)(model, x, y, nn.CrossEntropyLoss(), steps=4)
         return [p.grad for p in model.parameters()]
 
     expected = gradients(networks[0])

@@ -86,7 +86,7 @@ def test_gradients_are_those_of_dense_layers(rule, sparse_calls):
 def test_every_layer_behind_a_neuron_is_sparse(sparse_calls):
     model = Net().to(memory_format=torch.channels_last)
     x, y = data()
-    run(model, sltt.SLTT(), x, y, "on")
+    run(model, sltt.SLTT(fold=1), x, y, "on")
     shapes = {(kind, layer.weight_shape) for kind, layer in sparse_calls}
     expected = [tuple(m.weight.shape) for m in [*model.convs[1:], model.hidden]]
     assert shapes == {(kind, shape) for kind in ("forward", "grad") for shape in expected}
@@ -126,7 +126,7 @@ def test_a_worth_of_each_channel_goes_into_the_weights_of_a_layer_that_reads_it(
     for mode in ("off", "on"):
         given, model = x.clone().requires_grad_(), copy.deepcopy(first)
         with kernels.using(sparse=mode, compile="off"):
-            out = sltt.BPTT()(model, given, torch.zeros(8), lambda y, _: y.square().sum(), steps=1)
+            out = sltt.BPTT(fold=1)(model, given, torch.zeros(8), lambda y, _: y.square().sum(), steps=1)
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append({"y": out.logits, "x": given.grad, **grads})
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-3)
@@ -135,10 +135,10 @@ def test_a_worth_of_each_channel_goes_into_the_weights_of_a_layer_that_reads_it(
 
 def test_small_layers_and_other_memory_formats_run_dense(sparse_calls):
     x, y = data()
-    run(Net().to(memory_format=torch.channels_last), sltt.SLTT(), x[:, :1], y[:1], "auto")
-    run(Net().double().to(memory_format=torch.channels_last), sltt.SLTT(), x.double(), y, "on")
+    run(Net().to(memory_format=torch.channels_last), sltt.SLTT(fold=1), x[:, :1], y[:1], "auto")
+    run(Net().double().to(memory_format=torch.channels_last), sltt.SLTT(fold=1), x.double(), y, "on")
     assert not sparse_calls
-    run(Net(), sltt.SLTT(), x.contiguous(), y, "on")
+    run(Net(), sltt.SLTT(fold=1), x.contiguous(), y, "on")
     assert {layer.weight_shape for _, layer in sparse_calls} == {(64, 512)}
 
 
@@ -149,10 +149,10 @@ def test_inference_is_sparse_too(mode, sparse_calls, monkeypatch):
     model = Net().to(memory_format=torch.channels_last).eval()
     x, _ = data()
     with kernels.using(sparse="off", compile="off"):
-        expected = sltt.unroll(model, x)
+        expected = sltt.unroll(model, x, fold=1)
     assert not sparse_calls
     with kernels.using(sparse=mode, compile="off"):
-        torch.testing.assert_close(sltt.unroll(model, x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sltt.unroll(model, x, fold=1), expected, rtol=1e-4, atol=1e-4)
     assert {kind for kind, _ in sparse_calls} == {"forward"}
     assert len(sparse_calls) == 3 * 4
 
@@ -164,9 +164,9 @@ def test_an_evaluation_packs_each_weight_once_and_a_training_at_every_step(monke
     model = Net().to(memory_format=torch.channels_last)
     x, y = data()
     with kernels.using(sparse="on", compile="off"):
-        sltt.unroll(model, x)
+        sltt.unroll(model, x, fold=1)
         assert len(packed) == 3 + 3  # that of the spikes with a worth of each channel, which may change, in three steps
-        sltt.SLTT()(model, x, y, LOSS)
+        sltt.SLTT(fold=1)(model, x, y, LOSS)
         assert len(packed) == 3 + 3 + 3 * 4
 
 
@@ -175,7 +175,7 @@ def test_weights_that_change_between_batches_are_read_anew(change):
     model = Net().to(memory_format=torch.channels_last)
     x, y = data()
     with kernels.using(sparse="on", compile="off"):
-        sltt.SLTT()(model, x, y, LOSS)
+        sltt.SLTT(fold=1)(model, x, y, LOSS)
         weight = model.convs[1].weight
         with torch.no_grad():
             if change == "in place":
@@ -195,9 +195,9 @@ def test_weights_that_change_between_batches_are_read_anew(change):
             else:
                 model = copy.deepcopy(model)
         model.eval()
-        found = sltt.unroll(model, x)
+        found = sltt.unroll(model, x, fold=1)
     with kernels.using(sparse="off", compile="off"):
-        torch.testing.assert_close(found, sltt.unroll(model, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, sltt.unroll(model, x, fold=1), rtol=1e-4, atol=1e-4)
 
 
 def test_weights_updated_in_every_step_are_read_anew():
@@ -217,9 +217,9 @@ def test_weights_updated_in_every_step_are_read_anew():
 def test_half_precision_keeps_sums_in_float32(dtype, sparse_calls):
     model = Net().to(memory_format=torch.channels_last)
     x, y = data()
-    exact, _ = run(model, sltt.SLTT(), x, y, "off")
+    exact, _ = run(model, sltt.SLTT(fold=1), x, y, "off")
     with torch.autocast("cpu", dtype=dtype):
-        found = [run(model, sltt.SLTT(), x, y, mode)[0] for mode in ("off", "on")]
+        found = [run(model, sltt.SLTT(fold=1), x, y, mode)[0] for mode in ("off", "on")]
     assert sparse_calls
     for name in ("convs.2.weight", "convs.3.weight"):
         assert found[1][name].dtype == torch.float32
@@ -234,7 +234,7 @@ def test_frozen_weights_and_inputs():
     model.convs[2].requires_grad_(False)
     model.convs[1].bias.requires_grad_(False)
     x, y = data()
-    dense, sparse = (run(model, sltt.SLTT(), x, y, mode)[0] for mode in ("off", "on"))
+    dense, sparse = (run(model, sltt.SLTT(fold=1), x, y, mode)[0] for mode in ("off", "on"))
     assert sparse["convs.2.weight"] is None
     assert sparse["convs.1.bias"] is None
     assert_close(*({k: v for k, v in grads.items() if v is not None} for grads in (sparse, dense)), 2e-4)
@@ -246,7 +246,7 @@ def test_memory_is_not_above_that_of_dense_layers():
 
     def peak(mode):
         with kernels.using(sparse=mode):
-            return measured(sltt.SLTT(), model, x, y)
+            return measured(sltt.SLTT(fold=1), model, x, y)
 
     weights = sum(p.nbytes for p in model.parameters())
     assert peak("on") <= peak("off") + 1.1 * weights  # which are packed
@@ -255,7 +255,7 @@ def test_memory_is_not_above_that_of_dense_layers():
 def test_recomputed_layers_are_sparse_and_change_nothing(sparse_calls):
     model = Net().to(memory_format=torch.channels_last)
     x, y = data()
-    plain, again = (run(model, sltt.SLTT(recompute=r), x, y, "on")[0] for r in (False, True))
+    plain, again = (run(model, sltt.SLTT(recompute=r, fold=1), x, y, "on")[0] for r in (False, True))
     assert all(torch.equal(again[name], grad) for name, grad in plain.items())
     forwards = [layer.weight_shape for kind, layer in sparse_calls if kind == "forward"]
     assert len(forwards) > 2 * 3 * 3
@@ -268,7 +268,7 @@ def test_threads_change_nothing():
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
             with kernels.using(sparse="on"):
-                results.append(sltt.unroll(model.eval(), x))
+                results.append(sltt.unroll(model.eval(), x, fold=1))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, results[0]) for one in results)
@@ -287,7 +287,7 @@ def test_forms_of_weights_do_not_add_up_over_time(kind):
         middle = nn.utils.parametrizations.weight_norm(middle)
     network = UnderAutocast if kind == "autocast" else nn.Sequential
     model = network(nn.Linear(64, 512), sltt.LIF(), middle, sltt.LIF(), nn.Linear(512, 16))
-    rule = sltt.OTTT(decay=0.5, online=True) if kind == "online" else sltt.SLTT()
+    rule = sltt.OTTT(decay=0.5, online=True) if kind == "online" else sltt.SLTT(fold=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     kwargs = {"update": lambda: (optimizer.step(), optimizer.zero_grad())} if rule.online else {}
 
@@ -302,15 +302,15 @@ def test_forms_of_weights_do_not_add_up_over_time(kind):
 def test_inference_mode(sparse_calls):
     """Its tensors have no version, by which a changed weight is known."""
     model, (x, _) = Net().to(memory_format=torch.channels_last).eval(), data()
-    expected = sltt.unroll(model, x)
+    expected = sltt.unroll(model, x, fold=1)
     with torch.inference_mode(), kernels.using(sparse="on"):
-        torch.testing.assert_close(sltt.unroll(model, x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sltt.unroll(model, x, fold=1), expected, rtol=1e-4, atol=1e-4)
         model(x[0])
         sltt.reset(model)
     with torch.inference_mode():
         model = Net().to(memory_format=torch.channels_last).eval()
     with kernels.using(sparse="on"):
-        sltt.unroll(model, x)
+        sltt.unroll(model, x, fold=1)
 
 
 MISFITS = {
@@ -368,7 +368,7 @@ def test_steps_without_a_graph_do_not_look_for_a_layer_that_never_runs_sparse(mo
         even = layers.costs.BreakEven(forward, 1.1)
         monkeypatch.setattr(layers.costs, "break_even", lambda *args, even=even: even)
         with kernels.using(compile="off"):
-            sltt.unroll(model, x)
+            sltt.unroll(model, x, fold=1)
         assert bool(looks) == pays
 
 
@@ -387,7 +387,7 @@ class Called(nn.Module):
 
 
 @pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(2)], ids=repr)
-@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.SLTT(fold=2), sltt.OTTT()], ids=repr)
+@pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.SLTT(fold=2), sltt.OTTT()], ids=repr)
 def test_layers_that_are_called_by_name(rule, pool):
     model, x, y = Called(pool), 3 * torch.randn(4, 8, 2, 8, 8), torch.randint(3, (8,))
     expected, _ = gradients(model, rule, x, y)

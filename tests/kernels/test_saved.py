@@ -44,9 +44,9 @@ def model(request):
 @pytest.mark.parametrize(
     ("rule", "memory_format"),
     [
-        (sltt.SLTT(), torch.channels_last),
-        (sltt.BPTT(), torch.contiguous_format),
-        (sltt.SLTT(k=1), torch.contiguous_format),
+        (sltt.SLTT(fold=1), torch.channels_last),
+        (sltt.BPTT(fold=1), torch.contiguous_format),
+        (sltt.SLTT(k=1, fold=1), torch.contiguous_format),
     ],
     ids=["SLTT NHWC", "BPTT NCHW", "SLTT-1 NCHW"],
 )
@@ -83,7 +83,7 @@ def test_recomputing_saves_the_inputs_of_normalisation():
     x, y = torch.randn(32, 2, 16, 16), torch.randint(3, (32,))
     layer = 32 * 8 * 256 * 4  # bytes of a float for each neuron and sample
 
-    rules = sltt.SLTT(), sltt.SLTT(recompute=True)
+    rules = sltt.SLTT(fold=1), sltt.SLTT(recompute=True, fold=1)
     plain, recomputed = (measured(r, model, x, y, steps=2, backward=lambda loss: None) for r in rules)
     assert plain - recomputed >= 4.9 * layer
 
@@ -96,7 +96,7 @@ def test_outputs_of_wide_layers_are_kept(channels, recomputed, sparse):
     model[1].register_forward_hook(lambda *call: outputs.append(tag_of(call[-1])))
     x = torch.randn(8, channels, 8, 8).contiguous(memory_format=torch.channels_last)
     with kernels.using(sparse=sparse):
-        sltt.BPTT(recompute=True)(model, x, torch.zeros(8), lambda y, _: y.sum(), steps=1)
+        sltt.BPTT(recompute=True, fold=1)(model, x, torch.zeros(8), lambda y, _: y.sum(), steps=1)
     assert [tag is not None for tag in outputs] == [recomputed]
 
 
@@ -111,14 +111,14 @@ def test_a_weight_that_changed_before_its_backward_is_noticed(recompute, sparse)
             conv.weight.add_(1)
         total.backward()
 
-    rule = sltt.SLTT(recompute=recompute)
+    rule = sltt.SLTT(recompute=recompute, fold=1)
     with kernels.using(sparse=sparse), pytest.raises((RuntimeError, ValueError), match=r"in-?\s?place"):
         rule(model, x, torch.zeros(8), lambda y, _: y.sum(), steps=1, backward=backward)
 
 
 def test_recomputing_without_bits_is_refused():
     with kernels.using(bits=False), pytest.raises(ValueError, match="recompute starts from spikes saved as bits"):
-        sltt.SLTT(recompute=True)(
+        sltt.SLTT(recompute=True, fold=1)(
             sltt.models.DigitsNet(), torch.randn(2, 1, 8, 8), torch.zeros(2).long(), LOSS, steps=1
         )
 
@@ -151,7 +151,7 @@ def between(function, out=16, **options):
     model = nn.Sequential(sltt.LIF(), Between(function), *layers).to(memory_format=torch.channels_last)
     x = torch.randn(2, 4, 16, 16, 16).movedim(-1, 2).requires_grad_()
     with kernels.using(compile="off", **options):
-        sltt.BPTT()(model, x, torch.zeros(4), lambda y, _: y.square().sum())
+        sltt.BPTT(fold=1)(model, x, torch.zeros(4), lambda y, _: y.square().sum())
     return torch.cat([x.grad.flatten(), *(p.grad.flatten() for p in model.parameters())])
 
 
@@ -212,8 +212,8 @@ def test_spikes_of_any_surrogate_are_bits(sparse_calls):
     y, found, peaks = torch.randint(3, (32,)), [], []
     for options in ({"sparse": "on"}, {"bits": False}):
         with kernels.using(**options):
-            found.append(gradients(model, sltt.BPTT(), x, y)[0])
-            peaks.append(measured(sltt.BPTT(), model, x, y))
+            found.append(gradients(model, sltt.BPTT(fold=1), x, y)[0])
+            peaks.append(measured(sltt.BPTT(fold=1), model, x, y))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
     assert {kind for kind, _ in sparse_calls} == {"forward", "grad"}
     spikes = 6 * 32 * 1024 * 4  # bytes as floats of a layer in all time steps
@@ -223,7 +223,7 @@ def test_spikes_of_any_surrogate_are_bits(sparse_calls):
 def test_hooks_of_the_user_stay_in_force():
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append(t.shape), t)[1], lambda t: t):
-        sltt.SLTT()(sltt.models.DigitsNet(), torch.randn(8, 1, 8, 8), torch.randint(10, (8,)), LOSS, steps=1)
+        sltt.SLTT(fold=1)(sltt.models.DigitsNet(), torch.randn(8, 1, 8, 8), torch.randint(10, (8,)), LOSS, steps=1)
     assert (8, 32, 8, 8) in [tuple(shape) for shape in seen]
 
 
@@ -252,13 +252,19 @@ def test_bits_save_memory(model, channels, spikes, place, request):
     peaks = []
     for on in (True, False):
         with kernels.using(bits=on, sparse="off"):
-            peaks.append(measured(sltt.BPTT(), model, x, y, steps=12))
+            peaks.append(measured(sltt.BPTT(fold=1), model, x, y, steps=12))
     assert peaks[1] - peaks[0] > 0.9 * 12 * 4 * 4 * spikes  # T × B × 4 bytes
 
 
 @pytest.mark.parametrize(
     "rule",
-    [sltt.BPTT(), sltt.BPTT(recompute=True), sltt.SLTT(recompute=True), sltt.BPTT(fold=3), sltt.TBPTT(2)],
+    [
+        sltt.BPTT(fold=1),
+        sltt.BPTT(recompute=True, fold=1),
+        sltt.SLTT(recompute=True, fold=1),
+        sltt.BPTT(fold=3),
+        sltt.TBPTT(2, fold=1),
+    ],
     ids=repr,
 )
 def test_another_device_saves_what_neurons_tagged(model, rule, elsewhere, monkeypatch):
@@ -312,7 +318,13 @@ class PartRunsAgain(nn.Module):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
     "rule",
-    [sltt.SLTT(), sltt.BPTT(), sltt.BPTT(recompute=True), sltt.RateBased(), sltt.RateBased(steady=True)],
+    [
+        sltt.SLTT(fold=1),
+        sltt.BPTT(fold=1),
+        sltt.BPTT(recompute=True, fold=1),
+        sltt.RateBased(),
+        sltt.RateBased(steady=True),
+    ],
     ids=repr,
 )
 def test_a_checkpoint_around_a_convolution_on_spikes(rule, reentrant):
@@ -327,12 +339,12 @@ def test_a_checkpoint_around_a_convolution_on_spikes(rule, reentrant):
 @pytest.mark.parametrize(
     ("rule", "batch", "packs"),
     [
-        (sltt.SLTT(), 16, False),  # but for the first step, before which sizes are not known
-        (sltt.SLTT(), 32, True),
-        (sltt.SLTT(k=2), 16, False),
+        (sltt.SLTT(fold=1), 16, False),  # but for the first step, before which sizes are not known
+        (sltt.SLTT(fold=1), 32, True),
+        (sltt.SLTT(k=2, fold=1), 16, False),
         (sltt.SLTT(fold=4), 16, True),
-        (sltt.SLTT(recompute=True), 16, True),
-        (sltt.BPTT(), 16, True),
+        (sltt.SLTT(recompute=True, fold=1), 16, True),
+        (sltt.BPTT(fold=1), 16, True),
     ],
     ids=str,
 )
@@ -352,9 +364,9 @@ def test_small_layers_keep_their_spikes_where_a_graph_lives_for_one_step(rule, b
 @pytest.mark.parametrize(
     ("layer", "rule"),
     [
-        (nn.AvgPool2d(2), sltt.SLTT()),
-        (nn.AvgPool2d(2), sltt.BPTT()),
-        (nn.Conv2d(16, 16, 2, 2), sltt.BPTT(recompute=True)),
+        (nn.AvgPool2d(2), sltt.SLTT(fold=1)),
+        (nn.AvgPool2d(2), sltt.BPTT(fold=1)),
+        (nn.Conv2d(16, 16, 2, 2), sltt.BPTT(recompute=True, fold=1)),
         (nn.BatchNorm2d(16), sltt.BPTT(fold=3)),
     ],
     ids=["SLTT", "BPTT", "recompute", "fold"],
@@ -377,6 +389,6 @@ def test_what_is_made_again_is_not_what_was_changed_without_a_version(layer, rul
     x, y = 2 * torch.randn(3, 4, 2, 16, 16), torch.randint(3, (4,))
     found, _ = gradients(model, rule, x, y)
     with kernels.using(bits=False, compile="off"):
-        plain = sltt.SLTT() if isinstance(rule, sltt.SLTT) else sltt.BPTT()
+        plain = sltt.SLTT(fold=1) if isinstance(rule, sltt.SLTT) else sltt.BPTT(fold=1)
         expected, _ = gradients(model, plain, x, y)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

@@ -60,7 +60,7 @@ def results(make, shape, density, one=1.0, **options):
         return (y * torch.randn(y.shape)).sum()
 
     with kernels.using(**options):
-        out = sltt.BPTT()(model, x, torch.zeros(len(x)), loss, steps=1)
+        out = sltt.BPTT(fold=1)(model, x, torch.zeros(len(x)), loss, steps=1)
     assert torch.equal(seen[0], fires.float())
     return {"y": out.logits[0], "x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
 
@@ -110,7 +110,7 @@ class Shared(nn.Module):
         return self.head(self.neurons[3](x).flatten(1))
 
 
-@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(), sltt.SLTT(recompute=True)], ids=repr)
+@pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.BPTT(fold=1), sltt.SLTT(recompute=True, fold=1)], ids=repr)
 def test_a_weight_that_several_layers_share(rule, sparse_calls):
     x, y = 2 * torch.randn(8, 2, 8, 8).contiguous(memory_format=torch.channels_last), torch.arange(8) % 5
     first, found = Shared().to(memory_format=torch.channels_last), []
@@ -140,7 +140,7 @@ def penalised(loss):
         (value + sum(g.square().sum() for g in first)).backward()
 
     with kernels.using(sparse="on"):
-        sltt.SLTT()(model, 2 * torch.randn(16, 20), torch.arange(16), loss, steps=2, backward=backward)
+        sltt.SLTT(fold=1)(model, 2 * torch.randn(16, 20), torch.arange(16), loss, steps=2, backward=backward)
 
 
 def twice(of):

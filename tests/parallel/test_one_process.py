@@ -53,7 +53,7 @@ def test_devices_that_make_no_sense_are_refused(arguments, message):
         Execution(device="cpu", **arguments)
 
 
-@pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT(hoist=True), sltt.TBPTT(2, fold="auto")])
+@pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT(hoist=True)])
 def test_rules_that_sharded_weights_cannot_serve_are_refused(rule):
     with pytest.raises(ValueError, match="does not run under fsdp"):
         sltt.training.fit._check_shardable(rule)

@@ -12,12 +12,9 @@ from torch import nn
 import sltt
 from sltt import kernels, losses, surrogates
 from sltt.analysis import agreement
-from tests.bad_values import FLAG, OBJECT, Kind, constructions, number, whole
+from tests.bad_values import FLAG, OBJECT, constructions, number, whole
 
-HOW = {
-    "recompute": FLAG, "fold": whole(0, -1), "hoist": FLAG,
-    "budget": Kind({"text": "many", "part": "0.5", "zero": 0, "float": 1.5}, "expected a memory size|budget is"),
-}  # fmt: skip
+HOW = {"recompute": FLAG, "fold": whole(0, -1), "hoist": FLAG}
 CONSTRUCTORS = [
     (surrogates.Triangle, {}, {"gamma": number(0, -1)}),
     (surrogates.Rectangle, {}, {"gamma": number(0, -1)}),
@@ -107,7 +104,6 @@ OTHER_CALLS = [
     ("agreement(steps)", partial(agreement, network(), X[0], Y, LOSS, steps=2.5), ValueError, "steps must be"),
     ("Mixed(unknown layer)", partial(train, sltt.Mixed({"none": 2})), ValueError, "none"),
     ("SLTT(rescale without k)", partial(sltt.SLTT, rescale=True), ValueError, "rescale=True needs k"),
-    ("SLTT(budget without auto)", partial(sltt.SLTT, budget="8GB"), ValueError, "budget is the memory for fold='auto'"),
     ("SLTT(hoist and fold)", partial(sltt.SLTT, hoist=True, fold=2), ValueError, "choose one"),
     ("SLTT(k > T)", partial(train, sltt.SLTT(k=9)), ValueError, "use k ≤ T"),
     ("BPTT(recompute: number)", partial(sltt.BPTT, recompute=3), ValueError, r"BPTT\(segment=n\)"),
@@ -168,7 +164,7 @@ def test_what_is_at_the_edge_is_taken(make, name, value, expected):
     assert type(found) is type(expected)
 
 
-@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.OTTT(), sltt.TBPTT(window=2)])
+@pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.OTTT(), sltt.TBPTT(window=2)])
 def test_an_input_that_was_made_with_a_graph_is_explained(rule):
     encoder = nn.Linear(6, 6)
     with pytest.raises(ValueError, match=r"the input has a graph, .*by sltt.once, or detach it"):

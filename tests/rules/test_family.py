@@ -121,7 +121,7 @@ def test_sltt_k_trains_the_steps_that_its_generator_draws(k):
         trained.append(len(run) - 1)
         value.backward()
 
-    sltt.SLTT(k=k, generator=torch.Generator().manual_seed(7))(small_network(), x, y, loss, backward=backward)
+    sltt.SLTT(k=k, generator=torch.Generator().manual_seed(7), fold=1)(small_network(), x, y, loss, backward=backward)
     assert trained == sorted(torch.randperm(6, generator=torch.Generator().manual_seed(7))[:k].tolist())
 
 

@@ -113,7 +113,14 @@ class Memory(nn.Module):
 
 class Noise(nn.Module):
     def forward(self, x):
-        return x + torch.rand_like(x) * torch.rand_like(x)
+        return x + 0.1 * torch.randn_like(x)
+
+
+class Choice(nn.Module):
+    """Reads something else where a value says so; which it seldom does."""
+
+    def forward(self, x):
+        return -x if x.max() > 1e9 else x
 
 
 class Fixed(nn.Module):
@@ -143,6 +150,7 @@ SINGLE = {
     "has statistics of its own": Running,
     "keeps its input": Memory,
     "draws noise": Noise,
+    "decides by a value": Choice,
     "knows the batch": Fixed,
     "has a checkpoint with a norm": Checkpointed,
     "has a hook": hooked,
@@ -159,7 +167,20 @@ def test_a_network_that_would_give_other_results_takes_one(make, silent):
     assert called(sltt.SLTT(), model, torch.randn(6, 5, 6, dtype=torch.float64)) == [5] * 6
 
 
+class Accumulated(sltt.Stateful):
+    """Gives its state, and changes it in place in the next step."""
+
+    states = ("total",)
+
+    def forward(self, x):
+        self.total = torch.zeros_like(x) if self.total is None else self.total
+        with torch.no_grad():
+            self.total += x
+        return x + self.total
+
+
 FOLDED = {
+    "a state that changes in place": Accumulated,
     "dropout": lambda: nn.Dropout(0.3),
     "batch norm": lambda: nn.BatchNorm1d(16),
     "group norm": lambda: nn.GroupNorm(4, 16),
@@ -199,13 +220,13 @@ def test_memory_stays_flat_in_time():
     model = nn.Sequential(nn.Linear(700, 256), sltt.LIF(), nn.Linear(256, 256), sltt.LIF(), nn.Linear(256, 20))
     y = torch.randint(20, (64,))
     peaks = {}
-    for steps, rule in ((100, sltt.SLTT()), (400, sltt.SLTT()), (100, sltt.SLTT(fold=1))):
+    for steps, rule in ((320, sltt.SLTT()), (640, sltt.SLTT()), (640, sltt.SLTT(fold=1))):
         x = (torch.rand(steps, 64, 700) < 0.05).float()
         rule(model, x, y, LOSS)
         peaks[steps, rule.fold] = measured(rule, model, x, y)
-    logits = 2 * 300 * 64 * 20 * 4  # of the further steps, one by one and together
-    assert peaks[400, "auto"] <= 1.05 * peaks[100, "auto"] + logits
-    assert peaks[100, "auto"] <= peaks[100, 1] + 2**24
+    logits = 320 * 64 * 20 * 4  # of the further steps
+    assert peaks[640, "auto"] <= 1.01 * peaks[320, "auto"] + logits
+    assert peaks[640, "auto"] <= peaks[640, 1] + 2**24
 
 
 def test_the_number_of_steps_depends_on_shapes_alone():

@@ -43,7 +43,7 @@ BACKWARDS = {
     "BPTT(segment=2, fold=2)": 2,
     "TBPTT(2)": 2,
     "TBPTT(3, fold=2)": 2,
-    "SLTT": 4,
+    "SLTT": 1,
     "SLTT(recompute)": 4,
     "SLTT(fold=3)": 2,
     "SLTT(hoist)": 4,

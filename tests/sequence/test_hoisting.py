@@ -74,9 +74,9 @@ def test_what_is_marked_runs_once_with_the_same_gradient(make):
 def test_a_compiled_network_is_one_graph_in_which_every_step_computes_all():
     x, y = images()
     model = nn.Sequential(ScaledWSConv2d(2, 2, 3), Stem()).double()
-    expected = results(model, sltt.SLTT(), x, y, {"steps": 3})
+    expected = results(model, sltt.SLTT(fold=1), x, y, {"steps": 3})
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert_same(results(compiled, sltt.SLTT(), x, y, {"steps": 3}), expected)
+    assert_same(results(compiled, sltt.SLTT(fold=1), x, y, {"steps": 3}), expected)
 
 
 def test_running_statistics_see_one_batch_a_sequence():
@@ -92,7 +92,7 @@ def test_running_statistics_see_one_batch_a_sequence():
 def test_a_sequence_or_a_rule_without_hoist_computes_every_step():
     x, y = images()
     model = Stem().double()
-    assert count(model, "conv", sltt.SLTT(), x, y, steps=5) == 5
+    assert count(model, "conv", sltt.SLTT(fold=1), x, y, steps=5) == 5
     assert count(model, "conv", sltt.SLTT(hoist=True), x.expand(5, 4, 2, 4, 4), y) == 5
 
 
@@ -110,7 +110,9 @@ def test_evaluation_of_a_static_image_computes_once_too():
 
 
 @pytest.mark.parametrize(
-    "rule", [sltt.SLTT(), sltt.BPTT(), sltt.SLTT(k=2), sltt.BPTT(segment=2), sltt.SLTT(fold=2)], ids=repr
+    "rule",
+    [sltt.SLTT(fold=1), sltt.BPTT(fold=1), sltt.SLTT(k=2, fold=1), sltt.BPTT(segment=2, fold=1), sltt.SLTT(fold=2)],
+    ids=repr,
 )
 def test_weights_are_standardised_once_with_the_same_gradient(rule, monkeypatch):
     model = nn.Sequential(
@@ -146,7 +148,9 @@ class Masked(nn.Linear):
         return F.linear(x, self.once(self.masked), self.bias)
 
 
-@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(segment=2), sltt.BPTT(segment=9), sltt.RateBased()], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [sltt.SLTT(fold=1), sltt.BPTT(segment=2, fold=1), sltt.BPTT(segment=9, fold=1), sltt.RateBased()], ids=repr
+)
 def test_a_rule_that_sets_buffers_back_leaves_those_that_once_reads(rule):
     model = nn.Sequential(Masked(6, 8), nn.BatchNorm1d(8), sltt.LIF(), nn.Linear(8, 3)).double()
     x, y = torch.randn(5, 4, 6, dtype=torch.float64), torch.randint(3, (4,))
@@ -242,5 +246,5 @@ class InThread(sltt.Rule):
 
 def test_a_rule_may_run_its_steps_in_a_thread():
     model, x, y = Stem(), torch.randn(3, 4, 2, 4, 4), torch.randint(3, (4,))
-    found, expected = (results(model, rule, x, y, {}) for rule in (InThread(), sltt.SLTT()))
+    found, expected = (results(model, rule, x, y, {}) for rule in (InThread(), sltt.SLTT(fold=1)))
     assert_same(found, expected)

@@ -121,27 +121,13 @@ def test_peak_memory_is_that_of_a_batch_under_its_rule(tmp_path):
         gc.collect()  # what other tests left must not be freed while a batch is measured
         return [row["peak_memory"] for row in train(tmp_path / name, model, batch_size=59, **settings)[1].history]
 
-    phases = [sltt.Phase(1, steps=32, rule=sltt.BPTT()), sltt.Phase(1, steps=4)]
+    phases = [sltt.Phase(1, steps=32, rule=sltt.BPTT()), sltt.Phase(1, steps=4, rule=sltt.SLTT(fold=1))]
     bptt, sltt_ = run("phases", phases=phases, epochs=2)
     state = 4 * 59 * 512
     assert 32 * state < bptt
     assert state < sltt_ < 10 * state
-    assert run("alone", epochs=2) == [sltt_] * 2
+    assert run("alone", epochs=2, rule=sltt.SLTT(fold=1)) == [sltt_] * 2
     assert 0 < sltt.evaluate(network(), Blobs(), device="cpu").peak_memory < state
-
-
-def test_a_rule_that_measures_its_first_batches_is_measured_after_them(tmp_path):
-    _, result = train(tmp_path / "run", rule=sltt.SLTT(fold="auto"), batch_size=12, epochs=2)
-    assert result.history[0]["peak_memory"] > 0  # of the fourth of five batches
-    _, result = train(tmp_path / "few", rule=sltt.SLTT(fold="auto"), batch_size=20, epochs=2)
-    assert [row["peak_memory"] is None for row in result.history] == [True, False]
-
-
-def test_a_rule_that_measures_batches_of_every_length_trains_padded_ones(tmp_path):
-    samples = [(torch.randn(1 + i % 5, 4), i % 3) for i in range(60)]
-    data = sltt.data.from_datasets(samples, samples[:12], static=False, pad=True)
-    _, result = train(tmp_path / "run", None, data, rule=sltt.SLTT(fold="auto"), steps=5, batch_size=6, epochs=2)
-    assert result.epoch
 
 
 def test_workers_that_validate_stay_from_epoch_to_epoch(tmp_path):
