@@ -1,4 +1,4 @@
-"""Other networks: neurons of other libraries under the rules here, conversion, twins of ANNs, NIR and ONNX.
+"""Other networks: neurons of other libraries under the rules here, conversion, twins of ANNs, NIR, ONNX and C.
 
 A network with neurons of SpikingJelly, snnTorch, sinabs or Norse is given to a rule as it is; Norse's, which pass their
 state through their calls, are wrapped in `sltt.interop.norse.KeepState`. No library is imported before it is used.
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sltt.interop.activations import QCFS
+    from sltt.interop.c import to_c
     from sltt.interop.conversion import ConversionError, convert
     from sltt.interop.nir_export import to_nir
     from sltt.interop.nir_import import from_nir
@@ -21,11 +22,12 @@ _HOMES = {
     "convert": "conversion",
     "from_nir": "nir_import",
     "spiking": "twin",
+    "to_c": "c",
     "to_nir": "nir_export",
     "to_onnx": "onnx",
 }
 
-__all__ = ["QCFS", "ConversionError", "convert", "from_nir", "spiking", "to_nir", "to_onnx"]
+__all__ = ["QCFS", "ConversionError", "convert", "from_nir", "spiking", "to_c", "to_nir", "to_onnx"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,241 @@
+"""C: a trained network as one file of C11 without dependencies, for microcontrollers."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sltt import checks
+from sltt.interop.c_integers import in_integers
+from sltt.interop.c_network import Network
+from sltt.interop.c_reading import read
+from sltt.interop.c_writing import Program, is_name, listed
+from sltt.rules import unroll
+from sltt.sequence.copies import copied
+from sltt.sequence.steps import time_steps
+
+log = logging.getLogger("sltt")
+Arithmetic = Literal["float32", "int8"]
+VECTORS = 4  # samples in the test of the exported network
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `to_c` wrote.
+
+    Attributes:
+        folder: of the files.
+        network: the same operations in Python: `network.unroll(x)` gives the logits [T, B, classes].
+        flash: bytes of weights and parameters, without the code.
+        ram: bytes of the state, `sizeof(NAME_net)`.
+    """
+
+    folder: Path
+    network: Network
+    flash: int
+    ram: int
+
+
+def to_c(
+    model: nn.Module,
+    example: Tensor,
+    folder: str | Path,
+    *,
+    name: str = "network",
+    steps: int | None = None,
+    weights: Arithmetic = "float32",
+) -> Exported:
+    """Write one time step of a network as C11, with a test, a Makefile and a README.
+
+        to_c(model, x, "digits", name="digits", steps=4)     # digits.c, digits.h, digits_test.c, Makefile, README.md
+
+    The C has no dependency but <stdint.h> and <string.h>, allocates nothing, and computes layers that read spikes on
+    active inputs alone. The network runs in evaluation mode. [Layers](to-a-microcontroller.md#layers) are convolutions,
+    linear layers, BatchNorm, pooling, sums, and `LIF`, `IF`, `PLIF`, `ChannelLIF`, `CubaLIF`, `ALIF` and `Recurrent`.
+
+    Args:
+        model: maps one time step [B, ...] to logits [B, classes].
+        example: a sequence [T, B, ...]; or, with `steps`, a static input [B, ...]. The first 4 samples become the test.
+        folder: to make for the files.
+        name: what the names of files, functions and types begin with.
+        steps: T for a static input.
+        weights: the arithmetic. "float32" gives the logits of `sltt.unroll` up to rounding. "int8" has weights of 8
+            bits and sums of 32, and gives those of `Exported.network` to the last bit; the example sets the scale of
+            the input.
+
+    Raises:
+        ValueError: naming every layer that C has not; for weights that are not finite, a folder that exists, a name
+            that is none in C, or fewer than 2 classes. Nothing is written then.
+    """
+    checks.instance("model", model, nn.Module)
+    checks.choice("weights", weights, get_args(Arithmetic))
+    sequence = time_steps(example, steps)
+    if not is_name(name):
+        raise ValueError(f"name must be a name in C, of letters, digits and _, got {name!r}; such as my_network")
+    folder = checks.folder("folder", folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists: choose another folder, or remove this one")
+    x = torch.stack([sequence.input(range(t, t + 1)) for t in range(sequence.steps)]).float().cpu()
+    network = read(model, x[0], sequence.steps)
+    expected = unroll(copied(model).float().cpu().eval(), x)
+    if not (network.unroll(x)[0] - expected[0]).abs().amax(1).amin() < 1e-3 * expected.abs().amax() + 1e-5:
+        raise ValueError(
+            f"{type(model).__name__} changes a tensor in place, or does what its trace does not show: write z = z + x "
+            "for z += x, and keep states in sltt's neurons"
+        )
+    if weights == "int8":
+        network = _quantised(network, x)
+        expected = network.unroll(x)
+    program = Program(network, name, events=not sequence.static)
+    given = x[:1, :VECTORS] if sequence.static else x[:, :VECTORS]
+    given = network.whole(given) if network.integers else given
+    files = {
+        f"{name}.h": program.header(),
+        f"{name}.c": program.source(),
+        f"{name}_test.c": _test(program, given, expected[:, :VECTORS]),
+        "Makefile": _MAKEFILE.replace("NAME", name),
+        "README.md": _readme(program),
+    }
+    folder.mkdir(parents=True)
+    try:
+        for file, text in files.items():
+            (folder / file).write_text(text)
+    except OSError:
+        shutil.rmtree(folder)
+        raise
+    return Exported(folder, network, program.flash, program.ram)
+
+
+def _quantised(network: Network, x: Tensor) -> Network:
+    """Return the network in integers; warn of layers that fall silent or saturate on sequences x."""
+    before: dict[str, float] = {}
+    after: dict[str, float] = {}
+    network.unroll(x, before)
+    integers = in_integers(network, x)
+    integers.unroll(x, after)
+    for name, rate in before.items():
+        if after[name] < 0.1 * rate or (after[name] > 0.95 and after[name] > rate + 0.05):
+            state = "falls silent" if after[name] < rate else "saturates"
+            log.warning("%s %s in int8: it fires at a rate of %.2g, before %.2g", name, state, after[name], rate)
+    return integers
+
+
+def pixels_first(network: Network, x: Tensor) -> Tensor:
+    """Return inputs [T, B, ...] as C takes them, [B, T, inputs] with the channels last."""
+    images = x.reshape(*x.shape[:2], *network.input.shape)
+    return images.permute(1, 0, 3, 4, 2).flatten(2)
+
+
+def _test(program: Program, x: Tensor, expected: Tensor) -> str:
+    """Return NAME_test.c: the inputs [T or 1, B, ...] and the logits [T, B, classes] that they must give."""
+    network, name, N = program.network, program.name, program.name.upper()
+    inputs, logits = pixels_first(network, x), expected.transpose(0, 1)
+    samples, frames = inputs.shape[:2]
+    tolerance = "0" if network.integers else "1e-4f * (1.0f + (expected[k] < 0 ? -expected[k] : expected[k]))"
+    return f"""/* Runs {name} on {samples} samples, and compares the logits of each step with the trained network's. */
+
+#include <stdio.h>
+
+#include "{name}.h"
+
+#define SAMPLES {samples}
+#define FRAMES {frames} /* of a sample; the last is shown until its end */
+
+static const {name}_input inputs[SAMPLES * FRAMES * {N}_INPUTS] = {{
+{listed(inputs, program.input_type)}
+}};
+
+static const {name}_logit logits[SAMPLES * {N}_STEPS * {N}_CLASSES] = {{
+{listed(logits, program.types["number"])}
+}};
+
+static {name}_net net;
+
+int main(void)
+{{
+    int wrong = 0;
+
+    for (int sample = 0; sample < SAMPLES; sample++) {{
+        {name}_reset(&net);
+        for (int t = 0; t < {N}_STEPS; t++) {{
+            const int frame = sample * FRAMES + (t < FRAMES ? t : FRAMES - 1);
+            const {name}_logit *expected = logits + (sample * {N}_STEPS + t) * {N}_CLASSES;
+            {name}_logit got[{N}_CLASSES];
+
+            {name}_step(&net, inputs + frame * {N}_INPUTS, got);
+            for (int k = 0; k < {N}_CLASSES; k++) {{
+                const {name}_logit apart = got[k] > expected[k] ? got[k] - expected[k] : expected[k] - got[k];
+                wrong += !(apart <= {tolerance});
+            }}
+        }}
+    }}
+    printf("{name}: %d samples, %d of %d logits differ\\n", SAMPLES, wrong, SAMPLES * {N}_STEPS * {N}_CLASSES);
+    return wrong != 0;
+}}
+"""
+
+
+_MAKEFILE = """# make        run the test on this machine
+# make NAME.o    compile the network, also for a device: make NAME.o CC=arm-none-eabi-gcc CFLAGS="-O3 -mcpu=cortex-m4"
+CFLAGS ?= -O3 -std=c11 -Wall -Wextra -Werror -pedantic
+
+test: NAME_test
+	./NAME_test
+
+NAME_test: NAME_test.o NAME.o
+	$(CC) $(LDFLAGS) -o $@ $^
+
+NAME.o NAME_test.o: NAME.h
+
+clean:
+	rm -f NAME_test NAME_test.o NAME.o
+
+.PHONY: test clean
+"""
+
+
+def _readme(program: Program) -> str:
+    name, N, network = program.name, program.name.upper(), program.network
+    frame = f"{name}_step(&net, frame, logits);   /* {N}_INPUTS values, channels last */"
+    if program.events:
+        where = "x, y, polarity" if network.input.shape[1:] != (1, 1) else "i"
+        frame = (
+            f"/* for each event of this step: */ {name}_event(&net, {where});\n"
+            f"    {name}_tick(&net, logits);   /* or {name}_step(&net, frame, logits) with a whole frame */"
+        )
+    layers = "\n".join(f"* {op.name}: {' × '.join(map(str, op.output.shape))}" for op in network.operations)
+    return f"""# {name}
+
+A trained spiking network in C11. `{name}.c` needs `{name}.h`, `<stdint.h>` and `<string.h>`, and allocates nothing.
+`make` compiles it and compares its logits with those of the trained network.
+
+```c
+#include "{name}.h"
+
+static {name}_net net;
+
+{name}_reset(&net);
+float sum[{N}_CLASSES] = {{0}};
+for (int t = 0; t < {N}_STEPS; t++) {{
+    {name}_logit logits[{N}_CLASSES];
+    {frame}
+    for (int k = 0; k < {N}_CLASSES; k++)
+        sum[k] += logits[k];
+}}
+/* the class is the index of the largest sum */
+```
+
+| | |
+| --- | --- |
+| weights and parameters | {program.flash:,} bytes of flash, code not counted |
+| state, `sizeof({name}_net)` | {program.ram:,} bytes of RAM |
+| time steps of a sample | {network.steps} |
+
+The code needs an `int` of 32 bits. One step computes, in this order (channels × height × width):
+
+{layers}
+"""

@@ -1,0 +1,118 @@
+"""The operations of a network in integers: weights of 8 bits with a scale for each output channel, all else of 32 bits.
+
+Each value has a unit for each channel: the number that 1 stands for. Neurons need no multiplication for it, since their
+thresholds are in the same unit; neither does BatchNorm, whose gain becomes a part of the unit. Average pooling sums,
+and the next layer takes the factor into its weights. Only a sum of two paths brings them to one unit.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltt.interop.c_network import LIMIT, SHIFT, Affine, Fire, Network, Operation, Pool, Sum, Value, Weights
+
+_FINE = 2**22  # a bias or a shift has no more units than this
+
+
+def in_integers(network: Network, x: Tensor) -> Network:
+    """Return a network in integers that does nearly the same; the input of `x` [T, B, ...] sets that of its scale.
+
+    Raises ValueError for a layer whose sums would leave 32 bits.
+    """
+    made = copy.copy(network)
+    made.operations, made.integers = [copy.copy(op) for op in network.operations], True
+    counts = bool((x == x.round()).all()) and x.abs().max() <= 127
+    made.input_scale = 1.0 if counts else x.abs().max().item() / 127
+    units = {network.input: torch.full(network.input.shape[:1], made.input_scale).double()}
+    bounds = {network.input: 127.0}
+    for op in made.operations:
+        for value in op.inputs:
+            if value.spikes:
+                units[value], bounds[value] = torch.ones(value.shape[0]).double(), 1.0
+        for name, tensor in op.arrays().items():
+            setattr(op, name, tensor.double())
+        units[op.output] = _RULES.get(type(op), _keep)(op, units, bounds, op.output is made.output)
+        _check(op, bounds[op.output])
+    unit = units[made.output]
+    if unit.ne(unit[0]).any():  # logits are compared with each other
+        last = Sum("logits", [made.output], Value(made.output.shape), [None])
+        units[last.output] = _sum(last, units, bounds, True)
+        _check(last, bounds[last.output])
+        made.operations.append(last)
+        made.output = last.output
+    made.logit_scale = units[made.output][0].item()
+    return made
+
+
+def _check(op: Operation, bound: float) -> None:
+    if bound >= LIMIT:
+        raise ValueError(f"{op.name} would leave 32 bits, with sums of up to {bound:.3g}: use weights='float32'")
+
+
+def _keep(op: Operation, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
+    bounds[op.output] = bounds[op.inputs[0]]
+    return units[op.inputs[0]]
+
+
+def _weights(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
+    outputs = len(op.weight)
+    unit = units[op.inputs[0]].view(op.groups, 1, -1).expand(-1, outputs // op.groups, -1)
+    weight = op.weight * unit.reshape(outputs, -1, 1, 1)
+    peak = weight.abs().amax((1, 2, 3))
+    peak = torch.maximum((peak.amax() if last else peak).expand(outputs) / 127, op.bias.abs().amax() / _FINE)
+    unit = torch.where(peak > 0, peak, 1.0)
+    op.weight, op.bias = (weight / unit.view(-1, 1, 1, 1)).round(), (op.bias / unit).round()
+    sums = op.weight.abs().sum((1, 2, 3)) * bounds[op.inputs[0]] + op.bias.abs()
+    bounds[op.output] = sums.max().item()
+    return unit
+
+
+def _affine(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
+    unit, least = op.gain.abs() * units[op.inputs[0]], op.shift.abs() / _FINE
+    op.gain = torch.where(unit > least, op.gain.sign(), 0.0)  # else the gain is lost beside the shift
+    unit = torch.maximum(unit, least)
+    unit = torch.where(unit > 0, unit, 1.0)
+    op.shift = (op.shift / unit).round()
+    bounds[op.output] = bounds[op.inputs[0]] + op.shift.abs().max().item()
+    return unit
+
+
+def _pool(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
+    (x,) = op.inputs
+    factor, op.factor = (1.0, 1.0) if op.largest else (op.factor, 1.0)
+    bounds[op.output] = bounds[x] * (1 if op.largest else op.kernel[0] * op.kernel[1])
+    return units[x] * factor
+
+
+def _sum(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
+    given = torch.stack([units[x] for x in op.inputs])
+    if given.eq(given[0]).all() and not (last and given.ne(given[0, 0]).any()):
+        bounds[op.output] = sum(bounds[x] for x in op.inputs)
+        return given[0]
+    reach = (given * torch.tensor([[bounds[x]] for x in op.inputs])).sum(0)  # the largest sum
+    unit = torch.stack([given.amin(0), given.amax(0) / 2**SHIFT, reach / 2**28]).amax(0)
+    if last:
+        unit = unit.amin().clamp(min=(given.amax() / 2**SHIFT).item()).clamp(min=reach.amax() / 2**28).expand(len(unit))
+    op.factors = [(units[x] / unit * 2**SHIFT).round() for x in op.inputs]
+    bounds[op.output] = (reach / unit).max().item() + len(op.inputs)
+    return unit
+
+
+def _fire(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
+    unit = units[op.inputs[0]]
+    op.integers = True
+    op.threshold = (op.threshold / unit).round().clamp(1, LIMIT)
+    op.start = (op.start / unit).round().clamp(-LIMIT, LIMIT)
+    op.decay = (op.decay * 2**SHIFT).round()
+    if op.synapse is not None:
+        op.synapse = (op.synapse * 2**SHIFT).round()
+    if op.adaptation is not None:
+        op.adaptation = (op.adaptation * 2**SHIFT).round()
+        op.rise = (op.rise / unit).round().clamp(0, LIMIT)
+    bounds[op.output] = 1.0
+    return torch.ones_like(unit)
+
+
+_RULES = {Weights: _weights, Affine: _affine, Pool: _pool, Sum: _sum, Fire: _fire}

@@ -1,0 +1,243 @@
+// The parts of a network in C; c_writing.py takes those that the network calls, and what they need ("part NAME: …").
+// Words in capitals are replaced: types, FIELD and PARAMETER (one number, or one for each channel), SIZES, EACH (the loop over
+// neurons), LIMIT. A line that ends in "//? NAME" is for networks that call NAME.
+
+// part spread
+/* Write a list of active indices as zeros and ones; list[0] is how many there are. */
+static void spread(const INDEX *list, NUMBER *out, int size)
+{
+    memset(out, 0, (size_t)size * sizeof *out);
+    for (int k = 1; k <= list[0]; k++)
+        out[list[k]] = 1;
+}
+// part row
+/* Add value times a row of weights. */
+static void add_row(NUMBER *restrict out, const WEIGHT *restrict row, NUMBER value, int size)
+{
+    for (int k = 0; k < size; k++)
+        out[k] += value * row[k];
+}
+// part conv
+typedef struct {
+    int channels, height, width;             /* of the input, [height][width][channels] */
+    int outputs, out_height, out_width;      /* of the output */
+    int kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x;
+    int groups;
+    const WEIGHT *weights;                   /* [kernel_height][kernel_width][channels][outputs / groups] */
+    const NUMBER *bias;                      /* [outputs] */
+} conv_layer;
+
+static void conv_start(const conv_layer *l, NUMBER *out)
+{
+    for (int pixel = 0; pixel < l->out_height * l->out_width; pixel++)
+        memcpy(out + pixel * l->outputs, l->bias, (size_t)l->outputs * sizeof *out);
+}
+
+/* Add value times the rows of input i to every output pixel whose kernel covers it. */
+static void conv_add(const conv_layer *l, int i, NUMBER value, NUMBER *out)
+{
+    const int c = i % l->channels, pixel = i / l->channels, row = l->outputs / l->groups;
+    const int bottom = pixel / l->width + l->padding_y, right = pixel % l->width + l->padding_x;
+
+    out += c / (l->channels / l->groups) * row;
+    for (int y = bottom / l->stride_y, ky = bottom % l->stride_y; y >= 0 && ky < l->kernel_height; y--, ky += l->stride_y) {
+        if (y >= l->out_height)
+            continue;
+        for (int x = right / l->stride_x, kx = right % l->stride_x; x >= 0 && kx < l->kernel_width; x--, kx += l->stride_x)
+            if (x < l->out_width)
+                add_row(out + (y * l->out_width + x) * l->outputs,
+                        l->weights + ((ky * l->kernel_width + kx) * l->channels + c) * row, value, row);
+    }
+}
+// part conv_spikes: row conv
+static void conv_spikes(const conv_layer *l, const INDEX *list, NUMBER *out)
+{
+    conv_start(l, out);
+    for (int k = 1; k <= list[0]; k++)
+        conv_add(l, list[k], 1, out);
+}
+// part conv_values: row conv
+static void conv_values(const conv_layer *l, const VALUE *in, NUMBER *out)
+{
+    conv_start(l, out);
+    for (int i = 0; i < l->height * l->width * l->channels; i++)
+        if (in[i] != 0)
+            conv_add(l, i, in[i], out);
+}
+// part linear
+typedef struct {
+    int inputs, outputs;
+    const WEIGHT *weights;                   /* [inputs][outputs] */
+    const NUMBER *bias;                      /* [outputs] */
+} linear_layer;
+// part linear_spikes: row linear
+static void linear_spikes(const linear_layer *l, const INDEX *list, NUMBER *out)
+{
+    memcpy(out, l->bias, (size_t)l->outputs * sizeof *out);
+    for (int k = 1; k <= list[0]; k++)
+        add_row(out, l->weights + list[k] * l->outputs, 1, l->outputs);
+}
+// part linear_values: row linear
+static void linear_values(const linear_layer *l, const VALUE *in, NUMBER *out)
+{
+    memcpy(out, l->bias, (size_t)l->outputs * sizeof *out);
+    for (int i = 0; i < l->inputs; i++)
+        if (in[i] != 0)
+            add_row(out, l->weights + i * l->outputs, in[i], l->outputs);
+}
+// part pool
+typedef struct {
+    int channels, height, width, out_height, out_width;
+    int kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x;
+    NUMBER factor;                           /* of a sum over a window */
+} pool_layer;
+// part average: pool
+/* Add a value to every window that input i lies in. */
+static void average_add(const pool_layer *l, int i, NUMBER value, NUMBER *out)
+{
+    const int c = i % l->channels, pixel = i / l->channels;
+    const int bottom = pixel / l->width + l->padding_y, right = pixel % l->width + l->padding_x;
+
+    for (int y = bottom / l->stride_y; y >= 0 && bottom - y * l->stride_y < l->kernel_height; y--)
+        for (int x = right / l->stride_x; x >= 0 && right - x * l->stride_x < l->kernel_width; x--)
+            if (y < l->out_height && x < l->out_width)
+                out[(y * l->out_width + x) * l->channels + c] += value;
+}
+// part average_spikes: average
+static void average_spikes(const pool_layer *l, const INDEX *list, NUMBER *out)
+{
+    memset(out, 0, (size_t)(l->out_height * l->out_width * l->channels) * sizeof *out);
+    for (int k = 1; k <= list[0]; k++)
+        average_add(l, list[k], l->factor, out);
+}
+// part average_values: average
+static void average_values(const pool_layer *l, const VALUE *in, NUMBER *out)
+{
+    memset(out, 0, (size_t)(l->out_height * l->out_width * l->channels) * sizeof *out);
+    for (int i = 0; i < l->height * l->width * l->channels; i++)
+        if (in[i] != 0)
+            average_add(l, i, in[i] * l->factor, out);
+}
+// part largest_values: pool
+static void largest_values(const pool_layer *l, const VALUE *in, NUMBER *out)
+{
+    for (int y = 0; y < l->out_height; y++)
+        for (int x = 0; x < l->out_width; x++)
+            for (int c = 0; c < l->channels; c++, out++) {
+                int found = 0;
+                for (int ky = 0; ky < l->kernel_height; ky++)
+                    for (int kx = 0; kx < l->kernel_width; kx++) {
+                        const int top = y * l->stride_y - l->padding_y + ky, left = x * l->stride_x - l->padding_x + kx;
+                        if (top < 0 || top >= l->height || left < 0 || left >= l->width)
+                            continue;
+                        const NUMBER one = in[(top * l->width + left) * l->channels + c];
+                        *out = found && *out > one ? *out : one;
+                        found = 1;
+                    }
+            }
+}
+// part affine
+/* out = gain * in + shift, each of a channel; in and out may be the same. */
+static void affine(const VALUE *in, const WEIGHT *gain, const NUMBER *shift, NUMBER *out, int size, int channels)
+{
+    for (int i = 0; i < size;)
+        for (int c = 0; c < channels; c++, i++)
+            out[i] = gain[c] * in[i] + shift[c];
+}
+// part copy
+static void copy(const NUMBER *in, NUMBER *out, int size)
+{
+    for (int i = 0; i < size; i++)
+        out[i] = in[i];
+}
+// part add
+/* Add what another path gives; in and out may be the same. */
+static void add(const NUMBER *in, NUMBER *out, int size)
+{
+    for (int i = 0; i < size; i++)
+        out[i] += in[i];
+}
+// part scaled
+/* factor / 2^14 of a value, to the nearest integer; compilers shift the sign in, as all known ones do. */
+static int32_t scaled(int32_t factor, int32_t value)
+{
+    return (int32_t)(((int64_t)factor * value + (1 << 13)) >> 14);
+}
+// part scale: scaled
+/* Bring a path to the unit of a sum, channel by channel; in and out may be the same. */
+static void scale(const NUMBER *in, const int32_t *factor, NUMBER *out, int size, int channels)
+{
+    for (int i = 0; i < size;)
+        for (int c = 0; c < channels; c++, i++)
+            out[i] = scaled(factor[c], in[i]);
+}
+// part add_scaled: scaled
+static void add_scaled(const NUMBER *in, const int32_t *factor, NUMBER *out, int size, int channels)
+{
+    for (int i = 0; i < size;)
+        for (int c = 0; c < channels; c++, i++)
+            out[i] += scaled(factor[c], in[i]);
+}
+// part charge float32
+/* What stays of a state, and a current. */
+static float charge(float decay, float state, float current)
+{
+    return decay * state + current;
+}
+// part charge int8: scaled
+/* What stays of a state, and a current, within limits that no sum of two leaves 32 bits from. */
+static int32_t charge(int32_t decay, int32_t state, int32_t current)
+{
+    const int32_t sum = scaled(decay, state) + current;
+
+    return sum > LIMIT ? LIMIT : sum < -LIMIT ? -LIMIT : sum;
+}
+// part neuron
+typedef struct {
+    SIZES
+    FIELD(FACTOR, decay);                    /* what stays of a potential */
+    FIELD(NUMBER, threshold);
+    int hard;                                /* a spike sets the potential to 0, else takes the threshold off */
+    FIELD(FACTOR, synapse);                  /* what stays of a synaptic current */  //? cuba_lif
+    FIELD(FACTOR, adaptation);               /* what stays of a raise of the threshold */  //? alif
+    FIELD(NUMBER, rise);                     /* what a spike adds to it */  //? alif
+} neuron_layer;
+// part lif: charge neuron
+/* Charge the potentials v with the currents in; list the neurons that reach their threshold, and reset them. */
+static void lif(const neuron_layer *l, NUMBER *v, const VALUE *in, INDEX *list)
+{
+    int count = 0;
+
+    EACH {
+        const NUMBER u = charge(l->PARAMETER(decay), v[i], in[i]);
+        const int fires = u >= l->PARAMETER(threshold);
+        v[i] = !fires ? u : l->hard ? 0 : u - l->PARAMETER(threshold);
+        if (fires)
+            list[++count] = (INDEX)i;
+    }
+    list[0] = (INDEX)count;
+}
+// part cuba_lif: lif
+/* Charge the synaptic currents i_syn, then the potentials with these. */
+static void cuba_lif(const neuron_layer *l, NUMBER *i_syn, NUMBER *v, const VALUE *in, INDEX *list)
+{
+    EACH
+        i_syn[i] = charge(l->PARAMETER(synapse), i_syn[i], in[i]);
+    lif(l, v, i_syn, list);
+}
+// part alif: charge neuron
+/* As lif, with thresholds that each spike raises by a. */
+static void alif(const neuron_layer *l, NUMBER *a, NUMBER *v, const VALUE *in, INDEX *list)
+{
+    int count = 0;
+
+    EACH {
+        const NUMBER u = charge(l->PARAMETER(decay), v[i], in[i]);
+        const int fires = u >= l->PARAMETER(threshold) + a[i];
+        v[i] = fires ? u - l->PARAMETER(threshold) : u;
+        a[i] = charge(l->PARAMETER(adaptation), a[i], fires ? l->PARAMETER(rise) : 0);
+        if (fires)
+            list[++count] = (INDEX)i;
+    }
+    list[0] = (INDEX)count;
+}

@@ -1,0 +1,258 @@
+"""One time step of a network as a list of operations, which C and the reference here both carry out.
+
+Shapes: B samples, C channels, H×W pixels; what is no image has one pixel. C stores the channels last.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SHIFT = 14  # a factor is an integer over 2^14
+LIMIT = 2**29  # no potential goes beyond it, so that no sum of integers leaves 32 bits
+
+
+@dataclass(eq=False)
+class Value:
+    """What one operation gives and others read: an image [C, H, W].
+
+    Attributes:
+        shape: C, H, W.
+        spikes: it is 0 or 1; C keeps it as the list of the active indices.
+    """
+
+    shape: tuple[int, int, int]
+    spikes: bool = False
+
+    @property
+    def size(self) -> int:
+        """C·H·W."""
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+
+@dataclass(eq=False)
+class Operation:
+    """What a layer does in a time step.
+
+    An operation that reads a value of a later one reads that of the step before, as recurrent layers do.
+
+    Attributes:
+        name: of the layer, for messages.
+        inputs: the values that it reads.
+        output: the value that it gives.
+    """
+
+    name: str
+    inputs: list[Value]
+    output: Value
+    tensors: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        """Return the output [B, C, H, W] of one time step; `states` are those of this operation."""
+        raise NotImplementedError
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The weights and parameters, by name."""
+        return {name: getattr(self, name) for name in self.tensors if getattr(self, name) is not None}
+
+
+@dataclass(eq=False)
+class Weights(Operation):
+    """A convolution, or a linear layer, whose kernel is the whole image: weight [O, C/groups, h, w], bias [O]."""
+
+    weight: Tensor
+    bias: Tensor
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    groups: int = 1
+    tensors = ("weight", "bias")
+
+    @property
+    def linear(self) -> bool:
+        """Return whether each output reads the whole image."""
+        return self.weight.shape[1:] == self.inputs[0].shape and self.padding == (0, 0)
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        if self.linear:
+            return F.linear(inputs[0].flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
+        return F.conv2d(inputs[0], self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+
+
+@dataclass(eq=False)
+class Affine(Operation):
+    """gain x + shift, both [C]: a BatchNorm that no layer could take, or a factor."""
+
+    gain: Tensor
+    shift: Tensor
+    tensors = ("gain", "shift")
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        return _channels(self.gain) * inputs[0] + _channels(self.shift)
+
+
+@dataclass(eq=False)
+class Fire(Operation):
+    """Neurons; potentials are counted from the reset of a hard one, and inputs are scaled before.
+
+        i = α i + x        with `synapse`; else i is x
+        u = λ v + i
+        s = [u ≥ θ + a]    a is 0 without `adaptation`
+        v = u − θ s, or u (1 − s) with `hard`
+        a = ρ a + β s
+
+    All parameters are [C], or [1] where the channels share one.
+    """
+
+    decay: Tensor
+    threshold: Tensor
+    start: Tensor
+    hard: bool = False
+    synapse: Tensor | None = None
+    adaptation: Tensor | None = None
+    rise: Tensor | None = None
+    integers: bool = False
+    tensors = ("decay", "threshold", "start", "synapse", "adaptation", "rise")
+
+    @property
+    def states(self) -> list[str]:
+        """The names of what is kept from step to step."""
+        return ["v"] + ["i"] * (self.synapse is not None) + ["a"] * (self.adaptation is not None)
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        (x,), none = inputs, torch.zeros_like(inputs[0])
+        if self.synapse is not None:
+            states["i"] = x = self._charge(self.synapse, states.get("i", none), x)
+        u = self._charge(self.decay, states.get("v", none + _channels(self.start)), x)
+        threshold, raised = _channels(self.threshold), states.get("a", none)
+        s = (u >= threshold + raised).to(u.dtype)
+        states["v"] = u * (1 - s) if self.hard else u - threshold * s
+        if self.adaptation is not None and self.rise is not None:
+            states["a"] = self._charge(self.adaptation, raised, _channels(self.rise) * s)
+        return s
+
+    def _charge(self, factor: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        if not self.integers:
+            return _channels(factor) * v + x
+        return (_shifted(_channels(factor) * v, SHIFT) + x).clamp(-LIMIT, LIMIT)
+
+
+@dataclass(eq=False)
+class Pool(Operation):
+    """Max pooling, or average pooling: the sum of each window times `factor`.
+
+    With `adaptive`, averages over windows of several sizes: only a linear layer behind it can take these in.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    factor: float = 1.0
+    largest: bool = False
+    adaptive: bool = False
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        if self.largest:
+            return F.max_pool2d(x, self.kernel, self.stride, self.padding)
+        return F.avg_pool2d(x, self.kernel, self.stride, self.padding, divisor_override=1) * self.factor
+
+
+@dataclass(eq=False)
+class Sum(Operation):
+    """The sum of the inputs; of integers, each times its factor [C] over 2^14 first, if its unit is another."""
+
+    factors: list[Tensor | None]
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        terms = [
+            x if factor is None else _shifted(_channels(factor) * x, SHIFT)
+            for x, factor in zip(inputs, self.factors, strict=True)
+        ]
+        return torch.stack(terms).sum(0)
+
+    def arrays(self) -> dict[str, Tensor]:
+        return {f"factor{i}": factor for i, factor in enumerate(self.factors) if factor is not None}
+
+
+@dataclass(eq=False)
+class Spread(Operation):
+    """Spikes as zeros and ones, for what reads no lists."""
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        return inputs[0]
+
+
+@dataclass(eq=False)
+class Network:
+    """One time step: operations in their order.
+
+    Attributes:
+        operations: those of all layers.
+        input: what a sample gives.
+        output: the logits.
+        steps: T.
+        input_scale: the number that 1 stands for in an input of integers.
+        logit_scale: the same of logits.
+        integers: weights are int8, and all else is int32.
+    """
+
+    operations: list[Operation]
+    input: Value
+    output: Value
+    steps: int
+    input_scale: float = 1.0
+    logit_scale: float = 1.0
+    integers: bool = False
+
+    @property
+    def neurons(self) -> list[Fire]:
+        """The layers of neurons."""
+        return [op for op in self.operations if isinstance(op, Fire)]
+
+    def readers(self, value: Value) -> int:
+        """Count the readers of a value, the caller of the network among them."""
+        return sum(op.inputs.count(value) for op in self.operations) + (value is self.output)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return an input as integers, in units of `input_scale`."""
+        return (x.double() / self.input_scale).round().clamp(-127, 127)
+
+    @torch.no_grad()
+    def unroll(self, x: Tensor, rates: dict[str, float] | None = None) -> Tensor:
+        """Run sequences [T, B, ...] by plain operations of PyTorch, and return the logits [T, B, classes].
+
+        Integers are computed in float64, which holds each of them exactly. With `rates`, the firing rate of each layer
+        of neurons is written there.
+        """
+        x = self.whole(x) if self.integers else x.float()
+        values: dict[Value, Tensor] = {}
+        states: dict[Operation, dict[str, Tensor]] = {op: {} for op in self.operations}
+        fired = {op.name: 0.0 for op in self.neurons}
+        logits = []
+        for frame in x:
+            values[self.input] = frame.reshape(-1, *self.input.shape)
+            for op in self.operations:
+                before = [values.get(v, x.new_zeros(x.shape[1], *v.shape)) for v in op.inputs]
+                values[op.output] = op.run(states[op], *before)
+                if isinstance(op, Fire):
+                    fired[op.name] += values[op.output].mean().item() / len(x)
+            logits.append(values[self.output].flatten(1))
+        if rates is not None:
+            rates.update(fired)
+        return torch.stack(logits)
+
+
+def _channels(vector: Tensor) -> Tensor:
+    return vector.view(-1, 1, 1)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x / 2^bits, rounded to the nearest integer, as an arithmetic shift does it."""
+    return ((x + 2 ** (bits - 1)) / 2**bits).floor()
+
+
+def describe(name: str, module: Any) -> str:
+    """Return how messages name a layer."""
+    return f"{name or 'the model'} ({type(module).__name__})"

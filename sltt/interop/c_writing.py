@@ -1,0 +1,431 @@
+"""Write the operations of a network as C11: a struct of the state, constant weights, a function a kind of layer."""
+
+import keyword
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltt.interop.c_network import LIMIT, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
+
+_TYPES = {
+    "float32": {"number": "float", "weight": "float", "factor": "float", "value": "float"},
+    "int8": {"number": "int32_t", "weight": "int8_t", "factor": "int16_t", "value": "int32_t"},
+}
+_BYTES = {"float": 4, "int32_t": 4, "int16_t": 2, "uint16_t": 2, "int8_t": 1}
+_RESERVED = {
+    "auto",
+    "break",
+    "case",
+    "char",
+    "const",
+    "default",
+    "do",
+    "double",
+    "enum",
+    "extern",
+    "float",
+    "goto",
+    "int",
+}
+_RESERVED |= {
+    "inline",
+    "long",
+    "register",
+    "restrict",
+    "short",
+    "signed",
+    "sizeof",
+    "static",
+    "struct",
+    "switch",
+    "void",
+}
+_RESERVED |= {"typedef", "union", "unsigned", "volatile", "net", "input", "logits", "list", "in", "out", "main"}
+
+
+def is_name(name: Any) -> bool:
+    """Return whether a name can begin those of C's functions."""
+    plain = isinstance(name, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) is not None
+    return plain and name not in _RESERVED and not keyword.iskeyword(name)
+
+
+@dataclass
+class Buffer:
+    """An array of the struct that values pass through.
+
+    Attributes:
+        name: in the struct.
+        spikes: it holds a list of indices.
+        size: how many values fit.
+        until: the last operation that reads what is in it.
+    """
+
+    name: str
+    spikes: bool
+    size: int
+    until: float
+
+
+class Program:
+    """The C of a network.
+
+    Attributes:
+        network: its operations.
+        name: the first part of all names that others see.
+        flash: bytes of weights and parameters, without those of the code.
+        ram: bytes of the struct.
+    """
+
+    def __init__(self, network: Network, name: str, events: bool):
+        self.network, self.name, self.events = network, name, events
+        self.types = _TYPES["int8" if network.integers else "float32"]
+        largest = max([value.size for op in network.operations for value in (*op.inputs, op.output)])
+        self.index = "uint16_t" if largest < 2**16 else "int32_t"
+        self.input_type = "int8_t" if network.integers else "float"
+        self.parts: set[str] = set()  # functions that the network calls
+        self.of_input: set[str] = set()  # those that it calls on an input of another type
+        self.constants: dict[str, tuple[str, Tensor]] = {}  # C's type and values, by name
+        self.layers: list[str] = []
+        self.names = _identifiers(network.operations)
+        parameters = [(name, tensor) for op in network.neurons for name, tensor in op.arrays().items()]
+        self.each = {name for name, tensor in parameters if len(tensor) > 1} - {"start"}  # those given by channel
+        self.buffers, self.places = _buffers(network)
+        self.fields = self._fields()
+        self.steps = [line for op in network.operations for line in self._call(op)]
+        self.resets = [line for op in network.neurons for line in self._start(op)]
+        self.flash = sum(_BYTES[kind] * values.numel() for kind, values in self.constants.values())
+        self.ram = -(-sum(_BYTES[kind] * size for kind, _, size in self.fields) // 4) * 4
+
+    def source(self) -> str:
+        """Return NAME.c."""
+        name, T = self.name, self.network.steps
+        body = "\n".join(f"    {line}" for line in self.steps)
+        code = [
+            f"/* {name}: one time step of a spiking network, called {T} times for a sample; see {name}.h.\n\n"
+            "   Images are [height][width][channels]. Spikes are lists of the active indices: layers add the weights\n"
+            "   of these alone. Weights and parameters are at the end. */\n\n"
+            f'#include "{name}.h"\n\n#include <string.h>',
+            "\n".join(f"static const {kind} {key}[{len(values)}];" for key, (kind, values) in self.constants.items()),
+            *self._functions(),
+            "/* The layers. */\n\n" + "\n".join(self.layers),
+            f"void {name}_reset({name}_net *net)\n{{\n    memset(net, 0, sizeof *net);\n"
+            + "".join(f"    {line}\n" for line in self.resets)
+            + "}",
+            f"void {name}_step({name}_net *net, const {name}_input *input, {name}_logit *logits)\n{{\n{body}\n}}",
+            *([self._events()] if self.events else []),
+            "/* Weights and parameters. */",
+            *(f"static const {k} {key}[{len(v)}] = {{\n{listed(v, k)}\n}};" for key, (k, v) in self.constants.items()),
+        ]
+        return "\n\n".join(part for part in code if part) + "\n"
+
+    def header(self) -> str:
+        """Return NAME.h."""
+        name, N = self.name, self.name.upper()
+        channels, height, width = self.network.input.shape
+        number = self.types["number"]
+        scales = (
+            f"#define {N}_INPUT_SCALE {self.network.input_scale:.9g}f /* an input of 1 stands for this */\n"
+            f"#define {N}_LOGIT_SCALE {self.network.logit_scale:.9g}f /* a logit of 1 stands for this */\n"
+        )
+        fields = "\n".join(f"    {kind} {field}[{size}];" for kind, field, size in self.fields)
+        return f"""#ifndef {N}_H
+#define {N}_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {{
+#endif
+
+#define {N}_INPUTS {self.network.input.size} /* [{height}][{width}][{channels}]: height, width, channels */
+#define {N}_CLASSES {self.network.output.size}
+#define {N}_STEPS {self.network.steps} /* time steps of a sample in training */
+{scales if self.network.integers else ""}
+typedef {self.input_type} {name}_input;
+typedef {number} {name}_logit;
+
+/* The state of one network: neurons, and what passes between layers in a step. */
+typedef struct {{
+{fields}
+}} {name}_net;
+
+/* Begin a sample. */
+void {name}_reset({name}_net *net);
+
+/* Take one time step: {N}_INPUTS inputs to {N}_CLASSES logits. The prediction is their mean over the steps. */
+void {name}_step({name}_net *net, const {name}_input *input, {name}_logit *logits);
+{self._event_header() if self.events else ""}
+#ifdef __cplusplus
+}}
+#endif
+
+#endif
+"""
+
+    def _event_header(self) -> str:
+        name, image = self.name, self.network.input.shape[1:] != (1, 1)
+        of = "the pixel x, y; the polarity is the channel" if image else "an input"
+        where = "int x, int y, int polarity" if image else "int i"
+        return f"""
+/* Count an event of {of}. One outside is ignored. */
+void {name}_event({name}_net *net, {where});
+
+/* Take one time step with the events since the last. */
+void {name}_tick({name}_net *net, {name}_logit *logits);
+"""
+
+    def _events(self) -> str:
+        name, (channels, height, width) = self.name, self.network.input.shape
+        full = f"net->events[i] < {127 if self.network.integers else '16777216.0f'}"
+        if (height, width) == (1, 1):
+            head = f"int i)\n{{\n    if (i >= 0 && i < {channels} && {full})\n        net->events[i] += 1;"
+        else:
+            head = f"""int x, int y, int polarity)
+{{
+    const int i = (y * {width} + x) * {channels} + polarity;
+
+    if (x >= 0 && x < {width} && y >= 0 && y < {height} && polarity >= 0 && polarity < {channels} && {full})
+        net->events[i] += 1;"""
+        return f"""void {name}_event({name}_net *net, {head}
+}}
+
+void {name}_tick({name}_net *net, {name}_logit *logits)
+{{
+    {name}_step(net, net->events, logits);
+    memset(net->events, 0, sizeof net->events);
+}}"""
+
+    def _functions(self) -> list[str]:
+        """Return the parts of c_layers.c that the network calls, with what these need, in C's types."""
+        arithmetic = "int8" if self.network.integers else "float32"
+        parts = _parts()
+        needed, todo = set(self.parts), [*self.parts, *self.of_input]
+        while todo:
+            more = [need if need in parts else f"{need} {arithmetic}" for need in parts[todo.pop()][0]]
+            todo += more
+            needed.update(more)
+        texts = []
+        for key, (_, text) in parts.items():
+            if key in needed:
+                texts.append(self._typed(text))
+            if key in self.of_input:
+                texts.append(self._typed(text.replace(f"void {key}(", f"void {key}_int8("), value="int8_t"))
+        return texts
+
+    def _typed(self, text: str, **types: str) -> str:
+        lines = [line.partition("//?") for line in text.splitlines()]
+        text = "\n".join(
+            line.rstrip() for line, _, only in lines if not only or only.strip() in self.parts | self.of_input
+        )
+        for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
+            declared, one = (rf"const \1 *{field}", f"{field}[c]") if field in self.each else (rf"\1 {field}", field)
+            text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text).replace(f"PARAMETER({field})", one)
+        by_channel = "for (int i = 0; i < l->size;)\n        for (int c = 0; c < l->channels; c++, i++)"
+        text = text.replace("EACH", by_channel if self.each else "for (int i = 0; i < l->size; i++)")
+        text = text.replace("SIZES", "int size, channels;" if self.each else "int size;").replace("LIMIT", str(LIMIT))
+        for kind, name in (self.types | types | {"index": self.index}).items():
+            text = re.sub(rf"\b{kind.upper()}\b", name, text)
+        return re.sub(r"^(    [^/\n]*;) +(?=/\*)", lambda m: m[1].ljust(45), text, flags=re.MULTILINE)
+
+    def _fields(self) -> list[tuple[str, str, int]]:
+        """List the arrays of the struct, wide types first so that nothing is padded between them."""
+        number = self.types["number"]
+        fields = [(number, f"{self.names[op]}_{s}", op.output.size) for op in self.network.neurons for s in op.states]
+        fields += [(number, buffer.name, buffer.size) for buffer in self.buffers if not buffer.spikes]
+        fields += [(self.index, buffer.name, buffer.size + 1) for buffer in self.buffers if buffer.spikes]
+        if self.events:
+            fields.append((self.input_type, "events", self.network.input.size))
+        return sorted(fields, key=lambda field: -_BYTES[field[0]])
+
+    def _start(self, op: Fire) -> list[str]:
+        """Return the lines that set potentials before the first step, if these are not 0."""
+        if not op.start.any():
+            return []
+        name, value = self.names[op], _literal(op.start[0], self.types["number"])
+        if len(op.start) > 1:
+            value = f"{self._constant(op, 'start', op.start)}[i % {len(op.start)}]"
+        return [f"for (int i = 0; i < {op.output.size}; i++)", f"    net->{name}_v[i] = {value};"]
+
+    def _constant(self, op: Operation, field: str, values: Tensor, kind: str = "number") -> str:
+        key = f"{self.names[op]}_{field}"
+        self.constants[key] = self.types.get(kind, kind), values.flatten()
+        return key
+
+    def _layer(self, kind: str, op: Operation, **fields: Any) -> str:
+        """Note the constant that describes a layer, and return its address."""
+        given = "\n".join(_lines([f".{field} = {value}," for field, value in fields.items()]))
+        self.layers.append(f"/* {op.name} */\nstatic const {kind} {self.names[op]} = {{\n{given}\n}};")
+        return f"&{self.names[op]}"
+
+    def _place(self, value: Value) -> str:
+        if value is self.network.input:
+            return "input"
+        return "logits" if value is self.network.output else f"net->{self.places[value].name}"
+
+    def _function(self, name: str, x: Value) -> str:
+        """Note that the network calls a function on x, and return its name."""
+        if x is self.network.input and self.network.integers:
+            self.of_input.add(name)
+            return f"{name}_int8"
+        self.parts.add(name)
+        return name
+
+    def _call(self, op: Operation) -> list[str]:
+        """Return the statements of an operation."""
+        places, out = [self._place(value) for value in op.inputs], self._place(op.output)
+        x, size, channels = op.inputs[0], op.output.size, op.output.shape[0]
+        of = "spikes" if x.spikes else "values"
+        if isinstance(op, Weights):
+            call = f"{self._function(f'linear_{of}' if op.linear else f'conv_{of}', x)}({self._weights(op)}"
+            return [f"{call}, {places[0]}, {out});"]
+        if isinstance(op, Pool):
+            layer = self._pool(op)
+            call = self._function("largest_values" if op.largest else f"average_{of}", x)
+            return [f"{call}({layer}, {places[0]}, {out});"]
+        if isinstance(op, Fire):
+            function = "cuba_lif" if op.synapse is not None else "alif" if op.rise is not None else "lif"
+            states = ", ".join(f"net->{self.names[op]}_{s}" for s in reversed(op.states))
+            by_channel = {"channels": channels} if self.each else {}
+            layer = self._layer("neuron_layer", op, size=size, **by_channel, **self._parameters(op))
+            return [f"{self._function(function, x)}({layer}, {states}, {places[0]}, {out});"]
+        if isinstance(op, Affine):
+            gain = self._constant(op, "gain", op.gain.expand(channels), "weight")
+            shift = self._constant(op, "shift", op.shift.expand(channels))
+            return [f"{self._function('affine', x)}({places[0]}, {gain}, {shift}, {out}, {size}, {channels});"]
+        if isinstance(op, Spread):
+            return [f"{self._function('spread', x)}({places[0]}, {out}, {size});"]
+        assert isinstance(op, Sum)
+        return self._sum(op, places, out)
+
+    def _sum(self, op: Sum, places: list[str], out: str) -> list[str]:
+        lines = []
+        order = sorted(range(len(places)), key=lambda i: places[i] != out)  # in place first
+        for k, i in enumerate(order):
+            size, channels, factor = op.output.size, op.output.shape[0], op.factors[i]
+            if factor is not None:
+                key = self._constant(op, f"factor{i}", factor, "int32_t")
+                function = self._function("add_scaled" if k else "scale", op.inputs[i])
+                lines.append(f"{function}({places[i]}, {key}, {out}, {size}, {channels});")
+            elif k or places[i] != out:
+                function = self._function("add" if k else "copy", op.inputs[i])
+                lines.append(f"{function}({places[i]}, {out}, {size});")
+        return lines
+
+    def _weights(self, op: Weights) -> str:
+        outputs, inside, height, width = op.weight.shape
+        grouped = op.weight.view(op.groups, outputs // op.groups, inside, height, width)
+        weights = self._constant(op, "weight", grouped.permute(3, 4, 0, 2, 1), "weight")
+        bias = self._constant(op, "bias", op.bias)
+        given = {"outputs": outputs, "weights": weights, "bias": bias}
+        if op.linear:
+            return self._layer("linear_layer", op, inputs=op.inputs[0].size, **given)
+        return self._layer("conv_layer", op, **_window(op, (height, width)), groups=op.groups, **given)
+
+    def _pool(self, op: Pool) -> str:
+        factor = _literal(torch.tensor(op.factor), self.types["number"])
+        return self._layer("pool_layer", op, **_window(op, op.kernel), factor=factor)
+
+    def _parameters(self, op: Fire) -> dict[str, Any]:
+        """Return the fields of a layer of neurons: numbers, or arrays where a layer of the network has them."""
+        fields: dict[str, Any] = {"hard": int(op.hard)} if op.hard else {}
+        for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
+            if (values := getattr(op, field)) is not None:
+                kind = "number" if field in ("threshold", "rise") else "factor"
+                if field in self.each:
+                    fields[field] = self._constant(op, field, values.expand(op.output.shape[0]), kind)
+                else:
+                    fields[field] = _literal(values[0], self.types[kind])
+        return fields
+
+
+def _window(op: Weights | Pool, kernel: tuple[int, int]) -> dict[str, int]:
+    (channels, height, width), (_, out_height, out_width) = op.inputs[0].shape, op.output.shape
+    names = ("channels", "height", "width", "out_height", "out_width", "kernel_height", "kernel_width")
+    given = dict(zip(names, (channels, height, width, out_height, out_width, *kernel), strict=True))
+    pairs = {"stride_y": op.stride[0], "stride_x": op.stride[1]}
+    if op.padding != (0, 0):
+        pairs |= {"padding_y": op.padding[0], "padding_x": op.padding[1]}
+    return given | pairs
+
+
+def _parts() -> dict[str, tuple[list[str], str]]:
+    """Return the parts of c_layers.c by name, each with the names of those that it needs."""
+    parts = {}
+    for part in Path(__file__).with_name("c_layers.c").read_text().split("// part ")[1:]:
+        head, _, text = part.partition("\n")
+        name, _, needs = head.partition(": ")
+        parts[name] = needs.split(), text.rstrip()
+    return parts
+
+
+def _identifiers(operations: Iterable[Operation]) -> dict[Operation, str]:
+    """Give each operation a name in C."""
+    reserved = _RESERVED | {name.split()[0] for name in _parts()}
+    found: dict[Operation, str] = {}
+    for op in operations:
+        path = re.sub(r"\W", "_", op.name.split(" (")[0] if op.name.split(" (")[0] != "the model" else "model")
+        path = f"layer_{path}" if not path[:1].isalpha() or path in reserved else path
+        name, n = path, 2
+        while name in reserved:
+            name, n = f"{path}_{n}", n + 1
+        found[op] = name
+        reserved.add(name)
+    return found
+
+
+def _buffers(network: Network) -> tuple[list[Buffer], dict[Value, Buffer]]:
+    """Give each value a buffer; one serves several values whose times do not overlap."""
+    operations = network.operations
+    last = {value: i for i, op in enumerate(operations) for value in op.inputs}
+    buffers: list[Buffer] = []
+    places: dict[Value, Buffer] = {}
+    for i, op in enumerate(operations):
+        value = op.output
+        kept = any(value in before.inputs for before in operations[: i + 1])  # read in the next step
+        until = float("inf") if kept else last.get(value, i)
+        if value is network.output:
+            continue
+        free = [b for b in buffers if b.until < i and b.spikes == value.spikes and not kept]
+        if isinstance(op, Affine | Sum):  # in place of an input that nobody reads any more
+            ours = [places[x] for x in op.inputs if x in places and places[x].until == i and not x.spikes]
+            free = ours or free
+        if free:
+            buffer = min(free, key=lambda b: (b.size < value.size, abs(b.size - value.size)))
+            buffer.size = max(buffer.size, value.size)
+        else:
+            count = sum(b.spikes == value.spikes for b in buffers)
+            buffer = Buffer(f"{'spikes' if value.spikes else 'values'}{count}", value.spikes, value.size, until)
+            buffers.append(buffer)
+        buffer.until = until
+        places[value] = buffer
+    return buffers, places
+
+
+def _literal(value: Tensor, kind: str) -> str:
+    if kind != "float":
+        return str(int(value))
+    return f"{value.float().numpy().astype(str)}f"
+
+
+def listed(values: Tensor, kind: str) -> str:
+    """Return the numbers of an array in lines."""
+    array = values.detach().flatten().numpy()
+    if kind == "float":
+        return "\n".join(_lines([f"{text}f," for text in array.astype("float32").astype(str)]))
+    return "\n".join(_lines([f"{number}," for number in array.astype("int64").tolist()]))
+
+
+def _lines(texts: list[str], width: int = 116) -> list[str]:
+    lines, line, length = [], [], 0
+    for text in texts:
+        if length + len(text) + 1 > width:
+            lines.append("    " + " ".join(line))
+            line, length = [], 0
+        line.append(text)
+        length += len(text) + 1
+    return [*lines, "    " + " ".join(line)]
