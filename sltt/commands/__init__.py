@@ -25,7 +25,7 @@ USAGE = """usage: sltt COMMAND ...
   sltt profile [RECIPE]     memory, time and energy of rules: --steps 1,4,16
   sltt lr [RECIPE]          find a learning rate, in a hundred batches
   sltt report FOLDER ...    one page with the results of all these commands
-  sltt export RUN           write a trained network: --to nir or --to onnx
+  sltt export RUN           write a trained network: --to nir, --to onnx, --to c
   sltt recipes [NAME]       list the recipes, or print one
   sltt data check RECIPE    is a recipe's data whole? --data.root DIR
   sltt doctor               what works on this machine, what would be faster

@@ -80,8 +80,8 @@ def to_c(
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder, or remove this one")
     x = torch.stack([sequence.input(range(t, t + 1)) for t in range(sequence.steps)]).float().cpu()
-    network = read(model, x[0], sequence.steps)
     expected = unroll(copied(model).float().cpu().eval(), x)
+    network = read(model, x[0], sequence.steps)
     if not (network.unroll(x)[0] - expected[0]).abs().amax(1).amin() < 1e-3 * expected.abs().amax() + 1e-5:
         raise ValueError(
             f"{type(model).__name__} changes a tensor in place, or does what its trace does not show: write z = z + x "
@@ -146,7 +146,7 @@ def _test(program: Program, x: Tensor, expected: Tensor) -> str:
 #define FRAMES {frames} /* of a sample; the last is shown until its end */
 
 static const {name}_input inputs[SAMPLES * FRAMES * {N}_INPUTS] = {{
-{listed(inputs, program.input_type)}
+{listed(inputs, program.types["number"])}
 }};
 
 static const {name}_logit logits[SAMPLES * {N}_STEPS * {N}_CLASSES] = {{

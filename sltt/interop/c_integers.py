@@ -80,7 +80,7 @@ def _affine(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], las
 
 
 def _pool(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
-    (x,) = op.inputs
+    x = op.inputs[0]
     factor, op.factor = (1.0, 1.0) if op.largest else (op.factor, 1.0)
     bounds[op.output] = bounds[x] * (1 if op.largest else op.kernel[0] * op.kernel[1])
     return units[x] * factor

@@ -10,14 +10,26 @@ static void spread(const INDEX *list, NUMBER *out, int size)
     for (int k = 1; k <= list[0]; k++)
         out[list[k]] = 1;
 }
+// part active
+/* List the inputs that are not 0. */
+static void active(const NUMBER *in, INDEX *list, int size)
+{
+    int count = 0;
+
+    for (int i = 0; i < size; i++) {
+        list[count + 1] = (INDEX)i; /* stays if it is active */
+        count += in[i] != 0;
+    }
+    list[0] = (INDEX)count;
+}
 // part row
 /* Add value times a row of weights. */
-static void add_row(NUMBER *restrict out, const WEIGHT *restrict row, NUMBER value, int size)
+static void add_row(const WEIGHT *restrict row, NUMBER value, NUMBER *restrict out, int size)
 {
     for (int k = 0; k < size; k++)
         out[k] += value * row[k];
 }
-// part conv
+// part conv: row
 typedef struct {
     int channels, height, width;             /* of the input, [height][width][channels] */
     int outputs, out_height, out_width;      /* of the output */
@@ -27,63 +39,47 @@ typedef struct {
     const NUMBER *bias;                      /* [outputs] */
 } conv_layer;
 
-static void conv_start(const conv_layer *l, NUMBER *out)
+/* Add the weights of active inputs, each to all output pixels that it reaches. */
+static void conv(const conv_layer *l, const INDEX *list, const NUMBER *values, NUMBER *out)
 {
+    const int inside = l->channels / l->groups, size = l->outputs / l->groups;
+    int first = -l->channels;                /* input of a pixel */
+    int bottom = 0, right = 0, y0 = 0, x0 = 0; /* its place with padding, and the last output that reaches it */
+
     for (int pixel = 0; pixel < l->out_height * l->out_width; pixel++)
         memcpy(out + pixel * l->outputs, l->bias, (size_t)l->outputs * sizeof *out);
-}
-
-/* Add value times the rows of input i to every output pixel whose kernel covers it. */
-static void conv_add(const conv_layer *l, int i, NUMBER value, NUMBER *out)
-{
-    const int c = i % l->channels, pixel = i / l->channels, row = l->outputs / l->groups;
-    const int bottom = pixel / l->width + l->padding_y, right = pixel % l->width + l->padding_x;
-
-    out += c / (l->channels / l->groups) * row;
-    for (int y = bottom / l->stride_y, ky = bottom % l->stride_y; y >= 0 && ky < l->kernel_height; y--, ky += l->stride_y) {
-        if (y >= l->out_height)
-            continue;
-        for (int x = right / l->stride_x, kx = right % l->stride_x; x >= 0 && kx < l->kernel_width; x--, kx += l->stride_x)
-            if (x < l->out_width)
-                add_row(out + (y * l->out_width + x) * l->outputs,
-                        l->weights + ((ky * l->kernel_width + kx) * l->channels + c) * row, value, row);
+    for (int k = 1; k <= list[0]; k++) {
+        if (list[k] >= first + l->channels) {
+            const int pixel = list[k] / l->channels;
+            first = pixel * l->channels;
+            bottom = pixel / l->width + l->padding_y;
+            right = pixel % l->width + l->padding_x;
+            y0 = bottom / l->stride_y;
+            x0 = right / l->stride_x;
+        }
+        const int c = list[k] - first, group = l->groups == 1 ? 0 : c / inside;
+        for (int y = y0; y >= 0 && bottom - y * l->stride_y < l->kernel_height; y--)
+            for (int x = x0; x >= 0 && right - x * l->stride_x < l->kernel_width; x--)
+                if (y < l->out_height && x < l->out_width) {
+                    const int place = (bottom - y * l->stride_y) * l->kernel_width + right - x * l->stride_x;
+                    add_row(l->weights + (place * l->channels + c) * size, values ? values[list[k]] : 1,
+                            out + (y * l->out_width + x) * l->outputs + group * size, size);
+                }
     }
 }
-// part conv_spikes: row conv
-static void conv_spikes(const conv_layer *l, const INDEX *list, NUMBER *out)
-{
-    conv_start(l, out);
-    for (int k = 1; k <= list[0]; k++)
-        conv_add(l, list[k], 1, out);
-}
-// part conv_values: row conv
-static void conv_values(const conv_layer *l, const VALUE *in, NUMBER *out)
-{
-    conv_start(l, out);
-    for (int i = 0; i < l->height * l->width * l->channels; i++)
-        if (in[i] != 0)
-            conv_add(l, i, in[i], out);
-}
-// part linear
+// part linear: row
 typedef struct {
-    int inputs, outputs;
+    int outputs;
     const WEIGHT *weights;                   /* [inputs][outputs] */
     const NUMBER *bias;                      /* [outputs] */
 } linear_layer;
-// part linear_spikes: row linear
-static void linear_spikes(const linear_layer *l, const INDEX *list, NUMBER *out)
+
+/* Add the weights of active inputs. */
+static void linear(const linear_layer *l, const INDEX *list, const NUMBER *values, NUMBER *out)
 {
     memcpy(out, l->bias, (size_t)l->outputs * sizeof *out);
     for (int k = 1; k <= list[0]; k++)
-        add_row(out, l->weights + list[k] * l->outputs, 1, l->outputs);
-}
-// part linear_values: row linear
-static void linear_values(const linear_layer *l, const VALUE *in, NUMBER *out)
-{
-    memcpy(out, l->bias, (size_t)l->outputs * sizeof *out);
-    for (int i = 0; i < l->inputs; i++)
-        if (in[i] != 0)
-            add_row(out, l->weights + i * l->outputs, in[i], l->outputs);
+        add_row(l->weights + list[k] * l->outputs, values ? values[list[k]] : 1, out, l->outputs);
 }
 // part pool
 typedef struct {
@@ -92,34 +88,29 @@ typedef struct {
     NUMBER factor;                           /* of a sum over a window */
 } pool_layer;
 // part average: pool
-/* Add a value to every window that input i lies in. */
-static void average_add(const pool_layer *l, int i, NUMBER value, NUMBER *out)
+/* Add active inputs to every window that they lie in; those of one pixel stand beside each other in the list. */
+static void average(const pool_layer *l, const INDEX *list, const NUMBER *values, NUMBER *out)
 {
-    const int c = i % l->channels, pixel = i / l->channels;
-    const int bottom = pixel / l->width + l->padding_y, right = pixel % l->width + l->padding_x;
+    int count;
 
-    for (int y = bottom / l->stride_y; y >= 0 && bottom - y * l->stride_y < l->kernel_height; y--)
-        for (int x = right / l->stride_x; x >= 0 && right - x * l->stride_x < l->kernel_width; x--)
-            if (y < l->out_height && x < l->out_width)
-                out[(y * l->out_width + x) * l->channels + c] += value;
-}
-// part average_spikes: average
-static void average_spikes(const pool_layer *l, const INDEX *list, NUMBER *out)
-{
     memset(out, 0, (size_t)(l->out_height * l->out_width * l->channels) * sizeof *out);
-    for (int k = 1; k <= list[0]; k++)
-        average_add(l, list[k], l->factor, out);
+    for (int k = 1; k <= list[0]; k += count) {
+        const int pixel = list[k] / l->channels, first = pixel * l->channels;
+        const int bottom = pixel / l->width + l->padding_y, right = pixel % l->width + l->padding_x;
+
+        for (count = 1; k + count <= list[0] && list[k + count] < first + l->channels;)
+            count++;
+        for (int y = bottom / l->stride_y; y >= 0 && bottom - y * l->stride_y < l->kernel_height; y--)
+            for (int x = right / l->stride_x; x >= 0 && right - x * l->stride_x < l->kernel_width; x--)
+                if (y < l->out_height && x < l->out_width) {
+                    NUMBER *sums = out + (y * l->out_width + x) * l->channels;
+                    for (int i = k; i < k + count; i++)
+                        sums[list[i] - first] += values ? values[list[i]] * l->factor : l->factor;
+                }
+    }
 }
-// part average_values: average
-static void average_values(const pool_layer *l, const VALUE *in, NUMBER *out)
-{
-    memset(out, 0, (size_t)(l->out_height * l->out_width * l->channels) * sizeof *out);
-    for (int i = 0; i < l->height * l->width * l->channels; i++)
-        if (in[i] != 0)
-            average_add(l, i, in[i] * l->factor, out);
-}
-// part largest_values: pool
-static void largest_values(const pool_layer *l, const VALUE *in, NUMBER *out)
+// part largest: pool
+static void largest(const pool_layer *l, const NUMBER *in, NUMBER *out)
 {
     for (int y = 0; y < l->out_height; y++)
         for (int x = 0; x < l->out_width; x++)
@@ -138,7 +129,7 @@ static void largest_values(const pool_layer *l, const VALUE *in, NUMBER *out)
 }
 // part affine
 /* out = gain * in + shift, each of a channel; in and out may be the same. */
-static void affine(const VALUE *in, const WEIGHT *gain, const NUMBER *shift, NUMBER *out, int size, int channels)
+static void affine(const NUMBER *in, const WEIGHT *gain, const NUMBER *shift, NUMBER *out, int size, int channels)
 {
     for (int i = 0; i < size;)
         for (int c = 0; c < channels; c++, i++)
@@ -204,7 +195,7 @@ typedef struct {
 } neuron_layer;
 // part lif: charge neuron
 /* Charge the potentials v with the currents in; list the neurons that reach their threshold, and reset them. */
-static void lif(const neuron_layer *l, NUMBER *v, const VALUE *in, INDEX *list)
+static void lif(const neuron_layer *l, NUMBER *v, const NUMBER *in, INDEX *list)
 {
     int count = 0;
 
@@ -212,14 +203,14 @@ static void lif(const neuron_layer *l, NUMBER *v, const VALUE *in, INDEX *list)
         const NUMBER u = charge(l->PARAMETER(decay), v[i], in[i]);
         const int fires = u >= l->PARAMETER(threshold);
         v[i] = !fires ? u : l->hard ? 0 : u - l->PARAMETER(threshold);
-        if (fires)
-            list[++count] = (INDEX)i;
+        list[count + 1] = (INDEX)i; /* stays if it fires */
+        count += fires;
     }
     list[0] = (INDEX)count;
 }
 // part cuba_lif: lif
 /* Charge the synaptic currents i_syn, then the potentials with these. */
-static void cuba_lif(const neuron_layer *l, NUMBER *i_syn, NUMBER *v, const VALUE *in, INDEX *list)
+static void cuba_lif(const neuron_layer *l, NUMBER *i_syn, NUMBER *v, const NUMBER *in, INDEX *list)
 {
     EACH
         i_syn[i] = charge(l->PARAMETER(synapse), i_syn[i], in[i]);
@@ -227,7 +218,7 @@ static void cuba_lif(const neuron_layer *l, NUMBER *i_syn, NUMBER *v, const VALU
 }
 // part alif: charge neuron
 /* As lif, with thresholds that each spike raises by a. */
-static void alif(const neuron_layer *l, NUMBER *a, NUMBER *v, const VALUE *in, INDEX *list)
+static void alif(const neuron_layer *l, NUMBER *a, NUMBER *v, const NUMBER *in, INDEX *list)
 {
     int count = 0;
 
@@ -236,8 +227,8 @@ static void alif(const neuron_layer *l, NUMBER *a, NUMBER *v, const VALUE *in, I
         const int fires = u >= l->PARAMETER(threshold) + a[i];
         v[i] = fires ? u - l->PARAMETER(threshold) : u;
         a[i] = charge(l->PARAMETER(adaptation), a[i], fires ? l->PARAMETER(rise) : 0);
-        if (fires)
-            list[++count] = (INDEX)i;
+        list[count + 1] = (INDEX)i; /* stays if it fires */
+        count += fires;
     }
     list[0] = (INDEX)count;
 }

@@ -20,7 +20,7 @@ class Value:
 
     Attributes:
         shape: C, H, W.
-        spikes: it is 0 or 1; C keeps it as the list of the active indices.
+        spikes: it is 0 or 1, and C keeps it as the list of the active indices.
     """
 
     shape: tuple[int, int, int]
@@ -60,7 +60,10 @@ class Operation:
 
 @dataclass(eq=False)
 class Weights(Operation):
-    """A convolution, or a linear layer, whose kernel is the whole image: weight [O, C/groups, h, w], bias [O]."""
+    """A convolution, or a linear layer, whose kernel is the whole image: weight [O, C/groups, h, w], bias [O].
+
+    It reads spikes; or values, and the list of those that are not 0.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -153,7 +156,7 @@ class Pool(Operation):
     adaptive: bool = False
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        (x,) = inputs
+        x = inputs[0]
         if self.largest:
             return F.max_pool2d(x, self.kernel, self.stride, self.padding)
         return F.avg_pool2d(x, self.kernel, self.stride, self.padding, divisor_override=1) * self.factor
@@ -182,6 +185,14 @@ class Spread(Operation):
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         return inputs[0]
+
+
+@dataclass(eq=False)
+class Active(Operation):
+    """The list of the inputs that are not 0, which `Weights` and `Pool` read beside the values."""
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        return (inputs[0] != 0).to(inputs[0].dtype)
 
 
 @dataclass(eq=False)

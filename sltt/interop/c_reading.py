@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sltt.dropout import Dropout
-from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights, describe
+from sltt.interop.c_network import Active, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights, describe
 from sltt.interop.conversion import require
 from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Neuron, OnlineRenorm, Recurrent
 from sltt.sequence.copies import copied
@@ -53,7 +53,7 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
         ) from error
     network = _Reader(model, graph).network(x.float().cpu(), steps)
     _fold(network)
-    _spread(network)
+    _add_lists(network)
     wide = [op for op in network.operations if isinstance(op, Pool) and op.adaptive]
     _refuse([f"{op.name}, whose windows have several sizes with no linear layer behind it" for op in wide])
     for op in network.operations:
@@ -120,7 +120,8 @@ class _Reader(fx.Interpreter):
             try:
                 self.values[n] = self._read(n)
             except ValueError as reason:
-                name = str(n.target) if n.op == "call_module" else _inside(n, self.model)
+                called = n.op == "call_module"
+                name = describe(str(n.target), self.fetch_attr(str(n.target))) if called else _inside(n, self.model)
                 self.problems.append(f"{name}{reason}")
                 self.values[n] = Value(_image(value.shape[1:]))
         return value
@@ -321,8 +322,8 @@ def _fold(network: Network) -> None:
         network.operations.remove(op)
 
 
-def _spread(network: Network) -> None:
-    """Put a `Spread` behind the neurons whose spikes go to other layers than weights and average pooling."""
+def _add_lists(network: Network) -> None:
+    """Put a `Spread` behind spikes that not only weights and average pooling read, an `Active` before those of values."""
     for op in network.neurons:
         others = [
             reader
@@ -335,6 +336,14 @@ def _spread(network: Network) -> None:
             for reader in others:
                 reader.inputs = [spread.output if value is op.output else value for value in reader.inputs]
             network.output = spread.output if op.output is network.output else network.output
+    lists: dict[Value, Value] = {}
+    for op in [*network.operations]:
+        (x, *_) = op.inputs
+        if isinstance(op, Weights | Pool) and not x.spikes and not getattr(op, "largest", False):
+            if x not in lists:
+                lists[x] = Value(x.shape, spikes=True)
+                network.operations.insert(network.operations.index(op), Active(f"{op.name} active", [x], lists[x]))
+            op.inputs = [x, lists[x]]
 
 
 def _transposed(function: Callable[[Tensor], Tensor], weight: Tensor, shape: tuple[int, ...]) -> Tensor:

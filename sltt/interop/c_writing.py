@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.interop.c_network import LIMIT, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
+from sltt.interop.c_network import LIMIT, Active, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
 
 _TYPES = {
-    "float32": {"number": "float", "weight": "float", "factor": "float", "value": "float"},
-    "int8": {"number": "int32_t", "weight": "int8_t", "factor": "int16_t", "value": "int32_t"},
+    "float32": {"number": "float", "weight": "float", "factor": "float"},
+    "int8": {"number": "int32_t", "weight": "int8_t", "factor": "int16_t"},
 }
 _BYTES = {"float": 4, "int32_t": 4, "int16_t": 2, "uint16_t": 2, "int8_t": 1}
 _RESERVED = {
@@ -86,9 +86,7 @@ class Program:
         self.types = _TYPES["int8" if network.integers else "float32"]
         largest = max([value.size for op in network.operations for value in (*op.inputs, op.output)])
         self.index = "uint16_t" if largest < 2**16 else "int32_t"
-        self.input_type = "int8_t" if network.integers else "float"
         self.parts: set[str] = set()  # functions that the network calls
-        self.of_input: set[str] = set()  # those that it calls on an input of another type
         self.constants: dict[str, tuple[str, Tensor]] = {}  # C's type and values, by name
         self.layers: list[str] = []
         self.names = _identifiers(network.operations)
@@ -146,7 +144,7 @@ extern "C" {{
 #define {N}_CLASSES {self.network.output.size}
 #define {N}_STEPS {self.network.steps} /* time steps of a sample in training */
 {scales if self.network.integers else ""}
-typedef {self.input_type} {name}_input;
+typedef {number} {name}_input;
 typedef {number} {name}_logit;
 
 /* The state of one network: neurons, and what passes between layers in a step. */
@@ -204,31 +202,23 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         """Return the parts of c_layers.c that the network calls, with what these need, in C's types."""
         arithmetic = "int8" if self.network.integers else "float32"
         parts = _parts()
-        needed, todo = set(self.parts), [*self.parts, *self.of_input]
+        needed, todo = set(self.parts), [*self.parts]
         while todo:
             more = [need if need in parts else f"{need} {arithmetic}" for need in parts[todo.pop()][0]]
             todo += more
             needed.update(more)
-        texts = []
-        for key, (_, text) in parts.items():
-            if key in needed:
-                texts.append(self._typed(text))
-            if key in self.of_input:
-                texts.append(self._typed(text.replace(f"void {key}(", f"void {key}_int8("), value="int8_t"))
-        return texts
+        return [self._typed(text) for key, (_, text) in parts.items() if key in needed]
 
-    def _typed(self, text: str, **types: str) -> str:
+    def _typed(self, text: str) -> str:
         lines = [line.partition("//?") for line in text.splitlines()]
-        text = "\n".join(
-            line.rstrip() for line, _, only in lines if not only or only.strip() in self.parts | self.of_input
-        )
+        text = "\n".join(line.rstrip() for line, _, only in lines if not only or only.strip() in self.parts)
         for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
             declared, one = (rf"const \1 *{field}", f"{field}[c]") if field in self.each else (rf"\1 {field}", field)
             text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text).replace(f"PARAMETER({field})", one)
         by_channel = "for (int i = 0; i < l->size;)\n        for (int c = 0; c < l->channels; c++, i++)"
         text = text.replace("EACH", by_channel if self.each else "for (int i = 0; i < l->size; i++)")
         text = text.replace("SIZES", "int size, channels;" if self.each else "int size;").replace("LIMIT", str(LIMIT))
-        for kind, name in (self.types | types | {"index": self.index}).items():
+        for kind, name in (self.types | {"index": self.index}).items():
             text = re.sub(rf"\b{kind.upper()}\b", name, text)
         return re.sub(r"^(    [^/\n]*;) +(?=/\*)", lambda m: m[1].ljust(45), text, flags=re.MULTILINE)
 
@@ -239,7 +229,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         fields += [(number, buffer.name, buffer.size) for buffer in self.buffers if not buffer.spikes]
         fields += [(self.index, buffer.name, buffer.size + 1) for buffer in self.buffers if buffer.spikes]
         if self.events:
-            fields.append((self.input_type, "events", self.network.input.size))
+            fields.append((number, "events", self.network.input.size))
         return sorted(fields, key=lambda field: -_BYTES[field[0]])
 
     def _start(self, op: Fire) -> list[str]:
@@ -267,11 +257,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             return "input"
         return "logits" if value is self.network.output else f"net->{self.places[value].name}"
 
-    def _function(self, name: str, x: Value) -> str:
-        """Note that the network calls a function on x, and return its name."""
-        if x is self.network.input and self.network.integers:
-            self.of_input.add(name)
-            return f"{name}_int8"
+    def _function(self, name: str) -> str:
+        """Note that the network calls a function, and return its name."""
         self.parts.add(name)
         return name
 
@@ -279,26 +266,26 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         """Return the statements of an operation."""
         places, out = [self._place(value) for value in op.inputs], self._place(op.output)
         x, size, channels = op.inputs[0], op.output.size, op.output.shape[0]
-        of = "spikes" if x.spikes else "values"
+        given = f"{places[0]}, NULL" if x.spikes else f"{places[-1]}, {places[0]}"  # the list, and values
         if isinstance(op, Weights):
-            call = f"{self._function(f'linear_{of}' if op.linear else f'conv_{of}', x)}({self._weights(op)}"
-            return [f"{call}, {places[0]}, {out});"]
+            return [f"{self._function('linear' if op.linear else 'conv')}({self._weights(op)}, {given}, {out});"]
         if isinstance(op, Pool):
-            layer = self._pool(op)
-            call = self._function("largest_values" if op.largest else f"average_{of}", x)
-            return [f"{call}({layer}, {places[0]}, {out});"]
+            function, given = ("largest", places[0]) if op.largest else ("average", given)
+            return [f"{self._function(function)}({self._pool(op)}, {given}, {out});"]
         if isinstance(op, Fire):
             function = "cuba_lif" if op.synapse is not None else "alif" if op.rise is not None else "lif"
             states = ", ".join(f"net->{self.names[op]}_{s}" for s in reversed(op.states))
             by_channel = {"channels": channels} if self.each else {}
             layer = self._layer("neuron_layer", op, size=size, **by_channel, **self._parameters(op))
-            return [f"{self._function(function, x)}({layer}, {states}, {places[0]}, {out});"]
+            return [f"{self._function(function)}({layer}, {states}, {places[0]}, {out});"]
         if isinstance(op, Affine):
             gain = self._constant(op, "gain", op.gain.expand(channels), "weight")
             shift = self._constant(op, "shift", op.shift.expand(channels))
-            return [f"{self._function('affine', x)}({places[0]}, {gain}, {shift}, {out}, {size}, {channels});"]
+            return [f"{self._function('affine')}({places[0]}, {gain}, {shift}, {out}, {size}, {channels});"]
         if isinstance(op, Spread):
-            return [f"{self._function('spread', x)}({places[0]}, {out}, {size});"]
+            return [f"{self._function('spread')}({places[0]}, {out}, {size});"]
+        if isinstance(op, Active):
+            return [f"{self._function('active')}({places[0]}, {out}, {size});"]
         assert isinstance(op, Sum)
         return self._sum(op, places, out)
 
@@ -309,10 +296,10 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             size, channels, factor = op.output.size, op.output.shape[0], op.factors[i]
             if factor is not None:
                 key = self._constant(op, f"factor{i}", factor, "int32_t")
-                function = self._function("add_scaled" if k else "scale", op.inputs[i])
+                function = self._function("add_scaled" if k else "scale")
                 lines.append(f"{function}({places[i]}, {key}, {out}, {size}, {channels});")
             elif k or places[i] != out:
-                function = self._function("add" if k else "copy", op.inputs[i])
+                function = self._function("add" if k else "copy")
                 lines.append(f"{function}({places[i]}, {out}, {size});")
         return lines
 
@@ -323,7 +310,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         bias = self._constant(op, "bias", op.bias)
         given = {"outputs": outputs, "weights": weights, "bias": bias}
         if op.linear:
-            return self._layer("linear_layer", op, inputs=op.inputs[0].size, **given)
+            return self._layer("linear_layer", op, **given)
         return self._layer("conv_layer", op, **_window(op, (height, width)), groups=op.groups, **given)
 
     def _pool(self, op: Pool) -> str:

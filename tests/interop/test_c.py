@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 import sltt
+from sltt.commands import main
 from sltt.interop import to_c
 from sltt.interop.c import Exported, pixels_first
 from sltt.models.resnet import Block
@@ -141,7 +144,7 @@ def run(case: Case, library: Any) -> torch.Tensor:
     """The logits [T, B, classes] of C on the samples of a case, in numbers of the network."""
     network, name = case.exported.network, case.name
     assert case.exported.ram == ctypes.c_int.in_dll(library, f"{name}_size").value
-    given, kind = (network.whole(case.x), np.int8) if network.integers else (case.x, np.float32)
+    given, kind = (network.whole(case.x), np.int32) if network.integers else (case.x, np.float32)
     inputs = np.ascontiguousarray(pixels_first(network, given).numpy().astype(kind))
     net = np.full(case.exported.ram // 4, 1 << 30, dtype=np.int32)
     logits = np.zeros((*case.x.shape[:2], network.output.size), np.int32 if network.integers else np.float32)
@@ -172,3 +175,196 @@ def test_c_in_integers_is_the_reference_to_the_last_bit(key, compiled):
     expected = sltt.unroll(case.model, case.x).mean(0)
     apart = (got.mean(0, dtype=torch.float64) * case.exported.network.logit_scale - expected).std()
     assert apart < 0.5 * expected.std()
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("key", ["events", "Residual", "recurrent MLP"])
+def test_the_exported_test_passes_under_sanitizers_and_finds_a_wrong_weight(key, weights, compiled):
+    """The folder is whole: Makefile, test and vectors."""
+    case = compiled[0][key, weights]
+    folder, name = case.exported.folder, case.name
+    flags = " ".join([*STRICT, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
+    make = ["make", "-s", f"CFLAGS={flags}", "LDFLAGS=-fsanitize=address,undefined"]
+    passed = subprocess.run(make, cwd=folder, capture_output=True, text=True, check=False)
+    assert passed.returncode == 0, passed.stderr
+    assert "0 of" in passed.stdout
+    if (key, weights) == ("events", "float32"):
+        source = folder / f"{name}.c"
+        head, begin, rest = source.read_text().partition("head_bias[10] = {\n")
+        source.write_text(f"{head}{begin}    9.0f, {rest.split(', ', 1)[1]}")
+        failed = subprocess.run(["make", "-s", "-B"], cwd=folder, capture_output=True, text=True, check=False)
+        assert "logits differ" in failed.stdout
+        assert failed.returncode
+
+
+def test_events_count_as_the_frame_does(compiled):
+    cases, library = compiled
+    for weights, kind in (("float32", np.float32), ("int8", np.int32)):
+        case = cases["events", weights]
+        frame = pixels_first(case.exported.network, case.x)[0, 0].reshape(12, 9, 2)  # [H, W, C] of the first step
+        net, logits = np.zeros(case.exported.ram // 4, np.int32), np.zeros((2, 10), kind)
+        places = [a.ctypes.data_as(ctypes.c_void_p) for a in (net, logits[0], logits[1])]
+        getattr(library, f"{case.name}_reset")(places[0])
+        for y, x, polarity in frame.nonzero().tolist():
+            for _ in range(int(frame[y, x, polarity])):
+                getattr(library, f"{case.name}_event")(places[0], x, y, polarity)
+        for outside in ((9, 0, 0), (-1, 0, 0), (0, 12, 0), (0, 0, 2)):
+            getattr(library, f"{case.name}_event")(places[0], *outside)
+        getattr(library, f"{case.name}_tick")(places[0], places[1])
+        assert np.array_equal(logits[0], run(case, library)[0, 0].numpy())
+        getattr(library, f"{case.name}_tick")(places[0], places[2])  # the events are gone
+        assert not np.array_equal(*logits)
+
+
+class Own(sltt.LIF):
+    @staticmethod
+    def step(x, v, **constants):
+        return sltt.LIF.step(x, v / 2, **constants)
+
+
+REFUSED = {
+    "GroupNorm": (nn.GroupNorm(2, 6), r"0 \(GroupNorm\)"),
+    "a neuron of one's own": (Own(), r"0 \(Own\)"),
+    "RunningMax": (sltt.RunningMax(nn.MaxPool1d(1)), r"0 \(RunningMax\)"),
+    "an activation": (nn.ReLU(), r"0 \(ReLU\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_layers_that_c_has_not_are_named_before_anything_is_written(case, tmp_path):
+    layer, named = REFUSED[case]
+    with pytest.raises(ValueError, match=rf"C has no counterpart for {named}.*or export one step by sltt"):
+        to_c(nn.Sequential(layer, nn.Linear(6, 3), sltt.LIF()), torch.randn(4, 2, 6), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_bad_options_of_layers_and_operations_are_named_all_at_once(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 2, 2, dilation=2), nn.Linear(72, 3)
+            self.pool = nn.AdaptiveAvgPool2d(5)
+            self.neuron = sltt.LIF()
+
+        def forward(self, x):
+            return self.head((self.neuron(self.conv(x)) * x[:, :, 2:, 2:]).flatten(1))
+
+    expected = r"conv \(Conv2d\), which is dilated; the operation getitem in the model \(Odd\); the operation mul in"
+    with pytest.raises(ValueError, match=expected):
+        to_c(Odd(), torch.randn(2, 2, 1, 8, 8), tmp_path / "a")
+    odd = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4), sltt.LIF(), nn.Flatten(), nn.Linear(32, 3))
+    with pytest.raises(ValueError, match=r"1 \(AdaptiveAvgPool2d\), whose windows have several sizes"):
+        to_c(odd, torch.randn(2, 2, 1, 8, 8), tmp_path / "a")
+
+
+def test_bad_input_is_refused_with_the_remedy(tmp_path):
+    model, x = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3)), torch.randn(4, 2, 6)
+
+    def refused(message, *args, **kwargs):
+        with pytest.raises(ValueError, match=message):
+            to_c(*args, **{"folder": tmp_path / "a", **kwargs})
+        assert not (tmp_path / "a").exists()
+
+    refused("name must be a name in C, of letters, digits and _, got '2d'; such as my_network", model, x, name="2d")
+    refused("got 'static'", model, x, name="static")
+    refused("exists: choose another folder", model, x, folder=tmp_path)
+    refused("steps must be at least 1, got 0", model, x[0], steps=0)
+    refused("at least one time step", model, x[:0])
+    refused(r"of 2 classes or more, got \[2, 1\]: train it", nn.Sequential(nn.Linear(6, 1), sltt.LIF()), x)
+    refused("weights must be one of 'float32', 'int8', got 'int4'", model, x, weights="int4")
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    refused(r"0 \(Linear\) has weights that are NaN or infinite: export a checkpoint", model, x)
+
+
+def test_changes_in_place_that_a_trace_does_not_show_are_refused(tmp_path):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.lif, self.head = nn.Linear(6, 6), sltt.LIF(v_threshold=0.1), nn.Linear(6, 3)
+
+        def forward(self, x):
+            y = self.one(x)
+            z = y
+            z += x
+            return self.head(self.lif(y))
+
+    with pytest.raises(ValueError, match=r"changes a tensor in place.*write z = z \+ x"):
+        to_c(InPlace(), torch.randn(2, 2, 6), tmp_path / "a")
+
+
+def test_integers_that_change_a_layer_are_named_in_a_warning(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), sltt.LIF(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[:, 0] = 100.0  # one large weight takes the scale of the channel: the others round to 0
+        model[0].weight[:, 1:] = 0.35
+    x = torch.rand(4, 20, 6) + 0.5
+    x[..., 0] = 0
+    to_c(model, x, tmp_path / "a", weights="int8")
+    assert "1 (LIF) falls silent in int8: it fires at a rate of 0, before" in caplog.text
+
+
+SMALL = ["--model.width", "4", "--epochs", "2", "--device", "cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["digits", "digits-events"])
+def test_the_command_exports_a_run_and_says_what_it_costs(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", recipe, *SMALL]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    capsys.readouterr()
+    assert main(["export", str(folder), "--to", "c"]) == 0
+    assert main(["export", str(folder), "--to", "c", "--out", "int8", "--name", "small", "--weights", "int8"]) == 0
+    shown = capsys.readouterr().out
+    for place, name in ((folder / "c", recipe.replace("-", "_")), (tmp_path / "int8", "small")):
+        assert re.search(rf"RAM +[\d,]+ bytes, sizeof\({name}_net\)", shown)
+        subprocess.run(["make", "-s"], cwd=place, check=True)
+        assert ("_event(" in (place / f"{name}.h").read_text()) == (recipe != "digits")
+    floats, integers = re.findall(r"accuracy +([\d.]+)% in C, ([\d.]+)% in PyTorch, on 143 validation samples", shown)
+    assert floats[0] == floats[1]
+    assert abs(float(integers[0]) - float(integers[1])) < 5
+    assert main(["export", str(folder), "--to", "c"]) == 1
+    assert "exists: choose another folder" in capsys.readouterr().err
+
+
+BIG = {
+    "vgg11": (lambda: sltt.models.vgg11(3, 10), (2, 2, 3, 32, 32)),
+    "resnet18": (lambda: sltt.models.resnet18(3, 10), (2, 2, 3, 16, 16)),
+    "nmnist": (lambda: sltt.models.VGG(((32,), (64,), (128,)), 2, 10, dropout=0.2), (3, 2, 2, 34, 34)),
+    "shd": (lambda: sltt.models.MLP([700, 256, 256, 20], lambda: sltt.PLIF(tau=10.0), 0.3), (10, 2, 700)),
+    "shd-recurrent": (
+        lambda: sltt.models.MLP([700, 256, 256, 20], lambda: sltt.PLIF(tau=10.0), 0.3, recurrent=True),
+        (10, 2, 700),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", BIG)
+def test_big_networks_give_the_same_logits_in_c(key, tmp_path):
+    make, shape = BIG[key]
+    model, x = make(), 2 * torch.rand(shape)
+    for _ in range(5):
+        sltt.unroll(model.train(), x)
+    for weights in ("float32", "int8"):
+        exported = to_c(model, x, tmp_path / weights, name="big", weights=weights)
+        flags = " ".join([*STRICT, "-O3"])
+        subprocess.run(["make", "-s", f"CFLAGS={flags}"], cwd=exported.folder, check=True)
+
+
+CORTEX = ["-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16", "--specs=rdimon.specs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_the_digits_run_on_a_cortex_m4(weights, tmp_path):
+    for program in ("arm-none-eabi-gcc", "qemu-system-arm"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    torch.manual_seed(0)
+    model, x = sltt.models.DigitsNet(width=16), torch.randn(8, 1, 8, 8)
+    for _ in range(20):
+        sltt.unroll(model.train(), x, steps=4)
+    to_c(model, x, tmp_path / "digits", name="digits", steps=4, weights=weights)
