@@ -30,7 +30,7 @@ def default_name(run: Path) -> str:
 def export(built: Any, splits: Splits, folder: Path, name: str, weights: Arithmetic, report: Console) -> None:
     """Write the network that a run built, and report its size, operations and accuracy."""
     samples, of = (splits.unaugmented, "training") if splits.validation is None else (splits.validation, "validation")
-    x, y = _batch(splits, samples, SEEN)
+    x = _batch(splits, samples, SEEN)[0]
     steps = built.steps if splits.static else None
     made = to_c(built.model, x, folder, name=name, steps=steps, weights=weights)
     report.line(f"written to {folder}: `make -C {folder}` tests it")
@@ -41,9 +41,7 @@ def export(built: Any, splits: Splits, folder: Path, name: str, weights: Arithme
         layers = synaptic_operations(built.model, x, steps=steps)
     sums = sum(layer.synaptic_operations for layer in layers) / built.steps
     energy = sum(op.synaptic_operations * (add if op.spiking else multiply) for op in layers) / built.steps
-    report.line(
-        f"operations   {sums:,.0f} a step of weights, {energy / 1000:.3g} nJ in a 45 nm process, without memory"
-    )
+    report.line(f"operations   {sums:,.0f} a step; {energy / 1000:.3g} nJ in a 45 nm process, memory not counted")
     if splits.classes is not None and not splits.per_step:
         before, after, count = _accuracies(built, splits, samples, made)
         report.line(f"accuracy     {after:.2%} in C, {before:.2%} in PyTorch, on {count} {of} samples")

@@ -323,7 +323,7 @@ def _fold(network: Network) -> None:
 
 
 def _add_lists(network: Network) -> None:
-    """Put a `Spread` behind spikes that not only weights and average pooling read, an `Active` before those of values."""
+    """Put a `Spread` behind spikes that others than weights and average pooling read; an `Active` before these two."""
     for op in network.neurons:
         others = [
             reader

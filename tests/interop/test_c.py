@@ -355,16 +355,62 @@ def test_big_networks_give_the_same_logits_in_c(key, tmp_path):
 
 
 CORTEX = ["-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16", "--specs=rdimon.specs"]
+PLACES = ["-Wl,--section-start=.vectors=0", "-Wl,-Ttext=0x10000", "-Wl,-Tdata=0x20000000", "-Wl,-e,start"]
+DRIVER = r"""
+#define main test_main
+#include "digits_test.c"
+#undef main
+#include <string.h>
+int main(void)
+{
+    for (int t = 0; t < SAMPLES * DIGITS_STEPS; t++) {
+        digits_logit got[DIGITS_CLASSES];
+        if (t % DIGITS_STEPS == 0)
+            digits_reset(&net);
+        digits_step(&net, inputs + t / DIGITS_STEPS * DIGITS_INPUTS, got);
+        for (int k = 0; k < DIGITS_CLASSES; k++) {
+            uint32_t bits;
+            memcpy(&bits, got + k, 4);
+            printf("%08lx\n", (unsigned long)bits);
+        }
+    }
+    return test_main();
+}
+"""
+START = r"""
+#include <stdint.h>
+extern void _start(void);
+void start(void);
+void start(void)
+{
+    *(volatile uint32_t *)0xE000ED88 |= 0xF << 20; /* the floating-point unit */
+    _start();
+}
+__attribute__((section(".vectors"), used)) static const void *vectors[] = {(void *)0x20400000, (void *)start};
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["float32", "int8"])
-def test_the_digits_run_on_a_cortex_m4(weights, tmp_path):
+def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
     for program in ("arm-none-eabi-gcc", "qemu-system-arm"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    torch.manual_seed(0)
     model, x = sltt.models.DigitsNet(width=16), torch.randn(8, 1, 8, 8)
     for _ in range(20):
         sltt.unroll(model.train(), x, steps=4)
-    to_c(model, x, tmp_path / "digits", name="digits", steps=4, weights=weights)
+    folder = to_c(model, x, tmp_path / "digits", name="digits", steps=4, weights=weights).folder
+    (folder / "driver.c").write_text(DRIVER)
+    (folder / "start.c").write_text(START)
+    here, there = ["./here"], ["qemu-system-arm", "-M", "mps2-an386", "-nographic", "-semihosting", "-kernel", "there"]
+    files = ["driver.c", "digits.c"]
+    subprocess.run(["gcc", *STRICT, "-o", "here", *files], cwd=folder, check=True)
+    arm = ["arm-none-eabi-gcc", "-std=c11", "-O3", *CORTEX, *PLACES, "-o", "there", "start.c", *files]
+    subprocess.run(arm, cwd=folder, check=True, capture_output=True)
+    shown = [
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120).stdout
+        for command in (here, there)
+    ]
+    assert shown[0] == shown[1]
+    assert "digits: 4 samples, 0 of 160 logits differ" in shown[0]
+    assert len(set(shown[0].splitlines())) > 20
