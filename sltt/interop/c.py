@@ -59,7 +59,7 @@ def to_c(
 
     Args:
         model: maps one time step [B, ...] to logits [B, classes].
-        example: a sequence [T, B, ...]; or, with `steps`, a static input [B, ...]. The first 4 samples become the test.
+        example: a sequence [T, B, ...]; or, with `steps`, a static input [B, ...]. 4 of the samples become the test.
         folder: to make for the files.
         name: what the names of files, functions and types begin with.
         steps: T for a static input.
@@ -82,7 +82,11 @@ def to_c(
     x = torch.stack([sequence.input(range(t, t + 1)) for t in range(sequence.steps)]).float().cpu()
     expected = unroll(copied(model).float().cpu().eval(), x)
     network = read(model, x[0], sequence.steps)
-    if not (network.unroll(x)[0] - expected[0]).abs().amax(1).amin() < 1e-3 * expected.abs().amax() + 1e-5:
+    margin = torch.empty(x.shape[1])
+    if (
+        not (network.unroll(x, margin=margin)[0] - expected[0]).abs().amax(1).amin()
+        < 1e-3 * expected.abs().amax() + 1e-5
+    ):
         raise ValueError(
             f"{type(model).__name__} changes a tensor in place, or does what its trace does not show: write z = z + x "
             "for z += x, and keep states in sltt's neurons"
@@ -91,12 +95,14 @@ def to_c(
         network = _quantised(network, x)
         expected = network.unroll(x)
     program = Program(network, name, events=not sequence.static)
-    given = x[:1, :VECTORS] if sequence.static else x[:, :VECTORS]
+    # floats are summed in another order than PyTorch's, which may change a spike where a potential meets its threshold
+    tested = margin.argsort(descending=True, stable=True)[:VECTORS]
+    given = x[:1, tested] if sequence.static else x[:, tested]
     given = network.whole(given) if network.integers else given
     files = {
         f"{name}.h": program.header(),
         f"{name}.c": program.source(),
-        f"{name}_test.c": _test(program, given, expected[:, :VECTORS]),
+        f"{name}_test.c": _test(program, given, expected[:, tested]),
         "Makefile": _MAKEFILE.replace("NAME", name),
         "README.md": _readme(program),
     }

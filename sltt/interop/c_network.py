@@ -130,6 +130,9 @@ class Fire(Operation):
         u = self._charge(self.decay, states.get("v", none + _channels(self.start)), x)
         threshold, raised = _channels(self.threshold), states.get("a", none)
         s = (u >= threshold + raised).to(u.dtype)
+        if "margin" in states:
+            apart = (u - threshold - raised).abs().flatten(1).amin(1)
+            states["margin"] = torch.minimum(states["margin"], apart)
         states["v"] = u * (1 - s) if self.hard else u - threshold * s
         if self.adaptation is not None and self.rise is not None:
             states["a"] = self._charge(self.adaptation, raised, _channels(self.rise) * s)
@@ -231,15 +234,16 @@ class Network:
         return (x.double() / self.input_scale).round().clamp(-127, 127)
 
     @torch.no_grad()
-    def unroll(self, x: Tensor, rates: dict[str, float] | None = None) -> Tensor:
+    def unroll(self, x: Tensor, rates: dict[str, float] | None = None, margin: Tensor | None = None) -> Tensor:
         """Run sequences [T, B, ...] by plain operations of PyTorch, and return the logits [T, B, classes].
 
-        Integers are computed in float64, which holds each of them exactly. With `rates`, the firing rate of each layer
-        of neurons is written there.
+        Integers are computed in float64, which holds each of them exactly. `rates` takes the firing rate of each layer
+        of neurons, `margin` [B] how near any potential came to its threshold.
         """
         x = self.whole(x) if self.integers else x.float()
         values: dict[Value, Tensor] = {}
-        states: dict[Operation, dict[str, Tensor]] = {op: {} for op in self.operations}
+        start = {} if margin is None else {"margin": torch.full_like(margin, torch.inf)}
+        states: dict[Operation, dict[str, Tensor]] = {op: dict(start) for op in self.operations}
         fired = {op.name: 0.0 for op in self.neurons}
         logits = []
         for frame in x:
@@ -252,6 +256,8 @@ class Network:
             logits.append(values[self.output].flatten(1))
         if rates is not None:
             rates.update(fired)
+        if margin is not None:
+            margin.copy_(torch.stack([states[op]["margin"] for op in self.operations]).amin(0))
         return torch.stack(logits)
 
 

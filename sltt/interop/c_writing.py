@@ -1,6 +1,5 @@
 """Write the operations of a network as C11: a struct of the state, constant weights, a function a kind of layer."""
 
-import keyword
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,41 +16,15 @@ _TYPES = {
     "int8": {"number": "int32_t", "weight": "int8_t", "factor": "int16_t"},
 }
 _BYTES = {"float": 4, "int32_t": 4, "int16_t": 2, "uint16_t": 2, "int8_t": 1}
-_RESERVED = {
-    "auto",
-    "break",
-    "case",
-    "char",
-    "const",
-    "default",
-    "do",
-    "double",
-    "enum",
-    "extern",
-    "float",
-    "goto",
-    "int",
-}
-_RESERVED |= {
-    "inline",
-    "long",
-    "register",
-    "restrict",
-    "short",
-    "signed",
-    "sizeof",
-    "static",
-    "struct",
-    "switch",
-    "void",
-}
-_RESERVED |= {"typedef", "union", "unsigned", "volatile", "net", "input", "logits", "list", "in", "out", "main"}
+_KEYWORDS = """auto break case char const continue default do double else enum extern float for goto if inline int long
+register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while"""
+_TAKEN = {*re.findall(r"\w+", _KEYWORDS), "net", "input", "logits"}  # by what the functions are written of
 
 
 def is_name(name: Any) -> bool:
     """Return whether a name can begin those of C's functions."""
     plain = isinstance(name, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) is not None
-    return plain and name not in _RESERVED and not keyword.iskeyword(name)
+    return plain and not re.search(rf"\b{name}\b", _KEYWORDS)
 
 
 @dataclass
@@ -352,7 +325,7 @@ def _parts() -> dict[str, tuple[list[str], str]]:
 
 def _identifiers(operations: Iterable[Operation]) -> dict[Operation, str]:
     """Give each operation a name in C."""
-    reserved = _RESERVED | {name.split()[0] for name in _parts()}
+    reserved = _TAKEN | {name.split()[0] for name in _parts()}
     found: dict[Operation, str] = {}
     for op in operations:
         path = re.sub(r"\W", "_", op.name.split(" (")[0] if op.name.split(" (")[0] != "the model" else "model")

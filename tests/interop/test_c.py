@@ -75,6 +75,10 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], int | None]]:
         name: (nn.Sequential(nn.Linear(12, 16), neuron, nn.Linear(16, 3)), (8, 4, 12), None)
         for name, neuron in NEURONS.items()
     }
+    above = nn.Sequential(nn.Linear(12, 16), NEURONS["LIF above"], nn.Linear(16, 3))
+    for parameter in above[0].parameters():
+        parameter.data = (16 * parameter.data).round() / 8  # with whole inputs, potentials meet the threshold often
+    found["LIF above"] = above, (8, 4, 12), None
     conv = functools.partial(nn.Conv2d, bias=False)
     grouped = [nn.Conv2d(2, 8, 3, stride=2, padding=1, groups=2), nn.MaxPool2d(3, 2, padding=1), nn.BatchNorm2d(8)]
     grouped += [
@@ -107,6 +111,17 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], int | None]]:
     return found
 
 
+def settle(model: nn.Module, x: torch.Tensor, steps: int | None = None) -> None:
+    """Run a network until all BatchNorms have statistics with which the neurons behind them fire."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = 0.5
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+            module.weight.data[::4] *= -1
+    for _ in range(20):
+        sltt.unroll(model.train(), x, steps=steps)
+
+
 @dataclass
 class Case:
     model: nn.Module
@@ -121,9 +136,8 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("c")
     cases = {}
     for i, (key, (model, shape, steps)) in enumerate(networks().items()):
-        x = 2 * torch.rand(shape) if "events" not in key else torch.randint(0, 4, shape).float()
-        for _ in range(20):
-            sltt.unroll(model.train(), x, steps=steps)  # statistics of BatchNorm with which neurons fire
+        x = 2 * torch.rand(shape) if key not in ("events", "LIF above") else torch.randint(0, 4, shape).float()
+        settle(model, x, steps)
         whole = x if steps is None else x.expand(steps, *x.shape)
         for weights in ("float32", "int8"):
             name = f"n{i}_{weights}"
@@ -330,13 +344,13 @@ def test_the_command_exports_a_run_and_says_what_it_costs(recipe, tmp_path, monk
 
 
 BIG = {
-    "vgg11": (lambda: sltt.models.vgg11(3, 10), (2, 2, 3, 32, 32)),
-    "resnet18": (lambda: sltt.models.resnet18(3, 10), (2, 2, 3, 16, 16)),
-    "nmnist": (lambda: sltt.models.VGG(((32,), (64,), (128,)), 2, 10, dropout=0.2), (3, 2, 2, 34, 34)),
-    "shd": (lambda: sltt.models.MLP([700, 256, 256, 20], lambda: sltt.PLIF(tau=10.0), 0.3), (10, 2, 700)),
+    "vgg11": (lambda: sltt.models.vgg11(3, 10), (2, 8, 3, 24, 24)),
+    "resnet18": (lambda: sltt.models.resnet18(3, 10), (2, 8, 3, 16, 16)),
+    "nmnist": (lambda: sltt.models.VGG(((32,), (64,), (128,)), 2, 10, dropout=0.2), (3, 8, 2, 34, 34)),
+    "shd": (lambda: sltt.models.MLP([700, 256, 256, 20], lambda: sltt.PLIF(tau=10.0), 0.3), (10, 8, 700)),
     "shd-recurrent": (
         lambda: sltt.models.MLP([700, 256, 256, 20], lambda: sltt.PLIF(tau=10.0), 0.3, recurrent=True),
-        (10, 2, 700),
+        (10, 8, 700),
     ),
 }
 
@@ -346,8 +360,10 @@ BIG = {
 def test_big_networks_give_the_same_logits_in_c(key, tmp_path):
     make, shape = BIG[key]
     model, x = make(), 2 * torch.rand(shape)
-    for _ in range(5):
-        sltt.unroll(model.train(), x)
+    settle(model, x)
+    with sltt.analysis.firing_rates(model.eval()) as rates:
+        sltt.unroll(model, x)
+    assert all(0.05 < rate < 0.5 for rate in rates.by_layer().values())
     for weights in ("float32", "int8"):
         exported = to_c(model, x, tmp_path / weights, name="big", weights=weights)
         flags = " ".join([*STRICT, "-O3"])
@@ -397,8 +413,7 @@ def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
     model, x = sltt.models.DigitsNet(width=16), torch.randn(8, 1, 8, 8)
-    for _ in range(20):
-        sltt.unroll(model.train(), x, steps=4)
+    settle(model, x, 4)
     folder = to_c(model, x, tmp_path / "digits", name="digits", steps=4, weights=weights).folder
     (folder / "driver.c").write_text(DRIVER)
     (folder / "start.c").write_text(START)

@@ -1,0 +1,125 @@
+"""Time of a sample in C on this machine, over the firing rate, beside `sltt.unroll` and ONNX Runtime.
+
+    python benchmarks/microcontroller.py [RUN]
+
+The network is that of the digits, one sample at a time, on one thread; RUN is a trained one. Thresholds are raised and
+lowered for other rates. The logits are compared before anything is timed.
+"""
+
+import ctypes
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import sltt
+from sltt.interop import to_c, to_onnx
+from sltt.interop.c import Exported, pixels_first
+
+FLAGS = ("-O3", "-O3 -march=native")
+STEPS = 4
+THRESHOLDS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+
+
+def seconds(call: Callable[[], Any], turns: int = 7) -> float:
+    """Return the median over turns of a tenth of a second of the mean time of a call, after a warm-up."""
+    call()
+    found = []
+    for _ in range(turns):
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < 0.1:
+            call()
+            count += 1
+        found.append((time.perf_counter() - began) / count)
+    return statistics.median(found)
+
+
+def in_c(exported: Exported, name: str, x: Tensor, flags: str) -> tuple[Callable[[], Any], np.ndarray]:
+    """Compile a network; return a call that runs x [1, ...] for all steps, and where it leaves the last logits."""
+    library = exported.folder / f"{flags.replace(' ', '')}.so"
+    command = ["gcc", "-std=c11", *flags.split(), "-fPIC", "-shared", "-o", str(library), f"{name}.c"]
+    subprocess.run(command, cwd=exported.folder, check=True)
+    code, kind = ctypes.CDLL(str(library)), np.int32 if exported.network.integers else np.float32
+    given = exported.network.whole(x[None]) if exported.network.integers else x[None]
+    arrays = [
+        np.zeros(exported.ram // 4, np.int32),
+        np.ascontiguousarray(pixels_first(exported.network, given).numpy().astype(kind)),
+        np.zeros(exported.network.output.size, kind),
+    ]
+    places = [a.ctypes.data_as(ctypes.c_void_p) for a in arrays]
+    reset, step = getattr(code, f"{name}_reset"), getattr(code, f"{name}_step")
+
+    def run(arrays: list[np.ndarray] = arrays) -> None:
+        reset(places[0])
+        for _ in range(STEPS):
+            step(*places)
+
+    return run, arrays[2]
+
+
+def in_onnx_runtime(model: nn.Module, x: Tensor, path: Path) -> Callable[[], np.ndarray]:
+    """Return a call that runs the exported step on x [1, ...] for all steps, and gives the last logits."""
+    import onnxruntime  # pyright: ignore[reportMissingImports]
+
+    first = to_onnx(model, x, path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    shapes = {i.name: [1, *i.shape[1:]] for i in session.get_inputs()}
+    start = {name: np.full(shapes[name], value, np.float32) for name, value in first.items()}
+
+    def run() -> np.ndarray:
+        states, logits = start, None
+        for _ in range(STEPS):
+            logits, *after = session.run(None, {"x": x.numpy(), **states})
+            states = dict(zip(start, after, strict=True))
+        assert logits is not None
+        return logits
+
+    return run
+
+
+def main() -> None:
+    """Print the table."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = sltt.load(sys.argv[1]) if len(sys.argv) > 1 else sltt.models.DigitsNet().eval()
+    digits = sltt.data.Digits().splits(STEPS)
+    assert digits.test is not None
+    x, _ = digits.collate([digits.test[i] for i in range(64)])
+    print(f"microseconds for a sample of {STEPS} steps; median of 7 turns; gcc; one thread")
+    print("| threshold | firing rate | unroll | ONNX Runtime | " + " | ".join(f"{w}, {f}" for w in ("float32", "int8") for f in FLAGS) + " |")  # fmt: skip
+    print("| --- " * (4 + 2 * len(FLAGS)) + "|")
+    for threshold in THRESHOLDS:
+        for neuron in model.modules():
+            if isinstance(neuron, sltt.LIF):
+                neuron.v_threshold = threshold
+        with sltt.analysis.firing_rates(model) as rates:
+            sltt.unroll(model, x[:1], steps=STEPS)
+        one = x[:1]
+        expected = sltt.unroll(model, one, steps=STEPS)[-1, 0]
+        with tempfile.TemporaryDirectory() as folder:
+            run = in_onnx_runtime(model, one, Path(folder) / "step.onnx")
+            torch.testing.assert_close(torch.from_numpy(run())[0], expected, rtol=1e-3, atol=1e-3)
+            times = [seconds(lambda: sltt.unroll(model, one, steps=STEPS)), seconds(run)]
+            for weights in ("float32", "int8"):
+                exported = to_c(model, x, Path(folder) / weights, name="net", steps=STEPS, weights=weights)
+                for flags in FLAGS:
+                    call, logits = in_c(exported, "net", one, flags)
+                    call()
+                    reference = exported.network.unroll(one.expand(STEPS, *one.shape))[-1, 0]
+                    torch.testing.assert_close(torch.from_numpy(logits).to(reference), reference, rtol=1e-4, atol=1e-4)
+                    times.append(seconds(call))
+        print(f"| {threshold} | {rates.mean():.3f} | " + " | ".join(f"{1e6 * t:.0f}" for t in times) + " |")
+
+
+if __name__ == "__main__":
+    main()
