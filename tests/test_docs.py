@@ -29,6 +29,7 @@ MEASURES = [
 
 
 PAGES = ["interop", "quickstart", "own-network", "own-neuron", "own-data", "own-task", "own-loop", "own-rule", "rules"]
+PAGES.append("to-a-microcontroller")
 
 
 @pytest.mark.slow

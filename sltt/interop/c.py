@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sltt import checks
 from sltt.interop.c_integers import in_integers
-from sltt.interop.c_network import Network
+from sltt.interop.c_network import Active, Network, Spread
 from sltt.interop.c_reading import read
 from sltt.interop.c_writing import Program, is_name, listed
 from sltt.rules import unroll
@@ -213,7 +213,8 @@ def _readme(program: Program) -> str:
             f"/* for each event of this step: */ {name}_event(&net, {where});\n"
             f"    {name}_tick(&net, logits);   /* or {name}_step(&net, frame, logits) with a whole frame */"
         )
-    layers = "\n".join(f"* {op.name}: {' × '.join(map(str, op.output.shape))}" for op in network.operations)
+    computed = [op for op in network.operations if not isinstance(op, Active | Spread)]
+    layers = "\n".join(f"* {op.name}: {' × '.join(map(str, op.output.shape))}" for op in computed)
     return f"""# {name}
 
 A trained spiking network in C11. `{name}.c` needs `{name}.h`, `<stdint.h>` and `<string.h>`, and allocates nothing.

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sltt.interop.c_buffers import plan
 from sltt.interop.c_network import LIMIT, Active, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
 
 _TYPES = {
@@ -25,23 +25,6 @@ def is_name(name: Any) -> bool:
     """Return whether a name can begin those of C's functions."""
     plain = isinstance(name, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) is not None
     return plain and not re.search(rf"\b{name}\b", _KEYWORDS)
-
-
-@dataclass
-class Buffer:
-    """An array of the struct that values pass through.
-
-    Attributes:
-        name: in the struct.
-        spikes: it holds a list of indices.
-        size: how many values fit.
-        until: the last operation that reads what is in it.
-    """
-
-    name: str
-    spikes: bool
-    size: int
-    until: float
 
 
 class Program:
@@ -65,7 +48,7 @@ class Program:
         self.names = _identifiers(network.operations)
         parameters = [(name, tensor) for op in network.neurons for name, tensor in op.arrays().items()]
         self.each = {name for name, tensor in parameters if len(tensor) > 1} - {"start"}  # those given by channel
-        self.buffers, self.places = _buffers(network)
+        self.buffers, self.places = plan(network)
         self.fields = self._fields()
         self.steps = [line for op in network.operations for line in self._call(op)]
         self.resets = [line for op in network.neurons for line in self._start(op)]
@@ -152,16 +135,17 @@ void {name}_tick({name}_net *net, {name}_logit *logits);
 
     def _events(self) -> str:
         name, (channels, height, width) = self.name, self.network.input.shape
-        full = f"net->events[i] < {127 if self.network.integers else '16777216.0f'}"
+        one = max(round(1 / self.network.input_scale), 1)  # an event, in units of the input
+        full = f"net->events[i] <= {127 - one if self.network.integers else '16777215.0f'}"
         if (height, width) == (1, 1):
-            head = f"int i)\n{{\n    if (i >= 0 && i < {channels} && {full})\n        net->events[i] += 1;"
+            head = f"int i)\n{{\n    if (i >= 0 && i < {channels} && {full})\n        net->events[i] += {one};"
         else:
             head = f"""int x, int y, int polarity)
 {{
     const int i = (y * {width} + x) * {channels} + polarity;
 
     if (x >= 0 && x < {width} && y >= 0 && y < {height} && polarity >= 0 && polarity < {channels} && {full})
-        net->events[i] += 1;"""
+        net->events[i] += {one};"""
         return f"""void {name}_event({name}_net *net, {head}
 }}
 
@@ -324,46 +308,20 @@ def _parts() -> dict[str, tuple[list[str], str]]:
 
 
 def _identifiers(operations: Iterable[Operation]) -> dict[Operation, str]:
-    """Give each operation a name in C."""
-    reserved = _TAKEN | {name.split()[0] for name in _parts()}
+    """Give each operation a name in C, of its layer's."""
+    code = "".join(text for _, text in _parts().values())
+    reserved = _TAKEN | {*re.findall(r"(\w+)\(", code), *re.findall(r"(\w+);", code)}
     found: dict[Operation, str] = {}
     for op in operations:
-        path = re.sub(r"\W", "_", op.name.split(" (")[0] if op.name.split(" (")[0] != "the model" else "model")
-        path = f"layer_{path}" if not path[:1].isalpha() or path in reserved else path
-        name, n = path, 2
-        while name in reserved:
-            name, n = f"{path}_{n}", n + 1
-        found[op] = name
-        reserved.add(name)
+        if not isinstance(op, Active | Spread):  # which have no constants
+            path = re.sub(r"\W", "_", op.name.split(" (")[0])
+            path = f"layer_{path}" if not path[:1].isalpha() or path in reserved else path
+            name, n = path, 2
+            while name in reserved:
+                name, n = f"{path}_{n}", n + 1
+            found[op] = name
+            reserved.add(name)
     return found
-
-
-def _buffers(network: Network) -> tuple[list[Buffer], dict[Value, Buffer]]:
-    """Give each value a buffer; one serves several values whose times do not overlap."""
-    operations = network.operations
-    last = {value: i for i, op in enumerate(operations) for value in op.inputs}
-    buffers: list[Buffer] = []
-    places: dict[Value, Buffer] = {}
-    for i, op in enumerate(operations):
-        value = op.output
-        kept = any(value in before.inputs for before in operations[: i + 1])  # read in the next step
-        until = float("inf") if kept else last.get(value, i)
-        if value is network.output:
-            continue
-        free = [b for b in buffers if b.until < i and b.spikes == value.spikes and not kept]
-        if isinstance(op, Affine | Sum):  # in place of an input that nobody reads any more
-            ours = [places[x] for x in op.inputs if x in places and places[x].until == i and not x.spikes]
-            free = ours or free
-        if free:
-            buffer = min(free, key=lambda b: (b.size < value.size, abs(b.size - value.size)))
-            buffer.size = max(buffer.size, value.size)
-        else:
-            count = sum(b.spikes == value.spikes for b in buffers)
-            buffer = Buffer(f"{'spikes' if value.spikes else 'values'}{count}", value.spikes, value.size, until)
-            buffers.append(buffer)
-        buffer.until = until
-        places[value] = buffer
-    return buffers, places
 
 
 def _literal(value: Tensor, kind: str) -> str:

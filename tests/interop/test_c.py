@@ -108,6 +108,9 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], int | None]]:
             None,
         ),
     }
+    far = nn.Sequential(nn.Linear(4096, 4, bias=False), sltt.IF(), nn.Linear(4, 3))
+    far[0].weight.data = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 4096).contiguous()
+    found["potentials that reach the limit"] = far, (40, 1, 4096), None
     return found
 
 
@@ -137,6 +140,7 @@ def compiled(tmp_path_factory):
     cases = {}
     for i, (key, (model, shape, steps)) in enumerate(networks().items()):
         x = 2 * torch.rand(shape) if key not in ("events", "LIF above") else torch.randint(0, 4, shape).float()
+        x = torch.full(shape, 1.5) if "limit" in key else x
         settle(model, x, steps)
         whole = x if steps is None else x.expand(steps, *x.shape)
         for weights in ("float32", "int8"):
@@ -344,7 +348,7 @@ def test_the_command_exports_a_run_and_says_what_it_costs(recipe, tmp_path, monk
 
 
 BIG = {
-    "vgg11": (lambda: sltt.models.vgg11(3, 10), (2, 8, 3, 24, 24)),
+    "vgg11": (lambda: sltt.models.vgg11(3, 10), (2, 6, 3, 32, 32)),
     "resnet18": (lambda: sltt.models.resnet18(3, 10), (2, 8, 3, 16, 16)),
     "nmnist": (lambda: sltt.models.VGG(((32,), (64,), (128,)), 2, 10, dropout=0.2), (3, 8, 2, 34, 34)),
     "shd": (lambda: sltt.models.MLP([700, 256, 256, 20], lambda: sltt.PLIF(tau=10.0), 0.3), (10, 8, 700)),
