@@ -364,6 +364,7 @@ BIG = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the compiler takes a minute for ten million weights
 @pytest.mark.parametrize("key", BIG)
 def test_big_networks_give_the_same_logits_in_c(key, tmp_path):
     make, shape = BIG[key]
