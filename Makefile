@@ -60,10 +60,8 @@ figures: .venv/installed
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python docs/draw_memory.py
 	$(BIN)/python docs/draw_rules.py
-	for name in resnet18-t6 resnet18-over-t; do \
-		$(BIN)/python benchmarks/figure.py docs/results/$$name.json docs/figures/$$name.png; done
 	$(BIN)/python benchmarks/recall_figure.py --steps 16 --rules SLTT
-	$(BIN)/python benchmarks/paper_map.py
+	$(BIN)/python docs/draw_map.py
 
 gallery: .venv/installed-dev demo
 	cp runs/demo/report/report.html docs/demo/

@@ -131,15 +131,6 @@ def calibration(cases: Sequence[Case]) -> list[list[str]]:
     return rows
 
 
-def map_advice(results: Path) -> str:
-    """What `sltt agreement` says in the fields of the map, and whether it is right."""
-    rows = [
-        [str(T), f"{tau:g}", *judged(case), shown(said), verdict(said, [case])]
-        for (T, tau), (said, case) in fields(results).items()
-    ]
-    return markdown(["T", "τ", *JUDGED, "advice", "it is"], rows)
-
-
 def advice(results: Path) -> str:
     """What `sltt agreement` says on the tasks, and whether it is right."""
     rows = []
@@ -148,7 +139,7 @@ def advice(results: Path) -> str:
         of_traces = judged(others[0])[1:] if others else ["", ""]
         cells = [*judged(first), *of_traces, shown(said), verdict(said, [first, *others])]
         rows.append([task, str(first.trial.epochs), *cells])
-    return markdown(["task", "epochs", *JUDGED, "OTTT's share", "OTTT loses", "advice", "it is"], rows)
+    return markdown(["task", "epochs", *JUDGED, "OTTT's share", "OTTT loses", "advice", "verdict"], rows)
 
 
 def calibrated(results: Path) -> str:
@@ -158,4 +149,4 @@ def calibrated(results: Path) -> str:
     return markdown(["a rule is advised where", "right", "BPTT is not needed", "wrong"], rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"advice": advice, "map-advice": map_advice, "calibration": calibrated}
+TABLES: dict[str, Callable[[Path], str]] = {"advice": advice, "calibration": calibrated}

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import statistics
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -36,7 +35,7 @@ def by(rows: Iterable[Row], key: str) -> dict[Any, Row]:
 
 
 def runs(results: Path, name: str) -> dict[str, list[list[Row]]]:
-    """The epochs of each seed, by rule, in a CSV that results.py wrote."""
+    """The epochs of each seed, by rule, in a CSV of runs."""
     with (results / f"{name}.csv").open() as file:
         found = grouped(csv.DictReader(file), "rule")
     return {rule: list(grouped(rows, "seed").values()) for rule, rows in found.items()}
@@ -61,14 +60,6 @@ def seeds(results: Path, name: str) -> dict[str, list[float]]:
     """The same in a CSV of runs."""
     found = runs(results, name)
     return {shown(rule): [float(epochs[-1]["test_accuracy"]) for epochs in of] for rule, of in found.items()}
-
-
-def seconds(results: Path, name: str) -> dict[str, float]:
-    """Median seconds of an epoch of each rule, in a CSV of runs."""
-    return {
-        shown(rule): statistics.median(float(row["seconds"]) for epochs in of for row in epochs)
-        for rule, of in runs(results, name).items()
-    }
 
 
 def shown(rule: str) -> str:

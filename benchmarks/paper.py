@@ -25,12 +25,10 @@ from typing import Any
 
 import torch
 from advice_tables import advised
-from paper_map import FIGURE, draw
 from peer_workers import hardware
+from runs import in_turns, saved
 from tables import DOCS, fill
 from torch import nn
-from trainings import saved
-from turns import in_turns
 
 import sltt
 from sltt.analysis import Agreement, agreement, count_operations, peak_memory
@@ -59,7 +57,6 @@ COMMANDS = {
     "cifar10-stage-1": f"compare {CIFAR10} --steps 1 --epochs 4 --seeds 3 --rules SLTT",
     "cifar10-stages": f"compare {CIFAR10} --epochs 4 --seeds 3 --rules SLTT,SLTT:k=1 {CIFAR10_STAGES}",
     "cifar10-stage-2": f"compare {CIFAR10} --epochs 4 --seeds 3 --rules SLTT",
-    "training-digits": "compare digits --epochs 10 --seeds 3 --rules BPTT,SLTT,SLTT:k=1",
     "k-digits": "compare digits --steps 6 --epochs 6 --seeds 3 --rules BPTT,SLTT,"
     "SLTT:k=5,SLTT:k=4,SLTT:k=3,SLTT:k=2,SLTT:k=1",
     "stage-1-alone": "compare digits --steps 1 --epochs 6 --seeds 3 --rules SLTT",
@@ -253,7 +250,6 @@ def train(names: Sequence[str], runs: Path, data: Path | None) -> None:
         if name in MAP:
             tau = float(name.rpartition("tau")[2])
             record("map", MAP, name, {"T": found["steps"], "tau": tau, "rows": shortened(found)["rows"]})
-            draw(FIGURE, RESULTS)
         elif name in ADVICE:
             record("advice", ADVICE, name, advised(found["rows"][0]))
         else:

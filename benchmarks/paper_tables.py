@@ -7,9 +7,9 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
-from cells import Row, accuracies, by, compared, grouped, load, markdown, seconds, seeds, tasks
+from cells import accuracies, by, compared, grouped, load, markdown, seeds, tasks
+from runs import quotient, spread
 from scipy.stats import t as student
-from turns import quotient, spread
 
 from sltt.commands.fscil import SCORES, percent
 from sltt.commands.results import scores_text
@@ -83,28 +83,6 @@ def k(results: Path) -> str:
     return over_k({name: {rule: scores_text(one) for rule, one in reached.items()} for name, reached in of.items()})
 
 
-def k_time(results: Path) -> str:
-    """Seconds of an epoch of SLTT-K over K, beside those of BPTT."""
-    of = {
-        "the digits, T = 6": times(compared(results, "k-digits")),
-        "the digits' events, T = 9": times(tasks(results, "digits-events")),
-        "N-MNIST, T = 10": seconds(results, "nmnist"),
-        "CIFAR-10, no leak, T = 4": seconds(results, "cifar10-rules"),
-    }
-    return over_k({name: beside_bptt(took) for name, took in of.items()})
-
-
-def beside_bptt(took: dict[str, float]) -> dict[str, str]:
-    """BPTT's seconds, and those of the other rules divided by them."""
-    bptt = took["BPTT"]
-    return {rule: f"{one:.1f} s" if rule == "BPTT" else f"{one / bptt:.2f}" for rule, one in took.items()}
-
-
-def times(rows: dict[str, Row]) -> dict[str, float]:
-    """Seconds of an epoch of each rule."""
-    return {rule: row["seconds"] for rule, row in rows.items()}
-
-
 def over_k(cells: dict[str, dict[str, str]]) -> str:
     """A line for each data, a column for each K, and BPTT."""
     rows = [[name, *(of.get(rule, "") for rule in (*K, "BPTT"))] for name, of in cells.items()]
@@ -152,24 +130,17 @@ def time(results: Path) -> str:
     return f"{found['hardware']}, medians of {len(found['rows'][0]['seconds'])} turns:\n\n{table}"
 
 
-def gradients(results: Path, name: str) -> str:
-    """Cosine of SLTT's gradient with BPTT's over τ, T and epochs; and that of the layer where it is least."""
-    rows = []
-    for row in load(results, f"paper/gradients-{name}")["rows"]:
-        one = row["agreement"][0]
-        least, layer = min((cosine, layer) for layer, (cosine, _) in one["layers"].items() if cosine is not None)
-        cells = [f"{row['tau']:g}", str(row["steps"]), str(row["epochs"]), f"{one['cosine']:.3f}"]
-        rows.append([*cells, f"{one['norm_ratio']:.2f}", f"{least:.3f} (`{layer}`)"])
-    return markdown(["τ", "T", "epochs", "cosine", "norm / BPTT", "least of a layer"], rows)
+GRADIENTS = {"nmnist": "N-MNIST", "cifar10": "CIFAR-10, ResNet-18", "cifar10-training": "CIFAR-10, small network"}
 
 
-def trained_cosines(results: Path) -> str:
-    """Cosines after the training of the tasks."""
-    rules, rows = ["SLTT", "OTTT"], []
-    for name in ("digits", "digits-events", "sequential-digits", "recall"):
-        found = tasks(results, name)
-        rows.append([f"`{name}`", *(f"{found[rule]['cosine']:.3f}" if rule in found else "" for rule in rules)])
-    return markdown(["recipe", *rules], rows)
+def gradients(results: Path) -> str:
+    """Cosine of SLTT's gradient with BPTT's over τ, T and epochs."""
+    lines, taus = [], ("1.1", "2", "5")
+    for name, label in GRADIENTS.items():
+        for (epochs, steps), of in grouped(load(results, f"paper/gradients-{name}")["rows"], "epochs", "steps").items():
+            cosines = {f"{row['tau']:g}": row["agreement"][0]["cosine"] for row in of}
+            lines.append([label, str(steps), str(epochs), *(f"{cosines[tau]:.3f}" for tau in taus)])
+    return markdown(["data", "T", "epochs", *(f"τ = {tau}" for tau in taus)], lines)
 
 
 def stages(results: Path, prefix: str, first: int, second: int, steps: int) -> str:
@@ -189,26 +160,24 @@ def stages(results: Path, prefix: str, first: int, second: int, steps: int) -> s
     return markdown(["training", "rule", "test accuracy"], rows)
 
 
-def few_shots(results: Path, name: str) -> str:
-    """Scores, and the mean accuracy after each session."""
-    found = compared(results, f"fscil-{name}")
+def few_shots(results: Path) -> str:
+    """Scores of each rule, and of the mean of the pixels."""
     rows = []
-    for rule, row in found.items():
-        after = " ".join(f"{100 * statistics.mean(one):.1f}" for one in zip(*row["accuracies"], strict=True))
-        rows.append([rule, *(percent(row[score]) for score in SCORES), after])
-    return markdown(["rule", *SCORES.values(), "after each session"], rows)
+    for name, label in {"digits": "digits", "nmnist": "N-MNIST", "cifar10": "CIFAR-10"}.items():
+        for rule, row in compared(results, f"fscil-{name}").items():
+            if rule != "chance":
+                rows.append([label, rule, *(percent(row[score]) for score in SCORES)])
+    return markdown(["data", "rule", *SCORES.values()], rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "k": k,
-    "k-time": k_time,
     "operations": operations,
     "paper-memory": memory,
     "paper-time": time,
-    **{f"gradients-{name}": partial(gradients, name=name) for name in ("nmnist", "cifar10", "cifar10-training")},
-    "trained-cosines": trained_cosines,
+    "gradients": gradients,
     "stages": partial(stages, prefix="", first=6, second=2, steps=6),
     "stages-cifar10": partial(stages, prefix="cifar10-", first=3, second=1, steps=4),
-    **{f"few-shots-{name}": partial(few_shots, name=name) for name in ("digits", "nmnist", "cifar10")},
+    "few-shots": few_shots,
 }

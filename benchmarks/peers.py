@@ -3,10 +3,8 @@
     pip install '.[bench]'
     python benchmarks/peers.py [--network resnet18|vgg11|vgg11-max|shd|digits] [--steps 6] [--cases "NAME;…"]
                                [--batch N] [--threads N] [--avx2] [--clock wall|process] [--times]
-                               [--repeats 7] [--limit 1800] [--json FILE] [--figure FILE]
-    python benchmarks/peers.py --steps 4,16,64 --cases "SLTT;BPTT;SpikingJelly SLTT;SpikingJelly BPTT" \
-                               --json FILE --figure FILE
-    python benchmarks/figure.py JSON FIGURE   # of what a run has written so far
+                               [--repeats 7] [--limit 1800] [--json FILE]
+    python benchmarks/peers.py --steps 4,16,64 --cases "SLTT;BPTT;SpikingJelly SLTT;SpikingJelly BPTT" --json FILE
 
 The JSON is written after each T, and the same command goes on where it stopped. A case that runs out of memory, or
 needs more than `--limit` seconds for one answer, is left out of the rest, and the others go on.
@@ -42,7 +40,7 @@ from peer_cases import CASES, NETWORKS
 from peer_workers import EndedError, Setting, start
 from rich.console import Console
 from rich.table import Table
-from turns import quotient
+from runs import quotient
 
 from sltt.training.console import megabytes
 
@@ -163,23 +161,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one answer of a case")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     if options.clock == "process" and options.threads > 1:
         raise SystemExit("--clock process is the time of one thread: add --threads 1")
-    if options.figure and options.times:
-        raise SystemExit("the figure shows memory: leave --times out")
     names = options.cases.split(";") if options.cases else list(CASES)
     if unknown := [name for name in names if name not in CASES]:
         raise SystemExit(f"unknown cases {unknown}; known: {'; '.join(CASES)}")
     steps = [int(n) for n in options.steps.split(",")]
     setting = Setting(options.network, steps[0], options.batch, options.threads, options.avx2, options.clock)
     measured = options.repeats, options.limit, options.times
-    rows = sweep(setting, steps, names, *measured, options.json)
-    if options.figure:
-        from figure import draw
-
-        draw(rows, options.figure)
+    sweep(setting, steps, names, *measured, options.json)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import statistics
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
-from trainings import fit
 
 import sltt
+from sltt.training.console import Console
 
 DOCS = Path(__file__).parents[1] / "docs"
 # the rule, its marker and its colour
@@ -50,8 +51,10 @@ def train(name: str, steps: int, seed: int, epochs: int, samples: int) -> dict[s
     model = nn.Sequential(nn.Linear(data.channels, 64, bias=False), neuron, nn.Linear(64, CLASSES))
     loss = sltt.losses.CrossEntropyMSE(alpha=0.0)
     optimizer = partial(torch.optim.AdamW, lr=0.005 * steps / 16, weight_decay=0.0)
-    how: dict[str, Any] = {"steps": steps, "epochs": epochs, "batch_size": 128, "seed": seed}
-    found = fit(model, data, RULES[name][0], loss=loss, optimizer=optimizer, **how)
+    how: dict[str, Any] = {"steps": steps, "epochs": epochs, "batch_size": 128, "seed": seed, "device": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:  # the run is not kept
+        how |= {"run": Path(folder) / "run", "report": Console(quiet=True)}
+        found = sltt.fit(model, data, RULES[name][0], loss=loss, optimizer=optimizer, **how)
     accuracy = sltt.evaluate(model, data, "test", loss=loss, steps=steps, device="cpu").accuracy
     shared = {"rule": name, "steps": steps, "seed": seed, "epochs": epochs, "samples": samples}
     return {**shared, "accuracy": accuracy, "memory": found.history[-1]["peak_memory"]}

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from runs import in_turns
 from tables import fill
 from torch import nn
 
@@ -51,15 +52,15 @@ def measure(network: str, steps: int, repeats: int, device: torch.device) -> lis
     x, y = torch.randn(shape, device=device), torch.randint(4, shape[:1], device=device)
     logits = [iteration(rule, model, x, y, steps).logits for rule in rules]
     assert all(torch.allclose(o, logits[0], rtol=1e-4, atol=1e-5) for o in logits), "the rules' outputs differ"
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    seconds: list[list[float]] = [[] for _ in rules]
-    for _ in range(repeats):
-        for rule, times in zip(rules, seconds, strict=True):
-            began = clock()
-            iteration(rule, model, x, y, steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(clock() - began)
+    cuda = device.type == "cuda"
+
+    def run(rule: sltt.Rule) -> None:
+        iteration(rule, model, x, y, steps)
+        if cuda:
+            torch.cuda.synchronize()
+
+    clock = time.perf_counter if cuda else time.process_time
+    seconds = in_turns([functools.partial(run, rule) for rule in rules], repeats, clock)
     return [
         {
             "network": network,
@@ -68,7 +69,7 @@ def measure(network: str, steps: int, repeats: int, device: torch.device) -> lis
             "seconds": statistics.median(times),
             "seconds_min": min(times),
             "seconds_max": max(times),
-            "peak_memory": peak_memory(lambda rule=rule: iteration(rule, model, x, y, steps), device),
+            "peak_memory": peak_memory(functools.partial(run, rule), device),
         }
         for rule, times in zip(rules, seconds, strict=True)
     ]

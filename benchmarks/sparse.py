@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from peer_workers import hardware
 from rich.console import Console
 from rich.table import Table
+from runs import in_turns
 from torch import Tensor
 from torch.ops import aten  # pyright: ignore[reportMissingImports]
 
@@ -85,14 +86,9 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def milliseconds(runs: Runs, repeats: int) -> dict[str, tuple[float, float]]:
     """Median and fastest of each run, all in turn."""
-    clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
-    times: dict[str, list[float]] = {column: [] for column in runs}
-    for _ in range(repeats + 1):
-        for column, run in runs.items():
-            start = clock()
-            run()
-            times[column].append((clock() - start) / 1e6)
-    return {column: (statistics.median(t[1:]), min(t[1:])) for column, t in times.items()}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times = in_turns(list(runs.values()), repeats, clock)
+    return {column: (1e3 * statistics.median(one), 1e3 * min(one)) for column, one in zip(runs, times, strict=True)}
 
 
 def main() -> None:

@@ -2,25 +2,28 @@
 
     python benchmarks/tables.py
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`: one of `doc_tables.py` or `paper_tables.py`, or the
-cases of NAME.json, which benchmarks/peers.py wrote, a table for each setting. `<!-- table NAME over T -->` has a column
-for each T. What a file does not have is left out.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is one of `TABLES`, or a file of
+benchmarks/peers.py: NAME.json, with a table for each setting. `<!-- table NAME over T -->` has a column for each T.
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from cells import Row, grouped, load, markdown
-from doc_tables import TABLES
+import advice_tables
+import paper_tables
+from cells import Row, by, grouped, load, markdown, shown
 from peer_cases import CASES
 from peers import ratio
-from turns import spread
+from runs import spread
 
+from sltt.commands.results import scores_text
 from sltt.training.console import megabytes
 
 DOCS = Path(__file__).parents[1] / "docs"
-NAMES = "performance", "paper", "results", "when-not", "recall", "interop", "transformers", "own-neuron", "several"
+NAMES = "performance", "paper", "results", "when-not", "recall", "own-neuron"
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 BLOCK = re.compile(r"(<!-- table (\S+)( over T)? -->\n).*?(<!-- end -->)", re.DOTALL)
 LABELS = {
@@ -34,6 +37,16 @@ NETWORKS = {
     "shd": "MLP 700-256-256-20",
     "digits": "DigitsNet",
 }
+RULES = (
+    "BPTT",
+    "TBPTT(window=2)",
+    "OTTT",
+    "OTTT(inputs=false)",
+    "RateBased",
+    "Mixed",
+    "SLTT",
+    "SLTT-1",
+)  # in the table of tasks
 Rows = list[Row]
 
 
@@ -107,6 +120,80 @@ def conditions(rows: Rows, steps: bool) -> str:
     counts = sorted({len(row["times"]) for row in rows})
     words += [f"medians of {counts[0]}" if len(counts) == 1 else f"medians of {counts[0]} to {counts[-1]}"]
     return f"{', '.join(words)}:\n\n"
+
+
+def tasks(results: Path, cell: Callable[[Row], str]) -> str:
+    """Fill a line for each rule and a column for each task in tasks.json."""
+    rows = load(results, "tasks")
+    names = list(grouped(rows, "task"))
+    cells = {(shown(row["rule"]).partition("(windows")[0], row["task"]): cell(row) for row in rows}
+    lines = [[rule, *(cells.get((rule, name), "") for name in names)] for rule in RULES]
+    return markdown(["rule", *(f"`{name}`" for name in names)], lines)
+
+
+def recurrent(results: Path) -> str:
+    """Sequential digits with recurrent layers."""
+    found = load(results, "recurrent")
+    rows = [[shown(row["rule"]), ", ".join(f"{one:.1%}" for one in row["accuracies"])] for row in found]
+    return markdown(["rule", "test accuracy, seeds 0 to 2"], rows)
+
+
+def rules_over_t(results: Path) -> str:
+    """Memory and time of a batch of the digits over T, as rules.py measured them."""
+    found = sorted(grouped(load(results, "rules"), "steps").items())
+    rows = []
+    rules = list(by(found[0][1], "rule"))
+    for T, of in found:
+        one = by(of, "rule")
+        cells = (f"{megabytes(one[rule]['peak_memory'])}, {one[rule]['seconds']:.2g} s" for rule in rules)
+        rows.append([str(T), *cells])
+    return markdown(["T", *(f"`{rule}`" for rule in rules)], rows)
+
+
+def layers(results: Path) -> str:
+    """Milliseconds of the dense gradients of some layers, PyTorch's and ours."""
+    found = load(results, "layers")
+    rows = []
+    for (dtype, layer), of in grouped(found["rows"], "dtype", "layer").items():
+        if layer in ("64→64, 32×32", "512→512, 4×4"):
+            one = {row["pass"]: row["milliseconds"] for row in of}
+            name = f"{layer}, {dtype}"
+            for part in ("input gradient", "weight gradient"):
+                times = (f"{one[part][column][0]:.1f}" for column in ("dense", "dense, ours"))
+                rows.append([name, part, *times])
+                name = ""
+    table = markdown(["channels, pixels", "", "PyTorch", "ours"], rows).replace("|  |", "| |")
+    return f"{found['hardware']}, {found['batch']} images, medians of {found['repeats']}:\n\n{table}"
+
+
+def other_networks(results: Path) -> str:
+    """Ratios of times and memory of SLTT on networks other than ResNet-18."""
+    lines = []
+    for name, case in (("vgg11-t10", "SLTT"), ("vgg11-max-t10", "SLTT"), ("shd-t100", "SLTT"), ("shd-t100", FOLD)):
+        rows: Rows = load(results, name)
+        one = by(rows, "case")
+        row = one[case]
+        network = f"{NETWORKS[row['network']]}, T = {row['steps']}, batch {row['input'][0]}, `{case}`"
+        ratios = (spread(ratio(rows, row, other)) for other in ("relu", "SpikingJelly SLTT", "BPTT"))
+        sizes = (megabytes(one[other]["memory"]) if "memory" in one.get(other, {}) else "" for other in (case, "BPTT"))
+        lines.append([f"[{network}](results/{name}.json)", *ratios, *sizes])
+    return markdown(
+        ["network", "of ReLU's time", "of SpikingJelly's SLTT", "of BPTT's", "memory", "BPTT's memory"], lines
+    )
+
+
+FOLD = "SLTT, fold = 10"
+TABLES: dict[str, Callable[[Path], str]] = {
+    "tasks": partial(tasks, cell=lambda row: scores_text(row["accuracies"])),
+    "tasks-memory": partial(tasks, cell=lambda row: megabytes(row["peak_memory"])),
+    "tasks-cosine": partial(tasks, cell=lambda row: f"{row['cosine']:.3f}"),
+    "recurrent": recurrent,
+    "rules": rules_over_t,
+    "layers": layers,
+    "other-networks": other_networks,
+    **paper_tables.TABLES,
+    **advice_tables.TABLES,
+}
 
 
 def fill() -> None:

@@ -1,11 +1,10 @@
 import io
 import json
+import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from rich.console import Console
 from torch import nn
 
@@ -186,25 +185,6 @@ def test_a_worker_answers_each_question():
     worker.close()
 
 
-@pytest.mark.parametrize("steps", [[4], [4, 16]], ids=["bars", "lines"])
-@pytest.mark.parametrize("ends", [{}, {("BPTT", 4): "memory"}], ids=["whole", "with a gap"])
-def test_the_figure_of_peers_names_what_was_measured_on_what(run, tmp_path, steps, ends):
-    _, rows, _ = run(steps, ends)
-    figure = load("figure")
-    first, hardware, *gaps = figure.title(rows).splitlines()
-    assert first == "digits, batch 128 × 1×8×8, " + ("T = 4, " if steps == [4] else "") + "float32"
-    assert "PyTorch" in hardware
-    assert gaps[:1] == (["BPTT at T = 4: killed, out of memory"] if ends else [])
-    figure.draw(rows, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("name", ["resnet18-t6", "resnet18-over-t"])
-def test_results_in_the_documentation_can_be_drawn(tmp_path, name):
-    rows = json.loads((Path(sltt.__file__).parents[1] / "docs" / "results" / f"{name}.json").read_text())
-    load("figure").draw(rows, tmp_path / "figure.svg")
-
-
 def test_the_figure_of_recall_is_drawn_from_the_recorded_trainings(tmp_path):
     rows = json.loads((BENCHMARKS.parent / "docs" / "results" / "recall-memory.json").read_text())
     figure = load("recall_figure")
@@ -213,28 +193,14 @@ def test_the_figure_of_recall_is_drawn_from_the_recorded_trainings(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-def test_the_table_of_results_is_made_from_runs(tmp_path, monkeypatch, capsys):
-    for seed, accuracy in ((1, 0.9), (2, 0.8)):
-        run = tmp_path / f"run{seed}"
-        run.mkdir()
-        (run / "config.yaml").write_text(f"{{rule: {{class_path: sltt.SLTT, init_args: {{k: 2}}}}, seed: {seed}}}")
-        (run / "metrics.csv").write_text("epoch,train_accuracy,seconds\n1,0.5,2.0\n2,0.7,3.0\n")
-        (run / "result.json").write_text(f'{{"test_accuracy": {accuracy}, "last_epoch_test_accuracy": 0.7}}')
-    runs = [str(tmp_path / f"run{seed}") for seed in (1, 2)]
-    monkeypatch.setattr("sys.argv", ["results.py", *runs, "--csv", str(tmp_path / "all.csv")])
-    load("results").main()
-    assert capsys.readouterr().out.splitlines()[-1] == "| SLTT(k=2) | 2 | 85.0% ± 7.1% | 70.0% ± 0.0% | 2.5 |"
-    assert len((tmp_path / "all.csv").read_text().splitlines()) == 5
-
-
 def test_the_tables_of_the_documentation_are_those_of_the_results():
     tables, names = load("tables"), set()
     for path in tables.PAGES:
         page = path.read_text()
         assert tables.filled(page) == page
         names |= {block[2] for block in tables.BLOCK.finditer(page)}
-    assert {"resnet18-t6", "resnet18-over-t", "tasks", "nmnist", "few-shots-digits", "accuracy"} <= names
-    assert set(load("doc_tables").TABLES) <= names
+    assert {"resnet18-t6", "resnet18-over-t"} <= names
+    assert set(tables.TABLES) <= names
 
 
 def test_a_table_is_made_for_each_setting_of_a_file(run, tmp_path):
@@ -250,21 +216,6 @@ def test_a_table_is_made_for_each_setting_of_a_file(run, tmp_path):
     assert "Not measured yet." in lines
 
 
-def test_the_table_of_tasks_is_that_of_its_results(tmp_path):
-    tasks = load("tasks")
-    rows = json.loads((tasks.RESULTS / "tasks.json").read_text())
-    new = {**rows[-1], "accuracies": [0.5, 0.7]}
-    assert tasks.merged(rows, [new]) == [*rows[:-1], new]
-    (tmp_path / "tasks.json").write_text(json.dumps([new]))
-    page = "<!-- table tasks -->\n<!-- end -->\n<!-- table k -->\n<!-- end -->\n"
-    filled = load("tables").filled(page, tmp_path)
-    assert "| 60.0% ± 14.1% | 2 |" in filled
-    assert "Not measured yet." in filled
-    (traces,) = (row["accuracies"] for row in rows if (row["task"], row["rule"]) == ("recall", "OTTT"))
-    assert min(traces) >= 0.99
-    assert len(traces) == 5
-
-
 def test_two_rules_are_equal_where_two_one_sided_tests_say_so():
     stats = pytest.importorskip("scipy.stats")
     tables = load("paper_tables")
@@ -277,42 +228,6 @@ def test_two_rules_are_equal_where_two_one_sided_tests_say_so():
     assert tables.verdict(*tables.difference(second, [x + 0.05 for x in first])) == "more"
     assert tables.verdict(*tables.difference(first, [0.9, 1.0])) == "open"
     assert tables.difference([0.5, 0.5], [0.5, 0.5]) == (0.0, 0.0)
-
-
-def test_short_trainings_are_made_once_and_their_table_has_means(tmp_path, monkeypatch, capsys):
-    short = load("short")
-    picture = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    for part in ("train", "test"):
-        for name in ("cat", "dog"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(10):
-                torchvision.io.write_jpeg(picture, str(tmp_path / part / name / f"{i}.jpg"))
-    layers = nn.Flatten(), nn.Linear(48, 4), sltt.LIF(), nn.Linear(4, 2)
-
-    def tiny(seeds):
-        for seed in range(seeds):
-            yield {"rule": "SLTT", "seed": seed}, lambda: nn.Sequential(*layers), sltt.SLTT(), settings
-
-    settings = {"epochs": 1, "batch_size": 6, "steps": 2, "side": 4}
-    monkeypatch.setattr(short, "RESULTS", tmp_path)
-    monkeypatch.setattr(short, "stabilised", tiny)
-    for seeds in (1, 2, 2):
-        monkeypatch.setattr(sys, "argv", ["short.py", "stabilised", str(tmp_path), "--seeds", str(seeds)])
-        short.main()
-    rows = json.loads((tmp_path / "short-stabilised.json").read_text())
-    assert [row["seed"] for row in rows] == [0, 1]
-    assert all(0 <= row["test"] <= 1 for row in rows)
-    assert "| SLTT | 2 | " in capsys.readouterr().out
-
-
-def test_the_cases_of_short_trainings_are_networks_that_their_rules_train():
-    short = load("short")
-    for cases, count in ((short.stabilised, 6), (short.transformer, 4)):
-        found = list(cases(1))
-        assert len(found) == count
-        for _, make, rule, settings in found[:: count - 1]:
-            x = torch.randn(2, 3, settings["side"], settings["side"])
-            rule(make(), x, torch.tensor([0, 1]), nn.CrossEntropyLoss(), steps=2)
 
 
 def test_recurrent_trainings_are_made_once_and_give_the_rows_of_the_table(tmp_path, monkeypatch, capsys):
@@ -334,13 +249,27 @@ def test_recurrent_trainings_are_made_once_and_give_the_rows_of_the_table(tmp_pa
         assert all(0 <= one <= 1 for one in row["accuracies"])
 
 
-def test_the_log_of_twins_has_each_case_once_and_its_test(tmp_path):
-    path, measured, twin = tmp_path / "twin.json", [], load("twin")
-    for _ in range(2):
-        log, case = twin.Log(path), {"network": "twin", "percentile": 97.0}
-        row = twin.once(log, case, lambda: (measured.append(1), {"validation": 0.5})[1])
-        twin.add_test(log, row, lambda: (measured.append(2), {"test": 0.4})[1])
-    assert measured == [1, 2]
-    (row,) = twin.Log(path).rows
-    assert (row["validation"], row["test"], row["minutes"]) == (0.5, 0.4, 0.0)
-    assert "| twin | 97 |  | 50.0% | 40.0% | 0.0 |" in load("doc_tables").twin(tmp_path)
+def test_new_rows_replace_those_of_the_same_task_and_rule(tmp_path):
+    tasks = load("tasks")
+    rows = json.loads((tasks.RESULTS / "tasks.json").read_text())
+    traces = next(row for row in rows if (row["task"], row["rule"]) == ("recall", "OTTT"))
+    new = {**traces, "accuracies": [0.5, 0.7]}
+    assert tasks.merged(rows, [new]) == [new if row is traces else row for row in rows]
+    (tmp_path / "tasks.json").write_text(json.dumps([new]))
+    filled = load("tables").filled("<!-- table tasks -->\n<!-- end -->\n<!-- table k -->\n<!-- end -->\n", tmp_path)
+    assert "| OTTT | 60.0% ± 14.1% |" in filled
+    assert "Not measured yet." in filled
+
+
+def test_a_result_of_the_first_table_stands_on_the_page_that_it_names():
+    docs = BENCHMARKS.parent / "docs"
+    text = (docs / "results.md").read_text()
+    table, _, below = text.partition("\n\nThe commands are scripts")
+    rows = [line for line in table.splitlines() if "](" in line]
+    assert len(rows) == 10
+    for row in rows:
+        _, result, _, where = row.strip("| ").split(" | ")
+        pages = "".join((docs / name).read_text() for name in re.findall(r"\((\w[\w-]*\.md)", where))
+        pages += below if "below" in where else ""
+        numbers = re.findall(r"\d[\d.]*(?:%| MB| GB)|\d\.\d\d", result)
+        assert [one for one in numbers if one not in pages] == []

@@ -1,29 +1,12 @@
-"""What the benchmarks that train share, and those that no table needs."""
+"""The benchmarks that train."""
 
-import io
 import json
-import shutil
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from tests.scripts import BENCHMARKS, benchmarks_on_the_path, load  # noqa: F401
-
-RESULTS = BENCHMARKS.parent / "docs" / "results"
-
-
-@pytest.mark.parametrize("name", ["deeper", "twin", "twin-digits", "short-stabilised", "short-transformer"])
-def test_a_log_is_written_as_it_was_recorded(tmp_path, name):
-    recorded, path = RESULTS / f"{name}.json", tmp_path / "log.json"
-    shutil.copy(recorded, path)
-    log = load("trainings").Log(path)
-    assert log.find(dict(list(log.rows[1].items())[:4])) is log.rows[1]
-    assert log.find({"network": "none"}) is None
-    log.write()
-    assert path.read_bytes() == recorded.read_bytes()
+from tests.scripts import benchmarks_on_the_path, load  # noqa: F401
 
 
 @pytest.fixture
@@ -40,7 +23,7 @@ def commands(monkeypatch):
             (save / f"{words[0]}.json").write_text(json.dumps({"rows": [row]}))
         return 2 * ("bad" in words)
 
-    monkeypatch.setattr(load("trainings"), "command", command)
+    monkeypatch.setattr(load("runs"), "command", command)
     return given
 
 
@@ -70,7 +53,7 @@ def test_a_task_with_data_is_compared_where_they_are(commands, tmp_path, monkeyp
 
 
 def test_a_training_goes_on_where_it_has_begun(commands, tmp_path):
-    train = load("trainings").train
+    train = load("runs").train
     train(["digits"], tmp_path)
     (tmp_path / "config.yaml").touch()
     train(["digits"], tmp_path)
@@ -78,28 +61,7 @@ def test_a_training_goes_on_where_it_has_begun(commands, tmp_path):
     assert new == ["train", "digits", "--device", "cpu", "--run", str(tmp_path)]
     assert again == ["train", "--resume", str(tmp_path)]
     with pytest.raises(SystemExit, match="2"):
-        load("trainings").call(["train", "bad"])
-
-
-def test_deeper_networks_are_trained_once_under_each_rule(tmp_path, monkeypatch, capsys):
-    deeper = load("deeper")
-    data = partial(deeper.marked, samples=256)
-    monkeypatch.setattr(deeper, "TASKS", {"tiny": deeper.TASKS["recall-marked"]._replace(data=data, epochs=1)})
-    monkeypatch.setattr(deeper, "RULES", {name: deeper.RULES[name] for name in ("BPTT", "traces")})
-    monkeypatch.setattr(deeper, "PATH", tmp_path / "deeper.json")
-    monkeypatch.setattr(deeper, "fill", lambda: None)
-    monkeypatch.setattr("sys.argv", ["deeper.py", "--seeds", "1"])
-    for printed in (9, 0):  # a row for each depth, and for each depth and rule
-        deeper.main()
-        assert len(capsys.readouterr().out.splitlines()) == printed
-    rows = json.loads((tmp_path / "deeper.json").read_text())
-    assert [sorted(row) for row in rows[:1] + rows[-1:]] == [
-        ["after an epoch", "cosines", "layers", "task", "untrained"],
-        ["layers", "rule", "seed", "task", "test"],
-    ]
-    tables = load("doc_tables")
-    assert "| 4 | `tiny` | " in tables.deeper_cosines(tmp_path)
-    assert f"| 4 | `tiny` | {rows[-2]['test']:.1%} | {rows[-1]['test']:.1%} |" in tables.deeper_accuracies(tmp_path)
+        load("runs").call(["train", "bad"])
 
 
 def test_a_dot_in_the_figure_of_recall_is_a_training(tmp_path, monkeypatch, capsys):
@@ -110,15 +72,3 @@ def test_a_dot_in_the_figure_of_recall_is_a_training(tmp_path, monkeypatch, caps
     assert row["memory"] > 0
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())  # the run is not kept
-
-
-def test_what_several_processes_take_is_shown_beside_one():
-    scaling, console = load("scaling"), Console(file=io.StringIO(), width=100)
-    shared = {"reduction_seconds": 0.01, "seconds": 0.1, "memory": 2e8}
-    rows = {"SLTT": [{"processes": n, "samples_per_second": 30.0 * n, **shared} for n in (1, 2)]}
-    scaling.show_measured(rows, Namespace(network="digits", steps=4, batch=8), console)
-    options = Namespace(tflops=150.0, nvlink=300.0, nic=25.0)
-    scaling.show_modelled("resnet18", scaling.model_rows("resnet18", options), console)
-    lines = [line.split() for line in console.file.getvalue().splitlines()]
-    assert ["SLTT", "2", "60.0", "2.00", "10.0", "ms", "10.0%", "200", "MB"] in lines
-    assert ["SLTT", "512", "17", "ms", "3.22", "ms", "15.9%", "7.2%", "53.1%"] in lines  # as in docs/several.md

@@ -1,6 +1,6 @@
 """The map of τ and T on sequential digits: how near SLTT's gradient is to BPTT's, and what it loses in accuracy.
 
-    python benchmarks/paper_map.py
+    python docs/draw_map.py
 
 `python benchmarks/paper.py map` measures it; docs/results/paper has the values.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from tables import DOCS
 
+DOCS = Path(__file__).parent
 FIGURE, RESULTS = DOCS / "figures" / "map.svg", DOCS / "results" / "paper"
 Grid = dict[tuple[int, float], float]  # of T and τ
 BEFORE, AFTER = "cosine, before the training", "cosine, after it"
