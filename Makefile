@@ -7,7 +7,7 @@
 # make notebooks   run the notebooks of docs/notebooks and store their outputs
 # make paper  measure the paper's claims at small scale: make paper DATA=DIR; run again to continue
 # make figures   tables and figures of docs, from the logs in docs/results
-# make gallery   run the demo and the examples; their outputs and pictures go to docs/examples.md
+# make gallery   run the demo and the examples for docs/examples.md, and list the names of docs/api.md
 # make package   build the wheel and the source archive, and check them
 PYTHON ?= python3
 BIN := .venv/bin
@@ -64,8 +64,8 @@ figures: .venv/installed
 	$(BIN)/python docs/draw_map.py
 
 gallery: .venv/installed-dev demo
-	cp runs/demo/report/report.html docs/demo/
 	$(BIN)/python docs/draw_examples.py
+	$(BIN)/python docs/write_api.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -44,8 +44,8 @@ def run(name: str) -> tuple[str, torch.nn.Module, torch.Tensor]:
 
 
 def with_output(page: str, name: str, printed: str) -> str:
-    """The page with what an example prints, in the block behind its source."""
-    block = re.compile(rf'(examples/{name}\.py"\n.*?```text\n).*?(```)', re.DOTALL)
+    """Return the page with what an example prints, in the block behind its name."""
+    block = re.compile(rf"(examples/{name}\.py\).*?```text\n).*?(```)", re.DOTALL)
     return block.sub(lambda found: found[1] + printed + found[2], page, count=1)
 
 
@@ -120,7 +120,7 @@ def last_figure(notebook: Path) -> bytes:
 
 def of_the_report(title: str) -> str:
     """A figure of the demo's report, as SVG by itself."""
-    page = (DOCS / "demo" / "report.html").read_text()
+    page = (DOCS.parent / "runs" / "demo" / "report" / "report.html").read_text()
     return re.search(rf'<svg role="img" aria-label="{title}".*?</svg>', page, re.DOTALL)[0].replace("currentColor", INK)
 
 

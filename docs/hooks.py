@@ -1,4 +1,4 @@
-"""What the site takes from elsewhere: pages from notebooks, MathJax from a Python package, the repository from git."""
+"""Add to the site what the repository shows otherwise: docstrings, notebooks, scripts, MathJax, its address."""
 
 # pyright: reportMissingImports=false
 import re
@@ -9,6 +9,17 @@ from pathlib import Path, PurePosixPath
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
+ROOT = Path(__file__).parents[1]
+ENTRY = re.compile(r"^\* `(sltt[\w.]*)`.*$", re.MULTILINE)  # of the page api.md
+OPTIONS = {  # of an entry, beside those of mkdocs.yml
+    "sltt.Rule": "{members: [__call__, run, step], filters: []}",
+    "sltt.rules.Truncated": "{members: []}",
+    "sltt.rules.base.Batch": '{filters: ["!^_"], merge_init_into_class: false}',
+    "sltt.Padded": "{members: []}",
+}
+FUNCTIONS = {  # whose module has their name
+    name: f"{name}.{name.rpartition('.')[2]}" for name in ("sltt.analysis.agreement", "sltt.analysis.advice")
+}
 MATHJAX = "mathjax/static/mathjax/es5/tex-svg.js"  # one file, with its fonts; nothing is fetched from elsewhere
 
 
@@ -23,22 +34,34 @@ def on_config(config):
 
 
 def on_files(files_, config):
-    """Put MathJax beside the pages, under its licence, and make pages of notebooks."""
+    """Add MathJax under its licence, the scripts of examples/, and a page for each notebook."""
     package = {str(path): path.locate() for path in files("django-static-mathjax") or []}
     for name, source in (("tex-svg.js", MATHJAX), ("LICENSE", "mathjax/static/mathjax/LICENSE")):
         files_.append(File.generated(config, f"mathjax/{name}", abs_src_path=str(package[source])))
+    for script in (ROOT / "examples").glob("*.py"):
+        files_.append(File.generated(config, f"examples/{script.name}", abs_src_path=str(script)))
     for notebook in [file for file in files_ if file.src_uri.endswith(".ipynb")]:
         _add_page(files_, config, notebook)
     return files_
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Let links to notebooks lead to their pages; in the repository they lead to the notebooks."""
-    return re.sub(r"(?<=\w)\.ipynb\)", ".md)", markdown)
+    """Lead links to notebooks to their pages, those to scripts to the copies, and show docstrings in place of names."""
+    if page.file.src_uri == "api.md":
+        markdown = ENTRY.sub(_entry, markdown)
+    return re.sub(r"(?<=\w)\.ipynb\)", ".md)", markdown).replace("](../examples/", "](examples/")
+
+
+def _entry(found: re.Match[str]) -> str:
+    """Return the directive that shows the docstring of a name."""
+    name = found[1]
+    if name in FUNCTIONS:
+        return f"\n::: {FUNCTIONS[name]}\n    options: {{heading: {name}, toc_label: {name.rpartition('.')[2]}}}\n"
+    return f"\n::: {name}\n" + (f"    options: {OPTIONS[name]}\n" if name in OPTIONS else "")
 
 
 def _add_page(pages: Files, config, notebook: File) -> None:
-    """The notebook as Markdown, with the outputs that are stored in it."""
+    """Add a notebook as Markdown, with the outputs that are stored in it."""
     path = PurePosixPath(notebook.src_uri)
     text, resources = MarkdownExporter().from_filename(
         notebook.abs_src_path, {"unique_key": path.stem, "output_files_dir": f"{path.stem}-outputs"}
