@@ -117,15 +117,15 @@ def _sure(trial: Trial | None, epochs: int, training: int) -> str:
         rests = f"one batch after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "one batch of an untrained network"
         return f"Not sure: this rests on {rests}. --trial compares short trainings."
     if not trial.tells:
-        return f"Not sure: BPTT() has learned little in {trial.epochs} epochs. Give a longer --trial."
+        return f"Not sure: BPTT() learned little in {trial.epochs} epochs. Give a longer --trial."
     learned = {name: trial.learned(name) for name in trial.losses if name != "BPTT()"}
     count = len(trial.start)
     said = ", ".join(f"{name} {_range(shares)}" for name, shares in learned.items())
     solved = [name for name in learned if trial.solved(name)]
-    right = f" {SOLVED:.0%} of the training samples or more are right with {', '.join(solved)}, which is enough too."
+    right = f" {', '.join(solved)} got {SOLVED:.0%} or more of the training samples right, which is enough too."
     return (
-        f"{_how_sure(trial, training)} In {trial.epochs} epochs with {count} seed{'s' * (count > 1)}, rules lowered "
-        f"the loss by these shares of what BPTT() did: {said}; {LEARNS:.0%} is enough.{right if solved else ''}"
+        f"{_how_sure(trial, training)} Of BPTT's loss decrease in {trial.epochs} epochs with {count} "
+        f"seed{'s' * (count > 1)}, {said} ({LEARNS:.0%} needed).{right if solved else ''}"
     )
 
 
@@ -141,5 +141,8 @@ def _how_sure(trial: Trial, training: int) -> str:
 
 
 def _range(shares: Sequence[float]) -> str:
-    low, high = ("died" if math.isinf(share) else f"{share:.0%}" for share in (min(shares), max(shares)))
-    return low if low == high else f"{low} to {high}"
+    """Write the smallest and the largest share of the seeds; a rule that died with one has none."""
+    if math.isinf(min(shares)):
+        return "died"
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return f"reached {low}" if low == high else f"reached {low} to {high}"

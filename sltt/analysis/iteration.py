@@ -63,17 +63,20 @@ class Seconds:
         forward: everything in the rule that is not backward; also what `BPTT(segment=n)` repeats.
         backward: with what `recompute=True` repeats.
         step: of the optimizer.
+        least, most: seconds of the shortest and of the longest iteration.
     """
 
     data: float
     forward: float
     backward: float
     step: float
+    least: float
+    most: float
 
     @property
     def total(self) -> float:
-        """The sum of the parts."""
-        return sum(vars(self).values())
+        """Return the sum of the parts."""
+        return self.data + self.forward + self.backward + self.step
 
 
 def memory_parts(
@@ -161,7 +164,7 @@ def iteration_seconds(
     """
     instance("rule", rule, Rule)
     warmup = whole_number("warmup", warmup, least=0)
-    rows: list[Seconds] = []
+    rows: list[tuple[float, ...]] = []
     spent = 0.0
 
     def backward(total: Tensor) -> None:
@@ -183,12 +186,13 @@ def iteration_seconds(
         ran = _now(x.device)
         optimizer.step()
         ended = _now(x.device)
-        rows.append(Seconds(loaded - began, ran - loaded - spent, spent, ended - ran))
+        rows.append((loaded - began, ran - loaded - spent, spent, ended - ran))
         began = ended
     if len(rows) <= warmup:
         raise ValueError(f"expected more than {warmup} batches, of which {warmup} do not count, got {len(rows)}")
-    parts = zip(*(vars(row).values() for row in rows[warmup:]), strict=True)
-    return Seconds(*(statistics.median(part) for part in parts))
+    totals = [sum(row) for row in rows[warmup:]]
+    medians = (statistics.median(part) for part in zip(*rows[warmup:], strict=True))
+    return Seconds(*medians, least=min(totals), most=max(totals))
 
 
 def _now(device: torch.device) -> float:

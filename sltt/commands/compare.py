@@ -13,9 +13,10 @@ from sltt.analysis import Operations, agreement, count_operations, memory_parts
 from sltt.commands.failures import UsageError, cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
 from sltt.commands.prepared import prepared, test_score
-from sltt.commands.results import give, rule_of, scores_cell
+from sltt.commands.results import Gathered, give, rule_of, scores_cell
 from sltt.commands.tables import Cell, Row, Table, number
 from sltt.commands.vary import VARY_HELP, as_options, best_of, grid, labelled, values
+from sltt.commands.verdict import answers
 from sltt.data import Classes
 from sltt.metrics import higher_is_better, name_of
 from sltt.training.console import Console, megabytes
@@ -97,6 +98,7 @@ class Compared:
         scores: the metric on the test samples, of each seed.
         validation: the same on the validation samples, None where nothing is held out.
         seconds: of a training epoch, median over epochs and seeds.
+        seconds_of_seeds: the median over the epochs of each seed.
         peak_memory: bytes of one batch above what is allocated before.
         operations: multiplications of one batch.
         cosine: of the rule's gradient with BPTT's, on the first seed's trained weights.
@@ -110,6 +112,7 @@ class Compared:
     scores: list[float] = field(default_factory=list)
     validation: list[float | None] = field(default_factory=list)
     seconds: float = math.nan
+    seconds_of_seeds: list[float] = field(default_factory=list)
     peak_memory: int = 0
     operations: Operations | None = None
     cosine: float = math.nan
@@ -138,6 +141,7 @@ def compare(one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: C
                 compared.runs.append(result.run.name)
                 compared.validation.append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])
                 seconds += [row["seconds"] for row in result.history]
+                compared.seconds_of_seeds.append(statistics.median(row["seconds"] for row in result.history))
                 compared.steps = built.steps
                 if compared.operations is None:
                     _measure(compared, here, built, report)
@@ -256,6 +260,8 @@ def print_compared(found: Mapping[str, Any], report: Console) -> None:
         products = {"forward": "mult. fwd", "backward": "mult. bwd", "cosine": "cosine"}
         headings = {"rule": "rule", "test": name, **costs, **products}
         report.table(Table(compared_rows(rows, name, headings)).for_terminal())
+        for sentence in answers(Gathered(comparisons=[dict(found)])):
+            report.line(sentence)
 
 
 def _measure(compared: Compared, here: Session, built: Any, report: Console) -> None:

@@ -15,7 +15,7 @@ from sltt.commands.page import Chart, Section
 from sltt.commands.profile import fits_rows, layer_cells, phase_cells
 from sltt.commands.results import Gathered, run_names, scores_text
 from sltt.commands.tables import Cell, Table, bytes_cell, number
-from sltt.commands.verdict import answers, batch_memory, layers, verdicts
+from sltt.commands.verdict import answers, batch_memory, layers, shared_steps, verdicts, was_compared
 from sltt.metrics import is_share, shown
 from sltt.training.console import megabytes, metric_of
 from sltt.training.sample import read_sample
@@ -38,7 +38,7 @@ def sections(found: Gathered) -> list[Section]:
         made.append(_training(found, names, colours))
     for one in found.profiles:
         made += [_costs(one, colours), _energy(one)]
-    made += [_agreement(one) for one in found.agreements]
+    made += [_agreement(one, was_compared(found, one["recipe"])) for one in found.agreements]
     made += [_few_shots(one, colours) for one in found.fewshots]
     made += [_rates(one) for one in found.rates]
     if found.runs:
@@ -50,20 +50,21 @@ def sections(found: Gathered) -> list[Section]:
 
 
 def _short(found: Gathered) -> Section:
-    """The verdict in words, three numbers for each rule, and the network with its layers."""
+    """Give the verdict in words, three numbers for each rule, and the network with its layers."""
     metric = next((one["metric"] for one in found.comparisons), "accuracy").replace("_", " ")
     unit = "s / epoch" if found.comparisons else "s / batch"
-    rows = []
-    for one in verdicts(found):
-        steps, memory = max(one.memory.items(), key=lambda of_steps: of_steps[0] or 0, default=(None, None))
-        rows.append(
-            {
-                "rule": one.rule,
-                f"test {metric}": Cell(scores_text(one.scores, one.metric), one.score),
-                "memory of a batch": bytes_cell(memory, f", T = {steps}" if steps else "") if memory else number(None),
-                unit: number(one.seconds, ".2f"),
-            }
-        )
+    rules = verdicts(found)
+    steps = shared_steps(rules)
+    heading = "memory of a batch" + (f", T = {steps}" if steps else "")
+    rows = [
+        {
+            "rule": one.rule,
+            f"test {metric}": Cell(scores_text(one.scores, one.metric), one.score),
+            heading: bytes_cell(one.memory[steps]) if one.memory.get(steps) else number(None),
+            unit: number(one.seconds and one.seconds[0], ".2f"),
+        }
+        for one in rules
+    ]
     return Section("In short", answers(found), [Table(rows, "short")] if rows else [], layers=layers(found))
 
 
@@ -83,7 +84,7 @@ def _comparison(found: dict[str, Any]) -> Section:
     trained = "All" if sweep else "All rules"
     text = [
         f"{trained} train the same network on the same data, with the same budget and seeds. {MEMORY} Multiplications "
-        "are those of one batch. The cosine compares the rule's gradient with that of BPTT, after the training."
+        "are those of one batch. The cosine compares the rule's gradient with BPTT's, after the training."
     ]
     table = Table(compared_rows(found["rows"], found["metric"], headings), "comparison", "one row a rule")
     return Section(f"{'Values' if sweep else 'Rules'} compared on {found['recipe']}", text, [table])
@@ -126,7 +127,7 @@ def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) 
     measured = " and ".join(titles.values()).capitalize()
     return Section(
         "Training",
-        [f"{measured} on the samples that were held out of the training set, or on that set where none were."],
+        [f"{measured} on the validation samples, or on the training samples if there are no others."],
         [Table(rows, "runs", "one row a run")],
         [*over, Chart("loss", "Training loss over epochs", figures.lines(loss, colours, "epoch", "loss"))],
     )
@@ -177,15 +178,18 @@ def _energy(found: dict[str, Any]) -> Section:
     text = [
         f"The inference of one sample, {state}. Estimated energy: {found['picojoules'] / 1e6:.3g} µJ, and "
         f"{found['picojoules_as_ann'] / 1e6:.3g} µJ for the same network without time and spikes (32-bit floating "
-        "point in 45 nm: 4.6 pJ a multiply-accumulate, 0.9 pJ an accumulate). Memory accesses and the neurons "
-        "themselves are not in it: compare networks by it, do not plan a chip."
+        "point, 45 nm: 4.6 pJ per multiply-accumulate, 0.9 pJ per accumulate). It leaves out memory accesses and the "
+        "neurons. Use it to compare networks, not to plan a chip."
     ]
     chart = Chart("firing-rates-random", f"Firing rates by layer, {state}", figures.bars(rates, RATE))
     return Section("Spikes and energy", text, [Table(rows, "layers", "one row a layer")], [chart])
 
 
-def _agreement(found: dict[str, Any]) -> Section:
+def _agreement(found: dict[str, Any], compared: bool) -> Section:
+    """Show what rules drop of the gradient, with the advice where no trainings decide."""
     text = [f"At {where(row)}: {row['advice']}" for row in found["rows"]]
+    if compared:
+        text = ["Trainings decide whether a rule is safe: see the top of the page. Below is what each rule drops."]
     layers = [name for name, (cosine, _) in found["rows"][0]["agreement"][0]["layers"].items() if cosine is not None]
     places = [where(row).replace(" after", "").replace("epochs", "ep.").replace(", ", "\n") for row in found["rows"]]
     spatial = [row["agreement"][0]["layers"] for row in found["rows"]]
@@ -196,7 +200,8 @@ def _agreement(found: dict[str, Any]) -> Section:
         figures.heat_map(values, layers, places),
     )
     table = Table(agreement_rows(found["rows"]), "agreement", "Gradients beside that of exact BPTT")
-    return Section(f"Is it safe: {found['recipe']}", text, [table], [chart])
+    title = "What each rule drops of the gradient" if compared else "Is it safe"
+    return Section(f"{title}: {found['recipe']}", text, [table], [chart])
 
 
 def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:
@@ -204,10 +209,10 @@ def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:
     lines = {row["rule"]: [(seen, one) for one in row["accuracies"]] for row in found["rows"] if row["accuracies"]}
     base, way, count = found["sizes"][0], found["sizes"][1], len(found["sizes"]) - 1
     text = [
-        f"{base} base classes train the network, which is then frozen. {count} × {way} classes follow, each known from "
-        f"{found['shot']} samples. A test sample belongs to the class whose mean embedding is nearest, by cosine; for "
-        "pixels, the mean image. Base and new: mean accuracy of a class after the last session. Harmonic: their "
-        "harmonic mean. Average: over the base training and all sessions."
+        f"The network trains on {base} base classes and is then frozen. {count} × {way} classes follow, each with "
+        f"{found['shot']} samples. A test sample gets the class with the nearest mean embedding, by cosine; for "
+        "pixels, with the nearest mean image. Base and new are mean accuracies of a class after the last session, and "
+        "harmonic is their harmonic mean. Average is over the base training and all sessions."
     ]
     chart = Chart(
         "sessions",
@@ -243,9 +248,7 @@ def _spikes(found: Gathered) -> Section:
         except (ValueError, OSError) as error:
             found.notes.append(f"The spikes of {run} are left out: {cause(error)}")
             continue
-        section.text.append(
-            f"One sample, of the validation samples if there are any, through the network of {run.name}."
-        )
+        section.text.append(f"One sample in the network of {run.name}: of the validation set, if there is one.")
         section.film = sample.frames()
         section.charts = [
             Chart("raster", f"Input, spikes of about {RASTER_NEURONS} neurons of each layer, and output, over time",

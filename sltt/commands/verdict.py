@@ -1,7 +1,8 @@
-"""The answer at the top of the report: what each rule costs, what it reaches, and whether it is safe here."""
+"""Say of each rule what it costs, what it reaches, and whether it is safe: the one verdict of a folder of results."""
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ class Verdict:
         metric: its name.
         sign: 1 where more is better, −1 for an error.
         samples: the number of test samples.
-        seconds: of a training epoch, or of a training batch where no epoch was timed.
+        seconds: of a training epoch, or of a training batch where no epoch was timed: median, least and most.
         memory: bytes of a training batch, for each T.
         cosine: of its gradient with that of BPTT.
         died: the number of seeds without a score.
@@ -34,7 +35,7 @@ class Verdict:
     metric: str = "accuracy"
     sign: int = 1
     samples: int | None = None
-    seconds: float | None = None
+    seconds: tuple[float, float, float] | None = None
     memory: dict[int | None, int] = field(default_factory=dict)
     cosine: float | None = None
     died: int = 0
@@ -59,7 +60,7 @@ def verdicts(found: Gathered) -> list[Verdict]:
                     one["metric"],
                     1 if one["higher_is_better"] else -1,
                     one.get("samples"),
-                    row["seconds"],
+                    _seconds_of_seeds(row),
                     {row.get("steps") or one.get("steps"): row["peak_memory"]} if row["peak_memory"] else {},
                     row["cosine"],
                     died,
@@ -69,8 +70,25 @@ def verdicts(found: Gathered) -> list[Verdict]:
             rule = rules.setdefault(row["rule"], Verdict(row["rule"]))
             rule.memory.setdefault(row["steps"], batch_memory(row["memory"]))
             if not found.comparisons:  # whose seconds are those of an epoch
-                rule.seconds = row["seconds"]["total"]
+                rule.seconds = tuple(row["seconds"][key] for key in ("total", "least", "most"))
     return list(rules.values())
+
+
+def _seconds_of_seeds(row: dict[str, Any]) -> tuple[float, float, float] | None:
+    """Return the median of an epoch's seconds, and the least and the most of the medians of single seeds."""
+    each = finite(row["seconds_of_seeds"])
+    return (row["seconds"], min(each), max(each)) if each else None
+
+
+def was_compared(found: Gathered, recipe: str) -> bool:
+    """Return whether trainings decide which rules are safe on a recipe; gradients and trials then say less."""
+    return any(one["recipe"] == recipe for one in found.comparisons) and len(verdicts(found)) > 1
+
+
+def shared_steps(rules: Sequence[Verdict]) -> int | None:
+    """Return the T at which the memory of most rules is known; of several the smallest, at which they were trained."""
+    known = [steps for rule in rules for steps in rule.memory]
+    return min(known, key=lambda steps: (-known.count(steps), steps or 0), default=None)
 
 
 def _of_one_recipe(found: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -85,9 +103,9 @@ def batch_memory(parts: dict[str, int]) -> int:
 
 
 def answers(found: Gathered) -> list[str]:
-    """A sentence for each rule beside BPTT; without BPTT beside the first; the advice on gradients where no rule is.
+    """Return a sentence for each rule beside BPTT, or beside the first one; without these the advice on gradients.
 
-    Where options vary, the best values instead, by the validation samples.
+    Where options vary, return the best values instead, by the validation samples.
     """
     for one in found.comparisons[:1]:
         if any(row.get("varied") for row in one["rows"]):
@@ -106,7 +124,7 @@ def _sentence(one: Verdict, reference: Verdict) -> str:
     if saved:
         parts.append(" and ".join(f"{_times(ratio)} memory{f' at T = {t}' if t else ''}" for t, ratio in saved))
     if one.seconds and reference.seconds:
-        parts.append(f"{one.seconds / reference.seconds:.2f} × the time")
+        parts.append(f"{_ratio(one.seconds, reference.seconds)} × the time")
     if one.cosine is not None and not math.isnan(one.cosine):
         parts.append(f"gradient agreement {one.cosine:.2f}")
     seeds = " One seed: repeat with --seeds 3." if min(len(one.scores), len(reference.scores)) == 1 else ""
@@ -115,6 +133,13 @@ def _sentence(one: Verdict, reference: Verdict) -> str:
     died = [rule for rule in (one, reference) if rule.died]
     parts += [f"{rule.died} of {rule.died + len(rule.scores)} seeds of {rule.rule} died" for rule in died]
     return f"{one.rule}: {', '.join(parts)}.{safe}{seeds}" if parts else ""
+
+
+def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, float]) -> str:
+    """Divide the medians; bound the ratio by the extremes, where there is more than one of each."""
+    (middle, least, most), (other, lowest, highest) = seconds, others
+    bounds = f" ({least / highest:.2f} – {most / lowest:.2f})" if least < most or lowest < highest else ""
+    return f"{middle / other:.2f}{bounds}"
 
 
 def _reached(one: Verdict, reference: Verdict) -> tuple[str, str]:
@@ -136,9 +161,9 @@ def _reached(one: Verdict, reference: Verdict) -> tuple[str, str]:
 
 def _safe(lost: float, noise: float, margin: float, measured: str) -> str:
     """Say whether a rule that loses so much, `measured` to so much, is safe."""
-    if lost > margin:
-        return " Not safe here." if lost > noise else f" Safe or not is open: measured to {measured} only."
-    return " Safe here." if noise <= 2 * margin else f" Safe here, but measured to {measured} only."
+    if lost > margin and lost > noise:
+        return " Not safe here."
+    return " Safe here." if lost <= margin and noise <= 2 * margin else f" Not sure: measured to {measured} only."
 
 
 def _times(ratio: float) -> str:
