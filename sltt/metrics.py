@@ -83,12 +83,40 @@ class MeanSquaredError(Metric):
         return _mean((prediction - target).square())
 
 
+class ConfusionMatrix:
+    """Count the samples [C, C] of each class, a row, by the class that is predicted, a column; for `sltt.evaluate`.
+
+    A training selects by one number, and takes another metric.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        self.counts: Tensor | None = None
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add logits [..., C] and class indices [...]."""
+        _check_shape(self, target, prediction.shape[:-1])
+        classes = prediction.shape[-1]
+        pairs = (target * classes + prediction.argmax(-1)).flatten().bincount(minlength=classes**2)
+        found = pairs.view(classes, classes)
+        self.counts = found if self.counts is None else self.counts + found
+
+    def compute(self) -> Tensor:
+        """Return the counts; raise ValueError without samples."""
+        if self.counts is None:
+            raise ValueError("there are no samples to count: call update first")
+        return self.counts
+
+
 def _mean(values: Tensor) -> Tensor:
-    """The mean in float64, which Apple's GPUs do not have."""
+    """Return the mean in float64, which Apple's GPUs do not have."""
     return (values.cpu() if values.device.type == "mps" else values).double().mean()
 
 
-def _check_shape(metric: Metric, target: Tensor, expected: Any) -> None:
+def _check_shape(metric: Any, target: Tensor, expected: Any) -> None:
     """Raise ValueError for a target of another shape, which would be broadcast to wrong pairs."""
     if target.shape != expected:
         kind = type(metric).__name__
@@ -127,7 +155,7 @@ def higher_is_better(metric: Callable[..., Any]) -> bool:
 
 
 def improves(metric: Callable[..., Any], score: float) -> float:
-    """A score such that more is better."""
+    """Return the score, negated if lower is better."""
     return score if higher_is_better(metric) else -score
 
 

@@ -12,13 +12,14 @@ from sltt.commands.hints import nearest
 from sltt.parallel.signals import PREEMPTED, Preempted
 
 COMMANDS = (
-    "train", "eval", "agreement", "compare", "fscil", "profile", "lr", "report", "export", "recipes", "data",
+    "train", "eval", "predict", "agreement", "compare", "fscil", "profile", "lr", "report", "export", "recipes", "data",
     "doctor", "completion",
 )  # fmt: skip
 USAGE = """usage: sltt COMMAND ...
 
   sltt train [RECIPE]       train a recipe (default: digits), or a YAML file
   sltt eval RUN             accuracy of a trained run on the test samples
+  sltt predict RUN FILE ... the classes of images, recordings or arrays
   sltt agreement [RECIPE]   is SLTT safe here? its gradient beside that of BPTT
   sltt compare [RECIPE]     train several rules: --rules BPTT,SLTT,SLTT:k=1
   sltt fscil [RECIPE]       new classes from a few samples: --base 6 --way 1

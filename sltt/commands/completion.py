@@ -9,7 +9,7 @@ from sltt.commands.parsing import CommandOptions, shipped_recipes
 
 HELP = "Print a script that lets the shell complete commands, recipes, runs and options: source <(sltt completion bash)"
 
-OF_RUNS = ("eval", "export", "report")  # which take the folder of a run, and no recipe
+OF_RUNS = ("eval", "predict", "export", "report")  # which take the folder of a run, and no recipe
 # zsh's compgen does not look at the word after --, so runs are compared here, and recipes left out of paths. compgen -W
 # would run what stands in a folder's name. Lists have a word a line, since names may have spaces.
 SCRIPT = """_sltt() {{

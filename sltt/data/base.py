@@ -4,8 +4,10 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -129,6 +131,21 @@ class Data(ABC):
             static = next((splits for splits in self._loaded.values() if splits.static), None)
             self._loaded[steps] = static or self.load(steps)
         return self._loaded[steps]
+
+    def read(self, path: Path, steps: int) -> Tensor:
+        """Read a sample without its label, as the network sees it: `.npy` holds the array of one.
+
+        Args:
+            path: of the file.
+            steps: T of a sequence.
+
+        Raises ValueError for a file that holds no sample.
+        """
+        if path.suffix != ".npy":
+            raise ValueError(
+                f"{path}: {self} reads a sample from .npy, the array of one, got {path.suffix or path.name}"
+            )
+        return torch.from_numpy(np.load(path, allow_pickle=False)).float()
 
     def missing(self) -> dict[str, int]:
         """Count the missing samples of the whole data set, by split; empty if none or if that is not known."""

@@ -114,6 +114,12 @@ class _Events(Data):
         lost = {name: count - len(self.recordings(name == "train")) for name, count in whole}
         return {name: count for name, count in lost.items() if count > 0}
 
+    def read(self, path: Path, steps: int) -> Tensor:
+        """Read a recording as frames [T, 2, H, W]."""
+        size = self.size if self.resize == "sum" else None
+        counts = frames(read(path, self.sensor, self.slicing, steps), steps, self.sensor, size, self.slicing)
+        return FrameDataset(counts[None], [0], None if self.resize == "sum" else self.size)[0][0]
+
     def load(self, steps: int) -> Splits:
         if self.download and not (self.recordings(train=True) and self.recordings(train=False)):
             self.fetch()
@@ -234,7 +240,7 @@ class CIFAR10DVS(_Events):
 
 
 class EventFolder(_Events):
-    """Any folder of recordings, `root/{train,test}/CLASS/*`: .bin (N-MNIST), .aedat (2 or 3.1), .aedat4, .dat or .npy.
+    """Any folder of recordings, `root/{train,test}/CLASS/*`: .bin (N-MNIST), .aedat, .aedat4, .dat, .npy or .npz.
 
     Args:
         root: folder of the data.

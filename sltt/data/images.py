@@ -136,6 +136,10 @@ class _Images(Data):
         # plain tensors: with those of v2.ToImage, the transforms take half as long again
         return v2.Compose([v2.PILToTensor(), *self.crop(augment), *distortions, *normalised, *holes])
 
+    def read(self, path: Path, steps: int) -> Tensor:
+        """Read an image as the test images are."""
+        return super().read(path, steps) if path.suffix == ".npy" else self.transform(False)(decode(str(path)))
+
     def load(self, steps: int) -> Splits:
         augmented = self.open(True, self.transform(True))
         plain = self.open(True, self.transform(False))
@@ -146,8 +150,14 @@ class _Images(Data):
                 f"the classes of the training and the test images differ: {', '.join(differ[:5])}; give both the same "
                 "folders"
             )
-        labels = augmented.targets
-        train, validation = hold_out(labels, self.validation, self.split_seed)
+        train, validation = hold_out(augmented.targets, self.validation, self.split_seed)
+        names = [*self.names(augmented), *self.names(test)]
+        return self.split(augmented, plain, train, validation, test, fingerprint(names, train, validation))
+
+    def split(
+        self, augmented: Any, plain: Any, train: list[int], validation: list[int], test: Dataset[Any], mark: str
+    ) -> Splits:
+        """Split images by indices: training ones are augmented, others are plain."""
         images = Subset(augmented, train)
         return Splits(
             train=Mixup(images, self.mixup) if self.mixup else images,
@@ -155,7 +165,7 @@ class _Images(Data):
             test=test,
             static=True,
             classes=len(augmented.classes),
-            fingerprint=fingerprint([*self.names(augmented), *self.names(test)], train, validation),
+            fingerprint=mark,
             plain=Subset(plain, train),
             alternate_flip=self.alternate_flip,
         )
@@ -244,7 +254,8 @@ class CIFAR100(_Downloaded):
 class ImageFolder(_Images):
     """Any folder of images, `root/{train,test}/CLASS/*`: static images [3, size, size], normalised.
 
-    Where there is no `test`, `val` is taken, as in ImageNet. A training image is a random resized crop, flipped at
+    Where there is no `test`, `val` is taken, as in ImageNet. With a share as `test`, the images are `root/CLASS/*`, and
+    that share of each class tests. A training image is a random resized crop, flipped at
     random. The others are resized to 8/7 of `size` and cropped in the centre. For images of up to 64 pixels that have
     this size already, give `crop_padding`: training crops come out of a margin, and other images are only resized.
 
@@ -266,6 +277,7 @@ class ImageFolder(_Images):
         reflect: fill the margin of `crop_padding` with the image reflected at its edge, instead of zeros.
         alternate_flip: `sltt.fit` mirrors each image in every other epoch, instead of at random (Jordan 2024,
             arXiv 2404.00498).
+        test: share of the images of `root/CLASS/*` to test on, drawn by `split_seed`; 0 for folders train and test.
     """
 
     mean = (0.485, 0.456, 0.406)  # of ImageNet
@@ -288,11 +300,13 @@ class ImageFolder(_Images):
         mixup: float = 0.0,
         reflect: bool = False,
         alternate_flip: bool = False,
+        test: float = 0.0,
     ):
         super().__init__(
             validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup, reflect, alternate_flip
         )
         self.root = folder("root", root)
+        self.test = number("test", test, least=0, below=1)
         self.on_error = choice("on_error", on_error, get_args(OnError))
         self.size = whole_number("size", size, least=1)
         self.crop_padding = None if crop_padding is None else whole_number("crop_padding", crop_padding, least=0)
@@ -300,20 +314,52 @@ class ImageFolder(_Images):
         if reflect and (crop_padding is None or crop_padding >= size):
             raise ValueError(f"reflect=True needs a crop_padding smaller than size={size}, got {crop_padding}")
 
-    def open(self, train: bool, transform: Transform) -> Any:
-        from torchvision import datasets
+    @property
+    def classes(self) -> list[str]:
+        """Return the names of the classes, of the folders that are there."""
+        home = self.root if self.test else self.root / "train"
+        return sorted(_folders(home)) if home.is_dir() else []
 
+    def load(self, steps: int) -> Splits:
+        if not self.test:
+            return super().load(steps)
+        augmented, plain = (self._open(self.root, self.transform(train)) for train in (True, False))
+        labels = augmented.targets
+        rest, test = hold_out(labels, self.test, self.split_seed)
+        parts = hold_out([labels[i] for i in rest], self.validation, self.split_seed)
+        train, validation = ([rest[i] for i in part] for part in parts)
+        mark = fingerprint(self.names(augmented), train, validation, test)
+        return self.split(augmented, plain, train, validation, Subset(plain, test), mark)
+
+    def open(self, train: bool, transform: Transform) -> Any:
         names = ("train",) if train else ("test", "val")
         homes = [self.root / name for name in names if (self.root / name).is_dir()]
         if not homes:
             raise FileNotFoundError(
                 f"no images found: looked in {self.root.resolve()}, expected the folders train and test (or val), "
-                "each with a folder of images for every class. Set --data.root."
+                "each with a folder of images for every class. Set --data.root; or --data.test 0.2, where these "
+                "folders lie in it without train and test."
             )
         # a test folder without labels may lie beside val
         home = next((one for one in homes if train or _folders(one) & _folders(self.root / "train")), homes[0])
+        return self._open(home, transform)
+
+    def _open(self, home: Path, transform: Transform) -> Any:
+        """Open a folder of images for every class."""
+        from torchvision import datasets
+
+        if self.test and (split := _folders(home) & {"train", "test", "val"}):
+            raise ValueError(f"test={self.test} splits {home}/CLASS/*, and it has {min(split)}: leave test out")
         _check_links(home)
-        images = datasets.ImageFolder(str(home), transform=transform, loader=decode)
+
+        class Folder(datasets.ImageFolder):
+            """Without the folders that begin with a dot."""
+
+            def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+                names = sorted(_folders(Path(directory)))
+                return (names, {name: i for i, name in enumerate(names)}) if names else super().find_classes(directory)
+
+        images = Folder(str(home), transform=transform, loader=decode)
         if self.on_error == "skip" and (bad := set(undecodable([path for path, _ in images.samples], self.root))):
             images.samples = images.imgs = [sample for sample in images.samples if sample[0] not in bad]
             images.targets = [label for _, label in images.samples]
@@ -335,7 +381,8 @@ class ImageFolder(_Images):
 
 
 def _folders(home: Path) -> set[str]:
-    return {path.name for path in home.iterdir() if path.is_dir()}
+    """List the folders of classes; those that begin with a dot, such as a cache, are none."""
+    return {path.name for path in home.iterdir() if path.is_dir() and not path.name.startswith(".")}
 
 
 def _check_links(home: Path) -> None:

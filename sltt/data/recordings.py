@@ -33,8 +33,9 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
     """Read and check a recording.
 
     Args:
-        path: `.bin` (N-MNIST), `.aedat` (version 2 or 3.1), `.aedat4` (with the package aedat), `.dat` (Prophesee), or
-            `.npy` with fields x, y, t, p in microseconds or columns x, y, p, t in milliseconds (tonic).
+        path: `.bin` (N-MNIST), `.aedat` (version 2 or 3.1), `.aedat4` (with the package aedat), `.dat` (Prophesee),
+            `.npz` with arrays x, y, t, p, or `.npy` with fields of these names, t in microseconds, or with columns x,
+            y, p, t, t in milliseconds (tonic).
         sensor: height and width of the camera, in pixels.
         slicing: frames of equal event count, or of equal time.
         steps: T, number of frames.
@@ -49,6 +50,7 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
         ".aedat4": _read_aedat4,
         ".dat": _read_dat,
         ".npy": _read_npy,
+        ".npz": _read_npz,
     }
     reader = readers.get(path.suffix)
     if reader is None:
@@ -190,6 +192,16 @@ def _read_npy(path: Path) -> Recording:
         )
     x, y, p, t = events.T
     return Recording(_whole("x", x), _whole("y", y), _whole("t", np.rint(t.astype(np.float64) * 1000)), _whole("p", p))
+
+
+def _read_npz(path: Path) -> Recording:
+    with np.load(path, allow_pickle=False) as arrays:
+        if missing := set("xytp") - set(arrays.files):
+            raise RecordingError(f"expected arrays x, y, t, p, got {', '.join(arrays.files)} without {min(missing)}")
+        columns = [_whole(name, arrays[name].ravel()) for name in "xytp"]
+    if len(lengths := {len(one) for one in columns}) > 1:
+        raise RecordingError(f"expected arrays of one length, got {min(lengths)} and {max(lengths)}")
+    return Recording(*columns)
 
 
 def _whole(name: str, values: NDArray[Any]) -> NDArray[np.int64]:

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -42,7 +43,7 @@ def evaluate(
     split: Split = "test",
     *,
     loss: nn.Module = CrossEntropyMSE(),
-    metric: Metric = Accuracy(),
+    metric: Metric | Sequence[Any] = Accuracy(),
     steps: int | None = None,
     batch_size: int | None = None,
     precision: Precision = 32,
@@ -63,6 +64,8 @@ def evaluate(
 
     Args:
         split: which samples; those of the training without augmentation, where the data has them so.
+        metric: one or several. Of several, `Metrics.score` is the first, and `Metrics.scores` has all by their names. A
+            score may be any value here, such as the counts of `sltt.metrics.ConfusionMatrix`.
         steps: T; None is that of the training for a network of `sltt.load`, and 4 for another.
         mirror: take the mean logits of each image and of its mirror image, left to right (as in Krizhevsky et al.
             2012), in twice the time.
@@ -97,7 +100,7 @@ def measure_split(
     split: Split,
     *,
     loss: nn.Module,
-    metric: Metric,
+    metric: Any,
     steps: int,
     batch_size: int,
     mirror: bool = False,
@@ -108,7 +111,11 @@ def measure_split(
     data = as_data(data, batch_size)
     choice("split", split, get_args(Split))
     check_loss(loss)
-    check_metric(metric)
+    metrics = list(metric) if isinstance(metric, list | tuple) else [metric]
+    for one in metrics:
+        check_metric(one)
+    if len(names := set(map(name_of, metrics))) < len(metrics) or not metrics:
+        raise ValueError(f"expected one metric or several of different names, got {', '.join(names) or 'none'}")
     whole_number("batch_size", batch_size, least=1)
     flag("mirror", mirror)
     whole_number("shift", shift, least=0)
@@ -126,7 +133,8 @@ def measure_split(
     net, loss = here.set_up(model), here.set_up_loss(loss)
     memory = BatchMemory(here.fabric.device)
     with ending(loader):
-        return measure(here, net, loader, splits, loss, metric, steps, mirror=mirror, shift=shift, memory=memory)
+        seen = {"mirror": mirror, "shift": shift}
+        return measure(here, net, loader, splits, loss, metrics, steps, selects=False, memory=memory, **seen)
 
 
 def measured_with(built: Any) -> dict[str, Any]:
@@ -140,21 +148,23 @@ def measure(
     loader: DataLoader[Any],
     splits: Splits,
     loss: nn.Module,
-    metric: Metric,
+    metrics: Sequence[Any],
     steps: int,
     *,
+    selects: bool = True,
     mirror: bool = False,
     shift: int = 0,
     memory: BatchMemory | None = None,
 ) -> Metrics:
     """Run a network over the batches of a split, in evaluation mode and without a graph.
 
-    Logits are the mean over the `views` of a batch, with their weights. With `memory`, the first batch is measured.
+    Logits are the mean over the `views` of a batch, with their weights. With `memory`, the first batch is measured. An
+    epoch that `selects` has scores that are numbers.
     """
     processes = here.processes
     batches: Any = loader.batch_sampler
     state = Progress()
-    scored = Score(metric, processes, state)
+    scored, *others = (Score(metric, processes, state, selects) for metric in metrics)
     began = time.monotonic()
     with evaluating(net), firing_rates(net.module) as firing, torch.no_grad():
         for x, y in whole_epoch(loader):
@@ -166,11 +176,16 @@ def measure(
             run = partial(_logits, net, seen, steps if splits.static else None)
             with counting(firing, count):
                 logits = memory.measure(run) if memory and memory.due(len(x)) else run()
-            score = scored.batch(predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y), count)
+            pair = predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y)
+            score = scored.batch(*pair, count)
+            for other in others:
+                other.batch(*pair, count)
             state.count(sequence_loss(loss, logits, y), score, count, y)
     state.firing = firing.state_dict()
     seconds, peak = time.monotonic() - began, memory.peak if memory else None
-    return scored.of(state.metrics(name_of(metric), processes, seconds, peak))
+    name, *names = map(name_of, metrics)
+    found = scored.of(state.metrics(name, processes, seconds, peak))
+    return replace(found, scores={name: found.score} | {n: one.value() for n, one in zip(names, others, strict=True)})
 
 
 @contextmanager

@@ -276,7 +276,7 @@ class Loop:
             return None
         with self._located("validation"):
             return measure(
-                self.session, self.averaged, loader, self.splits, self.loss, self.training.metric, stage.steps
+                self.session, self.averaged, loader, self.splits, self.loss, [self.training.metric], stage.steps
             )
 
     def _end_epoch(self, training: Metrics, validation: Metrics | None) -> dict[str, Any]:

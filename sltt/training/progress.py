@@ -28,6 +28,7 @@ class Metrics:
         peak_memory: bytes of one batch at its peak, above those before it; the most of any process, None if no batch
             was measured.
         layers: firing rate of each layer of neurons.
+        scores: each metric of an evaluation by its name.
     """
 
     loss: float
@@ -37,19 +38,20 @@ class Metrics:
     seconds: float
     peak_memory: int | None
     layers: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
-        """The score; raises ValueError where the metric is another."""
+        """Return the score; raise ValueError where the metric is another."""
         if self.metric != "accuracy":
             raise ValueError(f"the metric is {self.metric}, not accuracy: its value is `score`")
         return self.score
 
     def named(self) -> dict[str, Any]:
-        """All that was measured, the score by the name of its metric."""
+        """Return all that was measured, scores by the names of their metrics."""
         values = asdict(self)
-        score = {values.pop("metric"): values.pop("score")}
-        return {"loss": values.pop("loss"), **score, **values}
+        scores = {values.pop("metric"): values.pop("score")} | values.pop("scores")
+        return {"loss": values.pop("loss"), **scores, **values}
 
 
 @dataclass

@@ -25,12 +25,14 @@ class Score:
         metric: of predictions and targets.
         processes: that share each batch.
         progress: the batches before these, in an epoch that is resumed.
+        selects: an epoch is selected by the score, so that it must be one number.
 
     Attributes:
         partial: the metric could not be saved, and sees the batches after a resume only.
     """
 
-    def __init__(self, metric: Any, processes: Processes, progress: Progress):
+    def __init__(self, metric: Any, processes: Processes, progress: Progress, selects: bool = True):
+        self.selects, self.total, self.samples = selects, 0.0, 0
         self.metric, self.processes, self.collecting = metric, processes, collects(metric)
         self.looked, self.empty = progress.batch > 0, not progress.score
         self.partial = self.collecting and self.looked and self.empty
@@ -40,9 +42,11 @@ class Score:
                 self.metric.load_state_dict(progress.score)
 
     def batch(self, prediction: Tensor, target: Any, samples: int) -> float:
-        """The mean of a batch, of which so many samples count here; 0 where the metric collects them."""
+        """Return the mean of a batch, of which so many samples count here; 0 where the metric collects them."""
         if not self.collecting:
-            return float(self.metric(prediction, target))
+            mean = float(self.metric(prediction, target))
+            self.total, self.samples = self.total + mean * samples, self.samples + samples
+            return mean
         own = (prediction.detach().cpu(), target.cpu() if isinstance(target, Tensor) else target) if samples else None
         for part in self.processes.gather(own):
             if part is not None:
@@ -56,7 +60,14 @@ class Score:
         """Return the measurements with the score of all samples; None where the metric has seen none after a resume."""
         if not self.collecting:
             return metrics
-        return replace(metrics, score=None if self.empty else self._number(self.metric.compute()))
+        return replace(metrics, score=None if self.empty else self.value())
+
+    def value(self) -> Any:
+        """Return the score of all samples since this was made, of all processes."""
+        if self.collecting:
+            return self._number(self.metric.compute())
+        total, samples = self.processes.sum([self.total, self.samples])
+        return total / max(samples, 1)
 
     def state(self) -> dict[str, Any]:
         """Return what was collected, for a checkpoint; nothing of a metric that cannot save it."""
@@ -71,13 +82,16 @@ class Score:
         if value is not None:
             self._number(value)
 
-    def _number(self, value: Any) -> float:
+    def _number(self, value: Any) -> Any:
+        """Return a number as a float; raise ValueError for another value by which an epoch would be selected."""
         if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1):
             return float(value)
+        if not self.selects:
+            return value
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ValueError(
             f"the metric {name_of(self.metric)} computes {got}, and a training selects by one number: give a metric of "
-            "one, such as the mean over classes by average='macro'"
+            "one, such as the mean over classes by average='macro', and this one to sltt.evaluate"
         )
 
 

@@ -243,6 +243,20 @@ def test_image_folder(tmp_path, test_folder):
     assert padded.train[0][0].shape == (3, 40, 40)
 
 
+def test_folders_of_images_without_train_and_test_are_split(tmp_path):
+    write_images(tmp_path, ["."])
+    for on_error in ("skip", "stop"):  # the second beside the cache of the first
+        data = ImageFolder(str(tmp_path), size=32, validation=0.25, test=0.25, on_error=on_error)
+        splits = data.splits(1)
+        assert (len(splits.train), len(splits.validation), len(splits.test), splits.classes) == (4, 2, 2, 2)
+        assert data.classes == ["cat", "dog"]
+    parts = splits.train.indices, splits.validation.indices, splits.test.indices
+    assert sorted(i for part in parts for i in part) == list(range(8))
+    write_images(tmp_path, ["train"])
+    with pytest.raises(ValueError, match=r"test=0\.25 splits .*/CLASS/\*, and it has train: leave test out"):
+        ImageFolder(str(tmp_path), test=0.25).splits(1)
+
+
 def test_an_image_that_does_not_decode_is_named(tmp_path):
     write_images(tmp_path)
     bad = tmp_path / "test" / "cat" / "1.png"

@@ -121,8 +121,6 @@ def test_a_metric_of_several_numbers_is_refused_at_the_first_batch(tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         train(tmp_path / "run", metric=MacroF1(average=None))
     assert caught.value.__notes__ == ["at epoch 1, batch 1 of 4"]
-    with pytest.raises(ValueError, match=message):
-        sltt.evaluate(network(), Blobs(), metric=MacroF1(average=None), device="cpu")
 
 
 def test_padded_sequences_and_targets_of_each_step_are_collected():
@@ -151,3 +149,30 @@ def test_a_metric_that_does_not_say_is_better_higher_and_a_function_that_collect
     assert higher_is_better(Silent())
     assert collects(Silent())
     assert not collects(Function())
+
+
+class TopTwo(sltt.metrics.Metric):
+    """The share of samples whose class is among the two largest logits."""
+
+    def __call__(self, prediction, target):
+        return (prediction.topk(2).indices == target[:, None]).any(1).double().mean()
+
+
+def test_an_evaluation_takes_several_metrics_and_one_that_gives_a_matrix():
+    model, data = network(), Uneven()
+    matrix = sltt.metrics.ConfusionMatrix()
+    several = [sltt.metrics.Accuracy(), matrix, TopTwo()]
+    found = sltt.evaluate(model, data, metric=several, batch_size=5, device="cpu")
+    x, y = data.splits(4).collate(data.splits(4).test)
+    counts = found.scores["confusion_matrix"]
+    assert counts.sum(1).tolist() == y.bincount(minlength=3).tolist()
+    assert counts.trace() / counts.sum() == pytest.approx(found.accuracy)
+    assert found.scores["accuracy"] == found.score
+    top = sltt.predict(model, x, steps=4).topk(2).indices
+    assert found.scores["top_two"] == pytest.approx(float((top == y[:, None]).any(1).double().mean()))
+    alone = sltt.evaluate(model, data, metric=matrix, batch_size=5, device="cpu")
+    torch.testing.assert_close(alone.score, counts)
+    with pytest.raises(ValueError, match=r"computes shape \[3, 3\], and a training selects by one number"):
+        sltt.fit(model, data, metric=matrix, epochs=1, device="cpu")
+    with pytest.raises(ValueError, match="of different names, got accuracy"):
+        sltt.evaluate(model, data, metric=[sltt.metrics.Accuracy()] * 2, device="cpu")

@@ -1,0 +1,64 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sltt
+from sltt.commands import main
+from sltt.data.recordings import read
+
+
+def test_files_are_predicted_as_the_test_samples_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for label, shade in (("cat", 40), ("dog", 200)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(np.full((8, 8, 3), shade + i, np.uint8)).save(tmp_path / "images" / label / f"{i}.png")
+    words = "digits --data sltt.data.ImageFolder --data.root images --data.test 0.2 --data.size 8 --data.crop_padding 0"
+    words += " --model DigitsNet --model.in_channels 3 --model.classes 2 --model.width 4 --epochs 1 --run run"
+    assert main(["train", *words.split(), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["predict", "run", "images/cat/0.png", "images/dog/1.png", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    data, model = sltt.data.ImageFolder("images", size=8, crop_padding=0, test=0.2), sltt.load("run")
+    expected = sltt.predict(model, data.read(tmp_path / "images/cat/0.png", 4)[None])[0]
+    assert first["prediction"] == pytest.approx(expected.tolist())
+    assert first["class"] == ["cat", "dog"][int(expected.argmax())]
+    assert second["file"] == "images/dog/1.png"
+    assert main(["predict", "run", "images/cat/0.png"]) == 0
+    assert capsys.readouterr().out.split()[:4] == ["file", "class", "probability", "images/cat/0.png"]
+
+
+def test_an_array_is_a_sample(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = "train sequential-digits --epochs 1 --run run --device cpu --model.features [8,8,10]"
+    assert main(words.split()) == 0
+    np.save("sample.npy", np.random.rand(8, 8))
+    capsys.readouterr()
+    assert main(["predict", "run", "sample.npy", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["class"] in range(10)
+    assert main(["predict", "run", "sample.csv"]) == 1
+    assert "sample.csv: SequentialDigits reads a sample from .npy, the array of one" in capsys.readouterr().err
+
+
+def test_events_in_arrays(tmp_path):
+    """Fields and arrays have t in microseconds, columns x, y, p, t have it in milliseconds."""
+    x, y, t, p = np.array([1, 2, 3]), np.array([4, 5, 6]), np.array([1000, 2000, 3000]), np.array([0, 1, 0])
+    np.savez(tmp_path / "a.npz", x=x, y=y, t=t, p=p)
+    np.save(tmp_path / "b.npy", np.rec.fromarrays([t, x, y, p], names="t,x,y,p"))
+    np.save(tmp_path / "c.npy", np.stack([x, y, p, t / 1000], 1))
+    for name in ("a.npz", "b.npy", "c.npy"):
+        found = read(tmp_path / name, (8, 8), "count", 3)
+        assert [part.tolist() for part in found] == [one.tolist() for one in (x, y, t, p)]
+    np.savez(tmp_path / "d.npz", x=x, y=y, t=t)
+    with pytest.raises(ValueError, match=r"d\.npz: expected arrays x, y, t, p, got x, y, t without p"):
+        read(tmp_path / "d.npz", (8, 8), "count", 3)
+    data = object.__new__(sltt.data.EventFolder)
+    data.size, data.resize, data.slicing, data.sensor = None, "sum", "count", (8, 8)
+    frames = data.read(tmp_path / "a.npz", 3)
+    assert frames.shape == (3, 2, 8, 8)
+    assert frames.sum() == 3
+    assert torch.equal(frames[1].nonzero()[0], torch.tensor([1, 5, 2]))
