@@ -51,8 +51,8 @@ class Case:
     @property
     def share(self) -> str:
         """What the rule takes off the loss in the trial, of what BPTT does; the least of the seeds."""
-        solved = " (solved)" if self.trial.solved(self.rule) else ""
-        return f"{min(self.trial.learned(self.rule)):.0%}{solved}" if self.trial.tells else "too short"
+        solved = " (solved)" if self.trial.solves(self.rule) else ""
+        return f"{min(self.trial.shares(self.rule)):.0%}{solved}" if self.trial.tells else "too short"
 
     def by_cosine(self, least: float = AGREES) -> bool:
         """Whether the rule is advised where its worst cosine is at least that."""
@@ -62,7 +62,7 @@ class Case:
         """Whether the rule is advised where it learns that share; where the trial does not tell, by the cosine."""
         if not self.trial.tells:
             return self.by_cosine()
-        return min(self.trial.learned(self.rule)) >= least or self.trial.solved(self.rule)
+        return min(self.trial.shares(self.rule)) >= least or self.trial.solves(self.rule)
 
 
 def case(found: Row, rule: str, reached: dict[str, list[float]]) -> Case:

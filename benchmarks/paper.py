@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from advice_tables import advised
 from peer_workers import hardware
-from runs import in_turns, saved
 from tables import DOCS, fill
 from torch import nn
+from turns import in_turns, saved
 
 import sltt
 from sltt.analysis import Agreement, agreement, count_operations, peak_memory

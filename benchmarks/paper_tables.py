@@ -8,8 +8,8 @@ from operator import itemgetter
 from pathlib import Path
 
 from cells import accuracies, by, compared, grouped, load, markdown, seeds, tasks
-from runs import quotient, spread
 from scipy.stats import t as student
+from turns import quotient, spread
 
 from sltt.commands.fscil import SCORES, percent
 from sltt.commands.results import scores_text

@@ -40,7 +40,7 @@ from peer_cases import CASES, NETWORKS
 from peer_workers import EndedError, Setting, start
 from rich.console import Console
 from rich.table import Table
-from runs import quotient
+from turns import quotient
 
 from sltt.training.console import megabytes
 

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 import torch
-from runs import train
 from tables import DOCS, fill
+from turns import train
 
 PATH = DOCS / "results" / "recurrent.json"
 RECIPE = "sequential-digits --model.recurrent true"

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from runs import in_turns
 from tables import fill
 from torch import nn
+from turns import in_turns
 
 import sltt
 from sltt.analysis import peak_memory

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from peer_workers import hardware
 from rich.console import Console
 from rich.table import Table
-from runs import in_turns
 from torch import Tensor
 from torch.ops import aten  # pyright: ignore[reportMissingImports]
+from turns import in_turns
 
 from sltt.kernels import costs, native, sparse
 from sltt.kernels.bits import pack

@@ -17,7 +17,7 @@ import paper_tables
 from cells import Row, by, grouped, load, markdown, shown
 from peer_cases import CASES
 from peers import ratio
-from runs import spread
+from turns import spread
 
 from sltt.commands.results import scores_text
 from sltt.training.console import megabytes

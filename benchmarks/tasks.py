@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from advice_tables import advised
-from runs import saved
 from tables import DOCS, fill
+from turns import saved
 
 RESULTS = DOCS / "results"
 # the recipe, its options, and the layer of neurons whose gradient through time `Mixed` keeps

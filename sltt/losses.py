@@ -79,7 +79,7 @@ class PerStep(Loss):
 
     def __init__(self, loss: nn.Module):
         super().__init__()
-        self.loss = _of_one_step(self, loss)
+        self.loss = _check_one_step(self, loss)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Logits [B, C] and targets [B, ...] of one time step to a scalar."""
@@ -103,11 +103,11 @@ class _Of(SequenceLoss):
 
     def __init__(self, loss: nn.Module = CrossEntropyMSE()):
         super().__init__()
-        self.loss = _of_one_step(self, loss)
+        self.loss = _check_one_step(self, loss)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Logits [T, B, C] and targets [B, ...] to a scalar."""
-        return self.loss(predicted(self.prediction, logits), target)
+        return self.loss(predict_from(self.prediction, logits), target)
 
 
 class OfMean(_Of):
@@ -191,7 +191,7 @@ class Activity(Loss):
         self, loss: nn.Module = CrossEntropyMSE(), weight: float = 0.1, rate: float | None = None, layers: str = "*"
     ):
         super().__init__()
-        self.loss = _of_one_step(self, loss)
+        self.loss = _check_one_step(self, loss)
         self.weight = number("weight", weight, least=0)
         self.rate = None if rate is None else number("rate", rate, least=0, most=1)
         self.layers = instance("layers", layers, str)
@@ -247,7 +247,7 @@ class _Watching:
         return value + self.loss.penalty(rates, self.steps)
 
 
-def predicted(by: Prediction, logits: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+def predict_from(by: Prediction, logits: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
     """Return the prediction from the logits [T, B, C]: [B, C], or [T, B, C] for each step.
 
     With `lengths`, from the real steps of each sample alone.
@@ -272,7 +272,7 @@ def prediction_of(loss: Any) -> Prediction:
     return getattr(loss, "prediction", "mean")
 
 
-def _of_one_step(outer: Loss, loss: Any) -> Any:
+def _check_one_step(outer: Loss, loss: Any) -> Any:
     """The loss inside another; raises ValueError for one that has no value for one time step."""
     if isinstance(loss, SequenceLoss):
         raise ValueError(

@@ -164,7 +164,7 @@ def is_share(name: str) -> bool:
     return name.endswith("accuracy")
 
 
-def shown(name: str, score: float) -> str:
+def score_text(name: str, score: float) -> str:
     """A score for people: a share in per cent, others as they are."""
     return f"{score:.2%}" if is_share(name) else f"{score:.4g}"
 

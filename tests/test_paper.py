@@ -42,7 +42,7 @@ def test_a_step_of_the_paper_is_run_once_and_kept(paper, tmp_path, monkeypatch):
         (save / f"{words[0]}.json").write_text(json.dumps({"steps": 2, "rows": rows}))
         return 0
 
-    monkeypatch.setattr(load("runs"), "command", command)
+    monkeypatch.setattr(load("turns"), "command", command)
     monkeypatch.setattr("sys.argv", ["paper.py", "stage", "map-T2", "advice-T2", "--runs", str(tmp_path / "runs")])
     for _ in range(2):
         paper.main()
@@ -73,7 +73,7 @@ def test_every_command_of_the_paper_is_one_that_sltt_takes(paper):
         own |= {"--steps"} if kind == "agreement" else set()
         pairs = zip(words[::2], words[1::2], strict=True)
         options = [word for pair in pairs if pair[0] not in own for word in pair]
-        Recipe(f"sltt {kind}", recipe, options).resolved()
+        Recipe(f"sltt {kind}", recipe, options).resolve()
 
 
 def test_counted_multiplications_of_the_paper(paper, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_step_of_the_paper_that_fails_names_its_log(paper, tmp_path, monkeypat
         return 1
 
     (tmp_path / "k-digits").mkdir()
-    monkeypatch.setattr(load("runs"), "command", command)
+    monkeypatch.setattr(load("turns"), "command", command)
     monkeypatch.setattr("sys.argv", ["paper.py", "k-digits", "--runs", str(tmp_path)])
     for times in (1, 2):  # what the others found is no result
         with pytest.raises(SystemExit, match=r"k-digits failed, see .*k-digits\.log"):

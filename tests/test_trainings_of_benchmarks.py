@@ -23,7 +23,7 @@ def commands(monkeypatch):
             (save / f"{words[0]}.json").write_text(json.dumps({"rows": [row]}))
         return 2 * ("bad" in words)
 
-    monkeypatch.setattr(load("runs"), "command", command)
+    monkeypatch.setattr(load("turns"), "command", command)
     return given
 
 
@@ -53,7 +53,7 @@ def test_a_task_with_data_is_compared_where_they_are(commands, tmp_path, monkeyp
 
 
 def test_a_training_goes_on_where_it_has_begun(commands, tmp_path):
-    train = load("runs").train
+    train = load("turns").train
     train(["digits"], tmp_path)
     (tmp_path / "config.yaml").touch()
     train(["digits"], tmp_path)
@@ -61,7 +61,7 @@ def test_a_training_goes_on_where_it_has_begun(commands, tmp_path):
     assert new == ["train", "digits", "--device", "cpu", "--run", str(tmp_path)]
     assert again == ["train", "--resume", str(tmp_path)]
     with pytest.raises(SystemExit, match="2"):
-        load("runs").call(["train", "bad"])
+        load("turns").call(["train", "bad"])
 
 
 def test_a_dot_in_the_figure_of_recall_is_a_training(tmp_path, monkeypatch, capsys):

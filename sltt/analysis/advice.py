@@ -37,7 +37,7 @@ class Trial:
     losses: dict[str, list[float]]
     accuracies: dict[str, list[float]]
 
-    def learned(self, rule: str) -> list[float]:
+    def shares(self, rule: str) -> list[float]:
         """(L₀ − L) / (L₀ − L of BPTT), for each seed: 1 where the rule learns as BPTT does, NaN where BPTT does not."""
         seeds = zip(self.start, self.losses[rule], self.losses["BPTT()"], strict=True)
         return [(start - loss) / (start - exact) if start != exact else math.nan for start, loss, exact in seeds]
@@ -48,16 +48,16 @@ class Trial:
         seeds = zip(self.start, self.losses["BPTT()"], strict=True)
         return all(start - exact > BEGINS * abs(start) for start, exact in seeds)
 
-    def solved(self, rule: str) -> bool:
+    def solves(self, rule: str) -> bool:
         """Return whether the rule classifies nearly all training samples, with every seed."""
         return min(self.accuracies[rule]) >= SOLVED
 
-    def chosen(self) -> str:
+    def choose_rule(self) -> str:
         """The first rule that learns as BPTT does, or solves the task, with every seed."""
-        return next(rule for rule in self.losses if min(self.learned(rule)) >= LEARNS or self.solved(rule))
+        return next(rule for rule in self.losses if min(self.shares(rule)) >= LEARNS or self.solves(rule))
 
 
-def chosen(found: Sequence[Agreement], trial: Trial | None = None) -> str:
+def choose_rule(found: Sequence[Agreement], trial: Trial | None = None) -> str:
     """The rule of least memory that learns as BPTT does in the trial, or else agrees with it on the batch.
 
     Args:
@@ -65,7 +65,7 @@ def chosen(found: Sequence[Agreement], trial: Trial | None = None) -> str:
         trial: short trainings with the rules.
     """
     if trial and trial.tells:
-        return trial.chosen()
+        return trial.choose_rule()
     return next((a.rule for a in found if a.least >= AGREES), "BPTT()")
 
 
@@ -88,12 +88,14 @@ def advice(
         samples: in the batch whose memory was measured.
         training: epochs of the whole training; 0 where it is not known.
     """
-    rule = chosen(found, trial)
+    rule = choose_rule(found, trial)
     gradients = {a.rule: a for a in found}
     drops = [_drops(gradients[rule])] if rule in gradients else ["It drops nothing."]
     if found[0].rule != rule:
         drops.append(_drops(found[0], found[0].rule))
-    return " ".join([f"Take {rule}.", *drops, *_costs(rule, memory or {}, samples), _sure(trial, epochs, training)])
+    return " ".join(
+        [f"Take {rule}.", *drops, *_costs(rule, memory or {}, samples), _confidence(trial, epochs, training)]
+    )
 
 
 def _drops(one: Agreement, name: str = "It") -> str:
@@ -111,31 +113,31 @@ def _costs(rule: str, memory: Mapping[str, int], samples: int | None) -> list[st
     return [f"A batch{size} takes {memory[rule] / 1e6:.3g} MB ({others})."]
 
 
-def _sure(trial: Trial | None, epochs: int, training: int) -> str:
+def _confidence(trial: Trial | None, epochs: int, training: int) -> str:
     """Say how much the advice rests on."""
     if trial is None:
         rests = f"one batch after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "one batch of an untrained network"
         return f"Not sure: this rests on {rests}. --trial compares short trainings."
     if not trial.tells:
         return f"Not sure: BPTT() learned little in {trial.epochs} epochs. Give a longer --trial."
-    learned = {name: trial.learned(name) for name in trial.losses if name != "BPTT()"}
+    learned = {name: trial.shares(name) for name in trial.losses if name != "BPTT()"}
     count = len(trial.start)
     said = ", ".join(f"{name} {_range(shares)}" for name, shares in learned.items())
-    solved = [name for name in learned if trial.solved(name)]
+    solved = [name for name in learned if trial.solves(name)]
     right = f" {', '.join(solved)} got {SOLVED:.0%} or more of the training samples right, which is enough too."
     return (
-        f"{_how_sure(trial, training)} Of BPTT's loss decrease in {trial.epochs} epochs with {count} "
+        f"{_certainty(trial, training)} Of BPTT's loss decrease in {trial.epochs} epochs with {count} "
         f"seed{'s' * (count > 1)}, {said} ({LEARNS:.0%} needed).{right if solved else ''}"
     )
 
 
-def _how_sure(trial: Trial, training: int) -> str:
+def _certainty(trial: Trial, training: int) -> str:
     """Say whether seeds and epochs are enough."""
-    cheaper = [name for name in trial.losses if name != "BPTT()" and not trial.solved(name)]
-    unsure = [name for name in cheaper if min(trial.learned(name)) < LEARNS <= max(trial.learned(name))]
+    cheaper = [name for name in trial.losses if name != "BPTT()" and not trial.solves(name)]
+    unsure = [name for name in cheaper if min(trial.shares(name)) < LEARNS <= max(trial.shares(name))]
     if unsure:
         return f"Not sure of {unsure[0]}: seeds disagree."
-    if trial.epochs < EARLY * training and trial.chosen() != "BPTT()":
+    if trial.epochs < EARLY * training and trial.choose_rule() != "BPTT()":
         return f"Not sure: rules may part after {trial.epochs} of {training} epochs. Give a longer --trial."
     return "Sure." if len(trial.start) > 1 else "Fairly sure: one seed."
 

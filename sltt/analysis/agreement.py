@@ -253,19 +253,19 @@ def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreeme
     found: dict[Mixed, Agreement] = {}
 
     @functools.cache
-    def measured(first: int, last: int, window: Window) -> tuple[Mixed, Agreement]:
+    def measure(first: int, last: int, window: Window) -> tuple[Mixed, Agreement]:
         rule = Mixed(dict.fromkeys(names[first : last + 1], window))
         return rule, exact.compare(rule)
 
     def agrees(last: int, window: Window) -> bool:
-        return measured(0, last, window)[1].least >= AGREES
+        return measure(0, last, window)[1].least >= AGREES
 
     for window in lengths:
         fewest = bisect_left(ends, True, key=functools.partial(agrees, window=window))
         if fewest < len(ends):
             last, ends = ends[fewest], ends[:fewest]
-            rule, whole = measured(0, last, window)
-            alone, part = measured(last, last, window)
+            rule, whole = measure(0, last, window)
+            alone, part = measure(last, last, window)
             enough = part.least >= max(AGREES, whole.least - SAME)
             found[alone if enough else rule] = part if enough else whole
     return found

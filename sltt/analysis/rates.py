@@ -120,10 +120,10 @@ def find_learning_rate(
         raise ValueError(
             f"the test needs ten batches with a finite loss, got {len(rates)}: give more batches, or lower `smallest`"
         )
-    return RateTest(rates, losses, *_chosen(rates, losses))
+    return RateTest(rates, losses, *_choose_rates(rates, losses))
 
 
-def _chosen(rates: list[float], losses: list[float]) -> tuple[float | None, float]:
+def _choose_rates(rates: list[float], losses: list[float]) -> tuple[float | None, float]:
     """The rate where the loss falls fastest, per factor of the rate, and that of the lowest loss."""
     lowest = min(range(len(losses)), key=losses.__getitem__)
     slopes = [losses[i + 1] - losses[i - 1] for i in range(1, lowest)]

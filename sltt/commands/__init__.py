@@ -57,14 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
-        from sltt.training.batches import generators_kept  # with PyTorch
+        from sltt.training.batches import keep_generators  # with PyTorch
 
-        with generators_kept():
+        with keep_generators():
             import_module(f"sltt.commands.{command}").run(rest)
     except KeyboardInterrupt as stop:
-        return _stopped(stop, 130)
+        return _exit_code(stop, 130)
     except Preempted as stop:
-        return _stopped(stop, PREEMPTED)
+        return _exit_code(stop, PREEMPTED)
     except Exception as error:  # of the user's own classes too
         if os.environ.get("SLTT_TRACEBACK"):
             raise
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _stopped(stop: BaseException, code: int) -> int:
+def _exit_code(stop: BaseException, code: int) -> int:
     rank = next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), "0")
     if rank == "0":  # once, not from every process
         print(f"sltt: {str(stop) or 'stopped by Ctrl-C'}", file=sys.stderr)

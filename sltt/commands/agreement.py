@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sltt.analysis.advice import Trial, advice, chosen
+from sltt.analysis.advice import Trial, advice, choose_rule
 from sltt.analysis.agreement import AGREES, SAVES, Proposal, agreement, batch_memory, cheaper, propose
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, time_steps
-from sltt.commands.prepared import prepared
+from sltt.commands.prepared import prepare
 from sltt.commands.results import give
 from sltt.commands.rule_texts import mixed_options
 from sltt.commands.tables import Row, Table, number
@@ -96,7 +96,7 @@ def measure_agreement(
             built = build(recipe, own.data, tau)  # the data is read once
             if epochs:
                 train(here, built, T, epochs, built.rule, report)
-            with prepared(here, built, T, full_precision=dtype is not None) as ready:
+            with prepare(here, built, T, full_precision=dtype is not None) as ready:
                 arguments = ready.model, *ready.batch(samples), ready.loss
                 rules = cheaper(ready.model, T)
                 found = agreement(*arguments, rules, steps=ready.repeat, dtype=dtype)
@@ -112,7 +112,7 @@ def measure_agreement(
                 found += agreement(*arguments, mixed, steps=ready.repeat, dtype=dtype)
                 compared = {a.rule: a for a in found}
                 ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
-                rule = chosen(ranked, tried)
+                rule = choose_rule(ranked, tried)
                 costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
             said = advice(ranked, tried, costs, epochs=epochs, samples=samples, training=own.epochs)
             rows.append(
@@ -125,7 +125,7 @@ def measure_agreement(
                     "memory": costs,
                     "rule": rule,
                     "proposal": proposal and _proposal_json(proposal),
-                    "advice": f"{said}{_of_mixed(rule, mixed)}",
+                    "advice": f"{said}{_mixed_note(rule, mixed)}",
                 }
             )
     return rows
@@ -170,14 +170,14 @@ def print_agreement(rows: Sequence[Mapping[str, Any]], report: Console) -> None:
 
 
 def _trial_json(trial: Trial) -> dict[str, Any]:
-    return {**vars(trial), "learned": {rule: trial.learned(rule) for rule in trial.losses}}
+    return {**vars(trial), "learned": {rule: trial.shares(rule) for rule in trial.losses}}
 
 
 def _proposal_json(proposal: Proposal) -> dict[str, Any]:
     return {**vars(proposal), "agreement": vars(proposal.agreement), "options": mixed_options(proposal.windows)}
 
 
-def _of_mixed(rule: str, mixed: Sequence[Mixed]) -> str:
+def _mixed_note(rule: str, mixed: Sequence[Mixed]) -> str:
     """Say which `Mixed` is advised, or that there is none in place of a rule of more memory."""
     if advised := [r for r in mixed if repr(r) == rule]:
         return f" On the command line: {mixed_options(advised[0].windows)}"

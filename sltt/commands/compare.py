@@ -12,16 +12,16 @@ from typing import Any
 from sltt.analysis import Operations, agreement, count_operations, memory_parts
 from sltt.commands.failures import UsageError, cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
-from sltt.commands.prepared import prepared, test_score
+from sltt.commands.prepared import prepare, test_score
 from sltt.commands.results import Gathered, give, rule_of, scores_cell
 from sltt.commands.tables import Cell, Row, Table, number
-from sltt.commands.vary import VARY_HELP, as_options, best_of, grid, labelled, values
+from sltt.commands.vary import VARY_HELP, best_of, grid, label_row, to_options, values
 from sltt.commands.verdict import answers
 from sltt.data import Classes
 from sltt.metrics import higher_is_better, name_of
 from sltt.training.console import Console, megabytes
 from sltt.training.fit import Fit, resume_run, start_run
-from sltt.training.runs import changed, read_config
+from sltt.training.runs import list_changes, read_config
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
 
@@ -79,11 +79,11 @@ class Contestant:
 
     def build(self, recipe: Recipe, *more: str) -> Any:
         """Build the recipe with these values."""
-        return recipe.build(*as_options(self.varied), *more, rule=self.rule)
+        return recipe.build(*to_options(self.varied), *more, rule=self.rule)
 
-    def resolved(self, recipe: Recipe, *more: str) -> dict[str, Any]:
+    def resolve(self, recipe: Recipe, *more: str) -> dict[str, Any]:
         """The configuration of the same."""
-        return recipe.resolved(*as_options(self.varied), *more, rule=self.rule)
+        return recipe.resolve(*to_options(self.varied), *more, rule=self.rule)
 
 
 @dataclass
@@ -129,7 +129,7 @@ def compare(one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: C
         recipe: what is trained.
         report: shows the progress.
     """
-    compared, seconds = Compared(one.rule or rule_of(recipe.resolved()), one.varied), []
+    compared, seconds = Compared(one.rule or rule_of(recipe.resolve()), one.varied), []
     first = one.build(recipe)
     with session(Execution.of(vars(first))) as here:
         if here.splits(first.data, first.steps).test is None:
@@ -146,7 +146,7 @@ def compare(one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: C
                 if compared.operations is None:
                     _measure(compared, here, built, report)
             except Exception as error:  # the others still run
-                report.warn(f"{labelled(compared.rule, one.varied)}, seed {seed} died: {cause(error)}")
+                report.warn(f"{label_row(compared.rule, one.varied)}, seed {seed} died: {cause(error)}")
                 compared.errors.append(f"seed {seed}: {cause(error)}")
     if seconds:
         compared.seconds = statistics.median(seconds)
@@ -166,11 +166,11 @@ def train_one(
 
     Returns what the recipe builds, with the trained weights and its whole data, and the training.
     """
-    name = labelled(one.rule or rule_of(recipe.resolved()), one.varied)
+    name = label_row(one.rule or rule_of(recipe.resolve()), one.varied)
     run = folder / f"{_file_name(name)}-seed{seed}"
     report.line(f"{name}, seed {seed}: {run}")
     built = one.build(recipe, "--seed", str(seed))
-    config, data = one.resolved(recipe, "--seed", str(seed)), built.data
+    config, data = one.resolve(recipe, "--seed", str(seed)), built.data
     if classes is not None:
         data = Classes(data, classes)
         config["data"] = {
@@ -187,7 +187,7 @@ def _check_continues(run: Path, config: dict[str, Any]) -> None:
     """Raise ValueError where a run in the folder was trained with other settings; its data may have moved."""
     if not (saved := read_config(run)):
         return  # the checkpoint has a copy
-    other = changed(saved, config)
+    other = list_changes(saved, config)
     other += [name for name in ("data", "epochs") if _same_anywhere(saved.get(name)) != _same_anywhere(config[name])]
     if other:
         raise ValueError(
@@ -251,7 +251,7 @@ def compared_rows(rows: Sequence[Mapping[str, Any]], metric: str, headings: Mapp
 def print_compared(found: Mapping[str, Any], report: Console) -> None:
     """A table with a row for each; where options vary, the score on the validation samples too, and the best."""
     name, costs = found["metric"], {"seconds": "s/epoch", "memory": "memory"}
-    rows = [{**row, "rule": labelled(row["rule"], row["varied"])} for row in found["rows"]]
+    rows = [{**row, "rule": label_row(row["rule"], row["varied"])} for row in found["rows"]]
     if any(row["varied"] for row in rows):
         headings = {"rule": name, "validation": "validation", "test": "test", **costs}
         report.table(Table(compared_rows(rows, name, headings)).for_terminal())
@@ -267,10 +267,10 @@ def print_compared(found: Mapping[str, Any], report: Console) -> None:
 def _measure(compared: Compared, here: Session, built: Any, report: Console) -> None:
     """Memory, multiplications and agreement of one training batch, on the trained weights, as far as they go."""
     try:
-        with prepared(here, built, built.steps) as ready:
+        with prepare(here, built, built.steps) as ready:
             arguments = ready.model, *ready.batch(built.batch_size), ready.loss
             compared.peak_memory = memory_parts(*arguments, built.rule, steps=ready.repeat).batch
             compared.operations = count_operations(*arguments, built.rule, steps=ready.repeat)
             compared.cosine = agreement(*arguments, [built.rule], steps=ready.repeat)[0].cosine
     except Exception as error:  # BPTT, for the cosine, may need more memory than there is; the training is done
-        report.warn(f"{labelled(compared.rule, compared.varied)}: not all is measured: {cause(error)}")
+        report.warn(f"{label_row(compared.rule, compared.varied)}: not all is measured: {cause(error)}")

@@ -5,11 +5,11 @@ from inspect import signature
 
 from sltt.commands.fit_parser import make_parser
 from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run, only, run_folder
-from sltt.metrics import shown
-from sltt.training.average import chosen
+from sltt.metrics import score_text
+from sltt.training.average import select_weights
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.console import Console, as_json, megabytes
-from sltt.training.evaluation import evaluate, measure_split, measured_with
+from sltt.training.evaluation import evaluate, measure_settings, measure_split
 from sltt.training.runs import find_checkpoint
 from sltt.training.session import session
 from sltt.training.settings import OF_TRAINING, PROCESSES, Execution
@@ -42,20 +42,20 @@ def run(words: Sequence[str]) -> None:
     path = find_checkpoint(run, known.checkpoint)
     content, parser = load_checkpoint(path), make_parser("sltt eval", OF_TRAINING)
     built, _ = build_run(parser, run, [*overrides, *ANY_PROCESSES], known.code, content)
-    load_weights(built.model, chosen(content), path)
+    load_weights(built.model, select_weights(content), path)
     with session(Execution.of(vars(built))) as here:
         seen = {name: getattr(known, name) for name in VIEWS}
-        metrics = measure_split(here, built.model, built.data, known.split, **measured_with(built), **seen)
+        metrics = measure_split(here, built.model, built.data, known.split, **measure_settings(built), **seen)
     if here.processes.rank > 0:
         return
     if known.json:
-        print(as_json({"checkpoint": str(path), "split": known.split, **seen, **metrics.named()}))
+        print(as_json({"checkpoint": str(path), "split": known.split, **seen, **metrics.to_dict()}))
         return
     report = Console()
     moved = f", also moved by {known.shift}" if known.shift else ""
     mirrored = " and their mirror images" if known.mirror else ""
     report.line(f"{path}, T = {built.steps}, {known.split} samples{moved}{mirrored}")
-    report.line(f"{metrics.metric:11}  {shown(metrics.metric, metrics.score)}")
+    report.line(f"{metrics.metric:11}  {score_text(metrics.metric, metrics.score)}")
     report.line(f"loss         {metrics.loss:.4f}")
     report.line(f"firing rate  {metrics.firing_rate:.4f}")
     report.line(f"seconds      {metrics.seconds:.1f}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from sltt.commands.export_c import default_name, export
 from sltt.commands.fit_parser import make_parser
 from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run, run_folder
-from sltt.training.average import chosen
+from sltt.training.average import select_weights
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.console import Console
 from sltt.training.runs import find_checkpoint
@@ -37,7 +37,7 @@ def run(words: Sequence[str]) -> None:
     path = find_checkpoint(run)
     content, parser = load_checkpoint(path), make_parser("sltt export", OF_TRAINING)
     built, _ = build_run(parser, run, ANY_PROCESSES, known.code, content)
-    load_weights(built.model, chosen(content), path)
+    load_weights(built.model, select_weights(content), path)
     splits = built.data.splits(built.steps)
     x = splits.one()
     frame = x if splits.static else x[0]

@@ -65,7 +65,7 @@ def cause(error: Exception) -> str:
         return f"out of memory{text and ': '}{text}"
     if isinstance(error, UsageError) or (isinstance(error, SAID) and text):
         return text
-    place = _own_place(error) or (_places(error) or [""])[-1]
+    place = _user_line(error) or (_places(error) or [""])[-1]
     return f"{type(error).__name__}{text and ': '}{text}{place and f' ({place})'}"
 
 
@@ -77,7 +77,7 @@ def remedy(error: Exception, command: str) -> str:
     said = f"{type(error).__name__}: {error}"
     if advice := next((advice for pattern, advice in REMEDIES.items() if re.search(pattern, said)), None):
         return advice
-    if place := _own_place(error):
+    if place := _user_line(error):
         return f"correct {place}; SLTT_TRACEBACK=1 shows what called it"
     if isinstance(error, SAID) and "".join(_places(error)[-1:]).startswith(PACKAGE):
         return f"{explains}; the page “Errors and remedies” of the documentation has more"
@@ -86,7 +86,7 @@ def remedy(error: Exception, command: str) -> str:
     )
 
 
-def _own_place(error: Exception) -> str | None:
+def _user_line(error: Exception) -> str | None:
     """The innermost line of the user's own code."""
     own = [place for place in _places(error) if not any(part in place for part in OUTSIDE)]
     return own[-1] if own else None

@@ -52,7 +52,7 @@ class Help(DefaultHelpFormatter):
     """Lists the same classes whatever else is imported, and is short about other help."""
 
     def _expand_help(self, action: argparse.Action) -> str:
-        text = re.sub(r", known subclasses: ([^)]*)", _listed, super()._expand_help(action))
+        text = re.sub(r", known subclasses: ([^)]*)", _list_subclasses, super()._expand_help(action))
         text = re.sub(r"Show the help for the given subclass of .*", "list the arguments of a class", text)
         return re.sub(r"Print the configuration after .*", "print the settings and exit", text)
 
@@ -60,7 +60,7 @@ class Help(DefaultHelpFormatter):
         return text
 
 
-def _listed(match: re.Match[str]) -> str:
+def _list_subclasses(match: re.Match[str]) -> str:
     """The list of known subclasses without those that happen to be imported, or nothing where any module fits."""
     named = [name for name in match[1].split(", ") if name.startswith(("sltt.", "torch.optim."))]
     return f", known subclasses: {', '.join(named)}" if named and "torch.nn.Module" not in match[1] else ""
@@ -73,12 +73,12 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str], *more: Any, **named: Any) -> Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The configuration that the words make. A list replaces that of the words before."""
-        return super().parse_args(_replacing(args), *more, **named)
+        return super().parse_args(_replace_lists(args), *more, **named)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         with Path_fr(path).relative_path_context():  # pyright: ignore[reportCallIssue]
             text = yamltext.read(Path(Path(path).name))
-            values = _loaded(Path(path).name)
+            values = _load_text(Path(path).name)
             if isinstance(values, dict) and "config" in values:  # the parser would read it, without an end
                 raise UsageError(
                     f"{path} has a key config: leave it out; `sltt train RECIPE --config FILE` takes a second file"
@@ -89,18 +89,18 @@ class Parser(ArgumentParser):
             return self.parse_string(text, Path(path).name, *args, **kwargs)
 
 
-def _replacing(words: Sequence[str]) -> list[str]:
+def _replace_lists(words: Sequence[str]) -> list[str]:
     """The words, with `--NAME=null` before a list: in one as long as the list before, the parser keeps keys of that."""
     replacing: list[str] = []
     for word, following in zip(words, [*words, ""][1:], strict=True):
         option, _, value = (word if "=" in word else f"{word}={following}").partition("=")
-        given = _loaded(value) if option == "--config" else {option.removeprefix("--"): value}
-        lists = [name for name in LISTS if isinstance(given, dict) and isinstance(_loaded(given.get(name)), list)]
+        given = _load_text(value) if option == "--config" else {option.removeprefix("--"): value}
+        lists = [name for name in LISTS if isinstance(given, dict) and isinstance(_load_text(given.get(name)), list)]
         replacing += [*(f"--{name}=null" for name in lists), word]
     return replacing
 
 
-def _loaded(value: Any) -> Any:
+def _load_text(value: Any) -> Any:
     """Read a YAML file or text; return None where it cannot be read: the parser says why."""
     if not isinstance(value, str):
         return value

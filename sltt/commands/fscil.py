@@ -19,7 +19,7 @@ from sltt.data import Classes, Splits
 from sltt.data.classes import class_labels
 from sltt.metrics import name_of
 from sltt.sequence.padding import Padded
-from sltt.training.batches import ending
+from sltt.training.batches import finish_loaders
 from sltt.training.console import Console
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution
@@ -111,12 +111,12 @@ def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report
                 try:
                     classes = task.order[: task.sizes[0]]
                     built, _ = train_one(here, Contestant(rule), seed, folder, recipe, report, classes)
-                    found.append(_classified(here, task, seed, built))
+                    found.append(_classify(here, task, seed, built))
                 except Exception as error:  # the others still run
                     report.warn(f"{rule}, seed {seed} died: {cause(error)}")
                     errors.append(f"seed {seed}: {cause(error)}")
             rows.append(_row(rule, found, errors))
-        pixels = [_classified(here, task, seed, recipe.build(), pixels=True) for seed in range(seeds)]
+        pixels = [_classify(here, task, seed, recipe.build(), pixels=True) for seed in range(seeds)]
     return [*rows, _row(PIXELS, pixels), _row(CHANCE, [chance(task.sizes)])]
 
 
@@ -126,14 +126,14 @@ def _row(rule: str, found: Sequence[FewShot], errors: Sequence[str] = ()) -> dic
     return {"rule": rule, "accuracies": [one.accuracies for one in found], **scores, "errors": list(errors)}
 
 
-def _classified(here: Session, task: Task, seed: int, built: Any, pixels: bool = False) -> FewShot:
+def _classify(here: Session, task: Task, seed: int, built: Any, pixels: bool = False) -> FewShot:
     """Classify the test samples by prototypes, of a network's embeddings or of pixels."""
     net = here.set_up(built.model)
     net.eval()
 
     def read(samples: Any) -> tuple[Tensor, Tensor]:
         loader, found = here.eval_loader(samples, task.data, built.batch_size), []
-        with ending(loader):
+        with finish_loaders(loader):
             for x, y in loader:
                 x, y = here.batch(x, y)
                 if pixels:

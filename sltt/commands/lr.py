@@ -7,7 +7,7 @@ from typing import Any
 
 from sltt.analysis.rates import FALLS, RateTest, find_learning_rate
 from sltt.commands.parsing import CommandOptions, count
-from sltt.commands.prepared import prepared
+from sltt.commands.prepared import prepare
 from sltt.commands.results import give
 from sltt.commands.tables import Table, number
 from sltt.training.checkpoints import start_from
@@ -46,7 +46,7 @@ def run(words: Sequence[str]) -> None:
         )
     built.rule = stage.rule
     start_from(built.model, built.weights)
-    with session(Execution.of(vars(built))) as here, prepared(here, built, stage.steps) as ready:
+    with session(Execution.of(vars(built))) as here, prepare(here, built, stage.steps) as ready:
         found = find_learning_rate(
             ready.model,
             itertools.islice(ready.batches(built.batch_size), known.batches),

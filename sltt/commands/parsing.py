@@ -19,7 +19,7 @@ from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import Parser, make_parser
 from sltt.commands.hints import explain, fit_arguments, locate, nearest
 from sltt.commands.rule_texts import rule_options, rules
-from sltt.parallel.devices import started
+from sltt.parallel.devices import count_started
 from sltt.training.batches import seed_everything
 from sltt.training.manifest import ALONE, MANIFEST
 from sltt.training.named import check_named, importing_for
@@ -42,7 +42,7 @@ class CommandOptions(argparse.ArgumentParser):
         """Take an option."""
         self.own += names
         if kind := settings.get("type"):
-            settings["type"] = _saying(kind)
+            settings["type"] = _tell_error(kind)
         return super().add_argument(*names, **settings)
 
     def add_rules(self) -> None:
@@ -81,7 +81,7 @@ class CommandOptions(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def _saying(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def _tell_error(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """The type of an option, whose ValueError is shown as it is."""
 
     def parsed(text: str) -> Any:
@@ -173,11 +173,11 @@ class Recipe:
             rule: as for `rule_options`, instead of the recipe's; the phases of a training have it too.
         """
         built = build(self._parser, self._parse(more, rule))
-        if (built.devices or 1) * (built.num_nodes or 1) > 1 or started() != (1, 1):
+        if (built.devices or 1) * (built.num_nodes or 1) > 1 or count_started() != (1, 1):
             raise UsageError(f"{self._parser.prog} runs in one process: start one, without --devices and --num_nodes")
         return built
 
-    def resolved(self, *more: str, rule: str | None = None) -> dict[str, Any]:
+    def resolve(self, *more: str, rule: str | None = None) -> dict[str, Any]:
         """The configuration that `build` builds, as a run keeps it."""
         return yaml.safe_load(self._parser.dump(self._parse(more, rule)))
 
@@ -350,7 +350,7 @@ def new_folder(text: str) -> Path:
     return Path(text)
 
 
-def resumed(words: Sequence[str]) -> tuple[Path | None, Path | None, Sequence[str]]:
+def parse_resume(words: Sequence[str]) -> tuple[Path | None, Path | None, Sequence[str]]:
     """The values of --resume, which names the settings that the other options are read on top of, and of --code."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path, nargs="?")  # without a value, the whole parser says so

@@ -9,7 +9,7 @@ from torch import Tensor
 from sltt.commands.fit_parser import make_parser
 from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run, run_folder
 from sltt.commands.tables import Row, Table, number
-from sltt.training.average import chosen
+from sltt.training.average import select_weights
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.console import Console, as_json
 from sltt.training.runs import find_checkpoint
@@ -39,27 +39,28 @@ def run(words: Sequence[str]) -> None:
     path = find_checkpoint(run, known.checkpoint)
     content, parser = load_checkpoint(path), make_parser("sltt predict", OF_TRAINING)
     built, _ = build_run(parser, run, ANY_PROCESSES, known.code, content)
-    load_weights(built.model, chosen(content), path)
+    load_weights(built.model, select_weights(content), path)
     trained = built.model.trained = Trained(**content["task"])
     names = list(getattr(built.data, "classes", ()))
     found = []
     for file in known.files:
         sample = built.data.read(file, built.steps)
         prediction = predict(built.model, sample[None] if trained.static else sample[:, None])
-        found.append({"file": str(file), **_described(prediction, trained, names)})
+        found.append({"file": str(file), **_describe(prediction, trained, names)})
     if known.json:
         print(as_json(found))
     else:
         Console().table(Table([_row(one) for one in found]).for_terminal())
 
 
-def _described(prediction: Tensor, trained: Trained, names: Sequence[str]) -> dict[str, Any]:
+def _describe(prediction: Tensor, trained: Trained, names: Sequence[str]) -> dict[str, Any]:
     """Return the class with its probability, where a sample has one; else the numbers."""
     if trained.classes is None or trained.prediction == "steps":
         return {"prediction": prediction.squeeze(-2).tolist()}
-    probability, index = prediction.softmax(1)[0].max(0)
-    name = names[index] if len(names) == trained.classes else int(index)
-    return {"class": name, "probability": float(probability), "prediction": prediction[0].tolist()}
+    index = int(prediction.argmax(1))
+    name = names[index] if len(names) == trained.classes else index
+    probability = float(prediction.softmax(1)[0, index])
+    return {"class": name, "probability": probability, "prediction": prediction[0].tolist()}
 
 
 def _row(found: dict[str, Any]) -> Row:

@@ -12,8 +12,8 @@ from sltt.data import Splits
 from sltt.rules import Rule
 from sltt.sequence.hooks import hooked
 from sltt.sequence.padding import Padded, pad
-from sltt.training.batches import EpochSampler, ending, train_loader
-from sltt.training.evaluation import measure_split, measured_with
+from sltt.training.batches import EpochSampler, finish_loaders, train_loader
+from sltt.training.evaluation import measure_settings, measure_split
 from sltt.training.parameters import parameter_groups
 from sltt.training.session import Session
 
@@ -61,14 +61,14 @@ class Prepared:
         """Training batches without an end, loaded as in a training."""
         order = EpochSampler.of(self.splits, self._seed, size)
         loader = train_loader(self.splits, size, order, self._session.execution.workers)
-        with ending(loader):
+        with finish_loaders(loader):
             while True:
                 for x, y in loader:
                     yield self._session.batch(x, y)
 
 
 @contextmanager
-def prepared(here: Session, built: Any, steps: int, *, full_precision: bool = False) -> Iterator[Prepared]:
+def prepare(here: Session, built: Any, steps: int, *, full_precision: bool = False) -> Iterator[Prepared]:
     """Put on the device what a recipe built, for measurements at T = `steps` inside the block.
 
     With `full_precision`, calls of the network run in its own type, also where its training has autocast.
@@ -81,7 +81,7 @@ def prepared(here: Session, built: Any, steps: int, *, full_precision: bool = Fa
 
 def test_score(here: Session, built: Any) -> float:
     """The metric of a trained network, measured as its training is set up."""
-    return measure_split(here, built.model, built.data, "test", **measured_with(built)).score
+    return measure_split(here, built.model, built.data, "test", **measure_settings(built)).score
 
 
 def _run_in_precision(model: nn.Module, fabric: "Fabric") -> tuple[Any, Any]:

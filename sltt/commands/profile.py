@@ -24,7 +24,7 @@ from sltt.analysis import (
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, time_steps
-from sltt.commands.prepared import Prepared, prepared
+from sltt.commands.prepared import Prepared, prepare
 from sltt.commands.results import give
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
 from sltt.commands.verdict import batch_memory
@@ -241,7 +241,7 @@ def _way(sparse: int, calls: int) -> Cell:
     return Cell(f"sparse in {sparse} of {calls}" if 0 < sparse < calls else "sparse" if sparse else "dense", sparse)
 
 
-def _built(recipe: Recipe, rule: str, *options: str) -> Any:
+def _build(recipe: Recipe, rule: str, *options: str) -> Any:
     built = recipe.build(*options, rule=rule)
     start_from(built.model, built.weights)
     return built
@@ -257,7 +257,7 @@ def _memory(ready: Prepared, size: int) -> Memory:
 
 
 def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> dict[str, Any]:
-    with prepared(here, _built(recipe, rule), steps) as ready:
+    with prepare(here, _build(recipe, rule), steps) as ready:
         memory = _memory(ready, batch)
         timed = itertools.islice(ready.batches(batch), repeats + WARMUP)
         seconds = iteration_seconds(
@@ -273,7 +273,7 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
 def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:
     """`layers` and `paths` of a profile."""
     start_from(built.model, built.weights)
-    with prepared(here, built, steps) as ready:
+    with prepare(here, built, steps) as ready:
         x, _ = ready.batch(batch)
         model = ready.model.train(built.weights is None)
         with firing_rates(model) as rates:
@@ -296,7 +296,7 @@ def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]
 
 def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> Fits:
     def measure(samples: int, time_steps: int) -> int:
-        with prepared(here, _built(recipe, rule, *one_step), time_steps) as ready:
+        with prepare(here, _build(recipe, rule, *one_step), time_steps) as ready:
             return _memory(ready, samples).total
 
     # what shares a call grows with T up to a limit, and is little

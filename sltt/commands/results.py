@@ -15,7 +15,7 @@ from sltt import rules
 from sltt.commands.failures import cause
 from sltt.commands.rule_texts import rule_settings
 from sltt.commands.tables import Cell
-from sltt.commands.vary import labelled
+from sltt.commands.vary import label_row
 from sltt.frozen import arguments_of
 from sltt.metrics import finite, is_share
 from sltt.training.checkpoints import load_checkpoint
@@ -151,7 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.load(file, parse_constant=lambda name: None)
     for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:
         if "rule" in row:
-            row["rule"] = labelled(_asked_label(row["rule"]), row.get("varied", {}))
+            row["rule"] = label_row(_label_asked(row["rule"]), row.get("varied", {}))
     return found
 
 
@@ -179,7 +179,7 @@ def rule_of(config: dict[str, Any]) -> str:
     return ":".join([name, *re.split(r", (?![^{]*})", shown)]) if shown else name
 
 
-def _asked_label(rule: str) -> str:
+def _label_asked(rule: str) -> str:
     """The same for a rule as it was asked for: settings that are defaults, or in another order, make no other rule."""
     name, settings = rule_settings(rule)
     return _label(name, {key: yaml.safe_load(text) for key, text in settings.items()})

@@ -16,7 +16,7 @@ from sltt.commands.profile import fits_rows, layer_cells, phase_cells
 from sltt.commands.results import Gathered, run_names, scores_text
 from sltt.commands.tables import Cell, Table, bytes_cell, number
 from sltt.commands.verdict import answers, batch_memory, layers, shared_steps, verdicts, was_compared
-from sltt.metrics import is_share, shown
+from sltt.metrics import is_share, score_text
 from sltt.training.console import megabytes, metric_of
 from sltt.training.sample import read_sample
 
@@ -109,7 +109,7 @@ def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) 
                 "run": run.name,
                 "rule": label,
                 "epochs": number(len(epochs)),
-                f"best {metric}": Cell(shown(metric, best[key]), best[key]),
+                f"best {metric}": Cell(score_text(metric, best[key]), best[key]),
                 "last loss": number(history[-1]["train_loss"], ".4f"),
                 "firing rate": number(history[-1]["firing_rate"], ".3f"),
                 "s / epoch": number(seconds, ".2f"),

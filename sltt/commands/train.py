@@ -10,13 +10,13 @@ from jsonargparse import Namespace
 
 from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import build, build_run, find_recipe, only, parse, resumed, run_folder
-from sltt.metrics import shown
+from sltt.commands.parsing import build, build_run, find_recipe, only, parse, parse_resume, run_folder
+from sltt.metrics import score_text
 from sltt.parallel.devices import keep_freed_memory
 from sltt.training.card import add_test_score
 from sltt.training.checkpoints import load_checkpoint, load_selected
 from sltt.training.console import as_json
-from sltt.training.evaluation import measure_split, measured_with
+from sltt.training.evaluation import measure_settings, measure_split
 from sltt.training.fit import resume_run, start_run
 from sltt.training.manifest import CONFIG, LAST, write_file
 from sltt.training.session import Session, session
@@ -27,7 +27,7 @@ def run(words: Sequence[str]) -> None:
     """`sltt train [RECIPE] [OPTION ...]`: train, then measure the selected weights on the test samples."""
     keep_freed_memory()
     named = bool(words) and not words[0].startswith("-")
-    continued, code, words = resumed(words)
+    continued, code, words = parse_resume(words)
     if continued and named:
         raise UsageError(f"--resume continues {continued} with its own recipe: leave out {words[0]!r}")
     if continued:
@@ -74,14 +74,14 @@ def _train(
     if splits.test is None:
         report.line(f"written to {result.run}; there are no test samples to measure it on")
         return
-    run, how = result.run, measured_with(built)
+    run, how = result.run, measure_settings(built)
     last = selected = measure_split(here, built.model, built.data, "test", **how)
     if splits.validation:
         load_selected(built.model, run, "last", here.processes)
         last = measure_split(here, built.model, built.data, "test", **how)
     if here.processes.rank > 0:
         return
-    name, best, end = selected.metric, shown(selected.metric, selected.score), shown(last.metric, last.score)
+    name, best, end = selected.metric, score_text(selected.metric, selected.score), score_text(last.metric, last.score)
     summary = {"epoch": result.epoch, f"test_{name}": selected.score, f"last_epoch_test_{name}": last.score}
     add_test_score(run, best)
     write_file(run / "result.json", lambda file: file.write(as_json(summary).encode()))

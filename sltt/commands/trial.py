@@ -16,7 +16,7 @@ from sltt.neurons import LIF
 from sltt.rules import BPTT, TBPTT, Mixed, Rule
 from sltt.training.checkpoints import start_from
 from sltt.training.console import Console
-from sltt.training.evaluation import measure_split, measured_with
+from sltt.training.evaluation import measure_settings, measure_split
 from sltt.training.fit import Fit, start_run
 from sltt.training.session import Session
 from sltt.training.settings import Training
@@ -73,7 +73,7 @@ def run_trial(
     trial = Trial(epochs, [], {repr(rule): [] for rule in rules}, {repr(rule): [] for rule in rules})
     for seed in map(str, range(seeds)):
         built = build(recipe, data, tau, "--seed", seed)
-        sizes = {**measured_with(built), "steps": steps}
+        sizes = {**measure_settings(built), "steps": steps}
         trial.start.append(measure_split(here, built.model, data, "train", **sizes).loss)
         for rule in rules:
             report.line(f"trial: {rule}, seed {seed}")

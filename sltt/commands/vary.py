@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sltt.metrics import finite, shown
+from sltt.metrics import finite, score_text
 
 VARY_HELP = "values to try, with the recipe's rule or --rules: model.neuron.tau=1.1,2,4; several make a grid"
 OWN = {"rule": "--rules BPTT,SLTT", "seed": "--seeds 3", "run": "--save FOLDER"}
@@ -35,12 +35,12 @@ def grid(given: Sequence[tuple[str, list[str]]]) -> list[dict[str, str]]:
     return [dict(zip(names, several, strict=True)) for several in itertools.product(*(found for _, found in given))]
 
 
-def as_options(varied: Mapping[str, str]) -> list[str]:
+def to_options(varied: Mapping[str, str]) -> list[str]:
     """The options of `sltt train`."""
     return [word for option, value in varied.items() for word in (f"--{option}", value)]
 
 
-def labelled(rule: str, varied: Mapping[str, str]) -> str:
+def label_row(rule: str, varied: Mapping[str, str]) -> str:
     """The name of a row: SLTT, model.neuron.tau=2."""
     return ", ".join([rule, *(f"{option}={value}" for option, value in varied.items())])
 
@@ -55,8 +55,8 @@ def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bo
     first, means = ranked[0], [_mean(reached) for reached in several]
     name = metric.replace("_", " ")
     text = (
-        f"{first['rule']} has the best validation {name}: {shown(metric, means[0])}; "
-        f"on the test samples {shown(metric, statistics.mean(finite(first['scores']) or [math.nan]))}."
+        f"{first['rule']} has the best validation {name}: {score_text(metric, means[0])}; "
+        f"on the test samples {score_text(metric, statistics.mean(finite(first['scores']) or [math.nan]))}."
     )
     if died := len(first.get("errors", ())):
         text += f" {died} of its seeds died."
@@ -66,10 +66,10 @@ def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bo
     if tied := [row["rule"] for row, mean in zip(ranked[1:], means[1:], strict=True) if mean == means[0]]:
         return f"{text} It ties with {' and '.join(tied)}, and is the first of them in the table.{one_seed}"
     if one_seed:
-        return f"{text} The next is {ranked[1]['rule']}: {shown(metric, means[1])}.{one_seed}"
+        return f"{text} The next is {ranked[1]['rule']}: {score_text(metric, means[1])}.{one_seed}"
     noise = 2 * sum(statistics.variance(one) / len(one) for one in several[:2]) ** 0.5
     told = "" if abs(means[0] - means[1]) > noise else ", no clear difference"
-    return f"{text} The next is {ranked[1]['rule']}: {shown(metric, means[1])}{told}."
+    return f"{text} The next is {ranked[1]['rule']}: {score_text(metric, means[1])}{told}."
 
 
 def _mean(scores: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sltt.commands.results import Gathered
 from sltt.commands.vary import best_of
-from sltt.metrics import finite, is_share, shown
+from sltt.metrics import finite, is_share, score_text
 
 MARGIN = 0.01  # of accuracy: a smaller loss is called none
 OF_AN_ERROR = 0.05  # the same of other metrics, as a part of the reference's
@@ -49,7 +49,7 @@ class Verdict:
 def verdicts(found: Gathered) -> list[Verdict]:
     """The rules that were compared or profiled, in the order in which they were asked for."""
     rules: dict[str, Verdict] = {}
-    for one in _of_one_recipe(found, found.comparisons):
+    for one in _same_recipe(found, found.comparisons):
         for row in one["rows"]:
             scores = finite(row["scores"])
             died = len(row["scores"]) - len(scores) + len(row.get("errors", ()))
@@ -65,7 +65,7 @@ def verdicts(found: Gathered) -> list[Verdict]:
                     row["cosine"],
                     died,
                 )
-    for one in _of_one_recipe(found, found.profiles):
+    for one in _same_recipe(found, found.profiles):
         for row in one["costs"]:
             rule = rules.setdefault(row["rule"], Verdict(row["rule"]))
             rule.memory.setdefault(row["steps"], batch_memory(row["memory"]))
@@ -91,7 +91,7 @@ def shared_steps(rules: Sequence[Verdict]) -> int | None:
     return min(known, key=lambda steps: (-known.count(steps), steps or 0), default=None)
 
 
-def _of_one_recipe(found: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _same_recipe(found: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first result of a kind that is of the same recipe as the first of all."""
     first = next(iter([*found.comparisons, *found.profiles, *found.agreements]), {})
     return [one for one in kind if one.get("recipe") == first.get("recipe")][:1]
@@ -117,7 +117,7 @@ def answers(found: Gathered) -> list[str]:
 
 
 def _sentence(one: Verdict, reference: Verdict) -> str:
-    reached, safe = _reached(one, reference)
+    reached, safe = _compare_scores(one, reference)
     parts = [reached] if reached else []
     both = sorted((steps for steps in one.memory if steps in reference.memory), key=lambda steps: steps or 0)
     saved = [(steps, reference.memory[steps] / one.memory[steps]) for steps in both[-2:] if one.memory[steps]]
@@ -142,16 +142,16 @@ def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, floa
     return f"{middle / other:.2f}{bounds}"
 
 
-def _reached(one: Verdict, reference: Verdict) -> tuple[str, str]:
+def _compare_scores(one: Verdict, reference: Verdict) -> tuple[str, str]:
     """Say what a rule reaches beside another, and whether it is safe; nothing where the two were not trained."""
     if one.score is None or reference.score is None:
         return "", ""
     name, other = one.metric.replace("_", " "), reference.rule
     lost, noise = one.sign * (reference.score - one.score), noise_of(one, reference)
     if not is_share(one.metric):
-        text = f"{name} {shown(one.metric, one.score)}, {other} {shown(one.metric, reference.score)}"
+        text = f"{name} {score_text(one.metric, one.score)}, {other} {score_text(one.metric, reference.score)}"
         told = min(len(one.scores), len(reference.scores)) > 1
-        measured, margin = f"±{shown(one.metric, noise)}", OF_AN_ERROR * abs(reference.score)
+        measured, margin = f"±{score_text(one.metric, noise)}", OF_AN_ERROR * abs(reference.score)
         return text, _safe(lost, noise, margin, measured) if told else ""
     points = f"{100 * lost:.1f} points"
     text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
@@ -184,10 +184,10 @@ def noise_of(one: Verdict, other: Verdict) -> float:
 def layers(found: Gathered) -> list[dict[str, Any]]:
     """The layers of the profiled network in order: name, firing rate, SLTT's cosine."""
     cosines: dict[str, Any] = {}
-    for one in _of_one_recipe(found, found.agreements):
+    for one in _same_recipe(found, found.agreements):
         spatial = one["rows"][0]["agreement"][0]
         cosines = {name: cosine for name, (cosine, _) in spatial["layers"].items()}
     rates = dict.fromkeys(cosines)
-    for one in _of_one_recipe(found, found.profiles):
+    for one in _same_recipe(found, found.profiles):
         rates = {row["name"]: row["firing_rate"] for row in one["layers"]}
     return [{"name": name, "rate": rate, "cosine": cosines.get(name)} for name, rate in rates.items()]

@@ -50,7 +50,7 @@ class CachedArrays:
         return array
 
 
-def cached(
+def cache_frames(
     folder: Path,
     settings: dict[str, Any],
     sources: Sequence[str],

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from sltt.checks import instance, whole_numbers
 from sltt.data.base import Data, Splits, fingerprint
 from sltt.data.images import Mixup
-from sltt.data.own import known_labels
+from sltt.data.own import find_labels
 
 
 class Classes(Data):
@@ -48,13 +48,13 @@ class Classes(Data):
         if empty := sorted({*self.classes} - {*labels}):
             raise ValueError(f"class {empty[0]} of {name} has no training samples: leave it out")
 
-        def chosen(split: str, samples: Dataset[Any]) -> Dataset[Any]:
+        def choose(split: str, samples: Dataset[Any]) -> Dataset[Any]:
             known = labels if split in ("train", "plain") else class_labels(samples)
             return _Chosen(samples, self.classes, known)
 
         lengths, kept = splits.lengths, [i for i, label in enumerate(labels) if label in self.classes]
         return splits.with_each(
-            chosen,
+            choose,
             lengths=lengths and [lengths[i] for i in kept],
             classes=len(self.classes),
             fingerprint=fingerprint([splits.fingerprint, *self.classes]),
@@ -63,7 +63,7 @@ class Classes(Data):
 
 def class_labels(samples: Any) -> list[int]:
     """The class of each sample; read sample by sample where the data set does not keep a list."""
-    known = known_labels(samples, None)
+    known = find_labels(samples, None)
     return [int(y) for y in (known if known is not None else (samples[i][1] for i in range(len(samples))))]
 
 

@@ -121,7 +121,7 @@ def _digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(digits.images, dtype=torch.float32), torch.tensor(digits.target)
 
 
-def _shifted(x: Tensor, fill: float) -> Tensor:
+def _shift(x: Tensor, fill: float) -> Tensor:
     """x [..., H, W] moved by −1, 0 or 1 pixels in each direction; what leaves one side is lost, `fill` enters."""
     dy, dx = torch.randint(0, 3, (2,)).tolist()
     height, width = x.shape[-2:]
@@ -137,7 +137,7 @@ def _split(data: Digits | DigitsEvents, x: Tensor, labels: Tensor, *, static: bo
     samples = TensorDataset(x, labels)
     plain = Subset(samples, train)
     return Splits(
-        train=Mapped(plain, partial(_shifted, fill=float(x.min()))) if data.augment else plain,
+        train=Mapped(plain, partial(_shift, fill=float(x.min()))) if data.augment else plain,
         validation=Subset(samples, validation) if validation else None,
         test=Subset(samples, test),
         static=static,

@@ -146,13 +146,13 @@ class Encoded(Data):
             has, remedy = ("images", "Poisson or Latency") if splits.static else ("sequences", "Delta")
             code = type(self.encoding).__name__
             raise ValueError(f"{code} does not code the {has} of {self.data}: use {remedy}")
-        code = partial(_coded, encoding=self.encoding, steps=steps)
+        code = partial(_encode, encoding=self.encoding, steps=steps)
         return splits.with_each(
             lambda name, samples: Mapped(samples, code) if name == "train" else _Fixed(samples, code), static=False
         )
 
 
-def _coded(x: Any, encoding: Encoding, steps: int) -> Tensor:
+def _encode(x: Any, encoding: Encoding, steps: int) -> Tensor:
     return encoding(torch.as_tensor(x), steps)
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Subset
 from sltt.checks import choice, flag, folder, function, whole_number, whole_numbers
 from sltt.data.augment import EventAugmentation
 from sltt.data.base import Data, Mapped, OnError, Splits, fingerprint, hold_out
-from sltt.data.cache import cached
+from sltt.data.cache import cache_frames
 from sltt.data.recordings import RecordingError, Slicing, frames, read
 
 Resize = Literal["sum", "interpolate"]
@@ -164,7 +164,7 @@ class _Events(Data):
         settings = {"steps": steps, "size": size, "slicing": self.slicing, "sensor": self.sensor, "skip": self.on_error}
         paths = [str(path) for path, _ in recordings]
         shape = (steps, 2, height, width)
-        arrays, mark = cached(self.cache, settings, paths, shape, make, f"{self.title}, {which} frames")
+        arrays, mark = cache_frames(self.cache, settings, paths, shape, make, f"{self.title}, {which} frames")
         kept = mark["kept"]
         if lost := sorted(set(range(len(paths))) - set(kept)):
             listed = "; ".join(sorted(skipped)[:5]) or ", ".join(paths[i] for i in lost[:5])

@@ -145,7 +145,7 @@ class _OwnData(Data):
         if self.per_step or not _is_class(self._target(samples, 0)):
             return None
         dataset = samples.dataset if isinstance(samples, _Samples) else samples
-        found = known_labels(dataset, self.columns)
+        found = find_labels(dataset, self.columns)
         last = len(samples) - 1
         if found is not None and all(found[i] == self._target(samples, i) for i in (0, last // 2, last)):
             return [int(y) for y in found]
@@ -288,13 +288,13 @@ def _is_class(target: Any) -> bool:
     return isinstance(target, int | np.integer | np.bool_)
 
 
-def known_labels(dataset: Any, columns: tuple[str, str] | None) -> Sequence[Any] | None:
+def find_labels(dataset: Any, columns: tuple[str, str] | None) -> Sequence[Any] | None:
     """All labels of a data set that keeps them as a list: nothing else of its samples is loaded."""
     if isinstance(dataset, Subset):
-        labels = known_labels(dataset.dataset, columns)
+        labels = find_labels(dataset.dataset, columns)
         return labels if labels is None else [labels[i] for i in dataset.indices]
     if isinstance(dataset, Mapped):
-        return known_labels(dataset.samples, columns)
+        return find_labels(dataset.samples, columns)
     if columns and hasattr(dataset, "column_names"):  # of Hugging Face
         return list(dataset[columns[1]])
     if isinstance(dataset, TensorDataset):

@@ -185,26 +185,27 @@ def _read_dat(path: Path) -> Recording:
 def _read_npy(path: Path) -> Recording:
     events = np.load(path, allow_pickle=False)
     if events.dtype.names is not None:
-        return Recording(*(_whole(name, events[name]) for name in "xytp"))
+        return Recording(*(_to_integers(name, events[name]) for name in "xytp"))
     if events.ndim != 2 or events.shape[1] != 4 or events.dtype.kind not in "iuf":
         raise RecordingError(
             f"expected events [N, 4] or fields x, y, t, p, got an array {list(events.shape)} of {events.dtype}"
         )
     x, y, p, t = events.T
-    return Recording(_whole("x", x), _whole("y", y), _whole("t", np.rint(t.astype(np.float64) * 1000)), _whole("p", p))
+    microseconds = np.rint(t.astype(np.float64) * 1000)
+    return Recording(*map(_to_integers, "xytp", (x, y, microseconds, p)))
 
 
 def _read_npz(path: Path) -> Recording:
     with np.load(path, allow_pickle=False) as arrays:
         if missing := set("xytp") - set(arrays.files):
             raise RecordingError(f"expected arrays x, y, t, p, got {', '.join(arrays.files)} without {min(missing)}")
-        columns = [_whole(name, arrays[name].ravel()) for name in "xytp"]
+        columns = [_to_integers(name, arrays[name].ravel()) for name in "xytp"]
     if len(lengths := {len(one) for one in columns}) > 1:
         raise RecordingError(f"expected arrays of one length, got {min(lengths)} and {max(lengths)}")
     return Recording(*columns)
 
 
-def _whole(name: str, values: NDArray[Any]) -> NDArray[np.int64]:
+def _to_integers(name: str, values: NDArray[Any]) -> NDArray[np.int64]:
     """Return the values as integers; raise RecordingError for a fraction, NaN, or more than a float counts exactly."""
     whole = (np.abs(values) < 2.0**53) & (values == np.rint(values))
     if not whole.all():

@@ -34,29 +34,29 @@ def convert(model: nn.Module) -> nn.Module:
     reset(instance("model", model, nn.Module))
     refused: dict[nn.Module, str] = {}
     copies: dict[int, Any] = {}
-    _translate(model, "", copies, refused)
+    _translate_all(model, "", copies, refused)
     if refused:
         names = "; ".join(refused.values())
         raise ValueError(f"no exact counterpart here for {names}. The rules take these neurons as they are")
     return copy.deepcopy(model, copies)
 
 
-def _translate(module: nn.Module, path: str, copies: dict[int, Any], refused: dict[nn.Module, str]) -> None:
+def _translate_all(module: nn.Module, path: str, copies: dict[int, Any], refused: dict[nn.Module, str]) -> None:
     """Put what replaces the modules into `copies`, the memory of `copy.deepcopy`; one that is used twice stays one."""
     if id(module) in copies:
         return
     try:
-        new = _translated(module)
+        new = _translate(module)
     except ConversionError as reason:
         refused[module] = f"{path or 'the model'} ({type(module).__name__}), which {reason}"
         return
     for name, child in new.named_children():
-        _translate(child, f"{path}.{name}".lstrip("."), copies, refused)
+        _translate_all(child, f"{path}.{name}".lstrip("."), copies, refused)
     if new is not module:
         copies[id(module)] = copy.deepcopy(new, copies)
 
 
-def _translated(module: nn.Module) -> nn.Module:
+def _translate(module: nn.Module) -> nn.Module:
     role = role_of(type(module))
     if role.translate:
         given = f"what translate of sltt.register gives for {type(module).__name__}"

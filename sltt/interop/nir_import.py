@@ -140,7 +140,7 @@ def _affine(node: Any) -> nn.Module:
     bias = getattr(node, "bias", None)
     require(node.weight.ndim == 2, ", whose weight is not a matrix")
     module = nn.Linear(node.weight.shape[1], node.weight.shape[0], bias=bias is not None)
-    return _filled(module, node.weight, bias)
+    return _fill(module, node.weight, bias)
 
 
 def _conv(node: Any) -> nn.Module:
@@ -149,10 +149,10 @@ def _conv(node: Any) -> nn.Module:
     options = {name: _plain(getattr(node, name)) for name in ("stride", "padding", "dilation")}
     weight = node.weight
     module = kind(weight.shape[1], weight.shape[0], weight.shape[2:], **options)
-    return _filled(module, weight, node.bias)
+    return _fill(module, weight, node.bias)
 
 
-def _filled(module: Any, weight: np.ndarray, bias: np.ndarray | None) -> nn.Module:
+def _fill(module: Any, weight: np.ndarray, bias: np.ndarray | None) -> nn.Module:
     module.weight = nn.Parameter(torch.from_numpy(np.array(weight)))
     if bias is not None:
         module.bias = nn.Parameter(torch.from_numpy(np.array(bias)).to(module.weight.dtype))

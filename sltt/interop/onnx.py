@@ -71,7 +71,7 @@ class _Step(nn.Module):
         unknown = [
             f"{name or 'the model'} ({type(m).__name__})"
             for name, m in model.named_modules()
-            if (state_names(m) and not isinstance(m, Stateful)) or (isinstance(m, Stateful) and not _known(m))
+            if (state_names(m) and not isinstance(m, Stateful)) or (isinstance(m, Stateful) and not _is_known(m))
         ]
         if unknown:
             raise ValueError(
@@ -103,7 +103,7 @@ class _Step(nn.Module):
         return tuple(getattr(module, name) for module, name in self.places)
 
 
-def _known(module: Stateful) -> bool:
+def _is_known(module: Stateful) -> bool:
     if isinstance(module, IntegrateAndFire) and module.states != Neuron.states:
         return False  # a subclass with a state that its step does not have
     return isinstance(module, _KEEPERS) or module.timeless

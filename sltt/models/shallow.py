@@ -105,14 +105,14 @@ class _Contrasts(nn.Conv2d):
         self.weight = nn.Parameter(torch.cat([filters, -filters]), requires_grad=False)
 
 
-def _shifting_norm(channels: int) -> nn.BatchNorm2d:
+def _shift_norm(channels: int) -> nn.BatchNorm2d:
     """BatchNorm that learns shifts alone, and whose statistics follow the last few batches."""
     norm = nn.BatchNorm2d(channels, momentum=0.4)
     norm.weight.requires_grad_(False)
     return norm
 
 
-def _passing_conv(inputs: int, outputs: int) -> nn.Conv2d:
+def _identity_conv(inputs: int, outputs: int) -> nn.Conv2d:
     """A 3×3 convolution whose first outputs are its inputs before training."""
     conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     nn.init.dirac_(conv.weight.data[:inputs])
@@ -146,11 +146,11 @@ class ShallowVGG(nn.Module):
         widths = whole_numbers("widths", widths, least=1)
         self.scale = number("scale", scale, above=0)
         neuron = neuron_maker(neuron)
-        self.contrasts = nn.Sequential(_Contrasts(), _shifting_norm(24))
+        self.contrasts = nn.Sequential(_Contrasts(), _shift_norm(24))
         layers, channels = [neuron()], 24
         for width in widths:
-            layers += [_passing_conv(channels, width), RunningMax(nn.MaxPool2d(2)), _shifting_norm(width), neuron()]
-            layers += [_passing_conv(width, width), _shifting_norm(width), neuron()]
+            layers += [_identity_conv(channels, width), RunningMax(nn.MaxPool2d(2)), _shift_norm(width), neuron()]
+            layers += [_identity_conv(width, width), _shift_norm(width), neuron()]
             channels = width
         self.features = nn.Sequential(*layers, RunningMax(nn.AdaptiveMaxPool2d(1)))
         self.poolings = len(widths)

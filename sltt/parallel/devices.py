@@ -45,7 +45,7 @@ def make_fabric(
         raise ValueError(f"device {device} was asked for, but PyTorch sees no {name}; `sltt doctor` says what it sees")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = started()
+    found = count_started()
     devices = found[0] if devices is None else devices
     num_nodes = found[1] if num_nodes is None else num_nodes
     _check(device, devices, num_nodes, found)
@@ -88,7 +88,7 @@ def _glibc(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
-def started() -> tuple[int, int]:
+def count_started() -> tuple[int, int]:
     """The processes on this machine, and the machines, that torchrun or Slurm started; 1 and 1 where neither did."""
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         local = int(os.environ["LOCAL_WORLD_SIZE"])

@@ -179,15 +179,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(value: Any) -> Any:
+def gather_parts(value: Any) -> Any:
     """A tensor, or a nest of dictionaries and lists of them, with the parts of all processes put together.
 
     What was sharded is on the host, of the first process only: it may be too large for a device.
     """
     if isinstance(value, dict):
-        return {key: whole(v) for key, v in value.items()}
+        return {key: gather_parts(v) for key, v in value.items()}
     if isinstance(value, list):
-        return [whole(v) for v in value]
+        return [gather_parts(v) for v in value]
     if not is_sharded(value):
         return value
     full = value.full_tensor()  # all processes take part
@@ -199,7 +199,7 @@ def total(value: Tensor) -> Tensor:
     return value.full_tensor() if is_sharded(value) else value
 
 
-def as_sharded(value: Any, like: Tensor) -> Any:
+def shard_like(value: Any, like: Tensor) -> Any:
     """The part of a whole tensor that this process has of `like`; unchanged where that is not sharded."""
     if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value

@@ -13,7 +13,7 @@ from sltt._torch import _NormBase
 from sltt.sequence.copies import copied
 
 
-def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
     """The network `module`, whose weights θ̄ begin as those of the model, θ.
 
         θ̄ ← d θ̄ + (1 − d) θ,   d = min(decay, n / (n + 9)) in step n
@@ -32,7 +32,7 @@ def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
 
     def move(averages: Any, weights: Any, on_device: Any) -> None:
         step = averaged.n_averaged.item()  # lies on the CPU; to read `on_device` would wait for a GPU
-        moving = {tensor.data_ptr() for tensor in _moving(averaged.module)}
+        moving = {tensor.data_ptr() for tensor in _tensors_to_average(averaged.module)}
         moved: list[tuple[Tensor, Tensor]] = []
         for average, weight in zip(averages, weights, strict=True):
             if average.data_ptr() in moving:
@@ -56,12 +56,12 @@ def take_average(model: nn.Module, averaged: AveragedModel) -> None:
         own.copy_(average)
 
 
-def _moving(model: nn.Module) -> list[Tensor]:
+def _tensors_to_average(model: nn.Module) -> list[Tensor]:
     """List the tensors that have an average: an index or a mask in a buffer has none."""
     norms = (m for m in model.modules() if isinstance(m, _NormBase))
     return [*model.parameters(), *(b for m in norms for b in m.buffers(recurse=False) if b.is_floating_point())]
 
 
-def chosen(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def select_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The weights in a checkpoint to evaluate: averaged, where the training averaged them."""
     return checkpoint.get("averaged") or checkpoint["model"]

@@ -106,12 +106,12 @@ def by_length(order: list[int], lengths: Sequence[int], size: int, generator: to
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
+def keep_generators() -> Iterator[None]:
     """Restore the global random generators at the end of this block, those of GPUs too."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        with _generators_kept():
+        with _keep_generators():
             yield
     finally:
         if cuda is None:  # nothing was drawn before: they begin at the seed of the CPU
@@ -123,7 +123,7 @@ def generators_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
+def _keep_generators() -> Iterator[None]:
     """After this block the global generators of the CPU go on as if it had not been."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
@@ -150,11 +150,11 @@ class _Seeded(Dataset[Any]):
         self.crop = crop
 
     def __getitem__(self, key: Key) -> Any:
-        with _generators_kept():
+        with _keep_generators():
             return self._read(key)
 
     def __getitems__(self, keys: Sequence[Key]) -> Any:
-        with _generators_kept():  # once a batch: keeping takes longer than seeding
+        with _keep_generators():  # once a batch: keeping takes longer than seeding
             samples = [self._read(key) for key in keys]
             _seed_generators(keys[0][1] + 1)
             return self.collate(samples)
@@ -249,7 +249,7 @@ def cut(x: Tensor, y: Tensor | Padded, count: int, *, static: bool, per_step: bo
     return [Part(*part) for part in zip(xs, ys, weights, strict=True)]
 
 
-def joined(outs: Sequence[Output], parts: Sequence[Part]) -> Output:
+def join_outputs(outs: Sequence[Output], parts: Sequence[Part]) -> Output:
     """Join a rule's results of the parts of a batch."""
     loss = torch.stack([out.loss * part.weight for out, part in zip(outs, parts, strict=True)]).sum()
     return Output(loss, torch.cat([out.logits for out in outs], dim=1))
@@ -287,7 +287,7 @@ def _loader(samples: _Seeded, batches: Shares, workers: int, pin: bool) -> DataL
         samples,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_as_made,
+        collate_fn=_identity,
         pin_memory=pin,
         persistent_workers=workers > 0,
         worker_init_fn=_outlive_sigterm,
@@ -296,7 +296,7 @@ def _loader(samples: _Seeded, batches: Shares, workers: int, pin: bool) -> DataL
     )
 
 
-def _as_made(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     """A batch that the data set has made."""
     return batch
 
@@ -315,7 +315,7 @@ def whole_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def ending(*loaders: DataLoader[Any] | None) -> Iterator[None]:
+def finish_loaders(*loaders: DataLoader[Any] | None) -> Iterator[None]:
     """End the loaders' workers at the end of this block.
 
     After an exception, whose traceback keeps the loaders, Python would wait for the workers for ever: it ends them by

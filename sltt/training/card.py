@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sltt.analysis import synaptic_operations
-from sltt.metrics import shown
+from sltt.metrics import score_text
 from sltt.sequence.modes import evaluating
 from sltt.training.console import metric_of
 from sltt.training.loop import Loop
@@ -33,7 +33,7 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
         "rule": ", then ".join(rules),
         "data": f"{loop.data}, split {splits.fingerprint}: {samples} samples{classes}",
         "epoch": f"{row['epoch']} of {training.epochs}",
-        f"validation {metric}": "nothing was held out" if score is None else shown(metric, score),
+        f"validation {metric}": "nothing was held out" if score is None else score_text(metric, score),
         f"test {metric}": NOT_MEASURED,
         **({} if training.ema is None else {"weights": f"exponential moving average, decay {training.ema:g}"}),
         "firing rate": f"{row['firing_rate']:.4f} spikes per neuron and time step, in training",

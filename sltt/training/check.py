@@ -54,12 +54,12 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
     _check_call(model, sequence, fold)
     if sequence.batch < 2 or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
         return  # what normalises by the statistics of the batch, in evaluation too, is not judged
-    if fold > 1 and (found := _mixing(model, sequence, fold)):
+    if fold > 1 and (found := _find_mixing(model, sequence, fold)):
         raise ValueError(
             f"{found} mixes the time steps that are folded into a batch, or its samples: use fold=1. Attention over "
             "time has no form step by step: let neurons carry the past"
         )
-    if found := _mixing(model, sequence, 1):
+    if found := _find_mixing(model, sequence, 1):
         warnings.warn(
             f"{found} mixes the samples of a batch, in evaluation mode too: what a sample gives depends on the others. "
             "Attention is among tokens, [B, N, E] and not [N, B, E]; a sum over dimension 0 is one over samples",
@@ -168,7 +168,7 @@ def _warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> Non
             )
 
 
-def _mixing(model: nn.Module, sequence: Sequence, steps: int) -> str | None:
+def _find_mixing(model: nn.Module, sequence: Sequence, steps: int) -> str | None:
     """The first module whose output for sample 0 depends on the others, with `steps` time steps in a call.
 
     None too where the network does not run so: the training says what is wrong.

@@ -15,8 +15,8 @@ from torch import nn
 
 from sltt.checks import plain
 from sltt.losses import prediction_of
-from sltt.parallel.processes import Processes, as_sharded, whole
-from sltt.training.average import chosen
+from sltt.parallel.processes import Processes, gather_parts, shard_like
+from sltt.training.average import select_weights
 from sltt.training.manifest import BEST, LAST, MANIFEST, open_file, write_file
 from sltt.training.phases import stage_at
 from sltt.training.progress import Progress
@@ -43,13 +43,13 @@ def save_state(loop: "Loop", *names: str) -> None:
     """
     check_weights(loop.model)
     content = {
-        "model": whole(loop.model.state_dict()),
+        "model": gather_parts(loop.model.state_dict()),
         "averaged": loop.average and loop.average.module.state_dict(),
-        "optimizer": whole(loop.optim.state_dict()),
+        "optimizer": gather_parts(loop.optim.state_dict()),
         "scaler": loop.session.fabric.strategy.precision.state_dict(),
         "rules": [stage.rule.state_dict() for stage in loop.stages],
         "callbacks": [[type(one).__name__, one.state_dict()] for one in loop.callbacks],
-        "progress": vars(loop.state.summed(loop.processes)),
+        "progress": vars(loop.state.sum_over(loop.processes)),
         "fingerprint": loop.fingerprint,
         "task": {
             "steps": stage_at(loop.stages, max(loop.state.epoch - 1, 0)).steps,
@@ -81,14 +81,14 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
         )
     load_weights(loop.model, checkpoint["model"], path)
     if loop.average:
-        load_weights(loop.average.module, chosen(checkpoint), path)
+        load_weights(loop.average.module, select_weights(checkpoint), path)
     load_optimizer(loop.optim, checkpoint["optimizer"], path)
     loop.session.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
     for stage, state in zip(loop.stages, checkpoint["rules"], strict=False):
         stage.rule.load_state_dict(state)
     for callback, (_, state) in zip(loop.callbacks, saved_callbacks, strict=True):
         callback.load_state_dict(state)
-    loop.state = Progress(**checkpoint["progress"]).of_process(loop.processes.rank)
+    loop.state = Progress(**checkpoint["progress"]).take_part(loop.processes.rank)
     if loop.average:
         loop.average.n_averaged.fill_(1 + loop.trained_batches)
 
@@ -159,7 +159,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
     """Load the weights of a checkpoint into a model; raises CheckpointError where they do not fit it."""
     held = model.state_dict(keep_vars=True)
     try:
-        model.load_state_dict({k: as_sharded(v, held[k]) if k in held else v for k, v in weights.items()})
+        model.load_state_dict({k: shard_like(v, held[k]) if k in held else v for k, v in weights.items()})
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"the weights in {path} do not fit the model: {error}") from error
 
@@ -173,7 +173,7 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
     options = [set(group) for group in optim.param_groups]
     try:
         parts = {
-            i: {key: as_sharded(value, parameters[i]) for key, value in values.items()}
+            i: {key: shard_like(value, parameters[i]) for key, value in values.items()}
             for i, values in state["state"].items()
         }
         optim.load_state_dict({**state, "state": parts})
@@ -198,7 +198,7 @@ def load_selected(model: nn.Module, run: Path, which: str | None = None, process
 
     def read() -> tuple[Path, dict[str, Any]]:
         path = find_checkpoint(run, which)
-        return path, chosen(load_checkpoint(path))
+        return path, select_weights(load_checkpoint(path))
 
     path, weights = processes.first(read) if processes else read()
     load_weights(model, weights, path)
@@ -209,4 +209,4 @@ def start_from(model: nn.Module, weights: str | None) -> None:
     """Load the weights of a run's folder, or of a checkpoint, into the model; None leaves it as it is."""
     if weights is not None:
         path = find_checkpoint(Path(weights)) if Path(weights).is_dir() else Path(weights)
-        load_weights(model, chosen(load_checkpoint(path)), path)
+        load_weights(model, select_weights(load_checkpoint(path)), path)

@@ -12,7 +12,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sltt.metrics import shown
+from sltt.metrics import score_text
 from sltt.printable import printable
 
 SECONDS = 0.2  # between two updates of the bar in a notebook: each is a message to the browser
@@ -96,8 +96,8 @@ def _columns(metric: str) -> list[tuple[str, str, Callable[[Any], str]]]:
     return [
         ("epoch", "epoch", "{:d}".format),
         ("train_loss", "loss", "{:.4f}".format),
-        (f"train_{metric}", f"train {name}", partial(shown, metric)),
-        (f"validation_{metric}", f"val {name}", partial(shown, metric)),
+        (f"train_{metric}", f"train {name}", partial(score_text, metric)),
+        (f"validation_{metric}", f"val {name}", partial(score_text, metric)),
         ("firing_rate", "firing rate", "{:.4f}".format),
         ("seconds", "seconds", "{:.1f}".format),
         ("peak_memory", "peak memory", megabytes),

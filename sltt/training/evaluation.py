@@ -18,14 +18,14 @@ from sltt.checks import choice, flag, instance, whole_number
 from sltt.data import Data, Splits
 from sltt.data.loaders import Loaders, as_data, batch_size_of
 from sltt.kernels import Compile, Sparse
-from sltt.losses import CrossEntropyMSE, check_loss, predicted, prediction_of
+from sltt.losses import CrossEntropyMSE, check_loss, predict_from, prediction_of
 from sltt.metrics import Accuracy, Metric, check_metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
 from sltt.rules.base import sequence_loss
 from sltt.sequence.modes import evaluating
 from sltt.sequence.padding import lengths_of, target_of
-from sltt.training.batches import ending, share, whole_epoch
+from sltt.training.batches import finish_loaders, share, whole_epoch
 from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
 from sltt.training.score import Score
@@ -132,12 +132,12 @@ def measure_split(
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
     memory = BatchMemory(here.fabric.device)
-    with ending(loader):
+    with finish_loaders(loader):
         seen = {"mirror": mirror, "shift": shift}
         return measure(here, net, loader, splits, loss, metrics, steps, selects=False, memory=memory, **seen)
 
 
-def measured_with(built: Any) -> dict[str, Any]:
+def measure_settings(built: Any) -> dict[str, Any]:
     """Return the arguments of `measure_split` of what a recipe built."""
     return {name: getattr(built, name) for name in ("loss", "metric", "steps", "batch_size")}
 
@@ -174,9 +174,9 @@ def measure(
             _, count = share(size, processes.rank, processes.count)
             seen = views(x, splits.static, mirror, shift)
             run = partial(_logits, net, seen, steps if splits.static else None)
-            with counting(firing, count):
+            with count_samples(firing, count):
                 logits = memory.measure(run) if memory and memory.due(len(x)) else run()
-            pair = predicted(prediction_of(loss), logits, lengths_of(y)), target_of(y)
+            pair = predict_from(prediction_of(loss), logits, lengths_of(y)), target_of(y)
             score = scored.batch(*pair, count)
             for other in others:
                 other.batch(*pair, count)
@@ -189,7 +189,7 @@ def measure(
 
 
 @contextmanager
-def counting(firing: FiringRates, samples: int) -> Iterator[None]:
+def count_samples(firing: FiringRates, samples: int) -> Iterator[None]:
     """Let the spikes in this block count, unless another process counts those samples."""
     before = None if samples else firing.state_dict()
     yield
@@ -221,11 +221,11 @@ def views(x: Tensor, static: bool, mirror: bool, shift: int) -> list[tuple[float
         raise ValueError(f"shift must be less than the {min(x.shape[-2:])} pixels of the images, got {shift}")
     found = [(1.0, x)]
     if shift:
-        found = [(0.5, x), *((0.25, moved(x, pixels)) for pixels in (-shift, shift))]
+        found = [(0.5, x), *((0.25, shift_image(x, pixels)) for pixels in (-shift, shift))]
     return [(w / 2, one) for w, view in found for one in (view, view.flip(-1))] if mirror else found
 
 
-def moved(x: Tensor, pixels: int) -> Tensor:
+def shift_image(x: Tensor, pixels: int) -> Tensor:
     """Images [..., H, W] moved right and down, or with negative `pixels` left and up; reflected at the border."""
     flat = x.flatten(0, -4) if x.ndim > 4 else x
     padded = F.pad(flat, [abs(pixels)] * 4, mode="reflect")

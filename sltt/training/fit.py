@@ -19,7 +19,7 @@ from sltt.metrics import Accuracy, Metric
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
-from sltt.training.batches import generators_kept
+from sltt.training.batches import keep_generators
 from sltt.training.card import write_card
 from sltt.training.check import check
 from sltt.training.checkpoints import load_checkpoint, load_selected, restore_state, start_from
@@ -28,7 +28,7 @@ from sltt.training.logs import Logger
 from sltt.training.loop import Loop
 from sltt.training.manifest import LAST, was_written
 from sltt.training.phases import Phase
-from sltt.training.runs import MADE_IN, as_continued, check_config, new_run, old_run, read_config, write_config
+from sltt.training.runs import MADE_IN, check_config, continue_settings, new_run, old_run, read_config, write_config
 from sltt.training.safeguards import (
     check_last_batch,
     check_mean,
@@ -159,7 +159,7 @@ def fit(
     if config is not None:
         instance("config", config, dict)
     data = as_data(data, training.batch_size)
-    with generators_kept(), session(execution) as here:
+    with keep_generators(), session(execution) as here:
         config = _settings(model, data, vars(training) | vars(execution), resume) if config is None else config
         go = resume_run if resume else start_run
         return go(here, model, data, training, run, config=config, report=report)
@@ -190,12 +190,12 @@ def start_run(
     report: Console | None = None,
 ) -> Fit:
     """Train in a new folder: `run`, or one under `runs` whose name begins with `name`."""
-    splits = _checked(here, model, data, training)
+    splits = _check(here, model, data, training)
     start_from(model, training.weights)
     report = here.console(report)
     folder = here.processes.first(lambda: new_run(run, name, config))
     report.line(f"run {folder}")
-    with here.held(folder):
+    with here.lock_run(folder):
         loop = Loop(here, training, model, data, splits, folder, config, report)
         loop.run()
         return _result(loop)
@@ -212,13 +212,13 @@ def resume_run(
     report: Console | None = None,
 ) -> Fit:
     """Continue the run in a folder; without a checkpoint, it starts from the beginning."""
-    splits = _checked(here, model, data, training)
+    splits = _check(here, model, data, training)
     report = here.console(report)
     folder = here.processes.first(lambda: old_run(run))
     report.line(f"continuing {folder}")
-    with here.held(folder):
+    with here.lock_run(folder):
         checkpoint = here.processes.first(lambda: _last_checkpoint(folder, config))
-        settings = as_continued(checkpoint["config"] if checkpoint else read_config(folder), config)
+        settings = continue_settings(checkpoint["config"] if checkpoint else read_config(folder), config)
         if checkpoint is None:
             start_from(model, training.weights)
         loop = Loop(here, training, model, data, splits, folder, settings, report)
@@ -240,7 +240,7 @@ def _result(loop: Loop) -> Fit:
     return Fit(loop.folder, loop.state.history, epoch)
 
 
-def _checked(here: Session, model: nn.Module, data: Data, training: Training) -> Splits:
+def _check(here: Session, model: nn.Module, data: Data, training: Training) -> Splits:
     """The splits of the first stage; raises ValueError for what cannot be trained, before there is a folder."""
     stages, count = training.stages, here.processes.count
     if not any(p.requires_grad for p in model.parameters()):

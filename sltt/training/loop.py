@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from sltt.analysis import FiringRates, firing_rates
 from sltt.callbacks import Moment
 from sltt.data import Data, Splits
-from sltt.losses import is_per_step, predicted, prediction_of
+from sltt.losses import is_per_step, predict_from, prediction_of
 from sltt.metrics import higher_is_better, improves, name_of
 from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
@@ -22,13 +22,13 @@ from sltt.rules import Output
 from sltt.rules.folding import chosen_fold
 from sltt.sequence.padding import Padded, lengths_of, target_of
 from sltt.sequence.steps import check_input
-from sltt.training.average import averaged_model, take_average
+from sltt.training.average import make_average, take_average
 from sltt.training.batches import (
     EpochSampler,
     count_parts,
     cut,
-    ending,
-    joined,
+    finish_loaders,
+    join_outputs,
     seed_batch,
     seed_everything,
     share,
@@ -37,7 +37,7 @@ from sltt.training.batches import (
 )
 from sltt.training.checkpoints import save_state
 from sltt.training.console import Console
-from sltt.training.evaluation import counting, measure
+from sltt.training.evaluation import count_samples, measure
 from sltt.training.logs import logs
 from sltt.training.manifest import BEST, LAST
 from sltt.training.parameters import parameter_groups
@@ -89,7 +89,7 @@ class Loop:
         if session.execution.sync_batchnorm and self.processes.count > 1:
             synchronise(model)
         self.net = session.set_up(model)
-        self.average = None if training.ema is None else averaged_model(model, training.ema)
+        self.average = None if training.ema is None else make_average(model, training.ema)
         groups = parameter_groups(model, training.norm_weight_decay, training.norm_bias_lr)
         self.optim: Any = session.fabric.setup_optimizers(training.optimizer(groups))
         self.averaged = session.set_up(self.average.module) if self.average else self.net
@@ -114,7 +114,7 @@ class Loop:
                 if self._over(stage):
                     continue
                 batches, validation = self._begin(stage)
-                with ending(batches, validation):
+                with finish_loaders(batches, validation):
                     told = False
                     while not self._over(stage):
                         training = self._epoch(stage, batches, interrupt)
@@ -197,9 +197,9 @@ class Loop:
                     seed=drawn,
                 )
                 outs.append(out)
-            return joined(outs, parts)
+            return join_outputs(outs, parts)
 
-        with counting(firing, count):
+        with count_samples(firing, count):
             due = self.memory.due(len(x), full=size == largest)
             out = self.memory.measure(run) if due else run()
         if not rule.online:
@@ -208,7 +208,7 @@ class Loop:
         if not rule.online:
             self._update()
         self.processes.average_statistics(self.model)
-        prediction = predicted(prediction_of(self.loss), out.logits, lengths_of(y))
+        prediction = predict_from(prediction_of(self.loss), out.logits, lengths_of(y))
         state.count(out.loss, self.score.batch(prediction, target_of(y), count), count, y)
         if self.average:
             self.average.update_parameters(self.model)

@@ -47,7 +47,7 @@ class Metrics:
             raise ValueError(f"the metric is {self.metric}, not accuracy: its value is `score`")
         return self.score
 
-    def named(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return all that was measured, scores by the names of their metrics."""
         values = asdict(self)
         scores = {values.pop("metric"): values.pop("score")} | values.pop("scores")
@@ -56,7 +56,7 @@ class Metrics:
 
 @dataclass
 class Progress:
-    """Progress of a training; saved and restored as a whole. Sums are of this process, until `summed`."""
+    """Progress of a training; saved and restored as a whole. Sums are of this process, until `sum_over`."""
 
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the epoch in progress, and what they sum to
@@ -84,7 +84,7 @@ class Progress:
             self.correct += round(score * samples, 12)  # right predictions add up to whole numbers
             self.samples += samples
 
-    def summed(self, processes: Processes) -> Self:
+    def sum_over(self, processes: Processes) -> Self:
         """A copy, with the sums over all processes."""
         loss, correct, samples, terms = processes.sum([self.loss, self.correct, self.samples, self.terms])
         counts = processes.sum([number for pair in self.firing.values() for number in pair])
@@ -93,7 +93,7 @@ class Progress:
         sums = {"loss": loss, "correct": correct, "samples": int(samples), "terms": terms, "firing": firing}
         return type(self)(**asdict(self) | sums)  # in plain types: a metric's state may have dataclasses
 
-    def of_process(self, rank: int) -> Self:
+    def take_part(self, rank: int) -> Self:
         """The part of a process in sums over all of them: the first takes them over, the others begin with nothing."""
         if rank:
             self.loss, self.correct, self.samples, self.terms, self.firing = 0.0, 0, 0, 0, {}
@@ -101,7 +101,7 @@ class Progress:
 
     def metrics(self, metric: str, processes: Processes, seconds: float, peak_memory: int | None) -> Metrics:
         """Return the measurements of all processes; `metric` is the name of the score."""
-        total = self.summed(processes)
+        total = self.sum_over(processes)
         spikes, neurons = (sum(pair[i] for pair in total.firing.values()) for i in (0, 1))
         return Metrics(
             total.loss / max(total.terms, 1),

@@ -67,7 +67,7 @@ def old_run(folder: str | Path | None) -> Path:
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
+def lock_run(run: Path) -> Iterator[None]:
     """Inside this block no other process or thread trains the run; raises ValueError that says which one does.
 
     The system releases what a killed process held. Parts of files that such a process left are removed.
@@ -167,19 +167,19 @@ def write_table(run: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
     """Raise ValueError where settings are others than those in a checkpoint of the run; some may change."""
-    if found := changed(saved, given):
+    if found := list_changes(saved, given):
         raise ValueError(
             f"the settings of {run} are not those that it was trained with: {'; '.join(found)}. Restore them, or start "
             f"a new run with --weights {run}."
         )
 
 
-def changed(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+def list_changes(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """List changed settings, beyond those that a resumed run may change. None saved means none to compare."""
     return list(_differences(_plain(saved), _plain(saved | given))) if saved else []
 
 
-def as_continued(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def continue_settings(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that goes on with those given."""
     return saved | {name: given[name] for name in RESUMABLE if name in given} if saved else given
 

@@ -18,7 +18,7 @@ from sltt.parallel.processes import Processes
 from sltt.sequence.padding import Padded, pad
 from sltt.training.batches import eval_loader
 from sltt.training.console import Console
-from sltt.training.runs import held
+from sltt.training.runs import lock_run
 from sltt.training.settings import Execution
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ class Session:
             instance("report", console, Console)
         return (console or Console()) if self.processes.rank == 0 else Console(quiet=True)
 
-    def held(self, run: Path) -> AbstractContextManager[None]:
+    def lock_run(self, run: Path) -> AbstractContextManager[None]:
         """Inside this block, nobody but these processes trains the run."""
-        return held(run) if self.processes.rank == 0 else nullcontext()
+        return lock_run(run) if self.processes.rank == 0 else nullcontext()
 
     def eval_loader(self, dataset: Dataset[Any], splits: Splits, batch_size: int) -> DataLoader[Any]:
         """Every sample of a validation or test set once, in order, or this process's share of each batch."""

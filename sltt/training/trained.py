@@ -9,11 +9,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from sltt.checks import choice, folder, instance
-from sltt.losses import Prediction, predicted
+from sltt.losses import Prediction, predict_from
 from sltt.rules import unroll
 from sltt.sequence.modes import evaluating
 from sltt.sequence.padding import check_lengths
-from sltt.training.average import chosen
+from sltt.training.average import select_weights
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.runs import MADE_IN, find_checkpoint, read_config
 
@@ -63,7 +63,7 @@ def load(
     content = load_checkpoint(path)
     config = read_config(Path(run), content)
     network = _network(Path(run), config) if model is None else instance("model", model, nn.Module)
-    load_weights(network, chosen(content), path)
+    load_weights(network, select_weights(content), path)
     network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     return network.eval()
 
@@ -120,4 +120,4 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
             )  # fmt: skip
     weights = next(model.parameters(), x)
     with evaluating(model):
-        return predicted(by, unroll(model, x.to(weights.device), steps=steps), lengths)
+        return predict_from(by, unroll(model, x.to(weights.device), steps=steps), lengths)

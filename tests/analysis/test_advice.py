@@ -47,14 +47,14 @@ def test_a_trial_decides_whatever_the_cosines_are(losses, rule, sure):
     said = advice(measured(SLTT=0.99, OTTT=0.99), trial)
     assert said.startswith(f"Take {rule}. It drops {'nothing' if rule == 'BPTT()' else '30%'}")
     assert f" {sure} Of BPTT's loss decrease in 4 epochs with 2 seeds, SLTT() reached " in said
-    assert trial.learned("BPTT()") == [1.0, 1.0]
+    assert trial.shares("BPTT()") == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("start", [2.0, 0.0, -1.0])
 def test_a_trial_in_which_bptt_learned_nothing_tells_nothing(start):
     losses = {"SLTT()": [start - 0.1], "BPTT()": [start]}
     trial = Trial(4, [start], losses, {name: [0.0] for name in losses})
-    assert all(map(math.isnan, trial.learned("SLTT()")))
+    assert all(map(math.isnan, trial.shares("SLTT()")))
     assert "Not sure: BPTT() learned little" in advice(measured(SLTT=0.99), trial)
 
 
@@ -75,7 +75,7 @@ def test_a_training_that_dies_leaves_the_others_in_the_trial(monkeypatch, capsys
         return types.SimpleNamespace(history=[{"train_loss": 0.5, "train_accuracy": 0.9}])
 
     monkeypatch.setattr(trial_module, "build", lambda *args: types.SimpleNamespace(model=None))
-    monkeypatch.setattr(trial_module, "measured_with", lambda built: {})
+    monkeypatch.setattr(trial_module, "measure_settings", lambda built: {})
     monkeypatch.setattr(trial_module, "measure_split", lambda *args, **kwargs: types.SimpleNamespace(loss=2.0))
     monkeypatch.setattr(trial_module, "train", train)
     rules, settings = [sltt.SLTT(), sltt.BPTT()], {"tau": None, "steps": 2, "epochs": 1, "seeds": 2}

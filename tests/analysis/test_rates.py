@@ -6,7 +6,7 @@ from torch import nn
 
 import sltt
 from sltt.analysis import find_learning_rate
-from sltt.analysis.rates import MEMORY, _chosen
+from sltt.analysis.rates import MEMORY, _choose_rates
 from tests.conftest import LOSS, batch, small_network
 
 
@@ -70,9 +70,9 @@ def test_a_loss_below_zero_is_tested_as_one_above(shift):
 
 
 def test_the_rate_of_the_steepest_fall_is_suggested():
-    assert _chosen([1, 2, 3, 4, 5, 6], [9.0, 8.9, 8.0, 5.0, 4.9, 7.0]) == (3, 5)
-    assert _chosen([1, 2, 3], [1.0, 2.0, 3.0]) == (None, 1)
-    assert _chosen([1, 2, 3, 4], [1.0, 0.995, 0.99, 1.0]) == (None, 3)  # the noise of batches
+    assert _choose_rates([1, 2, 3, 4, 5, 6], [9.0, 8.9, 8.0, 5.0, 4.9, 7.0]) == (3, 5)
+    assert _choose_rates([1, 2, 3], [1.0, 2.0, 3.0]) == (None, 1)
+    assert _choose_rates([1, 2, 3, 4], [1.0, 0.995, 0.99, 1.0]) == (None, 3)  # the noise of batches
 
 
 @pytest.mark.parametrize("rate", [{"lr": 0.2}, {"lr": 0.1, "lr_factor": 2.0}], ids=["rate", "factor"])

@@ -161,7 +161,7 @@ def test_a_rule_has_no_settings_of_the_recipes_rule(rule, options):
     assert repr(recipe.build().rule) == "SLTT(k=1, rescale=True, hoist=True)"
     expected = {"SLTT": sltt.SLTT, "SLTT:k=2": partial(sltt.SLTT, k=2), "BPTT": sltt.BPTT}[rule](hoist=bool(options))
     assert repr(recipe.build(rule=rule).rule) == repr(expected)
-    assert recipe.resolved(rule=rule)["rule"]["init_args"].get("k") == (2 if rule == "SLTT:k=2" else None)
+    assert recipe.resolve(rule=rule)["rule"]["init_args"].get("k") == (2 if rule == "SLTT:k=2" else None)
 
 
 def test_a_wrong_rule_ends_it_before_another_trains(capsys, tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def test_recipes_of_transformers_have_the_published_values(name):
 def test_a_null_on_the_command_line_reaches_the_neuron():
     """The soft reset that OTTT needs, as the recipe says."""
     for options, expected in (([], 0.0), (["--model.neuron.v_reset", "null"], None)):
-        config = Recipe("sltt train", "cifar10-spikformer", options).resolved()
+        config = Recipe("sltt train", "cifar10-spikformer", options).resolve()
         assert config["model"]["init_args"]["neuron"]["init_args"].get("v_reset") == expected
 
 

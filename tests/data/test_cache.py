@@ -9,7 +9,7 @@ import pytest
 
 import sltt
 from sltt.data import cache
-from sltt.data.cache import CacheError, cached
+from sltt.data.cache import CacheError, cache_frames
 from tests.conftest import LINUX
 from tests.data.recordings import (
     events,
@@ -27,7 +27,7 @@ def make_cache(folder, log):
         time.sleep(0.01)
         return np.full((2, 3), i)
 
-    return cached(folder, {"a": 1}, [__file__] * 20, (2, 3), make, "test")
+    return cache_frames(folder, {"a": 1}, [__file__] * 20, (2, 3), make, "test")
 
 
 @LINUX
@@ -56,7 +56,7 @@ def test_few_frames_wait_in_memory_for_the_file(tmp_path, monkeypatch):
         waiting.append(i - len(written))
         return np.full((2, 3), i)
 
-    arrays, _ = cached(tmp_path, {}, [__file__] * 50, (2, 3), make, "test")
+    arrays, _ = cache_frames(tmp_path, {}, [__file__] * 50, (2, 3), make, "test")
     assert len(arrays) == 50
     assert max(waiting) < 4 * 2
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.losses import predicted
+from sltt.losses import predict_from
 from sltt.rules.base import sequence_loss
-from sltt.training.batches import EpochSampler, cut, joined, train_loader
+from sltt.training.batches import EpochSampler, cut, join_outputs, train_loader
 from tests.conftest import LOSS, RULES, batch, gradient, small_network
 
 LENGTHS = (4, 2, 3, 1, 2)
@@ -89,7 +89,7 @@ def test_parts_of_a_padded_batch_add_up(parts):
             return sltt.SLTT()(model, x, y, LOSS, backward=lambda value: (value * weight).backward())
 
         split = cut(x, y, count, static=False, per_step=False)
-        out = joined([step(*part) for part in split], split)
+        out = join_outputs([step(*part) for part in split], split)
         found.append((gradient(model), out.loss))
     torch.testing.assert_close(found[1], found[0])
 
@@ -97,9 +97,9 @@ def test_parts_of_a_padded_batch_add_up(parts):
 @pytest.mark.parametrize("by", ["mean", "last", "max"])
 def test_the_prediction_is_of_the_real_steps(by):
     logits = torch.randn(4, 5, 3)
-    found = predicted(by, logits, LENGTHS)
+    found = predict_from(by, logits, LENGTHS)
     for b, length in enumerate(LENGTHS):
-        torch.testing.assert_close(found[b], predicted(by, logits[:length, b : b + 1])[0])
+        torch.testing.assert_close(found[b], predict_from(by, logits[:length, b : b + 1])[0])
 
 
 def test_predict_takes_lengths():

@@ -6,7 +6,7 @@ from torch import nn
 
 import sltt
 from sltt.callbacks import Callback
-from sltt.training.average import averaged_model
+from sltt.training.average import make_average
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.phases import Phase
 from sltt.training.runs import new_run
@@ -100,7 +100,7 @@ def test_the_statistics_fit_the_averaged_weights():
     """Their error is far below the spread, where statistics of the first weights would be off by that much."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32), sltt.LIF(), nn.Linear(32, 3))
-    optimizer, average = torch.optim.AdamW(model.parameters(), lr=0.01), averaged_model(model, 0.9)
+    optimizer, average = torch.optim.AdamW(model.parameters(), lr=0.01), make_average(model, 0.9)
     data = torch.utils.data.DataLoader(Blobs().load(1).train, 20, shuffle=True)
     for _ in range(60):
         for x, y in data:

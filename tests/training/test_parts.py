@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.training.batches import count_parts, cut, joined, share
+from sltt.training.batches import count_parts, cut, join_outputs, share
 from tests.conftest import LOSS, batch, gradient, small_network
 from tests.training.blobs import Blobs, network, train, weights
 
@@ -27,7 +27,7 @@ def test_parts_add_up_to_the_gradient_of_the_batch(rule, count, per_step):
 
         torch.manual_seed(1)
         split = cut(x, y, parts, static=False, per_step=per_step)
-        out = joined([run(*part) for part in split], split)
+        out = join_outputs([run(*part) for part in split], split)
         found.append((gradient(model), out.loss, out.logits))
     for one, whole in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(one, whole)
