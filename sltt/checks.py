@@ -24,7 +24,7 @@ def number(
     most: float | None = None,
     remedy: str = "",
 ) -> float:
-    """A finite real number in a range, as a float.
+    """Return a finite real number in a range, as a float.
 
         self.gamma = number("gamma", gamma, above=0)
 
@@ -46,7 +46,7 @@ def number(
 
 
 def whole_number(name: str, value: Any, *, least: int | None = None, most: int | None = None, remedy: str = "") -> int:
-    """A whole number in a range, as an int; 2.0 is none, and neither is True.
+    """Return a whole number in a range, as an int; 2.0 is none, and neither is True.
 
     self.window = whole_number("window", window, least=1)
     """
@@ -58,7 +58,7 @@ def whole_number(name: str, value: Any, *, least: int | None = None, most: int |
 
 
 def whole_numbers(name: str, values: Any, *, least: int | None = None, fewest: int = 1) -> tuple[int, ...]:
-    """A sequence of at least `fewest` whole numbers.
+    """Return a sequence of at least `fewest` whole numbers.
 
     self.features = whole_numbers("features", features, least=1, fewest=2)
     """
@@ -67,7 +67,7 @@ def whole_numbers(name: str, values: Any, *, least: int | None = None, fewest: i
 
 
 def sequence(name: str, values: Any, of: str, *, fewest: int = 0) -> Sequence[Any]:
-    """A list, a tuple or another sequence, but no string."""
+    """Return a list, a tuple or another sequence, but no string."""
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) < fewest:
         raise ValueError(_message(name, f"a sequence of {f'{fewest} or more ' if fewest else ''}{of}", values))
     return values
@@ -90,7 +90,7 @@ def flag(name: str, value: Any, remedy: str = "") -> bool:
 
 
 def choice(name: str, value: T, options: Iterable[T]) -> T:
-    """One of the options, of the same type."""
+    """Return one of the options, of the same type."""
     options = list(options)
     if not any(type(value) is type(option) and value == option for option in options):
         raise ValueError(_message(name, f"one of {', '.join(map(repr, options))}", value))
@@ -98,7 +98,7 @@ def choice(name: str, value: T, options: Iterable[T]) -> T:
 
 
 def instance(name: str, value: Any, kind: type[T], remedy: str = "") -> T:
-    """An object of a class; where its class itself is given, the message says to call it."""
+    """Return an object of a class; where its class itself is given, the message says to call it."""
     if isinstance(value, type) or not isinstance(value, kind):
         if isinstance(value, type) and issubclass(value, kind):
             remedy = f"call it: {value.__name__}()"
@@ -107,7 +107,7 @@ def instance(name: str, value: Any, kind: type[T], remedy: str = "") -> T:
 
 
 def function(name: str, value: Any, of: str) -> Any:
-    """A function, or an object that is called as one; where a class is given, the message says to call it."""
+    """Return a function, or an object that is called as one; where a class is given, the message says to call it."""
     if not callable(value) or isinstance(value, type):
         remedy = f"call it: {value.__name__}()" if isinstance(value, type) else ""
         raise ValueError(_message(name, f"a function of {of}", value, remedy))
@@ -115,7 +115,7 @@ def function(name: str, value: Any, of: str) -> Any:
 
 
 def folder(name: str, value: Any) -> Path:
-    """A path, of a string or a `Path`."""
+    """Return a path, of a string or a `Path`."""
     if not isinstance(value, str | PathLike):
         raise ValueError(_message(name, "the path of a folder", value))
     return Path(value)

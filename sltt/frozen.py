@@ -50,7 +50,7 @@ class FrozenMapping(Frozen, Mapping[str, Any]):
 
 
 def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
-    """The arguments of a class, with those that it passes on to its base class."""
+    """Return the arguments of a class, with those that it passes on to its base class."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "__init__" not in vars(base) or base is object:

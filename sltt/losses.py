@@ -273,7 +273,7 @@ def prediction_of(loss: Any) -> Prediction:
 
 
 def _check_one_step(outer: Loss, loss: Any) -> Any:
-    """The loss inside another; raises ValueError for one that has no value for one time step."""
+    """Return the loss inside another; raise ValueError for one that has no value for one time step."""
     if isinstance(loss, SequenceLoss):
         raise ValueError(
             f"{type(outer).__name__} is made of the loss of one time step, and {type(loss).__name__} has none: use a "

@@ -18,7 +18,7 @@ from torch.autograd.profiler import profile, record_function
 
 
 def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> int:
-    """Bytes alive at the peak of `call()` above those alive before it.
+    """Return bytes alive at the peak of `call()` above those alive before it.
 
         peak_memory(lambda: rule(model, x, y, loss))
 
@@ -107,7 +107,7 @@ def _mark() -> None:
 
 
 def available_memory(device: str | torch.device = "cpu") -> int:
-    """Bytes that PyTorch could still allocate: free on a CUDA device, and held unused; elsewhere, free RAM.
+    """Return bytes that PyTorch could still allocate: free on a CUDA device, and held unused; elsewhere, free RAM.
 
     Free RAM is that of the machine, or that of the container or job where its limit leaves less.
     """
@@ -119,7 +119,7 @@ def available_memory(device: str | torch.device = "cpu") -> int:
 
 
 def free_memory(root: Path) -> int:
-    """Bytes of RAM that are free: on Linux by the files `proc` and `sys` under `root`."""
+    """Return bytes of RAM that are free: on Linux by the files `proc` and `sys` under `root`."""
     if sys.platform != "linux":
         import psutil
 
@@ -155,13 +155,13 @@ def _left_in_control_groups(root: Path) -> Iterator[int]:
 
 
 def _field(path: Path, name: str) -> int:
-    """The number after a name, in a file of lines `name number`."""
+    """Return the number after a name, in a file of lines `name number`."""
     lines = map(str.split, path.read_text(encoding="utf-8").splitlines())
     return next(int(line[1]) for line in lines if line and line[0] == name)
 
 
 def parse_bytes(size: str | int) -> int:
-    """Bytes in "8GB" (8·10⁹), "8GiB" (8·2³⁰), "500 MB" or a whole number; raises ValueError for anything else."""
+    """Return bytes in "8GB" (8·10⁹), "8GiB" (8·2³⁰), "500 MB" or a whole number; raise ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+|\d+\.\d+(?=\s*[kKMGT]))\s*(?:([kKMGT])(i?))?B?\s*", str(size))
     power = " KMGT".index((match[2] or " ").upper()) if match else 0
     value = Fraction(match[1]) * (1024 if match[3] else 1000) ** power if match else 0
@@ -180,7 +180,7 @@ def reset_process_peak(device: torch.device) -> None:
 
 
 def process_peak(device: torch.device) -> int:
-    """Bytes at the peak since `reset_process_peak`: allocated on a CUDA device, or resident in this process."""
+    """Return bytes at the peak since `reset_process_peak`: allocated on a CUDA device, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

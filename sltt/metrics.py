@@ -28,7 +28,7 @@ class Metric(ABC):
 
     @abstractmethod
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor | float:
-        """The mean over the samples of a batch.
+        """Return the mean over the samples of a batch.
 
         Args:
             prediction: mean logits [B, C], or what the loss predicts by: of each step [T, B, C], say.
@@ -67,7 +67,7 @@ class MeanAbsoluteError(Metric):
     higher_is_better = False
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Values and targets of one shape."""
+        """Compare values with targets of one shape."""
         _check_shape(self, target, prediction.shape)
         return _mean((prediction - target).abs())
 
@@ -78,7 +78,7 @@ class MeanSquaredError(Metric):
     higher_is_better = False
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Values and targets of one shape."""
+        """Compare values with targets of one shape."""
         _check_shape(self, target, prediction.shape)
         return _mean((prediction - target).square())
 
@@ -165,10 +165,10 @@ def is_share(name: str) -> bool:
 
 
 def score_text(name: str, score: float) -> str:
-    """A score for people: a share in per cent, others as they are."""
+    """Write a score for people: a share in per cent, others as they are."""
     return f"{score:.2%}" if is_share(name) else f"{score:.4g}"
 
 
 def finite(scores: Sequence[float | None]) -> list[float]:
-    """The scores without those that are no number: NaN, which JSON keeps as null."""
+    """Return the scores without those that are no number: NaN, which JSON keeps as null."""
     return [one for one in scores if one is not None and math.isfinite(one)]

@@ -41,7 +41,7 @@ class RunningMax(Stateful):
         self.pool = function("pool", pool, "a tensor")
 
     def first_states(self) -> dict[str, float]:
-        """The value of each state before the first step."""
+        """Return the value of each state before the first step."""
         return {"total": 0.0, "largest": 0.0}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ class Schedule(ABC):
         self.warmup = number("warmup", warmup, least=0)
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """The factor at `epoch` of `epochs`; 2.5 is in the middle of the third epoch."""
+        """Return the factor at `epoch` of `epochs`; 2.5 is in the middle of the third epoch."""
         if epoch < self.warmup:
             return epoch / self.warmup
         return self.decay(epoch - self.warmup, max(epochs - self.warmup, 1e-9))

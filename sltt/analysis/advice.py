@@ -53,12 +53,12 @@ class Trial:
         return min(self.accuracies[rule]) >= SOLVED
 
     def choose_rule(self) -> str:
-        """The first rule that learns as BPTT does, or solves the task, with every seed."""
+        """Return the first rule that learns as BPTT does, or solves the task, with every seed."""
         return next(rule for rule in self.losses if min(self.shares(rule)) >= LEARNS or self.solves(rule))
 
 
 def choose_rule(found: Sequence[Agreement], trial: Trial | None = None) -> str:
-    """The rule of least memory that learns as BPTT does in the trial, or else agrees with it on the batch.
+    """Return the rule of least memory that learns as BPTT does in the trial, or else agrees with it on the batch.
 
     Args:
         found: agreement of rules in the order of their memory, least first.
@@ -105,7 +105,7 @@ def _drops(one: Agreement, name: str = "It") -> str:
 
 
 def _costs(rule: str, memory: Mapping[str, int], samples: int | None) -> list[str]:
-    """The memory of a batch with the rule beside that with the others."""
+    """Return the memory of a batch with the rule beside that with the others."""
     if rule not in memory:
         return []
     others = ", ".join(f"{nbytes / 1e6:.3g} MB with {name}" for name, nbytes in memory.items() if name != rule)

@@ -214,7 +214,7 @@ class _Exact:
 
     @functools.cached_property
     def without_resets(self) -> "_Exact":
-        """The same, where no gradient goes through the neurons' resets."""
+        """Return the same, where no gradient goes through the neurons' resets."""
         model = copied(self.model)
         attached: list[Any] = [m for m in model.modules() if getattr(m, "detach_reset", True) is False]
         for neuron in attached:
@@ -231,7 +231,7 @@ class _Exact:
         return Agreement(repr(rule), *_measure(found, exact, list(exact)), layers, least)
 
     def layers(self) -> dict[str, bool]:
-        """The layers of neurons in the order in which they run, and whether the network parts at each."""
+        """Return the layers of neurons in the order in which they run, and whether the network parts at each."""
         with _fork(self.x):
             return layer_order(copied(self.model), time_steps(self.x, self.steps))
 
@@ -277,7 +277,7 @@ def _fork(x: Tensor) -> AbstractContextManager[None]:
 
 
 def _modules(parameters: Iterable[str]) -> dict[str, list[str]]:
-    """The names of parameters by the module that has them."""
+    """Return the names of parameters by the module that has them."""
     modules: dict[str, list[str]] = {}
     for name in parameters:
         modules.setdefault(name.rpartition(".")[0], []).append(name)

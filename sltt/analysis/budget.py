@@ -27,17 +27,17 @@ class PeakModel:
     per_both: float
 
     def peak(self, batch: int, steps: int) -> float:
-        """Bytes at the peak of an iteration with `batch` samples and T = `steps`."""
+        """Return bytes at the peak of an iteration with `batch` samples and T = `steps`."""
         batch, steps = whole_number("batch", batch, least=1), whole_number("steps", steps, least=1)
         return self.fixed + self.per_sample * batch + self.per_step * steps + self.per_both * batch * steps
 
     def largest_batch(self, budget: int, steps: int) -> int | None:
-        """The most samples that fit into `budget` bytes with T = `steps`; None where there is no limit."""
+        """Return the most samples that fit into `budget` bytes with T = `steps`; None where there is no limit."""
         budget, steps = whole_number("budget", budget, least=1), whole_number("steps", steps, least=1)
         return _most(budget - self.fixed - self.per_step * steps, self.per_sample + self.per_both * steps, MOST_SAMPLES)
 
     def largest_steps(self, budget: int, batch: int) -> int | None:
-        """The largest T that fits into `budget` bytes with `batch` samples; None where there is no limit."""
+        """Return the largest T that fits into `budget` bytes with `batch` samples; None where there is no limit."""
         budget, batch = whole_number("budget", budget, least=1), whole_number("batch", batch, least=1)
         return _most(budget - self.fixed - self.per_sample * batch, self.per_step + self.per_both * batch, MOST_STEPS)
 

@@ -50,7 +50,7 @@ class LayerOperations:
 
     @property
     def picojoules(self) -> float:
-        """The estimate for these."""
+        """Return the estimate for these."""
         return self.synaptic_operations * (PICOJOULES_ACCUMULATE if self.spiking else PICOJOULES_MULTIPLY_ACCUMULATE)
 
     @property

@@ -48,12 +48,12 @@ class FewShot:
 
     @property
     def average(self) -> float:
-        """The mean over the base training and the sessions."""
+        """Return the mean over the base training and the sessions."""
         return sum(self.accuracies) / len(self.accuracies)
 
 
 def session_sizes(classes: int, base: int, way: int, sessions: int | None = None) -> list[int]:
-    """The number of classes that come at once: `base`, then `way` in each session.
+    """Return the number of classes that come at once: `base`, then `way` in each session.
 
     Args:
         classes: of the data.
@@ -102,7 +102,7 @@ def draw_shots(labels: Sequence[int], classes: Sequence[int], shot: int, seed: i
 
 
 def prototypes(embeddings: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """The mean embedding of each class [C, D], of embeddings [N, D] and labels [N]; each class has a sample."""
+    """Return the mean embedding of each class [C, D], of embeddings [N, D] and labels [N]; each class has a sample."""
     sums = embeddings.new_zeros(classes, embeddings.shape[1]).index_add_(0, labels, embeddings)
     return sums / labels.bincount(minlength=classes).unsqueeze(1)
 
@@ -135,7 +135,7 @@ def chance(sizes: Sequence[int]) -> FewShot:
 
 
 def embeddings(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
-    """The mean over time of what the last linear layer reads [B, D].
+    """Return the mean over time of what the last linear layer reads [B, D].
 
     Args:
         model: maps the input of one time step to logits; the last `nn.Linear` that runs is its classifier.

@@ -43,11 +43,11 @@ class FiringRates:
         self._count[name] += possible
 
     def by_layer(self) -> dict[str, float]:
-        """The firing rate of each layer that has run, by its name in the model."""
+        """Return the firing rate of each layer that has run, by its name in the model."""
         return {name: int(self._spikes[name]) / count for name, count in self._count.items() if count}
 
     def mean(self) -> float:
-        """The firing rate of all neurons together; 0 where there is none."""
+        """Return the firing rate of all neurons together; 0 where there is none."""
         total = sum(self._count.values())
         return sum(int(spikes) for spikes in self._spikes.values()) / total if total else 0.0
 

@@ -45,7 +45,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum of the parts: the peak of the iteration."""
+        """Return the sum of the parts: the peak of the iteration."""
         return sum(vars(self).values())
 
     @property
@@ -196,13 +196,13 @@ def iteration_seconds(
 
 
 def _now(device: torch.device) -> float:
-    """The time when the device has done what it was given."""
+    """Return the time when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind tensors; what several share counts once."""
+    """Return bytes of the memory behind tensors; what several share counts once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -43,7 +43,7 @@ class LayerPath:
 
 
 def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> list[LayerPath]:
-    """The path of each convolution and linear layer, from the decision that a training takes.
+    """Return the path of each convolution and linear layer, from the decision that a training takes.
 
         [path.name for path in layer_paths(model, x) if path.sparse_forward]
 

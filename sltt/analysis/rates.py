@@ -124,7 +124,7 @@ def find_learning_rate(
 
 
 def _choose_rates(rates: list[float], losses: list[float]) -> tuple[float | None, float]:
-    """The rate where the loss falls fastest, per factor of the rate, and that of the lowest loss."""
+    """Return the rate where the loss falls fastest, per factor of the rate, and that of the lowest loss."""
     lowest = min(range(len(losses)), key=losses.__getitem__)
     slopes = [losses[i + 1] - losses[i - 1] for i in range(1, lowest)]
     if not slopes or min(slopes) >= 0 or losses[0] - losses[lowest] < FALLS * abs(losses[0]):

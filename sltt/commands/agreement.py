@@ -77,7 +77,7 @@ def measure_agreement(
     trial: int | None = None,
     seeds: int = 2,
 ) -> list[dict[str, Any]]:
-    """Rows of `agreement.json` over τ, T and training epochs: rules beside BPTT, a proposal, and the advice.
+    """Return rows of `agreement.json` over τ, T and training epochs: rules beside BPTT, a proposal, and the advice.
 
     Args:
         recipe: what is measured.
@@ -132,7 +132,7 @@ def measure_agreement(
 
 
 def agreement_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Rows of a table: of each rule, how its gradient is beside that of BPTT."""
+    """Return rows of a table: of each rule, how its gradient is beside that of BPTT."""
     return [
         {
             "τ": number(row["tau"], "g", none="recipe's"),

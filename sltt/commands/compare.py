@@ -82,7 +82,7 @@ class Contestant:
         return recipe.build(*to_options(self.varied), *more, rule=self.rule)
 
     def resolve(self, recipe: Recipe, *more: str) -> dict[str, Any]:
-        """The configuration of the same."""
+        """Return the configuration of the same."""
         return recipe.resolve(*to_options(self.varied), *more, rule=self.rule)
 
 
@@ -196,14 +196,14 @@ def _check_continues(run: Path, config: dict[str, Any]) -> None:
 
 
 def _same_anywhere(data: Any) -> Any:
-    """The settings of data but for its place on this machine."""
+    """Return the settings of data but for its place on this machine."""
     if not isinstance(data, dict):
         return data
     return {key: _same_anywhere(value) for key, value in data.items() if key not in ("root", "download", "cache")}
 
 
 def _file_name(label: str) -> str:
-    """A row's name in letters, digits, dots and dashes; a sign is a word, so that -0.5 and 0.5 differ."""
+    """Return a row's name in letters, digits, dots and dashes; a sign is a word, so that -0.5 and 0.5 differ."""
     label = re.sub(r"(?<![A-Za-z0-9.])-(?=[\d.])", "minus", label.replace("+", "plus"))
     return re.sub("[^A-Za-z0-9.]+", "-", label).strip("-")
 
@@ -215,7 +215,7 @@ def tell_died(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def compared_json(recipe: Recipe, found: Sequence[Compared]) -> dict[str, Any]:
-    """The rows, for scripts, with T and the number of test samples."""
+    """Return the rows, for scripts, with T and the number of test samples."""
     built = recipe.build()
     samples = built.data.splits(built.steps).sizes["test"] or None
     rows = [{**vars(one), "operations": one.operations and one.operations._asdict()} for one in found]
@@ -226,7 +226,7 @@ def compared_json(recipe: Recipe, found: Sequence[Compared]) -> dict[str, Any]:
 
 
 def compared_rows(rows: Sequence[Mapping[str, Any]], metric: str, headings: Mapping[str, str]) -> list[Row]:
-    """Rows of a table, with these headings of what is in `cells`; a rule that died has nothing else."""
+    """Return rows of a table, with these headings of what is in `cells`; a rule that died has nothing else."""
     made = []
     for row in rows:
         if not row["scores"]:

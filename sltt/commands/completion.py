@@ -60,7 +60,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def _options() -> list[str]:
-    """The options of all commands: those of a training, and what a command takes besides."""
+    """Return the options of all commands: those of a training, and what a command takes besides."""
     modules = [import_module(f"sltt.commands.{name}") for name in COMMANDS]
     own = [word for module in modules if hasattr(module, "options") for word in module.options().own]
     return list(dict.fromkeys([*(f"--{name}" for name in fit_arguments()), *(w for w in own if w.startswith("--"))]))

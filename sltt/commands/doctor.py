@@ -37,7 +37,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def findings() -> list[tuple[str, str, str]]:
-    """Rows of (subject, what is there, what to do about it)."""
+    """Return rows of (subject, what is there, what to do about it)."""
     return [
         ("python", platform.python_version(), ""),
         ("torch", torch.__version__, ""),  # with its build, which the name of the package does not have
@@ -83,7 +83,7 @@ def _threads() -> tuple[str, str, str]:
 
 
 def _cores() -> int:
-    """The cores that this process may use."""
+    """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

@@ -87,13 +87,13 @@ def remedy(error: Exception, command: str) -> str:
 
 
 def _user_line(error: Exception) -> str | None:
-    """The innermost line of the user's own code."""
+    """Return the innermost line of the user's own code."""
     own = [place for place in _places(error) if not any(part in place for part in OUTSIDE)]
     return own[-1] if own else None
 
 
 def _places(error: Exception) -> list[str]:
-    """The lines of code that an error came through, also in a worker of the data loader, the innermost last."""
+    """Return the lines of code that an error came through, also in a worker of the data loader, the innermost last."""
     frames = [(frame.filename, frame.lineno, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
     frames += re.findall(r'File "(.+?)", line (\d+), in (\w+)', str(error))
     return [f"{file}, line {line}, in {name}" for file, line, name in frames]

@@ -45,7 +45,7 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 
 def palette(labels: Iterable[str]) -> dict[str, str]:
-    """A colour for each label, so that a rule has the same in every figure."""
+    """Return a colour for each label, so that a rule has the same in every figure."""
     return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(dict.fromkeys(labels))}
 
 
@@ -53,7 +53,7 @@ def palette(labels: Iterable[str]) -> dict[str, str]:
 def lines(
     series: Mapping[str, Sequence[Points]], colours: Mapping[str, str], x: str, y: str, *, percent: bool = False
 ) -> Figure:
-    """Lines over whole numbers x; a label may have several, such as one for each seed.
+    """Return lines over whole numbers x; a label may have several, such as one for each seed.
 
     Args:
         series: for each label the lines (x values, y values).
@@ -80,7 +80,7 @@ def lines(
 
 @rc_context(STYLE)
 def rates(rates: Sequence[float], losses: Sequence[float], suggestion: float | None) -> Figure:
-    """The loss over the learning rate, with a mark at the rate that is suggested."""
+    """Return the loss over the learning rate, with a mark at the rate that is suggested."""
     figure, axes = _figure(3.4)
     axes.plot(rates, losses, color=COLOURS[0])
     if suggestion is not None:
@@ -92,7 +92,7 @@ def rates(rates: Sequence[float], losses: Sequence[float], suggestion: float | N
 
 @rc_context(STYLE)
 def stacked_bars(parts: Mapping[str, Sequence[float]], rows: Sequence[str], x: str) -> Figure:
-    """A horizontal bar for each row, of several parts.
+    """Return a horizontal bar for each row, of several parts.
 
     Args:
         parts: for each part its length in every row.
@@ -113,13 +113,13 @@ def stacked_bars(parts: Mapping[str, Sequence[float]], rows: Sequence[str], x: s
 
 
 def bars(values: Mapping[str, float], x: str) -> Figure:
-    """A horizontal bar for each label."""
+    """Return a horizontal bar for each label."""
     return stacked_bars({"": list(values.values())}, list(values), x)
 
 
 @rc_context(STYLE)
 def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str]) -> Figure:
-    """A field for each row and column, with its value, None where there is none; colours are those of 0 to 1."""
+    """Return a field for each row and column, with its value, None where there is none; colours are those of 0 to 1."""
     figure, axes = _figure(1.3 + 0.36 * len(rows))
     mesh = axes.pcolormesh(np.asarray(values, dtype=float), vmin=0, vmax=1, cmap="viridis", edgecolors="face")
     for i, row in enumerate(values):

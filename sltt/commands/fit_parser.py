@@ -72,7 +72,7 @@ class Parser(ArgumentParser):
     without: Sequence[str] = ()
 
     def parse_args(self, args: Sequence[str], *more: Any, **named: Any) -> Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The configuration that the words make. A list replaces that of the words before."""
+        """Return the configuration that the words make. A list replaces that of the words before."""
         return super().parse_args(_replace_lists(args), *more, **named)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
@@ -118,7 +118,7 @@ def _as_class(value: Any) -> dict[str, Any]:
 
 
 def make_parser(prog: str, unread: Sequence[str] = ()) -> Parser:
-    """A parser whose options are the arguments of `sltt.fit`; those `unread` are null, and import no class."""
+    """Return a parser whose options are the arguments of `sltt.fit`; those `unread` are null, and import no class."""
     for name in sltt.__all__:  # the parser knows a class by its name once it is imported
         getattr(sltt, name)
     set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies

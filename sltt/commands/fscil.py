@@ -150,7 +150,7 @@ def _classify(here: Session, task: Task, seed: int, built: Any, pixels: bool = F
 def score_rows(
     rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], text: Callable[[Sequence[float]], str]
 ) -> list[Row]:
-    """Rows of a table with the headings of `SCORES`, and scores over seeds as `text`."""
+    """Return rows of a table with the headings of `SCORES`, and scores over seeds as `text`."""
     made: list[Row] = []
     for row in rows:
         if row["accuracies"]:

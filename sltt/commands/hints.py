@@ -13,7 +13,7 @@ PATH = re.compile(r"Expected a dot import path string: (.*?)(?:\. Got value.*)?$
 
 
 def explain(message: str, values: Mapping[str, Any]) -> str:
-    """An error of the parser in a line, with the nearest valid name where one is not known.
+    """Return an error of the parser in a line, with the nearest valid name where one is not known.
 
     Args:
         message: of the parser.
@@ -60,7 +60,7 @@ def explain(message: str, values: Mapping[str, Any]) -> str:
 
 
 def _nearest_option(option: str, values: Mapping[str, Any]) -> str:
-    """The option of that name of one of the recipe's classes, or else the one that is spelt alike."""
+    """Return the option of that name of one of the recipe's classes, or else the one that is spelt alike."""
     owned = [
         f"; did you mean --{key}.{option}?"
         for key, value in values.items()
@@ -79,12 +79,12 @@ def _unknown_class(name: str) -> str:
 
 
 def fit_arguments() -> list[str]:
-    """The options of a training: the arguments of `sltt.fit` that a recipe has."""
+    """Return the options of a training: the arguments of `sltt.fit` that a recipe has."""
     return [name for name in inspect.signature(sltt.fit).parameters if name != "report"]
 
 
 def _class_paths() -> list[str]:
-    """The import paths of what recipes name."""
+    """Return the import paths of what recipes name."""
     from torch import optim  # here, since `sltt trian` asks for `nearest` alone
 
     families = (sltt.models, sltt.data, sltt.losses, sltt.metrics, sltt.schedules, sltt.callbacks, sltt.surrogates)
@@ -101,6 +101,6 @@ def locate(path: str) -> Any:
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """A question for the known name that is spelt like this one; empty where none is."""
+    """Return a question for the known name that is spelt like this one; empty where none is."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -75,7 +75,7 @@ def _print(found: RateTest, report: Console) -> None:
 
 
 def advice(found: dict[str, Any]) -> str:
-    """The rate to take, in words."""
+    """Return the rate to take, in words."""
     if found["suggestion"] is None:
         return (
             f"The loss falls by less than {FALLS:.0%} at these rates: try others, by --smallest and --largest, or more "

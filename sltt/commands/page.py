@@ -85,5 +85,5 @@ def _put(text: str, file: BufferedRandom) -> None:
 
 
 def _options(text: str) -> Markup:
-    """A text as HTML, its options such as --seeds 3 as code: a browser breaks a line behind dashes."""
+    """Return a text as HTML, its options such as --seeds 3 as code: a browser breaks a line behind dashes."""
     return Markup(re.sub(r"--[a-z_.]+( \d+)?", r"<code>\g<0></code>", escape(text)))

@@ -82,7 +82,7 @@ class CommandOptions(argparse.ArgumentParser):
 
 
 def _tell_error(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The type of an option, whose ValueError is shown as it is."""
+    """Return the type of an option, whose ValueError is shown as it is."""
 
     def parsed(text: str) -> Any:
         try:
@@ -94,13 +94,13 @@ def _tell_error(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes in the package, by name."""
+    """Return the recipes in the package, by name."""
     folder = Path(str(files("sltt") / "recipes"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a shipped recipe, or a YAML file of the user's own, which may name classes beside it."""
+    """Return the file of a shipped recipe, or a YAML file of the user's own, which may name classes beside it."""
     if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # last: no file beside the recipe replaces an installed package
     known = shipped_recipes()
@@ -178,7 +178,7 @@ class Recipe:
         return built
 
     def resolve(self, *more: str, rule: str | None = None) -> dict[str, Any]:
-        """The configuration that `build` builds, as a run keeps it."""
+        """Return the configuration that `build` builds, as a run keeps it."""
         return yaml.safe_load(self._parser.dump(self._parse(more, rule)))
 
     def _parse(self, more: Sequence[str], rule: str | None) -> Namespace:
@@ -212,7 +212,7 @@ def _names(words: Sequence[str], option: str) -> bool:
 def parse(
     parser: Parser, source: Path | dict[str, Any], words: Sequence[str], without: Sequence[str] = ()
 ) -> Namespace:
-    """The configuration in `source`, `without` some settings, and with the options in `words` over it.
+    """Return the configuration in `source`, `without` some settings, and with the options in `words` over it.
 
     Raises UsageError with the nearest name.
     """
@@ -244,7 +244,7 @@ def parse(
 
 
 def _read(source: Path) -> dict[str, Any]:
-    """The values of a recipe or of a run's configuration."""
+    """Return the values of a recipe or of a run's configuration."""
     try:
         values = yamltext.load(yamltext.read(source))
     except yaml.YAMLError as error:
@@ -301,7 +301,7 @@ def _refuse_null(config: Namespace) -> None:
 
 
 def time_steps(value: int | str) -> int:
-    """A number of time steps; raises UsageError for one that a computer cannot train."""
+    """Return a number of time steps; raise UsageError for one that a computer cannot train."""
     if int(value) > MOST_STEPS:
         raise UsageError(f"steps: expected at most {MOST_STEPS:,} time steps, got {int(value):,}")
     return int(value)
@@ -315,7 +315,7 @@ def only(words: Sequence[str], keys: Sequence[str], command: str, why: str) -> N
 
 
 def begin(words: Sequence[str], default: str | None = None) -> tuple[str, Sequence[str]]:
-    """The recipe or the run that options begin with, and the options after it."""
+    """Return the recipe or the run that options begin with, and the options after it."""
     if words and not words[0].startswith("-"):
         return words[0], words[1:]
     if default is None and not {"-h", "--help"} & set(words):
@@ -324,7 +324,7 @@ def begin(words: Sequence[str], default: str | None = None) -> tuple[str, Sequen
 
 
 def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A parser of numbers separated by commas."""
+    """Return a parser of numbers separated by commas."""
 
     def parsed(text: str) -> list[Any]:
         try:
@@ -336,14 +336,14 @@ def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Return a whole number of at least 1."""
     if not text.isdecimal() or not int(text):
         raise ValueError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def new_folder(text: str) -> Path:
-    """The path of a folder that is there, or can be made: no file stands in its place."""
+    """Return the path of a folder that is there, or can be made: no file stands in its place."""
     there = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"expected a folder to write to, and {there} is a file: choose another")

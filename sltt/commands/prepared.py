@@ -80,7 +80,7 @@ def prepare(here: Session, built: Any, steps: int, *, full_precision: bool = Fal
 
 
 def test_score(here: Session, built: Any) -> float:
-    """The metric of a trained network, measured as its training is set up."""
+    """Return the metric of a trained network, measured as its training is set up."""
     return measure_split(here, built.model, built.data, "test", **measure_settings(built)).score
 
 

@@ -187,7 +187,7 @@ def print_profile(found: Mapping[str, Any], report: Console) -> None:
 
 
 def phase_cells(cost: Mapping[str, Any]) -> dict[str, Cell]:
-    """The seconds of an iteration by phases, and its multiplications."""
+    """Return the seconds of an iteration by phases, and its multiplications."""
     seconds = {phase: number(cost["seconds"][phase], ".3f") for phase in ("data", "forward", "backward", "step")}
     products = {"mult. fwd": cost["operations"]["forward"], "mult. bwd": cost["operations"]["backward"]}
     return {**seconds, **{heading: number(count, ".2e") for heading, count in products.items()}}
@@ -204,7 +204,7 @@ def layer_cells(layer: Mapping[str, Any]) -> list[Cell]:
 
 
 def fits_rows(fits: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Rows of a table: what fits under each rule, and the run that checks it."""
+    """Return rows of a table: what fits under each rule, and the run that checks it."""
     return [
         {
             "rule": one["rule"],

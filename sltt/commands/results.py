@@ -39,7 +39,7 @@ def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Conso
 
 
 def scores_text(scores: Sequence[float | None], metric: str = "accuracy") -> str:
-    """The mean of a metric over seeds, ± the standard deviation where there are several."""
+    """Return the mean of a metric over seeds, ± the standard deviation where there are several."""
     known = finite(scores)
     form = ".1%" if is_share(metric) else ".3g"
     spread = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
@@ -47,7 +47,7 @@ def scores_text(scores: Sequence[float | None], metric: str = "accuracy") -> str
 
 
 def scores_cell(scores: Sequence[float | None], metric: str = "accuracy") -> Cell:
-    """The same as a cell of a table, which is sorted by the mean."""
+    """Return the same as a cell of a table, which is sorted by the mean."""
     known = finite(scores)
     return Cell(scores_text(scores, metric), statistics.mean(known) if known else None)
 
@@ -156,7 +156,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def run_names(found: Gathered) -> dict[Path, str]:
-    """The rule of each run, with the data, the network or T where runs of that rule differ in them.
+    """Return the rule of each run, with the data, the network or T where runs of that rule differ in them.
 
     A run of a comparison has the name of its row, which has the values of what varied.
     """
@@ -171,7 +171,7 @@ def run_names(found: Gathered) -> dict[Path, str]:
 
 
 def rule_of(config: dict[str, Any]) -> str:
-    """The rule of a run's settings as it is written for `sltt compare`: SLTT:k=1."""
+    """Return the rule of a run's settings as it is written for `sltt compare`: SLTT:k=1."""
     rule = config.get("rule")
     if isinstance(rule, dict):
         return _label(rule["class_path"], rule.get("init_args") or {})

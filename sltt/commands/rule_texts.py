@@ -17,7 +17,7 @@ def rules(text: str) -> list[str]:
 
 
 def rule_settings(text: str) -> tuple[str, dict[str, str]]:
-    """The name and the settings of one of `rules`; raises ValueError if it is not understood."""
+    """Return the name and the settings of one of `rules`; raise ValueError if it is not understood."""
     name, *settings = _split(text, ":")
     if not name or any("=" not in setting for setting in settings):
         raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
@@ -25,7 +25,7 @@ def rule_settings(text: str) -> tuple[str, dict[str, str]]:
 
 
 def rule_options(text: str) -> list[str]:
-    """The options of `sltt train` for one of `rules`."""
+    """Return the options of `sltt train` for one of `rules`."""
     name, settings = rule_settings(text)
     return ["--rule", name, *(word for key, value in settings.items() for word in (f"--rule.{key}", value))]
 

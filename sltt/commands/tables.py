@@ -23,12 +23,12 @@ Row = Mapping[str, Cell | str]
 
 
 def number(value: float | None, form: str = "", none: str = "–") -> Cell:
-    """A number in a format; another text where there is none."""
+    """Return a number in a format; another text where there is none."""
     return Cell(none if value is None else format(value, form), value)
 
 
 def bytes_cell(nbytes: int, remark: str = "") -> Cell:
-    """A number of bytes."""
+    """Return a number of bytes."""
     return Cell((f"{nbytes / 1e6:.3g} MB" if nbytes < 999.5e6 else megabytes(nbytes)) + remark, nbytes)
 
 
@@ -52,7 +52,7 @@ class Table:
         return "text" if all(isinstance(row[column].value, str) for row in self.rows) else "number"
 
     def for_terminal(self) -> rich.table.Table:
-        """The texts of the cells."""
+        """Return the texts of the cells."""
         shown = rich.table.Table(box=None, pad_edge=False)
         for column, heading in enumerate(self.headings):
             side = "left" if self.kind(column) == "text" else "right"
@@ -62,7 +62,7 @@ class Table:
         return shown
 
     def csv(self) -> str:
-        """The values of the cells, with the headings above."""
+        """Return the values of the cells, with the headings above."""
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(self.headings)
@@ -71,5 +71,5 @@ class Table:
 
     @property
     def link(self) -> str:
-        """The CSV as an address that needs no file."""
+        """Return the CSV as an address that needs no file."""
         return "data:text/csv;base64," + base64.b64encode(self.csv().encode()).decode()

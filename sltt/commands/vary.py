@@ -14,7 +14,7 @@ OWN = {"rule": "--rules BPTT,SLTT", "seed": "--seeds 3", "run": "--save FOLDER"}
 
 
 def values(text: str) -> tuple[str, list[str]]:
-    """An option and its values: model.neuron.tau=1.1,2,4."""
+    """Return an option and its values: model.neuron.tau=1.1,2,4."""
     option, _, listed = text.partition("=")
     option = option.removeprefix("--")
     found = re.split(r",(?![^{\[]*[}\]])", listed)
@@ -28,7 +28,7 @@ def values(text: str) -> tuple[str, list[str]]:
 
 
 def grid(given: Sequence[tuple[str, list[str]]]) -> list[dict[str, str]]:
-    """All combinations of the values; one without any where nothing is varied."""
+    """Return all combinations of the values; one without any where nothing is varied."""
     names = [option for option, _ in given]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"--vary {min(twice)} is given twice: write all its values in one, separated by commas")
@@ -36,12 +36,12 @@ def grid(given: Sequence[tuple[str, list[str]]]) -> list[dict[str, str]]:
 
 
 def to_options(varied: Mapping[str, str]) -> list[str]:
-    """The options of `sltt train`."""
+    """Return the options of `sltt train`."""
     return [word for option, value in varied.items() for word in (f"--{option}", value)]
 
 
 def label_row(rule: str, varied: Mapping[str, str]) -> str:
-    """The name of a row: SLTT, model.neuron.tau=2."""
+    """Return the name of a row: SLTT, model.neuron.tau=2."""
     return ", ".join([rule, *(f"{option}={value}" for option, value in varied.items())])
 
 
@@ -73,5 +73,5 @@ def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bo
 
 
 def _mean(scores: Sequence[float]) -> float:
-    """The mean, without the last digits, in which equal means may differ."""
+    """Return the mean, without the last digits, in which equal means may differ."""
     return float(f"{statistics.mean(scores):.12g}")

@@ -42,12 +42,12 @@ class Verdict:
 
     @property
     def score(self) -> float | None:
-        """The mean over the seeds."""
+        """Return the mean over the seeds."""
         return statistics.mean(self.scores) if self.scores else None
 
 
 def verdicts(found: Gathered) -> list[Verdict]:
-    """The rules that were compared or profiled, in the order in which they were asked for."""
+    """Return the rules that were compared or profiled, in the order in which they were asked for."""
     rules: dict[str, Verdict] = {}
     for one in _same_recipe(found, found.comparisons):
         for row in one["rows"]:
@@ -92,7 +92,7 @@ def shared_steps(rules: Sequence[Verdict]) -> int | None:
 
 
 def _same_recipe(found: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first result of a kind that is of the same recipe as the first of all."""
+    """Return the first result of a kind that is of the same recipe as the first of all."""
     first = next(iter([*found.comparisons, *found.profiles, *found.agreements]), {})
     return [one for one in kind if one.get("recipe") == first.get("recipe")][:1]
 
@@ -182,7 +182,7 @@ def noise_of(one: Verdict, other: Verdict) -> float:
 
 
 def layers(found: Gathered) -> list[dict[str, Any]]:
-    """The layers of the profiled network in order: name, firing rate, SLTT's cosine."""
+    """Return the layers of the profiled network in order: name, firing rate, SLTT's cosine."""
     cosines: dict[str, Any] = {}
     for one in _same_recipe(found, found.agreements):
         spatial = one["rows"][0]["agreement"][0]

@@ -98,7 +98,7 @@ class EventAugmentation:
         self.drop = number("drop", drop, least=0, most=1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A sample [T, 2, H, W] to another of the same shape."""
+        """Change a sample [T, 2, H, W] to another of the same shape."""
         if self.flip:
             x = flip(x)
         changes = (roll, self.roll), (rotate, self.rotate), (shear, self.shear), (cutout, self.cutout)

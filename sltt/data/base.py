@@ -48,13 +48,13 @@ class Splits:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The number of samples to train on, to validate by and to test on; 0 where there are none."""
+        """Return the number of samples to train on, to validate by and to test on; 0 where there are none."""
         parts: dict[str, Any] = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: 0 if part is None else len(part) for name, part in parts.items()}
 
     @property
     def unaugmented(self) -> Dataset[Any]:
-        """The training samples without augmentation."""
+        """Return the training samples without augmentation."""
         return self.train if self.plain is None else self.plain
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ class Splits:
         return replace(self, **made, **fields)
 
     def one(self) -> Tensor:
-        """A batch of one sample, of the test set if there is one: [1, C, H, W] or [T, 1, C, H, W]."""
+        """Return a batch of one sample, of the test set if there is one: [1, C, H, W] or [T, 1, C, H, W]."""
         samples: Any = self.train if self.test is None else self.test
         return self.collate([samples[0]])[0]
 
@@ -125,7 +125,7 @@ class Data(ABC):
         return type(self).__name__
 
     def splits(self, steps: int) -> Splits:
-        """The splits, loaded once; `steps` is the T of sequences. Images are the same at every T."""
+        """Return the splits, loaded once; `steps` is the T of sequences. Images are the same at every T."""
         steps = whole_number("steps", steps, least=1)
         if steps not in self._loaded:
             static = next((splits for splits in self._loaded.values() if splits.static), None)
@@ -178,6 +178,6 @@ def hold_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int],
 
 
 def fingerprint(samples: Sequence[Any], *splits: Sequence[int]) -> str:
-    """Twelve hexadecimal digits of a hash of the samples' names or labels, and of which is in which split."""
+    """Return twelve hexadecimal digits of a hash of the samples' names or labels, and of which is in which split."""
     digest = hashlib.sha256(repr([list(samples), *map(list, splits)]).encode())
     return digest.hexdigest()[:12]

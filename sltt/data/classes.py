@@ -62,7 +62,7 @@ class Classes(Data):
 
 
 def class_labels(samples: Any) -> list[int]:
-    """The class of each sample; read sample by sample where the data set does not keep a list."""
+    """Return the class of each sample; read sample by sample where the data set does not keep a list."""
     known = find_labels(samples, None)
     return [int(y) for y in (known if known is not None else (samples[i][1] for i in range(len(samples))))]
 

@@ -19,7 +19,7 @@ FORMATS = ["BMP", "TIFF", "PPM", "JPEG", "PNG", "GIF", "WEBP"]
 
 
 def decode(path: str) -> Tensor:
-    """The RGB image [3, H, W] in a file, straight to a tensor."""
+    """Return the RGB image [3, H, W] in a file, straight to a tensor."""
     from PIL import Image
     from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms.functional import pil_to_tensor

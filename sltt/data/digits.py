@@ -114,7 +114,7 @@ def _log_intensity(images: Tensor, offset: Tensor, size: int) -> Tensor:
 
 
 def _digits() -> tuple[Tensor, Tensor]:
-    """Images [1797, 8, 8] with values 0 … 16, and labels [1797]."""
+    """Return images [1797, 8, 8] with values 0 … 16, and labels [1797]."""
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()

@@ -68,7 +68,7 @@ class Poisson(_OfImages):
     """
 
     def __call__(self, x: Tensor, steps: int) -> Tensor:
-        """An image [...] to spikes [T, ...]."""
+        """Code an image [...] as spikes [T, ...]."""
         return self.share(_precise(x)).expand(steps, *x.shape).bernoulli().to(x.dtype)
 
 
@@ -81,7 +81,7 @@ class Latency(_OfImages):
     """
 
     def __call__(self, x: Tensor, steps: int) -> Tensor:
-        """An image [...] to spikes [T, ...]."""
+        """Code an image [...] as spikes [T, ...]."""
         share = self.share(_precise(x))
         first = ((1 - share) * (steps - 1)).round()
         times = torch.arange(steps, device=x.device).view(-1, *[1] * x.ndim)
@@ -103,7 +103,7 @@ class Delta(Encoding):
         self.threshold = number("threshold", threshold, above=0)
 
     def __call__(self, x: Tensor, steps: int) -> Tensor:
-        """A sequence [T, C, ...] to spikes [T, 2C, ...], those of increases first."""
+        """Code a sequence [T, C, ...] as spikes [T, 2C, ...], those of increases first."""
         if len(x) != steps:
             raise ValueError(f"Delta codes a sequence of {steps} time steps, got one of shape {list(x.shape)}")
         dtype, x, frames = x.dtype, _precise(x), []

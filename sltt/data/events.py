@@ -101,7 +101,7 @@ class _Events(Data):
 
     @abstractmethod
     def recordings(self, train: bool) -> Recordings:
-        """The files of the training or the test recordings, in an order that is the same on every machine."""
+        """Return the files of the training or the test recordings, in an order that is the same on every machine."""
 
     def fetch(self) -> None:
         """Download the data set into `root`."""
@@ -146,7 +146,7 @@ class _Events(Data):
         )
 
     def _frames(self, recordings: Recordings, steps: int, which: str) -> tuple[FrameDataset, list[str]]:
-        """The recordings that can be used, and their names."""
+        """Return the recordings that can be used, and their names."""
         size, interpolated = (self.size, None) if self.resize == "sum" else (None, self.size)
         height, width = (size, size) if size else self.sensor
         skipped: list[str] = []

@@ -107,14 +107,14 @@ class _Images(Data):
 
     @abstractmethod
     def open(self, train: bool, transform: Transform) -> Any:
-        """The training or test images: a dataset of torchvision with `classes` and `targets`."""
+        """Return the training or test images: a dataset of torchvision with `classes` and `targets`."""
 
     def names(self, images: Any) -> Sequence[Any]:
         """Return the samples' names in the split's fingerprint, in their order."""
         return images.targets
 
     def crop(self, augment: bool) -> list[Any]:
-        """The transforms that give an image its size."""
+        """Return the transforms that give an image its size."""
         return []
 
     def transform(self, train: bool) -> Transform:

@@ -38,7 +38,7 @@ def as_data(data: Any, batch_size: int) -> Data:
 
 
 def from_loaders(loaders: Loaders, batch_size: int) -> Data:
-    """The data of a training from its loaders: for training, validation and test; the last two may be missing.
+    """Return the data of a training from its loaders: for training, validation and test; the last two may be missing.
 
     The loaders' data sets, `collate_fn` and batch size count. The training orders, loads and shares out the samples
     itself, so that a run resumes exactly.
@@ -61,7 +61,7 @@ def from_loaders(loaders: Loaders, batch_size: int) -> Data:
 
 
 def _alone(dataset: Any) -> Subset[Any]:
-    """A data set as an object of its own: two splits may read the same one."""
+    """Return a data set as an object of its own: two splits may read the same one."""
     return Subset(dataset, range(len(dataset)))
 
 

@@ -28,7 +28,7 @@ def from_datasets(
     per_step: bool = False,
     split_seed: int = 0,
 ) -> Data:
-    """The data of a training, from data sets of your own.
+    """Return the data of a training, from data sets of your own.
 
         data = sltt.data.from_datasets(train, 0.1, test, static=False)
 
@@ -141,7 +141,7 @@ class _OwnData(Data):
         return found
 
     def _labels(self, samples: Any) -> list[int] | None:
-        """The class of each training sample; None where targets are no classes."""
+        """Return the class of each training sample; None where targets are no classes."""
         if self.per_step or not _is_class(self._target(samples, 0)):
             return None
         dataset = samples.dataset if isinstance(samples, _Samples) else samples
@@ -152,11 +152,11 @@ class _OwnData(Data):
         return [int(self._target(samples, i)) for i in range(len(samples))]
 
     def _target(self, samples: Any, i: int) -> Any:
-        """The target of a sample, as a batch has it."""
+        """Return the target of a sample, as a batch has it."""
         return self.collates["train"]([samples[i]])[1][0] if self.collates else samples[i][1]
 
     def _count(self, labels: list[int] | None) -> int | None:
-        """The number of classes; raises ValueError where labels are not 0 … classes − 1."""
+        """Return the number of classes; raise ValueError where labels are not 0 … classes − 1."""
         if labels is None:
             return self.classes
         least, most = min(labels), max(labels)
@@ -243,7 +243,7 @@ def _pair(name: str, sample: Any, columns: tuple[str, str] | None) -> tuple[Any,
 
 
 def _tensor(name: str, x: Any) -> Tensor:
-    """A sample as a tensor; images in [0, 1], and NumPy's float64 as float32."""
+    """Return a sample as a tensor; images in [0, 1], and NumPy's float64 as float32."""
     if hasattr(x, "getbands"):  # a PIL image
         from torchvision.transforms.functional import to_tensor
 
@@ -265,7 +265,7 @@ def _tensor(name: str, x: Any) -> Tensor:
 
 
 def _target(target: Any) -> Any:
-    """A target for a batch: a class index as an int, others as a tensor."""
+    """Return a target for a batch: a class index as an int, others as a tensor."""
     if _is_class(target):
         return int(target)
     try:
@@ -289,7 +289,7 @@ def _is_class(target: Any) -> bool:
 
 
 def find_labels(dataset: Any, columns: tuple[str, str] | None) -> Sequence[Any] | None:
-    """All labels of a data set that keeps them as a list: nothing else of its samples is loaded."""
+    """Return all labels of a data set that keeps them as a list: nothing else of its samples is loaded."""
     if isinstance(dataset, Subset):
         labels = find_labels(dataset.dataset, columns)
         return labels if labels is None else [labels[i] for i in dataset.indices]

@@ -83,7 +83,7 @@ class SequentialMNIST(_Downloaded):
 
 
 def _sequential(splits: Splits, steps: int, pixels: int, permute: bool) -> Splits:
-    """The splits of static images with P `pixels`, as sequences."""
+    """Return the splits of static images with P `pixels`, as sequences."""
     if pixels % steps:
         parts = ", ".join(str(n) for n in range(1, pixels + 1) if pixels % n == 0)
         raise ValueError(f"{pixels} pixels do not part into steps={steps} equal time steps: choose one of {parts}")
@@ -96,10 +96,10 @@ def _sequential(splits: Splits, steps: int, pixels: int, permute: bool) -> Split
 
 
 def _permutation(pixels: int) -> list[int]:
-    """An order of the pixels that depends on no random generator's version."""
+    """Return an order of the pixels that depends on no random generator's version."""
     return sorted(range(pixels), key=lambda i: hashlib.sha256(f"pixel {i}".encode()).digest())
 
 
 def _in_order(image: Tensor, order: Tensor) -> Tensor:
-    """An image as a sequence [T, P/T]: pixel `order[t, i]` is value i of step t."""
+    """Return an image as a sequence [T, P/T]: pixel `order[t, i]` is value i of step t."""
     return image.flatten()[order]

@@ -85,7 +85,7 @@ class Coded(Stateful):
 
 
 def percentiles(activation: Tensor, channels: int, percentile: float) -> Tensor:
-    """A percentile of each channel, of a shape that broadcasts; silent channels have the mean of the others.
+    """Return a percentile of each channel, of a shape that broadcasts; silent channels have the mean of the others.
 
     Args:
         activation: [B, ...].

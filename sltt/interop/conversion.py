@@ -19,7 +19,7 @@ class ConversionError(ValueError):
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """A copy of a network with its neurons replaced by ours; outputs and gradients are the same.
+    """Return a copy of a network with its neurons replaced by ours; outputs and gradients are the same.
 
     Neurons of SpikingJelly, snnTorch, sinabs and, in `KeepState`, Norse then run in the fused step, and can be folded.
     A `SequentialState` of Norse becomes a `nn.Sequential`. Weights are copied, and learnable time constants too. Other
@@ -87,7 +87,7 @@ def synaptic(decay: float, synaptic_decay: float, gain: float, **arguments: Any)
 
 
 def constant(name: str, value: Any) -> float:
-    """A parameter that is the same number for all neurons of a layer, and is not learned."""
+    """Return a parameter that is the same number for all neurons of a layer, and is not learned."""
     value = torch.as_tensor(value)
     if value.requires_grad:
         raise ConversionError(f"learns {name}: set requires_grad_(False) if it is to stay as it is")

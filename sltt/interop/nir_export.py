@@ -38,7 +38,7 @@ _ADD = (operator.add, operator.iadd, torch.add)
 
 
 def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
-    """The graph of a network in evaluation mode: `nir.write(path, to_nir(model, x))`.
+    """Return the graph of a network in evaluation mode: `nir.write(path, to_nir(model, x))`.
 
     `IF`, `LIF`, `PLIF` and `CubaLIF`; linear layers and convolutions, with the BatchNorm behind them folded into their
     weights; average pooling, flatten, and sums, which are several edges into a node.
@@ -112,7 +112,7 @@ class _Export(fx.Interpreter):
         return value
 
     def _free(self, name: str) -> str:
-        """A name that no layer has."""
+        """Return a name that no layer has."""
         while name in self.layers:
             name += "_"
         return name

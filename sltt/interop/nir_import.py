@@ -20,7 +20,7 @@ from sltt.surrogates import Above, Surrogate, Triangle
 
 
 def from_nir(graph: nir.NIRGraph | str | Path, *, dt: float = 1e-4, surrogate: Surrogate = Triangle()) -> nn.Module:
-    """The network of a graph, of one time step; several edges into a node are summed.
+    """Return the network of a graph, of one time step; several edges into a node are summed.
 
     Args:
         graph: of the nodes that `to_nir` gives, and SumPool2d; or the file of one.
@@ -122,7 +122,7 @@ def _keys(names: Iterable[str]) -> dict[str, str]:
 
 
 def _shape(node: Any) -> list[int] | None:
-    """The shape of a node's input, where it says one."""
+    """Return the shape of a node's input, where it says one."""
     shape = (node.input_type or {}).get("input")
     if shape is None or any(n is None for n in np.ravel(shape)):
         return None

@@ -103,11 +103,11 @@ class Calls:
                 self.graph.erase_node(weight)
 
     def around(self, node: fx.Node) -> str:
-        """The path of the module of which the forward makes a call."""
+        """Return the path of the module of which the forward makes a call."""
         return [*(path for path, _ in node.meta.get("nn_module_stack", {"": ("", None)}).values())][-1]
 
     def activations(self) -> list[fx.Node]:
-        """The calls to put neurons at; raises ValueError with all problems at once."""
+        """Return the calls to put neurons at; raise ValueError with all problems at once."""
         found: list[fx.Node] = []
         problems: dict[str, list[str]] = {}
         for node in self.graph.nodes:
@@ -126,7 +126,7 @@ class Calls:
         return found
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        """The module that a call runs; None for a function or a method."""
+        """Return the module that a call runs; None for a function or a method."""
         return self.ann.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def name(self, node: fx.Node) -> str:
@@ -221,7 +221,7 @@ class Calls:
         return tensor
 
     def _read_later(self, node: fx.Node) -> fx.Node | None:
-        """The first call that reads a tensor, or a view of it, after a call changed it in place."""
+        """Return the first call that reads a tensor, or a view of it, after a call changed it in place."""
         root = self._root(node.all_input_nodes[0])
         late, todo = [], [root]
         while todo:
@@ -242,7 +242,7 @@ def _some(places: list[str]) -> str:
 
 
 def plain(name: str) -> str:
-    """One name for nn.LeakyReLU, F.leaky_relu and F.leaky_relu_."""
+    """Return one name for nn.LeakyReLU, F.leaky_relu and F.leaky_relu_."""
     return name.lower().replace("_", "")
 
 

@@ -33,7 +33,7 @@ def spiking(
     keep: Sequence[str] = (),
     coding: Poisson | None = None,
 ) -> nn.Module:
-    """The spiking twin of an ANN: a copy with a neuron of its own at every call of an activation.
+    """Return the spiking twin of an ANN: a copy with a neuron of its own at every call of an activation.
 
         ReLU(x[t]) becomes θ s[t],  s[t] the spikes of a neuron with input x[t] / θ
 
@@ -94,7 +94,7 @@ def spiking(
 
 
 def _over_time(calls: Calls) -> dict[fx.Node, nn.Module]:
-    """The other calls that time changes, and what stands for them in a sequence."""
+    """Return the other calls that time changes, and what stands for them in a sequence."""
     found: dict[fx.Node, nn.Module] = {}
     for node in calls.graph.nodes:
         if type(module := calls.module(node)) is nn.Dropout:
@@ -137,7 +137,7 @@ def _load(ann: nn.Module, path: str) -> None:
 def _percentiles(
     calls: Calls, activations: list[fx.Node], data: Data | Tensor | None, percentile: float
 ) -> dict[fx.Node, Tensor]:
-    """A percentile of what each activation gives of the data, for each channel."""
+    """Return a percentile of what each activation gives of the data, for each channel."""
     if data is None:
         return {}
     found: dict[fx.Node, Tensor] = {}

@@ -12,7 +12,7 @@ NormFactory = Callable[[int], nn.Module]
 
 
 def neuron_maker(neuron: NeuronFactory) -> NeuronFactory:
-    """The factory, checked to be one, whose neurons are checked when they are made."""
+    """Return the factory, checked to be one, whose neurons are checked when they are made."""
 
     def make() -> nn.Module:
         return instance("what neuron() makes", neuron(), nn.Module)
@@ -26,7 +26,7 @@ def neuron_maker(neuron: NeuronFactory) -> NeuronFactory:
 
 
 def stage_blocks(blocks: Sequence[int]) -> list[tuple[int, int]]:
-    """The width and the stride of each block of a ResNet, of the number of blocks in each of its four stages."""
+    """Return the width and the stride of each block of a ResNet, of the number of blocks in each of its four stages."""
     blocks = whole_numbers("blocks", blocks, least=1)
     if len(blocks) != 4:
         raise ValueError(f"blocks must be the number of blocks in each of 4 stages, got {blocks}")

@@ -113,7 +113,7 @@ def _shift_norm(channels: int) -> nn.BatchNorm2d:
 
 
 def _identity_conv(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 3×3 convolution whose first outputs are its inputs before training."""
+    """Return a 3×3 convolution whose first outputs are its inputs before training."""
     conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     nn.init.dirac_(conv.weight.data[:inputs])
     return conv

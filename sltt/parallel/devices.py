@@ -84,7 +84,7 @@ def return_freed_memory() -> None:
 
 
 def _glibc(name: str) -> Any:
-    """A function of the C library, None where that is another one."""
+    """Return a function of the C library, None where that is another one."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 

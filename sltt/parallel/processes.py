@@ -62,15 +62,15 @@ class Processes:
         self.highest(0)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over the processes."""
+        """Return the sums over the processes."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def highest(self, value: float) -> float:
-        """The largest value of a process."""
+        """Return the largest value of a process."""
         return self._reduce([value], dist.ReduceOp.MAX)[0]
 
     def gather(self, value: A) -> list[A]:
-        """The values of all processes, in their order."""
+        """Return the values of all processes, in their order."""
         found: list[Any] = [value]
         if self.count > 1:
             found *= self.count
@@ -175,12 +175,12 @@ def is_sharded(value: Any) -> "TypeGuard[DTensor]":
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has; all of it where it is not sharded."""
+    """Return the part of a tensor that this process has; all of it where it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def gather_parts(value: Any) -> Any:
-    """A tensor, or a nest of dictionaries and lists of them, with the parts of all processes put together.
+    """Return a tensor, or a nest of dictionaries and lists of them, with the parts of all processes put together.
 
     What was sharded is on the host, of the first process only: it may be too large for a device.
     """
@@ -200,7 +200,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def shard_like(value: Any, like: Tensor) -> Any:
-    """The part of a whole tensor that this process has of `like`; unchanged where that is not sharded."""
+    """Return the part of a whole tensor that this process has of `like`; unchanged where that is not sharded."""
     if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor

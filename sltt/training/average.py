@@ -14,7 +14,7 @@ from sltt.sequence.copies import copied
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """The network `module`, whose weights θ̄ begin as those of the model, θ.
+    """Return the network `module`, whose weights θ̄ begin as those of the model, θ.
 
         θ̄ ← d θ̄ + (1 − d) θ,   d = min(decay, n / (n + 9)) in step n
 
@@ -63,5 +63,5 @@ def _tensors_to_average(model: nn.Module) -> list[Tensor]:
 
 
 def select_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights in a checkpoint to evaluate: averaged, where the training averaged them."""
+    """Return the weights in a checkpoint to evaluate: averaged, where the training averaged them."""
     return checkpoint.get("averaged") or checkpoint["model"]

@@ -92,7 +92,7 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
 
 
 def by_length(order: list[int], lengths: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
-    """A random order in which batches of `size` have samples of similar length; those of the last batch are any.
+    """Return a random order in which batches of `size` have samples of similar length; those of the last batch are any.
 
     Each POOL batches in a row are sorted, so that an epoch has other batches than the one before.
     """
@@ -169,7 +169,7 @@ class _Seeded(Dataset[Any]):
 
 
 def random_crop(x: Tensor, size: int) -> Tensor:
-    """A square of an image or of frames [..., H, W], at the same random place in all of them: [..., size, size].
+    """Return a square of an image or of frames [..., H, W], at the same random place in all of them: [..., size, size].
 
     Raises:
         ValueError: the sample is no image, or one that is smaller than `size`.
@@ -238,7 +238,7 @@ class Part(NamedTuple):
 
 
 def cut(x: Tensor, y: Tensor | Padded, count: int, *, static: bool, per_step: bool) -> list[Part]:
-    """A batch in so many parts: x [B, ...] or [T, B, ...], y [B, ...] or with `per_step` [T, B, ...]."""
+    """Return a batch in so many parts: x [B, ...] or [T, B, ...], y [B, ...] or with `per_step` [T, B, ...]."""
     xs = x.tensor_split(count, dim=0 if static else 1)
     if isinstance(y, Padded):
         ys = y.split(count)
@@ -297,7 +297,7 @@ def _loader(samples: _Seeded, batches: Shares, workers: int, pin: bool) -> DataL
 
 
 def _identity(batch: Any) -> Any:
-    """A batch that the data set has made."""
+    """Return a batch that the data set has made."""
     return batch
 
 

@@ -72,7 +72,7 @@ class _Eager(Step):
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """The network without hooks, which would see more than the batches."""
+    """Return the network without hooks, which would see more than the batches."""
     twin = copied(model)
     for module in twin.modules():
         module._forward_hooks.clear()
@@ -169,7 +169,7 @@ def _warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> Non
 
 
 def _find_mixing(model: nn.Module, sequence: Sequence, steps: int) -> str | None:
-    """The first module whose output for sample 0 depends on the others, with `steps` time steps in a call.
+    """Return the first module whose output for sample 0 depends on the others, with `steps` time steps in a call.
 
     None too where the network does not run so: the training says what is wrong.
     """
@@ -192,7 +192,7 @@ def _find_mixing(model: nn.Module, sequence: Sequence, steps: int) -> str | None
 
 
 def _run(model: nn.Module, batch: int, steps: int, x: Tensor, seed: int) -> Seen:
-    """The calls of modules in a call of the network, in the order in which they end."""
+    """Return the calls of modules in a call of the network, in the order in which they end."""
     seen: Seen = []
     hooks = [m.register_forward_hook(partial(_look, name, len(x), seen)) for name, m in model.named_modules()]
     devices = [x.device] if x.is_cuda else []

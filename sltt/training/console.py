@@ -65,13 +65,13 @@ class Console:
 
 
 def metric_of(row: dict[str, Any]) -> str:
-    """The name of the metric in the metrics of an epoch."""
+    """Return the name of the metric in the metrics of an epoch."""
     prefix = "validation_"
     return next(key.removeprefix(prefix) for key in row if key.startswith(prefix) and key != f"{prefix}loss")
 
 
 def megabytes(nbytes: int) -> str:
-    """A number of bytes for people: 1.20 GB, 340 MB, 5.2 MB."""
+    """Return a number of bytes for people: 1.20 GB, 340 MB, 5.2 MB."""
     if nbytes >= 1e9:
         return f"{nbytes / 1e9:.2f} GB"
     return f"{nbytes / 1e6:.0f} MB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2g} MB"

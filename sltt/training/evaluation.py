@@ -198,7 +198,7 @@ def count_samples(firing: FiringRates, samples: int) -> Iterator[None]:
 
 
 def _logits(net: Any, seen: list[tuple[float, Tensor]], steps: int | None) -> Tensor:
-    """The weighted mean over the views [B, ...] or [T, B, ...] of the logits [T, B, C]."""
+    """Return the weighted mean over the views [B, ...] or [T, B, ...] of the logits [T, B, C]."""
     return torch.stack([weight * unroll(net, view, steps=steps) for weight, view in seen]).sum(0)
 
 

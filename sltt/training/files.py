@@ -28,5 +28,5 @@ def write_atomically(path: Path, write: Callable[[io.BufferedRandom], Any]) -> N
 
 
 def part_of(path: Path) -> Path:
-    """A name beside `path`, of its own in each process and thread, for what is not whole yet."""
+    """Return a name beside `path`, of its own in each process and thread, for what is not whole yet."""
     return path.parent / f".{path.name}.{secrets.token_hex(4)}.part"

@@ -241,7 +241,7 @@ def _result(loop: Loop) -> Fit:
 
 
 def _check(here: Session, model: nn.Module, data: Data, training: Training) -> Splits:
-    """The splits of the first stage; raises ValueError for what cannot be trained, before there is a folder."""
+    """Return the splits of the first stage; raise ValueError for what cannot be trained, before there is a folder."""
     stages, count = training.stages, here.processes.count
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter to train: give it a layer with weights, or requires_grad_(True)")

@@ -11,7 +11,7 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def parameter_groups(model: nn.Module, norm_weight_decay: float | None, norm_bias_lr: float = 1.0) -> ParamsT:
-    """The parameters: all others, then those of normalisation layers as far as they have rates of their own.
+    """Return the parameters: all others, then those of normalisation layers as far as they have rates of their own.
 
     A group with the key `norm` keeps its weight decay in all phases. The learning rate of one with the key `lr_factor`
     is multiplied by it.

@@ -81,7 +81,7 @@ class Stage:
 
 
 def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) -> list[Stage]:
-    """The stages of a training of `epochs` epochs."""
+    """Return the stages of a training of `epochs` epochs."""
     phases = list(phases) if phases else [Phase(epochs)]
     bounds = [min(bound, epochs) for bound in accumulate((phase.epochs for phase in phases), initial=0)]
     bounds[-1] = epochs
@@ -108,7 +108,7 @@ def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) ->
 
 
 def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
-    """The stage of an epoch, counted from 0; after the end, the last."""
+    """Return the stage of an epoch, counted from 0; after the end, the last."""
     return next((stage for stage in stages if epoch < stage.stop), stages[-1])
 
 

@@ -85,7 +85,7 @@ class Progress:
             self.samples += samples
 
     def sum_over(self, processes: Processes) -> Self:
-        """A copy, with the sums over all processes."""
+        """Return a copy, with the sums over all processes."""
         loss, correct, samples, terms = processes.sum([self.loss, self.correct, self.samples, self.terms])
         counts = processes.sum([number for pair in self.firing.values() for number in pair])
         pairs = zip(map(int, counts[::2]), map(int, counts[1::2]), strict=True)
@@ -163,7 +163,7 @@ class BatchMemory:
 
 
 def epoch_row(epoch: int, optim: Any, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
-    """An epoch in the table of metrics."""
+    """Return an epoch in the table of metrics."""
     return {
         "epoch": epoch,
         "learning_rate": optim.param_groups[0]["lr"],

@@ -57,7 +57,7 @@ def new_run(folder: str | Path | None, name: str, config: dict[str, Any]) -> Pat
 
 
 def old_run(folder: str | Path | None) -> Path:
-    """The folder of a run to resume; raises ValueError where it is none."""
+    """Return the folder of a run to resume; raise ValueError where it is none."""
     if folder is None:
         raise ValueError("resume=True needs the folder of the run to continue: run=...")
     run = Path(folder)
@@ -115,7 +115,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def find_checkpoint(run: Path, which: str | None = None) -> Path:
-    """The `best` or `last` checkpoint of a run; by default the best, or the last where nothing was held out.
+    """Return the `best` or `last` checkpoint of a run; by default the best, or the last where nothing was held out.
 
     Raises FileNotFoundError where there is none yet.
     """
@@ -180,12 +180,12 @@ def list_changes(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
 
 
 def continue_settings(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run that goes on with those given."""
+    """Return the settings of a run that goes on with those given."""
     return saved | {name: given[name] for name in RESUMABLE if name in given} if saved else given
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as its file gives it back."""
+    """Return a configuration as its file gives it back."""
     return yaml.safe_load(yaml.safe_dump(config))
 
 

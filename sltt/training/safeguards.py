@@ -22,7 +22,7 @@ SAMPLES = 5  # that are looked at before a training; a number that few other dim
 
 
 def extreme_layers(rates: dict[str, float]) -> list[str]:
-    """A warning for each layer that never fired, or always, in a whole epoch."""
+    """Return a warning for each layer that never fired, or always, in a whole epoch."""
     cause = {0.0: "never", 1.0: "always"}
     remedy = {0.0: "lower v_threshold, or check the normalisation before it", 1.0: "raise v_threshold"}
     return [
@@ -144,7 +144,7 @@ def _runs(model: nn.Module, x: Tensor, y: Any, loss: Any) -> bool:
 
 
 def long_warmup(schedule: Schedule, stages: Sequence[Stage]) -> str | None:
-    """A warning where the training, or the schedule's first phases, end before the warm-up."""
+    """Return a warning where the training, or the schedule's first phases, end before the warm-up."""
     epochs = stages[0].span[1]
     if schedule.warmup <= epochs:
         return None

@@ -40,7 +40,7 @@ class Sample:
     label: int | None
 
     def frames(self) -> str:
-        """The spikes as JSON for the page: of each layer the neurons, and the bits of each step in base64."""
+        """Return the spikes as JSON for the page: of each layer the neurons, and the bits of each step in base64."""
         layers = []
         for name, fired in self.spikes.items():
             steps = [base64.b64encode(np.packbits(row).tobytes()).decode() for row in fired]

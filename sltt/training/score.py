@@ -96,7 +96,7 @@ class Score:
 
 
 def _empty(metric: Any) -> Any:
-    """A copy of a metric that collects, on the CPU, without samples."""
+    """Return a copy of a metric that collects, on the CPU, without samples."""
     copied = copy.deepcopy(metric)
     copied.reset()
     parts: list[Any] = [copied]

@@ -34,20 +34,20 @@ class Session:
     processes: Processes
 
     def splits(self, data: Data, steps: int) -> Splits:
-        """The splits at T = `steps`, which all processes have to find the same."""
+        """Return the splits at T = `steps`, which all processes have to find the same."""
         splits = self.processes.one_by_one(lambda: data.splits(steps))
         self.processes.check_same(splits.fingerprint, "the split of the data")
         return splits
 
     def set_up(self, model: nn.Module) -> Any:
-        """The model on its device, for calls under the precision of the session."""
+        """Return the model on its device, for calls under the precision of the session."""
         sharded = self.execution.strategy == "fsdp" and self.processes.count > 1  # contiguous weights only
         if self.execution.channels_last and not sharded:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
         return self.fabric.setup_module(model)
 
     def set_up_loss(self, loss: Any) -> Any:
-        """The loss on the device; one that is a plain function has no weights to move."""
+        """Return the loss on the device; one that is a plain function has no weights to move."""
         return loss.to(self.fabric.device) if isinstance(loss, nn.Module) else loss
 
     def batch(self, x: Tensor, y: Any) -> tuple[Tensor, Any]:

@@ -37,7 +37,7 @@ RESUMABLE = (
 class _Settings:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """The settings of this kind among the values: arguments of `fit`, or what a recipe builds."""
+        """Return the settings of this kind among the values: arguments of `fit`, or what a recipe builds."""
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         return cls(**{name: plain(values[name]) for name in names if name in values})
 
@@ -134,7 +134,7 @@ class Training(_Settings):
 
     @property
     def stages(self) -> list[Stage]:
-        """The phases with their places in the training."""
+        """Return the phases with their places in the training."""
         return plan(self.phases, self.epochs, self.steps, self.rule)
 
 

@@ -40,7 +40,7 @@ class Trained:
 def load(
     run: str | Path, model: nn.Module | None = None, *, checkpoint: Literal["best", "last"] | None = None
 ) -> nn.Module:
-    """A trained network in evaluation mode: on the CPU, or `model` on the device that it is on.
+    """Return a trained network in evaluation mode: on the CPU, or `model` on the device that it is on.
 
         model = sltt.load("runs/digits-sltt-20250101-120000")
         classes = sltt.predict(model, x).argmax(1)
@@ -69,7 +69,7 @@ def load(
 
 
 def _network(run: Path, config: dict[str, Any]) -> nn.Module:
-    """The network that the recipe of a run names, with other weights."""
+    """Return the network that the recipe of a run names, with other weights."""
     if "model" not in config or MADE_IN in config:
         raise ValueError(
             f"{run} was made in Python, and does not keep its network: make it, and call sltt.load({str(run)!r}, model)"
@@ -87,7 +87,7 @@ def _network(run: Path, config: dict[str, Any]) -> nn.Module:
 
 
 def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:
-    """The prediction [B, C], in evaluation mode and without a graph: the mean of the logits over time.
+    """Return the prediction [B, C], in evaluation mode and without a graph: the mean of the logits over time.
 
         ō = 1/T Σ_t o[t]
 
