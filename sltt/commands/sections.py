@@ -86,7 +86,7 @@ def _comparison(found: dict[str, Any]) -> Section:
         f"{trained} train the same network on the same data, with the same budget and seeds. {MEMORY} Multiplications "
         "are those of one batch. The cosine compares the rule's gradient with BPTT's, after the training."
     ]
-    table = Table(compared_rows(found["rows"], found["metric"], headings), "comparison", "one row a rule")
+    table = Table(compared_rows(found["rows"], found["metric"], headings), "comparison", "one row per rule")
     return Section(f"{'Values' if sweep else 'Rules'} compared on {found['recipe']}", text, [table])
 
 
@@ -128,7 +128,7 @@ def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) 
     return Section(
         "Training",
         [f"{measured} on the validation samples, or on the training samples if there are no others."],
-        [Table(rows, "runs", "one row a run")],
+        [Table(rows, "runs", "one row per run")],
         [*over, Chart("loss", "Training loss over epochs", figures.lines(loss, colours, "epoch", "loss"))],
     )
 
@@ -182,7 +182,7 @@ def _energy(found: dict[str, Any]) -> Section:
         "neurons. Use it to compare networks, not to plan a chip."
     ]
     chart = Chart("firing-rates-random", f"Firing rates by layer, {state}", figures.bars(rates, RATE))
-    return Section("Spikes and energy", text, [Table(rows, "layers", "one row a layer")], [chart])
+    return Section("Spikes and energy", text, [Table(rows, "layers", "one row per layer")], [chart])
 
 
 def _agreement(found: dict[str, Any], compared: bool) -> Section:
@@ -220,7 +220,7 @@ def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:
         figures.lines(lines, colours, "classes seen", "test accuracy", percent=True),
     )
     rows = score_rows(found["rows"], {name: name for name in SCORES}, scores_text)
-    table = Table(rows, "fscil", "one row a rule")
+    table = Table(rows, "fscil", "one row per rule")
     return Section(f"Few-shot classes: {found['recipe']}", text, [table], [chart])
 
 
@@ -235,7 +235,7 @@ def _rates(found: dict[str, Any]) -> Section:
         for rate, loss in zip(found["rates"], found["losses"], strict=True)
     ]
     chart = Chart("rates", "Loss over the learning rate", drawn)
-    return Section(f"Learning rate: {found['recipe']}", text, [Table(rows, "rates", "one row a batch")], [chart])
+    return Section(f"Learning rate: {found['recipe']}", text, [Table(rows, "rates", "one row per batch")], [chart])
 
 
 def _spikes(found: Gathered) -> Section:
@@ -248,7 +248,7 @@ def _spikes(found: Gathered) -> Section:
         except (ValueError, OSError) as error:
             found.notes.append(f"The spikes of {run} are left out: {cause(error)}")
             continue
-        section.text.append(f"One sample in the network of {run.name}: of the validation set, if there is one.")
+        section.text.append(f"One sample in the network of {run.name}: a validation sample, if there is one.")
         section.film = sample.frames()
         section.charts = [
             Chart("raster", f"Input, spikes of about {RASTER_NEURONS} neurons of each layer, and output, over time",

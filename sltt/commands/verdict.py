@@ -86,9 +86,9 @@ def was_compared(found: Gathered, recipe: str) -> bool:
 
 
 def shared_steps(rules: Sequence[Verdict]) -> int | None:
-    """Return the T at which the memory of most rules is known; of several the smallest, at which they were trained."""
+    """Return the T at which the memory of most rules is known; of several the first, at which they were trained."""
     known = [steps for rule in rules for steps in rule.memory]
-    return min(known, key=lambda steps: (-known.count(steps), steps or 0), default=None)
+    return max(known, key=known.count, default=None)
 
 
 def _same_recipe(found: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, Any]]:

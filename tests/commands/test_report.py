@@ -70,7 +70,7 @@ def test_the_page_has_every_part_and_needs_no_network(page):
         "Training",
         "What a rule costs",
         "Spikes and energy",
-        "Is it safe: digits",
+        "What each rule drops of the gradient: digits",
         "Spikes of a trained network",
     ):
         assert f"<h2>{title}</h2>" in text
@@ -175,7 +175,7 @@ def test_the_spikes_are_those_of_the_next_run_where_one_has_none(measured, tmp_p
     (tmp_path / "all" / "SLTT-k-1-seed0" / "sample.npz").unlink()
     found = gather([tmp_path / "all"])
     spikes = sections(found)[-1]
-    assert spikes.text == ["One sample, of the validation samples if there are any, through the network of BPTT-seed0."]
+    assert spikes.text == ["One sample in the network of BPTT-seed0: a validation sample, if there is one."]
     assert len(spikes.charts) == 2
     assert [note for note in found.notes if "SLTT-k-1-seed0 are left out: " in note and "sample.npz is gone" in note]
 
@@ -246,7 +246,7 @@ def test_a_cosine_below_zero_is_shown_as_it_is(monkeypatch):
     shown = []
     monkeypatch.setattr(figures, "heat_map", lambda values, rows, columns: shown.append(values))
     monkeypatch.setattr(sections_module, "agreement_rows", lambda rows: [])
-    sections_module._agreement({"recipe": "digits", "rows": rows})
+    sections_module._agreement({"recipe": "digits", "rows": rows}, False)
     assert shown == [[[0.5, -0.3, None]]]
 
 
