@@ -9,7 +9,7 @@ from torch import Tensor
 from sltt.analysis import synaptic_operations
 from sltt.data import Splits
 from sltt.interop.c import Arithmetic, Exported, to_c
-from sltt.losses import predicted, prediction_of
+from sltt.losses import predict_from, prediction_of
 from sltt.rules import unroll
 from sltt.sequence.modes import evaluating
 from sltt.training.console import Console
@@ -61,5 +61,5 @@ def _accuracies(built: Any, splits: Splits, samples: Any, made: Exported) -> tup
         with evaluating(built.model):
             logits = unroll(built.model, part, steps=steps), made.network.unroll(whole)
         for i, one in enumerate(logits):
-            right[i] += int((predicted(prediction_of(built.loss), one).argmax(1) == target).sum())
+            right[i] += int((predict_from(prediction_of(built.loss), one).argmax(1) == target).sum())
     return right[0] / len(y), right[1] / len(y), len(y)
