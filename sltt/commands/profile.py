@@ -162,7 +162,7 @@ def print_profile(found: Mapping[str, Any], report: Console) -> None:
             f"all that is allocated at the peak; in MB, on {found['device']}",
             memory,
         ),
-        ("seconds of an iteration, multiplications of its batch, time steps in a call (fold)", seconds),
+        ("seconds of an iteration, multiplications of its batch; fold: steps in a call", seconds),
         (f"one sample, T = {most}, {network}", layers),
         (
             f"a training batch of {found['batch']}: layers on active inputs only (sparse), or dense\n"

@@ -161,9 +161,12 @@ SINGLE = {
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("make", SINGLE.values(), ids=SINGLE)
 @pytest.mark.parametrize("silent", [False, True])
-def test_a_network_that_would_give_other_results_takes_one(make, silent):
+@pytest.mark.parametrize("last", ["the logits show it", "neurons hide it"])
+def test_a_network_that_would_give_other_results_takes_one(make, silent, last):
     """Also where no neuron fires, so that its layers show nothing."""
-    model = Net(nn.Linear(6, 16), sltt.LIF(v_threshold=1e3 if silent else 1.0), make(), nn.Linear(16, 3)).double()
+    hide = [sltt.LIF()] if last == "neurons hide it" else []
+    first = sltt.LIF(v_threshold=1e3 if silent else 1.0)
+    model = Net(nn.Linear(6, 16), first, make(), *hide, nn.Linear(16, 3)).double()
     assert called(sltt.SLTT(), model, torch.randn(6, 5, 6, dtype=torch.float64)) == [5] * 6
 
 
