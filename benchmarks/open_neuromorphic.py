@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peer_workers import hardware
 from torch import Tensor, nn
 
 import sltt
@@ -450,7 +451,8 @@ def main() -> None:
                 f"{work:16}{row['case']:22}{statistics.median(row['seconds']):9.4f} s  {row['peak_MB']:8.1f} MB",
                 flush=True,
             )
-    given.out.write_text(json.dumps(rows, indent=1) + "\n")
+    found = {"hardware": hardware(1), "rows": rows}
+    given.out.write_text(json.dumps(found, indent=1) + "\n")
     return None
 
 

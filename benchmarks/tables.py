@@ -7,6 +7,7 @@ benchmarks/peers.py: NAME.json, with a table for each setting. `<!-- table NAME 
 """
 
 import re
+import statistics
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
@@ -17,7 +18,7 @@ import paper_tables
 from cells import Row, by, grouped, load, markdown, shown
 from peer_cases import CASES
 from peers import ratio
-from turns import spread
+from turns import quotient, spread
 
 from sltt.commands.results import scores_text
 from sltt.training.console import megabytes
@@ -169,11 +170,11 @@ def layers(results: Path) -> str:
 def other_networks(results: Path) -> str:
     """Ratios of times and memory of SLTT on networks other than ResNet-18."""
     lines = []
-    for name, case in (("vgg11-t10", "SLTT"), ("vgg11-max-t10", "SLTT"), ("shd-t100", "SLTT"), ("shd-t100", FOLD)):
+    for name in ("vgg11-t10", "vgg11-max-t10"):
         rows: Rows = load(results, name)
         one = by(rows, "case")
-        row = one[case]
-        network = f"{NETWORKS[row['network']]}, T = {row['steps']}, batch {row['input'][0]}, `{case}`"
+        row = one[case := "SLTT"]
+        network = f"{NETWORKS[row['network']]}, T = {row['steps']}, batch {row['input'][0]}"
         ratios = (spread(ratio(rows, row, other)) for other in ("relu", "SpikingJelly SLTT", "BPTT"))
         sizes = (megabytes(one[other]["memory"]) if "memory" in one.get(other, {}) else "" for other in (case, "BPTT"))
         lines.append([f"[{network}](results/{name}.json)", *ratios, *sizes])
@@ -182,7 +183,23 @@ def other_networks(results: Path) -> str:
     )
 
 
-FOLD = "SLTT, fold = 10"
+def sequences(results: Path) -> str:
+    """Small networks and long sequences, as open_neuromorphic.py measured them beside other libraries."""
+    found = load(results, "sequences")
+    lines = []
+    for work, of in grouped(found["rows"], "work").items():
+        one = by(of, "case")
+
+        def share(case: str, other: str, one: dict[str, Row] = one) -> str:
+            return spread(quotient(one[case]["seconds"], one[other]["seconds"])) if other in one else ""
+
+        pairs = ("SLTT", "JAX SLTT"), ("SLTT", "SLTT, fold = 1"), ("BPTT", "JAX BPTT"), ("BPTT", "SpikingJelly BPTT")
+        seconds = (f"{statistics.median(one[case]['seconds']):.3g} s" for case in ("SLTT", "BPTT"))
+        lines.append([f"`{work}`", *seconds, *(share(*pair) for pair in pairs)])
+    headings = "SLTT of JAX's SLTT", "of its own, step by step", "BPTT of JAX's BPTT", "of SpikingJelly's BPTT"
+    return f"{found['hardware']}, processor time:\n\n" + markdown(["", "SLTT", "BPTT", *headings], lines)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "tasks": partial(tasks, cell=lambda row: scores_text(row["accuracies"])),
     "tasks-memory": partial(tasks, cell=lambda row: megabytes(row["peak_memory"])),
@@ -191,6 +208,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "rules": rules_over_t,
     "layers": layers,
     "other-networks": other_networks,
+    "sequences": sequences,
     **paper_tables.TABLES,
     **advice_tables.TABLES,
 }

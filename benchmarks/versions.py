@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 NEURONS = ["LIF()", "LIF(tau=2.0)", "LIF(tau=3.0, v_reset=0.0)", "IF()", "PLIF(tau=2.0)", "ALIF(tau=2.0)",
            "CubaLIF(tau=3.0, tau_syn=2.0)", "LIF(tau=2.0, decay_input=True, detach_reset=True)"]  # fmt: skip
-RULES = ["SLTT()", "SLTT(k=2)", "SLTT(k=2, rescale=True)", "SLTT(fold=3)", "SLTT(recompute=True)", "SLTT(hoist=True)",
-         "BPTT()", "BPTT(fold=4)", "BPTT(segment=2)", "BPTT(segment=4, fold=2)", "BPTT(recompute=True)", "TBPTT(2)",
-         "TBPTT(3, fold=2)", "OTTT(decay=0.5)", "OTTT(decay=0.5, inputs=False)", "RateBased()",
-         "RateBased(steady=True)", "Mixed({'*': 2})", "Mixed({'*1': 'all'}, default=2)"]  # fmt: skip
+RULES = ["SLTT(fold=1)", "SLTT(k=2, fold=1)", "SLTT(k=2, rescale=True, fold=1)", "SLTT(fold=3)",
+         "SLTT(recompute=True)", "SLTT(hoist=True)", "BPTT(fold=1)", "BPTT(fold=4)", "BPTT(segment=2, fold=1)",
+         "BPTT(segment=4, fold=2)", "BPTT(recompute=True)", "TBPTT(2, fold=1)", "TBPTT(3, fold=2)",
+         "OTTT(decay=0.5)", "OTTT(decay=0.5, inputs=False)", "RateBased()", "RateBased(steady=True)",
+         "Mixed({'*': 2})", "Mixed({'*1': 'all'}, default=2)"]  # fmt: skip
 LOSSES = ["CrossEntropyMSE()", "CrossEntropyMSE(alpha=0.3, one_hot=True)", "Activity(weight=0.5)"]
 OPTIONS: list[dict[str, Any]] = [{}, {}, {"sparse": "on"}, {"sparse": "off"}, {"bits": False}, {"compile": "off"}]
 

@@ -88,7 +88,7 @@ def _choose(run: Run, x: Tensor) -> Fold:
     if problem:
         return Fold(why=problem)
     scale, steps = len(x) / _SAMPLES, run.sequence.steps
-    rows, size = seen.rows * scale, seen.bytes * scale
+    rows, size = seen.rows * scale, 1.5 * seen.bytes * scale  # measured: what layers keep, and gradients
     room = max(ROOM, sum(p.nbytes for p in run.model.parameters()) // 2)
     most = min(ROWS / rows, 1 + room / size)
     return Fold(_even(steps, most), _even(steps, min(2 * ROWS / rows, 1 + 2 * room / size)))

@@ -17,13 +17,13 @@ from sltt.sequence.state import map_tensors, state_names
 
 
 def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
-    """Forward and backward of BPTT, `length` time steps at a time, as many in a call of the network as `fold` says."""
+    """Forward and backward of BPTT, `length` time steps at a time; both passes take as many in a call."""
     run = batch.network
     segments = split(range(batch.steps), length)
     starts: list[Snapshot] = []
     for segment in segments[:-1]:
         starts.append(Snapshot(run))
-        for call in split(segment, fold.forward):
+        for call in split(segment, fold.trained):
             batch.forward(call, graph=False)
     starts.append(Snapshot(run))
     end: Snapshot | None = None
