@@ -172,7 +172,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
             declared, one = (rf"const \1 *{field}", f"{field}[c]") if field in self.each else (rf"\1 {field}", field)
             text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text).replace(f"PARAMETER({field})", one)
-        by_channel = "for (int i = 0; i < l->size;)\n        for (int c = 0; c < l->channels; c++, i++)"
+        by_channel = "for (int i = 0, c = 0; i < l->size; i++, c = c + 1 < l->channels ? c + 1 : 0)"
         text = text.replace("EACH", by_channel if self.each else "for (int i = 0; i < l->size; i++)")
         text = text.replace("SIZES", "int size, channels;" if self.each else "int size;").replace("LIMIT", str(LIMIT))
         for kind, name in (self.types | {"index": self.index}).items():
