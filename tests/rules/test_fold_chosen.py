@@ -6,9 +6,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sltt
-from tests.conftest import LOSS, gradients
+from tests.conftest import LOSS, batch, gradients
 from tests.references import measured
 
+COUNT = [0]
 CALLS = []  # samples in each call of a network, not counting those of a copy that is tried
 
 
@@ -93,6 +94,14 @@ class ByStep(nn.Module):
         return self.layers[(len(self.log) - 1) % 2](x)
 
 
+class ByCall(ByStep):
+    """Counts where nobody looks."""
+
+    def forward(self, x):
+        COUNT[0] += 1
+        return self.layers[COUNT[0] % 2](x)
+
+
 class Running(nn.Module):
     def __init__(self):
         super().__init__()
@@ -137,6 +146,12 @@ class Checkpointed(nn.Module):
         return checkpoint(self.norm, x, use_reentrant=False)
 
 
+def looked_at():
+    layer = nn.Identity()
+    layer.register_forward_hook(lambda module, args, output: CALLS.append(len(output)) if len(output) > 5 else None)
+    return layer
+
+
 def hooked():
     layer = nn.Identity()
     layer.register_forward_hook(lambda module, args, output: output + output.mean(0))
@@ -147,6 +162,8 @@ SINGLE = {
     "mixes samples": Mean,
     "counts its calls": Counter,
     "has a layer for each step": ByStep,
+    "has a layer for each call": ByCall,
+    "has a hook that looks": looked_at,
     "has statistics of its own": Running,
     "keeps its input": Memory,
     "draws noise": Noise,
@@ -182,6 +199,12 @@ class Accumulated(sltt.Stateful):
         return x + self.total
 
 
+class Given(Accumulated):
+    def forward(self, x):
+        super().forward(x)
+        return self.total
+
+
 FOLDED = {
     "a state that changes in place": Accumulated,
     "dropout": lambda: nn.Dropout(0.3),
@@ -202,6 +225,12 @@ def test_a_network_that_gives_the_same_results_takes_several(make):
     y = torch.randint(3, (5,))
     for rule, plain in ((sltt.SLTT(), sltt.SLTT(fold=1)), (sltt.BPTT(), sltt.BPTT(fold=1))):
         torch.testing.assert_close(gradients(model, rule, x, y)[0], gradients(model, plain, x, y)[0])
+
+
+def test_a_state_that_is_given_and_changed_in_place_is_that_of_each_step():
+    model, (x, y) = Net(nn.Linear(6, 16), Given(), nn.Linear(16, 3)).double(), batch()
+    found, expected = (gradients(model, sltt.SLTT(fold=n), x, y)[0] for n in (4, 1))
+    torch.testing.assert_close(found, expected)
 
 
 def test_trying_a_network_leaves_no_trace():
