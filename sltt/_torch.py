@@ -32,6 +32,7 @@ except ImportError as error:
 ATTRIBUTES = {
     "torch.Tensor": {
         "_version": "tells a change in place",
+        "_post_accumulate_grad_hooks": "finds hooks that see the gradient of one time step",
         "_make_wrapper_subclass": "makes a tensor without memory",
     },
     "torch.UntypedStorage": {"_cdata": "names memory, also that of an empty tensor"},

@@ -116,8 +116,11 @@ def _problem(run: Run) -> str | None:
 
 
 def _hooks(module: nn.Module) -> int:
-    """The number of hooks on the calls of a module, without those that compute its weights, and those of ours."""
-    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()
+    """The number of hooks on a module and its weights, without those that compute its weights, and those of ours."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+    for p in module._parameters.values():  # which see the gradient of one time step
+        for some in (getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None)):
+            hooks += (some or {}).values()
     ours = (type(hook).__module__.startswith("torch.nn.utils") or hasattr(hook, SEES_FOLDS) for hook in hooks)
     return len(hooks) - sum(ours)
 

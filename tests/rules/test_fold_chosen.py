@@ -152,6 +152,19 @@ def looked_at():
     return layer
 
 
+def clipped():
+    """Each time step's gradient is clipped."""
+    layer = nn.Linear(16, 16)
+    layer.weight.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+    return layer
+
+
+def noted():
+    layer = nn.Linear(16, 16)
+    layer.weight.register_post_accumulate_grad_hook(lambda p: None)
+    return layer
+
+
 def hooked():
     layer = nn.Identity()
     layer.register_forward_hook(lambda module, args, output: output + output.mean(0))
@@ -164,6 +177,8 @@ SINGLE = {
     "has a layer for each step": ByStep,
     "has a layer for each call": ByCall,
     "has a hook that looks": looked_at,
+    "has a hook on a gradient": clipped,
+    "has a hook behind a gradient": noted,
     "has statistics of its own": Running,
     "keeps its input": Memory,
     "draws noise": Noise,
