@@ -262,10 +262,7 @@ def jax_case(cut: bool) -> Callable[[Work], tuple[Iteration, Callable[[], Tensor
         import jax
         import jax.numpy as jnp
 
-        @jax.custom_jvp
-        def spike(u: Any) -> Any:
-            return (u >= 0).astype(u.dtype)
-
+        spike: Any = jax.custom_jvp(lambda u: (u >= 0).astype(u.dtype))
         spike.defjvps(lambda du, s, u: jnp.maximum(0, 1 - jnp.abs(u)) * du)
         stop = jax.lax.stop_gradient if cut else lambda one: one
 
