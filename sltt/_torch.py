@@ -62,6 +62,15 @@ ATTRIBUTES = {
     "spikingjelly.activation_based.base.MemoryModule": {"_memories": "names the states"},
 }
 
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode that does not import PyTorch's compiler, which takes seconds, at the first operation."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
 FABRIC = "_forward_module."  # what Fabric puts before the names of modules and parameters
 WRAPPERS = FABRIC, "_orig_mod.", "module."  # and what torch.compile and DistributedDataParallel do
 

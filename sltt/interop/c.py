@@ -25,7 +25,7 @@ VECTORS = 4  # samples in the test of the exported network
 
 @dataclass(frozen=True)
 class Exported:
-    """What `to_c` wrote.
+    """Files and sizes of a network that `to_c` wrote.
 
     Attributes:
         folder: of the files.
@@ -83,10 +83,8 @@ def to_c(
     expected = unroll(copied(model).float().cpu().eval(), x)
     network = read(model, x[0], sequence.steps)
     margin = torch.empty(x.shape[1])
-    if (
-        not (network.unroll(x, margin=margin)[0] - expected[0]).abs().amax(1).amin()
-        < 1e-3 * expected.abs().amax() + 1e-5
-    ):
+    apart = (network.unroll(x, margin=margin)[0] - expected[0]).abs().amax(1).amin()
+    if not apart < 1e-3 * expected.abs().amax() + 1e-5:
         raise ValueError(
             f"{type(model).__name__} changes a tensor in place, or does what its trace does not show: write z = z + x "
             "for z += x, and keep states in sltt's neurons"

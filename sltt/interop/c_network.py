@@ -16,7 +16,7 @@ LIMIT = 2**29  # no potential goes beyond it, so that no sum of integers leaves 
 
 @dataclass(eq=False)
 class Value:
-    """What one operation gives and others read: an image [C, H, W].
+    """Output of one operation, which others read: an image [C, H, W].
 
     Attributes:
         shape: C, H, W.
@@ -34,7 +34,7 @@ class Value:
 
 @dataclass(eq=False)
 class Operation:
-    """What a layer does in a time step.
+    """Work of a layer in a time step.
 
     An operation that reads a value of a later one reads that of the step before, as recurrent layers do.
 

@@ -121,7 +121,7 @@ def _elements(layer: Layer) -> tuple[int, int]:
 
 
 def _costs_of(layer: Layer, dtype: torch.dtype) -> list[tuple[Costs, float]]:
-    """Of forward and weight gradient, each with the time of the sparse layer without a spike.
+    """Return costs of forward and weight gradient, each with the time of the sparse layer without a spike.
 
     The dense gradient is ours where that is faster.
     """
@@ -135,13 +135,13 @@ def _costs_of(layer: Layer, dtype: torch.dtype) -> list[tuple[Costs, float]]:
 
 @functools.cache
 def _costs(linear: bool, dtype: torch.dtype) -> list[Costs]:
-    """Of forward and weight gradient."""
+    """Return the costs of forward and weight gradient."""
     return _once("linear" if linear else "conv", dtype, Costs, lambda: _measure(linear, dtype))
 
 
 @functools.cache
 def _dense(dtype: torch.dtype) -> list[Dense]:
-    """Of the input gradient and the weight gradient of one convolution."""
+    """Return the times of the input gradient and the weight gradient of one convolution."""
     return _once("dense", dtype, Dense, lambda: _measure_dense(dtype))
 
 

@@ -6,7 +6,7 @@ The forward adds the rows of W of the neurons that fired. The weight gradient, �
 inputs only where that is faster. The gradient through time, ∂L/∂s[t−1] += Wᵀ ∂L/∂x[t], is a dense product.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,33 +49,35 @@ def recurrent_steps(
     plain = all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
     if kernel is None or not plain or options().sparse == "off" or torch.is_autocast_enabled("cpu") or not x.numel():
         return None
+    call = _Call(kernel, step, weights, steps, cut)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-        spikes, last, _ = _forward(kernel, step, x, s, v, weight, bias, weights, steps, keep=False)
+        spikes, last, _ = _forward(call, x, s, v, weight, bias, keep=False)
         return spikes, spikes[-len(v) :].clone(), last
-    return _Recurrence.apply(x, s, v, weight, bias, kernel, step, weights, steps, cut)  # type: ignore[return-value]
+    return _Recurrence.apply(x, s, v, weight, bias, call)  # type: ignore[return-value]
+
+
+class _Call(NamedTuple):
+    """What a call has besides its tensors, see `recurrent_steps`."""
+
+    kernel: NativeStep
+    step: NeuronStep
+    weights: Weights
+    steps: int
+    cut: bool
 
 
 def _forward(
-    kernel: NativeStep,
-    step: NeuronStep,
-    x: Tensor,
-    s: Tensor | None,
-    v: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weights: Weights,
-    steps: int,
-    keep: bool,
+    call: _Call, x: Tensor, s: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Spikes, the last membrane potential, and, if asked to `keep` it, what the backward needs of each step."""
-    transposed, width = weights.transposed(weight), len(weight)
+    transposed, width = call.weights.transposed(weight), len(weight)
     spikes, kept = torch.empty_like(x), torch.empty_like(x if keep else v)
-    soft = step.v_reset is None
+    soft = call.step.v_reset is None
     after = kept if soft or not keep else torch.empty_like(v)
-    kernel.library.sltt_recurrent(
-        kernel.constants, x, transposed, transposed.shape[1], bias, s, v, spikes, after,
+    call.kernel.library.sltt_recurrent(
+        call.kernel.constants, x, transposed, transposed.shape[1], bias, s, v, spikes, after,
         v.numel() if keep and soft else 0, None if soft or not keep else kept,
-        v.numel() // width, width, steps, torch.get_num_threads(),
+        v.numel() // width, width, call.steps, torch.get_num_threads(),
     )  # fmt: skip
     return spikes, after if after.shape == v.shape else after[-len(v) :].clone(), kept
 
@@ -83,24 +85,14 @@ def _forward(
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        s: Tensor | None,
-        v: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        kernel: NativeStep,
-        step: NeuronStep,
-        weights: Weights,
-        steps: int,
-        cut: bool,
+        ctx: Any, x: Tensor, s: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
     ) -> tuple[Tensor, Tensor, Tensor]:
-        spikes, last, kept = _forward(kernel, step, x, s, v, weight, bias, weights, steps, keep=True)
+        spikes, last, kept = _forward(call, x, s, v, weight, bias, keep=True)
         read = torch.zeros_like(v) if s is None else s
         read = torch.cat([read, spikes[: len(x) - len(v)]])
         whole = v.numel() % 8 == 0  # bytes of bits in a time step
         ctx.read, ctx.spikes = (pack(read), pack(spikes)) if whole else (read, spikes.clone())
-        ctx.kernel, ctx.step, ctx.steps, ctx.cut, ctx.first = kernel, step, steps, cut, len(v)
+        ctx.call, ctx.first = call, len(v)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, weight)
         return spikes, spikes[-len(v) :].clone(), last
@@ -116,34 +108,35 @@ class _Recurrence(torch.autograd.Function):
             grad[-ctx.first :] += grad_last
         of_v = torch.empty_like(kept[: ctx.first]) if needs_v else None
         delta = torch.empty_like(kept)
-        through = not ctx.cut and ctx.steps > 1
-        gain = 1 - ctx.step.decay if ctx.step.decay_input else 1.0
-        if through:
+        kernel, step, _, steps, cut = ctx.call
+        gain = 1 - step.decay if step.decay_input else 1.0
+        if not cut and steps > 1:
             of_v = _through_time(ctx, grad, grad_v, kept, weight, delta, gain)
         else:
             given = grad, grad_v, kept, ctx.spikes, kept.dtype, None, kept
-            ctx.kernel.gradient(delta, of_v, *given, ctx.steps, ctx.cut)
+            kernel.gradient(delta, of_v, *given, steps, cut)
         if gain != 1:
             delta.mul_(gain)
         of_weight = of_bias = None
         if needs_weight or needs_bias:
             of_weight, of_bias = _weight_gradient(ctx.read, delta.flatten(0, -2), weight, needs_bias)
         of_s = delta[: ctx.first] @ weight if needs_s else None
-        return delta if needs_x else None, of_s, of_v if needs_v else None, of_weight, of_bias, *[None] * 5
+        return delta if needs_x else None, of_s, of_v if needs_v else None, of_weight, of_bias, None
 
 
 def _through_time(
     ctx: Any, grad: Tensor, grad_v: Tensor | None, kept: Tensor, weight: Tensor, delta: Tensor, gain: float
 ) -> Tensor | None:
     """Write ∂L/∂u of all time steps, from the last to the first; return ∂L/∂v before the first."""
-    parts = [one.chunk(ctx.steps) for one in (grad, kept, ctx.spikes, delta)]
+    steps: int = ctx.call.steps
+    parts = [one.chunk(steps) for one in (grad, kept, ctx.spikes, delta)]
     after: Tensor | None = None
-    for t in reversed(range(ctx.steps)):
+    for t in reversed(range(steps)):
         of_s, kept_t, s_t, out = (part[t] for part in parts)
         if after is not None:
             of_s = torch.addmm(of_s.flatten(0, -2), after.flatten(0, -2), weight, alpha=gain).view_as(of_s)
         before = torch.empty_like(kept_t)
-        ctx.kernel.gradient(out, before, of_s, grad_v, kept_t, s_t, kept.dtype, None, kept_t, 1, False)
+        ctx.call.kernel.gradient(out, before, of_s, grad_v, kept_t, s_t, kept.dtype, None, kept_t, 1, False)
         after, grad_v = out, before
     return grad_v
 

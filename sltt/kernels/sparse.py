@@ -57,7 +57,7 @@ class Layer:
 
     @functools.cached_property
     def y_stride(self) -> tuple[int, ...]:
-        """Of the output, with the channels last in memory."""
+        """Strides of the output, with the channels last in memory."""
         batch, channels, *pixels = self.y_shape
         order = self.y_shape if self.linear else (batch, *pixels, channels)
         steps = [math.prod(order[i + 1 :]) for i in range(len(order))]
@@ -182,7 +182,7 @@ def _by_channel(one: Tensor, layer: Layer) -> Tensor:
 
 
 def _sizes(n: int, ci: int, co: int, h: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:
-    """Of each axis: size, kernel, stride, padding before and output size."""
+    """Return `Layer.sizes`; an axis is its size, kernel, stride, padding before and output size."""
     if (
         h[1:4] == w[1:4] == (1, 1, 0) and h[0] == h[4] and w[0] == w[4]
     ):  # pixels are independent: in rows of equal length

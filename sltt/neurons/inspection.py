@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sltt._torch import TorchDispatchMode
+from sltt._torch import DispatchMode
 from sltt.kernels import CustomStep
 from sltt.surrogates import Triangle
 
@@ -114,12 +114,8 @@ def _watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Tensor
     return results
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(DispatchMode):
     """Looks at the operations of a function; `found` is what is wrong with one, and the remedy."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # PyTorch would import its compiler, which takes seconds, at the first operation
 
     def __init__(self, inputs: list[Tensor]):
         super().__init__()

@@ -4,12 +4,10 @@ A matrix product of few rows (samples × pixels) takes the time of one with many
 several time steps share a call, until the layers' products have some 2,048 rows. A network whose products have as many
 in one time step runs step by step.
 
-Steps share a call only where that changes no result. Whether it does is found once a network, on a copy: two time steps
-of two samples, with random spikes for those of the neurons, run one by one and in one call.
+Steps share a call only where that changes no result, which `try_fold` finds once a network and shape.
 """
 
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,20 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sltt import kernels
-from sltt._torch import TorchDispatchMode, _disable_current_modes, _DropoutNd
-from sltt.dropout import Dropout
-from sltt.sequence.copies import copied
-from sltt.sequence.layout import Layer, Layout
+from sltt._torch import _disable_current_modes
+from sltt.rules.fold_trial import SAMPLES, try_fold
 from sltt.sequence.once import is_sharded
 from sltt.sequence.run import Run
-from sltt.sequence.spikes import SEES_FOLDS
-from sltt.sequence.step import NEURON, Step
-from sltt.sequence.steps import Sequence
 
 ROWS = 2048  # of a layer's matrix product in a call; more save no time
 ROOM = 2**24  # bytes that the further steps of a call may take, or half of those of the weights
-_SHARED_FROM = 2**16  # elements of a parameter that the copy shares
-_STEPS, _SAMPLES = 2, 2
 
 
 class Fold(NamedTuple):
@@ -55,11 +46,11 @@ _folds: WeakKeyDictionary[nn.Module, dict[Any, Fold]] = WeakKeyDictionary()
 def choose_fold(run: Run) -> Fold:
     """Return how many time steps of a sequence share a call of its network, which is at its first one."""
     model, sequence = run.model, run.sequence
+    if sequence.steps == 1 or any(is_lazy(p) for p in model.parameters()):  # it has no weights before its first batch
+        return Fold()
     x = sequence.input(range(1))
     modules = tuple((type(m), m.training, _hooks(m)) for m in run.layout.layers)
     key = x.shape, x.dtype, x.device, sequence.steps, modules
-    if sequence.steps == 1 or any(is_lazy(p) for p in model.parameters()):  # it has no weights before its first batch
-        return Fold()
     found = _folds.setdefault(model, {})
     if key not in found:
         found[key] = _choose(run, x)
@@ -82,12 +73,12 @@ def _choose(run: Run, x: Tensor) -> Fold:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(kernels.using(bits=False, compile="off"))  # no kernel looks at values
             torch.manual_seed(0)
-            seen, problem = _compare(run.model, x)
+            seen, problem = try_fold(run.model, x, ROWS)
     except Exception as error:  # of any kind: it is the user's code
         return Fold(why=f"does not run so on two samples ({type(error).__name__}: {error})")
     if problem:
         return Fold(why=problem)
-    scale, steps = len(x) / _SAMPLES, run.sequence.steps
+    scale, steps = len(x) / SAMPLES, run.sequence.steps
     rows, size = seen.rows * scale, 1.5 * seen.bytes * scale  # measured: what layers keep, and gradients
     room = max(ROOM, sum(p.nbytes for p in run.model.parameters()) // 2)
     most = min(ROWS / rows, 1 + room / size)
@@ -121,122 +112,5 @@ def _hooks(module: nn.Module) -> int:
     for p in module._parameters.values():  # which see the gradient of one time step
         for some in (getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None)):
             hooks += (some or {}).values()
-    ours = (type(hook).__module__.startswith("torch.nn.utils") or hasattr(hook, SEES_FOLDS) for hook in hooks)
+    ours = (type(hook).__module__.startswith("torch.nn.utils") or hasattr(hook, "sees_folds") for hook in hooks)
     return len(hooks) - sum(ours)
-
-
-class _Watch(TorchDispatchMode):
-    """Sees operations whose results other samples, or the number of calls, may change; `found` names one."""
-
-    found: str | None = None
-    ours = False  # within a layer of neurons
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # PyTorch would import its compiler, which takes seconds, at the first operation
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.ours and torch.Tag.data_dependent_output in func.tags:
-            self.found = "decides by the value of a tensor"
-        if not self.ours and torch.Tag.nondeterministic_seeded in func.tags:
-            self.found = "draws random numbers"
-        return func(*args, **(kwargs or {}))
-
-
-class _Seen(Step):
-    """Time steps whose neurons give random spikes, and which see the sizes of layers.
-
-    Attributes:
-        rows: the most rows of a layer's matrix product in a time step.
-        bytes: of what the layers give in it.
-        read: what each layer of neurons reads, which their random spikes would hide.
-    """
-
-    def __init__(self, watch: _Watch) -> None:
-        self.rows = self.bytes = 0
-        self.read: dict[nn.Module, list[Tensor]] = {}
-        self.ran: dict[Layer, int] = {}
-        self.watch = watch
-
-    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        if layer.advance is None or len(args) != 1:
-            return super().neuron(layer, *args, **kwargs)
-        x, first = args[0], self.ran.get(layer, 0)
-        self.run.take_turn(layer, NEURON)
-        self.watch.ours = True
-        layer.advance(x, self.run.fold, False)  # for the states
-        self.read.setdefault(layer.module, []).append(x.detach().clone())
-        self.ran[layer] = first + self.run.fold
-        self._count(x)
-        drawn = []
-        for t in range(first, first + self.run.fold):
-            generator = torch.Generator().manual_seed(1000 * [*self.ran].index(layer) + t)
-            shape = len(x) // self.run.fold, *x.shape[1:]
-            drawn.append(torch.rand(shape, generator=generator) < 0.3)
-        self.watch.ours = False
-        return torch.cat(drawn).to(x) + 0 * x
-
-    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        y = layer.plain(*args, **kwargs)
-        self.rows = max(self.rows, y.numel() // self.run.fold // len(layer.role.weight(layer.module)))
-        self._count(y)
-        return y
-
-    def _count(self, y: Tensor) -> None:
-        self.bytes += y.nbytes if self.run.call == 1 else 0
-
-
-def _compare(model: nn.Module, x: Tensor) -> tuple[_Seen, str | None]:
-    """Run two time steps one by one and in one call; return what was seen, and why results differ."""
-    twin = copied(model, lambda p: p.numel() >= _SHARED_FROM)
-    small = [p for p in twin.parameters() if p.numel() < _SHARED_FROM and p.requires_grad]
-    with torch.no_grad():
-        for p in small:  # equal layers, one for each time step, are to differ
-            p += torch.rand_like(p)
-    for module in twin.modules():
-        if isinstance(module, _DropoutNd | Dropout):
-            module.eval()
-    shape = _STEPS, _SAMPLES, *x.shape[1:]
-    pair = (
-        torch.randn(shape, dtype=x.dtype, device=x.device) if x.is_floating_point() else torch.randint(2, shape).to(x)
-    )
-    watch = _Watch()
-    sequence, seen, before = Sequence(pair, _STEPS, False), _Seen(watch), [*_attributes(twin)]
-    with Run(twin, sequence, seen) as run, watch:
-        one_by_one = torch.cat([run(x_t).detach().clone() for x_t in pair])
-    if seen.rows * len(x) * 2 > ROWS * _SAMPLES:
-        return seen, None
-    if not seen.rows:
-        return seen, "has no linear layer and no convolution of PyTorch's"
-    if changed := next((name for name, *was in _attributes(twin) if (name, *was) not in before), None):
-        return seen, f"changes {changed} in a time step"
-    if watch.found:
-        return seen, watch.found
-    with Run(twin, sequence, again := _Seen(watch)) as run:
-        folded = run(pair.flatten(0, 1), _STEPS)
-        torch.autograd.grad(folded.sum(), small, allow_unused=True) if folded.requires_grad and small else None
-    found = [(one_by_one, folded), *((torch.cat(x), torch.cat(again.read[m])) for m, x in seen.read.items())]
-    if not all(_same(a, b) for a, b in found):
-        return seen, "gives other results then: it mixes samples, or keeps a state that no rule knows"
-    return seen, None
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two time steps have the results that they have in one call, but for rounding."""
-    tolerance = 1e-4 if a.dtype.itemsize > 2 else 2e-2
-    return a.numel() == b.numel() and bool((a.flatten() - b.flatten()).abs().max() <= tolerance * a.abs().max())
-
-
-def _attributes(model: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """What modules hold besides their states: a name each, and what a change in a time step would change."""
-    for layer in Layout(model).layers.values():
-        if layer.role.stepwise:
-            continue
-        module, place = layer.module, f"{layer.name or 'the model'}."
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules", "forward", *layer.states):
-                plain = value if isinstance(value, int | float | str | None) else id(value)
-                yield place + name, plain, len(value) if isinstance(value, list | dict | set) else 0
-        for name, buffer in module._buffers.items():
-            if name not in layer.states:
-                yield place + name, id(buffer), 0 if buffer is None else buffer._version

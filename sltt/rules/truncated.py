@@ -63,9 +63,11 @@ class Truncated(Rule):
         return 1.0
 
     def run(self, batch: Batch) -> Output:
-        if self.hoist or (self.recompute and self.fold == "auto"):
-            return self.run_folded(batch, Fold())
-        return self.run_folded(batch, choose_fold(batch.network) if self.fold == "auto" else Fold(self.fold, self.fold))
+        if self.fold != "auto":
+            fold = Fold(self.fold, self.fold)
+        else:
+            fold = Fold() if self.hoist or self.recompute else choose_fold(batch.network)
+        return self.run_folded(batch, fold)
 
     def run_folded(self, batch: Batch, fold: Fold) -> Output:
         """`run` with so many time steps in a call of the network."""

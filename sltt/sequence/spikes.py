@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from sltt.sequence.claims import run_of
 from sltt.sequence.hooks import hooked
 
-SEES_FOLDS = "sees_folds"  # the attribute of a hook that takes several time steps in a call
 See = TypeVar("See", bound=Callable[..., None])
 
 
@@ -37,7 +36,7 @@ def _count(layers: Iterable[nn.Module]) -> None:
 class Watch:
     """A forward hook that shows spikes; not those that stand for others, as the rates of `RateBased` do."""
 
-    sees_folds = True
+    sees_folds = True  # it takes several time steps in a call
 
     def __init__(self, name: str, see: Callable[..., None]):
         self.name, self.see = name, see
