@@ -17,7 +17,7 @@ from sltt.checks import function, instance, whole_number
 from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, check_loss, is_mean, is_per_step, watching
 from sltt.rules.diagnosis import explaining, note
-from sltt.rules.folding import choose_fold
+from sltt.rules.folding import Fold, choose_fold, fold_of
 from sltt.sequence.padding import Padded, Real, check_lengths, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.step import Step
@@ -260,6 +260,12 @@ class Rule(Frozen, ABC):
             raise
         return Output(total, out.logits)
 
+    def folded(self, batch: Batch) -> Fold:
+        """Return how many time steps of a batch share a call of the network."""
+        if self.fold != "auto":
+            return Fold(self.fold, self.fold)
+        return Fold() if self.hoist or self.recompute else choose_fold(batch.network)
+
     def step(self) -> Step:
         """Return what layers do in a time step, for a batch: a `Step` whose methods are overridden.
 
@@ -339,7 +345,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
         fold: time steps in one call of the network, as of the rules; "auto" takes one for a static input.
     """
     instance("model", model, nn.Module)
-    fold = fold if fold == "auto" else whole_number("fold", fold, least=1, remedy="or use 'auto'")
+    fold = fold_of(fold)
     sequence = time_steps(x, steps)
     network = Run(model, sequence, hoist=True, grad=False)
     try:

@@ -9,7 +9,7 @@ Steps share a call only where that changes no result, which `try_fold` finds onc
 
 import math
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from sltt import kernels
 from sltt._torch import _disable_current_modes
+from sltt.checks import whole_number
 from sltt.rules.fold_trial import SAMPLES, try_fold
 from sltt.sequence.once import is_sharded
 from sltt.sequence.run import Run
@@ -43,6 +44,11 @@ class Fold(NamedTuple):
 _folds: WeakKeyDictionary[nn.Module, dict[Any, Fold]] = WeakKeyDictionary()
 
 
+def fold_of(fold: Any) -> int | Literal["auto"]:
+    """Return the argument `fold` of a rule; raise ValueError if it is none."""
+    return "auto" if fold == "auto" else whole_number("fold", fold, least=1, remedy="or use 'auto'")
+
+
 def choose_fold(run: Run) -> Fold:
     """Return how many time steps of a sequence share a call of its network, which is at its first one."""
     model, sequence = run.model, run.sequence
@@ -50,7 +56,7 @@ def choose_fold(run: Run) -> Fold:
         return Fold()
     x = sequence.input(range(1))
     modules = tuple((type(m), m.training, _hooks(m)) for m in run.layout.layers)
-    key = x.shape, x.dtype, x.device, sequence.steps, modules
+    key = x.shape, x.dtype, x.device, sequence.steps, type(run.step), modules
     found = _folds.setdefault(model, {})
     if key not in found:
         found[key] = _choose(run, x)
@@ -100,7 +106,7 @@ def _problem(run: Run) -> str | None:
         if layer.compiled:
             return f"has compiled code in {layer}"
     try:
-        run.layout.require_folds()
+        run.require_folds()
     except ValueError as error:
         return str(error)
     return None

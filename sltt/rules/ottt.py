@@ -1,11 +1,13 @@
 """Online training through time: the weights' gradient from traces of what came before, the inputs' as in SLTT."""
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from sltt.checks import flag, number
 from sltt.rules.base import Batch, Output, Rule
+from sltt.rules.folding import fold_of
+from sltt.rules.segments import split
 from sltt.rules.trace_step import TraceStep
 from sltt.rules.traces import traces_of
 from sltt.sequence.layout import Layout
@@ -39,16 +41,27 @@ class OTTT(Rule):
             a sequence.
         inputs: trace what reads the network's input, and biases. False is OTTT as published: only layers that read
             spikes have a trace, readouts too, with the λ of the neurons that fired.
+        fold: time steps in one call of the network, see `Truncated`. "auto" takes one with weights inside of recurrent
+            layers, a learnable λ and the bias of a normalisation.
 
     Raises:
-        ValueError: decay outside [0, 1]; when called, `online` without `update`, weights other than those of linear
-            layers and convolutions, or, without `decay`, neurons with a hard reset, or a layer with a state of an
-            unknown λ.
+        ValueError: decay outside [0, 1], fold < 1 or together with online; when called, `online` without `update`,
+            weights other than those of linear layers and convolutions, or, without `decay`, neurons with a hard reset,
+            or a layer with a state of an unknown λ.
 
     Source: Xiao et al., NeurIPS 2022 (arXiv 2210.04195); Bellec et al., Nature Communications 2020.
     """
 
-    def __init__(self, decay: float | None = None, online: bool = False, inputs: bool = True):
+    def __init__(
+        self,
+        decay: float | None = None,
+        online: bool = False,
+        inputs: bool = True,
+        fold: int | Literal["auto"] = "auto",
+    ):
+        self.fold = fold_of(fold)
+        if online and self.fold not in (1, "auto"):
+            raise ValueError("online updates the weights after every time step, and fold takes several: choose one")
         self.decay = None if decay is None else number("decay", decay, least=0, most=1)
         self.online = flag("online", online)
         self.inputs = flag("inputs", inputs)
@@ -60,10 +73,12 @@ class OTTT(Rule):
         return TraceStep(self.decay, self.inputs)
 
     def run(self, batch: Batch) -> Output:
-        traces: Any = batch.network.step
-        for t in range(batch.steps):
-            value = batch.forward(range(t, t + 1), cut=True)
-            traces.end(value)
+        step: Any = batch.network.step
+        # the first step shows which neurons each layer feeds; weights that change are read at every step
+        n = 1 if self.online else self.folded(batch).trained
+        for call in [range(1), *split(range(1, batch.steps), n)]:
+            value = batch.forward(call, cut=True)
+            step.traces.end(value, len(call))
             batch.backward(value)
             if self.online and batch.update is not None:
                 batch.update()

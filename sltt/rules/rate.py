@@ -1,7 +1,7 @@
 """Rate-based backpropagation: one pass over firing rates, recorded in T steps without a graph or made on the way."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from sltt.neurons.base import check_forward
 from sltt.neurons.leaky import kernel_step
 from sltt.pooling import RunningMax
 from sltt.rules.base import Batch, Output, Rule, step_loss
-from sltt.rules.segments import Buffers
+from sltt.rules.folding import fold_of
+from sltt.rules.segments import Buffers, split
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.layout import Layer
 from sltt.sequence.spikes import show, watches
@@ -56,11 +57,13 @@ class RateBased(Rule):
         steady: skip the T steps of the network. Each layer of neurons runs T steps under its mean current instead. A
             batch costs about what it costs with ReLU. `Output.logits` are those of the rates: train the last epochs
             with another rule.
+        fold: time steps in one call of the network, see `Truncated`.
 
     Raises:
-        ValueError: when called, a module with a state that is no `Neuron` or `RunningMax`; with `steady`, a `Recurrent`
-            layer. Without `steady`, a neuron or BatchNorm that does not run exactly once per step, BatchNorm with a
-            forward of its own (SyncBatchNorm), or a dropout module of PyTorch's, whose mask changes at every step.
+        ValueError: fold < 1 or together with steady; when called, a module with a state that is no `Neuron` or
+            `RunningMax`; with `steady`, a `Recurrent` layer. Without `steady`, a neuron or BatchNorm that does not run
+            exactly once per step, BatchNorm with a forward of its own (SyncBatchNorm), or a dropout module of
+            PyTorch's, whose mask changes at every step.
 
     Source: Yu et al., NeurIPS 2024 (arXiv 2410.11488); (3) to (5) as in the authors' code
     (github.com/Tab-ct/rate-based-backpropagation, model/layer.py), where V_th = 1 and v_r = 0.
@@ -69,8 +72,10 @@ class RateBased(Rule):
     sequence_losses = (OfMean,)
     pads = False
 
-    def __init__(self, steady: bool = False):
-        self.steady = flag("steady", steady)
+    def __init__(self, steady: bool = False, fold: int | Literal["auto"] = "auto"):
+        self.steady, self.fold = flag("steady", steady), fold_of(fold)
+        if steady and self.fold not in (1, "auto"):
+            raise ValueError("steady runs the network once, and fold several time steps of it in a call: choose one")
 
     def run(self, batch: Batch) -> Output:
         if is_per_step(batch.loss):
@@ -88,9 +93,9 @@ class RateBased(Rule):
 
     def _run_recorded(self, batch: Batch) -> Output:
         recording: Any = batch.network.step
-        for t in range(batch.steps):
-            batch.run(range(t, t + 1), graph=False)
-            recording.check(t + 1)
+        for call in split(range(batch.steps), self.folded(batch).forward):
+            batch.run(call, graph=False)
+            recording.check(call.stop)
         logits = torch.stack([batch.logits(t) for t in range(batch.steps)])
         buffers = Buffers(batch.network)
         recording.what = "rate"  # also in a checkpoint, which runs layers again in the backward
@@ -115,7 +120,8 @@ class _Recording(Step):
 
     def handler(self, layer: Layer, folds: bool) -> Any:
         if (made := _gathering(layer, self.what == "steady", self.run.sequence.steps)) is None:
-            return super().handler(layer, folds) if layer.role.kind in ("weight", "pool") else None
+            runs = ("weight", "pool", "keeper") if folds else ("weight", "pool")
+            return super().handler(layer, folds) if layer.role.kind in runs else None
         self.gathered[layer] = made
         return self.layer
 
@@ -124,7 +130,8 @@ class _Recording(Step):
         if layer.spikes and not in_backward():
             self.run.take_turn(layer, NEURON)
         self.run.shows = self.what == "step"
-        return getattr(self.gathered[layer], self.what)(x)
+        forward = getattr(self.gathered[layer], self.what)
+        return forward(x) if self.what != "step" else self.run.one_by_one(layer, (x,), {}, forward)
 
     def check(self, steps: int) -> None:
         """Raise ValueError unless every layer ran once in each of the steps so far, or never."""

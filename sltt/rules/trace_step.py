@@ -36,9 +36,9 @@ class TraceStep(Step):
             self.traces = traces_of(self.run.layout, self.decay, self.inputs)
         return super().handler(layer, folds)
 
-    def end(self, value: Tensor) -> None:
-        """End the forward of a time step, whose loss is `value`."""
-        self.traces.end(value)
+    def require_folds(self) -> None:
+        if problems := self.traces.unfoldable(self.run.layout):
+            raise ValueError(f"OTTT in a fold has no traces for {'; '.join(problems)}; use fold=1")
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         operations = self._operations_of(layer)
@@ -56,7 +56,7 @@ class TraceStep(Step):
             return self._operations_of(layer).forward(*args, **kwargs)
         if (trace := self.traces.read(norm, None)) is None:
             return super().norm(layer, *args)
-        bias = scaled(norm.bias, trace.ones)  # pyright: ignore[reportArgumentType]
+        bias = scaled(norm.bias, trace.ones[-1])  # pyright: ignore[reportArgumentType]
         waiting = None if others_save() else deferred_norm(norm, args[0], bias)
         y = plain_norm(norm, args[0], bias) if waiting is None else waiting
         self.traces.wrote(trace, y)
@@ -140,15 +140,15 @@ class _Operations(TorchFunctionMode):
             if sides[::2] != sides[1::2]:  # of an even kernel
                 x, padding = F.pad(x, sides), 0
             settings = stride, padding, dilation, groups
-        trace = self.traces.read(self.layer, x if weight.requires_grad else None)
+        trace = self.traces.read(self.layer, x if weight.requires_grad else None, self.run.fold)
         if trace is None:
             return self._apply(func, settings, x, weight, bias)
-        if bias is not None and bias.requires_grad and self.traces.inputs:
-            bias = scaled(bias, trace.ones)
-        if trace.read is None or trace.first:  # the bias learns alone, or what is read is the trace, and may be spikes
+        if trace.first:  # what is read is the trace, and may be spikes
             y = self._apply(func, settings, x, weight, bias)
         else:
-            y = Traced.apply(x, trace.read.value, weight, bias, partial(self._apply, func, settings), settings)  # type: ignore[assignment]
+            read = x if trace.read is None else trace.read.now  # without, the bias learns alone
+            ones = trace.ones if self.traces.inputs else [1.0]
+            y = Traced.apply(x, read, weight, bias, ones, partial(self._apply, func, settings), settings)  # type: ignore[assignment]
         self.traces.wrote(trace, y)
         return y
 
@@ -160,6 +160,6 @@ class _Operations(TorchFunctionMode):
     def _normalise(self, func: Any, *args: Any, bias: Tensor | None, **settings: Any) -> Tensor:
         if bias is None or not bias.requires_grad or (trace := self.traces.read(self.layer, None)) is None:
             return func(*args, bias=bias, **settings)
-        y: Tensor = func(*args, bias=scaled(bias, trace.ones), **settings)
+        y: Tensor = func(*args, bias=scaled(bias, trace.ones[-1]), **settings)
         self.traces.wrote(trace, y)
         return y

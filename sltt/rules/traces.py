@@ -12,7 +12,7 @@ x[t]. Their step's gradient has the gain of the current already.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import ref
 
 import torch
@@ -67,38 +67,48 @@ class _Read:
 
     Attributes:
         value: the trace, in float32 at least.
+        now: that of each time step of the call, [n·B, ...]; the last is `value`.
         last: refers to what was read in this time step, while its forward runs.
         charge: x̃, behind neurons with a synaptic current.
     """
 
     def __init__(self, x: Tensor):
         self.value = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
-        self.nothing = self.value.new_zeros(()).expand_as(x)  # what a layer reads that does not run
+        self.now = self.value
         self.last: ref[Tensor] | None = ref(x)
         self.charge: Tensor | None = None
 
-    def step(self, x: Tensor, decay: Decay, synaptic: float) -> None:
-        """Go one time step on, in which x is read."""
-        if self.value.shape != x.shape:
+    def nothing(self, steps: int) -> Tensor:
+        """Return what a layer reads that does not run."""
+        return self.value.new_zeros(()).expand(steps * len(self.value), *self.value.shape[1:])
+
+    def step(self, x: Tensor, decay: Decay, synaptic: float, steps: int) -> None:
+        """Go n time steps on, in which x [n·B, ...] is read."""
+        if (steps * len(self.value), *self.value.shape[1:]) != x.shape:
             raise ValueError(
                 f"OTTT needs layers that read the same shape in every time step, got {list(x.shape)} after "
                 f"{list(self.value.shape)}; use SLTT or BPTT"
             )
-        self.last, charge = ref(x), x.detach()
-        if synaptic:
-            before = self.value.clone() if self.charge is None else self.charge
-            self.charge = charge = before.mul_(synaptic).add_(charge)
-        if isinstance(decay, Tensor):
-            self.value.mul_(decay).add_(charge)
-        else:  # in one pass
-            torch.add(charge, self.value, alpha=decay, out=self.value)
+        self.last, before = ref(x), self.value
+        self.now = before if steps == 1 else before.new_empty(x.shape)
+        for x_t, now in zip(x.detach().chunk(steps), self.now.chunk(steps), strict=True):
+            if synaptic:
+                charge = before.clone() if self.charge is None else self.charge
+                self.charge = x_t = charge.mul_(synaptic).add_(x_t)
+            if isinstance(decay, Tensor):
+                torch.mul(before, decay, out=now).add_(x_t)
+            else:  # in one pass
+                torch.add(x_t, before, alpha=decay, out=now)
+            before = now
+        if steps > 1:
+            self.value = before.clone()  # the others may go
 
 
 class _Trace:
     """The trace of one use of a layer.
 
     Attributes:
-        ones: the trace of the constant 1, which a bias reads.
+        ones: the trace of the constant 1, which a bias reads, in each time step of the call.
         read: that of the layer's input; None for a layer without one.
         decays: give λ and α of each layer of neurons that the layer feeds. Their means are taken.
         first: the layer has read one time step, which is all of its trace.
@@ -106,22 +116,25 @@ class _Trace:
 
     def __init__(self, read: _Read | None):
         self.first = True
-        self.ones: Decay = 1.0
+        self.ones: list[Decay] = [1.0]
         self.charge_of_ones = 1.0
         self.read = read
         self.decays: list[Callable[[], Decays]] = []
 
-    def step(self, x: Tensor | None, runs: bool = True) -> None:
-        """Go one time step on, in which the layer reads x, or does not run."""
+    def step(self, x: Tensor | None, steps: int, runs: bool = True) -> None:
+        """Go n time steps on, in which the layer reads x [n·B, ...], or does not run."""
         decay, synaptic = (sum(values) / len(self.decays) for values in zip(*(d() for d in self.decays), strict=True))
         self.first = False
-        self.charge_of_ones = synaptic * self.charge_of_ones + runs
-        self.ones = decay * self.ones + self.charge_of_ones
+        before, self.ones = self.ones[-1], []
+        for _ in range(steps):
+            self.charge_of_ones = synaptic * self.charge_of_ones + runs
+            before = decay * before + self.charge_of_ones
+            self.ones.append(before)
         if self.read is None or (x is None and runs):
             return
-        x = self.read.nothing if x is None else x
+        x = self.read.nothing(steps) if x is None else x
         if self.read.last is None:
-            self.read.step(x, decay, synaptic)
+            self.read.step(x, decay, synaptic, steps)
         elif self.read.last() is not x:
             raise ValueError(
                 "OTTT keeps one trace for layers that read the same input in the first time step, and here they read "
@@ -158,14 +171,28 @@ class Traces:
         self.ran: set[Callable[[], Decays]] = set()  # the decays of what ran in this time step
         self.hidden: set[nn.Module] = set()  # layers that would have a trace, and ran without a graph
 
-    def end(self, value: Tensor) -> None:
-        """After the forward of a time step and its loss, before the backward, in which checkpoints run layers again."""
+    def unfoldable(self, layout: Layout) -> list[str]:
+        """Say which layers have no traces where several time steps share a call."""
+        inside = {m for keeper in layout.keepers for m in keeper.module.modules() if m is not keeper.module}
+        found = []
+        for module, layer in layout.layers.items():
+            if module in inside and layer.role.kind == "weight":
+                found.append(f"{layer}, which runs within a layer with a state")
+            bias = getattr(module, "bias", None)
+            if self.inputs and layer.role.kind == "norm" and bias is not None and bias.requires_grad:
+                found.append(f"the bias of {layer}")
+            if self._learns_decay(module):
+                found.append(f"the λ of {layer}")
+        return found
+
+    def end(self, value: Tensor, steps: int) -> None:
+        """After the forward of n time steps and its loss; before the backward, where checkpoints run layers again."""
         for trace in self._started_behind(value.grad_fn):
             trace.decays.clear()  # it feeds the output, too, where no state carries what it gave
         self._part()
         for (layer, use), trace in self.traces.items():
             if use >= self.uses[layer] and not self.ran.isdisjoint(trace.decays):
-                trace.step(None, runs=False)
+                trace.step(None, steps, runs=False)
         for trace in self.traces.values():
             if trace.read is not None:
                 trace.read.last = None
@@ -197,8 +224,8 @@ class Traces:
         """The neurons whose spikes a layer that runs now reads; None before the first of a time step."""
         return self.own.get(layer, self.last)
 
-    def read(self, layer: nn.Module, x: Tensor | None) -> _Trace | None:
-        """The trace of this use of a layer, which reads x, one time step on; None for a layer without one."""
+    def read(self, layer: nn.Module, x: Tensor | None, steps: int = 1) -> _Trace | None:
+        """The trace of this use of a layer, which reads x [n·B, ...], n time steps on; None for one without."""
         if in_backward():
             return self._read_again(layer)
         source = self._source(layer)
@@ -207,13 +234,15 @@ class Traces:
         key = layer, self.uses[layer]
         self.uses[layer] += 1
         if (trace := self.traces.get(key)) is None:
+            if steps > 1:
+                raise ValueError(f"{layer} did not run in the first time step, and OTTT has no traces for it in a fold")
             begun = (t.read for t in self.traces.values() if t.first and t.read is not None)
             known = next((read for read in begun if read.last is not None and read.last() is x), None)
             trace = self.traces[key] = _Trace(None if x is None else known or _Read(x))
             if not self.inputs and source is not None:
                 trace.decays.append(self.decays[source])
         elif trace.decays:
-            trace.step(x)
+            trace.step(x, steps)
         else:
             return None
         return trace
@@ -247,11 +276,16 @@ class Traces:
         x = next(iter((*inputs, *named.values())))
         if self.started and x.grad_fn is not None:
             self._feed(neuron, x.grad_fn)
-        if self.inputs and isinstance(neuron, IntegrateAndFire) and neuron.is_plain() and neuron.v_reset is None:
-            decay = neuron.decay()
-            if isinstance(decay, Tensor) and decay.requires_grad:
-                return (self._with_decay(neuron, decay, x),), {}
+        if self._learns_decay(neuron):
+            return (self._with_decay(neuron, x),), {}
         return inputs, named
+
+    def _learns_decay(self, neuron: nn.Module) -> TypeGuard[IntegrateAndFire]:
+        """Return whether the λ of neurons has a gradient through time."""
+        if not (self.inputs and isinstance(neuron, IntegrateAndFire) and neuron.is_plain() and neuron.v_reset is None):
+            return False
+        decay = neuron.decay()
+        return isinstance(decay, Tensor) and decay.requires_grad
 
     def _feed(self, neuron: nn.Module, node: Any) -> None:
         """Note the neurons that layers feed, where their input is a node of the graph."""
@@ -270,11 +304,12 @@ class Traces:
                 yield self.started[node]
             waiting += [behind for behind, _ in node.next_functions]
 
-    def _with_decay(self, neuron: IntegrateAndFire, decay: Tensor, x: Tensor) -> Tensor:
+    def _with_decay(self, neuron: IntegrateAndFire, x: Tensor) -> Tensor:
         """The input x of neurons, with the gradient of their λ through earlier time steps; the value is the same.
 
         ∂u[t]/∂λ = v[t−1] + λ ∂v[t−1]/∂λ, and the neuron itself has the first term.
         """
+        decay: Any = neuron.decay()
         before = neuron.start if neuron.v is None else neuron.v.detach()
         step = before - x.detach() if neuron.decay_input else before + torch.zeros_like(x)
         if neuron not in self.through_decay:

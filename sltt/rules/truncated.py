@@ -14,7 +14,7 @@ from torch import nn
 from sltt.checks import flag, instance, whole_number
 from sltt.losses import SequenceLoss
 from sltt.rules.base import Batch, Output, Rule
-from sltt.rules.folding import Fold, choose_fold
+from sltt.rules.folding import Fold, fold_of
 from sltt.rules.segments import run_in_segments, split
 from sltt.sequence.padding import Padded
 
@@ -45,7 +45,7 @@ class Truncated(Rule):
         hoist: bool = False,
     ):
         self.recompute = flag("recompute", recompute)
-        self.fold = "auto" if fold == "auto" else whole_number("fold", fold, least=1, remedy="or use 'auto'")
+        self.fold = fold_of(fold)
         self.hoist = flag("hoist", hoist)
         if hoist and fold not in (1, "auto"):
             raise ValueError("hoist computes the first layers for one time step, and fold for several: choose one")
@@ -63,11 +63,7 @@ class Truncated(Rule):
         return 1.0
 
     def run(self, batch: Batch) -> Output:
-        if self.fold != "auto":
-            fold = Fold(self.fold, self.fold)
-        else:
-            fold = Fold() if self.hoist or self.recompute else choose_fold(batch.network)
-        return self.run_folded(batch, fold)
+        return self.run_folded(batch, self.folded(batch))
 
     def run_folded(self, batch: Batch, fold: Fold) -> Output:
         """`run` with so many time steps in a call of the network."""

@@ -142,7 +142,7 @@ class Run:
         Raises ValueError for logits of another form, and for a layer that does not take several time steps in a call.
         """
         if steps > 1 and not self.folds:
-            self.layout.require_folds()
+            self.require_folds()
             self.folds = True
             self.handle()
         if recompute and not self.recompute:
@@ -176,6 +176,11 @@ class Run:
             f"{list(logits.shape)}; a layer does not take the steps as samples: use fold=1"
         )
 
+    def require_folds(self) -> None:
+        """Raise ValueError that names what cannot take several time steps in a call."""
+        self.layout.require_folds()
+        self.step.require_folds()
+
     def result(self, value: Tensor) -> Tensor:
         """Return what was computed from the sequence; NaN if the input, or the membrane potential of a neuron, is.
 
@@ -199,11 +204,12 @@ class Run:
             )
         layer.seen = self.call
 
-    def one_by_one(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the time steps of the call one after the other within a layer."""
+    def one_by_one(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Any = None) -> Any:
+        """Run the time steps of the call one after the other within a layer; None is its own forward."""
         n, call, given = self.fold, self.call, []
+        forward = forward or layer.plain
         if n == 1:
-            return layer.plain(*args, **kwargs)
+            return forward(*args, **kwargs)
         parts = [a.chunk(n) if isinstance(a, Tensor) else (a,) * n for a in args]
         named = [{k: a.chunk(n)[t] if isinstance(a, Tensor) else a for k, a in kwargs.items()} for t in range(n)]
         self.fold = 1
@@ -214,7 +220,7 @@ class Run:
                         detach_module(part)
                 self._calls += 1
                 self.call = self._calls
-                given.append(_kept(layer.plain(*(part[t] for part in parts), **named[t]), layer.parts))
+                given.append(_kept(forward(*(part[t] for part in parts), **named[t]), layer.parts))
         finally:
             self.fold, self.call = n, call
         return _joined(given)

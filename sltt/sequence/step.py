@@ -51,6 +51,9 @@ class Step:
         }
         return getattr(self, kind) if own or takes_part[kind] else None
 
+    def require_folds(self) -> None:
+        """Raise ValueError where several time steps cannot share a call; by default, they can."""
+
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """A layer of neurons."""
         if in_backward():

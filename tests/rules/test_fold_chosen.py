@@ -39,6 +39,8 @@ def called(rule, model, x, y=None, **kwargs):
         (sltt.BPTT(), [25 * 64] * 4),
         (sltt.TBPTT(10), [10 * 64] * 10),
         (sltt.TBPTT(50), [25 * 64] * 4),
+        (sltt.OTTT(), [64] + [25 * 64] * 3 + [24 * 64]),
+        (sltt.RateBased(), [50 * 64] * 2 + [64]),
         (sltt.SLTT(fold=1), [64] * 100),
         (sltt.SLTT(fold=40), [40 * 64] * 2 + [20 * 64]),
     ],

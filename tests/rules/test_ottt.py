@@ -127,7 +127,7 @@ def test_a_trace_adds_up_in_float32(dtype, largest):
         for x_t in x:
             model.zero_grad()
             value = run(x_t).sum()
-            traces.end(value)
+            traces.traces.end(value, 1)
             value.backward()
             run.detach()
             gradients.append(model[0].weight.grad.item())
@@ -168,7 +168,7 @@ def test_forwards_are_sparse_where_those_of_sltt_are():
         patch.setattr(sparse, "forward", lambda *args: calls.append(1) or plain(*args))
         for mode in ("on", "off"):
             with kernels.using(sparse=mode):
-                found.append(gradients(model, sltt.OTTT(), x, y, steps=3)[0])
+                found.append(gradients(model, sltt.OTTT(fold=1), x, y, steps=3)[0])
             assert calls == [1] * 3  # the second convolution, in each time step
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
@@ -178,7 +178,7 @@ def test_spikes_of_small_layers_are_packed_no_more_often_than_with_sltt(monkeypa
     x, y = torch.randn(6, 128, 20), torch.randint(4, (128,))
     found, look, counts = [], saved.look, []
     monkeypatch.setattr(saved, "look", lambda x: (found.append(look(x)), found[-1])[1])
-    for rule in (sltt.SLTT(fold=1), sltt.OTTT()):
+    for rule in (sltt.SLTT(fold=1), sltt.OTTT(fold=1)):
         found.clear()
         rule(model, x, y, LOSS)
         counts.append(len([spikes for spikes in found if spikes]))

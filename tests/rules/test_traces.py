@@ -241,7 +241,7 @@ def test_neurons_and_readouts_in_checkpoints_leave_no_trace_in_the_next_time_ste
     monkeypatch.setattr(Traces, "end", lambda self, *call: (started.append(len(self.started)), end(self, *call))[1])
     plain = nn.Sequential(*layers, neuron, *head)
     again = nn.Sequential(Checkpointed(*layers), neuron, Checkpointed(*head))
-    for rule in (sltt.OTTT(), sltt.OTTT(inputs=False)):
+    for rule in (sltt.OTTT(fold=1), sltt.OTTT(inputs=False, fold=1)):
         expected, found = (gradients(model, rule, x, y)[0] for model in (plain, again))
         torch.testing.assert_close(found, expected)
     assert [any(started[i::5]) for i in range(5)] == [True, False, False, False, False]
