@@ -3,6 +3,7 @@
 Shapes: T time steps, B samples, C classes.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,9 +18,10 @@ from sltt.checks import function, instance, whole_number
 from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, check_loss, is_mean, is_per_step, watching
 from sltt.rules.diagnosis import explaining, note
-from sltt.rules.folding import Fold, choose_fold, fold_of
+from sltt.rules.folding import Fold, choose_fold, chosen_fold, fold_of, halve_fold
 from sltt.sequence.padding import Padded, Real, check_lengths, target_of
 from sltt.sequence.run import Run
+from sltt.sequence.snapshot import Snapshot
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence, time_steps
 
@@ -53,6 +55,7 @@ class Batch:
     backward: Backward = Tensor.backward
     update: Callable[[], Any] | None = None
     seed: int | None = None
+    before: Snapshot | None = None  # of the first batch that folds, which may be too large
     _logits: Tensor | None = None  # [T, B, C], of the steps that ran
     _ran: set[int] = field(default_factory=set)
     _total: Tensor | float = 0.0
@@ -248,13 +251,21 @@ class Rule(Frozen, ABC):
         if is_per_step(loss):
             _check_targets(sequence, target)
         network = Run(model, sequence, self.step(), hoist=self.hoist, keep=not self.online)
-        backward = explaining(backward or Tensor.backward, network)
+        explained = explaining(backward or Tensor.backward, network)
+        batch = Batch(network, target, loss, explained, update, seed)
         try:
             with network:
-                of_step = watching(loss, network)
-                out = self.run(Batch(network, target, of_step, backward, update, seed))
-                network.results.finish(backward)
+                batch.loss = watching(loss, network)
+                out = self.run(batch)
+                network.results.finish(explained)
                 total = network.result(out.loss)
+        except torch.OutOfMemoryError:
+            if batch.before is None or not (fold := halve_fold(model)):
+                raise
+            batch.before.restore_surroundings()
+            model.zero_grad()
+            warnings.warn(f"out of memory: {fold} time steps share a call from now on, half as many", stacklevel=2)
+            return self(model, x, target, loss, steps=steps, backward=backward, update=update, seed=seed)
         except Exception as error:
             note(error, network)
             raise
@@ -264,7 +275,11 @@ class Rule(Frozen, ABC):
         """Return how many time steps of a batch share a call of the network."""
         if self.fold != "auto":
             return Fold(self.fold, self.fold)
-        return Fold() if self.hoist or self.recompute else choose_fold(batch.network)
+        if self.hoist or self.recompute:
+            return Fold()
+        if chosen_fold(batch.model) is None and all(p.grad is None for p in batch.model.parameters()):
+            batch.before = Snapshot(batch.network)
+        return choose_fold(batch.network)
 
     def step(self) -> Step:
         """Return what layers do in a time step, for a batch: a `Step` whose methods are overridden.

@@ -68,6 +68,15 @@ def chosen_fold(model: nn.Module) -> Fold | None:
     return next(reversed(_folds.get(model, {}).values()), None)
 
 
+def halve_fold(model: nn.Module) -> int:
+    """Take half as many time steps as were chosen last, from now on; return how many, or 0 if it was one."""
+    if (fold := chosen_fold(model)) is None or fold.trained == fold.forward == 1:
+        return 0
+    half = Fold(max(1, fold.trained // 2), max(1, fold.forward // 2))
+    _folds[model][next(reversed(_folds[model]))] = half
+    return half.trained
+
+
 def _choose(run: Run, x: Tensor) -> Fold:
     if problem := _problem(run):
         return Fold(why=problem)

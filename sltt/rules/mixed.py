@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from sltt._torch import WRAPPERS
 from sltt.frozen import FrozenMapping
 from sltt.rules.base import Batch, Output, Rule
-from sltt.rules.segments import Snapshot
 from sltt.sequence.hooks import hooked
 from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import hand_over
 from sltt.sequence.run import Run
+from sltt.sequence.snapshot import Snapshot
 from sltt.sequence.state import detach_module, state_tensors
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence

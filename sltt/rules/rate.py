@@ -24,9 +24,10 @@ from sltt.neurons.leaky import kernel_step
 from sltt.pooling import RunningMax
 from sltt.rules.base import Batch, Output, Rule, step_loss
 from sltt.rules.folding import fold_of
-from sltt.rules.segments import Buffers, split
+from sltt.rules.segments import split
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.layout import Layer
+from sltt.sequence.snapshot import Buffers
 from sltt.sequence.spikes import show, watches
 from sltt.sequence.step import NEURON, Step
 from sltt.sequence.steps import in_backward

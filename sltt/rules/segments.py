@@ -12,8 +12,7 @@ from torch import Tensor
 from sltt.rules.base import Batch, Output
 from sltt.rules.folding import Fold
 from sltt.sequence.once import hand_over
-from sltt.sequence.run import Run
-from sltt.sequence.state import map_tensors, state_names
+from sltt.sequence.snapshot import Snapshot
 
 
 def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
@@ -66,66 +65,3 @@ def _check_same(same: dict[int, Tensor]) -> None:
             "numbers from a generator of its own, keeps a state outside sltt.Stateful, or has a checkpoint within. "
             "Use BPTT without segment."
         )
-
-
-class Buffers:
-    """The buffers that are no state, as they are now; some libraries keep states as buffers."""
-
-    def __init__(self, run: Run):
-        self._run = run
-        self._before = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in self._now().items()}
-
-    def _now(self) -> dict[str, Tensor]:
-        states = set(map(id, self._run.layout.state_tensors()))
-        return {name: buffer for name, buffer in self._run.model.named_buffers() if id(buffer) not in states}
-
-    def restore(self) -> None:
-        """Set them back."""
-        with torch.no_grad():
-            for name, buffer in self._now().items():
-                before, version, value = self._before.get(name, (None, 0, buffer))
-                if value.shape != buffer.shape:  # of a module that remembers more and more
-                    continue
-                same = buffer is before and buffer._version == version
-                # what is the same keeps its version: the graph of `sltt.once` may have saved it
-                (buffer.data if same else buffer).copy_(value)
-
-
-class Snapshot:
-    """States, buffers and random generators, so that a segment's second run is its first: masks, statistics and all."""
-
-    def __init__(self, run: Run):
-        names = [(layer, name) for layer in run.layout.keepers for name in state_names(layer.module)]
-        # in containers of their own: a module may change a list in place
-        self.states = [(layer, name, map_tensors(lambda s: s, getattr(layer.module, name))) for layer, name in names]
-        self.buffers = Buffers(run)
-        self.generator = torch.get_rng_state()
-        devices = {p.device for p in run.model.parameters() if p.device.type == "cuda"}
-        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
-
-    def restore(self, leaves: bool = True) -> list[Tensor | None]:
-        """Set everything back; returns the states as leaves that collect their gradient, None for those without one.
-
-        With leaves=False states are as they were, with the graph behind them, as a learnable first state has one.
-        """
-        collected: list[Tensor | None] = []
-
-        def leaf(state: Tensor) -> Tensor:
-            collected.append(state.detach().requires_grad_() if state.is_floating_point() else None)
-            return state if collected[-1] is None else collected[-1]
-
-        for layer, name, state in self.states:
-            if not layer.differentiable:
-                map_tensors(lambda _: collected.append(None), state)
-            elif leaves:
-                state = map_tensors(leaf, state)
-            setattr(layer.module, name, state)
-        self.restore_surroundings()
-        return collected
-
-    def restore_surroundings(self) -> None:
-        """Set buffers and random generators back."""
-        self.buffers.restore()
-        torch.set_rng_state(self.generator)
-        for device, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, device)

@@ -265,6 +265,39 @@ def test_trying_a_network_leaves_no_trace():
     assert not any("forward" in vars(m) for m in model.modules())
 
 
+class Full(nn.Module):
+    """Runs out of memory for more than so many samples in a call."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+
+    def forward(self, x):
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_a_fold_that_does_not_fit_is_halved_once():
+    def net(room):
+        return Net(nn.Linear(6, 16), nn.BatchNorm1d(16), sltt.LIF(), Full(room), nn.Linear(16, 3))
+
+    x, y = torch.randn(100, 64, 6), torch.randint(3, (64,))
+    expected, model = net(10**6), net(1000)
+    model.load_state_dict(expected.state_dict())
+    with pytest.warns(UserWarning, match="out of memory: 12 time steps share a call from now on"):
+        sltt.SLTT()(model, x, y, LOSS)
+    sltt.SLTT(fold=12)(expected, x, y, LOSS)
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+    assert called(sltt.SLTT(), model, x)[:2] == [12 * 64] * 2
+    for room, rule in (100, sltt.SLTT()), (1000, sltt.SLTT(fold=25)):
+        with pytest.raises(torch.OutOfMemoryError):
+            gradients(net(room), rule, x, y)
+
+
 def test_memory_stays_flat_in_time():
     model = nn.Sequential(nn.Linear(700, 256), sltt.LIF(), nn.Linear(256, 256), sltt.LIF(), nn.Linear(256, 20))
     y = torch.randint(20, (64,))

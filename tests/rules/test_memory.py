@@ -12,7 +12,7 @@ def peak(rule, steps):
 
 
 @pytest.mark.parametrize(
-    "rule", [sltt.SLTT(fold=1), sltt.SLTT(k=2, fold=1), sltt.TBPTT(2, fold=1), sltt.RateBased()], ids=repr
+    "rule", [sltt.SLTT(fold=1), sltt.SLTT(k=2, fold=1), sltt.TBPTT(2, fold=1), sltt.RateBased(fold=1)], ids=repr
 )
 def test_memory_does_not_grow_with_time(rule):
     assert peak(rule, 32) <= 1.05 * peak(rule, 4)

@@ -49,11 +49,12 @@ def network(tau=2.0):
     return nn.Sequential(*layers).double()
 
 
+@pytest.mark.parametrize("fold", [1, "auto"])
 @pytest.mark.parametrize("decay", [None, 0.3])
-def test_without_inputs_it_is_the_published_equations(decay):
+def test_without_inputs_it_is_the_published_equations(decay, fold):
     model = network()
     x, y = batch(steps=5)
-    found, out = gradients(model, sltt.OTTT(decay, inputs=False), x, y)
+    found, out = gradients(model, sltt.OTTT(decay, inputs=False, fold=fold), x, y)
     expected = published(copy.deepcopy(model), x, y, 0.5 if decay is None else decay)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(out.logits, sltt.unroll(model, x))
