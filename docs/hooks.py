@@ -14,7 +14,7 @@ ENTRY = re.compile(r"^\* `(sltt[\w.]*)`.*$", re.MULTILINE)  # of the page api.md
 OPTIONS = {  # of an entry, beside those of mkdocs.yml
     "sltt.Rule": "{members: [__call__, run, step], filters: []}",
     "sltt.rules.Truncated": "{members: []}",
-    "sltt.rules.base.Batch": '{filters: ["!^_"], merge_init_into_class: false}',
+    "sltt.rules.batch.Batch": '{filters: ["!^_"], merge_init_into_class: false}',
     "sltt.Padded": "{members: []}",
 }
 FUNCTIONS = {  # whose module has their name

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sltt.checks import instance, sequence
 from sltt.memory import peak_memory
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
-from sltt.rules.base import StepLoss
+from sltt.rules.batch import StepLoss
 from sltt.rules.mixed import Window, layer_order
 from sltt.rules.truncated import step_by_step
 from sltt.sequence.copies import copied

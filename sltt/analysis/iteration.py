@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sltt.checks import instance, whole_number
 from sltt.memory import trace_memory
 from sltt.rules import SLTT, Rule
-from sltt.rules.base import StepLoss
+from sltt.rules.batch import StepLoss
 from sltt.sequence.state import state_tensors
 
 DRAWS = 4  # of the steps that SLTT-K trains: the first step, which has no state behind it, takes less than the others

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sltt import kernels
 from sltt.checks import instance
 from sltt.rules import Rule
-from sltt.rules.base import StepLoss
+from sltt.rules.batch import StepLoss
 from sltt.sequence.copies import copied
 
 

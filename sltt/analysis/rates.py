@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sltt.checks import instance, number, whole_number
 from sltt.rules import Rule
-from sltt.rules.base import StepLoss
+from sltt.rules.batch import StepLoss
 
 MEMORY = 0.95  # of the moving average of the losses
 DIVERGED = 4.0  # times the lowest loss: the test ends

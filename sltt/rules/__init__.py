@@ -1,6 +1,7 @@
 """Learning rules: each turns a batch into gradients, and differs only in which of them it keeps."""
 
-from sltt.rules.base import Output, Rule, unroll
+from sltt.rules.base import Rule, unroll
+from sltt.rules.batch import Output
 from sltt.rules.mixed import Mixed
 from sltt.rules.ottt import OTTT
 from sltt.rules.rate import RateBased

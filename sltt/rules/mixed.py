@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sltt._torch import WRAPPERS
 from sltt.frozen import FrozenMapping
-from sltt.rules.base import Batch, Output, Rule
+from sltt.rules.base import Rule
+from sltt.rules.batch import Batch, Output
 from sltt.sequence.hooks import hooked
 from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import hand_over

@@ -5,7 +5,8 @@ from typing import Any, Literal
 from torch import nn
 
 from sltt.checks import flag, number
-from sltt.rules.base import Batch, Output, Rule
+from sltt.rules.base import Rule
+from sltt.rules.batch import Batch, Output
 from sltt.rules.folding import fold_of
 from sltt.rules.segments import split
 from sltt.rules.trace_step import TraceStep

@@ -22,7 +22,8 @@ from sltt.neurons import IntegrateAndFire, Neuron, Recurrent, StableLIF
 from sltt.neurons.base import check_forward
 from sltt.neurons.leaky import kernel_step
 from sltt.pooling import RunningMax
-from sltt.rules.base import Batch, Output, Rule, step_loss
+from sltt.rules.base import Rule
+from sltt.rules.batch import Batch, Output, step_loss
 from sltt.rules.folding import fold_of
 from sltt.rules.segments import split
 from sltt.sequence.hooks import own_forward

@@ -9,7 +9,7 @@ more forward of all segments but the last (Chen et al. 2016, arXiv 1604.06174).
 import torch
 from torch import Tensor
 
-from sltt.rules.base import Batch, Output
+from sltt.rules.batch import Batch, Output
 from sltt.rules.folding import Fold
 from sltt.sequence.once import hand_over
 from sltt.sequence.snapshot import Snapshot

@@ -13,7 +13,8 @@ from torch import nn
 
 from sltt.checks import flag, instance, whole_number
 from sltt.losses import SequenceLoss
-from sltt.rules.base import Batch, Output, Rule
+from sltt.rules.base import Rule
+from sltt.rules.batch import Batch, Output
 from sltt.rules.folding import Fold, fold_of
 from sltt.rules.segments import run_in_segments, split
 from sltt.sequence.padding import Padded

@@ -22,7 +22,7 @@ from sltt.losses import CrossEntropyMSE, check_loss, predict_from, prediction_of
 from sltt.metrics import Accuracy, Metric, check_metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
-from sltt.rules.base import sequence_loss
+from sltt.rules.batch import sequence_loss
 from sltt.sequence.modes import evaluating
 from sltt.sequence.padding import lengths_of, target_of
 from sltt.training.batches import finish_loaders, share, whole_epoch

@@ -11,7 +11,7 @@ from sltt._torch import _BatchNorm, _NormBase
 from sltt.data import Splits
 from sltt.parallel.processes import local, total
 from sltt.rules import unroll
-from sltt.rules.base import sequence_loss
+from sltt.rules.batch import sequence_loss
 from sltt.schedules import Schedule
 from sltt.sequence.copies import copied
 from sltt.sequence.padding import Padded

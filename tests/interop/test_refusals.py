@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.rules.base import sequence_loss
+from sltt.rules.batch import sequence_loss
 from tests.conftest import LOSS, batch
 from tests.interop.libraries import gradients_of, jelly, network_of, snn
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import sltt
 from sltt.losses import predict_from
-from sltt.rules.base import sequence_loss
+from sltt.rules.batch import sequence_loss
 from sltt.training.batches import EpochSampler, cut, join_outputs, train_loader
 from tests.conftest import LOSS, RULES, batch, gradient, small_network
 

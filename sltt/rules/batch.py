@@ -1,0 +1,202 @@
+"""A batch in the hands of a rule: its time steps, its loss, and what the rule gives back.
+
+Shapes: T time steps, B samples, C classes; a call of the network takes n time steps.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sltt import kernels
+from sltt.losses import SequenceLoss, is_mean, is_per_step
+from sltt.sequence.padding import Padded, Real
+from sltt.sequence.run import Run
+from sltt.sequence.snapshot import Snapshot
+from sltt.sequence.steps import Sequence
+
+StepLoss = Callable[[Tensor, Any], Tensor]
+Backward = Callable[[Tensor], Any]
+
+
+class Output(NamedTuple):
+    """Result of a rule, without a graph: the loss of the sequence, a scalar, and the logits [T, B, C]."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Batch:
+    """A batch in the hands of a rule, on a model that was just reset.
+
+    Attributes:
+        network: the run, which calls the model.
+        target: what `loss` compares with.
+        loss: of one time step; of the whole sequence, if it is `whole`.
+        backward: of a scalar; call it in place of `Tensor.backward`.
+        update: steps and zeroes the optimizer, for a rule that is `online`.
+        seed: of what the rule draws in this batch; None draws from the global generator.
+    """
+
+    network: Run
+    target: Any
+    loss: StepLoss
+    backward: Backward = Tensor.backward
+    update: Callable[[], Any] | None = None
+    seed: int | None = None
+    before: Snapshot | None = None  # of the first batch that folds, which may be too large
+    _logits: Tensor | None = None  # [T, B, C], of the steps that ran
+    _ran: set[int] = field(default_factory=set)
+    _total: Tensor | float = 0.0
+    _largest: int = 0  # elements of the largest state; 0 before the first time step
+
+    @property
+    def model(self) -> nn.Module:
+        return self.network.model
+
+    @property
+    def sequence(self) -> Sequence:
+        """The input."""
+        return self.network.sequence
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.sequence.steps
+
+    def run(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
+        """Run time steps in one call of the model: their logits [n, B, C].
+
+        Args:
+            steps: one or several time steps in a row; several are folded into the batch dimension.
+            graph: build a graph for a backward.
+            cut: no gradient flows from one of the steps to the step before.
+            recompute: convolutions and linear layers run again in the backward, instead of keeping their outputs.
+        """
+        if cut and self._ran:  # the states before the first step may be learned
+            self.detach()
+        self.network.results.in_graph = graph
+        with torch.set_grad_enabled(graph), self._saving(len(steps), graph, cut, recompute):
+            logits = self.network(self.network.sequence.input(steps), len(steps), cut, recompute)
+        self.network.results.in_graph = True
+        self._largest = self._largest or max((s.numel() for s in self.network.layout.state_tensors()), default=0)
+        if self._logits is None:
+            self._logits = logits.detach().new_empty(self.steps, *logits.shape[1:])
+        # a copy, since a model may go on to change what it gave, such as a sum over time
+        self._logits[steps.start : steps.stop] = logits.detach()
+        self._ran.update(steps)
+        if not graph:
+            # Casts of weights that autocast caches without a graph would cut the weights off in later steps.
+            torch.clear_autocast_cache()
+        return logits
+
+    def rates(self) -> Tensor:
+        """Run the network once on the mean input, with a graph: its logits [B, C]."""
+        with kernels.saving():
+            return self.network(self.sequence.mean())[0]
+
+    def _saving(self, steps: int, graph: bool, cut: bool, recompute: bool) -> AbstractContextManager[None]:
+        """Return the context that saves spikes. Small ones stay as they are if their graph lives for this call only.
+
+        So do those on a device where packing is a pass of its own.
+        """
+        if recompute and not self.network.bits:
+            raise ValueError(
+                "recompute starts from spikes saved as bits, and kernels.using(bits=False), or saved-tensor hooks of "
+                "others, are in force: leave one out"
+            )
+        if not (graph and self.network.bits):
+            return nullcontext()
+        brief = cut and not recompute and self._largest
+        pays = not brief or (self.network.fast and kernels.bits_pay(self._largest * steps))
+        return kernels.saving() if pays else nullcontext()
+
+    def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
+        """Run time steps as `run`, and return the sum of their losses over T, to backpropagate."""
+        again = steps.start in self._ran
+        logits = self.run(steps, graph=graph, cut=cut, recompute=recompute)
+        count = self.steps
+        with torch.set_grad_enabled(graph):
+            if len(steps) > 1 and is_mean(self.loss) and isinstance(self.target, Tensor) and self.target.ndim:
+                target = self.target.repeat(len(steps), *[1] * (self.target.ndim - 1))
+                total = step_loss(self.loss, logits.flatten(0, 1), target) * (len(steps) / count)
+            else:
+                values = [step_loss(self.loss, o, self.targets(t)) for t, o in zip(steps, logits, strict=True)]
+                total = (values[0] if len(values) == 1 else torch.stack(values).sum()) / count
+        if not again:
+            self._total = self._total + total.detach()
+        return total
+
+    def window_loss(self, steps: range, logits: Tensor) -> Tensor:
+        """The loss of the logits [n, B, C] of a window, for a loss of a whole sequence; it counts n/T."""
+        value = step_loss(self.loss, logits, self.targets(slice(steps.start, steps.stop))) * len(steps) / self.steps
+        self._total = self._total + value.detach()
+        return value
+
+    def targets(self, steps: int | slice) -> Any:
+        """The target of time steps; the same for all of them, unless the loss takes one for each."""
+        if isinstance(self.target, Padded) and isinstance(steps, int):
+            return self.target.at(steps, self.steps)
+        return self.target[steps] if is_per_step(self.loss) else self.target
+
+    @property
+    def whole(self) -> bool:
+        """Return whether the loss is one of the whole sequence."""
+        return isinstance(self.loss, SequenceLoss)
+
+    def detach(self) -> None:
+        """Make the states constants of the steps to come."""
+        self.network.detach()
+
+    def logits(self, step: int) -> Tensor:
+        """The logits [B, C] of a time step that has run, without a graph."""
+        assert self._logits is not None, "no step has run"
+        return self._logits[step]
+
+    def output(self) -> Output:
+        """Return the loss and the logits of all time steps; raise ValueError where the rule left one out."""
+        if self._logits is None or len(self._ran) < self.steps:
+            ran = ", ".join(map(str, sorted(self._ran)))
+            raise ValueError(
+                f"a rule runs all T = {self.steps} time steps, and this one ran {ran or 'none'}: call batch.run or "
+                "batch.forward for each, with graph=False for one without a gradient"
+            )
+        return Output(torch.as_tensor(self._total), self._logits)
+
+
+def sequence_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
+    """The loss of a sequence of logits [T, B, C], as the rules take it."""
+    if isinstance(loss, SequenceLoss):
+        return step_loss(loss, logits, target)
+    if isinstance(target, Padded):
+        targets: Any = [target.at(t, len(logits)) for t in range(len(logits))]
+    else:
+        targets = target if is_per_step(loss) else [target] * len(logits)
+    return torch.stack([step_loss(loss, o, y) for o, y in zip(logits, targets, strict=True)]).mean()
+
+
+def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
+    """The loss of one time step, checked to be a scalar; 0 where no sample is real any more."""
+    if isinstance(target, Real):
+        if not len(target.target):
+            return logits.sum() * 0
+        return step_loss(loss, logits if target.rows is None else logits[target.rows], target.target) * target.weight
+    try:
+        value = loss(logits, target)
+    except Exception as error:
+        if isinstance(target, Tensor):
+            error.add_note(
+                f"in the loss of one time step, of outputs {list(logits.shape)} ({logits.dtype}) and targets "
+                f"{list(target.shape)} ({target.dtype}); for a target at each time step: sltt.losses.PerStep(loss), "
+                "and from_datasets(…, per_step=True)"
+            )
+        raise
+    if not isinstance(value, Tensor):
+        raise ValueError(f"expected a loss that returns a scalar tensor, got {value!r}")
+    if value.ndim:
+        raise ValueError(f"expected a loss that returns a scalar, got shape {list(value.shape)}; use reduction='mean'")
+    return value
