@@ -6,6 +6,7 @@
 # make docs   build the documentation site
 # make notebooks   run the notebooks of docs/notebooks and store their outputs
 # make paper  measure the paper's claims at small scale: make paper DATA=DIR; run again to continue
+# make gpu    measure on a GPU, and fill docs/gpu.md: make gpu DATA=DIR; run again to continue
 # make figures   tables and figures of docs, from the logs in docs/results
 # make gallery   run the demo and the examples for docs/examples.md, and list the names of docs/api.md
 # make package   build the wheel and the source archive, and check them
@@ -16,7 +17,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
 
-.PHONY: demo test slow soak check docs notebooks package paper figures gallery clean
+.PHONY: demo test slow soak check docs notebooks package paper gpu figures gallery clean
 
 demo: .venv/installed
 	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --seeds 3 --save runs/demo
@@ -55,6 +56,9 @@ package: .venv/installed-dev
 
 paper: .venv/installed
 	$(BIN)/python benchmarks/paper.py $(if $(DATA),--data $(DATA))
+
+gpu: .venv/installed-dev
+	$(BIN)/python benchmarks/gpu.py $(if $(DATA),--data $(DATA)) $(if $(DEVICE),--device $(DEVICE))
 
 figures: .venv/installed
 	$(BIN)/python benchmarks/tables.py

@@ -42,6 +42,7 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "resnet18": (sltt.models.resnet18, (32, 3, 32, 32)),
     "vgg11": (lambda **a: sltt.models.vgg11(in_channels=2, **a), (16, 2, 48, 48)),
     "vgg11-max": (lambda **a: vgg11_max(in_channels=2, **a), (16, 2, 48, 48)),
+    "spikformer": (sltt.models.spikformer, (32, 3, 32, 32)),
     "shd": (shd_mlp, (64, 700)),
     "digits": (sltt.models.DigitsNet, (128, 1, 8, 8)),  # a case in seconds
 }
@@ -59,14 +60,31 @@ def in_bf16(iteration: Iteration) -> Iteration:
     """Under autocast to bfloat16, with float32 weights and membrane potentials."""
 
     def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             iteration(model, x, y, steps)
 
     return run
 
 
-def folded_bptt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-    sltt.BPTT(fold=steps)(model, x, y, LOSS, steps=steps)
+def folded(rule: Callable[..., sltt.Rule]) -> Iteration:
+    """All time steps in one call of the network."""
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+        rule(fold=steps)(model, x, y, LOSS, steps=steps)
+
+    return run
+
+
+def captured(rule: sltt.Rule) -> Iteration:
+    """In a CUDA graph, which the first iteration captures."""
+    graphs: dict[nn.Module, Any] = {}
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+        if model not in graphs:
+            graphs[model] = sltt.graphed(rule, model, LOSS, x, y, steps=steps)
+        graphs[model](x, y)
+
+    return run
 
 
 def relu(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
@@ -201,8 +219,9 @@ def sltt_case(rule: sltt.Rule, exact: str | None = None, **options: Any) -> Case
     return Case(sltt.LIF, by_rule(rule, **options), peer=f"SpikingJelly {backward}", rule=exact)
 
 
-def bf16_case(**options: Any) -> Case:
-    return Case(sltt.LIF, in_bf16(by_rule(sltt.SLTT(), **options)), floor="relu, bf16")
+def bf16_case(iteration: Iteration | None = None, backward: str = "SLTT", **options: Any) -> Case:
+    run = in_bf16(iteration or by_rule(sltt.SLTT(), **options))
+    return Case(sltt.LIF, run, floor="relu, bf16", peer=f"SpikingJelly {backward}, bf16")
 
 
 class OwnLIF(sltt.Neuron):
@@ -224,6 +243,10 @@ def peer_case(neuron: Neuron, run: Iteration, rule: str) -> Case:
     return Case(neuron, run, peer=f"SpikingJelly {rule}", rule=rule, channels_last=False)
 
 
+def bf16_peer(neuron: Neuron, run: Iteration) -> Case:
+    return Case(neuron, in_bf16(run), floor="relu, bf16", channels_last=False)
+
+
 CASES: dict[str, Case] = {
     "relu": Case(nn.ReLU, relu),
     "relu, default format": Case(nn.ReLU, relu, channels_last=False),
@@ -233,6 +256,10 @@ CASES: dict[str, Case] = {
     "SLTT, dense": sltt_case(sltt.SLTT(), "SLTT", sparse="off"),
     "SLTT, bf16": bf16_case(),
     "SLTT, bf16, dense": bf16_case(sparse="off"),
+    "SLTT, graph": Case(sltt.LIF, captured(sltt.SLTT())),
+    "SLTT, bf16, graph": bf16_case(captured(sltt.SLTT())),
+    "SLTT, bf16, fold = T": bf16_case(folded(sltt.SLTT)),
+    "BPTT, bf16, fold = T": bf16_case(folded(sltt.BPTT), "BPTT"),
     "SLTT, default format": Case(sltt.LIF, by_rule(sltt.SLTT()), rule="SLTT", channels_last=False),
     "SLTT, not compiled": sltt_case(sltt.SLTT(), "SLTT", compile="off"),
     "SLTT, k = 1": sltt_case(sltt.SLTT(k=1)),
@@ -242,23 +269,29 @@ CASES: dict[str, Case] = {
     "SLTT, ALIF": compiled_case(lambda: sltt.ALIF(TAU)),
     "SLTT, recompute": sltt_case(sltt.SLTT(recompute=True), "SLTT"),
     "SLTT, hoist": sltt_case(sltt.SLTT(hoist=True), "SLTT"),
+    "SLTT, fold = 2": sltt_case(sltt.SLTT(fold=2), "SLTT"),
+    "SLTT, fold = T": Case(sltt.LIF, folded(sltt.SLTT), rule="SLTT"),
     "SLTT, fold = 10": sltt_case(sltt.SLTT(fold=10), "SLTT"),
     "OTTT": sltt_case(sltt.OTTT()),
     "BPTT": sltt_case(sltt.BPTT(), "BPTT"),
     "BPTT, dense": sltt_case(sltt.BPTT(), "BPTT", sparse="off"),
-    "BPTT, fold = T": Case(sltt.LIF, folded_bptt, peer="SpikingJelly BPTT", rule="BPTT"),
+    "BPTT, fold = T": Case(sltt.LIF, folded(sltt.BPTT), peer="SpikingJelly BPTT", rule="BPTT"),
     "BPTT, recompute": sltt_case(sltt.BPTT(recompute=True), "BPTT"),
     "BPTT, segment = 2": sltt_case(sltt.BPTT(segment=2), "BPTT"),
     "evaluation": Case(sltt.LIF, evaluation(), floor="relu, evaluation", evaluates=True),
     "evaluation, dense": Case(sltt.LIF, evaluation(sparse="off"), floor="relu, evaluation", evaluates=True),
     "SpikingJelly SLTT": peer_case(lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt, "SLTT"),
     "SpikingJelly BPTT": peer_case(Folded, jelly_bptt, "BPTT"),
+    "SpikingJelly SLTT, bf16": bf16_peer(lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt),
+    "SpikingJelly BPTT, bf16": bf16_peer(Folded, jelly_bptt),
     "snnTorch, detached": peer_case(snntorch_neuron, snntorch_sltt, "SLTT"),
     "Norse, detached": peer_case(NorseNeuron, norse_sltt, "SLTT"),
 }
 
 
-def build(network: str, case: str, batch: int | None = None) -> tuple[nn.Module, Tensor, Tensor]:
+def build(
+    network: str, case: str, batch: int | None = None, device: torch.device | None = None
+) -> tuple[nn.Module, Tensor, Tensor]:
     """The case's network with the weights that all cases share, and the batch; None is the network's own size."""
     make, (size, *shape) = NETWORKS[network]
     torch.manual_seed(0)
@@ -268,6 +301,7 @@ def build(network: str, case: str, batch: int | None = None) -> tuple[nn.Module,
     generator = torch.Generator().manual_seed(1)
     x = torch.randn((batch or size, *shape), generator=generator)
     y = torch.randint(10, x.shape[:1], generator=generator)
+    model, x, y = model.to(device), x.to(device), y.to(device)
     if CASES[case].channels_last and x.ndim == 4:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if CASES[case].evaluates:
@@ -283,7 +317,7 @@ def settle(model: nn.Module, x: Tensor) -> None:
     model.eval()
 
 
-def cosine(network: str, case: str, steps: int) -> float | None:
+def cosine(network: str, case: str, steps: int, device: torch.device | None = None) -> float | None:
     """Cosine between the case's gradient and that of its rule, by the plain equations."""
     rule = CASES[case].rule
     if not rule:
@@ -291,7 +325,7 @@ def cosine(network: str, case: str, steps: int) -> float | None:
     grads = []
     exact = by_rule(getattr(sltt, rule)(), compile="off", bits=False)
     for name, iteration in ((case, CASES[case].run), (rule, exact)):
-        model, x, y = build(network, name, 2)
+        model, x, y = build(network, name, 2, device)
         model.double()
         for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
             norm.eval().get_buffer("running_var").fill_(0.02)  # small enough for every layer to spike

@@ -37,6 +37,7 @@ class Setting:
         batch: samples; None is the network's own.
         threads: of PyTorch.
         avx2: without AVX-512.
+        device: cpu or cuda.
         clock: wall, seconds that pass; or process, seconds that the process computes: with one thread these are hardly
             disturbed by other processes.
     """
@@ -47,16 +48,24 @@ class Setting:
     threads: int = torch.get_num_threads()
     avx2: bool = False
     clock: Literal["wall", "process"] = "wall"
+    device: str = "cpu"
 
     def described(self) -> dict[str, Any]:
         """For a row of the results."""
         size, *shape = NETWORKS[self.network][1]
-        batch, on = self.batch or size, hardware(self.threads, self.avx2)
-        return {**asdict(self), "batch": batch, "input": [batch, *shape], "hardware": on}
+        batch, on = self.batch or size, hardware(self.threads, self.avx2, self.device)
+        found = {**asdict(self), "batch": batch, "input": [batch, *shape], "hardware": on}
+        del found["device"]  # the hardware says it
+        return found
 
 
-def hardware(threads: int, avx2: bool = False) -> str:
+def hardware(threads: int, avx2: bool = False, device: str = "cpu") -> str:
     """What a measurement runs on."""
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+        versions = f"driver {driver}, CUDA {torch.version.cuda}, PyTorch {torch.__version__}"
+        return f"{torch.cuda.get_device_name()}, {versions}"
     capability = "AVX2" if avx2 else torch.backends.cpu.get_cpu_capability()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
@@ -68,13 +77,16 @@ def work(setting: Setting, case: str) -> None:
     with contextlib.suppress(OSError):  # where memory runs out, it is this process that ends
         Path("/proc/self/oom_score_adj").write_text("1000")
     torch.set_num_threads(setting.threads)
-    model, x, y = build(setting.network, case, setting.batch)
+    device = torch.device(setting.device)
+    model, x, y = build(setting.network, case, setting.batch, device)
     clock = time.perf_counter if setting.clock == "wall" else time.process_time
 
     def run() -> float:
         model.zero_grad(set_to_none=True)
+        finish(device)
         began = clock()
         CASES[case].run(model, x, y, setting.steps)
+        finish(device)
         return clock() - began
 
     def timed() -> float:
@@ -86,9 +98,8 @@ def work(setting: Setting, case: str) -> None:
     def resident() -> int:
         nonlocal model
         run()
-        model = build(setting.network, case, setting.batch)[0]  # without states that other libraries keep
+        model = build(setting.network, case, setting.batch, device)[0]  # without states that other libraries keep
         gc.collect()
-        device = torch.device("cpu")
         before = resident_set()
         reset_process_peak(device)
         run()
@@ -96,12 +107,18 @@ def work(setting: Setting, case: str) -> None:
 
     actions: dict[str, Callable[[], Any]] = {
         "time": timed,
-        "cosine": lambda: cosine(setting.network, case, setting.steps),
-        "memory": lambda: peak_memory(run),  # in a new process: no state of an earlier iteration to free
+        "cosine": lambda: cosine(setting.network, case, setting.steps, device),
+        "memory": lambda: peak_memory(run, device),  # in a new process: no state of an earlier iteration to free
         "resident": resident,
     }
     for line in sys.stdin:
         print(json.dumps(actions[line.strip()]()), flush=True)
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def resident_set() -> int:

@@ -2,7 +2,7 @@
 
     pip install '.[bench]'
     python benchmarks/peers.py [--network resnet18|vgg11|vgg11-max|shd|digits] [--steps 6] [--cases "NAME;…"]
-                               [--batch N] [--threads N] [--avx2] [--clock wall|process] [--times]
+                               [--device cpu|cuda] [--batch N] [--threads N] [--avx2] [--clock wall|process] [--times]
                                [--repeats 7] [--limit 1800] [--json FILE]
     python benchmarks/peers.py --steps 4,16,64 --cases "SLTT;BPTT;SpikingJelly SLTT;SpikingJelly BPTT" --json FILE
 
@@ -54,7 +54,7 @@ def measure(setting: Setting, names: list[str], repeats: int, limit: float, time
     rows: list[Row] = [{**setting.described(), "began": began, "case": name} for name in names]
     for row in rows if not times else ():
         measure_memory(setting, row, limit)
-        line = row["error"] if "error" in row else f"{megabytes(row['memory'])}, resident {megabytes(row['resident'])}"
+        line = row.get("error") or f"{megabytes(row['memory'])}, resident {megabytes(row.get('resident', 0))}"
         CONSOLE.print(f"{row['case']}: {line}", style="dim")
     measure_times(setting, [row for row in rows if "error" not in row], repeats, limit)
     return rows
@@ -64,7 +64,7 @@ def measure_memory(setting: Setting, row: Row, limit: float) -> None:
     # malloc gives back every block above 64 kB: the resident set is then what is in use
     worker = start(setting, row["case"], limit, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     try:
-        for what in ("memory", "resident", "cosine"):
+        for what in ("memory", "cosine") if setting.device == "cuda" else ("memory", "resident", "cosine"):
             row[what] = worker.ask(what)
     except EndedError as error:
         row["error"] = str(error)
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="resnet18")
     parser.add_argument("--steps", default="6", help="one T, or several separated by commas")
     parser.add_argument("--cases", help="names separated by semicolons; default: all")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, help="samples; default: the network's own")
     parser.add_argument("--threads", type=int, default=Setting.threads)
     parser.add_argument("--avx2", action="store_true", help="without AVX-512")
@@ -164,11 +165,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.clock == "process" and options.threads > 1:
         raise SystemExit("--clock process is the time of one thread: add --threads 1")
-    names = options.cases.split(";") if options.cases else list(CASES)
+    runs = [name for name in CASES if options.device == "cuda" or "graph" not in name]
+    names = options.cases.split(";") if options.cases else runs
     if unknown := [name for name in names if name not in CASES]:
         raise SystemExit(f"unknown cases {unknown}; known: {'; '.join(CASES)}")
     steps = [int(n) for n in options.steps.split(",")]
-    setting = Setting(options.network, steps[0], options.batch, options.threads, options.avx2, options.clock)
+    given = options.network, steps[0], options.batch, options.threads, options.avx2, options.clock, options.device
+    setting = Setting(*given)
     measured = options.repeats, options.limit, options.times
     sweep(setting, steps, names, *measured, options.json)
 

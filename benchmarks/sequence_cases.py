@@ -22,6 +22,7 @@ class Work(NamedTuple):
         steps: T.
         density: of the input, 0 and 1; None is a dense input.
         recurrent: the neurons read their own spikes.
+        device: of weights and input.
         classes: a readout, with the cross-entropy at each time step; without one, the loss is the sum of spikes.
     """
 
@@ -31,6 +32,7 @@ class Work(NamedTuple):
     density: float | None = None
     recurrent: bool = False
     classes: int = 0
+    device: str = "cpu"
 
 
 WORKS = {
@@ -71,7 +73,8 @@ def batch_of(work: Work) -> tuple[Tensor, Tensor]:
     dense = work.density is None
     x = torch.randn(shape, generator=generator) if dense else torch.rand(shape, generator=generator)
     x = x if work.density is None else (x < work.density).float()
-    return x, torch.randint(max(2, work.classes), (work.batch,), generator=generator)
+    y = torch.randint(max(2, work.classes), (work.batch,), generator=generator)
+    return x.to(work.device), y.to(work.device)
 
 
 def network(work: Work, weights: Weights, neuron: Callable[[], nn.Module], recurrent: Any = None) -> nn.Sequential:
@@ -80,7 +83,7 @@ def network(work: Work, weights: Weights, neuron: Callable[[], nn.Module], recur
     for i in range(len(work.widths) - 1):
         layers.append(linear(weights[f"w{i}"], weights[f"b{i}"]))
         layers.append(recurrent(linear(weights["r"])) if work.recurrent else neuron())
-    return nn.Sequential(*layers, *([linear(weights["w"], weights["b"])] if work.classes else []))
+    return nn.Sequential(*layers, *([linear(weights["w"], weights["b"])] if work.classes else [])).to(work.device)
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -24,7 +24,7 @@ from sltt.commands.results import scores_text
 from sltt.training.console import megabytes
 
 DOCS = Path(__file__).parents[1] / "docs"
-NAMES = "performance", "paper", "results", "when-not", "recall", "own-neuron"
+NAMES = "performance", "paper", "results", "when-not", "recall", "own-neuron", "gpu"
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 BLOCK = re.compile(r"(<!-- table (\S+)( over T)? -->\n).*?(<!-- end -->)", re.DOTALL)
 LABELS = {
@@ -35,6 +35,7 @@ NETWORKS = {
     "resnet18": "ResNet-18",
     "vgg11": "VGG-11",
     "vgg11-max": "VGG-11 with max pooling",
+    "spikformer": "Spikformer",
     "shd": "MLP 700-256-256-20",
     "digits": "DigitsNet",
 }
@@ -183,9 +184,9 @@ def other_networks(results: Path) -> str:
     )
 
 
-def sequences(results: Path) -> str:
+def sequences(results: Path, name: str = "sequences") -> str:
     """Small networks and long sequences, as open_neuromorphic.py measured them beside other libraries."""
-    found = load(results, "sequences")
+    found = load(results, name)
     lines = []
     for work, of in grouped(found["rows"], "work").items():
         one = by(of, "case")
@@ -200,6 +201,39 @@ def sequences(results: Path) -> str:
     return f"{found['hardware']}, processor time:\n\n" + markdown(["", "SLTT", "BPTT", *headings], lines)
 
 
+def gpu_steps(results: Path) -> str:
+    """How the steps of gpu.py ended."""
+    rows = load(results, "gpu/steps")
+    ends = ("failed: " + r["last"] if r["code"] else "done" for r in rows)
+    lines = [[f"`{r['step']}`", end, f"{r['seconds']:.0f} s"] for r, end in zip(rows, ends, strict=True)]
+    return markdown(["step", "", "took"], lines)
+
+
+def gpu_profile(results: Path) -> str:
+    """A profile of one batch."""
+    found = load(results, "gpu/profile")
+    lines = [
+        [r["what"], f"{1e3 * r['seconds']:.1f} ms", f"{1e3 * r['host']:.1f} ms", f"{r['busy']:.0%}", str(r["launches"])]
+        for r in found["rows"]
+    ]
+    return f"{found['hardware']}:\n\n" + markdown(["batch", "time", "host", "device busy", "launches"], lines)
+
+
+def gpu_kernels(results: Path) -> str:
+    """The neuron step against the memory's bandwidth."""
+    found = load(results, "gpu/kernels")
+    lines = [
+        [
+            f"{r['dtype']}, T = {r['steps']}",
+            f"{1e3 * r['seconds']:.2f} ms",
+            f"{r['rate'] / 1e9:.0f} GB/s",
+            f"{r['rate'] / r['copy']:.0%}",
+        ]
+        for r in found["rows"]
+    ]
+    return f"{found['hardware']}:\n\n" + markdown(["LIF", "forward and backward", "moved", "of a copy's rate"], lines)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "tasks": partial(tasks, cell=lambda row: scores_text(row["accuracies"])),
     "tasks-memory": partial(tasks, cell=lambda row: megabytes(row["peak_memory"])),
@@ -209,6 +243,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "layers": layers,
     "other-networks": other_networks,
     "sequences": sequences,
+    "gpu-steps": gpu_steps,
+    "gpu-profile": gpu_profile,
+    "gpu-kernels": gpu_kernels,
+    "gpu-sequences": partial(sequences, name="gpu/sequences"),
     **paper_tables.TABLES,
     **advice_tables.TABLES,
 }
