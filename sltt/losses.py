@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt.checks import flag, function, instance, number
-from sltt.sequence.padding import real_steps
+from sltt.sequence.padding import lengths_of, real_steps, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.spikes import observing
 
@@ -265,6 +265,16 @@ def predict_from(by: Prediction, logits: Tensor, lengths: Sequence[int] | None =
     if by == "last":
         return logits[-1]
     return logits.amax(0) if by == "max" else logits
+
+
+def to_score(loss: Any, logits: Tensor, target: Any) -> tuple[Tensor, Any]:
+    """Return the prediction from the logits [T, B, C] and its target, as a metric takes them; of real steps alone."""
+    lengths, y = lengths_of(target), target_of(target)
+    prediction = predict_from(prediction_of(loss), logits, lengths)
+    if lengths is None or not is_per_step(loss):
+        return prediction, y
+    real = real_steps(lengths, len(logits), logits)
+    return prediction[real], y[real]
 
 
 def prediction_of(loss: Any) -> Prediction:

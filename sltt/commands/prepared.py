@@ -11,7 +11,7 @@ from sltt.checks import whole_number
 from sltt.data import Splits
 from sltt.rules import Rule
 from sltt.sequence.hooks import hooked
-from sltt.sequence.padding import Padded, pad
+from sltt.sequence.padding import Padded, pad_batch
 from sltt.training.batches import EpochSampler, finish_loaders, train_loader
 from sltt.training.evaluation import measure_settings, measure_split
 from sltt.training.parameters import parameter_groups
@@ -54,7 +54,8 @@ class Prepared:
         again = torch.arange(whole_number("batch_size", size, least=1)) % count
         x = x.index_select(0 if self.splits.static else 1, again)
         if isinstance(y, Padded):
-            return self._session.batch(pad(x, self._steps), y.rows(again.tolist()))
+            per_step = self.splits.per_step
+            return self._session.batch(*pad_batch(x, y.rows(again.tolist(), per_step), self._steps, per_step))
         return self._session.batch(x, y.index_select(1 if self.splits.per_step else 0, again))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Any]]:
@@ -64,7 +65,7 @@ class Prepared:
         with finish_loaders(loader):
             while True:
                 for x, y in loader:
-                    yield self._session.batch(x, y)
+                    yield self._session.batch(x, y, self.splits.per_step)
 
 
 @contextmanager

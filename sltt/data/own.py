@@ -101,11 +101,6 @@ class _OwnData(Data):
                 "pad=True adds time steps to sequences, and static=True says that there are none: set static=False, or "
                 "leave pad out"
             )
-        if pad and per_step:
-            raise ValueError(
-                "pad=True does not know the targets of added time steps: give sequences of one length, such as windows "
-                "of the longer ones"
-            )
         if by_length and not pad:
             raise ValueError("by_length=True is for sequences of several lengths, which pad=True takes: set both")
 
@@ -191,7 +186,9 @@ class _Padding(Splits):
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         lengths = tuple(len(x) for x, _ in samples)
-        x, target = super().collate([(padded(x, max(lengths)), y) for x, y in samples])
+        most = max(lengths)
+        pairs = ((padded(x, most), padded(y, most) if self.per_step else y) for x, y in samples)
+        x, target = super().collate([*pairs])
         return x, Padded(target, lengths)
 
 

@@ -98,7 +98,7 @@ class Rule(Frozen, ABC):
         if isinstance(target, Padded):
             self._check_padded(sequence, target, loss)
         if is_per_step(loss):
-            _check_targets(sequence, target)
+            _check_targets(sequence, target_of(target))
         network = Run(model, sequence, self.step(), hoist=self.hoist, keep=not self.online)
         explained = explaining(backward or Tensor.backward, network)
         batch = Batch(network, target, loss, explained, update, seed)
@@ -162,7 +162,7 @@ class Rule(Frozen, ABC):
             what = f"{self} has mean rates of all steps" if not self.pads else "a static input has no length"
             remedy = "use SLTT or BPTT" if not self.pads else "give a sequence [T, B, ...], without steps"
             raise ValueError(f"{what}, and the target is Padded: {remedy}")
-        if isinstance(loss, SequenceLoss | Activity) or is_per_step(loss):
+        if isinstance(loss, SequenceLoss | Activity):
             raise ValueError(
                 f"{kind} looks at padded steps too: use a loss of one step, such as CrossEntropyMSE, or sequences of "
                 "one length"

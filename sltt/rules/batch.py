@@ -140,7 +140,7 @@ class Batch:
     def targets(self, steps: int | slice) -> Any:
         """The target of time steps; the same for all of them, unless the loss takes one for each."""
         if isinstance(self.target, Padded) and isinstance(steps, int):
-            return self.target.at(steps, self.steps)
+            return self.target.at(steps, self.steps, is_per_step(self.loss))
         return self.target[steps] if is_per_step(self.loss) else self.target
 
     @property
@@ -173,7 +173,7 @@ def sequence_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
     if isinstance(loss, SequenceLoss):
         return step_loss(loss, logits, target)
     if isinstance(target, Padded):
-        targets: Any = [target.at(t, len(logits)) for t in range(len(logits))]
+        targets: Any = [target.at(t, len(logits), is_per_step(loss)) for t in range(len(logits))]
     else:
         targets = target if is_per_step(loss) else [target] * len(logits)
     return torch.stack([step_loss(loss, o, y) for o, y in zip(logits, targets, strict=True)]).mean()

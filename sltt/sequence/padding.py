@@ -18,7 +18,7 @@ class Padded(NamedTuple):
         rule(model, x, sltt.Padded(y, lengths=[12, 9, 30]), loss)
 
     Attributes:
-        target: y [B, ...], for a loss that is a mean over samples.
+        target: y [B, ...], for a loss that is a mean over samples; y [T, B, ...] for `sltt.losses.PerStep`.
         lengths: T_b, the number of real steps of each sample, 1 … T.
     """
 
@@ -30,26 +30,26 @@ class Padded(NamedTuple):
         """N, the number of real steps of all samples."""
         return sum(self.lengths)
 
-    def at(self, t: int, steps: int) -> "Real":
+    def at(self, t: int, steps: int, per_step: bool) -> "Real":
         """The targets of the samples that are real at step t of `steps`."""
+        target = self.target[t] if per_step else self.target
         rows = [b for b, length in enumerate(self.lengths) if length > t]
         weight = len(rows) * steps / self.steps
         if len(rows) == len(self.lengths):
-            return Real(self.target, None, weight)
+            return Real(target, None, weight)
         index = torch.tensor(rows, dtype=torch.long).to(self.target.device, non_blocking=self.target.is_cuda)
-        return Real(self.target[index], index, weight)
+        return Real(target[index], index, weight)
 
-    def rows(self, index: Sequence[int]) -> "Padded":
+    def rows(self, index: Sequence[int], per_step: bool) -> "Padded":
         """The targets of some samples."""
-        return Padded(self.target[list(index)], [self.lengths[b] for b in index])
+        rows = torch.tensor(index)
+        return Padded(self.target.index_select(int(per_step), rows), [self.lengths[b] for b in index])
 
-    def split(self, count: int) -> list["Padded"]:
+    def split(self, count: int, per_step: bool) -> list["Padded"]:
         """The targets in so many parts, as `Tensor.tensor_split`."""
-        targets, begin, found = self.target.tensor_split(count), 0, []
-        for target in targets:
-            found.append(Padded(target, self.lengths[begin : begin + len(target)]))
-            begin += len(target)
-        return found
+        targets, rows = self.target.tensor_split(count, int(per_step)), torch.arange(len(self.lengths))
+        parts = (part.tolist() for part in rows.tensor_split(count))
+        return [Padded(y, [self.lengths[b] for b in part]) for y, part in zip(targets, parts, strict=True)]
 
 
 class Real(NamedTuple):
@@ -63,6 +63,11 @@ class Real(NamedTuple):
 def pad(x: Tensor, steps: int) -> Tensor:
     """A sequence, or a batch of them, [T, ...], with zeros behind its end: [steps, ...]."""
     return x if len(x) == steps else torch.cat([x, x.new_zeros(steps - len(x), *x.shape[1:])])
+
+
+def pad_batch(x: Tensor, y: Padded, steps: int, per_step: bool) -> tuple[Tensor, Padded]:
+    """A batch of so many steps; with `per_step`, its targets too."""
+    return pad(x, steps), y._replace(target=pad(y.target, steps)) if per_step else y
 
 
 def check_lengths(lengths: Sequence[Any], steps: int, batch: int) -> None:

@@ -241,7 +241,7 @@ def cut(x: Tensor, y: Tensor | Padded, count: int, *, static: bool, per_step: bo
     """Return a batch in so many parts: x [B, ...] or [T, B, ...], y [B, ...] or with `per_step` [T, B, ...]."""
     xs = x.tensor_split(count, dim=0 if static else 1)
     if isinstance(y, Padded):
-        ys = y.split(count)
+        ys = y.split(count, per_step)
         weights = [part.steps / y.steps for part in ys]
     else:
         ys = y.tensor_split(count, dim=1 if per_step else 0)

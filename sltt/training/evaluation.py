@@ -18,17 +18,16 @@ from sltt.checks import choice, flag, instance, whole_number
 from sltt.data import Data, Splits
 from sltt.data.loaders import Loaders, as_data, batch_size_of
 from sltt.kernels import Compile, Sparse
-from sltt.losses import CrossEntropyMSE, check_loss, predict_from, prediction_of
+from sltt.losses import CrossEntropyMSE, check_loss, prediction_of, to_score
 from sltt.metrics import Accuracy, Metric, check_metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
 from sltt.rules.batch import sequence_loss
 from sltt.sequence.modes import evaluating
-from sltt.sequence.padding import lengths_of, target_of
 from sltt.training.batches import finish_loaders, share, whole_epoch
 from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
-from sltt.training.score import Score
+from sltt.training.score import Score, count_scored
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution
 from sltt.training.trained import Trained
@@ -164,27 +163,27 @@ def measure(
     processes = here.processes
     batches: Any = loader.batch_sampler
     state = Progress()
-    scored, *others = (Score(metric, processes, state, selects) for metric in metrics)
+    first, *others = (Score(metric, processes, state, selects) for metric in metrics)
     began = time.monotonic()
     with evaluating(net), firing_rates(net.module) as firing, torch.no_grad():
         for x, y in whole_epoch(loader):
             check_length(x, y, splits, steps)
-            x, y = here.batch(x, y)
+            x, y = here.batch(x, y, splits.per_step)
             size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
             _, count = share(size, processes.rank, processes.count)
             seen = views(x, splits.static, mirror, shift)
             run = partial(_logits, net, seen, steps if splits.static else None)
             with count_samples(firing, count):
                 logits = memory.measure(run) if memory and memory.due(len(x)) else run()
-            pair = predict_from(prediction_of(loss), logits, lengths_of(y)), target_of(y)
-            score = scored.batch(*pair, count)
+            pair, counted = to_score(loss, logits, y), count_scored(loss, y, count)
+            score = first.batch(*pair, counted)
             for other in others:
-                other.batch(*pair, count)
-            state.count(sequence_loss(loss, logits, y), score, count, y)
+                other.batch(*pair, counted)
+            state.count(sequence_loss(loss, logits, y), score, counted, y)
     state.firing = firing.state_dict()
     seconds, peak = time.monotonic() - began, memory.peak if memory else None
     name, *names = map(name_of, metrics)
-    found = scored.of(state.metrics(name, processes, seconds, peak))
+    found = first.of(state.metrics(name, processes, seconds, peak))
     return replace(found, scores={name: found.score} | {n: one.value() for n, one in zip(names, others, strict=True)})
 
 

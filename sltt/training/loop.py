@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 from sltt.analysis import FiringRates, firing_rates
 from sltt.callbacks import Moment
 from sltt.data import Data, Splits
-from sltt.losses import is_per_step, predict_from, prediction_of
+from sltt.losses import is_per_step, to_score
 from sltt.metrics import higher_is_better, improves, name_of
 from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
 from sltt.rules import Output
 from sltt.rules.folding import chosen_fold
-from sltt.sequence.padding import Padded, lengths_of, target_of
+from sltt.sequence.padding import Padded, target_of
 from sltt.sequence.steps import check_input
 from sltt.training.average import make_average, take_average
 from sltt.training.batches import (
@@ -45,7 +45,7 @@ from sltt.training.phases import Stage, freeze_norm, set_rates, stage_at
 from sltt.training.progress import BatchMemory, Metrics, Progress, epoch_row
 from sltt.training.runs import write_table
 from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers, long_warmup
-from sltt.training.score import Score
+from sltt.training.score import Score, count_scored
 from sltt.training.session import Session
 from sltt.training.settings import Training
 
@@ -181,7 +181,7 @@ class Loop:
         check_length(x, y, self.splits, stage.steps)
         if self.session.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
             check_input(x)
-        x, y = self.session.batch(x, y)
+        x, y = self.session.batch(x, y, self.splits.per_step)
         static, per_step, carried = self.splits.static, is_per_step(self.loss), rule.state_dict()
 
         def run() -> Output:
@@ -208,8 +208,8 @@ class Loop:
         if not rule.online:
             self._update()
         self.processes.average_statistics(self.model)
-        prediction = predict_from(prediction_of(self.loss), out.logits, lengths_of(y))
-        state.count(out.loss, self.score.batch(prediction, target_of(y), count), count, y)
+        counted = count_scored(self.loss, y, count)
+        state.count(out.loss, self.score.batch(*to_score(self.loss, out.logits, y), counted), counted, y)
         if self.average:
             self.average.update_parameters(self.model)
         if self.callbacks:  # to read the loss waits for a GPU

@@ -75,7 +75,7 @@ class Progress:
     pending: bool = False  # callbacks have yet to see the last epoch
 
     def count(self, loss: Tensor, score: float, samples: int, target: Any) -> None:
-        """Add a batch with so many samples, and their mean score; 0 where another process counts them."""
+        """Add a batch whose score is a mean over so many; 0 where another process counts them."""
         self.batch += 1
         if samples:
             terms = target.steps if isinstance(target, Padded) else samples

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sltt.losses import is_per_step
 from sltt.metrics import collects, name_of
 from sltt.parallel.processes import Processes
+from sltt.sequence.padding import Padded
 from sltt.training.progress import Metrics, Progress
 
 
@@ -93,6 +95,11 @@ class Score:
             f"the metric {name_of(self.metric)} computes {got}, and a training selects by one number: give a metric of "
             "one, such as the mean over classes by average='macro', and this one to sltt.evaluate"
         )
+
+
+def count_scored(loss: Any, target: Any, samples: int) -> int:
+    """Return of how many terms a metric is the mean: samples, or real steps where each has a target."""
+    return target.steps if samples and isinstance(target, Padded) and is_per_step(loss) else samples
 
 
 def _empty(metric: Any) -> Any:

@@ -15,7 +15,7 @@ from sltt.data import Data, Splits
 from sltt.kernels import using
 from sltt.parallel.devices import make_fabric
 from sltt.parallel.processes import Processes
-from sltt.sequence.padding import Padded, pad
+from sltt.sequence.padding import Padded, pad_batch
 from sltt.training.batches import eval_loader
 from sltt.training.console import Console
 from sltt.training.runs import lock_run
@@ -50,13 +50,13 @@ class Session:
         """Return the loss on the device; one that is a plain function has no weights to move."""
         return loss.to(self.fabric.device) if isinstance(loss, nn.Module) else loss
 
-    def batch(self, x: Tensor, y: Any) -> tuple[Tensor, Any]:
+    def batch(self, x: Tensor, y: Any, per_step: bool = False) -> tuple[Tensor, Any]:
         """A batch on the device; images channels-last if asked for: [B, C, H, W], or [T, B, C, H, W] step by step.
 
         Padded sequences have the same T in all processes, which do each time step together.
         """
         if isinstance(y, Padded):
-            x = pad(x, int(self.processes.highest(len(x))))
+            x, y = pad_batch(x, y, int(self.processes.highest(len(x))), per_step)
         x, y = self.fabric.to_device((x, y))
         if self.execution.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)

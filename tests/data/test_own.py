@@ -98,6 +98,10 @@ def test_sequences_of_several_lengths_are_padded_with_zeros():
     x, y = splits.collate([splits.train[i] for i in range(3)])
     assert x.sum(dim=(0, 2)).tolist() == [8, 12, 20]
     assert (y.target.tolist(), y.lengths) == ([0, 1, 1], (2, 3, 5))
+    each = [(x, torch.arange(len(x))) for x, _ in samples]
+    splits = from_datasets(each, static=False, pad=True, per_step=True, classes=5).splits(steps=5)
+    _, y = splits.collate([splits.train[0], splits.train[1]])
+    assert (y.target.tolist(), y.lengths) == ([[0, 0], [1, 1], [0, 2]], (2, 3))
     with pytest.raises(ValueError, match=r"train\[2\] has 5 time steps, more than steps=4"):
         from_datasets(samples, static=False, pad=True).splits(steps=4).train[2]
     splits = from_datasets(samples, static=False).splits(steps=5)

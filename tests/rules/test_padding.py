@@ -61,6 +61,26 @@ def test_a_padded_batch_has_the_gradient_of_its_samples_one_by_one(rule):
     torch.testing.assert_close(sequence_loss(LOSS, out.logits, y), out.loss)
 
 
+@pytest.mark.parametrize("rule", [sltt.BPTT(), sltt.SLTT(), sltt.TBPTT(2), sltt.OTTT(decay=0.5)], ids=repr)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_padded_targets_of_each_step_have_the_gradient_of_the_samples_one_by_one(rule, parts):
+    network, loss = small_network(), sltt.losses.PerStep(nn.CrossEntropyLoss())
+    x, _ = padded()
+    y = torch.randint(3, x.shape[:2])
+
+    def gradients(batches):
+        model = copy.deepcopy(network)
+        outs = [rule(model, x, y, loss, backward=lambda v, w=w: (v * w).backward()) for x, y, w in batches]
+        return gradient(model), sum(out.loss * w for out, (*_, w) in zip(outs, batches, strict=True)), outs
+
+    found = gradients(cut(x, sltt.Padded(y, LENGTHS), parts, static=False, per_step=True))
+    rows = enumerate(LENGTHS)
+    one = gradients([(x[:n, b : b + 1], y[:n, b : b + 1], n / sum(LENGTHS)) for b, n in rows])
+    torch.testing.assert_close(found[:2], one[:2])
+    if parts == 1:
+        torch.testing.assert_close(sequence_loss(loss, found[2][0].logits, sltt.Padded(y, LENGTHS)), found[1])
+
+
 def test_full_lengths_are_as_without(padding):
     model = small_network()
     x, y = batch()
@@ -161,3 +181,20 @@ def test_a_training_leaves_out_padded_steps(accumulate, tmp_path, monkeypatch):
     )
     metrics = sltt.evaluate(model, recordings(), "validation", **settings)
     assert metrics.accuracy == result.history[result.epoch - 1]["validation_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("batch_size", [3, 12])
+def test_the_score_of_padded_targets_of_each_step_is_of_the_real_steps(batch_size, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    samples = [(x, (x[:, 0] > 0.5).long()) for x in (torch.rand(2 + i % 5, 4, generator=generator) for i in range(24))]
+    data = sltt.data.from_datasets(samples[12:], samples[:12], static=False, pad=True, per_step=True, classes=2)
+    loss, model = (
+        sltt.losses.PerStep(nn.CrossEntropyLoss()),
+        nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 2)),
+    )
+    settings = {"steps": 6, "batch_size": batch_size, "device": "cpu", "loss": loss}
+    result = sltt.fit(model, data, sltt.SLTT(), epochs=2, run=tmp_path / "run", **settings)
+    metrics = sltt.evaluate(model, data, "validation", **settings)
+    right = [(sltt.unroll(model, x[:, None]).argmax(-1)[:, 0] == y).float() for x, y in samples[:12]]
+    assert metrics.score == pytest.approx(float(torch.cat(right).mean()))
+    assert metrics.score == result.history[result.epoch - 1]["validation_accuracy"]
