@@ -99,13 +99,14 @@ class _StepwiseBatchNorm(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         grad_x = torch.empty_like(x) if needs[0] else None
         totals: list[Tensor | None] = [None, None]
-        for t in range(ctx.steps):
-            x_t, grad_t = (part.chunk(ctx.steps)[t] for part in (x, grad))
+        results = [None] * ctx.steps if grad_x is None else grad_x.chunk(ctx.steps)
+        parts = zip(x.chunk(ctx.steps), grad.chunk(ctx.steps), results, mean, invstd, strict=True)
+        for x_t, grad_t, result, mean_t, invstd_t in parts:
             of_x, *of_affine = torch.ops.aten.native_batch_norm_backward(
-                grad_t, x_t, weight, None, None, mean[t], invstd[t], True, ctx.eps, needs
+                grad_t, x_t, weight, None, None, mean_t, invstd_t, True, ctx.eps, needs
             )
-            if grad_x is not None:
-                grad_x.chunk(ctx.steps)[t].copy_(of_x)
+            if result is not None:
+                result.copy_(of_x)
             for i, g in enumerate(of_affine):
                 if needs[i + 1]:
                     totals[i] = g if totals[i] is None else totals[i] + g
