@@ -182,12 +182,13 @@ class Run:
         self.step.require_folds()
 
     def result(self, value: Tensor) -> Tensor:
-        """Return what was computed from the sequence; NaN if the input, or the membrane potential of a neuron, is.
+        """Return what was computed from the sequence; NaN if the input or a weight is.
 
         A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and `value` finite.
+        That of a weight stands in the membrane potentials of each sample, the first one too.
         """
         states = [s for layer in self.layout.keepers if layer.spikes for s in state_tensors(layer.module)]
-        damaged = [~finite(s) for s in states if s.is_floating_point()]
+        damaged = [~finite(s[:1] if s.ndim else s) for s in states if s.is_floating_point()]
         damaged += [] if self.sequence.damaged is None else [self.sequence.damaged]
         if not damaged:
             return value
