@@ -100,7 +100,7 @@ def advice(
 
 def _drops(one: Agreement, name: str = "It") -> str:
     """Return the paths through time that a rule drops, in words."""
-    cosines = f"cosine {one.cosine:.3f}; without resets {one.least:.3f} or more in every layer"
+    cosines = f"cosine {one.cosine:.3f}; at least {one.least:.3f} in every layer, without the gradient through resets"
     return f"{name} drops {one.dropped:.0%} of the gradient ({cosines})."
 
 
@@ -124,10 +124,10 @@ def _confidence(trial: Trial | None, epochs: int, training: int) -> str:
     count = len(trial.start)
     said = ", ".join(f"{name} {_range(shares)}" for name, shares in learned.items())
     solved = [name for name in learned if trial.solves(name)]
-    right = f" {', '.join(solved)} got {SOLVED:.0%} or more of the training samples right, which is enough too."
+    right = f" {', '.join(solved)} got at least {SOLVED:.0%} of the training samples right, which is enough alone."
     return (
         f"{_certainty(trial, training)} Of BPTT's loss decrease in {trial.epochs} epochs with {count} "
-        f"seed{'s' * (count > 1)}, {said} ({LEARNS:.0%} needed).{right if solved else ''}"
+        f"seed{'s' * (count > 1)}, {said} (enough: {LEARNS:.0%}).{right if solved else ''}"
     )
 
 
