@@ -17,11 +17,13 @@ import sltt
 from sltt.commands import yamltext
 from sltt.commands.failures import UsageError
 from sltt.data.loaders import BATCH_SIZE
+from sltt.rules import SHIPPED
 
 LISTS = "phases", "callbacks", "loggers"
-MATTER_FIRST = """Options override the recipe's values. These matter first:
+*FIRST, LAST = (rule.__name__ for rule in SHIPPED)
+MATTER_FIRST = f"""Options override the recipe's values. These matter first:
 
-  --rule NAME                SLTT, BPTT, TBPTT, OTTT, RateBased or Mixed
+  --rule NAME                {", ".join(FIRST)} or {LAST}
   --rule.k K                 an argument of the rule; --rule.help SLTT lists all
   --steps T                  number of time steps
   --epochs N                 passes over the training samples

@@ -7,4 +7,19 @@ from sltt.rules.ottt import OTTT
 from sltt.rules.rate import RateBased
 from sltt.rules.truncated import BPTT, SLTT, TBPTT, Truncated
 
-__all__ = ["BPTT", "OTTT", "SLTT", "TBPTT", "Mixed", "Output", "RateBased", "Rule", "Truncated", "unroll"]
+# every rule, in the order of the help; tests/rules/test_shipped.py says what else a new one needs
+SHIPPED: tuple[type[Rule], ...] = (SLTT, BPTT, TBPTT, OTTT, RateBased, Mixed)
+
+__all__ = [
+    "BPTT",
+    "OTTT",
+    "SHIPPED",
+    "SLTT",
+    "TBPTT",
+    "Mixed",
+    "Output",
+    "RateBased",
+    "Rule",
+    "Truncated",
+    "unroll",
+]
