@@ -74,6 +74,7 @@ CONSTRUCTORS = [
     (data.CIFAR10DVS, {}, EVENTS),
     (data.EventFolder, {"root": "x", "sensor": (2, 2)}, EVENTS | {"sensor": Kind(SIZES.values, SIZES.message)}),
     (data.SHD, {}, SPLIT | {"root": PATH, "duration": number(0, -1), "download": FLAG}),
+    (data.TimeSeries, {}, SPLIT | {"name": CHOICE, "delta": number(0, -1).but("none")}),
     (data.CIFAR10, {}, IMAGES | {"download": FLAG}),
     (data.CIFAR100, {}, IMAGES | {"download": FLAG}),
     (data.ImageFolder, {"root": "x"}, IMAGES | {

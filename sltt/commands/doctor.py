@@ -17,6 +17,7 @@ from sltt.training.console import Console
 OPTIONAL = (
     ("triton", "compiling the neuron step on CUDA"),
     ("tonic", "event data: pip install 'sltt[events]'"),
+    ("aeon", "time series: pip install 'sltt[timeseries]'"),
     ("matplotlib", "sltt report: pip install 'sltt[report]'"),
     ("jinja2", "sltt report: pip install 'sltt[report]'"),
     *((name, "sltt export: pip install 'sltt[interop]'") for name in ("nir", "onnx", "onnxscript")),

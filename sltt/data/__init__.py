@@ -11,6 +11,7 @@ from sltt.data.images import CIFAR10, CIFAR100, Cutout, ImageFolder, Mixup
 from sltt.data.own import from_datasets
 from sltt.data.recall import Recall
 from sltt.data.sequential import SequentialDigits, SequentialMNIST
+from sltt.data.series import TimeSeries
 from sltt.data.shd import SHD
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "SequentialDigits",
     "SequentialMNIST",
     "Splits",
+    "TimeSeries",
     "from_datasets",
 ]

@@ -74,6 +74,7 @@ def test_recipes_lists_each_with_a_line(capsys):
 
 
 FRAMES = {
+    "basic-motions": (6,),
     "digits": (1, 8, 8),
     "digits-events": (2, 16, 16),
     "cifar10": (3, 32, 32),
@@ -93,6 +94,7 @@ FRAMES = {
     "imagenet-qkformer": (3, 64, 64),
     "imagenet-stage1": (3, 64, 64),
     "imagenet-stage2": (3, 64, 64),
+    "japanese-vowels": (12,),
     "nmnist": (2, 34, 34),
     "recall": (200,),
     "recall-marked": (21,),
@@ -101,10 +103,12 @@ FRAMES = {
     "shd-recurrent": (700,),
 }
 CLASSES = {
+    "basic-motions": 4,
     "cifar100": 100,
     "dvs-gesture": 11,
     **{f"fscil-{name}": 6 for name in ("digits", "dvs-cifar10", "dvs-gesture")},
     **{f"fscil-{name}": 60 for name in ("cifar100", "mini-imagenet")},
+    "japanese-vowels": 9,
     "recall": 4,
     "recall-marked": 2,
     "shd": 20,
