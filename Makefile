@@ -9,7 +9,7 @@
 # make gpu    measure on a GPU, and fill docs/gpu.md: make gpu DATA=DIR; run again to continue
 # make figures   tables and figures of docs, from the logs in docs/results
 # make gallery   run the demo and the examples for docs/examples.md, and list the names of docs/api.md
-# make package   build the wheel and the source archive, and check them
+# make package   build the source archive and the wheels, two with compiled kernels, and check them (apt install g++-aarch64-linux-gnu)
 PYTHON ?= python3
 BIN := .venv/bin
 # bytecode is written at the first import: pip would write that of what nobody imports, which is most of it,
@@ -52,6 +52,8 @@ notebooks: .venv/installed-docs
 package: .venv/installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+	SLTT_KERNELS=x86_64 $(BIN)/python -m build --wheel --no-isolation
+	SLTT_KERNELS=aarch64 $(BIN)/python -m build --wheel --no-isolation
 	$(BIN)/twine check --strict dist/*
 
 paper: .venv/installed

@@ -75,7 +75,7 @@ def _sparse() -> tuple[str, str, str]:
     problem = native.problem()
     measured = native.cache_folder() / "costs-*.json"
     remark = f"compute on active inputs only, where measured times say it pays; to measure again, delete {measured}"
-    return "spike-sparse layers", "dense" if problem else "compiled", problem or remark
+    return "spike-sparse layers", "dense" if problem else native.origin(), problem or remark
 
 
 def _threads() -> tuple[str, str, str]:

@@ -1,9 +1,10 @@
-"""The C++ kernels: compiled on the user's machine at first use, and kept in a cache.
+"""The C++ kernels: those of the wheel; else compiled on the user's machine at first use, and kept in a cache.
+
+With the environment variable CXX, that compiler compiles them for this processor, also where the wheel has some.
 
 The cache is `$XDG_CACHE_HOME/sltt`, by default `~/.cache/sltt`. The name of a library is a digest of what it was
-compiled from and for: source, compiler, flags, processor, and the instruction set that PyTorch is limited to. Its last
-bytes are a digest of the rest, so a damaged file is found and replaced. Without a library layers run dense; `problem`
-says why.
+compiled from and for: source, compiler, flags, processor, and the instruction set that PyTorch is limited to. A damaged
+file is found and replaced. Without a library layers run dense; `problem` says why.
 """
 
 import ctypes
@@ -21,25 +22,13 @@ from typing import Any
 
 import torch
 
+from sltt.kernels.compiling import FLAGS, SHIPPED, compile_library, intact, shipped_name, sources
 from sltt.kernels.options import COMPILE_FROM, options
 
-_NAMES = (
-    "spikes.h",
-    "winograd.h",
-    "max_pooling.cpp",
-    "spikes_bits.cpp",
-    "spikes_forward.cpp",
-    "spikes_gradient.cpp",
-    "spikes_neuron.cpp",
-    "spikes_neuron.h",
-    "spikes_recurrent.cpp",
-    "winograd_input.cpp",
-    "winograd_weight.cpp",
-)
-SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-ffp-contract=off")
 _PROCESSORS = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
-_DIGEST = hashlib.sha256().digest_size
+# the features of a processor that the libraries of a wheel need
+_X86_64_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+_X86_64_V4 = _X86_64_V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 
 class _Pointer:
@@ -91,7 +80,7 @@ def library() -> ctypes.CDLL | None:
 
 def loaded() -> ctypes.CDLL | None:
     """The compiled kernels if they are there: it compiles nothing."""
-    return _library()[0] if _library.cache_info().currsize or _is_compiled() else None
+    return _library()[0] if _library.cache_info().currsize or _is_there() else None
 
 
 def library_for(elements: int) -> ctypes.CDLL | None:
@@ -112,15 +101,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sltt"
 
 
+def origin() -> str:
+    """Return where the library is from; call it where it is not None."""
+    found = library()
+    assert found is not None
+    path = Path(found._name)
+    return f"shipped for {path.name.rpartition('-')[0]}" if path.parent == SHIPPED else "compiled here"
+
+
 @functools.cache
 def key() -> str:
     """Digest of all that the library depends on. Call it where `library()` is not None."""
+    if shipped := _shipped():
+        return hashlib.sha256(shipped.name.encode() + _processor()).hexdigest()[:16]
     compiler = _compiler()
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise _FailedError(f"the C++ compiler does not run: {error}") from None
-    parts = (*(s.read_bytes() for s in SOURCES), compiler.encode(), version, " ".join(_flags()).encode(), _processor())
+    parts = (sources(), compiler.encode(), version, " ".join(_flags()).encode(), _processor())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -128,7 +127,7 @@ def key() -> str:
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         path = _path()
-        if not _intact(path):
+        if not intact(path):
             _compile(path)
         return _open(path), None
     except _AbsentError as absent:
@@ -139,8 +138,8 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 @functools.cache
-def _is_compiled() -> bool:
-    """Return whether an earlier process compiled the library."""
+def _is_there() -> bool:
+    """Return whether the library is in the wheel, or an earlier process compiled it."""
     try:
         return _path().exists()
     except (_AbsentError, _FailedError):
@@ -148,7 +147,25 @@ def _is_compiled() -> bool:
 
 
 def _path() -> Path:
-    return cache_folder() / f"spikes-{key()}.so"
+    return _shipped() or cache_folder() / f"spikes-{key()}.so"
+
+
+def _shipped() -> Path | None:
+    """Return the wheel's library for this processor, and for no more of it than PyTorch uses; None to compile one."""
+    if os.environ.get("CXX") or sys.platform != "linux":
+        return None
+    machine, capability = platform.machine(), torch.backends.cpu.get_cpu_capability()
+    features = set(_processor().decode().split())
+    if machine == "aarch64":
+        name = "aarch64"
+    elif machine == "x86_64" and "AVX512" in capability and features >= _X86_64_V4:
+        name = "x86-64-v4"
+    elif machine == "x86_64" and capability.startswith("AVX") and features >= _X86_64_V3:
+        name = "x86-64-v3"
+    else:
+        return None
+    path = SHIPPED / shipped_name(name)
+    return path if intact(path) else None
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -175,26 +192,13 @@ def _compile(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
             new = Path(folder) / path.name
-            command = [_compiler(), *_flags(), *map(str, (s for s in SOURCES if s.suffix == ".cpp")), "-o", str(new)]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
-            if done.returncode or not new.exists():
-                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-                raise _FailedError(f"compiling the kernels failed: {lines[0]}")
-            with new.open("ab") as file:
-                file.write(hashlib.sha256(new.read_bytes()).digest())
+            if problem := compile_library(_compiler(), _flags(), new):
+                raise _FailedError(f"compiling the kernels failed: {problem}")
             new.replace(path)
     except subprocess.TimeoutExpired:
-        raise _FailedError("compiling the kernels took more than five minutes") from None
+        raise _FailedError("compiling the kernels took more than twenty minutes") from None
     except OSError as error:
         raise _FailedError(f"the cache {path.parent} cannot be written: {error.strerror or error}") from None
-
-
-def _intact(path: Path) -> bool:
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(data[:-_DIGEST]).digest() == data[-_DIGEST:]
 
 
 def _compiler() -> str:

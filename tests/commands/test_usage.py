@@ -97,8 +97,9 @@ def test_doctor_tells_versions_device_compiler_and_threads(capsys):
         assert word in out
 
 
-def test_doctor_names_the_files_of_measured_times():
+def test_doctor_tells_where_the_kernels_are_from_and_names_the_files_of_measured_times():
     (row,) = (row for row in findings() if row[0] == "spike-sparse layers")
+    assert row[1] == ("dense" if native.problem() else "compiled here")
     assert native.problem() or f"to measure again, delete {native.cache_folder() / 'costs-*.json'}" in row[2]
 
 
@@ -156,7 +157,7 @@ def test_help_explains_every_option(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "T, the number of time steps. (type: int, default: 4)" in " ".join(out.split())
-    assert len(out.splitlines()) < 200
+    assert len(out.splitlines()) < 210
     assert "lightning_fabric.loggers" not in out
     assert Mine.__name__ not in out
 
