@@ -14,6 +14,7 @@ the threshold, and its versions differ in the reset; what ours do is written int
 # pyright: reportMissingImports=false
 
 import operator
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, fx, nn
 from sltt.checks import instance, number
 from sltt.dropout import Dropout
 from sltt.interop.conversion import require
-from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, OnlineRenorm
+from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, OnlineRenorm, Recurrent
 from sltt.sequence.copies import copied
 from sltt.sequence.modes import evaluating
 from sltt.sequence.state import Stateful, reset
@@ -41,7 +42,8 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     """Return the graph of a network in evaluation mode: `nir.write(path, to_nir(model, x))`.
 
     `IF`, `LIF`, `PLIF` and `CubaLIF`; linear layers and convolutions, with the BatchNorm behind them folded into their
-    weights; average pooling, flatten, and sums, which are several edges into a node.
+    weights; average pooling, flatten, and sums, which are several edges into a node; `Recurrent` of these neurons and
+    layers, which is a cycle.
 
     Args:
         model: the network of one time step; its state is reset.
@@ -73,7 +75,7 @@ class _Export(fx.Interpreter):
         self.edges: list[tuple[str, str]] = []
         self.sources: dict[fx.Node, list[str]] = {}  # the nodes of the graph whose sum is the value
         self.used: set[str] = set()
-        self.layers = {name for name, _ in model.named_modules()}
+        self.names = unique_names(name for name, _ in model.named_modules())  # some readers take no dots
         self.problems: list[str] = []
         super().__init__(fx.GraphModule(model, _Tracer().trace(model)))
 
@@ -113,7 +115,7 @@ class _Export(fx.Interpreter):
 
     def _free(self, name: str) -> str:
         """Return a name that no layer has."""
-        while name in self.layers:
+        while name in self.names.values():
             name += "_"
         return name
 
@@ -130,20 +132,26 @@ class _Export(fx.Interpreter):
             self.problems.append(f"the operation {n.name}")
 
     def _layer(self, n: fx.Node, module: Any, arg: fx.Node, x: Tensor) -> None:
-        name = str(n.target) if n.op == "call_module" else self._free(n.name)
+        path = str(n.target) if n.op == "call_module" else n.name
+        name = self.names[path] if n.op == "call_module" else self._free(path)
         sources = self.sources[arg]
         if isinstance(module, _NOTHING):
             self.sources[n] = sources
             return
         if isinstance(module, _NORMS):
-            self._fold(n, name, module, arg)
+            self._fold(n, path, module, arg)
             return
         if name in self.used:
-            self.problems.append(f"{name} ({type(module).__name__}), which is used twice in a time step")
+            self.problems.append(f"{path} ({type(module).__name__}), which is used twice in a time step")
         try:
+            if isinstance(module, Recurrent):
+                back = self.names[f"{path}.layer"]
+                self.nodes[back] = self._node(module.layer, x)
+                self.edges += [(name, back), (back, name)]
+                module = module.neuron
             node = self._node(module, x)
         except ValueError as reason:
-            self.problems.append(f"{name} ({type(module).__name__}){reason}")
+            self.problems.append(f"{path} ({type(module).__name__}){reason}")
             self.sources[n] = []
             return
         self.used.add(name)
@@ -159,7 +167,7 @@ class _Export(fx.Interpreter):
         sources = self.sources[arg]
         self.sources[n] = sources
         before = self.nodes.get(sources[0]) if len(sources) == 1 else None
-        if norm.running_mean is None or not isinstance(before, _NIR_WEIGHTS) or not _alone(arg, sources[0]):
+        if norm.running_mean is None or not isinstance(before, _NIR_WEIGHTS) or not self._alone(arg, sources[0]):
             self.problems.append(f"{name} ({type(norm).__name__}), which is not behind a layer with weights of its own")
             return
         gain = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
@@ -170,6 +178,12 @@ class _Export(fx.Interpreter):
             before = nir.Affine(before.weight, np.zeros(len(scale)))
             self.nodes[sources[0]] = before
         before.bias = bias * scale + _array(shift)
+
+    def _alone(self, node: fx.Node, layer: str) -> bool:
+        """Return whether nothing but this node's one reader reads a layer's output."""
+        while len(node.users) == 1 and self.names.get(str(node.target)) != layer:
+            (node,) = node.all_input_nodes
+        return len(node.users) == 1
 
     def _node(self, module: Any, x: Tensor) -> nir.NIRNode:
         shape = tuple(x.shape[1:])
@@ -226,11 +240,17 @@ class _Export(fx.Interpreter):
         return nir.LIF(tau=full(tau * self.dt), r=full(r), v_leak=full(rest), metadata=metadata, **values)
 
 
-def _alone(node: fx.Node, layer: str) -> bool:
-    """Return whether nothing but this node's one reader reads a layer's output."""
-    while len(node.users) == 1 and node.target != layer:
-        (node,) = node.all_input_nodes
-    return len(node.users) == 1
+def unique_names(names: Iterable[str]) -> dict[str, str]:
+    """For each name, one that a module may have: without dots."""
+    found: dict[str, str] = {}
+    taken, empty = set(), nn.ModuleDict()
+    for name in names:
+        key = name.replace(".", "_")
+        while not key or hasattr(empty, key) or key in taken:
+            key += "_"
+        taken.add(key)
+        found[name] = key
+    return found
 
 
 def _array(x: Tensor) -> np.ndarray:

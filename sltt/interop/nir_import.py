@@ -2,7 +2,7 @@
 
 # pyright: reportMissingImports=false
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sltt.checks import instance, number
 from sltt.interop.conversion import require
-from sltt.interop.nir_export import pair
-from sltt.neurons import IF, LIF, CubaLIF
+from sltt.interop.nir_export import pair, unique_names
+from sltt.neurons import IF, LIF, CubaLIF, Neuron, Recurrent
 from sltt.sequence.state import reset
 from sltt.surrogates import Above, Surrogate, Triangle
 
@@ -70,16 +70,19 @@ class GraphNetwork(nn.Module):
         if [len(names) for names in kinds.values()] != [1, 1]:
             raise ValueError(f"expected one input and one output of the graph, got {[*kinds.values()]}")
         self.shapes = {name: _shape(node) for name, node in graph.nodes.items()}
-        waiting = {name: [a for a, b in graph.edges if b == name] for name in graph.nodes}
+        modules, edges = _with_recurrent(graph, modules)
+        waiting = {name: [a for a, b in edges if b == name] for name in modules}
         self.reads: dict[str, list[str]] = {}
         while ready := [name for name, reads in waiting.items() if self.reads.keys() >= {*reads}]:
             self.reads |= {name: waiting.pop(name) for name in ready}
         if waiting:
-            raise ValueError(f"the graph is recurrent, around {sorted(waiting)}")
+            raise ValueError(
+                f"the graph is recurrent, around {sorted(waiting)}: expected cycles of neurons and one layer of weights"
+            )
         if unread := [name for name, reads in self.reads.items() if not reads and name not in kinds[nir.Input]]:
             raise ValueError(f"nothing leads to {unread}: add the edges, or remove these nodes")
         (self.input,), (self.output,) = kinds.values()
-        self.keys = _keys(self.reads)
+        self.keys = unique_names(self.reads)
         self.layers = nn.ModuleDict({key: modules[name] for name, key in self.keys.items()})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,16 +112,19 @@ class GraphNetwork(nn.Module):
         reset(self)
 
 
-def _keys(names: Iterable[str]) -> dict[str, str]:
-    """For each name of a node, one that a module may have."""
-    keys: dict[str, str] = {}
-    empty = nn.ModuleDict()
-    for name in names:
-        key = name.replace(".", "_")
-        while not key or hasattr(empty, key) or key in keys.values():
-            key += "_"
-        keys[name] = key
-    return keys
+def _with_recurrent(
+    graph: nir.NIRGraph, modules: dict[str, nn.Module]
+) -> tuple[dict[str, nn.Module], list[tuple[str, str]]]:
+    """Make a `Recurrent` of neurons and the layer of weights that reads them alone and leads back to them alone."""
+    modules, edges = dict(modules), [*graph.edges]
+    for name, module in [*modules.items()]:
+        leads = {b for a, b in edges if a == name}
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) and leads == {a for a, b in edges if b == name}:
+            (neuron,) = leads if len(leads) == 1 else (None,)
+            if neuron is not None and isinstance(modules[neuron], Neuron):
+                modules[neuron] = Recurrent(modules[neuron], modules.pop(name))
+                edges = [edge for edge in edges if name not in edge]
+    return modules, edges
 
 
 def _shape(node: Any) -> list[int] | None:

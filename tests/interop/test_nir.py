@@ -311,17 +311,49 @@ def test_a_recurrent_graph_is_refused():
         from_nir(graph)
 
 
-def linear_network(**kwargs):
-    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=3.0, **kwargs), nn.Linear(8, 7), sltt.LIF(tau=2.0, **kwargs))
-    for layer in (model[0], model[2]):
-        layer.weight.data.mul_(4)
+def linear_network(recurrent=False, **kwargs):
+    """With layers in layers, whose names have dots."""
+    first, last = sltt.LIF(tau=3.0, **kwargs), sltt.LIF(tau=2.0, **kwargs)
+    first = sltt.Recurrent(first, nn.Linear(8, 8, bias=False)) if recurrent else first
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 8), first), nn.Sequential(nn.Linear(8, 7), last))
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data.mul_(6)
     return model, torch.randn(12, 5, 6)
 
 
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])
+def test_recurrent_layers_are_cycles_of_the_graph(conv, tmp_path):
+    if conv:
+        recurrent = sltt.Recurrent(sltt.LIF(tau=2.0), nn.Conv2d(4, 4, 3, padding=1))
+        model, x = nn.Sequential(nn.Conv2d(2, 4, 3), recurrent), 3 * torch.randn(7, 3, 2, 6, 6)
+    else:
+        (model, x), recurrent = linear_network(recurrent=True), None
+    nir.write(tmp_path / "model.nir", to_nir(model, x[0], dt=DT))
+    back = from_nir(tmp_path / "model.nir", dt=DT)
+    expected = sltt.unroll(model, x)
+    assert 0.02 < expected.mean() < 0.9
+    assert torch.equal(sltt.unroll(back, x), expected)
+    recurrent = recurrent or model[0][1]
+    recurrent.layer.weight.data.zero_()
+    assert not torch.equal(sltt.unroll(model, x), expected)  # what comes back matters
+
+
+def test_names_of_nodes_have_no_dots_and_stay_apart():
+    model = nn.Sequential()
+    model.add_module("a", nn.Sequential(nn.Linear(3, 3)))
+    model.add_module("a_0", nn.Linear(3, 3))
+    x = torch.randn(2, 3)
+    graph = to_nir(model, x)
+    assert [*graph.nodes] == ["input", "a_0", "a_0_", "output"]
+    torch.testing.assert_close(from_nir(graph)(x), model(x))
+
+
 @pytest.mark.filterwarnings("ignore:nirtorch.load is being deprecated:DeprecationWarning")
-def test_norse_reads_equal_spikes():
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_norse_reads_equal_spikes(recurrent):
     norse = pytest.importorskip("norse.torch")
-    model, x = linear_network(v_reset=0.0, decay_input=True)  # Norse takes R = 1, and resets to 0
+    model, x = linear_network(recurrent, v_reset=0.0, decay_input=True)  # Norse takes R = 1, and resets to 0
     theirs = norse.from_nir(to_nir(model, x[0], dt=DT), dt=DT)
     expected, state = sltt.unroll(model, x), None
     assert 0.02 < expected.mean() < 0.9
