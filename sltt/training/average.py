@@ -63,5 +63,5 @@ def _tensors_to_average(model: nn.Module) -> list[Tensor]:
 
 
 def select_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the weights in a checkpoint to evaluate: averaged, where the training averaged them."""
+    """Return the weights in a checkpoint to evaluate: averaged or rounded, where the training did that."""
     return checkpoint.get("averaged") or checkpoint["model"]

@@ -36,6 +36,7 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
         f"validation {metric}": "nothing was held out" if score is None else score_text(metric, score),
         f"test {metric}": NOT_MEASURED,
         **({} if training.ema is None else {"weights": f"exponential moving average, decay {training.ema:g}"}),
+        **({} if training.quantised is None else {"weights": f"rounded to {training.quantised}, for the export to C"}),
         "firing rate": f"{row['firing_rate']:.4f} spikes per neuron and time step, in training",
         "energy": _energy(loop),
         "made with": f"sltt {version('sltt')}, PyTorch {torch.__version__}, Python {platform.python_version()}, "

@@ -3,6 +3,7 @@
 A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of what is before, for use without its run.
 """
 
+import copy
 import hashlib
 import os
 import time
@@ -42,9 +43,11 @@ def save_state(loop: "Loop", *names: str) -> None:
     Raises FloatingPointError for weights that are not finite.
     """
     check_weights(loop.model)
+    with loop.rounded():
+        quantised = copy.deepcopy(loop.model.state_dict()) if loop.training.quantised else None
     content = {
         "model": gather_parts(loop.model.state_dict()),
-        "averaged": loop.average and loop.average.module.state_dict(),
+        "averaged": loop.average.module.state_dict() if loop.average else quantised,
         "optimizer": gather_parts(loop.optim.state_dict()),
         "scaler": loop.session.fabric.strategy.precision.state_dict(),
         "rules": [stage.rule.state_dict() for stage in loop.stages],

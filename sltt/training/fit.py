@@ -28,6 +28,7 @@ from sltt.training.logs import Logger
 from sltt.training.loop import Loop
 from sltt.training.manifest import LAST, was_written
 from sltt.training.phases import Phase
+from sltt.training.quantised import Quantised
 from sltt.training.runs import MADE_IN, check_config, continue_settings, new_run, old_run, read_config, write_config
 from sltt.training.safeguards import (
     check_last_batch,
@@ -80,6 +81,7 @@ def fit(
     metric: Metric = Accuracy(),
     accumulate: int = 1,
     ema: float | None = None,
+    quantised: Quantised | None = None,
     callbacks: list[Callback] | None = None,
     loggers: list[Logger] | None = None,
     *,
@@ -128,6 +130,7 @@ def fit(
         accumulate: compute each batch in this many parts: the memory of a part, the gradient of the batch. BatchNorm
             takes its statistics over a part, of two samples at least.
         ema: decay of the moving average of the weights. The averaged weights are validated, selected and loaded.
+        quantised: round weights as the export to C does. The rounded weights are validated, selected and loaded.
         callbacks: called after each batch and epoch, such as `sltt.callbacks.EarlyStopping`.
         loggers: of Lightning or Fabric. They log a resumed run from its first epoch on. `metrics.csv` and TensorBoard's
             files are there without any.
@@ -248,8 +251,8 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training) -> S
     if count > 1 and here.execution.strategy == "fsdp":
         for stage in stages:
             _check_shardable(stage.rule)
-        if training.ema is not None:
-            raise ValueError("ema keeps the weights whole, and fsdp does not: use ddp")
+        if whole := next((name for name in ("ema", "quantised") if getattr(training, name) is not None), None):
+            raise ValueError(f"{whole} needs whole weights, which fsdp does not keep: use ddp")
     if training.batch_size < count:
         raise ValueError(f"batch_size={training.batch_size} is shared by {count} processes: expected a sample for each")
     if training.accumulate > 1 and (online := next((s.rule for s in stages if s.rule.online), None)):

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from sltt.training.manifest import BEST, LAST
 from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Stage, freeze_norm, set_rates, stage_at
 from sltt.training.progress import BatchMemory, Metrics, Progress, epoch_row
+from sltt.training.quantised import rounded
 from sltt.training.runs import write_table
 from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers, long_warmup
 from sltt.training.score import Score, count_scored
@@ -199,7 +200,7 @@ class Loop:
                 outs.append(out)
             return join_outputs(outs, parts)
 
-        with count_samples(firing, count):
+        with count_samples(firing, count), self.rounded():
             due = self.memory.due(len(x), full=size == largest)
             out = self.memory.measure(run) if due else run()
         if not rule.online:
@@ -214,6 +215,10 @@ class Loop:
             self.average.update_parameters(self.model)
         if self.callbacks:  # to read the loss waits for a GPU
             self._call("on_batch", out.loss.item())
+
+    def rounded(self) -> AbstractContextManager[None]:
+        """Round the weights inside a block, in a training that is quantised."""
+        return rounded(self.model) if self.training.quantised else nullcontext()
 
     def _backward(self, weight: float, loss: Tensor) -> None:
         """Backpropagate, such that the gradients of all parts and processes add up to that of the batch."""
@@ -274,7 +279,7 @@ class Loop:
     def _validate(self, stage: Stage, loader: DataLoader[Any] | None) -> Metrics | None:
         if loader is None:
             return None
-        with self._located("validation"):
+        with self._located("validation"), self.rounded():
             return measure(
                 self.session, self.averaged, loader, self.splits, self.loss, [self.training.metric], stage.steps
             )

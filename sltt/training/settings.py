@@ -22,6 +22,7 @@ from sltt.rules import Rule
 from sltt.schedules import Schedule
 from sltt.training.logs import Logger
 from sltt.training.phases import Phase, Stage, plan
+from sltt.training.quantised import Quantised
 
 OptimizerFactory = Callable[[ParamsT], Optimizer]
 
@@ -100,6 +101,7 @@ class Training(_Settings):
     weights: str | None = None
     accumulate: int = 1
     ema: float | None = None
+    quantised: Quantised | None = None
     callbacks: Sequence[Callback] | None = None
     loggers: Sequence[Logger] | None = None
 
@@ -121,6 +123,8 @@ class Training(_Settings):
         number("norm_bias_lr", self.norm_bias_lr, above=0)
         if self.ema is not None:
             number("ema", self.ema, above=0, below=1)
+        if self.quantised is not None:
+            self._check_quantised()
         such_as = "such as lightning_fabric.loggers.CSVLogger('logs')"
         for name, kind, remedy in (("callbacks", Callback, ""), ("loggers", Logger, such_as), ("phases", Phase, "")):
             given = getattr(self, name)
@@ -131,6 +135,13 @@ class Training(_Settings):
             raise ValueError(
                 f"steps={self.steps} is the T of evaluation, but the last phase trains T = {last}: set steps={last}"
             )
+
+    def _check_quantised(self) -> None:
+        choice("quantised", self.quantised, get_args(Quantised))
+        if self.ema is not None:
+            raise ValueError("quantised trains the weights that are rounded, and ema averages others: leave one out")
+        if online := next((stage.rule for stage in self.stages if stage.rule.online), None):
+            raise ValueError(f"quantised rounds the weights once a batch, and {online} updates them in it: use SLTT()")
 
     @property
     def stages(self) -> list[Stage]:
