@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 HEAVY = """torch._dynamo torch._inductor jsonargparse lightning_fabric matplotlib sklearn tensorboard tonic torchvision
-nir nirtorch norse onnx onnxruntime sinabs snntorch spikingjelly"""
+nir nirtorch norse onnx onnxruntime sinabs snntorch spikingjelly triton"""
 
 
 def printed(code, *words):

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sltt import kernels
 from sltt.checks import instance
@@ -44,6 +43,7 @@ def count_operations(
     """
     instance("model", model, nn.Module)
     instance("rule", rule, Rule)
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is installed
 
     def count(**kwargs: Any) -> int:
         twin = copied(model)

@@ -15,7 +15,7 @@ from sltt.training.console import Console
 
 # package, what it is for
 OPTIONAL = (
-    ("triton", "compiling the neuron step on CUDA"),
+    ("triton", "the neuron step on CUDA: pip install 'sltt[gpu]'"),
     ("tonic", "event data: pip install 'sltt[events]'"),
     ("aeon", "time series: pip install 'sltt[timeseries]'"),
     ("matplotlib", "sltt report: pip install 'sltt[report]'"),

@@ -19,8 +19,8 @@ from sltt.surrogates import Above, ArcTan, FastSigmoid, Rectangle, Surrogate, Tr
 if TYPE_CHECKING:
     from sltt.kernels.step import NeuronStep
 
-# the number of a surrogate in spikes_neuron.cpp, and its constants
-_SURROGATES: dict[type[Surrogate], Callable[[Any], tuple[int, float, float]]] = {
+# the number of a surrogate in spikes_neuron.cpp and triton_kernels.py, and its constants
+SURROGATES: dict[type[Surrogate], Callable[[Any], tuple[int, float, float]]] = {
     Triangle: lambda s: (0, s.gamma, s.gamma),
     Rectangle: lambda s: (1, s.gamma / 2, s.gamma),
     ArcTan: lambda s: (2, math.pi * s.alpha / 2, s.alpha / 2),
@@ -49,11 +49,8 @@ class NativeStep:
     """
 
     def __init__(self, library: ctypes.CDLL, step: "NeuronStep", decay: float):
-        surrogate = step.surrogate
-        above = type(surrogate).fires is Above.fires
-        while type(surrogate) is Above:
-            surrogate = surrogate.surrogate
-        found = _SURROGATES.get(type(surrogate))
+        above, surrogate = unwrapped(step.surrogate)
+        found = SURROGATES.get(type(surrogate))
         self.differentiates = found is not None
         number, a, b = found(surrogate) if found else (0, 1.0, 1.0)
         inverse = 1 / a if a > 0 and math.frexp(a)[0] == 0.5 else 0.0
@@ -149,9 +146,7 @@ def native_step(
     """
     if not like.is_cpu or dtype != torch.float32 or x_dtype not in (torch.float32, torch.bfloat16):
         return None
-    if type(step.surrogate).fires not in (Surrogate.fires, Above.fires) or (
-        decay is not None and (decay.ndim or decay.dtype != torch.float32)
-    ):
+    if not fires_as_usual(step.surrogate) or (decay is not None and (decay.ndim or decay.dtype != torch.float32)):
         return None
     if (library := library_for(like.numel())) is None:
         return None
@@ -162,3 +157,16 @@ def native_step(
         native = NativeStep(library, step, step.decay)
         object.__setattr__(step, "native", native)  # of a value, which has one
     return None if gradient and not native.differentiates else native
+
+
+def fires_as_usual(surrogate: Surrogate) -> bool:
+    """Return whether a neuron fires at its threshold, or above it."""
+    return type(surrogate).fires in (Surrogate.fires, Above.fires)
+
+
+def unwrapped(surrogate: Surrogate) -> tuple[bool, Surrogate]:
+    """Return whether a neuron fires above its threshold only, and the surrogate that gives the derivative."""
+    above = type(surrogate).fires is Above.fires
+    while type(surrogate) is Above:
+        surrogate = surrogate.surrogate
+    return above, surrogate

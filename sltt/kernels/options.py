@@ -86,11 +86,11 @@ def in_force(wanted: Options) -> Iterator[None]:
 
 @functools.cache
 def compiler_problem(device: torch.device) -> str | None:
-    """Return why TorchInductor cannot compile for a device; None if it can."""
+    """Return why no kernel can be compiled for a device, in one line; None if it can."""
     if device.type not in ("cpu", "cuda"):
         return f"kernels are compiled for cpu and cuda, not for {device.type}"
     if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "Triton is not installed"
+        return None if importlib.util.find_spec("triton") else "Triton is not installed: pip install 'sltt[gpu]'"
     names = (os.environ.get("CXX"), "g++", "clang++")
     return None if any(name and shutil.which(name) for name in names) else "there is no C++ compiler (apt install g++)"
 

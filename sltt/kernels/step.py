@@ -26,6 +26,7 @@ from sltt.kernels.looks import BITS, BITS_FROM, PACK_FROM, packable
 from sltt.kernels.native_step import NativeStep, native_step
 from sltt.kernels.options import Kernel, in_force, options, without_modes
 from sltt.kernels.saved import tag_of, tag_spikes
+from sltt.kernels.triton_step import TritonStep, triton_step
 from sltt.surrogates import Surrogate
 
 
@@ -40,6 +41,7 @@ class NeuronStep:
     detach_reset: bool
     surrogate: Surrogate
     native: Any = field(default=None, init=False, repr=False, compare=False)  # its form in C++, once it was made
+    triton: Any = field(default=None, init=False, repr=False, compare=False)  # and in Triton
 
     def charge(self, v: Tensor, x: Tensor, decay: float | Tensor) -> Tensor:
         """u, the membrane potential after the charge."""
@@ -84,20 +86,27 @@ def neuron_step(
     trained = x.requires_grad or v.requires_grad or (decay is not None and decay.requires_grad)
     graph = trained and torch.is_grad_enabled()
     with without_modes():
-        native = native_step(step, v, x.dtype, v.dtype, decay)
+        fast = fast_step(step, v, x.dtype, decay)
         norm = weight = bias = None
         if isinstance(x, Deferred):
-            fits = steps == 1 and decay is None and native is not None and native.differentiates
+            fits = steps == 1 and decay is None and fast is not None and fast.differentiates
             norm, x, weight, bias = taken(x, fits)
         if graph:
-            return _NeuronStep.apply(v, x, decay, step, native, steps, cut, weight, bias, norm)  # type: ignore[return-value]
-        s, v, _, _ = _run(step, native, v, x, decay, steps, keep=False, norm=norm)
+            return _NeuronStep.apply(v, x, decay, step, fast, steps, cut, weight, bias, norm)  # type: ignore[return-value]
+        s, v, _, _ = _run(step, fast, v, x, decay, steps, keep=False, norm=norm)
         return s, v
+
+
+def fast_step(
+    step: NeuronStep, v: Tensor, x_dtype: torch.dtype, decay: Tensor | None
+) -> NativeStep | TritonStep | None:
+    """Choose the form of a step: C++ on a CPU, Triton on CUDA; None for the plain one, which TorchInductor compiles."""
+    return (native_step if v.is_cpu else triton_step)(step, v, x_dtype, v.dtype, decay)
 
 
 def _run(
     step: NeuronStep,
-    native: NativeStep | None,
+    fast: NativeStep | TritonStep | None,
     v: Tensor,
     x: Tensor,
     decay: Tensor | None,
@@ -119,14 +128,17 @@ def _run(
         first = x if steps == 1 else x[: len(x) // steps]
     v = like(v, first) if v.stride() != first.stride() or v.is_neg() else v
     s = torch.empty_like(x)
-    # on another device packing is a pass of its own, which a graph of one step is not worth
-    packs = packs and (s.is_cpu or not cut) and s.numel() >= (BITS_FROM if cut else PACK_FROM) and packable(s)
-    bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if native and packs and v.numel() % 8 == 0 else None
+    # on another device, where no kernel packs, packing is a pass of its own, which a graph of one step is not worth
+    packs = packs and (s.is_cpu or not cut or (fast is not None and keep))
+    packs = packs and s.numel() >= (BITS_FROM if cut else PACK_FROM) and packable(s)
+    bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if fast and packs and v.numel() % 8 == 0 else None
     kept = torch.empty_like(x, dtype=v.dtype) if keep else None
     u = None if step.v_reset is None else kept
     vs = torch.empty_like(v) if kept is None or kept is u else kept
-    if native:
-        native.forward(s, vs, u, v, x, bits, None if norm is None else pointer(norm.factors, norm.training))
+    if isinstance(fast, NativeStep):
+        fast.forward(s, vs, u, v, x, bits, None if norm is None else pointer(norm.factors, norm.training))
+    elif fast:
+        fast.forward(s, vs, u, v, x, bits, decay)
     else:
         forward, _ = _kernels(step)
         after = unfold(vs, steps) if vs is kept else None
@@ -182,29 +194,31 @@ class _NeuronStep(torch.autograd.Function):
         x: Tensor,
         decay: Tensor | None,
         step: NeuronStep,
-        native: NativeStep | None,
+        fast: NativeStep | TritonStep | None,
         steps: int,
         cut: bool,
         weight: Tensor | None,
         bias: Tensor | None,
         norm: Normalised | None,
     ) -> tuple[Tensor, Tensor]:
-        # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it.
-        ctx.replays = steps > 1 and tag_of(x) is not None
-        s, v_next, kept, bits = _run(step, native, v, x, decay, steps, not ctx.replays, True, cut, norm)
+        # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it. A few
+        # steps are replayed in Triton within the backward's own pass, which reads less than what is kept of each.
+        in_its_pass = isinstance(fast, TritonStep) and fast.replays(steps)
+        ctx.replays = in_its_pass or (steps > 1 and tag_of(x) is not None)
+        s, v_next, kept, bits = _run(step, fast, v, x, decay, steps, not ctx.replays, True, cut, norm)
         if bits is not None:
             if s.is_cpu:
                 setattr(s.untyped_storage(), BITS, bits)  # for layers that look at the spikes
-            else:
+            elif not cut:  # else layers save spikes as they are, which takes no pass to unpack
                 tag_spikes(s, bits)
         ctx.options = options()
-        ctx.step, ctx.native, ctx.steps, ctx.cut, ctx.x_dtype = step, native, steps, cut, x.dtype
-        ctx.bits, ctx.layout = bits, (s.shape, s.stride())
+        ctx.step, ctx.fast, ctx.steps, ctx.cut, ctx.x_dtype = step, fast, steps, cut, x.dtype
+        ctx.bits, ctx.layout, ctx.device = bits, (s.shape, s.stride()), s.device
         ctx.of_batch = norm is not None and norm.training
         ctx.set_materialize_grads(False)
         learnable = decay is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(
-            s if bits is None else None,
+            s if bits is None and not in_its_pass else None,
             decay,
             v if learnable or ctx.replays else None,
             x if (learnable and step.decay_input) or ctx.replays or norm else None,
@@ -220,7 +234,29 @@ class _NeuronStep(torch.autograd.Function):
             return (None,) * 10
         same = ctx.options is options()  # but in a thread of autograd
         with nullcontext() if same else in_force(ctx.options), without_modes():
-            return _NeuronStep._backward(ctx, grad_s, grad_v)
+            in_triton = isinstance(ctx.fast, TritonStep) and ctx.fast.differentiates
+            return (_NeuronStep._triton_backward if in_triton else _NeuronStep._backward)(ctx, grad_s, grad_v)
+
+    @staticmethod
+    def _triton_backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The same in one pass, which sums ∂L/∂λ too."""
+        s, decay, v, x, _, kept = ctx.saved_tensors
+        steps: int = ctx.steps
+        if ctx.replays and not ctx.fast.replays(steps):
+            _, _, kept, _ = _run(ctx.step, ctx.fast, v, x, decay, steps, keep=True)
+        needs_v, needs_x, needs_decay, *_ = ctx.needs_input_grad
+        grad_x = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype, device=ctx.device)
+        first = grad_x if steps == 1 else grad_x[: len(grad_x) // steps]
+        before = torch.empty_like(first, dtype=torch.float32) if needs_v else None
+        if kept is not None and s is None:
+            whole = first.numel() % 8 == 0  # bytes of each time step
+            s = ctx.bits if whole else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
+        grad_s, x = (None if one is None else like(one, grad_x) for one in (grad_s, x))
+        grad_v, v = (None if one is None else like(one, first) for one in (grad_v, v))
+        given = grad_s, grad_v, kept, s, v, x, decay
+        of_decay = ctx.fast.gradient(grad_x, before, *given, needs_decay, steps, ctx.cut)
+        of_decay = None if of_decay is None else of_decay.reshape(decay.shape)
+        return before, grad_x if needs_x else None, of_decay, *[None] * 7
 
     @staticmethod
     def _backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -228,7 +264,7 @@ class _NeuronStep(torch.autograd.Function):
         steps: int = ctx.steps
         s, decay, v, x, factors, kept = ctx.saved_tensors
         if ctx.replays:
-            _, _, kept, _ = _run(step, ctx.native, v, x, decay, steps, keep=True)
+            _, _, kept, _ = _run(step, ctx.fast, v, x, decay, steps, keep=True)
         assert kept is not None
         needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
         # ∂L/∂x is what a step gives unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled
@@ -238,17 +274,17 @@ class _NeuronStep(torch.autograd.Function):
         if grad_s is not None and (grad_s.stride() != grad_u.stride() or grad_s.is_neg()):
             grad_s = like(grad_s, grad_u)
         grad_v = None if grad_v is None else like(grad_v, first)
-        native: Any = ctx.native if ctx.native and ctx.native.differentiates else None
-        assert native or factors is None, "there was one in the forward"
-        takes_bits = native and first.numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)
+        fast: Any = ctx.fast if ctx.fast and ctx.fast.differentiates else None
+        assert fast or factors is None, "there was one in the forward"
+        takes_bits = fast and first.numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)
         if s is None:
             s = ctx.bits if takes_bits else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
         of_weight = of_bias = None
-        if native:
+        if fast:
             before = torch.empty_like(first) if needs_v else None
             of_norm = None if factors is None else pointer(factors, ctx.of_batch)
             given = grad_s, grad_v, kept, s, ctx.x_dtype, of_norm, x
-            of_weight, of_bias = native.gradient(grad_u, before, *given, steps, ctx.cut)
+            of_weight, of_bias = fast.gradient(grad_u, before, *given, steps, ctx.cut)
             grad_v = before
         else:
             _, backward = _kernels(step)

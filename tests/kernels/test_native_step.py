@@ -14,7 +14,7 @@ from tests.conftest import SURROGATES
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 CONSTANTS = list(itertools.product([None, 0.0, -0.3], [False, True], [False, True]))
 DTYPES = torch.float32, torch.bfloat16
-DIFFERENTIATED = tuple(native_step._SURROGATES)
+DIFFERENTIATED = tuple(native_step.SURROGATES)
 
 
 @pytest.fixture

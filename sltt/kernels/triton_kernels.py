@@ -1,0 +1,227 @@
+"""The kernels of `triton_step`: a neuron's time steps in one pass, and their gradient in another.
+
+All tensors are taken as their memory, [n] of a time step and [T, n] of T, whatever their memory format. A block is
+[BLOCK / 8, 8]: a thread holds eight neighbours, so that a byte of bits is made and read within it. A pointer that is
+None is not read or written, and compiled away.
+
+The equations, and the order in which they round, are those of step.py. They round so if they are launched with
+`enable_fp_fusion=False`, without fused multiply-adds.
+"""
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# (Triton is optional, and its annotations are for its compiler)
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _block(n, BLOCK: tl.constexpr):
+    """Return the elements of this program [BLOCK / 8, 8], and which are there; the same of its bytes of bits."""
+    rows = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    at = rows[:, None] * 8 + tl.arange(0, 8)[None, :]
+    return at, at < n, rows, rows * 8 < n
+
+
+@triton.jit
+def _charge(v, x, decay, gain, rest, SCALES: tl.constexpr, RESTS: tl.constexpr):
+    current = gain * x if SCALES else x
+    if RESTS:
+        return rest + decay * (v - rest) + current
+    return decay * v + current
+
+
+@triton.jit
+def _spikes(u, threshold, ABOVE: tl.constexpr):
+    distance = u - threshold
+    return (distance > 0.0 if ABOVE else distance >= 0.0).to(tl.float32)
+
+
+@triton.jit
+def _reset(u, s, threshold, rest, SOFT: tl.constexpr):
+    return u - threshold * s if SOFT else u - (u - rest) * s
+
+
+@triton.jit
+def _slope(x, a, b, SURROGATE: tl.constexpr):
+    """Return ∂s/∂u at x = u − V_th; the numbers of surrogates, and their constants, are those of triton_step.py."""
+    if SURROGATE == 0:
+        y = 1.0 - tl.abs(x) / a
+        return tl.where(y < 0.0, 0.0, y) / a  # NaN stays
+    elif SURROGATE == 1:
+        return tl.where(tl.abs(x) < a, 1.0 / b, 0.0)
+    elif SURROGATE == 2:
+        y = a * x
+        return b / (1.0 + y * y)
+    elif SURROGATE == 3:
+        y = 1.0 + a * tl.abs(x)
+        return b / (y * y)
+    elif SURROGATE == 4:
+        y = 1.0 / (1.0 + tl.exp(-a * x))
+        return a * y * (1.0 - y)
+    elif SURROGATE == 5:
+        return b * tl.exp(-a * tl.abs(x))
+    else:
+        y = x / a
+        return b * tl.exp(-0.5 * y * y)
+
+
+@triton.jit
+def _grad_u(
+    grad_s, grad_v, distance, s, u, threshold, rest, a, b,
+    SURROGATE: tl.constexpr, SOFT: tl.constexpr, DETACHED: tl.constexpr, FLOWS: tl.constexpr,
+):  # fmt: skip
+    """Return ∂L/∂u from ∂L/∂s and, if it FLOWS, ∂L/∂v; u is read for a hard reset only."""
+    slope = _slope(distance, a, b, SURROGATE)
+    grad_u = grad_s * slope
+    if FLOWS:
+        stays = 1.0 if SOFT else 1.0 - s
+        if not DETACHED:
+            stays = stays - slope * (threshold if SOFT else u - rest)
+        grad_u = grad_u + grad_v * stays
+    return grad_u
+
+
+@triton.jit
+def steps_forward(
+    s_ptr, v_out_ptr, u_out_ptr, bits_ptr, v_ptr, x_ptr, decay_ptr,
+    n, steps, decay, gain, threshold, rest,
+    SOFT: tl.constexpr, RESTS: tl.constexpr, SCALES: tl.constexpr, ABOVE: tl.constexpr, EVERY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the spikes of T steps, the last membrane potential or EVERY one, and what else has a pointer."""
+    at, there, rows, rows_there = _block(n, BLOCK)
+    if decay_ptr is not None:
+        decay = tl.load(decay_ptr)
+        gain = 1.0 - decay
+    v = tl.load(v_ptr + at, there, other=0.0)
+    for _ in range(steps):
+        x = tl.load(x_ptr + at, there, other=0.0).to(tl.float32)
+        u = _charge(v, x, decay, gain, rest, SCALES, RESTS)
+        s = _spikes(u, threshold, ABOVE)
+        v = _reset(u, s, threshold, rest, SOFT)
+        tl.store(s_ptr + at, s.to(s_ptr.dtype.element_ty), there)
+        x_ptr += n
+        s_ptr += n
+        if EVERY:
+            tl.store(v_out_ptr + at, v, there)
+            v_out_ptr += n
+        if u_out_ptr is not None:
+            tl.store(u_out_ptr + at, u, there)
+            u_out_ptr += n
+        if bits_ptr is not None:
+            ones = tl.where(there, s, 0.0).to(tl.int32) << tl.arange(0, 8)[None, :]
+            tl.store(bits_ptr + rows, tl.sum(ones, axis=1).to(tl.uint8), rows_there)
+            bits_ptr += n // 8
+    if not EVERY:
+        tl.store(v_out_ptr + at, v, there)
+
+
+@triton.jit
+def steps_backward(
+    grad_x_ptr, grad_first_ptr, grad_decay_ptr, grad_s_ptr, grad_v_ptr, kept_ptr, s_ptr, v_ptr, x_ptr, decay_ptr,
+    n, steps, decay, gain, threshold, rest, a, b,
+    SURROGATE: tl.constexpr, SOFT: tl.constexpr, SCALES: tl.constexpr, ABOVE: tl.constexpr, DETACHED: tl.constexpr,
+    CUT: tl.constexpr, FLOWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write ∂L/∂x of T steps, ∂L/∂v before the first, and this program's part of ∂L/∂λ.
+
+    `kept` is v after each step for a soft reset, whose spikes are in `s`, as they are or as bits; else u. `grad_v` is
+    ∂L/∂v after the last step. v, before the first step, is read for ∂L/∂λ; so is x, if the step SCALES it.
+    """
+    at, there, rows, rows_there = _block(n, BLOCK)
+    if decay_ptr is not None:
+        decay = tl.load(decay_ptr)
+        gain = 1.0 - decay
+    grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
+    if grad_v_ptr is not None:
+        grad_v = tl.load(grad_v_ptr + at, there, other=0.0)
+    of_decay = tl.zeros([BLOCK // 8, 8], tl.float32)
+    for back in range(steps):
+        t = tl.cast(steps - 1 - back, tl.int64)
+        kept = tl.load(kept_ptr + t * n + at, there, other=0.0)
+        grad_s = tl.zeros([BLOCK // 8, 8], tl.float32)
+        if grad_s_ptr is not None:
+            grad_s = tl.load(grad_s_ptr + t * n + at, there, other=0.0).to(tl.float32)
+        if not SOFT:
+            s = _spikes(kept, threshold, ABOVE)
+            distance = kept - threshold
+        elif s_ptr.dtype.element_ty == tl.uint8:
+            byte = tl.load(s_ptr + t * (n // 8) + rows, rows_there, other=0).to(tl.int32)
+            s = ((byte[:, None] >> tl.arange(0, 8)[None, :]) & 1).to(tl.float32)
+            distance = kept - threshold * (1.0 - s)
+        else:
+            s = tl.load(s_ptr + t * n + at, there, other=0.0).to(tl.float32)
+            distance = kept - threshold * (1.0 - s)
+        grad_u = _grad_u(grad_s, grad_v, distance, s, kept, threshold, rest, a, b, SURROGATE, SOFT, DETACHED, FLOWS)
+        grad_x = grad_u * gain if SCALES else grad_u
+        tl.store(grad_x_ptr + t * n + at, grad_x.to(grad_x_ptr.dtype.element_ty), there)
+        if grad_decay_ptr is not None:
+            if t == 0:
+                v = tl.load(v_ptr + at, there, other=0.0)
+            else:
+                v = tl.load(kept_ptr + (t - 1) * n + at, there, other=0.0)
+                if not SOFT:
+                    v = _reset(v, _spikes(v, threshold, ABOVE), threshold, rest, SOFT)
+            moved = v - rest
+            if SCALES:
+                moved = moved - tl.load(x_ptr + t * n + at, there, other=0.0).to(tl.float32)
+            of_decay += grad_u * moved
+        grad_v = grad_u * decay
+        if CUT and t > 0:
+            grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
+    if grad_first_ptr is not None:
+        tl.store(grad_first_ptr + at, grad_v, there)
+    if grad_decay_ptr is not None:
+        tl.store(grad_decay_ptr + tl.program_id(0), tl.sum(tl.where(there, of_decay, 0.0)))
+
+
+@triton.jit
+def steps_replayed(
+    grad_x_ptr, grad_first_ptr, grad_decay_ptr, grad_s_ptr, grad_v_ptr, v_ptr, x_ptr, decay_ptr,
+    n, decay, gain, threshold, rest, a, b,
+    T: tl.constexpr, SURROGATE: tl.constexpr, SOFT: tl.constexpr, RESTS: tl.constexpr, SCALES: tl.constexpr,
+    ABOVE: tl.constexpr, DETACHED: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write what `steps_backward` does, from v before the first step and x: run the steps again, u in registers."""
+    at, there, _, _ = _block(n, BLOCK)
+    if decay_ptr is not None:
+        decay = tl.load(decay_ptr)
+        gain = 1.0 - decay
+    first = tl.load(v_ptr + at, there, other=0.0)
+    v, us = first, ()
+    for t in tl.static_range(T):
+        x = tl.load(x_ptr + tl.cast(n, tl.int64) * t + at, there, other=0.0).to(tl.float32)
+        u = _charge(v, x, decay, gain, rest, SCALES, RESTS)
+        v = _reset(u, _spikes(u, threshold, ABOVE), threshold, rest, SOFT)
+        us = us + (u,)
+    grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
+    if grad_v_ptr is not None:
+        grad_v = tl.load(grad_v_ptr + at, there, other=0.0)
+    of_decay = tl.zeros([BLOCK // 8, 8], tl.float32)
+    for back in tl.static_range(T):
+        u = us[T - 1 - back]
+        step = tl.cast(n, tl.int64) * (T - 1 - back) + at
+        grad_s = tl.zeros([BLOCK // 8, 8], tl.float32)
+        if grad_s_ptr is not None:
+            grad_s = tl.load(grad_s_ptr + step, there, other=0.0).to(tl.float32)
+        s = _spikes(u, threshold, ABOVE)
+        grad_u = _grad_u(
+            grad_s, grad_v, u - threshold, s, u, threshold, rest, a, b,
+            SURROGATE, SOFT, DETACHED, grad_v_ptr is not None if back == 0 else not CUT,
+        )  # fmt: skip
+        grad_x = grad_u * gain if SCALES else grad_u
+        tl.store(grad_x_ptr + step, grad_x.to(grad_x_ptr.dtype.element_ty), there)
+        if grad_decay_ptr is not None:
+            v = first
+            if back < T - 1:
+                u = us[T - 2 - back]
+                v = _reset(u, _spikes(u, threshold, ABOVE), threshold, rest, SOFT)
+            moved = v - rest
+            if SCALES:
+                moved = moved - tl.load(x_ptr + step, there, other=0.0).to(tl.float32)
+            of_decay += grad_u * moved
+        grad_v = grad_u * decay
+    if grad_first_ptr is not None:
+        tl.store(grad_first_ptr + at, grad_v, there)
+    if grad_decay_ptr is not None:
+        tl.store(grad_decay_ptr + tl.program_id(0), tl.sum(tl.where(there, of_decay, 0.0)))

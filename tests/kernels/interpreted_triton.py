@@ -1,0 +1,173 @@
+"""The neuron step in Triton's interpreter, on a CPU, against the equations; test_triton.py runs it in a process.
+
+TRITON_INTERPRET=1 pytest tests/kernels/interpreted_triton.py
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import triton.runtime.interpreter
+
+import sltt
+from sltt import kernels
+from sltt.kernels import step as step_of_kernels
+from sltt.kernels import triton_step
+from sltt.kernels.bits import pack
+from sltt.kernels.looks import BITS, PACK_FROM
+from sltt.kernels.triton_step import TritonStep
+from sltt.neurons import lif_step
+from tests.conftest import NEURONS, RULES, SURROGATES, batch, gradients, small_network
+from tests.kernels.steps import CONSTANTS, SIZES, both, layouts
+
+assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+# gradients are rounded once, to x's type
+TOLERANCES = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (2**-7, 1e-5), torch.float16: (2**-10, 1e-5)}
+REPLAYED = 3  # time steps at most
+_convert = triton.runtime.interpreter._convert_float
+
+
+def rounding(x, source, target, mode):
+    """Convert as a GPU does: the interpreter cuts float32 off to bfloat16."""
+    if (source.name, target.name) == ("fp32", "bf16"):
+        return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.uint16).numpy()
+    return _convert(x, source, target, mode)
+
+
+@pytest.fixture(autouse=True)
+def in_triton(monkeypatch):
+    """Steps on a CPU run in Triton; gives the names of the kernels that ran."""
+    monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", rounding)
+    monkeypatch.setattr(triton_step, "WARPS", 16)  # fewer programs, one after the other
+    monkeypatch.setattr(triton_step, "REPLAYED", REPLAYED)
+    monkeypatch.setattr(step_of_kernels, "fast_step", lambda step, *_: TritonStep(step))
+    ran, launch = [], TritonStep._launch
+
+    def watched(self, kernel, *args, **kwargs):
+        ran.append(kernel.fn.__name__)
+        launch(self, kernel, *args, **kwargs)
+
+    monkeypatch.setattr(TritonStep, "_launch", watched)
+    return ran
+
+
+def fused(v, x, decay, constants, steps, cut):
+    learned = isinstance(decay, torch.Tensor)
+    step = kernels.NeuronStep(None if learned else decay, **constants)
+    return kernels.neuron_step(step, v, x, decay if learned else None, steps, cut)
+
+
+def plain(v, x, decay, constants, steps, cut):
+    spikes = []
+    for t, x_t in enumerate(x.chunk(steps)):
+        s, v = lif_step(v.detach() if cut and t else v, x_t.to(v.dtype), decay=decay, **constants)
+        spikes.append(s.to(x.dtype))
+    return torch.cat(spikes), v
+
+
+def run(function, constants, n=1000, learned=False, dtype=torch.float32, steps=1, cut=False, of=(True, True)):
+    """Spikes and the last membrane potential; gradients of x, v and λ where only some results have a gradient."""
+    torch.manual_seed(0)
+    v, x = torch.randn(n, requires_grad=True), (1.5 * torch.randn(steps * n)).to(dtype).requires_grad_()
+    decay = torch.tensor(0.6, requires_grad=True) if learned else 0.6
+    results = function(v, x, decay, {"v_threshold": 0.8, "surrogate": SURROGATES[0], **constants}, steps, cut)
+    weights = [torch.randn(r.shape).to(r.dtype) for r in results]
+    total = sum((r * w).float().sum() for r, w, has in zip(results, weights, of, strict=True) if has)
+    leaves = [x, v, decay] if learned else [x, v]
+    return results, torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def check(*args, n=1000, dtype=torch.float32, **kwargs):
+    (results, grads), (expected, of) = (run(f, *args, n=n, dtype=dtype, **kwargs) for f in (fused, plain))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    rtol, atol = TOLERANCES[dtype]
+    for got, exact in zip(grads, of, strict=True):
+        if exact is None:
+            assert got is None or not got.any()
+        else:  # of λ, a sum over all neurons, in another order
+            torch.testing.assert_close(got, exact, rtol=rtol, atol=atol * (1 if got.ndim else n))
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["constant", "learned"])
+@pytest.mark.parametrize("constants", CONSTANTS, ids=str)
+def test_every_reset(constants, learned, in_triton):
+    for dtype, steps in itertools.product(TOLERANCES, (1, 3, REPLAYED + 1)):
+        check(constants, learned=learned, dtype=dtype, steps=steps)
+    assert {*in_triton} == {"steps_forward", "steps_backward", "steps_replayed"}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("surrogate", [*SURROGATES, sltt.surrogates.FastSigmoid(5.0, scale=1.5)], ids=repr)
+def test_every_surrogate(surrogate, steps):
+    for constants, one in itertools.product(CONSTANTS[::4], (surrogate, sltt.surrogates.Above(surrogate))):
+        check(constants | {"surrogate": one}, steps=steps)
+
+
+@pytest.mark.parametrize("of", [(True, True), (True, False), (False, True)], ids=["all", "spikes", "state"])
+@pytest.mark.parametrize("steps", [1, 3, REPLAYED + 1])
+def test_where_gradients_flow(steps, of):
+    for constants, learned, cut in itertools.product(CONSTANTS[::5], (False, True), (False, True)):
+        check(constants, learned=learned, steps=steps, cut=cut, of=of)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_every_size(n):
+    for steps, constants in itertools.product((1, REPLAYED + 1), CONSTANTS[::8]):
+        check(constants, n=n, steps=steps)
+        check(constants, n=n, steps=steps, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("n", [PACK_FROM, PACK_FROM + 8, PACK_FROM + 4])
+@pytest.mark.parametrize("steps", [1, 2, REPLAYED + 2])
+def test_bits_are_the_spikes(n, steps):
+    (s, _), _ = run(fused, CONSTANTS[0], n=n, steps=steps)
+    bits = getattr(s.untyped_storage(), BITS, None)
+    assert (bits is None) == (s.numel() % 8 > 0)
+    assert bits is None or torch.equal(bits, pack(s.detach()))
+    check(CONSTANTS[0], n=n, steps=steps)
+
+
+def test_every_memory_format():
+    for x in layouts().values():
+        settings = {"v_threshold": 0.8, "surrogate": SURROGATES[0], **CONSTANTS[0]}
+        (spikes, v, grads), (expected, v_expected, of) = both(torch.randn(x.shape), x, settings, 0.6, learnable=True)
+        assert all(torch.equal(a, b) for a, b in zip([*spikes, v], [*expected, v_expected], strict=True))
+        torch.testing.assert_close(grads[:2], of[:2], rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(grads[2], of[2], rtol=2e-5, atol=1e-3)
+
+
+def test_not_a_number_and_infinity():
+    x = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.0, -0.0])
+    results = []
+    for function in (fused, plain):
+        leaf = x.clone().requires_grad_()
+        settings = {"v_threshold": 0.8, "surrogate": SURROGATES[0], **CONSTANTS[0]}
+        s, v = function(torch.zeros(5), leaf, 0.5, settings, 1, False)
+        (s.sum() + v.sum()).backward()
+        results.append([s, v, leaf.grad])
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+class Steep(sltt.surrogates.Triangle):
+    def derivative(self, x):
+        return 7 * super().derivative(x)
+
+
+def test_a_derivative_that_triton_does_not_have(in_triton):
+    for steps in (1, 3):
+        check(CONSTANTS[0] | {"surrogate": Steep()}, steps=steps)
+    assert {*in_triton} == {"steps_forward"}
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule(name, neuron, monkeypatch):
+    x, y = batch(steps=5)
+    model, found = small_network(NEURONS[neuron], norm=True).float(), []
+    for fast in (step_of_kernels.fast_step, lambda *_: None):
+        monkeypatch.setattr(step_of_kernels, "fast_step", fast)
+        with kernels.using(compile="off"):
+            torch.manual_seed(1)
+            found.append(gradients(model, RULES[name], x.float(), y))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,156 @@
+"""The neuron step in Triton without a GPU: in the interpreter, compiled for GPUs, and where it is chosen."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sltt
+from sltt import kernels
+from sltt.kernels import step as step_of_kernels
+from sltt.kernels import triton_step
+from sltt.kernels.triton_step import TritonStep
+
+MISSING = kernels.compiler_problem(torch.device("cuda"))
+TRITON = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+LIF = kernels.NeuronStep(0.6, 0.8, None, False, False, sltt.surrogates.Triangle())
+
+
+@TRITON
+def test_in_the_interpreter_it_equals_the_equations():
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    path = Path(__file__).with_name("interpreted_triton.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(path)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run(n=4096, steps=1, dtype=torch.bfloat16, learned=False, device="cpu", step=LIF, rule="BPTT"):
+    """Run a step and its backward, where SLTT's gets no gradient of the membrane potential."""
+    v = torch.zeros(n, device=device, requires_grad=rule == "BPTT")
+    x = torch.zeros(steps * n, dtype=dtype, device=device, requires_grad=True)
+    decay = torch.tensor(0.6, device=device, requires_grad=True) if learned else None
+    s, last = kernels.neuron_step(step, v, x, decay, steps, cut=rule == "SLTT")
+    results = [s, last][: 1 + (rule == "BPTT")]
+    torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Compile in place of running: gives a function of the GPU's architecture, which makes kernels a list."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    found = []
+
+    def launch(kernel, grid):
+        return lambda *args, **kwargs: found.append(kernel.run(*args, grid=grid, warmup=True, **kwargs))
+
+    def on(architecture):
+        target = GPUTarget("cuda", architecture, 32)
+        driver = SimpleNamespace(
+            get_current_device=lambda: architecture,  # a cache for each
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: target,
+        )
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+        return found
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.JITFunction, "__getitem__", launch)
+    monkeypatch.setattr(step_of_kernels, "fast_step", lambda step, *_: TritonStep(step))
+    return on
+
+
+def resources(kernel, folder):
+    """Return registers, bytes of spilled ones, and the memory instructions of a compiled kernel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    file = folder / "kernel.cubin"
+    file.write_bytes(kernel.asm["cubin"])
+    usage, code = (
+        subprocess.run([tools / tool, option, file], capture_output=True, text=True, check=True).stdout
+        for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+    )
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local, Counter(re.findall(r"\b(?:LDG|STG)\.E\S*", code))
+
+
+@TRITON
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(("steps", "at_most"), [(1, 48), (6, 80)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_compiled_for_a_gpu(dtype, steps, at_most, architecture, compiled, tmp_path):
+    made = compiled(architecture)
+    run(steps=steps, dtype=dtype)
+    assert len(made) == 2  # forward and backward
+    for kernel in made:
+        registers, spilled, memory = resources(kernel, tmp_path)
+        assert spilled == 0
+        assert registers <= at_most
+        assert "fma" not in kernel.asm["ptx"]
+        assert {name for name in memory if not name.endswith("U8")} == {"LDG.E.128", "STG.E.128"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that would have run on fake tensors of a GPU."""
+    names = []
+    monkeypatch.setattr(TritonStep, "_launch", lambda self, kernel, *_, **__: names.append(kernel.fn.__name__))
+    monkeypatch.setattr(triton_step, "problem", lambda device: None)
+    with FakeTensorMode():
+        yield names
+
+
+@TRITON
+@pytest.mark.parametrize("n", [1, 10, 2**15, 2**21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_cuda_every_size_takes_one_kernel(n, dtype, launched):
+    kernels.neuron_step(LIF, torch.zeros(n, device="cuda"), torch.zeros(n, dtype=dtype, device="cuda"))
+    assert launched == ["steps_forward"]
+
+
+@TRITON
+def test_on_cuda_what_triton_does_not_have_runs_as_before(launched):
+    class Late(sltt.surrogates.Triangle):
+        def fires(self, x):
+            return x > 0.5
+
+    late = kernels.NeuronStep(0.5, 1.0, None, False, False, Late())
+    of_types = [(LIF, torch.float32), (LIF, torch.float64), (LIF, torch.bfloat16), (late, torch.float32)]
+    states = [(step, torch.zeros(3, dtype=dtype, device="cuda")) for step, dtype in of_types]
+    chosen = [step_of_kernels.fast_step(step, v, v.dtype, None) is not None for step, v in states]
+    assert chosen == [True, False, False, False]
+    with kernels.using(compile="off"):
+        assert step_of_kernels.fast_step(*states[0], torch.float32, None) is None
+
+
+@pytest.fixture
+def asked_anew():
+    """What is known of devices is forgotten, before a test and after it."""
+    cached = kernels.compiler_problem, triton_step.problem
+    for one in cached:
+        one.cache_clear()
+    yield
+    for one in cached:
+        one.cache_clear()
+
+
+@TRITON
+def test_where_triton_fails_it_says_why(asked_anew):
+    with pytest.warns(UserWarning, match="neurons run slower, since Triton does not run: "):
+        assert triton_step.problem(torch.device("cpu"))  # where it has no driver
+    assert triton_step.problem(torch.device("cpu"))  # without a second warning
+
+
+def test_without_triton_it_says_how_to_install_it(asked_anew, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert triton_step.problem(torch.device("cuda")) == "Triton is not installed: pip install 'sltt[gpu]'"
