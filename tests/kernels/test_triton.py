@@ -26,7 +26,7 @@ LIF = kernels.NeuronStep(0.6, 0.8, None, False, False, sltt.surrogates.Triangle(
 @TRITON
 def test_in_the_interpreter_it_equals_the_equations():
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    path = Path(__file__).with_name("interpreted_triton.py")
+    path = Path(__file__).with_name("triton_equations.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(path)]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

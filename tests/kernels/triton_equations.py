@@ -1,6 +1,7 @@
-"""The neuron step in Triton's interpreter, on a CPU, against the equations; test_triton.py runs it in a process.
+"""The neuron step in Triton against the equations: in Triton's interpreter, or on a GPU.
 
-TRITON_INTERPRET=1 pytest tests/kernels/interpreted_triton.py
+TRITON_INTERPRET=1 pytest tests/kernels/triton_equations.py    on a CPU; test_triton.py runs this
+pytest tests/kernels/triton_equations.py                       on a GPU
 """
 
 import itertools
@@ -16,15 +17,18 @@ from sltt.kernels import step as step_of_kernels
 from sltt.kernels import triton_step
 from sltt.kernels.bits import pack
 from sltt.kernels.looks import BITS, PACK_FROM
+from sltt.kernels.saved import tag_of
 from sltt.kernels.triton_step import TritonStep
 from sltt.neurons import lif_step
 from tests.conftest import NEURONS, RULES, SURROGATES, batch, gradients, small_network
 from tests.kernels.steps import CONSTANTS, SIZES, both, layouts
 
-assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+INTERPRETED = triton.knobs.runtime.interpret
+if not (INTERPRETED or torch.cuda.is_available()):
+    pytest.skip("PyTorch sees no CUDA device, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # gradients are rounded once, to x's type
 TOLERANCES = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (2**-7, 1e-5), torch.float16: (2**-10, 1e-5)}
-REPLAYED = 3  # time steps at most
 _convert = triton.runtime.interpreter._convert_float
 
 
@@ -37,10 +41,11 @@ def rounding(x, source, target, mode):
 
 @pytest.fixture(autouse=True)
 def in_triton(monkeypatch):
-    """Steps on a CPU run in Triton; gives the names of the kernels that ran."""
-    monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", rounding)
-    monkeypatch.setattr(triton_step, "WARPS", 16)  # fewer programs, one after the other
-    monkeypatch.setattr(triton_step, "REPLAYED", REPLAYED)
+    """Steps run in Triton; gives the names of the kernels that ran."""
+    if INTERPRETED:
+        monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", rounding)
+        monkeypatch.setattr(triton_step, "WARPS", 16)  # fewer programs, one after the other
+    monkeypatch.setattr(triton_step, "REPLAYED", 3)
     monkeypatch.setattr(step_of_kernels, "fast_step", lambda step, *_: TritonStep(step))
     ran, launch = [], TritonStep._launch
 
@@ -69,12 +74,12 @@ def plain(v, x, decay, constants, steps, cut):
 def run(function, constants, n=1000, learned=False, dtype=torch.float32, steps=1, cut=False, of=(True, True)):
     """Spikes and the last membrane potential; gradients of x, v and λ where only some results have a gradient."""
     torch.manual_seed(0)
-    v, x = torch.randn(n, requires_grad=True), (1.5 * torch.randn(steps * n)).to(dtype).requires_grad_()
-    decay = torch.tensor(0.6, requires_grad=True) if learned else 0.6
+    v, x = torch.randn(n, device=DEVICE), (1.5 * torch.randn(steps * n, device=DEVICE)).to(dtype)
+    decay = torch.tensor(0.6, device=DEVICE, requires_grad=True) if learned else 0.6
+    leaves = [x.requires_grad_(), v.requires_grad_(), *([decay] if learned else [])]
     results = function(v, x, decay, {"v_threshold": 0.8, "surrogate": SURROGATES[0], **constants}, steps, cut)
-    weights = [torch.randn(r.shape).to(r.dtype) for r in results]
+    weights = [torch.randn(r.shape, device=DEVICE).to(r.dtype) for r in results]
     total = sum((r * w).float().sum() for r, w, has in zip(results, weights, of, strict=True) if has)
-    leaves = [x, v, decay] if learned else [x, v]
     return results, torch.autograd.grad(total, leaves, allow_unused=True)
 
 
@@ -92,7 +97,7 @@ def check(*args, n=1000, dtype=torch.float32, **kwargs):
 @pytest.mark.parametrize("learned", [False, True], ids=["constant", "learned"])
 @pytest.mark.parametrize("constants", CONSTANTS, ids=str)
 def test_every_reset(constants, learned, in_triton):
-    for dtype, steps in itertools.product(TOLERANCES, (1, 3, REPLAYED + 1)):
+    for dtype, steps in itertools.product(TOLERANCES, (1, 3, 4)):
         check(constants, learned=learned, dtype=dtype, steps=steps)
     assert {*in_triton} == {"steps_forward", "steps_backward", "steps_replayed"}
 
@@ -105,7 +110,7 @@ def test_every_surrogate(surrogate, steps):
 
 
 @pytest.mark.parametrize("of", [(True, True), (True, False), (False, True)], ids=["all", "spikes", "state"])
-@pytest.mark.parametrize("steps", [1, 3, REPLAYED + 1])
+@pytest.mark.parametrize("steps", [1, 3, 4])
 def test_where_gradients_flow(steps, of):
     for constants, learned, cut in itertools.product(CONSTANTS[::5], (False, True), (False, True)):
         check(constants, learned=learned, steps=steps, cut=cut, of=of)
@@ -113,37 +118,42 @@ def test_where_gradients_flow(steps, of):
 
 @pytest.mark.parametrize("n", SIZES)
 def test_every_size(n):
-    for steps, constants in itertools.product((1, REPLAYED + 1), CONSTANTS[::8]):
+    for steps, constants in itertools.product((1, 4), CONSTANTS[::8]):
         check(constants, n=n, steps=steps)
         check(constants, n=n, steps=steps, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("n", [PACK_FROM, PACK_FROM + 8, PACK_FROM + 4])
-@pytest.mark.parametrize("steps", [1, 2, REPLAYED + 2])
+@pytest.mark.parametrize("steps", [1, 2, 5])
 def test_bits_are_the_spikes(n, steps):
     (s, _), _ = run(fused, CONSTANTS[0], n=n, steps=steps)
-    bits = getattr(s.untyped_storage(), BITS, None)
-    assert (bits is None) == (s.numel() % 8 > 0)
-    assert bits is None or torch.equal(bits, pack(s.detach()))
+    if INTERPRETED:
+        bits = getattr(s.untyped_storage(), BITS, None)
+        assert (bits is None) == (s.numel() % 8 > 0)
+        assert bits is None or torch.equal(bits, pack(s.detach()))
+    elif s.numel() % 8 == 0:
+        assert torch.equal(tag_of(s).make(), s)
     check(CONSTANTS[0], n=n, steps=steps)
 
 
 def test_every_memory_format():
     for x in layouts().values():
         settings = {"v_threshold": 0.8, "surrogate": SURROGATES[0], **CONSTANTS[0]}
-        (spikes, v, grads), (expected, v_expected, of) = both(torch.randn(x.shape), x, settings, 0.6, learnable=True)
+        (spikes, v, grads), (expected, v_expected, of) = both(
+            torch.randn(x.shape, device=DEVICE), x.to(DEVICE), settings, 0.6, learnable=True
+        )
         assert all(torch.equal(a, b) for a, b in zip([*spikes, v], [*expected, v_expected], strict=True))
         torch.testing.assert_close(grads[:2], of[:2], rtol=2e-5, atol=2e-6)
         torch.testing.assert_close(grads[2], of[2], rtol=2e-5, atol=1e-3)
 
 
 def test_not_a_number_and_infinity():
-    x = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.0, -0.0])
+    x = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.0, -0.0], device=DEVICE)
     results = []
     for function in (fused, plain):
         leaf = x.clone().requires_grad_()
         settings = {"v_threshold": 0.8, "surrogate": SURROGATES[0], **CONSTANTS[0]}
-        s, v = function(torch.zeros(5), leaf, 0.5, settings, 1, False)
+        s, v = function(torch.zeros_like(x), leaf, 0.5, settings, 1, False)
         (s.sum() + v.sum()).backward()
         results.append([s, v, leaf.grad])
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
@@ -163,8 +173,8 @@ def test_a_derivative_that_triton_does_not_have(in_triton):
 @pytest.mark.parametrize("neuron", NEURONS)
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule(name, neuron, monkeypatch):
-    x, y = batch(steps=5)
-    model, found = small_network(NEURONS[neuron], norm=True).float(), []
+    x, y = (part.to(DEVICE) for part in batch(steps=5))
+    model, found = small_network(NEURONS[neuron], norm=True).float().to(DEVICE), []
     for fast in (step_of_kernels.fast_step, lambda *_: None):
         monkeypatch.setattr(step_of_kernels, "fast_step", fast)
         with kernels.using(compile="off"):
