@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sltt.training.check import check
     from sltt.training.evaluation import evaluate
     from sltt.training.fit import fit
+    from sltt.training.graphs import graphed
     from sltt.training.phases import Phase
     from sltt.training.trained import load, predict
 else:
@@ -54,6 +55,7 @@ else:
         "training.check": ["check"],
         "training.evaluation": ["evaluate"],
         "training.fit": ["fit"],
+        "training.graphs": ["graphed"],
         "training.phases": ["Phase"],
         "training.trained": ["load", "predict"],
     }  # fmt: skip
@@ -108,6 +110,7 @@ __all__ = [
     "devices",
     "evaluate",
     "fit",
+    "graphed",
     "interop",
     "lif_step",
     "load",

@@ -42,6 +42,11 @@ class FiringRates:
         self._spikes[name] += spikes
         self._count[name] += possible
 
+    def add(self, other: "FiringRates") -> None:
+        """Add what another has counted on the same model."""
+        for name, spikes in other._spikes.items():
+            self(name, spikes, other._count[name])
+
     def by_layer(self) -> dict[str, float]:
         """Return the firing rate of each layer that has run, by its name in the model."""
         return {name: int(self._spikes[name]) / count for name, count in self._count.items() if count}

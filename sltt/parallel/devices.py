@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda", "mps"]  # "auto" is a CUDA device, or else the CPU
 Precision = Literal[32, "bf16-mixed", "16-mixed"]
 Strategy = Literal["ddp", "fsdp"]
+Graph = Literal["auto", "on", "off"]  # of a training batch
 
 # FSDP gathers and frees the weights of a module as one; below this many, the messages cost more than the memory.
 SHARD_FROM = 2**20

@@ -190,6 +190,11 @@ class Rule(Frozen, ABC):
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"what was saved is of another rule than {self}: go on with the rule that it began with")
 
+    @property
+    def no_graph(self) -> str | None:
+        """Return why a CUDA graph cannot repeat a batch, after "the rule …"; None where it can."""
+        return "updates the weights at every time step" if self.online else None
+
     def __repr__(self) -> str:
         taken = arguments_of(type(self))
         settings = ", ".join(f"{k}={v}" for k, v in vars(self).items() if k in taken and v != taken[k].default)

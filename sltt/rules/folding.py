@@ -55,7 +55,7 @@ def choose_fold(run: Run) -> Fold:
     if sequence.steps == 1 or any(is_lazy(p) for p in model.parameters()):  # it has no weights before its first batch
         return Fold()
     x = sequence.input(range(1))
-    modules = tuple((type(m), m.training, _hooks(m)) for m in run.layout.layers)
+    modules = tuple((type(m), m.training, count_hooks(m)) for m in run.layout.layers)
     key = x.shape, x.dtype, x.device, sequence.steps, type(run.step), modules
     found = _folds.setdefault(model, {})
     if key not in found:
@@ -110,7 +110,7 @@ def _problem(run: Run) -> str | None:
     if is_sharded(run.model):
         return "has sharded weights"
     for layer in run.layout.layers.values():
-        if _hooks(layer.module):
+        if count_hooks(layer.module):
             return f"has hooks on {layer}, which see one time step in a call"
         if layer.compiled:
             return f"has compiled code in {layer}"
@@ -121,8 +121,8 @@ def _problem(run: Run) -> str | None:
     return None
 
 
-def _hooks(module: nn.Module) -> int:
-    """The number of hooks on a module and its weights, without those that compute its weights, and those of ours."""
+def count_hooks(module: nn.Module) -> int:
+    """Count the hooks on a module and its weights, without those that compute its weights, and those of ours."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
     for p in module._parameters.values():  # which see the gradient of one time step
         for some in (getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None)):

@@ -86,6 +86,10 @@ class Mixed(Rule):
                 waiting = None
         return batch.output()
 
+    @property
+    def no_graph(self) -> str | None:
+        return "saves and restores random generators"
+
     def step(self) -> Step:
         return _Cut()
 

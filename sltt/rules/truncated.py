@@ -138,6 +138,10 @@ class BPTT(Truncated):
         if segment is not None and (self.recompute or self.hoist):
             raise ValueError("segment runs all layers again, recompute and hoist some of them: choose one")
 
+    @property
+    def no_graph(self) -> str | None:
+        return None if self.segment is None else "saves and restores random generators"
+
     def window_length(self, steps: int) -> int:
         return steps
 
@@ -216,6 +220,10 @@ class SLTT(Truncated):
     def check(self, model: nn.Module, steps: int) -> None:
         if self.k is not None and self.k > steps:
             raise ValueError(f"SLTT(k={self.k}) trains {self.k} steps, but the sequence has T = {steps}; use k ≤ T")
+
+    @property
+    def no_graph(self) -> str | None:
+        return None if self.k is None else "draws its steps anew for each batch"
 
     def window_length(self, steps: int) -> int:
         return 1

@@ -16,7 +16,7 @@ from sltt.data.loaders import Loaders, as_data, batch_size_of
 from sltt.kernels import Compile, Sparse
 from sltt.losses import CrossEntropyMSE, is_per_step
 from sltt.metrics import Accuracy, Metric
-from sltt.parallel.devices import Device, Precision, Strategy
+from sltt.parallel.devices import Device, Graph, Precision, Strategy
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
 from sltt.training.batches import keep_generators
@@ -24,6 +24,7 @@ from sltt.training.card import write_card
 from sltt.training.check import check
 from sltt.training.checkpoints import load_checkpoint, load_selected, restore_state, start_from
 from sltt.training.console import Console
+from sltt.training.graphs import check_graph
 from sltt.training.logs import Logger
 from sltt.training.loop import Loop
 from sltt.training.manifest import LAST, was_written
@@ -76,6 +77,7 @@ def fit(
     sync_batchnorm: bool = False,
     compile: Compile = "auto",
     sparse: Sparse = "auto",
+    graph: Graph = "auto",
     checkpoint_minutes: float = 10.0,
     weights: str | None = None,
     metric: Metric = Accuracy(),
@@ -123,6 +125,9 @@ def fit(
         sync_batchnorm: BatchNorm takes its statistics over all processes, on GPUs.
         compile: compile the neuron step: where it pays (auto), always (on), never (off).
         sparse: compute on active inputs only: where it is faster (auto), wherever possible (on), never (off).
+        graph: launch each training batch as one CUDA graph, from the fourth batch of a phase on: on a GPU, unless
+            callbacks, hooks or compiled code of your own may need Python (auto), with these too (on), never (off).
+            SLTT-K, Mixed, `segment`, online rules, `16-mixed` and sequences of several lengths run without.
         checkpoint_minutes: minutes between checkpoints within an epoch; each epoch ends with one.
         weights: start from the weights of this run or checkpoint.
         metric: of predictions and targets, a mean over samples; or with `update` and `compute`, as of torchmetrics. It
@@ -253,6 +258,7 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training) -> S
             _check_shardable(stage.rule)
         if whole := next((name for name in ("ema", "quantised") if getattr(training, name) is not None), None):
             raise ValueError(f"{whole} needs whole weights, which fsdp does not keep: use ddp")
+    check_graph(here)
     if training.batch_size < count:
         raise ValueError(f"batch_size={training.batch_size} is shared by {count} processes: expected a sample for each")
     if training.accumulate > 1 and (online := next((s.rule for s in stages if s.rule.online), None)):

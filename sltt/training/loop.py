@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sltt.analysis import FiringRates, firing_rates
+from sltt.analysis import FiringRates
 from sltt.callbacks import Moment
 from sltt.data import Data, Splits
 from sltt.losses import is_per_step, to_score
@@ -20,7 +20,9 @@ from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
 from sltt.rules import Output
 from sltt.rules.folding import chosen_fold
+from sltt.sequence.layout import spiking_layers
 from sltt.sequence.padding import Padded, target_of
+from sltt.sequence.spikes import observing
 from sltt.sequence.steps import check_input
 from sltt.training.average import make_average, take_average
 from sltt.training.batches import (
@@ -37,7 +39,8 @@ from sltt.training.batches import (
 )
 from sltt.training.checkpoints import save_state
 from sltt.training.console import Console
-from sltt.training.evaluation import count_samples, measure
+from sltt.training.evaluation import measure
+from sltt.training.graphs import make_graphs
 from sltt.training.logs import logs
 from sltt.training.manifest import BEST, LAST
 from sltt.training.parameters import parameter_groups
@@ -90,6 +93,7 @@ class Loop:
         if session.execution.sync_batchnorm and self.processes.count > 1:
             synchronise(model)
         self.net = session.set_up(model)
+        self.spiking = spiking_layers(model)
         self.average = None if training.ema is None else make_average(model, training.ema)
         groups = parameter_groups(model, training.norm_weight_decay, training.norm_bias_lr)
         self.optim: Any = session.fabric.setup_optimizers(training.optimizer(groups))
@@ -119,7 +123,7 @@ class Loop:
                     told = False
                     while not self._over(stage):
                         training = self._epoch(stage, batches, interrupt)
-                        told = told or self._tell_fold(stage)
+                        told = told or self._tell_launches(stage)
                         row = self._end_epoch(training, self._validate(stage, validation))
                         log(row)
                         self._show(row, training)
@@ -142,8 +146,9 @@ class Loop:
         if stage.freeze_norm:
             freeze_norm(self.model)
         bar = self.report.bar(f"epoch {state.epoch + 1}/{self.training.epochs}", self.batches, done=state.batch)
-        with firing_rates(self.model) as firing, bar as advance, self._located():
-            firing.load_state_dict(state.firing)
+        firing = FiringRates(list(self.spiking))
+        firing.load_state_dict(state.firing)
+        with bar as advance, self._located():
             for x, y in whole_epoch(loader):
                 epoch = state.epoch + state.batch / self.batches
                 set_rates(self.optim, self.initial, stage, self.training.schedule, epoch)
@@ -185,24 +190,29 @@ class Loop:
         x, y = self.session.batch(x, y, self.splits.per_step)
         static, per_step, carried = self.splits.static, is_per_step(self.loss), rule.state_dict()
 
-        def run() -> Output:
+        def iteration(x: Tensor, y: Tensor | Padded) -> tuple[Output, FiringRates]:
             parts = cut(x, y, count_parts(self.training.accumulate, size, processes), static=static, per_step=per_step)
             outs = []
-            for part in parts:
-                rule.load_state_dict(carried)  # each part draws the same time steps
-                out = rule(
-                    *(self.net, part.x, part.y, self.loss),
-                    steps=stage.steps if static else None,
-                    backward=partial(self._backward, weight * part.weight),
-                    update=self._reduce_and_update if rule.online else None,
-                    seed=drawn,
-                )
-                outs.append(out)
-            return join_outputs(outs, parts)
+            with observing(self.spiking, FiringRates(list(self.spiking))) as seen:
+                for part in parts:
+                    rule.load_state_dict(carried)  # each part draws the same time steps
+                    out = rule(
+                        *(self.net, part.x, part.y, self.loss),
+                        steps=stage.steps if static else None,
+                        backward=partial(self._backward, weight * part.weight),
+                        update=self._reduce_and_update if rule.online else None,
+                        seed=drawn,
+                    )
+                    outs.append(out)
+            return join_outputs(outs, parts), seen
 
-        with count_samples(firing, count), self.rounded():
+        graphs = self.graphs if size == largest else None  # the last batch of an epoch may be smaller
+        run = partial(graphs, iteration, x, y) if graphs else partial(iteration, x, y)
+        with self.rounded():
             due = self.memory.due(len(x), full=size == largest)
-            out = self.memory.measure(run) if due else run()
+            out, seen = self.memory.measure(run) if due else run()
+        if count:
+            firing.add(seen)
         if not rule.online:
             self._reduce()
         check_finite(out.loss, self.model, self.optim, scaled=self.scaled)
@@ -238,13 +248,15 @@ class Loop:
         self._reduce()
         self._update()
 
-    def _tell_fold(self, stage: Stage) -> bool:
-        """Say how many time steps share a call of the network, or why none do."""
+    def _tell_launches(self, stage: Stage) -> bool:
+        """Say how many time steps share a call of the network, or why none do; and why batches are no CUDA graphs."""
         fold = chosen_fold(self.net) if stage.rule.fold == "auto" else None
         if fold and fold.trained > 1:
             self.report.line(f"{fold.trained} of {stage.steps} time steps share a call of the network")
         if fold and fold.why:
             self.report.line(f"time steps run one by one, since the network {fold.why}")
+        if self.graphs and self.graphs.problem:
+            self.report.line(f"batches run without a CUDA graph, since {self.graphs.problem}")
         return True
 
     def _over(self, stage: Stage) -> bool:
@@ -270,6 +282,7 @@ class Loop:
             take_average(self.model, self.average)
         device, size, held_out = self.session.fabric.device, self.training.batch_size, self.splits.validation
         self.memory = BatchMemory(device)
+        self.graphs = make_graphs(self.session, self.model, stage.rule, self.callbacks)
         workers, ranks = self.session.execution.workers, (self.processes.rank, self.processes.count)
         # not what lies on the GPU already
         pin = device.type == "cuda" and self.splits.collate([self.splits.train[0]])[0].device.type == "cpu"

@@ -17,7 +17,7 @@ from sltt.checks import choice, flag, instance, number, plain, sequence, whole_n
 from sltt.kernels import Compile, Sparse
 from sltt.losses import check_loss
 from sltt.metrics import Metric, check_metric
-from sltt.parallel.devices import Device, Precision, Strategy
+from sltt.parallel.devices import Device, Graph, Precision, Strategy
 from sltt.rules import Rule
 from sltt.schedules import Schedule
 from sltt.training.logs import Logger
@@ -30,7 +30,7 @@ PROCESSES = ("devices", "num_nodes", "strategy")  # settings of the processes, n
 OF_TRAINING = ("callbacks", "loggers")  # whose classes a trained network does without
 # what a resumed run may change: where it trains, and when it ends; data may have moved, and its split is compared
 RESUMABLE = (
-    *("data", "workers", "device", *PROCESSES, "compile", "sparse"),
+    *("data", "workers", "device", *PROCESSES, "compile", "sparse", "graph"),
     *("epochs", "checkpoint_minutes", "loggers"),
 )
 
@@ -60,6 +60,7 @@ class Execution(_Settings):
     sync_batchnorm: bool = False
     compile: Compile = "auto"
     sparse: Sparse = "auto"
+    graph: Graph = "auto"
 
     def __post_init__(self) -> None:
         choice("precision", self.precision, get_args(Precision))
@@ -67,6 +68,7 @@ class Execution(_Settings):
         choice("strategy", self.strategy, get_args(Strategy))
         choice("compile", self.compile, get_args(Compile))
         choice("sparse", self.sparse, get_args(Sparse))
+        choice("graph", self.graph, get_args(Graph))
         whole_number("workers", self.workers, least=0, most=1000)
         for name in ("devices", "num_nodes"):
             if getattr(self, name) is not None:

@@ -33,7 +33,7 @@ def test_the_arguments_of_evaluate_are_settings_with_their_defaults():
     for name in ("model", "data", "split", "mirror", "shift", "steps"):
         given.pop(name)
     assert all(expected[name] in (MISSING, default) for name, default in given.items())
-    assert settings(Execution).keys() - given.keys() == {"sync_batchnorm"}  # evaluation takes no statistics
+    assert settings(Execution).keys() - given.keys() == {"sync_batchnorm", "graph"}  # of training
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,295 @@
+"""CUDA graphs of training batches: one launch for the forward and backward of all time steps.
+
+A graph repeats what the device did: kernels, on tensors in fixed memory. It does not repeat what Python did. So three
+batches run as they are, and the second of them is watched for what a graph would not repeat.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sltt._torch import DispatchMode
+from sltt.callbacks import Callback
+from sltt.checks import instance
+from sltt.rules import Output, Rule
+from sltt.rules.base import StepLoss
+from sltt.rules.folding import count_hooks
+from sltt.sequence.layout import Layout
+from sltt.sequence.padding import Padded
+from sltt.training.session import Session
+
+EAGER = 3  # batches before the capture; they compile kernels, and make what is made once
+_WATCHED = 2  # the one of them that is watched
+Iteration = Callable[[Tensor, Tensor], Any]
+
+
+class CudaGraph:
+    """A CUDA graph of one function, and the stream on which it is captured."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._graph = device, torch.cuda.CUDAGraph()
+        self._stream = torch.cuda.Stream(device)
+
+    @staticmethod
+    def runs_on(device: torch.device) -> bool:
+        """Return whether a device has graphs."""
+        return device.type == "cuda"
+
+    def warm(self, function: Callable[[], Any]) -> Any:
+        """Run the function on the stream of the capture, in the order of the current stream."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = function()
+        current.wait_stream(self._stream)
+        return result
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        """Record what the function launches; return its result, in memory that `replay` writes."""
+        # not "global": the thread in which a data loader pins memory calls CUDA at any time
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+            return function()
+
+    def replay(self) -> None:
+        """Launch what was recorded."""
+        self._graph.replay()
+
+
+class Replay:
+    """An iteration as a graph.
+
+    Args:
+        graph: has run the iteration before.
+        iteration: computes a result from x and y, and leaves gradients in `.grad`.
+        parameters: that get gradients.
+        x: inputs; a copy is the memory that the graph reads.
+        y: targets, likewise.
+    """
+
+    def __init__(self, graph: Any, iteration: Iteration, parameters: Iterable[nn.Parameter], x: Tensor, y: Tensor):
+        self.x, self.y, self._graph = x.clone(), y.clone(), graph
+        parameters = list(parameters)
+        for p in parameters:  # the graph makes gradients of its own, and writes them in each replay
+            p.grad = None
+        try:
+            self._result = graph.capture(partial(iteration, self.x, self.y))
+        except Exception as error:
+            error.add_note("in the capture of a training batch as a CUDA graph: train without, by graph='off'")
+            raise
+        self._gradients = [(p, p.grad) for p in parameters]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Any:
+        """Run the iteration on other inputs; its result and the gradients are overwritten by the next call."""
+        self.x.copy_(x, non_blocking=True)
+        self.y.copy_(y, non_blocking=True)
+        self._graph.replay()
+        for p, gradient in self._gradients:
+            p.grad = gradient
+        return self._result
+
+
+class Graphs:
+    """Runs the batches of a phase: three of a shape as they are, and from the fourth on as a graph.
+
+    Args:
+        model: the network, in the mode of the phase.
+        device: of the batches.
+        problem: why no batch can be a graph, if that is known.
+
+    Attributes:
+        problem: why batches run as they are.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, problem: str | None = None):
+        self.model, self.device, self.problem = model, device, problem
+        self._form: Any = None
+
+    def __call__(self, iteration: Iteration, x: Tensor, y: Tensor | Padded) -> Any:
+        """Run an iteration, which does the same as those before on other inputs, from `.grad` that is None."""
+        if isinstance(y, Padded):
+            self.problem = "sequences have several lengths"
+        if self.problem or isinstance(y, Padded):
+            return iteration(x, y)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        form = _form(x), _form(y)
+        if form != self._form:
+            self._form, self._ran, self._graph, self._replay = form, 0, CudaGraph(self.device), None
+        self._ran += 1
+        if self._ran <= EAGER:
+            run = partial(self._graph.warm, partial(iteration, x, y))
+            if self._ran != _WATCHED:
+                return run()
+            result, self.problem = watch(self.model, run)
+            return result
+        if self._replay is None:
+            self._replay = Replay(self._graph, iteration, self.model.parameters(), x, y)
+        return self._replay(x, y)
+
+
+def graphed(
+    rule: Rule, model: nn.Module, loss: StepLoss, x: Tensor, y: Tensor, *, steps: int | None = None
+) -> Callable[[Tensor, Tensor], Output]:
+    """Return a function that runs batches on a GPU as one CUDA graph: `rule(model, x, y, loss)` in one launch.
+
+        step = sltt.graphed(rule, model, loss, x, y)
+        for x, y in loader:     # on the GPU or the CPU; DataLoader(…, drop_last=True)
+            out = step(x, y)
+            optimizer.step()
+
+    The function writes gradients anew, so `zero_grad` is not needed. Call it in the mode of the model that it was
+    captured in. Weights, running statistics and random generators are as before: x and y train nothing. Inside
+    `torch.autocast` the graph is one in mixed precision, and later calls need no context. The graph keeps the memory of
+    a batch for itself.
+
+    Args:
+        rule: the learning rule.
+        model: on the GPU, in training mode.
+        loss: of one time step, as of the rule.
+        x: a batch on the GPU, time first [T, B, ...]; or, with `steps`, [B, ...]. All batches have its shape.
+        y: its targets, likewise.
+        steps: T for a static input.
+
+    Raises:
+        ValueError: x is not on a GPU, a rule or a network that a graph cannot repeat; when called, another shape.
+    """
+    instance("rule", rule, Rule)
+    instance("model", model, nn.Module)
+    for name, tensor in (("x", x), ("y", y)):
+        instance(name, tensor, Tensor)
+        if not CudaGraph.runs_on(tensor.device):
+            raise ValueError(f"a CUDA graph needs {name} on a CUDA device, got {tensor.device}: call the rule itself")
+    if problem := rule_problem(rule):
+        raise ValueError(f"a CUDA graph does not repeat a batch, since {problem}: call the rule itself")
+    graph, parameters = CudaGraph(x.device), list(model.parameters())
+
+    def iteration(x: Tensor, y: Tensor) -> Output:
+        torch.clear_autocast_cache()  # casts of weights are made anew in each replay
+        try:
+            return rule(model, x, y, loss, steps=steps)
+        finally:
+            torch.clear_autocast_cache()
+
+    gradients = [p.grad for p in parameters]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        for number in range(1, EAGER + 1):
+            for p in parameters:
+                p.grad = None
+            run = partial(graph.warm, partial(iteration, x, y))
+            _, problem = watch(model, run) if number == _WATCHED else (run(), None)
+            if problem:
+                raise ValueError(f"a CUDA graph does not repeat a batch, since {problem}: call the rule itself")
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    replay = Replay(graph, iteration, parameters, x, y)
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient
+
+    def step(x: Tensor, y: Tensor) -> Output:
+        for name, given, captured in (("x", x, replay.x), ("y", y, replay.y)):
+            if given.shape != captured.shape:
+                raise ValueError(
+                    f"the graph takes {name} of shape {list(captured.shape)}, got {list(given.shape)}: use "
+                    "DataLoader(…, drop_last=True), or call the rule itself for this batch"
+                )
+        return Output(*(value.clone() for value in replay(x, y)))
+
+    return step
+
+
+def make_graphs(here: Session, model: nn.Module, rule: Rule, callbacks: Iterable[Callback]) -> Graphs | None:
+    """Return what runs the batches of a phase; None where nobody wants graphs."""
+    mode, device = here.execution.graph, here.fabric.device
+    if mode == "off" or not CudaGraph.runs_on(device):
+        return None
+    problem = rule_problem(rule) or _session_problem(here)
+    if mode == "auto" and not problem:
+        own = next((type(one).__name__ for one in callbacks if not type(one).__module__.startswith("sltt.")), None)
+        problem = f"{own} may change the network (graph='on' if not)" if own else model_problem(model)
+    return Graphs(model, device, problem)
+
+
+def check_graph(here: Session) -> None:
+    """Raise ValueError where graphs are demanded and the device has none."""
+    device = here.fabric.device
+    if here.execution.graph == "on" and not CudaGraph.runs_on(device):
+        raise ValueError(f"graph='on' needs a CUDA device, and this is {device.type}: leave graph out")
+
+
+def _session_problem(here: Session) -> str | None:
+    execution, several = here.execution, here.processes.count > 1
+    if execution.precision == "16-mixed":
+        return "16-mixed scales the loss anew for each batch: use bf16-mixed"
+    exchanges = several and (execution.sync_batchnorm or execution.strategy == "fsdp")
+    return "processes exchange tensors within a batch" if exchanges else None
+
+
+def rule_problem(rule: Rule) -> str | None:
+    """Return why a graph cannot repeat a batch of a rule; None if it can."""
+    return f"{rule} {rule.no_graph}" if rule.no_graph else None
+
+
+def model_problem(model: nn.Module) -> str | None:
+    """Return what a network runs beside kernels, in hooks and compiled code; None if there is nothing."""
+    for layer in Layout(model).layers.values():
+        if count_hooks(layer.module):
+            return f"{layer} has hooks, which it would not call"
+        if layer.compiled:
+            return f"{layer} has compiled code, which may be a graph already"
+    return None
+
+
+def watch(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Run a batch; return its result, and why a graph would not repeat it."""
+    before, drawn = _numbers(model), _draws()
+    with _Watch() as seen:
+        result = run()
+    after = _numbers(model)
+    if changed := next((name for name in after if after[name] != before.get(name)), None):
+        return result, f"a batch changes {changed}"
+    return result, "a batch draws random numbers of Python or NumPy" if _draws() != drawn else seen.found
+
+
+class _Watch(DispatchMode):
+    """Sees operations that wait for the device or take data from the host; `found` names one."""
+
+    found: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, kind, aten = kwargs or {}, func.overloadpacket, torch.ops.aten
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        devices = {torch.device(d).type for d in (*(t.device for t in tensors), kwargs.get("device")) if d is not None}
+        by_number = kind is aten.index and all(t.dtype != torch.bool for t in tensors[1:])
+        reads = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        copies = kind is aten.lift_fresh or (kind in (aten._to_copy, aten.copy_) and len(devices) > 1)
+        if devices != {"cpu"} and copies:
+            self.found = f"a batch copies a tensor from the host or to it ({kind})"
+        elif devices != {"cpu"} and reads and not by_number:
+            self.found = f"a batch reads values of a tensor ({kind})"
+        return func(*args, **kwargs)
+
+
+def _numbers(model: nn.Module) -> dict[str, Any]:
+    """The numbers and texts in the attributes of modules, by name."""
+    return {
+        f"{name or 'the model'}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, int | float | str)
+    }
+
+
+def _draws() -> Any:
+    """The states of generators that no graph knows; PyTorch's own on the host would show by a copy."""
+    state: Any = np.random.get_state()
+    return random.getstate(), state[1].tobytes(), state[2]
+
+
+def _form(x: Tensor) -> Any:
+    return x.shape, x.dtype, x.stride()

@@ -1,0 +1,321 @@
+"""CUDA graphs of batches without a device: a stand-in records what is captured, and replays it by calling it again."""
+
+import contextlib
+import math
+import random
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import sltt
+from sltt.analysis import FiringRates
+from sltt.training import graphs
+from sltt.training.settings import Execution
+from tests.conftest import LOSS
+from tests.training.blobs import Blobs, equal, network, train, weights
+
+FAMILY = [sltt.SLTT(), sltt.BPTT(), sltt.TBPTT(2), sltt.OTTT(), sltt.RateBased()]
+CPU = torch.device("cpu")
+
+
+def memory(result):
+    """The tensors in the result of an iteration."""
+    leaves = tree_leaves(result)
+    counts = [count for one in leaves if isinstance(one, FiringRates) for count in one._spikes.values()]
+    return [one for one in [*leaves, *counts] if isinstance(one, torch.Tensor)]
+
+
+class Recorded:
+    """Stands in for `CudaGraph`: a capture changes no value, and a replay writes the memory of the capture."""
+
+    log: list
+    model: nn.Module
+
+    def __init__(self, device):
+        self.log.append("new")
+
+    @staticmethod
+    def runs_on(device):
+        return True
+
+    def warm(self, function):
+        self.log.append("eager")
+        return function()
+
+    def capture(self, function):
+        self.log.append("capture")
+        self.function = function
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.random.fork_rng([]):
+            result = function()
+        for buffer, value in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(value)
+        self.gradients = [p.grad for p in self.model.parameters()]
+        self.memory = [t for t in [*memory(result), *self.gradients] if t is not None]
+        for tensor in self.memory:  # it has no values before the first replay
+            tensor.fill_(math.nan if tensor.is_floating_point() else -(10**6))
+        return result
+
+    def replay(self):
+        self.log.append("replay")
+        held = [p.grad for p in self.model.parameters()]
+        for p in self.model.parameters():
+            p.grad = None
+        new = [*memory(self.function()), *(p.grad for p in self.model.parameters())]
+        for tensor, value in zip(self.memory, [t for t in new if t is not None], strict=True):
+            tensor.copy_(value)
+        for p, gradient in zip(self.model.parameters(), held, strict=True):
+            p.grad = gradient
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Graphs are recorded; a test gives the model."""
+    monkeypatch.setattr(graphs, "CudaGraph", Recorded)
+    monkeypatch.setattr(Recorded, "log", [], raising=False)
+    return Recorded
+
+
+def watched_training(recorded, monkeypatch, run, **settings):
+    """A training whose graphs are recorded: its model, its result, the log, and the lines that it printed."""
+    model = network() if "model" not in settings else settings.pop("model")
+    monkeypatch.setattr(recorded, "model", model, raising=False)
+    report, lines = sltt.training.console.Console(quiet=True), []
+    report.line = lines.append
+    found = train(run, model, report=report, **settings)[1]
+    return model, found, recorded.log, lines
+
+
+def rows(found):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in found.history]
+
+
+@pytest.mark.parametrize("rule", FAMILY, ids=repr)
+def test_a_training_by_graphs_is_the_training_without_to_the_bit(rule, recorded, monkeypatch, tmp_path):
+    settings = {"rule": rule, "epochs": 3, "clip_norm": 1.0, "accumulate": 2, "ema": 0.9}
+    model, found, log, lines = watched_training(recorded, monkeypatch, tmp_path / "graphs", **settings)
+    assert log == ["new", *["eager"] * 3, "capture", *["replay"] * 6]  # and the fourth batch, of 12, without
+    assert not [line for line in lines if "CUDA graph" in line]
+    plain, expected = train(tmp_path / "plain", graph="off", **settings)
+    assert rows(found) == rows(expected)
+    assert equal(model.state_dict(), plain.state_dict())
+    assert equal(weights(found.run / "last.ckpt"), weights(expected.run / "last.ckpt"))
+
+
+def test_each_phase_has_a_graph_of_its_own(recorded, monkeypatch, tmp_path):
+    phases = [sltt.Phase(2, steps=3, rule=sltt.RateBased()), sltt.Phase(2, steps=4, freeze_norm=True)]
+    settings = {"phases": phases, "precision": "bf16-mixed"}
+    model, _, log, _ = watched_training(recorded, monkeypatch, tmp_path / "graphs", **settings)
+    assert log == ["new", *["eager"] * 3, "capture", *["replay"] * 3] * 2
+    assert equal(model.state_dict(), train(tmp_path / "plain", graph="off", **settings)[0].state_dict())
+
+
+def test_a_resumed_training_by_graphs_ends_as_one_that_never_stopped(recorded, monkeypatch, tmp_path):
+    settings = {"schedule": sltt.schedules.Constant(), "batch_size": 8}
+    model = watched_training(recorded, monkeypatch, tmp_path / "whole", epochs=2, **settings)[0]
+    watched_training(recorded, monkeypatch, tmp_path / "run", epochs=1, **settings)
+    resumed = watched_training(recorded, monkeypatch, tmp_path / "run", epochs=2, resume=True, **settings)[0]
+    assert equal(model.state_dict(), resumed.state_dict())
+
+
+def test_a_graph_is_of_one_shape_and_another_begins_anew(recorded, monkeypatch):
+    model = network()
+    monkeypatch.setattr(recorded, "model", model, raising=False)
+    run = graphs.Graphs(model, CPU)
+    small, large = ((torch.randn(n, 4), torch.randint(3, (n,))) for n in (5, 8))
+    for pairs in ([small] * 2, [large] * 5, [small] * 4):
+        recorded.log.clear()
+        for x, y in pairs:
+            for p in model.parameters():
+                p.grad = None
+            loss = run(partial(sltt.SLTT(), model, loss=LOSS, steps=2), x, y).loss
+            assert loss.isfinite()
+        expected = ["new", *["eager"] * min(len(pairs), 3), *["capture"] * (len(pairs) > 3)]
+        assert recorded.log == expected + ["replay"] * (len(pairs) - 3)
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
+class Draws(nn.Module):
+    def forward(self, x):
+        return x * random.random()
+
+
+class Copies(nn.Module):
+    def forward(self, x):
+        torch.empty_like(x, device="meta").copy_(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layer", "problem"),
+    [(Counts(), "changes 0.calls"), (Draws(), "draws random numbers"), (Copies(), "copies a tensor from the host")],
+    ids=["counts", "draws", "copies"],
+)
+def test_what_a_graph_would_not_repeat_is_seen_in_the_second_batch(layer, problem, recorded):
+    model = nn.Sequential(layer, *network())
+    run, x, y = graphs.Graphs(model, CPU), torch.randn(8, 4), torch.randint(3, (8,))
+    for _ in range(5):
+        run(partial(sltt.SLTT(fold=1), model, loss=LOSS, steps=2), x, y)
+    assert problem in run.problem
+    assert recorded.log == ["new", "eager", "eager"]
+    with pytest.raises(ValueError, match="call the rule itself"):
+        sltt.graphed(sltt.SLTT(fold=1), model, LOSS, x, y, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("look", "problem"),
+    [
+        (lambda x: x.sum().item(), "reads values"),
+        (lambda x: x.nonzero(), "reads values"),
+        (lambda x: x[x > 0], "reads values"),
+        (lambda x: x.cpu(), "copies a tensor"),
+        (lambda x: x.copy_(torch.ones(3)), "copies a tensor"),
+        (lambda x: x[torch.zeros(2, dtype=torch.long, device="meta")], None),
+        (lambda x: x.to(torch.float64).copy_(x), None),
+        (lambda x: torch.ones(3)[torch.ones(3) > 0].sum().item(), None),  # on the host, where it may look
+    ],
+    ids=["item", "nonzero", "mask", "to the host", "from the host", "index", "on the device", "on the host"],
+)
+def test_looks_at_a_device_are_seen(look, problem):
+    with graphs._Watch() as seen, contextlib.suppress(NotImplementedError, RuntimeError):
+        look(torch.ones(3, device="meta"))
+    assert (seen.found is None) if problem is None else problem in seen.found
+
+
+class Own(sltt.callbacks.Callback):
+    pass
+
+
+HOOKED = network()
+HOOKED[0].register_forward_hook(lambda *_: None)
+COMPILED = network()
+COMPILED[0].compile()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem", "demanded"),
+    [
+        ({}, None, None),
+        ({"rule": sltt.SLTT(k=1)}, r"SLTT\(k=1\) draws its steps anew", "draws"),
+        ({"rule": sltt.BPTT(segment=2)}, "restores random generators", "restores"),
+        ({"rule": sltt.Mixed({"2": 2})}, "restores random generators", "restores"),
+        ({"rule": sltt.OTTT(online=True)}, "updates the weights at every time step", "updates"),
+        ({"precision": "16-mixed"}, "use bf16-mixed", "bf16"),
+        ({"precision": "bf16-mixed"}, None, None),
+        ({"strategy": "fsdp", "count": 2}, "processes exchange tensors", "exchange"),
+        ({"strategy": "fsdp"}, None, None),
+        ({"sync_batchnorm": True, "count": 2}, "processes exchange tensors", "exchange"),
+        ({"count": 2}, None, None),
+        ({"callbacks": [sltt.callbacks.EarlyStopping(), Own()]}, "Own may change the network", None),
+        ({"callbacks": [sltt.callbacks.EarlyStopping()]}, None, None),
+        ({"model": HOOKED}, r"0 \(Linear\) has hooks", None),
+        ({"model": COMPILED}, r"0 \(Linear\) has compiled code", None),
+    ],
+    ids=str,
+)
+def test_what_runs_without_a_graph_says_why(given, problem, demanded, recorded):
+    given = {"model": network(), "rule": sltt.SLTT(), "callbacks": (), "count": 1, **given}
+    model, rule, callbacks, count = (given.pop(name) for name in ("model", "rule", "callbacks", "count"))
+    for mode, expected in (("auto", problem), ("on", demanded)):
+        here = SimpleNamespace(
+            execution=Execution(graph=mode, **given),
+            fabric=SimpleNamespace(device=CPU),
+            processes=SimpleNamespace(count=count),
+        )
+        made = graphs.make_graphs(here, model, rule, callbacks)
+        assert (made.problem is None) if expected is None else made.problem
+        if expected:
+            with pytest.raises(AssertionError, match=expected):
+                raise AssertionError(made.problem)
+
+
+def test_the_log_of_a_run_says_why_there_is_no_graph(recorded, monkeypatch, tmp_path):
+    *_, log, lines = watched_training(recorded, monkeypatch, tmp_path / "run", rule=sltt.SLTT(k=1), epochs=2)
+    assert log == []
+    assert [one for one in lines if "CUDA graph" in one] == [
+        "batches run without a CUDA graph, since SLTT(k=1) draws its steps anew for each batch"
+    ]
+
+
+def test_sequences_of_several_lengths_run_without_a_graph(recorded, monkeypatch, tmp_path):
+    splits = Blobs(static=False).load(4)
+    samples = [(x[: 2 + i % 3], y) for i, (x, y) in enumerate(splits.train)]
+    data = sltt.data.from_datasets(samples, samples, samples, static=False, pad=True)
+    *_, log, lines = watched_training(recorded, monkeypatch, tmp_path / "run", data=data, epochs=2)
+    assert log == []
+    assert any("since sequences have several lengths" in line for line in lines)
+
+
+def test_graphs_on_a_cpu_are_refused_with_the_remedy_and_auto_makes_none(tmp_path):
+    with pytest.raises(ValueError, match=r"graph='on' needs a CUDA device, and this is cpu: leave graph out"):
+        train(tmp_path / "run", graph="on")
+    assert not (tmp_path / "run").exists()
+    here = SimpleNamespace(execution=Execution(), fabric=SimpleNamespace(device=CPU))
+    assert graphs.make_graphs(here, network(), sltt.SLTT(), ()) is None
+
+
+def test_an_error_in_the_capture_says_how_to_train_without(recorded, monkeypatch, tmp_path):
+    def fail(self, function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recorded, "capture", fail)
+    with pytest.raises(RuntimeError, match="not permitted") as error:
+        watched_training(recorded, monkeypatch, tmp_path / "run", epochs=2)
+    assert any("graph='off'" in note for note in error.value.__notes__)
+
+
+@pytest.mark.parametrize("rule", FAMILY, ids=repr)
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16"])
+def test_a_graphed_rule_is_the_rule_to_the_bit(rule, mixed, recorded, monkeypatch):
+    batches = [(torch.randn(3, 8, 4), torch.randint(3, (8,))) for _ in range(3)]
+    results = []
+    for by_graph in (True, False):
+        model, found = network(), []
+        monkeypatch.setattr(recorded, "model", model, raising=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(3)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        step = partial(rule, model, loss=LOSS)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            if by_graph:
+                step = sltt.graphed(rule, model, LOSS, *batches[0])
+                assert equal(model.state_dict(), before)
+                assert all(p.grad is None for p in model.parameters())
+            for x, y in batches:
+                if not by_graph:
+                    optimizer.zero_grad()
+                found.append(step(x, y))
+                optimizer.step()
+                torch.clear_autocast_cache()  # of casts; the weights have changed
+        results.append([*(t for out in found for t in out), *model.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_graphed_rule_refuses_what_it_cannot_repeat(recorded, monkeypatch):
+    model, x, y = network(), torch.randn(8, 4), torch.randint(3, (8,))
+    monkeypatch.setattr(recorded, "model", model, raising=False)
+    with pytest.raises(ValueError, match=r"SLTT\(k=1\) draws its steps anew for each batch: call the rule itself"):
+        sltt.graphed(sltt.SLTT(k=1), model, LOSS, x, y, steps=2)
+    step = sltt.graphed(sltt.SLTT(), model, LOSS, x, y, steps=2)
+    with pytest.raises(ValueError, match=r"takes x of shape \[8, 4\], got \[1, 4\]: use DataLoader\(…, drop_last"):
+        step(x[:1], y)
+    with pytest.raises(ValueError, match=r"takes y of shape \[8\], got \[1\]"):
+        step(x, y[:1])
+
+
+def test_a_graphed_rule_needs_a_gpu():
+    with pytest.raises(ValueError, match="needs x on a CUDA device, got cpu: call the rule itself"):
+        sltt.graphed(sltt.SLTT(), network(), LOSS, torch.randn(8, 4), torch.randint(3, (8,)), steps=2)
