@@ -3,7 +3,6 @@
 Shapes: T time steps, B samples, C classes.
 """
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,10 +15,9 @@ from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, check_loss, is_per_step, watching
 from sltt.rules.batch import Backward, Batch, Output, StepLoss
 from sltt.rules.diagnosis import explaining, note
-from sltt.rules.folding import Fold, choose_fold, chosen_fold, fold_of, halve_fold
+from sltt.rules.folding import Fold, choose_fold, fold_of
 from sltt.sequence.padding import Padded, check_lengths, target_of
 from sltt.sequence.run import Run
-from sltt.sequence.snapshot import Snapshot
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence, time_steps
 
@@ -108,13 +106,6 @@ class Rule(Frozen, ABC):
                 out = self.run(batch)
                 network.results.finish(explained)
                 total = network.result(out.loss)
-        except torch.OutOfMemoryError:
-            if batch.before is None or not (fold := halve_fold(model)):
-                raise
-            batch.before.restore_surroundings()
-            model.zero_grad()
-            warnings.warn(f"out of memory: {fold} time steps share a call from now on, half as many", stacklevel=2)
-            return self(model, x, target, loss, steps=steps, backward=backward, update=update, seed=seed)
         except Exception as error:
             note(error, network)
             raise
@@ -124,11 +115,7 @@ class Rule(Frozen, ABC):
         """Return how many time steps of a batch share a call of the network."""
         if self.fold != "auto":
             return Fold(self.fold, self.fold)
-        if self.hoist or self.recompute:
-            return Fold()
-        if chosen_fold(batch.model) is None and all(p.grad is None for p in batch.model.parameters()):
-            batch.before = Snapshot(batch.network)
-        return choose_fold(batch.network)
+        return Fold() if self.hoist or self.recompute else choose_fold(batch.network)
 
     def step(self) -> Step:
         """Return what layers do in a time step, for a batch: a `Step` whose methods are overridden.

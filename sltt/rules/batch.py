@@ -15,7 +15,6 @@ from sltt import kernels
 from sltt.losses import SequenceLoss, is_mean, is_per_step
 from sltt.sequence.padding import Padded, Real
 from sltt.sequence.run import Run
-from sltt.sequence.snapshot import Snapshot
 from sltt.sequence.steps import Sequence
 
 StepLoss = Callable[[Tensor, Any], Tensor]
@@ -48,7 +47,6 @@ class Batch:
     backward: Backward = Tensor.backward
     update: Callable[[], Any] | None = None
     seed: int | None = None
-    before: Snapshot | None = None  # of the first batch that folds, which may be too large
     _logits: Tensor | None = None  # [T, B, C], of the steps that ran
     _ran: set[int] = field(default_factory=set)
     _total: Tensor | float = 0.0

@@ -1,12 +1,17 @@
-"""Try whether time steps may share a call of a network: two steps of two samples, one by one and in one call.
+"""Try whether time steps may share a call of a network: run them one by one and in one call, forward and backward.
 
 The trial runs on a copy. Its neurons give random spikes, so that layers behind silent neurons show what they do; its
 small parameters are changed, so that layers that are equal at first differ.
 """
 
+import io
+import pickle
+import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +25,8 @@ from sltt.sequence.steps import Sequence
 
 SAMPLES, _STEPS = 2, 2
 _SHARED_FROM = 2**16  # elements of a parameter that the copy shares
+_DROPOUTS = _DropoutNd.__module__, Dropout.__module__  # whose masks are drawn for each sample
+_OWN = "_parameters", "_buffers", "_modules", "forward"
 
 
 class _Watch(DispatchMode):
@@ -67,7 +74,7 @@ class Seen(Step):
             shape = len(x) // self.run.fold, *x.shape[1:]
             drawn.append(torch.rand(shape, generator=generator) < 0.3)
         self.watch.ours = False
-        return torch.cat(drawn).to(x) + 0 * x
+        return torch.cat(drawn).to(x) + (x - x.detach())  # all of the gradient passes
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         y = layer.plain(*args, **kwargs)
@@ -79,61 +86,100 @@ class Seen(Step):
         self.bytes += y.nbytes if self.run.call == 1 else 0
 
 
-def try_fold(model: nn.Module, x: Tensor, most: int) -> tuple[Seen, str | None]:
-    """Run two time steps one by one and in one call, on a copy; return what was seen, and why results differ.
+class Trial:
+    """A copy of a network, to try time steps of inputs [B, ...] on.
 
-    A network that has more than `most` rows for two steps of x [B, ...] is not tried in one call.
+    Attributes:
+        seen: the sizes of its layers, of `SAMPLES` samples.
+        problem: why its time steps cannot share a call, where one time step shows it.
     """
-    twin = copied(model, lambda p: p.numel() >= _SHARED_FROM)
-    small = [p for p in twin.parameters() if p.numel() < _SHARED_FROM and p.requires_grad]
-    with torch.no_grad():
-        for p in small:  # equal layers, one for each time step, are to differ
-            p += torch.rand_like(p)
-    for module in twin.modules():
-        if isinstance(module, _DropoutNd | Dropout):
-            module.eval()
-    shape = _STEPS, SAMPLES, *x.shape[1:]
-    pair = (
-        torch.randn(shape, dtype=x.dtype, device=x.device) if x.is_floating_point() else torch.randint(2, shape).to(x)
-    )
-    watch = _Watch()
-    sequence, seen, before = Sequence(pair, _STEPS, False), Seen(watch), [*_attributes(twin)]
-    with Run(twin, sequence, seen) as run, watch:
-        one_by_one = torch.cat([run(x_t).detach().clone() for x_t in pair])
-    if seen.rows / SAMPLES * len(x) * 2 > most:
-        return seen, None
-    if not seen.rows:
-        return seen, "has no linear layer and no convolution of PyTorch's"
-    if changed := next((name for name, *was in _attributes(twin) if (name, *was) not in before), None):
-        return seen, f"changes {changed} in a time step"
-    if watch.found:
-        return seen, watch.found
-    with Run(twin, sequence, again := Seen(watch)) as run:
-        folded = run(pair.flatten(0, 1), _STEPS)
-        if folded.requires_grad and small:  # a checkpoint runs layers again
-            torch.autograd.grad(folded.sum(), small, allow_unused=True)
-    found = [(one_by_one, folded), *((torch.cat(x), torch.cat(again.read[m])) for m, x in seen.read.items())]
-    if not all(_same(a, b) for a, b in found):
-        return seen, "gives other results then: it mixes samples, or keeps a state that no rule knows"
-    return seen, None
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.twin = copied(model, lambda p: p.numel() >= _SHARED_FROM)
+        self.small = [p for p in self.twin.parameters() if p.numel() < _SHARED_FROM and p.requires_grad]
+        self.like = x
+        with torch.no_grad():
+            for p in self.small:  # equal layers, one for each time step, are to differ
+                p += torch.rand_like(p)
+        for module in self.twin.modules():
+            if type(module).__module__ in _DROPOUTS:
+                module.eval()
+        watch, before, drawn = _Watch(), [*_attributes(self.twin)], _generators()
+        with torch.no_grad():
+            self.seen = self._run(SAMPLES, _STEPS, 1, watch)[0]
+        changed = next((name for name, *was in _attributes(self.twin) if (name, *was) not in before), None)
+        self.problem = f"changes {changed} in a time step" if changed else watch.found
+        if _generators() != drawn:
+            self.problem = "draws random numbers"
+
+    def compare(self, steps: int) -> str | None:
+        """Run so many time steps one by one and in one call; return why outputs or gradients differ, or None."""
+        found = []
+        for fold in (1, steps):
+            seen, x, outputs = self._run(len(self.like), steps, fold)
+            read = [torch.cat(seen.read[module]) for module in seen.read]
+            found.append([outputs.detach(), self._gradients(x, outputs), *read])
+        if all(map(_same, *found)):
+            return None
+        return "gives other results then: it mixes samples, or keeps a state that no rule knows"
+
+    def _run(self, batch: int, steps: int, fold: int, watch: Any = nullcontext()) -> tuple[Seen, Tensor, Tensor]:
+        """Run time steps of random samples in calls of `fold`; return the layers, input and outputs."""
+        torch.manual_seed(steps)
+        like, shape = self.like, (steps, batch, *self.like.shape[1:])
+        drawn = torch.randn(shape, dtype=like.dtype) if like.is_floating_point() else torch.randint(2, shape)
+        x = drawn.to(like).requires_grad_(like.is_floating_point())
+        seen = Seen(watch if isinstance(watch, _Watch) else _Watch())
+        with Run(self.twin, Sequence(x.detach(), steps, False), seen) as run, watch:
+            return seen, x, torch.cat([run(part.flatten(0, 1), fold).flatten(0, 1).clone() for part in x.split(fold)])
+
+    def _gradients(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """The gradients of the input and of small parameters, of a random sum of the outputs."""
+        inputs = [one for one in (x, *self.small) if one.requires_grad]
+        if not outputs.requires_grad:
+            return outputs.new_zeros(1)
+        found = torch.autograd.grad(outputs, inputs, torch.randn_like(outputs), allow_unused=True)
+        return torch.cat([outputs.new_zeros(1) if g is None else g.flatten().to(outputs) for g in found])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two time steps have the results that they have in one call, but for rounding."""
+    """Return whether time steps have the results that they have in one call, but for rounding."""
     tolerance = 1e-4 if a.dtype.itemsize > 2 else 2e-2
     return a.numel() == b.numel() and bool((a.flatten() - b.flatten()).abs().max() <= tolerance * a.abs().max())
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """What modules hold besides their states: a name each, and what a change in a time step would change."""
+def _generators() -> Any:
+    """Return the state of the random generators that PyTorch does not know."""
+    numpy: Any = np.random.get_state()
+    return random.getstate(), numpy[1].tobytes(), numpy[2:]
+
+
+class _Contents(pickle.Pickler):
+    """Writes what an attribute holds: of tensors their values, of modules which they are."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, Tensor):
+            return obj.shape, obj.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+        return id(obj) if isinstance(obj, nn.Module) else None
+
+
+def _content(value: Any) -> Any:
+    """Return what an attribute holds, to be compared; what cannot be written, such as a lambda, by which it is."""
+    file = io.BytesIO()
+    try:
+        _Contents(file).dump(value)
+    except Exception:  # of any kind: it is the user's object
+        return id(value)
+    return file.getvalue()
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What modules hold besides their states and large parameters: names, and what a change would change."""
     for layer in Layout(model).layers.values():
         if layer.role.stepwise:
             continue
         module, place = layer.module, f"{layer.name or 'the model'}."
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules", "forward", *layer.states):
-                plain = value if isinstance(value, int | float | str | None) else id(value)
-                yield place + name, plain, len(value) if isinstance(value, list | dict | set) else 0
-        for name, buffer in module._buffers.items():
-            if name not in layer.states:
-                yield place + name, id(buffer), 0 if buffer is None else buffer._version
+        small = {name: p for name, p in module._parameters.items() if p is not None and p.numel() < _SHARED_FROM}
+        held = {**{k: v for k, v in vars(module).items() if k not in _OWN}, **module._buffers, **small}
+        for name in held.keys() - {*layer.states}:
+            yield place + name, _content(held[name])

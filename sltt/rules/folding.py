@@ -4,26 +4,30 @@ A matrix product of few rows (samples × pixels) takes the time of one with many
 several time steps share a call, until the layers' products have some 2,048 rows. A network whose products have as many
 in one time step runs step by step.
 
-Steps share a call only where that changes no result, which `try_fold` finds once a network and shape.
+Steps share a call only where that changes no result, which a `Trial` finds once a network and shape.
 """
 
 import math
+import random
+import warnings
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sltt import kernels
 from sltt._torch import _disable_current_modes
 from sltt.checks import whole_number
-from sltt.rules.fold_trial import SAMPLES, try_fold
+from sltt.rules.fold_trial import SAMPLES, Seen, Trial
 from sltt.sequence.once import is_sharded
 from sltt.sequence.run import Run
 
 ROWS = 2048  # of a layer's matrix product in a call; more save no time
+_FULL = "runs out of memory"
 ROOM = 2**24  # bytes that the further steps of a call may take, or half of those of the weights
 
 
@@ -52,7 +56,8 @@ def fold_of(fold: Any) -> int | Literal["auto"]:
 def choose_fold(run: Run) -> Fold:
     """Return how many time steps of a sequence share a call of its network, which is at its first one."""
     model, sequence = run.model, run.sequence
-    if sequence.steps == 1 or any(is_lazy(p) for p in model.parameters()):  # it has no weights before its first batch
+    # a lazy layer has no weights before its first batch
+    if sequence.steps == 1 or not sequence.batch or any(is_lazy(p) for p in model.parameters()):
         return Fold()
     x = sequence.input(range(1))
     modules = tuple((type(m), m.training, count_hooks(m)) for m in run.layout.layers)
@@ -68,16 +73,7 @@ def chosen_fold(model: nn.Module) -> Fold | None:
     return next(reversed(_folds.get(model, {}).values()), None)
 
 
-def halve_fold(model: nn.Module) -> int:
-    """Take half as many time steps as were chosen last, from now on; return how many, or 0 if it was one."""
-    if (fold := chosen_fold(model)) is None or fold.trained == fold.forward == 1:
-        return 0
-    half = Fold(max(1, fold.trained // 2), max(1, fold.forward // 2))
-    _folds[model][next(reversed(_folds[model]))] = half
-    return half.trained
-
-
-def _choose(run: Run, x: Tensor) -> Fold:
+def _choose(run: Run, x: torch.Tensor) -> Fold:
     if problem := _problem(run):
         return Fold(why=problem)
     try:
@@ -87,17 +83,39 @@ def _choose(run: Run, x: Tensor) -> Fold:
             stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(kernels.using(bits=False, compile="off"))  # no kernel looks at values
+            stack.callback(random.setstate, random.getstate())
+            stack.callback(np.random.set_state, np.random.get_state())
             torch.manual_seed(0)
-            seen, problem = try_fold(run.model, x, ROWS)
+            trial = Trial(run.model, x)
+            fold = _of_sizes(run, trial.seen, len(x) / SAMPLES)
+            if fold.forward == 1:
+                return fold
+            problem = trial.problem or _compare(trial, fold)
+            if problem is _FULL:
+                fold = Fold(max(1, fold.trained // 2), fold.forward // 2)
+                warnings.warn(f"{_FULL}: {fold.trained} time steps share a call, half as many", stacklevel=2)
+                problem = _compare(trial, fold)
     except Exception as error:  # of any kind: it is the user's code
-        return Fold(why=f"does not run so on two samples ({type(error).__name__}: {error})")
-    if problem:
-        return Fold(why=problem)
-    scale, steps = len(x) / SAMPLES, run.sequence.steps
+        return Fold(why=f"does not run so ({type(error).__name__}: {error})")
+    return Fold(why=problem) if problem else fold
+
+
+def _compare(trial: Trial, fold: Fold) -> str | None:
+    """Return why steps do not share a call, or None."""
+    try:
+        return trial.compare(fold.trained if fold.trained > 1 else fold.forward)
+    except torch.OutOfMemoryError:
+        return _FULL
+
+
+def _of_sizes(run: Run, seen: Seen, scale: float) -> Fold:
+    """Return how many steps share a call by the sizes of layers, of `scale` times the samples that were seen."""
+    if not seen.rows:
+        return Fold(why="has no linear layer and no convolution of PyTorch's")
     rows, size = seen.rows * scale, 1.5 * seen.bytes * scale  # measured: what layers keep, and gradients
     room = max(ROOM, sum(p.nbytes for p in run.model.parameters()) // 2)
-    most = min(ROWS / rows, 1 + room / size)
-    return Fold(_even(steps, most), _even(steps, min(2 * ROWS / rows, 1 + 2 * room / size)))
+    most, further = min(ROWS / rows, 1 + room / size), min(2 * ROWS / rows, 1 + 2 * room / size)
+    return Fold(_even(run.sequence.steps, most), _even(run.sequence.steps, further))
 
 
 def _even(steps: int, most: float) -> int:
@@ -123,7 +141,8 @@ def _problem(run: Run) -> str | None:
 
 def count_hooks(module: nn.Module) -> int:
     """Count the hooks on a module and its weights, without those that compute its weights, and those of ours."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
     for p in module._parameters.values():  # which see the gradient of one time step
         for some in (getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None)):
             hooks += (some or {}).values()

@@ -1,5 +1,7 @@
 """How many time steps share a call of the network by default: several where that pays, and changes nothing."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,12 @@ def test_steps_without_a_graph_fold_further():
     sltt.unroll(model := Net(), x)
     assert CALLS[-5:] == [8 * 500] * 5
     torch.testing.assert_close(sltt.unroll(model, x), torch.cat([sltt.unroll(model, x[:1]), sltt.unroll(model, x)[1:]]))
+
+
+def test_steps_without_a_graph_are_tried_too():
+    """Also where a step is too large for two with a graph."""
+    model, x = Net(nn.Linear(6, 16), sltt.LIF(), Mean(), nn.Linear(16, 3)).double(), torch.randn(6, 1100, 6).double()
+    torch.testing.assert_close(sltt.unroll(model, x), sltt.unroll(model, x, fold=1))
 
 
 class Mean(nn.Module):
@@ -148,6 +156,87 @@ class Checkpointed(nn.Module):
         return checkpoint(self.norm, x, use_reentrant=False)
 
 
+class OfBatch(torch.autograd.Function):
+    """Its backward divides by the size of the gradient of all samples."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / (grad.norm() + 1)
+
+
+class Normed(nn.Module):
+    def forward(self, x):
+        return OfBatch.apply(x)
+
+
+class Hooked(nn.Module):
+    def forward(self, x):
+        x = x * 1
+        x.register_hook(lambda grad: grad - grad.mean(0))
+        return x
+
+
+class Behind(Running):
+    """Running statistics whose changes autograd does not count."""
+
+    def forward(self, x):
+        self.mean.data.mul_(0.5).add_(x.detach().mean(0))
+        return x
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean, self.seen = torch.zeros(16), {"steps": 0}
+
+    def forward(self, x):
+        self.mean.add_(x.detach().mean(0))
+        return x
+
+
+class Late(Plain):
+    """Does something else after some steps."""
+
+    def forward(self, x):
+        self.seen["steps"] += 1
+        return x if self.seen["steps"] < 4 else -x
+
+
+class Skipped(nn.Module):
+    def forward(self, x):
+        return x if random.random() < 0.5 else x.relu()
+
+
+class OneMask(nn.Dropout):
+    def forward(self, x):
+        return x * (torch.rand(x.shape[1]) > self.p)
+
+
+class Sized(nn.Module):
+    def forward(self, x):
+        return x if len(x) < 20 else 2 * x
+
+
+class Parts(nn.Module):
+    """Normalises parts of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        return torch.cat([self.norm(part) for part in x.split(6)])
+
+
+class Pairs(nn.Module):
+    def forward(self, x):
+        return x if len(x) % 2 else (x.view(-1, 2, 16) - 0.1 * x.view(-1, 2, 16).flip(1)).flatten(0, 1)
+
+
 def looked_at():
     layer = nn.Identity()
     layer.register_forward_hook(lambda module, args, output: CALLS.append(len(output)) if len(output) > 5 else None)
@@ -164,6 +253,12 @@ def clipped():
 def noted():
     layer = nn.Linear(16, 16)
     layer.weight.register_post_accumulate_grad_hook(lambda p: None)
+    return layer
+
+
+def hooked_before():
+    layer = nn.Linear(16, 16)
+    layer.register_full_backward_pre_hook(lambda module, grads: None)
     return layer
 
 
@@ -188,6 +283,17 @@ SINGLE = {
     "knows the batch": Fixed,
     "has a checkpoint with a norm": Checkpointed,
     "has a hook": hooked,
+    "has a hook before a backward": hooked_before,
+    "has a hook on what it computes": Hooked,
+    "normalises gradients over the batch": Normed,
+    "has statistics that autograd does not count": Behind,
+    "changes a plain tensor": Plain,
+    "counts in a dictionary": Late,
+    "draws from Python's generator": Skipped,
+    "has one mask for the batch": OneMask,
+    "takes few samples otherwise": Sized,
+    "normalises parts of the batch": Parts,
+    "mixes pairs of samples": Pairs,
     "is scripted": lambda: torch.jit.script(nn.Identity()),
 }
 
@@ -278,7 +384,7 @@ class Full(nn.Module):
         return x
 
 
-@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.filterwarnings("ignore:runs out of memory")
 def test_a_fold_that_does_not_fit_is_halved_once():
     def net(room):
         return Net(nn.Linear(6, 16), nn.BatchNorm1d(16), sltt.LIF(), Full(room), nn.Linear(16, 3))
@@ -286,16 +392,16 @@ def test_a_fold_that_does_not_fit_is_halved_once():
     x, y = torch.randn(100, 64, 6), torch.randint(3, (64,))
     expected, model = net(10**6), net(1000)
     model.load_state_dict(expected.state_dict())
-    with pytest.warns(UserWarning, match="out of memory: 12 time steps share a call from now on"):
+    with pytest.warns(UserWarning, match="runs out of memory: 12 time steps share a call, half as many"):
         sltt.SLTT()(model, x, y, LOSS)
     sltt.SLTT(fold=12)(expected, x, y, LOSS)
     for a, b in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     torch.testing.assert_close(model.state_dict(), expected.state_dict())
     assert called(sltt.SLTT(), model, x)[:2] == [12 * 64] * 2
-    for room, rule in (100, sltt.SLTT()), (1000, sltt.SLTT(fold=25)):
-        with pytest.raises(torch.OutOfMemoryError):
-            gradients(net(room), rule, x, y)
+    assert called(sltt.SLTT(), net(100), x) == [64] * 100
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients(net(1000), sltt.SLTT(fold=25), x, y)
 
 
 def test_memory_stays_flat_in_time():
