@@ -49,7 +49,7 @@ class Seen(Step):
     Attributes:
         rows: the most rows of a layer's matrix product in a time step.
         bytes: of what the layers give in it.
-        read: what each layer of neurons reads, which their random spikes would hide.
+        read: of what each layer of neurons reads, a random sum for each sample; their random spikes would hide it.
     """
 
     def __init__(self, watch: _Watch) -> None:
@@ -64,8 +64,9 @@ class Seen(Step):
         x, first = args[0], self.ran.get(layer, 0)
         self.run.take_turn(layer, NEURON)
         self.watch.ours = True
-        layer.advance(x, self.run.fold, False)  # for the states
-        self.read.setdefault(layer.module, []).append(x.detach().clone())
+        with torch.no_grad():
+            layer.advance(x, self.run.fold, False)  # for the states
+        self.read.setdefault(layer.module, []).append(_digest(x.detach()))
         self.ran[layer] = first + self.run.fold
         self._count(x)
         drawn = []
@@ -116,30 +117,53 @@ class Trial:
         """Run so many time steps one by one and in one call; return why outputs or gradients differ, or None."""
         found = []
         for fold in (1, steps):
-            seen, x, outputs = self._run(len(self.like), steps, fold)
-            read = [torch.cat(seen.read[module]) for module in seen.read]
-            found.append([outputs.detach(), self._gradients(x, outputs), *read])
+            seen, *results = self._run(len(self.like), steps, fold)
+            found.append([*results, *(torch.cat(seen.read[module]) for module in seen.read)])
         if all(map(_same, *found)):
             return None
         return "gives other results then: it mixes samples, or keeps a state that no rule knows"
 
-    def _run(self, batch: int, steps: int, fold: int, watch: Any = nullcontext()) -> tuple[Seen, Tensor, Tensor]:
-        """Run time steps of random samples in calls of `fold`; return the layers, input and outputs."""
+    def _run(
+        self, batch: int, steps: int, fold: int, watch: Any = nullcontext()
+    ) -> tuple[Seen, Tensor, Tensor, Tensor]:
+        """Run time steps of random samples in calls of `fold`, with the backward of SLTT.
+
+        Returns the layers, the outputs, and the gradients of input and small parameters by a random sum of the outputs.
+        """
         torch.manual_seed(steps)
         like, shape = self.like, (steps, batch, *self.like.shape[1:])
-        drawn = torch.randn(shape, dtype=like.dtype) if like.is_floating_point() else torch.randint(2, shape)
-        x = drawn.to(like).requires_grad_(like.is_floating_point())
+        x = (torch.randn(shape, dtype=like.dtype) if like.is_floating_point() else torch.randint(2, shape)).to(like)
         seen = Seen(watch if isinstance(watch, _Watch) else _Watch())
-        with Run(self.twin, Sequence(x.detach(), steps, False), seen) as run, watch:
-            return seen, x, torch.cat([run(part.flatten(0, 1), fold).flatten(0, 1).clone() for part in x.split(fold)])
+        outputs, of_x = [], []
+        of_small = [torch.zeros_like(p) for p in self.small]
+        with Run(self.twin, Sequence(x, steps, False), seen) as run, watch:
+            for t in range(0, steps, fold):
+                part = x[t : t + fold].flatten(0, 1).requires_grad_(like.is_floating_point())
+                y = run(part, fold, cut=True)
+                outputs.append(y.detach().clone())
+                if y.requires_grad:
+                    inputs = [one for one in (part, *self.small) if one.requires_grad]
+                    found = [*torch.autograd.grad(y, inputs, _drawn(y, t), allow_unused=True)]
+                    if part.requires_grad and (of_part := found.pop(0)) is not None:
+                        of_x.append(_digest(of_part))
+                    for total, more in zip(of_small, found, strict=True):
+                        total += 0 if more is None else more
+                run.detach()
+        nothing = torch.zeros(1, device=x.device)
+        gradients = torch.cat([nothing, *(g.flatten().to(nothing) for g in of_small)])
+        return seen, torch.cat(outputs), torch.cat(of_x) if of_x else nothing, gradients
 
-    def _gradients(self, x: Tensor, outputs: Tensor) -> Tensor:
-        """The gradients of the input and of small parameters, of a random sum of the outputs."""
-        inputs = [one for one in (x, *self.small) if one.requires_grad]
-        if not outputs.requires_grad:
-            return outputs.new_zeros(1)
-        found = torch.autograd.grad(outputs, inputs, torch.randn_like(outputs), allow_unused=True)
-        return torch.cat([outputs.new_zeros(1) if g is None else g.flatten().to(outputs) for g in found])
+
+def _digest(x: Tensor) -> Tensor:
+    """A random sum of the values of each sample."""
+    x = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    return x @ torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0)).to(x)
+
+
+def _drawn(y: Tensor, first: int) -> Tensor:
+    """Random numbers for the outputs [n, B, C] of a call, the same for a time step whatever the call."""
+    generators = (torch.Generator().manual_seed(first + t) for t in range(len(y)))
+    return torch.stack([torch.randn(y.shape[1:], generator=generator) for generator in generators]).to(y)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
