@@ -224,7 +224,6 @@ COMPILED[0].compile()
         ({"model": HOOKED}, r"0 \(Linear\) has hooks", None),
         ({"model": COMPILED}, r"0 \(Linear\) has compiled code", None),
     ],
-    ids=str,
 )
 def test_what_runs_without_a_graph_says_why(given, problem, demanded, recorded):
     given = {"model": network(), "rule": sltt.SLTT(), "callbacks": (), "count": 1, **given}
