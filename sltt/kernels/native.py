@@ -102,11 +102,9 @@ def cache_folder() -> Path:
 
 
 def origin() -> str:
-    """Return where the library is from; call it where it is not None."""
-    found = library()
-    assert found is not None
-    path = Path(found._name)
-    return f"shipped for {path.name.rpartition('-')[0]}" if path.parent == SHIPPED else "compiled here"
+    """Return where the library is from. Call it where `library()` is not None."""
+    shipped = _shipped()
+    return f"shipped for {shipped.name.rpartition('-')[0]}" if shipped else "compiled here"
 
 
 @functools.cache

@@ -49,7 +49,7 @@ x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight
 layer = sparse.conv_layer(x.shape, weight.shape, (1, 1), ((1, 1), (1, 1)))
 y = sparse.forward(layer, pack(x), sparse.pack_weight(layer, weight), None, x.dtype)
 torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4)
-print(native.origin(), native.library()._name)
+print(native.origin(), native._path())
 """
 
 
