@@ -6,7 +6,7 @@ nothing about the u of a neuron that fired, so u is saved too. A learnable decay
 the step before, and with `decay_input` the input, since its gradient is a sum over them.
 
 Several time steps can be run in one call. The membrane potentials in between are then kept for the backward, or, where
-the input can be restored from what is saved anyway, replayed from it.
+the input can be restored from what is saved anyway, replayed from it. A few steps in Triton are always replayed.
 
 All is elementwise on memory: tensors of any dense memory format are taken as flat, without a copy.
 """
@@ -239,7 +239,7 @@ class _NeuronStep(torch.autograd.Function):
 
     @staticmethod
     def _triton_backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The same in one pass, which sums ∂L/∂λ too."""
+        """Compute the gradients in one pass, that of λ too."""
         s, decay, v, x, _, kept = ctx.saved_tensors
         steps: int = ctx.steps
         if ctx.replays and not ctx.fast.replays(steps):

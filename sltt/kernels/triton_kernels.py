@@ -178,11 +178,15 @@ def steps_backward(
 @triton.jit
 def steps_replayed(
     grad_x_ptr, grad_first_ptr, grad_decay_ptr, grad_s_ptr, grad_v_ptr, v_ptr, x_ptr, decay_ptr,
-    n, decay, gain, threshold, rest, a, b,
+    n, decay, gain, threshold, rest, threshold_again, rest_again, a, b,
     T: tl.constexpr, SURROGATE: tl.constexpr, SOFT: tl.constexpr, RESTS: tl.constexpr, SCALES: tl.constexpr,
     ABOVE: tl.constexpr, DETACHED: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write what `steps_backward` does, from v before the first step and x: run the steps again, u in registers."""
+    """Write what `steps_backward` does, from v before the first step and x: run the steps again, u in registers.
+
+    Threshold and rest are given twice: a compiler that knew them to be the same would keep in registers what it can
+    compute from u.
+    """
     at, there, _, _ = _block(n, BLOCK)
     if decay_ptr is not None:
         decay = tl.load(decay_ptr)
@@ -204,9 +208,9 @@ def steps_replayed(
         grad_s = tl.zeros([BLOCK // 8, 8], tl.float32)
         if grad_s_ptr is not None:
             grad_s = tl.load(grad_s_ptr + step, there, other=0.0).to(tl.float32)
-        s = _spikes(u, threshold, ABOVE)
+        s = _spikes(u, threshold_again, ABOVE)
         grad_u = _grad_u(
-            grad_s, grad_v, u - threshold, s, u, threshold, rest, a, b,
+            grad_s, grad_v, u - threshold_again, s, u, threshold_again, rest_again, a, b,
             SURROGATE, SOFT, DETACHED, grad_v_ptr is not None if back == 0 else not CUT,
         )  # fmt: skip
         grad_x = grad_u * gain if SCALES else grad_u
@@ -215,8 +219,8 @@ def steps_replayed(
             v = first
             if back < T - 1:
                 u = us[T - 2 - back]
-                v = _reset(u, _spikes(u, threshold, ABOVE), threshold, rest, SOFT)
-            moved = v - rest
+                v = _reset(u, _spikes(u, threshold_again, ABOVE), threshold_again, rest_again, SOFT)
+            moved = v - rest_again
             if SCALES:
                 moved = moved - tl.load(x_ptr + step, there, other=0.0).to(tl.float32)
             of_decay += grad_u * moved

@@ -30,7 +30,7 @@ REPLAYED = 8  # time steps at most, each of which takes a register an element
 
 
 class TritonStep:
-    """A step in Triton.
+    """Run a step in Triton.
 
     Args:
         step: the constants.
@@ -45,11 +45,14 @@ class TritonStep:
         number, a, b = found(surrogate) if found else (0, 1.0, 1.0)
         soft, decay = step.v_reset is None, 0.0 if step.decay is None else step.decay
         self._kernels = triton_kernels
-        threshold, rest = step.v_threshold, step.v_reset or 0.0
-        self._constants = {"decay": decay, "gain": 1 - decay, "threshold": threshold, "rest": rest}
+        named = {"decay": decay, "gain": 1 - decay, "threshold": step.v_threshold, "rest": step.v_reset or 0}
+        self._constants = {name: float(value) for name, value in named.items()}  # a whole number is compiled anew
         self._shared = {"SOFT": soft, "SCALES": step.decay_input, "ABOVE": above}
         self._forward = {**self._shared, "RESTS": bool(step.v_reset)}
-        self._backward = {**self._shared, "a": a, "b": b, "SURROGATE": number, "DETACHED": step.detach_reset}
+        derivative = {"a": float(a), "b": float(b), "SURROGATE": number, "DETACHED": step.detach_reset}
+        self._backward = {**self._shared, **derivative}
+        again = {f"{name}_again": self._constants[name] for name in ("threshold", "rest")}
+        self._replayed = {**self._forward, **derivative, **again}
 
     def replays(self, steps: int) -> bool:
         """Return whether the gradient of so many steps runs them again from x and the first v."""
@@ -102,7 +105,7 @@ class TritonStep:
         if kept is None:
             self._launch(
                 self._kernels.steps_replayed, n, *written, *given, v, x, decay, n,
-                **self._backward, RESTS=self._forward["RESTS"], CUT=cut, T=steps,
+                **self._replayed, CUT=cut, T=steps,
             )  # fmt: skip
         else:
             s = s if self._shared["SOFT"] else None
@@ -129,7 +132,7 @@ def block_of(x: Tensor) -> int:
 def triton_step(
     step: "NeuronStep", like: Tensor, x_dtype: torch.dtype, dtype: torch.dtype, decay: Tensor | None
 ) -> TritonStep | None:
-    """The step in Triton, if it can run.
+    """Return the step in Triton; None where it cannot run.
 
     Args:
         step: the constants.
@@ -156,7 +159,7 @@ def problem(device: torch.device) -> str | None:
         return reason
     from sltt.kernels.step import NeuronStep
 
-    x = torch.zeros(1, device=device)
+    x = torch.zeros(1, device=device, dtype=torch.float32)
     try:
         TritonStep(NeuronStep(0.5, 1.0, None, False, False, Sigmoid())).forward(x, x, None, x, x, None, None)
     except Exception as error:  # no C compiler, no headers of Python, a GPU that is too old: the list is Triton's

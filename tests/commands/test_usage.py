@@ -108,6 +108,7 @@ def test_doctor_shows_brackets_and_what_each_package_is_for(capsys):
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert "pip install 'sltt[events]'" in " ".join(out.split())
     assert "sltt report" in lines["matplotlib"]
+    assert "pip install 'sltt[gpu]'" in " ".join(out.split())
 
 
 def test_a_module_that_is_missing_is_named_and_not_installed(capsys):

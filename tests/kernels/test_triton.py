@@ -25,7 +25,7 @@ LIF = kernels.NeuronStep(0.6, 0.8, None, False, False, sltt.surrogates.Triangle(
 
 @TRITON
 def test_in_the_interpreter_it_equals_the_equations():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    """Run them in another process, since Triton reads TRITON_INTERPRET when it is imported."""
     path = Path(__file__).with_name("triton_equations.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(path)]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
@@ -44,7 +44,7 @@ def run(n=4096, steps=1, dtype=torch.bfloat16, learned=False, device="cpu", step
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """Compile in place of running: gives a function of the GPU's architecture, which makes kernels a list."""
+    """Compile kernels in place of running them: a function of the GPU's architecture gives the list."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -100,9 +100,18 @@ def test_compiled_for_a_gpu(dtype, steps, at_most, architecture, compiled, tmp_p
         assert {name for name in memory if not name.endswith("U8")} == {"LDG.E.128", "STG.E.128"}
 
 
+@TRITON
+def test_the_largest_gradient_spills_no_register(compiled, tmp_path):
+    step = kernels.NeuronStep(None, 0.8, -0.3, True, False, sltt.surrogates.Gaussian())
+    made = compiled(90)
+    run(steps=triton_step.REPLAYED, learned=True, step=step)
+    registers, spilled, _ = resources(made[-1], tmp_path)
+    assert (spilled, registers <= 128) == (0, True)
+
+
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of the kernels that would have run on fake tensors of a GPU."""
+    """List the kernels that would run on a GPU, on fake tensors."""
     names = []
     monkeypatch.setattr(TritonStep, "_launch", lambda self, kernel, *_, **__: names.append(kernel.fn.__name__))
     monkeypatch.setattr(triton_step, "problem", lambda device: None)
@@ -135,7 +144,7 @@ def test_on_cuda_what_triton_does_not_have_runs_as_before(launched):
 
 @pytest.fixture
 def asked_anew():
-    """What is known of devices is forgotten, before a test and after it."""
+    """Forget what is known of devices, before a test and after it."""
     cached = kernels.compiler_problem, triton_step.problem
     for one in cached:
         one.cache_clear()

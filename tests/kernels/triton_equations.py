@@ -41,7 +41,7 @@ def rounding(x, source, target, mode):
 
 @pytest.fixture(autouse=True)
 def in_triton(monkeypatch):
-    """Steps run in Triton; gives the names of the kernels that ran."""
+    """Run steps in Triton, and list the names of the kernels that ran."""
     if INTERPRETED:
         monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", rounding)
         monkeypatch.setattr(triton_step, "WARPS", 16)  # fewer programs, one after the other
@@ -72,7 +72,7 @@ def plain(v, x, decay, constants, steps, cut):
 
 
 def run(function, constants, n=1000, learned=False, dtype=torch.float32, steps=1, cut=False, of=(True, True)):
-    """Spikes and the last membrane potential; gradients of x, v and λ where only some results have a gradient."""
+    """Return spikes and the last membrane potential, and gradients of x, v and λ, through the results `of`."""
     torch.manual_seed(0)
     v, x = torch.randn(n, device=DEVICE), (1.5 * torch.randn(steps * n, device=DEVICE)).to(dtype)
     decay = torch.tensor(0.6, device=DEVICE, requires_grad=True) if learned else 0.6
