@@ -51,7 +51,7 @@ class TritonStep:
         self._forward = {**self._shared, "RESTS": bool(step.v_reset)}
         derivative = {"a": float(a), "b": float(b), "SURROGATE": number, "DETACHED": step.detach_reset}
         self._backward = {**self._shared, **derivative}
-        again = {f"{name}_again": self._constants[name] for name in ("threshold", "rest")}
+        again = {"threshold_again": self._constants["threshold"], "rest_again": self._constants["rest"]}
         self._replayed = {**self._forward, **derivative, **again}
 
     def replays(self, steps: int) -> bool:

@@ -24,6 +24,7 @@ LIF = kernels.NeuronStep(0.6, 0.8, None, False, False, sltt.surrogates.Triangle(
 
 
 @TRITON
+@pytest.mark.timeout(900)  # half a minute on a machine that does nothing else
 def test_in_the_interpreter_it_equals_the_equations():
     """Run them in another process, since Triton reads TRITON_INTERPRET when it is imported."""
     path = Path(__file__).with_name("triton_equations.py")

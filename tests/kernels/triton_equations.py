@@ -75,6 +75,7 @@ def run(function, constants, n=1000, learned=False, dtype=torch.float32, steps=1
     """Return spikes and the last membrane potential, and gradients of x, v and λ, through the results `of`."""
     torch.manual_seed(0)
     v, x = torch.randn(n, device=DEVICE), (1.5 * torch.randn(steps * n, device=DEVICE)).to(dtype)
+    v[::5], x[::5] = 0, 0.8  # at the threshold
     decay = torch.tensor(0.6, device=DEVICE, requires_grad=True) if learned else 0.6
     leaves = [x.requires_grad_(), v.requires_grad_(), *([decay] if learned else [])]
     results = function(v, x, decay, {"v_threshold": 0.8, "surrogate": SURROGATES[0], **constants}, steps, cut)
@@ -97,7 +98,7 @@ def check(*args, n=1000, dtype=torch.float32, **kwargs):
 @pytest.mark.parametrize("learned", [False, True], ids=["constant", "learned"])
 @pytest.mark.parametrize("constants", CONSTANTS, ids=str)
 def test_every_reset(constants, learned, in_triton):
-    for dtype, steps in itertools.product(TOLERANCES, (1, 3, 4)):
+    for dtype, steps in [*itertools.product([torch.float32], (1, 3, 4)), (torch.bfloat16, 3), (torch.float16, 4)]:
         check(constants, learned=learned, dtype=dtype, steps=steps)
     assert {*in_triton} == {"steps_forward", "steps_backward", "steps_replayed"}
 
@@ -170,7 +171,7 @@ def test_a_derivative_that_triton_does_not_have(in_triton):
     assert {*in_triton} == {"steps_forward"}
 
 
-@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("neuron", ["LIF", "PLIF"])
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule(name, neuron, monkeypatch):
     x, y = (part.to(DEVICE) for part in batch(steps=5))
