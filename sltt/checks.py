@@ -114,11 +114,11 @@ def function(name: str, value: Any, of: str) -> Any:
     return value
 
 
-def folder(name: str, value: Any) -> Path:
-    """Return a path, of a string or a `Path`."""
-    if not isinstance(value, str | PathLike):
-        raise ValueError(_message(name, "the path of a folder", value))
-    return Path(value)
+def folder(name: str, value: Any, of: str = "a folder") -> Path:
+    """Return a path, of a string or a `Path`; ~ is the home."""
+    if not isinstance(value, str | PathLike) or not str(value) or "\0" in str(value):
+        raise ValueError(_message(name, f"the path of {of}", value))
+    return Path(value).expanduser()
 
 
 _BOUNDS = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sltt.checks import function, number
+from sltt.checks import flag, function, instance, number
 
 
 class Metric(ABC):
@@ -100,6 +100,10 @@ class ConfusionMatrix:
         """Add logits [..., C] and class indices [...]."""
         _check_shape(self, target, prediction.shape[:-1])
         classes = prediction.shape[-1]
+        if target.is_floating_point() or not ((target >= 0) & (target < classes)).all():
+            raise ValueError(
+                f"expected class indices in 0 … {classes - 1}, got {target.min()} … {target.max()} ({target.dtype})"
+            )
         pairs = (target * classes + prediction.argmax(-1)).flatten().bincount(minlength=classes**2)
         found = pairs.view(classes, classes)
         self.counts = found if self.counts is None else self.counts + found
@@ -118,7 +122,7 @@ def _mean(values: Tensor) -> Tensor:
 
 def _check_shape(metric: Any, target: Tensor, expected: Any) -> None:
     """Raise ValueError for a target of another shape, which would be broadcast to wrong pairs."""
-    if target.shape != expected:
+    if instance("target", target, Tensor).shape != expected:
         kind = type(metric).__name__
         raise ValueError(
             f"{kind} compares predictions with targets {list(expected)}, got {list(target.shape)}: give such "
@@ -138,6 +142,8 @@ def check_metric(metric: Any) -> None:
     """Raise ValueError for what is no metric, or has a name that is taken."""
     if not collects(metric):
         function("metric", metric, "the prediction and the target")
+    if (higher := getattr(metric, "higher_is_better", None)) is not None:
+        flag("higher_is_better of the metric", higher)
     if (name := name_of(metric)) == "loss":
         raise ValueError(f"the metric is called {name}, as what is trained: give its function another name")
 

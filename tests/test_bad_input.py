@@ -8,6 +8,7 @@ from torch import nn
 
 import sltt
 from sltt import analysis, data, losses, models, schedules
+from sltt.data import recordings
 from tests.bad_values import CHOICE, FLAG, OBJECT, PATH, SIZES, Kind, constructions, number, whole
 
 NEURON = {
@@ -126,6 +127,20 @@ EVALUATION = (
     "num_nodes", "strategy", "compile",
 )  # fmt: skip
 
+SGD, MATRIX = partial(torch.optim.SGD, lr=0.1), sltt.metrics.ConfusionMatrix()
+MISDIRECTED = sltt.metrics.Accuracy()
+MISDIRECTED.higher_is_better = "no"
+
+
+def timed(measure, optimizer):
+    return measure(network(), [(X, Y)] * 12, LOSS, sltt.SLTT(), optimizer)
+
+
+def per_step():
+    splits = data.from_datasets([(torch.rand(4, 6), 1)] * 4, static=False, per_step=True).splits(4)
+    return splits.collate([splits.train[0]])
+
+
 OTHER_CALLS = [
     ("fit(run: number)", partial(fit, run=3), ValueError, "run must be the path of a folder, got 3"),
     ("fit(config: text)", partial(fit, config="x"), ValueError, "config must be a dict, got 'x'"),
@@ -135,6 +150,37 @@ OTHER_CALLS = [
     ("fit(batch_size: 10**20)", partial(fit, batch_size=10**20), ValueError, "batch_size must be at most"),
     ("fit(workers: 10**9)", partial(fit, workers=10**9), ValueError, "workers must be at least 0 and at most 1000"),
     ("fit(long name)", partial(fit, run="r" * 300), OSError, "cannot make the run folder r.*too long. Choose another"),
+    ("fit(weights: number)", partial(fit, weights=0.5), ValueError, "weights must be the path of a run or a checkpoin"),
+    ("fit(run: null)", partial(fit, run="a\0b"), ValueError, "run must be the path of a folder, got 'a"),
+    ("fit(metric: direction)", partial(fit, metric=MISDIRECTED), ValueError, "higher_is_better of the metric must be"),
+    ("predict(lengths: number)", lambda: sltt.predict(network(), X, lengths=2), ValueError, "of 5 samples, got 2"),
+    ("predict(lengths: text)", lambda: sltt.predict(network(), X, lengths="44444"), ValueError, "samples, got '44444'"),
+    ("predict(lengths: mask)", lambda: sltt.predict(network(), X, lengths=[True] * 5), ValueError, "lengths from 1 to"),
+    ("predict(lengths: column)", lambda: sltt.predict(network(), X, lengths=Y[:, None]), ValueError, "lengths from 1"),
+    ("predict(lengths of no sequence)", lambda: sltt.predict(network(), X[0, 0], lengths=[1]), ValueError, "time firs"),
+    ("Padded without targets", lambda: sltt.SLTT()(network(), X, sltt.Padded(None, [4] * 5), LOSS), ValueError, "targ"),
+    ("unroll of spikes as sparse", lambda: sltt.unroll(network(), X.to_sparse()), ValueError, "a dense input"),
+    ("LIF of nothing", lambda: sltt.LIF()(None), ValueError, "x must be a Tensor, got None"),
+    ("ALIF of a list", lambda: sltt.ALIF()([1.0]), ValueError, r"x must be a Tensor, got \[1.0\]"),
+    ("lif_step(decay_input: text)", partial(sltt.lif_step, X, X, decay=0.5, decay_input="x"), ValueError, "decay_inpu"),
+    ("lif_step(decay: 2)", partial(sltt.lif_step, X, X, decay=2.0), ValueError, "decay must be at least 0 and at most"),
+    ("ConfusionMatrix from 1", lambda: MATRIX.update(X[0], torch.tensor([1, 2, 3, 6, 1])), ValueError, "in 0 … 5, got"),
+    ("ConfusionMatrix of floats", lambda: MATRIX.update(X[0], torch.ones(5)), ValueError, "class indices .*float32"),
+    ("MeanSquaredError(text)", lambda: sltt.metrics.MeanSquaredError()(X, "x"), ValueError, "target must be a Tensor"),
+    ("find_learning_rate(optimizer)", partial(timed, analysis.find_learning_rate, SGD), ValueError, "optimizer must b"),
+    ("iteration_seconds(other's)", partial(timed, analysis.iteration_seconds, SGD(network().parameters())), ValueError,
+     "has no parameter of the model: make it of these"),
+    ("memory_parts(optimizer)", lambda: analysis.memory_parts(network(), X, Y, LOSS, sltt.SLTT(), SGD), ValueError,
+     "optimizer must be a Optimizer"),
+    ("Delta of NaN", lambda: data.Delta()(torch.full((4, 3), torch.nan), 4), ValueError, "expected a finite input"),
+    ("Poisson of NaN", lambda: data.Poisson()(torch.full((3,), torch.nan), 4), ValueError, "expected intensities in 0"),
+    ("from_datasets(columns)", partial(data.from_datasets, [1], static=True, columns=3), ValueError, "columns must be"),
+    ("from_datasets(per_step)", per_step, ValueError, "expected targets of each time step, .* is per_step=True right"),
+    ("read(slicing)", partial(recordings.read, "x.bin", (3, 3), "frames", 4), ValueError, "slicing must be one of"),
+    ("read(text)", partial(recordings.read, "x.txt", (3, 3), "count", 4), recordings.RecordingError, "not a recording"),
+    ("to_onnx(path: none)", lambda: sltt.interop.to_onnx(network(), X[0], None), ValueError, "path must be the path o"),
+    ("spiking(weights)", lambda: sltt.interop.spiking(nn.ReLU(), weights={}), ValueError, "weights must be the path o"),
+    ("spiking(percentile)", lambda: sltt.interop.spiking(nn.ReLU(), percentile=97), ValueError, "percentile=97 is of"),
     ("load(None)", partial(sltt.load, None), ValueError, "run must be the path of a folder, got None"),
     ("unroll(steps: 10**30)", lambda: sltt.unroll(network(), X[0], steps=10**30), ValueError, "steps must be at most"),
     ("from_datasets(None)", partial(data.from_datasets, None, static=True), ValueError, "train must have len"),

@@ -72,6 +72,12 @@ UNCLEAR = {
     "integers": ({"x": X.long()}, r"of torch.int64, with weights of torch.float64: give x.to\(torch.float64\)"),
     "complex": ({"x": X.cfloat()}, r"of torch.complex64, with weights of torch.float64: give x.to\(torch.float64\)"),
     "a model of bfloat16": ({"model": small_network().bfloat16()}, r"weights of torch.bfloat16: give x.to\(torch.bf"),
+    "weights on another device": ({"model": small_network().to("meta")}, "with weights of meta: give x.to"),
+    "BatchNorm of images": (
+        {"model": nn.Sequential(nn.Linear(6, 3), nn.BatchNorm2d(3), sltt.LIF()).double()},
+        r"in 1, BatchNorm2d\(3.*on an input \[5, 3\] of torch.float64: make the layer",
+    ),
+    "a list of targets": ({"y": Y.tolist(), "loss": nn.CrossEntropyLoss()}, r"outputs \[5, 3\] .* and targets \["),
     "another width": (
         {"x": X[..., :5]},
         r"in 0, Linear\(in_features=6.*on an input \[5, 5\] of torch.float64: make the",
@@ -96,6 +102,6 @@ UNCLEAR = {
 def test_what_is_wrong_is_said_with_the_remedy(changes, message):
     given = {"rule": sltt.SLTT(), "model": small_network(), "x": X, "y": Y, "loss": LOSS, **changes}
     rule, model, x, y, loss = (given.pop(name) for name in ("rule", "model", "x", "y", "loss"))
-    with pytest.raises((ValueError, RuntimeError)) as caught:
+    with pytest.raises((ValueError, RuntimeError, TypeError)) as caught:
         rule(model, x, y, loss, **given)
     assert re.search(message, "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())]))

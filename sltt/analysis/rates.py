@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sltt.analysis.iteration import check_optimizer
 from sltt.checks import instance, number, whole_number
 from sltt.rules import Rule
 from sltt.rules.batch import StepLoss
@@ -75,6 +76,7 @@ def find_learning_rate(
     Source: Smith, WACV 2017 (arXiv 1506.01186).
     """
     instance("rule", rule, Rule)
+    check_optimizer(model, optimizer)
     number("smallest", smallest, above=0)
     number("largest", largest, above=smallest)
     whole_number("count", count, least=10)

@@ -40,6 +40,7 @@ REMEDIES = {
     r"shapes cannot be multiplied|to have \d+ channels|must match the size|size mismatch|Expected \d[^ ]*D": (
         "the network does not fit the data: compare the options --model.… and --data.…"
     ),
+    r"No such file or directory": "see that the path is right",
     r"ModuleNotFoundError|ImportError": "install what is missing, or correct the import",
 }
 

@@ -98,6 +98,8 @@ class Mapped(Dataset[Any]):
 def _stack(name: str, values: Sequence[Any], time_first: bool) -> Tensor:
     """Stack along the batch dimension, the second one behind the time."""
     tensors = [torch.as_tensor(value) for value in values]
+    if time_first and not tensors[0].ndim:
+        raise ValueError(f"expected {name} of each time step, [T, ...], got one number: is per_step=True right?")
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         first, second = (list(shape) for shape in sorted(shapes)[:2])
@@ -145,7 +147,10 @@ class Data(ABC):
             raise ValueError(
                 f"{path}: {self} reads a sample from .npy, the array of one, got {path.suffix or path.name}"
             )
-        return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        try:
+            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        except (ValueError, TypeError, EOFError) as error:
+            raise ValueError(f"{path}: cannot be read as an array of numbers ({error})") from error
 
     def missing(self) -> dict[str, int]:
         """Count the missing samples of the whole data set, by split; empty if none or if that is not known."""

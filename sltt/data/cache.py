@@ -81,7 +81,11 @@ def cache_frames(
     stamps = [(name, (stat := os.stat(name)).st_size, stat.st_mtime_ns) for name in sources]
     key = hashlib.sha256(repr((VERSION, sorted(settings.items()), shape, stamps)).encode()).hexdigest()[:16]
     home = folder / key
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot make the cache of frames {home} ({error.strerror}): give another folder as cache"
+        raise OSError(error.errno, problem) from error
     array, mark, expected = home / "frames.npy", home / "complete.json", (len(sources), *shape)
     if not mark.exists():  # a finished one is only read, from a folder of somebody else's too
         with FileLock(home / "lock"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from sltt.checks import instance, number
 from sltt.data.base import Data, Mapped, Splits
 from sltt.frozen import Frozen
+from sltt.sequence.steps import check_input
 
 
 class Encoding(Frozen, ABC):
@@ -54,7 +55,7 @@ class _OfImages(Encoding):
     def _check(self, x: Tensor) -> None:
         low, high = float(x.min()), float(x.max())
         slack = 1e-4 * (self.high - self.low)
-        if low < self.low - slack or high > self.high + slack:
+        if not self.low - slack <= low <= high <= self.high + slack:  # nor for NaN
             raise ValueError(
                 f"expected intensities in {self.low:g} … {self.high:g}, got {low:.4g} … {high:.4g}: give the range of "
                 "the images, low=… and high=…"
@@ -106,6 +107,7 @@ class Delta(Encoding):
         """Code a sequence [T, C, ...] as spikes [T, 2C, ...], those of increases first."""
         if len(x) != steps:
             raise ValueError(f"Delta codes a sequence of {steps} time steps, got one of shape {list(x.shape)}")
+        check_input(x)
         dtype, x, frames = x.dtype, _precise(x), []
         reference = x[0]
         for frame in x:

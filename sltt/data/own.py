@@ -322,6 +322,6 @@ def _check_dataset(name: str, dataset: Any, columns: Any) -> None:
 def _check_columns(columns: Any) -> tuple[str, str] | None:
     if columns is None:
         return None
-    if isinstance(columns, str) or len(columns) != 2 or not all(isinstance(key, str) for key in columns):
+    if not isinstance(columns, tuple | list) or len(columns) != 2 or not all(isinstance(key, str) for key in columns):
         raise ValueError(f"columns must be two keys, of x and of the target, got {columns!r}")
     return tuple(columns)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from sltt.checks import choice
+from sltt.checks import choice, folder
 
 Slicing = Literal["count", "time"]
 
@@ -44,6 +44,8 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
         RecordingError: unreadable, empty, fewer events than frames, time runs backwards, or events outside the sensor.
         ImportError: `.aedat4` without the package aedat.
     """
+    path = folder("path", path, "a recording")
+    choice("slicing", slicing, get_args(Slicing))
     readers: dict[str, Callable[[Path], Recording]] = {
         ".bin": _read_bin,
         ".aedat": _read_aedat,

@@ -77,7 +77,10 @@ class _Export(fx.Interpreter):
         self.used: set[str] = set()
         self.names = unique_names(name for name, _ in model.named_modules())  # some readers take no dots
         self.problems: list[str] = []
-        super().__init__(fx.GraphModule(model, _Tracer().trace(model)))
+        try:
+            super().__init__(fx.GraphModule(model, _Tracer().trace(model)))
+        except fx.proxy.TraceError as error:
+            raise ValueError(f"NIR has no counterpart for what depends on values: {error}") from error
 
     def export(self, x: Tensor) -> nir.NIRGraph:
         reset(self.model)

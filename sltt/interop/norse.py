@@ -11,6 +11,7 @@ from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 from torch import Tensor, nn
 
 from sltt import surrogates
+from sltt.checks import instance
 from sltt.interop.conversion import ConversionError, constant, leaky, require, synaptic
 from sltt.sequence.state import Stateful, map_tensors, register
 
@@ -32,13 +33,13 @@ class KeepState(Stateful):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        if not _passes_state(type(module)):
+        if not _passes_state(type(instance("module", module, nn.Module))):
             raise ValueError(
                 f"expected a module of Norse that is called with (input, state), got {type(module).__name__}, which "
                 "needs no KeepState"
             )
         for name, inner in module.named_modules():
-            if isinstance(inner, nn.RNNBase):
+            if isinstance(inner, nn.RNNBase | _WHOLE):
                 raise ValueError(
                     f"{name} ({type(inner).__name__}) takes all time steps in one call: use its cell, of one step"
                 )
@@ -51,12 +52,15 @@ class KeepState(Stateful):
         return y
 
 
+_WHOLE = SNN | SNNRecurrent | norse.Lift  # take sequences
+
+
 def _passes_state(cls: type) -> bool:
     return "state" in inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
 
 
 def _check(module: Any, batch: int, kept: bool) -> str | None:
-    if isinstance(module, SNN | SNNRecurrent | norse.Lift):
+    if isinstance(module, _WHOLE):
         return "takes all time steps in one call: use its cell, such as LIFCell"
     return None if kept else "passes its state through its calls: wrap it in sltt.interop.norse.KeepState"
 

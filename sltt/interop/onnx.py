@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sltt.checks import instance
+from sltt.checks import folder, instance
 from sltt.kernels import using
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent
 from sltt.pooling import RunningMax
@@ -38,6 +38,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
     """
     instance("model", model, nn.Module)
     instance("x", x, Tensor)
+    path = folder("path", path, "a file")
     step = _Step(copied(model).eval(), x)
     names = list(step.first)
     if taken := {"x", "logits"} & {*names}:

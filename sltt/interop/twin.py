@@ -4,12 +4,13 @@ import copy
 import itertools
 from collections.abc import Sequence
 from functools import partial
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from sltt.checks import instance, number, sequence
+from sltt.checks import folder, instance, number, sequence
 from sltt.data import Data, Poisson
 from sltt.dropout import Dropout
 from sltt.interop.activations import QCFS, Balanced, Coded, percentiles
@@ -20,6 +21,7 @@ from sltt.pooling import RunningMax
 from sltt.sequence.modes import evaluating
 from sltt.sequence.steps import check_input
 
+PERCENTILE = 99.9  # of activations, which is the threshold
 SAMPLES = 256  # of a data set, to balance thresholds on
 
 
@@ -28,7 +30,7 @@ def spiking(
     neuron: NeuronFactory = partial(IF, v_init=0.5),
     weights: str | None = None,
     data: Data | Tensor | None = None,
-    percentile: float = 99.9,
+    percentile: float = PERCENTILE,
     replace: Sequence[str] = (),
     keep: Sequence[str] = (),
     coding: Poisson | None = None,
@@ -64,6 +66,8 @@ def spiking(
     """
     make = neuron_maker(neuron)
     percentile = number("percentile", percentile, above=0, most=100)
+    if data is None and percentile != PERCENTILE:
+        raise ValueError(f"percentile={percentile:g} is of data, and there is none: give data=…, or leave it out")
     if coding is not None:
         remedy = "the mean of other codes is not the image: code the data, sltt.data.Encoded(data, coding)"
         instance("coding", coding, Poisson, remedy)
@@ -127,7 +131,11 @@ def _copy(ann: nn.Module) -> nn.Module:
 
 
 def _load(ann: nn.Module, path: str) -> None:
-    content: Any = instance(path, torch.load(path, map_location="cpu", weights_only=True), dict)
+    file = folder("weights", path, "a file")
+    try:
+        content: Any = instance(path, torch.load(file, map_location="cpu", weights_only=True), dict)
+    except (UnpicklingError, EOFError) as error:
+        raise ValueError(f"weights: {file} is no file of torch.save with a state dict") from error
     try:
         ann.load_state_dict(content.get("model", content))
     except RuntimeError as error:

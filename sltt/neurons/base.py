@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt._torch import transforms_active
+from sltt.checks import instance
 from sltt.kernels import CustomStep, custom_step, without_modes
 from sltt.neurons.inspection import emits_bits
 from sltt.sequence.hooks import own_forward
@@ -104,6 +105,7 @@ class Neuron(Stateful):
 
     def state_type(self, x: Tensor) -> torch.dtype:
         """The type of the states for an input x."""
+        instance("x", x, Tensor)
         return x.dtype if self.half_state else torch.promote_types(x.dtype, torch.float32)
 
     def first_states(self) -> dict[str, float]:

@@ -54,6 +54,10 @@ def lif_step(
 
     Source: Meng et al., ICCV 2023 (arXiv 2302.14311), with v[t] = u[t] − V_th s[t].
     """
+    flag("decay_input", decay_input)
+    flag("detach_reset", detach_reset)
+    if not isinstance(decay, Tensor):
+        number("decay", decay, least=0, most=1)
     rest = 0.0 if v_reset is None else v_reset
     current = (1 - decay) * x if decay_input else x
     u = decay * v + current if rest == 0 else rest + decay * (v - rest) + current

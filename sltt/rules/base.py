@@ -154,6 +154,7 @@ class Rule(Frozen, ABC):
                 f"{kind} looks at padded steps too: use a loss of one step, such as CrossEntropyMSE, or sequences of "
                 "one length"
             )
+        instance("target of Padded", target.target, Tensor)
         check_lengths(target.lengths, sequence.steps, sequence.batch)
 
     @abstractmethod

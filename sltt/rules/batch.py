@@ -186,12 +186,11 @@ def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
     try:
         value = loss(logits, target)
     except Exception as error:
-        if isinstance(target, Tensor):
-            error.add_note(
-                f"in the loss of one time step, of outputs {list(logits.shape)} ({logits.dtype}) and targets "
-                f"{list(target.shape)} ({target.dtype}); for a target at each time step: sltt.losses.PerStep(loss), "
-                "and from_datasets(…, per_step=True)"
-            )
+        kind = f"{list(target.shape)} ({target.dtype})" if isinstance(target, Tensor) else f"{target!r:.80}"
+        error.add_note(
+            f"in the loss of one time step, of outputs {list(logits.shape)} ({logits.dtype}) and targets {kind}; for a "
+            "target at each time step: sltt.losses.PerStep(loss), and from_datasets(…, per_step=True)"
+        )
         raise
     if not isinstance(value, Tensor):
         raise ValueError(f"expected a loss that returns a scalar tensor, got {value!r}")

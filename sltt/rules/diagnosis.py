@@ -22,7 +22,9 @@ def note(error: Exception, run: Run) -> None:
             f"the input {shape} was taken as T = {shape[0]} time steps of {shape[1]} samples; for a static input "
             "[B, ...] say steps=T"
         )
-    if not isinstance(error, ValueError) and (place := _place(run, error)):
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = isinstance(error, ValueError) and not frame.f_globals.get("__name__", "").startswith("torch.")
+    if not ours and (place := _place(run, error)):
         error.add_note(place)
 
 
@@ -36,12 +38,13 @@ def _place(run: Run, error: Exception) -> str | None:
         x = next((value for value in frame.f_locals.values() if isinstance(value, Tensor)), None)
         if x is None or not isinstance(module, nn.Module) or module not in layers:
             continue
-        types = {p.dtype for p in module.parameters(recurse=False)}
+        weights = [*module.parameters(recurse=False)]
         kind = f"{type(module).__name__}({module.extra_repr()})"
         text = f"in {layers[module].name or 'the model'}, {kind}, on an input {list(x.shape)} of {x.dtype}"
-        if types and x.dtype not in types:
-            return f"{text}, with weights of {(given := types.pop())}: give x.to({given}), or a network in another type"
-        return f"{text}: make the layer for such an input, or see what comes before it" if types else text
+        for has, given in ((x.dtype, {p.dtype for p in weights}), (x.device.type, {p.device.type for p in weights})):
+            if given and has not in given:
+                return f"{text}, with weights of {(of := given.pop())}: give x.to({of}), or move the network"
+        return f"{text}: make the layer for such an input, or see what comes before it" if weights else text
     return None
 
 

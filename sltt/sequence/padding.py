@@ -72,8 +72,13 @@ def pad_batch(x: Tensor, y: Padded, steps: int, per_step: bool) -> tuple[Tensor,
 
 def check_lengths(lengths: Sequence[Any], steps: int, batch: int) -> None:
     """Raise ValueError unless there is a length of 1 … T for each sample."""
-    if len(lengths) != batch or not all(1 <= length <= steps and length == int(length) for length in lengths):
-        shown = f"{list(lengths)}"
+    try:
+        found = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    one_each = found.shape == (batch,) and found.dtype != torch.bool
+    if not one_each or not ((found >= 1) & (found <= steps) & (found == found.floor())).all():
+        shown = repr(lengths)
         raise ValueError(
             f"expected lengths from 1 to T = {steps} of {batch} samples, got {shown if len(shown) < 80 else shown[:77]}"
         )
@@ -91,4 +96,4 @@ def lengths_of(target: Any) -> Sequence[int] | None:
 
 def real_steps(lengths: Sequence[int], steps: int, like: Tensor) -> Tensor:
     """Return whether each step is real: [T, B], on the device of a tensor."""
-    return torch.arange(steps, device=like.device)[:, None] < torch.tensor(lengths, device=like.device)
+    return torch.arange(steps, device=like.device)[:, None] < torch.as_tensor(lengths, device=like.device)

@@ -61,6 +61,11 @@ def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
     static = steps is not None
     form = "[B, ...] with steps=T" if static else "[T, B, ...], time first"
     instance("x", x, Tensor)
+    if x.is_nested or x.layout != torch.strided:
+        raise ValueError(
+            f"expected a dense input {form}, got a nested or sparse tensor: use x.to_dense(), or of several lengths "
+            "torch.nested.to_padded_tensor and sltt.Padded"
+        )
     if x.ndim < 2:
         raise ValueError(f"expected input {form}, got shape {list(x.shape)}")
     length = x.shape[0] if steps is None else whole_number("steps", steps, least=1)

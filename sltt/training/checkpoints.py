@@ -211,5 +211,6 @@ def load_selected(model: nn.Module, run: Path, which: str | None = None, process
 def start_from(model: nn.Module, weights: str | None) -> None:
     """Load the weights of a run's folder, or of a checkpoint, into the model; None leaves it as it is."""
     if weights is not None:
-        path = find_checkpoint(Path(weights)) if Path(weights).is_dir() else Path(weights)
+        path = Path(weights).expanduser()
+        path = find_checkpoint(path) if path.is_dir() else path
         load_weights(model, select_weights(load_checkpoint(path)), path)

@@ -163,7 +163,7 @@ def fit(
     instance("model", model, nn.Module)
     flag("resume", resume)
     if run is not None:
-        folder("run", run)
+        run = folder("run", run)
     if config is not None:
         instance("config", config, dict)
     data = as_data(data, training.batch_size)

@@ -118,7 +118,7 @@ def set_rates(
     """Set learning rate and weight decay at `epoch`, a fraction in the middle of one; `initial` are the optimizer's."""
     start, stop = stage.span
     factor_at = schedule.decay if start else schedule.factor  # only the first phase warms up
-    factor = factor_at(epoch - start, stop - start)
+    factor = number("the factor of the schedule", factor_at(epoch - start, stop - start), least=0)
     first, _ = initial[0]
     for group, (lr, weight_decay) in zip(optim.param_groups, initial, strict=True):
         rate = lr if stage.lr is None else stage.lr * (lr / first if first else 1.0)

@@ -153,7 +153,11 @@ def read_config(run: Path, checkpoint: dict[str, Any] | None = None) -> dict[str
 
 def write_config(run: Path, config: dict[str, Any]) -> None:
     """Write the configuration of a run into its folder."""
-    write_file(run / CONFIG, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+    try:
+        text = yaml.safe_dump(config, sort_keys=False)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must hold numbers, texts, lists and dictionaries of these alone: {error}") from error
+    write_file(run / CONFIG, lambda file: file.write(text.encode()))
 
 
 def write_table(run: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -46,7 +46,7 @@ class Score:
     def batch(self, prediction: Tensor, target: Any, samples: int) -> float:
         """Return the mean of a batch, of which so many samples count here; 0 where the metric collects them."""
         if not self.collecting:
-            mean = float(self.metric(prediction, target))
+            mean = self._number(self.metric(prediction, target))
             self.total, self.samples = self.total + mean * samples, self.samples + samples
             return mean
         own = (prediction.detach().cpu(), target.cpu() if isinstance(target, Tensor) else target) if samples else None
@@ -88,9 +88,13 @@ class Score:
         """Return a number as a float; raise ValueError for another value by which an epoch would be selected."""
         if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.numel() == 1):
             return float(value)
-        if not self.selects:
+        if self.collecting and not self.selects:
             return value
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        if not self.collecting:
+            raise ValueError(
+                f"the metric {name_of(self.metric)} gives {got}, expected one number: the mean over the samples"
+            )
         raise ValueError(
             f"the metric {name_of(self.metric)} computes {got}, and a training selects by one number: give a metric of "
             "one, such as the mean over classes by average='macro', and this one to sltt.evaluate"

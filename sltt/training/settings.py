@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, StepLR
 from torch.optim.optimizer import ParamsT
 
 from sltt.callbacks import Callback
-from sltt.checks import choice, flag, instance, number, plain, sequence, whole_number
+from sltt.checks import choice, flag, folder, instance, number, plain, sequence, whole_number
 from sltt.kernels import Compile, Sparse
 from sltt.losses import check_loss
 from sltt.metrics import Metric, check_metric
@@ -123,6 +123,8 @@ class Training(_Settings):
         if self.norm_weight_decay is not None:
             number("norm_weight_decay", self.norm_weight_decay, least=0)
         number("norm_bias_lr", self.norm_bias_lr, above=0)
+        if self.weights is not None:
+            folder("weights", self.weights, "a run or a checkpoint")
         if self.ema is not None:
             number("ema", self.ema, above=0, below=1)
         if self.quantised is not None:

@@ -13,6 +13,7 @@ from sltt.losses import Prediction, predict_from
 from sltt.rules import unroll
 from sltt.sequence.modes import evaluating
 from sltt.sequence.padding import check_lengths
+from sltt.sequence.steps import time_steps
 from sltt.training.average import select_weights
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.runs import MADE_IN, find_checkpoint, read_config
@@ -59,10 +60,11 @@ def load(
     """
     if checkpoint is not None:
         choice("checkpoint", checkpoint, ("best", "last"))
-    path = find_checkpoint(folder("run", run), checkpoint)
+    run = folder("run", run)
+    path = find_checkpoint(run, checkpoint)
     content = load_checkpoint(path)
-    config = read_config(Path(run), content)
-    network = _network(Path(run), config) if model is None else instance("model", model, nn.Module)
+    config = read_config(run, content)
+    network = _network(run, config) if model is None else instance("model", model, nn.Module)
     load_weights(network, select_weights(content), path)
     network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     return network.eval()
@@ -106,8 +108,6 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
     """
     instance("model", model, nn.Module, "such as sltt.load(run)")
     instance("x", x, Tensor)
-    if lengths is not None:
-        check_lengths(lengths, len(x), x.shape[1])
     by, known = "mean", getattr(model, "trained", None)
     if isinstance(known, Trained):
         by = known.prediction
@@ -118,6 +118,9 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
                 "the input %s is %d time steps of %d samples, and the network was trained on %d time steps: if the "
                 "batch comes first in it, give x.transpose(0, 1)", list(x.shape), *x.shape[:2], known.steps
             )  # fmt: skip
+    if lengths is not None:
+        sequence = time_steps(x, steps)
+        check_lengths(lengths, sequence.steps, sequence.batch)
     weights = next(model.parameters(), x)
     with evaluating(model):
         return predict_from(by, unroll(model, x.to(weights.device), steps=steps), lengths)

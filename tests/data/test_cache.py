@@ -112,6 +112,12 @@ def test_a_damaged_cache_says_which_folder_to_delete(tmp_path, damage, problem):
         list(make_cache(tmp_path, tmp_path / "log")[0])
 
 
+def test_a_cache_whose_folder_is_a_file_says_so(tmp_path):
+    (file := tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"cannot make the cache of frames .*give another folder as cache"):
+        make_cache(file, tmp_path / "log")
+
+
 def test_no_flipped_bit_of_a_cache_is_taken(tmp_path):
     make_cache(tmp_path, tmp_path / "log")
     (home,) = (path.parent for path in tmp_path.glob("*/complete.json"))

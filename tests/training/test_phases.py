@@ -19,6 +19,17 @@ from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
 SLTT, BPTT = sltt.SLTT(), sltt.BPTT()
 
 
+@pytest.mark.parametrize("factor", ["x", -1.0, float("nan")])
+def test_a_schedule_that_gives_no_factor_is_refused(factor):
+    class Odd(sltt.schedules.Schedule):
+        def decay(self, epoch, epochs):
+            return factor
+
+    optimizer, stages = torch.optim.SGD([torch.zeros(1)], lr=0.1), plan(None, 2, 4, sltt.SLTT())
+    with pytest.raises(ValueError, match="the factor of the schedule must be"):
+        set_rates(optimizer, [(0.1, 0.0)], stages[0], Odd(), 0.5)
+
+
 def test_what_a_phase_leaves_out_is_that_of_the_training():
     stages = plan([Phase(2, steps=1), Phase(3, rule=BPTT), Phase(1, lr=0.01, weight_decay=0.0)], 6, 4, SLTT)
     assert [(s.start, s.stop, s.steps, s.rule) for s in stages] == [(0, 2, 1, SLTT), (2, 5, 4, BPTT), (5, 6, 4, SLTT)]

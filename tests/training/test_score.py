@@ -24,6 +24,17 @@ class Uneven(Blobs):
         return Splits(*parts, static=True, classes=3, fingerprint="uneven")
 
 
+@pytest.mark.parametrize(
+    ("value", "got"), [("good", "a str"), (None, "a NoneType"), (torch.ones(2), r"shape \[2\]")], ids=repr
+)
+def test_a_metric_that_gives_no_number_is_named(value, got):
+    def odd(prediction, target):
+        return value
+
+    with pytest.raises(ValueError, match=f"the metric odd gives {got}, expected one number"):
+        sltt.evaluate(network(), Blobs(), metric=odd, device="cpu")
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 128])
 def test_the_score_is_that_of_all_samples_at_once(batch_size):
     model, data, metric = network(), Uneven(), MacroF1()
