@@ -136,6 +136,10 @@ def timed(measure, optimizer):
     return measure(network(), [(X, Y)] * 12, LOSS, sltt.SLTT(), optimizer)
 
 
+def propose(found):
+    return analysis.propose(network(), X, Y, LOSS, found)
+
+
 def per_step():
     splits = data.from_datasets([(torch.rand(4, 6), 1)] * 4, static=False, per_step=True).splits(4)
     return splits.collate([splits.train[0]])
@@ -151,6 +155,7 @@ OTHER_CALLS = [
     ("fit(workers: 10**9)", partial(fit, workers=10**9), ValueError, "workers must be at least 0 and at most 1000"),
     ("fit(long name)", partial(fit, run="r" * 300), OSError, "cannot make the run folder r.*too long. Choose another"),
     ("fit(weights: number)", partial(fit, weights=0.5), ValueError, "weights must be the path of a run or a checkpoin"),
+    ("fit(config: object)", partial(fit, config={"a": object()}), ValueError, "config must hold numbers, texts, lists"),
     ("fit(run: null)", partial(fit, run="a\0b"), ValueError, "run must be the path of a folder, got 'a"),
     ("fit(metric: direction)", partial(fit, metric=MISDIRECTED), ValueError, "higher_is_better of the metric must be"),
     ("predict(lengths: number)", lambda: sltt.predict(network(), X, lengths=2), ValueError, "of 5 samples, got 2"),
@@ -164,6 +169,10 @@ OTHER_CALLS = [
     ("ALIF of a list", lambda: sltt.ALIF()([1.0]), ValueError, r"x must be a Tensor, got \[1.0\]"),
     ("lif_step(decay_input: text)", partial(sltt.lif_step, X, X, decay=0.5, decay_input="x"), ValueError, "decay_inpu"),
     ("lif_step(decay: 2)", partial(sltt.lif_step, X, X, decay=2.0), ValueError, "decay must be at least 0 and at most"),
+    ("lif_step(v_threshold)", partial(sltt.lif_step, X, X, decay=0.5, v_threshold="1"), ValueError, "v_threshold must"),
+    ("lif_step(v_reset)", partial(sltt.lif_step, X, X, decay=0.5, v_reset=2.0), ValueError, "v_reset must be less"),
+    ("propose(found: rules)", partial(propose, [sltt.SLTT()]), ValueError, r"found\[0\] must be a Agreement, got SLTT"),
+    ("advice(nothing)", partial(analysis.advice, []), ValueError, "found must be a sequence of 1 or more Agreement"),
     ("ConfusionMatrix from 1", lambda: MATRIX.update(X[0], torch.tensor([1, 2, 3, 6, 1])), ValueError, "in 0 … 5, got"),
     ("ConfusionMatrix of floats", lambda: MATRIX.update(X[0], torch.ones(5)), ValueError, "class indices .*float32"),
     ("MeanSquaredError(text)", lambda: sltt.metrics.MeanSquaredError()(X, "x"), ValueError, "target must be a Tensor"),
@@ -179,6 +188,7 @@ OTHER_CALLS = [
     ("read(slicing)", partial(recordings.read, "x.bin", (3, 3), "frames", 4), ValueError, "slicing must be one of"),
     ("read(text)", partial(recordings.read, "x.txt", (3, 3), "count", 4), recordings.RecordingError, "not a recording"),
     ("to_onnx(path: none)", lambda: sltt.interop.to_onnx(network(), X[0], None), ValueError, "path must be the path o"),
+    ("to_c(zeros)", lambda: sltt.interop.to_c(network(), 0 * X, "c", weights="int8"), ValueError, "is zero everywhere"),
     ("spiking(weights)", lambda: sltt.interop.spiking(nn.ReLU(), weights={}), ValueError, "weights must be the path o"),
     ("spiking(percentile)", lambda: sltt.interop.spiking(nn.ReLU(), percentile=97), ValueError, "percentile=97 is of"),
     ("load(None)", partial(sltt.load, None), ValueError, "run must be the path of a folder, got None"),

@@ -146,6 +146,7 @@ def propose(
         steps: T for a static input.
         dtype: compute gradients in this type; memory is that of the model's own.
     """
+    check_found(found)
     cosines = {a.rule: a.least for a in found}
     if cosines.get(repr(OTTT()), 0.0) >= AGREES:
         return None
@@ -166,6 +167,12 @@ def propose(
         return None
     others = {repr(rule): memory(rule) for rule in (advised, bptt, SLTT())}
     return Proposal(dict(best.windows), candidates[best], memory(best), others)
+
+
+def check_found(found: Any) -> None:
+    """Raise ValueError for what is not what `agreement` found."""
+    for i, one in enumerate(sequence("found", found, "Agreement", fewest=1)):
+        instance(f"found[{i}]", one, Agreement, "which sltt.analysis.agreement gives")
 
 
 def batch_memory(

@@ -19,8 +19,10 @@ _FINE = 2**22  # a bias or a shift has no more units than this
 def in_integers(network: Network, x: Tensor) -> Network:
     """Return a network in integers that does nearly the same; the input of `x` [T, B, ...] sets that of its scale.
 
-    Raises ValueError for a layer whose sums would leave 32 bits.
+    Raises ValueError for a layer whose sums would leave 32 bits, and for an input of zeros.
     """
+    if not x.any():
+        raise ValueError("the example sets the scale of the input in int8, and is zero everywhere: give real samples")
     made = copy.copy(network)
     made.operations, made.integers = [copy.copy(op) for op in network.operations], True
     counts = bool((x == x.round()).all()) and x.abs().max() <= 127

@@ -41,7 +41,7 @@ class KeepState(Stateful):
         for name, inner in module.named_modules():
             if isinstance(inner, nn.RNNBase | _WHOLE):
                 raise ValueError(
-                    f"{name} ({type(inner).__name__}) takes all time steps in one call: use its cell, of one step"
+                    f"{name or 'the module'} ({type(inner).__name__}) takes all time steps in one call: use its cell"
                 )
         self.module = module
 

@@ -17,6 +17,8 @@ from sltt.neurons.base import Neuron, takes_any
 from sltt.neurons.inspection import emits_bits
 from sltt.surrogates import Surrogate, Triangle
 
+BELOW = "it must be below v_threshold"
+
 
 def lif_step(
     v: Tensor,
@@ -58,6 +60,10 @@ def lif_step(
     flag("detach_reset", detach_reset)
     if not isinstance(decay, Tensor):
         number("decay", decay, least=0, most=1)
+    if not isinstance(v_threshold, Tensor):
+        number("v_threshold", v_threshold)
+        if v_reset is not None:
+            number("v_reset", v_reset, below=v_threshold, remedy=BELOW)
     rest = 0.0 if v_reset is None else v_reset
     current = (1 - decay) * x if decay_input else x
     u = decay * v + current if rest == 0 else rest + decay * (v - rest) + current
@@ -65,9 +71,6 @@ def lif_step(
     reset_s = s.detach() if detach_reset else s
     v = u - v_threshold * reset_s if v_reset is None else u - (u - v_reset) * reset_s
     return s, v
-
-
-BELOW = "it must be below v_threshold"
 
 
 class IntegrateAndFire(Neuron):

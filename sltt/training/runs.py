@@ -221,4 +221,7 @@ def _make(path: Path, config: dict[str, Any]) -> Path:
         if os.path.exists(path):  # False for a name that is too long, where that of Path raises
             raise FileExistsError(f"{path} exists") from None
         raise OSError(f"cannot make the run folder {path}: {error.strerror}. Choose another with --run.") from error
+    except ValueError:  # of the configuration
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return path

@@ -44,7 +44,7 @@ class Session:
         sharded = self.execution.strategy == "fsdp" and self.processes.count > 1  # contiguous weights only
         if self.execution.channels_last and not sharded:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
-        return self.fabric.setup_module(model, _reapply_compile=False)
+        return self.fabric.setup_module(model)
 
     def set_up_loss(self, loss: Any) -> Any:
         """Return the loss on the device; one that is a plain function has no weights to move."""

@@ -156,3 +156,23 @@ def test_what_a_rule_refuses_is_not_evaluated_either():
     model = nn.Sequential(nn.Linear(6, 8), neuron.LIFNode(step_mode="m"), nn.Linear(8, 3))
     with pytest.raises(ValueError, match=r"1 \(LIFNode\)"):
         sltt.unroll(model, torch.randn(4, 5, 6))
+
+
+def test_nir_refuses_what_depends_on_values():
+    pytest.importorskip("nir")
+
+    class Chooses(nn.Linear):
+        def forward(self, x):
+            return x if x.sum() > 0 else super().forward(x)
+
+    with pytest.raises(ValueError, match=r"NIR has no counterpart for what depends on values: .*control flow"):
+        sltt.interop.to_nir(Chooses(6, 6), torch.zeros(2, 6))
+
+
+def test_keep_state_refuses_modules_of_whole_sequences():
+    norse = pytest.importorskip("norse.torch")
+    keep = pytest.importorskip("sltt.interop.norse").KeepState
+    with pytest.raises(ValueError, match=r"the module \(LIF\) takes all time steps in one call: use its cell"):
+        keep(norse.LIF())
+    with pytest.raises(ValueError, match="module must be a Module, got None"):
+        keep(None)
