@@ -132,6 +132,11 @@ MISDIRECTED = sltt.metrics.Accuracy()
 MISDIRECTED.higher_is_better = "no"
 
 
+class Misnamed(sltt.callbacks.Callback):
+    def on_train_epoch_end(self, trainer):
+        raise AssertionError
+
+
 def timed(measure, optimizer):
     return measure(network(), [(X, Y)] * 12, LOSS, sltt.SLTT(), optimizer)
 
@@ -155,6 +160,7 @@ OTHER_CALLS = [
     ("fit(workers: 10**9)", partial(fit, workers=10**9), ValueError, "workers must be at least 0 and at most 1000"),
     ("fit(long name)", partial(fit, run="r" * 300), OSError, "cannot make the run folder r.*too long. Choose another"),
     ("fit(weights: number)", partial(fit, weights=0.5), ValueError, "weights must be the path of a run or a checkpoin"),
+    ("fit(callbacks: other names)", partial(fit, callbacks=[Misnamed()]), ValueError, "defines neither on_batch"),
     ("fit(config: object)", partial(fit, config={"a": object()}), ValueError, "config must hold numbers, texts, lists"),
     ("fit(run: null)", partial(fit, run="a\0b"), ValueError, "run must be the path of a folder, got 'a"),
     ("fit(metric: direction)", partial(fit, metric=MISDIRECTED), ValueError, "higher_is_better of the metric must be"),

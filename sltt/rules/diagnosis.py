@@ -43,7 +43,7 @@ def _place(run: Run, error: Exception) -> str | None:
         text = f"in {layers[module].name or 'the model'}, {kind}, on an input {list(x.shape)} of {x.dtype}"
         for has, given in ((x.dtype, {p.dtype for p in weights}), (x.device.type, {p.device.type for p in weights})):
             if given and has not in given:
-                return f"{text}, with weights of {(of := given.pop())}: give x.to({of}), or move the network"
+                return f"{text}, with weights of {(of := given.pop())}: give x.to({of}), or change the network"
         return f"{text}: make the layer for such an input, or see what comes before it" if weights else text
     return None
 

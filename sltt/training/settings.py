@@ -134,6 +134,9 @@ class Training(_Settings):
             given = getattr(self, name)
             for i, one in enumerate(() if given is None else sequence(name, given, name)):
                 instance(f"{name}[{i}]", one, kind, remedy)
+        for one in self.callbacks or ():
+            if (type(one).on_batch, type(one).on_epoch) == (Callback.on_batch, Callback.on_epoch):
+                raise ValueError(f"{type(one).__name__} defines neither on_batch nor on_epoch, which a training calls")
         last = self.stages[-1].steps
         if last != self.steps and sum(phase.epochs for phase in self.phases or ()) <= self.epochs:
             raise ValueError(

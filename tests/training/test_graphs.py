@@ -196,7 +196,8 @@ def test_looks_at_a_device_are_seen(look, problem):
 
 
 class Own(sltt.callbacks.Callback):
-    pass
+    def on_batch(self, now):
+        pass
 
 
 HOOKED = network()
