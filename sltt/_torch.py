@@ -24,7 +24,7 @@ try:
     from torch.nn.utils.parametrizations import _SpectralNorm
     from torch.overrides import _pop_mode, _push_mode
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-    from torch.utils._pytree import tree_map_only
+    from torch.utils._pytree import tree_leaves, tree_map_only
 except ImportError as error:
     raise ImportError(f"PyTorch {torch.__version__} lacks what PyTorch 2.8 to 2.15 have: {error}") from error
 
@@ -43,6 +43,7 @@ ATTRIBUTES = {
         "_forward_hooks": "takes hooks off a copy",
         "_forward_pre_hooks": "takes hooks off a copy, finds a spectral norm",
         "_backward_hooks": "finds hooks that see one time step in a call",
+        "_backward_pre_hooks": "finds hooks that see one time step in a call",
         "_modules": "a name in a module that is no attribute of the user's",
         "_compiled_call_impl": "is what module.compile() made",
     },
@@ -57,6 +58,7 @@ ATTRIBUTES = {
     },
     "torch.utils.data.DataLoader": {"_iterator": "holds the workers"},
     "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": {"_shutdown_workers": "ends the workers"},
+    "torch.ops.aten": {"_to_copy": "is the operation that moves a tensor between devices"},
     "torch._ops.OpOverload": {"_schema": "tells that an operation changes an argument"},
     "lightning_fabric.Fabric": {"_forward_module": "stands in names of parameters"},
     "spikingjelly.activation_based.base.MemoryModule": {"_memories": "names the states"},

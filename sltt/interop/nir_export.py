@@ -22,6 +22,7 @@ import nir
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 
 from sltt.checks import instance, number
 from sltt.dropout import Dropout
@@ -79,7 +80,7 @@ class _Export(fx.Interpreter):
         self.problems: list[str] = []
         try:
             super().__init__(fx.GraphModule(model, _Tracer().trace(model)))
-        except fx.proxy.TraceError as error:
+        except TraceError as error:
             raise ValueError(f"NIR has no counterpart for what depends on values: {error}") from error
 
     def export(self, x: Tensor) -> nir.NIRGraph:

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from sltt._torch import DispatchMode
+from sltt._torch import DispatchMode, tree_leaves
 from sltt.callbacks import Callback
 from sltt.checks import instance
 from sltt.rules import Output, Rule

@@ -158,7 +158,7 @@ def test_help_explains_every_option(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "T, the number of time steps. (type: int, default: 4)" in " ".join(out.split())
-    assert len(out.splitlines()) < 210
+    assert len(out.splitlines()) < 220
     assert "lightning_fabric.loggers" not in out
     assert Mine.__name__ not in out
 
