@@ -60,6 +60,13 @@ def test_trainings_confirm_the_advice(monkeypatch, tmp_path):
     assert min(last["recall"]["BPTT()"], last["recall"]["OTTT()"]) > last["recall"]["SLTT()"] + 0.2
 
 
+@pytest.mark.slow
+def test_the_events_are_classified_in_c_as_in_pytorch(monkeypatch, tmp_path):
+    found = run("microcontroller", monkeypatch, tmp_path, epochs=2)
+    assert found["right"] > 30
+    assert abs(found["right"] / 100 - found["accuracy"]) < 0.1
+
+
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_notebook_has_the_outputs_of_one_whole_run(path):
     code = cells(path.stem, "code")
@@ -71,7 +78,7 @@ def test_a_notebook_has_the_outputs_of_one_whole_run(path):
 
 def test_every_notebook_is_linked_and_in_the_navigation():
     names = {path.stem for path in NOTEBOOKS.glob("*.ipynb")}
-    assert len(names) == 3
+    assert len(names) == 4
     for page in ("README.md", "docs/examples.md"):
         assert set(re.findall(r"notebooks/(\w+)\.ipynb\)", (NOTEBOOKS.parents[1] / page).read_text())) == names
     assert set(re.findall(r"notebooks/(\w+)\.md\n", (NOTEBOOKS.parents[1] / "mkdocs.yml").read_text())) == names
