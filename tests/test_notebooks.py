@@ -61,6 +61,7 @@ def test_trainings_confirm_the_advice(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # several programs, one after the other
 def test_the_events_are_classified_in_c_as_in_pytorch(monkeypatch, tmp_path):
     found = run("microcontroller", monkeypatch, tmp_path, epochs=2)
     assert found["right"] > 30
