@@ -41,7 +41,7 @@ class Accuracy(Metric):
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Logits [..., C] and class indices [...]."""
-        _check_shape(self, target, prediction.shape[:-1])
+        _check_classes(self, target, prediction)
         return _mean(prediction.argmax(-1) == target)
 
 
@@ -98,12 +98,10 @@ class ConfusionMatrix:
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add logits [..., C] and class indices [...]."""
-        _check_shape(self, target, prediction.shape[:-1])
+        _check_classes(self, target, prediction)
         classes = prediction.shape[-1]
-        if target.is_floating_point() or not ((target >= 0) & (target < classes)).all():
-            raise ValueError(
-                f"expected class indices in 0 … {classes - 1}, got {target.min()} … {target.max()} ({target.dtype})"
-            )
+        if not ((target >= 0) & (target < classes)).all():
+            raise ValueError(f"expected class indices in 0 … {classes - 1}, got {target.min()} … {target.max()}")
         pairs = (target * classes + prediction.argmax(-1)).flatten().bincount(minlength=classes**2)
         found = pairs.view(classes, classes)
         self.counts = found if self.counts is None else self.counts + found
@@ -118,6 +116,13 @@ class ConfusionMatrix:
 def _mean(values: Tensor) -> Tensor:
     """Return the mean in float64, which Apple's GPUs do not have."""
     return (values.cpu() if values.device.type == "mps" else values).double().mean()
+
+
+def _check_classes(metric: Any, target: Tensor, prediction: Tensor) -> None:
+    """Raise ValueError for what is no class index for each prediction [..., C]."""
+    _check_shape(metric, target, instance("prediction", prediction, Tensor).shape[:-1])
+    if target.is_floating_point():
+        raise ValueError(f"{type(metric).__name__} takes class indices, got {target.dtype}: give target.long()")
 
 
 def _check_shape(metric: Any, target: Tensor, expected: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from sltt.checks import choice, folder
+from sltt.checks import choice, folder, whole_number, whole_numbers
 
 Slicing = Literal["count", "time"]
 
@@ -46,6 +46,8 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
     """
     path = folder("path", path, "a recording")
     choice("slicing", slicing, get_args(Slicing))
+    whole_numbers("sensor", sensor, least=1, fewest=2)
+    whole_number("steps", steps, least=1)
     readers: dict[str, Callable[[Path], Recording]] = {
         ".bin": _read_bin,
         ".aedat": _read_aedat,

@@ -56,6 +56,9 @@ def lif_step(
 
     Source: Meng et al., ICCV 2023 (arXiv 2302.14311), with v[t] = u[t] − V_th s[t].
     """
+    instance("v", v, Tensor)
+    instance("x", x, Tensor)
+    instance("surrogate", surrogate, Surrogate, "such as sltt.surrogates.Triangle()")
     flag("decay_input", decay_input)
     flag("detach_reset", detach_reset)
     if not isinstance(decay, Tensor):
