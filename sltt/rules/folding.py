@@ -61,10 +61,11 @@ def choose_fold(run: Run) -> Fold:
         return Fold()
     x = sequence.input(range(1))
     modules = tuple((type(m), m.training, count_hooks(m)) for m in run.layout.layers)
-    key = x.shape, x.dtype, x.device, sequence.steps, type(run.step), modules
-    found = _folds.setdefault(model, {})
+    shape = x.shape, x.dtype, x.device, type(run.step), modules
+    found, key = _folds.setdefault(model, {}), (shape, sequence.steps)
     if key not in found:
-        found[key] = _choose(run, x)
+        compared = max((_several(fold) for (of, _), fold in found.items() if of == shape), default=1)
+        found[key] = _choose(run, x, compared)
     return found[key]
 
 
@@ -73,7 +74,8 @@ def chosen_fold(model: nn.Module) -> Fold | None:
     return next(reversed(_folds.get(model, {}).values()), None)
 
 
-def _choose(run: Run, x: torch.Tensor) -> Fold:
+def _choose(run: Run, x: torch.Tensor, compared: int) -> Fold:
+    """Choose; as many steps as were `compared` at another T share a call without a further comparison."""
     if problem := _problem(run):
         return Fold(why=problem)
     try:
@@ -90,7 +92,9 @@ def _choose(run: Run, x: torch.Tensor) -> Fold:
             fold = _of_sizes(run, trial.seen, len(x) / SAMPLES)
             if fold.forward == 1:
                 return fold
-            problem = trial.problem or _compare(trial, fold)
+            problem = trial.problem
+            if not problem and _several(fold) > compared:
+                problem = _compare(trial, fold)
             if problem is _FULL:
                 fold = Fold(max(1, fold.trained // 2), fold.forward // 2)
                 warnings.warn(f"{_FULL}: {fold.trained} time steps share a call, half as many", stacklevel=2)
@@ -100,10 +104,15 @@ def _choose(run: Run, x: torch.Tensor) -> Fold:
     return Fold(why=problem) if problem else fold
 
 
+def _several(fold: Fold) -> int:
+    """Return the time steps in a call, with a graph if these are several."""
+    return fold.trained if fold.trained > 1 else fold.forward
+
+
 def _compare(trial: Trial, fold: Fold) -> str | None:
     """Return why steps do not share a call, or None."""
     try:
-        return trial.compare(fold.trained if fold.trained > 1 else fold.forward)
+        return trial.compare(_several(fold))
     except torch.OutOfMemoryError:
         return _FULL
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sltt
+from sltt.rules.fold_trial import Trial
 from tests.conftest import LOSS, batch, gradients
 from tests.references import measured
 
@@ -415,6 +416,17 @@ def test_memory_stays_flat_in_time():
     logits = 320 * 64 * 20 * 4  # of the further steps
     assert peaks[640, "auto"] <= 1.01 * peaks[320, "auto"] + logits
     assert peaks[640, "auto"] <= peaks[640, 1] + 2**24
+
+
+def test_another_length_is_not_compared_again(monkeypatch):
+    compared, model, x = [], Net(), torch.randn(20, 64, 6)
+    plain = Trial.compare
+    monkeypatch.setattr(Trial, "compare", lambda trial, steps: compared.append(steps) or plain(trial, steps))
+    for steps in (20, 12, 20):
+        sltt.unroll(model, x[:steps])
+    sltt.unroll(model, torch.randn(30, 64, 6))
+    sltt.unroll(model, x[:, :32])
+    assert compared == [20, 30, 20]
 
 
 def test_the_number_of_steps_depends_on_shapes_alone():
