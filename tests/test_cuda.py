@@ -12,16 +12,31 @@ import sltt
 from sltt import kernels
 from sltt.kernels.bits import pack, unpack
 from sltt.rules import segments
+from sltt.training import graphs
+from sltt.training.console import Console
 from tests.conftest import LOSS, SURROGATES, batch, small_network
 from tests.kernels.steps import CONSTANTS, SIZES, both
 from tests.test_waits import CAPTURE, assert_same_weights_and_gradients, example, train
+from tests.training.blobs import network
+from tests.training.blobs import train as train_blobs
+from tests.training.test_graphs import FAMILY
 
 if not torch.cuda.is_available():
     pytest.skip("PyTorch sees no CUDA device", allow_module_level=True)
 
 
+class Reads(nn.Module):
+    def forward(self, x):
+        return x * (x.sum().item() > -1e9)
+
+
+class Copies(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor([1.0] * 4, device=x.device)
+
+
 @pytest.mark.parametrize("mode", ["off", "on"])
-@pytest.mark.parametrize("captured", [sltt.SLTT(), sltt.SLTT(fold=2), sltt.BPTT(), sltt.RateBased()], ids=repr)
+@pytest.mark.parametrize("captured", [sltt.SLTT(fold=2), *FAMILY], ids=repr)
 def test_a_captured_iteration_trains_as_without(captured, mode):
     if mode == "on" and (problem := kernels.compiler_problem(torch.device("cuda"))):
         pytest.skip(problem)
@@ -29,6 +44,53 @@ def test_a_captured_iteration_trains_as_without(captured, mode):
     with kernels.using(compile=mode):
         exec(compile(CAPTURE, "gpu.md", "exec"), names)
     assert_same_weights_and_gradients(names["model"], train(**example("cuda", captured)))
+
+
+def test_a_captured_iteration_draws_as_without_in_mixed_precision():
+    batches = [(torch.randn(3, 8, 4).cuda(), torch.randint(3, (8,)).cuda()) for _ in range(3)]
+    results = []
+    for by_graph in (True, False):
+        model, out = network().cuda(), None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(3)
+        step = partial(sltt.SLTT(), model, loss=LOSS)
+        with torch.autocast("cuda", torch.bfloat16):
+            if by_graph:
+                step = sltt.graphed(sltt.SLTT(), model, LOSS, *batches[0])
+            for x, y in batches:
+                if not by_graph:
+                    optimizer.zero_grad()
+                out = step(x, y)
+                optimizer.step()
+                torch.clear_autocast_cache()  # of casts; the weights have changed
+        results.append([*out, *model.state_dict().values()])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("precision", [32, "bf16-mixed"])
+@pytest.mark.parametrize("rule", FAMILY, ids=repr)
+def test_a_training_by_graphs_is_the_training_without(rule, precision, tmp_path, monkeypatch):
+    replays, replay = [], graphs.CudaGraph.replay
+    monkeypatch.setattr(graphs.CudaGraph, "replay", lambda self: (replays.append(1), replay(self)))
+    phases = [sltt.Phase(2, steps=3), sltt.Phase(2, steps=4)]
+    settings = {"rule": rule, "precision": precision, "phases": phases, "device": "cuda", "workers": 1}
+    by_graph, _ = train_blobs(tmp_path / "graphs", **settings)
+    assert len(replays) == 2 * 3  # of each phase, all but the first three batches, and the last of an epoch
+    plain, _ = train_blobs(tmp_path / "plain", graph="off", **settings)
+    assert len(replays) == 2 * 3
+    for got, expected in zip(by_graph.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("layer", [Reads(), Copies()], ids=["reads", "copies"])
+def test_a_network_that_a_graph_would_not_repeat_trains_without(layer, tmp_path):
+    report, lines = Console(quiet=True), []
+    report.line = lines.append
+    train_blobs(
+        tmp_path / "run", nn.Sequential(layer, *network()), device="cuda", report=report, rule=sltt.SLTT(fold=1)
+    )
+    assert any("batches run without a CUDA graph" in line for line in lines)
 
 
 @pytest.fixture

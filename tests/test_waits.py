@@ -197,7 +197,7 @@ def example(device, rule=sltt.SLTT()):
     model = sltt.models.DigitsNet(width=8).double().to(device)
     loader = [(torch.randn(3, 16, 1, 8, 8, dtype=torch.float64), torch.randint(10, (16,))) for _ in range(3)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    known = {"torch": torch, "device": device, "loss": LOSS, "rule": rule}
+    known = {"torch": torch, "sltt": sltt, "device": device, "loss": LOSS, "rule": rule}
     return {**known, "model": model, "loader": loader, "optimizer": optimizer}
 
 

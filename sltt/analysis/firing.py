@@ -10,6 +10,8 @@ from sltt.checks import instance
 from sltt.sequence.layout import spiking_layers
 from sltt.sequence.spikes import observing
 
+PARTS = 100  # counts of a layer that wait to be added up
+
 
 def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":
     """Count the spikes of every neuron layer of a model inside a block, in a loop of any kind.
@@ -33,35 +35,54 @@ class FiringRates:
 
     def __init__(self, layers: list[str]):
         self._spikes: dict[str, Tensor | int] = dict.fromkeys(layers, 0)
+        self._parts: dict[str, list[Tensor]] = {name: [] for name in layers}  # counts on a GPU, to be added together
         self._count = dict.fromkeys(layers, 0)
 
     def __call__(self, name: str, spikes: Any, possible: int | None = None) -> None:
         """Count the spikes of a layer [n·B, ...]; or add their number, out of so many `possible` ones."""
-        if possible is None:  # as booleans, since PyTorch counts floating-point numbers one by one
-            possible, spikes = int(spikes.numel()), torch.count_nonzero(spikes.detach().bool())
-        self._spikes[name] += spikes
-        self._count[name] += possible
+        self._count[name] += int(spikes.numel()) if possible is None else possible
+        if possible is not None:
+            self._spikes[name] += spikes
+        elif spikes.is_cpu or not spikes.is_floating_point():
+            # as booleans, since PyTorch counts floating-point numbers one by one
+            self._spikes[name] += torch.count_nonzero(spikes.detach().bool())
+        else:  # one launch
+            self._parts[name].append(torch.linalg.vector_norm(spikes.detach(), 0, dtype=torch.float32))
+            if len(self._parts[name]) == PARTS:
+                self.settle()
+
+    def settle(self) -> None:
+        """Add up what single calls counted on a GPU."""
+        for name, parts in self._parts.items():
+            if parts:
+                self._spikes[name] += torch.stack(parts).sum(dtype=torch.int64)
+                parts.clear()
 
     def add(self, other: "FiringRates") -> None:
         """Add what another has counted on the same model."""
+        other.settle()
         for name, spikes in other._spikes.items():
             self(name, spikes, other._count[name])
 
     def by_layer(self) -> dict[str, float]:
         """Return the firing rate of each layer that has run, by its name in the model."""
+        self.settle()
         return {name: int(self._spikes[name]) / count for name, count in self._count.items() if count}
 
     def mean(self) -> float:
         """Return the firing rate of all neurons together; 0 where there is none."""
+        self.settle()
         total = sum(self._count.values())
         return sum(int(spikes) for spikes in self._spikes.values()) / total if total else 0.0
 
     def state_dict(self) -> dict[str, tuple[int, int]]:
         """Return the counts so far, to continue with `load_state_dict`."""
+        self.settle()
         return {name: (int(spikes), self._count[name]) for name, spikes in self._spikes.items()}
 
     def load_state_dict(self, state: dict[str, tuple[int, int]]) -> None:
         """Continue from what another run of the same model counted."""
         for name, (spikes, count) in state.items():
+            self._parts[name].clear()
             self._spikes[name] = spikes
             self._count[name] = count

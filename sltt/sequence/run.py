@@ -24,7 +24,7 @@ from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import Results, is_sharded
 from sltt.sequence.state import detach_module, reset_module, state_tensors
 from sltt.sequence.step import Step
-from sltt.sequence.steps import Sequence, finite
+from sltt.sequence.steps import Sequence
 
 
 class Run:
@@ -188,11 +188,13 @@ class Run:
         That of a weight stands in the membrane potentials of each sample, the first one too.
         """
         states = [s for layer in self.layout.keepers if layer.spikes for s in state_tensors(layer.module)]
-        damaged = [~finite(s[:1] if s.ndim else s) for s in states if s.is_floating_point()]
-        damaged += [] if self.sequence.damaged is None else [self.sequence.damaged]
-        if not damaged:
-            return value
-        return value.masked_fill(torch.stack([d.to(value.device) for d in damaged]).any(), math.nan)
+        first = [s[:1] if s.ndim else s for s in states if s.is_floating_point() and s.numel()]
+        bounds = [bound.to(value.device) for s in first for bound in s.detach().aminmax()]
+        damaged = [] if self.sequence.damaged is None else [self.sequence.damaged.to(value.device)]
+        damaged += [~torch.stack(bounds).isfinite().all()] if bounds else []  # together: each look is a few launches
+        for one in damaged:
+            value = value.masked_fill(one, math.nan)
+        return value
 
     def take_turn(self, layer: Layer, problem: str) -> None:
         """Note that a layer runs; raise ValueError with `problem` if it has run in this call of the network."""

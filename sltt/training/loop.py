@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -193,7 +194,9 @@ class Loop:
         def iteration(x: Tensor, y: Tensor | Padded) -> tuple[Output, FiringRates]:
             parts = cut(x, y, count_parts(self.training.accumulate, size, processes), static=static, per_step=per_step)
             outs = []
-            with observing(self.spiking, FiringRates(list(self.spiking))) as seen:
+            # outside of calls of the network, so that its casts of weights last for all of them
+            casts = torch.autocast(self.session.fabric.device.type, enabled=False)
+            with casts, observing(self.spiking, FiringRates(list(self.spiking))) as seen:
                 for part in parts:
                     rule.load_state_dict(carried)  # each part draws the same time steps
                     out = rule(
@@ -204,6 +207,7 @@ class Loop:
                         seed=drawn,
                     )
                     outs.append(out)
+                seen.settle()
             return join_outputs(outs, parts), seen
 
         graphs = self.graphs if size == largest else None  # the last batch of an epoch may be smaller

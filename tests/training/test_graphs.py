@@ -16,6 +16,8 @@ from sltt.analysis import FiringRates
 from sltt.training import graphs
 from sltt.training.settings import Execution
 from tests.conftest import LOSS
+from tests.test_waits import CAPTURE, assert_same_weights_and_gradients, example
+from tests.test_waits import train as train_plain
 from tests.training.blobs import Blobs, equal, network, train, weights
 
 FAMILY = [sltt.SLTT(), sltt.BPTT(), sltt.TBPTT(2), sltt.OTTT(), sltt.RateBased()]
@@ -314,6 +316,14 @@ def test_a_graphed_rule_refuses_what_it_cannot_repeat(recorded, monkeypatch):
         step(x[:1], y)
     with pytest.raises(ValueError, match=r"takes y of shape \[8\], got \[1\]"):
         step(x, y[:1])
+
+
+def test_the_example_of_the_documentation_trains_as_without(recorded, monkeypatch):
+    names = example("cpu")
+    monkeypatch.setattr(recorded, "model", names["model"], raising=False)
+    exec(compile(CAPTURE, "gpu.md", "exec"), names)
+    assert recorded.log == ["new", *["eager"] * 3, "capture", *["replay"] * 3]
+    assert_same_weights_and_gradients(names["model"], train_plain(**example("cpu")))
 
 
 def test_a_graphed_rule_needs_a_gpu():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sltt
 from sltt.parallel.devices import make_fabric
@@ -32,6 +33,25 @@ def test_every_rule_and_precision_learns(name, kind, precision, tmp_path):
     assert result.history[-1]["train_loss"] < 0.8 * result.history[0]["train_loss"]
     assert sltt.evaluate(model, data, precision=precision, device="cpu").accuracy > 0.8
     assert [row["epoch"] for row in result.history] == list(range(1, 9))
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of a weight of the network to 16 bits."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        narrow = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
+        self.seen += narrow and args[0].shape == (16, 4)
+        return func(*args, **kwargs)
+
+
+def test_weights_are_cast_once_a_batch(tmp_path):
+    with Casts() as casts:
+        rule, data = sltt.SLTT(fold=1), Blobs(validation=0)
+        train(tmp_path / "run", data=data, rule=rule, precision="bf16-mixed", steps=5, epochs=2)
+    assert casts.seen == 2 * 4  # batches
 
 
 def test_a_rule_that_updates_at_every_step_learns_and_the_optimizer_steps_no_more_than_that(tmp_path):

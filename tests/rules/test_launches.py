@@ -1,0 +1,85 @@
+"""A budget of kernel launches: the operations of a batch of ResNet-18, T = 6, counted on the meta device."""
+
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sltt
+from sltt.kernels.options import Kernel
+
+# views, and allocations
+FREE = {
+    *("alias", "as_strided", "chunk", "detach", "expand", "permute", "select", "slice", "split", "squeeze", "t"),
+    *("transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "_reshape_alias", "lift_fresh", "set_"),
+    *("promote_types", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations by name, without views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in FREE:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting():
+    """Count the operations in this block; a kernel, which would be compiled, counts one and is not run."""
+    launches = Launches()
+
+    def call(self, out, *arguments):
+        launches.seen[f"kernel {self.function.__qualname__.split('.')[0]}"] += 1
+
+    with pytest.MonkeyPatch.context() as patch, launches:
+        patch.setattr(Kernel, "__call__", call)
+        yield launches.seen
+
+
+def count(rule, rates=False, steps=6):
+    """The operations of a batch of ResNet-18, by name; the second batch, since the first makes what is made once."""
+    model = sltt.models.resnet18().to("meta")
+    x, y = torch.empty(128, 3, 32, 32, device="meta"), torch.empty(128, dtype=torch.long, device="meta")
+    for _ in range(2):
+        model.zero_grad()
+        with counting() as seen, sltt.analysis.firing_rates(model) if rates else nullcontext():
+            rule(model, x, y, torch.nn.functional.cross_entropy, steps=steps)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("rule", "most"),
+    [
+        (sltt.SLTT(fold=1), 1500),
+        (sltt.SLTT(fold=6), 890),
+        (sltt.BPTT(fold=6), 890),
+        (sltt.OTTT(), 2020),
+        (sltt.RateBased(), 1920),
+    ],
+    ids=repr,
+)
+def test_a_batch_launches_no_more_than_its_budget(rule, most):
+    seen = count(rule, rates=True)
+    assert seen["convolution_backward"] >= 20  # it was counted
+    assert seen["kernel _kernels"] + seen["convolution"] < seen.total() <= most, seen.most_common()
+
+
+def test_firing_rates_are_one_launch_a_layer_and_call():
+    added = count(sltt.SLTT(fold=6), rates=True) - count(sltt.SLTT(fold=6))
+    assert added == {"linalg_vector_norm": 17}
+
+
+def test_what_is_counted_is_what_would_be_launched():
+    x = torch.empty(4, 6, device="meta")
+    with counting() as seen:
+        (x.t().contiguous() + 1).reshape(2, 12).sum()
+    assert seen == {"clone": 1, "add": 1, "sum": 1}
