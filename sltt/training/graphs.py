@@ -261,16 +261,16 @@ class _Watch(DispatchMode):
     found: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, kind, aten = kwargs or {}, func.overloadpacket, torch.ops.aten
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         devices = {torch.device(d).type for d in (*(t.device for t in tensors), kwargs.get("device")) if d is not None}
-        by_number = kind is aten.index and all(t.dtype != torch.bool for t in tensors[1:])
+        by_number = name == "index" and all(t.dtype != torch.bool for t in tensors[1:])
         reads = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-        copies = kind is aten.lift_fresh or (kind in (aten._to_copy, aten.copy_) and len(devices) > 1)
+        copies = name == "lift_fresh" or (name in ("_to_copy", "copy_") and len(devices) > 1)
         if devices != {"cpu"} and copies:
-            self.found = f"a batch copies a tensor from the host or to it ({kind})"
+            self.found = f"a batch copies a tensor from the host or to it ({name})"
         elif devices != {"cpu"} and reads and not by_number:
-            self.found = f"a batch reads values of a tensor ({kind})"
+            self.found = f"a batch reads values of a tensor ({name})"
         return func(*args, **kwargs)
 
 
