@@ -60,9 +60,9 @@ def test_a_captured_iteration_draws_as_without_in_mixed_precision():
             for x, y in batches:
                 if not by_graph:
                     optimizer.zero_grad()
+                    torch.clear_autocast_cache()  # of casts: the weights have changed
                 out = step(x, y)
                 optimizer.step()
-                torch.clear_autocast_cache()  # of casts; the weights have changed
         results.append([*out, *model.state_dict().values()])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)

@@ -62,7 +62,7 @@ def count(rule, rates=False, steps=6):
         (sltt.SLTT(fold=1), 1500),
         (sltt.SLTT(fold=6), 890),
         (sltt.BPTT(fold=6), 890),
-        (sltt.OTTT(), 2020),
+        (sltt.OTTT(), 2080),
         (sltt.RateBased(), 1920),
     ],
     ids=repr,

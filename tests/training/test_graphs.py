@@ -299,9 +299,9 @@ def test_a_graphed_rule_is_the_rule_to_the_bit(rule, mixed, recorded, monkeypatc
             for x, y in batches:
                 if not by_graph:
                     optimizer.zero_grad()
+                    torch.clear_autocast_cache()  # of casts: the weights have changed
                 found.append(step(x, y))
                 optimizer.step()
-                torch.clear_autocast_cache()  # of casts; the weights have changed
         results.append([*(t for out in found for t in out), *model.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
