@@ -30,7 +30,17 @@ from sltt.training.loop import Loop
 from sltt.training.manifest import LAST, was_written
 from sltt.training.phases import Phase
 from sltt.training.quantised import Quantised
-from sltt.training.runs import MADE_IN, check_config, continue_settings, new_run, old_run, read_config, write_config
+from sltt.training.runs import (
+    MADE_IN,
+    check_config,
+    continue_settings,
+    describe_neurons,
+    find_other_neurons,
+    new_run,
+    old_run,
+    read_config,
+    write_config,
+)
 from sltt.training.safeguards import (
     check_last_batch,
     check_mean,
@@ -183,7 +193,8 @@ def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool)
         return {name: plain[name] for name in RESUMABLE if plain.get(name) is not None}
     objects = {"data": data} | {name: value for name, value in given.items() if name not in plain}
     texts = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in objects.items()}
-    return {MADE_IN: "Python, by sltt.fit", "model": type(model).__name__, **texts, **plain}
+    network = {"model": type(model).__name__, "neurons": describe_neurons(model)}
+    return {MADE_IN: "Python, by sltt.fit", **network, **texts, **plain}
 
 
 def start_run(
@@ -229,6 +240,8 @@ def resume_run(
         settings = continue_settings(checkpoint["config"] if checkpoint else read_config(folder), config)
         if checkpoint is None:
             start_from(model, training.weights)
+        if other := find_other_neurons(settings, model):
+            raise ValueError(f"{folder} is of other neurons: {other}. Resume it with its own, or start a new run")
         loop = Loop(here, training, model, data, splits, folder, settings, report)
         if checkpoint is not None:
             restore_state(loop, checkpoint)

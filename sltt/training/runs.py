@@ -4,6 +4,7 @@ import csv
 import errno
 import io
 import os
+import re
 import shutil
 import socket
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
+from sltt.sequence.layout import spiking_layers
 from sltt.training.files import part_of
 from sltt.training.manifest import (
     BEST,
@@ -181,6 +184,20 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> Non
 def list_changes(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """List changed settings, beyond those that a resumed run may change. None saved means none to compare."""
     return list(_differences(_plain(saved), _plain(saved | given))) if saved else []
+
+
+def describe_neurons(model: nn.Module) -> list[str]:
+    """Return the neurons of a network; those that learn nothing with their constants, which no weights tell."""
+    layers = spiking_layers(model).values()
+    texts = (type(one).__name__ if any(True for _ in one.parameters()) else repr(one) for one in layers)
+    return [re.sub(" at 0x[0-9a-f]+", "", text) for text in texts]
+
+
+def find_other_neurons(config: dict[str, Any], model: nn.Module) -> str | None:
+    """Say which neurons of a network are not those of the training; None where all are, or that is not known."""
+    found, trained = describe_neurons(model), config.get("neurons", [])
+    pairs = zip(trained, found, strict=False)
+    return next((f"{old} in the training, {new} now" for old, new in pairs if old != new), None)
 
 
 def continue_settings(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from sltt.sequence.padding import check_lengths
 from sltt.sequence.steps import time_steps
 from sltt.training.average import select_weights
 from sltt.training.checkpoints import load_checkpoint, load_weights
-from sltt.training.runs import MADE_IN, find_checkpoint, read_config
+from sltt.training.runs import MADE_IN, find_checkpoint, find_other_neurons, read_config
 
 log = logging.getLogger("sltt")
 
@@ -65,6 +65,8 @@ def load(
     content = load_checkpoint(path)
     config = read_config(run, content)
     network = _network(run, config) if model is None else instance("model", model, nn.Module)
+    if other := find_other_neurons(config, network):
+        log.warning("%s was trained with other neurons: %s", run, other)
     load_weights(network, select_weights(content), path)
     network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     return network.eval()

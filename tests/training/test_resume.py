@@ -45,6 +45,9 @@ class Halving(sltt.schedules.Schedule):
 class Kept(Callback):
     """A state of NumPy's numbers."""
 
+    def on_epoch(self, moment):
+        pass
+
     def state_dict(self):
         return {"mean": np.float32(0.5), "all": [np.int64(1), (np.bool_(True),)]}
 

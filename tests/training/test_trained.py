@@ -147,3 +147,19 @@ def test_a_run_without_its_settings_is_loaded_with_a_network_only(tmp_path):
     with pytest.raises(ValueError, match="does not keep its network: make it"):
         sltt.load(result.run)
     assert equal(sltt.load(result.run, network()).state_dict(), model.state_dict())
+
+
+def test_a_run_of_other_neurons_is_noticed(tmp_path, caplog):
+    def network(neuron):
+        return nn.Sequential(nn.Linear(64, 16), neuron, sltt.PLIF(), nn.Linear(16, 10))
+
+    model, settings = network(sltt.LIF(tau=2.0)), {"steps": 2, "epochs": 1, "device": "cpu", "run": tmp_path / "run"}
+    data = sltt.data.from_datasets([(torch.rand(64), i % 10) for i in range(40)], static=True)
+    sltt.fit(model, data, **settings)
+    sltt.load(tmp_path / "run", network(sltt.LIF(tau=2.0)))
+    sltt.fit(model, data, **settings | {"epochs": 2}, resume=True)  # of learned time constants
+    assert not caplog.messages
+    sltt.load(tmp_path / "run", network(sltt.IF()))
+    assert "was trained with other neurons: LIF(tau=2.0, v_threshold=1.0" in caplog.text
+    with pytest.raises(ValueError, match=r"is of other neurons: LIF\(tau=2.0, .*, LIF\(tau=3.0, .* now"):
+        sltt.fit(network(sltt.LIF(tau=3.0)), data, **settings | {"epochs": 3}, resume=True)
