@@ -47,7 +47,8 @@ class FiringRates:
             # as booleans, since PyTorch counts floating-point numbers one by one
             self._spikes[name] += torch.count_nonzero(spikes.detach().bool())
         else:  # one launch
-            self._parts[name].append(torch.linalg.vector_norm(spikes.detach(), 0, dtype=torch.float32))
+            dtype = torch.promote_types(spikes.dtype, torch.float32)
+            self._parts[name].append(torch.linalg.vector_norm(spikes.detach(), 0, dtype=dtype))
             if len(self._parts[name]) == PARTS:
                 self.settle()
 

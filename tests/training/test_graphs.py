@@ -104,6 +104,7 @@ def test_a_training_by_graphs_is_the_training_without_to_the_bit(rule, recorded,
     assert not [line for line in lines if "CUDA graph" in line]
     plain, expected = train(tmp_path / "plain", graph="off", **settings)
     assert rows(found) == rows(expected)
+    assert all(row["firing_rate"] > 0 for row in rows(found))
     assert equal(model.state_dict(), plain.state_dict())
     assert equal(weights(found.run / "last.ckpt"), weights(expected.run / "last.ckpt"))
 
