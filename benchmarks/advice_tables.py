@@ -7,9 +7,10 @@ twice the standard error of the difference, the seeds are too few to tell.
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from cells import Row, accuracies, load, markdown, shown, tasks
+from cells import Row, accuracies, is_series, load, markdown, shown, tasks
 
 from sltt.analysis.advice import LEARNS, Trial
 from sltt.analysis.agreement import AGREES
@@ -91,10 +92,12 @@ def fields(results: Path) -> dict[tuple[int, float], tuple[str, Case]]:
     return dict(sorted(found.items()))
 
 
-def of_tasks(results: Path) -> dict[str, tuple[str, dict[str, Case]]]:
-    """The advice and the rules on the tasks of advice.json."""
+def of_tasks(results: Path, series: bool = False) -> dict[str, tuple[str, dict[str, Case]]]:
+    """The advice and the rules on the tasks of advice.json: those on time series, or the others."""
     found = {}
     for row in load(results, "advice"):
+        if is_series(row) is not series:
+            continue
         of = accuracies(tasks(results, row["task"]))
         found[row["task"]] = row["advice"], {rule: case(row, rule, of) for rule in ("SLTT", "OTTT") if rule in of}
     return found
@@ -131,10 +134,10 @@ def calibration(cases: Sequence[Case]) -> list[list[str]]:
     return rows
 
 
-def advice(results: Path) -> str:
+def advice(results: Path, series: bool = False) -> str:
     """What `sltt agreement` says on the tasks, and whether it is right."""
     rows = []
-    for task, (said, cases) in of_tasks(results).items():
+    for task, (said, cases) in of_tasks(results, series).items():
         first, *others = cases.values()
         of_traces = judged(others[0])[1:] if others else ["", ""]
         cells = [*judged(first), *of_traces, shown(said), verdict(said, [first, *others])]
@@ -149,4 +152,8 @@ def calibrated(results: Path) -> str:
     return markdown(["a rule is advised where", "right", "BPTT is not needed", "wrong"], rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"advice": advice, "calibration": calibrated}
+TABLES: dict[str, Callable[[Path], str]] = {
+    "advice": advice,
+    "advice-series": partial(advice, series=True),
+    "calibration": calibrated,
+}

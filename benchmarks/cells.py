@@ -10,6 +10,7 @@ from typing import Any
 
 Row = dict[str, Any]
 Cells = Sequence[Sequence[str]]
+SERIES = "japanese-vowels", "basic-motions"  # tasks with a table of their own: the advice was not calibrated on them
 
 
 def markdown(headings: Sequence[str], rows: Cells) -> str:
@@ -39,6 +40,11 @@ def runs(results: Path, name: str) -> dict[str, list[list[Row]]]:
     with (results / f"{name}.csv").open() as file:
         found = grouped(csv.DictReader(file), "rule")
     return {rule: list(grouped(rows, "seed").values()) for rule, rows in found.items()}
+
+
+def is_series(row: Row) -> bool:
+    """Whether a row is of a task on time series."""
+    return row["task"].startswith(SERIES)
 
 
 def tasks(results: Path, task: str) -> dict[str, Row]:

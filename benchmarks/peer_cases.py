@@ -87,6 +87,10 @@ def captured(rule: sltt.Rule) -> Iteration:
     return run
 
 
+def segmented_bptt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    sltt.BPTT(segment=round(steps**0.5))(model, x, y, LOSS, steps=steps)
+
+
 def relu(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
     """The floor: T times forward and backward of a network without state."""
     for _ in range(steps):
@@ -140,6 +144,50 @@ def jelly_bptt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
     Folded.steps = steps
     logits = model(x.repeat(steps, *[1] * (x.ndim - 1)))
     LOSS(logits, y.repeat(steps)).backward()
+
+
+class Unit(nn.Sequential):
+    """Layers that SpikingJelly's memopt checkpoints as one: weight, norm and neuron, as its authors take them."""
+
+
+def into_units(model: Any) -> None:
+    """Group the layers of VGG, and of the blocks of ResNet, in units; the modules keep their order."""
+    if isinstance(model, sltt.models.ResNet):
+        block: Any
+        for block in model.blocks:
+            block.neuron1, block.norm1 = Unit(block.norm1, block.neuron1), nn.Identity()
+            block.conv1 = Unit(block.conv1, block.norm2, block.neuron2)
+            block.norm2, block.neuron2 = nn.Identity(), nn.Identity()
+        return
+    units: list[Unit] = []
+    pooled = False
+    for layer in model.features:
+        if isinstance(layer, nn.AvgPool2d) or (isinstance(layer, nn.Conv2d) and not pooled):
+            units.append(Unit())  # a pooling goes first: what the unit reads is spikes
+        units[-1].append(layer)
+        pooled = isinstance(layer, nn.AvgPool2d)
+    model.features = nn.Sequential(*units)
+
+
+def checkpoint(model: nn.Module, x: Tensor, targets: type[nn.Module]) -> None:
+    """Level 1 of SpikingJelly's memopt: checkpoints, and spikes that are read as bits. Higher levels need CUDA."""
+    from spikingjelly.activation_based import functional, memopt
+
+    def forward(model: nn.Module) -> Tensor:
+        functional.reset_net(model)
+        Folded.steps = 1
+        return model(x)
+
+    memopt.optimize_memory(model, targets, forward, level=1)
+
+
+def checkpoint_units(model: nn.Module, x: Tensor) -> None:
+    into_units(model)
+    checkpoint(model, x, Unit)
+
+
+def checkpoint_blocks(model: nn.Module, x: Tensor) -> None:
+    checkpoint(model, x, type(model.blocks[0]))  # type: ignore[index]
 
 
 def jelly_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
@@ -202,6 +250,7 @@ class Case:
         rule: whose gradient it should have; none is not compared.
         channels_last: the memory format of images and weights; else PyTorch's default.
         evaluates: in evaluation mode, with the statistics of BatchNorm that one pass over the batch leaves.
+        prepare: changes the network, once, with the batch at hand.
     """
 
     neuron: Neuron
@@ -211,6 +260,7 @@ class Case:
     rule: str | None = None
     channels_last: bool = True
     evaluates: bool = False
+    prepare: Callable[[nn.Module, Tensor], None] | None = None
 
 
 def sltt_case(rule: sltt.Rule, exact: str | None = None, **options: Any) -> Case:
@@ -239,8 +289,8 @@ def compiled_case(neuron: Neuron) -> Case:
     return Case(neuron, by_rule(sltt.SLTT(), compile="on"), floor="SLTT, compiled")
 
 
-def peer_case(neuron: Neuron, run: Iteration, rule: str) -> Case:
-    return Case(neuron, run, peer=f"SpikingJelly {rule}", rule=rule, channels_last=False)
+def peer_case(neuron: Neuron, run: Iteration, rule: str, **more: Any) -> Case:
+    return Case(neuron, run, peer=f"SpikingJelly {rule}", rule=rule, channels_last=False, **more)
 
 
 def bf16_peer(neuron: Neuron, run: Iteration) -> Case:
@@ -278,12 +328,15 @@ CASES: dict[str, Case] = {
     "BPTT, fold = T": Case(sltt.LIF, folded(sltt.BPTT), peer="SpikingJelly BPTT", rule="BPTT"),
     "BPTT, recompute": sltt_case(sltt.BPTT(recompute=True), "BPTT"),
     "BPTT, segment = 2": sltt_case(sltt.BPTT(segment=2), "BPTT"),
+    "BPTT, segment = √T": Case(sltt.LIF, segmented_bptt, peer="SpikingJelly BPTT", rule="BPTT"),
     "evaluation": Case(sltt.LIF, evaluation(), floor="relu, evaluation", evaluates=True),
     "evaluation, dense": Case(sltt.LIF, evaluation(sparse="off"), floor="relu, evaluation", evaluates=True),
     "SpikingJelly SLTT": peer_case(lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt, "SLTT"),
     "SpikingJelly BPTT": peer_case(Folded, jelly_bptt, "BPTT"),
     "SpikingJelly SLTT, bf16": bf16_peer(lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt),
     "SpikingJelly BPTT, bf16": bf16_peer(Folded, jelly_bptt),
+    "SpikingJelly memopt, units": peer_case(Folded, jelly_bptt, "BPTT", prepare=checkpoint_units),
+    "SpikingJelly memopt, blocks": peer_case(Folded, jelly_bptt, "BPTT", prepare=checkpoint_blocks),
     "snnTorch, detached": peer_case(snntorch_neuron, snntorch_sltt, "SLTT"),
     "Norse, detached": peer_case(NorseNeuron, norse_sltt, "SLTT"),
 }
@@ -306,6 +359,8 @@ def build(
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if CASES[case].evaluates:
         settle(model, x)
+    if prepare := CASES[case].prepare:
+        prepare(model, x)
     return model, x, y
 
 

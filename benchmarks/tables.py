@@ -15,7 +15,7 @@ from pathlib import Path
 
 import advice_tables
 import paper_tables
-from cells import Row, by, grouped, load, markdown, shown
+from cells import Row, by, grouped, is_series, load, markdown, shown
 from peer_cases import CASES
 from peers import ratio
 from turns import quotient, spread
@@ -30,6 +30,8 @@ BLOCK = re.compile(r"(<!-- table (\S+)( over T)? -->\n).*?(<!-- end -->)", re.DO
 LABELS = {
     "SpikingJelly SLTT": "SpikingJelly 2.0, `SLTTLIFNode`",
     "SpikingJelly BPTT": "SpikingJelly 2.0, `LIFNode`, layer by layer",
+    "SpikingJelly memopt, units": "the same, `memopt` of level 1 on each weight, norm and neuron",
+    "SpikingJelly memopt, blocks": "the same, `memopt` of level 1 on residual blocks",
 }
 NETWORKS = {
     "resnet18": "ResNet-18",
@@ -124,9 +126,9 @@ def conditions(rows: Rows, steps: bool) -> str:
     return f"{', '.join(words)}:\n\n"
 
 
-def tasks(results: Path, cell: Callable[[Row], str]) -> str:
-    """Fill a line for each rule and a column for each task in tasks.json."""
-    rows = load(results, "tasks")
+def tasks(results: Path, cell: Callable[[Row], str], series: bool = False) -> str:
+    """Fill a line for each rule and a column for each task in tasks.json: those on time series, or the others."""
+    rows = [row for row in load(results, "tasks") if is_series(row) is series]
     names = list(grouped(rows, "task"))
     cells = {(shown(row["rule"]).partition("(windows")[0], row["task"]): cell(row) for row in rows}
     lines = [[rule, *(cells.get((rule, name), "") for name in names)] for rule in RULES]
@@ -166,6 +168,22 @@ def layers(results: Path) -> str:
                 name = ""
     table = markdown(["channels, pixels", "", "PyTorch", "ours"], rows).replace("|  |", "| |")
     return f"{found['hardware']}, {found['batch']} images, medians of {found['repeats']}:\n\n{table}"
+
+
+def exact(results: Path) -> str:
+    """Memory of exact gradients, and their time beside SpikingJelly's BPTT, on each network and T."""
+    settings = grouped(load(results, "exact"), "network", "steps")
+    columns = {}
+    for (network, steps), rows in settings.items():
+        cells = {row["case"]: (row, ratio(rows, row, "SpikingJelly BPTT")) for row in rows if "error" not in row}
+        columns[f"{NETWORKS[network]}, T = {steps}"] = {
+            case: f"{megabytes(row['memory'])}, {found[0]:.2f}" for case, (row, found) in cells.items() if found
+        }
+    first = next(iter(settings.values()))[0]
+    over = f"{first['hardware']}, batch {first['batch']}, processor time, medians of {len(first['times'])}:"
+    cases = dict.fromkeys(case for column in columns.values() for case in column)
+    lines = [[LABELS.get(case, case), *(column.get(case, "") for column in columns.values())] for case in cases]
+    return f"{over}\n\n{markdown(['', *columns], lines).replace('|  |', '| |')}"
 
 
 def other_networks(results: Path) -> str:
@@ -238,10 +256,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tasks": partial(tasks, cell=lambda row: scores_text(row["accuracies"])),
     "tasks-memory": partial(tasks, cell=lambda row: megabytes(row["peak_memory"])),
     "tasks-cosine": partial(tasks, cell=lambda row: f"{row['cosine']:.3f}"),
+    "series": partial(tasks, cell=lambda row: scores_text(row["accuracies"]), series=True),
     "recurrent": recurrent,
     "rules": rules_over_t,
     "layers": layers,
     "other-networks": other_networks,
+    "exact": exact,
     "sequences": sequences,
     "gpu-steps": gpu_steps,
     "gpu-profile": gpu_profile,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 import sltt
 from tests.kernels.exact import NATIVE
@@ -60,6 +61,14 @@ def test_floors_and_peers_are_cases():
     cases = load("peer_cases").CASES
     assert {case.floor for case in cases.values()} <= set(cases)
     assert {case.peer for case in cases.values()} <= {*cases, None}
+
+
+def test_the_checkpoints_of_spikingjelly_give_the_gradient_of_bptt():
+    pytest.importorskip("spikingjelly")
+    cases = load("peer_cases")
+    model, _, _ = cases.build("digits", "SpikingJelly memopt, units", 2)
+    assert sum(isinstance(m, CheckpointWrapper) for m in model.modules()) == 3  # one for each convolution
+    assert cases.cosine("digits", "SpikingJelly memopt, units", 3) == pytest.approx(1, abs=1e-9)
 
 
 def test_a_network_that_evaluates_spikes_as_after_a_training():

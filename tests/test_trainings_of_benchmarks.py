@@ -52,6 +52,27 @@ def test_a_task_with_data_is_compared_where_they_are(commands, tmp_path, monkeyp
     assert [row["task"] for row in json.loads((tmp_path / "tasks.json").read_text())] == ["nmnist"]
 
 
+def test_two_tasks_at_a_time_keep_the_rows_of_both(tmp_path, monkeypatch):
+    tasks, path = load("tasks"), tmp_path / "tasks.json"
+
+    def compare(task, asked):
+        path.write_text(json.dumps([{"task": "digits", "rule": "SLTT"}]))  # as another process does meanwhile
+        return [{"task": task, "rule": "SLTT"}]
+
+    for name, value in {"RESULTS": tmp_path, "fill": lambda: None, "compare": compare}.items():
+        monkeypatch.setattr(tasks, name, value)
+    monkeypatch.setattr("sys.argv", ["tasks.py", "--tasks", "recall"])
+    tasks.main()
+    assert [row["task"] for row in json.loads(path.read_text())] == ["digits", "recall"]
+
+
+def test_rate_based_is_left_out_where_lengths_differ(commands, tmp_path):
+    asked = Namespace(rules="SLTT,RateBased", seeds=2, runs=tmp_path, data=None)
+    for task in ("japanese-vowels", "basic-motions"):
+        load("tasks").compare(task, asked)
+    assert [words[words.index("--rules") + 1] for words in commands] == ["SLTT", "SLTT,RateBased"]
+
+
 def test_a_training_goes_on_where_it_has_begun(commands, tmp_path):
     train = load("turns").train
     train(["digits"], tmp_path)
