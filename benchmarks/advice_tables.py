@@ -149,7 +149,7 @@ def calibrated(results: Path) -> str:
     """How often the advice is right, over its thresholds."""
     cases = [case for _, several in of_tasks(results).values() for case in several.values()]
     rows = calibration([*cases, *(case for _, case in fields(results).values())])
-    return markdown(["a rule is advised where", "right", "BPTT is not needed", "wrong"], rows)
+    return markdown(["the rule is advised if", "right", "BPTT advised without need", "wrong"], rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
