@@ -94,5 +94,19 @@ def session(execution: Execution) -> Iterator[Session]:
             f"sync_batchnorm=True for {fabric.world_size} processes on {fabric.device.type}, but PyTorch's "
             "SyncBatchNorm runs on CUDA devices only: leave it out, and each process takes the statistics of its share"
         )
-    with using(compile=execution.compile, sparse=execution.sparse):
+    with using(compile=execution.compile, sparse=execution.sparse), _on_the_host():
         yield Session(execution, fabric, Processes(fabric))
+
+
+@contextmanager
+def _on_the_host() -> Iterator[None]:
+    """Make new tensors on the CPU inside this block, whatever `torch.set_default_device` says."""
+    default = torch.get_default_device()
+    if default.type == "cpu":
+        yield
+        return
+    torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_device(default)

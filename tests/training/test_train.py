@@ -227,3 +227,17 @@ def test_a_training_in_a_profiler_does_not_end_it_and_measures_no_memory(tmp_pat
         _, result = train(tmp_path / "run", epochs=1)
     assert "aten::addmm" in {event.key for event in profiler.key_averages()}
     assert result.history[0]["peak_memory"] is None
+
+
+def test_another_default_device_does_not_move_the_data(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 16), sltt.LIF(), nn.Linear(16, 10))
+    data = sltt.data.from_datasets([(torch.rand(64), i % 10) for i in range(40)], 0.5, static=True)
+    settings = {"steps": 2, "epochs": 1, "device": "cpu"}
+    torch.set_default_device("meta")
+    try:
+        result = sltt.fit(model, data, run=tmp_path / "run", **settings)
+        assert torch.empty(1).is_meta
+        metrics = sltt.evaluate(model, data, "validation", steps=2, device="cpu")
+    finally:
+        torch.set_default_device(None)
+    assert metrics.accuracy == result.history[0]["validation_accuracy"]
