@@ -53,8 +53,8 @@ PLAIN, CROPPED = ["ToDtype", "Normalize"], ["RandomHorizontalFlip", "ToDtype", "
             ["RandomCrop", "RandomHorizontalFlip", "AutoAugment", "RandAugment", *PLAIN, "Cutout", "RandomErasing"],
             PLAIN,
         ),
-        (ImageFolder("", size=28), ["RandomResizedCrop", *CROPPED], ["Resize", "CenterCrop", *PLAIN]),
-        (ImageFolder("", size=28, crop_padding=4), ["Resize", "RandomCrop", *CROPPED], ["Resize", *PLAIN]),
+        (ImageFolder("images", size=28), ["RandomResizedCrop", *CROPPED], ["Resize", "CenterCrop", *PLAIN]),
+        (ImageFolder("images", size=28, crop_padding=4), ["Resize", "RandomCrop", *CROPPED], ["Resize", *PLAIN]),
     ],
     ids=["CIFAR", "CIFAR, plain", "CIFAR, all", "folder", "folder, padded"],
 )
@@ -64,10 +64,10 @@ def test_images_are_changed_in_this_order(data, of_training, of_others):
 
 
 def test_a_folder_is_resized_and_distorted_as_published():
-    resize = ImageFolder("", size=28).transform(False).transforms[1]
+    resize = ImageFolder("images", size=28).transform(False).transforms[1]
     assert resize.size == [32]
     for padding, policy in ((None, AutoAugmentPolicy.IMAGENET), (4, AutoAugmentPolicy.CIFAR10)):
-        transforms = ImageFolder("", crop_padding=padding, autoaugment=True).transform(True).transforms
+        transforms = ImageFolder("images", crop_padding=padding, autoaugment=True).transform(True).transforms
         assert [one.policy for one in transforms if hasattr(one, "policy")] == [policy]
 
 
@@ -94,7 +94,7 @@ def test_mixed_images_have_the_labels_of_their_parts_by_their_shares(alpha):
 
 
 @pytest.mark.parametrize(
-    "make", [CIFAR10, lambda **how: ImageFolder("", size=32, crop_padding=4, **how)], ids=["CIFAR", "folder"]
+    "make", [CIFAR10, lambda **how: ImageFolder("images", size=32, crop_padding=4, **how)], ids=["CIFAR", "folder"]
 )
 @pytest.mark.parametrize("reflect", [False, True])
 def test_the_margin_of_a_crop_is_zero_or_the_image_reflected(make, reflect):
