@@ -1,6 +1,7 @@
 """Measure memory, time, operations and energy of a recipe under several rules, and what fits."""
 
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,7 +181,8 @@ def print_profile(found: Mapping[str, Any], report: Console) -> None:
     )
     for one in found["costs"]:
         if why := one["fold"]["why"]:
-            report.line(f"{one['rule']}, T = {one['steps']}: one time step in a call, since the network {why}")
+            line = f"{one['rule']}, T = {one['steps']}: one time step in a call, since the network {why}"
+            report.line("\n".join(textwrap.wrap(line, 80)))
     if fits := found["fits"]:
         report.line(f"\nwhat fits {megabytes(fits[0]['budget'])}, the rest as in the recipe; and a run with that batch")
         report.table(Table(fits_rows(fits)).for_terminal())

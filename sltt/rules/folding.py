@@ -144,7 +144,7 @@ def _problem(run: Run) -> str | None:
     try:
         run.require_folds()
     except ValueError as error:
-        return str(error)
+        return f"cannot fold: {str(error).removesuffix('; use fold=1')}"
     return None
 
 

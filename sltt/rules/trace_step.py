@@ -38,7 +38,8 @@ class TraceStep(Step):
 
     def require_folds(self) -> None:
         if problems := self.traces.unfoldable(self.run.layout):
-            raise ValueError(f"OTTT in a fold has no traces for {'; '.join(problems)}; use fold=1")
+            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise ValueError(f"OTTT in a fold has no traces for {problems[0]}{more}; use fold=1")
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         operations = self._operations_of(layer)
