@@ -132,7 +132,11 @@ class Trial:
         """
         torch.manual_seed(steps)
         like, shape = self.like, (steps, batch, *self.like.shape[1:])
-        x = (torch.randn(shape, dtype=like.dtype) if like.is_floating_point() else torch.randint(2, shape)).to(like)
+        generator = torch.Generator().manual_seed(steps)  # another thread may draw from the global one
+        if like.is_floating_point():
+            x = torch.randn(shape, dtype=like.dtype, generator=generator).to(like)
+        else:
+            x = torch.randint(2, shape, generator=generator).to(like)
         seen = Seen(watch if isinstance(watch, _Watch) else _Watch())
         outputs, of_x = [], []
         of_small = [torch.zeros_like(p) for p in self.small]

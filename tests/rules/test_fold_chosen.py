@@ -436,3 +436,9 @@ def test_the_number_of_steps_depends_on_shapes_alone():
         for p in model.parameters():
             p.zero_()
     assert called(sltt.SLTT(), model, x) == called(sltt.SLTT(), Net(), x)
+
+
+def test_another_thread_that_seeds_the_generator_changes_no_choice(monkeypatch):
+    plain, seeds = torch.manual_seed, iter(range(10**6))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: plain(next(seeds)))  # as if it came between two lines
+    assert called(sltt.SLTT(), Net(), torch.randn(100, 64, 6)) == [25 * 64] * 4
