@@ -6,10 +6,10 @@
 # make docs   build the documentation site
 # make notebooks   run the notebooks of docs/notebooks and store their outputs
 # make paper  measure the paper's claims at small scale: make paper DATA=DIR; run again to continue
-# make gpu    measure on a GPU, and fill docs/gpu.md: make gpu DATA=DIR; run again to continue
+# make gpu    test and measure on a GPU, and fill docs/gpu.md: make gpu DATA=DIR; run again to continue
 # make figures   tables and figures of docs, from the logs in docs/results
 # make gallery   run the demo and the examples for docs/examples.md, and list the names of docs/api.md
-# make package   build the source archive and the wheels, two with compiled kernels, and check them (apt install g++-aarch64-linux-gnu)
+# make package   build and check the source archive and the wheels, two with kernels; needs g++-aarch64-linux-gnu
 PYTHON ?= python3
 BIN := .venv/bin
 # bytecode is written at the first import: pip would write that of what nobody imports, which is most of it,

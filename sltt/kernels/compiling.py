@@ -1,4 +1,4 @@
-"""How the C++ kernels are compiled: here, or for a wheel. The build of a wheel loads this file by its path: no imports.
+"""Compile the C++ kernels: here, or for a wheel. The build of a wheel loads this file by its path: no imports.
 
 A wheel has a library for each architecture of its platform, in the folder `shipped`, with the digest of the sources in
 its name: a library of other sources is not found. The last bytes of a library are a digest of the rest.

@@ -57,7 +57,7 @@ def recurrent_steps(
 
 
 class _Call(NamedTuple):
-    """What a call has besides its tensors, see `recurrent_steps`."""
+    """Arguments of a call besides its tensors, see `recurrent_steps`."""
 
     kernel: NativeStep
     step: NeuronStep

@@ -50,13 +50,14 @@ class Seen(Step):
         rows: the most rows of a layer's matrix product in a time step.
         bytes: of what the layers give in it.
         read: of what each layer of neurons reads, a random sum for each sample; their random spikes would hide it.
+        watch: sees the operations, where the time steps are watched.
     """
 
-    def __init__(self, watch: _Watch) -> None:
+    def __init__(self) -> None:
         self.rows = self.bytes = 0
         self.read: dict[nn.Module, list[Tensor]] = {}
         self.ran: dict[Layer, int] = {}
-        self.watch = watch
+        self.watch = _Watch()
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if layer.advance is None or len(args) != 1:
@@ -105,11 +106,11 @@ class Trial:
         for module in self.twin.modules():
             if type(module).__module__ in _DROPOUTS:
                 module.eval()
-        watch, before, drawn = _Watch(), [*_attributes(self.twin)], _generators()
+        before, drawn = [*_attributes(self.twin)], _generators()
         with torch.no_grad():
-            self.seen = self._run(SAMPLES, _STEPS, 1, watch)[0]
-        changed = next((name for name, *was in _attributes(self.twin) if (name, *was) not in before), None)
-        self.problem = f"changes {changed} in a time step" if changed else watch.found
+            self.seen = self._run(SAMPLES, _STEPS, 1, watched=True)[0]
+        changed = next((name for name, was in _attributes(self.twin) if (name, was) not in before), None)
+        self.problem = f"changes {changed} in a time step" if changed else self.seen.watch.found
         if _generators() != drawn:
             self.problem = "draws random numbers"
 
@@ -123,9 +124,7 @@ class Trial:
             return None
         return "gives other results then: it mixes samples, or keeps a state that no rule knows"
 
-    def _run(
-        self, batch: int, steps: int, fold: int, watch: Any = nullcontext()
-    ) -> tuple[Seen, Tensor, Tensor, Tensor]:
+    def _run(self, batch: int, steps: int, fold: int, watched: bool = False) -> tuple[Seen, Tensor, Tensor, Tensor]:
         """Run time steps of random samples in calls of `fold`, with the backward of SLTT.
 
         Returns the layers, the outputs, and the gradients of input and small parameters by a random sum of the outputs.
@@ -137,10 +136,9 @@ class Trial:
             x = torch.randn(shape, dtype=like.dtype, generator=generator).to(like)
         else:
             x = torch.randint(2, shape, generator=generator).to(like)
-        seen = Seen(watch if isinstance(watch, _Watch) else _Watch())
-        outputs, of_x = [], []
+        seen, outputs, of_x = Seen(), [], []
         of_small = [torch.zeros_like(p) for p in self.small]
-        with Run(self.twin, Sequence(x, steps, False), seen) as run, watch:
+        with Run(self.twin, Sequence(x, steps, False), seen) as run, seen.watch if watched else nullcontext():
             for t in range(0, steps, fold):
                 part = x[t : t + fold].flatten(0, 1).requires_grad_(like.is_floating_point())
                 y = run(part, fold, cut=True)
@@ -159,13 +157,13 @@ class Trial:
 
 
 def _digest(x: Tensor) -> Tensor:
-    """A random sum of the values of each sample."""
+    """Return a random sum of the values of each sample."""
     x = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
     return x @ torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0)).to(x)
 
 
 def _drawn(y: Tensor, first: int) -> Tensor:
-    """Random numbers for the outputs [n, B, C] of a call, the same for a time step whatever the call."""
+    """Return random numbers for the outputs [n, B, C] of a call, the same for a time step whatever the call."""
     generators = (torch.Generator().manual_seed(first + t) for t in range(len(y)))
     return torch.stack([torch.randn(y.shape[1:], generator=generator) for generator in generators]).to(y)
 
@@ -202,7 +200,7 @@ def _content(value: Any) -> Any:
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What modules hold besides their states and large parameters: names, and what a change would change."""
+    """Yield what modules hold besides their states and large parameters: names, and what a change would change."""
     for layer in Layout(model).layers.values():
         if layer.role.stepwise:
             continue

@@ -203,7 +203,7 @@ class Traces:
         self.ran.clear()
 
     def _part(self) -> None:
-        """Of the new traces of one input, keep one for all that follow the same constant λ."""
+        """Keep one trace for all new ones of one input that follow the same constant λ."""
         first: dict[_Read, Decays | None] = {}
         for trace in self.traces.values():
             if not trace.decays:  # a readout: it feeds nothing with a state

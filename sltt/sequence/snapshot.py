@@ -1,4 +1,4 @@
-"""What a network is like at a time step, to run from there again."""
+"""Keep what a network is like at a time step, to run from there again."""
 
 import torch
 from torch import Tensor

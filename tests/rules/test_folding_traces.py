@@ -1,0 +1,73 @@
+import pytest
+from torch import nn
+
+import sltt
+from tests.conftest import LOSS
+from tests.rules.test_folding import Net, assert_same, data, results
+
+
+def traced(neuron):
+    """A network without BatchNorm: two layers read the same input, one feeds neurons of two kinds, one the output."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.pool = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(2, 8, 3, padding=1), nn.AvgPool2d(4)
+            self.lif1, self.lif2, self.lif3 = neuron(), sltt.LIF(tau=3.0), neuron()
+            self.hidden, self.head = nn.Linear(8 * 16, 12), nn.Linear(12, 5)
+
+        def forward(self, x):
+            z = self.b(x)
+            s = self.pool(self.lif1(self.a(x) + z) + self.lif2(z)).flatten(1)
+            return self.head(self.lif3(self.hidden(s)))
+
+    return Both().double()
+
+
+@pytest.mark.parametrize(
+    "neuron", [sltt.LIF, lambda: sltt.LIF(tau=1.5, decay_input=True), sltt.IF, sltt.CubaLIF, sltt.ALIF]
+)
+@pytest.mark.parametrize(
+    ("rule", "how"),
+    [(sltt.OTTT, {}), (sltt.OTTT, {"decay": 0.3}), (sltt.OTTT, {"inputs": False}), (sltt.RateBased, {})],
+    ids=repr,
+)
+def test_folding_traces_and_rates(rule, how, neuron):
+    model = traced(neuron)
+    x, y, kwargs = data(static=False)
+    plain = results(model, rule(**how, fold=1), x, y, kwargs)
+    for fold in (2, 3, 5):
+        assert_same(results(model, rule(**how, fold=fold), x, y, kwargs), plain)
+
+
+def test_folding_rates_of_norms_dropout_and_recurrence():
+    class Recurrent(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Sequential(nn.Linear(1024, 7), sltt.Recurrent(sltt.LIF(), nn.Linear(7, 7)), nn.Linear(7, 5))
+
+    model = Recurrent().double()
+    x, y, kwargs = data(static=True)
+    plain = results(model, sltt.RateBased(fold=1), x, y, kwargs)
+    assert_same(results(model, sltt.RateBased(fold=2), x, y, kwargs), plain)
+
+
+@pytest.mark.parametrize(
+    ("layers", "problem"),
+    [
+        ([nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), sltt.LIF()], r"the bias of 1 \(BatchNorm2d\)"),
+        ([nn.Conv2d(2, 4, 3), sltt.PLIF()], r"the λ of 1 \(PLIF\)"),
+        (
+            [nn.Flatten(), nn.Linear(512, 4), sltt.Recurrent(sltt.LIF(), nn.Linear(4, 4))],
+            r"2.layer \(Linear\), which runs within a layer with a state",
+        ),
+    ],
+)
+def test_traces_that_cannot_fold_are_named_and_run_step_by_step(layers, problem):
+    model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(5)).double()
+    x, y, _ = data(static=False)
+    model(x[0])
+    sltt.reset(model)
+    with pytest.raises(ValueError, match=problem):
+        sltt.OTTT(fold=2)(model, x, y, LOSS)
+    assert_same(results(model, sltt.OTTT(), x, y, {}), results(model, sltt.OTTT(fold=1), x, y, {}))
