@@ -154,6 +154,7 @@ class Loop:
                 epoch = state.epoch + state.batch / self.batches
                 set_rates(self.optim, self.initial, stage, self.training.schedule, epoch)
                 self._batch(stage, x, y, firing)
+                self.fold = self.fold or chosen_fold(self.net)  # of a full batch: the last one may be smaller
                 advance()
                 due = time.monotonic() - self.saved > 60 * self.training.checkpoint_minutes
                 if wanted := self.processes.highest(interrupt.requested or due / 2):  # a signal, or a checkpoint
@@ -254,7 +255,7 @@ class Loop:
 
     def _tell_launches(self, stage: Stage) -> bool:
         """Say how many time steps share a call of the network, or why none do; and why batches are no CUDA graphs."""
-        fold = chosen_fold(self.net) if stage.rule.fold == "auto" else None
+        fold = self.fold if stage.rule.fold == "auto" else None
         if fold and fold.trained > 1:
             self.report.line(f"{fold.trained} of {stage.steps} time steps share a call of the network")
         if fold and fold.why:
@@ -286,6 +287,7 @@ class Loop:
             take_average(self.model, self.average)
         device, size, held_out = self.session.fabric.device, self.training.batch_size, self.splits.validation
         self.memory = BatchMemory(device)
+        self.fold = None
         self.graphs = make_graphs(self.session, self.model, stage.rule, self.callbacks)
         workers, ranks = self.session.execution.workers, (self.processes.rank, self.processes.count)
         # not what lies on the GPU already

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
 
 import sltt
 from sltt.parallel.devices import make_fabric
@@ -241,3 +242,11 @@ def test_another_default_device_does_not_move_the_data(tmp_path):
     finally:
         torch.set_default_device(None)
     assert metrics.accuracy == result.history[0]["validation_accuracy"]
+
+
+@pytest.mark.parametrize(("batch_size", "said"), [(1100, False), (64, True)])
+def test_the_log_says_how_many_steps_of_a_full_batch_share_a_call(batch_size, said, tmp_path, capsys):
+    model = nn.Sequential(nn.Linear(8, 4), sltt.LIF(), nn.Linear(4, 2))
+    data = sltt.data.from_datasets(TensorDataset(torch.rand(1160, 8), torch.arange(1160) % 2), static=True)
+    sltt.fit(model, data, run=tmp_path / "run", steps=4, epochs=1, batch_size=batch_size, device="cpu")
+    assert ("4 of 4 time steps share a call of the network" in capsys.readouterr().out) is said
