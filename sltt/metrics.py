@@ -42,7 +42,7 @@ class Accuracy(Metric):
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Logits [..., C] and class indices [...]."""
         _check_classes(self, target, prediction)
-        return _mean(prediction.argmax(-1) == target)
+        return _mean(prediction.argmax(-1) == target, prediction)
 
 
 class MultiLabelAccuracy(Metric):
@@ -58,7 +58,7 @@ class MultiLabelAccuracy(Metric):
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Logits [..., C] and labels 0 or 1 [..., C]."""
         _check_shape(self, target, prediction.shape)
-        return _mean((prediction > self.threshold) == (target > 0.5))
+        return _mean((prediction > self.threshold) == (target > 0.5), prediction)
 
 
 class MeanAbsoluteError(Metric):
@@ -69,7 +69,7 @@ class MeanAbsoluteError(Metric):
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Compare values with targets of one shape."""
         _check_shape(self, target, prediction.shape)
-        return _mean((prediction - target).abs())
+        return _mean((prediction - target).abs(), prediction)
 
 
 class MeanSquaredError(Metric):
@@ -80,7 +80,7 @@ class MeanSquaredError(Metric):
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Compare values with targets of one shape."""
         _check_shape(self, target, prediction.shape)
-        return _mean((prediction - target).square())
+        return _mean((prediction - target).square(), prediction)
 
 
 class ConfusionMatrix:
@@ -102,6 +102,8 @@ class ConfusionMatrix:
         classes = prediction.shape[-1]
         if not ((target >= 0) & (target < classes)).all():
             raise ValueError(f"expected class indices in 0 … {classes - 1}, got {target.min()} … {target.max()}")
+        if prediction.isnan().any():
+            raise ValueError("expected predictions that are numbers, got NaN: look for NaN in the weights")
         pairs = (target * classes + prediction.argmax(-1)).flatten().bincount(minlength=classes**2)
         found = pairs.view(classes, classes)
         self.counts = found if self.counts is None else self.counts + found
@@ -113,9 +115,10 @@ class ConfusionMatrix:
         return self.counts
 
 
-def _mean(values: Tensor) -> Tensor:
-    """Return the mean in float64, which Apple's GPUs do not have."""
-    return (values.cpu() if values.device.type == "mps" else values).double().mean()
+def _mean(values: Tensor, prediction: Tensor) -> Tensor:
+    """Return the mean in float64, which Apple's GPUs do not have; NaN where a prediction is."""
+    mean = (values.cpu() if values.device.type == "mps" else values).double().mean()
+    return mean.masked_fill(prediction.isnan().any().to(mean.device), math.nan)
 
 
 def _check_classes(metric: Any, target: Tensor, prediction: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Bad input to neurons, models, data, training and analysis: each case ends in the error that says what is wrong."""
 
+import math
 from functools import partial
 
 import pytest
@@ -184,6 +185,7 @@ OTHER_CALLS = [
     ("ConfusionMatrix from 1", lambda: MATRIX.update(X[0], torch.tensor([1, 2, 3, 6, 1])), ValueError, "in 0 … 5, got"),
     ("ConfusionMatrix of floats", lambda: MATRIX.update(X[0], torch.ones(5)), ValueError, "class indices, got torch.f"),
     ("Accuracy of floats", lambda: sltt.metrics.Accuracy()(X[0], torch.ones(5)), ValueError, "takes class indices"),
+    ("ConfusionMatrix of NaN", lambda: MATRIX.update(X[0] * math.nan, Y), ValueError, "that are numbers, got NaN"),
     ("read(sensor)", partial(recordings.read, "x.bin", 34, "count", 4), ValueError, "sensor must be a sequence"),
     ("read(steps)", partial(recordings.read, "x.bin", (3, 3), "count", "4"), ValueError, "steps must be a whole"),
     ("MeanSquaredError(text)", lambda: sltt.metrics.MeanSquaredError()(X, "x"), ValueError, "target must be a Tensor"),

@@ -302,6 +302,9 @@ def test_metrics_are_what_they_say():
     assert sltt.metrics.Accuracy()(logits, torch.tensor([0, 0])) == 0.5
     assert sltt.metrics.MeanAbsoluteError()(logits, labels) == pytest.approx((0 + 3 + 1 + 2) / 4)
     assert sltt.metrics.MeanSquaredError()(logits, labels) == pytest.approx((0 + 9 + 1 + 4) / 4)
+    logits[0, 1] = torch.nan
+    assert sltt.metrics.MultiLabelAccuracy()(logits, labels).isnan()
+    assert sltt.metrics.Accuracy()(logits, torch.tensor([0, 0])).isnan()
 
 
 @pytest.mark.parametrize(

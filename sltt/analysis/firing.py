@@ -36,11 +36,14 @@ class FiringRates:
     def __init__(self, layers: list[str]):
         self._spikes: dict[str, Tensor | int] = dict.fromkeys(layers, 0)
         self._parts: dict[str, list[Tensor]] = {name: [] for name in layers}  # counts on a GPU, to be added together
-        self._count = dict.fromkeys(layers, 0)
+        self._count: dict[str, Any] = dict.fromkeys(layers, 0)
 
     def __call__(self, name: str, spikes: Any, possible: int | None = None) -> None:
         """Count the spikes of a layer [n·B, ...]; or add their number, out of so many `possible` ones."""
-        self._count[name] += int(spikes.numel()) if possible is None else possible
+        count: Any = int(spikes.numel()) if possible is None else possible
+        if torch.compiler.is_compiling():  # a number that grows would be compiled anew in each step
+            count = torch.tensor(count, device=spikes.device)
+        self._count[name] += count
         if possible is not None:
             self._spikes[name] += spikes
         elif spikes.is_cpu or not spikes.is_floating_point():
@@ -68,18 +71,18 @@ class FiringRates:
     def by_layer(self) -> dict[str, float]:
         """Return the firing rate of each layer that has run, by its name in the model."""
         self.settle()
-        return {name: int(self._spikes[name]) / count for name, count in self._count.items() if count}
+        return {name: int(self._spikes[name]) / int(count) for name, count in self._count.items() if count}
 
     def mean(self) -> float:
         """Return the firing rate of all neurons together; 0 where there is none."""
         self.settle()
-        total = sum(self._count.values())
+        total = sum(map(int, self._count.values()))
         return sum(int(spikes) for spikes in self._spikes.values()) / total if total else 0.0
 
     def state_dict(self) -> dict[str, tuple[int, int]]:
         """Return the counts so far, to continue with `load_state_dict`."""
         self.settle()
-        return {name: (int(spikes), self._count[name]) for name, spikes in self._spikes.items()}
+        return {name: (int(spikes), int(self._count[name])) for name, spikes in self._spikes.items()}
 
     def load_state_dict(self, state: dict[str, tuple[int, int]]) -> None:
         """Continue from what another run of the same model counted."""

@@ -30,6 +30,8 @@ def explain(message: str, values: Mapping[str, Any]) -> str:
         names = list(inspect.signature(owner).parameters) if owner else fit_arguments()
         return f"unknown key {key[1]!r}{f' of {owners[-1]}' if owners else ''}{nearest(key[1], names)}"
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    if left := re.search(r"class_path '([\w.]+)':\s+the following arguments are required: (.+)", message):
+        return f"{key}: {left[1]} needs {left[2]}"
     if wrong := re.search(r"Key must be a string, got: (\S+?)\.?$", message, re.MULTILINE):
         return f"{key}: expected layers' names as keys, got the number {wrong[1]}; quote it: '{{\"{wrong[1]}\": all}}'"
     kinds = re.findall(

@@ -96,6 +96,13 @@ def constant(name: str, value: Any) -> float:
     return float(value.flatten()[0])
 
 
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError for a weight, or a statistic of BatchNorm, that is NaN or infinite."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has values that are NaN or infinite: export a checkpoint from before that")
+
+
 def require(condition: bool, otherwise: str) -> None:
     """Raise ConversionError with a reason unless a condition holds."""
     if not condition:

@@ -26,7 +26,7 @@ from torch.fx.proxy import TraceError
 
 from sltt.checks import instance, number
 from sltt.dropout import Dropout
-from sltt.interop.conversion import require
+from sltt.interop.conversion import check_finite, require
 from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, OnlineRenorm, Recurrent
 from sltt.sequence.copies import copied
 from sltt.sequence.modes import evaluating
@@ -56,6 +56,7 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     """
     instance("x", x, Tensor)
     model = instance("model", model, nn.Module)
+    check_finite(model)
     if x.dtype in (torch.bfloat16, torch.float16):  # NumPy has no bfloat16, and folding would round to 16 bits
         model, x = copied(model).float(), x.float()
     return _Export(model, number("dt", dt, above=0)).export(x)

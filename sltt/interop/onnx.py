@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import folder, instance
+from sltt.interop.conversion import check_finite
 from sltt.kernels import using
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent
 from sltt.pooling import RunningMax
@@ -38,6 +39,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
     """
     instance("model", model, nn.Module)
     instance("x", x, Tensor)
+    check_finite(model)
     path = folder("path", path, "a file")
     step = _Step(copied(model).eval(), x)
     names = list(step.first)

@@ -14,7 +14,7 @@ from sltt.checks import function, instance, whole_number
 from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, check_loss, is_per_step, watching
 from sltt.rules.batch import Backward, Batch, Output, StepLoss
-from sltt.rules.diagnosis import explaining, note
+from sltt.rules.diagnosis import check_reached, explaining, note
 from sltt.rules.folding import Fold, choose_fold, fold_of
 from sltt.sequence.padding import Padded, check_lengths, target_of
 from sltt.sequence.run import Run
@@ -106,6 +106,8 @@ class Rule(Frozen, ABC):
                 out = self.run(batch)
                 network.results.finish(explained)
                 total = network.result(out.loss)
+            if backward is None and update is None:
+                check_reached(model)
         except Exception as error:
             note(error, network)
             raise

@@ -68,6 +68,12 @@ def explaining(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Tensor]
     return explained
 
 
+def check_reached(model: nn.Module) -> None:
+    """Raise ValueError where a batch gave no weight a gradient: its loss is made of other weights than the model's."""
+    if not any(p.grad is not None for p in model.parameters()):
+        raise ValueError("no parameter of the model has a gradient: the loss does not depend on the logits")
+
+
 def _cause(run: Run) -> str | None:
     """Return why a backward fails, as far as that can be found."""
     if run.sequence.x.grad_fn is not None:

@@ -20,6 +20,7 @@ from sltt.metrics import higher_is_better, improves, name_of
 from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
 from sltt.rules import Output
+from sltt.rules.diagnosis import check_reached
 from sltt.rules.folding import chosen_fold
 from sltt.sequence.layout import spiking_layers
 from sltt.sequence.padding import Padded, target_of
@@ -220,6 +221,7 @@ class Loop:
             firing.add(seen)
         if not rule.online:
             self._reduce()
+            check_reached(self.model)
         check_finite(out.loss, self.model, self.optim, scaled=self.scaled)
         if not rule.online:
             self._update()

@@ -120,6 +120,7 @@ CASES = f"""
 2 | strategy: expected ['ddp', 'fsdp'], got foo | train --strategy foo
 2 | checkpoint_minutes: expected float, got x | train --checkpoint_minutes x
 2 | phases: expected list or null, got 3 | train --phases 3
+2 | phases: sltt.Phase needs epochs | train --phases '[{{steps: 2}}]'
 2 | unknown key 'epoch' of sltt.Phase; did you mean epochs? | train --phases '[{{epoch: 1}}]'
 2 | expected layers' names as keys, got the number 2; quote it | train --rule.windows '{{2: all}}'
 2 | steps: expected at most 1,000,000 time steps, got 1,000,000,000 | train --steps 1000000000
@@ -131,7 +132,7 @@ CASES = f"""
 2 | unknown class 'FOO' | train --phases '[{{epochs: 1, rule: FOO}}]'
 2 | phases.lr: expected float or null, got abc | train --phases '[{{epochs: 1, lr: abc}}]'
 2 | unknown class 'sltt.data.Digit'; did you mean sltt.data.Digits? | train --data sltt.data.Digit
-2 | model: the following arguments are required: features | train --model '{{class_path: sltt.models.MLP}}'
+2 | model: sltt.models.MLP needs features | train --model '{{class_path: sltt.models.MLP}}'
 2 | there is no module nomod; expected nomod.py in this folder | train --model nomod.Net
 2 | unknown class 'mine.Nothing' | train --model mine.Nothing
 2 | does not correspond to a subclass of Data | train --data sltt.SLTT

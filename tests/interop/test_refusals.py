@@ -169,6 +169,17 @@ def test_nir_refuses_what_depends_on_values():
         sltt.interop.to_nir(Chooses(6, 6), torch.zeros(2, 6))
 
 
+@pytest.mark.parametrize("export", ["to_nir", "to_onnx"])
+def test_weights_that_are_nan_are_not_exported(export, tmp_path):
+    pytest.importorskip("nir" if export == "to_nir" else "onnxscript")
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF())
+    with torch.no_grad():
+        model[0].bias[2] = torch.nan
+    file = [tmp_path / "step.onnx"] if export == "to_onnx" else []
+    with pytest.raises(ValueError, match=r"0\.bias has values that are NaN or infinite"):
+        getattr(sltt.interop, export)(model, torch.zeros(2, 6), *file)
+
+
 def test_keep_state_refuses_modules_of_whole_sequences():
     norse = pytest.importorskip("norse.torch")
     keep = pytest.importorskip("sltt.interop.norse").KeepState

@@ -38,6 +38,7 @@ class Pair(nn.Module):
 
 
 X, Y, LOSS = torch.randn(4, 5, 6), torch.randint(3, (5,)), losses.CrossEntropyMSE()
+ELSEWHERE = nn.Parameter(torch.ones(()))
 DAMAGED = X.masked_fill(X.max() == X, math.nan)
 
 
@@ -86,6 +87,7 @@ BATCH_CALLS = [
     ("no labels", {"target": None}, "target must be a Tensor, got None"),
     ("a loss for each sample", {"loss": nn.CrossEntropyLoss(reduction="none")}, "a loss that returns a scalar"),
     ("a loss of a float", {"loss": lambda o, y: 0.5}, "expected a loss that returns a scalar tensor, got 0.5"),
+    ("a loss of other weights", {"loss": lambda o, y: ELSEWHERE * 1}, "the loss does not depend on the logits"),
     ("a loss of text", {"loss": "mse"}, "loss must be a function of the logits and the target, got 'mse'"),
     ("a loss of a class", {"loss": losses.CrossEntropyMSE}, r"loss must be .*call it: CrossEntropyMSE\(\)"),
 ]  # fmt: skip

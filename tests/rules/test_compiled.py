@@ -39,3 +39,13 @@ def test_the_compiler_may_give_up_on_a_network():
             rule(compiled, x, y, LOSS, seed=0)
             expected, _ = gradients(model, rule, x, y, seed=0)
             torch.testing.assert_close(gradient(compiled), expected)
+
+
+def test_firing_rates_of_compiled_code_do_not_compile_it_anew():
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=1.7), nn.Linear(8, 3)).double()
+    compiled, (x, _) = torch.compile(copy.deepcopy(model), backend="aot_eager"), batch(20)
+    with sltt.analysis.firing_rates(model) as expected:
+        sltt.unroll(model, x)
+    with sltt.analysis.firing_rates(compiled) as found, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        sltt.unroll(compiled, x)
+    assert list(found.by_layer().values()) == pytest.approx(list(expected.by_layer().values()))

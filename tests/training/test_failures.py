@@ -44,6 +44,12 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(spoil, m
     assert all(v.isfinite().all() for v in saved.values())
 
 
+def test_a_loss_of_other_weights_ends_the_run(tmp_path):
+    scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="no parameter of the model has a gradient: the loss does not depend on the"):
+        train(tmp_path / "run", loss=lambda logits, target: scale * 1)
+
+
 def spoil_input(x, labels):
     x[7, 1] = float("nan")
 
@@ -188,6 +194,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
         def run(self, batch):
             weight = batch.model.module[0].weight
             weight.data[0, 0] = float("inf")  # an infinite charge: silent or not, the loss is finite
+            weight.grad = torch.zeros_like(weight)
             return sltt.Output(torch.zeros(()), torch.zeros(2, len(batch.target), 3))
 
     with pytest.raises(FloatingPointError, match=r"the weights of 0.weight are not finite"):
