@@ -87,9 +87,10 @@ def compile_errors() -> tuple[type[Exception], ...]:
 
 def is_compiled(module: torch.nn.Module) -> bool:
     """Return whether a call of a module runs compiled code: of it, of its forward, or by `module.compile()`."""
-    names = "_orig_mod", "_torchdynamo_orig_callable"
-    by_call = getattr(module, "_compiled_call_impl", None) is not None
-    return by_call or any(hasattr(one, name) for one in (module, module.forward) for name in names)
+    forward = module.forward
+    if getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable"):
+        return True
+    return hasattr(module, "_orig_mod") or hasattr(forward, "_orig_mod")
 
 
 def transforms_active() -> bool:

@@ -19,7 +19,7 @@ from sltt.kernels.recurrence import recurrent_steps
 from sltt.kernels.saved import others_save, saving, tag_made, tag_of
 from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import Steady, steady_steps
-from sltt.kernels.step import NeuronStep, neuron_step
+from sltt.kernels.step import NeuronStep, fast_step, neuron_step, run_step
 from sltt.kernels.values import convolution_gradients
 from sltt.kernels.weights import Weights
 
@@ -41,6 +41,7 @@ __all__ = [
     "custom_step",
     "deferred_norm",
     "differentiable_once",
+    "fast_step",
     "is_small",
     "look",
     "max_pool",
@@ -50,6 +51,7 @@ __all__ = [
     "plain_norm",
     "recurrent_steps",
     "run_layer",
+    "run_step",
     "running_max",
     "saving",
     "settled",

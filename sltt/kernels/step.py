@@ -83,10 +83,16 @@ def neuron_step(
         steps: n.
         cut: no gradient flows from one time step to the step before.
     """
+    return run_step(step, fast_step(step, v, x.dtype, decay), v, x, decay, steps, cut)
+
+
+def run_step(
+    step: NeuronStep, fast: "NativeStep | TritonStep | None", v: Tensor, x: Tensor, decay: Any, steps: int, cut: bool
+) -> tuple[Tensor, Tensor]:
+    """Run `neuron_step` in the form that `fast_step` gives."""
     trained = x.requires_grad or v.requires_grad or (decay is not None and decay.requires_grad)
     graph = trained and torch.is_grad_enabled()
     with without_modes():
-        fast = fast_step(step, v, x.dtype, decay)
         norm = weight = bias = None
         if isinstance(x, Deferred):
             fits = steps == 1 and decay is None and fast is not None and fast.differentiates

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import flag, instance, number
-from sltt.kernels import CustomStep, NeuronStep, neuron_step
+from sltt.kernels import CustomStep, NeuronStep, fast_step, neuron_step, run_step
 from sltt.neurons.base import Neuron, takes_any
 from sltt.neurons.inspection import emits_bits
 from sltt.surrogates import Surrogate, Triangle
@@ -168,14 +168,19 @@ class IntegrateAndFire(Neuron):
         step, states = self.constant_step(), vars(self)
         if step is None:
             return self.advance
+        fast: Any = None
+        seen: Any = None  # kind of input that it was chosen for
 
         def advance(x: Tensor, steps: int, cut: bool) -> Tensor:
+            nonlocal fast, seen
             v, first = states["v"], x if steps == 1 else x[: len(x) // steps]
             if v is None:
                 v = torch.full_like(first, self.start, dtype=self.state_type(x))
             elif v.shape != first.shape or v.device != first.device:
                 self.check_state("v", first, v.dtype)
-            spikes, states["v"] = neuron_step(step, v, x, None, steps, cut)
+            if seen != (kind := (x.dtype, v.dtype, v.device, v.shape)):
+                fast, seen = fast_step(step, v, x.dtype, None), kind
+            spikes, states["v"] = run_step(step, fast, v, x, None, steps, cut)
             return spikes
 
         return advance

@@ -90,12 +90,13 @@ class Rule(Frozen, ABC):
                 function(name, value, of)
         if seed is not None:
             whole_number("seed", seed)
-        sequence = time_steps(x, steps, None if is_per_step(loss) else target_of(target))
+        per_step = is_per_step(loss)
+        sequence = time_steps(x, steps, None if per_step else target_of(target))
         if not sequence.batch:
             raise ValueError(f"expected at least one sample to train on, got an input of shape {list(x.shape)}")
         if isinstance(target, Padded):
             self._check_padded(sequence, target, loss)
-        if is_per_step(loss):
+        if per_step:
             _check_targets(sequence, target_of(target))
         network = Run(model, sequence, self.step(), hoist=self.hoist, keep=not self.online)
         explained = explaining(backward or Tensor.backward, network)

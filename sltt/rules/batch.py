@@ -39,6 +39,8 @@ class Batch:
         backward: of a scalar; call it in place of `Tensor.backward`.
         update: steps and zeroes the optimizer, for a rule that is `online`.
         seed: of what the rule draws in this batch; None draws from the global generator.
+        sequence: the input.
+        steps: T.
     """
 
     network: Run
@@ -52,19 +54,14 @@ class Batch:
     _total: Tensor | float = 0.0
     _largest: int = 0  # elements of the largest state; 0 before the first time step
 
+    def __post_init__(self) -> None:
+        self.sequence: Sequence = self.network.sequence
+        self.steps: int = self.sequence.steps
+        self._per_step = is_per_step(self.loss)
+
     @property
     def model(self) -> nn.Module:
         return self.network.model
-
-    @property
-    def sequence(self) -> Sequence:
-        """The input."""
-        return self.network.sequence
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return self.sequence.steps
 
     def run(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
         """Run time steps in one call of the model: their logits [n, B, C].
@@ -76,10 +73,10 @@ class Batch:
             recompute: convolutions and linear layers run again in the backward, instead of keeping their outputs.
         """
         if cut and self._ran:  # the states before the first step may be learned
-            self.detach()
+            self.network.detach()
         self.network.results.in_graph = graph
         with torch.set_grad_enabled(graph), self._saving(len(steps), graph, cut, recompute):
-            logits = self.network(self.network.sequence.input(steps), len(steps), cut, recompute)
+            logits = self.network(self.sequence.input(steps), len(steps), cut, recompute)
         self.network.results.in_graph = True
         self._largest = self._largest or max((s.numel() for s in self.network.layout.state_tensors()), default=0)
         if self._logits is None:
@@ -123,7 +120,9 @@ class Batch:
                 target = self.target.repeat(len(steps), *[1] * (self.target.ndim - 1))
                 total = step_loss(self.loss, logits.flatten(0, 1), target) * (len(steps) / count)
             else:
-                values = [step_loss(self.loss, o, self.targets(t)) for t, o in zip(steps, logits, strict=True)]
+                values = []
+                for t, o in zip(steps, logits, strict=True):
+                    values.append(step_loss(self.loss, o, self.targets(t)))
                 total = (values[0] if len(values) == 1 else torch.stack(values).sum()) / count
         if not again:
             self._total = self._total + total.detach()
@@ -138,8 +137,8 @@ class Batch:
     def targets(self, steps: int | slice) -> Any:
         """The target of time steps; the same for all of them, unless the loss takes one for each."""
         if isinstance(self.target, Padded) and isinstance(steps, int):
-            return self.target.at(steps, self.steps, is_per_step(self.loss))
-        return self.target[steps] if is_per_step(self.loss) else self.target
+            return self.target.at(steps, self.steps, self._per_step)
+        return self.target[steps] if self._per_step else self.target
 
     @property
     def whole(self) -> bool:

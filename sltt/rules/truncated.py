@@ -73,9 +73,10 @@ class Truncated(Rule):
         cut = length == 1  # such windows share a call of the network: the neurons cut the gradient between its steps
         whole = batch.whole
         run = batch.run if whole else batch.forward  # logits, or losses
-        for window in _alike(steps, trained, fold) if cut and not whole else split(steps, length):
+        shared = cut and not whole
+        for window in _alike(steps, trained, fold) if shared else split(steps, length):
             graph, values = window.start in trained, []
-            for call in split(window, fold.trained if graph else fold.forward):
+            for call in [window] if shared else split(window, fold.trained if graph else fold.forward):
                 value = run(call, graph=graph, cut=cut, recompute=self.recompute)
                 values.append(value.clone() if whole else value)  # the model may go on to change its logits
             value = batch.window_loss(window, torch.cat(values)) if whole else reduce(operator.add, values)

@@ -1,7 +1,9 @@
 """The layers of a network, each in its role; read once a batch."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from sltt._torch import FABRIC, is_compiled
 from sltt.kernels import Operation, operation_of
 from sltt.sequence.hooks import own_forward
-from sltt.sequence.state import Role, Stateful, role_of, state_tensors
+from sltt.sequence.state import Role, Stateful, detach_module, role_of, state_tensors
 
 
 @dataclass(eq=False, slots=True)
@@ -28,6 +30,8 @@ class Layer:
         operation: what a weight layer applies; None where its forward is not known.
         advance: runs several time steps in a call, see `Role`; None where the layer cannot.
         seen: the call of the network in which it ran last.
+        spikes: it is a layer of neurons.
+        detach: drops the graph behind its states.
     """
 
     name: str
@@ -41,16 +45,18 @@ class Layer:
     operation: Operation | None = None
     advance: Any = None
     seen: int = 0
+    spikes: bool = field(init=False)
+    detach: Callable[[], Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        keeps = bool(self.states or self.role.kind == "keeper")
+        self.spikes = keeps and self.role.spikes(self.module)
+        self.detach = self.module.detach if isinstance(self.module, Stateful) else partial(detach_module, self.module)
 
     @property
     def known(self) -> bool:
         """Return whether its forward is that of the class that has the role."""
         return self.role.of is not None and not own_forward(self.module, self.role.of)
-
-    @property
-    def spikes(self) -> bool:
-        """Return whether it is a layer of neurons."""
-        return bool(self.states or self.role.kind == "keeper") and self.role.spikes(self.module)
 
     @property
     def differentiable(self) -> bool:

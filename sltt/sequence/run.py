@@ -134,7 +134,7 @@ class Run:
     def detach(self) -> None:
         """Cut the graph behind the states: v[t] becomes a constant of step t + 1."""
         for layer in self.layout.keepers:
-            detach_module(layer.module)
+            layer.detach()
 
     def __call__(self, x: Tensor, steps: int = 1, cut: bool = False, recompute: bool = False) -> Tensor:
         """Run time steps in one call of the network: [n·B, ...] to logits [n, B, C].

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sltt import kernels
+from sltt._torch import _current_graph_task_id
 from sltt.sequence.layout import Layer
 from sltt.sequence.steps import in_backward
 
@@ -56,7 +57,7 @@ class Step:
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """A layer of neurons."""
-        if in_backward():
+        if _current_graph_task_id() != -1:  # as `in_backward`
             return layer.plain(*args, **kwargs)  # which says what is wrong
         run = self.run
         run.take_turn(layer, NEURON)
