@@ -3,12 +3,13 @@
 A dense layer takes a time for each of its products, a sparse one a time for each product with a spike. Whatever the
 spikes, it takes one for each element that it reads and writes, and one for each weight, which it puts in another order:
 
-    t_dense = d · products,    t_sparse = s · density · products + e · elements + w · weights
+    t_dense = d · products,    t_sparse = s · density · products + e · elements + w · weights / calls
 
-Both are equal at one density, the layer's break-even. d, s, e and w are measured on one layer for each type and kind of
-layer, in a fraction of a second: the processor time of one thread, which other processes hardly disturb. So are the
-gradients of a dense 3×3 convolution, ours (`winograd`) and PyTorch's. The times are kept beside the compiled kernels.
-So every run on a machine decides alike, with any number of threads.
+where so many calls share the weights in that order: those of an evaluation do, in a training it is one. Both are equal
+at one density, the layer's break-even. d, s, e and w are measured on one layer for each type and kind of layer, in a
+fraction of a second: the processor time of one thread, which other processes hardly disturb. So are the gradients of a
+dense 3×3 convolution, ours (`winograd`) and PyTorch's. The times are kept beside the compiled kernels. So every run on
+a machine decides alike, with any number of threads.
 """
 
 import contextlib
@@ -80,15 +81,15 @@ class LayerSeconds(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def break_even(layer: Layer, dtype: torch.dtype) -> BreakEven:
-    """The densities below which `layer` is faster sparse, forward and weight gradient.
+def break_even(layer: Layer, dtype: torch.dtype, calls: int = 1) -> BreakEven:
+    """The densities below which `layer` is faster sparse, forward and weight gradient; `calls` share its weights.
 
     A fixed function of its arguments on a machine; the first call for a type and kind of layer may measure.
     """
     if layer.products < PRODUCTS_FROM:
         return BreakEven(0.0, 0.0)
     products = layer.products
-    even = ((c.dense * products - overhead) / (c.spike * products) for c, overhead in _costs_of(layer, dtype))
+    even = ((c.dense * products - overhead) / (c.spike * products) for c, overhead in _costs_of(layer, dtype, calls))
     return BreakEven(*(min(1.0, max(0.0, density)) for density in even))
 
 
@@ -120,7 +121,7 @@ def _elements(layer: Layer) -> tuple[int, int]:
     return inputs + outputs // co * 64 * blocks * kernel_rows, inputs + outputs
 
 
-def _costs_of(layer: Layer, dtype: torch.dtype) -> list[tuple[Costs, float]]:
+def _costs_of(layer: Layer, dtype: torch.dtype, calls: int = 1) -> list[tuple[Costs, float]]:
     """Return costs of forward and weight gradient, each with the time of the sparse layer without a spike.
 
     The dense gradient is ours where that is faster.
@@ -129,7 +130,7 @@ def _costs_of(layer: Layer, dtype: torch.dtype) -> list[tuple[Costs, float]]:
     if ours(layer, dtype).weight_gradient:
         times = _dense(dtype)[1]
         gradient = gradient._replace(dense=gradient.dense * times.ours / times.pytorch)
-    pairs, weights = zip((forward, gradient), _elements(layer), strict=True), math.prod(layer.weight_shape)
+    pairs, weights = zip((forward, gradient), _elements(layer), strict=True), math.prod(layer.weight_shape) / calls
     return [(c, c.element * elements + c.weight * weights) for c, elements in pairs]
 
 
@@ -177,10 +178,13 @@ def _measure(linear: bool, dtype: torch.dtype) -> list[Costs]:
     """Time one layer, dense and at two densities of spikes, in turn; of each the fastest run counts."""
     if linear:
         weight, x_shape = torch.ones(512, 512), (256, 512)
-        layer = linear_layer(x_shape, weight.shape)
+        layer = large = linear_layer(x_shape, weight.shape)
+        many = weight
     else:
         weight, x_shape = torch.ones(64, 64, 3, 3), (16, 64, 16, 16)
         layer = conv_layer(x_shape, weight.shape, (1, 1), ((1, 1), (1, 1)))
+        many = _format(torch.ones(256, 256, 3, 3), torch.float32)  # of few, the calls around would count
+        large = conv_layer((16, 256, 16, 16), many.shape, (1, 1), ((1, 1), (1, 1)))
     generator = torch.Generator().manual_seed(0)  # the user's stays as it is
     inputs = [_format(torch.rand(x_shape, generator=generator) < d, dtype) for d in _DENSITIES]
     bits = [pack(x) for x in inputs]
@@ -192,11 +196,11 @@ def _measure(linear: bool, dtype: torch.dtype) -> list[Costs]:
         lambda: grad.t() @ inputs[0] if linear else _conv_gradients(grad, inputs[0], cast, [False, True, False]),
         lambda: weight_gradient(layer, bits[0], grad),
         lambda: weight_gradient(layer, bits[1], grad),
-        lambda: pack_weight(layer, weight),
+        lambda: pack_weight(large, many),
     ]
     *times, packing = _fastest(runs)
     given = zip(_elements(layer), (times[:3], times[3:]), strict=True)
-    return [_fit(layer.products, elements, packing / weight.numel(), *three) for elements, three in given]
+    return [_fit(layer.products, elements, packing / many.numel(), *three) for elements, three in given]
 
 
 def _measure_dense(dtype: torch.dtype) -> list[Dense]:

@@ -218,7 +218,7 @@ def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | N
     always = options().sparse == "on"
     if not ordered or layer.problem or not (always or layer.products >= costs.PRODUCTS_FROM) or native.problem():
         return None
-    even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype)
+    even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype, weights.calls)
     if not (even.forward or torch.is_grad_enabled()):
         return None  # it never runs sparse: to look would be for nothing
     spikes = look(x.detach())

@@ -15,17 +15,18 @@ class Weights:
     """Weights in the forms that layers read, kept for one sequence, in which they seldom change.
 
     Args:
-        packed: keep those packed for a sparse forward too. In a training their copies would take more memory than they
-            save time; in an evaluation there is room, where gradients would be.
+        calls: of the network that share the weights packed for a sparse forward, which are kept for them. In a training
+            it is one: copies would take more memory than they save time. In an evaluation there is room, where
+            gradients would be.
     """
 
-    def __init__(self, packed: bool = False) -> None:
-        self._keep_packed = packed
+    def __init__(self, calls: int = 1) -> None:
+        self.calls = calls
         self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
 
     def packed(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
         """Return the weights as `sparse.forward` reads them."""
-        if not self._keep_packed or isinstance(one, Tensor):  # which may be another one in each time step
+        if self.calls == 1 or isinstance(one, Tensor):  # which may be another one in each time step
             return sparse.pack_weight(layer, weight, one)
         return self._get(weight, one, lambda: sparse.pack_weight(layer, weight, one))
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sltt import kernels
 from sltt.checks import function, instance, whole_number
 from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, check_loss, is_per_step, watching
@@ -213,6 +214,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
             # a static input is hoisted
             n = fold if fold != "auto" else 1 if sequence.static else choose_fold(network).forward
             calls = [range(t, min(t + n, sequence.steps)) for t in range(0, sequence.steps, n)]
+            network.weights = kernels.Weights(len(calls))
             logits = [network(sequence.input(call), len(call)).clone() for call in calls]
             result = network.result(torch.cat(logits))
     except Exception as error:

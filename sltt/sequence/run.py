@@ -70,7 +70,7 @@ class Run:
         self.thread = threading.get_ident()
         fixed = sequence.x if sequence.static and hoist else None
         self.results = Results(fixed, grad, keep and not is_sharded(model))
-        self.keep, self.weights = keep, kernels.Weights(packed=not grad)
+        self.keep, self.weights = keep, kernels.Weights()
         self.bits = kernels.current_options().bits and not kernels.others_save()
         self.fast, self.recompute = self.bits and sequence.x.is_cpu, False
         self.fold = self.steps = 1

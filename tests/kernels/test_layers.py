@@ -144,7 +144,10 @@ def test_small_layers_and_other_memory_formats_run_dense(sparse_calls):
 
 @pytest.mark.parametrize("mode", ["on", "auto"])
 def test_inference_is_sparse_too(mode, sparse_calls, monkeypatch):
-    monkeypatch.setattr(layers.costs, "break_even", lambda *args: layers.costs.BreakEven(1.1, 1.1))
+    asked = []
+    monkeypatch.setattr(
+        layers.costs, "break_even", lambda *args: (asked.append(args[2]), layers.costs.BreakEven(1.1, 1.1))[1]
+    )
     monkeypatch.setattr(layers.costs, "PRODUCTS_FROM", 0)
     model = Net().to(memory_format=torch.channels_last).eval()
     x, _ = data()
@@ -155,6 +158,7 @@ def test_inference_is_sparse_too(mode, sparse_calls, monkeypatch):
         torch.testing.assert_close(sltt.unroll(model, x, fold=1), expected, rtol=1e-4, atol=1e-4)
     assert {kind for kind, _ in sparse_calls} == {"forward"}
     assert len(sparse_calls) == 3 * 4
+    assert {*asked} == ({3} if mode == "auto" else set())  # calls that share the packed weights
 
 
 def test_an_evaluation_packs_each_weight_once_and_a_training_at_every_step(monkeypatch):

@@ -201,6 +201,8 @@ def test_break_even_is_read_from_the_cache(cache, monkeypatch):
         forget()
         assert costs.break_even(layer, torch.float32) == even
     assert len(measured) == 4
+    shared = costs.break_even(layer, torch.float32, calls=4)
+    assert shared.weight_gradient == pytest.approx((0.02 - share + 0.75 * 0.5 / (8 * 256)) / 0.1)
     small = sparse.linear_layer((2, 64), (64, 64))
     assert costs.break_even(small, torch.float32) == (0.0, 0.0)
     assert len(measured) == 4
