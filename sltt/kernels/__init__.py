@@ -15,7 +15,7 @@ from sltt.kernels.norm import batch_statistics, plain_norm, stepwise_norm
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.options import options as current_options
 from sltt.kernels.pooling import max_pool, running_max
-from sltt.kernels.recurrence import recurrent_steps
+from sltt.kernels.recurrence import recurrent_steps, runs_recurrence
 from sltt.kernels.saved import others_save, saving, tag_made, tag_of
 from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import Steady, steady_steps
@@ -53,6 +53,7 @@ __all__ = [
     "run_layer",
     "run_step",
     "running_max",
+    "runs_recurrence",
     "saving",
     "settled",
     "spike_call",

@@ -6,6 +6,7 @@ The forward adds the rows of W of the neurons that fired. The weight gradient, �
 inputs only where that is faster. The gradient through time, ∂L/∂s[t−1] += Wᵀ ∂L/∂x[t], is a dense product.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from sltt.kernels.options import options
 from sltt.kernels.step import NeuronStep
 from sltt.kernels.weights import Weights
 
+Trace = Callable[[Tensor], tuple[Tensor, list[Any]]]
+
 
 def recurrent_steps(
     step: NeuronStep,
@@ -30,6 +33,7 @@ def recurrent_steps(
     weights: Weights,
     steps: int,
     cut: bool,
+    trace: "Trace | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Spikes of the time steps in x, those of the last one, and the membrane potential; None where no kernel does it.
 
@@ -43,17 +47,30 @@ def recurrent_steps(
         weights: where the forms of weights are kept.
         steps: n.
         cut: no gradient flows from one time step to the step before.
+        trace: maps the spikes that the layer reads to what stands for them, and for 1 in each time step, in the
+            gradients of W and b; with `cut` only.
     """
     tensors = [t for t in (x, s, v, weight, bias) if t is not None]
-    kernel = native_step(step, v, x.dtype, v.dtype, None, gradient=True)
+    kernel = _kernel_of(step, v)
     plain = all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
-    if kernel is None or not plain or options().sparse == "off" or torch.is_autocast_enabled("cpu") or not x.numel():
+    if kernel is None or not plain or not x.numel():
         return None
-    call = _Call(kernel, step, weights, steps, cut)
+    call = _Call(kernel, step, weights, steps, cut, trace)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         spikes, last, _ = _forward(call, x, s, v, weight, bias, keep=False)
         return spikes, spikes[-len(v) :].clone(), last
     return _Recurrence.apply(x, s, v, weight, bias, call)  # type: ignore[return-value]
+
+
+def runs_recurrence(step: NeuronStep, weight: Tensor) -> bool:
+    """Return whether `recurrent_steps` runs such neurons, with a weight W, in any number of time steps."""
+    return weight.dtype == torch.float32 and weight.is_contiguous() and _kernel_of(step, weight[:0]) is not None
+
+
+def _kernel_of(step: NeuronStep, v: Tensor) -> NativeStep | None:
+    if options().sparse == "off" or torch.is_autocast_enabled("cpu"):
+        return None
+    return native_step(step, v, v.dtype, v.dtype, None, gradient=True)
 
 
 class _Call(NamedTuple):
@@ -64,6 +81,7 @@ class _Call(NamedTuple):
     weights: Weights
     steps: int
     cut: bool
+    trace: "Trace | None"
 
 
 def _forward(
@@ -91,7 +109,8 @@ class _Recurrence(torch.autograd.Function):
         read = torch.zeros_like(v) if s is None else s
         read = torch.cat([read, spikes[: len(x) - len(v)]])
         whole = v.numel() % 8 == 0  # bytes of bits in a time step
-        ctx.read, ctx.spikes = (pack(read), pack(spikes)) if whole else (read, spikes.clone())
+        ctx.spikes = pack(spikes) if whole else spikes.clone()
+        ctx.read, ctx.ones = (pack(read) if whole else read, None) if call.trace is None else call.trace(read)
         ctx.call, ctx.first = call, len(v)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, weight)
@@ -108,7 +127,7 @@ class _Recurrence(torch.autograd.Function):
             grad[-ctx.first :] += grad_last
         of_v = torch.empty_like(kept[: ctx.first]) if needs_v else None
         delta = torch.empty_like(kept)
-        kernel, step, _, steps, cut = ctx.call
+        kernel, step, _, steps, cut, _ = ctx.call
         gain = 1 - step.decay if step.decay_input else 1.0
         if not cut and steps > 1:
             of_v = _through_time(ctx, grad, grad_v, kept, weight, delta, gain)
@@ -120,6 +139,10 @@ class _Recurrence(torch.autograd.Function):
         of_weight = of_bias = None
         if needs_weight or needs_bias:
             of_weight, of_bias = _weight_gradient(ctx.read, delta.flatten(0, -2), weight, needs_bias)
+            if needs_bias and ctx.ones is not None:
+                of_bias = sum(
+                    d.flatten(0, -2).sum(0) * one for d, one in zip(delta.chunk(steps), ctx.ones, strict=True)
+                )
         of_s = delta[: ctx.first] @ weight if needs_s else None
         return delta if needs_x else None, of_s, of_v if needs_v else None, of_weight, of_bias, None
 

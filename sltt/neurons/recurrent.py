@@ -1,13 +1,14 @@
 """Recurrence: a layer of neurons reads its own spikes of the step before."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sltt._torch import transforms_active
 from sltt.checks import instance
-from sltt.kernels import Weights, recurrent_steps
+from sltt.kernels import Weights, recurrent_steps, runs_recurrence
 from sltt.neurons.base import Neuron
 from sltt.neurons.leaky import IntegrateAndFire
 from sltt.sequence.hooks import own_forward
@@ -71,7 +72,12 @@ class Recurrent(Stateful):
         self.s = spikes = self.neuron(x + back)
         return spikes
 
-    def prepare(self) -> Callable[[Tensor, int, bool, Weights], Tensor | None] | None:
+    def runs_in_one_call(self) -> bool:
+        """Return whether a kernel runs the time steps of a call, see `prepare`."""
+        step = self.neuron.constant_step() if self.prepare() and isinstance(self.neuron, IntegrateAndFire) else None
+        return step is not None and runs_recurrence(step, self.layer.weight)  # pyright: ignore[reportArgumentType]
+
+    def prepare(self) -> Callable[..., Tensor | None] | None:
         """Return what runs several time steps in a call by a kernel; None for layers that no kernel knows."""
         neuron, layer = self.neuron, self.layer
         if not (isinstance(neuron, IntegrateAndFire) and isinstance(layer, nn.Linear)):
@@ -82,13 +88,13 @@ class Recurrent(Stateful):
         if (step := neuron.constant_step()) is None:
             return None
 
-        def advance(x: Tensor, steps: int, cut: bool, weights: Weights) -> Tensor | None:
+        def advance(x: Tensor, steps: int, cut: bool, weights: Weights, trace: Any = None) -> Tensor | None:
             hooks = len(neuron._forward_hooks) - len(watches(neuron)) + len(neuron._forward_pre_hooks)
             if hooks or layer._forward_hooks or layer._forward_pre_hooks or x.shape[-1] != layer.out_features:
                 return None
             neuron._prepare_states(x, steps)
             assert neuron.v is not None
-            found = recurrent_steps(step, x, self.s, neuron.v, layer.weight, layer.bias, weights, steps, cut)
+            found = recurrent_steps(step, x, self.s, neuron.v, layer.weight, layer.bias, weights, steps, cut, trace)
             if found is None:
                 return None
             spikes, self.s, neuron.v = found

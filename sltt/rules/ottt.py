@@ -42,8 +42,8 @@ class OTTT(Rule):
             a sequence.
         inputs: trace what reads the network's input, and biases. False is OTTT as published: only layers that read
             spikes have a trace, readouts too, with the λ of the neurons that fired.
-        fold: time steps in one call of the network, see `Truncated`. "auto" takes one with weights inside of recurrent
-            layers, a learnable λ and the bias of a normalisation.
+        fold: time steps in one call of the network, see `Truncated`. "auto" takes one with a learnable λ, the
+            bias of a normalisation, and weights inside of recurrent layers that no kernel runs.
 
     Raises:
         ValueError: decay outside [0, 1], fold < 1 or together with online; when called, `online` without `update`,

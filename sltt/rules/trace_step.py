@@ -10,12 +10,14 @@ from torch.overrides import TorchFunctionMode
 
 from sltt._torch import _BatchNorm
 from sltt.kernels import Operation, deferred_norm, others_save, plain_norm, run_layer, settled
+from sltt.neurons import Recurrent
 from sltt.rules.decays import decay_of
 from sltt.rules.traced_layers import NORMALISATIONS, WEIGHTED, Traced, scaled
 from sltt.rules.traces import Traces, traces_of
 from sltt.sequence.layout import Layer
 from sltt.sequence.run import Run
-from sltt.sequence.step import Step
+from sltt.sequence.step import NEURON, Step
+from sltt.sequence.steps import in_backward
 
 
 class TraceStep(Step):
@@ -63,6 +65,32 @@ class TraceStep(Step):
         self.traces.wrote(trace, y)
         return y
 
+    def _recurrent(self, layer: Layer, x: Tensor) -> Tensor | None:
+        """Run a recurrent layer in one native call; return None where there is none."""
+        run, traces, inner, neuron = self.run, self.traces, layer.module.layer, layer.module.neuron
+        if layer.advance is None or neuron not in traces.decays:
+            return None
+        weight, bias = inner.weight, inner.bias
+
+        def trace(read: Tensor) -> tuple[Tensor, list[Any]]:
+            """Return what stands for the spikes that the weights read, and for 1."""
+            found = traces.read(inner, read if weight.requires_grad else None, run.fold)
+            ones = [1.0] * run.fold
+            if found is None:
+                return read, ones
+            if found.first:
+                found.decays = [traces.decays[neuron]]
+                return read, ones
+            return read if found.read is None else found.read.now, found.ones if traces.inputs else ones
+
+        learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        run.take_turn(layer, NEURON)
+        y = layer.advance(x, run.fold, run.cut, run.weights, trace if learns else None)
+        if y is not None:
+            traces.arrive(neuron, (x,), {})
+            traces.leave(neuron, y)
+        return y
+
     def _operations_of(self, layer: Layer) -> "_Operations":
         if layer not in self.operations:
             self.operations[layer] = _Operations(layer, self.traces, self.run)
@@ -80,6 +108,11 @@ class TraceStep(Step):
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if isinstance(layer.module, _BatchNorm):  # with a state besides
             return self.norm(layer, *args, **kwargs)
+        if isinstance(layer.module, Recurrent) and len(args) == 1 and not in_backward():
+            if (y := self._recurrent(layer, settled(args[0]))) is not None:
+                return y
+            if self.run.fold > 1:
+                raise ValueError(f"OTTT in a fold has no traces for the weights in {layer}; use fold=1")
         output = super().keeper(layer, *args, **kwargs)
         if layer in self.traces.carriers:
             self.traces.carry(

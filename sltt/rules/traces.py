@@ -173,7 +173,9 @@ class Traces:
 
     def unfoldable(self, layout: Layout) -> list[str]:
         """Say which layers have no traces where several time steps share a call."""
-        inside = {m for keeper in layout.keepers for m in keeper.module.modules() if m is not keeper.module}
+        keepers = [k.module for k in layout.keepers]
+        keepers = [k for k in keepers if not (isinstance(k, Recurrent) and k.runs_in_one_call())]
+        inside = {m for keeper in keepers for m in keeper.modules() if m is not keeper}
         found = []
         for module, layer in layout.layers.items():
             if module in inside and layer.role.kind == "weight":

@@ -72,6 +72,8 @@ class Step:
         if layer.advance is not None and len(args) == 1 and self._is_plain() and not in_backward():
             run = self.run
             if (y := layer.advance(kernels.settled(args[0]), run.fold, run.cut, run.weights)) is not None:
+                if run.fold == 1:
+                    run.take_turn(layer, NEURON)
                 return y
         return self.run.one_by_one(layer, args, kwargs)
 

@@ -111,7 +111,7 @@ def calls(monkeypatch):
         (sltt.SLTT(fold=1), [1] * 8),
         (sltt.TBPTT(3), [3, 3, 2]),
         (sltt.BPTT(segment=4), [4, 4, 4]),
-        (sltt.OTTT(), []),
+        (sltt.OTTT(), [1, 7]),
     ],
     ids=repr,
 )
@@ -158,3 +158,11 @@ def test_its_spikes_are_seen(calls):
     assert calls == [8]
     (rate,) = rates.by_layer().values()
     assert rate == pytest.approx(sltt.unroll(model[:2], x).mean().item())
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.BPTT(fold=1), sltt.OTTT(fold=1)], ids=repr)
+def test_a_layer_that_runs_twice_in_a_time_step_is_refused(rule):
+    layer = sltt.Recurrent(sltt.LIF(), nn.Linear(16, 16))
+    model = nn.Sequential(nn.Linear(6, 16), layer, nn.Linear(16, 16), layer, nn.Linear(16, 3))
+    with kernels.using(compile="on"), pytest.raises(ValueError, match=r"1 \(Recurrent\) runs twice in a time step"):
+        rule(model, torch.rand(4, 5, 6), torch.randint(3, (5,)), LOSS)

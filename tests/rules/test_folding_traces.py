@@ -1,9 +1,17 @@
+import copy
+
 import pytest
+import torch
 from torch import nn
 
 import sltt
+from sltt import kernels
+from sltt.kernels import recurrence
 from tests.conftest import LOSS
+from tests.kernels.exact import NATIVE
 from tests.rules.test_folding import Net, assert_same, data, results
+
+FORWARD = recurrence._forward
 
 
 def traced(neuron):
@@ -71,3 +79,31 @@ def test_traces_that_cannot_fold_are_named_and_run_step_by_step(layers, problem)
     with pytest.raises(ValueError, match=problem):
         sltt.OTTT(fold=2)(model, x, y, LOSS)
     assert_same(results(model, sltt.OTTT(), x, y, {}), results(model, sltt.OTTT(fold=1), x, y, {}))
+
+
+@NATIVE
+@pytest.mark.parametrize("neuron", [lambda: sltt.LIF(tau=2.0), lambda: sltt.LIF(tau=2.0, decay_input=True), sltt.IF])
+@pytest.mark.parametrize("how", [{}, {"decay": 0.25}, {"inputs": False}], ids=repr)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", ["", "1.layer.weight", "1.layer.bias"])
+def test_traces_of_a_recurrent_layer_in_one_call(how, neuron, bias, frozen, monkeypatch):
+    """Of numbers whose sums are exact in float32, so that no rounding decides whether a neuron fires."""
+    torch.manual_seed(0)
+    recurrent = sltt.Recurrent(neuron(), nn.Linear(16, 16, bias=bias))
+    exact = nn.Sequential(nn.Linear(6, 16), recurrent, nn.Linear(16, 12), sltt.LIF(tau=2.0), nn.Linear(12, 3)).double()
+    with torch.no_grad():
+        for name, p in exact.named_parameters():
+            p.copy_(torch.randint(-8, 8, p.shape) / 16)
+            p.requires_grad_(name != frozen)
+    x, y = torch.randint(-8, 16, (7, 5, 6)).double() / 4, torch.randint(3, (5,))
+    expected = results(exact, sltt.OTTT(**how, fold=1), x, y, {})
+    calls: list[int] = []
+    monkeypatch.setattr(recurrence, "_forward", lambda *a, **k: (calls.append(a[0].steps), FORWARD(*a, **k))[1])
+    for fold in (1, 2, 3):
+        found = copy.deepcopy(exact).float()
+        calls.clear()
+        with kernels.using(compile="on"):
+            got = results(found, sltt.OTTT(**how, fold=fold), x.float(), y, {})
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, check_dtype=False, rtol=1e-4, atol=1e-6)
+        assert max(calls) == fold
