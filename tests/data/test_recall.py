@@ -134,6 +134,7 @@ def train(model, rule, splits, batches):
     return (sltt.unroll(model, x.transpose(0, 1)).mean(0).argmax(1) == y).float().mean().item()
 
 
+@pytest.mark.slow
 def test_bptt_and_traces_learn_it_and_sltt_does_not():
     splits = Recall(delay=1, samples=6000).splits(4)  # a window of 2 steps cuts between the cue and the probe
     accuracy = {}

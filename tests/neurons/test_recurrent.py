@@ -164,6 +164,7 @@ def spoken(size):
     return torch.poisson(rates), y
 
 
+@pytest.mark.slow
 def test_256_recurrent_units_learn_the_order_of_sounds():
     """The answer at the last step needs all three sounds, and a membrane keeps 1/32 of what was before a silence.
 

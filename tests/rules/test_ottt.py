@@ -139,10 +139,9 @@ def test_a_trace_adds_up_in_float32(dtype, largest):
     ("convolutions", "padding", "neuron", "per_input", "per_neuron"),
     [
         (1, 1, sltt.LIF, 1, 0),
-        (4, 1, sltt.LIF, 1, 0),
-        (4, "same", sltt.LIF, 1, 0),
-        (4, 1, sltt.CubaLIF, 2, 0),
-        (4, 1, sltt.PLIF, 1, 2),
+        (3, "same", sltt.LIF, 1, 0),
+        (3, 1, sltt.CubaLIF, 2, 0),
+        (3, 1, sltt.PLIF, 1, 2),
     ],
 )
 def test_memory_does_not_grow_with_time(convolutions, padding, neuron, per_input, per_neuron):
@@ -153,7 +152,7 @@ def test_memory_does_not_grow_with_time(convolutions, padding, neuron, per_input
     x, y = torch.randn(16, 1, 8, 8), torch.randint(2, (16,))
     short, plain = (measured(rule, model, x, y, steps=4) for rule in (sltt.OTTT(), sltt.SLTT()))
     logits = 4 * 16 * 2
-    assert measured(sltt.OTTT(), model, x, y, steps=256) <= 1.01 * short + 252 * logits
+    assert measured(sltt.OTTT(), model, x, y, steps=64) <= 1.01 * short + 60 * logits
     inputs, neurons = x.numel() + convolutions * 16 * 32 * 64, convolutions * 16 * 32 * 64
     assert short - plain <= 4 * (per_input * inputs + per_neuron * neurons)
 
