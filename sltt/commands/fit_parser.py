@@ -2,24 +2,19 @@
 
 import argparse
 import inspect
-import os
 import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_loader, set_parsing_settings
-from jsonargparse.typing import Path_fr
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader, set_parsing_settings
 
 import sltt
 from sltt.commands import yamltext
-from sltt.commands.failures import UsageError
 from sltt.data.loaders import BATCH_SIZE
 from sltt.rules import SHIPPED
 
-LISTS = "phases", "callbacks", "loggers"
 *FIRST, LAST = (rule.__name__ for rule in SHIPPED)
 MATTER_FIRST = f"""Options override the recipe's values. These matter first:
 
@@ -68,64 +63,19 @@ def _list_subclasses(match: re.Match[str]) -> str:
     return f", known subclasses: {', '.join(named)}" if named and "torch.nn.Module" not in match[1] else ""
 
 
-class Parser(ArgumentParser):
-    """Reads files as UTF-8, whatever the locale, and leaves out their settings `without`."""
-
-    without: Sequence[str] = ()
-
-    def parse_args(self, args: Sequence[str], *more: Any, **named: Any) -> Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the configuration that the words make. A list replaces that of the words before."""
-        return super().parse_args(_replace_lists(args), *more, **named)
-
-    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
-        with Path_fr(path).relative_path_context():  # pyright: ignore[reportCallIssue]
-            text = yamltext.read(Path(Path(path).name))
-            values = _load_text(Path(path).name)
-            if isinstance(values, dict) and "config" in values:  # the parser would read it, without an end
-                raise UsageError(
-                    f"{path} has a key config: leave it out; `sltt train RECIPE --config FILE` takes a second file"
-                )
-            if self.without:
-                values = {name: value for name, value in values.items() if name not in self.without}
-                text = yaml.safe_dump(values, sort_keys=False)
-            return self.parse_string(text, Path(path).name, *args, **kwargs)
-
-
-def _replace_lists(words: Sequence[str]) -> list[str]:
-    """The words, with `--NAME=null` before a list: in one as long as the list before, the parser keeps keys of that."""
-    replacing: list[str] = []
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        option, _, value = (word if "=" in word else f"{word}={following}").partition("=")
-        given = _load_text(value) if option == "--config" else {option.removeprefix("--"): value}
-        lists = [name for name in LISTS if isinstance(given, dict) and isinstance(_load_text(given.get(name)), list)]
-        replacing += [*(f"--{name}=null" for name in lists), word]
-    return replacing
-
-
-def _load_text(value: Any) -> Any:
-    """Read a YAML file or text; return None where it cannot be read: the parser says why."""
-    if not isinstance(value, str):
-        return value
-    try:
-        path = os.path.expanduser(value)
-        return yamltext.load(yamltext.read(Path(path)) if os.path.isfile(path) else value)
-    except (OSError, UsageError, yaml.YAMLError):
-        return None
-
-
 def _as_class(value: Any) -> dict[str, Any]:
     """Return an object that was made without arguments, or a partial of a class, as a recipe has it."""
     kind, given = (value.func, value.keywords) if isinstance(value, partial) else (type(value), {})
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": given}
 
 
-def make_parser(prog: str, unread: Sequence[str] = ()) -> Parser:
+def make_parser(prog: str, unread: Sequence[str] = ()) -> ArgumentParser:
     """Return a parser whose options are the arguments of `sltt.fit`; those `unread` are null, and import no class."""
     for name in sltt.__all__:  # the parser knows a class by its name once it is imported
         getattr(sltt, name)
     set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
     set_loader("sltt", yamltext.load, exceptions=(yaml.YAMLError,))
-    parser = Parser(
+    parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [OPTION ...]",
         description=MATTER_FIRST,

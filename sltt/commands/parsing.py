@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from sltt.commands import yamltext
 from sltt.commands.failures import UsageError
-from sltt.commands.fit_parser import Parser, make_parser
+from sltt.commands.fit_parser import make_parser
 from sltt.commands.hints import explain, fit_arguments, locate, nearest
 from sltt.commands.rule_texts import rule_options, rules
 from sltt.parallel.devices import count_started
@@ -26,6 +26,7 @@ from sltt.training.named import check_named, importing_for
 from sltt.training.runs import MADE_IN, load_call, read_config
 from sltt.training.settings import check_optimizer
 
+LISTS = "phases", "callbacks", "loggers"
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
 ANY_PROCESSES = ["--devices=null", "--num_nodes=null"]  # of a run that is measured: not those of its training
 MOST_STEPS = 1_000_000  # a training with more would not end
@@ -123,7 +124,7 @@ def run_folder(name: str | Path) -> Path:
 
 
 def build_run(
-    parser: Parser, run: Path, words: Sequence[str], code: Path | None, checkpoint: dict[str, Any] | None
+    parser: ArgumentParser, run: Path, words: Sequence[str], code: Path | None, checkpoint: dict[str, Any] | None
 ) -> tuple[Namespace, dict[str, Any]]:
     """Make what the settings of a run name, under the options in `words`; return the objects, and the settings to keep.
 
@@ -210,25 +211,24 @@ def _names(words: Sequence[str], option: str) -> bool:
 
 
 def parse(
-    parser: Parser, source: Path | dict[str, Any], words: Sequence[str], without: Sequence[str] = ()
+    parser: ArgumentParser, source: Path | dict[str, Any], words: Sequence[str], without: Sequence[str] = ()
 ) -> Namespace:
     """Return the configuration in `source`, `without` some settings, and with the options in `words` over it.
 
     Raises UsageError with the nearest name.
     """
     values = _read(source) if isinstance(source, Path) else source
-    text = str(source) if isinstance(source, Path) else yaml.safe_dump(source, sort_keys=False)
+    values = {name: value for name, value in values.items() if name not in without}
     for word in (word.split("=", 1)[-1] if word.startswith("--") else word for word in words):
         if word.startswith(("{", "[", "&")):
             try:
                 yamltext.check(word)
             except yaml.YAMLError as error:
                 raise _not_yaml(word, error) from None
-    parser.without = without
     try:
         if {"-h", "--help"} & set(words):
             parser.set_defaults(values)  # so that the help shows the recipe's values
-        config = parser.parse_args(["--config", text, *words])
+        config = parser.parse_args(["--config", _write(values), *_expand(words)])
     except argparse.ArgumentError as error:
         raise UsageError(re.sub(r"\bNone(Type)?\b", "null", explain(str(error), values))) from None
     config.pop("config")
@@ -243,6 +243,38 @@ def parse(
     return config
 
 
+def _write(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _expand(words: Sequence[str]) -> list[str]:
+    """Return the words, with a file of settings as its text, and `--NAME=null` before a list.
+
+    In a list as long as the one before, the parser would keep keys of that.
+    """
+    expanded, left = [], iter(words)
+    for word in left:
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--")
+        if name in (*LISTS, "config") and (equals or (value := next(left, ""))):
+            if name == "config" and os.path.isfile(file := os.path.expanduser(value)):
+                value = _write(_read(Path(file)))
+            given = _load(value)
+            lists = given if name == "config" and isinstance(given, dict) else {name: given}
+            expanded += [f"--{one}=null" for one in LISTS if isinstance(lists.get(one), list)]
+            word = f"{option}={value}"
+        expanded.append(word)
+    return expanded
+
+
+def _load(text: str) -> Any:
+    """Read YAML text; return None where it cannot be read: the parser says why."""
+    try:
+        return yamltext.load(text)
+    except yaml.YAMLError:
+        return None
+
+
 def _read(source: Path) -> dict[str, Any]:
     """Return the values of a recipe or of a run's configuration."""
     try:
@@ -251,6 +283,10 @@ def _read(source: Path) -> dict[str, Any]:
         raise _not_yaml(source, error) from None
     if not isinstance(values, dict):
         raise UsageError(f"{source} holds no options: expected lines such as `epochs: 20`; `sltt recipes digits`")
+    if "config" in values:
+        raise UsageError(
+            f"{source} has a key config: leave it out; `sltt train RECIPE --config FILE` takes a second file"
+        )
     _check_classes(values, str(source))
     return values
 
@@ -270,7 +306,7 @@ def _not_yaml(what: Any, error: Exception) -> UsageError:
     return UsageError(f"{what} is no YAML that can be read: {' '.join(str(error).split())}")
 
 
-def build(parser: Parser, config: Namespace) -> Namespace:
+def build(parser: ArgumentParser, config: Namespace) -> Namespace:
     """Make the objects that a configuration names, seeded so that the same configuration gives the same weights."""
     _refuse_null(config)
     for steps in (config.steps, *(phase.steps for phase in config.phases or ())):
