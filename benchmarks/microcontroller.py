@@ -49,7 +49,7 @@ def in_c(exported: Exported, name: str, x: Tensor, flags: str) -> tuple[Callable
     command = ["gcc", "-std=c11", *flags.split(), "-fPIC", "-shared", "-o", str(library), f"{name}.c"]
     subprocess.run(command, cwd=exported.folder, check=True)
     code, kind = ctypes.CDLL(str(library)), np.int32 if exported.network.integers else np.float32
-    given = exported.network.whole(x[None]) if exported.network.integers else x[None]
+    given = exported.network.to_integers(x[None]) if exported.network.integers else x[None]
     arrays = [
         np.zeros(exported.ram // 4, np.int32),
         np.ascontiguousarray(pixels_first(exported.network, given).numpy().astype(kind)),

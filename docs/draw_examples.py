@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 import sltt
 from sltt.sequence.layout import spiking_layers
-from sltt.sequence.spikes import observing
+from sltt.sequence.spikes import observe_spikes
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "examples.md"
@@ -53,7 +53,9 @@ def spikes(figure: Figure, name: str) -> None:
     """The events of a test sample over time, and the spikes of each layer."""
     _, model, x = run(name)
     fired: dict[str, list[torch.Tensor]] = {}
-    with observing(spiking_layers(model), lambda layer, seen: fired.setdefault(layer, []).append(seen[0].flatten())):
+    with observe_spikes(
+        spiking_layers(model), lambda layer, seen: fired.setdefault(layer, []).append(seen[0].flatten())
+    ):
         sltt.unroll(model, x)
     several = figure.subplots(1 + len(fired), 1, sharex=True)
     for t, (on, off) in enumerate(x[:, 0].tolist(), 1):

@@ -73,13 +73,13 @@ def sequence(name: str, values: Any, of: str, *, fewest: int = 0) -> Sequence[An
     return values
 
 
-def plain(value: Any) -> Any:
+def to_python(value: Any) -> Any:
     """Python's number in place of NumPy's, which no file of a run can hold, also in dictionaries and lists."""
     if isinstance(value, np.generic):
         return value.item()
     if type(value) is dict:  # not a state_dict, which has attributes
-        return {key: plain(one) for key, one in value.items()}
-    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+        return {key: to_python(one) for key, one in value.items()}
+    return type(value)(map(to_python, value)) if type(value) in (list, tuple) else value
 
 
 def flag(name: str, value: Any, remedy: str = "") -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sltt.checks import flag, function, instance, number
 from sltt.sequence.padding import lengths_of, real_steps, target_of
 from sltt.sequence.run import Run
-from sltt.sequence.spikes import observing
+from sltt.sequence.spikes import observe_spikes
 
 Prediction = Literal["mean", "last", "max", "steps"]
 
@@ -207,7 +207,7 @@ class Activity(Loss):
         return self.weight * steps * torch.stack(found).mean()
 
 
-def watching(loss: Any, run: Run) -> Any:
+def bind_loss(loss: Any, run: Run) -> Any:
     """Return the loss for the time steps of a run: with `Activity`, one that sees the spikes of the network."""
     if not isinstance(loss, Activity):
         return loss
@@ -216,7 +216,7 @@ def watching(loss: Any, run: Run) -> Any:
     if not watched:
         raise ValueError(f"no layer of neurons is called {loss.layers!r}; there are {', '.join(neurons) or 'none'}")
     of_step = _Watching(loss, run)
-    run.enter(observing(watched, of_step.see))
+    run.enter(observe_spikes(watched, of_step.see))
     return of_step
 
 

@@ -183,6 +183,6 @@ def score_text(name: str, score: float) -> str:
     return f"{score:.2%}" if is_share(name) else f"{score:.4g}"
 
 
-def finite(scores: Sequence[float | None]) -> list[float]:
+def finite_scores(scores: Sequence[float | None]) -> list[float]:
     """Return the scores without those that are no number: NaN, which JSON keeps as null."""
     return [one for one in scores if one is not None and math.isfinite(one)]

@@ -18,7 +18,7 @@ from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
 from sltt.rules.batch import StepLoss
 from sltt.rules.mixed import Window, layer_order
 from sltt.rules.truncated import step_by_step
-from sltt.sequence.copies import copied
+from sltt.sequence.copies import copy_model
 from sltt.sequence.steps import time_steps
 
 # Below this cosine the direction of a step is more than 18° off.
@@ -89,7 +89,7 @@ def windows(steps: int) -> list[Rule]:
     return [SLTT(), *(TBPTT(2**i) for i in range(1, max(steps - 1, 1).bit_length()) if 2**i < steps)]
 
 
-def cheaper(model: nn.Module, steps: int) -> list[Rule]:
+def cheaper_rules(model: nn.Module, steps: int) -> list[Rule]:
     """Rules of less memory than BPTT, in its order: SLTT, OTTT where it knows the network, and `windows`."""
     spatial, *truncated = windows(steps)
     try:
@@ -179,7 +179,7 @@ def batch_memory(
     model: nn.Module, x: Tensor, target: Any, loss: StepLoss, *, steps: int | None = None
 ) -> Callable[[Rule], int]:
     """Return a function to the peak bytes of a batch with a rule, above those before; arguments as of `agreement`."""
-    twin = copied(model)
+    twin = copy_model(model)
 
     @functools.cache
     def memory(rule: Rule) -> int:
@@ -202,7 +202,7 @@ class _Exact:
         instance("x", x, Tensor)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating-point type, such as torch.float64, got {dtype}")
-        self.model = model if dtype is None else copied(model).to(dtype)
+        self.model = model if dtype is None else copy_model(model).to(dtype)
         self.x = x if dtype is None or not x.is_floating_point() else x.to(dtype)
         self.target, self.loss = target, loss
         if dtype is not None:
@@ -222,7 +222,7 @@ class _Exact:
     @functools.cached_property
     def without_resets(self) -> "_Exact":
         """Return the same, where no gradient goes through the neurons' resets."""
-        model = copied(self.model)
+        model = copy_model(self.model)
         attached: list[Any] = [m for m in model.modules() if getattr(m, "detach_reset", True) is False]
         for neuron in attached:
             neuron.detach_reset = True
@@ -234,16 +234,16 @@ class _Exact:
         layers = {module: _measure(found, exact, names)[:2] for module, names in _modules(exact).items()}
         other = self.without_resets
         without = other.gradients
-        least = _least(found if other is self else other._gradients(rule), without)
+        least = _worst_cosine(found if other is self else other._gradients(rule), without)
         return Agreement(repr(rule), *_measure(found, exact, list(exact)), layers, least)
 
     def layers(self) -> dict[str, bool]:
         """Return the layers of neurons in the order in which they run, and whether the network parts at each."""
         with _fork(self.x):
-            return layer_order(copied(self.model), time_steps(self.x, self.steps))
+            return layer_order(copy_model(self.model), time_steps(self.x, self.steps))
 
     def _gradients(self, rule: Rule) -> dict[str, Tensor]:
-        twin = copied(self.model)
+        twin = copy_model(self.model)
         twin.zero_grad(set_to_none=True)
         with _fork(self.x):
             arguments = twin, self.x, self.target, self.loss
@@ -291,7 +291,7 @@ def _modules(parameters: Iterable[str]) -> dict[str, list[str]]:
     return modules
 
 
-def _least(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+def _worst_cosine(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     """The smallest cosine, of all parameters or of a module with a weight matrix; 0 of one without a gradient."""
     cosines = [_measure(found, exact, list(exact))[0]]
     for names in _modules(exact).values():

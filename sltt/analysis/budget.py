@@ -34,12 +34,16 @@ class PeakModel:
     def largest_batch(self, budget: int, steps: int) -> int | None:
         """Return the most samples that fit into `budget` bytes with T = `steps`; None where there is no limit."""
         budget, steps = whole_number("budget", budget, least=1), whole_number("steps", steps, least=1)
-        return _most(budget - self.fixed - self.per_step * steps, self.per_sample + self.per_both * steps, MOST_SAMPLES)
+        return _fit_count(
+            budget - self.fixed - self.per_step * steps, self.per_sample + self.per_both * steps, MOST_SAMPLES
+        )
 
     def largest_steps(self, budget: int, batch: int) -> int | None:
         """Return the largest T that fits into `budget` bytes with `batch` samples; None where there is no limit."""
         budget, batch = whole_number("budget", budget, least=1), whole_number("batch", batch, least=1)
-        return _most(budget - self.fixed - self.per_sample * batch, self.per_step + self.per_both * batch, MOST_STEPS)
+        return _fit_count(
+            budget - self.fixed - self.per_sample * batch, self.per_step + self.per_both * batch, MOST_STEPS
+        )
 
 
 def fit_peak(measure: Callable[[int, int], int], batches: tuple[int, int], steps: tuple[int, int]) -> PeakModel:
@@ -61,7 +65,7 @@ def fit_peak(measure: Callable[[int, int], int], batches: tuple[int, int], steps
     return PeakModel(p[b0, t0] - sample * b0 - step * t0 - both * b0 * t0, sample, step, both)
 
 
-def _most(room: float, each: float, limit: int) -> int | None:
+def _fit_count(room: float, each: float, limit: int) -> int | None:
     if room < 0:
         return 0
     most = room / each if each > 0 else math.inf

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from sltt.checks import instance
 from sltt.neurons import Recurrent
 from sltt.rules import unroll
-from sltt.sequence.hooks import hooked
+from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.layout import spiking_layers
-from sltt.sequence.spikes import observing
+from sltt.sequence.spikes import observe_spikes
 
 # Energy of a 32-bit floating-point operation in a 45 nm process; Horowitz, ISSCC 2014.
 PICOJOULES_MULTIPLY_ACCUMULATE = 4.6
@@ -101,11 +101,11 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     layers = {name: m for name, m in modules.items() if isinstance(m, LAYERS)}
     recurrent = {layer for m in modules.values() if isinstance(m, Recurrent) for layer in m.layer.modules()}
     with (
-        hooked(model.register_forward_pre_hook(start)),
-        hooked(*(m.register_forward_hook(partial(count, name), with_kwargs=True) for name, m in layers.items())),
-        hooked(*(m.register_forward_pre_hook(partial(products.enter, name)) for name, m in modules.items())),
-        hooked(*(m.register_forward_hook(products.leave, always_call=True) for m in modules.values())),
-        observing(spiking_layers(model), fire),
+        keep_hooks(model.register_forward_pre_hook(start)),
+        keep_hooks(*(m.register_forward_hook(partial(count, name), with_kwargs=True) for name, m in layers.items())),
+        keep_hooks(*(m.register_forward_pre_hook(partial(products.enter, name)) for name, m in modules.items())),
+        keep_hooks(*(m.register_forward_hook(products.leave, always_call=True) for m in modules.values())),
+        observe_spikes(spiking_layers(model), fire),
         products,
     ):
         length = len(unroll(model, x, steps=steps))
@@ -178,7 +178,7 @@ class _Products(TorchFunctionMode):
 
     def _count(self, product: Callable[..., Tensor], a: Tensor, b: Tensor) -> None:
         one = self.counts.setdefault(self._inside[-1], _Count(spiking=True))
-        one.spiking &= _same(a) or _same(b)
+        one.spiking &= _has_one_value(a) or _has_one_value(b)
         one.active += int(product((a != 0).double(), (b != 0).double()).sum())
         one.inputs += int(product(torch.ones_like(a).double(), torch.ones_like(b).double()).sum())
 
@@ -190,7 +190,7 @@ def _sums(equation: Any) -> bool:
     return bool((set(first) & set(second)) - set(kept) - {"."})
 
 
-def _same(x: Tensor) -> bool:
+def _has_one_value(x: Tensor) -> bool:
     """Return whether all values are 0 or one other, as of spikes."""
     values = x[x != 0]
     return bool((values == values[:1]).all())

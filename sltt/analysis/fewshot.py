@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sltt.checks import whole_number
 from sltt.rules import unroll
-from sltt.sequence.hooks import hooked
+from sltt.sequence.hooks import keep_hooks
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def embeddings(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tens
         sums[module] = sums[module] + read if module in sums else read
         calls[module] = calls.get(module, 0) + 1
 
-    with hooked(*(m.register_forward_pre_hook(keep) for m in model.modules() if isinstance(m, nn.Linear))):
+    with keep_hooks(*(m.register_forward_pre_hook(keep) for m in model.modules() if isinstance(m, nn.Linear))):
         unroll(model, x, steps=steps)
     if not sums:
         raise ValueError(f"{type(model).__name__} has no nn.Linear that classifies: embeddings are what it reads")

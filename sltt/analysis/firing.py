@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sltt.checks import instance
 from sltt.sequence.layout import spiking_layers
-from sltt.sequence.spikes import observing
+from sltt.sequence.spikes import observe_spikes
 
 PARTS = 100  # counts of a layer that wait to be added up
 
@@ -25,7 +25,7 @@ def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":
     (`segment=n`) count again.
     """
     layers = spiking_layers(instance("model", model, nn.Module))
-    return observing(layers, FiringRates(list(layers)))
+    return observe_spikes(layers, FiringRates(list(layers)))
 
 
 class FiringRates:

@@ -172,9 +172,9 @@ def iteration_seconds(
 
     def backward(total: Tensor) -> None:
         nonlocal spent
-        before = _now(total.device)
+        before = _device_time(total.device)
         total.backward()
-        spent += _now(total.device) - before
+        spent += _device_time(total.device) - before
 
     def update() -> None:
         optimizer.step()
@@ -182,13 +182,13 @@ def iteration_seconds(
 
     began = time.perf_counter()
     for x, target in batches:
-        loaded = _now(x.device)
+        loaded = _device_time(x.device)
         optimizer.zero_grad()
         spent = 0.0
         rule(model, x, target, loss, steps=steps, backward=backward, update=update)
-        ran = _now(x.device)
+        ran = _device_time(x.device)
         optimizer.step()
-        ended = _now(x.device)
+        ended = _device_time(x.device)
         rows.append((loaded - began, ran - loaded - spent, spent, ended - ran))
         began = ended
     if len(rows) <= warmup:
@@ -207,7 +207,7 @@ def check_optimizer(model: nn.Module, optimizer: Any) -> None:
         raise ValueError(f"the optimizer has no parameter of the model: make it of these, {remedy}")
 
 
-def _now(device: torch.device) -> float:
+def _device_time(device: torch.device) -> float:
     """Return the time when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

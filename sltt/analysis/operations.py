@@ -11,7 +11,7 @@ from sltt import kernels
 from sltt.checks import instance
 from sltt.rules import Rule
 from sltt.rules.batch import StepLoss
-from sltt.sequence.copies import copied
+from sltt.sequence.copies import copy_model
 
 
 class Operations(NamedTuple):
@@ -46,7 +46,7 @@ def count_operations(
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is installed
 
     def count(**kwargs: Any) -> int:
-        twin = copied(model)
+        twin = copy_model(model)
         counter = FlopCounterMode(display=False, custom_mapping=_GROUPED)
         with kernels.using(compile="off", sparse="off"), counter:
             rule(twin, x, target, loss, steps=steps, update=lambda: None, **kwargs)

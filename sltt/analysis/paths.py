@@ -13,7 +13,7 @@ from sltt.checks import instance
 from sltt.kernels import costs
 from sltt.rules import unroll
 from sltt.rules.folding import choose_fold
-from sltt.sequence.hooks import hooked
+from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.layout import Layout
 from sltt.sequence.run import Run
 from sltt.sequence.steps import time_steps
@@ -80,7 +80,7 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
     hooks = {m: partial(look, name) for name, m in layers}
     for hook in hooks.values():
         hook.sees_folds = True  # pyright: ignore[reportAttributeAccessIssue]
-    with hooked(*(m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in hooks.items())):
+    with keep_hooks(*(m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in hooks.items())):
         fold = choose_fold(Run(model, time_steps(x, steps))).trained  # as in a training
         unroll(model, x, steps=steps, fold=fold)
     for path in found.values():

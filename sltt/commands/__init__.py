@@ -8,7 +8,7 @@ from importlib.metadata import version
 from io import TextIOWrapper
 
 from sltt.commands.failures import UsageError, tell
-from sltt.commands.hints import nearest
+from sltt.commands.hints import suggest
 from sltt.parallel.signals import PREEMPTED, Preempted
 
 COMMANDS = (
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, *rest = words
     try:
         if command not in COMMANDS:
-            raise UsageError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
+            raise UsageError(f"unknown command {command!r}{suggest(command, COMMANDS)}")
         from sltt.training.batches import keep_generators  # with PyTorch
 
         with keep_generators():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sltt.analysis.advice import Trial, advice, choose_rule
-from sltt.analysis.agreement import AGREES, SAVES, Proposal, agreement, batch_memory, cheaper, propose
+from sltt.analysis.agreement import AGREES, SAVES, Proposal, agreement, batch_memory, cheaper_rules, propose
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, time_steps
 from sltt.commands.prepared import prepare
 from sltt.commands.results import give
@@ -98,7 +98,7 @@ def measure_agreement(
                 train(here, built, T, epochs, built.rule, report)
             with prepare(here, built, T, full_precision=dtype is not None) as ready:
                 arguments = ready.model, *ready.batch(samples), ready.loss
-                rules = cheaper(ready.model, T)
+                rules = cheaper_rules(ready.model, T)
                 found = agreement(*arguments, rules, steps=ready.repeat, dtype=dtype)
                 proposal = propose(*arguments, found, steps=ready.repeat, dtype=dtype)
                 memory = batch_memory(*arguments, steps=ready.repeat)

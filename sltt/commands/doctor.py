@@ -45,7 +45,7 @@ def findings() -> list[tuple[str, str, str]]:
         *((name, _version(name) or "missing", "") for name in ("sltt", "torchvision", "lightning-fabric")),
         _device(),
         _compiler(),
-        _sparse(),
+        _sparse_layers(),
         _threads(),
         _half_precision(),
         *((name, _version(name) or "not installed", f"optional: for {use}") for name, use in OPTIONAL),
@@ -69,7 +69,7 @@ def _compiler() -> tuple[str, str, str]:
     return "C++ compiler", compiler, "compiles the neuron step"
 
 
-def _sparse() -> tuple[str, str, str]:
+def _sparse_layers() -> tuple[str, str, str]:
     from sltt.kernels import native
 
     problem = native.problem()

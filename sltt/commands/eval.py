@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from inspect import signature
 
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run, only, run_folder
+from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, allow_only, begin, build_run, run_folder
 from sltt.metrics import score_text
 from sltt.training.average import select_weights
 from sltt.training.checkpoints import load_checkpoint, load_weights
@@ -37,7 +37,7 @@ def run(words: Sequence[str]) -> None:
     """`sltt eval RUN [OPTION ...]`."""
     folder, words = begin(words)
     known, overrides = options().parse_known_args(words)
-    only(overrides, KEYS, "sltt eval", "the others belong to the training")
+    allow_only(overrides, KEYS, "sltt eval", "the others belong to the training")
     run = run_folder(folder)
     path = find_checkpoint(run, known.checkpoint)
     content, parser = load_checkpoint(path), make_parser("sltt eval", OF_TRAINING)

@@ -11,7 +11,7 @@ from sltt.data import Splits
 from sltt.interop.c import Arithmetic, Exported, to_c
 from sltt.losses import predict_from, prediction_of
 from sltt.rules import unroll
-from sltt.sequence.modes import evaluating
+from sltt.sequence.modes import evaluation_mode
 from sltt.training.console import Console
 
 MEASURED = 1000  # samples that an accuracy is measured on, at most
@@ -29,7 +29,9 @@ def default_name(run: Path) -> str:
 
 def export(built: Any, splits: Splits, folder: Path, name: str, weights: Arithmetic, report: Console) -> None:
     """Write the network that a run built, and report its size, operations and accuracy."""
-    samples, of = (splits.unaugmented, "training") if splits.validation is None else (splits.validation, "validation")
+    samples, of = (
+        (splits.unaugmented_train, "training") if splits.validation is None else (splits.validation, "validation")
+    )
     x = _batch(splits, samples, SEEN)[0]
     steps = built.steps if splits.static else None
     made = to_c(built.model, x, folder, name=name, steps=steps, weights=weights)
@@ -37,7 +39,7 @@ def export(built: Any, splits: Splits, folder: Path, name: str, weights: Arithme
     report.line(f"flash        {made.flash:,} bytes of weights and parameters, without the code")
     report.line(f"RAM          {made.ram:,} bytes, sizeof({name}_net)")
     add, multiply = PICOJOULES[weights]
-    with evaluating(built.model):
+    with evaluation_mode(built.model):
         layers = synaptic_operations(built.model, x, steps=steps)
     sums = sum(layer.synaptic_operations for layer in layers) / built.steps
     energy = sum(op.synaptic_operations * (add if op.spiking else multiply) for op in layers) / built.steps
@@ -58,7 +60,7 @@ def _accuracies(built: Any, splits: Splits, samples: Any, made: Exported) -> tup
     right = [0, 0]
     for part, target in zip(x.split(50, 0 if splits.static else 1), y.split(50), strict=True):
         whole = part.expand(built.steps, *part.shape) if splits.static else part
-        with evaluating(built.model):
+        with evaluation_mode(built.model):
             logits = unroll(built.model, part, steps=steps), made.network.unroll(whole)
         for i, one in enumerate(logits):
             right[i] += int((predict_from(prediction_of(built.loss), one).argmax(1) == target).sum())

@@ -6,7 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from sltt.printable import printable
+from sltt.printable import escape
 
 FAILED, MISUSED = 1, 2
 SAID = (ValueError, OSError, ArithmeticError, RuntimeError)  # their messages are written for the user
@@ -52,7 +52,7 @@ class UsageError(Exception):
 def tell(error: Exception, command: str) -> int:
     """Print why a command fails and what to do about it; returns the exit code."""
     for line in (" ".join(cause(error).split()), *getattr(error, "__notes__", ()), remedy(error, command)):
-        print(f"sltt: {printable(line)}", file=sys.stderr)
+        print(f"sltt: {escape(line)}", file=sys.stderr)
     return MISUSED if isinstance(error, UsageError) else FAILED
 
 

@@ -87,7 +87,7 @@ class Task:
         self.sizes = session_sizes(len(listed), base, way, sessions)
         self.order = listed[: sum(self.sizes)]
         self.data: Splits = Classes(built.data, self.order).splits(built.steps)
-        if isinstance(self.data.collate([self.data.unaugmented[0]])[1], Padded):  # pyright: ignore[reportIndexIssue]
+        if isinstance(self.data.collate([self.data.unaugmented_train[0]])[1], Padded):  # pyright: ignore[reportIndexIssue]
             raise ValueError(f"{built.data} pads its sequences, and embeddings are of T steps each: leave pad=True out")
         if untested := sorted({*range(len(self.order))} - {*class_labels(self.data.test)}):
             raise ValueError(f"class {self.order[untested[0]]} has no test samples: leave it out, by --order")
@@ -95,7 +95,7 @@ class Task:
 
     def shots(self, seed: int) -> list[int]:
         """Indices of the training samples that are seen: those of base classes, and a few of each new class."""
-        labels, base = class_labels(self.data.unaugmented), self.sizes[0]
+        labels, base = class_labels(self.data.unaugmented_train), self.sizes[0]
         seen = [i for i, label in enumerate(labels) if label < base]
         return seen + draw_shots(labels, range(base, len(self.order)), self.shot, seed)
 
@@ -143,7 +143,7 @@ def _classify(here: Session, task: Task, seed: int, built: Any, pixels: bool = F
         vectors, labels = zip(*found, strict=True)
         return torch.cat(vectors), torch.cat(labels)
 
-    known = prototypes(*read(torch.utils.data.Subset(task.data.unaugmented, task.shots(seed))), len(task.order))
+    known = prototypes(*read(torch.utils.data.Subset(task.data.unaugmented_train, task.shots(seed))), len(task.order))
     return incremental(known, *read(task.data.test), task.sizes)
 
 

@@ -28,7 +28,7 @@ def explain(message: str, values: Mapping[str, Any]) -> str:
         owners = re.findall(r"class_path[ =]'([\w.]+)'", message)
         owner = locate(owners[-1]) if owners else None
         names = list(inspect.signature(owner).parameters) if owner else fit_arguments()
-        return f"unknown key {key[1]!r}{f' of {owners[-1]}' if owners else ''}{nearest(key[1], names)}"
+        return f"unknown key {key[1]!r}{f' of {owners[-1]}' if owners else ''}{suggest(key[1], names)}"
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     if left := re.search(r"class_path '([\w.]+)':\s+the following arguments are required: (.+)", message):
         return f"{key}: {left[1]} needs {left[2]}"
@@ -70,7 +70,7 @@ def _nearest_option(option: str, values: Mapping[str, Any]) -> str:
         and "class_path" in value
         and option in inspect.signature(locate(value["class_path"])).parameters
     ]
-    return owned[0] if owned else nearest(option.split(".")[0], fit_arguments(), "--")
+    return owned[0] if owned else suggest(option.split(".")[0], fit_arguments(), "--")
 
 
 def _unknown_class(name: str) -> str:
@@ -102,7 +102,7 @@ def locate(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return a question for the known name that is spelt like this one; empty where none is."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -56,9 +56,9 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
             raise ValueError(f"{folder / name} is a link: remove it, or choose another folder by --out")
     for section in parts:
         for chart in section.charts:
-            figures.save(chart.figure, folder / "figures", _safe(chart.name))
+            figures.save(chart.figure, folder / "figures", _file_name(chart.name))
         for table in section.tables:
-            write_atomically(folder / "data" / f"{_safe(table.name)}.csv", partial(_put, table.csv()))
+            write_atomically(folder / "data" / f"{_file_name(table.name)}.csv", partial(_put, table.csv()))
     several = [*found.comparisons, *found.profiles, *found.agreements, *found.fewshots, *found.rates]
     recipes = {one["recipe"] for one in several}
     title = f"Report: {', '.join(sorted(recipes) or [run.name for run in found.runs])}"
@@ -76,7 +76,7 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _safe(name: str) -> str:
+def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "-", name)  # a run may call its metric ../../name
 
 

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from sltt.commands import yamltext
 from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.hints import explain, fit_arguments, locate, nearest
+from sltt.commands.hints import explain, fit_arguments, locate, suggest
 from sltt.commands.rule_texts import rule_options, rules
 from sltt.parallel.devices import count_started
 from sltt.training.batches import seed_everything
@@ -85,13 +85,13 @@ class CommandOptions(argparse.ArgumentParser):
 def _tell_error(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """Return the type of an option, whose ValueError is shown as it is."""
 
-    def parsed(text: str) -> Any:
+    def convert(text: str) -> Any:
         try:
             return kind(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    return parsed
+    return convert
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -113,7 +113,7 @@ def find_recipe(name: str) -> Path:
         raise UsageError(f"there is no file {name}; `sltt recipes NAME > {name}` copies a recipe")
     if name and Path(name).is_dir():
         raise UsageError(f"{name} is a folder, and a recipe was expected: `sltt train --resume {name}` continues a run")
-    raise UsageError(f"unknown recipe {name!r}{nearest(name, known)}; `sltt recipes` lists them")
+    raise UsageError(f"unknown recipe {name!r}{suggest(name, known)}; `sltt recipes` lists them")
 
 
 def run_folder(name: str | Path) -> Path:
@@ -296,7 +296,7 @@ def _check_classes(value: Any, place: str) -> None:
     keys = ["class_path", "init_args", "dict_kwargs"]
     if isinstance(value, dict) and "class_path" in value and (other := [key for key in value if key not in keys]):
         raise UsageError(
-            f"{place}: a class has the keys class_path and init_args, got {other[0]!r}{nearest(str(other[0]), keys)}"
+            f"{place}: a class has the keys class_path and init_args, got {other[0]!r}{suggest(str(other[0]), keys)}"
         )
     for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         _check_classes(one, f"{place}, {key}" if place.endswith((".yaml", ".yml")) else f"{place}.{key}")
@@ -343,7 +343,7 @@ def time_steps(value: int | str) -> int:
     return int(value)
 
 
-def only(words: Sequence[str], keys: Sequence[str], command: str, why: str) -> None:
+def allow_only(words: Sequence[str], keys: Sequence[str], command: str, why: str) -> None:
     """Raise UsageError for an option that would do nothing, or harm."""
     for word in words:
         if word.startswith("--") and re.split("[.=]", word.removeprefix("--"))[0] not in (*keys, "help"):
@@ -362,13 +362,13 @@ def begin(words: Sequence[str], default: str | None = None) -> tuple[str, Sequen
 def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """Return a parser of numbers separated by commas."""
 
-    def parsed(text: str) -> list[Any]:
+    def convert(text: str) -> list[Any]:
         try:
             return [kind(part) for part in text.split(",")]
         except ValueError:
             raise ValueError(f"expected numbers separated by commas, got {text!r}") from None
 
-    return parsed
+    return convert
 
 
 def count(text: str) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sltt.checks import whole_number
 from sltt.data import Splits
 from sltt.rules import Rule
-from sltt.sequence.hooks import hooked
+from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.padding import Padded, pad_batch
 from sltt.training.batches import EpochSampler, finish_loaders, train_loader
 from sltt.training.evaluation import measure_settings, measure_split
@@ -76,7 +76,7 @@ def prepare(here: Session, built: Any, steps: int, *, full_precision: bool = Fal
     """
     found = Prepared(built, here, steps)
     autocast = here.execution.precision != 32 and not full_precision
-    with hooked(*(_run_in_precision(found.model, here.fabric) if autocast else ())):
+    with keep_hooks(*(_run_in_precision(found.model, here.fabric) if autocast else ())):
         yield found
 
 

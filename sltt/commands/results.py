@@ -17,7 +17,7 @@ from sltt.commands.rule_texts import rule_settings
 from sltt.commands.tables import Cell
 from sltt.commands.vary import label_row
 from sltt.frozen import arguments_of
-from sltt.metrics import finite, is_share
+from sltt.metrics import finite_scores, is_share
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.console import Console, as_json
 from sltt.training.manifest import CONFIG, LAST, is_intact, open_file, read_manifest, was_written, write_file
@@ -40,7 +40,7 @@ def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Conso
 
 def scores_text(scores: Sequence[float | None], metric: str = "accuracy") -> str:
     """Return the mean of a metric over seeds, ± the standard deviation where there are several."""
-    known = finite(scores)
+    known = finite_scores(scores)
     form = ".1%" if is_share(metric) else ".3g"
     spread = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
     return f"{statistics.mean(known):{form}}{spread}" if known else "–"
@@ -48,7 +48,7 @@ def scores_text(scores: Sequence[float | None], metric: str = "accuracy") -> str
 
 def scores_cell(scores: Sequence[float | None], metric: str = "accuracy") -> Cell:
     """Return the same as a cell of a table, which is sorted by the mean."""
-    known = finite(scores)
+    known = finite_scores(scores)
     return Cell(scores_text(scores, metric), statistics.mean(known) if known else None)
 
 

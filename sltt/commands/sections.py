@@ -32,7 +32,7 @@ def sections(found: Gathered) -> list[Section]:
     asked += [row["rule"] for one in found.fewshots for row in one["rows"]]
     names = run_names(found)
     colours = figures.palette([*asked, *names.values()])
-    made = [_short(found)] if verdicts(found) or found.agreements else []
+    made = [_summary(found)] if verdicts(found) or found.agreements else []
     made += [_comparison(one) for one in found.comparisons]
     if found.runs:
         made.append(_training(found, names, colours))
@@ -49,7 +49,7 @@ def sections(found: Gathered) -> list[Section]:
     return made
 
 
-def _short(found: Gathered) -> Section:
+def _summary(found: Gathered) -> Section:
     """Give the verdict in words, three numbers for each rule, and the network with its layers."""
     metric = next((one["metric"] for one in found.comparisons), "accuracy").replace("_", " ")
     unit = "s / epoch" if found.comparisons else "s / batch"

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 
 from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import build, build_run, find_recipe, only, parse, parse_resume, run_folder
+from sltt.commands.parsing import allow_only, build, build_run, find_recipe, parse, parse_resume, run_folder
 from sltt.metrics import score_text
 from sltt.parallel.devices import keep_freed_memory
 from sltt.training.card import add_test_score
@@ -32,7 +32,7 @@ def run(words: Sequence[str]) -> None:
         raise UsageError(f"--resume continues {continued} with its own recipe: leave out {words[0]!r}")
     if continued:
         run_folder(continued)
-        only(words, RESUMABLE, "sltt train --resume", "a run continues with its own settings")
+        allow_only(words, RESUMABLE, "sltt train --resume", "a run continues with its own settings")
     # the run's own may need packages that are not here
     unread = ["loggers"] if continued and re.search(r"--loggers[ =]null\b", " ".join(words)) else []
     parser = make_parser(f"sltt train {words[0] if named else '[RECIPE]'}", unread)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sltt.metrics import finite, score_text
+from sltt.metrics import finite_scores, score_text
 
 VARY_HELP = "values to try, with the recipe's rule or --rules: model.neuron.tau=1.1,2,4; several make a grid"
 OWN = {"rule": "--rules BPTT,SLTT", "seed": "--seeds 3", "run": "--save FOLDER"}
@@ -47,7 +47,7 @@ def label_row(rule: str, varied: Mapping[str, str]) -> str:
 
 def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bool) -> str:
     """Return the row of the best metric on the validation samples, and whether the next one is told from it."""
-    trained = [(row, reached) for row in rows if row["scores"] and (reached := finite(row["validation"]))]
+    trained = [(row, reached) for row in rows if row["scores"] and (reached := finite_scores(row["validation"]))]
     if not trained:
         return "Nothing was held out, so that there is no best value: set --data.validation 0.1."
     trained.sort(key=lambda pair: _mean(pair[1]), reverse=higher_is_better)  # of those that tie, in the table's order
@@ -56,7 +56,7 @@ def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bo
     name = metric.replace("_", " ")
     text = (
         f"{first['rule']} has the best validation {name}: {score_text(metric, means[0])}; "
-        f"on the test samples {score_text(metric, statistics.mean(finite(first['scores']) or [math.nan]))}."
+        f"on the test samples {score_text(metric, statistics.mean(finite_scores(first['scores']) or [math.nan]))}."
     )
     if died := len(first.get("errors", ())):
         text += f" {died} of its seeds died."

@@ -8,7 +8,7 @@ from typing import Any
 
 from sltt.commands.results import Gathered
 from sltt.commands.vary import best_of
-from sltt.metrics import finite, is_share, score_text
+from sltt.metrics import finite_scores, is_share, score_text
 
 MARGIN = 0.01  # of accuracy: a smaller loss is called none
 OF_AN_ERROR = 0.05  # the same of other metrics, as a part of the reference's
@@ -51,7 +51,7 @@ def verdicts(found: Gathered) -> list[Verdict]:
     rules: dict[str, Verdict] = {}
     for one in _same_recipe(found, found.comparisons):
         for row in one["rows"]:
-            scores = finite(row["scores"])
+            scores = finite_scores(row["scores"])
             died = len(row["scores"]) - len(scores) + len(row.get("errors", ()))
             if scores or died:
                 rules[row["rule"]] = Verdict(
@@ -76,7 +76,7 @@ def verdicts(found: Gathered) -> list[Verdict]:
 
 def _seconds_of_seeds(row: dict[str, Any]) -> tuple[float, float, float] | None:
     """Return the median of an epoch's seconds, and the least and the most of the medians of single seeds."""
-    each = finite(row["seconds_of_seeds"])
+    each = finite_scores(row["seconds_of_seeds"])
     return (row["seconds"], min(each), max(each)) if each else None
 
 
@@ -152,14 +152,14 @@ def _compare_scores(one: Verdict, reference: Verdict) -> tuple[str, str]:
         text = f"{name} {score_text(one.metric, one.score)}, {other} {score_text(one.metric, reference.score)}"
         told = min(len(one.scores), len(reference.scores)) > 1
         measured, margin = f"±{score_text(one.metric, noise)}", OF_AN_ERROR * abs(reference.score)
-        return text, _safe(lost, noise, margin, measured) if told else ""
+        return text, _judge(lost, noise, margin, measured) if told else ""
     points = f"{100 * lost:.1f} points"
     text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
     text = f"{name} {points} below {other}" if lost > MARGIN else text
-    return text, _safe(lost, noise, MARGIN, f"±{100 * noise:.0f} points")
+    return text, _judge(lost, noise, MARGIN, f"±{100 * noise:.0f} points")
 
 
-def _safe(lost: float, noise: float, margin: float, measured: str) -> str:
+def _judge(lost: float, noise: float, margin: float, measured: str) -> str:
     """Say whether a rule that loses so much, `measured` to so much, is safe."""
     if lost > margin and lost > noise:
         return " Not safe here."

@@ -53,7 +53,7 @@ class Splits:
         return {name: 0 if part is None else len(part) for name, part in parts.items()}
 
     @property
-    def unaugmented(self) -> Dataset[Any]:
+    def unaugmented_train(self) -> Dataset[Any]:
         """Return the training samples without augmentation."""
         return self.train if self.plain is None else self.plain
 

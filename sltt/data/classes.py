@@ -44,7 +44,7 @@ class Classes(Data):
             raise ValueError(f"{name} has the classes 0 … {splits.classes - 1}, got {unknown[0]}")
         if isinstance(splits.train, Mixup):
             raise ValueError("mixup mixes samples of all classes: leave it out where classes are chosen, mixup=0")
-        labels = class_labels(splits.unaugmented)
+        labels = class_labels(splits.unaugmented_train)
         if empty := sorted({*self.classes} - {*labels}):
             raise ValueError(f"class {empty[0]} of {name} has no training samples: leave it out")
 

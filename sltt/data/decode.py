@@ -33,7 +33,7 @@ def decode(path: str) -> Tensor:
         raise ValueError(f"{path} does not decode as an image: {error}; restore or remove it") from error
 
 
-def undecodable(paths: Sequence[str], root: Path) -> list[str]:
+def find_undecodable(paths: Sequence[str], root: Path) -> list[str]:
     """List the images that do not decode; found once for the same files, and warned about every time."""
     stamps = [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in paths]
     key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]

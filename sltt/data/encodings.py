@@ -70,7 +70,7 @@ class Poisson(_OfImages):
 
     def __call__(self, x: Tensor, steps: int) -> Tensor:
         """Code an image [...] as spikes [T, ...]."""
-        return self.share(_precise(x)).expand(steps, *x.shape).bernoulli().to(x.dtype)
+        return self.share(_to_float32(x)).expand(steps, *x.shape).bernoulli().to(x.dtype)
 
 
 class Latency(_OfImages):
@@ -83,7 +83,7 @@ class Latency(_OfImages):
 
     def __call__(self, x: Tensor, steps: int) -> Tensor:
         """Code an image [...] as spikes [T, ...]."""
-        share = self.share(_precise(x))
+        share = self.share(_to_float32(x))
         first = ((1 - share) * (steps - 1)).round()
         times = torch.arange(steps, device=x.device).view(-1, *[1] * x.ndim)
         return ((times == first) & (share > 0)).to(x.dtype)
@@ -108,7 +108,7 @@ class Delta(Encoding):
         if len(x) != steps:
             raise ValueError(f"Delta codes a sequence of {steps} time steps, got one of shape {list(x.shape)}")
         check_input(x)
-        dtype, x, frames = x.dtype, _precise(x), []
+        dtype, x, frames = x.dtype, _to_float32(x), []
         reference = x[0]
         for frame in x:
             change = frame - reference
@@ -118,7 +118,7 @@ class Delta(Encoding):
         return torch.stack(frames).to(dtype)
 
 
-def _precise(x: Tensor) -> Tensor:
+def _to_float32(x: Tensor) -> Tensor:
     """x in float32 at least, where differences have a sign and time steps are exact."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 from sltt.checks import choice, flag, folder, number, whole_number
 from sltt.data.augment import clear_square
 from sltt.data.base import Data, OnError, Splits, fingerprint, hold_out
-from sltt.data.decode import decode, undecodable
+from sltt.data.decode import decode, find_undecodable
 
 Transform = Callable[[Any], Tensor]
 
@@ -360,7 +360,7 @@ class ImageFolder(_Images):
                 return (names, {name: i for i, name in enumerate(names)}) if names else super().find_classes(directory)
 
         images = Folder(str(home), transform=transform, loader=decode)
-        if self.on_error == "skip" and (bad := set(undecodable([path for path, _ in images.samples], self.root))):
+        if self.on_error == "skip" and (bad := set(find_undecodable([path for path, _ in images.samples], self.root))):
             images.samples = images.imgs = [sample for sample in images.samples if sample[0] not in bad]
             images.targets = [label for _, label in images.samples]
         return images

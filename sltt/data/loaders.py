@@ -54,13 +54,13 @@ def from_loaders(loaders: Loaders, batch_size: int) -> Data:
     for name, loader in given.items():
         _check_loader(name, loader, batch_size)
     return _OwnData(
-        {name: _alone(loader.dataset) for name, loader in given.items()},
+        {name: _own_subset(loader.dataset) for name, loader in given.items()},
         static=_is_static(given["train"]),
         collates={name: loader.collate_fn for name, loader in given.items()},
     )
 
 
-def _alone(dataset: Any) -> Subset[Any]:
+def _own_subset(dataset: Any) -> Subset[Any]:
     """Return a data set as an object of its own: two splits may read the same one."""
     return Subset(dataset, range(len(dataset)))
 

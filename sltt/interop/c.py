@@ -13,9 +13,9 @@ from sltt import checks
 from sltt.interop.c_integers import in_integers
 from sltt.interop.c_network import Active, Network, Spread
 from sltt.interop.c_reading import read
-from sltt.interop.c_writing import Program, is_name, listed
+from sltt.interop.c_writing import Program, is_name, lines_of
 from sltt.rules import unroll
-from sltt.sequence.copies import copied
+from sltt.sequence.copies import copy_model
 from sltt.sequence.steps import time_steps
 
 log = logging.getLogger("sltt")
@@ -80,7 +80,7 @@ def to_c(
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder, or remove this one")
     x = torch.stack([sequence.input(range(t, t + 1)) for t in range(sequence.steps)]).float().cpu()
-    expected = unroll(copied(model).float().cpu().eval(), x)
+    expected = unroll(copy_model(model).float().cpu().eval(), x)
     network = read(model, x[0], sequence.steps)
     margin = torch.empty(x.shape[1])
     apart = (network.unroll(x, margin=margin)[0] - expected[0]).abs().amax(1).amin()
@@ -90,13 +90,13 @@ def to_c(
             "for z += x, and keep states in sltt's neurons"
         )
     if weights == "int8":
-        network = _quantised(network, x)
+        network = _quantise(network, x)
         expected = network.unroll(x)
     program = Program(network, name, events=not sequence.static)
     # floats are summed in another order than PyTorch's, which may change a spike where a potential meets its threshold
     tested = margin.argsort(descending=True, stable=True)[:VECTORS]
     given = x[:1, tested] if sequence.static else x[:, tested]
-    given = network.whole(given) if network.integers else given
+    given = network.to_integers(given) if network.integers else given
     files = {
         f"{name}.h": program.header(),
         f"{name}.c": program.source(),
@@ -114,7 +114,7 @@ def to_c(
     return Exported(folder, network, program.flash, program.ram)
 
 
-def _quantised(network: Network, x: Tensor) -> Network:
+def _quantise(network: Network, x: Tensor) -> Network:
     """Return the network in integers; warn of layers that fall silent or saturate on sequences x."""
     before: dict[str, float] = {}
     after: dict[str, float] = {}
@@ -150,11 +150,11 @@ def _test(program: Program, x: Tensor, expected: Tensor) -> str:
 #define FRAMES {frames} /* of a sample; the last is shown until its end */
 
 static const {name}_input inputs[SAMPLES * FRAMES * {N}_INPUTS] = {{
-{listed(inputs, program.types["number"])}
+{lines_of(inputs, program.types["number"])}
 }};
 
 static const {name}_logit logits[SAMPLES * {N}_STEPS * {N}_CLASSES] = {{
-{listed(logits, program.types["number"])}
+{lines_of(logits, program.types["number"])}
 }};
 
 static {name}_net net;

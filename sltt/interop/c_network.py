@@ -141,7 +141,7 @@ class Fire(Operation):
     def _charge(self, factor: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if not self.integers:
             return _channels(factor) * v + x
-        return (_shifted(_channels(factor) * v, SHIFT) + x).clamp(-LIMIT, LIMIT)
+        return (_shift_right(_channels(factor) * v, SHIFT) + x).clamp(-LIMIT, LIMIT)
 
 
 @dataclass(eq=False)
@@ -173,7 +173,7 @@ class Sum(Operation):
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         terms = [
-            x if factor is None else _shifted(_channels(factor) * x, SHIFT)
+            x if factor is None else _shift_right(_channels(factor) * x, SHIFT)
             for x, factor in zip(inputs, self.factors, strict=True)
         ]
         return torch.stack(terms).sum(0)
@@ -229,7 +229,7 @@ class Network:
         """Count the readers of a value, the caller of the network among them."""
         return sum(op.inputs.count(value) for op in self.operations) + (value is self.output)
 
-    def whole(self, x: Tensor) -> Tensor:
+    def to_integers(self, x: Tensor) -> Tensor:
         """Return an input as integers, in units of `input_scale`."""
         return (x.double() / self.input_scale).round().clamp(-127, 127)
 
@@ -240,7 +240,7 @@ class Network:
         Integers are computed in float64, which holds each of them exactly. `rates` takes the firing rate of each layer
         of neurons, `margin` [B] how near any potential came to its threshold.
         """
-        x = self.whole(x) if self.integers else x.float()
+        x = self.to_integers(x) if self.integers else x.float()
         values: dict[Value, Tensor] = {}
         start = {} if margin is None else {"margin": torch.full_like(margin, torch.inf)}
         states: dict[Operation, dict[str, Tensor]] = {op: dict(start) for op in self.operations}
@@ -265,7 +265,7 @@ def _channels(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, 1)
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
+def _shift_right(x: Tensor, bits: int) -> Tensor:
     """x / 2^bits, rounded to the nearest integer, as an arithmetic shift does it."""
     return ((x + 2 ** (bits - 1)) / 2**bits).floor()
 

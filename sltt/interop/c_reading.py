@@ -12,7 +12,7 @@ from sltt.dropout import Dropout
 from sltt.interop.c_network import Active, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights, describe
 from sltt.interop.conversion import require
 from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Neuron, OnlineRenorm, Recurrent
-from sltt.sequence.copies import copied
+from sltt.sequence.copies import copy_model
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful, reset
 from sltt.surrogates import Above, Surrogate
@@ -43,7 +43,7 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
     Raises:
         ValueError: naming every layer and operation that C has not, or whose weights are not finite.
     """
-    model = copied(model).float().cpu().eval()
+    model = copy_model(model).float().cpu().eval()
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # of any kind, since symbols run through the network's own code
@@ -121,7 +121,7 @@ class _Reader(fx.Interpreter):
                 self.values[n] = self._read(n)
             except ValueError as reason:
                 called = n.op == "call_module"
-                name = describe(str(n.target), self.fetch_attr(str(n.target))) if called else _inside(n, self.model)
+                name = describe(str(n.target), self.fetch_attr(str(n.target))) if called else _name_call(n, self.model)
                 self.problems.append(f"{name}{reason}")
                 self.values[n] = Value(_image(value.shape[1:]))
         return value
@@ -227,7 +227,7 @@ def _image(shape: Any) -> tuple[int, int, int]:
     return int(torch.Size(shape).numel()), 1, 1
 
 
-def _inside(n: fx.Node, model: nn.Module) -> str:
+def _name_call(n: fx.Node, model: nn.Module) -> str:
     """Return how messages name a call outside of a layer: with the module whose forward makes it."""
     path = [*(path for path, _ in n.meta.get("nn_module_stack", {"": ("", None)}).values())][-1]
     return f"the operation {n.name} in {describe(path, model.get_submodule(path))}"
@@ -262,11 +262,11 @@ def _weights(name: str, module: Any, x: Value, given: Tensor) -> Weights:
     flat = isinstance(module, nn.Conv1d)
     stride, padding = _pair(module.stride, 1), _pair(padding)
     weight = weight.unsqueeze(2) if flat else weight
-    size = _slid(x.shape, (weight.shape[2], weight.shape[3]), stride, padding)
+    size = _count_windows(x.shape, (weight.shape[2], weight.shape[3]), stride, padding)
     return Weights(name, [x], Value((len(weight), *size)), weight, bias, stride, padding, module.groups)
 
 
-def _slid(shape: Any, kernel: Any, stride: Any, padding: Any) -> tuple[int, int]:
+def _count_windows(shape: Any, kernel: Any, stride: Any, padding: Any) -> tuple[int, int]:
     height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape[1:], kernel, stride, padding, strict=True))
     return height, width
 
@@ -287,7 +287,7 @@ def _pool(name: str, module: Any, largest: bool, x: Value) -> Pool:
     kernel, padding = pair(module.kernel_size, 1), pair(module.padding, 0)
     stride = pair(module.stride, 1)
     require(not module.ceil_mode, " with ceil_mode")
-    value = Value((x.shape[0], *_slid(x.shape, kernel, stride, padding)))
+    value = Value((x.shape[0], *_count_windows(x.shape, kernel, stride, padding)))
     if largest:
         require(set(pair(module.dilation, 1)) == {1} and not module.return_indices, " with these options")
         return Pool(name, [x], value, kernel, stride, padding, largest=True)
@@ -311,7 +311,7 @@ def _fold(network: Network) -> None:
             before.gain, before.shift = before.gain * op.gain, before.shift * op.gain + op.shift
         elif isinstance(op, Weights) and op.linear and isinstance(before, Pool) and before.adaptive:
             pool: Callable[[Tensor], Tensor] = nn.AdaptiveAvgPool2d(before.output.shape[1:])
-            op.weight = _transposed(pool, op.weight, before.inputs[0].shape)
+            op.weight = _weights_of(pool, op.weight, before.inputs[0].shape)
             op.inputs = before.inputs
             network.operations.remove(before)
             continue
@@ -346,7 +346,7 @@ def _add_lists(network: Network) -> None:
             op.inputs = [x, lists[x]]
 
 
-def _transposed(function: Callable[[Tensor], Tensor], weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _weights_of(function: Callable[[Tensor], Tensor], weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return the weights [O, *shape] of a linear layer that does what `function` and then `weight` do."""
     zeros = torch.zeros(len(weight), *shape, dtype=weight.dtype, requires_grad=True)
     with torch.enable_grad():

@@ -73,7 +73,10 @@ class Program:
             f"void {name}_step({name}_net *net, const {name}_input *input, {name}_logit *logits)\n{{\n{body}\n}}",
             *([self._events()] if self.events else []),
             "/* Weights and parameters. */",
-            *(f"static const {k} {key}[{len(v)}] = {{\n{listed(v, k)}\n}};" for key, (k, v) in self.constants.items()),
+            *(
+                f"static const {k} {key}[{len(v)}] = {{\n{lines_of(v, k)}\n}};"
+                for key, (k, v) in self.constants.items()
+            ),
         ]
         return "\n\n".join(part for part in code if part) + "\n"
 
@@ -164,9 +167,9 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             more = [need if need in parts else f"{need} {arithmetic}" for need in parts[todo.pop()][0]]
             todo += more
             needed.update(more)
-        return [self._typed(text) for key, (_, text) in parts.items() if key in needed]
+        return [self._set_types(text) for key, (_, text) in parts.items() if key in needed]
 
-    def _typed(self, text: str) -> str:
+    def _set_types(self, text: str) -> str:
         lines = [line.partition("//?") for line in text.splitlines()]
         text = "\n".join(line.rstrip() for line, _, only in lines if not only or only.strip() in self.parts)
         for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
@@ -330,7 +333,7 @@ def _literal(value: Tensor, kind: str) -> str:
     return f"{value.float().numpy().astype(str)}f"
 
 
-def listed(values: Tensor, kind: str) -> str:
+def lines_of(values: Tensor, kind: str) -> str:
     """Return the numbers of an array in lines."""
     array = values.detach().flatten().numpy()
     if kind == "float":

@@ -86,7 +86,7 @@ def synaptic(decay: float, synaptic_decay: float, gain: float, **arguments: Any)
     return CubaLIF(tau, 1 / (1 - synaptic_decay), gain, **arguments)
 
 
-def constant(name: str, value: Any) -> float:
+def read_constant(name: str, value: Any) -> float:
     """Return a parameter that is the same number for all neurons of a layer, and is not learned."""
     value = torch.as_tensor(value)
     if value.requires_grad:

@@ -28,8 +28,8 @@ from sltt.checks import instance, number
 from sltt.dropout import Dropout
 from sltt.interop.conversion import check_finite, require
 from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, OnlineRenorm, Recurrent
-from sltt.sequence.copies import copied
-from sltt.sequence.modes import evaluating
+from sltt.sequence.copies import copy_model
+from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.state import Stateful, reset
 from sltt.surrogates import Above
 
@@ -58,7 +58,7 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     model = instance("model", model, nn.Module)
     check_finite(model)
     if x.dtype in (torch.bfloat16, torch.float16):  # NumPy has no bfloat16, and folding would round to 16 bits
-        model, x = copied(model).float(), x.float()
+        model, x = copy_model(model).float(), x.float()
     return _Export(model, number("dt", dt, above=0)).export(x)
 
 
@@ -87,7 +87,7 @@ class _Export(fx.Interpreter):
     def export(self, x: Tensor) -> nir.NIRGraph:
         reset(self.model)
         try:
-            with evaluating(self.model), torch.no_grad():
+            with evaluation_mode(self.model), torch.no_grad():
                 found = self.run(x)
                 reset(self.model)
                 same = torch.allclose(found, self.model(x), rtol=1e-3, atol=1e-5)
@@ -102,11 +102,11 @@ class _Export(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.op == "placeholder":
-            self._add(n, self._free("input"), nir.Input({"input": np.array(value.shape[1:])}), [])
+            self._add(n, self._free_name("input"), nir.Input({"input": np.array(value.shape[1:])}), [])
         elif n.op == "output":
             arg: Any = n.args[0]
             shape = np.array(value.shape[1:])
-            self._add(n, self._free("output"), nir.Output({"output": shape}), self.sources[arg])
+            self._add(n, self._free_name("output"), nir.Output({"output": shape}), self.sources[arg])
         elif n.op == "call_module":
             module = self.fetch_attr(str(n.target))
             (arg,) = n.all_input_nodes
@@ -118,7 +118,7 @@ class _Export(fx.Interpreter):
             self._operation(n, value)
         return value
 
-    def _free(self, name: str) -> str:
+    def _free_name(self, name: str) -> str:
         """Return a name that no layer has."""
         while name in self.names.values():
             name += "_"
@@ -138,7 +138,7 @@ class _Export(fx.Interpreter):
 
     def _layer(self, n: fx.Node, module: Any, arg: fx.Node, x: Tensor) -> None:
         path = str(n.target) if n.op == "call_module" else n.name
-        name = self.names[path] if n.op == "call_module" else self._free(path)
+        name = self.names[path] if n.op == "call_module" else self._free_name(path)
         sources = self.sources[arg]
         if isinstance(module, _NOTHING):
             self.sources[n] = sources
@@ -172,7 +172,7 @@ class _Export(fx.Interpreter):
         sources = self.sources[arg]
         self.sources[n] = sources
         before = self.nodes.get(sources[0]) if len(sources) == 1 else None
-        if norm.running_mean is None or not isinstance(before, _NIR_WEIGHTS) or not self._alone(arg, sources[0]):
+        if norm.running_mean is None or not isinstance(before, _NIR_WEIGHTS) or not self._is_single(arg, sources[0]):
             self.problems.append(f"{name} ({type(norm).__name__}), which is not behind a layer with weights of its own")
             return
         gain = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
@@ -184,7 +184,7 @@ class _Export(fx.Interpreter):
             self.nodes[sources[0]] = before
         before.bias = bias * scale + _array(shift)
 
-    def _alone(self, node: fx.Node, layer: str) -> bool:
+    def _is_single(self, node: fx.Node, layer: str) -> bool:
         """Return whether nothing but this node's one reader reads a layer's output."""
         while len(node.users) == 1 and self.names.get(str(node.target)) != layer:
             (node,) = node.all_input_nodes

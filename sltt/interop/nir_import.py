@@ -152,7 +152,7 @@ def _affine(node: Any) -> nn.Module:
 def _conv(node: Any) -> nn.Module:
     kind = nn.Conv1d if isinstance(node, nir.Conv1d) else nn.Conv2d
     require(int(node.groups) == 1, ", which has several groups")
-    options = {name: _plain(getattr(node, name)) for name in ("stride", "padding", "dilation")}
+    options = {name: _to_python(getattr(node, name)) for name in ("stride", "padding", "dilation")}
     weight = node.weight
     module = kind(weight.shape[1], weight.shape[0], weight.shape[2:], **options)
     return _fill(module, weight, node.bias)
@@ -165,7 +165,7 @@ def _fill(module: Any, weight: np.ndarray, bias: np.ndarray | None) -> nn.Module
     return module
 
 
-def _plain(value: Any) -> Any:
+def _to_python(value: Any) -> Any:
     if isinstance(value, str | bytes):
         return value if isinstance(value, str) else value.decode()
     array = np.asarray(value)
@@ -179,7 +179,7 @@ class _SumPool2d(nn.AvgPool2d):
 
 
 def _pool(kind: Callable[..., nn.Module]) -> Callable[[Any], nn.Module]:
-    return lambda node: kind(*(pair(_plain(v)) for v in (node.kernel_size, node.stride, node.padding)))
+    return lambda node: kind(*(pair(_to_python(v)) for v in (node.kernel_size, node.stride, node.padding)))
 
 
 def _flatten(node: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sltt import surrogates
 from sltt.checks import instance
-from sltt.interop.conversion import ConversionError, constant, leaky, require, synaptic
+from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic
 from sltt.sequence.state import Stateful, map_tensors, register
 
 
@@ -77,22 +77,22 @@ def _translate(keeper: KeepState) -> nn.Module:
     if not _spikes(module):
         return keeper
     p = module.p
-    reset: dict[str, Any] = {"v_threshold": constant("v_th", p.v_th), "surrogate": _surrogate(p)}
+    reset: dict[str, Any] = {"v_threshold": read_constant("v_th", p.v_th), "surrogate": _surrogate(p)}
     if type(module) is norse.IAFCell:
         # IAFCell itself marks its v_reset, which is its first membrane potential, to require a gradient
-        return leaky(1.0, v_reset=constant("v_reset", p.v_reset.detach()), **reset)
+        return leaky(1.0, v_reset=read_constant("v_reset", p.v_reset.detach()), **reset)
     known = type(module) in (norse.LIFBoxCell, norse.LIFCell)
     require(known, f"holds a {type(module).__name__}, of other dynamics than LIFBoxCell and LIFCell")
-    rest = constant("v_leak", p.v_leak)
+    rest = read_constant("v_leak", p.v_leak)
     if type(module) is norse.LIFCell or p.reset_method is reset_value:
-        reset["v_reset"] = constant("v_reset", p.v_reset)
+        reset["v_reset"] = read_constant("v_reset", p.v_reset)
         require(rest == reset["v_reset"], "has a v_leak that is not v_reset")
     else:
         require(p.reset_method is reset_subtract, "has a reset that our neurons do not have")
         require(rest == 0, "has a v_leak that is not 0")
-    rate = constant("tau_mem_inv", module.dt * p.tau_mem_inv)
+    rate = read_constant("tau_mem_inv", module.dt * p.tau_mem_inv)
     if type(module) is norse.LIFCell:
-        return synaptic(1 - rate, 1 - constant("tau_syn_inv", module.dt * p.tau_syn_inv), rate, **reset)
+        return synaptic(1 - rate, 1 - read_constant("tau_syn_inv", module.dt * p.tau_syn_inv), rate, **reset)
     return leaky(1 - rate, decay_input=True, **reset)
 
 
@@ -106,7 +106,7 @@ def _surrogate(p: Any) -> surrogates.Surrogate:
     )
 
 
-def _unkept(module: Any) -> nn.Module:
+def _refuse_spiking(module: Any) -> nn.Module:
     require(not _spikes(module), "passes its state through its calls: wrap it in sltt.interop.norse.KeepState")
     return module
 
@@ -114,4 +114,4 @@ def _unkept(module: Any) -> nn.Module:
 register(KeepState, KeepState.states, reset=KeepState.reset, translate=_translate)
 for _cls in (SNN, SNNCell, SNNRecurrent, SNNRecurrentCell, *vars(norse).values()):
     if isinstance(_cls, type) and issubclass(_cls, nn.Module) and _passes_state(_cls):
-        register(_cls, (), spikes=_spikes, check=_check, translate=_unkept)
+        register(_cls, (), spikes=_spikes, check=_check, translate=_refuse_spiking)

@@ -13,7 +13,7 @@ from sltt.interop.conversion import check_finite
 from sltt.kernels import using
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent
 from sltt.pooling import RunningMax
-from sltt.sequence.copies import copied
+from sltt.sequence.copies import copy_model
 from sltt.sequence.state import Stateful, reset, state_names
 
 
@@ -41,7 +41,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
     instance("x", x, Tensor)
     check_finite(model)
     path = folder("path", path, "a file")
-    step = _Step(copied(model).eval(), x)
+    step = _Step(copy_model(model).eval(), x)
     names = list(step.first)
     if taken := {"x", "logits"} & {*names}:
         raise ValueError(f"the layer of neurons {min(taken)} has a name that the file needs: call it otherwise")

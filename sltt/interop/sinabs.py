@@ -14,7 +14,7 @@ from sinabs.layers import IAFSqueeze, LIFSqueeze, SqueezeMixin, StatefulLayer
 from torch import nn
 
 from sltt import surrogates
-from sltt.interop.conversion import ConversionError, constant, leaky, require, synaptic
+from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic
 from sltt.sequence.state import register
 
 
@@ -50,8 +50,8 @@ def _translate(module: Any) -> nn.Module:
     require(not module.record_states, "records its states: set record_states = False")
     for name in ("tau_mem", "tau_syn"):
         if (tau := getattr(module, name)) is not None:
-            constant(name, tau)
-    threshold = constant("spike_threshold", module.spike_threshold)
+            read_constant(name, tau)
+    threshold = read_constant("spike_threshold", module.spike_threshold)
     reset: dict[str, Any] = {}
     if isinstance(module.reset_fn, MembraneReset):
         require(module.reset_fn.reset_value == 0, "adds the reset value to neurons that did not fire, too")
@@ -63,10 +63,10 @@ def _translate(module: Any) -> nn.Module:
             "has a reset that our neurons do not have",
         )
     reset |= {"v_threshold": threshold, "surrogate": _surrogate(module.surrogate_grad_fn, threshold)}
-    decay = constant("tau_mem", module.alpha_mem_calculated.detach())
+    decay = read_constant("tau_mem", module.alpha_mem_calculated.detach())
     if module.tau_syn is None:
         return leaky(decay, decay_input=module.norm_input, **reset)
-    synaptic_decay = constant("tau_syn", module.alpha_syn_calculated.detach())
+    synaptic_decay = read_constant("tau_syn", module.alpha_syn_calculated.detach())
     # theirs decays together with the input that just came
     gain = synaptic_decay * (1 - decay if module.norm_input else 1.0)
     return synaptic(decay, synaptic_decay, gain, **reset)

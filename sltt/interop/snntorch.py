@@ -14,7 +14,7 @@ from snntorch import DeltaLeaky, Leaky, SpikingNeuron, Synaptic
 from torch import nn
 
 from sltt import surrogates
-from sltt.interop.conversion import ConversionError, constant, leaky, require, synaptic
+from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic
 from sltt.sequence.state import register
 
 
@@ -43,8 +43,8 @@ def _translate(module: Any) -> nn.Module:
     require(module.init_hidden and not module.output, "gives its state with its spikes: use init_hidden=True")
     require(not module.inhibition, "lets one neuron of the layer fire only (inhibition=True)")
     require(not module.state_quant, "rounds its membrane potential (state_quant)")
-    require(constant("graded_spikes_factor", module.graded_spikes_factor) == 1, "has spikes that are not 0 or 1")
-    decay, threshold = constant("beta", module.beta), constant("threshold", module.threshold)
+    require(read_constant("graded_spikes_factor", module.graded_spikes_factor) == 1, "has spikes that are not 0 or 1")
+    decay, threshold = read_constant("beta", module.beta), read_constant("threshold", module.threshold)
     arguments = {"v_threshold": threshold, "surrogate": _surrogate(module.spike_grad)}
     if type(module) is Synaptic:
         return _synaptic(module, decay, arguments)
@@ -76,7 +76,7 @@ def _synaptic(module: Any, decay: float, arguments: dict[str, Any]) -> nn.Module
         "resets together with the input of the next time step: use reset_mechanism='zero' with reset_delay=False",
     )
     reset: dict[str, Any] = {"v_reset": 0.0} if at_once else {"detach_reset": True}
-    return synaptic(decay, constant("alpha", module.alpha), 1.0, **reset, **arguments)
+    return synaptic(decay, read_constant("alpha", module.alpha), 1.0, **reset, **arguments)
 
 
 def _surrogate(function: Any) -> surrogates.Surrogate:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sltt.interop.activations import QCFS
-from sltt.sequence.modes import evaluating
+from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.state import Stateful, emits_spikes
 
 NEURONS = frozenset({"relu", "relu6", "qcfs"})  # what a neuron stands for
@@ -74,7 +74,7 @@ class Calls:
     def __init__(self, ann: nn.Module, neurons: frozenset[str], refused: frozenset[str]):
         self.ann, self.neurons, self.refused = ann, neurons, refused
         try:
-            with evaluating(ann):
+            with evaluation_mode(ann):
                 self.graph = _Tracer().trace(ann)
         except Exception as error:  # of any kind, since symbols run through the network's own code
             raise ValueError(
@@ -92,7 +92,7 @@ class Calls:
 
     def _restore_norm(self, node: fx.Node) -> None:
         """Make a call of `F.batch_norm` in a subclass of BatchNorm, as timm's with an activation, one of a module."""
-        path, layers = self.around(node), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        path, layers = self.calling_module(node), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         module = self.ann.get_submodule(path)
         layer = next((layer for layer in layers if isinstance(module, layer)), None)
         if layer and node.target is F.batch_norm:
@@ -102,7 +102,7 @@ class Calls:
             for weight in weights:
                 self.graph.erase_node(weight)
 
-    def around(self, node: fx.Node) -> str:
+    def calling_module(self, node: fx.Node) -> str:
         """Return the path of the module of which the forward makes a call."""
         return [*(path for path, _ in node.meta.get("nn_module_stack", {"": ("", None)}).values())][-1]
 
@@ -116,7 +116,7 @@ class Calls:
             elif self._is_one_of(node, self.neurons):
                 found.append(node)
         if problems:
-            listed = "; ".join(f"{_some(places)}: {problem}" for problem, places in problems.items())
+            listed = "; ".join(f"{_list_places(places)}: {problem}" for problem, places in problems.items())
             raise ValueError(f"no spiking twin of {type(self.ann).__name__}: {listed}")
         if not found:
             raise ValueError(
@@ -133,10 +133,10 @@ class Calls:
         """Return the name of what a call runs: relu for `nn.ReLU`, `F.relu` and `Tensor.relu_`."""
         module = self.module(node)
         if module is not None:
-            return plain(type(module).__name__)
+            return call_name(type(module).__name__)
         if node.target is getattr:  # x.shape
-            return plain(str(node.args[1]))
-        return plain(getattr(node.target, "__name__", str(node.target)).removeprefix("special_"))
+            return call_name(str(node.args[1]))
+        return call_name(getattr(node.target, "__name__", str(node.target)).removeprefix("special_"))
 
     def of_features(self, node: fx.Node) -> bool:
         """Return whether the channels of a call are the last dimension, as behind a linear layer; else the second."""
@@ -171,7 +171,7 @@ class Calls:
             return "an activation hidden inside; build it of nn.Linear, attention and nn.ReLU"
         if isinstance(module, _REDRAWN):
             return "another mask at every time step; use nn.Dropout"
-        if self._fixed(node):
+        if self._has_fixed_mode(node):
             return "`training` would be fixed by the tracing; use p=0, or a module such as nn.Dropout"
         if self._is_one_of(node, self.refused):
             if name in _CONDITIONS:
@@ -201,7 +201,7 @@ class Calls:
             return False  # pooling
         return node.op.startswith("call") and name in names and node in self.varying
 
-    def _fixed(self, node: fx.Node) -> bool:
+    def _has_fixed_mode(self, node: fx.Node) -> bool:
         """Return whether a call has `training=…` as it is in the trace."""
         by_mode = node.op == "call_function" and self.name(node) in BY_MODE
         return by_mode and 0 not in (*node.args[1:2], node.kwargs.get("p"))
@@ -237,11 +237,11 @@ class Calls:
         return f"{node.target if node.op == 'call_module' else node.name} ({self.name(node)})"
 
 
-def _some(places: list[str]) -> str:
+def _list_places(places: list[str]) -> str:
     return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
 
 
-def plain(name: str) -> str:
+def call_name(name: str) -> str:
     """Return one name for nn.LeakyReLU, F.leaky_relu and F.leaky_relu_."""
     return name.lower().replace("_", "")
 

@@ -14,11 +14,11 @@ from sltt.checks import folder, instance, number, sequence
 from sltt.data import Data, Poisson
 from sltt.dropout import Dropout
 from sltt.interop.activations import QCFS, Balanced, Coded, percentiles
-from sltt.interop.tracing import NEURONS, NONLINEAR, Calls, plain
+from sltt.interop.tracing import NEURONS, NONLINEAR, Calls, call_name
 from sltt.models.base import NeuronFactory, neuron_maker
 from sltt.neurons import IF
 from sltt.pooling import RunningMax
-from sltt.sequence.modes import evaluating
+from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.steps import check_input
 
 PERCENTILE = 99.9  # of activations, which is the threshold
@@ -109,7 +109,7 @@ def _over_time(calls: Calls) -> dict[fx.Node, nn.Module]:
 
 
 def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(plain(instance(argument, name, str)) for name in sequence(argument, names, "names of activations"))
+    return tuple(call_name(instance(argument, name, str)) for name in sequence(argument, names, "names of activations"))
 
 
 def _copy(ann: nn.Module) -> nn.Module:
@@ -157,7 +157,7 @@ def _percentiles(
                 found[n] = percentiles(result, -1 if calls.of_features(n) else 1, percentile)
             return result
 
-    with evaluating(calls.ann), torch.no_grad():
+    with evaluation_mode(calls.ann), torch.no_grad():
         images = _images(data) if isinstance(data, Data) else instance("data", data, Tensor, "or a data set")
         images = images.to(_device(calls.ann))
         check_input(images)
@@ -181,7 +181,7 @@ def _images(data: Data) -> Tensor:
     splits = data.splits(1)
     if not splits.static:
         raise ValueError(f"thresholds are balanced on images, and {data} has sequences: give a tensor")
-    samples, count = splits.unaugmented, splits.sizes["train"]
+    samples, count = splits.unaugmented_train, splits.sizes["train"]
     chosen = range(0, count, -(-count // SAMPLES))  # spread, since a folder of images has one class after the other
     return splits.collate([samples[i] for i in chosen])[0]
 
@@ -198,7 +198,7 @@ def _free_name(calls: Calls, node: fx.Node, taken: Any) -> str:
         if base not in taken:
             return base
     else:
-        base = f"{calls.around(node)}.{calls.name(node)}".lstrip(".")
+        base = f"{calls.calling_module(node)}.{calls.name(node)}".lstrip(".")
     parent, _, last = base.rpartition(".")
     siblings = calls.ann.get_submodule(parent)
     names = itertools.chain([last], (f"{last}_{n}" for n in itertools.count(2)))

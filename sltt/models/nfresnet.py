@@ -46,7 +46,7 @@ class ScaledWSConv2d(nn.Conv2d):
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
-    def standardised(self) -> Tensor:
+    def standardised_weight(self) -> Tensor:
         """Ŵ, of the weight's shape."""
         inputs = self.weight[0].numel()
         var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, unbiased=False)
@@ -54,10 +54,10 @@ class ScaledWSConv2d(nn.Conv2d):
         return (self.weight - mean) * scale
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.conv2d(input, once(self.standardised), self.bias, self.stride, self.padding)
+        return F.conv2d(input, once(self.standardised_weight), self.bias, self.stride, self.padding)
 
 
-set_role(ScaledWSConv2d, Role("weight", of=ScaledWSConv2d, weight=lambda conv: once(conv.standardised)))
+set_role(ScaledWSConv2d, Role("weight", of=ScaledWSConv2d, weight=lambda conv: once(conv.standardised_weight)))
 
 
 class NFBlock(nn.Module):

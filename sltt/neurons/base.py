@@ -128,7 +128,7 @@ class Neuron(Stateful):
         found = {name: getattr(self, name) for name in names}
         return {name: value() if inspect.ismethod(value) else value for name, value in found.items()}
 
-    def _fitted(self, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    def _fit_arguments(self, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments, with tensors in the states' type and ready to be broadcast to x."""
         return {
             name: self._fit(name, value.to(dtype), x) if isinstance(value, Tensor) else value
@@ -157,7 +157,7 @@ class Neuron(Stateful):
 
     def as_function(self, x: Tensor) -> tuple[CustomStep, tuple[Tensor, ...]]:
         """`step` with its constants, and its parameters, ready for an input x."""
-        named = self._fitted(x, self.state_type(x))
+        named = self._fit_arguments(x, self.state_type(x))
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         constants = tuple((name, value) for name, value in named.items() if name not in tensors)
         if unknown := [name for name, value in constants if not isinstance(value, Hashable)]:
@@ -170,7 +170,7 @@ class Neuron(Stateful):
 
     def _plain_steps(self, x: Tensor, dtype: torch.dtype, steps: int, cut: bool) -> Tensor:
         """In one graph with the layers around: the plain function, which they differentiate and fuse themselves."""
-        named, spikes = self._fitted(x, dtype), []
+        named, spikes = self._fit_arguments(x, dtype), []
         states = [getattr(self, name) for name in self.states]
         for x_t in x.chunk(steps) if steps > 1 else (x,):  # exporters have no split into one
             if cut and spikes:

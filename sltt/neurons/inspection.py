@@ -42,7 +42,7 @@ def emits_bits(kind: type, step: CustomStep) -> bool:
     parameters = [torch.rand(shape, generator=generator, device="cpu") for shape in shapes]
     with torch.enable_grad():
         leaves = [t.clone().requires_grad_().clone() for t in (*inputs, *parameters)]  # may be changed in place
-        results = _watched(kind, step, leaves)
+        results = _run_watched(kind, step, leaves)
         of_surrogates = type(Triangle()(leaves[0]).grad_fn)
     for name, value in zip(("spikes", *kind.states), results, strict=True):
         if value.shape != x.shape or value.dtype != x.dtype:
@@ -54,20 +54,20 @@ def emits_bits(kind: type, step: CustomStep) -> bool:
         )
     with torch.no_grad():
         again = step(x, states, parameters)
-        if not _same(results, again):
+        if not _equal_leaves(results, again):
             raise problem("is not pure: it gave another result for the same input", "keep what it remembers in a state")
         changes = torch.zeros(SHAPE, dtype=torch.bool, device="cpu")
         changes[::2, 1:, ::2] = True
         x, *states = (torch.where(changes, draw(), t) for t in inputs)
         other = step(x, states, parameters)
-        if not _same([t[~changes] for t in results], [t[~changes] for t in other]):
+        if not _equal_leaves([t[~changes] for t in results], [t[~changes] for t in other]):
             raise problem(
                 "mixes neurons: an input of one changes the result of another",
                 "compute elementwise, and mix in a layer before the neurons",
             )
         x, *states = inputs
         for shape in _SHAPES[step.by_channel]:
-            if not _same(results, _in_shape(kind, step, shape, (x, states, parameters))):
+            if not _equal_leaves(results, _in_shape(kind, step, shape, (x, states, parameters))):
                 raise problem(*_BY_SHAPE)
     return type(results[0].grad_fn) is of_surrogates
 
@@ -91,7 +91,7 @@ def _in_shape(kind: type, step: CustomStep, shape: tuple[int, ...], arguments: A
         raise _problem(kind, *_BY_SHAPE) from error
 
 
-def _watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+def _run_watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     """The function's results on `leaves`, whose operations are watched."""
     problem = functools.partial(_problem, kind)
     x, *others = leaves
@@ -162,7 +162,7 @@ class _Readers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _same(a: Any, b: Any) -> bool:
+def _equal_leaves(a: Any, b: Any) -> bool:
     return all(
         torch.allclose(one, other, rtol=1e-6, atol=1e-6, equal_nan=True) for one, other in zip(a, b, strict=True)
     )

@@ -66,10 +66,10 @@ class OnlineRenorm(Stateful, _BatchNorm):
         """x [B, C, ...] of one time step to y of the same shape."""
         self._check_input_dim(input)
         if not self.training:
-            return self._normalise(input, *self._running())
+            return self._normalise(input, *self._running_statistics())
         return self._train(input)
 
-    def _running(self) -> tuple[Tensor, Tensor]:
+    def _running_statistics(self) -> tuple[Tensor, Tensor]:
         assert isinstance(self.running_mean, Tensor)
         assert isinstance(self.running_var, Tensor)
         return self.running_mean, self.running_var
@@ -83,7 +83,7 @@ class OnlineRenorm(Stateful, _BatchNorm):
                 f"OnlineRenorm needs more than one value for each channel, got {list(x.shape)}: use a larger batch"
             )
         with torch.no_grad():
-            running = self._running()
+            running = self._running_statistics()
             mean, var = torch.ops.aten.batch_norm_update_stats(x, *running, 0.0)  # which it leaves as they are
             if self.before is None:
                 self.before = running[0].clone(), running[1].clone()
@@ -106,7 +106,7 @@ class OnlineRenorm(Stateful, _BatchNorm):
         self.sums = origin, first, second, steps = origin, first + apart, second + var + apart.square(), steps + 1
         apart = first / steps
         of_sequence = origin + apart, second / steps - apart.square()
-        for running, before, of_batch in zip(self._running(), self.before, of_sequence, strict=True):
+        for running, before, of_batch in zip(self._running_statistics(), self.before, of_sequence, strict=True):
             torch.lerp(before, of_batch, self.momentum, out=running)
 
     def extra_repr(self) -> str:

@@ -174,7 +174,7 @@ def is_sharded(value: Any) -> "TypeGuard[DTensor]":
     return isinstance(value, DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this process has; all of it where it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 

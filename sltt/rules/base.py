@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from sltt import kernels
 from sltt.checks import function, instance, whole_number
 from sltt.frozen import Frozen, arguments_of
-from sltt.losses import Activity, SequenceLoss, check_loss, is_per_step, watching
+from sltt.losses import Activity, SequenceLoss, bind_loss, check_loss, is_per_step
 from sltt.rules.batch import Backward, Batch, Output, StepLoss
-from sltt.rules.diagnosis import check_reached, explaining, note
+from sltt.rules.diagnosis import check_reached, explain_errors, note
 from sltt.rules.folding import Fold, choose_fold, fold_of
 from sltt.sequence.padding import Padded, check_lengths, target_of
 from sltt.sequence.run import Run
@@ -100,11 +100,11 @@ class Rule(Frozen, ABC):
         if per_step:
             _check_targets(sequence, target_of(target))
         network = Run(model, sequence, self.step(), hoist=self.hoist, keep=not self.online)
-        explained = explaining(backward or Tensor.backward, network)
+        explained = explain_errors(backward or Tensor.backward, network)
         batch = Batch(network, target, loss, explained, update, seed)
         try:
             with network:
-                batch.loss = watching(loss, network)
+                batch.loss = bind_loss(loss, network)
                 out = self.run(batch)
                 network.results.finish(explained)
                 total = network.result(out.loss)
@@ -115,7 +115,7 @@ class Rule(Frozen, ABC):
             raise
         return Output(total, out.logits)
 
-    def folded(self, batch: Batch) -> Fold:
+    def choose_fold(self, batch: Batch) -> Fold:
         """Return how many time steps of a batch share a call of the network."""
         if self.fold != "auto":
             return Fold(self.fold, self.fold)

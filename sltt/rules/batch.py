@@ -75,7 +75,7 @@ class Batch:
         if cut and self._ran:  # the states before the first step may be learned
             self.network.detach()
         self.network.results.in_graph = graph
-        with torch.set_grad_enabled(graph), self._saving(len(steps), graph, cut, recompute):
+        with torch.set_grad_enabled(graph), self._saving_context(len(steps), graph, cut, recompute):
             logits = self.network(self.sequence.input(steps), len(steps), cut, recompute)
         self.network.results.in_graph = True
         self._largest = self._largest or max((s.numel() for s in self.network.layout.state_tensors()), default=0)
@@ -94,7 +94,7 @@ class Batch:
         with kernels.saving():
             return self.network(self.sequence.mean())[0]
 
-    def _saving(self, steps: int, graph: bool, cut: bool, recompute: bool) -> AbstractContextManager[None]:
+    def _saving_context(self, steps: int, graph: bool, cut: bool, recompute: bool) -> AbstractContextManager[None]:
         """Return the context that saves spikes. Small ones stay as they are if their graph lives for this call only.
 
         So do those on a device where packing is a pass of its own.

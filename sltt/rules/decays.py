@@ -18,7 +18,7 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
     if decay is not None:
         return lambda: (decay, 0.0)
     role = role_of(type(neuron))
-    ours = _ours(neuron, role)
+    ours = _find_equivalent(neuron, role)
     theirs = role.decay if role.decay and not isinstance(ours, Neuron) else None
     known = theirs(neuron) is not None if theirs else isinstance(ours, Neuron) and hasattr(ours, "decay")
     if not known:
@@ -34,7 +34,7 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
 
     @torch.no_grad()
     def current() -> Decays:
-        value: Any = _checked(theirs(neuron), name, neuron) if theirs else ours.decay
+        value: Any = _check_decay(theirs(neuron), name, neuron) if theirs else ours.decay
         value = value() if callable(value) else value
         synaptic = ours.synaptic_decay() if isinstance(ours, CubaLIF) else 0.0
         return value.detach().mean() if isinstance(value, Tensor) else value, synaptic
@@ -42,7 +42,7 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
     return current
 
 
-def _checked(value: Any, name: str, neuron: nn.Module) -> Decay:
+def _check_decay(value: Any, name: str, neuron: nn.Module) -> Decay:
     """Return the λ that `sltt.register(decay=)` gives a neuron; raise ValueError where it is none."""
     floats = isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
     if floats and (value.device.type != "cpu" or bool(((value >= 0) & (value <= 1)).all())):  # to look waits for a GPU
@@ -55,7 +55,7 @@ def _checked(value: Any, name: str, neuron: nn.Module) -> Decay:
     )
 
 
-def _ours(neuron: nn.Module, role: Role) -> Any:
+def _find_equivalent(neuron: nn.Module, role: Role) -> Any:
     """The neuron of ours that equals a neuron; itself where none does."""
     if isinstance(neuron, Neuron) or not role.translate:
         return neuron

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt.sequence.hooks import hooked
+from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.run import Run
 from sltt.sequence.state import Stateful, emits_spikes, map_tensors, role_of, state_names
 
@@ -48,10 +48,10 @@ def _place(run: Run, error: Exception) -> str | None:
     return None
 
 
-def explaining(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Tensor], Any]:
-    """`backward`, whose errors about a graph become ValueErrors that name a module."""
+def explain_errors(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Tensor], Any]:
+    """Return `backward` with errors about a graph turned into ValueErrors that name a module."""
 
-    def explained(value: Tensor) -> Any:
+    def run_backward(value: Tensor) -> Any:
         if not value.requires_grad:
             frozen = not any(p.requires_grad for p in run.model.parameters())
             why = "the model has none that is not frozen" if frozen else "the model or the loss detaches it"
@@ -65,7 +65,7 @@ def explaining(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Tensor]
                 raise ValueError(cause) from error
             raise
 
-    return explained
+    return run_backward
 
 
 def check_reached(model: nn.Module) -> None:
@@ -135,7 +135,7 @@ def _changed_in_place(run: Run) -> str | None:
 
     hooks = [m.register_forward_hook(partial(look, name)) for name, m in run.model.named_modules()]
     try:
-        with hooked(*hooks), torch.enable_grad():
+        with keep_hooks(*hooks), torch.enable_grad():
             run(run.sequence.input(range(1)))
     except Exception:
         return None  # the error that is to be explained says more

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sltt._torch import DispatchMode, _DropoutNd
 from sltt.dropout import Dropout
-from sltt.sequence.copies import copied
+from sltt.sequence.copies import copy_model
 from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.run import Run
 from sltt.sequence.step import NEURON, Step
@@ -97,7 +97,7 @@ class Trial:
     """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.twin = copied(model, lambda p: p.numel() >= _SHARED_FROM)
+        self.twin = copy_model(model, lambda p: p.numel() >= _SHARED_FROM)
         self.small = [p for p in self.twin.parameters() if p.numel() < _SHARED_FROM and p.requires_grad]
         self.like = x
         with torch.no_grad():
@@ -120,7 +120,7 @@ class Trial:
         for fold in (1, steps):
             seen, *results = self._run(len(self.like), steps, fold)
             found.append([*results, *(torch.cat(seen.read[module]) for module in seen.read)])
-        if all(map(_same, *found)):
+        if all(map(_equal_but_rounding, *found)):
             return None
         return "gives other results then: it mixes samples, or keeps a state that no rule knows"
 
@@ -145,7 +145,7 @@ class Trial:
                 outputs.append(y.detach().clone())
                 if y.requires_grad:
                     inputs = [one for one in (part, *self.small) if one.requires_grad]
-                    found = [*torch.autograd.grad(y, inputs, _drawn(y, t), allow_unused=True)]
+                    found = [*torch.autograd.grad(y, inputs, _draw_weights(y, t), allow_unused=True)]
                     if part.requires_grad and (of_part := found.pop(0)) is not None:
                         of_x.append(_digest(of_part))
                     for total, more in zip(of_small, found, strict=True):
@@ -162,13 +162,13 @@ def _digest(x: Tensor) -> Tensor:
     return x @ torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0)).to(x)
 
 
-def _drawn(y: Tensor, first: int) -> Tensor:
+def _draw_weights(y: Tensor, first: int) -> Tensor:
     """Return random numbers for the outputs [n, B, C] of a call, the same for a time step whatever the call."""
     generators = (torch.Generator().manual_seed(first + t) for t in range(len(y)))
     return torch.stack([torch.randn(y.shape[1:], generator=generator) for generator in generators]).to(y)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _equal_but_rounding(a: Tensor, b: Tensor) -> bool:
     """Return whether time steps have the results that they have in one call, but for rounding."""
     tolerance = {2: 2e-2, 4: 1e-4}.get(a.dtype.itemsize, 1e-10)
     return a.numel() == b.numel() and bool((a.flatten() - b.flatten()).abs().max() <= tolerance * a.abs().max())

@@ -64,7 +64,7 @@ def choose_fold(run: Run) -> Fold:
     shape = x.shape, x.dtype, x.device, type(run.step), modules
     found, key = _folds.setdefault(model, {}), (shape, sequence.steps)
     if key not in found:
-        compared = max((_several(fold) for (of, _), fold in found.items() if of == shape), default=1)
+        compared = max((_steps_in_call(fold) for (of, _), fold in found.items() if of == shape), default=1)
         found[key] = _choose(run, x, compared)
     return found[key]
 
@@ -93,7 +93,7 @@ def _choose(run: Run, x: torch.Tensor, compared: int) -> Fold:
             if fold.forward == 1:
                 return fold
             problem = trial.problem
-            if not problem and _several(fold) > compared:
+            if not problem and _steps_in_call(fold) > compared:
                 problem = _compare(trial, fold)
             if problem is _FULL:
                 fold = Fold(max(1, fold.trained // 2), fold.forward // 2)
@@ -104,7 +104,7 @@ def _choose(run: Run, x: torch.Tensor, compared: int) -> Fold:
     return Fold(why=problem) if problem else fold
 
 
-def _several(fold: Fold) -> int:
+def _steps_in_call(fold: Fold) -> int:
     """Return the time steps in a call, with a graph if these are several."""
     return fold.trained if fold.trained > 1 else fold.forward
 
@@ -112,7 +112,7 @@ def _several(fold: Fold) -> int:
 def _compare(trial: Trial, fold: Fold) -> str | None:
     """Return why steps do not share a call, or None."""
     try:
-        return trial.compare(_several(fold))
+        return trial.compare(_steps_in_call(fold))
     except torch.OutOfMemoryError:
         return _FULL
 

@@ -12,7 +12,7 @@ from sltt._torch import WRAPPERS
 from sltt.frozen import FrozenMapping
 from sltt.rules.base import Rule
 from sltt.rules.batch import Batch, Output
-from sltt.sequence.hooks import hooked
+from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import hand_over
 from sltt.sequence.run import Run
@@ -75,7 +75,7 @@ class Mixed(Rule):
                 waiting = value if waiting is None else waiting + value
             else:
                 batch.backward(value)
-                waiting = cut.below(waiting)
+                waiting = cut.chain_backward(waiting)
             del value  # so that the graph of this step is gone before the next forward
             for module, window in windows.items():
                 if (t + 1) % window == 0:
@@ -96,7 +96,7 @@ class Mixed(Rule):
     def window_lengths(self, model: nn.Module, steps: int) -> dict[nn.Module, int]:
         """The window of each module with a state, in time steps; T or more is that of the whole sequence."""
         layers = neuron_layers(model)
-        outer = {name: _outermost(name, layers) for name in layers}  # neurons inside of another have its window
+        outer = {name: _outermost_layer(name, layers) for name in layers}  # neurons inside of another have its window
         names = dict.fromkeys(outer.values())
 
         def matches(name: str, pattern: str) -> bool:
@@ -120,7 +120,7 @@ class Mixed(Rule):
         return {module: length(outer[name]) for name, module in layers.items()}
 
 
-def _outermost(name: str, layers: Iterable[str]) -> str:
+def _outermost_layer(name: str, layers: Iterable[str]) -> str:
     """The first of the layers that a layer is inside of, or the layer itself."""
     return next((outer for outer in layers if name == outer or name.startswith(f"{outer}.")), name)
 
@@ -140,9 +140,9 @@ def layer_order(model: nn.Module, sequence: Sequence) -> dict[str, bool]:
     hooks = [
         module.register_forward_hook(lambda *call, name=name: outputs.setdefault(name, []).append(call[-1]))
         for name, module in layers.items()
-        if _outermost(name, layers) == name
+        if _outermost_layer(name, layers) == name
     ]
-    with hooked(*hooks), Run(model, sequence) as run:
+    with keep_hooks(*hooks), Run(model, sequence) as run:
         logits = run(sequence.input(range(1)))
         return {name: len(found) == 1 and _parts(logits, found[0]) for name, found in outputs.items()}
 
@@ -152,7 +152,7 @@ def _parts(logits: Tensor, output: Any) -> bool:
     if not isinstance(output, Tensor) or output.grad_fn is None:
         return False
     node = output.grad_fn
-    return _operations(_behind([logits.grad_fn], stop=[node]) & _behind([node])) == {node}
+    return _operations(_graph_nodes([logits.grad_fn], stop=[node]) & _graph_nodes([node])) == {node}
 
 
 class _Cut(Step):
@@ -207,7 +207,7 @@ class _Cut(Step):
             del value
             start.restore(leaves=False)
 
-    def below(self, waiting: Tensor | None) -> Tensor | None:
+    def chain_backward(self, waiting: Tensor | None) -> Tensor | None:
         """The scalar `waiting`, whose backward also sends what this step's left at the cut through the graph below.
 
         The output itself is forgotten: its spikes are saved as bits in the graph.
@@ -223,9 +223,9 @@ class _Cut(Step):
 
         Nor may a kept state hold what stands above for the cut output: its gradient would come steps later.
         """
-        above = _behind([value.grad_fn])
+        above = _graph_nodes([value.grad_fn])
         roots = [output.grad_fn for output, _ in self._outputs]
-        below = _behind([*roots, *_graph_of_states(self.kept)], stop=before)
+        below = _graph_nodes([*roots, *_graph_of_states(self.kept)], stop=before)
         waiting = {id(state) for module in self.kept for state in state_tensors(module)}
         waiting |= {id(node.variable) for node in below - _operations(below)}
         crosses = any(id(leaf) in waiting for _, leaf in self._outputs)
@@ -237,7 +237,7 @@ def _graph_of_states(modules: Iterable[nn.Module]) -> set[Any]:
     return {state.grad_fn for state in states if state.grad_fn is not None}
 
 
-def _behind(roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
+def _graph_nodes(roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
     """The nodes of the graph behind `roots`, with these, and not further than `stop`."""
     seen: set[Any] = set()
     stop, todo = set(stop), [root for root in roots if root is not None]

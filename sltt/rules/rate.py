@@ -95,7 +95,7 @@ class RateBased(Rule):
 
     def _run_recorded(self, batch: Batch) -> Output:
         recording: Any = batch.network.step
-        for call in split(range(batch.steps), self.folded(batch).forward):
+        for call in split(range(batch.steps), self.choose_fold(batch).forward):
             batch.run(call, graph=False)
             recording.check(call.stop)
         logits = torch.stack([batch.logits(t) for t in range(batch.steps)])
@@ -121,7 +121,7 @@ class _Recording(Step):
         self.gathered: dict[Layer, _Layer] = {}
 
     def handler(self, layer: Layer, folds: bool) -> Any:
-        if (made := _gathering(layer, self.what == "steady", self.run.sequence.steps)) is None:
+        if (made := _make_layer(layer, self.what == "steady", self.run.sequence.steps)) is None:
             runs = ("weight", "pool", "keeper") if folds else ("weight", "pool")
             return super().handler(layer, folds) if layer.role.kind in runs else None
         self.gathered[layer] = made
@@ -354,7 +354,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
 
 
-def _gathering(layer: Layer, steady: bool, steps: int) -> _Layer | None:
+def _make_layer(layer: Layer, steady: bool, steps: int) -> _Layer | None:
     """Return what a layer sums; None if it runs as it is. Raise ValueError naming one without a rate pass."""
     module = layer.module
     # the class whose forward runs the neuron's `step`, and nothing else that a gradient passes

@@ -12,7 +12,7 @@ from sltt._torch import _BatchNorm
 from sltt.kernels import Operation, deferred_norm, others_save, plain_norm, run_layer, settled
 from sltt.neurons import Recurrent
 from sltt.rules.decays import decay_of
-from sltt.rules.traced_layers import NORMALISATIONS, WEIGHTED, Traced, scaled
+from sltt.rules.traced_layers import NORMALISATIONS, WEIGHTED, Traced, scale_gradient
 from sltt.rules.traces import Traces, traces_of
 from sltt.sequence.layout import Layer
 from sltt.sequence.run import Run
@@ -39,7 +39,7 @@ class TraceStep(Step):
         return super().handler(layer, folds)
 
     def require_folds(self) -> None:
-        if problems := self.traces.unfoldable(self.run.layout):
+        if problems := self.traces.layers_without_fold(self.run.layout):
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             raise ValueError(f"OTTT in a fold has no traces for {problems[0]}{more}; use fold=1")
 
@@ -55,11 +55,11 @@ class TraceStep(Step):
         learns = self.inputs and torch.is_grad_enabled() and norm.bias is not None and norm.bias.requires_grad
         if not learns:
             return super().norm(layer, *args, **kwargs)
-        if not (layer.role.stepwise and layer.known and run.fast and len(args) == 1):
+        if not (layer.role.stepwise and layer.is_known and run.fast and len(args) == 1):
             return self._operations_of(layer).forward(*args, **kwargs)
         if (trace := self.traces.read(norm, None)) is None:
             return super().norm(layer, *args)
-        bias = scaled(norm.bias, trace.ones[-1])  # pyright: ignore[reportArgumentType]
+        bias = scale_gradient(norm.bias, trace.ones[-1])  # pyright: ignore[reportArgumentType]
         waiting = None if others_save() else deferred_norm(norm, args[0], bias)
         y = plain_norm(norm, args[0], bias) if waiting is None else waiting
         self.traces.wrote(trace, y)
@@ -194,6 +194,6 @@ class _Operations(TorchFunctionMode):
     def _normalise(self, func: Any, *args: Any, bias: Tensor | None, **settings: Any) -> Tensor:
         if bias is None or not bias.requires_grad or (trace := self.traces.read(self.layer, None)) is None:
             return func(*args, bias=bias, **settings)
-        y: Tensor = func(*args, bias=scaled(bias, trace.ones[-1]), **settings)
+        y: Tensor = func(*args, bias=scale_gradient(bias, trace.ones[-1]), **settings)
         self.traces.wrote(trace, y)
         return y

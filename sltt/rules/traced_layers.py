@@ -61,7 +61,7 @@ def _bias_gradient(grad: Tensor, ones: list[float | Tensor], channels: int) -> A
     return sum(part.sum(others) * one for part, one in zip(grad.chunk(len(ones)), ones, strict=True))
 
 
-def scaled(x: Tensor, factor: float | Tensor) -> Tensor:
+def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
     """The same tensor, and its gradient times a factor."""
     same = x.view_as(x)
     same.register_hook(lambda grad: grad * factor)

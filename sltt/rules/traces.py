@@ -78,7 +78,7 @@ class _Read:
         self.last: ref[Tensor] | None = ref(x)
         self.charge: Tensor | None = None
 
-    def nothing(self, steps: int) -> Tensor:
+    def zero_input(self, steps: int) -> Tensor:
         """Return what a layer reads that does not run."""
         return self.value.new_zeros(()).expand(steps * len(self.value), *self.value.shape[1:])
 
@@ -132,7 +132,7 @@ class _Trace:
             self.ones.append(before)
         if self.read is None or (x is None and runs):
             return
-        x = self.read.nothing(steps) if x is None else x
+        x = self.read.zero_input(steps) if x is None else x
         if self.read.last is None:
             self.read.step(x, decay, synaptic, steps)
         elif self.read.last() is not x:
@@ -171,7 +171,7 @@ class Traces:
         self.ran: set[Callable[[], Decays]] = set()  # the decays of what ran in this time step
         self.hidden: set[nn.Module] = set()  # layers that would have a trace, and ran without a graph
 
-    def unfoldable(self, layout: Layout) -> list[str]:
+    def layers_without_fold(self, layout: Layout) -> list[str]:
         """Say which layers have no traces where several time steps share a call."""
         keepers = [k.module for k in layout.keepers]
         keepers = [k for k in keepers if not (isinstance(k, Recurrent) and k.runs_in_one_call())]

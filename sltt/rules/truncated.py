@@ -64,7 +64,7 @@ class Truncated(Rule):
         return 1.0
 
     def run(self, batch: Batch) -> Output:
-        return self.run_folded(batch, self.folded(batch))
+        return self.run_folded(batch, self.choose_fold(batch))
 
     def run_folded(self, batch: Batch, fold: Fold) -> Output:
         """`run` with so many time steps in a call of the network."""
@@ -74,7 +74,7 @@ class Truncated(Rule):
         whole = batch.whole
         run = batch.run if whole else batch.forward  # logits, or losses
         shared = cut and not whole
-        for window in _alike(steps, trained, fold) if shared else split(steps, length):
+        for window in _split_into_calls(steps, trained, fold) if shared else split(steps, length):
             graph, values = window.start in trained, []
             for call in [window] if shared else split(window, fold.trained if graph else fold.forward):
                 value = run(call, graph=graph, cut=cut, recompute=self.recompute)
@@ -97,7 +97,7 @@ def step_by_step(rule: Rule) -> Rule:
     return made
 
 
-def _alike(steps: range, trained: Container[int], fold: Fold) -> list[range]:
+def _split_into_calls(steps: range, trained: Container[int], fold: Fold) -> list[range]:
     """The time steps in runs that share a call, which are all trained or none."""
     found = []
     for train, run in groupby(steps, trained.__contains__):

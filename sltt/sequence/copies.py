@@ -9,7 +9,7 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def copied(model: M, shares: Callable[[nn.Parameter], bool] = lambda _: False) -> M:
+def copy_model(model: M, shares: Callable[[nn.Parameter], bool] = lambda _: False) -> M:
     """Return a deep copy, also of layers whose weight is computed before each forward, as by pruning and weight norm.
 
     The parameters that it `shares` are those of the network.

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
-def hooked(*handles: RemovableHandle) -> Iterator[None]:
+def keep_hooks(*handles: RemovableHandle) -> Iterator[None]:
     """Inside this block, hooks run that were just registered; at its end they are removed."""
     try:
         yield

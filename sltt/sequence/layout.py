@@ -54,7 +54,7 @@ class Layer:
         self.detach = self.module.detach if isinstance(self.module, Stateful) else partial(detach_module, self.module)
 
     @property
-    def known(self) -> bool:
+    def is_known(self) -> bool:
         """Return whether its forward is that of the class that has the role."""
         return self.role.of is not None and not own_forward(self.module, self.role.of)
 
@@ -82,7 +82,7 @@ class Layout:
             role = role_of(type(module))
             name = name.removeprefix(FABRIC).removesuffix(FABRIC[:-1])
             layer = self.layers[module] = Layer(name, module, role, tuple(role.states(module)), module in compiled)
-            if role.kind == "weight" and layer.known:
+            if role.kind == "weight" and layer.is_known:
                 layer.operation = operation_of(module)
         self.keepers = [layer for layer in self.layers.values() if layer.states]
         for layer in self.keepers:

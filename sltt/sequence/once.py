@@ -1,6 +1,6 @@
 """Work that time does not change is done once a sequence.
 
-A network marks such work: `sltt.once(self.stem, x)` in place of `self.stem(x)`, or `sltt.once(self.standardised)` for
+A network marks such work: `sltt.once(self.stem, x)` in place of `self.stem(x)`, or `sltt.once(self.weights)` for
 what depends on weights only. Under a rule, the function runs when it is first met in a sequence, and its result, cut
 off from its graph, is given again at every later time step. The gradients of all time steps add up in that result, and
 go through the function's graph once, at the end: the same gradient, up to the order of a sum.

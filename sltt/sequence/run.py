@@ -223,13 +223,13 @@ class Run:
                         detach_module(part)
                 self._calls += 1
                 self.call = self._calls
-                given.append(_kept(forward(*(part[t] for part in parts), **named[t]), layer.parts))
+                given.append(_copy_output(forward(*(part[t] for part in parts), **named[t]), layer.parts))
         finally:
             self.fold, self.call = n, call
-        return _joined(given)
+        return _join_outputs(given)
 
 
-def _kept(given: Any, parts: list[nn.Module]) -> Any:
+def _copy_output(given: Any, parts: list[nn.Module]) -> Any:
     """Return a layer's output, copied where it is a state, which may change in place in the next time step."""
     if not isinstance(given, Tensor):
         return given
@@ -238,8 +238,8 @@ def _kept(given: Any, parts: list[nn.Module]) -> Any:
     return given.clone() if any(state.untyped_storage()._cdata == memory for state in states) else given
 
 
-def _joined(given: list[Any]) -> Any:
+def _join_outputs(given: list[Any]) -> Any:
     """Join a layer's outputs of n time steps to [n·B, ...]; of a tuple, which ends in the state, each part."""
     if isinstance(given[0], tuple):
-        return tuple(map(_joined, map(list, zip(*given, strict=True))))
+        return tuple(map(_join_outputs, map(list, zip(*given, strict=True))))
     return torch.cat(given) if isinstance(given[0], Tensor) else given[-1]

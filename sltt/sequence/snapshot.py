@@ -12,16 +12,16 @@ class Buffers:
 
     def __init__(self, run: Run):
         self._run = run
-        self._before = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in self._now().items()}
+        self._before = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in self._buffers().items()}
 
-    def _now(self) -> dict[str, Tensor]:
+    def _buffers(self) -> dict[str, Tensor]:
         states = set(map(id, self._run.layout.state_tensors()))
         return {name: buffer for name, buffer in self._run.model.named_buffers() if id(buffer) not in states}
 
     def restore(self) -> None:
         """Set them back."""
         with torch.no_grad():
-            for name, buffer in self._now().items():
+            for name, buffer in self._buffers().items():
                 before, version, value = self._before.get(name, (None, 0, buffer))
                 if value.shape != buffer.shape:  # of a module that remembers more and more
                     continue

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from sltt.sequence.claims import run_of
-from sltt.sequence.hooks import hooked
+from sltt.sequence.hooks import keep_hooks
 
 See = TypeVar("See", bound=Callable[..., None])
 
 
 @contextmanager
-def observing(layers: Mapping[str, nn.Module], see: See) -> Iterator[See]:
+def observe_spikes(layers: Mapping[str, nn.Module], see: See) -> Iterator[See]:
     """Inside this block, `see(name, spikes)` gets what layers of neurons make: [n·B, ...] for n steps, in its graph.
 
     One that counts, with an attribute `counts`, also takes a number of spikes, and of how many there could be.
     """
     try:
-        with hooked(*(module.register_forward_hook(Watch(name, see)) for name, module in layers.items())):
+        with keep_hooks(*(module.register_forward_hook(Watch(name, see)) for name, module in layers.items())):
             _count(layers.values())
             yield see
     finally:
@@ -45,7 +45,7 @@ class Watch:
         if torch.compiler.is_compiling():  # compiled code does not look for new hooks: its neurons look at `watched`
             return
         if (run := run_of(module)) is None or run.shows:
-            self.see(self.name, first(output))
+            self.see(self.name, spikes_of(output))
 
     @property
     def counts(self) -> bool:
@@ -71,6 +71,6 @@ def show(module: nn.Module, spikes: Tensor) -> None:
         watch.see(watch.name, spikes)
 
 
-def first(output: Any) -> Tensor:
+def spikes_of(output: Any) -> Tensor:
     """The spikes in what a layer of neurons gives; layers of other libraries give their state too."""
     return output[0] if isinstance(output, tuple) else output

@@ -233,11 +233,11 @@ def map_tensors(function: Callable[[Tensor], Any], state: Any) -> Any:
     return state
 
 
-def _explicit(module: nn.Module, batch: int, kept: bool) -> str | None:
+def _refuse_explicit(module: nn.Module, batch: int, kept: bool) -> str | None:
     return None if kept else "is recurrent and keeps no state itself: put it into a sltt.Stateful that keeps its state"
 
 
-def _replicated(module: nn.Module, batch: int, kept: bool) -> str:
+def _refuse_replicated(module: nn.Module, batch: int, kept: bool) -> str:
     return "runs each step on a new copy of the model, which would forget the state: use DistributedDataParallel"
 
 
@@ -270,8 +270,8 @@ for _kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
 for _kind in (nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
     set_role(_kind, Role("pool", of=_kind))
 for _kind in (nn.RNNBase, nn.RNNCellBase):
-    set_role(_kind, Role("other", check=_explicit, folds=_recurrent))
-set_role(nn.DataParallel, Role("other", check=_replicated))
+    set_role(_kind, Role("other", check=_refuse_explicit, folds=_recurrent))
+set_role(nn.DataParallel, Role("other", check=_refuse_replicated))
 register(Stateful, lambda m: m.states, reset=lambda m: m.reset(), spikes=lambda m: m.spikes)
 
 

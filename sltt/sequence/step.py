@@ -46,9 +46,9 @@ class Step:
         takes_part = {
             "neuron": True,
             "keeper": folds or layer.advance is not None,
-            "norm": layer.role.stepwise and (folds or (self.run.fast and layer.known)),
+            "norm": layer.role.stepwise and (folds or (self.run.fast and layer.is_known)),
             "weight": (self.run.fast or self.run.recompute) and layer.operation is not None,
-            "pool": self.run.bits and layer.known,
+            "pool": self.run.bits and layer.is_known,
         }
         return getattr(self, kind) if own or takes_part[kind] else None
 
@@ -104,7 +104,7 @@ class Step:
             return kernels.stepwise_norm(layer.module, *args, **kwargs, steps=steps)
         waiting = (
             kernels.deferred_norm(layer.module, *args)
-            if self.run.fast and layer.known and args and not kernels.others_save()
+            if self.run.fast and layer.is_known and args and not kernels.others_save()
             else None
         )
         return layer.plain(*args, **kwargs) if waiting is None else waiting

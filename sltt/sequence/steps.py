@@ -83,7 +83,7 @@ def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
     if x.device.type == "cpu":
         check_input(x)
     elif x.is_floating_point():
-        return Sequence(x, length, static, ~finite(x))
+        return Sequence(x, length, static, ~all_finite(x))
     return sequence
 
 
@@ -92,14 +92,14 @@ def check_input(x: Tensor) -> None:
 
     A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and the loss finite.
     """
-    if x.is_floating_point() and not finite(x):
+    if x.is_floating_point() and not all_finite(x):
         bad = x.numel() - int(x.isfinite().sum())
         raise ValueError(
             f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values: look for them in the data"
         )
 
 
-def finite(x: Tensor) -> Tensor:
+def all_finite(x: Tensor) -> Tensor:
     """Return whether all values are finite; `x.isfinite()` would take more memory than x, at a small network's peak."""
     if not x.numel():
         return torch.ones((), dtype=torch.bool, device=x.device)

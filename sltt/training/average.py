@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sltt._torch import _NormBase
-from sltt.sequence.copies import copied
+from sltt.sequence.copies import copy_model
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -43,7 +43,7 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
             ours, theirs = ([pair[i] for pair in moved] for i in (0, 1))
             get_ema_multi_avg_fn(min(decay, step / (step + 9)))(ours, theirs, on_device)
 
-    averaged = AveragedModel(copied(model), multi_avg_fn=move, use_buffers=True)
+    averaged = AveragedModel(copy_model(model), multi_avg_fn=move, use_buffers=True)
     averaged.n_averaged.fill_(1)  # at 0, it would copy the weights in the first step
     return averaged
 

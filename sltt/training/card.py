@@ -10,7 +10,7 @@ import torch
 
 from sltt.analysis import synaptic_operations
 from sltt.metrics import score_text
-from sltt.sequence.modes import evaluating
+from sltt.sequence.modes import evaluation_mode
 from sltt.training.console import metric_of
 from sltt.training.loop import Loop
 from sltt.training.manifest import open_file, write_file
@@ -63,7 +63,7 @@ def _energy(loop: Loop) -> str:
     try:
         samples = loop.splits.validation or loop.splits.test or loop.splits.train
         x, _ = loop.session.batch(*loop.splits.collate([samples[0]]))
-        with evaluating(loop.model):
+        with evaluation_mode(loop.model):
             layers = synaptic_operations(loop.model, x, steps=loop.training.steps if loop.splits.static else None)
     except Exception as error:  # the training is done, and not lost for a layer that cannot be counted
         return f"not estimated: {error}"

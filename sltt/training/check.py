@@ -16,9 +16,9 @@ from sltt._torch import FABRIC, _BatchNorm
 from sltt.checks import instance
 from sltt.rules import SLTT, Rule
 from sltt.rules.diagnosis import plain_tensors
-from sltt.sequence.copies import copied
-from sltt.sequence.hooks import hooked
-from sltt.sequence.modes import evaluating
+from sltt.sequence.copies import copy_model
+from sltt.sequence.hooks import keep_hooks
+from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.run import Run
 from sltt.sequence.state import Stateful
 from sltt.sequence.step import Step
@@ -73,7 +73,7 @@ class _Eager(Step):
 
 def _copy(model: nn.Module) -> nn.Module:
     """Return the network without hooks, which would see more than the batches."""
-    twin = copied(model)
+    twin = copy_model(model)
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -95,7 +95,7 @@ def _check_call(model: nn.Module, sequence: Sequence, fold: int) -> None:
             if isinstance(module, nn.MultiheadAttention)
         )
         with (
-            hooked(*attending), evaluating(twin), torch.no_grad(), torch.compiler.set_stance("force_eager"),
+            keep_hooks(*attending), evaluation_mode(twin), torch.no_grad(), torch.compiler.set_stance("force_eager"),
             torch.random.fork_rng([sequence.x.device] if sequence.x.is_cuda else []),
             Run(twin, sequence, _Eager(), grad=False) as run, _Attention(samples),
         ):  # fmt: skip
@@ -186,7 +186,7 @@ def _find_mixing(model: nn.Module, sequence: Sequence, steps: int) -> str | None
     if len({tuple(name for name, *_ in seen) for seen in (before, again, after)}) > 1:
         return None  # it decides by values which modules run
     for (name, read, gave), (_, _, repeated), (_, read_then, gave_then) in zip(before, again, after, strict=True):
-        if _same(read, read_then) and _same(gave, repeated) and not _same(gave, gave_then):
+        if _equal_tensors(read, read_then) and _equal_tensors(gave, repeated) and not _equal_tensors(gave, gave_then):
             return name
     return None
 
@@ -197,7 +197,7 @@ def _run(model: nn.Module, batch: int, steps: int, x: Tensor, seed: int) -> Seen
     hooks = [m.register_forward_hook(partial(_look, name, len(x), seen)) for name, m in model.named_modules()]
     devices = [x.device] if x.is_cuda else []
     with (
-        hooked(*hooks), evaluating(model), torch.no_grad(), torch.random.fork_rng(devices),
+        keep_hooks(*hooks), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices),
         kernels.using(sparse="off", compile="off"), Run(model, Sequence(x[:batch], steps, True), grad=False) as run,
     ):  # fmt: skip
         torch.manual_seed(seed)
@@ -217,5 +217,5 @@ def _first_row(x: Any, rows: int) -> Tensor | None:
     return x[0].clone() if plain else None
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
+def _equal_tensors(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)

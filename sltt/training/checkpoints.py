@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sltt.checks import plain
+from sltt.checks import to_python
 from sltt.losses import prediction_of
 from sltt.parallel.processes import Processes, gather_parts, shard_like
 from sltt.training.average import select_weights
@@ -100,7 +100,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Save a dictionary of tensors and plain values, with a checksum behind it."""
 
     def write(file: BufferedRandom) -> None:
-        torch.save({"format": FORMAT, **plain(content)}, file)
+        torch.save({"format": FORMAT, **to_python(content)}, file)
         file.seek(0)
         if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(file):
             raise ValueError(
@@ -128,7 +128,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"no checkpoint at {path}: name the folder of a run, or a file such as best.ckpt in one"
         )
     with file:
-        if not _intact(file):
+        if not _is_intact(file):
             raise CheckpointError(f"{path} is damaged, or no checkpoint: its checksum does not match. {REMEDY}")
         file.seek(0)
         try:
@@ -145,7 +145,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 REMEDY = "Restore it from a copy, or start a new run, with --weights from another checkpoint."
 
 
-def _intact(file: IO[bytes]) -> bool:
+def _is_intact(file: IO[bytes]) -> bool:
     """Return whether the checksum at the end of a file is right."""
     left = file.seek(0, os.SEEK_END) - TRAILER
     file.seek(max(left, 0))

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sltt.metrics import score_text
-from sltt.printable import printable
+from sltt.printable import escape
 
 SECONDS = 0.2  # between two updates of the bar in a notebook: each is a message to the browser
 
@@ -33,7 +33,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """Print one line."""
-        self.console.print(printable(text), soft_wrap=True)
+        self.console.print(escape(text), soft_wrap=True)
 
     def table(self, table: Table) -> None:
         """Print a table."""
@@ -41,7 +41,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self.console.print(f"warning: {printable(text)}", style="yellow", soft_wrap=True)
+        self.console.print(f"warning: {escape(text)}", style="yellow", soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:

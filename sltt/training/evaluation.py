@@ -23,7 +23,7 @@ from sltt.metrics import Accuracy, Metric, check_metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
 from sltt.rules.batch import sequence_loss
-from sltt.sequence.modes import evaluating
+from sltt.sequence.modes import evaluation_mode
 from sltt.training.batches import finish_loaders, share, whole_epoch
 from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
@@ -127,7 +127,7 @@ def measure_split(
     if not len(dataset):
         raise ValueError(f"there are no {split} samples: expected one or more")
     if split == "train":
-        dataset = splits.unaugmented
+        dataset = splits.unaugmented_train
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
     memory = BatchMemory(here.fabric.device)
@@ -165,7 +165,7 @@ def measure(
     state = Progress()
     first, *others = (Score(metric, processes, state, selects) for metric in metrics)
     began = time.monotonic()
-    with evaluating(net), firing_rates(net.module) as firing, torch.no_grad():
+    with evaluation_mode(net), firing_rates(net.module) as firing, torch.no_grad():
         for x, y in whole_epoch(loader):
             check_length(x, y, splits, steps)
             x, y = here.batch(x, y, splits.per_step)
@@ -174,7 +174,7 @@ def measure(
             seen = views(x, splits.static, mirror, shift)
             run = partial(_logits, net, seen, steps if splits.static else None)
             with count_samples(firing, count):
-                logits = memory.measure(run) if memory and memory.due(len(x)) else run()
+                logits = memory.measure(run) if memory and memory.is_due(len(x)) else run()
             pair, counted = to_score(loss, logits, y), count_scored(loss, y, count)
             score = first.batch(*pair, counted)
             for other in others:

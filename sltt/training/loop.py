@@ -24,7 +24,7 @@ from sltt.rules.diagnosis import check_reached
 from sltt.rules.folding import chosen_fold
 from sltt.sequence.layout import spiking_layers
 from sltt.sequence.padding import Padded, target_of
-from sltt.sequence.spikes import observing
+from sltt.sequence.spikes import observe_spikes
 from sltt.sequence.steps import check_input
 from sltt.training.average import make_average, take_average
 from sltt.training.batches import (
@@ -198,7 +198,7 @@ class Loop:
             outs = []
             # outside of calls of the network, so that its casts of weights last for all of them
             casts = torch.autocast(self.session.fabric.device.type, enabled=False)
-            with casts, observing(self.spiking, FiringRates(list(self.spiking))) as seen:
+            with casts, observe_spikes(self.spiking, FiringRates(list(self.spiking))) as seen:
                 for part in parts:
                     rule.load_state_dict(carried)  # each part draws the same time steps
                     out = rule(
@@ -215,7 +215,7 @@ class Loop:
         graphs = self.graphs if size == largest else None  # the last batch of an epoch may be smaller
         run = partial(graphs, iteration, x, y) if graphs else partial(iteration, x, y)
         with self.rounded():
-            due = self.memory.due(len(x), full=size == largest)
+            due = self.memory.is_due(len(x), full=size == largest)
             out, seen = self.memory.measure(run) if due else run()
         if count:
             firing.add(seen)

@@ -143,7 +143,7 @@ class BatchMemory:
         self.peak: int | None = None
         self._longest = 0
 
-    def due(self, size: int, full: bool = True) -> bool:
+    def is_due(self, size: int, full: bool = True) -> bool:
         """Return whether to measure the next batch, which may be `full`.
 
         `size` is that of the input: padded batches have T of their own.

@@ -183,7 +183,7 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> Non
 
 def list_changes(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """List changed settings, beyond those that a resumed run may change. None saved means none to compare."""
-    return list(_differences(_plain(saved), _plain(saved | given))) if saved else []
+    return list(_differences(_reread(saved), _reread(saved | given))) if saved else []
 
 
 def describe_neurons(model: nn.Module) -> list[str]:
@@ -205,7 +205,7 @@ def continue_settings(saved: dict[str, Any], given: dict[str, Any]) -> dict[str,
     return saved | {name: given[name] for name in RESUMABLE if name in given} if saved else given
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def _reread(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration as its file gives it back."""
     return yaml.safe_load(yaml.safe_dump(config))
 

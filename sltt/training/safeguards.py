@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from sltt._torch import _BatchNorm, _NormBase
 from sltt.data import Splits
-from sltt.parallel.processes import local, total
+from sltt.parallel.processes import local_part, total
 from sltt.rules import unroll
 from sltt.rules.batch import sequence_loss
 from sltt.schedules import Schedule
-from sltt.sequence.copies import copied
+from sltt.sequence.copies import copy_model
 from sltt.sequence.padding import Padded
 from sltt.training.batches import check_crop
 from sltt.training.phases import Stage
@@ -50,7 +50,7 @@ def check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> No
 def check_weights(model: nn.Module, remedy: str = "lower the learning rate or set clip_norm") -> None:
     """Raise FloatingPointError, with the name of the parameter, if a weight or a statistic is not finite."""
     for name, parameter in model.named_parameters():
-        if not local(parameter).isfinite().all():
+        if not local_part(parameter).isfinite().all():
             raise FloatingPointError(f"the weights of {name} are not finite any more: {remedy}")
     for name, module in model.named_modules():
         for key in ("running_mean", "running_var") if isinstance(module, _NormBase) else ():
@@ -135,7 +135,7 @@ def check_static(model: nn.Module, splits: Splits, samples: list[Any], loss: Any
 def _runs(model: nn.Module, x: Tensor, y: Any, loss: Any) -> bool:
     """Return whether a copy of the network, and the loss, take a sequence [T, B, ...]."""
     try:
-        twin = copied(model).eval()
+        twin = copy_model(model).eval()
         x = x.to(next((p.device for p in twin.parameters()), "cpu"))
         sequence_loss(loss, unroll(twin, x).cpu(), y)
     except Exception:  # the training says what is wrong, where this one cannot
@@ -167,7 +167,7 @@ def check_last_batch(
     x, _ = splits.collate(samples[:1])
     x = x.to(next((p.device for p in model.parameters()), "cpu"))
     try:
-        unroll(copied(model).train(), x if splits.static else x[:1], steps=1 if splits.static else None)
+        unroll(copy_model(model).train(), x if splits.static else x[:1], steps=1 if splits.static else None)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -11,9 +11,9 @@ import torch
 
 from sltt.rules import unroll
 from sltt.sequence.layout import spiking_layers
-from sltt.sequence.modes import evaluating
+from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import target_of
-from sltt.sequence.spikes import observing
+from sltt.sequence.spikes import observe_spikes
 from sltt.training.loop import Loop
 from sltt.training.manifest import open_file, write_file
 
@@ -60,8 +60,8 @@ def write_sample(loop: Loop) -> None:
     try:
         x, y = loop.session.batch(*splits.collate([(splits.validation or splits.train)[0]]))
         with (
-            evaluating(loop.model),
-            observing(spiking_layers(loop.model), lambda name, s: fired.setdefault(name, []).append(s)),
+            evaluation_mode(loop.model),
+            observe_spikes(spiking_layers(loop.model), lambda name, s: fired.setdefault(name, []).append(s)),
         ):
             logits = unroll(loop.model, x, steps=loop.training.steps if splits.static else None).flatten(1)
     except Exception as error:

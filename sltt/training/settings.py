@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, StepLR
 from torch.optim.optimizer import ParamsT
 
 from sltt.callbacks import Callback
-from sltt.checks import choice, flag, folder, instance, number, plain, sequence, whole_number
+from sltt.checks import choice, flag, folder, instance, number, sequence, to_python, whole_number
 from sltt.kernels import Compile, Sparse
 from sltt.losses import check_loss
 from sltt.metrics import Metric, check_metric
@@ -40,7 +40,7 @@ class _Settings:
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Return the settings of this kind among the values: arguments of `fit`, or what a recipe builds."""
         names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        return cls(**{name: plain(values[name]) for name in names if name in values})
+        return cls(**{name: to_python(values[name]) for name in names if name in values})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +204,11 @@ def _check_schedule(given: Any) -> None:
     if isinstance(kind, type) and issubclass(kind, LRScheduler):
         raise ValueError(
             f"schedule must be a Schedule, got PyTorch's {kind.__name__}, whose count a resumed run would have to "
-            f"keep: {_nearest(given, kind)}"
+            f"keep: {_suggest(given, kind)}"
         )
 
 
-def _nearest(given: Any, kind: type) -> str:
+def _suggest(given: Any, kind: type) -> str:
     if "Cosine" in kind.__name__ or kind.__name__ == "OneCycleLR":
         return "schedule=sltt.schedules.Cosine(), with warmup=EPOCHS for a rise before"
     if isinstance(given, MultiStepLR):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sltt.checks import choice, folder, instance
 from sltt.losses import Prediction, predict_from
 from sltt.rules import unroll
-from sltt.sequence.modes import evaluating
+from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import check_lengths
 from sltt.sequence.steps import time_steps
 from sltt.training.average import select_weights
@@ -124,5 +124,5 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
         sequence = time_steps(x, steps)
         check_lengths(lengths, sequence.steps, sequence.batch)
     weights = next(model.parameters(), x)
-    with evaluating(model):
+    with evaluation_mode(model):
         return predict_from(by, unroll(model, x.to(weights.device), steps=steps), lengths)

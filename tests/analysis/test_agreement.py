@@ -8,7 +8,7 @@ from torch import nn
 
 import sltt
 from sltt.analysis import Agreement, agreement, propose
-from sltt.analysis.agreement import AGREES, SAVES, cheaper, windows
+from sltt.analysis.agreement import AGREES, SAVES, cheaper_rules, windows
 from sltt.commands import main
 from sltt.commands.parsing import Recipe
 from sltt.commands.results import gather
@@ -263,8 +263,8 @@ def test_a_rule_of_the_trial_is_measured_after_other_epochs_too(monkeypatch, cap
 
 def test_ottt_is_measured_where_it_knows_the_network():
     soft, hard = (small_network(lambda reset=reset: sltt.LIF(v_reset=reset)) for reset in (None, 0.0))
-    assert [repr(rule) for rule in cheaper(soft, 4)] == ["SLTT()", "OTTT()", "TBPTT(window=2)"]
-    assert [repr(rule) for rule in cheaper(hard, 4)] == ["SLTT()", "TBPTT(window=2)"]
+    assert [repr(rule) for rule in cheaper_rules(soft, 4)] == ["SLTT()", "OTTT()", "TBPTT(window=2)"]
+    assert [repr(rule) for rule in cheaper_rules(hard, 4)] == ["SLTT()", "TBPTT(window=2)"]
 
 
 def test_the_worst_layer_tells_what_all_parameters_hide():

@@ -5,7 +5,7 @@ import torch
 
 import sltt
 from sltt.analysis import advice, agreement
-from sltt.analysis.agreement import cheaper
+from sltt.analysis.agreement import cheaper_rules
 from sltt.commands import main
 from sltt.data import Recall
 from sltt.models import MLP
@@ -151,7 +151,7 @@ def test_agreement_advises_traces(seed, batches):
     model = network(seed, [200, 64, 4])
     train(model, sltt.BPTT(), splits, batches)
     x, y = splits.collate([splits.train[i] for i in range(128)])
-    found = agreement(model, x, y, LOSS, cheaper(model, 8))
+    found = agreement(model, x, y, LOSS, cheaper_rules(model, 8))
     assert found[0].cosine < 0.85
     assert advice(found).startswith("Take OTTT().")
 

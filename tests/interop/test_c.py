@@ -162,7 +162,7 @@ def run(case: Case, library: Any) -> torch.Tensor:
     """The logits [T, B, classes] of C on the samples of a case, in numbers of the network."""
     network, name = case.exported.network, case.name
     assert case.exported.ram == ctypes.c_int.in_dll(library, f"{name}_size").value
-    given, kind = (network.whole(case.x), np.int32) if network.integers else (case.x, np.float32)
+    given, kind = (network.to_integers(case.x), np.int32) if network.integers else (case.x, np.float32)
     inputs = np.ascontiguousarray(pixels_first(network, given).numpy().astype(kind))
     net = np.full(case.exported.ram // 4, 1 << 30, dtype=np.int32)
     logits = np.zeros((*case.x.shape[:2], network.output.size), np.int32 if network.integers else np.float32)

@@ -95,11 +95,11 @@ def test_nf_resnets_train_every_weight_once_their_skip_gains_have_moved(blocks, 
 def test_standardised_weights_have_the_variance_of_one_over_the_inputs():
     conv = models.nfresnet.ScaledWSConv2d(6, 8, 3)
     conv.weight.data.mul_(7).add_(3)
-    weight = conv.standardised()
+    weight = conv.standardised_weight()
     torch.testing.assert_close(weight.mean((1, 2, 3)), torch.zeros(8), atol=1e-6, rtol=0)
     torch.testing.assert_close(weight.var((1, 2, 3), unbiased=False), torch.full((8,), 1 / 54))
     conv.weight.data.fill_(1.0)
-    assert conv.standardised().isfinite().all()
+    assert conv.standardised_weight().isfinite().all()
 
 
 def test_a_block_expects_the_variance_that_the_blocks_before_add():

@@ -6,7 +6,7 @@ from torch import nn
 
 import sltt
 from sltt.sequence.layout import spiking_layers
-from sltt.sequence.spikes import observing, watches
+from sltt.sequence.spikes import observe_spikes, watches
 from tests.conftest import LOSS, batch, gradients, small_network
 from tests.rules.rate_equations import RULE, SETTINGS, STEADY, by_equations, by_rates, network
 
@@ -60,7 +60,7 @@ def test_steady_runs_the_layers_once_and_observers_see_the_spikes_of_all_steps()
     layers = spiking_layers(model)
     with (
         sltt.analysis.firing_rates(model) as rates,
-        observing(layers, lambda name, s: seen.setdefault(name, []).append(s)),
+        observe_spikes(layers, lambda name, s: seen.setdefault(name, []).append(s)),
     ):
         STEADY(model, x, y, LOSS)
     assert len(calls) == 1

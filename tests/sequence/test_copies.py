@@ -5,7 +5,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 import sltt
 from sltt.analysis import agreement, count_operations
-from sltt.sequence.copies import copied
+from sltt.sequence.copies import copy_model
 from tests.conftest import LOSS, batch
 from tests.training.blobs import train
 
@@ -30,7 +30,7 @@ def network(kind, inputs=6):
 def test_copies_of_layers_with_computed_weights(kind):
     model, (x, _) = network(kind).double(), batch()
     expected = sltt.unroll(model, x)
-    other = copied(model)
+    other = copy_model(model)
     torch.testing.assert_close(sltt.unroll(other, x), expected)
     with torch.no_grad():
         for weight in other.parameters():

@@ -126,7 +126,7 @@ def test_weights_are_standardised_once_with_the_same_gradient(rule, monkeypatch)
     ).double()
     x, y = torch.randn(5, 4, 2, 4, 4, dtype=torch.float64), torch.randint(3, (4,))
     calls = []
-    real = ScaledWSConv2d.standardised
+    real = ScaledWSConv2d.standardised_weight
     monkeypatch.setattr(ScaledWSConv2d, "standardised", lambda conv: (calls.append(1), real(conv))[1])
     found = results(model, rule, x, y, {})
     assert len(calls) == 2
@@ -175,12 +175,12 @@ def test_a_change_in_place_of_what_is_kept_is_refused():
 def test_weights_that_a_rule_changes_in_the_middle_are_computed_anew():
     conv = ScaledWSConv2d(2, 3, 3)
     with Run(nn.Sequential(conv, sltt.LIF()), time_steps(torch.zeros(3, 1, 2, 4, 4), None), grad=False):
-        first = sltt.once(conv.standardised)
-        assert sltt.once(conv.standardised) is first
+        first = sltt.once(conv.standardised_weight)
+        assert sltt.once(conv.standardised_weight) is first
         with torch.no_grad():
             conv.weight[0].mul_(torch.rand(2, 3, 3))
-        assert not torch.equal(sltt.once(conv.standardised), first)
-    assert sltt.once(conv.standardised) is not sltt.once(conv.standardised)  # no sequence, nothing is kept
+        assert not torch.equal(sltt.once(conv.standardised_weight), first)
+    assert sltt.once(conv.standardised_weight) is not sltt.once(conv.standardised_weight)  # no sequence
 
 
 def test_a_hook_that_scales_the_loss_scales_what_is_kept():

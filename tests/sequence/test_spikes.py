@@ -8,7 +8,7 @@ from torch import nn
 import sltt
 from sltt.analysis import firing_rates
 from sltt.sequence.layout import spiking_layers
-from sltt.sequence.spikes import observing, watches
+from sltt.sequence.spikes import observe_spikes, watches
 from tests.conftest import LOSS, batch, small_network
 
 
@@ -38,7 +38,7 @@ def seen_and_given(model, run):
     seen, given, layers = {}, {}, spiking_layers(model)
     for name, module in layers.items():
         module.register_forward_hook(lambda *call, name=name: given.setdefault(name, []).append(call[-1]))
-    with observing(layers, lambda name, spikes: seen.setdefault(name, []).append(spikes)):
+    with observe_spikes(layers, lambda name, spikes: seen.setdefault(name, []).append(spikes)):
         run()
     run()
     return seen, {name: calls[: len(calls) // 2] for name, calls in given.items()}
@@ -67,11 +67,11 @@ def test_a_layer_that_gives_its_state_too():
 def test_observers_leave_after_a_failure_and_stay_out_of_copies():
     model, outer, inner = small_network(), [], []
     layers, x = spiking_layers(model), batch()[0]
-    with observing(layers, lambda name, _: outer.append(name)):
+    with observe_spikes(layers, lambda name, _: outer.append(name)):
         copy.deepcopy(model)(x[0])
         pickle.loads(pickle.dumps(model))(x[0])
         assert not outer
-        with pytest.raises(ZeroDivisionError), observing(layers, lambda name, _: (inner.append(name), 1 / 0)):
+        with pytest.raises(ZeroDivisionError), observe_spikes(layers, lambda name, _: (inner.append(name), 1 / 0)):
             model(x[0])
         sltt.reset(model)
         model(x[0])
