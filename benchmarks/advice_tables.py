@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cells import Row, accuracies, is_series, load, markdown, shown, tasks
+from cells import Row, accuracies, family, load, markdown, of_task, shown
 
 from sltt.analysis.advice import LEARNS, Trial
 from sltt.analysis.agreement import AGREES
@@ -92,13 +92,13 @@ def fields(results: Path) -> dict[tuple[int, float], tuple[str, Case]]:
     return dict(sorted(found.items()))
 
 
-def of_tasks(results: Path, series: bool = False) -> dict[str, tuple[str, dict[str, Case]]]:
+def of_tasks(results: Path, of_family: str = "") -> dict[str, tuple[str, dict[str, Case]]]:
     """The advice and the rules on the tasks of advice.json: those on time series, or the others."""
     found = {}
     for row in load(results, "advice"):
-        if is_series(row) is not series:
+        if family(row) != of_family:
             continue
-        of = accuracies(tasks(results, row["task"]))
+        of = accuracies(of_task(results, row["task"]))
         found[row["task"]] = row["advice"], {rule: case(row, rule, of) for rule in ("SLTT", "OTTT") if rule in of}
     return found
 
@@ -134,10 +134,10 @@ def calibration(cases: Sequence[Case]) -> list[list[str]]:
     return rows
 
 
-def advice(results: Path, series: bool = False) -> str:
+def advice(results: Path, of_family: str = "") -> str:
     """What `sltt agreement` says on the tasks, and whether it is right."""
     rows = []
-    for task, (said, cases) in of_tasks(results, series).items():
+    for task, (said, cases) in of_tasks(results, of_family).items():
         first, *others = cases.values()
         of_traces = judged(others[0])[1:] if others else ["", ""]
         cells = [*judged(first), *of_traces, shown(said), verdict(said, [first, *others])]
@@ -154,6 +154,6 @@ def calibrated(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "advice": advice,
-    "advice-series": partial(advice, series=True),
+    "advice-series": partial(advice, of_family="series"),
     "calibration": calibrated,
 }

@@ -1,4 +1,4 @@
-"""What the tables of docs are made of: rows of docs/results, and the names and cells that a page shows."""
+"""Rows of docs/results, and the names and cells that a page shows."""
 
 import csv
 import json
@@ -42,12 +42,13 @@ def runs(results: Path, name: str) -> dict[str, list[list[Row]]]:
     return {rule: list(grouped(rows, "seed").values()) for rule, rows in found.items()}
 
 
-def is_series(row: Row) -> bool:
-    """Whether a row is of a task on time series."""
-    return row["task"].startswith(SERIES)
+def family(row: Row) -> str:
+    """Name the table that has a row of tasks.json: "series", "recurrent", or "" for the table of all rules."""
+    task = row["task"]
+    return "series" if task.startswith(SERIES) else "recurrent" if task.endswith(", recurrent") else ""
 
 
-def tasks(results: Path, task: str) -> dict[str, Row]:
+def of_task(results: Path, task: str) -> dict[str, Row]:
     """Rows of a task in tasks.json, by rule."""
     return {shown(row["rule"]): row for row in load(results, "tasks") if row["task"] == task}
 
@@ -73,3 +74,8 @@ def shown(rule: str) -> str:
     rule = re.sub(r"SLTT\(k=(\d+)\)", r"SLTT-\1", rule.replace("SLTT:k=", "SLTT-")).removesuffix("()")
     name, _, options = rule.partition(":")
     return f"{name}({options})" if options else rule
+
+
+def spread(found: tuple[float, float, float] | None) -> str:
+    """Write a quotient as a table shows it: median (smallest – largest)."""
+    return "" if found is None else "1" if found == (1, 1, 1) else f"{found[0]:.2f} ({found[1]:.2f} – {found[2]:.2f})"

@@ -21,9 +21,9 @@ from typing import Any
 import tables
 import torch
 from peer_cases import build, by_rule
-from peer_workers import finish, hardware
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from turns import finish, hardware
 
 import sltt
 

@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import markdown
 from torch import Tensor, nn
+from turns import in_turns, timed
 
 import sltt
 from sltt.interop import to_c, to_onnx
@@ -28,19 +30,6 @@ FLAGS = ("-O3", "-O3 -march=native")
 WEIGHTS: tuple[Arithmetic, ...] = ("float32", "int8")
 STEPS = 4
 THRESHOLDS = (0.5, 1.0, 1.5, 3.0)
-
-
-def seconds(call: Callable[[], Any], turns: int = 5) -> float:
-    """Return the median over turns of the mean processor time of a call, after a warm-up; all run on one thread."""
-    call()
-    found = []
-    for _ in range(turns):
-        began, count = time.process_time(), 0
-        while time.process_time() - began < 0.03:
-            call()
-            count += 1
-        found.append((time.process_time() - began) / count)
-    return statistics.median(found)
 
 
 def in_c(exported: Exported, name: str, x: Tensor, flags: str) -> tuple[Callable[[], Any], np.ndarray]:
@@ -98,8 +87,7 @@ def main() -> None:
     print(f"microseconds for a sample of {STEPS} steps; processor time, median of 5 turns; gcc; one thread")
     columns = ["threshold", "firing rate", "unroll", "ONNX Runtime"]
     columns += [f"{weights}, {flags}" for weights in WEIGHTS for flags in FLAGS]
-    print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
-    one = x[:1]
+    one, rows = x[:1], []
     for threshold in THRESHOLDS:
         for neuron in model.modules():
             if isinstance(neuron, sltt.LIF):
@@ -110,7 +98,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = in_onnx_runtime(model, one, Path(folder) / "step.onnx")
             torch.testing.assert_close(torch.from_numpy(run())[0], expected, rtol=1e-3, atol=1e-3)
-            times = [seconds(lambda: sltt.unroll(model, one, steps=STEPS)), seconds(run)]
+            calls: list[Callable[[], Any]] = [lambda: sltt.unroll(model, one, steps=STEPS), run]
             for weights in WEIGHTS:
                 exported = to_c(model, x, Path(folder) / weights, name="net", steps=STEPS, weights=weights)
                 for flags in FLAGS:
@@ -118,8 +106,11 @@ def main() -> None:
                     call()
                     reference = exported.network.unroll(one.expand(STEPS, *one.shape))[-1, 0]
                     torch.testing.assert_close(torch.from_numpy(logits).to(reference), reference, rtol=1e-4, atol=1e-4)
-                    times.append(seconds(call))
-        print(f"| {threshold} | {rates.mean():.3f} | " + " | ".join(f"{1e6 * t:.0f}" for t in times) + " |")
+                    calls.append(call)
+            turns = in_turns([timed(call, time.process_time, least=0.03) for call in calls], 5)
+        microseconds = (f"{1e6 * statistics.median(times):.0f}" for times in turns)
+        rows.append([str(threshold), f"{rates.mean():.3f}", *microseconds])
+    print(markdown(columns, rows))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 The works are the task of the Open Neuromorphic benchmark (github.com/open-neuromorphic/snn-library-benchmarks: a linear
 layer and LIF neurons, 16 samples, 500 time steps, a dense input), an MLP of the sizes of the Spiking Heidelberg Digits,
-and a recurrent layer. Each case runs in a process of its own. Processes take turns, so that what slows the machine
-meets all alike. Before anything is timed, each gradient is compared with that of the plain equations in float64.
+and a recurrent layer. Each case runs in a process of its own, and the processes take turns. Before anything is timed,
+each gradient is compared with that of the plain equations in float64, on a small network.
 
 Time is processor time of one thread, or on CUDA the time that passes. It is that of forward and backward together: some
 rules interleave them.
@@ -17,117 +17,320 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peer_workers import finish, hardware
-from sequence_cases import CASES, WORKS, exact
+import torch.nn.functional as F
+from peer_cases import jelly_neuron
+from tables import DOCS, fill
+from torch import Tensor, nn
+from turns import Worker, finish, hardware, in_turns, serve, timed
 
+import sltt
+from sltt import kernels
 from sltt.analysis import process_peak, reset_process_peak
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "sequences.json"
+LAMBDA = 0.9  # of the membrane potential; threshold 1, soft reset, triangle surrogate
+
+
+class Work(NamedTuple):
+    """A network and its input.
+
+    Attributes:
+        widths: of the input and of the layers; neurons stand behind each layer but the readout's.
+        batch: samples.
+        steps: T.
+        density: of the input, 0 and 1; None is a dense input.
+        recurrent: the neurons read their own spikes.
+        device: of weights and input.
+        classes: a readout, with the cross-entropy at each time step; without one, the loss is the sum of spikes.
+    """
+
+    widths: tuple[int, ...]
+    batch: int
+    steps: int
+    density: float | None = None
+    recurrent: bool = False
+    classes: int = 0
+    device: str = "cpu"
+
+
+WORKS = {
+    "mlp": Work((700, 256, 256), 64, 100, 0.05, classes=20),
+    **{f"linear-{n}": Work((n, n), 16, 500) for n in (256, 512, 2048)},
+    **{f"recurrent-{n}": Work((700, n), 64, 100, 0.05, recurrent=True, classes=20) for n in (256, 1024)},
+    "tiny": Work((24, 16, 16), 4, 6, 0.3, classes=3),
+    "tiny-recurrent": Work((24, 16), 4, 6, 0.3, recurrent=True, classes=3),
+    "tiny-linear": Work((16, 16), 4, 6),
+}
+
+Weights = dict[str, Tensor]
+Made = tuple[Callable[[], Any], Callable[[], Tensor]]  # an iteration and, after one, its gradient
+
+
+def weights_of(work: Work) -> Weights:
+    """The weights that all cases share, so that some 5 to 20% of the neurons fire."""
+    generator = torch.Generator().manual_seed(0)
+    found, density = {}, work.density or 1.0
+    pairs = [*zip(work.widths, work.widths[1:], strict=False)]
+    for i, (fan_in, width) in enumerate(pairs):
+        gain = 0.35 / (fan_in * (density if i == 0 else 0.1)) ** 0.5
+        found[f"w{i}"] = gain * torch.randn(width, fan_in, generator=generator)
+        found[f"b{i}"] = torch.full((width,), 0.02)
+    if work.recurrent:
+        width = work.widths[-1]
+        found["r"] = 0.3 / (0.1 * width) ** 0.5 * torch.randn(width, width, generator=generator)
+    if work.classes:
+        found["w"] = torch.randn(work.classes, work.widths[-1], generator=generator) / work.widths[-1] ** 0.5
+        found["b"] = torch.zeros(work.classes)
+    return found
+
+
+def batch_of(work: Work) -> tuple[Tensor, Tensor]:
+    """The input [T, B, n] and labels [B]."""
+    generator = torch.Generator().manual_seed(1)
+    shape = work.steps, work.batch, work.widths[0]
+    dense = work.density is None
+    x = torch.randn(shape, generator=generator) if dense else torch.rand(shape, generator=generator)
+    x = x if work.density is None else (x < work.density).float()
+    y = torch.randint(max(2, work.classes), (work.batch,), generator=generator)
+    return x.to(work.device), y.to(work.device)
+
+
+def network(work: Work, weights: Weights, neuron: Callable[[], nn.Module], recurrent: Any = None) -> nn.Sequential:
+    """The network with a library's neurons."""
+    layers: list[nn.Module] = []
+    for i in range(len(work.widths) - 1):
+        layers.append(linear(weights[f"w{i}"], weights[f"b{i}"]))
+        layers.append(recurrent(linear(weights["r"])) if work.recurrent else neuron())
+    return nn.Sequential(*layers, *([linear(weights["w"], weights["b"])] if work.classes else [])).to(work.device)
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.weight.data = weight.clone()
+    if bias is not None:
+        layer.bias.data = bias.clone()
+    return layer
+
+
+def gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def summed(logits: Tensor, y: Tensor) -> Tensor:
+    """The sum of all spikes, as the Open Neuromorphic benchmark has it."""
+    return logits.sum()
+
+
+def by_rule(rule: sltt.Rule, dtype: torch.dtype = torch.float32) -> Callable[[Work], Made]:
+    def make(work: Work) -> Made:
+        def neuron() -> sltt.LIF:
+            return sltt.LIF(tau=1 / (1 - LAMBDA))
+
+        model = network(work, weights_of(work), neuron, lambda layer: sltt.Recurrent(neuron(), layer)).to(dtype)
+        (x, y), loss = batch_of(work), F.cross_entropy if work.classes else summed
+        x = x.to(dtype)
+
+        def run() -> None:
+            model.zero_grad()
+            rule(model, x, y, loss)
+
+        return run, lambda: gradient(model)
+
+    return make
+
+
+def per_sequence(work: Work, model: nn.Module, logits: Tensor, y: Tensor) -> None:
+    """Backward of logits [T, B, C] of all steps."""
+    if work.classes:
+        F.cross_entropy(logits.flatten(0, 1), y.repeat(work.steps)).backward()
+    else:
+        logits.sum().backward()
+
+
+def spikingjelly(work: Work) -> Made:
+    """Multi-step mode."""
+    from spikingjelly.activation_based import functional
+
+    def node(**more: Any) -> nn.Module:
+        return jelly_neuron("LIFNode", 1 / (1 - LAMBDA), **more)
+
+    def recurrent(feedback: nn.Linear) -> nn.Module:
+        return _Added(node(), feedback)
+
+    model = network(work, weights_of(work), lambda: node(step_mode="m"), recurrent)
+    x, y = batch_of(work)
+
+    def run() -> None:
+        model.zero_grad()
+        functional.reset_net(model)
+        per_sequence(work, model, model(x), y)
+
+    return run, lambda: gradient(model)
+
+
+class _Added(nn.Module):
+    """A single-step neuron that reads its own spikes, over all steps."""
+
+    def __init__(self, node: nn.Module, feedback: nn.Linear) -> None:
+        super().__init__()
+        self.node, self.feedback = node, feedback
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = [self.node(x[0])]
+        for x_t in x[1:]:
+            spikes.append(self.node(x_t + self.feedback(spikes[-1])))
+        return torch.stack(spikes)
+
+
+def jax_case(cut: bool) -> Callable[[Work], Made]:
+    """A jitted scan over the neurons; products with inputs stand in front of it, for all steps at once."""
+
+    def make(work: Work) -> Made:
+        import jax
+        import jax.numpy as jnp
+
+        spike: Any = jax.custom_jvp(lambda u: (u >= 0).astype(u.dtype))
+        spike.defjvps(lambda du, s, u: jnp.maximum(0, 1 - jnp.abs(u)) * du)
+        stop = jax.lax.stop_gradient if cut else lambda one: one
+
+        def layer(currents: Any, feedback: Any = None) -> Any:
+            def step(carry: Any, x: Any) -> Any:
+                v, s = (stop(one) for one in carry)
+                u = LAMBDA * v + x + (0 if feedback is None else s @ feedback.T)
+                s = spike(u - 1)
+                return (u - s, s), s
+
+            zero = jnp.zeros_like(currents[0])
+            return jax.lax.scan(step, (zero, zero), currents)[1]
+
+        def loss(weights: Any, x: Any, y: Any) -> Any:
+            s = x
+            for i in range(len(work.widths) - 1):
+                s = layer(s @ weights[f"w{i}"].T + weights[f"b{i}"], weights.get("r"))
+            if not work.classes:
+                return s.sum()
+            logits = jax.nn.log_softmax(s @ weights["w"].T + weights["b"])
+            return -jnp.take_along_axis(logits, jnp.broadcast_to(y, logits.shape[:2])[..., None], -1).mean()
+
+        weights = {name: jnp.asarray(value.numpy()) for name, value in weights_of(work).items()}
+        x, y = (jnp.asarray(one.numpy()) for one in batch_of(work))
+        step = jax.jit(jax.value_and_grad(loss))
+        found: list[Any] = []
+
+        def run() -> None:
+            found[:] = jax.block_until_ready(step(weights, x, y))
+
+        layers = [name for i in range(len(work.widths) - 1) for name in (f"w{i}", f"b{i}")]
+        order = [*layers, *(["r"] if work.recurrent else []), *(["w", "b"] if work.classes else [])]
+        return run, lambda: torch.cat([torch.from_numpy(jax.device_get(found[1][n]).copy()).flatten() for n in order])
+
+    return make
+
+
+class Case(NamedTuple):
+    """A library with a rule.
+
+    Attributes:
+        make: builds it.
+        rule: of the gradient that it should have; None is not compared.
+    """
+
+    make: Callable[[Work], Made]
+    rule: str | None
+
+
+CASES = {
+    "SLTT": Case(by_rule(sltt.SLTT()), "SLTT"),
+    "BPTT": Case(by_rule(sltt.BPTT()), "BPTT"),
+    "OTTT": Case(by_rule(sltt.OTTT()), None),
+    "SLTT, fold = 1": Case(by_rule(sltt.SLTT(fold=1)), "SLTT"),
+    "JAX SLTT": Case(jax_case(cut=True), "SLTT"),
+    "JAX BPTT": Case(jax_case(cut=False), "BPTT"),
+    "SpikingJelly BPTT": Case(spikingjelly, "BPTT"),
+}
 
 
 def check(case: str, of: str, device: str) -> None:
-    """Compare the gradient of a case with the plain equations on a small network; raise ValueError where it differs."""
+    """Raise ValueError where the gradient of a case differs from that of its rule in float64, on a small network."""
     work = WORKS["tiny-recurrent" if WORKS[of].recurrent else "tiny" if WORKS[of].classes else "tiny-linear"]
-    work, rule = work._replace(device=device), CASES[case].rule
+    rule = CASES[case].rule
     if rule is None:
         return
-    run, given = CASES[case].make(work)
+    run, given = CASES[case].make(work._replace(device=device))
     run()
-    cosine = torch.cosine_similarity(given().double().cpu(), exact(work._replace(device="cpu"), rule), dim=0).item()
+    with kernels.using(compile="off", bits=False):
+        plain, exact = by_rule(getattr(sltt, rule)(fold=1), torch.float64)(work)
+        plain()
+    cosine = torch.cosine_similarity(given().double().cpu(), exact(), dim=0).item()
     if cosine < 0.9999:
         raise ValueError(f"{case}: the gradient on {of} has a cosine of {cosine:.4f} with that of {rule}")
 
 
-def serve(work: str, case: str, on: str) -> None:
-    """Answer each line of the input: a number of iterations with the seconds of one, "peak" with the bytes of one."""
+def work_on(work: str, case: str, on: str) -> None:
+    """Measure one case, in a process of its own: the mean seconds of an iteration over half a second, and its peak."""
     torch.set_num_threads(1)
     check(case, work, on)
     run, _ = CASES[case].make(WORKS[work]._replace(device=on))
     run()
-    device, clock = torch.device(on), time.process_time if on == "cpu" else time.perf_counter
-    for line in map(str.strip, sys.stdin):
-        count = 1 if line == "peak" else int(line)
-        if line == "peak":
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # gives memory that is free back to the system
-        finish(device)
+    device = torch.device(on)
+
+    def peak() -> float:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # gives memory that is free back to the system
         reset_process_peak(device)
-        held, began = process_peak(device), clock()
-        for _ in range(count):
-            run()
+        before = process_peak(device)
+        run()
         finish(device)
-        seconds = (clock() - began) / count
-        print(process_peak(device) - held if line == "peak" else seconds, flush=True)
+        return process_peak(device) - before
 
-
-def start(work: str, case: str, device: str) -> subprocess.Popen[str]:
-    """A process for a case. XLA takes one thread, as PyTorch does."""
-    one = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, __file__, "--serve", work, case, device],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **one},
-    )  # fmt: skip
+    clock = time.process_time if on == "cpu" else time.perf_counter
+    serve({"time": timed(run, clock, least=0.5, device=device), "peak": peak})
 
 
 def measure(work: str, cases: list[str], rounds: int, device: str) -> list[dict[str, Any]]:
-    """Seconds and peak memory of each case, in turns."""
-    workers = {case: start(work, case, device) for case in cases}
-
-    def ask(case: str, question: object) -> float:
-        pipe: Any = workers[case]
-        pipe.stdin.write(f"{question}\n")
-        pipe.stdin.flush()
-        return float(pipe.stdout.readline() or "nan")
-
-    counts = {case: max(1, int(0.5 / ask(case, 1))) for case in cases}  # so that an answer takes half a second
-    turns = [{case: ask(case, counts[case]) for case in cases} for _ in range(rounds)]
-    peaks = {case: ask(case, "peak") for case in cases}
-    for worker in workers.values():
-        worker.communicate()
+    """Seconds and peak memory of each case, in turns. XLA takes one thread, as PyTorch does."""
+    one = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1", "OMP_NUM_THREADS": "1"}
+    workers = [Worker([sys.executable, __file__, "--serve", work, case, device], 600, **one) for case in cases]
+    turns = in_turns([partial(worker.ask, "time") for worker in workers], rounds)
+    peaks = [worker.ask("peak") for worker in workers]
+    for worker in workers:
+        worker.close()
     return [
-        {
-            "work": work,
-            "case": case,
-            "seconds": [round(turn[case], 5) for turn in turns],
-            "peak_MB": round(peaks[case] / 1e6, 1),
-        }
-        for case in cases
+        {"work": work, "case": case, "seconds": [round(t, 5) for t in times], "peak_MB": round(peak / 1e6, 1)}
+        for case, times, peak in zip(cases, turns, peaks, strict=True)
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--works", nargs="+", choices=WORKS, default=["mlp", "linear-512", "linear-2048", "recurrent-256"]
+        "--works", nargs="+", choices=WORKS, default=[name for name in WORKS if not name.startswith("tiny")]
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=DOCS / "results" / "sequences.json")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
-        return serve(*given.serve)
+        return work_on(*given.serve)
     rows = []
     for work in given.works:
-        cases = [c for c in given.cases if CASES[c].recurrent or not WORKS[work].recurrent]
-        rows += measure(work, cases, given.rounds, given.device)
-        for row in rows[-len(cases) :]:
-            print(
-                f"{work:16}{row['case']:22}{statistics.median(row['seconds']):9.4f} s  {row['peak_MB']:8.1f} MB",
-                flush=True,
-            )
+        rows += measure(work, given.cases, given.rounds, given.device)
+        for row in rows[-len(given.cases) :]:
+            seconds = statistics.median(row["seconds"])
+            print(f"{work:16}{row['case']:22}{seconds:9.4f} s  {row['peak_MB']:8.1f} MB", flush=True)
     found = {"hardware": hardware(1, device=given.device), "rows": rows}
     given.out.write_text(json.dumps(found, indent=1) + "\n")
+    fill()
     return None
 
 

@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 from advice_tables import advised
-from peer_workers import hardware
 from tables import DOCS, fill
 from torch import nn
-from turns import in_turns, saved
+from turns import hardware, in_turns, saved, timed
 
 import sltt
 from sltt.analysis import Agreement, agreement, count_operations, peak_memory
@@ -128,7 +127,7 @@ def seconds(data: Path | None) -> dict[str, Any]:
     rows = []
     for network, (make, shape, steps, _, batch) in NETWORKS.items():
         model = make().to(memory_format=torch.channels_last)
-        times = in_turns([iteration(model, rule, shape, steps, batch) for rule in RULES], TURNS)
+        times = in_turns([timed(iteration(model, rule, shape, steps, batch)) for rule in RULES], TURNS)
         case = {"network": network, "steps": steps, "batch": batch}
         rows += [{**case, "rule": rule, "seconds": one} for rule, one in zip(RULES, times, strict=True)]
     return {"hardware": hardware(1), "rows": rows}

@@ -1,4 +1,4 @@
-"""What benchmarks/peers.py measures: networks, and an iteration of each rule here and of the other libraries.
+"""Networks that benchmarks/peers.py measures, and an iteration of each rule here and in SpikingJelly.
 
 The neurons: τ = 1.1, threshold 1, soft reset, no input scaling, triangle surrogate.
 """
@@ -32,18 +32,12 @@ def vgg11_max(**arguments: Any) -> nn.Module:
     return model
 
 
-def shd_mlp(neuron: Neuron) -> nn.Module:
-    """The sizes of the recipe for the Spiking Heidelberg Digits."""
-    return sltt.models.MLP([700, 256, 256, 20], neuron=neuron)
-
-
 # what makes the network, and its input
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "resnet18": (sltt.models.resnet18, (32, 3, 32, 32)),
     "vgg11": (lambda **a: sltt.models.vgg11(in_channels=2, **a), (16, 2, 48, 48)),
     "vgg11-max": (lambda **a: vgg11_max(in_channels=2, **a), (16, 2, 48, 48)),
     "spikformer": (sltt.models.spikformer, (32, 3, 32, 32)),
-    "shd": (shd_mlp, (64, 700)),
     "digits": (sltt.models.DigitsNet, (128, 1, 8, 8)),  # a case in seconds
 }
 
@@ -66,13 +60,19 @@ def in_bf16(iteration: Iteration) -> Iteration:
     return run
 
 
-def folded(rule: Callable[..., sltt.Rule]) -> Iteration:
-    """All time steps in one call of the network."""
+def over_steps(make: Callable[[int], sltt.Rule]) -> Iteration:
+    """Run a rule that depends on T."""
 
     def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-        rule(fold=steps)(model, x, y, LOSS, steps=steps)
+        make(steps)(model, x, y, LOSS, steps=steps)
 
     return run
+
+
+def mixed(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    """Keep the gradient through time in the first layer of neurons."""
+    first = next(name for name, m in model.named_modules() if isinstance(m, sltt.LIF))
+    sltt.Mixed({first: "all"})(model, x, y, LOSS, steps=steps)
 
 
 def captured(rule: sltt.Rule) -> Iteration:
@@ -85,10 +85,6 @@ def captured(rule: sltt.Rule) -> Iteration:
         graphs[model](x, y)
 
     return run
-
-
-def segmented_bptt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-    sltt.BPTT(segment=round(steps**0.5))(model, x, y, LOSS, steps=steps)
 
 
 def relu(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
@@ -111,16 +107,16 @@ def relu_evaluation(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
         model(x)
 
 
-def jelly_neuron(kind: str, **kwargs: Any) -> nn.Module:
+def jelly_neuron(kind: str, tau: float = TAU, **more: Any) -> nn.Module:
     from spikingjelly.activation_based import neuron, surrogate
 
     return getattr(neuron, kind)(
-        tau=TAU,
+        tau=tau,
         decay_input=False,
         v_reset=None,
         surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
         detach_reset=False,
-        **kwargs,
+        **more,
     )
 
 
@@ -197,47 +193,6 @@ def jelly_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
     relu(model, x, y, steps)
 
 
-def snntorch_neuron() -> nn.Module:
-    import snntorch
-
-    return snntorch.Leaky(beta=1 - 1 / TAU, spike_grad=TRIANGLE, init_hidden=True, reset_delay=False)
-
-
-def snntorch_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-    nodes: list[Any] = [m for m in model.modules() if type(m).__name__ == "Leaky"]
-    for node in nodes:
-        node.mem = torch.zeros(0)
-    for _ in range(steps):
-        (LOSS(model(x), y) / steps).backward()
-        for node in nodes:
-            node.mem = node.mem.detach()
-
-
-class NorseNeuron(nn.Module):
-    """Norse's feed-forward cell with its state kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from norse.torch import LIFBoxCell, LIFBoxParameters
-
-        self.cell = LIFBoxCell(LIFBoxParameters(tau_mem_inv=torch.tensor(1 / TAU)), dt=1.0)
-        self.state: Any = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        spikes, self.state = self.cell(x, self.state)
-        return spikes
-
-
-def norse_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-    nodes = [m for m in model.modules() if isinstance(m, NorseNeuron)]
-    for node in nodes:
-        node.state = None
-    for _ in range(steps):
-        (LOSS(model(x), y) / steps).backward()
-        for node in nodes:
-            node.state = node.state._replace(v=node.state.v.detach())
-
-
 @dataclass(frozen=True)
 class Case:
     """What is measured under a name.
@@ -267,6 +222,10 @@ def sltt_case(rule: sltt.Rule, exact: str | None = None, **options: Any) -> Case
     """A rule of ours; `exact` is the name of the rule whose gradient it should have."""
     backward = "BPTT" if isinstance(rule, sltt.BPTT) else "SLTT"
     return Case(sltt.LIF, by_rule(rule, **options), peer=f"SpikingJelly {backward}", rule=exact)
+
+
+def bptt_case(make: Callable[[int], sltt.Rule]) -> Case:
+    return Case(sltt.LIF, over_steps(make), peer="SpikingJelly BPTT", rule="BPTT")
 
 
 def bf16_case(iteration: Iteration | None = None, backward: str = "SLTT", **options: Any) -> Case:
@@ -299,7 +258,6 @@ def bf16_peer(neuron: Neuron, run: Iteration) -> Case:
 
 CASES: dict[str, Case] = {
     "relu": Case(nn.ReLU, relu),
-    "relu, default format": Case(nn.ReLU, relu, channels_last=False),
     "relu, bf16": Case(nn.ReLU, in_bf16(relu), floor="relu, bf16"),
     "relu, evaluation": Case(nn.ReLU, relu_evaluation, floor="relu, evaluation", evaluates=True),
     "SLTT": sltt_case(sltt.SLTT(), "SLTT"),
@@ -308,27 +266,23 @@ CASES: dict[str, Case] = {
     "SLTT, bf16, dense": bf16_case(sparse="off"),
     "SLTT, graph": Case(sltt.LIF, captured(sltt.SLTT())),
     "SLTT, bf16, graph": bf16_case(captured(sltt.SLTT())),
-    "SLTT, bf16, fold = T": bf16_case(folded(sltt.SLTT)),
-    "BPTT, bf16, fold = T": bf16_case(folded(sltt.BPTT), "BPTT"),
-    "SLTT, default format": Case(sltt.LIF, by_rule(sltt.SLTT()), rule="SLTT", channels_last=False),
-    "SLTT, not compiled": sltt_case(sltt.SLTT(), "SLTT", compile="off"),
+    "SLTT, bf16, fold = T": bf16_case(over_steps(lambda steps: sltt.SLTT(fold=steps))),
+    "BPTT, bf16, fold = T": bf16_case(over_steps(lambda steps: sltt.BPTT(fold=steps)), "BPTT"),
     "SLTT, k = 1": sltt_case(sltt.SLTT(k=1)),
-    "SLTT, k = 1, dense": sltt_case(sltt.SLTT(k=1), sparse="off"),
     "SLTT, compiled": compiled_case(sltt.LIF),
     "SLTT, own neuron": compiled_case(OwnLIF),
     "SLTT, ALIF": compiled_case(lambda: sltt.ALIF(TAU)),
     "SLTT, recompute": sltt_case(sltt.SLTT(recompute=True), "SLTT"),
-    "SLTT, hoist": sltt_case(sltt.SLTT(hoist=True), "SLTT"),
     "SLTT, fold = 2": sltt_case(sltt.SLTT(fold=2), "SLTT"),
-    "SLTT, fold = T": Case(sltt.LIF, folded(sltt.SLTT), rule="SLTT"),
-    "SLTT, fold = 10": sltt_case(sltt.SLTT(fold=10), "SLTT"),
+    "SLTT, fold = T": Case(sltt.LIF, over_steps(lambda steps: sltt.SLTT(fold=steps)), rule="SLTT"),
     "OTTT": sltt_case(sltt.OTTT()),
+    "RateBased": sltt_case(sltt.RateBased()),
+    "Mixed": Case(sltt.LIF, mixed),
     "BPTT": sltt_case(sltt.BPTT(), "BPTT"),
-    "BPTT, dense": sltt_case(sltt.BPTT(), "BPTT", sparse="off"),
-    "BPTT, fold = T": Case(sltt.LIF, folded(sltt.BPTT), peer="SpikingJelly BPTT", rule="BPTT"),
+    "BPTT, fold = T": bptt_case(lambda steps: sltt.BPTT(fold=steps)),
     "BPTT, recompute": sltt_case(sltt.BPTT(recompute=True), "BPTT"),
     "BPTT, segment = 2": sltt_case(sltt.BPTT(segment=2), "BPTT"),
-    "BPTT, segment = √T": Case(sltt.LIF, segmented_bptt, peer="SpikingJelly BPTT", rule="BPTT"),
+    "BPTT, segment = √T": bptt_case(lambda steps: sltt.BPTT(segment=round(steps**0.5))),
     "evaluation": Case(sltt.LIF, evaluation(), floor="relu, evaluation", evaluates=True),
     "evaluation, dense": Case(sltt.LIF, evaluation(sparse="off"), floor="relu, evaluation", evaluates=True),
     "SpikingJelly SLTT": peer_case(lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt, "SLTT"),
@@ -337,8 +291,6 @@ CASES: dict[str, Case] = {
     "SpikingJelly BPTT, bf16": bf16_peer(Folded, jelly_bptt),
     "SpikingJelly memopt, units": peer_case(Folded, jelly_bptt, "BPTT", prepare=checkpoint_units),
     "SpikingJelly memopt, blocks": peer_case(Folded, jelly_bptt, "BPTT", prepare=checkpoint_blocks),
-    "snnTorch, detached": peer_case(snntorch_neuron, snntorch_sltt, "SLTT"),
-    "Norse, detached": peer_case(NorseNeuron, norse_sltt, "SLTT"),
 }
 
 

@@ -1,149 +1,216 @@
-"""One training iteration here and in other libraries: the same network, data and loss, side by side.
+"""One training iteration here and in SpikingJelly: the same network, data and loss, side by side.
 
     pip install '.[bench]'
-    python benchmarks/peers.py [--network resnet18|vgg11|vgg11-max|shd|digits] [--steps 6] [--cases "NAME;…"]
-                               [--device cpu|cuda] [--batch N] [--threads N] [--avx2] [--clock wall|process] [--times]
-                               [--repeats 7] [--limit 1800] [--json FILE]
+    python benchmarks/peers.py [--network resnet18|vgg11|vgg11-max|spikformer|digits] [--steps 6] [--cases "NAME;…"]
+                               [--device cpu|cuda] [--batch N] [--threads N] [--clock wall|process]
+                               [--only memory|times] [--repeats 7] [--limit 1800] [--json FILE]
     python benchmarks/peers.py --steps 4,16,64 --cases "SLTT;BPTT;SpikingJelly SLTT;SpikingJelly BPTT" --json FILE
 
-The JSON is written after each T, and the same command goes on where it stopped. A case that runs out of memory, or
-needs more than `--limit` seconds for one answer, is left out of the rest, and the others go on.
+The JSON is written when the memory of a T is measured, and when its times are. The same command goes on where it
+stopped. A case that runs out of memory, or needs more than `--limit` seconds for one answer, is left out of the rest,
+and the others go on.
 
-Every case runs in a process of its own; the processes take turns, one iteration each, so that a drift of the machine's
-speed meets all alike. An iteration is zero_grad and the gradients of one batch, without an optimizer step; an
-evaluation is T time steps without a graph. Time is the median after one iteration that is not counted; a ratio is the
-median of the ratios within a turn, with the smallest and the largest. `--clock process` takes the processor time of one
-thread, which other work on the machine hardly disturbs. Memory is what PyTorch's allocator holds at the peak above its
-level before the iteration, gradients included, and beside it the peak of the resident set, read in another process
-whose malloc returns large blocks at once. The first is exact; the second is the kernel's high-water mark, which counts
-in batches for each core and is off by tens of megabytes at times.
+Every case runs in a process of its own; the processes take turns, one iteration each. An iteration is zero_grad and the
+gradients of one batch, without an optimizer step; an evaluation is T time steps without a graph. Time is the median
+after one iteration that is not counted; a ratio is the median of the ratios within a turn, with the smallest and the
+largest. `--clock process` takes the processor time of one thread, which other work on the machine hardly disturbs.
+Memory is what PyTorch's allocator holds at the peak above its level before the iteration, gradients included, and
+beside it the peak of the resident set, read in another process whose malloc returns large blocks at once. The first is
+exact; the second is the kernel's high-water mark, which counts in batches for each core and is off by tens of megabytes
+at times. `--only` measures one of the two: memory where other work runs, times where none does.
 
-Before anything is timed, the gradient of each case is compared with that of SLTT or BPTT by the plain equations: in
-float64, since in float32 a rounding error flips spikes, and with fixed statistics in BatchNorm, since SpikingJelly's
-layer-by-layer BPTT takes them over all time steps together. The cosine is printed: 1 means the same gradient. Where the
-dynamics differ by design, so does the cosine: snnTorch has no gradient through the reset, Norse scales its input.
-`--times` leaves cosine and memory out.
+Before anything is timed, the gradient of each case is compared with that of SLTT or BPTT by the plain equations, once,
+over three time steps: in float64, since in float32 a rounding error flips spikes, and with fixed statistics in
+BatchNorm, since SpikingJelly's layer-by-layer BPTT takes them over all time steps together. The cosine is printed: 1
+means the same gradient.
 
 `relu` is the same network with ReLU instead of neurons, step by step: the floor. Cases in bf16 and evaluations are
-compared with ReLU in bf16 and with its evaluation. The other cases are in benchmarks/peer_cases.py.
+compared with ReLU in bf16 and with its evaluation. The cases are in benchmarks/peer_cases.py.
 """
 
 import argparse
+import ctypes
+import gc
 import json
+import math
+import os
 import statistics
-from dataclasses import replace
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from peer_cases import CASES, NETWORKS
-from peer_workers import EndedError, Setting, start
-from rich.console import Console
-from rich.table import Table
-from turns import quotient
+import torch
+from peer_cases import CASES, NETWORKS, build, cosine
+from peer_tables import Row, cases_table
+from turns import EndedError, Worker, hardware, in_turns, serve, timed
 
+from sltt.analysis import peak_memory, process_peak, reset_process_peak
 from sltt.training.console import megabytes
 
-Row = dict[str, Any]
-CONSOLE = Console(highlight=False, width=max(Console().width, 140))
+COMPARED = 3  # time steps at which gradients are compared
+# What a worker may hold between its turns, in bytes: beyond, it gives memory back, since all workers are alive at once.
+# It pays with new pages in its next turn, a few percent of the time.
+HELD_AT_MOST = 4e9
 
 
-def measure(setting: Setting, names: list[str], repeats: int, limit: float, times: bool) -> list[Row]:
-    """A row for each case; one that ended has an "error" and lacks what was not measured."""
-    began = datetime.now(UTC).isoformat(timespec="seconds")
-    rows: list[Row] = [{**setting.described(), "began": began, "case": name} for name in names]
-    for row in rows if not times else ():
-        measure_memory(setting, row, limit)
-        line = row.get("error") or f"{megabytes(row['memory'])}, resident {megabytes(row.get('resident', 0))}"
-        CONSOLE.print(f"{row['case']}: {line}", style="dim")
-    measure_times(setting, [row for row in rows if "error" not in row], repeats, limit)
-    return rows
+@dataclass(frozen=True)
+class Setting:
+    """What all cases of a run share.
+
+    Attributes:
+        network: its name.
+        steps: T.
+        batch: samples; None is the network's own.
+        threads: of PyTorch.
+        clock: wall, seconds that pass; or process, seconds that the process computes: with one thread these are hardly
+            disturbed by other processes.
+        device: cpu or cuda.
+    """
+
+    network: str
+    steps: int
+    batch: int | None = None
+    threads: int = torch.get_num_threads()
+    clock: Literal["wall", "process"] = "wall"
+    device: str = "cpu"
+
+    def described(self) -> dict[str, Any]:
+        """Return the entries that it has in a row of the results."""
+        size, *shape = NETWORKS[self.network][1]
+        batch, on = self.batch or size, hardware(self.threads, self.device)
+        found = {**asdict(self), "batch": batch, "input": [batch, *shape], "hardware": on}
+        del found["device"]  # the hardware says it
+        return found
 
 
-def measure_memory(setting: Setting, row: Row, limit: float) -> None:
+def work(setting: Setting, case: str) -> None:
+    """Measure one case, in a process of its own."""
+    torch.set_num_threads(setting.threads)
+    device = torch.device(setting.device)
+    model, x, y = build(setting.network, case, setting.batch, device)
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        CASES[case].run(model, x, y, setting.steps)
+
+    one = timed(run, time.perf_counter if setting.clock == "wall" else time.process_time, device=device)
+
+    def seconds() -> float:
+        found = one()
+        if resident_set() > HELD_AT_MOST:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return found
+
+    def warm() -> None:
+        """Run once, for what libraries compile, and take a new network, without the states that they keep."""
+        nonlocal model
+        run()
+        model = build(setting.network, case, setting.batch, device)[0]
+        gc.collect()
+
+    def memory() -> int:
+        warm()
+        return peak_memory(run, device)
+
+    def resident() -> int:
+        warm()
+        before = resident_set()
+        reset_process_peak(device)
+        run()
+        return process_peak(device) - before
+
+    serve(
+        {
+            "time": seconds,
+            "cosine": lambda: cosine(setting.network, case, min(setting.steps, COMPARED), device),
+            "memory": memory,
+            "resident": resident,
+        }
+    )
+
+
+def resident_set() -> int:
+    """Return the bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def start(setting: Setting, case: str, limit: float, **environment: str) -> Worker:
+    """Start a worker for a case."""
+    command = [sys.executable, __file__, "--serve", json.dumps(asdict(setting)), case]
+    return Worker(command, limit, OMP_NUM_THREADS=str(setting.threads), **environment)
+
+
+def measure_memory(setting: Setting, row: Row, limit: float, compare: bool) -> None:
+    questions = ["memory"] + ["resident"] * (setting.device == "cpu") + ["cosine"] * compare
     # malloc gives back every block above 64 kB: the resident set is then what is in use
     worker = start(setting, row["case"], limit, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     try:
-        for what in ("memory", "cosine") if setting.device == "cuda" else ("memory", "resident", "cosine"):
+        for what in questions:
             row[what] = worker.ask(what)
     except EndedError as error:
         row["error"] = str(error)
     finally:
         worker.close()
+    cosine = f", cosine {row['cosine']:.6f}" if row.get("cosine") is not None else ""
+    print(f"{row['case']}: {row.get('error') or megabytes(row['memory'])}{cosine}", flush=True)
 
 
 def measure_times(setting: Setting, rows: list[Row], repeats: int, limit: float) -> None:
-    """All cases take turns."""
+    """All cases take turns; one that ends is not asked again."""
+    began = datetime.now(UTC).isoformat(timespec="seconds")
     # malloc keeps what is freed, as in `sltt.fit`: else new pages take up to a fifth of the time, of some cases more
     workers = [start(setting, row["case"], limit, MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1") for row in rows]
-    turns: list[list[float]] = [[] for _ in rows]
-    for _ in range(1 + repeats):
-        for row, worker, times in zip(rows, workers, turns, strict=True):
-            if "error" not in row:
-                try:
-                    times.append(worker.ask("time"))
-                except EndedError as error:
-                    row["error"] = str(error)
+
+    def ask(row: Row, worker: Worker) -> float:
+        if "error" not in row:
+            try:
+                return worker.ask("time")
+            except EndedError as error:
+                row["error"] = str(error)
+                print(f"{row['case']}: {error}", flush=True)
+        return math.nan
+
+    turns = in_turns([partial(ask, *one) for one in zip(rows, workers, strict=True)], repeats)
     for row, worker, times in zip(rows, workers, turns, strict=True):
         worker.close()
-        del times[:1]  # the first turn
         if "error" not in row:
             row |= {"seconds": statistics.median(times), "min": min(times), "max": max(times), "times": times}
-
-
-def ratio(rows: list[Row], row: Row, to: str | None) -> tuple[float, float, float] | None:
-    """Of times within a turn: median, smallest and largest; None where the other case was not in this run."""
-    other = next((r for r in rows if r["case"] == to and "error" not in r), None)
-    if other is None or other.get("began") != row.get("began"):
-        return None
-    return quotient(row["times"], other["times"])
-
-
-def print_table(rows: list[Row]) -> None:
-    first = rows[0]
-    clock = "processor time" if first.get("clock") == "process" else "time that passed"
-    title = f"{first['network']}, batch {first['batch']}, T = {first['steps']}; {first['hardware']}; {clock}"
-    table = Table(title=title, title_justify="left")
-    for heading in ("case", "seconds", "min – max", "/ ReLU", "/ SpikingJelly", "memory", "resident", "cosine"):
-        table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
-    for row in rows:
-        if "error" in row:
-            table.add_row(row["case"], "", row["error"])
-            continue
-        case = CASES[row["case"]]
-        ratios = [ratio(rows, row, to) for to in (case.floor, case.peer)]
-        table.add_row(
-            row["case"],
-            f"{row['seconds']:.3g}",
-            f"{row['min']:.3g} – {row['max']:.3g}",
-            *("" if r is None else f"{r[0]:.2f} ({r[1]:.2f} – {r[2]:.2f})" for r in ratios),
-            *(megabytes(row[what]) if what in row else "" for what in ("memory", "resident")),
-            "" if row.get("cosine") is None else f"{row['cosine']:.6f}",
-        )
-    CONSOLE.print(table)
+            row["began"] = began
 
 
 def sweep(
-    setting: Setting, all_steps: list[int], names: list[str], repeats: int, limit: float, times: bool, file: Path | None
+    setting: Setting, all_steps: list[int], names: list[str], repeats: int, limit: float, only: str, file: Path | None
 ) -> list[Row]:
-    """The rows of every T, written to the file after each; what the file has already is not measured again."""
+    """Measure every T, and write the file after each part; what the file has already is not measured again."""
     rows: list[Row] = json.loads(file.read_text()) if file and file.exists() else []
     failed: dict[str, str] = {}
+
+    def write() -> None:
+        if file:
+            file.write_text(json.dumps(rows, indent=1) + "\n")
+
     for steps in all_steps:
         setting = replace(setting, steps=steps)
         described = setting.described()
-        mine = [row for row in rows if row["case"] in names and {**row, **described} == row]
-        if len(mine) == len(names):
-            CONSOLE.print(f"T = {steps} is in {file} already", style="dim")
-        else:
-            rows = [row for row in rows if row not in mine]
-            left = [name for name in names if name not in failed]
-            mine = measure(setting, left, repeats, limit, times)
-            mine += [{**described, "case": name, "error": why} for name, why in failed.items()]
-            rows += mine
-            if file:
-                file.write_text(json.dumps(rows, indent=1) + "\n")
-        print_table(mine)
+        known = {row["case"]: row for row in rows if row["case"] in names and {**row, **described} == row}
+        mine = [known.get(name, {**described, "case": name}) for name in names]
+        rows = [row for row in rows if row not in mine] + mine
+        for row in mine:
+            if row["case"] in failed and "error" not in row:
+                row["error"] = failed[row["case"]]
+            if only != "times" and not row.keys() & {"memory", "error"}:
+                compared = {(one["network"], one["case"]) for one in rows if "cosine" in one}
+                measure_memory(setting, row, limit, (setting.network, row["case"]) not in compared)
+                write()
+        if only != "memory" and any(not row.keys() & {"times", "error"} for row in mine):
+            measure_times(setting, [row for row in mine if "error" not in row], repeats, limit)
+        write()
+        if timed_rows := [row for row in mine if "times" in row]:
+            print(f"\n{cases_table(timed_rows)}", flush=True)
         failed |= {row["case"]: f"not run, since T = {steps} failed" for row in mine if "error" in row} | failed
     return rows
 
@@ -156,13 +223,15 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, help="samples; default: the network's own")
     parser.add_argument("--threads", type=int, default=Setting.threads)
-    parser.add_argument("--avx2", action="store_true", help="without AVX-512")
     parser.add_argument("--clock", choices=["wall", "process"], default="wall")
-    parser.add_argument("--times", action="store_true", help="no memory and no comparison of gradients")
+    parser.add_argument("--only", choices=["memory", "times"], default="", help="memory and gradients, or times")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one answer of a case")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        return work(Setting(**json.loads(options.serve[0])), options.serve[1])
     if options.clock == "process" and options.threads > 1:
         raise SystemExit("--clock process is the time of one thread: add --threads 1")
     runs = [name for name in CASES if options.device == "cuda" or "graph" not in name]
@@ -170,10 +239,9 @@ def main() -> None:
     if unknown := [name for name in names if name not in CASES]:
         raise SystemExit(f"unknown cases {unknown}; known: {'; '.join(CASES)}")
     steps = [int(n) for n in options.steps.split(",")]
-    given = options.network, steps[0], options.batch, options.threads, options.avx2, options.clock, options.device
-    setting = Setting(*given)
-    measured = options.repeats, options.limit, options.times
-    sweep(setting, steps, names, *measured, options.json)
+    given = options.network, steps[0], options.batch, options.threads, options.clock, options.device
+    sweep(Setting(*given), steps, names, options.repeats, options.limit, options.only, options.json)
+    return None
 
 
 if __name__ == "__main__":

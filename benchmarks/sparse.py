@@ -18,12 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peer_workers import hardware
-from rich.console import Console
-from rich.table import Table
+from cells import markdown
 from torch import Tensor
 from torch.ops import aten  # pyright: ignore[reportMissingImports]
-from turns import in_turns
+from turns import hardware, in_turns, timed
 
 from sltt.kernels import costs, native, sparse
 from sltt.kernels.bits import pack
@@ -87,7 +85,7 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
 def milliseconds(runs: Runs, repeats: int) -> dict[str, tuple[float, float]]:
     """Median and fastest of each run, all in turn."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    times = in_turns(list(runs.values()), repeats, clock)
+    times = in_turns([timed(run, clock) for run in runs.values()], repeats)
     return {column: (1e3 * statistics.median(one), 1e3 * min(one)) for column, one in zip(runs, times, strict=True)}
 
 
@@ -107,7 +105,7 @@ def main() -> None:
     rows = []
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
-        table = Table("layer", "pass", *COLUMNS, "even", title=f"milliseconds, {name}")
+        lines = []
         for case in LAYERS:
             layer, passes = runs_of(case, arguments.batch, dtype)
             even = dict(zip(("forward", "weight gradient"), costs.break_even(layer, dtype), strict=True))
@@ -117,8 +115,8 @@ def main() -> None:
                 rows.append({"layer": case, "dtype": name, "pass": what, "milliseconds": found})
                 bound = f"{even[what]:.2f}" if what in even else ""
                 cells = ("{:.2f} ({:.2f})".format(*found[column]) if column in found else "" for column in COLUMNS)
-                table.add_row(case if what == "forward" else "", what, *cells, bound)
-        Console(width=160).print(table)
+                lines.append([case, what, *cells, bound])
+        print(f"milliseconds, {name}:\n\n{markdown(['layer', 'pass', *COLUMNS, 'even'], lines)}")
     if arguments.json:
         how = {"hardware": hardware(arguments.threads), "batch": arguments.batch, "repeats": arguments.repeats}
         arguments.json.write_text(json.dumps(how | {"rows": rows}, ensure_ascii=False, indent=1) + "\n")

@@ -3,44 +3,33 @@
     python benchmarks/tables.py
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is one of `TABLES`, or a file of
-benchmarks/peers.py: NAME.json, with a table for each setting. `<!-- table NAME over T -->` has a column for each T.
+benchmarks/peers.py: NAME.json, with a table for each setting. `<!-- table NAME over T -->` has columns for each T, with
+the time of each case; `<!-- table NAME over T of CASE -->` has ratios to the time of CASE instead.
 """
 
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import advice_tables
-import paper_tables
-from cells import Row, by, grouped, is_series, load, markdown, shown
-from peer_cases import CASES
-from peers import ratio
-from turns import quotient, spread
+from cells import Row, accuracies, by, compared, family, grouped, load, markdown, of_task, seeds, shown, spread
+from peer_tables import NETWORKS, Rows, cases_table, ratio, steps_table
+from scipy.stats import ttest_ind
+from turns import quotient
 
+from sltt.commands.fscil import SCORES, percent
 from sltt.commands.results import scores_text
+from sltt.commands.verdict import MARGIN
 from sltt.training.console import megabytes
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = "performance", "paper", "results", "when-not", "recall", "own-neuron", "gpu"
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
-BLOCK = re.compile(r"(<!-- table (\S+)( over T)? -->\n).*?(<!-- end -->)", re.DOTALL)
-LABELS = {
-    "SpikingJelly SLTT": "SpikingJelly 2.0, `SLTTLIFNode`",
-    "SpikingJelly BPTT": "SpikingJelly 2.0, `LIFNode`, layer by layer",
-    "SpikingJelly memopt, units": "the same, `memopt` of level 1 on each weight, norm and neuron",
-    "SpikingJelly memopt, blocks": "the same, `memopt` of level 1 on residual blocks",
-}
-NETWORKS = {
-    "resnet18": "ResNet-18",
-    "vgg11": "VGG-11",
-    "vgg11-max": "VGG-11 with max pooling",
-    "spikformer": "Spikformer",
-    "shd": "MLP 700-256-256-20",
-    "digits": "DigitsNet",
-}
+BLOCK = re.compile(r"(<!-- table (\S+)( over T)?(?: of ([^>]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 RULES = (
     "BPTT",
     "TBPTT(window=2)",
@@ -51,16 +40,15 @@ RULES = (
     "SLTT",
     "SLTT-1",
 )  # in the table of tasks
-Rows = list[Row]
 
 
 def filled(page: str, results: Path = DOCS / "results") -> str:
     """The page with its tables."""
 
     def table(block: re.Match[str]) -> str:
-        start, name, over_steps, end = block.groups()
+        start, name, over_steps, of, end = block.groups()
         try:
-            found = TABLES[name](results) if name in TABLES else of_cases(results, name, bool(over_steps))
+            found = TABLES[name](results) if name in TABLES else of_cases(results, name, bool(over_steps), of)
         except FileNotFoundError:
             found = "Not measured yet.\n"
         return f"{start}\n{found}\n{end}"
@@ -68,90 +56,21 @@ def filled(page: str, results: Path = DOCS / "results") -> str:
     return BLOCK.sub(table, page)
 
 
-def of_cases(results: Path, name: str, over_steps: bool) -> str:
-    """A table for each setting of the cases that peers.py measured, or one with a column for each T."""
+def of_cases(results: Path, name: str, over_steps: bool, of: str | None) -> str:
+    """Make a table for each setting of the cases that peers.py measured, over T or for each T."""
     rows: Rows = [row for row in load(results, name) if "error" not in row]
-    tables = [steps_table(rows)] if over_steps else [cases_table(list(g)) for _, g in groupby(rows, setting)]
-    return "\n".join(tables) + f"\n[All values](results/{name}.json)\n"
+    make = partial(steps_table, of=of) if over_steps else cases_table
+    settings = grouped(rows, "network", "batch", *([] if over_steps else ["steps"]))
+    return "\n".join(make(one) for one in settings.values()) + f"\n[All values](results/{name}.json)\n"
 
 
-def setting(row: Row) -> tuple[object, ...]:
-    """What rows of one table have in common."""
-    return row["network"], row["steps"], str(row.get("input")), row.get("hardware"), row.get("clock")
-
-
-def cases_table(rows: Rows) -> str:
-    """Cases of one setting."""
-    floors = {CASES[row["case"]].floor for row in rows}
-    floor = "ReLU" if all(name.startswith("relu") for name in floors) else floors.pop()
-    columns = {
-        "time": [f"{row['seconds']:.3g} s" for row in rows],
-        f"ratio to {floor}": [spread(ratio(rows, row, CASES[row["case"]].floor)) for row in rows],
-        "ratio to SpikingJelly": [spread(ratio(rows, row, CASES[row["case"]].peer)) for row in rows],
-        "memory": [megabytes(row["memory"]) if "memory" in row else "" for row in rows],
-        "resident set": [megabytes(row["resident"]) if "resident" in row else "" for row in rows],
-    }
-    return conditions(rows, steps=True) + lines(rows, {name: cells for name, cells in columns.items() if any(cells)})
-
-
-def steps_table(rows: Rows) -> str:
-    """Time and memory of each case, a pair of columns for each T."""
-    cases = [{row["steps"]: row for row in of} for of in grouped(rows, "case").values()]
-    columns: dict[str, list[str]] = {}
-    for steps in sorted({row["steps"] for row in rows}):
-        mine = [case.get(steps) for case in cases]
-        columns[f"T = {steps}: time"] = [f"{row['seconds']:.3g} s" if row else "" for row in mine]
-        columns["memory" + " " * len(columns)] = [megabytes(row["memory"]) if row else "" for row in mine]
-    return conditions(rows, steps=False) + lines([next(iter(case.values())) for case in cases], columns)
-
-
-def lines(rows: Rows, columns: dict[str, list[str]]) -> str:
-    """Markdown: a line for each row, with the name of its case."""
-    names = [LABELS.get(row["case"], row["case"].replace("relu", "ReLU")) for row in rows]
-    table = markdown(["", *(name.strip() for name in columns)], list(zip(names, *columns.values(), strict=True)))
-    return table.replace("|  |", "| |").replace("|  |", "| |")
-
-
-def conditions(rows: Rows, steps: bool) -> str:
-    """A line over the table: what was measured, and on what."""
-    words = [NETWORKS[rows[0]["network"]]]
-    if "input" in rows[0]:  # files of an earlier version do not say
-        batch, *shape = rows[0]["input"]
-        words += [f"batch {batch} × {'×'.join(map(str, shape))}"]
-    words += [f"T = {rows[0]['steps']}"] * steps
-    words += [rows[0]["hardware"]] if "hardware" in rows[0] else []
-    words += ["processor time" if rows[0].get("clock") == "process" else "wall-clock time"]
-    counts = sorted({len(row["times"]) for row in rows})
-    words += [f"medians of {counts[0]}" if len(counts) == 1 else f"medians of {counts[0]} to {counts[-1]}"]
-    return f"{', '.join(words)}:\n\n"
-
-
-def tasks(results: Path, cell: Callable[[Row], str], series: bool = False) -> str:
-    """Fill a line for each rule and a column for each task in tasks.json: those on time series, or the others."""
-    rows = [row for row in load(results, "tasks") if is_series(row) is series]
+def tasks(results: Path, cell: Callable[[Row], str], of: str = "") -> str:
+    """Fill a line for each rule and a column for each task in tasks.json."""
+    rows = [row for row in load(results, "tasks") if family(row) == of]
     names = list(grouped(rows, "task"))
     cells = {(shown(row["rule"]).partition("(windows")[0], row["task"]): cell(row) for row in rows}
     lines = [[rule, *(cells.get((rule, name), "") for name in names)] for rule in RULES]
-    return markdown(["rule", *(f"`{name}`" for name in names)], lines)
-
-
-def recurrent(results: Path) -> str:
-    """Sequential digits with recurrent layers."""
-    found = load(results, "recurrent")
-    rows = [[shown(row["rule"]), ", ".join(f"{one:.1%}" for one in row["accuracies"])] for row in found]
-    return markdown(["rule", "test accuracy, seeds 0 to 2"], rows)
-
-
-def rules_over_t(results: Path) -> str:
-    """Memory and time of a batch of the digits over T, as rules.py measured them."""
-    found = sorted(grouped(load(results, "rules"), "steps").items())
-    rows = []
-    rules = list(by(found[0][1], "rule"))
-    for T, of in found:
-        one = by(of, "rule")
-        cells = (f"{megabytes(one[rule]['peak_memory'])}, {one[rule]['seconds']:.2g} s" for rule in rules)
-        rows.append([str(T), *cells])
-    return markdown(["T", *(f"`{rule}`" for rule in rules)], rows)
+    return markdown(["rule", *(f"`{name}`" for name in names)], [line for line in lines if any(line[1:])])
 
 
 def layers(results: Path) -> str:
@@ -168,22 +87,6 @@ def layers(results: Path) -> str:
                 name = ""
     table = markdown(["channels, pixels", "", "PyTorch", "ours"], rows).replace("|  |", "| |")
     return f"{found['hardware']}, {found['batch']} images, medians of {found['repeats']}:\n\n{table}"
-
-
-def exact(results: Path) -> str:
-    """Memory of exact gradients, and their time beside SpikingJelly's BPTT, on each network and T."""
-    settings = grouped(load(results, "exact"), "network", "steps")
-    columns = {}
-    for (network, steps), rows in settings.items():
-        cells = {row["case"]: (row, ratio(rows, row, "SpikingJelly BPTT")) for row in rows if "error" not in row}
-        columns[f"{NETWORKS[network]}, T = {steps}"] = {
-            case: f"{megabytes(row['memory'])}, {found[0]:.2f}" for case, (row, found) in cells.items() if found
-        }
-    first = next(iter(settings.values()))[0]
-    over = f"{first['hardware']}, batch {first['batch']}, processor time, medians of {len(first['times'])}:"
-    cases = dict.fromkeys(case for column in columns.values() for case in column)
-    lines = [[LABELS.get(case, case), *(column.get(case, "") for column in columns.values())] for case in cases]
-    return f"{over}\n\n{markdown(['', *columns], lines).replace('|  |', '| |')}"
 
 
 def other_networks(results: Path) -> str:
@@ -217,6 +120,159 @@ def sequences(results: Path, name: str = "sequences") -> str:
         lines.append([f"`{work}`", *seconds, *(share(*pair) for pair in pairs)])
     headings = "SLTT of JAX's SLTT", "of its own, step by step", "BPTT of JAX's BPTT", "of SpikingJelly's BPTT"
     return f"{found['hardware']}, processor time:\n\n" + markdown(["", "SLTT", "BPTT", *headings], lines)
+
+
+# GB of BPTT and of SLTT, as the paper measured them
+PAPER_MEMORY = {
+    "ResNet-18": (3.00, 1.09),
+    "VGG-11, 48×48": (3.70, 1.07),
+    "VGG-11, 128×128": (5.82, 1.07),
+    "NF-ResNet-34": (28.41, 8.47),
+}
+# hours of its trainings: CIFAR-10, DVS-CIFAR10, ImageNet; it does not have those of DVS-Gesture
+PAPER_HOURS = {
+    "ResNet-18": {"BPTT": 6.35, "SLTT": 4.58},
+    "VGG-11, 48×48": {"BPTT": 4.47, "SLTT": 3.43},
+    "VGG-11, 128×128": {},
+    "NF-ResNet-34": {"BPTT": 73.8, "SLTT": 66.9, "SLTT-1": 32.0},
+}
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of the second less that of the first, and half its 90% interval (Welch)."""
+    middle = statistics.mean(second) - statistics.mean(first)
+    if statistics.pvariance(first) == statistics.pvariance(second) == 0:
+        return middle, 0.0
+    interval: Any = ttest_ind(second, first, equal_var=False).confidence_interval(0.9)  # type: ignore[attr-defined]
+    return middle, float(interval.high) - middle
+
+
+def within_margin(middle: float, half: float) -> str:
+    """Two one-sided tests at 5%: is the difference within the margin?"""
+    if abs(middle) + half <= MARGIN:
+        return "equal"
+    return "less" if middle + half < 0 else "more" if middle - half > 0 else "open"
+
+
+def paper_accuracy(results: Path) -> str:
+    """SLTT beside BPTT with the same budget."""
+    of = {
+        "digits": accuracies(compared(results, "accuracy-digits")),
+        "digits-events": accuracies(compared(results, "accuracy-digits-events")),
+        "CIFAR-10, τ = 1.1, 2 epochs": accuracies(compared(results, "accuracy-cifar10")),
+        "N-MNIST": seeds(results, "nmnist"),
+        "CIFAR-10, no leak, 2 epochs": seeds(results, "cifar10-rules"),
+    }
+    rows = []
+    for name, reached in of.items():
+        bptt, sltt = reached["BPTT"], reached["SLTT"]
+        middle, half = difference(bptt, sltt)
+        points = f"{100 * middle:+.1f} ± {100 * half:.1f}"
+        counts = f"{len(bptt)}, {len(sltt)}"
+        rows.append([name, counts, scores_text(bptt), scores_text(sltt), points, within_margin(middle, half)])
+    return markdown(["data", "seeds", "BPTT", "SLTT", "SLTT − BPTT, points", "within one point"], rows)
+
+
+K = {"SLTT-1": "K = 1", "SLTT-2": "2", "SLTT-3": "3", "SLTT-4": "4", "SLTT-5": "5", "SLTT": "K = T"}
+
+
+def k(results: Path) -> str:
+    """SLTT-K over K."""
+    of = {
+        "the digits, T = 6": accuracies(compared(results, "k-digits")),
+        "the digits' events, T = 9": accuracies(of_task(results, "digits-events")),
+        "N-MNIST, T = 10": seeds(results, "nmnist"),
+        "CIFAR-10, no leak, T = 4, 2 epochs": seeds(results, "cifar10-rules"),
+        "CIFAR-10, τ = 1.1, T = 4, 2 epochs": accuracies(compared(results, "accuracy-cifar10")),
+    }
+    return over_k({name: {rule: scores_text(one) for rule, one in reached.items()} for name, reached in of.items()})
+
+
+def over_k(cells: dict[str, dict[str, str]]) -> str:
+    """A line for each data, a column for each K, and BPTT."""
+    rows = [[name, *(of.get(rule, "") for rule in (*K, "BPTT"))] for name, of in cells.items()]
+    return markdown(["data", *K.values(), "BPTT"], rows)
+
+
+def operations(results: Path) -> str:
+    """Multiplications of an image."""
+    found = grouped(sorted(load(results, "paper/operations"), key=itemgetter("steps")), "rule")
+    parts = "forward", "backward"
+    rows = [[rule, *(f"{row[part] / 1e9:.2f}" for row in of for part in parts)] for rule, of in found.items()]
+    headings = (f"T = {row['steps']}: {part}" for row in next(iter(found.values())) for part in parts)
+    return markdown(["10⁹ multiplications", *headings], rows)
+
+
+def paper_memory(results: Path) -> str:
+    """Memory of BPTT over that of SLTT, of a batch alone and with weights, gradients and momentum."""
+    rows = []
+    for name, of in grouped(load(results, "paper/memory"), "network").items():
+        one = by(of, "rule")
+        bptt, sltt = one["BPTT"], one["SLTT"]
+        whole = (bptt["peak"] + bptt["state"]) / (sltt["peak"] + sltt["state"])
+        theirs = PAPER_MEMORY[name]
+        rows.append(
+            [f"{name}, T = {bptt['steps']}, batch {bptt['batch']}", megabytes(bptt["peak"]), megabytes(sltt["peak"]),
+             f"{bptt['peak'] / sltt['peak']:.1f}", f"{whole:.1f}",
+             f"{theirs[0]:.2f} GB, {theirs[1]:.2f} GB", f"{theirs[0] / theirs[1]:.1f}"]
+        )  # fmt: skip
+    headings = ["network", "BPTT", "SLTT", "ratio", "ratio with weights", "paper: BPTT, SLTT", "paper: ratio"]
+    return markdown(headings, rows)
+
+
+def paper_time(results: Path) -> str:
+    """Seconds of a batch of each rule, and the ratio to BPTT beside the paper's."""
+    found, rows = load(results, "paper/seconds"), []
+    for name, of in grouped(found["rows"], "network").items():
+        label, bptt = f"{name}, T = {of[0]['steps']}, batch {of[0]['batch']}", of[0]["seconds"]
+        for row in of:
+            hours = PAPER_HOURS[name].get(row["rule"])
+            theirs = f"{hours / PAPER_HOURS[name]['BPTT']:.2f}" if hours else ""
+            ratio = spread(quotient(row["seconds"], bptt))
+            rows.append([label, row["rule"], f"{statistics.median(row['seconds']):.2f} s", ratio, theirs])
+            label = ""
+    table = markdown(["network", "rule", "batch", "of BPTT's", "paper: of BPTT's"], rows).replace("|  |", "| |")
+    return f"{found['hardware']}, medians of {len(found['rows'][0]['seconds'])} turns:\n\n{table}"
+
+
+GRADIENTS = {"nmnist": "N-MNIST", "cifar10": "CIFAR-10, ResNet-18", "cifar10-training": "CIFAR-10, small network"}
+
+
+def gradients(results: Path) -> str:
+    """Cosine of SLTT's gradient with BPTT's over τ, T and epochs."""
+    lines, taus = [], ("1.1", "2", "5")
+    for name, label in GRADIENTS.items():
+        for (epochs, steps), of in grouped(load(results, f"paper/gradients-{name}")["rows"], "epochs", "steps").items():
+            cosines = {f"{row['tau']:g}": row["agreement"][0]["cosine"] for row in of}
+            lines.append([label, str(steps), str(epochs), *(f"{cosines[tau]:.3f}" for tau in taus)])
+    return markdown(["data", "T", "epochs", *(f"τ = {tau}" for tau in taus)], lines)
+
+
+def stages(results: Path, prefix: str, first: int, second: int, steps: int) -> str:
+    """T = 1 alone, T = 1 and then a larger T (`steps`), that T alone; `first` and `second` are epochs."""
+    trainings = {
+        "stage-1-alone": f"{first} epochs at T = 1",
+        "stage-1": f"{first + second} epochs at T = 1",
+        "stages": f"{first} at T = 1, then {second} at T = {steps}",
+        "stage-2": f"{first + second} epochs at T = {steps}",
+    }
+    rows = []
+    for name, label in trainings.items():
+        if not (results / "paper" / f"{prefix}{name}.json").exists():
+            continue  # not measured yet
+        for rule, row in compared(results, prefix + name).items():
+            rows.append([label, "any" if name.startswith("stage-1") else rule, scores_text(row["accuracies"])])
+    return markdown(["training", "rule", "test accuracy"], rows)
+
+
+def few_shots(results: Path) -> str:
+    """Scores of each rule, and of the mean of the pixels."""
+    rows = []
+    for name, label in {"digits": "digits", "nmnist": "N-MNIST", "cifar10": "CIFAR-10"}.items():
+        for rule, row in compared(results, f"fscil-{name}").items():
+            if rule != "chance":
+                rows.append([label, rule, *(percent(row[score]) for score in SCORES)])
+    return markdown(["data", "rule", *SCORES.values()], rows)
 
 
 def gpu_steps(results: Path) -> str:
@@ -256,18 +312,24 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tasks": partial(tasks, cell=lambda row: scores_text(row["accuracies"])),
     "tasks-memory": partial(tasks, cell=lambda row: megabytes(row["peak_memory"])),
     "tasks-cosine": partial(tasks, cell=lambda row: f"{row['cosine']:.3f}"),
-    "series": partial(tasks, cell=lambda row: scores_text(row["accuracies"]), series=True),
-    "recurrent": recurrent,
-    "rules": rules_over_t,
+    "series": partial(tasks, cell=lambda row: scores_text(row["accuracies"]), of="series"),
+    "recurrent": partial(tasks, cell=lambda row: scores_text(row["accuracies"]), of="recurrent"),
     "layers": layers,
     "other-networks": other_networks,
-    "exact": exact,
     "sequences": sequences,
     "gpu-steps": gpu_steps,
     "gpu-profile": gpu_profile,
     "gpu-kernels": gpu_kernels,
     "gpu-sequences": partial(sequences, name="gpu/sequences"),
-    **paper_tables.TABLES,
+    "accuracy": paper_accuracy,
+    "k": k,
+    "operations": operations,
+    "paper-memory": paper_memory,
+    "paper-time": paper_time,
+    "gradients": gradients,
+    "stages": partial(stages, prefix="", first=6, second=2, steps=6),
+    "stages-cifar10": partial(stages, prefix="cifar10-", first=3, second=1, steps=4),
+    "few-shots": few_shots,
     **advice_tables.TABLES,
 }
 

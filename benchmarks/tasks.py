@@ -1,14 +1,12 @@
 """All rules on all tasks that tell them apart: accuracy, memory, time and cosine, and tables of docs.
 
     python benchmarks/tasks.py [--data DIR] [--tasks recall …] [--rules BPTT,SLTT,…] [--seeds 5] [--runs runs/tasks]
-    python benchmarks/tasks.py --seconds [--tasks recall …]
     python benchmarks/tasks.py --advice [--tasks recall …] [--trial 4]
 
 DIR/nmnist has N-MNIST; without `--data` its task is left out. Each task is an `sltt compare` with one thread, kept in
 `runs/tasks`: the same command goes on where it stopped. What it measured replaces the rows of the same task and rule in
-docs/results/tasks.json. The table is made of that file. Several may run at a time; --seconds then measures the time of
-all rows again, of three epochs, with nothing beside it. With --advice, each task is an `sltt agreement` with a trial,
-in docs/results/advice.json.
+docs/results/tasks.json. Tables are made of that file. Several may run at a time. With --advice, each task is an
+`sltt agreement` with a trial, in docs/results/advice.json.
 """
 
 import argparse
@@ -31,6 +29,7 @@ TASKS = {
     "recall": ("hidden.1", ["recall"]),
     "recall, detach_reset: false": ("hidden.1", ["recall", "--model.neuron.detach_reset", "false"]),
     "sequential-digits": ("hidden.4", ["sequential-digits"]),
+    "sequential-digits, recurrent": ("", ["sequential-digits", "--model.recurrent", "true"]),
     "recall-marked": ("hidden.4", ["recall-marked"]),
     "nmnist": ("features.2", ["nmnist", "--data.root", "{data}/nmnist"]),
     "japanese-vowels": ("hidden.4", ["japanese-vowels"]),
@@ -49,15 +48,6 @@ def compare(task: str, asked: argparse.Namespace) -> Rows:
     rows = run("compare", task, asked, asked.runs, "--rules", rules, "--seeds", str(asked.seeds))
     kept = "rule", "accuracies", "seconds", "peak_memory", "cosine"
     return [{"task": task, **{key: row[key] for key in kept}} for row in rows]
-
-
-def timed(task: str, rows: Rows, asked: argparse.Namespace) -> Rows:
-    """The rows of a task with the seconds of an epoch measured again."""
-    of_task = [row for row in rows if row["task"] == task]
-    rules = ",".join(row["rule"] for row in of_task)
-    short = "--rules", rules, "--seeds", "1", "--epochs", "3"
-    seconds = {row["rule"]: row["seconds"] for row in run("compare", task, asked, asked.runs / "seconds", *short)}
-    return [{**row, "seconds": seconds[row["rule"]]} for row in of_task]
 
 
 def advise(task: str, asked: argparse.Namespace) -> Rows:
@@ -90,7 +80,6 @@ def main() -> None:
     parser.add_argument("--rules", default=RULES)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/tasks"))
-    parser.add_argument("--seconds", action="store_true", help="measure the time of the recorded rows again")
     parser.add_argument("--advice", action="store_true", help="ask for advice instead of training all rules")
     parser.add_argument("--trial", default="4", help="epochs of the short trainings of --advice")
     asked = parser.parse_args()
@@ -99,10 +88,7 @@ def main() -> None:
     for task in asked.tasks:
         if not asked.data and any("{data}" in word for word in TASKS[task][1]):
             continue
-        if asked.advice:
-            new = advise(task, asked)
-        else:
-            new = timed(task, recorded(path), asked) if asked.seconds else compare(task, asked)
+        new = advise(task, asked) if asked.advice else compare(task, asked)
         # read again: another process may have written meanwhile
         path.write_text(json.dumps(merged(recorded(path), new), indent=1) + "\n")
         fill()

@@ -1,44 +1,52 @@
-"""Run commands of `sltt` once, and cases in turns: what slows the machine meets all of them alike."""
+"""Run cases in turns, so that what slows the machine meets all alike, and commands of `sltt` once."""
 
+import contextlib
 import json
+import os
+import select
+import signal
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sltt.commands import main as command
 
-
-def call(words: Sequence[str]) -> None:
-    """Run a command of `sltt`; end the script where it fails."""
-    if code := command(list(words)):
-        raise SystemExit(code)
+CPU = torch.device("cpu")
 
 
-def saved(words: Sequence[str], folder: Path) -> Any:
-    """Run a command and return what it saves in a folder."""
-    call([*words, "--device", "cpu", "--save", str(folder)])
-    return json.loads((folder / f"{words[0]}.json").read_text())
+def in_turns(cases: Sequence[Callable[[], float]], turns: int) -> list[list[float]]:
+    """Ask each case for its seconds, all once in a turn; the first turn is not counted."""
+    found = [[case() for case in cases] for _ in range(1 + turns)]
+    return [list(times) for times in zip(*found[1:], strict=True)]
 
 
-def train(words: Sequence[str], run: Path) -> None:
-    """Run `sltt train` in a folder, or continue the run that it holds."""
-    begun = (run / "config.yaml").exists()
-    call(["train", *(["--resume", str(run)] if begun else [*words, "--device", "cpu", "--run", str(run)])])
+def timed(
+    run: Callable[[], object], clock: Callable[[], float] = time.perf_counter, least: float = 0, device: Any = CPU
+) -> Callable[[], float]:
+    """Make a case of `run`: the seconds of one call, the mean of as many as take `least` seconds."""
+
+    def seconds() -> float:
+        finish(device)
+        began, count, spent = clock(), 0, 0.0
+        while not count or spent < least:
+            run()
+            finish(device)
+            count, spent = count + 1, clock() - began
+        return spent / count
+
+    return seconds
 
 
-def in_turns(
-    cases: Sequence[Callable[[], object]], turns: int, clock: Callable[[], float] = time.perf_counter
-) -> list[list[float]]:
-    """Measure the seconds of each case, one for each turn, after a turn that is not counted."""
-    times: list[list[float]] = [[] for _ in cases]
-    for turn in range(turns + 1):
-        for one, case in zip(times, cases, strict=True):
-            began = clock()
-            case()
-            one.extend([clock() - began] * (turn > 0))
-    return times
+def finish(device: torch.device) -> None:
+    """Wait for what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def quotient(times: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
@@ -47,6 +55,71 @@ def quotient(times: Sequence[float], other: Sequence[float]) -> tuple[float, flo
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def spread(found: tuple[float, float, float] | None) -> str:
-    """Write a quotient as a table shows it: median (smallest – largest)."""
-    return "" if found is None else "1" if found == (1, 1, 1) else f"{found[0]:.2f} ({found[1]:.2f} – {found[2]:.2f})"
+class EndedError(Exception):
+    """A worker gives no answer; says why."""
+
+
+class Worker:
+    """A process that answers each line of its input with a line of JSON, as `serve` does.
+
+    Args:
+        command: the process.
+        limit: seconds that an answer may take.
+        environment: on top of this process's.
+    """
+
+    def __init__(self, command: list[str], limit: float, **environment: str):
+        self.limit = limit
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+        )
+
+    def ask(self, what: str) -> Any:
+        """Return the answer; raise EndedError if there is none."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and there is no answer to read
+            print(what, file=self.process.stdin, flush=True)
+        if not select.select([self.process.stdout], [], [], self.limit)[0]:
+            self.process.kill()
+            raise EndedError(f"more than {self.limit:g} s")
+        if answer := self.process.stdout.readline():
+            return json.loads(answer)
+        code = self.process.wait()
+        raise EndedError("killed, out of memory" if code == -signal.SIGKILL else f"ended with code {code}")
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError), self.process:
+            pass  # closes its input, at which it ends
+
+
+def serve(actions: Mapping[str, Callable[[], Any]]) -> None:
+    """Answer each line of the input by the action of this name."""
+    with contextlib.suppress(OSError):  # where memory runs out, it is this process that ends
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    for line in sys.stdin:
+        print(json.dumps(actions[line.strip()]()), flush=True)
+
+
+def hardware(threads: int, device: str = "cpu") -> str:
+    """Name what a measurement runs on."""
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+        versions = f"driver {driver}, CUDA {torch.version.cuda}, PyTorch {torch.__version__}"
+        return f"{torch.cuda.get_device_name()}, {versions}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{threads} thread{'s' * (threads > 1)} on {model} ({capability}), PyTorch {torch.__version__}"
+
+
+def saved(words: Sequence[str], folder: Path) -> Any:
+    """Run a command of `sltt` and return what it saves in a folder; end the script where it fails."""
+    if code := command([*words, "--device", "cpu", "--save", str(folder)]):
+        raise SystemExit(code)
+    return json.loads((folder / f"{words[0]}.json").read_text())

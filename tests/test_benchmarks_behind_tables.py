@@ -1,12 +1,9 @@
-"""The tables of the advice of `sltt agreement`, and what the pages say of a training."""
+"""The tables of the advice of `sltt agreement`."""
 
 import json
-from pathlib import Path
-from statistics import mean
 
 import pytest
 
-import sltt
 from tests.scripts import benchmarks_on_the_path, load  # noqa: F401
 
 
@@ -63,16 +60,3 @@ def test_thresholds_are_tried_on_all_cases():
     assert rows["share in the trial ≥ 0.9, as it is"] == ["4", "0", "0"]
     assert rows["share in the trial ≥ 0.3"] == ["3", "0", "1"]
     assert [one.share for one in cases] == ["95%", "40%", "10% (solved)", "too short"]
-
-
-def test_the_pages_say_of_the_hour_what_its_log_says():
-    root = Path(sltt.__file__).parents[1]
-    rows = [row for row in json.loads((root / "docs/results/hour.json").read_text()) if row["case"] == "recipe"]
-    minutes = sorted(sum(row["seconds"]) / 60 for row in rows)
-    took = f"{minutes[0]:.0f} to {minutes[-1]:.0f} minutes"
-    for page in ("docs/results.md", "docs/recipes.md", "CHANGELOG.md", "sltt/recipes/cifar10-hour.yaml"):
-        assert took in (root / page).read_text().replace("\n", " ").replace("  ", " ")
-    alone, six = (f"{mean(row[views] for row in rows):.1%}" for views in ("alone", "six"))
-    assert f"{alone} of the test images; {six} by the mean of six views" in (root / "docs/results.md").read_text()
-    assert alone in (root / "CHANGELOG.md").read_text()
-    assert f"{alone} of the test images" in (root / "sltt/recipes/cifar10-hour.yaml").read_text()

@@ -73,18 +73,6 @@ def test_rate_based_is_left_out_where_lengths_differ(commands, tmp_path):
     assert [words[words.index("--rules") + 1] for words in commands] == ["SLTT", "SLTT,RateBased"]
 
 
-def test_a_training_goes_on_where_it_has_begun(commands, tmp_path):
-    train = load("turns").train
-    train(["digits"], tmp_path)
-    (tmp_path / "config.yaml").touch()
-    train(["digits"], tmp_path)
-    new, again = commands
-    assert new == ["train", "digits", "--device", "cpu", "--run", str(tmp_path)]
-    assert again == ["train", "--resume", str(tmp_path)]
-    with pytest.raises(SystemExit, match="2"):
-        load("turns").call(["train", "bad"])
-
-
 def test_a_dot_in_the_figure_of_recall_is_a_training(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     row = load("recall_figure").train("SLTT", 16, seed=0, epochs=1, samples=256)

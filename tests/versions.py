@@ -1,6 +1,6 @@
 """Compare two versions of this library on random networks: logits, losses and gradients of every rule.
 
-    python benchmarks/versions.py ../old . --count 1000
+    python tests/versions.py ../old . --count 1000
 
 Each version runs in a process of its own, on the same networks, weights, inputs and random draws. Small networks are in
 float64; others are as large as the fast paths need: native steps, spikes as bits, layers on active inputs, a BatchNorm

@@ -1,0 +1,82 @@
+"""Tables of what benchmarks/peers.py measures."""
+
+from cells import Row, by, grouped, markdown, spread
+from peer_cases import CASES
+from turns import quotient
+
+from sltt.training.console import megabytes
+
+Rows = list[Row]
+LABELS = {
+    "SpikingJelly SLTT": "SpikingJelly 2.0, `SLTTLIFNode`",
+    "SpikingJelly BPTT": "SpikingJelly 2.0, `LIFNode`, layer by layer",
+    "SpikingJelly memopt, units": "the same, `memopt` of level 1 on each weight, norm and neuron",
+    "SpikingJelly memopt, blocks": "the same, `memopt` of level 1 on residual blocks",
+}
+NETWORKS = {
+    "resnet18": "ResNet-18",
+    "vgg11": "VGG-11",
+    "vgg11-max": "VGG-11 with max pooling",
+    "spikformer": "Spikformer",
+    "digits": "DigitsNet",
+}
+
+
+def ratio(rows: Rows, row: Row, to: str | None) -> tuple[float, float, float] | None:
+    """Divide times within a turn; return median, smallest and largest, or None where the other case was not in it."""
+    other = next((r for r in rows if r["case"] == to and "times" in r), None)
+    if other is None or "times" not in row or other.get("began") != row.get("began"):
+        return None
+    return quotient(row["times"], other["times"])
+
+
+def cases_table(rows: Rows) -> str:
+    """Cases of one setting."""
+    floors = {CASES[row["case"]].floor for row in rows}
+    floor = "ReLU" if all(name.startswith("relu") for name in floors) else floors.pop()
+    columns = {
+        "time": [f"{row['seconds']:.3g} s" for row in rows],
+        f"ratio to {floor}": [spread(ratio(rows, row, CASES[row["case"]].floor)) for row in rows],
+        "ratio to SpikingJelly": [spread(ratio(rows, row, CASES[row["case"]].peer)) for row in rows],
+        "memory": [megabytes(row["memory"]) if "memory" in row else "" for row in rows],
+        "resident set": [megabytes(row["resident"]) if "resident" in row else "" for row in rows],
+    }
+    return conditions(rows, steps=True) + lines(rows, {name: cells for name, cells in columns.items() if any(cells)})
+
+
+def steps_table(rows: Rows, of: str | None) -> str:
+    """Memory of each case, and its time or its ratio to the time of another, a pair of columns for each T."""
+    cases = grouped(rows, "case")
+    columns: dict[str, list[str]] = {}
+    for steps, mine in sorted(grouped(rows, "steps").items()):
+        one = by(mine, "case")
+        columns[f"T = {steps}: memory"] = [megabytes(one[case]["memory"]) if case in one else "" for case in cases]
+        columns[f"T = {steps}: time"] = [
+            "" if case not in one else spread(ratio(mine, one[case], of)) if of else f"{one[case]['seconds']:.3g} s"
+            for case in cases
+        ]
+    note = f" Times are ratios to {LABELS.get(of, of)}." if of else ""
+    return conditions(rows, steps=False).replace(":\n", f".{note}\n", 1) + lines(
+        [of[0] for of in cases.values()], columns
+    )
+
+
+def lines(rows: Rows, columns: dict[str, list[str]]) -> str:
+    """Markdown: a line for each row, with the name of its case."""
+    names = [LABELS.get(row["case"], row["case"].replace("relu", "ReLU")) for row in rows]
+    table = markdown(["", *(name.strip() for name in columns)], list(zip(names, *columns.values(), strict=True)))
+    return table.replace("|  |", "| |").replace("|  |", "| |")
+
+
+def conditions(rows: Rows, steps: bool) -> str:
+    """A line over the table: what was measured, and on what."""
+    words = [NETWORKS[rows[0]["network"]]]
+    if "input" in rows[0]:  # files of an earlier version do not say
+        batch, *shape = rows[0]["input"]
+        words += [f"batch {batch} × {'×'.join(map(str, shape))}"]
+    words += [f"T = {rows[0]['steps']}"] * steps
+    words += [rows[0]["hardware"]] if "hardware" in rows[0] else []
+    words += ["processor time" if rows[0].get("clock") == "process" else "wall-clock time"]
+    counts = sorted({len(row["times"]) for row in rows})
+    words += [f"medians of {counts[0]}" if len(counts) == 1 else f"medians of {counts[0]} to {counts[-1]}"]
+    return f"{', '.join(words)}:\n\n"
