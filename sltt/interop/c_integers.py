@@ -28,7 +28,7 @@ def in_integers(network: Network, x: Tensor) -> Network:
     counts = bool((x == x.round()).all()) and x.abs().max() <= 127
     made.input_scale = 1.0 if counts else x.abs().max().item() / 127
     units = {network.input: torch.full(network.input.shape[:1], made.input_scale).double()}
-    bounds = {network.input: 127.0}
+    made.bounds = bounds = {network.input: 127.0}
     for op in made.operations:
         for value in op.inputs:
             if value.spikes:

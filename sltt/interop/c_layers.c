@@ -1,5 +1,5 @@
 // The parts of a network in C; c_writing.py takes those that the network calls, and what they need ("part NAME: …").
-// Words in capitals are replaced: types, FIELD and PARAMETER (one number, or one for each channel), SIZES, EACH (the loop over
+// Words in capitals are replaced: types, FIELD and AT (one number, or one for each channel), SIZES, EACH (the loop over
 // neurons), LIMIT. A line that ends in "//? NAME" is for networks that call NAME.
 
 // part spread
@@ -22,52 +22,95 @@ static void active(const NUMBER *in, INDEX *list, int size)
     }
     list[0] = (INDEX)count;
 }
-// part row
-/* Add value times a row of weights. */
-static void add_row(const WEIGHT *restrict row, NUMBER value, NUMBER *restrict out, int size)
+// part rows
+/* Add a row of weights, times a value. */
+static void add_row(const WEIGHT *restrict a, VALUE s, NUMBER *restrict out, int size)
 {
     for (int k = 0; k < size; k++)
-        out[k] += value * row[k];
+        out[k] += s * a[k];
 }
-// part conv: row
+
+/* Add four rows: each sum is read and written once for all of them. */
+static void add_four(const WEIGHT *restrict a, const WEIGHT *restrict b, const WEIGHT *restrict c,
+                     const WEIGHT *restrict d, NUMBER *restrict out, int size)
+{
+    for (int k = 0; k < size; k++)
+        out[k] += a[k] + b[k] + c[k] + d[k];
+}
+
+static void add_four_values(const WEIGHT *restrict a, const WEIGHT *restrict b, const WEIGHT *restrict c,
+                            const WEIGHT *restrict d, VALUE s, VALUE t, VALUE u, VALUE v, NUMBER *restrict out, int size)
+{
+    for (int k = 0; k < size; k++)
+        out[k] += s * a[k] + t * b[k] + u * c[k] + v * d[k];
+}
+
+/* Add the rows of the inputs in a list, each times its value; rows[0] is of the input `first`. */
+static void add_rows(const WEIGHT *rows, int first, const INDEX *list, int count, const NUMBER *values, NUMBER *out,
+                     int size)
+{
+    for (; count >= 4; list += 4, count -= 4) {
+        const WEIGHT *a = rows + (list[0] - first) * size, *b = rows + (list[1] - first) * size;
+        const WEIGHT *c = rows + (list[2] - first) * size, *d = rows + (list[3] - first) * size;
+        if (values)
+            add_four_values(a, b, c, d, (VALUE)values[list[0]], (VALUE)values[list[1]], (VALUE)values[list[2]],
+                            (VALUE)values[list[3]], out, size);
+        else
+            add_four(a, b, c, d, out, size);
+    }
+    for (; count > 0; list++, count--)
+        add_row(rows + (list[0] - first) * size, values ? (VALUE)values[list[0]] : 1, out, size);
+}
+// part conv: rows
 typedef struct {
     int channels, height, width;             /* of the input, [height][width][channels] */
     int outputs, out_height, out_width;      /* of the output */
     int kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x;
-    int groups;
+    int dilation_y, dilation_x, groups;
     const WEIGHT *weights;                   /* [kernel_height][kernel_width][channels][outputs / groups] */
     const NUMBER *bias;                      /* [outputs] */
 } conv_layer;
 
-/* Add the weights of active inputs, each to all output pixels that it reaches. */
+/* Add the weights of active inputs. Those that an output pixel reads of a row stand together in the list. */
 static void conv(const conv_layer *l, const INDEX *list, const NUMBER *values, NUMBER *out)
 {
-    const int inside = l->channels / l->groups, size = l->outputs / l->groups;
-    int first = -l->channels;                /* input of a pixel */
-    int bottom = 0, right = 0, y0 = 0, x0 = 0; /* its place with padding, and the last output that reaches it */
+    const int inside = l->channels / l->groups, size = l->outputs / l->groups, row = l->width * l->channels;
+    const int together = l->dilation_x == 1 ? l->kernel_width : 1; /* pixels of a row */
+    const int end = list[0] + 1;
+    int top = 1;                             /* where the inputs of a row of outputs begin in the list */
 
-    for (int pixel = 0; pixel < l->out_height * l->out_width; pixel++)
-        memcpy(out + pixel * l->outputs, l->bias, (size_t)l->outputs * sizeof *out);
-    for (int k = 1; k <= list[0]; k++) {
-        if (list[k] >= first + l->channels) {
-            const int pixel = list[k] / l->channels;
-            first = pixel * l->channels;
-            bottom = pixel / l->width + l->padding_y;
-            right = pixel % l->width + l->padding_x;
-            y0 = bottom / l->stride_y;
-            x0 = right / l->stride_x;
-        }
-        const int c = list[k] - first, group = l->groups == 1 ? 0 : c / inside;
-        for (int y = y0; y >= 0 && bottom - y * l->stride_y < l->kernel_height; y--)
-            for (int x = x0; x >= 0 && right - x * l->stride_x < l->kernel_width; x--)
-                if (y < l->out_height && x < l->out_width) {
-                    const int place = (bottom - y * l->stride_y) * l->kernel_width + right - x * l->stride_x;
-                    add_row(l->weights + (place * l->channels + c) * size, values ? values[list[k]] : 1,
-                            out + (y * l->out_width + x) * l->outputs + group * size, size);
+    for (int y = 0; y < l->out_height; y++, out += l->out_width * l->outputs) {
+        for (int x = 0; x < l->out_width; x++)
+            memcpy(out + x * l->outputs, l->bias, (size_t)l->outputs * sizeof *out);
+        for (int ky = 0, start = top; ky < l->kernel_height; ky++) {
+            const int above = y * l->stride_y - l->padding_y + ky * l->dilation_y, left = above * row;
+            if (above < 0 || above >= l->height)
+                continue;
+            while (start < end && list[start] < left)
+                start++;
+            top = ky == 0 ? start : top;
+            for (int kx = 0; kx < l->kernel_width; kx += together)
+                for (int x = 0, from = start, to = start; x < l->out_width; x++) {
+                    const int first = left + (x * l->stride_x - l->padding_x + kx * l->dilation_x) * l->channels;
+                    const int behind = first + together * l->channels;
+                    while (from < end && list[from] < first)
+                        from++;
+                    to = to < from ? from : to;
+                    while (to < end && list[to] < behind && list[to] < left + row)
+                        to++;
+                    for (int k = from, next; k < to; k = next) {
+                        const int group = l->groups == 1 ? 0 : list[k] / inside; /* counted from the first pixel */
+                        next = l->groups == 1 ? to : k + 1;
+                        while (next < to && list[next] / inside == group)
+                            next++;
+                        add_rows(l->weights + (ky * l->kernel_width + kx) * l->channels * size, first, list + k, next - k,
+                                 values, out + x * l->outputs + group % l->groups * size, size);
+                    }
                 }
+        }
     }
 }
-// part linear: row
+// part linear: rows
 typedef struct {
     int outputs;
     const WEIGHT *weights;                   /* [inputs][outputs] */
@@ -78,8 +121,7 @@ typedef struct {
 static void linear(const linear_layer *l, const INDEX *list, const NUMBER *values, NUMBER *out)
 {
     memcpy(out, l->bias, (size_t)l->outputs * sizeof *out);
-    for (int k = 1; k <= list[0]; k++)
-        add_row(l->weights + list[k] * l->outputs, values ? values[list[k]] : 1, out, l->outputs);
+    add_rows(l->weights, 0, list + 1, list[0], values, out, l->outputs);
 }
 // part pool
 typedef struct {
@@ -195,25 +237,26 @@ typedef struct {
 } neuron_layer;
 // part lif: charge neuron
 /* Charge the potentials v with the currents in; list the neurons that reach their threshold, and reset them. */
-static void lif(const neuron_layer *l, NUMBER *v, const NUMBER *in, INDEX *list)
+static void lif(const neuron_layer *l, NUMBER *restrict v, const NUMBER *restrict in, INDEX *restrict list)
 {
     int count = 0;
 
+    EACH
+        v[i] = charge(l->AT(decay, c), v[i], in[i]);
     EACH {
-        const NUMBER u = charge(l->PARAMETER(decay), v[i], in[i]);
-        const int fires = u >= l->PARAMETER(threshold);
-        v[i] = !fires ? u : l->hard ? 0 : u - l->PARAMETER(threshold);
         list[count + 1] = (INDEX)i; /* stays if it fires */
-        count += fires;
+        count += v[i] >= l->AT(threshold, c);
     }
     list[0] = (INDEX)count;
+    for (int k = 1; k <= count; k++)
+        v[list[k]] = l->hard ? 0 : v[list[k]] - l->AT(threshold, list[k] % l->channels);
 }
 // part cuba_lif: lif
 /* Charge the synaptic currents i_syn, then the potentials with these. */
 static void cuba_lif(const neuron_layer *l, NUMBER *i_syn, NUMBER *v, const NUMBER *in, INDEX *list)
 {
     EACH
-        i_syn[i] = charge(l->PARAMETER(synapse), i_syn[i], in[i]);
+        i_syn[i] = charge(l->AT(synapse, c), i_syn[i], in[i]);
     lif(l, v, i_syn, list);
 }
 // part alif: charge neuron
@@ -223,10 +266,10 @@ static void alif(const neuron_layer *l, NUMBER *a, NUMBER *v, const NUMBER *in, 
     int count = 0;
 
     EACH {
-        const NUMBER u = charge(l->PARAMETER(decay), v[i], in[i]);
-        const int fires = u >= l->PARAMETER(threshold) + a[i];
-        v[i] = fires ? u - l->PARAMETER(threshold) : u;
-        a[i] = charge(l->PARAMETER(adaptation), a[i], fires ? l->PARAMETER(rise) : 0);
+        const NUMBER u = charge(l->AT(decay, c), v[i], in[i]);
+        const int fires = u >= l->AT(threshold, c) + a[i];
+        v[i] = fires ? u - l->AT(threshold, c) : u;
+        a[i] = charge(l->AT(adaptation, c), a[i], fires ? l->AT(rise, c) : 0);
         list[count + 1] = (INDEX)i; /* stays if it fires */
         count += fires;
     }

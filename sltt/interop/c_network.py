@@ -3,7 +3,7 @@
 Shapes: B samples, C channels, H×W pixels; what is no image has one pixel. C stores the channels last.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -70,6 +70,7 @@ class Weights(Operation):
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     groups: int = 1
+    dilation: tuple[int, int] = (1, 1)
     tensors = ("weight", "bias")
 
     @property
@@ -80,7 +81,7 @@ class Weights(Operation):
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         if self.linear:
             return F.linear(inputs[0].flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
-        return F.conv2d(inputs[0], self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+        return F.conv2d(inputs[0], self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 @dataclass(eq=False)
@@ -210,6 +211,7 @@ class Network:
         input_scale: the number that 1 stands for in an input of integers.
         logit_scale: the same of logits.
         integers: weights are int8, and all else is int32.
+        bounds: no integer of a value is larger.
     """
 
     operations: list[Operation]
@@ -219,6 +221,7 @@ class Network:
     input_scale: float = 1.0
     logit_scale: float = 1.0
     integers: bool = False
+    bounds: dict[Value, float] = field(default_factory=dict)
 
     @property
     def neurons(self) -> list[Fire]:

@@ -255,15 +255,14 @@ def _weights(name: str, module: Any, x: Value, given: Tensor) -> Weights:
         require(given.ndim == 2, ", whose input is not [B, features]")
         return Weights(name, [x], Value((len(weight), 1, 1)), weight.view(len(weight), *x.shape), bias)
     require(module.padding_mode == "zeros", ", which pads by other than zeros")
-    require(set(module.dilation) == {1}, ", which is dilated")
-    kernel = module.kernel_size
-    padding = {"same": tuple(k // 2 for k in kernel), "valid": (0,) * len(kernel)}.get(module.padding, module.padding)
-    require(module.padding != "same" or all(k % 2 for k in kernel), ", which pads one side more than the other")
+    reach = tuple(d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    padding = {"same": tuple(k // 2 for k in reach), "valid": (0,) * len(reach)}.get(module.padding, module.padding)
+    require(module.padding != "same" or all(k % 2 for k in reach), ", which pads one side more than the other")
     flat = isinstance(module, nn.Conv1d)
-    stride, padding = _pair(module.stride, 1), _pair(padding)
+    stride, padding, dilation = _pair(module.stride, 1), _pair(padding), _pair(module.dilation, 1)
     weight = weight.unsqueeze(2) if flat else weight
-    size = _count_windows(x.shape, (weight.shape[2], weight.shape[3]), stride, padding)
-    return Weights(name, [x], Value((len(weight), *size)), weight, bias, stride, padding, module.groups)
+    size = _count_windows(x.shape, _pair(reach, 1), stride, padding)
+    return Weights(name, [x], Value((len(weight), *size)), weight, bias, stride, padding, module.groups, dilation)
 
 
 def _count_windows(shape: Any, kernel: Any, stride: Any, padding: Any) -> tuple[int, int]:

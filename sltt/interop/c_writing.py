@@ -12,8 +12,8 @@ from sltt.interop.c_buffers import plan
 from sltt.interop.c_network import LIMIT, Active, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
 
 _TYPES = {
-    "float32": {"number": "float", "weight": "float", "factor": "float"},
-    "int8": {"number": "int32_t", "weight": "int8_t", "factor": "int16_t"},
+    "float32": {"number": "float", "weight": "float", "value": "float", "factor": "float"},
+    "int8": {"number": "int32_t", "weight": "int8_t", "value": "int16_t", "factor": "int16_t"},
 }
 _BYTES = {"float": 4, "int32_t": 4, "int16_t": 2, "uint16_t": 2, "int8_t": 1}
 _KEYWORDS = """auto break case char const continue default do double else enum extern float for goto if inline int long
@@ -39,7 +39,9 @@ class Program:
 
     def __init__(self, network: Network, name: str, events: bool):
         self.network, self.name, self.events = network, name, events
-        self.types = _TYPES["int8" if network.integers else "float32"]
+        self.types = dict(_TYPES["int8" if network.integers else "float32"])
+        if any(network.bounds.get(op.inputs[0], 0) >= 2**15 for op in network.operations if isinstance(op, Weights)):
+            self.types["value"] = self.types["number"]
         largest = max([value.size for op in network.operations for value in (*op.inputs, op.output)])
         self.index = "uint16_t" if largest < 2**16 else "int32_t"
         self.parts: set[str] = set()  # functions that the network calls
@@ -173,9 +175,10 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         lines = [line.partition("//?") for line in text.splitlines()]
         text = "\n".join(line.rstrip() for line, _, only in lines if not only or only.strip() in self.parts)
         for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
-            declared, one = (rf"const \1 *{field}", f"{field}[c]") if field in self.each else (rf"\1 {field}", field)
-            text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text).replace(f"PARAMETER({field})", one)
-        by_channel = "for (int i = 0, c = 0; i < l->size; i++, c = c + 1 < l->channels ? c + 1 : 0)"
+            declared, one = (rf"const \1 *{field}", rf"{field}[\1]") if field in self.each else (rf"\1 {field}", field)
+            text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text)
+            text = re.sub(rf"AT\({field}, ([^()]+)\)", one, text)
+        by_channel = "for (int i = 0; i < l->size;)\n        for (int c = 0; c < l->channels; c++, i++)"
         text = text.replace("EACH", by_channel if self.each else "for (int i = 0; i < l->size; i++)")
         text = text.replace("SIZES", "int size, channels;" if self.each else "int size;").replace("LIMIT", str(LIMIT))
         for kind, name in (self.types | {"index": self.index}).items():
@@ -271,7 +274,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         given = {"outputs": outputs, "weights": weights, "bias": bias}
         if op.linear:
             return self._layer("linear_layer", op, **given)
-        return self._layer("conv_layer", op, **_window(op, (height, width)), groups=op.groups, **given)
+        given = {"dilation_y": op.dilation[0], "dilation_x": op.dilation[1], "groups": op.groups} | given
+        return self._layer("conv_layer", op, **_window(op, (height, width)), **given)
 
     def _pool(self, op: Pool) -> str:
         factor = _literal(torch.tensor(op.factor), self.types["number"])

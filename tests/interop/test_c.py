@@ -90,12 +90,15 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], int | None]]:
     one = [nn.Conv1d(3, 8, 3, padding="same"), nn.BatchNorm1d(8), sltt.LIF(tau=2.0), nn.AvgPool1d(2), nn.Dropout(0.2)]
     one += [nn.Conv1d(8, 8, 2, stride=2), sltt.PLIF(v_threshold=0.3), nn.MaxPool1d(2), nn.Flatten()]
     one += [nn.Linear(16, 4), sltt.IF(v_threshold=0.2)]
+    dilated = [nn.Conv2d(2, 8, 3, stride=2, padding=3, dilation=(2, 3)), sltt.LIF(v_threshold=0.3)]
+    dilated += [nn.Conv2d(8, 8, (2, 3), padding="same", dilation=2, groups=2), sltt.LIF(v_threshold=0.3), nn.Flatten()]
     back = sltt.Recurrent(sltt.ALIF(tau=2.0), nn.Conv2d(4, 4, 3, padding=1))
     found |= {
         "MLP": (sltt.models.MLP([64, 32, 32, 10]), (4, 1, 8, 8), 5),
         "DigitsNet": (sltt.models.DigitsNet(width=4), (4, 1, 8, 8), 4),
         "events": (sltt.models.DigitsNet(2, width=4), (5, 4, 2, 12, 9), None),
         "groups": (nn.Sequential(*grouped, nn.Flatten(), nn.Linear(160, 5)), (4, 4, 2, 12, 9), None),
+        "dilated": (nn.Sequential(*dilated, nn.Linear(8 * 7 * 5, 5)), (4, 4, 2, 12, 9), None),
         "one dimension": (nn.Sequential(*one), (6, 4, 3, 18), None),
         "odd pooling": (sltt.models.VGG(((8,), (8, 12)), 2, 4), (4, 4, 2, 11, 8), None),
         "Residual": (Residual(), (5, 4, 2, 6, 7), None),
@@ -264,14 +267,14 @@ def test_bad_options_of_layers_and_operations_are_named_all_at_once(tmp_path):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.head = nn.Conv2d(1, 2, 2, dilation=2), nn.Linear(72, 3)
+            self.conv, self.head = nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), nn.Linear(72, 3)
             self.pool = nn.AdaptiveAvgPool2d(5)
             self.neuron = sltt.LIF()
 
         def forward(self, x):
             return self.head((self.neuron(self.conv(x)) * x[:, :, 2:, 2:]).flatten(1))
 
-    expected = r"conv \(Conv2d\), which is dilated; the operation getitem in the model \(Odd\); the operation mul in"
+    expected = r"conv \(Conv2d\), which pads by other than zeros; the operation getitem in the model \(Odd\)"
     with pytest.raises(ValueError, match=expected):
         to_c(Odd(), torch.randn(2, 2, 1, 8, 8), tmp_path / "a")
     odd = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4), sltt.LIF(), nn.Flatten(), nn.Linear(32, 3))
