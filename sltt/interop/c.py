@@ -64,8 +64,8 @@ def to_c(
         name: what the names of files, functions and types begin with.
         steps: T for a static input.
         weights: the arithmetic. "float32" gives the logits of `sltt.unroll` up to rounding. "int8" has weights of 8
-            bits and sums of 32, and gives those of `Exported.network` to the last bit; the example sets the scale of
-            the input.
+            bits and sums of 32 or 16, and gives those of `Exported.network` to the last bit; the example sets the
+            scale of the input.
 
     Raises:
         ValueError: naming every layer that C has not; for weights that are not finite, a folder that exists, a name

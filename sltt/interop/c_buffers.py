@@ -11,19 +11,19 @@ class Buffer:
 
     Attributes:
         name: in the struct.
-        spikes: it holds a list of indices.
+        kind: "spikes" is a list of indices; "values", or "currents" of 16 bits.
         size: how many values fit.
         until: the last operation that reads what is in it.
     """
 
     name: str
-    spikes: bool
+    kind: str
     size: int
     until: float
 
 
-def plan(network: Network) -> tuple[list[Buffer], dict[Value, Buffer]]:
-    """Give each value a buffer; one serves several values whose times do not overlap."""
+def plan(network: Network, narrow: set[Value]) -> tuple[list[Buffer], dict[Value, Buffer]]:
+    """Give each value a buffer; one serves several whose times do not overlap. Those in `narrow` have 16 bits."""
     operations = network.operations
     last = {value: i for i, op in enumerate(operations) for value in op.inputs}
     buffers: list[Buffer] = []
@@ -34,7 +34,8 @@ def plan(network: Network) -> tuple[list[Buffer], dict[Value, Buffer]]:
         until = float("inf") if kept else last.get(value, i)
         if value is network.output:
             continue
-        free = [b for b in buffers if b.until < i and b.spikes == value.spikes and not kept]
+        kind = "spikes" if value.spikes else "currents" if value in narrow else "values"
+        free = [b for b in buffers if b.until < i and b.kind == kind and not kept]
         if isinstance(op, Affine | Sum):  # in place of an input that nobody reads any more
             ours = [places[x] for x in op.inputs if x in places and places[x].until == i and not x.spikes]
             free = ours or free
@@ -42,8 +43,7 @@ def plan(network: Network) -> tuple[list[Buffer], dict[Value, Buffer]]:
             buffer = min(free, key=lambda b: (b.size < value.size, abs(b.size - value.size)))
             buffer.size = max(buffer.size, value.size)
         else:
-            count = sum(b.spikes == value.spikes for b in buffers)
-            buffer = Buffer(f"{'spikes' if value.spikes else 'values'}{count}", value.spikes, value.size, until)
+            buffer = Buffer(f"{kind}{sum(b.kind == kind for b in buffers)}", kind, value.size, until)
             buffers.append(buffer)
         buffer.until = until
         places[value] = buffer

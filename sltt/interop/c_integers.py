@@ -1,8 +1,9 @@
-"""The operations of a network in integers: weights of 8 bits with a scale for each output channel, all else of 32 bits.
+"""The operations of a network in integers: weights of 8 bits, sums of 32, or of 16 where a layer needs no more.
 
-Each value has a unit for each channel: the number that 1 stands for. Neurons need no multiplication for it, since their
-thresholds are in the same unit; neither does BatchNorm, whose gain becomes a part of the unit. Average pooling sums,
-and the next layer takes the factor into its weights. Only a sum of two paths brings them to one unit.
+Weights have a scale for each output channel. Each value has a unit for each channel: the number that 1 stands for.
+Neurons need no multiplication for it, since their thresholds are in the same unit; neither does BatchNorm, whose gain
+becomes a part of the unit. Average pooling sums, and the next layer takes the factor into its weights. Only a sum of
+two paths brings them to one unit.
 """
 
 import copy
@@ -113,8 +114,17 @@ def _fire(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last:
     if op.adaptation is not None:
         op.adaptation = (op.adaptation * 2**SHIFT).round()
         op.rise = (op.rise / unit).round().clamp(0, LIMIT)
+    current = _settled(op.synapse, torch.tensor(bounds[op.inputs[0]]).double())
+    raised = 0 if op.rise is None else _settled(op.adaptation, op.rise.amax())
+    peaks = op.start.abs().amax(), _settled(op.decay, current), op.threshold.amax() + raised
+    op.limit = torch.stack(peaks).amax().item()
     bounds[op.output] = 1.0
     return torch.ones_like(unit)
+
+
+def _settled(factor: Tensor | None, current: Tensor) -> Tensor:
+    """Return what no state goes beyond that keeps factor / 2^14 of itself, rounded, beside a current."""
+    return current if factor is None else (current + 0.5) / (1 - factor.amax() / 2**SHIFT)
 
 
 _RULES = {Weights: _weights, Affine: _affine, Pool: _pool, Sum: _sum, Fire: _fire}

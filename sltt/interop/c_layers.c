@@ -1,6 +1,7 @@
 // The parts of a network in C; c_writing.py takes those that the network calls, and what they need ("part NAME: …").
 // Words in capitals are replaced: types, FIELD and AT (one number, or one for each channel), SIZES, EACH (the loop over
-// neurons), LIMIT. A line that ends in "//? NAME" is for networks that call NAME.
+// neurons), LIMIT. A line that ends in "//? NAME" is for networks that call NAME. What has a $ in its name is also written
+// with states of 16 bits.
 
 // part spread
 /* Write a list of active indices as zeros and ones; list[0] is how many there are. */
@@ -24,21 +25,21 @@ static void active(const NUMBER *in, INDEX *list, int size)
 }
 // part rows
 /* Add a row of weights, times a value. */
-static void add_row(const WEIGHT *restrict a, VALUE s, NUMBER *restrict out, int size)
+static void add_row$(const WEIGHT *restrict a, VALUE s, NUMBER *restrict out, int size)
 {
     for (int k = 0; k < size; k++)
         out[k] += s * a[k];
 }
 
 /* Add four rows: each sum is read and written once for all of them. */
-static void add_four(const WEIGHT *restrict a, const WEIGHT *restrict b, const WEIGHT *restrict c,
+static void add_four$(const WEIGHT *restrict a, const WEIGHT *restrict b, const WEIGHT *restrict c,
                      const WEIGHT *restrict d, NUMBER *restrict out, int size)
 {
     for (int k = 0; k < size; k++)
         out[k] += a[k] + b[k] + c[k] + d[k];
 }
 
-static void add_four_values(const WEIGHT *restrict a, const WEIGHT *restrict b, const WEIGHT *restrict c,
+static void add_four_values$(const WEIGHT *restrict a, const WEIGHT *restrict b, const WEIGHT *restrict c,
                             const WEIGHT *restrict d, VALUE s, VALUE t, VALUE u, VALUE v, NUMBER *restrict out, int size)
 {
     for (int k = 0; k < size; k++)
@@ -46,20 +47,20 @@ static void add_four_values(const WEIGHT *restrict a, const WEIGHT *restrict b, 
 }
 
 /* Add the rows of the inputs in a list, each times its value; rows[0] is of the input `first`. */
-static void add_rows(const WEIGHT *rows, int first, const INDEX *list, int count, const NUMBER *values, NUMBER *out,
+static void add_rows$(const WEIGHT *rows, int first, const INDEX *list, int count, const INPUT *values, NUMBER *out,
                      int size)
 {
     for (; count >= 4; list += 4, count -= 4) {
         const WEIGHT *a = rows + (list[0] - first) * size, *b = rows + (list[1] - first) * size;
         const WEIGHT *c = rows + (list[2] - first) * size, *d = rows + (list[3] - first) * size;
         if (values)
-            add_four_values(a, b, c, d, (VALUE)values[list[0]], (VALUE)values[list[1]], (VALUE)values[list[2]],
+            add_four_values$(a, b, c, d, (VALUE)values[list[0]], (VALUE)values[list[1]], (VALUE)values[list[2]],
                             (VALUE)values[list[3]], out, size);
         else
-            add_four(a, b, c, d, out, size);
+            add_four$(a, b, c, d, out, size);
     }
     for (; count > 0; list++, count--)
-        add_row(rows + (list[0] - first) * size, values ? (VALUE)values[list[0]] : 1, out, size);
+        add_row$(rows + (list[0] - first) * size, values ? (VALUE)values[list[0]] : 1, out, size);
 }
 // part conv: rows
 typedef struct {
@@ -69,10 +70,10 @@ typedef struct {
     int dilation_y, dilation_x, groups;
     const WEIGHT *weights;                   /* [kernel_height][kernel_width][channels][outputs / groups] */
     const NUMBER *bias;                      /* [outputs] */
-} conv_layer;
+} conv_layer$;
 
 /* Add the weights of active inputs. Those that an output pixel reads of a row stand together in the list. */
-static void conv(const conv_layer *l, const INDEX *list, const NUMBER *values, NUMBER *out)
+static void conv$(const conv_layer$ *l, const INDEX *list, const INPUT *values, NUMBER *out)
 {
     const int inside = l->channels / l->groups, size = l->outputs / l->groups, row = l->width * l->channels;
     const int together = l->dilation_x == 1 ? l->kernel_width : 1; /* pixels of a row */
@@ -103,7 +104,7 @@ static void conv(const conv_layer *l, const INDEX *list, const NUMBER *values, N
                         next = l->groups == 1 ? to : k + 1;
                         while (next < to && list[next] / inside == group)
                             next++;
-                        add_rows(l->weights + (ky * l->kernel_width + kx) * l->channels * size, first, list + k, next - k,
+                        add_rows$(l->weights + (ky * l->kernel_width + kx) * l->channels * size, first, list + k, next - k,
                                  values, out + x * l->outputs + group % l->groups * size, size);
                     }
                 }
@@ -115,13 +116,13 @@ typedef struct {
     int outputs;
     const WEIGHT *weights;                   /* [inputs][outputs] */
     const NUMBER *bias;                      /* [outputs] */
-} linear_layer;
+} linear_layer$;
 
 /* Add the weights of active inputs. */
-static void linear(const linear_layer *l, const INDEX *list, const NUMBER *values, NUMBER *out)
+static void linear$(const linear_layer$ *l, const INDEX *list, const INPUT *values, NUMBER *out)
 {
     memcpy(out, l->bias, (size_t)l->outputs * sizeof *out);
-    add_rows(l->weights, 0, list + 1, list[0], values, out, l->outputs);
+    add_rows$(l->weights, 0, list + 1, list[0], values, out, l->outputs);
 }
 // part pool
 typedef struct {
@@ -225,6 +226,12 @@ static int32_t charge(int32_t decay, int32_t state, int32_t current)
 
     return sum > LIMIT ? LIMIT : sum < -LIMIT ? -LIMIT : sum;
 }
+// part charge int16
+/* What stays of a state, and a current, in a layer whose states all fit in 16 bits. */
+static int16_t charge_16(int16_t decay, int16_t state, int16_t current)
+{
+    return (int16_t)(((decay * state + (1 << 13)) >> 14) + current);
+}
 // part neuron
 typedef struct {
     SIZES
@@ -234,15 +241,15 @@ typedef struct {
     FIELD(FACTOR, synapse);                  /* what stays of a synaptic current */  //? cuba_lif
     FIELD(FACTOR, adaptation);               /* what stays of a raise of the threshold */  //? alif
     FIELD(NUMBER, rise);                     /* what a spike adds to it */  //? alif
-} neuron_layer;
+} neuron_layer$;
 // part lif: charge neuron
 /* Charge the potentials v with the currents in; list the neurons that reach their threshold, and reset them. */
-static void lif(const neuron_layer *l, NUMBER *restrict v, const NUMBER *restrict in, INDEX *restrict list)
+static void lif$(const neuron_layer$ *l, NUMBER *restrict v, const NUMBER *restrict in, INDEX *restrict list)
 {
     int count = 0;
 
     EACH
-        v[i] = charge(l->AT(decay, c), v[i], in[i]);
+        v[i] = charge$(l->AT(decay, c), v[i], in[i]);
     EACH {
         list[count + 1] = (INDEX)i; /* stays if it fires */
         count += v[i] >= l->AT(threshold, c);
@@ -253,23 +260,23 @@ static void lif(const neuron_layer *l, NUMBER *restrict v, const NUMBER *restric
 }
 // part cuba_lif: lif
 /* Charge the synaptic currents i_syn, then the potentials with these. */
-static void cuba_lif(const neuron_layer *l, NUMBER *i_syn, NUMBER *v, const NUMBER *in, INDEX *list)
+static void cuba_lif$(const neuron_layer$ *l, NUMBER *i_syn, NUMBER *v, const NUMBER *in, INDEX *list)
 {
     EACH
-        i_syn[i] = charge(l->AT(synapse, c), i_syn[i], in[i]);
-    lif(l, v, i_syn, list);
+        i_syn[i] = charge$(l->AT(synapse, c), i_syn[i], in[i]);
+    lif$(l, v, i_syn, list);
 }
 // part alif: charge neuron
 /* As lif, with thresholds that each spike raises by a. */
-static void alif(const neuron_layer *l, NUMBER *a, NUMBER *v, const NUMBER *in, INDEX *list)
+static void alif$(const neuron_layer$ *l, NUMBER *a, NUMBER *v, const NUMBER *in, INDEX *list)
 {
     int count = 0;
 
     EACH {
-        const NUMBER u = charge(l->AT(decay, c), v[i], in[i]);
+        const NUMBER u = charge$(l->AT(decay, c), v[i], in[i]);
         const int fires = u >= l->AT(threshold, c) + a[i];
         v[i] = fires ? u - l->AT(threshold, c) : u;
-        a[i] = charge(l->AT(adaptation, c), a[i], fires ? l->AT(rise, c) : 0);
+        a[i] = charge$(l->AT(adaptation, c), a[i], fires ? l->AT(rise, c) : 0);
         list[count + 1] = (INDEX)i; /* stays if it fires */
         count += fires;
     }

@@ -106,7 +106,7 @@ class Fire(Operation):
         v = u − θ s, or u (1 − s) with `hard`
         a = ρ a + β s
 
-    All parameters are [C], or [1] where the channels share one.
+    All parameters are [C], or [1] where the channels share one. No integer in the layer is larger than `limit`.
     """
 
     decay: Tensor
@@ -117,6 +117,7 @@ class Fire(Operation):
     adaptation: Tensor | None = None
     rise: Tensor | None = None
     integers: bool = False
+    limit: float = float("inf")
     tensors = ("decay", "threshold", "start", "synapse", "adaptation", "rise")
 
     @property
@@ -210,7 +211,7 @@ class Network:
         steps: T.
         input_scale: the number that 1 stands for in an input of integers.
         logit_scale: the same of logits.
-        integers: weights are int8, and all else is int32.
+        integers: weights are int8; all else is int32, or int16 where a layer's `limit` fits.
         bounds: no integer of a value is larger.
     """
 

@@ -44,13 +44,15 @@ class Program:
             self.types["value"] = self.types["number"]
         largest = max([value.size for op in network.operations for value in (*op.inputs, op.output)])
         self.index = "uint16_t" if largest < 2**16 else "int32_t"
-        self.parts: set[str] = set()  # functions that the network calls
+        self.parts: set[tuple[str, str]] = set()  # functions that the network calls, and "_16" for states of 16 bits
         self.constants: dict[str, tuple[str, Tensor]] = {}  # C's type and values, by name
         self.layers: list[str] = []
         self.names = _identifiers(network.operations)
         parameters = [(name, tensor) for op in network.neurons for name, tensor in op.arrays().items()]
         self.each = {name for name, tensor in parameters if len(tensor) > 1} - {"start"}  # those given by channel
-        self.buffers, self.places = plan(network)
+        made = {op.output for op in network.operations if isinstance(op, Weights) and network.readers(op.output) == 1}
+        self.narrow = made & {op.inputs[0] for op in network.neurons if op.limit < 2**15}  # currents of 16 bits
+        self.buffers, self.places = plan(network, self.narrow)
         self.fields = self._fields()
         self.steps = [line for op in network.operations for line in self._call(op)]
         self.resets = [line for op in network.neurons for line in self._start(op)]
@@ -166,14 +168,16 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         parts = _parts()
         needed, todo = set(self.parts), [*self.parts]
         while todo:
-            more = [need if need in parts else f"{need} {arithmetic}" for need in parts[todo.pop()][0]]
+            name, suffix = todo.pop()
+            given = [(f"{need} {'int16' if suffix else arithmetic}", need) for need in parts[name][0]]
+            more = [(long if long in parts else need, suffix) for long, need in given]
             todo += more
             needed.update(more)
-        return [self._set_types(text) for key, (_, text) in parts.items() if key in needed]
+        return [self._set_types(parts[name][1], end) for name in parts for end in ("", "_16") if (name, end) in needed]
 
-    def _set_types(self, text: str) -> str:
-        lines = [line.partition("//?") for line in text.splitlines()]
-        text = "\n".join(line.rstrip() for line, _, only in lines if not only or only.strip() in self.parts)
+    def _set_types(self, text: str, suffix: str) -> str:
+        lines = [line.partition("//?") for line in text.replace("$", suffix).splitlines()]
+        text = "\n".join(line.rstrip() for line, _, only in lines if not only or (only.strip(), suffix) in self.parts)
         for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
             declared, one = (rf"const \1 *{field}", rf"{field}[\1]") if field in self.each else (rf"\1 {field}", field)
             text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text)
@@ -181,16 +185,21 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         by_channel = "for (int i = 0; i < l->size;)\n        for (int c = 0; c < l->channels; c++, i++)"
         text = text.replace("EACH", by_channel if self.each else "for (int i = 0; i < l->size; i++)")
         text = text.replace("SIZES", "int size, channels;" if self.each else "int size;").replace("LIMIT", str(LIMIT))
-        for kind, name in (self.types | {"index": self.index}).items():
+        types = self.types | {"index": self.index, "input": self.types["number"]}
+        for kind, name in (types | ({"number": "int16_t"} if suffix else {})).items():
             text = re.sub(rf"\b{kind.upper()}\b", name, text)
         return re.sub(r"^(    [^/\n]*;) +(?=/\*)", lambda m: m[1].ljust(45), text, flags=re.MULTILINE)
 
     def _fields(self) -> list[tuple[str, str, int]]:
         """List the arrays of the struct, wide types first so that nothing is padded between them."""
         number = self.types["number"]
-        fields = [(number, f"{self.names[op]}_{s}", op.output.size) for op in self.network.neurons for s in op.states]
-        fields += [(number, buffer.name, buffer.size) for buffer in self.buffers if not buffer.spikes]
-        fields += [(self.index, buffer.name, buffer.size + 1) for buffer in self.buffers if buffer.spikes]
+        fields = [
+            (self._number(op.inputs[0]), f"{self.names[op]}_{s}", op.output.size)
+            for op in self.network.neurons
+            for s in op.states
+        ]
+        kinds = {"values": number, "currents": "int16_t", "spikes": self.index}
+        fields += [(kinds[b.kind], b.name, b.size + (b.kind == "spikes")) for b in self.buffers]
         if self.events:
             fields.append((number, "events", self.network.input.size))
         return sorted(fields, key=lambda field: -_BYTES[field[0]])
@@ -199,9 +208,10 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         """Return the lines that set potentials before the first step, if these are not 0."""
         if not op.start.any():
             return []
-        name, value = self.names[op], _literal(op.start[0], self.types["number"])
+        name, kind = self.names[op], self._number(op.inputs[0])
+        value = _literal(op.start[0], kind)
         if len(op.start) > 1:
-            value = f"{self._constant(op, 'start', op.start)}[i % {len(op.start)}]"
+            value = f"{self._constant(op, 'start', op.start, kind)}[i % {len(op.start)}]"
         return [f"for (int i = 0; i < {op.output.size}; i++)", f"    net->{name}_v[i] = {value};"]
 
     def _constant(self, op: Operation, field: str, values: Tensor, kind: str = "number") -> str:
@@ -209,8 +219,9 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         self.constants[key] = self.types.get(kind, kind), values.flatten()
         return key
 
-    def _layer(self, kind: str, op: Operation, **fields: Any) -> str:
-        """Note the constant that describes a layer, and return its address."""
+    def _layer(self, kind: str, op: Operation, value: Value, **fields: Any) -> str:
+        """Note the constant that describes a layer, of currents `value`, and return its address."""
+        kind += "_16" if value in self.narrow else ""
         given = "\n".join(_lines([f".{field} = {value}," for field, value in fields.items()]))
         self.layers.append(f"/* {op.name} */\nstatic const {kind} {self.names[op]} = {{\n{given}\n}};")
         return f"&{self.names[op]}"
@@ -220,10 +231,15 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             return "input"
         return "logits" if value is self.network.output else f"net->{self.places[value].name}"
 
-    def _function(self, name: str) -> str:
-        """Note that the network calls a function, and return its name."""
-        self.parts.add(name)
-        return name
+    def _number(self, value: Value) -> str:
+        """Return the type of a value, and of the neurons that read it."""
+        return "int16_t" if value in self.narrow else self.types["number"]
+
+    def _function(self, name: str, value: Value | None = None) -> str:
+        """Note that the network calls a function, on currents `value` of 16 bits or not, and return its name."""
+        suffix = "_16" if value in self.narrow else ""
+        self.parts.add((name, suffix))
+        return name + suffix
 
     def _call(self, op: Operation) -> list[str]:
         """Return the statements of an operation."""
@@ -231,7 +247,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         x, size, channels = op.inputs[0], op.output.size, op.output.shape[0]
         given = f"{places[0]}, NULL" if x.spikes else f"{places[-1]}, {places[0]}"  # the list, and values
         if isinstance(op, Weights):
-            return [f"{self._function('linear' if op.linear else 'conv')}({self._weights(op)}, {given}, {out});"]
+            function = self._function("linear" if op.linear else "conv", op.output)
+            return [f"{function}({self._weights(op)}, {given}, {out});"]
         if isinstance(op, Pool):
             function, given = ("largest", places[0]) if op.largest else ("average", given)
             return [f"{self._function(function)}({self._pool(op)}, {given}, {out});"]
@@ -239,8 +256,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             function = "cuba_lif" if op.synapse is not None else "alif" if op.rise is not None else "lif"
             states = ", ".join(f"net->{self.names[op]}_{s}" for s in reversed(op.states))
             by_channel = {"channels": channels} if self.each else {}
-            layer = self._layer("neuron_layer", op, size=size, **by_channel, **self._parameters(op))
-            return [f"{self._function(function)}({layer}, {states}, {places[0]}, {out});"]
+            layer = self._layer("neuron_layer", op, x, size=size, **by_channel, **self._parameters(op))
+            return [f"{self._function(function, x)}({layer}, {states}, {places[0]}, {out});"]
         if isinstance(op, Affine):
             gain = self._constant(op, "gain", op.gain.expand(channels), "weight")
             shift = self._constant(op, "shift", op.shift.expand(channels))
@@ -270,27 +287,27 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         outputs, inside, height, width = op.weight.shape
         grouped = op.weight.view(op.groups, outputs // op.groups, inside, height, width)
         weights = self._constant(op, "weight", grouped.permute(3, 4, 0, 2, 1), "weight")
-        bias = self._constant(op, "bias", op.bias)
+        bias = self._constant(op, "bias", op.bias, self._number(op.output))
         given = {"outputs": outputs, "weights": weights, "bias": bias}
         if op.linear:
-            return self._layer("linear_layer", op, **given)
+            return self._layer("linear_layer", op, op.output, **given)
         given = {"dilation_y": op.dilation[0], "dilation_x": op.dilation[1], "groups": op.groups} | given
-        return self._layer("conv_layer", op, **_window(op, (height, width)), **given)
+        return self._layer("conv_layer", op, op.output, **_window(op, (height, width)), **given)
 
     def _pool(self, op: Pool) -> str:
         factor = _literal(torch.tensor(op.factor), self.types["number"])
-        return self._layer("pool_layer", op, **_window(op, op.kernel), factor=factor)
+        return self._layer("pool_layer", op, op.output, **_window(op, op.kernel), factor=factor)
 
     def _parameters(self, op: Fire) -> dict[str, Any]:
         """Return the fields of a layer of neurons: numbers, or arrays where a layer of the network has them."""
         fields: dict[str, Any] = {"hard": int(op.hard)} if op.hard else {}
         for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
             if (values := getattr(op, field)) is not None:
-                kind = "number" if field in ("threshold", "rise") else "factor"
+                kind = self._number(op.inputs[0]) if field in ("threshold", "rise") else self.types["factor"]
                 if field in self.each:
                     fields[field] = self._constant(op, field, values.expand(op.output.shape[0]), kind)
                 else:
-                    fields[field] = _literal(values[0], self.types[kind])
+                    fields[field] = _literal(values[0], kind)
         return fields
 
 
@@ -317,7 +334,8 @@ def _parts() -> dict[str, tuple[list[str], str]]:
 def _identifiers(operations: Iterable[Operation]) -> dict[Operation, str]:
     """Give each operation a name in C, of its layer's."""
     code = "".join(text for _, text in _parts().values())
-    reserved = _TAKEN | {*re.findall(r"(\w+)\(", code), *re.findall(r"(\w+);", code)}
+    reserved = _TAKEN | {*re.findall(r"(\w+)\$?\(", code), *re.findall(r"(\w+)\$?;", code)}
+    reserved |= {f"{name}_16" for name in reserved}
     found: dict[Operation, str] = {}
     for op in operations:
         if not isinstance(op, Active | Spread):  # which have no constants

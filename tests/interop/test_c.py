@@ -36,6 +36,10 @@ NEURONS = {
 }
 
 
+# inputs that spike: a potential of 254 · 128 fits in 16 bits, one of 254 · 130 not
+SMALL_AND_LARGE = {"limit of 16 bits": 128, "beyond the limit of 16 bits": 130}
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -114,6 +118,16 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], int | None]]:
     far = nn.Sequential(nn.Linear(4096, 4, bias=False), sltt.IF(), nn.Linear(4, 3))
     far[0].weight.data = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 4096).contiguous()
     found["potentials that reach the limit"] = far, (40, 1, 4096), None
+    neurons = sltt.IF(), sltt.CubaLIF(tau=3.0), sltt.ALIF(tau=3.0, tau_a=4.0), sltt.LIF(v_reset=-0.3, v_init=0.2)
+    chain = [module for neuron in neurons for module in (nn.Linear(12, 12), neuron)]
+    for layer in chain[::2]:
+        layer.weight.data *= 3
+    found["small neurons of each kind"] = nn.Sequential(*chain, nn.Linear(12, 3)), (8, 4, 12), None
+    for title, active in SMALL_AND_LARGE.items():  # spikes in each step, which add 127 or -127; λ is 1/2
+        sums = nn.Sequential(nn.Linear(1, active + 20, bias=False), sltt.IF(), nn.Linear(active + 20, 4, bias=False))
+        some = (torch.arange(active + 20) < active).float()
+        sums[0].weight.data, sums[2].weight.data = some[:, None], torch.tensor([[1.0], [-1], [1], [-1]]) * some
+        found[title] = nn.Sequential(*sums, sltt.LIF(tau=2.0), nn.Linear(4, 3)), (40, 1, 1), None
     return found
 
 
@@ -196,6 +210,18 @@ def test_c_in_integers_is_the_reference_to_the_last_bit(key, compiled):
     expected = sltt.unroll(case.model, case.x).mean(0)
     apart = (got.mean(0, dtype=torch.float64) * case.exported.network.logit_scale - expected).std()
     assert apart < 0.5 * expected.std()
+
+
+def test_states_have_16_bits_where_no_potential_is_larger(compiled):
+    exported = [compiled[0][key, "int8"].exported for key in SMALL_AND_LARGE]
+    chain = compiled[0]["small neurons of each kind", "int8"]
+    header = (chain.exported.folder / f"{chain.name}.h").read_text()
+    assert re.findall(r"int16_t layer_(\w+)\[12\]", header) == ["3_v", "3_i", "5_v", "5_a", "7_v"]
+    small, large = ((e.folder / f"{e.folder.name}.h").read_text() for e in exported)
+    assert "int16_t layer_3_v[4];" in small
+    assert "int32_t layer_3_v[4];" in large
+    more = 2 * (4 + 4 - 1) + 2 * 3 * 2  # bytes: the potentials and the currents; wider spikes, and neurons before them
+    assert exported[1].ram - exported[0].ram >= more
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
