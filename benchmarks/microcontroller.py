@@ -26,7 +26,7 @@ import sltt
 from sltt.interop import to_c, to_onnx
 from sltt.interop.c import Arithmetic, Exported, pixels_first
 
-FLAGS = ("-O3", "-O3 -march=native")
+FLAGS = ("Makefile", "-march=native")  # the flags of the exported Makefile; and with this one more
 WEIGHTS: tuple[Arithmetic, ...] = ("float32", "int8")
 STEPS = 4
 THRESHOLDS = (0.5, 1.0, 1.5, 3.0)
@@ -34,8 +34,9 @@ THRESHOLDS = (0.5, 1.0, 1.5, 3.0)
 
 def in_c(exported: Exported, name: str, x: Tensor, flags: str) -> tuple[Callable[[], Any], np.ndarray]:
     """Compile a network; return a call that runs x [1, ...] for all steps, and where it leaves the last logits."""
-    library = exported.folder / f"{flags.replace(' ', '')}.so"
-    command = ["gcc", "-std=c11", *flags.split(), "-fPIC", "-shared", "-o", str(library), f"{name}.c"]
+    library, makefile = exported.folder / f"{flags}.so", (exported.folder / "Makefile").read_text()
+    given = makefile.partition("CFLAGS ?= ")[2].partition("\n")[0].split() + [flags] * (flags != "Makefile")
+    command = ["gcc", *given, "-fPIC", "-shared", "-o", str(library), f"{name}.c"]
     subprocess.run(command, cwd=exported.folder, check=True)
     code, kind = ctypes.CDLL(str(library)), np.int32 if exported.network.integers else np.float32
     given = exported.network.to_integers(x[None]) if exported.network.integers else x[None]

@@ -185,7 +185,7 @@ int main(void)
 
 _MAKEFILE = """# make        run the test on this machine
 # make NAME.o    compile the network, also for a device: make NAME.o CC=arm-none-eabi-gcc CFLAGS="-O3 -mcpu=cortex-m4"
-CFLAGS ?= -O3 -std=c11 -Wall -Wextra -Werror -pedantic
+CFLAGS ?= -O3 -funroll-loops -std=c11 -Wall -Wextra -Werror -pedantic
 
 test: NAME_test
 	./NAME_test
