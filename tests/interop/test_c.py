@@ -94,15 +94,12 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], int | None]]:
     one = [nn.Conv1d(3, 8, 3, padding="same"), nn.BatchNorm1d(8), sltt.LIF(tau=2.0), nn.AvgPool1d(2), nn.Dropout(0.2)]
     one += [nn.Conv1d(8, 8, 2, stride=2), sltt.PLIF(v_threshold=0.3), nn.MaxPool1d(2), nn.Flatten()]
     one += [nn.Linear(16, 4), sltt.IF(v_threshold=0.2)]
-    dilated = [nn.Conv2d(2, 8, 3, stride=2, padding=3, dilation=(2, 3)), sltt.LIF(v_threshold=0.3)]
-    dilated += [nn.Conv2d(8, 8, (2, 3), padding="same", dilation=2, groups=2), sltt.LIF(v_threshold=0.3), nn.Flatten()]
     back = sltt.Recurrent(sltt.ALIF(tau=2.0), nn.Conv2d(4, 4, 3, padding=1))
     found |= {
         "MLP": (sltt.models.MLP([64, 32, 32, 10]), (4, 1, 8, 8), 5),
         "DigitsNet": (sltt.models.DigitsNet(width=4), (4, 1, 8, 8), 4),
         "events": (sltt.models.DigitsNet(2, width=4), (5, 4, 2, 12, 9), None),
         "groups": (nn.Sequential(*grouped, nn.Flatten(), nn.Linear(160, 5)), (4, 4, 2, 12, 9), None),
-        "dilated": (nn.Sequential(*dilated, nn.Linear(8 * 7 * 5, 5)), (4, 4, 2, 12, 9), None),
         "one dimension": (nn.Sequential(*one), (6, 4, 3, 18), None),
         "odd pooling": (sltt.models.VGG(((8,), (8, 12)), 2, 4), (4, 4, 2, 11, 8), None),
         "Residual": (Residual(), (5, 4, 2, 6, 7), None),
@@ -118,7 +115,18 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], int | None]]:
     far = nn.Sequential(nn.Linear(4096, 4, bias=False), sltt.IF(), nn.Linear(4, 3))
     far[0].weight.data = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 4096).contiguous()
     found["potentials that reach the limit"] = far, (40, 1, 4096), None
-    neurons = sltt.IF(), sltt.CubaLIF(tau=3.0), sltt.ALIF(tau=3.0, tau_a=4.0), sltt.LIF(v_reset=-0.3, v_init=0.2)
+    with torch.random.fork_rng():  # the numbers that the others draw stay as they are
+        found |= more_networks()
+    return found
+
+
+def more_networks() -> dict[str, Any]:
+    """Networks of dilated convolutions, and of neurons with states of 16 bits."""
+    dilated = [nn.Conv2d(2, 8, 3, stride=2, padding=3, dilation=(2, 3)), sltt.LIF(v_threshold=0.3)]
+    dilated += [nn.Conv2d(8, 8, (2, 3), padding="same", dilation=2, groups=2), sltt.LIF(v_threshold=0.3), nn.Flatten()]
+    found: dict[str, Any] = {"dilated": (nn.Sequential(*dilated, nn.Linear(8 * 7 * 5, 5)), (4, 4, 2, 12, 9), None)}
+    neurons = [sltt.IF(), sltt.CubaLIF(tau=3.0), sltt.ALIF(tau=3.0, tau_a=4.0, beta=0.4)]
+    neurons += [sltt.LIF(v_reset=-0.3, v_init=0.2)]
     chain = [module for neuron in neurons for module in (nn.Linear(12, 12), neuron)]
     for layer in chain[::2]:
         layer.weight.data *= 3
@@ -213,15 +221,11 @@ def test_c_in_integers_is_the_reference_to_the_last_bit(key, compiled):
 
 
 def test_states_have_16_bits_where_no_potential_is_larger(compiled):
-    exported = [compiled[0][key, "int8"].exported for key in SMALL_AND_LARGE]
-    chain = compiled[0]["small neurons of each kind", "int8"]
-    header = (chain.exported.folder / f"{chain.name}.h").read_text()
-    assert re.findall(r"int16_t layer_(\w+)\[12\]", header) == ["3_v", "3_i", "5_v", "5_a", "7_v"]
-    small, large = ((e.folder / f"{e.folder.name}.h").read_text() for e in exported)
+    cases = [compiled[0][key, "int8"] for key in ("small neurons of each kind", *SMALL_AND_LARGE)]
+    chain, small, large = ((case.exported.folder / f"{case.name}.h").read_text() for case in cases)
+    assert re.findall(r"int16_t layer_(\w+)\[12\]", chain) == ["3_v", "3_i", "5_v", "5_a", "7_v"]
     assert "int16_t layer_3_v[4];" in small
     assert "int32_t layer_3_v[4];" in large
-    more = 2 * (4 + 4 - 1) + 2 * 3 * 2  # bytes: the potentials and the currents; wider spikes, and neurons before them
-    assert exported[1].ram - exported[0].ram >= more
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
@@ -293,7 +297,7 @@ def test_bad_options_of_layers_and_operations_are_named_all_at_once(tmp_path):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.head = nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), nn.Linear(72, 3)
+            self.conv, self.head = nn.Conv2d(1, 2, 3, padding_mode="reflect"), nn.Linear(72, 3)
             self.pool = nn.AdaptiveAvgPool2d(5)
             self.neuron = sltt.LIF()
 
