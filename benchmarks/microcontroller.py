@@ -35,8 +35,8 @@ THRESHOLDS = (0.5, 1.0, 1.5, 3.0)
 def in_c(exported: Exported, name: str, x: Tensor, flags: str) -> tuple[Callable[[], Any], np.ndarray]:
     """Compile a network; return a call that runs x [1, ...] for all steps, and where it leaves the last logits."""
     library, makefile = exported.folder / f"{flags}.so", (exported.folder / "Makefile").read_text()
-    given = makefile.partition("CFLAGS ?= ")[2].partition("\n")[0].split() + [flags] * (flags != "Makefile")
-    command = ["gcc", *given, "-fPIC", "-shared", "-o", str(library), f"{name}.c"]
+    options = makefile.partition("CFLAGS ?= ")[2].partition("\n")[0].split() + [flags] * (flags != "Makefile")
+    command = ["gcc", *options, "-fPIC", "-shared", "-o", str(library), f"{name}.c"]
     subprocess.run(command, cwd=exported.folder, check=True)
     code, kind = ctypes.CDLL(str(library)), np.int32 if exported.network.integers else np.float32
     given = exported.network.to_integers(x[None]) if exported.network.integers else x[None]
@@ -85,7 +85,7 @@ def main() -> None:
     digits = sltt.data.Digits().splits(STEPS)
     assert digits.test is not None
     x, _ = digits.collate([digits.test[i] for i in range(8)])
-    print(f"microseconds for a sample of {STEPS} steps; processor time, median of 5 turns; gcc; one thread")
+    print(f"microseconds for a sample of {STEPS} steps; processor time, medians of 25 turns; gcc; one thread")
     columns = ["threshold", "firing rate", "unroll", "ONNX Runtime"]
     columns += [f"{weights}, {flags}" for weights in WEIGHTS for flags in FLAGS]
     one, rows = x[:1], []
@@ -108,9 +108,12 @@ def main() -> None:
                     reference = exported.network.unroll(one.expand(STEPS, *one.shape))[-1, 0]
                     torch.testing.assert_close(torch.from_numpy(logits).to(reference), reference, rtol=1e-4, atol=1e-4)
                     calls.append(call)
-            turns = in_turns([timed(call, time.process_time, least=0.03) for call in calls], 5)
+            turns = in_turns([timed(call, time.process_time, least=0.01) for call in calls], 25)
         microseconds = (f"{1e6 * statistics.median(times):.0f}" for times in turns)
         rows.append([str(threshold), f"{rates.mean():.3f}", *microseconds])
+        faster = ([o / t for o, t in zip(turns[1], times, strict=True)] for times in turns)
+        ratios = ("{1:.3g} [{0:.3g}, {2:.3g}]".format(*statistics.quantiles(ratio, n=4)) for ratio in faster)
+        rows.append(["", "times as fast as ONNX Runtime", *ratios])
     print(markdown(columns, rows))
 
 

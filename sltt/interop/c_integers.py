@@ -114,15 +114,15 @@ def _fire(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last:
     if op.adaptation is not None:
         op.adaptation = (op.adaptation * 2**SHIFT).round()
         op.rise = (op.rise / unit).round().clamp(0, LIMIT)
-    current = _settled(op.synapse, torch.tensor(bounds[op.inputs[0]]).double())
-    raised = 0 if op.rise is None else _settled(op.adaptation, op.rise.amax())
-    peaks = op.start.abs().amax(), _settled(op.decay, current), op.threshold.amax() + raised
+    current = _largest_state(op.synapse, torch.tensor(bounds[op.inputs[0]]).double())
+    raised = 0 if op.rise is None else _largest_state(op.adaptation, op.rise.amax())
+    peaks = op.start.abs().amax(), _largest_state(op.decay, current), op.threshold.amax() + raised
     op.limit = torch.stack(peaks).amax().item()
     bounds[op.output] = 1.0
     return torch.ones_like(unit)
 
 
-def _settled(factor: Tensor | None, current: Tensor) -> Tensor:
+def _largest_state(factor: Tensor | None, current: Tensor) -> Tensor:
     """Return what no state goes beyond that keeps factor / 2^14 of itself, rounded, beside a current."""
     return current if factor is None else (current + 0.5) / (1 - factor.amax() / 2**SHIFT)
 
