@@ -87,7 +87,7 @@ def fit_arguments() -> list[str]:
 
 def _class_paths() -> list[str]:
     """Return the import paths of what recipes name."""
-    from torch import optim  # here, since `sltt trian` asks for `nearest` alone
+    from torch import optim  # here, since `sltt trian` asks for `suggest` alone
 
     families = (sltt.models, sltt.data, sltt.losses, sltt.metrics, sltt.schedules, sltt.callbacks, sltt.surrogates)
     modules = (optim, *families, sltt)
