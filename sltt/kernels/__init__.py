@@ -7,7 +7,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 """
 
 from sltt.kernels.custom import CustomStep, custom_step
-from sltt.kernels.deferred import deferred_norm, settled
+from sltt.kernels.deferred import deferred_norm, materialise
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.layers import Operation, is_small, operation_of, run_layer, spike_call
 from sltt.kernels.looks import Spikes, bits_pay, look
@@ -16,7 +16,7 @@ from sltt.kernels.options import Compile, Sparse, compiler_problem, using, witho
 from sltt.kernels.options import options as current_options
 from sltt.kernels.pooling import max_pool, running_max
 from sltt.kernels.recurrence import recurrent_steps, runs_recurrence
-from sltt.kernels.saved import others_save, saving, tag_made, tag_of
+from sltt.kernels.saved import others_save, save_as_bits, tag_made, tag_of
 from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import Steady, steady_steps
 from sltt.kernels.step import NeuronStep, fast_step, neuron_step, run_step
@@ -44,6 +44,7 @@ __all__ = [
     "fast_step",
     "is_small",
     "look",
+    "materialise",
     "max_pool",
     "neuron_step",
     "operation_of",
@@ -54,8 +55,7 @@ __all__ = [
     "run_step",
     "running_max",
     "runs_recurrence",
-    "saving",
-    "settled",
+    "save_as_bits",
     "spike_call",
     "steady_steps",
     "stepwise_norm",

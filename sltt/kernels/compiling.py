@@ -50,7 +50,7 @@ def compile_library(compiler: str, flags: tuple[str, ...], new: Path) -> str | N
     return None
 
 
-def intact(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Return whether a library is there and whole."""
     try:
         data = path.read_bytes()

@@ -93,7 +93,7 @@ def break_even(layer: Layer, dtype: torch.dtype, calls: int = 1) -> BreakEven:
     return BreakEven(*(min(1.0, max(0.0, density)) for density in even))
 
 
-def ours(layer: Layer, dtype: torch.dtype) -> Ours:
+def fast_gradients(layer: Layer, dtype: torch.dtype) -> Ours:
     """Return which gradients of a dense layer are clearly faster here; the first call for a type may measure."""
     if not winograd.supports(layer, dtype):
         return Ours(False, False)
@@ -127,7 +127,7 @@ def _costs_of(layer: Layer, dtype: torch.dtype, calls: int = 1) -> list[tuple[Co
     The dense gradient is ours where that is faster.
     """
     forward, gradient = _costs(layer.linear, dtype)
-    if ours(layer, dtype).weight_gradient:
+    if fast_gradients(layer, dtype).weight_gradient:
         times = _dense(dtype)[1]
         gradient = gradient._replace(dense=gradient.dense * times.ours / times.pytorch)
     pairs, weights = zip((forward, gradient), _elements(layer), strict=True), math.prod(layer.weight_shape) / calls
@@ -198,7 +198,7 @@ def _measure(linear: bool, dtype: torch.dtype) -> list[Costs]:
         lambda: weight_gradient(layer, bits[1], grad),
         lambda: pack_weight(large, many),
     ]
-    *times, packing = _fastest(runs)
+    *times, packing = _time_fastest(runs)
     given = zip(_elements(layer), (times[:3], times[3:]), strict=True)
     return [_fit(layer.products, elements, packing / many.numel(), *three) for elements, three in given]
 
@@ -210,7 +210,7 @@ def _measure_dense(dtype: torch.dtype) -> list[Dense]:
     x, weight, grad = (torch.randn(s, generator=generator) for s in (layer.x_shape, layer.weight_shape, layer.y_shape))
     weight = _format(weight, torch.float32)
     x, grad, cast = (_format(tensor, dtype) for tensor in (x, grad, weight))
-    times = _fastest(
+    times = _time_fastest(
         [
             lambda: _conv_gradients(grad, x, cast, [True, False, False]),
             lambda: winograd.input_gradient(layer, grad, weight),
@@ -221,7 +221,7 @@ def _measure_dense(dtype: torch.dtype) -> list[Dense]:
     return [Dense(*times[i : i + 2]) for i in (0, 2)]
 
 
-def _fastest(runs: list[Callable[[], object]]) -> list[int]:
+def _time_fastest(runs: list[Callable[[], object]]) -> list[int]:
     """Nanoseconds of the fastest turn of each, taken in turn."""
     with torch.no_grad(), _one_thread():
         return [min(t) for t in zip(*([_nanoseconds(run) for run in runs] for _ in range(_REPEATS)), strict=True)]

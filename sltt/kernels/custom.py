@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.bits import pack
-from sltt.kernels.deferred import Normalised, norm_gradients, taken
+from sltt.kernels.deferred import Normalised, norm_gradients, split_norm
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.looks import packable
+from sltt.kernels.looks import can_pack
 from sltt.kernels.options import Kernel, in_force, memory, options
 from sltt.kernels.saved import tag_spikes
-from sltt.kernels.step import dense, like, unfold
+from sltt.kernels.step import dense, match_format, unfold
 
 States = tuple[Tensor, ...]
 
@@ -84,7 +84,7 @@ def custom_step(
         steps: n.
         cut: no gradient flows from one time step to the step before.
     """
-    norm, x, *affine = taken(x, fits=steps == 1)
+    norm, x, *affine = split_norm(x, fits=steps == 1)
     if norm is not None:
         step, parameters = replace(step, normed=True), (*parameters, *norm.factors[:2])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *affine, *states, *parameters)):
@@ -101,7 +101,7 @@ def _run(
     channels = step.by_channel
     x = x if known_layout(unfold(x, steps)[0], channels) else x.contiguous()
     xs = unfold(x, steps)
-    every = [tuple(like(v, xs[0]) for v in states)]
+    every = [tuple(match_format(v, xs[0]) for v in states)]
     if steps == 1 and not last:  # nothing to run
         return x, every
     s = torch.empty_like(x)
@@ -132,7 +132,7 @@ class _CustomStep(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         states, parameters = tensors[: step.states], tensors[step.states :]
         s, every = _run(step, x, states, parameters, steps)
-        if binary and not s.is_cpu and packable(s):  # on a CPU, spikes are looked at
+        if binary and not s.is_cpu and can_pack(s):  # on a CPU, spikes are looked at
             tag_spikes(s, pack(s))
         ctx.step, ctx.steps, ctx.cut, ctx.options = step, steps, cut, options()
         ctx.of_batch = norm is not None and norm.training
@@ -167,8 +167,8 @@ class _CustomStep(torch.autograd.Function):
         x = x if known_layout(unfold(x, steps)[0], channels) else x.contiguous()
         _, every = _run(step, x, states, parameters, steps, last=False)
         grad_x = torch.empty_like(x)
-        of_s = (None,) * steps if grad_s is None else unfold(like(grad_s, grad_x), steps)
-        after = [None if g is None else like(g, every[0][0]) for g in grad_states]
+        of_s = (None,) * steps if grad_s is None else unfold(match_format(grad_s, grad_x), steps)
+        after = [None if g is None else match_format(g, every[0][0]) for g in grad_states]
         totals: list[Tensor | None] = [None] * sum(learned)
         for x_t, grad_x_t, grad_s_t, before in reversed(
             list(zip(unfold(x, steps), unfold(grad_x, steps), of_s, every, strict=True))
@@ -205,7 +205,7 @@ class FunctionKernel(Kernel):
         self._inputs_from = 0 if in_place else results
         super().__init__(self._writing(compute))
 
-    def seen(self, a: Tensor) -> Tensor:
+    def to_argument(self, a: Tensor) -> Tensor:
         return a.detach()
 
     def source(self, arguments: Sequence[Any]) -> Callable[..., None]:
@@ -272,12 +272,12 @@ def seen_as(x: Tensor, channels: bool) -> Callable[[Tensor], Tensor]:
     inner = n // max(1, x.shape[0] * x.shape[1]) if x.is_contiguous() else 1
     shape = (n // max(1, x.shape[1] * inner), x.shape[1], inner)
 
-    def seen(t: Tensor) -> Tensor:
+    def to_argument(t: Tensor) -> Tensor:
         t = t.resolve_neg()
         strides = (shape[1] * inner, inner, 1)
         return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), shape, strides)
 
-    return seen
+    return to_argument
 
 
 def as_parameter(p: Tensor) -> Tensor:

@@ -170,12 +170,12 @@ class _Settle(torch.autograd.Function):
         return grad
 
 
-def settled(x: Tensor) -> Tensor:
+def materialise(x: Tensor) -> Tensor:
     """A tensor with memory."""
     return _Settle.apply(x) if isinstance(x, Deferred) else x  # type: ignore[return-value]
 
 
-def taken(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor | None, Tensor | None]:
+def split_norm(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor | None, Tensor | None]:
     """For a neuron: how x is normalised, with the input, weight and bias of the BatchNorm; or no norm, and x settled.
 
     Args:
@@ -183,7 +183,7 @@ def taken(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor | No
         fits: the neuron can normalise.
     """
     if not (fits and isinstance(x, Deferred) and x.normalised.waits and x.grad_fn is x.made):
-        return None, settled(x), None, None
+        return None, materialise(x), None, None
     _ = x.normalised.x  # as it was
     x.normalised.taken = True
     return x.normalised, *x.inputs
@@ -229,10 +229,10 @@ def _can_wait(x: Any, others: Sequence[Any], training: bool) -> bool:
         return False
     if (others[0] is None) != (others[1] is None) or not (training or others[0] is not None):
         return False
-    return all(o is None or _plain(o, x.shape[1:2]) for o in others) and native.library() is not None
+    return all(o is None or _is_vector(o, x.shape[1:2]) for o in others) and native.library() is not None
 
 
-def _plain(vector: Any, shape: torch.Size) -> bool:
+def _is_vector(vector: Any, shape: torch.Size) -> bool:
     """Return whether native code can read and write a value for each channel."""
     known = type(vector) in (Tensor, nn.Parameter) and vector.is_cpu and not vector.is_inference()
     return known and vector.dtype == torch.float32 and vector.shape == shape and vector.is_contiguous()

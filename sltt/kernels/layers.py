@@ -16,9 +16,18 @@ from sltt.kernels import costs, native, sparse
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.looks import Spikes, look
 from sltt.kernels.options import options
-from sltt.kernels.saved import others_save, restore, save, tag_made, taggable
+from sltt.kernels.saved import can_tag, others_save, restore, save, tag_made
 from sltt.kernels.sparse import Layer
-from sltt.kernels.values import Axes, axes_in, dense_gradients, fitting, layer_of, multiplies, ours_of, run_on_values
+from sltt.kernels.values import (
+    Axes,
+    axes_in,
+    dense_gradients,
+    layer_of,
+    multiplies,
+    ours_of,
+    parameters_fit,
+    run_on_values,
+)
 from sltt.kernels.weights import Weights
 
 # A layer of more products for each of its outputs keeps them. These are the last layers of a network: they take as much
@@ -84,7 +93,7 @@ class Call:
     def forward(self, x: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output; x, the spikes, is needed where the forward is dense, or else unpacked."""
         if self.sparse_forward:
-            packed = self.weights.packed(self.layer, weight, self.spikes.one)
+            packed = self.weights.pack_weight(self.layer, weight, self.spikes.one)
             return sparse.forward(self.layer, self.spikes.bits, packed, bias, self.dtype)
         x = (self.spikes.dense() if x is None else x).to(self.dtype)
         weight, bias = self.weights.cast(weight, self.dtype), None if bias is None else bias.to(self.dtype)
@@ -162,7 +171,7 @@ def run_layer(
         y: Any = _OnSpikes.apply(x, weight, bias, call)
     else:
         y = run_on_values(operation, x, weight, bias, weights)
-    if recompute and math.prod(weight.shape[1:]) <= PRODUCTS_AT_MOST and taggable(y):
+    if recompute and math.prod(weight.shape[1:]) <= PRODUCTS_AT_MOST and can_tag(y):
         _tag_layer(operation, y, x, weight, bias, call)
     return y
 
@@ -176,7 +185,7 @@ def _tag_layer(operation: Operation, y: Any, x: Tensor, weight: Tensor, bias: Te
         "cache_enabled": False,
     }
 
-    def again(x: Tensor) -> Tensor:
+    def run_again(x: Tensor) -> Tensor:
         weight, bias = (None if one is None else restore(one) for one in kept)
         assert weight is not None
         if call is not None:
@@ -184,7 +193,7 @@ def _tag_layer(operation: Operation, y: Any, x: Tensor, weight: Tensor, bias: Te
         with torch.autocast(device, **cast):
             return operation(x, weight, bias)
 
-    tag_made(y, x, again, layers=1, spikes=call and call.spikes)
+    tag_made(y, x, run_again, layers=1, spikes=call and call.spikes)
 
 
 def is_small(operation: Operation, x: Tensor, weight: Tensor) -> bool:
@@ -203,7 +212,7 @@ def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | N
     if options().sparse == "off" or not options().bits or not x.is_cpu:
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype not in sparse.DTYPES or not fitting(weight, bias, x, operation.axes):
+    if dtype not in sparse.DTYPES or not parameters_fit(weight, bias, x, operation.axes):
         return None
     if weight.dtype not in (dtype, torch.float32):
         return None

@@ -51,7 +51,7 @@ class Spikes:
         return unpack(self.bits, self.one, self.dtype).as_strided(self.shape, self.stride)
 
 
-def packable(x: Tensor) -> bool:
+def can_pack(x: Tensor) -> bool:
     """Return whether packing a tensor as bits pays, by its kind and size."""
     n = x.numel()
     return (
@@ -73,21 +73,21 @@ def bits_pay(elements: int) -> bool:
 
 def look(x: Tensor) -> Spikes | None:
     """Find the spikes in a tensor on the CPU; return None for other values, or where packing does not pay."""
-    if not x.is_cpu or not packable(x):
+    if not x.is_cpu or not can_pack(x):
         return None
     n = x.numel()
-    library = native.library() if n >= COMPILE_FROM else native.loaded()
+    library = native.library() if n >= COMPILE_FROM else native.find_loaded()
     if library is None:
         return _look(x)
     bits, found = torch.empty(n // 8, dtype=torch.uint8, device="cpu"), torch.empty(1, dtype=x.dtype, device="cpu")
     count = library.sltt_look(x, x.itemsize, bits, n // 8, found, torch.get_num_threads())
     if count >= 0:
         one = found.item() or 1.0
-        return Spikes(x, _shared(x, bits), one, count) if math.isfinite(one) else None
+        return Spikes(x, _share_bits(x, bits), one, count) if math.isfinite(one) else None
     if (ones := _look_by_channel(x, library)) is None:
         return None
     bits = pack(x)
-    return Spikes(x, _shared(x, bits), ones, library.sltt_count(bits, len(bits)))
+    return Spikes(x, _share_bits(x, bits), ones, library.sltt_count(bits, len(bits)))
 
 
 def _look_by_channel(x: Tensor, library: ctypes.CDLL) -> Tensor | None:
@@ -115,10 +115,10 @@ def _look(x: Tensor) -> Spikes | None:
     return Spikes(x, pack(x), one.item() or 1.0, int(flat.count_nonzero()))
 
 
-def _shared(x: Tensor, bits: Tensor) -> Tensor:
+def _share_bits(x: Tensor, bits: Tensor) -> Tensor:
     """The bits that the neuron keeps, if they are the same."""
     known = getattr(x.untyped_storage(), BITS, None)
     if known is None or len(known) != len(bits):
         return bits
-    library = native.loaded()
+    library = native.find_loaded()
     return known if library and library.sltt_same(known, bits, len(bits)) else bits

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from sltt.kernels.compiling import FLAGS, SHIPPED, compile_library, intact, shipped_name, sources
+from sltt.kernels.compiling import FLAGS, SHIPPED, compile_library, is_intact, shipped_name, sources
 from sltt.kernels.options import COMPILE_FROM, options
 
 _PROCESSORS = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
@@ -78,7 +78,7 @@ def library() -> ctypes.CDLL | None:
     return _library()[0]
 
 
-def loaded() -> ctypes.CDLL | None:
+def find_loaded() -> ctypes.CDLL | None:
     """The compiled kernels if they are there: it compiles nothing."""
     return _library()[0] if _library.cache_info().currsize or _is_there() else None
 
@@ -88,7 +88,7 @@ def library_for(elements: int) -> ctypes.CDLL | None:
     mode = options().compile
     if mode == "off":
         return None
-    return library() if mode == "on" or elements >= COMPILE_FROM else loaded()
+    return library() if mode == "on" or elements >= COMPILE_FROM else find_loaded()
 
 
 def problem() -> str | None:
@@ -103,14 +103,14 @@ def cache_folder() -> Path:
 
 def origin() -> str:
     """Return where the library is from. Call it where `library()` is not None."""
-    shipped = _shipped()
+    shipped = _find_shipped()
     return f"shipped for {shipped.name.rpartition('-')[0]}" if shipped else "compiled here"
 
 
 @functools.cache
 def key() -> str:
     """Digest of all that the library depends on. Call it where `library()` is not None."""
-    if shipped := _shipped():
+    if shipped := _find_shipped():
         return hashlib.sha256(shipped.name.encode() + _processor()).hexdigest()[:16]
     compiler = _compiler()
     try:
@@ -125,7 +125,7 @@ def key() -> str:
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         path = _path()
-        if not intact(path):
+        if not is_intact(path):
             _compile(path)
         return _open(path), None
     except _AbsentError as absent:
@@ -145,10 +145,10 @@ def _is_there() -> bool:
 
 
 def _path() -> Path:
-    return _shipped() or cache_folder() / f"spikes-{key()}.so"
+    return _find_shipped() or cache_folder() / f"spikes-{key()}.so"
 
 
-def _shipped() -> Path | None:
+def _find_shipped() -> Path | None:
     """Return the wheel's library for this processor, and for no more of it than PyTorch uses; None to compile one."""
     if os.environ.get("CXX") or sys.platform != "linux":
         return None
@@ -163,7 +163,7 @@ def _shipped() -> Path | None:
     else:
         return None
     path = SHIPPED / shipped_name(name)
-    return path if intact(path) else None
+    return path if is_intact(path) else None
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -49,7 +49,7 @@ class NativeStep:
     """
 
     def __init__(self, library: ctypes.CDLL, step: "NeuronStep", decay: float):
-        above, surrogate = unwrapped(step.surrogate)
+        above, surrogate = unwrap(step.surrogate)
         found = SURROGATES.get(type(surrogate))
         self.differentiates = found is not None
         number, a, b = found(surrogate) if found else (0, 1.0, 1.0)
@@ -164,7 +164,7 @@ def fires_as_usual(surrogate: Surrogate) -> bool:
     return type(surrogate).fires in (Surrogate.fires, Above.fires)
 
 
-def unwrapped(surrogate: Surrogate) -> tuple[bool, Surrogate]:
+def unwrap(surrogate: Surrogate) -> tuple[bool, Surrogate]:
     """Return whether a neuron fires above its threshold only, and the surrogate that gives the derivative."""
     above = type(surrogate).fires is Above.fires
     while type(surrogate) is Above:

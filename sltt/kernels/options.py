@@ -109,9 +109,9 @@ class Kernel:
     def __call__(self, out: torch.Tensor, *arguments: Any) -> None:
         """Run on `arguments`, writing `out`; if compiling fails and is not demanded, warn and run the plain form."""
         with torch.no_grad(), without_modes():
-            out = self.seen(out)
-            arguments = tuple(self.seen(a) if isinstance(a, torch.Tensor) else a for a in arguments)
-            if not self._wanted(out.device, max(a.numel() for a in (out, *arguments) if isinstance(a, torch.Tensor))):
+            out = self.to_argument(out)
+            arguments = tuple(self.to_argument(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+            if not self._compiles(out.device, max(a.numel() for a in (out, *arguments) if isinstance(a, torch.Tensor))):
                 self.function(out, *arguments)
                 return
             # for each set of types, since the compiler gives up on a function after eight versions of it
@@ -128,7 +128,7 @@ class Kernel:
                 warnings.warn(f"compiling a kernel failed, running it eagerly: {error}", stacklevel=3)
                 self.function(out, *arguments)
 
-    def seen(self, a: torch.Tensor) -> torch.Tensor:
+    def to_argument(self, a: torch.Tensor) -> torch.Tensor:
         """An argument as the function sees it."""
         # a number stays a number of no dimension: as a vector it would decide the type of the result
         return memory(a) if a.ndim else a.detach()
@@ -137,7 +137,7 @@ class Kernel:
         """Return what to compile in place of the function, which it equals."""
         return self.function
 
-    def _wanted(self, device: torch.device, elements: int) -> bool:
+    def _compiles(self, device: torch.device, elements: int) -> bool:
         mode = options().compile
         if mode != "auto" or self._failed or elements < 2:
             return mode == "on" and elements >= 2

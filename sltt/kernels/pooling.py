@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt._torch import transforms_active
-from sltt.kernels.deferred import settled
+from sltt.kernels.deferred import materialise
 from sltt.kernels.native import library_for
-from sltt.kernels.values import ordinary
+from sltt.kernels.values import is_ordinary
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _POSITIONS = 256  # in a window, at most: a byte tells them apart
@@ -85,16 +85,16 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (positions,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or not ordinary(grad):
+        if torch.is_grad_enabled() or not is_ordinary(grad):
             return ctx.pooling.spread_with_graph(grad, positions), None
         return ctx.pooling.spread(grad.contiguous(memory_format=torch.channels_last), positions), None
 
 
 def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor | None:
     """The output of a max pooling; None where it does not run natively."""
-    x = settled(x)
+    x = materialise(x)
     size = _windows(pool)
-    if size is None or size[0] * size[1] > _POSITIONS or not _plain(x) or not x.numel():
+    if size is None or size[0] * size[1] > _POSITIONS or not _is_channels_last(x) or not x.numel():
         return None
     if (windows := _Pooling.of(x, size)) is None or (library := library_for(x.numel())) is None:
         return None
@@ -155,10 +155,10 @@ def _fits(total: Tensor, largest: Tensor, x: Tensor) -> bool:
         return False
     if total.dtype != largest.dtype or total.dtype not in (torch.float32, x.dtype):
         return False
-    return all(_plain(one) for one in tensors)
+    return all(_is_channels_last(one) for one in tensors)
 
 
-def _plain(x: Any) -> bool:
+def _is_channels_last(x: Any) -> bool:
     """Return whether memory is of images with the channels last, which the kernels read."""
     if type(x) is not Tensor or x.ndim != 4 or x.dtype not in _DTYPES or transforms_active():
         return False

@@ -62,7 +62,7 @@ def tag_of(tensor: Tensor) -> Tag | None:
     return tag
 
 
-def taggable(tensor: Tensor) -> bool:
+def can_tag(tensor: Tensor) -> bool:
     """Return whether a tensor owns the whole of its memory, and is large enough to be restored."""
     n = tensor.numel()
     return (
@@ -93,7 +93,7 @@ def tag_made(
         spikes: that x is, if that is known.
     """
     layers += tag.layers if (tag := tag_of(x)) else 0
-    if y.requires_grad and layers <= LAYERS_AT_MOST and taggable(y) and not is_functorch_wrapped_tensor(x):
+    if y.requires_grad and layers <= LAYERS_AT_MOST and can_tag(y) and not is_functorch_wrapped_tensor(x):
         saved: Any = save(x.detach()) if spikes is None else (spikes,)
         stride = y.stride()
 
@@ -110,7 +110,7 @@ def tag_made(
 
 
 @contextmanager
-def saving() -> Iterator[None]:
+def save_as_bits() -> Iterator[None]:
     """Inside this block autograd saves spikes as bits, and tagged tensors as their tags.
 
     Where other saved-tensor hooks are in force, such as `save_on_cpu`, they stay in force.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.custom import CustomStep, FunctionKernel, as_parameter, known_layout, seen_as
-from sltt.kernels.step import like
+from sltt.kernels.step import match_format
 
 
 class Sensitivity:
@@ -35,11 +35,11 @@ class Sensitivity:
     def add(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
         """Add a time step: its input, the states before it, and the parameters as `custom_step` takes them."""
         x = x if known_layout(x, self._step.by_channel) else x.contiguous()
-        states = [like(v, x) for v in states]
+        states = [match_format(v, x) for v in states]
         if not self._sums:
             sums = torch.promote_types(states[0].dtype, torch.float32)  # in 16 bits, a long sum would stand still
             self._sums = [torch.zeros_like(x, dtype=sums), *map(torch.zeros_like, states)]
-        self._sums = [like(d, x) for d in self._sums]
+        self._sums = [match_format(d, x) for d in self._sums]
         seen = seen_as(x, self._step.by_channel)
         self._add(*map(seen, (*self._sums, x, *states)), *map(as_parameter, parameters))
 

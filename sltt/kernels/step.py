@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.bits import pack, unpack
-from sltt.kernels.deferred import Deferred, Normalised, pointer, taken
+from sltt.kernels.deferred import Deferred, Normalised, pointer, split_norm
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.looks import BITS, BITS_FROM, PACK_FROM, packable
+from sltt.kernels.looks import BITS, BITS_FROM, PACK_FROM, can_pack
 from sltt.kernels.native_step import NativeStep, native_step
 from sltt.kernels.options import Kernel, in_force, options, without_modes
 from sltt.kernels.saved import tag_of, tag_spikes
@@ -96,7 +96,7 @@ def run_step(
         norm = weight = bias = None
         if isinstance(x, Deferred):
             fits = steps == 1 and decay is None and fast is not None and fast.differentiates
-            norm, x, weight, bias = taken(x, fits)
+            norm, x, weight, bias = split_norm(x, fits)
         if graph:
             return _NeuronStep.apply(v, x, decay, step, fast, steps, cut, weight, bias, norm)  # type: ignore[return-value]
         s, v, _, _ = _run(step, fast, v, x, decay, steps, keep=False, norm=norm)
@@ -132,11 +132,11 @@ def _run(
     if not x.is_contiguous() and not (dense(first) and follow):
         x = x.contiguous()
         first = x if steps == 1 else x[: len(x) // steps]
-    v = like(v, first) if v.stride() != first.stride() or v.is_neg() else v
+    v = match_format(v, first) if v.stride() != first.stride() or v.is_neg() else v
     s = torch.empty_like(x)
     # on another device, where no kernel packs, packing is a pass of its own, which a graph of one step is not worth
     packs = packs and (s.is_cpu or not cut or (fast is not None and keep))
-    packs = packs and s.numel() >= (BITS_FROM if cut else PACK_FROM) and packable(s)
+    packs = packs and s.numel() >= (BITS_FROM if cut else PACK_FROM) and can_pack(s)
     bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if fast and packs and v.numel() % 8 == 0 else None
     kept = torch.empty_like(x, dtype=v.dtype) if keep else None
     u = None if step.v_reset is None else kept
@@ -257,8 +257,8 @@ class _NeuronStep(torch.autograd.Function):
         if kept is not None and s is None:
             whole = first.numel() % 8 == 0  # bytes of each time step
             s = ctx.bits if whole else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
-        grad_s, x = (None if one is None else like(one, grad_x) for one in (grad_s, x))
-        grad_v, v = (None if one is None else like(one, first) for one in (grad_v, v))
+        grad_s, x = (None if one is None else match_format(one, grad_x) for one in (grad_s, x))
+        grad_v, v = (None if one is None else match_format(one, first) for one in (grad_v, v))
         given = grad_s, grad_v, kept, s, v, x, decay
         of_decay = ctx.fast.gradient(grad_x, before, *given, needs_decay, steps, ctx.cut)
         of_decay = None if of_decay is None else of_decay.reshape(decay.shape)
@@ -278,8 +278,8 @@ class _NeuronStep(torch.autograd.Function):
         grad_u = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype if plain else kept.dtype, device=kept.device)
         first = kept if steps == 1 else kept[: len(kept) // steps]
         if grad_s is not None and (grad_s.stride() != grad_u.stride() or grad_s.is_neg()):
-            grad_s = like(grad_s, grad_u)
-        grad_v = None if grad_v is None else like(grad_v, first)
+            grad_s = match_format(grad_s, grad_u)
+        grad_v = None if grad_v is None else match_format(grad_v, first)
         fast: Any = ctx.fast if ctx.fast and ctx.fast.differentiates else None
         assert fast or factors is None, "there was one in the forward"
         takes_bits = fast and first.numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)
@@ -333,7 +333,7 @@ def dense(x: Tensor) -> bool:
     return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
-def like(x: Tensor, other: Tensor) -> Tensor:
+def match_format(x: Tensor, other: Tensor) -> Tensor:
     """A tensor in the memory format of another."""
     x = x.resolve_neg()
     return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)

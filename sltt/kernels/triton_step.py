@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.native_step import SURROGATES, fires_as_usual, unwrapped
+from sltt.kernels.native_step import SURROGATES, fires_as_usual, unwrap
 from sltt.kernels.options import compiler_problem, options
 from sltt.surrogates import Exponential, Gaussian, Sigmoid
 
@@ -39,7 +39,7 @@ class TritonStep:
     def __init__(self, step: "NeuronStep"):
         from sltt.kernels import triton_kernels  # imports Triton
 
-        above, surrogate = unwrapped(step.surrogate)
+        above, surrogate = unwrap(step.surrogate)
         found = _SURROGATES.get(type(surrogate))
         self.differentiates = found is not None
         number, a, b = found(surrogate) if found else (0, 1.0, 1.0)

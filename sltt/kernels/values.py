@@ -59,7 +59,7 @@ def run_on_values(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None
     if operation.axes != 2 or not torch.is_grad_enabled() or not options().bits:
         return plain()
     axes = axes_in(operation.settings, 2)
-    if not ordinary(x) or not fitting(weight, bias, x, 2) or axes is None:
+    if not is_ordinary(x) or not parameters_fit(weight, bias, x, 2) or axes is None:
         return plain()
     casts = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
@@ -135,7 +135,7 @@ def ours_of(layer: Layer | None, dtype: torch.dtype) -> costs.Ours:
         return costs.Ours(False, False)
     if native.problem() or options().sparse == "on":
         return costs.Ours(*[not native.problem() and winograd.supports(layer, dtype)] * 2)
-    return costs.ours(layer, dtype)
+    return costs.fast_gradients(layer, dtype)
 
 
 def multiplies(layer: Layer, dtype: torch.dtype) -> bool:
@@ -175,15 +175,15 @@ def layer_of(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer:
     return sparse.conv_layer(tuple(x.shape), tuple(weight.shape), stride, pairs, dilation, groups)
 
 
-def fitting(weight: Any, bias: Any, x: Tensor, dims: int) -> bool:
+def parameters_fit(weight: Any, bias: Any, x: Tensor, dims: int) -> bool:
     """Return whether weight and bias are ordinary tensors that fit x; PyTorch says what is wrong with others."""
-    if not ordinary(weight) or not (bias is None or ordinary(bias)):
+    if not is_ordinary(weight) or not (bias is None or is_ordinary(bias)):
         return False
     fits = weight.ndim == dims + 2 and weight.shape[1] == x.shape[1 if dims else -1]
     return fits and (not dims or x.ndim == dims + 2) and (bias is None or bias.shape == weight.shape[:1])
 
 
-def ordinary(tensor: Any) -> bool:
+def is_ordinary(tensor: Any) -> bool:
     """Return whether a tensor has memory that a kernel can read, and a version."""
     return (
         isinstance(tensor, Tensor)

@@ -24,7 +24,7 @@ class Weights:
         self.calls = calls
         self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
 
-    def packed(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
+    def pack_weight(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
         """Return the weights as `sparse.forward` reads them."""
         if self.calls == 1 or isinstance(one, Tensor):  # which may be another one in each time step
             return sparse.pack_weight(layer, weight, one)
@@ -34,7 +34,7 @@ class Weights:
         """The weight in another type."""
         return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
 
-    def transposed(self, weight: Tensor) -> Tensor:
+    def transpose_weight(self, weight: Tensor) -> Tensor:
         """The transpose of a linear layer's weight, in rows whose distance is no power of two."""
 
         def make() -> Tensor:

@@ -91,7 +91,7 @@ class Batch:
 
     def rates(self) -> Tensor:
         """Run the network once on the mean input, with a graph: its logits [B, C]."""
-        with kernels.saving():
+        with kernels.save_as_bits():
             return self.network(self.sequence.mean())[0]
 
     def _saving_context(self, steps: int, graph: bool, cut: bool, recompute: bool) -> AbstractContextManager[None]:
@@ -108,7 +108,7 @@ class Batch:
             return nullcontext()
         brief = cut and not recompute and self._largest
         pays = not brief or (self.network.fast and kernels.bits_pay(self._largest * steps))
-        return kernels.saving() if pays else nullcontext()
+        return kernels.save_as_bits() if pays else nullcontext()
 
     def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
         """Run time steps as `run`, and return the sum of their losses over T, to backpropagate."""

@@ -14,7 +14,7 @@ from sltt.kernels import (
     Steady,
     batch_statistics,
     differentiable_once,
-    settled,
+    materialise,
     steady_steps,
 )
 from sltt.losses import OfMean, is_per_step
@@ -197,7 +197,7 @@ class _NeuronLayer(_Layer):
 
     def step(self, x: Tensor) -> Tensor:
         self.calls += 1
-        neuron, x = self.module, settled(x)
+        neuron, x = self.module, materialise(x)
         before = [getattr(neuron, name) for name in neuron.states]
         s = type(neuron).forward(neuron, x)
         with torch.enable_grad():  # to see which parameters learn

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sltt._torch import _BatchNorm
-from sltt.kernels import Operation, deferred_norm, others_save, plain_norm, run_layer, settled
+from sltt.kernels import Operation, deferred_norm, materialise, others_save, plain_norm, run_layer
 from sltt.neurons import Recurrent
 from sltt.rules.decays import decay_of
 from sltt.rules.traced_layers import NORMALISATIONS, WEIGHTED, Traced, scale_gradient
@@ -48,7 +48,7 @@ class TraceStep(Step):
         if layer.operation is None or len(args) != 1 or not torch.is_grad_enabled():
             return operations.forward(*args, **kwargs)
         (function, settings), module = layer.operation, layer.module
-        return operations.weigh(function, settled(args[0]), layer.role.weight(module), module.bias, *settings)
+        return operations.weigh(function, materialise(args[0]), layer.role.weight(module), module.bias, *settings)
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         norm, run = layer.module, self.run
@@ -109,7 +109,7 @@ class TraceStep(Step):
         if isinstance(layer.module, _BatchNorm):  # with a state besides
             return self.norm(layer, *args, **kwargs)
         if isinstance(layer.module, Recurrent) and len(args) == 1 and not in_backward():
-            if (y := self._recurrent(layer, settled(args[0]))) is not None:
+            if (y := self._recurrent(layer, materialise(args[0]))) is not None:
                 return y
             if self.run.fold > 1:
                 raise ValueError(f"OTTT in a fold has no traces for the weights in {layer}; use fold=1")

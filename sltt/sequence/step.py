@@ -71,7 +71,7 @@ class Step:
             self.run.take_turn(layer, TWICE)
         if layer.advance is not None and len(args) == 1 and self._is_plain() and not in_backward():
             run = self.run
-            if (y := layer.advance(kernels.settled(args[0]), run.fold, run.cut, run.weights)) is not None:
+            if (y := layer.advance(kernels.materialise(args[0]), run.fold, run.cut, run.weights)) is not None:
                 if run.fold == 1:
                     run.take_turn(layer, NEURON)
                 return y
@@ -86,7 +86,7 @@ class Step:
         if layer.operation is None or len(args) != 1:
             return layer.plain(*args, **kwargs)
         module, run = layer.module, self.run
-        x, weight = kernels.settled(args[0]), layer.role.weight(module)
+        x, weight = kernels.materialise(args[0]), layer.role.weight(module)
         if not run.recompute and kernels.is_small(layer.operation, x, weight):
             run.drop(layer)
             return layer.plain(x)

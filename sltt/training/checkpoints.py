@@ -43,7 +43,7 @@ def save_state(loop: "Loop", *names: str) -> None:
     Raises FloatingPointError for weights that are not finite.
     """
     check_weights(loop.model)
-    with loop.rounded():
+    with loop.round_weights():
         quantised = copy.deepcopy(loop.model.state_dict()) if loop.training.quantised else None
     content = {
         "model": gather_parts(loop.model.state_dict()),

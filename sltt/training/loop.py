@@ -48,7 +48,7 @@ from sltt.training.manifest import BEST, LAST
 from sltt.training.parameters import parameter_groups
 from sltt.training.phases import Stage, freeze_norm, set_rates, stage_at
 from sltt.training.progress import BatchMemory, Metrics, Progress, epoch_row
-from sltt.training.quantised import rounded
+from sltt.training.quantised import round_weights
 from sltt.training.runs import write_table
 from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers, long_warmup
 from sltt.training.score import Score, count_scored
@@ -118,12 +118,12 @@ class Loop:
             for row in self.state.history:  # so that the log of a resumed run is whole
                 log(row)
             for stage in self.stages:
-                if self._over(stage):
+                if self._is_over(stage):
                     continue
                 batches, validation = self._begin(stage)
                 with finish_loaders(batches, validation):
                     told = False
-                    while not self._over(stage):
+                    while not self._is_over(stage):
                         training = self._epoch(stage, batches, interrupt)
                         told = told or self._tell_launches(stage)
                         row = self._end_epoch(training, self._validate(stage, validation))
@@ -150,7 +150,7 @@ class Loop:
         bar = self.report.bar(f"epoch {state.epoch + 1}/{self.training.epochs}", self.batches, done=state.batch)
         firing = FiringRates(list(self.spiking))
         firing.load_state_dict(state.firing)
-        with bar as advance, self._located():
+        with bar as advance, self._locate_errors():
             for x, y in whole_epoch(loader):
                 epoch = state.epoch + state.batch / self.batches
                 set_rates(self.optim, self.initial, stage, self.training.schedule, epoch)
@@ -214,7 +214,7 @@ class Loop:
 
         graphs = self.graphs if size == largest else None  # the last batch of an epoch may be smaller
         run = partial(graphs, iteration, x, y) if graphs else partial(iteration, x, y)
-        with self.rounded():
+        with self.round_weights():
             due = self.memory.is_due(len(x), full=size == largest)
             out, seen = self.memory.measure(run) if due else run()
         if count:
@@ -233,9 +233,9 @@ class Loop:
         if self.callbacks:  # to read the loss waits for a GPU
             self._call("on_batch", out.loss.item())
 
-    def rounded(self) -> AbstractContextManager[None]:
+    def round_weights(self) -> AbstractContextManager[None]:
         """Round the weights inside a block, in a training that is quantised."""
-        return rounded(self.model) if self.training.quantised else nullcontext()
+        return round_weights(self.model) if self.training.quantised else nullcontext()
 
     def _backward(self, weight: float, loss: Tensor) -> None:
         """Backpropagate, such that the gradients of all parts and processes add up to that of the batch."""
@@ -266,7 +266,7 @@ class Loop:
             self.report.line(f"batches run without a CUDA graph, since {self.graphs.problem}")
         return True
 
-    def _over(self, stage: Stage) -> bool:
+    def _is_over(self, stage: Stage) -> bool:
         stopped = self.state.stopped and not self.state.batch  # a callback ends a training after the epoch
         return self.state.epoch >= stage.stop or bool(stopped)
 
@@ -300,7 +300,7 @@ class Loop:
     def _validate(self, stage: Stage, loader: DataLoader[Any] | None) -> Metrics | None:
         if loader is None:
             return None
-        with self._located("validation"), self.rounded():
+        with self._locate_errors("validation"), self.round_weights():
             return measure(
                 self.session, self.averaged, loader, self.splits, self.loss, [self.training.metric], stage.steps
             )
@@ -319,7 +319,7 @@ class Loop:
     def _show_callbacks(self) -> None:
         """Show the last epoch to callbacks that have not seen it. It is saved: a callback that fails loses no epoch."""
         if self.state.pending:
-            with self._located("callback", self.state.epoch):
+            with self._locate_errors("callback", self.state.epoch):
                 self._call("on_epoch")
             self.state.pending = False
             self._save(LAST)
@@ -360,7 +360,7 @@ class Loop:
             write_table(self.folder, self.state.history)
 
     @contextmanager
-    def _located(self, place: str | None = None, epoch: int | None = None) -> Iterator[None]:
+    def _locate_errors(self, place: str | None = None, epoch: int | None = None) -> Iterator[None]:
         """Say of an exception in which batch, or at which `place` of the epoch, it was, and what is saved.
 
         None is the batch, and the epoch, in progress.

@@ -20,7 +20,7 @@ LARGEST = 127
 
 
 @contextmanager
-def rounded(model: nn.Module) -> Iterator[None]:
+def round_weights(model: nn.Module) -> Iterator[None]:
     """Round the weights of convolutions and linear layers inside this block."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
     weights = [m.weight for m in layers if isinstance(m.weight, nn.Parameter)]

@@ -175,7 +175,7 @@ def test_two_processes_compile_at_once(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", script(tmp_path / "c++", COPY.replace("done; cp", f"done; {wait}; cp")))
     children = [fork_and(lambda: native.library() is not None) for _ in range(2)]
     assert [succeeds(child) for child in children] == [True, True]
-    assert [compiling.intact(path) for path in cache.iterdir()] == [True]
+    assert [compiling.is_intact(path) for path in cache.iterdir()] == [True]
 
 
 @NATIVE

@@ -19,7 +19,7 @@ PART = 2**16  # elements that one thread looks at
 def look(x):
     """What a look finds; the same with and without native code."""
     with pytest.MonkeyPatch.context() as without:
-        for name in ("library", "loaded"):
+        for name in ("library", "find_loaded"):
             without.setattr(native, name, lambda: None)
         found = kernels.look(x)
         dense = found and found.dense()

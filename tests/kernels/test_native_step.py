@@ -167,7 +167,7 @@ def test_types_that_native_code_does_not_have(v, x, calls):
 
 def test_without_a_library_the_compiled_step_runs(monkeypatch):
     with_library = run("auto", CONSTANTS[0], SURROGATES[0], 4096)
-    monkeypatch.setattr(native, "loaded", lambda: None)
+    monkeypatch.setattr(native, "find_loaded", lambda: None)
     assert all(map(torch.equal, run("auto", CONSTANTS[0], SURROGATES[0], 4096), with_library))
 
 

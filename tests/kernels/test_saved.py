@@ -230,7 +230,7 @@ def test_hooks_of_the_user_stay_in_force():
 def test_retained_graphs_give_the_same_gradient_twice():
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
     conv = nn.Conv2d(8, 4, 3)
-    with kernels.saving():
+    with kernels.save_as_bits():
         loss = conv(sltt.LIF()(x)).square().sum()
     first = torch.autograd.grad(loss, [x, conv.weight], retain_graph=True)
     second = torch.autograd.grad(loss, [x, conv.weight])
@@ -282,7 +282,7 @@ def test_another_device_saves_what_neurons_tagged(model, rule, elsewhere, monkey
 
 def test_a_saved_tensor_changed_in_place_is_still_noticed():
     x = torch.randn(3, 3, requires_grad=True)
-    with kernels.saving():
+    with kernels.save_as_bits():
         y = x.exp()
     y.add_(1)
     with pytest.raises(RuntimeError, match="changed by an in-place operation"):

@@ -154,15 +154,15 @@ def test_layers_are_timed_once_on_a_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(costs, "_measure_dense", lambda dtype: (timed.append(dtype), times)[1])
     for _ in range(2):
         costs._dense.cache_clear()
-        assert costs.ours(layer_of(8, 64, 64, (16, 16)), torch.bfloat16) == (False, True)
-        assert costs.ours(layer_of(8, 64, 64, (16, 16), kernel=1), torch.bfloat16) == (False, False)
+        assert costs.fast_gradients(layer_of(8, 64, 64, (16, 16)), torch.bfloat16) == (False, True)
+        assert costs.fast_gradients(layer_of(8, 64, 64, (16, 16), kernel=1), torch.bfloat16) == (False, False)
     assert timed == [torch.bfloat16]
     costs._dense.cache_clear()
 
 
 def test_ours_are_taken_where_they_are_clearly_faster(monkeypatch):
     monkeypatch.setattr(costs, "_dense", lambda dtype: [costs.Dense(1.0, 0.95), costs.Dense(1.0, 0.85)])
-    assert costs.ours(layer_of(8, 64, 64, (16, 16)), torch.bfloat16) == (False, True)
+    assert costs.fast_gradients(layer_of(8, 64, 64, (16, 16)), torch.bfloat16) == (False, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ from torch import nn
 import sltt
 from sltt.interop import to_c
 from sltt.training.checkpoints import load_checkpoint
-from sltt.training.quantised import rounded
+from sltt.training.quantised import round_weights
 from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
 
 
@@ -26,7 +26,7 @@ def test_weights_are_rounded_to_the_grid_of_each_output_channel_and_come_back():
     with torch.no_grad():
         model[0].weight[1] = 0
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with rounded(model):
+    with round_weights(model):
         conv = model[0].weight.flatten(1)
         torch.testing.assert_close(conv[::2], on_grid(before["0.weight"].flatten(1)[::2]))
         assert not conv[1].any()
@@ -35,7 +35,7 @@ def test_weights_are_rounded_to_the_grid_of_each_output_channel_and_come_back():
         assert torch.equal(model[2].bias, before["2.bias"])
         assert not torch.equal(model[2].weight, before["2.weight"])
         kept = model[3].weight.clone()
-        with rounded(model):
+        with round_weights(model):
             torch.testing.assert_close(model[3].weight, kept)  # what is rounded stays
     assert equal(model.state_dict(), before)
 
