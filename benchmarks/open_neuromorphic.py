@@ -63,7 +63,7 @@ class Work(NamedTuple):
 
 WORKS = {
     "mlp": Work((700, 256, 256), 64, 100, 0.05, classes=20),
-    **{f"linear-{n}": Work((n, n), 16, 500) for n in (256, 512, 2048)},
+    **{f"linear-{n}": Work((n, n), 16, 500) for n in (256, 512, 1024, 2048, 4096, 8192)},
     **{f"recurrent-{n}": Work((700, n), 64, 100, 0.05, recurrent=True, classes=20) for n in (256, 1024)},
     "tiny": Work((24, 16, 16), 4, 6, 0.3, classes=3),
     "tiny-recurrent": Work((24, 16), 4, 6, 0.3, recurrent=True, classes=3),
@@ -190,6 +190,61 @@ class _Added(nn.Module):
         return torch.stack(spikes)
 
 
+class _Steps(nn.Module):
+    """A library's neuron, called step by step from a new state on; `call(x, state)` gives spikes and state."""
+
+    def __init__(self, call: Callable[[Tensor, Any], tuple[Tensor, Any]], neuron: nn.Module) -> None:
+        super().__init__()
+        self.call, self.neuron = call, neuron
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, spikes = None, []
+        for x_t in x:
+            s, state = self.call(x_t, state)
+            spikes.append(s)
+        return torch.stack(spikes)
+
+
+def snntorch() -> nn.Module:
+    import snntorch as snn
+
+    neuron = snn.Leaky(beta=LAMBDA, spike_grad=sltt.surrogates.Triangle(), reset_delay=False)
+    return _Steps(lambda x, v: neuron(x, torch.zeros_like(x) if v is None else v), neuron)
+
+
+def norse() -> nn.Module:
+    from norse.torch import LIFBoxCell, LIFBoxParameters
+
+    cell = LIFBoxCell(LIFBoxParameters(tau_mem_inv=torch.tensor(1 - LAMBDA)), dt=1.0)
+    return _Steps(cell, cell)
+
+
+def sinabs() -> nn.Module:
+    import sinabs.layers as sl
+
+    class Layer(sl.LIF):  # pyright: ignore[reportUntypedBaseClass]
+        def forward(self, input_data: Tensor) -> Tensor:
+            self.reset_states()
+            return super().forward(input_data.transpose(0, 1)).transpose(0, 1)
+
+    return Layer(tau_mem=-1 / torch.tensor(LAMBDA).log(), norm_input=False)
+
+
+def library(neuron: Callable[[], nn.Module]) -> Callable[[Work], Made]:
+    """A network of neurons that take all time steps in a call."""
+
+    def make(work: Work) -> Made:
+        model, (x, y) = network(work, weights_of(work), neuron), batch_of(work)
+
+        def run() -> None:
+            model.zero_grad()
+            per_sequence(work, model, model(x), y)
+
+        return run, lambda: gradient(model)
+
+    return make
+
+
 def jax_case(cut: bool) -> Callable[[Work], Made]:
     """A jitted scan over the neurons; products with inputs stand in front of it, for all steps at once."""
 
@@ -240,11 +295,13 @@ class Case(NamedTuple):
 
     Attributes:
         make: builds it.
-        rule: of the gradient that it should have; None is not compared.
+        rule: of the gradient that it should have; None is not compared: other equations, or a detached reset.
+        recurrent: it has a recurrent layer.
     """
 
     make: Callable[[Work], Made]
     rule: str | None
+    recurrent: bool = True
 
 
 CASES = {
@@ -255,6 +312,9 @@ CASES = {
     "JAX SLTT": Case(jax_case(cut=True), "SLTT"),
     "JAX BPTT": Case(jax_case(cut=False), "BPTT"),
     "SpikingJelly BPTT": Case(spikingjelly, "BPTT"),
+    "snnTorch BPTT": Case(library(snntorch), None, recurrent=False),
+    "Norse BPTT": Case(library(norse), None, recurrent=False),
+    "sinabs BPTT": Case(library(sinabs), None, recurrent=False),
 }
 
 
@@ -312,8 +372,9 @@ def measure(work: str, cases: list[str], rounds: int, device: str) -> list[dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--works", nargs="+", choices=WORKS, default=[name for name in WORKS if not name.startswith("tiny")]
-    )
+        "--works", nargs="+", choices=WORKS,
+        default=["mlp", "linear-256", "linear-512", "linear-2048", "recurrent-256", "recurrent-1024"],
+    )  # fmt: skip
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=DOCS / "results" / "sequences.json")
@@ -324,8 +385,9 @@ def main() -> None:
         return work_on(*given.serve)
     rows = []
     for work in given.works:
-        rows += measure(work, given.cases, given.rounds, given.device)
-        for row in rows[-len(given.cases) :]:
+        cases = [case for case in given.cases if CASES[case].recurrent or not WORKS[work].recurrent]
+        rows += measure(work, cases, given.rounds, given.device)
+        for row in rows[-len(cases) :]:
             seconds = statistics.median(row["seconds"])
             print(f"{work:16}{row['case']:22}{seconds:9.4f} s  {row['peak_MB']:8.1f} MB", flush=True)
     found = {"hardware": hardware(1, device=given.device), "rows": rows}

@@ -107,7 +107,7 @@ def other_networks(results: Path) -> str:
 
 def sequences(results: Path, name: str = "sequences") -> str:
     """Small networks and long sequences, as open_neuromorphic.py measured them beside other libraries."""
-    found = load(results, name)
+    found, libraries = load(results, name), ("JAX", "SpikingJelly", "snnTorch", "Norse", "sinabs")
     lines = []
     for work, of in grouped(found["rows"], "work").items():
         one = by(of, "case")
@@ -115,10 +115,14 @@ def sequences(results: Path, name: str = "sequences") -> str:
         def share(case: str, other: str, one: dict[str, Row] = one) -> str:
             return spread(quotient(one[case]["seconds"], one[other]["seconds"])) if other in one else ""
 
-        pairs = ("SLTT", "JAX SLTT"), ("SLTT", "SLTT, fold = 1"), ("BPTT", "JAX BPTT"), ("BPTT", "SpikingJelly BPTT")
+        pairs = (
+            ("SLTT", "JAX SLTT"),
+            ("SLTT", "SLTT, fold = 1"),
+            *(("BPTT", f"{library} BPTT") for library in libraries),
+        )
         seconds = (f"{statistics.median(one[case]['seconds']):.3g} s" for case in ("SLTT", "BPTT"))
         lines.append([f"`{work}`", *seconds, *(share(*pair) for pair in pairs)])
-    headings = "SLTT of JAX's SLTT", "of its own, step by step", "BPTT of JAX's BPTT", "of SpikingJelly's BPTT"
+    headings = "SLTT of JAX's SLTT", "of its own, step by step", *(f"BPTT of {library}'s" for library in libraries)
     return f"{found['hardware']}, processor time:\n\n" + markdown(["", "SLTT", "BPTT", *headings], lines)
 
 
