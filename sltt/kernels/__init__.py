@@ -11,7 +11,7 @@ from sltt.kernels.deferred import deferred_norm, materialise
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.layers import Operation, is_small, operation_of, run_layer, spike_call
 from sltt.kernels.looks import Spikes, bits_pay, look
-from sltt.kernels.norm import batch_statistics, plain_norm, stepwise_norm
+from sltt.kernels.norm import batch_statistics, counting_batches, plain_norm, stepwise_norm
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.options import options as current_options
 from sltt.kernels.pooling import max_pool, running_max
@@ -37,6 +37,7 @@ __all__ = [
     "bits_pay",
     "compiler_problem",
     "convolution_gradients",
+    "counting_batches",
     "current_options",
     "custom_step",
     "deferred_norm",

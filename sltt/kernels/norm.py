@@ -1,5 +1,9 @@
 """Batch normalisation of several time steps in one tensor, each with the statistics of its own batch."""
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -10,6 +14,8 @@ from torch import Tensor
 from sltt._torch import _BatchNorm
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.saved import tag_made
+
+_counts: ContextVar[Counter[_BatchNorm] | None] = ContextVar("counts", default=None)  # batches of norms in a block
 
 
 def stepwise_norm(norm: _BatchNorm, input: Tensor, steps: int) -> Tensor:
@@ -34,8 +40,9 @@ def stepwise_norm(norm: _BatchNorm, input: Tensor, steps: int) -> Tensor:
     return y
 
 
-def plain_norm(norm: _BatchNorm, x: Tensor, bias: Tensor) -> Tensor:
-    """Normalise as the norm does, with another tensor of the values of its bias."""
+def plain_norm(norm: _BatchNorm, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Normalise as the norm does; `bias`, if given, stands for the norm's, whose values it has."""
+    bias = norm.bias if bias is None else bias
     norm._check_input_dim(x)
     training = norm.training or norm.running_mean is None
     running, (momentum,) = batch_statistics(norm, 1)
@@ -52,8 +59,25 @@ def batch_statistics(norm: _BatchNorm, steps: int) -> tuple[tuple[Tensor, Tensor
         if norm.momentum is None:  # the average of all batches
             seen = int(norm.num_batches_tracked)
             momenta = [1 / (seen + t) for t in range(1, steps + 1)]
-        norm.num_batches_tracked.add_(steps)
+        counts = _counts.get()
+        if counts is None or norm.momentum is None:
+            norm.num_batches_tracked.add_(steps)
+        else:
+            counts[norm] += steps
     return (norm.running_mean, norm.running_var), momenta
+
+
+@contextmanager
+def counting_batches() -> Iterator[Counter[_BatchNorm]]:
+    """Add the batches that norms count in this block to their counters at its end, all in one launch."""
+    counts: Counter[_BatchNorm] = Counter()
+    token = _counts.set(counts)
+    try:
+        yield counts
+    finally:
+        _counts.reset(token)
+        if counts:
+            torch._foreach_add_([norm.num_batches_tracked for norm in counts], list(counts.values()))  # pyright: ignore
 
 
 def _normalise(

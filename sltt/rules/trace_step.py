@@ -55,12 +55,12 @@ class TraceStep(Step):
         learns = self.inputs and torch.is_grad_enabled() and norm.bias is not None and norm.bias.requires_grad
         if not learns:
             return super().norm(layer, *args, **kwargs)
-        if not (layer.role.stepwise and layer.is_known and run.fast and len(args) == 1):
+        if not (layer.role.stepwise and layer.is_known and len(args) == 1):
             return self._operations_of(layer).forward(*args, **kwargs)
         if (trace := self.traces.read(norm, None)) is None:
             return super().norm(layer, *args)
         bias = scale_gradient(norm.bias, trace.ones[-1])  # pyright: ignore[reportArgumentType]
-        waiting = None if others_save() else deferred_norm(norm, args[0], bias)
+        waiting = deferred_norm(norm, args[0], bias) if run.fast and not others_save() else None
         y = plain_norm(norm, args[0], bias) if waiting is None else waiting
         self.traces.wrote(trace, y)
         return y

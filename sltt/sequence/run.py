@@ -48,6 +48,7 @@ class Run:
         weights: the forms of weights that layers read, as long as these do not change.
         bits: spikes are saved as bits; `fast`: layers run by kernels of ours.
         recompute: the outputs of weight layers are made again in the backward.
+        counted: batches of BatchNorms that are not in their counters yet.
 
     Raises:
         ValueError: when it begins, a layer that does not run step by step, or whose state is in use.
@@ -87,6 +88,7 @@ class Run:
         try:
             self.reset()
             self.handle()
+            self.counted = self._until_the_end.enter_context(kernels.counting_batches())
         except BaseException:
             self.__exit__(None, None, None)
             raise

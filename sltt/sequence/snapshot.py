@@ -12,6 +12,7 @@ class Buffers:
 
     def __init__(self, run: Run):
         self._run = run
+        self._counted = run.counted.copy()
         self._before = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in self._buffers().items()}
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -20,6 +21,8 @@ class Buffers:
 
     def restore(self) -> None:
         """Set them back."""
+        self._run.counted.clear()
+        self._run.counted.update(self._counted)
         with torch.no_grad():
             for name, buffer in self._buffers().items():
                 before, version, value = self._before.get(name, (None, 0, buffer))

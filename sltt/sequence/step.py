@@ -46,7 +46,7 @@ class Step:
         takes_part = {
             "neuron": True,
             "keeper": folds or layer.advance is not None,
-            "norm": layer.role.stepwise and (folds or (self.run.fast and layer.is_known)),
+            "norm": layer.role.stepwise and (folds or (layer.is_known and (self.run.fast or layer.module.training))),
             "weight": (self.run.fast or self.run.recompute) and layer.operation is not None,
             "pool": self.run.bits and layer.is_known,
         }
@@ -102,12 +102,11 @@ class Step:
         if steps > 1:
             self.run.take_turn(layer, TWICE)
             return kernels.stepwise_norm(layer.module, *args, **kwargs, steps=steps)
-        waiting = (
-            kernels.deferred_norm(layer.module, *args)
-            if self.run.fast and layer.is_known and args and not kernels.others_save()
-            else None
-        )
-        return layer.plain(*args, **kwargs) if waiting is None else waiting
+        if not layer.is_known or len(args) != 1:
+            return layer.plain(*args, **kwargs)
+        may_wait = self.run.fast and not kernels.others_save()
+        waiting = kernels.deferred_norm(layer.module, *args) if may_wait else None
+        return kernels.plain_norm(layer.module, *args) if waiting is None else waiting
 
     def pool(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """A pooling."""

@@ -78,6 +78,10 @@ def test_firing_rates_are_one_launch_a_layer_and_call():
     assert added == {"linalg_vector_norm": 17}
 
 
+def test_norms_count_the_batches_of_a_sequence_in_one_launch():
+    assert count(sltt.SLTT(fold=1))["_foreach_add_"] == 1
+
+
 def test_what_is_counted_is_what_would_be_launched():
     x = torch.empty(4, 6, device="meta")
     with counting() as seen:

@@ -125,6 +125,22 @@ def test_batch_norm_runs_once_a_step_also_in_steps_without_a_graph(rule):
     torch.testing.assert_close(model[1].running_mean, expected.detach())
 
 
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_batches_are_counted_as_if_norms_ran_by_themselves(rule, momentum):
+    if getattr(rule, "steady", False):
+        pytest.skip("the network runs once")
+    x, y = batch()
+    model = small_network(norm=True)
+    model[1].momentum = momentum
+    expected = nn.BatchNorm1d(8, momentum=momentum).double()
+    for _ in range(2):
+        rule(model, x, y, LOSS)
+        for x_t in x:
+            expected(model[0](x_t))
+    assert model[1].num_batches_tracked == expected.num_batches_tracked
+    torch.testing.assert_close(model[1].running_var, expected.running_var)
+
+
 def test_weights_cached_by_autocast_without_a_graph_do_not_cut_later_steps():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3))
