@@ -17,6 +17,7 @@ from sltt.losses import Activity, SequenceLoss, bind_loss, check_loss, is_per_st
 from sltt.rules.batch import Backward, Batch, Output, StepLoss
 from sltt.rules.diagnosis import check_reached, explain_errors, note
 from sltt.rules.folding import Fold, choose_fold, fold_of
+from sltt.rules.gradients import add_together
 from sltt.sequence.padding import Padded, check_lengths, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.step import Step
@@ -75,7 +76,8 @@ class Rule(Frozen, ABC):
                 several lengths.
             loss: `loss(logits [B, C], target) -> scalar`, of one time step; or a `SequenceLoss`, where the rule can.
             steps: T for a static input.
-            backward: called instead of `Tensor.backward` with each scalar to backpropagate, e.g. `fabric.backward`.
+            backward: called instead of `Tensor.backward` with each scalar to backpropagate, e.g. `fabric.backward`. On
+                a GPU, `.grad` then has the gradient of this scalar alone.
             update: step and zero the optimizer; called by a rule that is `online`, after every time step.
             seed: random seed for this batch, such as for the steps that SLTT-K trains. None draws from PyTorch's
                 global generator. Give the same seed in all processes of a data-parallel training.
@@ -101,6 +103,8 @@ class Rule(Frozen, ABC):
             _check_targets(sequence, target_of(target))
         network = Run(model, sequence, self.step(), hoist=self.hoist, keep=not self.online)
         explained = explain_errors(backward or Tensor.backward, network)
+        if x.device.type != "cpu":  # where a launch takes longer than the sum
+            explained = add_together(explained, model)
         batch = Batch(network, target, loss, explained, update, seed)
         try:
             with network:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import sltt
+from sltt.rules.gradients import add_together
 from tests.conftest import LOSS, NEURONS, RULES, batch, gradient, gradients, seeded, small_network
 
 
@@ -123,6 +124,35 @@ def test_batch_norm_runs_once_a_step_also_in_steps_without_a_graph(rule):
     for x_t in x:
         expected = 0.9 * expected + 0.1 * model[0](x_t).mean(0)
     torch.testing.assert_close(model[1].running_mean, expected.detach())
+
+
+def test_gradients_that_are_added_together_are_those_of_autograd_to_the_bit(rule):
+    found = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        x, y = batch()
+        model = small_network(norm=True)
+        model[0].weight.requires_grad_(False)
+        model[4].bias.register_hook(lambda grad: 2 * grad)
+        kept = model[6].weight.grad = torch.ones_like(model[6].weight)
+        backward = add_together(torch.Tensor.backward, model) if together else torch.Tensor.backward
+        for _ in range(2):
+            rule(model, x, y, LOSS, backward=backward)
+        assert model[6].weight.grad is kept
+        found.append(gradient(model))
+    assert torch.equal(*found)
+
+
+def test_gradients_that_somebody_looks_at_are_added_by_autograd():
+    model, seen = nn.Sequential(nn.EmbeddingBag(4, 3, sparse=True, mode="sum"), nn.Linear(3, 2)), []
+    model[1].bias.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    backward = add_together(torch.Tensor.backward, model)
+    for _ in range(3):
+        backward(model(torch.tensor([[0, 2]])).sum())
+    assert [one.tolist() for one in seen] == [[1, 1], [2, 2], [3, 3]]
+    assert model[0].weight.grad.is_sparse
+    assert torch.equal(model[0].weight.grad.to_dense()[1], torch.zeros(3))
+    torch.testing.assert_close(model[0].weight.grad.to_dense()[2], 3 * model[1].weight.sum(0))
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
