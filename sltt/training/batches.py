@@ -260,35 +260,43 @@ def train_loader(
     batch_size: int,
     sampler: EpochSampler,
     workers: int,
-    pin: bool = False,
+    device: torch.device | None = None,
     rank: int = 0,
     processes: int = 1,
     crop: int | None = None,
 ) -> DataLoader[Any]:
-    """Training batches in the sampler's order, or a process's share of each; `pin` their memory to copy them to a GPU.
+    """Training batches in the sampler's order, or a process's share of each, to be copied to the device.
 
     For the other arguments see `Shares` and `Phase`.
     """
     samples = _Seeded(splits.train, splits.collate, crop)
-    return _loader(samples, Shares(sampler, batch_size, rank, processes), workers, pin)
+    return _loader(samples, Shares(sampler, batch_size, rank, processes), workers, device)
 
 
 def eval_loader(
-    dataset: Dataset[Any], splits: Splits, batch_size: int, workers: int, rank: int = 0, processes: int = 1
+    dataset: Dataset[Any],
+    splits: Splits,
+    batch_size: int,
+    workers: int,
+    device: torch.device | None = None,
+    rank: int = 0,
+    processes: int = 1,
 ) -> DataLoader[Any]:
     """Every sample of a data set once, in order, or a process's share of each batch; what is random is so alike."""
     order = [Key(i, i) for i in range(len(dataset))]  # type: ignore[arg-type]
     samples = _Seeded(dataset, splits.collate_of(dataset))
-    return _loader(samples, Shares(order, batch_size, rank, processes), workers, False)
+    return _loader(samples, Shares(order, batch_size, rank, processes), workers, device)
 
 
-def _loader(samples: _Seeded, batches: Shares, workers: int, pin: bool) -> DataLoader[Any]:
+def _loader(samples: _Seeded, batches: Shares, workers: int, device: torch.device | None) -> DataLoader[Any]:
+    cuda = device is not None and device.type == "cuda"
     return DataLoader(
         samples,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_identity,
-        pin_memory=pin,
+        # memory to copy from while the GPU works; not what lies on it already
+        pin_memory=cuda and samples.__getitems__([Key(0, 0)])[0].device.type == "cpu",
         persistent_workers=workers > 0,
         worker_init_fn=_outlive_sigterm,
         # a generator of its own: the loader draws from it, and so leaves the run's random numbers alone

@@ -292,9 +292,7 @@ class Loop:
         self.fold = None
         self.graphs = make_graphs(self.session, self.model, stage.rule, self.callbacks)
         workers, ranks = self.session.execution.workers, (self.processes.rank, self.processes.count)
-        # not what lies on the GPU already
-        pin = device.type == "cuda" and self.splits.collate([self.splits.train[0]])[0].device.type == "cpu"
-        batches = train_loader(self.splits, size, self.sampler, workers, pin, *ranks, crop=stage.crop)
+        batches = train_loader(self.splits, size, self.sampler, workers, device, *ranks, crop=stage.crop)
         return batches, None if held_out is None else self.session.eval_loader(held_out, self.splits, size)
 
     def _validate(self, stage: Stage, loader: DataLoader[Any] | None) -> Metrics | None:

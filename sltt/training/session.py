@@ -77,7 +77,7 @@ class Session:
     def eval_loader(self, dataset: Dataset[Any], splits: Splits, batch_size: int) -> DataLoader[Any]:
         """Every sample of a validation or test set once, in order, or this process's share of each batch."""
         ranks = self.processes.rank, self.processes.count
-        return eval_loader(dataset, splits, batch_size, self.execution.workers, *ranks)
+        return eval_loader(dataset, splits, batch_size, self.execution.workers, self.fabric.device, *ranks)
 
 
 @contextmanager
@@ -94,8 +94,19 @@ def session(execution: Execution) -> Iterator[Session]:
             f"sync_batchnorm=True for {fabric.world_size} processes on {fabric.device.type}, but PyTorch's "
             "SyncBatchNorm runs on CUDA devices only: leave it out, and each process takes the statistics of its share"
         )
-    with using(compile=execution.compile, sparse=execution.sparse), _on_the_host():
+    with using(compile=execution.compile, sparse=execution.sparse), _on_the_host(), _trying_convolutions():
         yield Session(execution, fabric, Processes(fabric))
+
+
+@contextmanager
+def _trying_convolutions() -> Iterator[None]:
+    """Let cuDNN time its algorithms once for each shape inside this block, unless results are to be the same again."""
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.benchmark
+    cudnn.benchmark = before or not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 @contextmanager

@@ -12,15 +12,37 @@ import torch.distributed as dist
 
 import sltt
 from sltt.commands import main
+from sltt.data import Splits
 from sltt.parallel import processes
 from sltt.parallel.devices import make_fabric
 from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
 from sltt.sequence.state import Stateful
-from sltt.training.batches import Shares, share
+from sltt.training.batches import EpochSampler, Shares, eval_loader, share, train_loader
 from sltt.training.session import session
 from sltt.training.settings import Execution
 from tests.training.blobs import equal
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_convolutions_are_timed_in_a_session_unless_results_are_to_be_the_same_again(deterministic, monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", deterministic)
+    assert not cudnn.benchmark
+    with session(Execution(device="cpu")) as here:
+        assert cudnn.benchmark is not deterministic
+        splits = sltt.data.Digits().splits(2)
+        assert not here.eval_loader(splits.test, splits, 8).pin_memory
+    assert not cudnn.benchmark
+
+
+def test_batches_for_a_gpu_are_pinned_unless_they_lie_on_one():
+    host, there = (Splits(*[[(torch.zeros(3, device=d), 0)] * 8] * 3, True, 2, "") for d in ("cpu", "meta"))
+    cuda, sampler = torch.device("cuda"), EpochSampler(8, 0)
+    assert train_loader(host, 4, sampler, 0, cuda).pin_memory
+    assert eval_loader(host.test, host, 4, 0, cuda).pin_memory
+    assert not train_loader(there, 4, sampler, 0, cuda).pin_memory
+    assert not eval_loader(host.test, host, 4, 0, torch.device("cpu")).pin_memory
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
