@@ -4,6 +4,8 @@ No other file imports any. Other files use some attributes where they need them:
 """
 
 # ruff: noqa: F401
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
@@ -96,6 +98,11 @@ def is_compiled(module: torch.nn.Module) -> bool:
 def transforms_active() -> bool:
     """Return whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def add_to_each(tensors: list[Any], values: list[Any]) -> None:
+    """Add to each tensor its value, a number or a tensor; on a GPU in one launch."""
+    torch._foreach_add_(tensors, values)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def end_workers(loader: torch.utils.data.DataLoader) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sltt._torch import _BatchNorm
+from sltt._torch import _BatchNorm, add_to_each
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.saved import tag_made
 
@@ -77,7 +77,7 @@ def counting_batches() -> Iterator[Counter[_BatchNorm]]:
     finally:
         _counts.reset(token)
         if counts:
-            torch._foreach_add_([norm.num_batches_tracked for norm in counts], list(counts.values()))  # pyright: ignore
+            add_to_each([norm.num_batches_tracked for norm in counts], list(counts.values()))
 
 
 def _normalise(

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from sltt._torch import add_to_each
 
 
 def add_together(backward: Callable[[Tensor], Any], model: nn.Module) -> Callable[[Tensor], Any]:
@@ -29,6 +30,6 @@ def add_together(backward: Callable[[Tensor], Any], model: nn.Module) -> Callabl
             for p, of_before in sums:
                 p.grad = of_before
             if found:
-                torch._foreach_add_(*map(list, zip(*found, strict=True)))
+                add_to_each(*map(list, zip(*found, strict=True)))
 
     return run

@@ -101,7 +101,8 @@ def session(execution: Execution) -> Iterator[Session]:
 @contextmanager
 def _trying_convolutions() -> Iterator[None]:
     """Let cuDNN time its algorithms once for each shape inside this block, unless results are to be the same again."""
-    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.benchmark
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark
     cudnn.benchmark = before or not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
     try:
         yield
