@@ -179,7 +179,7 @@ def measure(
             score = first.batch(*pair, counted)
             for other in others:
                 other.batch(*pair, counted)
-            state.count(sequence_loss(loss, logits, y), score, counted, y)
+            state.count(sequence_loss(loss, logits, y).item(), score, counted, y)
     state.firing = firing.state_dict()
     seconds, peak = time.monotonic() - began, memory.peak if memory else None
     name, *names = map(name_of, metrics)

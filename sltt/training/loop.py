@@ -223,15 +223,17 @@ class Loop:
             self._reduce()
             check_reached(self.model)
         check_finite(out.loss, self.model, self.optim, scaled=self.scaled)
+        counted = count_scored(self.loss, y, count)
+        # before the update, so that a GPU runs that while the host prepares the next batch
+        loss, score = out.loss.item(), self.score.batch(*to_score(self.loss, out.logits, y), counted)
         if not rule.online:
             self._update()
         self.processes.average_statistics(self.model)
-        counted = count_scored(self.loss, y, count)
-        state.count(out.loss, self.score.batch(*to_score(self.loss, out.logits, y), counted), counted, y)
+        state.count(loss, score, counted, y)
         if self.average:
             self.average.update_parameters(self.model)
-        if self.callbacks:  # to read the loss waits for a GPU
-            self._call("on_batch", out.loss.item())
+        if self.callbacks:
+            self._call("on_batch", loss)
 
     def round_weights(self) -> AbstractContextManager[None]:
         """Round the weights inside a block, in a training that is quantised."""

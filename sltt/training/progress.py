@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
 
 from sltt.memory import counts_peak, is_profiled, peak_memory
 from sltt.parallel.processes import Processes
@@ -74,12 +73,12 @@ class Progress:
     stopped: str | None = None  # why a callback ended the training
     pending: bool = False  # callbacks have yet to see the last epoch
 
-    def count(self, loss: Tensor, score: float, samples: int, target: Any) -> None:
+    def count(self, loss: float, score: float, samples: int, target: Any) -> None:
         """Add a batch whose score is a mean over so many; 0 where another process counts them."""
         self.batch += 1
         if samples:
             terms = target.steps if isinstance(target, Padded) else samples
-            self.loss += loss.item() * terms
+            self.loss += loss * terms
             self.terms += terms
             self.correct += round(score * samples, 12)  # right predictions add up to whole numbers
             self.samples += samples

@@ -21,6 +21,7 @@ from sltt.training.checkpoints import load_checkpoint
 from sltt.training.console import Console
 from sltt.training.progress import Metrics, Progress
 from tests.conftest import RULES
+from tests.test_waits import Waits
 from tests.training.blobs import Blobs, Ends, equal, network, train, weights
 
 # every rule once, and with each precision several rules, on static data and on sequences
@@ -116,6 +117,23 @@ def test_scaled_gradients_equal_unscaled_ones(rule):
         rule(model, x, y, loss)
     for a, p in zip(scaled, model.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad, rtol=2e-2, atol=2e-4)
+
+
+def test_values_of_a_batch_are_read_before_its_update(tmp_path):
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            waits.seen.append("updated")
+
+    class End(sltt.callbacks.Callback):
+        def on_batch(self, now):
+            waits.seen.append("ended")
+
+    with Waits() as waits:
+        train(tmp_path / "run", epochs=1, optimizer=partial(Watched, lr=0.1), callbacks=[End()])
+    following = [after for one, after in zip(waits.seen, waits.seen[1:], strict=False) if one == "updated"]
+    assert following == ["ended"] * 4
+    assert "aten._local_scalar_dense" in waits.seen
 
 
 def test_clipping_bounds_the_step(tmp_path):
