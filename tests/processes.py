@@ -19,9 +19,11 @@ import sltt.parallel.devices
 from sltt.data import Data, Splits
 from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.parallel.processes import Processes
+from sltt.training import graphs
 from sltt.training.console import Console
 from tests.collecting import MacroF1
 from tests.conftest import RULES, small_network
+from tests.training.test_graphs import Recorded
 
 sltt.parallel.devices.SHARD_FROM = 40  # so that each linear layer of the small networks is sharded by itself
 SHARDED = {name: RULES[name] for name in ("BPTT(segment=2)", "SLTT(k=2, fold=4)", "Mixed")}
@@ -114,7 +116,7 @@ COLLECTIVES = ("all_reduce", "broadcast", "barrier", "all_gather", "all_gather_i
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
-    """How many collectives ran inside the block: those that reduced gradients, and the others."""
+    """How many collectives ran inside the block: those of gradients, and the others."""
     found = {"gradients": 0, "others": 0}
     kind = "others"
 
@@ -126,7 +128,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
     def count(real):
         def collective(*args, **kwargs):
-            found[kind] += 1
+            found["others" if "group" in kwargs else kind] += 1  # a decision of the hosts
             return real(*args, **kwargs)
 
         return collective
@@ -145,6 +147,12 @@ def main(folder: Path) -> None:
         with counted(pytest.MonkeyPatch()) as messages[name]:
             result = train(folder / "ddp" / name, network(), **settings)
         measured[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
+    for strategy in ("ddp", "fsdp"):
+        with pytest.MonkeyPatch.context() as patch, counted(pytest.MonkeyPatch()) as messages[f"graphs, {strategy}"]:
+            patch.setattr(graphs, "CudaGraph", Recorded)
+            Recorded.log, Recorded.model = [], network()
+            train(folder / "graphs" / strategy, Recorded.model, strategy=strategy)
+            measured[f"graphs, {strategy}"] = Recorded.log
     train(folder / "padded", network(), several_lengths(), rule=ONLINE)
     for name, rule in SHARDED.items():
         model = network(neuron=lambda **kwargs: sltt.PLIF(tau=2.0, **kwargs))

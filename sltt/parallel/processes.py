@@ -91,16 +91,16 @@ class Processes:
         if self.count == 1:
             return
         held = [p for p in parameters if p.requires_grad and not is_sharded(p)]
-        for bucket in _buckets(held):
-            # Messages have to match, and a parameter may be without a gradient in one process alone. One that has none
-            # in any stays without, or weight decay would move it.
-            there = [float(p.grad is not None) for p in bucket]
+        # Messages have to match, and a parameter may be without a gradient in one process alone. One that has none in
+        # any stays without, or weight decay would move it. The host asks, so that no GPU is waited for.
+        there = self._reduce([p.grad is not None for p in held], dist.ReduceOp.MAX) if held else []
+        for bucket in _buckets([p for p, known in zip(held, there, strict=True) if known]):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            flat = torch.cat([bucket[0].new_tensor(there), *(g.flatten() for g in gradients)])
+            flat = torch.cat([g.flatten() for g in gradients])
             dist.all_reduce(flat)
-            there, *parts = flat.split([len(bucket), *(p.numel() for p in bucket)])
-            for p, gradient, part, count in zip(bucket, gradients, parts, there.tolist(), strict=True):
-                p.grad = gradient.copy_(part.view_as(p)) if count else None
+            parts = flat.split([p.numel() for p in bucket])
+            for p, gradient, part in zip(bucket, gradients, parts, strict=True):
+                p.grad = gradient.copy_(part.view_as(p))
 
     def average_statistics(self, model: nn.Module) -> None:
         """Give all processes the mean of the running statistics of their normalisations and neurons."""

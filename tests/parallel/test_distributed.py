@@ -84,6 +84,19 @@ def test_two_processes_train_to_the_weights_of_one(name, two, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "log"),
+    [("ddp", ["new", *["eager"] * 3, "capture", *["replay"] * 5]), ("fsdp", [])],  # the last batches are smaller
+)
+def test_two_processes_train_by_graphs_to_the_weights_of_one_without(strategy, log, two, tmp_path):
+    folder, found = two
+    train(tmp_path / "run", network())
+    assert_same_weights(weights(folder / "graphs" / strategy), weights(tmp_path / "run"))
+    assert found["measured"][f"graphs, {strategy}"] == log
+    assert found["messages"][f"graphs, {strategy}"]["gradients"] == (2 * 5 if strategy == "ddp" else 0)
+
+
+@pytest.mark.slow
 def test_batches_of_similar_length_are_the_same_in_two_processes(two, tmp_path):
     train(tmp_path / "run", network(), several_lengths(), rule=ONLINE)
     assert_same_weights(weights(two[0] / "padded"), weights(tmp_path / "run"))
@@ -96,7 +109,8 @@ def test_gradients_are_reduced_once_a_batch_or_once_an_online_update(name, two):
     updates = 4 if name == "OTTT(online)" else 1
     found = two[1]["messages"][name]
     assert found["gradients"] == batches * updates
-    assert found["others"] < batches + 60  # a decision a batch, and what starts and ends an epoch
+    # a decision a batch, which gradients there are, and what starts and ends an epoch
+    assert found["others"] < batches * (1 + updates) + 60
 
 
 @pytest.mark.slow
