@@ -32,6 +32,7 @@ except ImportError as error:
 
 # The private attributes that the package uses: of what, and what for.
 ATTRIBUTES = {
+    "torch": {"_foreach_add_": "adds to many tensors in one launch"},
     "torch.Tensor": {
         "_version": "tells a change in place",
         "_post_accumulate_grad_hooks": "finds hooks that see the gradient of one time step",
