@@ -19,7 +19,7 @@ from sltt.kernels.recurrence import recurrent_steps, runs_recurrence
 from sltt.kernels.saved import others_save, save_as_bits, tag_made, tag_of
 from sltt.kernels.sensitivity import Sensitivity
 from sltt.kernels.steady import Steady, steady_steps
-from sltt.kernels.step import NeuronStep, fast_step, neuron_step, run_step
+from sltt.kernels.step import NeuronStep, fast_step, neuron_step, run_step, steps_by_channel
 from sltt.kernels.values import convolution_gradients
 from sltt.kernels.weights import Weights
 
@@ -59,6 +59,7 @@ __all__ = [
     "save_as_bits",
     "spike_call",
     "steady_steps",
+    "steps_by_channel",
     "stepwise_norm",
     "tag_made",
     "tag_of",

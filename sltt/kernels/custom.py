@@ -23,7 +23,7 @@ from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.looks import can_pack
 from sltt.kernels.options import Kernel, in_force, memory, options
 from sltt.kernels.saved import tag_spikes
-from sltt.kernels.step import dense, match_format, unfold
+from sltt.kernels.step import known_layout, match_format, unfold
 
 States = tuple[Tensor, ...]
 
@@ -258,10 +258,6 @@ def _backward_kernel(
         return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True))
 
     return FunctionKernel(backward, sum(wanted))
-
-
-def known_layout(x: Tensor, channels: bool) -> bool:
-    return x.is_contiguous() or (dense(x) if not channels else x.movedim(1, -1).is_contiguous())
 
 
 def seen_as(x: Tensor, channels: bool) -> Callable[[Tensor], Tensor]:

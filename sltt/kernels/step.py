@@ -26,7 +26,7 @@ from sltt.kernels.looks import BITS, BITS_FROM, PACK_FROM, can_pack
 from sltt.kernels.native_step import NativeStep, native_step
 from sltt.kernels.options import Kernel, in_force, options, without_modes
 from sltt.kernels.saved import tag_of, tag_spikes
-from sltt.kernels.triton_step import TritonStep, triton_step
+from sltt.kernels.triton_step import Tiles, TritonStep, by_channel, triton_step
 from sltt.surrogates import Surrogate
 
 
@@ -79,7 +79,7 @@ def neuron_step(
         step: the constants.
         v: membrane potential after the step before, [B, ...].
         x: input current of n time steps, one after the other, [n·B, ...].
-        decay: λ where it is a tensor.
+        decay: λ where it is a tensor; or λ and V_th of each channel, [2, C], where `steps_by_channel` runs.
         steps: n.
         cut: no gradient flows from one time step to the step before.
     """
@@ -110,6 +110,14 @@ def fast_step(
     return (native_step if v.is_cpu else triton_step)(step, v, x_dtype, v.dtype, decay)
 
 
+def steps_by_channel(step: NeuronStep, v: Tensor, x: Tensor, values: Tensor) -> bool:
+    """Return whether `neuron_step` takes λ and V_th of each channel, of the type and device of `values` [C]."""
+    if x.shape[1:2] != values.shape:
+        return False
+    fast = fast_step(step, v, x.dtype, values)
+    return isinstance(fast, TritonStep) and fast.differentiates
+
+
 def _run(
     step: NeuronStep,
     fast: NativeStep | TritonStep | None,
@@ -129,7 +137,8 @@ def _run(
     x = x.resolve_neg()
     first = x if steps == 1 else x[: len(x) // steps]
     follow = x is first or x.stride(0) * len(first) == first.numel()  # each other in memory
-    if not x.is_contiguous() and not (dense(first) and follow):
+    channels = by_channel(decay)
+    if not x.is_contiguous() and not (known_layout(first, channels) and follow):
         x = x.contiguous()
         first = x if steps == 1 else x[: len(x) // steps]
     v = match_format(v, first) if v.stride() != first.stride() or v.is_neg() else v
@@ -137,7 +146,8 @@ def _run(
     # on another device, where no kernel packs, packing is a pass of its own, which a graph of one step is not worth
     packs = packs and (s.is_cpu or not cut or (fast is not None and keep))
     packs = packs and s.numel() >= (BITS_FROM if cut else PACK_FROM) and can_pack(s)
-    bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if fast and packs and v.numel() % 8 == 0 else None
+    whole = v.numel() % 8 == 0 and (not channels or Tiles(first, True, 8).whole_bytes)
+    bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if fast and packs and whole else None
     kept = torch.empty_like(x, dtype=v.dtype) if keep else None
     u = None if step.v_reset is None else kept
     vs = torch.empty_like(v) if kept is None or kept is u else kept
@@ -255,7 +265,7 @@ class _NeuronStep(torch.autograd.Function):
         first = grad_x if steps == 1 else grad_x[: len(grad_x) // steps]
         before = torch.empty_like(first, dtype=torch.float32) if needs_v else None
         if kept is not None and s is None:
-            whole = first.numel() % 8 == 0  # bytes of each time step
+            whole = Tiles(first, by_channel(decay), 8).whole_bytes  # bytes of each time step
             s = ctx.bits if whole else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
         grad_s, x = (None if one is None else match_format(one, grad_x) for one in (grad_s, x))
         grad_v, v = (None if one is None else match_format(one, first) for one in (grad_v, v))
@@ -331,6 +341,11 @@ def _decay_gradient(step: NeuronStep, decay: Tensor, v: Tensor, x: Any, grad_u: 
 def dense(x: Tensor) -> bool:
     """Return whether x's elements fill a stretch of memory without gaps or overlaps, in any order."""
     return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+def known_layout(x: Tensor, channels: bool) -> bool:
+    """Return whether kernels take x's memory as it is: dense, and with `channels`, these in order or last."""
+    return x.is_contiguous() or (dense(x) if not channels else x.movedim(1, -1).is_contiguous())
 
 
 def match_format(x: Tensor, other: Tensor) -> Tensor:

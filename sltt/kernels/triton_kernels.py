@@ -4,6 +4,9 @@ All tensors are taken as their memory, [n] of a time step and [T, n] of T, whate
 [BLOCK / 8, 8]: a thread holds eight neighbours, so that a byte of bits is made and read within it. A pointer that is
 None is not read or written, and compiled away.
 
+With values for each channel, the memory is a matrix [n / width, width]: its columns are the channels where these are
+last in memory, else its rows are the channels of each sample. A block is then a tile of it, of TILE columns.
+
 The equations, and the order in which they round, are those of step.py. They round so if they are launched with
 `enable_fp_fusion=False`, without fused multiply-adds.
 """
@@ -15,11 +18,59 @@ import triton.language as tl
 
 
 @triton.jit
-def _block(n, BLOCK: tl.constexpr):
-    """Return the elements of this program [BLOCK / 8, 8], and which are there; the same of its bytes of bits."""
-    rows = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-    at = rows[:, None] * 8 + tl.arange(0, 8)[None, :]
-    return at, at < n, rows, rows * 8 < n
+def _block(n, width, channels, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the elements of this program [BLOCK / 8, 8], and which are there; the same of its bytes of bits.
+
+    The last result are the channels of the elements, [BLOCK / 8, 8] or [BLOCK / 8, 1].
+    """
+    row = tl.arange(0, BLOCK // 8)
+    neighbours = tl.arange(0, 8)[None, :]
+    if TILE == 0:
+        rows, c = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + row, 0
+        at = rows[:, None] * 8 + neighbours
+        there, rows_there = at < n, rows * 8 < n
+    else:
+        across = tl.cdiv(width, TILE)
+        column = tl.program_id(0) % across * TILE + row % (TILE // 8) * 8
+        row = (tl.program_id(0) // across).to(tl.int64) * (BLOCK // TILE) + row // (TILE // 8)
+        first = row * width + column
+        at, rows, columns = first[:, None] + neighbours, first // 8, column[:, None] + neighbours
+        there, rows_there = (columns < width) & (at < n), (column < width) & (first < n)
+        c = columns if COLUMNS else (row % channels).to(tl.int32)[:, None]
+    return at, there, rows, rows_there, c
+
+
+@triton.jit
+def _add_up(
+    parts_ptr, one, other, there, n, width, channels, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write the sums of two values over this program's elements of each channel, a part of [parts, 2, C]."""
+    one = tl.reshape(tl.where(there, one, 0.0), [BLOCK // TILE, TILE])
+    other = tl.reshape(tl.where(there, other, 0.0), [BLOCK // TILE, TILE])
+    across = tl.cdiv(width, TILE)
+    tile_row, tile_column = tl.program_id(0) // across, tl.program_id(0) % across
+    if COLUMNS:
+        c = tile_column * TILE + tl.arange(0, TILE)
+        at, holds = tile_row.to(tl.int64) * 2 * channels + c, c < channels
+    else:
+        row = tile_row.to(tl.int64) * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
+        part = row // channels * across + tile_column
+        at, holds = part * 2 * channels + row % channels, row * width < n
+    tl.store(parts_ptr + at, tl.sum(one, 0 if COLUMNS else 1), holds)
+    tl.store(parts_ptr + at + channels, tl.sum(other, 0 if COLUMNS else 1), holds)
+
+
+@triton.jit
+def _learned(decay_ptr, decay, gain, threshold, c, channels, BY_CHANNEL: tl.constexpr):
+    """Return λ, the factor of the input and V_th: those that are learned, [2, C] if BY_CHANNEL, are read."""
+    if BY_CHANNEL:
+        decay = tl.load(decay_ptr + c, c < channels, other=0.0)
+        threshold = tl.load(decay_ptr + channels + c, c < channels, other=0.0)
+    elif decay_ptr is not None:
+        decay = tl.load(decay_ptr)
+    if decay_ptr is not None:
+        gain = 1.0 - decay
+    return decay, gain, threshold
 
 
 @triton.jit
@@ -84,15 +135,13 @@ def _grad_u(
 @triton.jit
 def steps_forward(
     s_ptr, v_out_ptr, u_out_ptr, bits_ptr, v_ptr, x_ptr, decay_ptr,
-    n, steps, decay, gain, threshold, rest,
+    n, width, channels, steps, decay, gain, threshold, rest,
     SOFT: tl.constexpr, RESTS: tl.constexpr, SCALES: tl.constexpr, ABOVE: tl.constexpr, EVERY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BY_CHANNEL: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the spikes of T steps, the last membrane potential or EVERY one, and what else has a pointer."""
-    at, there, rows, rows_there = _block(n, BLOCK)
-    if decay_ptr is not None:
-        decay = tl.load(decay_ptr)
-        gain = 1.0 - decay
+    at, there, rows, rows_there, c = _block(n, width, channels, COLUMNS, TILE, BLOCK)
+    decay, gain, threshold = _learned(decay_ptr, decay, gain, threshold, c, channels, BY_CHANNEL)
     v = tl.load(v_ptr + at, there, other=0.0)
     for _ in range(steps):
         x = tl.load(x_ptr + at, there, other=0.0).to(tl.float32)
@@ -119,23 +168,23 @@ def steps_forward(
 @triton.jit
 def steps_backward(
     grad_x_ptr, grad_first_ptr, grad_decay_ptr, grad_s_ptr, grad_v_ptr, kept_ptr, s_ptr, v_ptr, x_ptr, decay_ptr,
-    n, steps, decay, gain, threshold, rest, a, b,
+    n, width, channels, steps, decay, gain, threshold, rest, a, b,
     SURROGATE: tl.constexpr, SOFT: tl.constexpr, SCALES: tl.constexpr, ABOVE: tl.constexpr, DETACHED: tl.constexpr,
-    CUT: tl.constexpr, FLOWS: tl.constexpr, BLOCK: tl.constexpr,
+    CUT: tl.constexpr, FLOWS: tl.constexpr,
+    BY_CHANNEL: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write ∂L/∂x of T steps, ∂L/∂v before the first, and this program's part of ∂L/∂λ.
+    """Write ∂L/∂x of T steps, ∂L/∂v before the first, and this program's part of ∂L/∂λ, and of ∂L/∂V_th BY_CHANNEL.
 
     `kept` is v after each step for a soft reset, whose spikes are in `s`, as they are or as bits; else u. `grad_v` is
     ∂L/∂v after the last step. v, before the first step, is read for ∂L/∂λ; so is x, if the step SCALES it.
     """
-    at, there, rows, rows_there = _block(n, BLOCK)
-    if decay_ptr is not None:
-        decay = tl.load(decay_ptr)
-        gain = 1.0 - decay
+    at, there, rows, rows_there, c = _block(n, width, channels, COLUMNS, TILE, BLOCK)
+    decay, gain, threshold = _learned(decay_ptr, decay, gain, threshold, c, channels, BY_CHANNEL)
     grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
     if grad_v_ptr is not None:
         grad_v = tl.load(grad_v_ptr + at, there, other=0.0)
     of_decay = tl.zeros([BLOCK // 8, 8], tl.float32)
+    of_threshold = tl.zeros([BLOCK // 8, 8], tl.float32)
     for back in range(steps):
         t = tl.cast(steps - 1 - back, tl.int64)
         kept = tl.load(kept_ptr + t * n + at, there, other=0.0)
@@ -166,33 +215,37 @@ def steps_backward(
             if SCALES:
                 moved = moved - tl.load(x_ptr + t * n + at, there, other=0.0).to(tl.float32)
             of_decay += grad_u * moved
+            of_threshold += grad_v * (1.0 - s) - grad_u
         grad_v = grad_u * decay
         if CUT and t > 0:
             grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
     if grad_first_ptr is not None:
         tl.store(grad_first_ptr + at, grad_v, there)
     if grad_decay_ptr is not None:
-        tl.store(grad_decay_ptr + tl.program_id(0), tl.sum(tl.where(there, of_decay, 0.0)))
+        if BY_CHANNEL:
+            _add_up(grad_decay_ptr, of_decay, of_threshold, there, n, width, channels, COLUMNS, TILE, BLOCK)
+        else:
+            tl.store(grad_decay_ptr + tl.program_id(0), tl.sum(tl.where(there, of_decay, 0.0)))
 
 
 @triton.jit
 def steps_replayed(
     grad_x_ptr, grad_first_ptr, grad_decay_ptr, grad_s_ptr, grad_v_ptr, v_ptr, x_ptr, decay_ptr,
-    n, decay, gain, threshold, rest, threshold_again, rest_again, a, b,
+    n, width, channels, decay, gain, threshold, rest, threshold_again, rest_again, a, b,
     T: tl.constexpr, SURROGATE: tl.constexpr, SOFT: tl.constexpr, RESTS: tl.constexpr, SCALES: tl.constexpr,
-    ABOVE: tl.constexpr, DETACHED: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
+    ABOVE: tl.constexpr, DETACHED: tl.constexpr, CUT: tl.constexpr,
+    BY_CHANNEL: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write what `steps_backward` does, from v before the first step and x: run the steps again, u in registers.
 
     Threshold and rest are given twice: a compiler that knew them to be the same would keep in registers what it can
     compute from u.
     """
-    at, there, _, _ = _block(n, BLOCK)
-    if decay_ptr is not None:
-        decay = tl.load(decay_ptr)
-        gain = 1.0 - decay
-    first = tl.load(v_ptr + at, there, other=0.0)
-    v, us = first, ()
+    at, there, _, _, c = _block(n, width, channels, COLUMNS, TILE, BLOCK)
+    decay, gain, threshold = _learned(decay_ptr, decay, gain, threshold, c, channels, BY_CHANNEL)
+    if BY_CHANNEL:
+        threshold_again = threshold
+    v, us = tl.load(v_ptr + at, there, other=0.0), ()
     for t in tl.static_range(T):
         x = tl.load(x_ptr + tl.cast(n, tl.int64) * t + at, there, other=0.0).to(tl.float32)
         u = _charge(v, x, decay, gain, rest, SCALES, RESTS)
@@ -202,6 +255,7 @@ def steps_replayed(
     if grad_v_ptr is not None:
         grad_v = tl.load(grad_v_ptr + at, there, other=0.0)
     of_decay = tl.zeros([BLOCK // 8, 8], tl.float32)
+    of_threshold = tl.zeros([BLOCK // 8, 8], tl.float32)
     for back in tl.static_range(T):
         u = us[T - 1 - back]
         step = tl.cast(n, tl.int64) * (T - 1 - back) + at
@@ -209,6 +263,8 @@ def steps_replayed(
         if grad_s_ptr is not None:
             grad_s = tl.load(grad_s_ptr + step, there, other=0.0).to(tl.float32)
         s = _spikes(u, threshold_again, ABOVE)
+        if CUT and back > 0:
+            grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
         grad_u = _grad_u(
             grad_s, grad_v, u - threshold_again, s, u, threshold_again, rest_again, a, b,
             SURROGATE, SOFT, DETACHED, grad_v_ptr is not None if back == 0 else not CUT,
@@ -216,16 +272,21 @@ def steps_replayed(
         grad_x = grad_u * gain if SCALES else grad_u
         tl.store(grad_x_ptr + step, grad_x.to(grad_x_ptr.dtype.element_ty), there)
         if grad_decay_ptr is not None:
-            v = first
             if back < T - 1:
                 u = us[T - 2 - back]
                 v = _reset(u, _spikes(u, threshold_again, ABOVE), threshold_again, rest_again, SOFT)
+            else:
+                v = tl.load(v_ptr + at, there, other=0.0)  # not held in registers till here
             moved = v - rest_again
             if SCALES:
                 moved = moved - tl.load(x_ptr + step, there, other=0.0).to(tl.float32)
             of_decay += grad_u * moved
+            of_threshold += grad_v * (1.0 - s) - grad_u
         grad_v = grad_u * decay
     if grad_first_ptr is not None:
         tl.store(grad_first_ptr + at, grad_v, there)
     if grad_decay_ptr is not None:
-        tl.store(grad_decay_ptr + tl.program_id(0), tl.sum(tl.where(there, of_decay, 0.0)))
+        if BY_CHANNEL:
+            _add_up(grad_decay_ptr, of_decay, of_threshold, there, n, width, channels, COLUMNS, TILE, BLOCK)
+        else:
+            tl.store(grad_decay_ptr + tl.program_id(0), tl.sum(tl.where(there, of_decay, 0.0)))

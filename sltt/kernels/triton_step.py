@@ -70,13 +70,14 @@ class TritonStep:
     ) -> None:
         """Write spikes and membrane potentials of the time steps in x, and what else is given: u, and the spikes' bits.
 
-        `v_out` is of all time steps, or of the last one.
+        `v_out` is of all time steps, or of the last one. `decay` is a number, or λ and V_th of each channel, [2, C].
         """
         n = v.numel()
         steps = x.numel() // max(1, n)
+        tiles = Tiles(v, by_channel(decay), block_of(x))
         self._launch(
-            self._kernels.steps_forward, n, s, v_out, u_out, bits, v, x, decay, n, steps,
-            **self._forward, EVERY=v_out.numel() > n,
+            self._kernels.steps_forward, tiles, s, v_out, u_out, bits, v, x, decay, n, steps=steps,
+            **self._forward, BY_CHANNEL=by_channel(decay), EVERY=v_out.numel() > n,
         )  # fmt: skip
 
     def gradient(
@@ -94,34 +95,77 @@ class TritonStep:
         steps: int,
         cut: bool,
     ) -> Tensor | None:
-        """Write ∂L/∂x of all time steps, and ∂L/∂v before the first if wanted; give ∂L/∂λ if the neuron learns it.
+        """Write ∂L/∂x of all time steps, and ∂L/∂v before the first if wanted; give that of a learned `decay`.
 
         `kept` and s, the spikes or their bits, are of all time steps; without them the steps are replayed. v is the
         potential before the first. With `cut`, no gradient flows from one time step to the step before.
         """
         n = out.numel() // steps
-        parts = torch.empty(-(-n // block_of(out)), device=out.device, dtype=torch.float32) if learns else None
+        first = out if steps == 1 else out[: len(out) // steps]
+        # what is learned takes registers besides: then a thread replays four neurons
+        block = 128 * WARPS if learns and kept is None else block_of(out)
+        tiles = Tiles(first, by_channel(decay), block)
+        parts = out.new_empty(tiles.parts, dtype=torch.float32) if learns else None
         written, given = (out, out_v, parts), (grad_s, grad_v)
         if kept is None:
             self._launch(
-                self._kernels.steps_replayed, n, *written, *given, v, x, decay, n,
-                **self._replayed, CUT=cut, T=steps,
+                self._kernels.steps_replayed, tiles, *written, *given, v, x, decay, n,
+                **self._replayed, BY_CHANNEL=by_channel(decay), CUT=cut, T=steps,
             )  # fmt: skip
         else:
             s = s if self._shared["SOFT"] else None
             self._launch(
-                self._kernels.steps_backward, n, *written, *given, kept, s, v, x, decay, n, steps,
-                **self._backward, CUT=cut, FLOWS=grad_v is not None or (steps > 1 and not cut),
+                self._kernels.steps_backward, tiles, *written, *given, kept, s, v, x, decay, n, steps=steps,
+                **self._backward, BY_CHANNEL=by_channel(decay), CUT=cut,
+                FLOWS=grad_v is not None or (steps > 1 and not cut),
             )  # fmt: skip
-        return None if parts is None else parts.sum()
+        return None if parts is None else parts.sum(0)
 
-    def _launch(self, kernel: Any, n: int, like: Tensor, *tensors: Any, **constants: Any) -> None:
-        """Run a kernel on n neurons; `like` is its first tensor, of x's type."""
-        block = block_of(like)
+    def _launch(self, kernel: Any, tiles: "Tiles", like: Tensor, *tensors: Any, **constants: Any) -> None:
+        """Run a kernel, whose first tensor is `like`."""
         with torch.cuda.device_of(like):
-            kernel[(-(-n // block),)](
-                like, *tensors, **self._constants, **constants, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False
-            )
+            kernel[(tiles.programs,)](
+                like, *tensors, **self._constants, **constants, **tiles.arguments,
+                num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+class Tiles:
+    """The division of a time step's neurons [B, C, ...] among programs.
+
+    Args:
+        x: of their shape and memory format: contiguous or with the channels last, if divided by channel.
+        channels: programs tell channels apart.
+        block: neurons of a program.
+
+    Attributes:
+        arguments: of the kernels.
+        programs: their number.
+        parts: the shape of their sums, to be added up along the first dimension.
+    """
+
+    def __init__(self, x: Tensor, channels: bool, block: int):
+        n = x.numel()
+        width, count, tile, columns = n, 1, 0, False
+        self.programs = -(-n // block)
+        self.parts: tuple[int, ...] = (self.programs,)
+        if channels:
+            count, inner = x.shape[1], x[:1, :1].numel()
+            columns = inner <= 1 or not x.is_contiguous()
+            width = count if columns else inner
+            divides = width & -width  # the largest power of two that does
+            tile = min(block, max(8, divides if divides >= 16 else 1 << (width - 1).bit_length()))
+            tile = min(32, tile) if columns else tile
+            rows, across = n // max(1, width), -(-width // tile)
+            self.programs = -(-rows // (block // tile)) * across
+            self.parts = (self.programs // max(1, across) if columns else len(x) * across, 2, count)
+        self.arguments = {"width": width, "channels": count, "COLUMNS": columns, "TILE": tile, "BLOCK": block}
+        self.whole_bytes = width % 8 == 0
+
+
+def by_channel(decay: Tensor | None) -> bool:
+    """Return whether `decay` is λ and V_th of each channel, [2, C]."""
+    return decay is not None and decay.ndim > 1
 
 
 def block_of(x: Tensor) -> int:
@@ -139,7 +183,7 @@ def triton_step(
         like: a tensor on the neurons' device.
         x_dtype: of the current.
         dtype: of the membrane potential.
-        decay: λ where it is a tensor.
+        decay: λ where it is a tensor; or λ and V_th of each channel, [2, C].
     """
     if not like.is_cuda or dtype != torch.float32 or x_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance, number, whole_number
+from sltt.kernels import neuron_step, steps_by_channel
 from sltt.neurons.base import Neuron
-from sltt.neurons.leaky import _Leaky, valid_tau
+from sltt.neurons.leaky import _Leaky, kernel_step, valid_tau
 from sltt.surrogates import Surrogate, Triangle
 
 
@@ -86,6 +87,8 @@ class ChannelLIF(Neuron):
     Source: Rathi & Roy, TNNLS 2021 (arXiv 2008.03658), with one leak and one threshold for each layer; σ as in `PLIF`.
     """
 
+    v: Tensor
+
     def __init__(self, channels: int, tau: float = 2.0, v_threshold: float = 1.0, surrogate: Surrogate = Triangle()):
         super().__init__()
         channels = whole_number("channels", channels, least=1)
@@ -107,6 +110,16 @@ class ChannelLIF(Neuron):
         u = decay * v + x
         s = surrogate(u - threshold)
         return s, u - threshold * s
+
+    def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
+        """The steps by the kernels of `LIF`, where these take a constant for each channel."""
+        constants = {"v_threshold": 1.0, "v_reset": None, "decay_input": False, "detach_reset": False}
+        step = kernel_step(type(self), None, **constants, surrogate=self.surrogate)
+        if type(self).step is not ChannelLIF.step or not steps_by_channel(step, self.v, x, self.w):
+            return super().fused_steps(x, steps, cut)
+        learned = torch.stack([self.decay(), self.threshold()])
+        spikes, self.v = neuron_step(step, self.v, x, learned, steps, cut)
+        return spikes
 
     def extra_repr(self) -> str:
         tau, threshold = 1 / (1 - self.decay().detach()), self.threshold().detach()

@@ -102,6 +102,34 @@ def test_compiled_for_a_gpu(dtype, steps, at_most, architecture, compiled, tmp_p
 
 
 @TRITON
+@pytest.mark.parametrize("last", [False, True], ids=["in order", "channels last"])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_values_of_each_channel_compiled_for_a_gpu(steps, last, compiled, tmp_path):
+    made = compiled(90)
+    x = torch.zeros(4 * steps, 64, 16, 16, dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    neuron = sltt.ChannelLIF(64)
+    neuron.advance(x, steps).backward(torch.ones_like(x))
+    assert len(made) == 2
+    for kernel in made:
+        registers, spilled, memory = resources(kernel, tmp_path)
+        assert spilled == 0
+        assert registers <= {1: 64, 6: 128}[steps]
+        assert "fma" not in kernel.asm["ptx"]
+        assert {"LDG.E.128", "STG.E.128"} <= {*memory}
+
+
+@TRITON
+@pytest.mark.parametrize("neuron", [sltt.PLIF(), sltt.PLIF(v_reset=-0.3, decay_input=True)], ids=repr)
+def test_a_learned_time_constant_compiled_for_a_gpu(neuron, compiled, tmp_path):
+    made = compiled(90)
+    x = torch.zeros(6 * 4, 1024, dtype=torch.bfloat16, requires_grad=True)
+    neuron.advance(x, 6).backward(torch.ones_like(x))
+    registers, spilled, _ = resources(made[-1], tmp_path)
+    assert (spilled, registers <= 80) == (0, True)
+
+
+@TRITON
 def test_the_largest_gradient_spills_no_register(compiled, tmp_path):
     step = kernels.NeuronStep(None, 0.8, -0.3, True, False, sltt.surrogates.Gaussian())
     made = compiled(90)

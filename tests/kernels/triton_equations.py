@@ -148,6 +148,53 @@ def test_every_memory_format():
         torch.testing.assert_close(grads[2], of[2], rtol=2e-5, atol=1e-3)
 
 
+@pytest.fixture
+def bits_of_few(monkeypatch):
+    """Pack few spikes too."""
+    monkeypatch.setattr(step_of_kernels, "PACK_FROM", 8)
+    monkeypatch.setattr(step_of_kernels, "packable", lambda s: s.numel() % 8 == 0)
+
+
+def forms(dtype):
+    """Inputs [6, C, ...] whose channels are in order, last in memory, and neither."""
+    shapes = [(6, 24, 3, 5), (6, 33), (6, 16, 8, 8), (6, 3, 40, 1), (6, 16, 2, 2), (6, 12, 2, 2)]
+    orders = ["in order", "in order", "in order", "last", "last", "neither"]
+    for shape, order in zip(shapes, orders, strict=True):
+        x = (1.5 * torch.randn(shape, device=DEVICE)).to(dtype)
+        to, back = {"in order": (0, 0), "last": (1, -1), "neither": (1, 0)}[order]
+        yield x.movedim(to, back).contiguous().movedim(back, to)
+
+
+def close(got, exact, dtype, sums):
+    """Compare gradients; the last ones are `sums` over neurons, of many terms."""
+    rtol, atol = TOLERANCES[dtype]
+    for i, (a, b) in enumerate(zip(got, exact, strict=True)):
+        is_sum = i >= len(got) - sums
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-3 if is_sum else atol)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_constants_of_each_channel(dtype, steps, in_triton, bits_of_few):
+    for x, cut in zip(forms(dtype), itertools.cycle([False, True]), strict=False):
+        neuron, results = sltt.ChannelLIF(x.shape[1]).to(DEVICE), []
+        torch.nn.init.uniform_(neuron.w, -1, 1)
+        torch.nn.init.uniform_(neuron.k, -0.5, 0.5)
+        of_s, of_v = torch.randn_like(x), torch.randn(len(x) // steps, *x.shape[1:], device=DEVICE)
+        for in_one in (True, False):
+            sltt.reset(neuron)
+            leaf = x.detach().requires_grad_()
+            dtype_of_v = neuron._prepare_states(leaf, steps)
+            s = neuron.fused_steps(leaf, steps, cut) if in_one else neuron._plain_steps(leaf, dtype_of_v, steps, cut)
+            grads = torch.autograd.grad((s * of_s).sum() + (neuron.v * of_v).sum(), [leaf, neuron.w, neuron.k])
+            results.append((s, neuron.v, grads))
+        (s, v, grads), (expected, v_expected, exact) = results
+        assert torch.equal(s, expected)
+        assert torch.equal(v, v_expected)
+        close(grads, exact, dtype, sums=2)
+    assert {*in_triton} == {"steps_forward", {1: "steps_backward", 2: "steps_replayed", 6: "steps_backward"}[steps]}
+
+
 def test_not_a_number_and_infinity():
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.0, -0.0], device=DEVICE)
     results = []
