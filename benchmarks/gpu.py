@@ -41,10 +41,8 @@ def commands(device: str, results: Path, runs: Path, data: str | None) -> Iterat
     """Yield the name and the command of each step, in the order of what is wanted first; on a CPU, of small sizes."""
     small, python = device == "cpu", [sys.executable]
     own = [*python, __file__, "--device", device, "--measure"]
-    yield (
-        "tests",
-        [*python, "-m", "pytest", "-p", "no:xdist", "--timeout", "0", "tests/test_cuda.py", "tests/test_waits.py"],
-    )
+    files = ["tests/test_cuda.py", "tests/test_waits.py", *([] if small else ["tests/kernels/triton_equations.py"])]
+    yield "tests", [*python, "-m", "pytest", "-p", "no:xdist", "--timeout", "0", *files]
     yield "profile", [*own, "profile"]
     for network, batch, steps in [("digits", 16, 2)] if small else NETWORKS:
         setting = ["--network", network, "--batch", str(batch), "--steps", str(steps), "--device", device]

@@ -45,6 +45,7 @@ def findings() -> list[tuple[str, str, str]]:
         *((name, _version(name) or "missing", "") for name in ("sltt", "torchvision", "lightning-fabric")),
         _device(),
         _compiler(),
+        _cuda_neurons(),
         _sparse_layers(),
         _threads(),
         _half_precision(),
@@ -67,6 +68,15 @@ def _compiler() -> tuple[str, str, str]:
     if compiler is None:
         return "C++ compiler", "none", "to compile the neuron step: apt install g++"
     return "C++ compiler", compiler, "compiles the neuron step"
+
+
+def _cuda_neurons() -> tuple[str, str, str]:
+    from sltt.kernels import compiler_problem, triton_step
+
+    device, seen = torch.device("cuda"), torch.cuda.is_available()
+    problem = triton_step.problem(device) if seen else compiler_problem(device) or "PyTorch sees no GPU"
+    used = "LIF, IF, PLIF, ChannelLIF, with the BatchNorm in front; TorchInductor compiles others"
+    return "neurons on CUDA", "not in Triton" if problem else "Triton", problem or used
 
 
 def _sparse_layers() -> tuple[str, str, str]:

@@ -7,7 +7,7 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 """
 
 from sltt.kernels.custom import CustomStep, custom_step
-from sltt.kernels.deferred import deferred_norm, materialise
+from sltt.kernels.deferred import deferred_norm, first_step, materialise
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.layers import Operation, is_small, operation_of, run_layer, spike_call
 from sltt.kernels.looks import Spikes, bits_pay, look
@@ -43,6 +43,7 @@ __all__ = [
     "deferred_norm",
     "differentiable_once",
     "fast_step",
+    "first_step",
     "is_small",
     "look",
     "materialise",

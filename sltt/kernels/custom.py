@@ -21,9 +21,9 @@ from sltt.kernels.bits import pack
 from sltt.kernels.deferred import Normalised, norm_gradients, split_norm
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.looks import can_pack
-from sltt.kernels.options import Kernel, in_force, memory, options
+from sltt.kernels.options import Kernel, in_force, known_layout, match_format, memory, options
 from sltt.kernels.saved import tag_spikes
-from sltt.kernels.step import known_layout, match_format, unfold
+from sltt.kernels.step import unfold
 
 States = tuple[Tensor, ...]
 
@@ -86,7 +86,7 @@ def custom_step(
     """
     norm, x, *affine = split_norm(x, fits=steps == 1)
     if norm is not None:
-        step, parameters = replace(step, normed=True), (*parameters, *norm.factors[:2])
+        step, parameters = replace(step, normed=True), (*parameters, *norm.factors[:2].flatten(1))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *affine, *states, *parameters)):
         s, *after = _CustomStep.apply(step, binary, steps, cut, norm, *affine, x, *states, *parameters)  # type: ignore[misc]
         return s, tuple(after)

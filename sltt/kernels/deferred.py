@@ -1,8 +1,9 @@
 """BatchNorm in front of a neuron: its output waits, and the neuron normalises while it charges.
 
-A BatchNorm of a large tensor computes its statistics, in one pass, and gives a `Deferred`: a tensor without memory. A
-neuron that takes it reads the BatchNorm's input, so that no normalised tensor is written. Forward, that saves a pass
-over memory that reads and one that writes; backward, the neuron's pass also sums what BatchNorm's gradient needs.
+A BatchNorm of a large tensor on a CPU, or of any on CUDA, computes its statistics, in one pass, and gives a `Deferred`:
+a tensor without memory. A neuron that takes it reads the BatchNorm's input, so that no normalised tensor is written.
+Forward, that saves a pass over memory that reads and one that writes; backward, the neuron's pass also sums what
+BatchNorm's gradient needs.
 
 Whatever else uses a `Deferred` finds the normalised tensor, computed once, and with its gradient.
 
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from sltt._torch import _disabled_torch_function_impl, transforms_active, tree_map_only
-from sltt.kernels import native
+from sltt.kernels import native, triton_norm, triton_step
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.norm import batch_statistics
-from sltt.kernels.options import options
+from sltt.kernels.options import match_format, options
 
 # Fewer elements than this are normalised at once.
 DEFER_FROM = 2**17
@@ -41,10 +42,11 @@ class Normalised:
 
     Args:
         x: its input, without a graph, [B, C, ...], the channels last in memory.
-        factors: scale, shift, mean and inverse deviation [4, C].
+        factors: scale, shift, mean and inverse deviation [4, C]; in Triton those of each time step, [4, T, C].
         training: mean and deviation are those of x.
 
     Attributes:
+        steps: T.
         taken: a neuron has read the input.
     """
 
@@ -52,6 +54,7 @@ class Normalised:
         self.factors, self.training = factors, training
         self._x, self._version = x, x._version
         self._value: Tensor | None = None
+        self.steps = factors.shape[1] if factors.ndim == 3 else 1
         self.taken = False
 
     @property
@@ -72,10 +75,13 @@ class Normalised:
     @property
     def value(self) -> Tensor:
         """The normalised tensor."""
-        if self._value is None:
+        if self._value is None and self.factors.ndim == 3:
+            self._value = triton_norm.normalised(self.x, self.factors)
+        elif self._value is None:
             scale, shift, *_ = self.factors
             none, one = torch.zeros_like(scale), torch.ones_like(scale)
             self._value = torch.native_batch_norm(self.x, scale, shift, none, one, False, 0.0, 0.0)[0]
+        assert self._value is not None
         return self._value
 
 
@@ -153,10 +159,13 @@ def norm_gradients(
     grad: Tensor, x: Tensor, weight: Tensor | None, factors: Tensor, training: bool, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """∂L/∂x, ∂L/∂weight and ∂L/∂bias of a BatchNorm, where they are needed."""
-    _, _, mean, invstd = factors
-    grads = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, mean, invstd**-2, mean, invstd, training, 0.0, list(needs)
-    )
+    if factors.ndim == 3:
+        grads = triton_norm.gradients(match_format(grad, x), x, factors, training)
+    else:
+        _, _, mean, invstd = factors
+        grads = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, invstd**-2, mean, invstd, training, 0.0, list(needs)
+        )
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
@@ -175,6 +184,14 @@ def materialise(x: Tensor) -> Tensor:
     return _Settle.apply(x) if isinstance(x, Deferred) else x  # type: ignore[return-value]
 
 
+def first_step(x: Tensor, steps: int) -> Tensor:
+    """Return the first of the time steps in x, for its shape, type and memory format; a `Deferred` still waits."""
+    if steps == 1:
+        return x
+    x = x.inputs[0].detach() if isinstance(x, Deferred) else x
+    return x[: len(x) // steps]
+
+
 def split_norm(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor | None, Tensor | None]:
     """For a neuron: how x is normalised, with the input, weight and bias of the BatchNorm; or no norm, and x settled.
 
@@ -189,26 +206,32 @@ def split_norm(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor
     return x.normalised, *x.inputs
 
 
-def deferred_norm(norm: Any, x: Tensor, bias: Tensor | None = None) -> Deferred | None:
+def deferred_norm(norm: Any, x: Tensor, bias: Tensor | None = None, steps: int = 1) -> Deferred | None:
     """The output of a BatchNorm, which waits; None where PyTorch computes it.
 
-    `bias`, if given, stands for the norm's, whose values it has.
+    `bias`, if given, stands for the norm's, whose values it has. x is of so many time steps, each with its statistics.
     """
     bias = norm.bias if bias is None else bias
     training = norm.training or norm.running_mean is None
     tracked = not norm.training or norm.track_running_stats
     running = (norm.running_mean, norm.running_var) if tracked else (None, None)
-    if not _can_wait(x, (*running, norm.weight, norm.bias), training):
+    if not _can_wait(x, (*running, norm.weight, norm.bias), training, steps):
+        return None
+    triton = in_triton(x)
+    if triton and (norm.momentum is None or (norm.weight is None) != (norm.bias is None)):
         return None
     norm._check_input_dim(x)
-    library, channels = native.library(), x.shape[1]
-    assert library is not None
-    _, (momentum,) = batch_statistics(norm, 1)
-    factors = torch.empty(4, channels, dtype=torch.float32, device="cpu")
-    library.sltt_norm(
-        x.dtype == torch.bfloat16, x, x.numel(), channels, *running, norm.weight, bias,
-        training, momentum, norm.eps, factors, torch.get_num_threads(),
-    )  # fmt: skip
+    _, (momentum, *_) = batch_statistics(norm, steps)
+    if triton:
+        factors = triton_norm.factors_of(x.detach(), (norm.weight, bias), running, training, momentum, norm.eps, steps)
+    else:
+        library, channels = native.library(), x.shape[1]
+        assert library is not None
+        factors = torch.empty(4, channels, dtype=torch.float32, device="cpu")
+        library.sltt_norm(
+            x.dtype == torch.bfloat16, x, x.numel(), channels, *running, norm.weight, bias,
+            training, momentum, norm.eps, factors, torch.get_num_threads(),
+        )  # fmt: skip
     if training:
         increment_version([one for one in running if one is not None])  # they were changed in place
     normalised = Normalised(x.detach(), factors, training)
@@ -217,22 +240,32 @@ def deferred_norm(norm: Any, x: Tensor, bias: Tensor | None = None) -> Deferred 
     return y
 
 
-def _can_wait(x: Any, others: Sequence[Any], training: bool) -> bool:
-    if type(x) is not Tensor or not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or x.ndim < 2:
+def in_triton(x: Tensor) -> bool:
+    """Return whether Triton normalises x."""
+    return x.is_cuda and triton_step.problem(x.device) is None
+
+
+def _can_wait(x: Any, others: Sequence[Any], training: bool, steps: int) -> bool:
+    if type(x) is not Tensor or x.ndim < 2:
         return False
-    mode = options().compile
-    if mode == "off" or x.numel() < (2 if mode == "on" else DEFER_FROM) or x.is_inference() or x.is_neg():
+    mode, triton = options().compile, in_triton(x)
+    large = x.is_cpu and steps == 1 and x.numel() >= (2 if mode == "on" else DEFER_FROM)
+    if mode == "off" or not (triton or large):
         return False
-    if not x.movedim(1, -1).is_contiguous() or x.numel() == x.shape[1]:  # one value for each channel
+    if not x.movedim(1, -1).is_contiguous() and not (triton and x.is_contiguous()):
+        return False
+    if x.dtype not in (torch.float32, torch.bfloat16, *([torch.float16] if triton else [])):
+        return False
+    if x.is_inference() or x.is_neg() or x.numel() == steps * x.shape[1]:  # one value for each channel
         return False
     if transforms_active():
         return False
     if (others[0] is None) != (others[1] is None) or not (training or others[0] is not None):
         return False
-    return all(o is None or _is_vector(o, x.shape[1:2]) for o in others) and native.library() is not None
+    return all(o is None or _is_vector(o, x) for o in others) and (triton or native.library() is not None)
 
 
-def _is_vector(vector: Any, shape: torch.Size) -> bool:
-    """Return whether native code can read and write a value for each channel."""
-    known = type(vector) in (Tensor, nn.Parameter) and vector.is_cpu and not vector.is_inference()
-    return known and vector.dtype == torch.float32 and vector.shape == shape and vector.is_contiguous()
+def _is_vector(vector: Any, x: Tensor) -> bool:
+    """Return whether kernels can read and write a value for each channel of x."""
+    known = type(vector) in (Tensor, nn.Parameter) and vector.device == x.device and not vector.is_inference()
+    return known and vector.dtype == torch.float32 and vector.shape == x.shape[1:2] and vector.is_contiguous()

@@ -151,6 +151,22 @@ def memory(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
 
 
+def dense(x: torch.Tensor) -> bool:
+    """Return whether x's elements fill a stretch of memory without gaps or overlaps, in any order."""
+    return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+def known_layout(x: torch.Tensor, channels: bool) -> bool:
+    """Return whether kernels take x's memory as it is: dense, and with `channels`, these in order or last."""
+    return x.is_contiguous() or (dense(x) if not channels else x.movedim(1, -1).is_contiguous())
+
+
+def match_format(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A tensor in the memory format of another."""
+    x = x.resolve_neg()
+    return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
+
+
 class _WithoutModes:
     def __enter__(self) -> None:
         self._modes = []

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sltt.kernels.custom import CustomStep, FunctionKernel, as_parameter, known_layout, seen_as
-from sltt.kernels.step import match_format
+from sltt.kernels.custom import CustomStep, FunctionKernel, as_parameter, seen_as
+from sltt.kernels.options import known_layout, match_format
 
 
 class Sensitivity:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.native_step import native_step
-from sltt.kernels.options import Kernel
-from sltt.kernels.step import NeuronStep, dense
+from sltt.kernels.options import Kernel, dense
+from sltt.kernels.step import NeuronStep
 
 UNROLLED = 8  # time steps in one pass, so that a long sequence does not compile for minutes
 

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sltt.kernels import triton_norm
 from sltt.kernels.bits import pack, unpack
 from sltt.kernels.deferred import Deferred, Normalised, pointer, split_norm
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.looks import BITS, BITS_FROM, PACK_FROM, can_pack
 from sltt.kernels.native_step import NativeStep, native_step
-from sltt.kernels.options import Kernel, in_force, options, without_modes
+from sltt.kernels.options import Kernel, in_force, known_layout, match_format, options, without_modes
 from sltt.kernels.saved import tag_of, tag_spikes
 from sltt.kernels.triton_step import Tiles, TritonStep, by_channel, triton_step
 from sltt.surrogates import Surrogate
@@ -95,8 +96,9 @@ def run_step(
     with without_modes():
         norm = weight = bias = None
         if isinstance(x, Deferred):
-            fits = steps == 1 and decay is None and fast is not None and fast.differentiates
-            norm, x, weight, bias = split_norm(x, fits)
+            in_triton = isinstance(fast, TritonStep) and x.normalised.steps == steps
+            fits = in_triton or (isinstance(fast, NativeStep) and steps == 1 and decay is None)
+            norm, x, weight, bias = split_norm(x, fits and fast.differentiates)  # pyright: ignore[reportOptionalMemberAccess]
         if graph:
             return _NeuronStep.apply(v, x, decay, step, fast, steps, cut, weight, bias, norm)  # type: ignore[return-value]
         s, v, _, _ = _run(step, fast, v, x, decay, steps, keep=False, norm=norm)
@@ -137,7 +139,7 @@ def _run(
     x = x.resolve_neg()
     first = x if steps == 1 else x[: len(x) // steps]
     follow = x is first or x.stride(0) * len(first) == first.numel()  # each other in memory
-    channels = by_channel(decay)
+    channels = by_channel(decay) or (norm is not None and isinstance(fast, TritonStep))
     if not x.is_contiguous() and not (known_layout(first, channels) and follow):
         x = x.contiguous()
         first = x if steps == 1 else x[: len(x) // steps]
@@ -154,7 +156,7 @@ def _run(
     if isinstance(fast, NativeStep):
         fast.forward(s, vs, u, v, x, bits, None if norm is None else pointer(norm.factors, norm.training))
     elif fast:
-        fast.forward(s, vs, u, v, x, bits, decay)
+        fast.forward(s, vs, u, v, x, bits, decay, None if norm is None else norm.factors)
     else:
         forward, _ = _kernels(step)
         after = unfold(vs, steps) if vs is kept else None
@@ -220,7 +222,7 @@ class _NeuronStep(torch.autograd.Function):
         # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it. A few
         # steps are replayed in Triton within the backward's own pass, which reads less than what is kept of each.
         in_its_pass = isinstance(fast, TritonStep) and fast.replays(steps)
-        ctx.replays = in_its_pass or (steps > 1 and tag_of(x) is not None)
+        ctx.replays = in_its_pass or (steps > 1 and norm is None and tag_of(x) is not None)
         s, v_next, kept, bits = _run(step, fast, v, x, decay, steps, not ctx.replays, True, cut, norm)
         if bits is not None:
             if s.is_cpu:
@@ -256,23 +258,28 @@ class _NeuronStep(torch.autograd.Function):
     @staticmethod
     def _triton_backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients in one pass, that of λ too."""
-        s, decay, v, x, _, kept = ctx.saved_tensors
+        s, decay, v, x, factors, kept = ctx.saved_tensors
         steps: int = ctx.steps
         if ctx.replays and not ctx.fast.replays(steps):
             _, _, kept, _ = _run(ctx.step, ctx.fast, v, x, decay, steps, keep=True)
-        needs_v, needs_x, needs_decay, *_ = ctx.needs_input_grad
+        needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype, device=ctx.device)
         first = grad_x if steps == 1 else grad_x[: len(grad_x) // steps]
         before = torch.empty_like(first, dtype=torch.float32) if needs_v else None
         if kept is not None and s is None:
-            whole = Tiles(first, by_channel(decay), 8).whole_bytes  # bytes of each time step
+            whole = Tiles(first, by_channel(decay, factors), 8).whole_bytes  # bytes of each time step
             s = ctx.bits if whole else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
         grad_s, x = (None if one is None else match_format(one, grad_x) for one in (grad_s, x))
         grad_v, v = (None if one is None else match_format(one, first) for one in (grad_v, v))
         given = grad_s, grad_v, kept, s, v, x, decay
-        of_decay = ctx.fast.gradient(grad_x, before, *given, needs_decay, steps, ctx.cut)
+        of_decay, parts = ctx.fast.gradient(grad_x, before, *given, needs_decay, steps, ctx.cut, factors)
         of_decay = None if of_decay is None else of_decay.reshape(decay.shape)
-        return before, grad_x if needs_x else None, of_decay, *[None] * 7
+        affine: list[Tensor | None] = [None, None]
+        if parts is not None:
+            assert x is not None, "what was normalised is kept"
+            grad_x, *affine = triton_norm.gradients(grad_x, x, factors, ctx.of_batch, parts)
+        affine = [g if need else None for g, need in zip(affine, (needs_weight, needs_bias), strict=True)]
+        return before, grad_x if needs_x else None, of_decay, None, None, None, None, *affine, None
 
     @staticmethod
     def _backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -336,19 +343,3 @@ def _decay_gradient(step: NeuronStep, decay: Tensor, v: Tensor, x: Any, grad_u: 
             moved = moved - x[t]
         total = total + (grad_u_t * moved).sum()
     return total.to(decay.dtype).reshape(decay.shape)
-
-
-def dense(x: Tensor) -> bool:
-    """Return whether x's elements fill a stretch of memory without gaps or overlaps, in any order."""
-    return x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x))
-
-
-def known_layout(x: Tensor, channels: bool) -> bool:
-    """Return whether kernels take x's memory as it is: dense, and with `channels`, these in order or last."""
-    return x.is_contiguous() or (dense(x) if not channels else x.movedim(1, -1).is_contiguous())
-
-
-def match_format(x: Tensor, other: Tensor) -> Tensor:
-    """A tensor in the memory format of another."""
-    x = x.resolve_neg()
-    return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)

@@ -82,6 +82,25 @@ def _charge(v, x, decay, gain, rest, SCALES: tl.constexpr, RESTS: tl.constexpr):
 
 
 @triton.jit
+def _current(x_ptr, at, there, factors_ptr, c, t, steps, channels):
+    """Return the input current; with `factors` [4, T, C], x is the input of a BatchNorm."""
+    x = tl.load(x_ptr + at, there, other=0.0).to(tl.float32)
+    if factors_ptr is not None:
+        scale_ptr = factors_ptr + t * channels + c
+        x = x * tl.load(scale_ptr, c < channels, other=0.0)
+        x = x + tl.load(scale_ptr + steps * channels, c < channels, other=0.0)
+    return x
+
+
+@triton.jit
+def _standardised(x_ptr, at, there, factors_ptr, c, t, steps, channels):
+    """Return x̂ = (x − μ) / √(σ² + ε)."""
+    mean_ptr = factors_ptr + (2 * steps + t) * channels + c
+    x = tl.load(x_ptr + at, there, other=0.0).to(tl.float32) - tl.load(mean_ptr, c < channels, other=0.0)
+    return x * tl.load(mean_ptr + steps * channels, c < channels, other=0.0)
+
+
+@triton.jit
 def _spikes(u, threshold, ABOVE: tl.constexpr):
     distance = u - threshold
     return (distance > 0.0 if ABOVE else distance >= 0.0).to(tl.float32)
@@ -134,7 +153,7 @@ def _grad_u(
 
 @triton.jit
 def steps_forward(
-    s_ptr, v_out_ptr, u_out_ptr, bits_ptr, v_ptr, x_ptr, decay_ptr,
+    s_ptr, v_out_ptr, u_out_ptr, bits_ptr, v_ptr, x_ptr, decay_ptr, factors_ptr,
     n, width, channels, steps, decay, gain, threshold, rest,
     SOFT: tl.constexpr, RESTS: tl.constexpr, SCALES: tl.constexpr, ABOVE: tl.constexpr, EVERY: tl.constexpr,
     BY_CHANNEL: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -143,8 +162,8 @@ def steps_forward(
     at, there, rows, rows_there, c = _block(n, width, channels, COLUMNS, TILE, BLOCK)
     decay, gain, threshold = _learned(decay_ptr, decay, gain, threshold, c, channels, BY_CHANNEL)
     v = tl.load(v_ptr + at, there, other=0.0)
-    for _ in range(steps):
-        x = tl.load(x_ptr + at, there, other=0.0).to(tl.float32)
+    for t in range(steps):
+        x = _current(x_ptr, at, there, factors_ptr, c, t, steps, channels)
         u = _charge(v, x, decay, gain, rest, SCALES, RESTS)
         s = _spikes(u, threshold, ABOVE)
         v = _reset(u, s, threshold, rest, SOFT)
@@ -167,13 +186,16 @@ def steps_forward(
 
 @triton.jit
 def steps_backward(
-    grad_x_ptr, grad_first_ptr, grad_decay_ptr, grad_s_ptr, grad_v_ptr, kept_ptr, s_ptr, v_ptr, x_ptr, decay_ptr,
-    n, width, channels, steps, decay, gain, threshold, rest, a, b,
+    grad_x_ptr, grad_first_ptr, grad_decay_ptr, norm_parts_ptr, grad_s_ptr, grad_v_ptr, kept_ptr, s_ptr, v_ptr, x_ptr,
+    decay_ptr, factors_ptr, n, width, channels, parts, steps, decay, gain, threshold, rest, a, b,
     SURROGATE: tl.constexpr, SOFT: tl.constexpr, SCALES: tl.constexpr, ABOVE: tl.constexpr, DETACHED: tl.constexpr,
     CUT: tl.constexpr, FLOWS: tl.constexpr,
     BY_CHANNEL: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write ∂L/∂x of T steps, ∂L/∂v before the first, and this program's part of ∂L/∂λ, and of ∂L/∂V_th BY_CHANNEL.
+
+    With `factors`, x is the input of a BatchNorm: write ∂L/∂y of its output for ∂L/∂x, and this program's part of
+    Σ ∂L/∂y and Σ ∂L/∂y x̂, [T, parts, 2, C].
 
     `kept` is v after each step for a soft reset, whose spikes are in `s`, as they are or as bits; else u. `grad_v` is
     ∂L/∂v after the last step. v, before the first step, is read for ∂L/∂λ; so is x, if the step SCALES it.
@@ -203,7 +225,12 @@ def steps_backward(
             distance = kept - threshold * (1.0 - s)
         grad_u = _grad_u(grad_s, grad_v, distance, s, kept, threshold, rest, a, b, SURROGATE, SOFT, DETACHED, FLOWS)
         grad_x = grad_u * gain if SCALES else grad_u
-        tl.store(grad_x_ptr + t * n + at, grad_x.to(grad_x_ptr.dtype.element_ty), there)
+        grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
+        tl.store(grad_x_ptr + t * n + at, grad_x, there)
+        if norm_parts_ptr is not None:
+            x = _standardised(x_ptr, t * n + at, there, factors_ptr, c, t, steps, channels)
+            g, step_parts_ptr = grad_x.to(tl.float32), norm_parts_ptr + t * parts * 2 * channels
+            _add_up(step_parts_ptr, g, g * x, there, n, width, channels, COLUMNS, TILE, BLOCK)
         if grad_decay_ptr is not None:
             if t == 0:
                 v = tl.load(v_ptr + at, there, other=0.0)
@@ -213,7 +240,7 @@ def steps_backward(
                     v = _reset(v, _spikes(v, threshold, ABOVE), threshold, rest, SOFT)
             moved = v - rest
             if SCALES:
-                moved = moved - tl.load(x_ptr + t * n + at, there, other=0.0).to(tl.float32)
+                moved = moved - _current(x_ptr, t * n + at, there, factors_ptr, c, t, steps, channels)
             of_decay += grad_u * moved
             of_threshold += grad_v * (1.0 - s) - grad_u
         grad_v = grad_u * decay
@@ -230,8 +257,8 @@ def steps_backward(
 
 @triton.jit
 def steps_replayed(
-    grad_x_ptr, grad_first_ptr, grad_decay_ptr, grad_s_ptr, grad_v_ptr, v_ptr, x_ptr, decay_ptr,
-    n, width, channels, decay, gain, threshold, rest, threshold_again, rest_again, a, b,
+    grad_x_ptr, grad_first_ptr, grad_decay_ptr, norm_parts_ptr, grad_s_ptr, grad_v_ptr, v_ptr, x_ptr, decay_ptr,
+    factors_ptr, n, width, channels, parts, decay, gain, threshold, rest, threshold_again, rest_again, a, b,
     T: tl.constexpr, SURROGATE: tl.constexpr, SOFT: tl.constexpr, RESTS: tl.constexpr, SCALES: tl.constexpr,
     ABOVE: tl.constexpr, DETACHED: tl.constexpr, CUT: tl.constexpr,
     BY_CHANNEL: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -247,7 +274,7 @@ def steps_replayed(
         threshold_again = threshold
     v, us = tl.load(v_ptr + at, there, other=0.0), ()
     for t in tl.static_range(T):
-        x = tl.load(x_ptr + tl.cast(n, tl.int64) * t + at, there, other=0.0).to(tl.float32)
+        x = _current(x_ptr, tl.cast(n, tl.int64) * t + at, there, factors_ptr, c, t, T, channels)
         u = _charge(v, x, decay, gain, rest, SCALES, RESTS)
         v = _reset(u, _spikes(u, threshold, ABOVE), threshold, rest, SOFT)
         us = us + (u,)
@@ -270,16 +297,21 @@ def steps_replayed(
             SURROGATE, SOFT, DETACHED, grad_v_ptr is not None if back == 0 else not CUT,
         )  # fmt: skip
         grad_x = grad_u * gain if SCALES else grad_u
-        tl.store(grad_x_ptr + step, grad_x.to(grad_x_ptr.dtype.element_ty), there)
+        grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
+        tl.store(grad_x_ptr + step, grad_x, there)
+        if norm_parts_ptr is not None:
+            x = _standardised(x_ptr, step, there, factors_ptr, c, T - 1 - back, T, channels)
+            g, step_parts_ptr = grad_x.to(tl.float32), norm_parts_ptr + (T - 1 - back) * parts * 2 * channels
+            _add_up(step_parts_ptr, g, g * x, there, n, width, channels, COLUMNS, TILE, BLOCK)
         if grad_decay_ptr is not None:
             if back < T - 1:
                 u = us[T - 2 - back]
                 v = _reset(u, _spikes(u, threshold_again, ABOVE), threshold_again, rest_again, SOFT)
             else:
-                v = tl.load(v_ptr + at, there, other=0.0)  # not held in registers till here
+                v = tl.load(v_ptr + at, there, other=0.0)
             moved = v - rest_again
             if SCALES:
-                moved = moved - tl.load(x_ptr + step, there, other=0.0).to(tl.float32)
+                moved = moved - _current(x_ptr, step, there, factors_ptr, c, T - 1 - back, T, channels)
             of_decay += grad_u * moved
             of_threshold += grad_v * (1.0 - s) - grad_u
         grad_v = grad_u * decay

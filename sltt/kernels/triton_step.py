@@ -67,16 +67,18 @@ class TritonStep:
         x: Tensor,
         bits: Tensor | None,
         decay: Tensor | None,
+        factors: Tensor | None = None,
     ) -> None:
         """Write spikes and membrane potentials of the time steps in x, and what else is given: u, and the spikes' bits.
 
         `v_out` is of all time steps, or of the last one. `decay` is a number, or λ and V_th of each channel, [2, C].
+        With `factors`, x is the input of a BatchNorm.
         """
         n = v.numel()
         steps = x.numel() // max(1, n)
-        tiles = Tiles(v, by_channel(decay), block_of(x))
+        tiles = Tiles(v, by_channel(decay, factors), block_of(x))
         self._launch(
-            self._kernels.steps_forward, tiles, s, v_out, u_out, bits, v, x, decay, n, steps=steps,
+            self._kernels.steps_forward, tiles, s, v_out, u_out, bits, v, x, decay, factors, n, steps=steps,
             **self._forward, BY_CHANNEL=by_channel(decay), EVERY=v_out.numel() > n,
         )  # fmt: skip
 
@@ -94,32 +96,36 @@ class TritonStep:
         learns: bool,
         steps: int,
         cut: bool,
-    ) -> Tensor | None:
+        factors: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Write ∂L/∂x of all time steps, and ∂L/∂v before the first if wanted; give that of a learned `decay`.
 
         `kept` and s, the spikes or their bits, are of all time steps; without them the steps are replayed. v is the
-        potential before the first. With `cut`, no gradient flows from one time step to the step before.
+        potential before the first. With `cut`, no gradient flows from one time step to the step before. With `factors`,
+        x is the input of a BatchNorm: write ∂L/∂y of its output for ∂L/∂x; give the parts of its sums too.
         """
         n = out.numel() // steps
         first = out if steps == 1 else out[: len(out) // steps]
         # what is learned takes registers besides: then a thread replays four neurons
         block = 128 * WARPS if learns and kept is None else block_of(out)
-        tiles = Tiles(first, by_channel(decay), block)
-        parts = out.new_empty(tiles.parts, dtype=torch.float32) if learns else None
-        written, given = (out, out_v, parts), (grad_s, grad_v)
+        tiles = Tiles(first, by_channel(decay, factors), block)
+        shape = tiles.parts if by_channel(decay) else (tiles.programs,)
+        of_decay = out.new_empty(shape, dtype=torch.float32) if learns else None
+        of_norm = None if factors is None else out.new_empty(steps, *tiles.parts, dtype=torch.float32)
+        written, given = (out, out_v, of_decay, of_norm), (grad_s, grad_v)
+        known = {"parts": tiles.parts[0], "BY_CHANNEL": by_channel(decay), "CUT": cut}
         if kept is None:
             self._launch(
-                self._kernels.steps_replayed, tiles, *written, *given, v, x, decay, n,
-                **self._replayed, BY_CHANNEL=by_channel(decay), CUT=cut, T=steps,
+                self._kernels.steps_replayed, tiles, *written, *given, v, x, decay, factors, n,
+                **self._replayed, **known, T=steps,
             )  # fmt: skip
         else:
             s = s if self._shared["SOFT"] else None
             self._launch(
-                self._kernels.steps_backward, tiles, *written, *given, kept, s, v, x, decay, n, steps=steps,
-                **self._backward, BY_CHANNEL=by_channel(decay), CUT=cut,
-                FLOWS=grad_v is not None or (steps > 1 and not cut),
+                self._kernels.steps_backward, tiles, *written, *given, kept, s, v, x, decay, factors, n,
+                **self._backward, **known, steps=steps, FLOWS=grad_v is not None or (steps > 1 and not cut),
             )  # fmt: skip
-        return None if parts is None else parts.sum(0)
+        return None if of_decay is None else of_decay.sum(0), of_norm
 
     def _launch(self, kernel: Any, tiles: "Tiles", like: Tensor, *tensors: Any, **constants: Any) -> None:
         """Run a kernel, whose first tensor is `like`."""
@@ -163,9 +169,9 @@ class Tiles:
         self.whole_bytes = width % 8 == 0
 
 
-def by_channel(decay: Tensor | None) -> bool:
-    """Return whether `decay` is λ and V_th of each channel, [2, C]."""
-    return decay is not None and decay.ndim > 1
+def by_channel(decay: Tensor | None, factors: Tensor | None = None) -> bool:
+    """Return whether there are values for each channel: `decay` of λ and V_th, [2, C], or a BatchNorm's `factors`."""
+    return factors is not None or (decay is not None and decay.ndim > 1)
 
 
 def block_of(x: Tensor) -> int:

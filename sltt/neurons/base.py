@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sltt._torch import transforms_active
 from sltt.checks import instance
-from sltt.kernels import CustomStep, custom_step, without_modes
+from sltt.kernels import CustomStep, custom_step, first_step, without_modes
 from sltt.neurons.inspection import emits_bits
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.spikes import show
@@ -94,7 +94,7 @@ class Neuron(Stateful):
 
     def _prepare_states(self, x: Tensor, steps: int) -> torch.dtype:
         """Make the states before the first step of a sequence, and check them before the others; their type."""
-        first = x[: len(x) // steps] if steps > 1 else x
+        first = first_step(x, steps)
         dtype = self.state_type(x)
         for name in self.states:
             if getattr(self, name) is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import flag, instance, number
-from sltt.kernels import CustomStep, NeuronStep, fast_step, neuron_step, run_step
+from sltt.kernels import CustomStep, NeuronStep, fast_step, first_step, neuron_step, run_step
 from sltt.neurons.base import Neuron, takes_any
 from sltt.neurons.inspection import emits_bits
 from sltt.surrogates import Surrogate, Triangle
@@ -173,7 +173,7 @@ class IntegrateAndFire(Neuron):
 
         def advance(x: Tensor, steps: int, cut: bool) -> Tensor:
             nonlocal fast, seen
-            v, first = states["v"], x if steps == 1 else x[: len(x) // steps]
+            v, first = states["v"], first_step(x, steps)
             if v is None:
                 v = torch.full_like(first, self.start, dtype=self.state_type(x))
             elif v.shape != first.shape or v.device != first.device:

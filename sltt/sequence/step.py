@@ -46,7 +46,7 @@ class Step:
         takes_part = {
             "neuron": True,
             "keeper": folds or layer.advance is not None,
-            "norm": layer.role.stepwise and (folds or (layer.is_known and (self.run.fast or layer.module.training))),
+            "norm": layer.role.stepwise and (folds or (layer.is_known and (self.run.bits or layer.module.training))),
             "weight": (self.run.fast or self.run.recompute) and layer.operation is not None,
             "pool": self.run.bits and layer.is_known,
         }
@@ -101,12 +101,14 @@ class Step:
             raise ValueError(f"{type(layer.module).__name__} {TWICE}")
         if steps > 1:
             self.run.take_turn(layer, TWICE)
+        may_wait = self.run.bits and layer.is_known and len(args) == 1 and not kernels.others_save()
+        waiting = kernels.deferred_norm(layer.module, *args, steps=steps) if may_wait else None
+        if waiting is not None:
+            return waiting
+        if steps > 1:
             return kernels.stepwise_norm(layer.module, *args, **kwargs, steps=steps)
-        if not layer.is_known or len(args) != 1:
-            return layer.plain(*args, **kwargs)
-        may_wait = self.run.fast and not kernels.others_save()
-        waiting = kernels.deferred_norm(layer.module, *args) if may_wait else None
-        return kernels.plain_norm(layer.module, *args) if waiting is None else waiting
+        known = layer.is_known and len(args) == 1
+        return kernels.plain_norm(layer.module, *args) if known else layer.plain(*args, **kwargs)
 
     def pool(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """A pooling."""

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sltt
 from sltt import kernels
+from sltt.kernels import deferred, triton_norm, triton_step
 from sltt.kernels import step as step_of_kernels
-from sltt.kernels import triton_step
 from sltt.kernels.triton_step import TritonStep
 
 MISSING = kernels.compiler_problem(torch.device("cuda"))
@@ -130,6 +130,26 @@ def test_a_learned_time_constant_compiled_for_a_gpu(neuron, compiled, tmp_path):
 
 
 @TRITON
+@pytest.mark.parametrize("last", [False, True], ids=["in order", "channels last"])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_norm_in_front_compiled_for_a_gpu(steps, last, compiled, tmp_path, monkeypatch):
+    made = compiled(90)
+    monkeypatch.setattr(deferred, "in_triton", lambda x: True)
+    x = torch.zeros(4 * steps, 64, 16, 16, dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    y = deferred.deferred_norm(torch.nn.BatchNorm2d(64), x, steps=steps)
+    sltt.LIF().advance(y, steps).backward(torch.ones_like(x))
+    names = ["moments", "write_factors", "steps_forward", "steps_replayed" if steps > 1 else "steps_backward"]
+    assert [kernel.name for kernel in made] == [*names, "gradient_sums", "gradient"]
+    for kernel in made:
+        registers, spilled, memory = resources(kernel, tmp_path)
+        assert spilled == 0
+        assert registers <= 128
+        assert "fma" not in kernel.asm["ptx"]
+        assert "LDG.E.128" in memory or kernel.name in ("write_factors", "gradient_sums")
+
+
+@TRITON
 def test_the_largest_gradient_spills_no_register(compiled, tmp_path):
     step = kernels.NeuronStep(None, 0.8, -0.3, True, False, sltt.surrogates.Gaussian())
     made = compiled(90)
@@ -146,6 +166,40 @@ def launched(monkeypatch):
     monkeypatch.setattr(triton_step, "problem", lambda device: None)
     with FakeTensorMode():
         yield names
+
+
+NORM = 16  # bytes that a BatchNorm of 16 bits moves: x twice and y forward; gradient and x twice, ∂L/∂x backward
+
+
+@TRITON
+@pytest.mark.parametrize(("steps", "share"), [(1, 0.85), (6, 0.75)])
+def test_a_norm_in_front_moves_fewer_bytes(steps, share, monkeypatch):
+    """Count the bytes of all tensors as large as a state, and the launches, which do not depend on T."""
+    launched, moved = [], []
+    monkeypatch.setattr(deferred, "in_triton", lambda x: True)
+    monkeypatch.setattr(step_of_kernels, "fast_step", lambda step, *_: TritonStep(step))
+
+    def count(name, *arguments):
+        launched.append(name)
+        tensors = [one for one in arguments if isinstance(one, torch.Tensor) and name != "write_factors"]
+        moved.extend(one.nbytes for one in tensors if one.nbytes >= 2**15)
+
+    monkeypatch.setattr(triton_norm, "launch", lambda name, grid, *arguments, **_: count(name, *arguments))
+    monkeypatch.setattr(
+        TritonStep, "_launch", lambda self, kernel, _, *tensors, **__: count(kernel.fn.__name__, *tensors)
+    )
+    x = torch.zeros(4 * steps, 64, 32, 32, dtype=torch.bfloat16, requires_grad=True)
+    found = []
+    for norm in (torch.nn.BatchNorm2d(64), None):
+        y = x + 0 if norm is None else deferred.deferred_norm(norm, x, steps=steps)
+        s = sltt.LIF().advance(y, steps, cut=True)
+        s.backward(torch.ones_like(s))
+        found.append(sum(moved) / x.numel())
+        moved.clear()
+    one, alone = found
+    gradient = "steps_replayed" if steps > 1 else "steps_backward"
+    assert launched[:6] == ["moments", "write_factors", "steps_forward", gradient, "gradient_sums", "gradient"]
+    assert one < share * (alone + NORM)
 
 
 @TRITON

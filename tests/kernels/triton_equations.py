@@ -4,17 +4,19 @@ TRITON_INTERPRET=1 pytest tests/kernels/triton_equations.py    on a CPU; test_tr
 pytest tests/kernels/triton_equations.py                       on a GPU
 """
 
+import copy
 import itertools
 
 import numpy as np
 import pytest
 import torch
 import triton.runtime.interpreter
+from torch import nn
 
 import sltt
 from sltt import kernels
+from sltt.kernels import deferred, triton_norm, triton_step
 from sltt.kernels import step as step_of_kernels
-from sltt.kernels import triton_step
 from sltt.kernels.bits import pack
 from sltt.kernels.looks import BITS, PACK_FROM
 from sltt.kernels.saved import tag_of
@@ -156,8 +158,8 @@ def bits_of_few(monkeypatch):
 
 
 def forms(dtype):
-    """Inputs [6, C, ...] whose channels are in order, last in memory, and neither."""
-    shapes = [(6, 24, 3, 5), (6, 33), (6, 16, 8, 8), (6, 3, 40, 1), (6, 16, 2, 2), (6, 12, 2, 2)]
+    """Inputs [n·6, C, ...] whose channels are in order, last in memory, and neither."""
+    shapes = [(6, 24, 3, 5), (36, 33), (6, 16, 8, 8), (6, 3, 40, 1), (24, 16, 2, 2), (6, 12, 2, 2)]
     orders = ["in order", "in order", "in order", "last", "last", "neither"]
     for shape, order in zip(shapes, orders, strict=True):
         x = (1.5 * torch.randn(shape, device=DEVICE)).to(dtype)
@@ -195,6 +197,93 @@ def test_constants_of_each_channel(dtype, steps, in_triton, bits_of_few):
     assert {*in_triton} == {"steps_forward", {1: "steps_backward", 2: "steps_replayed", 6: "steps_backward"}[steps]}
 
 
+def norm_of(x, training, affine=True):
+    """A BatchNorm of x, with statistics of its own."""
+    norm = (nn.BatchNorm2d if x.ndim == 4 else nn.BatchNorm1d)(x.shape[1], momentum=0.3, affine=affine).to(DEVICE)
+    for vector, first in ((norm.running_mean, 0.2), (norm.running_var, 1.5), (norm.weight, 0.5), (norm.bias, -0.5)):
+        if vector is not None:
+            torch.nn.init.uniform_(vector, first, first + 1)
+    return norm.train(training)
+
+
+def norm_and_neuron(norm, neuron, x, steps, cut, exact):
+    """Spikes, v, the running statistics, and gradients; by the equations in float64, or in Triton."""
+    norm, neuron = copy.deepcopy(norm), copy.deepcopy(neuron)
+    if exact:
+        norm, neuron, x = norm.double(), neuron.double(), x.double()
+    leaf = x.detach().requires_grad_()
+    if exact:
+        y = torch.cat([norm(x_t) for x_t in leaf.chunk(steps)])
+        s = neuron._plain_steps(y, neuron._prepare_states(y, steps), steps, cut)
+    else:
+        y = deferred.deferred_norm(norm, leaf, steps=steps)
+        s = neuron.advance(y, steps, cut)
+        assert y.normalised.waits
+    weights = [torch.randn(r.shape, device=DEVICE) for r in (s, neuron.v)]
+    total = sum((r.double() * w).sum() for r, w in zip((s, neuron.v), weights, strict=True))
+    learned = [leaf, *neuron.parameters(), *norm.parameters()]
+    return s, neuron.v, norm.running_mean, norm.running_var, torch.autograd.grad(total, learned)
+
+
+NORMED = {
+    "LIF": lambda channels: sltt.LIF(tau=1.5),
+    "hard reset": lambda channels: sltt.LIF(tau=1.5, v_reset=-0.3, decay_input=True),
+    "PLIF": lambda channels: sltt.PLIF(tau=1.5, decay_input=True),
+    "ChannelLIF": sltt.ChannelLIF,
+}
+
+
+@pytest.fixture
+def norms_in_triton(bits_of_few, monkeypatch):
+    monkeypatch.setattr(deferred, "in_triton", lambda x: True)
+    monkeypatch.setattr(triton_norm, "WARPS", triton_step.WARPS)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+@pytest.mark.parametrize("kind", NORMED)
+def test_a_norm_in_front(kind, steps, norms_in_triton):
+    settings = itertools.cycle([(False, True, True), (True, True, True), (True, False, True), (False, True, False)])
+    for x, (cut, training, affine) in zip([*forms(torch.float32)][:-1], settings, strict=False):
+        norm, neuron = norm_of(x, training, affine), NORMED[kind](x.shape[1]).to(DEVICE)
+        found, exact = [], []
+        for results, is_exact in ((found, False), (exact, True)):
+            torch.manual_seed(1)
+            results.extend(norm_and_neuron(norm, neuron, x + 3, steps, cut, is_exact))
+        assert torch.equal(found[0].double(), exact[0])
+        for a, b in zip([*found[1:4], *found[4]], [*exact[1:4], *exact[4]], strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_norm_of_16_bits(dtype, norms_in_triton):
+    for x in [*forms(dtype)][:-1]:
+        norm, neuron = norm_of(x, True), sltt.LIF(tau=1.5)
+        found, exact = [], []
+        for results, is_exact in ((found, False), (exact, True)):
+            torch.manual_seed(1)
+            results.extend(norm_and_neuron(norm, neuron, x, 2, False, is_exact))
+        assert torch.equal(found[0].double(), exact[0])
+        for a, b in zip(found[4], exact[4], strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-2 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_somebody_else_looks_at_the_norm(steps, norms_in_triton):
+    for x, training in zip([*forms(torch.float32)][:-1], itertools.cycle([True, False]), strict=False):
+        norm, results, weight = norm_of(x, training), [], torch.randn_like(x)
+        for fast in (True, False):
+            one, leaf = copy.deepcopy(norm), x.detach().requires_grad_()
+            if fast:
+                y = deferred.deferred_norm(one, leaf, steps=steps)
+                assert y is not None
+            else:
+                y = torch.cat([one(x_t) for x_t in leaf.chunk(steps)])
+            grads = torch.autograd.grad(((y + 1) * weight).sum(), [leaf, *one.parameters()])
+            results.append([y + 0, *grads, one.running_mean, one.running_var, one.num_batches_tracked])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_not_a_number_and_infinity():
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.0, -0.0], device=DEVICE)
     results = []
@@ -223,9 +312,10 @@ def test_a_derivative_that_triton_does_not_have(in_triton):
 def test_every_rule(name, neuron, monkeypatch):
     x, y = (part.to(DEVICE) for part in batch(steps=5))
     model, found = small_network(NEURONS[neuron], norm=True).float().to(DEVICE), []
-    for fast in (step_of_kernels.fast_step, lambda *_: None):
-        monkeypatch.setattr(step_of_kernels, "fast_step", fast)
-        with kernels.using(compile="off"):
+    for fast in (True, False):
+        monkeypatch.setattr(step_of_kernels, "fast_step", lambda step, *_, on=fast: TritonStep(step) if on else None)
+        monkeypatch.setattr(deferred, "in_triton", lambda x, on=fast: on)
+        with kernels.using(compile="auto" if fast else "off"):
             torch.manual_seed(1)
             found.append(gradients(model, RULES[name], x.float(), y))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
