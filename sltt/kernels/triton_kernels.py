@@ -272,7 +272,8 @@ def steps_replayed(
     decay, gain, threshold = _learned(decay_ptr, decay, gain, threshold, c, channels, BY_CHANNEL)
     if BY_CHANNEL:
         threshold_again = threshold
-    v, us = tl.load(v_ptr + at, there, other=0.0), ()
+    first = tl.load(v_ptr + at, there, other=0.0)
+    v, us = first, ()
     for t in tl.static_range(T):
         x = _current(x_ptr, tl.cast(n, tl.int64) * t + at, there, factors_ptr, c, t, T, channels)
         u = _charge(v, x, decay, gain, rest, SCALES, RESTS)
@@ -304,11 +305,11 @@ def steps_replayed(
             g, step_parts_ptr = grad_x.to(tl.float32), norm_parts_ptr + (T - 1 - back) * parts * 2 * channels
             _add_up(step_parts_ptr, g, g * x, there, n, width, channels, COLUMNS, TILE, BLOCK)
         if grad_decay_ptr is not None:
+            # read again where the values of each channel take the registers
+            v = tl.load(v_ptr + at, there, other=0.0) if BY_CHANNEL else first
             if back < T - 1:
                 u = us[T - 2 - back]
                 v = _reset(u, _spikes(u, threshold_again, ABOVE), threshold_again, rest_again, SOFT)
-            else:
-                v = tl.load(v_ptr + at, there, other=0.0)
             moved = v - rest_again
             if SCALES:
                 moved = moved - _current(x_ptr, step, there, factors_ptr, c, T - 1 - back, T, channels)

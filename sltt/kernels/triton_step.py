@@ -106,8 +106,9 @@ class TritonStep:
         """
         n = out.numel() // steps
         first = out if steps == 1 else out[: len(out) // steps]
-        # what is learned takes registers besides: then a thread replays four neurons
-        block = 128 * WARPS if learns and kept is None else block_of(out)
+        # what is learned takes registers besides: then a thread replays four neurons, unless it reads x twice
+        four = learns and kept is None and not self._shared["SCALES"]
+        block = 128 * WARPS if four else block_of(out)
         tiles = Tiles(first, by_channel(decay, factors), block)
         shape = tiles.parts if by_channel(decay) else (tiles.programs,)
         of_decay = out.new_empty(shape, dtype=torch.float32) if learns else None
