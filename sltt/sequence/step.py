@@ -46,7 +46,7 @@ class Step:
         takes_part = {
             "neuron": True,
             "keeper": folds or layer.advance is not None,
-            "norm": layer.role.stepwise and (folds or (layer.is_known and (self.run.bits or layer.module.training))),
+            "norm": layer.role.stepwise and (folds or (layer.is_known and (self.run.fast or layer.module.training))),
             "weight": (self.run.fast or self.run.recompute) and layer.operation is not None,
             "pool": self.run.bits and layer.is_known,
         }
@@ -101,7 +101,8 @@ class Step:
             raise ValueError(f"{type(layer.module).__name__} {TWICE}")
         if steps > 1:
             self.run.take_turn(layer, TWICE)
-        may_wait = self.run.bits and layer.is_known and len(args) == 1 and not kernels.others_save()
+        wanted = self.run.fast or (self.run.bits and steps > 1)  # on a GPU, one step alone takes fewer launches apart
+        may_wait = wanted and layer.is_known and len(args) == 1 and not kernels.others_save()
         waiting = kernels.deferred_norm(layer.module, *args, steps=steps) if may_wait else None
         if waiting is not None:
             return waiting

@@ -21,7 +21,7 @@ from sltt.kernels.bits import pack
 from sltt.kernels.looks import BITS, PACK_FROM
 from sltt.kernels.saved import tag_of
 from sltt.kernels.triton_step import TritonStep
-from sltt.neurons import lif_step
+from sltt.neurons import leaky, lif_step
 from tests.conftest import NEURONS, RULES, SURROGATES, batch, gradients, small_network
 from tests.kernels.steps import CONSTANTS, SIZES, both, layouts
 
@@ -41,6 +41,11 @@ def rounding(x, source, target, mode):
     return _convert(x, source, target, mode)
 
 
+def take_form(monkeypatch, form):
+    for module in (step_of_kernels, leaky):
+        monkeypatch.setattr(module, "fast_step", lambda step, *_: form(step))
+
+
 @pytest.fixture(autouse=True)
 def in_triton(monkeypatch):
     """Run steps in Triton, and list the names of the kernels that ran."""
@@ -48,7 +53,7 @@ def in_triton(monkeypatch):
         monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", rounding)
         monkeypatch.setattr(triton_step, "WARPS", 16)  # fewer programs, one after the other
     monkeypatch.setattr(triton_step, "REPLAYED", 3)
-    monkeypatch.setattr(step_of_kernels, "fast_step", lambda step, *_: TritonStep(step))
+    take_form(monkeypatch, TritonStep)
     ran, launch = [], TritonStep._launch
 
     def watched(self, kernel, *args, **kwargs):
@@ -154,7 +159,7 @@ def test_every_memory_format():
 def bits_of_few(monkeypatch):
     """Pack few spikes too."""
     monkeypatch.setattr(step_of_kernels, "PACK_FROM", 8)
-    monkeypatch.setattr(step_of_kernels, "packable", lambda s: s.numel() % 8 == 0)
+    monkeypatch.setattr(step_of_kernels, "can_pack", lambda s: s.numel() % 8 == 0)
 
 
 def forms(dtype):
@@ -313,7 +318,7 @@ def test_every_rule(name, neuron, monkeypatch):
     x, y = (part.to(DEVICE) for part in batch(steps=5))
     model, found = small_network(NEURONS[neuron], norm=True).float().to(DEVICE), []
     for fast in (True, False):
-        monkeypatch.setattr(step_of_kernels, "fast_step", lambda step, *_, on=fast: TritonStep(step) if on else None)
+        take_form(monkeypatch, TritonStep if fast else lambda step: None)
         monkeypatch.setattr(deferred, "in_triton", lambda x, on=fast: on)
         with kernels.using(compile="auto" if fast else "off"):
             torch.manual_seed(1)

@@ -127,7 +127,7 @@ def test_weights_are_standardised_once_with_the_same_gradient(rule, monkeypatch)
     x, y = torch.randn(5, 4, 2, 4, 4, dtype=torch.float64), torch.randint(3, (4,))
     calls = []
     real = ScaledWSConv2d.standardised_weight
-    monkeypatch.setattr(ScaledWSConv2d, "standardised", lambda conv: (calls.append(1), real(conv))[1])
+    monkeypatch.setattr(ScaledWSConv2d, "standardised_weight", lambda conv: (calls.append(1), real(conv))[1])
     found = results(model, rule, x, y, {})
     assert len(calls) == 2
     monkeypatch.setattr("sltt.models.nfresnet.once", each_step)
