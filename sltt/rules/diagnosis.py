@@ -26,6 +26,8 @@ def note(error: Exception, run: Run) -> None:
     ours = isinstance(error, ValueError) and not frame.f_globals.get("__name__", "").startswith("torch.")
     if not ours and (place := _place(run, error)):
         error.add_note(place)
+    if (unseen := run.layout.find_unseen()) and unseen != str(error):
+        error.add_note(unseen)
 
 
 def _place(run: Run, error: Exception) -> str | None:
@@ -94,6 +96,8 @@ def _cause(run: Run) -> str | None:
             f"{name or 'the model'} ({kind}) keeps a tensor in `.{attribute}` from step to step, which no rule knows "
             f"of: {remedy}"
         )
+    if unseen := run.layout.find_unseen():
+        return unseen
     if changed := _changed_in_place(run):
         return (
             f"{changed} are changed in place, and a backward needs them: use an operation that is not in place, such "

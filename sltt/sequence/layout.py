@@ -1,7 +1,7 @@
 """The layers of a network, each in its role; read once a batch."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -118,9 +118,38 @@ class Layout:
         if problems := [f"{layer} {problem}" for layer, problem in found if problem]:
             raise ValueError(f"fold needs layers that treat time steps alike, but {'; '.join(problems)}; use fold=1")
 
+    def find_unseen(self) -> str | None:
+        """Return what is wrong where neurons ran that PyTorch does not see: those in a plain list of a module."""
+        for layer, key, module in self.unseen():
+            if state_tensors(module):
+                return (
+                    f"{layer} keeps {type(module).__name__} in a plain list `.{key}`, where PyTorch does not see it, "
+                    "and no rule resets it: use nn.ModuleList or nn.ModuleDict"
+                )
+        return None
+
+    def unseen(self) -> Iterator[tuple[Layer, str, nn.Module]]:
+        """Yield the modules in plain lists and dictionaries of a layer: the layer, its attribute, the module."""
+        for layer in self.layers.values():
+            if type(layer.module).__module__.partition(".")[0] not in ("torch", "sltt"):
+                for key, value in vars(layer.module).items():
+                    listed = [] if key == "_modules" else _modules_in(value)
+                    found = (inner for module in listed for inner in module.modules())
+                    yield from ((layer, key, module) for module in found if module not in self.layers)
+
     def state_tensors(self) -> list[Tensor]:
         """The tensors in all states, in an order that is the same wherever a time step ends."""
         return [tensor for layer in self.keepers for tensor in state_tensors(layer.module)]
+
+
+def _modules_in(value: Any) -> list[nn.Module]:
+    """Return the modules in lists and dictionaries, which begin with one."""
+    if isinstance(value, nn.Module):
+        return [value]
+    values = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(values, list | tuple) or not values or not isinstance(values[0], nn.Module | dict | list | tuple):
+        return []
+    return [module for one in values for module in _modules_in(one)]
 
 
 def spiking_layers(model: nn.Module) -> dict[str, nn.Module]:

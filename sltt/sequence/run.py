@@ -187,8 +187,11 @@ class Run:
         """Return what was computed from the sequence; NaN if the input or a weight is.
 
         A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and `value` finite.
-        That of a weight stands in the membrane potentials of each sample, the first one too.
+        That of a weight stands in the membrane potentials of each sample, the first one too. Raises ValueError where
+        neurons ran that are no part of the network.
         """
+        if problem := self.layout.find_unseen():
+            raise ValueError(problem)
         states = [s for layer in self.layout.keepers if layer.spikes for s in state_tensors(layer.module)]
         first = [s[:1] if s.ndim else s for s in states if s.is_floating_point() and s.numel()]
         bounds = [bound.to(value.device) for s in first for bound in s.detach().aminmax()]

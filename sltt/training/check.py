@@ -18,6 +18,7 @@ from sltt.rules import SLTT, Rule
 from sltt.rules.diagnosis import plain_tensors
 from sltt.sequence.copies import copy_model
 from sltt.sequence.hooks import keep_hooks
+from sltt.sequence.layout import Layout
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.run import Run
 from sltt.sequence.state import Stateful
@@ -48,6 +49,7 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
     instance("model", model, nn.Module)
     instance("rule", rule, Rule)
     sequence = time_steps(x, steps)
+    _warn_of_unseen(model)
     if any(is_lazy(p) for p in model.parameters()):  # it has no weights before its first batch
         return
     fold = 1 if rule.fold == "auto" else min(rule.fold, sequence.steps)
@@ -99,14 +101,25 @@ def _check_call(model: nn.Module, sequence: Sequence, fold: int) -> None:
             torch.random.fork_rng([sequence.x.device] if sequence.x.is_cuda else []),
             Run(twin, sequence, _Eager(), grad=False) as run, _Attention(samples),
         ):  # fmt: skip
-            run(sequence.input(range(fold)), fold)
+            run.result(run(sequence.input(range(fold)), fold))
     except ValueError:
         raise
     except Exception:  # of any kind: it is the user's code
         return
     finally:
         torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in the steps that follow
-    _warn_of_leftovers(twin, before, samples)
+    warn_of_leftovers(twin, before, samples)
+
+
+def _warn_of_unseen(model: nn.Module) -> None:
+    """Warn of layers with weights in a plain list, which are neither trained nor saved."""
+    for layer, key, module in Layout(model).unseen():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            warnings.warn(
+                f"{layer} keeps {type(module).__name__} in a plain list `.{key}`, where PyTorch does not see it: its "
+                "weights are neither trained nor saved. Use nn.ModuleList or nn.ModuleDict",
+                stacklevel=4,
+            )
 
 
 def _among_tokens(name: str, samples: int, module: Any, args: Any, kwargs: Any) -> None:
@@ -147,7 +160,7 @@ def _check_tokens(query: Tensor, tokens: int, samples: int, what: str, remedy: s
         )
 
 
-def _warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> None:
+def warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> None:
     """Warn of a tensor of the batch that a module keeps after a time step: a state that nobody resets."""
     there = {id(value) for *_, value in before}
     shapes = {(name, attribute, value.shape) for name, _, attribute, value in before}

@@ -23,8 +23,10 @@ from sltt.metrics import Accuracy, Metric, check_metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
 from sltt.rules.batch import sequence_loss
+from sltt.rules.diagnosis import plain_tensors
 from sltt.sequence.modes import evaluation_mode
 from sltt.training.batches import finish_loaders, share, whole_epoch
+from sltt.training.check import warn_of_leftovers
 from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
 from sltt.training.score import Score, count_scored
@@ -131,9 +133,12 @@ def measure_split(
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
     memory = BatchMemory(here.fabric.device)
+    before = [*plain_tensors(model)]
     with finish_loaders(loader):
         seen = {"mirror": mirror, "shift": shift}
-        return measure(here, net, loader, splits, loss, metrics, steps, selects=False, memory=memory, **seen)
+        found = measure(here, net, loader, splits, loss, metrics, steps, selects=False, memory=memory, **seen)
+    warn_of_leftovers(model, before, (len(dataset) - 1) % batch_size + 1)
+    return found
 
 
 def measure_settings(built: Any) -> dict[str, Any]:

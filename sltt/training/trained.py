@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from sltt.checks import choice, folder, instance
 from sltt.losses import Prediction, predict_from
 from sltt.rules import unroll
+from sltt.rules.diagnosis import plain_tensors
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import check_lengths
 from sltt.sequence.steps import time_steps
 from sltt.training.average import select_weights
+from sltt.training.check import warn_of_leftovers
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.runs import MADE_IN, find_checkpoint, find_other_neurons, read_config
 
@@ -124,5 +126,8 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
         sequence = time_steps(x, steps)
         check_lengths(lengths, sequence.steps, sequence.batch)
     weights = next(model.parameters(), x)
+    before = [*plain_tensors(model)]
     with evaluation_mode(model):
-        return predict_from(by, unroll(model, x.to(weights.device), steps=steps), lengths)
+        logits = unroll(model, x.to(weights.device), steps=steps)
+    warn_of_leftovers(model, before, logits.shape[1])
+    return predict_from(by, logits, lengths)

@@ -31,6 +31,56 @@ def test_a_state_that_no_rule_knows_is_named():
         sltt.check(model, batch()[0])
 
 
+@pytest.mark.parametrize("measure", [sltt.predict, lambda model, x: sltt.evaluate(model, both(x), steps=4)])
+def test_a_prediction_names_a_state_that_no_rule_knows(measure):
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), Plain(), nn.Linear(6, 3))
+    with pytest.warns(UserWarning, match=r"2 \(Plain\) keeps a tensor of the batch in `.v` after the sequence"):
+        measure(model, torch.randn(4, 5, 6))
+
+
+def both(x):
+    samples = [*zip(x.unbind(1), [0, 1, 2, 0, 1], strict=True)]
+    return sltt.data.from_datasets(samples, None, samples, static=False)
+
+
+class Listed(nn.Module):
+    """Keeps layers in a plain list, where PyTorch does not see them."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.first, self.layers = nn.Linear(6, 3), list(layers)
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:no module of the model keeps a state")
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.SLTT(fold=3), sltt.BPTT(), sltt.BPTT(segment=2), None], ids=repr)
+@pytest.mark.parametrize("neurons", [sltt.LIF, lambda: nn.Sequential(nn.Identity(), sltt.LIF())])
+def test_neurons_in_a_plain_list_are_named(neurons, rule):
+    model, (x, y) = Listed(neurons()).double(), batch()
+    with pytest.raises((ValueError, RuntimeError)) as found:
+        sltt.unroll(model, x) if rule is None else rule(model, x, y, LOSS)
+    said = "\n".join([str(found.value), *getattr(found.value, "__notes__", ())])
+    assert "the model (Listed) keeps LIF in a plain list `.layers`, where PyTorch does not see it" in said
+    with pytest.raises(ValueError, match=r"keeps LIF in a plain list `.layers`.* use nn.ModuleList"):
+        sltt.check(Listed(neurons()).double(), x)
+
+
+def test_layers_in_a_plain_list_are_warned_of_and_those_that_are_elsewhere_too_are_not():
+    model, (x, y) = Listed(nn.Linear(3, 3)), batch()
+    model.neuron = sltt.LIF()
+    model.layers.append(model.neuron)
+    with pytest.warns(UserWarning, match=r"keeps Linear in a plain list `.layers`.* neither trained nor saved"):
+        sltt.check(model, x.float())
+    model.layers[0].requires_grad_(False)  # such as a teacher
+    sltt.check(model, x.float())
+    sltt.SLTT()(model, x.float(), y, LOSS)
+
+
 class Buffered(nn.Module):
     """Keeps its state in a buffer."""
 
