@@ -148,9 +148,12 @@ class Data(ABC):
                 f"{path}: {self} reads a sample from .npy, the array of one, got {path.suffix or path.name}"
             )
         try:
-            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+            x = torch.from_numpy(np.load(path, allow_pickle=False))
         except (ValueError, TypeError, EOFError) as error:
             raise ValueError(f"{path}: cannot be read as an array of numbers ({error})") from error
+        if x.dtype == torch.uint8 and x.numel() and x.max() > 1:
+            raise ValueError(f"{path} has whole numbers up to {x.max()}: save it as the data has it, in [0, 1] say")
+        return x.float()
 
     def missing(self) -> dict[str, int]:
         """Count the missing samples of the whole data set, by split; empty if none or if that is not known."""

@@ -40,6 +40,9 @@ def test_an_array_is_a_sample(tmp_path, monkeypatch, capsys):
     assert main(["predict", "run", "sample.npy", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["class"] in range(10)
+    np.save("bytes.npy", np.full((8, 8), 255, np.uint8))
+    assert main(["predict", "run", "bytes.npy"]) == 1
+    assert "bytes.npy has whole numbers up to 255: save it as the data has it, in [0, 1] say" in capsys.readouterr().err
     assert main(["predict", "run", "sample.csv"]) == 1
     assert "sample.csv: SequentialDigits reads a sample from .npy, the array of one" in capsys.readouterr().err
 
