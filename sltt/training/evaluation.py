@@ -137,7 +137,7 @@ def measure_split(
     with finish_loaders(loader):
         seen = {"mirror": mirror, "shift": shift}
         found = measure(here, net, loader, splits, loss, metrics, steps, selects=False, memory=memory, **seen)
-    warn_of_leftovers(model, before, (len(dataset) - 1) % batch_size + 1)
+    warn_of_leftovers(model, before, (splits.sizes[split] - 1) % batch_size + 1)
     return found
 
 
