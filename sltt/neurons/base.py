@@ -84,8 +84,8 @@ class Neuron(Stateful):
                 show(self, spikes)
             return spikes
         with without_modes():  # one would be called for each attribute of a tensor
-            self._prepare_states(x, steps)
             check_forward(self)
+            self._prepare_states(x, steps)
             return self.fused_steps(x, steps, cut)
 
     def prepare(self) -> Callable[[Tensor, int, bool], Tensor]:

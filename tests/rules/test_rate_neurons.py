@@ -198,7 +198,8 @@ def test_a_compiled_network_has_the_gradient_of_the_plain_one(kind, rule):
     torch.testing.assert_close(found, expected)
 
 
-def test_neurons_in_a_checkpoint_are_named():
+@pytest.mark.parametrize("rule", [RULE, sltt.SLTT(fold=3)], ids=repr)
+def test_neurons_in_a_checkpoint_are_named(rule):
     class Again(nn.Module):
         def __init__(self):
             super().__init__()
@@ -208,7 +209,7 @@ def test_neurons_in_a_checkpoint_are_named():
             return self.head(torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False))
 
     with pytest.raises(RuntimeError, match=r"LIF ran inside a backward pass: .* Leave the neurons out"):
-        RULE(Again().double(), *batch(), LOSS)
+        rule(Again().double(), *batch(), LOSS)
 
 
 def test_a_buffer_that_grows():
