@@ -186,11 +186,11 @@ def fit(
 def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool) -> dict[str, Any]:
     """Return what the folder of a run that is made in Python keeps: plain settings, and objects as text.
 
-    Of a run that is resumed, these are the plain ones that may change.
+    Of a run that is resumed, these are the plain ones, which are compared; None leaves one that may change as it was.
     """
     plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | None)}
     if resume:
-        return {name: plain[name] for name in RESUMABLE if plain.get(name) is not None}
+        return {name: value for name, value in plain.items() if value is not None or name not in RESUMABLE}
     objects = {"data": data} | {name: value for name, value in given.items() if name not in plain}
     texts = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in objects.items()}
     network = {"model": type(model).__name__, "neurons": describe_neurons(model)}
@@ -209,13 +209,14 @@ def start_run(
     report: Console | None = None,
 ) -> Fit:
     """Train in a new folder: `run`, or one under `runs` whose name begins with `name`."""
+    run = run if run is None else folder("run", run)
     splits = _check(here, model, data, training)
     start_from(model, training.weights)
     report = here.console(report)
-    folder = here.processes.first(lambda: new_run(run, name, config))
-    report.line(f"run {folder}")
-    with here.lock_run(folder):
-        loop = Loop(here, training, model, data, splits, folder, config, report)
+    made = here.processes.first(lambda: new_run(run, name, config))
+    report.line(f"run {made}")
+    with here.lock_run(made):
+        loop = Loop(here, training, model, data, splits, made, config, report)
         loop.run()
         return _result(loop)
 
@@ -303,10 +304,9 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training) -> S
 
 def _last_checkpoint(run: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """The last checkpoint of a run, of the same settings; None if it stopped before the first, and so starts again."""
-    if not was_written(run / LAST):
-        return None
-    checkpoint = load_checkpoint(run / LAST)
-    check_config(run, read_config(run, checkpoint), config)
+    checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
+    saved = read_config(run, checkpoint)
+    check_config(run, saved, {name: value for name, value in config.items() if name in saved})
     return checkpoint
 
 

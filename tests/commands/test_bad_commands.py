@@ -82,6 +82,7 @@ CASES = f"""
 2 | unknown option --tau | train --tau 3
 2 | unknown key 'q' of sltt.SLTT | train --rule.q 3
 2 | argument --run: expected one argument | train --run
+1 | run must be the path of a folder, got '' | train --run ''
 # YAML that says something else than it seems, or nothing
 2 | a value contains itself, by an alias (line 1) | train alias.yaml
 2 | a value contains itself, by an alias (line 1) | train --config alias.yaml

@@ -127,6 +127,13 @@ def test_a_run_resumes_with_the_settings_in_its_checkpoint_only(tmp_path):
     assert load_checkpoint(tmp_path / "run" / "last.ckpt")["config"] == newer
 
 
+def test_a_run_made_in_python_resumes_with_its_own_arguments_only(tmp_path):
+    train(tmp_path / "run", epochs=1, batch_size=20)
+    with pytest.raises(ValueError, match=r"batch_size was 20 and is 30; clip_norm was None and is 1.0. Restore"):
+        train(tmp_path / "run", epochs=2, batch_size=30, clip_norm=1.0, resume=True)
+    train(tmp_path / "run", epochs=2, batch_size=20, resume=True)
+
+
 @pytest.mark.parametrize("text", [yaml.safe_dump(changed(lr=0.2)), yaml.safe_dump(SETTINGS)[:30], "a: [", ""])
 def test_a_file_of_settings_that_is_not_the_one_that_was_written_is_refused(text, tmp_path):
     train(tmp_path / "run", epochs=1, config=SETTINGS)
