@@ -31,6 +31,7 @@ class Loss(nn.Module):
 
     prediction: Prediction = "mean"
     per_step: bool = False
+    higher_is_better = False  # as a metric
 
 
 class CrossEntropyMSE(Loss):

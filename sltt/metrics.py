@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sltt._torch import _Loss
 from sltt.checks import flag, function, instance, number
 
 
@@ -163,9 +164,9 @@ def name_of(metric: Callable[..., Any]) -> str:
 
 
 def higher_is_better(metric: Callable[..., Any]) -> bool:
-    """Return whether more is better; true for a metric that does not say."""
+    """Return whether more is better; true for a metric that does not say, unless it is a loss of PyTorch."""
     found = getattr(metric, "higher_is_better", None)
-    return True if found is None else bool(found)
+    return not isinstance(metric, _Loss) if found is None else bool(found)
 
 
 def improves(metric: Callable[..., Any], score: float) -> float:

@@ -187,3 +187,8 @@ def test_an_evaluation_takes_several_metrics_and_one_that_gives_a_matrix():
         sltt.fit(model, data, metric=matrix, epochs=1, device="cpu")
     with pytest.raises(ValueError, match="of different names, got accuracy"):
         sltt.evaluate(model, data, metric=[sltt.metrics.Accuracy()] * 2, device="cpu")
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss(), sltt.losses.CrossEntropyMSE()])
+def test_a_loss_as_the_metric_is_better_where_it_is_lower(loss):
+    assert not higher_is_better(loss)
