@@ -189,12 +189,13 @@ def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool)
     Of a run that is resumed, these are the plain ones, which are compared; None leaves one that may change as it was.
     """
     plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | None)}
+    made = {MADE_IN: "Python, by sltt.fit"}
     if resume:
-        return {name: value for name, value in plain.items() if value is not None or name not in RESUMABLE}
+        return made | {name: value for name, value in plain.items() if value is not None or name not in RESUMABLE}
     objects = {"data": data} | {name: value for name, value in given.items() if name not in plain}
     texts = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in objects.items()}
     network = {"model": type(model).__name__, "neurons": describe_neurons(model)}
-    return {MADE_IN: "Python, by sltt.fit", **network, **texts, **plain}
+    return {**made, **network, **texts, **plain}
 
 
 def start_run(
@@ -306,7 +307,8 @@ def _last_checkpoint(run: Path, config: dict[str, Any]) -> dict[str, Any] | None
     """The last checkpoint of a run, of the same settings; None if it stopped before the first, and so starts again."""
     checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
     saved = read_config(run, checkpoint)
-    check_config(run, saved, {name: value for name, value in config.items() if name in saved})
+    if MADE_IN in saved or MADE_IN not in config:  # arguments in Python do not repeat a recipe
+        check_config(run, saved, {name: value for name, value in config.items() if name in saved})
     return checkpoint
 
 
