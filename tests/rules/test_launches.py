@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sltt
-from sltt.kernels import step as neuron
 from sltt.kernels import deferred, triton_norm, triton_step
+from sltt.kernels import step as neuron
 from sltt.kernels.options import Kernel
 
 pytest.importorskip("triton")
