@@ -105,6 +105,8 @@ class ConfusionMatrix:
             raise ValueError(f"expected class indices in 0 … {classes - 1}, got {target.min()} … {target.max()}")
         if prediction.isnan().any():
             raise ValueError("expected predictions that are numbers, got NaN: look for NaN in the weights")
+        if self.counts is not None and len(self.counts) != classes:
+            raise ValueError(f"expected logits of {len(self.counts)} classes as before, got {classes}: reset first")
         pairs = (target * classes + prediction.argmax(-1)).flatten().bincount(minlength=classes**2)
         found = pairs.view(classes, classes)
         self.counts = found if self.counts is None else self.counts + found

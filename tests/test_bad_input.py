@@ -185,6 +185,8 @@ OTHER_CALLS = [
     ("ConfusionMatrix from 1", lambda: MATRIX.update(X[0], torch.tensor([1, 2, 3, 6, 1])), ValueError, "in 0 … 5, got"),
     ("ConfusionMatrix of floats", lambda: MATRIX.update(X[0], torch.ones(5)), ValueError, "class indices, got torch.f"),
     ("Accuracy of floats", lambda: sltt.metrics.Accuracy()(X[0], torch.ones(5)), ValueError, "takes class indices"),
+    ("ConfusionMatrix of other classes", lambda: [MATRIX.update(torch.rand(3, c), Y[:3]) for c in (7, 8)], ValueError,
+     "expected logits of 7 classes as before, got 8"),
     ("ConfusionMatrix of NaN", lambda: MATRIX.update(X[0] * math.nan, Y), ValueError, "that are numbers, got NaN"),
     ("read(sensor)", partial(recordings.read, "x.bin", 34, "count", 4), ValueError, "sensor must be a sequence"),
     ("read(steps)", partial(recordings.read, "x.bin", (3, 3), "count", "4"), ValueError, "steps must be a whole"),

@@ -140,7 +140,7 @@ def build_run(
         )
     if code is not None:
         sys.path.insert(0, str(code.resolve()))
-    with importing_for(run, code):
+    with importing_for(run, settings, code):
         config = parse(parser, settings, words)
         check_named(run, config)
         for name in ("run", "resume"):

@@ -186,14 +186,16 @@ def fit(
 def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool) -> dict[str, Any]:
     """Return what the folder of a run that is made in Python keeps: plain settings, and objects as text.
 
-    Of a run that is resumed, these are the plain ones, which are compared; None leaves one that may change as it was.
+    Of a run that is resumed, they are compared; None leaves one that may change as it was.
     """
     plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | None)}
     made = {MADE_IN: "Python, by sltt.fit"}
-    if resume:
-        return made | {name: value for name, value in plain.items() if value is not None or name not in RESUMABLE}
     objects = {"data": data} | {name: value for name, value in given.items() if name not in plain}
     texts = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in objects.items()}
+    if resume:
+        compared = {name: texts[name] for name in ("rule", "loss", "optimizer", "schedule", "metric")}
+        plain = {name: value for name, value in plain.items() if value is not None or name not in RESUMABLE}
+        return made | compared | plain
     network = {"model": type(model).__name__, "neurons": describe_neurons(model)}
     return {**made, **network, **texts, **plain}
 

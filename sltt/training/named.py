@@ -5,6 +5,7 @@ Code comes from packages that are installed, and from folders that the user put 
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -34,11 +35,12 @@ OURS = str(Path(__file__).parents[1]), str(Path(os.__file__).parent), "site-pack
 
 
 @contextmanager
-def importing_for(run: Path, code: Path | None = None) -> Iterator[None]:
+def importing_for(run: Path, settings: Mapping[str, Any], code: Path | None = None) -> Iterator[None]:
     """Inside this block, import no module from the folder of a run, and from the working directory only as `code`.
 
     Raises ValueError in place of the error that this leads to.
     """
+    _check_imports(run, settings)
     # from now on, in the whole process: the parser refuses what its own list denies, instead of warning
     set_parsing_settings(import_path_denylist=[])
     finder = _Finder(run, code)
@@ -81,6 +83,23 @@ class _Finder:
     def _refuse(self, what: str) -> None:
         self.refused = f"the settings of {self.run} name {what}"
         raise ImportError(self.refused)
+
+
+def _check_imports(run: Path, value: Any) -> None:
+    """Raise ValueError where settings of a run name a module of the standard library that is not imported yet.
+
+    No setting is one, and some do something when they are imported: antigravity opens a browser.
+    """
+    if isinstance(value, Mapping):
+        for one in value.values():
+            _check_imports(run, one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            _check_imports(run, one)
+    elif isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)+", value):
+        module = value.rpartition(".")[0]
+        if module.partition(".")[0] in sys.stdlib_module_names and module not in sys.modules:
+            raise ValueError(f"the settings of {run} name {value}, of Python's standard library, which is no setting")
 
 
 def check_named(run: Path, value: Any) -> None:

@@ -86,8 +86,9 @@ def _network(run: Path, config: dict[str, Any]) -> nn.Module:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=nn.Module)
-    with importing_for(run):
-        parsed = parser.parse_object({"model": config["model"]})
+    settings = {"model": config["model"]}
+    with importing_for(run, settings):
+        parsed = parser.parse_object(settings)
         check_named(run, parsed)
         return parser.instantiate(parsed).model
 

@@ -100,6 +100,7 @@ class Holding(sltt.losses.CrossEntropyMSE):
         ("model", {"class_path": "torch.fx.graph_module.reduce_graph_module", "init_args": GRAPH}),
         ("model", {"class_path": "sltt.load", "init_args": {"run": "run"}}),
         ("model", {"class_path": "numpy.f2py.__main__.Net"}),
+        ("model", {"class_path": "this.Net"}),  # which prints when it is imported
         ("optimizer", "os.system"),
         ("optimizer", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "mark"]}}),
         ("loss", {"class_path": "tests.commands.test_run_settings.Holding", "init_args": {"value": "@"}}),
@@ -117,6 +118,7 @@ def test_a_run_names_no_function_that_runs_programs(name, value, run, capsys):
         assert main(["train", "--resume", "run", "--epochs", "2"]) != 0
         gather([run])
     assert not Path("mark").exists()
+    assert "this" not in sys.modules
 
 
 def test_code_of_the_working_directory_is_taken_where_the_user_says_so(run, capsys, monkeypatch):

@@ -79,6 +79,9 @@ class StopAt(sltt.SLTT):
         super().__init__(k=k)
         self.left = [batch]
 
+    def __repr__(self):  # a run that it stopped goes on with SLTT-K
+        return repr(sltt.SLTT(k=self.k))
+
     def run(self, *args):
         self.left[0] -= 1
         if self.left[0] == 0:

@@ -93,13 +93,13 @@ def test_resuming_a_finished_run_trains_no_more(tmp_path):
 
 
 def test_more_epochs_of_a_resumed_run_are_kept(tmp_path):
-    train(tmp_path / "run", epochs=1)
+    train(tmp_path / "run", rule=sltt.SLTT(k=2), epochs=1)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", rule=StopAt(2), epochs=3, checkpoint_minutes=5, resume=True)
     config = load_checkpoint(tmp_path / "run" / "last.ckpt")["config"]
     assert (config["epochs"], config["checkpoint_minutes"]) == (3, 5)
     assert config == read_config(tmp_path / "run")
-    assert config["rule"] == "SLTT()"  # of the run, as all that a resumed run does not change
+    assert config["rule"] == "SLTT(k=2)"
 
 
 def test_resuming_before_the_first_checkpoint_starts_again(tmp_path):
@@ -131,6 +131,13 @@ def test_a_run_made_in_python_resumes_with_its_own_arguments_only(tmp_path):
     train(tmp_path / "run", epochs=1, batch_size=20)
     with pytest.raises(ValueError, match=r"batch_size was 20 and is 30; clip_norm was None and is 1.0. Restore"):
         train(tmp_path / "run", epochs=2, batch_size=30, clip_norm=1.0, resume=True)
+    for name, other in (
+        ("loss", nn.CrossEntropyLoss()),
+        ("schedule", sltt.schedules.Constant()),
+        ("rule", sltt.BPTT()),
+    ):
+        with pytest.raises(ValueError, match=f"{name} was .* and is "):
+            train(tmp_path / "run", epochs=2, batch_size=20, resume=True, **{name: other})
     train(tmp_path / "run", epochs=2, batch_size=20, resume=True)
 
 
@@ -214,9 +221,10 @@ def test_a_run_killed_between_its_two_checkpoints_still_knows_the_best(tmp_path,
 
 
 def test_the_state_of_another_optimizer_is_refused(tmp_path):
-    train(tmp_path / "run", epochs=1)
+    first, other = (lambda p, kind=kind: kind(p, lr=0.1) for kind in (torch.optim.AdamW, torch.optim.SGD))
+    train(tmp_path / "run", optimizer=first, epochs=1)
     with pytest.raises(CheckpointError, match=r"of another optimizer, without .*momentum.*--weights"):
-        train(tmp_path / "run", optimizer=partial(torch.optim.SGD, lr=0.1), resume=True)
+        train(tmp_path / "run", optimizer=other, resume=True)
 
 
 LENGTHS = [1 + i % 7 for i in range(103)]
