@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.ops import aten  # pyright: ignore[reportMissingImports]
 from turns import hardware, in_turns, timed
 
-from sltt.kernels import costs, native, sparse
-from sltt.kernels.bits import pack
-from sltt.kernels.values import convolution_gradients
+from sltt.kernels import native
+from sltt.kernels.layers import costs, sparse
+from sltt.kernels.layers.values import convolution_gradients
+from sltt.kernels.spikes.bits import pack
 
 LAYERS = {  # name: channels, pixels a side, outputs, kernel, stride
     "64→64, 32×32": (64, 32, 64, 3, 1),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.kernels import sparse
+from sltt.kernels.layers import sparse
 
 hypothesis.settings.register_profile("no time limit", deadline=None)
 hypothesis.settings.load_profile("no time limit")

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sltt
 from sltt import kernels
-from sltt.kernels.bits import pack, unpack
+from sltt.kernels.spikes.bits import pack, unpack
 from sltt.rules import segments
 from sltt.training import graphs
 from sltt.training.console import Console

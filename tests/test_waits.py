@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 import sltt
 from sltt.analysis import firing_rates
-from sltt.kernels import step
-from sltt.kernels.looks import PACK_FROM
+from sltt.kernels.neuron import step
+from sltt.kernels.spikes.looks import PACK_FROM
 from sltt.sequence.run import Run
 from sltt.sequence.steps import Sequence, time_steps
 from tests.conftest import LOSS, batch, small_network

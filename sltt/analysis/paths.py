@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sltt import kernels
 from sltt.analysis.energy import LAYERS
 from sltt.checks import instance
-from sltt.kernels import costs
+from sltt.kernels.layers import costs
 from sltt.rules import unroll
 from sltt.rules.folding import choose_fold
 from sltt.sequence.hooks import keep_hooks
@@ -29,7 +29,7 @@ class LayerPath:
         calls: how often it ran.
         sparse_forward: in how many of them the forward computes on active inputs only.
         sparse_gradient: in how many of them the weight gradient does.
-        saved_seconds: time that these save, estimated for one thread by the measured model of `sltt.kernels.costs`.
+        saved_seconds: time that these save, estimated for one thread by the model of `sltt.kernels.layers.costs`.
         dense_seconds: time of these if they ran dense, by the same model.
     """
 

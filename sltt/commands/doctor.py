@@ -71,7 +71,8 @@ def _compiler() -> tuple[str, str, str]:
 
 
 def _cuda_neurons() -> tuple[str, str, str]:
-    from sltt.kernels import compiler_problem, triton_step
+    from sltt.kernels import compiler_problem
+    from sltt.kernels.neuron import triton_step
 
     device, seen = torch.device("cuda"), torch.cuda.is_available()
     problem = triton_step.problem(device) if seen else compiler_problem(device) or "PyTorch sees no GPU"

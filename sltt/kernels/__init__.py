@@ -6,22 +6,22 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
     rule(model, x, y, loss)
 """
 
-from sltt.kernels.custom import CustomStep, custom_step
-from sltt.kernels.deferred import deferred_norm, first_step, materialise
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.layers import Operation, is_small, operation_of, run_layer, spike_call
-from sltt.kernels.looks import Spikes, bits_pay, look
-from sltt.kernels.norm import batch_statistics, counting_batches, plain_norm, stepwise_norm
+from sltt.kernels.layers.layers import Operation, is_small, operation_of, run_layer, spike_call
+from sltt.kernels.layers.values import convolution_gradients
+from sltt.kernels.layers.weights import Weights
+from sltt.kernels.neuron.custom import CustomStep, custom_step
+from sltt.kernels.neuron.recurrence import recurrent_steps, runs_recurrence
+from sltt.kernels.neuron.sensitivity import Sensitivity
+from sltt.kernels.neuron.steady import Steady, steady_steps
+from sltt.kernels.neuron.step import NeuronStep, fast_step, neuron_step, run_step, steps_by_channel
+from sltt.kernels.norm.deferred import deferred_norm, first_step, materialise
+from sltt.kernels.norm.norm import batch_statistics, counting_batches, plain_norm, stepwise_norm
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
 from sltt.kernels.options import options as current_options
-from sltt.kernels.pooling import max_pool, running_max
-from sltt.kernels.recurrence import recurrent_steps, runs_recurrence
-from sltt.kernels.saved import others_save, save_as_bits, tag_made, tag_of
-from sltt.kernels.sensitivity import Sensitivity
-from sltt.kernels.steady import Steady, steady_steps
-from sltt.kernels.step import NeuronStep, fast_step, neuron_step, run_step, steps_by_channel
-from sltt.kernels.values import convolution_gradients
-from sltt.kernels.weights import Weights
+from sltt.kernels.pooling.pooling import max_pool, running_max
+from sltt.kernels.spikes.looks import Spikes, bits_pay, look
+from sltt.kernels.spikes.saved import others_save, save_as_bits, tag_made, tag_of
 
 __all__ = [
     "Compile",

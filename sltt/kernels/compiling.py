@@ -8,20 +8,23 @@ import hashlib
 import subprocess
 from pathlib import Path
 
-_NAMES = (
-    "spikes.h",
-    "winograd.h",
-    "max_pooling.cpp",
-    "spikes_bits.cpp",
-    "spikes_forward.cpp",
-    "spikes_gradient.cpp",
-    "spikes_neuron.cpp",
-    "spikes_neuron.h",
-    "spikes_recurrent.cpp",
-    "winograd_input.cpp",
-    "winograd_weight.cpp",
-)
-SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
+_FOLDER = Path(__file__).parent
+SOURCES = [
+    _FOLDER / name
+    for name in (
+        "spikes.h",
+        "layers/winograd.h",
+        "pooling/max_pooling.cpp",
+        "spikes/spikes_bits.cpp",
+        "layers/spikes_forward.cpp",
+        "layers/spikes_gradient.cpp",
+        "neuron/spikes_neuron.cpp",
+        "neuron/spikes_neuron.h",
+        "neuron/spikes_recurrent.cpp",
+        "layers/winograd_input.cpp",
+        "layers/winograd_weight.cpp",
+    )
+]
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-ffp-contract=off")
 # the libraries in the wheel of a platform, each with the compiler's name of what it is compiled for
 PLATFORMS = {"x86_64": {"x86-64-v3": "x86-64-v3", "x86-64-v4": "x86-64-v4"}, "aarch64": {"aarch64": "armv8-a"}}

@@ -9,14 +9,7 @@ from torch import Tensor
 from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
 from sltt.dropout import Dropout
-from sltt.kernels import (
-    Sensitivity,
-    Steady,
-    batch_statistics,
-    differentiable_once,
-    materialise,
-    steady_steps,
-)
+from sltt.kernels import Sensitivity, Steady, batch_statistics, differentiable_once, materialise, steady_steps
 from sltt.losses import OfMean, is_per_step
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent, StableLIF
 from sltt.neurons.base import check_forward

@@ -7,7 +7,8 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.analysis import layer_paths
-from sltt.kernels import costs, layers, native
+from sltt.kernels import native
+from sltt.kernels.layers import costs, layers
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 

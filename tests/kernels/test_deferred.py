@@ -9,7 +9,9 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory
-from sltt.kernels import deferred, looks, native
+from sltt.kernels import native
+from sltt.kernels.norm import deferred
+from sltt.kernels.spikes import looks
 from sltt.neurons import lif_step
 from sltt.surrogates import Triangle
 from tests.kernels.steps import default_type

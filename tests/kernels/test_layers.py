@@ -10,7 +10,8 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.kernels import layers, native, values
+from sltt.kernels import native
+from sltt.kernels.layers import layers, values
 from tests.conftest import LOSS, RULES, gradients
 from tests.kernels.exact import applied
 from tests.references import measured

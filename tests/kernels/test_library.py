@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from sltt import kernels
-from sltt.kernels import compiling, costs, native, sparse, winograd
+from sltt.kernels import compiling, native
+from sltt.kernels.layers import costs, sparse, winograd
 from tests.conftest import LINUX
 from tests.kernels.exact import NATIVE, spikes
 

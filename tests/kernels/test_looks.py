@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import sltt
 from sltt import kernels
 from sltt.kernels import native
-from sltt.kernels.bits import pack, unpack
-from sltt.kernels.looks import PACK_FROM
+from sltt.kernels.spikes.bits import pack, unpack
+from sltt.kernels.spikes.looks import PACK_FROM
 from tests.kernels.exact import NATIVE
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64

@@ -7,8 +7,9 @@ import torch
 
 import sltt
 from sltt import kernels
-from sltt.kernels import native, native_step
-from sltt.kernels.looks import BITS, PACK_FROM
+from sltt.kernels import native
+from sltt.kernels.neuron import native_step
+from sltt.kernels.spikes.looks import BITS, PACK_FROM
 from tests.conftest import SURROGATES
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
@@ -175,7 +176,7 @@ def test_the_backward_unpacks_nothing(monkeypatch):
     def refuse(*args):
         raise AssertionError
 
-    monkeypatch.setattr(sltt.kernels.step, "unpack", refuse)
+    monkeypatch.setattr(sltt.kernels.neuron.step, "unpack", refuse)
     neuron, x = sltt.LIF(), torch.randn(2, 4096, requires_grad=True)
     with kernels.using(compile="on"):
         neuron(x).sum().backward()

@@ -13,7 +13,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.kernels import native, running_max
-from sltt.kernels.pooling import _MaxPooling
+from sltt.kernels.pooling.pooling import _MaxPooling
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason="there are no native kernels")
 

@@ -9,7 +9,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.analysis import firing_rates
-from sltt.kernels import recurrence
+from sltt.kernels.neuron import recurrence
 from sltt.neurons.leaky import kernel_step, lif_step
 from tests.conftest import LOSS, gradients
 from tests.kernels.exact import NATIVE

@@ -9,8 +9,8 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.kernels import saved
-from sltt.kernels.saved import tag_of
+from sltt.kernels.spikes import saved
+from sltt.kernels.spikes.saved import tag_of
 from tests.conftest import LOSS, gradients
 from tests.references import measured
 

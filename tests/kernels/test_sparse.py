@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sltt.kernels import bits, native, sparse
-from sltt.kernels.bits import pack
+from sltt.kernels import native
+from sltt.kernels.layers import sparse
+from sltt.kernels.spikes import bits
+from sltt.kernels.spikes.bits import pack
 from tests.kernels.exact import NATIVE, TOLERANCE, check_conv, check_linear, spikes
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sltt import kernels
-from sltt.kernels import steady
+from sltt.kernels.neuron import steady
 from sltt.neurons import lif_step
 from tests.conftest import SURROGATES
 from tests.kernels.steps import CONSTANTS, SIZES, compiling, layouts

@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sltt
 from sltt import kernels
-from sltt.kernels import deferred, triton_norm, triton_step
-from sltt.kernels import step as step_of_kernels
-from sltt.kernels.triton_step import TritonStep
+from sltt.kernels.neuron import step as step_of_kernels
+from sltt.kernels.neuron import triton_step
+from sltt.kernels.neuron.triton_step import TritonStep
+from sltt.kernels.norm import deferred, triton_norm
 
 MISSING = kernels.compiler_problem(torch.device("cuda"))
 TRITON = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

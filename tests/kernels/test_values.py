@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sltt
 from sltt import kernels
-from sltt.kernels import costs, values, winograd
+from sltt.kernels.layers import costs, values, winograd
 from tests.conftest import LOSS, gradients
 from tests.kernels.exact import NATIVE, applied
 

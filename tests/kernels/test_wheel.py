@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from sltt.kernels import native, sparse
+from sltt.kernels import native
 from sltt.kernels.compiling import PLATFORMS
+from sltt.kernels.layers import sparse
 from tests.kernels.exact import NATIVE
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +41,9 @@ def unpacked(target, folder):
 
 LOADS = """
 import torch
-from sltt.kernels import native, sparse
-from sltt.kernels.bits import pack
+from sltt.kernels import native
+from sltt.kernels.layers import sparse
+from sltt.kernels.spikes.bits import pack
 
 assert native.problem() is None, native.problem()
 x, weight = (torch.rand(4, 16, 12, 12) < 0.3).float(), torch.randn(16, 16, 3, 3)

@@ -8,7 +8,8 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.kernels import costs, native, sparse, winograd
+from sltt.kernels import native
+from sltt.kernels.layers import costs, sparse, winograd
 from tests.conftest import gradients
 from tests.kernels.steps import default_type
 

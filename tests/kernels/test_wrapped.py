@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sltt
 from sltt import kernels
-from sltt.kernels import layers, native
+from sltt.kernels import native
+from sltt.kernels.layers import layers
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 

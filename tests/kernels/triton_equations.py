@@ -15,12 +15,13 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.kernels import deferred, triton_norm, triton_step
-from sltt.kernels import step as step_of_kernels
-from sltt.kernels.bits import pack
-from sltt.kernels.looks import BITS, PACK_FROM
-from sltt.kernels.saved import tag_of
-from sltt.kernels.triton_step import TritonStep
+from sltt.kernels.neuron import step as step_of_kernels
+from sltt.kernels.neuron import triton_step
+from sltt.kernels.neuron.triton_step import TritonStep
+from sltt.kernels.norm import deferred, triton_norm
+from sltt.kernels.spikes.bits import pack
+from sltt.kernels.spikes.looks import BITS, PACK_FROM
+from sltt.kernels.spikes.saved import tag_of
 from sltt.neurons import leaky, lif_step
 from tests.conftest import NEURONS, RULES, SURROGATES, batch, gradients, small_network
 from tests.kernels.steps import CONSTANTS, SIZES, both, layouts

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sltt
 from sltt import kernels
-from sltt.kernels import sparse
+from sltt.kernels.layers import sparse
 from tests.conftest import LOSS
 from tests.kernels.exact import NATIVE
 from tests.parallel.test_distributed import ROOT, start, weights

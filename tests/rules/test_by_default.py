@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.kernels import deferred, looks, native, native_step
+from sltt.kernels import native
+from sltt.kernels.neuron import native_step
+from sltt.kernels.norm import deferred
+from sltt.kernels.spikes import looks
 from tests.conftest import LOSS, gradient
 from tests.neurons.plain import plain
 from tests.references import by_hand, every

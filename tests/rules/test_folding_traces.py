@@ -6,7 +6,7 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.kernels import recurrence
+from sltt.kernels.neuron import recurrence
 from tests.conftest import LOSS
 from tests.kernels.exact import NATIVE
 from tests.rules.test_folding import Net, assert_same, data, results

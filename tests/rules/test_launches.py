@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sltt
-from sltt.kernels import deferred, triton_norm, triton_step
-from sltt.kernels import step as neuron
+from sltt.kernels.neuron import step as neuron
+from sltt.kernels.neuron import triton_step
+from sltt.kernels.norm import deferred, triton_norm
 from sltt.kernels.options import Kernel
 
 pytest.importorskip("triton")

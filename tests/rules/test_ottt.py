@@ -7,7 +7,9 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.kernels import native, saved, sparse
+from sltt.kernels import native
+from sltt.kernels.layers import sparse
+from sltt.kernels.spikes import saved
 from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.rules.trace_step import TraceStep
 from sltt.sequence.run import Run

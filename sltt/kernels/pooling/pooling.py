@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt._torch import transforms_active
-from sltt.kernels.deferred import materialise
+from sltt.kernels.layers.values import is_ordinary
 from sltt.kernels.native import library_for
-from sltt.kernels.values import is_ordinary
+from sltt.kernels.norm.deferred import materialise
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _POSITIONS = 256  # in a window, at most: a byte tells them apart

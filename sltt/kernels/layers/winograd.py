@@ -9,7 +9,7 @@ bit.
 import torch
 from torch import Tensor
 
-from sltt.kernels.sparse import Layer, library, strides_of
+from sltt.kernels.layers.sparse import Layer, library, strides_of
 
 _SIDE = 4  # of a tile of outputs
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.native_step import native_step
+from sltt.kernels.neuron.native_step import native_step
+from sltt.kernels.neuron.step import NeuronStep
 from sltt.kernels.options import Kernel, dense
-from sltt.kernels.step import NeuronStep
 
 UNROLLED = 8  # time steps in one pass, so that a long sequence does not compile for minutes
 

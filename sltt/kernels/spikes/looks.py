@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sltt._torch import is_functorch_wrapped_tensor
 from sltt.kernels import native
-from sltt.kernels.bits import pack, unpack
 from sltt.kernels.options import COMPILE_FROM, memory, options
+from sltt.kernels.spikes.bits import pack, unpack
 
 # Fewer elements than this are saved as they are: packing them costs more time than it is worth in memory.
 PACK_FROM = 4096

@@ -1,5 +1,5 @@
 // Max pooling, its gradient, and max pooling of a sum over time: each in one pass over memory.
-#include "spikes.h"
+#include "../spikes.h"
 
 namespace {
 

@@ -5,7 +5,7 @@
 // is read off from them. At p = 3/4 and q = 3/2, rounding errors are a third of those at the usual points, 1 and 2: near
 // those of a plain sum in float (Barabasz et al., ACM TOMS 2020, arXiv 1803.10986).
 #pragma once
-#include "spikes.h"
+#include "../spikes.h"
 
 namespace {
 

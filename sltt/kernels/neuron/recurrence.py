@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sltt.kernels import costs, sparse
-from sltt.kernels.bits import pack, unpack
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.native_step import NativeStep, native_step
+from sltt.kernels.layers import costs, sparse
+from sltt.kernels.layers.weights import Weights
+from sltt.kernels.neuron.native_step import NativeStep, native_step
+from sltt.kernels.neuron.step import NeuronStep
 from sltt.kernels.options import options
-from sltt.kernels.step import NeuronStep
-from sltt.kernels.weights import Weights
+from sltt.kernels.spikes.bits import pack, unpack
 
 Trace = Callable[[Tensor], tuple[Tensor, list[Any]]]
 

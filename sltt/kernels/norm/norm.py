@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sltt._torch import _BatchNorm, add_to_each
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.saved import tag_made
+from sltt.kernels.spikes.saved import tag_made
 
 _counts: ContextVar[Counter[_BatchNorm] | None] = ContextVar("counts", default=None)  # batches of norms in a block
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.bits import pack
-from sltt.kernels.deferred import Normalised, norm_gradients, split_norm
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.looks import can_pack
+from sltt.kernels.neuron.step import unfold
+from sltt.kernels.norm.deferred import Normalised, norm_gradients, split_norm
 from sltt.kernels.options import Kernel, in_force, known_layout, match_format, memory, options
-from sltt.kernels.saved import tag_spikes
-from sltt.kernels.step import unfold
+from sltt.kernels.spikes.bits import pack
+from sltt.kernels.spikes.looks import can_pack
+from sltt.kernels.spikes.saved import tag_spikes
 
 States = tuple[Tensor, ...]
 

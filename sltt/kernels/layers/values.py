@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sltt._torch import is_functorch_wrapped_tensor
-from sltt.kernels import costs, native, sparse, winograd
+from sltt.kernels import native
+from sltt.kernels.layers import costs, sparse, winograd
+from sltt.kernels.layers.sparse import Layer
+from sltt.kernels.layers.weights import Weights
 from sltt.kernels.options import options
-from sltt.kernels.sparse import Layer
-from sltt.kernels.weights import Weights
 
 # Up to so many output pixels, products of the gradient with what each position of the kernel reads take about as long
 # as oneDNN's weight gradient in bfloat16, and with AMX less than half as long: see benchmarks/sparse.py, 256 to 256

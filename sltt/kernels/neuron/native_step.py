@@ -17,7 +17,7 @@ from sltt.kernels.native import library_for
 from sltt.surrogates import Above, ArcTan, FastSigmoid, Rectangle, Surrogate, Triangle
 
 if TYPE_CHECKING:
-    from sltt.kernels.step import NeuronStep
+    from sltt.kernels.neuron.step import NeuronStep
 
 # the number of a surrogate in spikes_neuron.cpp and triton_kernels.py, and its constants
 SURROGATES: dict[type[Surrogate], Callable[[Any], tuple[int, float, float]]] = {

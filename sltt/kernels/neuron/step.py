@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.kernels import triton_norm
-from sltt.kernels.bits import pack, unpack
-from sltt.kernels.deferred import Deferred, Normalised, pointer, split_norm
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.looks import BITS, BITS_FROM, PACK_FROM, can_pack
-from sltt.kernels.native_step import NativeStep, native_step
+from sltt.kernels.neuron.native_step import NativeStep, native_step
+from sltt.kernels.neuron.triton_step import Tiles, TritonStep, by_channel, triton_step
+from sltt.kernels.norm import triton_norm
+from sltt.kernels.norm.deferred import Deferred, Normalised, pointer, split_norm
 from sltt.kernels.options import Kernel, in_force, known_layout, match_format, options, without_modes
-from sltt.kernels.saved import tag_of, tag_spikes
-from sltt.kernels.triton_step import Tiles, TritonStep, by_channel, triton_step
+from sltt.kernels.spikes.bits import pack, unpack
+from sltt.kernels.spikes.looks import BITS, BITS_FROM, PACK_FROM, can_pack
+from sltt.kernels.spikes.saved import tag_of, tag_spikes
 from sltt.surrogates import Surrogate
 
 

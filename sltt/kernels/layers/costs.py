@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.ops import aten  # pyright: ignore[reportMissingImports]
 
-from sltt.kernels import native, winograd
-from sltt.kernels.bits import pack
-from sltt.kernels.sparse import Layer, conv_layer, forward, linear_layer, pack_weight, weight_gradient
+from sltt.kernels import native
+from sltt.kernels.layers import winograd
+from sltt.kernels.layers.sparse import Layer, conv_layer, forward, linear_layer, pack_weight, weight_gradient
+from sltt.kernels.spikes.bits import pack
 
 N = TypeVar("N", bound=tuple[float, ...])
 

@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sltt.kernels import costs, native, sparse
+from sltt.kernels import native
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.looks import Spikes, look
-from sltt.kernels.options import options
-from sltt.kernels.saved import can_tag, others_save, restore, save, tag_made
-from sltt.kernels.sparse import Layer
-from sltt.kernels.values import (
+from sltt.kernels.layers import costs, sparse
+from sltt.kernels.layers.sparse import Layer
+from sltt.kernels.layers.values import (
     Axes,
     axes_in,
     dense_gradients,
@@ -28,7 +26,10 @@ from sltt.kernels.values import (
     parameters_fit,
     run_on_values,
 )
-from sltt.kernels.weights import Weights
+from sltt.kernels.layers.weights import Weights
+from sltt.kernels.options import options
+from sltt.kernels.spikes.looks import Spikes, look
+from sltt.kernels.spikes.saved import can_tag, others_save, restore, save, tag_made
 
 # A layer of more products for each of its outputs keeps them. These are the last layers of a network: they take as much
 # time as the first ones, and have few outputs.

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from sltt._torch import _top_saved_tensors_default_hooks, is_functorch_wrapped_tensor
-from sltt.kernels.bits import unpack
-from sltt.kernels.looks import PACK_FROM, Spikes, look
 from sltt.kernels.options import memory, options
+from sltt.kernels.spikes.bits import unpack
+from sltt.kernels.spikes.looks import PACK_FROM, Spikes, look
 
 TAG = "_sltt_tag"  # the attribute of a storage with its tag
 # A tensor is recomputed from at most so many layers: beyond this, recomputing would take a time that is quadratic in

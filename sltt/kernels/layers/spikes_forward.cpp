@@ -1,5 +1,5 @@
 // The sum of weights of active inputs: each output is a run through a list of them.
-#include "spikes.h"
+#include "../spikes.h"
 
 namespace {
 

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from sltt._torch import _disabled_torch_function_impl, transforms_active, tree_map_only
-from sltt.kernels import native, triton_norm, triton_step
+from sltt.kernels import native
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.norm import batch_statistics
+from sltt.kernels.neuron import triton_step
+from sltt.kernels.norm import triton_norm
+from sltt.kernels.norm.norm import batch_statistics
 from sltt.kernels.options import match_format, options
 
 # Fewer elements than this are normalised at once.

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.native_step import SURROGATES, fires_as_usual, unwrap
+from sltt.kernels.neuron.native_step import SURROGATES, fires_as_usual, unwrap
 from sltt.kernels.options import compiler_problem, options
 from sltt.surrogates import Exponential, Gaussian, Sigmoid
 
 if TYPE_CHECKING:
-    from sltt.kernels.step import NeuronStep
+    from sltt.kernels.neuron.step import NeuronStep
 
 # the number of a surrogate in triton_kernels.py, and its constants
 _SURROGATES = SURROGATES | {
@@ -37,7 +37,7 @@ class TritonStep:
     """
 
     def __init__(self, step: "NeuronStep"):
-        from sltt.kernels import triton_kernels  # imports Triton
+        from sltt.kernels.neuron import triton_kernels  # imports Triton
 
         above, surrogate = unwrap(step.surrogate)
         found = _SURROGATES.get(type(surrogate))
@@ -208,7 +208,7 @@ def problem(device: torch.device) -> str | None:
     """Return why no step runs in Triton on a device, in one line; None if it does. The first call runs one."""
     if reason := compiler_problem(device):
         return reason
-    from sltt.kernels.step import NeuronStep
+    from sltt.kernels.neuron.step import NeuronStep
 
     x = torch.zeros(1, device=device, dtype=torch.float32)
     try:

@@ -2,7 +2,7 @@
 //
 // The equations, and the order in which they round, are those of step.py.
 #pragma once
-#include "spikes.h"
+#include "../spikes.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // Spikes as bits: bit i of byte j is element 8 j + i.
-#include "spikes.h"
+#include "../spikes.h"
 
 namespace {
 

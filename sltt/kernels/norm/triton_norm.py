@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.triton_step import WARPS, Tiles, block_of
+from sltt.kernels.neuron.triton_step import WARPS, Tiles, block_of
 
 ROWS, CHANNELS = 128, 8  # of parts that a program adds up at once
 
@@ -88,7 +88,7 @@ def gradients(grad: Tensor, x: Tensor, factors: Tensor, training: bool, parts: T
 
 def launch(name: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run a kernel."""
-    from sltt.kernels import triton_norm_kernels  # imports Triton
+    from sltt.kernels.norm import triton_norm_kernels  # imports Triton
 
     with torch.cuda.device_of(like):
         kernel = getattr(triton_norm_kernels, name)[grid]

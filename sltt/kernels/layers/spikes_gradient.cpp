@@ -1,5 +1,5 @@
 // The gradient of the weights: for each input channel, the sum of the gradients around its active pixels.
-#include "spikes.h"
+#include "../spikes.h"
 
 namespace {
 

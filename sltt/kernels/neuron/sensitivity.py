@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sltt.kernels.custom import CustomStep, FunctionKernel, as_parameter, seen_as
+from sltt.kernels.neuron.custom import CustomStep, FunctionKernel, as_parameter, seen_as
 from sltt.kernels.options import known_layout, match_format
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sltt.kernels import sparse
-from sltt.kernels.sparse import Layer
+from sltt.kernels.layers import sparse
+from sltt.kernels.layers.sparse import Layer
 
 
 class Weights:

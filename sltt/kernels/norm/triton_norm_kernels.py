@@ -8,7 +8,7 @@ Parts of sums are [T, parts, 2, C]; factors, [4, T, C], are scale, shift, mean a
 import triton
 import triton.language as tl
 
-from sltt.kernels.triton_kernels import _add_up, _block, _current, _standardised
+from sltt.kernels.neuron.triton_kernels import _add_up, _block, _current, _standardised
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Spikes: how they are known, and what autograd keeps of them."""
