@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from sltt import kernels
 from sltt.analysis.energy import LAYERS
 from sltt.checks import instance
-from sltt.kernels.layers import costs
 from sltt.rules import unroll
 from sltt.rules.folding import choose_fold
 from sltt.sequence.hooks import keep_hooks
@@ -29,7 +28,7 @@ class LayerPath:
         calls: how often it ran.
         sparse_forward: in how many of them the forward computes on active inputs only.
         sparse_gradient: in how many of them the weight gradient does.
-        saved_seconds: time that these save, estimated for one thread by the model of `sltt.kernels.layers.costs`.
+        saved_seconds: time that these save, estimated for one thread by `sltt.kernels.layer_seconds`.
         dense_seconds: time of these if they ran dense, by the same model.
     """
 
@@ -70,7 +69,7 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
             return
         path.sparse_forward += call.sparse_forward
         path.sparse_gradient += call.sparse_gradient
-        estimates = costs.seconds(call.layer, call.dtype, call.spikes.density)
+        estimates = kernels.layer_seconds(call.layer, call.dtype, call.spikes.density)
         for estimate, sparse in zip(estimates, (call.sparse_forward, call.sparse_gradient), strict=True):
             path.saved_seconds += sparse * (estimate.dense - estimate.sparse)
             path.dense_seconds += sparse * estimate.dense

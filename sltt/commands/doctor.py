@@ -71,22 +71,22 @@ def _compiler() -> tuple[str, str, str]:
 
 
 def _cuda_neurons() -> tuple[str, str, str]:
+    from sltt import kernels
     from sltt.kernels import compiler_problem
-    from sltt.kernels.neuron import triton_step
 
     device, seen = torch.device("cuda"), torch.cuda.is_available()
-    problem = triton_step.problem(device) if seen else compiler_problem(device) or "PyTorch sees no GPU"
+    problem = kernels.triton_problem(device) if seen else compiler_problem(device) or "PyTorch sees no GPU"
     used = "LIF, IF, PLIF, ChannelLIF, with the BatchNorm in front; TorchInductor compiles others"
     return "neurons on CUDA", "not in Triton" if problem else "Triton", problem or used
 
 
 def _sparse_layers() -> tuple[str, str, str]:
-    from sltt.kernels import native
+    from sltt import kernels
 
-    problem = native.problem()
-    measured = native.cache_folder() / "costs-*.json"
+    problem = kernels.library_problem()
+    measured = kernels.cache_folder() / "costs-*.json"
     remark = f"compute on active inputs only, where measured times say it pays; to measure again, delete {measured}"
-    return "spike-sparse layers", "dense" if problem else native.origin(), problem or remark
+    return "spike-sparse layers", "dense" if problem else kernels.library_origin(), problem or remark
 
 
 def _threads() -> tuple[str, str, str]:

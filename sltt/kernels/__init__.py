@@ -7,14 +7,19 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 """
 
 from sltt.kernels.derivatives import differentiable_once
+from sltt.kernels.layers.costs import seconds as layer_seconds
 from sltt.kernels.layers.layers import Operation, is_small, operation_of, run_layer, spike_call
 from sltt.kernels.layers.values import convolution_gradients
 from sltt.kernels.layers.weights import Weights
+from sltt.kernels.native import cache_folder
+from sltt.kernels.native import origin as library_origin
+from sltt.kernels.native import problem as library_problem
 from sltt.kernels.neuron.custom import CustomStep, custom_step
 from sltt.kernels.neuron.recurrence import recurrent_steps, runs_recurrence
 from sltt.kernels.neuron.sensitivity import Sensitivity
 from sltt.kernels.neuron.steady import Steady, steady_steps
 from sltt.kernels.neuron.step import NeuronStep, fast_step, neuron_step, run_step, steps_by_channel
+from sltt.kernels.neuron.triton_step import problem as triton_problem
 from sltt.kernels.norm.deferred import deferred_norm, first_step, materialise
 from sltt.kernels.norm.norm import batch_statistics, counting_batches, plain_norm, stepwise_norm
 from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
@@ -35,6 +40,7 @@ __all__ = [
     "Weights",
     "batch_statistics",
     "bits_pay",
+    "cache_folder",
     "compiler_problem",
     "convolution_gradients",
     "counting_batches",
@@ -45,6 +51,9 @@ __all__ = [
     "fast_step",
     "first_step",
     "is_small",
+    "layer_seconds",
+    "library_origin",
+    "library_problem",
     "look",
     "materialise",
     "max_pool",
@@ -64,6 +73,7 @@ __all__ = [
     "stepwise_norm",
     "tag_made",
     "tag_of",
+    "triton_problem",
     "using",
     "without_modes",
 ]
