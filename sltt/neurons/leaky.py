@@ -140,9 +140,8 @@ class IntegrateAndFire(Neuron):
         return self._is_plain(self.decay())
 
     def _is_plain(self, decay: float | Tensor) -> bool:
-        own = type(self).step is not IntegrateAndFire.step or any(
-            isinstance(v, Tensor) for v in self.constants().values()
-        )
+        learned = isinstance(self.v_threshold, Tensor) or isinstance(self.v_reset, Tensor)
+        own = type(self).step is not IntegrateAndFire.step or learned
         return not own and (not isinstance(decay, Tensor) or decay.numel() == 1)
 
     def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
@@ -173,7 +172,7 @@ class IntegrateAndFire(Neuron):
 
         def advance(x: Tensor, steps: int, cut: bool) -> Tensor:
             nonlocal fast, seen
-            v, first = states["v"], first_step(x, steps)
+            v, first = states["v"], x if steps == 1 else first_step(x, steps)
             if v is None:
                 v = torch.full_like(first, self.start, dtype=self.state_type(x))
             elif v.shape != first.shape or v.device != first.device:

@@ -41,6 +41,7 @@ class Batch:
         seed: of what the rule draws in this batch; None draws from the global generator.
         sequence: the input.
         steps: T.
+        whole: the loss is one of the whole sequence.
     """
 
     network: Run
@@ -58,6 +59,7 @@ class Batch:
         self.sequence: Sequence = self.network.sequence
         self.steps: int = self.sequence.steps
         self._per_step = is_per_step(self.loss)
+        self.whole = isinstance(self.loss, SequenceLoss)
 
     @property
     def model(self) -> nn.Module:
@@ -78,7 +80,7 @@ class Batch:
         with torch.set_grad_enabled(graph), self._saving_context(len(steps), graph, cut, recompute):
             logits = self.network(self.sequence.input(steps), len(steps), cut, recompute)
         self.network.results.in_graph = True
-        self._largest = self._largest or max((s.numel() for s in self.network.layout.state_tensors()), default=0)
+        self._largest = self._largest or max(map(Tensor.numel, self.network.layout.state_tensors()), default=0)
         if self._logits is None:
             self._logits = logits.detach().new_empty(self.steps, *logits.shape[1:])
         # a copy, since a model may go on to change what it gave, such as a sum over time
@@ -139,11 +141,6 @@ class Batch:
         if isinstance(self.target, Padded) and isinstance(steps, int):
             return self.target.at(steps, self.steps, self._per_step)
         return self.target[steps] if self._per_step else self.target
-
-    @property
-    def whole(self) -> bool:
-        """Return whether the loss is one of the whole sequence."""
-        return isinstance(self.loss, SequenceLoss)
 
     def detach(self) -> None:
         """Make the states constants of the steps to come."""

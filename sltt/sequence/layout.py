@@ -100,7 +100,8 @@ class Layout:
         """
         stateful = [layer.module for layer in self.keepers if isinstance(layer.module, Stateful)]
         kept = {inner for keeper in stateful for child in keeper.children() for inner in child.modules()}
-        found = [(layer, layer.role.check(layer.module, batch, layer.module in kept)) for layer in self.layers.values()]
+        asked = [(layer, layer.role.check) for layer in self.layers.values() if layer.role.check]
+        found = [(layer, check(layer.module, batch, layer.module in kept)) for layer, check in asked]
         if problems := [f"{layer} {problem}" for layer, problem in found if problem]:
             raise ValueError("a rule runs one time step in a call of the model, but " + "; ".join(problems))
         if not self.keepers:
@@ -113,7 +114,7 @@ class Layout:
 
     def require_folds(self) -> None:
         """Raise one ValueError that names every layer that cannot take several time steps in a call."""
-        found = [(layer, layer.role.folds(layer.module)) for layer in self.layers.values()]
+        found = [(layer, layer.role.folds(layer.module)) for layer in self.layers.values() if layer.role.folds]
         found += [(layer, "runs in compiled code") for layer in self.keepers if layer.compiled]
         if problems := [f"{layer} {problem}" for layer, problem in found if problem]:
             raise ValueError(f"fold needs layers that treat time steps alike, but {'; '.join(problems)}; use fold=1")

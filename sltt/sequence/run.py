@@ -109,7 +109,8 @@ class Run:
         for layer in self.layout.layers.values():
             if layer.plain is not None:
                 continue
-            layer.advance = None if layer.compiled else layer.role.advance(layer.module)
+            advance = None if layer.compiled else layer.role.advance
+            layer.advance = advance and advance(layer.module)
             if (do := self.step.handler(layer, self.folds)) is None:
                 continue
             values = vars(layer.module)

@@ -63,10 +63,6 @@ class Stateful(nn.Module):
             )
 
 
-def _none(*_: Any) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Role:
     """Role of the modules of a class; see `register` for the fields with its names.
@@ -85,12 +81,12 @@ class Role:
     states: Callable[[Any], Iterable[str]] = lambda _: ()
     reset: Callable[[Any], Any] | None = None
     spikes: Callable[[Any], bool] = lambda _: False
-    check: Callable[[Any, int, bool], str | None] = _none
+    check: Callable[[Any, int, bool], str | None] | None = None
     translate: Callable[[Any], nn.Module] | None = None
     decay: Callable[[Any], float | Tensor | None] | None = None
-    folds: Callable[[Any], str | None] = _none
+    folds: Callable[[Any], str | None] | None = None
     stepwise: bool = False
-    advance: Callable[[Any], Any] = _none
+    advance: Callable[[Any], Any] | None = None
     of: type | None = None
     weight: Callable[[Any], Tensor] = lambda module: module.weight
 
@@ -144,7 +140,7 @@ def register(
         flag("spikes", spikes, "or a function of the module")
     names = states if callable(states) else lambda _, names=tuple(states): names
     emits = spikes if callable(spikes) else lambda _: spikes
-    set_role(kind, Role("keeper", names, reset, emits, check or _none, translate, decay))
+    set_role(kind, Role("keeper", names, reset, emits, check, translate, decay))
 
 
 def set_role(kind: type, role: Role) -> None:
