@@ -62,6 +62,9 @@ class Meanwhile(sltt.SLTT):
         super().__init__()
         self.actions = [action]
 
+    def __repr__(self):  # a run of SLTT goes on with it
+        return repr(sltt.SLTT())
+
     def run(self, *args):
         if self.actions:
             self.actions.pop()()
