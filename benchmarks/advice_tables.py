@@ -130,7 +130,8 @@ def calibration(cases: Sequence[Case]) -> list[list[str]]:
         for least in TRIED:
             said = [verdict(one.rule if advises(one, least) else "BPTT()", [one]) for one in cases]
             counts = [str(said.count(word)) for word in WORDS.values()]
-            rows.append([f"{name} ≥ {least}{', as it is' if least == used else ''}", *counts])
+            mark = " (the command's threshold)" if least == used else ""
+            rows.append([f"{name} ≥ {least}{mark}", *counts])
     return rows
 
 

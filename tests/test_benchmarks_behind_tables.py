@@ -55,8 +55,8 @@ def test_thresholds_are_tried_on_all_cases():
         judged(found("SLTT()", 0.97, [1.99], exact=1.99), safe),  # BPTT learns too little: the cosine tells
     ]
     rows = {name: counts for name, *counts in tables.calibration(cases)}
-    assert rows["worst cosine ≥ 0.95, as it is"] == ["2", "2", "0"]
+    assert rows["worst cosine ≥ 0.95 (the command's threshold)"] == ["2", "2", "0"]
     assert rows["worst cosine ≥ 0.5"] == ["3", "0", "1"]
-    assert rows["share in the trial ≥ 0.9, as it is"] == ["4", "0", "0"]
+    assert rows["share in the trial ≥ 0.9 (the command's threshold)"] == ["4", "0", "0"]
     assert rows["share in the trial ≥ 0.3"] == ["3", "0", "1"]
     assert [one.share for one in cases] == ["95%", "40%", "10% (solved)", "too short"]
