@@ -10,8 +10,8 @@ Rows = list[Row]
 LABELS = {
     "SpikingJelly SLTT": "SpikingJelly 2.0, `SLTTLIFNode`",
     "SpikingJelly BPTT": "SpikingJelly 2.0, `LIFNode`, layer by layer",
-    "SpikingJelly memopt, units": "the same, `memopt` of level 1 on each weight, norm and neuron",
-    "SpikingJelly memopt, blocks": "the same, `memopt` of level 1 on residual blocks",
+    "SpikingJelly memopt, units": "the same, `memopt` level 1 on each unit of layer, norm and neuron",
+    "SpikingJelly memopt, blocks": "the same, `memopt` level 1 on residual blocks",
 }
 NETWORKS = {
     "resnet18": "ResNet-18",

@@ -100,9 +100,8 @@ def other_networks(results: Path) -> str:
         ratios = (spread(ratio(rows, row, other)) for other in ("relu", "SpikingJelly SLTT", "BPTT"))
         sizes = (megabytes(one[other]["memory"]) if "memory" in one.get(other, {}) else "" for other in (case, "BPTT"))
         lines.append([f"[{network}](results/{name}.json)", *ratios, *sizes])
-    return markdown(
-        ["network", "of ReLU's time", "of SpikingJelly's SLTT", "of BPTT's", "memory", "BPTT's memory"], lines
-    )
+    headings = "SLTT's time ÷ ReLU's", "÷ SpikingJelly SLTT's", "÷ BPTT's", "SLTT's memory", "BPTT's memory"
+    return markdown(["network", *headings], lines)
 
 
 def sequences(results: Path, name: str = "sequences") -> str:
@@ -122,7 +121,7 @@ def sequences(results: Path, name: str = "sequences") -> str:
         )
         seconds = (f"{statistics.median(one[case]['seconds']):.3g} s" for case in ("SLTT", "BPTT"))
         lines.append([f"`{work}`", *seconds, *(share(*pair) for pair in pairs)])
-    headings = "SLTT of JAX's SLTT", "of its own, step by step", *(f"BPTT of {library}'s" for library in libraries)
+    headings = "SLTT ÷ JAX's SLTT", "SLTT ÷ `SLTT(fold=1)`", *(f"BPTT ÷ {library}'s" for library in libraries)
     return f"{found['hardware']}, processor time:\n\n" + markdown(["", "SLTT", "BPTT", *headings], lines)
 
 
