@@ -83,7 +83,7 @@ def test_the_accuracies_are_those_of_the_results():
     rows = json.loads((README.parent / "docs/results/tasks.json").read_text())
     reached = {(row["task"], row["rule"]): 100 * mean(row["accuracies"]) for row in rows}
     said = re.search(
-        r"BPTT reaches (\S+)% and SLTT (\S+)% \(chance: 25%\).*?It reaches (\S+)% there.*?"
+        r"BPTT reaches (\S+)% and SLTT (\S+)% \(chance: 25%\).*?`sltt.OTTT\(\)` reaches (\S+)% there.*?"
         r"OTTT reaches (\S+)% and BPTT (\S+)%",
         README.read_text().replace("\n", " "),
     )
