@@ -104,8 +104,7 @@ def advice(
 
 def _drops(one: Agreement, name: str = "It") -> str:
     """Return the paths through time that a rule drops, in words."""
-    cosines = f"cosine {one.cosine:.3f}; at least {one.least:.3f} in every layer, without the gradient through resets"
-    return f"{name} drops {one.dropped:.0%} of the gradient ({cosines})."
+    return f"{name} drops {one.dropped:.0%} of the gradient (cosine {one.cosine:.3f}; worst cosine {one.least:.3f})."
 
 
 def _costs(rule: str, memory: Mapping[str, int], samples: int | None) -> list[str]:
@@ -128,10 +127,10 @@ def _confidence(trial: Trial | None, epochs: int, training: int) -> str:
     count = len(trial.start)
     said = ", ".join(f"{name} {_range(shares)}" for name, shares in learned.items())
     solved = [name for name in learned if trial.solves(name)]
-    right = f" {', '.join(solved)} got at least {SOLVED:.0%} of the training samples right, which is enough alone."
+    right = f" {', '.join(solved)} got at least {SOLVED:.0%} of the training samples right, which alone suffices."
     return (
-        f"{_certainty(trial, training)} Of BPTT's loss decrease in {trial.epochs} epochs with {count} "
-        f"seed{'s' * (count > 1)}, {said} (enough: {LEARNS:.0%}).{right if solved else ''}"
+        f"{_certainty(trial, training)} In {trial.epochs} epochs with {count} seed{'s' * (count > 1)}, {said} "
+        f"({LEARNS:.0%} needed).{right if solved else ''}"
     )
 
 
@@ -151,4 +150,4 @@ def _range(shares: Sequence[float]) -> str:
     if math.isinf(min(shares)):
         return "died"
     low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
-    return f"reached {low}" if low == high else f"reached {low} to {high}"
+    return f"reached {low if low == high else f'{low} to {high}'} of BPTT's loss decrease"
