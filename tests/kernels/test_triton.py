@@ -26,10 +26,12 @@ LIF = kernels.NeuronStep(0.6, 0.8, None, False, False, sltt.surrogates.Triangle(
 
 @TRITON
 @pytest.mark.timeout(900)  # half a minute on a machine that does nothing else
-def test_in_the_interpreter_it_equals_the_equations():
+@pytest.mark.parametrize("norms", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["neurons", "norms"])
+def test_in_the_interpreter_it_equals_the_equations(norms):
     """Run them in another process, since Triton reads TRITON_INTERPRET when it is imported."""
-    path = Path(__file__).with_name("triton_equations.py")
+    path, slow = Path(__file__).with_name("triton_equations.py"), "norm or each_channel or every_rule"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(path)]
+    command += ["-k", slow if norms else f"not ({slow})"]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
