@@ -16,6 +16,7 @@ from sltt.rules.batch import StepLoss
 
 MEMORY = 0.95  # of the moving average of the losses
 DIVERGED = 4.0  # times the lowest loss: the test ends
+FEWEST = 10  # batches of a test
 FALLS = 0.02  # of the first loss, at least: less is the noise of batches
 
 
@@ -79,7 +80,7 @@ def find_learning_rate(
     check_optimizer(model, optimizer)
     number("smallest", smallest, above=0)
     number("largest", largest, above=smallest)
-    whole_number("count", count, least=10)
+    whole_number("count", count, least=FEWEST)
     if clip_norm is not None:
         number("clip_norm", clip_norm, above=0)
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())

@@ -72,11 +72,10 @@ def _compiler() -> tuple[str, str, str]:
 
 def _cuda_neurons() -> tuple[str, str, str]:
     from sltt import kernels
-    from sltt.kernels import compiler_problem
 
     device, seen = torch.device("cuda"), torch.cuda.is_available()
-    problem = kernels.triton_problem(device) if seen else compiler_problem(device) or "PyTorch sees no GPU"
-    used = "LIF, IF, PLIF, ChannelLIF, with the BatchNorm in front; TorchInductor compiles others"
+    problem = kernels.triton_problem(device) if seen else kernels.compiler_problem(device) or "PyTorch sees no GPU"
+    used = "LIF, IF, PLIF, ChannelLIF, in a fold with the BatchNorm before them; TorchInductor compiles others"
     return "neurons on CUDA", "not in Triton" if problem else "Triton", problem or used
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sltt.analysis.rates import FALLS, RateTest, find_learning_rate
+from sltt.analysis.rates import FALLS, FEWEST, RateTest, find_learning_rate
 from sltt.commands.failures import UsageError
 from sltt.commands.parsing import CommandOptions, count
 from sltt.commands.prepared import prepare
@@ -47,8 +47,8 @@ def run(words: Sequence[str]) -> None:
         )
     built.rule = stage.rule
     start_from(built.model, built.weights)
-    if known.batches < 10:
-        raise UsageError(f"--batches: expected at least 10, got {known.batches}")
+    if known.batches < FEWEST:
+        raise UsageError(f"--batches: expected at least {FEWEST}, got {known.batches}")
     with session(Execution.of(vars(built))) as here, prepare(here, built, stage.steps) as ready:
         found = find_learning_rate(
             ready.model,

@@ -1,9 +1,9 @@
 """BatchNorm in front of a neuron: its output waits, and the neuron normalises while it charges.
 
-A BatchNorm of a large tensor on a CPU, or of any on CUDA, computes its statistics, in one pass, and gives a `Deferred`:
-a tensor without memory. A neuron that takes it reads the BatchNorm's input, so that no normalised tensor is written.
-Forward, that saves a pass over memory that reads and one that writes; backward, the neuron's pass also sums what
-BatchNorm's gradient needs.
+A BatchNorm of a large tensor on a CPU, or of several time steps on CUDA, computes its statistics, in one pass, and
+gives a `Deferred`: a tensor without memory. A neuron that takes it reads the BatchNorm's input, so that no normalised
+tensor is written. Forward, that saves a pass over memory that reads and one that writes; backward, the neuron's pass
+also sums what BatchNorm's gradient needs.
 
 Whatever else uses a `Deferred` finds the normalised tensor, computed once, and with its gradient.
 

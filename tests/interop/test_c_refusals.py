@@ -1,0 +1,97 @@
+"""What an export to C refuses, or warns of, before anything is written."""
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.interop import to_c
+
+
+class Own(sltt.LIF):
+    @staticmethod
+    def step(x, v, **constants):
+        return sltt.LIF.step(x, v / 2, **constants)
+
+
+REFUSED = {
+    "GroupNorm": (nn.GroupNorm(2, 6), r"0 \(GroupNorm\)"),
+    "a neuron of one's own": (Own(), r"0 \(Own\)"),
+    "RunningMax": (sltt.RunningMax(nn.MaxPool1d(1)), r"0 \(RunningMax\)"),
+    "an activation": (nn.ReLU(), r"0 \(ReLU\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_layers_that_c_has_not_are_named_before_anything_is_written(case, tmp_path):
+    layer, named = REFUSED[case]
+    with pytest.raises(ValueError, match=rf"C has no counterpart for {named}.*or export one step by sltt"):
+        to_c(nn.Sequential(layer, nn.Linear(6, 3), sltt.LIF()), torch.randn(4, 2, 6), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_bad_options_of_layers_and_operations_are_named_all_at_once(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 2, 3, padding_mode="reflect"), nn.Linear(72, 3)
+            self.pool = nn.AdaptiveAvgPool2d(5)
+            self.neuron = sltt.LIF()
+
+        def forward(self, x):
+            return self.head((self.neuron(self.conv(x)) * x[:, :, 2:, 2:]).flatten(1))
+
+    expected = r"conv \(Conv2d\), which pads by other than zeros; the operation getitem in the model \(Odd\)"
+    with pytest.raises(ValueError, match=expected):
+        to_c(Odd(), torch.randn(2, 2, 1, 8, 8), tmp_path / "a")
+    odd = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4), sltt.LIF(), nn.Flatten(), nn.Linear(32, 3))
+    with pytest.raises(ValueError, match=r"1 \(AdaptiveAvgPool2d\), whose windows have several sizes"):
+        to_c(odd, torch.randn(2, 2, 1, 8, 8), tmp_path / "a")
+
+
+def test_bad_input_is_refused_with_the_remedy(tmp_path):
+    model, x = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3)), torch.randn(4, 2, 6)
+
+    def refused(message, *args, **kwargs):
+        with pytest.raises(ValueError, match=message):
+            to_c(*args, **{"folder": tmp_path / "a", **kwargs})
+        assert not (tmp_path / "a").exists()
+
+    refused("name must be a name in C, of letters, digits and _, got '2d'; such as my_network", model, x, name="2d")
+    refused("got 'static'", model, x, name="static")
+    refused("exists: choose another folder", model, x, folder=tmp_path)
+    refused("steps must be at least 1, got 0", model, x[0], steps=0)
+    refused("at least one time step", model, x[:0])
+    refused(r"of 2 classes or more, got \[2, 1\]: train it", nn.Sequential(nn.Linear(6, 1), sltt.LIF()), x)
+    refused("weights must be one of 'float32', 'int8', got 'int4'", model, x, weights="int4")
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    refused(r"0 \(Linear\) has weights that are NaN or infinite: export a checkpoint", model, x)
+
+
+def test_changes_in_place_that_a_trace_does_not_show_are_refused(tmp_path):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.lif, self.head = nn.Linear(6, 6), sltt.LIF(v_threshold=0.1), nn.Linear(6, 3)
+
+        def forward(self, x):
+            y = self.one(x)
+            z = y
+            z += x
+            return self.head(self.lif(y))
+
+    with pytest.raises(ValueError, match=r"changes a tensor in place.*write z = z \+ x"):
+        to_c(InPlace(), torch.randn(2, 2, 6), tmp_path / "a")
+
+
+def test_integers_that_change_a_layer_are_named_in_a_warning(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), sltt.LIF(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[:, 0] = 100.0  # one large weight takes the scale of the channel: the others round to 0
+        model[0].weight[:, 1:] = 0.35
+    x = torch.rand(4, 20, 6) + 0.5
+    x[..., 0] = 0
+    to_c(model, x, tmp_path / "a", weights="int8")
+    assert "1 (LIF) falls silent in int8: it fires at a rate of 0, before" in caplog.text
