@@ -157,11 +157,15 @@ class IntegrateAndFire(Neuron):
 
     def constant_step(self) -> NeuronStep | None:
         """Return the constants for kernels; None if the neuron learns one, or is more than `lif_step`."""
-        decay = self.decay()
-        if isinstance(decay, Tensor) or not self._is_plain(decay) or type(self).advance is not Neuron.advance:
+        step = self.kernel_step(self.decay())
+        return None if step is None or step.decay is None else step
+
+    def kernel_step(self, decay: float | Tensor) -> NeuronStep | None:
+        """Return the constants for kernels, λ only where it is a number; None if the neuron is more than `lif_step`."""
+        own = (type(self).advance, type(self).fused_steps) != (Neuron.advance, IntegrateAndFire.fused_steps)
+        if own or not self._is_plain(decay):
             return None
-        own = type(self).fused_steps is not IntegrateAndFire.fused_steps
-        return None if own else kernel_step(type(self), decay, **self.constants())
+        return kernel_step(type(self), None if isinstance(decay, Tensor) else decay, **self.constants())
 
     def prepare(self) -> Callable[[Tensor, int, bool], Tensor]:
         step, states = self.constant_step(), vars(self)

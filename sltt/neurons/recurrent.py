@@ -26,8 +26,8 @@ class Recurrent(Stateful):
 
     SLTT sends no gradient through the recurrent spikes: the layer learns from the step alone, ∇W = Σ_t e[t] s[t−1]ᵀ.
     OTTT traces the spikes that the layer reads, which is e-prop for one layer. The time steps of a call run one after
-    the other inside this layer: in one native call for LIF or IF and a linear layer in float32 on a CPU, which adds the
-    weights of active neurons only. The spikes are its state: no layer behind it may change them in place.
+    the other inside this layer: in one native call for LIF, IF or PLIF and a linear layer in float32 on a CPU, which
+    adds the weights of active neurons only. The spikes are its state: no layer behind it may change them in place.
 
     Args:
         neuron: the neurons.
@@ -85,7 +85,7 @@ class Recurrent(Stateful):
         plain = ((self, Recurrent), (neuron, Neuron), (layer, nn.Linear))
         if transforms_active() or any(own_forward(module, kind) for module, kind in plain):
             return None
-        if (step := neuron.constant_step()) is None:
+        if neuron.kernel_step(neuron.decay()) is None:
             return None
 
         def advance(x: Tensor, steps: int, cut: bool, weights: Weights, trace: Any = None) -> Tensor | None:
@@ -93,8 +93,11 @@ class Recurrent(Stateful):
             if hooks or layer._forward_hooks or layer._forward_pre_hooks or x.shape[-1] != layer.out_features:
                 return None
             neuron._prepare_states(x, steps)
+            decay = neuron.decay()
+            step: Any = neuron.kernel_step(decay)
             assert neuron.v is not None
-            found = recurrent_steps(step, x, self.s, neuron.v, layer.weight, layer.bias, weights, steps, cut, trace)
+            tensors = x, self.s, neuron.v, layer.weight, layer.bias, decay if isinstance(decay, Tensor) else None
+            found = recurrent_steps(step, *tensors, weights, steps, cut, trace)
             if found is None:
                 return None
             spikes, self.s, neuron.v = found

@@ -68,7 +68,7 @@ class TraceStep(Step):
     def _recurrent(self, layer: Layer, x: Tensor) -> Tensor | None:
         """Run a recurrent layer in one native call; return None where there is none."""
         run, traces, inner, neuron = self.run, self.traces, layer.module.layer, layer.module.neuron
-        if layer.advance is None or neuron not in traces.decays:
+        if layer.advance is None or neuron not in traces.decays or traces.learns_decay(neuron):
             return None
         weight, bias = inner.weight, inner.bias
 

@@ -183,7 +183,7 @@ class Traces:
             bias = getattr(module, "bias", None)
             if self.inputs and layer.role.kind == "norm" and bias is not None and bias.requires_grad:
                 found.append(f"the bias of {layer}")
-            if self._learns_decay(module):
+            if self.learns_decay(module):
                 found.append(f"the λ of {layer}")
         return found
 
@@ -278,11 +278,11 @@ class Traces:
         x = next(iter((*inputs, *named.values())))
         if self.started and x.grad_fn is not None:
             self._feed(neuron, x.grad_fn)
-        if self._learns_decay(neuron):
+        if self.learns_decay(neuron):
             return (self._with_decay(neuron, x),), {}
         return inputs, named
 
-    def _learns_decay(self, neuron: nn.Module) -> TypeGuard[IntegrateAndFire]:
+    def learns_decay(self, neuron: nn.Module) -> TypeGuard[IntegrateAndFire]:
         """Return whether the λ of neurons has a gradient through time."""
         if not (self.inputs and isinstance(neuron, IntegrateAndFire) and neuron.is_plain() and neuron.v_reset is None):
             return False

@@ -22,6 +22,9 @@ NEURONS = {
     "detached": lambda: sltt.IF(detach_reset=True),
     "above": lambda: sltt.LIF(tau=2.0, surrogate=sltt.surrogates.Above(sltt.surrogates.Triangle())),
     "arctan": lambda: sltt.LIF(tau=2.0, surrogate=sltt.surrogates.ArcTan()),
+    "learned": lambda: sltt.PLIF(tau=2.0),
+    "learned, scaled": lambda: sltt.PLIF(tau=2.0, decay_input=True),
+    "learned, hard, scaled": lambda: sltt.PLIF(tau=2.0, v_reset=-0.25, decay_input=True),
 }
 
 
@@ -30,13 +33,14 @@ def exact(shape, parts=16):
     return torch.randint(-2 * parts, 2 * parts, shape) / parts
 
 
-def plain(neuron, x, s, v, weight, bias, steps, cut):
+def plain(neuron, x, s, v, weight, bias, decay, steps, cut):
     spikes = []
+    decay = neuron.decay() if decay is None else decay
     for x_t in x.chunk(steps):
         if cut and spikes:
             s, v = s.detach(), v.detach()
         current = x_t + (0 if s is None else s @ weight.T) + (0 if bias is None else bias)
-        s, v = lif_step(v, current, decay=neuron.decay(), **neuron.constants())
+        s, v = lif_step(v, current, decay=decay, **neuron.constants())
         spikes.append(s)
     return torch.cat(spikes), s, v
 
@@ -47,14 +51,15 @@ def plain(neuron, x, s, v, weight, bias, steps, cut):
 def test_forward_and_gradients(neuron, batch, width, cut):
     torch.manual_seed(0)
     neuron = neuron()
-    step = kernel_step(type(neuron), neuron.decay(), **neuron.constants())
+    step = neuron.kernel_step(neuron.decay())
+    decay = torch.tensor(0.5) if step.decay is None else None
     for steps, given, biased in itertools.product((1, 5), (True, False), (True, False)):
         x, weight, v = exact((steps * batch, width)), exact((width, width)) / 4, exact((batch, width)) / 4
         s = (torch.rand(batch, width) < 0.3).float() if given else None
         bias = exact((width,)) / 4 if biased else None
         found, expected = [], []
         for dtype, results in ((torch.float32, found), (torch.float64, expected)):
-            leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (x, s, v, weight, bias)]
+            leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (x, s, v, weight, bias, decay)]
             if dtype == torch.float32:
                 with kernels.using(compile="on"):
                     out = kernels.recurrent_steps(step, *leaves, kernels.Weights(), steps, cut)
@@ -76,13 +81,14 @@ def test_results_do_not_depend_on_threads_or_on_the_number_of_calls():
     neuron = sltt.LIF()
     step = kernel_step(sltt.LIF, neuron.decay(), **neuron.constants())
     x, weight, v = torch.randn(6 * 130, 300), torch.randn(300, 300) / 9, torch.zeros(130, 300)
+    given = weight, None, None, kernels.Weights()
     with torch.no_grad(), kernels.using(compile="on"):
-        whole = kernels.recurrent_steps(step, x, None, v, weight, None, kernels.Weights(), 6, True)
+        whole = kernels.recurrent_steps(step, x, None, v, *given, 6, True)
         before = torch.get_num_threads()
         torch.set_num_threads(3)
         try:
-            first, s, v = kernels.recurrent_steps(step, x[:260], None, v, weight, None, kernels.Weights(), 2, True)
-            last, s, v = kernels.recurrent_steps(step, x[260:], s, v, weight, None, kernels.Weights(), 4, True)
+            first, s, v = kernels.recurrent_steps(step, x[:260], None, v, *given, 2, True)
+            last, s, v = kernels.recurrent_steps(step, x[260:], s, v, *given, 4, True)
         finally:
             torch.set_num_threads(before)
     for a, b in zip(whole, (torch.cat([first, last]), s, v), strict=True):
@@ -115,8 +121,11 @@ def calls(monkeypatch):
     ],
     ids=repr,
 )
-def test_rules_run_it_by_default(calls, rule, steps):
-    model, x, y = network(), torch.randn(8, 5, 20), torch.randint(3, (5,))
+@pytest.mark.parametrize("neuron", [sltt.LIF, sltt.PLIF])
+def test_rules_run_it_by_default(calls, rule, steps, neuron):
+    model, x, y = network(neuron=neuron(tau=2.0)), torch.randn(8, 5, 20), torch.randint(3, (5,))
+    if isinstance(rule, sltt.OTTT) and neuron is sltt.PLIF:
+        steps = []  # the trace of a learned λ is that of the plain loop
     found, _ = gradients(model, rule, x, y)
     assert calls == steps
     expected, _ = gradients(model.double(), rule, x.double(), y)
@@ -137,7 +146,6 @@ def hooked(model):
     "make",
     [
         lambda: network(neuron=sltt.ALIF()),
-        lambda: network(neuron=sltt.PLIF()),
         lambda: network(Own(64, 64)),
         lambda: network(nn.Sequential(nn.Linear(64, 64))),
         lambda: hooked(network()),

@@ -30,6 +30,7 @@ def recurrent_steps(
     v: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    decay: Tensor | None,
     weights: Weights,
     steps: int,
     cut: bool,
@@ -44,14 +45,15 @@ def recurrent_steps(
         v: membrane potential after the step before, [B, ..., H].
         weight: W of the layer that reads the spikes, [H, H].
         bias: b of this layer, [H].
+        decay: λ where it is learned.
         weights: where the forms of weights are kept.
         steps: n.
         cut: no gradient flows from one time step to the step before.
         trace: maps the spikes that the layer reads to what stands for them, and for 1 in each time step, in the
             gradients of W and b; with `cut` only.
     """
-    tensors = [t for t in (x, s, v, weight, bias) if t is not None]
-    kernel = _kernel_of(step, v)
+    tensors = [t for t in (x, s, v, weight, bias, decay) if t is not None]
+    kernel = _kernel_of(step, v, decay)
     plain = all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
     if kernel is None or not plain or not x.numel():
         return None
@@ -59,18 +61,18 @@ def recurrent_steps(
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         spikes, last, _ = _forward(call, x, s, v, weight, bias, keep=False)
         return spikes, spikes[-len(v) :].clone(), last
-    return _Recurrence.apply(x, s, v, weight, bias, call)  # type: ignore[return-value]
+    return _Recurrence.apply(x, s, v, weight, bias, decay, call)  # type: ignore[return-value]
 
 
 def runs_recurrence(step: NeuronStep, weight: Tensor) -> bool:
     """Return whether `recurrent_steps` runs such neurons, with a weight W, in any number of time steps."""
-    return weight.dtype == torch.float32 and weight.is_contiguous() and _kernel_of(step, weight[:0]) is not None
+    return weight.dtype == torch.float32 and weight.is_contiguous() and _kernel_of(step, weight[:0], None) is not None
 
 
-def _kernel_of(step: NeuronStep, v: Tensor) -> NativeStep | None:
+def _kernel_of(step: NeuronStep, v: Tensor, decay: Tensor | None) -> NativeStep | None:
     if options().sparse == "off" or torch.is_autocast_enabled("cpu"):
         return None
-    return native_step(step, v, v.dtype, v.dtype, None, gradient=True)
+    return native_step(step, v, v.dtype, v.dtype, decay, gradient=True)
 
 
 class _Call(NamedTuple):
@@ -103,7 +105,14 @@ def _forward(
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, s: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
+        ctx: Any,
+        x: Tensor,
+        s: Tensor | None,
+        v: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        decay: Tensor | None,
+        call: _Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
         spikes, last, kept = _forward(call, x, s, v, weight, bias, keep=True)
         read = torch.zeros_like(v) if s is None else s
@@ -113,14 +122,14 @@ class _Recurrence(torch.autograd.Function):
         ctx.read, ctx.ones = (pack(read) if whole else read, None) if call.trace is None else call.trace(read)
         ctx.call, ctx.first = call, len(v)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(kept, weight)
+        ctx.save_for_backward(kept, weight, decay, v if ctx.needs_input_grad[5] else None)
         return spikes, spikes[-len(v) :].clone(), last
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, grad_v: Tensor | None) -> Any:  # type: ignore[override]
-        kept, weight = ctx.saved_tensors
-        needs_x, needs_s, needs_v, needs_weight, needs_bias = ctx.needs_input_grad[:5]
+        kept, weight, decay, v = ctx.saved_tensors
+        needs_x, needs_s, needs_v, needs_weight, needs_bias, needs_decay, _ = ctx.needs_input_grad
         grad = torch.zeros_like(kept) if grad is None else grad.contiguous()
         if grad_last is not None:
             grad = grad.clone()
@@ -128,12 +137,13 @@ class _Recurrence(torch.autograd.Function):
         of_v = torch.empty_like(kept[: ctx.first]) if needs_v else None
         delta = torch.empty_like(kept)
         kernel, step, _, steps, cut, _ = ctx.call
-        gain = 1 - step.decay if step.decay_input else 1.0
+        gain = 1 - float(step.rate(decay)) if step.decay_input else 1.0
         if not cut and steps > 1:
             of_v = _through_time(ctx, grad, grad_v, kept, weight, delta, gain)
         else:
             given = grad, grad_v, kept, ctx.spikes, kept.dtype, None, kept
             kernel.gradient(delta, of_v, *given, steps, cut)
+        of_decay = _decay_gradient(ctx, delta, kept, v, decay) if needs_decay else None
         if gain != 1:
             delta.mul_(gain)
         of_weight = of_bias = None
@@ -144,7 +154,7 @@ class _Recurrence(torch.autograd.Function):
                     d.flatten(0, -2).sum(0) * one for d, one in zip(delta.chunk(steps), ctx.ones, strict=True)
                 )
         of_s = delta[: ctx.first] @ weight if needs_s else None
-        return delta if needs_x else None, of_s, of_v if needs_v else None, of_weight, of_bias, None
+        return delta if needs_x else None, of_s, of_v if needs_v else None, of_weight, of_bias, of_decay, None
 
 
 def _through_time(
@@ -162,6 +172,20 @@ def _through_time(
         ctx.call.kernel.gradient(out, before, of_s, grad_v, kept_t, s_t, kept.dtype, None, kept_t, 1, False)
         after, grad_v = out, before
     return grad_v
+
+
+def _decay_gradient(ctx: Any, delta: Tensor, kept: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    """∂L/∂λ = Σ_t ∂L/∂u[t] (v[t−1] − v_r); with `decay_input` the factor is (v[t−1] − u[t]) / (1 − λ)."""
+    step: NeuronStep = ctx.call.step
+    s = unpack(ctx.spikes, 1.0, kept.dtype).view_as(kept) if ctx.spikes.dtype == torch.uint8 else ctx.spikes
+    after = kept if step.v_reset is None else step.reset(kept, s)
+    moved = torch.cat([v, after[: len(kept) - len(v)]])
+    if step.decay_input:
+        u = kept + step.v_threshold * s if step.v_reset is None else kept
+        moved = (moved - u) / (1 - decay)
+    else:
+        moved = moved - (step.v_reset or 0.0)
+    return (delta * moved).sum().to(decay.dtype).reshape(decay.shape)
 
 
 def _weight_gradient(read: Tensor, delta: Tensor, weight: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
