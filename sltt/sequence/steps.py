@@ -3,7 +3,7 @@
 Shapes: T time steps, B samples; a call of the network takes n time steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Sequence:
     steps: int
     static: bool
     damaged: Tensor | None = None
+    _folded: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -38,8 +39,15 @@ class Sequence:
     def input(self, steps: range) -> Tensor:
         """The input of time steps, folded into the batch dimension: [n·B, ...]."""
         if self.static:
-            return self.x if len(steps) == 1 else self.x.repeat(len(steps), *[1] * (self.x.ndim - 1))
+            return self.x if len(steps) == 1 else self._repeat(len(steps))
         return self.x[steps.start] if len(steps) == 1 else self.x[steps.start : steps.stop].flatten(0, 1)
+
+    def _repeat(self, steps: int) -> Tensor:
+        """Return x of so many time steps; calls of a sequence share it, unless the network changed it in place."""
+        known = self._folded.get(steps)
+        if known is None or self.x.requires_grad or known.is_inference() or known._version:
+            known = self._folded[steps] = self.x.repeat(steps, *[1] * (self.x.ndim - 1))
+        return known
 
     def mean(self) -> Tensor:
         """The mean input over time, [B, ...]."""
