@@ -207,7 +207,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
         model: maps the input of one time step [B, ...] to logits [B, C]; its mode, training or not, stays as it is.
         x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
         steps: T for a static input.
-        fold: time steps in one call of the network, as of the rules; "auto" takes one for a static input.
+        fold: time steps in one call of the network, as of the rules.
     """
     instance("model", model, nn.Module)
     fold = fold_of(fold)
@@ -215,8 +215,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
     network = Run(model, sequence, hoist=True, grad=False)
     try:
         with network:
-            # a static input is hoisted
-            n = fold if fold != "auto" else 1 if sequence.static else choose_fold(network).forward
+            n = fold if fold != "auto" else choose_fold(network).forward
             calls = [range(t, min(t + n, sequence.steps)) for t in range(0, sequence.steps, n)]
             network.weights = kernels.Weights(len(calls))
             logits = [network(sequence.input(call), len(call)).clone() for call in calls]

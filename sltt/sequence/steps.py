@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt._torch import _current_graph_task_id
+from sltt._torch import _current_graph_task_id, transforms_active
 from sltt.checks import instance, whole_number
 
 
@@ -48,6 +48,17 @@ class Sequence:
         if known is None or self.x.requires_grad or known.is_inference() or known._version:
             known = self._folded[steps] = self.x.repeat(steps, *[1] * (self.x.ndim - 1))
         return known
+
+    def same_at_each_step(self, x: Tensor, steps: int) -> bool:
+        """Return whether x [n·B, ...] is a static input of n time steps, as it is or with its pixels reshaped."""
+        known = self._folded.get(steps)
+        return (
+            known is not None
+            and not transforms_active()
+            and x.untyped_storage()._cdata == known.untyped_storage()._cdata
+            and (x.shape[0], x.stride(0), x.numel()) == (len(known), known.stride(0), known.numel())
+            and not (x.is_inference() or x._version)
+        )
 
     def mean(self) -> Tensor:
         """The mean input over time, [B, ...]."""

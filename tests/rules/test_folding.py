@@ -341,3 +341,29 @@ def test_a_loss_of_whole_windows_does_not_see_the_fold(window):
         return [out.loss, out.logits, *(p.grad for p in twin.parameters())]
 
     assert_same(trained(fold=3), trained(fold=1))
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT, sltt.BPTT])
+def test_a_static_input_passes_its_first_linear_layer_once_a_call(rule, monkeypatch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), sltt.LIF(), nn.Linear(64, 5)).double()
+    x, y, rows, found = torch.randn(32, 1, 28, 28).double(), torch.randint(5, (32,)), [], []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *given: (rows.append(len(x)), linear(x, *given))[1])
+    for fold in (4, 1):
+        found.append(gradients(model, rule(fold=fold), x, y, steps=8))
+    assert rows == [32, 128] * 2 + [32] * 16
+    assert_same(*found)
+    assert_same([sltt.unroll(model, x, steps=8)], [sltt.unroll(model, x, steps=8, fold=1)])
+
+
+def test_a_static_input_that_the_network_changes_is_not_taken_for_the_same():
+    class Shift(nn.Module):
+        def forward(self, x):
+            return x.add_(torch.arange(len(x))[:, None])
+
+    model, x, read = nn.Sequential(Shift(), nn.Linear(784, 64), sltt.LIF()), torch.randn(32, 784), []
+    model[2].register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.no_grad():
+        expected = model[1](model[0](x.repeat(4, 1)))
+    sltt.unroll(model, x, steps=4, fold=4)
+    torch.testing.assert_close(read, [expected])
