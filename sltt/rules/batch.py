@@ -3,7 +3,7 @@
 Shapes: T time steps, B samples, C classes; a call of the network takes n time steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -112,23 +112,41 @@ class Batch:
         pays = not brief or (self.network.fast and kernels.bits_pay(self._largest * steps))
         return kernels.save_as_bits() if pays else nullcontext()
 
-    def forward(self, steps: range, *, graph: bool = True, cut: bool = False, recompute: bool = False) -> Tensor:
-        """Run time steps as `run`, and return the sum of their losses over T, to backpropagate."""
+    def forward(
+        self,
+        steps: range,
+        *,
+        graph: bool = True,
+        cut: bool = False,
+        recompute: bool = False,
+        trained: Container[int] | None = None,
+    ) -> Tensor:
+        """Run time steps as `run`, and return the sum of their losses over T, to backpropagate.
+
+        With `trained`, it is the sum of the losses of these steps; the others count in the batch's loss only.
+        """
         again = steps.start in self._ran
-        logits = self.run(steps, graph=graph, cut=cut, recompute=recompute)
-        count = self.steps
+        logits, others = self.run(steps, graph=graph, cut=cut, recompute=recompute), 0.0
         with torch.set_grad_enabled(graph):
-            if len(steps) > 1 and is_mean(self.loss) and isinstance(self.target, Tensor) and self.target.ndim:
-                target = self.target.repeat(len(steps), *[1] * (self.target.ndim - 1))
-                total = step_loss(self.loss, logits.flatten(0, 1), target) * (len(steps) / count)
+            if trained is None:
+                total = self._sum_losses(steps, logits)
             else:
-                values = []
-                for t, o in zip(steps, logits, strict=True):
-                    values.append(step_loss(self.loss, o, self.targets(t)))
-                total = (values[0] if len(values) == 1 else torch.stack(values).sum()) / count
+                of, rest = ([t for t in steps if (t in trained) is wanted] for wanted in (True, False))
+                total = self._sum_losses(of, torch.stack([logits[t - steps.start] for t in of]))
+                others = self._sum_losses(rest, torch.stack([logits[t - steps.start] for t in rest]).detach())
         if not again:
-            self._total = self._total + total.detach()
+            self._total = self._total + total.detach() + others
         return total
+
+    def _sum_losses(self, steps: range | list[int], logits: Tensor) -> Tensor:
+        """Return the sum of the losses of logits [n, B, C] of time steps, over T."""
+        if len(steps) > 1 and is_mean(self.loss) and isinstance(self.target, Tensor) and self.target.ndim:
+            target = self.target.repeat(len(steps), *[1] * (self.target.ndim - 1))
+            return step_loss(self.loss, logits.flatten(0, 1), target) * (len(steps) / self.steps)
+        values, changes = [], self._per_step or isinstance(self.target, Padded)
+        for t, o in zip(steps, logits, strict=True):
+            values.append(step_loss(self.loss, o, self.targets(t) if changes else self.target))
+        return (values[0] if len(values) == 1 else torch.stack(values).sum()) / self.steps
 
     def window_loss(self, steps: range, logits: Tensor) -> Tensor:
         """The loss of the logits [n, B, C] of a window, for a loss of a whole sequence; it counts n/T."""

@@ -367,3 +367,16 @@ def test_a_static_input_that_the_network_changes_is_not_taken_for_the_same():
         expected = model[1](model[0](x.repeat(4, 1)))
     sltt.unroll(model, x, steps=4, fold=4)
     torch.testing.assert_close(read, [expected])
+
+
+@pytest.mark.parametrize("loss", [LOSS, sltt.losses.Activity(LOSS)], ids=repr)
+@pytest.mark.parametrize(("k", "calls"), [(1, 4), (8, 2), (16, 2)])
+def test_steps_of_slttk_with_and_without_a_backward_share_a_call_where_many_have_one(k, calls, loss):
+    model, found, counts = nn.Sequential(nn.Linear(7, 6), sltt.LIF(), nn.Linear(6, 3)).double(), [], []
+    model.register_forward_hook(lambda *_: counts.append(1))
+    x, y = torch.randn(16, 5, 7).double(), torch.randint(3, (5,))
+    for fold in (8, 1):
+        out = gradients(model, sltt.SLTT(k=k, fold=fold), x, y, loss, seed=2)
+        found.append((out[0], out[1].loss, out[1].logits))
+    assert_same(*found)
+    assert isinstance(loss, sltt.losses.Activity) or len(counts) <= calls + 16

@@ -56,8 +56,8 @@ BACKWARDS = {
     "RateBased(steady)": 1,
     "Mixed": 5,
     "Mixed(default=2)": 5,
-    "SLTT(k=2, rescale)": 2,
-    "SLTT(k=2, fold=4)": 2,
+    "SLTT(k=2, rescale)": 1,
+    "SLTT(k=2, fold=4)": 1,
     "SLTT(k=2, hoist)": 2,
 }
 

@@ -139,7 +139,7 @@ def _run(
     x = x.resolve_neg()
     first = x if steps == 1 else x[: len(x) // steps]
     follow = x is first or x.stride(0) * len(first) == first.numel()  # each other in memory
-    channels = by_channel(decay) or (norm is not None and isinstance(fast, TritonStep))
+    channels = (decay is not None and by_channel(decay)) or (norm is not None and isinstance(fast, TritonStep))
     if not x.is_contiguous() and not (known_layout(first, channels) and follow):
         x = x.contiguous()
         first = x if steps == 1 else x[: len(x) // steps]
