@@ -1,6 +1,6 @@
 """Conversion: neurons of other libraries replaced by ours, where the dynamics are the same.
 
-Each library's file translates its neurons; the table of what becomes of each parameter is in docs/interop.md.
+Each library's file translates its neurons and their parameters; docs/interop.md lists the neurons.
 """
 
 import copy
@@ -24,6 +24,9 @@ def convert(model: nn.Module) -> nn.Module:
     Neurons of SpikingJelly, snnTorch, sinabs and, in `KeepState`, Norse then run in the fused step, and can be folded.
     A `SequentialState` of Norse becomes a `nn.Sequential`. Weights are copied, and learnable time constants too. Other
     layers stay as they are, leaky integrators that do not spike among them.
+
+        sinabs    λ = exp(−1/tau_mem)          α = exp(−1/tau_syn)
+        Norse     λ = 1 − dt · tau_mem_inv     α = 1 − dt · tau_syn_inv
 
     Args:
         model: the network; its state is reset.
