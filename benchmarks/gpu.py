@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from peer_cases import build, by_rule
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from turns import finish, hardware
+from turns import finish, hardware, in_turns, timed
 
 import sltt
 
@@ -89,31 +89,20 @@ def measure_kernels(device: torch.device) -> list[dict[str, Any]]:
     for dtype in (torch.float32, torch.bfloat16):
         for steps in (1, 6):
             x = torch.randn(steps, neurons, device=device, dtype=dtype, requires_grad=True)
-            seconds = timed(partial(neuron_step, sltt.LIF(), x, torch.randn_like(x), steps), device)
-            copy = timed(partial(torch.empty_like(x).copy_, x.detach()), device)
+            step = partial(neuron_step, sltt.LIF(), x, torch.randn_like(x), steps)
+            copy = partial(torch.empty_like(x).copy_, x.detach())
+            turns = in_turns([timed(run, device=device) for run in (step, copy)], 10)
+            seconds, copied = (statistics.median(times) for times in turns)
             # the forward reads x and writes spikes and a float32; the backward reads that and a gradient, writes one
             moved = x.numel() * (4 * dtype.itemsize + 8)
-            rate, copied = moved / seconds, 2 * x.nbytes / copy
-            kind = str(dtype).removeprefix("torch.")
-            rows.append({"dtype": kind, "steps": steps, "seconds": seconds, "rate": rate, "copy": copied})
+            row = {"dtype": str(dtype).removeprefix("torch."), "steps": steps, "seconds": seconds}
+            rows.append({**row, "rate": moved / seconds, "copy": 2 * x.nbytes / copied})
     return rows
 
 
 def neuron_step(neuron: sltt.LIF, x: Tensor, grad: Tensor, steps: int) -> None:
     sltt.reset(neuron)
     neuron.advance(x, steps, cut=True).backward(grad)
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """The median seconds of ten calls after two."""
-    times = []
-    for _ in range(12):
-        finish(device)
-        began = time.perf_counter()
-        run()
-        finish(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
 
 
 MEASURED = {"profile": measure_profile, "kernels": measure_kernels}

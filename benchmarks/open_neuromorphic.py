@@ -14,8 +14,7 @@ rules interleave them.
 
 # pyright: reportMissingImports=false
 import argparse
-import ctypes
-import gc
+import itertools
 import json
 import statistics
 import sys
@@ -30,11 +29,10 @@ import torch.nn.functional as F
 from peer_cases import jelly_neuron
 from tables import DOCS, fill
 from torch import Tensor, nn
-from turns import Worker, finish, hardware, in_turns, serve, timed
+from turns import Worker, hardware, in_turns, process_memory, serve, timed
 
 import sltt
 from sltt import kernels
-from sltt.analysis import process_peak, reset_process_peak
 
 LAMBDA = 0.9  # of the membrane potential; threshold 1, soft reset, triangle surrogate
 
@@ -63,7 +61,7 @@ class Work(NamedTuple):
 
 WORKS = {
     "mlp": Work((700, 256, 256), 64, 100, 0.05, classes=20),
-    **{f"linear-{n}": Work((n, n), 16, 500) for n in (256, 512, 1024, 2048, 4096, 8192)},
+    **{f"linear-{n}": Work((n, n), 16, 500) for n in (256, 512, 2048)},
     **{f"recurrent-{n}": Work((700, n), 64, 100, 0.05, recurrent=True, classes=20) for n in (256, 1024)},
     "tiny": Work((24, 16, 16), 4, 6, 0.3, classes=3),
     "tiny-recurrent": Work((24, 16), 4, 6, 0.3, recurrent=True, classes=3),
@@ -78,8 +76,7 @@ def weights_of(work: Work) -> Weights:
     """The weights that all cases share, so that some 5 to 20% of the neurons fire."""
     generator = torch.Generator().manual_seed(0)
     found, density = {}, work.density or 1.0
-    pairs = [*zip(work.widths, work.widths[1:], strict=False)]
-    for i, (fan_in, width) in enumerate(pairs):
+    for i, (fan_in, width) in enumerate(itertools.pairwise(work.widths)):
         gain = 0.35 / (fan_in * (density if i == 0 else 0.1)) ** 0.5
         found[f"w{i}"] = gain * torch.randn(width, fan_in, generator=generator)
         found[f"b{i}"] = torch.full((width,), 0.02)
@@ -96,19 +93,20 @@ def batch_of(work: Work) -> tuple[Tensor, Tensor]:
     """The input [T, B, n] and labels [B]."""
     generator = torch.Generator().manual_seed(1)
     shape = work.steps, work.batch, work.widths[0]
-    dense = work.density is None
-    x = torch.randn(shape, generator=generator) if dense else torch.rand(shape, generator=generator)
-    x = x if work.density is None else (x < work.density).float()
+    if work.density is None:
+        x = torch.randn(shape, generator=generator)
+    else:
+        x = (torch.rand(shape, generator=generator) < work.density).float()
     y = torch.randint(max(2, work.classes), (work.batch,), generator=generator)
     return x.to(work.device), y.to(work.device)
 
 
-def network(work: Work, weights: Weights, neuron: Callable[[], nn.Module], recurrent: Any = None) -> nn.Sequential:
-    """The network with a library's neurons."""
-    layers: list[nn.Module] = []
+def network(work: Work, neuron: Callable[..., nn.Module]) -> nn.Sequential:
+    """Build the network with a library's neurons; those that read their own spikes are made of the layer for that."""
+    weights, layers = weights_of(work), []
     for i in range(len(work.widths) - 1):
         layers.append(linear(weights[f"w{i}"], weights[f"b{i}"]))
-        layers.append(recurrent(linear(weights["r"])) if work.recurrent else neuron())
+        layers.append(neuron(linear(weights["r"])) if work.recurrent else neuron())
     return nn.Sequential(*layers, *([linear(weights["w"], weights["b"])] if work.classes else [])).to(work.device)
 
 
@@ -120,82 +118,51 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return layer
 
 
-def gradient(model: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+def loss_of(work: Work) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the cross-entropy, or the sum of all spikes, as the Open Neuromorphic benchmark has it."""
+    return F.cross_entropy if work.classes else lambda logits, y: logits.sum()
 
 
-def summed(logits: Tensor, y: Tensor) -> Tensor:
-    """The sum of all spikes, as the Open Neuromorphic benchmark has it."""
-    return logits.sum()
+def made(model: nn.Module, backward: Callable[[], object]) -> Made:
+    """Return an iteration that ends in `backward`, and what gives the gradient of all parameters."""
+
+    def run() -> None:
+        model.zero_grad()
+        backward()
+
+    return run, lambda: torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def by_rule(rule: sltt.Rule, dtype: torch.dtype = torch.float32) -> Callable[[Work], Made]:
+    def neuron(feedback: nn.Linear | None = None) -> nn.Module:
+        lif = sltt.LIF(tau=1 / (1 - LAMBDA))
+        return sltt.Recurrent(lif, feedback) if feedback else lif
+
     def make(work: Work) -> Made:
-        def neuron() -> sltt.LIF:
-            return sltt.LIF(tau=1 / (1 - LAMBDA))
-
-        model = network(work, weights_of(work), neuron, lambda layer: sltt.Recurrent(neuron(), layer)).to(dtype)
-        (x, y), loss = batch_of(work), F.cross_entropy if work.classes else summed
+        model, (x, y), loss = network(work, neuron).to(dtype), batch_of(work), loss_of(work)
         x = x.to(dtype)
-
-        def run() -> None:
-            model.zero_grad()
-            rule(model, x, y, loss)
-
-        return run, lambda: gradient(model)
+        return made(model, lambda: rule(model, x, y, loss))
 
     return make
 
 
-def per_sequence(work: Work, model: nn.Module, logits: Tensor, y: Tensor) -> None:
-    """Backward of logits [T, B, C] of all steps."""
-    if work.classes:
-        F.cross_entropy(logits.flatten(0, 1), y.repeat(work.steps)).backward()
-    else:
-        logits.sum().backward()
+def library(neuron: Callable[..., nn.Module]) -> Callable[[Work], Made]:
+    """Make a case of neurons that take all time steps in a call."""
 
+    def make(work: Work) -> Made:
+        model, (x, y), loss = network(work, neuron), batch_of(work), loss_of(work)
+        y = y.repeat(work.steps)
+        return made(model, lambda: loss(model(x).flatten(0, 1), y).backward())
 
-def spikingjelly(work: Work) -> Made:
-    """Multi-step mode."""
-    from spikingjelly.activation_based import functional
-
-    def node(**more: Any) -> nn.Module:
-        return jelly_neuron("LIFNode", 1 / (1 - LAMBDA), **more)
-
-    def recurrent(feedback: nn.Linear) -> nn.Module:
-        return _Added(node(), feedback)
-
-    model = network(work, weights_of(work), lambda: node(step_mode="m"), recurrent)
-    x, y = batch_of(work)
-
-    def run() -> None:
-        model.zero_grad()
-        functional.reset_net(model)
-        per_sequence(work, model, model(x), y)
-
-    return run, lambda: gradient(model)
-
-
-class _Added(nn.Module):
-    """A single-step neuron that reads its own spikes, over all steps."""
-
-    def __init__(self, node: nn.Module, feedback: nn.Linear) -> None:
-        super().__init__()
-        self.node, self.feedback = node, feedback
-
-    def forward(self, x: Tensor) -> Tensor:
-        spikes = [self.node(x[0])]
-        for x_t in x[1:]:
-            spikes.append(self.node(x_t + self.feedback(spikes[-1])))
-        return torch.stack(spikes)
+    return make
 
 
 class _Steps(nn.Module):
     """A library's neuron, called step by step from a new state on; `call(x, state)` gives spikes and state."""
 
-    def __init__(self, call: Callable[[Tensor, Any], tuple[Tensor, Any]], neuron: nn.Module) -> None:
+    def __init__(self, call: Callable[[Tensor, Any], tuple[Tensor, Any]], *modules: nn.Module) -> None:
         super().__init__()
-        self.call, self.neuron = call, neuron
+        self.call, self.modules_of_call = call, nn.ModuleList(modules)
 
     def forward(self, x: Tensor) -> Tensor:
         state, spikes = None, []
@@ -203,6 +170,19 @@ class _Steps(nn.Module):
             s, state = self.call(x_t, state)
             spikes.append(s)
         return torch.stack(spikes)
+
+
+def spikingjelly(feedback: nn.Linear | None = None) -> nn.Module:
+    """Make a neuron in multi-step mode, or one that runs step by step and reads its own spikes."""
+    node: Any = jelly_neuron("LIFNode", 1 / (1 - LAMBDA), step_mode="s" if feedback else "m")
+
+    def step(x: Tensor, spikes: Tensor | None) -> tuple[Tensor, Tensor]:
+        spikes = node(x if feedback is None or spikes is None else x + feedback(spikes))
+        return spikes, spikes
+
+    module = _Steps(step, node, feedback) if feedback else node
+    module.register_forward_pre_hook(lambda *_: node.reset())
+    return module
 
 
 def snntorch() -> nn.Module:
@@ -228,21 +208,6 @@ def sinabs() -> nn.Module:
             return super().forward(input_data.transpose(0, 1)).transpose(0, 1)
 
     return Layer(tau_mem=-1 / torch.tensor(LAMBDA).log(), norm_input=False)
-
-
-def library(neuron: Callable[[], nn.Module]) -> Callable[[Work], Made]:
-    """A network of neurons that take all time steps in a call."""
-
-    def make(work: Work) -> Made:
-        model, (x, y) = network(work, weights_of(work), neuron), batch_of(work)
-
-        def run() -> None:
-            model.zero_grad()
-            per_sequence(work, model, model(x), y)
-
-        return run, lambda: gradient(model)
-
-    return make
 
 
 def jax_case(cut: bool) -> Callable[[Work], Made]:
@@ -283,9 +248,7 @@ def jax_case(cut: bool) -> Callable[[Work], Made]:
         def run() -> None:
             found[:] = jax.block_until_ready(step(weights, x, y))
 
-        layers = [name for i in range(len(work.widths) - 1) for name in (f"w{i}", f"b{i}")]
-        order = [*layers, *(["r"] if work.recurrent else []), *(["w", "b"] if work.classes else [])]
-        return run, lambda: torch.cat([torch.from_numpy(jax.device_get(found[1][n]).copy()).flatten() for n in order])
+        return run, lambda: torch.cat([torch.from_numpy(jax.device_get(found[1][n]).copy()).flatten() for n in weights])
 
     return make
 
@@ -311,7 +274,7 @@ CASES = {
     "SLTT, fold = 1": Case(by_rule(sltt.SLTT(fold=1)), "SLTT"),
     "JAX SLTT": Case(jax_case(cut=True), "SLTT"),
     "JAX BPTT": Case(jax_case(cut=False), "BPTT"),
-    "SpikingJelly BPTT": Case(spikingjelly, "BPTT"),
+    "SpikingJelly BPTT": Case(library(spikingjelly), "BPTT"),
     "snnTorch BPTT": Case(library(snntorch), None, recurrent=False),
     "Norse BPTT": Case(library(norse), None, recurrent=False),
     "sinabs BPTT": Case(library(sinabs), None, recurrent=False),
@@ -342,17 +305,8 @@ def work_on(work: str, case: str, on: str) -> None:
     run()
     device = torch.device(on)
 
-    def peak() -> float:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # gives memory that is free back to the system
-        reset_process_peak(device)
-        before = process_peak(device)
-        run()
-        finish(device)
-        return process_peak(device) - before
-
     clock = time.process_time if on == "cpu" else time.perf_counter
-    serve({"time": timed(run, clock, least=0.5, device=device), "peak": peak})
+    serve({"time": timed(run, clock, least=0.5, device=device), "peak": lambda: process_memory(run, device)})
 
 
 def measure(work: str, cases: list[str], rounds: int, device: str) -> list[dict[str, Any]]:
@@ -371,10 +325,7 @@ def measure(work: str, cases: list[str], rounds: int, device: str) -> list[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--works", nargs="+", choices=WORKS,
-        default=["mlp", "linear-256", "linear-512", "linear-2048", "recurrent-256", "recurrent-1024"],
-    )  # fmt: skip
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=[name for name in WORKS if "tiny" not in name])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=DOCS / "results" / "sequences.json")

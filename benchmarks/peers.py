@@ -29,7 +29,6 @@ compared with ReLU in bf16 and with its evaluation. The cases are in benchmarks/
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import math
@@ -46,9 +45,9 @@ from typing import Any, Literal
 import torch
 from peer_cases import CASES, NETWORKS, build, cosine
 from peer_tables import Row, cases_table
-from turns import EndedError, Worker, hardware, in_turns, serve, timed
+from turns import EndedError, Worker, give_back, hardware, in_turns, process_memory, serve, timed
 
-from sltt.analysis import peak_memory, process_peak, reset_process_peak
+from sltt.analysis import peak_memory
 from sltt.training.console import megabytes
 
 COMPARED = 3  # time steps at which gradients are compared
@@ -102,7 +101,7 @@ def work(setting: Setting, case: str) -> None:
     def seconds() -> float:
         found = one()
         if resident_set() > HELD_AT_MOST:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            give_back()
         return found
 
     def warm() -> None:
@@ -118,10 +117,7 @@ def work(setting: Setting, case: str) -> None:
 
     def resident() -> int:
         warm()
-        before = resident_set()
-        reset_process_peak(device)
-        run()
-        return process_peak(device) - before
+        return process_memory(run, device)
 
     serve(
         {

@@ -1,6 +1,8 @@
 """Run cases in turns, so that what slows the machine meets all alike, and commands of `sltt` once."""
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import select
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sltt.analysis import process_peak, reset_process_peak
 from sltt.commands import main as command
 
 CPU = torch.device("cpu")
@@ -47,6 +50,22 @@ def finish(device: torch.device) -> None:
     """Wait for what was launched."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def process_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Return bytes of the process, or of the GPU, at the peak of a call above those before it."""
+    gc.collect()
+    give_back()
+    reset_process_peak(device)
+    before = process_peak(device)
+    run()
+    finish(device)
+    return process_peak(device) - before
+
+
+def give_back() -> None:
+    """Give memory that is free back to the system."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def quotient(times: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
