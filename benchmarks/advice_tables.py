@@ -5,9 +5,8 @@ twice the standard error of the difference, the seeds are too few to tell.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from cells import Row, accuracies, family, load, markdown, of_task, shown
@@ -18,7 +17,6 @@ from sltt.commands.verdict import MARGIN, Verdict, noise_of
 
 TRIED = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # thresholds, of the cosine and of the share of the loss
 WORDS = {0: "right", 1: "not needed", -1: "**wrong**"}  # by the place of the advised rule beside the best
-JUDGED = ["worst cosine", "SLTT's share", "SLTT loses, points"]  # cells of `judged`
 
 
 @dataclass(frozen=True)
@@ -38,16 +36,6 @@ class Case:
     trial: Trial
     lost: float
     noise: float
-
-    @property
-    def enough(self) -> bool:
-        """Whether the rule is enough, by the full trainings."""
-        return self.lost <= MARGIN
-
-    @property
-    def open(self) -> bool:
-        """Whether the seeds are too few to tell."""
-        return MARGIN < self.lost <= self.noise
 
     @property
     def share(self) -> str:
@@ -80,16 +68,15 @@ def advised(row: Row) -> Row:
     return {"advice": row["rule"], "trial": row["trial"], "worst_cosine": worst}
 
 
-def fields(results: Path) -> dict[tuple[int, float], tuple[str, Case]]:
-    """The advice and SLTT in the fields of the map, by T and τ; one seed does not tell whether SLTT is enough."""
+def fields(results: Path) -> list[Case]:
+    """List SLTT in the fields of the map that have a trial; one seed does not tell whether it is enough."""
     advice, cells = (load(results, f"paper/{name}") for name in ("advice", "map"))
-    found = {}
+    found = []
     for name, cell in cells.items():
-        reached = {row["rule"]: row["accuracies"] for row in cell["rows"]}
-        said = advice.get(name.replace("map", "advice"))
+        reached, said = accuracies(cell["rows"]), advice.get(name.replace("map", "advice"))
         if said and len(reached["SLTT"]) > 1:
-            found[cell["T"], cell["tau"]] = said["advice"], case(said, "SLTT", reached)
-    return dict(sorted(found.items()))
+            found.append(case(said, "SLTT", reached))
+    return found
 
 
 def of_tasks(results: Path, of_family: str = "") -> dict[str, tuple[str, dict[str, Case]]]:
@@ -98,7 +85,7 @@ def of_tasks(results: Path, of_family: str = "") -> dict[str, tuple[str, dict[st
     for row in load(results, "advice"):
         if family(row) != of_family:
             continue
-        of = accuracies(of_task(results, row["task"]))
+        of = of_task(results, row["task"])
         found[row["task"]] = row["advice"], {rule: case(row, rule, of) for rule in ("SLTT", "OTTT") if rule in of}
     return found
 
@@ -110,10 +97,10 @@ def judged(case: Case) -> list[str]:
 
 def verdict(advised: str, cases: Sequence[Case]) -> str:
     """Of the advised rule: right where it is the first that is enough, of the cases or else BPTT."""
-    if any(case.open for case in cases):
+    if any(MARGIN < case.lost <= case.noise for case in cases):  # the seeds are too few to tell
         return "open"
     rules = [*(case.rule for case in cases), "BPTT()"]
-    best = next((case.rule for case in cases if case.enough), "BPTT()")
+    best = next((case.rule for case in cases if case.lost <= MARGIN), "BPTT()")
     # where a window or OTTT was not trained, it stands for what is not SLTT
     places = [rules.index(rule) if rule in rules else len(cases) for rule in (advised, best)]
     return WORDS[(places[0] > places[1]) - (places[0] < places[1])]
@@ -121,10 +108,7 @@ def verdict(advised: str, cases: Sequence[Case]) -> str:
 
 def calibration(cases: Sequence[Case]) -> list[list[str]]:
     """For each threshold how often a rule is advised rightly: by the cosine, and by the trial."""
-    ways: list[tuple[str, Callable[[Case, float], bool], float]] = [
-        ("worst cosine", Case.by_cosine, AGREES),
-        ("share in the trial", Case.by_trial, LEARNS),
-    ]
+    ways = ("worst cosine", Case.by_cosine, AGREES), ("share in the trial", Case.by_trial, LEARNS)
     rows = []
     for name, advises, used in ways:
         for least in TRIED:
@@ -143,18 +127,12 @@ def advice(results: Path, of_family: str = "") -> str:
         of_traces = judged(others[0])[1:] if others else ["", ""]
         cells = [*judged(first), *of_traces, shown(said), verdict(said, [first, *others])]
         rows.append([task, str(first.trial.epochs), *cells])
-    return markdown(["task", "epochs", *JUDGED, "OTTT's share", "OTTT loses", "advice", "verdict"], rows)
+    of_sltt, of_ottt = ["worst cosine", "SLTT's share", "SLTT loses, points"], ["OTTT's share", "OTTT loses"]
+    return markdown(["task", "epochs", *of_sltt, *of_ottt, "advice", "verdict"], rows)
 
 
 def calibrated(results: Path) -> str:
     """How often the advice is right, over its thresholds."""
     cases = [case for _, several in of_tasks(results).values() for case in several.values()]
-    rows = calibration([*cases, *(case for _, case in fields(results).values())])
-    return markdown(["the rule is advised if", "right", "BPTT advised without need", "wrong"], rows)
-
-
-TABLES: dict[str, Callable[[Path], str]] = {
-    "advice": advice,
-    "advice-series": partial(advice, of_family="series"),
-    "calibration": calibrated,
-}
+    headings = "the rule is advised if", "right", "BPTT advised without need", "wrong"
+    return markdown(headings, calibration([*cases, *fields(results)]))

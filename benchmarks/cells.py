@@ -18,6 +18,16 @@ def markdown(headings: Sequence[str], rows: Cells) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def recorded(path: Path) -> list[Row]:
+    """Return the rows of a file, none if it is not there."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write(path: Path, found: Any) -> None:
+    """Write results as JSON, a value in a line."""
+    path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+
+
 def load(results: Path, name: str) -> Any:
     return json.loads((results / f"{name}.json").read_text())
 
@@ -35,38 +45,32 @@ def by(rows: Iterable[Row], key: str) -> dict[Any, Row]:
     return {row[key]: row for row in rows}
 
 
-def runs(results: Path, name: str) -> dict[str, list[list[Row]]]:
-    """The epochs of each seed, by rule, in a CSV of runs."""
-    with (results / f"{name}.csv").open() as file:
-        found = grouped(csv.DictReader(file), "rule")
-    return {rule: list(grouped(rows, "seed").values()) for rule, rows in found.items()}
-
-
 def family(row: Row) -> str:
     """Name the table that has a row of tasks.json: "series", "recurrent", or "" for the table of all rules."""
     task = row["task"]
     return "series" if task.startswith(SERIES) else "recurrent" if task.endswith(", recurrent") else ""
 
 
-def of_task(results: Path, task: str) -> dict[str, Row]:
-    """Rows of a task in tasks.json, by rule."""
-    return {shown(row["rule"]): row for row in load(results, "tasks") if row["task"] == task}
+def accuracies(rows: Iterable[Row]) -> dict[str, list[float]]:
+    """Return the test accuracies of each rule, one for each seed."""
+    return {shown(row["rule"]): row["accuracies"] for row in rows}
 
 
-def compared(results: Path, name: str) -> dict[str, Row]:
-    """Rows of a comparison that paper.py made, by rule."""
-    return {shown(row["rule"]): row for row in load(results, f"paper/{name}")["rows"]}
+def of_task(results: Path, task: str) -> dict[str, list[float]]:
+    """Return the accuracies on a task in tasks.json."""
+    return accuracies(row for row in load(results, "tasks") if row["task"] == task)
 
 
-def accuracies(rows: dict[str, Row]) -> dict[str, list[float]]:
-    """Test accuracies of each rule, one for each seed."""
-    return {rule: row["accuracies"] for rule, row in rows.items()}
+def compared(results: Path, name: str) -> dict[str, list[float]]:
+    """Return the accuracies in a comparison that paper.py made."""
+    return accuracies(load(results, f"paper/{name}")["rows"])
 
 
-def seeds(results: Path, name: str) -> dict[str, list[float]]:
-    """The same in a CSV of runs."""
-    found = runs(results, name)
-    return {shown(rule): [float(epochs[-1]["test_accuracy"]) for epochs in of] for rule, of in found.items()}
+def last_epochs(results: Path, name: str) -> dict[str, list[float]]:
+    """Return the accuracies in a CSV of runs: each row is an epoch, and the last ones count."""
+    with (results / f"{name}.csv").open() as file:
+        last = {(row["rule"], row["seed"]): float(row["test_accuracy"]) for row in csv.DictReader(file)}
+    return {shown(rule): [reached for (of, _), reached in last.items() if of == rule] for rule, _ in last}
 
 
 def shown(rule: str) -> str:

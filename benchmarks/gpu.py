@@ -1,14 +1,13 @@
 """The first hour on a GPU: one step after the other, each with a log; docs/gpu.md fills itself.
 
-    python benchmarks/gpu.py [--data DIR] [--only STEP …]      # or: make gpu
-    python benchmarks/gpu.py --device cpu                      # small sizes, to try the script; docs stay as they are
+    python benchmarks/gpu.py [--data DIR]      # or: make gpu
+    python benchmarks/gpu.py --device cpu      # small sizes, to try the script; docs stay as they are
 
 A step that ran through is not run again. So the same command goes on where it stopped, and tries again what failed.
 Logs are in runs/gpu, results in docs/results/gpu. `--data DIR` has CIFAR-10 as folders of images, for the last step.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import tables
 import torch
+from cells import by, recorded, write
 from peer_cases import build, by_rule
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -124,7 +124,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--data", help="folder of CIFAR-10")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps, again")
     parser.add_argument("--measure", choices=MEASURED, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -136,15 +135,15 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
     if given.measure:
         rows = MEASURED[given.measure](torch.device(given.device))
-        found = {"hardware": hardware(torch.get_num_threads(), device=given.device), "rows": rows}
-        (results / f"{given.measure}.json").write_text(json.dumps(found, indent=1) + "\n")
+        on = hardware(torch.get_num_threads(), given.device)
+        write(results / f"{given.measure}.json", {"hardware": on, "rows": rows})
         return 0
     file = results / "steps.json"
-    ended: dict[str, Any] = {one["step"]: one for one in json.loads(file.read_text())} if file.exists() else {}
+    ended = by(recorded(file), "step")
     for name, command in commands(given.device, results, runs, given.data):
-        if name in given.only if given.only else ended.get(name, {"code": 1})["code"]:
+        if name not in ended or ended[name]["code"]:
             ended[name] = run_step(name, command, runs / f"{name}.log")
-            file.write_text(json.dumps([*ended.values()], indent=1) + "\n")
+            write(file, [*ended.values()])
             page = tables.filled(PAGE.read_text(), results.parent)
             (runs / PAGE.name if trial else PAGE).write_text(page)
     return int(any(one["code"] for one in ended.values()))

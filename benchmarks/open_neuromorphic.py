@@ -3,10 +3,8 @@
     python benchmarks/open_neuromorphic.py [--works linear-512 mlp] [--cases SLTT "JAX SLTT"] [--rounds 3]
                                            [--device cuda]
 
-The works are the task of the Open Neuromorphic benchmark (github.com/open-neuromorphic/snn-library-benchmarks: a linear
-layer and LIF neurons, 16 samples, 500 time steps, a dense input), an MLP of the sizes of the Spiking Heidelberg Digits,
-and a recurrent layer. Each case runs in a process of its own, and the processes take turns. Before anything is timed,
-each gradient is compared with that of the plain equations in float64, on a small network.
+docs/performance.md says what the works are. Each case runs in a process of its own, and the processes take turns.
+Before anything is timed, each gradient is compared with that of the plain equations in float64, on a small network.
 
 Time is processor time of one thread, or on CUDA the time that passes. It is that of forward and backward together: some
 rules interleave them.
@@ -15,7 +13,6 @@ rules interleave them.
 # pyright: reportMissingImports=false
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -26,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from cells import write
 from peer_cases import jelly_neuron
 from tables import DOCS, fill
 from torch import Tensor, nn
@@ -68,12 +66,11 @@ WORKS = {
     "tiny-linear": Work((16, 16), 4, 6),
 }
 
-Weights = dict[str, Tensor]
 Made = tuple[Callable[[], Any], Callable[[], Tensor]]  # an iteration and, after one, its gradient
 
 
-def weights_of(work: Work) -> Weights:
-    """The weights that all cases share, so that some 5 to 20% of the neurons fire."""
+def weights_of(work: Work) -> dict[str, Tensor]:
+    """The weights that all cases share, in the order of the layers, so that some 5 to 20% of the neurons fire."""
     generator = torch.Generator().manual_seed(0)
     found, density = {}, work.density or 1.0
     for i, (fan_in, width) in enumerate(itertools.pairwise(work.widths)):
@@ -103,19 +100,17 @@ def batch_of(work: Work) -> tuple[Tensor, Tensor]:
 
 def network(work: Work, neuron: Callable[..., nn.Module]) -> nn.Sequential:
     """Build the network with a library's neurons; those that read their own spikes are made of the layer for that."""
-    weights, layers = weights_of(work), []
-    for i in range(len(work.widths) - 1):
-        layers.append(linear(weights[f"w{i}"], weights[f"b{i}"]))
-        layers.append(neuron(linear(weights["r"])) if work.recurrent else neuron())
-    return nn.Sequential(*layers, *([linear(weights["w"], weights["b"])] if work.classes else [])).to(work.device)
-
-
-def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    layer.weight.data = weight.clone()
-    if bias is not None:
-        layer.bias.data = bias.clone()
-    return layer
+    layers = []
+    for fan_in, width in itertools.pairwise(work.widths):
+        feedback = [nn.Linear(width, width, bias=False)] if work.recurrent else []
+        layers += [nn.Linear(fan_in, width), neuron(*feedback)]
+    if work.classes:
+        layers.append(nn.Linear(work.widths[-1], work.classes))
+    model = nn.Sequential(*layers)
+    parameters = (p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters())
+    for parameter, value in zip(parameters, weights_of(work).values(), strict=True):
+        parameter.data = value
+    return model.to(work.device)
 
 
 def loss_of(work: Work) -> Callable[[Tensor, Tensor], Tensor]:
@@ -146,7 +141,7 @@ def by_rule(rule: sltt.Rule, dtype: torch.dtype = torch.float32) -> Callable[[Wo
     return make
 
 
-def library(neuron: Callable[..., nn.Module]) -> Callable[[Work], Made]:
+def by_sequence(neuron: Callable[..., nn.Module]) -> Callable[[Work], Made]:
     """Make a case of neurons that take all time steps in a call."""
 
     def make(work: Work) -> Made:
@@ -176,8 +171,8 @@ def spikingjelly(feedback: nn.Linear | None = None) -> nn.Module:
     """Make a neuron in multi-step mode, or one that runs step by step and reads its own spikes."""
     node: Any = jelly_neuron("LIFNode", 1 / (1 - LAMBDA), step_mode="s" if feedback else "m")
 
-    def step(x: Tensor, spikes: Tensor | None) -> tuple[Tensor, Tensor]:
-        spikes = node(x if feedback is None or spikes is None else x + feedback(spikes))
+    def step(x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        spikes = node(x if feedback is None or before is None else x + feedback(before))
         return spikes, spikes
 
     module = _Steps(step, node, feedback) if feedback else node
@@ -274,10 +269,10 @@ CASES = {
     "SLTT, fold = 1": Case(by_rule(sltt.SLTT(fold=1)), "SLTT"),
     "JAX SLTT": Case(jax_case(cut=True), "SLTT"),
     "JAX BPTT": Case(jax_case(cut=False), "BPTT"),
-    "SpikingJelly BPTT": Case(library(spikingjelly), "BPTT"),
-    "snnTorch BPTT": Case(library(snntorch), None, recurrent=False),
-    "Norse BPTT": Case(library(norse), None, recurrent=False),
-    "sinabs BPTT": Case(library(sinabs), None, recurrent=False),
+    "SpikingJelly BPTT": Case(by_sequence(spikingjelly), "BPTT"),
+    "snnTorch BPTT": Case(by_sequence(snntorch), None, recurrent=False),
+    "Norse BPTT": Case(by_sequence(norse), None, recurrent=False),
+    "sinabs BPTT": Case(by_sequence(sinabs), None, recurrent=False),
 }
 
 
@@ -337,12 +332,11 @@ def main() -> None:
     rows = []
     for work in given.works:
         cases = [case for case in given.cases if CASES[case].recurrent or not WORKS[work].recurrent]
-        rows += measure(work, cases, given.rounds, given.device)
-        for row in rows[-len(cases) :]:
+        for row in measure(work, cases, given.rounds, given.device):
             seconds = statistics.median(row["seconds"])
             print(f"{work:16}{row['case']:22}{seconds:9.4f} s  {row['peak_MB']:8.1f} MB", flush=True)
-    found = {"hardware": hardware(1, device=given.device), "rows": rows}
-    given.out.write_text(json.dumps(found, indent=1) + "\n")
+            rows.append(row)
+    write(given.out, {"hardware": hardware(1, given.device), "rows": rows})
     fill()
     return None
 

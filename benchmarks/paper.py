@@ -1,6 +1,6 @@
 """The paper's claims at the scale of two CPU cores: what docs/paper.md rests on.
 
-    python benchmarks/paper.py [NAME ...] [--data DIR] [--runs runs/paper]
+    python benchmarks/paper.py [NAME ...] [--data DIR]
 
 A step is a measurement or a command of `sltt`, with one thread. Measurements run alone; then two commands run at a
 time, and what they print goes to `runs/paper/NAME.log`. Each step is kept in `runs/paper`: run again, a finished one is
@@ -25,17 +25,19 @@ from typing import Any
 
 import torch
 from advice_tables import advised
+from cells import write
 from tables import DOCS, fill
 from torch import nn
 from turns import hardware, in_turns, saved, timed
 
 import sltt
 from sltt.analysis import Agreement, agreement, count_operations, peak_memory
+from sltt.commands.fscil import SCORES
 from sltt.commands.parsing import Recipe
 from sltt.kernels import using
 from sltt.parallel.devices import keep_freed_memory
 
-RESULTS = DOCS / "results" / "paper"
+RESULTS, RUNS = DOCS / "results" / "paper", Path("runs/paper")
 IMAGES = "--data sltt.data.ImageFolder --data.root {data}/cifar10 --data.size 32 --data.crop_padding 4"
 CIFAR10 = (  # narrower than the recipe, with the paper's neuron: a training takes minutes
     f"cifar10-small {IMAGES} --data.validation 0.04 --data.cutout 0 --model.widths [32,64,128] --model.stem 0 "
@@ -89,6 +91,7 @@ NETWORKS = {  # the paper's, T, and the batches whose memory and whose time is m
 }
 TURNS = 5
 KEPT = ["rule", "accuracies", "seconds", "peak_memory", "operations", "cosine", "tau", "steps", "epochs", "agreement"]
+KEPT += SCORES  # of few shots
 LONG = ("gradients-cifar10-training", "cifar10-stage", *(f"{of}-T{T}" for of in ("map", "advice") for T in (32, 64)))
 RULES = {"BPTT": sltt.BPTT(), "SLTT": sltt.SLTT(), "SLTT-1": sltt.SLTT(k=1)}
 LOSS = sltt.losses.CrossEntropyMSE()
@@ -107,18 +110,16 @@ def operations(data: Path | None) -> list[dict[str, Any]]:
 
 def memory(data: Path | None) -> list[dict[str, Any]]:
     """Peak of a training batch above the idle process, and weights, gradients and momentum; layers are dense."""
-    with using(sparse="off"):
-        return [peak(network, rule) for network in NETWORKS for rule in ("BPTT", "SLTT")]
-
-
-def peak(network: str, rule: str) -> dict[str, Any]:
-    """Memory of one rule."""
-    make, shape, steps, batch, _ = NETWORKS[network]
-    model = make()
-    run = iteration(model, rule, shape, steps, batch)
-    run()  # makes the gradients
-    state = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"network": network, "steps": steps, "batch": batch, "rule": rule, "peak": peak_memory(run), "state": state}
+    rows = []
+    for (network, (make, shape, steps, batch, _)), rule in itertools.product(NETWORKS.items(), ("BPTT", "SLTT")):
+        model = make()
+        state = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+        with using(sparse="off"):
+            run = iteration(model, rule, shape, steps, batch)
+            run()  # makes the gradients
+            row = {"network": network, "steps": steps, "batch": batch, "rule": rule}
+            rows.append({**row, "peak": peak_memory(run), "state": state})
+    return rows
 
 
 def seconds(data: Path | None) -> dict[str, Any]:
@@ -179,80 +180,69 @@ def run(text: str, kept: Path, data: Path | None) -> Any:
     """What a command finds; from its folder, where it has finished before."""
     words = [word.format(data=data) for word in shlex.split(text)]
     found = kept / f"{words[0]}.json"
-    if not found.exists():
-        torch.set_num_threads(1)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{kept}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
-            try:
-                return saved(words, kept)
-            except SystemExit:  # where a seed died, the others are written
-                found.unlink(missing_ok=True)
-                raise
-    return json.loads(found.read_text())
+    if found.exists():
+        return json.loads(found.read_text())
+    torch.set_num_threads(1)
+    with open(f"{kept}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            return saved(words, kept)
+        except SystemExit:  # where a seed died, the others are written
+            found.unlink(missing_ok=True)
+            raise
 
 
-def found_by(commands: dict[str, str], runs: Path, data: Path | None) -> Iterator[tuple[str, Any]]:
+def found_by(commands: dict[str, str], data: Path | None) -> Iterator[tuple[str, Any]]:
     """What each command finds, two running at a time."""
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        began = {pool.submit(run, text, runs / name, data): name for name, text in commands.items()}
+        began = {pool.submit(run, text, RUNS / name, data): name for name, text in commands.items()}
         for one in as_completed(began):
             name = began[one]
             if one.exception():
                 pool.shutdown(cancel_futures=True)
-                raise SystemExit(f"{name} failed, see {runs / name}.log")
+                raise SystemExit(f"{name} failed, see {RUNS / name}.log")
             print(name, "is done", flush=True)
             yield name, one.result()
 
 
 def shortened(found: Any) -> Any:
-    """What the tables show of a comparison or of agreements."""
-    if "fits" in found or "sizes" in found:
-        return found
+    """What the tables show of a comparison, of agreements or of few shots."""
     return {**found, "rows": [{key: row[key] for key in KEPT if key in row} for row in found["rows"]]}
-
-
-def write(name: str, found: Any) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--runs", type=Path, default=Path("runs/paper"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    measure(options.names, options.runs, options.data)
-    train(options.names, options.runs, options.data)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    measure(options.names, options.data)
+    train(options.names, options.data)
 
 
-def measure(names: Sequence[str], runs: Path, data: Path | None) -> None:
+def measure(names: Sequence[str], data: Path | None) -> None:
     """The measurements of these names that have not been made."""
-    runs.mkdir(parents=True, exist_ok=True)
     for name, of in MEASURES.items():
-        done = runs / f"{name}.done"
+        done = RUNS / f"{name}.done"
         if chosen(name, names) and (data or name != "gradients-cifar10") and not done.exists():
-            write(name, of(data))
+            write(RESULTS / f"{name}.json", of(data))
             fill()
             done.touch()
 
 
-def train(names: Sequence[str], runs: Path, data: Path | None) -> None:
+def train(names: Sequence[str], data: Path | None) -> None:
     """The commands of these names, and what each finds."""
-    commands = {
-        name: text
-        for name, text in {**COMMANDS, **MAP, **ADVICE}.items()
-        if chosen(name, names) and (data or "{data}" not in text)
-    }
-    for name, found in found_by(commands, runs, data):
+    all_commands = {**COMMANDS, **MAP, **ADVICE}
+    commands = {n: text for n, text in all_commands.items() if chosen(n, names) and (data or "{data}" not in text)}
+    for name, found in found_by(commands, data):
         if name in MAP:
             tau = float(name.rpartition("tau")[2])
             record("map", MAP, name, {"T": found["steps"], "tau": tau, "rows": shortened(found)["rows"]})
         elif name in ADVICE:
             record("advice", ADVICE, name, advised(found["rows"][0]))
         else:
-            write(name, shortened(found))
+            write(RESULTS / f"{name}.json", shortened(found))
         fill()
 
 
@@ -265,7 +255,7 @@ def record(file: str, names: Iterable[str], name: str, cell: dict[str, Any]) -> 
     """Add a cell to the others of a file, in the order of the names."""
     path = RESULTS / f"{file}.json"
     cells = {**(json.loads(path.read_text()) if path.exists() else {}), name: cell}
-    write(file, {one: cells[one] for one in names if one in cells})
+    write(path, {one: cells[one] for one in names if one in cells})
 
 
 if __name__ == "__main__":

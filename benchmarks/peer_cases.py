@@ -5,7 +5,8 @@ The neurons: τ = 1.1, threshold 1, soft reset, no input scaling, triangle surro
 
 # pyright: reportMissingImports=false
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ Iteration = Callable[[nn.Module, Tensor, Tensor, int], Any]
 Neuron = Callable[[], nn.Module]
 
 
-def vgg11_max(**arguments: Any) -> nn.Module:
-    """VGG-11 with the maximum where it has the average: what is pooled stays a spike."""
-    model: Any = sltt.models.vgg11(**arguments)
+def vgg11_max(neuron: Neuron) -> nn.Module:
+    """Make VGG-11 with the maximum where it has the average: what is pooled stays a spike."""
+    model: Any = sltt.models.vgg11(in_channels=2, neuron=neuron)
     for i, layer in enumerate(model.features):
         if isinstance(layer, nn.AvgPool2d):
             model.features[i] = nn.MaxPool2d(2)
@@ -32,39 +33,23 @@ def vgg11_max(**arguments: Any) -> nn.Module:
     return model
 
 
-# what makes the network, and its input
-NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
-    "resnet18": (sltt.models.resnet18, (32, 3, 32, 32)),
-    "vgg11": (lambda **a: sltt.models.vgg11(in_channels=2, **a), (16, 2, 48, 48)),
-    "vgg11-max": (lambda **a: vgg11_max(in_channels=2, **a), (16, 2, 48, 48)),
-    "spikformer": (sltt.models.spikformer, (32, 3, 32, 32)),
-    "digits": (sltt.models.DigitsNet, (128, 1, 8, 8)),  # a case in seconds
+# what makes the network, its input, and its name in a table
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], str]] = {
+    "resnet18": (sltt.models.resnet18, (32, 3, 32, 32), "ResNet-18"),
+    "vgg11": (partial(sltt.models.vgg11, in_channels=2), (16, 2, 48, 48), "VGG-11"),
+    "vgg11-max": (vgg11_max, (16, 2, 48, 48), "VGG-11 with max pooling"),
+    "spikformer": (sltt.models.spikformer, (32, 3, 32, 32), "Spikformer"),
+    "digits": (sltt.models.DigitsNet, (128, 1, 8, 8), "DigitsNet"),  # a case in seconds
 }
 
 
-def by_rule(rule: sltt.Rule, **options: Any) -> Iteration:
+def by_rule(rule: sltt.Rule | Callable[[int], sltt.Rule], **options: Any) -> Iteration:
+    """Run a rule, or the one that is made for T."""
+
     def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+        taken = rule if isinstance(rule, sltt.Rule) else rule(steps)
         with kernels.using(**options):
-            rule(model, x, y, LOSS, steps=steps)
-
-    return run
-
-
-def in_bf16(iteration: Iteration) -> Iteration:
-    """Under autocast to bfloat16, with float32 weights and membrane potentials."""
-
-    def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            iteration(model, x, y, steps)
-
-    return run
-
-
-def over_steps(make: Callable[[int], sltt.Rule]) -> Iteration:
-    """Run a rule that depends on T."""
-
-    def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-        make(steps)(model, x, y, LOSS, steps=steps)
+            taken(model, x, y, LOSS, steps=steps)
 
     return run
 
@@ -110,14 +95,15 @@ def relu_evaluation(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
 def jelly_neuron(kind: str, tau: float = TAU, **more: Any) -> nn.Module:
     from spikingjelly.activation_based import neuron, surrogate
 
-    return getattr(neuron, kind)(
-        tau=tau,
-        decay_input=False,
-        v_reset=None,
-        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
-        detach_reset=False,
-        **more,
-    )
+    slope = surrogate.PiecewiseQuadratic(alpha=1.0)
+    soft_reset = {"v_reset": None, "detach_reset": False}
+    return getattr(neuron, kind)(tau=tau, decay_input=False, surrogate_function=slope, **soft_reset, **more)
+
+
+def reset(model: nn.Module) -> None:
+    from spikingjelly.activation_based import functional
+
+    functional.reset_net(model)
 
 
 class Folded(nn.Module):
@@ -134,9 +120,7 @@ class Folded(nn.Module):
 
 
 def jelly_bptt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-    from spikingjelly.activation_based import functional
-
-    functional.reset_net(model)
+    reset(model)
     Folded.steps = steps
     logits = model(x.repeat(steps, *[1] * (x.ndim - 1)))
     LOSS(logits, y.repeat(steps)).backward()
@@ -167,10 +151,10 @@ def into_units(model: Any) -> None:
 
 def checkpoint(model: nn.Module, x: Tensor, targets: type[nn.Module]) -> None:
     """Level 1 of SpikingJelly's memopt: checkpoints, and spikes that are read as bits. Higher levels need CUDA."""
-    from spikingjelly.activation_based import functional, memopt
+    from spikingjelly.activation_based import memopt
 
     def forward(model: nn.Module) -> Tensor:
-        functional.reset_net(model)
+        reset(model)
         Folded.steps = 1
         return model(x)
 
@@ -187,9 +171,7 @@ def checkpoint_blocks(model: nn.Module, x: Tensor) -> None:
 
 
 def jelly_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-    from spikingjelly.activation_based import functional
-
-    functional.reset_net(model)
+    reset(model)
     relu(model, x, y, steps)
 
 
@@ -218,19 +200,24 @@ class Case:
     prepare: Callable[[nn.Module, Tensor], None] | None = None
 
 
-def sltt_case(rule: sltt.Rule, exact: str | None = None, **options: Any) -> Case:
-    """A rule of ours; `exact` is the name of the rule whose gradient it should have."""
-    backward = "BPTT" if isinstance(rule, sltt.BPTT) else "SLTT"
-    return Case(sltt.LIF, by_rule(rule, **options), peer=f"SpikingJelly {backward}", rule=exact)
+def our_case(run: Iteration, rule: str | None = None) -> Case:
+    """Make a case with our neurons; `rule` is that whose gradient it should have."""
+    return Case(sltt.LIF, run, peer=f"SpikingJelly {rule or 'SLTT'}", rule=rule)
 
 
-def bptt_case(make: Callable[[int], sltt.Rule]) -> Case:
-    return Case(sltt.LIF, over_steps(make), peer="SpikingJelly BPTT", rule="BPTT")
+def peer_case(neuron: Neuron, run: Iteration, rule: str) -> Case:
+    """Make a case of SpikingJelly."""
+    return Case(neuron, run, peer=f"SpikingJelly {rule}", rule=rule, channels_last=False)
 
 
-def bf16_case(iteration: Iteration | None = None, backward: str = "SLTT", **options: Any) -> Case:
-    run = in_bf16(iteration or by_rule(sltt.SLTT(), **options))
-    return Case(sltt.LIF, run, floor="relu, bf16", peer=f"SpikingJelly {backward}, bf16")
+def in_bf16(case: Case) -> Case:
+    """Run a case under autocast to bfloat16, with float32 weights and membrane potentials."""
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            case.run(model, x, y, steps)
+
+    return replace(case, run=run, floor="relu, bf16", peer=case.peer and f"{case.peer}, bf16", rule=None)
 
 
 class OwnLIF(sltt.Neuron):
@@ -244,53 +231,48 @@ class OwnLIF(sltt.Neuron):
 
 
 def compiled_case(neuron: Neuron) -> Case:
-    """Neurons that are compiled in layers of any size, beside our LIF."""
+    """Make a case of neurons that are compiled in layers of any size, beside our LIF."""
     return Case(neuron, by_rule(sltt.SLTT(), compile="on"), floor="SLTT, compiled")
 
 
-def peer_case(neuron: Neuron, run: Iteration, rule: str, **more: Any) -> Case:
-    return Case(neuron, run, peer=f"SpikingJelly {rule}", rule=rule, channels_last=False, **more)
-
-
-def bf16_peer(neuron: Neuron, run: Iteration) -> Case:
-    return Case(neuron, in_bf16(run), floor="relu, bf16", channels_last=False)
-
-
+RELU = Case(nn.ReLU, relu)
+JELLY_SLTT = peer_case(lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt, "SLTT")
+JELLY_BPTT = peer_case(Folded, jelly_bptt, "BPTT")
 CASES: dict[str, Case] = {
-    "relu": Case(nn.ReLU, relu),
-    "relu, bf16": Case(nn.ReLU, in_bf16(relu), floor="relu, bf16"),
+    "relu": RELU,
+    "relu, bf16": in_bf16(RELU),
     "relu, evaluation": Case(nn.ReLU, relu_evaluation, floor="relu, evaluation", evaluates=True),
-    "SLTT": sltt_case(sltt.SLTT(), "SLTT"),
-    "SLTT, dense": sltt_case(sltt.SLTT(), "SLTT", sparse="off"),
-    "SLTT, bf16": bf16_case(),
-    "SLTT, bf16, dense": bf16_case(sparse="off"),
-    "SLTT, graph": Case(sltt.LIF, captured(sltt.SLTT())),
-    "SLTT, bf16, graph": bf16_case(captured(sltt.SLTT())),
-    "SLTT, bf16, fold = T": bf16_case(over_steps(lambda steps: sltt.SLTT(fold=steps))),
-    "BPTT, bf16, fold = T": bf16_case(over_steps(lambda steps: sltt.BPTT(fold=steps)), "BPTT"),
-    "SLTT, k = 1": sltt_case(sltt.SLTT(k=1)),
+    "SLTT": our_case(by_rule(sltt.SLTT()), "SLTT"),
+    "SLTT, dense": our_case(by_rule(sltt.SLTT(), sparse="off"), "SLTT"),
+    "SLTT, bf16": in_bf16(our_case(by_rule(sltt.SLTT()))),
+    "SLTT, bf16, dense": in_bf16(our_case(by_rule(sltt.SLTT(), sparse="off"))),
+    "SLTT, graph": our_case(captured(sltt.SLTT())),
+    "SLTT, bf16, graph": in_bf16(our_case(captured(sltt.SLTT()))),
+    "SLTT, bf16, fold = T": in_bf16(our_case(by_rule(lambda steps: sltt.SLTT(fold=steps)))),
+    "BPTT, bf16, fold = T": in_bf16(our_case(by_rule(lambda steps: sltt.BPTT(fold=steps)), "BPTT")),
+    "SLTT, k = 1": our_case(by_rule(sltt.SLTT(k=1))),
     "SLTT, compiled": compiled_case(sltt.LIF),
     "SLTT, own neuron": compiled_case(OwnLIF),
     "SLTT, ALIF": compiled_case(lambda: sltt.ALIF(TAU)),
-    "SLTT, recompute": sltt_case(sltt.SLTT(recompute=True), "SLTT"),
-    "SLTT, fold = 2": sltt_case(sltt.SLTT(fold=2), "SLTT"),
-    "SLTT, fold = T": Case(sltt.LIF, over_steps(lambda steps: sltt.SLTT(fold=steps)), rule="SLTT"),
-    "OTTT": sltt_case(sltt.OTTT()),
-    "RateBased": sltt_case(sltt.RateBased()),
-    "Mixed": Case(sltt.LIF, mixed),
-    "BPTT": sltt_case(sltt.BPTT(), "BPTT"),
-    "BPTT, fold = T": bptt_case(lambda steps: sltt.BPTT(fold=steps)),
-    "BPTT, recompute": sltt_case(sltt.BPTT(recompute=True), "BPTT"),
-    "BPTT, segment = 2": sltt_case(sltt.BPTT(segment=2), "BPTT"),
-    "BPTT, segment = √T": bptt_case(lambda steps: sltt.BPTT(segment=round(steps**0.5))),
+    "SLTT, recompute": our_case(by_rule(sltt.SLTT(recompute=True)), "SLTT"),
+    "SLTT, fold = 2": our_case(by_rule(sltt.SLTT(fold=2)), "SLTT"),
+    "SLTT, fold = T": our_case(by_rule(lambda steps: sltt.SLTT(fold=steps)), "SLTT"),
+    "OTTT": our_case(by_rule(sltt.OTTT())),
+    "RateBased": our_case(by_rule(sltt.RateBased())),
+    "Mixed": our_case(mixed),
+    "BPTT": our_case(by_rule(sltt.BPTT()), "BPTT"),
+    "BPTT, fold = T": our_case(by_rule(lambda steps: sltt.BPTT(fold=steps)), "BPTT"),
+    "BPTT, recompute": our_case(by_rule(sltt.BPTT(recompute=True)), "BPTT"),
+    "BPTT, segment = 2": our_case(by_rule(sltt.BPTT(segment=2)), "BPTT"),
+    "BPTT, segment = √T": our_case(by_rule(lambda steps: sltt.BPTT(segment=round(steps**0.5))), "BPTT"),
     "evaluation": Case(sltt.LIF, evaluation(), floor="relu, evaluation", evaluates=True),
     "evaluation, dense": Case(sltt.LIF, evaluation(sparse="off"), floor="relu, evaluation", evaluates=True),
-    "SpikingJelly SLTT": peer_case(lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt, "SLTT"),
-    "SpikingJelly BPTT": peer_case(Folded, jelly_bptt, "BPTT"),
-    "SpikingJelly SLTT, bf16": bf16_peer(lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt),
-    "SpikingJelly BPTT, bf16": bf16_peer(Folded, jelly_bptt),
-    "SpikingJelly memopt, units": peer_case(Folded, jelly_bptt, "BPTT", prepare=checkpoint_units),
-    "SpikingJelly memopt, blocks": peer_case(Folded, jelly_bptt, "BPTT", prepare=checkpoint_blocks),
+    "SpikingJelly SLTT": JELLY_SLTT,
+    "SpikingJelly BPTT": JELLY_BPTT,
+    "SpikingJelly SLTT, bf16": in_bf16(JELLY_SLTT),
+    "SpikingJelly BPTT, bf16": in_bf16(JELLY_BPTT),
+    "SpikingJelly memopt, units": replace(JELLY_BPTT, prepare=checkpoint_units),
+    "SpikingJelly memopt, blocks": replace(JELLY_BPTT, prepare=checkpoint_blocks),
 }
 
 
@@ -298,7 +280,7 @@ def build(
     network: str, case: str, batch: int | None = None, device: torch.device | None = None
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """The case's network with the weights that all cases share, and the batch; None is the network's own size."""
-    make, (size, *shape) = NETWORKS[network]
+    make, (size, *shape), _ = NETWORKS[network]
     torch.manual_seed(0)
     weights = make(neuron=nn.ReLU).state_dict()
     model = make(neuron=CASES[case].neuron)

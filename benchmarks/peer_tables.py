@@ -1,7 +1,7 @@
 """Tables of what benchmarks/peers.py measures."""
 
 from cells import Row, by, grouped, markdown, spread
-from peer_cases import CASES
+from peer_cases import CASES, NETWORKS
 from turns import quotient
 
 from sltt.training.console import megabytes
@@ -12,13 +12,6 @@ LABELS = {
     "SpikingJelly BPTT": "SpikingJelly 2.0, `LIFNode`, layer by layer",
     "SpikingJelly memopt, units": "the same, `memopt` level 1 on each unit of layer, norm and neuron",
     "SpikingJelly memopt, blocks": "the same, `memopt` level 1 on residual blocks",
-}
-NETWORKS = {
-    "resnet18": "ResNet-18",
-    "vgg11": "VGG-11",
-    "vgg11-max": "VGG-11 with max pooling",
-    "spikformer": "Spikformer",
-    "digits": "DigitsNet",
 }
 
 
@@ -56,27 +49,24 @@ def steps_table(rows: Rows, of: str | None) -> str:
             for case in cases
         ]
     note = f" Times are ratios to {LABELS.get(of, of)}." if of else ""
-    return conditions(rows, steps=False).replace(":\n", f".{note}\n", 1) + lines(
-        [of[0] for of in cases.values()], columns
-    )
+    line = conditions(rows, steps=False).replace(":\n", f".{note}\n", 1)
+    return line + lines([several[0] for several in cases.values()], columns)
 
 
 def lines(rows: Rows, columns: dict[str, list[str]]) -> str:
     """Markdown: a line for each row, with the name of its case."""
     names = [LABELS.get(row["case"], row["case"].replace("relu", "ReLU")) for row in rows]
-    table = markdown(["", *(name.strip() for name in columns)], list(zip(names, *columns.values(), strict=True)))
+    table = markdown(["", *columns], list(zip(names, *columns.values(), strict=True)))
     return table.replace("|  |", "| |").replace("|  |", "| |")
 
 
 def conditions(rows: Rows, steps: bool) -> str:
     """A line over the table: what was measured, and on what."""
-    words = [NETWORKS[rows[0]["network"]]]
-    if "input" in rows[0]:  # files of an earlier version do not say
-        batch, *shape = rows[0]["input"]
-        words += [f"batch {batch} × {'×'.join(map(str, shape))}"]
-    words += [f"T = {rows[0]['steps']}"] * steps
-    words += [rows[0]["hardware"]] if "hardware" in rows[0] else []
-    words += ["processor time" if rows[0].get("clock") == "process" else "wall-clock time"]
+    first = rows[0]
+    batch, *shape = first["input"]
+    words = [NETWORKS[first["network"]][2], f"batch {batch} × {'×'.join(map(str, shape))}"]
+    words += [f"T = {first['steps']}"] * steps
+    words += [first["hardware"], "processor time" if first["clock"] == "process" else "wall-clock time"]
     counts = sorted({len(row["times"]) for row in rows})
     words += [f"medians of {counts[0]}" if len(counts) == 1 else f"medians of {counts[0]} to {counts[-1]}"]
     return f"{', '.join(words)}:\n\n"

@@ -3,39 +3,27 @@
     pip install '.[bench]'
     python benchmarks/peers.py [--network resnet18|vgg11|vgg11-max|spikformer|digits] [--steps 6] [--cases "NAME;…"]
                                [--device cpu|cuda] [--batch N] [--threads N] [--clock wall|process]
-                               [--only memory|times] [--repeats 7] [--limit 1800] [--json FILE]
+                               [--only memory|times] [--repeats 7] [--json FILE]
     python benchmarks/peers.py --steps 4,16,64 --cases "SLTT;BPTT;SpikingJelly SLTT;SpikingJelly BPTT" --json FILE
 
-The JSON is written when the memory of a T is measured, and when its times are. The same command goes on where it
-stopped. A case that runs out of memory, or needs more than `--limit` seconds for one answer, is left out of the rest,
-and the others go on.
+docs/performance.md says what is measured, and how. The cases are in benchmarks/peer_cases.py. The JSON is written when
+the memory of a T is measured, and when its times are. The same command goes on where it stopped. A case that runs out
+of memory, or needs more than half an hour for one answer, is left out of the rest, and the others go on. `--only`
+measures one of the two: memory where other work runs, times where none does.
 
-Every case runs in a process of its own; the processes take turns, one iteration each. An iteration is zero_grad and the
-gradients of one batch, without an optimizer step; an evaluation is T time steps without a graph. Time is the median
-after one iteration that is not counted; a ratio is the median of the ratios within a turn, with the smallest and the
-largest. `--clock process` takes the processor time of one thread, which other work on the machine hardly disturbs.
-Memory is what PyTorch's allocator holds at the peak above its level before the iteration, gradients included, and
-beside it the peak of the resident set, read in another process whose malloc returns large blocks at once. The first is
-exact; the second is the kernel's high-water mark, which counts in batches for each core and is off by tens of megabytes
-at times. `--only` measures one of the two: memory where other work runs, times where none does.
-
-Before anything is timed, the gradient of each case is compared with that of SLTT or BPTT by the plain equations, once,
-over three time steps: in float64, since in float32 a rounding error flips spikes, and with fixed statistics in
-BatchNorm, since SpikingJelly's layer-by-layer BPTT takes them over all time steps together. The cosine is printed: 1
-means the same gradient.
-
-`relu` is the same network with ReLU instead of neurons, step by step: the floor. Cases in bf16 and evaluations are
-compared with ReLU in bf16 and with its evaluation. The cases are in benchmarks/peer_cases.py.
+The resident set is read in another process than the time, whose malloc returns large blocks at once. Gradients are
+compared in float64, since in float32 a rounding error flips spikes, and with fixed statistics in BatchNorm, since
+SpikingJelly's layer-by-layer BPTT takes them over all time steps together. A cosine of 1 means the same gradient.
 """
 
 import argparse
 import gc
 import json
 import math
-import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -43,16 +31,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from cells import recorded, write
 from peer_cases import CASES, NETWORKS, build, cosine
 from peer_tables import Row, cases_table
 from turns import EndedError, Worker, give_back, hardware, in_turns, process_memory, serve, timed
 
-from sltt.analysis import peak_memory
+from sltt.analysis import peak_memory, process_peak
 from sltt.training.console import megabytes
 
 COMPARED = 3  # time steps at which gradients are compared
-# What a worker may hold between its turns, in bytes: beyond, it gives memory back, since all workers are alive at once.
-# It pays with new pages in its next turn, a few percent of the time.
+LIMIT = 1800  # seconds for one answer of a case
+# A worker whose peak is above that gives memory back after each turn, since all workers are alive at once. It pays with
+# new pages in its next turn, a few percent of the time.
 HELD_AT_MOST = 4e9
 
 
@@ -63,25 +53,23 @@ class Setting:
     Attributes:
         network: its name.
         steps: T.
-        batch: samples; None is the network's own.
+        batch: samples.
         threads: of PyTorch.
-        clock: wall, seconds that pass; or process, seconds that the process computes: with one thread these are hardly
-            disturbed by other processes.
+        clock: wall, seconds that pass; or process, seconds that the process computes.
         device: cpu or cuda.
     """
 
     network: str
     steps: int
-    batch: int | None = None
+    batch: int
     threads: int = torch.get_num_threads()
     clock: Literal["wall", "process"] = "wall"
     device: str = "cpu"
 
     def described(self) -> dict[str, Any]:
         """Return the entries that it has in a row of the results."""
-        size, *shape = NETWORKS[self.network][1]
-        batch, on = self.batch or size, hardware(self.threads, self.device)
-        found = {**asdict(self), "batch": batch, "input": [batch, *shape], "hardware": on}
+        shape = [self.batch, *NETWORKS[self.network][1][1:]]
+        found = {**asdict(self), "input": shape, "hardware": hardware(self.threads, self.device)}
         del found["device"]  # the hardware says it
         return found
 
@@ -100,50 +88,38 @@ def work(setting: Setting, case: str) -> None:
 
     def seconds() -> float:
         found = one()
-        if resident_set() > HELD_AT_MOST:
+        if process_peak(torch.device("cpu")) > HELD_AT_MOST:
             give_back()
         return found
 
-    def warm() -> None:
+    def warmed() -> Callable[[], None]:
         """Run once, for what libraries compile, and take a new network, without the states that they keep."""
         nonlocal model
         run()
         model = build(setting.network, case, setting.batch, device)[0]
         gc.collect()
-
-    def memory() -> int:
-        warm()
-        return peak_memory(run, device)
-
-    def resident() -> int:
-        warm()
-        return process_memory(run, device)
+        return run
 
     serve(
         {
             "time": seconds,
             "cosine": lambda: cosine(setting.network, case, min(setting.steps, COMPARED), device),
-            "memory": memory,
-            "resident": resident,
+            "memory": lambda: peak_memory(warmed(), device),
+            "resident": lambda: process_memory(warmed(), device),
         }
     )
 
 
-def resident_set() -> int:
-    """Return the bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-def start(setting: Setting, case: str, limit: float, **environment: str) -> Worker:
+def start(setting: Setting, case: str, **environment: str) -> Worker:
     """Start a worker for a case."""
     command = [sys.executable, __file__, "--serve", json.dumps(asdict(setting)), case]
-    return Worker(command, limit, OMP_NUM_THREADS=str(setting.threads), **environment)
+    return Worker(command, LIMIT, OMP_NUM_THREADS=str(setting.threads), **environment)
 
 
-def measure_memory(setting: Setting, row: Row, limit: float, compare: bool) -> None:
+def measure_memory(setting: Setting, row: Row, compare: bool) -> None:
     questions = ["memory"] + ["resident"] * (setting.device == "cpu") + ["cosine"] * compare
     # malloc gives back every block above 64 kB: the resident set is then what is in use
-    worker = start(setting, row["case"], limit, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    worker = start(setting, row["case"], MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     try:
         for what in questions:
             row[what] = worker.ask(what)
@@ -155,11 +131,11 @@ def measure_memory(setting: Setting, row: Row, limit: float, compare: bool) -> N
     print(f"{row['case']}: {row.get('error') or megabytes(row['memory'])}{cosine}", flush=True)
 
 
-def measure_times(setting: Setting, rows: list[Row], repeats: int, limit: float) -> None:
+def measure_times(setting: Setting, rows: list[Row], repeats: int) -> None:
     """All cases take turns; one that ends is not asked again."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
     # malloc keeps what is freed, as in `sltt.fit`: else new pages take up to a fifth of the time, of some cases more
-    workers = [start(setting, row["case"], limit, MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1") for row in rows]
+    workers = [start(setting, row["case"], MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1") for row in rows]
 
     def ask(row: Row, worker: Worker) -> float:
         if "error" not in row:
@@ -174,20 +150,19 @@ def measure_times(setting: Setting, rows: list[Row], repeats: int, limit: float)
     for row, worker, times in zip(rows, workers, turns, strict=True):
         worker.close()
         if "error" not in row:
-            row |= {"seconds": statistics.median(times), "min": min(times), "max": max(times), "times": times}
-            row["began"] = began
+            row |= {"seconds": statistics.median(times), "times": times, "began": began}
 
 
 def sweep(
-    setting: Setting, all_steps: list[int], names: list[str], repeats: int, limit: float, only: str, file: Path | None
+    setting: Setting, all_steps: list[int], names: list[str], repeats: int, only: str, file: Path | None
 ) -> list[Row]:
     """Measure every T, and write the file after each part; what the file has already is not measured again."""
-    rows: list[Row] = json.loads(file.read_text()) if file and file.exists() else []
+    rows = recorded(file) if file else []
     failed: dict[str, str] = {}
 
-    def write() -> None:
+    def keep() -> None:
         if file:
-            file.write_text(json.dumps(rows, indent=1) + "\n")
+            write(file, rows)
 
     for steps in all_steps:
         setting = replace(setting, steps=steps)
@@ -200,11 +175,11 @@ def sweep(
                 row["error"] = failed[row["case"]]
             if only != "times" and not row.keys() & {"memory", "error"}:
                 compared = {(one["network"], one["case"]) for one in rows if "cosine" in one}
-                measure_memory(setting, row, limit, (setting.network, row["case"]) not in compared)
-                write()
+                measure_memory(setting, row, (setting.network, row["case"]) not in compared)
+                keep()
         if only != "memory" and any(not row.keys() & {"times", "error"} for row in mine):
-            measure_times(setting, [row for row in mine if "error" not in row], repeats, limit)
-        write()
+            measure_times(setting, [row for row in mine if "error" not in row], repeats)
+        keep()
         if timed_rows := [row for row in mine if "times" in row]:
             print(f"\n{cases_table(timed_rows)}", flush=True)
         failed |= {row["case"]: f"not run, since T = {steps} failed" for row in mine if "error" in row} | failed
@@ -215,14 +190,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, default="resnet18")
     parser.add_argument("--steps", default="6", help="one T, or several separated by commas")
-    parser.add_argument("--cases", help="names separated by semicolons; default: all")
+    parser.add_argument("--cases", help="names separated by semicolons; default: all but CUDA graphs")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, help="samples; default: the network's own")
     parser.add_argument("--threads", type=int, default=Setting.threads)
     parser.add_argument("--clock", choices=["wall", "process"], default="wall")
     parser.add_argument("--only", choices=["memory", "times"], default="", help="memory and gradients, or times")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for one answer of a case")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -230,13 +204,13 @@ def main() -> None:
         return work(Setting(**json.loads(options.serve[0])), options.serve[1])
     if options.clock == "process" and options.threads > 1:
         raise SystemExit("--clock process is the time of one thread: add --threads 1")
-    runs = [name for name in CASES if options.device == "cuda" or "graph" not in name]
-    names = options.cases.split(";") if options.cases else runs
+    names = options.cases.split(";") if options.cases else [name for name in CASES if "graph" not in name]
     if unknown := [name for name in names if name not in CASES]:
         raise SystemExit(f"unknown cases {unknown}; known: {'; '.join(CASES)}")
     steps = [int(n) for n in options.steps.split(",")]
-    given = options.network, steps[0], options.batch, options.threads, options.clock, options.device
-    sweep(Setting(*given), steps, names, options.repeats, options.limit, options.only, options.json)
+    batch = options.batch or NETWORKS[options.network][1][0]
+    given = options.network, steps[0], batch, options.threads, options.clock, options.device
+    sweep(Setting(*given), steps, names, options.repeats, options.only, options.json)
     return None
 
 

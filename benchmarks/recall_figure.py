@@ -1,19 +1,16 @@
 """Accuracy against memory on delayed recall, one dot for each rule, at T = 16, 64 and 256.
 
-    python benchmarks/recall_figure.py [--steps 16 64 256] [--rules …] [--epochs 6] [--seeds 1] [--json FILE]
+    python benchmarks/recall_figure.py [--steps 16 64 256] [--rules …] [--seeds 1]
 
 The recipe `recall` with a longer delay: the cue, T/2 − 1 silent steps, T/2 steps of the probe. τ grows with the delay,
-so that 70% of the membrane potential is left after it at every T. The hidden layer has no biases: a bias adds to the
-potential at every step, and over 128 steps biases outweigh the cue. Neurons have to fire at more steps where T is
-larger, and need larger weights: the learning rate is 0.005 · T/16. Accuracy is that of 2,000 test samples after the
-last epoch. Memory is the peak of a training batch above the memory before it.
+so that 70% of the membrane potential is left after it at every T. Neurons have to fire at more steps where T is larger,
+and need larger weights: the learning rate is 0.005 · T/16. Accuracy is that of 2,000 test samples after six epochs.
 
-Each training is written to the JSON when it ends, and the same command goes on where it stopped.
+Each training is written to docs/results when it ends, and the same command goes on where it stopped.
 """
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 from functools import partial
@@ -22,6 +19,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from cells import recorded, write
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
 
@@ -29,6 +27,7 @@ import sltt
 from sltt.training.console import Console
 
 DOCS = Path(__file__).parents[1] / "docs"
+RESULTS, FIGURE = DOCS / "results" / "recall-memory.json", DOCS / "figures" / "recall-memory.png"
 # the rule, its marker and its colour
 RULES: dict[str, tuple[sltt.Rule, str, str]] = {
     "BPTT": (sltt.BPTT(), "o", "#9aa0a6"),
@@ -42,7 +41,7 @@ RULES: dict[str, tuple[sltt.Rule, str, str]] = {
 CLASSES, LEFT = 4, 0.7
 
 
-def train(name: str, steps: int, seed: int, epochs: int, samples: int) -> dict[str, Any]:
+def train(name: str, steps: int, seed: int, epochs: int = 6, samples: int = 8000) -> dict[str, Any]:
     """One training, and what it reached."""
     torch.manual_seed(seed)
     delay = steps // 2 - 1
@@ -56,8 +55,8 @@ def train(name: str, steps: int, seed: int, epochs: int, samples: int) -> dict[s
         how |= {"run": Path(folder) / "run", "report": Console(quiet=True)}
         found = sltt.fit(model, data, RULES[name][0], loss=loss, optimizer=optimizer, **how)
     accuracy = sltt.evaluate(model, data, "test", loss=loss, steps=steps, device="cpu").accuracy
-    shared = {"rule": name, "steps": steps, "seed": seed, "epochs": epochs, "samples": samples}
-    return {**shared, "accuracy": accuracy, "memory": found.history[-1]["peak_memory"]}
+    reached = {"accuracy": accuracy, "memory": found.history[-1]["peak_memory"]}
+    return {"rule": name, "steps": steps, "seed": seed, "epochs": epochs, "samples": samples, **reached}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -67,14 +66,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     (axes,) = figure.subplots(1, len(all_steps), sharex=True, sharey=True, squeeze=False)
     for axis, steps in zip(axes, all_steps, strict=True):
         for name, (_, marker, colour) in RULES.items():
-            mine = [row for row in rows if (row["rule"], row["steps"]) == (name, steps)]
-            if not mine:
-                continue
-            reached = [100 * row["accuracy"] for row in mine]
-            mean = statistics.mean(reached)
-            spread = [[mean - min(reached)], [max(reached) - mean]]
-            memory = statistics.mean(row["memory"] for row in mine) / 1e6
-            axis.errorbar(memory, mean, spread, marker=marker, color=colour, markersize=9, capsize=3, ls="", label=name)
+            if mine := [row for row in rows if (row["rule"], row["steps"]) == (name, steps)]:
+                reached = [100 * row["accuracy"] for row in mine]
+                mean, memory = statistics.mean(reached), statistics.mean(row["memory"] for row in mine) / 1e6
+                spread = [[mean - min(reached)], [max(reached) - mean]]
+                style = {"marker": marker, "color": colour, "markersize": 9, "capsize": 3, "ls": ""}
+                axis.errorbar(memory, mean, spread, label=name, **style)
         axis.axhline(100 / CLASSES, color="#9aa0a6", linestyle=":", linewidth=1)
         axis.set(title=f"T = {steps}", xlabel="memory of a training batch, MB", xscale="log", ylim=(15, 105))
         axis.spines[["top", "right"]].set_visible(False)
@@ -95,20 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--samples", type=int, default=8000, help="training samples")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=DOCS / "results" / "recall-memory.json")
-    parser.add_argument("--figure", type=Path, default=DOCS / "figures" / "recall-memory.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json.exists() else []
+    rows = recorded(RESULTS)
     for steps, seed, name in itertools.product(options.steps, range(options.seeds), options.rules):
         if not any((row["rule"], row["steps"], row["seed"]) == (name, steps, seed) for row in rows):
-            rows.append(train(name, steps, seed, options.epochs, options.samples))
+            rows.append(train(name, steps, seed))
             print(rows[-1], flush=True)
-            options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    draw(rows, options.figure)
+            write(RESULTS, rows)
+    draw(rows, FIGURE)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Layers on spikes: milliseconds of the dense layer and of the sparse one, forward and gradients.
 
-    python benchmarks/sparse.py [--batch 32] [--threads 1] [--repeats 15] [--dtypes float32 bfloat16] [--json FILE]
+    python benchmarks/sparse.py [--repeats 15] [--dtypes float32 bfloat16] [--json FILE]
 
-Dense and sparse runs alternate; a figure is the median, with the fastest in brackets. With one thread the time is the
-thread's processor time, which other processes hardly disturb. Results are compared before they are timed.
+Dense and sparse runs alternate; a figure is the median, with the fastest in brackets. The time is the processor time of
+one thread, which other processes hardly disturb. Results are compared before they are timed.
 `dense` is PyTorch's layer. `dense, ours` are the gradients that layers take where they run dense. `even` is the density
 up to which the sparse layer is taken. A table of docs/performance.md is made of docs/results/layers.json.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cells import markdown
+from cells import markdown, write
 from torch import Tensor
 from torch.ops import aten  # pyright: ignore[reportMissingImports]
 from turns import hardware, in_turns, timed
@@ -37,6 +36,7 @@ LAYERS = {  # name: channels, pixels a side, outputs, kernel, stride
     "256→512, 8×8, 1×1, stride 2": (256, 8, 512, 1, 2),
     "16→32, 32×32": (16, 32, 32, 3, 1),
 }
+BATCH = 32
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3)
 COLUMNS = "dense", *(f"at {d}" for d in DENSITIES), "dense, ours"
 Runs = dict[str, Callable[[], Tensor]]  # by column
@@ -85,16 +85,13 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def milliseconds(runs: Runs, repeats: int) -> dict[str, tuple[float, float]]:
     """Median and fastest of each run, all in turn."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    times = in_turns([timed(run, clock) for run in runs.values()], repeats)
+    times = in_turns([timed(run, time.thread_time) for run in runs.values()], repeats)
     return {column: (1e3 * statistics.median(one), 1e3 * min(one)) for column, one in zip(runs, times, strict=True)}
 
 
 def main() -> None:
     """Print a table for each type."""
     parser = argparse.ArgumentParser(description="Layers on spikes, dense and sparse.")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path)
@@ -102,13 +99,13 @@ def main() -> None:
     if problem := native.problem():
         raise SystemExit(f"no sparse layers: {problem}")
     torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     rows = []
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
         lines = []
         for case in LAYERS:
-            layer, passes = runs_of(case, arguments.batch, dtype)
+            layer, passes = runs_of(case, BATCH, dtype)
             even = dict(zip(("forward", "weight gradient"), costs.break_even(layer, dtype), strict=True))
             for what, runs in passes.items():
                 with torch.no_grad():
@@ -119,8 +116,8 @@ def main() -> None:
                 lines.append([case, what, *cells, bound])
         print(f"milliseconds, {name}:\n\n{markdown(['layer', 'pass', *COLUMNS, 'even'], lines)}")
     if arguments.json:
-        how = {"hardware": hardware(arguments.threads), "batch": arguments.batch, "repeats": arguments.repeats}
-        arguments.json.write_text(json.dumps(how | {"rows": rows}, ensure_ascii=False, indent=1) + "\n")
+        how = {"hardware": hardware(1), "batch": BATCH, "repeats": arguments.repeats}
+        write(arguments.json, {**how, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import advice_tables
-from cells import Row, accuracies, by, compared, family, grouped, load, markdown, of_task, seeds, shown, spread
-from peer_tables import NETWORKS, Rows, cases_table, ratio, steps_table
+from advice_tables import advice, calibrated
+from cells import Row, by, compared, family, grouped, last_epochs, load, markdown, of_task, shown, spread
+from peer_cases import NETWORKS
+from peer_tables import Rows, cases_table, ratio, steps_table
 from scipy.stats import ttest_ind
 from turns import quotient
 
@@ -30,16 +31,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 NAMES = "performance", "paper", "results", "when-not", "recall", "own-neuron", "gpu"
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 BLOCK = re.compile(r"(<!-- table (\S+)( over T)?(?: of ([^>]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
-RULES = (
-    "BPTT",
-    "TBPTT(window=2)",
-    "OTTT",
-    "OTTT(inputs=false)",
-    "RateBased",
-    "Mixed",
-    "SLTT",
-    "SLTT-1",
-)  # in the table of tasks
+# in the table of tasks
+RULES = "BPTT", "TBPTT(window=2)", "OTTT", "OTTT(inputs=false)", "RateBased", "Mixed", "SLTT", "SLTT-1"
 
 
 def filled(page: str, results: Path = DOCS / "results") -> str:
@@ -86,7 +79,12 @@ def layers(results: Path) -> str:
                 rows.append([name, part, *times])
                 name = ""
     table = markdown(["channels, pixels", "", "PyTorch", "ours"], rows).replace("|  |", "| |")
-    return f"{found['hardware']}, {found['batch']} images, medians of {found['repeats']}:\n\n{table}"
+    return measured(found, table, f"{found['batch']} images", f"medians of {found['repeats']}")
+
+
+def measured(found: Row, table: str, *how: str) -> str:
+    """Put a line over a table that says on what it was measured, and how."""
+    return f"{', '.join([found['hardware'], *how])}:\n\n{table}"
 
 
 def other_networks(results: Path) -> str:
@@ -96,7 +94,7 @@ def other_networks(results: Path) -> str:
         rows: Rows = load(results, name)
         one = by(rows, "case")
         row = one[case := "SLTT"]
-        network = f"{NETWORKS[row['network']]}, T = {row['steps']}, batch {row['input'][0]}"
+        network = f"{NETWORKS[row['network']][2]}, T = {row['steps']}, batch {row['input'][0]}"
         ratios = (spread(ratio(rows, row, other)) for other in ("relu", "SpikingJelly SLTT", "BPTT"))
         sizes = (megabytes(one[other]["memory"]) if "memory" in one.get(other, {}) else "" for other in (case, "BPTT"))
         lines.append([f"[{network}](results/{name}.json)", *ratios, *sizes])
@@ -107,37 +105,23 @@ def other_networks(results: Path) -> str:
 def sequences(results: Path, name: str = "sequences") -> str:
     """Small networks and long sequences, as open_neuromorphic.py measured them beside other libraries."""
     found, libraries = load(results, name), ("JAX", "SpikingJelly", "snnTorch", "Norse", "sinabs")
+    pairs = [("SLTT", "JAX SLTT"), ("SLTT", "SLTT, fold = 1"), *(("BPTT", f"{library} BPTT") for library in libraries)]
     lines = []
     for work, of in grouped(found["rows"], "work").items():
-        one = by(of, "case")
-
-        def share(case: str, other: str, one: dict[str, Row] = one) -> str:
-            return spread(quotient(one[case]["seconds"], one[other]["seconds"])) if other in one else ""
-
-        pairs = (
-            ("SLTT", "JAX SLTT"),
-            ("SLTT", "SLTT, fold = 1"),
-            *(("BPTT", f"{library} BPTT") for library in libraries),
-        )
-        seconds = (f"{statistics.median(one[case]['seconds']):.3g} s" for case in ("SLTT", "BPTT"))
-        lines.append([f"`{work}`", *seconds, *(share(*pair) for pair in pairs)])
+        one = {row["case"]: row["seconds"] for row in of}
+        seconds = (f"{statistics.median(one[case]):.3g} s" for case in ("SLTT", "BPTT"))
+        ratios = (spread(quotient(one[case], one[other])) if other in one else "" for case, other in pairs)
+        lines.append([f"`{work}`", *seconds, *ratios])
     headings = "SLTT ÷ JAX's SLTT", "SLTT ÷ `SLTT(fold=1)`", *(f"BPTT ÷ {library}'s" for library in libraries)
-    return f"{found['hardware']}, processor time:\n\n" + markdown(["", "SLTT", "BPTT", *headings], lines)
+    return measured(found, markdown(["", "SLTT", "BPTT", *headings], lines), "processor time")
 
 
-# GB of BPTT and of SLTT, as the paper measured them
-PAPER_MEMORY = {
-    "ResNet-18": (3.00, 1.09),
-    "VGG-11, 48×48": (3.70, 1.07),
-    "VGG-11, 128×128": (5.82, 1.07),
-    "NF-ResNet-34": (28.41, 8.47),
-}
-# hours of its trainings: CIFAR-10, DVS-CIFAR10, ImageNet; it does not have those of DVS-Gesture
-PAPER_HOURS = {
-    "ResNet-18": {"BPTT": 6.35, "SLTT": 4.58},
-    "VGG-11, 48×48": {"BPTT": 4.47, "SLTT": 3.43},
-    "VGG-11, 128×128": {},
-    "NF-ResNet-34": {"BPTT": 73.8, "SLTT": 66.9, "SLTT-1": 32.0},
+# the paper's GB of BPTT and of SLTT, and the hours of its trainings; it does not have those of DVS-Gesture
+PAPER: dict[str, tuple[tuple[float, float], dict[str, float]]] = {
+    "ResNet-18": ((3.00, 1.09), {"BPTT": 6.35, "SLTT": 4.58}),
+    "VGG-11, 48×48": ((3.70, 1.07), {"BPTT": 4.47, "SLTT": 3.43}),
+    "VGG-11, 128×128": ((5.82, 1.07), {}),
+    "NF-ResNet-34": ((28.41, 8.47), {"BPTT": 73.8, "SLTT": 66.9, "SLTT-1": 32.0}),
 }
 
 
@@ -160,11 +144,11 @@ def within_margin(middle: float, half: float) -> str:
 def paper_accuracy(results: Path) -> str:
     """SLTT beside BPTT with the same budget."""
     of = {
-        "digits": accuracies(compared(results, "accuracy-digits")),
-        "digits-events": accuracies(compared(results, "accuracy-digits-events")),
-        "CIFAR-10, τ = 1.1, 2 epochs": accuracies(compared(results, "accuracy-cifar10")),
-        "N-MNIST": seeds(results, "nmnist"),
-        "CIFAR-10, no leak, 2 epochs": seeds(results, "cifar10-rules"),
+        "digits": compared(results, "accuracy-digits"),
+        "digits-events": compared(results, "accuracy-digits-events"),
+        "CIFAR-10, τ = 1.1, 2 epochs": compared(results, "accuracy-cifar10"),
+        "N-MNIST": last_epochs(results, "nmnist"),
+        "CIFAR-10, no leak, 2 epochs": last_epochs(results, "cifar10-rules"),
     }
     rows = []
     for name, reached in of.items():
@@ -176,25 +160,20 @@ def paper_accuracy(results: Path) -> str:
     return markdown(["data", "seeds", "BPTT", "SLTT", "SLTT − BPTT, points", "within one point"], rows)
 
 
-K = {"SLTT-1": "K = 1", "SLTT-2": "2", "SLTT-3": "3", "SLTT-4": "4", "SLTT-5": "5", "SLTT": "K = T"}
+K = {"SLTT-1": "K = 1", "SLTT-2": "2", "SLTT-3": "3", "SLTT-4": "4", "SLTT-5": "5", "SLTT": "K = T", "BPTT": "BPTT"}
 
 
 def k(results: Path) -> str:
     """SLTT-K over K."""
     of = {
-        "the digits, T = 6": accuracies(compared(results, "k-digits")),
-        "the digits' events, T = 9": accuracies(of_task(results, "digits-events")),
-        "N-MNIST, T = 10": seeds(results, "nmnist"),
-        "CIFAR-10, no leak, T = 4, 2 epochs": seeds(results, "cifar10-rules"),
-        "CIFAR-10, τ = 1.1, T = 4, 2 epochs": accuracies(compared(results, "accuracy-cifar10")),
+        "the digits, T = 6": compared(results, "k-digits"),
+        "the digits' events, T = 9": of_task(results, "digits-events"),
+        "N-MNIST, T = 10": last_epochs(results, "nmnist"),
+        "CIFAR-10, no leak, T = 4, 2 epochs": last_epochs(results, "cifar10-rules"),
+        "CIFAR-10, τ = 1.1, T = 4, 2 epochs": compared(results, "accuracy-cifar10"),
     }
-    return over_k({name: {rule: scores_text(one) for rule, one in reached.items()} for name, reached in of.items()})
-
-
-def over_k(cells: dict[str, dict[str, str]]) -> str:
-    """A line for each data, a column for each K, and BPTT."""
-    rows = [[name, *(of.get(rule, "") for rule in (*K, "BPTT"))] for name, of in cells.items()]
-    return markdown(["data", *K.values(), "BPTT"], rows)
+    rows = [[name, *(scores_text(one[rule]) if rule in one else "" for rule in K)] for name, one in of.items()]
+    return markdown(["data", *K.values()], rows)
 
 
 def operations(results: Path) -> str:
@@ -213,12 +192,11 @@ def paper_memory(results: Path) -> str:
         one = by(of, "rule")
         bptt, sltt = one["BPTT"], one["SLTT"]
         whole = (bptt["peak"] + bptt["state"]) / (sltt["peak"] + sltt["state"])
-        theirs = PAPER_MEMORY[name]
-        rows.append(
-            [f"{name}, T = {bptt['steps']}, batch {bptt['batch']}", megabytes(bptt["peak"]), megabytes(sltt["peak"]),
-             f"{bptt['peak'] / sltt['peak']:.1f}", f"{whole:.1f}",
-             f"{theirs[0]:.2f} GB, {theirs[1]:.2f} GB", f"{theirs[0] / theirs[1]:.1f}"]
-        )  # fmt: skip
+        label = f"{name}, T = {bptt['steps']}, batch {bptt['batch']}"
+        peaks = megabytes(bptt["peak"]), megabytes(sltt["peak"]), f"{bptt['peak'] / sltt['peak']:.1f}"
+        theirs, _ = PAPER[name]
+        of_paper = f"{theirs[0]:.2f} GB, {theirs[1]:.2f} GB", f"{theirs[0] / theirs[1]:.1f}"
+        rows.append([label, *peaks, f"{whole:.1f}", *of_paper])
     headings = ["network", "BPTT", "SLTT", "ratio", "ratio with weights", "paper: BPTT, SLTT", "paper: ratio"]
     return markdown(headings, rows)
 
@@ -228,14 +206,14 @@ def paper_time(results: Path) -> str:
     found, rows = load(results, "paper/seconds"), []
     for name, of in grouped(found["rows"], "network").items():
         label, bptt = f"{name}, T = {of[0]['steps']}, batch {of[0]['batch']}", of[0]["seconds"]
+        _, hours = PAPER[name]
         for row in of:
-            hours = PAPER_HOURS[name].get(row["rule"])
-            theirs = f"{hours / PAPER_HOURS[name]['BPTT']:.2f}" if hours else ""
+            theirs = f"{hours[row['rule']] / hours['BPTT']:.2f}" if row["rule"] in hours else ""
             ratio = spread(quotient(row["seconds"], bptt))
             rows.append([label, row["rule"], f"{statistics.median(row['seconds']):.2f} s", ratio, theirs])
             label = ""
     table = markdown(["network", "rule", "batch", "of BPTT's", "paper: of BPTT's"], rows).replace("|  |", "| |")
-    return f"{found['hardware']}, medians of {len(found['rows'][0]['seconds'])} turns:\n\n{table}"
+    return measured(found, table, f"medians of {len(found['rows'][0]['seconds'])} turns")
 
 
 GRADIENTS = {"nmnist": "N-MNIST", "cifar10": "CIFAR-10, ResNet-18", "cifar10-training": "CIFAR-10, small network"}
@@ -261,10 +239,8 @@ def stages(results: Path, prefix: str, first: int, second: int, steps: int) -> s
     }
     rows = []
     for name, label in trainings.items():
-        if not (results / "paper" / f"{prefix}{name}.json").exists():
-            continue  # not measured yet
-        for rule, row in compared(results, prefix + name).items():
-            rows.append([label, "any" if name.startswith("stage-1") else rule, scores_text(row["accuracies"])])
+        for rule, reached in compared(results, prefix + name).items():
+            rows.append([label, "any" if name.startswith("stage-1") else rule, scores_text(reached)])
     return markdown(["training", "rule", "test accuracy"], rows)
 
 
@@ -272,9 +248,9 @@ def few_shots(results: Path) -> str:
     """Scores of each rule, and of the mean of the pixels."""
     rows = []
     for name, label in {"digits": "digits", "nmnist": "N-MNIST", "cifar10": "CIFAR-10"}.items():
-        for rule, row in compared(results, f"fscil-{name}").items():
-            if rule != "chance":
-                rows.append([label, rule, *(percent(row[score]) for score in SCORES)])
+        for row in load(results, f"paper/fscil-{name}")["rows"]:
+            if row["rule"] != "chance":
+                rows.append([label, shown(row["rule"]), *(percent(row[score]) for score in SCORES)])
     return markdown(["data", "rule", *SCORES.values()], rows)
 
 
@@ -293,22 +269,17 @@ def gpu_profile(results: Path) -> str:
         [r["what"], f"{1e3 * r['seconds']:.1f} ms", f"{1e3 * r['host']:.1f} ms", f"{r['busy']:.0%}", str(r["launches"])]
         for r in found["rows"]
     ]
-    return f"{found['hardware']}:\n\n" + markdown(["batch", "time", "host", "device busy", "launches"], lines)
+    return measured(found, markdown(["batch", "time", "host", "device busy", "launches"], lines))
 
 
 def gpu_kernels(results: Path) -> str:
     """The neuron step against the memory's bandwidth."""
     found = load(results, "gpu/kernels")
-    lines = [
-        [
-            f"{r['dtype']}, T = {r['steps']}",
-            f"{1e3 * r['seconds']:.2f} ms",
-            f"{r['rate'] / 1e9:.0f} GB/s",
-            f"{r['rate'] / r['copy']:.0%}",
-        ]
-        for r in found["rows"]
-    ]
-    return f"{found['hardware']}:\n\n" + markdown(["LIF", "forward and backward", "moved", "of a copy's rate"], lines)
+    lines = []
+    for row in found["rows"]:
+        rates = f"{row['rate'] / 1e9:.0f} GB/s", f"{row['rate'] / row['copy']:.0%}"
+        lines.append([f"{row['dtype']}, T = {row['steps']}", f"{1e3 * row['seconds']:.2f} ms", *rates])
+    return measured(found, markdown(["LIF", "forward and backward", "moved", "of a copy's rate"], lines))
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -333,7 +304,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "stages": partial(stages, prefix="", first=6, second=2, steps=6),
     "stages-cifar10": partial(stages, prefix="cifar10-", first=3, second=1, steps=4),
     "few-shots": few_shots,
-    **advice_tables.TABLES,
+    "advice": advice,
+    "advice-series": partial(advice, of_family="series"),
+    "calibration": calibrated,
 }
 
 

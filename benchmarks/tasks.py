@@ -10,12 +10,11 @@ docs/results/tasks.json. Tables are made of that file. Several may run at a time
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from advice_tables import advised
+from cells import Row, recorded, write
 from tables import DOCS, fill
 from turns import saved
 
@@ -38,36 +37,30 @@ TASKS = {
     "basic-motions, spikes": ("hidden.4", MOTIONS.split()),
 }
 RULES = "BPTT,OTTT,SLTT,TBPTT:window=2,RateBased,OTTT:inputs=false,SLTT:k=1,Mixed"
-Rows = list[dict[str, Any]]
 
 
-def compare(task: str, asked: argparse.Namespace) -> Rows:
+def compare(task: str, asked: argparse.Namespace) -> list[Row]:
     """Train the rules on a task, and what they reached."""
     taken = [rule for rule in asked.rules.split(",") if rule != "RateBased" or "japanese-vowels" not in task]  # padded
     rules = ",".join(taken).replace("Mixed", f"Mixed:windows={{{TASKS[task][0]}: all}}")
-    rows = run("compare", task, asked, asked.runs, "--rules", rules, "--seeds", str(asked.seeds))
+    rows = run("compare", task, asked, "--rules", rules, "--seeds", str(asked.seeds))
     kept = "rule", "accuracies", "seconds", "peak_memory", "cosine"
     return [{"task": task, **{key: row[key] for key in kept}} for row in rows]
 
 
-def advise(task: str, asked: argparse.Namespace) -> Rows:
+def advise(task: str, asked: argparse.Namespace) -> list[Row]:
     """What `sltt agreement` says about a task after an epoch of training, and after short trainings."""
-    (row,) = run("agreement", task, asked, asked.runs, "--at-epochs", "1", "--trial", asked.trial)
+    (row,) = run("agreement", task, asked, "--at-epochs", "1", "--trial", asked.trial)
     return [{"task": task, **advised(row)}]
 
 
-def run(command: str, task: str, asked: argparse.Namespace, folder: Path, *options: str) -> Rows:
+def run(command: str, task: str, asked: argparse.Namespace, *options: str) -> list[Row]:
     """The rows that a command saves."""
     words = [word.format(data=asked.data) for word in TASKS[task][1]]
-    return saved([command, *words, *options], folder / task.replace(", ", "-").replace(": ", "-"))["rows"]
+    return saved([command, *words, *options], asked.runs / task.replace(", ", "-").replace(": ", "-"))["rows"]
 
 
-def recorded(path: Path) -> Rows:
-    """The rows of a file, none if it is not there."""
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def merged(rows: Rows, new: Rows) -> Rows:
+def merged(rows: list[Row], new: list[Row]) -> list[Row]:
     """The rows with the new ones in place of those of the same task and rule, in the order of the tasks."""
     found = {(row["task"], row.get("rule")): row for row in [*rows, *new]}
     return sorted(found.values(), key=lambda row: list(TASKS).index(row["task"]))
@@ -90,7 +83,7 @@ def main() -> None:
             continue
         new = advise(task, asked) if asked.advice else compare(task, asked)
         # read again: another process may have written meanwhile
-        path.write_text(json.dumps(merged(recorded(path), new), indent=1) + "\n")
+        write(path, merged(recorded(path), new))
         fill()
 
 

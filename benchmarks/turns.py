@@ -79,13 +79,7 @@ class EndedError(Exception):
 
 
 class Worker:
-    """A process that answers each line of its input with a line of JSON, as `serve` does.
-
-    Args:
-        command: the process.
-        limit: seconds that an answer may take.
-        environment: on top of this process's.
-    """
+    """A process that answers each line of its input with a line of JSON, as `serve` does, within `limit` seconds."""
 
     def __init__(self, command: list[str], limit: float, **environment: str):
         self.limit = limit

@@ -108,46 +108,38 @@ def test_ratios_are_taken_within_a_turn():
     assert tables.ratio(rows, rows[1], "relu") is None
 
 
-@pytest.fixture
-def peers():
-    return load("peers")
-
-
 class Answers:
-    """A worker that answers at once; `ends` are the cases that end, by what they are asked."""
+    """A worker that answers at once; `ends` says at which question a case of a T ends."""
 
-    ends: dict
-
-    def __init__(self, setting, case, peers):
-        self.setting, self.case, self.peers = setting, case, peers
+    def __init__(self, case, steps, ends):
+        self.steps, self.end = steps, ends.get((case, steps))
 
     def ask(self, what):
-        if self.ends.get((self.case, self.setting.steps)) == what:
-            raise self.peers.EndedError("killed, out of memory")
-        return {"memory": 2e8, "resident": 2e8, "cosine": 1.0, "time": 0.5 * self.setting.steps}[what]
+        if self.end == what:
+            raise load("turns").EndedError("killed, out of memory")
+        return {"memory": 2e8, "resident": 2e8, "cosine": 1.0, "time": 0.5 * self.steps}[what]
 
     def close(self):
         pass
 
 
 @pytest.fixture
-def run(peers, monkeypatch, tmp_path, capsys):
+def run(monkeypatch, tmp_path, capsys):
     """Runs the benchmark of peers on workers that answer at once; gives what it printed, and the rows in its file."""
-    started = []
-
-    def start(setting, case, limit, **environment):
-        started.append((case, setting.steps))
-        return Answers(setting, case, peers)
+    peers, file = load("peers"), tmp_path / "rows.json"
 
     def run(steps, ends, cases="SLTT;BPTT;SpikingJelly BPTT", only="", **settings):
-        monkeypatch.setattr(Answers, "ends", ends, raising=False)
+        started = set()
+
+        def start(setting, case, **environment):
+            started.add((case, setting.steps))
+            return Answers(case, setting.steps, ends)
+
         monkeypatch.setattr(peers, "start", start)
-        started.clear()
-        file = tmp_path / "rows.json"
-        setting = peers.Setting("digits", steps[0], **settings)
-        rows = peers.sweep(setting, steps, cases.split(";"), 3, 60, only, file)
+        setting = peers.Setting("digits", steps[0], **{"batch": 128, **settings})
+        rows = peers.sweep(setting, steps, cases.split(";"), 3, only, file)
         assert json.loads(file.read_text()) == json.loads(json.dumps(rows))
-        return capsys.readouterr().out, rows, set(started)
+        return capsys.readouterr().out, rows, started
 
     return run
 
@@ -197,9 +189,10 @@ def test_memory_and_times_are_measured_in_two_calls(run):
         ("import os; os.kill(os.getpid(), 9)", "killed, out of memory"),
     ],
 )
-def test_a_worker_that_gives_no_answer_says_why(peers, code, why):
-    worker = load("turns").Worker([sys.executable, "-c", code], 0.5 if "sleep" in code else 60)
-    with pytest.raises(peers.EndedError, match=why):
+def test_a_worker_that_gives_no_answer_says_why(code, why):
+    turns = load("turns")
+    worker = turns.Worker([sys.executable, "-c", code], 0.5 if "sleep" in code else 60)
+    with pytest.raises(turns.EndedError, match=why):
         worker.ask("time")
     worker.close()
 
