@@ -21,21 +21,13 @@ WORDS = {0: "right", 1: "not needed", -1: "**wrong**"}  # by the place of the ad
 
 @dataclass(frozen=True)
 class Case:
-    """A rule on a task or a field of the map.
+    """A rule on a task or a field of the map."""
 
-    Attributes:
-        rule: `SLTT()` or `OTTT()`.
-        worst: the worst cosine, after an epoch.
-        trial: the short trainings.
-        lost: test accuracy of BPTT less that of the rule, after full trainings.
-        noise: twice its standard error.
-    """
-
-    rule: str
-    worst: float
+    rule: str  # `SLTT()` or `OTTT()`
+    worst: float  # the worst cosine, after an epoch
     trial: Trial
-    lost: float
-    noise: float
+    lost: float  # test accuracy of BPTT less that of the rule, after full trainings
+    noise: float  # twice its standard error
 
     @property
     def share(self) -> str:

@@ -36,24 +36,14 @@ LAMBDA = 0.9  # of the membrane potential; threshold 1, soft reset, triangle sur
 
 
 class Work(NamedTuple):
-    """A network and its input.
+    """A network and its input."""
 
-    Attributes:
-        widths: of the input and of the layers; neurons stand behind each layer but the readout's.
-        batch: samples.
-        steps: T.
-        density: of the input, 0 and 1; None is a dense input.
-        recurrent: the neurons read their own spikes.
-        device: of weights and input.
-        classes: a readout, with the cross-entropy at each time step; without one, the loss is the sum of spikes.
-    """
-
-    widths: tuple[int, ...]
+    widths: tuple[int, ...]  # of the input and of the layers; neurons stand behind each layer but the readout's
     batch: int
     steps: int
-    density: float | None = None
-    recurrent: bool = False
-    classes: int = 0
+    density: float | None = None  # of the input, 0 and 1; None is a dense input
+    recurrent: bool = False  # the neurons read their own spikes
+    classes: int = 0  # of a readout, with the cross-entropy at each step; without one, the loss is the sum of spikes
     device: str = "cpu"
 
 
@@ -249,17 +239,11 @@ def jax_case(cut: bool) -> Callable[[Work], Made]:
 
 
 class Case(NamedTuple):
-    """A library with a rule.
-
-    Attributes:
-        make: builds it.
-        rule: of the gradient that it should have; None is not compared: other equations, or a detached reset.
-        recurrent: it has a recurrent layer.
-    """
+    """A library with a rule."""
 
     make: Callable[[Work], Made]
-    rule: str | None
-    recurrent: bool = True
+    rule: str | None  # of the gradient that it should have; None is not compared: other equations, or a detached reset
+    recurrent: bool = True  # it has a recurrent layer
 
 
 CASES = {

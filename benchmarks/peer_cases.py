@@ -177,27 +177,16 @@ def jelly_sltt(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured under a name.
-
-    Attributes:
-        neuron: makes the neurons of the network.
-        run: one iteration.
-        floor: the case with ReLU that its time is divided by.
-        peer: the case of SpikingJelly that its time is divided by.
-        rule: whose gradient it should have; none is not compared.
-        channels_last: the memory format of images and weights; else PyTorch's default.
-        evaluates: in evaluation mode, with the statistics of BatchNorm that one pass over the batch leaves.
-        prepare: changes the network, once, with the batch at hand.
-    """
+    """What is measured under a name."""
 
     neuron: Neuron
     run: Iteration
-    floor: str = "relu"
-    peer: str | None = None
-    rule: str | None = None
-    channels_last: bool = True
-    evaluates: bool = False
-    prepare: Callable[[nn.Module, Tensor], None] | None = None
+    floor: str = "relu"  # the case with ReLU that its time is divided by
+    peer: str | None = None  # the case of SpikingJelly that its time is divided by
+    rule: str | None = None  # whose gradient it should have; none is not compared
+    channels_last: bool = True  # the memory format of images and weights; else PyTorch's default
+    evaluates: bool = False  # in evaluation mode, with the statistics of BatchNorm that one pass over the batch leaves
+    prepare: Callable[[nn.Module, Tensor], None] | None = None  # changes the network, once, with the batch at hand
 
 
 def our_case(run: Iteration, rule: str | None = None) -> Case:

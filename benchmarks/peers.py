@@ -48,22 +48,13 @@ HELD_AT_MOST = 4e9
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cases of a run share.
-
-    Attributes:
-        network: its name.
-        steps: T.
-        batch: samples.
-        threads: of PyTorch.
-        clock: wall, seconds that pass; or process, seconds that the process computes.
-        device: cpu or cuda.
-    """
+    """What all cases of a run share."""
 
     network: str
     steps: int
     batch: int
     threads: int = torch.get_num_threads()
-    clock: Literal["wall", "process"] = "wall"
+    clock: Literal["wall", "process"] = "wall"  # seconds that pass, or seconds that the process computes
     device: str = "cpu"
 
     def described(self) -> dict[str, Any]:

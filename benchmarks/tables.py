@@ -116,7 +116,7 @@ def sequences(results: Path, name: str = "sequences") -> str:
     return measured(found, markdown(["", "SLTT", "BPTT", *headings], lines), "processor time")
 
 
-# the paper's GB of BPTT and of SLTT, and the hours of its trainings; it does not have those of DVS-Gesture
+# the paper's GB of BPTT and of SLTT, and hours of trainings: CIFAR-10, DVS-CIFAR10, ImageNet (not DVS-Gesture)
 PAPER: dict[str, tuple[tuple[float, float], dict[str, float]]] = {
     "ResNet-18": ((3.00, 1.09), {"BPTT": 6.35, "SLTT": 4.58}),
     "VGG-11, 48×48": ((3.70, 1.07), {"BPTT": 4.47, "SLTT": 3.43}),
