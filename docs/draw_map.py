@@ -34,10 +34,10 @@ def panels(gradients: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]])
     return found
 
 
-def draw(path: Path, results: Path = RESULTS) -> None:
+def draw(path: Path) -> None:
     """Four heat maps over T and τ; what was not measured stays empty."""
-    gradients = json.loads((results / "map-gradients.json").read_text())
-    cells = list(json.loads((results / "map.json").read_text()).values())
+    gradients = json.loads((RESULTS / "map-gradients.json").read_text())
+    cells = list(json.loads((RESULTS / "map.json").read_text()).values())
     lengths, taus = (sorted({row[name] for row in gradients}) for name in ("T", "tau"))
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sltt", "font.size": 10, **INK}):
         figure, several = plt.subplots(2, 2, figsize=(8.4, 5.6), layout="constrained", sharex=True, sharey=True)
@@ -57,7 +57,7 @@ def draw(path: Path, results: Path = RESULTS) -> None:
             axes.set_yticklabels([f"{tau:g}" for tau in taus])
         figure.supxlabel("T")
         figure.supylabel("τ, in time steps")
-        figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, transparent=True, metadata={"Date": None})
         plt.close(figure)
 
 
