@@ -49,12 +49,13 @@ class Work(NamedTuple):
 
 WORKS = {
     "mlp": Work((700, 256, 256), 64, 100, 0.05, classes=20),
-    **{f"linear-{n}": Work((n, n), 16, 500) for n in (256, 512, 2048)},
+    **{f"linear-{n}": Work((n, n), 16, 500) for n in (256, 512, 1024, 2048, 4096, 8192)},
     **{f"recurrent-{n}": Work((700, n), 64, 100, 0.05, recurrent=True, classes=20) for n in (256, 1024)},
     "tiny": Work((24, 16, 16), 4, 6, 0.3, classes=3),
     "tiny-recurrent": Work((24, 16), 4, 6, 0.3, recurrent=True, classes=3),
     "tiny-linear": Work((16, 16), 4, 6),
 }
+SHOWN = ("mlp", "linear-256", "linear-512", "linear-2048", "recurrent-256", "recurrent-1024")  # in the table
 
 Made = tuple[Callable[[], Any], Callable[[], Tensor]]  # an iteration and, after one, its gradient
 
@@ -304,7 +305,7 @@ def measure(work: str, cases: list[str], rounds: int, device: str) -> list[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--works", nargs="+", choices=WORKS, default=[name for name in WORKS if "tiny" not in name])
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=SHOWN)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=DOCS / "results" / "sequences.json")
