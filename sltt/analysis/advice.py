@@ -127,7 +127,7 @@ def _confidence(trial: Trial | None, epochs: int, training: int) -> str:
     count = len(trial.start)
     said = ", ".join(f"{name} {_range(shares)}" for name, shares in learned.items())
     solved = [name for name in learned if trial.solves(name)]
-    right = f" {', '.join(solved)} got at least {SOLVED:.0%} of the training samples right, which alone is enough."
+    right = f" {', '.join(solved)} got at least {SOLVED:.0%} of the training samples right: this alone qualifies a rule."
     return (
         f"{_certainty(trial, training)} In {trial.epochs} epochs with {count} seed{'s' * (count > 1)}, {said} "
         f"({LEARNS:.0%} needed).{right if solved else ''}"
