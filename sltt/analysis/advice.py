@@ -126,8 +126,8 @@ def _confidence(trial: Trial | None, epochs: int, training: int) -> str:
     learned = {name: trial.shares(name) for name in trial.losses if name != "BPTT()"}
     count = len(trial.start)
     said = ", ".join(f"{name} {_range(shares)}" for name, shares in learned.items())
-    solved = [name for name in learned if trial.solves(name)]
-    right = f" {', '.join(solved)} got at least {SOLVED:.0%} of the training samples right: this alone qualifies a rule."
+    solved = ", ".join(name for name in learned if trial.solves(name))
+    right = f" {solved} got at least {SOLVED:.0%} of the training samples right: this alone qualifies a rule."
     return (
         f"{_certainty(trial, training)} In {trial.epochs} epochs with {count} seed{'s' * (count > 1)}, {said} "
         f"({LEARNS:.0%} needed).{right if solved else ''}"
