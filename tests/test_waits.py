@@ -134,6 +134,15 @@ def test_no_time_step_waits_for_the_device(rule, neuron):
         assert waits_of(rule, model, x, y, sltt.losses.CrossEntropyMSE(one_hot=True), steps) == reads_of(rule)
 
 
+def test_lengths_of_a_batch_are_copied_to_the_device_at_once(rule):
+    model = small_network().to("meta")
+    x, y = torch.empty(5, 4, 6, device="meta", dtype=torch.float64), torch.empty(4, dtype=torch.long, device="meta")
+    for lengths in ([5, 2, 3, 1], [5] * 4) if rule.pads else ():
+        seen = waits_of(rule, model, x, sltt.Padded(y, lengths), F.cross_entropy, None)
+        # the others are on the host
+        assert sum(seen.count(str(kind)) for kind in COPIES | INDEXING) == 1
+
+
 class Foreign(nn.Module):
     """A neuron of another library, whose λ is a tensor."""
 

@@ -6,6 +6,7 @@ Shapes: T time steps, B samples, C classes; a call of the network takes n time s
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -157,8 +158,12 @@ class Batch:
     def targets(self, steps: int | slice) -> Any:
         """The target of time steps; the same for all of them, unless the loss takes one for each."""
         if isinstance(self.target, Padded) and isinstance(steps, int):
-            return self.target.at(steps, self.steps, self._per_step)
+            return self.target.at(steps, self._real_rows, self._per_step)
         return self.target[steps] if self._per_step else self.target
+
+    @cached_property
+    def _real_rows(self) -> tuple[Tensor, ...]:
+        return self.target.real_rows(self.steps)
 
     def detach(self) -> None:
         """Make the states constants of the steps to come."""
@@ -185,7 +190,8 @@ def sequence_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
     if isinstance(loss, SequenceLoss):
         return step_loss(loss, logits, target)
     if isinstance(target, Padded):
-        targets: Any = [target.at(t, len(logits), is_per_step(loss)) for t in range(len(logits))]
+        rows = target.real_rows(len(logits))
+        targets: Any = [target.at(t, rows, is_per_step(loss)) for t in range(len(logits))]
     else:
         targets = target if is_per_step(loss) else [target] * len(logits)
     return torch.stack([step_loss(loss, o, y) for o, y in zip(logits, targets, strict=True)]).mean()

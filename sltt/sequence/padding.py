@@ -30,15 +30,19 @@ class Padded(NamedTuple):
         """N, the number of real steps of all samples."""
         return sum(self.lengths)
 
-    def at(self, t: int, steps: int, per_step: bool) -> "Real":
-        """The targets of the samples that are real at step t of `steps`."""
-        target = self.target[t] if per_step else self.target
-        rows = [b for b, length in enumerate(self.lengths) if length > t]
-        weight = len(rows) * steps / self.steps
-        if len(rows) == len(self.lengths):
+    def at(self, t: int, rows: Sequence[Tensor], per_step: bool) -> "Real":
+        """The targets of the samples that are real at step t, whose `rows` are those of `real_rows`."""
+        target, index = self.target[t] if per_step else self.target, rows[t]
+        weight = len(index) * len(rows) / self.steps
+        if len(index) == len(self.lengths):
             return Real(target, None, weight)
-        index = torch.tensor(rows, dtype=torch.long).to(self.target.device, non_blocking=self.target.is_cuda)
         return Real(target[index], index, weight)
+
+    def real_rows(self, steps: int) -> tuple[Tensor, ...]:
+        """Return the rows of the samples that are real at each step, on the device of the targets."""
+        real = torch.as_tensor(self.lengths, device="cpu") > torch.arange(steps, device="cpu")[:, None]
+        rows = _copy_to(self.target.device, real.nonzero()[:, 1])  # of all steps in one copy
+        return rows.split(real.sum(1).tolist())
 
     def rows(self, index: Sequence[int], per_step: bool) -> "Padded":
         """The targets of some samples."""
@@ -96,4 +100,9 @@ def lengths_of(target: Any) -> Sequence[int] | None:
 
 def real_steps(lengths: Sequence[int], steps: int, like: Tensor) -> Tensor:
     """Return whether each step is real: [T, B], on the device of a tensor."""
-    return torch.arange(steps, device=like.device)[:, None] < torch.as_tensor(lengths, device=like.device)
+    return torch.arange(steps, device=like.device)[:, None] < _copy_to(like.device, torch.as_tensor(lengths, device="cpu"))
+
+
+def _copy_to(device: torch.device, values: Tensor) -> Tensor:
+    """Copy what the host made; to CUDA from pinned memory, so that the host does not wait."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
