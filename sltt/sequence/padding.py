@@ -100,7 +100,8 @@ def lengths_of(target: Any) -> Sequence[int] | None:
 
 def real_steps(lengths: Sequence[int], steps: int, like: Tensor) -> Tensor:
     """Return whether each step is real: [T, B], on the device of a tensor."""
-    return torch.arange(steps, device=like.device)[:, None] < _copy_to(like.device, torch.as_tensor(lengths, device="cpu"))
+    length = _copy_to(like.device, torch.as_tensor(lengths, device="cpu"))
+    return torch.arange(steps, device=like.device)[:, None] < length
 
 
 def _copy_to(device: torch.device, values: Tensor) -> Tensor:
