@@ -22,7 +22,7 @@ from sltt.kernels.neuron.step import NeuronStep, fast_step, neuron_step, run_ste
 from sltt.kernels.neuron.triton_step import problem as triton_problem
 from sltt.kernels.norm.deferred import deferred_norm, first_step, materialise
 from sltt.kernels.norm.norm import batch_statistics, counting_batches, plain_norm, stepwise_norm
-from sltt.kernels.options import Compile, Sparse, compiler_problem, using, without_modes
+from sltt.kernels.options import Compile, Sparse, choosing_once, compiler_problem, using, without_modes
 from sltt.kernels.options import options as current_options
 from sltt.kernels.pooling.pooling import max_pool, running_max
 from sltt.kernels.spikes.looks import Spikes, bits_pay, look
@@ -41,6 +41,7 @@ __all__ = [
     "batch_statistics",
     "bits_pay",
     "cache_folder",
+    "choosing_once",
     "compiler_problem",
     "convolution_gradients",
     "counting_batches",

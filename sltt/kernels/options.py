@@ -47,6 +47,7 @@ class Options:
 
 DEFAULT = Options()
 _options = ContextVar("options", default=DEFAULT)  # each thread has its own
+_chosen: ContextVar[dict[Any, bool] | None] = ContextVar("chosen", default=None)  # whether kernels run compiled
 _NOTHING = nullcontext()
 
 
@@ -63,14 +64,11 @@ def using(**changes: Any) -> Iterator[None]:
             wherever possible ("on") or never ("off"); it needs bits.
 
     Raises:
-        ValueError: an unknown option or value, or compile="on" without a compiler.
+        ValueError: an unknown option or value. With compile="on", a kernel on a device without a compiler raises it.
     """
     if unknown := changes.keys() - {field.name for field in fields(Options)}:
         raise ValueError(f"unknown options {', '.join(sorted(unknown))}: expected compile, sparse or bits")
-    wanted = replace(options(), **changes)
-    if wanted.compile == "on" and (problem := compiler_problem(torch.device("cpu"))):
-        raise ValueError(f"compile='on', but {problem}; use 'auto'")
-    with in_force(wanted):
+    with in_force(replace(options(), **changes)):
         yield
 
 
@@ -82,6 +80,19 @@ def in_force(wanted: Options) -> Iterator[None]:
         yield
     finally:
         _options.reset(token)
+
+
+@contextmanager
+def choosing_once() -> Iterator[None]:
+    """Inside this block a kernel runs compiled, or not, as at its first call with so many elements.
+
+    Rounding of the two may differ, and a larger layer compiles the kernel for all.
+    """
+    token = _chosen.set({})
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 @functools.cache
@@ -139,10 +150,17 @@ class Kernel:
 
     def _compiles(self, device: torch.device, elements: int) -> bool:
         mode = options().compile
-        if mode != "auto" or self._failed or elements < 2:
-            return mode == "on" and elements >= 2
+        if mode == "off" or elements < 2:
+            return False
+        if mode == "on":
+            if problem := compiler_problem(device):
+                raise ValueError(f"compile='on', but {problem}; use 'auto'")
+            return True
         from_ = COMPILE_FROM // 16 if self._compiled else COMPILE_FROM
-        return elements >= from_ and compiler_problem(device) is None
+        pays = elements >= from_ and compiler_problem(device) is None
+        if (chosen := _chosen.get()) is not None:
+            pays = chosen.setdefault((self, elements), pays)
+        return pays and not self._failed
 
 
 def memory(x: torch.Tensor) -> torch.Tensor:

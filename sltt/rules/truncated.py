@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sltt import kernels
 from sltt.checks import flag, instance, whole_number
 from sltt.losses import SequenceLoss, is_mean
 from sltt.rules.base import Rule
@@ -169,7 +170,8 @@ class BPTT(Truncated):
             return super().run_folded(batch, fold)
         if batch.whole:
             raise ValueError("segment has no graph of all logits, which a loss of the whole sequence needs: use BPTT()")
-        return run_in_segments(batch, self.segment, fold)
+        with kernels.choosing_once():
+            return run_in_segments(batch, self.segment, fold)
 
 
 class TBPTT(Truncated):

@@ -36,6 +36,22 @@ def test_a_kernel_that_does_not_compile_runs_eagerly_with_a_warning():
     neuron(x).sum().backward()  # silently from now on
 
 
+def test_compiling_is_demanded_where_a_kernel_runs(monkeypatch):
+    def problem(device):
+        return {"cpu": "there is no C++ compiler", "meta": None}[device.type]  # as on a GPU, which needs none
+
+    def add(out, x):
+        out.copy_(x + 1)
+
+    monkeypatch.setattr("sltt.kernels.options.compiler_problem", problem)
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+    x = torch.randn(8)
+    with kernels.using(compile="on"):
+        Kernel(add)(*torch.empty(2, 8, device="meta"))
+        with pytest.raises(ValueError, match=r"compile='on', but there is no C\+\+ compiler; use 'auto'"):
+            Kernel(add)(torch.empty_like(x), x)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs two widths of vectors")
 def test_code_for_other_vectors_is_not_taken_from_the_compilers_cache(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 import sltt
+from sltt.kernels import options
 from tests.conftest import LOSS, batch, gradients, small_network
 
 
@@ -48,6 +49,28 @@ def test_the_second_run_of_a_segment_carries_the_gradient_through_a_state_that_r
     for length in (1, 2, 3):
         torch.testing.assert_close(gradients(model, sltt.BPTT(segment=length), x, y)[0], expected)
     assert not torch.allclose(gradients(model, sltt.SLTT(), x, y)[0], expected)
+
+
+def test_a_layer_runs_compiled_in_both_runs_of_a_segment_or_in_none(monkeypatch):
+    monkeypatch.setattr(options, "COMPILE_FROM", 256)
+    monkeypatch.setattr(options, "compiler_problem", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+    compiles, seen = options.Kernel._compiles, []
+
+    def note(self, device, elements):
+        found = compiles(self, device, elements)
+        seen.append((self.function.__name__, elements, found))
+        return found
+
+    monkeypatch.setattr(options.Kernel, "_compiles", note)
+    first, second = sltt.LIF(tau=1.37), sltt.LIF(tau=1.37)  # of one kernel, which the second, larger layer compiles
+    model = nn.Sequential(nn.Linear(6, 8), first, nn.Linear(8, 64), second, nn.Linear(64, 3)).double()
+    x, y = batch(steps=4)
+    for small in (False, True):  # in the second batch, which knows that the kernel is compiled
+        seen.clear()
+        sltt.BPTT(segment=2, fold=1)(model, x, y, LOSS)
+        forward = {(elements, found) for name, elements, found in seen if name == "forward"}
+        assert forward == {(x.shape[1] * 8, small), (x.shape[1] * 64, True)}
 
 
 def test_a_second_run_of_a_segment_that_is_not_the_first_is_noticed():
