@@ -28,6 +28,7 @@ from sltt.sequence.spikes import observe_spikes
 from sltt.sequence.steps import check_input
 from sltt.training.average import make_average, take_average
 from sltt.training.batches import (
+    Ahead,
     EpochSampler,
     count_parts,
     cut,
@@ -151,7 +152,8 @@ class Loop:
         firing = FiringRates(list(self.spiking))
         firing.load_state_dict(state.firing)
         with bar as advance, self._locate_errors():
-            for x, y in whole_epoch(loader):
+            self.ahead = Ahead(whole_epoch(loader))
+            for x, y in self.ahead:
                 epoch = state.epoch + state.batch / self.batches
                 set_rates(self.optim, self.initial, stage, self.training.schedule, epoch)
                 self._batch(stage, x, y, firing)
@@ -222,6 +224,7 @@ class Loop:
         if not rule.online:
             self._reduce()
             check_reached(self.model)
+        self.ahead.fetch()  # a GPU has work, and next the host waits for it
         check_finite(out.loss, self.model, self.optim, scaled=self.scaled)
         counted = count_scored(self.loss, y, count)
         # before the update, so that a GPU runs that while the host prepares the next batch

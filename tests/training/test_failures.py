@@ -1,5 +1,6 @@
 import multiprocessing
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 import sltt
 from sltt.data import Splits
 from sltt.parallel.devices import make_fabric
-from tests.training.blobs import Blobs, ending, network, train, weights
+from sltt.training import loop
+from sltt.training.batches import Ahead
+from tests.training.blobs import Blobs, Ends, ending, network, train, weights
 
 
 def nan_gradient(model):
@@ -106,6 +109,41 @@ def test_sequences_of_another_length_than_steps_are_refused(measured, tmp_path):
     with pytest.raises(ValueError, match=r"expected sequences of steps=4 time steps, but the data gives 10: set steps"):
         sltt.evaluate(network(), data, steps=4, device="cpu") if measured else train(tmp_path / "run", data=data)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_next_batch_is_read_before_the_host_waits_for_a_loss(tmp_path, monkeypatch):
+    reads, check = [0], loop.check_finite
+
+    class Counts(Ends):
+        def __getitem__(self, index):
+            reads[-1] += 1
+            return super().__getitem__(index)
+
+    def waits(*args, **kwargs):
+        reads.append(0)
+        check(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "check_finite", waits)
+    data = Blobs(validation=0)
+    splits = data.load(4)
+    data.load = lambda steps: replace(splits, train=Counts(splits.train, None, place=-1))
+    train(tmp_path / "run", data=data, epochs=2)
+    assert reads[1:] == [16, 12, 0, 32, 16, 12, 0, reads[-1]]  # of 60 samples in batches of 16
+
+
+def test_data_that_fails_is_named_with_the_batch_that_it_is_of(tmp_path):
+    def fail():
+        yield from (1, 2)
+        raise ValueError("damaged")
+
+    ahead = Ahead(fail())
+    batches = iter(ahead)
+    for expected in (1, 2):
+        assert next(batches) == expected
+        ahead.fetch()
+    with pytest.raises(ValueError, match="damaged"):
+        next(batches)
+    assert [*Ahead(iter("ab"))] == ["a", "b"]
 
 
 def test_data_that_ends_early_is_no_whole_epoch(tmp_path):
