@@ -118,7 +118,7 @@ TRAINING = {
     "steps": whole(0, -1), "epochs": whole(0, -1), "batch_size": whole(0, -1).but("none"),
     "clip_norm": number(0, -1).but("none"), "norm_weight_decay": number(-1).but("none"),
     "norm_bias_lr": number(0, -1),
-    "precision": CHOICE, "channels_last": FLAG, "seed": whole(-1), "workers": whole(-1), "device": CHOICE,
+    "precision": CHOICE, "channels_last": FLAG.but("none"), "seed": whole(-1), "workers": whole(-1), "device": CHOICE,
     "devices": whole(0, -1).but("none"), "num_nodes": whole(0, -1).but("none"), "strategy": CHOICE,
     "sync_batchnorm": FLAG, "compile": CHOICE, "checkpoint_minutes": number(-1), "resume": FLAG,
     "phases": Kind({"number": 7, "of a number": [3], "text": "ab"}, "phase"),

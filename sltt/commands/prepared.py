@@ -34,6 +34,10 @@ class Prepared:
     """
 
     def __init__(self, built: Any, session: Session, steps: int):
+        self.splits: Splits = session.splits(built.data, steps)
+        session = session.choose_format(
+            built.model, lambda: self.splits.collate([self.splits.train[0]])[0], self.splits.static
+        )
         self._session, self._seed = session, built.seed
         session.set_up(built.model)
         self.model: nn.Module = built.model.train()
@@ -41,7 +45,6 @@ class Prepared:
         self.optimizer = built.optimizer(groups)
         self.loss = session.set_up_loss(built.loss)
         self.rule: Rule = built.rule
-        self.splits: Splits = session.splits(built.data, steps)
         self.repeat = steps if self.splits.static else None
         self._steps = steps
 

@@ -48,7 +48,7 @@ def evaluate(
     steps: int | None = None,
     batch_size: int | None = None,
     precision: Precision = 32,
-    channels_last: bool = False,
+    channels_last: bool | None = None,
     workers: int = 0,
     device: Device = "auto",
     devices: int | None = None,
@@ -130,6 +130,7 @@ def measure_split(
         raise ValueError(f"there are no {split} samples: expected one or more")
     if split == "train":
         dataset = splits.unaugmented_train
+    here = here.choose_format(model, lambda: splits.collate_of(dataset)([dataset[0]])[0], splits.static)
     loader = here.eval_loader(dataset, splits, batch_size)
     net, loss = here.set_up(model), here.set_up_loss(loss)
     memory = BatchMemory(here.fabric.device)

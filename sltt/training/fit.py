@@ -77,7 +77,7 @@ def fit(
     norm_weight_decay: float | None = None,
     norm_bias_lr: float = 1.0,
     precision: Precision = 32,
-    channels_last: bool = False,
+    channels_last: bool | None = None,
     seed: int = 0,
     workers: int = 0,
     device: Device = "auto",
@@ -124,7 +124,8 @@ def fit(
         norm_weight_decay: weight decay of normalisation, which makes currents smaller; None is that of the others.
         norm_bias_lr: factor on the learning rate of the biases of normalisation.
         precision: float32, or mixed with bfloat16 or float16.
-        channels_last: keep images and weights channels-last, which sparse convolutions need.
+        channels_last: keep images and weights channels-last, which sparse convolutions need. None does so on CUDA, for
+            faster convolutions, if the network has some and runs in this format.
         seed: random seed of sample order, augmentation, dropout and the steps of SLTT-K.
         workers: processes that load data, for each that trains.
         device: auto takes CUDA where there is a GPU.
@@ -213,9 +214,9 @@ def start_run(
 ) -> Fit:
     """Train in a new folder: `run`, or one under `runs` whose name begins with `name`."""
     run = run if run is None else folder("run", run)
-    splits = _check(here, model, data, training)
-    start_from(model, training.weights)
     report = here.console(report)
+    here, splits = _check(here, model, data, training, report)
+    start_from(model, training.weights)
     made = here.processes.first(lambda: new_run(run, name, config))
     report.line(f"run {made}")
     with here.lock_run(made):
@@ -235,8 +236,8 @@ def resume_run(
     report: Console | None = None,
 ) -> Fit:
     """Continue the run in a folder; without a checkpoint, it starts from the beginning."""
-    splits = _check(here, model, data, training)
     report = here.console(report)
+    here, splits = _check(here, model, data, training, report)
     folder = here.processes.first(lambda: old_run(run))
     report.line(f"continuing {folder}")
     with here.lock_run(folder):
@@ -265,8 +266,11 @@ def _result(loop: Loop) -> Fit:
     return Fit(loop.folder, loop.state.history, epoch)
 
 
-def _check(here: Session, model: nn.Module, data: Data, training: Training) -> Splits:
-    """Return the splits of the first stage; raise ValueError for what cannot be trained, before there is a folder."""
+def _check(here: Session, model: nn.Module, data: Data, training: Training, report: Console) -> tuple[Session, Splits]:
+    """Return the session in the network's memory format, and the splits of the first stage.
+
+    Raises ValueError for what cannot be trained, before there is a folder.
+    """
     stages, count = training.stages, here.processes.count
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter to train: give it a layer with weights, or requires_grad_(True)")
@@ -302,7 +306,10 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training) -> S
     check_last_batch(model, splits, samples, training.batch_size, stages)
     x = splits.collate(samples)[0].to(next((p.device for p in model.parameters()), "cpu"))
     check(model, x, rule=stages[0].rule, steps=stages[0].steps if splits.static else None)
-    return splits
+    chosen = here.choose_format(model, lambda: x, splits.static)
+    if chosen.execution.channels_last and not here.execution.channels_last:
+        report.line("images and weights are channels-last in memory (channels_last=False: not)")
+    return chosen, splits
 
 
 def _last_checkpoint(run: Path, config: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
 """Sessions train and measure networks: processes are started and Fabric is built once for all of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from sltt.data import Data, Splits
 from sltt.kernels import using
 from sltt.parallel.devices import make_fabric
 from sltt.parallel.processes import Processes
+from sltt.rules import unroll
+from sltt.sequence.copies import copy_model
 from sltt.sequence.padding import Padded, pad_batch
 from sltt.training.batches import eval_loader
 from sltt.training.console import Console
@@ -39,10 +41,28 @@ class Session:
         self.processes.check_same(splits.fingerprint, "the split of the data")
         return splits
 
+    @property
+    def _sharded(self) -> bool:
+        return self.execution.strategy == "fsdp" and self.processes.count > 1
+
+    def choose_format(self, model: nn.Module, read: Callable[[], Tensor], static: bool) -> "Session":
+        """Return this session with `channels_last` decided, where the settings leave it open.
+
+        Args:
+            model: the network.
+            read: gives images [B, C, H, W], or sequences of them, time first, if they are not `static`.
+            static: see `read`.
+        """
+        if self.execution.channels_last is not None:
+            return self
+        fits = prefers_channels_last(self.fabric.device) and not self._sharded
+        fits = fits and any(isinstance(module, nn.Conv2d) for module in model.modules())
+        last = fits and _runs_channels_last(model, read() if static else read()[0])
+        return replace(self, execution=replace(self.execution, channels_last=last))
+
     def set_up(self, model: nn.Module) -> Any:
         """Return the model on its device, for calls under the precision of the session."""
-        sharded = self.execution.strategy == "fsdp" and self.processes.count > 1  # contiguous weights only
-        if self.execution.channels_last and not sharded:
+        if self.execution.channels_last and not self._sharded:  # sharded weights are contiguous
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
         return self.fabric.setup_module(model)
 
@@ -78,6 +98,22 @@ class Session:
         """Every sample of a validation or test set once, in order, or this process's share of each batch."""
         ranks = self.processes.rank, self.processes.count
         return eval_loader(dataset, splits, batch_size, self.execution.workers, self.fabric.device, *ranks)
+
+
+def prefers_channels_last(device: torch.device) -> bool:
+    """Return whether convolutions of a device are faster with the channels last in memory."""
+    return device.type == "cuda"
+
+
+def _runs_channels_last(model: nn.Module, x: Tensor) -> bool:
+    """Return whether a copy of the network takes images [B, C, H, W] so; `view` of a network's own would fail."""
+    try:
+        twin: Any = copy_model(model).eval()
+        x = x.to(next(twin.parameters()).device)
+        unroll(twin.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last), steps=1)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

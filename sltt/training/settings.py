@@ -51,7 +51,7 @@ class Execution(_Settings):
     """
 
     precision: Precision = 32
-    channels_last: bool = False
+    channels_last: bool | None = None
     workers: int = 0
     device: Device = "auto"
     devices: int | None = None
@@ -73,8 +73,9 @@ class Execution(_Settings):
         for name in ("devices", "num_nodes"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), least=1)
-        for name in ("channels_last", "sync_batchnorm"):
-            flag(name, getattr(self, name))
+        if self.channels_last is not None:
+            flag("channels_last", self.channels_last)
+        flag("sync_batchnorm", self.sync_batchnorm)
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise ValueError("fsdp does not scale gradients for precision='16-mixed': use 'bf16-mixed'")
 

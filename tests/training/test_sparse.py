@@ -8,7 +8,9 @@ from torch import nn
 
 import sltt
 from sltt.callbacks import Callback
-from sltt.training.checkpoints import load_checkpoint
+from sltt.training import session
+from sltt.training.checkpoints import load_checkpoint, load_weights
+from sltt.training.console import Console
 from tests.kernels.exact import NATIVE
 from tests.training.blobs import Images, StopAt, equal, train, weights
 
@@ -45,6 +47,47 @@ def test_a_resumed_run_ends_with_the_same_bits(batch, k, sparse_calls, tmp_path)
     assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
     assert equal(resumed.state_dict(), whole.state_dict())
     assert measured(again) == measured(result)
+
+
+class Viewed(nn.Module):
+    """Flattens as many networks do, which fails with the channels last."""
+
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+class Sees(nn.Module):
+    """Notes whether images have the channels last."""
+
+    def forward(self, x):
+        self.last = x.is_contiguous(memory_format=torch.channels_last)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("flatten", "asked", "last"),
+    [(nn.Flatten(), None, True), (Viewed(), None, False), (nn.Flatten(), False, False)],
+    ids=["auto", "not with view", "off"],
+)
+def test_a_gpu_gets_networks_and_images_channels_last_unless_they_fail_so(flatten, asked, last, monkeypatch, tmp_path):
+    monkeypatch.setattr(session, "prefers_channels_last", lambda device: True)
+    report, lines, results = Console(quiet=True), [], []
+    report.line = lines.append
+    for name, given in (("run", asked), ("expected", last)):
+        model = nn.Sequential(sees := Sees(), *network())
+        model[-2] = flatten
+        trained(tmp_path / name, model, channels_last=given, sparse="off", report=report, epochs=1)
+        assert sees.last is last
+        assert model[1].weight.is_contiguous() is not last
+        sees.last = None
+        sltt.evaluate(model, Images(), channels_last=given, sparse="off", device="cpu")
+        assert sees.last is last
+        results.append(model.state_dict())
+    assert sum("channels-last" in line for line in lines) == last
+    assert equal(*results)
+    model = nn.Sequential(Sees(), *network())  # the weights are loaded in any format
+    load_weights(model, weights(tmp_path / "run" / "last.ckpt"), tmp_path)
+    assert model[1].weight.is_contiguous()
 
 
 class Saved(Callback):
