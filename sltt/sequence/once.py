@@ -6,7 +6,7 @@ off from its graph, is given again at every later time step. The gradients of al
 go through the function's graph once, at the end: the same gradient, up to the order of a sum.
 
 Work on an input is the same at every step only if the input is: the sequence's static image, or the result of such
-work. Elsewhere, and inside `torch.compile`, `once` calls the function and does nothing else.
+work. Elsewhere, and inside `torch.compile` or a checkpoint, `once` calls the function and does nothing else.
 """
 
 import sys
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sltt.kernels import others_save
 from sltt.sequence.claims import run_of
 from sltt.sequence.state import Stateful, state_names
 
@@ -42,7 +43,9 @@ def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if not callable(function) or not isinstance(owner, nn.Module):
         raise ValueError(f"once takes a module or a method of one, got {function!r:.60}: call it without sltt.once")
     run = run_of(owner)
-    return function(*inputs) if run is None else run.results.once(function, owner, inputs)
+    if run is None or others_save():  # a checkpoint runs it again, and expects the same operations
+        return function(*inputs)
+    return run.results.once(function, owner, inputs)
 
 
 class _Result(NamedTuple):

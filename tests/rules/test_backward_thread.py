@@ -77,3 +77,27 @@ def test_a_backward_in_another_thread_gives_the_same_gradients(rule, neuron, mix
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if isinstance(rule, Truncated)])
 def test_a_checkpoint_in_another_thread_gives_the_same_gradients(name, mixed):
     check(RULES[name], Checkpointed(small_network(norm=True, dropout=0.2)), mixed)
+
+
+class Squashed(nn.Module):
+    """A linear layer whose weights are computed once a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 8).double()
+
+    def weights(self):
+        return 3 * torch.tanh(self.linear.weight)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, sltt.once(self.weights))
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT()], ids=repr)
+def test_a_checkpoint_in_another_thread_knows_what_is_computed_once(rule):
+    model = small_network(norm=True)
+    model[0] = Squashed()
+    check(rule, Checkpointed(model), mixed=False)
+    x, y = batch()
+    found, expected = (train(rule, one, x, y, False) for one in (Checkpointed(model), model))
+    torch.testing.assert_close(found, expected)
