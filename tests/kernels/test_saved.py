@@ -1,6 +1,7 @@
 """What autograd saves of spikes takes a bit each, and changes no gradient."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import sltt
 from sltt import kernels
+from sltt.kernels.neuron import step
 from sltt.kernels.spikes import saved
 from sltt.kernels.spikes.saved import tag_of
 from tests.conftest import LOSS, gradients
@@ -392,3 +394,13 @@ def test_what_is_made_again_is_not_what_was_changed_without_a_version(layer, rul
         plain = sltt.SLTT(fold=1) if isinstance(rule, sltt.SLTT) else sltt.BPTT(fold=1)
         expected, _ = gradients(model, plain, x, y)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("neurons", "packed"), [(2**15, True), (2**14 + 4, False)])
+def test_a_gpu_packs_spikes_of_a_cut_graph_in_the_neurons_pass_or_not_at_all(neurons, packed, elsewhere, monkeypatch):
+    monkeypatch.delattr(step, "pack")
+    fast = SimpleNamespace(forward=lambda *tensors: None)
+    constants = kernels.NeuronStep(0.5, 1.0, None, False, False, sltt.surrogates.Triangle())
+    x = torch.zeros(2 * neurons)
+    *_, bits = step._run(constants, fast, x[:neurons].clone(), x, None, 2, keep=True, packs=True, cut=True)
+    assert (bits is not None) is packed

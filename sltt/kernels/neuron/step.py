@@ -145,10 +145,10 @@ def _run(
         first = x if steps == 1 else x[: len(x) // steps]
     v = match_format(v, first) if v.stride() != first.stride() or v.is_neg() else v
     s = torch.empty_like(x)
-    # on another device, where no kernel packs, packing is a pass of its own, which a graph of one step is not worth
-    packs = packs and (s.is_cpu or not cut or (fast is not None and keep))
-    packs = packs and s.numel() >= (BITS_FROM if cut else PACK_FROM) and can_pack(s)
     whole = v.numel() % 8 == 0 and (not channels or Tiles(first, True, 8).whole_bytes)
+    # on another device, where no kernel packs, packing is a pass of its own, which a graph of one step is not worth
+    packs = packs and (s.is_cpu or not cut or (fast is not None and keep and whole))
+    packs = packs and s.numel() >= (BITS_FROM if cut else PACK_FROM) and can_pack(s)
     bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if fast and packs and whole else None
     kept = torch.empty_like(x, dtype=v.dtype) if keep else None
     u = None if step.v_reset is None else kept
