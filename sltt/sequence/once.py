@@ -6,7 +6,8 @@ off from its graph, is given again at every later time step. The gradients of al
 go through the function's graph once, at the end: the same gradient, up to the order of a sum.
 
 Work on an input is the same at every step only if the input is: the sequence's static image, or the result of such
-work. Elsewhere, and inside `torch.compile` or a checkpoint, `once` calls the function and does nothing else.
+work. Elsewhere, `once` calls the function and does nothing else. So it does inside `torch.compile`, a checkpoint, and
+other hooks on saved tensors.
 """
 
 import sys

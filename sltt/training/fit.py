@@ -308,7 +308,7 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training, repo
     check(model, x, rule=stages[0].rule, steps=stages[0].steps if splits.static else None)
     chosen = here.choose_format(model, lambda: x, splits.static)
     if chosen.execution.channels_last and not here.execution.channels_last:
-        report.line("images and weights are channels-last in memory (channels_last=False: not)")
+        report.line("images and weights are channels-last, for speed; channels_last=False switches this off")
     return chosen, splits
 
 
