@@ -1,7 +1,6 @@
 """Frames on disk: made once, by one process, and then mapped into the memory of all."""
 
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 # Part of every key: a change in what the frames are makes the caches of before unused.
-VERSION = 2
+VERSION = 3
 
 
 class CacheError(ValueError):
@@ -57,12 +56,11 @@ def cache_frames(
     shape: tuple[int, ...],
     make: Callable[[int], NDArray[Any] | None],
     title: str,
-) -> tuple[CachedArrays, dict[str, Any]]:
-    """N arrays of a shape, made once and kept in `folder`; and the mark of the finished cache.
+) -> tuple[CachedArrays, list[int]]:
+    """Return N arrays of a shape, made once and kept in `folder`, and the indices of the sources that they are of.
 
-    The cache is keyed by `settings` and by the sources' names, sizes and times of change. It is written under another
-    name, moved into place as a whole, and counts only with the mark that is written last. One process makes it, others
-    wait for that one; if it is killed, the next begins again.
+    The cache is keyed by `settings` and by the sources' names, sizes and times of change. It counts only with the mark
+    that is written last. One process makes it, others wait for that one; if it is killed, the next begins again.
 
     Args:
         folder: of all caches.
@@ -71,9 +69,6 @@ def cache_frames(
         shape: of one array.
         make: array i, of counts below 65,536; None leaves it out.
         title: shown while the cache is made.
-
-    Returns:
-        The arrays; and the mark, whose "kept" lists the sources that they are of.
 
     Raises:
         CacheError: what is on disk is not what was written.
@@ -86,52 +81,33 @@ def cache_frames(
     except OSError as error:
         problem = f"cannot make the cache of frames {home} ({error.strerror}): give another folder as cache"
         raise OSError(error.errno, problem) from error
-    array, mark, expected = home / "frames.npy", home / "complete.json", (len(sources), *shape)
+    array, mark, expected = home / "frames.npy", home / "complete.npz", (len(sources), *shape)
     if not mark.exists():  # a finished one is only read, from a folder of somebody else's too
         with FileLock(home / "lock"):
             if not mark.exists():
                 kept, checksums = _build(array, expected, make, title)
-                _write_mark(mark, {"kept": kept, "checksums": checksums, "settings": settings, "version": VERSION})
-    written = _read_mark(mark)
+                part = home / "part.npz"
+                np.savez(part, kept=np.array(kept, int), checksums=np.array(checksums, int))
+                os.replace(part, mark)
     try:
+        with mark.open("rb") as file, np.load(file) as written:  # a zip, which has checksums of its own
+            kept, checksums = written["kept"].tolist(), written["checksums"].tolist()
         arrays = np.load(array, mmap_mode="r")
-    except Exception as error:  # whatever NumPy raises on a header that is not its own
-        raise CacheError(home, f"{array.name} cannot be read ({error})") from error
+    except Exception as error:  # whatever NumPy raises on files that are not its own
+        raise CacheError(home, f"it cannot be read ({error})") from error
     if arrays.dtype != np.uint16 or arrays.shape != expected or not arrays.flags.c_contiguous:
         raise CacheError(home, f"{array.name} holds {arrays.dtype} {arrays.shape}, expected uint16 {expected}")
-    return CachedArrays(home, arrays, written["checksums"]), written
-
-
-def _read_mark(mark: Path) -> dict[str, Any]:
-    try:
-        written = json.loads(mark.read_text(encoding="utf-8"))
-        checksum = written.pop("checksum")
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CacheError(mark.parent, f"{mark.name} cannot be read ({error})") from error
-    if checksum != _checksum(written):
-        raise CacheError(mark.parent, f"{mark.name} has another checksum than when it was written")
-    return written
-
-
-def _write_mark(mark: Path, written: dict[str, Any]) -> None:
-    part, written = mark.with_suffix(".part"), json.loads(json.dumps(written))  # as it is read
-    part.write_text(json.dumps({**written, "checksum": _checksum(written)}), encoding="utf-8")
-    os.replace(part, mark)
-
-
-def _checksum(mark: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(mark, sort_keys=True).encode())
+    return CachedArrays(home, arrays, checksums), kept
 
 
 def _build(
     array: Path, shape: tuple[int, ...], make: Callable[[int], NDArray[Any] | None], title: str
 ) -> tuple[list[int], list[int]]:
-    """Write the arrays; which of them there are, and their checksums."""
+    """Write the arrays; return which of them there are, and their checksums."""
     from rich.console import Console
     from rich.progress import track
 
-    file = array.with_name(".frames.part.npy")
-    frames = np.lib.format.open_memmap(file, "w+", np.uint16, shape)
+    frames = np.lib.format.open_memmap(array, "w+", np.uint16, shape)
     kept: list[int] = []
     checksums: list[int] = []
     workers, indices = os.cpu_count() or 1, range(len(frames))
@@ -145,6 +121,4 @@ def _build(
                 checksums.append(zlib.crc32(frames[len(kept)]))
                 kept.append(i)
     frames.flush()
-    del frames
-    os.replace(file, array)
     return kept, checksums

@@ -164,8 +164,7 @@ class _Events(Data):
         settings = {"steps": steps, "size": size, "slicing": self.slicing, "sensor": self.sensor, "skip": self.on_error}
         paths = [str(path) for path, _ in recordings]
         shape = (steps, 2, height, width)
-        arrays, mark = cache_frames(self.cache, settings, paths, shape, make, f"{self.title}, {which} frames")
-        kept = mark["kept"]
+        arrays, kept = cache_frames(self.cache, settings, paths, shape, make, f"{self.title}, {which} frames")
         if lost := sorted(set(range(len(paths))) - set(kept)):
             listed = "; ".join(sorted(skipped)[:5]) or ", ".join(paths[i] for i in lost[:5])
             log.warning("%d of %d %s recordings skipped: %s", len(lost), len(paths), which, listed)
