@@ -1,4 +1,3 @@
-import json
 import multiprocessing
 import os
 import signal
@@ -43,8 +42,8 @@ def test_two_processes_make_a_cache_once(tmp_path):
     makers = log.read_text().split()
     assert len(makers) == 20
     assert len(set(makers)) == 1
-    arrays, mark = make_cache(tmp_path, log)
-    assert [int(array[0, 0]) for array in arrays] == list(range(20)) == mark["kept"]
+    arrays, kept = make_cache(tmp_path, log)
+    assert [int(array[0, 0]) for array in arrays] == list(range(20)) == kept
 
 
 def test_few_frames_wait_in_memory_for_the_file(tmp_path, monkeypatch):
@@ -77,7 +76,7 @@ def test_a_cache_that_was_killed_is_made_again(tmp_path):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert not list(tmp_path.glob("*/complete.json"))
+    assert not list(tmp_path.glob("*/complete.npz"))
     arrays, _ = make_cache(tmp_path, log)
     assert [int(array[1, 2]) for array in arrays] == list(range(20))
 
@@ -93,20 +92,19 @@ def flip_bit(path, at):
     [
         (lambda home: flip_bit(home / "frames.npy", -1), "array 19 has another checksum"),
         (lambda home: flip_bit(home / "frames.npy", 128), "array 0 has another checksum"),
-        (lambda home: flip_bit(home / "frames.npy", 1), r"frames\.npy cannot be read"),
-        (lambda home: os.truncate(home / "frames.npy", 200), r"frames\.npy cannot be read \(mmap length"),
-        (lambda home: os.truncate(home / "frames.npy", 0), r"frames\.npy cannot be read"),
-        (lambda home: (home / "frames.npy").unlink(), r"frames\.npy cannot be read"),
+        (lambda home: flip_bit(home / "frames.npy", 1), "it cannot be read"),
+        (lambda home: os.truncate(home / "frames.npy", 200), r"it cannot be read \(mmap length"),
+        (lambda home: os.truncate(home / "frames.npy", 0), "it cannot be read"),
+        (lambda home: (home / "frames.npy").unlink(), "it cannot be read"),
         (lambda home: np.save(home / "frames.npy", np.zeros((20, 3, 2), np.uint16)), r"\(20, 3, 2\), expected"),
         (lambda home: np.save(home / "frames.npy", np.zeros((20, 2, 3), np.int16)), "holds int16"),
-        (lambda home: (home / "complete.json").write_text(""), r"complete\.json cannot be read"),
-        (lambda home: (home / "complete.json").write_text("[]"), r"complete\.json cannot be read"),
-        (lambda home: (home / "complete.json").write_text('{"kept": [0]}'), r"complete\.json cannot be read"),
+        (lambda home: (home / "complete.npz").write_text(""), "it cannot be read"),
+        (lambda home: np.savez(home / "complete.npz", kept=[0]), r"it cannot be read \(.*checksums"),
     ],
 )  # fmt: skip
 def test_a_damaged_cache_says_which_folder_to_delete(tmp_path, damage, problem):
     make_cache(tmp_path, tmp_path / "log")
-    (home,) = (path.parent for path in tmp_path.glob("*/complete.json"))
+    (home,) = (path.parent for path in tmp_path.glob("*/complete.npz"))
     damage(home)
     with pytest.raises(CacheError, match=f"{home} is damaged: .*{problem}.*Delete this folder"):
         list(make_cache(tmp_path, tmp_path / "log")[0])
@@ -120,18 +118,18 @@ def test_a_cache_whose_folder_is_a_file_says_so(tmp_path):
 
 def test_no_flipped_bit_of_a_cache_is_taken(tmp_path):
     make_cache(tmp_path, tmp_path / "log")
-    (home,) = (path.parent for path in tmp_path.glob("*/complete.json"))
-    for path in (home / "frames.npy", home / "complete.json"):
+    (home,) = (path.parent for path in tmp_path.glob("*/complete.npz"))
+    for path in (home / "frames.npy", home / "complete.npz"):
         whole = path.read_bytes()
         for at in range(0, len(whole), 3):
             flip_bit(path, at)
             try:
-                arrays, mark = make_cache(tmp_path, tmp_path / "log")
+                arrays, kept = make_cache(tmp_path, tmp_path / "log")
                 read = [int(array[0, 0]) for array in arrays]
             except CacheError:
                 pass
             else:  # the padding of the header
-                assert read == list(range(20)) == mark["kept"]
+                assert read == list(range(20)) == kept
             path.write_bytes(whole)
         assert [int(array[0, 0]) for array in make_cache(tmp_path, tmp_path / "log")[0]] == list(range(20))
 
@@ -151,11 +149,9 @@ def test_the_cache_is_keyed_by_what_changes_the_frames(tmp_path):
     for kwargs in ({}, {"size": 17}, {"slicing": "time"}, {"on_error": "skip"}):
         sltt.data.NMNIST(str(root), **kwargs).splits(4)
     sltt.data.NMNIST(str(root)).splits(5)
-    assert len(list(root.glob(".sltt-cache/*/complete.json"))) == 10  # training and test each
+    assert len(list(root.glob(".sltt-cache/*/complete.npz"))) == 10  # training and test each
     sltt.data.NMNIST(str(root), augment=sltt.data.EventAugmentation()).splits(5)
-    assert len(list(root.glob(".sltt-cache/*/complete.json"))) == 10
+    assert len(list(root.glob(".sltt-cache/*/complete.npz"))) == 10
     write_bin(root / "NMNIST" / "Train" / "0" / "00000.bin", events(41))
     sltt.data.NMNIST(str(root)).splits(4)
-    marks = list(root.glob(".sltt-cache/*/complete.json"))
-    assert len(marks) == 11
-    assert all(json.loads(mark.read_text())["version"] for mark in marks)
+    assert len(list(root.glob(".sltt-cache/*/complete.npz"))) == 11
