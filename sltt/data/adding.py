@@ -5,10 +5,10 @@ Shapes: N samples, T time steps.
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from sltt.checks import whole_number
-from sltt.data.base import Data, Splits, fingerprint, hold_out
+from sltt.data.base import Data, Splits
 
 TEST_SAMPLES = 2000
 
@@ -48,17 +48,9 @@ class Adding(Data):
             raise ValueError(f"{self.marked} marks take as many time steps or more, got steps={steps}: use more steps")
         generator = torch.Generator().manual_seed(self.seed)
         train, test = (self._draw(count, steps, generator) for count in (self.samples, TEST_SAMPLES))
+        labels, identity = train[1].tolist(), (self.marked, self.seed)
         samples = TensorDataset(*train)
-        labels = train[1].tolist()
-        kept, held = hold_out(labels, self.validation, self.split_seed)
-        return Splits(
-            train=Subset(samples, kept),
-            validation=Subset(samples, held) if held else None,
-            test=TensorDataset(*test),
-            static=False,
-            classes=self.marked + 1,
-            fingerprint=fingerprint([self.marked, self.seed, *labels], kept, held),
-        )
+        return self.split_sequences(samples, labels, TensorDataset(*test), self.marked + 1, *identity, *labels)
 
     def _draw(self, count: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Sequences [N, T, 2] and labels [N]."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -10,9 +10,10 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from sltt.checks import number, whole_number
+from sltt.sequence.padding import Padded, pad
 
 OnError = Literal["stop", "skip"]
 Collate = Callable[[list[Any]], Any]
@@ -33,6 +34,8 @@ class Splits:
         plain: the training samples without augmentation, in the order of `train`; None if `train` has none.
         lengths: time steps of each training sample: a batch has samples of similar length. None: any samples.
         alternate_flip: the training mirrors each of its samples left and right in every other epoch.
+        pad: sequences are padded to the longest of a batch, whose targets are `sltt.Padded`.
+        collates: functions of the user's that make batches, by the names of the splits; None stacks samples.
     """
 
     train: Dataset[Any]
@@ -45,6 +48,8 @@ class Splits:
     plain: Dataset[Any] | None = None
     lengths: Sequence[int] | None = None
     alternate_flip: bool = False
+    pad: bool = False
+    collates: Mapping[str, Collate] | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -57,17 +62,25 @@ class Splits:
         """Return the training samples without augmentation."""
         return self.train if self.plain is None else self.plain
 
-    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Any]:
         """Stack samples to a batch: images [B, C, H, W], sequences [T, B, C, H, W]; and targets [B, ...].
 
         Targets of each time step are stacked like sequences: [T, B, ...].
         """
+        if self.collates:
+            return self.collates["train"](samples)
         xs, targets = zip(*samples, strict=True)
-        return _stack("samples", xs, not self.static), _stack("targets", targets, self.per_step)
+        if not self.pad:
+            return _stack("samples", xs, not self.static), _stack("targets", targets, self.per_step)
+        lengths = tuple(map(len, xs))
+        x = _stack("samples", [pad(x, max(lengths)) for x in xs], True)
+        targets = [pad(y, max(lengths)) for y in targets] if self.per_step else targets
+        return x, Padded(_stack("targets", targets, self.per_step), lengths)
 
     def collate_of(self, dataset: Dataset[Any]) -> Collate:
-        """Return the function that makes batches: `collate`, unless that of the training is not for the others."""
-        return self.collate
+        """Return the function that makes the batches of a split."""
+        names = [name for name in self.collates or () if getattr(self, name) is dataset]
+        return self.collates[names[0]] if self.collates and names else self.collate
 
     def with_each(self, make: Callable[[str, Dataset[Any]], Dataset[Any]], **fields: Any) -> Self:
         """These splits with other fields, and other data sets: `make(name, samples)` of each that there is."""
@@ -154,6 +167,18 @@ class Data(ABC):
         if x.dtype == torch.uint8 and x.numel() and x.max() > 1:
             raise ValueError(f"{path} has whole numbers up to {x.max()}: save it as the data has it, in [0, 1] say")
         return x.float()
+
+    def split_sequences(self, samples: Any, labels: Sequence[int], test: Any, classes: int, *identity: Any) -> Splits:
+        """Return the splits of sequences, with a share of `samples` held out, and `identity` in their fingerprint."""
+        kept, held = hold_out(labels, self.validation, self.split_seed)
+        return Splits(
+            train=Subset(samples, kept),
+            validation=Subset(samples, held) if held else None,
+            test=test,
+            static=False,
+            classes=classes,
+            fingerprint=fingerprint(identity, kept, held),
+        )
 
     def missing(self) -> dict[str, int]:
         """Count the missing samples of the whole data set, by split; empty if none or if that is not known."""

@@ -9,6 +9,7 @@ import logging
 import shutil
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from sltt.checks import choice, flag, folder, function, whole_number, whole_numbers
 from sltt.data.augment import EventAugmentation
-from sltt.data.base import Data, Mapped, OnError, Splits, fingerprint, hold_out
+from sltt.data.base import Data, Mapped, OnError, Splits
 from sltt.data.cache import cache_frames
 from sltt.data.recordings import RecordingError, Slicing, frames, read
 
@@ -89,6 +90,7 @@ class _Events(Data):
         self.root = folder("root", root)
         self.size = None if size is None else whole_number("size", size, least=1)
         self.resize = choice("resize", resize, get_args(Resize))
+        self.summed, self.interpolated = (self.size, None) if resize == "sum" else (None, self.size)
         if resize == "interpolate" and size is None:
             raise ValueError("resize='interpolate' changes the size of the frames, but size=None: give a size")
         self.slicing: Slicing = choice("slicing", slicing, get_args(Slicing))
@@ -116,9 +118,8 @@ class _Events(Data):
 
     def read(self, path: Path, steps: int) -> Tensor:
         """Read a recording as frames [T, 2, H, W]."""
-        size = self.size if self.resize == "sum" else None
-        counts = frames(read(path, self.sensor, self.slicing, steps), steps, self.sensor, size, self.slicing)
-        return FrameDataset(counts[None], [0], None if self.resize == "sum" else self.size)[0][0]
+        counts = frames(read(path, self.sensor, self.slicing, steps), steps, self.sensor, self.summed, self.slicing)
+        return FrameDataset(counts[None], [0], self.interpolated)[0][0]
 
     def load(self, steps: int) -> Splits:
         if self.download and not (self.recordings(train=True) and self.recordings(train=False)):
@@ -133,21 +134,14 @@ class _Events(Data):
             log.warning("%s is partial: %s not there", self.title, lost)
         samples, names = self._frames(train, steps, "training")
         test_samples, test_names = self._frames(test, steps, "test")
-        kept, held = hold_out(samples.targets, self.validation, self.split_seed)
-        plain = Subset(samples, kept)
-        return Splits(
-            train=Mapped(plain, self.augment) if self.augment else plain,
-            validation=Subset(samples, held) if held else None,
-            test=test_samples if test else None,
-            static=False,
-            classes=len(self.classes),
-            fingerprint=fingerprint([*names, *test_names], kept, held),
-            plain=plain,
-        )
+        whole = test_samples if test else None
+        splits = self.split_sequences(samples, samples.targets, whole, len(self.classes), *names, *test_names)
+        augmented = Mapped(splits.train, self.augment) if self.augment else splits.train
+        return replace(splits, train=augmented, plain=splits.train)
 
     def _frames(self, recordings: Recordings, steps: int, which: str) -> tuple[FrameDataset, list[str]]:
         """Return the recordings that can be used, and their names."""
-        size, interpolated = (self.size, None) if self.resize == "sum" else (None, self.size)
+        size = self.summed
         height, width = (size, size) if size else self.sensor
         skipped: list[str] = []
 
@@ -169,7 +163,7 @@ class _Events(Data):
             listed = "; ".join(sorted(skipped)[:5]) or ", ".join(paths[i] for i in lost[:5])
             log.warning("%d of %d %s recordings skipped: %s", len(lost), len(paths), which, listed)
         names = [recordings[i][0].relative_to(self.root).as_posix() for i in kept]
-        return FrameDataset(arrays, [recordings[i][1] for i in kept], interpolated), names
+        return FrameDataset(arrays, [recordings[i][1] for i in kept], self.interpolated), names
 
 
 class NMNIST(_Events):

@@ -1,7 +1,6 @@
 """Data of your own: any PyTorch or Hugging Face data sets as the data of a training."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from sltt.checks import flag, number, whole_number
 from sltt.data.base import Collate, Data, Mapped, Splits, fingerprint, hold_out
-from sltt.sequence.padding import Padded
-from sltt.sequence.padding import pad as padded
 
 
 def from_datasets(
@@ -116,17 +113,16 @@ class _OwnData(Data):
         parts: dict[str, Any] = {"validation": None, "test": None, **samples}
         if held:
             parts |= {"train": Subset(samples["train"], kept), "validation": Subset(samples["train"], held)}
-        values = {
+        return Splits(
             **parts,
-            "static": self.static,
-            "classes": self._count(labels),
-            "fingerprint": fingerprint(labels or [], kept, held, [len(one) for one in samples.values()]),
-            "per_step": self.per_step,
-            "lengths": [len(samples["train"][i][0]) for i in kept] if self.by_length else None,
-        }
-        if self.pad:
-            return _Padding(**values)
-        return _Collated(**values, collates=self.collates) if self.collates else Splits(**values)
+            static=self.static,
+            classes=self._count(labels),
+            fingerprint=fingerprint(labels or [], kept, held, [len(one) for one in samples.values()]),
+            per_step=self.per_step,
+            lengths=[len(samples["train"][i][0]) for i in kept] if self.by_length else None,
+            pad=self.pad,
+            collates=self.collates,
+        )
 
     def _samples(self, name: str, dataset: Any, steps: int) -> Any:
         if self.collates:
@@ -164,32 +160,6 @@ class _OwnData(Data):
                 f"classes={most + 1}"
             )
         return self.classes or most + 1
-
-
-@dataclass(frozen=True)
-class _Collated(Splits):
-    """Splits whose batches are made by functions of the user's, one for each split."""
-
-    collates: Mapping[str, Collate] = field(default_factory=dict)
-
-    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-        return self.collates["train"](samples)
-
-    def collate_of(self, dataset: Dataset[Any]) -> Collate:
-        names = [name for name in self.collates if getattr(self, name) is dataset]
-        return self.collates[names[0]] if names else self.collate
-
-
-@dataclass(frozen=True)
-class _Padding(Splits):
-    """Splits of sequences of several lengths, which are padded to the longest of a batch."""
-
-    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        lengths = tuple(len(x) for x, _ in samples)
-        most = max(lengths)
-        pairs = ((padded(x, most), padded(y, most) if self.per_step else y) for x, y in samples)
-        x, target = super().collate([*pairs])
-        return x, Padded(target, lengths)
 
 
 class _Samples(Dataset[Any]):

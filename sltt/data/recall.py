@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from sltt.checks import number, whole_number
-from sltt.data.base import Data, Splits, fingerprint, hold_out
+from sltt.data.base import Data, Splits
 
 TEST_SAMPLES = 2000
 
@@ -93,18 +93,9 @@ class Recall(Data):
             cues, probes = torch.cat([cues, marks], dim=2), F.pad(probes, (0, 1))
         samples = _Sequences(cues, probes, b, (a + b) % self.classes, self.cues + self.delay, steps)
         labels = samples.labels.tolist()
-        kept, held = hold_out(labels[: self.samples], self.validation, self.split_seed)
-        test = range(self.samples, count)
-        settings = self.classes, self.delay, self.noise, self.channels, self.seed
-        settings += (self.cues,) * (self.cues > 1)
-        return Splits(
-            train=Subset(samples, kept),
-            validation=Subset(samples, held) if held else None,
-            test=Subset(samples, test),
-            static=False,
-            classes=self.classes,
-            fingerprint=fingerprint([settings, *labels], kept, held, test),
-        )
+        test = Subset(samples, range(self.samples, count))
+        identity = self.classes, self.delay, self.noise, self.channels, self.seed, self.cues
+        return self.split_sequences(samples, labels[: self.samples], test, self.classes, *identity, *labels)
 
 
 class _Sequences(Dataset[Any]):

@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch.utils.data import Subset
 
 from sltt.checks import flag, folder, number
-from sltt.data.base import Data, Splits, fingerprint, hold_out
+from sltt.data.base import Data, Splits
 from sltt.data.events import FrameDataset, download
 from sltt.data.recordings import RecordingError
 
@@ -53,15 +51,7 @@ class SHD(Data):
                 "Set --data.root, or get it with --data.download true."
             )
         samples, test = (self._read(name, steps) for name in ("train", "test"))
-        kept, held = hold_out(samples.targets, self.validation, self.split_seed)
-        return Splits(
-            train=Subset(samples, kept),
-            validation=Subset(samples, held) if held else None,
-            test=test,
-            static=False,
-            classes=20,
-            fingerprint=fingerprint([*samples.targets, *test.targets], kept, held),
-        )
+        return self.split_sequences(samples, samples.targets, test, 20, *samples.targets, *test.targets)
 
     def _file(self, name: str) -> Path:
         return self.root / "SHD" / f"shd_{name}.h5"
@@ -73,35 +63,20 @@ class SHD(Data):
         try:
             with h5py.File(path, "r") as file:
                 data: Any = file
-                labels, times, units = (list(data[key]) for key in ("labels", "spikes/times", "spikes/units"))
-        except (OSError, KeyError) as error:
+                columns = (list(data[key]) for key in ("labels", "spikes/times", "spikes/units"))
+                recordings = list(zip(*columns, strict=True))
+        except (OSError, KeyError, ValueError) as error:
             raise RecordingError(
                 f"{path}: not a file of SHD ({error}); get it again with --data.download true"
             ) from error
-        if not len(labels) == len(times) == len(units):
-            counts = f"{len(labels)}, {len(times)} and {len(units)}"
-            raise RecordingError(f"{path}: expected labels, times and units of as many recordings, got {counts}")
-        counts = np.zeros((len(labels), steps, 700), np.uint16)
-        for i, recording in enumerate(zip(labels, times, units, strict=True)):
-            if problem := _problem(*recording):
-                raise RecordingError(f"{path}, recording {i}: {problem}; get it again with --data.download true")
-            step = np.minimum(times[i].astype(np.float64) * steps / self.duration, steps - 1).astype(np.int64)
-            np.add.at(counts[i], (step, units[i].astype(np.int64)), 1)
-        return FrameDataset(counts, list(map(int, labels)))
-
-
-def _problem(label: Any, times: NDArray[Any], units: NDArray[Any]) -> str | None:
-    """Say what is wrong with a recording; None if nothing is."""
-    if label not in range(20):
-        return f"expected a label 0 to 19, got {label}"
-    if len(times) != len(units):
-        return f"expected a unit for each time, got {len(times)} times and {len(units)} units"
-    checked = (
-        ("times of 0 s and later", times, (times >= 0) & np.isfinite(times)),
-        ("units 0 to 699", units, np.isin(units, np.arange(700))),
-    )
-    for expected, values, good in checked:
-        if not good.all():
-            i = int(np.argmin(good))
-            return f"expected {expected}, got {values[i]} at spike {i}"
-    return None
+        counts = np.zeros((len(recordings), steps, 700), np.uint16)
+        for i, (label, times, units) in enumerate(recordings):
+            whole = label in range(20) and len(times) == len(units) and np.isin(units, np.arange(700)).all()
+            if not whole or not ((times >= 0) & np.isfinite(times)).all():
+                raise RecordingError(
+                    f"{path}, recording {i}: expected a label 0 to 19, times of 0 s and later, and a unit 0 to 699 for "
+                    "each; get it again with --data.download true"
+                )
+            step = np.minimum(times.astype(np.float64) * steps / self.duration, steps - 1).astype(np.int64)
+            np.add.at(counts[i], (step, units.astype(np.int64)), 1)
+        return FrameDataset(counts, [int(label) for label, _, _ in recordings])
