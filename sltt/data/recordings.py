@@ -6,12 +6,10 @@ A recording is four arrays of equal length: x and y in pixels, p (polarity, 0 or
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from sltt.checks import choice, folder, whole_number, whole_numbers
 
 Slicing = Literal["count", "time"]
 
@@ -44,10 +42,6 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
         RecordingError: unreadable, empty, fewer events than frames, time runs backwards, or events outside the sensor.
         ImportError: `.aedat4` without the package aedat.
     """
-    path = folder("path", path, "a recording")
-    choice("slicing", slicing, get_args(Slicing))
-    whole_numbers("sensor", sensor, least=1, fewest=2)
-    whole_number("steps", steps, least=1)
     readers: dict[str, Callable[[Path], Recording]] = {
         ".bin": _read_bin,
         ".aedat": _read_aedat,
@@ -88,7 +82,7 @@ def frames(
         slicing: by count or by time.
     """
     count = len(recording.t)
-    if choice("slicing", slicing, get_args(Slicing)) == "count":
+    if slicing == "count":
         step = np.minimum(np.arange(count) // max(count // steps, 1), steps - 1)
     else:
         t = recording.t.astype(np.int64) - int(recording.t[0])
@@ -109,9 +103,10 @@ def _problem(recording: Recording, sensor: tuple[int, int], slicing: Slicing, st
         return "no events"
     if slicing == "count" and count < steps:
         return f"{count} events are fewer than the {steps} frames"
-    back = int(np.argmax(np.diff(recording.t.astype(np.int64)) < 0)) if count > 1 else 0
-    if count > 1 and recording.t[back + 1] < recording.t[back]:
-        return f"time runs backwards at event {back + 1}: {recording.t[back + 1]} after {recording.t[back]} µs"
+    back = np.flatnonzero(np.diff(recording.t.astype(np.int64)) < 0)
+    if len(back):
+        before, after = recording.t[back[0] : back[0] + 2]
+        return f"time runs backwards at event {back[0] + 1}: {after} after {before} µs"
     height, width = sensor
     outside = np.flatnonzero((recording.x < 0) | (recording.x >= width) | (recording.y < 0) | (recording.y >= height))
     if len(outside):
@@ -175,10 +170,7 @@ def _read_dat(path: Path) -> Recording:
         kind, start = line[:2], file.tell() - len(line) + 2
     if kind and kind not in (b"\x00\x08", b"\x0c\x08"):  # two kinds of change in brightness, in 8 bytes each
         raise RecordingError(f"holds events of type {kind[0]} in {kind[-1]} bytes, expected type 0 or 12 in 8")
-    size = path.stat().st_size - start
-    if size <= 0:  # Wizard would take it for a broken file
-        return Recording(*np.zeros((4, 0), np.int64))
-    if size % 8:
+    if (path.stat().st_size - start) % 8:
         raise RecordingError("truncated: the data is no multiple of the 8 bytes of an event")
     events = Wizard(encoding="dat").read(str(path))
     if events is None:
@@ -189,7 +181,7 @@ def _read_dat(path: Path) -> Recording:
 def _read_npy(path: Path) -> Recording:
     events = np.load(path, allow_pickle=False)
     if events.dtype.names is not None:
-        return Recording(*(_to_integers(name, events[name]) for name in "xytp"))
+        return _of_names(events)
     if events.ndim != 2 or events.shape[1] != 4 or events.dtype.kind not in "iuf":
         raise RecordingError(
             f"expected events [N, 4] or fields x, y, t, p, got an array {list(events.shape)} of {events.dtype}"
@@ -201,9 +193,11 @@ def _read_npy(path: Path) -> Recording:
 
 def _read_npz(path: Path) -> Recording:
     with np.load(path, allow_pickle=False) as arrays:
-        if missing := set("xytp") - set(arrays.files):
-            raise RecordingError(f"expected arrays x, y, t, p, got {', '.join(arrays.files)} without {min(missing)}")
-        columns = [_to_integers(name, arrays[name].ravel()) for name in "xytp"]
+        return _of_names(arrays)
+
+
+def _of_names(arrays: Any) -> Recording:
+    columns = [_to_integers(name, arrays[name].ravel()) for name in "xytp"]
     if len(lengths := {len(one) for one in columns}) > 1:
         raise RecordingError(f"expected arrays of one length, got {min(lengths)} and {max(lengths)}")
     return Recording(*columns)
