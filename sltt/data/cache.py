@@ -49,6 +49,12 @@ class CachedArrays:
         return array
 
 
+def key_of(sources: Sequence[str], *settings: Any) -> str:
+    """Return a key that changes with the settings, and with the names, sizes and times of change of files."""
+    stamps = [(name, (stat := os.stat(name)).st_size, stat.st_mtime_ns) for name in sources]
+    return hashlib.sha256(repr((*settings, stamps)).encode()).hexdigest()[:16]
+
+
 def cache_frames(
     folder: Path,
     settings: dict[str, Any],
@@ -73,9 +79,7 @@ def cache_frames(
     Raises:
         CacheError: what is on disk is not what was written.
     """
-    stamps = [(name, (stat := os.stat(name)).st_size, stat.st_mtime_ns) for name in sources]
-    key = hashlib.sha256(repr((VERSION, sorted(settings.items()), shape, stamps)).encode()).hexdigest()[:16]
-    home = folder / key
+    home = folder / key_of(sources, VERSION, sorted(settings.items()), shape)
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,6 +1,5 @@
 """Image files as tensors, and which files of a data set do not decode."""
 
-import hashlib
 import json
 import logging
 import os
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from sltt.data.cache import key_of
 
 log = logging.getLogger("sltt")
 
@@ -35,9 +36,7 @@ def decode(path: str) -> Tensor:
 
 def find_undecodable(paths: Sequence[str], root: Path) -> list[str]:
     """List the images that do not decode; found once for the same files, and warned about every time."""
-    stamps = [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in paths]
-    key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
-    found = root / ".sltt-cache" / f"undecodable-{key}.json"
+    found = root / ".sltt-cache" / f"undecodable-{key_of(paths)}.json"
     if found.exists():
         bad = json.loads(found.read_text(encoding="utf-8"))
     else:
