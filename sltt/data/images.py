@@ -1,6 +1,5 @@
 """Image data sets through torchvision: CIFAR-10, CIFAR-100 and any folder of images."""
 
-import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -350,7 +349,6 @@ class ImageFolder(_Images):
 
         if self.test and (split := _folders(home) & {"train", "test", "val"}):
             raise ValueError(f"test={self.test} splits {home}/CLASS/*, and it has {min(split)}: leave test out")
-        _check_links(home)
 
         class Folder(datasets.ImageFolder):
             """Without the folders that begin with a dot."""
@@ -383,13 +381,3 @@ class ImageFolder(_Images):
 def _folders(home: Path) -> set[str]:
     """List the folders of classes; those that begin with a dot, such as a cache, are none."""
     return {path.name for path in home.iterdir() if path.is_dir() and not path.name.startswith(".")}
-
-
-def _check_links(home: Path) -> None:
-    """Raise ValueError for a link to a folder that lies in `home`, or that `home` lies in: torchvision follows it."""
-    real = home.resolve()
-    for place, names, _ in os.walk(home):
-        for link in filter(Path.is_symlink, (Path(place, name) for name in names)):
-            target = link.resolve()
-            if target.is_relative_to(real) or real.is_relative_to(target):
-                raise ValueError(f"{link} is a link to {target}, whose images would count twice: remove the link")
