@@ -45,32 +45,10 @@ def clear_square(x: Tensor, side: int) -> Tensor:
     return x
 
 
-def drop_events(x: Tensor, most: float = 0.5) -> Tensor:
-    """Remove each event with a probability that is drawn up to `most`."""
-    share = float(torch.rand(())) * most
-    whole = x.floor()  # frames that are interpolated have parts of events too
-    kept = torch.binomial(whole, torch.full_like(x, 1 - share))
-    return kept if torch.equal(whole, x) else kept + (x - whole) * (torch.rand_like(x) >= share)
-
-
-def drop_time(x: Tensor, most: float = 0.3) -> Tensor:
-    """Remove the events of a run of frames, a share of T up to `most`."""
-    steps = len(x)
-    if not (longest := int(most * steps)):
-        return x
-    length = int(torch.randint(1, longest + 1, ()))
-    start = int(torch.randint(steps - length + 1, ()))
-    x = x.clone()
-    x[start : start + length] = 0
-    return x
-
-
 class EventAugmentation:
     """Random changes to a training sample; 0 switches one off.
 
-    After an optional flip, one of roll, rotation, shear and cutout, as in NDA (Li et al. 2022, arXiv 2203.06145). Then,
-    with probability `drop`, one of dropping events, a stretch of time, or an area, as in EventDrop (Gu et al. 2021,
-    arXiv 2106.05836).
+    After an optional flip, one of roll, rotation, shear and cutout, as in NDA (Li et al. 2022, arXiv 2203.06145).
 
     Args:
         flip: mirror left and right with probability one half.
@@ -78,7 +56,6 @@ class EventAugmentation:
         rotate: degrees to either side, at most.
         shear: degrees to either side, at most.
         cutout: side of the square in pixels, at most.
-        drop: probability that events are dropped.
     """
 
     def __init__(
@@ -88,14 +65,12 @@ class EventAugmentation:
         rotate: float = 15.0,
         shear: float = 8.6,
         cutout: int = 8,
-        drop: float = 0.0,
     ):
         self.flip = flag("flip", flip)
         self.roll = whole_number("roll", roll, least=0)
         self.rotate = number("rotate", rotate, least=0)
         self.shear = number("shear", shear, least=0)
         self.cutout = whole_number("cutout", cutout, least=0)
-        self.drop = number("drop", drop, least=0, most=1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Change a sample [T, 2, H, W] to another of the same shape."""
@@ -103,12 +78,7 @@ class EventAugmentation:
             x = flip(x)
         changes = (roll, self.roll), (rotate, self.rotate), (shear, self.shear), (cutout, self.cutout)
         moves = [partial(change, x, most) for change, most in changes if most]
-        if moves:
-            x = moves[int(torch.randint(len(moves), ()))]()
-        if torch.rand(()) < self.drop:
-            drops = [partial(drop_events, x), partial(drop_time, x), partial(cutout, x, max(x.shape[-2:]) // 3)]
-            x = drops[int(torch.randint(3, ()))]()
-        return x
+        return moves[int(torch.randint(len(moves), ()))]() if moves else x
 
 
 def _uniform(most: float) -> float:
