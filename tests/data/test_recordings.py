@@ -72,7 +72,7 @@ def test_smaller_frames_sum_the_events_of_their_pixels():
         ("a.aedat", b"#!AER-DAT2.0\r\n\x01\x02\x03", "truncated: the data is no multiple of the 8 bytes"),
         ("a.dat", b"PK\x03\x04", "not a DAT file: it does not begin with"),
         ("a.dat", b"% Version 2\n\x0c\x08\x01\x02\x03", "truncated: the data is no multiple of the 8 bytes"),
-        ("a.dat", b"% Version 2\n\x0c\x08", "no events"),
+        ("a.dat", b"% Version 2\n\x0c\x08", "finds no events"),
         ("a.dat", b"% Version 2\n\x0e\x08" + bytes(16), "events of type 14 in 8 bytes, expected type 0 or 12"),
     ],
 )
