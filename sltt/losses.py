@@ -202,11 +202,6 @@ class Activity(Loss):
         """The loss without the penalty."""
         return self.loss(logits, target)
 
-    def penalty(self, rates: Sequence[Tensor], steps: int = 1) -> Tensor:
-        """w times the mean over layers of R, summed over the time steps; a layer's rates are of one call or of more."""
-        found = [(r if self.rate is None else (r - self.rate).square()).mean() for r in rates]
-        return self.weight * steps * torch.stack(found).mean()
-
 
 def bind_loss(loss: Any, run: Run) -> Any:
     """Return the loss for the time steps of a run: with `Activity`, one that sees the spikes of the network."""
@@ -245,7 +240,9 @@ class _Watching:
         if torch.is_grad_enabled() and not any(r.requires_grad for r in rates):
             raise ValueError("the rule has no gradients of spikes, and Activity needs them: use SLTT or BPTT")
         self.rates.clear()
-        return value + self.loss.penalty(rates, self.steps)
+        goal = self.loss.rate
+        of_layers = [(r if goal is None else (r - goal).square()).mean() for r in rates]
+        return value + self.loss.weight * self.steps * torch.stack(of_layers).mean()
 
 
 def predict_from(by: Prediction, logits: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
@@ -343,12 +340,11 @@ def _check_labels(logits: Tensor, target: Tensor) -> None:
         )
     if target.dtype != torch.int64:
         raise ValueError(f"labels must be class indices in int64, got {target.dtype}; use target.long()")
-    if (
-        target.device.type == "cpu"
-        and len(target)
-        and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]
-    ):
+    if target.device.type != "cpu" or not len(target):
+        return
+    least, most, classes = int(target.min()), int(target.max()), logits.shape[1]
+    if not 0 <= least <= most < classes:
         raise ValueError(
-            f"labels must be in 0 … {logits.shape[1] - 1} (the model has {logits.shape[1]} outputs), "
-            f"got {int(target.min())} … {int(target.max())}; set the model's `classes` to the data's"
+            f"labels must be in 0 … {classes - 1} (the model has {classes} outputs), got {least} … {most}; set the "
+            "model's `classes` to the data's"
         )

@@ -45,14 +45,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, ...], flattened to [B, features[0]], to logits [B, features[-1]]."""
         x = x.flatten(1)
-        if not isinstance(x, fx.Proxy):  # the network is being traced, and has no shapes yet
-            self._check(x)
-        return self.head(self.hidden(x))
-
-    def _check(self, x: Tensor) -> None:
+        if isinstance(x, fx.Proxy):  # the network is being traced, and has no shapes yet
+            return self.head(self.hidden(x))
         if x.shape[1] != self.features[0]:
             raise ValueError(
                 f"expected {self.features[0]} values for each sample of a time step, got {x.shape[1]}: give the number "
                 "of inputs first, features=(…)"
             )
         check_floating(x)
+        return self.head(self.hidden(x))
