@@ -1,6 +1,5 @@
 """Data sets with fixed, seeded splits: each yields samples of static images [C, H, W] or sequences [T, C, H, W]."""
 
-from sltt.data.adding import Adding
 from sltt.data.augment import EventAugmentation
 from sltt.data.base import Data, Splits
 from sltt.data.classes import Classes
@@ -20,7 +19,6 @@ __all__ = [
     "CIFAR100",
     "NMNIST",
     "SHD",
-    "Adding",
     "Classes",
     "Cutout",
     "DVSGesture",
