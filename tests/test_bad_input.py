@@ -66,7 +66,6 @@ CONSTRUCTORS = [
     (data.DigitsEvents, {}, SPLIT | {"augment": FLAG, "size": whole(11, -1), "threshold": number(0, -1)}),
     (data.SequentialDigits, {}, SPLIT | {"augment": FLAG, "permute": FLAG}),
     (data.SequentialMNIST, {}, SPLIT | {"root": PATH, "permute": FLAG, "download": FLAG}),
-    (data.Adding, {}, SPLIT | {"marked": whole(0, -1), "samples": whole(0, 9), "seed": whole()}),
     (data.Recall, {}, SPLIT | {
         "classes": whole(1, -1), "delay": whole(-1), "noise": number(-1), "channels": whole(0), "samples": whole(0, 15),
         "seed": whole(),

@@ -1,11 +1,10 @@
 import struct
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from sltt.data import Adding, Digits, SequentialDigits, SequentialMNIST
+from sltt.data import Digits, SequentialDigits, SequentialMNIST
 
 
 def read(dataset):
@@ -79,41 +78,3 @@ def test_mnist_is_read_in_its_own_layout(tmp_path):
 def test_missing_mnist_says_where_it_looked(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"looked in {tmp_path}, expected the folder MNIST/raw"):
         SequentialMNIST(str(tmp_path)).splits(28)
-
-
-@pytest.mark.parametrize(("marked", "steps"), [(1, 1), (4, 20), (9, 9)])
-def test_labels_count_the_marked_ones_in_equal_shares(marked, steps):
-    splits = Adding(marked=marked, samples=1000).splits(steps)
-    x, labels = read(splits.test)
-    assert x.shape == (2000, steps, 2)
-    assert set(x.unique().tolist()) <= {0.0, 1.0}
-    assert (x[..., 1].sum(1) == marked).all()
-    assert torch.equal(x.prod(2).sum(1), labels.float())
-    counts = Counter(labels.tolist())
-    assert len(counts) == splits.classes == marked + 1
-    assert max(counts.values()) - min(counts.values()) <= 1
-    assert [len(part) for part in (splits.train, splits.validation)] == [900, 100]
-
-
-def test_bits_and_marks_are_at_random_steps():
-    x, _ = read(Adding(samples=1000).splits(30).test)
-    bits, marks = x.unbind(2)
-    assert (marks.mean(0) - 0.3).abs().max() < 0.05
-    assert bits[marks == 0].mean() == pytest.approx(0.5, abs=0.01)
-    again, _ = read(Adding(samples=1000).splits(30).test)
-    other, _ = read(Adding(samples=1000, seed=1).splits(30).test)
-    assert torch.equal(x, again)
-    assert not torch.equal(x, other)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Adding(marked=0), "marked must be at least 1, got 0"),
-        (lambda: Adding(samples=9), "samples must be at least 10, got 9; give one of each class"),
-        (lambda: Adding().splits(8), "9 marks take as many time steps or more, got steps=8"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
