@@ -14,6 +14,7 @@ from sltt.interop.c_integers import in_integers
 from sltt.interop.c_network import Active, Network, Spread
 from sltt.interop.c_reading import read
 from sltt.interop.c_writing import Program, is_name, lines_of
+from sltt.interop.conversion import check_finite
 from sltt.rules import unroll
 from sltt.sequence.copies import copy_model
 from sltt.sequence.steps import time_steps
@@ -79,6 +80,7 @@ def to_c(
     folder = checks.folder("folder", folder)
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder, or remove this one")
+    check_finite(model)
     x = torch.stack([sequence.input(range(t, t + 1)) for t in range(sequence.steps)]).float().cpu()
     expected = unroll(copy_model(model).float().cpu().eval(), x)
     network = read(model, x[0], sequence.steps)

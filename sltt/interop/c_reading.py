@@ -8,31 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sltt.dropout import Dropout
+from sltt.interop import reading
 from sltt.interop.c_network import Active, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights, describe
 from sltt.interop.conversion import require
-from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Neuron, OnlineRenorm, Recurrent
+from sltt.interop.reading import pair
+from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Neuron, Recurrent
 from sltt.sequence.copies import copy_model
 from sltt.sequence.hooks import own_forward
-from sltt.sequence.state import Stateful, reset
+from sltt.sequence.state import reset
 from sltt.surrogates import Above, Surrogate
 
-_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, Dropout)  # in evaluation mode
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, OnlineRenorm)
-_WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-_AVERAGES, _ADAPTIVE = (nn.AvgPool1d, nn.AvgPool2d), (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
-_MAXIMA = (nn.MaxPool1d, nn.MaxPool2d)
 _NEURONS = (LIF, IF, PLIF, ChannelLIF, CubaLIF, ALIF)
-_LAYERS = (*_NOTHING, *_NORMS, *_WEIGHTS, *_AVERAGES, *_ADAPTIVE, *_MAXIMA, nn.Flatten)
 _CALLS: dict[Any, type[nn.Module]] = {
     F.adaptive_avg_pool1d: nn.AdaptiveAvgPool1d,
     F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
     F.avg_pool1d: nn.AvgPool1d,
     F.avg_pool2d: nn.AvgPool2d,
-    torch.flatten: nn.Flatten,
-    "flatten": nn.Flatten,
 }
-_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _TIMES = (operator.mul, operator.imul, torch.mul, "mul")
 _OVER = (operator.truediv, torch.div, "div")
 
@@ -41,24 +33,15 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
     """Read a network of T = `steps` from its forward on a frame x [B, ...].
 
     Raises:
-        ValueError: naming every layer and operation that C has not, or whose weights are not finite.
+        ValueError: naming every layer and operation that C has not.
     """
     model = copy_model(model).float().cpu().eval()
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # of any kind, since symbols run through the network's own code
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx: {' '.join(str(error).split())}. Write its forward "
-            "without control flow that depends on values"
-        ) from error
-    network = _Reader(model, graph).network(x.float().cpu(), steps)
+    network = _Reader(model, reading.trace(model)).network(x.float().cpu(), steps)
     _fold(network)
     _add_lists(network)
     wide = [op for op in network.operations if isinstance(op, Pool) and op.adaptive]
     _refuse([f"{op.name}, whose windows have several sizes with no linear layer behind it" for op in wide])
     for op in network.operations:
-        if not all(tensor.isfinite().all() for tensor in op.arrays().values()):
-            raise ValueError(f"{op.name} has weights that are NaN or infinite: export a checkpoint from before that")
         for name, tensor in op.arrays().items():
             setattr(op, name, tensor.float())
     return network
@@ -70,14 +53,6 @@ def _refuse(problems: list[str]) -> None:
             f"C has no counterpart for {'; '.join(problems)}. Train a network of the layers that "
             "docs/to-a-microcontroller.md lists, or export one step by sltt.interop.to_onnx"
         )
-
-
-class _Tracer(fx.Tracer):
-    """Leaves whole what keeps a state, and layers of PyTorch with another name."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = any(isinstance(m, kind) and not own_forward(m, kind) for kind in _LAYERS)
-        return known or isinstance(m, Stateful) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Reader(fx.Interpreter):
@@ -121,8 +96,9 @@ class _Reader(fx.Interpreter):
                 self.values[n] = self._read(n)
             except ValueError as reason:
                 called = n.op == "call_module"
-                name = describe(str(n.target), self.fetch_attr(str(n.target))) if called else _name_call(n, self.model)
-                self.problems.append(f"{name}{reason}")
+                path = str(n.target) if called else reading.calling_module(n)
+                where = "" if called else f"the operation {n.name} in "
+                self.problems.append(f"{where}{describe(path, self.model.get_submodule(path))}{reason}")
                 self.values[n] = Value(_image(value.shape[1:]))
         return value
 
@@ -133,19 +109,18 @@ class _Reader(fx.Interpreter):
             return self._layer(describe(str(n.target), module), module, inputs[0], self.env[n.all_input_nodes[0]])
         args = dict(enumerate(n.args)) | n.kwargs
         numbers = [value for value in args.values() if isinstance(value, int | float)]
+        if n.target in reading.FLATTEN:
+            return self._layer(n.name, reading.flatten_of(n), inputs[0], self.env[n.all_input_nodes[0]])
         if n.target in _CALLS and len(inputs) == 1:
             module = _CALLS[n.target](*n.args[1:], **{k: v for k, v in n.kwargs.items() if k != "input"})  # pyright: ignore
-            if isinstance(module, nn.Flatten) and len(n.args) + len(n.kwargs) == 1:
-                module = nn.Flatten(0)
             return self._layer(n.name, module, inputs[0], self.env[n.all_input_nodes[0]])
-        if n.target in _ADD and len(inputs) == 2 and len(args) == 2:
+        if n.target in reading.ADD and len(inputs) == 2 and len(args) == 2:
             require(inputs[0].shape == inputs[1].shape, ", a sum of two shapes")
             return self._add(Sum(n.name, inputs, Value(inputs[0].shape), [None, None]))
-        if n.target in (*_TIMES, *_OVER) and len(inputs) == len(numbers) == 1 and isinstance(n.args[0], fx.Node):
-            factor = float(numbers[0]) if n.target in _TIMES else 1 / numbers[0]
+        divides = n.target in _OVER and isinstance(n.args[0], fx.Node)
+        if len(inputs) == len(numbers) == 1 and (divides or n.target in _TIMES):
+            factor = 1 / numbers[0] if divides else float(numbers[0])
             return self._affine(n.name, inputs[0], torch.tensor([factor]), torch.zeros(1))
-        if n.target in _TIMES and len(inputs) == len(numbers) == 1:
-            return self._affine(n.name, inputs[0], torch.tensor([float(numbers[0])]), torch.zeros(1))
         raise ValueError("")
 
     def _add(self, operation: Operation) -> Value:
@@ -158,21 +133,21 @@ class _Reader(fx.Interpreter):
             return self._recurrent(name, module, x)
         if isinstance(module, Neuron):
             return self._neuron(name, module, x)
-        kind = next((kind for kind in _LAYERS if isinstance(module, kind) and not own_forward(module, kind)), None)
+        kind = reading.kind_of(module)
         layer: Any = module
         require(kind is not None, "")
-        if kind in _NOTHING:
+        if kind in reading.NOTHING:
             return x
         if kind is nn.Flatten:
             require((layer.start_dim, layer.end_dim % given.ndim) == (1, given.ndim - 1), ", which keeps a dimension")
             return x
-        if kind in _NORMS:
+        if kind in reading.NORMS:
             require(layer.running_mean is not None, ", which has no running statistics")
             require(layer.num_features == x.shape[0], " behind flatten: put it before")
-            return self._affine(name, x, *_norm(layer))
-        if kind in _WEIGHTS:
+            return self._affine(name, x, *reading.gain_and_shift(layer))
+        if kind in reading.WEIGHTS:
             return self._add(_weights(name, layer, x, given))
-        return self._add(_pool(name, layer, kind in _MAXIMA, x))
+        return self._add(_pool(name, layer, kind in reading.MAXIMA, x))
 
     def _affine(self, name: str, x: Value, gain: Tensor, shift: Tensor) -> Value:
         gain, shift = (vector.detach().double().expand(x.shape[0]) for vector in (gain, shift))
@@ -180,7 +155,7 @@ class _Reader(fx.Interpreter):
 
     def _recurrent(self, name: str, module: Recurrent, x: Value) -> Value:
         require(not own_forward(module, Recurrent), "")
-        require(isinstance(module.layer, _WEIGHTS), f" with a layer of type {type(module.layer).__name__}")
+        require(isinstance(module.layer, reading.WEIGHTS), f" with a layer of type {type(module.layer).__name__}")
         before, total = Value(x.shape, spikes=True), Value(x.shape)
         frame = torch.zeros(1, *(x.shape[:1] if x.size == x.shape[0] else x.shape))
         path = name.removesuffix(" (Recurrent)")
@@ -227,41 +202,16 @@ def _image(shape: Any) -> tuple[int, int, int]:
     return int(torch.Size(shape).numel()), 1, 1
 
 
-def _name_call(n: fx.Node, model: nn.Module) -> str:
-    """Return how messages name a call outside of a layer: with the module whose forward makes it."""
-    path = [*(path for path, _ in n.meta.get("nn_module_stack", {"": ("", None)}).values())][-1]
-    return f"the operation {n.name} in {describe(path, model.get_submodule(path))}"
-
-
-def _pair(value: Any, first: int = 0) -> tuple[int, int]:
-    """Height and width; of a layer with one dimension, the width behind `first`."""
-    if isinstance(value, tuple) and len(value) == 1:
-        return first, value[0]
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _norm(module: Any) -> tuple[Tensor, Tensor]:
-    """Gain and shift [C] of a BatchNorm with running statistics."""
-    gain = (module.running_var.double() + module.eps).rsqrt()
-    gain = gain if module.weight is None else gain * module.weight
-    shift = -module.running_mean * gain
-    return gain, shift if module.bias is None else shift + module.bias
-
-
 def _weights(name: str, module: Any, x: Value, given: Tensor) -> Weights:
     weight = module.weight.detach().double()
     bias = torch.zeros(len(weight)).double() if module.bias is None else module.bias.detach().double()
     if isinstance(module, nn.Linear):
         require(given.ndim == 2, ", whose input is not [B, features]")
         return Weights(name, [x], Value((len(weight), 1, 1)), weight.view(len(weight), *x.shape), bias)
-    require(module.padding_mode == "zeros", ", which pads by other than zeros")
-    reach = tuple(d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    padding = {"same": tuple(k // 2 for k in reach), "valid": (0,) * len(reach)}.get(module.padding, module.padding)
-    require(module.padding != "same" or all(k % 2 for k in reach), ", which pads one side more than the other")
-    flat = isinstance(module, nn.Conv1d)
-    stride, padding, dilation = _pair(module.stride, 1), _pair(padding), _pair(module.dilation, 1)
-    weight = weight.unsqueeze(2) if flat else weight
-    size = _count_windows(x.shape, _pair(reach, 1), stride, padding)
+    stride, padding, dilation = pair(module.stride, 1), reading.padding_of(module), pair(module.dilation, 1)
+    weight = weight.unsqueeze(2) if isinstance(module, nn.Conv1d) else weight
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    size = _count_windows(x.shape, reach, stride, padding)
     return Weights(name, [x], Value((len(weight), *size)), weight, bias, stride, padding, module.groups, dilation)
 
 
@@ -273,22 +223,21 @@ def _count_windows(shape: Any, kernel: Any, stride: Any, padding: Any) -> tuple[
 def _pool(name: str, module: Any, largest: bool, x: Value) -> Pool:
     flat = isinstance(module, nn.MaxPool1d | nn.AvgPool1d | nn.AdaptiveAvgPool1d)
 
-    def pair(value: Any, first: int) -> tuple[int, int]:
-        return _pair((value,) if flat and isinstance(value, int) else value, first)
+    def sides(value: Any, first: int) -> tuple[int, int]:
+        return pair((value,) if flat and isinstance(value, int) else value, first)
 
-    if isinstance(module, _ADAPTIVE):
-        out = pair(module.output_size, 1)
+    if isinstance(module, reading.ADAPTIVE):
+        out = sides(module.output_size, 1)
         out = out[0] or x.shape[1], out[1] or x.shape[2]
         kernel = x.shape[1] // out[0], x.shape[2] // out[1]
         adaptive = (kernel[0] * out[0], kernel[1] * out[1]) != x.shape[1:]
         shape = Value((x.shape[0], *out))
         return Pool(name, [x], shape, kernel, kernel, factor=1 / max(kernel[0] * kernel[1], 1), adaptive=adaptive)
-    kernel, padding = pair(module.kernel_size, 1), pair(module.padding, 0)
-    stride = pair(module.stride, 1)
+    kernel, stride, padding = sides(module.kernel_size, 1), sides(module.stride, 1), sides(module.padding, 0)
     require(not module.ceil_mode, " with ceil_mode")
     value = Value((x.shape[0], *_count_windows(x.shape, kernel, stride, padding)))
     if largest:
-        require(set(pair(module.dilation, 1)) == {1} and not module.return_indices, " with these options")
+        require(set(sides(module.dilation, 1)) == {1} and not module.return_indices, " with these options")
         return Pool(name, [x], value, kernel, stride, padding, largest=True)
     plain = getattr(module, "divisor_override", None) is None and (module.count_include_pad or padding == (0, 0))
     require(plain, " with these options")

@@ -13,7 +13,6 @@ the threshold, and its versions differ in the reset; what ours do is written int
 
 # pyright: reportMissingImports=false
 
-import operator
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -22,21 +21,18 @@ import nir
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import TraceError
 
 from sltt.checks import instance, number
-from sltt.dropout import Dropout
+from sltt.interop import reading
 from sltt.interop.conversion import check_finite, require
-from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, OnlineRenorm, Recurrent
+from sltt.interop.reading import pair
+from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, Recurrent
 from sltt.sequence.copies import copy_model
 from sltt.sequence.modes import evaluation_mode
-from sltt.sequence.state import Stateful, reset
+from sltt.sequence.state import reset
 from sltt.surrogates import Above
 
 _HAS_RESET = {kind: "v_reset" in {f.name for f in fields(kind)} for kind in (nir.IF, nir.LIF, nir.CubaLIF)}
-_NORMS = nn.BatchNorm1d | nn.BatchNorm2d | OnlineRenorm
-_NOTHING = nn.Identity | nn.Dropout | nn.Dropout2d | Dropout  # in evaluation
-_ADD = (operator.add, operator.iadd, torch.add)
 
 
 def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
@@ -62,11 +58,6 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     return _Export(model, number("dt", dt, above=0)).export(x)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Stateful) or super().is_leaf_module(m, module_qualified_name)
-
-
 class _Export(fx.Interpreter):
     """Runs the network once, layer by layer, for the shapes, and notes nodes and edges."""
 
@@ -79,10 +70,7 @@ class _Export(fx.Interpreter):
         self.used: set[str] = set()
         self.names = unique_names(name for name, _ in model.named_modules())  # some readers take no dots
         self.problems: list[str] = []
-        try:
-            super().__init__(fx.GraphModule(model, _Tracer().trace(model)))
-        except TraceError as error:
-            raise ValueError(f"NIR has no counterpart for what depends on values: {error}") from error
+        super().__init__(fx.GraphModule(model, reading.trace(model)))
 
     def export(self, x: Tensor) -> nir.NIRGraph:
         reset(self.model)
@@ -128,22 +116,19 @@ class _Export(fx.Interpreter):
         inputs = n.all_input_nodes
         sources = [name for node in inputs for name in self.sources[node]]
         self.sources[n] = sources
-        if n.target in (torch.flatten, "flatten"):
-            given = dict(zip(("start_dim", "end_dim"), n.args[1:], strict=False))
-            named = {"start_dim": 0, "end_dim": -1, **n.kwargs, **given}
-            flatten = nn.Flatten(named["start_dim"], named["end_dim"])  # type: ignore[arg-type]
-            self._layer(n, flatten, inputs[0], self.env[inputs[0]])
-        elif n.target not in _ADD or n.kwargs or len(inputs) != 2 or len(set(sources)) != len(sources):
+        if n.target in reading.FLATTEN:
+            self._layer(n, reading.flatten_of(n), inputs[0], self.env[inputs[0]])
+        elif n.target not in reading.ADD or n.kwargs or len(inputs) != 2 or len(set(sources)) != len(sources):
             self.problems.append(f"the operation {n.name}")
 
     def _layer(self, n: fx.Node, module: Any, arg: fx.Node, x: Tensor) -> None:
         path = str(n.target) if n.op == "call_module" else n.name
         name = self.names[path] if n.op == "call_module" else self._free_name(path)
         sources = self.sources[arg]
-        if isinstance(module, _NOTHING):
+        if isinstance(module, reading.NOTHING):
             self.sources[n] = sources
             return
-        if isinstance(module, _NORMS):
+        if isinstance(module, reading.NORMS):
             self._fold(n, path, module, arg)
             return
         if name in self.used:
@@ -175,14 +160,13 @@ class _Export(fx.Interpreter):
         if norm.running_mean is None or not isinstance(before, _NIR_WEIGHTS) or not self._is_single(arg, sources[0]):
             self.problems.append(f"{name} ({type(norm).__name__}), which is not behind a layer with weights of its own")
             return
-        gain = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
-        shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * gain
-        scale, bias = _array(gain), getattr(before, "bias", 0.0)
+        scale, shift = (_array(value.to(norm.running_var.dtype)) for value in reading.gain_and_shift(norm))
+        bias = getattr(before, "bias", 0.0)
         before.weight = before.weight * scale.reshape(-1, *[1] * (before.weight.ndim - 1))
         if isinstance(before, nir.Linear):
             before = nir.Affine(before.weight, np.zeros(len(scale)))
             self.nodes[sources[0]] = before
-        before.bias = bias * scale + _array(shift)
+        before.bias = bias * scale + shift
 
     def _is_single(self, node: fx.Node, layer: str) -> bool:
         """Return whether nothing but this node's one reader reads a layer's output."""
@@ -262,26 +246,15 @@ def _array(x: Tensor) -> np.ndarray:
     return x.detach().cpu().numpy().copy()
 
 
-def pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
 _NIR_WEIGHTS = nir.Affine | nir.Linear | nir.Conv1d | nir.Conv2d
 
 
 def _convolution(module: Any, shape: tuple[int, ...]) -> nir.NIRNode:
-    require(module.padding_mode == "zeros", ", which pads by other than zeros")
+    padding = reading.padding_of(module)  # in numbers, since readers differ in what they make of words
     require(module.groups == 1, ", which has several groups: NIR's types count the channels of one")
     weight = _array(module.weight)
     bias = np.zeros(len(weight), weight.dtype) if module.bias is None else _array(module.bias)
-    padding: Any = module.padding
-    if isinstance(padding, str):  # in numbers, since readers differ in what they make of words
-        widths = [
-            d * (k - 1) if padding == "same" else 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)
-        ]
-        require(not any(w % 2 for w in widths), ", which pads one side more than the other")
-        padding = tuple(w // 2 for w in widths)
     size: Any = shape[1:]
     if isinstance(module, nn.Conv1d):
-        return nir.Conv1d(size[0], weight, module.stride[0], padding[0], module.dilation[0], module.groups, bias)
+        return nir.Conv1d(size[0], weight, module.stride[0], padding[1], module.dilation[0], module.groups, bias)
     return nir.Conv2d(size, weight, module.stride, padding, module.dilation, module.groups, bias)

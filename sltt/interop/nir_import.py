@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sltt.checks import instance, number
 from sltt.interop.conversion import require
-from sltt.interop.nir_export import pair, unique_names
+from sltt.interop.nir_export import unique_names
+from sltt.interop.reading import pair
 from sltt.neurons import IF, LIF, CubaLIF, Neuron, Recurrent
 from sltt.sequence.state import reset
 from sltt.surrogates import Above, Surrogate, Triangle
@@ -33,8 +34,7 @@ def from_nir(graph: nir.NIRGraph | str | Path, *, dt: float = 1e-4, surrogate: S
     """
     dt = number("dt", dt, above=0)
     instance("surrogate", surrogate, Surrogate)
-    if not isinstance(graph, nir.NIRGraph):
-        graph = _read(graph)
+    graph = instance("graph", nir.read(graph) if isinstance(graph, str | Path) else graph, nir.NIRGraph)
     modules, problems = {}, []
     for name, node in graph.nodes.items():
         try:
@@ -46,19 +46,6 @@ def from_nir(graph: nir.NIRGraph | str | Path, *, dt: float = 1e-4, surrogate: S
     network = GraphNetwork(graph, modules)
     network.check()
     return network
-
-
-def _read(path: Any) -> nir.NIRGraph:
-    if not isinstance(path, str | Path):
-        raise ValueError(f"graph must be a nir.NIRGraph or the file of one, got {path!r}")
-    try:
-        graph = nir.read(path)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever h5py and nir raise on a file of something else
-        raise ValueError(f"{path} is not the file of a NIR graph ({type(error).__name__}: {error})") from error
-    assert isinstance(graph, nir.NIRGraph)
-    return graph
 
 
 class GraphNetwork(nn.Module):

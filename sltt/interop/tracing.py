@@ -5,11 +5,11 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from sltt.interop.activations import QCFS
+from sltt.interop.reading import calling_module, trace
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.state import Stateful, emits_spikes
 
@@ -48,11 +48,6 @@ _POOLS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
 )
-_POOLING: dict[Any, type[nn.Module]] = {
-    **dict(zip((F.max_pool1d, F.max_pool2d, F.max_pool3d), _POOLS[:3], strict=True)),
-    **dict(zip((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), _POOLS[:3], strict=True)),
-    **dict(zip((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d), _POOLS[3:], strict=True)),
-}
 _IN_PLACE = "sltt_in_place"
 
 
@@ -73,14 +68,9 @@ class Calls:
 
     def __init__(self, ann: nn.Module, neurons: frozenset[str], refused: frozenset[str]):
         self.ann, self.neurons, self.refused = ann, neurons, refused
-        try:
-            with evaluation_mode(ann):
-                self.graph = _Tracer().trace(ann)
-        except Exception as error:  # of any kind, since symbols run through the network's own code
-            raise ValueError(
-                f"{type(ann).__name__} cannot be traced by torch.fx: {' '.join(str(error).split())}. Write its forward "
-                "without control flow that depends on values, or put sltt's neurons in place of the activations by hand"
-            ) from error
+        with evaluation_mode(ann):
+            remedy = ", or put sltt's neurons in place of the activations by hand"
+            self.graph = trace(ann, _Tracer, remedy)
         for node in self.graph.nodes:
             self._restore_norm(node)
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -92,7 +82,7 @@ class Calls:
 
     def _restore_norm(self, node: fx.Node) -> None:
         """Make a call of `F.batch_norm` in a subclass of BatchNorm, as timm's with an activation, one of a module."""
-        path, layers = self.calling_module(node), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        path, layers = calling_module(node), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         module = self.ann.get_submodule(path)
         layer = next((layer for layer in layers if isinstance(module, layer)), None)
         if layer and node.target is F.batch_norm:
@@ -101,10 +91,6 @@ class Calls:
             node.op, node.target, node.args, node.kwargs = "call_module", path, node.args[:1], {}
             for weight in weights:
                 self.graph.erase_node(weight)
-
-    def calling_module(self, node: fx.Node) -> str:
-        """Return the path of the module of which the forward makes a call."""
-        return [*(path for path, _ in node.meta.get("nn_module_stack", {"": ("", None)}).values())][-1]
 
     def activations(self) -> list[fx.Node]:
         """Return the calls to put neurons at; raise ValueError with all problems at once."""
@@ -154,7 +140,8 @@ class Calls:
         module = self.module(node)
         if isinstance(module, _POOLS):
             return None if module.return_indices else module
-        kind = _POOLING.get(node.target) if node.op == "call_function" else None
+        function = self.name(node) if node.op == "call_function" else ""
+        kind = next((kind for kind in _POOLS if call_name(kind.__name__) == function), None)
         if kind is None or len(node.all_input_nodes) > 1:
             return None
         names = ["kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"]

@@ -14,6 +14,7 @@ from sltt.checks import folder, instance, number, sequence
 from sltt.data import Data, Poisson
 from sltt.dropout import Dropout
 from sltt.interop.activations import QCFS, Balanced, Coded, percentiles
+from sltt.interop.reading import calling_module
 from sltt.interop.tracing import NEURONS, NONLINEAR, Calls, call_name
 from sltt.models.base import NeuronFactory, neuron_maker
 from sltt.neurons import IF
@@ -74,12 +75,15 @@ def spiking(
     replace, keep = _names("replace", replace), _names("keep", keep)
     if both := sorted({*replace} & {*keep}):
         raise ValueError(f"{both[0]} stands in replace and in keep: name it once")
-    ann = _copy(instance("ann", ann, nn.Module))
+    _check_scripts(instance("ann", ann, nn.Module))
+    ann = copy.deepcopy(ann)
     if weights is not None:
         _load(ann, weights)
     calls = Calls(ann, NEURONS.union(replace).difference(keep), NONLINEAR.difference(replace, keep))
     activations = calls.activations()
-    thresholds = _percentiles(calls, activations, data, percentile) | _clips(calls, activations)
+    thresholds = {} if data is None else _percentiles(calls, activations, data, percentile)
+    modules = {node: calls.module(node) for node in activations}
+    thresholds |= {node: module.clip.detach() for node, module in modules.items() if isinstance(module, QCFS)}
     neurons = {node: make().to(_device(ann)) for node in activations}
     made = {node: Balanced(one, thresholds[node]) if node in thresholds else one for node, one in neurons.items()}
     places: dict[str, fx.Node] = {}
@@ -112,22 +116,15 @@ def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(call_name(instance(argument, name, str)) for name in sequence(argument, names, "names of activations"))
 
 
-def _copy(ann: nn.Module) -> nn.Module:
+def _check_scripts(ann: nn.Module) -> None:
     for path, module in ann.named_modules():
-        functions = [name for name, value in vars(module).items() if isinstance(value, torch.jit.ScriptFunction)]
-        if functions or isinstance(module, torch.jit.ScriptModule):
-            place = ".".join([*filter(None, [path]), *functions[:1]]) or "all of it"
-            raise ValueError(
-                f"no spiking twin of {type(ann).__name__}: {place} is of torch.jit.script or torch.jit.trace, whose "
-                "activations cannot be read; use the function or the module as it was before"
-            )
-    try:
-        return copy.deepcopy(ann)
-    except Exception as error:  # of any kind, since objects of the network copy themselves
-        raise ValueError(
-            f"no spiking twin of {type(ann).__name__}: copy.deepcopy refuses it, with {type(error).__name__}: {error}. "
-            "Leave this out of the network; of a function of torch.jit.script, use the function as it was before"
-        ) from error
+        for name, value in {"": module, **vars(module)}.items():
+            if isinstance(value, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+                place = ".".join(filter(None, [path, name])) or "all of it"
+                raise ValueError(
+                    f"no spiking twin of {type(ann).__name__}: {place} is of torch.jit.script or torch.jit.trace, "
+                    "whose activations cannot be read; use the function or the module as it was before"
+                )
 
 
 def _load(ann: nn.Module, path: str) -> None:
@@ -143,11 +140,9 @@ def _load(ann: nn.Module, path: str) -> None:
 
 
 def _percentiles(
-    calls: Calls, activations: list[fx.Node], data: Data | Tensor | None, percentile: float
+    calls: Calls, activations: list[fx.Node], data: Data | Tensor, percentile: float
 ) -> dict[fx.Node, Tensor]:
     """Return a percentile of what each activation gives of the data, for each channel."""
-    if data is None:
-        return {}
     found: dict[fx.Node, Tensor] = {}
 
     class Observer(fx.Interpreter):
@@ -161,15 +156,7 @@ def _percentiles(
         images = _images(data) if isinstance(data, Data) else instance("data", data, Tensor, "or a data set")
         images = images.to(_device(calls.ann))
         check_input(images)
-        if not len(images):
-            raise ValueError(f"thresholds are balanced on images, and data {list(images.shape)} has none")
-        try:
-            Observer(calls.ann, graph=calls.graph).run(images.clone())  # which the network may change
-        except RuntimeError as error:
-            raise ValueError(
-                f"data {list(images.shape)} does not run through {type(calls.ann).__name__}: expected what the network "
-                f"reads, [B, ...]; {str(error).partition(chr(10))[0]}"
-            ) from error
+        Observer(calls.ann, graph=calls.graph).run(images.clone())  # which the network may change
     return found
 
 
@@ -186,21 +173,13 @@ def _images(data: Data) -> Tensor:
     return splits.collate([samples[i] for i in chosen])[0]
 
 
-def _clips(calls: Calls, activations: list[fx.Node]) -> dict[fx.Node, Tensor]:
-    modules = {node: calls.module(node) for node in activations}
-    return {node: module.clip.detach() for node, module in modules.items() if isinstance(module, QCFS)}
-
-
 def _free_name(calls: Calls, node: fx.Node, taken: Any) -> str:
-    """A name for the neuron at a call: that of the module called, or of the function in the module that calls it."""
-    if node.op == "call_module":
-        base = str(node.target)
-        if base not in taken:
-            return base
-    else:
-        base = f"{calls.calling_module(node)}.{calls.name(node)}".lstrip(".")
-    parent, _, last = base.rpartition(".")
+    """Return a name for the neuron at a call: of the module called, or of the function in the module that calls it."""
+    called = node.op == "call_module"
+    if called and node.target not in taken:
+        return str(node.target)
+    base = str(node.target) if called else f"{calling_module(node)}.{calls.name(node)}".lstrip(".")
+    parent = base.rpartition(".")[0]
     siblings = calls.ann.get_submodule(parent)
-    names = itertools.chain([last], (f"{last}_{n}" for n in itertools.count(2)))
-    free = next(name for name in names if not hasattr(siblings, name) and f"{parent}.{name}".lstrip(".") not in taken)
-    return f"{parent}.{free}".lstrip(".")
+    names = itertools.chain([base], (f"{base}_{n}" for n in itertools.count(2)))
+    return next(name for name in names if not hasattr(siblings, name.rpartition(".")[2]) and name not in taken)
