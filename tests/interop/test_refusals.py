@@ -165,7 +165,7 @@ def test_nir_refuses_what_depends_on_values():
         def forward(self, x):
             return x if x.sum() > 0 else super().forward(x)
 
-    with pytest.raises(ValueError, match=r"NIR has no counterpart for what depends on values: .*control flow"):
+    with pytest.raises(ValueError, match=r"Chooses cannot be traced by torch\.fx: .*control flow"):
         sltt.interop.to_nir(Chooses(6, 6), torch.zeros(2, 6))
 
 
