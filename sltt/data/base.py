@@ -97,7 +97,7 @@ class Splits:
 class Mapped(Dataset[Any]):
     """Samples (change(x), target) of samples (x, target)."""
 
-    def __init__(self, samples: Dataset[Any], change: Callable[[Any], Tensor]):
+    def __init__(self, samples: Dataset[Any], change: Callable[[Tensor], Tensor]):
         self.samples, self.change = samples, change
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class Mapped(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         x, target = self.samples[index]
-        return self.change(x), target
+        return self.change(torch.as_tensor(x)), target
 
 
 def _stack(name: str, values: Sequence[Any], time_first: bool) -> Tensor:

@@ -143,14 +143,10 @@ class Encoded(Data):
             has, remedy = ("images", "Poisson or Latency") if splits.static else ("sequences", "Delta")
             code = type(self.encoding).__name__
             raise ValueError(f"{code} does not code the {has} of {self.data}: use {remedy}")
-        code = partial(_encode, encoding=self.encoding, steps=steps)
+        code = partial(self.encoding, steps=steps)
         return splits.with_each(
             lambda name, samples: Mapped(samples, code) if name == "train" else _Fixed(samples, code), static=False
         )
-
-
-def _encode(x: Any, encoding: Encoding, steps: int) -> Tensor:
-    return encoding(torch.as_tensor(x), steps)
 
 
 class _Fixed(Mapped):
@@ -160,4 +156,4 @@ class _Fixed(Mapped):
         x, target = self.samples[index]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(index)
-            return self.change(x), target
+            return self.change(torch.as_tensor(x)), target
