@@ -12,17 +12,13 @@ NormFactory = Callable[[int], nn.Module]
 
 
 def neuron_maker(neuron: NeuronFactory) -> NeuronFactory:
-    """Return the factory, checked to be one, whose neurons are checked when they are made."""
-
-    def make() -> nn.Module:
-        return instance("what neuron() makes", neuron(), nn.Module)
-
+    """Return the factory; raise ValueError for what is none, such as a neuron."""
     if not callable(neuron) or isinstance(neuron, nn.Module):
         raise ValueError(
             f"neuron must be a class or a function that makes a neuron, got {neuron!r}; "
             "such as sltt.LIF or functools.partial(sltt.LIF, tau=2.0)"
         )
-    return make
+    return neuron
 
 
 def stage_blocks(blocks: Sequence[int]) -> list[tuple[int, int]]:
