@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,7 +90,6 @@ CONSTRUCTORS = [
     (data.Cutout, {}, {"length": whole(0, -1)}),
     (data.EventAugmentation, {}, {
         "flip": FLAG, "roll": whole(-1), "rotate": number(-1), "shear": number(-1), "cutout": whole(-1),
-        "drop": number(-0.1, 1.1),
     }),
 ]  # fmt: skip
 
@@ -187,8 +187,6 @@ OTHER_CALLS = [
     ("ConfusionMatrix of other classes", lambda: [MATRIX.update(torch.rand(3, c), Y[:3]) for c in (7, 8)], ValueError,
      "expected logits of 7 classes as before, got 8"),
     ("ConfusionMatrix of NaN", lambda: MATRIX.update(X[0] * math.nan, Y), ValueError, "that are numbers, got NaN"),
-    ("read(sensor)", partial(recordings.read, "x.bin", 34, "count", 4), ValueError, "sensor must be a sequence"),
-    ("read(steps)", partial(recordings.read, "x.bin", (3, 3), "count", "4"), ValueError, "steps must be a whole"),
     ("MeanSquaredError(text)", lambda: sltt.metrics.MeanSquaredError()(X, "x"), ValueError, "target must be a Tensor"),
     ("find_learning_rate(optimizer)", partial(timed, analysis.find_learning_rate, SGD), ValueError, "optimizer must b"),
     ("iteration_seconds(other's)", partial(timed, analysis.iteration_seconds, SGD(network().parameters())), ValueError,
@@ -199,8 +197,7 @@ OTHER_CALLS = [
     ("Poisson of NaN", lambda: data.Poisson()(torch.full((3,), torch.nan), 4), ValueError, "expected intensities in 0"),
     ("from_datasets(columns)", partial(data.from_datasets, [1], static=True, columns=3), ValueError, "columns must be"),
     ("from_datasets(per_step)", per_step, ValueError, "expected targets of each time step, .* is per_step=True right"),
-    ("read(slicing)", partial(recordings.read, "x.bin", (3, 3), "frames", 4), ValueError, "slicing must be one of"),
-    ("read(text)", partial(recordings.read, "x.txt", (3, 3), "count", 4), recordings.RecordingError, "not a recording"),
+    ("read(text)", partial(recordings.read, Path("x.txt"), (3, 3), "count", 4), recordings.RecordingError, "not a rec"),
     ("to_onnx(path: none)", lambda: sltt.interop.to_onnx(network(), X[0], None), ValueError, "path must be the path o"),
     ("to_c(zeros)", lambda: sltt.interop.to_c(network(), 0 * X, "c", weights="int8"), ValueError, "is zero everywhere"),
     ("spiking(weights)", lambda: sltt.interop.spiking(nn.ReLU(), weights={}), ValueError, "weights must be the path o"),
@@ -230,7 +227,6 @@ OTHER_CALLS = [
     ("EventFolder(sensor: 3)", partial(data.EventFolder, "x", (1, 2, 3)), ValueError, "sensor must be"),
     ("ResNet(blocks: 3)", partial(models.ResNet, (1, 1, 1)), ValueError, "blocks must be"),
     ("DigitsNet(neuron: instance)", partial(models.DigitsNet, neuron=sltt.LIF()), ValueError, "neuron must be a class"),
-    ("DigitsNet(neuron: maker)", partial(models.DigitsNet, neuron=lambda: 3), ValueError, "what neuron"),
     ("DigitsNet of a sequence", lambda: models.DigitsNet(3)(IMAGES_8[None]), ValueError, "goes through a rule"),
     ("DigitsNet of few channels", lambda: models.DigitsNet(1)(IMAGES_8), ValueError, r"expected one time step \[B, 1"),
     ("DigitsNet of 2 pixels", lambda: models.DigitsNet(3)(IMAGES_8[..., :2]), ValueError, "at least 4 pixels"),
