@@ -13,7 +13,6 @@ from sltt.interop.c_network import Active, Affine, Fire, Network, Operation, Poo
 from sltt.interop.conversion import require
 from sltt.interop.reading import pair
 from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Neuron, Recurrent
-from sltt.sequence.copies import copy_model
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import reset
 from sltt.surrogates import Above, Surrogate
@@ -30,13 +29,12 @@ _OVER = (operator.truediv, torch.div, "div")
 
 
 def read(model: nn.Module, x: Tensor, steps: int) -> Network:
-    """Read a network of T = `steps` from its forward on a frame x [B, ...].
+    """Read a network of T = `steps`, in evaluation mode, from its forward on a frame x [B, ...].
 
     Raises:
         ValueError: naming every layer and operation that C has not.
     """
-    model = copy_model(model).float().cpu().eval()
-    network = _Reader(model, reading.trace(model)).network(x.float().cpu(), steps)
+    network = _Reader(model, reading.trace(model)).network(x, steps)
     _fold(network)
     _add_lists(network)
     wide = [op for op in network.operations if isinstance(op, Pool) and op.adaptive]

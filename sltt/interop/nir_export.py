@@ -28,7 +28,6 @@ from sltt.interop.conversion import check_finite, require
 from sltt.interop.reading import pair
 from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, Recurrent
 from sltt.sequence.copies import copy_model
-from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.state import reset
 from sltt.surrogates import Above
 
@@ -43,7 +42,7 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     layers, which is a cycle.
 
     Args:
-        model: the network of one time step; its state is reset.
+        model: the network of one time step.
         x: an input of one time step [B, ...], for its shape.
         dt: length of a time step in seconds.
 
@@ -51,10 +50,10 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
         ValueError: naming every layer and operation that NIR has no counterpart for.
     """
     instance("x", x, Tensor)
-    model = instance("model", model, nn.Module)
-    check_finite(model)
+    check_finite(instance("model", model, nn.Module))
+    model = copy_model(model).eval()
     if x.dtype in (torch.bfloat16, torch.float16):  # NumPy has no bfloat16, and folding would round to 16 bits
-        model, x = copy_model(model).float(), x.float()
+        model, x = model.float(), x.float()
     return _Export(model, number("dt", dt, above=0)).export(x)
 
 
@@ -74,13 +73,10 @@ class _Export(fx.Interpreter):
 
     def export(self, x: Tensor) -> nir.NIRGraph:
         reset(self.model)
-        try:
-            with evaluation_mode(self.model), torch.no_grad():
-                found = self.run(x)
-                reset(self.model)
-                same = torch.allclose(found, self.model(x), rtol=1e-3, atol=1e-5)
-        finally:
+        with torch.no_grad():
+            found = self.run(x)
             reset(self.model)
+            same = torch.allclose(found, self.model(x), rtol=1e-3, atol=1e-5)
         if not self.problems and not same:
             self.problems.append("a change in place, which a trace does not show")
         if self.problems:
