@@ -60,7 +60,7 @@ def test_events_in_arrays(tmp_path):
     with pytest.raises(ValueError, match=r"d\.npz: expected arrays x, y, t, p, got x, y, t without p"):
         read(tmp_path / "d.npz", (8, 8), "count", 3)
     data = object.__new__(sltt.data.EventFolder)
-    data.size, data.resize, data.slicing, data.sensor = None, "sum", "count", (8, 8)
+    data.summed, data.interpolated, data.slicing, data.sensor = None, None, "count", (8, 8)
     frames = data.read(tmp_path / "a.npz", 3)
     assert frames.shape == (3, 2, 8, 8)
     assert frames.sum() == 3
