@@ -55,8 +55,7 @@ def from_loaders(loaders: Loaders, batch_size: int) -> Data:
         _check_loader(name, loader, batch_size)
     return _OwnData(
         {name: _own_subset(loader.dataset) for name, loader in given.items()},
-        static=_is_static(given["train"]),
-        collates={name: loader.collate_fn for name, loader in given.items()},
+        {"static": _is_static(given["train"]), "collates": {name: one.collate_fn for name, one in given.items()}},
     )
 
 

@@ -54,52 +54,45 @@ def from_datasets(
     Raises:
         ValueError: data sets or samples of another form; the message says which and what to do.
     """
-    return _OwnData(
-        {"train": train, "validation": validation, "test": test},
-        static=flag("static", static),
-        columns=columns,
-        classes=classes,
-        pad=flag("pad", pad),
-        by_length=flag("by_length", by_length),
-        per_step=flag("per_step", per_step),
-        split_seed=split_seed,
-    )
+    static, pad, by_length = flag("static", static), flag("pad", pad), flag("by_length", by_length)
+    if pad and static:
+        raise ValueError(
+            "pad=True adds time steps to sequences, and static=True says that there are none: set static=False, or "
+            "leave pad out"
+        )
+    if by_length and not pad:
+        raise ValueError("by_length=True is for sequences of several lengths, which pad=True takes: set both")
+    share = 0.0
+    if isinstance(validation, float | int):
+        share, validation = number("validation", validation, least=0, below=1), None
+    classes = None if classes is None else whole_number("classes", classes, least=1)
+    form = {"static": static, "pad": pad, "per_step": flag("per_step", per_step)}
+    datasets = {"train": train, "validation": validation, "test": test}
+    return _OwnData(datasets, form, share, split_seed, _check_columns(columns), classes, by_length)
 
 
 class _OwnData(Data):
-    """Data sets by name, as `from_datasets` explains them; with `collates` of each, samples are taken as they are."""
+    """Data sets by name, as `from_datasets` explains them; `form` are fields of the splits.
+
+    With `collates` in `form`, samples are taken as they are.
+    """
 
     def __init__(
         self,
         datasets: Mapping[str, Any],
-        *,
-        static: bool,
+        form: dict[str, Any],
+        share: float = 0.0,
+        split_seed: int = 0,
         columns: tuple[str, str] | None = None,
         classes: int | None = None,
-        pad: bool = False,
         by_length: bool = False,
-        per_step: bool = False,
-        split_seed: int = 0,
-        collates: Mapping[str, Collate] | None = None,
     ):
-        found = dict(datasets)
-        share = 0.0
-        if isinstance(found.get("validation"), float | int):
-            share = number("validation", found.pop("validation"), least=0, below=1)
         super().__init__(share, split_seed)
-        self.columns = _check_columns(columns)
-        self.datasets = {name: one for name, one in found.items() if one is not None or name == "train"}
+        self.datasets = {name: one for name, one in datasets.items() if one is not None or name == "train"}
         for name, dataset in self.datasets.items():
-            _check_dataset(name, dataset, self.columns)
-        self.static, self.pad, self.by_length, self.per_step, self.collates = static, pad, by_length, per_step, collates
-        self.classes = None if classes is None else whole_number("classes", classes, least=1)
-        if pad and static:
-            raise ValueError(
-                "pad=True adds time steps to sequences, and static=True says that there are none: set static=False, or "
-                "leave pad out"
-            )
-        if by_length and not pad:
-            raise ValueError("by_length=True is for sequences of several lengths, which pad=True takes: set both")
+            _check_dataset(name, dataset, columns)
+        self.form, self.columns, self.classes, self.by_length = form, columns, classes, by_length
+        self.collates: Mapping[str, Collate] | None = form.get("collates")
 
     def __str__(self) -> str:
         train = self.datasets["train"]
@@ -115,25 +108,22 @@ class _OwnData(Data):
             parts |= {"train": Subset(samples["train"], kept), "validation": Subset(samples["train"], held)}
         return Splits(
             **parts,
-            static=self.static,
+            **self.form,
             classes=self._count(labels),
             fingerprint=fingerprint(labels or [], kept, held, [len(one) for one in samples.values()]),
-            per_step=self.per_step,
             lengths=[len(samples["train"][i][0]) for i in kept] if self.by_length else None,
-            pad=self.pad,
-            collates=self.collates,
         )
 
     def _samples(self, name: str, dataset: Any, steps: int) -> Any:
         if self.collates:
             return dataset
-        found = _Samples(name, dataset, self.columns, self.static, steps if self.pad else None)
+        found = _Samples(name, dataset, self.columns, self.form["static"], steps if self.form["pad"] else None)
         found[0]  # a mistake shows here, and not in the middle of a training
         return found
 
     def _labels(self, samples: Any) -> list[int] | None:
         """Return the class of each training sample; None where targets are no classes."""
-        if self.per_step or not _is_class(self._target(samples, 0)):
+        if self.form.get("per_step") or not _is_class(self._target(samples, 0)):
             return None
         dataset = samples.dataset if isinstance(samples, _Samples) else samples
         found = find_labels(dataset, self.columns)
