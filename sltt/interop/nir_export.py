@@ -88,18 +88,16 @@ class _Export(fx.Interpreter):
         if n.op == "placeholder":
             self._add(n, self._free_name("input"), nir.Input({"input": np.array(value.shape[1:])}), [])
         elif n.op == "output":
-            arg: Any = n.args[0]
+            (arg,) = n.all_input_nodes
             shape = np.array(value.shape[1:])
             self._add(n, self._free_name("output"), nir.Output({"output": shape}), self.sources[arg])
         elif n.op == "call_module":
-            module = self.fetch_attr(str(n.target))
-            (arg,) = n.all_input_nodes
-            self._layer(n, module, arg, self.env[arg])
+            self._layer(n, self.fetch_attr(str(n.target)))
         elif n.op == "get_attr":
             self.problems.append(f"the weight {n.target} outside of a layer")
             self.sources[n] = []
         else:
-            self._operation(n, value)
+            self._operation(n)
         return value
 
     def _free_name(self, name: str) -> str:
@@ -108,16 +106,17 @@ class _Export(fx.Interpreter):
             name += "_"
         return name
 
-    def _operation(self, n: fx.Node, value: Any) -> None:
+    def _operation(self, n: fx.Node) -> None:
         inputs = n.all_input_nodes
         sources = [name for node in inputs for name in self.sources[node]]
         self.sources[n] = sources
         if n.target in reading.FLATTEN:
-            self._layer(n, reading.flatten_of(n), inputs[0], self.env[inputs[0]])
+            self._layer(n, reading.flatten_of(n))
         elif n.target not in reading.ADD or n.kwargs or len(inputs) != 2 or len(set(sources)) != len(sources):
             self.problems.append(f"the operation {n.name}")
 
-    def _layer(self, n: fx.Node, module: Any, arg: fx.Node, x: Tensor) -> None:
+    def _layer(self, n: fx.Node, module: Any) -> None:
+        (arg,) = n.all_input_nodes
         path = str(n.target) if n.op == "call_module" else n.name
         name = self.names[path] if n.op == "call_module" else self._free_name(path)
         sources = self.sources[arg]
@@ -132,10 +131,10 @@ class _Export(fx.Interpreter):
         try:
             if isinstance(module, Recurrent):
                 back = self.names[f"{path}.layer"]
-                self.nodes[back] = self._node(module.layer, x)
+                self.nodes[back] = self._node(module.layer, self.env[arg])
                 self.edges += [(name, back), (back, name)]
                 module = module.neuron
-            node = self._node(module, x)
+            node = self._node(module, self.env[arg])
         except ValueError as reason:
             self.problems.append(f"{path} ({type(module).__name__}){reason}")
             self.sources[n] = []
