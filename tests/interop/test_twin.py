@@ -257,6 +257,8 @@ def test_other_arguments_that_do_not_fit(tmp_path):
         ValueError, match=r"coding must be a Poisson, got .*Latency.*: code the data, sltt\.data\.Encoded"
     ):
         spiking(ann, coding=sltt.data.Latency())
+    with pytest.raises(ValueError, match="gelu stands in replace and in keep"):
+        spiking(ann, replace=["gelu"], keep=["GELU"])
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
     with pytest.raises(ValueError, match="do not fit Sequential"):
         spiking(ann, weights=str(tmp_path / "other.pt"))
@@ -266,6 +268,28 @@ def test_other_activations_on_request():
     ann = network(nn.GELU(), nn.Sigmoid(), nn.Linear(6, 3))
     twin = spiking(ann, replace=["gelu"], keep=["sigmoid"])
     assert [type(twin.get_submodule(name)) for name in "12"] == [sltt.IF, nn.Sigmoid]
+
+
+class NormAct(nn.BatchNorm2d):
+    """BatchNorm and activation in one, as timm has it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        statistics = self.running_mean, self.running_var
+        return self.act(F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps))
+
+
+def test_batchnorm_that_activates_is_batchnorm_and_neurons(images):
+    ann = nn.Sequential(nn.Conv2d(2, 4, 3), NormAct(4), nn.Flatten(), nn.Linear(256, 3))
+    twin = spiking(ann)
+    assert type(twin.get_submodule("1")) is nn.BatchNorm2d
+    assert type(twin.get_submodule("1.act")) is sltt.IF
+    assert twin.state_dict().keys() == ann.state_dict().keys()
+    sltt.SLTT()(twin, images, torch.zeros(8, dtype=torch.long), F.cross_entropy, steps=2)
+    assert twin.get_submodule("1").num_batches_tracked == 2
 
 
 def test_an_ann_and_its_twin_from_the_digits_recipe(tmp_path, monkeypatch):

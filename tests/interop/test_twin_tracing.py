@@ -7,7 +7,7 @@ from torch import nn
 
 import sltt
 from sltt.interop import spiking
-from tests.interop.test_twin import Forward, network
+from tests.interop.test_twin import Forward, NormAct, network
 
 ANALOG = {
     "clampmin": lambda y: y.clamp_min(0),
@@ -228,6 +228,13 @@ def test_a_module_that_reads_its_mode_stays_as_it_is():
     torch.testing.assert_close(outputs[0], outputs[1])
     torch.testing.assert_close(outputs[2], outputs[3])
     assert not torch.allclose(outputs[0], outputs[2])
+
+
+def test_batchnorm_of_the_user_is_batchnorm():
+    norm = NormAct(4)
+    norm.act = nn.Identity()
+    twin = spiking(nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.ReLU()))
+    assert type(twin.get_submodule("1")) is nn.BatchNorm2d
 
 
 class Reads(nn.Module):
