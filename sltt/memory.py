@@ -51,29 +51,25 @@ def is_profiled(device: str | torch.device = "cpu") -> bool:
 def trace_memory(call: Callable[[Callable[[], None]], Any], device: str | torch.device) -> tuple[int, list[int]]:
     """Return the `peak_memory` of `call(mark)`, and the bytes alive at each `mark()` above those alive before.
 
-    Raises RuntimeError inside a profiler, and inside another measurement, since the inner one would end the outer.
-    Another thread's measurement is waited for.
+    Raises RuntimeError while a profiler or another measurement runs, which this one would end.
     """
     if not counts_peak(device):
         raise ValueError(f"PyTorch counts no peak of memory on {torch.device(device).type}: measure on the CPU")
-    if getattr(_this_thread, "measures", False):
-        raise RuntimeError("memory is being measured already: measure one call at a time")
     if is_profiled(device):
         raise RuntimeError("a profiler of PyTorch is running, and measuring memory would end it: measure outside of it")
-    with _profiler:
-        _this_thread.measures = True
-        collects = gc.isenabled()
-        try:
-            gc.disable()  # what an earlier measurement has left, freed within the call, would lower its peak
-            return _trace(call, torch.device(device))
-        finally:
-            _this_thread.measures = False
-            if collects:
-                gc.enable()
+    if not _profiler.acquire(blocking=False):
+        raise RuntimeError("memory is being measured already: measure one call at a time")
+    collects = gc.isenabled()
+    try:
+        gc.disable()  # what an earlier measurement has left, freed within the call, would lower its peak
+        return _trace(call, torch.device(device))
+    finally:
+        _profiler.release()
+        if collects:
+            gc.enable()
 
 
 _profiler = threading.Lock()  # PyTorch has one for all threads
-_this_thread = threading.local()
 
 
 def _trace(call: Callable[[Callable[[], None]], Any], device: torch.device) -> tuple[int, list[int]]:
@@ -183,10 +179,6 @@ def process_peak(device: torch.device) -> int:
     """Return bytes at the peak since `reset_process_peak`: allocated on a CUDA device, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
     import resource
 
     with contextlib.suppress(OSError, StopIteration):  # there on Linux only, and not in every container

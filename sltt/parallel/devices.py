@@ -68,25 +68,13 @@ def keep_freed_memory() -> None:
     """Have this process keep what tensors on the CPU free for the next ones, until it ends.
 
     The C library hands large blocks back to the system, which gives them anew, page by page and filled with zeros, in
-    each batch: about a tenth of the time of a small network. What is kept stays in the resident set, until
-    `return_freed_memory`. Only glibc is asked; others, as of macOS, stay as they are, and so does another allocator
-    that was preloaded.
+    each batch: about a tenth of the time of a small network. What is kept stays in the resident set. Only glibc is
+    asked; others, as of macOS, stay as they are, and so does another allocator that was preloaded.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    if mallopt := _glibc("mallopt"):
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def return_freed_memory() -> None:
-    """Hand back to the system what this process has kept, so that its peak from here on is not that of before."""
-    if trim := _glibc("malloc_trim"):
-        trim(0)
-
-
-def _glibc(name: str) -> Any:
-    """Return a function of the C library, None where that is another one."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def count_started() -> tuple[int, int]:
@@ -105,10 +93,6 @@ def _check(device: str, devices: int, num_nodes: int, found: tuple[int, int]) ->
         raise ValueError(
             f"{found[0]} processes on {found[1]} machines were started, but {devices=} and {num_nodes=} were asked "
             "for: leave both out, and they are taken from torchrun or Slurm"
-        )
-    if device == "mps" and devices * num_nodes > 1:
-        raise ValueError(
-            f"{devices=} and {num_nodes=}, but processes on mps cannot exchange gradients: take one, or cpu"
         )
     if device == "cuda" and devices > torch.cuda.device_count():
         raise ValueError(

@@ -7,7 +7,7 @@ however many backward passes it takes, their sum is reduced once, after the last
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -27,15 +27,7 @@ BUCKET = 2**25  # bytes of gradients in one message: enough to fill a network, l
 
 
 class Processes:
-    """The processes of a training; one alone waits for nobody.
-
-    Args:
-        fabric: launched.
-
-    Attributes:
-        rank: number of this process, from 0.
-        count: how many there are.
-    """
+    """The processes of a training, of which this is number `rank` of `count`; one alone waits for nobody."""
 
     def __init__(self, fabric: "Fabric"):
         self.rank, self.count = fabric.global_rank, fabric.world_size
@@ -94,13 +86,10 @@ class Processes:
         # Messages have to match, and a parameter may be without a gradient in one process alone. One that has none in
         # any stays without, or weight decay would move it. The host asks, so that no GPU is waited for.
         there = self._reduce([p.grad is not None for p in held], dist.ReduceOp.MAX) if held else []
-        for bucket in _buckets([p for p, known in zip(held, there, strict=True) if known]):
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            flat = torch.cat([g.flatten() for g in gradients])
-            dist.all_reduce(flat)
-            parts = flat.split([p.numel() for p in bucket])
-            for p, gradient, part in zip(bucket, gradients, parts, strict=True):
-                p.grad = gradient.copy_(part.view_as(p))
+        known = [p for p, is_there in zip(held, there, strict=True) if is_there]
+        for p in known:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        _add_up([p.grad for p in known if p.grad is not None])
 
     def average_statistics(self, model: nn.Module) -> None:
         """Give all processes the mean of the running statistics of their normalisations and neurons."""
@@ -108,12 +97,9 @@ class Processes:
             return
         keepers = [m for m in model.modules() if isinstance(m, _NormBase | Stateful)]
         running = [s for m in keepers for s in m.buffers(recurse=False) if s.is_floating_point()]
-        for dtype in dict.fromkeys(s.dtype for s in running):  # in the same order in every process
-            same = [s for s in running if s.dtype == dtype]
-            flat = torch.cat([s.flatten() for s in same]) / self.count
-            dist.all_reduce(flat)
-            for s, mean in zip(same, flat.split([s.numel() for s in same]), strict=True):
-                s.copy_(mean.view_as(s))
+        for statistics in running:
+            statistics /= self.count
+        _add_up(running)
 
     def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
         if self.count == 1:
@@ -208,16 +194,17 @@ def shard_like(value: Any, like: Tensor) -> Any:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters in groups of one type and of BUCKET bytes at most, or of one parameter."""
-    by_type: dict[torch.dtype, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        by_type.setdefault(parameter.dtype, []).append(parameter)
-    for same in by_type.values():
-        bucket: list[nn.Parameter] = []
-        for parameter in same:
-            if bucket and sum(p.nbytes for p in (*bucket, parameter)) > BUCKET:
-                yield bucket
-                bucket = []
-            bucket.append(parameter)
-        yield bucket
+def _add_up(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors by their sums over the processes, in messages of one type and of about BUCKET bytes."""
+    buckets: list[list[Tensor]] = []
+    for tensor in sorted(tensors, key=lambda one: str(one.dtype)):  # in the same order in every process
+        last = buckets[-1] if buckets else []
+        if last and last[0].dtype == tensor.dtype and sum(one.nbytes for one in (*last, tensor)) <= BUCKET:
+            last.append(tensor)
+        else:
+            buckets.append([tensor])
+    for bucket in buckets:
+        flat = torch.cat([one.flatten() for one in bucket])
+        dist.all_reduce(flat)
+        for one, part in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
+            one.copy_(part.view_as(one))

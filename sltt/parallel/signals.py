@@ -22,14 +22,10 @@ class Preempted(SystemExit):
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the batch; a second Ctrl-C stops at once.
-
-    Attributes:
-        requested: the signal, or 0.
-    """
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the batch; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.requested = 0
+        self.requested = 0  # or the signal
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
