@@ -9,10 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sltt._torch import _Loss
-from sltt.checks import flag, function, instance, number
+from sltt.checks import function, instance, number
 
 
 class Metric(ABC):
@@ -105,8 +105,6 @@ class ConfusionMatrix:
             raise ValueError(f"expected class indices in 0 … {classes - 1}, got {target.min()} … {target.max()}")
         if prediction.isnan().any():
             raise ValueError("expected predictions that are numbers, got NaN: look for NaN in the weights")
-        if self.counts is not None and len(self.counts) != classes:
-            raise ValueError(f"expected logits of {len(self.counts)} classes as before, got {classes}: reset first")
         pairs = (target * classes + prediction.argmax(-1)).flatten().bincount(minlength=classes**2)
         found = pairs.view(classes, classes)
         self.counts = found if self.counts is None else self.counts + found
@@ -144,17 +142,13 @@ def _check_shape(metric: Any, target: Tensor, expected: Any) -> None:
 def collects(metric: Any) -> bool:
     """Return whether a metric takes in batches and computes its score at the end, as those of torchmetrics do."""
     methods = (getattr(metric, name, None) for name in ("update", "compute", "reset"))
-    # a function of one's own that has such methods for itself is called
-    other = isinstance(metric, type) or (callable(metric) and not isinstance(metric, nn.Module))
-    return not other and all(map(callable, methods))
+    return not isinstance(metric, type) and all(map(callable, methods))
 
 
 def check_metric(metric: Any) -> None:
     """Raise ValueError for what is no metric, or has a name that is taken."""
     if not collects(metric):
         function("metric", metric, "the prediction and the target")
-    if (higher := getattr(metric, "higher_is_better", None)) is not None:
-        flag("higher_is_better of the metric", higher)
     if (name := name_of(metric)) == "loss":
         raise ValueError(f"the metric is called {name}, as what is trained: give its function another name")
 

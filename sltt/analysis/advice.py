@@ -8,8 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sltt.analysis.agreement import AGREES, Agreement, check_found
-from sltt.checks import instance
+from sltt.analysis.agreement import AGREES, Agreement
 
 # A rule that takes off less of the loss than this share of what BPTT takes off learns less than BPTT.
 LEARNS = 0.9
@@ -89,9 +88,6 @@ def advice(
         samples: in the batch whose memory was measured.
         training: epochs of the whole training; 0 where it is not known.
     """
-    check_found(found)
-    if trial is not None:
-        instance("trial", trial, Trial)
     rule = choose_rule(found, trial)
     gradients = {a.rule: a for a in found}
     drops = [_drops(gradients[rule])] if rule in gradients else ["It drops nothing."]

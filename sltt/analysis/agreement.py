@@ -146,7 +146,6 @@ def propose(
         steps: T for a static input.
         dtype: compute gradients in this type; memory is that of the model's own.
     """
-    check_found(found)
     cosines = {a.rule: a.least for a in found}
     if cosines.get(repr(OTTT()), 0.0) >= AGREES:
         return None
@@ -167,12 +166,6 @@ def propose(
         return None
     others = {repr(rule): memory(rule) for rule in (advised, bptt, SLTT())}
     return Proposal(dict(best.windows), candidates[best], memory(best), others)
-
-
-def check_found(found: Any) -> None:
-    """Raise ValueError for what is not what `agreement` found."""
-    for i, one in enumerate(sequence("found", found, "Agreement", fewest=1)):
-        instance(f"found[{i}]", one, Agreement, "which sltt.analysis.agreement gives")
 
 
 def batch_memory(
@@ -200,8 +193,6 @@ class _Exact:
     ):
         instance("model", model, nn.Module)
         instance("x", x, Tensor)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating-point type, such as torch.float64, got {dtype}")
         self.model = model if dtype is None else copy_model(model).to(dtype)
         self.x = x if dtype is None or not x.is_floating_point() else x.to(dtype)
         self.target, self.loss = target, loss

@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sltt.checks import whole_number, whole_numbers
-
 # A batch, or a T, above this is said to be without a limit.
 MOST_SAMPLES, MOST_STEPS = 1_000_000, 10_000
 
@@ -28,19 +26,16 @@ class PeakModel:
 
     def peak(self, batch: int, steps: int) -> float:
         """Return bytes at the peak of an iteration with `batch` samples and T = `steps`."""
-        batch, steps = whole_number("batch", batch, least=1), whole_number("steps", steps, least=1)
         return self.fixed + self.per_sample * batch + self.per_step * steps + self.per_both * batch * steps
 
     def largest_batch(self, budget: int, steps: int) -> int | None:
         """Return the most samples that fit into `budget` bytes with T = `steps`; None where there is no limit."""
-        budget, steps = whole_number("budget", budget, least=1), whole_number("steps", steps, least=1)
         return _fit_count(
             budget - self.fixed - self.per_step * steps, self.per_sample + self.per_both * steps, MOST_SAMPLES
         )
 
     def largest_steps(self, budget: int, batch: int) -> int | None:
         """Return the largest T that fits into `budget` bytes with `batch` samples; None where there is no limit."""
-        budget, batch = whole_number("budget", budget, least=1), whole_number("batch", batch, least=1)
         return _fit_count(
             budget - self.fixed - self.per_sample * batch, self.per_step + self.per_both * batch, MOST_STEPS
         )
@@ -54,9 +49,6 @@ def fit_peak(measure: Callable[[int, int], int], batches: tuple[int, int], steps
         batches: two batch sizes, the smaller first.
         steps: two T, the smaller first.
     """
-    for name, pair in (("batches", batches), ("steps", steps)):
-        if len(whole_numbers(name, pair, least=1)) != 2 or not pair[0] < pair[1]:
-            raise ValueError(f"{name} must be two numbers, the smaller first, got {pair!r}")
     (b0, b1), (t0, t1) = batches, steps
     p = {(b, t): measure(b, t) for b in batches for t in steps}
     both = (p[b1, t1] - p[b1, t0] - p[b0, t1] + p[b0, t0]) / ((b1 - b0) * (t1 - t0))

@@ -53,16 +53,9 @@ class FewShot:
 
 
 def session_sizes(classes: int, base: int, way: int, sessions: int | None = None) -> list[int]:
-    """Return the number of classes that come at once: `base`, then `way` in each session.
+    """Return the number of classes that come at once: `base`, then `way` in each of `sessions`; None takes all classes.
 
-    Args:
-        classes: of the data.
-        base: classes of the base training, at least 2.
-        way: classes of a session.
-        sessions: how many; None takes all classes.
-
-    Raises:
-        ValueError: more classes than there are, or some are left over.
+    Raises ValueError for more classes than there are, and where some are left over.
     """
     whole_number("base", base, least=2)
     whole_number("way", way, least=1)
@@ -81,24 +74,16 @@ def session_sizes(classes: int, base: int, way: int, sessions: int | None = None
 
 
 def draw_shots(labels: Sequence[int], classes: Sequence[int], shot: int, seed: int) -> list[int]:
-    """Indices of `shot` samples of each of the classes, drawn by `seed`.
-
-    Raises:
-        ValueError: a class has fewer samples.
-    """
+    """Return indices of `shot` samples of each class, drawn by `seed`; raise ValueError if a class has fewer."""
     whole_number("shot", shot, least=1)
     generator = torch.Generator().manual_seed(seed)
-    by_class: dict[int, list[int]] = {one: [] for one in classes}
-    for index, label in enumerate(labels):
-        if label in by_class:
-            by_class[label].append(index)
-    if few := [one for one, indices in by_class.items() if len(indices) < shot]:
-        raise ValueError(f"class {few[0]} has {len(by_class[few[0]])} training samples, fewer than shot={shot}")
-    return [
-        indices[i]
-        for indices in by_class.values()
-        for i in torch.randperm(len(indices), generator=generator)[:shot].tolist()
-    ]
+    drawn = []
+    for one in classes:
+        indices = [i for i, label in enumerate(labels) if label == one]
+        if len(indices) < shot:
+            raise ValueError(f"class {one} has {len(indices)} training samples, fewer than shot={shot}")
+        drawn += [indices[i] for i in torch.randperm(len(indices), generator=generator)[:shot].tolist()]
+    return drawn
 
 
 def prototypes(embeddings: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -108,15 +93,9 @@ def prototypes(embeddings: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def incremental(known: Tensor, embeddings: Tensor, labels: Tensor, sizes: Sequence[int]) -> FewShot:
-    """Classify test samples after each session, among the classes seen so far.
+    """Classify test samples after each session, by the prototypes [C, D] of the classes seen so far.
 
-        ŷ = argmax_c ⟨e, p_c⟩ / (|e| |p_c|)
-
-    Args:
-        known: prototypes [C, D] in the order in which classes come.
-        embeddings: of the test samples [N, D].
-        labels: of the test samples [N]; each class has one.
-        sizes: of `session_sizes`.
+    ŷ = argmax_c ⟨e, p_c⟩ / (|e| |p_c|)
     """
     cosine = F.normalize(embeddings, dim=1) @ F.normalize(known, dim=1).T
     accuracies, right = [], torch.empty(0)
@@ -135,15 +114,9 @@ def chance(sizes: Sequence[int]) -> FewShot:
 
 
 def embeddings(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
-    """Return the mean over time of what the last linear layer reads [B, D].
+    """Return the mean over time of what the last linear layer that runs reads [B, D]: it is the classifier.
 
-    Args:
-        model: maps the input of one time step to logits; the last `nn.Linear` that runs is its classifier.
-        x: a batch of sequences [T, B, ...], or with `steps` of static inputs [B, ...].
-        steps: T for a static input.
-
-    Raises:
-        ValueError: the model has no linear layer.
+    Raises ValueError for a model without a linear layer.
     """
     sums: dict[nn.Module, Tensor] = {}
     calls: dict[nn.Module, int] = {}

@@ -119,7 +119,7 @@ def find_learning_rate(
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
         optimizer.zero_grad()
-    if len(rates) < 10:
+    if len(rates) < FEWEST:
         raise ValueError(
             f"the test needs ten batches with a finite loss, got {len(rates)}: give more batches, or lower `smallest`"
         )
