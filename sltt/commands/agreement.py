@@ -1,5 +1,6 @@
 """`sltt agreement`: the gradients of SLTT and truncated BPTT beside that of exact BPTT."""
 
+import argparse
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -7,9 +8,9 @@ from typing import Any
 
 import torch
 
-from sltt.analysis.advice import Trial, advice, choose_rule
+from sltt.analysis.advice import advice, choose_rule
 from sltt.analysis.agreement import AGREES, SAVES, Proposal, agreement, batch_memory, cheaper_rules, propose
-from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, time_steps
+from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import prepare
 from sltt.commands.results import give
 from sltt.commands.rule_texts import mixed_options
@@ -31,7 +32,7 @@ def options() -> CommandOptions:
     """Return the options of `sltt agreement`."""
     parser = CommandOptions("sltt agreement [RECIPE]", HELP)
     parser.add_argument("--taus", type=numbers(float), help="time constants of the LIF neurons; default: the recipe's")
-    parser.add_argument("--steps", type=numbers(time_steps), help="several T; default: the recipe's")
+    parser.add_argument("--steps", type=numbers(int), help="several T; default: the recipe's")
     epochs = "epochs of training before gradients are compared, such as 0,1,3; default: 0"
     parser.add_argument("--at-epochs", type=numbers(int), default=[0], help=epochs)
     parser.add_argument(
@@ -51,61 +52,33 @@ def run(words: Sequence[str]) -> None:
     known, recipe = options().parse_recipe(words)
     if known.trial and (metric := name_of(recipe.build().metric)) != "accuracy":
         raise ValueError(f"--trial needs accuracies, and the metric here is {metric}: leave --metric or --trial out")
-    rows = measure_agreement(
-        recipe,
-        known.taus or [None],
-        known.steps,
-        known.at_epochs,
-        known.samples,
-        torch.float64 if known.float64 else None,
-        Console(quiet=known.json),
-        known.trial,
-        known.seeds,
-    )
+    rows = measure_agreement(recipe, known, Console(quiet=known.json))
     found = {"recipe": recipe.name, "rows": rows}
     give(found, known, "agreement.json", lambda report: print_agreement(rows, report))
 
 
-def measure_agreement(
-    recipe: Recipe,
-    taus: Sequence[float | None],
-    steps: Sequence[int] | None,
-    at_epochs: Sequence[int],
-    samples: int,
-    dtype: torch.dtype | None,
-    report: Console,
-    trial: int | None = None,
-    seeds: int = 2,
-) -> list[dict[str, Any]]:
-    """Return rows of `agreement.json` over τ, T and training epochs: rules beside BPTT, a proposal, and the advice.
-
-    Args:
-        recipe: what is measured.
-        taus: time constants; None is the recipe's.
-        steps: numbers of time steps; None is the recipe's.
-        at_epochs: measure after so many epochs of training with the recipe's rule.
-        samples: size of the batch that is measured.
-        dtype: for the gradients; None is the recipe's precision.
-        report: shows the progress of trainings.
-        trial: epochs of a short training with each rule; None makes none.
-        seeds: number of these trainings with a rule.
-    """
+def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console) -> list[dict[str, Any]]:
+    """Return rows of `agreement.json` over τ, T and training epochs: rules beside BPTT, a proposal, and the advice."""
     rows, own, trials = [], recipe.build(), {}
+    dtype = torch.float64 if asked.float64 else None
+    taus: list[float | None] = asked.taus or [None]
+    steps: list[int] = asked.steps or [own.steps]
+    at_epochs: list[int] = asked.at_epochs
     with session(Execution.of(vars(own))) as here:
-        for tau, T, epochs in itertools.product(taus, steps or [own.steps], at_epochs):
+        for tau, T, epochs in itertools.product(taus, steps, at_epochs):
             built = build(recipe, own.data, tau)  # the data is read once
             if epochs:
                 train(here, built, T, epochs, built.rule, report)
             with prepare(here, built, T, full_precision=dtype is not None) as ready:
-                arguments = ready.model, *ready.batch(samples), ready.loss
+                arguments = ready.model, *ready.batch(asked.samples), ready.loss
                 rules = cheaper_rules(ready.model, T)
                 found = agreement(*arguments, rules, steps=ready.repeat, dtype=dtype)
                 proposal = propose(*arguments, found, steps=ready.repeat, dtype=dtype)
                 memory = batch_memory(*arguments, steps=ready.repeat)
                 rivals = sorted(contestants(rules, found, proposal), key=memory)
-                if trial and (tau, T) not in trials:
-                    settings = {"tau": tau, "steps": T, "epochs": trial, "seeds": seeds, "report": report}
-                    trials[tau, T] = rivals, run_trial(here, recipe, own.data, rivals, **settings)
+                if asked.trial and (tau, T) not in trials:
+                    found_by = run_trial(here, recipe, own.data, rivals, tau, T, asked.trial, asked.seeds, report)
+                    trials[tau, T] = rivals, found_by
                 # after more epochs the gradients may propose others than those that were tried
                 rivals, tried = trials.get((tau, T), (rivals, None))
                 mixed = [r for r in rivals if isinstance(r, Mixed)]
@@ -114,14 +87,14 @@ def measure_agreement(
                 ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
                 rule = choose_rule(ranked, tried)
                 costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
-            said = advice(ranked, tried, costs, epochs=epochs, samples=samples, training=own.epochs)
+            said = advice(ranked, tried, costs, epochs=epochs, samples=asked.samples, training=own.epochs)
             rows.append(
                 {
                     "tau": tau,
                     "steps": T,
                     "epochs": epochs,
                     "agreement": [vars(one) for one in found],
-                    "trial": tried and _trial_json(tried),
+                    "trial": tried and vars(tried) | {"learned": {name: tried.shares(name) for name in tried.losses}},
                     "memory": costs,
                     "rule": rule,
                     "proposal": proposal and _proposal_json(proposal),
@@ -140,7 +113,7 @@ def agreement_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
             "epochs": number(row["epochs"]),
             "rule": one["rule"],
             "cosine": number(one["cosine"], ".4f"),
-            "worst": number(one.get("least"), ".4f"),  # an earlier version did not say
+            "worst": number(one["least"], ".4f"),
             "norm / BPTT": number(one["norm_ratio"], ".3f"),
             "dropped": number(one["dropped"], ".1%"),
         }
@@ -167,10 +140,6 @@ def print_agreement(rows: Sequence[Mapping[str, Any]], report: Console) -> None:
     report.table(Table(layers).for_terminal())
     for row in rows:
         report.line(f"{where(row)}: {row['advice']}")
-
-
-def _trial_json(trial: Trial) -> dict[str, Any]:
-    return {**vars(trial), "learned": {rule: trial.shares(rule) for rule in trial.losses}}
 
 
 def _proposal_json(proposal: Proposal) -> dict[str, Any]:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from sltt.analysis import Operations, agreement, count_operations, memory_parts
-from sltt.commands.failures import UsageError, cause
+from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
-from sltt.commands.prepared import prepare, test_score
+from sltt.commands.prepared import prepare
 from sltt.commands.results import Gathered, give, rule_of, scores_cell
-from sltt.commands.tables import Cell, Row, Table, number
-from sltt.commands.vary import VARY_HELP, best_of, grid, label_row, to_options, values
+from sltt.commands.tables import Cell, Table, number
+from sltt.commands.vary import VARY_HELP, grid, label_row, to_options, values
 from sltt.commands.verdict import answers
 from sltt.data import Classes
 from sltt.metrics import higher_is_better, name_of
 from sltt.training.console import Console, megabytes
+from sltt.training.evaluation import measure_settings, measure_split
 from sltt.training.fit import Fit, resume_run, start_run
 from sltt.training.runs import list_changes, read_config
 from sltt.training.session import Session, session
@@ -53,10 +54,7 @@ def run(words: Sequence[str]) -> None:
     asked = known.rules or ([None] if known.vary else RULES)
     each = [Contestant(rule, one) for rule in asked for one in varied]
     for one in each:  # what is wrong with an option or a rule ends this before a training begins
-        built = one.build(recipe)
-        Training.of(vars(built))
-        if built.device == "mps":
-            raise UsageError("sltt compare measures memory, which PyTorch does not count on mps: take --device cpu")
+        Training.of(vars(one.build(recipe)))
     report = Console(quiet=known.json)
     found = compared_json(recipe, [compare(one, known.seeds, known.save, recipe, report) for one in each])
     give(found, known, "compare.json", lambda report: print_compared(found, report))
@@ -88,47 +86,24 @@ class Contestant:
 
 @dataclass
 class Compared:
-    """One rule, and values of what varies, over its seeds.
-
-    Attributes:
-        rule: as it was asked for.
-        varied: values of the options that vary.
-        steps: T.
-        runs: folder of each seed.
-        scores: the metric on the test samples, of each seed.
-        validation: the same on the validation samples, None where nothing is held out.
-        seconds: of a training epoch, median over epochs and seeds.
-        seconds_of_seeds: the median over the epochs of each seed.
-        peak_memory: bytes of one batch above what is allocated before.
-        operations: multiplications of one batch.
-        cosine: of the rule's gradient with BPTT's, on the first seed's trained weights.
-        errors: of the seeds that died.
-    """
+    """One rule, and values of what varies, over its seeds: a row of `compare.json`."""
 
     rule: str
     varied: dict[str, str] = field(default_factory=dict)
     steps: int | None = None
-    runs: list[str] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    validation: list[float | None] = field(default_factory=list)
-    seconds: float = math.nan
-    seconds_of_seeds: list[float] = field(default_factory=list)
-    peak_memory: int = 0
-    operations: Operations | None = None
-    cosine: float = math.nan
-    errors: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)  # folder of each seed
+    scores: list[float] = field(default_factory=list)  # the metric on the test samples, of each seed
+    validation: list[float | None] = field(default_factory=list)  # the same on the validation samples, if there are any
+    seconds: float = math.nan  # of a training epoch, median over epochs and seeds
+    seconds_of_seeds: list[float] = field(default_factory=list)  # the median over the epochs of each seed
+    peak_memory: int = 0  # bytes of one batch above what is allocated before
+    operations: Operations | None = None  # of one batch
+    cosine: float = math.nan  # of the rule's gradient with BPTT's, on the first seed's trained weights
+    errors: list[str] = field(default_factory=list)  # of the seeds that died
 
 
 def compare(one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: Console) -> Compared:
-    """Train one with every seed, in all phases, and measure; what `folder` has of a run before is not run again.
-
-    Args:
-        one: rule and options.
-        seeds: number of seeds, from 0.
-        folder: of all runs.
-        recipe: what is trained.
-        report: shows the progress.
-    """
+    """Train one with every seed, in all phases, and measure; what `folder` has of a run before is not run again."""
     compared, seconds = Compared(one.rule or rule_of(recipe.resolve()), one.varied), []
     first = one.build(recipe)
     with session(Execution.of(vars(first))) as here:
@@ -137,7 +112,8 @@ def compare(one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: C
         for seed in range(seeds):
             try:
                 built, result = train_one(here, one, seed, folder, recipe, report)
-                compared.scores.append(test_score(here, built))
+                measured = measure_split(here, built.model, built.data, "test", **measure_settings(built))
+                compared.scores.append(measured.score)
                 compared.runs.append(result.run.name)
                 compared.validation.append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])
                 seconds += [row["seconds"] for row in result.history]
@@ -173,10 +149,7 @@ def train_one(
     config, data = one.resolve(recipe, "--seed", str(seed)), built.data
     if classes is not None:
         data = Classes(data, classes)
-        config["data"] = {
-            "class_path": "sltt.data.Classes",
-            "init_args": {"data": config["data"], "classes": classes},
-        }
+        config["data"] = {"class_path": "sltt.data.Classes", "init_args": {"data": config["data"], "classes": classes}}
     train, training = resume_run if run.exists() else start_run, Training.of(vars(built))
     if run.exists():
         _check_continues(run, config)
@@ -225,43 +198,35 @@ def compared_json(recipe: Recipe, found: Sequence[Compared]) -> dict[str, Any]:
     return {"recipe": recipe.name, "steps": built.steps, "samples": samples, **metric, "rows": rows}
 
 
-def compared_rows(rows: Sequence[Mapping[str, Any]], metric: str, headings: Mapping[str, str]) -> list[Row]:
-    """Return rows of a table, with these headings of what is in `cells`; a rule that died has nothing else."""
-    made = []
+def comparison_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
+    """Return a table with a row for each; where options vary, with the score on the validation samples too."""
+    varied, made = any(row.get("varied") for row in rows), []
     for row in rows:
         if not row["scores"]:
-            cells = {**dict.fromkeys(headings, ""), "rule": row["rule"], list(headings)[1]: Cell("died", "")}
+            made.append({metric if varied else "rule": row["rule"], "validation" if varied else metric: "died"})
+            continue
+        test, operations = scores_cell(row["scores"], metric), row["operations"] or {}
+        if varied:
+            cells = {metric: row["rule"], "validation": scores_cell(row["validation"], metric), "test": test}
         else:
-            operations = row["operations"] or {}  # None where the training went well, and measuring it did not
-            cells = {
-                "rule": row["rule"],
-                "validation": scores_cell(row["validation"], metric),
-                "test": scores_cell(row["scores"], metric),
-                "seeds": number(len(row["scores"])),
-                "seconds": number(row["seconds"], ".2f"),
-                "memory": Cell(megabytes(row["peak_memory"]), row["peak_memory"]) if operations else number(None),
-                "forward": number(operations.get("forward"), ".2e"),
-                "backward": number(operations.get("backward"), ".2e"),
-                "cosine": number(row["cosine"], ".3f"),
-            }
-        made.append({heading: cells[key] for key, heading in headings.items()})
-    return made
+            cells = {"rule": row["rule"], metric: test}
+        cells["s/epoch"] = number(row["seconds"], ".2f")
+        # none where the training went well, and measuring it did not
+        cells["memory"] = Cell(megabytes(row["peak_memory"]), row["peak_memory"]) if operations else number(None)
+        if not varied:
+            cells["mult. fwd"] = number(operations.get("forward"), ".2e")
+            cells["mult. bwd"] = number(operations.get("backward"), ".2e")
+            cells["cosine"] = number(row["cosine"], ".3f")
+        made.append(cells)
+    return Table(made, "comparison", "one row per rule")
 
 
 def print_compared(found: Mapping[str, Any], report: Console) -> None:
-    """A table with a row for each; where options vary, the score on the validation samples too, and the best."""
-    name, costs = found["metric"], {"seconds": "s/epoch", "memory": "memory"}
+    """Print the table, and the best values or what each rule loses."""
     rows = [{**row, "rule": label_row(row["rule"], row["varied"])} for row in found["rows"]]
-    if any(row["varied"] for row in rows):
-        headings = {"rule": name, "validation": "validation", "test": "test", **costs}
-        report.table(Table(compared_rows(rows, name, headings)).for_terminal())
-        report.line(best_of(rows, name, found["higher_is_better"]))
-    else:
-        products = {"forward": "mult. fwd", "backward": "mult. bwd", "cosine": "cosine"}
-        headings = {"rule": "rule", "test": name, **costs, **products}
-        report.table(Table(compared_rows(rows, name, headings)).for_terminal())
-        for sentence in answers(Gathered(comparisons=[dict(found)])):
-            report.line(sentence)
+    report.table(comparison_table(rows, found["metric"]).for_terminal())
+    for sentence in answers(Gathered(comparisons=[{**found, "rows": rows}])):
+        report.line(sentence)
 
 
 def _measure(compared: Compared, here: Session, built: Any, report: Console) -> None:

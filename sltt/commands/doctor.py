@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from sltt import kernels
 from sltt.commands.parsing import CommandOptions
 from sltt.commands.tables import Table
 from sltt.training.console import Console
@@ -71,8 +72,6 @@ def _compiler() -> tuple[str, str, str]:
 
 
 def _cuda_neurons() -> tuple[str, str, str]:
-    from sltt import kernels
-
     device, seen = torch.device("cuda"), torch.cuda.is_available()
     problem = kernels.triton_problem(device) if seen else kernels.compiler_problem(device) or "PyTorch sees no GPU"
     used = "LIF, IF, PLIF, ChannelLIF, in a fold with the BatchNorm before them; TorchInductor compiles others"
@@ -80,8 +79,6 @@ def _cuda_neurons() -> tuple[str, str, str]:
 
 
 def _sparse_layers() -> tuple[str, str, str]:
-    from sltt import kernels
-
     problem = kernels.library_problem()
     measured = kernels.cache_folder() / "costs-*.json"
     remark = f"compute on active inputs only, where measured times say it pays; to measure again, delete {measured}"

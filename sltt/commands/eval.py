@@ -3,16 +3,12 @@
 from collections.abc import Sequence
 from inspect import signature
 
-from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, allow_only, begin, build_run, run_folder
+from sltt.commands.parsing import CommandOptions, allow_only, begin, load_run
 from sltt.metrics import score_text
-from sltt.training.average import select_weights
-from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.console import Console, as_json, megabytes
 from sltt.training.evaluation import evaluate, measure_settings, measure_split
-from sltt.training.runs import find_checkpoint
 from sltt.training.session import session
-from sltt.training.settings import OF_TRAINING, PROCESSES, Execution
+from sltt.training.settings import PROCESSES, Execution
 
 VIEWS = ("mirror", "shift")
 # what a split is measured with; the processes are those that were started
@@ -23,7 +19,7 @@ HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in KEYS)} override the
 def options() -> CommandOptions:
     """Return the options of `sltt eval`."""
     parser = CommandOptions("sltt eval RUN", HELP)
-    parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
+    parser.add_checkpoint()
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test")
     parser.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
     shift = "average with two copies, moved up left and down right; the image counts half"
@@ -38,11 +34,7 @@ def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     known, overrides = options().parse_known_args(words)
     allow_only(overrides, KEYS, "sltt eval", "the others belong to the training")
-    run = run_folder(folder)
-    path = find_checkpoint(run, known.checkpoint)
-    content, parser = load_checkpoint(path), make_parser("sltt eval", OF_TRAINING)
-    built, _ = build_run(parser, run, [*overrides, *ANY_PROCESSES], known.code, content)
-    load_weights(built.model, select_weights(content), path)
+    built, path, _ = load_run("sltt eval", folder, known.code, known.checkpoint, overrides)
     with session(Execution.of(vars(built))) as here:
         seen = {name: getattr(known, name) for name in VIEWS}
         metrics = measure_split(here, built.model, built.data, known.split, **measure_settings(built), **seen)

@@ -1,21 +1,29 @@
 """`sltt export`: write a trained network for other tools."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from sltt.commands.export_c import default_name, export
-from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run, run_folder
-from sltt.training.average import select_weights
-from sltt.training.checkpoints import load_checkpoint, load_weights
+from torch import Tensor
+
+from sltt.analysis import synaptic_operations
+from sltt.commands.parsing import CommandOptions, begin, load_run
+from sltt.data import Splits
+from sltt.interop.c import Arithmetic, Exported, to_c
+from sltt.losses import predict_from, prediction_of
+from sltt.rules import unroll
+from sltt.sequence.modes import evaluation_mode
 from sltt.training.console import Console
-from sltt.training.runs import find_checkpoint
-from sltt.training.settings import OF_TRAINING
 
 HELP = (
     "Write the selected weights of a run as a NIR graph, as an ONNX model of one time step with the states as inputs "
     "and outputs, or as C for a microcontroller."
 )
+MEASURED = 1000  # samples that an accuracy is measured on, at most
+SEEN = 64  # samples that set the scale of the input, and whose operations are counted
+# energy of an operation in a 45 nm process: a sum, and a product with its sum (Horowitz, ISSCC 2014)
+PICOJOULES = {"float32": (0.9, 4.6), "int8": (0.1, 0.3)}
 
 
 def options() -> CommandOptions:
@@ -33,19 +41,16 @@ def options() -> CommandOptions:
 def run(words: Sequence[str]) -> None:
     """`sltt export RUN --to nir|onnx|c`: write a trained network for other tools."""
     folder, words = begin(words)
-    known, run = options().parse_args(words), run_folder(folder)
-    path = find_checkpoint(run)
-    content, parser = load_checkpoint(path), make_parser("sltt export", OF_TRAINING)
-    built, _ = build_run(parser, run, ANY_PROCESSES, known.code, content)
-    load_weights(built.model, select_weights(content), path)
+    known, run = options().parse_args(words), Path(folder)
+    built, *_ = load_run("sltt export", folder, known.code)
     splits = built.data.splits(built.steps)
     x = splits.one()
     frame = x if splits.static else x[0]
     out = known.out or run / {"nir": "graph.nir", "onnx": "step.onnx", "c": "c"}[known.to]
     report = Console()
     if known.to == "c":
-        name = default_name(run) if known.name is None else known.name
-        return export(built, splits, out, name, known.weights, report)
+        name = _default_name(run) if known.name is None else known.name
+        return _write_c(built, splits, out, name, known.weights, report)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if known.to == "nir":
@@ -62,3 +67,50 @@ def run(words: Sequence[str]) -> None:
             report.line(f"written to {out}: one time step, with the states {', '.join(first)}")
     except ModuleNotFoundError as error:
         raise RuntimeError(f"the export needs {error.name}: pip install 'sltt[interop]'") from error
+
+
+def _default_name(run: Path) -> str:
+    """Return the name of the recipe that made a run, as a name in C: digits_events of digits-events-sltt-DATE-TIME."""
+    recipe = re.sub(r"-[^-]+-\d{8}-\d{6}(-\d+)?$", "", run.resolve().name)
+    name = re.sub(r"\W", "_", recipe, flags=re.ASCII)
+    return name if name[:1].isalpha() else f"net_{name}"
+
+
+def _write_c(built: Any, splits: Splits, folder: Path, name: str, weights: Arithmetic, report: Console) -> None:
+    """Write a trained network as C, and report its size, operations and accuracy."""
+    samples, of = (
+        (splits.unaugmented_train, "training") if splits.validation is None else (splits.validation, "validation")
+    )
+    x = _batch(splits, samples, SEEN)[0]
+    steps = built.steps if splits.static else None
+    made = to_c(built.model, x, folder, name=name, steps=steps, weights=weights)
+    report.line(f"written to {folder}: `make -C {folder}` tests it")
+    report.line(f"flash        {made.flash:,} bytes of weights and parameters, without the code")
+    report.line(f"RAM          {made.ram:,} bytes, sizeof({name}_net)")
+    add, multiply = PICOJOULES[weights]
+    with evaluation_mode(built.model):
+        layers = synaptic_operations(built.model, x, steps=steps)
+    sums = sum(layer.synaptic_operations for layer in layers) / built.steps
+    energy = sum(op.synaptic_operations * (add if op.spiking else multiply) for op in layers) / built.steps
+    report.line(f"operations   {sums:,.0f} a step; {energy / 1000:.3g} nJ in a 45 nm process, memory not counted")
+    if splits.classes is not None and not splits.per_step:
+        before, after, count = _accuracies(built, splits, samples, made)
+        report.line(f"accuracy     {after:.2%} in C, {before:.2%} in PyTorch, on {count} {of} samples")
+
+
+def _batch(splits: Splits, samples: Any, count: int) -> tuple[Tensor, Any]:
+    return splits.collate_of(samples)([samples[i] for i in range(min(count, len(samples)))])
+
+
+def _accuracies(built: Any, splits: Splits, samples: Any, made: Exported) -> tuple[float, float, int]:
+    """Return the accuracy in PyTorch and of the operations in C, on the first samples, and how many these are."""
+    x, y = _batch(splits, samples, MEASURED)
+    steps = built.steps if splits.static else None
+    right = [0, 0]
+    for part, target in zip(x.split(50, 0 if splits.static else 1), y.split(50), strict=True):
+        whole = part.expand(built.steps, *part.shape) if splits.static else part
+        with evaluation_mode(built.model):
+            logits = unroll(built.model, part, steps=steps), made.network.unroll(whole)
+        for i, one in enumerate(logits):
+            right[i] += int((predict_from(prediction_of(built.loss), one).argmax(1) == target).sum())
+    return right[0] / len(y), right[1] / len(y), len(y)

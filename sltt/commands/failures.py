@@ -40,7 +40,6 @@ REMEDIES = {
     r"shapes cannot be multiplied|to have \d+ channels|must match the size|size mismatch|Expected \d[^ ]*D": (
         "the network does not fit the data: compare the options --model.… and --data.…"
     ),
-    r"No such file or directory": "see that the path is right",
     r"ModuleNotFoundError|ImportError": "install what is missing, or correct the import",
 }
 
@@ -62,8 +61,6 @@ def cause(error: Exception) -> str:
     if "Original Traceback" in text:  # of a worker of the data loader
         first, *_, last = text.strip().strip("'\"").replace("\\n", "\n").splitlines()
         return f"{first.rstrip('.')}: {last}"
-    if isinstance(error, MemoryError):
-        return f"out of memory{text and ': '}{text}"
     if isinstance(error, UsageError) or (isinstance(error, SAID) and text):
         return text
     place = _user_line(error) or (_places(error) or [""])[-1]

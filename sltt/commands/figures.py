@@ -53,15 +53,7 @@ def palette(labels: Iterable[str]) -> dict[str, str]:
 def lines(
     series: Mapping[str, Sequence[Points]], colours: Mapping[str, str], x: str, y: str, *, percent: bool = False
 ) -> Figure:
-    """Return lines over whole numbers x; a label may have several, such as one for each seed.
-
-    Args:
-        series: for each label the lines (x values, y values).
-        colours: of the labels.
-        x: label of the axis.
-        y: label of the axis.
-        percent: y is a share.
-    """
+    """Return lines over whole numbers x; a label may have several, such as one for each seed."""
     rows = -(-len(series) // _columns(list(series)))
     figure, axes = _figure(3.4 + 0.2 * max(rows - 2, 0))
     for label, several in series.items():
@@ -92,13 +84,7 @@ def rates(rates: Sequence[float], losses: Sequence[float], suggestion: float | N
 
 @rc_context(STYLE)
 def stacked_bars(parts: Mapping[str, Sequence[float]], rows: Sequence[str], x: str) -> Figure:
-    """Return a horizontal bar for each row, of several parts.
-
-    Args:
-        parts: for each part its length in every row.
-        rows: labels of the rows.
-        x: label of the axis.
-    """
+    """Return a horizontal bar for each row, of several parts."""
     figure, axes = _figure(0.9 + 0.5 * (len(parts) > 1) + 0.35 * len(rows))  # a legend takes half an inch
     left = np.zeros(len(rows))
     colours = palette(parts)
@@ -139,12 +125,7 @@ def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], colu
 
 @rc_context(STYLE)
 def raster(sample: "Sample", neurons: int) -> Figure:
-    """Input, spikes and output of one sample over time, one field above the other.
-
-    Args:
-        sample: the input [T, values], the spikes [T, neurons] of each layer, and the logits [T, classes].
-        neurons: about the number of neurons of each layer that are shown, a row for each.
-    """
+    """Draw input, spikes of about `neurons` of each layer, and output of one sample over time, one above the other."""
     fields = len(sample.spikes) + 2
     figure = Figure(figsize=(WIDTH, 0.8 + fields), layout="constrained")
     several: Any = figure.subplots(fields, 1, sharex=True)

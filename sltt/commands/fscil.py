@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,27 +65,17 @@ def run(words: Sequence[str]) -> None:
 
 
 class Task:
-    """Order of the classes; raises ValueError for too few classes or samples, or for a class that comes twice.
-
-    Attributes:
-        recipe: what is trained.
-        order: all classes, in the order in which they come.
-        sizes: how many come at once, those of the base training first.
-        shot: samples of a new class.
-        data: the samples of these classes, numbered in this order.
-    """
+    """Data and sessions; raises ValueError for too few classes or samples, or for a class that comes twice."""
 
     def __init__(self, recipe: Recipe, base: int, way: int, shot: int, sessions: int | None, order: list[int] | None):
         built = recipe.build()
         splits = built.data.splits(built.steps)
         if splits.test is None:
             raise ValueError(f"{built.data} has no test samples, on which accuracy is measured: choose other data")
-        if order and (twice := [one for one in order if order.count(one) > 1]):
-            raise ValueError(f"class {twice[0]} stands twice in --order: sessions overlap, name each class once")
         listed = list(range(splits.classes or 0)) if order is None else order
         self.recipe, self.shot = recipe, shot
-        self.sizes = session_sizes(len(listed), base, way, sessions)
-        self.order = listed[: sum(self.sizes)]
+        self.sizes = session_sizes(len(listed), base, way, sessions)  # how many classes come at once
+        self.order = listed[: sum(self.sizes)]  # in which classes come, and are numbered in the data
         self.data: Splits = Classes(built.data, self.order).splits(built.steps)
         if isinstance(self.data.collate([self.data.unaugmented_train[0]])[1], Padded):  # pyright: ignore[reportIndexIssue]
             raise ValueError(f"{built.data} pads its sequences, and embeddings are of T steps each: leave pad=True out")
@@ -147,16 +137,14 @@ def _classify(here: Session, task: Task, seed: int, built: Any, pixels: bool = F
     return incremental(known, *read(task.data.test), task.sizes)
 
 
-def score_rows(
-    rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], text: Callable[[Sequence[float]], str]
-) -> list[Row]:
-    """Return rows of a table with the headings of `SCORES`, and scores over seeds as `text`."""
+def score_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return rows of a table: the scores of each rule over its seeds, in %."""
     made: list[Row] = []
     for row in rows:
         if row["accuracies"]:
-            cells = {heading: Cell(text(row[name]), statistics.mean(row[name])) for name, heading in headings.items()}
+            cells = {heading: Cell(percent(row[name]), statistics.mean(row[name])) for name, heading in SCORES.items()}
         else:
-            cells = {next(iter(headings.values())): Cell("died", "")}
+            cells = {SCORES["base"]: Cell("died", "")}
         made.append({"rule": row["rule"], **cells})
     return made
 
@@ -166,7 +154,7 @@ def print_few_shots(found: Mapping[str, Any], report: Console) -> None:
     base, *sessions = found["sizes"]
     report.line(f"{base} base classes, {len(sessions)} × {sessions[0]} new ones of {found['shot']} samples")
     report.line("accuracy in %, mean ± standard deviation over seeds")
-    report.table(Table(score_rows(found["rows"], SCORES, percent)).for_terminal())
+    report.table(Table(score_rows(found["rows"])).for_terminal())
     seen = list(map(str, itertools.accumulate(found["sizes"])))
     rows = []
     for row in found["rows"]:

@@ -13,17 +13,11 @@ PATH = re.compile(r"Expected a dot import path string: (.*?)(?:\. Got value.*)?$
 
 
 def explain(message: str, values: Mapping[str, Any]) -> str:
-    """Return an error of the parser in a line, with the nearest valid name where one is not known.
-
-    Args:
-        message: of the parser.
-        values: of the recipe.
-    """
+    """Return an error of the parser in a line, with the nearest valid name where one is not known."""
     if option := re.search(r"unrecognized arguments: --([^\s=]+)", message):
         return f"unknown option --{option[1]}{_nearest_option(option[1], values)}"
     if word := re.search(r"unrecognized arguments: (\S+)", message):
-        data = f"; --data.root {word[1]} is the folder of the data" if "/" in word[1] else ""
-        return f"unexpected word {word[1]!r}: expected one recipe or run, then options such as --epochs 3{data}"
+        return f"unexpected word {word[1]!r}: expected one recipe or run, then options such as --epochs 3"
     if key := re.search(r"Option '([^']+)' is not accepted", message):
         owners = re.findall(r"class_path[ =]'([\w.]+)'", message)
         owner = locate(owners[-1]) if owners else None

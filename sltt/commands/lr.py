@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sltt.analysis.rates import FALLS, FEWEST, RateTest, find_learning_rate
-from sltt.commands.failures import UsageError
+from sltt.analysis.rates import FALLS, RateTest, find_learning_rate
 from sltt.commands.parsing import CommandOptions, count
 from sltt.commands.prepared import prepare
 from sltt.commands.results import give
 from sltt.commands.tables import Table, number
-from sltt.training.checkpoints import start_from
 from sltt.training.console import Console
 from sltt.training.session import session
 from sltt.training.settings import Execution, Training
@@ -46,9 +44,6 @@ def run(words: Sequence[str]) -> None:
             "such as --phases null --steps 1"
         )
     built.rule = stage.rule
-    start_from(built.model, built.weights)
-    if known.batches < FEWEST:
-        raise UsageError(f"--batches: expected at least {FEWEST}, got {known.batches}")
     with session(Execution.of(vars(built))) as here, prepare(here, built, stage.steps) as ready:
         found = find_learning_rate(
             ready.model,

@@ -4,10 +4,8 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from html import escape
 from importlib.resources import files
-from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +56,8 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
         for chart in section.charts:
             figures.save(chart.figure, folder / "figures", _file_name(chart.name))
         for table in section.tables:
-            write_atomically(folder / "data" / f"{_file_name(table.name)}.csv", partial(_put, table.csv()))
+            path, text = folder / "data" / f"{_file_name(table.name)}.csv", table.csv()
+            write_atomically(path, lambda file, text=text: file.write(text.encode()))
     several = [*found.comparisons, *found.profiles, *found.agreements, *found.fewshots, *found.rates]
     recipes = {one["recipe"] for one in several}
     title = f"Report: {', '.join(sorted(recipes) or [run.name for run in found.runs])}"
@@ -78,10 +77,6 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
 
 def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "-", name)  # a run may call its metric ../../name
-
-
-def _put(text: str, file: BufferedRandom) -> None:
-    file.write(text.encode())
 
 
 def _options(text: str) -> Markup:

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import inspect
 import os
 import re
 import sys
@@ -17,19 +16,20 @@ from jsonargparse import ArgumentParser, Namespace
 from sltt.commands import yamltext
 from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.hints import explain, fit_arguments, locate, suggest
+from sltt.commands.hints import explain, fit_arguments, suggest
 from sltt.commands.rule_texts import rule_options, rules
 from sltt.parallel.devices import count_started
+from sltt.training.average import select_weights
 from sltt.training.batches import seed_everything
+from sltt.training.checkpoints import load_checkpoint, load_weights, start_from
 from sltt.training.manifest import ALONE, MANIFEST
 from sltt.training.named import check_named, importing_for
-from sltt.training.runs import MADE_IN, load_call, read_config
-from sltt.training.settings import check_optimizer
+from sltt.training.runs import MADE_IN, find_checkpoint, load_call, read_config
+from sltt.training.settings import OF_TRAINING, check_optimizer
 
 LISTS = "phases", "callbacks", "loggers"
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
 ANY_PROCESSES = ["--devices=null", "--num_nodes=null"]  # of a run that is measured: not those of its training
-MOST_STEPS = 1_000_000  # a training with more would not end
 
 
 class CommandOptions(argparse.ArgumentParser):
@@ -49,6 +49,11 @@ class CommandOptions(argparse.ArgumentParser):
     def add_rules(self) -> None:
         """Take --rules."""
         self.add_argument("--rules", type=rules, default=RULES, help=f"default: {','.join(RULES)}")
+
+    def add_checkpoint(self) -> None:
+        """Take --checkpoint."""
+        text = "default: best, or last without validation"
+        self.add_argument("--checkpoint", choices=("best", "last"), help=text)
 
     def add_code(self) -> None:
         """Take --code."""
@@ -148,14 +153,20 @@ def build_run(
         return build(parser, config), yaml.safe_load(parser.dump(config))
 
 
-class Recipe:
-    """A recipe with options over it.
+def load_run(
+    command: str, name: str, code: Path | None, which: str | None = None, words: Sequence[str] = ()
+) -> tuple[Namespace, Path, dict[str, Any]]:
+    """Make what a run trained, with the weights of a checkpoint; return it, the checkpoint's path and content."""
+    run = run_folder(name)
+    path = find_checkpoint(run, which)
+    content = load_checkpoint(path)
+    built, _ = build_run(make_parser(command, OF_TRAINING), run, [*words, *ANY_PROCESSES], code, content)
+    load_weights(built.model, select_weights(content), path)
+    return built, path, content
 
-    Args:
-        command: the command that takes the options, for its help.
-        name: of the recipe, or of a YAML file.
-        overrides: options.
-    """
+
+class Recipe:
+    """A recipe with options over it, of a command that takes them."""
 
     def __init__(self, command: str, name: str, overrides: Sequence[str]):
         for own in ("--run", "--resume"):
@@ -167,15 +178,14 @@ class Recipe:
         self._parser = make_parser(command)
 
     def build(self, *more: str, rule: str | None = None) -> Namespace:
-        """Make the objects: the arguments of `sltt.fit`, in one process.
+        """Make the arguments of `sltt.fit`, in one process, with the weights that training starts from.
 
-        Args:
-            more: further options.
-            rule: as for `rule_options`, instead of the recipe's; the phases of a training have it too.
+        `rule` takes the place of the recipe's, in phases too.
         """
         built = build(self._parser, self._parse(more, rule))
         if (built.devices or 1) * (built.num_nodes or 1) > 1 or count_started() != (1, 1):
             raise UsageError(f"{self._parser.prog} runs in one process: start one, without --devices and --num_nodes")
+        start_from(built.model, built.weights)
         return built
 
     def resolve(self, *more: str, rule: str | None = None) -> dict[str, Any]:
@@ -219,12 +229,6 @@ def parse(
     """
     values = _read(source) if isinstance(source, Path) else source
     values = {name: value for name, value in values.items() if name not in without}
-    for word in (word.split("=", 1)[-1] if word.startswith("--") else word for word in words):
-        if word.startswith(("{", "[", "&")):
-            try:
-                yamltext.check(word)
-            except yaml.YAMLError as error:
-                raise _not_yaml(word, error) from None
     try:
         if {"-h", "--help"} & set(words):
             parser.set_defaults(values)  # so that the help shows the recipe's values
@@ -232,8 +236,6 @@ def parse(
     except argparse.ArgumentError as error:
         raise UsageError(re.sub(r"\bNone(Type)?\b", "null", explain(str(error), values))) from None
     config.pop("config")
-    if config.batch_size is None:  # null: in Python, that of the loader
-        config.batch_size = parser.get_default("batch_size")
     if (phases := config.phases) and all(phase.lr is not None for phase in phases):
         for word in words:
             if re.match(r"--optimizer(\.init_args)?\.lr(=|$)", word):
@@ -280,37 +282,14 @@ def _read(source: Path) -> dict[str, Any]:
     try:
         values = yamltext.load(yamltext.read(source))
     except yaml.YAMLError as error:
-        raise _not_yaml(source, error) from None
+        raise UsageError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{source} holds no options: expected lines such as `epochs: 20`; `sltt recipes digits`")
-    if "config" in values:
-        raise UsageError(
-            f"{source} has a key config: leave it out; `sltt train RECIPE --config FILE` takes a second file"
-        )
-    _check_classes(values, str(source))
     return values
-
-
-def _check_classes(value: Any, place: str) -> None:
-    """Raise UsageError for a class with other keys than the parser takes; it would say that there is no such class."""
-    keys = ["class_path", "init_args", "dict_kwargs"]
-    if isinstance(value, dict) and "class_path" in value and (other := [key for key in value if key not in keys]):
-        raise UsageError(
-            f"{place}: a class has the keys class_path and init_args, got {other[0]!r}{suggest(str(other[0]), keys)}"
-        )
-    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        _check_classes(one, f"{place}, {key}" if place.endswith((".yaml", ".yml")) else f"{place}.{key}")
-
-
-def _not_yaml(what: Any, error: Exception) -> UsageError:
-    return UsageError(f"{what} is no YAML that can be read: {' '.join(str(error).split())}")
 
 
 def build(parser: ArgumentParser, config: Namespace) -> Namespace:
     """Make the objects that a configuration names, seeded so that the same configuration gives the same weights."""
-    _refuse_null(config)
-    for steps in (config.steps, *(phase.steps for phase in config.phases or ())):
-        time_steps(steps or 1)
     seed_everything(config.seed)
     try:
         built = parser.instantiate(config)
@@ -323,24 +302,6 @@ def build(parser: ArgumentParser, config: Namespace) -> Namespace:
     except ValueError as error:
         raise UsageError(str(error)) from error
     return built
-
-
-def _refuse_null(config: Namespace) -> None:
-    """Raise UsageError for a null where an argument of a class takes none: the parser lets it through."""
-    for key, value in config.items():
-        path, _, name = key.rpartition(".init_args.")
-        if value is None and path:
-            taken = inspect.signature(locate(config[f"{path}.class_path"])).parameters.get(name)
-            kind = taken and taken.annotation
-            if isinstance(kind, type) and kind not in (type(None), inspect.Parameter.empty):
-                raise UsageError(f"{path.replace('.init_args', '')}.{name}: expected {kind.__name__}, got null")
-
-
-def time_steps(value: int | str) -> int:
-    """Return a number of time steps; raise UsageError for one that a computer cannot train."""
-    if int(value) > MOST_STEPS:
-        raise UsageError(f"steps: expected at most {MOST_STEPS:,} time steps, got {int(value):,}")
-    return int(value)
 
 
 def allow_only(words: Sequence[str], keys: Sequence[str], command: str, why: str) -> None:

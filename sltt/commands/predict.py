@@ -6,14 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import ANY_PROCESSES, CommandOptions, begin, build_run, run_folder
+from sltt.commands.parsing import CommandOptions, begin, load_run
 from sltt.commands.tables import Row, Table, number
-from sltt.training.average import select_weights
-from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.console import Console, as_json
-from sltt.training.runs import find_checkpoint
-from sltt.training.settings import OF_TRAINING
 from sltt.training.trained import Trained, predict
 
 HELP = (
@@ -26,7 +21,7 @@ def options() -> CommandOptions:
     """Return the options of `sltt predict`."""
     parser = CommandOptions("sltt predict RUN FILE ...", HELP)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or last without validation")
+    parser.add_checkpoint()
     parser.add_code()
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -35,11 +30,8 @@ def options() -> CommandOptions:
 def run(words: Sequence[str]) -> None:
     """`sltt predict RUN FILE ...`: print the prediction for each file."""
     folder, words = begin(words)
-    known, run = options().parse_args(words), run_folder(folder)
-    path = find_checkpoint(run, known.checkpoint)
-    content, parser = load_checkpoint(path), make_parser("sltt predict", OF_TRAINING)
-    built, _ = build_run(parser, run, ANY_PROCESSES, known.code, content)
-    load_weights(built.model, select_weights(content), path)
+    known = options().parse_args(words)
+    built, _, content = load_run("sltt predict", folder, known.code, known.checkpoint)
     trained = built.model.trained = Trained(**content["task"])
     names = list(getattr(built.data, "classes", ()))
     found = []

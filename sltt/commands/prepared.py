@@ -13,7 +13,6 @@ from sltt.rules import Rule
 from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.padding import Padded, pad_batch
 from sltt.training.batches import EpochSampler, finish_loaders, train_loader
-from sltt.training.evaluation import measure_settings, measure_split
 from sltt.training.parameters import parameter_groups
 from sltt.training.session import Session
 
@@ -22,16 +21,7 @@ if TYPE_CHECKING:
 
 
 class Prepared:
-    """A recipe's network, optimizer and data as its training has them; `prepared` makes it.
-
-    Attributes:
-        model: on the device, in training mode. Each call runs in the recipe's precision.
-        optimizer: of its parameters.
-        loss: on the device.
-        rule: of the recipe.
-        splits: of the data at T.
-        repeat: T for static data, else None: the argument `steps` of rules and measurements.
-    """
+    """A recipe's network, optimizer and data as its training has them, on the device; `prepare` makes it."""
 
     def __init__(self, built: Any, session: Session, steps: int):
         self.splits: Splits = session.splits(built.data, steps)
@@ -45,7 +35,7 @@ class Prepared:
         self.optimizer = built.optimizer(groups)
         self.loss = session.set_up_loss(built.loss)
         self.rule: Rule = built.rule
-        self.repeat = steps if self.splits.static else None
+        self.repeat = steps if self.splits.static else None  # the argument `steps` of rules and measurements
         self._steps = steps
 
     def batch(self, size: int) -> tuple[Tensor, Any]:
@@ -81,11 +71,6 @@ def prepare(here: Session, built: Any, steps: int, *, full_precision: bool = Fal
     autocast = here.execution.precision != 32 and not full_precision
     with keep_hooks(*(_run_in_precision(found.model, here.fabric) if autocast else ())):
         yield found
-
-
-def test_score(here: Session, built: Any) -> float:
-    """Return the metric of a trained network, measured as its training is set up."""
-    return measure_split(here, built.model, built.data, "test", **measure_settings(built)).score
 
 
 def _run_in_precision(model: nn.Module, fabric: "Fabric") -> tuple[Any, Any]:

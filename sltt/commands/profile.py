@@ -24,19 +24,19 @@ from sltt.analysis import (
 )
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
 from sltt.commands.failures import cause
-from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, time_steps
+from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared, prepare
 from sltt.commands.results import give
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
 from sltt.commands.verdict import batch_memory
 from sltt.rules import Mixed, Rule
 from sltt.rules.folding import Fold, chosen_fold
-from sltt.training.checkpoints import start_from
 from sltt.training.console import Console, megabytes
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution
 
 WARMUP = 2
+PHASES = "total", "data", "forward", "backward", "step"
 TOLERANCE = 0.03  # of the peak model, before it is fitted again
 
 HELP = (
@@ -50,9 +50,7 @@ def options() -> CommandOptions:
     """Return the options of `sltt profile`."""
     parser = CommandOptions("sltt profile [RECIPE]", HELP)
     parser.add_rules()
-    parser.add_argument(
-        "--steps", type=numbers(time_steps), default=[], help="numbers of time steps; default: the recipe's"
-    )
+    parser.add_argument("--steps", type=numbers(int), default=[], help="numbers of time steps; default: the recipe's")
     parser.add_argument("--repeats", type=count, default=5, help="iterations that are timed; default: 5")
     parser.add_argument("--budget", type=parse_bytes, help="a memory such as 8GB: the largest batch and T that fit it")
     parser.add_output()
@@ -69,51 +67,31 @@ def run(words: Sequence[str]) -> None:
 
 @dataclass
 class Fits:
-    """Largest batch and T in a budget under a rule; None where there is no limit.
-
-    Attributes:
-        rule: as it was asked for.
-        budget: bytes, with parameters and the optimizer's state.
-        batch: the largest with the recipe's T.
-        steps: the largest T with the recipe's batch.
-        predicted: bytes of the checked run, of this batch, by the fitted model; None without such a batch.
-        measured: bytes of the checked run; None if it was not made, since it needs more than is free.
-    """
+    """Largest batch and T in a budget under a rule; None where there is no limit."""
 
     rule: str
-    budget: int
-    batch: int | None
-    steps: int | None
-    predicted: int | None = None
-    measured: int | None = None
+    budget: int  # bytes, with parameters and the optimizer's state
+    batch: int | None  # the largest with the recipe's T
+    steps: int | None  # the largest T with the recipe's batch
+    predicted: int | None = None  # bytes of the checked run, of this batch, by the fitted model
+    measured: int | None = None  # bytes of the checked run; None if it was not made, since it needs more than is free
 
 
 def profile(
     recipe: Recipe, rules: Sequence[str], steps: Sequence[int], repeats: int, budget: int | None, report: Console
 ) -> dict[str, Any]:
-    """Measure a recipe.
+    """Measure a recipe at several T, timing `repeats` iterations; return what `profile.json` has.
 
-    Args:
-        recipe: what is measured.
-        rules: as for `rule_options`.
-        steps: numbers of time steps; none is the recipe's.
-        repeats: iterations that are timed, for each rule and T.
-        budget: bytes; None asks for nothing.
-        report: shows the progress.
-
-    Returns:
-        What `profile.json` has: recipe and device, and
-
-        * batch: samples in an iteration.
-        * trained: the layers are measured with weights of a run, in evaluation mode; else with random weights, in
-          training mode, since the statistics of a BatchNorm are not there yet.
-        * costs: for each rule and T the memory and seconds of an iteration, the multiplications of its batch, and the
-          `Fold` of its time steps.
-        * layers: of the largest T, in the order of the model: operations in the inference of one sample, of a
-          convolution or linear layer; firing rate, and spikes in all time steps, of a layer of neurons.
-        * paths: of a training batch of the largest T: which layers run sparse, and what that saves.
-        * fits: `Fits` of each rule, if there is a budget.
-        * picojoules, picojoules_as_ann: of one sample's inference, and of the same network as an ANN.
+    * batch: samples in an iteration.
+    * trained: the layers are measured with weights of a run, in evaluation mode; else with random weights, in training
+      mode, since the statistics of a BatchNorm are not there yet.
+    * costs: for each rule and T the memory and seconds of an iteration, the multiplications of its batch, and the
+      `Fold` of its time steps.
+    * layers: of the largest T, in the order of the model: operations in the inference of one sample, of a convolution
+      or linear layer; firing rate, and spikes in all time steps, of a layer of neurons.
+    * paths: of a training batch of the largest T: which layers run sparse, and what that saves.
+    * fits: `Fits` of each rule, if there is a budget.
+    * picojoules, picojoules_as_ann: of one sample's inference, and of the same network as an ANN.
     """
     own = recipe.build()
     steps = steps or [own.steps]
@@ -142,29 +120,16 @@ def profile(
 
 def print_profile(found: Mapping[str, Any], report: Console) -> None:
     """Tables of all that was measured."""
-    memory, seconds, layers = [], [], []
-    for one in found["costs"]:
-        label, parts = {"rule": one["rule"], "T": number(one["steps"])}, one["memory"]
-        shares = {"memory": batch_memory(parts), **{name: parts[name] for name in ("states", "saved", "rest")}}
-        shares |= {"weights": parts["parameters"], "grads": parts["gradients"], "optim": parts["optimizer"]}
-        shares |= {"input": parts["input"], "all": parts["total"]}
-        memory.append({**label, **{name: number(share / 1e6, ".2f") for name, share in shares.items()}})
-        fold = number(one["fold"]["trained"])
-        seconds.append({**label, "total": number(one["seconds"]["total"], ".3f"), **phase_cells(one), "fold": fold})
-    for layer in found["layers"]:
-        macs, activity, operations, _, *spikes = layer_cells(layer)
-        row = {"layer": layer["name"], "MAC a step": macs, "activity": activity, "synaptic op.": operations}
-        layers.append({**row, **dict(zip(("firing rate", "spikes"), spikes, strict=True))})
     most = max(one["steps"] for one in found["costs"])
     network = "with the weights given" if found["trained"] else "untrained; --weights RUN takes those of a run"
     for title, rows in (
         (
             f"memory of a batch of {found['batch']} above what is there before it: states + saved + rest;\n"
             f"all that is allocated at the peak; in MB, on {found['device']}",
-            memory,
+            memory_rows(found["costs"]),
         ),
-        ("seconds of an iteration, multiplications of its batch; fold: steps in a call", seconds),
-        (f"one sample, T = {most}, {network}", layers),
+        ("seconds of an iteration, multiplications of its batch; fold: steps in a call", seconds_rows(found["costs"])),
+        (f"one sample, T = {most}, {network}", layer_rows(found["layers"])),
         (
             f"a training batch of {found['batch']}: layers on active inputs only (sparse), or dense\n"
             "saved: estimate for one thread; convolutions need --channels_last true",
@@ -188,21 +153,51 @@ def print_profile(found: Mapping[str, Any], report: Console) -> None:
         report.table(Table(fits_rows(fits)).for_terminal())
 
 
-def phase_cells(cost: Mapping[str, Any]) -> dict[str, Cell]:
-    """Return the seconds of an iteration by phases, and its multiplications."""
-    seconds = {phase: number(cost["seconds"][phase], ".3f") for phase in ("data", "forward", "backward", "step")}
-    products = {"mult. fwd": cost["operations"]["forward"], "mult. bwd": cost["operations"]["backward"]}
-    return {**seconds, **{heading: number(count, ".2e") for heading, count in products.items()}}
+def memory_rows(costs: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return rows of a table: the memory of a batch and its parts, and all that is allocated at the peak, in MB."""
+    rows = []
+    for one in costs:
+        parts = one["memory"]
+        shares = {"memory": batch_memory(parts), **{name: parts[name] for name in ("states", "saved", "rest")}}
+        shares |= {"weights": parts["parameters"], "grads": parts["gradients"], "optim": parts["optimizer"]}
+        shares |= {"input": parts["input"], "all": parts["total"]}
+        cells = {name: Cell(f"{share / 1e6:.2f}", share) for name, share in shares.items()}
+        rows.append({"rule": one["rule"], "T": number(one["steps"]), **cells})
+    return rows
 
 
-def layer_cells(layer: Mapping[str, Any]) -> list[Cell]:
-    """Multiply-accumulates a step, activity, synaptic operations and nJ; of neurons the firing rate and spikes."""
-    if layer["operations"] is None:
-        return [Cell("", "")] * 4 + [number(layer["firing_rate"], ".3f"), number(layer["spikes"], ",.0f")]
-    one = LayerOperations(**layer["operations"])
-    operations = Cell(f"{one.synaptic_operations:,.0f}{'' if one.spiking else ' MAC'}", one.synaptic_operations)
-    cells = [number(one.macs, ","), number(one.density, ".1%"), operations, number(one.picojoules / 1e3, ",.1f")]
-    return cells + [Cell("", "")] * 2
+def seconds_rows(costs: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return rows of a table: the seconds of an iteration by phases, its multiplications, and the steps in a call."""
+    return [
+        {
+            "rule": one["rule"],
+            "T": number(one["steps"]),
+            **{phase: number(one["seconds"][phase], ".3f") for phase in PHASES},
+            "mult. fwd": number(one["operations"]["forward"], ".2e"),
+            "mult. bwd": number(one["operations"]["backward"], ".2e"),
+            "fold": number(one["fold"]["trained"]),
+        }
+        for one in costs
+    ]
+
+
+def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return rows of a table: operations and energy of a layer, or the firing rate and spikes of neurons."""
+    rows = []
+    for layer in layers:
+        if layer["operations"] is None:
+            cells = {"firing rate": number(layer["firing_rate"], ".3f"), "spikes": number(layer["spikes"], ",.0f")}
+        else:
+            one = LayerOperations(**layer["operations"])
+            operations = f"{one.synaptic_operations:,.0f}{'' if one.spiking else ' MAC'}"
+            cells = {
+                "MAC a step": number(one.macs, ","),
+                "activity": number(one.density, ".1%"),
+                "synaptic op.": Cell(operations, one.synaptic_operations),
+                "nJ": number(one.picojoules / 1e3, ",.1f"),
+            }
+        rows.append({"layer": layer["name"], **cells})
+    return rows
 
 
 def fits_rows(fits: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -243,12 +238,6 @@ def _way(sparse: int, calls: int) -> Cell:
     return Cell(f"sparse in {sparse} of {calls}" if 0 < sparse < calls else "sparse" if sparse else "dense", sparse)
 
 
-def _build(recipe: Recipe, rule: str, *options: str) -> Any:
-    built = recipe.build(*options, rule=rule)
-    start_from(built.model, built.weights)
-    return built
-
-
 def _memory(ready: Prepared, size: int) -> Memory:
     """Memory of an iteration with `size` samples, after one step of the optimizer."""
     x, y = ready.batch(size)
@@ -259,7 +248,7 @@ def _memory(ready: Prepared, size: int) -> Memory:
 
 
 def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> dict[str, Any]:
-    with prepare(here, _build(recipe, rule), steps) as ready:
+    with prepare(here, recipe.build(rule=rule), steps) as ready:
         memory = _memory(ready, batch)
         timed = itertools.islice(ready.batches(batch), repeats + WARMUP)
         seconds = iteration_seconds(
@@ -274,7 +263,6 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
 
 def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:
     """`layers` and `paths` of a profile."""
-    start_from(built.model, built.weights)
     with prepare(here, built, steps) as ready:
         x, _ = ready.batch(batch)
         model = ready.model.train(built.weights is None)
@@ -298,7 +286,7 @@ def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]
 
 def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> Fits:
     def measure(samples: int, time_steps: int) -> int:
-        with prepare(here, _build(recipe, rule, *one_step), time_steps) as ready:
+        with prepare(here, recipe.build(*one_step, rule=rule), time_steps) as ready:
             return _memory(ready, samples).total
 
     # what shares a call grows with T up to a limit, and is little

@@ -9,18 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sltt import rules
 from sltt.commands.failures import cause
-from sltt.commands.rule_texts import rule_settings
 from sltt.commands.tables import Cell
 from sltt.commands.vary import label_row
 from sltt.frozen import arguments_of
 from sltt.metrics import finite_scores, is_share
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.console import Console, as_json
-from sltt.training.manifest import CONFIG, LAST, is_intact, open_file, read_manifest, was_written, write_file
+from sltt.training.manifest import CONFIG, LAST, open_file, was_written, write_file
 
 
 def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Console], None]) -> None:
@@ -69,18 +66,7 @@ class Curve:
 
 @dataclass
 class Gathered:
-    """Results and runs in folders.
-
-    Attributes:
-        comparisons: of `sltt compare`.
-        profiles: of `sltt profile`.
-        agreements: of `sltt agreement`.
-        fewshots: of `sltt fscil`.
-        rates: of `sltt lr`.
-        runs: trainings with at least one epoch, by their folders.
-        notes: what was left out, and why.
-        files: the file and the attribute of each result.
-    """
+    """Results of each command, trainings with at least one epoch by their folders, and what was left out and why."""
 
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     profiles: list[dict[str, Any]] = field(default_factory=list)
@@ -89,7 +75,6 @@ class Gathered:
     rates: list[dict[str, Any]] = field(default_factory=list)
     runs: dict[Path, Curve] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    files: list[tuple[Path, str, dict[str, Any]]] = field(default_factory=list)
 
 
 def gather(folders: Sequence[Path]) -> Gathered:
@@ -112,28 +97,24 @@ def gather(folders: Sequence[Path]) -> Gathered:
             )
         for path, kind in there:
             try:
-                found.files.append((path, kind, one := _read(path)))
-                getattr(found, kind).append(one)
+                getattr(found, kind).append(_read(path))
             except Exception as error:  # a file may hold anything
                 found.notes.append(f"{path} is left out: {cause(error)}")
         for run in runs:
             try:
-                found.runs[run] = _read_run(run, found.notes)
+                found.runs[run] = _read_run(run)
             except Exception as error:
                 found.notes.append(f"The run {run} is left out: {cause(error)}")
-    if not found.files and not found.runs:
+    if not any([found.runs, *(getattr(found, kind) for kind in KINDS.values())]):
         raise ValueError(" ".join(found.notes))
     return found
 
 
-def _read_run(run: Path, notes: list[str]) -> Curve:
-    """Read what the report shows of a run, from its last checkpoint; a note names its other files that are damaged."""
+def _read_run(run: Path) -> Curve:
+    """Read what the report shows of a run, from its last checkpoint."""
     checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
     if checkpoint is None or not checkpoint["progress"]["history"]:
         raise ValueError("it has not finished an epoch")
-    for name in read_manifest(run):
-        if was_written(run / name) and not is_intact(run / name):
-            notes.append(f"{run / name} is damaged, or gone.")
     progress, config = checkpoint["progress"], checkpoint["config"]
     about = *(_name(config.get(key)) for key in ("data", "model")), f"T = {config.get('steps')}"
     return Curve(rule_of(config), about, progress["history"], progress["best_epoch"] or progress["epoch"])
@@ -146,12 +127,12 @@ def _name(value: Any) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a command's result; a number that is not finite is None, and each rule has the name that runs have."""
+    """Read a command's result; a number that is not finite is None, and what varied is in a rule's name."""
     with open_file(path) as file:
         found = json.load(file, parse_constant=lambda name: None)
     for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:
         if "rule" in row:
-            row["rule"] = label_row(_label_asked(row["rule"]), row.get("varied", {}))
+            row["rule"] = label_row(row["rule"], row.get("varied", {}))
     return found
 
 
@@ -177,12 +158,6 @@ def rule_of(config: dict[str, Any]) -> str:
         return _label(rule["class_path"], rule.get("init_args") or {})
     name, _, shown = str(rule or "own rule").removesuffix(")").partition("(")  # SLTT(k=1), of a run made in Python
     return ":".join([name, *re.split(r", (?![^{]*})", shown)]) if shown else name
-
-
-def _label_asked(rule: str) -> str:
-    """The same for a rule as it was asked for: settings that are defaults, or in another order, make no other rule."""
-    name, settings = rule_settings(rule)
-    return _label(name, {key: yaml.safe_load(text) for key, text in settings.items()})
 
 
 def _label(path: str, settings: dict[str, Any]) -> str:

@@ -11,23 +11,16 @@ def rules(text: str) -> list[str]:
     found = _split(text, ",")
     for rule in found:
         rule_options(rule)
-        if found.count(rule) > 1:
-            raise ValueError(f"{rule} stands twice in {text}: name each rule once")
     return found
 
 
-def rule_settings(text: str) -> tuple[str, dict[str, str]]:
-    """Return the name and the settings of one of `rules`; raise ValueError if it is not understood."""
+def rule_options(text: str) -> list[str]:
+    """Return the options of `sltt train` for one of `rules`; raise ValueError if it is not understood."""
     name, *settings = _split(text, ":")
     if not name or any("=" not in setting for setting in settings):
         raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
-    return name, dict(setting.split("=", 1) for setting in settings)
-
-
-def rule_options(text: str) -> list[str]:
-    """Return the options of `sltt train` for one of `rules`."""
-    name, settings = rule_settings(text)
-    return ["--rule", name, *(word for key, value in settings.items() for word in (f"--rule.{key}", value))]
+    pairs = (setting.split("=", 1) for setting in settings)
+    return ["--rule", name, *(word for key, value in pairs for word in (f"--rule.{key}", value))]
 
 
 def mixed_options(windows: Mapping[str, int | str]) -> str:

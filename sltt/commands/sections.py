@@ -7,12 +7,12 @@ from typing import Any
 
 from sltt.commands import figures
 from sltt.commands.agreement import agreement_rows, where
-from sltt.commands.compare import compared_rows
+from sltt.commands.compare import comparison_table
 from sltt.commands.failures import cause
-from sltt.commands.fscil import SCORES, score_rows
+from sltt.commands.fscil import score_rows
 from sltt.commands.lr import advice
 from sltt.commands.page import Chart, Section
-from sltt.commands.profile import fits_rows, layer_cells, phase_cells
+from sltt.commands.profile import fits_rows, layer_rows, memory_rows, seconds_rows
 from sltt.commands.results import Gathered, run_names, scores_text
 from sltt.commands.tables import Cell, Table, bytes_cell, number
 from sltt.commands.verdict import answers, batch_memory, layers, shared_steps, verdicts, was_compared
@@ -69,25 +69,14 @@ def _summary(found: Gathered) -> Section:
 
 
 def _comparison(found: dict[str, Any]) -> Section:
-    sweep, name = any(row.get("varied") for row in found["rows"]), found["metric"].replace("_", " ")
-    headings = {
-        "rule": "rule",
-        **({"validation": f"validation {name}"} if sweep else {}),
-        "test": f"test {name}",
-        "seeds": "seeds",
-        "seconds": "s / epoch",
-        "memory": "memory",
-        "forward": "mult. forward",
-        "backward": "mult. backward",
-        "cosine": "cosine",
-    }
+    sweep = any(row.get("varied") for row in found["rows"])
     trained = "All" if sweep else "All rules"
     text = [
         f"{trained} train the same network on the same data, with the same budget and seeds. {MEMORY} Multiplications "
         "are those of one batch. The cosine compares the rule's gradient with BPTT's, after the training."
     ]
-    table = Table(compared_rows(found["rows"], found["metric"], headings), "comparison", "one row per rule")
-    return Section(f"{'Values' if sweep else 'Rules'} compared on {found['recipe']}", text, [table])
+    title = f"{'Values' if sweep else 'Rules'} compared on {found['recipe']}"
+    return Section(title, text, [comparison_table(found["rows"], found["metric"])])
 
 
 def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) -> Section:
@@ -136,16 +125,9 @@ def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) 
 def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
     costs = found["costs"]
     parts = [key for key in costs[0]["memory"] if key != "total"]
-    rows, allocated = [], []
-    for one in costs:
-        label, seconds = {"rule": one["rule"], "T": number(one["steps"])}, number(one["seconds"]["total"], ".3f")
-        rows.append(
-            {**label, "memory": bytes_cell(batch_memory(one["memory"])), "seconds": seconds, **phase_cells(one)}
-        )
-        allocated.append({**label, **{key: bytes_cell(one["memory"][key]) for key in (*parts, "total")}})
     tables = [
-        Table(rows, "costs", "time and memory of a training batch"),
-        Table(allocated, "memory", "all that is allocated at the peak"),
+        Table(memory_rows(costs), "memory", "a training batch: states + saved + rest, and all at the peak; in MB"),
+        Table(seconds_rows(costs), "costs", "seconds and multiplications of a training batch; fold: steps in a call"),
     ]
     if fits := found["fits"]:
         title = f"What fits {megabytes(fits[0]['budget'])}: each the largest, the rest as in the recipe"
@@ -171,8 +153,6 @@ def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
 
 
 def _energy(found: dict[str, Any]) -> Section:
-    headings = ["layer", "MAC a step", "activity", "synaptic operations", "energy, nJ", "firing rate", "spikes"]
-    rows = [dict(zip(headings, (one["name"], *layer_cells(one)), strict=True)) for one in found["layers"]]
     rates = {one["name"]: one["firing_rate"] for one in found["layers"] if one["operations"] is None}
     state = "with trained weights" if found["trained"] else "with random weights"
     text = [
@@ -182,7 +162,8 @@ def _energy(found: dict[str, Any]) -> Section:
         "neurons. Use it to compare networks, not to plan a chip."
     ]
     chart = Chart("firing-rates-random", f"Firing rates by layer, {state}", figures.bars(rates, RATE))
-    return Section("Spikes and energy", text, [Table(rows, "layers", "one row per layer")], [chart])
+    table = Table(layer_rows(found["layers"]), "layers", "one row per layer")
+    return Section("Spikes and energy", text, [table], [chart])
 
 
 def _agreement(found: dict[str, Any], compared: bool) -> Section:
@@ -211,16 +192,15 @@ def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:
     text = [
         f"The network trains on {base} base classes and is then frozen. {count} × {way} classes follow, each with "
         f"{found['shot']} samples. A test sample gets the class with the nearest mean embedding, by cosine; for "
-        "pixels, with the nearest mean image. Base and new are mean accuracies of a class after the last session, and "
-        "harmonic is their harmonic mean. Average is over the base training and all sessions."
+        "pixels, with the nearest mean image. A_base and A_new are mean accuracies of a class after the last session, "
+        "in %, and A_h is their harmonic mean. A_avg is over the base training and all sessions."
     ]
     chart = Chart(
         "sessions",
         "Accuracy of all classes seen, after each session; a line for each seed",
         figures.lines(lines, colours, "classes seen", "test accuracy", percent=True),
     )
-    rows = score_rows(found["rows"], {name: name for name in SCORES}, scores_text)
-    table = Table(rows, "fscil", "one row per rule")
+    table = Table(score_rows(found["rows"]), "fscil", "one row per rule")
     return Section(f"Few-shot classes: {found['recipe']}", text, [table], [chart])
 
 

@@ -27,19 +27,13 @@ def number(value: float | None, form: str = "", none: str = "–") -> Cell:
     return Cell(none if value is None else format(value, form), value)
 
 
-def bytes_cell(nbytes: int, remark: str = "") -> Cell:
+def bytes_cell(nbytes: int) -> Cell:
     """Return a number of bytes."""
-    return Cell((f"{nbytes / 1e6:.3g} MB" if nbytes < 999.5e6 else megabytes(nbytes)) + remark, nbytes)
+    return Cell(f"{nbytes / 1e6:.3g} MB" if nbytes < 999.5e6 else megabytes(nbytes), nbytes)
 
 
 class Table:
-    """Rows of cells, with the name of its file and its caption.
-
-    Args:
-        rows: the cells by heading; a text is a cell, too, and one that is not there is empty.
-        name: of the file.
-        title: the caption.
-    """
+    """Rows of cells by their headings, with the name of its file and its caption; a cell that is not there is empty."""
 
     def __init__(self, rows: Sequence[Row], name: str = "", title: str = ""):
         self.name, self.title = name, title

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import nn
-
 from sltt.analysis.advice import Trial
 from sltt.analysis.agreement import AGREES, Agreement, Proposal
 from sltt.commands.failures import cause
@@ -14,7 +12,6 @@ from sltt.commands.parsing import Recipe
 from sltt.data import Data
 from sltt.neurons import LIF
 from sltt.rules import BPTT, TBPTT, Mixed, Rule
-from sltt.training.checkpoints import start_from
 from sltt.training.console import Console
 from sltt.training.evaluation import measure_settings, measure_split
 from sltt.training.fit import Fit, start_run
@@ -26,19 +23,13 @@ def build(recipe: Recipe, data: Data, tau: float | None, *options: str) -> Any:
     """Build a recipe with data that was read before, and with another time constant if one is given."""
     built = recipe.build(*options)
     built.data = data
-    start_from(built.model, built.weights)
     if tau is not None:
-        set_tau(built.model, tau)
+        neurons = [m for m in built.model.modules() if isinstance(m, LIF)]
+        if not neurons:
+            raise ValueError("--taus changes LIF neurons, and the model has none: leave --taus out")
+        for neuron in neurons:
+            neuron.tau = LIF(tau=tau).tau  # checked
     return built
-
-
-def set_tau(model: nn.Module, tau: float) -> None:
-    """Give every LIF neuron another time constant; raises ValueError if there is none."""
-    neurons = [m for m in model.modules() if isinstance(m, LIF)]
-    if not neurons:
-        raise ValueError("--taus changes LIF neurons, and the model has none: leave --taus out")
-    for neuron in neurons:
-        neuron.tau = LIF(tau=tau).tau  # checked
 
 
 def train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, report: Console) -> Fit:
@@ -62,7 +53,6 @@ def run_trial(
     recipe: Recipe,
     data: Data,
     rules: Sequence[Rule],
-    *,
     tau: float | None,
     steps: int,
     epochs: int,

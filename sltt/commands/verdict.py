@@ -16,29 +16,17 @@ OF_AN_ERROR = 0.05  # the same of other metrics, as a part of the reference's
 
 @dataclass
 class Verdict:
-    """One rule, from what was measured; what was not is empty.
-
-    Attributes:
-        rule: its name.
-        scores: the metric on the test samples, one for each seed.
-        metric: its name.
-        sign: 1 where more is better, −1 for an error.
-        samples: the number of test samples.
-        seconds: of a training epoch, or of a training batch where no epoch was timed: median, least and most.
-        memory: bytes of a training batch, for each T.
-        cosine: of its gradient with that of BPTT.
-        died: the number of seeds without a score.
-    """
+    """One rule, from what was measured; what was not is empty."""
 
     rule: str
-    scores: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)  # the metric on the test samples, one for each seed
     metric: str = "accuracy"
-    sign: int = 1
-    samples: int | None = None
-    seconds: tuple[float, float, float] | None = None
-    memory: dict[int | None, int] = field(default_factory=dict)
-    cosine: float | None = None
-    died: int = 0
+    sign: int = 1  # where more is better, −1 for an error
+    samples: int | None = None  # for the test
+    seconds: tuple[float, float, float] | None = None  # of an epoch, or else of a batch: median, least and most
+    memory: dict[int | None, int] = field(default_factory=dict)  # bytes of a training batch, for each T
+    cosine: float | None = None  # of its gradient with that of BPTT
+    died: int = 0  # seeds without a score
 
     @property
     def score(self) -> float | None:

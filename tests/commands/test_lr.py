@@ -41,7 +41,7 @@ def test_a_learning_rate_that_no_phase_takes_is_refused(here, capsys):
     assert code == 1
     assert "every phase has a learning rate of its own" in err
     code, _, err = run(capsys, "lr", "digits", *TINY, "--batches", "3")
-    assert (code, err.splitlines()[0]) == (2, "sltt: --batches: expected at least 10, got 3")
+    assert (code, err.splitlines()[0]) == (1, "sltt: count must be at least 10, got 3")
     for option in (["--optimizer.lr", "0.5"], ["--optimizer.init_args.lr=0.5"]):
         code, _, err = run(capsys, "train", "digits", *TINY, *phases, *option)
         assert code == 2

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from sltt.commands import main
-from sltt.commands.report import _sections as checked_sections
 from sltt.commands.results import gather
 from sltt.training.checkpoints import load_checkpoint, save_checkpoint
 from sltt.training.manifest import write_file
@@ -180,10 +179,9 @@ def test_the_spikes_are_those_of_the_next_run_where_one_has_none(measured, tmp_p
     assert [note for note in found.notes if "SLTT-k-1-seed0 are left out: " in note and "sample.npz is gone" in note]
 
 
-def test_one_rule_written_in_two_ways_has_one_name_and_one_colour(measured, tmp_path):
+def test_a_cosine_that_was_not_measured_is_a_dash(measured, tmp_path):
     folder = shutil.copytree(measured, tmp_path / "all")
     found = json.loads((folder / "compare.json").read_text())
-    found["rows"][1]["rule"] = "SLTT:rescale=false:k=1"
     found["rows"][0]["cosine"] = None
     write(folder / "compare.json", json.dumps(found))
     table = sections(gather([folder]))[1].tables[0]
@@ -196,19 +194,10 @@ def test_a_damaged_result_is_named_and_the_others_are_shown(name, measured, tmp_
     folder = shutil.copytree(measured, tmp_path / "all", ignore=shutil.ignore_patterns("*-seed*", "report"))
     path = folder / f"{name}.json"
     text = path.read_text()
-    found = json.loads(text)
-    key = next(key for key, value in found.items() if isinstance(value, list))
-    for damaged in (
-        "{",
-        "[]",
-        "7",
-        "null",
-        2000 * "[",
-        *({**found, key: one} for one in ([{}], [7], None, "a")),
-    ):
-        write(path, damaged if isinstance(damaged, str) else json.dumps(damaged))
+    for damaged in ("{", "[]", "7", "null", 2000 * "["):
+        write(path, damaged)
         found_there = gather([folder])
-        assert len(checked_sections(found_there)) > 1
+        assert len(sections(found_there)) > 1
         assert found_there.notes[0].startswith(f"{path} is left out: ")
     number = re.search(r"\d\.\d+", text)
     path.write_text(text[: number.start()] + "7" + text[number.start() + 1 :])
@@ -218,17 +207,14 @@ def test_a_damaged_result_is_named_and_the_others_are_shown(name, measured, tmp_
     ]
 
 
-def test_damaged_metrics_and_checkpoints_are_named(measured, tmp_path):
+def test_a_damaged_checkpoint_is_named(measured, tmp_path):
     for name in ("BPTT-seed0", "SLTT-k-1-seed0", "BPTT-seed1"):
         shutil.copytree(measured / name, tmp_path / "all" / name)
-    metrics = tmp_path / "all" / "BPTT-seed0" / "metrics.csv"
-    metrics.write_text(metrics.read_text().replace("1", "7", 1))
     (tmp_path / "all" / "SLTT-k-1-seed0" / "last.ckpt").write_bytes(b"")
     found = gather([tmp_path / "all"])
     assert [run.name for run in found.runs] == ["BPTT-seed0", "BPTT-seed1"]
-    assert found.notes[0] == f"{metrics} is damaged, or gone."
-    assert "SLTT-k-1-seed0 is left out: " in found.notes[1]
-    assert "last.ckpt is damaged" in found.notes[1]
+    assert "SLTT-k-1-seed0 is left out: " in found.notes[0]
+    assert "last.ckpt is damaged" in found.notes[0]
 
 
 def test_a_result_names_no_function_that_is_called(measured, tmp_path, monkeypatch):

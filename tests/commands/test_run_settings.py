@@ -226,7 +226,7 @@ def test_settings_that_are_not_the_ones_that_were_written_are_refused(run, capsy
             assert "run/config.yaml is damaged: manifest.txt has another SHA-256. Restore it, or delete it" in said
         with pytest.raises(ValueError, match=r"config.yaml is damaged"):
             sltt.load("run")
-    assert gather([run]).notes == ["run/config.yaml is damaged, or gone."]
+    assert not gather([run]).notes
     file.unlink()
     assert main(["eval", "run"]) == 0
     assert main(["train", "--resume", "run", "--epochs", "2"]) == 0

@@ -53,7 +53,7 @@ def test_an_unknown_key_in_a_file_is_explained(here, capsys):
     Path("a.yaml").write_text(yaml.safe_dump({**recipe, "epohcs": 3}))
     assert "unknown key 'epohcs'; did you mean epochs?" in run(capsys, "train", "a.yaml")[2]
     Path("a.yaml").write_text(yaml.safe_dump({**recipe, "data": {"class_path": "Digits", "init_arg": {}}}))
-    expected = "a.yaml, data: a class has the keys class_path and init_args, got 'init_arg'; did you mean init_args?"
+    expected = "a.yaml cannot be read: a class has the keys class_path and init_args, got 'init_arg'"
     assert expected in run(capsys, "train", "a.yaml")[2]
     recipe["data"]["init_args"]["validaton"] = 0.5
     Path("a.yaml").write_text(yaml.safe_dump(recipe))
