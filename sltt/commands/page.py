@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
@@ -36,14 +35,12 @@ class Chart:
 
 @dataclass
 class Section:
-    """A part of the page: text, then the network's layers, a film of spikes, figures, and tables."""
+    """A part of the page: text, then figures, and tables."""
 
     title: str
     text: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    film: str | None = None
 
 
 def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:

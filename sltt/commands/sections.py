@@ -15,7 +15,7 @@ from sltt.commands.page import Chart, Section
 from sltt.commands.profile import fits_rows, layer_rows, memory_rows, seconds_rows
 from sltt.commands.results import Gathered, run_names, scores_text
 from sltt.commands.tables import Cell, Table, bytes_cell, number
-from sltt.commands.verdict import answers, batch_memory, layers, shared_steps, verdicts, was_compared
+from sltt.commands.verdict import answers, batch_memory, shared_steps, verdicts, was_compared
 from sltt.metrics import is_share, score_text
 from sltt.training.console import megabytes, metric_of
 from sltt.training.sample import read_sample
@@ -50,7 +50,7 @@ def sections(found: Gathered) -> list[Section]:
 
 
 def _summary(found: Gathered) -> Section:
-    """Give the verdict in words, three numbers for each rule, and the network with its layers."""
+    """Give the verdict in words, and three numbers for each rule."""
     metric = next((one["metric"] for one in found.comparisons), "accuracy").replace("_", " ")
     unit = "s / epoch" if found.comparisons else "s / batch"
     rules = verdicts(found)
@@ -65,7 +65,7 @@ def _summary(found: Gathered) -> Section:
         }
         for one in rules
     ]
-    return Section("In short", answers(found), [Table(rows, "short")] if rows else [], layers=layers(found))
+    return Section("In short", answers(found), [Table(rows, "short")] if rows else [])
 
 
 def _comparison(found: dict[str, Any]) -> Section:
@@ -229,7 +229,6 @@ def _spikes(found: Gathered) -> Section:
             found.notes.append(f"The spikes of {run} are left out: {cause(error)}")
             continue
         section.text.append(f"One sample in the network of {run.name}: a validation sample, if there is one.")
-        section.film = sample.frames()
         section.charts = [
             Chart("raster", f"Input, spikes of about {RASTER_NEURONS} neurons of each layer, and output, over time",
                   figures.raster(sample, RASTER_NEURONS)),

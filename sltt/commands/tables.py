@@ -1,6 +1,5 @@
 """A table of what a command found: for the terminal, for the page of `sltt report`, and as CSV."""
 
-import base64
 import csv
 import io
 import itertools
@@ -62,8 +61,3 @@ class Table:
         writer.writerow(self.headings)
         writer.writerows([cell.value for cell in row] for row in self.rows)
         return text.getvalue()
-
-    @property
-    def link(self) -> str:
-        """Return the CSV as an address that needs no file."""
-        return "data:text/csv;base64," + base64.b64encode(self.csv().encode()).decode()

@@ -167,15 +167,3 @@ def noise_of(one: Verdict, other: Verdict) -> float:
         return 0.0
     means = [statistics.mean(several) for several in pairs]
     return 2 * math.sqrt(sum(max(0.0, mean * (1 - mean)) / one.samples for mean in means))
-
-
-def layers(found: Gathered) -> list[dict[str, Any]]:
-    """Return the layers of the profiled network in order: name, firing rate, SLTT's cosine."""
-    cosines: dict[str, Any] = {}
-    for one in _same_recipe(found, found.agreements):
-        spatial = one["rows"][0]["agreement"][0]
-        cosines = {name: cosine for name, (cosine, _) in spatial["layers"].items()}
-    rates = dict.fromkeys(cosines)
-    for one in _same_recipe(found, found.profiles):
-        rates = {row["name"]: row["firing_rate"] for row in one["layers"]}
-    return [{"name": name, "rate": rate, "cosine": cosines.get(name)} for name, rate in rates.items()]

@@ -1,7 +1,5 @@
 """One sample through a trained network: what goes in, which neurons spike at each step, and what comes out."""
 
-import base64
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,15 +36,6 @@ class Sample:
     x: np.ndarray
     logits: np.ndarray
     label: int | None
-
-    def frames(self) -> str:
-        """Return the spikes as JSON for the page: of each layer the neurons, and the bits of each step in base64."""
-        layers = []
-        for name, fired in self.spikes.items():
-            steps = [base64.b64encode(np.packbits(row).tobytes()).decode() for row in fired]
-            layers.append({"name": name, "neurons": fired.shape[1], "steps": steps})
-        classes = [int(step.argmax()) for step in self.logits]
-        return json.dumps({"layers": layers, "classes": classes, "label": self.label})
 
 
 def write_sample(loop: Loop) -> None:
