@@ -139,7 +139,7 @@ def test_every_recipe_runs_a_batch_of_its_shape(name):
         ["--phases", "- epochs: 4\n- epochs: 1"],
         ["--config", "own.yaml"],
         ["--config=~/own.yaml"],
-        ["--config", f"{{seed: 3, phases: [{{epochs: 4}}, {{epochs: 1}}], weights: {'x' * 300}}}"],
+        ["--config", f"{{seed: 3, phases: [{{epochs: 4}}, {{epochs: 1}}], run: {'x' * 300}}}"],
     ],
 )
 def test_phases_that_are_given_take_nothing_from_the_recipes(tmp_path, monkeypatch, words):
@@ -148,10 +148,3 @@ def test_phases_that_are_given_take_nothing_from_the_recipes(tmp_path, monkeypat
     Path("own.yaml").write_text("phases: [{epochs: 4}, {epochs: 1}]", encoding="utf-8")
     assert Recipe("sltt train", "cifar10-hour", words).build().phases == [sltt.Phase(4), sltt.Phase(1)]
     assert Recipe("sltt train", "cifar10-hour", ["--seed", "1"]).build().phases[1].freeze_norm
-
-
-def test_a_recipe_without_a_batch_size_has_that_of_fit():
-    """In Python, None is the batch size of a loader, and recipes name no loader."""
-    for size in ("null", "7"):
-        built = Recipe("sltt train", "digits", ["--batch_size", size]).build()
-        assert built.batch_size == {"null": 128, "7": 7}[size]
