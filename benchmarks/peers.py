@@ -34,9 +34,9 @@ import torch
 from cells import recorded, write
 from peer_cases import CASES, NETWORKS, build, cosine
 from peer_tables import Row, cases_table
-from turns import EndedError, Worker, give_back, hardware, in_turns, process_memory, serve, timed
+from turns import EndedError, Worker, give_back, hardware, in_turns, process_memory, process_peak, serve, timed
 
-from sltt.analysis import peak_memory, process_peak
+from sltt.analysis import peak_memory
 from sltt.training.console import megabytes
 
 COMPARED = 3  # time steps at which gradients are compared

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import statistics
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 
-from sltt.analysis import process_peak, reset_process_peak
 from sltt.commands import main as command
 
 CPU = torch.device("cpu")
@@ -61,6 +61,24 @@ def process_memory(run: Callable[[], object], device: torch.device) -> int:
     run()
     finish(device)
     return process_peak(device) - before
+
+
+def reset_process_peak(device: torch.device) -> None:
+    """Start anew the peak that `process_peak` reads."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # not allowed in some containers: the peak is then that of the process so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def process_peak(device: torch.device) -> int:
+    """Return bytes at the peak since `reset_process_peak`: allocated on a CUDA device, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = map(str.split, Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    peaks = [int(line[1]) for line in lines if line[:1] == ["VmHWM:"]]  # not in every container
+    return 1024 * (peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def give_back() -> None:

@@ -1,4 +1,4 @@
-"""Peak memory, counted at the allocator for one call, or read from the system for a whole process."""
+"""Peak memory of one call, counted at the allocator, and the memory that is free."""
 
 import contextlib
 import gc
@@ -164,24 +164,3 @@ def parse_bytes(size: str | int) -> int:
     if value < 1 or not isinstance(size, str | int):
         raise ValueError(f"expected a memory size such as 8GB or 500MB, got {size!r}")
     return int(value)
-
-
-def reset_process_peak(device: torch.device) -> None:
-    """Start anew the peak that `process_peak` reads."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):  # not allowed in some containers: the peak is then that of the process so far
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def process_peak(device: torch.device) -> int:
-    """Return bytes at the peak since `reset_process_peak`: allocated on a CUDA device, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    with contextlib.suppress(OSError, StopIteration):  # there on Linux only, and not in every container
-        return 1024 * _field(Path("/proc/self/status"), "VmHWM:")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -9,7 +9,7 @@ from sltt.analysis.iteration import Memory, Seconds, iteration_seconds, memory_p
 from sltt.analysis.operations import Operations, count_operations
 from sltt.analysis.paths import LayerPath, layer_paths
 from sltt.analysis.rates import RateTest, find_learning_rate
-from sltt.memory import available_memory, parse_bytes, peak_memory, process_peak, reset_process_peak
+from sltt.memory import peak_memory
 
 __all__ = [
     "Agreement",
@@ -25,7 +25,6 @@ __all__ = [
     "Trial",
     "advice",
     "agreement",
-    "available_memory",
     "count_operations",
     "find_learning_rate",
     "firing_rates",
@@ -33,10 +32,7 @@ __all__ = [
     "iteration_seconds",
     "layer_paths",
     "memory_parts",
-    "parse_bytes",
     "peak_memory",
-    "process_peak",
     "propose",
-    "reset_process_peak",
     "synaptic_operations",
 ]

@@ -12,14 +12,12 @@ from sltt.analysis import (
     LayerOperations,
     Memory,
     PeakModel,
-    available_memory,
     count_operations,
     firing_rates,
     fit_peak,
     iteration_seconds,
     layer_paths,
     memory_parts,
-    parse_bytes,
     synaptic_operations,
 )
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
@@ -29,6 +27,7 @@ from sltt.commands.prepared import Prepared, prepare
 from sltt.commands.results import give
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
 from sltt.commands.verdict import batch_memory
+from sltt.memory import available_memory, parse_bytes
 from sltt.rules import Mixed, Rule
 from sltt.rules.folding import Fold, chosen_fold
 from sltt.training.console import Console, megabytes
