@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import sltt
-from sltt.analysis import available_memory, memory_parts, parse_bytes, peak_memory
-from sltt.memory import free_memory
+from sltt.analysis import memory_parts, peak_memory
+from sltt.memory import available_memory, free_memory, parse_bytes
 
 MB = 1_000_000
 
