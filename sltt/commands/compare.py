@@ -52,11 +52,11 @@ def run(words: Sequence[str]) -> None:
     varied = grid(known.vary)
     known.save = known.save or default_folder("compare", recipe, *(option for option, _ in known.vary))
     asked = known.rules or ([None] if known.vary else RULES)
-    each = [Contestant(rule, one) for rule in asked for one in varied]
-    for one in each:  # what is wrong with an option or a rule ends this before a training begins
-        Training.of(vars(one.build(recipe)))
+    each = [(rule, one) for rule in asked for one in varied]
+    for rule, one in each:  # what is wrong with an option or a rule ends this before a training begins
+        Training.of(vars(recipe.build(*to_options(one), rule=rule)))
     report = Console(quiet=known.json)
-    found = compared_json(recipe, [compare(one, known.seeds, known.save, recipe, report) for one in each])
+    found = compared_json(recipe, [compare(rule, one, known.seeds, known.save, recipe, report) for rule, one in each])
     give(found, known, "compare.json", lambda report: print_compared(found, report))
     tell_died(found["rows"])
 
@@ -66,22 +66,6 @@ def default_folder(command: str, recipe: Recipe, *more: str) -> Path:
     words = [*recipe.overrides, *more]
     mark = f"-{hashlib.sha256(repr(words).encode()).hexdigest()[:6]}" if words else ""
     return Path("runs") / f"{command}-{recipe.name}{mark}"
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One training to compare: a rule, or that of the recipe, with the values of the options that vary."""
-
-    rule: str | None
-    varied: dict[str, str] = field(default_factory=dict)
-
-    def build(self, recipe: Recipe, *more: str) -> Any:
-        """Build the recipe with these values."""
-        return recipe.build(*to_options(self.varied), *more, rule=self.rule)
-
-    def resolve(self, recipe: Recipe, *more: str) -> dict[str, Any]:
-        """Return the configuration of the same."""
-        return recipe.resolve(*to_options(self.varied), *more, rule=self.rule)
 
 
 @dataclass
@@ -102,16 +86,21 @@ class Compared:
     errors: list[str] = field(default_factory=list)  # of the seeds that died
 
 
-def compare(one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: Console) -> Compared:
-    """Train one with every seed, in all phases, and measure; what `folder` has of a run before is not run again."""
-    compared, seconds = Compared(one.rule or rule_of(recipe.resolve()), one.varied), []
-    first = one.build(recipe)
+def compare(
+    rule: str | None, varied: Mapping[str, str], seeds: int, folder: Path, recipe: Recipe, report: Console
+) -> Compared:
+    """Train a rule, or that of the recipe, and values of what varies with every seed, in all phases, and measure.
+
+    What `folder` has of a run before is not run again.
+    """
+    compared, seconds = Compared(rule or rule_of(recipe.resolve()), dict(varied)), []
+    first = recipe.build(*to_options(varied), rule=rule)
     with session(Execution.of(vars(first))) as here:
         if here.splits(first.data, first.steps).test is None:
             raise ValueError(f"{first.data} has no test samples, on which rules are compared: choose other data")
         for seed in range(seeds):
             try:
-                built, result = train_one(here, one, seed, folder, recipe, report)
+                built, result = train_one(here, rule, varied, seed, folder, recipe, report)
                 measured = measure_split(here, built.model, built.data, "test", **measure_settings(built))
                 compared.scores.append(measured.score)
                 compared.runs.append(result.run.name)
@@ -122,7 +111,7 @@ def compare(one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: C
                 if compared.operations is None:
                     _measure(compared, here, built, report)
             except Exception as error:  # the others still run
-                report.warn(f"{label_row(compared.rule, one.varied)}, seed {seed} died: {cause(error)}")
+                report.warn(f"{label_row(compared.rule, varied)}, seed {seed} died: {cause(error)}")
                 compared.errors.append(f"seed {seed}: {cause(error)}")
     if seconds:
         compared.seconds = statistics.median(seconds)
@@ -131,22 +120,24 @@ def compare(one: Contestant, seeds: int, folder: Path, recipe: Recipe, report: C
 
 def train_one(
     here: Session,
-    one: Contestant,
+    rule: str | None,
+    varied: Mapping[str, str],
     seed: int,
     folder: Path,
     recipe: Recipe,
     report: Console,
     classes: list[int] | None = None,
 ) -> tuple[Any, Fit]:
-    """Train one of them with one seed, or go on where its run in `folder` stopped; on `classes` only, if given.
+    """Train with one seed, or go on where its run in `folder` stopped; on `classes` only, if given.
 
     Returns what the recipe builds, with the trained weights and its whole data, and the training.
     """
-    name = label_row(one.rule or rule_of(recipe.resolve()), one.varied)
+    name = label_row(rule or rule_of(recipe.resolve()), varied)
     run = folder / f"{_file_name(name)}-seed{seed}"
     report.line(f"{name}, seed {seed}: {run}")
-    built = one.build(recipe, "--seed", str(seed))
-    config, data = one.resolve(recipe, "--seed", str(seed)), built.data
+    words = [*to_options(varied), "--seed", str(seed)]
+    built, config = recipe.build(*words, rule=rule), recipe.resolve(*words, rule=rule)
+    data = built.data
     if classes is not None:
         data = Classes(data, classes)
         config["data"] = {"class_path": "sltt.data.Classes", "init_args": {"data": config["data"], "classes": classes}}

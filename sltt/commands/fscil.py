@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sltt.analysis.fewshot import FewShot, chance, draw_shots, embeddings, incremental, prototypes, session_sizes
-from sltt.commands.compare import Contestant, default_folder, tell_died, train_one
+from sltt.commands.compare import default_folder, tell_died, train_one
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, refuse_seed
 from sltt.commands.results import give, scores_text
@@ -100,7 +100,7 @@ def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report
             for seed in range(seeds):
                 try:
                     classes = task.order[: task.sizes[0]]
-                    built, _ = train_one(here, Contestant(rule), seed, folder, recipe, report, classes)
+                    built, _ = train_one(here, rule, {}, seed, folder, recipe, report, classes)
                     found.append(_classify(here, task, seed, built))
                 except Exception as error:  # the others still run
                     report.warn(f"{rule}, seed {seed} died: {cause(error)}")

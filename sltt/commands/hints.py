@@ -26,8 +26,6 @@ def explain(message: str, values: Mapping[str, Any]) -> str:
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     if left := re.search(r"class_path '([\w.]+)':\s+the following arguments are required: (.+)", message):
         return f"{key}: {left[1]} needs {left[2]}"
-    if wrong := re.search(r"Key must be a string, got: (\S+?)\.?$", message, re.MULTILINE):
-        return f"{key}: expected layers' names as keys, got the number {wrong[1]}; quote it: '{{\"{wrong[1]}\": all}}'"
     kinds = re.findall(
         r"Expected an? (?:<class '|typing\.Literal)?(.+?)(?:'>)?(?:\. Got value.*|$)", message, re.MULTILINE
     )
