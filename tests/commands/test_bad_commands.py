@@ -115,7 +115,7 @@ CASES = f"""
 2 | phases: expected list or null, got 3 | train --phases 3
 2 | phases: sltt.Phase needs epochs | train --phases '[{{steps: 2}}]'
 2 | unknown key 'epoch' of sltt.Phase; did you mean epochs? | train --phases '[{{epoch: 1}}]'
-2 | expected layers' names as keys, got the number 2; quote it | train --rule.windows '{{2: all}}'
+2 | Key must be a string, got: 2 | train --rule.windows '{{2: all}}'
 # classes that are not there, or do not fit
 2 | unknown class 'SLT'; did you mean sltt.SLTT? | train --rule SLT
 2 | unknown class 'Foo'; expected a path to import | train --model.neuron.surrogate Foo
