@@ -191,8 +191,6 @@ class _Exact:
     def __init__(
         self, model: nn.Module, x: Tensor, target: Any, loss: StepLoss, steps: int | None, dtype: torch.dtype | None
     ):
-        instance("model", model, nn.Module)
-        instance("x", x, Tensor)
         self.model = model if dtype is None else copy_model(model).to(dtype)
         self.x = x if dtype is None or not x.is_floating_point() else x.to(dtype)
         self.target, self.loss = target, loss

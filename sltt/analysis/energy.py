@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sltt.checks import instance
 from sltt.neurons import Recurrent
 from sltt.rules import unroll
 from sltt.sequence.hooks import keep_hooks
@@ -75,8 +74,6 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
         x: sequence [T, B, ...], or with `steps` a static input [B, ...].
         steps: T for a static input.
     """
-    instance("model", model, nn.Module)
-    instance("x", x, Tensor)
     counts: dict[str, _Count] = {}
     fired = False
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt.checks import instance
 from sltt.sequence.layout import spiking_layers
 from sltt.sequence.spikes import observe_spikes
 
@@ -24,7 +23,7 @@ def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":
     a neuron that emits several spikes in a time step counts as one that emits one, and steps that a rule runs again
     (`segment=n`) count again.
     """
-    layers = spiking_layers(instance("model", model, nn.Module))
+    layers = spiking_layers(model)
     return observe_spikes(layers, FiringRates(list(layers)))
 
 

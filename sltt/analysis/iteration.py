@@ -106,7 +106,6 @@ def memory_parts(
         optimizer: whose state is counted.
         steps: T for a static input.
     """
-    instance("x", x, Tensor)
     instance("rule", rule, Rule)
     if optimizer is not None:
         check_optimizer(model, optimizer)

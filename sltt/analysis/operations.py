@@ -41,7 +41,6 @@ def count_operations(
             as forward.
         steps: T for a static input.
     """
-    instance("model", model, nn.Module)
     instance("rule", rule, Rule)
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is installed
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sltt import kernels
 from sltt.analysis.energy import LAYERS
-from sltt.checks import instance
 from sltt.rules import unroll
 from sltt.rules.folding import choose_fold
 from sltt.sequence.hooks import keep_hooks
@@ -54,7 +53,6 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
         x: sequence [T, B, ...], or with `steps` a static input [B, ...].
         steps: T for a static input.
     """
-    instance("model", model, nn.Module)
     found: dict[str, LayerPath] = {}
 
     def look(name: str, layer: Any, args: Any, kwargs: Any) -> None:
