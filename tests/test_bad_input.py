@@ -227,13 +227,8 @@ OTHER_CALLS = [
     ("loss of one dimension", lambda: LOSS(torch.randn(3), Y), ValueError, r"expected logits \[B, C\]"),
     ("agreement(rules: one)", lambda: analysis.agreement(network(), X, Y, LOSS, sltt.SLTT()), ValueError, "rules must"),
     ("agreement(rules: text)", lambda: analysis.agreement(network(), X, Y, LOSS, ["SLTT"]), ValueError, "a rule must"),
-    ("count_operations(model)", lambda: analysis.count_operations(3, X, Y, LOSS, sltt.SLTT()), ValueError, "model"),
     ("count_operations(rule)", lambda: analysis.count_operations(network(), X, Y, LOSS, "SLTT"), ValueError, "rule"),
-    ("memory_parts(x)", lambda: analysis.memory_parts(network(), [1], Y, LOSS, sltt.SLTT()), ValueError, "x must be"),
     ("memory_parts(rule)", lambda: analysis.memory_parts(network(), X, Y, LOSS, "SLTT"), ValueError, "rule must be"),
-    ("synaptic_operations(model)", lambda: analysis.synaptic_operations(3, X), ValueError, "model must be a Module"),
-    ("synaptic_operations(x)", lambda: analysis.synaptic_operations(network(), 3), ValueError, "x must be a Tensor"),
-    ("firing_rates(model)", lambda: analysis.firing_rates([network()]), ValueError, "model must be a Module"),
     ("peak_memory(call)", lambda: analysis.peak_memory(3), ValueError, "call must be a function"),
 ]  # fmt: skip
 
