@@ -191,12 +191,12 @@ class _Exact:
     def __init__(
         self, model: nn.Module, x: Tensor, target: Any, loss: StepLoss, steps: int | None, dtype: torch.dtype | None
     ):
-        self.model = model if dtype is None else copy_model(model).to(dtype)
-        self.x = x if dtype is None or not x.is_floating_point() else x.to(dtype)
-        self.target, self.loss = target, loss
         if dtype is not None:
-            self.loss = copy.deepcopy(loss).to(dtype) if isinstance(loss, nn.Module) else loss
-            self.target = target.to(dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
+            model = copy_model(model).to(dtype)
+            loss = copy.deepcopy(loss).to(dtype) if isinstance(loss, nn.Module) else loss
+            x = x.to(dtype) if x.is_floating_point() else x
+            target = target.to(dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
+        self.model, self.x, self.target, self.loss = model, x, target, loss
         self.steps = steps
         self.scale = SCALE
 

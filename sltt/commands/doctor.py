@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -65,10 +64,8 @@ def _device() -> tuple[str, str, str]:
 
 
 def _compiler() -> tuple[str, str, str]:
-    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
-    if compiler is None:
-        return "C++ compiler", "none", "to compile the neuron step: apt install g++"
-    return "C++ compiler", compiler, "compiles the neuron step"
+    problem = kernels.compiler_problem(torch.device("cpu"))
+    return "C++ compiler", "none" if problem else "found", problem or "compiles the neuron step"
 
 
 def _cuda_neurons() -> tuple[str, str, str]:
@@ -86,13 +83,9 @@ def _sparse_layers() -> tuple[str, str, str]:
 
 
 def _threads() -> tuple[str, str, str]:
-    threads, cores = torch.get_num_threads(), _cores()
+    threads = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return "threads", f"{threads} on {cores} cores", "set OMP_NUM_THREADS to the cores" if threads < cores else ""
-
-
-def _cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _half_precision() -> tuple[str, str, str]:
