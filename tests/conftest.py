@@ -1,4 +1,5 @@
 import copy
+import itertools
 import os
 import sys
 
@@ -69,6 +70,13 @@ def seed():
 @pytest.fixture(params=NEURONS.values(), ids=NEURONS.keys())
 def neuron(request):
     return request.param
+
+
+@pytest.fixture(params=[("PLIF", "LIF"), ("LIF(tau=2)", "IF")], ids="+".join)
+def neurons(request):
+    """Make neurons of two kinds in turn, for the two layers of a network."""
+    kinds = itertools.cycle(NEURONS[name] for name in request.param)
+    return lambda: next(kinds)()
 
 
 @pytest.fixture(params=RULES.values(), ids=RULES.keys())
