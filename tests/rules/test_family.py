@@ -9,11 +9,11 @@ from tests.references import by_hand, every
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "norm+dropout"])
-def model(request, neuron):
+def model(request, neurons):
     """A network of every neuron; its dropout draws the same mask in every call that is seeded alike."""
     if request.param:
-        return small_network(neuron, norm=True, dropout=0.3)
-    return small_network(neuron)
+        return small_network(neurons, norm=True, dropout=0.3)
+    return small_network(neurons)
 
 
 def test_bptt_equals_the_literal_loop(model):
@@ -61,14 +61,6 @@ def test_members_of_the_family_that_are_the_same(model, rule, twin):
     torch.testing.assert_close(seeded(gradients, model, rule, x, y)[0], seeded(gradients, model, twin, x, y)[0])
 
 
-@pytest.mark.parametrize(
-    "rule", [sltt.SLTT(), sltt.TBPTT(1), sltt.TBPTT(3), sltt.SLTT(k=1), sltt.BPTT(segment=1)], ids=repr
-)
-def test_with_one_step_all_rules_are_the_same(model, rule):
-    x, y = batch(steps=1)
-    assert torch.equal(seeded(gradients, model, rule, x, y)[0], seeded(gradients, model, sltt.BPTT(), x, y)[0])
-
-
 @settings(max_examples=25, deadline=None)
 @given(steps=st.integers(1, 6), window=st.integers(1, 7), size=st.integers(1, 4), seed=st.integers(0, 99))
 def test_tbptt_equals_a_loop_that_detaches_between_windows(steps, window, size, seed):
@@ -79,23 +71,10 @@ def test_tbptt_equals_a_loop_that_detaches_between_windows(steps, window, size, 
     torch.testing.assert_close(found, by_hand(model, x, y, every(window))[0])
 
 
-def test_bptt_differs_from_sltt_and_less_for_a_smaller_decay():
-    x, y = batch(steps=6, size=32)
-    gaps = []
-    for tau in (4.0, 2.0, 1.33, 1.1):
-        torch.manual_seed(3)
-        model = small_network(lambda tau=tau: sltt.LIF(tau=tau))
-        bptt, _ = gradients(model, sltt.BPTT(), x, y)
-        spatial, _ = gradients(model, sltt.SLTT(), x, y)
-        gaps.append(1 - torch.cosine_similarity(bptt, spatial, dim=0).item())
-    assert gaps == sorted(gaps, reverse=True)
-    assert gaps[0] > 1.5 * gaps[-1] > 0
-
-
-def test_rescaled_single_draws_average_to_sltt(neuron):
+def test_rescaled_single_draws_average_to_sltt(neurons):
     steps = 4
     x, y = batch(steps)
-    model = small_network(neuron)
+    model = small_network(neurons)
     total, seen, seed = 0, set(), 0
     while len(seen) < steps:
         generator = torch.Generator().manual_seed(seed)
@@ -146,6 +125,6 @@ class Cut(sltt.Rule):
 
 
 @pytest.mark.parametrize("length", [1, 2])
-def test_calls_of_the_network_that_are_cut(length, neuron):
-    model, (x, y) = small_network(neuron), batch()
+def test_calls_of_the_network_that_are_cut(length, neurons):
+    model, (x, y) = small_network(neurons), batch()
     torch.testing.assert_close(gradients(model, Cut(length), x, y)[0], gradients(model, sltt.SLTT(), x, y)[0])

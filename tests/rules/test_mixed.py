@@ -48,6 +48,7 @@ WINDOWS = [
 
 @pytest.mark.parametrize("windows", WINDOWS, ids=str)
 @pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("neuron", [sltt.PLIF, sltt.IF])
 def test_the_gradient_is_that_of_the_graph_detached_by_hand(windows, steps, neuron):
     model = deep(neuron)
     x, y = batch(steps)
@@ -55,7 +56,7 @@ def test_the_gradient_is_that_of_the_graph_detached_by_hand(windows, steps, neur
     expected, loss = by_hand(model, x, y, windowed(dict.fromkeys(["2", "5", "8", "11"], 1) | windows))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
     torch.testing.assert_close(out.loss, loss)
-    if steps > 1 and neuron is not sltt.LIF:  # τ = 1.1 hardly remembers
+    if steps > 1:
         assert not torch.allclose(found, gradients(model, sltt.SLTT(), x, y)[0])
 
 
@@ -73,8 +74,8 @@ def test_the_gradient_is_that_of_the_graph_detached_by_hand(windows, steps, neur
     ids=repr,
 )
 @pytest.mark.parametrize("norm", [False, True])
-def test_with_one_window_for_all_it_is_its_relatives(mixed, twin, neuron, norm):
-    model = small_network(neuron, norm=norm, dropout=0.3 * norm)
+def test_with_one_window_for_all_it_is_its_relatives(mixed, twin, neurons, norm):
+    model = small_network(neurons, norm=norm, dropout=0.3 * norm)
     x, y = batch(steps=5)
     results = []
     for rule in (mixed, twin):
@@ -232,7 +233,7 @@ def peak(rule, steps):
 
 def growth(rule):
     """Bytes for each further time step."""
-    return (peak(rule, 12) - peak(rule, 4)) / 8
+    return (peak(rule, 8) - peak(rule, 4)) / 4
 
 
 def test_memory_grows_with_the_layers_below_the_last_window_only():
@@ -240,7 +241,7 @@ def test_memory_grows_with_the_layers_below_the_last_window_only():
     assert growth(sltt.Mixed({"2": "all"})) < 0.3 * bptt
     assert growth(sltt.Mixed({"8": "all"})) < 0.75 * bptt
     assert growth(sltt.Mixed({"2": 4})) < 0.01 * bptt
-    assert peak(sltt.Mixed({"2": 4}), 12) < 0.6 * peak(sltt.TBPTT(4), 12)
+    assert peak(sltt.Mixed({"2": 4}), 8) < 0.6 * peak(sltt.TBPTT(4), 8)
 
 
 def test_names_and_windows_that_are_wrong():
@@ -253,11 +254,6 @@ def test_names_and_windows_that_are_wrong():
     for pattern in ("1.neuron", "*.neuron"):
         with pytest.raises(ValueError, match=r"1\.neuron is a part of 1, which has one window: name that"):
             sltt.Mixed({pattern: "all"})(inner, x, y, LOSS)
-    for window in (0, -1, "some", 2.0, None):
-        with pytest.raises(ValueError, match="must be 'all' or at least 1 time step"):
-            sltt.Mixed({"2": window})
-    with pytest.raises(ValueError, match="window of default"):
-        sltt.Mixed({}, default=0)
 
 
 def test_the_first_pattern_that_matches_counts_and_wrappers_have_no_name():
