@@ -127,16 +127,15 @@ NETWORKS = {
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-@pytest.mark.parametrize("steps", [1, 12])
-def test_ottt_is_its_recursion(network, steps):
+def test_ottt_is_its_recursion(network):
     model = network()
-    x, y = batch(steps=steps)
+    x, y = batch(steps=6)
     if isinstance(model[0], nn.Conv2d):
-        x = 3 * torch.randn(steps, 5, 1, 8, 8, dtype=torch.float64)
+        x = 3 * torch.randn(6, 5, 1, 8, 8, dtype=torch.float64)
     found, out = gradients(model, sltt.OTTT(), x, y)
     torch.testing.assert_close(found, forward_mode(copy.deepcopy(model), x, y), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(out.logits, sltt.unroll(model, x))
-    assert (steps > 1) != torch.allclose(found, gradients(model, sltt.SLTT(), x, y)[0])
+    assert not torch.allclose(found, gradients(model, sltt.SLTT(), x, y)[0])
 
 
 @pytest.mark.parametrize("neuron", [sltt.LIF, sltt.IF, sltt.PLIF])
