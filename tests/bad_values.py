@@ -51,14 +51,20 @@ SIZES = Kind(
 
 
 def constructions(table):
-    """Each argument of each constructor with each value of its kind, and a keyword that there is not.
+    """Calls of each constructor: an argument with the values of its kind, and a keyword that there is not.
 
     The rows of the table are: constructor, arguments that it needs, kinds of the arguments by name.
     """
     for make, given, arguments in table:
         title = getattr(make, "__qualname__", make.__name__)
         for name, kind in arguments.items():
-            for label, value in kind.values.items():
-                call = partial(make, **{**given, name: value})
-                yield pytest.param(call, ValueError, kind.message.format(name=name), id=f"{title}({name}: {label})")
-        yield pytest.param(partial(make, **given, typo=1), TypeError, "typo", id=f"{title}(typo)")
+            calls = [partial(make, **{**given, name: value}) for value in kind.values.values()]
+            yield pytest.param(calls, ValueError, kind.message.format(name=name), id=f"{title}({name})")
+        yield pytest.param([partial(make, **given, typo=1)], TypeError, "typo", id=f"{title}(typo)")
+
+
+def assert_refused(calls, error, message):
+    for call in calls:
+        with pytest.raises(error, match=message) as found:
+            call()
+        assert type(found.value) is error, call

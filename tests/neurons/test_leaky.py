@@ -37,13 +37,14 @@ def unrolled(neuron, x):
     return torch.stack([neuron(x_t) for x_t in x])
 
 
-@pytest.mark.parametrize(("v_reset", "detach_reset"), list(itertools.product(RESETS, [False, True])))
-@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
-@pytest.mark.parametrize(
-    ("kind", "decay_input"),
-    [("LIF", False), ("LIF", True), ("PLIF", False), ("PLIF", True), ("IF", False)],
-)
-def test_forward_and_gradients_equal_the_equations(kind, surrogate, v_reset, decay_input, detach_reset):
+KINDS = [("LIF", False), ("LIF", True), ("PLIF", False), ("PLIF", True), ("IF", False)]
+CASES = [(*case, SURROGATES[0]) for case in itertools.product(KINDS, RESETS, [False, True])]
+CASES += [(("PLIF", True), -0.3, False, surrogate) for surrogate in SURROGATES[1:]]
+
+
+@pytest.mark.parametrize(("neuron", "v_reset", "detach_reset", "surrogate"), CASES, ids=str)
+def test_forward_and_gradients_equal_the_equations(neuron, surrogate, v_reset, detach_reset):
+    kind, decay_input = neuron
     arguments = {"v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset, "surrogate": surrogate}
     if kind == "IF":
         neuron, lam = sltt.IF(**arguments), 1.0
@@ -107,10 +108,6 @@ def test_every_sequence_starts_from_v_init(neuron):
     assert torch.equal(started(x), neuron(v_reset=-0.5, v_init=0.6)(x))
     assert "v_init=0.6" in repr(started)
     assert "v_init" not in repr(plain)
-    with pytest.raises(ValueError, match=r"v_init must be less than 1.0, got 1.0; it must be below v_threshold"):
-        neuron(v_init=1.0)
-    with pytest.raises(ValueError, match="v_init must be a number"):
-        neuron(v_init=torch.tensor(0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -154,27 +151,10 @@ def test_channels_last_is_kept():
     assert neuron.v.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("make", [sltt.LIF, sltt.PLIF])
-@pytest.mark.parametrize("tau", [1.0, 0.5, -2.0])
-def test_tau_must_be_above_one(make, tau):
-    with pytest.raises(ValueError, match="tau must be greater than 1"):
-        make(tau=tau)
-
-
-def test_a_threshold_that_would_get_no_gradient_is_refused(neuron):
-    with pytest.raises(ValueError, match="v_threshold must be a number"):
-        neuron(v_threshold=nn.Parameter(torch.ones(())))
-
-
 def test_data_parallel_is_refused():
     model = nn.DataParallel(nn.Sequential(nn.Linear(3, 3), sltt.LIF()))
     with pytest.raises(ValueError, match="use DistributedDataParallel"):
         sltt.unroll(model, torch.randn(2, 2, 3))
-
-
-def test_reset_must_be_below_the_threshold(neuron):
-    with pytest.raises(ValueError, match=r"v_reset must be less than 1.0, got 1.0; it must be below v_threshold"):
-        neuron(v_reset=1.0)
 
 
 @given(beta=st.floats(0.001, 0.999))
@@ -182,12 +162,6 @@ def test_from_beta(beta):
     neuron = sltt.LIF.from_beta(beta, v_threshold=0.5)
     assert neuron.decay() == pytest.approx(beta)
     assert neuron.v_threshold == 0.5
-
-
-@pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, 2.0])
-def test_from_beta_refuses_what_is_no_decay(beta):
-    with pytest.raises(ValueError, match="beta must be greater than 0 and less than 1"):
-        sltt.LIF.from_beta(beta)
 
 
 def test_plif_keeps_tau_valid_and_learns_it():
