@@ -35,6 +35,20 @@ def network(make, norm=False):
     return nn.Sequential(*layers).double()
 
 
+@torch.no_grad()
+def inputs_of(model, x):
+    """What each layer of neurons gets in each time step, and the logits."""
+    found, hooks = {}, []
+    for module in model.modules():
+        if isinstance(module, sltt.Neuron):
+            found[module] = []
+            hooks.append(module.register_forward_hook(lambda m, inputs, out: found[m].append(inputs[0])))
+    logits = sltt.unroll(model, x)
+    for hook in hooks:
+        hook.remove()
+    return found, logits
+
+
 def by_equations(neuron, inputs):
     """Rates r and ∂r/∂c of a layer with the inputs [T, B, C], by equations (2) to (5) of the docstring."""
     decay = float(neuron.decay())

@@ -53,8 +53,11 @@ def assert_same(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-@pytest.mark.parametrize("static", [False, True], ids=["sequence", "static"])
+@pytest.mark.parametrize(
+    ("static", "memory_format"),
+    [(False, torch.contiguous_format), (True, torch.channels_last)],
+    ids=["sequence NCHW", "static NHWC"],
+)
 @pytest.mark.parametrize(
     ("rule", "plain"),
     [
@@ -197,17 +200,6 @@ def test_a_norm_that_the_model_switches_to_evaluation_stays_there():
     assert_same(results(model, sltt.SLTT(fold=3), x, y, kwargs), results(model, sltt.SLTT(fold=1), x, y, kwargs))
 
 
-def test_nothing_stays_patched_after_an_exception():
-    model = Net().double()
-    model.lif2.register_forward_hook(lambda *args: 1 / 0)
-    x, y, kwargs = data(static=True)
-    with pytest.raises(ZeroDivisionError):
-        sltt.SLTT(fold=3)(model, x, y, LOSS, **kwargs)
-    assert not any("forward" in vars(m) for m in model.modules())
-    assert not any(m._forward_pre_hooks for m in model.modules())
-    assert torch._C._len_torch_function_stack() == 0
-
-
 def test_folded_bptt_keeps_no_membrane_potentials_behind_a_norm():
     blocks = [[nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), sltt.LIF()] for _ in range(4)]
     model = nn.Sequential(*(layer for block in blocks for layer in block), nn.Flatten(), nn.Linear(16 * 64, 3))
@@ -219,24 +211,6 @@ def test_folded_bptt_keeps_no_membrane_potentials_behind_a_norm():
     )
     assert bptt > 8 * layer  # inputs of the norms, and membrane potentials
     assert folded < 6.5 * layer
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: sltt.SLTT(fold=0), "fold must be at least 1, got 0; or use 'auto'"),
-        (lambda: sltt.SLTT(fold="many"), "fold must be a whole number, got 'many'; or use 'auto'"),
-        (
-            lambda: sltt.SLTT(fold=2, hoist=True),
-            "hoist computes the first layers for one time step, and fold for several",
-        ),
-        (lambda: sltt.OTTT(online=True, fold=2), "online updates the weights after every time step"),
-        (lambda: sltt.RateBased(steady=True, fold=2), "steady runs the network once"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 class Counting(sltt.Stateful):

@@ -22,12 +22,29 @@ class Plain(nn.Module):
         return torch.tanh(self.v)
 
 
-def test_a_state_that_no_rule_knows_is_named():
-    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), Plain(), nn.Linear(6, 3)).double()
-    with pytest.raises(ValueError, match=r"2 \(Plain\) keeps a tensor in `.v`.*sltt.register\(Plain, states=\['v'\]\)"):
+class History(nn.Module):
+    """Attends over all steps so far, which it keeps in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.past = []
+
+    def forward(self, x):
+        self.past.append(x)
+        past = torch.stack(self.past, 1)
+        return torch.nn.functional.scaled_dot_product_attention(x[:, None], past, past)[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "remedy"),
+    [(Plain, "v", r"sltt.register\(Plain, states=\['v'\]\)"), (History, "past", r"states = \('past',\)")],
+)
+def test_a_state_that_no_rule_knows_is_named(kind, name, remedy):
+    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), kind(), nn.Linear(6, 3)).double()
+    with pytest.raises(ValueError, match=rf"2 \({kind.__name__}\) keeps a tensor in `.{name}`.*{remedy}"):
         sltt.SLTT()(model, *batch(), LOSS)
-    model[2].v = None
-    with pytest.warns(UserWarning, match=r"2 \(Plain\) keeps a tensor of the batch in `.v` after the sequence"):
+    model[2] = kind()
+    with pytest.warns(UserWarning, match=rf"2 \({kind.__name__}\) keeps a tensor of the batch in `.{name}` after the"):
         sltt.check(model, batch()[0])
 
 
@@ -134,7 +151,23 @@ class Averaged(nn.Module):
         return x - self.mean[0]
 
 
-@pytest.mark.parametrize("kind", [Recording, Averaged])
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = torch.ones(5, 6, dtype=torch.float64)  # as many as the batch has samples, and there before it
+
+    def forward(self, x):
+        return x * self.rows
+
+
+class Logged(Plain):
+    pass
+
+
+sltt.register(Logged, states=[])
+
+
+@pytest.mark.parametrize("kind", [Recording, Averaged, Table, Logged])
 def test_what_is_no_state_is_not_warned_of(kind):
     model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), nn.Linear(6, 6), kind(), nn.Linear(6, 3)).double()
     with warnings.catch_warnings():
@@ -147,51 +180,3 @@ def test_a_state_that_is_not_declared_and_not_detached_is_named():
     model[1].detaches = False
     with pytest.raises(ValueError, match=r"1 \(Undeclared\) keeps a tensor in `.last` .*: add it to Undeclared.states"):
         sltt.SLTT()(model, *batch(), LOSS)
-
-
-class Table(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rows = torch.ones(5, 6, dtype=torch.float64)  # as many as the batch has samples
-
-    def forward(self, x):
-        return x * self.rows
-
-
-def test_a_tensor_that_was_there_before_the_sequence_is_no_leftover():
-    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), Table(), nn.Linear(6, 3)).double()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* mixes ")
-        sltt.check(model, batch()[0])  # without a warning of a state
-
-
-class History(nn.Module):
-    """Attends over all steps so far, which it keeps in a list."""
-
-    def __init__(self):
-        super().__init__()
-        self.past = []
-
-    def forward(self, x):
-        self.past.append(x)
-        past = torch.stack(self.past, 1)
-        return torch.nn.functional.scaled_dot_product_attention(x[:, None], past, past)[:, 0]
-
-
-def test_attention_over_the_steps_so_far_is_named():
-    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), History(), nn.Linear(6, 3)).double()
-    with pytest.raises(ValueError, match=r"2 \(History\) keeps a tensor in `.past` .* states = \('past',\)"):
-        sltt.SLTT()(model, *batch(), LOSS)
-    model[2].past = []
-    with pytest.warns(UserWarning, match=r"2 \(History\) keeps a tensor of the batch in `.past` after the sequence"):
-        sltt.check(model, batch()[0])
-
-
-class Logged(Plain):
-    pass
-
-
-def test_a_tensor_that_is_no_state_can_be_said_to_be_none():
-    sltt.register(Logged, states=[])
-    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), Logged(), nn.Linear(6, 3)).double()
-    sltt.check(model, batch()[0])

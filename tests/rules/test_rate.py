@@ -8,7 +8,7 @@ import sltt
 from sltt import kernels
 from sltt.analysis import count_operations
 from tests.conftest import LOSS, batch, gradient, gradients, small_network
-from tests.rules.rate_equations import RULE, SETTINGS, by_equations, by_rates, network
+from tests.rules.rate_equations import RULE, SETTINGS, STEADY, by_equations, by_rates, inputs_of, network
 
 
 def by_autograd(neuron, inputs, decay=None):
@@ -21,20 +21,6 @@ def by_autograd(neuron, inputs, decay=None):
         s, v = sltt.lif_step(v, x + c, decay=lam, **neuron.constants())
         total = total + s / len(inputs)
     return torch.autograd.grad(total.sum(), c if decay is None else lam)[0]
-
-
-@torch.no_grad()
-def inputs_of(model, x):
-    """What each neuron layer gets in each time step, [T, B, C]."""
-    found, hooks = {}, []
-    for module in model:
-        if isinstance(module, sltt.neurons.IntegrateAndFire):
-            found[module] = []
-            hooks.append(module.register_forward_hook(lambda m, inputs, out: found[m].append(inputs[0])))
-    logits = sltt.unroll(model, x)
-    for hook in hooks:
-        hook.remove()
-    return {m: torch.stack(steps) for m, steps in found.items()}, logits
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
@@ -70,11 +56,11 @@ def test_a_learnable_time_constant(settings):
     assert of_w != 0
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_with_one_step_it_is_bptt(neuron, norm):
-    model = small_network(neuron, norm=norm)
+@pytest.mark.parametrize(("rule", "norm"), [(RULE, False), (RULE, True), (STEADY, True)], ids=str)
+def test_with_one_step_it_is_bptt(neurons, rule, norm):
+    model = small_network(neurons, norm=norm)
     x, y = batch(steps=1)
-    torch.testing.assert_close(gradients(model, RULE, x, y)[0], gradients(model, sltt.BPTT(), x, y)[0])
+    torch.testing.assert_close(gradients(model, rule, x, y)[0], gradients(model, sltt.BPTT(), x, y)[0])
 
 
 def test_with_dropout_the_rate_pass_has_the_mask_of_the_steps():
@@ -165,26 +151,11 @@ def test_one_backward_whatever_t_is():
     assert len(calls) == 1
 
 
-def test_nothing_is_left_behind():
-    model = sltt.models.DigitsNet()
-    x, y = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
-    with pytest.raises(ZeroDivisionError):
-        RULE(model, x, y, lambda logits, target: 1 / 0, steps=2)
-    assert all("forward" not in vars(m) and not m._forward_hooks for m in model.modules())
-    assert all(m.v is None for m in model.modules() if isinstance(m, sltt.LIF))
-
-
 def test_compiled_and_eager_kernels_agree_in_any_memory_format():
-    settings = {"v_reset": 0.0, "decay_input": True}
-
-    def make(kind):
-        return nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1), kind(tau=2.0, **settings), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
-            kind(tau=2.0, **settings), nn.Flatten(), nn.Linear(144, 3),
-        )  # fmt: skip
-
+    neuron = sltt.PLIF(tau=2.0, v_reset=0.0, decay_input=True)
+    layers = nn.Conv2d(2, 4, 3, padding=1), neuron, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), copy.deepcopy(neuron)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 3))
     x, y = 3 * torch.randn(4, 3, 2, 8, 8), torch.randint(3, (3,))
-    model = nn.Sequential(make(sltt.LIF)[:2], make(sltt.PLIF)[2:])
     with kernels.using(compile="off"):
         expected, _ = gradients(model, RULE, x, y)
     with kernels.using(compile="on"):

@@ -7,7 +7,7 @@ from torch import nn
 import sltt
 from sltt.sequence.layout import spiking_layers
 from sltt.sequence.spikes import observe_spikes, watches
-from tests.conftest import LOSS, batch, gradients, small_network
+from tests.conftest import LOSS, batch, gradients
 from tests.rules.rate_equations import RULE, SETTINGS, STEADY, by_equations, by_rates, network
 
 
@@ -45,12 +45,6 @@ def test_steady_is_exact_where_the_current_is(make):
     torch.testing.assert_close(a.loss, b.loss)
     for p, q in zip(found.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
-
-
-def test_steady_with_one_step_is_bptt_with_batch_norm(neuron):
-    model = small_network(neuron, norm=True)
-    x, y = batch(steps=1)
-    torch.testing.assert_close(gradients(model, STEADY, x, y)[0], gradients(model, sltt.BPTT(), x, y)[0])
 
 
 def test_steady_runs_the_layers_once_and_observers_see_the_spikes_of_all_steps():
