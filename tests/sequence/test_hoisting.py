@@ -1,5 +1,6 @@
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -195,13 +196,17 @@ def test_a_hook_that_scales_the_loss_scales_what_is_kept():
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("make", [sltt.models.resnet18, sltt.models.vgg11, sltt.models.DigitsNet])
+@pytest.mark.parametrize(
+    "make",
+    [partial(sltt.models.ResNet, (1, 1, 1, 1)), partial(sltt.models.VGG, [[16], [16]]), sltt.models.DigitsNet],
+    ids=["ResNet", "VGG", "DigitsNet"],
+)
 def test_the_networks_mark_their_layers_before_the_first_neuron(make):
     model = make(in_channels=2).double()
     first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     calls = []
     first.register_forward_hook(lambda *args: calls.append(1))
-    x, y = torch.randn(2, 2, 16, 16, dtype=torch.float64), torch.tensor([0, 1])
+    x, y = torch.randn(2, 2, 8, 8, dtype=torch.float64), torch.tensor([0, 1])
     grads = [
         results(model, sltt.SLTT(hoist=hoist), x, y, {"steps": 3})[: len(list(model.parameters()))]
         for hoist in (False, True)

@@ -92,29 +92,32 @@ def left(model):
     """What a run has left in a model."""
     forwards = [name for name, module in model.named_modules() if "forward" in vars(module)]
     claims = [name for name, module in model.named_modules() if run_of(module)]
-    return forwards, claims, [m.v for m in model.modules() if isinstance(m, sltt.LIF) and m.v is not None]
+    hooks = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    kept = [m for m in model.modules() if getattr(m, "v", None) is not None or getattr(m, "mask", None) is not None]
+    return forwards, claims, hooks, kept, torch._C._len_torch_function_stack()
 
 
 def test_nothing_of_a_run_is_left_after_an_error_in_any_place(rule):
     if isinstance(rule, sltt.Mixed):
         rule = sltt.Mixed({"*": 2})
     for place in ("loss", "layer", "backward"):
-        model, calls = small_network(norm=True), []
+        model, calls = small_network(norm=True, dropout=0.5), []
 
         def fails(*args, calls=calls):
             calls.append(args)
             if len(calls) > (0 if isinstance(rule, sltt.RateBased) else 2):
                 raise KeyError("planted")
 
-        if place == "layer":
-            model[4].register_forward_hook(fails)
+        hook = model[4].register_forward_hook(fails) if place == "layer" else None
         loss = (lambda o, y: (fails(), LOSS(o, y))[1]) if place == "loss" else LOSS
         backward = (lambda value: (fails(), value.backward())) if place == "backward" else None
         try:
             rule(model, *batch(steps=9), loss, backward=backward)
         except KeyError:
             assert calls
-        assert left(model) == ([], [], [])
+        if hook:
+            hook.remove()
+        assert left(model) == ([], [], [], [], 0)
 
 
 def test_a_forward_of_the_users_own_runs_and_comes_back():
