@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +21,13 @@ PACKAGES = ("torch", "lightning_fabric")
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}  # names of Python
 
 
+@cache
+def tree(path):
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def nodes(path, *kinds):
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    return [node for node in tree(path) if isinstance(node, kinds)]
 
 
 def imports(path):
@@ -77,7 +83,7 @@ def test_attributes_that_are_private_are_there(owner, name):
 def private(path):
     """The private names of PyTorch and Lightning that a file takes: by an import, or by a path such as torch._C.x."""
     found = [".".join(pair) for pair in imports(path)]
-    found += [ast.unparse(node) for node in nodes(path, ast.Attribute)]
+    found += [ast.unparse(node) for node in nodes(path, ast.Attribute) if node.attr.startswith("_")]
     return {name for name in found if name.startswith(PACKAGES) and re.search(r"\._[^_]", name)}
 
 
