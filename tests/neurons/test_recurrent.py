@@ -36,9 +36,10 @@ class Literal(sltt.Stateful):
         return self.last
 
 
-def linear(neuron=NEURONS["LIF"]):
+def linear(neuron=NEURONS["LIF"], other=None):
     layers = [nn.Linear(6, 8), nn.Identity()]
-    layers += [sltt.Recurrent(neuron(), nn.Linear(8, 8)), nn.Linear(8, 7), sltt.Recurrent(neuron(), nn.Linear(7, 7))]
+    layers += [sltt.Recurrent(neuron(), nn.Linear(8, 8)), nn.Linear(8, 7)]
+    layers += [sltt.Recurrent((other or neuron)(), nn.Linear(7, 7))]
     return scaled(nn.Sequential(*layers, nn.Linear(7, 3)))
 
 
@@ -58,9 +59,9 @@ def written_out(model):
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("neuron", NEURONS.values(), ids=NEURONS)
-def test_every_rule_trains_a_recurrent_layer(neuron, rule):
-    model = linear(neuron)
+@pytest.mark.parametrize("neurons", [("LIF", "CubaLIF"), ("PLIF", "ALIF")], ids="+".join)
+def test_every_rule_trains_a_recurrent_layer(neurons, rule):
+    model = linear(*(NEURONS[name] for name in neurons))
     x, y = batch(steps=5)
     found, out = gradients(model, rule, x, y, seed=3)
     expected, plain = gradients(written_out(model), alone(rule), x, y, seed=3)
