@@ -84,7 +84,7 @@ def test_this_machine_has_memory():
     assert available_memory() > 0
 
 
-@pytest.mark.parametrize("steps", [2, 3, 4, 6, 10])
+@pytest.mark.parametrize("steps", [2, 5])
 def test_the_memory_of_slttk_is_that_of_no_lucky_draw(steps):
     """The first step has no state behind it: a batch that trains this step only takes less than the others."""
     model = sltt.models.DigitsNet(width=2)
