@@ -25,6 +25,17 @@ def compiling(mode):
 
 
 @contextmanager
+def threads(number):
+    """PyTorch and the kernels use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def default_type(dtype):
     """New tensors of floats have this type unless another is named."""
     before = torch.get_default_dtype()

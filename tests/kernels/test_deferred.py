@@ -14,7 +14,7 @@ from sltt.kernels.norm import deferred
 from sltt.kernels.spikes import looks
 from sltt.neurons import lif_step
 from sltt.surrogates import Triangle
-from tests.kernels.steps import default_type
+from tests.kernels.steps import default_type, threads
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 FORMS = [(7, 24, 3, 5), (33, 65), (5, 700), (2, 1, 9, 1), (40, 48, 6, 12)]
@@ -58,15 +58,11 @@ def norm_of(x, weight=None, bias=None, training=True, mean=0.2, var=1.5):
 @pytest.mark.parametrize(("dtype", "mean"), [(torch.float32, 0), (torch.float32, 3e3), (torch.bfloat16, 1)], ids=str)
 def test_statistics(shape, dtype, mean):
     x, results = drawn(shape, dtype, mean), []
-    for threads in (1, 3):
-        before = torch.get_num_threads()
-        try:
-            torch.set_num_threads(threads)
+    for number in (1, 3):
+        with threads(number):
             norm = norm_of(x)
             y = deferred.deferred_norm(norm, x)
             results.append((*y.normalised.factors, norm.running_mean, norm.running_var))
-        finally:
-            torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
     assert norm.num_batches_tracked == 1
     exact = norm_of(x).double()
@@ -101,14 +97,14 @@ def one_step(x, weight, bias, constants, training, exact):
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
 @pytest.mark.parametrize("constants", STEPS, ids=str)
 def test_the_neuron_normalises(constants, training):
-    for shape, dtype in itertools.product(FORMS, (torch.float32, torch.bfloat16)):
-        weight, bias = torch.linspace(0.5, 2, shape[1]), torch.linspace(-0.5, 1, shape[1])
-        for affine in ((weight, bias), (None, None)):
-            fast, exact = (one_step(drawn(shape, dtype), *affine, constants, training, e) for e in (False, True))
-            assert torch.equal(fast[0].double(), exact[0])
-            tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
-            for a, b in zip(fast[1:], exact[1:], strict=True):
-                torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+    for i, (shape, learned) in enumerate(itertools.product(FORMS, (True, False))):
+        dtype = torch.bfloat16 if i % 4 in (1, 2) else torch.float32  # each with both
+        affine = (torch.linspace(0.5, 2, shape[1]), torch.linspace(-0.5, 1, shape[1])) if learned else (None, None)
+        fast, exact = (one_step(drawn(shape, dtype), *affine, constants, training, e) for e in (False, True))
+        assert torch.equal(fast[0].double(), exact[0])
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
+        for a, b in zip(fast[1:], exact[1:], strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
 class Own(sltt.Neuron):

@@ -11,6 +11,7 @@ from sltt.kernels import native
 from sltt.kernels.spikes.bits import pack, unpack
 from sltt.kernels.spikes.looks import PACK_FROM
 from tests.kernels.exact import NATIVE
+from tests.kernels.steps import threads
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 PART = 2**16  # elements that one thread looks at
@@ -86,14 +87,10 @@ def test_one_other_element_anywhere_is_seen(data):
     place = draw(st.integers(0, n - 1))
     x[place - 1] = one  # the only spikes may be far from it
     x[place] = draw(st.sampled_from([torch.nan, torch.inf, -one, one / 2, 1.01 * one, 1e-7]))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(draw(st.sampled_from([1, 3])))
-    try:
+    with threads(draw(st.sampled_from([1, 3]))):
         assert look(x) is None
         x[place] = 0
         assert torch.equal(look(x).dense(), x)
-    finally:
-        torch.set_num_threads(threads)
 
 
 OTHERS = {

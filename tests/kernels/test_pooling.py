@@ -14,6 +14,7 @@ import sltt
 from sltt import kernels
 from sltt.kernels import native, running_max
 from sltt.kernels.pooling.pooling import _MaxPooling
+from tests.kernels.steps import threads
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason="there are no native kernels")
 
@@ -66,12 +67,9 @@ def test_maxima_of_values_that_are_not_finite(values):
 
 
 def test_a_layer_of_more_channels_than_a_block_and_more_threads():
-    x, before = images(2, 1100, 5, 4), torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
+    x = images(2, 1100, 5, 4)
+    with threads(3):
         found = pooled(x, 2, "on")
-    finally:
-        torch.set_num_threads(before)
     assert all(map(torch.equal, found, pooled(x, 2, "off")))
 
 
@@ -176,17 +174,13 @@ def test_it_gives_the_bits_of_the_operations(steps, shape, size, dtype, seed):
         assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_nan_stays(threads):
+@pytest.mark.parametrize("number", [1, 2])
+def test_nan_stays(number):
     x, total = images(2, 5, 4, 4), images(2, 5, 4, 4, seed=1)
     x[0, 1, 2, 3] = x[1, 4, 0, 0] = torch.nan
-    pool, before = nn.MaxPool2d(2), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with kernels.using(compile="on"):
-            summed, most, gained = running_max(pool, total, pool(total), x)
-    finally:
-        torch.set_num_threads(before)
+    pool = nn.MaxPool2d(2)
+    with threads(number), kernels.using(compile="on"):
+        summed, most, gained = running_max(pool, total, pool(total), x)
     torch.testing.assert_close(summed, total + x, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(most, pool(total + x), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(gained, pool(total + x) - pool(total), rtol=0, atol=0, equal_nan=True)

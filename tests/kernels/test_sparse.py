@@ -13,13 +13,16 @@ from sltt.kernels.layers import sparse
 from sltt.kernels.spikes import bits
 from sltt.kernels.spikes.bits import pack
 from tests.kernels.exact import NATIVE, TOLERANCE, check_conv, check_linear, spikes
+from tests.kernels.steps import threads
 
 
 @NATIVE
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("density", [0.0, "one", 0.5, 1.0])
-@pytest.mark.parametrize(("inputs", "outputs"), [(16, 48), (24, 16), (48, 24), (128, 96)])
-@pytest.mark.parametrize(("batch", "size"), [(1, (1, 1)), (1, (17, 33)), (3, (7, 33)), (2, (17, 1))])
+@pytest.mark.parametrize(
+    ("batch", "size", "inputs", "outputs"),
+    [(1, (1, 1), 48, 24), (1, (17, 33), 128, 96), (3, (7, 33), 24, 16), (2, (17, 1), 16, 48)],
+)
 def test_conv2d(batch, size, inputs, outputs, density, dtype):
     x = spikes((batch, inputs, *size), 0.0 if density == "one" else density)
     if density == "one":
@@ -116,14 +119,10 @@ CASES = {
 def test_any_number_of_threads_gives_the_same_bits(x_shape, weight_shape, stride):
     layer = sparse.conv_layer(x_shape, weight_shape, stride, ((1, 1), (1, 1)))
     arguments = layer, spikes(x_shape, 0.2), torch.randn(weight_shape), torch.randn(layer.y_shape)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 4, 16):
-            torch.set_num_threads(threads)
+    for number in (1, 2, 4, 16):
+        with threads(number):
             results.append(run_all(*arguments))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -140,11 +139,11 @@ def test_several_python_threads():
         for _ in range(10):
             equal[i].append(all(map(torch.equal, run_all(*inputs[i]), alone[i])))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     assert equal == [[True] * 10] * 2
 
 

@@ -11,7 +11,7 @@ from sltt import kernels
 from sltt.kernels import native
 from sltt.kernels.layers import costs, sparse, winograd
 from tests.conftest import gradients
-from tests.kernels.steps import default_type
+from tests.kernels.steps import default_type, threads
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 
@@ -86,13 +86,10 @@ def test_any_number_of_threads_gives_the_same_bits(function):
     layer = layer_of(9, 64, 64, (17, 5))
     grad_y, weight, x = (torch.randn(shape) for shape in (layer.y_shape, layer.weight_shape, layer.x_shape))
     given = {"input_gradient": (grad_y, weight), "weight_gradient": (x, grad_y)}
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4, 16):
-            torch.set_num_threads(threads)
+    results = []
+    for number in (1, 2, 4, 16):
+        with threads(number):
             results.append(function(layer, *given[function.__name__]))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(one, results[0]) for one in results)
 
 
