@@ -15,6 +15,8 @@ from sltt.data.digits import POSITIONS, record
 from sltt.data.images import Cutout
 from sltt.training.batches import EpochSampler, eval_loader, train_loader
 
+EVENTS = DigitsEvents(size=12)  # whose splits are made once
+
 
 @given(labels=st.lists(st.integers(0, 4), max_size=60), share=st.floats(0, 0.9), seed=st.integers(0, 9))
 def test_hold_out_splits_every_class(labels, share, seed):
@@ -33,7 +35,7 @@ def test_hold_out_splits_every_class(labels, share, seed):
 def test_splits_are_the_same_on_every_machine():
     assert hold_out([0] * 10, 0.3, 0)[1] == [4, 7, 9]
     assert hold_out([0] * 10, 0.3, 1)[1] != [4, 7, 9]
-    assert Digits().splits(1).fingerprint == DigitsEvents(size=12).splits(1).fingerprint == "5012bf79b0e0"
+    assert Digits().splits(1).fingerprint == EVENTS.splits(3).fingerprint == "5012bf79b0e0"
 
 
 def test_fingerprint_changes_with_any_label_and_split():
@@ -41,7 +43,7 @@ def test_fingerprint_changes_with_any_label_and_split():
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize("data", [Digits(), DigitsEvents(size=12)], ids=["images", "events"])
+@pytest.mark.parametrize("data", [Digits(), EVENTS], ids=["images", "events"])
 def test_digits_splits_share_no_sample(data):
     splits = data.splits(3)
     parts = [splits.plain, splits.validation, splits.test]
@@ -52,9 +54,9 @@ def test_digits_splits_share_no_sample(data):
 
 
 def test_images_are_loaded_once_for_every_number_of_steps():
-    images, events = Digits(), DigitsEvents(size=12)
+    images = Digits()
     assert images.splits(2) is images.splits(4)
-    assert events.splits(2) is not events.splits(4)
+    assert EVENTS.splits(1) is not EVENTS.splits(3)
 
 
 def test_without_validation_everything_is_trained():
@@ -85,12 +87,10 @@ def test_shifted_images_are_filled_with_the_least_intensity():
 
 
 def test_events_are_counts_of_both_polarities_and_deterministic():
-    a = DigitsEvents(augment=False, size=14).splits(6)
-    b = DigitsEvents(augment=False, size=14).splits(6)
-    x, label = a.test[0]
-    assert x.shape == (6, 2, 14, 14)
+    x, label = EVENTS.splits(3).test[0]
+    assert x.shape == (3, 2, 12, 12)
     assert 0 <= int(label) <= 9
-    assert torch.equal(x, b.test[0][0])
+    assert torch.equal(x, DigitsEvents(size=12).splits(3).test[0][0])
     assert torch.equal(x, x.round())
     assert x.min() == 0
     assert (x.sum((0, 2, 3)) > 50).all()
@@ -128,7 +128,7 @@ def test_arguments_out_of_range_are_refused(make):
 
 
 def test_batches_are_stacked_time_first():
-    splits = DigitsEvents(size=12).splits(3)
+    splits = EVENTS.splits(3)
     x, y = next(iter(eval_loader(splits.test, splits, 4, workers=0)))
     assert x.shape == (3, 4, 2, 12, 12)
     assert torch.equal(x[:, 1], splits.test[1][0])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sltt
-from sltt.data import Delta, Digits, DigitsEvents, Encoded, Latency, Poisson
+from sltt.data import Delta, Digits, Encoded, Latency, Poisson
 from sltt.training.batches import EpochSampler, train_loader
 
 RANGE = {"low": -0.82, "high": 1.85}  # of the normalised digits
@@ -93,8 +93,8 @@ def test_coded_digits_train_like_others(tmp_path):
 
 
 def test_codes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="Poisson does not code the sequences of DigitsEvents: use Delta"):
-        Encoded(DigitsEvents(), Poisson()).splits(4)
+    with pytest.raises(ValueError, match="Poisson does not code the sequences of SequentialDigits: use Delta"):
+        Encoded(sltt.data.SequentialDigits(), Poisson()).splits(8)
     with pytest.raises(ValueError, match="Delta does not code the images of Digits: use Poisson or Latency"):
         Encoded(Digits(), Delta()).splits(4)
     with pytest.raises(ValueError, match=r"intensities in 0 … 1, got -.* give the range of the images, low=… and high"):

@@ -107,10 +107,7 @@ def test_one_of_several_cues_is_marked_and_the_label_takes_it():
     assert len(x[:, 0, :-1].unique(dim=0)) == 3  # what is not marked is a cue too
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"classes": 1}, {"delay": -1}, {"noise": -0.1}, {"channels": 0}, {"cues": 0}, {"samples": 8}, {"validation": 1.0}],
-)
+@pytest.mark.parametrize("wrong", [{"cues": 0}, {"samples": 8}])
 def test_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
         small(**wrong)
@@ -144,8 +141,7 @@ def test_bptt_and_traces_learn_it_and_sltt_does_not():
     assert max(accuracy.values()) < 0.6, accuracy
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("batches", [0, 20])
+@pytest.mark.parametrize(("seed", "batches"), [(0, 0), (1, 20)])
 def test_agreement_advises_traces(seed, batches):
     splits = Recall(delay=3, samples=1000).splits(8)
     model = network(seed, [200, 64, 4])
