@@ -44,33 +44,33 @@ def test_a_callback_sees_each_batch_and_each_epoch(tmp_path):
     assert first == pytest.approx(result.history[0]["train_loss"])
 
 
-@pytest.mark.parametrize("batch", [3, 4, 10])
+@pytest.mark.parametrize("batch", [3, 4])
 def test_a_callback_continues_with_its_run(batch, tmp_path):
-    whole, part = Seen(3), Seen(3)
+    whole, part = Seen(2), Seen(2)
     train(tmp_path / "whole", rule=sltt.SLTT(k=2), callbacks=[whole], epochs=9)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "part", rule=StopAt(batch), callbacks=[part], epochs=9)
-    _, result = train(tmp_path / "part", rule=sltt.SLTT(k=2), callbacks=[again := Seen(3)], epochs=9, resume=True)
+    _, result = train(tmp_path / "part", rule=sltt.SLTT(k=2), callbacks=[again := Seen(2)], epochs=9, resume=True)
     assert (again.batches, again.losses) == (whole.batches, whole.losses)
-    assert len(result.history) == 3
+    assert len(result.history) == 2
     assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
 
 
 def test_a_callback_that_fails_loses_no_epoch(tmp_path):
     class Fails(Seen):
         def on_epoch(self, now):
-            if now.epoch == 3:
+            if now.epoch == 2:
                 raise KeyError("mine")
 
     whole, part = Seen(), Seen()
-    train(tmp_path / "whole", callbacks=[whole])
+    train(tmp_path / "whole", callbacks=[whole], epochs=3)
     Fails.__name__ = "Seen"
     with pytest.raises(KeyError) as failed:
-        train(tmp_path / "part", callbacks=[Fails()])
-    assert failed.value.__notes__[0] == "at epoch 3, callback"
-    _, result = train(tmp_path / "part", callbacks=[part], resume=True)
+        train(tmp_path / "part", callbacks=[Fails()], epochs=3)
+    assert failed.value.__notes__[0] == "at epoch 2, callback"
+    _, result = train(tmp_path / "part", callbacks=[part], epochs=3, resume=True)
     assert (part.batches, part.losses) == (whole.batches, whole.losses)
-    assert part.rows == result.history[2:]
+    assert part.rows == result.history[1:]
     assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
 
 
@@ -97,10 +97,10 @@ def test_a_run_that_is_stopped_and_interrupted_in_one_epoch_ends_after_it(epoch,
     assert len(result.history) == epoch + 1
 
 
-@pytest.mark.parametrize("given", [[], [EarlyStopping()], [Seen(), Seen()]])
+@pytest.mark.parametrize("given", [[], [Seen(), Seen()]])
 def test_a_run_resumes_with_its_own_callbacks_only(given, tmp_path):
     train(tmp_path / "run", callbacks=[Seen()], epochs=1)
-    with pytest.raises(CheckpointError, match=r"trained with callbacks Seen, and is to go on with (none|E|Seen, S)"):
+    with pytest.raises(CheckpointError, match=r"trained with callbacks Seen, and is to go on with (none|Seen, S)"):
         train(tmp_path / "run", callbacks=given, epochs=2, resume=True)
 
 

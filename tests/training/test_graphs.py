@@ -96,11 +96,11 @@ def rows(found):
     return [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in found.history]
 
 
-@pytest.mark.parametrize("rule", FAMILY, ids=repr)
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.RateBased()], ids=repr)
 def test_a_training_by_graphs_is_the_training_without_to_the_bit(rule, recorded, monkeypatch, tmp_path):
-    settings = {"rule": rule, "epochs": 3, "clip_norm": 1.0, "accumulate": 2, "ema": 0.9}
+    settings = {"rule": rule, "epochs": 2, "clip_norm": 1.0, "accumulate": 2, "ema": 0.9}
     model, found, log, lines = watched_training(recorded, monkeypatch, tmp_path / "graphs", **settings)
-    assert log == ["new", *["eager"] * 3, "capture", *["replay"] * 6]  # and the fourth batch, of 12, without
+    assert log == ["new", *["eager"] * 3, "capture", *["replay"] * 3]  # and the fourth batch, of 12, without
     assert not [line for line in lines if "CUDA graph" in line]
     plain, expected = train(tmp_path / "plain", graph="off", **settings)
     assert rows(found) == rows(expected)
@@ -118,7 +118,7 @@ def test_each_phase_has_a_graph_of_its_own(recorded, monkeypatch, tmp_path):
 
 
 def test_a_resumed_training_by_graphs_ends_as_one_that_never_stopped(recorded, monkeypatch, tmp_path):
-    settings = {"schedule": sltt.schedules.Constant(), "batch_size": 8}
+    settings = {"schedule": sltt.schedules.Constant(), "batch_size": 12}
     model = watched_training(recorded, monkeypatch, tmp_path / "whole", epochs=2, **settings)[0]
     watched_training(recorded, monkeypatch, tmp_path / "run", epochs=1, **settings)
     resumed = watched_training(recorded, monkeypatch, tmp_path / "run", epochs=2, resume=True, **settings)[0]

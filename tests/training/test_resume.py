@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import nn
 
 import sltt
@@ -14,18 +13,18 @@ from sltt.training import checkpoints
 from sltt.training.batches import EpochSampler
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
 from sltt.training.runs import new_run, read_config
-from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
+from tests.training.blobs import Blobs, StopAt, equal, train, weights
 
 
-@pytest.mark.parametrize("batch", [1, 4, 6, 8, 16])
+@pytest.mark.parametrize("batch", [1, 4, 6, 8])
 def test_ctrl_c_saves_and_a_resumed_run_ends_with_the_same_weights(batch, tmp_path):
-    whole, result = train(tmp_path / "whole", rule=sltt.SLTT(k=2))
+    whole, result = train(tmp_path / "whole", rule=sltt.SLTT(k=2), epochs=2)
     with pytest.raises(KeyboardInterrupt, match=r"stopped by Ctrl-C; continue with --resume"):
-        train(tmp_path / "part", rule=StopAt(batch))
+        train(tmp_path / "part", rule=StopAt(batch), epochs=2)
     progress = load_checkpoint(tmp_path / "part" / "last.ckpt")["progress"]
     assert 4 * progress["epoch"] + progress["batch"] == batch
     torch.rand(7)  # random numbers in between do not matter
-    resumed, again = train(tmp_path / "part", rule=sltt.SLTT(k=2), resume=True)
+    resumed, again = train(tmp_path / "part", rule=sltt.SLTT(k=2), epochs=2, resume=True)
     assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
     assert equal(resumed.state_dict(), whole.state_dict())
     measured = [
@@ -85,9 +84,9 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
 
 def test_resuming_a_finished_run_trains_no_more(tmp_path):
-    _, first = train(tmp_path / "run")
+    _, first = train(tmp_path / "run", epochs=1)
     saved = (tmp_path / "run" / "last.ckpt").stat().st_mtime_ns
-    _, second = train(tmp_path / "run", resume=True)
+    _, second = train(tmp_path / "run", epochs=1, resume=True)
     assert second.history == first.history
     assert (tmp_path / "run" / "last.ckpt").stat().st_mtime_ns == saved
 
@@ -104,8 +103,8 @@ def test_more_epochs_of_a_resumed_run_are_kept(tmp_path):
 
 def test_resuming_before_the_first_checkpoint_starts_again(tmp_path):
     new_run(tmp_path / "run", "run", {})
-    train(tmp_path / "run", resume=True)
-    train(tmp_path / "whole")
+    train(tmp_path / "run", epochs=1, resume=True)
+    train(tmp_path / "whole", epochs=1)
     assert equal(weights(tmp_path / "run" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
 
 
@@ -139,19 +138,6 @@ def test_a_run_made_in_python_resumes_with_its_own_arguments_only(tmp_path):
         with pytest.raises(ValueError, match=f"{name} was .* and is "):
             train(tmp_path / "run", epochs=2, batch_size=20, resume=True, **{name: other})
     train(tmp_path / "run", epochs=2, batch_size=20, resume=True)
-
-
-@pytest.mark.parametrize("text", [yaml.safe_dump(changed(lr=0.2)), yaml.safe_dump(SETTINGS)[:30], "a: [", ""])
-def test_a_file_of_settings_that_is_not_the_one_that_was_written_is_refused(text, tmp_path):
-    train(tmp_path / "run", epochs=1, config=SETTINGS)
-    file = tmp_path / "run" / "config.yaml"
-    file.write_text(text)
-    for resume in (lambda: train(tmp_path / "run", resume=True), lambda: sltt.load(tmp_path / "run", network())):
-        with pytest.raises(ValueError, match=r"config\.yaml is damaged.*Restore it, or delete it"):
-            resume()
-    file.unlink()
-    train(tmp_path / "run", resume=True, epochs=1)
-    assert yaml.safe_load(file.read_text()).items() >= SETTINGS.items()
 
 
 @pytest.mark.parametrize("left", ["nothing", "a dangling link"])
@@ -193,14 +179,14 @@ def test_a_rules_own_generator_continues(tmp_path):
     def rule():
         return sltt.SLTT(k=2, generator=torch.Generator().manual_seed(7))
 
-    train(tmp_path / "whole", rule=rule(), epochs=4, schedule=sltt.schedules.Constant())
-    train(tmp_path / "a", rule=rule(), epochs=2, schedule=sltt.schedules.Constant())
-    train(tmp_path / "a", rule=rule(), epochs=4, schedule=sltt.schedules.Constant(), resume=True)
+    train(tmp_path / "whole", rule=rule(), epochs=2, schedule=sltt.schedules.Constant())
+    train(tmp_path / "a", rule=rule(), epochs=1, schedule=sltt.schedules.Constant())
+    train(tmp_path / "a", rule=rule(), epochs=2, schedule=sltt.schedules.Constant(), resume=True)
     assert equal(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "a" / "last.ckpt"))
 
 
 def test_a_run_killed_between_its_two_checkpoints_still_knows_the_best(tmp_path, monkeypatch):
-    train(tmp_path / "whole")
+    train(tmp_path / "whole", epochs=2)
     real, written = checkpoints.save_checkpoint, []
 
     def dies(path, content):
@@ -211,13 +197,13 @@ def test_a_run_killed_between_its_two_checkpoints_still_knows_the_best(tmp_path,
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", dies)
     with pytest.raises(SystemExit):
-        train(tmp_path / "part")
+        train(tmp_path / "part", epochs=2)
     monkeypatch.undo()
     assert written == ["best.ckpt"]
-    train(tmp_path / "part", resume=True)
+    train(tmp_path / "part", epochs=2, resume=True)
     for name in ("best.ckpt", "last.ckpt"):
         assert equal(weights(tmp_path / "part" / name), weights(tmp_path / "whole" / name))
-    assert len((tmp_path / "part" / "metrics.csv").read_text().splitlines()) == 5
+    assert len((tmp_path / "part" / "metrics.csv").read_text().splitlines()) == 3
 
 
 def test_the_state_of_another_optimizer_is_refused(tmp_path):
@@ -258,7 +244,7 @@ def test_batches_by_length_differ_from_epoch_to_epoch():
 
 def test_the_scale_of_gradients_continues(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "part", rule=StopAt(6), precision="16-mixed")
-    _, result = train(tmp_path / "part", rule=sltt.SLTT(k=2), precision="16-mixed", resume=True)
-    batches = 4 * 4
+        train(tmp_path / "part", rule=StopAt(6), precision="16-mixed", epochs=2)
+    _, result = train(tmp_path / "part", rule=sltt.SLTT(k=2), precision="16-mixed", epochs=2, resume=True)
+    batches = 2 * 4
     assert load_checkpoint(result.run / "last.ckpt")["scaler"]["_growth_tracker"] == batches

@@ -165,7 +165,7 @@ def test_a_run_is_read_while_another_process_trains_it(tmp_path):
     path = tmp_path / "metrics.csv"
     manifest.write_file(path, lambda file: file.write(b"0"))
     if (child := os.fork()) == 0:
-        for i in range(300):
+        for i in range(60):
             manifest.write_file(path, lambda file, i=i: file.write(str(i).encode()))
         os._exit(0)
     seen = set()

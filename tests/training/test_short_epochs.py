@@ -51,10 +51,10 @@ def test_more_batches_than_there_are_are_all(tmp_path):
     assert len({row for rows, _ in log for row in rows}) == 60
 
 
-@pytest.mark.parametrize("batch", [2, 6, 7, 9])
+@pytest.mark.parametrize("batch", [2, 3, 4])
 def test_a_run_that_stopped_in_an_epoch_of_a_few_batches_goes_on_as_if_it_had_not(tmp_path, batch, capsys):
-    phases = [Phase(2, batches=3), Phase(2, batches=2, lr=0.01)]
-    settings = {"phases": phases, "epochs": 4, "ema": 0.9, "rule": sltt.SLTT(k=2)}
+    phases = [Phase(1, batches=3), Phase(1, batches=2, lr=0.01)]
+    settings = {"phases": phases, "epochs": 2, "ema": 0.9, "rule": sltt.SLTT(k=2)}
     whole, _ = train(tmp_path / "whole", report=Console(), **settings)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epochs ")]
     assert [line.rpartition(", ")[2] for line in lines] == ["3 batches an epoch", "2 batches an epoch"]
