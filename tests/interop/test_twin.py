@@ -294,14 +294,14 @@ def test_batchnorm_that_activates_is_batchnorm_and_neurons(images):
 
 def test_an_ann_and_its_twin_from_the_digits_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    short = "--epochs 1 --model.width 4 --device cpu"
-    main(f"train digits --run ann --model.neuron torch.nn.ReLU --steps 1 {short}".split())
+    short = "--epochs 1 --batch_size 512 --device cpu"
+    main(f"train digits --run ann --model.neuron torch.nn.ReLU --steps 1 --model.width 4 {short}".split())
     words = "--model sltt.interop.spiking --model.neuron sltt.IF --model.ann DigitsNet --model.ann.neuron torch.nn.ReLU"
-    words += " --model.ann.width 4 --model.weights ann/best.ckpt --model.data Digits --epochs 1 --device cpu"
-    main(f"train digits --run twin {words}".split())
+    words += " --model.ann.width 4 --model.weights ann/best.ckpt --model.data Digits --steps 2"
+    main(f"train digits --run twin {words} {short}".split())
     main(["eval", "twin"])
     coding = "--model.coding sltt.data.Poisson --model.coding.low -0.82 --model.coding.high 1.85"
-    main(f"train digits --run coded {words} {coding}".split())
+    main(f"train digits --run coded {words} {coding} {short}".split())
     assert sltt.load("coded").get_submodule("x").coding.high == 1.85
     state = torch.load("twin/best.ckpt", weights_only=True)["model"]
     assert {"features.2.threshold", "head.weight"} <= state.keys()
