@@ -16,6 +16,9 @@ BUILDERS = [
 ]
 
 
+SMALLEST_AND_DEEPEST = [models.DigitsNet, models.vgg19, models.resnet34]
+
+
 def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
@@ -33,7 +36,8 @@ def parameters(model):
     ids=["resnet18, 10 classes", "resnet18, 100 classes", "vgg11", "nfresnet34", "nfresnet50", "nfresnet101"],
 )
 def test_parameter_counts_are_those_of_the_paper(model, expected):
-    assert parameters(model()) == expected
+    with torch.device("meta"):
+        assert parameters(model()) == expected
 
 
 @pytest.mark.parametrize(
@@ -41,21 +45,25 @@ def test_parameter_counts_are_those_of_the_paper(model, expected):
     list(zip(BUILDERS, [8, 10, 13, 16, 17, 33, 3], strict=True)),
     ids=lambda v: getattr(v, "__name__", str(v)),
 )
-def test_every_neuron_fires_and_every_weight_gets_a_gradient(build, count):
+def test_networks_have_so_many_neurons_as_they_are_given(build, count):
+    with torch.device("meta"):
+        model = build(neuron=lambda: sltt.LIF(tau=1.5))
+    assert [m.tau for m in model.modules() if isinstance(m, Neuron)] == [1.5] * count
+
+
+@pytest.mark.parametrize("build", SMALLEST_AND_DEEPEST, ids=lambda b: b.__name__)
+def test_every_neuron_fires_and_every_weight_gets_a_gradient(build):
     model = build(in_channels=2, classes=7, neuron=lambda: sltt.LIF(tau=1.5), dropout=0.2)
-    neurons = [m for m in model.modules() if isinstance(m, Neuron)]
-    assert len(neurons) == count
-    assert all(n.tau == 1.5 for n in neurons)
     x, y = torch.randn(2, 3, 2, 16, 16), torch.randint(7, (3,))
     with sltt.analysis.firing_rates(model) as rates:
         out = sltt.SLTT()(model, x, y, sltt.losses.CrossEntropyMSE())
     assert out.logits.shape == (2, 3, 7)
     assert all(0 < rate < 1 for rate in rates.by_layer().values())
-    assert len(rates.by_layer()) == count
+    assert len(rates.by_layer()) == sum(isinstance(m, Neuron) for m in model.modules())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("build", BUILDERS, ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", SMALLEST_AND_DEEPEST, ids=lambda b: b.__name__)
 def test_dropout_is_in_the_model_and_keeps_its_mask(build):
     model = build(dropout=0.5)
     dropouts = [m for m in model.modules() if isinstance(m, sltt.Dropout) and m.p == 0.5]
@@ -69,7 +77,7 @@ def test_dropout_is_in_the_model_and_keeps_its_mask(build):
 @pytest.mark.parametrize("build", BUILDERS, ids=lambda b: b.__name__)
 @pytest.mark.parametrize("shape", [(2, 5, 16, 16), (2, 16, 16), (4, 2, 3, 16, 16)])
 def test_wrong_rank_or_channels_are_named(build, shape):
-    with pytest.raises(ValueError, match=r"expected one time step \[B, 3, H, W\], got shape"):
+    with torch.device("meta"), pytest.raises(ValueError, match=r"expected one time step \[B, 3, H, W\], got shape"):
         build(in_channels=3)(torch.randn(shape))
 
 
@@ -87,7 +95,7 @@ def test_nf_resnets_train_every_weight_once_their_skip_gains_have_moved(blocks, 
     x, y = 3 * torch.randn(2, 2, 32, 32), torch.randint(5, (2,))
     for block in model.blocks:
         block.skip_gain.data.fill_(0.5)
-    sltt.SLTT()(model, x, y, sltt.losses.CrossEntropyMSE(), steps=2)
+    sltt.SLTT()(model, x, y, sltt.losses.CrossEntropyMSE(), steps=1)
     assert all(p.grad is not None for p in model.parameters())
     assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "bias" not in name)
 
@@ -117,7 +125,7 @@ def test_the_first_block_of_a_stage_halves_the_image_but_in_the_first_stage(make
 
 
 def test_weights_of_one_step_load_for_six():
-    one, six = models.NFResNet((1, 1, 1, 1), False, classes=3), models.NFResNet((1, 1, 1, 1), False, classes=3)
+    one, six = (models.NFResNet((1, 1, 1, 1), False, classes=3) for _ in range(2))
     sltt.SLTT()(one, torch.randn(1, 3, 32, 32), torch.tensor([1]), sltt.losses.CrossEntropyMSE(), steps=1)
     six.load_state_dict(one.state_dict())
     x = torch.randn(1, 3, 32, 32)
