@@ -70,15 +70,11 @@ def test_bad_data_is_named_with_its_batch(spoil, message, tmp_path):
     assert "at epoch 1, batch" in caught.value.__notes__[0]
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"epochs": 0}, {"batch_size": 0}, {"steps": 0}, {"clip_norm": -1}, {"data": "none"}]
-)
-def test_nothing_to_do_is_refused_before_a_folder_is_made(arguments, tmp_path):
-    if "data" in arguments:
-        arguments = {"data": Blobs()}
-        arguments["data"].load = lambda steps: Splits([], None, [], True, 3, "empty")
-    with pytest.raises(ValueError, match=r"at least|greater than 0|there are no train samples"):
-        train(tmp_path / "run", **arguments)
+def test_nothing_to_train_on_is_refused_before_a_folder_is_made(tmp_path):
+    data = Blobs()
+    data.load = lambda steps: Splits([], None, [], True, 3, "empty")
+    with pytest.raises(ValueError, match="there are no train samples"):
+        train(tmp_path / "run", data=data)
     assert not (tmp_path / "run").exists()
 
 
@@ -164,7 +160,7 @@ def test_no_worker_is_left_after_an_error(tmp_path):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), RuntimeError("x"), MemoryError(), AssertionError()])
+@pytest.mark.parametrize("error", [KeyError("x"), MemoryError()])
 def test_every_error_of_an_epoch_tells_its_batch_and_the_checkpoint(error, tmp_path):
     train(tmp_path / "run", epochs=1)
     with pytest.raises(type(error)) as caught:

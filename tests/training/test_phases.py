@@ -1,4 +1,3 @@
-import math
 import re
 from itertools import pairwise
 
@@ -13,7 +12,6 @@ from sltt.data import Data, Splits
 from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.console import Console
 from sltt.training.phases import Phase, plan, set_rates, stage_at
-from tests.conftest import RULES
 from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
 
 SLTT, BPTT = sltt.SLTT(), sltt.BPTT()
@@ -45,22 +43,9 @@ def test_fewer_epochs_cut_the_phases_and_more_go_to_the_last(epochs, expected):
     assert stages[0].span == (0, epochs)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("epochs", value) for value in (0, 1.5, True, "2", None)),
-        *(("steps", value) for value in (0, 2.5, True)),
-        *((name, value) for name in ("crop", "batches") for value in (0, -3, 8.0)),
-        *(("lr", value) for value in (-1.0, math.nan, math.inf, "0.1")),
-        *(("weight_decay", value) for value in (-0.1, math.nan)),
-        ("rule", "SLTT"),
-        ("rule", sltt.SLTT),
-        ("freeze_norm", 1),
-    ],
-)
-def test_phases_that_make_no_sense_are_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"{name} of a phase must be .*, got "):
-        Phase(**{"epochs": 1, name: value})
+def test_a_phase_takes_no_class_of_a_rule():
+    with pytest.raises(ValueError, match="rule of a phase must be a Rule, got"):
+        Phase(1, rule=sltt.SLTT)
 
 
 class Recorder(sltt.SLTT):
@@ -125,16 +110,16 @@ def test_a_run_that_ends_in_its_first_phase_has_the_time_steps_of_that_phase(tmp
     assert sltt.load(result.run, network()).trained.steps == 2
 
 
-@pytest.mark.parametrize("ema", [None, 0.8])
-@pytest.mark.parametrize("batch", [7, 8, 9])
+@pytest.mark.parametrize(("batch", "ema"), [(3, 0.8), (4, None), (4, 0.8), (5, None)])
 def test_a_run_that_stopped_between_phases_goes_on_as_if_it_had_not(tmp_path, ema, batch):
     def phases(first=None, second=None):
-        return [Phase(2, steps=1, rule=first), Phase(2, rule=second, lr=0.01)]
+        return [Phase(1, steps=1, rule=first), Phase(1, rule=second, lr=0.01)]
 
-    _, whole = train(tmp_path / "whole", phases=phases(), ema=ema)
+    settings = {"ema": ema, "epochs": 2}
+    _, whole = train(tmp_path / "whole", phases=phases(), **settings)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", phases=phases(StopAt(batch, k=None), StopAt(batch - 8, k=None)), ema=ema)
-    _, resumed = train(tmp_path / "stopped", phases=phases(), ema=ema, resume=True)
+        train(tmp_path / "stopped", phases=phases(StopAt(batch, k=None), StopAt(batch - 4, k=None)), **settings)
+    _, resumed = train(tmp_path / "stopped", phases=phases(), resume=True, **settings)
     assert equal(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "stopped" / "last.ckpt"))
     assert [row["validation_accuracy"] for row in whole.history] == [
         row["validation_accuracy"] for row in resumed.history
@@ -203,8 +188,6 @@ def test_biases_of_normalisation_have_a_learning_rate_of_their_own_in_all_phases
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        (network, {"norm_weight_decay": -1.0}, "norm_weight_decay must be at least 0"),
-        (network, {"norm_bias_lr": 0.0}, "norm_bias_lr must be greater than 0"),
         (lambda: torch.nn.Linear(4, 3), {"norm_weight_decay": 0.0}, "norm_weight_decay is given, but no normalisation"),
         (lambda: torch.nn.RMSNorm(4), {"norm_bias_lr": 2.0}, "norm_bias_lr is given, but no .* has a bias"),
     ],
@@ -233,15 +216,6 @@ def test_a_phase_that_freezes_batchnorm_keeps_its_statistics_and_trains_its_weig
     assert modes == (True, True, False, False, True)
     assert [torch.equal(a, b) for a, b in pairwise(means)] == [False, True, True, False]
     assert not any(torch.equal(a, b) for a, b in pairwise(weights))
-
-
-@pytest.mark.parametrize(
-    "name", ["BPTT", "TBPTT(3, fold=2)", "SLTT(hoist)", "SLTT(k=1)", "OTTT", "RateBased", "RateBased(steady)", "Mixed"]
-)
-def test_rules_of_each_kind_learn_with_batchnorm_frozen(name, tmp_path):
-    rule, data = RULES[name], Blobs()
-    model, _ = train(tmp_path / "run", data=data, rule=rule, phases=[Phase(2), Phase(6, freeze_norm=True)], epochs=8)
-    assert sltt.evaluate(model, data, device="cpu").accuracy > 0.9
 
 
 class Pictures(Data):
