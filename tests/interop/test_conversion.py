@@ -32,9 +32,10 @@ def check_equal(model, x, y, tolerance):
 
 
 @pytest.mark.parametrize("name", ["LIFNode", "IFNode", "ParametricLIFNode"])
-@pytest.mark.parametrize("v_reset", [None, 0.0, -0.3])
-@pytest.mark.parametrize("decay_input", [False, True])
-@pytest.mark.parametrize("detach_reset", [False, True])
+@pytest.mark.parametrize(
+    ("v_reset", "decay_input", "detach_reset"),
+    [(None, False, False), (None, True, True), (0.0, False, True), (-0.3, True, False)],
+)
 def test_neurons_of_spikingjelly(name, v_reset, decay_input, detach_reset):
     neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
     kwargs = {"v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
@@ -87,6 +88,16 @@ def test_neurons_of_snntorch(kwargs):
     assert converted[1].surrogate == sltt.surrogates.Above(sltt.surrogates.ArcTan())
 
 
+@pytest.mark.parametrize(
+    "kwargs", [{"beta": 0.7, "reset_mechanism": "zero", "reset_delay": False}, {"beta": 1.0}], ids=str
+)
+def test_neurons_of_snntorch_with_a_synaptic_current(kwargs):
+    snntorch = pytest.importorskip("snntorch")
+    settings = {"alpha": 0.6, "init_hidden": True, "spike_grad": sltt.surrogates.ArcTan(), **kwargs}
+    model = network(*(snntorch.Synaptic(**settings) for _ in range(2))).double()
+    assert type(check_equal(model, *batch(steps=6), EXACT)[1]) is sltt.CubaLIF
+
+
 @pytest.mark.parametrize(("name", "slope"), [("atan", 3.0), ("sigmoid", 5.0), ("fast_sigmoid", 25)])
 def test_surrogates_of_snntorch(name, slope):
     snntorch = pytest.importorskip("snntorch")
@@ -99,15 +110,24 @@ def test_surrogates_of_snntorch(name, slope):
     torch.testing.assert_close(ours.derivative(x.detach()), expected)
 
 
-@pytest.mark.parametrize("name", ["LIFSqueeze", "IAFSqueeze"])
-@pytest.mark.parametrize("norm_input", [False, True])
-@pytest.mark.parametrize("reset", ["MembraneSubtract", "MembraneReset"])
-@pytest.mark.parametrize("surrogate", ["SingleExponential", "Gaussian"])
-def test_neurons_of_sinabs(name, norm_input, reset, surrogate):
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("LIFSqueeze", {"tau_mem": 3.0, "norm_input": False}),
+        ("LIFSqueeze", {"tau_mem": 3.0, "norm_input": True}),
+        ("LIFSqueeze", {"tau_mem": 3.0, "norm_input": False, "tau_syn": 2.0}),
+        ("LIFSqueeze", {"tau_mem": 3.0, "norm_input": True, "tau_syn": 2.0}),
+        ("IAFSqueeze", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("reset", "surrogate"), [("MembraneSubtract", "SingleExponential"), ("MembraneReset", "Gaussian")]
+)
+def test_neurons_of_sinabs(name, kwargs, reset, surrogate):
     layers, activation = pytest.importorskip("sinabs.layers"), pytest.importorskip("sinabs.activation")
 
     def make():
-        kwargs = {} if name == "IAFSqueeze" else {"tau_mem": 3.0, "norm_input": norm_input}
         neuron = getattr(layers, name)(
             num_timesteps=1,
             spike_fn=activation.SingleSpike,
@@ -116,12 +136,11 @@ def test_neurons_of_sinabs(name, norm_input, reset, surrogate):
             spike_threshold=torch.tensor(0.4),
             **kwargs,
         )
-        if neuron.tau_mem is not None:
-            neuron.tau_mem.requires_grad_(False)
-        return neuron
+        return neuron.requires_grad_(False)
 
     x, y = batch(steps=6)
-    check_equal(network(make(), make()), x.float(), y, {"rtol": 1e-4, "atol": 1e-6})
+    converted = check_equal(network(make(), make()), x.float(), y, {"rtol": 1e-4, "atol": 1e-6})
+    assert isinstance(converted[1], sltt.CubaLIF) == ("tau_syn" in kwargs)
 
 
 class TestNorse:
@@ -154,6 +173,17 @@ class TestNorse:
     def test_integrators(self, norse, keep):
         cells = [norse.IAFCell(norse.IAFParameters(v_reset=torch.tensor(0.1))) for _ in range(2)]
         check_equal(network(*map(keep, cells)).double(), *batch(steps=6), EXACT)
+
+    @pytest.mark.parametrize("rest", [0.0, -0.25])
+    def test_cells_with_a_synaptic_current(self, norse, keep, rest):
+        p = norse.LIFParameters(
+            tau_mem_inv=torch.tensor(300.0, dtype=torch.float64),
+            v_th=torch.tensor(0.2),
+            v_leak=torch.tensor(rest),
+            v_reset=torch.tensor(rest),
+        )
+        model = network(*(keep(norse.LIFCell(p)) for _ in range(2))).double()
+        assert type(check_equal(model, *batch(steps=6), EXACT)[1]) is sltt.CubaLIF
 
     def test_an_integrator_that_has_run_is_converted(self, norse, keep):
         used = keep(norse.IAFCell())

@@ -50,12 +50,12 @@ class TestNorse:
             sltt.SLTT()(nn.Sequential(nn.Linear(6, 3), module).double(), *batch(), LOSS)
 
     @pytest.mark.parametrize(
-        ("make", "message"), [(nn.Linear, "needs no KeepState"), (nn.Identity, "needs no KeepState")]
+        ("module", "message"), [(nn.Linear(3, 3), "needs no KeepState"), (None, "module must be a Module, got None")]
     )
-    def test_a_module_without_a_state_is_refused(self, make, message):
+    def test_a_module_without_a_state_is_refused(self, module, message):
         keep = pytest.importorskip("sltt.interop.norse").KeepState
         with pytest.raises(ValueError, match=message):
-            keep(make(3, 3))
+            keep(module)
 
     def test_a_torch_rnn_inside_is_refused(self):
         torch_ = pytest.importorskip("norse.torch")

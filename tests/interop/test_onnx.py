@@ -24,29 +24,39 @@ class Ordered(sltt.Neuron):
         return s, u - s, 0.9 * a
 
 
-def networks():
-    torch.manual_seed(0)
-    neurons = {
-        "hard reset": sltt.LIF(tau=2.0, v_reset=0.1, decay_input=True, v_threshold=0.5),
-        "another start": sltt.IF(v_init=0.5),
-        "PLIF": sltt.PLIF(tau=3.0),
-    }
-    for name, neuron in neurons.items():
-        layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), neuron, sltt.Dropout(0.3), nn.Linear(8, 3)]
-        yield pytest.param(nn.Sequential(*layers), (5, 4, 6), id=name)
-    layers = [nn.Linear(6, 8), Ordered(), nn.Linear(8, 3)]
-    yield pytest.param(nn.Sequential(*layers), (5, 4, 6), id="first states in another order")
-    recurrent = sltt.Recurrent(sltt.CubaLIF(tau=3.0), nn.Linear(8, 8))
-    yield pytest.param(nn.Sequential(nn.Linear(6, 8), recurrent, nn.Linear(8, 3)), (5, 4, 6), id="Recurrent")
-    pooled = sltt.IF(v_init=0.5), sltt.RunningMax(nn.MaxPool2d(2)), nn.Flatten()
-    yield pytest.param(nn.Sequential(nn.Conv2d(1, 4, 3), *pooled, nn.Linear(36, 3)), (5, 2, 1, 8, 8), id="RunningMax")
-    yield pytest.param(sltt.LIF(), (5, 4, 6), id="a neuron alone")
-    yield pytest.param(sltt.models.DigitsNet(width=4), (3, 2, 1, 8, 8), id="DigitsNet")
+def chain(*neurons):
+    layers = [nn.Linear(6, 8)]
+    for neuron in neurons:
+        nn.init.constant_((norm := nn.BatchNorm1d(8)).weight, 3.0)
+        layers += [norm, neuron, sltt.Dropout(0.3), nn.Linear(8, 8)]
+    return nn.Sequential(*layers)
 
 
-@pytest.mark.parametrize(("model", "shape"), list(networks()))
-def test_steps_in_onnx_runtime_are_those_of_the_network(model, shape, tmp_path):
-    x = 2 * torch.randn(shape)
+NETWORKS = {  # and the shape of an input
+    "neurons in a chain": (
+        lambda: chain(
+            sltt.LIF(tau=2.0, v_reset=0.1, decay_input=True, v_threshold=0.5),
+            sltt.IF(v_init=0.5),
+            sltt.PLIF(tau=3.0),
+            Ordered(),
+            sltt.Recurrent(sltt.CubaLIF(tau=3.0), nn.Linear(8, 8)),
+        ),
+        (5, 4, 6),
+    ),
+    "RunningMax": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3), sltt.IF(), sltt.RunningMax(nn.MaxPool2d(2)), nn.Flatten(), nn.Linear(36, 3)
+        ),
+        (5, 2, 1, 8, 8),
+    ),
+    "a neuron alone": (sltt.LIF, (5, 4, 6)),
+    "DigitsNet": (lambda: sltt.models.DigitsNet(width=4, neuron=lambda: sltt.LIF(v_threshold=0.1)), (3, 2, 1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize(("make", "shape"), NETWORKS.values(), ids=NETWORKS.keys())
+def test_steps_in_onnx_runtime_are_those_of_the_network(make, shape, tmp_path):
+    model, x = make(), 2 * torch.randn(shape)
     for _ in range(3):
         sltt.unroll(model.train(), x)  # statistics of BatchNorm with which neurons fire
     path = tmp_path / "step.onnx"
@@ -54,7 +64,7 @@ def test_steps_in_onnx_runtime_are_those_of_the_network(model, shape, tmp_path):
     assert model.training
     with sltt.analysis.firing_rates(model.eval()) as rates:
         expected = sltt.unroll(model, x[:, :1])
-    assert rates.mean() > 0.02
+    assert min(rates.by_layer().values()) > 0
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     inputs = {i.name: [1, *i.shape[1:]] for i in session.get_inputs()}
     states = {name: torch.full(inputs[name], value).numpy() for name, value in first.items()}

@@ -178,12 +178,3 @@ def test_weights_that_are_nan_are_not_exported(export, tmp_path):
     file = [tmp_path / "step.onnx"] if export == "to_onnx" else []
     with pytest.raises(ValueError, match=r"0\.bias has values that are NaN or infinite"):
         getattr(sltt.interop, export)(model, torch.zeros(2, 6), *file)
-
-
-def test_keep_state_refuses_modules_of_whole_sequences():
-    norse = pytest.importorskip("norse.torch")
-    keep = pytest.importorskip("sltt.interop.norse").KeepState
-    with pytest.raises(ValueError, match=r"the module \(LIF\) takes all time steps in one call: use its cell"):
-        keep(norse.LIF())
-    with pytest.raises(ValueError, match="module must be a Module, got None"):
-        keep(None)
