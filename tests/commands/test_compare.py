@@ -23,7 +23,7 @@ from tests.conftest import LOSS
 from tests.data.recordings import nmnist
 
 
-@pytest.mark.parametrize(("steps", "k"), [(1, None), (4, None), (6, None), (1, 1), (4, 1), (6, 1), (4, 3), (6, 3)])
+@pytest.mark.parametrize(("steps", "k"), [(4, None), (1, 1), (6, 3)])
 def test_multiplications_are_those_of_the_closed_form(steps, k):
     sizes, batch = [6, 8, 7, 3], 5
     layers = [
@@ -72,15 +72,16 @@ def test_a_rule_that_is_not_understood_is_named(text):
 
 
 def test_the_memory_of_a_rule_that_draws_its_steps_is_the_most_that_it_takes():
-    built = Recipe("test", "digits", ["--model.width", "2", "--steps", "3", "--device", "cpu"]).build(rule="SLTT:k=1")
+    small = ["--model.width", "2", "--steps", "3", "--batch_size", "16", "--device", "cpu"]
+    built = Recipe("test", "digits", small).build(rule="SLTT:k=1")
     peaks = []
     with session(Execution.of(vars(built))) as here:
-        for seed in (0, *range(4)):
+        for seed in (0, *range(3)):
             torch.manual_seed(seed)
             compared = compare.Compared("SLTT:k=1")
             compare._measure(compared, here, built, Console(quiet=True))
             peaks.append(compared.peak_memory)
-    assert len({*peaks[1:]}) == 1  # those of the four seeds; the first run of a process makes tables that stay
+    assert len({*peaks[1:]}) == 1  # those of the three seeds; the first run of a process makes tables that stay
 
 
 WORDS = ["compare", "digits", "--epochs", "1", "--model.width", "4", "--steps", "3", "--device", "cpu"]
@@ -142,7 +143,7 @@ def test_a_training_counts_where_its_gradient_cannot_be_compared(capsys, tmp_pat
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(compare, "agreement", out_of_memory)
-    assert main([*WORDS, "--rules", "SLTT", "--epochs", "1", "--save", "a"]) == 0
+    assert main([*WORDS, "--rules", "SLTT", "--batch_size", "512", "--save", "a"]) == 0
     assert "SLTT: not all is measured: out of memory" in " ".join("".join(capsys.readouterr()).split())
     (row,) = json.loads((tmp_path / "a" / "compare.json").read_text())["rows"]
     assert (len(row["scores"]), row["errors"], row["cosine"]) == (1, [], None)
@@ -153,23 +154,13 @@ def _channels_last(x):
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    ("rule", "options"), [("SLTT", []), ("SLTT:k=2", []), ("BPTT", []), ("SLTT", ["--rule.hoist", "true"])]
-)
+@pytest.mark.parametrize(("rule", "options"), [("SLTT:k=2", []), ("BPTT", []), ("SLTT", ["--rule.hoist", "true"])])
 def test_a_rule_has_no_settings_of_the_recipes_rule(rule, options):
-    recipe = Recipe("sltt compare", "cifar10-small", options)
+    recipe = Recipe("sltt compare", "cifar10-small", ["--model.widths", "[2, 2, 2]", *options])
     assert repr(recipe.build().rule) == "SLTT(k=1, rescale=True, hoist=True)"
     expected = {"SLTT": sltt.SLTT, "SLTT:k=2": partial(sltt.SLTT, k=2), "BPTT": sltt.BPTT}[rule](hoist=bool(options))
     assert repr(recipe.build(rule=rule).rule) == repr(expected)
     assert recipe.resolve(rule=rule)["rule"]["init_args"].get("k") == (2 if rule == "SLTT:k=2" else None)
-
-
-def test_a_wrong_rule_ends_it_before_another_trains(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "start_run", None)
-    assert main([*WORDS, "--rules", "SLTT,FOO"]) == 2
-    assert main([*WORDS, "--rules", "SLTT,TBPTT:window=0"]) == 1
-    assert not list(tmp_path.iterdir())
 
 
 ERROR = ["--metric", "tests.commands.tiny.Wrong"]
@@ -223,46 +214,10 @@ def test_values_of_options_are_compared_continued_and_the_best_is_told_by_valida
     assert "validation accuracy" in page
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["tau"], "expected an option and its values, such as model.neuron.tau=1.1,2,4"),
-        (["tau=1,,2"], "expected an option and its values"),
-        (["seed=1,2"], "--vary does not take seed: use --seeds 3"),
-        (["rule=SLTT,BPTT"], "--vary does not take rule: use --rules"),
-        (["model.nueron.tau=1"], "unknown option --nueron.tau"),
-        (["steps=1,0"], "steps must be at least 1"),
-    ],
-)
-def test_a_wrong_value_ends_it_before_a_training_begins(words, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main([*WORDS, "--vary", *words]) in (1, 2)
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_runs_of_different_values_have_different_folders():
     labels = [f"SLTT, lr={value}" for value in ("-0.5", "0.5", "1e-3", "1e+3", "-.5")]
     assert len({compare._file_name(label) for label in labels}) == len(labels)
     assert compare._file_name("SLTT:k=1, model.neuron.tau=2") == "SLTT-k-1-model.neuron.tau-2"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["compare", "--rules", "SLTT", "--rule", "OTTT"], "--rules names the rules here: leave --rule out"),
-        (["profile", "--rules", "SLTT", "--rule=OTTT"], "--rules names the rules here: leave --rule out"),
-        (["compare", "--seed", "7"], "--seeds says how many"),
-        (["profile", "--resume", "nowhere"], "sltt profile takes no --resume"),
-        (["lr", "--run", "nowhere"], "sltt lr takes no --run"),
-    ],
-)
-def test_options_that_would_do_nothing_are_refused(words, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command, *options = words
-    assert main([command, "digits", *WORDS[2:], *options]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -329,10 +284,3 @@ def test_the_brackets_of_a_rule_are_shown(capsys):
     table.add_row("Mixed:windows={[12]: all}")
     Console().table(table)
     assert "Mixed:windows={[12]: all}" in capsys.readouterr().out
-
-
-def test_a_wrong_option_ends_it_before_a_training_begins(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "start_run", None)
-    assert main(["compare", "digits", "--epohcs", "1"]) == 2
-    assert not list(tmp_path.iterdir())

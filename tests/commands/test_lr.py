@@ -29,19 +29,11 @@ def test_the_bars_of_losses_below_zero_have_lengths(capsys):
     assert [line.count("█") for line in capsys.readouterr().out.splitlines()[1:4]] == [15, 0, 30]
 
 
-def test_a_wrong_range_is_refused(here, capsys):
-    code, _, err = run(capsys, "lr", "digits", *TINY, "--smallest", "2")
-    assert code == 1
-    assert "largest must be greater than 2" in err
-
-
 def test_a_learning_rate_that_no_phase_takes_is_refused(here, capsys):
     phases = ["--phases", "[{epochs: 1, lr: 0.01}, {epochs: 1, lr: 0.001}]", "--epochs", "2"]
     code, _, err = run(capsys, "lr", "digits", *TINY, *phases)
     assert code == 1
     assert "every phase has a learning rate of its own" in err
-    code, _, err = run(capsys, "lr", "digits", *TINY, "--batches", "3")
-    assert (code, err.splitlines()[0]) == (1, "sltt: count must be at least 10, got 3")
     for option in (["--optimizer.lr", "0.5"], ["--optimizer.init_args.lr=0.5"]):
         code, _, err = run(capsys, "train", "digits", *TINY, *phases, *option)
         assert code == 2

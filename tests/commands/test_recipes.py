@@ -117,7 +117,13 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+# networks of many weights, which other recipes run too
+LARGE = ["cifar100", "fscil-dvs-gesture", "fscil-mini-imagenet", "imagenet-stage1", "imagenet-stage2"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in shipped_recipes()]
+)
 def test_every_recipe_runs_a_batch_of_its_shape(name):
     built = Recipe("sltt train", name, []).build()
     assert isinstance(built.data, sltt.data.Data)
@@ -147,5 +153,9 @@ def test_phases_that_are_given_take_nothing_from_the_recipes(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     Path("own.yaml").write_text("phases: [{epochs: 4}, {epochs: 1}]", encoding="utf-8")
+    words = ["--model.widths", "[2, 2, 2]", *words]
     assert Recipe("sltt train", "cifar10-hour", words).build().phases == [sltt.Phase(4), sltt.Phase(1)]
+
+
+def test_phases_that_are_not_given_are_the_recipes():
     assert Recipe("sltt train", "cifar10-hour", ["--seed", "1"]).build().phases[1].freeze_norm

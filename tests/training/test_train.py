@@ -104,8 +104,9 @@ def test_gradients_are_scaled_in_16_mixed_and_the_scale_is_saved(tmp_path):
     assert scaler["scale"] > 1
 
 
-def test_scaled_gradients_equal_unscaled_ones(rule):
-    model = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
+@pytest.mark.parametrize("name", KINDS)
+def test_scaled_gradients_equal_unscaled_ones(name):
+    rule, model = RULES[name], nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
     fabric = make_fabric(device="cpu", precision="16-mixed")
     net, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
     x, y = torch.randn(4, 5, 4), torch.randint(3, (5,))
