@@ -67,15 +67,10 @@ def test_a_network_read_back_gives_the_same_outputs(neuron, file, tmp_path):
     torch.testing.assert_close(sltt.unroll(back, x), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_networks_of_the_package_are_exported():
-    model, x = trained(sltt.models.DigitsNet()), torch.rand(4, 2, 1, 8, 8)
-    back = from_nir(to_nir(model, x[0]))
-    torch.testing.assert_close(sltt.unroll(back, x), sltt.unroll(model, x), rtol=1e-4, atol=1e-5)
-
-
-def test_weights_in_bfloat16_are_exported():
-    model, x = trained(sltt.models.DigitsNet()).bfloat16(), torch.rand(4, 2, 1, 8, 8)
-    back = from_nir(to_nir(model, x[0].bfloat16()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_networks_of_the_package_are_exported(dtype):
+    model, x = trained(sltt.models.DigitsNet()).to(dtype), torch.rand(4, 2, 1, 8, 8)
+    back = from_nir(to_nir(model, x[0].to(dtype)))
     torch.testing.assert_close(sltt.unroll(back, x), sltt.unroll(model.float(), x), rtol=1e-4, atol=1e-4)
 
 
@@ -114,21 +109,26 @@ def test_a_neuron_at_its_threshold_does_what_it_did(surrogate, fires):
     assert from_nir(graph)(x).tolist() == [[0.0, 0.0]]
 
 
-class Twice(nn.Module):
-    """Flattens a part of the dimensions, by a function and by a method."""
-
-    def __init__(self):
+class Flattens(nn.Module):
+    def __init__(self, flatten):
         super().__init__()
-        self.head = nn.Linear(24, 3)
+        self.flatten, self.head = flatten, nn.Linear(24, 3)
 
     def forward(self, x):
-        return self.head(torch.flatten(x, 1, end_dim=2).flatten(start_dim=1))
+        return self.head(self.flatten(x))
 
 
-def test_the_dimensions_that_are_flattened_are_those_of_the_call():
-    graph = to_nir(Twice(), torch.randn(2, 2, 3, 4))
-    found = [(n.start_dim, n.end_dim) for n in graph.nodes.values() if isinstance(n, nir.Flatten)]
-    assert found == [(0, 1), (0, 1)]
+@pytest.mark.parametrize(
+    ("flatten", "expected"),
+    [
+        (lambda x: torch.flatten(x, 1, end_dim=2).flatten(start_dim=1), [(0, 1), (0, 1)]),
+        (lambda x: torch.flatten(x, end_dim=-1, start_dim=1), [(0, 2)]),
+    ],
+    ids=["a part of them, by a function and by a method", "by name in any order"],
+)
+def test_the_dimensions_that_are_flattened_are_those_of_the_call(flatten, expected):
+    graph = to_nir(Flattens(flatten), torch.randn(2, 2, 3, 4))
+    assert [(n.start_dim, n.end_dim) for n in graph.nodes.values() if isinstance(n, nir.Flatten)] == expected
     assert from_nir(graph)(torch.randn(2, 2, 3, 4)).shape == (2, 3)
 
 
@@ -241,21 +241,6 @@ def test_sums_that_are_not_plain_are_named(function, message):
         to_nir(Called(function), 5 * torch.randn(8, 6))
 
 
-def test_flatten_takes_its_dimensions_by_name_in_any_order():
-    class Flat(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.lif, self.out = nn.Conv2d(1, 2, 1), sltt.LIF(), nn.Linear(8, 3)
-
-        def forward(self, x):
-            return self.out(torch.flatten(self.lif(self.conv(x)), end_dim=-1, start_dim=1))
-
-    flat = next(
-        node for node in to_nir(Flat(), torch.randn(2, 1, 2, 2)).nodes.values() if isinstance(node, nir.Flatten)
-    )
-    assert (flat.start_dim, flat.end_dim) == (0, 2)
-
-
 def test_a_start_that_nir_cannot_say_is_refused():
     with pytest.raises(ValueError, match="with v_init, for which NIR has no parameter"):
         to_nir(nn.Sequential(nn.Linear(2, 2), sltt.IF(v_init=0.5)), torch.randn(2, 1, 2))
@@ -349,31 +334,28 @@ def test_names_of_nodes_have_no_dots_and_stay_apart():
     torch.testing.assert_close(from_nir(graph)(x), model(x))
 
 
+def assert_equal_spikes(theirs, model, x):
+    expected, state = sltt.unroll(model, x), None
+    assert 0.02 < expected.mean() < 0.9
+    for x_t, spikes in zip(x, expected, strict=True):
+        out = theirs(x_t, state)
+        out, state = out if isinstance(out, tuple) else (out, None)
+        assert torch.equal(out, spikes)
+
+
 @pytest.mark.filterwarnings("ignore:nirtorch.load is being deprecated:DeprecationWarning")
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_norse_reads_equal_spikes(recurrent):
     norse = pytest.importorskip("norse.torch")
     model, x = linear_network(recurrent, v_reset=0.0, decay_input=True)  # Norse takes R = 1, and resets to 0
-    theirs = norse.from_nir(to_nir(model, x[0], dt=DT), dt=DT)
-    expected, state = sltt.unroll(model, x), None
-    assert 0.02 < expected.mean() < 0.9
-    for x_t, spikes in zip(x, expected, strict=True):
-        out, state = theirs(x_t, state)
-        assert torch.equal(out, spikes)
+    assert_equal_spikes(norse.from_nir(to_nir(model, x[0], dt=DT), dt=DT), model, x)
 
 
 def test_snntorch_reads_equal_spikes():
     pytest.importorskip("snntorch")
     read = pytest.importorskip("snntorch.import_nir").import_from_nir
     model, x = linear_network(v_reset=0.0)  # snnTorch takes R = tau/dt, with dt = 1e-4, and resets to 0
-    theirs = read(to_nir(model, x[0], dt=1e-4))
-    expected = sltt.unroll(model, x)
-    assert 0.02 < expected.mean() < 0.9
-    state = None
-    for x_t, spikes in zip(x, expected, strict=True):
-        out = theirs(x_t, state)
-        out, state = out if isinstance(out, tuple) else (out, None)
-        assert torch.equal(out, spikes)
+    assert_equal_spikes(read(to_nir(model, x[0], dt=1e-4)), model, x)
 
 
 def test_spikingjelly_reads_equal_spikes():
@@ -384,8 +366,4 @@ def test_spikingjelly_reads_equal_spikes():
     model, x = linear_network(v_reset=-0.1, decay_input=True)
     theirs = exchange.import_from_nir(to_nir(model, x[0], dt=DT), dt=DT)
     functional.reset_net(theirs)
-    state = None
-    for x_t, spikes in zip(x, sltt.unroll(model, x), strict=True):
-        out = theirs(x_t, state)
-        out, state = out if isinstance(out, tuple) else (out, None)
-        assert torch.equal(out, spikes)
+    assert_equal_spikes(theirs, model, x)

@@ -54,8 +54,11 @@ NETWORKS = {  # and the shape of an input
 }
 
 
-@pytest.mark.parametrize(("make", "shape"), NETWORKS.values(), ids=NETWORKS.keys())
-def test_steps_in_onnx_runtime_are_those_of_the_network(make, shape, tmp_path):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "DigitsNet")) for name in NETWORKS]
+)
+def test_steps_in_onnx_runtime_are_those_of_the_network(name, tmp_path):
+    make, shape = NETWORKS[name]
     model, x = make(), 2 * torch.randn(shape)
     for _ in range(3):
         sltt.unroll(model.train(), x)  # statistics of BatchNorm with which neurons fire

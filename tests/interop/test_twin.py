@@ -10,7 +10,7 @@ from sltt import kernels
 from sltt.commands import main
 from sltt.interop import QCFS, spiking
 from sltt.interop.activations import Balanced, percentiles
-from tests.conftest import gradients, seeded
+from tests.conftest import KINDS, RULES, gradients, seeded
 from tests.kernels.exact import NATIVE
 
 
@@ -149,8 +149,12 @@ def test_channels_behind_a_linear_layer_are_the_last_dimension():
     assert spiking(signals, data=torch.randn(4, 6, 5)).get_submodule("1").threshold.shape == (1, 8, 1)
 
 
-def test_gradients_of_a_twin_are_those_of_the_network_built_by_hand(rule):
-    ann = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_of_a_twin_are_those_of_the_network_built_by_hand(name):
+    rule, ann = (
+        RULES[name],
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).double(),
+    )
     layers = list(copy.deepcopy(ann))
     layers[1], layers[3] = sltt.IF(v_init=0.5), sltt.IF(v_init=0.5)
     x, y = 2 * torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(3, (5,))
