@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sltt.kernels import known_count
 from sltt.sequence.layout import spiking_layers
 from sltt.sequence.spikes import observe_spikes
 
 PARTS = 100  # counts of a layer that wait to be added up
+EXACT = 2**24  # the whole numbers up to here are in float32
 
 
 def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":
@@ -28,13 +30,13 @@ def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":
 
 
 class FiringRates:
-    """Count spikes for `firing_rates`, without waiting for the device."""
+    """Count spikes for `firing_rates`, without waiting for the device. What a kernel has counted is taken as it is."""
 
     counts = True
 
     def __init__(self, layers: list[str]):
         self._spikes: dict[str, Tensor | int] = dict.fromkeys(layers, 0)
-        self._parts: dict[str, list[Tensor]] = {name: [] for name in layers}  # counts on a GPU, to be added together
+        self._parts: dict[str, list[Tensor]] = {name: [] for name in layers}  # of counts on a GPU, to be added together
         self._count: dict[str, Any] = dict.fromkeys(layers, 0)
 
     def __call__(self, name: str, spikes: Any, possible: int | None = None) -> None:
@@ -45,20 +47,25 @@ class FiringRates:
         self._count[name] += count
         if possible is not None:
             self._spikes[name] += spikes
-        elif spikes.is_cpu or not spikes.is_floating_point():
+        elif (parts := known_count(spikes)) is not None:
+            self._wait(name, parts)
+        elif spikes.is_cpu or not spikes.is_floating_point() or spikes.numel() > EXACT:
             # as booleans, since PyTorch counts floating-point numbers one by one
             self._spikes[name] += torch.count_nonzero(spikes.detach().bool())
         else:  # one launch
             dtype = torch.promote_types(spikes.dtype, torch.float32)
-            self._parts[name].append(torch.linalg.vector_norm(spikes.detach(), 0, dtype=dtype))
-            if len(self._parts[name]) == PARTS:
-                self.settle()
+            self._wait(name, torch.linalg.vector_norm(spikes.detach(), 0, dtype=dtype).view(1))
+
+    def _wait(self, name: str, parts: Tensor) -> None:
+        self._parts[name].append(parts)
+        if len(self._parts[name]) == PARTS:
+            self.settle()
 
     def settle(self) -> None:
         """Add up what single calls counted on a GPU."""
         for name, parts in self._parts.items():
             if parts:
-                self._spikes[name] += torch.stack(parts).sum(dtype=torch.int64)
+                self._spikes[name] += (torch.cat(parts) if len(parts) > 1 else parts[0]).sum(dtype=torch.int64)
                 parts.clear()
 
     def add(self, other: "FiringRates") -> None:

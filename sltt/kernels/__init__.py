@@ -26,7 +26,7 @@ from sltt.kernels.options import Compile, Sparse, choosing_once, compiler_proble
 from sltt.kernels.options import options as current_options
 from sltt.kernels.pooling.pooling import max_pool, running_max
 from sltt.kernels.spikes.looks import Spikes, bits_pay, look
-from sltt.kernels.spikes.saved import others_save, save_as_bits, tag_made, tag_of
+from sltt.kernels.spikes.saved import known_count, others_save, save_as_bits, tag_made, tag_of
 
 __all__ = [
     "Compile",
@@ -52,6 +52,7 @@ __all__ = [
     "fast_step",
     "first_step",
     "is_small",
+    "known_count",
     "layer_seconds",
     "library_origin",
     "library_problem",

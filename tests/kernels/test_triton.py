@@ -36,9 +36,9 @@ def test_in_the_interpreter_it_equals_the_equations(norms):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def run(n=4096, steps=1, dtype=torch.bfloat16, learned=False, device="cpu", step=LIF, rule="BPTT"):
+def run(n=4096, steps=1, dtype=torch.bfloat16, learned=False, device="cpu", step=LIF, rule="BPTT", state=torch.float32):
     """Run a step and its backward, where SLTT's gets no gradient of the membrane potential."""
-    v = torch.zeros(n, device=device, requires_grad=rule == "BPTT")
+    v = torch.zeros(n, dtype=state, device=device, requires_grad=rule == "BPTT")
     x = torch.zeros(steps * n, dtype=dtype, device=device, requires_grad=True)
     decay = torch.tensor(0.6, device=device, requires_grad=True) if learned else None
     s, last = kernels.neuron_step(step, v, x, decay, steps, cut=rule == "SLTT")
@@ -101,7 +101,21 @@ def test_compiled_for_a_gpu(dtype, steps, at_most, architecture, compiled, tmp_p
         assert spilled == 0
         assert registers <= at_most
         assert "fma" not in kernel.asm["ptx"]
+        assert memory.pop("STG.E", 0) == (kernel.name == "steps_forward")  # the number of spikes
         assert {name for name in memory if not name.endswith("U8")} == {"LDG.E.128", "STG.E.128"}
+
+
+@TRITON
+@pytest.mark.parametrize(("steps", "dtype"), [(1, torch.bfloat16), (6, torch.float16)], ids=str)
+def test_a_membrane_potential_of_16_bits_compiled_for_a_gpu(steps, dtype, compiled, tmp_path):
+    made = compiled(90)
+    run(steps=steps, dtype=dtype, state=dtype)
+    for kernel in made:
+        registers, spilled, memory = resources(kernel, tmp_path)
+        assert (spilled, registers <= {1: 48, 6: 80}[steps]) == (0, True), registers
+        assert "fma" not in kernel.asm["ptx"]
+        assert {"LDG.E.128", "STG.E.128"} <= memory.keys()
+    assert re.search(r"add\.rn\.b?f16x2", made[0].asm["ptx"])  # the charge is rounded
 
 
 @TRITON
@@ -225,7 +239,7 @@ def test_on_cuda_what_triton_does_not_have_runs_as_before(launched):
     of_types = [(LIF, torch.float32), (LIF, torch.float64), (LIF, torch.bfloat16), (late, torch.float32)]
     states = [(step, torch.zeros(3, dtype=dtype, device="cuda")) for step, dtype in of_types]
     chosen = [step_of_kernels.fast_step(step, v, v.dtype, None) is not None for step, v in states]
-    assert chosen == [True, False, False, False]
+    assert chosen == [True, False, True, False]
     with kernels.using(compile="off"):
         assert step_of_kernels.fast_step(*states[0], torch.float32, None) is None
 

@@ -23,7 +23,7 @@ from sltt.kernels.spikes.bits import pack
 from sltt.kernels.spikes.looks import BITS, PACK_FROM
 from sltt.kernels.spikes.saved import tag_of
 from sltt.neurons import leaky, lif_step
-from tests.conftest import NEURONS, RULES, SURROGATES, batch, gradients, small_network
+from tests.conftest import LOSS, NEURONS, RULES, SURROGATES, batch, gradients, small_network
 from tests.kernels.steps import CONSTANTS, SIZES, both, layouts
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -79,12 +79,15 @@ def plain(v, x, decay, constants, steps, cut):
     return torch.cat(spikes), v
 
 
-def run(function, constants, n=1000, learned=False, dtype=torch.float32, steps=1, cut=False, of=(True, True)):
+F32 = torch.float32
+
+
+def run(function, constants, n=1000, learned=False, dtype=F32, steps=1, cut=False, of=(True, True), state=F32):
     """Return spikes and the last membrane potential, and gradients of x, v and λ, through the results `of`."""
     torch.manual_seed(0)
-    v, x = torch.randn(n, device=DEVICE), (1.5 * torch.randn(steps * n, device=DEVICE)).to(dtype)
-    v[::5], x[::5] = 0, 0.8  # at the threshold
-    decay = torch.tensor(0.6, device=DEVICE, requires_grad=True) if learned else 0.6
+    v, x = torch.randn(n, device=DEVICE).to(state), (1.5 * torch.randn(steps * n, device=DEVICE)).to(dtype)
+    v[::5], x[::5] = 0, constants.get("v_threshold", 0.8)  # at the threshold
+    decay = torch.tensor(0.6, dtype=state, device=DEVICE, requires_grad=True) if learned else 0.6
     leaves = [x.requires_grad_(), v.requires_grad_(), *([decay] if learned else [])]
     results = function(v, x, decay, {"v_threshold": 0.8, "surrogate": SURROGATES[0], **constants}, steps, cut)
     weights = [torch.randn(r.shape, device=DEVICE).to(r.dtype) for r in results]
@@ -92,10 +95,16 @@ def run(function, constants, n=1000, learned=False, dtype=torch.float32, steps=1
     return results, torch.autograd.grad(total, leaves, allow_unused=True)
 
 
-def check(*args, n=1000, dtype=torch.float32, **kwargs):
+def counted(spikes):
+    """Return the number of spikes that the kernel counted."""
+    return kernels.known_count(spikes).sum()
+
+
+def check(*args, n=1000, dtype=torch.float32, tolerances=None, **kwargs):
     (results, grads), (expected, of) = (run(f, *args, n=n, dtype=dtype, **kwargs) for f in (fused, plain))
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-    rtol, atol = TOLERANCES[dtype]
+    assert counted(results[0]) == expected[0].count_nonzero()
+    rtol, atol = tolerances or TOLERANCES[dtype]
     for got, exact in zip(grads, of, strict=True):
         if exact is None:
             assert got is None or not got.any()
@@ -108,6 +117,22 @@ def check(*args, n=1000, dtype=torch.float32, **kwargs):
 def test_every_reset(constants, learned, in_triton):
     for dtype, steps in [*itertools.product([torch.float32], (1, 3, 4)), (torch.bfloat16, 3), (torch.float16, 4)]:
         check(constants, learned=learned, dtype=dtype, steps=steps)
+    assert {*in_triton} == {"steps_forward", "steps_backward", "steps_replayed"}
+
+
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.float16], ids=str)
+def test_a_membrane_potential_of_16_bits(state, in_triton):
+    """PyTorch rounds each operation of a gradient to 16 bits too, the kernel does not.
+
+    Constants are those that 16 bits hold: PyTorch rounds others before it adds them on a CPU, and not on CUDA.
+    """
+    tolerances = 8 * torch.finfo(state).eps, 8 * torch.finfo(state).eps
+    for constants, learned, (steps, cut) in zip(
+        CONSTANTS, itertools.cycle([False, True, True]), itertools.cycle([(1, False), (3, True), (3, False), (4, True)])
+    ):
+        constants = constants | {"v_threshold": 0.75, "v_reset": constants["v_reset"] and -0.25}
+        check(constants, learned=learned, dtype=state, steps=steps, cut=cut, state=state, tolerances=tolerances)
+    check(CONSTANTS[0] | {"v_threshold": 0.75}, dtype=torch.float32, state=state, tolerances=tolerances)
     assert {*in_triton} == {"steps_forward", "steps_backward", "steps_replayed"}
 
 
@@ -199,6 +224,7 @@ def test_constants_of_each_channel(dtype, steps, in_triton, bits_of_few):
         (s, v, grads), (expected, v_expected, exact) = results
         assert torch.equal(s, expected)
         assert torch.equal(v, v_expected)
+        assert counted(s) == s.count_nonzero()
         close(grads, exact, dtype, sums=2)
     assert {*in_triton} == {"steps_forward", {1: "steps_backward", 2: "steps_replayed", 6: "steps_backward"}[steps]}
 
@@ -225,6 +251,7 @@ def norm_and_neuron(norm, neuron, x, steps, cut, exact):
         y = deferred.deferred_norm(norm, leaf, steps=steps)
         s = neuron.advance(y, steps, cut)
         assert y.normalised.waits
+        assert counted(s) == s.count_nonzero()
     weights = [torch.randn(r.shape, device=DEVICE) for r in (s, neuron.v)]
     total = sum((r.double() * w).sum() for r, w in zip((s, neuron.v), weights, strict=True))
     learned = [leaf, *neuron.parameters(), *norm.parameters()]
@@ -325,3 +352,18 @@ def test_every_rule(name, neuron, monkeypatch):
             torch.manual_seed(1)
             found.append(gradients(model, RULES[name], x.float(), y))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.BPTT(fold=4), sltt.OTTT(decay=0.5)], ids=repr)
+def test_firing_rates_take_the_numbers_that_kernels_counted(rule, monkeypatch):
+    x, y = (part.to(DEVICE) for part in batch(steps=5))
+    model, found = small_network().float().to(DEVICE), []
+    for fast in (True, False):
+        take_form(monkeypatch, TritonStep if fast else lambda step: None)
+        with sltt.analysis.firing_rates(model) as rates:
+            rule(model, x.float(), y, LOSS)
+        parts = [part for of_layer in rates._parts.values() for part in of_layer if part.dtype == torch.int32]
+        assert bool(parts) == fast
+        found.append(rates.by_layer())
+    assert found[0] == found[1]
+    assert all(0 < rate < 1 for rate in found[0].values())

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.analysis import firing_rates
+from sltt.analysis import FiringRates, firing_rates
+from sltt.kernels.spikes.saved import keep_count
 from sltt.sequence.layout import spiking_layers
 from sltt.sequence.spikes import observe_spikes, watches
 from tests.conftest import LOSS, batch, small_network
@@ -105,3 +106,14 @@ def test_a_compiled_network_shows_its_spikes():
     with sltt.analysis.firing_rates(model) as expected:
         sltt.unroll(model, x)
     assert rates.by_layer() == expected.by_layer()
+
+
+def test_the_number_that_a_kernel_counted_is_exact_and_of_unchanged_spikes_only():
+    rates, spikes = FiringRates(["layer"]), torch.ones(6)
+    keep_count(spikes, torch.tensor([2**24, 1], dtype=torch.int32))  # more than there are, to tell it from a count
+    rates("layer", spikes.view(2, 3))
+    rates._parts["layer"].append(torch.tensor([2.0**24]))  # of a call whose kernel did not count
+    assert rates.state_dict() == {"layer": (2**25 + 1, 6)}
+    rates("layer", spikes[:4])
+    rates("layer", spikes.mul_(0))
+    assert rates.state_dict() == {"layer": (2**25 + 5, 16)}

@@ -27,7 +27,7 @@ from sltt.kernels.norm.deferred import Deferred, Normalised, pointer, split_norm
 from sltt.kernels.options import Kernel, in_force, known_layout, match_format, options, without_modes
 from sltt.kernels.spikes.bits import pack, unpack
 from sltt.kernels.spikes.looks import BITS, BITS_FROM, PACK_FROM, can_pack
-from sltt.kernels.spikes.saved import tag_of, tag_spikes
+from sltt.kernels.spikes.saved import keep_count, tag_of, tag_spikes
 from sltt.surrogates import Surrogate
 
 
@@ -156,7 +156,7 @@ def _run(
     if isinstance(fast, NativeStep):
         fast.forward(s, vs, u, v, x, bits, None if norm is None else pointer(norm.factors, norm.training))
     elif fast:
-        fast.forward(s, vs, u, v, x, bits, decay, None if norm is None else norm.factors)
+        keep_count(s, fast.forward(s, vs, u, v, x, bits, decay, None if norm is None else norm.factors))
     else:
         forward, _ = _kernels(step)
         after = unfold(vs, steps) if vs is kept else None
@@ -265,7 +265,7 @@ class _NeuronStep(torch.autograd.Function):
         needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype, device=ctx.device)
         first = grad_x if steps == 1 else grad_x[: len(grad_x) // steps]
-        before = torch.empty_like(first, dtype=torch.float32) if needs_v else None
+        before = torch.empty_like(first, dtype=(v if kept is None else kept).dtype) if needs_v else None
         if kept is not None and s is None:
             whole = Tiles(first, by_channel(decay, factors), 8).whole_bytes  # bytes of each time step
             s = ctx.bits if whole else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
@@ -273,7 +273,7 @@ class _NeuronStep(torch.autograd.Function):
         grad_v, v = (None if one is None else match_format(one, first) for one in (grad_v, v))
         given = grad_s, grad_v, kept, s, v, x, decay
         of_decay, parts = ctx.fast.gradient(grad_x, before, *given, needs_decay, steps, ctx.cut, factors)
-        of_decay = None if of_decay is None else of_decay.reshape(decay.shape)
+        of_decay = None if of_decay is None else of_decay.reshape(decay.shape).to(decay.dtype)
         affine: list[Tensor | None] = [None, None]
         if parts is not None:
             assert x is not None, "what was normalised is kept"

@@ -8,7 +8,8 @@ With values for each channel, the memory is a matrix [n / width, width]: its col
 last in memory, else its rows are the channels of each sample. A block is then a tile of it, of TILE columns.
 
 The equations, and the order in which they round, are those of step.py. They round so if they are launched with
-`enable_fp_fusion=False`, without fused multiply-adds.
+`enable_fp_fusion=False`, without fused multiply-adds. All is computed in float32; with a membrane potential of 16 bits,
+the results of single operations are rounded to its type, STATE, as PyTorch does. Gradients are not rounded in between.
 """
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # (Triton is optional, and its annotations are for its compiler)
@@ -61,24 +62,32 @@ def _add_up(
 
 
 @triton.jit
+def _round(x, STATE: tl.constexpr):
+    return x.to(STATE).to(tl.float32)
+
+
+@triton.jit
 def _learned(decay_ptr, decay, gain, threshold, c, channels, BY_CHANNEL: tl.constexpr):
     """Return λ, the factor of the input and V_th: those that are learned, [2, C] if BY_CHANNEL, are read."""
     if BY_CHANNEL:
-        decay = tl.load(decay_ptr + c, c < channels, other=0.0)
-        threshold = tl.load(decay_ptr + channels + c, c < channels, other=0.0)
+        decay = tl.load(decay_ptr + c, c < channels, other=0.0).to(tl.float32)
+        threshold = tl.load(decay_ptr + channels + c, c < channels, other=0.0).to(tl.float32)
     elif decay_ptr is not None:
-        decay = tl.load(decay_ptr)
+        decay = tl.load(decay_ptr).to(tl.float32)
     if decay_ptr is not None:
-        gain = 1.0 - decay
+        gain = _round(1.0 - decay, decay_ptr.dtype.element_ty)
     return decay, gain, threshold
 
 
 @triton.jit
-def _charge(v, x, decay, gain, rest, SCALES: tl.constexpr, RESTS: tl.constexpr):
-    current = gain * x if SCALES else x
+def _charge(v, x, decay, gain, rest, SCALES: tl.constexpr, RESTS: tl.constexpr, STATE: tl.constexpr):
+    current = _round(x, STATE)
+    if SCALES:
+        current = _round(gain * current, STATE)
+    stays = _round(decay * (_round(v - rest, STATE) if RESTS else v), STATE)
     if RESTS:
-        return rest + decay * (v - rest) + current
-    return decay * v + current
+        stays = _round(rest + stays, STATE)
+    return _round(stays + current, STATE)
 
 
 @triton.jit
@@ -101,14 +110,15 @@ def _standardised(x_ptr, at, there, factors_ptr, c, t, steps, channels):
 
 
 @triton.jit
-def _spikes(u, threshold, ABOVE: tl.constexpr):
-    distance = u - threshold
+def _spikes(u, threshold, ABOVE: tl.constexpr, STATE: tl.constexpr):
+    distance = _round(u - threshold, STATE)
     return (distance > 0.0 if ABOVE else distance >= 0.0).to(tl.float32)
 
 
 @triton.jit
-def _reset(u, s, threshold, rest, SOFT: tl.constexpr):
-    return u - threshold * s if SOFT else u - (u - rest) * s
+def _reset(u, s, threshold, rest, SOFT: tl.constexpr, STATE: tl.constexpr):
+    falls = _round(threshold * s if SOFT else _round(u - rest, STATE) * s, STATE)
+    return _round(u - falls, STATE)
 
 
 @triton.jit
@@ -153,35 +163,43 @@ def _grad_u(
 
 @triton.jit
 def steps_forward(
-    s_ptr, v_out_ptr, u_out_ptr, bits_ptr, v_ptr, x_ptr, decay_ptr, factors_ptr,
+    s_ptr, v_out_ptr, u_out_ptr, bits_ptr, counts_ptr, v_ptr, x_ptr, decay_ptr, factors_ptr,
     n, width, channels, steps, decay, gain, threshold, rest,
     SOFT: tl.constexpr, RESTS: tl.constexpr, SCALES: tl.constexpr, ABOVE: tl.constexpr, EVERY: tl.constexpr,
     BY_CHANNEL: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the spikes of T steps, the last membrane potential or EVERY one, and what else has a pointer."""
+    """Write the spikes of T steps, their number, the last membrane potential or EVERY one, and what else has a pointer.
+
+    A program counts its own spikes, over all steps: `counts` has an element for each.
+    """
     at, there, rows, rows_there, c = _block(n, width, channels, COLUMNS, TILE, BLOCK)
     decay, gain, threshold = _learned(decay_ptr, decay, gain, threshold, c, channels, BY_CHANNEL)
-    v = tl.load(v_ptr + at, there, other=0.0)
+    STATE: tl.constexpr = v_ptr.dtype.element_ty
+    v = tl.load(v_ptr + at, there, other=0.0).to(tl.float32)
+    count = tl.zeros([BLOCK // 8], tl.float32)  # in int32, a kernel has a stack
     for t in range(steps):
         x = _current(x_ptr, at, there, factors_ptr, c, t, steps, channels)
-        u = _charge(v, x, decay, gain, rest, SCALES, RESTS)
-        s = _spikes(u, threshold, ABOVE)
-        v = _reset(u, s, threshold, rest, SOFT)
+        u = _charge(v, x, decay, gain, rest, SCALES, RESTS, STATE)
+        s = _spikes(u, threshold, ABOVE, STATE)
+        v = _reset(u, s, threshold, rest, SOFT, STATE)
         tl.store(s_ptr + at, s.to(s_ptr.dtype.element_ty), there)
         x_ptr += n
         s_ptr += n
         if EVERY:
-            tl.store(v_out_ptr + at, v, there)
+            tl.store(v_out_ptr + at, v.to(STATE), there)
             v_out_ptr += n
         if u_out_ptr is not None:
-            tl.store(u_out_ptr + at, u, there)
+            tl.store(u_out_ptr + at, u.to(STATE), there)
             u_out_ptr += n
+        ones = tl.where(there, s, 0.0)
+        count += tl.sum(ones, axis=1)
         if bits_ptr is not None:
-            ones = tl.where(there, s, 0.0).to(tl.int32) << tl.arange(0, 8)[None, :]
-            tl.store(bits_ptr + rows, tl.sum(ones, axis=1).to(tl.uint8), rows_there)
+            bits = tl.sum(ones.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+            tl.store(bits_ptr + rows, bits.to(tl.uint8), rows_there)
             bits_ptr += n // 8
     if not EVERY:
-        tl.store(v_out_ptr + at, v, there)
+        tl.store(v_out_ptr + at, v.to(STATE), there)
+    tl.store(counts_ptr + tl.program_id(0), tl.sum(count.to(tl.int32)))
 
 
 @triton.jit
@@ -201,20 +219,21 @@ def steps_backward(
     ∂L/∂v after the last step. v, before the first step, is read for ∂L/∂λ; so is x, if the step SCALES it.
     """
     at, there, rows, rows_there, c = _block(n, width, channels, COLUMNS, TILE, BLOCK)
+    STATE: tl.constexpr = kept_ptr.dtype.element_ty
     decay, gain, threshold = _learned(decay_ptr, decay, gain, threshold, c, channels, BY_CHANNEL)
     grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
     if grad_v_ptr is not None:
-        grad_v = tl.load(grad_v_ptr + at, there, other=0.0)
+        grad_v = tl.load(grad_v_ptr + at, there, other=0.0).to(tl.float32)
     of_decay = tl.zeros([BLOCK // 8, 8], tl.float32)
     of_threshold = tl.zeros([BLOCK // 8, 8], tl.float32)
     for back in range(steps):
         t = tl.cast(steps - 1 - back, tl.int64)
-        kept = tl.load(kept_ptr + t * n + at, there, other=0.0)
+        kept = tl.load(kept_ptr + t * n + at, there, other=0.0).to(tl.float32)
         grad_s = tl.zeros([BLOCK // 8, 8], tl.float32)
         if grad_s_ptr is not None:
             grad_s = tl.load(grad_s_ptr + t * n + at, there, other=0.0).to(tl.float32)
         if not SOFT:
-            s = _spikes(kept, threshold, ABOVE)
+            s = _spikes(kept, threshold, ABOVE, STATE)
             distance = kept - threshold
         elif s_ptr.dtype.element_ty == tl.uint8:
             byte = tl.load(s_ptr + t * (n // 8) + rows, rows_there, other=0).to(tl.int32)
@@ -233,11 +252,11 @@ def steps_backward(
             _add_up(step_parts_ptr, g, g * x, there, n, width, channels, COLUMNS, TILE, BLOCK)
         if grad_decay_ptr is not None:
             if t == 0:
-                v = tl.load(v_ptr + at, there, other=0.0)
+                v = tl.load(v_ptr + at, there, other=0.0).to(tl.float32)
             else:
-                v = tl.load(kept_ptr + (t - 1) * n + at, there, other=0.0)
+                v = tl.load(kept_ptr + (t - 1) * n + at, there, other=0.0).to(tl.float32)
                 if not SOFT:
-                    v = _reset(v, _spikes(v, threshold, ABOVE), threshold, rest, SOFT)
+                    v = _reset(v, _spikes(v, threshold, ABOVE, STATE), threshold, rest, SOFT, STATE)
             moved = v - rest
             if SCALES:
                 moved = moved - _current(x_ptr, t * n + at, there, factors_ptr, c, t, steps, channels)
@@ -247,7 +266,7 @@ def steps_backward(
         if CUT and t > 0:
             grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
     if grad_first_ptr is not None:
-        tl.store(grad_first_ptr + at, grad_v, there)
+        tl.store(grad_first_ptr + at, grad_v.to(grad_first_ptr.dtype.element_ty), there)
     if grad_decay_ptr is not None:
         if BY_CHANNEL:
             _add_up(grad_decay_ptr, of_decay, of_threshold, there, n, width, channels, COLUMNS, TILE, BLOCK)
@@ -269,19 +288,20 @@ def steps_replayed(
     compute from u.
     """
     at, there, _, _, c = _block(n, width, channels, COLUMNS, TILE, BLOCK)
+    STATE: tl.constexpr = v_ptr.dtype.element_ty
     decay, gain, threshold = _learned(decay_ptr, decay, gain, threshold, c, channels, BY_CHANNEL)
     if BY_CHANNEL:
         threshold_again = threshold
-    first = tl.load(v_ptr + at, there, other=0.0)
+    first = tl.load(v_ptr + at, there, other=0.0).to(tl.float32)
     v, us = first, ()
     for t in tl.static_range(T):
         x = _current(x_ptr, tl.cast(n, tl.int64) * t + at, there, factors_ptr, c, t, T, channels)
-        u = _charge(v, x, decay, gain, rest, SCALES, RESTS)
-        v = _reset(u, _spikes(u, threshold, ABOVE), threshold, rest, SOFT)
+        u = _charge(v, x, decay, gain, rest, SCALES, RESTS, STATE)
+        v = _reset(u, _spikes(u, threshold, ABOVE, STATE), threshold, rest, SOFT, STATE)
         us = us + (u,)
     grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
     if grad_v_ptr is not None:
-        grad_v = tl.load(grad_v_ptr + at, there, other=0.0)
+        grad_v = tl.load(grad_v_ptr + at, there, other=0.0).to(tl.float32)
     of_decay = tl.zeros([BLOCK // 8, 8], tl.float32)
     of_threshold = tl.zeros([BLOCK // 8, 8], tl.float32)
     for back in tl.static_range(T):
@@ -290,7 +310,7 @@ def steps_replayed(
         grad_s = tl.zeros([BLOCK // 8, 8], tl.float32)
         if grad_s_ptr is not None:
             grad_s = tl.load(grad_s_ptr + step, there, other=0.0).to(tl.float32)
-        s = _spikes(u, threshold_again, ABOVE)
+        s = _spikes(u, threshold_again, ABOVE, STATE)
         if CUT and back > 0:
             grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
         grad_u = _grad_u(
@@ -306,10 +326,11 @@ def steps_replayed(
             _add_up(step_parts_ptr, g, g * x, there, n, width, channels, COLUMNS, TILE, BLOCK)
         if grad_decay_ptr is not None:
             # read again where the values of each channel take the registers
-            v = tl.load(v_ptr + at, there, other=0.0) if BY_CHANNEL else first
+            v = tl.load(v_ptr + at, there, other=0.0).to(tl.float32) if BY_CHANNEL else first
             if back < T - 1:
                 u = us[T - 2 - back]
-                v = _reset(u, _spikes(u, threshold_again, ABOVE), threshold_again, rest_again, SOFT)
+                s_before = _spikes(u, threshold_again, ABOVE, STATE)
+                v = _reset(u, s_before, threshold_again, rest_again, SOFT, STATE)
             moved = v - rest_again
             if SCALES:
                 moved = moved - _current(x_ptr, step, there, factors_ptr, c, T - 1 - back, T, channels)
@@ -317,7 +338,7 @@ def steps_replayed(
             of_threshold += grad_v * (1.0 - s) - grad_u
         grad_v = grad_u * decay
     if grad_first_ptr is not None:
-        tl.store(grad_first_ptr + at, grad_v, there)
+        tl.store(grad_first_ptr + at, grad_v.to(grad_first_ptr.dtype.element_ty), there)
     if grad_decay_ptr is not None:
         if BY_CHANNEL:
             _add_up(grad_decay_ptr, of_decay, of_threshold, there, n, width, channels, COLUMNS, TILE, BLOCK)

@@ -1,7 +1,8 @@
 """The neuron's step in Triton, for CUDA: a pass that writes spikes, membrane potential and bits, one for its gradient.
 
-It runs at every size, on a float32 membrane potential, and fires as the plain step does. A λ that is learned stays on
-the device, and its gradient is a part of the second pass. Nothing waits for the device, so that a graph can hold it.
+It runs at every size, on inputs and membrane potentials of 32 or 16 bits, fires as the plain step does, and counts the
+spikes. A λ that is learned stays on the device, and its gradient is a part of the second pass. Nothing waits for the
+device, so that a graph can hold it.
 """
 
 import functools
@@ -68,19 +69,21 @@ class TritonStep:
         bits: Tensor | None,
         decay: Tensor | None,
         factors: Tensor | None = None,
-    ) -> None:
+    ) -> Tensor:
         """Write spikes and membrane potentials of the time steps in x, and what else is given: u, and the spikes' bits.
 
-        `v_out` is of all time steps, or of the last one. `decay` is a number, or λ and V_th of each channel, [2, C].
-        With `factors`, x is the input of a BatchNorm.
+        Returns parts of the number of spikes, one of each program. `v_out` is of all time steps, or of the last one.
+        `decay` is a number, or λ and V_th of each channel, [2, C]. With `factors`, x is the input of a BatchNorm.
         """
         n = v.numel()
         steps = x.numel() // max(1, n)
         tiles = Tiles(v, by_channel(decay, factors), block_of(x))
+        counts = s.new_empty(tiles.programs, dtype=torch.int32)
         self._launch(
-            self._kernels.steps_forward, tiles, s, v_out, u_out, bits, v, x, decay, factors, n, steps=steps,
+            self._kernels.steps_forward, tiles, s, v_out, u_out, bits, counts, v, x, decay, factors, n, steps=steps,
             **self._forward, BY_CHANNEL=by_channel(decay), EVERY=v_out.numel() > n,
         )  # fmt: skip
+        return counts
 
     def gradient(
         self,
@@ -192,7 +195,7 @@ def triton_step(
         dtype: of the membrane potential.
         decay: λ where it is a tensor; or λ and V_th of each channel, [2, C].
     """
-    if not like.is_cuda or dtype != torch.float32 or x_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not like.is_cuda or not {dtype, x_dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
         return None
     if decay is not None and (decay.dtype != dtype or decay.device != like.device):
         return None

@@ -22,6 +22,7 @@ from sltt.kernels.spikes.bits import unpack
 from sltt.kernels.spikes.looks import PACK_FROM, Spikes, look
 
 TAG = "_sltt_tag"  # the attribute of a storage with its tag
+COUNT = "_sltt_count"  # and with the number of spikes in it
 # A tensor is recomputed from at most so many layers: beyond this, recomputing would take a time that is quadratic in
 # the number of layers without a normalisation between them.
 LAYERS_AT_MOST = 2
@@ -78,6 +79,20 @@ def tag_spikes(spikes: Tensor, bits: Tensor) -> None:
     """Tag the spikes of a neuron on a device where a look at them would wait."""
     dtype = spikes.dtype
     Tag(spikes, lambda: unpack(bits, 1.0, dtype))
+
+
+def keep_count(spikes: Tensor, parts: Tensor) -> None:
+    """Keep the number of spikes with their memory: `parts` of it [n], which the neuron's kernel counted."""
+    if not spikes.is_inference():
+        setattr(spikes.untyped_storage(), COUNT, (parts, spikes._version, spikes.numel()))
+
+
+def known_count(spikes: Tensor) -> Tensor | None:
+    """Return parts of the number of spikes, if a kernel counted them and the memory is as it was then."""
+    if torch.compiler.is_compiling() or type(spikes) is not Tensor or is_functorch_wrapped_tensor(spikes):
+        return None
+    parts, *then = getattr(spikes.untyped_storage(), COUNT, (None,))
+    return parts if parts is not None and then == [spikes._version, spikes.numel()] else None
 
 
 def tag_made(
