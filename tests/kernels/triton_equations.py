@@ -229,6 +229,28 @@ def test_constants_of_each_channel(dtype, steps, in_triton, bits_of_few):
     assert {*in_triton} == {"steps_forward", {1: "steps_backward", 2: "steps_replayed", 6: "steps_backward"}[steps]}
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_constants_of_each_channel_in_16_bits(steps, in_triton):
+    neuron, results = sltt.ChannelLIF(24).to(DEVICE, torch.bfloat16), []
+    neuron.half_state = True
+    torch.nn.init.uniform_(neuron.w, -1, 1)
+    for in_one in (True, False):
+        sltt.reset(neuron)
+        leaf = next(forms(torch.bfloat16)) if in_one else results[0][0].detach()
+        leaf.requires_grad_()
+        dtype = neuron._prepare_states(leaf, steps)
+        s = neuron.fused_steps(leaf, steps, False) if in_one else neuron._plain_steps(leaf, dtype, steps, False)
+        of_s = torch.linspace(-1, 1, s.numel(), device=DEVICE).view(s.shape)
+        grads = torch.autograd.grad((s * of_s).sum(), [leaf, neuron.w, neuron.k])
+        results.append((leaf, s, neuron.v, *grads))
+    assert len(in_triton) == 2
+    (_, s, v, *grads), (_, expected, v_expected, *exact) = results
+    assert torch.equal(s, expected)
+    assert torch.equal(v, v_expected)
+    torch.testing.assert_close(grads[0], exact[0], rtol=2**-5, atol=2**-5)
+    torch.testing.assert_close(grads[1:], exact[1:], rtol=2**-4, atol=1.0)
+
+
 def norm_of(x, training, affine=True):
     """A BatchNorm of x, with statistics of its own."""
     norm = (nn.BatchNorm2d if x.ndim == 4 else nn.BatchNorm1d)(x.shape[1], momentum=0.3, affine=affine).to(DEVICE)
