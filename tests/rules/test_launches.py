@@ -97,11 +97,8 @@ def test_a_batch_launches_no_more_than_its_budget(rule, most):
         assert seen["add_"] == 0
 
 
-@pytest.mark.parametrize("fold", [1, 6])
-def test_firing_rates_are_counted_in_the_pass_of_the_neuron(fold):
-    seen = count(sltt.SLTT(fold=fold), rates=True)
-    assert seen - count(sltt.SLTT(fold=fold)) == {}
-    assert seen["linalg_vector_norm"] == 0
+def test_firing_rates_are_counted_in_the_pass_of_the_neuron():
+    assert count(sltt.SLTT(fold=6), rates=True) == count(sltt.SLTT(fold=6))
 
 
 def test_what_is_counted_is_what_would_be_launched():
