@@ -89,10 +89,10 @@ def test_data_of_the_host_is_seen():
     assert waits.seen == ["aten._to_copy", "aten.copy_", "aten.lift_fresh"]
 
 
-def waits_of(rule, model, x, y, loss):
+def waits_of(rule, model, x, y, loss, steps=3):
     for _ in range(2):  # the first batch makes what is made once
         with Waits() as waits, firing_rates(model):
-            rule(model, x, y, loss, steps=3)
+            rule(model, x, y, loss, steps=steps)
     return waits.seen
 
 
