@@ -97,7 +97,6 @@ CASES = f"""
 2 | optimizer.betas: expected tuple, got 3 | train --optimizer.betas 3
 2 | epochs: expected int, got x | train --epochs x
 2 | epochs: expected int, got null | train --epochs null
-2 | model.neuron.tau: expected float, got null | train --model.neuron.tau null
 2 | rule.k: expected int or null, got 1.5 | train --rule.k 1.5
 2 | rule: expected a class of the kind Rule, got [] | train --rule []
 2 | precision: expected [32, 'bf16-mixed', '16-mixed'], got bf16 | train --precision bf16

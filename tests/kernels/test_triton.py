@@ -21,6 +21,10 @@ from sltt.kernels.norm import deferred, triton_norm
 
 MISSING = kernels.compiler_problem(torch.device("cuda"))
 TRITON = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+SLOW = pytest.mark.slow
+LAYOUTS = pytest.mark.parametrize(  # of time steps in a call, and whether channels are last
+    ("steps", "last"), [(1, False), (6, True), pytest.param(1, True, marks=SLOW), pytest.param(6, False, marks=SLOW)]
+)
 LIF = kernels.NeuronStep(0.6, 0.8, None, False, False, sltt.surrogates.Triangle())
 
 
@@ -119,8 +123,7 @@ def test_a_membrane_potential_of_16_bits_compiled_for_a_gpu(steps, dtype, compil
 
 
 @TRITON
-@pytest.mark.parametrize("last", [False, True], ids=["in order", "channels last"])
-@pytest.mark.parametrize("steps", [1, 6])
+@LAYOUTS
 def test_values_of_each_channel_compiled_for_a_gpu(steps, last, compiled, tmp_path):
     made = compiled(90)
     x = torch.zeros(4 * steps, 64, 16, 16, dtype=torch.bfloat16)
@@ -149,8 +152,7 @@ def test_a_learned_time_constant_compiled_for_a_gpu(neuron, at_most, compiled, t
 
 
 @TRITON
-@pytest.mark.parametrize("last", [False, True], ids=["in order", "channels last"])
-@pytest.mark.parametrize("steps", [1, 6])
+@LAYOUTS
 def test_a_norm_in_front_compiled_for_a_gpu(steps, last, compiled, tmp_path, monkeypatch):
     made = compiled(90)
     monkeypatch.setattr(deferred, "in_triton", lambda x: True)
