@@ -91,12 +91,6 @@ def test_a_gpu_of_apples_that_is_not_there_is_refused():
         make_fabric(device="mps")
 
 
-def test_several_processes_on_a_gpu_of_apples_are_refused(monkeypatch):
-    monkeypatch.setattr("torch.mps.is_available", lambda: True)
-    with pytest.raises(ValueError, match="take one, or cpu"):
-        make_fabric(device="mps", devices=2)
-
-
 @pytest.mark.parametrize("measured", [False, True], ids=["fit", "evaluate"])
 def test_sequences_of_another_length_than_steps_are_refused(measured, tmp_path):
     data = Blobs(static=False)
