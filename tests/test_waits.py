@@ -23,7 +23,7 @@ from sltt.kernels.neuron import step
 from sltt.kernels.spikes.looks import PACK_FROM
 from sltt.sequence.run import Run
 from sltt.sequence.steps import Sequence, time_steps
-from tests.conftest import LOSS, batch, small_network
+from tests.conftest import KINDS, LOSS, RULES, batch, small_network
 
 DOCS = (Path(sltt.__file__).parents[1] / "docs" / "gpu.md").read_text()
 CAPTURE, COMPILE = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
@@ -131,11 +131,12 @@ def test_no_rule_waits_for_the_device_or_needs_float64(rule):
     assert doubles.seen == []
 
 
-def test_lengths_of_a_batch_are_copied_to_the_device_at_once(rule):
+@pytest.mark.parametrize("name", [name for name in KINDS if RULES[name].pads])
+def test_lengths_of_a_batch_are_copied_to_the_device_at_once(name):
     model = small_network().to("meta")
     x, y = torch.empty(5, 4, 6, device="meta", dtype=torch.float64), torch.empty(4, dtype=torch.long, device="meta")
-    for lengths in ([5, 2, 3, 1], [5] * 4) if rule.pads else ():
-        seen = waits_of(rule, model, x, sltt.Padded(y, lengths), F.cross_entropy, None)
+    for lengths in ([5, 2, 3, 1], [5] * 4):
+        seen = waits_of(RULES[name], model, x, sltt.Padded(y, lengths), F.cross_entropy, None)
         # the others are on the host
         assert sum(seen.count(str(kind)) for kind in COPIES | INDEXING) == 1
 
