@@ -29,7 +29,7 @@ class Dropout(Stateful):
         self.p = number("p", p, least=0, below=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, ...] of one time step to the same shape."""
+        """Map x [B, ...] of one time step to the same shape."""
         if not self.training or self.p == 0:
             return x
         if self.mask is None:

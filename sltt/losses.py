@@ -199,7 +199,7 @@ class Activity(Loss):
         self.prediction, self.per_step = prediction_of(loss), is_per_step(loss)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss without the penalty."""
+        """Return the loss without the penalty."""
         return self.loss(logits, target)
 
 

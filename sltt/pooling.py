@@ -45,7 +45,7 @@ class RunningMax(Stateful):
         return {"total": 0.0, "largest": 0.0}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, ...] of one time step to what `pool` makes of it."""
+        """Map x [B, ...] of one time step to what `pool` makes of it."""
         if self.total is None or self.largest is None:
             pooled = self.pool(x)
             self.total, self.largest = x.clone(), pooled.clone()  # others may change x and what is given in place

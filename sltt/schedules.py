@@ -25,7 +25,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def decay(self, epoch: float, epochs: float) -> float:
-        """The factor at `epoch`, counted from the end of the warm-up; `epochs` is the number of epochs from there."""
+        """Return the factor at `epoch` of `epochs`, both counted from the end of the warm-up."""
 
 
 class Constant(Schedule):

@@ -30,7 +30,7 @@ class Surrogate(Frozen, ABC):
 
     @abstractmethod
     def derivative(self, x: Tensor) -> Tensor:
-        """∂s/∂x at x = u − V_th, of x's shape."""
+        """Return ∂s/∂x at x = u − V_th, of x's shape."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return _Spike.apply(x, self)  # type: ignore[no-any-return]

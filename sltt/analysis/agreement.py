@@ -126,7 +126,7 @@ def propose(
     steps: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Proposal | None:
-    """The `Mixed` of least memory with a cosine of 0.95; None where SLTT or OTTT has that, or where none saves a tenth.
+    """Return the `Mixed` of least memory with a cosine of 0.95; None where SLTT or OTTT has it, or none saves a tenth.
 
         found = agreement(model, x, y, loss, [SLTT(), TBPTT(2)])
         if proposal := propose(model, x, y, loss, found):
@@ -242,7 +242,7 @@ class _Exact:
 
 
 def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreement]:
-    """For each window the `Mixed` that agrees and ends nearest to the input, if nearer than with the window before."""
+    """Yield for each window the `Mixed` that agrees and ends nearest to the input, if nearer than the last."""
     layers = exact.layers()
     names = [glob.escape(name) for name in layers]  # Mixed takes patterns
     ends = [i for i, parts in enumerate(layers.values()) if parts and i + 1 < len(layers)]
@@ -268,7 +268,7 @@ def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreeme
 
 
 def _fork(x: Tensor) -> AbstractContextManager[None]:
-    """Inside, random numbers are drawn that do not count."""
+    """Draw random numbers inside this block that do not count."""
     return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
 
 
@@ -281,7 +281,7 @@ def _modules(parameters: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _worst_cosine(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """The smallest cosine, of all parameters or of a module with a weight matrix; 0 of one without a gradient."""
+    """Return the smallest cosine, of all parameters or of a module with a weight matrix; 0 without a gradient."""
     cosines = [_measure(found, exact, list(exact))[0]]
     for names in _modules(exact).values():
         if any(exact[name].ndim > 1 and exact[name].any() for name in names):

@@ -142,7 +142,7 @@ def _macs(layer: Any, x: Tensor, out: Tensor) -> int:
 
 
 def _spikes(x: Tensor) -> int:
-    """The number of spikes in the input of a layer; values of one size, such as thresholds of a twin, are spikes."""
+    """Return the number of spikes in the input of a layer; values of one size, as in a twin, are spikes."""
     size = x.abs()
     if x.numel() and ((size == 0) | (size == size.max())).all():
         return int(x.count_nonzero())

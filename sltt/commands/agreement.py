@@ -123,13 +123,13 @@ def agreement_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def where(row: Mapping[str, Any]) -> str:
-    """At which τ, T and epoch the gradients of a row are."""
+    """Return at which τ, T and epoch the gradients of a row are."""
     tau = "" if row["tau"] is None else f"τ = {row['tau']:g}, "
     return f"{tau}T = {row['steps']}, after {row['epochs']} epoch{'s' * (row['epochs'] != 1)}"
 
 
 def print_agreement(rows: Sequence[Mapping[str, Any]], report: Console) -> None:
-    """A table of all rows, one of the layers of the last, and the advice for each."""
+    """Return a table of all rows, one of the layers of the last, and the advice for each."""
     report.table(Table(agreement_rows(rows)).for_terminal())
     layers = [
         {"layer": name or "(model)", "cosine": number(cosine, ".4f"), "norm / BPTT": number(ratio, ".3f")}

@@ -150,7 +150,7 @@ def raster(sample: "Sample", neurons: int) -> Figure:
 
 
 def svg(figure: Figure, title: str) -> str:
-    """The figure as an SVG element for a page, with the page's colour for text and `title` for screen readers."""
+    """Return the figure as an SVG element, with the page's colour for text and `title` for screen readers."""
     buffer = io.StringIO()
     with rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

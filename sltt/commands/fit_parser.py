@@ -58,7 +58,7 @@ class Help(DefaultHelpFormatter):
 
 
 def _list_subclasses(match: re.Match[str]) -> str:
-    """The list of known subclasses without those that happen to be imported, or nothing where any module fits."""
+    """Return the known subclasses without those that happen to be imported, or nothing where any module fits."""
     named = [name for name in match[1].split(", ") if name.startswith(("sltt.", "torch.optim."))]
     return f", known subclasses: {', '.join(named)}" if named and "torch.nn.Module" not in match[1] else ""
 

@@ -111,7 +111,7 @@ def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report
 
 
 def _row(rule: str, found: Sequence[FewShot], errors: Sequence[str] = ()) -> dict[str, Any]:
-    """A list over seeds of the accuracies after each session, and of each score; errors are of the seeds that died."""
+    """Return lists over seeds of the accuracies after each session, and of each score; errors are of failed seeds."""
     scores = {name: [getattr(one, name) for one in found] for name in SCORES}
     return {"rule": rule, "accuracies": [one.accuracies for one in found], **scores, "errors": list(errors)}
 
@@ -150,7 +150,7 @@ def score_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def print_few_shots(found: Mapping[str, Any], report: Console) -> None:
-    """The scores of each rule, and its accuracy after each session."""
+    """Return the scores of each rule, and its accuracy after each session."""
     base, *sessions = found["sizes"]
     report.line(f"{base} base classes, {len(sessions)} × {sessions[0]} new ones of {found['shot']} samples")
     report.line("accuracy in %, mean ± standard deviation over seeds")

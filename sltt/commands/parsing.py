@@ -66,7 +66,7 @@ class CommandOptions(argparse.ArgumentParser):
         self.add_argument("--save", type=new_folder, metavar="FOLDER", help=folder)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The command's own options, and the words that are left over; none of these is one that is cut short."""
+        """Return the command's own options, and the words that are left over; none of these is one cut short."""
         known, rest = super().parse_known_args(args, namespace)
         trains = [f"--{name}" for name in fit_arguments()]
         for name in (re.split("[.=]", word)[0] for word in rest if word.startswith("--")):
@@ -77,7 +77,7 @@ class CommandOptions(argparse.ArgumentParser):
         return known, rest
 
     def parse_recipe(self, words: Sequence[str], default: str = "digits") -> "tuple[Any, Recipe]":
-        """The command's own options, and the recipe that the words begin with, under the options that are left over."""
+        """Return the command's own options, and the recipe that the words begin with, under the other options."""
         name, words = begin(words, default)
         known, overrides = self.parse_known_args(words)
         return known, Recipe(self.prog.removesuffix(" [RECIPE]"), name, overrides)
@@ -348,7 +348,7 @@ def new_folder(text: str) -> Path:
 
 
 def parse_resume(words: Sequence[str]) -> tuple[Path | None, Path | None, Sequence[str]]:
-    """The values of --resume, which names the settings that the other options are read on top of, and of --code."""
+    """Return the values of --resume, on whose settings the other options are read, and of --code."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path, nargs="?")  # without a value, the whole parser says so
     if (run := parser.parse_known_args(words)[0].resume) is None:

@@ -39,7 +39,7 @@ class Prepared:
         self._steps = steps
 
     def batch(self, size: int) -> tuple[Tensor, Any]:
-        """A training batch of `size` samples and T time steps; where the data has fewer samples, they come again."""
+        """Return a training batch of `size` samples and T time steps; where the data has fewer, they come again."""
         samples: Any = self.splits.train
         order = EpochSampler(len(samples), self._seed)
         count = min(size, len(samples))

@@ -261,7 +261,7 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
 
 
 def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:
-    """`layers` and `paths` of a profile."""
+    """Return `layers` and `paths` of a profile."""
     with prepare(here, built, steps) as ready:
         x, _ = ready.batch(batch)
         model = ready.model.train(built.weights is None)
@@ -321,7 +321,7 @@ def _run_largest(found: Fits, model: PeakModel, steps: int, measure: Callable[[i
 
 
 def _until_regular(rule: Rule) -> int:
-    """The least T from which on memory grows evenly with T: the time steps that a rule keeps or draws together."""
+    """Return the least T from which memory grows evenly with T: the time steps that a rule keeps together."""
     of_layers = (*rule.windows.values(), rule.default) if isinstance(rule, Mixed) else ()
     together = *of_layers, *(getattr(rule, name, None) for name in ("k", "window", "segment", "fold"))
     return max([2, *(steps for steps in together if isinstance(steps, int))])

@@ -122,7 +122,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def _shift(x: Tensor, fill: float) -> Tensor:
-    """x [..., H, W] moved by −1, 0 or 1 pixels in each direction; what leaves one side is lost, `fill` enters."""
+    """Return x [..., H, W] moved by −1, 0 or 1 pixels in each direction; `fill` enters at the other side."""
     dy, dx = torch.randint(0, 3, (2,)).tolist()
     height, width = x.shape[-2:]
     return F.pad(x, (1, 1, 1, 1), value=fill)[..., dy : dy + height, dx : dx + width]

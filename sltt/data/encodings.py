@@ -114,7 +114,7 @@ class Delta(Encoding):
 
 
 def _to_float32(x: Tensor) -> Tensor:
-    """x in float32 at least, where differences have a sign and time steps are exact."""
+    """Return x in float32 at least, where differences have a sign and time steps are exact."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -14,7 +14,7 @@ BATCH_SIZE = 128  # where neither the call nor a loader says one
 
 
 def batch_size_of(data: Any, given: int | None) -> int:
-    """The batch size that is given; None is that of the loader of training samples, or BATCH_SIZE for other data."""
+    """Return the batch size that is given; None is that of the training loader, or BATCH_SIZE for other data."""
     if given is not None:
         return given
     train = data[0] if isinstance(data, tuple | list) and data else data
@@ -23,7 +23,7 @@ def batch_size_of(data: Any, given: int | None) -> int:
 
 
 def as_data(data: Any, batch_size: int) -> Data:
-    """A data set of `sltt.data`, or made of loaders (train, validation, test); raises ValueError for anything else."""
+    """Return a data set of `sltt.data`, or make one of loaders (train, validation, test); else raise ValueError."""
     if isinstance(data, DataLoader):
         data = (data,)
     if isinstance(data, tuple | list) and data and all(isinstance(one, DataLoader | None) for one in data):

@@ -181,7 +181,7 @@ class _Samples(Dataset[Any]):
 
 
 def _pair(name: str, sample: Any, columns: tuple[str, str] | None) -> tuple[Any, Any]:
-    """x and the target of a sample."""
+    """Return x and the target of a sample."""
     if isinstance(sample, Mapping):
         keys = ", ".join(map(str, sample))
         if columns is None:

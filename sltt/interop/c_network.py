@@ -54,7 +54,7 @@ class Operation:
         raise NotImplementedError
 
     def arrays(self) -> dict[str, Tensor]:
-        """The weights and parameters, by name."""
+        """Return the weights and parameters, by name."""
         return {name: getattr(self, name) for name in self.tensors if getattr(self, name) is not None}
 
 
@@ -270,7 +270,7 @@ def _channels(vector: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """x / 2^bits, rounded to the nearest integer, as an arithmetic shift does it."""
+    """Return x / 2^bits, rounded to the nearest integer, as an arithmetic shift does it."""
     return ((x + 2 ** (bits - 1)) / 2**bits).floor()
 
 

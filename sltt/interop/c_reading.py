@@ -193,7 +193,7 @@ class _Reader(fx.Interpreter):
 
 
 def _image(shape: Any) -> tuple[int, int, int]:
-    """[C], [C, L] or [C, H, W] as an image; other shapes as a vector, since only flatten takes them."""
+    """Return [C], [C, L] or [C, H, W] as an image; other shapes as a vector, since only flatten takes them."""
     shape = tuple(shape)
     if len(shape) in (2, 3):
         return shape[0], (1 if len(shape) == 2 else shape[1]), shape[-1]

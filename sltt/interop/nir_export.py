@@ -225,7 +225,7 @@ class _Export(fx.Interpreter):
 
 
 def unique_names(names: Iterable[str]) -> dict[str, str]:
-    """For each name, one that a module may have: without dots."""
+    """Return for each name one that a module may have: without dots."""
     found: dict[str, str] = {}
     taken, empty = set(), nn.ModuleDict()
     for name in names:

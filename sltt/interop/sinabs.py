@@ -73,7 +73,7 @@ def _translate(module: Any) -> nn.Module:
 
 
 def _decay(module: Any) -> Any:
-    """α of the membrane potential of neurons without a synaptic current, from which spikes subtract."""
+    """Return α of the membrane potential of neurons without a synaptic current, from which spikes subtract."""
     plain = type(module) in (LIFSqueeze, IAFSqueeze) and isinstance(module.reset_fn, MembraneSubtract)
     plain = plain and not module.train_alphas and module.tau_syn is None and module.min_v_mem is None
     return module.alpha_mem_calculated if plain else None

@@ -64,7 +64,7 @@ def _translate(module: Any) -> nn.Module:
 
 
 def _decay(module: Any) -> Any:
-    """β, of a membrane potential that spikes do not set to zero: u[t] = β u[t−1] + x[t] − θ s[t−1]."""
+    """Return β, of a membrane potential that spikes do not set to zero: u[t] = β u[t−1] + x[t] − θ s[t−1]."""
     plain = type(module) is Leaky and module.reset_mechanism in ("subtract", "none") and not module.state_quant
     return module.beta.clamp(0, 1) if plain else None
 

@@ -136,7 +136,7 @@ class Calls:
         return False
 
     def pooling(self, node: fx.Node) -> nn.Module | None:
-        """The max pooling that a call runs; None for another call, or where indices or values of the input enter."""
+        """Return the max pooling that a call runs; None for another call, or where indices or input values enter."""
         module = self.module(node)
         if isinstance(module, _POOLS):
             return None if module.return_indices else module

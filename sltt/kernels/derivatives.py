@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward whose gradients raise an error when they are differentiated, for `create_graph=True`.
+    """Return a backward whose gradients raise an error when they are differentiated, for `create_graph=True`.
 
     PyTorch's `once_differentiable` gives gradients without a graph where the incoming ones are constants, as of a sum.
     A penalty on such gradients would vanish without a word.

@@ -74,17 +74,17 @@ class _FailedError(Exception):
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None if there are none. The first call may compile, which takes a few seconds."""
+    """Return the compiled kernels; None if there are none. The first call may compile, which takes a few seconds."""
     return _library()[0]
 
 
 def find_loaded() -> ctypes.CDLL | None:
-    """The compiled kernels if they are there: it compiles nothing."""
+    """Return the compiled kernels if they are there: it compiles nothing."""
     return _library()[0] if _library.cache_info().currsize or _is_there() else None
 
 
 def library_for(elements: int) -> ctypes.CDLL | None:
-    """The compiled kernels for so many elements, by the options in force; they are compiled for many only."""
+    """Return the compiled kernels for so many elements, by the options in force; they are compiled for many only."""
     mode = options().compile
     if mode == "off":
         return None
@@ -97,7 +97,7 @@ def problem() -> str | None:
 
 
 def cache_folder() -> Path:
-    """The folder of what was compiled or measured on this machine."""
+    """Return the folder of what was compiled or measured on this machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sltt"
 
 

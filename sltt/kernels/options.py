@@ -74,7 +74,7 @@ def using(**changes: Any) -> Iterator[None]:
 
 @contextmanager
 def in_force(wanted: Options) -> Iterator[None]:
-    """Inside this block, these options hold: in a backward, which runs in threads of its own, those of the forward."""
+    """Keep these options inside this block: in a backward, which runs in threads of its own, those of the forward."""
     token = _options.set(wanted)
     try:
         yield
@@ -84,7 +84,7 @@ def in_force(wanted: Options) -> Iterator[None]:
 
 @contextmanager
 def choosing_once() -> Iterator[None]:
-    """Inside this block a kernel runs compiled, or not, as at its first call with so many elements.
+    """Run a kernel compiled, or not, inside this block as at its first call with so many elements.
 
     Rounding of the two may differ, and a larger layer compiles the kernel for all.
     """
@@ -140,7 +140,7 @@ class Kernel:
                 self.function(out, *arguments)
 
     def to_argument(self, a: torch.Tensor) -> torch.Tensor:
-        """An argument as the function sees it."""
+        """Return an argument as the function sees it."""
         # a number stays a number of no dimension: as a vector it would decide the type of the result
         return memory(a) if a.ndim else a.detach()
 
@@ -164,7 +164,7 @@ class Kernel:
 
 
 def memory(x: torch.Tensor) -> torch.Tensor:
-    """A dense tensor's memory [n]; not as a view, since the compiler would compile anew for each form of its base."""
+    """Return a dense tensor's memory [n]; not as a view, for which the compiler would compile anew."""
     x = x.resolve_neg()  # a negated view has the memory of what it negates
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))
 
@@ -180,7 +180,7 @@ def known_layout(x: torch.Tensor, channels: bool) -> bool:
 
 
 def match_format(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """A tensor in the memory format of another."""
+    """Return a tensor in the memory format of another."""
     x = x.resolve_neg()
     return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
 
@@ -202,7 +202,7 @@ def without_modes() -> AbstractContextManager[None]:
 
 
 def _vector_width() -> dict[str, Any]:
-    """An option of the compiler that says for which vectors it compiles.
+    """Return an option of the compiler that says for which vectors it compiles.
 
     It is a part of the key of TorchInductor's cache, and the instruction set is not. Without it, a process limited by
     ATEN_CPU_CAPABILITY takes code that was made for other vectors, and computes wrong values.
@@ -211,6 +211,6 @@ def _vector_width() -> dict[str, Any]:
 
 
 def _of_its_own(function: Callable[..., None]) -> Callable[..., None]:
-    """The function with code of its own: the compiler counts its versions by the code, which closures share."""
+    """Return the function with code of its own: the compiler counts its versions by the code, which closures share."""
     code, names = function.__code__.replace(), function.__globals__
     return types.FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)

@@ -50,7 +50,7 @@ def check_floating(x: Tensor) -> None:
 
 
 def run_features(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """x through layers that begin with a convolution and BatchNorm, which are computed once for a static image."""
+    """Run layers that begin with a convolution and BatchNorm, which are computed once for a static image."""
     for i, layer in enumerate(layers):
         x = once(layer, x) if i < 2 else layer(x)
     return x

@@ -237,5 +237,5 @@ def _heads(heads: int, channels: int) -> int:
 
 
 def _split(spikes: Tensor, heads: int) -> Tensor:
-    """[B, D, H, W] to [B, h, d, N]."""
+    """Return [B, D, H, W] to [B, h, d, N]."""
     return spikes.flatten(2).unflatten(1, (heads, -1))

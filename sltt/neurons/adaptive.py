@@ -45,7 +45,7 @@ class ALIF(_Leaky):
         self.beta = number("beta", beta, least=0)
 
     def threshold_decay(self) -> float:
-        """ρ."""
+        """Return ρ."""
         return 1 - 1 / self.tau_a
 
     @staticmethod
@@ -98,11 +98,11 @@ class ChannelLIF(Neuron):
         self.surrogate = instance("surrogate", surrogate, Surrogate)
 
     def decay(self) -> Tensor:
-        """λ_c, [C]."""
+        """Return λ_c, [C]."""
         return 1 - torch.sigmoid(self.w)
 
     def threshold(self) -> Tensor:
-        """θ_c, [C]."""
+        """Return θ_c, [C]."""
         return torch.exp(self.k)
 
     @staticmethod
@@ -112,7 +112,7 @@ class ChannelLIF(Neuron):
         return s, u - threshold * s
 
     def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
-        """The steps by the kernels of `LIF`, where these take a constant for each channel."""
+        """Run the steps by the kernels of `LIF`, where these take a constant for each channel."""
         constants = {"v_threshold": 1.0, "v_reset": None, "decay_input": False, "detach_reset": False}
         step = kernel_step(type(self), None, **constants, surrogate=self.surrogate)
         if type(self).step is not ChannelLIF.step or not steps_by_channel(step, self.v, x, self.w):

@@ -104,12 +104,12 @@ class Neuron(Stateful):
         return dtype
 
     def state_type(self, x: Tensor) -> torch.dtype:
-        """The type of the states for an input x."""
+        """Return the type of the states for an input x."""
         instance("x", x, Tensor)
         return x.dtype if self.half_state else torch.promote_types(x.dtype, torch.float32)
 
     def first_states(self) -> dict[str, float]:
-        """The value of each state before the first step."""
+        """Return the value of each state before the first step."""
         start: dict[str, float]
         start = dict(self.start) if isinstance(self.start, Mapping) else dict.fromkeys(self.states, self.start)
         if start.keys() != {*self.states} or not all(isinstance(value, int | float) for value in start.values()):
@@ -120,7 +120,7 @@ class Neuron(Stateful):
         return {name: start[name] for name in self.states}
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of `step`."""
+        """Return the keyword arguments of `step`."""
         names = argument_names(type(self))
         if missing := [name for name in names if not hasattr(self, name)]:
             kind, name = type(self).__name__, missing[0]
@@ -129,7 +129,7 @@ class Neuron(Stateful):
         return {name: value() if inspect.ismethod(value) else value for name, value in found.items()}
 
     def _fit_arguments(self, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """The arguments, with tensors in the states' type and ready to be broadcast to x."""
+        """Return the arguments, with tensors in the states' type and ready to be broadcast to x."""
         return {
             name: self._fit(name, value.to(dtype), x) if isinstance(value, Tensor) else value
             for name, value in self.arguments().items()
@@ -156,7 +156,7 @@ class Neuron(Stateful):
         return spikes
 
     def as_function(self, x: Tensor) -> tuple[CustomStep, tuple[Tensor, ...]]:
-        """`step` with its constants, and its parameters, ready for an input x."""
+        """Return `step` with its constants, and its parameters, ready for an input x."""
         named = self._fit_arguments(x, self.state_type(x))
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         constants = tuple((name, value) for name, value in named.items() if name not in tensors)
@@ -169,7 +169,7 @@ class Neuron(Stateful):
         return CustomStep(type(self).step, len(self.states), parameters, constants), tuple(tensors.values())
 
     def _plain_steps(self, x: Tensor, dtype: torch.dtype, steps: int, cut: bool) -> Tensor:
-        """In one graph with the layers around: the plain function, which they differentiate and fuse themselves."""
+        """Run the plain function in one graph with the layers around, which differentiate and fuse it themselves."""
         named, spikes = self._fit_arguments(x, dtype), []
         states = [getattr(self, name) for name in self.states]
         for x_t in x.chunk(steps) if steps > 1 else (x,):  # exporters have no split into one
@@ -211,7 +211,7 @@ def takes_any(kind: type[Neuron]) -> bool:
 
 @functools.cache
 def argument_names(kind: type[Neuron]) -> tuple[str, ...]:
-    """The keyword arguments of a class's `step`; raises ValueError if it is no function of x and the states."""
+    """Return the keyword arguments of a class's `step`; raises ValueError if it is no function of x and the states."""
     if isinstance(kind.states, str):
         raise ValueError(f"{kind.__name__} has states = {kind.states!r}: write a tuple of names, ({kind.states!r},)")
     if not kind.states:

@@ -81,7 +81,7 @@ _BY_SHAPE = (
 
 
 def _in_shape(kind: type, step: CustomStep, shape: tuple[int, ...], arguments: Any) -> list[Tensor]:
-    """The function's results where its arguments have another shape."""
+    """Return the function's results where its arguments have another shape."""
     x, states, parameters = arguments
     channels = [p.view(-1, *[1] * (len(shape) - 2)) if p.ndim else p for p in parameters]
     try:
@@ -92,7 +92,7 @@ def _in_shape(kind: type, step: CustomStep, shape: tuple[int, ...], arguments: A
 
 
 def _run_watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """The function's results on `leaves`, whose operations are watched."""
+    """Return the function's results on `leaves`, whose operations are watched."""
     problem = functools.partial(_problem, kind)
     x, *others = leaves
     watch, results = _Watch(leaves), ()

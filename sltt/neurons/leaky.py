@@ -104,7 +104,7 @@ class IntegrateAndFire(Neuron):
         self.half_state = flag("half_state", half_state)
 
     def decay(self) -> float | Tensor:
-        """λ: the share of the membrane potential that stays from one step to the next."""
+        """Return λ: the share of the membrane potential that stays from one step to the next."""
         raise NotImplementedError
 
     @property
@@ -123,7 +123,7 @@ class IntegrateAndFire(Neuron):
         return (named if takes_any(type(self)) else {}) | super().arguments()
 
     def constants(self) -> dict[str, Any]:
-        """The arguments of `lif_step` that are never learned."""
+        """Return the arguments of `lif_step` that are never learned."""
         return {
             "v_threshold": self.v_threshold,
             "v_reset": self.v_reset,
@@ -145,7 +145,7 @@ class IntegrateAndFire(Neuron):
         return not own and (not isinstance(decay, Tensor) or decay.numel() == 1)
 
     def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
-        """The steps by a kernel made for this function, which saves the membrane potential after the step only."""
+        """Run the steps by a kernel made for this function, which saves only the membrane potential after the step."""
         decay = self.decay()
         if not self._is_plain(decay):
             return super().fused_steps(x, steps, cut)
@@ -246,7 +246,7 @@ class LIF(IntegrateAndFire):
 
     @classmethod
     def from_beta(cls, beta: float, **kwargs: Any) -> Self:
-        """A LIF with decay β = λ = 1 − 1/τ, the parameter of snnTorch. β is in (0, 1)."""
+        """Return a LIF with decay β = λ = 1 − 1/τ, the parameter of snnTorch. β is in (0, 1)."""
         beta = number("beta", beta, above=0, below=1, remedy="for no leak use sltt.IF")
         return cls(tau=1 / (1 - beta), **kwargs)
 
@@ -339,7 +339,7 @@ class _Leaky(Neuron):
         self.surrogate = instance("surrogate", surrogate, Surrogate)
 
     def decay(self) -> float:
-        """λ."""
+        """Return λ."""
         return 1 - 1 / self.tau
 
     def extra_repr(self) -> str:
@@ -347,5 +347,5 @@ class _Leaky(Neuron):
 
 
 def valid_tau(tau: float) -> float:
-    """A time constant in time steps, checked."""
+    """Return a time constant in time steps, checked."""
     return number("tau", tau, above=1, remedy="τ is in time steps, and λ = 1 − 1/τ must be positive")

@@ -50,7 +50,7 @@ class Recurrent(Stateful):
             raise ValueError(f"neuron must be a layer of neurons, such as sltt.LIF(), got {type(neuron).__name__}")
 
     def first_states(self) -> dict[str, float]:
-        """The value of the state before the first step."""
+        """Return the value of the state before the first step."""
         return {"s": 0.0}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class OnlineRenorm(Stateful, _BatchNorm):
             raise ValueError(f"expected input [B, {self.num_features}, ...], got shape {list(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """x [B, C, ...] of one time step to y of the same shape."""
+        """Return x [B, C, ...] of one time step to y of the same shape."""
         self._check_input_dim(input)
         if not self.training:
             return self._normalise(input, *self._running_statistics())
@@ -98,7 +98,7 @@ class OnlineRenorm(Stateful, _BatchNorm):
         return self._normalise(x, *used)
 
     def _track(self, mean: Tensor, var: Tensor) -> None:
-        """The running statistics as they are if the sequence ends with this step."""
+        """Return the running statistics as they are if the sequence ends with this step."""
         assert self.before is not None
         assert self.momentum is not None
         origin, first, second, steps = self.sums or (mean, 0, 0, 0)
@@ -168,11 +168,11 @@ class StableLIF(Neuron):
         self.follow = _Threshold(number("v_threshold", v_threshold, above=0), momentum)
 
     def decay(self) -> float:
-        """λ."""
+        """Return λ."""
         return 1.0 if self.tau is None else 1 - 1 / self.tau
 
     def threshold(self) -> Tensor:
-        """θ of the step in progress."""
+        """Return θ of the step in progress."""
         assert self.follow.now is not None
         return self.follow.now
 

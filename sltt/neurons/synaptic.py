@@ -59,11 +59,11 @@ class CubaLIF(Neuron):
         self.start = {"v": self.v_reset or 0.0, "i": 0.0}
 
     def decay(self) -> float:
-        """λ."""
+        """Return λ."""
         return 1.0 if self.tau is None else 1 - 1 / self.tau
 
     def synaptic_decay(self) -> float:
-        """α."""
+        """Return α."""
         return 1 - 1 / self.tau_syn
 
     @staticmethod
@@ -86,7 +86,7 @@ class CubaLIF(Neuron):
         return s, v, i
 
     def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
-        """The current by plain operations, of which autograd keeps nothing, then the steps of `LIF`."""
+        """Compute the current by plain operations, of which autograd keeps nothing, then the steps of `LIF`."""
         named = self.arguments()
         if type(self).step is not CubaLIF.step or any(isinstance(v, Tensor) for v in named.values()):
             return super().fused_steps(x, steps, cut)  # of a subclass, or with a parameter that is learned

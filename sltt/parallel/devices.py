@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
 
 
 def count_started() -> tuple[int, int]:
-    """The processes on this machine, and the machines, that torchrun or Slurm started; 1 and 1 where neither did."""
+    """Return the processes on this machine, and the machines, that torchrun or Slurm started; else 1 and 1."""
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return local, int(os.environ["WORLD_SIZE"]) // local

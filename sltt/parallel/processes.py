@@ -110,7 +110,7 @@ class Processes:
 
 
 def control() -> Any:
-    """A group for what is on the host, beside the one for tensors on GPUs, so that a decision waits for no kernel.
+    """Return a group for what is on the host, beside that for GPUs, so that a decision waits for no kernel.
 
     Its messages fail when a process ends, at once, also where kernels on GPUs would wait for it.
     """

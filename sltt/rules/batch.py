@@ -150,13 +150,13 @@ class Batch:
         return (values[0] if len(values) == 1 else torch.stack(values).sum()) / self.steps
 
     def window_loss(self, steps: range, logits: Tensor) -> Tensor:
-        """The loss of the logits [n, B, C] of a window, for a loss of a whole sequence; it counts n/T."""
+        """Return the loss of the logits [n, B, C] of a window, for a loss of a whole sequence; it counts n/T."""
         value = step_loss(self.loss, logits, self.targets(slice(steps.start, steps.stop))) * len(steps) / self.steps
         self._total = self._total + value.detach()
         return value
 
     def targets(self, steps: int | slice) -> Any:
-        """The target of time steps; the same for all of them, unless the loss takes one for each."""
+        """Return the target of time steps; the same for all of them, unless the loss takes one for each."""
         if isinstance(self.target, Padded) and isinstance(steps, int):
             return self.target.at(steps, self._real_rows, self._per_step)
         return self.target[steps] if self._per_step else self.target
@@ -170,7 +170,7 @@ class Batch:
         self.network.detach()
 
     def logits(self, step: int) -> Tensor:
-        """The logits [B, C] of a time step that has run, without a graph."""
+        """Return the logits [B, C] of a time step that has run, without a graph."""
         assert self._logits is not None, "no step has run"
         return self._logits[step]
 
@@ -186,7 +186,7 @@ class Batch:
 
 
 def sequence_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
-    """The loss of a sequence of logits [T, B, C], as the rules take it."""
+    """Return the loss of a sequence of logits [T, B, C], as the rules take it."""
     if isinstance(loss, SequenceLoss):
         return step_loss(loss, logits, target)
     if isinstance(target, Padded):
@@ -198,7 +198,7 @@ def sequence_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
 
 
 def step_loss(loss: StepLoss, logits: Tensor, target: Any) -> Tensor:
-    """The loss of one time step, checked to be a scalar; 0 where no sample is real any more."""
+    """Return the loss of one time step, checked to be a scalar; 0 where no sample is real any more."""
     if isinstance(target, Real):
         if not len(target.target):
             return logits.sum() * 0

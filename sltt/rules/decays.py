@@ -56,7 +56,7 @@ def _check_decay(value: Any, name: str, neuron: nn.Module) -> Decay:
 
 
 def _find_equivalent(neuron: nn.Module, role: Role) -> Any:
-    """The neuron of ours that equals a neuron; itself where none does."""
+    """Return the neuron of ours that equals a neuron; itself where none does."""
     if isinstance(neuron, Neuron) or not role.translate:
         return neuron
     try:

@@ -127,7 +127,7 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
 
 
 def _changed_in_place(run: Run) -> str | None:
-    """The first spikes, or other outputs that their layer's backward needs, that are changed in place after it.
+    """Return the first spikes, or other outputs that their layer's backward needs, that are changed in place after it.
 
     Found by running a time step.
     """

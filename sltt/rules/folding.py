@@ -128,7 +128,7 @@ def _of_sizes(run: Run, seen: Seen, scale: float) -> Fold:
 
 
 def _even(steps: int, most: float) -> int:
-    """At most `most` time steps, so that as few calls as possible have about as many each."""
+    """Return at most `most` time steps, so that as few calls as possible have about as many each."""
     return math.ceil(steps / math.ceil(steps / max(1, int(most))))
 
 

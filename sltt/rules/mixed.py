@@ -94,7 +94,7 @@ class Mixed(Rule):
         return _Cut()
 
     def window_lengths(self, model: nn.Module, steps: int) -> dict[nn.Module, int]:
-        """The window of each module with a state, in time steps; T or more is that of the whole sequence."""
+        """Return the window of each module with a state, in time steps; T or more is that of the whole sequence."""
         layers = neuron_layers(model)
         outer = {name: _outermost_layer(name, layers) for name in layers}  # neurons inside of another have its window
         names = dict.fromkeys(outer.values())
@@ -121,17 +121,17 @@ class Mixed(Rule):
 
 
 def _outermost_layer(name: str, layers: Iterable[str]) -> str:
-    """The first of the layers that a layer is inside of, or the layer itself."""
+    """Return the first of the layers that a layer is inside of, or the layer itself."""
     return next((outer for outer in layers if name == outer or name.startswith(f"{outer}.")), name)
 
 
 def neuron_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that can have a window, by name: the modules with a state that a gradient flows through."""
+    """Return the layers that can have a window, by name: the modules with a state that a gradient flows through."""
     return {layer.name: layer.module for layer in Layout(model).keepers if layer.differentiable}
 
 
 def layer_order(model: nn.Module, sequence: Sequence) -> dict[str, bool]:
-    """The layers of neurons in the order in which a time step runs them, and whether the network parts at each.
+    """Return the layers of neurons in the order in which a time step runs them, and whether the network parts at each.
 
     Where it does not, since something goes around the layer's output, `Mixed` cannot free what is above it.
     """
@@ -190,7 +190,7 @@ class _Cut(Step):
         return leaf
 
     def forward(self, batch: Batch, t: int) -> Tensor:
-        """The loss of time step t, in a graph that is cut. The first step of a sequence finds out where."""
+        """Return the loss of time step t, in a graph that is cut. The first step of a sequence finds out where."""
         start = Snapshot(batch.network) if t == 0 and self.module is not None else None
         while True:
             before = _graph_of_states(self.kept)
@@ -208,7 +208,7 @@ class _Cut(Step):
             start.restore(leaves=False)
 
     def chain_backward(self, waiting: Tensor | None) -> Tensor | None:
-        """The scalar `waiting`, whose backward also sends what this step's left at the cut through the graph below.
+        """Return `waiting`, whose backward also sends what this step left at the cut through the graph below.
 
         The output itself is forgotten: its spikes are saved as bits in the graph.
         """
@@ -238,7 +238,7 @@ def _graph_of_states(modules: Iterable[nn.Module]) -> set[Any]:
 
 
 def _graph_nodes(roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
-    """The nodes of the graph behind `roots`, with these, and not further than `stop`."""
+    """Return the nodes of the graph behind `roots`, with these, and not further than `stop`."""
     seen: set[Any] = set()
     stop, todo = set(stop), [root for root in roots if root is not None]
     while todo:
@@ -250,5 +250,5 @@ def _graph_nodes(roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
 
 
 def _operations(nodes: set[Any]) -> set[Any]:
-    """The nodes but those of leaves, which add up gradients."""
+    """Return the nodes but those of leaves, which add up gradients."""
     return {node for node in nodes if node.name() != "torch::autograd::AccumulateGrad"}

@@ -121,7 +121,7 @@ class _Recording(Step):
         return self.layer
 
     def layer(self, layer: Layer, x: Tensor) -> Tensor:
-        """The layer in this pass."""
+        """Run the layer in this pass."""
         if layer.spikes and not in_backward():
             self.run.take_turn(layer, NEURON)
         self.run.shows = self.what == "step"
@@ -135,12 +135,12 @@ class _Recording(Step):
 
 
 def _loss(batch: Batch, logits: Tensor) -> Tensor:
-    """The loss of the mean logits [B, C]."""
+    """Return the loss of the mean logits [B, C]."""
     return step_loss(batch.loss, logits.unsqueeze(0) if batch.whole else logits, batch.target)
 
 
 def _with_value(value: Tensor, x: Tensor) -> Tensor:
-    """The numbers of `value`, with the gradient of x: x − x is 0 to the last bit."""
+    """Return the numbers of `value`, with the gradient of x: x − x is 0 to the last bit."""
     return value + (x - x.detach()).to(value.dtype)
 
 
@@ -152,15 +152,15 @@ class _Layer:
         self.calls = 0
 
     def step(self, x: Tensor) -> Tensor:
-        """The layer in one of the T steps."""
+        """Run the layer in one of the T steps."""
         raise NotImplementedError
 
     def rate(self, x: Tensor) -> Tensor:
-        """The layer in the rate pass."""
+        """Run the layer in the rate pass."""
         raise NotImplementedError
 
     def steady(self, x: Tensor) -> Tensor:
-        """The layer in a rate pass without steps before: T steps under x itself."""
+        """Run the layer in a rate pass without steps before: T steps under x itself."""
         raise NotImplementedError
 
     def check(self, steps: int) -> None:
@@ -172,7 +172,7 @@ class _Layer:
             )
 
     def count(self) -> int:
-        """In how many time steps the layer ran."""
+        """Return in how many time steps the layer ran."""
         if not self.calls:
             raise ValueError(
                 f"{self.layer.name} does not run in the time steps as it does on their mean input: use SLTT"
@@ -240,7 +240,7 @@ class _NeuronLayer(_Layer):
 
 
 def _spikes(found: Steady, steps: int) -> Tensor | int:
-    """The number of spikes in T steps."""
+    """Return the number of spikes in T steps."""
     if found.spikes is not None:
         return found.spikes
     numbers = (found.rate * steps).round_()

@@ -52,7 +52,7 @@ def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
 
 
 def split(steps: range, length: int) -> list[range]:
-    """The time steps in runs of `length`; the last may be shorter."""
+    """Return the time steps in runs of `length`; the last may be shorter."""
     return [steps[i : i + length] for i in range(0, len(steps), length)]
 
 

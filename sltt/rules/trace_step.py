@@ -131,7 +131,7 @@ class _Operations(TorchFunctionMode):
         self.traces = traces
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the layer."""
+        """Run the forward of the layer."""
         layer, before = self.layer, self.traces.uses[self.layer]
         with self:
             result = self.plain(*args, **kwargs)

@@ -42,7 +42,7 @@ class Traced(torch.autograd.Function):
 
 
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...], needs: list[bool]) -> Any:
-    """The gradients of input and weight that are needed; `settings` are those of a convolution."""
+    """Return the gradients of input and weight that are needed; `settings` are those of a convolution."""
     if not settings:
         return (
             grad @ weight.to(grad.dtype) if needs[0] else None,
@@ -56,13 +56,13 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...
 
 
 def _bias_gradient(grad: Tensor, ones: list[float | Tensor], channels: int) -> Any:
-    """The gradient of a bias whose input, the constant 1, has the trace `ones` in each time step of grad [n·B, ...]."""
+    """Return the gradient of a bias, whose input 1 has the trace `ones` in each time step of grad [n·B, ...]."""
     others = [axis for axis in range(grad.ndim) if axis != channels % grad.ndim]
     return sum(part.sum(others) * one for part, one in zip(grad.chunk(len(ones)), ones, strict=True))
 
 
 def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
-    """The same tensor, and its gradient times a factor."""
+    """Return the same tensor, and its gradient times a factor."""
     same = x.view_as(x)
     same.register_hook(lambda grad: grad * factor)
     return same

@@ -27,7 +27,7 @@ from sltt.sequence.steps import in_backward
 
 
 def traces_of(layout: Layout, decay: float | None, inputs: bool) -> "Traces":
-    """The traces of a network at the start of a sequence; raises ValueError naming a layer that has none."""
+    """Return the traces of a network at the start of a sequence; raises ValueError naming a layer that has none."""
     if any(layer.compiled for layer in layout.layers.values()):
         raise ValueError(
             "OTTT traces what layers read, which compiled code hides: give it the network before torch.compile"
@@ -142,7 +142,7 @@ class _Trace:
             )
 
     def follows(self) -> Decays | None:
-        """The one constant λ that it follows, without a synaptic current; None for others."""
+        """Return the one constant λ that it follows, without a synaptic current; None for others."""
         found = [decay() for decay in self.decays]
         constant = not any(isinstance(decay, Tensor) or synaptic for decay, synaptic in found)
         return found[0] if constant and len(set(found)) == 1 else None
@@ -223,11 +223,11 @@ class Traces:
         return learns and reads and torch.is_grad_enabled() and not in_backward()
 
     def _source(self, layer: nn.Module) -> nn.Module | None:
-        """The neurons whose spikes a layer that runs now reads; None before the first of a time step."""
+        """Return the neurons whose spikes a layer that runs now reads; None before the first of a time step."""
         return self.own.get(layer, self.last)
 
     def read(self, layer: nn.Module, x: Tensor | None, steps: int = 1) -> _Trace | None:
-        """The trace of this use of a layer, which reads x [n·B, ...], n time steps on; None for one without."""
+        """Return the trace of this use of a layer, which reads x [n·B, ...], n time steps on; None for one without."""
         if in_backward():
             return self._read_again(layer)
         source = self._source(layer)
@@ -250,7 +250,7 @@ class Traces:
         return trace
 
     def _read_again(self, layer: nn.Module) -> _Trace | None:
-        """The trace of the time step whose backward runs this layer again."""
+        """Return the trace of the time step whose backward runs this layer again."""
         if (layer, 1) in self.traces:
             raise ValueError(
                 f"a checkpoint runs {layer} again, which the network uses several times in a time step: OTTT cannot "
@@ -307,7 +307,7 @@ class Traces:
             waiting += [behind for behind, _ in node.next_functions]
 
     def _with_decay(self, neuron: IntegrateAndFire, x: Tensor) -> Tensor:
-        """The input x of neurons, with the gradient of their λ through earlier time steps; the value is the same.
+        """Return the input x of neurons, with the gradient of λ through earlier time steps; the value is the same.
 
         ∂u[t]/∂λ = v[t−1] + λ ∂v[t−1]/∂λ, and the neuron itself has the first term.
         """

@@ -54,10 +54,10 @@ class Truncated(Rule):
 
     @abstractmethod
     def window_length(self, steps: int) -> int:
-        """The window of a sequence of T = `steps` time steps."""
+        """Return the window of a sequence of T = `steps` time steps."""
 
     def trained_steps(self, batch: Batch) -> Container[int]:
-        """The steps with a graph and a backward; the others run forward only."""
+        """Return the steps with a graph and a backward; the others run forward only."""
         return range(batch.steps)
 
     def loss_scale(self, steps: int) -> float:
@@ -68,7 +68,7 @@ class Truncated(Rule):
         return self.run_folded(batch, self.choose_fold(batch))
 
     def run_folded(self, batch: Batch, fold: Fold) -> Output:
-        """`run` with so many time steps in a call of the network."""
+        """Do as `run`, with so many time steps in a call of the network."""
         steps, length = range(batch.steps), self.window_length(batch.steps)
         trained, scale = self.trained_steps(batch), self.loss_scale(batch.steps)
         cut = length == 1  # such windows share a call of the network: the neurons cut the gradient between its steps

@@ -13,7 +13,7 @@ _lock = threading.Lock()
 
 
 def run_of(module: nn.Module) -> Any:
-    """The run that a module is in, or None."""
+    """Return the run that a module is in, or None."""
     return _claims.get(module)
 
 

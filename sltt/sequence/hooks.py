@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def keep_hooks(*handles: RemovableHandle) -> Iterator[None]:
-    """Inside this block, hooks run that were just registered; at its end they are removed."""
+    """Keep hooks that were just registered inside this block; remove them at its end."""
     try:
         yield
     finally:

@@ -139,7 +139,7 @@ class Layout:
                     yield from ((layer, key, module) for module in found if module not in self.layers)
 
     def state_tensors(self) -> list[Tensor]:
-        """The tensors in all states, in an order that is the same wherever a time step ends."""
+        """Return the tensors in all states, in an order that is the same wherever a time step ends."""
         return [tensor for layer in self.keepers for tensor in state_tensors(layer.module)]
 
 
@@ -154,5 +154,5 @@ def _modules_in(value: Any) -> list[nn.Module]:
 
 
 def spiking_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of neurons of a model, ours and other libraries', by name."""
+    """Return the layers of neurons of a model, ours and other libraries', by name."""
     return Layout(model).neurons

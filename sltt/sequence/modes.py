@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside this block, a model is in evaluation mode; after it, each of its modules is in the mode that it was in."""
+    """Keep a model in evaluation mode inside this block; then set each module back to the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -77,7 +77,7 @@ class Results:
         self._checked: set[nn.Module] = set()
 
     def once(self, function: Callable[..., Tensor], owner: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        """See `once` of this module."""
+        """Do as `once` of this module."""
         self._check(owner, "call it without sltt.once" if owner is function else "give it a module without neurons")
         if not self._keep or not all(any(x is fixed for fixed in self._fixed) for x in inputs):
             return function(*inputs)
@@ -118,7 +118,7 @@ class Results:
 
 
 def hand_over(total: Tensor, found: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The scalar `total`, whose backward also gives each tensor its gradient, which an earlier backward found."""
+    """Return the scalar `total`, whose backward also gives each tensor the gradient that an earlier one found."""
     return _HandOver.apply([g for _, g in found], total, *(x for x, _ in found))  # type: ignore[return-value]
 
 

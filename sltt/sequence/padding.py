@@ -31,7 +31,7 @@ class Padded(NamedTuple):
         return sum(self.lengths)
 
     def at(self, t: int, rows: Sequence[Tensor], per_step: bool) -> "Real":
-        """The targets of the samples that are real at step t, whose `rows` are those of `real_rows`."""
+        """Return the targets of the samples that are real at step t, whose `rows` are those of `real_rows`."""
         target, index = self.target[t] if per_step else self.target, rows[t]
         weight = len(index) * len(rows) / self.steps
         if len(index) == len(self.lengths):
@@ -45,12 +45,12 @@ class Padded(NamedTuple):
         return rows.split(real.sum(1).tolist())
 
     def rows(self, index: Sequence[int], per_step: bool) -> "Padded":
-        """The targets of some samples."""
+        """Return the targets of some samples."""
         rows = torch.tensor(index)
         return Padded(self.target.index_select(int(per_step), rows), [self.lengths[b] for b in index])
 
     def split(self, count: int, per_step: bool) -> list["Padded"]:
-        """The targets in so many parts, as `Tensor.tensor_split`."""
+        """Return the targets in so many parts, as `Tensor.tensor_split`."""
         targets, rows = self.target.tensor_split(count, int(per_step)), torch.arange(len(self.lengths))
         parts = (part.tolist() for part in rows.tensor_split(count))
         return [Padded(y, [self.lengths[b] for b in part]) for y, part in zip(targets, parts, strict=True)]
@@ -65,12 +65,12 @@ class Real(NamedTuple):
 
 
 def pad(x: Tensor, steps: int) -> Tensor:
-    """A sequence, or a batch of them, [T, ...], with zeros behind its end: [steps, ...]."""
+    """Return a sequence, or a batch of them, [T, ...], with zeros behind its end: [steps, ...]."""
     return x if len(x) == steps else torch.cat([x, x.new_zeros(steps - len(x), *x.shape[1:])])
 
 
 def pad_batch(x: Tensor, y: Padded, steps: int, per_step: bool) -> tuple[Tensor, Padded]:
-    """A batch of so many steps; with `per_step`, its targets too."""
+    """Return a batch of so many steps; with `per_step`, its targets too."""
     return pad(x, steps), y._replace(target=pad(y.target, steps)) if per_step else y
 
 
@@ -89,12 +89,12 @@ def check_lengths(lengths: Sequence[Any], steps: int, batch: int) -> None:
 
 
 def target_of(target: Any) -> Any:
-    """The target itself, of `Padded` or not."""
+    """Return the target itself, of `Padded` or not."""
     return target.target if isinstance(target, Padded) else target
 
 
 def lengths_of(target: Any) -> Sequence[int] | None:
-    """The lengths of the samples; None where they are not padded."""
+    """Return the lengths of the samples; None where they are not padded."""
     return target.lengths if isinstance(target, Padded) else None
 
 

@@ -15,7 +15,7 @@ See = TypeVar("See", bound=Callable[..., None])
 
 @contextmanager
 def observe_spikes(layers: Mapping[str, nn.Module], see: See) -> Iterator[See]:
-    """Inside this block, `see(name, spikes)` gets what layers of neurons make: [n·B, ...] for n steps, in its graph.
+    """Show spikes inside this block: `see(name, spikes)` gets [n·B, ...] of n steps of a layer, in its graph.
 
     One that counts, with an attribute `counts`, also takes a number of spikes, and of how many there could be.
     """
@@ -72,5 +72,5 @@ def show(module: nn.Module, spikes: Tensor) -> None:
 
 
 def spikes_of(output: Any) -> Tensor:
-    """The spikes in what a layer of neurons gives; layers of other libraries give their state too."""
+    """Return the spikes in what a layer of neurons gives; layers of other libraries give their state too."""
     return output[0] if isinstance(output, tuple) else output

@@ -151,7 +151,7 @@ def set_role(kind: type, role: Role) -> None:
 
 @functools.cache
 def role_of(cls: type) -> Role:
-    """The role of the modules of a class."""
+    """Return the role of the modules of a class."""
     for library in {c.__module__.partition(".")[0] for c in cls.__mro__} & _LIBRARIES:
         import_module(f"sltt.interop.{library}")
     found = [c for c in cls.__mro__ if c in _roles]
@@ -168,7 +168,7 @@ def role_of(cls: type) -> Role:
 
 
 def state_names(module: nn.Module) -> tuple[str, ...]:
-    """The attributes of a module that hold tensors between time steps; none for a module that keeps no state."""
+    """Return the attributes of a module that hold tensors between time steps; none for a module that keeps no state."""
     return tuple(role_of(type(module)).states(module))
 
 
@@ -209,7 +209,7 @@ def detach_module(module: nn.Module) -> None:
 
 
 def state_tensors(module: nn.Module) -> list[Tensor]:
-    """The tensors in the states of one module."""
+    """Return the tensors in the states of one module."""
     found: list[Tensor] = []
     for name in state_names(module):
         map_tensors(found.append, getattr(module, name))
@@ -217,7 +217,7 @@ def state_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], state: Any) -> Any:
-    """A state with `function` applied to its tensors, in new tuples, named tuples, lists and dictionaries."""
+    """Return a state with `function` applied to its tensors, in new tuples, named tuples, lists and dictionaries."""
     if isinstance(state, Tensor):
         return function(state)
     if isinstance(state, tuple) and hasattr(state, "_fields"):

@@ -56,7 +56,7 @@ class Step:
         """Raise ValueError where several time steps cannot share a call; by default, they can."""
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        """A layer of neurons."""
+        """Run a layer of neurons."""
         if _current_graph_task_id() != -1:  # as `in_backward`
             return layer.plain(*args, **kwargs)  # which says what is wrong
         run = self.run
@@ -82,7 +82,7 @@ class Step:
         return type(self).neuron is Step.neuron and type(self).weight is Step.weight and not self.run.recompute
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        """A linear layer or a convolution, on active inputs only where that is faster."""
+        """Run a linear layer or a convolution, on active inputs only where that is faster."""
         if layer.operation is None or len(args) != 1:
             return layer.plain(*args, **kwargs)
         module, run = layer.module, self.run
@@ -96,7 +96,7 @@ class Step:
         return kernels.run_layer(layer.operation, x, weight, module.bias, run.weights, run.recompute)
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        """A normalisation; BatchNorm takes the statistics of each time step by itself."""
+        """Run a normalisation; BatchNorm takes the statistics of each time step by itself."""
         steps = self.run.fold
         if not layer.role.stepwise:
             return layer.plain(*args, **kwargs)
@@ -115,7 +115,7 @@ class Step:
         return kernels.plain_norm(layer.module, *args) if known else layer.plain(*args, **kwargs)
 
     def pool(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        """A pooling."""
+        """Run a pooling."""
         if not args:
             return layer.plain(**kwargs)
         x, module = args[0], layer.module

@@ -37,7 +37,7 @@ class Sequence:
         return self.x.shape[0 if self.static else 1]
 
     def input(self, steps: range) -> Tensor:
-        """The input of time steps, folded into the batch dimension: [n·B, ...]."""
+        """Return the input of time steps, folded into the batch dimension: [n·B, ...]."""
         if self.static:
             return self.x if len(steps) == 1 else self._repeat(len(steps))
         return self.x[steps.start] if len(steps) == 1 else self.x[steps.start : steps.stop].flatten(0, 1)
@@ -61,7 +61,7 @@ class Sequence:
         )
 
     def mean(self) -> Tensor:
-        """The mean input over time, [B, ...]."""
+        """Return the mean input over time, [B, ...]."""
         if self.static:
             return self.x
         return self.x.mean(0) if self.x.is_floating_point() else self.x.mean(0, dtype=torch.get_default_dtype())

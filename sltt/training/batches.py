@@ -66,7 +66,7 @@ class EpochSampler(Sampler[Key]):
 
     @classmethod
     def of(cls, splits: Splits, seed: int, batch_size: int) -> "EpochSampler":
-        """For the training samples of a data set."""
+        """Make the sampler of a data set's training samples."""
         return cls(splits.sizes["train"], seed, splits.lengths, batch_size, splits.alternate_flip)
 
     def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
@@ -214,7 +214,7 @@ class Shares(Sampler[list[Any]]):
 
 
 def share(samples: int, rank: int, processes: int) -> tuple[float, int]:
-    """The weight in a batch's loss of the mean over a process's part of it, and how many samples count as its own."""
+    """Return the weight in a batch's loss of the mean over a process's part, and how many samples are its own."""
     if samples < 2 * processes:
         return 1 / processes, samples if rank == 0 else 0
     own = len(range(rank, samples, processes))
@@ -311,7 +311,7 @@ def _identity(batch: Any) -> Any:
 
 
 def whole_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of a loader; raises RuntimeError where they end early, as if by a StopIteration of the data set."""
+    """Yield the batches of a loader; raise RuntimeError where they end early, as by a StopIteration of the data."""
     count = 0
     for batch in loader:
         yield batch
@@ -370,7 +370,7 @@ def finish_loaders(*loaders: DataLoader[Any] | None) -> Iterator[None]:
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """A SIGTERM to all processes of a job is for the one that trains, which still needs batches to end in order."""
+    """Ignore SIGTERM: it is for the process that trains, which still needs batches to end in order."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

@@ -123,7 +123,7 @@ def _warn_of_unseen(model: nn.Module) -> None:
 
 
 def _among_tokens(name: str, samples: int, module: Any, args: Any, kwargs: Any) -> None:
-    """A forward pre-hook of attention: raises ValueError where it is among samples or time steps."""
+    """Raise ValueError where attention is among samples or time steps; a forward pre-hook."""
     query: Tensor = args[0] if args else kwargs["query"]
     tokens = int(query.ndim == 3 and module.batch_first)
     what = f"{name or 'the model'} ({type(module).__name__}) attends over dimension {tokens} of its input"
@@ -219,7 +219,7 @@ def _run(model: nn.Module, batch: int, steps: int, x: Tensor, seed: int) -> Seen
 
 
 def _look(name: str, rows: int, seen: Seen, module: nn.Module, inputs: Any, output: Any) -> None:
-    """A forward hook, once it has its first three arguments."""
+    """Look at what attention gives; a forward hook, once it has its first three arguments."""
     read, gave = (_first_row(one, rows) for one in (inputs[0] if inputs else None, output))
     seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
 

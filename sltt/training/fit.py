@@ -313,7 +313,7 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training, repo
 
 
 def _last_checkpoint(run: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The last checkpoint of a run, of the same settings; None if it stopped before the first, and so starts again."""
+    """Return the last checkpoint of a run, of the same settings; None if it stopped before the first."""
     checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
     saved = read_config(run, checkpoint)
     if MADE_IN in saved or MADE_IN not in config:  # arguments in Python do not repeat a recipe

@@ -275,7 +275,7 @@ class _Watch(DispatchMode):
 
 
 def _numbers(model: nn.Module) -> dict[str, Any]:
-    """The numbers and texts in the attributes of modules, by name."""
+    """Return the numbers and texts in the attributes of modules, by name."""
     return {
         f"{name or 'the model'}.{key}": value
         for name, module in model.named_modules()
@@ -285,7 +285,7 @@ def _numbers(model: nn.Module) -> dict[str, Any]:
 
 
 def _draws() -> Any:
-    """The states of generators that no graph knows; PyTorch's own on the host would show by a copy."""
+    """Return the states of generators that no graph knows; PyTorch's own on the host would show by a copy."""
     state: Any = np.random.get_state()
     return random.getstate(), state[1].tobytes(), state[2]
 

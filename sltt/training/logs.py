@@ -23,14 +23,14 @@ class Logger(Protocol):
         """Write what was logged."""
 
     def finalize(self, status, /):
-        """The training has ended: "success" or "failed"."""
+        """Note how the training has ended: "success" or "failed"."""
 
 
 @contextmanager
 def logs(
     run: Path, loggers: Sequence[Logger], config: dict[str, Any], first: bool
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """The logs of a run, which its first process writes: gives a function that logs the metrics of an epoch.
+    """Yield what logs the metrics of an epoch of a run; its first process writes.
 
     Args:
         run: folder of the run; TensorBoard's files are in it.

@@ -36,7 +36,7 @@ OURS = str(Path(__file__).parents[1]), str(Path(os.__file__).parent), "site-pack
 
 @contextmanager
 def importing_for(run: Path, settings: Mapping[str, Any], code: Path | None = None) -> Iterator[None]:
-    """Inside this block, import no module from the folder of a run, and from the working directory only as `code`.
+    """Import no module from the folder of a run inside this block, and from the working directory only as `code`.
 
     Raises ValueError in place of the error that this leads to.
     """

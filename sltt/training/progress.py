@@ -93,7 +93,7 @@ class Progress:
         return type(self)(**asdict(self) | sums)  # in plain types: a metric's state may have dataclasses
 
     def take_part(self, rank: int) -> Self:
-        """The part of a process in sums over all of them: the first takes them over, the others begin with nothing."""
+        """Return the part of a process in sums over all: the first takes them over, the others begin with nothing."""
         if rank:
             self.loss, self.correct, self.samples, self.terms, self.firing = 0.0, 0, 0, 0, {}
         return self

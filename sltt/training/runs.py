@@ -71,7 +71,7 @@ def old_run(folder: str | Path | None) -> Path:
 
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Inside this block no other process or thread trains the run; raises ValueError that says which one does.
+    """Keep other processes and threads from training the run inside this block; raise ValueError that names them.
 
     The system releases what a killed process held. Parts of files that such a process left are removed.
     """

@@ -71,7 +71,7 @@ class Session:
         return loss.to(self.fabric.device) if isinstance(loss, nn.Module) else loss
 
     def batch(self, x: Tensor, y: Any, per_step: bool = False) -> tuple[Tensor, Any]:
-        """A batch on the device; images channels-last if asked for: [B, C, H, W], or [T, B, C, H, W] step by step.
+        """Return a batch on the device; images channels-last if asked for: [B, C, H, W], or [T, B, C, H, W].
 
         Padded sequences have the same T in all processes, which do each time step together.
         """
@@ -91,7 +91,7 @@ class Session:
         return (console or Console()) if self.processes.rank == 0 else Console(quiet=True)
 
     def lock_run(self, run: Path) -> AbstractContextManager[None]:
-        """Inside this block, nobody but these processes trains the run."""
+        """Keep all but these processes from training the run inside this block."""
         return lock_run(run) if self.processes.rank == 0 else nullcontext()
 
     def eval_loader(self, dataset: Dataset[Any], splits: Splits, batch_size: int) -> DataLoader[Any]:

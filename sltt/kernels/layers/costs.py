@@ -83,7 +83,7 @@ class LayerSeconds(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def break_even(layer: Layer, dtype: torch.dtype, calls: int = 1) -> BreakEven:
-    """The densities below which `layer` is faster sparse, forward and weight gradient; `calls` share its weights.
+    """Return the densities below which `layer` is faster sparse, forward and weight gradient, with weights of `calls`.
 
     A fixed function of its arguments on a machine; the first call for a type and kind of layer may measure.
     """

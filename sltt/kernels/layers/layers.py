@@ -92,7 +92,7 @@ class Call:
     weights: Weights
 
     def forward(self, x: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output; x, the spikes, is needed where the forward is dense, or else unpacked."""
+        """Return the layer's output; x, the spikes, is needed where the forward is dense, or else unpacked."""
         if self.sparse_forward:
             packed = self.weights.pack_weight(self.layer, weight, self.spikes.one)
             return sparse.forward(self.layer, self.spikes.bits, packed, bias, self.dtype)
@@ -103,7 +103,7 @@ class Call:
         return torch.convolution(x, weight, bias, *self.axes, False, [0] * len(self.axes[0]), 1)
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """∂L/∂x, dense."""
+        """Return ∂L/∂x, dense."""
         weight = weight if self.ours.input_gradient else self.weights.cast(weight, grad.dtype)
         if self.layer.linear:
             return grad @ weight
@@ -112,7 +112,7 @@ class Call:
         return self._gradients(grad, x, weight, (True, False))[0]
 
     def weight_gradient(self, grad: Tensor, weight: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
-        """∂L/∂weight and ∂L/∂bias."""
+        """Return ∂L/∂weight and ∂L/∂bias."""
         if self.sparse_gradient:
             return sparse.weight_gradient(self.layer, self.spikes.bits, grad, self.spikes.one, needs_bias)
         x, linear = self.spikes.dense().to(grad.dtype), self.layer.linear
@@ -155,7 +155,7 @@ class _OnSpikes(torch.autograd.Function):
 def run_layer(
     operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights, recompute: bool = False
 ) -> Tensor:
-    """The output of a layer, computed on active inputs where that is faster.
+    """Return the output of a layer, computed on active inputs where that is faster.
 
     Args:
         operation: of the layer.

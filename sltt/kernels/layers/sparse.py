@@ -65,7 +65,7 @@ class Layer:
 
     @functools.cached_property
     def pointer(self) -> Any:
-        """`sizes` for the native kernels."""
+        """Return `sizes` for the native kernels."""
         return (ctypes.c_int64 * len(self.sizes))(*self.sizes)
 
     @property
@@ -84,7 +84,7 @@ def conv_layer(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Layer:
-    """A convolution of [B, C, L] or [B, C, H, W]; `padding` has a pair (before, after) for each axis."""
+    """Return a convolution of [B, C, L] or [B, C, H, W]; `padding` has a pair (before, after) for each axis."""
     x_shape, weight_shape = tuple(x_shape), tuple(weight_shape)
     axes = [
         (size, kernel, step, before, (size + before + after - spread * (kernel - 1) - 1) // step + 1)
@@ -105,7 +105,7 @@ def conv_layer(
 
 @functools.lru_cache(maxsize=1024)
 def linear_layer(x_shape: Sequence[int], weight_shape: Sequence[int]) -> Layer:
-    """A linear layer of [..., C]."""
+    """Return a linear layer of [..., C]."""
     x_shape, weight_shape = tuple(x_shape), tuple(weight_shape)
     point = (1, 1, 1, 0, 1)
     sizes = _sizes(math.prod(x_shape[:-1]), x_shape[-1], weight_shape[0], point, point)
@@ -118,7 +118,7 @@ def density(bits: Tensor) -> float:
 
 
 def pack_weight(layer: Layer, weight: Tensor, one: float | Tensor = 1.0) -> Tensor:
-    """The weight times `one` in the order that `forward` reads, in float32; of use until the weight changes."""
+    """Return the weight times `one` in the order that `forward` reads, in float32; of use until the weight changes."""
     weight = weight.detach().float()
     if isinstance(one, Tensor):
         weight, one = weight * _by_channel(one, layer), 1.0
@@ -128,7 +128,7 @@ def pack_weight(layer: Layer, weight: Tensor, one: float | Tensor = 1.0) -> Tens
 
 
 def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """y = layer(spikes) in `dtype`, with the channels last in memory.
+    """Return y = layer(spikes) in `dtype`, with the channels last in memory.
 
     Args:
         layer: which has no `problem`.
@@ -150,7 +150,7 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
 def weight_gradient(
     layer: Layer, bits: Tensor, grad_y: Tensor, one: float | Tensor = 1.0, needs_bias: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """∂L/∂weight, with the channels last in memory, and ∂L/∂bias if asked for, both in float32."""
+    """Return ∂L/∂weight, with the channels last in memory, and ∂L/∂bias if asked for, both in float32."""
     assert 8 * bits.numel() == math.prod(layer.x_shape)
     assert grad_y.shape == layer.y_shape
     g = grad_y if layer.linear else grad_y.movedim(1, -1)
@@ -167,7 +167,7 @@ def weight_gradient(
 
 
 def bias_gradient(layer: Layer, grad: Tensor) -> Tensor:
-    """∂L/∂bias in float32, from ∂L/∂y with the channels last in memory, [..., C_out]."""
+    """Return ∂L/∂bias in float32, from ∂L/∂y with the channels last in memory, [..., C_out]."""
     if layer.linear or grad.dtype == torch.float16:
         return grad.flatten(0, -2).sum(0, dtype=torch.float32)
     sums = torch.empty(grad.shape[-1], dtype=torch.float32, device="cpu")
@@ -177,7 +177,7 @@ def bias_gradient(layer: Layer, grad: Tensor) -> Tensor:
 
 
 def _by_channel(one: Tensor, layer: Layer) -> Tensor:
-    """In the form of a weight."""
+    """Return it in the form of a weight."""
     return one.detach().float().reshape(-1, *[1] * (len(layer.weight_shape) - 2))
 
 
@@ -208,7 +208,7 @@ def strides_of(weight: Tensor) -> Any:
 
 
 def library() -> ctypes.CDLL:
-    """The native kernels, which are there."""
+    """Return the native kernels, which are there."""
     found = native.library()
     assert found is not None, "ask `native.problem` before"
     return found

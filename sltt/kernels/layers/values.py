@@ -55,7 +55,7 @@ class _OnValues(torch.autograd.Function):
 
 
 def run_on_values(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights) -> Any:
-    """A layer on any values; the gradients of a convolution are computed in another way where that is faster."""
+    """Return a layer on any values; the gradients of a convolution are computed in another way where that is faster."""
     plain = functools.partial(operation, x, weight, bias)
     if operation.axes != 2 or not torch.is_grad_enabled() or not options().bits:
         return plain()
@@ -81,7 +81,7 @@ def convolution_gradients(
     groups: int,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """∂L/∂x, ∂L/∂weight and ∂L/∂bias of a convolution that reads any values; natively where that is faster.
+    """Return ∂L/∂x, ∂L/∂weight and ∂L/∂bias of a convolution that reads any values; natively where that is faster.
 
     Args:
         grad: ∂L/∂y.
@@ -107,7 +107,7 @@ def dense_gradients(
     groups: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """∂L/∂x and ∂L/∂weight where they are needed: `ours`, matrix products, or PyTorch's, as without a `layer`."""
+    """Return ∂L/∂x and ∂L/∂weight where needed: `ours`, matrix products, or PyTorch's, as without a `layer`."""
     of_x = of_weight = None
 
     def pytorch(*mask: bool) -> Any:
@@ -147,7 +147,7 @@ def multiplies(layer: Layer, dtype: torch.dtype) -> bool:
 
 
 def _multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: Axes) -> Tensor:
-    """∂L/∂weight = gᵀ · x̃ for each position of the kernel, a row of x̃ being what it reads for an output pixel."""
+    """Return ∂L/∂weight = gᵀ · x̃ for each position of the kernel; a row of x̃ is what an output pixel reads."""
     (down, right), (above, left), _ = axes
     (rows, columns), (height, width) = weight.shape[2:], grad.shape[2:]
     outputs = grad.movedim(1, -1).flatten(0, -2).T.contiguous()  # oneDNN takes twice as long for a transposed view
@@ -160,7 +160,7 @@ def _multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: A
 
 
 def _dense_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | None:
-    """A convolution of images that may be faster than PyTorch's; None for others."""
+    """Return a convolution of images that may be faster than PyTorch's; None for others."""
     if options().sparse == "off" or x.ndim != 4 or not (x.is_cpu and weight.is_cpu):
         return None
     layer = layer_of(x, weight, axes, groups)
@@ -170,7 +170,7 @@ def _dense_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | 
 
 
 def layer_of(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer:
-    """The shapes of a convolution."""
+    """Return the shapes of a convolution."""
     stride, padding, dilation = map(tuple, axes)
     pairs = tuple((p, p) for p in padding)
     return sparse.conv_layer(tuple(x.shape), tuple(weight.shape), stride, pairs, dilation, groups)

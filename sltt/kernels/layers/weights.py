@@ -31,11 +31,11 @@ class Weights:
         return self._get(weight, one, lambda: sparse.pack_weight(layer, weight, one))
 
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight in another type."""
+        """Return the weight in another type."""
         return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
 
     def transpose_weight(self, weight: Tensor) -> Tensor:
-        """The transpose of a linear layer's weight, in rows whose distance is no power of two."""
+        """Return the transpose of a linear layer's weight, in rows whose distance is no power of two."""
 
         def make() -> Tensor:
             width, rows = weight.shape

@@ -23,7 +23,7 @@ def supports(layer: Layer, dtype: torch.dtype) -> bool:
 
 
 def input_gradient(layer: Layer, grad_y: Tensor, weight: Tensor) -> Tensor:
-    """∂L/∂x in the type of ∂L/∂y."""
+    """Return ∂L/∂x in the type of ∂L/∂y."""
     assert grad_y.shape == layer.y_shape
     g, weight = grad_y.movedim(1, -1).contiguous(), weight.detach().float()
     batch, channels, *pixels = layer.x_shape
@@ -35,7 +35,7 @@ def input_gradient(layer: Layer, grad_y: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(layer: Layer, x: Tensor, grad_y: Tensor) -> Tensor:
-    """∂L/∂weight in float32."""
+    """Return ∂L/∂weight in float32."""
     assert x.shape == layer.x_shape
     assert grad_y.shape == layer.y_shape
     assert grad_y.dtype == x.dtype

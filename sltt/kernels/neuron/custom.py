@@ -47,7 +47,7 @@ class CustomStep:
     normed: bool = False
 
     def current(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-        """The input current, in the states' type."""
+        """Return the input current, in the states' type."""
         if self.normed:
             *_, scale, shift = parameters
             x = x * scale + shift
@@ -158,7 +158,7 @@ class _CustomStep(torch.autograd.Function):
     def _backward(
         ctx: Any, x: Tensor, tensors: list[Tensor], grad_s: Tensor | None, *grad_states: Tensor | None
     ) -> list[Tensor | None]:
-        """∂L/∂x, of the normalised x behind a BatchNorm, and of the states and parameters."""
+        """Return ∂L/∂x, of the normalised x behind a BatchNorm, and of the states and parameters."""
         step, steps = ctx.step, ctx.steps
         states, parameters = tensors[: step.states], tensors[step.states :]
         needs_x, needs = any(ctx.needs_input_grad[5:8]), ctx.needs_input_grad[8:]
@@ -277,5 +277,5 @@ def seen_as(x: Tensor, channels: bool) -> Callable[[Tensor], Tensor]:
 
 
 def as_parameter(p: Tensor) -> Tensor:
-    """A kernel's form of a parameter: of no dimension, or [C, 1]."""
+    """Return a kernel's form of a parameter: of no dimension, or [C, 1]."""
     return p.reshape(-1, 1) if p.ndim else p

@@ -134,7 +134,7 @@ def native_step(
     decay: Tensor | None,
     gradient: bool = False,
 ) -> NativeStep | None:
-    """The step in native code, if it can run, or its gradient.
+    """Return the step in native code, if it can run, or its gradient.
 
     Args:
         step: the constants.

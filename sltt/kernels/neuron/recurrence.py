@@ -175,7 +175,7 @@ def _through_time(
 
 
 def _decay_gradient(ctx: Any, delta: Tensor, kept: Tensor, v: Tensor, decay: Tensor) -> Tensor:
-    """∂L/∂λ = Σ_t ∂L/∂u[t] (v[t−1] − v_r); with `decay_input` the factor is (v[t−1] − u[t]) / (1 − λ)."""
+    """Return ∂L/∂λ = Σ_t ∂L/∂u[t] (v[t−1] − v_r); with `decay_input` the factor is (v[t−1] − u[t]) / (1 − λ)."""
     step: NeuronStep = ctx.call.step
     s = unpack(ctx.spikes, 1.0, kept.dtype).view_as(kept) if ctx.spikes.dtype == torch.uint8 else ctx.spikes
     after = kept if step.v_reset is None else step.reset(kept, s)
@@ -189,7 +189,7 @@ def _decay_gradient(ctx: Any, delta: Tensor, kept: Tensor, v: Tensor, decay: Ten
 
 
 def _weight_gradient(read: Tensor, delta: Tensor, weight: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """∂L/∂W = Σ δᵀ s, and ∂L/∂b; the spikes that were read come as bits, or as they are."""
+    """Return ∂L/∂W = Σ δᵀ s, and ∂L/∂b; the spikes that were read come as bits, or as they are."""
     if read.dtype == torch.uint8:
         layer = sparse.linear_layer(tuple(delta.shape), tuple(weight.shape))
         if not layer.problem and sparse.density(read) < costs.break_even(layer, delta.dtype).weight_gradient:

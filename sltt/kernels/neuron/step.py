@@ -45,20 +45,20 @@ class NeuronStep:
     triton: Any = field(default=None, init=False, repr=False, compare=False)  # and in Triton
 
     def charge(self, v: Tensor, x: Tensor, decay: float | Tensor) -> Tensor:
-        """u, the membrane potential after the charge."""
+        """Return u, the membrane potential after the charge."""
         current = (1 - decay) * x if self.decay_input else x
         if not self.v_reset:
             return decay * v + current
         return self.v_reset + decay * (v - self.v_reset) + current
 
     def reset(self, u: Tensor, s: Tensor) -> Tensor:
-        """v, the membrane potential after the reset."""
+        """Return v, the membrane potential after the reset."""
         if self.v_reset is None:
             return u - self.v_threshold * s
         return u - (u - self.v_reset) * s
 
     def derivatives(self, kept: Tensor, s: Tensor) -> tuple[Tensor, Any]:
-        """∂s/∂u and ∂v/∂u; `kept` is v for a soft reset and u for a hard one."""
+        """Return ∂s/∂u and ∂v/∂u; `kept` is v for a soft reset and u for a hard one."""
         soft = self.v_reset is None
         fires = self.surrogate.derivative(kept - self.v_threshold * (1 - s) if soft else kept - self.v_threshold)
         stays: Any = 1.0 if soft else 1 - s
@@ -67,7 +67,7 @@ class NeuronStep:
         return fires, stays
 
     def rate(self, decay: Tensor | None) -> Any:
-        """λ: the constant, or the tensor in its place."""
+        """Return λ: the constant, or the tensor in its place."""
         return self.decay if decay is None else decay
 
 
@@ -169,7 +169,7 @@ def _run(
 
 
 def unfold(x: Any, steps: int) -> tuple[Any, ...]:
-    """The time steps in x [n·B, ...], each [B, ...]; None of each if x is None."""
+    """Return the time steps in x [n·B, ...], each [B, ...]; None of each if x is None."""
     return (x,) * steps if steps == 1 or x is None or not len(x) else x.chunk(steps)
 
 
@@ -333,7 +333,7 @@ class _NeuronStep(torch.autograd.Function):
 
 
 def _decay_gradient(step: NeuronStep, decay: Tensor, v: Tensor, x: Any, grad_u: Any, kept: Any, s: Any) -> Tensor:
-    """∂L/∂λ = Σ_t ∂L/∂u[t] (v[t−1] − v_r − x[t]), the last term with `decay_input` only."""
+    """Return ∂L/∂λ = Σ_t ∂L/∂u[t] (v[t−1] − v_r − x[t]), the last term with `decay_input` only."""
     total = torch.zeros((), dtype=v.dtype, device=v.device)
     for t, grad_u_t in enumerate(grad_u):
         if t:

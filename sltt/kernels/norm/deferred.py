@@ -160,7 +160,7 @@ class _Defer(torch.autograd.Function):
 def norm_gradients(
     grad: Tensor, x: Tensor, weight: Tensor | None, factors: Tensor, training: bool, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """∂L/∂x, ∂L/∂weight and ∂L/∂bias of a BatchNorm, where they are needed."""
+    """Return ∂L/∂x, ∂L/∂weight and ∂L/∂bias of a BatchNorm, where they are needed."""
     if factors.ndim == 3:
         grads = triton_norm.gradients(match_format(grad, x), x, factors, training)
     else:
@@ -182,7 +182,7 @@ class _Settle(torch.autograd.Function):
 
 
 def materialise(x: Tensor) -> Tensor:
-    """A tensor with memory."""
+    """Return a tensor with memory."""
     return _Settle.apply(x) if isinstance(x, Deferred) else x  # type: ignore[return-value]
 
 
@@ -195,7 +195,7 @@ def first_step(x: Tensor, steps: int) -> Tensor:
 
 
 def split_norm(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor | None, Tensor | None]:
-    """For a neuron: how x is normalised, with the input, weight and bias of the BatchNorm; or no norm, and x settled.
+    """Return how x is normalised, with the input, weight and bias of the BatchNorm; or no norm, and x settled.
 
     Args:
         x: the neuron's input.
@@ -209,7 +209,7 @@ def split_norm(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor
 
 
 def deferred_norm(norm: Any, x: Tensor, bias: Tensor | None = None, steps: int = 1) -> Deferred | None:
-    """The output of a BatchNorm, which waits; None where PyTorch computes it.
+    """Return the output of a BatchNorm, which waits; None where PyTorch computes it.
 
     `bias`, if given, stands for the norm's, whose values it has. x is of so many time steps, each with its statistics.
     """

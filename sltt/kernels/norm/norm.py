@@ -88,7 +88,7 @@ def _normalise(
     momenta: list[float],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T·B, C, ...] normalised as by T calls in turn, and the mean and inverse deviation [T, C]; without a graph.
+    """Return x [T·B, C, ...] normalised as by T calls, and mean and inverse deviation [T, C]; without a graph.
 
     The running mean and variance [C] are updated T times, with the weights `momenta`.
     """

@@ -30,7 +30,7 @@ class _Pooling(ctypes.Structure):
 
     @classmethod
     def of(cls, x: Tensor, size: tuple[int, int]) -> "_Pooling | None":
-        """For images x [B, C, H, W]; None where they are smaller than a window."""
+        """Return the windows of images x [B, C, H, W]; None where they are smaller than a window."""
         (n, channels, h, w), (kh, kw) = x.shape, size
         return None if h < kh or w < kw else cls(n, h, w, channels, kh, kw, h // kh, w // kw)
 
@@ -43,14 +43,14 @@ class _MaxPooling:
     windows: _Pooling
 
     def maxima(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        """The maximum of each window; writes its position in the window, if asked for."""
+        """Return the maximum of each window; writes its position in the window, if asked for."""
         y = self.empty_result(x.dtype)
         half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
         self.library.sltt_max_pool(ctypes.byref(self.windows), half, x, y, positions, threads)
         return y
 
     def spread(self, grad: Tensor, positions: Tensor) -> Tensor:
-        """∂L/∂x: the gradient of each maximum, at its position."""
+        """Return ∂L/∂x: the gradient of each maximum, at its position."""
         z = self.windows
         out = _empty(z.n, z.channels, z.h, z.w, dtype=grad.dtype)
         half, threads = grad.dtype == torch.bfloat16, torch.get_num_threads()
@@ -58,7 +58,7 @@ class _MaxPooling:
         return out
 
     def spread_with_graph(self, grad: Tensor, positions: Tensor) -> Tensor:
-        """The same, by operations of PyTorch."""
+        """Return the same, by operations of PyTorch."""
         z = self.windows
         each = torch.arange(z.kh * z.kw, device="cpu").view(z.kh, z.kw)
         out = torch.where(positions[..., None, None] == each, grad[..., None, None], 0)  # [n, channels, oh, ow, kh, kw]
@@ -91,7 +91,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor | None:
-    """The output of a max pooling; None where it does not run natively."""
+    """Return the output of a max pooling; None where it does not run natively."""
     x = materialise(x)
     size = _windows(pool)
     if size is None or size[0] * size[1] > _POSITIONS or not _is_channels_last(x) or not x.numel():
@@ -107,7 +107,7 @@ def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor | None:
 def running_max(
     pool: Callable[[Tensor], Tensor], total: Tensor, largest: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """total + x, its pooling, and what that gains over `largest`, in x's type; None where the kernel cannot.
+    """Return total + x, its pooling, and what that gains over `largest`, in x's type; None where the kernel cannot.
 
     Args:
         pool: the pooling.

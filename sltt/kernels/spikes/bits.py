@@ -37,7 +37,7 @@ def unpack(bits: Tensor, one: float, dtype: torch.dtype) -> Tensor:
 
 
 def _library(x: Tensor) -> ctypes.CDLL | None:
-    """The native loops; they are compiled for large layers only, as the neuron step is."""
+    """Return the native loops; they are compiled for large layers only, as the neuron step is."""
     if x.device.type != "cpu" or x.itemsize not in (2, 4, 8):
         return None
     return native.library() if x.numel() >= COMPILE_FROM else native.find_loaded()

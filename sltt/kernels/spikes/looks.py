@@ -44,7 +44,7 @@ class Spikes:
         return self.count / max(1, 8 * self.bits.numel())
 
     def dense(self) -> Tensor:
-        """The tensor again, in memory of its own."""
+        """Return the tensor again, in memory of its own."""
         if isinstance(self.one, Tensor):
             form = (-1, len(self.one)) if self.one.ndim == 1 else (self.shape[0], len(self.one), -1)
             return unpack(self.bits, 1.0, self.dtype).view(form).mul_(self.one).as_strided(self.shape, self.stride)
@@ -116,7 +116,7 @@ def _look(x: Tensor) -> Spikes | None:
 
 
 def _share_bits(x: Tensor, bits: Tensor) -> Tensor:
-    """The bits that the neuron keeps, if they are the same."""
+    """Return the bits that the neuron keeps, if they are the same."""
     known = getattr(x.untyped_storage(), BITS, None)
     if known is None or len(known) != len(bits):
         return bits

@@ -45,7 +45,7 @@ class Tag:
 
 
 def _total(tensor: Tensor) -> float | None:
-    """The sum of all of a tensor's memory; None on a device that it would wait for."""
+    """Return the sum of all of a tensor's memory; None on a device that it would wait for."""
     if not tensor.is_cpu:
         return None
     flat = tensor.detach().new_empty(0)
@@ -54,7 +54,7 @@ def _total(tensor: Tensor) -> float | None:
 
 
 def tag_of(tensor: Tensor) -> Tag | None:
-    """The tag of a tensor's memory, if there is one and the memory is as it was then."""
+    """Return the tag of a tensor's memory, if there is one and the memory is as it was then."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_inference() or is_functorch_wrapped_tensor(tensor):
         return None
     tag = getattr(tensor.untyped_storage(), TAG, None)
@@ -126,7 +126,7 @@ def tag_made(
 
 @contextmanager
 def save_as_bits() -> Iterator[None]:
-    """Inside this block autograd saves spikes as bits, and tagged tensors as their tags.
+    """Save spikes as bits inside this block, and tagged tensors as their tags.
 
     Where other saved-tensor hooks are in force, such as `save_on_cpu`, they stay in force.
     """
@@ -155,7 +155,7 @@ def save(tensor: Tensor) -> Any:
 
 
 def restore(saved: Any) -> Tensor:
-    """The tensor that was saved."""
+    """Return the tensor that was saved."""
     if isinstance(saved, Tensor):
         return saved
     if isinstance(saved[0], Spikes):
