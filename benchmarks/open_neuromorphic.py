@@ -45,17 +45,20 @@ class Work(NamedTuple):
     recurrent: bool = False  # the neurons read their own spikes
     classes: int = 0  # of a readout, with the cross-entropy at each step; without one, the loss is the sum of spikes
     device: str = "cpu"
+    static: bool = False  # the first time step of the input is shown in all
 
 
 WORKS = {
     "mlp": Work((700, 256, 256), 64, 100, 0.05, classes=20),
     **{f"linear-{n}": Work((n, n), 16, 500) for n in (256, 512, 1024, 2048, 4096, 8192)},
     **{f"recurrent-{n}": Work((700, n), 64, 100, 0.05, recurrent=True, classes=20) for n in (256, 1024)},
+    "static": Work((784, 1000), 128, 25, classes=10, static=True),
     "tiny": Work((24, 16, 16), 4, 6, 0.3, classes=3),
     "tiny-recurrent": Work((24, 16), 4, 6, 0.3, recurrent=True, classes=3),
     "tiny-linear": Work((16, 16), 4, 6),
+    "tiny-static": Work((24, 16), 4, 6, classes=3, static=True),
 }
-SHOWN = ("mlp", "linear-256", "linear-512", "linear-2048", "recurrent-256", "recurrent-1024")  # in the table
+SHOWN = ("mlp", "linear-256", "linear-512", "linear-2048", "recurrent-256", "recurrent-1024", "static")  # in the table
 
 Made = tuple[Callable[[], Any], Callable[[], Tensor]]  # an iteration and, after one, its gradient
 
@@ -85,6 +88,7 @@ def batch_of(work: Work) -> tuple[Tensor, Tensor]:
         x = torch.randn(shape, generator=generator)
     else:
         x = (torch.rand(shape, generator=generator) < work.density).float()
+    x = x[0].expand(shape) if work.static else x
     y = torch.randint(max(2, work.classes), (work.batch,), generator=generator)
     return x.to(work.device), y.to(work.device)
 
@@ -126,8 +130,9 @@ def by_rule(rule: sltt.Rule, dtype: torch.dtype = torch.float32) -> Callable[[Wo
 
     def make(work: Work) -> Made:
         model, (x, y), loss = network(work, neuron).to(dtype), batch_of(work), loss_of(work)
+        x, steps = (x[0], work.steps) if work.static else (x, None)
         x = x.to(dtype)
-        return made(model, lambda: rule(model, x, y, loss))
+        return made(model, lambda: rule(model, x, y, loss, steps=steps))
 
     return make
 
@@ -263,7 +268,8 @@ CASES = {
 
 def check(case: str, of: str, device: str) -> None:
     """Raise ValueError where the gradient of a case differs from that of its rule in float64, on a small network."""
-    work = WORKS["tiny-recurrent" if WORKS[of].recurrent else "tiny" if WORKS[of].classes else "tiny-linear"]
+    kind = "-recurrent" if WORKS[of].recurrent else "-static" if WORKS[of].static else ""
+    work = WORKS["tiny" + (kind or ("" if WORKS[of].classes else "-linear"))]
     rule = CASES[case].rule
     if rule is None:
         return

@@ -62,7 +62,7 @@ def test_a_case_on_sequences_has_the_gradient_of_its_rule(case):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("jax") is None, reason="needs JAX")
-@pytest.mark.parametrize("work", ["tiny", "tiny-linear", "tiny-recurrent"])
+@pytest.mark.parametrize("work", ["tiny", "tiny-linear", "tiny-recurrent", "tiny-static"])
 def test_jax_has_the_gradient_of_its_rule(work):
     """Each case compares itself in a process of its own: no other may fork once JAX is imported."""
     rows = load("open_neuromorphic").measure(work, ["JAX SLTT", "JAX BPTT"], 1, "cpu")
