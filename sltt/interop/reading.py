@@ -1,4 +1,4 @@
-"""What exports read of a network: its calls, by torch.fx, and its layers in numbers."""
+"""Read networks for exports: their calls, by torch.fx, and their layers in numbers."""
 
 import operator
 from typing import Any
