@@ -152,11 +152,11 @@ class Loop:
         firing = FiringRates(list(self.spiking))
         firing.load_state_dict(state.firing)
         with bar as advance, self._locate_errors():
-            self.ahead = Ahead(whole_epoch(loader))
-            for x, y in self.ahead:
+            self.ahead = Ahead(self._prepare(stage, whole_epoch(loader)))
+            for x, y, real in self.ahead:
                 epoch = state.epoch + state.batch / self.batches
                 set_rates(self.optim, self.initial, stage, self.training.schedule, epoch)
-                self._batch(stage, x, y, firing)
+                self._batch(stage, x, y, real, firing)
                 self.fold = self.fold or chosen_fold(self.net)  # of a full batch: the last one may be smaller
                 advance()
                 due = time.monotonic() - self.saved > 60 * self.training.checkpoint_minutes
@@ -177,8 +177,18 @@ class Loop:
         """Return the number of batches that were trained, in all epochs."""
         return sum(map(self._count_batches, range(self.state.epoch))) + self.state.batch
 
-    def _batch(self, stage: Stage, x: Tensor, y: Tensor | Padded, firing: FiringRates) -> None:
-        """Train a batch, or this process's share of it."""
+    def _prepare(self, stage: Stage, batches: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor | Padded, float]]:
+        """Yield batches, checked and on the device, and the share of a padded batch's real steps that is here."""
+        for x, y in batches:
+            check_labels(target_of(y), self.splits.classes)
+            check_length(x, y, self.splits, stage.steps)
+            if self.session.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
+                check_input(x)
+            real = y.steps / self.processes.sum([y.steps])[0] if isinstance(y, Padded) else 1.0
+            yield *self.session.batch(x, y, self.splits.per_step), real
+
+    def _batch(self, stage: Stage, x: Tensor, y: Tensor | Padded, real: float, firing: FiringRates) -> None:
+        """Train a batch, or this process's share of it; see `_prepare`."""
         state, rule, rank, processes = self.state, stage.rule, self.processes.rank, self.processes.count
         self.optim.zero_grad()
         largest = min(self.training.batch_size, self.sampler.length)
@@ -186,13 +196,8 @@ class Loop:
         weight, count = share(size, rank, processes)
         drawn = seed_batch(self.training.seed, state.epoch, state.batch)  # of the rule, in all processes alike
         seed_batch(self.training.seed, state.epoch, state.batch, rank)
-        check_labels(target_of(y), self.splits.classes)
         if isinstance(y, Padded):
-            weight = y.steps / self.processes.sum([y.steps])[0]
-        check_length(x, y, self.splits, stage.steps)
-        if self.session.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
-            check_input(x)
-        x, y = self.session.batch(x, y, self.splits.per_step)
+            weight = real
         static, per_step, carried = self.splits.static, is_per_step(self.loss), rule.state_dict()
 
         def iteration(x: Tensor, y: Tensor | Padded) -> tuple[Output, FiringRates]:
