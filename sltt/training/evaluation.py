@@ -90,7 +90,18 @@ def evaluate(
             )  # fmt: skip
     steps = 4 if steps is None else steps
     seen = {"mirror": mirror, "shift": shift}
-    with session(Execution.of(locals())) as here:
+    execution = Execution(
+        precision=precision,
+        channels_last=channels_last,
+        workers=workers,
+        device=device,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        compile=compile,
+        sparse=sparse,
+    )
+    with session(execution) as here:
         return measure_split(here, model, data, split, loss=loss, metric=metric, steps=steps, batch_size=size, **seen)
 
 

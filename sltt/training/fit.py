@@ -168,9 +168,41 @@ def fit(
 
     When another process of the training fails or dies, this one ends too, with the exit code 1.
     """
-    given = {**locals(), "batch_size": batch_size_of(data, batch_size)}
-    training = Training.of(given)
-    execution = Execution.of(given)
+    training = Training(
+        rule=rule,
+        loss=loss,
+        metric=metric,
+        optimizer=optimizer,
+        schedule=schedule,
+        steps=steps,
+        epochs=epochs,
+        phases=phases,
+        batch_size=batch_size_of(data, batch_size),
+        clip_norm=clip_norm,
+        norm_weight_decay=norm_weight_decay,
+        norm_bias_lr=norm_bias_lr,
+        seed=seed,
+        checkpoint_minutes=checkpoint_minutes,
+        weights=weights,
+        accumulate=accumulate,
+        ema=ema,
+        quantised=quantised,
+        callbacks=callbacks,
+        loggers=loggers,
+    )
+    execution = Execution(
+        precision=precision,
+        channels_last=channels_last,
+        workers=workers,
+        device=device,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        sync_batchnorm=sync_batchnorm,
+        compile=compile,
+        sparse=sparse,
+        graph=graph,
+    )
     instance("model", model, nn.Module)
     flag("resume", resume)
     if run is not None:

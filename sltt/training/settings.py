@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, get_args
 
@@ -38,9 +38,11 @@ RESUMABLE = (
 class _Settings:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Return the settings of this kind among the values: arguments of `fit`, or what a recipe builds."""
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        return cls(**{name: to_python(values[name]) for name in names if name in values})
+        """Return the settings of this kind among what a recipe builds."""
+        return cls(**{name: values[name] for name in inspect.signature(cls).parameters if name in values})
+
+    def __post_init__(self) -> None:
+        vars(self).update(to_python(vars(self)))  # numbers of NumPy, say, which no file of settings takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class Execution(_Settings):
     graph: Graph = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choice("precision", self.precision, get_args(Precision))
         choice("device", self.device, get_args(Device))
         choice("strategy", self.strategy, get_args(Strategy))
@@ -109,6 +112,7 @@ class Training(_Settings):
     loggers: Sequence[Logger] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         instance("rule", self.rule, Rule)
         check_loss(self.loss)
         check_metric(self.metric)
