@@ -4,7 +4,7 @@ Shapes: T time steps, B samples, C classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
@@ -186,9 +186,15 @@ class Rule(Frozen, ABC):
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"what was saved is of another rule than {self}: go on with the rule that it began with")
 
-    @property
-    def no_graph(self) -> str | None:
-        """Return why a CUDA graph cannot repeat a batch, after "the rule …"; None where it can."""
+    def draw(self, steps: int, seed: int | None) -> Hashable:
+        """Return what the rule draws for a batch of T = `steps` by its seed; None where it draws nothing.
+
+        Batches of another draw do other work: a CUDA graph repeats one.
+        """
+        return None
+
+    def no_graph(self, steps: int) -> str | None:
+        """Return why CUDA graphs cannot repeat batches of T = `steps`, after "the rule …"; None where they can."""
         return "updates the weights at every time step" if self.online else None
 
     def __repr__(self) -> str:

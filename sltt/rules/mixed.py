@@ -86,8 +86,7 @@ class Mixed(Rule):
                 waiting = None
         return batch.output()
 
-    @property
-    def no_graph(self) -> str | None:
+    def no_graph(self, steps: int) -> str | None:
         return "saves and restores random generators"
 
     def step(self) -> Step:

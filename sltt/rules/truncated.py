@@ -1,6 +1,7 @@
 """Truncated backpropagation through time: BPTT, TBPTT and SLTT are one rule with windows of T, n and one steps."""
 
 import copy
+import math
 import operator
 from abc import abstractmethod
 from collections.abc import Container
@@ -19,6 +20,8 @@ from sltt.rules.batch import Batch, Output
 from sltt.rules.folding import Fold, fold_of
 from sltt.rules.segments import run_in_segments, split
 from sltt.sequence.padding import Padded
+
+GRAPHS = 64  # of SLTT-K, one for each draw of its steps
 
 
 class Truncated(Rule):
@@ -158,8 +161,7 @@ class BPTT(Truncated):
         if segment is not None and (self.recompute or self.hoist):
             raise ValueError("segment runs all layers again, recompute and hoist some of them: choose one")
 
-    @property
-    def no_graph(self) -> str | None:
+    def no_graph(self, steps: int) -> str | None:
         return None if self.segment is None else "saves and restores random generators"
 
     def window_length(self, steps: int) -> int:
@@ -242,29 +244,37 @@ class SLTT(Truncated):
         if self.k is not None and self.k > steps:
             raise ValueError(f"SLTT(k={self.k}) trains {self.k} steps, but the sequence has T = {steps}; use k ≤ T")
 
-    @property
-    def no_graph(self) -> str | None:
-        return None if self.k is None else "draws its steps anew for each batch"
+    def draw(self, steps: int, seed: int | None) -> frozenset[int] | None:
+        if self.k is None:
+            return None
+        generator = self.generator
+        if generator is None and seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+        device = "cpu" if generator is None else generator.device
+        return frozenset(torch.randperm(steps, generator=generator, device=device)[: self.k].tolist())
+
+    def no_graph(self, steps: int) -> str | None:
+        if self.k is None:
+            return None
+        if self.generator is not None:
+            return "draws its steps by a generator of its own"
+        draws = math.comb(steps, self.k)
+        most = f"has {draws} draws of {self.k} of {steps} steps, and each is a graph: {GRAPHS} at most"
+        return most if draws > GRAPHS else None
 
     def window_length(self, steps: int) -> int:
         return 1
 
     def trained_steps(self, batch: Batch) -> Container[int]:
-        if self.k is None:
-            return range(batch.steps)
-        k = min(self.k, batch.steps)
         if not isinstance(batch.target, Padded):  # T of a padded batch is that of its longest sequence
             self.check(batch.model, batch.steps)
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if self.k and batch.seed is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 f"SLTT(k={self.k}) draws its steps anew for each batch, and a CUDA graph would repeat one draw: "
                 "capture SLTT(), or run SLTT-K without a graph"
             )
-        generator = self.generator
-        if generator is None and batch.seed is not None:
-            generator = torch.Generator().manual_seed(batch.seed)
-        device = "cpu" if generator is None else generator.device
-        return set(torch.randperm(batch.steps, generator=generator, device=device)[:k].tolist())
+        drawn = self.draw(batch.steps, batch.seed)
+        return range(batch.steps) if drawn is None else drawn
 
     def loss_scale(self, steps: int) -> float:
         return steps / min(self.k, steps) if self.rescale and self.k is not None else 1.0

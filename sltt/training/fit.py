@@ -138,7 +138,8 @@ def fit(
         sparse: compute on active inputs only: where it is faster (auto), wherever possible (on), never (off).
         graph: launch each training batch as one CUDA graph, from the fourth batch of a phase on: on a GPU, unless
             callbacks, hooks or compiled code of your own may need Python (auto), with these too (on), never (off).
-            SLTT-K, Mixed, `segment`, online rules, `16-mixed` and sequences of several lengths run without.
+            SLTT-K has a graph for each draw of its steps. Mixed, `segment`, online rules, `16-mixed` and sequences of
+            several lengths run without.
         checkpoint_minutes: minutes between checkpoints within an epoch; each epoch ends with one.
         weights: start from the weights of this run or checkpoint.
         metric: of predictions and targets, a mean over samples; or with `update` and `compute`, as of torchmetrics. It

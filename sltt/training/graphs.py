@@ -5,7 +5,7 @@ batches run as they are, and the second of them is watched for what a graph woul
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any
 
@@ -29,11 +29,15 @@ Iteration = Callable[[Tensor, Tensor], Any]
 
 
 class CudaGraph:
-    """A CUDA graph of one function, and the stream on which it is captured."""
+    """A CUDA graph of one function, and the stream on which it is captured.
 
-    def __init__(self, device: torch.device):
+    One `beside` another shares the memory of its intermediate results: they never run at once.
+    """
+
+    def __init__(self, device: torch.device, beside: "CudaGraph | None" = None):
         self._device, self._graph = device, torch.cuda.CUDAGraph()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = beside._stream if beside else torch.cuda.Stream(device)
+        self._pool = beside._pool if beside else torch.cuda.graph_pool_handle()
 
     @staticmethod
     def runs_on(device: torch.device) -> bool:
@@ -52,7 +56,8 @@ class CudaGraph:
     def capture(self, function: Callable[[], Any]) -> Any:
         """Record what the function launches; return its result, in memory that `replay` writes."""
         # not "global": the thread in which a data loader pins memory calls CUDA at any time
-        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+        how: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self._graph, **how):
             return function()
 
     def replay(self) -> None:
@@ -69,15 +74,32 @@ class Replay:
         parameters: that get gradients.
         x: inputs; a copy is the memory that the graph reads.
         y: targets, likewise.
+        beside: another one of the same shapes, whose inputs and gradients it shares.
     """
 
-    def __init__(self, graph: Any, iteration: Iteration, parameters: Iterable[nn.Parameter], x: Tensor, y: Tensor):
-        self.x, self.y, self._graph = x.clone(), y.clone(), graph
+    def __init__(
+        self,
+        graph: Any,
+        iteration: Iteration,
+        parameters: Iterable[nn.Parameter],
+        x: Tensor,
+        y: Tensor,
+        beside: "Replay | None" = None,
+    ):
+        self.x, self.y, self._graph = (beside.x, beside.y, graph) if beside else (x.clone(), y.clone(), graph)
+        shared = dict(beside._gradients) if beside else {}
         parameters = list(parameters)
-        for p in parameters:  # the graph makes gradients of its own, and writes them in each replay
-            p.grad = None
+        for p in parameters:  # else the graph makes gradients of its own, and writes them in each replay
+            p.grad = shared.get(p)
+
+        def run() -> Any:
+            for gradient in shared.values():
+                if gradient is not None:
+                    gradient.zero_()
+            return iteration(self.x, self.y)
+
         try:
-            self._result = graph.capture(partial(iteration, self.x, self.y))
+            self._result = graph.capture(run)
         except Exception as error:
             error.add_note("in the capture of a training batch as a CUDA graph: train without, by graph='off'")
             raise
@@ -96,6 +118,8 @@ class Replay:
 class Graphs:
     """Runs the batches of a phase: three of a shape as they are, and from the fourth on as a graph.
 
+    What a rule draws has a graph of its own, after a batch that runs as it is.
+
     Args:
         model: the network, in the mode of the phase.
         device: of the batches.
@@ -109,25 +133,30 @@ class Graphs:
         self.model, self.device, self.problem = model, device, problem
         self._form: Any = None
 
-    def __call__(self, iteration: Iteration, x: Tensor, y: Tensor | Padded) -> Any:
-        """Run an iteration, which does the same as those before on other inputs, from `.grad` that is None."""
+    def __call__(self, iteration: Iteration, x: Tensor, y: Tensor | Padded, drawn: Hashable = None) -> Any:
+        """Run an iteration, from `.grad` that is None; those of one draw do the same on other inputs."""
         if isinstance(y, Padded):
             self.problem = "sequences have several lengths"
         if self.problem or isinstance(y, Padded):
             return iteration(x, y)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         form = _form(x), _form(y)
         if form != self._form:
-            self._form, self._ran, self._graph, self._replay = form, 0, CudaGraph(self.device), None
+            self._form, self._ran, self._graph = form, 0, CudaGraph(self.device)
+            self._replays: dict[Hashable, Replay | None] = {}
         self._ran += 1
-        if self._ran <= EAGER:
+        if self._ran <= EAGER or drawn not in self._replays:
+            self._replays[drawn] = None
             run = partial(self._graph.warm, partial(iteration, x, y))
             if self._ran != _WATCHED:
                 return run()
             result, self.problem = watch(self.model, run)
             return result
-        if self._replay is None:
-            self._replay = Replay(self._graph, iteration, self.model.parameters(), x, y)
-        return self._replay(x, y)
+        replay = self._replays[drawn]
+        if replay is None:
+            first = next(filter(None, self._replays.values()), None)
+            graph = CudaGraph(self.device, self._graph) if first else self._graph
+            replay = self._replays[drawn] = Replay(graph, iteration, self.model.parameters(), x, y, first)
+        return replay(x, y)
 
 
 def graphed(
@@ -162,7 +191,11 @@ def graphed(
         instance(name, tensor, Tensor)
         if not CudaGraph.runs_on(tensor.device):
             raise ValueError(f"a CUDA graph needs {name} on a CUDA device, got {tensor.device}: call the rule itself")
-    if problem := rule_problem(rule):
+    length = len(x) if steps is None else steps
+    problem = rule_problem(rule, length)
+    if problem is None and rule.draw(length, 0) is not None:
+        problem = f"{rule} draws its steps anew for each batch"
+    if problem:
         raise ValueError(f"a CUDA graph does not repeat a batch, since {problem}: call the rule itself")
     graph, parameters = CudaGraph(x.device), list(model.parameters())
 
@@ -202,12 +235,14 @@ def graphed(
     return step
 
 
-def make_graphs(here: Session, model: nn.Module, rule: Rule, callbacks: Iterable[Callback]) -> Graphs | None:
+def make_graphs(
+    here: Session, model: nn.Module, rule: Rule, steps: int, callbacks: Iterable[Callback]
+) -> Graphs | None:
     """Return what runs the batches of a phase; None where nobody wants graphs."""
     mode, device = here.execution.graph, here.fabric.device
     if mode == "off" or not CudaGraph.runs_on(device):
         return None
-    problem = rule_problem(rule) or _session_problem(here)
+    problem = rule_problem(rule, steps) or _session_problem(here)
     if mode == "auto" and not problem:
         own = next((type(one).__name__ for one in callbacks if not type(one).__module__.startswith("sltt.")), None)
         problem = f"{own} may change the network (graph='on' if not)" if own else model_problem(model)
@@ -229,9 +264,10 @@ def _session_problem(here: Session) -> str | None:
     return "processes exchange tensors within a batch" if exchanges else None
 
 
-def rule_problem(rule: Rule) -> str | None:
-    """Return why a graph cannot repeat a batch of a rule; None if it can."""
-    return f"{rule} {rule.no_graph}" if rule.no_graph else None
+def rule_problem(rule: Rule, steps: int) -> str | None:
+    """Return why graphs cannot repeat batches of a rule; None if they can."""
+    problem = rule.no_graph(steps)
+    return f"{rule} {problem}" if problem else None
 
 
 def model_problem(model: nn.Module) -> str | None:

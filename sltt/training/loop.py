@@ -219,8 +219,9 @@ class Loop:
                 seen.settle()
             return join_outputs(outs, parts), seen
 
-        graphs = self.graphs if size == largest else None  # the last batch of an epoch may be smaller
-        run = partial(graphs, iteration, x, y) if graphs else partial(iteration, x, y)
+        run = partial(iteration, x, y)
+        if self.graphs and not self.graphs.problem and size == largest:  # the last batch of an epoch may be smaller
+            run = partial(self.graphs, iteration, x, y, rule.draw(stage.steps, drawn))
         with self.round_weights():
             due = self.memory.is_due(len(x), full=size == largest)
             out, seen = self.memory.measure(run) if due else run()
@@ -300,7 +301,7 @@ class Loop:
         device, size, held_out = self.session.fabric.device, self.training.batch_size, self.splits.validation
         self.memory = BatchMemory(device)
         self.fold = None
-        self.graphs = make_graphs(self.session, self.model, stage.rule, self.callbacks)
+        self.graphs = make_graphs(self.session, self.model, stage.rule, stage.steps, self.callbacks)
         workers, ranks = self.session.execution.workers, (self.processes.rank, self.processes.count)
         batches = train_loader(self.splits, size, self.sampler, workers, device, *ranks, crop=stage.crop)
         return batches, None if held_out is None else self.session.eval_loader(held_out, self.splits, size)

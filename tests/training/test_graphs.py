@@ -37,8 +37,8 @@ class Recorded:
     log: list
     model: nn.Module
 
-    def __init__(self, device):
-        self.log.append("new")
+    def __init__(self, device, beside=None):
+        self.log.append("beside" if beside else "new")
 
     @staticmethod
     def runs_on(device):
@@ -50,7 +50,7 @@ class Recorded:
 
     def capture(self, function):
         self.log.append("capture")
-        self.function = function
+        self.function, self.given = function, [p.grad for p in self.model.parameters()]
         before = [buffer.clone() for buffer in self.model.buffers()]
         with torch.random.fork_rng([]):
             result = function()
@@ -65,8 +65,8 @@ class Recorded:
     def replay(self):
         self.log.append("replay")
         held = [p.grad for p in self.model.parameters()]
-        for p in self.model.parameters():
-            p.grad = None
+        for p, given in zip(self.model.parameters(), self.given, strict=True):
+            p.grad = given
         new = [*memory(self.function()), *(p.grad for p in self.model.parameters())]
         for tensor, value in zip(self.memory, [t for t in new if t is not None], strict=True):
             tensor.copy_(value)
@@ -107,6 +107,18 @@ def test_a_training_by_graphs_is_the_training_without_to_the_bit(rule, recorded,
     assert all(row["firing_rate"] > 0 for row in rows(found))
     assert equal(model.state_dict(), plain.state_dict())
     assert equal(weights(found.run / "last.ckpt"), weights(expected.run / "last.ckpt"))
+
+
+def test_each_draw_of_slttk_has_a_graph_and_the_training_is_the_one_without(recorded, monkeypatch, tmp_path):
+    settings = {"rule": sltt.SLTT(k=1), "epochs": 8, "ema": 0.9}
+    model, found, log, _ = watched_training(recorded, monkeypatch, tmp_path / "graphs", **settings)
+    assert log.count("new") == 1
+    assert log.count("capture") == log.count("beside") + 1 > 2  # of several draws, whose first batch runs without
+    assert log.count("replay") > log.count("capture")
+    assert log.count("replay") + log.count("eager") == 8 * 3  # and the fourth batch, of 12, without
+    plain, expected = train(tmp_path / "plain", graph="off", **settings)
+    assert rows(found) == rows(expected)
+    assert equal(model.state_dict(), plain.state_dict())
 
 
 def test_each_phase_has_a_graph_of_its_own(recorded, monkeypatch, tmp_path):
@@ -213,7 +225,9 @@ COMPILED[0].compile()
     ("given", "problem", "demanded"),
     [
         ({}, None, None),
-        ({"rule": sltt.SLTT(k=1)}, r"SLTT\(k=1\) draws its steps anew", "draws"),
+        ({"rule": sltt.SLTT(k=1)}, None, None),
+        ({"rule": sltt.SLTT(k=6)}, "has 924 draws of 6 of 12 steps", "924"),
+        ({"rule": sltt.SLTT(k=1, generator=torch.Generator())}, "draws its steps by a generator of its own", "draws"),
         ({"rule": sltt.BPTT(segment=2)}, "restores random generators", "restores"),
         ({"rule": sltt.Mixed({"2": 2})}, "restores random generators", "restores"),
         ({"rule": sltt.OTTT(online=True)}, "updates the weights at every time step", "updates"),
@@ -238,7 +252,7 @@ def test_what_runs_without_a_graph_says_why(given, problem, demanded, recorded):
             fabric=SimpleNamespace(device=CPU),
             processes=SimpleNamespace(count=count),
         )
-        made = graphs.make_graphs(here, model, rule, callbacks)
+        made = graphs.make_graphs(here, model, rule, 12, callbacks)
         assert (made.problem is None) if expected is None else made.problem
         if expected:
             with pytest.raises(AssertionError, match=expected):
@@ -246,10 +260,10 @@ def test_what_runs_without_a_graph_says_why(given, problem, demanded, recorded):
 
 
 def test_the_log_of_a_run_says_why_there_is_no_graph(recorded, monkeypatch, tmp_path):
-    *_, log, lines = watched_training(recorded, monkeypatch, tmp_path / "run", rule=sltt.SLTT(k=1), epochs=2)
+    *_, log, lines = watched_training(recorded, monkeypatch, tmp_path / "run", rule=sltt.BPTT(segment=2), epochs=2)
     assert log == []
     assert [one for one in lines if "CUDA graph" in one] == [
-        "batches run without a CUDA graph, since SLTT(k=1) draws its steps anew for each batch"
+        "batches run without a CUDA graph, since BPTT(segment=2) saves and restores random generators"
     ]
 
 
@@ -267,7 +281,7 @@ def test_graphs_on_a_cpu_are_refused_with_the_remedy_and_auto_makes_none(tmp_pat
         train(tmp_path / "run", graph="on")
     assert not (tmp_path / "run").exists()
     here = SimpleNamespace(execution=Execution(), fabric=SimpleNamespace(device=CPU))
-    assert graphs.make_graphs(here, network(), sltt.SLTT(), ()) is None
+    assert graphs.make_graphs(here, network(), sltt.SLTT(), 4, ()) is None
 
 
 def test_an_error_in_the_capture_says_how_to_train_without(recorded, monkeypatch, tmp_path):
