@@ -9,7 +9,7 @@ from typing import Any, Self, get_args
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, StepLR
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
 from sltt.callbacks import Callback
@@ -164,9 +164,10 @@ class Training(_Settings):
 def check_optimizer(given: Any) -> None:
     """Raise ValueError, with the line to write, for an optimizer in place of a function that makes one."""
     if isinstance(given, Optimizer):
+        name = type(given).__name__
         raise ValueError(
-            f"optimizer must be a function of the parameters, got an instance of {type(given).__name__}, which a "
-            f"resumed run could not make again: optimizer={_factory(given)}"
+            f"optimizer must be a function of the parameters, got an instance of {name}, which a resumed run could not "
+            f"make again: optimizer=functools.partial({name}, lr=…)"
         )
     other = isinstance(given, nn.Module) or (isinstance(given, type) and not issubclass(given, Optimizer))
     if other or not callable(given):
@@ -184,43 +185,14 @@ def check_optimizer(given: Any) -> None:
     groups = made.param_groups if isinstance(made, Optimizer) else []
     if [p is parameter for group in groups for p in group["params"]] != [True]:
         raise ValueError(f"optimizer must make an Optimizer of the parameters that it is called with, got {made!r:.80}")
-    closure = inspect.signature(made.step).parameters.get("closure")
-    if closure and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"optimizer: {type(made).__name__} computes the loss several times a step, which a rule does once: "
-            "take one such as SGD or AdamW"
-        )
-
-
-def _factory(made: Optimizer) -> str:
-    """Return a factory of such optimizers: functools.partial(torch.optim.AdamW, lr=0.002)."""
-    taken = inspect.signature(type(made)).parameters
-    options = {key: value for key, value in made.defaults.items() if key in taken and taken[key].default != value}
-    named = "".join(f", {key}={value!r}" for key, value in options.items())
-    module = "torch.optim." if type(made).__module__.startswith("torch.optim") else ""
-    text = f"functools.partial({module}{type(made).__name__}{named})"
-    own = [group for group in made.param_groups if any(group[key] != value for key, value in made.defaults.items())]
-    return f"{text}; its {len(made.param_groups)} groups need a function that makes them" if own else text
 
 
 def _check_schedule(given: Any) -> None:
-    """Raise ValueError, with the line to write, for a scheduler of PyTorch."""
+    """Raise ValueError, with what to take instead, for a scheduler of PyTorch."""
     kind = given.func if isinstance(given, partial) else given if isinstance(given, type) else type(given)
     if isinstance(kind, type) and issubclass(kind, LRScheduler):
         raise ValueError(
             f"schedule must be a Schedule, got PyTorch's {kind.__name__}, whose count a resumed run would have to "
-            f"keep: {_suggest(given, kind)}"
+            "keep: take Cosine, Linear, Step or Constant of sltt.schedules, or derive from Schedule and define "
+            "decay(epoch, epochs), the factor on the learning rate"
         )
-
-
-def _suggest(given: Any, kind: type) -> str:
-    if "Cosine" in kind.__name__ or kind.__name__ == "OneCycleLR":
-        return "schedule=sltt.schedules.Cosine(), with warmup=EPOCHS for a rise before"
-    if isinstance(given, MultiStepLR):
-        return f"schedule=sltt.schedules.Step({sorted(given.milestones)}, gamma={given.gamma:g})"
-    if isinstance(given, StepLR):
-        every = given.step_size
-        return f"schedule=sltt.schedules.Step(range({every}, EPOCHS, {every}), gamma={given.gamma:g})"
-    if kind in (StepLR, MultiStepLR):
-        return "schedule=sltt.schedules.Step([EPOCH, EPOCH], gamma=0.1)"
-    return "derive from sltt.schedules.Schedule and define decay(epoch, epochs), the factor on the learning rate"

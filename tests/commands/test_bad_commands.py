@@ -114,7 +114,6 @@ CASES = f"""
 2 | there is no module nomod; expected nomod.py in this folder | train --model nomod.Net
 2 | unknown class 'mine.Nothing' | train --model mine.Nothing
 2 | does not correspond to a subclass of Data | train --data sltt.SLTT
-2 | LBFGS computes the loss several times a step | train --optimizer torch.optim.LBFGS
 2 | optimizer: KeyError: 'momentums' | train --optimizer mine.Greedy
 2 | optimizer: Invalid learning rate: -1.0 | train --optimizer.lr -1
 2 | optimizer: TypeError | train --optimizer.lr null
