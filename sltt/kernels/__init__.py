@@ -26,7 +26,7 @@ from sltt.kernels.options import Compile, Sparse, choosing_once, compiler_proble
 from sltt.kernels.options import options as current_options
 from sltt.kernels.pooling.pooling import max_pool, running_max
 from sltt.kernels.spikes.looks import Spikes, bits_pay, look
-from sltt.kernels.spikes.saved import known_count, others_save, save_as_bits, tag_made, tag_of
+from sltt.kernels.spikes.saved import known_count, others_save, save_as_bits, tag_made, tag_of, tag_sum
 
 __all__ = [
     "Compile",
@@ -75,6 +75,7 @@ __all__ = [
     "stepwise_norm",
     "tag_made",
     "tag_of",
+    "tag_sum",
     "triton_problem",
     "using",
     "without_modes",

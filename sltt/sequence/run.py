@@ -10,6 +10,7 @@ and what keeps a state of its own takes the steps one after the other. So output
 
 import math
 import threading
+from collections import deque
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -47,7 +48,7 @@ class Run:
         shows: what neurons give are spikes.
         weights: the forms of weights that layers read, as long as these do not change.
         bits: spikes are saved as bits; `fast`: layers run by kernels of ours.
-        recompute: the outputs of weight layers are made again in the backward.
+        recompute: the outputs of weight layers are made again in the backward; `seen` has those that a sum may have.
         counted: batches of BatchNorms that are not in their counters yet.
 
     Raises:
@@ -74,6 +75,7 @@ class Run:
         self.keep, self.weights = keep, kernels.Weights()
         self.bits = kernels.current_options().bits and not kernels.others_save()
         self.fast, self.recompute = self.bits and sequence.x.is_cpu, False
+        self.seen: deque[Tensor] = deque(maxlen=2)
         self.fold = self.steps = 1
         self.cut, self.shows = False, True
         self.call = self._calls = self._outer = 0
@@ -162,6 +164,7 @@ class Run:
             logits = self.model(x)
         finally:
             self.fold = self.steps = 1
+            self.seen.clear()
         if not isinstance(logits, Tensor):
             raise ValueError(
                 f"expected the model to return the logits [B, C] of one time step, got {type(logits).__name__}; "

@@ -61,6 +61,8 @@ class Step:
             return layer.plain(*args, **kwargs)  # which says what is wrong
         run = self.run
         run.take_turn(layer, NEURON)
+        if run.seen and args and run.seen[-1] is args[0]:
+            run.seen.pop()  # no term of a sum
         if layer.advance is None or len(args) != 1:
             return run.one_by_one(layer, args, kwargs)
         return layer.advance(args[0], run.fold, run.cut)
@@ -94,7 +96,10 @@ class Step:
         if same and not kernels.others_save():  # a checkpoint runs the layer again on all of x
             y = layer.plain(x[: run.batch])
             return y.repeat(run.fold, *[1] * (y.ndim - 1))
-        return kernels.run_layer(layer.operation, x, weight, module.bias, run.weights, run.recompute)
+        y = kernels.run_layer(layer.operation, x, weight, module.bias, run.weights, run.recompute)
+        if run.recompute and kernels.tag_of(y):
+            run.seen.append(y)
+        return y
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """Run a normalisation; BatchNorm takes the statistics of each time step by itself."""
@@ -105,6 +110,8 @@ class Step:
             raise ValueError(f"{type(layer.module).__name__} {TWICE}")
         if steps > 1:
             self.run.take_turn(layer, TWICE)
+        if self.run.recompute and args:
+            kernels.tag_sum(kernels.materialise(args[0]), self.run.seen)
         wanted = self.run.fast or (self.run.bits and steps > 1)  # on a GPU, one step alone takes fewer launches apart
         may_wait = wanted and layer.is_known and len(args) == 1 and not kernels.others_save()
         waiting = kernels.deferred_norm(layer.module, *args, steps=steps) if may_wait else None

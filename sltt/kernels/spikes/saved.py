@@ -9,6 +9,7 @@ A tag is of memory, and of the version of that memory: a tensor that was changed
 On a CPU a sum of the memory tells changes that have no version, as through `.data`.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -122,6 +123,21 @@ def tag_made(
                 )
 
         Tag(y, make, layers)
+
+
+def tag_sum(x: Tensor, seen: deque[Tensor]) -> None:
+    """Tag x, which is about to be normalised, if it is the sum of the two tensors that were seen last.
+
+    That is a residual connection, and shows in the values. Those that were seen have tags, or are saved in any case: as
+    x is if it gets no tag.
+    """
+    others = [one for one in seen if one is not x]
+    same = [one for one in others if one.shape == x.shape and one.dtype == x.dtype]
+    if tag_of(x) is None and len(same) == 2 and torch.equal(same[0].detach() + same[1].detach(), x.detach()):
+        kept, tag = save(same[1].detach()), tag_of(same[1])
+        tag_made(x, same[0], lambda first: first + restore(kept), tag.layers if tag else 0)
+    seen.clear()
+    seen.extend(others if tag_of(x) else [*others, x])
 
 
 @contextmanager
