@@ -168,16 +168,38 @@ class Data(ABC):
             raise ValueError(f"{path} has whole numbers up to {x.max()}: save it as the data has it, in [0, 1] say")
         return x.float()
 
-    def split_sequences(self, samples: Any, labels: Sequence[int], test: Any, classes: int, *identity: Any) -> Splits:
-        """Return the splits of sequences, with a share of `samples` held out, and `identity` in their fingerprint."""
-        kept, held = hold_out(labels, self.validation, self.split_seed)
+    def split(
+        self,
+        samples: Any,
+        labels: Sequence[int],
+        test: Any,
+        identity: Sequence[Any],
+        *,
+        augmented: Any = None,
+        **form: Any,
+    ) -> Splits:
+        """Return the splits of samples, with a share of each class held out.
+
+        Args:
+            samples: without augmentation.
+            labels: of all samples.
+            test: test samples; or a list of the indices of `samples` that test, and neither train nor validate.
+            identity: what the fingerprint has beside the indices.
+            augmented: the same samples with augmentation.
+            form: other fields of the splits.
+        """
+        tested = test if isinstance(test, list) else []
+        rest = sorted({*range(len(labels))} - {*tested})
+        parts = hold_out([labels[i] for i in rest], self.validation, self.split_seed)
+        kept, held = ([rest[i] for i in part] for part in parts)
+        plain = Subset(samples, kept)
         return Splits(
-            train=Subset(samples, kept),
+            train=plain if augmented is None else Subset(augmented, kept),
             validation=Subset(samples, held) if held else None,
-            test=test,
-            static=False,
-            classes=classes,
-            fingerprint=fingerprint(identity, kept, held),
+            test=Subset(samples, tested) if tested else test,
+            plain=plain,
+            fingerprint=fingerprint(identity, kept, held, *([tested] if tested else [])),
+            **form,
         )
 
     def missing(self) -> dict[str, int]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from sltt.checks import flag, number, whole_number
-from sltt.data.base import Data, Mapped, Splits, fingerprint, hold_out
+from sltt.data.base import Data, Mapped, Splits, hold_out
 
 TEST_SHARE, TEST_SEED = 0.2, 0  # 359 test images, always the same
 
@@ -34,7 +34,7 @@ class Digits(Data):
     def load(self, steps: int) -> Splits:
         images, labels = _digits()
         x = ((images - images.mean()) / images.std()).unsqueeze(1)
-        return _split(self, x, labels, static=True)
+        return _split(self, x, labels)
 
 
 class DigitsEvents(Data):
@@ -67,7 +67,7 @@ class DigitsEvents(Data):
 
     def load(self, steps: int) -> Splits:
         images, labels = _digits()
-        return _split(self, record(images / 16, steps, self.size, self.threshold), labels, static=False)
+        return _split(self, record(images / 16, steps, self.size, self.threshold), labels)
 
 
 POSITIONS = 96  # camera positions of a recording: 32 a saccade
@@ -128,20 +128,8 @@ def _shift(x: Tensor, fill: float) -> Tensor:
     return F.pad(x, (1, 1, 1, 1), value=fill)[..., dy : dy + height, dx : dx + width]
 
 
-def _split(data: Digits | DigitsEvents, x: Tensor, labels: Tensor, *, static: bool) -> Splits:
-    names = labels.tolist()
-    rest, test = hold_out(names, TEST_SHARE, TEST_SEED)
-    train, validation = (
-        [rest[i] for i in part] for part in hold_out([names[i] for i in rest], data.validation, data.split_seed)
-    )
-    samples = TensorDataset(x, labels)
-    plain = Subset(samples, train)
-    return Splits(
-        train=Mapped(plain, partial(_shift, fill=float(x.min()))) if data.augment else plain,
-        validation=Subset(samples, validation) if validation else None,
-        test=Subset(samples, test),
-        static=static,
-        classes=10,
-        fingerprint=fingerprint(names, train, validation, test),
-        plain=plain,
-    )
+def _split(data: Digits | DigitsEvents, x: Tensor, labels: Tensor) -> Splits:
+    samples, names = TensorDataset(x, labels), labels.tolist()
+    augmented = Mapped(samples, partial(_shift, fill=float(x.min()))) if data.augment else None
+    test = hold_out(names, TEST_SHARE, TEST_SEED)[1]
+    return data.split(samples, names, test, names, augmented=augmented, static=x.ndim == 4, classes=10)

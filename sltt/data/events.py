@@ -9,7 +9,6 @@ import logging
 import shutil
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -134,10 +133,15 @@ class _Events(Data):
             log.warning("%s is partial: %s not there", self.title, lost)
         samples, names = self._frames(train, steps, "training")
         test_samples, test_names = self._frames(test, steps, "test")
-        whole = test_samples if test else None
-        splits = self.split_sequences(samples, samples.targets, whole, len(self.classes), *names, *test_names)
-        augmented = Mapped(splits.train, self.augment) if self.augment else splits.train
-        return replace(splits, train=augmented, plain=splits.train)
+        return self.split(
+            samples,
+            samples.targets,
+            test_samples if test else None,
+            [*names, *test_names],
+            augmented=Mapped(samples, self.augment) if self.augment else None,
+            static=False,
+            classes=len(self.classes),
+        )
 
     def _frames(self, recordings: Recordings, steps: int, which: str) -> tuple[FrameDataset, list[str]]:
         """Return the recordings that can be used, and their names."""

@@ -1,17 +1,17 @@
 """Image data sets through torchvision: CIFAR-10, CIFAR-100 and any folder of images."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from sltt.checks import choice, flag, folder, number, whole_number
 from sltt.data.augment import clear_square
-from sltt.data.base import Data, OnError, Splits, fingerprint, hold_out
+from sltt.data.base import Data, OnError, Splits, hold_out
 from sltt.data.decode import decode, find_undecodable
 
 Transform = Callable[[Any], Tensor]
@@ -60,11 +60,11 @@ class Mixup(Dataset[tuple[Tensor, int]]):
 
 
 class _Images(Data):
-    """Training and test images that torchvision reads, and the transforms they go through.
+    """Training and test images that torchvision downloads and reads, and the transforms they go through."""
 
-    The arguments are those of the subclasses.
-    """
-
+    source: str  # torchvision's class
+    name: str
+    layout: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     policy = "CIFAR10"  # of AutoAugment
@@ -72,26 +72,49 @@ class _Images(Data):
 
     def __init__(
         self,
-        validation: float,
-        split_seed: int,
-        augment: bool = False,
-        cutout: int = 0,
+        root: str = "data",
+        validation: float = 0.1,
+        split_seed: int = 0,
+        augment: bool = True,
+        cutout: int = 16,
         autoaugment: bool = False,
+        download: bool = False,
         randaugment: int = 0,
         erase: float = 0.0,
         mixup: float = 0.0,
         reflect: bool = False,
         alternate_flip: bool = False,
     ):
+        """Arguments of CIFAR-10 and CIFAR-100; the others take some of them.
+
+        Args:
+            root: folder of the data.
+            validation: share of the training images held out to select the best epoch; 0 trains on everything.
+            split_seed: which training images are held out.
+            augment: change training images: those of CIFAR are padded by 4 pixels, cropped to 32 × 32 at random,
+                flipped, and get Cutout, as in the SLTT paper.
+            cutout: side of the Cutout square in pixels; 0 is no Cutout.
+            autoaugment: the policy that AutoAugment found for CIFAR-10 (Cubuk et al. 2019), after the flip.
+            download: fetch the data into `root` where it is not there.
+            randaugment: so many random distortions of magnitude 9 of 30, after the flip (Cubuk et al. 2020).
+            erase: probability that a rectangle is set to zero (Zhong et al. 2020).
+            mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
+            reflect: fill the margin of a crop with the image reflected at its edge, instead of zeros.
+            alternate_flip: `sltt.fit` mirrors each image in every other epoch, instead of at random (Jordan 2024,
+                arXiv 2404.00498).
+        """
         super().__init__(validation, split_seed)
+        self.root = folder("root", root)
         self.augment = flag("augment", augment)
         self.cutout = whole_number("cutout", cutout, least=0)
         self.autoaugment = flag("autoaugment", autoaugment)
+        self.download = flag("download", download)
         self.randaugment = whole_number("randaugment", randaugment, least=0)
         self.erase = number("erase", erase, least=0, most=1)
         self.mixup = number("mixup", mixup, least=0)
         self.reflect = flag("reflect", reflect)
         self.alternate_flip = flag("alternate_flip", alternate_flip)
+        self.margin: Literal["reflect", "constant"] = "reflect" if reflect else "constant"
         for name in self.only_augmented:
             if getattr(self, name) and not augment:
                 raise ValueError(
@@ -99,14 +122,17 @@ class _Images(Data):
                     "it out"
                 )
 
-    @property
-    def margin(self) -> Literal["reflect", "constant"]:
-        """Return how torchvision fills the margin of a crop."""
-        return "reflect" if self.reflect else "constant"
-
-    @abstractmethod
     def open(self, train: bool, transform: Transform) -> Any:
         """Return the training or test images: a dataset of torchvision with `classes` and `targets`."""
+        from torchvision import datasets
+
+        try:
+            return getattr(datasets, self.source)(self.root, train=train, transform=transform, download=self.download)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"{self.name} not found, or not whole: looked in {self.root.resolve()}, expected the folder "
+                f"{self.layout} there. Get it with --data.download true, or set --data.root."
+            ) from error
 
     def names(self, images: Any) -> Sequence[Any]:
         """Return the samples' names in the split's fingerprint, in their order."""
@@ -114,7 +140,9 @@ class _Images(Data):
 
     def crop(self, augment: bool) -> list[Any]:
         """Return the transforms that give an image its size."""
-        return []
+        from torchvision.transforms import v2
+
+        return [v2.RandomCrop(32, padding=4, padding_mode=self.margin)] if augment else []
 
     def transform(self, train: bool) -> Transform:
         """From an image, of PIL or a tensor, to a normalised tensor [C, H, W]; augmented if `train`."""
@@ -140,99 +168,24 @@ class _Images(Data):
         return super().read(path, steps) if path.suffix == ".npy" else self.transform(False)(decode(str(path)))
 
     def load(self, steps: int) -> Splits:
-        augmented = self.open(True, self.transform(True))
-        plain = self.open(True, self.transform(False))
+        augmented, plain = (self.open(True, self.transform(train)) for train in (True, False))
         test = self.open(False, self.transform(False))
-        if test.classes != augmented.classes:
-            differ = sorted(set(test.classes) ^ set(augmented.classes))
+        if test.classes != plain.classes:
+            differ = sorted(set(test.classes) ^ set(plain.classes))
             raise ValueError(
                 f"the classes of the training and the test images differ: {', '.join(differ[:5])}; give both the same "
                 "folders"
             )
-        train, validation = hold_out(augmented.targets, self.validation, self.split_seed)
-        names = [*self.names(augmented), *self.names(test)]
-        return self.split(augmented, plain, train, validation, test, fingerprint(names, train, validation))
+        return self.split_images(augmented, plain, test, [*self.names(plain), *self.names(test)])
 
-    def split(
-        self, augmented: Any, plain: Any, train: list[int], validation: list[int], test: Dataset[Any], mark: str
-    ) -> Splits:
-        """Split images by indices: training ones are augmented, others are plain."""
-        images = Subset(augmented, train)
-        return Splits(
-            train=Mixup(images, self.mixup) if self.mixup else images,
-            validation=Subset(plain, validation) if validation else None,
-            test=test,
-            static=True,
-            classes=len(augmented.classes),
-            fingerprint=mark,
-            plain=Subset(plain, train),
-            alternate_flip=self.alternate_flip,
-        )
+    def split_images(self, augmented: Any, plain: Any, test: Any, names: Sequence[Any]) -> Splits:
+        """Return the splits of images, mixed and mirrored as the arguments say; of `names` in the fingerprint."""
+        form: dict[str, Any] = {"static": True, "classes": len(plain.classes), "alternate_flip": self.alternate_flip}
+        splits = self.split(plain, plain.targets, test, names, augmented=augmented, **form)
+        return replace(splits, train=Mixup(splits.train, self.mixup)) if self.mixup else splits
 
 
-class _Downloaded(_Images):
-    """Images that torchvision downloads: what CIFAR-10, CIFAR-100 and MNIST share."""
-
-    source: str  # torchvision's class
-    name: str
-    layout: str
-
-    def __init__(
-        self,
-        root: str = "data",
-        validation: float = 0.1,
-        split_seed: int = 0,
-        augment: bool = True,
-        cutout: int = 16,
-        autoaugment: bool = False,
-        download: bool = False,
-        randaugment: int = 0,
-        erase: float = 0.0,
-        mixup: float = 0.0,
-        reflect: bool = False,
-        alternate_flip: bool = False,
-    ):
-        """Arguments of CIFAR-10 and CIFAR-100; MNIST takes some of them.
-
-        Args:
-            root: folder of the data.
-            validation: share of the training images held out to select the best epoch; 0 trains on everything.
-            split_seed: which training images are held out.
-            augment: pad by 4 pixels, crop 32 × 32 at random, flip and Cutout, as in the SLTT paper.
-            cutout: side of the Cutout square in pixels; 0 is no Cutout.
-            autoaugment: the policy that AutoAugment found for CIFAR-10 (Cubuk et al. 2019), after the flip.
-            download: fetch the data into `root` where it is not there.
-            randaugment: so many random distortions of magnitude 9 of 30, after the flip (Cubuk et al. 2020).
-            erase: probability that a rectangle is set to zero (Zhong et al. 2020).
-            mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
-            reflect: fill the margin of a crop with the image reflected at its edge, instead of zeros.
-            alternate_flip: `sltt.fit` mirrors each image in every other epoch, instead of at random (Jordan 2024,
-                arXiv 2404.00498).
-        """
-        super().__init__(
-            validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup, reflect, alternate_flip
-        )
-        self.root = folder("root", root)
-        self.download = flag("download", download)
-
-    def open(self, train: bool, transform: Transform) -> Any:
-        from torchvision import datasets
-
-        try:
-            return getattr(datasets, self.source)(self.root, train=train, transform=transform, download=self.download)
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"{self.name} not found, or not whole: looked in {self.root.resolve()}, expected the folder "
-                f"{self.layout} there. Get it with --data.download true, or set --data.root."
-            ) from error
-
-    def crop(self, augment: bool) -> list[Any]:
-        from torchvision.transforms import v2
-
-        return [v2.RandomCrop(32, padding=4, padding_mode=self.margin)] if augment else []
-
-
-class CIFAR10(_Downloaded):
+class CIFAR10(_Images):
     """CIFAR-10 (Krizhevsky 2009): static images [3, 32, 32], normalised; the official test images."""
 
     source, name = "CIFAR10", "CIFAR-10"
@@ -241,7 +194,7 @@ class CIFAR10(_Downloaded):
     std = (0.2470, 0.2435, 0.2616)
 
 
-class CIFAR100(_Downloaded):
+class CIFAR100(_Images):
     """CIFAR-100 (Krizhevsky 2009): static images [3, 32, 32], normalised; the official test images."""
 
     source, name = "CIFAR100", "CIFAR-100"
@@ -261,22 +214,13 @@ class ImageFolder(_Images):
     Args:
         root: folder of the data.
         size: height and width of the images that the network sees, in pixels.
-        validation: share of the training images held out to select the best epoch; 0 trains on everything.
-        split_seed: which training images are held out.
-        augment: augment training images as said above.
         crop_padding: instead of the random resized crop, crop out of a margin of so many pixels, as for CIFAR.
         cutout: side of the Cutout square in pixels; 0 is no Cutout.
-        autoaugment: the policy that AutoAugment found for ImageNet, or with `crop_padding` that for CIFAR-10 (Cubuk et
-            al. 2019), after the flip.
         on_error: stop at an image that does not decode when it comes, or decode all once before, skip those that do
             not, and warn which they are; the list is kept in `.sltt-cache` under `root`.
-        randaugment: so many random distortions of magnitude 9 of 30, after the flip (Cubuk et al. 2020).
-        erase: probability that a rectangle is set to zero (Zhong et al. 2020).
-        mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
-        reflect: fill the margin of `crop_padding` with the image reflected at its edge, instead of zeros.
-        alternate_flip: `sltt.fit` mirrors each image in every other epoch, instead of at random (Jordan 2024,
-            arXiv 2404.00498).
         test: share of the images of `root/CLASS/*` to test on, drawn by `split_seed`; 0 for folders train and test.
+        kwargs: `validation`, `split_seed` and augmentations as for `sltt.data.CIFAR10`. Without `crop_padding`,
+            `autoaugment` is the policy that AutoAugment found for ImageNet.
     """
 
     mean = (0.485, 0.456, 0.406)  # of ImageNet
@@ -287,30 +231,19 @@ class ImageFolder(_Images):
         self,
         root: str,
         size: int = 224,
-        validation: float = 0.1,
-        split_seed: int = 0,
-        augment: bool = True,
         crop_padding: int | None = None,
         cutout: int = 0,
-        autoaugment: bool = False,
         on_error: OnError = "stop",
-        randaugment: int = 0,
-        erase: float = 0.0,
-        mixup: float = 0.0,
-        reflect: bool = False,
-        alternate_flip: bool = False,
         test: float = 0.0,
+        **kwargs: Any,
     ):
-        super().__init__(
-            validation, split_seed, augment, cutout, autoaugment, randaugment, erase, mixup, reflect, alternate_flip
-        )
-        self.root = folder("root", root)
+        super().__init__(root, cutout=cutout, download=False, **kwargs)
         self.test = number("test", test, least=0, below=1)
         self.on_error = choice("on_error", on_error, get_args(OnError))
         self.size = whole_number("size", size, least=1)
         self.crop_padding = None if crop_padding is None else whole_number("crop_padding", crop_padding, least=0)
         self.policy = "IMAGENET" if crop_padding is None else "CIFAR10"
-        if reflect and (crop_padding is None or crop_padding >= size):
+        if self.reflect and (crop_padding is None or crop_padding >= size):
             raise ValueError(f"reflect=True needs a crop_padding smaller than size={size}, got {crop_padding}")
 
     @property
@@ -323,12 +256,8 @@ class ImageFolder(_Images):
         if not self.test:
             return super().load(steps)
         augmented, plain = (self._open(self.root, self.transform(train)) for train in (True, False))
-        labels = augmented.targets
-        rest, test = hold_out(labels, self.test, self.split_seed)
-        parts = hold_out([labels[i] for i in rest], self.validation, self.split_seed)
-        train, validation = ([rest[i] for i in part] for part in parts)
-        mark = fingerprint(self.names(augmented), train, validation, test)
-        return self.split(augmented, plain, train, validation, Subset(plain, test), mark)
+        tested = hold_out(plain.targets, self.test, self.split_seed)[1]
+        return self.split_images(augmented, plain, tested, self.names(plain))
 
     def open(self, train: bool, transform: Transform) -> Any:
         names = ("train",) if train else ("test", "val")

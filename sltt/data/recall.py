@@ -94,8 +94,9 @@ class Recall(Data):
         samples = _Sequences(cues, probes, b, (a + b) % self.classes, self.cues + self.delay, steps)
         labels = samples.labels.tolist()
         test = Subset(samples, range(self.samples, count))
-        identity = self.classes, self.delay, self.noise, self.channels, self.seed, self.cues
-        return self.split_sequences(samples, labels[: self.samples], test, self.classes, *identity, *labels)
+        identity = [self.classes, self.delay, self.noise, self.channels, self.seed, self.cues, *labels]
+        known = labels[: self.samples]
+        return self.split(samples, known, test, identity, static=False, classes=self.classes)
 
 
 class _Sequences(Dataset[Any]):

@@ -13,7 +13,7 @@ from torch import Tensor
 from sltt.checks import flag
 from sltt.data.base import Mapped, Splits, fingerprint
 from sltt.data.digits import Digits
-from sltt.data.images import Transform, _Downloaded
+from sltt.data.images import Transform, _Images
 
 
 class SequentialDigits(Digits):
@@ -40,7 +40,7 @@ class SequentialDigits(Digits):
         return _sequential(super().load(steps), steps, 64, self.permute)
 
 
-class SequentialMNIST(_Downloaded):
+class SequentialMNIST(_Images):
     """MNIST (LeCun et al. 1998), P/T of its 784 pixels in each time step: sequences [T, 784/T], normalised.
 
     T = 784 reads pixel by pixel, T = 28 row by row. `permute` makes it permuted sequential MNIST (Le et al. 2015, arXiv

@@ -51,7 +51,8 @@ class SHD(Data):
                 "Set --data.root, or get it with --data.download true."
             )
         samples, test = (self._read(name, steps) for name in ("train", "test"))
-        return self.split_sequences(samples, samples.targets, test, 20, *samples.targets, *test.targets)
+        identity = [*samples.targets, *test.targets]
+        return self.split(samples, samples.targets, test, identity, static=False, classes=20)
 
     def _file(self, name: str) -> Path:
         return self.root / "SHD" / f"shd_{name}.h5"
