@@ -44,7 +44,7 @@ def scores_text(scores: Sequence[float | None], metric: str = "accuracy") -> str
 
 
 def scores_cell(scores: Sequence[float | None], metric: str = "accuracy") -> Cell:
-    """Return the same as a cell of a table, which is sorted by the mean."""
+    """Return the same as a cell of a table, with the mean as its value."""
     known = finite_scores(scores)
     return Cell(scores_text(scores, metric), statistics.mean(known) if known else None)
 

@@ -12,7 +12,7 @@ from sltt.training.console import megabytes
 
 
 class Cell(NamedTuple):
-    """A cell of a table: its text, and the value to sort by and to write to the CSV."""
+    """A cell of a table: its text, and the value to write to the CSV."""
 
     text: str
     value: Any

@@ -8,25 +8,10 @@ from torch import Tensor
 from sltt.checks import flag, number, whole_number
 
 
-def flip(x: Tensor) -> Tensor:
-    """Mirror left and right with probability one half."""
-    return x.flip(-1) if torch.rand(()) < 0.5 else x
-
-
 def roll(x: Tensor, pixels: int) -> Tensor:
     """Shift by up to `pixels` in each direction; what leaves one side enters on the other."""
     dy, dx = torch.randint(-pixels, pixels + 1, (2,)).tolist()
     return x.roll((dy, dx), (-2, -1))
-
-
-def rotate(x: Tensor, degrees: float) -> Tensor:
-    """Rotate by up to `degrees` to either side, to the nearest pixel."""
-    return _affine(x, angle=_uniform(degrees))
-
-
-def shear(x: Tensor, degrees: float) -> Tensor:
-    """Shear along x by up to `degrees`, to the nearest pixel."""
-    return _affine(x, shear=_uniform(degrees))
 
 
 def cutout(x: Tensor, length: int) -> Tensor:
@@ -53,8 +38,8 @@ class EventAugmentation:
     Args:
         flip: mirror left and right with probability one half.
         roll: shift in pixels, at most.
-        rotate: degrees to either side, at most.
-        shear: degrees to either side, at most.
+        rotate: degrees to either side, at most; to the nearest pixel.
+        shear: degrees to either side along x, at most; to the nearest pixel.
         cutout: side of the square in pixels, at most.
     """
 
@@ -74,18 +59,15 @@ class EventAugmentation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Change a sample [T, 2, H, W] to another of the same shape."""
+        from torchvision.transforms import v2
+
         if self.flip:
-            x = flip(x)
-        changes = (roll, self.roll), (rotate, self.rotate), (shear, self.shear), (cutout, self.cutout)
-        moves = [partial(change, x, most) for change, most in changes if most]
-        return moves[int(torch.randint(len(moves), ()))]() if moves else x
-
-
-def _uniform(most: float) -> float:
-    return (2 * float(torch.rand(())) - 1) * most
-
-
-def _affine(x: Tensor, angle: float = 0.0, shear: float = 0.0) -> Tensor:
-    from torchvision.transforms.v2 import functional
-
-    return functional.affine(x, angle=angle, translate=[0, 0], scale=1.0, shear=[shear, 0.0])
+            x = v2.RandomHorizontalFlip()(x)
+        changes = (
+            (self.roll, partial(roll, pixels=self.roll)),
+            (self.rotate, v2.RandomAffine(self.rotate)),
+            (self.shear, v2.RandomAffine(0, shear=self.shear)),
+            (self.cutout, partial(cutout, length=self.cutout)),
+        )
+        moves = [change for most, change in changes if most]
+        return moves[int(torch.randint(len(moves), ()))](x) if moves else x

@@ -294,23 +294,6 @@ def test_in_a_browser(browser, page):
         assert figure.size["width"] > 200
         assert figure.size["height"] > 50
 
-    def column(number):
-        return [
-            float(cell.get_attribute("data-value"))
-            for cell in browser.find_elements(
-                "css selector", f"section:nth-of-type(4) .wide:first-of-type td:nth-child({number})"
-            )
-            if cell.is_displayed()
-        ]
-
-    heading = browser.find_elements("css selector", "section:nth-of-type(4) th button")[2]
-    assert heading.text == "memory"
-    unsorted = column(3)[:4]
-    heading.click()
-    assert column(3)[:4] == sorted(unsorted)
-    heading.click()
-    assert column(3)[:4] == sorted(unsorted, reverse=True)
-
     browser.set_window_size(390, 800)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 500
     backgrounds = []
