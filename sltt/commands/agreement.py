@@ -11,7 +11,7 @@ import torch
 from sltt.analysis.advice import advice, choose_rule
 from sltt.analysis.agreement import AGREES, SAVES, Proposal, agreement, batch_memory, cheaper_rules, propose
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
-from sltt.commands.prepared import prepare
+from sltt.commands.prepared import Prepared
 from sltt.commands.results import give
 from sltt.commands.rule_texts import mixed_options
 from sltt.commands.tables import Row, Table, number
@@ -69,24 +69,24 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             built = build(recipe, own.data, tau)  # the data is read once
             if epochs:
                 train(here, built, T, epochs, built.rule, report)
-            with prepare(here, built, T, full_precision=dtype is not None) as ready:
-                arguments = ready.model, *ready.batch(asked.samples), ready.loss
-                rules = cheaper_rules(ready.model, T)
-                found = agreement(*arguments, rules, steps=ready.repeat, dtype=dtype)
-                proposal = propose(*arguments, found, steps=ready.repeat, dtype=dtype)
-                memory = batch_memory(*arguments, steps=ready.repeat)
-                rivals = sorted(contestants(rules, found, proposal), key=memory)
-                if asked.trial and (tau, T) not in trials:
-                    found_by = run_trial(here, recipe, own.data, rivals, tau, T, asked.trial, asked.seeds, report)
-                    trials[tau, T] = rivals, found_by
-                # after more epochs the gradients may propose others than those that were tried
-                rivals, tried = trials.get((tau, T), (rivals, None))
-                mixed = [r for r in rivals if isinstance(r, Mixed)]
-                found += agreement(*arguments, mixed, steps=ready.repeat, dtype=dtype)
-                compared = {a.rule: a for a in found}
-                ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
-                rule = choose_rule(ranked, tried)
-                costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
+            ready = Prepared(here, built, T, full_precision=dtype is not None)
+            arguments = ready.model, *ready.batch(asked.samples), ready.loss
+            rules = cheaper_rules(ready.model, T)
+            found = agreement(*arguments, rules, steps=ready.repeat, dtype=dtype)
+            proposal = propose(*arguments, found, steps=ready.repeat, dtype=dtype)
+            memory = batch_memory(*arguments, steps=ready.repeat)
+            rivals = sorted(contestants(rules, found, proposal), key=memory)
+            if asked.trial and (tau, T) not in trials:
+                found_by = run_trial(here, recipe, own.data, rivals, tau, T, asked.trial, asked.seeds, report)
+                trials[tau, T] = rivals, found_by
+            # after more epochs the gradients may propose others than those that were tried
+            rivals, tried = trials.get((tau, T), (rivals, None))
+            mixed = [r for r in rivals if isinstance(r, Mixed)]
+            found += agreement(*arguments, mixed, steps=ready.repeat, dtype=dtype)
+            compared = {a.rule: a for a in found}
+            ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
+            rule = choose_rule(ranked, tried)
+            costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
             said = advice(ranked, tried, costs, epochs=epochs, samples=asked.samples, training=own.epochs)
             rows.append(
                 {

@@ -12,7 +12,7 @@ from typing import Any
 from sltt.analysis import Operations, agreement, count_operations, memory_parts
 from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
-from sltt.commands.prepared import prepare
+from sltt.commands.prepared import Prepared
 from sltt.commands.results import Gathered, give, rule_of, scores_cell
 from sltt.commands.tables import Cell, Table, number
 from sltt.commands.vary import VARY_HELP, grid, label_row, to_options, values
@@ -223,10 +223,10 @@ def print_compared(found: Mapping[str, Any], report: Console) -> None:
 def _measure(compared: Compared, here: Session, built: Any, report: Console) -> None:
     """Memory, multiplications and agreement of one training batch, on the trained weights, as far as they go."""
     try:
-        with prepare(here, built, built.steps) as ready:
-            arguments = ready.model, *ready.batch(built.batch_size), ready.loss
-            compared.peak_memory = memory_parts(*arguments, built.rule, steps=ready.repeat).batch
-            compared.operations = count_operations(*arguments, built.rule, steps=ready.repeat)
-            compared.cosine = agreement(*arguments, [built.rule], steps=ready.repeat)[0].cosine
+        ready = Prepared(here, built, built.steps)
+        arguments = ready.model, *ready.batch(built.batch_size), ready.loss
+        compared.peak_memory = memory_parts(*arguments, built.rule, steps=ready.repeat).batch
+        compared.operations = count_operations(*arguments, built.rule, steps=ready.repeat)
+        compared.cosine = agreement(*arguments, [built.rule], steps=ready.repeat)[0].cosine
     except Exception as error:  # BPTT, for the cosine, may need more memory than there is; the training is done
         report.warn(f"{label_row(compared.rule, compared.varied)}: not all is measured: {cause(error)}")

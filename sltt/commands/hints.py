@@ -9,7 +9,16 @@ from typing import Any, get_args
 
 import sltt
 
-PATH = re.compile(r"Expected a dot import path string: (.*?)(?:\. Got value.*)?$", re.MULTILINE)
+# what the parser says around a reason
+AROUND = re.compile(
+    r'Parser key "[^"]+":|Problem with given class_path \'[\w.]+\':|Does not validate.*|Subtypes:.*|Errors:|'
+    r"Given value.*|Type \S.* callable class:"
+)
+EXPECTED = re.compile(r"Expected an? (?:<class '|typing\.Literal)?(.+?)(?:'>)?(?:\. Got value.*)?$")
+UNKNOWN = re.compile(
+    r"dot import path string: (.*?)(?:\. Got value.*)?$|class_path '([\w.]+)':\s+module '.*' has no attribute",
+    re.MULTILINE,
+)
 
 
 def explain(message: str, values: Mapping[str, Any]) -> str:
@@ -24,33 +33,17 @@ def explain(message: str, values: Mapping[str, Any]) -> str:
         names = list(inspect.signature(owner).parameters) if owner else fit_arguments()
         return f"unknown key {key[1]!r}{f' of {owners[-1]}' if owners else ''}{suggest(key[1], names)}"
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    if left := re.search(r"class_path '([\w.]+)':\s+the following arguments are required: (.+)", message):
-        return f"{key}: {left[1]} needs {left[2]}"
-    kinds = re.findall(
-        r"Expected an? (?:<class '|typing\.Literal)?(.+?)(?:'>)?(?:\. Got value.*|$)", message, re.MULTILINE
-    )
+    lines = [left for line in message.splitlines() if (left := AROUND.sub("", line).strip(" -"))]
+    kinds = [kind[1] for line in lines if (kind := EXPECTED.match(line))]
     kinds = [kind for kind in dict.fromkeys(kinds) if not kind.startswith("dot import path")]
-    if (names := PATH.findall(message)) and set(kinds) <= {"NoneType"}:
-        return _unknown_class(names[-1])
-    if name := re.search(r"given class_path '([\w.]+)':\s+module '[\w.]+' has no attribute", message):
-        return _unknown_class(name[1])
-    if package := re.search(r"No module named '([\w.]+)'", message):
-        name, file = package[1], package[1].replace(".", "/")
-        leave = "; a resumed run goes on without its loggers by --loggers null" if key.startswith("loggers") else ""
-        return (
-            f"{key}: there is no module {name}; expected {file}.py in this folder or a package that is installed{leave}"
-        )
-    if kind := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*)", message):
-        return f"{key}: expected a class of the kind {kind[1]}, got {kind[2]}"
-    if kind := re.search(r"does not implement protocol (\w+).*Given value: (\S+)", message, re.DOTALL):
-        return f"{key}: expected a class of the kind {kind[1]}, got {kind[2]}"
+    if (name := UNKNOWN.search(message)) and set(kinds) <= {"NoneType"}:
+        return _unknown_class(name[1] or name[2])
+    if reasons := [line for line in lines if not EXPECTED.match(line)]:
+        return f"{key}: {reasons[0]}" if key else " ".join(reasons)
     if key == "precision":  # the parser names the type of the first choice only
         kinds = [str(list(get_args(inspect.signature(sltt.fit).parameters[key].annotation)))]
-    value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", message, re.MULTILINE)
-    if key and kinds and value:
-        return f"{key}: expected {' or '.join(kinds)}, got {value[1]}"
-    reason = re.sub(r"Parser key \"[^\"]+\":|Problem with given class_path '[\w.]+':", "", message)
-    return f"{key}: {' '.join(reason.split())}" if key else " ".join(message.split())
+    value = re.findall(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", message, re.MULTILINE)
+    return f"{key}: expected {' or '.join(kinds)}, got {value[0]}"
 
 
 def _nearest_option(option: str, values: Mapping[str, Any]) -> str:
@@ -83,7 +76,7 @@ def _class_paths() -> list[str]:
 
     families = (sltt.models, sltt.data, sltt.losses, sltt.metrics, sltt.schedules, sltt.callbacks, sltt.surrogates)
     modules = (optim, *families, sltt)
-    return [f"{m.__name__}.{name}" for m in modules for name in dir(m) if callable(getattr(m, name))]
+    return [f"{m.__name__}.{name}" for m in modules for name in dir(m) if name[0] != "_" and callable(getattr(m, name))]
 
 
 def locate(path: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sltt.analysis.rates import FALLS, RateTest, find_learning_rate
 from sltt.commands.parsing import CommandOptions, count
-from sltt.commands.prepared import prepare
+from sltt.commands.prepared import Prepared
 from sltt.commands.results import give
 from sltt.commands.tables import Table, number
 from sltt.training.console import Console
@@ -44,7 +44,8 @@ def run(words: Sequence[str]) -> None:
             "such as --phases null --steps 1"
         )
     built.rule = stage.rule
-    with session(Execution.of(vars(built))) as here, prepare(here, built, stage.steps) as ready:
+    with session(Execution.of(vars(built))) as here:
+        ready = Prepared(here, built, stage.steps)
         found = find_learning_rate(
             ready.model,
             itertools.islice(ready.batches(built.batch_size), known.batches),

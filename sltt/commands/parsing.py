@@ -66,12 +66,11 @@ class CommandOptions(argparse.ArgumentParser):
         self.add_argument("--save", type=new_folder, metavar="FOLDER", help=folder)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the command's own options, and the words that are left over; none of these is one cut short."""
+        """Return the command's own options, and the words that are left over, of which none is one misspelt."""
         known, rest = super().parse_known_args(args, namespace)
         trains = [f"--{name}" for name in fit_arguments()]
         for name in (re.split("[.=]", word)[0] for word in rest if word.startswith("--")):
-            longer = [option for option in self.own if option.startswith(name)]
-            near = longer or difflib.get_close_matches(name, [*trains, *self.own], 1)
+            near = difflib.get_close_matches(name, [*trains, *self.own], 1)
             if name not in trains and near and near[0] in self.own:
                 raise UsageError(f"unknown option {name}; did you mean {near[0]}?")
         return known, rest

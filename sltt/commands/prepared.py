@@ -1,7 +1,6 @@
 """From a recipe's settings to a network that is measured: on the device and in the precision of its training."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from sltt.checks import whole_number
 from sltt.data import Splits
 from sltt.rules import Rule
-from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.padding import Padded, pad_batch
 from sltt.training.batches import EpochSampler, finish_loaders, train_loader
 from sltt.training.parameters import parameter_groups
@@ -21,9 +19,12 @@ if TYPE_CHECKING:
 
 
 class Prepared:
-    """A recipe's network, optimizer and data as its training has them, on the device; `prepare` makes it."""
+    """What a recipe built, on the device and with data of T = `steps`, as its training has it; for measurements.
 
-    def __init__(self, built: Any, session: Session, steps: int):
+    With `full_precision`, calls of the network run in its own type, also where its training has autocast.
+    """
+
+    def __init__(self, session: Session, built: Any, steps: int, *, full_precision: bool = False):
         self.splits: Splits = session.splits(built.data, steps)
         session = session.choose_format(
             built.model, lambda: self.splits.collate([self.splits.train[0]])[0], self.splits.static
@@ -37,6 +38,8 @@ class Prepared:
         self.rule: Rule = built.rule
         self.repeat = steps if self.splits.static else None  # the argument `steps` of rules and measurements
         self._steps = steps
+        if session.execution.precision != 32 and not full_precision:
+            _run_in_precision(self.model, session.fabric)
 
     def batch(self, size: int) -> tuple[Tensor, Any]:
         """Return a training batch of `size` samples and T time steps; where the data has fewer, they come again."""
@@ -61,19 +64,7 @@ class Prepared:
                     yield self._session.batch(x, y, self.splits.per_step)
 
 
-@contextmanager
-def prepare(here: Session, built: Any, steps: int, *, full_precision: bool = False) -> Iterator[Prepared]:
-    """Put on the device what a recipe built, for measurements at T = `steps` inside the block.
-
-    With `full_precision`, calls of the network run in its own type, also where its training has autocast.
-    """
-    found = Prepared(built, here, steps)
-    autocast = here.execution.precision != 32 and not full_precision
-    with keep_hooks(*(_run_in_precision(found.model, here.fabric) if autocast else ())):
-        yield found
-
-
-def _run_in_precision(model: nn.Module, fabric: "Fabric") -> tuple[Any, Any]:
+def _run_in_precision(model: nn.Module, fabric: "Fabric") -> None:
     """Have each call of the model run under autocast, and give float32.
 
     By hooks, not Fabric's wrapper: a copy keeps them, layers keep their names, and a backward needs no Fabric.
@@ -88,4 +79,5 @@ def _run_in_precision(model: nn.Module, fabric: "Fabric") -> tuple[Any, Any]:
         entered.pop().__exit__(None, None, None)
         return logits.float() if isinstance(logits, Tensor) else None
 
-    return model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)

@@ -23,7 +23,7 @@ from sltt.analysis import (
 from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
-from sltt.commands.prepared import Prepared, prepare
+from sltt.commands.prepared import Prepared
 from sltt.commands.results import give
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
 from sltt.commands.verdict import batch_memory
@@ -247,14 +247,14 @@ def _memory(ready: Prepared, size: int) -> Memory:
 
 
 def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> dict[str, Any]:
-    with prepare(here, recipe.build(rule=rule), steps) as ready:
-        memory = _memory(ready, batch)
-        timed = itertools.islice(ready.batches(batch), repeats + WARMUP)
-        seconds = iteration_seconds(
-            ready.model, timed, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat, warmup=WARMUP
-        )
-        operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
-        chosen = chosen_fold(ready.model) if ready.rule.fold == "auto" else Fold(ready.rule.fold)
+    ready = Prepared(here, recipe.build(rule=rule), steps)
+    memory = _memory(ready, batch)
+    timed = itertools.islice(ready.batches(batch), repeats + WARMUP)
+    seconds = iteration_seconds(
+        ready.model, timed, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat, warmup=WARMUP
+    )
+    operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
+    chosen = chosen_fold(ready.model) if ready.rule.fold == "auto" else Fold(ready.rule.fold)
     parts = {"memory": {**vars(memory), "total": memory.total}, "seconds": {**vars(seconds), "total": seconds.total}}
     fold = (chosen or Fold())._asdict()
     return {"rule": rule, "steps": steps, "fold": fold, **parts, "operations": operations._asdict()}
@@ -262,12 +262,12 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
 
 def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:
     """Return `layers` and `paths` of a profile."""
-    with prepare(here, built, steps) as ready:
-        x, _ = ready.batch(batch)
-        model = ready.model.train(built.weights is None)
-        with firing_rates(model) as rates:
-            operations = {one.name: vars(one) for one in synaptic_operations(model, x, steps=ready.repeat)}
-        paths = [vars(one) for one in layer_paths(model, x, steps=ready.repeat)]
+    ready = Prepared(here, built, steps)
+    x, _ = ready.batch(batch)
+    model = ready.model.train(built.weights is None)
+    with firing_rates(model) as rates:
+        operations = {one.name: vars(one) for one in synaptic_operations(model, x, steps=ready.repeat)}
+    paths = [vars(one) for one in layer_paths(model, x, steps=ready.repeat)]
     spikes = {name: spikes / batch for name, (spikes, _) in rates.state_dict().items()}
     by_layer = rates.by_layer()
     layers = [
@@ -285,8 +285,7 @@ def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]
 
 def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> Fits:
     def measure(samples: int, time_steps: int) -> int:
-        with prepare(here, recipe.build(*one_step, rule=rule), time_steps) as ready:
-            return _memory(ready, samples).total
+        return _memory(Prepared(here, recipe.build(*one_step, rule=rule), time_steps), samples).total
 
     # what shares a call grows with T up to a limit, and is little
     one_step = ("--rule.fold", "1") if recipe.build(rule=rule).rule.fold == "auto" else ()

@@ -98,11 +98,11 @@ CASES = f"""
 2 | epochs: expected int, got x | train --epochs x
 2 | epochs: expected int, got null | train --epochs null
 2 | rule.k: expected int or null, got 1.5 | train --rule.k 1.5
-2 | rule: expected a class of the kind Rule, got [] | train --rule []
+2 | rule: Not a valid subclass of Rule. Got value: [] | train --rule []
 2 | precision: expected [32, 'bf16-mixed', '16-mixed'], got bf16 | train --precision bf16
 2 | device: expected ['auto', 'cpu', 'cuda', 'mps'], got gpu | train --device gpu
 2 | phases: expected list or null, got 3 | train --phases 3
-2 | phases: sltt.Phase needs epochs | train --phases '[{{steps: 2}}]'
+2 | phases: the following arguments are required: epochs | train --phases '[{{steps: 2}}]'
 2 | unknown key 'epoch' of sltt.Phase; did you mean epochs? | train --phases '[{{epoch: 1}}]'
 2 | Key must be a string, got: 2 | train --rule.windows '{{2: all}}'
 # classes that are not there, or do not fit
@@ -110,8 +110,8 @@ CASES = f"""
 2 | unknown class 'Foo'; expected a path to import | train --model.neuron.surrogate Foo
 2 | phases.lr: expected float or null, got abc | train --phases '[{{epochs: 1, lr: abc}}]'
 2 | unknown class 'sltt.data.Digit'; did you mean sltt.data.Digits? | train --data sltt.data.Digit
-2 | model: sltt.models.MLP needs features | train --model '{{class_path: sltt.models.MLP}}'
-2 | there is no module nomod; expected nomod.py in this folder | train --model nomod.Net
+2 | model: the following arguments are required: features | train --model '{{class_path: sltt.models.MLP}}'
+2 | model: No module named 'nomod' | train --model nomod.Net
 2 | unknown class 'mine.Nothing' | train --model mine.Nothing
 2 | does not correspond to a subclass of Data | train --data sltt.SLTT
 2 | optimizer: KeyError: 'momentums' | train --optimizer mine.Greedy
@@ -119,8 +119,8 @@ CASES = f"""
 2 | optimizer: TypeError | train --optimizer.lr null
 2 | unknown class 'resnet18'; did you mean sltt.models.resnet18? | train --model resnet18
 2 | 'os.system' is not allowed | train --rule os.system
-2 | loggers: expected a class of the kind Logger, got sltt.SLTT | train --loggers+=sltt.SLTT
-2 | to be a subclass of <class 'Optimizer'> | train --optimizer torch.nn.Linear
+2 | loggers: Import path does not implement protocol Logger | train --loggers+=sltt.SLTT
+2 | optimizer: Expected 'torch.nn.Linear' to be a subclass of <class 'Optimizer'> | train --optimizer torch.nn.Linear
 2 | window | train --rule TBPTT
 2 | nowhere is not the folder of a run | train --resume nowhere --batch_size 3
 # values out of their range

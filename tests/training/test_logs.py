@@ -91,8 +91,7 @@ def test_the_command_line_names_callbacks_and_loggers(tmp_path, monkeypatch, cap
     assert config["callbacks"][0]["init_args"] == {"patience": 1, "by": "metric", "least": 0.0}
     edit(tmp_path / "run", loggers=[{"class_path": "not_here.Logger"}])  # made where its package is installed
     assert main(["train", "--resume", "run"]) == 2
-    assert "there is no module not_here; expected not_here.py in this folder" in (said := capsys.readouterr().err)
-    assert "goes on without its loggers by --loggers null" in said
+    assert "loggers: No module named 'not_here'" in capsys.readouterr().err
     assert main(["eval", "run"]) == 0
     assert main(["train", "--resume", "run", "--loggers", "null"]) == 0
     assert main([*words, "--callbacks+=EarlyStoping"]) == 2
