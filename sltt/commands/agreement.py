@@ -14,7 +14,7 @@ from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
 from sltt.commands.results import give
 from sltt.commands.rule_texts import mixed_options
-from sltt.commands.tables import Row, Table, number
+from sltt.commands.tables import Table, number
 from sltt.commands.trial import build, contestants, run_trial, train
 from sltt.metrics import name_of
 from sltt.rules import Mixed
@@ -104,9 +104,9 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
     return rows
 
 
-def agreement_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return rows of a table: of each rule, how its gradient is beside that of BPTT."""
-    return [
+def agreement_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return how the gradient of each rule is beside that of BPTT."""
+    cells = [
         {
             "τ": number(row["tau"], "g", none="recipe's"),
             "T": number(row["steps"]),
@@ -120,6 +120,7 @@ def agreement_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         for row in rows
         for one in row["agreement"]
     ]
+    return Table(cells, "agreement", "gradients beside that of exact BPTT")
 
 
 def where(row: Mapping[str, Any]) -> str:
@@ -129,15 +130,14 @@ def where(row: Mapping[str, Any]) -> str:
 
 
 def print_agreement(rows: Sequence[Mapping[str, Any]], report: Console) -> None:
-    """Return a table of all rows, one of the layers of the last, and the advice for each."""
-    report.table(Table(agreement_rows(rows)).for_terminal())
+    """Print a table of all rows, one of the layers of the last, and the advice for each."""
+    agreement_table(rows).show(report)
     layers = [
         {"layer": name or "(model)", "cosine": number(cosine, ".4f"), "norm / BPTT": number(ratio, ".3f")}
         for name, (cosine, ratio) in rows[-1]["agreement"][0]["layers"].items()
         if not math.isnan(cosine)
     ]
-    report.line("SLTT by layer, last row")
-    report.table(Table(layers).for_terminal())
+    Table(layers, title="SLTT by layer, last row").show(report)
     for row in rows:
         report.line(f"{where(row)}: {row['advice']}")
 

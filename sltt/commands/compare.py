@@ -209,13 +209,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
             cells["mult. bwd"] = number(operations.get("backward"), ".2e")
             cells["cosine"] = number(row["cosine"], ".3f")
         made.append(cells)
-    return Table(made, "comparison", "one row per rule")
+    return Table(made, "comparison")
 
 
 def print_compared(found: Mapping[str, Any], report: Console) -> None:
     """Print the table, and the best values or what each rule loses."""
     rows = [{**row, "rule": label_row(row["rule"], row["varied"])} for row in found["rows"]]
-    report.table(comparison_table(rows, found["metric"]).for_terminal())
+    comparison_table(rows, found["metric"]).show(report)
     for sentence in answers(Gathered(comparisons=[{**found, "rows": rows}])):
         report.line(sentence)
 

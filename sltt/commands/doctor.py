@@ -34,7 +34,7 @@ def run(words: Sequence[str]) -> None:
     """`sltt doctor`."""
     options().parse_args(words)
     rows = [{"what": what, "here": here, "remark": remark} for what, here, remark in findings()]
-    Console().table(Table(rows).for_terminal())
+    Table(rows).show(Console())
 
 
 def findings() -> list[tuple[str, str, str]]:

@@ -137,8 +137,8 @@ def _classify(here: Session, task: Task, seed: int, built: Any, pixels: bool = F
     return incremental(known, *read(task.data.test), task.sizes)
 
 
-def score_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return rows of a table: the scores of each rule over its seeds, in %."""
+def score_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the scores of each rule over its seeds."""
     made: list[Row] = []
     for row in rows:
         if row["accuracies"]:
@@ -146,22 +146,21 @@ def score_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         else:
             cells = {SCORES["base"]: Cell("died", "")}
         made.append({"rule": row["rule"], **cells})
-    return made
+    return Table(made, "fscil", "accuracy in %, mean ± standard deviation over seeds")
 
 
 def print_few_shots(found: Mapping[str, Any], report: Console) -> None:
-    """Return the scores of each rule, and its accuracy after each session."""
+    """Print the scores of each rule, and its accuracy after each session."""
     base, *sessions = found["sizes"]
     report.line(f"{base} base classes, {len(sessions)} × {sessions[0]} new ones of {found['shot']} samples")
-    report.line("accuracy in %, mean ± standard deviation over seeds")
-    report.table(Table(score_rows(found["rows"])).for_terminal())
+    score_table(found["rows"]).show(report)
     seen = list(map(str, itertools.accumulate(found["sizes"])))
     rows = []
     for row in found["rows"]:
         if row["accuracies"]:
             means = (number(100 * statistics.mean(several), ".1f") for several in zip(*row["accuracies"], strict=True))
             rows.append({"classes seen": row["rule"], **dict(zip(seen, means, strict=True))})
-    report.table(Table(rows).for_terminal())
+    Table(rows).show(report)
 
 
 def percent(values: Sequence[float]) -> str:

@@ -69,7 +69,7 @@ def _print(found: RateTest, report: Console) -> None:
     for i in sorted({round(n * last / (SHOWN - 1)) for n in range(SHOWN)}):
         rate, loss = number(found.rates[i], ".2g"), number(found.losses[i], ".4f")
         rows.append({"learning rate": rate, "loss": loss, "": "█" * round(scale * (found.losses[i] - floor))})
-    report.table(Table(rows).for_terminal())
+    Table(rows).show(report)
     report.line(advice(vars(found)))
 
 

@@ -42,7 +42,7 @@ def run(words: Sequence[str]) -> None:
     if known.json:
         print(as_json(found))
     else:
-        Console().table(Table([_row(one) for one in found]).for_terminal())
+        Table([_row(one) for one in found]).show(Console())
 
 
 def _describe(prediction: Tensor, trained: Trained, names: Sequence[str]) -> dict[str, Any]:

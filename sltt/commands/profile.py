@@ -3,7 +3,6 @@
 import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,18 +63,6 @@ def run(words: Sequence[str]) -> None:
     give(found, known, "profile.json", lambda report: print_profile(found, report))
 
 
-@dataclass
-class Fits:
-    """Largest batch and T in a budget under a rule; None where there is no limit."""
-
-    rule: str
-    budget: int  # bytes, with parameters and the optimizer's state
-    batch: int | None  # the largest with the recipe's T
-    steps: int | None  # the largest T with the recipe's batch
-    predicted: int | None = None  # bytes of the checked run, of this batch, by the fitted model
-    measured: int | None = None  # bytes of the checked run; None if it was not made, since it needs more than is free
-
-
 def profile(
     recipe: Recipe, rules: Sequence[str], steps: Sequence[int], repeats: int, budget: int | None, report: Console
 ) -> dict[str, Any]:
@@ -89,7 +76,9 @@ def profile(
     * layers: of the largest T, in the order of the model: operations in the inference of one sample, of a convolution
       or linear layer; firing rate, and spikes in all time steps, of a layer of neurons.
     * paths: of a training batch of the largest T: which layers run sparse, and what that saves.
-    * fits: `Fits` of each rule, if there is a budget.
+    * fits: for each rule, if there is a budget in bytes: the largest batch with the recipe's T, and the largest T
+      with the recipe's batch, None where there is no limit. Of a run of that batch, the bytes that the model predicts
+      and those measured: None where it was not run, since it needs more than is free.
     * picojoules, picojoules_as_ann: of one sample's inference, and of the same network as an ANN.
     """
     own = recipe.build()
@@ -103,7 +92,7 @@ def profile(
         for rule in rules if budget else ():
             report.line(f"{rule}: what fits")
             try:
-                fits.append(vars(_fits(here, recipe, rule, own.steps, own.batch_size, budget or 0)))
+                fits.append(_fits(here, recipe, rule, own.steps, own.batch_size, budget or 0))
             # data that takes no other T, say, or a full GPU: what was measured before is there
             except (ValueError, torch.OutOfMemoryError) as error:
                 report.warn(f"{rule}: what fits cannot be measured: {cause(error)}")
@@ -118,72 +107,69 @@ def profile(
 
 
 def print_profile(found: Mapping[str, Any], report: Console) -> None:
-    """Tables of all that was measured."""
-    most = max(one["steps"] for one in found["costs"])
-    network = "with the weights given" if found["trained"] else "untrained; --weights RUN takes those of a run"
-    for title, rows in (
-        (
-            f"memory of a batch of {found['batch']} above what is there before it: states + saved + rest;\n"
-            f"all that is allocated at the peak; in MB, on {found['device']}",
-            memory_rows(found["costs"]),
-        ),
-        ("seconds of an iteration, multiplications of its batch; fold: steps in a call", seconds_rows(found["costs"])),
-        (f"one sample, T = {most}, {network}", layer_rows(found["layers"])),
-        (
-            f"a training batch of {found['batch']}: layers on active inputs only (sparse), or dense\n"
-            "saved: estimate for one thread; convolutions need --channels_last true",
-            _path_rows(found["paths"]),
-        ),
-    ):
-        report.line(title)
-        report.table(Table(rows).for_terminal())
+    """Print tables of all that was measured."""
+    report.line(f"batches of {found['batch']} samples, on {found['device']}")
+    for table in (*cost_tables(found), layer_table(found), _path_table(found)):
+        table.show(report)
         report.line("")
-    report.line(
-        f"energy of one sample, estimated: {found['picojoules'] / 1e6:.3g} µJ; the same network as an ANN: "
-        f"{found['picojoules_as_ann'] / 1e6:.3g} µJ\n(45 nm, 32 bits: {PICOJOULES_MULTIPLY_ACCUMULATE} pJ a "
-        f"multiply-accumulate, {PICOJOULES_ACCUMULATE} pJ an accumulate)"
-    )
+    report.line(textwrap.fill(energy_text(found), 80))
     for one in found["costs"]:
         if why := one["fold"]["why"]:
             line = f"{one['rule']}, T = {one['steps']}: one time step in a call, since the network {why}"
-            report.line("\n".join(textwrap.wrap(line, 80)))
-    if fits := found["fits"]:
-        report.line(f"\nwhat fits {megabytes(fits[0]['budget'])}, the rest as in the recipe; and a run with that batch")
-        report.table(Table(fits_rows(fits)).for_terminal())
+            report.line(textwrap.fill(line, 80))
 
 
-def memory_rows(costs: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return rows of a table: the memory of a batch and its parts, and all that is allocated at the peak, in MB."""
-    rows = []
-    for one in costs:
+def energy_text(found: Mapping[str, Any]) -> str:
+    """Say what one sample takes."""
+    return (
+        f"Energy of one sample, estimated: {found['picojoules'] / 1e6:.3g} µJ; the same network as an ANN: "
+        f"{found['picojoules_as_ann'] / 1e6:.3g} µJ (45 nm, 32 bits: {PICOJOULES_MULTIPLY_ACCUMULATE} pJ a "
+        f"multiply-accumulate, {PICOJOULES_ACCUMULATE} pJ an accumulate; without memory accesses and neurons)."
+    )
+
+
+def cost_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Return what a batch of each rule takes: its memory by parts, its seconds and operations, and what fits."""
+    memory, seconds = [], []
+    for one in found["costs"]:
         parts = one["memory"]
         shares = {"memory": batch_memory(parts), **{name: parts[name] for name in ("states", "saved", "rest")}}
         shares |= {"weights": parts["parameters"], "grads": parts["gradients"], "optim": parts["optimizer"]}
         shares |= {"input": parts["input"], "all": parts["total"]}
-        cells = {name: Cell(f"{share / 1e6:.2f}", share) for name, share in shares.items()}
-        rows.append({"rule": one["rule"], "T": number(one["steps"]), **cells})
-    return rows
+        name: Row = {"rule": one["rule"], "T": number(one["steps"])}
+        memory.append({**name, **{part: Cell(f"{share / 1e6:.2f}", share) for part, share in shares.items()}})
+        phases = {phase: number(one["seconds"][phase], ".3f") for phase in PHASES}
+        forward, backward = (number(one["operations"][key], ".2e") for key in ("forward", "backward"))
+        fold = number(one["fold"]["trained"])
+        seconds.append({**name, **phases, "mult. fwd": forward, "mult. bwd": backward, "fold": fold})
+    tables = [
+        Table(memory, "memory", "memory of a batch: states + saved + rest, and all at the peak; in MB"),
+        Table(seconds, "costs", "seconds and multiplications of a batch; fold: steps in a call"),
+    ]
+    return [*tables, fits_table(found["fits"])] if found["fits"] else tables
 
 
-def seconds_rows(costs: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return rows of a table: the seconds of an iteration by phases, its multiplications, and the steps in a call."""
-    return [
+def fits_table(fits: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what fits under each rule, and the run that checks it."""
+    rows = [
         {
             "rule": one["rule"],
-            "T": number(one["steps"]),
-            **{phase: number(one["seconds"][phase], ".3f") for phase in PHASES},
-            "mult. fwd": number(one["operations"]["forward"], ".2e"),
-            "mult. bwd": number(one["operations"]["backward"], ".2e"),
-            "fold": number(one["fold"]["trained"]),
+            "batch": number(one["batch"], ",", none="no limit"),
+            "T": number(one["steps"], ",", none="no limit"),
+            "predicted": bytes_cell(one["predicted"]) if one["predicted"] else "",
+            "measured": bytes_cell(one["measured"]) if one["measured"] else Cell("not run", None),
+            "error": number(one["predicted"] / one["measured"] - 1 if one["measured"] else None, "+.1%", none=""),
         }
-        for one in costs
+        for one in fits
     ]
+    title = f"what fits {megabytes(fits[0]['budget'])}, the rest as in the recipe; and a run with that batch"
+    return Table(rows, "fits", title)
 
 
-def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return rows of a table: operations and energy of a layer, or the firing rate and spikes of neurons."""
+def layer_table(found: Mapping[str, Any]) -> Table:
+    """Return operations and energy of each layer in one sample, or the firing rate and spikes of neurons."""
     rows = []
-    for layer in layers:
+    for layer in found["layers"]:
         if layer["operations"] is None:
             cells = {"firing rate": number(layer["firing_rate"], ".3f"), "spikes": number(layer["spikes"], ",.0f")}
         else:
@@ -196,27 +182,14 @@ def layer_rows(layers: Sequence[Mapping[str, Any]]) -> list[Row]:
                 "nJ": number(one.picojoules / 1e3, ",.1f"),
             }
         rows.append({"layer": layer["name"], **cells})
-    return rows
+    most = max(one["steps"] for one in found["costs"])
+    network = "with the weights given" if found["trained"] else "untrained; --weights RUN takes those of a run"
+    return Table(rows, "layers", f"one sample, T = {most}, {network}")
 
 
-def fits_rows(fits: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return rows of a table: what fits under each rule, and the run that checks it."""
-    return [
-        {
-            "rule": one["rule"],
-            "batch": number(one["batch"], ",", none="no limit"),
-            "T": number(one["steps"], ",", none="no limit"),
-            "predicted": bytes_cell(one["predicted"]) if one["predicted"] else "",
-            "measured": bytes_cell(one["measured"]) if one["measured"] else Cell("not run", None),
-            "error": number(one["predicted"] / one["measured"] - 1 if one["measured"] else None, "+.1%", none=""),
-        }
-        for one in fits
-    ]
-
-
-def _path_rows(paths: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _path_table(found: Mapping[str, Any]) -> Table:
     rows: list[Row] = []
-    for one in paths:
+    for one in found["paths"]:
         share = one["saved_seconds"] / one["dense_seconds"] if one["dense_seconds"] else None
         rows.append(
             {
@@ -228,9 +201,13 @@ def _path_rows(paths: Sequence[Mapping[str, Any]]) -> list[Row]:
                 "share saved": number(share, ".0%", none=""),
             }
         )
-    if saved := sum(one["saved_seconds"] for one in paths):
+    if saved := sum(one["saved_seconds"] for one in found["paths"]):
         rows.append({"layer": "all", "saved, ms": number(1e3 * saved, ".1f")})
-    return rows
+    title = (
+        "layers on active inputs only (sparse), or dense; saved: estimate for one thread\n"
+        "convolutions need --channels_last true"
+    )
+    return Table(rows, title=title)
 
 
 def _way(sparse: int, calls: int) -> Cell:
@@ -283,40 +260,39 @@ def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]
     return {"layers": layers, "paths": paths}
 
 
-def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> Fits:
+def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> dict[str, Any]:
     def measure(samples: int, time_steps: int) -> int:
         return _memory(Prepared(here, recipe.build(*one_step, rule=rule), time_steps), samples).total
 
     # what shares a call grows with T up to a limit, and is little
     one_step = ("--rule.fold", "1") if recipe.build(rule=rule).rule.fold == "auto" else ()
     least = _until_regular(recipe.build(rule=rule).rule)
-    found = Fits(rule, budget, None, None)
-    batches = batch, 2 * batch
+    batches, found = (batch, 2 * batch), {}
     for _ in range(2):
         model: PeakModel = fit_peak(measure, batches, (least, 2 * least))
-        found.batch, found.steps = model.largest_batch(budget, steps), model.largest_steps(budget, batch)
-        _run_largest(found, model, steps, measure, available_memory(here.fabric.device))
-        if not (found.batch and found.predicted and found.measured):
+        found = {"rule": rule, "budget": budget, "steps": model.largest_steps(budget, batch)}
+        found |= _run_largest(model, steps, measure, budget, available_memory(here.fabric.device))
+        if not (found["batch"] and found["measured"]):
             break  # nothing fits, or it was not run
-        if abs(found.predicted / found.measured - 1) <= TOLERANCE:
+        if abs(found["predicted"] / found["measured"] - 1) <= TOLERANCE:
             break
         # Large layers run other kernels than small ones: fit again at the budget.
-        batches = max(found.batch // 2, 1), max(found.batch, 2)
+        batches = max(found["batch"] // 2, 1), max(found["batch"], 2)
     return found
 
 
-def _run_largest(found: Fits, model: PeakModel, steps: int, measure: Callable[[int, int], int], free: int) -> None:
+def _run_largest(
+    model: PeakModel, steps: int, measure: Callable[[int, int], int], budget: int, free: int
+) -> dict[str, int | None]:
     """Run the largest batch, and smaller ones until one fits."""
-    found.predicted = found.measured = None
-    while found.batch:
-        found.predicted = int(model.peak(found.batch, steps))
-        if found.predicted > free:
-            return
-        found.measured = measure(found.batch, steps)
-        if found.measured <= found.budget:
-            return
-        found.batch = min(found.batch - 1, found.batch * found.budget // found.measured)
-    found.predicted = found.measured = None
+    batch = model.largest_batch(budget, steps)
+    while batch:
+        predicted = int(model.peak(batch, steps))
+        measured = measure(batch, steps) if predicted <= free else None
+        if measured is None or measured <= budget:
+            return {"batch": batch, "predicted": predicted, "measured": measured}
+        batch = min(batch - 1, batch * budget // measured)
+    return {"batch": batch, "predicted": None, "measured": None}
 
 
 def _until_regular(rule: Rule) -> int:

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from sltt.commands import figures
-from sltt.commands.agreement import agreement_rows, where
+from sltt.commands.agreement import agreement_table, where
 from sltt.commands.compare import comparison_table
 from sltt.commands.failures import cause
-from sltt.commands.fscil import score_rows
+from sltt.commands.fscil import score_table
 from sltt.commands.lr import advice
 from sltt.commands.page import Chart, Section
-from sltt.commands.profile import fits_rows, layer_rows, memory_rows, seconds_rows
+from sltt.commands.profile import cost_tables, energy_text, layer_table
 from sltt.commands.results import Gathered, run_names, scores_text
 from sltt.commands.tables import Cell, Table, bytes_cell, number
 from sltt.commands.verdict import answers, batch_memory, shared_steps, verdicts, was_compared
 from sltt.metrics import is_share, score_text
-from sltt.training.console import megabytes, metric_of
+from sltt.training.console import metric_of
 from sltt.training.sample import read_sample
 
 MEMORY = "Memory is the peak of one training batch, above what is allocated before it."
@@ -117,7 +117,7 @@ def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) 
     return Section(
         "Training",
         [f"{measured} on the validation samples, or on the training samples if there are no others."],
-        [Table(rows, "runs", "one row per run")],
+        [Table(rows, "runs")],
         [*over, Chart("loss", "Training loss over epochs", figures.lines(loss, colours, "epoch", "loss"))],
     )
 
@@ -125,13 +125,6 @@ def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) 
 def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
     costs = found["costs"]
     parts = [key for key in costs[0]["memory"] if key != "total"]
-    tables = [
-        Table(memory_rows(costs), "memory", "a training batch: states + saved + rest, and all at the peak; in MB"),
-        Table(seconds_rows(costs), "costs", "seconds and multiplications of a training batch; fold: steps in a call"),
-    ]
-    if fits := found["fits"]:
-        title = f"What fits {megabytes(fits[0]['budget'])}: each the largest, the rest as in the recipe"
-        tables.append(Table(fits_rows(fits), "fits", title))
     peaks: dict[str, list[figures.Points]] = {}
     times: dict[str, list[figures.Points]] = {}
     for rule in dict.fromkeys(one["rule"] for one in costs):
@@ -149,21 +142,17 @@ def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
         Chart("parts", f"All that is allocated at the peak, by parts, at T = {most}", stacked),
     ]
     text = [f"A training batch of {found['recipe']} with {found['batch']} samples, on {found['device']}. {MEMORY}"]
-    return Section("What a rule costs", text, tables, charts)
+    return Section("What a rule costs", text, cost_tables(found), charts)
 
 
 def _energy(found: dict[str, Any]) -> Section:
     rates = {one["name"]: one["firing_rate"] for one in found["layers"] if one["operations"] is None}
     state = "with trained weights" if found["trained"] else "with random weights"
     text = [
-        f"The inference of one sample, {state}. Estimated energy: {found['picojoules'] / 1e6:.3g} µJ, and "
-        f"{found['picojoules_as_ann'] / 1e6:.3g} µJ for the same network without time and spikes (32-bit floating "
-        "point, 45 nm: 4.6 pJ per multiply-accumulate, 0.9 pJ per accumulate). It leaves out memory accesses and the "
-        "neurons. Use it to compare networks, not to plan a chip."
+        f"The inference of one sample, {state}. {energy_text(found)} Use it to compare networks, not to plan a chip."
     ]
     chart = Chart("firing-rates-random", f"Firing rates by layer, {state}", figures.bars(rates, RATE))
-    table = Table(layer_rows(found["layers"]), "layers", "one row per layer")
-    return Section("Spikes and energy", text, [table], [chart])
+    return Section("Spikes and energy", text, [layer_table(found)], [chart])
 
 
 def _agreement(found: dict[str, Any], compared: bool) -> Section:
@@ -180,9 +169,8 @@ def _agreement(found: dict[str, Any], compared: bool) -> Section:
         "Cosine of SLTT's gradient with that of exact BPTT, by layer",
         figures.heat_map(values, layers, places),
     )
-    table = Table(agreement_rows(found["rows"]), "agreement", "Gradients beside that of exact BPTT")
     title = "What each rule drops of the gradient" if compared else "Is it safe"
-    return Section(f"{title}: {found['recipe']}", text, [table], [chart])
+    return Section(f"{title}: {found['recipe']}", text, [agreement_table(found["rows"])], [chart])
 
 
 def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:
@@ -200,8 +188,7 @@ def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:
         "Accuracy of all classes seen, after each session; a line for each seed",
         figures.lines(lines, colours, "classes seen", "test accuracy", percent=True),
     )
-    table = Table(score_rows(found["rows"]), "fscil", "one row per rule")
-    return Section(f"Few-shot classes: {found['recipe']}", text, [table], [chart])
+    return Section(f"Few-shot classes: {found['recipe']}", text, [score_table(found["rows"])], [chart])
 
 
 def _rates(found: dict[str, Any]) -> Section:
@@ -215,7 +202,7 @@ def _rates(found: dict[str, Any]) -> Section:
         for rate, loss in zip(found["rates"], found["losses"], strict=True)
     ]
     chart = Chart("rates", "Loss over the learning rate", drawn)
-    return Section(f"Learning rate: {found['recipe']}", text, [Table(rows, "rates", "one row per batch")], [chart])
+    return Section(f"Learning rate: {found['recipe']}", text, [Table(rows, "rates")], [chart])
 
 
 def _spikes(found: Gathered) -> Section:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import rich.table
 
-from sltt.training.console import megabytes
+from sltt.training.console import Console, megabytes
 
 
 class Cell(NamedTuple):
@@ -44,15 +44,17 @@ class Table:
         """Return how a column's cells are aligned: text, or number."""
         return "text" if all(isinstance(row[column].value, str) for row in self.rows) else "number"
 
-    def for_terminal(self) -> rich.table.Table:
-        """Return the texts of the cells."""
+    def show(self, report: Console) -> None:
+        """Print the title, and the texts of the cells."""
+        if self.title:
+            report.line(self.title)
         shown = rich.table.Table(box=None, pad_edge=False)
         for column, heading in enumerate(self.headings):
             side = "left" if self.kind(column) == "text" else "right"
             shown.add_column(heading, justify=side, overflow="fold")
         for row in self.rows:
             shown.add_row(*(cell.text for cell in row))
-        return shown
+        report.table(shown)
 
     def csv(self) -> str:
         """Return the values of the cells, with the headings above."""

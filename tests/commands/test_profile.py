@@ -259,10 +259,9 @@ def test_the_memory_over_steps_is_fitted_beyond_the_windows(rule, steps):
     ],
 )
 def test_a_batch_that_is_said_to_fit_was_run_and_fits(bytes_of, batch, measured):
-    found = profile.Fits("SLTT", budget=1000, batch=10, steps=None, predicted=7, measured=8)
     model = fit_peak(lambda samples, steps: 100 * samples, (1, 2), (1, 2))
-    profile._run_largest(found, model, 4, lambda samples, steps: bytes_of(samples), free=2000)
-    assert (found.batch, found.measured, found.predicted) == (batch, measured, 100 * batch or None)
+    found = profile._run_largest(model, 4, lambda samples, steps: bytes_of(samples), budget=1000, free=2000)
+    assert found == {"batch": batch, "measured": measured, "predicted": 100 * batch or None}
 
 
 @pytest.mark.parametrize("error", [ValueError("no other T"), torch.OutOfMemoryError("out of memory")])

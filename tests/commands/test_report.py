@@ -231,7 +231,7 @@ def test_a_cosine_below_zero_is_shown_as_it_is(monkeypatch):
     rows = [{"tau": None, "steps": 2, "epochs": 0, "advice": "", "agreement": [one]} for one in columns]
     shown = []
     monkeypatch.setattr(figures, "heat_map", lambda values, rows, columns: shown.append(values))
-    monkeypatch.setattr(sections_module, "agreement_rows", lambda rows: [])
+    monkeypatch.setattr(sections_module, "agreement_table", lambda rows: None)
     sections_module._agreement({"recipe": "digits", "rows": rows}, False)
     assert shown == [[[0.5, -0.3, None]]]
 

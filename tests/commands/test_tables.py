@@ -3,10 +3,10 @@
 import math
 import sys
 
-from sltt.commands.agreement import agreement_rows, print_agreement
+from sltt.commands.agreement import agreement_table, print_agreement
 from sltt.commands.compare import print_compared
 from sltt.commands.fscil import SCORES, print_few_shots
-from sltt.commands.profile import fits_rows, print_profile
+from sltt.commands.profile import fits_table, print_profile
 from sltt.commands.tables import Cell, Table, bytes_cell, number
 from sltt.training.console import Console
 from sltt.training.manifest import write_file
@@ -23,7 +23,7 @@ def test_cells_that_are_not_there_are_empty_and_columns_come_in_order(capsys):
     assert shown(table) == [["A", "died", ""], ["BC", "4", "0.50"]]
     assert [table.kind(column) for column in range(3)] == ["text", "number", "number"]
     assert table.csv().splitlines() == ["rule,T,loss", "A,,", "BC,4,0.5"]
-    Console().table(table.for_terminal())
+    table.show(Console())
     assert capsys.readouterr().out.splitlines() == ["rule     T  loss", "A     died      ", "BC       4  0.50"]
 
 
@@ -70,14 +70,14 @@ def test_gradients_beside_that_of_bptt(capsys):
     one = {"rule": "SLTT()", "cosine": 0.98765, "least": 0.9, "norm_ratio": 0.5, "dropped": 0.035}
     one["layers"] = {"a": (0.9, 0.8)}
     rows = [{"tau": tau, "steps": 3, "epochs": 1, "advice": "Take it.", "agreement": [one]} for tau in (None, 1.5)]
-    table = Table(agreement_rows(rows))
+    table = agreement_table(rows)
     assert shown(table)[0] == ["recipe's", "3", "1", "SLTT()", "0.9877", "0.9000", "0.500", "3.5%"]
     assert [row[0].text for row in table.rows] == ["recipe's", "1.5"]
     one["layers"]["b"] = (math.nan, math.nan)
     print_agreement(rows, Console())
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[4:6]] == [["layer", "cosine", "norm", "/", "BPTT"], ["a", "0.9000", "0.800"]]
-    assert lines[6:] == [
+    assert [line.split() for line in lines[5:7]] == [["layer", "cosine", "norm", "/", "BPTT"], ["a", "0.9000", "0.800"]]
+    assert lines[7:] == [
         "T = 3, after 1 epoch: Take it.",
         "τ = 1.5, T = 3, after 1 epoch: Take it.",
     ]
@@ -99,9 +99,9 @@ def test_accuracy_by_session_is_a_mean_over_seeds(capsys):
 
 
 def test_what_fits_and_what_was_not_run():
-    fits = {"rule": "SLTT", "batch": 1200, "steps": None, "predicted": 990_000, "measured": None}
+    fits = {"rule": "SLTT", "budget": 10**6, "batch": 1200, "steps": None, "predicted": 990_000, "measured": None}
     checked = {**fits, "measured": 1_000_000}
-    assert shown(Table(fits_rows([fits, checked]))) == [
+    assert shown(fits_table([fits, checked])) == [
         ["SLTT", "1,200", "no limit", "0.99 MB", "not run", ""],
         ["SLTT", "1,200", "no limit", "0.99 MB", "1 MB", "-1.0%"],
     ]
