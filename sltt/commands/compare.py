@@ -5,11 +5,10 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sltt.analysis import Operations, agreement, count_operations, memory_parts
+from sltt.analysis import agreement, count_operations, memory_parts
 from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
 from sltt.commands.prepared import Prepared
@@ -68,32 +67,26 @@ def default_folder(command: str, recipe: Recipe, *more: str) -> Path:
     return Path("runs") / f"{command}-{recipe.name}{mark}"
 
 
-@dataclass
-class Compared:
-    """One rule, and values of what varies, over its seeds: a row of `compare.json`."""
-
-    rule: str
-    varied: dict[str, str] = field(default_factory=dict)
-    steps: int | None = None
-    runs: list[str] = field(default_factory=list)  # folder of each seed
-    scores: list[float] = field(default_factory=list)  # the metric on the test samples, of each seed
-    validation: list[float | None] = field(default_factory=list)  # the same on the validation samples, if there are any
-    seconds: float = math.nan  # of a training epoch, median over epochs and seeds
-    seconds_of_seeds: list[float] = field(default_factory=list)  # the median over the epochs of each seed
-    peak_memory: int = 0  # bytes of one batch above what is allocated before
-    operations: Operations | None = None  # of one batch
-    cosine: float = math.nan  # of the rule's gradient with BPTT's, on the first seed's trained weights
-    errors: list[str] = field(default_factory=list)  # of the seeds that died
-
-
 def compare(
     rule: str | None, varied: Mapping[str, str], seeds: int, folder: Path, recipe: Recipe, report: Console
-) -> Compared:
-    """Train a rule, or that of the recipe, and values of what varies with every seed, in all phases, and measure.
+) -> dict[str, Any]:
+    """Train a rule, or that of the recipe, and values of what varies with every seed: a row of `compare.json`.
 
     What `folder` has of a run before is not run again.
     """
-    compared, seconds = Compared(rule or rule_of(recipe.resolve()), dict(varied)), []
+    row: dict[str, Any] = {
+        "rule": rule or rule_of(recipe.resolve()),
+        "varied": dict(varied),
+        "steps": None,
+        "runs": [],  # folder of each seed
+        "scores": [],  # the metric on the test samples, of each seed
+        "validation": [],  # the same on the validation samples, if there are any
+        "seconds": math.nan,  # of a training epoch, median over epochs and seeds
+        "seconds_of_seeds": [],  # the median over the epochs of each seed
+        **{"peak_memory": 0, "operations": None, "cosine": math.nan},  # see `_measure`
+        "errors": [],  # of the seeds that died
+    }
+    name, seconds = label_row(row["rule"], varied), []
     first = recipe.build(*to_options(varied), rule=rule)
     with session(Execution.of(vars(first))) as here:
         if here.splits(first.data, first.steps).test is None:
@@ -102,20 +95,20 @@ def compare(
             try:
                 built, result = train_one(here, rule, varied, seed, folder, recipe, report)
                 measured = measure_split(here, built.model, built.data, "test", **measure_settings(built))
-                compared.scores.append(measured.score)
-                compared.runs.append(result.run.name)
-                compared.validation.append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])
-                seconds += [row["seconds"] for row in result.history]
-                compared.seconds_of_seeds.append(statistics.median(row["seconds"] for row in result.history))
-                compared.steps = built.steps
-                if compared.operations is None:
-                    _measure(compared, here, built, report)
+                row["scores"].append(measured.score)
+                row["runs"].append(result.run.name)
+                row["validation"].append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])
+                seconds += (of_seed := [epoch["seconds"] for epoch in result.history])
+                row["seconds_of_seeds"].append(statistics.median(of_seed))
+                row["steps"] = built.steps
+                if row["operations"] is None:
+                    _measure(row, name, here, built, report)
             except Exception as error:  # the others still run
-                report.warn(f"{label_row(compared.rule, varied)}, seed {seed} died: {cause(error)}")
-                compared.errors.append(f"seed {seed}: {cause(error)}")
+                report.warn(f"{name}, seed {seed} died: {cause(error)}")
+                row["errors"].append(f"seed {seed}: {cause(error)}")
     if seconds:
-        compared.seconds = statistics.median(seconds)
-    return compared
+        row["seconds"] = statistics.median(seconds)
+    return row
 
 
 def train_one(
@@ -178,11 +171,10 @@ def tell_died(rows: Sequence[Mapping[str, Any]]) -> None:
         raise RuntimeError(f"{len(died)} runs died; the same command tries them again: {'; '.join(died)}")
 
 
-def compared_json(recipe: Recipe, found: Sequence[Compared]) -> dict[str, Any]:
+def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the rows, for scripts, with T and the number of test samples."""
     built = recipe.build()
     samples = built.data.splits(built.steps).sizes["test"] or None
-    rows = [{**vars(one), "operations": one.operations and one.operations._asdict()} for one in found]
     if name_of(built.metric) == "accuracy":  # by this name too, as scripts know it
         rows = [{**row, "accuracies": row["scores"]} for row in rows]
     metric = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
@@ -220,13 +212,16 @@ def print_compared(found: Mapping[str, Any], report: Console) -> None:
         report.line(sentence)
 
 
-def _measure(compared: Compared, here: Session, built: Any, report: Console) -> None:
-    """Memory, multiplications and agreement of one training batch, on the trained weights, as far as they go."""
+def _measure(row: dict[str, Any], name: str, here: Session, built: Any, report: Console) -> None:
+    """Measure one training batch, on the trained weights, as far as it goes.
+
+    The bytes above what is allocated before it, its operations, and the cosine of the gradient with BPTT's.
+    """
     try:
         ready = Prepared(here, built, built.steps)
         arguments = ready.model, *ready.batch(built.batch_size), ready.loss
-        compared.peak_memory = memory_parts(*arguments, built.rule, steps=ready.repeat).batch
-        compared.operations = count_operations(*arguments, built.rule, steps=ready.repeat)
-        compared.cosine = agreement(*arguments, [built.rule], steps=ready.repeat)[0].cosine
+        row["peak_memory"] = memory_parts(*arguments, built.rule, steps=ready.repeat).batch
+        row["operations"] = count_operations(*arguments, built.rule, steps=ready.repeat)._asdict()
+        row["cosine"] = agreement(*arguments, [built.rule], steps=ready.repeat)[0].cosine
     except Exception as error:  # BPTT, for the cosine, may need more memory than there is; the training is done
-        report.warn(f"{label_row(compared.rule, compared.varied)}: not all is measured: {cause(error)}")
+        report.warn(f"{name}: not all is measured: {cause(error)}")

@@ -1,4 +1,4 @@
-"""`sltt completion`: what a shell needs to complete commands, recipes, runs and options."""
+"""`sltt completion`: what a shell needs to complete commands, recipes, files and options."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -7,31 +7,22 @@ from sltt.commands import COMMANDS
 from sltt.commands.hints import fit_arguments
 from sltt.commands.parsing import CommandOptions, shipped_recipes
 
-HELP = "Print a script that lets the shell complete commands, recipes, runs and options: source <(sltt completion bash)"
+HELP = (
+    "Print a script that lets the shell complete commands, recipes, files and options: source <(sltt completion bash)"
+)
 
-OF_RUNS = ("eval", "predict", "export", "report")  # which take the folder of a run, and no recipe
-# zsh's compgen does not look at the word after --, so runs are compared here, and recipes left out of paths. compgen -W
-# would run what stands in a folder's name. Lists have a word a line, since names may have spaces.
+# compgen -W would run what stands in a file's name. Lists have a word a line, since names may have spaces.
 SCRIPT = """_sltt() {{
-  local IFS=$'\\n' run command="${{COMP_WORDS[1]}}"
-  local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}"
+  local IFS=$'\\n' word="${{COMP_WORDS[COMP_CWORD]}}"
   if [[ $COMP_CWORD == 1 ]]; then
     COMPREPLY=($(compgen -W "{commands}" -- "$word"))
   elif [[ $word == --* ]]; then
     COMPREPLY=($(compgen -W "{options}" -- "$word"))
-  elif [[ $before == --resume || $before == --weights || $before != --* && " {of_runs} " == *" $command "* ]]; then
-    COMPREPLY=(${{word:+$(compgen -f -- "$word")}})
-    for run in runs/*/; do
-      if [[ -d $run && $run == "runs/$word"* ]]; then COMPREPLY+=("${{run%/}}"); fi
-    done
-  elif [[ $COMP_CWORD == 2 && $command == completion ]]; then
-    COMPREPLY=($(compgen -W "bash"$'\\n'"zsh" -- "$word"))
-  elif [[ $COMP_CWORD == 2 && $command == data ]]; then
-    COMPREPLY=($(compgen -W "check" -- "$word"))
-  elif [[ $word != */* && ( $COMP_CWORD == 2 && $command != doctor || $command$before == datacheck ) ]]; then
-    COMPREPLY=($(compgen -W "{recipes}" -- "$word") $(compgen -f -- "$word"))
   else
     COMPREPLY=($(compgen -f -- "$word"))
+    if [[ $COMP_CWORD == 2 && $word != */* && " {of_runs} " != *" ${{COMP_WORDS[1]}} "* ]]; then
+      COMPREPLY+=($(compgen -W "{recipes}" -- "$word"))
+    fi
   fi
 }}
 complete -o filenames -F _sltt sltt"""
@@ -52,7 +43,7 @@ def run(words: Sequence[str]) -> None:
     print(
         SCRIPT.format(
             commands="\n".join(COMMANDS),
-            of_runs=" ".join(OF_RUNS),
+            of_runs="eval predict export report data doctor completion",  # which take no recipe there
             options="\n".join(_options()),
             recipes="\n".join(shipped_recipes()),
         )

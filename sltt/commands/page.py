@@ -9,7 +9,6 @@ from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sltt import __version__
@@ -59,7 +58,6 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
     recipes = {one["recipe"] for one in several}
     title = f"Report: {', '.join(sorted(recipes) or [run.name for run in found.runs])}"
     environment = Environment(autoescape=True, trim_blocks=True)
-    environment.filters["options"] = _options
     template = environment.from_string((files("sltt.commands") / "page.html").read_text(encoding="utf-8"))
     page = template.render(
         title=title,
@@ -74,8 +72,3 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
 
 def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "-", name)  # a run may call its metric ../../name
-
-
-def _options(text: str) -> Markup:
-    """Return a text as HTML, its options such as --seeds 3 as code: a browser breaks a line behind dashes."""
-    return Markup(re.sub(r"--[a-z_.]+( \d+)?", r"<code>\g<0></code>", escape(text)))

@@ -56,10 +56,9 @@ KINDS = {  # of the files that commands write: the attribute of `Gathered`
 
 @dataclass(frozen=True)
 class Curve:
-    """A run: its rule, its data, network and T, a row of metrics an epoch, and the epoch whose weights it selected."""
+    """A run: its rule, a row of metrics an epoch, and the epoch whose weights it selected."""
 
     rule: str
-    about: tuple[str, ...]
     history: list[dict[str, Any]]
     best: int
 
@@ -115,15 +114,8 @@ def _read_run(run: Path) -> Curve:
     checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
     if checkpoint is None or not checkpoint["progress"]["history"]:
         raise ValueError("it has not finished an epoch")
-    progress, config = checkpoint["progress"], checkpoint["config"]
-    about = *(_name(config.get(key)) for key in ("data", "model")), f"T = {config.get('steps')}"
-    return Curve(rule_of(config), about, progress["history"], progress["best_epoch"] or progress["epoch"])
-
-
-def _name(value: Any) -> str:
-    """Return the name of an object's class in the settings of a run: of a recipe, or text."""
-    path = value.get("class_path") if isinstance(value, dict) else value
-    return str(path or "its own").partition("(")[0].rpartition(".")[2]
+    progress = checkpoint["progress"]
+    return Curve(rule_of(checkpoint["config"]), progress["history"], progress["best_epoch"] or progress["epoch"])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -137,18 +129,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def run_names(found: Gathered) -> dict[Path, str]:
-    """Return the rule of each run, with the data, the network or T where runs of that rule differ in them.
-
-    A run of a comparison has the name of its row, which has the values of what varied.
-    """
+    """Return a name of each run: of its row, if it is one of a comparison, or of its folder."""
     rows = [row for one in found.comparisons for row in one["rows"]]
     compared = {run: row["rule"] for row in reversed(rows) for run in found.runs if run.name in row["runs"]}
-    names = {}
-    for run, one in found.runs.items():
-        alike = [other.about for other in found.runs.values() if other.rule == one.rule]
-        told = [part for i, part in enumerate(one.about) if any(other[i] != part for other in alike)]
-        names[run] = compared.get(run, ", ".join([one.rule, *told]))
-    return names
+    return {run: compared.get(run, run.name) for run in found.runs}
 
 
 def rule_of(config: dict[str, Any]) -> str:

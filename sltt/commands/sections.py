@@ -96,7 +96,7 @@ def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) 
         rows.append(
             {
                 "run": run.name,
-                "rule": label,
+                "rule": label if label != run.name else found.runs[run].rule,
                 "epochs": number(len(epochs)),
                 f"best {metric}": Cell(score_text(metric, best[key]), best[key]),
                 "last loss": number(history[-1]["train_loss"], ".4f"),

@@ -69,7 +69,7 @@ CASES = f"""
 # options that are cut short, or misspelt
 2 | unknown option --resum; did you mean --resume? | train --resum a
 2 | unknown option --epoch; did you mean --epochs? | train --epoch 3
-2 | unknown option --rep; did you mean --repeats? | profile --rep 2
+2 | unknown option --repeat; did you mean --repeats? | profile --repeat 2
 2 | unknown option --bugdet; did you mean --budget? | profile --bugdet 8GB
 2 | unknown option --lr; did you mean --optimizer.lr? | train --lr 3
 2 | unknown option --lr; did you mean --optimizer.lr? | train short.yaml --lr 3

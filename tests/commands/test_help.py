@@ -47,20 +47,14 @@ COMPLETED = {  # in a folder with recipes, events and runs
     ("train", "nmnist", "--batch_"): ["--batch_size"],
     ("train", "nmnist", "--rule", ""): ["elsewhere", "my recipe.yaml", "runs"],
     ("train", "my"): ["my recipe.yaml"],
-    ("train", "--resume", "mine"): ["runs/mine 2", "runs/mine-1"],
+    ("train", "--resume", "runs/mi"): ["runs/mine 2", "runs/mine-1"],
     ("train", "--weights", "runs/mine-1/be"): ["runs/mine-1/best.ckpt"],
     ("compare", "--var"): ["--vary"],
     ("agreement", "--ta"): ["--taus"],
-    ("eval", ""): ["runs/its '$(touch ran)'", "runs/mine 2", "runs/mine-1"],
-    ("eval", "its"): ["runs/its '$(touch ran)'"],
+    ("eval", ""): ["elsewhere", "my recipe.yaml", "runs"],
+    ("eval", "runs/"): ["runs/its '$(touch ran)'", "runs/mine 2", "runs/mine-1"],
     ("train", "elsewhere/"): ["elsewhere/mine-3"],
-    ("eval", "mine-1"): ["runs/mine-1"],
-    ("report", "elsewhere/m"): ["elsewhere/mine-3"],
     ("export", "runs/mine-1", "--to", "el"): ["elsewhere"],
-    ("data", ""): ["check"],
-    ("data", "check", "nmn"): ["nmnist"],
-    ("completion", ""): ["bash", "zsh"],
-    ("doctor", ""): ["elsewhere", "my recipe.yaml", "runs"],
 }
 
 

@@ -128,28 +128,12 @@ def test_runs_of_two_metrics_have_two_charts_and_each_has_a_name(measured, tmp_p
     assert [bool(cell.text) for cell in section.tables[0].rows[1]] == [True, True, True, False, True, True, True, True]
 
 
-def test_runs_of_one_rule_are_told_apart(measured, tmp_path):
-    def changed(name, **settings):
-        run = shutil.copytree(measured / "BPTT-seed0", tmp_path / name)
-        edit(run, **settings)
-        return run
-
-    def names(*folders):
-        section = next(one for one in sections(gather(folders)) if one.title == "Training")
-        assert {line.get_label() for line in section.charts[0].figure.axes[0].get_lines()} >= {
-            row[1].text for row in section.tables[0].rows
-        }
-        return [row[1].text for row in section.tables[0].rows]
-
-    data, model, rule = (
-        {"class_path": f"sltt.{name}", "init_args": {}} for name in ("data.Recall", "models.MLP", "SLTT")
-    )
-    first, seed = changed("a"), changed("b", seed=7)
-    assert names(first, seed) == ["BPTT", "BPTT"]
-    others = changed("c", data=data), changed("d", steps=9), changed("e", rule=rule)
-    assert names(first, *others) == ["BPTT, Digits, T = 4", "BPTT, Recall, T = 4", "BPTT, Digits, T = 9", "SLTT"]
-    assert names(first, changed("f", model=model)) == ["BPTT, DigitsNet", "BPTT, MLP"]
-    assert {"BPTT", "BPTT, Recall"} <= {*names(measured, others[0])}
+def test_runs_have_the_name_of_their_row_or_folder(measured, tmp_path):
+    run = shutil.copytree(measured / "BPTT-seed0", tmp_path / "mine")
+    section = next(one for one in sections(gather([measured, run])) if one.title == "Training")
+    labels = [line.get_label() for line in section.charts[0].figure.axes[0].get_lines()]
+    assert [label for label in labels if not label.startswith("_")] == ["BPTT", "SLTT:k=1", "mine"]
+    assert [cell.text for cell in section.tables[0].rows[-1]][:2] == ["mine", "BPTT"]
 
 
 @pytest.mark.parametrize(
