@@ -65,8 +65,8 @@ class EventAugmentation:
             x = v2.RandomHorizontalFlip()(x)
         changes = (
             (self.roll, partial(roll, pixels=self.roll)),
-            (self.rotate, v2.RandomAffine(self.rotate)),
-            (self.shear, v2.RandomAffine(0, shear=self.shear)),
+            (self.rotate, v2.RandomAffine([-self.rotate, self.rotate])),
+            (self.shear, v2.RandomAffine([0, 0], shear=[-self.shear, self.shear])),
             (self.cutout, partial(cutout, length=self.cutout)),
         )
         moves = [change for most, change in changes if most]

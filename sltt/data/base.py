@@ -189,6 +189,7 @@ class Data(ABC):
             form: other fields of the splits.
         """
         tested = test if isinstance(test, list) else []
+        test_samples: Any = Subset(samples, tested) if tested else test
         rest = sorted({*range(len(labels))} - {*tested})
         parts = hold_out([labels[i] for i in rest], self.validation, self.split_seed)
         kept, held = ([rest[i] for i in part] for part in parts)
@@ -196,7 +197,7 @@ class Data(ABC):
         return Splits(
             train=plain if augmented is None else Subset(augmented, kept),
             validation=Subset(samples, held) if held else None,
-            test=Subset(samples, tested) if tested else test,
+            test=test_samples,
             plain=plain,
             fingerprint=fingerprint(identity, kept, held, *([tested] if tested else [])),
             **form,
