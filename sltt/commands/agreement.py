@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from sltt.analysis.advice import advice, choose_rule
 from sltt.analysis.agreement import AGREES, SAVES, Proposal, agreement, batch_memory, cheaper_rules, propose
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
@@ -42,7 +40,6 @@ def options() -> CommandOptions:
     )
     parser.add_argument("--seeds", type=count, default=2, help="trainings with each rule in a trial; default: 2")
     parser.add_argument("--samples", type=count, default=128, help="training samples in the batch; default: 128")
-    parser.add_argument("--float64", action="store_true", help="compute in float64, where no spike flips by rounding")
     parser.add_output()
     return parser
 
@@ -60,7 +57,6 @@ def run(words: Sequence[str]) -> None:
 def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console) -> list[dict[str, Any]]:
     """Return rows of `agreement.json` over τ, T and training epochs: rules beside BPTT, a proposal, and the advice."""
     rows, own, trials = [], recipe.build(), {}
-    dtype = torch.float64 if asked.float64 else None
     taus: list[float | None] = asked.taus or [None]
     steps: list[int] = asked.steps or [own.steps]
     at_epochs: list[int] = asked.at_epochs
@@ -69,11 +65,11 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             built = build(recipe, own.data, tau)  # the data is read once
             if epochs:
                 train(here, built, T, epochs, built.rule, report)
-            ready = Prepared(here, built, T, full_precision=dtype is not None)
+            ready = Prepared(here, built, T)
             arguments = ready.model, *ready.batch(asked.samples), ready.loss
             rules = cheaper_rules(ready.model, T)
-            found = agreement(*arguments, rules, steps=ready.repeat, dtype=dtype)
-            proposal = propose(*arguments, found, steps=ready.repeat, dtype=dtype)
+            found = agreement(*arguments, rules, steps=ready.repeat)
+            proposal = propose(*arguments, found, steps=ready.repeat)
             memory = batch_memory(*arguments, steps=ready.repeat)
             rivals = sorted(contestants(rules, found, proposal), key=memory)
             if asked.trial and (tau, T) not in trials:
@@ -82,7 +78,7 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             # after more epochs the gradients may propose others than those that were tried
             rivals, tried = trials.get((tau, T), (rivals, None))
             mixed = [r for r in rivals if isinstance(r, Mixed)]
-            found += agreement(*arguments, mixed, steps=ready.repeat, dtype=dtype)
+            found += agreement(*arguments, mixed, steps=ready.repeat)
             compared = {a.rule: a for a in found}
             ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
             rule = choose_rule(ranked, tried)

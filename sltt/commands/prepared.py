@@ -19,12 +19,9 @@ if TYPE_CHECKING:
 
 
 class Prepared:
-    """What a recipe built, on the device and with data of T = `steps`, as its training has it; for measurements.
+    """What a recipe built, on the device and with data of T = `steps`, as its training has it; for measurements."""
 
-    With `full_precision`, calls of the network run in its own type, also where its training has autocast.
-    """
-
-    def __init__(self, session: Session, built: Any, steps: int, *, full_precision: bool = False):
+    def __init__(self, session: Session, built: Any, steps: int):
         self.splits: Splits = session.splits(built.data, steps)
         session = session.choose_format(
             built.model, lambda: self.splits.collate([self.splits.train[0]])[0], self.splits.static
@@ -38,7 +35,7 @@ class Prepared:
         self.rule: Rule = built.rule
         self.repeat = steps if self.splits.static else None  # the argument `steps` of rules and measurements
         self._steps = steps
-        if session.execution.precision != 32 and not full_precision:
+        if session.execution.precision != 32:
             _run_in_precision(self.model, session.fabric)
 
     def batch(self, size: int) -> tuple[Tensor, Any]:

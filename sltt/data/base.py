@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch.utils.data import Dataset, Subset
 from sltt.checks import number, whole_number
 from sltt.sequence.padding import Padded, pad
 
-OnError = Literal["stop", "skip"]
 Collate = Callable[[list[Any]], Any]
 
 

@@ -20,11 +20,12 @@ from torch.utils.data import Dataset
 
 from sltt.checks import choice, flag, folder, function, whole_number, whole_numbers
 from sltt.data.augment import EventAugmentation
-from sltt.data.base import Data, Mapped, OnError, Splits
+from sltt.data.base import Data, Mapped, Splits
 from sltt.data.cache import cache_frames
 from sltt.data.recordings import RecordingError, Slicing, frames, read
 
 Resize = Literal["sum", "interpolate"]
+OnError = Literal["stop", "skip"]
 Recordings = list[tuple[Path, int]]
 
 log = logging.getLogger("sltt")

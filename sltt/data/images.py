@@ -1,18 +1,19 @@
 """Image data sets through torchvision: CIFAR-10, CIFAR-100 and any folder of images."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sltt.checks import choice, flag, folder, number, whole_number
+from sltt.checks import flag, folder, number, whole_number
 from sltt.data.augment import clear_square
-from sltt.data.base import Data, OnError, Splits, hold_out
-from sltt.data.decode import decode, find_undecodable
+from sltt.data.base import Data, Splits, hold_out
 
 Transform = Callable[[Any], Tensor]
 
@@ -122,12 +123,13 @@ class _Images(Data):
                     "it out"
                 )
 
-    def open(self, train: bool, transform: Transform) -> Any:
-        """Return the training or test images: a dataset of torchvision with `classes` and `targets`."""
+    def open(self, train: bool) -> Any:
+        """Return the training or test images, not augmented: a dataset of torchvision, `classes` and `targets`."""
         from torchvision import datasets
 
         try:
-            return getattr(datasets, self.source)(self.root, train=train, transform=transform, download=self.download)
+            kind, transform = getattr(datasets, self.source), self.transform(False)
+            return kind(self.root, train=train, transform=transform, download=self.download)
         except RuntimeError as error:
             raise FileNotFoundError(
                 f"{self.name} not found, or not whole: looked in {self.root.resolve()}, expected the folder "
@@ -168,18 +170,19 @@ class _Images(Data):
         return super().read(path, steps) if path.suffix == ".npy" else self.transform(False)(decode(str(path)))
 
     def load(self, steps: int) -> Splits:
-        augmented, plain = (self.open(True, self.transform(train)) for train in (True, False))
-        test = self.open(False, self.transform(False))
+        plain, test = self.open(True), self.open(False)
         if test.classes != plain.classes:
             differ = sorted(set(test.classes) ^ set(plain.classes))
             raise ValueError(
                 f"the classes of the training and the test images differ: {', '.join(differ[:5])}; give both the same "
                 "folders"
             )
-        return self.split_images(augmented, plain, test, [*self.names(plain), *self.names(test)])
+        return self.split_images(plain, test, [*self.names(plain), *self.names(test)])
 
-    def split_images(self, augmented: Any, plain: Any, test: Any, names: Sequence[Any]) -> Splits:
+    def split_images(self, plain: Any, test: Any, names: Sequence[Any]) -> Splits:
         """Return the splits of images, mixed and mirrored as the arguments say; of `names` in the fingerprint."""
+        augmented = copy(plain)
+        augmented.transform = self.transform(True)
         form: dict[str, Any] = {"static": True, "classes": len(plain.classes), "alternate_flip": self.alternate_flip}
         splits = self.split(plain, plain.targets, test, names, augmented=augmented, **form)
         return replace(splits, train=Mixup(splits.train, self.mixup)) if self.mixup else splits
@@ -216,8 +219,6 @@ class ImageFolder(_Images):
         size: height and width of the images that the network sees, in pixels.
         crop_padding: instead of the random resized crop, crop out of a margin of so many pixels, as for CIFAR.
         cutout: side of the Cutout square in pixels; 0 is no Cutout.
-        on_error: stop at an image that does not decode when it comes, or decode all once before, skip those that do
-            not, and warn which they are; the list is kept in `.sltt-cache` under `root`.
         test: share of the images of `root/CLASS/*` to test on, drawn by `split_seed`; 0 for folders train and test.
         kwargs: `validation`, `split_seed` and augmentations as for `sltt.data.CIFAR10`. Without `crop_padding`,
             `autoaugment` is the policy that AutoAugment found for ImageNet.
@@ -233,13 +234,11 @@ class ImageFolder(_Images):
         size: int = 224,
         crop_padding: int | None = None,
         cutout: int = 0,
-        on_error: OnError = "stop",
         test: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(root, cutout=cutout, download=False, **kwargs)
         self.test = number("test", test, least=0, below=1)
-        self.on_error = choice("on_error", on_error, get_args(OnError))
         self.size = whole_number("size", size, least=1)
         self.crop_padding = None if crop_padding is None else whole_number("crop_padding", crop_padding, least=0)
         self.policy = "IMAGENET" if crop_padding is None else "CIFAR10"
@@ -255,11 +254,13 @@ class ImageFolder(_Images):
     def load(self, steps: int) -> Splits:
         if not self.test:
             return super().load(steps)
-        augmented, plain = (self._open(self.root, self.transform(train)) for train in (True, False))
+        if split := _folders(self.root) & {"train", "test", "val"}:
+            raise ValueError(f"test={self.test} splits {self.root}/CLASS/*, and it has {min(split)}: leave test out")
+        plain = self._open(self.root)
         tested = hold_out(plain.targets, self.test, self.split_seed)[1]
-        return self.split_images(augmented, plain, tested, self.names(plain))
+        return self.split_images(plain, tested, self.names(plain))
 
-    def open(self, train: bool, transform: Transform) -> Any:
+    def open(self, train: bool) -> Any:
         names = ("train",) if train else ("test", "val")
         homes = [self.root / name for name in names if (self.root / name).is_dir()]
         if not homes:
@@ -270,14 +271,11 @@ class ImageFolder(_Images):
             )
         # a test folder without labels may lie beside val
         home = next((one for one in homes if train or _folders(one) & _folders(self.root / "train")), homes[0])
-        return self._open(home, transform)
+        return self._open(home)
 
-    def _open(self, home: Path, transform: Transform) -> Any:
+    def _open(self, home: Path) -> Any:
         """Open a folder of images for every class."""
         from torchvision import datasets
-
-        if self.test and (split := _folders(home) & {"train", "test", "val"}):
-            raise ValueError(f"test={self.test} splits {home}/CLASS/*, and it has {min(split)}: leave test out")
 
         class Folder(datasets.ImageFolder):
             """Without the folders that begin with a dot."""
@@ -286,11 +284,7 @@ class ImageFolder(_Images):
                 names = sorted(_folders(Path(directory)))
                 return (names, {name: i for i, name in enumerate(names)}) if names else super().find_classes(directory)
 
-        images = Folder(str(home), transform=transform, loader=decode)
-        if self.on_error == "skip" and (bad := set(find_undecodable([path for path, _ in images.samples], self.root))):
-            images.samples = images.imgs = [sample for sample in images.samples if sample[0] not in bad]
-            images.targets = [label for _, label in images.samples]
-        return images
+        return Folder(str(home), transform=self.transform(False), loader=decode)
 
     def names(self, images: Any) -> Sequence[Any]:
         return [Path(path).relative_to(images.root).as_posix() for path, _ in images.samples]
@@ -305,6 +299,25 @@ class ImageFolder(_Images):
         if augment:
             return [v2.RandomResizedCrop(self.size, antialias=True)]
         return [v2.Resize(self.size * 8 // 7, antialias=True), v2.CenterCrop(self.size)]
+
+
+# not EPS, on which Pillow starts Ghostscript
+FORMATS = ["BMP", "TIFF", "PPM", "JPEG", "PNG", "GIF", "WEBP"]
+
+
+def decode(path: str) -> Tensor:
+    """Return the RGB image [3, H, W] in a file, straight to a tensor."""
+    from PIL import Image
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.functional import pil_to_tensor
+    from torchvision.transforms.v2.functional import to_dtype
+
+    try:
+        return to_dtype(decode_image(path, ImageReadMode.RGB), torch.uint8, scale=True)  # where it has 16 bits
+    except RuntimeError as error:
+        with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # what decode_image does not read
+            return pil_to_tensor(image.convert("RGB"))
+        raise ValueError(f"{path} does not decode as an image: {error}; restore or remove it") from error
 
 
 def _folders(home: Path) -> set[str]:

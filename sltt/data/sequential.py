@@ -13,7 +13,7 @@ from torch import Tensor
 from sltt.checks import flag
 from sltt.data.base import Mapped, Splits, fingerprint
 from sltt.data.digits import Digits
-from sltt.data.images import Transform, _Images
+from sltt.data.images import _Images
 
 
 class SequentialDigits(Digits):
@@ -73,8 +73,8 @@ class SequentialMNIST(_Images):
         super().__init__(root, validation, split_seed, augment=False, cutout=0, download=download)
         self.permute = flag("permute", permute)
 
-    def open(self, train: bool, transform: Transform) -> Any:
-        images = super().open(train, transform)
+    def open(self, train: bool) -> Any:
+        images = super().open(train)
         images.targets = images.targets.tolist()
         return images
 

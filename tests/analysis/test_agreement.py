@@ -101,7 +101,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert "SLTT by layer" in out
     assert out.splitlines()[-1].startswith("τ = 4, T = 3, after 1 epoch: Take ")
     assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith("τ"))
-    assert main([*words, "1.1,4", "--float64", "--json"]) == 0
+    assert main([*words, "1.1,4", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["tau"], row["steps"], row["epochs"]) for row in rows] == [(1.1, 3, 0), (4.0, 3, 0)]
     assert rows[0]["agreement"][0]["cosine"] > rows[1]["agreement"][0]["cosine"]
@@ -220,7 +220,7 @@ class Remembers(nn.Module):
 def test_the_command_proposes_it_and_the_report_reads_it(capsys, tmp_path):
     words = ["agreement", "recall", "--model", "tests.analysis.test_agreement.Remembers", "--data.channels", "20"]
     words += ["--data.samples", "500", "--samples", "64"]
-    assert main([*words, "--device", "cpu", "--float64", "--save", str(tmp_path)]) == 0
+    assert main([*words, "--device", "cpu", "--save", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     (row,) = json.loads((tmp_path / "agreement.json").read_text())["rows"]
     proposal = row["proposal"]
