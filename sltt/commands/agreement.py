@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from sltt.commands.results import give
 from sltt.commands.rule_texts import mixed_options
 from sltt.commands.tables import Table, number
 from sltt.commands.trial import build, contestants, run_trial, train
-from sltt.metrics import name_of
+from sltt.metrics import finite_scores, name_of
 from sltt.rules import Mixed
 from sltt.training.console import Console
 from sltt.training.session import session
@@ -119,6 +118,16 @@ def agreement_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table(cells, "agreement", "gradients beside that of exact BPTT")
 
 
+def gradient_table(row: Mapping[str, Any]) -> Table:
+    """Return the gradient of SLTT beside that of BPTT in each layer that has one."""
+    layers = [
+        {"layer": name or "(model)", "cosine": number(cosine, ".4f"), "norm / BPTT": number(ratio, ".3f")}
+        for name, (cosine, ratio) in row["agreement"][0]["layers"].items()
+        if finite_scores([cosine])
+    ]
+    return Table(layers, "layers", f"SLTT by layer, {where(row)}")
+
+
 def where(row: Mapping[str, Any]) -> str:
     """Return at which τ, T and epoch the gradients of a row are."""
     tau = "" if row["tau"] is None else f"τ = {row['tau']:g}, "
@@ -128,12 +137,7 @@ def where(row: Mapping[str, Any]) -> str:
 def print_agreement(rows: Sequence[Mapping[str, Any]], report: Console) -> None:
     """Print a table of all rows, one of the layers of the last, and the advice for each."""
     agreement_table(rows).show(report)
-    layers = [
-        {"layer": name or "(model)", "cosine": number(cosine, ".4f"), "norm / BPTT": number(ratio, ".3f")}
-        for name, (cosine, ratio) in rows[-1]["agreement"][0]["layers"].items()
-        if not math.isnan(cosine)
-    ]
-    Table(layers, title="SLTT by layer, last row").show(report)
+    gradient_table(rows[-1]).show(report)
     for row in rows:
         report.line(f"{where(row)}: {row['advice']}")
 

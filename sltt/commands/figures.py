@@ -104,26 +104,6 @@ def bars(values: Mapping[str, float], x: str) -> Figure:
 
 
 @rc_context(STYLE)
-def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str]) -> Figure:
-    """Return a field for each row and column, with its value, None where there is none; colours are those of 0 to 1."""
-    figure, axes = _figure(1.3 + 0.36 * len(rows))
-    mesh = axes.pcolormesh(np.asarray(values, dtype=float), vmin=0, vmax=1, cmap="viridis", edgecolors="face")
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            ink = "#000000" if value is None or value > 0.6 else "#ffffff"
-            text = "–" if value is None else f"{value:.3f}"
-            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=ink)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
-    axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
-    axes.invert_yaxis()
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    return figure
-
-
-@rc_context(STYLE)
 def raster(sample: "Sample", neurons: int) -> Figure:
     """Draw input, spikes of about `neurons` of each layer, and output of one sample over time, one above the other."""
     fields = len(sample.spikes) + 2

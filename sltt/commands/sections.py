@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sltt.commands import figures
-from sltt.commands.agreement import agreement_table, where
+from sltt.commands.agreement import agreement_table, gradient_table, where
 from sltt.commands.compare import comparison_table
 from sltt.commands.failures import cause
 from sltt.commands.fscil import score_table
@@ -160,17 +160,9 @@ def _agreement(found: dict[str, Any], compared: bool) -> Section:
     text = [f"At {where(row)}: {row['advice']}" for row in found["rows"]]
     if compared:
         text = ["Trainings decide whether a rule is safe: see the top of the page. Below is what each rule drops."]
-    layers = [name for name, (cosine, _) in found["rows"][0]["agreement"][0]["layers"].items() if cosine is not None]
-    places = [where(row).replace(" after", "").replace("epochs", "ep.").replace(", ", "\n") for row in found["rows"]]
-    spatial = [row["agreement"][0]["layers"] for row in found["rows"]]
-    values = [[column[layer][0] for column in spatial] for layer in layers]
-    chart = Chart(
-        "agreement",
-        "Cosine of SLTT's gradient with that of exact BPTT, by layer",
-        figures.heat_map(values, layers, places),
-    )
+    tables = [agreement_table(found["rows"]), gradient_table(found["rows"][-1])]
     title = "What each rule drops of the gradient" if compared else "Is it safe"
-    return Section(f"{title}: {found['recipe']}", text, [agreement_table(found["rows"])], [chart])
+    return Section(f"{title}: {found['recipe']}", text, tables)
 
 
 def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:

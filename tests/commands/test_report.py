@@ -13,8 +13,7 @@ from sltt.training.manifest import write_file
 from tests.commands.tiny import edit
 
 pytestmark = pytest.mark.slow
-sections_module = pytest.importorskip("sltt.commands.sections", reason="the report needs matplotlib")
-sections, figures = sections_module.sections, sections_module.figures
+sections = pytest.importorskip("sltt.commands.sections", reason="the report needs matplotlib").sections
 SMALL = ["--model.width", "2", "--device", "cpu"]
 
 
@@ -77,7 +76,7 @@ def test_the_page_has_every_part_and_needs_no_network(page):
     links = re.findall(r'(?:href|src)="([^"#][^"]*)"', re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
     assert links
     assert all(link.startswith("data:") for link in links)
-    assert text.count("<svg") == 9
+    assert text.count("<svg") == 8
     assert "#010203" not in text
 
 
@@ -86,7 +85,7 @@ def test_figures_and_tables_are_files_too(page):
     assert {name.removesuffix(".png") for name in figures if name.endswith(".png")} == {
         name.removesuffix(".svg") for name in figures if name.endswith(".svg")
     }
-    assert len(figures) == 18
+    assert len(figures) == 16
     with (page.parent / "data" / "2-comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
     saved = json.loads((page.parents[1] / "compare.json").read_text())["rows"]
@@ -210,21 +209,6 @@ def test_a_result_names_no_function_that_is_called(measured, tmp_path, monkeypat
     assert not Path("mark").exists()
 
 
-def test_a_cosine_below_zero_is_shown_as_it_is(monkeypatch):
-    columns = [{"layers": {"a": (cosine, 1.0)}, "rule": "SLTT()"} for cosine in (0.5, -0.3, None)]
-    rows = [{"tau": None, "steps": 2, "epochs": 0, "advice": "", "agreement": [one]} for one in columns]
-    shown = []
-    monkeypatch.setattr(figures, "heat_map", lambda values, rows, columns: shown.append(values))
-    monkeypatch.setattr(sections_module, "agreement_table", lambda rows: None)
-    sections_module._agreement({"recipe": "digits", "rows": rows}, False)
-    assert shown == [[[0.5, -0.3, None]]]
-
-
-def test_a_field_without_a_value_has_a_dash():
-    texts = {text.get_text() for text in figures.heat_map([[0.5, -0.3, None]], ["a"], ["1", "2", "3"]).axes[0].texts}
-    assert texts == {"0.500", "-0.300", "–"}
-
-
 def test_a_comparison_with_a_rule_that_died(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["compare", "digits", "--epochs", "1", "--rules", "SLTT", "--optimizer.lr", "1e30", *SMALL, "--save", "a"]
@@ -272,7 +256,7 @@ def browser():
 def test_in_a_browser(browser, page):
     browser.get(page.as_uri())
     figures = browser.find_elements("css selector", "figure svg")
-    assert len(figures) == 9
+    assert len(figures) == 8
     for figure in figures:
         assert figure.is_displayed()
         assert figure.size["width"] > 200

@@ -73,11 +73,12 @@ def test_gradients_beside_that_of_bptt(capsys):
     table = agreement_table(rows)
     assert shown(table)[0] == ["recipe's", "3", "1", "SLTT()", "0.9877", "0.9000", "0.500", "3.5%"]
     assert [row[0].text for row in table.rows] == ["recipe's", "1.5"]
-    one["layers"]["b"] = (math.nan, math.nan)
+    one["layers"] |= {"b": (math.nan, math.nan), "c": (None, None), "d": (-0.5, 1.0)}
     print_agreement(rows, Console())
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[5:7]] == [["layer", "cosine", "norm", "/", "BPTT"], ["a", "0.9000", "0.800"]]
-    assert lines[7:] == [
+    assert [line.split()[0] for line in lines[6:8]] == ["a", "d"]
+    assert lines[8:] == [
         "T = 3, after 1 epoch: Take it.",
         "τ = 1.5, T = 3, after 1 epoch: Take it.",
     ]
