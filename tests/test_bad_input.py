@@ -184,7 +184,6 @@ OTHER_CALLS = [
      "optimizer must be a Optimizer"),
     ("Delta of NaN", lambda: data.Delta()(torch.full((4, 3), torch.nan), 4), ValueError, "expected a finite input"),
     ("Poisson of NaN", lambda: data.Poisson()(torch.full((3,), torch.nan), 4), ValueError, "expected intensities in 0"),
-    ("from_datasets(columns)", partial(data.from_datasets, [1], static=True, columns=3), ValueError, "columns must be"),
     ("from_datasets(per_step)", per_step, ValueError, "expected targets of each time step, .* is per_step=True right"),
     ("read(text)", partial(recordings.read, Path("x.txt"), (3, 3), "count", 4), recordings.RecordingError, "not a rec"),
     ("to_onnx(path: none)", lambda: sltt.interop.to_onnx(network(), X[0], None), ValueError, "path must be the path o"),

@@ -68,7 +68,7 @@ def from_datasets(
     classes = None if classes is None else whole_number("classes", classes, least=1)
     form = {"static": static, "pad": pad, "per_step": flag("per_step", per_step)}
     datasets = {"train": train, "validation": validation, "test": test}
-    return _OwnData(datasets, form, share, split_seed, _check_columns(columns), classes, by_length)
+    return _OwnData(datasets, form, share, split_seed, columns, classes, by_length)
 
 
 class _OwnData(Data):
@@ -277,11 +277,3 @@ def _check_dataset(name: str, dataset: Any, columns: Any) -> None:
         ) from None
     if not size:
         raise ValueError(f"there are no samples in {name}: expected one or more")
-
-
-def _check_columns(columns: Any) -> tuple[str, str] | None:
-    if columns is None:
-        return None
-    if not isinstance(columns, tuple | list) or len(columns) != 2 or not all(isinstance(key, str) for key in columns):
-        raise ValueError(f"columns must be two keys, of x and of the target, got {columns!r}")
-    return tuple(columns)

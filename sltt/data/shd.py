@@ -64,20 +64,13 @@ class SHD(Data):
         try:
             with h5py.File(path, "r") as file:
                 data: Any = file
-                columns = (list(data[key]) for key in ("labels", "spikes/times", "spikes/units"))
-                recordings = list(zip(*columns, strict=True))
+                labels, *spikes = (list(data[key]) for key in ("labels", "spikes/times", "spikes/units"))
         except (OSError, KeyError, ValueError) as error:
             raise RecordingError(
                 f"{path}: not a file of SHD ({error}); get it again with --data.download true"
             ) from error
-        counts = np.zeros((len(recordings), steps, 700), np.uint16)
-        for i, (label, times, units) in enumerate(recordings):
-            whole = label in range(20) and len(times) == len(units) and np.isin(units, np.arange(700)).all()
-            if not whole or not ((times >= 0) & np.isfinite(times)).all():
-                raise RecordingError(
-                    f"{path}, recording {i}: expected a label 0 to 19, times of 0 s and later, and a unit 0 to 699 for "
-                    "each; get it again with --data.download true"
-                )
+        counts = np.zeros((len(labels), steps, 700), np.uint16)
+        for i, (times, units) in enumerate(zip(*spikes, strict=True)):
             step = np.minimum(times.astype(np.float64) * steps / self.duration, steps - 1).astype(np.int64)
             np.add.at(counts[i], (step, units.astype(np.int64)), 1)
-        return FrameDataset(counts, [int(label) for label, _, _ in recordings])
+        return FrameDataset(counts, list(map(int, labels)))

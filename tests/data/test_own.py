@@ -200,7 +200,6 @@ MISTAKES = {
         lambda: from_datasets([{"a": 1, "b": 2}], static=True, columns=("a", "y")).splits(1),
         "has no 'y' of columns; its keys are a, b",
     ),
-    "one column": (lambda: from_datasets(PAIR, static=True, columns="image"), "columns must be two keys"),
     "columns of pairs": (lambda: from_datasets(PAIR, static=True, columns=("a", "b")).splits(1), "is a tuple"),
     "triples": (
         lambda: from_datasets([(1, 2, 3)], static=True).splits(1),
