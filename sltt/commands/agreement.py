@@ -1,4 +1,8 @@
-"""`sltt agreement`: the gradients of SLTT and truncated BPTT beside that of exact BPTT."""
+"""Compare the gradient of each rule with that of BPTT: cosine and norm.
+
+The last line says which rule to take. With --trial, short trainings decide it. Other options are those of sltt train:
+--model.…, --data.…
+"""
 
 import argparse
 import itertools
@@ -19,15 +23,9 @@ from sltt.training.console import Console
 from sltt.training.session import session
 from sltt.training.settings import Execution
 
-HELP = (
-    "Compare the gradient of each rule with that of BPTT: cosine and norm. The last line says which rule to take. "
-    "With --trial, short trainings decide it. Other options are those of sltt train: --model.…, --data.…"
-)
-
 
 def options() -> CommandOptions:
-    """Return the options of `sltt agreement`."""
-    parser = CommandOptions("sltt agreement [RECIPE]", HELP)
+    parser = CommandOptions("sltt agreement [RECIPE]", __doc__)
     parser.add_argument("--taus", type=numbers(float), help="time constants of the LIF neurons; default: the recipe's")
     parser.add_argument("--steps", type=numbers(int), help="several T; default: the recipe's")
     epochs = "epochs of training before gradients are compared, such as 0,1,3; default: 0"
@@ -44,7 +42,6 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt agreement [RECIPE] [OPTION ...]`: the gradients of SLTT and truncated BPTT beside that of exact BPTT."""
     known, recipe = options().parse_recipe(words)
     if known.trial and (metric := name_of(recipe.build().metric)) != "accuracy":
         raise ValueError(f"--trial needs accuracies, and the metric here is {metric}: leave --metric or --trial out")

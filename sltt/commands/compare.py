@@ -1,4 +1,9 @@
-"""`sltt compare`: train several rules under the same budget, and print one table."""
+"""Train every rule with every seed, in all phases, under the recipe's budget.
+
+With --vary, train every value of other options too. Print the metric on the test samples (mean ± standard deviation),
+seconds for an epoch, and of one batch peak memory, multiplications and the gradient's cosine with BPTT's. Run the
+command again to continue. Other options are those of sltt train.
+"""
 
 import hashlib
 import math
@@ -14,7 +19,7 @@ from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_s
 from sltt.commands.prepared import Prepared
 from sltt.commands.results import Gathered, give, rule_of, scores_cell
 from sltt.commands.tables import Cell, Table, number
-from sltt.commands.vary import VARY_HELP, grid, label_row, to_options, values
+from sltt.commands.vary import grid, label_row, to_options, values
 from sltt.commands.verdict import answers
 from sltt.data import Classes
 from sltt.metrics import higher_is_better, name_of
@@ -25,27 +30,19 @@ from sltt.training.runs import list_changes, read_config
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
 
-HELP = (
-    "Train every rule with every seed, in all phases, under the recipe's budget. With --vary, train every value of "
-    "other options too. Print the metric on the test samples (mean ± standard deviation), seconds for an epoch, and of "
-    "one batch peak memory, multiplications and the gradient's cosine with BPTT's. Run the command again to continue. "
-    "Other options are those of sltt train."
-)
-
 
 def options() -> CommandOptions:
-    """Return the options of `sltt compare`."""
-    parser = CommandOptions("sltt compare [RECIPE]", HELP)
+    parser = CommandOptions("sltt compare [RECIPE]", __doc__)
     parser.add_rules()
     parser.set_defaults(rules=None)  # those of `add_rules`, or with --vary that of the recipe
-    parser.add_argument("--vary", type=values, action="append", default=[], metavar="OPTION=A,B", help=VARY_HELP)
+    text = "values to try, with the recipe's rule or --rules: model.neuron.tau=1.1,2,4; several make a grid"
+    parser.add_argument("--vary", type=values, action="append", default=[], metavar="OPTION=A,B", help=text)
     parser.add_argument("--seeds", type=count, default=1, help="number of seeds; default: 1")
     parser.add_output("default: runs/compare-RECIPE, and a short hash of the options")
     return parser
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt compare [RECIPE] [OPTION ...]`: train every rule with every seed, and print one table."""
     known, recipe = options().parse_recipe(words)
     refuse_seed(recipe.overrides)
     varied = grid(known.vary)

@@ -1,4 +1,4 @@
-"""`sltt completion`: what a shell needs to complete commands, recipes, files and options."""
+"""Print a script that lets the shell complete commands, recipes, files and options: source <(sltt completion bash)"""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -6,10 +6,6 @@ from importlib import import_module
 from sltt.commands import COMMANDS
 from sltt.commands.hints import fit_arguments
 from sltt.commands.parsing import CommandOptions, shipped_recipes
-
-HELP = (
-    "Print a script that lets the shell complete commands, recipes, files and options: source <(sltt completion bash)"
-)
 
 # compgen -W would run what stands in a file's name. Lists have a word a line, since names may have spaces.
 SCRIPT = """_sltt() {{
@@ -29,14 +25,12 @@ complete -o filenames -F _sltt sltt"""
 
 
 def options() -> CommandOptions:
-    """Return the options of `sltt completion`."""
-    parser = CommandOptions("sltt completion", HELP)
+    parser = CommandOptions("sltt completion", __doc__)
     parser.add_argument("shell", choices=("bash", "zsh"))
     return parser
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt completion bash|zsh`: print a script for the shell."""
     known = options().parse_args(words)
     if known.shell == "zsh":
         print("autoload -Uz compinit bashcompinit; (( $+functions[compdef] )) || compinit; bashcompinit")

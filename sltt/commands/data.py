@@ -11,7 +11,6 @@ USAGE = "usage: sltt data check RECIPE [--data.root DIR] [--steps T]"
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt data check RECIPE [OPTION ...]`: read every sample's file; an error unless the data set is whole."""
     if list(words) in (["-h"], ["--help"]):
         print(USAGE)
         return

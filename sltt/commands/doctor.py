@@ -1,4 +1,4 @@
-"""`sltt doctor`: what works on this machine, and what would make it faster."""
+"""Say what works on this machine, and what would make it faster."""
 
 import os
 import platform
@@ -26,12 +26,10 @@ OPTIONAL = (
 
 
 def options() -> CommandOptions:
-    """Return the options of `sltt doctor`: --help alone."""
-    return CommandOptions("sltt doctor", "What works on this machine, and what would make it faster.")
+    return CommandOptions("sltt doctor", __doc__)
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt doctor`."""
     options().parse_args(words)
     rows = [{"what": what, "here": here, "remark": remark} for what, here, remark in findings()]
     Table(rows).show(Console())

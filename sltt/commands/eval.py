@@ -17,7 +17,6 @@ HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in KEYS)} override the
 
 
 def options() -> CommandOptions:
-    """Return the options of `sltt eval`."""
     parser = CommandOptions("sltt eval RUN", HELP)
     parser.add_checkpoint()
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test")
@@ -30,7 +29,6 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt eval RUN [OPTION ...]`."""
     folder, words = begin(words)
     known, overrides = options().parse_known_args(words)
     allow_only(overrides, KEYS, "sltt eval", "the others belong to the training")

@@ -1,4 +1,7 @@
-"""`sltt export`: write a trained network for other tools."""
+"""Write the selected weights of a run for other tools.
+
+As a NIR graph, as an ONNX model of one time step with the states as inputs and outputs, or as C for a microcontroller.
+"""
 
 import re
 from collections.abc import Sequence
@@ -16,10 +19,6 @@ from sltt.rules import unroll
 from sltt.sequence.modes import evaluation_mode
 from sltt.training.console import Console
 
-HELP = (
-    "Write the selected weights of a run as a NIR graph, as an ONNX model of one time step with the states as inputs "
-    "and outputs, or as C for a microcontroller."
-)
 MEASURED = 1000  # samples that an accuracy is measured on, at most
 SEEN = 64  # samples that set the scale of the input, and whose operations are counted
 # energy of an operation in a 45 nm process: a sum, and a product with its sum (Horowitz, ISSCC 2014)
@@ -27,8 +26,7 @@ PICOJOULES = {"float32": (0.9, 4.6), "int8": (0.1, 0.3)}
 
 
 def options() -> CommandOptions:
-    """Return the options of `sltt export`."""
-    parser = CommandOptions("sltt export RUN", HELP)
+    parser = CommandOptions("sltt export RUN", __doc__)
     parser.add_argument("--to", required=True, choices=("nir", "onnx", "c"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: graph.nir, step.onnx or folder c in the run")
     parser.add_code()
@@ -39,7 +37,6 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt export RUN --to nir|onnx|c`: write a trained network for other tools."""
     folder, words = begin(words)
     known, run = options().parse_args(words), Path(folder)
     built, *_ = load_run("sltt export", folder, known.code)

@@ -1,4 +1,10 @@
-"""`sltt fscil`: few-shot class-incremental learning, for several rules and seeds."""
+"""Train on the first --base classes, freeze the network, then add classes from a few samples.
+
+A session adds --way classes, from --shot samples of each. A class is the mean embedding of its samples, and a test
+sample belongs to the nearest by cosine. Print the accuracy of all classes seen after each session, of several rules, of
+a guess (chance) and of the mean pixels of a class (pixels). Run the command again to continue. Other options are those
+of sltt train.
+"""
 
 import itertools
 import statistics
@@ -26,17 +32,10 @@ from sltt.training.settings import Execution
 
 SCORES = {"base": "A_base", "new": "A_new", "harmonic": "A_h", "last": "A_last", "average": "A_avg"}
 CHANCE, PIXELS = "chance", "pixels"
-HELP = (
-    "Train on the first --base classes, freeze the network, then add --way classes in each session from --shot samples "
-    "of each. A class is the mean embedding of its samples, and a test sample belongs to the nearest by cosine. Print "
-    "the accuracy of all classes seen after each session, of several rules, of a guess (chance) and of the mean pixels "
-    "of a class (pixels). Run the command again to continue. Other options are those of sltt train."
-)
 
 
 def options() -> CommandOptions:
-    """Return the options of `sltt fscil`."""
-    parser = CommandOptions("sltt fscil [RECIPE]", HELP)
+    parser = CommandOptions("sltt fscil [RECIPE]", __doc__)
     parser.add_argument("--base", type=count, required=True, help="classes of the base training")
     parser.add_argument("--way", type=count, default=5, help="new classes in a session; default: 5")
     parser.add_argument("--shot", type=count, default=5, help="samples of a new class; default: 5")
@@ -49,7 +48,6 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt fscil RECIPE --base N [OPTION ...]`: train every rule with every seed, and print accuracy by session."""
     known, recipe = options().parse_recipe(words, "fscil-digits")
     refuse_seed(recipe.overrides)
     known.save = known.save or default_folder("fscil", recipe, f"base {known.base}", f"order {known.order}")

@@ -1,4 +1,8 @@
-"""`sltt lr`: which learning rate to train a recipe with."""
+"""Find a learning rate: train some batches at a rate that rises with each, and see where the loss falls fastest.
+
+With phases, it tests the rule and T of the first that has no rate of its own. No weights are kept. Other options are
+those of sltt train: --rule, --batch_size, --optimizer.…
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -15,16 +19,10 @@ from sltt.training.session import session
 from sltt.training.settings import Execution, Training
 
 SHOWN = 12  # rows of the table
-HELP = (
-    "Find a learning rate: train some batches at a rate that rises with each, and see where the loss falls fastest. "
-    "With phases, it tests the rule and T of the first that has no rate of its own. No weights are kept. Other options "
-    "are those of sltt train: --rule, --batch_size, --optimizer.…"
-)
 
 
 def options() -> CommandOptions:
-    """Return the options of `sltt lr`."""
-    parser = CommandOptions("sltt lr [RECIPE]", HELP)
+    parser = CommandOptions("sltt lr [RECIPE]", __doc__)
     parser.add_argument("--smallest", type=float, default=1e-5, help="first learning rate; default: 1e-5")
     parser.add_argument("--largest", type=float, default=1.0, help="last learning rate; default: 1")
     parser.add_argument("--batches", type=count, default=100, help="number of batches; default: 100")
@@ -33,7 +31,6 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt lr [RECIPE] [OPTION ...]`: a range test of the learning rate."""
     known, recipe = options().parse_recipe(words)
     built = recipe.build()
     # the phases that have a rate of their own take no other

@@ -35,7 +35,7 @@ ANY_PROCESSES = ["--devices=null", "--num_nodes=null"]  # of a run that is measu
 class CommandOptions(argparse.ArgumentParser):
     """The options that a command has by itself. Raises UsageError, with what a type's ValueError says."""
 
-    def __init__(self, prog: str, description: str):
+    def __init__(self, prog: str, description: str | None):
         self.own: list[str] = []
         super().__init__(prog, description=description, allow_abbrev=False)
 

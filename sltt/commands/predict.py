@@ -1,4 +1,7 @@
-"""`sltt predict`: the predictions of a trained run for files."""
+"""Predict files by a trained run: images, recordings of events, or .npy arrays of a sample each.
+
+They are read as the test samples of the run are.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +14,9 @@ from sltt.commands.tables import Row, Table, number
 from sltt.training.console import Console, as_json
 from sltt.training.trained import Trained, predict
 
-HELP = (
-    "Predict files by a trained run: images, recordings of events, or .npy arrays of a sample each. They are read as "
-    "the test samples of the run are."
-)
-
 
 def options() -> CommandOptions:
-    """Return the options of `sltt predict`."""
-    parser = CommandOptions("sltt predict RUN FILE ...", HELP)
+    parser = CommandOptions("sltt predict RUN FILE ...", __doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_checkpoint()
     parser.add_code()
@@ -28,7 +25,6 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt predict RUN FILE ...`: print the prediction for each file."""
     folder, words = begin(words)
     known = options().parse_args(words)
     built, _, content = load_run("sltt predict", folder, known.code, known.checkpoint)

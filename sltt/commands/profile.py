@@ -1,4 +1,8 @@
-"""Measure memory, time, operations and energy of a recipe under several rules, and what fits."""
+"""Measure a training iteration with each rule and T: peak memory, seconds, multiplications.
+
+Estimate the energy of the inference of one sample. With --budget, find the largest batch that fits. Other options are
+those of sltt train.
+"""
 
 import itertools
 import textwrap
@@ -37,16 +41,9 @@ WARMUP = 2
 PHASES = "total", "data", "forward", "backward", "step"
 TOLERANCE = 0.03  # of the peak model, before it is fitted again
 
-HELP = (
-    "Measure a training iteration with each rule and T: peak memory, seconds, multiplications. Estimate the energy of "
-    "the inference of one sample. With --budget, find the largest batch that fits. "
-    "Other options are those of sltt train."
-)
-
 
 def options() -> CommandOptions:
-    """Return the options of `sltt profile`."""
-    parser = CommandOptions("sltt profile [RECIPE]", HELP)
+    parser = CommandOptions("sltt profile [RECIPE]", __doc__)
     parser.add_rules()
     parser.add_argument("--steps", type=numbers(int), default=[], help="numbers of time steps; default: the recipe's")
     parser.add_argument("--repeats", type=count, default=5, help="iterations that are timed; default: 5")
@@ -56,7 +53,6 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt profile [RECIPE] [OPTION ...]`: memory, seconds, operations and energy, and what fits a budget."""
     known, recipe = options().parse_recipe(words)
     report = Console(quiet=known.json)
     found = profile(recipe, known.rules, known.steps, known.repeats, known.budget, report)

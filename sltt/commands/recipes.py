@@ -1,4 +1,4 @@
-"""`sltt recipes`: list the recipes, or print one."""
+"""List the recipes, or print one."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,12 @@ from sltt.training.console import Console
 
 
 def options() -> CommandOptions:
-    """Return the options of `sltt recipes`."""
-    parser = CommandOptions("sltt recipes", "List the recipes, or print one.")
+    parser = CommandOptions("sltt recipes", __doc__)
     parser.add_argument("name", nargs="?", help="recipe to print")
     return parser
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt recipes [NAME]`."""
     if name := options().parse_args(words).name:
         print(yamltext.read(find_recipe(name)), end="")
         return

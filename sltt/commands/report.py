@@ -1,4 +1,7 @@
-"""`sltt report`: one page of what the commands measured and of runs."""
+"""Write one HTML page with the tables and figures of what the commands measured, and of runs.
+
+It needs no network. The figures lie beside it as PNG and SVG, the tables as CSV.
+"""
 
 import json
 from collections.abc import Sequence
@@ -8,15 +11,9 @@ from sltt.commands.parsing import CommandOptions
 from sltt.commands.results import gather
 from sltt.training.console import Console
 
-HELP = (
-    "Write one HTML page with the tables and figures of runs, comparisons, few-shot classes, profiles, "
-    "agreements and learning rates. It needs no network. The figures lie beside it as PNG and SVG, the tables as CSV."
-)
-
 
 def options() -> CommandOptions:
-    """Return the options of `sltt report`."""
-    parser = CommandOptions("sltt report", HELP)
+    parser = CommandOptions("sltt report", __doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the first folder")
     parser.add_argument("--json", action="store_true", help="print the path of the page and the notes as JSON")
@@ -24,7 +21,6 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt report FOLDER ...`: one page of what the commands measured and of runs."""
     known = options().parse_args(words)
     found = gather(known.folders)
     try:

@@ -24,7 +24,6 @@ from sltt.training.settings import RESUMABLE, Execution, Training
 
 
 def run(words: Sequence[str]) -> None:
-    """`sltt train [RECIPE] [OPTION ...]`: train, then measure the selected weights on the test samples."""
     keep_freed_memory()
     named = bool(words) and not words[0].startswith("-")
     continued, code, words = parse_resume(words)

@@ -9,7 +9,6 @@ from typing import Any
 
 from sltt.metrics import finite_scores, score_text
 
-VARY_HELP = "values to try, with the recipe's rule or --rules: model.neuron.tau=1.1,2,4; several make a grid"
 OWN = {"rule": "--rules BPTT,SLTT", "seed": "--seeds 3", "run": "--save FOLDER"}
 
 
