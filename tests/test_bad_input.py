@@ -26,7 +26,6 @@ EVENTS = SPLIT | {
 IMAGES = SPLIT | {
     "root": PATH, "augment": FLAG, "cutout": whole(-1), "autoaugment": FLAG, "randaugment": whole(-1),
     "erase": number(-0.1, 1.1), "mixup": number(-1), "reflect": FLAG,
-    "alternate_flip": FLAG,
 }  # fmt: skip
 NETWORK = {"in_channels": whole(0, -1), "classes": whole(0, -1), "neuron": OBJECT}
 DROPOUT = {"dropout": Kind(number(-0.1, 1.0).values, "p must be ")}
@@ -209,7 +208,6 @@ OTHER_CALLS = [
     ("CIFAR10(reflect)", partial(data.CIFAR10, augment=False, reflect=True), ValueError, "reflect=True .* set augment"),
     ("ImageFolder(reflect)", partial(data.ImageFolder, "x", reflect=True), ValueError, "needs a crop_padding"),
     ("ImageFolder(margin)", partial(data.ImageFolder, "x", 4, crop_padding=4, reflect=True), ValueError, "got 4"),
-    ("CIFAR10(flip)", partial(data.CIFAR10, augment=False, alternate_flip=True), ValueError, "flip=True .* set"),
     ("CIFAR10(mixup)", partial(data.CIFAR10, augment=False, mixup=0.5), ValueError, "mixup=0.5 .* set augment=True"),
     ("CIFAR10(autoaugment)", partial(data.CIFAR10, augment=False, autoaugment=True), ValueError, "set augment=True"),
     ("EventFolder(sensor: 3)", partial(data.EventFolder, "x", (1, 2, 3)), ValueError, "sensor must be"),

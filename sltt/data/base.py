@@ -32,7 +32,6 @@ class Splits:
         per_step: targets are sequences too, [T, ...]: one target for each time step.
         plain: the training samples without augmentation, in the order of `train`; None if `train` has none.
         lengths: time steps of each training sample: a batch has samples of similar length. None: any samples.
-        alternate_flip: the training mirrors each of its samples left and right in every other epoch.
         pad: sequences are padded to the longest of a batch, whose targets are `sltt.Padded`.
         collates: functions of the user's that make batches, by the names of the splits; None stacks samples.
     """
@@ -46,7 +45,6 @@ class Splits:
     per_step: bool = False
     plain: Dataset[Any] | None = None
     lengths: Sequence[int] | None = None
-    alternate_flip: bool = False
     pad: bool = False
     collates: Mapping[str, Collate] | None = None
 

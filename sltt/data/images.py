@@ -69,7 +69,7 @@ class _Images(Data):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     policy = "CIFAR10"  # of AutoAugment
-    only_augmented: tuple[str, ...] = ("autoaugment", "randaugment", "erase", "mixup", "reflect", "alternate_flip")
+    only_augmented: tuple[str, ...] = ("autoaugment", "randaugment", "erase", "mixup", "reflect")
 
     def __init__(
         self,
@@ -84,7 +84,6 @@ class _Images(Data):
         erase: float = 0.0,
         mixup: float = 0.0,
         reflect: bool = False,
-        alternate_flip: bool = False,
     ):
         """Arguments of CIFAR-10 and CIFAR-100; the others take some of them.
 
@@ -101,8 +100,6 @@ class _Images(Data):
             erase: probability that a rectangle is set to zero (Zhong et al. 2020).
             mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
             reflect: fill the margin of a crop with the image reflected at its edge, instead of zeros.
-            alternate_flip: `sltt.fit` mirrors each image in every other epoch, instead of at random (Jordan 2024,
-                arXiv 2404.00498).
         """
         super().__init__(validation, split_seed)
         self.root = folder("root", root)
@@ -114,7 +111,6 @@ class _Images(Data):
         self.erase = number("erase", erase, least=0, most=1)
         self.mixup = number("mixup", mixup, least=0)
         self.reflect = flag("reflect", reflect)
-        self.alternate_flip = flag("alternate_flip", alternate_flip)
         self.margin: Literal["reflect", "constant"] = "reflect" if reflect else "constant"
         for name in self.only_augmented:
             if getattr(self, name) and not augment:
@@ -151,7 +147,7 @@ class _Images(Data):
         from torchvision.transforms import v2
 
         augment = train and self.augment
-        distortions: list[Any] = [v2.RandomHorizontalFlip()] if augment and not self.alternate_flip else []
+        distortions: list[Any] = [v2.RandomHorizontalFlip()] if augment else []
         holes: list[Any] = []
         if augment and self.autoaugment:
             distortions.append(v2.AutoAugment(v2.AutoAugmentPolicy[self.policy]))
@@ -180,11 +176,11 @@ class _Images(Data):
         return self.split_images(plain, test, [*self.names(plain), *self.names(test)])
 
     def split_images(self, plain: Any, test: Any, names: Sequence[Any]) -> Splits:
-        """Return the splits of images, mixed and mirrored as the arguments say; of `names` in the fingerprint."""
+        """Return the splits of images, with `names` in the fingerprint."""
         augmented = copy(plain)
         augmented.transform = self.transform(True)
-        form: dict[str, Any] = {"static": True, "classes": len(plain.classes), "alternate_flip": self.alternate_flip}
-        splits = self.split(plain, plain.targets, test, names, augmented=augmented, **form)
+        classes = len(plain.classes)
+        splits = self.split(plain, plain.targets, test, names, augmented=augmented, static=True, classes=classes)
         return replace(splits, train=Mixup(splits.train, self.mixup)) if self.mixup else splits
 
 

@@ -30,11 +30,10 @@ POOL = 50  # batches that are sorted by length together
 
 
 class Key(NamedTuple):
-    """Key of a sample: its place in the data, the seed of its random numbers, and whether it is mirrored."""
+    """Key of a sample: its place in the data, and the seed of its random numbers."""
 
     place: int
     seed: int
-    mirrored: bool = False
 
 
 class EpochSampler(Sampler[Key]):
@@ -45,29 +44,19 @@ class EpochSampler(Sampler[Key]):
         seed: seed of the run.
         lengths: time steps of each sample, to put those of similar length in a batch; None: any.
         batch_size: samples in a batch.
-        alternate_flip: a sample is mirrored in every other epoch; in which, is drawn once.
     """
 
-    def __init__(
-        self,
-        length: int,
-        seed: int,
-        lengths: Sequence[int] | None = None,
-        batch_size: int = 1,
-        alternate_flip: bool = False,
-    ):
+    def __init__(self, length: int, seed: int, lengths: Sequence[int] | None = None, batch_size: int = 1):
         self.length = length
         self.seed = seed
         self.lengths = lengths
         self.batch_size = batch_size
-        self.sides = torch.randint(2, (length,), generator=_generator(seed, -1)).tolist()
-        self.alternate_flip = alternate_flip
         self.set_epoch(0)
 
     @classmethod
     def of(cls, splits: Splits, seed: int, batch_size: int) -> "EpochSampler":
         """Make the sampler of a data set's training samples."""
-        return cls(splits.sizes["train"], seed, splits.lengths, batch_size, splits.alternate_flip)
+        return cls(splits.sizes["train"], seed, splits.lengths, batch_size)
 
     def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
         """Choose the epoch, how many of its samples are seen already, and after how many it ends; None is after all."""
@@ -85,7 +74,7 @@ class EpochSampler(Sampler[Key]):
             order = by_length(order, self.lengths, self.batch_size, generator)
         seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
         for index, seed in zip(order[self.start : self.stop], seeds[self.start : self.stop], strict=True):
-            yield Key(index, seed, self.alternate_flip and (self.sides[index] + self.epoch) % 2 == 1)
+            yield Key(index, seed)
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
@@ -161,12 +150,10 @@ class _Seeded(Dataset[Any]):
             return self.collate(samples)
 
     def _read(self, key: Key) -> Any:
-        index, seed, mirrored = key
+        index, seed = key
         _seed_generators(seed)
         sample = self.data[index]
-        if self.crop is not None:
-            sample = random_crop(sample[0], self.crop), *sample[1:]
-        return (sample[0].flip(-1), *sample[1:]) if mirrored else sample
+        return sample if self.crop is None else (random_crop(sample[0], self.crop), *sample[1:])
 
 
 def random_crop(x: Tensor, size: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms.v2 import AutoAugmentPolicy
 
 from sltt.data import CIFAR10, ImageFolder, Mixup
-from sltt.training.batches import EpochSampler, Key, _Seeded, train_loader
+from sltt.training.batches import Key, _Seeded
 
 
 @pytest.fixture
@@ -104,18 +104,3 @@ def test_the_margin_of_a_crop_is_zero_or_the_image_reflected(make, reflect):
     windows = padded.unfold(1, 32, 1).unfold(2, 32, 1)
     for _ in range(10):
         assert (windows == crop(image)[:, None, None]).all((0, 3, 4)).any()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_is_mirrored_in_every_other_epoch(folder, workers):
-    splits = ImageFolder(folder, size=32, crop_padding=0, validation=0, alternate_flip=True).splits(1)
-    plain = torch.stack([x for x, _ in splits.plain])
-    sampler, seen = EpochSampler.of(splits, 0, 4), []
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        images = torch.cat([x for x, _ in train_loader(splits, 4, sampler, workers)])
-        seen.append(images[torch.tensor([key.place for key in sampler]).argsort()])
-    mirrored = [(x == plain.flip(-1)).flatten(1).all(1) for x in seen]
-    assert all(((x == plain).flatten(1).all(1) == ~m).all() for x, m in zip(seen, mirrored, strict=True))
-    assert mirrored[0].tolist() == (~mirrored[1]).tolist() == mirrored[2].tolist()
-    assert 0 < mirrored[0].sum() < len(plain)
