@@ -6,22 +6,28 @@ The last line says which rule to take. With --trial, short trainings decide it. 
 
 import argparse
 import itertools
+import math
 from collections.abc import Mapping, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from sltt.analysis.advice import advice, choose_rule
-from sltt.analysis.agreement import AGREES, SAVES, Proposal, agreement, batch_memory, cheaper_rules, propose
+from sltt.analysis.advice import Trial, advice, choose_rule
+from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, agreement, batch_memory, cheaper_rules, propose
+from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
 from sltt.commands.results import give
 from sltt.commands.rule_texts import mixed_options
 from sltt.commands.tables import Table, number
-from sltt.commands.trial import build, contestants, run_trial, train
+from sltt.data import Data
 from sltt.metrics import finite_scores, name_of
-from sltt.rules import Mixed
+from sltt.neurons import LIF
+from sltt.rules import BPTT, TBPTT, Mixed, Rule
 from sltt.training.console import Console
-from sltt.training.session import session
-from sltt.training.settings import Execution
+from sltt.training.evaluation import measure_settings, measure_split
+from sltt.training.fit import Fit, start_run
+from sltt.training.session import Session, session
+from sltt.training.settings import Execution, Training
 
 
 def options() -> CommandOptions:
@@ -58,18 +64,18 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
     at_epochs: list[int] = asked.at_epochs
     with session(Execution.of(vars(own))) as here:
         for tau, T, epochs in itertools.product(taus, steps, at_epochs):
-            built = build(recipe, own.data, tau)  # the data is read once
+            built = _build(recipe, own.data, tau)  # the data is read once
             if epochs:
-                train(here, built, T, epochs, built.rule, report)
+                _train(here, built, T, epochs, built.rule, report)
             ready = Prepared(here, built, T)
             arguments = ready.model, *ready.batch(asked.samples), ready.loss
             rules = cheaper_rules(ready.model, T)
             found = agreement(*arguments, rules, steps=ready.repeat)
             proposal = propose(*arguments, found, steps=ready.repeat)
             memory = batch_memory(*arguments, steps=ready.repeat)
-            rivals = sorted(contestants(rules, found, proposal), key=memory)
+            rivals = sorted(_contestants(rules, found, proposal), key=memory)
             if asked.trial and (tau, T) not in trials:
-                found_by = run_trial(here, recipe, own.data, rivals, tau, T, asked.trial, asked.seeds, report)
+                found_by = _run_trial(here, recipe, own.data, rivals, tau, T, asked.trial, asked.seeds, report)
                 trials[tau, T] = rivals, found_by
             # after more epochs the gradients may propose others than those that were tried
             rivals, tried = trials.get((tau, T), (rivals, None))
@@ -94,6 +100,64 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
                 }
             )
     return rows
+
+
+def _build(recipe: Recipe, data: Data, tau: float | None, *options: str) -> Any:
+    """Build a recipe with data that was read before, and with another time constant if one is given."""
+    built = recipe.build(*options)
+    built.data = data
+    if tau is not None:
+        neurons = [m for m in built.model.modules() if isinstance(m, LIF)]
+        if not neurons:
+            raise ValueError("--taus changes LIF neurons, and the model has none: leave --taus out")
+        for neuron in neurons:
+            neuron.tau = LIF(tau=tau).tau  # checked
+    return built
+
+
+def _train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, report: Console) -> Fit:
+    """Train what was built for some epochs with a rule, in a folder that is not kept."""
+    settings = {**vars(built), "epochs": epochs, "steps": steps, "rule": rule, "phases": None, "weights": None}
+    with TemporaryDirectory() as folder:
+        return start_run(
+            here, built.model, built.data, Training.of(settings), f"{folder}/run", config={}, report=report
+        )
+
+
+def _contestants(rules: Sequence[Rule], found: Sequence[Agreement], proposal: Proposal | None) -> list[Rule]:
+    """List the rules to try: SLTT, OTTT where it knows the network, a window and a `Mixed` that agree, and BPTT."""
+    agrees = next((r for r, a in zip(rules, found, strict=True) if a.least >= AGREES), None)
+    mixed = [Mixed(proposal.windows)] if proposal else []
+    return [*(r for r in rules if not isinstance(r, TBPTT) or r is agrees), *mixed, BPTT()]
+
+
+def _run_trial(
+    here: Session,
+    recipe: Recipe,
+    data: Data,
+    rules: Sequence[Rule],
+    tau: float | None,
+    steps: int,
+    epochs: int,
+    seeds: int,
+    report: Console,
+) -> Trial:
+    """Train the recipe's network for some epochs with each rule and each seed from 0."""
+    trial = Trial(epochs, [], {repr(rule): [] for rule in rules}, {repr(rule): [] for rule in rules})
+    for seed in map(str, range(seeds)):
+        built = _build(recipe, data, tau, "--seed", seed)
+        sizes = {**measure_settings(built), "steps": steps}
+        trial.start.append(measure_split(here, built.model, data, "train", **sizes).loss)
+        for rule in rules:
+            report.line(f"trial: {rule}, seed {seed}")
+            try:
+                last = _train(here, _build(recipe, data, tau, "--seed", seed), steps, epochs, rule, report).history[-1]
+            except Exception as error:  # the others still run
+                report.warn(f"trial: {rule}, seed {seed} died: {cause(error)}")
+                last = {"train_loss": math.inf, "train_accuracy": 0.0}
+            trial.losses[repr(rule)].append(last["train_loss"])
+            trial.accuracies[repr(rule)].append(last["train_accuracy"])
+    return trial
 
 
 def agreement_table(rows: Sequence[Mapping[str, Any]]) -> Table:

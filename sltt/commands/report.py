@@ -3,7 +3,6 @@
 It needs no network. The figures lie beside it as PNG and SVG, the tables as CSV.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,6 @@ def options() -> CommandOptions:
     parser = CommandOptions("sltt report", __doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or one given to --save")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: report in the first folder")
-    parser.add_argument("--json", action="store_true", help="print the path of the page and the notes as JSON")
     return parser
 
 
@@ -30,9 +28,6 @@ def run(words: Sequence[str]) -> None:
         page = write(sections(found), found, known.out or known.folders[0] / "report")
     except ModuleNotFoundError as error:
         raise RuntimeError(f"the report needs {error.name}: pip install 'sltt[report]'") from error
-    if known.json:
-        print(json.dumps({"page": str(page), "notes": found.notes}))
-        return
     shown = Console()
     for note in found.notes:
         shown.warn(note)

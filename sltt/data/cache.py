@@ -80,16 +80,12 @@ def cache_frames(
         CacheError: what is on disk is not what was written.
     """
     home = folder / key_of(sources, VERSION, sorted(settings.items()), shape)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot make the cache of frames {home} ({error.strerror}): give another folder as cache"
-        raise OSError(error.errno, problem) from error
-    array, mark, expected = home / "frames.npy", home / "complete.npz", (len(sources), *shape)
+    home.mkdir(parents=True, exist_ok=True)
+    array, mark = home / "frames.npy", home / "complete.npz"
     if not mark.exists():  # a finished one is only read, from a folder of somebody else's too
         with FileLock(home / "lock"):
             if not mark.exists():
-                kept, checksums = _build(array, expected, make, title)
+                kept, checksums = _build(array, (len(sources), *shape), make, title)
                 part = home / "part.npz"
                 np.savez(part, kept=np.array(kept, int), checksums=np.array(checksums, int))
                 os.replace(part, mark)
@@ -99,8 +95,6 @@ def cache_frames(
         arrays = np.load(array, mmap_mode="r")
     except Exception as error:  # whatever NumPy raises on files that are not its own
         raise CacheError(home, f"it cannot be read ({error})") from error
-    if arrays.dtype != np.uint16 or arrays.shape != expected or not arrays.flags.c_contiguous:
-        raise CacheError(home, f"{array.name} holds {arrays.dtype} {arrays.shape}, expected uint16 {expected}")
     return CachedArrays(home, arrays, checksums), kept
 
 

@@ -252,15 +252,12 @@ class EventFolder(_Events):
     remedy = "Set --data.root."
 
     def __init__(self, root: str, sensor: tuple[int, int], **kwargs: Any):
-        super().__init__(root, **kwargs)
+        super().__init__(root, download=False, **kwargs)
         sides = whole_numbers("sensor", sensor, least=1)
         if len(sides) != 2:
             raise ValueError(f"sensor must be the height and the width of the camera, got {sensor}")
         self.sensor = (sides[0], sides[1])
         self.classes = sorted(p.name for p in (self.root / "train").glob("*") if p.is_dir())
-
-    def fetch(self) -> None:
-        raise ValueError(f"{self.title} cannot be downloaded; put it into {self.root.resolve()}")
 
     def recordings(self, train: bool) -> Recordings:
         found: Recordings = []

@@ -96,8 +96,7 @@ def flip_bit(path, at):
         (lambda home: os.truncate(home / "frames.npy", 200), r"it cannot be read \(mmap length"),
         (lambda home: os.truncate(home / "frames.npy", 0), "it cannot be read"),
         (lambda home: (home / "frames.npy").unlink(), "it cannot be read"),
-        (lambda home: np.save(home / "frames.npy", np.zeros((20, 3, 2), np.uint16)), r"\(20, 3, 2\), expected"),
-        (lambda home: np.save(home / "frames.npy", np.zeros((20, 2, 3), np.int16)), "holds int16"),
+        (lambda home: np.save(home / "frames.npy", np.ones((20, 3, 2), np.uint16)), "array 0 has another checksum"),
         (lambda home: (home / "complete.npz").write_text(""), "it cannot be read"),
         (lambda home: np.savez(home / "complete.npz", kept=[0]), r"it cannot be read \(.*checksums"),
     ],
@@ -110,9 +109,9 @@ def test_a_damaged_cache_says_which_folder_to_delete(tmp_path, damage, problem):
         list(make_cache(tmp_path, tmp_path / "log")[0])
 
 
-def test_a_cache_whose_folder_is_a_file_says_so(tmp_path):
+def test_a_cache_whose_folder_is_a_file_names_it(tmp_path):
     (file := tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"cannot make the cache of frames .*give another folder as cache"):
+    with pytest.raises(NotADirectoryError, match=str(file)):
         make_cache(file, tmp_path / "log")
 
 

@@ -181,9 +181,7 @@ def test_every_part_of_a_data_set_is_fetched(tmp_path, monkeypatch, name, parts)
     assert sorted(p.name for p in (tmp_path / name).iterdir()) == [str(i) for i in range(len(parts))]
 
 
-def test_a_folder_of_recordings_cannot_be_fetched(tmp_path):
-    with pytest.raises(ValueError, match="cannot be downloaded; put it into"):
-        sltt.data.EventFolder(str(tmp_path), (34, 34), download=True).splits(2)
+def test_a_folder_of_recordings_says_what_was_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected train/CLASS/\* .* there\. Set --data\.root\.$"):
         sltt.data.EventFolder(str(tmp_path), (34, 34)).splits(2)
 
