@@ -19,10 +19,11 @@ NEURON = {
 }  # fmt: skip
 LEAKY = NEURON | {"tau": number(1, 0.5, 0, -2), "decay_input": FLAG}
 SPLIT = {"validation": number(-0.1, 1.0), "split_seed": whole()}
-EVENTS = SPLIT | {
+FRAMES = SPLIT | {
     "root": PATH, "size": whole(0, -1).but("none"), "resize": CHOICE, "slicing": CHOICE, "augment": OBJECT,
-    "on_error": CHOICE, "cache": PATH.but("none"), "download": FLAG,
+    "on_error": CHOICE, "cache": PATH.but("none"),
 }  # fmt: skip
+EVENTS = FRAMES | {"download": FLAG}
 IMAGES = SPLIT | {
     "root": PATH, "augment": FLAG, "cutout": whole(-1), "autoaugment": FLAG, "randaugment": whole(-1),
     "erase": number(-0.1, 1.1), "mixup": number(-1), "reflect": FLAG,
@@ -73,13 +74,13 @@ CONSTRUCTORS = [
     (data.NMNIST, {}, EVENTS),
     (data.DVSGesture, {}, EVENTS),
     (data.CIFAR10DVS, {}, EVENTS),
-    (data.EventFolder, {"root": "x", "sensor": (2, 2)}, EVENTS | {"sensor": Kind(SIZES.values, SIZES.message)}),
+    (data.EventFolder, {"root": "x", "sensor": (2, 2)}, FRAMES | {"sensor": Kind(SIZES.values, SIZES.message)}),
     (data.SHD, {}, SPLIT | {"root": PATH, "duration": number(0, -1), "download": FLAG}),
     (data.TimeSeries, {}, SPLIT | {"name": CHOICE, "delta": number(0, -1).but("none")}),
     (data.CIFAR10, {}, IMAGES | {"download": FLAG}),
     (data.CIFAR100, {}, IMAGES | {"download": FLAG}),
     (data.ImageFolder, {"root": "x"}, IMAGES | {
-        "size": whole(0, -1), "crop_padding": whole(-1).but("none"), "on_error": CHOICE,
+        "size": whole(0, -1), "crop_padding": whole(-1).but("none"),
     }),
     (data.Encoded, {"data": data.Digits(), "encoding": data.Poisson()}, {"data": OBJECT, "encoding": OBJECT}),
     (data.Poisson, {}, {"low": number(), "high": number(0, -1)}),

@@ -192,7 +192,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*WORDS, "--rules", "BPTT,SLTT:k=1,OTTT", "--budget", "10MB", "--save", "a"]) == 0
     out = capsys.readouterr().out
-    assert "energy of one sample, estimated" in out
+    assert "Energy of one sample, estimated" in out
     assert all(len(line) <= 80 for line in out[out.index("memory of a batch") :].splitlines())
     found = json.loads((tmp_path / "a" / "profile.json").read_text())
     bptt, sltt_1 = (next(c for c in found["costs"] if c["rule"] == r and c["steps"] == 4) for r in ("BPTT", "SLTT:k=1"))
