@@ -1,8 +1,8 @@
 """Rewrite messages of the option parser in one line, with the word that was meant."""
 
 import difflib
-import importlib
 import inspect
+import pydoc
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
@@ -59,7 +59,7 @@ def _nearest_option(option: str, values: Mapping[str, Any]) -> str:
 
 
 def _unknown_class(name: str) -> str:
-    paths = {path.rpartition(".")[2]: path for path in _class_paths()}
+    paths = _class_paths()
     near = difflib.get_close_matches(name.rpartition(".")[2], paths, 1)
     hint = f"did you mean {paths[near[0]]}?" if near else "expected a path to import such as sltt.SLTT"
     return f"unknown class {name!r}; {hint}"
@@ -70,21 +70,19 @@ def fit_arguments() -> list[str]:
     return [name for name in inspect.signature(sltt.fit).parameters if name != "report"]
 
 
-def _class_paths() -> list[str]:
-    """Return the import paths of what recipes name."""
+def _class_paths() -> dict[str, str]:
+    """Return the import paths of what recipes name, by the names alone."""
     from torch import optim  # here, since `sltt trian` asks for `suggest` alone
 
     families = (sltt.models, sltt.data, sltt.losses, sltt.metrics, sltt.schedules, sltt.callbacks, sltt.surrogates)
     modules = (optim, *families, sltt)
-    return [f"{m.__name__}.{name}" for m in modules for name in dir(m) if name[0] != "_" and callable(getattr(m, name))]
+    known = ((name, m) for m in modules for name in dir(m) if name[0] != "_" and callable(getattr(m, name)))
+    return {name: f"{m.__name__}.{name}" for name, m in known}
 
 
 def locate(path: str) -> Any:
     """Import what a path names, or the name alone of a class that recipes know."""
-    if "." not in path:
-        path = next((known for known in _class_paths() if known.endswith(f".{path}")), path)
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    return pydoc.locate(path if "." in path else _class_paths().get(path, path))
 
 
 def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
