@@ -4,7 +4,7 @@ Shapes: B samples, C channels, H×W pixels; what is no image has one pixel. C st
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -272,8 +272,3 @@ def _channels(vector: Tensor) -> Tensor:
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Return x / 2^bits, rounded to the nearest integer, as an arithmetic shift does it."""
     return ((x + 2 ** (bits - 1)) / 2**bits).floor()
-
-
-def describe(name: str, module: Any) -> str:
-    """Return how messages name a layer."""
-    return f"{name or 'the model'} ({type(module).__name__})"

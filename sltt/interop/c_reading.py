@@ -1,31 +1,20 @@
 """Read a network of PyTorch into the operations of one time step, with BatchNorm and factors in the weights."""
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sltt.interop import reading
-from sltt.interop.c_network import Active, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights, describe
+from sltt.interop.c_network import Active, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
 from sltt.interop.conversion import require
-from sltt.interop.reading import pair
+from sltt.interop.reading import Call, describe, pair
 from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Neuron, Recurrent
 from sltt.sequence.hooks import own_forward
-from sltt.sequence.state import reset
 from sltt.surrogates import Above, Surrogate
 
 _NEURONS = (LIF, IF, PLIF, ChannelLIF, CubaLIF, ALIF)
-_CALLS: dict[Any, type[nn.Module]] = {
-    F.adaptive_avg_pool1d: nn.AdaptiveAvgPool1d,
-    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
-    F.avg_pool1d: nn.AvgPool1d,
-    F.avg_pool2d: nn.AvgPool2d,
-}
-_TIMES = (operator.mul, operator.imul, torch.mul, "mul")
-_OVER = (operator.truediv, torch.div, "div")
 
 
 def read(model: nn.Module, x: Tensor, steps: int) -> Network:
@@ -34,7 +23,22 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
     Raises:
         ValueError: naming every layer and operation that C has not.
     """
-    network = _Reader(model, reading.trace(model)).network(x, steps)
+    reader, values, problems = _Reader(), {}, []
+    calls = reading.read(model, x)
+    for call in calls:
+        try:
+            values[call] = reader.value(call, [values[one] for one in call.inputs])
+        except ValueError as reason:
+            problems.append(f"{call.place}{reason}")
+            values[call] = Value(_image(call.shape))
+    _refuse(problems)
+    output, shape = values[calls[-1]], calls[-1].shape
+    if len(shape) != 2 or shape[1] < 2 or output.size != output.shape[0]:
+        raise ValueError(
+            f"expected a network that gives logits [B, classes] of 2 classes or more, got {list(shape)}: "
+            "train it with a logit for each class"
+        )
+    network = Network(reader.operations, values[calls[0]], output, steps)
     _fold(network)
     _add_lists(network)
     wide = [op for op in network.operations if isinstance(op, Pool) and op.adaptive]
@@ -53,111 +57,60 @@ def _refuse(problems: list[str]) -> None:
         )
 
 
-class _Reader(fx.Interpreter):
-    """Runs the network once, layer by layer, for the shapes, and notes the operations."""
+class _Reader:
+    """Notes the operations of calls."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph):
-        self.model = model
+    def __init__(self) -> None:
         self.operations: list[Operation] = []
-        self.values: dict[fx.Node, Value] = {}
-        self.problems: list[str] = []
         self.seen: set[nn.Module] = set()
-        super().__init__(fx.GraphModule(model, graph))
 
-    def network(self, x: Tensor, steps: int) -> Network:
-        """Return the operations of the network's step on a frame x [B, ...]."""
-        reset(self.model)
-        with torch.no_grad():
-            logits = self.run(x)
-        _refuse(self.problems)
-        inputs = [node for node in self.values if node.op == "placeholder"]
-        end: Any = next(node for node in self.values if node.op == "output")
-        output = self.values[end]
-        if logits.ndim != 2 or logits.shape[1] < 2 or output.size != output.shape[0]:
-            raise ValueError(
-                f"expected a network that gives logits [B, classes] of 2 classes or more, got {list(logits.shape)}: "
-                "train it with a logit for each class"
-            )
-        return Network(self.operations, self.values[inputs[0]], output, steps)
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op == "placeholder":
-            self.values[n] = Value(_image(value.shape[1:]))
-        elif n.op == "output":
-            end = n.args[0]
-            if not isinstance(end, fx.Node) or end not in self.values:
-                raise ValueError("expected a network that gives its logits alone, got several results")
-            self.values[n] = self.values[end]
-        elif isinstance(value, Tensor) and n.op != "get_attr":
-            try:
-                self.values[n] = self._read(n)
-            except ValueError as reason:
-                called = n.op == "call_module"
-                path = str(n.target) if called else reading.calling_module(n)
-                where = "" if called else f"the operation {n.name} in "
-                self.problems.append(f"{where}{describe(path, self.model.get_submodule(path))}{reason}")
-                self.values[n] = Value(_image(value.shape[1:]))
-        return value
-
-    def _read(self, n: fx.Node) -> Value:
-        inputs = [self.values[node] for node in n.all_input_nodes if node in self.values]
-        if n.op == "call_module":
-            module: Any = self.fetch_attr(str(n.target))
-            return self._layer(describe(str(n.target), module), module, inputs[0], self.env[n.all_input_nodes[0]])
-        args = dict(enumerate(n.args)) | n.kwargs
-        numbers = [value for value in args.values() if isinstance(value, int | float)]
-        if n.target in reading.FLATTEN:
-            return self._layer(n.name, reading.flatten_of(n), inputs[0], self.env[n.all_input_nodes[0]])
-        if n.target in _CALLS and len(inputs) == 1:
-            module = _CALLS[n.target](*n.args[1:], **{k: v for k, v in n.kwargs.items() if k != "input"})  # pyright: ignore
-            return self._layer(n.name, module, inputs[0], self.env[n.all_input_nodes[0]])
-        if n.target in reading.ADD and len(inputs) == 2 and len(args) == 2:
-            require(inputs[0].shape == inputs[1].shape, ", a sum of two shapes")
-            return self._add(Sum(n.name, inputs, Value(inputs[0].shape), [None, None]))
-        divides = n.target in _OVER and isinstance(n.args[0], fx.Node)
-        if len(inputs) == len(numbers) == 1 and (divides or n.target in _TIMES):
-            factor = 1 / numbers[0] if divides else float(numbers[0])
-            return self._affine(n.name, inputs[0], torch.tensor([factor]), torch.zeros(1))
-        raise ValueError("")
+    def value(self, call: Call, inputs: list[Value]) -> Value:
+        """Return the output of a call whose inputs are these."""
+        kind, layer, name = call.kind, call.layer, call.path
+        if kind == "input":
+            return Value(_image(call.shape))
+        if kind == "sum":
+            return self._add(Sum(name, inputs, Value(inputs[0].shape), [None, None]))
+        require(len(inputs) == 1, "")
+        (x,), given = inputs, call.inputs[0].shape
+        if kind == "output":
+            return x
+        if kind == "factor":
+            return self._affine(name, x, torch.tensor([layer]), torch.zeros(1))
+        name = describe(name, layer)
+        if isinstance(layer, Recurrent):
+            return self._recurrent(name, layer, x, given)
+        if isinstance(layer, Neuron):
+            return self._neuron(name, layer, x)
+        require(kind is not None, "")
+        if kind is nn.Flatten:
+            last = len(given) - 1
+            require((layer.start_dim, layer.end_dim % len(given)) == (1, last), ", which keeps a dimension")
+            return x
+        if kind in reading.NORMS:
+            require(layer.running_mean is not None, ", which has no running statistics")
+            require(layer.num_features == x.shape[0], " behind flatten: put it before")
+            gain = (layer.running_var.double() + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
+            shift = (0 if layer.bias is None else layer.bias) - layer.running_mean * gain
+            return self._affine(name, x, gain, shift)
+        if kind in reading.WEIGHTS:
+            return self._add(_weights(name, layer, x, given))
+        return self._add(_pool(name, layer, kind in reading.MAXIMA, x))
 
     def _add(self, operation: Operation) -> Value:
         self.operations.append(operation)
         return operation.output
 
-    def _layer(self, name: str, module: nn.Module, x: Value, given: Tensor) -> Value:
-        """Read a layer of PyTorch or of ours, `name` for messages, on x, which `given` is."""
-        if isinstance(module, Recurrent):
-            return self._recurrent(name, module, x)
-        if isinstance(module, Neuron):
-            return self._neuron(name, module, x)
-        kind = reading.kind_of(module)
-        layer: Any = module
-        require(kind is not None, "")
-        if kind in reading.NOTHING:
-            return x
-        if kind is nn.Flatten:
-            require((layer.start_dim, layer.end_dim % given.ndim) == (1, given.ndim - 1), ", which keeps a dimension")
-            return x
-        if kind in reading.NORMS:
-            require(layer.running_mean is not None, ", which has no running statistics")
-            require(layer.num_features == x.shape[0], " behind flatten: put it before")
-            return self._affine(name, x, *reading.gain_and_shift(layer))
-        if kind in reading.WEIGHTS:
-            return self._add(_weights(name, layer, x, given))
-        return self._add(_pool(name, layer, kind in reading.MAXIMA, x))
-
     def _affine(self, name: str, x: Value, gain: Tensor, shift: Tensor) -> Value:
         gain, shift = (vector.detach().double().expand(x.shape[0]) for vector in (gain, shift))
         return self._add(Affine(name, [x], Value(x.shape), gain, shift))
 
-    def _recurrent(self, name: str, module: Recurrent, x: Value) -> Value:
+    def _recurrent(self, name: str, module: Recurrent, x: Value, given: torch.Size) -> Value:
         require(not own_forward(module, Recurrent), "")
         require(isinstance(module.layer, reading.WEIGHTS), f" with a layer of type {type(module.layer).__name__}")
         before, total = Value(x.shape, spikes=True), Value(x.shape)
-        frame = torch.zeros(1, *(x.shape[:1] if x.size == x.shape[0] else x.shape))
         path = name.removesuffix(" (Recurrent)")
-        back = self._add(_weights(describe(f"{path}.layer", module.layer), module.layer, before, frame))
+        back = self._add(_weights(describe(f"{path}.layer", module.layer), module.layer, before, given))
         self._add(Sum(f"{path}.sum", [x, back], total, [None, None]))
         spikes = self._neuron(name, module.neuron, total)
         for op in self.operations:
@@ -192,19 +145,18 @@ class _Reader(fx.Interpreter):
         return self._add(fire)
 
 
-def _image(shape: Any) -> tuple[int, int, int]:
-    """Return [C], [C, L] or [C, H, W] as an image; other shapes as a vector, since only flatten takes them."""
-    shape = tuple(shape)
-    if len(shape) in (2, 3):
-        return shape[0], (1 if len(shape) == 2 else shape[1]), shape[-1]
-    return int(torch.Size(shape).numel()), 1, 1
+def _image(shape: torch.Size) -> tuple[int, int, int]:
+    """Return [B, C, L] or [B, C, H, W] as an image; other shapes as a vector, since only flatten takes them."""
+    if len(shape) in (3, 4):
+        return shape[1], (1 if len(shape) == 3 else shape[2]), shape[-1]
+    return shape[1:].numel(), 1, 1
 
 
-def _weights(name: str, module: Any, x: Value, given: Tensor) -> Weights:
+def _weights(name: str, module: Any, x: Value, given: torch.Size) -> Weights:
     weight = module.weight.detach().double()
     bias = torch.zeros(len(weight)).double() if module.bias is None else module.bias.detach().double()
     if isinstance(module, nn.Linear):
-        require(given.ndim == 2, ", whose input is not [B, features]")
+        require(len(given) == 2, ", whose input is not [B, features]")
         return Weights(name, [x], Value((len(weight), 1, 1)), weight.view(len(weight), *x.shape), bias)
     stride, padding, dilation = pair(module.stride, 1), reading.padding_of(module), pair(module.dilation, 1)
     weight = weight.unsqueeze(2) if isinstance(module, nn.Conv1d) else weight

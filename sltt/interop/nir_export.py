@@ -20,15 +20,14 @@ from typing import Any
 import nir
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sltt.checks import instance, number
 from sltt.interop import reading
 from sltt.interop.conversion import check_finite, require
-from sltt.interop.reading import pair
+from sltt.interop.reading import Call, pair
 from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, Recurrent
 from sltt.sequence.copies import copy_model
-from sltt.sequence.state import reset
 from sltt.surrogates import Above
 
 _HAS_RESET = {kind: "v_reset" in {f.name for f in fields(kind)} for kind in (nir.IF, nir.LIF, nir.CubaLIF)}
@@ -54,142 +53,78 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     model = copy_model(model).eval()
     if x.dtype in (torch.bfloat16, torch.float16):  # NumPy has no bfloat16, and folding would round to 16 bits
         model, x = model.float(), x.float()
-    return _Export(model, number("dt", dt, above=0)).export(x)
+    dt = number("dt", dt, above=0)
+    calls = reading.read(model, x)
+    names = [*(name for name, _ in model.named_modules()), *(call.path for call in calls)]
+    return _Export(unique_names(names), dt).graph(calls)
 
 
-class _Export(fx.Interpreter):
-    """Runs the network once, layer by layer, for the shapes, and notes nodes and edges."""
+class _Export:
+    """Notes nodes and edges of calls."""
 
-    def __init__(self, model: nn.Module, dt: float):
-        self.dt = dt
-        self.model = model
+    def __init__(self, names: dict[str, str], dt: float):
+        self.names, self.dt = names, dt
         self.nodes: dict[str, nir.NIRNode] = {}
         self.edges: list[tuple[str, str]] = []
-        self.sources: dict[fx.Node, list[str]] = {}  # the nodes of the graph whose sum is the value
-        self.used: set[str] = set()
-        self.names = unique_names(name for name, _ in model.named_modules())  # some readers take no dots
-        self.problems: list[str] = []
-        super().__init__(fx.GraphModule(model, reading.trace(model)))
 
-    def export(self, x: Tensor) -> nir.NIRGraph:
-        reset(self.model)
-        with torch.no_grad():
-            found = self.run(x)
-            reset(self.model)
-            same = torch.allclose(found, self.model(x), rtol=1e-3, atol=1e-5)
-        if not self.problems and not same:
-            self.problems.append("a change in place, which a trace does not show")
-        if self.problems:
-            raise ValueError(f"NIR has no counterpart for {'; '.join(self.problems)}")
+    def graph(self, calls: list[Call]) -> nir.NIRGraph:
+        sources: dict[Call, list[str]] = {}  # the nodes whose sum is the output of a call
+        problems = []
+        for call in calls:
+            given = [name for one in call.inputs for name in sources[one]]
+            sources[call] = []
+            try:
+                sources[call] = self._add(call, given)
+            except ValueError as reason:
+                problems.append(f"{call.place}{reason}")
+        if problems:
+            raise ValueError(f"NIR has no counterpart for {'; '.join(problems)}")
         return nir.NIRGraph(self.nodes, self.edges)
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op == "placeholder":
-            self._add(n, self._free_name("input"), nir.Input({"input": np.array(value.shape[1:])}), [])
-        elif n.op == "output":
-            (arg,) = n.all_input_nodes
-            shape = np.array(value.shape[1:])
-            self._add(n, self._free_name("output"), nir.Output({"output": shape}), self.sources[arg])
-        elif n.op == "call_module":
-            self._layer(n, self.fetch_attr(str(n.target)))
-        elif n.op == "get_attr":
-            self.problems.append(f"the weight {n.target} outside of a layer")
-            self.sources[n] = []
-        else:
-            self._operation(n)
-        return value
-
-    def _free_name(self, name: str) -> str:
-        """Return a name that no layer has."""
-        while name in self.names.values():
-            name += "_"
-        return name
-
-    def _operation(self, n: fx.Node) -> None:
-        inputs = n.all_input_nodes
-        sources = [name for node in inputs for name in self.sources[node]]
-        self.sources[n] = sources
-        if n.target in reading.FLATTEN:
-            self._layer(n, reading.flatten_of(n))
-        elif n.target not in reading.ADD or n.kwargs or len(inputs) != 2 or len(set(sources)) != len(sources):
-            self.problems.append(f"the operation {n.name}")
-
-    def _layer(self, n: fx.Node, module: Any) -> None:
-        (arg,) = n.all_input_nodes
-        path = str(n.target) if n.op == "call_module" else n.name
-        name = self.names[path] if n.op == "call_module" else self._free_name(path)
-        sources = self.sources[arg]
-        if isinstance(module, reading.NOTHING):
-            self.sources[n] = sources
-            return
-        if isinstance(module, reading.NORMS):
-            self._fold(n, path, module, arg)
-            return
-        if name in self.used:
-            self.problems.append(f"{path} ({type(module).__name__}), which is used twice in a time step")
-        try:
-            if isinstance(module, Recurrent):
-                back = self.names[f"{path}.layer"]
-                self.nodes[back] = self._node(module.layer, self.env[arg])
-                self.edges += [(name, back), (back, name)]
-                module = module.neuron
-            node = self._node(module, self.env[arg])
-        except ValueError as reason:
-            self.problems.append(f"{path} ({type(module).__name__}){reason}")
-            self.sources[n] = []
-            return
-        self.used.add(name)
-        self._add(n, name, node, sources)
-
-    def _add(self, n: fx.Node, name: str, node: nir.NIRNode, sources: list[str]) -> None:
-        self.nodes[name] = node
+    def _add(self, call: Call, sources: list[str]) -> list[str]:
+        """Add the nodes of a call that reads these; return the nodes whose sum is its output."""
+        if call.kind == "sum":
+            require(len(set(sources)) == len(sources), ", which adds a value twice")
+            return sources
+        name = self.names[call.path]
+        require(name not in self.nodes, ", which is used twice in a time step")
+        module = call.layer
+        if isinstance(module, Recurrent):
+            back = self.names[f"{call.path}.layer"]
+            self.nodes[back] = self._node(reading.kind_of(module.layer), module.layer, call.inputs[0].shape)
+            self.edges += [(name, back), (back, name)]
+            module = module.neuron
+        self.nodes[name] = self._node(call.kind, module, call.inputs[0].shape if call.inputs else call.shape)
         self.edges += [(source, name) for source in sources]
-        self.sources[n] = [name]
+        return [name]
 
-    def _fold(self, n: fx.Node, name: str, norm: Any, arg: fx.Node) -> None:
-        """Fold a BatchNorm into the weights before it: w (u − μ) / √(σ² + ε) + b."""
-        sources = self.sources[arg]
-        self.sources[n] = sources
-        before = self.nodes.get(sources[0]) if len(sources) == 1 else None
-        if norm.running_mean is None or not isinstance(before, _NIR_WEIGHTS) or not self._is_single(arg, sources[0]):
-            self.problems.append(f"{name} ({type(norm).__name__}), which is not behind a layer with weights of its own")
-            return
-        scale, shift = (_array(value.to(norm.running_var.dtype)) for value in reading.gain_and_shift(norm))
-        bias = getattr(before, "bias", 0.0)
-        before.weight = before.weight * scale.reshape(-1, *[1] * (before.weight.ndim - 1))
-        if isinstance(before, nir.Linear):
-            before = nir.Affine(before.weight, np.zeros(len(scale)))
-            self.nodes[sources[0]] = before
-        before.bias = bias * scale + shift
-
-    def _is_single(self, node: fx.Node, layer: str) -> bool:
-        """Return whether nothing but this node's one reader reads a layer's output."""
-        while len(node.users) == 1 and self.names.get(str(node.target)) != layer:
-            (node,) = node.all_input_nodes
-        return len(node.users) == 1
-
-    def _node(self, module: Any, x: Tensor) -> nir.NIRNode:
-        shape = tuple(x.shape[1:])
+    def _node(self, kind: Any, module: Any, given: torch.Size) -> nir.NIRNode:
+        """Return the node of a layer on an input [B, ...] of this shape."""
+        shape = tuple(given[1:])
+        if kind == "input":
+            return nir.Input({"input": np.array(shape)})
+        if kind == "output":
+            return nir.Output({"output": np.array(shape)})
         if isinstance(module, IntegrateAndFire | CubaLIF):
             return self._neuron(module, shape)
-        if isinstance(module, nn.Linear):
-            require(x.ndim == 2, ", whose input is not [B, features]")
+        require(kind not in reading.NORMS, ", which is not behind a layer with weights of its own")
+        if kind is nn.Linear:
+            require(len(shape) == 1, ", whose input is not [B, features]")
             weight = _array(module.weight)
             return nir.Linear(weight) if module.bias is None else nir.Affine(weight, _array(module.bias))
-        if isinstance(module, nn.Conv1d | nn.Conv2d):
+        if kind in reading.WEIGHTS:
             return _convolution(module, shape)
-        if isinstance(module, nn.AdaptiveAvgPool2d):
+        if kind is nn.AdaptiveAvgPool2d:
             out = [n or size for n, size in zip(pair(module.output_size), shape[-2:], strict=True)]
             require(all(size % n == 0 for size, n in zip(shape[-2:], out, strict=True)), " of windows of several sizes")
             window = np.array([size // n for size, n in zip(shape[-2:], out, strict=True)])
             return nir.AvgPool2d(window, window, np.zeros(2, dtype=int))
-        if isinstance(module, nn.AvgPool2d):
+        if kind is nn.AvgPool2d:
             plain = not module.ceil_mode and module.divisor_override is None
             require(plain and (module.count_include_pad or not np.any(module.padding)), " with these options")
             return nir.AvgPool2d(*(np.array(pair(v)) for v in (module.kernel_size, module.stride, module.padding)))
-        if isinstance(module, nn.Flatten):
-            start, end = (d % x.ndim - 1 for d in (module.start_dim, module.end_dim))
+        if kind is nn.Flatten:
+            start, end = (d % len(given) - 1 for d in (module.start_dim, module.end_dim))
             require(start >= 0, ", which flattens the samples")
             return nir.Flatten({"input": np.array(shape)}, start, end)
         raise ValueError("")
@@ -225,10 +160,10 @@ class _Export(fx.Interpreter):
 
 
 def unique_names(names: Iterable[str]) -> dict[str, str]:
-    """Return for each name one that a module may have: without dots."""
+    """Return for each name one that a module may have: without dots, which some readers of NIR do not take either."""
     found: dict[str, str] = {}
     taken, empty = set(), nn.ModuleDict()
-    for name in names:
+    for name in dict.fromkeys(names):
         key = name.replace(".", "_")
         while not key or hasattr(empty, key) or key in taken:
             key += "_"
@@ -239,9 +174,6 @@ def unique_names(names: Iterable[str]) -> dict[str, str]:
 
 def _array(x: Tensor) -> np.ndarray:
     return x.detach().cpu().numpy().copy()
-
-
-_NIR_WEIGHTS = nir.Affine | nir.Linear | nir.Conv1d | nir.Conv2d
 
 
 def _convolution(module: Any, shape: tuple[int, ...]) -> nir.NIRNode:

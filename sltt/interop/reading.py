@@ -1,16 +1,19 @@
-"""Read networks for exports: their calls, by torch.fx, and their layers in numbers."""
+"""Read the forward of a network by torch.fx: its calls, as layers with their inputs, which the exports walk."""
 
-import operator
+import copy
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sltt.dropout import Dropout
 from sltt.interop.conversion import require
 from sltt.neurons import OnlineRenorm
 from sltt.sequence.hooks import own_forward
-from sltt.sequence.state import Stateful
+from sltt.sequence.state import Stateful, reset
 
 WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 AVERAGES, ADAPTIVE = (nn.AvgPool1d, nn.AvgPool2d), (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
@@ -18,8 +21,113 @@ MAXIMA = (nn.MaxPool1d, nn.MaxPool2d)
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, Dropout)  # in evaluation mode
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, OnlineRenorm)
 LAYERS = (*NOTHING, *NORMS, *WEIGHTS, *AVERAGES, *ADAPTIVE, *MAXIMA, nn.Flatten)
-ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-FLATTEN = (torch.flatten, "flatten")
+MAX_POOLS = (*MAXIMA, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+
+
+@dataclass(eq=False)
+class Call:
+    """A layer that the forward of a network runs, or another operation.
+
+    Attributes:
+        path: of the layer in the network; of an operation, its name in the trace, which no layer has.
+        place: how messages name the call.
+        kind: the class in LAYERS that the layer computes as, "sum", "factor", "input" or "output"; None for others.
+        layer: for a function, the layer that does the same; of a "factor", the number.
+        inputs: the calls whose outputs it reads.
+        shape: of the output [B, ...].
+    """
+
+    path: str
+    place: str
+    kind: Any
+    layer: Any
+    inputs: list["Call"]
+    shape: torch.Size
+
+
+def read(model: nn.Module, x: Tensor) -> list[Call]:
+    """Return the calls of a network on one time step x [B, ...], from "input" to "output", in evaluation mode.
+
+    What does nothing in this mode is left out. A BatchNorm is folded into the weights before it, if it alone reads
+    their output.
+
+    Raises:
+        ValueError: torch.fx cannot trace the network, or the trace computes something else; several results.
+    """
+    reset(model)
+    reader = _Reader(model)
+    with torch.no_grad():
+        found = reader.run(x)
+        reset(model)
+        if not isinstance(found, Tensor):
+            raise ValueError("expected a network that gives its logits alone, got several results")
+        if not torch.allclose(found, model(x), rtol=1e-3, atol=1e-5):
+            raise ValueError(
+                f"{type(model).__name__} changes a tensor in place, or draws random numbers, which its trace does not "
+                "show: write z = z + x for z += x, and nn.Dropout for F.dropout"
+            )
+    calls = [*dict.fromkeys(reader.calls.values())]
+    readers = Counter(one for call in calls for one in call.inputs)
+    for call in [*calls]:
+        before = call.inputs[0] if call.inputs else call
+        folds = call.kind in NORMS and before.kind in WEIGHTS and readers[before] == 1
+        if folds and call.layer.running_mean is not None:
+            call.path, call.place, call.kind, call.inputs = before.path, before.place, before.kind, before.inputs
+            call.layer = _fold(before.layer, call.layer)
+            calls.remove(before)
+    return calls
+
+
+def _fold(layer: Any, norm: Any) -> nn.Module:
+    """Return a layer that gives what a BatchNorm behind it gives: w (u − μ) / √(σ² + ε) + b."""
+    folded, statistics = copy.deepcopy(layer), (norm.running_mean, norm.running_var, norm.eps)
+    weights = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, norm.weight, norm.bias)
+    folded.weight, folded.bias = weights
+    return folded
+
+
+class _Reader(fx.Interpreter):
+    """Runs a network once, for the shapes, and notes its calls."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(fx.GraphModule(model, trace(model)))
+        self.paths = dict(model.named_modules())
+        self.calls: dict[fx.Node, Call] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op != "get_attr":
+            inputs = [self.calls[node] for node in n.all_input_nodes if node in self.calls]
+            kind, layer = self._layer(n, inputs)
+            if n.op == "call_module":
+                path, place = str(n.target), describe(str(n.target), layer)
+            else:
+                path, caller = n.name if n.op.startswith("call") else kind, calling_module(n)
+                place = f"the operation {path} in {describe(caller, self.paths[caller])}"
+                while path in self.paths:
+                    path += "_"
+            self.calls[n] = inputs[0] if kind in NOTHING else Call(path, place, kind, layer, inputs, value.shape)
+        return value
+
+    def _layer(self, n: fx.Node, inputs: list[Call]) -> tuple[Any, Any]:
+        """Return the kind and the layer of a call."""
+        if n.op in ("placeholder", "output"):
+            return "input" if n.op == "placeholder" else "output", None
+        if n.op == "call_module":
+            module = self.fetch_attr(str(n.target))
+            return kind_of(module), module
+        if layer := layer_of(n):
+            return type(layer), layer
+        name, given = function_name(n), [*n.args, *n.kwargs.values()]
+        numbers = [value for value in given if isinstance(value, int | float)]
+        if len(given) == len(inputs) == 2 and name in ("add", "iadd") and inputs[0].shape == inputs[1].shape:
+            return "sum", None
+        if len(given) == 2 and len(inputs) == len(numbers) == 1:
+            if name in ("mul", "imul"):
+                return "factor", float(numbers[0])
+            if name in ("truediv", "itruediv", "div") and given[1] is numbers[0]:
+                return "factor", 1 / numbers[0]
+        return None, None
 
 
 class Tracer(fx.Tracer):
@@ -45,15 +153,45 @@ def trace(model: nn.Module, tracer: type[fx.Tracer] = Tracer, remedy: str = "") 
         ) from error
 
 
+def call_name(name: str) -> str:
+    """Return one name for nn.LeakyReLU, F.leaky_relu and F.leaky_relu_."""
+    return name.lower().replace("_", "")
+
+
+def function_name(node: fx.Node) -> str:
+    """Return the name of the function or method that a call runs: relu for `F.relu` and `Tensor.relu_`."""
+    return call_name(getattr(node.target, "__name__", str(node.target)).removeprefix("special_"))
+
+
 def calling_module(node: fx.Node) -> str:
     """Return the path of the module of which the forward makes a call."""
     return [*(path for path, _ in node.meta.get("nn_module_stack", {"": ("", None)}).values())][-1]
 
 
-def flatten_of(node: fx.Node) -> nn.Flatten:
-    """Return the layer for a call of `torch.flatten` or `Tensor.flatten`."""
-    given: dict[str, Any] = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
-    return nn.Flatten(given.get("start_dim", 0), given.get("end_dim", -1))
+def describe(path: str, layer: Any) -> str:
+    """Return how messages name a layer."""
+    return f"{path or 'the model'} ({type(layer).__name__})"
+
+
+_OF_FUNCTIONS = {call_name(kind.__name__): kind for kind in (nn.Flatten, *AVERAGES, *ADAPTIVE, *MAX_POOLS)}
+_ARGUMENTS = {
+    "Flatten": ("start_dim", "end_dim"),
+    "Adaptive": ("output_size", "return_indices"),
+    "Avg": ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    "Max": ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+}
+
+
+def layer_of(node: fx.Node) -> nn.Module | None:
+    """Return the layer that does what a function does: pooling or flatten; None for others, or if tensors set it."""
+    kind = _OF_FUNCTIONS.get(function_name(node)) if node.op in ("call_function", "call_method") else None
+    if kind is None or len(node.all_input_nodes) > 1:
+        return None
+    names = next(names for word, names in _ARGUMENTS.items() if word in kind.__name__)
+    given: dict[str, Any] = {"start_dim": 0} if kind is nn.Flatten else {}
+    given |= dict(zip(("input", *names), node.args, strict=False)) | node.kwargs
+    del given["input"]
+    return kind(**given)
 
 
 def pair(value: Any, first: int = 0) -> tuple[int, int]:
@@ -71,11 +209,3 @@ def padding_of(conv: Any) -> tuple[int, int]:
     both = [d * (k - 1) * (conv.padding == "same") for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     require(not any(width % 2 for width in both), ", which pads one side more than the other")
     return pair(tuple(width // 2 for width in both))
-
-
-def gain_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
-    """Return gain and shift [C] of a BatchNorm with running statistics, in float64."""
-    gain = (norm.running_var.double() + norm.eps).rsqrt()
-    gain = gain if norm.weight is None else gain * norm.weight
-    shift = -norm.running_mean * gain
-    return gain, shift if norm.bias is None else shift + norm.bias

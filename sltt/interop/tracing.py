@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sltt.interop.activations import QCFS
-from sltt.interop.reading import calling_module, trace
+from sltt.interop.reading import MAX_POOLS, call_name, calling_module, function_name, layer_of, trace
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.state import Stateful, emits_spikes
 
@@ -44,10 +44,6 @@ VIEWS = frozenset(_VIEWS.split())  # gives the memory that it reads, or may do s
 _LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _HIDDEN = nn.RNNBase | nn.RNNCellBase | nn.Transformer | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 _REDRAWN = nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout
-_POOLS = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-)
 _IN_PLACE = "sltt_in_place"
 
 
@@ -122,7 +118,7 @@ class Calls:
             return call_name(type(module).__name__)
         if node.target is getattr:  # x.shape
             return call_name(str(node.args[1]))
-        return call_name(getattr(node.target, "__name__", str(node.target)).removeprefix("special_"))
+        return function_name(node)
 
     def of_features(self, node: fx.Node) -> bool:
         """Return whether the channels of a call are the last dimension, as behind a linear layer; else the second."""
@@ -137,18 +133,8 @@ class Calls:
 
     def pooling(self, node: fx.Node) -> nn.Module | None:
         """Return the max pooling that a call runs; None for another call, or where indices or input values enter."""
-        module = self.module(node)
-        if isinstance(module, _POOLS):
-            return None if module.return_indices else module
-        function = self.name(node) if node.op == "call_function" else ""
-        kind = next((kind for kind in _POOLS if call_name(kind.__name__) == function), None)
-        if kind is None or len(node.all_input_nodes) > 1:
-            return None
-        names = ["kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"]
-        if "Adaptive" in kind.__name__:
-            names = ["output_size", "return_indices"]
-        given: dict[str, Any] = dict(zip(["input", *names], node.args, strict=False)) | node.kwargs
-        return None if given.pop("return_indices", False) else kind(**{n: given[n] for n in names if n in given})
+        layer = layer_of(node) or self.module(node)
+        return layer if isinstance(layer, MAX_POOLS) and not layer.return_indices else None
 
     def _problem(self, node: fx.Node) -> str | None:
         module, name = self.module(node), self.name(node)
@@ -226,11 +212,6 @@ class Calls:
 
 def _list_places(places: list[str]) -> str:
     return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-
-
-def call_name(name: str) -> str:
-    """Return one name for nn.LeakyReLU, F.leaky_relu and F.leaky_relu_."""
-    return name.lower().replace("_", "")
 
 
 def _in_place(node: fx.Node, module: nn.Module | None) -> bool:

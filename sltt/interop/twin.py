@@ -14,8 +14,8 @@ from sltt.checks import folder, instance, number, sequence
 from sltt.data import Data, Poisson
 from sltt.dropout import Dropout
 from sltt.interop.activations import QCFS, Balanced, Coded, percentiles
-from sltt.interop.reading import calling_module
-from sltt.interop.tracing import NEURONS, NONLINEAR, Calls, call_name
+from sltt.interop.reading import call_name, calling_module
+from sltt.interop.tracing import NEURONS, NONLINEAR, Calls
 from sltt.models.base import NeuronFactory, neuron_maker
 from sltt.neurons import IF
 from sltt.pooling import RunningMax

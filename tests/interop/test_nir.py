@@ -233,7 +233,7 @@ def added_in_place(a, b):
     ("function", "message"),
     [
         (lambda a, b: torch.add(a, b, alpha=2), "operation add"),
-        (added_in_place, "a change in place, which a trace does not show"),
+        (added_in_place, r"changes a tensor in place.*write z = z \+ x"),
     ],
 )
 def test_sums_that_are_not_plain_are_named(function, message):
