@@ -7,30 +7,21 @@ state through their calls, are wrapped in `sltt.interop.norse.KeepState`. No lib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sltt.interop.activations import QCFS
+from sltt.interop.c import to_c
+from sltt.interop.conversion import ConversionError, convert
+from sltt.interop.onnx import to_onnx
+from sltt.interop.twin import spiking
+
 if TYPE_CHECKING:
-    from sltt.interop.activations import QCFS
-    from sltt.interop.c import to_c
-    from sltt.interop.conversion import ConversionError, convert
     from sltt.interop.nir_export import to_nir
     from sltt.interop.nir_import import from_nir
-    from sltt.interop.onnx import to_onnx
-    from sltt.interop.twin import spiking
-
-_HOMES = {
-    "QCFS": "activations",
-    "ConversionError": "conversion",
-    "convert": "conversion",
-    "from_nir": "nir_import",
-    "spiking": "twin",
-    "to_c": "c",
-    "to_nir": "nir_export",
-    "to_onnx": "onnx",
-}
 
 __all__ = ["QCFS", "ConversionError", "convert", "from_nir", "spiking", "to_c", "to_nir", "to_onnx"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"sltt.interop.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = {"to_nir": "nir_export", "from_nir": "nir_import"}.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"sltt.interop.{home}"), name)

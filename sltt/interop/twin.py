@@ -4,7 +4,6 @@ import copy
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -73,12 +72,13 @@ def spiking(
         remedy = "the mean of other codes is not the image: code the data, sltt.data.Encoded(data, coding)"
         instance("coding", coding, Poisson, remedy)
     replace, keep = _names("replace", replace), _names("keep", keep)
-    if both := sorted({*replace} & {*keep}):
-        raise ValueError(f"{both[0]} stands in replace and in keep: name it once")
-    _check_scripts(instance("ann", ann, nn.Module))
+    for path, module in instance("ann", ann, nn.Module).named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # its activations cannot be read
+            raise ValueError(f"no spiking twin of {type(ann).__name__}: {path or 'all of it'} is of torch.jit")
     ann = copy.deepcopy(ann)
     if weights is not None:
-        _load(ann, weights)
+        content: Any = torch.load(folder("weights", weights, "a file"), map_location="cpu", weights_only=True)
+        ann.load_state_dict(content.get("model", content))
     calls = Calls(ann, NEURONS.union(replace).difference(keep), NONLINEAR.difference(replace, keep))
     activations = calls.activations()
     thresholds = {} if data is None else _percentiles(calls, activations, data, percentile)
@@ -114,29 +114,6 @@ def _over_time(calls: Calls) -> dict[fx.Node, nn.Module]:
 
 def _names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(call_name(instance(argument, name, str)) for name in sequence(argument, names, "names of activations"))
-
-
-def _check_scripts(ann: nn.Module) -> None:
-    for path, module in ann.named_modules():
-        for name, value in {"": module, **vars(module)}.items():
-            if isinstance(value, torch.jit.ScriptModule | torch.jit.ScriptFunction):
-                place = ".".join(filter(None, [path, name])) or "all of it"
-                raise ValueError(
-                    f"no spiking twin of {type(ann).__name__}: {place} is of torch.jit.script or torch.jit.trace, "
-                    "whose activations cannot be read; use the function or the module as it was before"
-                )
-
-
-def _load(ann: nn.Module, path: str) -> None:
-    file = folder("weights", path, "a file")
-    try:
-        content: Any = instance(path, torch.load(file, map_location="cpu", weights_only=True), dict)
-    except (UnpicklingError, EOFError) as error:
-        raise ValueError(f"weights: {file} is no file of torch.save with a state dict") from error
-    try:
-        ann.load_state_dict(content.get("model", content))
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit {type(ann).__name__}: {error}") from error
 
 
 def _percentiles(
