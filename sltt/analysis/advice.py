@@ -52,10 +52,6 @@ class Trial:
         """Return whether the rule classifies nearly all training samples, with every seed."""
         return min(self.accuracies[rule]) >= SOLVED
 
-    def choose_rule(self) -> str:
-        """Return the first rule that learns as BPTT does, or solves the task, with every seed."""
-        return next(rule for rule in self.losses if min(self.shares(rule)) >= LEARNS or self.solves(rule))
-
 
 def choose_rule(found: Sequence[Agreement], trial: Trial | None = None) -> str:
     """Return the rule of least memory that learns as BPTT does in the trial, or else agrees with it on the batch.
@@ -65,7 +61,7 @@ def choose_rule(found: Sequence[Agreement], trial: Trial | None = None) -> str:
         trial: short trainings with the rules.
     """
     if trial and trial.tells:
-        return trial.choose_rule()
+        return next(rule for rule in trial.losses if min(trial.shares(rule)) >= LEARNS or trial.solves(rule))
     return next((a.rule for a in found if a.least >= AGREES), "BPTT()")
 
 
@@ -94,7 +90,7 @@ def advice(
     if found[0].rule != rule:
         drops.append(_drops(found[0], found[0].rule))
     return " ".join(
-        [f"Take {rule}.", *drops, *_costs(rule, memory or {}, samples), _confidence(trial, epochs, training)]
+        [f"Take {rule}.", *drops, *_costs(rule, memory or {}, samples), _confidence(rule, trial, epochs, training)]
     )
 
 
@@ -112,7 +108,7 @@ def _costs(rule: str, memory: Mapping[str, int], samples: int | None) -> list[st
     return [f"A batch{size} takes {memory[rule] / 1e6:.3g} MB ({others})."]
 
 
-def _confidence(trial: Trial | None, epochs: int, training: int) -> str:
+def _confidence(rule: str, trial: Trial | None, epochs: int, training: int) -> str:
     """Say how much the advice rests on."""
     if trial is None:
         rests = f"one batch after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "one batch of an untrained network"
@@ -125,18 +121,18 @@ def _confidence(trial: Trial | None, epochs: int, training: int) -> str:
     solved = ", ".join(name for name in learned if trial.solves(name))
     right = f" {solved} got at least {SOLVED:.0%} of the training samples right: this alone qualifies a rule."
     return (
-        f"{_certainty(trial, training)} In {trial.epochs} epochs with {count} seed{'s' * (count > 1)}, {said} "
+        f"{_certainty(rule, trial, training)} In {trial.epochs} epochs with {count} seed{'s' * (count > 1)}, {said} "
         f"({LEARNS:.0%} needed).{right if solved else ''}"
     )
 
 
-def _certainty(trial: Trial, training: int) -> str:
+def _certainty(rule: str, trial: Trial, training: int) -> str:
     """Say whether seeds and epochs are enough."""
     cheaper = [name for name in trial.losses if name != "BPTT()" and not trial.solves(name)]
     unsure = [name for name in cheaper if min(trial.shares(name)) < LEARNS <= max(trial.shares(name))]
     if unsure:
         return f"Not sure of {unsure[0]}: seeds disagree."
-    if trial.epochs < EARLY * training and trial.choose_rule() != "BPTT()":
+    if trial.epochs < EARLY * training and rule != "BPTT()":
         return f"Not sure: rules may part after {trial.epochs} of {training} epochs. Give a longer --trial."
     return "Sure." if len(trial.start) > 1 else "Fairly sure: one seed."
 

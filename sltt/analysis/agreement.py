@@ -226,11 +226,6 @@ class _Exact:
         least = _worst_cosine(found if other is self else other._gradients(rule), without)
         return Agreement(repr(rule), *_measure(found, exact, list(exact)), layers, least)
 
-    def layers(self) -> dict[str, bool]:
-        """Return the layers of neurons in the order in which they run, and whether the network parts at each."""
-        with _fork(self.x):
-            return layer_order(copy_model(self.model), time_steps(self.x, self.steps))
-
     def _gradients(self, rule: Rule) -> dict[str, Tensor]:
         twin = copy_model(self.model)
         twin.zero_grad(set_to_none=True)
@@ -243,7 +238,8 @@ class _Exact:
 
 def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreement]:
     """Yield for each window the `Mixed` that agrees and ends nearest to the input, if nearer than the last."""
-    layers = exact.layers()
+    with _fork(exact.x):
+        layers = layer_order(copy_model(exact.model), time_steps(exact.x, exact.steps))
     names = [glob.escape(name) for name in layers]  # Mixed takes patterns
     ends = [i for i, parts in enumerate(layers.values()) if parts and i + 1 < len(layers)]
     found: dict[Mixed, Agreement] = {}

@@ -1,6 +1,5 @@
 """Synaptic operations of an inference, and an estimate of its energy beside that of the same network as an ANN."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -88,7 +87,7 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     def count(name: str, module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         x = args[0] if args else kwargs["input"]
         one = counts.setdefault(name, _Count(spiking=fired or module in recurrent))
-        one.macs += _macs(module, x, out)
+        one.macs += (x if isinstance(module, TRANSPOSED) else out).numel() * module.weight[0].numel()
         one.runs += 1
         one.active += _spikes(x)
         one.inputs += x.numel()
@@ -116,6 +115,7 @@ def synaptic_operations(model: nn.Module, x: Tensor, *, steps: int | None = None
     return found
 
 
+# A transposed convolution multiplies each input with its whole kernel, what it cuts off at the border included.
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
@@ -129,22 +129,9 @@ class _Count:
     inputs: int = 0
 
 
-def _macs(layer: Any, x: Tensor, out: Tensor) -> int:
-    """Multiply-accumulates of a call: each output has one for every input that it is connected to.
-
-    A transposed convolution multiplies each input with its whole kernel, what it cuts off at the border included.
-    """
-    if isinstance(layer, TRANSPOSED):
-        return x.numel() * layer.out_channels // layer.groups * math.prod(layer.kernel_size)
-    if isinstance(layer, nn.Linear):
-        return out.numel() * layer.in_features
-    return out.numel() * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-
-
 def _spikes(x: Tensor) -> int:
     """Return the number of spikes in the input of a layer; values of one size, as in a twin, are spikes."""
-    size = x.abs()
-    if x.numel() and ((size == 0) | (size == size.max())).all():
+    if _has_one_value(x.abs()):
         return int(x.count_nonzero())
     return int(torch.where(x == x.round(), x.abs(), 1.0).sum(dtype=torch.float64))
 

@@ -1,7 +1,6 @@
 """C: a trained network as one file of C11 without dependencies, for microcontrollers."""
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -103,12 +102,8 @@ def to_c(
         "README.md": _readme(program),
     }
     folder.mkdir(parents=True)
-    try:
-        for file, text in files.items():
-            (folder / file).write_text(text)
-    except OSError:
-        shutil.rmtree(folder)
-        raise
+    for file, text in files.items():
+        (folder / file).write_text(text)
     return Exported(folder, network, program.flash, program.ram)
 
 

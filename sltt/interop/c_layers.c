@@ -178,12 +178,6 @@ static void affine(const NUMBER *in, const WEIGHT *gain, const NUMBER *shift, NU
         for (int c = 0; c < channels; c++, i++)
             out[i] = gain[c] * in[i] + shift[c];
 }
-// part copy
-static void copy(const NUMBER *in, NUMBER *out, int size)
-{
-    for (int i = 0; i < size; i++)
-        out[i] = in[i];
-}
 // part add
 /* Add what another path gives; in and out may be the same. */
 static void add(const NUMBER *in, NUMBER *out, int size)

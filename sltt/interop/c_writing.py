@@ -278,9 +278,10 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
                 key = self._constant(op, f"factor{i}", factor, "int32_t")
                 function = self._function("add_scaled" if k else "scale")
                 lines.append(f"{function}({places[i]}, {key}, {out}, {size}, {channels});")
-            elif k or places[i] != out:
-                function = self._function("add" if k else "copy")
-                lines.append(f"{function}({places[i]}, {out}, {size});")
+            elif k:
+                lines.append(f"{self._function('add')}({places[i]}, {out}, {size});")
+            elif places[i] != out:
+                lines.append(f"memcpy({out}, {places[i]}, {size} * sizeof *{out});")
         return lines
 
     def _weights(self, op: Weights) -> str:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from sltt.checks import folder, instance
 from sltt.interop.conversion import check_finite
 from sltt.kernels import using
-from sltt.neurons import IntegrateAndFire, Neuron, Recurrent
+from sltt.neurons import Neuron, Recurrent
 from sltt.pooling import RunningMax
 from sltt.sequence.copies import copy_model
-from sltt.sequence.state import Stateful, reset, state_names
+from sltt.sequence.state import reset, state_names
 
 
 def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
@@ -74,7 +74,7 @@ class _Step(nn.Module):
         unknown = [
             f"{name or 'the model'} ({type(m).__name__})"
             for name, m in model.named_modules()
-            if (state_names(m) and not isinstance(m, Stateful)) or (isinstance(m, Stateful) and not _is_known(m))
+            if state_names(m) and not (isinstance(m, _KEEPERS) or getattr(m, "timeless", False))
         ]
         if unknown:
             raise ValueError(
@@ -104,9 +104,3 @@ class _Step(nn.Module):
 
     def _current(self) -> tuple[Tensor, ...]:
         return tuple(getattr(module, name) for module, name in self.places)
-
-
-def _is_known(module: Stateful) -> bool:
-    if isinstance(module, IntegrateAndFire) and module.states != Neuron.states:
-        return False  # a subclass with a state that its step does not have
-    return isinstance(module, _KEEPERS) or module.timeless

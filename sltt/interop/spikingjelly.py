@@ -14,8 +14,6 @@ from sltt.interop.conversion import ConversionError, require
 from sltt.neurons import IF, LIF, PLIF
 from sltt.sequence.state import register
 
-_RULES = tuple(getattr(neuron, name) for name in ("SLTTLIFNode", "OTTTLIFNode") if hasattr(neuron, name))
-
 
 def _states(module: Any) -> Iterator[str]:
     yield from module._memories
@@ -24,7 +22,7 @@ def _states(module: Any) -> Iterator[str]:
 
 
 def _check(module: Any, batch: int, kept: bool) -> str | None:
-    if isinstance(module, _RULES):
+    if isinstance(module, neuron.SLTTLIFNode | neuron.OTTTLIFNode):
         return "has a learning rule of its own: use LIFNode, and sltt's rule"
     if "s" not in module.supported_step_mode():
         return "takes all time steps in one call: use a module that has step_mode='s'"

@@ -190,7 +190,7 @@ def test_other_changes_in_place_are_taken(function):
 
 
 def test_a_module_that_is_scripted_is_named():
-    with pytest.raises(ValueError, match="no spiking twin of Sequential: 1 is of torch.jit"):
+    with pytest.raises(ValueError, match=r"no spiking twin of Sequential: 1 is of torch\.jit"):
         spiking(network(torch.jit.script(nn.Sequential(nn.ReLU())), nn.ReLU()))
 
 
