@@ -69,9 +69,11 @@ class Calls:
             self.graph = trace(ann, _Tracer, remedy)
         for node in self.graph.nodes:
             self._restore_norm(node)
-        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.varying: set[fx.Node] = set()  # depends on the values of the input, not on shapes and weights alone
+        self.roots: dict[fx.Node, fx.Node] = {}  # the tensor that a call gives a view of, or else the call
         for node in self.graph.nodes:
+            view = self._is_view(node) and not _in_place(node, self.module(node))
+            self.roots[node] = self.roots[node.all_input_nodes[0]] if view else node
             varies = not self.varying.isdisjoint(node.all_input_nodes) and not self._of_shape(node)
             if node.op == "placeholder" or varies:
                 self.varying.add(node)
@@ -154,12 +156,13 @@ class Calls:
         if isinstance(node.kwargs.get("out"), fx.Node):
             return "writes into another tensor; leave out= out"
         if node in self.varying and _in_place(node, module):
-            changed, late = node.all_input_nodes[0], self._read_later(node)
+            changed = node.all_input_nodes[0]
+            root, late = self.roots[changed], self._read_later(node)
             activation = self._is_one_of(node, self.neurons)  # in the twin, a neuron that changes nothing in place
-            of_input = self._root(changed).op == "placeholder" and not activation and not node.meta.get(_IN_PLACE)
+            of_input = root.op == "placeholder" and not activation and not node.meta.get(_IN_PLACE)
             if changed.op == "get_attr" or of_input:
                 return "changes in place what every time step reads; write z = z + x for z += x"
-            if late and (node.users or not self._is_view(changed)):
+            if late and (node.users or changed is root):
                 where = f"changes in place what {self._place(late)} reads afterwards"
                 return f"{where}; use inplace=False, or z = z + x for z += x"
             if not node.users:
@@ -187,24 +190,14 @@ class Calls:
         called = node.op.startswith("call") and bool(node.all_input_nodes)
         return called and (self.name(node) in VIEWS or differs_in_training(self.module(node)))
 
-    def _root(self, tensor: fx.Node) -> fx.Node:
-        """Return the tensor that another is a view of."""
-        while self._is_view(tensor):
-            tensor = tensor.all_input_nodes[0]
-        return tensor
-
     def _read_later(self, node: fx.Node) -> fx.Node | None:
         """Return the first call that reads a tensor, or a view of it, after a call changed it in place."""
-        root = self._root(node.all_input_nodes[0])
-        late, todo = [], [root]
-        while todo:
-            tensor = todo.pop()
-            for user in set(tensor.users) - {node}:
-                if self._is_view(user) and user.all_input_nodes[0] is tensor:
-                    todo.append(user)
-                elif self.order[user] > self.order[node] and not self._of_shape(user):
-                    late.append(user)
-        return min(late, key=self.order.__getitem__, default=None)
+        root = self.roots[node.all_input_nodes[0]]
+        for user in self.graph.nodes:
+            reads = self.roots[user] is user and not self._of_shape(user)
+            if user > node and reads and any(self.roots[one] is root for one in user.all_input_nodes):
+                return user
+        return None
 
     def _place(self, node: fx.Node) -> str:
         return f"{node.target if node.op == 'call_module' else node.name} ({self.name(node)})"
