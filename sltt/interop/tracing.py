@@ -100,7 +100,7 @@ class Calls:
             elif self._is_one_of(node, self.neurons):
                 found.append(node)
         if problems:
-            listed = "; ".join(f"{', '.join(places)}: {problem}" for problem, places in problems.items())
+            listed = "; ".join(f"{_list_places(places)}: {problem}" for problem, places in problems.items())
             raise ValueError(f"no spiking twin of {type(self.ann).__name__}: {listed}")
         if not found:
             raise ValueError(
@@ -201,6 +201,10 @@ class Calls:
 
     def _place(self, node: fx.Node) -> str:
         return f"{node.target if node.op == 'call_module' else node.name} ({self.name(node)})"
+
+
+def _list_places(places: list[str]) -> str:
+    return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
 
 
 def _in_place(node: fx.Node, module: nn.Module | None) -> bool:

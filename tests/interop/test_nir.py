@@ -31,14 +31,14 @@ class Residual(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), neuron())
         self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding="same"), sltt.OnlineRenorm(4))
-        self.neuron, self.pool = neuron(), nn.AvgPool2d(2)
+        self.neuron = neuron()
         self.head = nn.Sequential(
             nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * 9, 5, bias=False), nn.BatchNorm1d(5), neuron()
         )
 
     def forward(self, x):
         x = self.stem(x)
-        return self.head(self.pool(self.neuron(self.branch(x) + x)))
+        return self.head(nn.functional.avg_pool2d(self.neuron(self.branch(x) + x), 2))
 
 
 def trained(model):
