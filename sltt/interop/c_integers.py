@@ -108,11 +108,9 @@ def _fire(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last:
     op.integers = True
     op.threshold = (op.threshold / unit).round().clamp(1, LIMIT)
     op.start = (op.start / unit).round().clamp(-LIMIT, LIMIT)
-    op.decay = (op.decay * 2**SHIFT).round()
-    if op.synapse is not None:
-        op.synapse = (op.synapse * 2**SHIFT).round()
-    if op.adaptation is not None:
-        op.adaptation = (op.adaptation * 2**SHIFT).round()
+    for name in {"decay", "synapse", "adaptation"} & op.arrays().keys():
+        setattr(op, name, (getattr(op, name) * 2**SHIFT).round())
+    if op.rise is not None:
         op.rise = (op.rise / unit).round().clamp(0, LIMIT)
     current = _largest_state(op.synapse, torch.tensor(bounds[op.inputs[0]]).double())
     raised = 0 if op.rise is None else _largest_state(op.adaptation, op.rise.amax())

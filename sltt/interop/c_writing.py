@@ -262,10 +262,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             gain = self._constant(op, "gain", op.gain.expand(channels), "weight")
             shift = self._constant(op, "shift", op.shift.expand(channels))
             return [f"{self._function('affine')}({places[0]}, {gain}, {shift}, {out}, {size}, {channels});"]
-        if isinstance(op, Spread):
-            return [f"{self._function('spread')}({places[0]}, {out}, {size});"]
-        if isinstance(op, Active):
-            return [f"{self._function('active')}({places[0]}, {out}, {size});"]
+        if isinstance(op, Spread | Active):
+            return [f"{self._function(type(op).__name__.lower())}({places[0]}, {out}, {size});"]
         assert isinstance(op, Sum)
         return self._sum(op, places, out)
 

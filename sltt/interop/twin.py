@@ -60,7 +60,7 @@ def spiking(
     Raises:
         ValueError: what cannot be turned, by name and with the remedy. Control flow that depends on values; functions
             with `training=…`; neurons that spike already; no activation. An activation without a spiking counterpart,
-            hidden in a module of PyTorch. Changes in place of what is read later. Scripted functions and modules.
+            hidden in a module of PyTorch. Changes in place of what is read later. Scripted modules.
 
     Source: Rueckauer et al. 2017 (Front. Neurosci. 11:682), for thresholds by percentiles.
     """
@@ -74,7 +74,8 @@ def spiking(
     replace, keep = _names("replace", replace), _names("keep", keep)
     for path, module in instance("ann", ann, nn.Module).named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # its activations cannot be read
-            raise ValueError(f"no spiking twin of {type(ann).__name__}: {path or 'all of it'} is of torch.jit")
+            where = f"{path or 'all of it'} is of torch.jit; give the module as it was before"
+            raise ValueError(f"no spiking twin of {type(ann).__name__}: {where}")
     ann = copy.deepcopy(ann)
     if weights is not None:
         content: Any = torch.load(folder("weights", weights, "a file"), map_location="cpu", weights_only=True)
