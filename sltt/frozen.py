@@ -1,7 +1,6 @@
 """Values: objects whose attributes are set once, when they are made, so that many can share one."""
 
 import inspect
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -22,31 +21,6 @@ class Frozen:
 
     def __hash__(self) -> int:
         return hash((type(self), *sorted(vars(self).items())))
-
-
-class FrozenMapping(Frozen, Mapping[str, Any]):
-    """A mapping that never changes, with the items of another; unlike `types.MappingProxyType`, it can be pickled."""
-
-    def __init__(self, items: Mapping[str, Any]):
-        self._items = dict(items)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and [*self.items()] == [*other.items()]  # in that order
-
-    def __hash__(self) -> int:
-        return hash((*self.items(),))
-
-    def __getitem__(self, key: str) -> Any:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __repr__(self) -> str:
-        return repr(self._items)
 
 
 def arguments_of(kind: type) -> dict[str, inspect.Parameter]:

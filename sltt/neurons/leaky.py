@@ -132,44 +132,30 @@ class IntegrateAndFire(Neuron):
             "surrogate": self.surrogate,
         }
 
-    def is_plain(self) -> bool:
-        """Return whether `lif_step` with constants and at most one λ to learn is all that the neuron does.
+    def kernel_step(self) -> tuple[NeuronStep | None, Tensor | None]:
+        """Return the constants for kernels, None if the neuron is more than `lif_step`; and λ if it is learned.
 
-        Not of a subclass with a `step` of its own, a threshold that is learned, or a λ for each neuron.
+        It is more with a `step` of its own, a threshold that is learned, or a λ for each neuron.
         """
-        return self._is_plain(self.decay())
-
-    def _is_plain(self, decay: float | Tensor) -> bool:
-        learned = isinstance(self.v_threshold, Tensor) or isinstance(self.v_reset, Tensor)
-        own = type(self).step is not IntegrateAndFire.step or learned
-        return not own and (not isinstance(decay, Tensor) or decay.numel() == 1)
+        decay = self.decay()
+        learned = decay if isinstance(decay, Tensor) else None
+        more = type(self).step is not IntegrateAndFire.step or (learned is not None and learned.numel() != 1)
+        if more or isinstance(self.v_threshold, Tensor) or isinstance(self.v_reset, Tensor):
+            return None, learned
+        return kernel_step(type(self), decay if learned is None else None, **self.constants()), learned
 
     def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
         """Run the steps by a kernel made for this function, which saves only the membrane potential after the step."""
-        decay = self.decay()
-        if not self._is_plain(decay):
+        step, decay = self.kernel_step()
+        if step is None:
             return super().fused_steps(x, steps, cut)
-        learnable = isinstance(decay, Tensor)
-        step = kernel_step(type(self), None if learnable else decay, **self.constants())
         assert self.v is not None
-        spikes, self.v = neuron_step(step, self.v, x, decay if learnable else None, steps, cut)
+        spikes, self.v = neuron_step(step, self.v, x, decay, steps, cut)
         return spikes
 
-    def constant_step(self) -> NeuronStep | None:
-        """Return the constants for kernels; None if the neuron learns one, or is more than `lif_step`."""
-        step = self.kernel_step(self.decay())
-        return None if step is None or step.decay is None else step
-
-    def kernel_step(self, decay: float | Tensor) -> NeuronStep | None:
-        """Return the constants for kernels, λ only where it is a number; None if the neuron is more than `lif_step`."""
-        own = (type(self).advance, type(self).fused_steps) != (Neuron.advance, IntegrateAndFire.fused_steps)
-        if own or not self._is_plain(decay):
-            return None
-        return kernel_step(type(self), None if isinstance(decay, Tensor) else decay, **self.constants())
-
     def prepare(self) -> Callable[[Tensor, int, bool], Tensor]:
-        step, states = self.constant_step(), vars(self)
-        if step is None:
+        (step, decay), states = self.kernel_step(), vars(self)
+        if step is None or decay is not None:
             return self.advance
         fast: Any = None
         seen: Any = None  # kind of input that it was chosen for

@@ -56,26 +56,22 @@ class Recurrent(Stateful):
     def forward(self, x: Tensor) -> Tensor:
         """Input current x [B, ...] of one time step to spikes [B, ...]."""
         before = torch.zeros_like(x) if self.s is None else self.s
-        try:
-            back, got = self.layer(before), None
-        except RuntimeError as error:
-            if self.s is not None:
-                raise
-            back, got = None, error
-        if not isinstance(back, Tensor) or back.shape != x.shape:
-            gives = list(back.shape) if isinstance(back, Tensor) else type(back).__name__
-            does = "cannot read them" if back is None else f"gives {gives}"
+        back = self.layer(before)
+        if back.shape != x.shape:
             raise ValueError(
-                f"the recurrent layer {self.layer} gets spikes {list(x.shape)} and {does}: expected a layer that keeps "
-                "the shape, such as nn.Linear(n, n) or nn.Conv2d(c, c, 3, padding=1)"
-            ) from got
+                f"the recurrent layer {self.layer} gets spikes {list(x.shape)} and gives {list(back.shape)}: expected "
+                "a layer that keeps the shape, such as nn.Linear(n, n) or nn.Conv2d(c, c, 3, padding=1)"
+            )
         self.s = spikes = self.neuron(x + back)
         return spikes
 
     def runs_in_one_call(self) -> bool:
         """Return whether a kernel runs the time steps of a call, see `prepare`."""
-        step = self.neuron.constant_step() if self.prepare() and isinstance(self.neuron, IntegrateAndFire) else None
-        return step is not None and runs_recurrence(step, self.layer.weight)  # pyright: ignore[reportArgumentType]
+        neuron: Any = self.neuron
+        if self.prepare() is None:
+            return False
+        step, decay = neuron.kernel_step()
+        return decay is None and runs_recurrence(step, self.layer.weight)  # pyright: ignore[reportArgumentType]
 
     def prepare(self) -> Callable[..., Tensor | None] | None:
         """Return what runs several time steps in a call by a kernel; None for layers that no kernel knows."""
@@ -85,7 +81,7 @@ class Recurrent(Stateful):
         plain = ((self, Recurrent), (neuron, Neuron), (layer, nn.Linear))
         if transforms_active() or any(own_forward(module, kind) for module, kind in plain):
             return None
-        if neuron.kernel_step(neuron.decay()) is None:
+        if neuron.kernel_step()[0] is None:
             return None
 
         def advance(x: Tensor, steps: int, cut: bool, weights: Weights, trace: Any = None) -> Tensor | None:
@@ -93,10 +89,10 @@ class Recurrent(Stateful):
             if hooks or layer._forward_hooks or layer._forward_pre_hooks or x.shape[-1] != layer.out_features:
                 return None
             neuron._prepare_states(x, steps)
-            decay = neuron.decay()
-            step: Any = neuron.kernel_step(decay)
+            step, decay = neuron.kernel_step()
+            assert step is not None
             assert neuron.v is not None
-            tensors = x, self.s, neuron.v, layer.weight, layer.bias, decay if isinstance(decay, Tensor) else None
+            tensors = x, self.s, neuron.v, layer.weight, layer.bias, decay
             found = recurrent_steps(step, *tensors, weights, steps, cut, trace)
             if found is None:
                 return None

@@ -6,14 +6,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sltt import kernels
 from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
 from sltt.dropout import Dropout
-from sltt.kernels import Sensitivity, Steady, batch_statistics, differentiable_once, materialise, steady_steps
 from sltt.losses import OfMean, is_per_step
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent, StableLIF
 from sltt.neurons.base import check_forward
-from sltt.neurons.leaky import kernel_step
 from sltt.pooling import RunningMax
 from sltt.rules.base import Rule
 from sltt.rules.batch import Batch, Output, step_loss
@@ -145,23 +144,15 @@ def _with_value(value: Tensor, x: Tensor) -> Tensor:
 
 
 class _Layer:
-    """Sums of a layer over the T = `steps` steps, for the rate pass."""
+    """Sums of a layer over the T = `steps` steps, for the rate pass.
+
+    `step(x)` runs the layer in one of the T steps, `rate(x)` in the rate pass, and `steady(x)` in a rate pass without
+    steps before.
+    """
 
     def __init__(self, layer: Layer, steps: int):
         self.layer, self.module, self.steps = layer, layer.module, steps
         self.calls = 0
-
-    def step(self, x: Tensor) -> Tensor:
-        """Run the layer in one of the T steps."""
-        raise NotImplementedError
-
-    def rate(self, x: Tensor) -> Tensor:
-        """Run the layer in the rate pass."""
-        raise NotImplementedError
-
-    def steady(self, x: Tensor) -> Tensor:
-        """Run the layer in a rate pass without steps before: T steps under x itself."""
-        raise NotImplementedError
 
     def check(self, steps: int) -> None:
         """Raise ValueError unless the layer ran once in each of the steps so far, or never."""
@@ -186,11 +177,11 @@ class _NeuronLayer(_Layer):
     def __init__(self, layer: Layer, steps: int):
         super().__init__(layer, steps)
         self.spikes: Tensor | None = None
-        self.by: list[Sensitivity] = []  # to the input, and to the parameters that learn
+        self.by: list[kernels.Sensitivity] = []  # to the input, and to the parameters that learn
 
     def step(self, x: Tensor) -> Tensor:
         self.calls += 1
-        neuron, x = self.module, materialise(x)
+        neuron, x = self.module, kernels.materialise(x)
         before = [getattr(neuron, name) for name in neuron.states]
         s = type(neuron).forward(neuron, x)
         with torch.enable_grad():  # to see which parameters learn
@@ -198,7 +189,7 @@ class _NeuronLayer(_Layer):
         if self.spikes is None:
             self.spikes = torch.zeros_like(s, dtype=torch.promote_types(neuron.state_type(x), torch.float32))
             learned = [i for i, p in enumerate(parameters) if p.requires_grad]
-            self.by = [Sensitivity(function, parameter) for parameter in (None, *learned)]
+            self.by = [kernels.Sensitivity(function, parameter) for parameter in (None, *learned)]
             before = [torch.full_like(x, v, dtype=neuron.state_type(x)) for v in neuron.first_states().values()]
         self.spikes.add_(s)
         for sensitivity in self.by:
@@ -211,35 +202,34 @@ class _NeuronLayer(_Layer):
         self.module.reset()  # what the T steps left goes, layer by layer
         assert self.spikes is not None
         by_input, *by_parameters = (sensitivity.total.div_(n) for sensitivity in self.by)
-        found = Steady(self.spikes.div_(n).to(x.dtype), by_input.to(x.dtype), tuple(by_parameters))
+        found = kernels.Steady(self.spikes.div_(n).to(x.dtype), by_input.to(x.dtype), tuple(by_parameters))
         self.calls, self.spikes, self.by = 0, None, []
         return _Rate.apply(x, found, *(p for p in parameters if p.requires_grad))  # type: ignore[return-value]
 
     def steady(self, x: Tensor) -> Tensor:
         neuron = self.module
-        if isinstance(neuron, IntegrateAndFire) and neuron.is_plain():
-            return self._steady_by_kernel(x)
+        step, decay = neuron.kernel_step() if isinstance(neuron, IntegrateAndFire) else (None, None)
+        if step is not None:
+            return self._steady_by_kernel(x, step, decay)
         with torch.no_grad():
             for _ in range(self.steps):
                 show(neuron, self.step(x))
         return self.rate(x)
 
-    def _steady_by_kernel(self, x: Tensor) -> Tensor:
-        module, decay, steps, seen = self.module, self.module.decay(), self.steps, watches(self.module)
-        learned = (decay,) if isinstance(decay, Tensor) else ()
-        constants = kernel_step(type(module), None if isinstance(decay, Tensor) else decay, **module.constants())
+    def _steady_by_kernel(self, x: Tensor, step: kernels.NeuronStep, decay: Tensor | None) -> Tensor:
+        module, steps, seen = self.module, self.steps, watches(self.module)
         # of a rate in 16 bits, a short sequence leaves the number of spikes to be told
         counts = steps * torch.finfo(x.dtype).eps <= 0.5 and all(watch.counts for watch in seen)
         see = None if counts else partial(show, module)
         with torch.no_grad():
-            given = decay.detach() if isinstance(decay, Tensor) else None
-            found = steady_steps(constants, x, steps, module.state_type(x), module.start, given, see)
+            given = None if decay is None else decay.detach()
+            found = kernels.steady_steps(step, x, steps, module.state_type(x), module.start, given, see)
             for watch in seen if counts else ():
                 watch.see(watch.name, _spikes(found, steps), x.numel() * steps)
-        return _Rate.apply(x, found, *learned)  # type: ignore[return-value]
+        return _Rate.apply(x, found, *(() if decay is None else (decay,)))  # type: ignore[return-value]
 
 
-def _spikes(found: Steady, steps: int) -> Tensor | int:
+def _spikes(found: kernels.Steady, steps: int) -> Tensor | int:
     """Return the number of spikes in T steps."""
     if found.spikes is not None:
         return found.spikes
@@ -251,13 +241,13 @@ class _Rate(torch.autograd.Function):
     """The rate, with the derivatives that were gathered."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, found: Steady, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, found: kernels.Steady, *parameters: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(found.by_input, *found.by_parameters)
         ctx.shapes = [p.shape for p in parameters]
         return found.rate
 
     @staticmethod
-    @differentiable_once
+    @kernels.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         by_input, *by_parameters = ctx.saved_tensors
         of_parameters = ((grad * by).sum_to_size(shape) for by, shape in zip(by_parameters, ctx.shapes, strict=True))
@@ -321,7 +311,7 @@ class _NormLayer(_Layer):
             raise ValueError(
                 f"BatchNorm needs more than one value for each channel, got {list(x.shape)}: use a larger batch"
             )
-        running, (momentum,) = batch_statistics(norm, 1)
+        running, (momentum,) = kernels.batch_statistics(norm, 1)
         y, mean, inverse = torch.native_batch_norm(
             x, norm.weight, norm.bias, *(running or (None, None)), True, momentum, norm.eps
         )

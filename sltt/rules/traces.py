@@ -284,10 +284,10 @@ class Traces:
 
     def learns_decay(self, neuron: nn.Module) -> TypeGuard[IntegrateAndFire]:
         """Return whether the λ of neurons has a gradient through time."""
-        if not (self.inputs and isinstance(neuron, IntegrateAndFire) and neuron.is_plain() and neuron.v_reset is None):
+        if not (self.inputs and isinstance(neuron, IntegrateAndFire) and neuron.v_reset is None):
             return False
-        decay = neuron.decay()
-        return isinstance(decay, Tensor) and decay.requires_grad
+        step, decay = neuron.kernel_step()
+        return step is not None and decay is not None and decay.requires_grad
 
     def _feed(self, neuron: nn.Module, node: Any) -> None:
         """Note the neurons that layers feed, where their input is a node of the graph."""

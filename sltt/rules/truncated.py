@@ -3,8 +3,7 @@
 import copy
 import math
 import operator
-from abc import abstractmethod
-from collections.abc import Container
+from collections.abc import Collection, Container
 from functools import reduce
 from itertools import groupby
 from typing import Any, Literal
@@ -41,7 +40,14 @@ class Truncated(Rule):
 
     Raises:
         ValueError: fold < 1, hoist together with a fold; when called, a layer that cannot be folded.
+
+    Attributes:
+        window: time steps of a window; None for those of the sequence.
+        rescale: divide the loss by the number of trained steps, in place of T.
     """
+
+    window: int | None = None
+    rescale: bool = False
 
     def __init__(
         self,
@@ -55,25 +61,14 @@ class Truncated(Rule):
         if hoist and fold not in (1, "auto"):
             raise ValueError("hoist computes the first layers for one time step, and fold for several: choose one")
 
-    @abstractmethod
-    def window_length(self, steps: int) -> int:
-        """Return the window of a sequence of T = `steps` time steps."""
-
-    def trained_steps(self, batch: Batch) -> Container[int]:
+    def trained_steps(self, batch: Batch) -> Collection[int]:
         """Return the steps with a graph and a backward; the others run forward only."""
         return range(batch.steps)
 
-    def loss_scale(self, steps: int) -> float:
-        """Factor on the loss of a trained step, which is divided by T already."""
-        return 1.0
-
     def run(self, batch: Batch) -> Output:
-        return self.run_folded(batch, self.choose_fold(batch))
-
-    def run_folded(self, batch: Batch, fold: Fold) -> Output:
-        """Do as `run`, with so many time steps in a call of the network."""
-        steps, length = range(batch.steps), self.window_length(batch.steps)
-        trained, scale = self.trained_steps(batch), self.loss_scale(batch.steps)
+        steps, length, fold = range(batch.steps), self.window or batch.steps, self.choose_fold(batch)
+        trained = self.trained_steps(batch)
+        scale = batch.steps / len(trained) if self.rescale else 1.0
         cut = length == 1  # such windows share a call of the network: the neurons cut the gradient between its steps
         whole = batch.whole  # logits are collected, or losses
         if shared := cut and not whole:
@@ -152,11 +147,6 @@ class BPTT(Truncated):
 
     def __init__(self, segment: int | None = None, **how: Any):
         self.segment = None if segment is None else whole_number("segment", segment, least=1)
-        if not isinstance(recompute := how.get("recompute", False), bool):
-            raise ValueError(
-                f"recompute must be True or False, got {recompute!r}; to keep the graph of n time steps at once, "
-                "BPTT(segment=n)"
-            )
         super().__init__(**how)
         if segment is not None and (self.recompute or self.hoist):
             raise ValueError("segment runs all layers again, recompute and hoist some of them: choose one")
@@ -164,16 +154,13 @@ class BPTT(Truncated):
     def no_graph(self, steps: int) -> str | None:
         return None if self.segment is None else "saves and restores random generators"
 
-    def window_length(self, steps: int) -> int:
-        return steps
-
-    def run_folded(self, batch: Batch, fold: Fold) -> Output:
+    def run(self, batch: Batch) -> Output:
         if self.segment is None:
-            return super().run_folded(batch, fold)
+            return super().run(batch)
         if batch.whole:
             raise ValueError("segment has no graph of all logits, which a loss of the whole sequence needs: use BPTT()")
         with kernels.choosing_once():
-            return run_in_segments(batch, self.segment, fold)
+            return run_in_segments(batch, self.segment, self.choose_fold(batch))
 
 
 class TBPTT(Truncated):
@@ -190,13 +177,11 @@ class TBPTT(Truncated):
     """
 
     sequence_losses = (SequenceLoss,)
+    window: int
 
     def __init__(self, window: int, **how: Any):
-        self.window = whole_number("window", window, least=1)
+        self.window = whole_number("window", window, least=1)  # pyright: ignore[reportIncompatibleVariableOverride]
         super().__init__(**how)
-
-    def window_length(self, steps: int) -> int:
-        return self.window
 
 
 class SLTT(Truncated):
@@ -221,6 +206,8 @@ class SLTT(Truncated):
 
     Source: Meng et al., ICCV 2023 (arXiv 2302.14311).
     """
+
+    window = 1
 
     def __init__(
         self, k: int | None = None, rescale: bool = False, generator: torch.Generator | None = None, **how: Any
@@ -262,10 +249,7 @@ class SLTT(Truncated):
         most = f"has {draws} draws of {self.k} of {steps} steps, and each is a graph: {GRAPHS} at most"
         return most if draws > GRAPHS else None
 
-    def window_length(self, steps: int) -> int:
-        return 1
-
-    def trained_steps(self, batch: Batch) -> Container[int]:
+    def trained_steps(self, batch: Batch) -> Collection[int]:
         if not isinstance(batch.target, Padded):  # T of a padded batch is that of its longest sequence
             self.check(batch.model, batch.steps)
         if self.k and batch.seed is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -275,6 +259,3 @@ class SLTT(Truncated):
             )
         drawn = self.draw(batch.steps, batch.seed)
         return range(batch.steps) if drawn is None else drawn
-
-    def loss_scale(self, steps: int) -> float:
-        return steps / min(self.k, steps) if self.rescale and self.k is not None else 1.0
