@@ -133,7 +133,6 @@ CASES = f"""
 1 | batch_size must be at most 9223372036854775807 | train {TINY} --batch_size 12345678901234567890
 1 | batch_size must be at most 9223372036854775807 | agreement {TINY} --samples 12345678901234567890
 1 | workers must be at least 0 and at most 1000, got 1234567890 | train {TINY} --workers 1234567890
-1 | the keys of windows must be layers' names, got the number 2 | train {TINY} --rule Mixed --rule.windows '{{2: all}}'
 1 | gamma must be greater than 0 | train {TINY} --model.neuron.surrogate.gamma 0
 1 | alpha | train {TINY} --loss.alpha 7
 1 | sltt: epochs of a phase must be at least 1, got 0 | train {TINY} --phases '[{{epochs: 0}}]'

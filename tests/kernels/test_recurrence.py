@@ -50,7 +50,7 @@ def plain(neuron, x, s, v, weight, bias, decay, steps, cut):
 def test_forward_and_gradients(neuron, batch, width, cut):
     torch.manual_seed(0)
     neuron = neuron()
-    step = neuron.kernel_step(neuron.decay())
+    step = neuron.kernel_step()[0]
     decay = torch.tensor(0.5) if step.decay is None else None
     for steps, given, biased in ((1, True, False), (1, False, True), (5, True, True), (5, False, False)):
         x, weight, v = exact((steps * batch, width)), exact((width, width)) / 4, exact((batch, width)) / 4

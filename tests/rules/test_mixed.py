@@ -246,13 +246,11 @@ def test_memory_grows_with_the_layers_below_the_last_window_only():
 
 def test_names_and_windows_that_are_wrong():
     x, y = batch()
-    with pytest.raises(ValueError, match=r"no layer of neurons is called '3'; the nearest names are 2, 5"):
+    with pytest.raises(ValueError, match=r"no layer of neurons is called '3'; there are 2, 5"):
         sltt.Mixed({"3": "all"})(small_network(), x, y, LOSS)
-    with pytest.raises(ValueError, match=r"nearest names are features\.2, "):
-        sltt.Mixed({"featurs.2": "all"})(sltt.models.DigitsNet(), torch.randn(2, 1, 8, 8), y[:2], LOSS, steps=2)
     inner = nn.Sequential(nn.Linear(6, 8), sltt.Recurrent(sltt.LIF(), nn.Linear(8, 8)), nn.Linear(8, 3)).double()
     for pattern in ("1.neuron", "*.neuron"):
-        with pytest.raises(ValueError, match=r"1\.neuron is a part of 1, which has one window: name that"):
+        with pytest.raises(ValueError, match=r"no layer of neurons is called .*neuron'; there are 1$"):
             sltt.Mixed({pattern: "all"})(inner, x, y, LOSS)
 
 
@@ -336,15 +334,13 @@ def test_states_of_other_forms_keep_the_exact_gradient(layer, rule):
 
 
 def test_windows_are_a_value_too():
-    given = {"1": "all", "4": 2}
+    given = {1: "all", "4": 2}
     rule = sltt.Mixed(given)
     given["4"] = 3
-    for change in (lambda w: w.__setitem__("4", 3), lambda w: w.update({"4": 3}), lambda w: w.clear()):
-        with pytest.raises((TypeError, AttributeError)):
-            change(rule.windows)
     for twin in (rule, copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
         assert twin.windows == {"1": "all", "4": 2}
         assert repr(twin) == "Mixed(windows={'1': 'all', '4': 2})"
+        assert {rule: 1}[twin] == 1
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
