@@ -40,15 +40,15 @@ def rate_based(model, x):
 
 
 BAD = {
-    "is not pure": remembers,
+    "gives a neuron another result alone.*keep what step remembers in a state": remembers,
     "draws random numbers": lambda x, v: (FIRE(v + x - torch.rand_like(x)), v),
     "decides by the value of a tensor.*torch.where": branches,
     r"decides by the value of a tensor.*v\[v > 1\]": lambda x, v: (FIRE(v + x - 1), v - v[v > 1].sum()),
-    r"decides by the value of a tensor.*tolist": lambda x, v: (FIRE(v + x - max(x.flatten().tolist())), v + x),
-    r"decides by the value of a tensor.*numpy": lambda x, v: (FIRE(v + x - float(x.detach().numpy().max())), v + x),
-    "gives other results for the same numbers in another": lambda x, v: (FIRE(v + x - 1.0 * (x.ndim == 4)), v + x),
-    "gives other results for the same .*shape": lambda x, v: (FIRE(v + x - torch.linspace(0, 2, x.shape[-1])), v + x),
-    "gives other results .*number of dimensions": lambda x, v: (FIRE(v + x - torch.ones(x.shape[1], 1)), v + x),
+    r"gives a neuron another .*alone ": lambda x, v: (FIRE(v + x - max(x.flatten().tolist())), v + x),
+    r"gives a neuron another .*among others": lambda x, v: (FIRE(v + x - float(x.detach().numpy().max())), v + x),
+    "gives a neuron another result": lambda x, v: (FIRE(v + x - 1.0 * (x.ndim == 3)), v + x),
+    "gives a neuron another .*shape": lambda x, v: (FIRE(v + x - torch.linspace(0, 2, x.shape[-1])), v + x),
+    "gives a neuron another .*without the shape": lambda x, v: (FIRE(v + x - torch.ones(x.shape[1], 1)), v + x),
     "takes tau, and the neuron has none: set self.tau": lambda x, v, *, tau: (FIRE(tau * v + x - 1), v + x),
     "changes an argument in place": changes,
     "reads a tensor that is none of its arguments": lambda x, v: (FIRE(GAIN * v + x - 1), v + x),
@@ -56,7 +56,7 @@ BAD = {
     r"returns spikes \[4, 3, 5\] \(float64\)": lambda x, v: (FIRE(v + x).double(), v),
     r"returns 1 value; return \(spikes, v\)": lambda x, v: FIRE(v + x),
     r"returns 3 values; return \(spikes, v\)": lambda x, v: (FIRE(v + x), v, v),
-    "mixes neurons": lambda x, v: (FIRE(v + x - x.mean()), v + x),
+    "gives a neuron another .*mix neurons in a layer before": lambda x, v: (FIRE(v + x - x.mean()), v + x),
     "returns spikes that no gradient passes": lambda x, v: ((v + x > 1).to(x.dtype), v + x),
     "takes .x, u., expected x and the states v": lambda x, u: (FIRE(u + x), u),
 }
