@@ -1,13 +1,12 @@
 """Try whether time steps may share a call of a network: run them one by one and in one call, forward and backward.
 
-The trial runs on a copy. Its neurons give random spikes, so that layers behind silent neurons show what they do; its
+The trial runs on a copy. Its neurons give asinh of their input, so that nothing before or behind them is hidden; its
 small parameters are changed, so that layers that are equal at first differ.
 """
 
 import io
 import pickle
 import random
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -44,39 +43,28 @@ class _Watch(DispatchMode):
 
 
 class Seen(Step):
-    """Time steps whose neurons give random spikes, and which see the sizes of layers.
+    """Time steps whose neurons pass on what they read, and which see the sizes of layers.
 
     Attributes:
         rows: the most rows of a layer's matrix product in a time step.
         bytes: of what the layers give in it.
-        read: of what each layer of neurons reads, a random sum for each sample; their random spikes would hide it.
         watch: sees the operations, where the time steps are watched.
     """
 
     def __init__(self) -> None:
         self.rows = self.bytes = 0
-        self.read: dict[nn.Module, list[Tensor]] = {}
-        self.ran: dict[Layer, int] = {}
         self.watch = _Watch()
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if layer.advance is None or len(args) != 1:
             return super().neuron(layer, *args, **kwargs)
-        x, first = args[0], self.ran.get(layer, 0)
         self.run.take_turn(layer, NEURON)
         self.watch.ours = True
         with torch.no_grad():
-            layer.advance(x, self.run.fold, False)  # for the states
-        self.read.setdefault(layer.module, []).append(_digest(x.detach()))
-        self.ran[layer] = first + self.run.fold
-        self._count(x)
-        drawn = []
-        for t in range(first, first + self.run.fold):
-            generator = torch.Generator().manual_seed(1000 * [*self.ran].index(layer) + t)
-            shape = len(x) // self.run.fold, *x.shape[1:]
-            drawn.append(torch.rand(shape, generator=generator) < 0.3)
+            layer.advance(args[0], self.run.fold, False)  # for the states
         self.watch.ours = False
-        return torch.cat(drawn).to(x) + (x - x.detach())  # all of the gradient passes
+        self._count(args[0])
+        return args[0].asinh()  # keeps large values in bounds, and errors of rounding small
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         y = layer.plain(*args, **kwargs)
@@ -106,28 +94,23 @@ class Trial:
         for module in self.twin.modules():
             if type(module).__module__ in _DROPOUTS:
                 module.eval()
-        before, drawn = [*_attributes(self.twin)], _generators()
+        before = _contents(self.twin)
         with torch.no_grad():
             self.seen = self._run(SAMPLES, _STEPS, 1, watched=True)[0]
-        changed = next((name for name, was in _attributes(self.twin) if (name, was) not in before), None)
+        changed = next((name for name, _ in _contents(self.twin).items() - before.items()), None)
         self.problem = f"changes {changed} in a time step" if changed else self.seen.watch.found
-        if _generators() != drawn:
-            self.problem = "draws random numbers"
 
     def compare(self, steps: int) -> str | None:
         """Run so many time steps one by one and in one call; return why outputs or gradients differ, or None."""
-        found = []
-        for fold in (1, steps):
-            seen, *results = self._run(len(self.like), steps, fold)
-            found.append([*results, *(torch.cat(seen.read[module]) for module in seen.read)])
-        if all(map(_equal_but_rounding, *found)):
+        alone, together = (self._run(len(self.like), steps, fold)[1:] for fold in (1, steps))
+        if all(map(_equal_but_rounding, alone, together)):
             return None
         return "gives other results then: it mixes samples, or keeps a state that no rule knows"
 
     def _run(self, batch: int, steps: int, fold: int, watched: bool = False) -> tuple[Seen, Tensor, Tensor, Tensor]:
         """Run time steps of random samples in calls of `fold`, with the backward of SLTT.
 
-        Returns the layers, the outputs, and the gradients of input and small parameters by a random sum of the outputs.
+        Return the layers, the outputs, and the gradients of input and small parameters by a random sum of the outputs.
         """
         torch.manual_seed(steps)
         like, shape = self.like, (steps, batch, *self.like.shape[1:])
@@ -137,47 +120,32 @@ class Trial:
         else:
             x = torch.randint(2, shape, generator=generator).to(like)
         seen, outputs, of_x = Seen(), [], []
-        of_small = [torch.zeros_like(p) for p in self.small]
         with Run(self.twin, Sequence(x, steps, False), seen) as run, seen.watch if watched else nullcontext():
             for t in range(0, steps, fold):
                 part = x[t : t + fold].flatten(0, 1).requires_grad_(like.is_floating_point())
                 y = run(part, fold, cut=True)
                 outputs.append(y.detach().clone())
-                if y.requires_grad:
-                    inputs = [one for one in (part, *self.small) if one.requires_grad]
-                    found = [*torch.autograd.grad(y, inputs, _draw_weights(y, t), allow_unused=True)]
-                    if part.requires_grad and (of_part := found.pop(0)) is not None:
-                        of_x.append(_digest(of_part))
-                    for total, more in zip(of_small, found, strict=True):
-                        total += 0 if more is None else more
+                inputs = [one for one in (part, *self.small) if one.requires_grad]
+                if y.requires_grad and inputs:
+                    weights = torch.randn((steps, *y.shape[1:]), generator=generator.manual_seed(steps))
+                    torch.autograd.backward(y, weights[t : t + fold].to(y), inputs=inputs)
+                of_x.append(part.grad)
                 run.detach()
-        nothing = torch.zeros(1, device=x.device)
-        gradients = torch.cat([nothing, *(g.flatten().to(nothing) for g in of_small)])
-        return seen, torch.cat(outputs), torch.cat(of_x) if of_x else nothing, gradients
+        gradients = _join(of_x, x), _join([p.grad for p in self.small], x)
+        for p in self.small:
+            p.grad = None
+        return seen, torch.cat(outputs), *gradients
 
 
-def _digest(x: Tensor) -> Tensor:
-    """Return a random sum of the values of each sample."""
-    x = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-    return x @ torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0)).to(x)
-
-
-def _draw_weights(y: Tensor, first: int) -> Tensor:
-    """Return random numbers for the outputs [n, B, C] of a call, the same for a time step whatever the call."""
-    generators = (torch.Generator().manual_seed(first + t) for t in range(len(y)))
-    return torch.stack([torch.randn(y.shape[1:], generator=generator) for generator in generators]).to(y)
+def _join(gradients: list[Tensor | None], x: Tensor) -> Tensor:
+    """Return all gradients as one tensor, on the device of x."""
+    return torch.cat([torch.zeros(1, device=x.device), *(g.flatten().to(x.device) for g in gradients if g is not None)])
 
 
 def _equal_but_rounding(a: Tensor, b: Tensor) -> bool:
     """Return whether time steps have the results that they have in one call, but for rounding."""
     tolerance = {2: 2e-2, 4: 1e-4}.get(a.dtype.itemsize, 1e-10)
     return a.numel() == b.numel() and bool((a.flatten() - b.flatten()).abs().max() <= tolerance * a.abs().max())
-
-
-def _generators() -> Any:
-    """Return the state of the random generators that PyTorch does not know."""
-    numpy: Any = np.random.get_state()
-    return random.getstate(), numpy[1].tobytes(), numpy[2:]
 
 
 class _Contents(pickle.Pickler):
@@ -199,13 +167,14 @@ def _content(value: Any) -> Any:
     return file.getvalue()
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield what modules hold besides their states and large parameters: names, and what a change would change."""
+def _contents(model: nn.Module) -> dict[str, Any]:
+    """Return what modules hold besides their states and large parameters, by name, and other random generators."""
+    found = {"the random numbers of Python or NumPy": _content((random.getstate(), np.random.get_state()))}
     for layer in Layout(model).layers.values():
         if layer.role.stepwise:
             continue
         module, place = layer.module, f"{layer.name or 'the model'}."
         small = {name: p for name, p in module._parameters.items() if p is not None and p.numel() < _SHARED_FROM}
         held = {**{k: v for k, v in vars(module).items() if k not in _OWN}, **module._buffers, **small}
-        for name in held.keys() - {*layer.states}:
-            yield place + name, _content(held[name])
+        found |= {place + name: _content(held[name]) for name in held.keys() - {*layer.states}}
+    return found

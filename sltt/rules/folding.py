@@ -9,7 +9,6 @@ Steps share a call only where that changes no result, which a `Trial` finds once
 
 import math
 import random
-import warnings
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -27,7 +26,6 @@ from sltt.sequence.once import is_sharded
 from sltt.sequence.run import Run
 
 ROWS = 2048  # of a layer's matrix product in a call; more save no time
-_FULL = "runs out of memory"
 ROOM = 2**24  # bytes that the further steps of a call may take, or half of those of the weights
 
 
@@ -94,11 +92,7 @@ def _choose(run: Run, x: torch.Tensor, compared: int) -> Fold:
                 return fold
             problem = trial.problem
             if not problem and _steps_in_call(fold) > compared:
-                problem = _compare(trial, fold)
-            if problem is _FULL:
-                fold = Fold(max(1, fold.trained // 2), fold.forward // 2)
-                warnings.warn(f"{_FULL}: {fold.trained} time steps share a call, half as many", stacklevel=2)
-                problem = _compare(trial, fold)
+                problem = trial.compare(_steps_in_call(fold))
     except Exception as error:  # of any kind: it is the user's code
         return Fold(why=f"does not run so ({type(error).__name__}: {error})")
     return Fold(why=problem) if problem else fold
@@ -107,14 +101,6 @@ def _choose(run: Run, x: torch.Tensor, compared: int) -> Fold:
 def _steps_in_call(fold: Fold) -> int:
     """Return the time steps in a call, with a graph if these are several."""
     return fold.trained if fold.trained > 1 else fold.forward
-
-
-def _compare(trial: Trial, fold: Fold) -> str | None:
-    """Return why steps do not share a call, or None."""
-    try:
-        return trial.compare(_steps_in_call(fold))
-    except torch.OutOfMemoryError:
-        return _FULL
 
 
 def _of_sizes(run: Run, seen: Seen, scale: float) -> Fold:
