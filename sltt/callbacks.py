@@ -97,13 +97,12 @@ class EarlyStopping(Callback):
         """Ask to stop where the last `patience` epochs brought nothing better."""
         name = "loss" if self.by == "loss" else now.metric
         sign = 1 if self.by == "metric" and now.higher_is_better else -1
-        best, lowest, since = math.nan, math.inf, 0
+        best, lowest, since = -math.inf, math.inf, 0
         for row in now.history:
             score, loss = sign * row[f"validation_{name}"], row["validation_loss"]
             since += 1
             tie = score == best and not self.least and loss < lowest  # `fit` selects the epoch of the lower loss
-            first = row is now.history[0] or (math.isnan(best) and not math.isnan(score))
-            if first or score > best + self.least or tie:
+            if score > best + self.least or tie:
                 best, lowest, since = score, loss, 0
         if since >= self.patience:
             now.stop(f"no better validation {name.replace('_', ' ')} in {since} epochs")

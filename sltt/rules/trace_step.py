@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sltt import kernels
 from sltt._torch import _BatchNorm
-from sltt.kernels import Operation, deferred_norm, materialise, others_save, plain_norm, run_layer
 from sltt.neurons import Recurrent
-from sltt.rules.decays import decay_of
-from sltt.rules.traced_layers import NORMALISATIONS, WEIGHTED, Traced, scale_gradient
 from sltt.rules.traces import Traces, traces_of
 from sltt.sequence.layout import Layer
 from sltt.sequence.run import Run
 from sltt.sequence.step import NEURON, Step
 from sltt.sequence.steps import in_backward
+
+NORMALISATIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
+WEIGHTED = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 
 
 class TraceStep(Step):
@@ -48,7 +49,9 @@ class TraceStep(Step):
         if layer.operation is None or len(args) != 1 or not torch.is_grad_enabled():
             return operations.forward(*args, **kwargs)
         (function, settings), module = layer.operation, layer.module
-        return operations.weigh(function, materialise(args[0]), layer.role.weight(module), module.bias, *settings)
+        return operations.weigh(
+            function, kernels.materialise(args[0]), layer.role.weight(module), module.bias, *settings
+        )
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         norm, run = layer.module, self.run
@@ -59,9 +62,9 @@ class TraceStep(Step):
             return self._operations_of(layer).forward(*args, **kwargs)
         if (trace := self.traces.read(norm, None)) is None:
             return super().norm(layer, *args)
-        bias = scale_gradient(norm.bias, trace.ones[-1])  # pyright: ignore[reportArgumentType]
-        waiting = deferred_norm(norm, args[0], bias) if run.fast and not others_save() else None
-        y = plain_norm(norm, args[0], bias) if waiting is None else waiting
+        bias = _scale_gradient(norm.bias, trace.ones[-1])  # pyright: ignore[reportArgumentType]
+        waiting = kernels.deferred_norm(norm, args[0], bias) if run.fast and not kernels.others_save() else None
+        y = kernels.plain_norm(norm, args[0], bias) if waiting is None else waiting
         self.traces.wrote(trace, y)
         return y
 
@@ -109,15 +112,12 @@ class TraceStep(Step):
         if isinstance(layer.module, _BatchNorm):  # with a state besides
             return self.norm(layer, *args, **kwargs)
         if isinstance(layer.module, Recurrent) and len(args) == 1 and not in_backward():
-            if (y := self._recurrent(layer, materialise(args[0]))) is not None:
+            if (y := self._recurrent(layer, kernels.materialise(args[0]))) is not None:
                 return y
             if self.run.fold > 1:
                 raise ValueError(f"OTTT in a fold has no traces for the weights in {layer}; use fold=1")
         output = super().keeper(layer, *args, **kwargs)
-        if layer in self.traces.carriers:
-            self.traces.carry(
-                partial(decay_of, layer.module, layer.name, self.decay), layer.module, args, kwargs, output
-            )
+        self.traces.carry(layer.module, args, kwargs, output)
         return output
 
 
@@ -182,18 +182,74 @@ class _Operations(TorchFunctionMode):
         else:
             read = x if trace.read is None else trace.read.now  # without, the bias learns alone
             ones = trace.ones if self.traces.inputs else [1.0]
-            y = Traced.apply(x, read, weight, bias, ones, partial(self._apply, func, settings), settings)  # type: ignore[assignment]
+            y = _Traced.apply(x, read, weight, bias, ones, partial(self._apply, func, settings), settings)  # type: ignore[assignment]
         self.traces.wrote(trace, y)
         return y
 
     def _apply(self, func: Any, settings: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.run.fast or func is F.conv3d:
             return func(x, weight, bias, *settings)
-        return run_layer(Operation(func, settings), x, weight, bias, self.run.weights)
+        return kernels.run_layer(kernels.Operation(func, settings), x, weight, bias, self.run.weights)
 
     def _normalise(self, func: Any, *args: Any, bias: Tensor | None, **settings: Any) -> Tensor:
         if bias is None or not bias.requires_grad or (trace := self.traces.read(self.layer, None)) is None:
             return func(*args, bias=bias, **settings)
-        y: Tensor = func(*args, bias=scale_gradient(bias, trace.ones[-1]), **settings)
+        y: Tensor = func(*args, bias=_scale_gradient(bias, trace.ones[-1]), **settings)
         self.traces.wrote(trace, y)
         return y
+
+
+class _Traced(torch.autograd.Function):
+    """A layer's output, with traces in place of the input and of the constant 1 in the gradient of its weights."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        trace: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ones: list[float | Tensor],
+        func: Any,
+        settings: tuple[Any, ...],
+    ) -> Tensor:
+        ctx.settings, ctx.ones = settings, ones
+        ctx.save_for_backward(trace, weight)
+        return func(x, weight, bias)  # which may be sparse
+
+    @staticmethod
+    @kernels.differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        trace, weight = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 2)]
+        # under autocast the forward was in another type than traces
+        of_x, of_weight = _gradients(grad, trace.to(grad.dtype), weight, ctx.settings, needs)
+        of_bias = _bias_gradient(grad, ctx.ones, 1 if ctx.settings else -1) if ctx.needs_input_grad[3] else None
+        return of_x, None, of_weight, of_bias, None, None, None
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...], needs: list[bool]) -> Any:
+    """Return the gradients of input and weight that are needed; `settings` are those of a convolution."""
+    if not settings:
+        return (
+            grad @ weight.to(grad.dtype) if needs[0] else None,
+            grad.flatten(0, -2).T @ x.flatten(0, -2) if needs[1] else None,
+        )
+    stride, padding, dilation, groups = settings
+    axes = stride, 0 if padding == "valid" else padding, dilation
+    dims = weight.ndim - 2
+    stride, padding, dilation = ([a] * dims if isinstance(a, int) else list(a) for a in axes)
+    return kernels.convolution_gradients(grad, x, weight, (stride, padding, dilation), groups, [*needs, False])[:2]
+
+
+def _bias_gradient(grad: Tensor, ones: list[float | Tensor], channels: int) -> Any:
+    """Return the gradient of a bias, whose input 1 has the trace `ones` in each time step of grad [n·B, ...]."""
+    others = [axis for axis in range(grad.ndim) if axis != channels % grad.ndim]
+    return sum(part.sum(others) * one for part, one in zip(grad.chunk(len(ones)), ones, strict=True))
+
+
+def _scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
+    """Return the same tensor, and its gradient times a factor."""
+    same = x.view_as(x)
+    same.register_hook(lambda grad: grad * factor)
+    return same

@@ -12,6 +12,7 @@ x[t]. Their step's gradient has the gain of the current already.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeGuard
 from weakref import ref
 
@@ -21,8 +22,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from sltt.neurons import IntegrateAndFire, Recurrent
 from sltt.rules.decays import Decay, Decays, decay_of
-from sltt.sequence.layout import Layer, Layout
-from sltt.sequence.state import Stateful, map_tensors, state_tensors
+from sltt.sequence.layout import Layout
+from sltt.sequence.state import map_tensors, state_tensors
 from sltt.sequence.steps import in_backward
 
 
@@ -41,13 +42,13 @@ def traces_of(layout: Layout, decay: float | None, inputs: bool) -> "Traces":
     own = {layer: m.neuron for m in recurrent for layer in m.layer.modules()}
     # the other layers with a state, neither in neurons nor around some
     known = {part for neuron in neurons for part in neuron.modules()}
-    carriers = {k for k in layout.keepers if _carries(k.module) and known.isdisjoint(k.module.modules())}
+    carriers = {
+        k.module: partial(decay_of, k.module, k.name, decay)
+        for k in layout.keepers
+        if inputs and not getattr(k.module, "timeless", False) and known.isdisjoint(k.module.modules())
+    }
     decays = {m: decay_of(m, name, decay) for m, name in neurons.items()}
-    return Traces(decays, inputs, own, carriers if inputs else set())
-
-
-def _carries(module: nn.Module) -> bool:
-    return not (isinstance(module, Stateful) and module.timeless)
+    return Traces(decays, inputs, own, carriers)
 
 
 def _check_weights(layout: Layout, neurons: dict[nn.Module, str]) -> None:
@@ -156,10 +157,10 @@ class Traces:
         decays: dict[nn.Module, Callable[[], Decays]],
         inputs: bool,
         own: dict[nn.Module, nn.Module],
-        carriers: set[Layer],
+        carriers: dict[nn.Module, Callable[[], Callable[[], Decays]]],
     ):
         self.decays = decays
-        self.carriers = carriers  # layers with a state that are no neurons
+        self.carriers = carriers  # layers with a state that are no neurons, and what finds their λ
         self.inputs = inputs
         self.own = own  # of a recurrent layer, the neurons whose spikes it reads
         self.traces: dict[tuple[nn.Module, int], _Trace] = {}
@@ -275,9 +276,7 @@ class Traces:
 
     def arrive(self, neuron: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Before a layer of neurons runs; returns what it reads."""
-        x = next(iter((*inputs, *named.values())))
-        if self.started and x.grad_fn is not None:
-            self._feed(neuron, x.grad_fn)
+        x = self._feed(neuron, inputs, named)
         if self.learns_decay(neuron):
             return (self._with_decay(neuron, x),), {}
         return inputs, named
@@ -289,10 +288,12 @@ class Traces:
         step, decay = neuron.kernel_step()
         return step is not None and decay is not None and decay.requires_grad
 
-    def _feed(self, neuron: nn.Module, node: Any) -> None:
-        """Note the neurons that layers feed, where their input is a node of the graph."""
-        for trace in self._started_behind(node):
-            trace.decays.append(self.decays[neuron])
+    def _feed(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+        """Note that a layer with a state is fed by those behind its input; return this input."""
+        x = next(iter((*inputs, *named.values())))
+        for trace in self._started_behind(x.grad_fn):
+            trace.decays.append(self.decays[layer])
+        return x
 
     def _started_behind(self, node: Any) -> Iterator[_Trace]:
         """Yield the new traces of layers whose outputs reach a node of the graph without passing other neurons."""
@@ -326,19 +327,19 @@ class Traces:
         """After a layer of neurons ran."""
         if not in_backward():
             self.last = neuron
-            self.ran.add(self.decays[neuron])
-            map_tensors(lambda y: self.outputs.add(y.grad_fn), output)
+            self._end_at(neuron, output)
 
-    def carry(
-        self, decay: Callable[[], Callable[[], Decays]], layer: nn.Module, inputs: Any, named: Any, output: Any
-    ) -> None:
+    def _end_at(self, layer: nn.Module, output: Any) -> None:
+        """Note the output of a layer with a state, behind which other layers with one are fed."""
+        self.ran.add(self.decays[layer])
+        map_tensors(lambda y: self.outputs.add(y.grad_fn), output)
+
+    def carry(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """After another layer with a state ran: if gradients go through it, as in a leaky readout, it has a λ."""
-        if in_backward() or not any(state.requires_grad for state in state_tensors(layer)):
+        carries = layer in self.carriers and any(state.requires_grad for state in state_tensors(layer))
+        if in_backward() or not carries:
             return
         if layer not in self.decays:
-            self.decays[layer] = decay()
-        self.ran.add(self.decays[layer])
-        x = next(iter((*inputs, *named.values())))
-        if self.started and x.grad_fn is not None:
-            self._feed(layer, x.grad_fn)
-        map_tensors(lambda y: self.outputs.add(y.grad_fn), output)
+            self.decays[layer] = self.carriers[layer]()
+        self._feed(layer, inputs, named)
+        self._end_at(layer, output)
