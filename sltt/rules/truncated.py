@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sltt import kernels
-from sltt.checks import flag, instance, whole_number
+from sltt.checks import flag, whole_number
 from sltt.losses import SequenceLoss, is_mean
 from sltt.rules.base import Rule
 from sltt.rules.batch import Batch, Output
@@ -191,14 +191,12 @@ class SLTT(Truncated):
 
     e^l[t] is the error ∂L/∂u^l[t] within step t. Memory does not grow with T. With `k`, SLTT-K: only k steps of T,
     drawn anew for every batch, run backward; the others run forward without a graph, BatchNorm still in training mode,
-    and count with gradient zero.
+    and count with gradient zero. They are `torch.randperm(T)[:k]`, by the `seed` of the call if there is one.
 
     Args:
         k: number of steps with a backward, at least 1; None trains all.
         rescale: multiply the gradient by T/k, which makes SLTT-K an unbiased estimate of SLTT's gradient. The paper
             does not.
-        generator: where the steps are drawn from, `torch.randperm(T, generator=generator)[:k]`; None draws by the
-            `seed` of the call, or else from PyTorch's global generator.
         how: how the rule runs, see `Truncated`.
 
     Raises:
@@ -209,23 +207,12 @@ class SLTT(Truncated):
 
     window = 1
 
-    def __init__(
-        self, k: int | None = None, rescale: bool = False, generator: torch.Generator | None = None, **how: Any
-    ):
+    def __init__(self, k: int | None = None, rescale: bool = False, **how: Any):
         self.k = None if k is None else whole_number("k", k, least=1)
         self.rescale = flag("rescale", rescale)
         if rescale and k is None:
             raise ValueError("rescale=True needs k: without it every step is trained and there is nothing to rescale")
-        self.generator = None if generator is None else instance("generator", generator, torch.Generator)
         super().__init__(**how)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": None if self.generator is None else self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        if self.generator is not None and state["generator"] is not None:
-            self.generator.set_state(state["generator"])
 
     def check(self, model: nn.Module, steps: int) -> None:
         if self.k is not None and self.k > steps:
@@ -234,17 +221,12 @@ class SLTT(Truncated):
     def draw(self, steps: int, seed: int | None) -> frozenset[int] | None:
         if self.k is None:
             return None
-        generator = self.generator
-        if generator is None and seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-        device = "cpu" if generator is None else generator.device
-        return frozenset(torch.randperm(steps, generator=generator, device=device)[: self.k].tolist())
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return frozenset(torch.randperm(steps, generator=generator, device="cpu")[: self.k].tolist())
 
     def no_graph(self, steps: int) -> str | None:
         if self.k is None:
             return None
-        if self.generator is not None:
-            return "draws its steps by a generator of its own"
         draws = math.comb(steps, self.k)
         most = f"has {draws} draws of {self.k} of {steps} steps, and each is a graph: {GRAPHS} at most"
         return most if draws > GRAPHS else None
