@@ -142,7 +142,7 @@ def test_weights_cached_by_autocast_without_a_graph_do_not_cut_later_steps():
     x, y = torch.randn(3, 4, 6), torch.randint(3, (4,))
     last = next(s for s in range(99) if torch.randperm(3, generator=torch.Generator().manual_seed(s))[0] == 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        sltt.SLTT(k=1, generator=torch.Generator().manual_seed(last))(model, x, y, LOSS)
+        sltt.SLTT(k=1)(model, x, y, LOSS, seed=last)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 

@@ -175,13 +175,27 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         train(tmp_path / "run", nn.Sequential(nn.Linear(4, 5), sltt.LIF(), nn.Linear(5, 3)), resume=True)
 
 
-def test_a_rules_own_generator_continues(tmp_path):
-    def rule():
-        return sltt.SLTT(k=2, generator=torch.Generator().manual_seed(7))
+class Drawing(sltt.SLTT):
+    """Draws its steps from a generator of its own."""
 
-    train(tmp_path / "whole", rule=rule(), epochs=2, schedule=sltt.schedules.Constant())
-    train(tmp_path / "a", rule=rule(), epochs=1, schedule=sltt.schedules.Constant())
-    train(tmp_path / "a", rule=rule(), epochs=2, schedule=sltt.schedules.Constant(), resume=True)
+    def __init__(self):
+        super().__init__(k=2)
+        self.generator = torch.Generator().manual_seed(7)
+
+    def trained_steps(self, batch):
+        return torch.randperm(batch.steps, generator=self.generator)[:2].tolist()
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["generator"])
+
+
+def test_a_rules_own_generator_continues(tmp_path):
+    train(tmp_path / "whole", rule=Drawing(), epochs=2, schedule=sltt.schedules.Constant())
+    train(tmp_path / "a", rule=Drawing(), epochs=1, schedule=sltt.schedules.Constant())
+    train(tmp_path / "a", rule=Drawing(), epochs=2, schedule=sltt.schedules.Constant(), resume=True)
     assert equal(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "a" / "last.ckpt"))
 
 
