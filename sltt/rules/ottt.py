@@ -10,7 +10,7 @@ from sltt.rules.batch import Batch, Output
 from sltt.rules.folding import fold_of
 from sltt.rules.segments import split
 from sltt.rules.trace_step import TraceStep
-from sltt.rules.traces import traces_of
+from sltt.rules.traces import Traces
 from sltt.sequence.layout import Layout
 from sltt.sequence.step import Step
 
@@ -68,7 +68,7 @@ class OTTT(Rule):
         self.inputs = flag("inputs", inputs)
 
     def check(self, model: nn.Module, steps: int) -> None:
-        traces_of(Layout(model), self.decay, self.inputs)
+        Traces(Layout(model), self.decay, self.inputs)
 
     def step(self) -> Step:
         return TraceStep(self.decay, self.inputs)

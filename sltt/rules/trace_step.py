@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from sltt import kernels
 from sltt._torch import _BatchNorm
 from sltt.neurons import Recurrent
-from sltt.rules.traces import Traces, traces_of
+from sltt.rules.traces import Traces
 from sltt.sequence.layout import Layer
 from sltt.sequence.run import Run
 from sltt.sequence.step import NEURON, Step
@@ -36,7 +36,7 @@ class TraceStep(Step):
 
     def handler(self, layer: Layer, folds: bool) -> Any:
         if self.traces is None:
-            self.traces = traces_of(self.run.layout, self.decay, self.inputs)
+            self.traces = Traces(self.run.layout, self.decay, self.inputs)
         return super().handler(layer, folds)
 
     def require_folds(self) -> None:

@@ -27,30 +27,6 @@ from sltt.sequence.state import map_tensors, state_tensors
 from sltt.sequence.steps import in_backward
 
 
-def traces_of(layout: Layout, decay: float | None, inputs: bool) -> "Traces":
-    """Return the traces of a network at the start of a sequence; raises ValueError naming a layer that has none."""
-    if any(layer.compiled for layer in layout.layers.values()):
-        raise ValueError(
-            "OTTT traces what layers read, which compiled code hides: give it the network before torch.compile"
-        )
-    spiking = layout.neurons.values()
-    # of a neuron made of neurons, the inner ones
-    names = {n: m for n, m in layout.neurons.items() if not any(c in spiking for c in m.modules() if c is not m)}
-    neurons = {module: name for name, module in names.items()}
-    _check_weights(layout, neurons)
-    recurrent = [m for m in layout.layers if isinstance(m, Recurrent)]
-    own = {layer: m.neuron for m in recurrent for layer in m.layer.modules()}
-    # the other layers with a state, neither in neurons nor around some
-    known = {part for neuron in neurons for part in neuron.modules()}
-    carriers = {
-        k.module: partial(decay_of, k.module, k.name, decay)
-        for k in layout.keepers
-        if inputs and not getattr(k.module, "timeless", False) and known.isdisjoint(k.module.modules())
-    }
-    decays = {m: decay_of(m, name, decay) for m, name in neurons.items()}
-    return Traces(decays, inputs, own, carriers)
-
-
 def _check_weights(layout: Layout, neurons: dict[nn.Module, str]) -> None:
     """Raise ValueError naming a module with weights that no trace is known for."""
     for module, layer in layout.layers.items():
@@ -150,19 +126,32 @@ class _Trace:
 
 
 class Traces:
-    """The traces of a sequence, by layer and by the number of its use in a time step."""
+    """The traces of a sequence, by layer and by the number of its use in a time step.
 
-    def __init__(
-        self,
-        decays: dict[nn.Module, Callable[[], Decays]],
-        inputs: bool,
-        own: dict[nn.Module, nn.Module],
-        carriers: dict[nn.Module, Callable[[], Callable[[], Decays]]],
-    ):
-        self.decays = decays
-        self.carriers = carriers  # layers with a state that are no neurons, and what finds their λ
+    Raises ValueError naming a layer that has none.
+    """
+
+    def __init__(self, layout: Layout, decay: float | None, inputs: bool):
+        if any(layer.compiled for layer in layout.layers.values()):
+            raise ValueError(
+                "OTTT traces what layers read, which compiled code hides: give it the network before torch.compile"
+            )
+        spiking = layout.neurons.values()
+        # of a neuron made of neurons, the inner ones
+        names = {m: n for n, m in layout.neurons.items() if not any(c in spiking for c in m.modules() if c is not m)}
+        _check_weights(layout, names)
         self.inputs = inputs
-        self.own = own  # of a recurrent layer, the neurons whose spikes it reads
+        self.decays = {module: decay_of(module, name, decay) for module, name in names.items()}
+        recurrent = [m for m in layout.layers if isinstance(m, Recurrent)]
+        # of a recurrent layer, the neurons whose spikes it reads
+        self.own = {layer: m.neuron for m in recurrent for layer in m.layer.modules()}
+        known = {part for neuron in names for part in neuron.modules()}
+        # the other layers with a state, neither in neurons nor around some, and what finds their λ
+        self.carriers = {
+            k.module: partial(decay_of, k.module, k.name, decay)
+            for k in layout.keepers
+            if inputs and not getattr(k.module, "timeless", False) and known.isdisjoint(k.module.modules())
+        }
         self.traces: dict[tuple[nn.Module, int], _Trace] = {}
         self.through_decay: dict[nn.Module, Tensor] = {}  # ∂v/∂λ of neurons with a learnable λ
         self.started: dict[Any, _Trace] = {}  # those of this time step, by the graph's node of the layer's output
