@@ -216,6 +216,7 @@ OTHER_CALLS = [
     ("DigitsNet(neuron: instance)", partial(models.DigitsNet, neuron=sltt.LIF()), ValueError, "neuron must be a class"),
     ("DigitsNet of a sequence", lambda: models.DigitsNet(3)(IMAGES_8[None]), ValueError, "goes through a rule"),
     ("DigitsNet of few channels", lambda: models.DigitsNet(1)(IMAGES_8), ValueError, r"expected one time step \[B, 1"),
+    ("DigitsNet of 2 pixels", lambda: models.DigitsNet(3)(IMAGES_8[..., :2]), ValueError, "at least 4 pixels"),
     ("DigitsNet of bytes", lambda: models.DigitsNet(3)(IMAGES_8.byte()), ValueError, r"use x\.float\(\)"),
     ("DigitsNet of a list", lambda: models.DigitsNet(3)([1.0]), ValueError, "the input must be a Tensor"),
     ("MLP of bytes", lambda: models.MLP([192, 2])(IMAGES_8.byte()), ValueError, r"use x\.float\(\)"),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx, nn
 
-from sltt.checks import whole_numbers
+from sltt.checks import instance, whole_numbers
 from sltt.sequence.once import once
 
 NeuronFactory = Callable[[], nn.Module]
@@ -30,13 +30,16 @@ def stage_blocks(blocks: Sequence[int]) -> list[tuple[int, int]]:
     return [(width, stride if i == 0 else 1) for width, stride, count in stages for i in range(count)]
 
 
-def check_frame(x: Tensor, channels: int) -> None:
-    """Raise ValueError unless x is the input of one time step, [B, channels, H, W]."""
+def check_frame(x: Tensor, channels: int, least: int = 1) -> None:
+    """Raise ValueError unless x is the input of one time step, [B, channels, H, W], with H and W at least `least`."""
     if isinstance(x, fx.Proxy):  # the network is being traced, and has no shapes yet
         return
+    instance("the input", x, Tensor)
     if x.ndim != 4 or x.shape[1] != channels:
         hint = "; a sequence [T, B, C, H, W] goes through a rule or sltt.unroll" if x.ndim == 5 else ""
         raise ValueError(f"expected one time step [B, {channels}, H, W], got shape {list(x.shape)}{hint}")
+    if x.shape[2] < least or x.shape[3] < least:
+        raise ValueError(f"expected a height and a width of at least {least} pixels, got shape {list(x.shape)}")
     check_floating(x)
 
 

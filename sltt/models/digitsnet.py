@@ -48,6 +48,6 @@ class DigitsNet(nn.Module):
         self.head = nn.Linear(2 * width * 2 * 2, whole_number("classes", classes, least=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """One time step [B, in_channels, H, W] to logits [B, classes]."""
-        check_frame(x, self.in_channels)
+        """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 4."""
+        check_frame(x, self.in_channels, least=4)
         return self.head(self.dropout(self.pool(run_features(self.features, x)).flatten(1)))

@@ -75,6 +75,7 @@ class ShallowResNet(nn.Module):
             currents.append(nn.Sequential(conv, nn.MaxPool2d(2), norm(width)))
             stages.append(nn.Sequential(neuron(), *(_Residual(width, neuron, norm) for _ in range(blocks))))
             channels = width
+        self.poolings = len(widths)
         self.currents = nn.ModuleList(currents)
         self.stages = nn.ModuleList(stages)
         self.dropout = Dropout(dropout)
@@ -82,7 +83,7 @@ class ShallowResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 2 to the number of widths."""
-        check_frame(x, self.in_channels)
+        check_frame(x, self.in_channels, least=2**self.poolings)
         for current, stage in zip(self.currents, self.stages, strict=True):
             x = stage(once(current, x))
         return self.head(self.dropout(F.adaptive_avg_pool2d(x, 1).flatten(1)))
@@ -152,9 +153,10 @@ class ShallowVGG(nn.Module):
             layers += [_identity_conv(width, width), _shift_norm(width), neuron()]
             channels = width
         self.features = nn.Sequential(*layers, RunningMax(nn.AdaptiveMaxPool2d(1)))
+        self.poolings = len(widths)
         self.head = nn.Linear(channels, whole_number("classes", classes, least=1), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, 3, H, W] to logits [B, classes]; H and W greater than 2 to the number of widths."""
-        check_frame(x, 3)
+        check_frame(x, 3, least=2**self.poolings + 1)
         return self.scale * self.head(self.features(once(self.contrasts, x)).flatten(1))

@@ -98,20 +98,24 @@ class SpikingTransformer(nn.Module):
         stem: begins with a convolution and BatchNorm. With `hoist=True` these run once per sequence for a static image.
         blocks: of the tokens.
         channels: of the last block.
+        patch: side of the square of pixels that a token is made of.
         in_channels: channels of the input.
         classes: number of logits.
     """
 
-    def __init__(self, stem: nn.Sequential, blocks: nn.Sequential, channels: int, in_channels: int, classes: int):
+    def __init__(
+        self, stem: nn.Sequential, blocks: nn.Sequential, channels: int, patch: int, in_channels: int, classes: int
+    ):
         super().__init__()
         self.in_channels = in_channels
+        self.patch = patch
         self.stem = stem
         self.blocks = blocks
         self.head = nn.Linear(channels, whole_number("classes", classes, least=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """One time step [B, in_channels, H, W] to logits [B, classes]."""
-        check_frame(x, self.in_channels)
+        """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least `patch`."""
+        check_frame(x, self.in_channels, least=self.patch)
         return self.head(self.blocks(run_features(self.stem, x)).mean((2, 3)))
 
 
@@ -151,7 +155,7 @@ def spikformer(
         before = after
     position = Sum(nn.Sequential(*_layer(channels, channels, 3, neuron)), nn.Identity())
     blocks = [Block(SelfAttention(channels, heads, neuron), channels, neuron) for _ in range(depth)]
-    return SpikingTransformer(nn.Sequential(*stem), nn.Sequential(position, *blocks), channels, inside, classes)
+    return SpikingTransformer(nn.Sequential(*stem), nn.Sequential(position, *blocks), channels, patch, inside, classes)
 
 
 def qkformer(
@@ -195,7 +199,7 @@ def qkformer(
         else:
             blocks.append(_merge(width, neuron, pool_last=small))
         blocks.extend(Block(attention(width, heads, neuron), width, neuron) for _ in range(depths[stage]))
-    return SpikingTransformer(stem, blocks, channels, in_channels, classes)
+    return SpikingTransformer(stem, blocks, channels, patch, in_channels, classes)
 
 
 def _merge(channels: int, neuron: NeuronFactory, pool_last: bool) -> nn.Module:

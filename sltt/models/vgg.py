@@ -37,7 +37,8 @@ class VGG(nn.Module):
         neuron = neuron_maker(neuron)
         layers: list[nn.Module] = []
         channels = self.in_channels = whole_number("in_channels", in_channels, least=1)
-        for i, widths in enumerate(sequence("blocks", blocks, "widths", fewest=1)):
+        self.poolings = len(sequence("blocks", blocks, "widths", fewest=1)) - 1
+        for i, widths in enumerate(blocks):
             widths = whole_numbers(f"blocks[{i}]", widths, least=1)
             if i:
                 layers.append(nn.AvgPool2d(2))
@@ -50,7 +51,7 @@ class VGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 2 to the number of poolings."""
-        check_frame(x, self.in_channels)
+        check_frame(x, self.in_channels, least=2**self.poolings)
         return self.head(self.pool(run_features(self.features, x)).flatten(1))
 
 

@@ -211,3 +211,9 @@ def test_a_shallow_vgg_gives_logits_by_the_pooled_sum_over_time_times_its_scale(
     rates = torch.stack(counts).mean(0).amax((2, 3))
     torch.testing.assert_close(logits, 0.25 * rates @ model.head.weight.T)
     assert [type(layer) for layer in model.features].count(sltt.RunningMax) == 2
+
+
+@pytest.mark.parametrize("side", [8, 7])
+def test_images_too_small_for_a_shallow_vgg_are_refused(side):
+    with pytest.raises(ValueError, match="at least 9 pixels"):
+        models.ShallowVGG()(torch.randn(1, 3, side, side))
