@@ -66,15 +66,10 @@ class OnlineRenorm(Stateful, _BatchNorm):
         """Return x [B, C, ...] of one time step to y of the same shape."""
         self._check_input_dim(input)
         if not self.training:
-            return self._normalise(input, *self._running_statistics())
+            return self._normalise(input, self.running_mean, self.running_var)
         return self._train(input)
 
-    def _running_statistics(self) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.running_mean, Tensor)
-        assert isinstance(self.running_var, Tensor)
-        return self.running_mean, self.running_var
-
-    def _normalise(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    def _normalise(self, x: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
         return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
     def _train(self, x: Tensor) -> Tensor:
@@ -83,13 +78,13 @@ class OnlineRenorm(Stateful, _BatchNorm):
                 f"OnlineRenorm needs more than one value for each channel, got {list(x.shape)}: use a larger batch"
             )
         with torch.no_grad():
-            running = self._running_statistics()
+            running: Any = self.running_mean, self.running_var
             mean, var = torch.ops.aten.batch_norm_update_stats(x, *running, 0.0)  # which it leaves as they are
             if self.before is None:
                 self.before = running[0].clone(), running[1].clone()
                 assert self.num_batches_tracked is not None
                 self.num_batches_tracked.add_(1)
-            self._track(mean, var)
+            self._track(mean, var, running, self.before)
             factor = (var + self.eps) / (self.before[1] + self.eps)
             near = (torch.maximum(factor, 1 / factor) <= self.limit**2).all()
             used = [torch.where(near, run, of_batch) for run, of_batch in zip(self.before, (mean, var), strict=True)]
@@ -97,17 +92,16 @@ class OnlineRenorm(Stateful, _BatchNorm):
             x = _OfBatch.apply(x, mean, torch.sqrt(var + self.eps))  # type: ignore[assignment]
         return self._normalise(x, *used)
 
-    def _track(self, mean: Tensor, var: Tensor) -> None:
-        """Return the running statistics as they are if the sequence ends with this step."""
-        assert self.before is not None
-        assert self.momentum is not None
+    def _track(self, mean: Tensor, var: Tensor, running: Any, before: Any) -> None:
+        """Set the running statistics to what they are if the sequence ends with this step."""
         origin, first, second, steps = self.sums or (mean, 0, 0, 0)
         apart = mean - origin  # squares of the means themselves would be large beside a small variance
         self.sums = origin, first, second, steps = origin, first + apart, second + var + apart.square(), steps + 1
         apart = first / steps
         of_sequence = origin + apart, second / steps - apart.square()
-        for running, before, of_batch in zip(self._running_statistics(), self.before, of_sequence, strict=True):
-            torch.lerp(before, of_batch, self.momentum, out=running)
+        momentum: Any = self.momentum
+        for now, was, of_batch in zip(running, before, of_sequence, strict=True):
+            torch.lerp(was, of_batch, momentum, out=now)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, limit={self.limit}"

@@ -176,7 +176,7 @@ class _NeuronLayer(_Layer):
 
     def __init__(self, layer: Layer, steps: int):
         super().__init__(layer, steps)
-        self.spikes: Tensor | None = None
+        self.spikes: Any = None
         self.by: list[kernels.Sensitivity] = []  # to the input, and to the parameters that learn
 
     def step(self, x: Tensor) -> Tensor:
@@ -200,7 +200,6 @@ class _NeuronLayer(_Layer):
         check_forward(self.module)
         n, (_, parameters) = self.count(), self.module.as_function(x)
         self.module.reset()  # what the T steps left goes, layer by layer
-        assert self.spikes is not None
         by_input, *by_parameters = (sensitivity.total.div_(n) for sensitivity in self.by)
         found = kernels.Steady(self.spikes.div_(n).to(x.dtype), by_input.to(x.dtype), tuple(by_parameters))
         self.calls, self.spikes, self.by = 0, None, []
@@ -299,8 +298,8 @@ class _NormLayer(_Layer):
     Time averages, so the deviation of the mean input is smaller, and would make the gradient too large.
     """
 
-    mean: Tensor | float = 0.0
-    inverse: Tensor | float = 0.0
+    mean: Any = 0.0
+    inverse: Any = 0.0
 
     def step(self, x: Tensor) -> Tensor:
         """Do as `_BatchNorm.forward`, by the operator that gives the statistics too."""
@@ -320,21 +319,14 @@ class _NormLayer(_Layer):
 
     def rate(self, x: Tensor) -> Tensor:
         norm, n = self.module, self.count()
-        assert isinstance(self.mean, Tensor)
-        assert isinstance(self.inverse, Tensor)
-        var, mean = _statistics(x)
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(values, [0, *range(2, x.ndim)], correction=0)
         mean = _with_value(self.mean / n, mean)
         scale = torch.rsqrt(_with_value((self.inverse / n) ** -2, var))
         scale = scale if norm.weight is None else scale * norm.weight
         shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
         form = (-1, *[1] * (x.ndim - 2))
         return (x * scale.view(form) + shift.view(form)).to(x.dtype)
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean [C] of x [B, C, ...], at least in float32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
 
 
 def _make_layer(layer: Layer, steady: bool, steps: int) -> _Layer | None:
