@@ -227,7 +227,6 @@ COMPILED[0].compile()
         ({}, None, None),
         ({"rule": sltt.SLTT(k=1)}, None, None),
         ({"rule": sltt.SLTT(k=6)}, "has 924 draws of 6 of 12 steps", "924"),
-        ({"rule": sltt.SLTT(k=1, generator=torch.Generator())}, "draws its steps by a generator of its own", "draws"),
         ({"rule": sltt.BPTT(segment=2)}, "restores random generators", "restores"),
         ({"rule": sltt.Mixed({"2": 2})}, "restores random generators", "restores"),
         ({"rule": sltt.OTTT(online=True)}, "updates the weights at every time step", "updates"),
