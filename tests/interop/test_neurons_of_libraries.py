@@ -1,5 +1,7 @@
 import copy
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -38,8 +40,7 @@ def test_sltt_k_trains_the_steps_that_it_draws(library):
     total = 0
     for t in range(len(x)):
         seed = next(s for s in range(999) if torch.randperm(5, generator=torch.Generator().manual_seed(s))[0] == t)
-        rule = sltt.SLTT(k=1, generator=torch.Generator().manual_seed(seed))
-        total = total + gradients_of(rule, model, x, y)
+        total = total + gradients_of(partial(sltt.SLTT(k=1), seed=seed), model, x, y)
     torch.testing.assert_close(total, gradients_of(sltt.SLTT(), model, x, y), rtol=1e-4, atol=1e-6)
 
 
