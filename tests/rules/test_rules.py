@@ -234,11 +234,6 @@ def test_a_loss_without_a_gradient_is_explained(rule, model, loss, message):
         rule(model, *batch(), loss)
 
 
-def test_the_state_of_another_rule_is_refused():
-    with pytest.raises(ValueError, match=r"what was saved is of another rule than BPTT\(\)"):
-        sltt.BPTT().load_state_dict(sltt.SLTT().state_dict())
-
-
 @pytest.mark.parametrize(
     "neuron", [sltt.LIF(), sltt.LIF(v_reset=0.0), sltt.ALIF(), sltt.Recurrent(sltt.IF(), nn.Linear(8, 8))], ids=repr
 )
