@@ -51,8 +51,8 @@ _FUNCTIONS = {
     "sltt_pack": (None, [_P, _P, _P, _F, _P, _I]),
     "sltt_forward": (_I, [_P, _P, _P, _P, _P, _I, _I]),
     "sltt_weight_gradient": (_I, [_P, _P, _P, _I, _F, _P, _P, _I]),
-    "sltt_input_gradient": (_I, [_P, _P, _P, _P, _I, _P, _I]),
-    "sltt_dense_weight_gradient": (_I, [_P, _P, _P, _I, _P, _I]),
+    "sltt_input_gradient": (_I, [_P, _P, _P, _P, _P, _I]),
+    "sltt_dense_weight_gradient": (_I, [_P, _P, _P, _P, _I]),
     "sltt_neuron": (None, [_P, _P, _I, _P, _P, _P, _P, _N, _P, _P, _N, _N, _I]),
     "sltt_neuron_gradient": (_I, [_P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _I, _I]),
     "sltt_recurrent": (_I, [_P, _P, _P, _N, _P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _I]),
@@ -61,7 +61,6 @@ _FUNCTIONS = {
     "sltt_max_pool_gradient": (None, [_P, _I, _P, _P, _P, _I]),
     "sltt_running_max": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _I]),
     "sltt_norm": (_I, [_I, _P, _N, _N, _P, _P, _P, _P, _I, _D, _D, _P, _I]),
-    "sltt_channel_sums": (_I, [_I, _P, _N, _N, _P, _I]),
 }
 
 

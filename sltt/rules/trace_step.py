@@ -239,7 +239,7 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...
     axes = stride, 0 if padding == "valid" else padding, dilation
     dims = weight.ndim - 2
     stride, padding, dilation = ([a] * dims if isinstance(a, int) else list(a) for a in axes)
-    return kernels.convolution_gradients(grad, x, weight, (stride, padding, dilation), groups, [*needs, False])[:2]
+    return kernels.convolution_gradients(grad, x, weight, (stride, padding, dilation), groups, needs)
 
 
 def _bias_gradient(grad: Tensor, ones: list[float | Tensor], channels: int) -> Any:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import warnings
+from typing import get_args
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def forget():
-    for function in (native._library, native.key, costs._costs, costs._dense, costs.break_even):
+    for function in (native._library, native.key, costs._costs, costs.break_even):
         function.cache_clear()
 
 
@@ -184,8 +185,8 @@ def test_break_even_is_read_from_the_cache(cache, monkeypatch):
     """It is a fixed function of the layer: measured once, kept, and measured again only where the file is damaged."""
     measured = []
 
-    def measure(linear, dtype):
-        measured.append((linear, dtype))
+    def measure(kind, dtype):
+        measured.append((kind, dtype))
         return [costs.Costs(0.02, 0.01, 1.0, 0.5), costs.Costs(0.02, 0.1, 1.0, 0.5)]
 
     monkeypatch.setattr(winograd, "supports", lambda *a: False)
@@ -240,8 +241,8 @@ def test_dense_layers_limited_to_other_instructions_have_costs_of_their_own(cach
 
 @NATIVE
 def test_costs_are_measured(cache):
-    for linear in (False, True):
-        for found in costs._measure(linear, torch.float32):
+    for kind in get_args(costs.Kind):
+        for found in costs._measure(kind, torch.float32):
             assert found.dense > 0
             assert found.spike > 0
             assert found.element >= 0

@@ -19,10 +19,9 @@ from sltt.kernels.layers.sparse import Layer
 from sltt.kernels.layers.values import (
     Axes,
     axes_in,
-    dense_gradients,
+    convolution_gradients,
+    has_fast_gradients,
     layer_of,
-    multiplies,
-    ours_of,
     parameters_fit,
     run_on_values,
 )
@@ -77,7 +76,6 @@ class Call:
         dtype: of the output.
         sparse_forward: the forward touches active inputs only.
         sparse_gradient: the weight gradient does.
-        ours: which dense gradients are those of `winograd`.
         axes: stride, padding and dilation of a convolution.
         weights: where the forms of the weight are kept.
     """
@@ -87,7 +85,6 @@ class Call:
     dtype: torch.dtype
     sparse_forward: bool
     sparse_gradient: bool
-    ours: costs.Ours
     axes: Axes
     weights: Weights
 
@@ -104,29 +101,25 @@ class Call:
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """Return ∂L/∂x, dense."""
-        weight = weight if self.ours.input_gradient else self.weights.cast(weight, grad.dtype)
+        weight = self.weights.cast(weight, grad.dtype)
         if self.layer.linear:
             return grad @ weight
-        # of the input, only shape and memory format are looked at
-        x = grad if grad.shape == self.layer.x_shape else grad.new_empty(self._channels_last_shape()).movedim(-1, 1)
-        return self._gradients(grad, x, weight, (True, False))[0]
-
-    def weight_gradient(self, grad: Tensor, weight: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
-        """Return ∂L/∂weight and ∂L/∂bias."""
-        if self.sparse_gradient:
-            return sparse.weight_gradient(self.layer, self.spikes.bits, grad, self.spikes.one, needs_bias)
-        x, linear = self.spikes.dense().to(grad.dtype), self.layer.linear
-        of_bias = sparse.bias_gradient(self.layer, grad if linear else grad.movedim(1, -1)) if needs_bias else None
-        if linear:
-            return grad.flatten(0, -2).T @ x.flatten(0, -2), of_bias
-        return self._gradients(grad, x, weight, (False, True))[1], of_bias
-
-    def _channels_last_shape(self) -> tuple[int, ...]:
         batch, channels, *pixels = self.layer.x_shape
-        return batch, *pixels, channels
+        x = grad if grad.shape == self.layer.x_shape else grad.new_empty((batch, *pixels, channels)).movedim(-1, 1)
+        of_x, _ = convolution_gradients(grad, x, weight, self.axes, 1, (True, False))
+        assert of_x is not None
+        return of_x
 
-    def _gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]) -> Any:
-        return dense_gradients(self.layer, self.ours, grad, x, weight, self.axes, 1, needs)
+    def weight_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """Return ∂L/∂weight."""
+        if self.sparse_gradient:
+            return sparse.weight_gradient(self.layer, self.spikes.bits, grad, self.spikes.one)
+        x = self.spikes.dense().to(grad.dtype)
+        if self.layer.linear:
+            return grad.flatten(0, -2).T @ x.flatten(0, -2)
+        _, of_weight = convolution_gradients(grad, x, weight, self.axes, 1, (False, True))
+        assert of_weight is not None
+        return of_weight
 
 
 class _OnSpikes(torch.autograd.Function):
@@ -142,14 +135,12 @@ class _OnSpikes(torch.autograd.Function):
         call: Call = ctx.call
         (weight,) = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad = grad.contiguous() if call.layer.linear else grad.movedim(1, -1).contiguous().movedim(-1, 1)
+        last = (grad if call.layer.linear else grad.movedim(1, -1)).contiguous()  # [..., C_out]
+        grad = last if call.layer.linear else last.movedim(-1, 1)
         of_x = call.input_gradient(grad, weight).to(ctx.x_dtype) if needs_x else None
-        of_weight = of_bias = None
-        if needs_weight or needs_bias:
-            of_weight, of_bias = call.weight_gradient(grad, weight, needs_bias)
-            of_weight = of_weight.to(weight.dtype)
-            of_bias = None if of_bias is None else of_bias.to(weight.dtype)
-        return of_x, of_weight if needs_weight else None, of_bias, None
+        of_weight = call.weight_gradient(grad, weight).to(weight.dtype) if needs_weight else None
+        of_bias = last.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype) if needs_bias else None
+        return of_x, of_weight, of_bias, None
 
 
 def run_layer(
@@ -226,7 +217,7 @@ def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | N
         layer = layer_of(x, weight, axes, operation.settings[3])
         ordered = x.movedim(1, -1).is_contiguous()
     always = options().sparse == "on"
-    if not ordered or layer.problem or not (always or layer.products >= costs.PRODUCTS_FROM) or native.problem():
+    if not ordered or not layer.fits or not (always or layer.products >= costs.PRODUCTS_FROM) or native.problem():
         return None
     even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype, weights.calls)
     if not (even.forward or torch.is_grad_enabled()):
@@ -234,9 +225,7 @@ def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | N
     spikes = look(x.detach())
     if spikes is None or (isinstance(spikes.one, Tensor) and spikes.one.shape != weight.shape[1:2]):
         return None
-    density, ours = spikes.density, ours_of(layer, dtype)
-    forward, gradient = density < even.forward, density < even.weight_gradient
-    backward = gradient or ours.input_gradient or ours.weight_gradient or multiplies(layer, dtype)
-    if not forward and not (backward and torch.is_grad_enabled()):
+    forward, gradient = (spikes.density < most for most in even)
+    if not forward and not (torch.is_grad_enabled() and (gradient or has_fast_gradients(layer, dtype))):
         return None
-    return Call(layer, spikes, dtype, forward, gradient, ours, axes, weights)
+    return Call(layer, spikes, dtype, forward, gradient, axes, weights)

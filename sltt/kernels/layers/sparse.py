@@ -6,7 +6,7 @@ Spikes come as bits (`bits.pack`) of memory with the channels last: [B, H, W, C]
 float32. Results do not depend on the number of threads, to the last bit.
 
     layer = conv_layer(x.shape, weight.shape, stride=(1, 1), padding=((1, 1), (1, 1)))
-    if not (layer.problem or native.problem()) and density(bits) < costs.break_even(layer, x.dtype).forward:
+    if layer.fits and not native.problem() and density(bits) < costs.break_even(layer, x.dtype).forward:
         y = forward(layer, bits, pack_weight(layer, weight), bias, x.dtype)
 """
 
@@ -36,14 +36,14 @@ class Layer:
         weight_shape: [C_out, C, KH, KW], [C_out, C, K] or [C_out, C].
         y_shape: like `x_shape`.
         sizes: of the equivalent convolution of images: n, h, w, ci, co, kh, kw, sh, sw, ph, pw, oh, ow.
-        problem: why only the dense layer can do it; None if it can be sparse.
+        fits: it can be sparse.
     """
 
     x_shape: tuple[int, ...]
     weight_shape: tuple[int, ...]
     y_shape: tuple[int, ...]
     sizes: tuple[int, ...]
-    problem: str | None
+    fits: bool
 
     @property
     def linear(self) -> bool:
@@ -93,14 +93,10 @@ def conv_layer(
         )
     ]
     y_shape = (x_shape[0], weight_shape[0], *(out for *_, out in axes))
-    problem = None
-    if len(axes) not in (1, 2):
-        problem = f"it has {len(axes)} spatial axes"
-    elif groups > 1 or any(d > 1 for d in dilation):
-        problem = f"it has groups={groups} and dilation={tuple(dilation)}"
     h, w = ((1, 1, 1, 0, 1), *axes)[-2:]
     sizes = _sizes(x_shape[0], x_shape[1], weight_shape[0], h, w)
-    return Layer(x_shape, weight_shape, y_shape, sizes, problem or _problem(sizes))
+    fits = len(axes) in (1, 2) and groups == 1 and all(d == 1 for d in dilation) and _fit(sizes)
+    return Layer(x_shape, weight_shape, y_shape, sizes, fits)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -109,7 +105,7 @@ def linear_layer(x_shape: Sequence[int], weight_shape: Sequence[int]) -> Layer:
     x_shape, weight_shape = tuple(x_shape), tuple(weight_shape)
     point = (1, 1, 1, 0, 1)
     sizes = _sizes(math.prod(x_shape[:-1]), x_shape[-1], weight_shape[0], point, point)
-    return Layer(x_shape, weight_shape, (*x_shape[:-1], weight_shape[0]), sizes, _problem(sizes))
+    return Layer(x_shape, weight_shape, (*x_shape[:-1], weight_shape[0]), sizes, _fit(sizes))
 
 
 def density(bits: Tensor) -> float:
@@ -131,7 +127,7 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
     """Return y = layer(spikes) in `dtype`, with the channels last in memory.
 
     Args:
-        layer: which has no `problem`.
+        layer: which fits.
         bits: of the spikes, [numel/8].
         packed: what `pack_weight` gives.
         bias: [C_out].
@@ -147,33 +143,18 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
     return y.to(dtype)
 
 
-def weight_gradient(
-    layer: Layer, bits: Tensor, grad_y: Tensor, one: float | Tensor = 1.0, needs_bias: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Return ∂L/∂weight, with the channels last in memory, and ∂L/∂bias if asked for, both in float32."""
+def weight_gradient(layer: Layer, bits: Tensor, grad_y: Tensor, one: float | Tensor = 1.0) -> Tensor:
+    """Return ∂L/∂weight in float32, with the channels last in memory."""
     assert 8 * bits.numel() == math.prod(layer.x_shape)
     assert grad_y.shape == layer.y_shape
     g = grad_y if layer.linear else grad_y.movedim(1, -1)
     g = g.to(torch.float32 if g.dtype == torch.float16 else g.dtype).contiguous()
     shape = layer.weight_shape[0], *layer.weight_shape[2:], layer.weight_shape[1]
-    grad = torch.empty(shape, dtype=torch.float32, device="cpu")
-    grad = grad.movedim(-1, 1)
+    grad = torch.empty(shape, dtype=torch.float32, device="cpu").movedim(-1, 1)
     half, factor = g.dtype == torch.bfloat16, 1.0 if isinstance(one, Tensor) else one
     threads = torch.get_num_threads()
     library().sltt_weight_gradient(bits, layer.pointer, g, half, factor, grad, strides_of(grad), threads)
-    if isinstance(one, Tensor):
-        grad *= _by_channel(one, layer)
-    return grad, bias_gradient(layer, g) if needs_bias else None
-
-
-def bias_gradient(layer: Layer, grad: Tensor) -> Tensor:
-    """Return ∂L/∂bias in float32, from ∂L/∂y with the channels last in memory, [..., C_out]."""
-    if layer.linear or grad.dtype == torch.float16:
-        return grad.flatten(0, -2).sum(0, dtype=torch.float32)
-    sums = torch.empty(grad.shape[-1], dtype=torch.float32, device="cpu")
-    half = grad.dtype == torch.bfloat16
-    library().sltt_channel_sums(half, grad, grad.numel(), len(sums), sums, torch.get_num_threads())
-    return sums
+    return grad.mul_(_by_channel(one, layer)) if isinstance(one, Tensor) else grad
 
 
 def _by_channel(one: Tensor, layer: Layer) -> Tensor:
@@ -192,13 +173,9 @@ def _sizes(n: int, ci: int, co: int, h: Sequence[int], w: Sequence[int]) -> tupl
     return (n, h[0], w[0], ci, co, h[1], w[1], h[2], w[2], h[3], w[3], h[4], w[4])
 
 
-def _problem(sizes: tuple[int, ...]) -> str | None:
+def _fit(sizes: tuple[int, ...]) -> bool:
     n, h, w, ci, co, *_, oh, ow = sizes
-    if min(ci, co) < 16:
-        return f"it has {ci} input and {co} output channels, less than 16"
-    if min(n, h, w, oh, ow) < 1:
-        return "it has no output"
-    return "its input has 2^32 elements or more" if n * h * w * ci >= 2**32 else None
+    return min(ci, co) >= 16 and min(n, h, w, oh, ow) >= 1 and n * h * w * ci < 2**32
 
 
 def strides_of(weight: Tensor) -> Any:

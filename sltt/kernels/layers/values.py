@@ -1,7 +1,7 @@
 """Gradients of convolutions of any values, such as rates or traces, in other ways than PyTorch's where that is faster.
 
-Those of 3×3 convolutions of stride 1 are Winograd's (`winograd`), where `costs` measured that it pays. The weight
-gradient of small images in bfloat16 is a matrix product for each position of the kernel. The forward is PyTorch's.
+Those of 3×3 convolutions of stride 1 in float32 are Winograd's (`winograd`). The weight gradient of small images in
+bfloat16 is a matrix product for each position of the kernel. The forward is PyTorch's.
 """
 
 import functools
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sltt._torch import is_functorch_wrapped_tensor
-from sltt.kernels import native
 from sltt.kernels.layers import costs, sparse, winograd
 from sltt.kernels.layers.sparse import Layer
 from sltt.kernels.layers.weights import Weights
@@ -49,8 +48,9 @@ class _OnValues(torch.autograd.Function):
                 "gradients of a convolution under autocast have no graph here; for those, train with sparse='off'"
             )
         grad = grad.contiguous(memory_format=torch.channels_last)
-        of_x, *others = convolution_gradients(grad, x, weight, ctx.axes, 1, list(ctx.needs_input_grad[:3]))
-        of_weight, of_bias = (None if g is None else g.to(dtype) for g, dtype in zip(others, ctx.dtypes, strict=True))
+        of_x, of_weight = convolution_gradients(grad, x, weight, ctx.axes, 1, ctx.needs_input_grad[:2])
+        of_weight = None if of_weight is None else of_weight.to(ctx.dtypes[0])
+        of_bias = grad.sum([0, 2, 3]).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return of_x, of_weight, of_bias, None, None
 
 
@@ -68,47 +68,28 @@ def run_on_values(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None
     if not {t.dtype for t in (x, weight, bias) if t is not None} <= types:
         return plain()
     layer = _dense_layer(x, weight, axes, operation.settings[3])
-    if layer is None or not (any(ours_of(layer, dtype)) or (multiplies(layer, dtype) and weight.requires_grad)):
+    if layer is None or not has_fast_gradients(layer, dtype):
         return plain()
     return _OnValues.apply(x.to(dtype), weight, bias, axes, weights)
 
 
 def convolution_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    axes: Axes,
-    groups: int,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return ∂L/∂x, ∂L/∂weight and ∂L/∂bias of a convolution that reads any values; natively where that is faster.
+    grad: Tensor, x: Tensor, weight: Tensor, axes: Axes, groups: int, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ∂L/∂x and ∂L/∂weight of a convolution that reads any values; natively where that is faster.
 
     Args:
         grad: ∂L/∂y.
-        x: the input.
+        x: the input; for ∂L/∂x alone, a tensor of its shape and memory format.
         weight: of any type.
         axes: stride, padding and dilation, a number for each axis.
         groups: of the convolution.
-        needs: which of the three are asked for.
+        needs: which of the two are asked for.
     """
+    of_x = of_weight = None
     # a graph of the gradients is PyTorch's
     layer = None if torch.is_grad_enabled() else _dense_layer(x, weight, axes, groups)
-    of_bias = grad.sum([0, *range(2, grad.ndim)]) if needs[2] else None
-    return *dense_gradients(layer, ours_of(layer, grad.dtype), grad, x, weight, axes, groups, needs), of_bias
-
-
-def dense_gradients(
-    layer: Layer | None,
-    ours: costs.Ours,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    axes: Axes,
-    groups: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return ∂L/∂x and ∂L/∂weight where needed: `ours`, matrix products, or PyTorch's, as without a `layer`."""
-    of_x = of_weight = None
+    fast = layer is not None and winograd.supports(layer, grad.dtype)
 
     def pytorch(*mask: bool) -> Any:
         zeros, cast = [0] * len(axes[0]), weight.to(grad.dtype)
@@ -116,30 +97,23 @@ def dense_gradients(
 
     # one by one: what PyTorch needs for the first is free at the second
     if needs[1]:
-        if layer and ours.weight_gradient:
+        if layer and fast:
             of_weight = winograd.weight_gradient(layer, x, grad)
-        elif layer and multiplies(layer, grad.dtype):
+        elif layer and _multiplies(layer, grad.dtype):
             of_weight = _multiplied_weight_gradient(grad, x, weight, axes)
         else:
             of_weight = pytorch(False, True, False)[1]
     if needs[0]:
-        if layer and ours.input_gradient:
-            of_x = winograd.input_gradient(layer, grad, weight)
-        else:
-            of_x = pytorch(True, False, False)[0]
+        of_x = winograd.input_gradient(layer, grad, weight) if layer and fast else pytorch(True, False, False)[0]
     return of_x, of_weight
 
 
-def ours_of(layer: Layer | None, dtype: torch.dtype) -> costs.Ours:
-    """Return which gradients of a dense layer our kernels compute."""
-    if layer is None:
-        return costs.Ours(False, False)
-    if native.problem() or options().sparse == "on":
-        return costs.Ours(*[not native.problem() and winograd.supports(layer, dtype)] * 2)
-    return costs.fast_gradients(layer, dtype)
+def has_fast_gradients(layer: Layer, dtype: torch.dtype) -> bool:
+    """Return whether dense gradients of a layer are faster in another way than PyTorch's."""
+    return winograd.supports(layer, dtype) or _multiplies(layer, dtype)
 
 
-def multiplies(layer: Layer, dtype: torch.dtype) -> bool:
+def _multiplies(layer: Layer, dtype: torch.dtype) -> bool:
     """Return whether matrix products compute the dense weight gradient of a convolution."""
     if len(layer.y_shape) != 4 or dtype != torch.bfloat16:
         return False
@@ -164,7 +138,7 @@ def _dense_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | 
     if options().sparse == "off" or x.ndim != 4 or not (x.is_cpu and weight.is_cpu):
         return None
     layer = layer_of(x, weight, axes, groups)
-    if layer.problem or not x.movedim(1, -1).is_contiguous():
+    if not layer.fits or not x.movedim(1, -1).is_contiguous():
         return None
     return layer if options().sparse == "on" or layer.products >= costs.PRODUCTS_FROM else None
 

@@ -146,13 +146,11 @@ class _Recurrence(torch.autograd.Function):
         of_decay = _decay_gradient(ctx, delta, kept, v, decay) if needs_decay else None
         if gain != 1:
             delta.mul_(gain)
-        of_weight = of_bias = None
-        if needs_weight or needs_bias:
-            of_weight, of_bias = _weight_gradient(ctx.read, delta.flatten(0, -2), weight, needs_bias)
-            if needs_bias and ctx.ones is not None:
-                of_bias = sum(
-                    d.flatten(0, -2).sum(0) * one for d, one in zip(delta.chunk(steps), ctx.ones, strict=True)
-                )
+        of_weight = _weight_gradient(ctx.read, delta.flatten(0, -2), weight) if needs_weight else None
+        of_bias = None
+        if needs_bias:
+            ones = [1.0] if ctx.ones is None else ctx.ones  # what stands for 1 in each time step
+            of_bias = sum(d.flatten(0, -2).sum(0) * one for d, one in zip(delta.chunk(len(ones)), ones, strict=True))
         of_s = delta[: ctx.first] @ weight if needs_s else None
         return delta if needs_x else None, of_s, of_v if needs_v else None, of_weight, of_bias, of_decay, None
 
@@ -188,11 +186,11 @@ def _decay_gradient(ctx: Any, delta: Tensor, kept: Tensor, v: Tensor, decay: Ten
     return (delta * moved).sum().to(decay.dtype).reshape(decay.shape)
 
 
-def _weight_gradient(read: Tensor, delta: Tensor, weight: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """Return ∂L/∂W = Σ δᵀ s, and ∂L/∂b; the spikes that were read come as bits, or as they are."""
+def _weight_gradient(read: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+    """Return ∂L/∂W = Σ δᵀ s; the spikes that were read come as bits, or as they are."""
     if read.dtype == torch.uint8:
         layer = sparse.linear_layer(tuple(delta.shape), tuple(weight.shape))
-        if not layer.problem and sparse.density(read) < costs.break_even(layer, delta.dtype).weight_gradient:
-            return sparse.weight_gradient(layer, read, delta, 1.0, needs_bias)
+        if layer.fits and sparse.density(read) < costs.break_even(layer, delta.dtype).weight_gradient:
+            return sparse.weight_gradient(layer, read, delta)
         read = unpack(read, 1.0, delta.dtype)
-    return delta.T @ read.view_as(delta), delta.sum(0) if needs_bias else None
+    return delta.T @ read.view_as(delta)

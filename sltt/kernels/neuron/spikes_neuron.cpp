@@ -225,22 +225,6 @@ int statistics(const T* x, int64_t n, int64_t channels, float* mean, float* var,
   return 0;
 }
 
-// The sum of each channel.
-template <class T>
-int channel_sums(const T* x, int64_t n, int64_t channels, float* out, int threads) {
-  Sums sums(n, channels);
-  if (!sums.whole()) return 1;
-  for_each_block(threads, n, [&](int64_t part, int64_t first, int64_t size) {
-    by_channel(first, size, channels, [&](int64_t i, int64_t c, int64_t m) {
-      float* __restrict to = sums.first(part) + c;
-      const T* __restrict from = x + first + i;
-      for (int64_t k = 0; k < m; k++) to[k] += widen(from[k]);
-    });
-  });
-  std::copy_n(sums.totals(), channels, out);
-  return 0;
-}
-
 // First ∂L/∂y of the normalised y, in `out`, and its sums; then ∂L/∂x in its place:
 // ∂L/∂x = scale · (g − mean(g) − (x − mean) · invstd² · mean(g · (x − mean))), without the means for fixed statistics.
 template <class T>
@@ -364,11 +348,5 @@ int sltt_norm(int bfloat16, const void* x, int64_t n, int64_t channels, float* r
     shift[c] = float((bias ? bias[c] : 0.0) - double(mean[c]) * scale[c]);
   }
   return 0;
-}
-
-// Sums [channels] of x [rows, channels]. Not 0 if there is no memory.
-int sltt_channel_sums(int bfloat16, const void* x, int64_t n, int64_t channels, float* out, int threads) {
-  return bfloat16 ? channel_sums(static_cast<const uint16_t*>(x), n, channels, out, threads)
-                  : channel_sums(static_cast<const float*>(x), n, channels, out, threads);
 }
 }
