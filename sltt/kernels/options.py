@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -64,10 +64,8 @@ def using(**changes: Any) -> Iterator[None]:
             wherever possible ("on") or never ("off"); it needs bits.
 
     Raises:
-        ValueError: an unknown option or value. With compile="on", a kernel on a device without a compiler raises it.
+        ValueError: an unknown value. With compile="on", a kernel on a device without a compiler raises it.
     """
-    if unknown := changes.keys() - {field.name for field in fields(Options)}:
-        raise ValueError(f"unknown options {', '.join(sorted(unknown))}: expected compile, sparse or bits")
     with in_force(replace(options(), **changes)):
         yield
 
@@ -179,8 +177,10 @@ def known_layout(x: torch.Tensor, channels: bool) -> bool:
     return x.is_contiguous() or (dense(x) if not channels else x.movedim(1, -1).is_contiguous())
 
 
-def match_format(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in the memory format of another."""
+def match_format(x: Any, other: torch.Tensor) -> Any:
+    """Return a tensor in the memory format of another; None for None."""
+    if x is None:
+        return None
     x = x.resolve_neg()
     return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
 

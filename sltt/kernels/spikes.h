@@ -144,25 +144,37 @@ INLINE uint16_t narrow(float v) {  // to bfloat16: to the nearest, ties to even;
 INLINE void put(float* to, float v) { *to = v; }
 INLINE void put(uint16_t* to, float v) { *to = narrow(v); }
 
+// Call function(number), where the number has the type of elements: of float, or bfloat16 as uint16_t.
+template <class F>
+INLINE auto with_type(int bfloat16, const F& function) {
+  return bfloat16 ? function(uint16_t()) : function(float());
+}
+template <class T>
+INLINE const T* as(const void* p, T) { return static_cast<const T*>(p); }
+template <class T>
+INLINE T* as(void* p, T) { return static_cast<T*>(p); }
+
+template <class T>
+constexpr T MAGNITUDE = T(~(T(1) << (8 * sizeof(T) - 1)));  // without the sign: -0 is no spike
+
 // Bits of elements that are zero or not. The loop is plain, so that the compiler makes vectors of it; with AVX-512, a
 // comparison gives the bits.
 template <class T>
 static inline void pack_part(const T* __restrict x, uint8_t* __restrict bits, int64_t bytes) {
-  constexpr T magnitude = T(~(T(1) << (8 * sizeof(T) - 1)));  // without the sign: -0 is no spike
   int64_t j = 0;
 #ifdef __AVX512BW__
   for (; sizeof(T) == 4 && j + 2 <= bytes; j += 2) {
-    const uint16_t some = _mm512_test_epi32_mask(_mm512_loadu_si512(x + 8 * j), _mm512_set1_epi32(magnitude));
+    const uint16_t some = _mm512_test_epi32_mask(_mm512_loadu_si512(x + 8 * j), _mm512_set1_epi32(MAGNITUDE<T>));
     std::memcpy(bits + j, &some, 2);
   }
   for (; sizeof(T) == 2 && j + 4 <= bytes; j += 4) {
-    const uint32_t some = _mm512_test_epi16_mask(_mm512_loadu_si512(x + 8 * j), _mm512_set1_epi16(magnitude));
+    const uint32_t some = _mm512_test_epi16_mask(_mm512_loadu_si512(x + 8 * j), _mm512_set1_epi16(MAGNITUDE<T>));
     std::memcpy(bits + j, &some, 4);
   }
 #endif
   for (; j < bytes; j++) {
     unsigned byte = 0;
-    for (int i = 0; i < 8; i++) byte |= unsigned((x[8 * j + i] & magnitude) != 0) << i;
+    for (int i = 0; i < 8; i++) byte |= unsigned((x[8 * j + i] & MAGNITUDE<T>) != 0) << i;
     bits[j] = uint8_t(byte);
   }
 }

@@ -13,7 +13,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.kernels import native, running_max
-from sltt.kernels.pooling.pooling import _MaxPooling
+from sltt.kernels.pooling import pooling
 from tests.kernels.steps import threads
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason="there are no native kernels")
@@ -116,8 +116,8 @@ def test_maxima_under_a_transform_are_those_of_pytorch():
 
 def test_behind_a_batchnorm_and_in_front_of_a_sparse_layer(monkeypatch):
     calls, found = [], []
-    pool = _MaxPooling.maxima
-    monkeypatch.setattr(_MaxPooling, "maxima", lambda *a: (calls.append(1), pool(*a))[1])
+    pool = pooling._maxima
+    monkeypatch.setattr(pooling, "_maxima", lambda *a: (calls.append(1), pool(*a))[1])
     x, y = images(4, 32, 64, 64), torch.tensor([0, 1, 2, 0])  # large enough for a BatchNorm that waits
     for compile in ("on", "off"):
         torch.manual_seed(0)
@@ -130,24 +130,6 @@ def test_behind_a_batchnorm_and_in_front_of_a_sparse_layer(monkeypatch):
         found.append([p.grad for p in model.parameters()])
         assert len(calls) == 4  # two poolings in two steps, with `compile="on"` alone
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
-
-
-def test_the_gradient_of_maxima_has_a_gradient():
-    x, found = images(2, 3, 5, 7).double().requires_grad_(), []
-    for mode in ("on", "off"):
-        squares = (x**2).float().contiguous(memory_format=torch.channels_last)
-        y = pool_in(mode, nn.MaxPool2d((2, 3)), squares).double()
-        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(grad.square().sum(), x)[0])
-    torch.testing.assert_close(*found)
-
-
-def test_a_gradient_with_a_graph_stays_where_the_maximum_was():
-    x = images(1, 2, 4, 4).requires_grad_()
-    y = pool_in("on", nn.MaxPool2d(2), x)
-    (grad,) = torch.autograd.grad(y, x, torch.full_like(y, torch.inf), create_graph=True)
-    assert grad.isinf().sum() == y.numel()
-    assert (grad == 0).sum() == x.numel() - y.numel()
 
 
 def test_maxima_keep_a_byte_each_and_no_input():

@@ -16,15 +16,7 @@ from sltt.kernels import native
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.layers import costs, sparse
 from sltt.kernels.layers.sparse import Layer
-from sltt.kernels.layers.values import (
-    Axes,
-    axes_in,
-    convolution_gradients,
-    has_fast_gradients,
-    layer_of,
-    parameters_fit,
-    run_on_values,
-)
+from sltt.kernels.layers.values import Axes, convolution_gradients, has_fast_gradients, plan_of, run_on_values
 from sltt.kernels.layers.weights import Weights
 from sltt.kernels.options import options
 from sltt.kernels.spikes.looks import Spikes, look
@@ -201,24 +193,10 @@ def is_small(operation: Operation, x: Tensor, weight: Tensor) -> bool:
 
 def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights) -> Call | None:
     """Return how a layer runs on spikes; None where x is something else, or it is PyTorch's."""
-    if options().sparse == "off" or not options().bits or not x.is_cpu:
+    if (plan := plan_of(operation, x, weight, bias)) is None or native.problem():
         return None
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype not in sparse.DTYPES or not parameters_fit(weight, bias, x, operation.axes):
-        return None
-    if weight.dtype not in (dtype, torch.float32):
-        return None
-    if not operation.settings:
-        axes: Axes | None = ([], [], [])
-        layer, ordered = sparse.linear_layer(tuple(x.shape), tuple(weight.shape)), x.is_contiguous()
-    else:
-        if (axes := axes_in(operation.settings, operation.axes)) is None:
-            return None
-        layer = layer_of(x, weight, axes, operation.settings[3])
-        ordered = x.movedim(1, -1).is_contiguous()
+    layer, dtype, axes = plan
     always = options().sparse == "on"
-    if not ordered or not layer.fits or not (always or layer.products >= costs.PRODUCTS_FROM) or native.problem():
-        return None
     even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype, weights.calls)
     if not (even.forward or torch.is_grad_enabled()):
         return None  # it never runs sparse: to look would be for nothing

@@ -133,7 +133,6 @@ void sltt_pack(const float* weight, const int64_t* stride, const Conv* conv, flo
 // 0, or 1 if there is no memory.
 int sltt_forward(const uint8_t* bits, const Conv* z, const float* packed, const float* bias, void* y, int bfloat16,
                  int threads) {
-  return bfloat16 ? forward(bits, *z, packed, bias, static_cast<uint16_t*>(y), threads)
-                  : forward(bits, *z, packed, bias, static_cast<float*>(y), threads);
+  return with_type(bfloat16, [&](auto t) { return forward(bits, *z, packed, bias, as(y, t), threads); });
 }
 }

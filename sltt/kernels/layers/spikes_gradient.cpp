@@ -234,7 +234,6 @@ extern "C" {
 // 0, or 1 if there is no memory.
 int sltt_weight_gradient(const uint8_t* bits, const Conv* z, const void* g, int bfloat16, float one, float* out,
                          const int64_t* stride, int threads) {
-  return bfloat16 ? weight_gradient(bits, *z, static_cast<const uint16_t*>(g), one, out, stride, threads)
-                  : weight_gradient(bits, *z, static_cast<const float*>(g), one, out, stride, threads);
+  return with_type(bfloat16, [&](auto t) { return weight_gradient(bits, *z, as(g, t), one, out, stride, threads); });
 }
 }

@@ -4,11 +4,10 @@ Those of 3×3 convolutions of stride 1 in float32 are Winograd's (`winograd`). T
 bfloat16 is a matrix product for each position of the kernel. The forward is PyTorch's.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,23 +53,35 @@ class _OnValues(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None
 
 
+class Plan(NamedTuple):
+    """A layer that may run in another way than PyTorch's: its shapes, the type of its output, and `Axes`."""
+
+    layer: Layer
+    dtype: torch.dtype
+    axes: Axes
+
+
+def plan_of(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:
+    """Return what a layer could do in another way; None for small ones, and where PyTorch says what is wrong."""
+    if not options().bits or not parameters_fit(weight, bias, x, operation.axes):
+        return None
+    *numbers, groups = operation.settings or ((), (), (), 1)
+    axes, casts = axes_in(numbers, operation.axes), torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
+    types = {t.dtype for t in (x, weight, bias) if t is not None}
+    if axes is None or dtype not in sparse.DTYPES or not types <= {dtype, torch.float32 if casts else dtype}:
+        return None
+    layer = _large_layer(x, weight, axes, groups)
+    return None if layer is None else Plan(layer, dtype, axes)
+
+
 def run_on_values(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights) -> Any:
     """Return a layer on any values; the gradients of a convolution are computed in another way where that is faster."""
-    plain = functools.partial(operation, x, weight, bias)
-    if operation.axes != 2 or not torch.is_grad_enabled() or not options().bits:
-        return plain()
-    axes = axes_in(operation.settings, 2)
-    if not is_ordinary(x) or not parameters_fit(weight, bias, x, 2) or axes is None:
-        return plain()
-    casts = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
-    types = {dtype, torch.float32} if casts else {dtype}
-    if not {t.dtype for t in (x, weight, bias) if t is not None} <= types:
-        return plain()
-    layer = _dense_layer(x, weight, axes, operation.settings[3])
-    if layer is None or not has_fast_gradients(layer, dtype):
-        return plain()
-    return _OnValues.apply(x.to(dtype), weight, bias, axes, weights)
+    able = operation.axes == 2 and torch.is_grad_enabled() and is_ordinary(x)
+    plan = plan_of(operation, x, weight, bias) if able else None
+    if plan is None or not has_fast_gradients(plan.layer, plan.dtype):
+        return operation(x, weight, bias)
+    return _OnValues.apply(x.to(plan.dtype), weight, bias, plan.axes, weights)
 
 
 def convolution_gradients(
@@ -88,7 +99,7 @@ def convolution_gradients(
     """
     of_x = of_weight = None
     # a graph of the gradients is PyTorch's
-    layer = None if torch.is_grad_enabled() else _dense_layer(x, weight, axes, groups)
+    layer = None if torch.is_grad_enabled() else _large_layer(x, weight, axes, groups)
     fast = layer is not None and winograd.supports(layer, grad.dtype)
 
     def pytorch(*mask: bool) -> Any:
@@ -133,21 +144,19 @@ def _multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: A
     return found.movedim(-1, 1)
 
 
-def _dense_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | None:
-    """Return a convolution of images that may be faster than PyTorch's; None for others."""
-    if options().sparse == "off" or x.ndim != 4 or not (x.is_cpu and weight.is_cpu):
+def _large_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | None:
+    """Return the shapes of a layer that is large enough to run in another way than PyTorch's; None for others."""
+    if options().sparse == "off" or not (x.is_cpu and weight.is_cpu):
         return None
-    layer = layer_of(x, weight, axes, groups)
-    if not layer.fits or not x.movedim(1, -1).is_contiguous():
-        return None
-    return layer if options().sparse == "on" or layer.products >= costs.PRODUCTS_FROM else None
-
-
-def layer_of(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer:
-    """Return the shapes of a convolution."""
-    stride, padding, dilation = map(tuple, axes)
-    pairs = tuple((p, p) for p in padding)
-    return sparse.conv_layer(tuple(x.shape), tuple(weight.shape), stride, pairs, dilation, groups)
+    if weight.ndim == 2:
+        layer, ordered = sparse.linear_layer(tuple(x.shape), tuple(weight.shape)), x.is_contiguous()
+    else:
+        stride, padding, dilation = map(tuple, axes)
+        pairs = tuple((p, p) for p in padding)
+        layer = sparse.conv_layer(tuple(x.shape), tuple(weight.shape), stride, pairs, dilation, groups)
+        ordered = x.movedim(1, -1).is_contiguous()
+    large = options().sparse == "on" or layer.products >= costs.PRODUCTS_FROM
+    return layer if ordered and layer.fits and large else None
 
 
 def parameters_fit(weight: Any, bias: Any, x: Tensor, dims: int) -> bool:

@@ -2,7 +2,7 @@
 
 The backward runs the function again, from the input and the states before the step, and differentiates it. So these are
 what is saved, however many operations the function has. Several time steps in one call save the first states only, and
-replay the others. A BatchNorm in front is a part of both passes over memory: its input is saved in any case.
+replay the others.
 
 Parameters are numbers, or have a value for each channel. Kernels see tensors as [outer, C, inner] in the second
 case, and as their memory [n] else.
@@ -10,7 +10,7 @@ case, and as their memory [n] else.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.neuron.step import unfold
-from sltt.kernels.norm.deferred import Normalised, norm_gradients, split_norm
+from sltt.kernels.norm.deferred import materialise
 from sltt.kernels.options import Kernel, in_force, known_layout, match_format, memory, options
 from sltt.kernels.spikes.bits import pack
 from sltt.kernels.spikes.looks import can_pack
@@ -37,31 +37,22 @@ class CustomStep:
         states: their number.
         parameters: the keyword arguments that are tensors, and whether each has a value for each channel.
         constants: names and values of the others.
-        normed: x is the input of a BatchNorm, whose scale and shift stand behind the parameters.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
     states: int
     parameters: tuple[tuple[str, bool], ...]
     constants: tuple[tuple[str, Any], ...]
-    normed: bool = False
-
-    def current(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-        """Return the input current, in the states' type."""
-        if self.normed:
-            *_, scale, shift = parameters
-            x = x * scale + shift
-        return x.to(states[0].dtype)
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        named = {name: value for (name, _), value in zip(self.parameters, parameters, strict=False)}
+        named = {name: value for (name, _), value in zip(self.parameters, parameters, strict=True)}
         results = self.function(x, *states, **named, **dict(self.constants))
         return (results,) if isinstance(results, Tensor) else tuple(results)
 
     @property
     def by_channel(self) -> bool:
         """Return whether a parameter has a value for each channel."""
-        return self.normed or any(by_channel for _, by_channel in self.parameters)
+        return any(by_channel for _, by_channel in self.parameters)
 
 
 def custom_step(
@@ -84,11 +75,9 @@ def custom_step(
         steps: n.
         cut: no gradient flows from one time step to the step before.
     """
-    norm, x, *affine = split_norm(x, fits=steps == 1)
-    if norm is not None:
-        step, parameters = replace(step, normed=True), (*parameters, *norm.factors[:2].flatten(1))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *affine, *states, *parameters)):
-        s, *after = _CustomStep.apply(step, binary, steps, cut, norm, *affine, x, *states, *parameters)  # type: ignore[misc]
+    x = materialise(x)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *parameters)):
+        s, *after = _CustomStep.apply(step, binary, steps, cut, x, *states, *parameters)  # type: ignore[misc]
         return s, tuple(after)
     s, every = _run(step, x, states, parameters, steps)
     return s, every[-1]
@@ -119,25 +108,15 @@ def _run(
 class _CustomStep(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        step: CustomStep,
-        binary: bool,
-        steps: int,
-        cut: bool,
-        norm: Normalised | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        x: Tensor,
-        *tensors: Tensor,
+        ctx: Any, step: CustomStep, binary: bool, steps: int, cut: bool, x: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         states, parameters = tensors[: step.states], tensors[step.states :]
         s, every = _run(step, x, states, parameters, steps)
         if binary and not s.is_cpu and can_pack(s):  # on a CPU, spikes are looked at
             tag_spikes(s, pack(s))
         ctx.step, ctx.steps, ctx.cut, ctx.options = step, steps, cut, options()
-        ctx.of_batch = norm is not None and norm.training
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, None if norm is None else norm.factors, x, *tensors)
+        ctx.save_for_backward(x, *tensors)
         return s, *every[-1]
 
     @staticmethod
@@ -146,29 +125,22 @@ class _CustomStep(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         with in_force(ctx.options):
-            weight, factors, x, *tensors = ctx.saved_tensors
-            of_x, *others = _CustomStep._backward(ctx, x, tensors, grads[0], *grads[1:])
-            affine: list[Tensor | None] = [None, None]
-            if factors is not None and of_x is not None:
-                *needs_affine, needs_x = ctx.needs_input_grad[5:8]
-                of_x, *affine = norm_gradients(of_x, x, weight, factors, ctx.of_batch, (needs_x, *needs_affine))
-            return None, None, None, None, None, *affine, of_x, *others
+            return None, None, None, None, *_CustomStep._backward(ctx, *grads)
 
     @staticmethod
-    def _backward(
-        ctx: Any, x: Tensor, tensors: list[Tensor], grad_s: Tensor | None, *grad_states: Tensor | None
-    ) -> list[Tensor | None]:
-        """Return ∂L/∂x, of the normalised x behind a BatchNorm, and of the states and parameters."""
+    def _backward(ctx: Any, grad_s: Tensor | None, *grad_states: Tensor | None) -> list[Tensor | None]:
+        """Return ∂L/∂x, and the gradients of the states and parameters."""
         step, steps = ctx.step, ctx.steps
+        x, *tensors = ctx.saved_tensors
         states, parameters = tensors[: step.states], tensors[step.states :]
-        needs_x, needs = any(ctx.needs_input_grad[5:8]), ctx.needs_input_grad[8:]
+        needs_x, *needs = ctx.needs_input_grad[4:]
         needs_states, learned = any(needs[: step.states]), tuple(needs[step.states :])
         channels = step.by_channel
         x = x if known_layout(unfold(x, steps)[0], channels) else x.contiguous()
         _, every = _run(step, x, states, parameters, steps, last=False)
         grad_x = torch.empty_like(x)
-        of_s = (None,) * steps if grad_s is None else unfold(match_format(grad_s, grad_x), steps)
-        after = [None if g is None else match_format(g, every[0][0]) for g in grad_states]
+        of_s = unfold(match_format(grad_s, grad_x), steps)
+        after = [match_format(g, every[0][0]) for g in grad_states]
         totals: list[Tensor | None] = [None] * sum(learned)
         for x_t, grad_x_t, grad_s_t, before in reversed(
             list(zip(unfold(x, steps), unfold(grad_x, steps), of_s, every, strict=True))
@@ -231,7 +203,7 @@ class FunctionKernel(Kernel):
 def _forward_kernel(step: CustomStep) -> FunctionKernel:
     def forward(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         states, parameters = tensors[: step.states], tensors[step.states :]
-        return step(step.current(x, states, parameters), states, parameters)
+        return step(x.to(states[0].dtype), states, parameters)
 
     return FunctionKernel(forward, 1 + step.states)
 
@@ -245,7 +217,7 @@ def _backward_kernel(
 
     def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
         (x, *others), grads = tensors[: len(wanted)], tensors[len(wanted) :]
-        inputs = step.current(x, others[: step.states], others[step.states :]), *others
+        inputs = x.to(others[0].dtype), *others
         with torch.enable_grad():
             x, *others = leaves = [t.detach().requires_grad_(wants) for t, wants in zip(inputs, wanted, strict=True)]
             results = compress(step(x, others[: step.states], others[step.states :]), given)

@@ -6,6 +6,7 @@ Surrogates with an exponential are differentiated by the compiled step.
 """
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,16 +20,14 @@ from sltt.surrogates import Above, ArcTan, FastSigmoid, Rectangle, Surrogate, Tr
 if TYPE_CHECKING:
     from sltt.kernels.neuron.step import NeuronStep
 
+Known = dict[type[Surrogate], Callable[[Any], tuple[int, float, float]]]
 # the number of a surrogate in spikes_neuron.cpp and triton_kernels.py, and its constants
-SURROGATES: dict[type[Surrogate], Callable[[Any], tuple[int, float, float]]] = {
+SURROGATES: Known = {
     Triangle: lambda s: (0, s.gamma, s.gamma),
     Rectangle: lambda s: (1, s.gamma / 2, s.gamma),
     ArcTan: lambda s: (2, math.pi * s.alpha / 2, s.alpha / 2),
     FastSigmoid: lambda s: (3, s.alpha, s.scale * s.alpha / 2),
 }
-
-
-_P, _I, _N = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
 class _Constants(ctypes.Structure):
@@ -49,19 +48,13 @@ class NativeStep:
     """
 
     def __init__(self, library: ctypes.CDLL, step: "NeuronStep", decay: float):
-        above, surrogate = unwrap(step.surrogate)
-        found = SURROGATES.get(type(surrogate))
+        above, found = describe(step.surrogate, SURROGATES)
         self.differentiates = found is not None
-        number, a, b = found(surrogate) if found else (0, 1.0, 1.0)
+        number, a, b = found or (0, 1.0, 1.0)
         inverse = 1 / a if a > 0 and math.frexp(a)[0] == 0.5 else 0.0
         gain = 1 - decay if step.decay_input else 1.0
         soft = step.v_reset is None
         self.library = library
-        # functions of our own, which take addresses: that of a tensor costs no call of Python
-        self._forward, self._gradient = library["sltt_neuron"], library["sltt_neuron_gradient"]
-        self._forward.restype, self._forward.argtypes = None, [_P, _P, _I, _P, _P, _P, _P, _N, _P, _P, _N, _N, _I]
-        self._gradient.restype = _I
-        self._gradient.argtypes = [_P, _P, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _I, _I]
         self.constants = ctypes.byref(
             _Constants(
                 decay, gain, step.v_threshold, step.v_reset or 0.0, soft, step.detach_reset, above,
@@ -78,7 +71,7 @@ class NativeStep:
         x.
         """
         n = v.numel()
-        self._forward(
+        self.library.sltt_neuron(
             self.constants, norm, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(), s.data_ptr(),
             v_out.data_ptr(), n if v_out.numel() > n else 0, None if u_out is None else u_out.data_ptr(),
             None if bits is None else bits.data_ptr(), n, x.numel() // max(1, n), torch.get_num_threads(),
@@ -116,13 +109,11 @@ class NativeStep:
         spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
         affine = None if norm is None else torch.empty(2, x.shape[1], dtype=torch.float32, device="cpu")
         given = grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine
-        short_of_memory = self._gradient(
+        self.library.sltt_neuron_gradient(
             self.constants, norm, x_dtype == torch.bfloat16, out.dtype == torch.bfloat16,
             *[None if one is None else one.data_ptr() for one in given], out.numel() // steps, steps, cut,
             torch.get_num_threads(),
         )  # fmt: skip
-        if short_of_memory:
-            raise MemoryError("a neuron's gradient has no memory for its scratch")
         return (None, None) if affine is None else (affine[0], affine[1])
 
 
@@ -150,13 +141,15 @@ def native_step(
         return None
     if (library := library_for(like.numel())) is None:
         return None
-    if decay is not None:
-        native = NativeStep(library, step, decay.item())
-    elif (native := step.native) is None or native.library is not library:
+    if decay is None:
         assert step.decay is not None
-        native = NativeStep(library, step, step.decay)
-        object.__setattr__(step, "native", native)  # of a value, which has one
+        native = _constant_step(library, step, step.decay)
+    else:
+        native = NativeStep(library, step, decay.item())
     return None if gradient and not native.differentiates else native
+
+
+_constant_step = functools.lru_cache(maxsize=1024)(NativeStep)
 
 
 def fires_as_usual(surrogate: Surrogate) -> bool:
@@ -164,9 +157,10 @@ def fires_as_usual(surrogate: Surrogate) -> bool:
     return type(surrogate).fires in (Surrogate.fires, Above.fires)
 
 
-def unwrap(surrogate: Surrogate) -> tuple[bool, Surrogate]:
-    """Return whether a neuron fires above its threshold only, and the surrogate that gives the derivative."""
+def describe(surrogate: Surrogate, known: Known) -> tuple[bool, tuple[int, float, float] | None]:
+    """Return whether a neuron fires above its threshold only, and the number and constants of a `known` derivative."""
     above = type(surrogate).fires is Above.fires
     while type(surrogate) is Above:
         surrogate = surrogate.surrogate
-    return above, surrogate
+    found = known.get(type(surrogate))
+    return above, found and found(surrogate)

@@ -50,9 +50,8 @@ def _kernel(step: CustomStep, parameter: int | None) -> FunctionKernel:
 
     def add(total: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         carried, x, states, parameters = tensors[:n], tensors[n], tensors[n + 1 : 2 * n + 1], [*tensors[2 * n + 1 :]]
-        x = step.current(x, states, parameters)
         with torch.enable_grad():
-            x, states = x.detach(), [v.detach().requires_grad_() for v in states]
+            x, states = x.to(states[0].dtype).detach(), [v.detach().requires_grad_() for v in states]
             if parameter is None:
                 c = x.requires_grad_()
             else:

@@ -276,26 +276,20 @@ extern "C" {
 // x and s are float or bfloat16. `norm`, `u_out` and `bits` may be null; with bits, n is a multiple of 8. See `forward`.
 void sltt_neuron(const Neuron* z, const Norm* norm, int bfloat16, const void* x, const float* v, void* s, float* v_out,
                  int64_t v_step, float* u_out, uint8_t* bits, int64_t n, int64_t steps, int threads) {
-  const auto run = [&](auto type) {
-    using T = decltype(type);
-    forward(*z, norm, static_cast<const T*>(x), v, static_cast<T*>(s), v_out, v_step, u_out, bits, n, steps, threads);
-  };
-  bfloat16 ? run(uint16_t()) : run(float());
+  with_type(bfloat16, [&](auto t) {
+    forward(*z, norm, as(x, t), v, as(s, t), v_out, v_step, u_out, bits, n, steps, threads);
+  });
 }
 
 // The number of spikes. x, rate and by_input are float or bfloat16.
 int64_t sltt_steady(const Neuron* z, int bfloat16, const void* x, float start, int steps, void* rate, void* by_input,
                     int64_t n, int threads) {
   std::atomic<int64_t> spikes{0};
-  const auto run = [&](auto type) {
-    using T = decltype(type);
-    const T* from = static_cast<const T*>(x);
-    T *to = static_cast<T*>(rate), *slope = static_cast<T*>(by_input);
+  with_type(bfloat16, [&](auto t) {
     for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
-      spikes += steady_block(*z, from + i, start, steps, to + i, slope + i, m);
+      spikes += steady_block(*z, as(x, t) + i, start, steps, as(rate, t) + i, as(by_input, t) + i, m);
     });
-  };
-  bfloat16 ? run(uint16_t()) : run(float());
+  });
   return spikes;
 }
 
@@ -305,20 +299,15 @@ int64_t sltt_steady(const Neuron* z, int bfloat16, const void* x, float start, i
 int sltt_neuron_gradient(const Neuron* z, const Norm* norm, int bfloat16, int bfloat16_out, const void* grad_s,
                          const float* grad_v, const float* kept, const void* s, const uint8_t* bits, const void* x,
                          void* out, float* out_v, float* affine, int64_t n, int64_t steps, int cut, int threads) {
-  const auto run = [&](auto type, auto type_out) {
-    using T = decltype(type);
-    using G = decltype(type_out);
-    const T *of_s = static_cast<const T*>(grad_s), *spikes = static_cast<const T*>(s);
-    G* to = static_cast<G*>(out);
-    if constexpr (std::is_same_v<T, G>)
-      if (norm)
-        return normed_backward(*z, *norm, of_s, grad_v, kept, spikes, bits, static_cast<const T*>(x), to, out_v, affine,
-                               n, threads);
-    backward(*z, of_s, grad_v, kept, spikes, bits, to, out_v, n, steps, cut, threads);
+  return with_type(bfloat16, [&](auto t) {
+    if (norm)
+      return normed_backward(*z, *norm, as(grad_s, t), grad_v, kept, as(s, t), bits, as(x, t), as(out, t), out_v, affine,
+                             n, threads);
+    with_type(bfloat16_out, [&](auto g) {
+      backward(*z, as(grad_s, t), grad_v, kept, as(s, t), bits, as(out, g), out_v, n, steps, cut, threads);
+    });
     return 0;
-  };
-  if (!bfloat16) return run(float(), float());
-  return bfloat16_out ? run(uint16_t(), uint16_t()) : run(uint16_t(), float());
+  });
 }
 
 // `Norm` of x [rows, channels]: its scale, shift, mean and invstd [4, channels] in `factors`. In training mode the
@@ -329,9 +318,7 @@ int sltt_norm(int bfloat16, const void* x, int64_t n, int64_t channels, float* r
               int threads) {
   float *scale = factors, *shift = scale + channels, *mean = shift + channels, *invstd = mean + channels;
   if (training) {
-    if (bfloat16 ? statistics(static_cast<const uint16_t*>(x), n, channels, mean, invstd, threads)
-                 : statistics(static_cast<const float*>(x), n, channels, mean, invstd, threads))
-      return 1;
+    if (with_type(bfloat16, [&](auto t) { return statistics(as(x, t), n, channels, mean, invstd, threads); })) return 1;
     const double rows = double(n / channels), unbiased = rows / (rows - 1);
     for (int64_t c = 0; running_mean && c < channels; c++) {
       running_mean[c] = float(running_mean[c] + momentum * (double(mean[c]) - running_mean[c]));

@@ -13,7 +13,7 @@ All is elementwise on memory: tensors of any dense memory format are taken as fl
 
 import functools
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,8 +41,6 @@ class NeuronStep:
     decay_input: bool
     detach_reset: bool
     surrogate: Surrogate
-    native: Any = field(default=None, init=False, repr=False, compare=False)  # its form in C++, once it was made
-    triton: Any = field(default=None, init=False, repr=False, compare=False)  # and in Triton
 
     def charge(self, v: Tensor, x: Tensor, decay: float | Tensor) -> Tensor:
         """Return u, the membrane potential after the charge."""
@@ -131,7 +129,7 @@ def _run(
     packs: bool = False,
     cut: bool = False,
     norm: Normalised | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Any, Tensor | None]:
     """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the bits of the spikes.
 
     The backward needs v, or u for a hard reset. With `norm`, x is the input of a BatchNorm.
@@ -195,7 +193,7 @@ def _kernels(step: NeuronStep) -> tuple[Kernel, Kernel]:
         decay: Tensor | None,
     ) -> None:
         fires, stays = step.derivatives(kept, s.to(kept.dtype))
-        grad_u: Any = 0.0 if grad_s is None else grad_s * fires
+        grad_u = torch.zeros_like(kept) if grad_s is None else grad_s * fires
         grad_u = grad_u if grad_v is None else grad_u + grad_v * stays
         out.copy_(grad_u)
         if out_v is not None:
@@ -252,84 +250,73 @@ class _NeuronStep(torch.autograd.Function):
             return (None,) * 10
         same = ctx.options is options()  # but in a thread of autograd
         with nullcontext() if same else in_force(ctx.options), without_modes():
-            in_triton = isinstance(ctx.fast, TritonStep) and ctx.fast.differentiates
-            return (_NeuronStep._triton_backward if in_triton else _NeuronStep._backward)(ctx, grad_s, grad_v)
-
-    @staticmethod
-    def _triton_backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Compute the gradients in one pass, that of λ too."""
-        s, decay, v, x, factors, kept = ctx.saved_tensors
-        steps: int = ctx.steps
-        if ctx.replays and not ctx.fast.replays(steps):
-            _, _, kept, _ = _run(ctx.step, ctx.fast, v, x, decay, steps, keep=True)
-        needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad_x = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype, device=ctx.device)
-        first = grad_x if steps == 1 else grad_x[: len(grad_x) // steps]
-        before = torch.empty_like(first, dtype=(v if kept is None else kept).dtype) if needs_v else None
-        if kept is not None and s is None:
-            whole = Tiles(first, by_channel(decay, factors), 8).whole_bytes  # bytes of each time step
-            s = ctx.bits if whole else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
-        grad_s, x = (None if one is None else match_format(one, grad_x) for one in (grad_s, x))
-        grad_v, v = (None if one is None else match_format(one, first) for one in (grad_v, v))
-        given = grad_s, grad_v, kept, s, v, x, decay
-        of_decay, parts = ctx.fast.gradient(grad_x, before, *given, needs_decay, steps, ctx.cut, factors)
-        of_decay = None if of_decay is None else of_decay.reshape(decay.shape).to(decay.dtype)
-        affine: list[Tensor | None] = [None, None]
-        if parts is not None:
-            assert x is not None, "what was normalised is kept"
-            grad_x, *affine = triton_norm.gradients(grad_x, x, factors, ctx.of_batch, parts)
-        affine = [g if need else None for g, need in zip(affine, (needs_weight, needs_bias), strict=True)]
-        return before, grad_x if needs_x else None, of_decay, None, None, None, None, *affine, None
+            return _NeuronStep._backward(ctx, grad_s, grad_v)
 
     @staticmethod
     def _backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
         step: NeuronStep = ctx.step
         steps: int = ctx.steps
         s, decay, v, x, factors, kept = ctx.saved_tensors
-        if ctx.replays:
-            _, _, kept, _ = _run(step, ctx.fast, v, x, decay, steps, keep=True)
-        assert kept is not None
         needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        # ∂L/∂x is what a step gives unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled
-        plain = factors is not None or not (needs_decay or step.decay_input)
-        grad_u = torch.empty_strided(*ctx.layout, dtype=ctx.x_dtype if plain else kept.dtype, device=kept.device)
-        first = kept if steps == 1 else kept[: len(kept) // steps]
-        if grad_s is not None and (grad_s.stride() != grad_u.stride() or grad_s.is_neg()):
-            grad_s = match_format(grad_s, grad_u)
-        grad_v = None if grad_v is None else match_format(grad_v, first)
         fast: Any = ctx.fast if ctx.fast and ctx.fast.differentiates else None
-        assert fast or factors is None, "there was one in the forward"
-        takes_bits = fast and first.numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)
-        if s is None:
-            s = ctx.bits if takes_bits else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
-        of_weight = of_bias = None
-        if fast:
-            before = torch.empty_like(first) if needs_v else None
+        in_triton = isinstance(fast, TritonStep)
+        if ctx.replays and not (in_triton and fast.replays(steps)):
+            _, _, kept, _ = _run(step, ctx.fast, v, x, decay, steps, keep=True)
+        # ∂L/∂x is ∂L/∂u unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled below
+        of_u = not in_triton and factors is None and (needs_decay or step.decay_input)
+        out = torch.empty_strided(*ctx.layout, dtype=kept.dtype if of_u else ctx.x_dtype, device=ctx.device)
+        first = out if steps == 1 else out[: len(out) // steps]
+        grad_s, x = match_format(grad_s, out), match_format(x, out)
+        grad_v, v = match_format(grad_v, first), match_format(v, first)
+        before = torch.empty_like(first, dtype=(v if kept is None else kept).dtype) if needs_v else None
+        if s is None and kept is not None:
+            whole = first.numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)  # bytes of each time step
+            if in_triton:
+                whole = Tiles(first, by_channel(decay, factors), 8).whole_bytes
+            s = ctx.bits if fast and whole else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
+        of_decay, of_weight, of_bias = None, None, None
+        if in_triton:
+            given = grad_s, grad_v, kept, s, v, x, decay
+            of_decay, parts = fast.gradient(out, before, *given, needs_decay, steps, ctx.cut, factors)
+            of_decay = None if of_decay is None else of_decay.reshape(decay.shape).to(decay.dtype)
+            if parts is not None:
+                assert factors is not None
+                out, of_weight, of_bias = triton_norm.gradients(out, x, factors, ctx.of_batch, parts)
+        elif fast:
             of_norm = None if factors is None else pointer(factors, ctx.of_batch)
             given = grad_s, grad_v, kept, s, ctx.x_dtype, of_norm, x
-            of_weight, of_bias = fast.gradient(grad_u, before, *given, steps, ctx.cut)
-            grad_v = before
+            of_weight, of_bias = fast.gradient(out, before, *given, steps, ctx.cut)
         else:
-            _, backward = _kernels(step)
-            of_u, of_s, ks, ss = (unfold(one, steps) for one in (grad_u, grad_s, kept, s))
-            for t in reversed(range(steps)):
-                goes_on = needs_v if t == 0 else not ctx.cut
-                before = torch.empty_like(first) if goes_on else None
-                if of_s[t] is None and grad_v is None:
-                    of_u[t].zero_()
-                    before = None
-                else:
-                    backward(of_u[t], before, of_s[t], grad_v, ks[t], ss[t], decay)
-                grad_v = before
-        grad_decay = None
-        if needs_decay:
-            parts = (unfold(one, steps) for one in (grad_u, kept, s))
-            grad_decay = _decay_gradient(step, decay, v, unfold(x, steps), *parts)
-        if needs_x and not plain:
-            gain = 1 - step.rate(decay) if step.decay_input else 1.0
-            grad_u = (grad_u * gain).to(ctx.x_dtype)
+            assert factors is None, "there was one in the forward"
+            _plain_gradient(step, out, before, grad_s, grad_v, kept, s, decay, steps, ctx.cut)
+        if of_u and needs_decay:
+            parts = (unfold(one, steps) for one in (out, kept, s))
+            of_decay = _decay_gradient(step, decay, v, unfold(x, steps), *parts)
+        if of_u and needs_x:
+            out = (out * (1 - step.rate(decay) if step.decay_input else 1.0)).to(ctx.x_dtype)
         of_affine = of_weight if needs_weight else None, of_bias if needs_bias else None
-        return grad_v, grad_u if needs_x else None, grad_decay, None, None, None, None, *of_affine, None
+        return before, out if needs_x else None, of_decay, None, None, None, None, *of_affine, None
+
+
+def _plain_gradient(
+    step: NeuronStep,
+    out: Tensor,
+    out_v: Tensor | None,
+    grad_s: Tensor | None,
+    grad_v: Tensor | None,
+    kept: Tensor,
+    s: Tensor,
+    decay: Tensor | None,
+    steps: int,
+    cut: bool,
+) -> None:
+    """Write ∂L/∂u of all time steps, and ∂L/∂v before the first if wanted."""
+    _, backward = _kernels(step)
+    of_u, of_s, ks, ss = (unfold(one, steps) for one in (out, grad_s, kept, s))
+    for t in reversed(range(steps)):
+        before = out_v if t == 0 else None if cut else torch.empty_like(ks[0])
+        backward(of_u[t], before, of_s[t], grad_v, ks[t], ss[t], decay)
+        grad_v = before
 
 
 def _decay_gradient(step: NeuronStep, decay: Tensor, v: Tensor, x: Any, grad_u: Any, kept: Any, s: Any) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sltt.kernels.neuron.native_step import SURROGATES, fires_as_usual, unwrap
+from sltt.kernels.neuron.native_step import SURROGATES, describe, fires_as_usual
 from sltt.kernels.options import compiler_problem, options
 from sltt.surrogates import Exponential, Gaussian, Sigmoid
 
@@ -40,10 +40,9 @@ class TritonStep:
     def __init__(self, step: "NeuronStep"):
         from sltt.kernels.neuron import triton_kernels  # imports Triton
 
-        above, surrogate = unwrap(step.surrogate)
-        found = _SURROGATES.get(type(surrogate))
+        above, found = describe(step.surrogate, _SURROGATES)
         self.differentiates = found is not None
-        number, a, b = found(surrogate) if found else (0, 1.0, 1.0)
+        number, a, b = found or (0, 1.0, 1.0)
         soft, decay = step.v_reset is None, 0.0 if step.decay is None else step.decay
         self._kernels = triton_kernels
         named = {"decay": decay, "gain": 1 - decay, "threshold": step.v_threshold, "rest": step.v_reset or 0}
@@ -133,15 +132,8 @@ class TritonStep:
     def _launch(self, kernel: Any, tiles: "Tiles", like: Tensor, *tensors: Any, **constants: Any) -> None:
         """Run a kernel, whose first tensor is `like`."""
         with torch.cuda.device_of(like):
-            kernel[(tiles.programs,)](
-                like,
-                *tensors,
-                **self._constants,
-                **constants,
-                **tiles.arguments,
-                num_warps=WARPS,
-                enable_fp_fusion=False,
-            )
+            given = self._constants | constants | tiles.arguments
+            kernel[(tiles.programs,)](like, *tensors, **given, num_warps=WARPS, enable_fp_fusion=False)
 
 
 class Tiles:
@@ -205,9 +197,10 @@ def triton_step(
         return None
     if not fires_as_usual(step.surrogate) or options().compile == "off" or problem(like.device):
         return None
-    if step.triton is None:
-        object.__setattr__(step, "triton", TritonStep(step))  # of a value, which has one
-    return step.triton
+    return _constant_step(step)
+
+
+_constant_step = functools.lru_cache(maxsize=1024)(TritonStep)
 
 
 @functools.cache

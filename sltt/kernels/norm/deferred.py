@@ -12,6 +12,7 @@ Whatever else uses a `Deferred` finds the normalised tensor, computed once, and 
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ from sltt.kernels.neuron import triton_step
 from sltt.kernels.norm import triton_norm
 from sltt.kernels.norm.norm import batch_statistics
 from sltt.kernels.options import match_format, options
+from sltt.kernels.spikes.saved import tag_made
 
 # Fewer elements than this are normalised at once.
 DEFER_FROM = 2**17
-_ONLY_SHAPE = {getattr(torch.ops.aten, name).default for name in ("empty_like", "full_like", "zeros_like", "ones_like")}
 
 
 class _Constants(ctypes.Structure):
@@ -49,7 +50,6 @@ class Normalised:
 
     Attributes:
         steps: T.
-        taken: a neuron has read the input.
     """
 
     def __init__(self, x: Tensor, factors: Tensor, training: bool):
@@ -57,7 +57,6 @@ class Normalised:
         self._x, self._version = x, x._version
         self._value: Tensor | None = None
         self.steps = factors.shape[1] if factors.ndim == 3 else 1
-        self.taken = False
 
     @property
     def x(self) -> Tensor:
@@ -77,14 +76,17 @@ class Normalised:
     @property
     def value(self) -> Tensor:
         """The normalised tensor."""
-        if self._value is None and self.factors.ndim == 3:
-            self._value = triton_norm.normalised(self.x, self.factors)
-        elif self._value is None:
-            scale, shift, *_ = self.factors
-            none, one = torch.zeros_like(scale), torch.ones_like(scale)
-            self._value = torch.native_batch_norm(self.x, scale, shift, none, one, False, 0.0, 0.0)[0]
-        assert self._value is not None
+        if self._value is None:
+            self._value = _normalise(self.x, self.factors)
         return self._value
+
+
+def _normalise(x: Tensor, factors: Tensor) -> Tensor:
+    if factors.ndim == 3:
+        return triton_norm.normalised(x, factors)
+    scale, shift, *_ = factors
+    none, one = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.native_batch_norm(x, scale, shift, none, one, False, 0.0, 0.0)[0]
 
 
 def pointer(factors: Tensor, training: bool) -> Any:
@@ -117,10 +119,7 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def seen(tensor: "Deferred") -> Tensor:
-            return tensor.inputs[0] if func in _ONLY_SHAPE else tensor.normalised.value
-
-        args, kwargs = tree_map_only(Deferred, seen, (args, kwargs or {}))
+        args, kwargs = tree_map_only(Deferred, lambda tensor: tensor.normalised.value, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     # what reads memory without an operation
@@ -154,21 +153,15 @@ class _Defer(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, factors = ctx.saved_tensors
-        return *norm_gradients(grad, x, weight, factors, ctx.training, ctx.needs_input_grad[:3]), None
-
-
-def norm_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor | None, factors: Tensor, training: bool, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Return ∂L/∂x, ∂L/∂weight and ∂L/∂bias of a BatchNorm, where they are needed."""
-    if factors.ndim == 3:
-        grads = triton_norm.gradients(match_format(grad, x), x, factors, training)
-    else:
-        _, _, mean, invstd = factors
-        grads = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, invstd**-2, mean, invstd, training, 0.0, list(needs)
-        )
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+        *needs, _ = ctx.needs_input_grad
+        if factors.ndim == 3:
+            grads = triton_norm.gradients(match_format(grad, x), x, factors, ctx.training)
+        else:
+            _, _, mean, invstd = factors
+            grads = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, mean, invstd**-2, mean, invstd, ctx.training, 0.0, needs
+            )
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
 class _Settle(torch.autograd.Function):
@@ -182,16 +175,18 @@ class _Settle(torch.autograd.Function):
 
 
 def materialise(x: Tensor) -> Tensor:
-    """Return a tensor with memory."""
-    return _Settle.apply(x) if isinstance(x, Deferred) else x  # type: ignore[return-value]
+    """Return a tensor with memory, to normalise again in a backward that needs it."""
+    if not isinstance(x, Deferred):
+        return x
+    y: Any = _Settle.apply(x)
+    tag_made(y, x.normalised.x, partial(_normalise, factors=x.normalised.factors))
+    return y
 
 
 def first_step(x: Tensor, steps: int) -> Tensor:
     """Return the first of the time steps in x, for its shape, type and memory format; a `Deferred` still waits."""
-    if steps == 1:
-        return x
     x = x.inputs[0].detach() if isinstance(x, Deferred) else x
-    return x[: len(x) // steps]
+    return x if steps == 1 else x[: len(x) // steps]
 
 
 def split_norm(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor | None, Tensor | None]:
@@ -204,7 +199,6 @@ def split_norm(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor
     if not (fits and isinstance(x, Deferred) and x.normalised.waits and x.grad_fn is x.made):
         return None, materialise(x), None, None
     _ = x.normalised.x  # as it was
-    x.normalised.taken = True
     return x.normalised, *x.inputs
 
 

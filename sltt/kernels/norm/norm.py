@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,15 +27,14 @@ def stepwise_norm(norm: _BatchNorm, input: Tensor, steps: int) -> Tensor:
             f"BatchNorm needs more than one value for each channel, got {list(input.shape)} of {steps} steps: use a "
             "larger batch"
         )
-    # the operator writes plain and channels-last tensors only
-    ordered = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
-    x = input if ordered else input.contiguous()
     running, momenta = batch_statistics(norm, steps)
-    affine = norm.weight, norm.bias
-    normalise = partial(_normalise, steps=steps, affine=affine, momenta=momenta, eps=norm.eps)
-    y: Any = _StepwiseBatchNorm.apply(x, *affine, steps, norm.eps, partial(normalise, running=running))
-    # once more for the same output: the running statistics change no more
-    tag_made(y, x, lambda x: normalise(x, running=running and tuple(r.clone() for r in running))[0])
+    running, affine = running or (None, None), (norm.weight, norm.bias)
+    y: Any = _StepwiseBatchNorm.apply(input, *affine, running, momenta, norm.eps)
+
+    def again(x: Tensor) -> Tensor:  # the running statistics, which decide about types, change no more
+        return _normalise(x, affine, [None if r is None else r.clone() for r in running], momenta, norm.eps)[0]
+
+    tag_made(y, input, again)
     return y
 
 
@@ -81,57 +79,42 @@ def counting_batches() -> Iterator[Counter[_BatchNorm]]:
 
 
 def _normalise(
-    x: Tensor,
-    steps: int,
-    running: tuple[Tensor, ...] | None,
-    affine: tuple[Tensor | None, Tensor | None],
-    momenta: list[float],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x [T·B, C, ...] normalised as by T calls, and mean and inverse deviation [T, C]; without a graph.
+    x: Tensor, affine: Any, running: Any, momenta: list[float], eps: float
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return x [T·B, C, ...] normalised as by T calls, and mean and inverse deviation of each; without a graph.
 
     The running mean and variance [C] are updated T times, with the weights `momenta`.
     """
-    # on the CPU, the operator takes statistics in the type of what is beside the input
-    beside = [t.dtype for t in (*affine, *(running or ())) if t is not None]
-    statistics = [*beside, x.dtype][0] if x.is_cpu else torch.promote_types(x.dtype, torch.float32)
-    mean, invstd = (torch.empty(steps, x.shape[1], dtype=statistics, device=x.device) for _ in range(2))
-    y = torch.empty_like(x)
-    running_mean, running_var = running or (None, None)
-    for t, (x_t, y_t) in enumerate(zip(x.chunk(steps), y.chunk(steps), strict=True)):
-        torch.ops.aten.native_batch_norm.out(
-            x_t, *affine, running_mean, running_var, True, momenta[t], eps,
-            out=y_t, save_mean=mean[t], save_invstd=invstd[t],
-        )  # fmt: skip
-    return y, mean, invstd
+    steps, y, statistics = len(momenta), torch.empty_like(x), []
+    for x_t, y_t, momentum in zip(x.chunk(steps), y.chunk(steps), momenta, strict=True):
+        normalised, mean, invstd = torch.native_batch_norm(x_t, *affine, *running, True, momentum, eps)
+        y_t.copy_(normalised)
+        statistics.append((mean, invstd))
+    return y, statistics
 
 
 class _StepwiseBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, steps: int, eps: float, normalise: Any
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Any, momenta: list[float], eps: float
     ) -> Tensor:
-        y, mean, invstd = normalise(x)
-        ctx.steps, ctx.eps = steps, eps
-        ctx.save_for_backward(x, weight, mean, invstd)
+        y, ctx.statistics = _normalise(x, (weight, bias), running, momenta, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight)
         return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, mean, invstd = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
-        grad_x = torch.empty_like(x) if needs[0] else None
-        totals: list[Tensor | None] = [None, None]
-        results = [None] * ctx.steps if grad_x is None else grad_x.chunk(ctx.steps)
-        parts = zip(x.chunk(ctx.steps), grad.chunk(ctx.steps), results, mean, invstd, strict=True)
-        for x_t, grad_t, result, mean_t, invstd_t in parts:
+        x, weight = ctx.saved_tensors
+        needs, steps, grad_x, affine = ctx.needs_input_grad[:3], len(ctx.statistics), torch.empty_like(x), []
+        parts = zip(x.chunk(steps), grad.chunk(steps), grad_x.chunk(steps), ctx.statistics, strict=True)
+        for x_t, grad_t, grad_x_t, statistics in parts:
             of_x, *of_affine = torch.ops.aten.native_batch_norm_backward(
-                grad_t, x_t, weight, None, None, mean_t, invstd_t, True, ctx.eps, needs
+                grad_t, x_t, weight, None, None, *statistics, True, ctx.eps, needs
             )
-            if result is not None:
-                result.copy_(of_x)
-            for i, g in enumerate(of_affine):
-                if needs[i + 1]:
-                    totals[i] = g if totals[i] is None else totals[i] + g
-        return grad_x, *totals, None, None, None
+            if needs[0]:
+                grad_x_t.copy_(of_x)
+            affine.append(of_affine)
+        totals: Any = (sum(of) if need else None for of, need in zip(zip(*affine, strict=True), needs[1:], strict=True))
+        return grad_x if needs[0] else None, *totals, None, None, None

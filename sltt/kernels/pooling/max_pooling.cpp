@@ -91,19 +91,13 @@ extern "C" {
 // x [n, h, w, channels] and y [n, oh, ow, channels] are float or bfloat16. `positions`, as y, may be null: those of the
 // maxima in their windows, row by row.
 void sltt_max_pool(const Pooling* z, int bfloat16, const void* x, void* y, uint8_t* positions, int threads) {
-  if (bfloat16)
-    pool(*z, static_cast<const uint16_t*>(x), static_cast<uint16_t*>(y), positions, threads);
-  else
-    pool(*z, static_cast<const float*>(x), static_cast<float*>(y), positions, threads);
+  with_type(bfloat16, [&](auto t) { pool(*z, as(x, t), as(y, t), positions, threads); });
 }
 
 // From ∂L/∂y to ∂L/∂x, `out`.
 void sltt_max_pool_gradient(const Pooling* z, int bfloat16, const void* grad, const uint8_t* positions, void* out,
                             int threads) {
-  if (bfloat16)
-    pool_gradient(*z, static_cast<const uint16_t*>(grad), positions, static_cast<uint16_t*>(out), threads);
-  else
-    pool_gradient(*z, static_cast<const float*>(grad), positions, static_cast<float*>(out), threads);
+  with_type(bfloat16, [&](auto t) { pool_gradient(*z, as(grad, t), positions, as(out, t), threads); });
 }
 
 // x [n, h, w, channels] and y [n, oh, ow, channels] are float or bfloat16. `total`, shaped as x, is the sum before it, and
@@ -111,17 +105,10 @@ void sltt_max_pool_gradient(const Pooling* z, int bfloat16, const void* grad, co
 // what that gained, y.
 void sltt_running_max(const Pooling* z, int bfloat16, int bfloat16_total, const void* x, const void* total,
                       const void* largest, float* sum, float* most, void* y, int threads) {
-  const auto of = [&](auto type, auto type_total) {
-    using T = decltype(type);
-    using S = decltype(type_total);
-    run(*z, static_cast<const T*>(x), static_cast<const S*>(total), static_cast<const S*>(largest), sum, most,
-        static_cast<T*>(y), threads);
-  };
-  if (!bfloat16)
-    of(float(), float());
-  else if (bfloat16_total)
-    of(uint16_t(), uint16_t());
-  else
-    of(uint16_t(), float());
+  with_type(bfloat16, [&](auto t) {
+    with_type(bfloat16_total, [&](auto s) {
+      run(*z, as(x, t), as(total, s), as(largest, s), sum, most, as(y, t), threads);
+    });
+  });
 }
 }

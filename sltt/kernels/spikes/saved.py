@@ -117,9 +117,7 @@ def tag_made(
             with torch.no_grad():
                 made = again(restore(saved))
                 return memory(
-                    made
-                    if made.stride() == stride
-                    else torch.empty_strided(made.shape, stride, dtype=made.dtype, device=made.device).copy_(made)
+                    made if made.stride() == stride else made.new_empty_strided(made.shape, stride).copy_(made)
                 )
 
         Tag(y, make, layers)

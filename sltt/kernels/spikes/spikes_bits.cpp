@@ -6,21 +6,20 @@ namespace {
 constexpr int64_t PART = 1 << 13;  // bytes of bits in a task
 
 template <class T>
-void pack_bits(const void* x, uint8_t* bits, int64_t bytes, int threads) {
+void pack_bits(const T* x, uint8_t* bits, int64_t bytes, int threads) {
   for_each(threads, (bytes + PART - 1) / PART, 1, [&](int64_t part, int64_t) {
     const int64_t from = part * PART;
-    pack_part(static_cast<const T*>(x) + 8 * from, bits + from, std::min(PART, bytes - from));
+    pack_part(x + 8 * from, bits + from, std::min(PART, bytes - from));
   });
 }
 
 // Whether there are elements that are neither 0 nor `one`.
 template <class T>
 bool has_others(const T* x, T one, int64_t n) {
-  constexpr T magnitude = T(~(T(1) << (8 * sizeof(T) - 1)));
   int64_t i = 0;
   uint64_t found = 0;
 #ifdef __AVX512BW__
-  const __m512i m32 = _mm512_set1_epi32(magnitude), m16 = _mm512_set1_epi16(magnitude);
+  const __m512i m32 = _mm512_set1_epi32(MAGNITUDE<T>), m16 = _mm512_set1_epi16(MAGNITUDE<T>);
   for (; sizeof(T) == 4 && i + 16 <= n; i += 16) {
     const __m512i v = _mm512_loadu_si512(x + i);
     found |= _mm512_mask_cmpneq_epi32_mask(_mm512_test_epi32_mask(v, m32), v, _mm512_set1_epi32(one));
@@ -31,7 +30,7 @@ bool has_others(const T* x, T one, int64_t n) {
   }
 #endif
   T others = 0;
-  for (; i < n; i++) others |= T((x[i] & magnitude) != 0) & T(x[i] != one);
+  for (; i < n; i++) others |= T((x[i] & MAGNITUDE<T>) != 0) & T(x[i] != one);
   return found || others;
 }
 
@@ -39,7 +38,6 @@ bool has_others(const T* x, T one, int64_t n) {
 // early. `one` becomes that value, or stays 0. -0 is no spike.
 template <class T>
 int64_t look(const T* x, uint8_t* bits, int64_t bytes, T* one, int threads) {
-  constexpr T magnitude = T(~(T(1) << (8 * sizeof(T) - 1)));
   std::atomic<T> common{0};
   std::atomic<bool> failed{false};
   std::atomic<int64_t> total{0};
@@ -51,7 +49,7 @@ int64_t look(const T* x, uint8_t* bits, int64_t bytes, T* one, int threads) {
       const int64_t n = std::min(BLOCK, end - j);
       const T* p = x + 8 * j;
       for (int64_t i = 0; !mine && i < 8 * n; i++)
-        if (p[i] & magnitude) mine = p[i];
+        if (p[i] & MAGNITUDE<T>) mine = p[i];
       if (has_others(p, mine, 8 * n)) failed = true;
       pack_part(p, bits + j, n);
       number += count(bits + j, n);
@@ -67,18 +65,17 @@ int64_t look(const T* x, uint8_t* bits, int64_t bytes, T* one, int threads) {
 // The same for elements [rows][channels][inner], where each channel has a value of its own, which goes into `ones`.
 template <class T>
 bool look_by_channel(const T* x, int64_t rows, int64_t channels, int64_t inner, T* ones) {
-  constexpr T magnitude = T(~(T(1) << (8 * sizeof(T) - 1)));
   for (int64_t row = 0; row < rows; row++) {
     T others = 0;
     for (int64_t c = 0; inner == 1 && c < channels; c++) {  // in vectors
-      const T spike = (x[c] & magnitude) ? x[c] : T(0);
+      const T spike = (x[c] & MAGNITUDE<T>) ? x[c] : T(0);
       ones[c] = ones[c] ? ones[c] : spike;
       others |= T(spike != 0) & T(spike != ones[c]);
     }
     for (int64_t c = 0; inner > 1 && c < channels && !others; c++) {
       const T* p = x + c * inner;
       for (int64_t i = 0; !ones[c] && i < inner; i++)
-        if (p[i] & magnitude) ones[c] = p[i];
+        if (p[i] & MAGNITUDE<T>) ones[c] = p[i];
       others = has_others(p, ones[c], inner);
     }
     if (others) return false;
@@ -89,11 +86,17 @@ bool look_by_channel(const T* x, int64_t rows, int64_t channels, int64_t inner, 
 
 // `table` has what each byte unpacks to, eight elements.
 template <class T>
-void unpack_bits(const uint8_t* bits, int64_t bytes, const void* table, void* x, int threads) {
+void unpack_bits(const uint8_t* bits, int64_t bytes, const T* table, T* x, int threads) {
   for_each(threads, (bytes + PART - 1) / PART, 1, [&](int64_t part, int64_t) {
     for (int64_t j = part * PART, end = std::min(j + PART, bytes); j < end; j++)
-      std::memcpy(static_cast<T*>(x) + 8 * j, static_cast<const T*>(table) + 8 * bits[j], 8 * sizeof(T));
+      std::memcpy(x + 8 * j, table + 8 * bits[j], 8 * sizeof(T));
   });
+}
+
+// Call function(number), where the number has the type of elements of so many bytes.
+template <class F>
+auto with_size(int size, const F& function) {
+  return size == 2 ? function(uint16_t()) : size == 4 ? function(uint32_t()) : function(uint64_t());
 }
 
 }  // namespace
@@ -104,30 +107,20 @@ int64_t sltt_same(const uint8_t* a, const uint8_t* b, int64_t bytes) { return !s
 
 // Elements of `size` bytes (2, 4 or 8), 8 · bytes of them.
 void sltt_pack_bits(const void* x, int size, uint8_t* bits, int64_t bytes, int threads) {
-  if (size == 2) pack_bits<uint16_t>(x, bits, bytes, threads);
-  if (size == 4) pack_bits<uint32_t>(x, bits, bytes, threads);
-  if (size == 8) pack_bits<uint64_t>(x, bits, bytes, threads);
+  with_size(size, [&](auto t) { pack_bits(as(x, t), bits, bytes, threads); });
 }
 
 // Of elements of `size` bytes, 8 · bytes of them, see `look`.
 int64_t sltt_look(const void* x, int size, uint8_t* bits, int64_t bytes, void* one, int threads) {
-  if (size == 2) return look(static_cast<const uint16_t*>(x), bits, bytes, static_cast<uint16_t*>(one), threads);
-  if (size == 4) return look(static_cast<const uint32_t*>(x), bits, bytes, static_cast<uint32_t*>(one), threads);
-  return look(static_cast<const uint64_t*>(x), bits, bytes, static_cast<uint64_t*>(one), threads);
+  return with_size(size, [&](auto t) { return look(as(x, t), bits, bytes, as(one, t), threads); });
 }
 
 // `ones`, of the elements' type, are 0 before.
 int64_t sltt_look_by_channel(const void* x, int size, int64_t rows, int64_t channels, int64_t inner, void* ones) {
-  const auto look = [&](auto type) {
-    using T = decltype(type);
-    return look_by_channel(static_cast<const T*>(x), rows, channels, inner, static_cast<T*>(ones));
-  };
-  return size == 2 ? look(uint16_t()) : size == 4 ? look(uint32_t()) : look(uint64_t());
+  return with_size(size, [&](auto t) { return look_by_channel(as(x, t), rows, channels, inner, as(ones, t)); });
 }
 
 void sltt_unpack_bits(const uint8_t* bits, int64_t bytes, const void* table, int size, void* x, int threads) {
-  if (size == 2) unpack_bits<uint16_t>(bits, bytes, table, x, threads);
-  if (size == 4) unpack_bits<uint32_t>(bits, bytes, table, x, threads);
-  if (size == 8) unpack_bits<uint64_t>(bits, bytes, table, x, threads);
+  with_size(size, [&](auto t) { unpack_bits(bits, bytes, as(table, t), as(x, t), threads); });
 }
 }
