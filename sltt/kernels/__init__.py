@@ -5,6 +5,7 @@ from sltt import kernels
 with kernels.using(compile="off", bits=False):  # how to switch both off
     rule(model, x, y, loss)
 """
+# ruff: noqa: F401
 
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.layers.costs import seconds as layer_seconds
@@ -27,56 +28,3 @@ from sltt.kernels.options import options as current_options
 from sltt.kernels.pooling.pooling import max_pool, running_max
 from sltt.kernels.spikes.looks import Spikes, bits_pay, look
 from sltt.kernels.spikes.saved import known_count, others_save, save_as_bits, tag_made, tag_of, tag_sum
-
-__all__ = [
-    "Compile",
-    "CustomStep",
-    "NeuronStep",
-    "Operation",
-    "Sensitivity",
-    "Sparse",
-    "Spikes",
-    "Steady",
-    "Weights",
-    "batch_statistics",
-    "bits_pay",
-    "cache_folder",
-    "choosing_once",
-    "compiler_problem",
-    "convolution_gradients",
-    "counting_batches",
-    "current_options",
-    "custom_step",
-    "deferred_norm",
-    "differentiable_once",
-    "fast_step",
-    "first_step",
-    "is_small",
-    "known_count",
-    "layer_seconds",
-    "library_origin",
-    "library_problem",
-    "look",
-    "materialise",
-    "max_pool",
-    "neuron_step",
-    "operation_of",
-    "others_save",
-    "plain_norm",
-    "recurrent_steps",
-    "run_layer",
-    "run_step",
-    "running_max",
-    "runs_recurrence",
-    "save_as_bits",
-    "spike_call",
-    "steady_steps",
-    "steps_by_channel",
-    "stepwise_norm",
-    "tag_made",
-    "tag_of",
-    "tag_sum",
-    "triton_problem",
-    "using",
-    "without_modes",
-]

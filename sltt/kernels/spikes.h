@@ -16,39 +16,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
-#include <utility>
 
 // PyTorch's OpenMP, found in the process: linking one, or any pragma, could start a second pool of threads. The OpenMP
 // libraries of GCC, LLVM and Intel all have these two functions.
 extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 extern "C" int omp_get_thread_num(void);
-
-// Scratch memory that this thread has freed, kept for its next call: the C library would hand it back to the system, and
-// get it anew page by page.
-struct Kept {
-  static constexpr int BLOCKS = 8;
-  void* block[BLOCKS] = {};
-  int64_t size[BLOCKS] = {};
-  ~Kept() { for (void* p : block) std::free(p); }
-
-  void* take(int64_t bytes, int64_t* found) {
-    int best = std::max_element(size, size + BLOCKS) - size;  // the smallest that is large enough
-    for (int i = 0; i < BLOCKS; i++)
-      if (size[i] >= bytes && size[i] < size[best]) best = i;
-    void* p = std::exchange(block[best], nullptr);
-    *found = std::exchange(size[best], 0);
-    if (*found >= bytes) return p;
-    std::free(p);  // even the largest is too small
-    return std::aligned_alloc(64, *found = bytes);
-  }
-  void give(void* p, int64_t bytes) {  // the largest stay
-    if (!p) return;
-    const auto least = std::min_element(size, size + BLOCKS) - size;
-    if (bytes > size[least]) std::swap(p, block[least]), size[least] = bytes;
-    std::free(p);
-  }
-};
-inline thread_local Kept kept;
 
 namespace {
 
@@ -95,15 +67,14 @@ Outputs block_of(const Conv& z, int64_t widest, int64_t i) {
 template <class T>
 class Scratch {  // not cleared; null if there is no memory
  public:
-  explicit Scratch(int64_t n) : p(static_cast<T*>(kept.take((n * sizeof(T) / 64 + 1) * 64, &size))) {}
-  ~Scratch() { kept.give(p, size); }
+  explicit Scratch(int64_t n) : p(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {}
+  ~Scratch() { std::free(p); }
   Scratch(const Scratch&) = delete;
   T* get() const { return p; }
   T& operator[](int64_t i) const { return p[i]; }
   explicit operator bool() const { return p; }
 
  private:
-  int64_t size;
   T* p;
 };
 

@@ -14,6 +14,7 @@ from sltt._torch import _BatchNorm, add_to_each
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.spikes.saved import tag_made
 
+Pair = tuple[Tensor | None, Tensor | None]
 _counts: ContextVar[Counter[_BatchNorm] | None] = ContextVar("counts", default=None)  # batches of norms in a block
 
 
@@ -28,11 +29,12 @@ def stepwise_norm(norm: _BatchNorm, input: Tensor, steps: int) -> Tensor:
             "larger batch"
         )
     running, momenta = batch_statistics(norm, steps)
-    running, affine = running or (None, None), (norm.weight, norm.bias)
-    y: Any = _StepwiseBatchNorm.apply(input, *affine, running, momenta, norm.eps)
+    affine = norm.weight, norm.bias
+    y: Any = _StepwiseBatchNorm.apply(input, *affine, running or (None, None), momenta, norm.eps)
 
     def again(x: Tensor) -> Tensor:  # the running statistics, which decide about types, change no more
-        return _normalise(x, affine, [None if r is None else r.clone() for r in running], momenta, norm.eps)[0]
+        unused = (running[0].clone(), running[1].clone()) if running else (None, None)
+        return _normalise(x, affine, unused, momenta, norm.eps)[0]
 
     tag_made(y, input, again)
     return y
@@ -79,7 +81,7 @@ def counting_batches() -> Iterator[Counter[_BatchNorm]]:
 
 
 def _normalise(
-    x: Tensor, affine: Any, running: Any, momenta: list[float], eps: float
+    x: Tensor, affine: Pair, running: Pair, momenta: list[float], eps: float
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return x [T·B, C, ...] normalised as by T calls, and mean and inverse deviation of each; without a graph.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sltt._torch import is_functorch_wrapped_tensor
 from sltt.kernels import native
-from sltt.kernels.options import COMPILE_FROM, memory, options
+from sltt.kernels.options import COMPILE_FROM, dense, memory, options
 from sltt.kernels.spikes.bits import pack, unpack
 
 # Fewer elements than this are saved as they are: packing them costs more time than it is worth in memory.
@@ -62,7 +62,7 @@ def can_pack(x: Tensor) -> bool:
         and x.layout == torch.strided
         and x.itemsize in (2, 4, 8)
         and not (x.is_meta or x.is_neg() or is_functorch_wrapped_tensor(x))
-        and (x.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(x)))
+        and dense(x)
     )
 
 
