@@ -184,10 +184,8 @@ def is_small(operation: Operation, x: Tensor, weight: Tensor) -> bool:
     """Return whether a layer has too few products to run in another way than PyTorch's, whatever it reads."""
     if options().sparse == "on" or not x.is_cpu:
         return False
-    if operation.axes == 0:
-        products = weight.numel() * (x.numel() // max(1, weight.shape[-1]))
-    else:  # at most: the output may be smaller than the input
-        products = weight.numel() * (x.numel() // max(1, x.shape[1]))
+    channels = x.shape[1] if operation.axes else weight.shape[-1]
+    products = weight.numel() * (x.numel() // max(1, channels))  # at most: the output may be smaller than the input
     return products < costs.PRODUCTS_FROM
 
 

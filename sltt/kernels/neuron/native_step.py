@@ -39,13 +39,7 @@ class _Constants(ctypes.Structure):
 
 
 class NativeStep:
-    """A step in native code.
-
-    Args:
-        library: the compiled kernels.
-        step: the constants.
-        decay: λ.
-    """
+    """A step in native code."""
 
     def __init__(self, library: ctypes.CDLL, step: "NeuronStep", decay: float):
         above, found = describe(step.surrogate, SURROGATES)
@@ -125,15 +119,9 @@ def native_step(
     decay: Tensor | None,
     gradient: bool = False,
 ) -> NativeStep | None:
-    """Return the step in native code, if it can run, or its gradient.
+    """Return the step in native code; None where it cannot run, or cannot give a `gradient` that is asked for.
 
-    Args:
-        step: the constants.
-        like: a tensor of the neurons' shape and device.
-        x_dtype: of the current.
-        dtype: of the membrane potential.
-        decay: λ where it is a tensor.
-        gradient: whether derivatives are needed.
+    `like` has the shape and device of the neurons, `dtype` is of the membrane potential.
     """
     if not like.is_cpu or dtype != torch.float32 or x_dtype not in (torch.float32, torch.bfloat16):
         return None

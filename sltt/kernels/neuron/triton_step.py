@@ -31,11 +31,7 @@ REPLAYED = 8  # time steps at most, each of which takes a register an element
 
 
 class TritonStep:
-    """Run a step in Triton.
-
-    Args:
-        step: the constants.
-    """
+    """A step in Triton."""
 
     def __init__(self, step: "NeuronStep"):
         from sltt.kernels.neuron import triton_kernels  # imports Triton
@@ -182,14 +178,9 @@ def block_of(x: Tensor) -> int:
 def triton_step(
     step: "NeuronStep", like: Tensor, x_dtype: torch.dtype, dtype: torch.dtype, decay: Tensor | None
 ) -> TritonStep | None:
-    """Return the step in Triton; None where it cannot run.
+    """Return the step in Triton; None where it cannot run. The arguments are those of `native_step`.
 
-    Args:
-        step: the constants.
-        like: a tensor on the neurons' device.
-        x_dtype: of the current.
-        dtype: of the membrane potential.
-        decay: λ where it is a tensor; or λ and V_th of each channel, [2, C].
+    `decay` may also be λ and V_th of each channel, [2, C].
     """
     if not like.is_cuda or not {dtype, x_dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
         return None
