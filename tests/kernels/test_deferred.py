@@ -62,7 +62,7 @@ def test_statistics(shape, dtype, mean):
         with threads(number):
             norm = norm_of(x)
             y = deferred.deferred_norm(norm, x)
-            results.append((*y.normalised.factors, norm.running_mean, norm.running_var))
+            results.append((*y.factors, norm.running_mean, norm.running_var))
     assert all(map(torch.equal, *results))
     assert norm.num_batches_tracked == 1
     exact = norm_of(x).double()
@@ -70,7 +70,7 @@ def test_statistics(shape, dtype, mean):
     torch.testing.assert_close(norm.running_mean.double(), exact.running_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(norm.running_var.double(), exact.running_var, rtol=2e-6, atol=1e-6)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5 + 1e-6 * mean
-    torch.testing.assert_close(y.normalised.value.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(y.value.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def one_step(x, weight, bias, constants, training, exact):
@@ -87,7 +87,7 @@ def one_step(x, weight, bias, constants, training, exact):
     else:
         z = deferred.deferred_norm(norm, y)
         s, after = kernels.neuron_step(kernels.NeuronStep(decay=0.6, **fixed), v, z)
-        assert z.normalised.waits
+        assert z.waits
     torch.manual_seed(1)
     of_s, of_v = (torch.randn(x.shape).to(s.dtype) for _ in range(2))
     ((s * of_s).sum() + (after * of_v).sum()).backward()
@@ -177,9 +177,9 @@ def test_every_rule(rule, monkeypatch):
 @pytest.fixture
 def settled(monkeypatch):
     """How many tensors were normalised, since somebody looked at them."""
-    count, value = [], deferred.Normalised.value.fget
-    counted = property(lambda norm: (count.append(1) if norm.waits else None, value(norm))[1])
-    monkeypatch.setattr(deferred.Normalised, "value", counted)
+    count, value = [], deferred.Deferred.value.fget
+    counted = property(lambda y: (count.append(1) if y.waits else None, value(y))[1])
+    monkeypatch.setattr(deferred.Deferred, "value", counted)
     return count
 
 
@@ -263,22 +263,25 @@ def test_hooks_see_plain_values(monkeypatch):
 
 def test_the_input_changed_in_place(monkeypatch):
     class Changed(nn.Module):
-        """Changes it before the neuron reads the norm's output, or behind."""
+        """Changes it before the neuron reads the norm's output, which another has read or not, or behind."""
 
-        def __init__(self, norm, neuron, before):
+        def __init__(self, norm, neuron, before, read):
             super().__init__()
-            self.norm, self.neuron, self.before = norm, neuron, before
+            self.norm, self.neuron, self.before, self.read = norm, neuron, before, read
 
         def forward(self, x):
             y = self.norm(x)
+            if self.read:
+                y.sum()
             return self.neuron(y) + x.add_(1) if not self.before else self.neuron((x.add_(1), y)[1])
 
-    def run(before):
+    def run(before, read=False):
         model = network().eval()
-        model[1], model[2] = Changed(model[1], model[2], before), nn.Identity()
+        model[1], model[2] = Changed(model[1], model[2], before, read), nn.Identity()
         return [sltt.unroll(model, batch()[0], steps=2)]
 
     check(monkeypatch, lambda: run(before=False))
+    check(monkeypatch, lambda: run(before=True, read=True))
     waiting(monkeypatch, True)
     with pytest.raises(RuntimeError, match="changed in place before its output was used"):
         run(before=True)

@@ -272,7 +272,7 @@ def norm_and_neuron(norm, neuron, x, steps, cut, exact):
     else:
         y = deferred.deferred_norm(norm, leaf, steps=steps)
         s = neuron.advance(y, steps, cut)
-        assert y.normalised.waits
+        assert y.waits
         assert counted(s) == s.count_nonzero()
     weights = [torch.randn(r.shape, device=DEVICE) for r in (s, neuron.v)]
     total = sum((r.double() * w).sum() for r, w in zip((s, neuron.v), weights, strict=True))

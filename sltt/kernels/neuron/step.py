@@ -23,7 +23,7 @@ from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.neuron.native_step import NativeStep, native_step
 from sltt.kernels.neuron.triton_step import Tiles, TritonStep, by_channel, triton_step
 from sltt.kernels.norm import triton_norm
-from sltt.kernels.norm.deferred import Deferred, Normalised, pointer, split_norm
+from sltt.kernels.norm.deferred import Deferred, pointer, split_norm
 from sltt.kernels.options import Kernel, in_force, known_layout, match_format, options, without_modes
 from sltt.kernels.spikes.bits import pack, unpack
 from sltt.kernels.spikes.looks import BITS, BITS_FROM, PACK_FROM, can_pack
@@ -92,14 +92,16 @@ def run_step(
     trained = x.requires_grad or v.requires_grad or (decay is not None and decay.requires_grad)
     graph = trained and torch.is_grad_enabled()
     with without_modes():
-        norm = weight = bias = None
+        factors, of_batch, weight, bias = None, False, None, None
         if isinstance(x, Deferred):
-            in_triton = isinstance(fast, TritonStep) and x.normalised.steps == steps
+            in_triton = isinstance(fast, TritonStep) and x.factors.shape[1] == steps
             fits = in_triton or (isinstance(fast, NativeStep) and steps == 1 and decay is None)
-            norm, x, weight, bias = split_norm(x, fits and fast.differentiates)  # pyright: ignore[reportOptionalMemberAccess]
+            fits = fits and fast.differentiates  # pyright: ignore[reportOptionalMemberAccess]
+            factors, of_batch, x, weight, bias = split_norm(x, fits)
+        norm = factors, of_batch
         if graph:
-            return _NeuronStep.apply(v, x, decay, step, fast, steps, cut, weight, bias, norm)  # type: ignore[return-value]
-        s, v, _, _ = _run(step, fast, v, x, decay, steps, keep=False, norm=norm)
+            return _NeuronStep.apply(v, x, decay, step, fast, steps, cut, weight, bias, *norm)  # type: ignore[return-value]
+        s, v, _, _ = _run(step, fast, v, x, decay, steps, False, *norm)
         return s, v
 
 
@@ -126,18 +128,19 @@ def _run(
     decay: Tensor | None,
     steps: int,
     keep: bool,
+    factors: Tensor | None = None,
+    of_batch: bool = False,
     packs: bool = False,
     cut: bool = False,
-    norm: Normalised | None = None,
 ) -> tuple[Tensor, Tensor, Any, Tensor | None]:
     """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the bits of the spikes.
 
-    The backward needs v, or u for a hard reset. With `norm`, x is the input of a BatchNorm.
+    The backward needs v, or u for a hard reset. With `factors`, x is the input of a BatchNorm.
     """
     x = x.resolve_neg()
     first = x if steps == 1 else x[: len(x) // steps]
     follow = x is first or x.stride(0) * len(first) == first.numel()  # each other in memory
-    channels = (decay is not None and by_channel(decay)) or (norm is not None and isinstance(fast, TritonStep))
+    channels = (decay is not None and by_channel(decay)) or (factors is not None and isinstance(fast, TritonStep))
     if not x.is_contiguous() and not (known_layout(first, channels) and follow):
         x = x.contiguous()
         first = x if steps == 1 else x[: len(x) // steps]
@@ -152,9 +155,9 @@ def _run(
     u = None if step.v_reset is None else kept
     vs = torch.empty_like(v) if kept is None or kept is u else kept
     if isinstance(fast, NativeStep):
-        fast.forward(s, vs, u, v, x, bits, None if norm is None else pointer(norm.factors, norm.training))
+        fast.forward(s, vs, u, v, x, bits, None if factors is None else pointer(factors, of_batch))
     elif fast:
-        keep_count(s, fast.forward(s, vs, u, v, x, bits, decay, None if norm is None else norm.factors))
+        keep_count(s, fast.forward(s, vs, u, v, x, bits, decay, factors))
     else:
         forward, _ = _kernels(step)
         after = unfold(vs, steps) if vs is kept else None
@@ -215,13 +218,14 @@ class _NeuronStep(torch.autograd.Function):
         cut: bool,
         weight: Tensor | None,
         bias: Tensor | None,
-        norm: Normalised | None,
+        factors: Tensor | None,
+        of_batch: bool,
     ) -> tuple[Tensor, Tensor]:
         # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it. A few
         # steps are replayed in Triton within the backward's own pass, which reads less than what is kept of each.
         in_its_pass = isinstance(fast, TritonStep) and fast.replays(steps)
-        ctx.replays = in_its_pass or (steps > 1 and norm is None and tag_of(x) is not None)
-        s, v_next, kept, bits = _run(step, fast, v, x, decay, steps, not ctx.replays, True, cut, norm)
+        ctx.replays = in_its_pass or (steps > 1 and factors is None and tag_of(x) is not None)
+        s, v_next, kept, bits = _run(step, fast, v, x, decay, steps, not ctx.replays, factors, of_batch, True, cut)
         if bits is not None:
             if s.is_cpu:
                 setattr(s.untyped_storage(), BITS, bits)  # for layers that look at the spikes
@@ -230,15 +234,15 @@ class _NeuronStep(torch.autograd.Function):
         ctx.options = options()
         ctx.step, ctx.fast, ctx.steps, ctx.cut, ctx.x_dtype = step, fast, steps, cut, x.dtype
         ctx.bits, ctx.layout, ctx.device = bits, (s.shape, s.stride()), s.device
-        ctx.of_batch = norm is not None and norm.training
+        ctx.of_batch = of_batch
         ctx.set_materialize_grads(False)
         learnable = decay is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(
             s if bits is None and not in_its_pass else None,
             decay,
             v if learnable or ctx.replays else None,
-            x if (learnable and step.decay_input) or ctx.replays or norm else None,
-            None if norm is None else norm.factors,
+            x if (learnable and step.decay_input) or ctx.replays or factors is not None else None,
+            factors,
             kept,
         )
         return s, v_next
@@ -247,7 +251,7 @@ class _NeuronStep(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_s is None and grad_v is None:
-            return (None,) * 10
+            return (None,) * 11
         same = ctx.options is options()  # but in a thread of autograd
         with nullcontext() if same else in_force(ctx.options), without_modes():
             return _NeuronStep._backward(ctx, grad_s, grad_v)
@@ -257,7 +261,7 @@ class _NeuronStep(torch.autograd.Function):
         step: NeuronStep = ctx.step
         steps: int = ctx.steps
         s, decay, v, x, factors, kept = ctx.saved_tensors
-        needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         fast: Any = ctx.fast if ctx.fast and ctx.fast.differentiates else None
         in_triton = isinstance(fast, TritonStep)
         if ctx.replays and not (in_triton and fast.replays(steps)):
@@ -295,7 +299,7 @@ class _NeuronStep(torch.autograd.Function):
         if of_u and needs_x:
             out = (out * (1 - step.rate(decay) if step.decay_input else 1.0)).to(ctx.x_dtype)
         of_affine = of_weight if needs_weight else None, of_bias if needs_bias else None
-        return before, out if needs_x else None, of_decay, None, None, None, None, *of_affine, None
+        return before, out if needs_x else None, of_decay, None, None, None, None, *of_affine, None, None
 
 
 def _plain_gradient(

@@ -40,47 +40,6 @@ class _Constants(ctypes.Structure):
     )
 
 
-class Normalised:
-    """A BatchNorm and its input, to normalise later.
-
-    Args:
-        x: its input, without a graph, [B, C, ...], the channels last in memory.
-        factors: scale, shift, mean and inverse deviation [4, C]; in Triton those of each time step, [4, T, C].
-        training: mean and deviation are those of x.
-
-    Attributes:
-        steps: T.
-    """
-
-    def __init__(self, x: Tensor, factors: Tensor, training: bool):
-        self.factors, self.training = factors, training
-        self._x, self._version = x, x._version
-        self._value: Tensor | None = None
-        self.steps = factors.shape[1] if factors.ndim == 3 else 1
-
-    @property
-    def x(self) -> Tensor:
-        """The input, which must be as it was."""
-        if self._x._version != self._version:
-            raise RuntimeError(
-                f"the input {list(self._x.shape)} of a BatchNorm was changed in place before its output was used: use "
-                'the output first, or train within sltt.kernels.using(compile="off")'
-            )
-        return self._x
-
-    @property
-    def waits(self) -> bool:
-        """Return whether nobody has asked for the normalised tensor."""
-        return self._value is None
-
-    @property
-    def value(self) -> Tensor:
-        """The normalised tensor."""
-        if self._value is None:
-            self._value = _normalise(self.x, self.factors)
-        return self._value
-
-
 def _normalise(x: Tensor, factors: Tensor) -> Tensor:
     if factors.ndim == 3:
         return triton_norm.normalised(x, factors)
@@ -90,7 +49,7 @@ def _normalise(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def pointer(factors: Tensor, training: bool) -> Any:
-    """`Normalised` for the native kernels, which read scale, shift, mean and inverse deviation."""
+    """Return a BatchNorm for the native kernels, which read scale, shift, mean and inverse deviation."""
     return ctypes.byref(_Constants(*(f.data_ptr() for f in factors), factors.shape[1], training))
 
 
@@ -98,62 +57,80 @@ class Deferred(Tensor):
     """A tensor that is normalised when somebody looks at it.
 
     Attributes:
-        normalised: how.
+        factors: scale, shift, mean and inverse deviation [4, C]; in Triton those of each time step, [4, T, C].
+        training: mean and deviation are those of the input.
         inputs: of the BatchNorm, in their graphs: x, weight and bias.
+        version: of x.
         made: its node in the graph; a checkpoint around the BatchNorm puts another one in its place.
+        waits: nobody has looked.
     """
 
-    normalised: Normalised
-    made: Any
+    factors: Tensor
+    training: bool
     inputs: tuple[Tensor, Tensor | None, Tensor | None]
+    version: int
+    made: Any
+    waits = True
+    _value: Tensor
     __torch_function__ = _disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
-    @staticmethod
-    def of(norm: Normalised) -> "Deferred":
-        x = norm.x
-        made: Any = Tensor._make_wrapper_subclass(
-            Deferred, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device, layout=x.layout
-        )
-        made.normalised = norm
-        return made
+    @property
+    def source(self) -> Tensor:
+        """The input of the BatchNorm without a graph, which must be as it was."""
+        x, *_ = self.inputs
+        if x._version != self.version:
+            raise RuntimeError(
+                f"the input {list(x.shape)} of a BatchNorm was changed in place before its output was used: use "
+                'the output first, or train within sltt.kernels.using(compile="off")'
+            )
+        return x.detach()
+
+    @property
+    def value(self) -> Tensor:
+        """The normalised tensor."""
+        if self.waits:
+            self._value, self.waits = _normalise(self.source, self.factors), False
+        return self._value
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Deferred, lambda tensor: tensor.normalised.value, (args, kwargs or {}))
+        args, kwargs = tree_map_only(Deferred, lambda tensor: tensor.value, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     # what reads memory without an operation
 
     def data_ptr(self) -> int:
-        return self.normalised.value.data_ptr()
+        return self.value.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.normalised.value.untyped_storage()
+        return self.value.untyped_storage()
 
     def numpy(self, *, force: bool = False) -> Any:
-        return self.normalised.value.numpy(force=force)
+        return self.value.numpy(force=force)
 
     def tolist(self) -> Any:
-        return self.normalised.value.tolist()
+        return self.value.tolist()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.normalised.value.__array__(*args, **kwargs)
+        return self.value.__array__(*args, **kwargs)
 
 
 class _Defer(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Normalised
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, factors: Tensor, training: bool
     ) -> Tensor:
-        ctx.training = norm.training
-        ctx.save_for_backward(x, weight, norm.factors)
-        return Deferred.of(norm)
+        ctx.training = training
+        ctx.save_for_backward(x, weight, factors)
+        return Tensor._make_wrapper_subclass(
+            Deferred, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device, layout=x.layout
+        )
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, factors = ctx.saved_tensors
-        *needs, _ = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[:3]
         if factors.ndim == 3:
             grads = triton_norm.gradients(match_format(grad, x), x, factors, ctx.training)
         else:
@@ -161,13 +138,13 @@ class _Defer(torch.autograd.Function):
             grads = torch.ops.aten.native_batch_norm_backward(
                 grad, x, weight, mean, invstd**-2, mean, invstd, ctx.training, 0.0, needs
             )
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
 class _Settle(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Deferred) -> Tensor:  # type: ignore[override]
-        return x.normalised.value.detach()
+        return x.value.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
@@ -179,7 +156,8 @@ def materialise(x: Tensor) -> Tensor:
     if not isinstance(x, Deferred):
         return x
     y: Any = _Settle.apply(x)
-    tag_made(y, x.normalised.x, partial(_normalise, factors=x.normalised.factors))
+    if x.inputs[0]._version == x.version:
+        tag_made(y, x.source, partial(_normalise, factors=x.factors))
     return y
 
 
@@ -189,17 +167,17 @@ def first_step(x: Tensor, steps: int) -> Tensor:
     return x if steps == 1 else x[: len(x) // steps]
 
 
-def split_norm(x: Tensor, fits: bool) -> tuple[Normalised | None, Tensor, Tensor | None, Tensor | None]:
-    """Return how x is normalised, with the input, weight and bias of the BatchNorm; or no norm, and x settled.
+def split_norm(x: Deferred, fits: bool) -> tuple[Tensor | None, bool, Tensor, Tensor | None, Tensor | None]:
+    """Return how x is normalised, with the input, weight and bias of the BatchNorm; or no factors, and x settled.
 
     Args:
         x: the neuron's input.
         fits: the neuron can normalise.
     """
-    if not (fits and isinstance(x, Deferred) and x.normalised.waits and x.grad_fn is x.made):
-        return None, materialise(x), None, None
-    _ = x.normalised.x  # as it was
-    return x.normalised, *x.inputs
+    if not (fits and x.waits and x.grad_fn is x.made):
+        return None, False, materialise(x), None, None
+    _ = x.source  # as it was
+    return x.factors, x.training, *x.inputs
 
 
 def deferred_norm(norm: Any, x: Tensor, bias: Tensor | None = None, steps: int = 1) -> Deferred | None:
@@ -230,9 +208,9 @@ def deferred_norm(norm: Any, x: Tensor, bias: Tensor | None = None, steps: int =
         )  # fmt: skip
     if training:
         increment_version([one for one in running if one is not None])  # they were changed in place
-    normalised = Normalised(x.detach(), factors, training)
-    y: Any = _Defer.apply(x, norm.weight, bias, normalised)
-    y.inputs, y.made = (x, norm.weight, bias), y.grad_fn
+    y: Any = _Defer.apply(x, norm.weight, bias, factors, training)
+    y.factors, y.training, y.inputs = factors, training, (x, norm.weight, bias)
+    y.version, y.made = x._version, y.grad_fn
     return y
 
 
