@@ -26,14 +26,7 @@ COMPILE_FROM = 2**20
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the kernels.
-
-    Attributes:
-        compile: auto compiles where a compiler is there and a layer is large enough; on, always; off, never.
-        bits: save spikes for the backward as one bit an element.
-        sparse: layers that read spikes touch active inputs only: where that is faster (auto), wherever they can (on),
-            never (off). Without bits they do not. Convolutions need images with the channels last in memory.
-    """
+    """Options of the kernels, see `using`."""
 
     compile: Compile = "auto"
     bits: bool = True
@@ -61,7 +54,7 @@ def using(**changes: Any) -> Iterator[None]:
     Args:
         changes: `compile`: compile kernels where it pays ("auto"), always ("on") or never ("off"). `bits`: save spikes
             as one bit each (True or False). `sparse`: compute on active inputs only, where it is faster ("auto"),
-            wherever possible ("on") or never ("off"); it needs bits.
+            wherever possible ("on") or never ("off"); it needs bits, and images with the channels last in memory.
 
     Raises:
         ValueError: an unknown value. With compile="on", a kernel on a device without a compiler raises it.

@@ -224,15 +224,13 @@ class _NeuronLayer(_Layer):
             given = None if decay is None else decay.detach()
             found = kernels.steady_steps(step, x, steps, module.state_type(x), module.start, given, see)
             for watch in seen if counts else ():
-                watch.see(watch.name, _spikes(found, steps), x.numel() * steps)
+                watch.see(watch.name, _spikes(found.rate, steps), x.numel() * steps)
         return _Rate.apply(x, found, *(() if decay is None else (decay,)))  # type: ignore[return-value]
 
 
-def _spikes(found: kernels.Steady, steps: int) -> Tensor | int:
+def _spikes(rate: Tensor, steps: int) -> Tensor:
     """Return the number of spikes in T steps."""
-    if found.spikes is not None:
-        return found.spikes
-    numbers = (found.rate * steps).round_()
+    numbers = (rate * steps).round_()
     return numbers.flatten(1).sum(1, dtype=torch.float32).sum(dtype=torch.int64)  # those of a sample are exact
 
 

@@ -83,7 +83,6 @@ def test_a_steady_current(constants, surrogate, calls):
                 results.append(kernels.steady_steps(step, x, 5, torch.float32, constants[0] or 0.0))
         assert torch.equal(results[0].rate, results[1].rate)
         assert torch.equal(results[0].by_input, results[1].by_input)
-        assert results[1].spikes == (5 * results[0].rate.double()).round().sum()
     assert set(calls) == {"steady"}
 
 

@@ -178,9 +178,9 @@ def kernel_calls():
                 constants = np.array([0.5, 1.0, 0.7, 0.0, 0, 0, 0, 0, 1.0, 1.0, 1.0], np.float32)
                 constants.view(np.int32)[4:8] = soft, 0, surrogate % 2, surrogate
                 arrays[place] = constants
-                call("sltt_neuron", place, None, is_half, "current", "v", "s", "v_out", 0, "u", "fired", cells, 3, 1)
+                call("sltt_neuron", place, None, 0, is_half, "current", "v", "s", "v_out", 0, "u", "fired", cells, 3, 1)
                 given = ["of_s", "of_v", "u", "s", None, "current", "of_current", "of_first", None]
-                call("sltt_neuron_gradient", place, None, is_half, is_half, *given, cells, 3, 0, 1)
+                call("sltt_neuron_gradient", place, None, 0, 0, is_half, is_half, *given, cells, 3, 0, 1)
         call("sltt_steady", place, is_half, "current", 0.0, 4, "rate", "slope", cells, 1)
         affine = ["mean", "var", "norm_weight", "norm_bias"]
         call("sltt_norm", is_half, "current", 3 * cells, 32, *affine, 1, 0.1, 1e-5, "factors", 1)

@@ -76,6 +76,7 @@ def custom_step(
         cut: no gradient flows from one time step to the step before.
     """
     x = materialise(x)
+    x = x if known_layout(unfold(x, steps)[0], step.by_channel) else x.contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *parameters)):
         s, *after = _CustomStep.apply(step, binary, steps, cut, x, *states, *parameters)  # type: ignore[misc]
         return s, tuple(after)
@@ -87,8 +88,6 @@ def _run(
     step: CustomStep, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor], steps: int, last: bool = True
 ) -> tuple[Tensor, list[States]]:
     """Spikes, and the states before the first step and after each; without those of the `last` step if not asked."""
-    channels = step.by_channel
-    x = x if known_layout(unfold(x, steps)[0], channels) else x.contiguous()
     xs = unfold(x, steps)
     every = [tuple(match_format(v, xs[0]) for v in states)]
     if steps == 1 and not last:  # nothing to run
@@ -99,7 +98,7 @@ def _run(
         if len(every) == steps and not last:
             break
         after = tuple(torch.empty_like(v) for v in every[-1])
-        seen = seen_as(x_t, channels)
+        seen = seen_as(x_t, step.by_channel)
         forward(*map(seen, (s_t, *after, x_t, *every[-1])), *map(as_parameter, parameters))
         every.append(after)
     return s, every
@@ -135,8 +134,6 @@ class _CustomStep(torch.autograd.Function):
         states, parameters = tensors[: step.states], tensors[step.states :]
         needs_x, *needs = ctx.needs_input_grad[4:]
         needs_states, learned = any(needs[: step.states]), tuple(needs[step.states :])
-        channels = step.by_channel
-        x = x if known_layout(unfold(x, steps)[0], channels) else x.contiguous()
         _, every = _run(step, x, states, parameters, steps, last=False)
         grad_x = torch.empty_like(x)
         of_s = unfold(match_format(grad_s, grad_x), steps)
@@ -150,7 +147,7 @@ class _CustomStep(torch.autograd.Function):
             of_parameters = [torch.empty_like(p) for p in compress(parameters, learned)]
             given = [grad_s_t, *after]
             backward = _backward_kernel(step, goes_on, learned, tuple(g is not None for g in given))
-            seen = seen_as(x_t, channels)
+            seen = seen_as(x_t, step.by_channel)
             backward(
                 *map(seen, (grad_x_t, *of_states)),
                 *map(as_parameter, of_parameters),

@@ -57,26 +57,22 @@ class NativeStep:
         )  # fmt: skip
 
     def forward(
-        self, s: Tensor, v_out: Tensor, u_out: Tensor | None, v: Tensor, x: Tensor, bits: Tensor | None, norm: Any
+        self, s: Tensor, v_out: Tensor, u_out: Tensor | None, v: Tensor, x: Tensor, bits: Tensor | None, factors: Any
     ) -> None:
         """Write spikes and membrane potentials of the time steps in x, and what else is given: u, and the spikes' bits.
 
-        `v_out` is of all time steps, or of the last one. `norm`, if given, is the pointer of a BatchNorm whose input is
-        x.
+        `v_out` is of all time steps, or of the last one. With `factors`, x is the input of a BatchNorm.
         """
-        n = v.numel()
+        n, channels = v.numel(), 0 if factors is None else factors.shape[1]
         self.library.sltt_neuron(
-            self.constants, norm, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(), s.data_ptr(),
-            v_out.data_ptr(), n if v_out.numel() > n else 0, None if u_out is None else u_out.data_ptr(),
-            None if bits is None else bits.data_ptr(), n, x.numel() // max(1, n), torch.get_num_threads(),
+            self.constants, _address(factors), channels, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(),
+            s.data_ptr(), v_out.data_ptr(), n if v_out.numel() > n else 0, _address(u_out), _address(bits),
+            n, x.numel() // max(1, n), torch.get_num_threads(),
         )  # fmt: skip
 
-    def steady(self, rate: Tensor, by_input: Tensor, x: Tensor, steps: int, start: float) -> int:
-        """Write means over time steps under the current x, from the potential `start`: of spikes, of ∂s/∂x.
-
-        Returns the number of spikes.
-        """
-        return self.library.sltt_steady(
+    def steady(self, rate: Tensor, by_input: Tensor, x: Tensor, steps: int, start: float) -> None:
+        """Write means over time steps under the current x, from the potential `start`: of spikes, of ∂s/∂x."""
+        self.library.sltt_steady(
             self.constants, x.dtype == torch.bfloat16, x, start, steps, rate, by_input,
             x.numel(), torch.get_num_threads(),
         )  # fmt: skip
@@ -90,25 +86,32 @@ class NativeStep:
         kept: Tensor,
         s: Tensor,
         x_dtype: torch.dtype,
-        norm: Any,
+        factors: Tensor | None,
+        of_batch: bool,
         x: Tensor,
         steps: int,
         cut: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Write ∂L/∂u of all time steps, and ∂L/∂v before the first if wanted; s are the spikes or their bits.
 
-        With `cut`, no gradient flows from one time step to the step before. With `norm`, the pointer of a BatchNorm
-        whose input is x, write ∂L/∂x of one time step for ∂L/∂u; give ∂L/∂weight and ∂L/∂bias.
+        With `cut`, no gradient flows from one time step to the step before. With `factors`, x is the input of a
+        BatchNorm, whose statistics are `of_batch` or not: write ∂L/∂x of one time step for ∂L/∂u; give ∂L/∂weight and
+        ∂L/∂bias.
         """
         spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
-        affine = None if norm is None else torch.empty(2, x.shape[1], dtype=torch.float32, device="cpu")
+        channels = 0 if factors is None else factors.shape[1]
+        affine = None if factors is None else factors.new_empty(2, channels)
         given = grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine
         self.library.sltt_neuron_gradient(
-            self.constants, norm, x_dtype == torch.bfloat16, out.dtype == torch.bfloat16,
-            *[None if one is None else one.data_ptr() for one in given], out.numel() // steps, steps, cut,
+            self.constants, _address(factors), channels, of_batch, x_dtype == torch.bfloat16,
+            out.dtype == torch.bfloat16, *map(_address, given), out.numel() // steps, steps, cut,
             torch.get_num_threads(),
         )  # fmt: skip
         return (None, None) if affine is None else (affine[0], affine[1])
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def native_step(

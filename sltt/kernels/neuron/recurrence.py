@@ -141,7 +141,7 @@ class _Recurrence(torch.autograd.Function):
         if not cut and steps > 1:
             of_v = _through_time(ctx, grad, grad_v, kept, weight, delta, gain)
         else:
-            given = grad, grad_v, kept, ctx.spikes, kept.dtype, None, kept
+            given = grad, grad_v, kept, ctx.spikes, kept.dtype, None, False, kept
             kernel.gradient(delta, of_v, *given, steps, cut)
         of_decay = _decay_gradient(ctx, delta, kept, v, decay) if needs_decay else None
         if gain != 1:
@@ -167,7 +167,7 @@ def _through_time(
         if after is not None:
             of_s = torch.addmm(of_s.flatten(0, -2), after.flatten(0, -2), weight, alpha=gain).view_as(of_s)
         before = torch.empty_like(kept_t)
-        ctx.call.kernel.gradient(out, before, of_s, grad_v, kept_t, s_t, kept.dtype, None, kept_t, 1, False)
+        ctx.call.kernel.gradient(out, before, of_s, grad_v, kept_t, s_t, kept.dtype, None, False, kept_t, 1, False)
         after, grad_v = out, before
     return grad_v
 

@@ -70,10 +70,9 @@ void steady_vectors(const Neuron& z, float start, int steps, V* __restrict x, V*
   }
 }
 
-// The number of spikes.
 template <class T>
-int64_t steady_block(const Neuron& z, const T* __restrict x, float start, int steps, T* __restrict rate,
-                     T* __restrict by_input, int64_t n) {
+void steady_block(const Neuron& z, const T* __restrict x, float start, int steps, T* __restrict rate,
+                  T* __restrict by_input, int64_t n) {
   constexpr int64_t AT_ONCE = VECTORS * LANES;
   static_assert(BLOCK % AT_ONCE == 0);
   float rates[BLOCK], slopes[BLOCK];
@@ -88,9 +87,6 @@ int64_t steady_block(const Neuron& z, const T* __restrict x, float start, int st
   });
   for (int64_t i = 0; i < n; i++) put(rate + i, rates[i]);
   for (int64_t i = 0; i < n; i++) put(by_input + i, slopes[i]);
-  int64_t spikes = 0;
-  for (int64_t i = 0; i < n; i++) spikes += int64_t(rates[i] * float(steps) + 0.5f);
-  return spikes;
 }
 
 // Spikes as 0 and 1, from their bits.
@@ -273,36 +269,38 @@ int normed_backward(const Neuron& z, const Norm& norm, const T* grad_s, const fl
 }  // namespace
 
 extern "C" {
-// x and s are float or bfloat16. `norm`, `u_out` and `bits` may be null; with bits, n is a multiple of 8. See `forward`.
-void sltt_neuron(const Neuron* z, const Norm* norm, int bfloat16, const void* x, const float* v, void* s, float* v_out,
-                 int64_t v_step, float* u_out, uint8_t* bits, int64_t n, int64_t steps, int threads) {
+// x and s are float or bfloat16. `u_out`, `bits` and `factors` may be null; with bits, n is a multiple of 8. `factors` are
+// those of a `Norm`, [4, channels]. See `forward`.
+void sltt_neuron(const Neuron* z, const float* factors, int64_t channels, int bfloat16, const void* x, const float* v,
+                 void* s, float* v_out, int64_t v_step, float* u_out, uint8_t* bits, int64_t n, int64_t steps,
+                 int threads) {
+  const Norm norm(factors, channels, false);
   with_type(bfloat16, [&](auto t) {
-    forward(*z, norm, as(x, t), v, as(s, t), v_out, v_step, u_out, bits, n, steps, threads);
+    forward(*z, factors ? &norm : nullptr, as(x, t), v, as(s, t), v_out, v_step, u_out, bits, n, steps, threads);
   });
 }
 
-// The number of spikes. x, rate and by_input are float or bfloat16.
-int64_t sltt_steady(const Neuron* z, int bfloat16, const void* x, float start, int steps, void* rate, void* by_input,
-                    int64_t n, int threads) {
-  std::atomic<int64_t> spikes{0};
+// x, rate and by_input are float or bfloat16.
+void sltt_steady(const Neuron* z, int bfloat16, const void* x, float start, int steps, void* rate, void* by_input,
+                 int64_t n, int threads) {
   with_type(bfloat16, [&](auto t) {
     for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
-      spikes += steady_block(*z, as(x, t) + i, start, steps, as(rate, t) + i, as(by_input, t) + i, m);
+      steady_block(*z, as(x, t) + i, start, steps, as(rate, t) + i, as(by_input, t) + i, m);
     });
   });
-  return spikes;
 }
 
 // `kept` is v for a soft reset and u for a hard one. `grad_s`, `grad_v` and `out_v` may be null, and `s` or `bits`. With
-// `norm` the gradient of one time step goes through the norm in front too: x is its input, `out` is of x's type, and
+// `factors` the gradient of one time step goes through the norm in front too: x is its input, `out` is of x's type, and
 // `affine` gets ∂L/∂weight and ∂L/∂bias [2, channels]. Not 0 if there is no memory.
-int sltt_neuron_gradient(const Neuron* z, const Norm* norm, int bfloat16, int bfloat16_out, const void* grad_s,
-                         const float* grad_v, const float* kept, const void* s, const uint8_t* bits, const void* x,
-                         void* out, float* out_v, float* affine, int64_t n, int64_t steps, int cut, int threads) {
+int sltt_neuron_gradient(const Neuron* z, const float* factors, int64_t channels, int training, int bfloat16,
+                         int bfloat16_out, const void* grad_s, const float* grad_v, const float* kept, const void* s,
+                         const uint8_t* bits, const void* x, void* out, float* out_v, float* affine, int64_t n,
+                         int64_t steps, int cut, int threads) {
   return with_type(bfloat16, [&](auto t) {
-    if (norm)
-      return normed_backward(*z, *norm, as(grad_s, t), grad_v, kept, as(s, t), bits, as(x, t), as(out, t), out_v, affine,
-                             n, threads);
+    if (factors)
+      return normed_backward(*z, Norm(factors, channels, training), as(grad_s, t), grad_v, kept, as(s, t), bits, as(x, t),
+                             as(out, t), out_v, affine, n, threads);
     with_type(bfloat16_out, [&](auto g) {
       backward(*z, as(grad_s, t), grad_v, kept, as(s, t), bits, as(out, g), out_v, n, steps, cut, threads);
     });

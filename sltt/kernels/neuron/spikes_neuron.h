@@ -19,10 +19,12 @@ struct Neuron {  // shared with native_step.py
 };
 
 // BatchNorm of memory with the channels last: y = scale · x + shift, where scale = weight · invstd.
-struct Norm {  // shared with native_step.py
+struct Norm {
   const float *scale, *shift, *mean, *invstd;
   int64_t channels;
-  int32_t training;  // mean and invstd are those of x
+  bool training;  // mean and invstd are those of x
+  Norm(const float* factors, int64_t n, bool of_x)
+      : scale(factors), shift(scale + n), mean(shift + n), invstd(mean + n), channels(n), training(of_x) {}
 };
 
 // Call function(element, channel, elements) for each run of channels in n elements from `first` on.

@@ -17,15 +17,11 @@ UNROLLED = 8  # time steps in one pass, so that a long sequence does not compile
 
 @dataclass(frozen=True)
 class Steady:
-    """Means over T time steps, [B, ...]: of the spikes, and of their derivatives by x and by parameters that learn.
-
-    `spikes` is the number of spikes of all neurons, where the kernel counts them.
-    """
+    """Means over T time steps, [B, ...]: of the spikes, and of their derivatives by x and by parameters that learn."""
 
     rate: Tensor
     by_input: Tensor
     by_parameters: tuple[Tensor, ...] = ()
-    spikes: int | None = None
 
 
 def steady_steps(
@@ -55,7 +51,8 @@ def steady_steps(
     plain = decay is None and see is None
     if plain and (native := native_step(step, x, x.dtype, dtype, None, gradient=True)):
         rate, by_input = torch.empty_like(x), torch.empty_like(x)
-        return Steady(rate, by_input, spikes=native.steady(rate, by_input, x, steps, start))
+        native.steady(rate, by_input, x, steps, start)
+        return Steady(rate, by_input)
     sums = torch.promote_types(dtype, torch.float32)  # bfloat16 does not count further than 256
     by_decay = [] if decay is None else [torch.empty_like(x, dtype=sums)]
     means = torch.empty_like(x), torch.empty_like(x), *by_decay

@@ -23,7 +23,7 @@ from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.neuron.native_step import NativeStep, native_step
 from sltt.kernels.neuron.triton_step import Tiles, TritonStep, by_channel, triton_step
 from sltt.kernels.norm import triton_norm
-from sltt.kernels.norm.deferred import Deferred, pointer, split_norm
+from sltt.kernels.norm.deferred import Deferred, split_norm
 from sltt.kernels.options import Kernel, in_force, known_layout, match_format, options, without_modes
 from sltt.kernels.spikes.bits import pack, unpack
 from sltt.kernels.spikes.looks import BITS, BITS_FROM, PACK_FROM, can_pack
@@ -98,10 +98,10 @@ def run_step(
             fits = in_triton or (isinstance(fast, NativeStep) and steps == 1 and decay is None)
             fits = fits and fast.differentiates  # pyright: ignore[reportOptionalMemberAccess]
             factors, of_batch, x, weight, bias = split_norm(x, fits)
-        norm = factors, of_batch
         if graph:
-            return _NeuronStep.apply(v, x, decay, step, fast, steps, cut, weight, bias, *norm)  # type: ignore[return-value]
-        s, v, _, _ = _run(step, fast, v, x, decay, steps, False, *norm)
+            args = v, x, decay, step, fast, steps, cut, weight, bias, factors, of_batch
+            return _NeuronStep.apply(*args)  # type: ignore[return-value]
+        s, v, _, _ = _run(step, fast, v, x, decay, steps, False, factors)
         return s, v
 
 
@@ -129,7 +129,6 @@ def _run(
     steps: int,
     keep: bool,
     factors: Tensor | None = None,
-    of_batch: bool = False,
     packs: bool = False,
     cut: bool = False,
 ) -> tuple[Tensor, Tensor, Any, Tensor | None]:
@@ -155,7 +154,7 @@ def _run(
     u = None if step.v_reset is None else kept
     vs = torch.empty_like(v) if kept is None or kept is u else kept
     if isinstance(fast, NativeStep):
-        fast.forward(s, vs, u, v, x, bits, None if factors is None else pointer(factors, of_batch))
+        fast.forward(s, vs, u, v, x, bits, factors)
     elif fast:
         keep_count(s, fast.forward(s, vs, u, v, x, bits, decay, factors))
     else:
@@ -225,7 +224,7 @@ class _NeuronStep(torch.autograd.Function):
         # steps are replayed in Triton within the backward's own pass, which reads less than what is kept of each.
         in_its_pass = isinstance(fast, TritonStep) and fast.replays(steps)
         ctx.replays = in_its_pass or (steps > 1 and factors is None and tag_of(x) is not None)
-        s, v_next, kept, bits = _run(step, fast, v, x, decay, steps, not ctx.replays, factors, of_batch, True, cut)
+        s, v_next, kept, bits = _run(step, fast, v, x, decay, steps, not ctx.replays, factors, True, cut)
         if bits is not None:
             if s.is_cpu:
                 setattr(s.untyped_storage(), BITS, bits)  # for layers that look at the spikes
@@ -287,8 +286,7 @@ class _NeuronStep(torch.autograd.Function):
                 assert factors is not None
                 out, of_weight, of_bias = triton_norm.gradients(out, x, factors, ctx.of_batch, parts)
         elif fast:
-            of_norm = None if factors is None else pointer(factors, ctx.of_batch)
-            given = grad_s, grad_v, kept, s, ctx.x_dtype, of_norm, x
+            given = grad_s, grad_v, kept, s, ctx.x_dtype, factors, ctx.of_batch, x
             of_weight, of_bias = fast.gradient(out, before, *given, steps, ctx.cut)
         else:
             assert factors is None, "there was one in the forward"

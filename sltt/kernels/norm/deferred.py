@@ -10,7 +10,6 @@ Whatever else uses a `Deferred` finds the normalised tensor, computed once, and 
     y = (x − μ) / √(σ² + ε) · w + b = scale · x + shift
 """
 
-import ctypes
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -32,25 +31,12 @@ from sltt.kernels.spikes.saved import tag_made
 DEFER_FROM = 2**17
 
 
-class _Constants(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("scale", "shift", "mean", "invstd")),
-        ("channels", ctypes.c_int64),
-        ("training", ctypes.c_int32),
-    )
-
-
 def _normalise(x: Tensor, factors: Tensor) -> Tensor:
     if factors.ndim == 3:
         return triton_norm.normalised(x, factors)
     scale, shift, *_ = factors
     none, one = torch.zeros_like(scale), torch.ones_like(scale)
     return torch.native_batch_norm(x, scale, shift, none, one, False, 0.0, 0.0)[0]
-
-
-def pointer(factors: Tensor, training: bool) -> Any:
-    """Return a BatchNorm for the native kernels, which read scale, shift, mean and inverse deviation."""
-    return ctypes.byref(_Constants(*(f.data_ptr() for f in factors), factors.shape[1], training))
 
 
 class Deferred(Tensor):
