@@ -70,7 +70,7 @@ def ran(monkeypatch, sparse_calls):
         monkeypatch.setattr(owner, attribute, call)
 
     counted("looks", looks, "Spikes")
-    counted("deferred", deferred.Deferred, "of")
+    counted("deferred", deferred._Defer, "apply")
     real = native_step.NativeStep.forward
     monkeypatch.setattr(
         native_step.NativeStep,
