@@ -235,10 +235,11 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.parametrize("neuron", [sltt.LIF, Own])
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
-def test_somebody_else_looks(function, monkeypatch, settled):
+def test_somebody_else_looks(function, neuron, monkeypatch, settled):
     def run():
-        model = network()
+        model = network(neuron)
         model[1] = nn.Sequential(model[1], Between(function))
         return trained(model, sltt.BPTT(fold=1))
 

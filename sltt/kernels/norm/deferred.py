@@ -141,10 +141,10 @@ def materialise(x: Tensor) -> Tensor:
     """Return a tensor with memory, to normalise again in a backward that needs it."""
     if not isinstance(x, Deferred):
         return x
-    y: Any = _Settle.apply(x)
-    if x.inputs[0]._version == x.version:
-        tag_made(y, x.source, partial(_normalise, factors=x.factors))
-    return y
+    waits, y = x.waits, _Settle.apply(x)
+    if waits:  # nobody can have changed it
+        tag_made(y, x.source, partial(_normalise, factors=x.factors))  # type: ignore[arg-type]
+    return y  # type: ignore[return-value]
 
 
 def first_step(x: Tensor, steps: int) -> Tensor:
