@@ -16,7 +16,14 @@ from sltt.kernels import native
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.layers import costs, sparse
 from sltt.kernels.layers.sparse import Layer
-from sltt.kernels.layers.values import Axes, convolution_gradients, has_fast_gradients, plan_of, run_on_values
+from sltt.kernels.layers.values import (
+    Axes,
+    convolution_gradients,
+    has_fast_gradients,
+    plan_of,
+    run_on_values,
+    runs_winograd,
+)
 from sltt.kernels.layers.weights import Weights
 from sltt.kernels.options import options
 from sltt.kernels.spikes.looks import Spikes, look
@@ -93,7 +100,8 @@ class Call:
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """Return ∂L/∂x, dense."""
-        weight = self.weights.cast(weight, grad.dtype)
+        if not runs_winograd(self.layer, grad.dtype):
+            weight = self.weights.cast(weight, grad.dtype)
         if self.layer.linear:
             return grad @ weight
         batch, channels, *pixels = self.layer.x_shape

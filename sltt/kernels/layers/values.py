@@ -1,7 +1,7 @@
 """Gradients of convolutions of any values, such as rates or traces, in other ways than PyTorch's where that is faster.
 
-Those of 3×3 convolutions of stride 1 in float32 are Winograd's (`winograd`). The weight gradient of small images in
-bfloat16 is a matrix product for each position of the kernel. The forward is PyTorch's.
+Those of 3×3 convolutions of stride 1 are Winograd's (`winograd`), where `costs` measured that it pays. The weight
+gradient of small images in bfloat16 is a matrix product for each position of the kernel. The forward is PyTorch's.
 """
 
 import itertools
@@ -100,7 +100,7 @@ def convolution_gradients(
     of_x = of_weight = None
     # a graph of the gradients is PyTorch's
     layer = None if torch.is_grad_enabled() else _large_layer(x, weight, axes, groups)
-    fast = layer is not None and winograd.supports(layer, grad.dtype)
+    fast = layer is not None and runs_winograd(layer, grad.dtype)
 
     def pytorch(*mask: bool) -> Any:
         zeros, cast = [0] * len(axes[0]), weight.to(grad.dtype)
@@ -121,7 +121,12 @@ def convolution_gradients(
 
 def has_fast_gradients(layer: Layer, dtype: torch.dtype) -> bool:
     """Return whether dense gradients of a layer are faster in another way than PyTorch's."""
-    return winograd.supports(layer, dtype) or _multiplies(layer, dtype)
+    return runs_winograd(layer, dtype) or _multiplies(layer, dtype)
+
+
+def runs_winograd(layer: Layer, dtype: torch.dtype) -> bool:
+    """Return whether the dense gradients of a layer are those of `winograd`, which takes weights of any type."""
+    return winograd.supports(layer, dtype) if options().sparse == "on" else costs.fast_gradients(layer, dtype)
 
 
 def _multiplies(layer: Layer, dtype: torch.dtype) -> bool:

@@ -52,9 +52,9 @@ INLINE void transform_back(const V* x, V* to) {
 }
 
 // Where the N×N pixels from (y, column) on are; those outside of the image are zeros.
-template <int N>
-INLINE void pixels_of(const float* x, int64_t h, int64_t w, int64_t channels, int64_t image, int64_t y, int64_t column,
-                      const float* zeros, const float* (*at)[N]) {
+template <int N, class T>
+INLINE void pixels_of(const T* x, int64_t h, int64_t w, int64_t channels, int64_t image, int64_t y, int64_t column,
+                      const T* zeros, const T* (*at)[N]) {
   for (int64_t i = 0; i < N; i++)
     for (int64_t j = 0; j < N; j++) {
       const bool inside = y + i >= 0 && y + i < h && column + j >= 0 && column + j < w;
@@ -63,8 +63,8 @@ INLINE void pixels_of(const float* x, int64_t h, int64_t w, int64_t channels, in
 }
 
 // The pixels of a tile, 6×6 values or 4×4 taps, to PLACES, `step` from one to the next, of [channels].
-template <int N>
-INLINE void transform_tile(const float* const (*at)[N], int64_t channels, float* to, int64_t step) {
+template <int N, class T>
+INLINE void transform_tile(const T* const (*at)[N], int64_t channels, float* to, int64_t step) {
   const auto transform = [](const V* x, V* y) {
     if constexpr (N == SIDE) transform_values(x, y);
     else transform_taps<N>(x, y);

@@ -55,7 +55,8 @@ __attribute__((noinline)) void multiply(int64_t co, const float* a, const float*
 }
 
 // The products of a tile to the gradients of its 4×4 inputs.
-void write_tile(const Conv& z, const Tiles& t, int64_t tile, const float* products, int64_t panel, float* grad) {
+template <class T>
+void write_tile(const Conv& z, const Tiles& t, int64_t tile, const float* products, int64_t panel, T* grad) {
   const int64_t image = tile / (t.rows * t.columns), y = tile / t.columns % t.rows * 4, x = tile % t.columns * 4;
   for (int64_t c = 0; c < PANEL; c += LANES) {
     V found[4][4];
@@ -66,22 +67,18 @@ void write_tile(const Conv& z, const Tiles& t, int64_t tile, const float* produc
   }
 }
 
-}  // namespace
-
-extern "C" {
-// 0, or 1 if there is no memory. ci is a multiple of 32, and co of 16; the kernel is 3×3, the stride 1.
-int sltt_input_gradient(const Conv* conv, const float* weight, const int64_t* stride, const float* g, float* grad,
-                        int threads) {
-  const Conv& z = *conv;
+template <class T>
+int input_gradient(const Conv& z, const float* weight, const int64_t* stride, const T* g, T* grad, int threads) {
   const Tiles t(z);
   const int64_t panels = z.ci / PANEL, each = PLACES * (z.co * PANEL + SKEW), blocks = (t.total + TILES - 1) / TILES;
   const int64_t parts = std::clamp<int64_t>(TASKS / blocks, 1, panels);  // of the panels: few tiles have many channels
   const int64_t places = TILES * z.co + SKEW, products = TILES * PANEL + SKEW;
   const bool once = blocks == 1 || panels * each > LARGE;  // a panel for each task: no other reads it, or for the memory
   Scratch<float> weights((once ? threads : panels) * each), gradients(threads * PLACES * places);
-  Scratch<float> sums(threads * PLACES * products), zeros(z.co);
+  Scratch<float> sums(threads * PLACES * products);
+  Scratch<T> zeros(z.co);
   if (!weights || !gradients || !sums || !zeros) return 1;
-  std::fill_n(zeros.get(), z.co, 0.0f);
+  std::fill_n(zeros.get(), z.co, T(0));
   if (!once)
     for_each(threads, panels, 1, [&](int64_t panel, int64_t) {
       transform_weight(z, weight, stride, panel, weights.get() + panel * each);
@@ -92,7 +89,7 @@ int sltt_input_gradient(const Conv* conv, const float* weight, const int64_t* st
     float *v = gradients.get() + thread * PLACES * places, *m = sums.get() + thread * PLACES * products;
     for (int64_t i = 0; i < count; i++) {
       const int64_t tile = first + i, y = tile / t.columns % t.rows * 4, x = tile % t.columns * 4;
-      const float* at[SIDE][SIDE];
+      const T* at[SIDE][SIDE];
       pixels_of<SIDE>(g, z.oh, z.ow, z.co, tile / (t.rows * t.columns), y + z.ph - 2, x + z.pw - 2, zeros.get(), at);
       transform_tile<SIDE>(at, z.co, v + i * z.co, places);
     }
@@ -106,5 +103,15 @@ int sltt_input_gradient(const Conv* conv, const float* weight, const int64_t* st
     }
   });
   return 0;
+}
+
+}  // namespace
+
+extern "C" {
+// 0, or 1 if there is no memory. ci is a multiple of 32, and co of 16; the kernel is 3×3, the stride 1.
+int sltt_input_gradient(const Conv* conv, const float* weight, const int64_t* stride, const void* g, int bfloat16,
+                        void* grad, int threads) {
+  return with_type(bfloat16,
+                   [&](auto t) { return input_gradient(*conv, weight, stride, as(g, t), as(grad, t), threads); });
 }
 }

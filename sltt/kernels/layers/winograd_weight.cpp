@@ -42,20 +42,17 @@ void write_gradient(const float* sums, Group in, Group out, float* grad, int64_t
     }
 }
 
-}  // namespace
-
-extern "C" {
-// To grad [co][3][3][ci]. 0, or 1 if there is no memory. ci and co are multiples of 32; the kernel is 3×3, the stride 1.
-int sltt_dense_weight_gradient(const Conv* conv, const float* x, const float* g, float* grad, int threads) {
-  const Conv& z = *conv;
+template <class T>
+int dense_weight_gradient(const Conv& z, const T* x, const T* g, float* grad, int threads) {
   const int64_t rows = (z.oh + 3) / 4, columns = (z.ow + 3) / 4, tiles = z.n * rows * columns;
   const int64_t ins = (z.ci + GROUP - 1) / GROUP, outs = (z.co + GROUP - 1) / GROUP;
   const int64_t blocks = (tiles + TILES - 1) / TILES, places = TILES * GROUP + SKEW;
   const int64_t parts = std::clamp<int64_t>(TASKS / (ins * outs), 1, blocks), size = 9 * z.co * z.ci;
   Scratch<float> sums(threads * PLACES * (GROUP * GROUP + SKEW)), found((parts - 1) * size);
-  Scratch<float> inputs(threads * PLACES * places), gradients(threads * PLACES * places), zeros(GROUP);
+  Scratch<float> inputs(threads * PLACES * places), gradients(threads * PLACES * places);
+  Scratch<T> zeros(GROUP);
   if (!sums || !found || !inputs || !gradients || !zeros) return 1;
-  std::fill_n(zeros.get(), GROUP, 0.0f);
+  std::fill_n(zeros.get(), GROUP, T(0));
   for_each(threads, ins * outs * parts, 1, [&](int64_t task, int64_t thread) {
     const Group in(z.ci, task / parts % ins), out(z.co, task / parts / ins);
     const int64_t part = task % parts, end = std::min(tiles, blocks * (part + 1) / parts * TILES);
@@ -68,7 +65,7 @@ int sltt_dense_weight_gradient(const Conv* conv, const float* x, const float* g,
       for (int64_t i = 0; i < count; i++) {
         const int64_t tile = first + i, image = tile / (rows * columns);
         const int64_t y = tile / columns % rows * 4, column = tile % columns * 4;
-        const float *around[SIDE][SIDE], *inside[4][4];
+        const T *around[SIDE][SIDE], *inside[4][4];
         pixels_of<SIDE>(x + in.from, z.h, z.w, z.ci, image, y - z.ph, column - z.pw, zeros.get(), around);
         pixels_of<4>(g + out.from, z.oh, z.ow, z.co, image, y, column, zeros.get(), inside);
         transform_tile<SIDE>(around, in.width, b + i * in.width, places);
@@ -88,5 +85,13 @@ int sltt_dense_weight_gradient(const Conv* conv, const float* x, const float* g,
       for (int64_t k = 9 * o * z.ci; k < 9 * (o + 1) * z.ci; k++) grad[k] += found[(part - 1) * size + k];
   });
   return 0;
+}
+
+}  // namespace
+
+extern "C" {
+// To grad [co][3][3][ci]. 0, or 1 if there is no memory. ci and co are multiples of 32; the kernel is 3×3, the stride 1.
+int sltt_dense_weight_gradient(const Conv* conv, const void* x, const void* g, int bfloat16, float* grad, int threads) {
+  return with_type(bfloat16, [&](auto t) { return dense_weight_gradient(*conv, as(x, t), as(g, t), grad, threads); });
 }
 }
