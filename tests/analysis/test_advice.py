@@ -6,8 +6,7 @@ import pytest
 
 import sltt
 from sltt.analysis import Agreement, Trial, advice
-from sltt.commands import main
-from sltt.commands import trial as trial_module
+from sltt.commands import agreement, main
 from sltt.training.console import Console
 
 
@@ -74,12 +73,12 @@ def test_a_training_that_dies_leaves_the_others_in_the_trial(monkeypatch, capsys
             raise FloatingPointError("the loss is inf")
         return types.SimpleNamespace(history=[{"train_loss": 0.5, "train_accuracy": 0.9}])
 
-    monkeypatch.setattr(trial_module, "build", lambda *args: types.SimpleNamespace(model=None))
-    monkeypatch.setattr(trial_module, "measure_settings", lambda built: {})
-    monkeypatch.setattr(trial_module, "measure_split", lambda *args, **kwargs: types.SimpleNamespace(loss=2.0))
-    monkeypatch.setattr(trial_module, "train", train)
+    monkeypatch.setattr(agreement, "_build", lambda *args: types.SimpleNamespace(model=None))
+    monkeypatch.setattr(agreement, "measure_settings", lambda built: {})
+    monkeypatch.setattr(agreement, "measure_split", lambda *args, **kwargs: types.SimpleNamespace(loss=2.0))
+    monkeypatch.setattr(agreement, "_train", train)
     rules, settings = [sltt.SLTT(), sltt.BPTT()], {"tau": None, "steps": 2, "epochs": 1, "seeds": 2}
-    found = trial_module.run_trial(None, None, None, rules, **settings, report=Console())
+    found = agreement._run_trial(None, None, None, rules, **settings, report=Console())
     assert found.losses == {"SLTT()": [0.5, 0.5], "BPTT()": [float("inf")] * 2}
     assert "trial: BPTT(), seed 1 died: the loss is inf" in " ".join("".join(capsys.readouterr()).split())
 

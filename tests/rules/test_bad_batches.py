@@ -126,7 +126,7 @@ OTHER_CALLS = [
     ("detach(none)", partial(sltt.detach, None), ValueError, "model must be a Module, got None"),
     ("using(compile)", partial(using, compile="maybe"), ValueError, "compile must be one of"),
     ("using(bits)", partial(using, bits="no"), ValueError, "bits must be True or False"),
-    ("using(typo)", partial(using, typo=1), ValueError, "typo"),
+    ("using(typo)", partial(using, typo=1), TypeError, "typo"),
 ]  # fmt: skip
 
 
