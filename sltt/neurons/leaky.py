@@ -162,7 +162,7 @@ class IntegrateAndFire(Neuron):
 
         def advance(x: Tensor, steps: int, cut: bool) -> Tensor:
             nonlocal fast, seen
-            v, first = states["v"], first_step(x, steps)
+            v, first = states["v"], x if steps == 1 and type(x) is Tensor else first_step(x, steps)
             if v is None:
                 v = torch.full_like(first, self.start, dtype=self.state_type(x))
             elif v.shape != first.shape or v.device != first.device:

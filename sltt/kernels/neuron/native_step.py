@@ -63,11 +63,13 @@ class NativeStep:
 
         `v_out` is of all time steps, or of the last one. With `factors`, x is the input of a BatchNorm.
         """
-        n, channels = v.numel(), 0 if factors is None else factors.shape[1]
+        n, norm, channels = v.numel(), None, 0
+        if factors is not None:
+            norm, channels = factors.data_ptr(), factors.shape[1]
         self.library.sltt_neuron(
-            self.constants, _address(factors), channels, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(),
-            s.data_ptr(), v_out.data_ptr(), n if v_out.numel() > n else 0, _address(u_out), _address(bits),
-            n, x.numel() // max(1, n), torch.get_num_threads(),
+            self.constants, norm, channels, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(), s.data_ptr(),
+            v_out.data_ptr(), n if v_out.numel() > n else 0, None if u_out is None else u_out.data_ptr(),
+            None if bits is None else bits.data_ptr(), n, x.numel() // max(1, n), torch.get_num_threads(),
         )  # fmt: skip
 
     def steady(self, rate: Tensor, by_input: Tensor, x: Tensor, steps: int, start: float) -> None:
@@ -101,17 +103,13 @@ class NativeStep:
         spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
         channels = 0 if factors is None else factors.shape[1]
         affine = None if factors is None else factors.new_empty(2, channels)
-        given = grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine
+        tensors = factors, grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine
+        norm, *given = [None if one is None else one.data_ptr() for one in tensors]
         self.library.sltt_neuron_gradient(
-            self.constants, _address(factors), channels, of_batch, x_dtype == torch.bfloat16,
-            out.dtype == torch.bfloat16, *map(_address, given), out.numel() // steps, steps, cut,
-            torch.get_num_threads(),
+            self.constants, norm, channels, of_batch, x_dtype == torch.bfloat16, out.dtype == torch.bfloat16, *given,
+            out.numel() // steps, steps, cut, torch.get_num_threads(),
         )  # fmt: skip
         return (None, None) if affine is None else (affine[0], affine[1])
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def native_step(

@@ -253,51 +253,55 @@ class _NeuronStep(torch.autograd.Function):
             return (None,) * 11
         same = ctx.options is options()  # but in a thread of autograd
         with nullcontext() if same else in_force(ctx.options), without_modes():
-            return _NeuronStep._backward(ctx, grad_s, grad_v)
-
-    @staticmethod
-    def _backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
-        step: NeuronStep = ctx.step
-        steps: int = ctx.steps
-        s, decay, v, x, factors, kept = ctx.saved_tensors
-        needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        fast: Any = ctx.fast if ctx.fast and ctx.fast.differentiates else None
-        in_triton = isinstance(fast, TritonStep)
-        if ctx.replays and not (in_triton and fast.replays(steps)):
-            _, _, kept, _ = _run(step, ctx.fast, v, x, decay, steps, keep=True)
-        # ∂L/∂x is ∂L/∂u unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled below
-        of_u = not in_triton and factors is None and (needs_decay or step.decay_input)
-        out = torch.empty_strided(*ctx.layout, dtype=kept.dtype if of_u else ctx.x_dtype, device=ctx.device)
-        first = out if steps == 1 else out[: len(out) // steps]
-        grad_s, x = match_format(grad_s, out), match_format(x, out)
-        grad_v, v = match_format(grad_v, first), match_format(v, first)
-        before = torch.empty_like(first, dtype=(v if kept is None else kept).dtype) if needs_v else None
-        if s is None and kept is not None:
-            whole = first.numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)  # bytes of each time step
+            step: NeuronStep = ctx.step
+            steps: int = ctx.steps
+            s, decay, v, x, factors, kept = ctx.saved_tensors
+            needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+            fast: Any = ctx.fast if ctx.fast and ctx.fast.differentiates else None
+            in_triton = isinstance(fast, TritonStep)
+            if ctx.replays and not (in_triton and fast.replays(steps)):
+                _, _, kept, _ = _run(step, ctx.fast, v, x, decay, steps, keep=True)
+            # ∂L/∂x is ∂L/∂u unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled below
+            of_u = not in_triton and factors is None and (needs_decay or step.decay_input)
+            out = torch.empty_strided(*ctx.layout, dtype=kept.dtype if of_u else ctx.x_dtype, device=ctx.device)
+            first = out if steps == 1 else out[: len(out) // steps]
+            if grad_s is not None and (grad_s.stride() != out.stride() or grad_s.is_neg()):
+                grad_s = match_format(grad_s, out)
+            if isinstance(x, Tensor):
+                x = match_format(x, out)
+            if grad_v is not None:
+                grad_v = match_format(grad_v, first)
+            if isinstance(v, Tensor):
+                v = match_format(v, first)
+            before = torch.empty_like(first, dtype=(v if kept is None else kept).dtype) if needs_v else None
+            if s is None and kept is not None:
+                whole = first.numel() % 8 == 0 and not (
+                    needs_decay and step.v_reset is not None
+                )  # bytes of each time step
+                if in_triton:
+                    whole = Tiles(first, by_channel(decay, factors), 8).whole_bytes
+                s = ctx.bits if fast and whole else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
+            of_decay, of_weight, of_bias = None, None, None
             if in_triton:
-                whole = Tiles(first, by_channel(decay, factors), 8).whole_bytes
-            s = ctx.bits if fast and whole else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
-        of_decay, of_weight, of_bias = None, None, None
-        if in_triton:
-            given = grad_s, grad_v, kept, s, v, x, decay
-            of_decay, parts = fast.gradient(out, before, *given, needs_decay, steps, ctx.cut, factors)
-            of_decay = None if of_decay is None else of_decay.reshape(decay.shape).to(decay.dtype)
-            if parts is not None:
-                assert factors is not None
-                out, of_weight, of_bias = triton_norm.gradients(out, x, factors, ctx.of_batch, parts)
-        elif fast:
-            given = grad_s, grad_v, kept, s, ctx.x_dtype, factors, ctx.of_batch, x
-            of_weight, of_bias = fast.gradient(out, before, *given, steps, ctx.cut)
-        else:
-            assert factors is None, "there was one in the forward"
-            _plain_gradient(step, out, before, grad_s, grad_v, kept, s, decay, steps, ctx.cut)
-        if of_u and needs_decay:
-            parts = (unfold(one, steps) for one in (out, kept, s))
-            of_decay = _decay_gradient(step, decay, v, unfold(x, steps), *parts)
-        if of_u and needs_x:
-            out = (out * (1 - step.rate(decay) if step.decay_input else 1.0)).to(ctx.x_dtype)
-        of_affine = of_weight if needs_weight else None, of_bias if needs_bias else None
-        return before, out if needs_x else None, of_decay, None, None, None, None, *of_affine, None, None
+                given = grad_s, grad_v, kept, s, v, x, decay
+                of_decay, parts = fast.gradient(out, before, *given, needs_decay, steps, ctx.cut, factors)
+                of_decay = None if of_decay is None else of_decay.reshape(decay.shape).to(decay.dtype)
+                if parts is not None:
+                    assert factors is not None
+                    out, of_weight, of_bias = triton_norm.gradients(out, x, factors, ctx.of_batch, parts)
+            elif fast:
+                given = grad_s, grad_v, kept, s, ctx.x_dtype, factors, ctx.of_batch, x
+                of_weight, of_bias = fast.gradient(out, before, *given, steps, ctx.cut)
+            else:
+                assert factors is None, "there was one in the forward"
+                _plain_gradient(step, out, before, grad_s, grad_v, kept, s, decay, steps, ctx.cut)
+            if of_u and needs_decay:
+                parts = (unfold(one, steps) for one in (out, kept, s))
+                of_decay = _decay_gradient(step, decay, v, unfold(x, steps), *parts)
+            if of_u and needs_x:
+                out = (out * (1 - step.rate(decay) if step.decay_input else 1.0)).to(ctx.x_dtype)
+            of_affine = of_weight if needs_weight else None, of_bias if needs_bias else None
+            return before, out if needs_x else None, of_decay, None, None, None, None, *of_affine, None, None
 
 
 def _plain_gradient(
