@@ -1,14 +1,9 @@
-import copy
-import pickle
-
 import pytest
 import torch
-from torch import nn
 
 import sltt
 from sltt import kernels
 from sltt.kernels.options import COMPILE_FROM, Kernel
-from tests.conftest import LOSS, gradient, gradients
 
 
 def test_options_are_restored():
@@ -71,23 +66,3 @@ def test_code_for_other_vectors_is_not_taken_from_the_compilers_cache(tmp_path, 
         with kernels.using(compile="on"), headers_as_they_are:
             Kernel(add)(out, x)
         assert torch.equal(out, x + 1)
-
-
-def test_inside_a_compiled_model_without_a_graph_break():
-    model = nn.Sequential(nn.Linear(6, 32), sltt.LIF(tau=1.7), nn.Linear(32, 3))
-    x, y = 2 * torch.randn(3, 4, 6), torch.randint(3, (4,))
-    expected, out = gradients(model, sltt.SLTT(), x, y)
-    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
-    got = sltt.SLTT()(compiled, x, y, LOSS)
-    torch.testing.assert_close(got.logits, out.logits)
-    torch.testing.assert_close(gradient(compiled), expected)
-
-
-def test_a_model_that_has_run_can_be_copied_and_pickled(neuron, compile_mode):
-    model = nn.Sequential(nn.Linear(6, 5000), neuron(), nn.Linear(5000, 3))
-    x, y = torch.randn(2, 4, 6), torch.randint(3, (4,))
-    expected, _ = gradients(model, sltt.SLTT(), x, y)
-    sltt.SLTT()(model, x, y, LOSS)
-    model.zero_grad()
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(gradients(other, sltt.SLTT(), x, y)[0], expected)

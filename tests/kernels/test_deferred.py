@@ -184,17 +184,9 @@ def settled(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nobody_else_looks(dtype, settled):
+def test_nobody_else_looks(dtype, settled, monkeypatch):
     model = network()
     trained(model, dtype=dtype)
-    model.eval()
-    sltt.unroll(model, batch()[0], steps=3)
-    assert not settled
-
-
-def test_evaluation(monkeypatch, settled):
-    model = network()
-    trained(model)
     model.eval()
     check(monkeypatch, lambda: [sltt.unroll(model, batch()[0], steps=3)])
     assert not settled
@@ -210,13 +202,21 @@ class Doubled(torch.autograd.Function):
         return grad * 2
 
 
-class Between(nn.Module):
-    def __init__(self, function):
+class Joined(nn.Module):
+    """A norm, a neuron, and what somebody does with them."""
+
+    def __init__(self, norm, neuron, use):
         super().__init__()
-        self.function = function
+        self.norm, self.neuron, self.use = norm, neuron, use
 
     def forward(self, x):
-        return self.function(x)
+        return self.use(x, self.norm, self.neuron)
+
+
+def joined(use):
+    model = network()
+    model[1], model[2] = Joined(model[1], model[2], use), nn.Identity()
+    return model
 
 
 SCRIPTED = torch.jit.script(nn.Sequential(nn.ReLU(), nn.Hardtanh()))
@@ -233,17 +233,13 @@ FUNCTIONS = {
     "data": lambda y: y + y.data,
     "a norm": lambda y: y / y.norm(),
 }
+USES = {name: lambda x, norm, neuron, f=f: neuron(f(norm(x))) for name, f in FUNCTIONS.items()}
+USES["another reader"] = lambda x, norm, neuron: neuron(y := norm(x)) + 0.5 * y
 
 
-@pytest.mark.parametrize("neuron", [sltt.LIF, Own])
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
-def test_somebody_else_looks(function, neuron, monkeypatch, settled):
-    def run():
-        model = network(neuron)
-        model[1] = nn.Sequential(model[1], Between(function))
-        return trained(model, sltt.BPTT(fold=1))
-
-    check(monkeypatch, run)
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_somebody_else_looks(use, monkeypatch, settled):
+    check(monkeypatch, lambda: trained(joined(use), sltt.BPTT(fold=1)))
     assert settled
 
 
@@ -263,47 +259,20 @@ def test_hooks_see_plain_values(monkeypatch):
 
 
 def test_the_input_changed_in_place(monkeypatch):
-    class Changed(nn.Module):
-        """Changes it before the neuron reads the norm's output, which another has read or not, or behind."""
+    def run(use):
+        return [sltt.unroll(joined(use).eval(), batch()[0], steps=2)]
 
-        def __init__(self, norm, neuron, before, read):
-            super().__init__()
-            self.norm, self.neuron, self.before, self.read = norm, neuron, before, read
+    def read_before(x, norm, neuron):
+        y = norm(x)
+        y.sum()
+        x.add_(1)
+        return neuron(y)
 
-        def forward(self, x):
-            y = self.norm(x)
-            if self.read:
-                y.sum()
-            return self.neuron(y) + x.add_(1) if not self.before else self.neuron((x.add_(1), y)[1])
-
-    def run(before, read=False):
-        model = network().eval()
-        model[1], model[2] = Changed(model[1], model[2], before, read), nn.Identity()
-        return [sltt.unroll(model, batch()[0], steps=2)]
-
-    check(monkeypatch, lambda: run(before=False))
-    check(monkeypatch, lambda: run(before=True, read=True))
+    check(monkeypatch, lambda: run(lambda x, norm, neuron: neuron(norm(x)) + x.add_(1)))
+    check(monkeypatch, lambda: run(read_before))
     waiting(monkeypatch, True)
     with pytest.raises(RuntimeError, match="changed in place before its output was used"):
-        run(before=True)
-
-
-def test_a_norm_and_another_reader_of_its_output(monkeypatch):
-    class Skip(nn.Module):
-        def __init__(self, norm, neuron):
-            super().__init__()
-            self.norm, self.neuron = norm, neuron
-
-        def forward(self, x):
-            y = self.norm(x)
-            return self.neuron(y) + 0.5 * y
-
-    def run():
-        model = network()
-        model[1], model[2] = Skip(model[1], model[2]), nn.Identity()
-        return trained(model, sltt.BPTT(fold=1))
-
-    check(monkeypatch, run)
+        run(lambda x, norm, neuron: neuron((norm(x), x.add_(1))[0]))
 
 
 def test_what_does_not_wait():

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 import sltt
 from sltt import kernels
 from sltt.kernels import native
-from sltt.kernels.spikes.bits import pack, unpack
 from sltt.kernels.spikes.looks import PACK_FROM
 from tests.kernels.exact import NATIVE
 from tests.kernels.steps import threads
@@ -36,15 +35,6 @@ def look(x):
 
 def drawn(shape, density=0.3, dtype=torch.float32):
     return (torch.rand(shape) < density).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [8, 16, 1024, 8 * 999])
-def test_unpacking_gives_back_what_was_packed(n, dtype):
-    x = 2.5 * drawn(n, dtype=dtype)
-    packed = pack(x)
-    assert packed.numel() == n // 8
-    assert torch.equal(unpack(packed, 2.5, dtype), x)
 
 
 LAYOUTS = {

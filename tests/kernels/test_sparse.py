@@ -1,7 +1,5 @@
 """Sparse layers against float64 and against dense PyTorch."""
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,13 +15,17 @@ from tests.kernels.steps import threads
 
 
 @NATIVE
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("density", [0.0, "one", 0.5, 1.0])
 @pytest.mark.parametrize(
-    ("batch", "size", "inputs", "outputs"),
-    [(1, (1, 1), 48, 24), (1, (17, 33), 128, 96), (3, (7, 33), 24, 16), (2, (17, 1), 16, 48)],
+    ("batch", "size", "inputs", "outputs", "dtype"),
+    [
+        (1, (1, 1), 48, 24, torch.float32),
+        (1, (17, 33), 128, 96, torch.bfloat16),
+        (3, (7, 33), 24, 16, torch.float16),
+        (2, (17, 1), 16, 48, torch.float32),
+    ],
 )
-def test_conv2d(batch, size, inputs, outputs, density, dtype):
+def test_conv2d(batch, size, inputs, outputs, dtype, density):
     x = spikes((batch, inputs, *size), 0.0 if density == "one" else density)
     if density == "one":
         x[-1, -1, -1, -1] = 1.0
@@ -31,13 +33,13 @@ def test_conv2d(batch, size, inputs, outputs, density, dtype):
 
 
 @NATIVE
-@pytest.mark.parametrize("length", [1, 7, 17, 33, 5000])
+@pytest.mark.parametrize("length", [1, 5000])
 def test_conv1d(length):
     check_conv(spikes((2, 24, length), 0.3), 48, (5,), (2,), ((4, 2),), one=2.74)
 
 
 @NATIVE
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_shape(data):
     """Kernels, strides and padding of any size; padding may exceed the kernel, and strides skip inputs."""
@@ -55,14 +57,7 @@ def test_any_shape(data):
 
 
 @NATIVE
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(1, 16), (7, 24), (33, 264), (4, 3, 64)])
-def test_linear(shape, dtype):
-    check_linear((torch.rand(shape) < 0.2).float(), 40, dtype, one=2.0)
-
-
-@NATIVE
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.data())
 def test_a_linear_layer_of_any_shape(data):
     draw = data.draw
@@ -124,26 +119,6 @@ def test_any_number_of_threads_gives_the_same_bits(x_shape, weight_shape, stride
             results.append(run_all(*arguments))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@NATIVE
-def test_several_python_threads():
-    x_shape, weight_shape, stride = CASES["few outputs, many pixels"]
-    layer = sparse.conv_layer(x_shape, weight_shape, stride, ((1, 1), (1, 1)))
-    inputs = [(layer, spikes(x_shape, d), torch.randn(weight_shape), torch.randn(layer.y_shape)) for d in (0.1, 0.4)]
-    alone = [run_all(*i) for i in inputs]
-    equal = [[], []]
-
-    def work(i):
-        for _ in range(10):
-            equal[i].append(all(map(torch.equal, run_all(*inputs[i]), alone[i])))
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert equal == [[True] * 10] * 2
 
 
 @NATIVE

@@ -137,7 +137,7 @@ def test_a_changed_input_without_a_reset_is_refused(neuron, x):
 def test_state_is_no_part_of_the_state_dict_and_survives_a_copy(neuron):
     neuron = neuron()
     with torch.no_grad():
-        neuron(torch.randn(2, 3))
+        neuron(torch.randn(2, 5000))  # large enough for a compiled kernel
     assert "v" not in neuron.state_dict()
     for other in (copy.deepcopy(neuron), pickle.loads(pickle.dumps(neuron))):
         assert torch.equal(other.v, neuron.v)
