@@ -1,6 +1,8 @@
-"""What the tests compare rules with: the gradient of a loop written by hand, and the peak memory of a batch."""
+"""What tests of several folders need: a loop written by hand, peak memory, calls of a function, a checkpoint."""
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sltt import kernels, reset
 from sltt.analysis import peak_memory
@@ -45,3 +47,21 @@ def measured(rule, model, x, y, *, gradients=True, **kwargs):
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if gradients else None
         return peak_memory(batch)
+
+
+def recorded(patch, owner, name, note=lambda *args: args):
+    """List `note` of the arguments of each call of a function from here on."""
+    calls, function = [], getattr(owner, name)
+    patch.setattr(owner, name, lambda *args, **kwargs: (calls.append(note(*args)), function(*args, **kwargs))[1])
+    return calls
+
+
+class Checkpointed(nn.Sequential):
+    """Layers that run again in the backward."""
+
+    def __init__(self, *layers, reentrant=False):
+        super().__init__(*layers)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=self.reentrant)

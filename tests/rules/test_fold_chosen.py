@@ -7,7 +7,7 @@ from torch import nn
 import sltt
 from sltt.rules.fold_trial import Trial
 from tests.conftest import LOSS
-from tests.references import measured
+from tests.references import measured, recorded
 
 CALLS = []  # samples in each call of a network, not counting those of a copy that is tried
 
@@ -38,6 +38,7 @@ def called(rule, model, x, y=None, **kwargs):
         (sltt.BPTT(), [25 * 64] * 4),
         (sltt.TBPTT(10), [10 * 64] * 10),
         (sltt.TBPTT(50), [25 * 64] * 4),
+        (sltt.TBPTT(10, fold=4), [4 * 64, 4 * 64, 2 * 64] * 10),
         (sltt.OTTT(), [64] + [25 * 64] * 3 + [24 * 64]),
         (sltt.RateBased(), [50 * 64] * 2 + [64]),
         (sltt.SLTT(fold=1), [64] * 100),
@@ -94,9 +95,8 @@ def test_memory_stays_flat_in_time():
 
 
 def test_another_length_is_not_compared_again(monkeypatch):
-    compared, model, x = [], Net(), torch.randn(20, 64, 6)
-    plain = Trial.compare
-    monkeypatch.setattr(Trial, "compare", lambda trial, steps: compared.append(steps) or plain(trial, steps))
+    model, x = Net(), torch.randn(20, 64, 6)
+    compared = recorded(monkeypatch, Trial, "compare", lambda trial, steps: steps)
     for steps in (20, 12, 20):
         sltt.unroll(model, x[:steps])
     sltt.unroll(model, torch.randn(30, 64, 6))

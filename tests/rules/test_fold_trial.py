@@ -1,6 +1,8 @@
 """Which networks share calls among time steps by default: those whose results stay the same."""
 
+import copy
 import random
+from operator import attrgetter
 
 import pytest
 import torch
@@ -14,19 +16,17 @@ from tests.rules.test_fold_chosen import CALLS, Net, called
 COUNT = [0]
 
 
-class Mean(nn.Module):
-    def forward(self, x):
-        return x - 0.1 * x.mean(0)
+class Through(nn.Module):
+    """A layer of one function, which gets it and its input."""
 
-
-class Counter(nn.Module):
-    def __init__(self):
+    def __init__(self, function, **parts):
         super().__init__()
-        self.t = 0
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
 
     def forward(self, x):
-        self.t += 1
-        return x * (1 + self.t % 3)
+        return self.function(self, x)
 
 
 class ByStep(nn.Module):
@@ -50,50 +50,6 @@ class ByCall(ByStep):
         return self.layers[COUNT[0] % 2](x)
 
 
-class Running(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(16))
-
-    def forward(self, x):
-        self.mean.mul_(0.5).add_(x.detach().mean(0))
-        return x
-
-
-class Memory(nn.Module):
-    before = None
-
-    def forward(self, x):
-        before, self.before = self.before, x.detach()
-        return x if before is None or before.shape != x.shape else x + before
-
-
-class Noise(nn.Module):
-    def forward(self, x):
-        return x + 0.1 * torch.randn_like(x)
-
-
-class Choice(nn.Module):
-    """Reads something else where a value says so; which it seldom does."""
-
-    def forward(self, x):
-        return -x if x.max() > 1e9 else x
-
-
-class Fixed(nn.Module):
-    def forward(self, x):
-        return x.view(5, 16)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(16)
-
-    def forward(self, x):
-        return checkpoint(self.norm, x, use_reentrant=False)
-
-
 class OfBatch(torch.autograd.Function):
     """Its backward divides by the size of the gradient of all samples."""
 
@@ -106,132 +62,91 @@ class OfBatch(torch.autograd.Function):
         return grad / (grad.norm() + 1)
 
 
-class Normed(nn.Module):
-    def forward(self, x):
-        return OfBatch.apply(x)
+def count(layer, x):
+    layer.seen["steps"] += 1
+    return layer.seen["steps"]
 
 
-class Hooked(nn.Module):
-    def forward(self, x):
-        x = x * 1
-        x.register_hook(lambda grad: grad - grad.mean(0))
-        return x
+def keep_input(layer, x):
+    before, layer.before = layer.before, x.detach()
+    return x if before is None or before.shape != x.shape else x + before
 
 
-class Behind(Running):
-    """Running statistics whose changes autograd does not count."""
-
-    def forward(self, x):
-        self.mean.data.mul_(0.5).add_(x.detach().mean(0))
-        return x
+def move_mean(layer, x):
+    layer.mean.mul_(0.5).add_(x.detach().mean(0))
+    return x
 
 
-class Plain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mean, self.seen = torch.zeros(16), {"steps": 0}
-
-    def forward(self, x):
-        self.mean.add_(x.detach().mean(0))
-        return x
+def move_mean_unseen(layer, x):
+    """Change running statistics where autograd does not count it."""
+    layer.mean.data.mul_(0.5).add_(x.detach().mean(0))
+    return x
 
 
-class Late(Plain):
-    """Does something else after some steps."""
-
-    def forward(self, x):
-        self.seen["steps"] += 1
-        return x if self.seen["steps"] < 4 else -x
+def hook_gradient(layer, x):
+    x = x * 1
+    x.register_hook(lambda grad: grad - grad.mean(0))
+    return x
 
 
-class Skipped(nn.Module):
-    def forward(self, x):
-        return x if random.random() < 0.5 else x.relu()
+def pairs(x):
+    return x.view(-1, 2, 16).flip(1).flatten(0, 1)
 
 
-class OneMask(nn.Dropout):
-    def forward(self, x):
-        return x * (torch.rand(x.shape[1]) > self.p)
-
-
-class Sized(nn.Module):
-    def forward(self, x):
-        return x if len(x) < 20 else 2 * x
-
-
-class Parts(nn.Module):
-    """Normalises parts of a batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(16)
-
-    def forward(self, x):
-        return torch.cat([self.norm(part) for part in x.split(6)])
-
-
-class Pairs(nn.Module):
-    def forward(self, x):
-        return x if len(x) % 2 else (x.view(-1, 2, 16) - 0.1 * x.view(-1, 2, 16).flip(1)).flatten(0, 1)
-
-
-def looked_at():
-    layer = nn.Identity()
-    layer.register_forward_hook(lambda module, args, output: CALLS.append(len(output)) if len(output) > 5 else None)
+def hooked(layer, register, hook):
+    attrgetter(register)(layer)(hook)
     return layer
 
 
-def clipped():
-    """Each time step's gradient is clipped."""
-    layer = nn.Linear(16, 16)
-    layer.weight.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
-    return layer
+def look(module, args, output):
+    if len(output) > 5:
+        CALLS.append(len(output))
 
 
-def noted():
-    layer = nn.Linear(16, 16)
-    layer.weight.register_post_accumulate_grad_hook(lambda p: None)
-    return layer
-
-
-def hooked_before():
-    layer = nn.Linear(16, 16)
-    layer.register_full_backward_pre_hook(lambda module, grads: None)
-    return layer
-
-
-def hooked():
-    layer = nn.Identity()
-    layer.register_forward_hook(lambda module, args, output: output + output.mean(0))
-    return layer
-
-
-SINGLE = {
-    "mixes samples": Mean,
-    "counts its calls": Counter,
+FUNCTIONS = {
+    "mixes samples": (lambda layer, x: x - 0.1 * x.mean(0), {}),
+    "counts its calls": (lambda layer, x: x * (1 + count(layer, x) % 3), {"seen": {"steps": 0}}),
+    "does something else after some steps": (
+        lambda layer, x: x if count(layer, x) < 4 else -x,
+        {"seen": {"steps": 0}, "mean": torch.zeros(16)},
+    ),
+    "has statistics of its own": (move_mean, {"mean": nn.Buffer(torch.zeros(16))}),
+    "has statistics that autograd does not count": (move_mean_unseen, {"mean": nn.Buffer(torch.zeros(16))}),
+    "changes a plain tensor": (move_mean, {"mean": torch.zeros(16)}),
+    "keeps its input": (keep_input, {"before": None}),
+    "draws noise": (lambda layer, x: x + 0.1 * torch.randn_like(x), {}),
+    "decides by a value, seldom": (lambda layer, x: -x if x.max() > 1e9 else x, {}),
+    "knows the batch": (lambda layer, x: x.view(5, 16), {}),
+    "has a checkpoint with a norm": (
+        lambda layer, x: checkpoint(layer.norm, x, use_reentrant=False),
+        {"norm": nn.BatchNorm1d(16)},
+    ),
+    "has a hook on what it computes": (hook_gradient, {}),
+    "normalises gradients over the batch": (lambda layer, x: OfBatch.apply(x), {}),
+    "draws from Python's generator": (lambda layer, x: x if random.random() < 0.5 else x.relu(), {}),
+    "has one mask for the batch": (lambda layer, x: x * (torch.rand(x.shape[1]) > 0.5), {}),
+    "takes few samples otherwise": (lambda layer, x: x if len(x) < 20 else 2 * x, {}),
+    "normalises parts of the batch": (
+        lambda layer, x: torch.cat([layer.norm(part) for part in x.split(6)]),
+        {"norm": nn.BatchNorm1d(16)},
+    ),
+    "mixes pairs of samples": (lambda layer, x: x if len(x) % 2 else x - 0.1 * pairs(x), {}),
+}
+SINGLE = {name: lambda given=given: Through(given[0], **copy.deepcopy(given[1])) for name, given in FUNCTIONS.items()}
+SINGLE |= {
     "has a layer for each step": ByStep,
     "has a layer for each call": ByCall,
-    "has a hook that looks": looked_at,
-    "has a hook on a gradient": clipped,
-    "has a hook behind a gradient": noted,
-    "has statistics of its own": Running,
-    "keeps its input": Memory,
-    "draws noise": Noise,
-    "decides by a value": Choice,
-    "knows the batch": Fixed,
-    "has a checkpoint with a norm": Checkpointed,
-    "has a hook": hooked,
-    "has a hook before a backward": hooked_before,
-    "has a hook on what it computes": Hooked,
-    "normalises gradients over the batch": Normed,
-    "has statistics that autograd does not count": Behind,
-    "changes a plain tensor": Plain,
-    "counts in a dictionary": Late,
-    "draws from Python's generator": Skipped,
-    "has one mask for the batch": OneMask,
-    "takes few samples otherwise": Sized,
-    "normalises parts of the batch": Parts,
-    "mixes pairs of samples": Pairs,
+    "has a hook that looks": lambda: hooked(nn.Identity(), "register_forward_hook", look),
+    "has a hook": lambda: hooked(nn.Identity(), "register_forward_hook", lambda module, args, y: y + y.mean(0)),
+    "has a hook on a gradient": lambda: hooked(
+        nn.Linear(16, 16), "weight.register_hook", lambda grad: grad.clamp(-1e-3, 1e-3)
+    ),
+    "has a hook behind a gradient": lambda: hooked(
+        nn.Linear(16, 16), "weight.register_post_accumulate_grad_hook", lambda p: None
+    ),
+    "has a hook before a backward": lambda: hooked(
+        nn.Linear(16, 16), "register_full_backward_pre_hook", lambda module, grads: None
+    ),
     "is scripted": lambda: torch.jit.script(nn.Identity()),
 }
 
@@ -266,6 +181,7 @@ class Given(Accumulated):
 
 
 FOLDED = {
+    "a function": lambda: Through(lambda layer, x: 2 * x),
     "a state that changes in place": Accumulated,
     "dropout": lambda: nn.Dropout(0.3),
     "batch norm": lambda: nn.BatchNorm1d(16),
@@ -310,5 +226,6 @@ def test_trying_a_network_leaves_no_trace():
 
 def test_steps_without_a_graph_are_tried_too():
     """Also where a step is too large for two with a graph."""
-    model, x = Net(nn.Linear(6, 16), sltt.LIF(), Mean(), nn.Linear(16, 3)).double(), torch.randn(6, 1100, 6).double()
+    model = Net(nn.Linear(6, 16), sltt.LIF(), SINGLE["mixes samples"](), nn.Linear(16, 3)).double()
+    x = torch.randn(6, 1100, 6).double()
     torch.testing.assert_close(sltt.unroll(model, x), sltt.unroll(model, x, fold=1))

@@ -9,9 +9,8 @@ from sltt import kernels
 from sltt.kernels.neuron import recurrence
 from tests.conftest import LOSS
 from tests.kernels.exact import NATIVE
+from tests.references import recorded
 from tests.rules.test_folding import Net, assert_same, data, results
-
-FORWARD = recurrence._forward
 
 
 def traced(neuron):
@@ -83,8 +82,17 @@ def test_traces_that_cannot_fold_are_named_and_run_step_by_step(layers, problem)
 
 @NATIVE
 @pytest.mark.parametrize("neuron", [lambda: sltt.LIF(tau=2.0), lambda: sltt.LIF(tau=2.0, decay_input=True), sltt.IF])
-@pytest.mark.parametrize("how", [{}, {"decay": 0.25}, {"inputs": False}], ids=repr)
-@pytest.mark.parametrize(("bias", "frozen"), [(False, ""), (True, "1.layer.weight"), (True, "1.layer.bias")])
+@pytest.mark.parametrize(
+    ("how", "bias", "frozen"),
+    [
+        ({}, False, ""),
+        ({}, True, "1.layer.weight"),
+        ({"decay": 0.25}, True, "1.layer.bias"),
+        ({"inputs": False}, True, "1.layer.bias"),
+        ({"inputs": False}, False, ""),
+    ],
+    ids=repr,
+)
 def test_traces_of_a_recurrent_layer_in_one_call(how, neuron, bias, frozen, monkeypatch):
     """Of numbers whose sums are exact in float32, so that no rounding decides whether a neuron fires."""
     torch.manual_seed(0)
@@ -96,8 +104,7 @@ def test_traces_of_a_recurrent_layer_in_one_call(how, neuron, bias, frozen, monk
             p.requires_grad_(name != frozen)
     x, y = torch.randint(-8, 16, (7, 5, 6)).double() / 4, torch.randint(3, (5,))
     expected = results(exact, sltt.OTTT(**how, fold=1), x, y, {})
-    calls: list[int] = []
-    monkeypatch.setattr(recurrence, "_forward", lambda *a, **k: (calls.append(a[0].steps), FORWARD(*a, **k))[1])
+    calls = recorded(monkeypatch, recurrence, "_forward", lambda call, *_: call.steps)
     for fold in (1, 3):
         found = copy.deepcopy(exact).float()
         calls.clear()

@@ -35,17 +35,53 @@ class History(nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(x[:, None], past, past)[:, 0]
 
 
+class Buffered(nn.Module):
+    """Keeps its state in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("v", torch.zeros(1, 1, dtype=torch.float64))
+
+    def forward(self, x):
+        self.v = 0.5 * self.v.detach() + x
+        return torch.tanh(self.v)
+
+
+class Undeclared(sltt.LIF):
+    """Keeps more than the states that it names."""
+
+    def __init__(self, detaches=True):
+        super().__init__()
+        self.last, self.detaches = 0.0, detaches
+
+    def forward(self, x):
+        self.last = super().forward(x + 0.1 * self.last)
+        if self.detaches:
+            self.last = self.last.detach()
+        return self.last
+
+
+def network(layer):
+    return nn.Sequential(nn.Linear(6, 6), sltt.LIF(), nn.Linear(6, 6), layer, nn.Linear(6, 3)).double()
+
+
 @pytest.mark.parametrize(
-    ("kind", "name", "remedy"),
-    [(Plain, "v", r"sltt.register\(Plain, states=\['v'\]\)"), (History, "past", r"states = \('past',\)")],
+    ("layer", "name", "remedy"),
+    [
+        (Plain(), "v", r"sltt.register\(Plain, states=\['v'\]\)"),
+        (History(), "past", r"states = \('past',\)"),
+        (Undeclared(detaches=False), "last", "add it to Undeclared.states"),
+    ],
 )
-def test_a_state_that_no_rule_knows_is_named(kind, name, remedy):
-    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), kind(), nn.Linear(6, 3)).double()
-    with pytest.raises(ValueError, match=rf"2 \({kind.__name__}\) keeps a tensor in `.{name}`.*{remedy}"):
-        sltt.SLTT()(model, *batch(), LOSS)
-    model[2] = kind()
-    with pytest.warns(UserWarning, match=rf"2 \({kind.__name__}\) keeps a tensor of the batch in `.{name}` after the"):
-        sltt.check(model, batch()[0])
+def test_a_state_that_no_rule_knows_is_named(layer, name, remedy):
+    with pytest.raises(ValueError, match=rf"3 \({type(layer).__name__}\) keeps a tensor in `.{name}`.*{remedy}"):
+        sltt.SLTT()(network(layer), *batch(), LOSS)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Plain, "v"), (History, "past"), (Buffered, "v"), (Undeclared, "last")])
+def test_the_check_of_a_model_names_it_too(kind, name):
+    with pytest.warns(UserWarning, match=rf"3 \({kind.__name__}\) keeps a tensor of the batch in `.{name}` after the"):
+        sltt.check(network(kind()), batch()[0])
 
 
 @pytest.mark.parametrize("measure", [sltt.predict, lambda model, x: sltt.evaluate(model, both(x), steps=4)])
@@ -98,41 +134,6 @@ def test_layers_in_a_plain_list_are_warned_of_and_those_that_are_elsewhere_too_a
     sltt.SLTT()(model, x.float(), y, LOSS)
 
 
-class Buffered(nn.Module):
-    """Keeps its state in a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("v", torch.zeros(1, 1, dtype=torch.float64))
-
-    def forward(self, x):
-        self.v = 0.5 * self.v.detach() + x
-        return torch.tanh(self.v)
-
-
-class Undeclared(sltt.LIF):
-    """Keeps more than the states that it names."""
-
-    detaches = True
-
-    def __init__(self):
-        super().__init__()
-        self.last = 0.0
-
-    def forward(self, x):
-        self.last = super().forward(x + 0.1 * self.last)
-        if self.detaches:
-            self.last = self.last.detach()
-        return self.last
-
-
-@pytest.mark.parametrize(("kind", "name"), [(Buffered, "v"), (Undeclared, "last")])
-def test_a_state_that_is_in_a_buffer_or_not_declared_is_named(kind, name):
-    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), nn.Linear(6, 6), kind(), nn.Linear(6, 3)).double()
-    with pytest.warns(UserWarning, match=rf"3 \({kind.__name__}\) keeps a tensor of the batch in `.{name}` after the"):
-        sltt.check(model, batch()[0])
-
-
 class Recording(sltt.LIF):
     def forward(self, x):
         self._last = super().forward(x)
@@ -169,14 +170,6 @@ sltt.register(Logged, states=[])
 
 @pytest.mark.parametrize("kind", [Recording, Averaged, Table, Logged])
 def test_what_is_no_state_is_not_warned_of(kind):
-    model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), nn.Linear(6, 6), kind(), nn.Linear(6, 3)).double()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* mixes ")
-        sltt.check(model, batch()[0])  # without a warning of a state
-
-
-def test_a_state_that_is_not_declared_and_not_detached_is_named():
-    model = nn.Sequential(nn.Linear(6, 6), Undeclared(), nn.Linear(6, 3)).double()
-    model[1].detaches = False
-    with pytest.raises(ValueError, match=r"1 \(Undeclared\) keeps a tensor in `.last` .*: add it to Undeclared.states"):
-        sltt.SLTT()(model, *batch(), LOSS)
+        sltt.check(network(kind()), batch()[0])  # without a warning of a state
