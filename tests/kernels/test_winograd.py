@@ -52,8 +52,10 @@ def assert_equal(found, expected, magnitude=None, rounding=0.0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("inputs", "outputs"), [(32, 32), (64, 96), (96, 128), (32, 96), (96, 64)])
-@pytest.mark.parametrize(("batch", "size"), [(1, (1, 1)), (3, (7, 33)), (2, (17, 2)), (5, (4, 4))])
+@pytest.mark.parametrize(
+    ("batch", "size", "inputs", "outputs"),
+    [(1, (1, 1), 32, 32), (3, (7, 33), 64, 96), (2, (17, 2), 96, 128), (5, (4, 4), 32, 96)],
+)
 def test_odd_sizes(batch, size, inputs, outputs, dtype):
     check(layer_of(batch, inputs, outputs, size), torch.randn(outputs, inputs, 3, 3), dtype=dtype)
 
