@@ -132,17 +132,26 @@ def test_weights_of_one_step_load_for_six():
     torch.testing.assert_close(sltt.unroll(six, x, steps=6)[0], sltt.unroll(one, x, steps=1)[0])
 
 
-@pytest.mark.parametrize(("stem", "expected"), [(0, 2_580_394), (16, 2_592_090)])
-def test_a_shallow_residual_network_has_neurons_at_full_resolution_where_it_has_a_stem(stem, expected):
-    model = models.ShallowResNet(stem=stem)
-    assert parameters(model) == expected
-    shapes = []
+RESIDUAL = [(96, 16, 16)] * 2 + [(192, 8, 8)] * 2 + [(384, 4, 4)] * 2
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "shapes"),
+    [
+        (lambda: models.ShallowResNet(stem=0), 2_580_394, RESIDUAL),
+        (lambda: models.ShallowResNet(stem=16), 2_592_090, [(16, 32, 32), *RESIDUAL]),
+        (models.ShallowVGG, 1_972_816, [(24, 31, 31)] + [(64, 15, 15)] * 2 + [(256, 7, 7)] * 2 + [(256, 3, 3)] * 2),
+    ],
+    ids=["ResNet", "ResNet with a stem", "VGG"],
+)
+def test_shallow_networks_have_neurons_of_these_shapes(make, count, shapes):
+    model, found = make(), []
+    assert parameters(model) == count
     for module in model.modules():
         if isinstance(module, Neuron):
-            module.register_forward_hook(lambda module, args, spikes: shapes.append(tuple(spikes.shape[1:])))
+            module.register_forward_hook(lambda module, args, spikes: found.append(tuple(spikes.shape[1:])))
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-    full = [(16, 32, 32)] if stem else []
-    assert shapes == full + [(96, 16, 16)] * 2 + [(192, 8, 8)] * 2 + [(384, 4, 4)] * 2
+    assert found == shapes
 
 
 def test_mlp():
@@ -170,17 +179,6 @@ def test_contrasts_are_orthogonal_patterns_of_both_signs():
     filters = models.ShallowVGG().contrasts[0].weight.flatten(1)
     torch.testing.assert_close(filters[:12] @ filters[:12].T, torch.eye(12))
     assert torch.equal(filters[12:], -filters[:12])
-
-
-def test_a_shallow_vgg_has_neurons_behind_its_contrasts_and_each_convolution():
-    model = models.ShallowVGG()
-    assert parameters(model) == 1_972_816
-    shapes = []
-    for module in model.modules():
-        if isinstance(module, Neuron):
-            module.register_forward_hook(lambda module, args, spikes: shapes.append(tuple(spikes.shape[1:])))
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-    assert shapes == [(24, 31, 31)] + [(64, 15, 15)] * 2 + [(256, 7, 7)] * 2 + [(256, 3, 3)] * 2
 
 
 def test_a_shallow_vgg_learns_convolutions_shifts_and_the_head():

@@ -1,4 +1,4 @@
-"""A neuron's function under autograd, in a module that is no `sltt.Neuron`."""
+"""A neuron of one's own, and a neuron's function under autograd, in a module that is no `sltt.Neuron`."""
 
 import copy
 
@@ -6,6 +6,16 @@ import torch
 from torch import nn
 
 import sltt
+
+
+class OwnLIF(sltt.Neuron):
+    decay = 0.5
+
+    @staticmethod
+    def step(x, v, *, decay):
+        u = decay * v + x
+        s = sltt.surrogates.Triangle()(u - 1)
+        return s, u - s
 
 
 class Plain(sltt.Stateful):

@@ -11,12 +11,8 @@ MEMORY = []
 GAIN = nn.Parameter(torch.tensor(2.0))
 
 
-def neuron(function, **attributes):
-    kind = type("Mine", (sltt.Neuron,), {"step": staticmethod(function)})
-    made = kind()
-    for name, value in attributes.items():
-        setattr(made, name, value)
-    return made
+def neuron(function):
+    return type("Mine", (sltt.Neuron,), {"step": staticmethod(function)})()
 
 
 def remembers(x, v):
@@ -68,19 +64,36 @@ def test_a_function_that_cannot_be_fused_is_named(message, function):
         neuron(function)(torch.randn(2, 3))
 
 
-@pytest.mark.parametrize("start", [{"u": 0.0}, {"v": 0.0, "a": 0.0}, "0"])
-def test_a_start_is_a_number_for_each_state(start):
-    with pytest.raises(ValueError, match=r"Mine has start = .*: expected a number, or one for each state \(v\)"):
-        neuron(lambda x, v: (FIRE(v + x), v), start=start)(torch.randn(2, 3))
+def fine(x, v):
+    return FIRE(v + x), v
 
 
-def test_states_are_a_tuple_of_names():
-    class Mine(sltt.Neuron):
-        states = "mem"  # pyright: ignore[reportAssignmentType]
-        step = staticmethod(lambda x, mem: (FIRE(x + mem), mem))
+def scaled(x, v, *, gain):
+    return FIRE(gain * x + v - 1), v + x
 
-    with pytest.raises(ValueError, match=r"Mine has states = 'mem': write a tuple of names, \('mem',\)"):
-        Mine()(torch.randn(2, 3))
+
+START = r"has start = .*: expected a number, or one for each state \(v\)"
+GAIN_SHAPE = r"has gain of shape .* for an input \[2, 3, 4\]: expected one number, or"
+WRONG = [
+    ({"step": staticmethod(fine), "start": {"u": 0.0}}, START),
+    ({"step": staticmethod(fine), "start": {"v": 0.0, "a": 0.0}}, START),
+    ({"step": staticmethod(fine), "start": "0"}, START),
+    (
+        {"step": staticmethod(lambda x, mem: fine(x, mem)), "states": "mem"},
+        r"has states = 'mem': write a tuple of names",
+    ),
+    ({"step": staticmethod(lambda x: FIRE(x)), "states": ()}, r"has no states: what keeps none is an nn\.Module"),
+    ({"step": lambda self, x, v: fine(x, v)}, r"needs a function step\(x, v, \*, …\).*@staticmethod"),
+    ({"step": staticmethod(scaled), "gain": torch.ones(3, 1)}, GAIN_SHAPE),
+    ({"step": staticmethod(scaled), "gain": torch.ones(4)}, GAIN_SHAPE),
+    ({"step": staticmethod(scaled), "gain": [1.0]}, r"has gain = \[1.0\]: expected a number, a surrogate or a tensor"),
+]
+
+
+@pytest.mark.parametrize(("attributes", "message"), WRONG)
+def test_an_attribute_that_is_wrong_is_named(attributes, message):
+    with pytest.raises(ValueError, match=f"Mine {message}"):
+        type("Mine", (sltt.Neuron,), attributes)()(torch.randn(2, 3, 4))
 
 
 @pytest.mark.parametrize("name", ["training", "spikes", "advance", "forward", "step"])
@@ -93,44 +106,6 @@ def test_an_error_in_the_function_says_where_it_was():
     with pytest.raises(ZeroDivisionError) as found:
         neuron(lambda x, v: (FIRE(x / 0 if (1 / 0) else x), v))(torch.randn(2, 3))
     assert "in Mine.step" in found.value.__notes__[0]
-
-
-def test_a_method_is_no_pure_function():
-    class Mine(sltt.Neuron):
-        def step(self, x, v):
-            return FIRE(v + x), v
-
-    with pytest.raises(ValueError, match=r"Mine needs a function step\(x, v, \*, …\).*@staticmethod"):
-        Mine()(torch.randn(2, 3))
-
-
-def test_a_neuron_has_a_state():
-    class Mine(sltt.Neuron):
-        states = ()
-
-        @staticmethod
-        def step(x):
-            return FIRE(x)
-
-    with pytest.raises(ValueError, match=r"Mine has no states: what keeps none is an nn\.Module"):
-        Mine()(torch.randn(2, 3))
-
-
-def scaled(x, v, *, gain):
-    return FIRE(gain * x + v - 1), v + x
-
-
-@pytest.mark.parametrize("gain", [torch.ones(3, 1), torch.ones(4)])
-def test_a_parameter_has_one_number_or_one_for_each_channel(gain):
-    with pytest.raises(
-        ValueError, match=r"Mine has gain of shape .* for an input \[2, 3, 4\]: expected one number, or"
-    ):
-        neuron(scaled, gain=gain)(torch.randn(2, 3, 4))
-
-
-def test_an_argument_is_a_number_a_surrogate_or_a_tensor():
-    with pytest.raises(ValueError, match=r"Mine has gain = \[1.0\]: expected a number, a surrogate or a tensor"):
-        neuron(scaled, gain=[1.0])(torch.randn(2, 3))
 
 
 def test_the_check_leaves_random_numbers_alone_and_knows_constants():

@@ -8,7 +8,8 @@ import torch
 import sltt
 from sltt.neurons import inspection
 from tests.conftest import RULES, batch, gradients, small_network
-from tests.neurons.plain import alone, plain
+from tests.neurons.plain import OwnLIF, alone, plain
+from tests.neurons.test_custom import Graded
 from tests.references import measured
 
 RULES = {name: rule for name, rule in RULES.items() if not isinstance(rule, sltt.RateBased)}
@@ -135,12 +136,12 @@ def network(*kinds):
     """The small network with two kinds of neurons, or with one in both layers."""
     widths = iter([8, 7])
     made = iter([kinds[0], kinds[-1]])
-    return small_network(lambda: KINDS[next(made)](next(widths)))
+    return small_network(lambda: (KINDS | {"Graded": lambda width: Graded()})[next(made)](next(widths)))
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize(
-    "kinds", [("CubaLIF", "ALIF"), ("ChannelLIF", "IntegerLIF"), ("TernaryLIF", "CubaLIF")], ids="+".join
+    "kinds", [("CubaLIF", "ALIF"), ("ChannelLIF", "IntegerLIF"), ("TernaryLIF", "Graded")], ids="+".join
 )
 def test_every_rule_trains_every_neuron(kinds, rule):
     model = network(*kinds)
@@ -162,26 +163,6 @@ def test_traces_have_the_decay_of_the_neurons():
         sltt.OTTT()(small_network(lambda: sltt.CubaLIF(v_reset=-0.5)), x, y, sltt.losses.CrossEntropyMSE())
 
 
-@pytest.mark.parametrize("tau", [3.0, None])
-def test_one_layer_with_a_synaptic_current_under_ottt_is_bptt_without_the_reset(tau):
-    """The trace of two decays is exact, for weights and biases, at any gain."""
-    neuron = sltt.CubaLIF(tau, tau_syn=2.0, gain=0.7, detach_reset=True)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8), neuron, torch.nn.Linear(8, 3)).double()
-    x, y = batch(steps=12)
-    found, expected = (gradients(model, rule, 3 * x, y)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-
-
-class OwnLIF(sltt.Neuron):
-    decay = 0.5
-
-    @staticmethod
-    def step(x, v, *, decay):
-        u = decay * v + x
-        s = TRIANGLE(u - 1)
-        return s, u - s
-
-
 @pytest.mark.parametrize("make", [sltt.CubaLIF, OwnLIF])
 def test_a_neuron_takes_two_numbers_more_than_lif_at_most(make):
     """At the peak of a batch of SLTT, for each neuron."""
@@ -192,21 +173,6 @@ def test_a_neuron_takes_two_numbers_more_than_lif_at_most(make):
         return measured(sltt.SLTT(), model, x, y) / (4 * 64 * 1024)
 
     assert peak(make()) - peak(sltt.LIF()) < 2.1
-
-
-def test_one_layer_of_integer_spikes_under_ottt_is_bptt_without_the_reset():
-    """Traces are exact along the membrane potential: with spikes as constants in the reset, the two agree."""
-
-    class Detached(sltt.IntegerLIF):
-        @staticmethod
-        def step(x, v, *, decay, levels, v_threshold, surrogate):
-            s, _ = sltt.IntegerLIF.step(x, v, decay=decay, levels=levels, v_threshold=v_threshold, surrogate=surrogate)
-            return s, decay * v + x - v_threshold * s.detach()
-
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8), Detached(3, tau=3.0), torch.nn.Linear(8, 3)).double()
-    x, y = batch(steps=12)
-    found, expected = (gradients(model, rule, 3 * x, y)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -144,13 +144,6 @@ def test_state_is_no_part_of_the_state_dict_and_survives_a_copy(neuron):
         assert repr(other) == repr(neuron)
 
 
-def test_channels_last_is_kept():
-    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    neuron = sltt.LIF()
-    assert neuron(x).is_contiguous(memory_format=torch.channels_last)
-    assert neuron.v.is_contiguous(memory_format=torch.channels_last)
-
-
 def test_data_parallel_is_refused():
     model = nn.DataParallel(nn.Sequential(nn.Linear(3, 3), sltt.LIF()))
     with pytest.raises(ValueError, match="use DistributedDataParallel"):

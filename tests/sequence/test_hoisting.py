@@ -12,6 +12,7 @@ from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.sequence.run import Run
 from sltt.sequence.steps import time_steps
 from tests.conftest import LOSS
+from tests.references import recorded
 from tests.rules.test_folding import assert_same, results
 
 
@@ -117,18 +118,10 @@ def test_evaluation_of_a_static_image_computes_once_too():
     ids=repr,
 )
 def test_weights_are_standardised_once_with_the_same_gradient(rule, monkeypatch):
-    model = nn.Sequential(
-        ScaledWSConv2d(2, 8, 3),
-        sltt.LIF(),
-        ScaledWSConv2d(8, 8, 3, 2),
-        sltt.PLIF(tau=1.5),
-        nn.Flatten(),
-        nn.Linear(32, 3),
-    ).double()
+    layers = ScaledWSConv2d(2, 8, 3), sltt.LIF(), ScaledWSConv2d(8, 8, 3, 2), sltt.PLIF(tau=1.5)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3)).double()
     x, y = torch.randn(5, 4, 2, 4, 4, dtype=torch.float64), torch.randint(3, (4,))
-    calls = []
-    real = ScaledWSConv2d.standardised_weight
-    monkeypatch.setattr(ScaledWSConv2d, "standardised_weight", lambda conv: (calls.append(1), real(conv))[1])
+    calls = recorded(monkeypatch, ScaledWSConv2d, "standardised_weight")
     found = results(model, rule, x, y, {})
     assert len(calls) == 2
     monkeypatch.setattr("sltt.models.nfresnet.once", each_step)

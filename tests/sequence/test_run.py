@@ -97,10 +97,10 @@ def left(model):
     return forwards, claims, hooks, kept, torch._C._len_torch_function_stack()
 
 
-def test_nothing_of_a_run_is_left_after_an_error_in_any_place(rule):
+def test_nothing_of_a_run_is_left_also_after_an_error_in_any_place(rule):
     if isinstance(rule, sltt.Mixed):
         rule = sltt.Mixed({"*": 2})
-    for place in ("loss", "layer", "backward"):
+    for place in ("nowhere", "loss", "layer", "backward"):
         model, calls = small_network(norm=True, dropout=0.5), []
 
         def fails(*args, calls=calls):
