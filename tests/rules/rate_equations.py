@@ -82,3 +82,14 @@ def by_rates(model, x, y, inputs, mean):
         grads = [(error.T @ rate).flatten(), error.sum(0), *grads]
         error = (error @ linear.weight) * slope
     return torch.cat(grads), loss.detach()
+
+
+@torch.no_grad()
+def steady_inputs_of(model, x):
+    """The mean current of each neuron layer in every step, and the logits: layer by layer."""
+    first, _, lif1, second, lif2, third = model
+    inputs, rate = {}, x.mean(0)
+    for linear, lif in ((first, lif1), (second, lif2)):
+        inputs[lif] = [linear(rate)] * len(x)
+        rate, _ = by_equations(lif, inputs[lif])
+    return inputs, third(rate)

@@ -46,11 +46,10 @@ WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize("windows", WINDOWS, ids=str)
-@pytest.mark.parametrize("steps", [1, 7])
-@pytest.mark.parametrize("neuron", [sltt.PLIF, sltt.IF])
-def test_the_gradient_is_that_of_the_graph_detached_by_hand(windows, steps, neuron):
-    model = deep(neuron)
+@pytest.mark.parametrize(("windows", "steps"), [(WINDOWS[0], 1), *((windows, 7) for windows in WINDOWS)], ids=str)
+def test_the_gradient_is_that_of_the_graph_detached_by_hand(windows, steps):
+    kinds = iter([sltt.PLIF, sltt.IF] * 2)
+    model = deep(lambda: next(kinds)())
     x, y = batch(steps)
     found, out = gradients(model, sltt.Mixed(windows), x, y)
     expected, loss = by_hand(model, x, y, windowed(dict.fromkeys(["2", "5", "8", "11"], 1) | windows))
@@ -73,9 +72,8 @@ def test_the_gradient_is_that_of_the_graph_detached_by_hand(windows, steps, neur
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("norm", [False, True])
-def test_with_one_window_for_all_it_is_its_relatives(mixed, twin, neurons, norm):
-    model = small_network(neurons, norm=norm, dropout=0.3 * norm)
+def test_with_one_window_for_all_it_is_its_relatives(mixed, twin, neurons):
+    model = small_network(neurons, norm=True, dropout=0.3)
     x, y = batch(steps=5)
     results = []
     for rule in (mixed, twin):
@@ -254,7 +252,7 @@ def test_names_and_windows_that_are_wrong():
             sltt.Mixed({pattern: "all"})(inner, x, y, LOSS)
 
 
-def test_the_first_pattern_that_matches_counts_and_wrappers_have_no_name():
+def test_the_first_pattern_that_matches_counts_wrappers_have_no_name_and_brackets_are_a_name():
     model = small_network()
     first, second = model[2], model[5]
     lengths = sltt.Mixed({"5": 2, "?": "all"}).window_lengths
@@ -264,17 +262,17 @@ def test_the_first_pattern_that_matches_counts_and_wrappers_have_no_name():
     wrapped.module._orig_mod = model
     assert lengths(wrapped, 9) == {first: 9, second: 2}
     assert sltt.Mixed({"module._orig_mod.5": 3}).window_lengths(wrapped, 9) == {first: 1, second: 3}
+    brackets = nn.ModuleDict({"n[0]": sltt.LIF(), "n[1]": sltt.LIF()})
+    lengths = sltt.Mixed({"n[0]": "all"}, default=2).window_lengths(brackets, 4)
+    assert lengths == {brackets["n[0]"]: 4, brackets["n[1]"]: 2}
 
 
-def test_autocast_and_spikes_saved_as_bits():
-    model = deep(width=128, layers=3).float()
+def test_spikes_saved_as_bits_change_no_gradient():
+    model, rule = deep(width=128, layers=3).float(), sltt.Mixed({"2": "all", "5": 2})
     x, y = torch.randn(4, 64, 6), torch.randint(3, (64,))
-    rule = sltt.Mixed({"2": "all", "5": 2})
     found, _ = gradients(model, rule, x, y)
     with kernels.using(bits=False):
         assert torch.equal(gradients(model, rule, x, y)[0], found)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.cosine_similarity(gradients(model, rule, x, y)[0], found, dim=0) > 0.9
 
 
 class Delayed(sltt.Stateful):
@@ -346,18 +344,8 @@ def test_windows_are_a_value_too():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("windows", [{"*": 2}, {"1": "all"}])
 def test_a_compiled_network_has_the_same_gradient(windows):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=2.0), nn.Linear(8, 8), sltt.LIF(tau=2.0), nn.Linear(8, 3))
-    x, y = 2 * torch.rand(4, 5, 6), torch.randint(3, (5,))
-    found = []
-    for network in (model, torch.compile(model, backend="eager")):
-        model.zero_grad()
-        sltt.Mixed(windows)(network, x, y, nn.CrossEntropyLoss())
-        found.append([p.grad.clone() for p in model.parameters()])
-    torch.testing.assert_close(found[1], found[0])
-
-
-def test_a_name_with_brackets_is_found():
-    model = nn.ModuleDict({"n[0]": sltt.LIF(), "n[1]": sltt.LIF()})
-    lengths = sltt.Mixed({"n[0]": "all"}, default=2).window_lengths(model, 4)
-    assert lengths == {model["n[0]"]: 4, model["n[1]"]: 2}
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(2.0), nn.Linear(8, 8), sltt.LIF(2.0), nn.Linear(8, 3)).double()
+    (x, y), rule = batch(), sltt.Mixed(windows)
+    expected, _ = gradients(model, rule, x, y)
+    rule(torch.compile(model, backend="eager"), x, y, LOSS)
+    torch.testing.assert_close(gradient(model), expected)

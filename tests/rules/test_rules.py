@@ -87,15 +87,6 @@ def test_gradients_add_up_until_they_are_zeroed(rule):
     torch.testing.assert_close(twice, 2 * seeded(gradients, model, rule, x, y)[0])
 
 
-def test_nothing_is_left_behind(rule, neurons):
-    x, y = batch()
-    model = small_network(neurons, dropout=0.5)
-    rule(model, x, y, LOSS)
-    rule(model, x[:, :2], y[:2], LOSS)  # another batch size needs no reset by the user
-    assert model[2].v is None
-    assert model[3].mask is None
-
-
 def test_norms_run_and_are_counted_once_a_step_also_in_steps_without_a_graph(rule):
     model = small_network(norm=True)
     expected = nn.BatchNorm1d(8).double()
@@ -136,27 +127,27 @@ def test_gradients_that_somebody_looks_at_are_added_by_autograd():
     torch.testing.assert_close(model[0].weight.grad.to_dense()[2], 3 * model[1].weight.sum(0))
 
 
-def test_weights_cached_by_autocast_without_a_graph_do_not_cut_later_steps():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3))
-    x, y = torch.randn(3, 4, 6), torch.randint(3, (4,))
-    last = next(s for s in range(99) if torch.randperm(3, generator=torch.Generator().manual_seed(s))[0] == 2)
+def test_autocast_hardly_turns_the_gradient(rule):
+    model, (x, y) = small_network(norm=True).float(), batch()
+    expected, _ = seeded(gradients, model, rule, x.float(), y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        sltt.SLTT(k=1)(model, x, y, LOSS, seed=last)
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+        found, _ = seeded(gradients, model, rule, x.float(), y)
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.9
 
 
-@pytest.mark.parametrize("how", ["unrolled before", "compiled"])
-def test_a_pass_without_a_graph_before_does_not_cut_steps_under_autocast(how):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3))
+@pytest.mark.parametrize("how", ["unrolled before", "steps before", "compiled"])
+def test_weights_cached_by_autocast_without_a_graph_do_not_cut_later_steps(how):
+    model, rule, seed = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3)), sltt.SLTT(), None
     x, y = torch.randn(3, 4, 6), torch.randint(3, (4,))
     if how == "compiled":  # a step is checked without the compiler
         model = torch.compile(model, backend="eager")
+    elif how == "steps before":
+        rule, draws = sltt.SLTT(k=1), ((s, torch.Generator().manual_seed(s)) for s in range(99))
+        seed = next(s for s, generator in draws if torch.randperm(3, generator=generator)[0] == 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         if how == "unrolled before":
             sltt.unroll(model, x)
-        sltt.SLTT()(model, x, y, LOSS)
+        rule(model, x, y, LOSS, seed=seed)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import sltt
 from sltt.rules.traces import Traces
 from tests.conftest import LOSS, batch, gradients
+from tests.references import Checkpointed, recorded
 
 
 def blocks_of(model):
@@ -93,6 +93,12 @@ def convolutional(size=3, **settings):
     return model
 
 
+def normalised():
+    """With statistics that time does not change."""
+    first, second = ((nn.BatchNorm1d(8), sltt.LIF(tau)) for tau in (2.0, 4.0))
+    return nn.Sequential(nn.Linear(6, 8), *first, nn.Linear(8, 8), *second, nn.Linear(8, 3)).double().eval()
+
+
 NETWORKS = {
     "two decays": lambda: linear(sltt.LIF(tau=2.0), sltt.LIF(tau=10.0)),
     "no leak": lambda: linear(sltt.IF(), sltt.LIF(detach_reset=True)),
@@ -108,19 +114,7 @@ NETWORKS = {
     "same": lambda: convolutional(size=(3, 5), padding="same"),
     "same, of an even kernel": lambda: convolutional(size=4, padding="same"),
     "valid": lambda: convolutional(padding="valid"),
-    "normalised": lambda: (
-        nn.Sequential(
-            nn.Linear(6, 8),
-            nn.BatchNorm1d(8),
-            sltt.LIF(tau=2.0),
-            nn.Linear(8, 8),
-            nn.BatchNorm1d(8),
-            sltt.LIF(tau=4.0),
-            nn.Linear(8, 3),
-        )
-        .double()
-        .eval()
-    ),  # with statistics that time does not change
+    "normalised": normalised,
     "without bias": lambda: convolutional(bias=False),
 }
 
@@ -131,18 +125,37 @@ def test_ottt_is_its_recursion(network):
     model = network()
     x, y = batch(steps=6)
     if isinstance(model[0], nn.Conv2d):
-        x = 3 * torch.randn(6, 5, 1, 8, 8, dtype=torch.float64)
+        x, y = 3 * torch.randn(4, 2, 1, 8, 8, dtype=torch.float64), y[:2]
     found, out = gradients(model, sltt.OTTT(), x, y)
     torch.testing.assert_close(found, forward_mode(copy.deepcopy(model), x, y), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(out.logits, sltt.unroll(model, x))
     assert not torch.allclose(found, gradients(model, sltt.SLTT(), x, y)[0])
 
 
-@pytest.mark.parametrize("neuron", [sltt.LIF, sltt.IF, sltt.PLIF])
+class DetachedInteger(sltt.IntegerLIF):
+    """Its spikes are constants in the reset: traces are exact along the membrane potential."""
+
+    @staticmethod
+    def step(x, v, *, decay, levels, v_threshold, surrogate):
+        s, _ = sltt.IntegerLIF.step(x, v, decay=decay, levels=levels, v_threshold=v_threshold, surrogate=surrogate)
+        return s, decay * v + x - v_threshold * s.detach()
+
+
+SINGLE = {
+    "LIF": lambda: sltt.LIF(detach_reset=True),
+    "IF": lambda: sltt.IF(detach_reset=True),
+    "PLIF": lambda: sltt.PLIF(detach_reset=True),
+    "CubaLIF": lambda: sltt.CubaLIF(3.0, tau_syn=2.0, gain=0.7, detach_reset=True),
+    "CubaLIF, no leak": lambda: sltt.CubaLIF(None, tau_syn=2.0, gain=0.7, detach_reset=True),
+    "IntegerLIF": lambda: DetachedInteger(3, tau=3.0),
+}
+
+
+@pytest.mark.parametrize("neuron", SINGLE.values(), ids=SINGLE)
 @pytest.mark.parametrize("static", [False, True], ids=["sequence", "static"])
 def test_ottt_is_bptt_for_one_layer_of_neurons(neuron, static):
     readout = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 3))
-    model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 8), neuron(detach_reset=True), readout).double()
+    model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 8), neuron(), readout).double()
     x, y = batch(steps=12)
     x, steps = (3 * x[0], {"steps": 12}) if static else (3 * x, {})
     found, expected = (gradients(model, rule, x, y, **steps)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
@@ -173,20 +186,6 @@ def test_the_bias_of_a_normalisation_has_a_trace_and_its_weight_none(norm):
     torch.testing.assert_close(found[2:], exact[2:], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("convolution", [False, True])
-def test_a_bias_that_does_not_learn_is_left_as_it_is(convolution):
-    first = nn.Conv2d(1, 8, (1, 6)) if convolution else nn.Linear(6, 8)
-    model = nn.Sequential(first, nn.Flatten(), sltt.LIF(tau=2.0), nn.Linear(8, 3)).double()
-    x, y = batch(steps=4)
-    x = x[:, :, None, None] if convolution else x
-    gradients(model, sltt.OTTT(), x, y)
-    expected = [model[0].weight.grad, model[3].weight.grad]
-    for layer in (model[0], model[3]):
-        layer.bias.requires_grad_(False)
-    gradients(model, sltt.OTTT(), x, y)
-    torch.testing.assert_close([model[0].weight.grad, model[3].weight.grad], expected)
-
-
 class Tied(nn.Module):
     """Its loss calls a layer that the network has called before."""
 
@@ -208,15 +207,6 @@ def test_a_layer_that_the_loss_calls_has_its_gradient_of_bptt():
     torch.testing.assert_close(found, expected)
 
 
-class Checkpointed(nn.Sequential):
-    def __init__(self, *layers, reentrant=False):
-        super().__init__(*layers)
-        self.reentrant = reentrant
-
-    def forward(self, x):
-        return checkpoint(super().forward, x, use_reentrant=self.reentrant)
-
-
 @pytest.mark.parametrize("neuron", [sltt.LIF, sltt.PLIF])
 def test_a_checkpoint_runs_a_layer_again_with_the_trace_of_its_time_step(neuron):
     layers, rest = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)], [neuron(tau=2.0), nn.Linear(6, 3)]
@@ -236,8 +226,7 @@ def test_neurons_and_readouts_in_checkpoints_leave_no_trace_in_the_next_time_ste
     sltt.register(Spike, states=[], spikes=True, decay=lambda neuron: 0.5)
     layers, x, y = [nn.Linear(6, 6), Spike(), nn.Linear(6, 6)], 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
     neuron, head = sltt.LIF(tau=2.0), [nn.Linear(6, 3), nn.Tanh()]
-    end, started = Traces.end, []
-    monkeypatch.setattr(Traces, "end", lambda self, *call: (started.append(len(self.started)), end(self, *call))[1])
+    started = recorded(monkeypatch, Traces, "end", lambda self, *call: len(self.started))
     plain = nn.Sequential(*layers, neuron, *head)
     again = nn.Sequential(Checkpointed(*layers), neuron, Checkpointed(*head))
     for rule in (sltt.OTTT(fold=1), sltt.OTTT(inputs=False, fold=1)):
@@ -269,12 +258,8 @@ class Around(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.neuron, self.last, self.around = (
-            nn.Linear(6, 8),
-            sltt.LIF(3.0),
-            nn.Linear(8, 3),
-            nn.Linear(8, 3),
-        )
+        self.first, self.neuron = nn.Linear(6, 8), sltt.LIF(3.0)
+        self.last, self.around = nn.Linear(8, 3), nn.Linear(8, 3)
 
     def forward(self, x):
         x = self.first(x)
@@ -373,19 +358,3 @@ def test_layers_that_no_longer_read_the_same_are_refused():
         ValueError, match="read the same input in the first time step, and here they read different ones"
     ):
         sltt.OTTT()(Forked([sltt.LIF(tau=2.0) for _ in range(3)], apart=(2,)), x, y, LOSS)
-
-
-class ByName(nn.Sequential):
-    """Calls its neurons with `x=`."""
-
-    def forward(self, x):
-        for layer in self:
-            x = layer(x=x) if isinstance(layer, sltt.PLIF) else layer(x)
-        return x
-
-
-def test_neurons_that_are_called_by_keyword():
-    model = nn.Sequential(nn.Linear(6, 8), sltt.PLIF(), nn.Linear(8, 7), sltt.PLIF(), nn.Linear(7, 3)).double()
-    named = ByName(*copy.deepcopy(model))
-    x, y = batch()
-    torch.testing.assert_close(*(gradients(m, sltt.OTTT(), x, y)[0] for m in (model, named)))
