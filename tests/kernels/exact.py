@@ -13,9 +13,13 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}  # 
 NATIVE = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 
 
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def spikes(shape, density):
     """0 and 1, with the channels last in memory."""
-    return (torch.rand(shape) < density).float().movedim(1, -1).contiguous().movedim(-1, 1)
+    return channels_last((torch.rand(shape) < density).float())
 
 
 def near(a, b, dtype):

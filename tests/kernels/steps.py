@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import sltt
 from sltt import kernels
 from sltt.neurons import lif_step
 
@@ -44,6 +45,13 @@ def default_type(dtype):
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class Steep(sltt.surrogates.Triangle):
+    """Has a derivative that no kernel has."""
+
+    def derivative(self, x):
+        return 7 * super().derivative(x)
 
 
 def both(v, x, constants, decay, learnable=False):

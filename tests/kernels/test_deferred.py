@@ -14,7 +14,9 @@ from sltt.kernels.norm import deferred
 from sltt.kernels.spikes import looks
 from sltt.neurons import lif_step
 from sltt.surrogates import Triangle
+from tests.kernels.exact import channels_last
 from tests.kernels.steps import default_type, threads
+from tests.neurons.plain import OwnLIF
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 FORMS = [(7, 24, 3, 5), (33, 65), (5, 700), (2, 1, 9, 1), (40, 48, 6, 12)]
@@ -32,10 +34,6 @@ def small(monkeypatch):
 
 def waiting(monkeypatch, on):
     monkeypatch.setattr(deferred, "DEFER_FROM", 2 if on else NEVER)
-
-
-def channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def drawn(shape, dtype=torch.float32, mean=0.0):
@@ -97,8 +95,8 @@ def one_step(x, weight, bias, constants, training, exact):
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
 @pytest.mark.parametrize("constants", STEPS, ids=str)
 def test_the_neuron_normalises(constants, training):
-    for i, (shape, learned) in enumerate(itertools.product(FORMS, (True, False))):
-        dtype = torch.bfloat16 if i % 4 in (1, 2) else torch.float32  # each with both
+    for i, shape in enumerate(FORMS, STEPS.index(constants)):
+        dtype, learned = (torch.bfloat16 if i % 2 else torch.float32), (i // 2 + training) % 2  # in turn
         affine = (torch.linspace(0.5, 2, shape[1]), torch.linspace(-0.5, 1, shape[1])) if learned else (None, None)
         fast, exact = (one_step(drawn(shape, dtype), *affine, constants, training, e) for e in (False, True))
         assert torch.equal(fast[0].double(), exact[0])
@@ -107,20 +105,13 @@ def test_the_neuron_normalises(constants, training):
             torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
-class Own(sltt.Neuron):
-    @staticmethod
-    def step(x, v):
-        s = Triangle()(0.5 * v + x - 1)
-        return s, 0.5 * v + x - s
-
-
 NEURONS = {
     "LIF": sltt.LIF,
     "hard reset": lambda: sltt.LIF(v_reset=0.0, decay_input=True),
     "IF": sltt.IF,
     "PLIF": sltt.PLIF,
     "no native gradient": lambda: sltt.LIF(surrogate=sltt.surrogates.Sigmoid()),
-    "own": Own,
+    "own": OwnLIF,
 }
 RULES = [
     sltt.SLTT(fold=1),
@@ -304,7 +295,7 @@ def test_memory_is_not_more(monkeypatch):
 
 
 def test_a_neuron_of_ones_own_keeps_no_normalised_input(monkeypatch):
-    fused, plain = peaks(monkeypatch, Own, sltt.BPTT(fold=1))
+    fused, plain = peaks(monkeypatch, OwnLIF, sltt.BPTT(fold=1))
     # those of the first neurons in two time steps of four, beside the backward's; what normalises again is small
     assert fused < plain - 0.98 * 4 * 2 * 8 * 24 * 64
 

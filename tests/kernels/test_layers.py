@@ -11,11 +11,9 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.kernels import native
-from sltt.kernels.layers import layers, values
+from sltt.kernels.layers import layers
 from tests.conftest import LOSS, RULES, gradients
-from tests.kernels.exact import applied
-from tests.kernels.steps import threads
-from tests.references import measured
+from tests.references import measured, recorded
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 
@@ -45,6 +43,11 @@ class Net(nn.Module):
         return self.head(self.neurons[4](self.hidden(x)))
 
 
+@pytest.fixture
+def model():
+    return Net().to(memory_format=torch.channels_last)
+
+
 def data(steps=3, batch=8, dtype=torch.float32):
     x = torch.randn(steps, batch, 2, 16, 16, dtype=dtype)
     return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (steps, batch)), torch.randint(
@@ -68,10 +71,9 @@ def assert_close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_gradients_are_those_of_dense_layers(rule, sparse_calls):
+def test_gradients_are_those_of_dense_layers(rule, sparse_calls, model):
     if isinstance(rule, sltt.Mixed):
         rule = sltt.Mixed({"neurons.0": "all"})
-    model = Net().to(memory_format=torch.channels_last)
     x, y = data()
     dense, out = run(model, rule, x, y, "off")
     assert not sparse_calls
@@ -82,11 +84,10 @@ def test_gradients_are_those_of_dense_layers(rule, sparse_calls):
     if isinstance(rule, sltt.RateBased):  # its pass with a graph runs on rates
         assert kinds == (set() if rule.steady else {"forward"})
     else:
-        assert kinds == {"forward", "grad"} or isinstance(rule, sltt.OTTT)  # which has traces in place of spikes
+        assert kinds == {"forward", "grad"}
 
 
-def test_every_layer_behind_a_neuron_is_sparse(sparse_calls):
-    model = Net().to(memory_format=torch.channels_last)
+def test_every_layer_behind_a_neuron_is_sparse(sparse_calls, model):
     x, y = data()
     run(model, sltt.SLTT(fold=1), x, y, "on")
     shapes = {(kind, layer.weight_shape) for kind, layer in sparse_calls}
@@ -113,6 +114,7 @@ USES = {
     "pixels": lambda net, y: net.linear(y.movedim(1, -1)),
     "features": lambda net, y: net.wide(y.flatten(1)),
     "tokens": lambda net, y: net.linear(y),
+    "changed in place": lambda net, y: net.conv(y).add_(y[:, :, 1:-1, 1:-1]),
     "other channels": lambda net, y: net.conv(y.reshape(8, 12, 12, 16).movedim(-1, 1)),
 }
 
@@ -163,11 +165,8 @@ def test_inference_is_sparse_too(mode, sparse_calls, monkeypatch):
     assert {*asked} == ({3} if mode == "auto" else set())  # calls that share the packed weights
 
 
-def test_an_evaluation_packs_each_weight_once_and_a_training_at_every_step(monkeypatch):
-    packed = []
-    pack_weight = layers.sparse.pack_weight
-    monkeypatch.setattr(layers.sparse, "pack_weight", lambda *args: (packed.append(args[1]), pack_weight(*args))[1])
-    model = Net().to(memory_format=torch.channels_last)
+def test_an_evaluation_packs_each_weight_once_and_a_training_at_every_step(monkeypatch, model):
+    packed = recorded(monkeypatch, layers.sparse, "pack_weight")
     x, y = data()
     with kernels.using(sparse="on", compile="off"):
         sltt.unroll(model, x, fold=1)
@@ -177,8 +176,7 @@ def test_an_evaluation_packs_each_weight_once_and_a_training_at_every_step(monke
 
 
 @pytest.mark.parametrize("change", ["in place", "data", "load", "replaced", "copied"])
-def test_weights_that_change_between_batches_are_read_anew(change):
-    model = Net().to(memory_format=torch.channels_last)
+def test_weights_that_change_between_batches_are_read_anew(change, model):
     x, y = data()
     with kernels.using(sparse="on", compile="off"):
         sltt.SLTT(fold=1)(model, x, y, LOSS)
@@ -202,22 +200,8 @@ def test_weights_that_change_between_batches_are_read_anew(change):
         torch.testing.assert_close(found, sltt.unroll(model, x, fold=1), rtol=1e-4, atol=1e-4)
 
 
-def test_weights_updated_in_every_step_are_read_anew():
-    x, y = data()
-    results = []
-    for mode in ("off", "on"):
-        torch.manual_seed(1)
-        model = Net(norm=False).to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        with kernels.using(sparse=mode, compile="off"):
-            sltt.OTTT(decay=0.3, online=True)(model, x, y, LOSS, update=lambda o=optimizer: (o.step(), o.zero_grad()))
-        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_sums_in_float32(dtype, sparse_calls):
-    model = Net().to(memory_format=torch.channels_last)
+def test_half_precision_keeps_sums_in_float32(dtype, sparse_calls, model):
     x, y = data()
     exact, _ = run(model, sltt.SLTT(fold=1), x, y, "off")
     with torch.autocast("cpu", dtype=dtype):
@@ -231,8 +215,7 @@ def test_half_precision_keeps_sums_in_float32(dtype, sparse_calls):
         assert sparse > dense - 0.05  # some neurons near their threshold fire in one and not in the other
 
 
-def test_frozen_weights_and_inputs():
-    model = Net().to(memory_format=torch.channels_last)
+def test_frozen_weights_and_inputs(model):
     model.convs[2].requires_grad_(False)
     model.convs[1].bias.requires_grad_(False)
     x, y = data()
@@ -242,8 +225,7 @@ def test_frozen_weights_and_inputs():
     assert_close(*({k: v for k, v in grads.items() if v is not None} for grads in (sparse, dense)), 2e-4)
 
 
-def test_memory_is_not_above_that_of_dense_layers():
-    model = Net().to(memory_format=torch.channels_last)
+def test_memory_is_not_above_that_of_dense_layers(model):
     x, y = data(batch=64)
 
     def peak(mode):
@@ -254,22 +236,12 @@ def test_memory_is_not_above_that_of_dense_layers():
     assert peak("on") <= peak("off") + 1.1 * weights  # which are packed
 
 
-def test_recomputed_layers_are_sparse_and_change_nothing(sparse_calls):
-    model = Net().to(memory_format=torch.channels_last)
+def test_recomputed_layers_are_sparse_and_change_nothing(sparse_calls, model):
     x, y = data()
     plain, again = (run(model, sltt.SLTT(recompute=r, fold=1), x, y, "on")[0] for r in (False, True))
     assert all(torch.equal(again[name], grad) for name, grad in plain.items())
     forwards = [layer.weight_shape for kind, layer in sparse_calls if kind == "forward"]
     assert len(forwards) > 2 * 3 * 3
-
-
-def test_threads_change_nothing():
-    model, (x, _) = Net().to(memory_format=torch.channels_last), data()
-    results = []
-    for number in (1, 2, 4):
-        with threads(number), kernels.using(sparse="on"):
-            results.append(sltt.unroll(model.eval(), x, fold=1))
-    assert all(torch.equal(one, results[0]) for one in results)
 
 
 class UnderAutocast(nn.Sequential):
@@ -334,32 +306,8 @@ def test_what_does_not_fit_is_refused_by_pytorch(layer, message, sparse_calls):
     assert not sparse_calls
 
 
-@pytest.mark.parametrize(("size", "stride", "padding"), [((4, 4), 1, 1), ((7, 5), 2, (0, 2)), ((3, 6), (1, 3), (2, 1))])
-def test_weight_gradients_of_small_images_in_bfloat16_are_products(size, stride, padding, monkeypatch):
-    conv = nn.Conv2d(16, 24, 3, stride, padding).to(memory_format=torch.channels_last)
-    x = (torch.randn(16, 16, *size).sign() + 1).contiguous(memory_format=torch.channels_last)
-    products = []
-    multiply = values._multiplied_weight_gradient
-    monkeypatch.setattr(values, "_multiplied_weight_gradient", lambda *a: (products.append(1), multiply(*a))[1])
-    monkeypatch.setattr(layers.costs, "break_even", lambda *args: layers.costs.BreakEven(0.0, 0.0))
-    monkeypatch.setattr(layers.costs, "PRODUCTS_FROM", 0)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = applied(conv, sltt.LIF()(x))
-    grad = torch.randn(y.shape).bfloat16()
-    y.backward(grad)
-    assert products
-    spikes, exact = (x > 0).double(), conv.weight.detach().double().requires_grad_()
-    expected = nn.grad.conv2d_weight(spikes, exact.shape, grad.double(), conv.stride, conv.padding)
-    torch.testing.assert_close(conv.weight.grad.double(), expected, rtol=1e-2, atol=1e-2)
-    axes = list(conv.stride), list(conv.padding), [1, 1]
-    weight = conv.weight.detach().bfloat16()
-    _, found = kernels.convolution_gradients(grad, spikes.bfloat16(), weight, axes, 1, [False, True])
-    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
-
-
 def test_steps_without_a_graph_do_not_look_for_a_layer_that_never_runs_sparse(monkeypatch):
-    looks, look = [], layers.look
-    monkeypatch.setattr(layers, "look", lambda x: (looks.append(1), look(x))[1])
+    looks = recorded(monkeypatch, layers, "look")
     monkeypatch.setattr(layers.costs, "PRODUCTS_FROM", 0)
     model, (x, _) = Net().to(memory_format=torch.channels_last), data()
     for forward, pays in ((0.0, False), (1.1, True)):
@@ -373,9 +321,9 @@ def test_steps_without_a_graph_do_not_look_for_a_layer_that_never_runs_sparse(mo
 class Called(nn.Module):
     """Layers that are called with their input by its name, or by its position."""
 
-    def __init__(self, pool):
+    def __init__(self, pool, neuron):
         super().__init__()
-        self.conv, self.norm, self.neuron = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), sltt.LIF()
+        self.conv, self.norm, self.neuron = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), neuron()
         self.pool, self.head, self.by_name = pool, nn.Linear(8 * 16, 3), False
 
     def forward(self, x):
@@ -384,10 +332,10 @@ class Called(nn.Module):
         return self.head(input=x.flatten(1))
 
 
-@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(2)], ids=repr)
+@pytest.mark.parametrize(("pool", "neuron"), [(nn.AvgPool2d(2), sltt.PLIF), (nn.MaxPool2d(2), sltt.LIF)])
 @pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.SLTT(fold=2), sltt.OTTT()], ids=repr)
-def test_layers_that_are_called_by_name(rule, pool):
-    model, x, y = Called(pool), 3 * torch.randn(4, 8, 2, 8, 8), torch.randint(3, (8,))
+def test_layers_that_are_called_by_name(rule, pool, neuron):
+    model, x, y = Called(pool, neuron), 3 * torch.randn(4, 8, 2, 8, 8), torch.randint(3, (8,))
     expected, _ = gradients(model, rule, x, y)
     model.by_name = True
     assert torch.equal(gradients(model, rule, x, y)[0], expected)

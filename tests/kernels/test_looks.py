@@ -9,7 +9,7 @@ import sltt
 from sltt import kernels
 from sltt.kernels import native
 from sltt.kernels.spikes.looks import PACK_FROM
-from tests.kernels.exact import NATIVE
+from tests.kernels.exact import NATIVE, channels_last
 from tests.kernels.steps import threads
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -121,10 +121,6 @@ def test_bits_are_those_that_the_neuron_keeps_as_long_as_the_spikes_are():
     found = kernels.look(s)
     assert found.bits.data_ptr() != kept.data_ptr()
     assert torch.equal(found.dense(), s)
-
-
-def channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 FORMS = {

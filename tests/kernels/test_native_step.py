@@ -11,7 +11,7 @@ from sltt.kernels import native
 from sltt.kernels.neuron import native_step
 from sltt.kernels.spikes.looks import BITS, PACK_FROM
 from tests.conftest import SURROGATES
-from tests.kernels.steps import threads
+from tests.kernels.steps import Steep, threads
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 CONSTANTS = list(itertools.product([None, 0.0, -0.3], [False, True], [False, True]))
@@ -123,11 +123,6 @@ class Borrowed(sltt.surrogates.Triangle):
 class LateAbove(sltt.surrogates.Above):
     def derivative(self, x):
         return self.surrogate.derivative(x - 0.5)
-
-
-class Steep(sltt.surrogates.Triangle):
-    def derivative(self, x):
-        return 7 * super().derivative(x)
 
 
 def test_surrogates_that_native_code_does_not_have(calls):

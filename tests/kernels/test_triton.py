@@ -21,10 +21,15 @@ from sltt.kernels.norm import deferred, triton_norm
 
 MISSING = kernels.compiler_problem(torch.device("cuda"))
 TRITON = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-SLOW = pytest.mark.slow
-LAYOUTS = pytest.mark.parametrize(  # of time steps in a call, and whether channels are last
-    ("steps", "last"), [(1, False), (6, True), pytest.param(1, True, marks=SLOW), pytest.param(6, False, marks=SLOW)]
-)
+
+
+def layouts(steps, last):
+    """Numbers of time steps in a call, and whether channels are last; slow but for one of each."""
+    all_ = [(1, False), (1, True), (6, False), (6, True)]
+    slow = [pytest.param(*one, marks=pytest.mark.slow) for one in all_ if one != (steps, last)]
+    return pytest.mark.parametrize(("steps", "last"), [(steps, last), *slow])
+
+
 LIF = kernels.NeuronStep(0.6, 0.8, None, False, False, sltt.surrogates.Triangle())
 
 
@@ -77,53 +82,48 @@ def compiled(monkeypatch, tmp_path):
     return on
 
 
-def resources(kernel, folder):
-    """Return registers, bytes of spilled ones, and the memory instructions of a compiled kernel."""
+def check_resources(kernel, folder, at_most):
+    """Check registers, that none is spilled and nothing fused; return the memory instructions of a compiled kernel."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     file = folder / "kernel.cubin"
     file.write_bytes(kernel.asm["cubin"])
-    usage, code = (
-        subprocess.run([tools / tool, option, file], capture_output=True, text=True, check=True).stdout
-        for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-    )
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local, Counter(re.findall(r"\b(?:LDG|STG)\.E\S*", code))
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    code = subprocess.run([tool, "-res-usage", "-sass", file], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", code)[1]) for name in ("REG", "STACK", "LOCAL"))
+    assert (stack + local, registers <= at_most) == (0, True), registers
+    assert "fma" not in kernel.asm["ptx"]
+    return Counter(re.findall(r"\b(?:LDG|STG)\.E\S*", code))
 
 
 @TRITON
-@pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize(("steps", "at_most"), [(1, 48), (6, 80)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_compiled_for_a_gpu(dtype, steps, at_most, architecture, compiled, tmp_path):
+@pytest.mark.parametrize(
+    ("steps", "dtype", "state", "architecture"),
+    [
+        (1, torch.bfloat16, torch.float32, 80),
+        (6, torch.bfloat16, torch.float32, 90),
+        (6, torch.float32, torch.float32, 80),
+        (1, torch.bfloat16, torch.bfloat16, 90),
+        (6, torch.float16, torch.float16, 90),
+    ],
+    ids=str,
+)
+def test_compiled_for_a_gpu(steps, dtype, state, architecture, compiled, tmp_path):
     made = compiled(architecture)
-    run(steps=steps, dtype=dtype)
+    run(steps=steps, dtype=dtype, state=state)
     assert len(made) == 2  # forward and backward
     for kernel in made:
-        registers, spilled, memory = resources(kernel, tmp_path)
-        assert spilled == 0
-        assert registers <= at_most
-        assert "fma" not in kernel.asm["ptx"]
-        assert memory.pop("STG.E", 0) == (kernel.name == "steps_forward")  # the number of spikes
-        assert {name for name in memory if not name.endswith("U8")} == {"LDG.E.128", "STG.E.128"}
-
-
-@TRITON
-@pytest.mark.parametrize(("steps", "dtype"), [(1, torch.bfloat16), (6, torch.float16)], ids=str)
-def test_a_membrane_potential_of_16_bits_compiled_for_a_gpu(steps, dtype, compiled, tmp_path):
-    made = compiled(90)
-    run(steps=steps, dtype=dtype, state=dtype)
-    for kernel in made:
-        registers, spilled, memory = resources(kernel, tmp_path)
-        assert (spilled, registers <= {1: 48, 6: 80}[steps]) == (0, True), registers
-        assert "fma" not in kernel.asm["ptx"]
+        memory = check_resources(kernel, tmp_path, {1: 48, 6: 80}[steps])
         assert {"LDG.E.128", "STG.E.128"} <= memory.keys()
-    assert re.search(r"add\.rn\.b?f16x2", made[0].asm["ptx"])  # the charge is rounded
+        if state == torch.float32:
+            assert memory.pop("STG.E", 0) == (kernel.name == "steps_forward")  # the number of spikes
+            assert {name for name in memory if not name.endswith("U8")} == {"LDG.E.128", "STG.E.128"}
+    rounds = re.search(r"add\.rn\.b?f16x2", made[0].asm["ptx"])  # the charge
+    assert bool(rounds) == (state != torch.float32)
 
 
 @TRITON
-@LAYOUTS
+@layouts(1, last=False)
 def test_values_of_each_channel_compiled_for_a_gpu(steps, last, compiled, tmp_path):
     made = compiled(90)
     x = torch.zeros(4 * steps, 64, 16, 16, dtype=torch.bfloat16)
@@ -132,27 +132,11 @@ def test_values_of_each_channel_compiled_for_a_gpu(steps, last, compiled, tmp_pa
     neuron.advance(x, steps).backward(torch.ones_like(x))
     assert len(made) == 2
     for kernel in made:
-        registers, spilled, memory = resources(kernel, tmp_path)
-        assert spilled == 0
-        assert registers <= {1: 64, 6: 128}[steps]
-        assert "fma" not in kernel.asm["ptx"]
-        assert "LDG.E.128" in memory
+        assert "LDG.E.128" in check_resources(kernel, tmp_path, {1: 64, 6: 128}[steps])
 
 
 @TRITON
-@pytest.mark.parametrize(
-    ("neuron", "at_most"), [(sltt.PLIF(), 80), (sltt.PLIF(v_reset=-0.3, decay_input=True), 128)], ids=["soft", "hard"]
-)
-def test_a_learned_time_constant_compiled_for_a_gpu(neuron, at_most, compiled, tmp_path):
-    made = compiled(90)
-    x = torch.zeros(6 * 4, 1024, dtype=torch.bfloat16, requires_grad=True)
-    neuron.advance(x, 6).backward(torch.ones_like(x))
-    registers, spilled, _ = resources(made[-1], tmp_path)
-    assert (spilled, registers <= at_most) == (0, True), registers
-
-
-@TRITON
-@LAYOUTS
+@layouts(6, last=True)
 def test_a_norm_in_front_compiled_for_a_gpu(steps, last, compiled, tmp_path, monkeypatch):
     made = compiled(90)
     monkeypatch.setattr(deferred, "in_triton", lambda x: True)
@@ -163,20 +147,23 @@ def test_a_norm_in_front_compiled_for_a_gpu(steps, last, compiled, tmp_path, mon
     names = ["moments", "write_factors", "steps_forward", "steps_replayed" if steps > 1 else "steps_backward"]
     assert [kernel.name for kernel in made] == [*names, "gradient_sums", "gradient"]
     for kernel in made:
-        registers, spilled, memory = resources(kernel, tmp_path)
-        assert spilled == 0
-        assert registers <= 128
-        assert "fma" not in kernel.asm["ptx"]
+        memory = check_resources(kernel, tmp_path, 128)
         assert "LDG.E.128" in memory or kernel.name in ("write_factors", "gradient_sums")
 
 
 @TRITON
-def test_the_largest_gradient_spills_no_register(compiled, tmp_path):
-    step = kernels.NeuronStep(None, 0.8, -0.3, True, False, sltt.surrogates.Gaussian())
+@pytest.mark.parametrize(
+    ("steps", "step", "at_most"),
+    [
+        (6, kernels.NeuronStep(None, 1.0, None, False, False, sltt.surrogates.Triangle()), 80),
+        (triton_step.REPLAYED, kernels.NeuronStep(None, 0.8, -0.3, True, False, sltt.surrogates.Gaussian()), 128),
+    ],
+    ids=["soft", "the largest"],
+)
+def test_the_gradient_of_a_learned_time_constant_compiled_for_a_gpu(steps, step, at_most, compiled, tmp_path):
     made = compiled(90)
-    run(steps=triton_step.REPLAYED, learned=True, step=step)
-    registers, spilled, _ = resources(made[-1], tmp_path)
-    assert (spilled, registers <= 128) == (0, True)
+    run(steps=steps, learned=True, step=step)
+    check_resources(made[-1], tmp_path, at_most)
 
 
 @pytest.fixture
@@ -224,8 +211,7 @@ def test_a_norm_in_front_moves_fewer_bytes(steps, share, monkeypatch):
 
 
 @TRITON
-@pytest.mark.parametrize("n", [1, 10, 2**15, 2**21])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "dtype"), [(1, torch.float32), (10, torch.bfloat16), (2**21, torch.float16)], ids=str)
 def test_on_cuda_every_size_takes_one_kernel(n, dtype, launched):
     kernels.neuron_step(LIF, torch.zeros(n, device="cuda"), torch.zeros(n, dtype=dtype, device="cuda"))
     assert launched == ["steps_forward"]

@@ -3,23 +3,20 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import sltt
 from sltt import kernels
 from sltt.kernels.layers import costs, values, winograd
 from tests.conftest import LOSS, gradients
 from tests.kernels.exact import NATIVE, applied
+from tests.references import Checkpointed, recorded
 
 
 @pytest.fixture
 def products(monkeypatch):
     """The weight gradients that were matrix products, of layers of any size."""
-    made = []
-    multiply = values._multiplied_weight_gradient
-    monkeypatch.setattr(values, "_multiplied_weight_gradient", lambda *a: (made.append(1), multiply(*a))[1])
     monkeypatch.setattr(values.costs, "PRODUCTS_FROM", 0)
-    return made
+    return recorded(monkeypatch, values, "_multiplied_weight_gradient")
 
 
 @pytest.mark.parametrize("spikes", [True, False])
@@ -62,19 +59,10 @@ def test_pytorch_says_what_does_not_fit(products):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The gradients that are not PyTorch's; layers of any size take them."""
-    made = []
-    for module, name in ((winograd, "input_gradient"), (values, "_multiplied_weight_gradient")):
-        plain = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, plain=plain: (made.append(1), plain(*a))[1])
+    """The input gradients that are Winograd's; layers of any size take it."""
     monkeypatch.setattr(costs, "PRODUCTS_FROM", 0)
     monkeypatch.setattr(costs, "fast_gradients", winograd.supports)
-    return made
-
-
-class Checkpointed(nn.Sequential):
-    def forward(self, x):
-        return checkpoint(super().forward, x, use_reentrant=False)
+    return recorded(monkeypatch, winograd, "input_gradient")
 
 
 class Residual(nn.Sequential):
