@@ -116,7 +116,7 @@ TRAINING = {
     "optimizer": Kind({"text": "sgd", "number": 0.1}, "optimizer must be a function of the parameters"),
     "steps": whole(0, -1), "epochs": whole(0, -1), "batch_size": whole(0, -1).but("none"),
     "clip_norm": number(0, -1).but("none"), "norm_weight_decay": number(-1).but("none"),
-    "norm_bias_lr": number(0, -1),
+    "norm_bias_lr": number(0, -1), "ema": number(0, 1.0, -0.5).but("none"),
     "precision": CHOICE, "channels_last": FLAG.but("none"), "seed": whole(-1), "workers": whole(-1), "device": CHOICE,
     "devices": whole(0, -1).but("none"), "num_nodes": whole(0, -1).but("none"), "strategy": CHOICE,
     "sync_batchnorm": FLAG, "compile": CHOICE, "checkpoint_minutes": number(-1), "resume": FLAG,
@@ -146,6 +146,8 @@ def per_step():
 
 OTHER_CALLS = [
     ("fit(run: number)", partial(fit, run=3), ValueError, "run must be the path of a folder, got 3"),
+    ("fit(rule: class)", partial(fit, rule=sltt.SLTT), ValueError, r"^rule must be .*, got "),
+    ("fit(seed: 2**32)", partial(fit, seed=2**32), ValueError, "^seed must be .*, got "),
     ("fit(config: text)", partial(fit, config="x"), ValueError, "config must be a dict, got 'x'"),
     ("fit(callbacks: tensor)", partial(fit, callbacks=torch.zeros(1)), ValueError, "callbacks must be a sequence of"),
     ("fit(optimizer: network)", partial(fit, optimizer=nn.Linear), ValueError, "optimizer must be a function of the"),

@@ -68,6 +68,25 @@ def weights(path):
     return load_checkpoint(path)["model"]
 
 
+def averaged(path):
+    return load_checkpoint(path)["averaged"]
+
+
+def rows(result):
+    """The history without what is measured by a clock."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in result.history]
+
+
+def keep(made, **settings):
+    """SGD as `fit` takes it, which keeps the optimizer that it makes in the list `made`."""
+
+    def optimizer(parameters):
+        made.append(torch.optim.SGD(parameters, **settings))
+        return made[-1]
+
+    return optimizer
+
+
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -87,6 +106,23 @@ class StopAt(sltt.SLTT):
         if self.left[0] == 0:
             signal.raise_signal(signal.SIGINT)
         return super().run(*args)
+
+
+class Noting(sltt.SLTT):
+    """SLTT that calls a function with each batch before it runs, and another one afterwards."""
+
+    def __init__(self, before=lambda batch: None, after=lambda batch: None):
+        super().__init__()
+        self.before, self.after = before, after
+
+    def __repr__(self):  # a run of SLTT goes on with it
+        return repr(sltt.SLTT())
+
+    def run(self, batch):
+        self.before(batch)
+        output = super().run(batch)
+        self.after(batch)
+        return output
 
 
 class Ends(torch.utils.data.Dataset):

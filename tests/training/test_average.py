@@ -1,16 +1,12 @@
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 import sltt
 from sltt.callbacks import Callback
-from sltt.training.average import make_average
-from sltt.training.checkpoints import load_checkpoint
 from sltt.training.phases import Phase
 from sltt.training.runs import new_run
-from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
+from tests.training.blobs import Blobs, averaged, equal, network, train, weights
 
 DECAY = 0.8
 
@@ -26,10 +22,6 @@ class Reference(Callback):
         decay = min(DECAY, self.step / (self.step + 9))
         for name, value in now.model.state_dict().items():
             self.mean[name] = decay * self.mean[name] + (1 - decay) * value.double()
-
-
-def averaged(path):
-    return load_checkpoint(path)["averaged"]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -78,18 +70,6 @@ def test_a_phase_with_a_rate_of_its_own_goes_on_from_the_average(lr, tmp_path):
     assert all(same) if lr == 0 else not any(same)
 
 
-@pytest.mark.parametrize("batch", [4, 6])
-def test_an_average_resumes_exactly(batch, tmp_path):
-    settings = {"rule": sltt.SLTT(k=2), "ema": DECAY, "epochs": 2}
-    whole, _ = train(tmp_path / "whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "part", **settings | {"rule": StopAt(batch)})
-    resumed, _ = train(tmp_path / "part", **settings, resume=True)
-    assert equal(resumed.state_dict(), whole.state_dict())
-    for file in ("best.ckpt", "last.ckpt"):
-        assert equal(averaged(tmp_path / "part" / file), averaged(tmp_path / "whole" / file))
-
-
 def test_a_run_without_a_checkpoint_averages_from_the_weights_that_it_was_to_start_from(tmp_path):
     settings = {"ema": DECAY, "epochs": 1}
     train(tmp_path / "first", **settings)
@@ -97,36 +77,6 @@ def test_a_run_without_a_checkpoint_averages_from_the_weights_that_it_was_to_sta
     new_run(tmp_path / "part", "run", {})
     resumed, _ = train(tmp_path / "part", weights=str(tmp_path / "first"), resume=True, **settings)
     assert equal(resumed.state_dict(), model.state_dict())
-
-
-def test_the_statistics_fit_the_averaged_weights():
-    """Their error is far below the spread, where statistics of the first weights would be off by that much."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32), sltt.LIF(), nn.Linear(32, 3))
-    optimizer, average = torch.optim.AdamW(model.parameters(), lr=0.01), make_average(model, 0.9)
-    data = torch.utils.data.DataLoader(Blobs().load(1).train, 20, shuffle=True)
-    for _ in range(60):
-        for x, y in data:
-            optimizer.zero_grad()
-            sltt.SLTT()(model, x, y, nn.CrossEntropyLoss(), steps=2)
-            optimizer.step()
-            average.update_parameters(model)
-    exact = copy.deepcopy(average.module)
-    torch.optim.swa_utils.update_bn([x for x, _ in data], exact)
-    sltt.reset(exact)
-    found, right = (m[1].running_mean for m in (average.module, exact))
-    assert (found - right).abs().max() < 0.15 * right.abs().max()  # statistics begin as 0
-
-
-@pytest.mark.parametrize("value", [0, 1.0, -0.5, "0.9"])
-def test_a_decay_out_of_range_is_refused(value, tmp_path):
-    with pytest.raises(ValueError, match="ema must be"):
-        train(tmp_path / "run", ema=value)
-
-
-def test_weights_that_are_not_made_yet_are_not_averaged(tmp_path):
-    with pytest.raises(ValueError, match="lazy layers have none before their first input"):
-        train(tmp_path / "run", nn.Sequential(nn.LazyLinear(16), sltt.LIF(), nn.Linear(16, 3)), ema=0.9)
 
 
 class Table(nn.Module):

@@ -9,7 +9,7 @@ import sltt
 from sltt.callbacks import Callback, EarlyStopping
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
 from sltt.training.console import Console
-from tests.training.blobs import Blobs, StopAt, equal, train, weights
+from tests.training.blobs import StopAt, equal, train, weights
 
 
 class Seen(Callback):
@@ -161,15 +161,3 @@ def test_early_stopping_counts_anew_at_another_time_step_count(tmp_path):
     phases = [sltt.Phase(2, steps=2), sltt.Phase(4, steps=4)]
     still = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.0), "phases": phases}
     assert len(train(tmp_path / "run", model, callbacks=[EarlyStopping(2)], epochs=6, **still)[1].history) == 5
-
-
-def test_early_stopping_needs_validation_samples_before_there_is_a_run(tmp_path):
-    with pytest.raises(ValueError, match="EarlyStopping needs validation samples: hold some out"):
-        train(tmp_path / "run", data=Blobs(validation=0), callbacks=[EarlyStopping()])
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("given", [[EarlyStopping], ["EarlyStopping"], EarlyStopping()])
-def test_what_is_no_callback_is_refused(given, tmp_path):
-    with pytest.raises(ValueError, match="callbacks"):
-        train(tmp_path / "run", callbacks=given)

@@ -11,19 +11,16 @@ from torch.utils.data import DataLoader
 import sltt
 from sltt.data import Splits
 from sltt.training.batches import EpochSampler, eval_loader, train_loader
+from tests.training.blobs import Noting
 
-DRAWN = {
-    "torch": lambda: torch.rand(8),
-    "numpy": lambda: torch.as_tensor(np.random.rand(8), dtype=torch.float32),
-    "random": lambda: torch.tensor([random.random() for _ in range(8)]),
-}
+
+def drawn():
+    """A number of each of three generators."""
+    return torch.tensor([torch.rand(()).item(), np.random.rand(), random.random()])
 
 
 class Noise(torch.utils.data.Dataset):
-    """Twelve samples that are drawn by one of three generators."""
-
-    def __init__(self, draw):
-        self.draw = draw
+    """Twelve samples that are drawn."""
 
     def __len__(self):
         return 12
@@ -31,7 +28,7 @@ class Noise(torch.utils.data.Dataset):
     def __getitem__(self, index):
         if index >= len(self):
             raise IndexError(index)
-        return self.draw(), index % 3
+        return drawn(), index % 3
 
 
 class Mixing(Splits):
@@ -42,36 +39,35 @@ class Mixing(Splits):
         return x + torch.rand(1) + np.random.rand() + random.random(), y
 
 
-def splits(name):
-    samples = Noise(DRAWN[name])
-    return Mixing(samples, samples, samples, True, 3, name)
+SPLITS = Mixing(Noise(), Noise(), Noise(), True, 3, "noise")
 
 
-def batches(name, workers=0, start=0):
+def seed():
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+
+
+def batches(workers=0, start=0):
     sampler = EpochSampler(12, seed=0)
     sampler.set_epoch(3, start)
-    return [x for x, _ in train_loader(splits(name), 4, sampler, workers)]
+    return [x for x, _ in train_loader(SPLITS, 4, sampler, workers)]
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_batch_is_the_same_wherever_an_epoch_is_continued_and_whoever_loads_it(name):
-    whole = batches(name)
-    assert not torch.equal(whole[0], whole[1])
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    for found, expected in ((batches(name, start=4), whole[1:]), (batches(name, workers=2), whole)):
+def test_a_batch_is_the_same_wherever_an_epoch_is_continued_and_whoever_loads_it():
+    whole = batches()
+    assert (whole[0] != whole[1]).all()
+    seed()
+    for found, expected in ((batches(start=4), whole[1:]), (batches(workers=2), whole)):
         assert len(found) == len(expected)
         assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_an_evaluation_draws_the_same_each_time_and_leaves_the_generators_alone(name):
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    before = [draw() for draw in DRAWN.values()]
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    of = splits(name)
-    first, second = ([x for x, _ in eval_loader(of.validation, of, 4, 0)] for _ in range(2))
+def test_an_evaluation_draws_the_same_each_time_and_leaves_the_generators_alone():
+    seed()
+    before = drawn()
+    seed()
+    first, second = ([x for x, _ in eval_loader(SPLITS.validation, SPLITS, 4, 0)] for _ in range(2))
     assert all(map(torch.equal, first, second))
-    assert all(map(torch.equal, before, [draw() for draw in DRAWN.values()]))
+    assert torch.equal(before, drawn())
 
 
 class Drawing(torch.utils.data.Dataset):
@@ -93,10 +89,8 @@ def test_all_checks_before_a_training_share_one_reading_of_its_samples(tmp_path)
         def load(self, steps):
             return Splits(drawing, None, None, True, 3, "drawn")
 
-    class Noting(sltt.SLTT):
-        def run(self, batch):
-            seen.append(list(drawing.read))
-            return super().run(batch)
+    def see(batch):
+        seen.append(list(drawing.read))
 
     drawing, seen = Drawing(), []
     model = nn.Sequential(nn.Flatten(), nn.Linear(32, 8), nn.BatchNorm1d(8), sltt.LIF(), nn.Linear(8, 3))
@@ -104,7 +98,7 @@ def test_all_checks_before_a_training_share_one_reading_of_its_samples(tmp_path)
         sltt.fit(model, Data(), batch_size=4, device="cpu", run=tmp_path / "run")
     assert drawing.read == [0, 1, 2, 3, 4]
     drawing.read.clear()
-    sltt.fit(model, Data(), Noting(), steps=4, epochs=1, batch_size=7, device="cpu", run=tmp_path / "run")
+    sltt.fit(model, Data(), Noting(see), steps=4, epochs=1, batch_size=7, device="cpu", run=tmp_path / "run")
     assert seen[0][:5] == [0, 1, 2, 3, 4]
     assert len(seen[0]) == 5 + 7
 
@@ -119,10 +113,9 @@ def test_each_loader_makes_its_batches_by_its_own_function(tmp_path):
 
         return make
 
-    same = Noise(DRAWN["torch"])
-    loaders = [DataLoader(same, 4, collate_fn=collate(name)) for name in ("train", "validation", "test")]
+    loaders = [DataLoader(Noise(), 4, collate_fn=collate(name)) for name in ("train", "validation", "test")]
     run = {"device": "cpu", "run": tmp_path / "run"}
-    model = sltt.models.MLP([8, 8, 3])
+    model = sltt.models.MLP([3, 8, 3])
     sltt.fit(model, loaders, steps=2, epochs=1, batch_size=4, **run)
     assert {"train", "validation"} <= set(made)
     made.clear()

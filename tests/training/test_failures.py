@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.data import Splits
 from sltt.parallel.devices import make_fabric
 from sltt.training import loop
 from sltt.training.batches import Ahead
-from tests.training.blobs import Blobs, Ends, ending, network, train, weights
+from tests.training.blobs import Blobs, Ends, Noting, ending, network, train, weights
 
 
 def nan_gradient(model):
@@ -32,15 +31,12 @@ def nan_weight(model):
     ],
 )
 def test_what_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(spoil, message, tmp_path):
-    class Explodes(sltt.SLTT):
-        def run(self, batch):
-            out = super().run(batch)
-            if (tmp_path / "run" / "last.ckpt").exists():
-                spoil(batch.model.module)
-            return out
+    def explode(batch):
+        if (tmp_path / "run" / "last.ckpt").exists():
+            spoil(batch.model.module)
 
     with pytest.raises(FloatingPointError, match=message) as caught:
-        train(tmp_path / "run", rule=Explodes())
+        train(tmp_path / "run", rule=Noting(after=explode))
     assert caught.value.__notes__[0] == "at epoch 2, batch 1 of 4"
     assert "last good checkpoint" in caught.value.__notes__[1]
     saved = weights(tmp_path / "run" / "last.ckpt")
@@ -70,25 +66,18 @@ def test_bad_data_is_named_with_its_batch(spoil, message, tmp_path):
     assert "at epoch 1, batch" in caught.value.__notes__[0]
 
 
-def test_nothing_to_train_on_is_refused_before_a_folder_is_made(tmp_path):
-    data = Blobs()
-    data.load = lambda steps: Splits([], None, [], True, 3, "empty")
-    with pytest.raises(ValueError, match="there are no train samples"):
-        train(tmp_path / "run", data=data)
-    assert not (tmp_path / "run").exists()
-
-
-def test_cuda_that_is_not_there_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(ValueError, match="no CUDA device"):
-        make_fabric(device="cuda")
-
-
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is a GPU of Apple's")
-def test_a_gpu_of_apples_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="no GPU of Apple's"):
-        make_fabric(device="mps")
+@pytest.mark.parametrize(
+    ("device", "there", "message"),
+    [
+        ("cuda", torch.cuda.is_available(), "no CUDA device"),
+        ("mps", torch.backends.mps.is_available(), "no GPU of Apple's"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused(device, there, message):
+    if there:
+        pytest.skip("it is there")
+    with pytest.raises(ValueError, match=message):
+        make_fabric(device=device)
 
 
 @pytest.mark.parametrize("measured", [False, True], ids=["fit", "evaluate"])
@@ -161,11 +150,7 @@ def test_every_error_of_an_epoch_tells_its_batch_and_the_checkpoint(error, tmp_p
         train(tmp_path / "run", data=ending(error), epochs=2, resume=True)
     place, checkpoint = caught.value.__notes__
     assert re.fullmatch("at epoch 2, batch [1-4] of 4", place)
-    run = tmp_path / "run"
-    assert (
-        checkpoint
-        == f"the last good checkpoint is {run / 'last.ckpt'}: continue with --resume {run}, in Python with resume=True"
-    )
+    assert f"is {tmp_path / 'run' / 'last.ckpt'}: continue with --resume {tmp_path / 'run'}" in checkpoint
 
 
 def test_an_error_of_the_validation_tells_where_it_is(tmp_path):
@@ -174,25 +159,23 @@ def test_an_error_of_the_validation_tells_where_it_is(tmp_path):
     assert caught.value.__notes__ == ["at epoch 1, validation"]
 
 
-@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
-def test_statistics_that_are_not_finite_are_never_saved(statistic, tmp_path):
-    class Spoils(sltt.SLTT):
-        def run(self, batch):
-            out = super().run(batch)
-            getattr(batch.model.module[1], statistic)[3] = float("nan")
-            return out
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("0.weight", "the weights of 0.weight are"),
+        ("1.running_mean", "the statistics 1.running_mean of BatchNorm are"),
+        ("1.running_var", "the statistics 1.running_var of BatchNorm are"),
+    ],
+)
+def test_weights_and_statistics_that_are_not_finite_are_never_saved(name, message, tmp_path):
+    def spoil(batch):
+        batch.model.module.state_dict()[name].view(-1)[3] = float("inf")
+        if name == "0.weight":  # silent or not, the gradient is finite
+            batch.model.module[0].weight.grad.zero_()
 
-    with pytest.raises(FloatingPointError, match=f"the statistics 1.{statistic} of BatchNorm are not finite"):
-        train(tmp_path / "run", rule=Spoils())
+    with pytest.raises(FloatingPointError, match=f"{message} not finite"):
+        train(tmp_path / "run", rule=Noting(after=spoil))
     assert not (tmp_path / "run" / "last.ckpt").exists()
-
-
-@pytest.mark.parametrize("size", [59, 1])
-def test_a_batch_of_one_sample_is_refused_before_the_training(size, tmp_path):
-    with pytest.raises(ValueError, match=f"with batch_size={size}, and BatchNorm needs two: set batch_size=") as caught:
-        train(tmp_path / "run", batch_size=size)
-    assert not (tmp_path / "run").exists()
-    train(tmp_path / "run", batch_size=int(str(caught.value).rpartition("=")[2]), epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -206,25 +189,3 @@ def test_a_batch_of_one_sample_is_refused_before_the_training(size, tmp_path):
 )
 def test_a_batch_of_one_sample_trains_where_it_can(settings, tmp_path):
     train(tmp_path / "run", batch_size=59, epochs=1, **settings)
-
-
-@pytest.mark.parametrize(
-    ("size", "batches"), [(1, [1]), (59, [1, None]), (59, [2])], ids=["size 1", "second phase", "more batches"]
-)
-def test_a_batch_of_one_sample_is_refused_in_any_phase(size, batches, tmp_path):
-    phases = [sltt.Phase(1, batches=count) for count in batches]
-    with pytest.raises(ValueError, match="BatchNorm needs two"):
-        train(tmp_path / "run", batch_size=size, epochs=len(phases), phases=phases)
-
-
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    class Explodes(sltt.SLTT):
-        def run(self, batch):
-            weight = batch.model.module[0].weight
-            weight.data[0, 0] = float("inf")  # an infinite charge: silent or not, the loss is finite
-            weight.grad = torch.zeros_like(weight)
-            return sltt.Output(torch.zeros(()), torch.zeros(2, len(batch.target), 3))
-
-    with pytest.raises(FloatingPointError, match=r"the weights of 0.weight are not finite"):
-        train(tmp_path / "run", rule=Explodes())
-    assert not (tmp_path / "run" / "last.ckpt").exists()

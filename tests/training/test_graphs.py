@@ -18,7 +18,7 @@ from sltt.training.settings import Execution
 from tests.conftest import LOSS
 from tests.test_waits import CAPTURE, assert_same_weights_and_gradients, example
 from tests.test_waits import train as train_plain
-from tests.training.blobs import Blobs, equal, network, train, weights
+from tests.training.blobs import Blobs, equal, network, rows, train, weights
 
 FAMILY = [sltt.SLTT(), sltt.BPTT(), sltt.TBPTT(2), sltt.OTTT(), sltt.RateBased()]
 CPU = torch.device("cpu")
@@ -90,10 +90,6 @@ def watched_training(recorded, monkeypatch, run, **settings):
     report.line = lines.append
     found = train(run, model, report=report, **settings)[1]
     return model, found, recorded.log, lines
-
-
-def rows(found):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in found.history]
 
 
 @pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.RateBased()], ids=repr)
@@ -275,10 +271,7 @@ def test_sequences_of_several_lengths_run_without_a_graph(recorded, monkeypatch,
     assert any("since sequences have several lengths" in line for line in lines)
 
 
-def test_graphs_on_a_cpu_are_refused_with_the_remedy_and_auto_makes_none(tmp_path):
-    with pytest.raises(ValueError, match=r"graph='on' needs a CUDA device, and this is cpu: leave graph out"):
-        train(tmp_path / "run", graph="on")
-    assert not (tmp_path / "run").exists()
+def test_a_cpu_has_no_graphs():
     here = SimpleNamespace(execution=Execution(), fabric=SimpleNamespace(device=CPU))
     assert graphs.make_graphs(here, network(), sltt.SLTT(), 4, ()) is None
 

@@ -97,10 +97,3 @@ def test_the_command_line_names_callbacks_and_loggers(tmp_path, monkeypatch, cap
     assert main([*words, "--callbacks+=EarlyStoping"]) == 2
     assert "EarlyStopping" in capsys.readouterr().err
     assert not {"wandb", "mlflow", "lightning.pytorch"} & (sys.modules.keys() - before)
-
-
-def test_what_is_no_logger_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"loggers\[0\] must be a Logger, got 'CSV'; such as lightning_fabric"):
-        train(tmp_path / "run", loggers=["CSV"])
-    with pytest.raises(ValueError, match=r"loggers\[0\] must be a Logger, got .*call it: CSVLogger\(\)"):
-        train(tmp_path / "run", loggers=[type(logger(tmp_path))])

@@ -12,7 +12,7 @@ from sltt.data import Data, Splits
 from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.console import Console
 from sltt.training.phases import Phase, plan, set_rates, stage_at
-from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
+from tests.training.blobs import Blobs, Noting, keep, network, train, weights
 
 SLTT, BPTT = sltt.SLTT(), sltt.BPTT()
 
@@ -43,44 +43,24 @@ def test_fewer_epochs_cut_the_phases_and_more_go_to_the_last(epochs, expected):
     assert stages[0].span == (0, epochs)
 
 
-def test_a_phase_takes_no_class_of_a_rule():
-    with pytest.raises(ValueError, match="rule of a phase must be a Rule, got"):
-        Phase(1, rule=sltt.SLTT)
-
-
-class Recorder(sltt.SLTT):
-    """Notes T, learning rate, weight decay and the optimizer's momentum of every batch."""
-
-    def __init__(self, log, optimizers):
-        super().__init__()
-        self.log, self.optimizers = log, optimizers
-
-    def run(self, batch):
-        group = self.optimizers[-1].param_groups[0]
-        moving = bool(self.optimizers[-1].state)
-        self.log.append((batch.steps, round(group["lr"], 6), group["weight_decay"], moving))
-        return super().run(batch)
-
-
-def recorded(tmp_path, static, **kwargs):
+def recorded(run, note, **settings):
+    """A training by SGD: what `note` says of each batch and the optimizer before it runs; the model; the result."""
     log, optimizers = [], []
-
-    def optimizer(parameters):
-        optimizers.append(torch.optim.SGD(parameters, lr=0.2, momentum=0.9, weight_decay=0.1))
-        return optimizers[-1]
-
-    schedule = sltt.schedules.Step([1], 0.5)
-    _, result = train(
-        tmp_path / "run", data=Blobs(static=static), rule=Recorder(log, optimizers), optimizer=optimizer, batch_size=60,
-        schedule=schedule, **kwargs,
-    )  # fmt: skip
-    return log, result
+    sgd = keep(optimizers, lr=0.2, momentum=0.9, weight_decay=0.1)
+    rule = Noting(lambda batch: log.append(note(batch, optimizers[-1])))
+    model, result = train(run, rule=rule, **{"optimizer": sgd, "batch_size": 60, **settings})
+    return log, model, result
 
 
 @pytest.mark.parametrize("static", [True, False], ids=["static", "sequence"])
 def test_phases_switch_t_and_rates_and_carry_the_optimizer_on(tmp_path, static):
+    def note(batch, optimizer):
+        group = optimizer.param_groups[0]
+        return batch.steps, round(group["lr"], 6), group["weight_decay"], bool(optimizer.state)
+
     phases = [Phase(2, steps=1), Phase(1), Phase(2, steps=4, lr=0.1, weight_decay=0.0)]
-    log, result = recorded(tmp_path, static, steps=4, epochs=5, phases=phases)
+    settings = {"schedule": sltt.schedules.Step([1], 0.5), "steps": 4, "epochs": 5, "phases": phases}
+    log, _, result = recorded(tmp_path / "run", note, data=Blobs(static=static), **settings)
     assert log == [
         (1, 0.2, 0.1, False),
         (1, 0.1, 0.1, True),
@@ -88,6 +68,7 @@ def test_phases_switch_t_and_rates_and_carry_the_optimizer_on(tmp_path, static):
         (4, 0.1, 0.0, True),
         (4, 0.05, 0.0, True),
     ]
+    assert [row["learning_rate"] for row in result.history] == pytest.approx([rate for _, rate, *_ in log])
     assert result.epoch > 2  # the best with the last T
 
 
@@ -110,45 +91,6 @@ def test_a_run_that_ends_in_its_first_phase_has_the_time_steps_of_that_phase(tmp
     assert sltt.load(result.run, network()).trained.steps == 2
 
 
-@pytest.mark.parametrize(("batch", "ema"), [(3, 0.8), (4, None), (4, 0.8), (5, None)])
-def test_a_run_that_stopped_between_phases_goes_on_as_if_it_had_not(tmp_path, ema, batch):
-    def phases(first=None, second=None):
-        return [Phase(1, steps=1, rule=first), Phase(1, rule=second, lr=0.01)]
-
-    settings = {"ema": ema, "epochs": 2}
-    _, whole = train(tmp_path / "whole", phases=phases(), **settings)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", phases=phases(StopAt(batch, k=None), StopAt(batch - 4, k=None)), **settings)
-    _, resumed = train(tmp_path / "stopped", phases=phases(), resume=True, **settings)
-    assert equal(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "stopped" / "last.ckpt"))
-    assert [row["validation_accuracy"] for row in whole.history] == [
-        row["validation_accuracy"] for row in resumed.history
-    ]
-
-
-def test_normalisation_has_its_own_weight_decay_in_all_phases(tmp_path):
-    log = []
-
-    def optimizer(groups):
-        optimizers.append(torch.optim.SGD(groups, lr=0.1, weight_decay=0.1))
-        return optimizers[-1]
-
-    class Groups(sltt.SLTT):
-        def run(self, *args):
-            log.append([(len(group["params"]), group["weight_decay"]) for group in optimizers[-1].param_groups])
-            return super().run(*args)
-
-    optimizers = []
-    settings = {"rule": Groups(), "norm_weight_decay": 0.02, "phases": [Phase(1), Phase(1, weight_decay=0.3)]}
-    train(tmp_path / "run", optimizer=optimizer, epochs=2, batch_size=60, **settings)
-    assert log == [[(4, 0.1), (2, 0.02)], [(4, 0.3), (2, 0.02)]]
-    norm = optimizers[-1].param_groups[1]["params"]
-    assert [tuple(p.shape) for p in norm] == [(16,), (16,)]
-    optimizers.clear()
-    result = train(tmp_path / "run", optimizer=optimizer, epochs=3, batch_size=60, resume=True, **settings)[1]
-    assert len(result.history) == 3
-
-
 def test_groups_of_an_optimizer_keep_the_ratios_of_their_rates_in_a_phase():
     optim = torch.optim.SGD([{"params": [torch.ones(1)], "lr": lr} for lr in (0.1, 0.001)], lr=1.0)
     initial = [(group["lr"], 0.0) for group in optim.param_groups]
@@ -159,59 +101,40 @@ def test_groups_of_an_optimizer_keep_the_ratios_of_their_rates_in_a_phase():
 
 
 @pytest.mark.parametrize(
-    ("decay", "groups"),
+    ("settings", "groups"),
     [
-        (None, [(5, 0.1, 0.1), (1, 0.8, 0.1)]),
-        (0.02, [(4, 0.1, 0.1), (1, 0.1, 0.02), (1, 0.8, 0.02)]),
+        ({"norm_weight_decay": 0.02}, [(4, 0.2, 0.1), (2, 0.2, 0.02)]),
+        ({"norm_bias_lr": 8.0}, [(5, 0.2, 0.1), (1, 1.6, 0.1)]),
+        ({"norm_weight_decay": 0.02, "norm_bias_lr": 8.0}, [(4, 0.2, 0.1), (1, 0.2, 0.02), (1, 1.6, 0.02)]),
     ],
+    ids=["decay", "bias", "both"],
 )
-def test_biases_of_normalisation_have_a_learning_rate_of_their_own_in_all_phases(decay, groups, tmp_path):
-    log, optimizers = [], []
+def test_normalisation_has_rates_and_weight_decay_of_its_own_in_all_phases(settings, groups, tmp_path):
+    optimizers = []
 
-    def optimizer(groups):
-        optimizers.append(torch.optim.SGD(groups, lr=0.1, weight_decay=0.1))
-        return optimizers[-1]
+    def note(batch, optimizer):
+        optimizers.append(optimizer)
+        return [(len(group["params"]), group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
 
-    class Groups(sltt.SLTT):
-        def run(self, *args):
-            log.append([(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizers[-1].param_groups])
-            return super().run(*args)
-
-    settings = {"norm_weight_decay": decay, "norm_bias_lr": 8.0, "schedule": sltt.schedules.Constant()}
-    settings |= {"rule": Groups(), "phases": [Phase(1), Phase(1, lr=0.2)], "epochs": 2, "batch_size": 60}
-    model, _ = train(tmp_path / "run", optimizer=optimizer, **settings)
-    assert log == [groups, [(count, pytest.approx(2 * lr), weight_decay) for count, lr, weight_decay in groups]]
-    (bias,) = optimizers[-1].param_groups[-1]["params"]
-    assert bias is next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)).bias
-
-
-@pytest.mark.parametrize(
-    ("model", "settings", "message"),
-    [
-        (lambda: torch.nn.Linear(4, 3), {"norm_weight_decay": 0.0}, "norm_weight_decay is given, but no normalisation"),
-        (lambda: torch.nn.RMSNorm(4), {"norm_bias_lr": 2.0}, "norm_bias_lr is given, but no .* has a bias"),
-    ],
-)
-def test_rates_of_normalisation_that_do_not_fit_are_refused(tmp_path, model, settings, message):
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path / "run", model=model(), **settings)
-
-
-class Statistics(Recorder):
-    """Notes BatchNorm's running mean and weights after every batch's backward."""
-
-    def run(self, batch):
-        output = sltt.SLTT.run(self, batch)
-        norm = batch.model.module[1]
-        self.log.append((norm.training, norm.running_mean.clone(), norm.weight.detach().clone()))
-        return output
+    phases = [Phase(1), Phase(1, lr=0.4, weight_decay=0.3)]
+    settings |= {"schedule": sltt.schedules.Constant(), "phases": phases}
+    log, model, _ = recorded(tmp_path / "run", note, epochs=2, **settings)
+    later = [(count, pytest.approx(2 * lr), 0.3 if decay == 0.1 else decay) for count, lr, decay in groups]
+    assert log == [groups, later]
+    assert all(p.shape == (16,) for group in optimizers[-1].param_groups[1:] for p in group["params"])
+    if "norm_bias_lr" in settings:
+        assert optimizers[-1].param_groups[-1]["params"][0] is model[1].bias
+    assert len(recorded(tmp_path / "run", note, epochs=3, resume=True, **settings)[2].history) == 3
 
 
 def test_a_phase_that_freezes_batchnorm_keeps_its_statistics_and_trains_its_weights(tmp_path):
+    def note(batch):
+        norm = batch.model.module[1]
+        log.append((norm.training, norm.running_mean.clone(), norm.weight.detach().clone()))
+
     log = []
-    rule = Statistics(log, [])
     phases = [Phase(2), Phase(2, freeze_norm=True), Phase(1)]
-    train(tmp_path / "run", rule=rule, phases=phases, epochs=5, batch_size=60)
+    train(tmp_path / "run", rule=Noting(after=note), phases=phases, epochs=5, batch_size=60)
     modes, means, weights = zip(*log, strict=True)
     assert modes == (True, True, False, False, True)
     assert [torch.equal(a, b) for a, b in pairwise(means)] == [False, True, True, False]
@@ -232,27 +155,17 @@ class Pictures(Data):
         return Splits(samples, None, samples, static=self.static, classes=3, fingerprint="pictures")
 
 
-class Inputs(sltt.SLTT):
-    """Notes the first time step of every batch, and checks that all are the same."""
-
-    def __init__(self, log):
-        super().__init__()
-        self.log = log
-
-    def run(self, batch):
-        sequence = batch.sequence
-        x = sequence.x if sequence.static else sequence.x[0]
-        assert sequence.static or (sequence.x == x).all()
-        self.log.append(x.clone())
-        return super().run(batch)
-
-
 @pytest.mark.parametrize("static", [True, False])
 def test_a_phase_crops_its_samples_at_random_places_and_the_next_sees_them_whole(tmp_path, static, capsys):
+    def note(batch):
+        x = batch.sequence.x if static else batch.sequence.x[0]
+        assert static or (batch.sequence.x == x).all()
+        log.append(x.clone())
+
     log = []
     model = nn.Sequential(nn.Conv2d(1, 4, 3), sltt.IF(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     phases = [Phase(2, crop=7), Phase(1)]
-    kwargs = {"data": Pictures(static), "rule": Inputs(log), "phases": phases, "epochs": 3, "batch_size": 15}
+    kwargs = {"data": Pictures(static), "rule": Noting(note), "phases": phases, "epochs": 3, "batch_size": 15}
     train(tmp_path / "run", model=model, report=Console(), **kwargs)
     first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("epochs "))
     assert first.endswith(", crops of 7 pixels")
@@ -277,32 +190,21 @@ def test_crops_do_not_depend_on_the_number_of_processes():
         assert torch.equal(x[1::2], odd)
 
 
-@pytest.mark.parametrize(("data", "size"), [(Pictures(), 11), (Blobs(), 2)], ids=["too large", "no images"])
-def test_a_crop_that_does_not_fit_the_samples_is_refused(tmp_path, data, size):
-    with pytest.raises(ValueError, match=f"a phase crops {size} pixels out of samples"):
-        train(tmp_path / "run", data=data, phases=[Phase(1, crop=size)], epochs=1)
+def test_epochs_of_a_few_batches_have_random_samples_and_the_whole_schedule(tmp_path, capsys):
+    def note(batch, optimizer):
+        return [tuple(row) for row in batch.sequence.x.tolist()], optimizer.param_groups[0]["lr"]
 
-
-@pytest.mark.parametrize(
-    ("phase", "message"),
-    [
-        (Phase(1, crop=2), "a phase crops 2 pixels out of samples"),
-        (Phase(1, rule=sltt.SLTT(k=5)), r"SLTT\(k=5\) trains 5 steps, but the sequence has T = 4; use k ≤ T"),
-        (Phase(1, rule=sltt.OTTT()), r"2 \(LIF\) resets to v_reset = 0.0"),
-    ],
-    ids=["crop", "k", "OTTT"],
-)
-def test_a_later_phase_that_cannot_be_trained_is_refused_before_the_first(tmp_path, phase, message):
-    model = network()
-    model[2] = sltt.LIF(v_reset=0.0)
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path / "run", model, phases=[Phase(3), phase], steps=4)
-    assert not (tmp_path / "run").exists()
-
-
-def test_evaluation_with_another_t_than_the_last_phase_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="steps=4 is the T of evaluation, but the last phase trains T = 2"):
-        train(tmp_path / "run", phases=[Phase(4, steps=2)])
+    settings = {"batch_size": 10, "schedule": sltt.schedules.Linear(), "report": Console()}
+    phases = [Phase(1), Phase(2, batches=2, lr=0.4)]
+    log, *_ = recorded(tmp_path / "run", note, phases=phases, epochs=3, **settings)
+    assert capsys.readouterr().out.count(", 2 batches an epoch") == 1
+    assert len(log) == 6 + 2 * 2  # 60 samples
+    first, second = ([row for rows, _ in part for row in rows] for part in (log[6:8], log[8:]))
+    assert len({*first}) == len({*second}) == 20
+    assert {*first} != {*second}
+    assert [rate for _, rate in log[6:]] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    log, *_ = recorded(tmp_path / "all", note, phases=[Phase(1, batches=7)], epochs=1, **settings)
+    assert len({row for rows, _ in log for row in rows}) == 60  # more than there are
 
 
 def test_training_starts_from_the_weights_of_another_run(tmp_path):
@@ -311,10 +213,6 @@ def test_training_starts_from_the_weights_of_another_run(tmp_path):
                      optimizer=lambda p: torch.optim.SGD(p, lr=0.0))  # fmt: skip
     trained = weights(tmp_path / "one" / "best.ckpt")
     assert torch.equal(model[0].weight, trained["0.weight"])
-
-
-def test_nothing_is_known_to_be_missing_by_default():
-    assert Data.missing(Blobs()) == {}
 
 
 @pytest.mark.parametrize(

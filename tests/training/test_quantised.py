@@ -6,13 +6,8 @@ from torch import nn
 
 import sltt
 from sltt.interop import to_c
-from sltt.training.checkpoints import load_checkpoint
 from sltt.training.quantised import round_weights
-from tests.training.blobs import Blobs, StopAt, equal, network, train, weights
-
-
-def averaged(path):
-    return load_checkpoint(path)["averaged"]
+from tests.training.blobs import Blobs, averaged, equal, network, train, weights
 
 
 def on_grid(weight, last=False):
@@ -76,17 +71,6 @@ def test_the_rounded_weights_are_validated_selected_loaded_and_said(tmp_path):
     assert "| weights | rounded to int8, for the export to C |" in (result.run / "card.md").read_text()
 
 
-@pytest.mark.parametrize("batch", [4, 6])
-def test_a_quantised_training_resumes_exactly(batch, tmp_path):
-    settings = {"rule": sltt.SLTT(k=2), "quantised": "int8", "epochs": 2}
-    whole, _ = train(tmp_path / "whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "part", **settings | {"rule": StopAt(batch)})
-    resumed, _ = train(tmp_path / "part", **settings, resume=True)
-    assert equal(resumed.state_dict(), whole.state_dict())
-    assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
-
-
 def test_the_exported_integers_are_the_rounded_weights_and_c_gives_the_logits(tmp_path):
     model, _ = train(tmp_path / "run", quantised="int8")
     x = torch.stack([x for x, _ in Blobs().load(4).test])
@@ -102,16 +86,3 @@ def test_the_exported_integers_are_the_rounded_weights_and_c_gives_the_logits(tm
     expected = sltt.unroll(model.eval(), x, steps=4).mean(0)
     found = exported.network.unroll(x.expand(4, *x.shape)).mean(0) * exported.network.logit_scale
     assert (found - expected).std() < 0.05 * expected.std()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"quantised": "int4"}, "quantised must be one of 'int8', got 'int4'"),
-        ({"quantised": "int8", "ema": 0.9}, "leave one out"),
-        ({"quantised": "int8", "rule": sltt.OTTT(online=True)}, "updates them in it"),
-    ],
-)
-def test_what_does_not_go_with_rounding_is_refused(settings, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path / "run", **settings)

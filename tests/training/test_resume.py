@@ -12,26 +12,40 @@ from sltt.callbacks import Callback
 from sltt.training import checkpoints
 from sltt.training.batches import EpochSampler
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
+from sltt.training.phases import Phase
 from sltt.training.runs import new_run, read_config
-from tests.training.blobs import Blobs, StopAt, equal, train, weights
+from tests.collecting import MacroF1
+from tests.training.blobs import Blobs, Noting, StopAt, equal, rows, train, weights
+
+PHASES = {"phases": [Phase(1, steps=2), Phase(1, lr=0.01)]}
+FEW = {"phases": [Phase(1, batches=3), Phase(1, batches=2, lr=0.01)], "ema": 0.9}
+INTERRUPTED = [
+    *((1, {}), (4, {}), (8, {})),
+    *((4, {"ema": 0.8}), (6, {"ema": 0.8})),
+    *((4, {"quantised": "int8"}), (6, {"quantised": "int8"})),
+    *((4, {"metric": MacroF1()}), (6, {"metric": MacroF1()})),
+    *((3, PHASES | {"ema": 0.8}), (4, PHASES | {"ema": 0.8}), (5, PHASES)),
+    *((2, FEW), (3, FEW), (4, FEW)),
+]
 
 
-@pytest.mark.parametrize("batch", [1, 4, 6, 8])
-def test_ctrl_c_saves_and_a_resumed_run_ends_with_the_same_weights(batch, tmp_path):
-    whole, result = train(tmp_path / "whole", rule=sltt.SLTT(k=2), epochs=2)
+@pytest.mark.parametrize(("batch", "settings"), INTERRUPTED, ids=[f"{n}-{'-'.join(s)}" for n, s in INTERRUPTED])
+def test_ctrl_c_saves_and_a_resumed_run_ends_as_one_that_never_stopped(batch, settings, tmp_path):
+    rule, settings = sltt.SLTT(k=2), {"epochs": 2, **settings}
+    whole, result = train(tmp_path / "whole", rule=rule, **settings)
     with pytest.raises(KeyboardInterrupt, match=r"stopped by Ctrl-C; continue with --resume"):
-        train(tmp_path / "part", rule=StopAt(batch), epochs=2)
+        train(tmp_path / "part", rule=StopAt(batch), **settings)
     progress = load_checkpoint(tmp_path / "part" / "last.ckpt")["progress"]
-    assert 4 * progress["epoch"] + progress["batch"] == batch
+    assert 4 * progress["epoch"] + progress["batch"] == batch or "phases" in settings
+    assert bool(progress["score"]) == bool("metric" in settings and progress["batch"])
     torch.rand(7)  # random numbers in between do not matter
-    resumed, again = train(tmp_path / "part", rule=sltt.SLTT(k=2), epochs=2, resume=True)
-    assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
+    resumed, again = train(tmp_path / "part", rule=rule, resume=True, **settings)
     assert equal(resumed.state_dict(), whole.state_dict())
-    measured = [
-        [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in history]
-        for history in (result.history, again.history)
-    ]
-    assert measured[0] == measured[1]
+    assert rows(again) == rows(result)
+    for file in ("best.ckpt", "last.ckpt"):
+        found, expected = (load_checkpoint(tmp_path / name / file) for name in ("part", "whole"))
+        assert equal(found["model"], expected["model"])
+        assert equal(found["averaged"] or {}, expected["averaged"] or {})
 
 
 class Halving(sltt.schedules.Schedule):
@@ -71,14 +85,13 @@ def test_numbers_of_numpy_are_kept_as_pythons(tmp_path):
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    class Twice(sltt.SLTT):
-        def run(self, *args):
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+    def twice(batch):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "run", rule=Twice())
+        train(tmp_path / "run", rule=Noting(twice))
     assert signal.getsignal(signal.SIGINT) is before
     assert not (tmp_path / "run" / "last.ckpt").exists()
 

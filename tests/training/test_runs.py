@@ -4,11 +4,10 @@ import os
 
 import pytest
 
-import sltt
 from sltt.training import files, manifest, runs
 from sltt.training.checkpoints import load_checkpoint
 from tests.conftest import LINUX
-from tests.training.blobs import equal, train, weights
+from tests.training.blobs import Noting, equal, train, weights
 
 
 class Killed(BaseException):
@@ -55,22 +54,6 @@ def test_a_run_killed_while_its_settings_are_written_leaves_no_folder_of_its_nam
     train(tmp_path / "run", epochs=1, config={"seed": 0})
 
 
-class Meanwhile(sltt.SLTT):
-    """Does something in its first batch."""
-
-    def __init__(self, action):
-        super().__init__()
-        self.actions = [action]
-
-    def __repr__(self):  # a run of SLTT goes on with it
-        return repr(sltt.SLTT())
-
-    def run(self, *args):
-        if self.actions:
-            self.actions.pop()()
-        return super().run(*args)
-
-
 @LINUX
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
     train(tmp_path / "run", epochs=1)
@@ -91,7 +74,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
     me = f"process {os.getpid()}"
-    train(tmp_path / "run", rule=Meanwhile(elsewhere), epochs=2, resume=True)
+    train(tmp_path / "run", rule=Noting(lambda batch: None if refused else elsewhere()), epochs=2, resume=True)
     assert refused == [f"{tmp_path / 'run'} is being trained by this process, in another thread: wait for it to end"]
     train(tmp_path / "run", epochs=3, resume=True)
 

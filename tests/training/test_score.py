@@ -9,7 +9,6 @@ from torch import nn
 import sltt
 from sltt.data import Splits
 from sltt.metrics import collects, higher_is_better, name_of
-from sltt.training.checkpoints import load_checkpoint
 from sltt.training.console import Console
 from tests.collecting import MacroF1, macro_f1
 from tests.training.blobs import Blobs, StopAt, network, train
@@ -80,19 +79,6 @@ def test_each_epoch_collects_anew_and_selects_by_the_score(tmp_path):
     assert scores[result.epoch - 1] == max(scores)
     measured = sltt.evaluate(model, Uneven(), "validation", metric=MacroF1(), device="cpu")
     assert measured.score == pytest.approx(max(scores))
-
-
-@pytest.mark.parametrize("batch", [4, 6])
-def test_a_resumed_epoch_has_the_score_of_all_its_batches(batch, tmp_path):
-    settings = {"metric": MacroF1(), "rule": sltt.SLTT(k=2), "epochs": 2}
-    _, whole = train(tmp_path / "whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "part", **settings | {"rule": StopAt(batch)})
-    progress = load_checkpoint(tmp_path / "part" / "last.ckpt")["progress"]
-    assert bool(progress["score"]) == bool(progress["batch"])
-    _, again = train(tmp_path / "part", **settings, resume=True)
-    for key in ("train_macro_f1", "validation_macro_f1"):
-        assert [row[key] for row in again.history] == [row[key] for row in whole.history]
 
 
 @pytest.mark.parametrize(("batch", "rest"), [(2, 60 - 2 * 16), (4, None)])

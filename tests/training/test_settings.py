@@ -8,7 +8,6 @@ import sltt.training.session
 from sltt.commands import main
 from sltt.parallel.devices import make_fabric
 from sltt.training.settings import Execution, Training
-from tests.training.blobs import Blobs, network, train
 
 
 def parameters(function):
@@ -34,25 +33,6 @@ def test_the_arguments_of_evaluate_are_settings_with_their_defaults():
         given.pop(name)
     assert all(expected[name] in (MISSING, default) for name, default in given.items())
     assert settings(Execution).keys() - given.keys() == {"sync_batchnorm", "graph"}  # of training
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("precision", 32.0),
-        ("devices", True),
-        ("rule", sltt.SLTT),
-        ("schedule", sltt.schedules.Cosine),
-        ("seed", 2**32),
-        ("phases", [{"epochs": 1}]),
-    ],
-)
-def test_a_setting_that_makes_no_sense_is_refused_by_name(name, value, tmp_path):
-    with pytest.raises(ValueError, match=rf"^{name}(\[0\])? must be .*, got "):
-        train(tmp_path / "run", **{name: value})
-    if name in parameters(sltt.evaluate) and name in settings(Execution):
-        with pytest.raises(ValueError, match=rf"^{name} must be .*, got "):
-            sltt.evaluate(network(), Blobs(), **{"device": "cpu", name: value})
 
 
 def test_settings_do_not_change():

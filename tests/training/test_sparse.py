@@ -12,7 +12,7 @@ from sltt.training import session
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.console import Console
 from tests.kernels.exact import NATIVE
-from tests.training.blobs import Images, StopAt, equal, train, weights
+from tests.training.blobs import Images, StopAt, equal, rows, train, weights
 
 pytestmark = NATIVE
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -30,10 +30,6 @@ def trained(run, model=None, **kwargs):
     return train(run, model or network(), Images(), **settings)
 
 
-def measured(result):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in result.history]
-
-
 @pytest.mark.parametrize(("batch", "k"), [(3, 2), (6, None)])
 def test_a_resumed_run_ends_with_the_same_bits(batch, k, sparse_calls, tmp_path):
     whole, result = trained(tmp_path / "whole", rule=sltt.SLTT(k=k), epochs=2)
@@ -45,7 +41,7 @@ def test_a_resumed_run_ends_with_the_same_bits(batch, k, sparse_calls, tmp_path)
     resumed, again = trained(tmp_path / "part", rule=sltt.SLTT(k=k), epochs=2, resume=True)
     assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
     assert equal(resumed.state_dict(), whole.state_dict())
-    assert measured(again) == measured(result)
+    assert rows(again) == rows(result)
 
 
 class Viewed(nn.Module):

@@ -17,7 +17,6 @@ from torch.utils.data import TensorDataset
 
 import sltt
 from sltt.parallel.devices import make_fabric
-from sltt.training.checkpoints import load_checkpoint
 from sltt.training.console import Console
 from sltt.training.progress import Metrics, Progress
 from tests.conftest import KINDS, RULES
@@ -75,12 +74,6 @@ def test_a_rule_that_updates_at_every_step_learns_and_the_optimizer_steps_no_mor
     assert sltt.evaluate(model, Blobs(), steps=3, device="cpu").accuracy > 0.9
 
 
-def test_a_loss_may_be_a_plain_function(tmp_path):
-    model, _ = train(tmp_path / "run", loss=torch.nn.functional.cross_entropy, epochs=8)
-    metrics = sltt.evaluate(model, Blobs(), loss=torch.nn.functional.cross_entropy, device="cpu")
-    assert metrics.accuracy > 0.9
-
-
 def test_without_validation_the_last_epoch_counts(tmp_path):
     model, result = train(tmp_path / "run", data=Blobs(validation=0))
     assert result.epoch == 4
@@ -95,13 +88,6 @@ def test_training_works_outside_the_main_thread(tmp_path):
     thread.start()
     thread.join()
     assert (tmp_path / "run" / "last.ckpt").exists()
-
-
-def test_gradients_are_scaled_in_16_mixed_and_the_scale_is_saved(tmp_path):
-    assert make_fabric(device="cpu", precision="16-mixed").strategy.precision.scaler is not None
-    train(tmp_path / "run", precision="16-mixed")
-    scaler = load_checkpoint(tmp_path / "run" / "last.ckpt")["scaler"]
-    assert scaler["scale"] > 1
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -151,13 +137,6 @@ def test_clipping_bounds_the_step(tmp_path):
     assert moved == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_the_schedule_sets_the_learning_rate(tmp_path):
-    _, result = train(
-        tmp_path / "run", optimizer=partial(torch.optim.SGD, lr=0.5), schedule=sltt.schedules.Step([2], gamma=0.1)
-    )
-    assert [row["learning_rate"] for row in result.history] == pytest.approx([0.5, 0.5, 0.05, 0.05])
-
-
 def test_peak_memory_is_that_of_a_batch_under_its_rule(tmp_path):
     def run(name, **settings):
         model = nn.Sequential(nn.Linear(4, 512), sltt.LIF(), nn.Linear(512, 3))
@@ -189,19 +168,16 @@ def test_workers_that_validate_stay_from_epoch_to_epoch(tmp_path):
     assert len(set(pids)) == 1
 
 
-@pytest.mark.parametrize(("bias", "message"), [(-1e3, "never fired"), (1e3, "always fired")])
+@pytest.mark.parametrize(
+    ("bias", "message"), [(-1e3, "layer 1 never fired"), (1e3, "layer 1 always fired"), (0.5, None)]
+)
 def test_a_dead_layer_is_warned_about_by_name(bias, message, tmp_path, capsys):
     model = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
     nn.init.constant_(model[0].bias, bias)
     train(tmp_path / "run", model, epochs=1, report=Console())
     out = capsys.readouterr().out
-    assert f"layer 1 {message} in this epoch" in out
+    assert f"{message} in this epoch" in out if message else "warning" not in out
     assert "layer 0" not in out
-
-
-def test_a_healthy_layer_is_not(tmp_path, capsys):
-    train(tmp_path / "run", epochs=1, report=Console())
-    assert "warning" not in capsys.readouterr().out
 
 
 def test_of_epochs_that_are_equally_good_the_first_is_the_best(tmp_path):
@@ -218,14 +194,6 @@ def test_an_epoch_whose_metric_is_no_number_is_not_the_best(values, best):
     for value in values:
         progress.end_epoch({}, Metrics(1.0, value, "precision", 0.0, 0.0, None), value)
     assert progress.best_epoch == best
-
-
-def test_a_metric_called_loss_is_refused(tmp_path):
-    def loss(logits, target):
-        return nn.functional.cross_entropy(logits, target)
-
-    with pytest.raises(ValueError, match="the metric is called loss, as what is trained: give its function another"):
-        train(tmp_path / "run", metric=loss)
 
 
 @pytest.mark.parametrize("fails", [False, True])

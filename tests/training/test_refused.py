@@ -1,0 +1,76 @@
+"""What a training refuses before its first epoch ends."""
+
+import pytest
+from torch import nn
+
+import sltt
+from sltt.callbacks import EarlyStopping
+from sltt.data import Splits
+from sltt.training.phases import Phase
+from tests.training.blobs import Blobs, network, train
+from tests.training.test_phases import Pictures
+
+
+class Empty(Blobs):
+    def load(self, steps):
+        return Splits([], None, [], True, 3, "empty")
+
+
+class Csv:
+    """A logger that was not made."""
+
+    log_metrics = log_hyperparams = save = finalize = print
+
+
+def loss(logits, target):
+    return nn.functional.cross_entropy(logits, target)
+
+
+LAZY = nn.Sequential(nn.LazyLinear(16), sltt.LIF(), nn.Linear(16, 3))
+HARD = network()
+HARD[2] = sltt.LIF(v_reset=0.0)
+SUM = nn.CrossEntropyLoss(reduction="sum")
+ONE = "BatchNorm needs two"
+REFUSED = [
+    ({"model": LAZY, "ema": 0.9}, "lazy layers have none before their first input"),
+    ({"callbacks": [EarlyStopping]}, "callbacks"),
+    ({"callbacks": ["EarlyStopping"]}, "callbacks"),
+    ({"callbacks": EarlyStopping()}, "callbacks"),
+    ({"data": Blobs(validation=0), "callbacks": [EarlyStopping()]}, "EarlyStopping needs validation samples: hold"),
+    ({"data": Empty()}, "there are no train samples"),
+    ({"batch_size": 1, "phases": [Phase(1, batches=1)]}, ONE),
+    ({"batch_size": 59, "phases": [Phase(1, batches=1), Phase(1)], "epochs": 2}, ONE),
+    ({"batch_size": 59, "phases": [Phase(1, batches=2)]}, ONE),
+    ({"graph": "on"}, "graph='on' needs a CUDA device, and this is cpu: leave graph out"),
+    ({"loggers": ["CSV"]}, r"loggers\[0\] must be a Logger, got 'CSV'; such as lightning_fabric"),
+    ({"loggers": [Csv]}, r"loggers\[0\] must be a Logger, got .*call it: Csv\(\)"),
+    ({"rule": sltt.OTTT(online=True), "accumulate": 2}, r"OTTT\(online=True\) updates the weights .*, and accumulate"),
+    ({"loss": SUM, "accumulate": 2}, r"CrossEntropyLoss\(reduction='sum'\) adds up over samples"),
+    ({"loss": sltt.losses.PerStep(SUM), "accumulate": 2}, r"CrossEntropyLoss\(reduction='sum'\) adds up over samples"),
+    ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+    ({"model": nn.Linear(4, 3), "norm_weight_decay": 0.0}, "norm_weight_decay is given, but no normalisation"),
+    ({"model": nn.RMSNorm(4), "norm_bias_lr": 2.0}, "norm_bias_lr is given, but no .* has a bias"),
+    ({"data": Pictures(), "phases": [Phase(1, crop=11)]}, "a phase crops 11 pixels out of samples"),
+    ({"phases": [Phase(3), Phase(1, crop=2)]}, "a phase crops 2 pixels out of samples"),
+    ({"phases": [Phase(3), Phase(1, rule=sltt.SLTT(k=5))]}, "trains 5 steps, but the sequence has T = 4; use k ≤ T"),
+    ({"model": HARD, "phases": [Phase(3), Phase(1, rule=sltt.OTTT())]}, r"2 \(LIF\) resets to v_reset = 0.0"),
+    ({"phases": [Phase(4, steps=2)]}, "steps=4 is the T of evaluation, but the last phase trains T = 2"),
+    ({"quantised": "int4"}, "quantised must be one of 'int8', got 'int4'"),
+    ({"quantised": "int8", "ema": 0.9}, "leave one out"),
+    ({"quantised": "int8", "rule": sltt.OTTT(online=True)}, "updates them in it"),
+    ({"metric": loss}, "the metric is called loss, as what is trained: give its function another"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED, ids=range(len(REFUSED)))
+def test_settings_that_do_not_fit_are_refused_before_a_training(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", **settings)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("size", [59, 1])
+def test_a_batch_of_one_sample_is_refused_with_a_size_that_trains(size, tmp_path):
+    with pytest.raises(ValueError, match=f"with batch_size={size}, and BatchNorm needs two: set batch_size=") as caught:
+        train(tmp_path / "run", batch_size=size)
+    train(tmp_path / "run", batch_size=int(str(caught.value).rpartition("=")[2]), epochs=1)
