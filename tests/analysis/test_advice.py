@@ -136,9 +136,3 @@ def test_the_command_trains_each_rule_and_says_what_it_learned(capsys):
     assert row["advice"].startswith(f"Take {row['rule']}.")
     assert "Not sure: rules may part after 3 of 100 epochs." in row["advice"]
     assert row["memory"]["SLTT()"] < row["memory"]["BPTT()"]
-
-
-def test_a_trial_with_another_metric_is_refused(capsys):
-    words = ["agreement", "digits", "--trial", "1", "--metric", "sltt.metrics.MultiLabelAccuracy", "--device", "cpu"]
-    assert main(words) == 1
-    assert "--trial needs accuracies, and the metric here is multi_label_accuracy" in capsys.readouterr().err

@@ -17,7 +17,6 @@ from sltt.commands import compare, main, vary
 from sltt.commands.parsing import Recipe
 from sltt.commands.rule_texts import rule_options, rules
 from sltt.training.console import Console, as_json
-from sltt.training.session import session
 from sltt.training.settings import Execution
 from tests.conftest import LOSS
 from tests.data.recordings import nmnist
@@ -26,14 +25,8 @@ from tests.data.recordings import nmnist
 @pytest.mark.parametrize(("steps", "k"), [(4, None), (1, 1), (6, 3)])
 def test_multiplications_are_those_of_the_closed_form(steps, k):
     sizes, batch = [6, 8, 7, 3], 5
-    layers = [
-        nn.Linear(sizes[0], sizes[1]),
-        sltt.LIF(),
-        nn.Linear(sizes[1], sizes[2]),
-        sltt.LIF(),
-        nn.Linear(*sizes[2:]),
-    ]
-    model = nn.Sequential(*layers)
+    first, second, last = (nn.Linear(n, m) for n, m in pairwise(sizes))
+    model = nn.Sequential(first, sltt.LIF(), second, sltt.LIF(), last)
     x, y = torch.randn(steps, batch, 6), torch.randint(3, (batch,))
     products = [n * m for n, m in pairwise(sizes)]
     found = count_operations(model, x, y, LOSS, sltt.SLTT(k=k, fold=1))
@@ -71,24 +64,11 @@ def test_a_rule_that_is_not_understood_is_named(text):
         rule_options(text)
 
 
-def test_the_memory_of_a_rule_that_draws_its_steps_is_the_most_that_it_takes():
-    small = ["--model.width", "2", "--steps", "3", "--batch_size", "16", "--device", "cpu"]
-    built = Recipe("test", "digits", small).build(rule="SLTT:k=1")
-    peaks = []
-    with session(Execution.of(vars(built))) as here:
-        for seed in (0, *range(3)):
-            torch.manual_seed(seed)
-            compare._measure(row := {}, "SLTT:k=1", here, built, Console(quiet=True))
-            peaks.append(row["peak_memory"])
-    assert len({*peaks[1:]}) == 1  # those of the three seeds; the first run of a process makes tables that stay
-
-
 WORDS = ["compare", "digits", "--epochs", "1", "--model.width", "4", "--steps", "3", "--device", "cpu"]
 
 
 @pytest.mark.slow
-def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, here, monkeypatch):
     words = [*WORDS, "--rules", "BPTT,SLTT:k=5,SLTT:k=1", "--seeds", "2"]
     assert main(words) == 1
     captured = capsys.readouterr()
@@ -96,7 +76,7 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp
     table = captured.out[captured.out.index("rule  ") :].splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["BPTT", "SLTT:k=5", "SLTT:k=1"]
     assert all(len(line) <= 80 for line in table[:4])
-    (folder,) = tmp_path.glob("runs/compare-digits-*")
+    (folder,) = here.glob("runs/compare-digits-*")
     rows = json.loads((folder / "compare.json").read_text())["rows"]
     assert [len(row["scores"]) for row in rows] == [2, 0, 2]
     assert rows[0]["cosine"] == pytest.approx(1, abs=1e-4)
@@ -109,8 +89,7 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, tmp
     assert json.loads(capsys.readouterr().out)["rows"][0]["scores"] == rows[2]["scores"]
 
 
-def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(capsys, here, monkeypatch):
     seen, dtypes = [], set()
 
     def start_run(session, model, data, training, run, **settings):
@@ -119,7 +98,9 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
 
     def measure_split(session, model, data, split, **settings):
         seen.append(session.execution)
-        model.features[0].register_forward_hook(lambda module, x, out: dtypes.add((out.dtype, _channels_last(x[0]))))
+        model.features[0].register_forward_hook(
+            lambda module, x, out: dtypes.add((out.dtype, x[0].is_contiguous(memory_format=torch.channels_last)))
+        )
         return types.SimpleNamespace(score=1.0)
 
     monkeypatch.setattr(compare, "start_run", start_run)
@@ -134,9 +115,8 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
     assert 0 < row["cosine"] < 1
 
 
-def test_a_training_counts_where_its_gradient_cannot_be_compared(capsys, tmp_path, monkeypatch):
+def test_a_training_counts_where_its_gradient_cannot_be_compared(capsys, here, monkeypatch):
     """BPTT, for the cosine, may need more memory than there is."""
-    monkeypatch.chdir(tmp_path)
 
     def out_of_memory(*args, **kwargs):
         raise RuntimeError("out of memory")
@@ -144,13 +124,9 @@ def test_a_training_counts_where_its_gradient_cannot_be_compared(capsys, tmp_pat
     monkeypatch.setattr(compare, "agreement", out_of_memory)
     assert main([*WORDS, "--rules", "SLTT", "--batch_size", "512", "--save", "a"]) == 0
     assert "SLTT: not all is measured: out of memory" in " ".join("".join(capsys.readouterr()).split())
-    (row,) = json.loads((tmp_path / "a" / "compare.json").read_text())["rows"]
+    (row,) = json.loads((here / "a" / "compare.json").read_text())["rows"]
     assert (len(row["scores"]), row["errors"], row["cosine"]) == (1, [], None)
     assert row["peak_memory"] > 0
-
-
-def _channels_last(x):
-    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("rule", "options"), [("SLTT:k=2", []), ("BPTT", []), ("SLTT", ["--rule.hoist", "true"])])
@@ -166,16 +142,15 @@ ERROR = ["--metric", "tests.commands.tiny.Wrong"]
 
 
 @pytest.mark.slow
-def test_another_metric_is_compared_and_reported(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_another_metric_is_compared_and_reported(capsys, here, monkeypatch):
     assert main([*WORDS, *ERROR, "--rules", "BPTT,SLTT", "--seeds", "2", "--save", "a"]) == 0
     assert "wrong" in capsys.readouterr().out
-    found = json.loads((tmp_path / "a" / "compare.json").read_text())
+    found = json.loads((here / "a" / "compare.json").read_text())
     assert (found["metric"], found["higher_is_better"]) == ("wrong", False)
     assert all(0 < score < 1 for row in found["rows"] for score in row["scores"])
     pytest.importorskip("matplotlib", reason="the report needs matplotlib")
     assert main(["report", "a"]) == 0
-    page = (tmp_path / "a" / "report" / "report.html").read_text()
+    page = (here / "a" / "report" / "report.html").read_text()
     assert "test wrong" in page
     assert "SLTT: wrong 0." in page
 
@@ -184,30 +159,27 @@ SWEEP = ["--vary", "model.neuron.tau=1.1,4", "--vary", "rule.k=1,null", "--save"
 
 
 @pytest.mark.slow
-def test_values_of_options_are_compared_continued_and_the_best_is_told_by_validation(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_values_of_options_are_compared_continued_and_the_best_is_told_by_validation(capsys, here, monkeypatch):
     assert main([*WORDS, *SWEEP]) == 0
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out[out.index("validation") :].splitlines()[:5])
-    found = json.loads((tmp_path / "a" / "compare.json").read_text())
+    found = json.loads((here / "a" / "compare.json").read_text())
     rows = found["rows"]
     assert [tuple(row["varied"].values()) for row in rows] == [("1.1", "1"), ("1.1", "null"), ("4", "1"), ("4", "null")]
     best = max(rows, key=lambda row: row["validation"][0])
-    told = (
-        f"SLTT, model.neuron.tau={best['varied']['model.neuron.tau']}, rule.k={best['varied']['rule.k']} has the best"
-    )
+    told = ", ".join(["SLTT", *(f"{name}={value}" for name, value in best["varied"].items())]) + " has the best"
     assert told in " ".join(out.split())
-    configs = [yaml.safe_load((tmp_path / "a" / row["runs"][0] / "config.yaml").read_text()) for row in rows]
+    configs = [yaml.safe_load((here / "a" / row["runs"][0] / "config.yaml").read_text()) for row in rows]
     assert [config["model"]["init_args"]["neuron"]["init_args"]["tau"] for config in configs] == [1.1, 1.1, 4.0, 4.0]
     assert [config["rule"]["init_args"].get("k") for config in configs] == [1, None, 1, None]
     with monkeypatch.context() as patch:
         patch.setattr(compare, "start_run", None)  # trained before
         assert main([*WORDS, *SWEEP]) == 0
-    again = json.loads((tmp_path / "a" / "compare.json").read_text())["rows"]
+    again = json.loads((here / "a" / "compare.json").read_text())["rows"]
     assert [row["scores"] for row in again] == [row["scores"] for row in rows]
     pytest.importorskip("matplotlib", reason="the report needs matplotlib")
     assert main(["report", "a"]) == 0
-    page = (tmp_path / "a" / "report" / "report.html").read_text()
+    page = (here / "a" / "report" / "report.html").read_text()
     assert "Values compared on digits" in page
     assert told in page
     assert "validation accuracy" in page
@@ -220,33 +192,26 @@ def test_runs_of_different_values_have_different_folders():
 
 
 @pytest.mark.slow
-def test_a_folder_with_runs_of_other_settings_is_refused(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_folder_with_runs_of_other_settings_is_refused(capsys, here, monkeypatch):
     words = [*WORDS, "--rules", "SLTT:k=1", "--save", "kept"]
     assert main(words) == 0
     of_optimizer = "optimizer.init_args.lr was 0.005 and is 0.5"
-    for other, names in (
-        (["--epochs", "2"], "epochs"),
-        (["--data.validation", "0.2"], "data"),
-        (["--optimizer.lr", "0.5"], of_optimizer),
-    ):
-        assert main([*words, *other]) == 1
+    for other, names in (("epochs=2", "epochs"), ("data.validation=0.2", "data"), ("optimizer.lr=0.5", of_optimizer)):
+        assert main([*words, f"--{other}"]) == 1
         assert f"was trained with other settings ({names}): choose another --save" in capsys.readouterr().err
-    assert yaml.safe_load((tmp_path / "kept" / "SLTT-k-1-seed0" / "config.yaml").read_text())["epochs"] == 1
+    assert yaml.safe_load((here / "kept" / "SLTT-k-1-seed0" / "config.yaml").read_text())["epochs"] == 1
 
 
-def test_data_without_test_samples_is_refused_before_a_training(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    nmnist(tmp_path)
-    shutil.rmtree(tmp_path / "NMNIST" / "Test")
-    assert main(["compare", "nmnist", "--data.root", str(tmp_path), "--device", "cpu", "--save", "kept"]) == 1
+def test_data_without_test_samples_is_refused_before_a_training(capsys, here, monkeypatch):
+    nmnist(here)
+    shutil.rmtree(here / "NMNIST" / "Test")
+    assert main(["compare", "nmnist", "--data.root", str(here), "--device", "cpu", "--save", "kept"]) == 1
     assert "has no test samples, on which rules are compared: choose other data" in capsys.readouterr().err
-    assert not (tmp_path / "kept").exists()
+    assert not (here / "kept").exists()
 
 
 @pytest.mark.slow
-def test_a_rule_that_updates_at_every_step_is_compared(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_rule_that_updates_at_every_step_is_compared(capsys, here, monkeypatch):
     assert main([*WORDS, "--rules", "OTTT:online=true", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert len(row["scores"]) == 1

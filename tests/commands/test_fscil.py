@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 import sltt
-from sltt.commands import compare, fscil, main
+from sltt.commands import compare, main
 from tests.commands.tiny import TINY, run
 
 pytestmark = pytest.mark.slow
@@ -77,26 +77,6 @@ def test_the_report_has_a_section_of_it(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--base 9 --way 2", "9 base classes and 1 × 2 new ones are 11, and there are 10 classes"),
-        ("--base 6 --way 3", "4 new classes do not part into sessions of 3"),
-        ("--base 6 --way 1 --shot 500", "training samples, fewer than shot=500"),
-        ("--base 6 --way 1 --order 0,1,2,3,4,5,6,6", "class 6 stands twice"),
-        ("--base 6 --way 1 --order 0,1,2,3,4,5,10", "class 10 of Digits has no training samples"),
-        ("--base 6 --way 1 --metric sltt.metrics.MeanSquaredError", "sltt fscil compares accuracies"),
-    ],
-)
-def test_a_task_that_cannot_be_is_refused_before_a_training(here, capsys, monkeypatch, words, message):
-    monkeypatch.setattr(fscil, "train_one", None)
-    code, out, err = run(capsys, "fscil", "fscil-digits", *SMALL, *words.split())
-    assert code == 1
-    assert "died" not in out
-    assert message in err
-    assert not list(here.iterdir())
-
-
-@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"pad": True, "static": False}, "pads its sequences, and embeddings are of T steps each: leave pad=True out"),
@@ -114,7 +94,10 @@ def test_data_that_cannot_be_is_refused_before_a_training(here, capsys, monkeypa
         return sltt.data.from_datasets(samples, test=test, **how).splits(steps)
 
     monkeypatch.setattr(sltt.data.Digits, "load", load)
-    test_a_task_that_cannot_be_is_refused_before_a_training(here, capsys, monkeypatch, "--base 6 --way 1", message)
+    code, _, err = run(capsys, "fscil", "fscil-digits", *SMALL, "--base", "6", "--way", "1")
+    assert code == 1
+    assert message in err
+    assert not list(here.iterdir())
 
 
 def test_an_order_chooses_the_classes(here, capsys):

@@ -29,17 +29,6 @@ def test_the_bars_of_losses_below_zero_have_lengths(capsys):
     assert [line.count("█") for line in capsys.readouterr().out.splitlines()[1:4]] == [15, 0, 30]
 
 
-def test_a_learning_rate_that_no_phase_takes_is_refused(here, capsys):
-    phases = ["--phases", "[{epochs: 1, lr: 0.01}, {epochs: 1, lr: 0.001}]", "--epochs", "2"]
-    code, _, err = run(capsys, "lr", "digits", *TINY, *phases)
-    assert code == 1
-    assert "every phase has a learning rate of its own" in err
-    for option in (["--optimizer.lr", "0.5"], ["--optimizer.init_args.lr=0.5"]):
-        code, _, err = run(capsys, "train", "digits", *TINY, *phases, *option)
-        assert code == 2
-        assert "so --optimizer.lr changes nothing: set lr in --phases" in err
-
-
 def test_the_rule_and_t_are_those_of_the_phase_that_takes_the_rate(here, capsys):
     phases = "[{epochs: 1, steps: 1, rule: {class_path: sltt.RateBased}}, {epochs: 1, lr: 0.001}]"
     code, out, _ = run(capsys, "lr", "digits", *TINY, "--phases", phases, "--batches", "10", "--json")

@@ -10,12 +10,11 @@ from sltt.commands import main
 from sltt.data.recordings import read
 
 
-def test_files_are_predicted_as_the_test_samples_are(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_files_are_predicted_as_the_test_samples_are(here, capsys):
     for label, shade in (("cat", 40), ("dog", 200)):
-        (tmp_path / "images" / label).mkdir(parents=True)
+        (here / "images" / label).mkdir(parents=True)
         for i in range(6):
-            Image.fromarray(np.full((8, 8, 3), shade + i, np.uint8)).save(tmp_path / "images" / label / f"{i}.png")
+            Image.fromarray(np.full((8, 8, 3), shade + i, np.uint8)).save(here / "images" / label / f"{i}.png")
     words = "digits --data sltt.data.ImageFolder --data.root images --data.test 0.2 --data.size 8 --data.crop_padding 0"
     words += " --model DigitsNet --model.in_channels 3 --model.classes 2 --model.width 4 --epochs 1 --run run"
     assert main(["train", *words.split(), "--device", "cpu"]) == 0
@@ -23,7 +22,7 @@ def test_files_are_predicted_as_the_test_samples_are(tmp_path, monkeypatch, caps
     assert main(["predict", "run", "images/cat/0.png", "images/dog/1.png", "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)
     data, model = sltt.data.ImageFolder("images", size=8, crop_padding=0, test=0.2), sltt.load("run")
-    expected = sltt.predict(model, data.read(tmp_path / "images/cat/0.png", 4)[None])[0]
+    expected = sltt.predict(model, data.read(here / "images/cat/0.png", 4)[None])[0]
     assert first["prediction"] == pytest.approx(expected.tolist())
     assert first["class"] == ["cat", "dog"][int(expected.argmax())]
     assert second["file"] == "images/dog/1.png"
@@ -31,8 +30,7 @@ def test_files_are_predicted_as_the_test_samples_are(tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.split()[:4] == ["file", "class", "probability", "images/cat/0.png"]
 
 
-def test_an_array_is_a_sample(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_an_array_is_a_sample(here, capsys):
     words = "train sequential-digits --epochs 1 --run run --device cpu --model.features [8,8,10]"
     assert main(words.split()) == 0
     np.save("sample.npy", np.random.rand(8, 8))

@@ -5,14 +5,7 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.analysis import (
-    agreement,
-    fit_peak,
-    iteration_seconds,
-    memory_parts,
-    peak_memory,
-    synaptic_operations,
-)
+from sltt.analysis import agreement, fit_peak, iteration_seconds, memory_parts, peak_memory, synaptic_operations
 from sltt.commands import main, profile
 from sltt.commands.parsing import Recipe
 from sltt.commands.prepared import Prepared
@@ -188,13 +181,12 @@ WORDS = ["profile", "digits", "--steps", "2,4", "--repeats", "1", "--model.width
 
 
 @pytest.mark.slow
-def test_the_command(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_command(capsys, here):
     assert main([*WORDS, "--rules", "BPTT,SLTT:k=1,OTTT", "--budget", "10MB", "--save", "a"]) == 0
     out = capsys.readouterr().out
     assert "Energy of one sample, estimated" in out
     assert all(len(line) <= 80 for line in out[out.index("memory of a batch") :].splitlines())
-    found = json.loads((tmp_path / "a" / "profile.json").read_text())
+    found = json.loads((here / "a" / "profile.json").read_text())
     bptt, sltt_1 = (next(c for c in found["costs"] if c["rule"] == r and c["steps"] == 4) for r in ("BPTT", "SLTT:k=1"))
     assert bptt["operations"]["backward"] == 4 * sltt_1["operations"]["backward"]
     parts = bptt["memory"]

@@ -32,25 +32,12 @@ def measured(tmp_path_factory):
     """A folder with all that a report can show, of the digits."""
     folder = tmp_path_factory.mktemp("measured") / "all"
     commands = (
-        ["compare", "digits", "--epochs", "2", "--rules", "BPTT,SLTT:k=1", "--seeds", "2", "--batch_size", "256"],
-        [
-            "profile",
-            "digits",
-            "--steps",
-            "2,4",
-            "--rules",
-            "BPTT,SLTT",
-            "--repeats",
-            "1",
-            "--budget",
-            "1MB",
-            "--batch_size",
-            "8",
-        ],
-        ["agreement", "digits", "--taus", "1.1,4", "--steps", "3", "--samples", "32"],
+        "compare digits --epochs 2 --rules BPTT,SLTT:k=1 --seeds 2 --batch_size 256",
+        "profile digits --steps 2,4 --rules BPTT,SLTT --repeats 1 --budget 1MB --batch_size 8",
+        "agreement digits --taus 1.1,4 --steps 3 --samples 32",
     )
     for words in commands:
-        assert main([*words, *SMALL, "--save", str(folder)]) == 0
+        assert main([*words.split(), *SMALL, "--save", str(folder)]) == 0
     return folder
 
 

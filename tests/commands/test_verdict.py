@@ -34,9 +34,7 @@ def profiled(*costs, layers=()):
 def test_the_verdict_has_accuracy_memory_at_two_lengths_time_and_agreement():
     costs = [cost(rule, T, saved) for rule, T, saved in (("BPTT", 16, 590), ("SLTT", 16, 90), ("SLTT", 64, 90))]
     found = gathered(
-        compared("BPTT", [0.98, 0.98], 2.0, 21),
-        compared("SLTT", [0.976, 0.976], 1.0, 10),
-        profiles=[profiled(*costs)],
+        compared("BPTT", [0.98, 0.98], 2.0, 21), compared("SLTT", [0.976, 0.976], 1.0, 10), profiles=[profiled(*costs)]
     )
     assert answers(found) == [
         "SLTT: accuracy within 0.4 points of BPTT, 2.1 × less memory at T = 4 and 6.0 × less memory at T = 16, "
