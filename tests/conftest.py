@@ -1,4 +1,6 @@
 import copy
+import functools
+import importlib.metadata
 import itertools
 import os
 import sys
@@ -15,6 +17,12 @@ from sltt.kernels.layers import sparse
 
 hypothesis.settings.register_profile("no time limit", deadline=None)
 hypothesis.settings.load_profile("no time limit")
+
+# what takes a third of the time of a small training, and changes nothing here
+os.fsync = lambda descriptor: None  # tests kill processes, and no machine
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)  # which Fabric reads each time
+if not torch.accelerator.is_available():  # it formats a stack for each absent device
+    torch.manual_seed = torch.default_generator.manual_seed
 
 # what forks a process with threads, reads /proc or runs bash
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="it needs Linux")
@@ -67,7 +75,7 @@ KINDS += ["BPTT(segment=2)", "TBPTT(3, fold=2)", "SLTT(hoist)", "SLTT(k=1)", "Ra
 
 @pytest.fixture(autouse=True)
 def seed():
-    torch.default_generator.manual_seed(0)  # without the stack that torch.manual_seed formats for each absent device
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=NEURONS.values(), ids=NEURONS.keys())

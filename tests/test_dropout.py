@@ -32,9 +32,3 @@ def test_a_changed_batch_without_a_reset_is_refused():
     dropout(torch.ones(4, 2))
     with pytest.raises(ValueError, match=r"sltt\.reset"):
         dropout(torch.ones(3, 2))
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.0])
-def test_p_must_be_a_probability(p):
-    with pytest.raises(ValueError, match="p must be at least 0 and less than 1"):
-        sltt.Dropout(p)

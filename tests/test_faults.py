@@ -190,45 +190,34 @@ def test_a_negated_view_is_what_it_shows():
     assert torch.equal(*results)
 
 
-def test_once_around_a_neuron_is_refused():
-    class Stem(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.head = nn.Sequential(nn.Linear(6, 6), sltt.LIF()), nn.Linear(6, 3)
+class Once(nn.Module):
+    """Calls `once` in its forward, by a function of itself and its input."""
 
-        def forward(self, x):
-            return self.head(sltt.once(self.stem, x))
+    def __init__(self, call):
+        super().__init__()
+        self.stem, self.head, self.call = nn.Sequential(nn.Linear(6, 6), sltt.LIF()), nn.Linear(6, 3), call
 
+    def weight(self):
+        return self.stem[0].weight - self.stem[0].weight.mean()
+
+    def forward(self, x):
+        return self.head(self.call(self, x))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net, x: sltt.once(net.stem, x), r"once runs Sequential once .*, but 1 \(LIF\) keeps a state"),
+        (lambda net, x: net.stem(x) + sltt.once(net.weight).sum(), r"\(LIF\) keeps a state .*: give it a module"),
+        (lambda net, x: sltt.once(lambda z: net.stem(z), x), "once takes a module or a method of one, got <function"),
+    ],
+    ids=["module", "method", "function"],
+)
+def test_once_around_a_neuron_is_refused(call, message):
     x, y = batch()
-    for rule, kwargs in ((sltt.SLTT(hoist=True), {"steps": 2}), (sltt.BPTT(), {})):
-        with pytest.raises(ValueError, match=r"once runs Sequential once a sequence, but 1 \(LIF\) keeps a state"):
-            rule(Stem().double(), x[0] if kwargs else x, y, LOSS, **kwargs)
-
-
-def test_once_around_a_method_of_a_module_with_neurons_is_refused_with_a_remedy():
-    class Standardised(nn.Sequential):
-        def weight(self):
-            return self[0].weight - self[0].weight.mean()
-
-        def forward(self, x):
-            return super().forward(x) + sltt.once(self.weight).sum()
-
-    with pytest.raises(ValueError, match=r"1 \(LIF\) keeps a state from step to step: give it a module"):
-        sltt.SLTT()(Standardised(nn.Linear(6, 3), sltt.LIF()).double(), *batch(), LOSS)
-
-
-def test_once_around_a_function_is_refused():
-    class Stem(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.neuron, self.head = sltt.LIF(), nn.Linear(6, 3)
-
-        def forward(self, x):
-            return self.head(sltt.once(lambda z: self.neuron(z), x))
-
-    x, _ = batch()
-    with pytest.raises(ValueError, match="once takes a module or a method of one, got <function"):
-        sltt.unroll(Stem().double(), x[0], steps=2)
+    for rule, given, steps in ((sltt.SLTT(hoist=True), x[0], 2), (sltt.BPTT(), x, None)):
+        with pytest.raises(ValueError, match=message):
+            rule(Once(call).double(), given, y, LOSS, steps=steps)
 
 
 @pytest.mark.parametrize("width", [6, 5000])

@@ -21,12 +21,6 @@ def test_a_static_image_without_steps_is_explained():
         sltt.SLTT()(model, x, y, LOSS)
 
 
-def test_a_sequence_whose_samples_come_first_is_explained():
-    model, (x, y) = small_network(), batch()
-    with pytest.raises(ValueError, match=r"\[B, T, ...\] give x\.transpose\(0, 1\), also where T = B"):
-        sltt.SLTT()(model, x.transpose(0, 1), y, LOSS)
-
-
 class Calls(nn.Module):
     """Calls a function with its network, and the input of a time step, in every forward."""
 
@@ -91,6 +85,7 @@ UNCLEAR = {
     "a step left out": ({"rule": EverySecond()}, r"runs all T = 4 time steps, and this one ran 0, 2: call batch.run"),
     "a loop over time": ({"model": Calls(looped)}, r"loops over time: return the output of one time step"),
     "reset within": ({"model": Calls(partial(reset_first, sltt.reset))}, r"network.2 \(LIF\) was reset in the middle"),
+    "samples first": ({"x": X.transpose(0, 1)}, r"\[B, T, ...\] give x\.transpose\(0, 1\), also where T = B"),
     "no sample": ({"x": X[:, :0], "y": Y[:0]}, r"at least one sample to train on, got an input of shape \[4, 0, 6\]"),
     "a seed of text": ({"seed": "x"}, "seed must be a whole number, got 'x'"),
     "a backward of text": ({"backward": "x"}, "backward must be a function of a scalar, got 'x'"),

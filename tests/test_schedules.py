@@ -31,10 +31,5 @@ def test_factors_stay_between_zero_and_one(epoch, warmup):
     assert 0 <= Cosine(warmup).factor(epoch, 10) <= 1
 
 
-def test_a_negative_warm_up_is_refused():
-    with pytest.raises(ValueError, match="warmup must be at least 0"):
-        Cosine(-1)
-
-
 def test_a_cosine_stays_at_its_end_after_the_last_epoch():
     assert Cosine().decay(15, 10) == pytest.approx(0)

@@ -4,17 +4,7 @@ import pytest
 import torch
 
 from sltt import surrogates
-from sltt.surrogates import (
-    Above,
-    ArcTan,
-    Exponential,
-    FastSigmoid,
-    Gaussian,
-    Rectangle,
-    Sigmoid,
-    Surrogate,
-    Triangle,
-)
+from sltt.surrogates import Above, ArcTan, Exponential, FastSigmoid, Gaussian, Rectangle, Sigmoid, Surrogate, Triangle
 from tests.conftest import SURROGATES
 
 FORMULAS = [
@@ -46,7 +36,7 @@ def test_spike_and_derivative_equal_the_formulas(surrogate, formula):
 
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
 def test_derivative_integrates_to_one(surrogate):
-    x = torch.linspace(-2000, 2000, 4_000_001, dtype=torch.float64)
+    x = torch.linspace(-9, 9, 200_001, dtype=torch.float64).sinh()  # dense around 0, up to 4000
     assert torch.trapezoid(surrogate.derivative(x), x).item() == pytest.approx(1, abs=1e-3)
 
 

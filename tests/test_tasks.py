@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ STEP_RULES = [
 ]
 
 
-@pytest.mark.parametrize("name", STEP_RULES)
+@pytest.mark.parametrize("name", [*STEP_RULES, "Mixed"])
 def test_targets_of_each_step(name):
     model, (x, _) = small_network(), batch()
     y = torch.randint(3, (4, 5))
@@ -150,50 +151,36 @@ def test_a_penalty_on_rates_has_its_exact_gradient(rule, rate):
     torch.testing.assert_close(found, exact)
 
 
-@pytest.mark.parametrize("rule", [sltt.BPTT, sltt.SLTT])
-def test_the_penalty_of_recurrent_neurons_does_not_depend_on_the_fold(rule):
-    torch.manual_seed(0)
-    recurrent = sltt.Recurrent(sltt.LIF(tau=2.0, v_threshold=0.3), nn.Linear(8, 8))
-    model = nn.Sequential(
-        nn.Linear(6, 8), sltt.LIF(tau=2.0, v_threshold=0.3), nn.Linear(8, 8), recurrent, nn.Linear(8, 3)
-    )
-    x, y = 3 * torch.rand(4, 5, 6, dtype=torch.float64), torch.randint(3, (5,))
-    loss = Activity(CE, weight=1.0, rate=0.1)
-    expected, found = (by_rule(model.double(), one, x, y, loss) for one in (rule(), rule(fold=4)))
-    torch.testing.assert_close(found, expected)
+class Tokens(nn.Sequential):
+    def forward(self, x):  # [B, N, F]
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
 
-def test_the_penalty_of_neurons_on_tokens_is_their_mean():
-    class Tokens(nn.Sequential):
-        def forward(self, x):  # [B, N, F]
-            return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+def penalised():
+    """Networks of more than plain spikes [B, F], and the shape of an input."""
+    lif = partial(sltt.LIF, tau=2.0, v_threshold=0.3)
+    back = nn.Linear(6, 8), lif(), nn.Linear(8, 8), sltt.Recurrent(lif(), nn.Linear(8, 8)), nn.Linear(8, 3)
+    return {
+        "recurrent": (nn.Sequential(*back), (6,)),
+        "tokens": (Tokens(nn.Linear(6, 8), lif(), nn.Linear(8, 3)), (7, 6)),
+        "negative spikes": (nn.Sequential(nn.Linear(6, 8), sltt.TernaryLIF(tau=2.0), nn.Linear(8, 3)), (6,)),
+    }
 
-    torch.manual_seed(0)
-    model = Tokens(nn.Linear(6, 8), sltt.LIF(tau=2.0, v_threshold=0.3), nn.Linear(8, 3)).double()
-    x, y = 3 * torch.rand(4, 5, 7, 6, dtype=torch.float64), torch.randint(3, (5,))
-    (plain, _), (penalised, _) = (by_rule(model, sltt.SLTT(), x, y, one) for one in (CE, Activity(CE, weight=1.0)))
+
+@pytest.mark.parametrize("name", penalised())
+def test_a_penalty_is_of_the_mean_rate_and_does_not_depend_on_the_fold(name):
+    model, shape = penalised()[name]
+    model.double()
+    x, y = 3 * torch.randn(4, 5, *shape, dtype=torch.float64), torch.randint(3, (5,))
+    (plain, _), (more, _) = (by_rule(model, sltt.SLTT(), x, y, one) for one in (CE, Activity(CE, weight=1.0)))
     with sltt.analysis.firing_rates(model) as rates:
         sltt.unroll(model, x)
-    assert penalised - plain == pytest.approx(rates.mean())
-
-
-def test_negative_spikes_are_penalised_as_positive_ones():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), sltt.TernaryLIF(tau=2.0), nn.Linear(8, 3)).double()
-    x, y = 3 * torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(3, (5,))
-    (plain, _), (penalised, _) = (by_rule(model, sltt.SLTT(), x, y, one) for one in (CE, Activity(CE, weight=1.0)))
-    with sltt.analysis.firing_rates(model) as rates:
-        sltt.unroll(model, x)
-    assert penalised - plain == pytest.approx(rates.mean())
-
-
-@pytest.mark.parametrize(("rule", "folded"), [(sltt.SLTT(), sltt.SLTT(fold=4)), (sltt.BPTT(), sltt.BPTT(fold=2))])
-def test_a_penalty_of_negative_spikes_does_not_depend_on_the_fold(rule, folded):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), sltt.TernaryLIF(tau=2.0), nn.Linear(8, 3)).double()
-    x, y = torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(3, (5,))
-    loss = Activity(CE, weight=1.0)
-    torch.testing.assert_close(by_rule(model, folded, x, y, loss), by_rule(model, rule, x, y, loss))
+    assert more - plain == pytest.approx(rates.mean())
+    for rule in (sltt.BPTT, sltt.SLTT):
+        expected, found = (
+            by_rule(model, one, x, y, Activity(CE, weight=1.0, rate=0.1)) for one in (rule(), rule(fold=4))
+        )
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if not name.startswith(("RateBased", "SLTT(k"))])
@@ -227,9 +214,8 @@ def test_a_penalty_lowers_the_firing_rate_and_the_energy(tmp_path):
         model = sltt.models.DigitsNet(width=4)
         sltt.fit(model, sltt.data.Digits(), loss=loss, epochs=1, steps=3, device="cpu", run=tmp_path / run)
         energy = sltt.analysis.synaptic_operations(model.eval(), torch.rand(4, 1, 8, 8), steps=3)
-        return sltt.evaluate(model, sltt.data.Digits(), steps=3, device="cpu").firing_rate, sum(
-            e.picojoules for e in energy
-        )
+        rate = sltt.evaluate(model, sltt.data.Digits(), steps=3, device="cpu").firing_rate
+        return rate, sum(layer.picojoules for layer in energy)
 
     plain, sparse = trained(CE, "plain"), trained(Activity(CE, weight=3.0), "sparse")
     assert sparse[0] < 0.7 * plain[0]
@@ -253,14 +239,8 @@ def test_regression_is_selected_and_reported_by_its_error(tmp_path, capsys):
     assert result.epoch == 1 + errors.index(min(errors))
     assert "val mean_absolute_error" in capsys.readouterr().out
     assert "validation mean_absolute_error" in (tmp_path / "run" / "card.md").read_text()
-    found = sltt.evaluate(
-        sltt.load(result.run, model),
-        data,
-        loss=nn.MSELoss(),
-        metric=sltt.metrics.MeanAbsoluteError(),
-        steps=6,
-        device="cpu",
-    )
+    how = {"loss": nn.MSELoss(), "metric": sltt.metrics.MeanAbsoluteError(), "steps": 6, "device": "cpu"}
+    found = sltt.evaluate(sltt.load(result.run, model), data, **how)
     x, y = torch.stack([x for x, _ in samples[:10]], 1), torch.stack([y for _, y in samples[:10]])
     assert found.score == pytest.approx(float((sltt.predict(model, x) - y).abs().mean()))
     with pytest.raises(ValueError, match="the metric is mean_absolute_error, not accuracy: its value is `score`"):

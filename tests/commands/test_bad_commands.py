@@ -74,6 +74,7 @@ CASES = f"""
 1 | run must be the path of a folder, got '' | train --run ''
 # YAML that says something else than it seems, or nothing
 2 | the aliases stand for more than 10,000 values | train alias.yaml
+2 | rule.k: expected int | train --rule.k=[1
 2 | phases: expected list or null | train --phases '[{{epochs: 1, epochs: 2}}]'
 2 | the aliases stand for more than 10,000 values | train bomb.yaml
 2 | the key 'epochs' stands twice, in lines 1 and 3 | train twice.yaml
@@ -88,6 +89,7 @@ CASES = f"""
 2 | epochs: expected int, got null | train --epochs null
 2 | rule.k: expected int or null, got 1.5 | train --rule.k 1.5
 2 | rule: Not a valid subclass of Rule. Got value: [] | train --rule []
+2 | precision: expected [32, 'bf16-mixed', '16-mixed'], got bf16 | train --precision bf16
 2 | device: expected ['auto', 'cpu', 'cuda', 'mps'], got gpu | train --device gpu
 2 | phases: the following arguments are required: epochs | train --phases '[{{steps: 2}}]'
 2 | unknown key 'epoch' of sltt.Phase; did you mean epochs? | train --phases '[{{epoch: 1}}]'
@@ -110,6 +112,7 @@ CASES = f"""
 2 | 'os.system' is not allowed | train --rule os.system
 2 | loggers: Import path does not implement protocol Logger | train --loggers+=sltt.SLTT
 2 | optimizer: Expected 'torch.nn.Linear' to be a subclass of <class 'Optimizer'> | train --optimizer torch.nn.Linear
+2 | window | train --rule TBPTT
 # values out of their range
 1 | steps must be at least 1 | train {TINY} --steps 0
 1 | SLTT(k=9) trains 9 steps, but the sequence has T = 2; use k ≤ T | train {TINY} --rule.k 9
@@ -141,6 +144,7 @@ CASES = f"""
 1 | window must be at least 1 | compare --rules BPTT,TBPTT:window=0
 2 | runs in one process | compare --devices 2
 2 | --rules names the rules here: leave --rule out | compare --rules SLTT --rule OTTT
+2 | --rules names the rules here: leave --rule out | profile --rules SLTT --rule=OTTT
 2 | --seeds says how many | compare --seed 7
 2 | sltt profile takes no --resume | profile --resume nowhere
 2 | sltt lr takes no --run | lr --run nowhere
@@ -158,7 +162,7 @@ CASES = f"""
 1 | 4 new classes do not part into sessions of 3 | {FSCIL} --base 6 --way 3
 1 | training samples, fewer than shot=500 | {FSCIL} --base 6 --way 1 --shot 500
 1 | class 6 stands twice | {FSCIL} --base 6 --way 1 --order 0,1,2,3,4,5,6,6
-1 | Digits has the classes 0 … 9, got 10 | {FSCIL} --base 6 --way 1 --order 0,1,2,3,4,5,10
+1 | class 10 of Digits has no training samples | {FSCIL} --base 6 --way 1 --order 0,1,2,3,4,5,10
 1 | sltt fscil compares accuracies | {FSCIL} --base 6 --way 1 --metric sltt.metrics.MeanSquaredError
 2 | --budget: expected a memory size such as 8GB | profile --budget much
 2 | 0.5 | profile --budget 0.5
@@ -170,6 +174,7 @@ CASES = f"""
 1 | tau must be greater than 1 | agreement --device cpu --taus 0
 2 | expected the folder of a run before the options | eval
 2 | nowhere is not the folder of a run | eval nowhere
+2 | unknown option --mirr; did you mean --mirror? | eval nowhere --mirr
 2 | invalid choice: 'foo' | eval nowhere --split foo
 2 | nowhere is not the folder of a run | train --resume nowhere
 2 | leave out 'digits' | train digits --resume nowhere

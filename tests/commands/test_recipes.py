@@ -118,7 +118,13 @@ CLASSES = {
 
 
 # networks of many weights, which other recipes run too
-LARGE = ["cifar100", "fscil-dvs-gesture", "fscil-mini-imagenet", "imagenet-stage1", "imagenet-stage2"]
+LARGE = ["cifar100", "dvs-gesture", *(f"fscil-{name}" for name in ("cifar100", "dvs-cifar10", "dvs-gesture"))]
+LARGE += ["fscil-mini-imagenet", "imagenet", "imagenet-qkformer", "imagenet-stage1", "imagenet-stage2"]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_recipes_of_large_networks_are_parsed(name):
+    assert Recipe("sltt train", name, []).resolve()["model"]["class_path"].startswith("sltt.models.")
 
 
 @pytest.mark.parametrize(

@@ -69,26 +69,6 @@ def test_a_failed_worker_of_the_data_loader_is_told_in_a_line():
     assert cause(error) == "Caught KeyError in DataLoader worker process 0: KeyError: 7"
 
 
-def test_help_explains_every_option(capsys):
-    import lightning_fabric.loggers  # noqa: F401  # some of its classes fit --loggers
-
-    class Mine(sltt.SLTT):
-        """A class of the user's own, which no help lists either."""
-
-    assert run(capsys)[0] == 2
-    code, out, _ = run(capsys, "--help")
-    assert code == 0
-    assert "sltt train [RECIPE]" in out
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
-    assert stop.value.code == 0
-    out = capsys.readouterr().out
-    assert "T, the number of time steps. (type: int, default: 4)" in " ".join(out.split())
-    assert len(out.splitlines()) < 220
-    assert "lightning_fabric.loggers" not in out
-    assert Mine.__name__ not in out
-
-
 def test_data_check_says_whether_the_data_is_whole(tmp_path, capsys):
     assert main(["data", "check", "digits"]) == 0
     out = capsys.readouterr().out

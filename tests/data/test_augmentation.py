@@ -24,11 +24,19 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"randaugment": 2}, {"erase": 1.0}, {"mixup": 0.5}], ids=lambda kwargs: next(iter(kwargs))
+    "kwargs",
+    [
+        {"autoaugment": True},
+        {"autoaugment": True, "crop_padding": 4},
+        {"randaugment": 2},
+        {"erase": 1.0},
+        {"mixup": 0.5},
+    ],
+    ids=lambda kwargs: "-".join(kwargs),
 )
 def test_training_images_change_and_others_do_not(folder, kwargs):
     drawn = []
-    for options in ({}, kwargs):
+    for options in ({"crop_padding": kwargs.get("crop_padding")}, kwargs):
         splits = ImageFolder(folder, size=32, validation=0.25, **options).splits(1)
         train = _Seeded(splits.train, splits.collate)
         images = torch.stack([train[Key(i, 7)][0] for i in range(len(splits.train))])

@@ -8,14 +8,7 @@ import torch
 
 import sltt
 from sltt.data.recordings import RecordingError
-from tests.data.recordings import (
-    cifar10dvs,
-    events,
-    gesture,
-    nmnist,
-    write_bin,
-    write_npy,
-)
+from tests.data.recordings import cifar10dvs, events, gesture, nmnist, write_bin, write_npy
 
 
 def test_nmnist_of_any_number_of_files(tmp_path, caplog):
@@ -118,11 +111,6 @@ def test_a_bad_recording_is_named_and_can_be_skipped(tmp_path, plant, message, c
     assert len(splits.train) == 29
     assert "1 of 30 training recordings skipped" in caplog.text
     assert str(bad) in caplog.text
-
-
-def test_data_that_is_not_there_says_where_it_was_looked_for(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"N-MNIST not found: looked in .*NMNIST/Train/LABEL/\*\.bin"):
-        sltt.data.NMNIST(str(tmp_path)).splits(4)
 
 
 class Fetched:

@@ -73,8 +73,3 @@ def test_mnist_is_read_in_its_own_layout(tmp_path):
     permuted, _ = read(SequentialMNIST(str(tmp_path)).splits(784).test)
     assert permuted.shape == (10, 784, 1)
     assert torch.equal(permuted.flatten(1).sort(1).values, x.flatten(1).sort(1).values)
-
-
-def test_missing_mnist_says_where_it_looked(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"looked in {tmp_path}, expected the folder MNIST/raw"):
-        SequentialMNIST(str(tmp_path)).splits(28)

@@ -143,57 +143,56 @@ def test_neurons_of_sinabs(name, kwargs, reset, surrogate):
     assert isinstance(converted[1], sltt.CubaLIF) == ("tau_syn" in kwargs)
 
 
-class TestNorse:
-    @pytest.fixture
-    def norse(self):
-        return pytest.importorskip("norse.torch")
+def kept(module):
+    return pytest.importorskip("sltt.interop.norse").KeepState(module)
 
-    @pytest.fixture
-    def keep(self):
-        return pytest.importorskip("sltt.interop.norse").KeepState
 
-    def box(self, norse, **kwargs):
-        p = norse.LIFBoxParameters(
-            tau_mem_inv=torch.tensor(300.0, dtype=torch.float64), v_th=torch.tensor(0.2), **kwargs
-        )
-        return norse.LIFBoxCell(p)
+def of_norse(kind, **kwargs):
+    """Parameters of Norse's cells, with another time constant and threshold than theirs."""
+    kwargs = {name: torch.tensor(value) if isinstance(value, float) else value for name, value in kwargs.items()}
+    return kind(tau_mem_inv=torch.tensor(300.0, dtype=torch.float64), v_th=torch.tensor(0.2), **kwargs)
 
-    @pytest.mark.parametrize("rest", [0.0, -0.25])
-    def test_boxes_with_a_hard_reset(self, norse, keep, rest):
-        cells = [self.box(norse, v_leak=torch.tensor(rest), v_reset=torch.tensor(rest)) for _ in range(2)]
-        check_equal(network(*map(keep, cells)).double(), *batch(steps=6), EXACT)
 
-    @pytest.mark.parametrize("method", ["super", "triangle"])
-    def test_boxes_with_a_soft_reset(self, norse, keep, method):
-        reset = pytest.importorskip("norse.torch.functional.reset").reset_subtract
-        kwargs = {"alpha": 1.0} if method == "triangle" else {}
-        cells = [self.box(norse, reset_method=reset, method=method, **kwargs) for _ in range(2)]
-        check_equal(network(*map(keep, cells)).double(), *batch(steps=6), EXACT)
+def soft(norse, **kwargs):
+    reset = pytest.importorskip("norse.torch.functional.reset").reset_subtract
+    return norse.LIFBoxCell(of_norse(norse.LIFBoxParameters, reset_method=reset, **kwargs))
 
-    def test_integrators(self, norse, keep):
-        cells = [norse.IAFCell(norse.IAFParameters(v_reset=torch.tensor(0.1))) for _ in range(2)]
-        check_equal(network(*map(keep, cells)).double(), *batch(steps=6), EXACT)
 
-    @pytest.mark.parametrize("rest", [0.0, -0.25])
-    def test_cells_with_a_synaptic_current(self, norse, keep, rest):
-        p = norse.LIFParameters(
-            tau_mem_inv=torch.tensor(300.0, dtype=torch.float64),
-            v_th=torch.tensor(0.2),
-            v_leak=torch.tensor(rest),
-            v_reset=torch.tensor(rest),
-        )
-        model = network(*(keep(norse.LIFCell(p)) for _ in range(2))).double()
-        assert type(check_equal(model, *batch(steps=6), EXACT)[1]) is sltt.CubaLIF
+def to_rest(norse, kind, rest):
+    parameters = {"LIFBoxCell": norse.LIFBoxParameters, "LIFCell": norse.LIFParameters}[kind]
+    return getattr(norse, kind)(of_norse(parameters, v_leak=rest, v_reset=rest))
 
-    def test_an_integrator_that_has_run_is_converted(self, norse, keep):
-        used = keep(norse.IAFCell())
-        used(torch.randn(2, 3))  # which marks its v_reset to require a gradient
-        assert isinstance(convert(used), sltt.IF)
 
-    def test_a_sequential_state_becomes_a_sequential(self, norse, keep):
-        model = keep(norse.SequentialState(*network(self.box(norse), norse.IAFCell()), norse.LICell())).double()
-        converted = check_equal(model, *batch(steps=6), EXACT)
-        assert [type(m).__name__ for m in converted] == ["Linear", "LIF", "Linear", "IF", "Linear", "KeepState"]
+CELLS = {
+    "box": (lambda n: to_rest(n, "LIFBoxCell", 0.0), sltt.LIF),
+    "box below 0": (lambda n: to_rest(n, "LIFBoxCell", -0.25), sltt.LIF),
+    "box, soft": (lambda n: soft(n, method="super"), sltt.LIF),
+    "box, soft, triangle": (lambda n: soft(n, method="triangle", alpha=1), sltt.LIF),
+    "integrator": (lambda n: n.IAFCell(n.IAFParameters(v_reset=torch.tensor(0.1))), sltt.IF),
+    "synaptic current": (lambda n: to_rest(n, "LIFCell", 0.0), sltt.CubaLIF),
+    "synaptic current below 0": (lambda n: to_rest(n, "LIFCell", -0.25), sltt.CubaLIF),
+}
+
+
+@pytest.mark.parametrize(("make", "ours"), CELLS.values(), ids=CELLS)
+def test_cells_of_norse(make, ours):
+    norse = pytest.importorskip("norse.torch")
+    model = network(kept(make(norse)), kept(make(norse))).double()
+    assert type(check_equal(model, *batch(steps=6), EXACT)[1]) is ours
+
+
+def test_an_integrator_of_norse_that_has_run_is_converted():
+    used = kept(pytest.importorskip("norse.torch").IAFCell())
+    used(torch.randn(2, 3))  # which marks its v_reset to require a gradient
+    assert isinstance(convert(used), sltt.IF)
+
+
+def test_a_sequential_state_of_norse_becomes_a_sequential():
+    norse = pytest.importorskip("norse.torch")
+    box = norse.LIFBoxCell(of_norse(norse.LIFBoxParameters))
+    model = kept(norse.SequentialState(*network(box, norse.IAFCell()), norse.LICell())).double()
+    converted = check_equal(model, *batch(steps=6), EXACT)
+    assert [type(m).__name__ for m in converted] == ["Linear", "LIF", "Linear", "IF", "Linear", "KeepState"]
 
 
 def test_a_learnable_time_constant_goes_on_learning():
@@ -308,10 +307,6 @@ def refusals():
         (lambda n: n.SequentialState(n.LIFBoxCell(), return_hidden=True), "return_hidden=False"),
     ):
         yield "norse.torch", lambda n, make=make: kept(make(n)), message
-
-
-def kept(module):
-    return pytest.importorskip("sltt.interop.norse").KeepState(module)
 
 
 @pytest.mark.parametrize(("library", "make", "message"), list(refusals()))

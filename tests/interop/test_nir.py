@@ -147,7 +147,9 @@ class Own(sltt.LIF):
     """A subclass may do otherwise."""
 
 
-@pytest.mark.parametrize("neuron", [sltt.ALIF(), sltt.StableLIF(), sltt.CubaLIF(tau=None), Own()], ids=repr)
+@pytest.mark.parametrize(
+    "neuron", [sltt.ALIF(), sltt.StableLIF(), sltt.CubaLIF(tau=None), Own(), sltt.IF(v_init=0.5)], ids=repr
+)
 def test_neurons_without_a_counterpart_are_named(neuron):
     with pytest.raises(ValueError, match=rf"NIR has no counterpart for 1 \({type(neuron).__name__}\)"):
         to_nir(nn.Sequential(nn.Linear(6, 8), neuron), torch.randn(2, 6))
@@ -239,16 +241,6 @@ def added_in_place(a, b):
 def test_sums_that_are_not_plain_are_named(function, message):
     with pytest.raises(ValueError, match=message):
         to_nir(Called(function), 5 * torch.randn(8, 6))
-
-
-def test_a_start_that_nir_cannot_say_is_refused():
-    with pytest.raises(ValueError, match="with v_init, for which NIR has no parameter"):
-        to_nir(nn.Sequential(nn.Linear(2, 2), sltt.IF(v_init=0.5)), torch.randn(2, 1, 2))
-
-
-def test_a_time_step_without_length_is_refused():
-    with pytest.raises(ValueError, match="dt must be greater than 0, got 0"):
-        to_nir(nn.Linear(2, 2), torch.randn(1, 2), dt=0)
 
 
 def graph_of(*nodes):

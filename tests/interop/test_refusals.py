@@ -9,19 +9,46 @@ from sltt.rules.batch import sequence_loss
 from tests.conftest import LOSS, batch
 from tests.interop.libraries import gradients_of, jelly, network_of, snn
 
+NEURON, ALL = "spikingjelly.activation_based.neuron", "takes all time steps in one call"
+REFUSED = [  # library, a module of it behind a linear layer, and what the message says
+    (
+        NEURON,
+        lambda n: n.LIFNode(step_mode="m"),
+        r"1 \(LIFNode\) is in multi-step mode: call functional.set_step_mode\(",
+    ),
+    (NEURON, lambda n: nn.Sequential(n.LIFNode(step_mode="m"), n.NonSpikingLIFNode(tau=2.0)), f"mode.*; 1.1 .* {ALL}"),
+    (NEURON, lambda n: n.SLTTLIFNode(), r"1 \(SLTTLIFNode\) has a learning rule of its own: use LIFNode"),
+    (
+        "spikingjelly.activation_based.layer",
+        lambda n: n.Linear(3, 3, step_mode="m"),
+        r"\(Linear\) is in multi-step mode",
+    ),
+    ("snntorch", lambda n: n.Leaky(beta=0.5), "init_hidden=True"),
+    ("snntorch", lambda n: n.DeltaLeaky(beta=0.5, init_hidden=True), "gives its state with its spikes"),
+    ("snntorch", lambda n: n.StateLeaky(beta=0.5, channels=3), ALL),
+    ("snntorch", lambda n: n.LeakyParallel(3, 3), "is recurrent and keeps no state itself"),
+    ("snntorch", lambda n: n.Leaky(beta=0.5, init_hidden=True, output=True), r"return the logits \[B, C\].*got tuple"),
+    ("sinabs.layers", lambda n: n.LIF(2.0), r"1 \(LIF\) takes \[B, T, ...\]: use the squeezing layer"),
+    ("sinabs.layers", lambda n: n.LIFRecurrent(2.0, nn.Linear(3, 3)), "use the squeezing layer"),
+    (
+        "sinabs.layers",
+        lambda n: n.LIFSqueeze(tau_mem=2.0, batch_size=4),
+        "batch_size=4 and num_timesteps=-1, for a time step of 5",
+    ),
+    ("sinabs.layers", lambda n: n.IAFSqueeze(num_timesteps=5), "has batch_size=-1 and num_timesteps=5"),
+    ("norse.torch", lambda n: n.LIFBoxCell(), r"1 \(LIFBoxCell\) passes its state through its calls"),
+    ("norse.torch", lambda n: n.LIF(), rf"1 \(LIF\) {ALL}: use its cell"),
+    ("norse.torch", lambda n: n.LIFRecurrent(3, 3), rf"1 \(LIFRecurrent\) {ALL}: use its cell"),
+    ("torch.nn", lambda n: n.RNN(3, 3), "is recurrent and keeps no state itself: put it into a sltt.Stateful"),
+    ("torch.nn", lambda n: n.LSTMCell(3, 3), "is recurrent and keeps no state itself"),
+]
 
-def test_multi_step_modules_are_refused_by_name():
-    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
-    layer = pytest.importorskip("spikingjelly.activation_based.layer")
-    model = nn.Sequential(
-        layer.Linear(6, 3, step_mode="m"), neuron.LIFNode(step_mode="m"), neuron.NonSpikingLIFNode(tau=2.0)
-    )
-    message = (
-        r"0 \(Linear\) is in multi-step mode: call functional.set_step_mode\(model, 's'\); "
-        r"1 \(LIFNode\) is in multi-step mode.*2 \(NonSpikingLIFNode\) takes all time steps in one call"
-    )
+
+@pytest.mark.parametrize(("library", "make", "message"), REFUSED, ids=range(len(REFUSED)))
+def test_modules_that_do_not_step_are_refused_by_name(library, make, message):
+    model, (x, y) = nn.Sequential(nn.Linear(6, 3), make(pytest.importorskip(library))), batch()
     with pytest.raises(ValueError, match=message):
-        sltt.SLTT()(model.double(), *batch(), LOSS)
+        sltt.SLTT()(model, x.float(), y, LOSS)
 
 
 def test_reset_net_within_forward_is_refused():
@@ -34,35 +61,6 @@ def test_reset_net_within_forward_is_refused():
 
     with pytest.raises(ValueError, match=r"1 \(LIFNode\) was reset in the middle of a sequence: leave the reset out"):
         sltt.unroll(Resets(nn.Linear(6, 8), library.make(8), nn.Linear(8, 3)).double(), batch()[0])
-
-
-def test_a_neuron_with_a_rule_of_its_own_is_refused():
-    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
-    model = nn.Sequential(nn.Linear(6, 3), neuron.SLTTLIFNode()).double()
-    with pytest.raises(ValueError, match=r"1 \(SLTTLIFNode\) has a learning rule of its own: use LIFNode"):
-        sltt.BPTT()(model, *batch(), LOSS)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda s: s.Leaky(beta=0.5), "init_hidden=True"),
-        (lambda s: s.DeltaLeaky(beta=0.5, init_hidden=True), "gives its state with its spikes"),
-        (lambda s: s.StateLeaky(beta=0.5, channels=3), "takes all time steps in one call"),
-        (lambda s: s.LeakyParallel(3, 3), "is recurrent and keeps no state itself"),
-    ],
-)
-def test_neurons_of_snntorch_that_do_not_step_are_refused(make, message):
-    snntorch = pytest.importorskip("snntorch")
-    with pytest.raises(ValueError, match=message):
-        sltt.SLTT()(nn.Sequential(nn.Linear(6, 3), make(snntorch)).double(), *batch(), LOSS)
-
-
-def test_a_neuron_that_gives_a_tuple_at_the_end_is_refused():
-    snntorch = pytest.importorskip("snntorch")
-    model = nn.Sequential(nn.Linear(6, 3), snntorch.Leaky(beta=0.5, init_hidden=True, output=True)).double()
-    with pytest.raises(ValueError, match=r"expected the model to return the logits \[B, C\].*got tuple"):
-        sltt.SLTT()(model, *batch(), LOSS)
 
 
 SNNTORCH, JELLY = "snntorch.functional", "spikingjelly.activation_based.functional"
@@ -103,25 +101,6 @@ def test_a_loss_without_a_counterpart_is_refused(module, name):
         sltt.SLTT()(nn.Linear(6, 3).double(), *batch(), loss() if isinstance(loss, type) else loss)
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs", "message"),
-    [
-        ("LIF", {"tau_mem": 2.0}, r"1 \(LIF\) takes \[B, T, ...\]: use the squeezing layer"),
-        (
-            "LIFSqueeze",
-            {"tau_mem": 2.0, "batch_size": 4},
-            "has batch_size=4 and num_timesteps=-1, for a time step of 5",
-        ),
-        ("IAFSqueeze", {"num_timesteps": 5}, "has batch_size=-1 and num_timesteps=5"),
-        ("LIFRecurrent", {"tau_mem": 2.0, "rec_connect": nn.Linear(3, 3)}, "use the squeezing layer"),
-    ],
-)
-def test_layers_of_sinabs_that_take_several_steps_are_refused(name, kwargs, message):
-    layers = pytest.importorskip("sinabs.layers")
-    with pytest.raises(ValueError, match=message):
-        sltt.SLTT()(nn.Sequential(nn.Linear(6, 3), getattr(layers, name)(**kwargs)), *batch(), LOSS)
-
-
 def test_a_layer_of_sinabs_for_the_batch_size_that_comes_is_taken():
     layers = pytest.importorskip("sinabs.layers")
     model = nn.Sequential(nn.Linear(6, 3), layers.IAFSqueeze(batch_size=5))
@@ -143,12 +122,6 @@ def test_ottt_refuses_hard_resets_and_weights_inside_of_neurons():
 def test_a_model_without_a_state_is_warned_about():
     with pytest.warns(UserWarning, match="no module of the model keeps a state between time steps.*sltt.register"):
         sltt.SLTT()(nn.Linear(6, 3).double(), *batch(), LOSS)
-
-
-@pytest.mark.parametrize("make", [lambda: nn.RNN(6, 3), lambda: nn.LSTMCell(6, 3)])
-def test_a_recurrent_layer_whose_state_nobody_keeps_is_refused(make):
-    with pytest.raises(ValueError, match=r"is recurrent and keeps no state itself: put it into a sltt.Stateful"):
-        sltt.SLTT()(nn.Sequential(make(), sltt.LIF()).double(), *batch(), LOSS)
 
 
 def test_what_a_rule_refuses_is_not_evaluated_either():

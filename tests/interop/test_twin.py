@@ -151,10 +151,8 @@ def test_channels_behind_a_linear_layer_are_the_last_dimension():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_of_a_twin_are_those_of_the_network_built_by_hand(name):
-    rule, ann = (
-        RULES[name],
-        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).double(),
-    )
+    rule = RULES[name]
+    ann = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     layers = list(copy.deepcopy(ann))
     layers[1], layers[3] = sltt.IF(v_init=0.5), sltt.IF(v_init=0.5)
     x, y = 2 * torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(3, (5,))
@@ -253,8 +251,8 @@ def test_thresholds_are_of_images_without_augmentation():
 
 def test_other_arguments_that_do_not_fit(tmp_path):
     ann = network(nn.ReLU(), nn.Linear(6, 3))
-    with pytest.raises(ValueError, match="images, and DigitsEvents has sequences"):
-        spiking(ann, data=sltt.data.DigitsEvents())
+    with pytest.raises(ValueError, match="images, and SequentialDigits has sequences"):
+        spiking(ann, data=sltt.data.SequentialDigits())
     with pytest.raises(ValueError, match="NaN or infinite"):
         spiking(ann, data=torch.full((8, 6), torch.nan))
     with pytest.raises(
@@ -300,11 +298,10 @@ def test_an_ann_and_its_twin_from_the_digits_recipe(tmp_path, monkeypatch):
     main(f"train digits --run ann --model.neuron torch.nn.ReLU --steps 1 --model.width 4 {short}".split())
     words = "--model sltt.interop.spiking --model.neuron sltt.IF --model.ann DigitsNet --model.ann.neuron torch.nn.ReLU"
     words += " --model.ann.width 4 --model.weights ann/best.ckpt --model.data Digits --steps 2"
-    main(f"train digits --run twin {words} {short}".split())
-    main(["eval", "twin"])
-    coding = "--model.coding sltt.data.Poisson --model.coding.low -0.82 --model.coding.high 1.85"
-    main(f"train digits --run coded {words} {coding} {short}".split())
-    assert sltt.load("coded").get_submodule("x").coding.high == 1.85
+    words += " --model.coding sltt.data.Poisson --model.coding.low -0.82 --model.coding.high 1.85"
+    assert main(f"train digits --run twin {words} {short}".split()) == 0
+    assert main(["eval", "twin"]) == 0
+    assert sltt.load("twin").get_submodule("x").coding.high == 1.85
     state = torch.load("twin/best.ckpt", weights_only=True)["model"]
     assert {"features.2.threshold", "head.weight"} <= state.keys()
 

@@ -41,8 +41,13 @@ def test_escape_sequences_in_names_are_shown_escaped(capsys):
     assert capsys.readouterr().out == "run a\\x1b[31m/µ – b\nwarning: a\\udcff\nb\n"
 
 
-def test_a_notebook_shows_one_bar_for_all_epochs_that_vanishes(notebook):
+def test_a_notebook_shows_one_bar_for_all_epochs_that_vanishes(notebook, capsys):
+    with Console(quiet=True).bar("epoch 1/1", 2) as advance:
+        advance()
     console = Console()
+    console.line("run runs/one")  # as plain text
+    assert capsys.readouterr().out == "run runs/one\n"
+    assert notebook.contents == []
     for epoch in (1, 2):
         with console.bar(f"epoch {epoch}/2", 3) as advance:
             advance()
@@ -59,20 +64,6 @@ def test_a_bar_in_a_notebook_is_not_drawn_for_each_batch(notebook, monkeypatch):
         for _ in range(1000):
             advance()
     assert len(notebook.contents) == 2
-
-
-def test_the_table_of_a_notebook_is_plain_text(notebook, capsys):
-    console = Console()
-    console.line("run runs/one")
-    console.warn("something")
-    assert capsys.readouterr().out == "run runs/one\nwarning: something\n"
-    assert notebook.contents == []
-
-
-def test_a_quiet_console_shows_no_bar_in_a_notebook(notebook):
-    with Console(quiet=True).bar("epoch 1/1", 2) as advance:
-        advance()
-    assert notebook.contents == []
 
 
 def test_a_row_has_the_metrics_of_an_epoch_under_their_headings(capsys):

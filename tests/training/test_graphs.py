@@ -18,7 +18,7 @@ from sltt.training.settings import Execution
 from tests.conftest import LOSS
 from tests.test_waits import CAPTURE, assert_same_weights_and_gradients, example
 from tests.test_waits import train as train_plain
-from tests.training.blobs import Blobs, equal, network, rows, train, weights
+from tests.training.blobs import equal, network, rows, train, weights
 
 FAMILY = [sltt.SLTT(), sltt.BPTT(), sltt.TBPTT(2), sltt.OTTT(), sltt.RateBased()]
 CPU = torch.device("cpu")
@@ -254,21 +254,22 @@ def test_what_runs_without_a_graph_says_why(given, problem, demanded, recorded):
                 raise AssertionError(made.problem)
 
 
-def test_the_log_of_a_run_says_why_there_is_no_graph(recorded, monkeypatch, tmp_path):
-    *_, log, lines = watched_training(recorded, monkeypatch, tmp_path / "run", rule=sltt.BPTT(segment=2), epochs=2)
-    assert log == []
-    assert [one for one in lines if "CUDA graph" in one] == [
-        "batches run without a CUDA graph, since BPTT(segment=2) saves and restores random generators"
-    ]
+SEVERAL = [(torch.randn(2 + i % 3, 4), i % 3) for i in range(60)]
 
 
-def test_sequences_of_several_lengths_run_without_a_graph(recorded, monkeypatch, tmp_path):
-    splits = Blobs(static=False).load(4)
-    samples = [(x[: 2 + i % 3], y) for i, (x, y) in enumerate(splits.train)]
-    data = sltt.data.from_datasets(samples, samples, samples, static=False, pad=True)
-    *_, log, lines = watched_training(recorded, monkeypatch, tmp_path / "run", data=data, epochs=2)
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"rule": sltt.BPTT(segment=2)}, "BPTT(segment=2) saves and restores random generators"),
+        ({"data": sltt.data.from_datasets(SEVERAL, static=False, pad=True)}, "sequences have several lengths"),
+    ],
+    ids=["restores", "lengths"],
+)
+def test_the_log_of_a_run_says_why_there_is_no_graph(settings, why, recorded, monkeypatch, tmp_path):
+    *_, log, lines = watched_training(recorded, monkeypatch, tmp_path / "run", epochs=2, **settings)
     assert log == []
-    assert any("since sequences have several lengths" in line for line in lines)
+    (said,) = (line for line in lines if "CUDA graph" in line)
+    assert said.startswith(f"batches run without a CUDA graph, since {why}")
 
 
 def test_a_cpu_has_no_graphs():

@@ -58,8 +58,7 @@ def test_a_training_in_parts_has_the_weights_of_one_in_batches(static, tmp_path)
 
     found = []
     for parts in (1, 3):
-        rule = sltt.SLTT(k=2) if static else sltt.SLTT(k=1, generator=torch.Generator().manual_seed(4))
-        settings = {"rule": rule, "accumulate": parts, "epochs": 1, "clip_norm": 1.0}
+        settings = {"rule": sltt.SLTT(k=2 if static else 1), "accumulate": parts, "epochs": 1, "clip_norm": 1.0}
         _, result = train(tmp_path / str(parts), plain(), Doubles(static=static), **settings)
         found.append((weights(result.run / "last.ckpt"), result.history[-1]))
     for name, value in found[0][0].items():
@@ -80,12 +79,3 @@ def test_parts_take_the_memory_of_a_part(tmp_path):
 def test_normalisation_takes_parts_and_the_last_batch_of_one_epoch(tmp_path):
     _, result = train(tmp_path / "run", network(), accumulate=8, batch_size=29, epochs=1)  # parts of 3, and 2 samples
     assert result.history[0]["train_loss"] > 0
-
-
-def test_all_parts_of_a_batch_train_the_time_steps_of_one_draw(tmp_path):
-    found = []
-    for accumulate in (1, 3):
-        model, rule = plain(), sltt.SLTT(k=1)
-        train(tmp_path / f"{accumulate}", model.float(), rule=rule, epochs=1, accumulate=accumulate)
-        found.append([p.detach() for p in model.parameters()])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
