@@ -54,10 +54,11 @@ class Mixed(Rule):
         for name, window in [*windows.items(), ("default", default)]:
             if window != "all" and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
                 raise ValueError(f"the window of {name} must be 'all' or at least 1 time step, got {window!r}")
-        self.windows: dict[str, Window] = {
-            str(name): window for name, window in windows.items()
-        }  # of YAML, 2 is a number
+        self.windows: dict[str, Window] = {str(name): window for name, window in windows.items()}  # of YAML: {2: all}
         self.default = default
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and repr(self) == repr(other)  # windows in the same order: the first counts
 
     def __hash__(self) -> int:
         return hash(repr(self))

@@ -339,6 +339,7 @@ def test_windows_are_a_value_too():
         assert twin.windows == {"1": "all", "4": 2}
         assert repr(twin) == "Mixed(windows={'1': 'all', '4': 2})"
         assert {rule: 1}[twin] == 1
+    assert rule != sltt.Mixed({"4": 2, "1": "all"})  # the first that fits a name counts
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
