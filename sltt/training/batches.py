@@ -364,7 +364,8 @@ def _outlive_sigterm(worker: int) -> None:
 def seed_everything(seed: int) -> None:
     """Seed every global random generator."""
     _seed_generators(whole_number("seed", seed, least=0, most=2**63 - 1))
-    torch.manual_seed(seed)  # of all devices
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)  # of all devices: for each that is absent, it takes longer than a small layer
 
 
 def seed_batch(*numbers: int) -> int:
