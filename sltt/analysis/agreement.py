@@ -237,7 +237,7 @@ class _Exact:
 
 
 def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreement]:
-    """Yield for each window the `Mixed` that agrees and ends nearest to the input, if nearer than the last."""
+    """Return for each window the `Mixed` that agrees and ends nearest to the input, if nearer than the last."""
     with _fork(exact.x):
         layers = layer_order(copy_model(exact.model), time_steps(exact.x, exact.steps))
     names = [glob.escape(name) for name in layers]  # Mixed takes patterns

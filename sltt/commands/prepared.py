@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Prepared:
-    """What a recipe built, on the device and with data of T = `steps`, as its training has it; for measurements."""
+    """A network of a recipe, on the device and with data of T = `steps`, as its training has it; for measurements."""
 
     def __init__(self, session: Session, built: Any, steps: int):
         self.splits: Splits = session.splits(built.data, steps)

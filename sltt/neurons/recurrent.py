@@ -54,7 +54,7 @@ class Recurrent(Stateful):
         return {"s": 0.0}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Input current x [B, ...] of one time step to spikes [B, ...]."""
+        """Map the input current x [B, ...] of one time step to spikes [B, ...]."""
         before = torch.zeros_like(x) if self.s is None else self.s
         back = self.layer(before)
         if back.shape != x.shape:

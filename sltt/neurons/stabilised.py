@@ -63,7 +63,7 @@ class OnlineRenorm(Stateful, _BatchNorm):
             raise ValueError(f"expected input [B, {self.num_features}, ...], got shape {list(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return x [B, C, ...] of one time step to y of the same shape."""
+        """Normalise x [B, C, ...] of one time step."""
         self._check_input_dim(input)
         if not self.training:
             return self._normalise(input, self.running_mean, self.running_var)

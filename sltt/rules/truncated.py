@@ -228,8 +228,9 @@ class SLTT(Truncated):
         if self.k is None:
             return None
         draws = math.comb(steps, self.k)
-        most = f"has {draws} draws of {self.k} of {steps} steps, and each is a graph: {GRAPHS} at most"
-        return most if draws > GRAPHS else None
+        if draws > GRAPHS:
+            return f"has {draws} draws of {self.k} of {steps} steps, and each is a graph: {GRAPHS} at most"
+        return None
 
     def trained_steps(self, batch: Batch) -> Collection[int]:
         if not isinstance(batch.target, Padded):  # T of a padded batch is that of its longest sequence

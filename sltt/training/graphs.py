@@ -87,15 +87,14 @@ class Replay:
         beside: "Replay | None" = None,
     ):
         self.x, self.y, self._graph = (beside.x, beside.y, graph) if beside else (x.clone(), y.clone(), graph)
-        shared = dict(beside._gradients) if beside else {}
+        shared = {p: gradient for p, gradient in beside._gradients if gradient is not None} if beside else {}
         parameters = list(parameters)
         for p in parameters:  # else the graph makes gradients of its own, and writes them in each replay
             p.grad = shared.get(p)
 
         def run() -> Any:
             for gradient in shared.values():
-                if gradient is not None:
-                    gradient.zero_()
+                gradient.zero_()
             return iteration(self.x, self.y)
 
         try:

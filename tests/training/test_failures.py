@@ -10,6 +10,7 @@ import sltt
 from sltt.parallel.devices import make_fabric
 from sltt.training import loop
 from sltt.training.batches import Ahead
+from sltt.training.session import Session
 from tests.training.blobs import Blobs, Ends, Noting, ending, network, train, weights
 
 
@@ -90,8 +91,8 @@ def test_sequences_of_another_length_than_steps_are_refused(measured, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_next_batch_is_read_before_the_host_waits_for_a_loss(tmp_path, monkeypatch):
-    reads, check = [0], loop.check_finite
+def test_the_next_batch_is_on_the_device_before_the_host_waits_for_a_loss(tmp_path, monkeypatch):
+    reads, copies, check, batch = [0], [0], loop.check_finite, Session.batch
 
     class Counts(Ends):
         def __getitem__(self, index):
@@ -100,14 +101,21 @@ def test_the_next_batch_is_read_before_the_host_waits_for_a_loss(tmp_path, monke
 
     def waits(*args, **kwargs):
         reads.append(0)
+        copies.append(0)
         check(*args, **kwargs)
 
+    def copied(*args):
+        copies[-1] += 1
+        return batch(*args)
+
     monkeypatch.setattr(loop, "check_finite", waits)
+    monkeypatch.setattr(Session, "batch", copied)
     data = Blobs(validation=0)
     splits = data.load(4)
     data.load = lambda steps: replace(splits, train=Counts(splits.train, None, place=-1))
     train(tmp_path / "run", data=data, epochs=2)
     assert reads[1:] == [16, 12, 0, 32, 16, 12, 0, reads[-1]]  # of 60 samples in batches of 16
+    assert copies[:-1] == [2, 1, 1, 0] * 2
 
 
 def test_data_that_fails_is_named_with_the_batch_that_it_is_of(tmp_path):

@@ -62,7 +62,7 @@ class Deferred(Tensor):
 
     @property
     def source(self) -> Tensor:
-        """The input of the BatchNorm without a graph, which must be as it was."""
+        """Return the input of the BatchNorm without a graph; raise RuntimeError where it has changed."""
         x, *_ = self.inputs
         if x._version != self.version:
             raise RuntimeError(
