@@ -14,7 +14,6 @@ try:
         TensorBase,
         _are_functorch_transforms_active,
         _current_graph_task_id,
-        _disabled_torch_function_impl,
         _len_torch_function_stack,
         _to_dlpack,
     )
@@ -25,7 +24,8 @@ try:
     from torch.nn.modules.instancenorm import _InstanceNorm
     from torch.nn.modules.loss import _Loss
     from torch.nn.utils.parametrizations import _SpectralNorm
-    from torch.overrides import _pop_mode, _push_mode
+    from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+    from torch.utils._device import DeviceContext
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
     from torch.utils._pytree import tree_leaves, tree_map_only
 except ImportError as error:
@@ -37,7 +37,6 @@ ATTRIBUTES = {
     "torch.Tensor": {
         "_version": "tells a change in place",
         "_post_accumulate_grad_hooks": "finds hooks that see the gradient of one time step",
-        "_make_wrapper_subclass": "makes a tensor without memory",
     },
     "torch.UntypedStorage": {"_cdata": "names memory, also that of an empty tensor"},
     "torch.nn.Module": {
@@ -50,6 +49,12 @@ ATTRIBUTES = {
         "_backward_pre_hooks": "finds hooks that see one time step in a call",
         "_modules": "a name in a module that is no attribute of the user's",
         "_compiled_call_impl": "is what module.compile() made",
+    },
+    "torch.nn.modules.module": {
+        "_global_forward_hooks": "hooks for all modules, which see several time steps in a call",
+        "_global_forward_pre_hooks": "hooks for all modules, which see several time steps in a call",
+        "_global_backward_hooks": "hooks for all modules, which see several time steps in a call",
+        "_global_backward_pre_hooks": "hooks for all modules, which see several time steps in a call",
     },
     "torch.nn.BatchNorm2d": {"_check_input_dim": "raises PyTorch's own error"},
     "torch.nn.Conv2d": {"_reversed_padding_repeated_twice": "is padding='same' in numbers"},
@@ -100,6 +105,27 @@ def is_compiled(module: torch.nn.Module) -> bool:
 def transforms_active() -> bool:
     """Return whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the network in what Fabric and DistributedDataParallel put around it; None of another module."""
+    wrapper = type(module).__module__.startswith(("lightning_fabric.wrappers", "torch.nn.parallel.distributed"))
+    return next(module.children()) if wrapper else None
+
+
+def has_own_operations() -> bool:
+    """Return whether a function mode of the user's is in force, which gives operations another meaning."""
+    if not _len_torch_function_stack():
+        return False
+    modes = (type(mode) for mode in _get_current_function_mode_stack())
+    return any(kind is not DeviceContext and not kind.__module__.startswith("sltt.") for kind in modes)
+
+
+def has_global_hooks() -> bool:
+    """Return whether a hook for all modules is in force."""
+    of = torch.nn.modules.module
+    hooks = of._global_forward_hooks, of._global_forward_pre_hooks
+    return any(hooks) or bool(of._global_backward_hooks) or bool(of._global_backward_pre_hooks)
 
 
 def add_to_each(tensors: list[Any], values: list[Any]) -> None:

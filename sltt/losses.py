@@ -211,12 +211,12 @@ def bind_loss(loss: Any, run: Run) -> Any:
     watched = {name: module for name, module in neurons.items() if fnmatchcase(name, loss.layers)}
     if not watched:
         raise ValueError(f"no layer of neurons is called {loss.layers!r}; there are {', '.join(neurons) or 'none'}")
-    of_step = _Watching(loss, run)
+    of_step = Watching(loss, run)
     run.enter(observe_spikes(watched, of_step.see))
     return of_step
 
 
-class _Watching:
+class Watching:
     """`Activity` in a batch: adds the penalty of the spikes since its last call.
 
     A call of the network folds n time steps. A layer sees them in one call, or in n: its rates are those of n steps.
@@ -233,16 +233,19 @@ class _Watching:
         self.rates.setdefault(name, []).append(rates)
 
     def __call__(self, logits: Tensor, target: Any) -> Tensor:
-        value = self.loss(logits, target)
+        return self.loss(logits, target) + self.penalty()
+
+    def penalty(self) -> Tensor | float:
+        """Return the penalty of the spikes since the last call."""
         if not self.rates:  # of the second and later steps in one call of the network
-            return value
+            return 0.0
         rates = [torch.cat(of_layer) for of_layer in self.rates.values()]
         if torch.is_grad_enabled() and not any(r.requires_grad for r in rates):
             raise ValueError("the rule has no gradients of spikes, and Activity needs them: use SLTT or BPTT")
         self.rates.clear()
         goal = self.loss.rate
         of_layers = [(r if goal is None else (r - goal).square()).mean() for r in rates]
-        return value + self.loss.weight * self.steps * torch.stack(of_layers).mean()
+        return self.loss.weight * self.steps * torch.stack(of_layers).mean()
 
 
 def predict_from(by: Prediction, logits: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
@@ -325,6 +328,8 @@ _MEAN_MODULES = nn.CrossEntropyLoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.
 def is_mean(loss: Any) -> bool:
     """Return whether a loss is a mean over samples, which may take those of several time steps at once."""
     by_module = type(loss) in _MEAN_MODULES and loss.reduction == "mean"
+    if type(loss) is nn.BCEWithLogitsLoss and loss.weight is not None:  # it may have a value for each sample
+        return False
     return by_module or type(loss) is CrossEntropyMSE or (inspect.isfunction(loss) and loss in _MEANS)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import function
-from sltt.kernels import materialise, running_max
+from sltt.kernels import running_max
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful
 
@@ -51,7 +51,6 @@ class RunningMax(Stateful):
             self.total, self.largest = x.clone(), pooled.clone()  # others may change x and what is given in place
             return pooled
         self.check_state("total", x, self.total.dtype)
-        x = materialise(x)
         native = isinstance(self.pool, nn.MaxPool2d) and not own_forward(self.pool, nn.MaxPool2d)
         if native and (found := running_max(self.pool, self.total, self.largest, x)):
             self.total, self.largest, gained = found

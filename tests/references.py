@@ -65,3 +65,9 @@ class Checkpointed(nn.Sequential):
 
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+
+
+def marked(hook):
+    """A hook that takes several time steps in a call."""
+    hook.sees_folds = True
+    return hook

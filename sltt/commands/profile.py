@@ -32,7 +32,8 @@ from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
 from sltt.commands.verdict import batch_memory
 from sltt.memory import available_memory, parse_bytes
 from sltt.rules import Mixed, Rule
-from sltt.rules.folding import Fold, chosen_fold
+from sltt.rules.batch import Fold
+from sltt.rules.folding import chosen_fold
 from sltt.training.console import Console, megabytes
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution

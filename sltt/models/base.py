@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, fx, nn
 
 from sltt.checks import instance, whole_numbers
-from sltt.sequence.once import once
+from sltt.sequence.pairs import run_layers
 
 NeuronFactory = Callable[[], nn.Module]
 NormFactory = Callable[[int], nn.Module]
@@ -51,6 +51,4 @@ def check_floating(x: Tensor) -> None:
 
 def run_features(layers: nn.Sequential, x: Tensor) -> Tensor:
     """Run layers that begin with a convolution and BatchNorm, which are computed once for a static image."""
-    for i, layer in enumerate(layers):
-        x = once(layer, x) if i < 2 else layer(x)
-    return x
+    return run_layers(layers, x, hoisted=2)

@@ -13,6 +13,7 @@ from sltt.dropout import Dropout
 from sltt.models.base import NeuronFactory, check_frame, neuron_maker, stage_blocks
 from sltt.neurons import LIF
 from sltt.sequence.once import once
+from sltt.sequence.pairs import normalise_and_fire
 
 
 class Block(nn.Module):
@@ -35,11 +36,10 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.neuron1(once(self.norm1, x))
+        y = normalise_and_fire(self.norm1, self.neuron1, x, hoist=True)
         shortcut = x if self.shortcut is None else self.shortcut(y)
         y = self.conv1(y)  # one name, so that each tensor goes when the next is there
-        y = self.norm2(y)
-        y = self.neuron2(y)
+        y = normalise_and_fire(self.norm2, self.neuron2, y)
         y = self.conv2(self.dropout(y))
         return y + shortcut
 
@@ -80,7 +80,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]."""
         check_frame(x, self.in_channels)
-        spikes = self.neuron(self.norm(self.blocks(once(self.stem, x))))
+        spikes = normalise_and_fire(self.norm, self.neuron, self.blocks(once(self.stem, x)))
         return self.head(self.pool(spikes).flatten(1))
 
 

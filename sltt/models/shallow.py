@@ -17,6 +17,7 @@ from sltt.models.base import NeuronFactory, NormFactory, check_frame, neuron_mak
 from sltt.neurons import LIF
 from sltt.pooling import RunningMax
 from sltt.sequence.once import once
+from sltt.sequence.pairs import normalise_and_fire, run_layers
 
 
 class _Residual(nn.Module):
@@ -29,7 +30,7 @@ class _Residual(nn.Module):
         self.neuron = neuron()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.neuron(self.norm(self.conv(x)))
+        return x + normalise_and_fire(self.norm, self.neuron, self.conv(x))
 
 
 class ShallowResNet(nn.Module):
@@ -85,7 +86,7 @@ class ShallowResNet(nn.Module):
         """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 2 to the number of widths."""
         check_frame(x, self.in_channels, least=2**self.poolings)
         for current, stage in zip(self.currents, self.stages, strict=True):
-            x = stage(once(current, x))
+            x = run_layers([*current, stage], x, hoisted=len(current))
         return self.head(self.dropout(F.adaptive_avg_pool2d(x, 1).flatten(1)))
 
 

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from sltt._torch import transforms_active
 from sltt.checks import instance
-from sltt.kernels import CustomStep, custom_step, first_step, without_modes
+from sltt.kernels import CustomStep, custom_step, without_modes
 from sltt.neurons.inspection import emits_bits
 from sltt.sequence.hooks import own_forward
+from sltt.sequence.reach import variables_of
 from sltt.sequence.spikes import show
 from sltt.sequence.state import Role, Stateful, set_role
 from sltt.sequence.steps import in_backward
@@ -89,12 +91,21 @@ class Neuron(Stateful):
             return self.fused_steps(x, steps, cut)
 
     def prepare(self) -> Callable[[Tensor, int, bool], Tensor]:
-        """Return what `advance` does in a run, with all prepared that does not change in it."""
+        """Return what `advance` does in a run."""
         return self.advance
+
+    def advance_normalised(
+        self, norm: nn.Module, x: Tensor, bias: Tensor | None, steps: int, cut: bool
+    ) -> Tensor | None:
+        """Run the time steps in x behind a BatchNorm by a kernel that also normalises; return None without one.
+
+        `bias`, if given, stands for the norm's, whose values it has.
+        """
+        return None
 
     def _prepare_states(self, x: Tensor, steps: int) -> torch.dtype:
         """Make the states before the first step of a sequence, and check them before the others; their type."""
-        first = first_step(x, steps)
+        first = split_steps(x, steps)
         dtype = self.state_type(x)
         for name in self.states:
             if getattr(self, name) is None:
@@ -166,7 +177,9 @@ class Neuron(Stateful):
                 "surrogate or a tensor"
             )
         parameters = tuple((name, value.ndim > 0) for name, value in tensors.items())
-        return CustomStep(type(self).step, len(self.states), parameters, constants), tuple(tensors.values())
+        step = type(self).step
+        reads = _numbers_read(step) if isinstance(step, FunctionType) and step.__module__[:5] != "sltt." else ()
+        return CustomStep(step, len(self.states), parameters, constants, reads), tuple(tensors.values())
 
     def _plain_steps(self, x: Tensor, dtype: torch.dtype, steps: int, cut: bool) -> Tensor:
         """Run the plain function in one graph with the layers around, which differentiate and fuse it themselves."""
@@ -190,8 +203,18 @@ set_role(
         lambda neuron: neuron.reset(),
         lambda neuron: neuron.spikes,
         advance=lambda neuron: None if own_forward(neuron, Neuron) or transforms_active() else neuron.prepare(),
+        of=Neuron,
     ),
 )
+
+
+def split_steps(x: Tensor, steps: int) -> Tensor:
+    """Return the first of the time steps in x [n·B, ...]; raise ValueError where they are not its first dimension."""
+    if steps == 1:
+        return x
+    if len(x) % steps:
+        raise ValueError(f"neurons got {list(x.shape)} for {steps} time steps, folded into the samples; use fold=1")
+    return x[: len(x) // steps]
 
 
 def check_forward(neuron: nn.Module) -> None:
@@ -201,6 +224,21 @@ def check_forward(neuron: nn.Module) -> None:
             f"{type(neuron).__name__} ran inside a backward pass: torch.utils.checkpoint repeats a forward whose state "
             "has moved on, and would give wrong gradients. Leave the neurons out of what is checkpointed."
         )
+
+
+def _numbers_read(step: FunctionType) -> tuple[Any, ...]:
+    """Return the numbers that a function reads from outside, in lists and dictionaries too: they are compiled in."""
+    found, waiting, seen = [], [step], set[Any]()
+    while waiting:
+        if (function := waiting.pop()) in seen:
+            continue
+        seen.add(function)
+        for value in variables_of(function):
+            if isinstance(value, FunctionType):
+                waiting += [value] if value.__module__.partition(".")[0] not in ("torch", "sltt") else []
+            elif isinstance(value, int | float | str | bool | list | tuple | dict):
+                found.append(repr(value))
+    return tuple(found)
 
 
 @functools.cache

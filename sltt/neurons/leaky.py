@@ -5,6 +5,7 @@ spike, v the membrane potential after the reset, which is what is kept between t
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import flag, instance, number
-from sltt.kernels import CustomStep, NeuronStep, fast_step, first_step, neuron_step, run_step
-from sltt.neurons.base import Neuron, takes_any
+from sltt.kernels import CustomStep, NeuronStep, fast_step, neuron_step, normalises, prepare_norm, run_step
+from sltt.neurons.base import Neuron, split_steps, takes_any
 from sltt.neurons.inspection import emits_bits
 from sltt.surrogates import Surrogate, Triangle
 
+_CONSTANTS = "v_threshold", "v_reset", "decay_input", "detach_reset", "surrogate"
 BELOW = "it must be below v_threshold"
 
 
@@ -124,13 +126,7 @@ class IntegrateAndFire(Neuron):
 
     def constants(self) -> dict[str, Any]:
         """Return the arguments of `lif_step` that are never learned."""
-        return {
-            "v_threshold": self.v_threshold,
-            "v_reset": self.v_reset,
-            "decay_input": self.decay_input,
-            "detach_reset": self.detach_reset,
-            "surrogate": self.surrogate,
-        }
+        return {name: getattr(self, name) for name in _CONSTANTS}
 
     def kernel_step(self) -> tuple[NeuronStep | None, Tensor | None]:
         """Return the constants for kernels, None if the neuron is more than `lif_step`; and λ if it is learned.
@@ -153,16 +149,37 @@ class IntegrateAndFire(Neuron):
         spikes, self.v = neuron_step(step, self.v, x, decay, steps, cut)
         return spikes
 
+    def advance_normalised(
+        self, norm: nn.Module, x: Tensor, bias: Tensor | None, steps: int, cut: bool
+    ) -> Tensor | None:
+        step, decay = self.kernel_step()
+        if step is None:
+            return None
+        self._prepare_states(x, steps)
+        assert self.v is not None
+        fast = fast_step(step, self.v, x.dtype, decay)
+        if not normalises(fast, decay, steps) or (normed := prepare_norm(norm, x, bias, steps)) is None:
+            return None
+        spikes, self.v = run_step(step, fast, self.v, normed, decay, steps, cut)
+        return spikes
+
     def prepare(self) -> Callable[[Tensor, int, bool], Tensor]:
-        (step, decay), states = self.kernel_step(), vars(self)
-        if step is None or decay is not None:
+        own = type(self).decay not in (LIF.decay, IF.decay) or type(self).constants is not IntegrateAndFire.constants
+        if own or self.kernel_step()[0] is None:
             return self.advance
-        fast: Any = None
-        seen: Any = None  # kind of input that it was chosen for
+        read = operator.attrgetter(*_CONSTANTS, *(["tau"] if type(self).decay is LIF.decay else []))
+        states, step, fast = vars(self), None, None
+        constants: tuple[Any, ...] = ()
+        seen: Any = None  # constants, and kind of input, that the step was chosen for
 
         def advance(x: Tensor, steps: int, cut: bool) -> Tensor:
-            nonlocal fast, seen
-            v, first = states["v"], x if steps == 1 and type(x) is Tensor else first_step(x, steps)
+            nonlocal step, fast, constants, seen
+            now = read(self)  # a forward or a hook may change them
+            if not constants or not all(map(operator.is_, now, constants)):
+                constants, seen, (step, _) = now, None, self.kernel_step()
+            if step is None:
+                return self.advance(x, steps, cut)
+            v, first = states["v"], x if steps == 1 else split_steps(x, steps)
             if v is None:
                 v = torch.full_like(first, self.start, dtype=self.state_type(x))
             elif v.shape != first.shape or v.device != first.device:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt._torch import transforms_active
+from sltt._torch import has_own_operations, transforms_active
 from sltt.checks import instance
 from sltt.kernels import Weights, recurrent_steps, runs_recurrence
 from sltt.neurons.base import Neuron
 from sltt.neurons.leaky import IntegrateAndFire
-from sltt.sequence.hooks import own_forward
-from sltt.sequence.spikes import show, watches
+from sltt.sequence.hooks import own_forward, runs_hooks
+from sltt.sequence.spikes import show
 from sltt.sequence.state import Role, Stateful, emits_spikes, set_role
 
 
@@ -71,7 +71,8 @@ class Recurrent(Stateful):
         if self.prepare() is None:
             return False
         step, decay = neuron.kernel_step()
-        return decay is None and runs_recurrence(step, self.layer.weight)  # pyright: ignore[reportArgumentType]
+        hooks = runs_hooks(neuron, self.layer)
+        return not hooks and decay is None and runs_recurrence(step, self.layer.weight)  # pyright: ignore[reportArgumentType]
 
     def prepare(self) -> Callable[..., Tensor | None] | None:
         """Return what runs several time steps in a call by a kernel; None for layers that no kernel knows."""
@@ -81,18 +82,20 @@ class Recurrent(Stateful):
         plain = ((self, Recurrent), (neuron, Neuron), (layer, nn.Linear))
         if transforms_active() or any(own_forward(module, kind) for module, kind in plain):
             return None
-        if neuron.kernel_step()[0] is None:
+        if neuron.kernel_step()[0] is None or "weight" not in layer._parameters:  # it is computed, as by a norm
             return None
 
         def advance(x: Tensor, steps: int, cut: bool, weights: Weights, trace: Any = None) -> Tensor | None:
-            hooks = len(neuron._forward_hooks) - len(watches(neuron)) + len(neuron._forward_pre_hooks)
-            if hooks or layer._forward_hooks or layer._forward_pre_hooks or x.shape[-1] != layer.out_features:
+            (step, decay), weight = neuron.kernel_step(), layer._parameters["weight"]
+            known = step is not None and type(weight) is nn.Parameter and x.shape[-1] == layer.out_features
+            if not known or runs_hooks(neuron, layer) or has_own_operations():
+                return None
+            if self.s is not None and not torch.equal(self.s * self.s, self.s):  # changed: no spikes any more
                 return None
             neuron._prepare_states(x, steps)
-            step, decay = neuron.kernel_step()
             assert step is not None
             assert neuron.v is not None
-            tensors = x, self.s, neuron.v, layer.weight, layer.bias, decay
+            tensors = x, self.s, neuron.v, weight, layer.bias, decay
             found = recurrent_steps(step, *tensors, weights, steps, cut, trace)
             if found is None:
                 return None

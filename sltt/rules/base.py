@@ -14,9 +14,10 @@ from sltt import kernels
 from sltt.checks import function, instance, whole_number
 from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, bind_loss, check_loss, is_per_step
-from sltt.rules.batch import Backward, Batch, Output, StepLoss
+from sltt.rules.batch import Backward, Batch, Fold, Output, StepLoss
 from sltt.rules.diagnosis import check_reached, explain_errors, note
-from sltt.rules.folding import Fold, choose_fold, fold_of
+from sltt.rules.fold_trial import ProbeLoss
+from sltt.rules.folding import choose_fold, fold_of
 from sltt.rules.gradients import add_together
 from sltt.sequence.padding import Padded, check_lengths, target_of
 from sltt.sequence.run import Run
@@ -105,25 +106,29 @@ class Rule(Frozen, ABC):
         explained = explain_errors(backward or Tensor.backward, network)
         if x.device.type != "cpu":  # where a launch takes longer than the sum
             explained = add_together(explained, model)
-        batch = Batch(network, target, loss, explained, update, seed)
         try:
+            batch = Batch(network, target, loss, explained, update, seed, self._choose_fold(network, loss))
             with network:
                 batch.loss = bind_loss(loss, network)
                 out = self.run(batch)
                 network.results.finish(explained)
-                total = network.result(out.loss)
+                total, logits = network.result(out.loss, out.logits)
             if backward is None and update is None:
                 check_reached(model)
         except Exception as error:
             note(error, network)
             raise
-        return Output(total, out.logits)
+        return Output(total, logits)
 
-    def choose_fold(self, batch: Batch) -> Fold:
-        """Return how many time steps of a batch share a call of the network."""
-        if self.fold != "auto":
-            return Fold(self.fold, self.fold)
-        return Fold() if self.hoist or self.recompute else choose_fold(batch.network)
+    def _choose_fold(self, network: Run, loss: Any) -> Fold:
+        if self.fold == "auto" and (self.hoist or self.recompute or self.online):
+            return Fold()
+        return choose_fold(network, self.fold, self, loss, self.step, self.run_trial)
+
+    def run_trial(self, run: Run, fold: int) -> Tensor:
+        """Run the rule on a copy of a network with so many time steps in a call; return the logits."""
+        probe = torch.arange(run.sequence.steps), ProbeLoss()
+        return self.run(Batch(run, *probe, update=lambda: None, seed=0, fold=Fold(fold, fold))).logits
 
     def step(self) -> Step:
         """Return what layers do in a time step, for a batch: a `Step` whose methods are overridden.
@@ -218,12 +223,12 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
     sequence = time_steps(x, steps)
     network = Run(model, sequence, hoist=True, grad=False)
     try:
+        n = choose_fold(network, fold).forward
         with network:
-            n = fold if fold != "auto" else choose_fold(network).forward
             calls = [range(t, min(t + n, sequence.steps)) for t in range(0, sequence.steps, n)]
             network.weights = kernels.Weights(len(calls))
             logits = [network(sequence.input(call), len(call)).clone() for call in calls]
-            result = network.result(torch.cat(logits))
+            (result,) = network.result(torch.cat(logits))
     except Exception as error:
         note(error, network)
         raise

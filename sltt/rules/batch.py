@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
-from sltt.losses import SequenceLoss, is_mean, is_per_step
+from sltt.losses import SequenceLoss, Watching, is_mean, is_per_step
+from sltt.sequence.once import hand_over
 from sltt.sequence.padding import Padded, Real
+from sltt.sequence.reach import refers_to
 from sltt.sequence.run import Run
 from sltt.sequence.steps import Sequence
 
@@ -29,6 +31,20 @@ class Output(NamedTuple):
     logits: Tensor
 
 
+class Fold(NamedTuple):
+    """Time steps in a call of the network.
+
+    Attributes:
+        trained: with a graph.
+        forward: without one.
+        why: why it is one; None if the network's layers are large, or if there are several.
+    """
+
+    trained: int = 1
+    forward: int = 1
+    why: str | None = None
+
+
 @dataclass
 class Batch:
     """A batch in the hands of a rule, on a model that was just reset.
@@ -40,6 +56,7 @@ class Batch:
         backward: of a scalar; call it in place of `Tensor.backward`.
         update: steps and zeroes the optimizer, for a rule that is `online`.
         seed: of what the rule draws in this batch; None draws from the global generator.
+        fold: time steps that share a call of the network.
         sequence: the input.
         steps: T.
         whole: the loss is one of the whole sequence.
@@ -51,6 +68,7 @@ class Batch:
     backward: Backward = Tensor.backward
     update: Callable[[], Any] | None = None
     seed: int | None = None
+    fold: Fold = field(default_factory=Fold)
     _logits: Tensor | None = None  # [T, B, C], of the steps that ran
     _ran: set[int] = field(default_factory=set)
     _total: Tensor | float = 0.0
@@ -139,14 +157,44 @@ class Batch:
             self._total = self._total + total.detach() + others
         return total
 
-    def _sum_losses(self, steps: range | list[int], logits: Tensor) -> Tensor:
+    def backpropagate_logits(self, steps: range, logits: Tensor) -> list[Tensor | None]:
+        """Call the loss of time steps that ran without a graph, once for each; return the gradients that it gives.
+
+        These are of the logits [n, B, C], and of the states behind the last step if the loss may read them.
+        """
+        leaf, watching = logits.detach().requires_grad_(), isinstance(self.loss, Watching)
+        reads = not watching and refers_to(self.loss, self.network.layout.layers)
+        states = [s for s in self.network.layout.state_tensors() if s.is_floating_point()] if reads else []
+        for state in states:
+            state.requires_grad_()
+        with torch.enable_grad():
+            value = self._sum_losses(steps, leaf, self.loss.loss if watching else None)
+            if value.requires_grad:
+                self.backward(value)
+        self._total = self._total + value.detach() + (self.loss.penalty() / self.steps if watching else 0.0)
+        found = [leaf.grad, *(state.grad for state in states)]
+        for state in states:
+            state.grad = None
+            state.requires_grad_(False)
+        return found
+
+    def hand_over(self, total: Tensor, logits: Tensor, gradients: list[Tensor | None]) -> Tensor:
+        """Return `total`, whose backward gives time steps that ran again what `backpropagate_logits` found."""
+        if isinstance(self.loss, Watching):
+            total = total + self.loss.penalty() / self.steps
+        states = [s for s in self.network.layout.state_tensors() if s.is_floating_point()]
+        pairs = zip([logits.clone(), *states], gradients, strict=False)
+        return hand_over(total, [(x, g) for x, g in pairs if g is not None and x.requires_grad])
+
+    def _sum_losses(self, steps: range | list[int], logits: Tensor, loss: Any = None) -> Tensor:
         """Return the sum of the losses of logits [n, B, C] of time steps, over T."""
-        if len(steps) > 1 and is_mean(self.loss) and isinstance(self.target, Tensor) and self.target.ndim:
+        loss = loss or self.loss
+        if len(steps) > 1 and is_mean(loss) and isinstance(self.target, Tensor) and self.target.ndim:
             target = self.target.repeat(len(steps), *[1] * (self.target.ndim - 1))
-            return step_loss(self.loss, logits.flatten(0, 1), target) * (len(steps) / self.steps)
+            return step_loss(loss, logits.flatten(0, 1), target) * (len(steps) / self.steps)
         values, changes = [], self._per_step or isinstance(self.target, Padded)
         for t, o in zip(steps, logits, strict=True):
-            values.append(step_loss(self.loss, o, self.targets(t) if changes else self.target))
+            values.append(step_loss(loss, o, self.targets(t) if changes else self.target))
         return (values[0] if len(values) == 1 else torch.stack(values).sum()) / self.steps
 
     def window_loss(self, steps: range, logits: Tensor) -> Tensor:

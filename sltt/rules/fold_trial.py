@@ -1,180 +1,182 @@
-"""Try whether time steps may share a call of a network: run them one by one and in one call, forward and backward.
+"""Try whether time steps may share a call of a network: run a real batch on copies, step by step and in shared calls.
 
-The trial runs on a copy. Its neurons give asinh of their input, so that nothing before or behind them is hidden; its
-small parameters are changed, so that layers that are equal at first differ.
+The copies are in float64, where rounding hides no difference above 1e-9 of the largest value; a network that does not
+run so is compared in its own types, down to 2e-5. Logits, the gradients of all parameters as the rule cuts them, the
+states, and the buffers are compared. The loss is a sum of the logits with random weights, so that nothing of the user's
+but the network runs again.
 """
 
-import io
-import pickle
 import random
-from contextlib import nullcontext
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sltt._torch import DispatchMode, _DropoutNd
+from sltt import kernels
+from sltt._torch import _disable_current_modes, _DropoutNd, wrapped_module
 from sltt.dropout import Dropout
 from sltt.sequence.copies import copy_model
-from sltt.sequence.layout import Layer, Layout
+from sltt.sequence.hooks import without_marked_hooks
+from sltt.sequence.layout import layout_of
 from sltt.sequence.run import Run
-from sltt.sequence.step import NEURON, Step
+from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence
 
-SAMPLES, _STEPS = 2, 2
-_SHARED_FROM = 2**16  # elements of a parameter that the copy shares
+RunRule = Callable[[Run, int], Tensor]  # runs a rule on copies with so many steps in a call; gives the logits
 _DROPOUTS = _DropoutNd.__module__, Dropout.__module__  # whose masks are drawn for each sample
-_OWN = "_parameters", "_buffers", "_modules", "forward"
+_PRECISE, _ROUGH = 1e-9, 2e-5
 
 
-class _Watch(DispatchMode):
-    """Sees operations whose results other samples, or the number of calls, may change; `found` names one."""
-
-    found: str | None = None
-    ours = False  # within a layer of neurons
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.ours and torch.Tag.data_dependent_output in func.tags:
-            self.found = "decides by the value of a tensor"
-        if not self.ours and torch.Tag.nondeterministic_seeded in func.tags:
-            self.found = "draws random numbers"
-        return func(*args, **(kwargs or {}))
+class PlainError(Exception):
+    """A network does not run step by step on a copy: the batch itself shows why."""
 
 
-class Seen(Step):
-    """Time steps whose neurons pass on what they read, and which see the sizes of layers.
+class _MovesError(Exception):
+    """A network gives other results when it runs again."""
 
-    Attributes:
-        rows: the most rows of a layer's matrix product in a time step.
-        bytes: of what the layers give in it.
-        watch: sees the operations, where the time steps are watched.
+
+class ProbeLoss:
+    """A sum of a time step's logits with weights that are drawn for it; its target is the number of the step."""
+
+    per_step = True
+
+    def __call__(self, logits: Tensor, step: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(int(step))
+        return (logits * torch.randn(logits.shape, generator=generator).to(logits)).sum()
+
+
+def find_difference(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRule) -> str | None:
+    """Return what differs where `fold` time steps of a run's batch share a call of the network; None if nothing does.
+
+    Raises ValueError for a network that reads something outside of it that moves, PlainError for one that does not run,
+    and errors that are faults of this package.
     """
-
-    def __init__(self) -> None:
-        self.rows = self.bytes = 0
-        self.watch = _Watch()
-
-    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        if layer.advance is None or len(args) != 1:
-            return super().neuron(layer, *args, **kwargs)
-        self.run.take_turn(layer, NEURON)
-        self.watch.ours = True
-        with torch.no_grad():
-            layer.advance(args[0], self.run.fold, False)  # for the states
-        self.watch.ours = False
-        self._count(args[0])
-        return args[0].asinh()  # keeps large values in bounds, and errors of rounding small
-
-    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        y = layer.plain(*args, **kwargs)
-        self.rows = max(self.rows, y.numel() // self.run.fold // len(layer.role.weight(layer.module)))
-        self._count(y)
-        return y
-
-    def _count(self, y: Tensor) -> None:
-        self.bytes += y.nbytes if self.run.call == 1 else 0
+    problem: str | None = None
+    for precise in (True, False):
+        try:
+            return _compare(run, fold, make_step, run_rule, precise)
+        except PlainError:
+            if not precise:
+                raise
+        except Exception as error:  # of any kind: it is the user's code
+            if isinstance(error, _MovesError):
+                raise ValueError(*error.args) from None
+            if _is_fault(error):
+                raise
+            problem = f"does not run so ({type(error).__name__}: {error})"
+    return problem
 
 
-class Trial:
-    """A copy of a network, to try time steps of inputs [B, ...] on.
-
-    Attributes:
-        seen: the sizes of its layers, of `SAMPLES` samples.
-        problem: why its time steps cannot share a call, where one time step shows it.
-    """
-
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.twin = copy_model(model, lambda p: p.numel() >= _SHARED_FROM)
-        self.small = [p for p in self.twin.parameters() if p.numel() < _SHARED_FROM and p.requires_grad]
-        self.like = x
-        with torch.no_grad():
-            for p in self.small:  # equal layers, one for each time step, are to differ
-                p += torch.rand_like(p)
-        for module in self.twin.modules():
-            if type(module).__module__ in _DROPOUTS:
-                module.eval()
-        before = _contents(self.twin)
-        with torch.no_grad():
-            self.seen = self._run(SAMPLES, _STEPS, 1, watched=True)[0]
-        changed = next((name for name, _ in _contents(self.twin).items() - before.items()), None)
-        self.problem = f"changes {changed} in a time step" if changed else self.seen.watch.found
-
-    def compare(self, steps: int) -> str | None:
-        """Run so many time steps one by one and in one call; return why outputs or gradients differ, or None."""
-        alone, together = (self._run(len(self.like), steps, fold)[1:] for fold in (1, steps))
-        if all(map(_equal_but_rounding, alone, together)):
-            return None
-        return "gives other results then: it mixes samples, or keeps a state that no rule knows"
-
-    def _run(self, batch: int, steps: int, fold: int, watched: bool = False) -> tuple[Seen, Tensor, Tensor, Tensor]:
-        """Run time steps of random samples in calls of `fold`, with the backward of SLTT.
-
-        Return the layers, the outputs, and the gradients of input and small parameters by a random sum of the outputs.
-        """
-        torch.manual_seed(steps)
-        like, shape = self.like, (steps, batch, *self.like.shape[1:])
-        generator = torch.Generator().manual_seed(steps)  # another thread may draw from the global one
-        if like.is_floating_point():
-            x = torch.randn(shape, dtype=like.dtype, generator=generator).to(like)
-        else:
-            x = torch.randint(2, shape, generator=generator).to(like)
-        seen, outputs, of_x = Seen(), [], []
-        with Run(self.twin, Sequence(x, steps, False), seen) as run, seen.watch if watched else nullcontext():
-            for t in range(0, steps, fold):
-                part = x[t : t + fold].flatten(0, 1).requires_grad_(like.is_floating_point())
-                y = run(part, fold, cut=True)
-                outputs.append(y.detach().clone())
-                inputs = [one for one in (part, *self.small) if one.requires_grad]
-                if y.requires_grad and inputs:
-                    weights = torch.randn((steps, *y.shape[1:]), generator=generator.manual_seed(steps))
-                    torch.autograd.backward(y, weights[t : t + fold].to(y), inputs=inputs)
-                of_x.append(part.grad)
-                run.detach()
-        gradients = _join(of_x, x), _join([p.grad for p in self.small], x)
-        for p in self.small:
-            p.grad = None
-        return seen, torch.cat(outputs), *gradients
+@contextmanager
+def apart_from_user(device: torch.device) -> Iterator[None]:
+    """Leave random generators as they were, and run without the user's modes and compiled kernels."""
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())  # which count operations, say
+        stack.enter_context(kernels.without_modes())
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(kernels.using(compile="off"))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        _seed()
+        yield
 
 
-def _join(gradients: list[Tensor | None], x: Tensor) -> Tensor:
-    """Return all gradients as one tensor, on the device of x."""
-    return torch.cat([torch.zeros(1, device=x.device), *(g.flatten().to(x.device) for g in gradients if g is not None)])
+def copy_apart(model: nn.Module) -> nn.Module:
+    """Return a copy of a network, without what Fabric and DistributedDataParallel put around it."""
+    while (inner := wrapped_module(model)) is not None:
+        model = inner
+    twin = copy_model(model)
+    for module in twin.modules():
+        if type(module).__module__ in _DROPOUTS:
+            module.eval()
+    return twin
 
 
-def _equal_but_rounding(a: Tensor, b: Tensor) -> bool:
-    """Return whether time steps have the results that they have in one call, but for rounding."""
-    tolerance = {2: 2e-2, 4: 1e-4}.get(a.dtype.itemsize, 1e-10)
-    return a.numel() == b.numel() and bool((a.flatten() - b.flatten()).abs().max() <= tolerance * a.abs().max())
+def _seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
-class _Contents(pickle.Pickler):
-    """Writes what an attribute holds: of tensors their values, of modules which they are."""
+def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRule, precise: bool) -> str | None:
+    sequence, tolerance = run.sequence, _PRECISE if precise else _ROUGH
+    x, most = sequence.x if sequence.static else sequence.x[: 2 * fold], min(sequence.steps, 2 * fold)
+    kind = torch.float64 if precise and x.is_floating_point() else x.dtype
 
-    def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, Tensor):
-            return obj.shape, obj.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
-        return id(obj) if isinstance(obj, nn.Module) else None
+    def results(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what so many steps in a call give, and what they change in the network."""
+        twin = copy_apart(run.model).double() if precise else copy_apart(run.model)
+        weights, layout = [(name, p, p.detach().clone()) for name, p in twin.named_parameters()], layout_of(twin)
+        part = Sequence(x.to(kind, copy=True), most, sequence.static)  # a forward may change it
+        _seed()
+        given = _run(twin, part, steps, make_step(), run_rule)
+        changes = layout.changes()
+        return given, changes | {name: p.detach() for name, p, before in weights if not torch.equal(p, before)}
 
-
-def _content(value: Any) -> Any:
-    """Return what an attribute holds, to be compared; what cannot be written, such as a lambda, by which it is."""
-    file = io.BytesIO()
     try:
-        _Contents(file).dump(value)
-    except Exception:  # of any kind: it is the user's object
-        return id(value)
-    return file.getvalue()
+        plain, changed = results(1)
+    except Exception as error:
+        if _is_fault(error):
+            raise
+        raise PlainError from error
+    together, also_changed = results(fold)
+    for name, value in changed.items():
+        if isinstance(value, Tensor) or name not in also_changed or value != also_changed[name]:
+            return f"changes {name} in a time step"
+    problem = _find_unequal(plain, together, tolerance)
+    if problem and (moved := _find_unequal(plain, results(1)[0], tolerance)):
+        raise _MovesError(
+            f"the network {moved.partition(' then')[0]} when it runs again on a copy: its forward reads something "
+            "outside of it that moves, such as a clock, an iterator or a generator of random numbers. Keep it in the "
+            "network, or use fold=1, which runs nothing twice"
+        )
+    return problem
 
 
-def _contents(model: nn.Module) -> dict[str, Any]:
-    """Return what modules hold besides their states and large parameters, by name, and other random generators."""
-    found = {"the random numbers of Python or NumPy": _content((random.getstate(), np.random.get_state()))}
-    for layer in Layout(model).layers.values():
-        if layer.role.stepwise:
+def _run(twin: nn.Module, sequence: Sequence, fold: int, step: Step, run_rule: RunRule) -> dict[str, Tensor | None]:
+    """Run a rule on a copy; return logits, states, gradients and buffers by name, in the order of their importance."""
+    with without_marked_hooks(twin.modules()), torch.enable_grad(), Run(twin, sequence, step) as run:
+        found: dict[str, Any] = {"logits": run_rule(run, fold)}
+        run.results.finish(Tensor.backward)
+        for layer in run.layout.keepers:
+            for name in layer.states:
+                found[f"the state {name} of {layer}"] = getattr(layer.module, name)
+    found |= {f"the gradient of {name}": p.grad for name, p in twin.named_parameters()}
+    return found | {f"the buffer {name}": buffer for name, buffer in twin.named_buffers()}
+
+
+def _find_unequal(first: dict[str, Any], second: dict[str, Any], tolerance: float) -> str | None:
+    """Return how results differ by more than rounding, or None."""
+    both = {name: (_flatten(a), _flatten(second.get(name))) for name, a in first.items()}
+    gradients = [a.abs().max() for name, (a, _) in both.items() if name.startswith("the gradient") and a.numel()]
+    largest = torch.stack(gradients).max() if gradients else 0.0  # beside it, a gradient that is 0 is rounding
+    for name, (a, b) in both.items():
+        if a.numel() == b.numel() and not a.numel():
             continue
-        module, place = layer.module, f"{layer.name or 'the model'}."
-        small = {name: p for name, p in module._parameters.items() if p is not None and p.numel() < _SHARED_FROM}
-        held = {**{k: v for k, v in vars(module).items() if k not in _OWN}, **module._buffers, **small}
-        found |= {place + name: _content(held[name]) for name in held.keys() - {*layer.states}}
-    return found
+        scale = a[a.isfinite()].abs().max() if a.isfinite().any() else 1.0
+        scale = scale + largest / 100 * name.startswith("the gradient")
+        same = a.shape == b.shape and ((a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= tolerance * scale)).all()
+        if not same:
+            return f"gives another {name.removeprefix('the ')} then: it mixes samples, or keeps what no rule knows"
+    return None
+
+
+def _flatten(value: Any) -> Tensor:
+    """Return the tensors in a result as one, in float64."""
+    if isinstance(value, Tensor):
+        return value.detach().flatten().to("cpu", torch.float64)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *map(_flatten, parts)])
+
+
+def _is_fault(error: Exception) -> bool:
+    """Return whether an error is a fault of this package: raised in it, and no refusal."""
+    if not isinstance(error, AttributeError | TypeError | NameError | LookupError | AssertionError):
+        return False
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return Path(last.filename).is_relative_to(Path(__file__).parents[1])

@@ -4,46 +4,34 @@ A matrix product of few rows (samples × pixels) takes the time of one with many
 several time steps share a call, until the layers' products have some 2,048 rows. A network whose products have as many
 in one time step runs step by step.
 
-Steps share a call only where that changes no result, which a `Trial` finds once a network and shape.
+Steps share a call only where that changes no result. Structure proves it (`sltt.sequence.proof`); else the first real
+batch shows it (`fold_trial`), and the next batch of a network that has changed; else each step runs by itself.
 """
 
 import math
-import random
-from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sltt import kernels
-from sltt._torch import _disable_current_modes
 from sltt.checks import whole_number
-from sltt.rules.fold_trial import SAMPLES, Seen, Trial
+from sltt.rules.batch import Batch, Fold
+from sltt.rules.fold_trial import PlainError, ProbeLoss, RunRule, apart_from_user, copy_apart, find_difference
+from sltt.sequence.hooks import without_marked_hooks
+from sltt.sequence.layout import Layer, Layout, layout_of
 from sltt.sequence.once import is_sharded
+from sltt.sequence.proof import find_modes
+from sltt.sequence.reach import refers_to
 from sltt.sequence.run import Run
+from sltt.sequence.snapshot import Buffers
+from sltt.sequence.step import NEURON, Step
+from sltt.sequence.steps import Sequence
 
 ROWS = 2048  # of a layer's matrix product in a call; more save no time
 ROOM = 2**24  # bytes that the further steps of a call may take, or half of those of the weights
-
-
-class Fold(NamedTuple):
-    """Time steps in a call of the network.
-
-    Attributes:
-        trained: with a graph.
-        forward: without one.
-        why: why it is one; None if the network's layers are large, or if there are several.
-    """
-
-    trained: int = 1
-    forward: int = 1
-    why: str | None = None
-
-
-_folds: WeakKeyDictionary[nn.Module, dict[Any, Fold]] = WeakKeyDictionary()
+TRIED = 2**26  # bytes of weights up to which a network is copied to try it: copies and gradients take six times as many
 
 
 def fold_of(fold: Any) -> int | Literal["auto"]:
@@ -51,64 +39,135 @@ def fold_of(fold: Any) -> int | Literal["auto"]:
     return "auto" if fold == "auto" else whole_number("fold", fold, least=1, remedy="or use 'auto'")
 
 
-def choose_fold(run: Run) -> Fold:
-    """Return how many time steps of a sequence share a call of its network, which is at its first one."""
-    model, sequence = run.model, run.sequence
+def choose_fold(
+    run: Run,
+    fold: int | Literal["auto"] = "auto",
+    rule: Any = None,
+    loss: Any = None,
+    make_step: Callable[[], Step] = Step,
+    run_rule: RunRule | None = None,
+) -> Fold:
+    """Return how many time steps of a sequence share a call of its network, before it runs.
+
+    Args:
+        run: of the batch.
+        fold: a number asks for so many.
+        rule: another one is tried by itself; None in an evaluation.
+        loss: what refers to the network may read its states, of which a call leaves those of its last step.
+        make_step: what layers do in a time step of the rule.
+        run_rule: runs the rule on a copy; None runs each step with a backward of its own.
+
+    Raises:
+        ValueError: so many steps as were asked for would change results.
+    """
     # a lazy layer has no weights before its first batch
-    if sequence.steps == 1 or not sequence.batch or any(is_lazy(p) for p in model.parameters()):
+    if fold == 1 or run.sequence.steps == 1 or not run.sequence.batch or any(map(is_lazy, run.model.parameters())):
         return Fold()
-    x = sequence.input(range(1))
-    modules = tuple((type(m), m.training, count_hooks(m)) for m in run.layout.layers)
-    shape = x.shape, x.dtype, x.device, type(run.step), modules
-    found, key = _folds.setdefault(model, {}), (shape, sequence.steps)
-    if key not in found:
-        compared = max((_steps_in_call(fold) for (of, _), fold in found.items() if of == shape), default=1)
-        found[key] = _choose(run, x, compared)
-    return found[key]
+    if fold != "auto":
+        run.require_folds()
+    x, layout, problem = run.sequence.input(range(1)), run.layout, find_modes()
+    kind = rule, x.shape, x.dtype, x.device
+    key = fold, run.sequence.steps, kind
+    if not problem and loss is not None and refers_to(loss, layout.layers):
+        problem = "has a loss that refers to it, which may read the states of one time step"
+    if not problem and key not in layout.folds:
+        layout.folds[key] = _choose(run, x, fold, kind, make_step, run_rule or run_steps)
+    layout.chosen = chosen = Fold(why=problem) if problem else layout.folds[key]
+    if fold != "auto" and chosen.why:
+        marked = ", or mark a hook that takes several, hook.sees_folds = True" if "hooks on" in chosen.why else ""
+        raise ValueError(f"fold={fold} would change results: the network {chosen.why}; use fold=1{marked}")
+    return chosen
 
 
 def chosen_fold(model: nn.Module) -> Fold | None:
     """Return what was chosen last for a network; None before its first batch, and under rules that do not fold."""
-    return next(reversed(_folds.get(model, {}).values()), None)
+    return layout_of(model).chosen
 
 
-def _choose(run: Run, x: torch.Tensor, compared: int) -> Fold:
-    """Choose; as many steps as were `compared` at another T share a call without a further comparison."""
-    if problem := _problem(run):
+def run_steps(run: Run, fold: int) -> Tensor:
+    """Run the time steps of a sequence, each with a backward of its own; return the logits."""
+    batch = Batch(run, torch.arange(run.sequence.steps), ProbeLoss(), fold=Fold(fold, fold))
+    for t in range(0, batch.steps, fold):
+        value = batch.forward(range(t, min(t + fold, batch.steps)), cut=True)
+        if value.requires_grad:
+            batch.backward(value)
+        batch.detach()
+    return batch.output().logits
+
+
+def _choose(run: Run, x: Tensor, fold: Any, kind: Any, make_step: Callable[[], Step], run_rule: RunRule) -> Fold:
+    layout: Layout = run.layout
+    if problem := _problem(run) or layout.refused:
         return Fold(why=problem)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(_disable_current_modes())  # which count operations, say
-            stack.enter_context(kernels.without_modes())
-            stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(kernels.using(bits=False, compile="off"))  # no kernel looks at values
-            stack.callback(random.setstate, random.getstate())
-            stack.callback(np.random.set_state, np.random.get_state())
-            torch.manual_seed(0)
-            trial = Trial(run.model, x)
-            fold = _of_sizes(run, trial.seen, len(x) / SAMPLES)
-            if fold.forward == 1:
-                return fold
-            problem = trial.problem
-            if not problem and _steps_in_call(fold) > compared:
-                problem = trial.compare(_steps_in_call(fold))
-    except Exception as error:  # of any kind: it is the user's code
-        return Fold(why=f"does not run so ({type(error).__name__}: {error})")
-    return Fold(why=problem) if problem else fold
+    weights = sum(p.nbytes for p in run.model.parameters())
+    if layout.unproved and weights > TRIED and fold == "auto":
+        return Fold(why=f"{layout.unproved}, and {weights / 1e6:.0f} MB of weights are too many to try it on copies")
+    with apart_from_user(x.device):
+        chosen = Fold(fold, fold)
+        if fold == "auto":
+            try:
+                chosen = _of_sizes(run, _measure(run.model, x, layout.unproved is None), weights)
+            except Exception as error:  # of any kind: it is the user's code
+                return Fold(why=f"does not run so ({type(error).__name__}: {error})")
+        n = min(chosen.trained if chosen.trained > 1 else chosen.forward, run.sequence.steps)
+        if layout.unproved is None or n <= layout.tried.get(kind, 1):
+            return chosen
+        try:
+            layout.refused = find_difference(run, n, make_step, run_rule)
+        except PlainError:
+            return Fold()
+    layout.tried[kind], layout.steady = n, layout.refused is None
+    return Fold(why=layout.refused) if layout.refused else chosen
 
 
-def _steps_in_call(fold: Fold) -> int:
-    """Return the time steps in a call, with a graph if these are several."""
-    return fold.trained if fold.trained > 1 else fold.forward
+class _Sizes(Step):
+    """A time step that shows the sizes of layers: neurons and BatchNorms pass on what they read.
+
+    Attributes:
+        rows: the most rows of a layer's matrix product.
+        bytes: of what the layers give.
+    """
+
+    def __init__(self) -> None:
+        self.rows = self.bytes = 0
+
+    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        if layer.advance is None or len(args) != 1:
+            return layer.plain(*args, **kwargs)
+        self.run.take_turn(layer, NEURON)
+        self.bytes += args[0].nbytes
+        return args[0].asinh()  # keeps large values in bounds
+
+    def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if layer.role.stepwise and len(args) == 1 else layer.plain(*args, **kwargs)
+
+    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        y = layer.plain(*args, **kwargs)
+        self.rows = max(self.rows, y.numel() // len(layer.role.weight(layer.module)))
+        self.bytes += y.nbytes
+        return y
 
 
-def _of_sizes(run: Run, seen: Seen, scale: float) -> Fold:
-    """Return how many steps share a call by the sizes of layers, of `scale` times the samples that were seen."""
-    if not seen.rows:
+@torch.no_grad()
+def _measure(model: nn.Module, x: Tensor, proved: bool) -> tuple[float, float]:
+    """Return the most rows of a layer in a time step x [B, ...], and the bytes that its layers give.
+
+    What structure proves leaves no trace in the network; another forward runs on a copy.
+    """
+    few, step, model = x[:2].clone(), _Sizes(), model if proved else copy_apart(model)
+    with without_marked_hooks(model.modules()), Run(model, Sequence(few, 1, True), step, grad=False) as run:
+        buffers = Buffers(run)  # of neurons that follow their layer
+        run(few)
+        buffers.restore()
+    return step.rows * len(x) / len(few), step.bytes * len(x) / len(few)
+
+
+def _of_sizes(run: Run, sizes: tuple[float, float], weights: int) -> Fold:
+    """Return how many steps share a call by the sizes of layers."""
+    rows, size = sizes[0], 1.5 * sizes[1]  # measured: what layers keep, and gradients
+    if not rows:
         return Fold(why="has no linear layer and no convolution of PyTorch's")
-    rows, size = seen.rows * scale, 1.5 * seen.bytes * scale  # measured: what layers keep, and gradients
-    room = max(ROOM, sum(p.nbytes for p in run.model.parameters()) // 2)
+    room = max(ROOM, weights // 2)
     most, further = min(ROWS / rows, 1 + room / size), min(2 * ROWS / rows, 1 + 2 * room / size)
     return Fold(_even(run.sequence.steps, most), _even(run.sequence.steps, further))
 
@@ -123,23 +182,12 @@ def _problem(run: Run) -> str | None:
     if is_sharded(run.model):
         return "has sharded weights"
     for layer in run.layout.layers.values():
-        if count_hooks(layer.module):
-            return f"has hooks on {layer}, which see one time step in a call"
         if layer.compiled:
             return f"has compiled code in {layer}"
+    if run.layout.unproved and run.layout.unproved.startswith("has hooks"):
+        return run.layout.unproved
     try:
         run.require_folds()
     except ValueError as error:
         return f"cannot fold: {str(error).removesuffix('; use fold=1')}"
     return None
-
-
-def count_hooks(module: nn.Module) -> int:
-    """Count the hooks on a module and its weights, without those that compute its weights, and those of ours."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
-    for p in module._parameters.values():  # which see the gradient of one time step
-        for some in (getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None)):
-            hooks += (some or {}).values()
-    ours = (type(hook).__module__.startswith("torch.nn.utils") or hasattr(hook, "sees_folds") for hook in hooks)
-    return len(hooks) - sum(ours)

@@ -14,7 +14,6 @@ from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import hand_over
 from sltt.sequence.run import Run
-from sltt.sequence.snapshot import Snapshot
 from sltt.sequence.state import detach_module, state_tensors
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence
@@ -36,7 +35,7 @@ class Mixed(Rule):
     end at the same step. So a last layer near the input saves memory. If few layers are above it, BPTT takes no more.
 
     Two cases keep the graph of the whole network, for the same gradient: a graph that goes around the last layer, as
-    within residual blocks, and a last layer that runs twice in a step. The first step runs once more to find out.
+    within residual blocks, and a last layer that runs twice in a step. The first step shows that, and keeps its graph.
 
     Args:
         windows: window of each layer of neurons, a number of time steps or "all", by its name in the model or a pattern
@@ -71,7 +70,7 @@ class Mixed(Rule):
         cut.begin(kept)
         for t in range(batch.steps):
             value = cut.forward(batch, t)
-            if cut.module is None and kept:
+            if kept and (t == 0 or cut.module is None):
                 waiting = value if waiting is None else waiting + value
             else:
                 batch.backward(value)
@@ -157,10 +156,10 @@ class _Cut(Step):
     def begin(self, kept: list[nn.Module]) -> None:
         """Begin a sequence."""
         self.kept = kept
-        self.module = kept[-1] if kept else None
+        self.module: nn.Module | None = None
         self._outputs: list[tuple[Tensor, Tensor]] = []  # of that module, and the leaf that stands for it above
-        self._last: nn.Module | None = None
-        self._calls = 0
+        self._first: list[tuple[nn.Module, Any, set[Tensor]]] = []  # of the first step: what kept modules gave
+        self._calls, self._in_first = 0, False
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         return self._cut(layer.module, super().neuron(layer, *args, **kwargs))
@@ -168,10 +167,13 @@ class _Cut(Step):
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         return self._cut(layer.module, super().keeper(layer, *args, **kwargs))
 
+    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor:
+        y = super().run_pair(norm, neuron, x) if self.may_pair(norm, neuron) else None
+        return neuron.module(norm.module(x)) if y is None else self._cut(neuron.module, y)
+
     def _cut(self, module: nn.Module, output: Any) -> Any:
-        if module not in self.kept:
-            return output
-        self._last = module
+        if self._in_first and module in self.kept:
+            self._first.append((module, output, self._kept_states()))
         if module is not self.module or not isinstance(output, Tensor):  # a tuple is not cut: the graph stays whole
             return output
         self._calls += 1
@@ -181,23 +183,40 @@ class _Cut(Step):
         self._outputs.append((output, leaf))
         return leaf
 
+    def _kept_states(self) -> set[Tensor]:
+        return {state for module in self.kept for state in state_tensors(module)}
+
     def forward(self, batch: Batch, t: int) -> Tensor:
-        """Return the loss of time step t, in a graph that is cut. The first step of a sequence finds out where."""
-        start = Snapshot(batch.network) if t == 0 and self.module is not None else None
-        while True:
-            before = _graph_of_states(self.kept)
-            self._outputs, self._calls = [], 0
-            value = batch.forward(range(t, t + 1))
-            if self.module is None or self._separates(value, before):
-                return value
-            if start is None:
-                raise RuntimeError(
-                    f"time step {t} has another graph than the first, so Mixed cannot cut it at that layer: use BPTT"
-                )
-            # the module that ran last, which need not be the last by name; if it was that one, no cut
-            self.module = None if self._last is self.module else self._last
-            del value
-            start.restore(leaves=False)
+        """Return the loss of time step t, in a graph that is cut from the second on: the first step shows where."""
+        before = _graph_of_states(self.kept)
+        self._outputs, self._calls, self._in_first = [], 0, t == 0
+        value = batch.forward(range(t, t + 1))
+        if t == 0 and self.kept:
+            # the last by name, or the one that ran last
+            last = [module for module, *_ in self._first[-1:]]
+            self.module = next((m for m in (self.kept[-1], *last) if self._parts(m, value, before)), None)
+            self._first.clear()
+        elif self.module is not None and not self._separates(value, before):
+            raise RuntimeError(
+                f"time step {t} has another graph than the first, so Mixed cannot cut it at that layer: use BPTT"
+            )
+        return value
+
+    def _parts(self, module: nn.Module, value: Tensor, before: set[Any]) -> bool:
+        """Return whether the graph of the first step could be cut at a module's output, as `_separates` says of a cut.
+
+        A kept state that is made of that output later would get its gradient steps too late.
+        """
+        found = [(output, then) for of, output, then in self._first if of is module]
+        if len(found) != 1 or not isinstance(found[0][0], Tensor):
+            return False
+        (output, then), states = found[0], self._kept_states()
+        if (node := output.grad_fn) is None:
+            return True
+        later = _graph_nodes([state.grad_fn for state in states - then], stop={*before, node})
+        above = _graph_nodes([value.grad_fn], stop=[node]) - {node}
+        below = _graph_nodes([node, *(state.grad_fn for state in states)], stop=before)
+        return node not in later and not _operations(above & below)
 
     def chain_backward(self, waiting: Tensor | None) -> Tensor | None:
         """Return `waiting`, whose backward also sends what this step left at the cut through the graph below.

@@ -76,8 +76,7 @@ class OTTT(Rule):
     def run(self, batch: Batch) -> Output:
         step: Any = batch.network.step
         # the first step shows which neurons each layer feeds; weights that change are read at every step
-        n = 1 if self.online else self.choose_fold(batch).trained
-        for call in [range(1), *split(range(1, batch.steps), n)]:
+        for call in [range(1), *split(range(1, batch.steps), batch.fold.trained)]:
             value = batch.forward(call, cut=True)
             step.traces.end(value, len(call))
             batch.backward(value)

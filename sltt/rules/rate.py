@@ -15,11 +15,12 @@ from sltt.neurons import IntegrateAndFire, Neuron, Recurrent, StableLIF
 from sltt.neurons.base import check_forward
 from sltt.pooling import RunningMax
 from sltt.rules.base import Rule
-from sltt.rules.batch import Batch, Output, step_loss
-from sltt.rules.folding import fold_of
+from sltt.rules.batch import Batch, Fold, Output, step_loss
+from sltt.rules.folding import choose_fold, fold_of
 from sltt.rules.segments import split
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.layout import Layer
+from sltt.sequence.run import Run
 from sltt.sequence.snapshot import Buffers
 from sltt.sequence.spikes import show, watches
 from sltt.sequence.step import NEURON, Step
@@ -76,6 +77,9 @@ class RateBased(Rule):
             raise ValueError("RateBased has mean logits only, and the loss takes targets for each time step: use SLTT")
         return self._run_steady(batch) if self.steady else self._run_recorded(batch)
 
+    def _choose_fold(self, network: Run, loss: Any) -> Fold:
+        return Fold() if self.steady else choose_fold(network, self.fold, self, loss)  # of steps without a graph
+
     def step(self) -> Step:
         return _Recording("steady" if self.steady else "step")
 
@@ -87,7 +91,7 @@ class RateBased(Rule):
 
     def _run_recorded(self, batch: Batch) -> Output:
         recording: Any = batch.network.step
-        for call in split(range(batch.steps), self.choose_fold(batch).forward):
+        for call in split(range(batch.steps), batch.fold.forward):
             batch.run(call, graph=False)
             recording.check(call.stop)
         logits = torch.stack([batch.logits(t) for t in range(batch.steps)])
@@ -126,6 +130,9 @@ class _Recording(Step):
         self.run.shows = self.what == "step"
         forward = getattr(self.gathered[layer], self.what)
         return forward(x) if self.what != "step" else self.run.one_by_one(layer, (x,), {}, forward)
+
+    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor:
+        return neuron.module(norm.module(x))
 
     def check(self, steps: int) -> None:
         """Raise ValueError unless every layer ran once in each of the steps so far, or never."""
@@ -181,7 +188,7 @@ class _NeuronLayer(_Layer):
 
     def step(self, x: Tensor) -> Tensor:
         self.calls += 1
-        neuron, x = self.module, kernels.materialise(x)
+        neuron = self.module
         before = [getattr(neuron, name) for name in neuron.states]
         s = type(neuron).forward(neuron, x)
         with torch.enable_grad():  # to see which parameters learn

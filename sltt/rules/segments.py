@@ -9,8 +9,7 @@ more forward of all segments but the last (Chen et al. 2016, arXiv 1604.06174).
 import torch
 from torch import Tensor
 
-from sltt.rules.batch import Batch, Output
-from sltt.rules.folding import Fold
+from sltt.rules.batch import Batch, Fold, Output
 from sltt.sequence.once import hand_over
 from sltt.sequence.snapshot import Snapshot
 
@@ -20,10 +19,11 @@ def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
     run = batch.network
     segments = split(range(batch.steps), length)
     starts: list[Snapshot] = []
+    found: dict[int, list[Tensor | None]] = {}  # gradients of logits, since a loss is called once for each step
     for segment in segments[:-1]:
         starts.append(Snapshot(run))
         for call in split(segment, fold.trained):
-            batch.forward(call, graph=False)
+            found[call.start] = batch.backpropagate_logits(call, batch.run(call, graph=False))
     starts.append(Snapshot(run))
     end: Snapshot | None = None
     leaves: list[Tensor | None] = []
@@ -34,8 +34,11 @@ def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
             leaves = starts[i].restore(leaves=i > 0)
             total = torch.zeros((), device=batch.sequence.x.device)
             for call in split(segments[i], fold.trained):
-                before = [] if end is None else [(t, batch.logits(t).clone()) for t in call]
-                total = total + batch.forward(call)
+                if end is None:
+                    total = total + batch.forward(call)
+                    continue
+                before = [(t, batch.logits(t).clone()) for t in call]
+                total = batch.hand_over(total, batch.run(call), found.pop(call.start))
                 same |= {t: torch.isclose(batch.logits(t), o, 1e-3, 1e-5, equal_nan=True).all() for t, o in before}
             if end is None:
                 end = Snapshot(run)

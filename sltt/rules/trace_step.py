@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
-from sltt._torch import _BatchNorm
+from sltt._torch import _BatchNorm, has_own_operations
 from sltt.neurons import Recurrent
 from sltt.rules.traces import Traces
 from sltt.sequence.layout import Layer
@@ -35,26 +35,30 @@ class TraceStep(Step):
         self.operations: dict[Layer, _Operations] = {}
 
     def handler(self, layer: Layer, folds: bool) -> Any:
-        if self.traces is None:
-            self.traces = Traces(self.run.layout, self.decay, self.inputs)
+        self._begin()
         return super().handler(layer, folds)
 
+    def _begin(self) -> None:
+        if self.traces is None:
+            self.traces = Traces(self.run.layout, self.decay, self.inputs)
+
     def require_folds(self) -> None:
+        self._begin()
         if problems := self.traces.layers_without_fold(self.run.layout):
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             raise ValueError(f"OTTT in a fold has no traces for {problems[0]}{more}; use fold=1")
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        operations = self._operations_of(layer)
-        if layer.operation is None or len(args) != 1 or not torch.is_grad_enabled():
+        operations, module = self._operations_of(layer), layer.module
+        operation = kernels.operation_of(module) if layer.is_known else None
+        if operation is None or len(args) != 1 or not torch.is_grad_enabled() or has_own_operations():
             return operations.forward(*args, **kwargs)
-        (function, settings), module = layer.operation, layer.module
         return operations.weigh(
-            function, kernels.materialise(args[0]), layer.role.weight(module), module.bias, *settings
+            operation.function, args[0], layer.role.weight(module), module.bias, *operation.settings
         )
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        norm, run = layer.module, self.run
+        norm = layer.module
         learns = self.inputs and torch.is_grad_enabled() and norm.bias is not None and norm.bias.requires_grad
         if not learns:
             return super().norm(layer, *args, **kwargs)
@@ -62,10 +66,29 @@ class TraceStep(Step):
             return self._operations_of(layer).forward(*args, **kwargs)
         if (trace := self.traces.read(norm, None)) is None:
             return super().norm(layer, *args)
-        bias = _scale_gradient(norm.bias, trace.ones[-1])  # pyright: ignore[reportArgumentType]
-        waiting = kernels.deferred_norm(norm, args[0], bias) if run.fast and not kernels.others_save() else None
-        y = kernels.plain_norm(norm, args[0], bias) if waiting is None else waiting
+        y = kernels.plain_norm(norm, args[0], _scale_gradient(norm.bias, trace.ones[-1]))
         self.traces.wrote(trace, y)
+        return y
+
+    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor:
+        traces, trace, bias = self.traces, None, norm.module.bias
+        traced = neuron.module in traces.decays and not traces.learns_decay(neuron.module)
+        if not traced or not self.may_pair(norm, neuron):
+            return neuron.module(norm.module(x))
+        if self.inputs and torch.is_grad_enabled() and bias is not None and bias.requires_grad:
+            trace = traces.read(norm.module, None)
+            bias = bias if trace is None else _scale_gradient(bias, trace.ones[-1])
+        y = self.run_pair(norm, neuron, x, bias)
+        if y is None and trace is None:
+            return neuron.module(norm.module(x))
+        if y is None:
+            z = kernels.plain_norm(norm.module, x, bias)
+            traces.wrote(trace, z)
+            return neuron.module(z)
+        traces.arrive(neuron.module, (x,), {})
+        if trace is not None and not trace.decays:
+            trace.decays.append(traces.decays[neuron.module])
+        traces.leave(neuron.module, y)
         return y
 
     def _recurrent(self, layer: Layer, x: Tensor) -> Tensor | None:
@@ -112,7 +135,7 @@ class TraceStep(Step):
         if isinstance(layer.module, _BatchNorm):  # with a state besides
             return self.norm(layer, *args, **kwargs)
         if isinstance(layer.module, Recurrent) and len(args) == 1 and not in_backward():
-            if (y := self._recurrent(layer, kernels.materialise(args[0]))) is not None:
+            if (y := self._recurrent(layer, args[0])) is not None:
                 return y
             if self.run.fold > 1:
                 raise ValueError(f"OTTT in a fold has no traces for the weights in {layer}; use fold=1")

@@ -15,8 +15,8 @@ from sltt import kernels
 from sltt.checks import flag, whole_number
 from sltt.losses import SequenceLoss, is_mean
 from sltt.rules.base import Rule
-from sltt.rules.batch import Batch, Output
-from sltt.rules.folding import Fold, fold_of
+from sltt.rules.batch import Batch, Fold, Output
+from sltt.rules.folding import fold_of
 from sltt.rules.segments import run_in_segments, split
 from sltt.sequence.padding import Padded
 
@@ -66,7 +66,7 @@ class Truncated(Rule):
         return range(batch.steps)
 
     def run(self, batch: Batch) -> Output:
-        steps, length, fold = range(batch.steps), self.window or batch.steps, self.choose_fold(batch)
+        steps, length, fold = range(batch.steps), self.window or batch.steps, batch.fold
         trained = self.trained_steps(batch)
         scale = batch.steps / len(trained) if self.rescale else 1.0
         cut = length == 1  # such windows share a call of the network: the neurons cut the gradient between its steps
@@ -160,7 +160,7 @@ class BPTT(Truncated):
         if batch.whole:
             raise ValueError("segment has no graph of all logits, which a loss of the whole sequence needs: use BPTT()")
         with kernels.choosing_once():
-            return run_in_segments(batch, self.segment, self.choose_fold(batch))
+            return run_in_segments(batch, self.segment, batch.fold)
 
 
 class TBPTT(Truncated):

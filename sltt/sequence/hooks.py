@@ -1,12 +1,15 @@
 """Hooks on modules for a while, and handlers in place of their forwards."""
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from sltt._torch import has_global_hooks
 
 
 @contextmanager
@@ -26,8 +29,51 @@ class Handler(partial):
         return getattr, (self.args[0].module, "forward")
 
 
+def count_hooks(module: nn.Module) -> int:
+    """Count the hooks on a module and its weights, without those that compute its weights, and those of ours."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    for p in module._parameters.values():  # which see the gradient of one time step
+        for some in (getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None)):
+            hooks += (some or {}).values()
+    ours = (type(hook).__module__.startswith("torch.nn.utils") or hasattr(hook, "sees_folds") for hook in hooks)
+    return len(hooks) - sum(ours)
+
+
+@contextmanager
+def without_marked_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Take those hooks off inside this block that say `sees_folds`: they are to see the time steps of batches alone."""
+    before = [(module, name, vars(module)[name]) for module in modules for name in _HOOKS if vars(module)[name]]
+    try:
+        for module, name, hooks in before:
+            kept = ((key, hook) for key, hook in hooks.items() if not hasattr(hook, "sees_folds"))
+            vars(module)[name] = OrderedDict(kept)
+        yield
+    finally:
+        for module, name, hooks in before:
+            vars(module)[name] = hooks
+
+
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+def runs_hooks(*modules: nn.Module) -> bool:
+    """Return whether calls of modules run hooks of others than those who see spikes: their own, or for all modules."""
+    if has_global_hooks():
+        return True
+    for m in modules:
+        if m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+        if m._forward_hooks and not all(hasattr(hook, "sees_folds") for hook in m._forward_hooks.values()):
+            return True
+    return False
+
+
 def own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a module's forward is not that of `kind`: overridden by its class, or replaced by its user."""
+    """Return whether a call of a module runs more than `kind.forward`: of its class, or put there by its user."""
+    inner = ("__call__", "_conv_forward") if hasattr(kind, "_conv_forward") else ("__call__",)
+    if any(getattr(type(module), name) is not getattr(kind, name) for name in inner):
+        return True
     forward = vars(module).get("forward")
     while isinstance(forward, Handler):
         forward = forward.args[0].before

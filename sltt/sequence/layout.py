@@ -1,7 +1,7 @@
-"""The layers of a network, each in its role; read once a batch."""
+"""The layers of a network, each in its role; read again where something that they rest on has changed."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sltt._torch import FABRIC, is_compiled
-from sltt.kernels import Operation, operation_of
+from sltt.sequence.fingerprint import Fingerprint
 from sltt.sequence.hooks import own_forward
+from sltt.sequence.proof import find_unproved
 from sltt.sequence.state import Role, Stateful, detach_module, role_of, state_tensors
 
 
@@ -27,9 +28,9 @@ class Layer:
         compiled: it runs in compiled code.
         before: the forward that the instance had before a run; None is that of its class.
         plain: the forward that the run's handler stands for.
-        operation: what a weight layer applies; None where its forward is not known.
         advance: runs several time steps in a call, see `Role`; None where the layer cannot.
         seen: the call of the network in which it ran last.
+        is_known: its forward is that of the class that has the role.
         spikes: it is a layer of neurons.
         detach: drops the graph behind its states.
     """
@@ -42,21 +43,17 @@ class Layer:
     parts: list[nn.Module] = field(default_factory=list)
     before: Any = None
     plain: Any = None
-    operation: Operation | None = None
     advance: Any = None
     seen: int = 0
+    is_known: bool = field(init=False)
     spikes: bool = field(init=False)
     detach: Callable[[], Any] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.is_known = self.role.of is not None and not own_forward(self.module, self.role.of)
         keeps = bool(self.states or self.role.kind == "keeper")
         self.spikes = keeps and self.role.spikes(self.module)
         self.detach = self.module.detach if isinstance(self.module, Stateful) else partial(detach_module, self.module)
-
-    @property
-    def is_known(self) -> bool:
-        """Return whether its forward is that of the class that has the role."""
-        return self.role.of is not None and not own_forward(self.module, self.role.of)
 
     @property
     def differentiable(self) -> bool:
@@ -73,6 +70,13 @@ class Layout:
     Attributes:
         layers: of all modules, in the order of `model.modules()`.
         keepers: those that keep a state.
+        unproved: why structure does not prove that the network treats its samples alike; None if it does.
+        steady: no call of the network changes its weights: structure proves it, or a real batch showed it.
+        folds: time steps in a call by the kind of a batch, as chosen so far.
+        chosen: the last of them.
+        tried: most time steps that a trial showed to share a call, by the kind of a batch.
+        refused: why no steps share a call, as a trial found.
+        in_use: a run has it.
     """
 
     def __init__(self, model: nn.Module):
@@ -81,12 +85,30 @@ class Layout:
         for name, module in model.named_modules():
             role = role_of(type(module))
             name = name.removeprefix(FABRIC).removesuffix(FABRIC[:-1])
-            layer = self.layers[module] = Layer(name, module, role, tuple(role.states(module)), module in compiled)
-            if role.kind == "weight" and layer.is_known:
-                layer.operation = operation_of(module)
+            self.layers[module] = Layer(name, module, role, tuple(role.states(module)), module in compiled)
         self.keepers = [layer for layer in self.layers.values() if layer.states]
         for layer in self.keepers:
             layer.parts = [m for m in layer.module.modules() if self.layers[m].states]
+        self.unproved = find_unproved(self.layers)
+        self.steady = self.unproved is None
+        self.folds: dict[Any, Any] = {}
+        self.chosen: Any = None
+        self.tried: dict[Any, int] = {}
+        self.refused: str | None = None
+        self.in_use = False
+        self._fingerprint = Fingerprint(self.layers.values())
+        self._changes = 0
+
+    def changes(self) -> dict[str, Any]:
+        """Return what has changed of what the forward rests on, such as an attribute."""
+        return self._fingerprint.changes()
+
+    def follow(self, before: "Layout", changes: Iterable[str]) -> None:
+        """Take over from the layout before a change: no trial is repeated in vain."""
+        if [*before.layers] == [*self.layers]:
+            self.refused, self._changes = before.refused, 0 if before.folds else before._changes + 1
+            if self._changes > _CHANGES:
+                self.refused = f"changes {next(iter(changes))} from batch to batch"
 
     @property
     def neurons(self) -> dict[str, nn.Module]:
@@ -141,6 +163,36 @@ class Layout:
     def state_tensors(self) -> list[Tensor]:
         """Return the tensors in all states, in an order that is the same wherever a time step ends."""
         return [tensor for layer in self.keepers for tensor in state_tensors(layer.module)]
+
+
+_KEPT = "_sltt_layouts"  # the attribute of a network with its layouts
+_CHANGES = 3  # batches in a row before each of which the network changed
+
+
+class _Layouts(dict[bool, Layout]):
+    """The layouts of a network, in training mode and not. Copies and files of the network have none."""
+
+    def __reduce__(self) -> Any:
+        return dict, ()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _Layouts()
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Return the layout of a network for a run, as it was read before if nothing has changed."""
+    layouts = vars(model).get(_KEPT)
+    if not isinstance(layouts, _Layouts):
+        layouts = vars(model)[_KEPT] = _Layouts()
+    before = layouts.get(model.training)
+    if before is not None and before.in_use:
+        return Layout(model)
+    changes = {} if before is None else before.changes()
+    if before is None or changes:
+        layouts[model.training] = Layout(model)
+        if before is not None:
+            layouts[model.training].follow(before, changes)
+    return layouts[model.training]
 
 
 def _modules_in(value: Any) -> list[nn.Module]:

@@ -53,7 +53,6 @@ class _Result(NamedTuple):
     value: Tensor  # in its graph
     leaf: Tensor  # cut off from it
     version: int
-    owner: Any  # kept alive, since the key has its id
 
 
 class Results:
@@ -79,16 +78,17 @@ class Results:
     def once(self, function: Callable[..., Tensor], owner: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         """Do as `once` of this module."""
         self._check(owner, "call it without sltt.once" if owner is function else "give it a module without neurons")
-        if not self._keep or not all(any(x is fixed for fixed in self._fixed) for x in inputs):
+        if not self._keep or not all(map(self.is_fixed, inputs)):
             return function(*inputs)
         versions = tuple(map(_version, owner.parameters()))  # a rule may change weights in the middle
         grad = self._grad and (torch.is_grad_enabled() or not self.in_graph)
-        key = id(owner), getattr(function, "__name__", ""), tuple(map(id, inputs)), versions, grad
+        # of a method its function, which is the same in each time step; fixed inputs and the owner stay alive
+        key = owner, getattr(function, "__func__", function), tuple(map(id, inputs)), versions, grad
         if key not in self._results:
             with torch.set_grad_enabled(grad):
                 value = function(*inputs)
             leaf = value.detach().requires_grad_(value.requires_grad)
-            self._results[key] = _Result(value, leaf, _version(leaf), owner)
+            self._results[key] = _Result(value, leaf, _version(leaf))
             self._fixed.append(leaf)
         result = self._results[key]
         if _version(result.leaf) != result.version:
@@ -97,6 +97,10 @@ class Results:
                 "x *= 2"
             )
         return result.leaf
+
+    def is_fixed(self, x: Tensor) -> bool:
+        """Return whether time does not change x."""
+        return any(x is fixed for fixed in self._fixed)
 
     def _check(self, owner: nn.Module, remedy: str) -> None:
         """Raise ValueError for a module that time changes."""
@@ -112,7 +116,7 @@ class Results:
 
     def finish(self, backward: Callable[[Tensor], Any]) -> None:
         """Send the gradients that the time steps left in the results through the graphs behind them."""
-        for value, leaf, _, _ in reversed(self._results.values()):  # a later result may have been made from an earlier
+        for value, leaf, _ in reversed(self._results.values()):  # a later result may have been made from an earlier
             if leaf.grad is not None:
                 backward(hand_over(torch.zeros((), device=value.device), [(value, leaf.grad)]))
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sltt import kernels
 from sltt.sequence.claims import claim, release
 from sltt.sequence.hooks import Handler
-from sltt.sequence.layout import Layer, Layout
+from sltt.sequence.layout import Layer, Layout, layout_of
 from sltt.sequence.once import Results, is_sharded
 from sltt.sequence.state import detach_module, reset_module, state_tensors
 from sltt.sequence.step import Step
@@ -68,7 +68,7 @@ class Run:
         self.model, self.sequence, self.batch = model, sequence, sequence.batch
         self.step = step or Step()
         self.step.run = self
-        self.layout = Layout(model)
+        self.layout = layout_of(model)
         self.thread = threading.get_ident()
         fixed = sequence.x if sequence.static and hoist else None
         self.results = Results(fixed, grad, keep and not is_sharded(model))
@@ -85,8 +85,11 @@ class Run:
         self.folds = False
 
     def __enter__(self) -> Self:
+        if self.layout.in_use:
+            self.layout = Layout(self.model)
         self.layout.check(self.batch)
         self._before = claim(self, self.layout)
+        self.layout.in_use = True
         try:
             self.reset()
             self.handle()
@@ -104,7 +107,9 @@ class Run:
             self._until_the_end.callback(self.reset)
             for layer in reversed(self._handled):
                 self.drop(layer)
+                layer.plain, layer.seen = None, 0
             self._handled.clear()
+            self.layout.in_use = False
 
     def handle(self) -> None:
         """Install what the step does instead of the forwards of layers."""
@@ -153,8 +158,9 @@ class Run:
         if recompute and not self.recompute:
             self.recompute = True
             self.handle()
-        if not self.keep:  # weights may have changed
-            self.weights = kernels.Weights()
+        if not (self.keep and self.layout.steady):  # weights may have changed
+            self.weights.forget()
+        if not self.keep:
             torch.clear_autocast_cache()
         self._calls += 1
         second, self._outer = self._outer == 1, self._outer + 1
@@ -187,23 +193,25 @@ class Run:
         self.layout.require_folds()
         self.step.require_folds()
 
-    def result(self, value: Tensor) -> Tensor:
+    def result(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Return what was computed from the sequence; NaN if the input or a weight is.
 
-        A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and `value` finite.
-        That of a weight stands in the membrane potentials of each sample, the first one too. Raises ValueError where
-        neurons ran that are no part of the network.
+        A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and a value finite.
+        That of a weight stands in the membrane potentials of each sample, the first one too; but that of a layer that
+        reads the weights of active inputs only. Raises ValueError where neurons ran that are no part of the network.
         """
         if problem := self.layout.find_unseen():
             raise ValueError(problem)
         states = [s for layer in self.layout.keepers if layer.spikes for s in state_tensors(layer.module)]
         first = [s[:1] if s.ndim else s for s in states if s.is_floating_point() and s.numel()]
-        bounds = [bound.to(value.device) for s in first for bound in s.detach().aminmax()]
-        damaged = [] if self.sequence.damaged is None else [self.sequence.damaged.to(value.device)]
+        device, bounds = values[0].device, [bound for s in first for bound in s.detach().aminmax()]
+        bounds = [bound.to(device) for bound in (*bounds, *self.weights.bounds())]
+        damaged = [] if self.sequence.damaged is None else [self.sequence.damaged.to(device)]
         damaged += [~torch.stack(bounds).isfinite().all()] if bounds else []  # together: each look is a few launches
         for one in damaged:
-            value = value.masked_fill(one, math.nan)
-        return value
+            if device.type != "cpu" or one:
+                values = tuple(value.masked_fill(one, math.nan) for value in values)
+        return values
 
     def take_turn(self, layer: Layer, problem: str) -> None:
         """Note that a layer runs; raise ValueError with `problem` if it has run in this call of the network."""

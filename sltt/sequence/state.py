@@ -68,7 +68,7 @@ class Role:
     """Role of the modules of a class; see `register` for the fields with its names.
 
     Attributes:
-        kind: keeper of a state, weight, norm, pool or other. Of keepers, those that emit spikes are neurons.
+        kind: keeper of a state, weight, norm, pool, sequence or other. Of keepers, those that emit spikes are neurons.
         folds: `folds(module)` says why a call of several time steps would give other results, or None.
         stepwise: a norm that takes the statistics of each time step of a call by itself.
         advance: `advance(module)` gives what runs several time steps in a call, or None: of neurons `(x, steps, cut)`;
@@ -92,8 +92,9 @@ class Role:
 
 
 # Known without `register`: sltt.interop.<library> is imported when a network has a module of the library.
-_LIBRARIES = {"norse", "sinabs", "snntorch", "spikingjelly"}
+LIBRARIES = {"norse", "sinabs", "snntorch", "spikingjelly"}
 _roles: dict[type, Role] = {}
+_registrations: list[type] = []
 
 
 def register(
@@ -146,13 +147,19 @@ def register(
 def set_role(kind: type, role: Role) -> None:
     """Give a role to the modules of a class; subclasses are included, unless they have one themselves."""
     _roles[kind] = role
+    _registrations.append(kind)
     role_of.cache_clear()
+
+
+def registrations() -> int:
+    """Return how often a role was set: what is known of a network's layers holds for as many."""
+    return len(_registrations)
 
 
 @functools.cache
 def role_of(cls: type) -> Role:
     """Return the role of the modules of a class."""
-    for library in {c.__module__.partition(".")[0] for c in cls.__mro__} & _LIBRARIES:
+    for library in {c.__module__.partition(".")[0] for c in cls.__mro__} & LIBRARIES:
         import_module(f"sltt.interop.{library}")
     found = [c for c in cls.__mro__ if c in _roles]
     for other in found[1:]:
@@ -265,6 +272,7 @@ for _kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
     set_role(_kind, Role("weight", folds=_other_folds, of=_kind))
 for _kind in (nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
     set_role(_kind, Role("pool", of=_kind))
+set_role(nn.Sequential, Role("sequence", folds=_other_folds, of=nn.Sequential))
 for _kind in (nn.RNNBase, nn.RNNCellBase):
     set_role(_kind, Role("other", check=_refuse_explicit, folds=_recurrent))
 set_role(nn.DataParallel, Role("other", check=_refuse_replicated))

@@ -4,11 +4,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sltt import kernels
-from sltt._torch import _current_graph_task_id
+from sltt._torch import _current_graph_task_id, has_own_operations
+from sltt.sequence.hooks import runs_hooks
 from sltt.sequence.layout import Layer
+from sltt.sequence.pairs import run_layers
+from sltt.sequence.spikes import show
 from sltt.sequence.steps import in_backward
 
 if TYPE_CHECKING:
@@ -40,17 +43,22 @@ class Step:
         kind = "neuron" if layer.spikes else layer.role.kind
         if kind == "other":
             return None
-        own = getattr(type(self), kind) is not getattr(Step, kind)
+        own, run = getattr(type(self), kind) is not getattr(Step, kind), self.run
         if layer.compiled and not self.eager:  # compiled code stays as it is
             return getattr(self, kind) if own else None
-        takes_part = {
-            "neuron": True,
-            "keeper": folds or layer.advance is not None,
-            "norm": layer.role.stepwise and (folds or (layer.is_known and (self.run.fast or layer.module.training))),
-            "weight": (self.run.fast or self.run.recompute) and layer.operation is not None,
-            "pool": self.run.bits and layer.is_known,
-        }
-        return getattr(self, kind) if own or takes_part[kind] else None
+        match kind:
+            case "keeper":
+                takes_part = folds or layer.advance is not None
+            case "norm":
+                counts = layer.is_known and layer.module.training  # batches, all in one launch
+                takes_part = layer.role.stepwise and (folds or counts or (run.recompute and layer.is_known))
+            case "weight":
+                takes_part = layer.is_known and (run.fast or run.recompute)
+            case "pool" | "sequence":
+                takes_part = layer.is_known and run.bits
+            case _:
+                takes_part = True
+        return getattr(self, kind) if own or takes_part else None
 
     def require_folds(self) -> None:
         """Raise ValueError where several time steps cannot share a call; by default, they can."""
@@ -73,7 +81,7 @@ class Step:
             self.run.take_turn(layer, TWICE)
         if layer.advance is not None and len(args) == 1 and self._is_plain() and not in_backward():
             run = self.run
-            if (y := layer.advance(kernels.materialise(args[0]), run.fold, run.cut, run.weights)) is not None:
+            if (y := layer.advance(args[0], run.fold, run.cut, run.weights)) is not None:
                 if run.fold == 1:
                     run.take_turn(layer, NEURON)
                 return y
@@ -85,18 +93,21 @@ class Step:
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """Run a linear layer or a convolution, on active inputs only where that is faster."""
-        if layer.operation is None or len(args) != 1:
-            return layer.plain(*args, **kwargs)
         module, run = layer.module, self.run
-        x, weight = kernels.materialise(args[0]), layer.role.weight(module)
-        if not run.recompute and kernels.is_small(layer.operation, x, weight):
+        operation = kernels.operation_of(module)
+        if operation is None or len(args) != 1 or has_own_operations():
+            return layer.plain(*args, **kwargs)
+        x, weight, bias = args[0], layer.role.weight(module), module.bias
+        # a parametrised weight is computed by now, and once a step
+        plain = partial(operation, weight=weight, bias=bias) if "parametrizations" in module._modules else layer.plain
+        if not run.recompute and kernels.is_small(operation, x, weight):
             run.drop(layer)
-            return layer.plain(x)
+            return plain(x)
         same = run.fold > 1 and isinstance(module, nn.Linear) and run.sequence.same_at_each_step(x, run.fold)
         if same and not kernels.others_save():  # a checkpoint runs the layer again on all of x
-            y = layer.plain(x[: run.batch])
+            y = plain(x[: run.batch])
             return y.repeat(run.fold, *[1] * (y.ndim - 1))
-        y = kernels.run_layer(layer.operation, x, weight, module.bias, run.weights, run.recompute)
+        y = kernels.run_layer(operation, x, weight, bias, run.weights, run.recompute)
         if run.recompute and kernels.tag_of(y):
             run.seen.append(y)
         return y
@@ -111,21 +122,50 @@ class Step:
         if steps > 1:
             self.run.take_turn(layer, TWICE)
         if self.run.recompute and args:
-            kernels.tag_sum(kernels.materialise(args[0]), self.run.seen)
-        wanted = self.run.fast or (self.run.bits and steps > 1)  # on a GPU, one step alone takes fewer launches apart
-        may_wait = wanted and layer.is_known and len(args) == 1 and not kernels.others_save()
-        waiting = kernels.deferred_norm(layer.module, *args, steps=steps) if may_wait else None
-        if waiting is not None:
-            return waiting
+            kernels.tag_sum(args[0], self.run.seen)
         if steps > 1:
             return kernels.stepwise_norm(layer.module, *args, **kwargs, steps=steps)
         known = layer.is_known and len(args) == 1
         return kernels.plain_norm(layer.module, *args) if known else layer.plain(*args, **kwargs)
 
+    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor:
+        """Run a BatchNorm and the neurons behind it, in one pass where a kernel has both."""
+        own = type(self).norm is not Step.norm or type(self).neuron is not Step.neuron
+        y = None if own or not self.may_pair(norm, neuron) else self.run_pair(norm, neuron, x)
+        return neuron.module(norm.module(x)) if y is None else y
+
+    def may_pair(self, norm: Layer, neuron: Layer) -> bool:
+        """Return whether nothing of the user's is called between, before or behind the two."""
+        # on a GPU, one step alone takes fewer launches apart
+        wanted = (
+            norm.is_known and neuron.advance is not None and (self.run.fast or (self.run.bits and self.run.fold > 1))
+        )
+        if not wanted or has_own_operations() or runs_hooks(norm.module, neuron.module):
+            return False
+        return not kernels.others_save() and not in_backward()
+
+    def run_pair(self, norm: Layer, neuron: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """Run a pair by a kernel; return None without one. `bias` stands for the norm's, whose values it has."""
+        run = self.run
+        advance = getattr(neuron.module, "advance_normalised", None)  # of ours
+        if advance is None or (y := advance(norm.module, x, bias, run.fold, run.cut)) is None:
+            return None
+        if run.fold > 1:
+            run.take_turn(norm, TWICE)
+        run.take_turn(neuron, NEURON)
+        if run.recompute:
+            kernels.tag_sum(x, run.seen)
+        show(neuron.module, y)
+        return y
+
+    def sequence(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        """Run an `nn.Sequential`, whose pairs of a BatchNorm and neurons are known."""
+        return run_layers(layer.module, *args) if len(args) == 1 and not kwargs else layer.plain(*args, **kwargs)
+
     def pool(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """Run a pooling."""
-        if not args:
-            return layer.plain(**kwargs)
+        if not args or has_own_operations():
+            return layer.plain(*args, **kwargs)
         x, module = args[0], layer.module
         if isinstance(module, nn.MaxPool2d):
             found = kernels.max_pool(module, x)

@@ -18,7 +18,7 @@ from sltt.callbacks import Callback
 from sltt.checks import instance
 from sltt.rules import Output, Rule
 from sltt.rules.base import StepLoss
-from sltt.rules.folding import count_hooks
+from sltt.sequence.hooks import count_hooks
 from sltt.sequence.layout import Layout
 from sltt.sequence.padding import Padded
 from sltt.training.session import Session

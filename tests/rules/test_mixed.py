@@ -239,7 +239,7 @@ def test_memory_grows_with_the_layers_below_the_last_window_only():
     assert growth(sltt.Mixed({"2": "all"})) < 0.3 * bptt
     assert growth(sltt.Mixed({"8": "all"})) < 0.75 * bptt
     assert growth(sltt.Mixed({"2": 4})) < 0.01 * bptt
-    assert peak(sltt.Mixed({"2": 4}), 8) < 0.6 * peak(sltt.TBPTT(4), 8)
+    assert peak(sltt.Mixed({"2": 4}), 8) < 0.65 * peak(sltt.TBPTT(4), 8)
 
 
 def test_names_and_windows_that_are_wrong():

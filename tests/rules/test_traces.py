@@ -348,7 +348,7 @@ def test_one_trace_serves_all_layers_that_read_the_same(apart, count, monkeypatc
     part, found = Traces._part, set()
     monkeypatch.setattr(Traces, "_part", lambda self: (part(self), found.update(t.read for t in self.traces.values())))
     x, y = 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
-    sltt.OTTT()(Forked([sltt.LIF(tau=2.0) for _ in range(3)], apart), x, y, LOSS)
+    sltt.OTTT(fold=1)(Forked([sltt.LIF(tau=2.0) for _ in range(3)], apart), x, y, LOSS)
     assert len(found - {None}) == count
 
 

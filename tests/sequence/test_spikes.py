@@ -11,6 +11,7 @@ from sltt.kernels.spikes.saved import keep_count
 from sltt.sequence.layout import spiking_layers
 from sltt.sequence.spikes import observe_spikes, watches
 from tests.conftest import LOSS, batch, small_network
+from tests.references import marked
 
 
 class Doubled(sltt.LIF):
@@ -38,7 +39,7 @@ def seen_and_given(model, run):
     """What an observer sees of each layer, and what the layer gave, by hooks."""
     seen, given, layers = {}, {}, spiking_layers(model)
     for name, module in layers.items():
-        module.register_forward_hook(lambda *call, name=name: given.setdefault(name, []).append(call[-1]))
+        module.register_forward_hook(marked(lambda *call, name=name: given.setdefault(name, []).append(call[-1])))
     with observe_spikes(layers, lambda name, spikes: seen.setdefault(name, []).append(spikes)):
         run()
     run()

@@ -51,13 +51,17 @@ class Operation(NamedTuple):
     @property
     def axes(self) -> int:
         """Axes of pixels."""
-        return {F.linear: 0, F.conv1d: 1, F.conv2d: 2}[self.function]
+        return _AXES[self.function]
+
+
+_LINEAR = Operation(F.linear)
+_AXES = {F.linear: 0, F.conv1d: 1, F.conv2d: 2}
 
 
 def operation_of(module: nn.Module) -> Operation | None:
-    """Return the operation of a layer of PyTorch; None for a padding that is no number."""
+    """Return the operation of a layer of PyTorch, as it is now; None for a padding that is no number."""
     if isinstance(module, nn.Linear):
-        return Operation(F.linear)
+        return _LINEAR
     if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.padding_mode != "zeros" or module.padding == "same":
         return None
     function = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
@@ -212,4 +216,6 @@ def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | N
     forward, gradient = (spikes.density < most for most in even)
     if not forward and not (torch.is_grad_enabled() and (gradient or has_fast_gradients(layer, dtype))):
         return None
+    if forward:
+        weights.note_sparse(weight)
     return Call(layer, spikes, dtype, forward, gradient, axes, weights)

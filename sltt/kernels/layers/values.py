@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sltt._torch import is_functorch_wrapped_tensor
 from sltt.kernels.layers import costs, sparse, winograd
@@ -173,9 +173,9 @@ def parameters_fit(weight: Any, bias: Any, x: Tensor, dims: int) -> bool:
 
 
 def is_ordinary(tensor: Any) -> bool:
-    """Return whether a tensor has memory that a kernel can read, and a version."""
+    """Return whether a tensor has memory that a kernel can read, a version, and no operations of its own."""
     return (
-        isinstance(tensor, Tensor)
+        type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout == torch.strided
         and tensor.device.type == "cpu"
         and not tensor.is_inference()

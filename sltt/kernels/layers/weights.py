@@ -1,10 +1,10 @@
-"""Weights in the forms that layers read: packed for sparse layers, and in another type."""
+"""Weights in the forms that layers read: packed for sparse layers, in rows for recurrent ones, and in another type."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sltt.kernels.layers import sparse
@@ -12,7 +12,7 @@ from sltt.kernels.layers.sparse import Layer
 
 
 class Weights:
-    """Weights in the forms that layers read, kept for one sequence, in which they seldom change.
+    """Weights in the forms that layers read, kept as long as nothing can have changed them.
 
     Args:
         calls: of the network that share the weights packed for a sparse forward, which are kept for them. In a training
@@ -23,6 +23,24 @@ class Weights:
     def __init__(self, calls: int = 1) -> None:
         self.calls = calls
         self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
+        self._sparse: dict[int, Tensor] = {}
+        self._bounds: list[Tensor] = []
+
+    def forget(self) -> None:
+        """Drop all forms, since weights may have changed."""
+        self.calls = 1
+        self._kept.clear()
+
+    def note_sparse(self, weight: Tensor) -> None:
+        """Note a weight of which a layer reads the rows of active inputs only."""
+        if isinstance(weight, nn.Parameter):
+            self._sparse[id(weight)] = weight
+        else:  # it was computed, and should not stay
+            self._bounds += weight.detach().aminmax()
+
+    def bounds(self) -> list[Tensor]:
+        """Return the least and the largest value of each weight that was read so; NaN where it has one."""
+        return self._bounds + [bound for weight in self._sparse.values() for bound in weight.detach().aminmax()]
 
     def pack_weight(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
         """Return the weights as `sparse.forward` reads them."""

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.neuron.step import unfold
-from sltt.kernels.norm.deferred import materialise
 from sltt.kernels.options import Kernel, in_force, known_layout, match_format, memory, options
 from sltt.kernels.spikes.bits import pack
 from sltt.kernels.spikes.looks import can_pack
@@ -37,12 +36,14 @@ class CustomStep:
         states: their number.
         parameters: the keyword arguments that are tensors, and whether each has a value for each channel.
         constants: names and values of the others.
+        reads: what the function reads from outside of its arguments, as it is now.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
     states: int
     parameters: tuple[tuple[str, bool], ...]
     constants: tuple[tuple[str, Any], ...]
+    reads: tuple[Any, ...] = ()
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         named = {name: value for (name, _), value in zip(self.parameters, parameters, strict=True)}
@@ -75,7 +76,6 @@ def custom_step(
         steps: n.
         cut: no gradient flows from one time step to the step before.
     """
-    x = materialise(x)
     x = x if known_layout(unfold(x, steps)[0], step.by_channel) else x.contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *parameters)):
         s, *after = _CustomStep.apply(step, binary, steps, cut, x, *states, *parameters)  # type: ignore[misc]

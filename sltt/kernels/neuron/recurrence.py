@@ -91,6 +91,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Spikes, the last membrane potential, and, if asked to `keep` it, what the backward needs of each step."""
     transposed, width = call.weights.transpose_weight(weight), len(weight)
+    call.weights.note_sparse(weight)
     spikes, kept = torch.empty_like(x), torch.empty_like(x if keep else v)
     soft = call.step.v_reset is None
     after = kept if soft or not keep else torch.empty_like(v)

@@ -23,7 +23,7 @@ from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.neuron.native_step import NativeStep, native_step
 from sltt.kernels.neuron.triton_step import Tiles, TritonStep, by_channel, triton_step
 from sltt.kernels.norm import triton_norm
-from sltt.kernels.norm.deferred import Deferred, split_norm
+from sltt.kernels.norm.normed import Normed
 from sltt.kernels.options import Kernel, in_force, known_layout, match_format, options, without_modes
 from sltt.kernels.spikes.bits import pack, unpack
 from sltt.kernels.spikes.looks import BITS, BITS_FROM, PACK_FROM, can_pack
@@ -86,19 +86,20 @@ def neuron_step(
 
 
 def run_step(
-    step: NeuronStep, fast: "NativeStep | TritonStep | None", v: Tensor, x: Tensor, decay: Any, steps: int, cut: bool
+    step: NeuronStep,
+    fast: "NativeStep | TritonStep | None",
+    v: Tensor,
+    x: Tensor | Normed,
+    decay: Any,
+    steps: int,
+    cut: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run `neuron_step` in the form that `fast_step` gives."""
-    trained = x.requires_grad or v.requires_grad or (decay is not None and decay.requires_grad)
-    graph = trained and torch.is_grad_enabled()
+    """Run `neuron_step` in the form that `fast_step` gives; on a `Normed` where it `normalises`."""
+    x, weight, bias, factors, of_batch = x if isinstance(x, Normed) else (x, None, None, None, False)
+    read = (x, v, decay, weight, bias)
+    trained = any(t.requires_grad for t in read if t is not None)
     with without_modes():
-        factors, of_batch, weight, bias = None, False, None, None
-        if isinstance(x, Deferred):
-            in_triton = isinstance(fast, TritonStep) and x.factors.shape[1] == steps
-            fits = in_triton or (isinstance(fast, NativeStep) and steps == 1 and decay is None)
-            fits = fits and fast.differentiates  # pyright: ignore[reportOptionalMemberAccess]
-            factors, of_batch, x, weight, bias = split_norm(x, fits)
-        if graph:
+        if trained and torch.is_grad_enabled():
             args = v, x, decay, step, fast, steps, cut, weight, bias, factors, of_batch
             return _NeuronStep.apply(*args)  # type: ignore[return-value]
         s, v, _, _ = _run(step, fast, v, x, decay, steps, False, factors)
@@ -110,6 +111,12 @@ def fast_step(
 ) -> NativeStep | TritonStep | None:
     """Choose the form of a step: C++ on a CPU, Triton on CUDA; None for the plain one, which TorchInductor compiles."""
     return (native_step if v.is_cpu else triton_step)(step, v, x_dtype, v.dtype, decay)
+
+
+def normalises(fast: NativeStep | TritonStep | None, decay: Tensor | None, steps: int) -> bool:
+    """Return whether a form of the step takes the BatchNorm before it into its passes."""
+    fits = isinstance(fast, TritonStep) or (isinstance(fast, NativeStep) and steps == 1 and decay is None)
+    return fits and fast.differentiates  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def steps_by_channel(step: NeuronStep, v: Tensor, x: Tensor, values: Tensor) -> bool:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sltt._torch import transforms_active
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.native import library_for
-from sltt.kernels.norm.deferred import materialise
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _POSITIONS = 256  # in a window, at most: a byte tells them apart
@@ -64,7 +63,6 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor | None:
     """Return the output of a max pooling; None where it does not run natively."""
-    x = materialise(x)
     if (native := _native_form(pool, x)) is None:
         return None
     if torch.is_grad_enabled() and x.requires_grad:
@@ -84,8 +82,6 @@ def running_max(
         x: input, [B, C, H, W].
     """
     if torch.compiler.is_compiling() or not _fits(total, largest, x) or (native := _native_form(pool, x)) is None:
-        return None
-    if pool._forward_hooks or pool._forward_pre_hooks:  # type: ignore[attr-defined]
         return None
     library, windows = native
     summed = torch.empty_like(x, dtype=torch.float32)

@@ -1,0 +1,102 @@
+"""What a network's forward depends on, as far as it shows: compared before each batch with what it was.
+
+Of each module: its class, the modules, parameters and hooks in it, its attributes, also in lists, dictionaries and
+plain objects; and the buffers of a module whose forward is not known. Out of reach are global variables, what lies in
+closures and in other libraries' objects, and the values of parameters.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sltt.sequence.hooks import Handler, count_hooks
+from sltt.sequence.state import registrations
+
+_INTERNAL = {*vars(nn.Module()), "_sltt_layouts"} - {"training", "_non_persistent_buffers_set"}
+_ATOMS = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
+_LISTS = {list, tuple, set, frozenset, deque}
+_OPAQUE = {"builtins", "functools", "torch", "numpy", "sltt"}  # whose objects are values, functions or modules
+_DEPTH = 4  # of lists, dictionaries and objects in each other
+_LENGTH = 1024  # of a longer one, only its length counts
+
+Row = tuple[Any, ...]
+
+
+class Fingerprint:
+    """What the forwards of layers depend on."""
+
+    def __init__(self, layers: Iterable[Any]):
+        self._layers = [(layer, _INTERNAL.union(layer.states)) for layer in layers]
+        self._registrations = registrations()
+        self._rows, self._held = self._read()
+
+    def _read(self) -> tuple[list[Row], list[Any]]:
+        """Return a row for each layer, and the objects whose ids are in it: as long as they live, ids are theirs."""
+        held: list[Any] = []
+        return [_row(layer, internal, held) for layer, internal in self._layers], held
+
+    def changes(self) -> dict[str, Any]:
+        """Return what has changed, such as "the attribute mix of blocks.0", and numbers as they are now."""
+        if self._registrations != registrations():
+            return {"what sltt.register says": None}
+        rows, _ = self._read()
+        if rows == self._rows:
+            return {}
+        found: dict[str, Any] = {}
+        for (layer, _), row, before in zip(self._layers, rows, self._rows, strict=True):
+            if row[:-1] != before[:-1]:
+                found[f"the modules, parameters or hooks of {layer}"] = row[:-1]
+            now, then = dict(row[-1]), dict(before[-1])
+            found |= {f"{name} of {layer}": now.get(name) for name in now | then if now.get(name) != then.get(name)}
+        return found
+
+
+def _row(layer: Any, internal: set[str], held: list[Any]) -> Row:
+    module = layer.module
+    values = vars(module)
+    parameters, children = tuple(values["_parameters"].values()), tuple(values["_modules"].values())
+    held += parameters
+    held += children
+    attributes = []
+    for name, value in values.items():
+        if name in internal:
+            continue
+        if type(value) not in _ATOMS:
+            while isinstance(value, Handler):  # of a run around this one
+                value = value.args[0].before
+            if name == "forward" and value is None:
+                continue
+            value = _freeze(value, held)
+        attributes.append((name, value))
+    if layer.role.kind == "other" and type(module).__module__.partition(".")[0] not in ("torch", "sltt"):
+        attributes += [(name, _freeze(buffer, held)) for name, buffer in values["_buffers"].items()]
+    learns = tuple([p is not None and p.requires_grad for p in parameters])
+    ids = tuple(map(id, parameters)), tuple(map(id, children))
+    return type(module), ids, learns, tuple(values["_buffers"].keys()), count_hooks(module), attributes
+
+
+def _freeze(value: Any, held: list[Any], depth: int = 0) -> Any:
+    """Return what an attribute holds in a form that can be compared."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if isinstance(value, Tensor):
+        held.append(value)
+        return id(value), 0 if value.is_inference() else value._version
+    if depth < _DEPTH:
+        if kind in _LISTS:
+            return kind, len(value), *([_freeze(one, held, depth + 1) for one in value] if len(value) < _LENGTH else [])
+        if kind in (dict, OrderedDict):
+            items = value.items() if len(value) < _LENGTH else ()
+            return kind, len(value), *[(_freeze(k, held, depth + 1), _freeze(v, held, depth + 1)) for k, v in items]
+        if kind.__module__ == "numpy" and value.size < _LENGTH:
+            return kind, value.tobytes()
+        plain = hasattr(value, "__dict__") and not isinstance(value, nn.Module | type)
+        if plain and kind.__module__.partition(".")[0] not in _OPAQUE:
+            held.append(value)
+            return id(value), *[(k, _freeze(v, held, depth + 1)) for k, v in vars(value).items()]
+    held.append(value)
+    return id(value)

@@ -1,0 +1,68 @@
+"""A BatchNorm and the neurons that alone read it, which may be one operation, see `Step.pair`.
+
+They are known to be neighbours in an `nn.Sequential`, and where a network calls `normalise_and_fire`.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from sltt._torch import _BatchNorm
+from sltt.sequence.claims import run_of
+from sltt.sequence.hooks import own_forward, runs_hooks
+from sltt.sequence.once import once
+from sltt.sequence.state import emits_spikes
+
+
+def normalise_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, *, hoist: bool = False) -> Tensor:
+    """Return `neuron(norm(x))`, in one pass over memory where a kernel has both.
+
+        x = sltt.normalise_and_fire(self.norm, self.neuron, self.conv(x))
+
+    Under a rule, a BatchNorm of a large tensor on a CPU, or of several time steps on CUDA, then writes no normalised
+    tensor. Where one of the modules has hooks, both run by themselves. An `nn.Sequential` does the same for a BatchNorm
+    and the neurons behind it, and `sltt.fuse` finds the pairs of a network.
+
+    Args:
+        norm: a BatchNorm; another module runs by itself.
+        neuron: a layer of neurons, such as `sltt.LIF`.
+        x: input of the norm, [B, C, ...].
+        hoist: the norm runs as by `sltt.once(norm, x)`.
+    """
+    run = None if torch.compiler.is_compiling() else run_of(neuron)
+    if run is None or (hoist and run.results.is_fixed(x)):
+        return neuron(once(norm, x) if hoist else norm(x))
+    layers = run.layout.layers
+    first, second = layers.get(norm), layers.get(neuron)
+    if first is None or second is None or not second.spikes or not first.role.stepwise:
+        return neuron(norm(x))
+    return run.step.pair(first, second, x)
+
+
+def run_layers(layers: Iterable[nn.Module], x: Tensor, hoisted: int = 0) -> Tensor:
+    """Run modules one after the other, the first so many as by `sltt.once`."""
+    modules, i = [*_flatten(layers)], 0
+    while i < len(modules):
+        hoist = i < hoisted
+        if is_pair(*modules[i : i + 2]):
+            x = normalise_and_fire(modules[i], modules[i + 1], x, hoist=hoist)
+            i += 2
+        else:
+            x = once(modules[i], x) if hoist else modules[i](x)
+            i += 1
+    return x
+
+
+def is_pair(norm: nn.Module, neuron: nn.Module | None = None) -> bool:
+    """Return whether two modules are a BatchNorm and a layer of neurons."""
+    return isinstance(norm, _BatchNorm) and neuron is not None and emits_spikes(neuron)
+
+
+def _flatten(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yield modules, and in place of an `nn.Sequential` without hooks those in it."""
+    for layer in layers:
+        if isinstance(layer, nn.Sequential) and not own_forward(layer, nn.Sequential) and not runs_hooks(layer):
+            yield from _flatten(layer)
+        else:
+            yield layer

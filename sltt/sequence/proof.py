@@ -1,0 +1,61 @@
+"""Structure proves that a network treats its samples alike: known layers in known containers.
+
+Such a network may take several time steps in a call, and does not change its weights in one. Of any other forward
+nothing is assumed: see `sltt.rules.folding`.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import activation, dropout, padding, pixelshuffle, pooling, upsampling
+
+from sltt._torch import has_global_hooks, has_own_operations, wrapped_module
+from sltt.sequence.hooks import count_hooks
+from sltt.sequence.state import LIBRARIES
+
+_ALIKE = {m.__name__ for m in (activation, dropout, padding, pixelshuffle, pooling, upsampling)}
+_NOT_ALIKE = nn.MultiheadAttention, nn.RReLU  # over samples, or with numbers that are drawn
+_CONTAINERS = nn.ModuleList, nn.ModuleDict, nn.Identity, nn.ParameterList, nn.ParameterDict
+_WITH_DIM = nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU
+
+
+def find_unproved(layers: dict[nn.Module, Any]) -> str | None:
+    """Return why nothing is known of a network's forward, as of the first layer that is not; None if all are known."""
+    hooked = next((layer for module, layer in layers.items() if count_hooks(module)), None)
+    if hooked:
+        return f"has hooks on {hooked}, which see one time step in a call"
+    unknown = next((layer for layer in layers.values() if not _is_proved(layer)), None)
+    return f"has a forward of its own in {unknown}" if unknown else None
+
+
+def find_modes() -> str | None:
+    """Return why nothing is known of any network here and now: hooks for all modules, or a function mode."""
+    if has_global_hooks():
+        return "is under hooks for all modules, which see one time step in a call"
+    return "is under a function mode, which may do anything" if has_own_operations() else None
+
+
+def _is_proved(layer: Any) -> bool:
+    module, role, kind = layer.module, layer.role, type(layer.module)
+    if any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None):
+        return False
+    if "forward" in vars(module) and not layer.is_known:
+        return False
+    if wrapped_module(module) is not None:
+        return True
+    package, name = kind.__module__.partition(".")[0], kind.__module__
+    if package == "sltt" or layer.is_known:
+        return True
+    if role.kind == "keeper":
+        return package in LIBRARIES
+    if role.kind == "norm" and role.of is None:
+        return package == "torch"
+    if isinstance(module, nn.Embedding):
+        return kind is nn.Embedding and not module.scale_grad_by_freq and module.max_norm is None
+    if isinstance(module, _WITH_DIM):
+        return package == "torch" and module.dim is not None and module.dim > 0
+    if isinstance(module, nn.Flatten | nn.Unflatten):
+        dim: Any = module.start_dim if isinstance(module, nn.Flatten) else module.dim
+        return package == "torch" and isinstance(dim, int) and dim > 0
+    alike = name in _ALIKE and not isinstance(module, _NOT_ALIKE)
+    return alike or kind in _CONTAINERS or name.startswith("torch.nn.utils")

@@ -1,0 +1,62 @@
+"""What a function or an object reaches: its closure, its global variables, what it holds."""
+
+import dis
+import functools
+from collections.abc import Iterator
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def refers_to(value: Any, modules: dict[nn.Module, Any]) -> bool:
+    """Return whether a function or an object holds, or reaches through what it holds, one of the modules."""
+    waiting, seen = [value], dict[int, Any]()
+    while waiting and len(seen) < _REACHED:
+        one = waiting.pop()
+        if isinstance(one, nn.Module) and one in modules:
+            return True
+        if id(one) not in seen and not isinstance(one, ModuleType | type | Tensor):
+            seen[id(one)] = one
+            waiting += _held_by(one)
+    return bool(waiting)
+
+
+_REACHED = 10_000  # objects behind a loss that are looked at
+
+
+def _held_by(value: Any) -> Iterator[Any]:
+    """Yield what a value holds: a function its closure, defaults and globals, a container its items."""
+    if isinstance(value, FunctionType):
+        yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        yield from variables_of(value)
+    elif isinstance(value, MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from value
+    elif isinstance(value, nn.Module):
+        yield from value.children()
+        yield from (v for name, v in vars(value).items() if name[:1] != "_")
+    elif type(value).__module__.partition(".")[0] not in ("torch", "numpy", "builtins"):
+        yield from getattr(value, "__dict__", {}).values()
+
+
+def variables_of(function: FunctionType) -> list[Any]:
+    """Return what a function reads from outside: the values in its closure, and of its global variables."""
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
+    names, found = _global_names(function.__code__), function.__globals__
+    return cells + [found[name] for name in names if name in found]
+
+
+_EMPTY = CellType()
+
+
+@functools.lru_cache(maxsize=1024)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """Return the names of global variables that a function reads, those within it too."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return tuple(sorted(names.union(*(_global_names(c) for c in code.co_consts if isinstance(c, CodeType)))))
