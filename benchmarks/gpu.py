@@ -26,7 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 from turns import finish, hardware, in_turns, timed
 
 import sltt
-from sltt.kernels.neuron.triton_blocks import tune
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "gpu.md"
@@ -44,8 +43,6 @@ def commands(device: str, results: Path, runs: Path, data: str | None) -> Iterat
     own = [*python, __file__, "--device", device, "--measure"]
     files = ["tests/test_cuda.py", "tests/test_waits.py", *([] if small else ["tests/kernels/triton_equations.py"])]
     yield "tests", [*python, "-m", "pytest", "-p", "no:xdist", "--timeout", "0", *files]
-    if not small:
-        yield "blocks", [*own, "blocks"]
     yield "profile", [*own, "profile"]
     for network, batch, steps in [("digits", 16, 2)] if small else NETWORKS:
         setting = ["--network", network, "--batch", str(batch), "--steps", str(steps), "--device", device]
@@ -108,12 +105,7 @@ def neuron_step(neuron: sltt.LIF, x: Tensor, grad: Tensor, steps: int) -> None:
     neuron.advance(x, steps, cut=True).backward(grad)
 
 
-def measure_blocks(device: torch.device) -> list[dict[str, Any]]:
-    """Find the fastest sizes of programs of the neuron's kernels, which later runs on this device take."""
-    return tune(device, lambda run: statistics.median(in_turns([timed(run, device=device)], 10)[0]))
-
-
-MEASURED = {"blocks": measure_blocks, "profile": measure_profile, "kernels": measure_kernels}
+MEASURED = {"profile": measure_profile, "kernels": measure_kernels}
 
 
 def run_step(name: str, command: list[str], log: Path) -> dict[str, Any]:

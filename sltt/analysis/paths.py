@@ -59,7 +59,8 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
         path, x = found.setdefault(name, LayerPath(name)), args[0] if args else kwargs["input"]
         path.calls += 1
         path.density += int(torch.count_nonzero(x)) / max(1, x.numel())
-        if (operation := layout[layer].operation) is None:  # always dense
+        operation = kernels.operation_of(layer) if layout[layer].is_known else None
+        if operation is None:  # always dense
             return
         with torch.enable_grad():  # as in a training
             call = kernels.spike_call(operation, x, layout[layer].role.weight(layer), layer.bias, kernels.Weights())

@@ -86,7 +86,7 @@ class Recurrent(Stateful):
             return None
 
         def advance(x: Tensor, steps: int, cut: bool, weights: Weights, trace: Any = None) -> Tensor | None:
-            (step, decay), weight = neuron.kernel_step(), layer._parameters["weight"]
+            (step, decay), weight = neuron.kernel_step(), layer.weight
             known = step is not None and type(weight) is nn.Parameter and x.shape[-1] == layer.out_features
             if not known or runs_hooks(neuron, layer) or has_own_operations():
                 return None

@@ -107,7 +107,7 @@ class Rule(Frozen, ABC):
         if x.device.type != "cpu":  # where a launch takes longer than the sum
             explained = add_together(explained, model)
         try:
-            batch = Batch(network, target, loss, explained, update, seed, self._choose_fold(network, loss))
+            batch = Batch(network, target, loss, explained, update, seed, self.choose_fold(network, loss))
             with network:
                 batch.loss = bind_loss(loss, network)
                 out = self.run(batch)
@@ -120,7 +120,8 @@ class Rule(Frozen, ABC):
             raise
         return Output(total, logits)
 
-    def _choose_fold(self, network: Run, loss: Any) -> Fold:
+    def choose_fold(self, network: Run, loss: Any = None) -> Fold:
+        """Return how many time steps share a call of a network, before its run; see `folding.choose_fold`."""
         if self.fold == "auto" and (self.hoist or self.recompute or self.online):
             return Fold()
         return choose_fold(network, self.fold, self, loss, self.step, self.run_trial)

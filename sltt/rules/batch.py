@@ -162,16 +162,16 @@ class Batch:
 
         These are of the logits [n, B, C], and of the states behind the last step if the loss may read them.
         """
-        leaf, watching = logits.detach().requires_grad_(), isinstance(self.loss, Watching)
-        reads = not watching and refers_to(self.loss, self.network.layout.layers)
+        leaf, watching = logits.detach().requires_grad_(), self.loss if isinstance(self.loss, Watching) else None
+        reads = watching is None and refers_to(self.loss, self.network.layout.layers)
         states = [s for s in self.network.layout.state_tensors() if s.is_floating_point()] if reads else []
         for state in states:
             state.requires_grad_()
         with torch.enable_grad():
-            value = self._sum_losses(steps, leaf, self.loss.loss if watching else None)
+            value = self._sum_losses(steps, leaf, watching and watching.loss)
             if value.requires_grad:
                 self.backward(value)
-        self._total = self._total + value.detach() + (self.loss.penalty() / self.steps if watching else 0.0)
+        self._total = self._total + value.detach() + (watching.penalty() / self.steps if watching else 0.0)
         found = [leaf.grad, *(state.grad for state in states)]
         for state in states:
             state.grad = None

@@ -4,12 +4,15 @@ The copies are in float64, where rounding hides no difference above 1e-9 of the 
 run so is compared in its own types, down to 2e-5. Logits, the gradients of all parameters as the rule cuts them, the
 states, and the buffers are compared. The loss is a sum of the logits with random weights, so that nothing of the user's
 but the network runs again.
+
+Then once more with other weights, and neurons that pass on asinh of their input: what the batch has behind silent
+neurons, or weights that are zero at first, is compared too.
 """
 
 import random
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
-from sltt._torch import _disable_current_modes, _DropoutNd, wrapped_module
+from sltt._torch import DispatchMode, _disable_current_modes, _DropoutNd, wrapped_module
 from sltt.dropout import Dropout
+from sltt.rules.batch import Batch, Fold
 from sltt.sequence.copies import copy_model
 from sltt.sequence.hooks import without_marked_hooks
-from sltt.sequence.layout import layout_of
+from sltt.sequence.layout import Layer, layout_of
 from sltt.sequence.run import Run
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence
@@ -41,13 +45,63 @@ class _MovesError(Exception):
 
 
 class ProbeLoss:
-    """A sum of a time step's logits with weights that are drawn for it; its target is the number of the step."""
+    """A sum of a time step's logits with weights of its own, neither drawn nor read; its target is the step."""
 
     per_step = True
 
     def __call__(self, logits: Tensor, step: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(int(step))
-        return (logits * torch.randn(logits.shape, generator=generator).to(logits)).sum()
+        return (logits * _spread(logits, 5.3 * step.to(logits.device))).sum()
+
+
+def _spread(like: Tensor, shift: Any = 0.0) -> Tensor:
+    """Return numbers between -1 and 1 in the shape of a tensor."""
+    return (
+        (1.7 * torch.arange(like.numel(), device=like.device, dtype=torch.float64) + shift).sin().view_as(like).to(like)
+    )
+
+
+class _Watch(DispatchMode):
+    """Sees operations whose results other samples, or the number of calls, may change; `found` names one."""
+
+    found: str | None = None
+    ours = False  # within a layer of neurons
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.ours and torch.Tag.data_dependent_output in func.tags:
+            self.found = "decides by the value of a tensor"
+        if not self.ours and torch.Tag.nondeterministic_seeded in func.tags:
+            self.found = "draws random numbers"
+        return func(*args, **(kwargs or {}))
+
+
+class _Opened(Step):
+    """Time steps whose neurons pass on what they read; `watch` sees the other operations."""
+
+    def __init__(self) -> None:
+        self.watch = _Watch()
+
+    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        self.watch.ours = True
+        y = super().neuron(layer, *args, **kwargs)
+        self.watch.ours = False
+        return y if layer.advance is None or len(args) != 1 else args[0].asinh()  # which keeps large values in bounds
+
+    def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        self.watch.ours = type(layer.module).__module__.startswith("sltt.")
+        y = super().keeper(layer, *args, **kwargs)
+        self.watch.ours = False
+        return y
+
+
+def run_steps(run: Run, fold: int) -> Tensor:
+    """Run the time steps of a sequence, each with a backward of its own; return the logits."""
+    batch = Batch(run, torch.arange(run.sequence.steps), ProbeLoss(), fold=Fold(fold, fold))
+    for t in range(0, batch.steps, fold):
+        value = batch.forward(range(t, min(t + fold, batch.steps)), cut=True)
+        if value.requires_grad:
+            batch.backward(value)
+        batch.detach()
+    return batch.output().logits
 
 
 def find_difference(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRule) -> str | None:
@@ -59,7 +113,8 @@ def find_difference(run: Run, fold: int, make_step: Callable[[], Step], run_rule
     problem: str | None = None
     for precise in (True, False):
         try:
-            return _compare(run, fold, make_step, run_rule, precise)
+            found = _compare(run, fold, make_step, run_rule, precise)
+            return found or _compare(run, fold, _Opened, run_steps, precise)
         except PlainError:
             if not precise:
                 raise
@@ -107,29 +162,42 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
     sequence, tolerance = run.sequence, _PRECISE if precise else _ROUGH
     x, most = sequence.x if sequence.static else sequence.x[: 2 * fold], min(sequence.steps, 2 * fold)
     kind = torch.float64 if precise and x.is_floating_point() else x.dtype
+    opened, watch = make_step is _Opened, None
 
     def results(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what so many steps in a call give, and what they change in the network."""
-        twin = copy_apart(run.model).double() if precise else copy_apart(run.model)
+        nonlocal watch
+        twin, step = copy_apart(run.model), make_step()
+        twin = twin.double() if precise else twin
+        _seed()
+        if isinstance(step, _Opened):
+            watch = watch or step.watch
+            with torch.no_grad():
+                for p in twin.parameters():
+                    p += 0.1 * _spread(p)
         weights, layout = [(name, p, p.detach().clone()) for name, p in twin.named_parameters()], layout_of(twin)
         part = Sequence(x.to(kind, copy=True), most, sequence.static)  # a forward may change it
-        _seed()
-        given = _run(twin, part, steps, make_step(), run_rule)
+        with watch if opened and steps == 1 else nullcontext():
+            given = _run(twin, part, steps, step, run_rule)
         changes = layout.changes()
         return given, changes | {name: p.detach() for name, p, before in weights if not torch.equal(p, before)}
 
     try:
         plain, changed = results(1)
     except Exception as error:
+        if opened:
+            return watch and watch.found  # with other weights, and no spikes, it need not run
         if _is_fault(error):
             raise
         raise PlainError from error
+    if watch is not None and watch.found:
+        return watch.found
     together, also_changed = results(fold)
     for name, value in changed.items():
         if isinstance(value, Tensor) or name not in also_changed or value != also_changed[name]:
             return f"changes {name} in a time step"
     problem = _find_unequal(plain, together, tolerance)
-    if problem and (moved := _find_unequal(plain, results(1)[0], tolerance)):
+    if problem and not opened and (moved := _find_unequal(plain, results(1)[0], tolerance)):
         raise _MovesError(
             f"the network {moved.partition(' then')[0]} when it runs again on a copy: its forward reads something "
             "outside of it that moves, such as a clock, an iterator or a generator of random numbers. Keep it in the "
@@ -141,7 +209,7 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
 def _run(twin: nn.Module, sequence: Sequence, fold: int, step: Step, run_rule: RunRule) -> dict[str, Tensor | None]:
     """Run a rule on a copy; return logits, states, gradients and buffers by name, in the order of their importance."""
     with without_marked_hooks(twin.modules()), torch.enable_grad(), Run(twin, sequence, step) as run:
-        found: dict[str, Any] = {"logits": run_rule(run, fold)}
+        found: dict[str, Any] = {"the logits": run_rule(run, fold)}
         run.results.finish(Tensor.backward)
         for layer in run.layout.keepers:
             for name in layer.states:
@@ -162,7 +230,7 @@ def _find_unequal(first: dict[str, Any], second: dict[str, Any], tolerance: floa
         scale = scale + largest / 100 * name.startswith("the gradient")
         same = a.shape == b.shape and ((a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= tolerance * scale)).all()
         if not same:
-            return f"gives another {name.removeprefix('the ')} then: it mixes samples, or keeps what no rule knows"
+            return f"differs in {name} then: it mixes samples, or keeps what no rule knows"
     return None
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sltt.checks import whole_number
-from sltt.rules.batch import Batch, Fold
-from sltt.rules.fold_trial import PlainError, ProbeLoss, RunRule, apart_from_user, copy_apart, find_difference
+from sltt.rules.batch import Fold
+from sltt.rules.fold_trial import PlainError, RunRule, apart_from_user, copy_apart, find_difference, run_steps
 from sltt.sequence.hooks import without_marked_hooks
 from sltt.sequence.layout import Layer, Layout, layout_of
 from sltt.sequence.once import is_sharded
@@ -82,17 +82,6 @@ def choose_fold(
 def chosen_fold(model: nn.Module) -> Fold | None:
     """Return what was chosen last for a network; None before its first batch, and under rules that do not fold."""
     return layout_of(model).chosen
-
-
-def run_steps(run: Run, fold: int) -> Tensor:
-    """Run the time steps of a sequence, each with a backward of its own; return the logits."""
-    batch = Batch(run, torch.arange(run.sequence.steps), ProbeLoss(), fold=Fold(fold, fold))
-    for t in range(0, batch.steps, fold):
-        value = batch.forward(range(t, min(t + fold, batch.steps)), cut=True)
-        if value.requires_grad:
-            batch.backward(value)
-        batch.detach()
-    return batch.output().logits
 
 
 def _choose(run: Run, x: Tensor, fold: Any, kind: Any, make_step: Callable[[], Step], run_rule: RunRule) -> Fold:

@@ -77,7 +77,7 @@ class RateBased(Rule):
             raise ValueError("RateBased has mean logits only, and the loss takes targets for each time step: use SLTT")
         return self._run_steady(batch) if self.steady else self._run_recorded(batch)
 
-    def _choose_fold(self, network: Run, loss: Any) -> Fold:
+    def choose_fold(self, network: Run, loss: Any = None) -> Fold:
         return Fold() if self.steady else choose_fold(network, self.fold, self, loss)  # of steps without a graph
 
     def step(self) -> Step:

@@ -71,7 +71,8 @@ class TraceStep(Step):
         return y
 
     def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor:
-        traces, trace, bias = self.traces, None, norm.module.bias
+        traces, trace = self.traces, None
+        bias: Any = norm.module.bias
         traced = neuron.module in traces.decays and not traces.learns_decay(neuron.module)
         if not traced or not self.may_pair(norm, neuron):
             return neuron.module(norm.module(x))

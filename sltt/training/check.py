@@ -34,7 +34,9 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
         sltt.check(model, x)
 
     It finds attention among samples, neurons that run twice in a time step of compiled code, modules that mix the
-    samples of a batch or folded time steps, and states that no rule knows of.
+    samples of a batch, time steps that cannot share a call as the rule's `fold` asks, and states that no rule knows of.
+    A forward that moves something outside of the network, such as a log, does so in copies too: with `fold=1` a rule
+    runs none.
 
     Args:
         model: maps the input of one time step to logits. It is left as it was.
@@ -44,7 +46,7 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
         steps: T for a static input.
 
     Raises:
-        ValueError: attention among samples or time steps; a neuron in two places; folded time steps that are mixed.
+        ValueError: attention among samples; a neuron in two places; time steps that cannot share a call.
     """
     instance("model", model, nn.Module)
     instance("rule", rule, Rule)
@@ -52,16 +54,12 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
     _warn_of_unseen(model)
     if any(is_lazy(p) for p in model.parameters()):  # it has no weights before its first batch
         return
-    fold = 1 if rule.fold == "auto" else min(rule.fold, sequence.steps)
-    _check_call(model, sequence, fold)
+    _check_call(model, sequence)
+    if rule.fold != "auto":
+        rule.choose_fold(Run(model, sequence))
     if sequence.batch < 2 or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
         return  # what normalises by the statistics of the batch, in evaluation too, is not judged
-    if fold > 1 and (found := _find_mixing(model, sequence, fold)):
-        raise ValueError(
-            f"{found} mixes the time steps that are folded into a batch, or its samples: use fold=1. Attention over "
-            "time has no form step by step: let neurons carry the past"
-        )
-    if found := _find_mixing(model, sequence, 1):
+    if found := _find_mixing(model, sequence):
         warnings.warn(
             f"{found} mixes the samples of a batch, in evaluation mode too: what a sample gives depends on the others. "
             "Attention is among tokens, [B, N, E] and not [N, B, E]; a sum over dimension 0 is one over samples",
@@ -82,12 +80,12 @@ def _copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _check_call(model: nn.Module, sequence: Sequence, fold: int) -> None:
+def _check_call(model: nn.Module, sequence: Sequence) -> None:
     """Run a call of the network without the compiler: neurons run once in it, attention is among tokens, nothing stays.
 
     Where the network does not run so, the training says what is wrong.
     """
-    samples = sequence.batch * fold
+    samples = sequence.batch
     try:
         twin = _copy(model)
         before = [*plain_tensors(twin)]  # held, so that no other tensor gets their ids
@@ -101,7 +99,7 @@ def _check_call(model: nn.Module, sequence: Sequence, fold: int) -> None:
             torch.random.fork_rng([sequence.x.device] if sequence.x.is_cuda else []),
             Run(twin, sequence, _Eager(), grad=False) as run, _Attention(samples),
         ):  # fmt: skip
-            run.result(run(sequence.input(range(fold)), fold))
+            run.result(run(sequence.input(range(1))))
     except ValueError:
         raise
     except Exception:  # of any kind: it is the user's code
@@ -123,7 +121,7 @@ def _warn_of_unseen(model: nn.Module) -> None:
 
 
 def _among_tokens(name: str, samples: int, module: Any, args: Any, kwargs: Any) -> None:
-    """Raise ValueError where attention is among samples or time steps; a forward pre-hook."""
+    """Raise ValueError where attention is among samples; a forward pre-hook."""
     query: Tensor = args[0] if args else kwargs["query"]
     tokens = int(query.ndim == 3 and module.batch_first)
     what = f"{name or 'the model'} ({type(module).__name__}) attends over dimension {tokens} of its input"
@@ -181,19 +179,19 @@ def warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> None
             )
 
 
-def _find_mixing(model: nn.Module, sequence: Sequence, steps: int) -> str | None:
-    """Return the first module whose output for sample 0 depends on the others, with `steps` time steps in a call.
+def _find_mixing(model: nn.Module, sequence: Sequence) -> str | None:
+    """Return the first module whose output for sample 0 depends on the others.
 
     None too where the network does not run so: the training says what is wrong.
     """
-    x = sequence.input(range(steps))
+    x = sequence.input(range(1))
     others = 1 - x[1:] if x.is_floating_point() else x[1:].flip(0)
     changed = torch.cat([x[:1], others])
     try:
         twin = _copy(model)
         # the same once more with other random numbers: what they change is not judged
         calls = (x, 0), (x, 1), (changed, 0)
-        before, again, after = (_run(twin, sequence.batch, steps, one, seed) for one, seed in calls)
+        before, again, after = (_run(twin, one, seed) for one, seed in calls)
     except Exception:  # of any kind: it is the user's code
         return None
     if len({tuple(name for name, *_ in seen) for seen in (before, again, after)}) > 1:
@@ -204,17 +202,17 @@ def _find_mixing(model: nn.Module, sequence: Sequence, steps: int) -> str | None
     return None
 
 
-def _run(model: nn.Module, batch: int, steps: int, x: Tensor, seed: int) -> Seen:
+def _run(model: nn.Module, x: Tensor, seed: int) -> Seen:
     """Return the calls of modules in a call of the network, in the order in which they end."""
     seen: Seen = []
     hooks = [m.register_forward_hook(partial(_look, name, len(x), seen)) for name, m in model.named_modules()]
     devices = [x.device] if x.is_cuda else []
     with (
         keep_hooks(*hooks), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices),
-        kernels.using(sparse="off", compile="off"), Run(model, Sequence(x[:batch], steps, True), grad=False) as run,
+        kernels.using(sparse="off", compile="off"), Run(model, Sequence(x, 1, True), grad=False) as run,
     ):  # fmt: skip
         torch.manual_seed(seed)
-        run(x, steps)
+        run(x)
     return seen
 
 

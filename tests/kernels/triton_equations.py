@@ -16,7 +16,7 @@ from torch import nn
 import sltt
 from sltt import kernels
 from sltt.kernels.neuron import step as step_of_kernels
-from sltt.kernels.neuron import triton_blocks, triton_step
+from sltt.kernels.neuron import triton_step
 from sltt.kernels.neuron.triton_step import TritonStep
 from sltt.kernels.norm import deferred, triton_norm
 from sltt.kernels.spikes.bits import pack
@@ -376,37 +376,3 @@ def test_firing_rates_take_the_numbers_that_kernels_counted(rule, monkeypatch):
         found.append(rates.by_layer())
     assert found[0] == found[1]
     assert all(0 < rate < 1 for rate in found[0].values())
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="the timer is a stand-in")
-def test_tuned_sizes_are_kept_in_a_file_and_change_no_result(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(triton_blocks, "NEURONS", 256)
-    monkeypatch.setattr(triton_step, "REPLAYED", 8)
-    launched, launch = set(), TritonStep._launch
-
-    def watched(self, kernel, tiles, *args, **kwargs):
-        launched.add((kernel.fn.__name__, kwargs["num_warps"], tiles.arguments["BLOCK"]))
-        launch(self, kernel, tiles, *args, **kwargs)
-
-    def results():
-        runs = [(steps, learned) for steps in (1, 6) for learned in (False, True)]
-        found = [run(fused, CONSTANTS[0], n=600, steps=steps, learned=learned) for steps, learned in runs]
-        return [one for pair in found for part in pair for one in part]
-
-    monkeypatch.setattr(TritonStep, "_launch", watched)
-    triton_blocks.sizes.cache_clear()
-    before, first = results(), {*launched}
-    times = itertools.cycle([5, 4, 1, 3, 2, 6])  # the third is 4 warps
-    rows = triton_blocks.tune(DEVICE, lambda run: (run(), next(times))[1])
-    assert len(rows) == 2 * 3 * 6
-    triton_blocks.sizes.cache_clear()  # another process reads the file
-    launched.clear()
-    assert all(torch.equal(a, b) for a, b in zip(results(), before, strict=True))
-    tuned = {(name, 4, 512) for name in ("steps_forward", "steps_backward", "steps_replayed")}
-    assert launched - first == tuned
-    assert {name for name, *_ in launched & first} == {"steps_backward", "steps_replayed"}  # which add up for λ
-    (file,) = (tmp_path / "sltt").iterdir()
-    file.write_text("{")
-    triton_blocks.sizes.cache_clear()
-    assert triton_blocks.sizes(DEVICE) == {}

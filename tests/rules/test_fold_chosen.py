@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.rules.fold_trial import Trial
+from sltt.rules import folding
 from tests.conftest import LOSS
 from tests.references import measured, recorded
 
@@ -96,7 +96,7 @@ def test_memory_stays_flat_in_time():
 
 def test_another_length_is_not_compared_again(monkeypatch):
     model, x = Net(), torch.randn(20, 64, 6)
-    compared = recorded(monkeypatch, Trial, "compare", lambda trial, steps: steps)
+    compared = recorded(monkeypatch, folding, "find_difference", lambda run, steps, *how: steps)
     for steps in (20, 12, 20):
         sltt.unroll(model, x[:steps])
     sltt.unroll(model, torch.randn(30, 64, 6))

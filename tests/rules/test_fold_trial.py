@@ -135,7 +135,6 @@ FUNCTIONS = {
 SINGLE = {name: lambda given=given: Through(given[0], **copy.deepcopy(given[1])) for name, given in FUNCTIONS.items()}
 SINGLE |= {
     "has a layer for each step": ByStep,
-    "has a layer for each call": ByCall,
     "has a hook that looks": lambda: hooked(nn.Identity(), "register_forward_hook", look),
     "has a hook": lambda: hooked(nn.Identity(), "register_forward_hook", lambda module, args, y: y + y.mean(0)),
     "has a hook on a gradient": lambda: hooked(
@@ -160,6 +159,15 @@ def test_a_network_that_would_give_other_results_takes_one(make, silent):
     first = sltt.LIF(v_threshold=1e3 if silent else 1.0)
     model = Net(nn.Linear(6, 16), first, make(), *hide, nn.Linear(16, 3)).double()
     assert called(sltt.SLTT(), model, torch.randn(6, 5, 6, dtype=torch.float64)) == [5] * 6
+
+
+def test_a_network_that_reads_what_moves_outside_of_it_is_named():
+    model, x = Net(nn.Linear(6, 16), sltt.LIF(), ByCall(), nn.Linear(16, 3)).double(), torch.randn(6, 5, 6).double()
+    with torch.no_grad():
+        model[2].layers[1].bias += 1
+    with pytest.raises(ValueError, match="reads something outside of it that moves, such as a clock"):
+        sltt.unroll(model, x)
+    assert sltt.unroll(model, x, fold=1).shape == (6, 5, 3)
 
 
 class Accumulated(sltt.Stateful):

@@ -320,7 +320,7 @@ def test_a_static_input_that_the_network_changes_takes_no_fold():
 
     model, x = nn.Sequential(Shift(), nn.Linear(784, 64), sltt.LIF()), torch.randn(32, 784)
     before = x.clone()
-    with pytest.raises(ValueError, match="fold=4 would change results: the network gives another logits then"):
+    with pytest.raises(ValueError, match="fold=4 would change results: the network differs in the logits then"):
         sltt.unroll(model, x, steps=4, fold=4)
     assert torch.equal(x, before)  # a trial has an input of its own
     expected = sltt.unroll(model, x.clone(), steps=4, fold=1)

@@ -88,7 +88,7 @@ def test_a_layer_that_treats_samples_one_by_one_is_not(layer, tmp_path):
 
 def test_a_layer_that_mixes_folded_time_steps_is_refused(tmp_path):
     fit(OverTime(), tmp_path)
-    with pytest.raises(ValueError, match=r"2 \(OverTime\) mixes the time steps that are folded .*: use fold=1"):
+    with pytest.raises(ValueError, match=r"fold=3 would change results: .* mixes samples.*; use fold=1"):
         fit(OverTime(), tmp_path / "folded", sltt.SLTT(fold=3))
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.neuron.native_step import SURROGATES, describe, fires_as_usual
-from sltt.kernels.neuron.triton_blocks import tuned
 from sltt.kernels.options import compiler_problem, options
 from sltt.surrogates import Exponential, Gaussian, Sigmoid
 
@@ -73,12 +72,11 @@ class TritonStep:
         """
         n = v.numel()
         steps = x.numel() // max(1, n)
-        warps, block = tuned("steps_forward", x, (WARPS, block_of(x)))
-        tiles = Tiles(v, by_channel(decay, factors), block)
+        tiles = Tiles(v, by_channel(decay, factors), block_of(x))
         counts = s.new_empty(tiles.programs, dtype=torch.int32)
         self._launch(
             self._kernels.steps_forward, tiles, s, v_out, u_out, bits, counts, v, x, decay, factors, n, steps=steps,
-            **self._forward, BY_CHANNEL=by_channel(decay), EVERY=v_out.numel() > n, num_warps=warps,
+            **self._forward, BY_CHANNEL=by_channel(decay), EVERY=v_out.numel() > n, num_warps=WARPS,
         )  # fmt: skip
         return counts
 
@@ -108,15 +106,12 @@ class TritonStep:
         first = out if steps == 1 else out[: len(out) // steps]
         # what is learned takes registers besides: then a thread replays four neurons, unless it reads x twice
         four = learns and kept is None and not self._shared["SCALES"]
-        warps, block = WARPS, 128 * WARPS if four else block_of(out)
-        if not learns and factors is None:  # else programs add up, in an order that would depend on their size
-            warps, block = tuned("steps_replayed" if kept is None else "steps_backward", out, (warps, block))
-        tiles = Tiles(first, by_channel(decay, factors), block)
+        tiles = Tiles(first, by_channel(decay, factors), 128 * WARPS if four else block_of(out))
         shape = tiles.parts if by_channel(decay) else (tiles.programs,)
         of_decay = out.new_empty(shape, dtype=torch.float32) if learns else None
         of_norm = None if factors is None else out.new_empty(steps, *tiles.parts, dtype=torch.float32)
         written, given = (out, out_v, of_decay, of_norm), (grad_s, grad_v)
-        known = {"parts": tiles.parts[0], "BY_CHANNEL": by_channel(decay), "CUT": cut, "num_warps": warps}
+        known = {"parts": tiles.parts[0], "BY_CHANNEL": by_channel(decay), "CUT": cut, "num_warps": WARPS}
         if kept is None:
             self._launch(
                 self._kernels.steps_replayed, tiles, *written, *given, v, x, decay, factors, n,
