@@ -5,6 +5,7 @@ import functools
 import re
 import shutil
 import subprocess
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,10 @@ def more_networks() -> dict[str, Any]:
     for layer in chain[::2]:
         layer.weight.data *= 3
     found["small neurons of each kind"] = nn.Sequential(*chain, nn.Linear(12, 3)), (8, 4, 12), None
+    taken = ("fc", "NULL", "fc_weight", "exp", "größe", "int8_t", "größ_")  # by C, by gcc, by what C makes of others
+    layers = [module for _ in range(3) for module in (nn.Linear(12, 12), sltt.LIF(v_threshold=0.3))]
+    layers = OrderedDict(zip(taken, [*layers, nn.Linear(12, 3)], strict=True))
+    found["names of C"] = nn.Sequential(layers), (8, 4, 12), None
     for title, active in SMALL_AND_LARGE.items():  # spikes in each step, which add 127 or -127; λ is 1/2
         sums = nn.Sequential(nn.Linear(1, active + 20, bias=False), sltt.IF(), nn.Linear(active + 20, 4, bias=False))
         some = (torch.arange(active + 20) < active).float()

@@ -326,6 +326,16 @@ def test_names_of_nodes_have_no_dots_and_stay_apart():
     torch.testing.assert_close(from_nir(graph)(x), model(x))
 
 
+def test_names_of_nodes_are_no_code():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))[::2], torch.randn(2, 3)
+    names = {"0": 'x")\r', "2": "x*/ \\"}
+    graph = to_nir(model, x)
+    nodes = {names.get(name, name): node for name, node in graph.nodes.items()}
+    back = from_nir(nir.NIRGraph(nodes, [tuple(names.get(name, name) for name in edge) for edge in graph.edges]))
+    assert [*back.layers] == ["input", "x___", "x____", "output"]
+    torch.testing.assert_close(back(x), model(x))
+
+
 def assert_equal_spikes(theirs, model, x):
     expected, state = sltt.unroll(model, x), None
     assert 0.02 < expected.mean() < 0.9
