@@ -126,6 +126,9 @@ def more_networks() -> dict[str, Any]:
     layers = [module for _ in range(3) for module in (nn.Linear(12, 12), sltt.LIF(v_threshold=0.3))]
     layers = OrderedDict(zip(taken, [*layers, nn.Linear(12, 3)], strict=True))
     found["names of C"] = nn.Sequential(layers), (8, 4, 12), None
+    fine = [nn.BatchNorm2d(2), nn.AvgPool2d(2), sltt.LIF(tau=4.0, v_threshold=0.5), nn.BatchNorm2d(2), nn.Flatten()]
+    fine += [nn.Linear(48, 8), sltt.PLIF(tau=100.0, v_threshold=0.5), nn.Linear(8, 3)]
+    found["finer units"] = nn.Sequential(*fine), (6, 4, 2, 12, 9), None
     for title, active in SMALL_AND_LARGE.items():  # spikes in each step, which add 127 or -127; λ is 1/2
         sums = nn.Sequential(nn.Linear(1, active + 20, bias=False), sltt.IF(), nn.Linear(active + 20, 4, bias=False))
         some = (torch.arange(active + 20) < active).float()
@@ -159,7 +162,8 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("c")
     cases = {}
     for i, (key, (model, shape, steps)) in enumerate(networks().items()):
-        x = 2 * torch.rand(shape) if key not in ("events", "LIF above") else torch.randint(0, 4, shape).float()
+        counts = key in ("events", "LIF above", "finer units")
+        x = torch.randint(0, 4, shape).float() if counts else 2 * torch.rand(shape)
         x = torch.full(shape, 1.5) if "limit" in key else x
         settle(model, x, steps)
         whole = x if steps is None else x.expand(steps, *x.shape)
@@ -215,6 +219,43 @@ def test_c_in_integers_is_the_reference_to_the_last_bit(key, compiled):
     expected = sltt.unroll(case.model, case.x).mean(0)
     apart = (got.mean(0, dtype=torch.float64) * case.exported.network.logit_scale - expected).std()
     assert apart < 0.5 * expected.std()
+
+
+def shifting():
+    norm = nn.BatchNorm2d(2).eval()
+    norm.running_mean, norm.running_var = torch.tensor([0.3, 0.2]), torch.tensor([0.2, 0.15])
+    norm.bias.data = torch.tensor([0.2, -0.3])
+    return norm
+
+
+WHOLE = {
+    "BatchNorm": shifting,
+    "BatchNorm of spikes": lambda: nn.Sequential(sltt.IF(), shifting()),
+    "LIF": lambda: sltt.LIF(tau=4.0, v_threshold=2.5),
+    "LIF of pooled events": lambda: nn.Sequential(nn.AvgPool2d(2), sltt.LIF(tau=4.0)),
+}
+
+
+@pytest.mark.parametrize("first", WHOLE.values(), ids=WHOLE)
+def test_integers_are_finer_than_whole_events_and_spikes(first, tmp_path):
+    torch.manual_seed(1)
+    conv, x = nn.Conv2d(2, 8, 3, padding=1), (torch.rand(8, 32, 2, 8, 8) < 0.3).float()
+    conv.weight.data *= 3
+    end = sltt.LIF(tau=2.0), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    model = nn.Sequential(first(), conv, *end).eval()
+    expected, network = sltt.unroll(model, x), to_c(model, x, tmp_path / "a", weights="int8").network
+    assert (network.unroll(x) * network.logit_scale - expected).std() < 0.06 * expected.std()
+
+
+def test_no_sum_of_integers_leaves_32_bits(tmp_path):
+    wide, steps = nn.Sequential(nn.BatchNorm1d(700, affine=False), nn.Linear(700, 4), sltt.IF(), nn.Linear(4, 3)), 600
+    wide[1].weight.data.fill_(1.0)  # with 64 units for an event, sums of 700 · 127 · 127 · 64
+    wide[0].running_mean.fill_(0.3)
+    wide[3].weight.data *= 1e-5  # beside a bias of 2²² units, for 600 steps
+    network = to_c(wide.eval(), torch.ones(2, 700), tmp_path / "a", steps=steps, weights="int8").network
+    assert {bound < 2**29 for bound in network.bounds.values()} == {True}
+    assert 2**29 < network.bounds[network.output] * steps < 2**31
+    assert [op.gain.unique().tolist() for op in network.operations if hasattr(op, "gain")] == [[8.0]]
 
 
 def test_states_have_16_bits_where_no_potential_is_larger(compiled):
