@@ -122,13 +122,10 @@ def more_networks() -> dict[str, Any]:
     for layer in chain[::2]:
         layer.weight.data *= 3
     found["small neurons of each kind"] = nn.Sequential(*chain, nn.Linear(12, 3)), (8, 4, 12), None
-    taken = ("fc", "NULL", "fc_weight", "exp", "größe", "int8_t", "größ_")  # by C, by gcc, by what C makes of others
-    layers = [module for _ in range(3) for module in (nn.Linear(12, 12), sltt.LIF(v_threshold=0.3))]
-    layers = OrderedDict(zip(taken, [*layers, nn.Linear(12, 3)], strict=True))
-    found["names of C"] = nn.Sequential(layers), (8, 4, 12), None
-    fine = [nn.BatchNorm2d(2), nn.AvgPool2d(2), sltt.LIF(tau=4.0, v_threshold=0.5), nn.BatchNorm2d(2), nn.Flatten()]
-    fine += [nn.Linear(48, 8), sltt.PLIF(tau=100.0, v_threshold=0.5), nn.Linear(8, 3)]
-    found["finer units"] = nn.Sequential(*fine), (6, 4, 2, 12, 9), None
+    fine = [nn.AvgPool2d(2), nn.Identity(), sltt.LIF(tau=4.0, v_threshold=5.1), nn.BatchNorm2d(2)]
+    fine += [nn.Conv2d(2, 8, 3), sltt.LIF(v_threshold=0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    taken = ("NULL", "no", "exp_gain", "exp", "größe", "gr__e", "int8_t", "flat", "main")  # by C, gcc, each other
+    found["finer units"] = nn.Sequential(OrderedDict(zip(taken, fine, strict=True))), (16, 16, 2, 12, 9), None
     for title, active in SMALL_AND_LARGE.items():  # spikes in each step, which add 127 or -127; λ is 1/2
         sums = nn.Sequential(nn.Linear(1, active + 20, bias=False), sltt.IF(), nn.Linear(active + 20, 4, bias=False))
         some = (torch.arange(active + 20) < active).float()
@@ -218,33 +215,7 @@ def test_c_in_integers_is_the_reference_to_the_last_bit(key, compiled):
     assert torch.equal(got.double(), case.exported.network.unroll(case.x))
     expected = sltt.unroll(case.model, case.x).mean(0)
     apart = (got.mean(0, dtype=torch.float64) * case.exported.network.logit_scale - expected).std()
-    assert apart < 0.5 * expected.std()
-
-
-def shifting():
-    norm = nn.BatchNorm2d(2).eval()
-    norm.running_mean, norm.running_var = torch.tensor([0.3, 0.2]), torch.tensor([0.2, 0.15])
-    norm.bias.data = torch.tensor([0.2, -0.3])
-    return norm
-
-
-WHOLE = {
-    "BatchNorm": shifting,
-    "BatchNorm of spikes": lambda: nn.Sequential(sltt.IF(), shifting()),
-    "LIF": lambda: sltt.LIF(tau=4.0, v_threshold=2.5),
-    "LIF of pooled events": lambda: nn.Sequential(nn.AvgPool2d(2), sltt.LIF(tau=4.0)),
-}
-
-
-@pytest.mark.parametrize("first", WHOLE.values(), ids=WHOLE)
-def test_integers_are_finer_than_whole_events_and_spikes(first, tmp_path):
-    torch.manual_seed(1)
-    conv, x = nn.Conv2d(2, 8, 3, padding=1), (torch.rand(8, 32, 2, 8, 8) < 0.3).float()
-    conv.weight.data *= 3
-    end = sltt.LIF(tau=2.0), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
-    model = nn.Sequential(first(), conv, *end).eval()
-    expected, network = sltt.unroll(model, x), to_c(model, x, tmp_path / "a", weights="int8").network
-    assert (network.unroll(x) * network.logit_scale - expected).std() < 0.06 * expected.std()
+    assert apart < (0.1 if key == "finer units" else 0.5) * expected.std()
 
 
 def test_no_sum_of_integers_leaves_32_bits(tmp_path):
