@@ -43,7 +43,7 @@ ATTRIBUTES = {
         "_parameters": "a name in a module that is no attribute of the user's",
         "_buffers": "lists the module's own buffers",
         "_non_persistent_buffers_set": "names the states of snnTorch's neurons",
-        "_forward_hooks": "takes hooks off a copy",
+        "_forward_hooks": "takes hooks off a copy, finds what exports would not run",
         "_forward_pre_hooks": "takes hooks off a copy, finds a spectral norm",
         "_backward_hooks": "finds hooks that see one time step in a call",
         "_backward_pre_hooks": "finds hooks that see one time step in a call",

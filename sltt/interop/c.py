@@ -75,7 +75,8 @@ def to_c(
     checks.choice("weights", weights, get_args(Arithmetic))
     sequence = time_steps(example, steps)
     if not is_name(name):
-        raise ValueError(f"name must be a name in C, of letters, digits and _, got {name!r}; such as my_network")
+        expected = "a name in C, of letters, digits and _, which neither C nor make uses"
+        raise ValueError(f"name must be {expected}, got {name!r}; such as my_network")
     folder = checks.folder("folder", folder)
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder, or remove this one")
@@ -103,7 +104,7 @@ def to_c(
     }
     folder.mkdir(parents=True)
     for file, text in files.items():
-        (folder / file).write_text(text)
+        (folder / file).write_text(text, encoding="utf-8")
     return Exported(folder, network, program.flash, program.ram)
 
 
@@ -205,7 +206,7 @@ def _readme(program: Program) -> str:
             f"    {name}_tick(&net, logits);   /* or {name}_step(&net, frame, logits) with a whole frame */"
         )
     computed = [op for op in network.operations if not isinstance(op, Active | Spread)]
-    layers = "\n".join(f"* {op.name}: {' × '.join(map(str, op.output.shape))}" for op in computed)
+    layers = "\n".join(f"* `{op.name}`: {' × '.join(map(str, op.output.shape))}" for op in computed)
     return f"""# {name}
 
 A trained spiking network in C11. `{name}.c` needs `{name}.h`, `<stdint.h>` and `<string.h>`, and allocates nothing.

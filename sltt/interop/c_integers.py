@@ -2,11 +2,14 @@
 
 Weights have a scale for each output channel. Each value has a unit for each channel: the number that 1 stands for.
 Neurons need no multiplication for it, since their thresholds are in the same unit; neither does BatchNorm, whose gain
-becomes a part of the unit. Average pooling sums, and the next layer takes the factor into its weights. Only a sum of
-two paths brings them to one unit.
+becomes a part of the unit. Average pooling sums, and the next layer takes the factor into its weights. A sum of two
+paths brings them to one unit. Inputs and spikes are multiplied where a BatchNorm or a neuron reads them, which would
+round shifts and potentials to whole ones.
 """
 
 import copy
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from sltt.interop.c_network import LIMIT, SHIFT, Affine, Fire, Network, Operation, Pool, Sum, Value, Weights
 
 _FINE = 2**22  # a bias or a shift has no more units than this
+_GAIN = 64  # units of an input or a spike behind which there are no weights
 
 
 def in_integers(network: Network, x: Tensor) -> Network:
@@ -24,42 +28,62 @@ def in_integers(network: Network, x: Tensor) -> Network:
     """
     if not x.any():
         raise ValueError("the example sets the scale of the input in int8, and is zero everywhere: give real samples")
+    for gain in (_GAIN, 8):
+        with suppress(ValueError):  # with fewer units, sums may stay in 32 bits
+            return _in_integers(network, x, gain)
+    return _in_integers(network, x, 1)
+
+
+def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
     made = copy.copy(network)
-    made.operations, made.integers = [copy.copy(op) for op in network.operations], True
+    made.operations, made.integers = [], True
     counts = bool((x == x.round()).all()) and x.abs().max() <= 127
     made.input_scale = 1.0 if counts else x.abs().max().item() / 127
     units = {network.input: torch.full(network.input.shape[:1], made.input_scale).double()}
     made.bounds = bounds = {network.input: 127.0}
-    for op in made.operations:
+    whole = {network.input}  # values that count whole inputs or spikes
+
+    def add(op: Operation) -> None:
+        (x, *_) = op.inputs
+        last = network.steps if op.output is made.output else 0
+        rule = _RULES.get(type(op), _keep)
+        rule = partial(_affine, gain=gain if x in whole else 1) if isinstance(op, Affine) else rule
+        if not isinstance(op, Affine | Weights) and whole.issuperset(op.inputs):
+            whole.add(op.output)
+        units[op.output] = rule(op, units, bounds, last)
+        if bounds[op.output] >= LIMIT:
+            reach = f"{bounds[op.output]:.3g}"
+            raise ValueError(f"{op.name} would leave 32 bits, with sums of up to {reach}: use weights='float32'")
+        made.operations.append(op)
+
+    for op in map(copy.copy, network.operations):
         for value in op.inputs:
             if value.spikes:
                 units[value], bounds[value] = torch.ones(value.shape[0]).double(), 1.0
+                whole.add(value)
         for name, tensor in op.arrays().items():
             setattr(op, name, tensor.double())
-        units[op.output] = _RULES.get(type(op), _keep)(op, units, bounds, op.output is made.output)
-        _check(op, bounds[op.output])
-    unit = units[made.output]
-    if unit.ne(unit[0]).any():  # logits are compared with each other
+        if isinstance(op, Fire) and gain > 1 and op.inputs[0] in whole:
+            one = torch.ones_like(units[op.inputs[0]])
+            finer = Affine(f"input of {op.name}", op.inputs, Value(op.output.shape), one, 0 * one)
+            op.inputs = [finer.output]
+            add(finer)
+        add(op)
+    unit, reach = units[made.output], bounds[made.output]
+    if unit.ne(unit[0]).any() or reach * network.steps >= 2**31:  # logits are compared with each other, and summed
         last = Sum("logits", [made.output], Value(made.output.shape), [None])
-        units[last.output] = _sum(last, units, bounds, True)
-        _check(last, bounds[last.output])
-        made.operations.append(last)
         made.output = last.output
+        add(last)
     made.logit_scale = units[made.output][0].item()
     return made
 
 
-def _check(op: Operation, bound: float) -> None:
-    if bound >= LIMIT:
-        raise ValueError(f"{op.name} would leave 32 bits, with sums of up to {bound:.3g}: use weights='float32'")
-
-
-def _keep(op: Operation, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
+def _keep(op: Operation, units: dict[Value, Tensor], bounds: dict[Value, float], last: int) -> Tensor:
     bounds[op.output] = bounds[op.inputs[0]]
     return units[op.inputs[0]]
 
 
-def _weights(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
+def _weights(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: int) -> Tensor:
     outputs = len(op.weight)
     unit = units[op.inputs[0]].view(op.groups, 1, -1).expand(-1, outputs // op.groups, -1)
     weight = op.weight * unit.reshape(outputs, -1, 1, 1)
@@ -72,38 +96,39 @@ def _weights(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], la
     return unit
 
 
-def _affine(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
-    unit, least = op.gain.abs() * units[op.inputs[0]], op.shift.abs() / _FINE
-    op.gain = torch.where(unit > least, op.gain.sign(), 0.0)  # else the gain is lost beside the shift
-    unit = torch.maximum(unit, least)
+def _affine(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: int, gain: int = 1) -> Tensor:
+    value = op.gain * units[op.inputs[0]]
+    unit = torch.maximum(value.abs() / gain, op.shift.abs() / _FINE)
     unit = torch.where(unit > 0, unit, 1.0)
-    op.shift = (op.shift / unit).round()
-    bounds[op.output] = bounds[op.inputs[0]] + op.shift.abs().max().item()
+    op.gain, op.shift = (value / unit).round(), (op.shift / unit).round()
+    bounds[op.output] = bounds[op.inputs[0]] * op.gain.abs().max().item() + op.shift.abs().max().item()
     return unit
 
 
-def _pool(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
+def _pool(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: int) -> Tensor:
     x = op.inputs[0]
     factor, op.factor = (1.0, 1.0) if op.largest else (op.factor, 1.0)
     bounds[op.output] = bounds[x] * (1 if op.largest else op.kernel[0] * op.kernel[1])
     return units[x] * factor
 
 
-def _sum(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
+def _sum(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: int) -> Tensor:
     given = torch.stack([units[x] for x in op.inputs])
-    if given.eq(given[0]).all() and not (last and given.ne(given[0, 0]).any()):
+    most = 2**30 / max(last, 4)  # of a sum, so that those of all time steps fit in 32 bits
+    fits = sum(bounds[x] for x in op.inputs) < 2 * most
+    if given.eq(given[0]).all() and not (last and (given.ne(given[0, 0]).any() or not fits)):
         bounds[op.output] = sum(bounds[x] for x in op.inputs)
         return given[0]
     reach = (given * torch.tensor([[bounds[x]] for x in op.inputs])).sum(0)  # the largest sum
-    unit = torch.stack([given.amin(0), given.amax(0) / 2**SHIFT, reach / 2**28]).amax(0)
+    unit = torch.stack([given.amin(0), given.amax(0) / 2**SHIFT, reach / most]).amax(0)
     if last:
-        unit = unit.amin().clamp(min=(given.amax() / 2**SHIFT).item()).clamp(min=reach.amax() / 2**28).expand(len(unit))
+        unit = torch.stack([unit.amin(), given.amax() / 2**SHIFT, reach.amax() / most]).amax().expand(len(unit))
     op.factors = [(units[x] / unit * 2**SHIFT).round() for x in op.inputs]
     bounds[op.output] = (reach / unit).max().item() + len(op.inputs)
     return unit
 
 
-def _fire(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: bool) -> Tensor:
+def _fire(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: int) -> Tensor:
     unit = units[op.inputs[0]]
     op.integers = True
     op.threshold = (op.threshold / unit).round().clamp(1, LIMIT)
@@ -125,4 +150,4 @@ def _largest_state(factor: Tensor | None, current: Tensor) -> Tensor:
     return current if factor is None else (current + 0.5) / (1 - factor.amax() / 2**SHIFT)
 
 
-_RULES = {Weights: _weights, Affine: _affine, Pool: _pool, Sum: _sum, Fire: _fire}
+_RULES = {Weights: _weights, Pool: _pool, Sum: _sum, Fire: _fire}

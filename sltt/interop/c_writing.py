@@ -18,13 +18,13 @@ _TYPES = {
 _BYTES = {"float": 4, "int32_t": 4, "int16_t": 2, "uint16_t": 2, "int8_t": 1}
 _KEYWORDS = """auto break case char const continue default do double else enum extern float for goto if inline int long
 register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while"""
-_TAKEN = {*re.findall(r"\w+", _KEYWORDS), "net", "input", "logits"}  # by what the functions are written of
+_FILES = "stdint stdio string Makefile"  # of C and make, in whose place files of the network would be read
 
 
 def is_name(name: Any) -> bool:
     """Return whether a name can begin those of C's functions."""
     plain = isinstance(name, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) is not None
-    return plain and not re.search(rf"\b{name}\b", _KEYWORDS)
+    return plain and name not in f"{_KEYWORDS} {_FILES}".split()
 
 
 class Program:
@@ -47,7 +47,7 @@ class Program:
         self.parts: set[tuple[str, str]] = set()  # functions that the network calls, and "_16" for states of 16 bits
         self.constants: dict[str, tuple[str, Tensor]] = {}  # C's type and values, by name
         self.layers: list[str] = []
-        self.names = _identifiers(network.operations)
+        self.names = _identifiers(network.operations, name)
         parameters = [(name, tensor) for op in network.neurons for name, tensor in op.arrays().items()]
         self.each = {name for name, tensor in parameters if len(tensor) > 1} - {"start"}  # those given by channel
         made = {op.output for op in network.operations if isinstance(op, Weights) and network.readers(op.output) == 1}
@@ -330,21 +330,18 @@ def _parts() -> dict[str, tuple[list[str], str]]:
     return parts
 
 
-def _identifiers(operations: Iterable[Operation]) -> dict[Operation, str]:
-    """Give each operation a name in C, of its layer's."""
-    code = "".join(text for _, text in _parts().values())
-    reserved = _TAKEN | {*re.findall(r"(\w+)\$?\(", code), *re.findall(r"(\w+)\$?;", code)}
-    reserved |= {f"{name}_16" for name in reserved}
+def _identifiers(operations: Iterable[Operation], program: str) -> dict[Operation, str]:
+    """Give each operation a name in C: its layer's behind layer_, which no name of C or of a compiler begins with."""
+    taken = {f"{program}_{end}" for end in ("net", "input", "logit", "reset", "step", "event", "tick")}
     found: dict[Operation, str] = {}
     for op in operations:
         if not isinstance(op, Active | Spread):  # which have no constants
-            path = re.sub(r"\W", "_", op.name.split(" (")[0])
-            path = f"layer_{path}" if not path[:1].isalpha() or path in reserved else path
-            name, n = path, 2
-            while name in reserved:
+            path = name = "layer_" + re.sub(r"\W", "_", op.name.split(" (")[0], flags=re.ASCII)
+            n = 2
+            while taken & (names := {name, *(f"{name}_{field}" for field in op.arrays())}):
                 name, n = f"{path}_{n}", n + 1
             found[op] = name
-            reserved.add(name)
+            taken |= names
     return found
 
 

@@ -4,6 +4,7 @@ Each library's file translates its neurons and their parameters; docs/interop.md
 """
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ def _translate_all(module: nn.Module, path: str, copies: dict[int, Any], refused
     except ConversionError as reason:
         refused[module] = f"{path or 'the model'} ({type(module).__name__}), which {reason}"
         return
+    if new is not module and has_hooks(module, backward=True):
+        refused[module] = f"{path or 'the model'} ({type(module).__name__}), which has hooks that ours would not run"
     for name, child in new.named_children():
         _translate_all(child, f"{path}.{name}".lstrip("."), copies, refused)
     if new is not module:
@@ -97,6 +100,24 @@ def read_constant(name: str, value: Any) -> float:
     if not (value == value.flatten()[0]).all():
         raise ConversionError(f"has another {name} for each neuron")
     return float(value.flatten()[0])
+
+
+def check_names(model: nn.Module) -> None:
+    """Raise ValueError for a name in a network that would leave a string or a comment of code that it is written to."""
+    of_modules = [(type(m).__name__, *vars(m), *m._modules, *m._parameters, *m._buffers) for m in model.modules()]
+    for name in (name for names in of_modules for name in names):
+        if not name.isprintable() or re.search(r"""["'`\\]|\*/|/\*""", name):
+            raise ValueError(
+                f"the name {name!r} would enter source code: expected no quotes, backslashes, control characters or "
+                "signs of comments; rename it, such as linear_1"
+            )
+
+
+def has_hooks(module: nn.Module, backward: bool = False) -> bool:
+    """Return whether hooks see a module's calls, other than those of PyTorch that compute its weights, and of ours."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()] if backward else []
+    return any(not (type(h).__module__.startswith("torch.nn.utils") or hasattr(h, "sees_folds")) for h in hooks)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ the threshold, and its versions differ in the reset; what ours do is written int
 
 # pyright: reportMissingImports=false
 
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -160,11 +161,11 @@ class _Export:
 
 
 def unique_names(names: Iterable[str]) -> dict[str, str]:
-    """Return for each name one that a module may have: without dots, which some readers of NIR do not take either."""
+    """Return for each name one that a module may have: of letters, digits and _, since it may enter source code."""
     found: dict[str, str] = {}
     taken, empty = set(), nn.ModuleDict()
     for name in dict.fromkeys(names):
-        key = name.replace(".", "_")
+        key = re.sub(r"\W", "_", name)
         while not key or hasattr(empty, key) or key in taken:
             key += "_"
         taken.add(key)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import folder, instance
-from sltt.interop.conversion import check_finite
+from sltt.interop.conversion import check_finite, check_names
 from sltt.kernels import using
 from sltt.neurons import Neuron, Recurrent
 from sltt.pooling import RunningMax
@@ -40,6 +40,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
     instance("model", model, nn.Module)
     instance("x", x, Tensor)
     check_finite(model)
+    check_names(model)
     path = folder("path", path, "a file")
     step = _Step(copy_model(model).eval(), x)
     names = list(step.first)

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sltt.dropout import Dropout
-from sltt.interop.conversion import require
+from sltt.interop.conversion import check_names, has_hooks, require
 from sltt.neurons import OnlineRenorm
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful, reset
@@ -52,8 +53,9 @@ def read(model: nn.Module, x: Tensor) -> list[Call]:
     their output.
 
     Raises:
-        ValueError: torch.fx cannot trace the network, or the trace computes something else; several results.
+        ValueError: torch.fx cannot trace the network, or the trace computes something else; several results; hooks.
     """
+    check_hooks(model.named_modules(), "the export")
     reset(model)
     reader = _Reader(model)
     with torch.no_grad():
@@ -90,7 +92,7 @@ class _Reader(fx.Interpreter):
     """Runs a network once, for the shapes, and notes its calls."""
 
     def __init__(self, model: nn.Module):
-        super().__init__(fx.GraphModule(model, trace(model)))
+        super().__init__(model, graph=trace(model))
         self.paths = dict(model.named_modules())
         self.calls: dict[fx.Node, Call] = {}
 
@@ -143,7 +145,8 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
 
 
 def trace(model: nn.Module, tracer: type[fx.Tracer] = Tracer, remedy: str = "") -> fx.Graph:
-    """Return the calls of a network; raise ValueError if torch.fx cannot trace it."""
+    """Return the calls of a network; raise ValueError if torch.fx cannot trace it, or its names are no text of code."""
+    check_names(model)
     try:
         return tracer().trace(model)
     except Exception as error:  # of any kind, since symbols run through the network's own code
@@ -151,6 +154,15 @@ def trace(model: nn.Module, tracer: type[fx.Tracer] = Tracer, remedy: str = "") 
             f"{type(model).__name__} cannot be traced by torch.fx: {' '.join(str(error).split())}. Write its forward "
             f"without control flow that depends on values{remedy}"
         ) from error
+
+
+def check_hooks(modules: Iterable[tuple[str, nn.Module]], what: str, backward: bool = False) -> None:
+    """Raise ValueError naming those modules with hooks, which `what` would not run."""
+    if hooked := [describe(path, module) for path, module in modules if has_hooks(module, backward)]:
+        raise ValueError(
+            f"{what} would not run the hooks of {', '.join(hooked)}: write what they do into the forward of a module, "
+            "or remove them by the handles that their registration gave"
+        )
 
 
 def call_name(name: str) -> str:

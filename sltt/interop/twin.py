@@ -13,7 +13,7 @@ from sltt.checks import folder, instance, number, sequence
 from sltt.data import Data, Poisson
 from sltt.dropout import Dropout
 from sltt.interop.activations import QCFS, Balanced, Coded, percentiles
-from sltt.interop.reading import call_name, calling_module
+from sltt.interop.reading import call_name, calling_module, check_hooks
 from sltt.interop.tracing import NEURONS, NONLINEAR, Calls
 from sltt.models.base import NeuronFactory, neuron_maker
 from sltt.neurons import IF
@@ -87,8 +87,11 @@ def spiking(
     thresholds |= {node: module.clip.detach() for node, module in modules.items() if isinstance(module, QCFS)}
     neurons = {node: make().to(_device(ann)) for node in activations}
     made = {node: Balanced(one, thresholds[node]) if node in thresholds else one for node, one in neurons.items()}
+    made |= _over_time(calls)
+    replaced = [(str(node.target), module) for node in made if (module := calls.module(node))]
+    check_hooks([("", ann), *replaced], "the twin", backward=True)
     places: dict[str, fx.Node] = {}
-    for node, module in (made | _over_time(calls)).items():  # one for each call: it keeps a state for a sequence
+    for node, module in made.items():  # one for each call: it keeps a state for a sequence
         places[name := _free_name(calls, node, places)] = node
         ann.set_submodule(name, module)
         node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}

@@ -120,8 +120,7 @@ class Layout:
 
         Raises ValueError naming every module that takes several time steps in a call, or whose state is out of reach.
         """
-        stateful = [layer.module for layer in self.keepers if isinstance(layer.module, Stateful)]
-        kept = {inner for keeper in stateful for child in keeper.children() for inner in child.modules()}
+        kept = {inner for keeper in self.keepers for child in keeper.module.children() for inner in child.modules()}
         asked = [(layer, layer.role.check) for layer in self.layers.values() if layer.role.check]
         found = [(layer, check(layer.module, batch, layer.module in kept)) for layer, check in asked]
         if problems := [f"{layer} {problem}" for layer, problem in found if problem]:

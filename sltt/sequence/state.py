@@ -119,7 +119,7 @@ def register(
         spikes: the module's outputs are spikes, for `FiringRates` to count and `OTTT` to trace; or a function of the
             module that says so.
         check: `check(module, batch, kept)` says why the module cannot run one time step of `batch` samples, or None.
-            `kept` says that it is inside a `Stateful`, which may keep its state for it.
+            `kept` says that it is inside a module that keeps a state, and may keep its state for it.
         translate: for `sltt.interop.convert`, gives the module of ours in place of the module, or raises
             `sltt.interop.ConversionError` with the reason.
         decay: gives the λ of a module's membrane potential, for `OTTT`; or None where it has none, or where a spike

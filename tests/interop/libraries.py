@@ -27,9 +27,9 @@ def snn(name, recurrent=False, **kwargs):
 
     def make(size):
         sizes = {"linear_features": size} if recurrent else {}
+        sizes |= {"input_size": size, "hidden_size": size} if name == "SLSTM" else {"beta": 0.8}
         # snnTorch's own surrogates give float32 for any input
-        surrogate = sltt.surrogates.ArcTan()
-        return getattr(snntorch, name)(beta=0.8, spike_grad=surrogate, init_hidden=True, **sizes, **kwargs)
+        return getattr(snntorch, name)(spike_grad=sltt.surrogates.ArcTan(), init_hidden=True, **sizes, **kwargs)
 
     def reset(model):
         for m in model.modules():
@@ -42,7 +42,8 @@ def snn(name, recurrent=False, **kwargs):
                 if hasattr(m, state):
                     setattr(m, state, getattr(m, state).detach())
 
-    return SimpleNamespace(make=make, reset=reset, detach=detach)
+    dtype = torch.float32 if name == "SLSTM" else torch.float64  # of its first state, for any input
+    return SimpleNamespace(make=make, reset=reset, detach=detach, dtype=dtype)
 
 
 def sinabs(name, **kwargs):
@@ -97,6 +98,7 @@ CASES = {
     "snn Synaptic": (snn, "Synaptic", {"alpha": 0.5}),
     "snn RLeaky": (snn, "RLeaky", {"recurrent": True}),
     "snn RSynaptic": (snn, "RSynaptic", {"alpha": 0.5, "recurrent": True}),
+    "snn SLSTM": (snn, "SLSTM", {"threshold": 0.1, "reset_mechanism": "subtract"}),
     "sinabs LIF": (sinabs, "LIFSqueeze", {"tau_mem": 3.0, "norm_input": False}),
     "sinabs LIF with current": (sinabs, "LIFSqueeze", {"tau_mem": 3.0, "tau_syn": 2.0}),
     "sinabs IAF": (sinabs, "IAFSqueeze", {}),

@@ -1,5 +1,7 @@
 """What an export to C refuses, or warns of, before anything is written."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -57,8 +59,8 @@ def test_bad_input_is_refused_with_the_remedy(tmp_path):
             to_c(*args, **{"folder": tmp_path / "a", **kwargs})
         assert not (tmp_path / "a").exists()
 
-    refused("name must be a name in C, of letters, digits and _, got '2d'; such as my_network", model, x, name="2d")
-    refused("got 'static'", model, x, name="static")
+    for name in ("2d", "static", "Makefile", "string", 'x"', "x\n"):
+        refused(f"name must be a name in C, .* got {re.escape(repr(name))}; such as my_network", model, x, name=name)
     refused("exists: choose another folder", model, x, folder=tmp_path)
     refused("steps must be at least 1, got 0", model, x[0], steps=0)
     refused("at least one time step", model, x[:0])

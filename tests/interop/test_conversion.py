@@ -325,6 +325,10 @@ def test_a_registered_type_says_how_it_is_translated():
         convert(nn.Sequential(Plain()))
     sltt.register(Plain, states=["v"], spikes=True, translate=lambda module: sltt.LIF(tau=math.pi))
     assert convert(nn.Sequential(Plain()))[0].tau == math.pi
+    hooked = nn.Sequential(Plain())
+    hooked[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match=r"0 \(Plain\), which has hooks that ours would not run"):
+        convert(hooked)
     sltt.register(Plain, states=["v"], spikes=True, translate=lambda module: None)
     with pytest.raises(ValueError, match=r"translate of sltt\.register gives for Plain must be a Module, got None"):
         convert(nn.Sequential(Plain()))

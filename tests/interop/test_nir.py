@@ -323,7 +323,11 @@ def test_names_of_nodes_have_no_dots_and_stay_apart():
     x = torch.randn(2, 3)
     graph = to_nir(model, x)
     assert [*graph.nodes] == ["input", "a_0", "a_0_", "output"]
-    torch.testing.assert_close(from_nir(graph)(x), model(x))
+    names = {"a_0": 'x")\r', "a_0_": "x*/\\"}  # which would be code where a name is written as text
+    edges = [tuple(names.get(node, node) for node in edge) for edge in graph.edges]
+    back = from_nir(nir.NIRGraph({names.get(name, name): node for name, node in graph.nodes.items()}, edges))
+    assert [*back.layers] == ["input", "x___", "x____", "output"]
+    torch.testing.assert_close(back(x), model(x))
 
 
 def assert_equal_spikes(theirs, model, x):

@@ -1,8 +1,10 @@
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import sltt
 from sltt.rules.batch import sequence_loss
@@ -151,3 +153,31 @@ def test_weights_that_are_nan_are_not_exported(export, tmp_path):
     file = [tmp_path / "step.onnx"] if export == "to_onnx" else []
     with pytest.raises(ValueError, match=r"0\.bias has values that are NaN or infinite"):
         getattr(sltt.interop, export)(model, torch.zeros(2, 6), *file)
+
+
+def exported(export, model, folder):
+    pytest.importorskip({"to_nir": "nir", "to_onnx": "onnxscript"}.get(export, "torch"))
+    given = {"to_c": (torch.ones(4, 2, 6), folder / "c"), "to_onnx": (torch.ones(2, 6), folder / "a"), "spiking": ()}
+    return getattr(sltt.interop, export)(model, *given.get(export, [torch.ones(2, 6)]))
+
+
+@pytest.mark.parametrize("name", ['0"', "a'b", "a\\", "a\rb", "\N{LINE SEPARATOR}", "a*/b", "a/*", "`"])
+@pytest.mark.parametrize("export", ["to_c", "to_nir", "to_onnx", "spiking"])
+def test_names_that_would_be_code_are_refused(export, name, tmp_path):
+    model = nn.Sequential(nn.Sequential(OrderedDict({name: nn.Identity()})), sltt.IF())
+    with pytest.raises(ValueError, match=f"the name {re.escape(repr(name))} would enter source code: expected no"):
+        exported(export, model, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["", "1", "2"])
+@pytest.mark.parametrize("export", ["to_c", "to_nir", "spiking"])
+def test_hooks_that_would_not_run_are_refused_by_name(export, place, tmp_path):
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU() if export == "spiking" else sltt.IF(), nn.Linear(6, 3))
+    if export != "spiking":
+        prune.identity(model[0], "weight")  # by a hook that computes the weight
+    exported(export, model, tmp_path)
+    model.get_submodule(place).register_forward_hook(lambda module, inputs, output: 2 * output)
+    if (export, place) == ("spiking", "2"):
+        return  # the twin has this layer, with its hook
+    with pytest.raises(ValueError, match=rf"would not run the hooks of {place or 'the model'} \("):
+        exported(export, model, tmp_path / "refused")
