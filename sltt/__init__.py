@@ -1,70 +1,49 @@
 """Train spiking neural networks at a memory cost that does not grow with the number of time steps."""
 
+import ast
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from pkgutil import resolve_name
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from sltt import analysis, callbacks, data, interop, losses, metrics, models, schedules, surrogates
-    from sltt.dropout import Dropout
-    from sltt.neurons import (
-        ALIF,
-        IF,
-        LIF,
-        PLIF,
-        ChannelLIF,
-        CubaLIF,
-        IntegerLIF,
-        Neuron,
-        OnlineRenorm,
-        Recurrent,
-        StableLIF,
-        TernaryLIF,
-        lif_step,
-    )
-    from sltt.parallel import devices
-    from sltt.pooling import RunningMax
-    from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Output, RateBased, Rule, unroll
-    from sltt.sequence.once import once
-    from sltt.sequence.padding import Padded
-    from sltt.sequence.state import Stateful, detach, register, reset
-    from sltt.sequence.step import Step
-    from sltt.training.check import check
-    from sltt.training.evaluation import evaluate
-    from sltt.training.fit import fit
-    from sltt.training.graphs import graphed
-    from sltt.training.phases import Phase
-    from sltt.training.trained import load, predict
+if TYPE_CHECKING:  # the public names, imported when one is first used: `sltt --help` starts without PyTorch
+    from sltt import analysis as analysis, callbacks as callbacks, data as data, interop as interop, losses as losses
+    from sltt import metrics as metrics, models as models, schedules as schedules, surrogates as surrogates
+    from sltt.dropout import Dropout as Dropout
+    from sltt.neurons import ALIF as ALIF, IF as IF, LIF as LIF, PLIF as PLIF, ChannelLIF as ChannelLIF
+    from sltt.neurons import CubaLIF as CubaLIF, IntegerLIF as IntegerLIF, Neuron as Neuron, Recurrent as Recurrent
+    from sltt.neurons import OnlineRenorm as OnlineRenorm, StableLIF as StableLIF, TernaryLIF as TernaryLIF
+    from sltt.neurons import lif_step as lif_step
+    from sltt.parallel import devices as devices
+    from sltt.pooling import RunningMax as RunningMax
+    from sltt.rules import BPTT as BPTT, OTTT as OTTT, SLTT as SLTT, TBPTT as TBPTT, Mixed as Mixed, Output as Output
+    from sltt.rules import RateBased as RateBased, Rule as Rule, unroll as unroll
+    from sltt.sequence.once import once as once
+    from sltt.sequence.padding import Padded as Padded
+    from sltt.sequence.pairs import normalise_and_fire as normalise_and_fire
+    from sltt.sequence.state import Stateful as Stateful, detach as detach, register as register, reset as reset
+    from sltt.sequence.step import Step as Step
+    from sltt.training.check import check as check
+    from sltt.training.evaluation import evaluate as evaluate
+    from sltt.training.fit import fit as fit
+    from sltt.training.graphs import graphed as graphed
+    from sltt.training.phases import Phase as Phase
+    from sltt.training.trained import load as load, predict as predict
 else:
-    # the imports above, made when a name is first used: `sltt --help` starts without PyTorch
     _HOMES = {
-        "dropout": ["Dropout"],
-        "neurons": [
-            "ALIF", "IF", "LIF", "PLIF", "ChannelLIF", "CubaLIF", "IntegerLIF", "Neuron", "OnlineRenorm", "Recurrent",
-            "StableLIF", "TernaryLIF", "lif_step",
-        ],
-        "parallel": ["devices"],
-        "pooling": ["RunningMax"],
-        "rules": ["BPTT", "OTTT", "SLTT", "TBPTT", "Mixed", "Output", "RateBased", "Rule", "unroll"],
-        "sequence.once": ["once"],
-        "sequence.padding": ["Padded"],
-        "sequence.state": ["Stateful", "detach", "register", "reset"],
-        "sequence.step": ["Step"],
-        "training.check": ["check"],
-        "training.evaluation": ["evaluate"],
-        "training.fit": ["fit"],
-        "training.graphs": ["graphed"],
-        "training.phases": ["Phase"],
-        "training.trained": ["load", "predict"],
-    }  # fmt: skip
+        alias.name: line.module
+        for block in ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+        if isinstance(block, ast.If)
+        for line in block.body
+        for alias in line.names
+    }
+    __all__ = sorted(_HOMES)
 
     def __getattr__(name: str) -> Any:
-        for home, names in _HOMES.items():
-            if name in names:
-                globals()[name] = value = resolve_name(f"sltt.{home}.{name}")
-                return value
+        if _HOMES.get(name, "sltt") != "sltt":
+            globals()[name] = value = getattr(import_module(_HOMES[name]), name)
+            return value
         if name.isidentifier() and find_spec(f"sltt.{name}"):  # sltt.data and other modules
             return import_module(f"sltt.{name}")
         raise AttributeError(f"module 'sltt' has no attribute {name!r}")
@@ -74,54 +53,3 @@ else:
 
 
 __version__ = version("sltt")
-
-__all__ = [
-    "ALIF",
-    "BPTT",
-    "IF",
-    "LIF",
-    "OTTT",
-    "PLIF",
-    "SLTT",
-    "TBPTT",
-    "ChannelLIF",
-    "CubaLIF",
-    "Dropout",
-    "IntegerLIF",
-    "Mixed",
-    "Neuron",
-    "OnlineRenorm",
-    "Output",
-    "Padded",
-    "Phase",
-    "RateBased",
-    "Recurrent",
-    "Rule",
-    "RunningMax",
-    "StableLIF",
-    "Stateful",
-    "Step",
-    "TernaryLIF",
-    "analysis",
-    "callbacks",
-    "check",
-    "data",
-    "detach",
-    "devices",
-    "evaluate",
-    "fit",
-    "graphed",
-    "interop",
-    "lif_step",
-    "load",
-    "losses",
-    "metrics",
-    "models",
-    "once",
-    "predict",
-    "register",
-    "reset",
-    "schedules",
-    "surrogates",
-    "unroll",
-]
