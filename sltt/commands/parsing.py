@@ -57,7 +57,7 @@ class CommandOptions(argparse.ArgumentParser):
 
     def add_code(self) -> None:
         """Take --code."""
-        text = "take the run's own classes from this folder too, beside installed packages: --code ."
+        text = "take the run's own classes from this folder too: --code ."
         self.add_argument("--code", type=Path, metavar="FOLDER", help=text)
 
     def add_output(self, folder: str = "keep the result in this folder, for sltt report") -> None:
@@ -132,7 +132,7 @@ def build_run(
 ) -> tuple[Namespace, dict[str, Any]]:
     """Make what the settings of a run name, under the options in `words`; return the objects, and the settings to keep.
 
-    Code comes from installed packages and the folder `code`, never from the run.
+    Code comes from sltt, from the packages that it works with, and from the folder `code`, never from the run.
 
     Raises ValueError for settings that are damaged, not those of the checkpoint, or name other code.
     """
@@ -143,6 +143,8 @@ def build_run(
             f"sltt.evaluate({load_call(run, settings)}, data), sltt.fit(model, data, …, run={str(run)!r}, resume=True)"
         )
     if code is not None:
+        if not code.is_dir():
+            raise UsageError(f"--code {code} is no folder: name the one with the code of the run's classes")
         sys.path.insert(0, str(code.resolve()))
     with importing_for(run, settings, code):
         config = parse(parser, settings, words)
