@@ -128,15 +128,22 @@ def run_folder(name: str | Path) -> Path:
 
 
 def build_run(
-    parser: ArgumentParser, run: Path, words: Sequence[str], code: Path | None, checkpoint: dict[str, Any] | None
+    command: str,
+    run: Path,
+    words: Sequence[str],
+    code: Path | None,
+    checkpoint: dict[str, Any] | None,
+    unread: Sequence[str] = (),
 ) -> tuple[Namespace, dict[str, Any]]:
     """Make what the settings of a run name, under the options in `words`; return the objects, and the settings to keep.
+
+    Settings `unread` are null, and import no class.
 
     Code comes from sltt, from the packages that it works with, and from the folder `code`, never from the run.
 
     Raises ValueError for settings that are damaged, not those of the checkpoint, or name other code.
     """
-    settings = read_config(run, checkpoint)
+    parser, settings = make_parser(command, unread), read_config(run, checkpoint)
     if not settings or MADE_IN in settings:
         raise ValueError(
             f"{run} was made in Python, and does not keep its network and data: go on in Python, by "
@@ -146,7 +153,7 @@ def build_run(
         if not code.is_dir():
             raise UsageError(f"--code {code} is no folder: name the one with the code of the run's classes")
         sys.path.insert(0, str(code.resolve()))
-    with importing_for(run, settings, code):
+    with importing_for(run, {name: one for name, one in settings.items() if name not in unread}, code):
         config = parse(parser, settings, words)
         check_named(run, config)
         for name in ("run", "resume"):
@@ -161,7 +168,7 @@ def load_run(
     run = run_folder(name)
     path = find_checkpoint(run, which)
     content = load_checkpoint(path)
-    built, _ = build_run(make_parser(command, OF_TRAINING), run, [*words, *ANY_PROCESSES], code, content)
+    built, _ = build_run(command, run, [*words, *ANY_PROCESSES], code, content, OF_TRAINING)
     load_weights(built.model, select_weights(content), path)
     return built, path, content
 

@@ -14,10 +14,12 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sltt.callbacks import Callback
 from sltt.checks import to_python
 from sltt.losses import prediction_of
 from sltt.parallel.processes import Processes, gather_parts, shard_like
 from sltt.training.average import select_weights
+from sltt.training.description import describe
 from sltt.training.manifest import BEST, LAST, MANIFEST, open_file, write_file
 from sltt.training.phases import stage_at
 from sltt.training.progress import Progress
@@ -51,7 +53,7 @@ def save_state(loop: "Loop", *names: str) -> None:
         "optimizer": gather_parts(loop.optim.state_dict()),
         "scaler": loop.session.fabric.strategy.precision.state_dict(),
         "rules": [stage.rule.state_dict() for stage in loop.stages],
-        "callbacks": [[type(one).__name__, one.state_dict()] for one in loop.callbacks],
+        "callbacks": [[_name(one), one.state_dict()] for one in loop.callbacks],
         "progress": vars(loop.state.sum_over(loop.processes)),
         "fingerprint": loop.fingerprint,
         "task": {
@@ -76,7 +78,7 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
             f"the run {loop.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
             f"{loop.fingerprint}: restore its samples and settings, or start a new run with --weights"
         )
-    before, now = [name for name, _ in saved_callbacks], [type(one).__name__ for one in loop.callbacks]
+    before, now = [name for name, _ in saved_callbacks], [_name(one) for one in loop.callbacks]
     if before != now:
         raise CheckpointError(
             f"the run {loop.folder} was trained with callbacks {', '.join(before) or 'none'}, and is to go on with "
@@ -94,6 +96,12 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
     loop.state = Progress(**checkpoint["progress"]).take_part(loop.processes.rank)
     if loop.average:
         loop.average.n_averaged.fill_(1 + loop.trained_batches)
+
+
+def _name(callback: Callback) -> str:
+    """Return the class of a callback with its arguments."""
+    arguments = {**describe(callback, [], ""), "class": type(callback).__name__}
+    return f"{arguments.pop('class')}({', '.join(f'{name}={value}' for name, value in arguments.items())})"
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import yaml
 from torch import nn
 
 from sltt.sequence.layout import spiking_layers
+from sltt.training.description import describe
 from sltt.training.files import part_of
 from sltt.training.manifest import (
     BEST,
@@ -183,7 +184,8 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> Non
 
 def list_changes(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """List changed settings, beyond those that a resumed run may change. None saved means none to compare."""
-    return list(_differences(_reread(saved), _reread(saved | given))) if saved else []
+    before, now = ({**one, "data": describe(one.get("data"), [], "data")} for one in (saved, saved | given))
+    return list(_differences(_reread(before), _reread(now))) if saved else []
 
 
 def describe_neurons(model: nn.Module) -> list[str]:
@@ -211,9 +213,10 @@ def _reread(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(saved: dict[str, Any], found: dict[str, Any], path: str = "") -> Iterator[str]:
-    for key in [*saved, *(key for key in found if key not in saved)]:
+    other_class = "class" in saved and saved["class"] != found.get("class")  # whose other arguments say nothing
+    for key in ["class"] if other_class else [*saved, *(key for key in found if key not in saved)]:
         name = f"{path}{key}"
-        if name in RESUMABLE:
+        if name in RESUMABLE and name != "data":
             continue
         if key not in found:
             yield f"{name} is missing"

@@ -28,7 +28,7 @@ OptimizerFactory = Callable[[ParamsT], Optimizer]
 
 PROCESSES = ("devices", "num_nodes", "strategy")  # settings of the processes, not of what each of them does
 OF_TRAINING = ("callbacks", "loggers")  # whose classes a trained network does without
-# what a resumed run may change: where it trains, and when it ends; data may have moved, and its split is compared
+# what a resumed run may change: where it trains, and when it ends; of data, where it lies (`list_changes`)
 RESUMABLE = (
     *("data", "workers", "device", *PROCESSES, "compile", "sparse", "graph"),
     *("epochs", "checkpoint_minutes", "loggers"),

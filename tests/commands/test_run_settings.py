@@ -122,17 +122,17 @@ def test_a_run_names_no_function_that_runs_programs(name, value, run, capsys):
 
 
 def test_code_of_the_working_directory_is_taken_where_the_user_says_so(run, capsys, monkeypatch):
-    Path("beside.py").write_text("import sltt\nclass Net(sltt.models.DigitsNet):\n    pass\n")
+    Path("own_net.py").write_text("import sltt\nclass Net(sltt.models.DigitsNet):\n    pass\n")
     settings = yaml.safe_load((run / "config.yaml").read_text())["model"]
-    edit(run, model={**settings, "class_path": "beside.Net"})
+    edit(run, model={**settings, "class_path": "own_net.Net"})
     for words in (["eval", "run"], ["train", "--resume", "run"]):
         assert main(words) == 1
-        assert "name beside, which is neither of sltt" in (said := capsys.readouterr().err)
+        assert "name own_net, which is neither of sltt" in (said := capsys.readouterr().err)
         assert "--code FOLDER takes classes from a folder too" in said
     assert main(["eval", "run", "--code", "nosuch"]) == 2
     assert "--code nosuch is no folder: name the one" in capsys.readouterr().err
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    with pytest.raises(ValueError, match=r"nor code of yours: .* in Python import beside"):
+    with pytest.raises(ValueError, match=r"nor code of yours: .* in Python import own_net"):
         sltt.load("run")
     assert main(["eval", "run", "--code", "."]) == 0
     assert type(sltt.load("run")).__name__ == "Net"  # it is imported

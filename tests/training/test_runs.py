@@ -7,7 +7,7 @@ import pytest
 from sltt.training import files, manifest, runs
 from sltt.training.checkpoints import load_checkpoint
 from tests.conftest import LINUX
-from tests.training.blobs import Noting, equal, train, weights
+from tests.training.blobs import equal, noting, train, weights
 
 
 class Killed(BaseException):
@@ -74,7 +74,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
     me = f"process {os.getpid()}"
-    train(tmp_path / "run", rule=Noting(lambda batch: None if refused else elsewhere()), epochs=2, resume=True)
+    train(tmp_path / "run", rule=noting(lambda batch: None if refused else elsewhere()), epochs=2, resume=True)
     assert refused == [f"{tmp_path / 'run'} is being trained by this process, in another thread: wait for it to end"]
     train(tmp_path / "run", epochs=3, resume=True)
 
