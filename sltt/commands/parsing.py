@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from shlex import quote
 from typing import Any, NoReturn
 
 import yaml
@@ -116,7 +117,7 @@ def find_recipe(name: str) -> Path:
             return Path(name)
         raise UsageError(f"there is no file {name}; `sltt recipes NAME > {name}` copies a recipe")
     if name and Path(name).is_dir():
-        raise UsageError(f"{name} is a folder, and a recipe was expected: `sltt train --resume {name}` continues a run")
+        raise UsageError(f"{name} is a folder, and no recipe: `sltt train --resume {quote(name)}` continues a run")
     raise UsageError(f"unknown recipe {name!r}{suggest(name, known)}; `sltt recipes` lists them")
 
 

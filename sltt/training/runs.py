@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -50,7 +51,7 @@ def new_run(folder: str | Path | None, name: str, config: dict[str, Any]) -> Pat
             return _make(Path(folder), config)
         except FileExistsError:
             raise FileExistsError(
-                f"{folder} exists: a run never overwrites another. Continue it with --resume {folder}, "
+                f"{folder} exists: a run never overwrites another. Continue it with --resume {quote(str(folder))}, "
                 "in Python with resume=True, or choose another folder."
             ) from None
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -77,6 +78,14 @@ def lock_run(run: Path) -> Iterator[None]:
     The system releases what a killed process held. Parts of files that such a process left are removed.
     """
     read_manifest(run)  # which refuses a link, before the lock is written through one
+    with _locked(run):
+        for part in run.glob(".*.part"):
+            part.unlink()
+        yield
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
     path = run / LOCK
     path.touch()
     # before the file is opened: the system's lock does not tell threads apart, and would go as a second one closes it
@@ -90,8 +99,6 @@ def lock_run(run: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             file.flush()
-            for part in run.glob(".*.part"):
-                part.unlink()
             yield
     finally:
         _held.remove(here)
@@ -178,7 +185,7 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> Non
     if found := list_changes(saved, given):
         raise ValueError(
             f"the settings of {run} are not those that it was trained with: {'; '.join(found)}. Restore them, or start "
-            f"a new run with --weights {run}."
+            f"a new run with --weights {quote(str(run))}."
         )
 
 
@@ -232,15 +239,23 @@ def _make(path: Path, config: dict[str, Any]) -> Path:
     part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(".*.part"):  # which a killed process left
+            with suppress(OSError, ValueError):
+                if (old / LOCK).is_file():
+                    with _locked(old):
+                        shutil.rmtree(old)
         part.mkdir()
-        (part / LOCK).touch()  # so that it is not empty, and no other run takes it
-        write_config(part, config)
+        with _locked(part):  # the lock stays, so that the folder is not empty, and no other run takes it
+            write_config(part, config)
         os.rename(part, path)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         if os.path.exists(path):  # False for a name that is too long, where that of Path raises
             raise FileExistsError(f"{path} exists") from None
-        raise OSError(f"cannot make the run folder {path}: {error.strerror}. Choose another with --run.") from error
+        why = error
+        while isinstance(why.__cause__, OSError):  # the system's, behind those of `write_atomically`
+            why = why.__cause__
+        raise OSError(f"cannot make the run folder {path}: {why.strerror}. Choose another with --run.") from error
     except ValueError:  # of the configuration
         shutil.rmtree(part, ignore_errors=True)
         raise

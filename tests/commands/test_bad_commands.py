@@ -55,7 +55,7 @@ CASES = f"""
 # commands and words
 2 | unknown command 'trian'; did you mean train? | trian
 2 | unknown recipe 'digit'; did you mean digits? | train digit
-2 | . is a folder, and a recipe was expected: `sltt train --resume | train .
+2 | . is a folder, and no recipe: `sltt train --resume . | train .
 2 | unknown recipe '' | train ''
 2 | no file none.yaml | train none.yaml
 2 | unexpected word 'digits' | train digits digits
