@@ -326,6 +326,8 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training, repo
         )
     if training.accumulate > 1 or count > 1:
         check_mean(training.loss)
+    if count > 1:
+        here.processes.check_same("; ".join(f"{k} {[*v.shape]}" for k, v in model.state_dict().items()), "the network")
     splits = here.splits(data, stages[0].steps)
     samples = first_samples(splits, stages[0].steps)
     if splits.per_step != is_per_step(training.loss):

@@ -70,6 +70,7 @@ CASES = f"""
 2 | unknown option --bugdet; did you mean --budget? | profile --bugdet 8GB
 2 | unknown option --lr; did you mean --optimizer.lr? | train --lr 3
 2 | unknown key 'q' of sltt.SLTT | train --rule.q 3
+2 | expected each rule once, got SLTT 2 times | compare digits --rules SLTT,BPTT,SLTT
 2 | argument --run: expected one argument | train --run
 1 | run must be the path of a folder, got '' | train --run ''
 # YAML that says something else than it seems, or nothing
