@@ -142,18 +142,11 @@ def _check_continues(run: Path, config: dict[str, Any]) -> None:
     if not (saved := read_config(run)):
         return  # the checkpoint has a copy
     other = list_changes(saved, config)
-    other += [name for name in ("data", "epochs") if _same_anywhere(saved.get(name)) != _same_anywhere(config[name])]
+    other += ["epochs"] if saved.get("epochs") != config["epochs"] else []
     if other:
         raise ValueError(
             f"{run} was trained with other settings ({'; '.join(other)}): choose another --save, or delete the run"
         )
-
-
-def _same_anywhere(data: Any) -> Any:
-    """Return the settings of data but for its place on this machine."""
-    if not isinstance(data, dict):
-        return data
-    return {key: _same_anywhere(value) for key, value in data.items() if key not in ("root", "download", "cache")}
 
 
 def _file_name(label: str) -> str:

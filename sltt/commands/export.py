@@ -6,6 +6,7 @@ As a NIR graph, as an ONNX model of one time step with the states as inputs and 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import Tensor
@@ -81,7 +82,7 @@ def _write_c(built: Any, splits: Splits, folder: Path, name: str, weights: Arith
     x = _batch(splits, samples, SEEN)[0]
     steps = built.steps if splits.static else None
     made = to_c(built.model, x, folder, name=name, steps=steps, weights=weights)
-    report.line(f"written to {folder}: `make -C {folder}` tests it")
+    report.line(f"written to {folder}: `make -C {quote(str(folder))}` tests it")
     report.line(f"flash        {made.flash:,} bytes of weights and parameters, without the code")
     report.line(f"RAM          {made.ram:,} bytes, sizeof({name}_net)")
     add, multiply = PICOJOULES[weights]

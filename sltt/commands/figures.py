@@ -58,9 +58,9 @@ def lines(
     figure, axes = _figure(3.4 + 0.2 * max(rows - 2, 0))
     for label, several in series.items():
         for i, (xs, ys) in enumerate(several):
-            marker = "o" if len(xs) < 20 else ""
-            axes.plot(xs, ys, color=colours[label], marker=marker, markersize=4, label=None if i else label, alpha=0.85)
-    axes.set(xlabel=x, ylabel=y)
+            style = {"color": colours[label], "marker": "o" if len(xs) < 20 else "", "markersize": 4, "alpha": 0.85}
+            axes.plot(xs, ys, label=None if i else _text(label), **style)
+    axes.set(xlabel=x, ylabel=_text(y))
     if percent:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     else:
@@ -89,9 +89,9 @@ def stacked_bars(parts: Mapping[str, Sequence[float]], rows: Sequence[str], x: s
     left = np.zeros(len(rows))
     colours = palette(parts)
     for label, lengths in parts.items():
-        axes.barh(range(len(rows)), lengths, left=left, color=colours[label], label=label, height=0.7)
+        axes.barh(range(len(rows)), lengths, left=left, color=colours[label], label=_text(label), height=0.7)
         left += np.asarray(lengths)
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(range(len(rows)), [*map(_text, rows)])
     axes.invert_yaxis()
     axes.set(xlabel=x)
     _legend(axes, len(parts))
@@ -123,10 +123,15 @@ def raster(sample: "Sample", neurons: int) -> Figure:
         several[-1].plot(range(1, steps + 1), logits, color=COLOURS[3] if true else COLOURS[7], zorder=1 + true)
     for axes, name in zip(several, ("input", *sample.spikes, "output"), strict=True):
         axes.set(xlim=(0.5, steps + 0.5), yticks=[])
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.set_ylabel(_text(name), rotation=0, ha="right", va="center")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     several[-1].set_xlabel("time step")
     return figure
+
+
+def _text(name: str) -> str:
+    """Return a name of the user's as text, of which dollars do not make a formula."""
+    return name.replace("$", r"\$")
 
 
 def svg(figure: Figure, title: str) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from shlex import quote
 from typing import Any, NoReturn
 
 import yaml
@@ -57,7 +58,7 @@ class CommandOptions(argparse.ArgumentParser):
 
     def add_code(self) -> None:
         """Take --code."""
-        text = "take the run's own classes from this folder too, beside installed packages: --code ."
+        text = "take the run's own classes from this folder too: --code ."
         self.add_argument("--code", type=Path, metavar="FOLDER", help=text)
 
     def add_output(self, folder: str = "keep the result in this folder, for sltt report") -> None:
@@ -116,7 +117,7 @@ def find_recipe(name: str) -> Path:
             return Path(name)
         raise UsageError(f"there is no file {name}; `sltt recipes NAME > {name}` copies a recipe")
     if name and Path(name).is_dir():
-        raise UsageError(f"{name} is a folder, and a recipe was expected: `sltt train --resume {name}` continues a run")
+        raise UsageError(f"{name} is a folder, and no recipe: `sltt train --resume {quote(name)}` continues a run")
     raise UsageError(f"unknown recipe {name!r}{suggest(name, known)}; `sltt recipes` lists them")
 
 
@@ -128,23 +129,32 @@ def run_folder(name: str | Path) -> Path:
 
 
 def build_run(
-    parser: ArgumentParser, run: Path, words: Sequence[str], code: Path | None, checkpoint: dict[str, Any] | None
+    command: str,
+    run: Path,
+    words: Sequence[str],
+    code: Path | None,
+    checkpoint: dict[str, Any] | None,
+    unread: Sequence[str] = (),
 ) -> tuple[Namespace, dict[str, Any]]:
     """Make what the settings of a run name, under the options in `words`; return the objects, and the settings to keep.
 
-    Code comes from installed packages and the folder `code`, never from the run.
+    Settings `unread` are null, and import no class.
+
+    Code comes from sltt, from the packages that it works with, and from the folder `code`, never from the run.
 
     Raises ValueError for settings that are damaged, not those of the checkpoint, or name other code.
     """
-    settings = read_config(run, checkpoint)
+    parser, settings = make_parser(command, unread), read_config(run, checkpoint)
     if not settings or MADE_IN in settings:
         raise ValueError(
             f"{run} was made in Python, and does not keep its network and data: go on in Python, by "
             f"sltt.evaluate({load_call(run, settings)}, data), sltt.fit(model, data, …, run={str(run)!r}, resume=True)"
         )
     if code is not None:
+        if not code.is_dir():
+            raise UsageError(f"--code {code} is no folder: name the one with the code of the run's classes")
         sys.path.insert(0, str(code.resolve()))
-    with importing_for(run, settings, code):
+    with importing_for(run, {name: one for name, one in settings.items() if name not in unread}, code):
         config = parse(parser, settings, words)
         check_named(run, config)
         for name in ("run", "resume"):
@@ -159,7 +169,7 @@ def load_run(
     run = run_folder(name)
     path = find_checkpoint(run, which)
     content = load_checkpoint(path)
-    built, _ = build_run(make_parser(command, OF_TRAINING), run, [*words, *ANY_PROCESSES], code, content)
+    built, _ = build_run(command, run, [*words, *ANY_PROCESSES], code, content, OF_TRAINING)
     load_weights(built.model, select_weights(content), path)
     return built, path, content
 

@@ -11,6 +11,8 @@ def rules(text: str) -> list[str]:
     found = _split(text, ",")
     for rule in found:
         rule_options(rule)
+        if found.count(rule) > 1:
+            raise ValueError(f"expected each rule once, got {rule} {found.count(rule)} times")
     return found
 
 

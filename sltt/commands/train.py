@@ -34,11 +34,12 @@ def run(words: Sequence[str]) -> None:
         allow_only(words, RESUMABLE, "sltt train --resume", "a run continues with its own settings")
     # the run's own may need packages that are not here
     unread = ["loggers"] if continued and re.search(r"--loggers[ =]null\b", " ".join(words)) else []
-    parser = make_parser(f"sltt train {words[0] if named else '[RECIPE]'}", unread)
+    command = f"sltt train {words[0] if named else '[RECIPE]'}"
     if continued:
         checkpoint = None if (continued / CONFIG).exists() else load_checkpoint(continued / LAST)
-        name, folder, (built, resolved) = "", None, build_run(parser, continued, words, code, checkpoint)
+        name, folder, (built, resolved) = "", None, build_run(command, continued, words, code, checkpoint, unread)
     else:
+        parser = make_parser(command)
         source = find_recipe(words[0] if named else "digits")
         config = parse(parser, source, words[named:])
         name, folder, _ = source.stem, config.pop("run"), config.pop("resume")

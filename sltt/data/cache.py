@@ -81,6 +81,8 @@ def cache_frames(
     """
     home = folder / key_of(sources, VERSION, sorted(settings.items()), shape)
     home.mkdir(parents=True, exist_ok=True)
+    if link := next((path for path in (home, *home.iterdir()) if path.is_symlink()), None):
+        raise CacheError(home, f"{link.name} is a link, through which frames would be written somewhere else")
     array, mark = home / "frames.npy", home / "complete.npz"
     if not mark.exists():  # a finished one is only read, from a folder of somebody else's too
         with FileLock(home / "lock"):
@@ -93,6 +95,8 @@ def cache_frames(
         with mark.open("rb") as file, np.load(file) as written:  # a zip, which has checksums of its own
             kept, checksums = written["kept"].tolist(), written["checksums"].tolist()
         arrays = np.load(array, mmap_mode="r")
+        if (arrays.dtype, arrays.shape) != (np.uint16, (len(sources), *shape)):  # the checksums are of the bytes alone
+            raise ValueError(f"it holds {arrays.dtype.str} {list(arrays.shape)}")
     except Exception as error:  # whatever NumPy raises on files that are not its own
         raise CacheError(home, f"it cannot be read ({error})") from error
     return CachedArrays(home, arrays, checksums), kept

@@ -81,13 +81,13 @@ class _OwnData(Data):
         self,
         datasets: Mapping[str, Any],
         form: dict[str, Any],
-        share: float = 0.0,
+        validation: float = 0.0,
         split_seed: int = 0,
         columns: tuple[str, str] | None = None,
         classes: int | None = None,
         by_length: bool = False,
     ):
-        super().__init__(share, split_seed)
+        super().__init__(validation, split_seed)
         self.datasets = {name: one for name, one in datasets.items() if one is not None or name == "train"}
         for name, dataset in self.datasets.items():
             _check_dataset(name, dataset, columns)

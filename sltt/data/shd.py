@@ -10,6 +10,8 @@ from sltt.data.base import Data, Splits
 from sltt.data.events import FrameDataset, download
 from sltt.data.recordings import RecordingError
 
+LONGEST = 100  # seconds: recordings take about one
+
 
 class SHD(Data):
     """Spiking Heidelberg Digits (Cramer et al. 2020): spoken digits as spikes of 700 cochlear channels, 20 classes.
@@ -64,13 +66,20 @@ class SHD(Data):
         try:
             with h5py.File(path, "r") as file:
                 data: Any = file
-                labels, *spikes = (list(data[key]) for key in ("labels", "spikes/times", "spikes/units"))
+                columns = (list(data[key]) for key in ("labels", "spikes/times", "spikes/units"))
+                samples = list(zip(*columns, strict=True))
         except (OSError, KeyError, ValueError) as error:
             raise RecordingError(
                 f"{path}: not a file of SHD ({error}); get it again with --data.download true"
             ) from error
-        counts = np.zeros((len(labels), steps, 700), np.uint16)
-        for i, (times, units) in enumerate(zip(*spikes, strict=True)):
+        counts = np.zeros((len(samples), steps, 700), np.uint16)
+        for i, (label, times, units) in enumerate(samples):
+            fits = 0 <= label < 20 and len(times) == len(units) > 0 and 0 <= np.min(units) <= np.max(units) < 700
+            if not (fits and 0 <= np.min(times) <= np.max(times) < LONGEST):  # False for NaN
+                raise RecordingError(
+                    f"{path}: sample {i} is damaged: expected a label of 0 … 19, and spikes of units 0 … 699 at times "
+                    f"of 0 … {LONGEST} s; get the file again with --data.download true"
+                )
             step = np.minimum(times.astype(np.float64) * steps / self.duration, steps - 1).astype(np.int64)
             np.add.at(counts[i], (step, units.astype(np.int64)), 1)
-        return FrameDataset(counts, list(map(int, labels)))
+        return FrameDataset(counts, [int(label) for label, *_ in samples])

@@ -125,7 +125,7 @@ def key() -> str:
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         path = _path()
-        if not is_intact(path):
+        if not is_intact(path) or (path.parent == cache_folder() and not _is_private(path)):
             _compile(path)
         return _open(path), None
     except _AbsentError as absent:
@@ -184,15 +184,27 @@ def _check_memory(short_of_memory: int, *_: Any) -> None:
         raise MemoryError("a layer has no memory for its scratch")
 
 
+def _is_private(path: Path) -> bool:
+    """Return whether a file and its folder are this user's or root's, and nobody else may write there."""
+    found = [one.stat() for one in (path, path.parent)]
+    return all(one.st_uid in (os.getuid(), 0) and not one.st_mode & 0o022 for one in found)
+
+
 def _compile(path: Path) -> None:
-    """Compile into a file beside `path`, and give it its name when it is whole."""
+    """Compile into another folder, and give the library its name in the cache when it is whole."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as folder:
-            new = Path(folder) / path.name
+        if path.parent.stat().st_uid != os.getuid():
+            raise _FailedError(f"the cache {path.parent} is another user's: set XDG_CACHE_HOME to a folder of yours")
+        path.parent.chmod(path.parent.stat().st_mode & ~0o022)
+        with tempfile.TemporaryDirectory(prefix="sltt-") as folder:
+            new, part = Path(folder) / path.name, path.with_name(f"{path.name}.{os.getpid()}")
             if problem := compile_library(_compiler(), _flags(), new):
                 raise _FailedError(f"compiling the kernels failed: {problem}")
-            new.replace(path)
+            part.unlink(missing_ok=True)
+            shutil.copyfile(new, part)
+            part.chmod(0o700)
+            part.replace(path)
     except OSError as error:
         raise _FailedError(f"the cache {path.parent} cannot be written: {error.strerror or error}") from None
 
@@ -217,5 +229,8 @@ def _flags() -> tuple[str, ...]:
 
 def _processor() -> bytes:
     """Model and features of the processor, which decide what `native` means to the compiler."""
-    lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
+    except OSError as error:
+        raise _AbsentError(f"the processor is not known: {error}") from None
     return b"\n".join(line for line in lines if line.startswith((b"model", b"flags", b"CPU ", b"Features")))

@@ -9,6 +9,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
@@ -70,13 +71,10 @@ class Processes:
         return found
 
     def check_same(self, text: str, what: str) -> None:
-        """Raise ValueError unless the text is the same in all processes."""
-        first = self.first(lambda: text)
-        if text != first:
-            raise ValueError(
-                f"{what} differs between processes: {text} in process {self.rank}, {first} in the first; start "
-                "all of them alike"
-            )
+        """Raise ValueError, in all processes, unless the text is the same in them; of a list, name the first part."""
+        parts = zip_longest(*(one.split("; ") for one in self.gather(text)))
+        if other := next((part for part in parts if len({*part}) > 1), None):
+            raise ValueError(f"{what} differs between processes: {', '.join(map(str, other))}; start all of them alike")
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the gradients of all processes, in few messages. Sharded ones were reduced in the backward."""

@@ -3,6 +3,7 @@
 import signal
 import threading
 from pathlib import Path
+from shlex import quote
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -47,6 +48,6 @@ class Interrupt:
     def stop(self, requested: int, run: Path) -> None:
         """Raise what belongs to the signal `requested`, if any; call it after a checkpoint was saved."""
         if requested == signal.SIGTERM:
-            raise Preempted(f"stopped by SIGTERM; continue with --resume {run}")
+            raise Preempted(f"stopped by SIGTERM; continue with --resume {quote(str(run))}")
         if requested:
-            raise KeyboardInterrupt(f"stopped by Ctrl-C; continue with --resume {run}")
+            raise KeyboardInterrupt(f"stopped by Ctrl-C; continue with --resume {quote(str(run))}")

@@ -5,6 +5,7 @@ A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of w
 
 import copy
 import hashlib
+import logging
 import os
 import time
 from io import BufferedRandom
@@ -14,10 +15,13 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sltt.callbacks import Callback
 from sltt.checks import to_python
+from sltt.kernels.layers import costs
 from sltt.losses import prediction_of
 from sltt.parallel.processes import Processes, gather_parts, shard_like
 from sltt.training.average import select_weights
+from sltt.training.description import describe
 from sltt.training.manifest import BEST, LAST, MANIFEST, open_file, write_file
 from sltt.training.phases import stage_at
 from sltt.training.progress import Progress
@@ -27,10 +31,15 @@ from sltt.training.safeguards import check_weights
 if TYPE_CHECKING:
     from sltt.training.loop import Loop
 
+log = logging.getLogger("sltt")
+
 FORMAT = "sltt-checkpoint-1"
 MARK = b"sltt-sha256:"
 TRAILER = len(MARK) + 64
-KEYS = {"model", "averaged", "optimizer", "scaler", "rules", "callbacks", "progress", "fingerprint", "task", "config"}
+KEYS = {
+    *("model", "averaged", "optimizer", "scaler", "rules", "callbacks", "progress"),
+    *("fingerprint", "costs", "task", "config"),
+}
 
 
 class CheckpointError(ValueError):
@@ -51,9 +60,10 @@ def save_state(loop: "Loop", *names: str) -> None:
         "optimizer": gather_parts(loop.optim.state_dict()),
         "scaler": loop.session.fabric.strategy.precision.state_dict(),
         "rules": [stage.rule.state_dict() for stage in loop.stages],
-        "callbacks": [[type(one).__name__, one.state_dict()] for one in loop.callbacks],
+        "callbacks": [[_name(one), one.state_dict()] for one in loop.callbacks],
         "progress": vars(loop.state.sum_over(loop.processes)),
         "fingerprint": loop.fingerprint,
+        "costs": costs.used(),
         "task": {
             "steps": stage_at(loop.stages, max(loop.state.epoch - 1, 0)).steps,
             "static": loop.splits.static,
@@ -76,12 +86,17 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
             f"the run {loop.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
             f"{loop.fingerprint}: restore its samples and settings, or start a new run with --weights"
         )
-    before, now = [name for name, _ in saved_callbacks], [type(one).__name__ for one in loop.callbacks]
+    before, now = [name for name, _ in saved_callbacks], [_name(one) for one in loop.callbacks]
     if before != now:
         raise CheckpointError(
             f"the run {loop.folder} was trained with callbacks {', '.join(before) or 'none'}, and is to go on with "
             f"{', '.join(now) or 'none'}: give the same ones, in Python by sltt.fit(…, callbacks=[…], resume=True)"
         )
+    if loop.processes.rank == 0 and (layers := costs.others(checkpoint["costs"])):
+        log.warning(
+            "%s: the measured costs of layers (%s) are others than in the run, so sparse or dense may be chosen "
+            "otherwise, and the last bits of the weights differ", loop.folder, ", ".join(layers)
+        )  # fmt: skip
     load_weights(loop.model, checkpoint["model"], path)
     if loop.average:
         load_weights(loop.average.module, select_weights(checkpoint), path)
@@ -94,6 +109,12 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
     loop.state = Progress(**checkpoint["progress"]).take_part(loop.processes.rank)
     if loop.average:
         loop.average.n_averaged.fill_(1 + loop.trained_batches)
+
+
+def _name(callback: Callback) -> str:
+    """Return the class of a callback with its arguments."""
+    arguments = {**describe(callback, [], ""), "class": type(callback).__name__}
+    return f"{arguments.pop('class')}({', '.join(f'{name}={value}' for name, value in arguments.items())})"
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

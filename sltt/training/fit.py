@@ -24,6 +24,7 @@ from sltt.training.card import write_card
 from sltt.training.check import check
 from sltt.training.checkpoints import load_checkpoint, load_selected, restore_state, start_from
 from sltt.training.console import Console
+from sltt.training.description import describe
 from sltt.training.graphs import check_graph
 from sltt.training.logs import Logger
 from sltt.training.loop import Loop
@@ -50,7 +51,7 @@ from sltt.training.safeguards import (
 )
 from sltt.training.sample import write_sample
 from sltt.training.session import Session, session
-from sltt.training.settings import RESUMABLE, Execution, OptimizerFactory, Training
+from sltt.training.settings import OF_TRAINING, RESUMABLE, Execution, OptimizerFactory, Training
 
 
 @dataclass
@@ -212,24 +213,27 @@ def fit(
         instance("config", config, dict)
     data = as_data(data, training.batch_size)
     with keep_generators(), session(execution) as here:
-        config = _settings(model, data, vars(training) | vars(execution), resume) if config is None else config
+        if config is None:
+            untold: list[str] = []
+            config = _settings(model, data, vars(training) | vars(execution), resume, untold)
+            if untold:
+                here.console(report).line(f"on resume, sltt cannot tell whether these changed: {', '.join(untold)}")
         go = resume_run if resume else start_run
         return go(here, model, data, training, run, config=config, report=report)
 
 
-def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool) -> dict[str, Any]:
+def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool, untold: list[str]) -> dict[str, Any]:
     """Return what the folder of a run that is made in Python keeps: plain settings, and objects as text.
 
-    Of a run that is resumed, they are compared; None leaves one that may change as it was.
+    Of a run that is resumed, they are compared, objects by their arguments; None leaves one that may change as it was.
     """
     plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | None)}
-    made = {MADE_IN: "Python, by sltt.fit"}
     objects = {"data": data} | {name: value for name, value in given.items() if name not in plain}
-    texts = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in objects.items()}
+    told = {name: describe(value, untold, name) for name, value in objects.items() if name not in OF_TRAINING}
+    made = {MADE_IN: "Python, by sltt.fit", "arguments": told}
     if resume:
-        compared = {name: texts[name] for name in ("rule", "loss", "optimizer", "schedule", "metric")}
-        plain = {name: value for name, value in plain.items() if value is not None or name not in RESUMABLE}
-        return made | compared | plain
+        return made | {name: value for name, value in plain.items() if value is not None or name not in RESUMABLE}
+    texts = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in objects.items()}
     network = {"model": type(model).__name__, "neurons": describe_neurons(model)}
     return {**made, **network, **texts, **plain}
 
@@ -322,6 +326,8 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training, repo
         )
     if training.accumulate > 1 or count > 1:
         check_mean(training.loss)
+    if count > 1:
+        here.processes.check_same("; ".join(f"{k} {[*v.shape]}" for k, v in model.state_dict().items()), "the network")
     splits = here.splits(data, stages[0].steps)
     samples = first_samples(splits, stages[0].steps)
     if splits.per_step != is_per_step(training.loss):

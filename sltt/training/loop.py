@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -381,7 +382,7 @@ class Loop:
             error.add_note(f"at epoch {epoch or self.state.epoch + 1}, {place}")
             if (self.folder / LAST).exists():
                 error.add_note(
-                    f"the last good checkpoint is {self.folder / LAST}: continue with --resume {self.folder}, "
-                    "in Python with resume=True"
+                    f"the last good checkpoint is {self.folder / LAST}: continue with "
+                    f"--resume {quote(str(self.folder))}, in Python with resume=True"
                 )
             raise

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 from io import BufferedRandom
 from pathlib import Path
+from shlex import quote
 from typing import IO, Any
 
 from sltt.training.files import write_atomically
@@ -133,5 +134,5 @@ def _remedy(path: Path) -> str:
     name = other.removesuffix(".ckpt")
     return (
         f"{other} is intact: take it by --checkpoint {name}, in Python by checkpoint={name!r}, or start a new run "
-        f"from it by --weights {path.with_name(other)}."
+        f"from it by --weights {quote(str(path.with_name(other)))}."
     )

@@ -1,18 +1,19 @@
 """The classes that the settings of a run name. A run folder is data: nothing in it is executed.
 
-Code comes from packages that are installed, and from folders that the user put on the path.
+Code comes from sltt, from the packages that it works with, and from the user: imported already, or in a folder named.
 """
 
 import inspect
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc import locate
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -27,6 +28,10 @@ from sltt.schedules import Schedule
 from sltt.surrogates import Surrogate
 from sltt.training.logs import Logger
 
+PACKAGES = (
+    *("sltt", "torch", "torchvision", "torchmetrics", "tonic", "lightning", "lightning_fabric", "pytorch_lightning"),
+    *("norse", "sinabs", "snntorch", "spikingjelly"),
+)
 KINDS = (
     *(nn.Module, Data, Encoding, Rule, torch.optim.Optimizer, Schedule, Metric, Callback, Logger, Surrogate),
     *(EventAugmentation, torch.Generator),
@@ -35,71 +40,57 @@ OURS = str(Path(__file__).parents[1]), str(Path(os.__file__).parent), "site-pack
 
 
 @contextmanager
-def importing_for(run: Path, settings: Mapping[str, Any], code: Path | None = None) -> Iterator[None]:
-    """Import no module from the folder of a run inside this block, and from the working directory only as `code`.
+def importing_for(run: Path, settings: Any, code: Path | None = None) -> Iterator[None]:
+    """Import no module of the working directory or of the run inside this block; those of `code` first.
 
-    Raises ValueError in place of the error that this leads to.
+    Raises ValueError, before anything is imported, where the settings name a module that is not allowed.
     """
-    _check_imports(run, settings)
+    if "config" in settings:
+        raise ValueError(f"the settings of {run} have the key config, by which the parser would read another file")
+    here = os.path.realpath("")  # an empty entry of PYTHONPATH is this too, which nobody meant to name
+    folders = [one for one in sys.path if os.path.realpath(one) != here and not _lies_within(run, Path(one))]
     # from now on, in the whole process: the parser refuses what its own list denies, instead of warning
     set_parsing_settings(import_path_denylist=[])
-    finder = _Finder(run, code)
-    sys.meta_path.insert(0, finder)
-    try:
+    with patch.object(sys, "path", folders if code is None else [str(code.resolve()), *folders]):
+        _check_modules(run, settings, code)
         yield
-    except Exception as error:
-        if finder.refused:
-            raise ValueError(finder.refused) from error
-        raise
-    finally:
-        sys.meta_path.remove(finder)
 
 
-class _Finder:
-    """Finds modules as Python does, and refuses those that a run may not name."""
-
-    def __init__(self, run: Path, code: Path | None):
-        self.run, self.code, self.refused = run, code, ""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Find a module; raise ImportError for one that is refused."""
-        if name.endswith("__main__"):
-            self._refuse(f"{name}, which is a program: importing it would start it")
-        others = [one for one in sys.meta_path if one not in (self, PathFinder)]
-        found = next((spec for one in others if (spec := one.find_spec(name, path, target))), None)
-        found = found or PathFinder.find_spec(name, self._folders() if path is None else path)
-        if found is None and path is None and PathFinder.find_spec(name, [os.getcwd()]):
-            self._refuse(f"{name} of the working directory: --code . takes code from here, in Python import {name}")
-        file = found and found.has_location and found.origin
-        if file and any(one(file).startswith(one(self.run) + os.sep) for one in (os.path.abspath, os.path.realpath)):
-            self._refuse(f"{file}, which lies within the run: a run is data, and no code of it runs")
-        return found
-
-    def _folders(self) -> list[str]:
-        # an empty entry of PYTHONPATH is the working directory too, which nobody meant to name
-        folders = [one for one in sys.path if os.path.realpath(one) != os.path.realpath("")]
-        return folders if self.code is None else [str(self.code.resolve()), *folders]
-
-    def _refuse(self, what: str) -> None:
-        self.refused = f"the settings of {self.run} name {what}"
-        raise ImportError(self.refused)
+def _check_modules(run: Path, value: Any, code: Path | None, key: str = "") -> None:
+    """Raise ValueError for text in the settings of a run by which the parser would import what a run may not name."""
+    if isinstance(value, Mapping | list | tuple):
+        for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _check_modules(run, one, code, str(name))
+    elif isinstance(value, str):
+        with suppress(yaml.YAMLError):
+            loaded = yaml.safe_load(value)
+            if isinstance(loaded, Mapping | list) or (isinstance(loaded, str) and loaded != value.strip()):
+                raise ValueError(f"the settings of {run} have the text {value!r}, which the parser would read again")
+        parts = value.strip().split(".")[:-1]
+        if parts and all(part.isidentifier() for part in value.strip().split(".")):
+            _check_module(run, parts, code, is_class=key.endswith("class_path"))
 
 
-def _check_imports(run: Path, value: Any) -> None:
-    """Raise ValueError where settings of a run name a module of the standard library that is not imported yet.
+def _check_module(run: Path, parts: list[str], code: Path | None, is_class: bool) -> None:
+    """Raise ValueError for a module that a run may not name. Text that is no class is one if it can be imported."""
+    first, name = parts[0], ".".join(parts)
+    paths = [Path(code, *parts[: i + 1]) for i in range(len(parts))] if code else []
+    if file := next((p for one in paths for p in (one, one.with_suffix(".py")) if _lies_within(run, p)), None):
+        raise ValueError(f"the settings of {run} name {file}, which lies within the run: a run is data, and no code")
+    known = first in PACKAGES or (name in sys.modules and first not in sys.stdlib_module_names)
+    if "__main__" not in parts[1:] and (known or (code and PathFinder.find_spec(first, [str(code)]))):
+        return
+    if is_class or find_spec(first):
+        raise ValueError(
+            f"the settings of {run} name {name}, which is neither of sltt and the packages that it works with, nor "
+            f"code of yours: --code FOLDER takes classes from a folder too, in Python import {first} before"
+        )
 
-    No setting is one, and some do something when they are imported: antigravity opens a browser.
-    """
-    if isinstance(value, Mapping):
-        for one in value.values():
-            _check_imports(run, one)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            _check_imports(run, one)
-    elif isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)+", value):
-        module = value.rpartition(".")[0]
-        if module.partition(".")[0] in sys.stdlib_module_names and module not in sys.modules:
-            raise ValueError(f"the settings of {run} name {value}, of Python's standard library, which is no setting")
+
+def _lies_within(run: Path, path: Path) -> bool:
+    """Return whether a file or folder is there and part of a run, by its name or by where a link leads."""
+    pairs = [(one(path), one(run)) for one in (os.path.abspath, os.path.realpath)]
+    return path.exists() and any(f"{inner}{os.sep}".startswith(f"{outer}{os.sep}") for inner, outer in pairs)
 
 
 def check_named(run: Path, value: Any) -> None:
@@ -113,11 +104,6 @@ def check_named(run: Path, value: Any) -> None:
     elif isinstance(value, list | tuple):
         for one in value:
             check_named(run, one)
-    elif isinstance(value, str):
-        with suppress(yaml.YAMLError):
-            loaded = yaml.safe_load(value)
-            if isinstance(loaded, Mapping | list) or (isinstance(loaded, str) and loaded != value.strip()):
-                raise ValueError(f"the settings of {run} have the text {value!r}, which the parser would read again")
     elif callable(value):
         _check_kind(run, repr(value), value)
 

@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
 from torch import nn
 
 from sltt.sequence.layout import spiking_layers
+from sltt.training.description import describe
 from sltt.training.files import part_of
 from sltt.training.manifest import (
     BEST,
@@ -49,7 +51,7 @@ def new_run(folder: str | Path | None, name: str, config: dict[str, Any]) -> Pat
             return _make(Path(folder), config)
         except FileExistsError:
             raise FileExistsError(
-                f"{folder} exists: a run never overwrites another. Continue it with --resume {folder}, "
+                f"{folder} exists: a run never overwrites another. Continue it with --resume {quote(str(folder))}, "
                 "in Python with resume=True, or choose another folder."
             ) from None
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -76,6 +78,14 @@ def lock_run(run: Path) -> Iterator[None]:
     The system releases what a killed process held. Parts of files that such a process left are removed.
     """
     read_manifest(run)  # which refuses a link, before the lock is written through one
+    with _locked(run):
+        for part in run.glob(".*.part"):
+            part.unlink()
+        yield
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
     path = run / LOCK
     path.touch()
     # before the file is opened: the system's lock does not tell threads apart, and would go as a second one closes it
@@ -89,8 +99,6 @@ def lock_run(run: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             file.flush()
-            for part in run.glob(".*.part"):
-                part.unlink()
             yield
     finally:
         _held.remove(here)
@@ -177,13 +185,14 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> Non
     if found := list_changes(saved, given):
         raise ValueError(
             f"the settings of {run} are not those that it was trained with: {'; '.join(found)}. Restore them, or start "
-            f"a new run with --weights {run}."
+            f"a new run with --weights {quote(str(run))}."
         )
 
 
 def list_changes(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """List changed settings, beyond those that a resumed run may change. None saved means none to compare."""
-    return list(_differences(_reread(saved), _reread(saved | given))) if saved else []
+    before, now = ({**one, "data": describe(one.get("data"), [], "data")} for one in (saved, saved | given))
+    return list(_differences(_reread(before), _reread(now))) if saved else []
 
 
 def describe_neurons(model: nn.Module) -> list[str]:
@@ -211,9 +220,10 @@ def _reread(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(saved: dict[str, Any], found: dict[str, Any], path: str = "") -> Iterator[str]:
-    for key in [*saved, *(key for key in found if key not in saved)]:
+    other_class = "class" in saved and saved["class"] != found.get("class")  # whose other arguments say nothing
+    for key in ["class"] if other_class else [*saved, *(key for key in found if key not in saved)]:
         name = f"{path}{key}"
-        if name in RESUMABLE:
+        if name in RESUMABLE and name != "data":
             continue
         if key not in found:
             yield f"{name} is missing"
@@ -229,15 +239,23 @@ def _make(path: Path, config: dict[str, Any]) -> Path:
     part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(".*.part"):  # which a killed process left
+            with suppress(OSError, ValueError):
+                if (old / LOCK).is_file():
+                    with _locked(old):
+                        shutil.rmtree(old)
         part.mkdir()
-        (part / LOCK).touch()  # so that it is not empty, and no other run takes it
-        write_config(part, config)
+        with _locked(part):  # the lock stays, so that the folder is not empty, and no other run takes it
+            write_config(part, config)
         os.rename(part, path)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         if os.path.exists(path):  # False for a name that is too long, where that of Path raises
             raise FileExistsError(f"{path} exists") from None
-        raise OSError(f"cannot make the run folder {path}: {error.strerror}. Choose another with --run.") from error
+        why = error
+        while isinstance(why.__cause__, OSError):  # the system's, behind those of `write_atomically`
+            why = why.__cause__
+        raise OSError(f"cannot make the run folder {path}: {why.strerror}. Choose another with --run.") from error
     except ValueError:  # of the configuration
         shutil.rmtree(part, ignore_errors=True)
         raise

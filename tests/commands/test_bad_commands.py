@@ -55,7 +55,7 @@ CASES = f"""
 # commands and words
 2 | unknown command 'trian'; did you mean train? | trian
 2 | unknown recipe 'digit'; did you mean digits? | train digit
-2 | . is a folder, and a recipe was expected: `sltt train --resume | train .
+2 | . is a folder, and no recipe: `sltt train --resume . | train .
 2 | unknown recipe '' | train ''
 2 | no file none.yaml | train none.yaml
 2 | unexpected word 'digits' | train digits digits
@@ -70,6 +70,7 @@ CASES = f"""
 2 | unknown option --bugdet; did you mean --budget? | profile --bugdet 8GB
 2 | unknown option --lr; did you mean --optimizer.lr? | train --lr 3
 2 | unknown key 'q' of sltt.SLTT | train --rule.q 3
+2 | expected each rule once, got SLTT 2 times | compare digits --rules SLTT,BPTT,SLTT
 2 | argument --run: expected one argument | train --run
 1 | run must be the path of a folder, got '' | train --run ''
 # YAML that says something else than it seems, or nothing

@@ -196,7 +196,8 @@ def test_a_folder_with_runs_of_other_settings_is_refused(capsys, here, monkeypat
     words = [*WORDS, "--rules", "SLTT:k=1", "--save", "kept"]
     assert main(words) == 0
     of_optimizer = "optimizer.init_args.lr was 0.005 and is 0.5"
-    for other, names in (("epochs=2", "epochs"), ("data.validation=0.2", "data"), ("optimizer.lr=0.5", of_optimizer)):
+    of_data = "data.init_args.validation was 0.1 and is 0.2"
+    for other, names in (("epochs=2", "epochs"), ("data.validation=0.2", of_data), ("optimizer.lr=0.5", of_optimizer)):
         assert main([*words, f"--{other}"]) == 1
         assert f"was trained with other settings ({names}): choose another --save" in capsys.readouterr().err
     assert yaml.safe_load((here / "kept" / "SLTT-k-1-seed0" / "config.yaml").read_text())["epochs"] == 1

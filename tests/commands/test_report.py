@@ -2,15 +2,19 @@ import csv
 import json
 import re
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
 
+import sltt
 from sltt.commands import main
 from sltt.commands.results import gather
 from sltt.training.checkpoints import load_checkpoint, save_checkpoint
 from sltt.training.manifest import write_file
 from tests.commands.tiny import edit
+from tests.training.blobs import train
 
 pytestmark = pytest.mark.slow
 sections = pytest.importorskip("sltt.commands.sections", reason="the report needs matplotlib").sections
@@ -163,17 +167,25 @@ def test_a_damaged_result_is_named_and_the_others_are_shown(name, measured, tmp_
     folder = shutil.copytree(measured, tmp_path / "all", ignore=shutil.ignore_patterns("*-seed*", "report"))
     path = folder / f"{name}.json"
     text = path.read_text()
-    for damaged in ("{", "[]", "7", "null", 2000 * "["):
+    for damaged in ("{", "[]", "7", "null", 2000 * "[", '{"recipe": "digits"}'):
         write(path, damaged)
         found_there = gather([folder])
         assert len(sections(found_there)) > 1
-        assert found_there.notes[0].startswith(f"{path} is left out: ")
+        lacks = f"A result of sltt {name} is left out, since it cannot be shown: KeyError"
+        assert found_there.notes[0].startswith((f"{path} is left out: ", lacks))
     number = re.search(r"\d\.\d+", text)
     path.write_text(text[: number.start()] + "7" + text[number.start() + 1 :])
     assert gather([folder]).notes == [
         f"{path} is left out: {path} is damaged: manifest.txt has another SHA-256. Restore it from a copy, or run the "
         "command that wrote it again."
     ]
+
+
+def test_dollars_in_a_name_are_no_formula(tmp_path):
+    net = torch.nn.Sequential(OrderedDict(fc=torch.nn.Linear(4, 8), **{"$x^$": sltt.LIF()}, out=torch.nn.Linear(8, 3)))
+    train(tmp_path / "$y^$ run", net, epochs=1)
+    assert main(["report", str(tmp_path / "$y^$ run")]) == 0
+    assert "$x^$" in (tmp_path / "$y^$ run" / "report" / "report.html").read_text()
 
 
 def test_a_damaged_checkpoint_is_named(measured, tmp_path):

@@ -83,6 +83,17 @@ def flip_bit(path, at):
     path.write_bytes(raw)
 
 
+def replace(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+
+def link(path):
+    """Put a link to a file of the user's in place of one of a cache that is not finished."""
+    (path.parent / "complete.npz").unlink()
+    path.unlink()
+    path.symlink_to(__file__)
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
@@ -92,7 +103,10 @@ def flip_bit(path, at):
         (lambda home: os.truncate(home / "frames.npy", 200), r"it cannot be read \(mmap length"),
         (lambda home: os.truncate(home / "frames.npy", 0), "it cannot be read"),
         (lambda home: (home / "frames.npy").unlink(), "it cannot be read"),
-        (lambda home: np.save(home / "frames.npy", np.ones((20, 3, 2), np.uint16)), "array 0 has another checksum"),
+        (lambda home: np.save(home / "frames.npy", np.ones((20, 3, 2), np.uint16)), r"it holds <u2 \[20, 3, 2\]"),
+        (lambda home: replace(home / "frames.npy", b"<u2", b">u2"), r"it holds >u2"),
+        (lambda home: replace(home / "frames.npy", b"(20", b"(10"), r"it holds <u2 \[10, 2, 3\]"),
+        *((lambda home, name=name: link(home / name), f"{name} is a link") for name in ("frames.npy", "lock")),
         (lambda home: (home / "complete.npz").write_text(""), "it cannot be read"),
         (lambda home: np.savez(home / "complete.npz", kept=[0]), r"it cannot be read \(.*checksums"),
     ],

@@ -48,17 +48,17 @@ def test_gestures_and_the_split_of_cifar10dvs(tmp_path):
 TIMES, UNITS = (0.0, 0.5, 1.3, 9.0), (0, 1, 699, 5)
 
 
-def write_shd(root):
+def write_shd(root, times=TIMES, units=UNITS, last=19):
     """Write four recordings of both splits."""
     h5py = pytest.importorskip("h5py")
     (root / "SHD").mkdir(exist_ok=True)
     for name in ("train", "test"):
         with h5py.File(root / "SHD" / f"shd_{name}.h5", "w") as file:
-            for key, kind, given in (("times", "f2", TIMES), ("units", "f4", UNITS)):
+            for key, kind, given in (("times", "f2", times), ("units", "f4", units)):
                 rows = file.create_dataset(f"spikes/{key}", (4,), dtype=h5py.vlen_dtype(np.dtype(kind)))
                 for i in range(4):
                     rows[i] = np.array(given, kind)
-            file["labels"] = np.array((0, 1, 0, 19))
+            file["labels"] = np.array((0, 1, 0, last))
     return root
 
 
@@ -71,6 +71,21 @@ def test_shd(tmp_path):
     (tmp_path / "SHD" / "shd_test.h5").write_bytes(b"no")
     with pytest.raises(RecordingError, match=r"shd_test\.h5: not a file of SHD"):
         sltt.data.SHD(str(tmp_path)).splits(7)
+
+
+@pytest.mark.parametrize(
+    ("times", "units", "last"),
+    [
+        *(([0.1, time], [1, 2], 19) for time in (-0.2, np.nan, np.inf, 200)),
+        *(([0.1, 0.2], [1, unit], 19) for unit in (-5, 700)),
+        *(([0.1] * count, [1], 19) for count in (0, 2)),
+        *(([0.1], [1], label) for label in (-1, 20)),
+        ([], [], 19),
+    ],
+)
+def test_damaged_samples_of_shd_are_named(times, units, last, tmp_path):
+    with pytest.raises(RecordingError, match=r"shd_train\.h5: sample [03] is damaged: expected a label of 0 … 19"):
+        sltt.data.SHD(str(write_shd(tmp_path, times, units, last))).splits(7)
 
 
 def test_a_folder_of_recordings(tmp_path):

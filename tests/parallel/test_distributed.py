@@ -292,7 +292,7 @@ def test_what_slurm_starts_trains_together_and_one_process_speaks(tmp_path):
 
 
 FAILS = """
-import sys, torch, sltt
+import os, sys, torch, sltt
 from torch import nn
 
 class Fails(sltt.SLTT):
@@ -301,15 +301,24 @@ class Fails(sltt.SLTT):
             raise ValueError("no spike was ever seen")
         return super().run(*args)
 
-model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+more = int(os.environ.get("LOCAL_RANK", 0)) if sys.argv[2] == "width" else 0
+model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10 + more))
 sltt.fit(model, sltt.data.Digits(), Fails(), steps=2, run=sys.argv[1], device="cpu", devices=2)
 """
 
 
 @pytest.mark.slow
-def test_an_error_in_one_process_ends_the_others(tmp_path):
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [
+        ("rule", "no spike was ever seen"),
+        ("width", "the network differs between processes: 1.weight [10, 64], "),
+    ],
+)
+def test_an_error_in_one_process_ends_the_others(of, said, tmp_path):
     (tmp_path / "script.py").write_text(FAILS)
-    process = start([sys.executable, "script.py", str(tmp_path / "run")], cwd=tmp_path)
+    process = start([sys.executable, "script.py", str(tmp_path / "run"), of], cwd=tmp_path)
     out, _ = process.communicate(timeout=120)
     assert process.returncode
-    assert "ValueError: no spike was ever seen" in out
+    assert f"ValueError: {said}" in out
+    assert process.returncode != -signal.SIGABRT

@@ -91,38 +91,31 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-class StopAt(sltt.SLTT):
+def stop_at(batch, k=2):
     """SLTT-K that presses Ctrl-C in its nth batch."""
+    left = [batch]
 
-    def __init__(self, batch, k=2):
-        super().__init__(k=k)
-        self.left = [batch]
-
-    def __repr__(self):  # a run that it stopped goes on with SLTT-K
-        return repr(sltt.SLTT(k=self.k))
-
-    def run(self, *args):
-        self.left[0] -= 1
-        if self.left[0] == 0:
+    def before(batch):
+        left[0] -= 1
+        if left[0] == 0:
             signal.raise_signal(signal.SIGINT)
-        return super().run(*args)
+
+    return noting(before, k=k)
 
 
-class Noting(sltt.SLTT):
+def noting(before=lambda batch: None, after=lambda batch: None, k=None):
     """SLTT that calls a function with each batch before it runs, and another one afterwards."""
+    rule = sltt.SLTT(k=k)
+    plain = rule.run
 
-    def __init__(self, before=lambda batch: None, after=lambda batch: None):
-        super().__init__()
-        self.before, self.after = before, after
-
-    def __repr__(self):  # a run of SLTT goes on with it
-        return repr(sltt.SLTT())
-
-    def run(self, batch):
-        self.before(batch)
-        output = super().run(batch)
-        self.after(batch)
+    def run(batch):
+        before(batch)
+        output = plain(batch)
+        after(batch)
         return output
+
+    rule.run = run
+    return rule
 
 
 class Ends(torch.utils.data.Dataset):

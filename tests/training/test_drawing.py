@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 import sltt
 from sltt.data import Splits
 from sltt.training.batches import EpochSampler, eval_loader, train_loader
-from tests.training.blobs import Noting
+from tests.training.blobs import noting
 
 
 def drawn():
@@ -98,7 +98,7 @@ def test_all_checks_before_a_training_share_one_reading_of_its_samples(tmp_path)
         sltt.fit(model, Data(), batch_size=4, device="cpu", run=tmp_path / "run")
     assert drawing.read == [0, 1, 2, 3, 4]
     drawing.read.clear()
-    sltt.fit(model, Data(), Noting(see), steps=4, epochs=1, batch_size=7, device="cpu", run=tmp_path / "run")
+    sltt.fit(model, Data(), noting(see), steps=4, epochs=1, batch_size=7, device="cpu", run=tmp_path / "run")
     assert seen[0][:5] == [0, 1, 2, 3, 4]
     assert len(seen[0]) == 5 + 7
 

@@ -11,7 +11,7 @@ from sltt.parallel.devices import make_fabric
 from sltt.training import loop
 from sltt.training.batches import Ahead
 from sltt.training.session import Session
-from tests.training.blobs import Blobs, Ends, Noting, ending, network, train, weights
+from tests.training.blobs import Blobs, Ends, ending, network, noting, train, weights
 
 
 def nan_gradient(model):
@@ -37,7 +37,7 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(spoil, m
             spoil(batch.model.module)
 
     with pytest.raises(FloatingPointError, match=message) as caught:
-        train(tmp_path / "run", rule=Noting(after=explode))
+        train(tmp_path / "run", rule=noting(after=explode))
     assert caught.value.__notes__[0] == "at epoch 2, batch 1 of 4"
     assert "last good checkpoint" in caught.value.__notes__[1]
     saved = weights(tmp_path / "run" / "last.ckpt")
@@ -182,7 +182,7 @@ def test_weights_and_statistics_that_are_not_finite_are_never_saved(name, messag
             batch.model.module[0].weight.grad.zero_()
 
     with pytest.raises(FloatingPointError, match=f"{message} not finite"):
-        train(tmp_path / "run", rule=Noting(after=spoil))
+        train(tmp_path / "run", rule=noting(after=spoil))
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
 

@@ -12,7 +12,7 @@ from sltt.data import Data, Splits
 from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.console import Console
 from sltt.training.phases import Phase, plan, set_rates, stage_at
-from tests.training.blobs import Blobs, Noting, keep, network, train, weights
+from tests.training.blobs import Blobs, keep, network, noting, train, weights
 
 SLTT, BPTT = sltt.SLTT(), sltt.BPTT()
 
@@ -47,7 +47,7 @@ def recorded(run, note, **settings):
     """A training by SGD: what `note` says of each batch and the optimizer before it runs; the model; the result."""
     log, optimizers = [], []
     sgd = keep(optimizers, lr=0.2, momentum=0.9, weight_decay=0.1)
-    rule = Noting(lambda batch: log.append(note(batch, optimizers[-1])))
+    rule = noting(lambda batch: log.append(note(batch, optimizers[-1])))
     model, result = train(run, rule=rule, **{"optimizer": sgd, "batch_size": 60, **settings})
     return log, model, result
 
@@ -134,7 +134,7 @@ def test_a_phase_that_freezes_batchnorm_keeps_its_statistics_and_trains_its_weig
 
     log = []
     phases = [Phase(2), Phase(2, freeze_norm=True), Phase(1)]
-    train(tmp_path / "run", rule=Noting(after=note), phases=phases, epochs=5, batch_size=60)
+    train(tmp_path / "run", rule=noting(after=note), phases=phases, epochs=5, batch_size=60)
     modes, means, weights = zip(*log, strict=True)
     assert modes == (True, True, False, False, True)
     assert [torch.equal(a, b) for a, b in pairwise(means)] == [False, True, True, False]
@@ -165,7 +165,7 @@ def test_a_phase_crops_its_samples_at_random_places_and_the_next_sees_them_whole
     log = []
     model = nn.Sequential(nn.Conv2d(1, 4, 3), sltt.IF(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     phases = [Phase(2, crop=7), Phase(1)]
-    kwargs = {"data": Pictures(static), "rule": Noting(note), "phases": phases, "epochs": 3, "batch_size": 15}
+    kwargs = {"data": Pictures(static), "rule": noting(note), "phases": phases, "epochs": 3, "batch_size": 15}
     train(tmp_path / "run", model=model, report=Console(), **kwargs)
     first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("epochs "))
     assert first.endswith(", crops of 7 pixels")

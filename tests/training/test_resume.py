@@ -1,3 +1,4 @@
+import copy
 import signal
 from dataclasses import replace
 from functools import partial
@@ -8,14 +9,15 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.callbacks import Callback
+from sltt.callbacks import Callback, EarlyStopping
 from sltt.training import checkpoints
 from sltt.training.batches import EpochSampler
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
+from sltt.training.console import Console
 from sltt.training.phases import Phase
 from sltt.training.runs import new_run, read_config
 from tests.collecting import MacroF1
-from tests.training.blobs import Blobs, Noting, StopAt, equal, rows, train, weights
+from tests.training.blobs import ADAM, Blobs, equal, noting, rows, stop_at, train, weights
 
 PHASES = {"phases": [Phase(1, steps=2), Phase(1, lr=0.01)]}
 FEW = {"phases": [Phase(1, batches=3), Phase(1, batches=2, lr=0.01)], "ema": 0.9}
@@ -34,7 +36,7 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_as_one_that_never_stopped(batch, se
     rule, settings = sltt.SLTT(k=2), {"epochs": 2, **settings}
     whole, result = train(tmp_path / "whole", rule=rule, **settings)
     with pytest.raises(KeyboardInterrupt, match=r"stopped by Ctrl-C; continue with --resume"):
-        train(tmp_path / "part", rule=StopAt(batch), **settings)
+        train(tmp_path / "part", rule=stop_at(batch), **settings)
     progress = load_checkpoint(tmp_path / "part" / "last.ckpt")["progress"]
     assert 4 * progress["epoch"] + progress["batch"] == batch or "phases" in settings
     assert bool(progress["score"]) == bool("metric" in settings and progress["batch"])
@@ -75,7 +77,7 @@ def test_numbers_of_numpy_are_kept_as_pythons(tmp_path):
         return train(tmp_path / run, **given, schedule=Halving(), optimizer=sgd, resume=(tmp_path / run).exists())
 
     model, result = of("numpy", np.int64, np.float64)
-    assert load_checkpoint(result.run / "last.ckpt")["callbacks"] == [["Kept", {"mean": 0.5, "all": [1, (True,)]}]]
+    assert load_checkpoint(result.run / "last.ckpt")["callbacks"] == [["Kept()", {"mean": 0.5, "all": [1, (True,)]}]]
     again, _ = of("numpy", np.int64, np.float64)
     expected, _ = of("python", int, float)
     assert equal(model.state_dict(), expected.state_dict())
@@ -91,7 +93,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "run", rule=Noting(twice))
+        train(tmp_path / "run", rule=noting(twice))
     assert signal.getsignal(signal.SIGINT) is before
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
@@ -107,7 +109,7 @@ def test_resuming_a_finished_run_trains_no_more(tmp_path):
 def test_more_epochs_of_a_resumed_run_are_kept(tmp_path):
     train(tmp_path / "run", rule=sltt.SLTT(k=2), epochs=1)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "run", rule=StopAt(2), epochs=3, checkpoint_minutes=5, resume=True)
+        train(tmp_path / "run", rule=stop_at(2), epochs=3, checkpoint_minutes=5, resume=True)
     config = load_checkpoint(tmp_path / "run" / "last.ckpt")["config"]
     assert (config["epochs"], config["checkpoint_minutes"]) == (3, 5)
     assert config == read_config(tmp_path / "run")
@@ -139,18 +141,68 @@ def test_a_run_resumes_with_the_settings_in_its_checkpoint_only(tmp_path):
     assert load_checkpoint(tmp_path / "run" / "last.ckpt")["config"] == newer
 
 
-def test_a_run_made_in_python_resumes_with_its_own_arguments_only(tmp_path):
-    train(tmp_path / "run", epochs=1, batch_size=20)
-    with pytest.raises(ValueError, match=r"batch_size was 20 and is 30; clip_norm was None and is 1.0. Restore"):
-        train(tmp_path / "run", epochs=2, batch_size=30, clip_norm=1.0, resume=True)
-    for name, other in (
-        ("loss", nn.CrossEntropyLoss()),
-        ("schedule", sltt.schedules.Constant()),
-        ("rule", sltt.BPTT()),
-    ):
-        with pytest.raises(ValueError, match=f"{name} was .* and is "):
-            train(tmp_path / "run", epochs=2, batch_size=20, resume=True, **{name: other})
-    train(tmp_path / "run", epochs=2, batch_size=20, resume=True)
+class Plain:
+    """A change to a sample that keeps its argument under another name."""
+
+    def __init__(self, size):
+        self.s = size
+
+    def __call__(self, x):
+        return x
+
+
+def weighted(last):
+    return sltt.losses.Activity(nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, last])))
+
+
+def own(change):
+    dataset = [(torch.rand(4), i % 3) for i in range(30)]
+    return sltt.data.from_datasets(sltt.data.base.Mapped(dataset, change), static=True)
+
+
+CHANGES = {  # settings before and after, and what tells them apart
+    "clip_norm": (None, 1.0, "clip_norm was None and is 1.0"),
+    "loss": (
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(),
+        "loss.label_smoothing was 0.1 and is 0.0",
+    ),
+    "loss of the last": (weighted(2.0), weighted(3.0), "loss.loss.weight was 'torch.float32 .3. .* and is 'torch"),
+    "another loss": (
+        sltt.losses.CrossEntropyMSE(),
+        nn.CrossEntropyLoss(),
+        "loss.class was 'sltt.* and is 'torch.*'. R",
+    ),
+    "schedule": (sltt.schedules.Cosine(), sltt.schedules.Cosine(warmup=2), "schedule.warmup was 0.0 and is 2.0"),
+    "rule": (sltt.SLTT(), sltt.SLTT(fold=1), "rule.fold was 'auto' and is 1"),
+    "optimizer": (ADAM, partial(ADAM, eps=1e-6), "optimizer.eps is new"),
+    "phases": ([Phase(1)], [Phase(1, lr=0.1)], "phases.* was .* and is"),
+    "callbacks": ([EarlyStopping(3)], [EarlyStopping(4)], r"callbacks EarlyStopping\(patience=3.* with .*patience=4"),
+    "data": (own(Plain(1)), own(Plain(2)), "data.datasets.train.change.s was 1 and is 2"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_made_in_python_resumes_with_its_own_arguments_only(name, tmp_path):
+    before, after, told = CHANGES[name]
+    name = name.split()[-1 if name.startswith("another") else 0]
+    data = {"data": own(Plain(1))} if name != "callbacks" else {}
+    train(tmp_path / "run", epochs=1, **data | {name: before})
+    with pytest.raises(ValueError, match=told):
+        train(tmp_path / "run", epochs=2, resume=True, **data | {name: after})
+    train(tmp_path / "run", epochs=2, resume=True, **data | {name: copy.deepcopy(before)})
+
+
+def test_other_measured_costs_than_the_runs_are_noticed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoints.costs, "used", lambda: {"conv float32": "other"})
+    train(tmp_path / "run", epochs=1)
+    train(tmp_path / "run", epochs=2, resume=True)
+    assert "measured costs of layers (conv float32) are others than in the run" in caplog.text
+
+
+def test_what_a_resumed_run_cannot_tell_is_named(tmp_path, capsys):
+    train(tmp_path / "run", epochs=1, data=own(lambda x: x), report=Console())
+    assert "cannot tell whether these changed: data.datasets.train.change\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("left", ["nothing", "a dangling link"])
@@ -271,7 +323,7 @@ def test_batches_by_length_differ_from_epoch_to_epoch():
 
 def test_the_scale_of_gradients_continues(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "part", rule=StopAt(6), precision="16-mixed", epochs=2)
+        train(tmp_path / "part", rule=stop_at(6), precision="16-mixed", epochs=2)
     _, result = train(tmp_path / "part", rule=sltt.SLTT(k=2), precision="16-mixed", epochs=2, resume=True)
     batches = 2 * 4
     assert load_checkpoint(result.run / "last.ckpt")["scaler"]["_growth_tracker"] == batches

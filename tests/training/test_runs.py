@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import errno
 import os
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from sltt.training import files, manifest, runs
 from sltt.training.checkpoints import load_checkpoint
 from tests.conftest import LINUX
-from tests.training.blobs import Noting, equal, train, weights
+from tests.training.blobs import equal, noting, train, weights
 
 
 class Killed(BaseException):
@@ -51,7 +52,10 @@ def test_a_run_killed_while_its_settings_are_written_leaves_no_folder_of_its_nam
         train(tmp_path / "run", epochs=1, config={"seed": 0})
     monkeypatch.undo()
     assert not (tmp_path / "run").exists()
+    assert list(tmp_path.glob(".run.*.part"))
+    (tmp_path / ".others.part").mkdir()
     train(tmp_path / "run", epochs=1, config={"seed": 0})
+    assert [path.name for path in tmp_path.glob(".*.part")] == [".others.part"]
 
 
 @LINUX
@@ -74,7 +78,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
     me = f"process {os.getpid()}"
-    train(tmp_path / "run", rule=Noting(lambda batch: None if refused else elsewhere()), epochs=2, resume=True)
+    train(tmp_path / "run", rule=noting(lambda batch: None if refused else elsewhere()), epochs=2, resume=True)
     assert refused == [f"{tmp_path / 'run'} is being trained by this process, in another thread: wait for it to end"]
     train(tmp_path / "run", epochs=3, resume=True)
 
@@ -91,8 +95,9 @@ def test_two_writers_of_a_file_do_not_share_its_part(tmp_path):
 
 def test_a_run_never_overwrites_another(tmp_path):
     train(tmp_path / "run", epochs=1)
-    with pytest.raises(FileExistsError, match="--resume"):
-        train(tmp_path / "run", epochs=1)
+    (tmp_path / "run").rename(tmp_path / "my run")
+    with pytest.raises(FileExistsError, match=f"--resume '{tmp_path}/my run'"):
+        train(tmp_path / "my run", epochs=1)
 
 
 def test_two_runs_without_a_folder_get_two(tmp_path, monkeypatch):
@@ -102,10 +107,17 @@ def test_two_runs_without_a_folder_get_two(tmp_path, monkeypatch):
     assert a.parent == b.parent
 
 
-def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot make the run folder"):
         train(tmp_path / "file" / "run")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match=r"run: No space left on device\. Choose another with --run"):
+        train(tmp_path / "run")
 
 
 def read(path):

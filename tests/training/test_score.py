@@ -11,7 +11,7 @@ from sltt.data import Splits
 from sltt.metrics import collects, higher_is_better, name_of
 from sltt.training.console import Console
 from tests.collecting import MacroF1, macro_f1
-from tests.training.blobs import Blobs, StopAt, network, train
+from tests.training.blobs import Blobs, network, stop_at, train
 
 
 class Uneven(Blobs):
@@ -84,7 +84,7 @@ def test_each_epoch_collects_anew_and_selects_by_the_score(tmp_path):
 @pytest.mark.parametrize(("batch", "rest"), [(2, 60 - 2 * 16), (4, None)])
 def test_a_metric_that_cannot_be_saved_has_the_score_of_the_rest_of_a_resumed_epoch(batch, rest, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "part", metric=Seen(), rule=StopAt(batch), epochs=2)
+        train(tmp_path / "part", metric=Seen(), rule=stop_at(batch), epochs=2)
     settings = {"metric": Seen(), "rule": sltt.SLTT(k=2), "epochs": 2, "report": Console(), "resume": True}
     _, again = train(tmp_path / "part", **settings)
     assert [row["train_seen"] for row in again.history] == [rest, 60]
@@ -109,7 +109,7 @@ class Dataclass(Seen):
 
 def test_a_state_of_a_metric_with_a_dataclass_is_read_again_as_its_fields(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "part", metric=Dataclass(), rule=StopAt(2), epochs=1)
+        train(tmp_path / "part", metric=Dataclass(), rule=stop_at(2), epochs=1)
     _, again = train(tmp_path / "part", metric=Dataclass(), rule=sltt.SLTT(k=2), epochs=1, resume=True)
     assert [row["train_dataclass"] for row in again.history] == [60]
 

@@ -12,7 +12,7 @@ from sltt.training import session
 from sltt.training.checkpoints import load_checkpoint, load_weights
 from sltt.training.console import Console
 from tests.kernels.exact import NATIVE
-from tests.training.blobs import Images, StopAt, equal, rows, train, weights
+from tests.training.blobs import Images, equal, rows, stop_at, train, weights
 
 pytestmark = NATIVE
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -35,7 +35,7 @@ def test_a_resumed_run_ends_with_the_same_bits(batch, k, sparse_calls, tmp_path)
     whole, result = trained(tmp_path / "whole", rule=sltt.SLTT(k=k), epochs=2)
     assert {kind for kind, _ in sparse_calls} == {"forward", "grad"}
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "part", rule=StopAt(batch, k), epochs=2)
+        trained(tmp_path / "part", rule=stop_at(batch, k), epochs=2)
     progress = load_checkpoint(tmp_path / "part" / "last.ckpt")["progress"]
     assert (progress["epoch"], progress["batch"]) == divmod(batch, 4)
     resumed, again = trained(tmp_path / "part", rule=sltt.SLTT(k=k), epochs=2, resume=True)

@@ -13,14 +13,15 @@ compiled kernels. So every run on a machine decides alike, with any number of th
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,24 @@ def _elements(layer: Layer) -> tuple[int, int]:
     return inputs + outputs // co * 64 * blocks * kernel_rows, inputs + outputs
 
 
+def used() -> dict[str, str]:
+    """Return digests of the costs that decided in this process, by kind and type of the layers."""
+    return dict(_used)
+
+
+def others(recorded: Mapping[str, str]) -> list[str]:
+    """Return the kinds and types of layers whose costs on this machine are not those recorded."""
+    if native.problem():
+        return list(recorded)
+    for name in recorded:
+        kind, dtype = name.split()
+        _costs(cast(Kind, kind), getattr(torch, dtype))
+    return [name for name in recorded if _used[name] != recorded[name]]
+
+
+_used: dict[str, str] = {}
+
+
 @functools.cache
 def _costs(kind: Kind, dtype: torch.dtype) -> list[Costs]:
     """Return the costs of forward and weight gradient: from this machine's file, or measured and written to it."""
@@ -124,21 +143,26 @@ def _costs(kind: Kind, dtype: torch.dtype) -> list[Costs]:
         found = _measure(kind, dtype)
         with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent, prefix="costs-") as folder:
             new = Path(folder) / name
-            new.write_text(json.dumps(found), encoding="utf-8")
+            new.write_text(f"{_digest(json.dumps(found))}\n{json.dumps(found)}", encoding="utf-8")
             if _read(path) is None:
                 path.unlink(missing_ok=True)  # a damaged one
             os.link(new, path)  # fails where another process was first: its costs are everyone's
         found = _read(path) or found
+    _used[f"{kind} {parts[3]}"] = _digest(json.dumps(found))[:16]
     return found
 
 
 def _read(path: Path) -> list[Costs] | None:
+    """Return the costs of a file; None where it is not there, or is not what was written."""
     try:
-        first, second = json.loads(path.read_text(encoding="utf-8"))
-        found = [Costs(*map(float, row)) for row in (first, second)]
-    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
+        digest, _, text = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
         return None
-    return found if all(0 <= c < math.inf for row in found for c in row) and all(row.spike for row in found) else None
+    return [Costs(*row) for row in json.loads(text)] if digest == _digest(text) else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _measure(kind: Kind, dtype: torch.dtype) -> list[Costs]:
