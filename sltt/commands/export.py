@@ -10,19 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
-from sltt.analysis import synaptic_operations
+from sltt.analysis import measure_energy
 from sltt.commands.parsing import CommandOptions, begin, load_run
 from sltt.data import Splits
 from sltt.interop.c import Arithmetic, Exported, to_c
 from sltt.losses import predict_from, prediction_of
 from sltt.rules import unroll
 from sltt.sequence.modes import evaluation_mode
+from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console
 
 MEASURED = 1000  # samples that an accuracy is measured on, at most
 SEEN = 64  # samples that set the scale of the input, and whose operations are counted
-# energy of an operation in a 45 nm process: a sum, and a product with its sum (Horowitz, ISSCC 2014)
-PICOJOULES = {"float32": (0.9, 4.6), "int8": (0.1, 0.3)}
 
 
 def options() -> CommandOptions:
@@ -78,18 +77,16 @@ def _write_c(built: Any, splits: Splits, folder: Path, name: str, weights: Arith
     samples, of = (
         (splits.unaugmented_train, "training") if splits.validation is None else (splits.validation, "validation")
     )
-    x = _batch(splits, samples, SEEN)[0]
+    x, y = _batch(splits, samples, SEEN)
     steps = built.steps if splits.static else None
     made = to_c(built.model, x, folder, name=name, steps=steps, weights=weights)
     report.line(f"written to {folder}: `make -C {folder}` tests it")
     report.line(f"flash        {made.flash:,} bytes of weights and parameters, without the code")
     report.line(f"RAM          {made.ram:,} bytes, sizeof({name}_net)")
-    add, multiply = PICOJOULES[weights]
     with evaluation_mode(built.model):
-        layers = synaptic_operations(built.model, x, steps=steps)
-    sums = sum(layer.synaptic_operations for layer in layers) / built.steps
-    energy = sum(op.synaptic_operations * (add if op.spiking else multiply) for op in layers) / built.steps
-    report.line(f"operations   {sums:,.0f} a step; {energy / 1000:.3g} nJ in a 45 nm process, memory not counted")
+        energy = measure_energy(built.model, x, steps=steps, lengths=lengths_of(y))
+    sums, products = (energy.total(name) for name in ("effective_acs", "effective_macs"))
+    report.line(f"operations   {sums:,.0f} sums and {products:,.0f} products a sample of {energy.steps:.4g} steps")
     if splits.classes is not None and not splits.per_step:
         before, after, count = _accuracies(built, splits, samples, made)
         report.line(f"accuracy     {after:.2%} in C, {before:.2%} in PyTorch, on {count} {of} samples")
