@@ -33,15 +33,11 @@ SRAM, DRAM = 2.5, 160.0  # a byte: in a memory of 32 KB, and outside of the chip
 class LayerOperations:
     """A convolution or linear layer in the inference of one sample, or the matrix products in another module.
 
-    Attributes:
-        name: of the layer in the model.
-        dense: connections in all time steps, without those to the zeros of a padding; 0 for products, as NeuroBench.
-        effective_macs: those where input and weight are not zero, in steps whose input has other values than 0 and ±1.
-        effective_acs: the same in the other steps.
-        macs: what the energy counts of a layer that reads data: all; those of one step, with `sltt.once`.
-        acs: what it counts of other layers: one for each spike or event and connection.
-        ann_macs: of an ANN, with one pass for a static input, else one for each step.
-        spiking: the input comes from neurons.
+    NeuroBench's: `dense` connections in all time steps, without those to the zeros of a padding; those where input and
+    weight are not zero, `effective_acs` in steps whose input is 0 and ±1, else `effective_macs`. Products have none.
+    Those of the energy: `macs` of a layer that reads data, in one step with `sltt.once`; `acs` of others, one for each
+    spike or event and connection; `ann_macs` of an ANN, in one pass for a static input, else in each step. `spiking`
+    layers read what comes from neurons.
     """
 
     name: str
@@ -62,11 +58,9 @@ class LayerOperations:
 class Energy:
     """What the inference of one sample takes, as the mean over a batch.
 
-    Attributes:
-        layers: their operations.
-        steps: T, without padding; `passes` of an ANN are 1 for a static input, else T.
-        updates: of neurons. Their `spikes` count k times if of size k; `active` outputs are not zero.
-        weights: of the layers; `zeros` of them are zero. The `footprint` is bytes of parameters and buffers.
+    T without padding is `steps`; an ANN makes 1 of `passes` for a static input, else T. Neurons have `updates`, `active`
+    outputs, and `spikes`: k for one of size k. `zeros` of the `weights` are zero. `footprint` has parameters and
+    buffers, in bytes.
     """
 
     layers: list[LayerOperations]
@@ -177,11 +171,8 @@ def neurobench(model: nn.Module, data: Iterable[tuple[Tensor, Any]], *, steps: i
 
         neurobench(model, [(x, y)])["SynapticOperations"]["Effective_ACs"]
 
-    Args:
-        model: maps one time step to logits; measured in evaluation mode.
-        data: batches (x, target) as of a rule. The padding of `sltt.Padded` does not count. ClassificationAccuracy is
-            there where each target is a class.
-        steps: T for static inputs.
+    The network is measured in evaluation mode, on batches (x, target) as of a rule, without padding; `steps` is T for
+    static inputs. ClassificationAccuracy is there where each target is a class.
 
     Source: Yik et al., Nature Communications 2025 (neurobench.readthedocs.io).
     """
@@ -224,14 +215,13 @@ class _Counter(TorchFunctionMode):
         self.lengths = [self.length] * self.batch if lengths is None else lengths
         check_lengths(self.lengths, self.length, self.batch)
         self.real = None if lengths is None else real_steps(lengths, self.length, x)
-        self.step = -1
+        self.step, self._inside = -1, []  # names of the modules that are running
         self.layers: dict[str, LayerOperations] = {}
         self.last: dict[str, int] = {}  # the step in which each ran last
         self.updates = self.spikes = self.active = self.changed = 0.0  # of all samples
         self.neurons = spiking_layers(model)
-        self._before: dict[str, list[Tensor]] = {}  # membrane potentials
         self._fans: dict[Any, list[Tensor]] = {}
-        self._inside: list[str] = []
+        self._before: dict[str, list[Tensor]] = {}  # membrane potentials
 
     @torch.no_grad()
     def run(self) -> tuple[Energy, Tensor]:

@@ -25,25 +25,24 @@ ALL = torch.ones(2, 4, 4)  # 32 spikes
 COUNTS = torch.tensor([[[3.0, 0.0], [0.0, 2.0]]])
 
 
-@pytest.mark.parametrize(
-    ("spikes", "function", "expected"),
-    [
-        (ALL, nn.AvgPool2d(2), 32),
-        (ALL, lambda x: F.avg_pool2d(x, kernel_size=2), 32),
-        (ALL, lambda x: F.avg_pool1d(x.flatten(1, 2), 2), 32),
-        (ALL, nn.AdaptiveAvgPool2d(1), 32),
-        (ALL, lambda x: x.mean((2, 3)), 32),
-        (ALL, nn.AvgPool2d(3, stride=1), 2 * 4 * 9),  # each of 4 windows has 9 spikes
-        (ALL, nn.MaxPool2d(2), 8),
-        (ALL, lambda x: x + F.avg_pool2d(x, 3, 1, 1, count_include_pad=True), 32 + 2 * 100),
-        (ALL, lambda x: torch.cat([x.flatten(1), F.avg_pool2d(x, 2).flatten(1)], 1), 64),
-        (COUNTS, nn.Identity(), 5),
-        (COUNTS, nn.AvgPool2d(2), 5),
-        (0.7 * (COUNTS > 0), nn.Identity(), 2),  # thresholds, as in a twin
-        (0.7 * (COUNTS > 0), nn.AvgPool2d(2), 2),
-        (COUNTS, lambda x: x * 0.3, None),
-    ],
-)
+READS = [
+    (ALL, nn.AvgPool2d(2), 32),
+    (ALL, lambda x: F.avg_pool2d(x, kernel_size=2), 32),
+    (ALL, lambda x: F.avg_pool1d(x.flatten(1, 2), 2), 32),
+    (ALL, nn.AdaptiveAvgPool2d(1), 32),
+    (ALL, lambda x: x.mean((2, 3)), 32),
+    (ALL, nn.AvgPool2d(3, stride=1), 2 * 4 * 9),  # each of 4 windows has 9 spikes
+    (ALL, nn.MaxPool2d(2), 8),
+    (ALL, lambda x: x + F.avg_pool2d(x, 3, 1, 1), 32 + 2 * 100),
+    (ALL, lambda x: torch.cat([x.flatten(1), F.avg_pool2d(x, 2).flatten(1)], 1), 64),
+    (COUNTS, nn.AvgPool2d(2), 5),
+    (0.7 * (COUNTS > 0), nn.Identity(), 2),  # thresholds, as in a twin
+    (0.7 * (COUNTS > 0), nn.AvgPool2d(2), 2),
+    (COUNTS, lambda x: x * 0.3, None),
+]
+
+
+@pytest.mark.parametrize(("spikes", "function", "expected"), READS)
 def test_spikes_keep_their_number_through_pooling(spikes, function, expected):
     model, x = Reads(spikes, function).eval(), torch.zeros(1, 3, *spikes.shape)
     model(x[0])
@@ -52,18 +51,18 @@ def test_spikes_keep_their_number_through_pooling(spikes, function, expected):
     assert found.spiking
 
 
-@pytest.mark.parametrize(
-    ("x", "macs", "acs"),
-    [
-        ([0.0, 1.0, 0.0, -1.0], 0, 2),
-        ([1.0, 1.0, 1.0, 1.0], 0, 4),
-        ([0.0, 0.3, 0.3, 0.3], 0, 3),  # one size
-        ([0.0, 3.0, 0.0, 0.0, 1.0], 0, 4),
-        ([0.0, 3.0, 1.0, 2.0, 1.0], 5, 0),  # whole numbers that are mostly not zero are data
-        ([0.0, 200.0, 0.0, 0.0, 100.0], 5, 0),  # pixels
-        ([0.0, 0.5, 0.0, 0.0, 0.1], 5, 0),
-    ],
-)
+INPUTS = [
+    ([0.0, 1.0, 0.0, -1.0], 0, 2),
+    ([1.0, 1.0, 1.0, 1.0], 0, 4),
+    ([0.0, 0.3, 0.3, 0.3], 0, 3),  # one size
+    ([0.0, 3.0, 0.0, 0.0, 1.0], 0, 4),
+    ([0.0, 3.0, 1.0, 2.0, 1.0], 5, 0),  # whole numbers that are mostly not zero are data
+    ([0.0, 200.0, 0.0, 0.0, 100.0], 5, 0),  # pixels
+    ([0.0, 0.5, 0.0, 0.0, 0.1], 5, 0),
+]
+
+
+@pytest.mark.parametrize(("x", "macs", "acs"), INPUTS)
 def test_inputs_are_events_or_data(x, macs, acs):
     model = nn.Sequential(nn.Linear(len(x), 3), sltt.LIF())
     (found,) = synaptic_operations(model, torch.tensor(x).expand(2, 5, -1))
@@ -71,16 +70,12 @@ def test_inputs_are_events_or_data(x, macs, acs):
 
 
 def test_a_second_branch_reads_the_data_and_recurrent_weights_spikes():
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.n, self.b = nn.Linear(5, 6), sltt.Recurrent(sltt.LIF(), nn.Linear(6, 6)), nn.Linear(5, 6)
-
-        def forward(self, x):
-            return self.n(self.a(x)) + self.b(x)
-
-    found = {one.name: one for one in synaptic_operations(Branches(), 3 * torch.randn(4, 2, 5))}
-    assert found["a"].picojoules == found["b"].picojoules == pytest.approx(4 * 30 * 4.6)
+    model = Reads(None, None)
+    a, n, b = nn.Linear(5, 6), sltt.Recurrent(sltt.LIF(), nn.Linear(6, 6)), nn.Linear(5, 6)
+    model.neuron, model.head, model.b = nn.Sequential(a, n), nn.Identity(), b
+    model.forward = lambda x: model.neuron(x) + model.b(x)
+    found = {one.name: one for one in synaptic_operations(model, 3 * torch.randn(4, 2, 5))}
+    assert found["neuron.0"].picojoules == found["b"].picojoules == pytest.approx(4 * 30 * 4.6)
     assert [one.spiking for one in found.values()] == [False, True, False]
 
 
@@ -132,15 +127,16 @@ def test_energies_are_those_by_hand(steps):
     with firing_rates(model) as rates:
         sltt.unroll(model, x if steps else frames, steps=steps, fold=4)
     assert found.rate == pytest.approx(rates.mean())
+    y = torch.tensor([0, 1])
+    for image in (x, x.sign()):  # data, and what is read as spikes
+        metrics = neurobench(model, [(image, y)], steps=4), neurobench(model, [(image.expand(4, *x.shape), y)])
+        assert metrics[0]["SynapticOperations"] == pytest.approx(metrics[1]["SynapticOperations"])
 
 
 def test_at_the_rate_of_the_last_column_both_take_the_same():
     def ratios(rate):
-        layers = (
-            LayerOperations("0", macs=50, ann_macs=50),
-            LayerOperations("2", acs=4e4 * rate, ann_macs=1e4, spiking=True),
-        )
-        return Energy([*layers], 4, 1, 400, 400 * rate, 0, 10_050, 0, 40_200).tables()["ratios"]
+        stem, layer = LayerOperations("0", macs=50), LayerOperations("2", acs=4e4 * rate, ann_macs=1e4, spiking=True)
+        return Energy([stem, layer], 4, 1, 400, 400 * rate, 0, 10_050, 0, 40_200).tables()["ratios"]
 
     *even, dram = (row["equal at a firing rate of"] for row in ratios(0.2))
     assert [ratios(rate)[i]["matched bits"] for i, rate in enumerate(even)] == pytest.approx([1, 1, 1])
@@ -149,16 +145,15 @@ def test_at_the_rate_of_the_last_column_both_take_the_same():
 
 def test_padding_of_sequences_does_not_count():
     torch.manual_seed(0)
-    model, lengths = nn.Sequential(nn.Linear(4, 9), sltt.LIF(), nn.Unflatten(1, (3, 3)), nn.Linear(3, 2)), [2, 5, 3]
-    x = 3 * torch.randn(5, 3, 4)
-    model.append(nn.Flatten())
+    layers = nn.Linear(4, 9), sltt.LIF(), nn.Unflatten(1, (3, 3)), nn.Linear(3, 2), nn.Flatten()
+    model, x, lengths = nn.Sequential(*layers), 3 * torch.randn(5, 3, 4), [2, 5, 3]
     together = measure_energy(model, x, lengths=lengths)
     alone = [measure_energy(model, x[:n, i : i + 1]) for i, n in enumerate(lengths)]
     for name in ("steps", "updates", "spikes", "active"):
         assert getattr(together, name) == pytest.approx(sum(getattr(one, name) for one in alone) / 3)
     for name in ("dense", "effective_macs", "effective_acs", "macs", "acs", "ann_macs"):
         assert together.total(name) == pytest.approx(sum(one.total(name) for one in alone) / 3)
-    (metrics,) = [neurobench(model, [(x, sltt.Padded(torch.tensor([0, 1, 2]), lengths))])]
+    metrics = neurobench(model, [(x, sltt.Padded(torch.tensor([0, 1, 2]), lengths))])
     assert metrics["SynapticOperations"]["Dense"] == together.total("dense")
 
 
@@ -179,9 +174,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_neurobench_measures_the_same(name):
-    benchmarks = pytest.importorskip(
-        "neurobench.benchmarks", reason="NeuroBench is not installed: pip install neurobench"
-    )
+    benchmarks = pytest.importorskip("neurobench.benchmarks", reason="needs NeuroBench: pip install neurobench")
     from neurobench.metrics import static, workload  # pyright: ignore[reportMissingImports]
     from neurobench.models import TorchModel  # pyright: ignore[reportMissingImports]
 

@@ -92,14 +92,7 @@ def test_a_run_of_the_command_loads_by_the_network_that_its_recipe_names(tmp_pat
     assert found.features[2].tau == 3.0
     assert found.trained.classes == 10
     card = (tmp_path / "run" / "card.md").read_text()
-    for part in (
-        "DigitsNet",
-        "SLTT() at T = 4",
-        "split 5012bf79b0e0",
-        "E_memory on chip, nJ",
-        "test accuracy |",
-        "PyTorch",
-    ):
+    for part in ("DigitsNet", "SLTT() at T = 4", "split 5012bf79b0e0", "E_ops, nJ", "test accuracy |", "PyTorch"):
         assert part in card
     assert "not measured" not in card
 
