@@ -58,9 +58,9 @@ class LayerOperations:
 class Energy:
     """What the inference of one sample takes, as the mean over a batch.
 
-    T without padding is `steps`; an ANN makes 1 of `passes` for a static input, else T. Neurons have `updates`, `active`
-    outputs, and `spikes`: k for one of size k. `zeros` of the `weights` are zero. `footprint` has parameters and
-    buffers, in bytes.
+    T without padding is `steps`; an ANN makes 1 of `passes` for a static input, else T. Neurons have `updates`,
+    `active` outputs, and `spikes`: k for one of size k. `zeros` of the `weights` are zero. `footprint` has parameters
+    and buffers, in bytes.
     """
 
     layers: list[LayerOperations]
