@@ -76,10 +76,11 @@ class Energy:
     rate = property(lambda self: self.spikes / max(self.updates, 1))
 
     def total(self, name: str) -> float:
+        """Return the sum of a count over layers."""
         return sum(getattr(layer, name) for layer in self.layers)
 
     def picojoules(self) -> dict[str, tuple[float, float, float, float]]:
-        """Return operations, neuron updates, memory on chip, and memory with weights from DRAM, by the network."""
+        """Return E_ops, E_neurons, E_memory on chip and E_memory from DRAM of docs/energy.md, by the network."""
         macs, acs, ann, bits = *map(self.total, ("macs", "acs", "ann_macs")), math.ceil(math.log2(self.steps + 1))
         outputs, found = self.updates / self.steps * self.passes, {}
         matched = f"w8a{bits}", 0.2 * bits / 8 + 0.1, bits / 8
@@ -338,9 +339,11 @@ def _count_spikes(x: Tensor, known: Tensor | None) -> Tensor | None:
 def _pass_counts(func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Do with the counts of spikes what a function of spikes alone does with these; an average becomes a sum."""
     tensors: list[Any] = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-    made: list[Any] = [*out] if isinstance(out, list | tuple) else [out]
-    drawn = "dropout" in (name := func.__name__)
-    if drawn or not all(hasattr(one, "counts") for one in tensors) or not tensors or not isinstance(made[0], Tensor):
+    made: list[Any] = [one for one in (out if isinstance(out, list | tuple) else [out]) if isinstance(one, Tensor)]
+    if not (spikes := tensors and all(hasattr(one, "counts") for one in tensors)):
+        for one in made:
+            vars(one).pop("counts", None)  # it was changed in place
+    if not spikes or not made or "dropout" in (name := func.__name__):
         return
     args, kwargs = tree_map_only(Tensor, lambda one: vars(one)["counts"], (args, kwargs))
     found, times = func(*args, **kwargs), 1
