@@ -3,7 +3,7 @@
 from sltt.analysis.advice import Trial, advice
 from sltt.analysis.agreement import Agreement, Proposal, agreement, propose
 from sltt.analysis.budget import PeakModel, fit_peak
-from sltt.analysis.energy import LayerOperations, synaptic_operations
+from sltt.analysis.energy import Energy, LayerOperations, measure_energy, neurobench, synaptic_operations
 from sltt.analysis.firing import FiringRates, firing_rates
 from sltt.analysis.iteration import Memory, Seconds, iteration_seconds, memory_parts
 from sltt.analysis.operations import Operations, count_operations
@@ -13,6 +13,7 @@ from sltt.memory import peak_memory
 
 __all__ = [
     "Agreement",
+    "Energy",
     "FiringRates",
     "LayerOperations",
     "LayerPath",
@@ -31,7 +32,9 @@ __all__ = [
     "fit_peak",
     "iteration_seconds",
     "layer_paths",
+    "measure_energy",
     "memory_parts",
+    "neurobench",
     "peak_memory",
     "propose",
     "synaptic_operations",

@@ -4,6 +4,9 @@ As a NIR graph, as an ONNX model of one time step with the states as inputs and 
 """
 
 import re
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
@@ -11,19 +14,48 @@ from typing import Any
 
 from torch import Tensor
 
-from sltt.analysis import synaptic_operations
+from sltt.analysis import measure_energy
 from sltt.commands.parsing import CommandOptions, begin, load_run
 from sltt.data import Splits
 from sltt.interop.c import Arithmetic, Exported, to_c
 from sltt.losses import predict_from, prediction_of
 from sltt.rules import unroll
 from sltt.sequence.modes import evaluation_mode
+from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console
 
 MEASURED = 1000  # samples that an accuracy is measured on, at most
+CORTEX = [
+    *("-std=c11", "-O3", "-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16", "--specs=rdimon.specs"),
+    *("-Wl,--section-start=.vectors=0", "-Wl,-Ttext=0x10000", "-Wl,-Tdata=0x20000000", "-Wl,-e,start"),
+]
+QEMU = ["qemu-system-arm", "-M", "mps2-an386", "-nographic", "-semihosting", "-icount", "shift=0", "-kernel"]
+COUNT = r"""
+#define main test_main
+#include "NAME_test.c"
+#undef main
+#define TIMER ((volatile unsigned *)0xE000E010) /* a tick is 40 ns, and an instruction 1 ns */
+extern void _start(void);
+void start(void) { *(volatile unsigned *)0xE000ED88 |= 0xF << 20; _start(); } /* with floating point */
+__attribute__((section(".vectors"), used)) static const void *vectors[] = {(void *)0x20400000, (void *)start};
+int main(void)
+{
+    unsigned long long ticks = 0;
+    TIMER[1] = 0xFFFFFF;
+    TIMER[0] = 5;
+    for (int i = 0; i < SAMPLES * UPPER_STEPS; i++) {
+        NAME_logit got[UPPER_CLASSES];
+        int t = i % UPPER_STEPS, frame = i / UPPER_STEPS * FRAMES + (t < FRAMES ? t : FRAMES - 1);
+        if (t == 0)
+            NAME_reset(&net);
+        unsigned before = TIMER[2];
+        NAME_step(&net, inputs + frame * UPPER_INPUTS, got);
+        ticks += (before - TIMER[2]) & 0xFFFFFF;
+    }
+    printf("%lu\n", (unsigned long)(ticks * 40 / SAMPLES));
+}
+"""
 SEEN = 64  # samples that set the scale of the input, and whose operations are counted
-# energy of an operation in a 45 nm process: a sum, and a product with its sum (Horowitz, ISSCC 2014)
-PICOJOULES = {"float32": (0.9, 4.6), "int8": (0.1, 0.3)}
 
 
 def options() -> CommandOptions:
@@ -79,21 +111,37 @@ def _write_c(built: Any, splits: Splits, folder: Path, name: str, weights: Arith
     samples, of = (
         (splits.unaugmented_train, "training") if splits.validation is None else (splits.validation, "validation")
     )
-    x = _batch(splits, samples, SEEN)[0]
+    x, y = _batch(splits, samples, SEEN)
     steps = built.steps if splits.static else None
     made = to_c(built.model, x, folder, name=name, steps=steps, weights=weights)
     report.line(f"written to {folder}: `make -C {quote(str(folder))}` tests it")
     report.line(f"flash        {made.flash:,} bytes of weights and parameters, without the code")
     report.line(f"RAM          {made.ram:,} bytes, sizeof({name}_net)")
-    add, multiply = PICOJOULES[weights]
     with evaluation_mode(built.model):
-        layers = synaptic_operations(built.model, x, steps=steps)
-    sums = sum(layer.synaptic_operations for layer in layers) / built.steps
-    energy = sum(op.synaptic_operations * (add if op.spiking else multiply) for op in layers) / built.steps
-    report.line(f"operations   {sums:,.0f} a step; {energy / 1000:.3g} nJ in a 45 nm process, memory not counted")
+        energy = measure_energy(built.model, x, steps=steps, lengths=lengths_of(y))
+    sums, products = (energy.total(name) for name in ("effective_acs", "effective_macs"))
+    report.line(f"operations   {sums:,.0f} sums and {products:,.0f} products a sample of {energy.steps:.4g} steps")
+    report.line(f"instructions {_count_instructions(folder, name)}")
     if splits.classes is not None and not splits.per_step:
         before, after, count = _accuracies(built, splits, samples, made)
         report.line(f"accuracy     {after:.2%} in C, {before:.2%} in PyTorch, on {count} {of} samples")
+
+
+def _count_instructions(folder: Path, name: str) -> str:
+    """Return how many instructions a sample takes on a Cortex-M4, which QEMU emulates."""
+    if missing := [one for one in ("arm-none-eabi-gcc", QEMU[0]) if shutil.which(one) is None]:
+        return f"not counted: {missing[0]} is not installed"
+    with tempfile.TemporaryDirectory() as temporary:
+        source, program = Path(temporary, "count.c"), Path(temporary, "count")
+        source.write_text(COUNT.replace("NAME", name).replace("UPPER", name.upper()))
+        words = ["arm-none-eabi-gcc", *CORTEX, "-I", folder, "-o", program, source, folder / f"{name}.c"]
+        try:
+            subprocess.run(words, check=True, capture_output=True)
+            shown = subprocess.run([*QEMU, program], check=True, capture_output=True, timeout=300).stdout
+        except (OSError, subprocess.SubprocessError) as error:  # it has 4 MB for weights, and 4 MB for the state
+            said = (getattr(error, "stderr", None) or b"").decode().strip() or str(error)
+            return f"not counted: {said.splitlines()[0]}"
+    return f"{int(shown):,} a sample on a Cortex-M4, counted by QEMU"
 
 
 def _batch(splits: Splits, samples: Any, count: int) -> tuple[Tensor, Any]:

@@ -20,10 +20,10 @@ from sltt.analysis import (
     fit_peak,
     iteration_seconds,
     layer_paths,
+    measure_energy,
     memory_parts,
-    synaptic_operations,
 )
-from sltt.analysis.energy import PICOJOULES_ACCUMULATE, PICOJOULES_MULTIPLY_ACCUMULATE
+from sltt.analysis.energy import show
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
@@ -34,6 +34,7 @@ from sltt.memory import available_memory, parse_bytes
 from sltt.rules import Mixed, Rule
 from sltt.rules.batch import Fold
 from sltt.rules.folding import chosen_fold
+from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution
@@ -76,7 +77,7 @@ def profile(
     * fits: for each rule, if there is a budget in bytes: the largest batch with the recipe's T, and the largest T
       with the recipe's batch, None where there is no limit. Of a run of that batch, the bytes that the model predicts
       and those measured: None where it was not run, since it needs more than is free.
-    * picojoules, picojoules_as_ann: of one sample's inference, and of the same network as an ANN.
+    * energy: of one sample's inference, see `sltt.analysis.Energy.tables`.
     """
     own = recipe.build()
     steps = steps or [own.steps]
@@ -95,34 +96,25 @@ def profile(
                 report.warn(f"{rule}: what fits cannot be measured: {cause(error)}")
         about = {"recipe": recipe.name, "device": str(here.fabric.device)}
     about |= {"batch": own.batch_size, "trained": own.weights is not None}
-    operations = [LayerOperations(**one["operations"]) for one in layers["layers"] if one["operations"]]
-    energy = {
-        "picojoules": sum(one.picojoules for one in operations),
-        "picojoules_as_ann": sum(one.picojoules_as_ann for one in operations),
-    }
-    return {**about, "costs": costs, **layers, "fits": fits, **energy}
+    return {**about, "costs": costs, **layers, "fits": fits}
 
 
 def print_profile(found: Mapping[str, Any], report: Console) -> None:
     """Print tables of all that was measured."""
     report.line(f"batches of {found['batch']} samples, on {found['device']}")
-    for table in (*cost_tables(found), layer_table(found), _path_table(found)):
+    for table in (*cost_tables(found), layer_table(found), *energy_tables(found["energy"]), _path_table(found)):
         table.show(report)
         report.line("")
-    report.line(textwrap.fill(energy_text(found), 80))
     for one in found["costs"]:
         if why := one["fold"]["why"]:
             line = f"{one['rule']}, T = {one['steps']}: one time step in a call, since the network {why}"
             report.line(textwrap.fill(line, 80))
 
 
-def energy_text(found: Mapping[str, Any]) -> str:
-    """Say what one sample takes."""
-    return (
-        f"Energy of one sample, estimated: {found['picojoules'] / 1e6:.3g} µJ; the same network as an ANN: "
-        f"{found['picojoules_as_ann'] / 1e6:.3g} µJ (45 nm, 32 bits: {PICOJOULES_MULTIPLY_ACCUMULATE} pJ a "
-        f"multiply-accumulate, {PICOJOULES_ACCUMULATE} pJ an accumulate; without memory accesses and neurons)."
-    )
+def energy_tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Table]:
+    """Return the tables of `Energy.tables`."""
+    cells = {name: [{k: Cell(show(v), v) for k, v in row.items()} for row in rows] for name, rows in found.items()}
+    return [Table(rows, name, "estimate for 45 nm" if name == "energy" else "") for name, rows in cells.items()]
 
 
 def cost_tables(found: Mapping[str, Any]) -> list[Table]:
@@ -171,11 +163,11 @@ def layer_table(found: Mapping[str, Any]) -> Table:
             cells = {"firing rate": number(layer["firing_rate"], ".3f"), "spikes": number(layer["spikes"], ",.0f")}
         else:
             one = LayerOperations(**layer["operations"])
-            operations = f"{one.synaptic_operations:,.0f}{'' if one.spiking else ' MAC'}"
+            operations = f"{one.synaptic_operations:,.0f}{' MAC' if one.macs else ''}"
             cells = {
-                "MAC a step": number(one.macs, ","),
-                "activity": number(one.density, ".1%"),
-                "synaptic op.": Cell(operations, one.synaptic_operations),
+                "Dense": number(one.dense, ",.0f"),
+                "activity": number((one.effective_macs + one.effective_acs) / max(one.dense, 1), ".1%"),
+                "operations": Cell(operations, one.synaptic_operations),
                 "nJ": number(one.picojoules / 1e3, ",.1f"),
             }
         rows.append({"layer": layer["name"], **cells})
@@ -235,12 +227,13 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
 
 
 def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:
-    """Return `layers` and `paths` of a profile."""
+    """Return `layers`, `paths` and `energy` of a profile."""
     ready = Prepared(here, built, steps)
-    x, _ = ready.batch(batch)
+    x, y = ready.batch(batch)
     model = ready.model.train(built.weights is None)
     with firing_rates(model) as rates:
-        operations = {one.name: vars(one) for one in synaptic_operations(model, x, steps=ready.repeat)}
+        energy = measure_energy(model, x, steps=ready.repeat, lengths=lengths_of(y))
+    operations = {one.name: vars(one) for one in energy.layers}
     paths = [vars(one) for one in layer_paths(model, x, steps=ready.repeat)]
     spikes = {name: spikes / batch for name, (spikes, _) in rates.state_dict().items()}
     by_layer = rates.by_layer()
@@ -254,7 +247,7 @@ def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]
         for name, _ in model.named_modules()
         if name in operations or name in by_layer
     ]
-    return {"layers": layers, "paths": paths}
+    return {"layers": layers, "paths": paths, "energy": energy.tables()}
 
 
 def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> dict[str, Any]:

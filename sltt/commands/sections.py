@@ -7,12 +7,12 @@ from typing import Any
 
 from sltt.commands import figures
 from sltt.commands.agreement import agreement_table, gradient_table, where
-from sltt.commands.compare import comparison_table
+from sltt.commands.compare import comparison_table, ratio_tables
 from sltt.commands.failures import cause
 from sltt.commands.fscil import score_table
 from sltt.commands.lr import advice
 from sltt.commands.page import Chart, Section
-from sltt.commands.profile import cost_tables, energy_text, layer_table
+from sltt.commands.profile import cost_tables, energy_tables, layer_table
 from sltt.commands.results import KINDS, Gathered, run_names, scores_text
 from sltt.commands.tables import Cell, Table, bytes_cell, number
 from sltt.commands.verdict import answers, batch_memory, shared_steps, verdicts, was_compared
@@ -90,7 +90,7 @@ def _comparison(found: dict[str, Any]) -> Section:
         "are those of one batch. The cosine compares the rule's gradient with BPTT's, after the training."
     ]
     title = f"{'Values' if sweep else 'Rules'} compared on {found['recipe']}"
-    return Section(title, text, [comparison_table(found["rows"], found["metric"])])
+    return Section(title, text, [comparison_table(found["rows"], found["metric"]), *ratio_tables(found["rows"])])
 
 
 def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) -> Section:
@@ -162,11 +162,9 @@ def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
 def _energy(found: dict[str, Any]) -> Section:
     rates = {one["name"]: one["firing_rate"] for one in found["layers"] if one["operations"] is None}
     state = "with trained weights" if found["trained"] else "with random weights"
-    text = [
-        f"The inference of one sample, {state}. {energy_text(found)} Use it to compare networks, not to plan a chip."
-    ]
+    text = [f"The inference of one sample, {state}. Use it to compare networks, not to plan a chip."]
     chart = Chart("firing-rates-random", f"Firing rates by layer, {state}", figures.bars(rates, RATE))
-    return Section("Spikes and energy", text, [layer_table(found)], [chart])
+    return Section("Spikes and energy", text, [*energy_tables(found["energy"]), layer_table(found)], [chart])
 
 
 def _agreement(found: dict[str, Any], compared: bool) -> Section:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from sltt.analysis import synaptic_operations
+from sltt.analysis import measure_energy
+from sltt.analysis.energy import show
 from sltt.metrics import score_text
 from sltt.sequence.modes import evaluation_mode
+from sltt.sequence.padding import lengths_of
 from sltt.training.console import metric_of
 from sltt.training.loop import Loop
 from sltt.training.manifest import open_file, write_file
@@ -38,7 +40,6 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
         **({} if training.ema is None else {"weights": f"exponential moving average, decay {training.ema:g}"}),
         **({} if training.quantised is None else {"weights": f"rounded to {training.quantised}, for the export to C"}),
         "firing rate": f"{row['firing_rate']:.4f} spikes per neuron and time step, in training",
-        "energy": _energy(loop),
         "made with": f"sltt {version('sltt')}, PyTorch {torch.__version__}, Python {platform.python_version()}, "
         f"on {loop.session.fabric.device}",
         "finished": time.strftime("%Y-%m-%d %H:%M"),
@@ -46,6 +47,7 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
     lines = [f"# {type(model).__name__} in {folder.name}", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", f"Load it: `model = {load_call(folder, loop.config)}`, then `sltt.predict(model, x)`.", ""]
+    lines += _energy(loop)
     write_file(folder / CARD, lambda file: file.write("\n".join(lines).encode()))
 
 
@@ -56,16 +58,20 @@ def add_test_score(folder: Path, score: str) -> None:
     write_file(folder / CARD, lambda file: file.write(text.encode()))
 
 
-def _energy(loop: Loop) -> str:
-    """Estimate the inference of one sample, as `sltt profile` does: a held-out one, which is not augmented."""
+def _energy(loop: Loop) -> list[str]:
+    """Return the tables of `sltt profile` for the inference of a held-out sample, which is not augmented."""
     if loop.processes.count > 1:
-        return "not estimated by several processes: sltt profile"
+        return ["Energy: not estimated by several processes: sltt profile"]
     try:
         samples = loop.splits.validation or loop.splits.test or loop.splits.train
-        x, _ = loop.session.batch(*loop.splits.collate([samples[0]]))
+        x, y = loop.session.batch(*loop.splits.collate([samples[0]]))
+        steps = loop.training.steps if loop.splits.static else None
         with evaluation_mode(loop.model):
-            layers = synaptic_operations(loop.model, x, steps=loop.training.steps if loop.splits.static else None)
+            tables = measure_energy(loop.model, x, steps=steps, lengths=lengths_of(y)).tables()
     except Exception as error:  # the training is done, and not lost for a layer that cannot be counted
-        return f"not estimated: {error}"
-    spiking, ann = (sum(getattr(one, key) for one in layers) / 1e6 for key in ("picojoules", "picojoules_as_ann"))
-    return f"{spiking:.3g} µJ for one sample, estimated; {ann:.3g} µJ for the same network as an ANN"
+        return [f"Energy: not estimated: {error}"]
+    lines = []
+    for rows in tables.values():
+        texts = [[*rows[0]], ["---"] * len(rows[0]), *([show(value) for value in row.values()] for row in rows)]
+        lines += [*(f"| {' | '.join(row)} |" for row in texts), ""]
+    return lines

@@ -116,13 +116,13 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
     cost = {"rule": "SLTT", "memory": memory, "seconds": seconds, "operations": {"forward": 1, "backward": 2}}
     cost["fold"] = {"trained": 1, "forward": 1, "why": "has hooks on 0 (Linear)"}
     neurons = {"name": "1", "operations": None, "firing_rate": 0.125, "spikes": 1234.0}
-    linear = {"name": "0", "macs": 1000, "steps": 16, "density": 1.0, "spiking": False}
+    linear = {"name": "0", "dense": 16_000, "effective_macs": 16_000, "macs": 16_000}
     path = {"name": "0", "density": 0.5, "calls": 4, "sparse_forward": 1, "sparse_gradient": 4}
     found = {
         "device": "cpu", "batch": 8, "trained": False, "costs": [{**cost, "steps": 16}, {**cost, "steps": 4}],
         "layers": [{"name": "0", "operations": linear, "firing_rate": None, "spikes": None}, neurons],
         "paths": [{**path, "saved_seconds": 0.1, "dense_seconds": 0.4}], "fits": [],
-        "picojoules": 2e6, "picojoules_as_ann": 3e6,
+        "energy": {"energy": [{"of one sample": "Dense", "SNN": 1234.5, "ANN": None}], "ratios": []},
     }  # fmt: skip
     print_profile(found, Console())
     out = capsys.readouterr().out
@@ -131,11 +131,11 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
     assert ["SLTT", "16", "0.03", *["0.01"] * 8] in rows
     assert ["SLTT", "4", *["0.250"] * 5, "1.00e+00", "2.00e+00", "1"] in rows
     assert "SLTT, T = 4: one time step in a call, since the network has hooks on 0 (Linear)" in out
-    assert ["0", "1,000", "100.0%", "16,000", "MAC", "73.6"] in rows
+    assert ["0", "16,000", "100.0%", "16,000", "MAC", "73.6"] in rows
     assert ["1", "0.125", "1,234"] in rows
     assert "sparse in 1 of 4" in " ".join(out.split())
     assert ["all", "100.0"] in rows
-    assert "estimated: 2 µJ; the same network as an ANN: 3 µJ" in " ".join(out.split())
+    assert ["Dense", "1,234", "–"] in rows
 
 
 def test_a_report_without_its_packages_says_what_to_install(here, capsys, monkeypatch):

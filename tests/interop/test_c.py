@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 import sltt
+from sltt.analysis import measure_energy
 from sltt.commands import main
+from sltt.commands.export import CORTEX, _count_instructions
 from sltt.interop import to_c
 from sltt.interop.c import Exported, pixels_first
 from sltt.models.resnet import Block
@@ -296,7 +298,7 @@ def test_the_command_exports_a_run_and_says_what_it_costs(recipe, tmp_path, monk
     assert main(["export", str(folder), "--to", "c", "--out", "int8", "--name", "small", "--weights", "int8"]) == 0
     shown = capsys.readouterr().out
     for place, name in ((folder / "c", recipe.replace("-", "_")), (tmp_path / "int8", "small")):
-        assert re.search(rf"RAM +[\d,]+ bytes, sizeof\({name}_net\)", shown)
+        assert re.search(rf"RAM +[\d,]+ bytes, sizeof\({name}_net\)\noperations .* sums and .*\ninstructions", shown)
         subprocess.run(["make", "-s"], cwd=place, check=True)
         assert ("_event(" in (place / f"{name}.h").read_text()) == (recipe != "digits")
     floats, integers = re.findall(r"accuracy +([\d.]+)% in C, ([\d.]+)% in PyTorch, on 143 validation samples", shown)
@@ -334,8 +336,6 @@ def test_big_networks_give_the_same_logits_in_c(key, tmp_path):
         subprocess.run(["make", "-s", f"CFLAGS={flags}"], cwd=exported.folder, check=True)
 
 
-CORTEX = ["-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16", "--specs=rdimon.specs"]
-PLACES = ["-Wl,--section-start=.vectors=0", "-Wl,-Ttext=0x10000", "-Wl,-Tdata=0x20000000", "-Wl,-e,start"]
 DRIVER = r"""
 #define main test_main
 #include "digits_test.c"
@@ -384,7 +384,7 @@ def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
     here, there = ["./here"], ["qemu-system-arm", "-M", "mps2-an386", "-nographic", "-semihosting", "-kernel", "there"]
     files = ["driver.c", "digits.c"]
     subprocess.run(["gcc", *STRICT, "-o", "here", *files], cwd=folder, check=True)
-    arm = ["arm-none-eabi-gcc", "-std=c11", "-O3", *CORTEX, *PLACES, "-o", "there", "start.c", *files]
+    arm = ["arm-none-eabi-gcc", *CORTEX, "-o", "there", "start.c", *files]
     subprocess.run(arm, cwd=folder, check=True, capture_output=True)
     shown = [
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120).stdout
@@ -393,3 +393,6 @@ def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
     assert shown[0] == shown[1]
     assert "digits: 4 samples, 0 of 160 logits differ" in shown[0]
     assert len(set(shown[0].splitlines())) > 20
+    counted, energy = _count_instructions(folder, "digits"), measure_energy(model, x, steps=4)
+    operations = energy.total("effective_acs") + energy.total("effective_macs")
+    assert 2 < int(counted.partition(" ")[0].replace(",", "")) / operations < 12
