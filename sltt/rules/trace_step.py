@@ -66,7 +66,8 @@ class TraceStep(Step):
             return self._operations_of(layer).forward(*args, **kwargs)
         if (trace := self.traces.read(norm, None)) is None:
             return super().norm(layer, *args)
-        y = kernels.plain_norm(norm, args[0], _scale_gradient(norm.bias, trace.ones[-1]))
+        bias: Any = norm.bias
+        y = kernels.plain_norm(norm, args[0], _scale_gradient(bias, trace.ones[-1]))
         self.traces.wrote(trace, y)
         return y
 
