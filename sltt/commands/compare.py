@@ -204,9 +204,9 @@ def ratio_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
         ratios = row["energy"]["ratios"]
         matched = zip(("matched", "+ neurons", "+ chip", "+ DRAM"), ratios, strict=True)
         cells = {"32 bits": ratios[0]["32 bits"], **{name: one["matched bits"] for name, one in matched}}
-        cells["at a rate of"] = ratios[2]["equal at a firing rate of"]
+        cells["equal at rate"] = ratios[2]["equal at a firing rate of"]
         made.append({"rule": row["rule"], **{name: Cell(show(value), value) for name, value in cells.items()}})
-    title = "energy, ANN / SNN, estimated: 32 bits, matched bits; + chip is 1 at the rate"
+    title = "energy, ANN / SNN: operations in 32 and in matched bits, + neurons, + memory"
     return [Table(made, "ratios", title)] if made else []
 
 
