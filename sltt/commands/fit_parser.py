@@ -71,7 +71,7 @@ def _as_class(value: Any) -> dict[str, Any]:
 
 def make_parser(prog: str, unread: Sequence[str] = ()) -> ArgumentParser:
     """Return a parser whose options are the arguments of `sltt.fit`; those `unread` are null, and import no class."""
-    for name in sltt.__all__:  # the parser knows a class by its name once it is imported
+    for name in sltt.__all__:  # pyright: ignore[reportAttributeAccessIssue]  # the parser knows a class by its name once it is imported
         getattr(sltt, name)
     set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
     set_loader("sltt", yamltext.load, exceptions=(yaml.YAMLError,))

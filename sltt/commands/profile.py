@@ -33,7 +33,7 @@ from sltt.commands.verdict import batch_memory
 from sltt.memory import available_memory, parse_bytes
 from sltt.rules import Mixed, Rule
 from sltt.rules.batch import Fold
-from sltt.rules.folding import chosen_fold
+from sltt.sequence.layout import last_fold
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
 from sltt.training.session import Session, session
@@ -220,7 +220,7 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
         ready.model, timed, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat, warmup=WARMUP
     )
     operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
-    chosen = chosen_fold(ready.model) if ready.rule.fold == "auto" else Fold(ready.rule.fold)
+    chosen = last_fold(ready.model) if ready.rule.fold == "auto" else Fold(ready.rule.fold)
     parts = {"memory": {**vars(memory), "total": memory.total}, "seconds": {**vars(seconds), "total": seconds.total}}
     fold = (chosen or Fold())._asdict()
     return {"rule": rule, "steps": steps, "fold": fold, **parts, "operations": operations._asdict()}

@@ -20,12 +20,13 @@ from sltt.checks import whole_number
 from sltt.rules.batch import Fold
 from sltt.rules.fold_trial import PlainError, RunRule, apart_from_user, copy_apart, find_difference, run_steps
 from sltt.sequence.hooks import without_marked_hooks
-from sltt.sequence.layout import Layer, Layout, layout_of
+from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import is_sharded
 from sltt.sequence.proof import find_modes
 from sltt.sequence.reach import refers_to
 from sltt.sequence.run import Run
 from sltt.sequence.snapshot import Buffers
+from sltt.sequence.state import Stateful, role_of
 from sltt.sequence.step import NEURON, Step
 from sltt.sequence.steps import Sequence
 
@@ -77,11 +78,6 @@ def choose_fold(
         marked = ", or mark a hook that takes several, hook.sees_folds = True" if "hooks on" in chosen.why else ""
         raise ValueError(f"fold={fold} would change results: the network {chosen.why}; use fold=1{marked}")
     return chosen
-
-
-def chosen_fold(model: nn.Module) -> Fold | None:
-    """Return what was chosen last for a network; None before its first batch, and under rules that do not fold."""
-    return layout_of(model).chosen
 
 
 def _choose(run: Run, x: Tensor, fold: Any, kind: Any, make_step: Callable[[], Step], run_rule: RunRule) -> Fold:
@@ -143,7 +139,9 @@ def _measure(model: nn.Module, x: Tensor, proved: bool) -> tuple[float, float]:
 
     What structure proves leaves no trace in the network; another forward runs on a copy.
     """
-    few, step, model = x[:2].clone(), _Sizes(), model if proved else copy_apart(model)
+    few, step = x[:2].clone(), _Sizes()
+    ours = all(role_of(type(m)).kind != "keeper" or isinstance(m, Stateful) for m in model.modules())
+    model = model if proved and ours else copy_apart(model)  # states of other libraries keep the size of their batch
     with without_marked_hooks(model.modules()), Run(model, Sequence(few, 1, True), step, grad=False) as run:
         buffers = Buffers(run)  # of neurons that follow their layer
         run(few)

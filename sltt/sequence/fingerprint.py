@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sltt.sequence.hooks import Handler, count_hooks
 from sltt.sequence.state import registrations
 
-_INTERNAL = {*vars(nn.Module()), "_sltt_layouts"} - {"training", "_non_persistent_buffers_set"}
+_INTERNAL = {*vars(nn.Module()), "_sltt_layouts", "watched"} - {"training", "_non_persistent_buffers_set"}
 _ATOMS = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
 _LISTS = {list, tuple, set, frozenset, deque}
 _OPAQUE = {"builtins", "functools", "torch", "numpy", "sltt"}  # whose objects are values, functions or modules

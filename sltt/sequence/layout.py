@@ -194,6 +194,12 @@ def layout_of(model: nn.Module) -> Layout:
     return layouts[model.training]
 
 
+def last_fold(model: nn.Module) -> Any:
+    """Return what `folding` chose last for a network; None before its first batch, and under rules that do not fold."""
+    layout = vars(model).get(_KEPT, {}).get(model.training)
+    return layout and layout.chosen
+
+
 def _modules_in(value: Any) -> list[nn.Module]:
     """Return the modules in lists and dictionaries, which begin with one."""
     if isinstance(value, nn.Module):

@@ -7,15 +7,25 @@ nothing is assumed: see `sltt.rules.folding`.
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import activation, dropout, padding, pixelshuffle, pooling, upsampling
+from torch.nn.modules import (
+    activation,
+    conv,
+    dropout,
+    linear,
+    normalization,
+    padding,
+    pixelshuffle,
+    pooling,
+    upsampling,
+)
 
 from sltt._torch import has_global_hooks, has_own_operations, wrapped_module
 from sltt.sequence.hooks import count_hooks
 from sltt.sequence.state import LIBRARIES
 
-_ALIKE = {m.__name__ for m in (activation, dropout, padding, pixelshuffle, pooling, upsampling)}
+_ALIKE = (activation, conv, dropout, linear, normalization, padding, pixelshuffle, pooling, upsampling)
 _NOT_ALIKE = nn.MultiheadAttention, nn.RReLU  # over samples, or with numbers that are drawn
-_CONTAINERS = nn.ModuleList, nn.ModuleDict, nn.Identity, nn.ParameterList, nn.ParameterDict
+_CONTAINERS = nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict
 _WITH_DIM = nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU
 
 
@@ -57,5 +67,5 @@ def _is_proved(layer: Any) -> bool:
     if isinstance(module, nn.Flatten | nn.Unflatten):
         dim: Any = module.start_dim if isinstance(module, nn.Flatten) else module.dim
         return package == "torch" and isinstance(dim, int) and dim > 0
-    alike = name in _ALIKE and not isinstance(module, _NOT_ALIKE)
+    alike = name in {m.__name__ for m in _ALIKE} and not isinstance(module, _NOT_ALIKE)
     return alike or kind in _CONTAINERS or name.startswith("torch.nn.utils")

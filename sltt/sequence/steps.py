@@ -46,7 +46,7 @@ class Sequence:
         """Return x of so many time steps; calls of a sequence share it, unless the network changed it in place."""
         known = self._folded.get(steps)
         if known is None or self.x.requires_grad or known.is_inference() or known._version:
-            known = self._folded[steps] = self.x.repeat(steps, *[1] * (self.x.ndim - 1))
+            known = self._folded[steps] = torch.cat([self.x] * steps)  # which keeps the memory format
         return known
 
     def same_at_each_step(self, x: Tensor, steps: int) -> bool:

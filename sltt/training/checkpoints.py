@@ -63,7 +63,7 @@ def save_state(loop: "Loop", *names: str) -> None:
         "callbacks": [[_name(one), one.state_dict()] for one in loop.callbacks],
         "progress": vars(loop.state.sum_over(loop.processes)),
         "fingerprint": loop.fingerprint,
-        "costs": costs.used(),
+        "costs": costs.USED,
         "task": {
             "steps": stage_at(loop.stages, max(loop.state.epoch - 1, 0)).steps,
             "static": loop.splits.static,

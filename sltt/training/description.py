@@ -60,16 +60,15 @@ def _parts(value: Any) -> dict[str, Any]:
     """Return the class of an object, None where it does not tell enough, and what tells it from others of the class."""
     if isinstance(value, partial):
         return {"class": value.func, "arguments": value.args, **value.keywords}
-    if isinstance(value, type) or inspect.isroutine(value):
-        name = f"{value.__module__}.{value.__qualname__}"
-        owner = getattr(value, "__self__", None)
-        if inspect.ismethod(value):
-            return {"class": name, "of": owner}
+    kind = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
+    package = str(kind.__module__).partition(".")[0]  # a script of the user's may be __main__ or a module
+    name = f"{package}.{kind.__qualname__}" if package in ("sltt", "torch") else kind.__qualname__
+    if inspect.ismethod(value):
+        return {"class": name, "of": value.__self__}
+    if kind is value:
         return {"class": name if isinstance(value, type) or "<" not in name else None}
-    kind = type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}"
     try:
-        taken = [*arguments_of(kind)]
+        taken = [*arguments_of(type(value))]
     except (TypeError, ValueError):  # of a class that is not written in Python
         taken = [""]
     if all(hasattr(value, one) and not inspect.isroutine(getattr(kind, one, None)) for one in taken):

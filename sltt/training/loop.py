@@ -22,8 +22,7 @@ from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
 from sltt.rules import Output
 from sltt.rules.diagnosis import check_reached
-from sltt.rules.folding import chosen_fold
-from sltt.sequence.layout import spiking_layers
+from sltt.sequence.layout import last_fold, spiking_layers
 from sltt.sequence.padding import Padded, target_of
 from sltt.sequence.spikes import observe_spikes
 from sltt.sequence.steps import check_input
@@ -158,7 +157,7 @@ class Loop:
                 epoch = state.epoch + state.batch / self.batches
                 set_rates(self.optim, self.initial, stage, self.training.schedule, epoch)
                 self._batch(stage, x, y, real, firing)
-                self.fold = self.fold or chosen_fold(self.net)  # of a full batch: the last one may be smaller
+                self.fold = self.fold or last_fold(self.net)  # of a full batch: the last one may be smaller
                 advance()
                 due = time.monotonic() - self.saved > 60 * self.training.checkpoint_minutes
                 if wanted := self.processes.highest(interrupt.requested or due / 2):  # a signal, or a checkpoint

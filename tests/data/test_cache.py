@@ -91,7 +91,8 @@ def link(path):
     """Put a link to a file of the user's in place of one of a cache that is not finished."""
     (path.parent / "complete.npz").unlink()
     path.unlink()
-    path.symlink_to(__file__)
+    (path.parents[1] / "mine").touch()
+    path.symlink_to(path.parents[1] / "mine")
 
 
 @pytest.mark.parametrize(

@@ -194,8 +194,9 @@ def test_a_run_made_in_python_resumes_with_its_own_arguments_only(name, tmp_path
 
 
 def test_other_measured_costs_than_the_runs_are_noticed(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoints.costs, "used", lambda: {"conv float32": "other"})
+    monkeypatch.setattr(checkpoints.costs, "USED", {"conv float32": "other"})
     train(tmp_path / "run", epochs=1)
+    checkpoints.costs._costs.cache_clear()
     train(tmp_path / "run", epochs=2, resume=True)
     assert "measured costs of layers (conv float32) are others than in the run" in caplog.text
 

@@ -114,11 +114,6 @@ def _elements(layer: Layer) -> tuple[int, int]:
     return inputs + outputs // co * 64 * blocks * kernel_rows, inputs + outputs
 
 
-def used() -> dict[str, str]:
-    """Return digests of the costs that decided in this process, by kind and type of the layers."""
-    return dict(_used)
-
-
 def others(recorded: Mapping[str, str]) -> list[str]:
     """Return the kinds and types of layers whose costs on this machine are not those recorded."""
     if native.problem():
@@ -126,10 +121,10 @@ def others(recorded: Mapping[str, str]) -> list[str]:
     for name in recorded:
         kind, dtype = name.split()
         _costs(cast(Kind, kind), getattr(torch, dtype))
-    return [name for name in recorded if _used[name] != recorded[name]]
+    return [name for name in recorded if USED[name] != recorded[name]]
 
 
-_used: dict[str, str] = {}
+USED: dict[str, str] = {}  # digests of the costs that decided in this process, by kind and type of the layers
 
 
 @functools.cache
@@ -148,7 +143,7 @@ def _costs(kind: Kind, dtype: torch.dtype) -> list[Costs]:
                 path.unlink(missing_ok=True)  # a damaged one
             os.link(new, path)  # fails where another process was first: its costs are everyone's
         found = _read(path) or found
-    _used[f"{kind} {parts[3]}"] = _digest(json.dumps(found))[:16]
+    USED[f"{kind} {parts[3]}"] = _digest(json.dumps(found))[:16]
     return found
 
 
