@@ -1,5 +1,6 @@
 """Find the layers that run sparse, computing on active inputs only, and the time that this saves."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,11 +55,13 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
         steps: T for a static input.
     """
     found: dict[str, LayerPath] = {}
+    inputs = Counter[str]()
 
     def look(name: str, layer: Any, args: Any, kwargs: Any) -> None:
         path, x = found.setdefault(name, LayerPath(name)), args[0] if args else kwargs["input"]
         path.calls += 1
-        path.density += int(torch.count_nonzero(x)) / max(1, x.numel())
+        path.density += int(torch.count_nonzero(x))
+        inputs[name] += x.numel()
         operation = kernels.operation_of(layer) if layout[layer].is_known else None
         if operation is None:  # always dense
             return
@@ -81,6 +84,6 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
     with keep_hooks(*(m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in hooks.items())):
         fold = choose_fold(Run(model, time_steps(x, steps))).trained  # as in a training
         unroll(model, x, steps=steps, fold=fold)
-    for path in found.values():
-        path.density /= path.calls
+    for name, path in found.items():
+        path.density /= max(1, inputs[name])
     return list(found.values())

@@ -61,7 +61,7 @@ def _spread(like: Tensor, shift: Any = 0.0) -> Tensor:
 
 
 class _Watch(DispatchMode):
-    """Sees operations whose results other samples, or the number of calls, may change; `found` names one."""
+    """Sees whether operations read the value of a tensor, or draw random numbers; `found` says so."""
 
     found: str | None = None
     ours = False  # within a layer of neurons
@@ -69,9 +69,12 @@ class _Watch(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.ours and torch.Tag.data_dependent_output in func.tags:
             self.found = "decides by the value of a tensor"
-        if not self.ours and torch.Tag.nondeterministic_seeded in func.tags:
+        may_draw = not self.ours and torch.Tag.nondeterministic_seeded in func.tags
+        before = torch.get_rng_state() if may_draw else None
+        result = func(*args, **(kwargs or {}))
+        if before is not None and not torch.equal(before, torch.get_rng_state()):
             self.found = "draws random numbers"
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 class _Opened(Step):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.sequence.hooks import Handler, count_hooks
-from sltt.sequence.state import registrations
+from sltt.sequence.state import LIBRARIES, registrations
 
 _INTERNAL = {*vars(nn.Module()), "_sltt_layouts", "watched"} - {"training", "_non_persistent_buffers_set"}
 _ATOMS = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
@@ -60,9 +60,11 @@ def _row(layer: Any, internal: set[str], held: list[Any]) -> Row:
     parameters, children = tuple(values["_parameters"].values()), tuple(values["_modules"].values())
     held += parameters
     held += children
+    package = type(module).__module__.partition(".")[0]
     attributes = []
     for name, value in values.items():
-        if name in internal:
+        # what neurons of a library note of a step, such as sinabs' firing rate, is no part of what they do
+        if name in internal or (package in LIBRARIES and isinstance(value, Tensor)):
             continue
         if type(value) not in _ATOMS:
             while isinstance(value, Handler):  # of a run around this one
@@ -71,7 +73,7 @@ def _row(layer: Any, internal: set[str], held: list[Any]) -> Row:
                 continue
             value = _freeze(value, held)
         attributes.append((name, value))
-    if layer.role.kind == "other" and type(module).__module__.partition(".")[0] not in ("torch", "sltt"):
+    if layer.role.kind == "other" and package not in ("torch", "sltt"):
         attributes += [(name, _freeze(buffer, held)) for name, buffer in values["_buffers"].items()]
     learns = tuple([p is not None and p.requires_grad for p in parameters])
     ids = tuple(map(id, parameters)), tuple(map(id, children))
