@@ -57,7 +57,7 @@ def write_sample(loop: Loop) -> None:
         loop.report.warn(f"the spikes of a sample are not kept: {error}")
         return
     so_far = logits.cumsum(0) / torch.arange(1, len(logits) + 1, device=logits.device).unsqueeze(1)
-    spikes = {name: torch.stack(steps).flatten(1).ne(0) for name, steps in fired.items()}
+    spikes = {name: torch.cat(steps).flatten(1).ne(0) for name, steps in fired.items()}  # [T, neurons]
     arrays = {
         "x": (x if splits.static else x.flatten(1)).reshape(1 if splits.static else len(x), -1).float(),
         "logits": so_far.float(),
