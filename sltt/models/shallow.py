@@ -86,7 +86,7 @@ class ShallowResNet(nn.Module):
         """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 2 to the number of widths."""
         check_frame(x, self.in_channels, least=2**self.poolings)
         for current, stage in zip(self.currents, self.stages, strict=True):
-            x = run_layers([*current, stage], x, hoisted=len(current))
+            x = run_layers([current, stage], x, hoisted=1)
         return self.head(self.dropout(F.adaptive_avg_pool2d(x, 1).flatten(1)))
 
 
