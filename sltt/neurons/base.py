@@ -110,10 +110,7 @@ class Neuron(Stateful):
         return spikes
 
     def kernel_step(self, x: Tensor | None = None) -> tuple[NeuronStep | None, Tensor | None]:
-        """Return the constants for the kernels of `LIF`, None where these do not run the neurons; and what is learned.
-
-        The neurons have states by now, for the input x.
-        """
+        """Return the constants for kernels of `LIF`, None where they do not run these neurons; and what is learned."""
         return None, None
 
     def _prepare_states(self, x: Tensor, steps: int) -> torch.dtype:

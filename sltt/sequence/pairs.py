@@ -30,7 +30,7 @@ def normalise_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, *, hoist: 
         x: input of the norm, [B, C, ...].
         hoist: the norm runs as by `sltt.once(norm, x)`.
     """
-    y = None if hoist and _is_fixed(norm, x) else _run_pair(norm, neuron, x)
+    y = None if hoist and _is_fixed(x, neuron) else _run_pair(norm, neuron, x)
     if y is None:
         x = once(norm, x) if hoist else norm(x)  # one name: x goes before the neuron runs
         y = neuron(x)
@@ -40,33 +40,26 @@ def normalise_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, *, hoist: 
 def run_layers(layers: Iterable[nn.Module], x: Tensor, hoisted: int = 0) -> Tensor:
     """Run modules one after the other, the first so many as by `sltt.once`."""
     modules = [*layers]
-    while hoisted and _is_fixed(modules[0], x):
+    while hoisted and _is_fixed(x, modules[0]):
         x, hoisted = once(modules.pop(0), x), hoisted - 1
-    modules, i = [*_flatten(modules)], 0
-    while i < len(modules):
-        pair = modules[i : i + 2]
-        if (y := _run_pair(*pair, x) if is_pair(*pair) else None) is None:
-            x = pair[0](x)
-        else:
-            x, i = y, i + 1
-        i += 1
+    modules = [*_flatten(modules)]
+    while modules:
+        y = _run_pair(*modules[:2], x) if is_pair(*modules[:2]) else None
+        x, modules = (modules[0](x), modules[1:]) if y is None else (y, modules[2:])
     return x
 
 
-def _is_fixed(module: nn.Module, x: Tensor) -> bool:
-    """Return whether time does not change the input of a module."""
+def _is_fixed(x: Tensor, module: nn.Module) -> bool:
     run = None if torch.compiler.is_compiling() else run_of(module)
     return run is not None and run.results.is_fixed(x)
 
 
 def _run_pair(norm: nn.Module, neuron: nn.Module, x: Tensor) -> Tensor | None:
-    """Run a BatchNorm and a layer of neurons in one pass; return None where each runs by itself."""
     if torch.compiler.is_compiling() or (run := run_of(neuron)) is None:
         return None
     first, second = (run.layout.layers.get(module) for module in (norm, neuron))
-    if first is None or second is None or not second.spikes or not first.role.stepwise:
-        return None
-    return run.step.pair(first, second, x)
+    known = first is not None and second is not None and second.spikes and first.role.stepwise
+    return run.step.pair(first, second, x) if known else None  # pyright: ignore[reportArgumentType]
 
 
 def is_pair(norm: nn.Module, neuron: nn.Module | None = None) -> bool:

@@ -116,10 +116,7 @@ def fast_step(
 def normed_step(
     step: NeuronStep, v: Tensor, x: Tensor, norm: Any, bias: Tensor | None, decay: Tensor | None, steps: int, cut: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Run `neuron_step` and the BatchNorm before it in the same passes; return None where no form of the step has both.
-
-    `bias`, if given, stands for the norm's, whose values it has.
-    """
+    """Run `neuron_step` and the BatchNorm before it in the same passes, or return None; `bias` as in `prepare_norm`."""
     fast = fast_step(step, v, x.dtype, decay)
     fits = isinstance(fast, TritonStep) or (isinstance(fast, NativeStep) and steps == 1 and decay is None)
     if not (fits and fast.differentiates) or (normed := prepare_norm(norm, x, bias, steps)) is None:  # pyright: ignore[reportOptionalMemberAccess]
