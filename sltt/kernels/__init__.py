@@ -19,10 +19,9 @@ from sltt.kernels.neuron.custom import CustomStep, custom_step
 from sltt.kernels.neuron.recurrence import recurrent_steps, runs_recurrence
 from sltt.kernels.neuron.sensitivity import Sensitivity
 from sltt.kernels.neuron.steady import Steady, steady_steps
-from sltt.kernels.neuron.step import NeuronStep, fast_step, neuron_step, normalises, run_step, steps_by_channel
+from sltt.kernels.neuron.step import NeuronStep, fast_step, neuron_step, normed_step, run_step, steps_by_channel
 from sltt.kernels.neuron.triton_step import problem as triton_problem
 from sltt.kernels.norm.norm import batch_statistics, counting_batches, plain_norm, stepwise_norm
-from sltt.kernels.norm.normed import prepare_norm
 from sltt.kernels.options import Compile, Sparse, choosing_once, compiler_problem, using, without_modes
 from sltt.kernels.options import options as current_options
 from sltt.kernels.pooling.pooling import max_pool, running_max

@@ -85,9 +85,8 @@ class ShallowResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 2 to the number of widths."""
         check_frame(x, self.in_channels, least=2**self.poolings)
-        for currents, stage in zip(self.currents, self.stages, strict=True):
-            layers = [*currents.children()]
-            x = run_layers([*layers, stage], x, hoisted=len(layers))
+        for current, stage in zip(self.currents, self.stages, strict=True):
+            x = run_layers([current, stage], x, hoisted=1)
         return self.head(self.dropout(F.adaptive_avg_pool2d(x, 1).flatten(1)))
 
 

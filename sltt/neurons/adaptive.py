@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance, number, whole_number
-from sltt.kernels import neuron_step, steps_by_channel
+from sltt.kernels import NeuronStep, steps_by_channel
 from sltt.neurons.base import Neuron
 from sltt.neurons.leaky import _Leaky, kernel_step, valid_tau
 from sltt.surrogates import Surrogate, Triangle
@@ -111,15 +111,13 @@ class ChannelLIF(Neuron):
         s = surrogate(u - threshold)
         return s, u - threshold * s
 
-    def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
-        """Run the steps by the kernels of `LIF`, where these take a constant for each channel."""
+    def kernel_step(self, x: Tensor | None = None) -> tuple[NeuronStep | None, Tensor | None]:
+        """Return the constants for the kernels of `LIF`, where these take λ and θ of each channel."""
         constants = {"v_threshold": 1.0, "v_reset": None, "decay_input": False, "detach_reset": False}
         step = kernel_step(type(self), None, **constants, surrogate=self.surrogate)
-        if type(self).step is not ChannelLIF.step or not steps_by_channel(step, self.v, x, self.w):
-            return super().fused_steps(x, steps, cut)
-        learned = torch.stack([self.decay(), self.threshold()])
-        spikes, self.v = neuron_step(step, self.v, x, learned, steps, cut)
-        return spikes
+        if x is None or type(self).step is not ChannelLIF.step or not steps_by_channel(step, self.v, x, self.w):
+            return None, None
+        return step, torch.stack([self.decay(), self.threshold()])
 
     def extra_repr(self) -> str:
         tau, threshold = 1 / (1 - self.decay().detach()), self.threshold().detach()

@@ -4,14 +4,14 @@ import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sltt._torch import transforms_active
 from sltt.checks import instance
-from sltt.kernels import CustomStep, custom_step, without_modes
+from sltt.kernels import CustomStep, NeuronStep, custom_step, neuron_step, normed_step, without_modes
 from sltt.neurons.inspection import emits_bits
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.reach import variables_of
@@ -101,7 +101,17 @@ class Neuron(Stateful):
 
         `bias`, if given, stands for the norm's, whose values it has.
         """
-        return None
+        self._prepare_states(x, steps)
+        (step, learned), neuron = self.kernel_step(x), cast(Any, self)
+        found = None if step is None else normed_step(step, neuron.v, x, norm, bias, learned, steps, cut)
+        if found is None:
+            return None
+        spikes, neuron.v = found
+        return spikes
+
+    def kernel_step(self, x: Tensor | None = None) -> tuple[NeuronStep | None, Tensor | None]:
+        """Return the constants for kernels of `LIF`, None where they do not run these neurons; and what is learned."""
+        return None, None
 
     def _prepare_states(self, x: Tensor, steps: int) -> torch.dtype:
         """Make the states before the first step of a sequence, and check them before the others; their type."""
@@ -158,6 +168,11 @@ class Neuron(Stateful):
 
     def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
         """Run the time steps in x by a kernel, from the states on."""
+        constants, learned = self.kernel_step(x)
+        if constants is not None:
+            neuron = cast(Any, self)
+            spikes, neuron.v = neuron_step(constants, neuron.v, x, learned, steps, cut)
+            return spikes
         step, parameters = self.as_function(x)
         bits = emits_bits(type(self), step)
         states = tuple(getattr(self, name) for name in self.states)

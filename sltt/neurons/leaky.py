@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import flag, instance, number
-from sltt.kernels import CustomStep, NeuronStep, fast_step, neuron_step, normalises, prepare_norm, run_step
+from sltt.kernels import CustomStep, NeuronStep, fast_step, run_step
 from sltt.neurons.base import Neuron, split_steps, takes_any
 from sltt.neurons.inspection import emits_bits
 from sltt.surrogates import Surrogate, Triangle
@@ -128,7 +128,7 @@ class IntegrateAndFire(Neuron):
         """Return the arguments of `lif_step` that are never learned."""
         return {name: getattr(self, name) for name in _CONSTANTS}
 
-    def kernel_step(self) -> tuple[NeuronStep | None, Tensor | None]:
+    def kernel_step(self, x: Tensor | None = None) -> tuple[NeuronStep | None, Tensor | None]:
         """Return the constants for kernels, None if the neuron is more than `lif_step`; and λ if it is learned.
 
         It is more with a `step` of its own, a threshold that is learned, or a λ for each neuron.
@@ -139,29 +139,6 @@ class IntegrateAndFire(Neuron):
         if more or isinstance(self.v_threshold, Tensor) or isinstance(self.v_reset, Tensor):
             return None, learned
         return kernel_step(type(self), decay if learned is None else None, **self.constants()), learned
-
-    def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
-        """Run the steps by a kernel made for this function, which saves only the membrane potential after the step."""
-        step, decay = self.kernel_step()
-        if step is None:
-            return super().fused_steps(x, steps, cut)
-        assert self.v is not None
-        spikes, self.v = neuron_step(step, self.v, x, decay, steps, cut)
-        return spikes
-
-    def advance_normalised(
-        self, norm: nn.Module, x: Tensor, bias: Tensor | None, steps: int, cut: bool
-    ) -> Tensor | None:
-        step, decay = self.kernel_step()
-        if step is None:
-            return None
-        self._prepare_states(x, steps)
-        assert self.v is not None
-        fast = fast_step(step, self.v, x.dtype, decay)
-        if not normalises(fast, decay, steps) or (normed := prepare_norm(norm, x, bias, steps)) is None:
-            return None
-        spikes, self.v = run_step(step, fast, self.v, normed, decay, steps, cut)
-        return spikes
 
     def prepare(self) -> Callable[[Tensor, int, bool], Tensor]:
         own = type(self).decay not in (LIF.decay, IF.decay) or type(self).constants is not IntegrateAndFire.constants

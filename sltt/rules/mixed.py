@@ -167,9 +167,9 @@ class _Cut(Step):
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         return self._cut(layer.module, super().keeper(layer, *args, **kwargs))
 
-    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor:
+    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor | None:
         y = super().run_pair(norm, neuron, x) if self.may_pair(norm, neuron) else None
-        return neuron.module(norm.module(x)) if y is None else self._cut(neuron.module, y)
+        return None if y is None else self._cut(neuron.module, y)
 
     def _cut(self, module: nn.Module, output: Any) -> Any:
         if self._in_first and module in self.kept:

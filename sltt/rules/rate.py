@@ -131,8 +131,8 @@ class _Recording(Step):
         forward = getattr(self.gathered[layer], self.what)
         return forward(x) if self.what != "step" else self.run.one_by_one(layer, (x,), {}, forward)
 
-    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor:
-        return neuron.module(norm.module(x))
+    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor | None:
+        return None
 
     def check(self, steps: int) -> None:
         """Raise ValueError unless every layer ran once in each of the steps so far, or never."""

@@ -71,18 +71,18 @@ class TraceStep(Step):
         self.traces.wrote(trace, y)
         return y
 
-    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor:
+    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor | None:
         traces, trace = self.traces, None
         bias: Any = norm.module.bias
         traced = neuron.module in traces.decays and not traces.learns_decay(neuron.module)
         if not traced or not self.may_pair(norm, neuron):
-            return neuron.module(norm.module(x))
+            return None
         if self.inputs and torch.is_grad_enabled() and bias is not None and bias.requires_grad:
             trace = traces.read(norm.module, None)
             bias = bias if trace is None else _scale_gradient(bias, trace.ones[-1])
         y = self.run_pair(norm, neuron, x, bias)
         if y is None and trace is None:
-            return neuron.module(norm.module(x))
+            return None
         if y is None:
             z = kernels.plain_norm(norm.module, x, bias)
             traces.wrote(trace, z)

@@ -30,28 +30,36 @@ def normalise_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, *, hoist: 
         x: input of the norm, [B, C, ...].
         hoist: the norm runs as by `sltt.once(norm, x)`.
     """
-    run = None if torch.compiler.is_compiling() else run_of(neuron)
-    if run is None or (hoist and run.results.is_fixed(x)):
-        return neuron(once(norm, x) if hoist else norm(x))
-    layers = run.layout.layers
-    first, second = layers.get(norm), layers.get(neuron)
-    if first is None or second is None or not second.spikes or not first.role.stepwise:
-        return neuron(norm(x))
-    return run.step.pair(first, second, x)
+    y = None if hoist and _is_fixed(x, neuron) else _run_pair(norm, neuron, x)
+    if y is None:
+        x = once(norm, x) if hoist else norm(x)  # one name: x goes before the neuron runs
+        y = neuron(x)
+    return y
 
 
 def run_layers(layers: Iterable[nn.Module], x: Tensor, hoisted: int = 0) -> Tensor:
     """Run modules one after the other, the first so many as by `sltt.once`."""
-    modules, i = [*_flatten(layers)], 0
-    while i < len(modules):
-        hoist = i < hoisted
-        if is_pair(*modules[i : i + 2]):
-            x = normalise_and_fire(modules[i], modules[i + 1], x, hoist=hoist)
-            i += 2
-        else:
-            x = once(modules[i], x) if hoist else modules[i](x)
-            i += 1
+    modules = [*layers]
+    while hoisted and _is_fixed(x, modules[0]):
+        x, hoisted = once(modules.pop(0), x), hoisted - 1
+    modules = [*_flatten(modules)]
+    while modules:
+        y = _run_pair(*modules[:2], x) if is_pair(*modules[:2]) else None
+        x, modules = (modules[0](x), modules[1:]) if y is None else (y, modules[2:])
     return x
+
+
+def _is_fixed(x: Tensor, module: nn.Module) -> bool:
+    run = None if torch.compiler.is_compiling() else run_of(module)
+    return run is not None and run.results.is_fixed(x)
+
+
+def _run_pair(norm: nn.Module, neuron: nn.Module, x: Tensor) -> Tensor | None:
+    if torch.compiler.is_compiling() or (run := run_of(neuron)) is None:
+        return None
+    first, second = (run.layout.layers.get(module) for module in (norm, neuron))
+    known = first is not None and second is not None and second.spikes and first.role.stepwise
+    return run.step.pair(first, second, x) if known else None  # pyright: ignore[reportArgumentType]
 
 
 def is_pair(norm: nn.Module, neuron: nn.Module | None = None) -> bool:

@@ -205,13 +205,11 @@ class Run:
         states = [s for layer in self.layout.keepers if layer.spikes for s in state_tensors(layer.module)]
         first = [s[:1] if s.ndim else s for s in states if s.is_floating_point() and s.numel()]
         device, bounds = values[0].device, [bound for s in first for bound in s.detach().aminmax()]
-        bounds = [bound.to(device) for bound in (*bounds, *self.weights.bounds())]
-        damaged = [] if self.sequence.damaged is None else [self.sequence.damaged.to(device)]
-        damaged += [~torch.stack(bounds).isfinite().all()] if bounds else []  # together: each look is a few launches
-        for one in damaged:
-            if device.type != "cpu" or one:
-                values = tuple(value.masked_fill(one, math.nan) for value in values)
-        return values
+        bounds = [bound.to(device) for bound in (*bounds, *self.weights.bounds, *self.sequence.bounds)]
+        damaged = ~torch.stack(bounds).isfinite().all() if bounds else False  # together: each look is a few launches
+        if damaged is False or (device.type == "cpu" and not damaged):
+            return values
+        return tuple(value.masked_fill(damaged, math.nan) for value in values)
 
     def take_turn(self, layer: Layer, problem: str) -> None:
         """Note that a layer runs; raise ValueError with `problem` if it has run in this call of the network."""

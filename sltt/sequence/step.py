@@ -128,11 +128,10 @@ class Step:
         known = layer.is_known and len(args) == 1
         return kernels.plain_norm(layer.module, *args) if known else layer.plain(*args, **kwargs)
 
-    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor:
-        """Run a BatchNorm and the neurons behind it, in one pass where a kernel has both."""
+    def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor | None:
+        """Run a BatchNorm and the neurons behind it in one pass; return None where each runs by itself."""
         own = type(self).norm is not Step.norm or type(self).neuron is not Step.neuron
-        y = None if own or not self.may_pair(norm, neuron) else self.run_pair(norm, neuron, x)
-        return neuron.module(norm.module(x)) if y is None else y
+        return None if own or not self.may_pair(norm, neuron) else self.run_pair(norm, neuron, x)
 
     def may_pair(self, norm: Layer, neuron: Layer) -> bool:
         """Return whether nothing of the user's is called between, before or behind the two."""

@@ -21,14 +21,14 @@ class Sequence:
         x: the input.
         steps: T.
         static: x is shown at every step.
-        damaged: whether a value of x is NaN or infinite, not looked at yet since that waits for the device; None if it
-            is finite.
+        bounds: the least and the largest value of x, not looked at yet since that waits for the device; none if x is
+            finite.
     """
 
     x: Tensor
     steps: int
     static: bool
-    damaged: Tensor | None = None
+    bounds: tuple[Tensor, ...] = ()
     _folded: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -101,8 +101,8 @@ def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
         )
     if x.device.type == "cpu":
         check_input(x)
-    elif x.is_floating_point():
-        return Sequence(x, length, static, ~all_finite(x))
+    elif x.is_floating_point() and x.numel():
+        return Sequence(x, length, static, tuple(x.detach().aminmax()))
     return sequence
 
 
@@ -111,16 +111,11 @@ def check_input(x: Tensor) -> None:
 
     A neuron would swallow a NaN: it compares false with the threshold, so the neuron is silent and the loss finite.
     """
-    if x.is_floating_point() and not all_finite(x):
+    if not x.is_floating_point() or not x.numel():
+        return
+    # NaN if a value is; `x.isfinite()` would take more memory than x, at a small network's peak
+    if not torch.stack(x.detach().aminmax()).isfinite().all():
         bad = x.numel() - int(x.isfinite().sum())
         raise ValueError(
             f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values: look for them in the data"
         )
-
-
-def all_finite(x: Tensor) -> Tensor:
-    """Return whether all values are finite; `x.isfinite()` would take more memory than x, at a small network's peak."""
-    if not x.numel():
-        return torch.ones((), dtype=torch.bool, device=x.device)
-    low, high = x.detach().aminmax()  # NaN if a value is
-    return low.isfinite() & high.isfinite()

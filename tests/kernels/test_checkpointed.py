@@ -6,7 +6,7 @@ from torch import nn
 
 import sltt
 from sltt import kernels
-from sltt.kernels.norm import deferred
+from sltt.kernels.norm import normed
 from tests.conftest import gradients
 from tests.references import Checkpointed
 
@@ -25,7 +25,7 @@ def test_checkpoint_around_a_neuron_is_refused():
     ids=repr,
 )
 def test_a_checkpoint_around_a_convolution_on_spikes(rule, reentrant, monkeypatch):
-    monkeypatch.setattr(deferred, "DEFER_FROM", 2)
+    monkeypatch.setattr(normed, "NORMED_FROM", 2)
     part = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16, momentum=1.0)
     first = nn.Conv2d(2, 16, 3, padding=1), sltt.LIF(tau=1.5)
     last = sltt.LIF(tau=1.5), nn.AvgPool2d(16), nn.Flatten(), nn.Linear(16, 3)

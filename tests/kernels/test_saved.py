@@ -16,7 +16,7 @@ from sltt.kernels.spikes.saved import tag_of
 from sltt.models.resnet import Block
 from tests.conftest import LOSS, gradients
 from tests.neurons.plain import OwnLIF
-from tests.references import measured, recorded
+from tests.references import marked, measured, recorded
 
 
 class Pooled(nn.Module):
@@ -374,7 +374,7 @@ def test_what_is_made_again_is_not_what_was_changed_without_a_version(layer, rul
         sltt.LIF(),
     )
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * side * side, 3))
-    model[2].register_forward_hook(halve)
+    model[2].register_forward_hook(marked(halve))
     x, y = 2 * torch.randn(3, 4, 2, 16, 16), torch.randint(3, (4,))
     found, _ = gradients(model, rule, x, y)
     with kernels.using(bits=False, compile="off"):

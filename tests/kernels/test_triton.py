@@ -17,7 +17,7 @@ from sltt import kernels
 from sltt.kernels.neuron import step as step_of_kernels
 from sltt.kernels.neuron import triton_step
 from sltt.kernels.neuron.triton_step import TritonStep
-from sltt.kernels.norm import deferred, triton_norm
+from sltt.kernels.norm import normed, triton_norm
 
 MISSING = kernels.compiler_problem(torch.device("cuda"))
 TRITON = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -139,11 +139,10 @@ def test_values_of_each_channel_compiled_for_a_gpu(steps, last, compiled, tmp_pa
 @layouts(6, last=True)
 def test_a_norm_in_front_compiled_for_a_gpu(steps, last, compiled, tmp_path, monkeypatch):
     made = compiled(90)
-    monkeypatch.setattr(deferred, "in_triton", lambda x: True)
+    monkeypatch.setattr(normed, "in_triton", lambda x: True)
     x = torch.zeros(4 * steps, 64, 16, 16, dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
-    y = deferred.deferred_norm(torch.nn.BatchNorm2d(64), x, steps=steps)
-    sltt.LIF().advance(y, steps).backward(torch.ones_like(x))
+    sltt.LIF().advance_normalised(torch.nn.BatchNorm2d(64), x, None, steps, False).backward(torch.ones_like(x))
     names = ["moments", "write_factors", "steps_forward", "steps_replayed" if steps > 1 else "steps_backward"]
     assert [kernel.name for kernel in made] == [*names, "gradient_sums", "gradient"]
     for kernel in made:
@@ -184,7 +183,7 @@ NORM = 16  # bytes that a BatchNorm of 16 bits moves: x twice and y forward; gra
 def test_a_norm_in_front_moves_fewer_bytes(steps, share, monkeypatch):
     """Count the bytes of all tensors as large as a state, and the launches, which do not depend on T."""
     launched, moved = [], []
-    monkeypatch.setattr(deferred, "in_triton", lambda x: True)
+    monkeypatch.setattr(normed, "in_triton", lambda x: True)
     monkeypatch.setattr(step_of_kernels, "fast_step", lambda step, *_: TritonStep(step))
 
     def count(name, *arguments):
@@ -199,8 +198,9 @@ def test_a_norm_in_front_moves_fewer_bytes(steps, share, monkeypatch):
     x = torch.zeros(4 * steps, 64, 32, 32, dtype=torch.bfloat16, requires_grad=True)
     found = []
     for norm in (torch.nn.BatchNorm2d(64), None):
-        y = x + 0 if norm is None else deferred.deferred_norm(norm, x, steps=steps)
-        s = sltt.LIF().advance(y, steps, cut=True)
+        given = (x + 0,) if norm is None else (norm, x, None)
+        run = sltt.LIF.advance if norm is None else sltt.LIF.advance_normalised
+        s = run(sltt.LIF(), *given, steps, True)
         s.backward(torch.ones_like(s))
         found.append(sum(moved) / x.numel())
         moved.clear()

@@ -18,7 +18,7 @@ from sltt import kernels
 from sltt.kernels.neuron import step as step_of_kernels
 from sltt.kernels.neuron import triton_step
 from sltt.kernels.neuron.triton_step import TritonStep
-from sltt.kernels.norm import deferred, triton_norm
+from sltt.kernels.norm import normed, triton_norm
 from sltt.kernels.spikes.bits import pack
 from sltt.kernels.spikes.looks import BITS, PACK_FROM
 from sltt.kernels.spikes.saved import tag_of
@@ -265,9 +265,7 @@ def norm_and_neuron(norm, neuron, x, steps, cut, exact):
         y = torch.cat([norm(x_t) for x_t in leaf.chunk(steps)])
         s = neuron._plain_steps(y, neuron._prepare_states(y, steps), steps, cut)
     else:
-        y = deferred.deferred_norm(norm, leaf, steps=steps)
-        s = neuron.advance(y, steps, cut)
-        assert y.waits
+        s = neuron.advance_normalised(norm, leaf, None, steps, cut)
         assert counted(s) == s.count_nonzero()
     weights = [torch.randn(r.shape, device=DEVICE) for r in (s, neuron.v)]
     total = sum((r.double() * w).sum() for r, w in zip((s, neuron.v), weights, strict=True))
@@ -285,7 +283,7 @@ NORMED = {
 
 @pytest.fixture
 def norms_in_triton(bits_of_few, monkeypatch):
-    monkeypatch.setattr(deferred, "in_triton", lambda x: True)
+    monkeypatch.setattr(normed, "in_triton", lambda x: True)
     monkeypatch.setattr(triton_norm, "WARPS", triton_step.WARPS)
 
 
@@ -314,23 +312,6 @@ def test_a_norm_of_16_bits(dtype, norms_in_triton):
         check_norm(norm_of(x, True), sltt.LIF(tau=1.5), x, 2, False, 2e-2)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_somebody_else_looks_at_the_norm(steps, norms_in_triton):
-    for x, training in zip([*forms(torch.float32)][:-1], itertools.cycle([True, False]), strict=False):
-        norm, results, weight = norm_of(x, training), [], torch.randn_like(x)
-        for fast in (True, False):
-            one, leaf = copy.deepcopy(norm), x.detach().requires_grad_()
-            if fast:
-                y = deferred.deferred_norm(one, leaf, steps=steps)
-                assert y is not None
-            else:
-                y = torch.cat([one(x_t) for x_t in leaf.chunk(steps)])
-            grads = torch.autograd.grad(((y + 1) * weight).sum(), [leaf, *one.parameters()])
-            results.append([y + 0, *grads, one.running_mean, one.running_var, one.num_batches_tracked])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_not_a_number_and_infinity():
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.0, -0.0], device=DEVICE)
     results = []
@@ -356,7 +337,7 @@ def test_every_rule(name, neuron, monkeypatch):
     model, found = small_network(NEURONS[neuron], norm=True).float().to(DEVICE), []
     for fast in (True, False):
         take_form(monkeypatch, TritonStep if fast else lambda step: None)
-        monkeypatch.setattr(deferred, "in_triton", lambda x, on=fast: on)
+        monkeypatch.setattr(normed, "in_triton", lambda x, on=fast: on)
         with kernels.using(compile="auto" if fast else "off"):
             torch.manual_seed(1)
             found.append(gradients(model, RULES[name], x.float(), y))

@@ -18,13 +18,16 @@ class Weights:
         calls: of the network that share the weights packed for a sparse forward, which are kept for them. In a training
             it is one: copies would take more memory than they save time. In an evaluation there is room, where
             gradients would be.
+
+    Attributes:
+        bounds: the least and the largest value of each weight that was noted; NaN where it has one.
     """
 
     def __init__(self, calls: int = 1) -> None:
         self.calls = calls
         self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
         self._sparse: dict[int, Tensor] = {}
-        self._bounds: list[Tensor] = []
+        self.bounds: list[Tensor] = []
 
     def forget(self) -> None:
         """Drop all forms, since weights may have changed."""
@@ -32,15 +35,11 @@ class Weights:
         self._kept.clear()
 
     def note_sparse(self, weight: Tensor) -> None:
-        """Note a weight of which a layer reads the rows of active inputs only."""
-        if isinstance(weight, nn.Parameter):
-            self._sparse[id(weight)] = weight
-        else:  # it was computed, and should not stay
-            self._bounds += weight.detach().aminmax()
-
-    def bounds(self) -> list[Tensor]:
-        """Return the least and the largest value of each weight that was read so; NaN where it has one."""
-        return self._bounds + [bound for weight in self._sparse.values() for bound in weight.detach().aminmax()]
+        """Note a weight of which a layer reads the rows of active inputs only: now, since sharded ones are freed."""
+        if id(weight) not in self._sparse:
+            self.bounds += weight.detach().aminmax()
+            if isinstance(weight, nn.Parameter):  # another was computed, and should not stay
+                self._sparse[id(weight)] = weight
 
     def pack_weight(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
         """Return the weights as `sparse.forward` reads them."""

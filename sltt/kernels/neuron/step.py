@@ -23,7 +23,7 @@ from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.neuron.native_step import NativeStep, native_step
 from sltt.kernels.neuron.triton_step import Tiles, TritonStep, by_channel, triton_step
 from sltt.kernels.norm import triton_norm
-from sltt.kernels.norm.normed import Normed
+from sltt.kernels.norm.normed import Normed, prepare_norm
 from sltt.kernels.options import Kernel, in_force, known_layout, match_format, options, without_modes
 from sltt.kernels.spikes.bits import pack, unpack
 from sltt.kernels.spikes.looks import BITS, BITS_FROM, PACK_FROM, can_pack
@@ -94,7 +94,7 @@ def run_step(
     steps: int,
     cut: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run `neuron_step` in the form that `fast_step` gives; on a `Normed` where it `normalises`."""
+    """Run `neuron_step` in the form that `fast_step` gives; a `Normed` is for `normed_step`."""
     x, weight, bias, factors, of_batch = x if isinstance(x, Normed) else (x, None, None, None, False)
     read = (x, v, decay, weight, bias)
     trained = any(t.requires_grad for t in read if t is not None)
@@ -113,10 +113,15 @@ def fast_step(
     return (native_step if v.is_cpu else triton_step)(step, v, x_dtype, v.dtype, decay)
 
 
-def normalises(fast: NativeStep | TritonStep | None, decay: Tensor | None, steps: int) -> bool:
-    """Return whether a form of the step takes the BatchNorm before it into its passes."""
+def normed_step(
+    step: NeuronStep, v: Tensor, x: Tensor, norm: Any, bias: Tensor | None, decay: Tensor | None, steps: int, cut: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Run `neuron_step` and the BatchNorm before it in the same passes, or return None; `bias` as in `prepare_norm`."""
+    fast = fast_step(step, v, x.dtype, decay)
     fits = isinstance(fast, TritonStep) or (isinstance(fast, NativeStep) and steps == 1 and decay is None)
-    return fits and fast.differentiates  # pyright: ignore[reportOptionalMemberAccess]
+    if not (fits and fast.differentiates) or (normed := prepare_norm(norm, x, bias, steps)) is None:  # pyright: ignore[reportOptionalMemberAccess]
+        return None
+    return run_step(step, fast, v, normed, decay, steps, cut)
 
 
 def steps_by_channel(step: NeuronStep, v: Tensor, x: Tensor, values: Tensor) -> bool:

@@ -15,6 +15,7 @@ from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.spikes.saved import tag_made
 
 Pair = tuple[Tensor | None, Tensor | None]
+TAGGED_FROM = 2**17  # elements of one time step that are normalised again rather than saved
 _counts: ContextVar[Counter[_BatchNorm] | None] = ContextVar("counts", default=None)  # batches of norms in a block
 
 
@@ -29,14 +30,8 @@ def stepwise_norm(norm: _BatchNorm, input: Tensor, steps: int) -> Tensor:
             "larger batch"
         )
     running, momenta = batch_statistics(norm, steps)
-    affine = norm.weight, norm.bias
-    y: Any = _StepwiseBatchNorm.apply(input, *affine, running or (None, None), momenta, norm.eps)
-
-    def again(x: Tensor) -> Tensor:  # the running statistics, which decide about types, change no more
-        unused = (running[0].clone(), running[1].clone()) if running else (None, None)
-        return _normalise(x, affine, unused, momenta, norm.eps)[0]
-
-    tag_made(y, input, again)
+    y: Any = _StepwiseBatchNorm.apply(input, norm.weight, norm.bias, running or (None, None), momenta, norm.eps)
+    _tag(y, input, (norm.weight, norm.bias), running, momenta, norm.eps)
     return y
 
 
@@ -47,7 +42,20 @@ def plain_norm(norm: _BatchNorm, x: Tensor, bias: Tensor | None = None) -> Tenso
     training = norm.training or norm.running_mean is None
     running, (momentum,) = batch_statistics(norm, 1)
     used = (running or (None, None)) if training else (norm.running_mean, norm.running_var)
-    return F.batch_norm(x, *used, norm.weight, bias, training, momentum, norm.eps)
+    y = F.batch_norm(x, *used, norm.weight, bias, training, momentum, norm.eps)
+    if training and x.is_cpu and x.numel() >= TAGGED_FROM:
+        _tag(y, x, (norm.weight, bias), running, [momentum], norm.eps)
+    return y
+
+
+def _tag(y: Tensor, x: Tensor, affine: Pair, running: Any, momenta: list[float], eps: float) -> None:
+    """Let what saves y normalise x again."""
+
+    def again(x: Tensor) -> Tensor:  # the running statistics, which decide about types, change no more
+        unused = (running[0].clone(), running[1].clone()) if running else (None, None)
+        return _normalise(x, affine, unused, momenta, eps)[0]
+
+    tag_made(y, x, again)
 
 
 def batch_statistics(norm: _BatchNorm, steps: int) -> tuple[tuple[Tensor, Tensor] | None, list[float]]:

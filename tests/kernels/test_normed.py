@@ -1,4 +1,4 @@
-"""BatchNorm and neuron in one pass, against their equations in float64; whoever else looks finds plain values."""
+"""BatchNorm and neuron in one pass, against their equations in float64, and in networks against each by itself."""
 
 import itertools
 
@@ -10,13 +10,18 @@ import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory
 from sltt.kernels import native
-from sltt.kernels.norm import deferred
+from sltt.kernels.neuron import step as step_of_kernels
+from sltt.kernels.norm import norm as norm_of_kernels
+from sltt.kernels.norm import normed
 from sltt.kernels.spikes import looks
 from sltt.neurons import lif_step
+from sltt.sequence.pairs import normalise_and_fire
 from sltt.surrogates import Triangle
+from tests.conftest import LOSS, gradient
 from tests.kernels.exact import channels_last
 from tests.kernels.steps import default_type, threads
 from tests.neurons.plain import OwnLIF
+from tests.references import by_hand, marked
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 FORMS = [(7, 24, 3, 5), (33, 65), (5, 700), (2, 1, 9, 1), (40, 48, 6, 12)]
@@ -26,14 +31,28 @@ NEVER = 2**60
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Small tensors wait too."""
+    """Neurons normalise small tensors too."""
     native.library()
     monkeypatch.setattr(looks, "BITS_FROM", 0)
-    waiting(monkeypatch, True)
+    fusing(monkeypatch, True)
 
 
-def waiting(monkeypatch, on):
-    monkeypatch.setattr(deferred, "DEFER_FROM", 2 if on else NEVER)
+def fusing(monkeypatch, on):
+    monkeypatch.setattr(normed, "NORMED_FROM", 2 if on else NEVER)
+    monkeypatch.setattr(norm_of_kernels, "TAGGED_FROM", 2 if on else NEVER)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The steps of BatchNorms and neurons that ran in one pass."""
+    found, prepare = [], normed.prepare_norm
+
+    def prepared(*args):
+        found.extend([1] if (one := prepare(*args)) else [])
+        return one
+
+    monkeypatch.setattr(step_of_kernels, "prepare_norm", prepared)
+    return found
 
 
 def drawn(shape, dtype=torch.float32, mean=0.0):
@@ -59,8 +78,8 @@ def test_statistics(shape, dtype, mean):
     for number in (1, 3):
         with threads(number):
             norm = norm_of(x)
-            y = deferred.deferred_norm(norm, x)
-            results.append((*y.factors, norm.running_mean, norm.running_var))
+            factors = normed.prepare_norm(norm, x).factors
+            results.append((*factors, norm.running_mean, norm.running_var))
     assert all(map(torch.equal, *results))
     assert norm.num_batches_tracked == 1
     exact = norm_of(x).double()
@@ -68,7 +87,8 @@ def test_statistics(shape, dtype, mean):
     torch.testing.assert_close(norm.running_mean.double(), exact.running_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(norm.running_var.double(), exact.running_var, rtol=2e-6, atol=1e-6)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5 + 1e-6 * mean
-    torch.testing.assert_close(y.value.double(), expected, rtol=tolerance, atol=tolerance)
+    scale, shift, *_ = factors.double().view(4, -1, *[1] * (x.ndim - 2))
+    torch.testing.assert_close(scale * x.double() + shift, expected, rtol=tolerance, atol=tolerance)
 
 
 def one_step(x, weight, bias, constants, training, exact):
@@ -83,9 +103,8 @@ def one_step(x, weight, bias, constants, training, exact):
     if exact:
         s, after = lif_step(v, norm(y), decay=0.6, **fixed)
     else:
-        z = deferred.deferred_norm(norm, y)
-        s, after = kernels.neuron_step(kernels.NeuronStep(decay=0.6, **fixed), v, z)
-        assert z.waits
+        step = kernels.NeuronStep(decay=0.6, **fixed)
+        s, after = kernels.normed_step(step, v, y, norm, None, None, 1, False)
     torch.manual_seed(1)
     of_s, of_v = (torch.randn(x.shape).to(s.dtype) for _ in range(2))
     ((s * of_s).sum() + (after * of_v).sum()).backward()
@@ -106,12 +125,12 @@ def test_the_neuron_normalises(constants, training):
 
 
 NEURONS = {
-    "LIF": sltt.LIF,
-    "hard reset": lambda: sltt.LIF(v_reset=0.0, decay_input=True),
-    "IF": sltt.IF,
-    "PLIF": sltt.PLIF,
-    "no native gradient": lambda: sltt.LIF(surrogate=sltt.surrogates.Sigmoid()),
-    "own": OwnLIF,
+    "LIF": (sltt.LIF, True),
+    "hard reset": (lambda: sltt.LIF(v_reset=0.0, decay_input=True), True),
+    "IF": (sltt.IF, True),
+    "PLIF": (sltt.PLIF, False),
+    "no native gradient": (lambda: sltt.LIF(surrogate=sltt.surrogates.Sigmoid()), False),
+    "own": (OwnLIF, False),
 }
 RULES = [
     sltt.SLTT(fold=1),
@@ -121,16 +140,26 @@ RULES = [
     sltt.BPTT(fold=1),
     sltt.BPTT(segment=2, fold=1),
     sltt.TBPTT(2, fold=1),
-    sltt.OTTT(),
+    sltt.OTTT(fold=1),
+    sltt.OTTT(inputs=False, fold=1),
+    sltt.RateBased(fold=1),
     sltt.Mixed({"2": 3}),
 ]
+STEP_BY_STEP = sltt.SLTT(fold=2), sltt.RateBased(fold=1)  # by kernels of their own
 
 
-def network(neuron=sltt.LIF):
+class Paired(nn.Sequential):
+    """The same network by a forward of its own."""
+
+    def forward(self, x):
+        x = normalise_and_fire(self[1], self[2], self[0](x))
+        return self[7](self[6](normalise_and_fire(self[4], self[5], self[3](x))))
+
+
+def network(neuron=sltt.LIF, kind=nn.Sequential):
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), neuron(), nn.Conv2d(24, 16, 3, 2), nn.BatchNorm2d(16)
-    model = nn.Sequential(*layers, neuron(), nn.Flatten(), nn.Linear(16 * 9, 10))
-    return model.to(memory_format=torch.channels_last)
+    return kind(*layers, neuron(), nn.Flatten(), nn.Linear(16 * 9, 10)).to(memory_format=torch.channels_last)
 
 
 def batch():
@@ -148,142 +177,93 @@ def trained(model, rule=sltt.SLTT(fold=1), dtype=torch.float32):
 def check(monkeypatch, run, tolerance=1e-5):
     results = []
     for on in (True, False):
-        waiting(monkeypatch, on)
+        fusing(monkeypatch, on)
         results.append(run())
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-    return results
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("neuron", NEURONS.values(), ids=NEURONS.keys())
-def test_every_neuron(neuron, monkeypatch):
-    check(monkeypatch, lambda: trained(network(neuron)))
+@pytest.mark.parametrize("kind", [nn.Sequential, Paired])
+@pytest.mark.parametrize(("neuron", "fuses"), NEURONS.values(), ids=NEURONS)
+def test_every_neuron(neuron, fuses, kind, monkeypatch, fused):
+    check(monkeypatch, lambda: trained(network(neuron, kind)))
+    assert len(fused) == 2 * 4 * fuses
 
 
+@pytest.mark.parametrize("kind", [nn.Sequential, Paired])
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_every_rule(rule, monkeypatch):
-    check(monkeypatch, lambda: trained(network(), rule))
-
-
-@pytest.fixture
-def settled(monkeypatch):
-    """How many tensors were normalised, since somebody looked at them."""
-    count, value = [], deferred.Deferred.value.fget
-    counted = property(lambda y: (count.append(1) if y.waits else None, value(y))[1])
-    monkeypatch.setattr(deferred.Deferred, "value", counted)
-    return count
+def test_every_rule(rule, kind, monkeypatch, fused):
+    check(monkeypatch, lambda: trained(network(kind=kind), rule))
+    assert (len(fused) >= 2 * 4) == (rule not in STEP_BY_STEP)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nobody_else_looks(dtype, settled, monkeypatch):
-    model = network()
-    trained(model, dtype=dtype)
-    model.eval()
-    check(monkeypatch, lambda: [sltt.unroll(model, batch()[0], steps=3)])
-    assert not settled
+def test_types_and_inference(dtype, fused, monkeypatch):
+    trained(network(), dtype=dtype)
+    check(monkeypatch, lambda: [sltt.unroll(network().eval(), batch()[0], steps=3, fold=1)])
+    assert len(fused) == 2 * (4 + 3)
 
 
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 2
-
-
-class Joined(nn.Module):
-    """A norm, a neuron, and what somebody does with them."""
-
-    def __init__(self, norm, neuron, use):
-        super().__init__()
-        self.norm, self.neuron, self.use = norm, neuron, use
-
+class Scaled(nn.BatchNorm2d):
     def forward(self, x):
-        return self.use(x, self.norm, self.neuron)
+        return 1.5 * super().forward(x)
 
 
-def joined(use):
-    model = network()
-    model[1], model[2] = Joined(model[1], model[2], use), nn.Identity()
-    return model
+def doubled(neuron):
+    neuron.forward = lambda x: type(neuron).forward(neuron, 2 * x)
 
 
-SCRIPTED = torch.jit.script(nn.Sequential(nn.ReLU(), nn.Hardtanh()))
-FUNCTIONS = {
-    "an operation": lambda y: y * 2,
-    "an autograd function": Doubled.apply,
-    "in place": lambda y: y.mul_(2),
-    "a view": lambda y: y.flatten(1).view_as(y),
-    "a view in place": lambda y: (y[0].zero_(), y)[1],
-    "twice": lambda y: y + y.relu(),
-    "scripted": SCRIPTED,
-    "a number": lambda y: y * y.detach().abs().max().item(),
-    "numpy": lambda y: y * float(y.detach().numpy()[0, 0, 0, 0] > 0),
-    "data": lambda y: y + y.data,
-    "a norm": lambda y: y / y.norm(),
+HOOKS = {
+    "of the norm": lambda norm, neuron: norm.register_forward_hook(lambda m, args, y: 1.5 * y),
+    "before the norm": lambda norm, neuron: norm.register_forward_pre_hook(lambda m, args: (args[0] + args[0][:1],)),
+    "before the neuron": lambda norm, neuron: neuron.register_forward_pre_hook(lambda m, args: (1.5 * args[0],)),
+    "of the neuron": lambda norm, neuron: neuron.register_forward_hook(lambda m, args, y: 0.5 * y),
+    "backward": lambda norm, neuron: norm.register_full_backward_hook(lambda m, grads, _: (2 * grads[0],)),
+    "of all modules": lambda norm, neuron: nn.modules.module.register_module_forward_hook(
+        lambda m, args, y: 1.5 * y if m is norm else None
+    ),
+    "its forward": lambda norm, neuron: setattr(norm, "forward", lambda x: 1.5 * nn.BatchNorm2d.forward(norm, x)),
+    "its class": lambda norm, neuron: setattr(norm, "__class__", Scaled),
+    "a neuron's forward": lambda norm, neuron: setattr(
+        neuron, "forward", lambda x: type(neuron).forward(neuron, 2 * x)
+    ),
+    "observer": lambda norm, neuron: neuron.register_forward_hook(marked(lambda *call: None)),
 }
-USES = {name: lambda x, norm, neuron, f=f: neuron(f(norm(x))) for name, f in FUNCTIONS.items()}
-USES["another reader"] = lambda x, norm, neuron: neuron(y := norm(x)) + 0.5 * y
 
 
-@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
-def test_somebody_else_looks(use, monkeypatch, settled):
-    check(monkeypatch, lambda: trained(joined(use), sltt.BPTT(fold=1)))
-    assert settled
+@pytest.mark.parametrize("kind", [nn.Sequential, Paired])
+@pytest.mark.parametrize("place", HOOKS)
+def test_what_is_called_between_or_beside_the_two_has_its_effect(place, kind, fused):
+    (x, y), model = batch(), network(kind=kind)
+    handle = HOOKS[place](model[1], model[2])
+    try:
+        sltt.BPTT(fold=1)(model, x, y, LOSS, steps=4)
+        found, steps = gradient(model), len(fused)
+        expected, _ = by_hand(model, [x] * 4, y)
+    finally:
+        if handle:
+            handle.remove()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert steps == {"of all modules": 0, "observer": 8}.get(place, 4)  # the other two run together
 
 
-def test_hooks_see_plain_values(monkeypatch):
-    def run():
-        model, seen = network(), []
-        hooks = (lambda m, args, y: seen.append(y)), (lambda m, args, y: seen.append(torch.tensor(y.tolist())))
-        model[1].register_forward_hook(hooks[0])
-        model[4].register_forward_hook(hooks[1])
-        model[2].register_forward_pre_hook(lambda m, args: (args[0] * 1.5,))
-        with torch.no_grad():
-            model.eval()
-            sltt.unroll(model, batch()[0], steps=2)
-        return [y + 0 for y in seen]
-
-    assert len(check(monkeypatch, run)[0]) == 4
-
-
-def test_the_input_changed_in_place(monkeypatch):
-    def run(use):
-        return [sltt.unroll(joined(use).eval(), batch()[0], steps=2)]
-
-    def read_before(x, norm, neuron):
-        y = norm(x)
-        y.sum()
-        x.add_(1)
-        return neuron(y)
-
-    check(monkeypatch, lambda: run(lambda x, norm, neuron: neuron(norm(x)) + x.add_(1)))
-    check(monkeypatch, lambda: run(read_before))
-    waiting(monkeypatch, True)
-    with pytest.raises(RuntimeError, match="changed in place before its output was used"):
-        run(lambda x, norm, neuron: neuron((norm(x), x.add_(1))[0]))
-
-
-def test_what_does_not_wait():
-    fits, wait = channels_last(torch.randn(3, 4, 5, 5)), deferred.deferred_norm
+def test_what_is_not_prepared():
+    fits, prepare = channels_last(torch.randn(3, 4, 5, 5)), normed.prepare_norm
     norm = norm_of(fits, training=False)
-    assert wait(norm, fits) is not None
-    assert wait(nn.BatchNorm2d(4, track_running_stats=False).eval(), fits) is not None
+    assert prepare(norm, fits) is not None
+    assert prepare(nn.BatchNorm2d(4, track_running_stats=False).eval(), fits) is not None
     for x in (fits.double(), fits.contiguous(), fits[:, :, ::2], fits.to("meta"), fits[:1, :, :1, :1]):
-        assert wait(norm, x) is None
-    assert wait(norm_of(fits, training=False).double(), fits) is None
-    assert wait(nn.BatchNorm2d(3).eval(), fits) is None
+        assert prepare(norm, x) is None
+    assert prepare(norm_of(fits, training=False).double(), fits) is None
+    assert prepare(nn.BatchNorm2d(3).eval(), fits) is None
     norm.running_var = None
-    assert wait(norm, fits) is None
+    assert prepare(norm, fits) is None
     with kernels.using(compile="off"):
-        assert wait(nn.BatchNorm2d(4), fits) is None
+        assert prepare(nn.BatchNorm2d(4), fits) is None
 
 
 def peaks(monkeypatch, neuron, rule):
     for on in (True, False):
-        waiting(monkeypatch, on)
+        fusing(monkeypatch, on)
         model = network(neuron)
         trained(model, rule)
         yield peak_memory(lambda model=model: trained(model, rule))
@@ -301,7 +281,7 @@ def test_a_neuron_of_ones_own_keeps_no_normalised_input(monkeypatch):
 
 
 def test_the_default_type_changes_nothing(monkeypatch):
-    waiting(monkeypatch, True)
+    fusing(monkeypatch, True)
     (x, y), networks = batch(), [network() for _ in range(2)]
 
     def gradients(model):
