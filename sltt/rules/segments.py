@@ -19,12 +19,21 @@ def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
     run = batch.network
     segments = split(range(batch.steps), length)
     starts: list[Snapshot] = []
+    weights = [] if run.layout.steady else [(name, p, p.detach().sum()) for name, p in batch.model.named_parameters()]
     found: dict[int, list[Tensor | None]] = {}  # gradients of logits, since a loss is called once for each step
     for segment in segments[:-1]:
         starts.append(Snapshot(run))
         for call in split(segment, fold.trained):
             found[call.start] = batch.backpropagate_logits(call, batch.run(call, graph=False))
     starts.append(Snapshot(run))
+    changes = [name for name, p, total in weights if not torch.equal(p.detach().sum(), total)]
+    changed = run.layout.changes() if weights else {}  # of lists and tensors that it keeps, the logits tell
+    changes += [name for name, value in changed.items() if not isinstance(value, tuple) or value[0] is dict]
+    if changes:
+        raise ValueError(
+            f"segment runs time steps again for their backward, and the forward changes {changes[0]} in each: use BPTT "
+            "without segment"
+        )
     end: Snapshot | None = None
     leaves: list[Tensor | None] = []
     same: dict[int, Tensor] = {}

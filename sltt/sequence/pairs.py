@@ -22,7 +22,7 @@ def normalise_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, *, hoist: 
 
     Under a rule, a BatchNorm of a large tensor on a CPU, or of several time steps on CUDA, then writes no normalised
     tensor. Where one of the modules has hooks, both run by themselves. An `nn.Sequential` does the same for a BatchNorm
-    and the neurons behind it, and `sltt.fuse` finds the pairs of a network.
+    and the neurons behind it.
 
     Args:
         norm: a BatchNorm; another module runs by itself.
