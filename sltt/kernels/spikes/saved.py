@@ -6,7 +6,8 @@ the operation to run again: pooled spikes; the output of a BatchNorm over severa
 saves its input in any case; with `recompute` the outputs of convolutions and linear layers.
 
 A tag is of memory, and of the version of that memory: a tensor that was changed in place after it was tagged has none.
-On a CPU a sum of the memory tells changes that have no version, as through `.data`.
+On a CPU a sum of the memory tells most changes that have no version, as through `.data`; one that keeps the sum, such
+as another order, is out of reach.
 """
 
 from collections import deque
