@@ -5,6 +5,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the public names, imported when one is first used: `sltt --help` starts without PyTorch
@@ -42,7 +43,7 @@ else:
 
     def __getattr__(name: str) -> Any:
         if _HOMES.get(name, "sltt") != "sltt":
-            globals()[name] = value = getattr(import_module(_HOMES[name]), name)
+            globals()[name] = value = resolve_name(f"{_HOMES[name]}.{name}")
             return value
         if name.isidentifier() and find_spec(f"sltt.{name}"):  # sltt.data and other modules
             return import_module(f"sltt.{name}")

@@ -57,7 +57,10 @@ ATTRIBUTES = {
         "_global_backward_pre_hooks": "hooks for all modules, which see several time steps in a call",
     },
     "torch.nn.BatchNorm2d": {"_check_input_dim": "raises PyTorch's own error"},
-    "torch.nn.Conv2d": {"_reversed_padding_repeated_twice": "is padding='same' in numbers"},
+    "torch.nn.Conv2d": {
+        "_reversed_padding_repeated_twice": "is padding='same' in numbers",
+        "_conv_forward": "tells a convolution of the user's own",
+    },
     "torch.autograd.graph.Node": {"_saved_result": "tells that a backward reads its output"},
     "torch.autograd.profiler": {"_is_profiler_enabled": "tells that a profiler runs, in any thread"},
     "torch.autograd.forward_ad": {"_current_level": "tells forward-mode differentiation"},

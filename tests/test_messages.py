@@ -69,7 +69,7 @@ UNCLEAR = {
     "weights on another device": ({"model": small_network().to("meta")}, "with weights of meta: give x.to"),
     "BatchNorm of images": (
         {"model": nn.Sequential(nn.Linear(6, 3), nn.BatchNorm2d(3), sltt.LIF()).double()},
-        r"in 1, BatchNorm2d\(3.*on an input \[5, 3\] of torch.float64: make the layer",
+        r"in 1, BatchNorm2d\(3.*on an input \[20, 3\] of torch.float64: make the layer",  # four steps
     ),
     "a list of targets": ({"y": Y.tolist(), "loss": nn.CrossEntropyLoss()}, r"outputs \[5, 3\] .* and targets \["),
     "another width": (

@@ -34,9 +34,10 @@ def _place(run: Run, error: Exception) -> str | None:
     """Return the innermost layer that an error came through, with its input, and what to do where types differ."""
     layers = run.layout.layers
     for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
-        if frame.f_code.co_name not in ("forward", "weight"):  # to look at another one might keep the error alive
+        names = ("forward", "weight", "plain_norm", "stepwise_norm")
+        if frame.f_code.co_name not in names:  # to look at another one might keep the error alive
             continue
-        module = frame.f_locals.get("module", frame.f_locals.get("self"))
+        module = next((frame.f_locals[name] for name in ("module", "norm", "self") if name in frame.f_locals), None)
         x = next((value for value in frame.f_locals.values() if isinstance(value, Tensor)), None)
         if x is None or not isinstance(module, nn.Module) or module not in layers:
             continue

@@ -180,8 +180,8 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
                     p += 0.1 * _spread(p)
         weights, layout = [(name, p, p.detach().clone()) for name, p in twin.named_parameters()], layout_of(twin)
         part = Sequence(x.to(kind, copy=True), most, sequence.static)  # a forward may change it
-        with watch if watch is not None and steps == 1 else nullcontext():
-            given = _run(twin, part, steps, step, run_rule)
+        with watch if watch is not None and steps == 1 else nullcontext(), kernels.using(bits=not opened):
+            given = _run(twin, part, steps, step, run_rule)  # where operations are watched, no kernel looks at values
         changes = layout.changes()
         return given, changes | {name: p.detach() for name, p, before in weights if not torch.equal(p, before)}
 

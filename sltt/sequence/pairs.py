@@ -4,6 +4,7 @@ They are known to be neighbours in an `nn.Sequential`, and where a network calls
 """
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ def normalise_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, *, hoist: 
         x: input of the norm, [B, C, ...].
         hoist: the norm runs as by `sltt.once(norm, x)`.
     """
+    if torch.compiler.is_compiling():
+        return neuron(norm(x))
     y = None if hoist and _is_fixed(x, neuron) else _run_pair(norm, neuron, x)
     if y is None:
         x = once(norm, x) if hoist else norm(x)  # one name: x goes before the neuron runs
@@ -40,6 +43,8 @@ def normalise_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, *, hoist: 
 def run_layers(layers: Iterable[nn.Module], x: Tensor, hoisted: int = 0) -> Tensor:
     """Run modules one after the other, the first so many as by `sltt.once`."""
     modules = [*layers]
+    if torch.compiler.is_compiling():
+        return reduce(lambda x, module: module(x), modules, x)
     while hoisted and _is_fixed(x, modules[0]):
         x, hoisted = once(modules.pop(0), x), hoisted - 1
     modules = [*_flatten(modules)]
@@ -50,12 +55,12 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, hoisted: int = 0) -> Tens
 
 
 def _is_fixed(x: Tensor, module: nn.Module) -> bool:
-    run = None if torch.compiler.is_compiling() else run_of(module)
+    run = run_of(module)
     return run is not None and run.results.is_fixed(x)
 
 
 def _run_pair(norm: nn.Module, neuron: nn.Module, x: Tensor) -> Tensor | None:
-    if torch.compiler.is_compiling() or (run := run_of(neuron)) is None:
+    if (run := run_of(neuron)) is None:
         return None
     first, second = (run.layout.layers.get(module) for module in (norm, neuron))
     known = first is not None and second is not None and second.spikes and first.role.stepwise

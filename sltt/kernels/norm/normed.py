@@ -52,12 +52,12 @@ def prepare_norm(norm: Any, x: Tensor, bias: Tensor | None = None, steps: int = 
     training = norm.training or norm.running_mean is None
     tracked = not norm.training or norm.track_running_stats
     running = (norm.running_mean, norm.running_var) if tracked else (None, None)
-    if not _fits(x, (*running, norm.weight, norm.bias), training, steps):
+    wrong = {nn.BatchNorm1d: x.ndim > 3, nn.BatchNorm2d: x.ndim != 4, nn.BatchNorm3d: x.ndim != 5}  # PyTorch says so
+    if wrong.get(type(norm), True) or not _fits(x, (*running, norm.weight, norm.bias), training, steps):
         return None
     triton = in_triton(x)
     if triton and (norm.momentum is None or (norm.weight is None) != (norm.bias is None)):
         return None
-    norm._check_input_dim(x)
     _, (momentum, *_) = batch_statistics(norm, steps)
     if triton:
         factors = triton_norm.factors_of(x.detach(), (norm.weight, bias), running, training, momentum, norm.eps, steps)
