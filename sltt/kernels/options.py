@@ -1,4 +1,4 @@
-"""Options of the kernels: compilation, sparse layers, spikes saved as bits."""
+"""Options of the kernels: compilation, sparse layers, spikes saved as bits, memory of time steps in a call."""
 
 import functools
 import importlib.util
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from sltt._torch import _len_torch_function_stack, _pop_mode, _push_mode, compile_errors
-from sltt.checks import choice, flag
+from sltt.checks import choice, flag, whole_number
 
 Compile = Literal["auto", "on", "off"]
 Sparse = Literal["auto", "on", "off"]
@@ -31,11 +31,14 @@ class Options:
     compile: Compile = "auto"
     bits: bool = True
     sparse: Sparse = "auto"
+    fold_memory: int | None = None
 
     def __post_init__(self) -> None:
         choice("compile", self.compile, get_args(Compile))
         flag("bits", self.bits)
         choice("sparse", self.sparse, get_args(Sparse))
+        if self.fold_memory is not None:
+            whole_number("fold_memory", self.fold_memory, least=0)
 
 
 DEFAULT = Options()
@@ -55,6 +58,8 @@ def using(**changes: Any) -> Iterator[None]:
         changes: `compile`: compile kernels where it pays ("auto"), always ("on") or never ("off"). `bits`: save spikes
             as one bit each (True or False). `sparse`: compute on active inputs only, where it is faster ("auto"),
             wherever possible ("on") or never ("off"); it needs bits, and images with the channels last in memory.
+            `fold_memory`: bytes that the further time steps of a call may take where a rule chooses their number; None
+            is the larger of 16 MB and half the weights.
 
     Raises:
         ValueError: an unknown value. With compile="on", a kernel on a device without a compiler raises it.

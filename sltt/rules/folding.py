@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from sltt import kernels
 from sltt.checks import whole_number
 from sltt.rules.batch import Fold
 from sltt.rules.fold_trial import PlainError, RunRule, apart_from_user, copy_apart, find_difference, run_steps
@@ -68,7 +69,7 @@ def choose_fold(
         run.require_folds()
     x, layout, problem = run.sequence.input(range(1)), run.layout, find_modes()
     kind = rule, x.shape, x.dtype, x.device
-    key = fold, run.sequence.steps, kind
+    key = fold, run.sequence.steps, kernels.current_options().fold_memory, kind
     if not problem and loss is not None and refers_to(loss, layout.layers):
         problem = "has a loss that refers to it, which may read the states of one time step"
     if not problem and key not in layout.folds:
@@ -154,7 +155,8 @@ def _of_sizes(run: Run, sizes: tuple[float, float], weights: int) -> Fold:
     rows, size = sizes[0], 1.5 * sizes[1]  # measured: what layers keep, and gradients
     if not rows:
         return Fold(why="has no linear layer and no convolution of PyTorch's")
-    room = max(ROOM, weights // 2)
+    asked = kernels.current_options().fold_memory
+    room = max(ROOM, weights // 2) if asked is None else asked
     most, further = min(ROWS / rows, 1 + room / size), min(2 * ROWS / rows, 1 + 2 * room / size)
     return Fold(_even(run.sequence.steps, most), _even(run.sequence.steps, further))
 

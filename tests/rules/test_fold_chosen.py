@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import sltt
+from sltt import kernels
 from sltt.rules import folding
 from tests.conftest import LOSS
 from tests.references import measured, recorded
@@ -92,6 +93,15 @@ def test_memory_stays_flat_in_time():
     logits = 60 * 64 * 20 * 4  # of the further steps
     assert peaks[120, "auto"] <= 1.01 * peaks[60, "auto"] + logits
     assert peaks[120, "auto"] <= peaks[120, 1] + 2**24
+
+
+def test_the_memory_of_a_call_can_be_set():
+    model, x = Net(), torch.randn(100, 64, 6)
+    found = []
+    for size in (0, 10**5, None):
+        with kernels.using(fold_memory=size):
+            found.append(max(called(sltt.SLTT(), model, x)) // 64)
+    assert found[0] == 1 < found[1] < found[2] == 25
 
 
 def test_another_length_is_not_compared_again(monkeypatch):
